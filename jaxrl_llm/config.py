@@ -1,0 +1,381 @@
+"""Configuration: typed frozen dataclasses, read from YAML, with dotted overrides and errors that suggest a remedy.
+
+Units are in the names: `prompts_per_step` counts prompts, `sequences_per_microbatch` counts completions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import pydantic
+import yaml
+
+from jaxrl_llm.models.transformer import TransformerConfig
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the field, the value and the remedy."""
+
+
+def _at_least(owner: str, config: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{owner}.{name} is {value}; it must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which problems to train and test on. `jaxrl tasks` lists them.
+
+    Attributes:
+      name: a built-in task.
+      levels: difficulty levels, mixed in equal parts.
+      options: keyword options of the task.
+      train_items, validation_items, test_items: problems in each split; splits never overlap.
+      seed: of the generator.
+    """
+
+    name: str
+    levels: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    train_items: int = 8192
+    validation_items: int = 256
+    test_items: int = 512
+    seed: int = 0
+
+    def __post_init__(self):
+        _at_least("task", self, 1, "train_items", "validation_items", "test_items")
+        if not self.levels:
+            raise ValueError("task.levels is empty; name at least one level")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where data sets are kept, and what to do with prompts that do not fit.
+
+    Attributes:
+      directory: written once and reused; None takes ~/.cache/jaxrl_llm (or XDG_CACHE_HOME).
+      overlong_prompts: "error", or "drop" to leave them out and report how many.
+    """
+
+    directory: str | None = None
+    overlong_prompts: Literal["error", "drop"] = "error"
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised steps on reference solutions before reinforcement. 0 steps skips the stage.
+
+    Attributes:
+      steps: at most this many updates.
+      sequences_per_step: demonstrations in a batch.
+      learning_rate: peak, reached after `warmup_steps`, then constant.
+      warmup_steps: linear rise.
+      probe_every_steps: how often sampled accuracy is measured on the validation split; 0 never.
+      stop_at_accuracy: stop at the first probe that reaches it; None runs all steps.
+    """
+
+    steps: int = 0
+    sequences_per_step: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    probe_every_steps: int = 0
+    stop_at_accuracy: float | None = None
+
+    def __post_init__(self):
+        _at_least("warm_start", self, 0, "steps", "warmup_steps", "probe_every_steps")
+        _at_least("warm_start", self, 1, "sequences_per_step")
+        if self.stop_at_accuracy is not None and not self.probe_every_steps:
+            raise ValueError(
+                f"warm_start.stop_at_accuracy is {self.stop_at_accuracy}, but warm_start.probe_every_steps is 0, so "
+                "accuracy is never measured; set warm_start.probe_every_steps"
+            )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled.
+
+    Attributes:
+      samples_per_prompt: completions for each prompt of a step.
+      max_prompt_tokens: prompts are padded to this; a longer one is an error (or dropped, see data).
+      max_completion_tokens: longest completion, end of sequence included.
+      temperature: of the softmax, in sampling and in training alike.
+    """
+
+    samples_per_prompt: int = 8
+    max_prompt_tokens: int = 32
+    max_completion_tokens: int = 64
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        _at_least("rollout", self, 1, "samples_per_prompt", "max_prompt_tokens", "max_completion_tokens")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Reinforcement: how many steps, how a batch is cut, and the optimiser (AdamW).
+
+    Attributes:
+      steps: reinforcement steps; each samples one batch.
+      prompts_per_step: groups in a batch.
+      epochs_per_batch: passes over a batch.
+      minibatches_per_epoch: optimiser updates a pass.
+      sequences_per_microbatch: completions differentiated at once; None takes a whole minibatch.
+      learning_rate: peak.
+      warmup_steps: linear rise, in optimiser updates.
+      schedule: after the rise: constant, or cosine to a tenth of the peak.
+      weight_decay, adam_b1, adam_b2: of AdamW.
+      max_gradient_norm: global norm clip.
+      refresh_reference_every: steps between copies of the policy into the reference; 0 keeps it frozen.
+    """
+
+    steps: int = 100
+    prompts_per_step: int = 32
+    epochs_per_batch: int = 1
+    minibatches_per_epoch: int = 1
+    sequences_per_microbatch: int | None = None
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    max_gradient_norm: float = 1.0
+    refresh_reference_every: int = 0
+
+    def __post_init__(self):
+        _at_least("training", self, 0, "steps", "warmup_steps", "refresh_reference_every", "learning_rate")
+        _at_least("training", self, 1, "prompts_per_step", "epochs_per_batch", "minibatches_per_epoch")
+        _at_least("training", self, 1, "sequences_per_microbatch")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Greedy and sampled accuracy on the test split, before and after training.
+
+    Attributes:
+      problems: test problems used, at most task.test_items.
+      samples_per_problem: sampled completions for each problem; pass@k needs k of them.
+      k: the k of pass@k and maj@k.
+      temperature: of the sampled completions.
+      sequences_per_batch: completions decoded together.
+      every_steps: evaluate on the validation split every so many steps; 0 only before and after.
+    """
+
+    problems: int = 512
+    samples_per_problem: int = 8
+    k: tuple[int, ...] = (1, 8)
+    temperature: float = 1.0
+    sequences_per_batch: int = 1152
+    every_steps: int = 0
+
+    def __post_init__(self):
+        _at_least("evaluation", self, 1, "problems", "samples_per_problem", "sequences_per_batch")
+        _at_least("evaluation", self, 0, "every_steps")
+        if not self.k or min(self.k) < 1 or max(self.k) > self.samples_per_problem:
+            raise ValueError(
+                f"evaluation.k is {list(self.k)}, but evaluation.samples_per_problem is {self.samples_per_problem}; "
+                "every k must lie between 1 and the number of samples"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often the whole state is written, and how many are kept."""
+
+    every_steps: int = 20
+    keep: int = 2
+
+    def __post_init__(self):
+        _at_least("checkpoints", self, 1, "every_steps", "keep")
+
+
+@dataclass(frozen=True)
+class ReportingConfig:
+    """What is written besides metrics.
+
+    Attributes:
+      samples_every_steps: write completions with their rewards every so many steps; 0 never.
+      samples_per_report: completions written each time.
+    """
+
+    samples_every_steps: int = 10
+    samples_per_report: int = 8
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices used; None takes all that there are."""
+
+    devices: int | None = None
+
+
+@dataclass(frozen=True)
+class AboutConfig:
+    """Where a recipe comes from; shown by `jaxrl methods`."""
+
+    paper: str = ""
+    arxiv: str = ""
+    stage: str = ""
+    certainty: Literal["verified", "recalled", "reconstructed", ""] = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Everything but `run_dir` and `reporting` decides the numbers."""
+
+    name: str
+    task: TaskConfig
+    model: TransformerConfig
+    rewards: tuple[Any, ...]
+    credit: tuple[dict[str, Any], ...]
+    losses: tuple[Any, ...]
+    seed: int = 0
+    run_dir: str | None = None
+    about: AboutConfig = AboutConfig()
+    data: DataConfig = DataConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    reporting: ReportingConfig = ReportingConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is written."""
+        return Path(self.run_dir or f"runs/{self.name}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any) -> Config:
+    """Read a YAML file, follow `extends`, apply `section.key=value` overrides, and check every name and type.
+
+    Args:
+      path: the file.
+      overrides: dotted assignments; values are YAML.
+      defaults: model fields that the caller knows (vocabulary_size) and the file need not name.
+
+    Raises:
+      ConfigError: naming the field, the value and the remedy.
+    """
+    return parse_config(read_tree(Path(path)), overrides, **defaults)
+
+
+def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model_defaults: Any) -> Config:
+    """A `Config` from plain dictionaries, as `load_config` does from a file."""
+    tree = _copied(tree)
+    for override in overrides:
+        _assign(tree, override)
+    if isinstance(tree.get("model"), dict):
+        tree["model"] = model_defaults | tree["model"]
+    _known_keys(tree, Config, "")
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explained(problem) for problem in error.errors())) from None
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML file with its `extends` merged underneath: mappings merge, lists and scalars are replaced.
+
+    Raises:
+      ConfigError: for a missing file, broken YAML, or files that extend each other in a circle.
+    """
+    return _read_tree(path, ())
+
+
+def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in below:
+        raise ConfigError(f"config {path} extends itself through {' -> '.join(p.name for p in below)}; break the circle")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a YAML file"
+        raise ConfigError(f"config {path} does not exist{hint}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} holds {type(tree).__name__}, not a mapping of sections")
+    if base := tree.pop("extends", None):
+        tree = _merged(_read_tree(path.parent / base, (*below, path)), tree)
+    return tree
+
+
+def _merged(under: Mapping, over: Mapping) -> dict:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {str(key): _copied(value) for key, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _assign(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r} is not an assignment; write section.key=value")
+    *sections, last = path.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r} goes through {section!r}, which is not a section; replace it whole")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r} has a value that is not valid YAML: {error}") from None
+
+
+def _known_keys(tree: Any, kind: type, prefix: str) -> None:
+    """Refuse unknown keys with the nearest known one, and name missing ones, before types are looked at."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config section {prefix.rstrip('.') or 'the file'} is {tree!r}; it must be a mapping")
+    known = {f.name: f for f in fields(kind)}
+    hints = get_type_hints(kind)
+    for key, value in tree.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"config key {prefix}{key} (value {value!r}) does not exist; {hint}")
+        section = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
+        if section is not None and value is not None:
+            _known_keys(value, section, f"{prefix}{key}.")
+
+
+def _explained(problem: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"config key {where} is missing; add it"
+    if problem["type"] == "value_error":
+        return f"config: {problem['msg'].removeprefix('Value error, ')}"
+    return f"config key {where} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def as_tree(config: Config) -> dict[str, Any]:
+    """Plain dictionaries and lists, ready for YAML or JSON; `parse_config` reads them back to an equal config."""
+    return _copied(asdict(config))
+
+
+def numeric_tree(config: Config) -> dict[str, Any]:
+    """The part of a config that decides the numbers: what the config hash of a checkpoint covers."""
+    tree = as_tree(config)
+    for key in ("run_dir", "reporting", "checkpoints", "about", "name"):
+        del tree[key]
+    tree["data"] = {"overlong_prompts": tree["data"]["overlong_prompts"]}
+    # More steps may be added to a run, unless a schedule depends on their number.
+    if tree["training"]["schedule"] == "constant":
+        del tree["training"]["steps"]
+    return tree

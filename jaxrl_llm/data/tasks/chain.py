@@ -1,0 +1,50 @@
+"""Modular chain: `M7:3+5*2-4` -> 5, evaluated from left to right modulo a small prime."""
+
+from __future__ import annotations
+
+from random import Random
+
+from jaxrl_llm.data.tasks.items import Item, Task, equality, require_bool, require_choice
+
+
+def item(modulus: int, start: int, steps: list[tuple[str, int]], *, scratchpad: bool = True) -> Item:
+    """The problem of applying (operator, operand) steps to a start value.
+
+    >>> item(7, 3, [("+", 5), ("*", 2), ("-", 4)]).think
+    '3+5=1;1*2=2;2-4=5'
+    """
+    value, written = start, []
+    for operator, x in steps:
+        result = value + x if operator == "+" else value - x if operator == "-" else value * x
+        written.append(f"{value}{operator}{x}={result % modulus}")
+        value = result % modulus
+    body = f"M{modulus}:{start}" + "".join(f"{operator}{x}" for operator, x in steps)
+    think = ";".join(written) if scratchpad else ""
+    return Item(body, think, str(value), "chain", len(steps), f"chain-{len(steps)}")
+
+
+def task(*, modulus: int = 7, scratchpad: bool = True) -> Task:
+    """A chain of `level` operations out of + - *, each reduced modulo `modulus`. Guessing is right with 1/modulus.
+
+    Args:
+      modulus: 7, 11 or 13.
+      scratchpad: write every intermediate value before the answer.
+    """
+    require_choice("modulus", modulus, (7, 11, 13))
+    require_bool("scratchpad", scratchpad)
+
+    def draw(rng: Random, level: int) -> Item:
+        start = rng.randrange(modulus)
+        steps = [(rng.choice("+-*"), rng.randrange(modulus)) for _ in range(level)]
+        return item(modulus, start, steps, scratchpad=scratchpad)
+
+    return Task(
+        name="chain",
+        draw=draw,
+        verify=equality,
+        levels=tuple(range(1, 9)),
+        last_level=16,
+        description=f"operations modulo {modulus} from left to right; the level is the number of operations",
+        options={"modulus": modulus, "scratchpad": scratchpad},
+        scratchpad=scratchpad,
+    )

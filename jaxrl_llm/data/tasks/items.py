@@ -1,0 +1,210 @@
+"""What a synthetic task is made of: items, the split of items by hash, and drawing distinct ones."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from random import Random
+from typing import Any
+
+SPLITS = ("train", "validation", "test", "extrapolation")
+_SHARE = {"train": 0.8, "validation": 0.1, "test": 0.1, "extrapolation": 1.0}
+
+# Part of the random stream and of a data set's name: raise it when a generator's output changes.
+GENERATOR_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One problem.
+
+    Attributes:
+      body: the prompt's text without begin of sequence and newline; starts with the task's letter and a colon.
+      think: reference scratch; empty in the direct variant, and where a problem needs no scratch.
+      answer: reference answer.
+      task: name of the task.
+      level: difficulty in the task's own unit (digits, operations, numbers, depth).
+      domain: category of the item, for bandits over arms and for statistics by domain.
+    """
+
+    body: str
+    think: str
+    answer: str
+    task: str
+    level: int
+    domain: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A family of problems with its options settled.
+
+    Attributes:
+      name: name of the family.
+      draw: (random generator, level) -> an item, or None where this draw gave none that is valid.
+      verify: (item, answer text or None) -> reward of the answer.
+      levels: levels of the family; others are drawn only for the split "extrapolation".
+      last_level: the highest level that the generator can make.
+      description: one line for people.
+      options: every option with its value.
+      scratchpad: responses carry a think part.
+      reward: name in `jaxrl_llm.rewards` of the function that scores a completion as `verify` does.
+    """
+
+    name: str
+    draw: Callable[[Random, int], Item | None]
+    verify: Callable[[Item, str | None], float]
+    levels: tuple[int, ...]
+    last_level: int
+    description: str
+    options: Mapping[str, Any]
+    scratchpad: bool
+    reward: str = "exact_answer"
+
+    def generate(self, *, level: int, count: int, seed: int = 0, split: str = "train") -> list[Item]:
+        """`generate` of this module, for this task."""
+        return generate(self, level=level, count=count, seed=seed, split=split)
+
+
+def split_of(body: str) -> str:
+    """Split that a body belongs to, by hash: 80 % train, 10 % validation, 10 % test, the same whatever the seed.
+
+    h = crc32(body) mod 10; 0..7 train, 8 validation, 9 test.
+
+    >>> split_of("A:47+85"), split_of("F:K(M(abgd))")
+    ('train', 'test')
+    """
+    remainder = zlib.crc32(body.encode()) % 10
+    return "train" if remainder < 8 else "validation" if remainder == 8 else "test"
+
+
+def generate(task: Task, *, level: int, count: int, seed: int = 0, split: str = "train") -> list[Item]:
+    """Distinct items of one level and one split, in the order in which they are drawn.
+
+    The first items do not depend on `count`: a larger set starts with the smaller one.
+
+    Args:
+      task: the family with its options, from `tasks.task`.
+      level: difficulty.
+      count: how many items.
+      seed: seed of the draws. The split of a body does not depend on it.
+      split: "train", "validation" and "test" are disjoint by hash; "extrapolation" ignores the hash and is meant for
+        levels that are never trained on, those beyond `task.levels` included.
+
+    Raises:
+      ValueError: for a level, count, seed or split that cannot be, and when there are not `count` distinct items.
+    """
+    level, count, seed = require_int("level", level), require_int("count", count, low=1), require_int("seed", seed)
+    require_choice("split", split, SPLITS)
+    low, high = task.levels[0], task.levels[-1]
+    if split != "extrapolation" and level not in task.levels:
+        raise ValueError(
+            f"level {level} is outside of the levels {low} to {high} of {task.name}; use one of them, or "
+            'split="extrapolation" for a level that is never trained on'
+        )
+    if not low <= level <= task.last_level:
+        raise ValueError(
+            f"level {level} of {task.name} cannot be generated; its levels go from {low} to {high}, and up to "
+            f'{task.last_level} with split="extrapolation"'
+        )
+    rng = Random(json.dumps([GENERATOR_VERSION, task.name, dict(task.options), level, seed], sort_keys=True))
+    # A set of n bodies is exhausted after about n ln(n) draws, so this many only run out where there is nothing left.
+    limit = int((3000 + 30 * count) / _SHARE[split])
+    seen: set[str] = set()
+    items: list[Item] = []
+    for draws in range(limit):
+        item = task.draw(rng, level)
+        if item is not None and item.body not in seen:
+            seen.add(item.body)
+            if split in ("extrapolation", split_of(item.body)):
+                items.append(item)
+                if len(items) == count:
+                    return items
+        if draws == 3000 and not seen:
+            break
+    raise ValueError(
+        f"{task.name} level {level} with options {dict(task.options)} has only {len(items)} distinct items in the "
+        f"split {split!r} (all that {limit} draws found), but count is {count}; lower the count, or choose another "
+        "level or other options"
+    )
+
+
+def reference_response(item: Item | Mapping[str, Any], scratchpad: bool = True) -> str:
+    """The response that earns full reward: think part, answer part, end of sequence.
+
+    Args:
+      item: an `Item`, or a record read from a data set.
+      scratchpad: with the think part (empty where the item needs no scratch), or the direct variant without it.
+
+    >>> reference_response(Item("A:4+8", "4+8+0=12", "12", "addition", 1, "addition-1"))
+    '<t>4+8+0=12</t><a>12</a><eos>'
+    """
+    fields = asdict(item) if isinstance(item, Item) else item
+    think = f"<t>{fields['think']}</t>" if scratchpad else ""
+    return f"{think}<a>{fields['answer']}</a><eos>"
+
+
+def record(element: Item | Mapping[str, Any], index: int) -> dict[str, Any]:
+    """An item as the record that travels through the pipeline, whatever it was read from.
+
+    Args:
+      element: an `Item`, or a mapping with at least `body` and `answer`; text may be bytes, as stored data sets give it.
+      index: position in its source, which becomes `item_id` where the element names none.
+
+    Raises:
+      ValueError: if `body` or `answer` is missing.
+    """
+    fields = asdict(element) if isinstance(element, Item) else dict(element)
+    for name in ("body", "answer"):
+        if name not in fields:
+            raise ValueError(
+                f"element {index} of the source has the fields {sorted(fields)} but no {name!r}; every element needs "
+                "the prompt's text as 'body' and the reference answer as 'answer'"
+            )
+    text = {"body", "think", "answer", "task", "domain"}
+    defaults = {"think": "", "task": "", "level": 0, "domain": "", "item_id": index}
+    found = {name: _text(fields[name]) if name in text else fields[name] for name in fields}
+    return defaults | found | {name: int(found.get(name, defaults[name])) for name in ("level", "item_id")}
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def equality(item: Item, answer: str | None) -> float:
+    """Reward 1 where the answer is the reference answer, character by character, else 0."""
+    return float(answer == item.answer)
+
+
+def require_bool(name: str, value: Any) -> bool:
+    """The value, if it is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be true or false")
+    return value
+
+
+def require_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """The value, if it is an integer within [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r} of type {type(value).__name__}; it must be an integer")
+    if (low is not None and value < low) or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} is {value}; it must be {wanted}")
+    return value
+
+
+def require_choice(name: str, value: Any, choices: tuple) -> Any:
+    """The value, if it is one of the choices."""
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def require_subset(name: str, value: Any, characters: str) -> str:
+    """The value in alphabet order, if it is a string of distinct characters out of those given."""
+    known = isinstance(value, str) and len(value) > 0 and set(value) <= set(characters)
+    if not known or len(set(value)) != len(value):
+        raise ValueError(f"{name} is {value!r}; it must be a string of distinct characters out of {characters!r}")
+    return "".join(character for character in characters if character in value)

@@ -1,0 +1,107 @@
+"""Accuracy of a policy on held-out problems: greedy, pass@k and maj@k, by the task's own verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxrl_llm.data import CharacterTokenizer, Item, Task, evaluation_batches
+from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k
+from jaxrl_llm.evaluation.voting import mean_majority_at_k
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.rewards import extract_answer
+from jaxrl_llm.rollout import generate
+
+
+def make_evaluate(
+    model: Model,
+    task: Task,
+    tokenizer: CharacterTokenizer,
+    *,
+    samples_per_problem: int,
+    k: Sequence[int],
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    sequences_per_batch: int = 1152,
+    temperature: float = 1.0,
+) -> Callable[..., dict[str, float]]:
+    """Build evaluate(params, items, key) -> metrics; the decoding program is compiled once and reused.
+
+    Each problem is decoded once greedily and `samples_per_problem` times at `temperature`, in one program. The result
+    holds `greedy` (accuracy of the greedy completion), `pass@k` (unbiased) and `maj@k` (k > 1) for each k, means over
+    problems; and over the sampled completions `completion_tokens`, `truncated_share`; `problems` and
+    `samples_per_problem` say what was counted.
+
+    A sample's class in a majority vote is its answer text; answers that the verifier accepts are one class.
+
+    Raises:
+      ValueError: when a k exceeds the number of samples.
+    """
+    if max(k) > samples_per_problem or min(k) < 1:
+        raise ValueError(f"k is {list(k)}, but there are {samples_per_problem} samples a problem; k must not exceed them")
+    rows = 1 + samples_per_problem
+    prompts_per_batch = max(1, sequences_per_batch // rows)
+    temperatures = jnp.asarray([0.0] + [temperature] * samples_per_problem)
+
+    @jax.jit
+    def decode(params: PyTree, prompts, key: Array):
+        experience = generate(
+            model,
+            params,
+            prompts,
+            key,
+            0,
+            samples_per_prompt=rows,
+            max_completion_tokens=max_completion_tokens,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            temperature=temperatures,
+        )
+        return experience.tokens, experience.length, experience.truncated
+
+    def evaluate(params: PyTree, items: Sequence[dict[str, Any]], key: Array) -> dict[str, float]:
+        greedy, correct, answers, gold, lengths, truncated = [], [], [], [], [], []
+        batches = evaluation_batches(
+            items,
+            tokenizer,
+            prompts_per_batch=prompts_per_batch,
+            max_prompt_tokens=max_prompt_tokens,
+            max_answer_tokens=max_completion_tokens,
+        )
+        for batch in batches:
+            tokens, length, cut = jax.device_get(decode(params, batch.prompts, key))
+            for index in np.flatnonzero(batch.weight):
+                item = Item(**{name: batch.items[index][name] for name in Item.__dataclass_fields__})
+                row = index * rows
+                texts = [
+                    extract_answer(tokenizer.decode(tokens[r][: length[r]].tolist())) for r in range(row, row + rows)
+                ]
+                solved = [task.verify(item, text) >= 1.0 for text in texts]
+                greedy.append(solved[0])
+                correct.append(sum(solved[1:]))
+                # Every accepted answer votes for the same class, so that many right answers do not split the vote.
+                answers.append(
+                    [item.answer if right else text for text, right in zip(texts[1:], solved[1:], strict=True)]
+                )
+                gold.append(item.answer)
+                lengths.extend(length[row + 1 : row + rows])
+                truncated.extend(cut[row + 1 : row + rows])
+        metrics = {"greedy": float(np.mean(greedy))}
+        for each in k:
+            metrics[f"pass@{each}"] = mean_pass_at_k(np.asarray(correct), samples_per_problem, each)
+        for each in k:
+            if each > 1:
+                metrics[f"maj@{each}"] = mean_majority_at_k(answers, gold, each)
+        return metrics | {
+            "completion_tokens": float(np.mean(lengths)),
+            "truncated_share": float(np.mean(truncated)),
+            "problems": len(gold),
+            "samples_per_problem": samples_per_problem,
+        }
+
+    return evaluate

@@ -1,0 +1,109 @@
+"""Log-probabilities, entropy and vocabulary-wide quantities from one chunked pass over hidden states.
+
+The [B, T, V] tensor never exists: positions are taken a chunk at a time, and the backward pass computes each chunk
+again instead of keeping it. Sampler and trainer both go through `scaled_log_softmax`, so they agree by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxrl_llm.models.model import Model
+
+# 2**25 float32 scores are 128 MiB: large enough to fill a matrix unit, small beside any model worth training.
+SCORES_PER_CHUNK = 2**25
+
+
+class TokenStatistics(NamedTuple):
+    """What a chunked pass returns, each [B, T] in float32.
+
+    Attributes:
+      logprobs: log-probability of the given token.
+      entropy: in nats; None when not asked for.
+      over_vocabulary: one array for each functional that was asked for.
+    """
+
+    logprobs: Float[Array, "B T"]
+    entropy: Float[Array, "B T"] | None
+    over_vocabulary: tuple[Float[Array, "B T"], ...]
+
+
+def scaled_log_softmax(scores: Float[Array, "*B V"], temperature: float | Array) -> Float[Array, "*B V"]:
+    """log softmax(scores / temperature) over the vocabulary, in float32."""
+    return jax.nn.log_softmax(scores.astype(jnp.float32) / temperature, axis=-1)
+
+
+def entropy_of(log_probabilities: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """-sum p log p in nats; symbols of probability zero add nothing."""
+    probabilities = jnp.exp(log_probabilities)
+    # The inner where keeps 0 * -inf out of the gradient as well as out of the value.
+    return -jnp.sum(probabilities * jnp.where(probabilities > 0, log_probabilities, 0.0), axis=-1)
+
+
+def positions_per_chunk(rows: int, positions: int, vocabulary_size: int) -> int:
+    """How many positions of every row are scored at once, so that a chunk holds at most `SCORES_PER_CHUNK` scores."""
+    return max(1, min(positions, SCORES_PER_CHUNK // (rows * vocabulary_size)))
+
+
+def token_statistics(
+    model: Model,
+    params: PyTree,
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    over_vocabulary: tuple[Callable, ...] = (),
+    reference: tuple[PyTree, Float[Array, "B T D"]] | None = None,
+    chunk: int | None = None,
+) -> TokenStatistics:
+    """Score tokens under softmax(logits / temperature), a chunk of positions at a time.
+
+    Args:
+      model: gives `logits`.
+      params: the policy's parameters.
+      hidden: hidden state that predicts each token.
+      tokens: the tokens to score.
+      temperature: the one that the rollout sampled with.
+      entropy: also return the entropy.
+      over_vocabulary: functionals (log_p [..., V], log_q [..., V]) -> [...], evaluated inside the chunk; log_q is the
+        reference's log-softmax.
+      reference: (params, hidden) of the reference policy; needed by `over_vocabulary` only.
+      chunk: positions a chunk; None derives it from the sizes.
+
+    Returns:
+      `TokenStatistics`.
+    """
+    chex.assert_rank([hidden, tokens], [3, 2])
+    rows, length = tokens.shape
+    chunk = chunk or positions_per_chunk(rows, length, model.vocabulary_size)
+    reference_params, reference_hidden = reference or (None, None)
+
+    @jax.checkpoint
+    def score(hidden, tokens, reference_hidden):
+        log_p = scaled_log_softmax(model.logits(params, hidden), temperature)
+        logprobs = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+        extra = ()
+        if over_vocabulary:
+            log_q = scaled_log_softmax(model.logits(reference_params, reference_hidden), temperature)
+            extra = tuple(functional(log_p, jax.lax.stop_gradient(log_q)) for functional in over_vocabulary)
+        return TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, extra)
+
+    if chunk >= length:
+        return score(hidden, tokens, reference_hidden)
+
+    count = -(-length // chunk)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(rows, count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    inputs = jax.tree.map(split, (hidden, tokens, reference_hidden if over_vocabulary else None))
+    chunks = jax.lax.map(lambda x: score(*x), inputs)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, count * chunk)[:, :length], chunks)

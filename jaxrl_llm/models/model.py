@@ -1,0 +1,35 @@
+"""What the rest of the project needs to know of a language model: four pure functions and a description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, PyTree
+
+
+class Model(NamedTuple):
+    """A language model as pure functions over a parameter pytree.
+
+    A position is the index of a token in its own sequence; -1 marks padding, which attends to nothing real and is
+    attended by nothing. Cached and uncached use are the same function.
+
+    Attributes:
+      init: key -> params.
+      apply: (params, tokens [B, T], positions [B, T], cache or None) -> (hidden [B, T, D], cache or None).
+      logits: (params, hidden [..., D]) -> float32 [..., V], before temperature.
+      init_cache: (rows, slots) -> an empty cache that holds `slots` tokens a row.
+      expand_cache: (cache, samples, extra_slots) -> each row repeated `samples` times, with room for more tokens.
+      specs: a pytree of `ParameterSpec`, the shape of params.
+      vocabulary_size: V.
+      config: the description that it was built from, for checkpoints and reports.
+    """
+
+    init: Callable[[Array], PyTree]
+    apply: Callable[..., tuple[Array, PyTree]]
+    logits: Callable[[PyTree, Array], Array]
+    init_cache: Callable[[int, int], PyTree]
+    expand_cache: Callable[[PyTree, int, int], PyTree]
+    specs: PyTree
+    vocabulary_size: int
+    config: Any

@@ -1,0 +1,64 @@
+"""Parameters described once: shape, dtype, logical axes and initialiser of every leaf.
+
+Initialisation, sharding, parameter counts, checkpoints and ahead-of-time planning all read the same description.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter, before it exists.
+
+    Attributes:
+      shape: its dimensions.
+      axes: a logical axis name for each dimension, None where it is never sharded.
+      scale: standard deviation of the normal initialiser; 0 gives ones (norm gains).
+      dtype: storage dtype.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    scale: float
+    dtype: Any = jnp.float32
+
+
+def _is_spec(leaf) -> bool:
+    return isinstance(leaf, ParameterSpec)
+
+
+def initialise(specs: PyTree, key: Array) -> PyTree:
+    """Draw parameters; each leaf's key is addressed by its path, so adding a leaf does not change the others."""
+
+    def draw(path, spec: ParameterSpec):
+        if spec.scale == 0:
+            return jnp.ones(spec.shape, spec.dtype)
+        leaf_key = key
+        for character in jax.tree_util.keystr(path).encode():
+            leaf_key = jax.random.fold_in(leaf_key, character)
+        return (spec.scale * jax.random.truncated_normal(leaf_key, -3.0, 3.0, spec.shape)).astype(spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=_is_spec)
+
+
+def abstract(specs: PyTree) -> PyTree:
+    """The same tree as `jax.ShapeDtypeStruct`s: no memory is used."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=_is_spec)
+
+
+def logical_axes(specs: PyTree) -> PyTree:
+    """The same tree with each leaf's tuple of logical axis names."""
+    return jax.tree.map(lambda s: s.axes, specs, is_leaf=_is_spec)
+
+
+def parameter_count(specs: PyTree) -> int:
+    """Total number of scalars."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=_is_spec))

@@ -1,0 +1,32 @@
+"""From completions to rewards: verifiers inside the program and on the host, shaping, combination."""
+
+from __future__ import annotations
+
+from jaxrl_llm.rewards.answers import answer_format, answer_span, exact_answer
+from jaxrl_llm.rewards.combination import soft_overlong, truncation_zero, weighted_sum
+from jaxrl_llm.rewards.host import RewardError, checked_host_reward
+from jaxrl_llm.rewards.verifiers import (
+    answer_order_share,
+    answer_position_share,
+    column_share,
+    countdown,
+    exact_match,
+    extract_answer,
+)
+
+__all__ = [
+    "RewardError",
+    "answer_format",
+    "answer_order_share",
+    "answer_position_share",
+    "answer_span",
+    "checked_host_reward",
+    "column_share",
+    "countdown",
+    "exact_answer",
+    "exact_match",
+    "extract_answer",
+    "soft_overlong",
+    "truncation_zero",
+    "weighted_sum",
+]

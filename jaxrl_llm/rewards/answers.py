@@ -1,0 +1,148 @@
+"""Verifiers inside the program: from completion tokens to rewards, jit-able.
+
+The token ids are hyper-parameters; they default to the ids of the built-in character tokenizer.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Ids of `jaxrl_llm.data.CharacterTokenizer`, written out because this arithmetic depends on no other room;
+# a test holds the two together.
+EOS_ID = 2
+THINK_ID, THINK_END_ID = 3, 4
+ANSWER_ID, ANSWER_END_ID = 5, 6
+OTHER_CONTROL_IDS = (0, 1, 7, 8, 9, 10, 11, 12)
+SPACE_IDS = (98, 99)
+
+
+def _among(tokens: Int[Array, "B T"], ids: tuple[int, ...]) -> Bool[Array, "B T"]:
+    return jnp.isin(tokens, jnp.asarray(ids, tokens.dtype)) if ids else jnp.zeros(tokens.shape, bool)
+
+
+def answer_span(
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    open_id: int = ANSWER_ID,
+    close_id: int = ANSWER_END_ID,
+    space_ids: tuple[int, ...] = SPACE_IDS,
+) -> tuple[Int[Array, "B"], Int[Array, "B"], Bool[Array, "B"]]:
+    """Where the answer stands: between the last opening tag and the next closing tag, white space stripped.
+
+    Args:
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence; what stands behind is never read.
+      open_id: id of the opening tag.
+      close_id: id of the closing tag.
+      space_ids: ids that are stripped at both ends.
+
+    Returns:
+      Position of the answer's first token, its number of tokens, and whether there is an answer at all (false where
+      the last opening tag is never closed). An answer of no tokens has the size 0.
+    """
+    chex.assert_rank([tokens, length], [2, 1])
+    position = jnp.arange(tokens.shape[1])[None, :]
+    inside = position < length[:, None]
+    opening = jnp.max(jnp.where(inside & (tokens == open_id), position, -1), axis=1, initial=-1)
+    after = inside & (position > opening[:, None])
+    end = tokens.shape[1]
+    closing = jnp.min(jnp.where(after & (tokens == close_id), position, end), axis=1, initial=end)
+    found = (opening >= 0) & (closing < end)
+    text = after & (position < closing[:, None]) & ~_among(tokens, space_ids) & found[:, None]
+    first = jnp.min(jnp.where(text, position, end), axis=1, initial=end)
+    last = jnp.max(jnp.where(text, position, -1), axis=1, initial=-1)
+    size = jnp.maximum(last - first + 1, 0)
+    return jnp.where(size > 0, first, 0), size, found
+
+
+def exact_answer(
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    answer_tokens: Int[Array, "B A"],
+    answer_length: Int[Array, "B"],
+    *,
+    open_id: int = ANSWER_ID,
+    close_id: int = ANSWER_END_ID,
+    space_ids: tuple[int, ...] = SPACE_IDS,
+) -> Float[Array, "B"]:
+    """1 where the completion's answer equals the reference answer token by token, else 0.
+
+        r = [ tokens between the last <a> and the next </a>, white space stripped == answer_tokens ]
+
+    Args:
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence.
+      answer_tokens: reference answer, right-padded.
+      answer_length: tokens in each reference answer.
+      open_id: id of the tag that opens an answer.
+      close_id: id of the tag that closes it.
+      space_ids: ids that are stripped at both ends of the completion's answer.
+
+    Returns:
+      One reward a row, 0 or 1. A completion without a closed answer gets 0.
+    """
+    chex.assert_rank([tokens, length, answer_tokens, answer_length], [2, 1, 2, 1])
+    chex.assert_equal_shape_prefix([tokens, length, answer_tokens, answer_length], 1)
+    if 0 in (tokens.shape[1], answer_tokens.shape[1]):
+        return jnp.zeros(tokens.shape[0], jnp.float32)
+    first, size, found = answer_span(tokens, length, open_id=open_id, close_id=close_id, space_ids=space_ids)
+    offset = jnp.arange(answer_tokens.shape[1])[None, :]
+    position = jnp.minimum(first[:, None] + offset, tokens.shape[1] - 1)
+    same = jnp.take_along_axis(tokens, position, axis=1) == answer_tokens
+    equal = jnp.all(same | (offset >= answer_length[:, None]), axis=1)
+    return (found & (size == answer_length) & equal).astype(jnp.float32)
+
+
+def answer_format(
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    require_think: bool = True,
+    think_open_id: int = THINK_ID,
+    think_close_id: int = THINK_END_ID,
+    open_id: int = ANSWER_ID,
+    close_id: int = ANSWER_END_ID,
+    eos_id: int = EOS_ID,
+    forbidden_ids: tuple[int, ...] = OTHER_CONTROL_IDS,
+) -> Float[Array, "B"]:
+    """1 where the completion is one think pair, then one answer pair, then end of sequence, and nothing else.
+
+    Args:
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence.
+      require_think: true asks for exactly one think pair in front of the answer; false is the direct variant, an answer
+        pair alone, in which a think pair is something else and gets 0.
+      think_open_id: id of the tag that opens the think part.
+      think_close_id: id of the tag that closes it.
+      open_id: id of the tag that opens the answer.
+      close_id: id of the tag that closes it.
+      eos_id: id of end of sequence.
+      forbidden_ids: control tokens that may stand nowhere in the completion.
+
+    Returns:
+      One flag a row, 0 or 1.
+    """
+    chex.assert_rank([tokens, length], [2, 1])
+    chex.assert_equal_shape_prefix([tokens, length], 1)
+    position = jnp.arange(tokens.shape[1])[None, :]
+    inside = position < length[:, None]
+
+    def once(token_id: int) -> tuple[Bool[Array, "B"], Int[Array, "B"]]:
+        here = inside & (tokens == token_id)
+        return here.sum(axis=1) == 1, jnp.max(jnp.where(here, position, -1), axis=1, initial=-1)
+
+    one_open, opening = once(open_id)
+    one_close, closing = once(close_id)
+    one_end, end = once(eos_id)
+    good = one_open & one_close & one_end & (opening < closing) & (end == closing + 1) & (end == length - 1)
+    good &= ~jnp.any(inside & _among(tokens, forbidden_ids), axis=1)
+    if require_think:
+        one_think, think = once(think_open_id)
+        one_think_end, think_end = once(think_close_id)
+        good &= one_think & one_think_end & (think == 0) & (think_end > 0) & (opening == think_end + 1)
+    else:
+        good &= (opening == 0) & ~jnp.any(inside & _among(tokens, (think_open_id, think_close_id)), axis=1)
+    return good.astype(jnp.float32)

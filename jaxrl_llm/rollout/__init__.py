@@ -1,0 +1,14 @@
+"""Prompts -> Experience: sampling, cached decoding, teacher-forced scoring."""
+
+from jaxrl_llm.rollout.generate import completion_positions, generate, prompt_positions
+from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
+from jaxrl_llm.rollout.score import predicting_hidden
+
+__all__ = [
+    "completion_positions",
+    "generate",
+    "predicting_hidden",
+    "prompt_positions",
+    "row_keys",
+    "sampled_tokens",
+]

@@ -1,0 +1,144 @@
+"""Prompts -> Experience: prefill once a prompt, then decode all samples until every one has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.models.logprobs import entropy_of, scaled_log_softmax
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
+
+
+def prompt_positions(length: Int[Array, "B"], width: int) -> Int[Array, "B P"]:
+    """Positions of left-padded prompts: 0, 1, ... on real tokens and -1 on padding."""
+    return jnp.maximum(jnp.arange(width) - (width - length[:, None]), -1)
+
+
+def completion_positions(prompt_length: Int[Array, "B"], length: Int[Array, "B"], width: int) -> Int[Array, "B T"]:
+    """Positions of right-padded completions that follow their prompts; -1 on padding."""
+    offsets = jnp.arange(width)
+    return jnp.where(offsets < length[:, None], prompt_length[:, None] + offsets, -1)
+
+
+def generate(
+    model: Model,
+    params: PyTree,
+    prompts: Prompts,
+    key: Array,
+    step: Array | int,
+    *,
+    samples_per_prompt: int,
+    max_completion_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    temperature: float | Float[Array, "G"] = 1.0,
+    constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
+) -> Experience:
+    """Sample completions and record everything about them that training needs.
+
+    Decoding stops as soon as every row has ended. The cache is as long as prompt plus completion, so a completion
+    that never ends is cut at `max_completion_tokens` and flagged `truncated`.
+
+    Args:
+      model: the policy.
+      params: its parameters.
+      prompts: N left-padded prompts.
+      key: the run's key.
+      step: training step, folded into every row's key.
+      samples_per_prompt: G; rows are prompt-major, B = N * G.
+      max_completion_tokens: T, end of sequence included.
+      eos_id: ends a completion and belongs to it.
+      pad_id: fills the rest; may equal `eos_id`.
+      temperature: of the softmax; 0 is greedy. One number, or one for each sample number.
+      constrain: applied to arrays with one row a sample, to place them on a mesh.
+
+    Returns:
+      `Experience` with everything a rollout fills. Greedy rows report log-probabilities at temperature 1.
+
+    Raises:
+      ValueError: for sizes below 1 or a temperature below 0.
+    """
+    if samples_per_prompt < 1 or max_completion_tokens < 1:
+        raise ValueError(
+            f"rollout.samples_per_prompt is {samples_per_prompt} and rollout.max_completion_tokens is "
+            f"{max_completion_tokens}; both must be at least 1"
+        )
+    if isinstance(temperature, int | float) and temperature < 0:
+        raise ValueError(f"rollout.temperature is {temperature}; it must be 0 (greedy) or above")
+    prompt_rows, prompt_width = prompts.tokens.shape
+    rows, steps = prompt_rows * samples_per_prompt, max_completion_tokens
+
+    cache = model.init_cache(prompt_rows, prompt_width)
+    hidden, cache = model.apply(params, prompts.tokens, prompt_positions(prompts.length, prompt_width), cache)
+    repeat = lambda x: constrain(jnp.repeat(x, samples_per_prompt, axis=0))  # noqa: E731
+    cache = model.expand_cache(cache, samples_per_prompt, steps)
+    per_prompt = jax.tree.map(repeat, prompts)
+
+    sample = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), prompt_rows)
+    keys = row_keys(key, step, per_prompt.prompt_id, sample)
+    per_row = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples_per_prompt,))[sample]
+    greedy = per_row == 0
+    scale = jnp.where(greedy, 1.0, per_row)[:, None]
+
+    def draw(hidden, position):
+        log_p = scaled_log_softmax(model.logits(params, hidden), scale)
+        token = sampled_tokens(log_p, keys, position, greedy)
+        return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
+
+    def record(columns, values, position):
+        return tuple(
+            jax.lax.dynamic_update_slice(column, value[:, None].astype(column.dtype), (0, position))
+            for column, value in zip(columns, values, strict=True)
+        )
+
+    first = draw(repeat(hidden[:, -1]), 0)
+    empty = (
+        jnp.full((rows, steps), pad_id, jnp.int32),
+        jnp.zeros((rows, steps), jnp.float32),
+        jnp.zeros((rows, steps), jnp.float32),
+    )
+    length = jnp.ones(rows, jnp.int32)
+    start = (jnp.int32(1), record(empty, first, 0), first[0], first[0] == eos_id, length, cache)
+
+    def unfinished(carry):
+        position, _, _, ended, _, _ = carry
+        return (position < steps) & ~jnp.all(ended)
+
+    def decode(carry):
+        position, columns, token, ended, length, cache = carry
+        at = jnp.where(ended, -1, per_prompt.length + position - 1)
+        hidden, cache = model.apply(params, token[:, None], at[:, None], cache)
+        token, logprob, entropy = draw(hidden[:, 0], position)
+        values = (
+            jnp.where(ended, pad_id, token),
+            jnp.where(ended, 0.0, logprob),
+            jnp.where(ended, 0.0, entropy),
+        )
+        length = length + ~ended
+        return position + 1, record(columns, values, position), values[0], ended | (token == eos_id), length, cache
+
+    _, columns, _, ended, length, _ = jax.lax.while_loop(unfinished, decode, start)
+    tokens, logprobs, entropy = columns
+    inside = jnp.arange(steps) < length[:, None]
+    return Experience(
+        prompt_tokens=per_prompt.tokens,
+        prompt_length=per_prompt.length,
+        prompt_id=per_prompt.prompt_id,
+        answer_tokens=per_prompt.answer_tokens,
+        answer_length=per_prompt.answer_length,
+        sample=sample,
+        group=jnp.repeat(jnp.arange(prompt_rows, dtype=jnp.int32), samples_per_prompt),
+        weight=jnp.ones(rows, jnp.float32),
+        tokens=tokens,
+        length=length,
+        source=jnp.where(inside, Source.SAMPLED, Source.PAD).astype(jnp.int8),
+        mask=inside.astype(jnp.float32),
+        behaviour_logprobs=logprobs,
+        behaviour_entropy=entropy,
+        truncated=~ended,
+    )

@@ -1,0 +1,129 @@
+"""Checkpoints: the whole state in one atomic step directory, written by orbax, refused when it does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another run."""
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Sixteen hex digits over a config as a canonical JSON text."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def checkpoint_manager(directory: Path, *, keep: int) -> ocp.CheckpointManager:
+    """A manager that writes in the background and keeps the newest `keep` steps."""
+    return ocp.CheckpointManager(
+        Path(directory).resolve(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+    )
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping[str, Any]) -> None:
+    """Write state and meta as one step; a kill at any moment leaves the previous step whole.
+
+    Raises:
+      CheckpointError: when that step exists already (orbax would skip it in silence).
+    """
+    if not manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))):
+        raise CheckpointError(
+            f"checkpoint {step} in {manager.directory} exists already, so it was not written again; resume from it, or "
+            "use another run_dir"
+        )
+
+
+def latest_step(directory: Path) -> int | None:
+    """Newest complete step under a checkpoints directory, None when there is none."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return None
+    steps = [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
+    return max(steps, default=None)
+
+
+def read_meta(directory: Path, step: int) -> dict[str, Any]:
+    """The meta of one step alone."""
+    with ocp.CheckpointManager(Path(directory).resolve()) as manager:
+        return dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+
+
+def restore(directory: Path, step: int, like: PyTree) -> PyTree:
+    """State of one step, placed as `like` is.
+
+    Args:
+      directory: the checkpoints directory.
+      step: one of its steps.
+      like: a state (or a tree of `jax.ShapeDtypeStruct`) of the same structure.
+
+    Raises:
+      CheckpointError: when structure, shapes or dtypes differ; orbax alone would cast dtypes in silence.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    _compare(_stored(directory, step), abstract, f"{directory}/{step}")
+    with ocp.CheckpointManager(Path(directory).resolve()) as manager:
+        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+
+
+def restore_params(directory: Path, step: int, like: PyTree) -> PyTree:
+    """The policy alone from a full checkpoint: what evaluation needs, whatever the optimiser was.
+
+    Raises:
+      CheckpointError: when the parameters' structure, shapes or dtypes differ from `like`.
+    """
+    abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+    _compare({"params": _stored(directory, step)["params"]}, abstract, f"{directory}/{step}")
+    arguments = ocp.args.PyTreeRestore(
+        item=abstract, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(_state_path(directory, step), args=arguments)["params"]
+
+
+def _state_path(directory: Path, step: int) -> Path:
+    return Path(directory).resolve() / str(step) / "state"
+
+
+def _stored(directory: Path, step: int) -> PyTree:
+    """Shapes and dtypes of a written state, as plain dictionaries and lists."""
+    path = _state_path(directory, step)
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {directory} has no step {step}; there is {latest_step(directory)}")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.metadata(path).item_metadata.tree
+
+
+def _compare(stored: PyTree, wanted: PyTree, where: str) -> None:
+    """Compare by path: the stored tree is made of dictionaries and lists, the wanted one of dataclasses."""
+
+    def by_path(tree: PyTree) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {"/".join(_key(part) for part in path): leaf for path, leaf in leaves}
+
+    here, there = by_path(wanted), by_path(stored)
+    for path in sorted(here.keys() ^ there.keys()):
+        side = "lacks" if path in here else "has a surplus"
+        raise CheckpointError(f"checkpoint {where} {side} {path!r}; it belongs to a run with another config")
+    for path, leaf in here.items():
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            continue  # written as its raw bits
+        shape, dtype = tuple(there[path].shape), there[path].dtype
+        if shape != tuple(leaf.shape) or str(dtype) != str(leaf.dtype):
+            raise CheckpointError(
+                f"checkpoint {where} holds {path!r} as {dtype}{list(shape)}, but this config makes it "
+                f"{leaf.dtype}{list(leaf.shape)}; use the config that the checkpoint was written with"
+            )
+
+
+def _key(part: Any) -> str:
+    return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))

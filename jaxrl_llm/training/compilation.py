@@ -1,0 +1,83 @@
+"""Counting compilations: after warm-up there should be none, and one that happens is reported with its cause."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import jax
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompilationWatch:
+    """Counts programs compiled in this process while it is open. A context manager.
+
+        with CompilationWatch() as watch:
+            ...
+            watch.expect_none(report)   # from here on each compilation is reported, with the reason jax gives
+
+    Attributes:
+      count: programs compiled so far.
+      seconds: time spent compiling them.
+    """
+
+    def __init__(self):
+        self.count, self.seconds = 0, 0.0
+        self._open, self._report = False, None
+        self._cause = _LastMessage()
+
+    def __enter__(self) -> CompilationWatch:
+        self._open = True
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open = False
+        self.allow()
+
+    def expect_none(self, report: Callable[[str], None]) -> None:
+        """From now on call `report` with a sentence for every compilation."""
+        self._report = report
+        jax.config.update("jax_explain_cache_misses", True)
+        self._cause.attach()
+
+    def allow(self) -> None:
+        """Compilations are expected again (another stage begins)."""
+        if self._report is not None:
+            self._report = None
+            jax.config.update("jax_explain_cache_misses", False)
+            self._cause.detach()
+
+    def _listen(self, event: str, seconds: float, **_: object) -> None:
+        # jax keeps its listeners for good, so a closed watch must ignore what comes after.
+        if not self._open or event != _EVENT:
+            return
+        self.count += 1
+        self.seconds += seconds
+        if self._report is not None:
+            self._report(f"compiled after warm-up ({seconds:.1f} s): {self._cause.text or 'jax gives no cause'}")
+
+
+class _LastMessage(logging.Handler):
+    """Keeps the last explanation that jax logged, and keeps it off the terminal."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = ""
+        self._loggers = [logging.getLogger(name) for name in ("jax._src.pjit", "jax._src.interpreters.pxla")]
+
+    def attach(self) -> None:
+        for logger in self._loggers:
+            logger.addHandler(self)
+            logger.propagate = False
+
+    def detach(self) -> None:
+        for logger in self._loggers:
+            logger.removeHandler(self)
+            logger.propagate = True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "CACHE MISS" in message:
+            self.text = " ".join(message.split())

@@ -1,0 +1,66 @@
+"""Credit: rewards -> advantages, by an ordered list of (field, function) that fills in more of the experience."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxrl_llm.experience import Experience, Method
+from jaxrl_llm.training.wiring import call, fields_of
+
+# What a credit function may fill in, and whether one number a row is spread over the row's tokens.
+CREDIT_FIELDS = {
+    "rewards": False,
+    "correct": False,
+    "weight": False,
+    "mask": False,
+    "advantages": True,
+    "token_weight": True,
+    "returns": True,
+}
+
+
+@dataclass(frozen=True)
+class CreditTerm:
+    """One entry of a recipe's credit list.
+
+    Attributes:
+      field: the field of `Experience` that the function's value becomes (`CREDIT_FIELDS`).
+      function: a function of experience fields, or a `Method`.
+      name: for metrics, memory and messages.
+    """
+
+    field: str
+    function: Callable[..., Any] | Method
+    name: str = ""
+
+    @property
+    def memory_name(self) -> str:
+        """Key of the method's memory in `TrainState.memory`."""
+        return f"{self.field}:{self.name}"
+
+
+def apply_credit(
+    terms: Sequence[CreditTerm], experience: Experience, memory: dict[str, Any], step: Array
+) -> tuple[Experience, dict[str, Any]]:
+    """Run the list in order. Nothing here carries a gradient, and rows of weight 0 end with advantage 0."""
+    memory = dict(memory)
+    for term in terms:
+        provided = fields_of(experience) | {"step": step}
+        if isinstance(term.function, Method):
+            value, memory[term.memory_name] = call(term.function, provided, memory[term.memory_name])
+        else:
+            value = call(term.function, provided)
+        value = jax.lax.stop_gradient(value)
+        if CREDIT_FIELDS[term.field] and value.ndim == 1:
+            value = jnp.where(experience.mask > 0, value[:, None], 0.0)
+        experience = experience.replace(**{term.field: value})
+    if experience.advantages is not None:
+        present = (experience.weight > 0)[:, None]
+        experience = experience.replace(advantages=jnp.where(present, experience.advantages, 0.0))
+    return experience, memory

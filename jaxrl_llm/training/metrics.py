@@ -1,0 +1,45 @@
+"""What a batch of experience says about itself: the numbers of every step. A name says what it averages over."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.experience import Experience
+
+
+def constant_group_share(
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]
+) -> Float[Array, ""]:
+    """Share of groups whose rewards are all equal: they carry no signal for a group-relative method."""
+    rows = rewards.shape[0]
+    present = weight > 0
+    highest = jax.ops.segment_max(jnp.where(present, rewards, -jnp.inf), group, num_segments=rows)
+    lowest = jax.ops.segment_min(jnp.where(present, rewards, jnp.inf), group, num_segments=rows)
+    exists = jax.ops.segment_sum(present.astype(jnp.float32), group, num_segments=rows) > 0
+    constant = exists & (highest <= lowest)
+    return constant.sum() / jnp.maximum(exists.sum(), 1)
+
+
+def experience_metrics(experience: Experience) -> dict[str, Array]:
+    """Scalars of one batch: means over present rows, or over their trained tokens where the name says token."""
+    weight = experience.weight
+    rows = jnp.maximum(weight.sum(), 1.0)
+    mask = experience.mask * weight[:, None]
+    tokens = jnp.maximum(mask.sum(), 1.0)
+    mean = lambda x: (x * weight).sum() / rows  # noqa: E731
+    token_mean = lambda x: (x * mask).sum() / tokens  # noqa: E731
+    metrics = {
+        "reward": mean(experience.rewards),
+        "correct": mean(experience.correct),
+        "constant_group_share": constant_group_share(experience.rewards, experience.group, weight),
+        "completion_tokens": mean(experience.length.astype(jnp.float32)),
+        "truncated_share": mean(experience.truncated.astype(jnp.float32)),
+        "entropy_per_token": token_mean(experience.behaviour_entropy),
+    }
+    if experience.reference_logprobs is not None:
+        metrics["kl_reference_per_token"] = token_mean(experience.behaviour_logprobs - experience.reference_logprobs)
+    if experience.advantages is not None:
+        metrics["advantage_abs_per_token"] = token_mean(jnp.abs(experience.advantages))
+    return metrics

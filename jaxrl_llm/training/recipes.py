@@ -1,0 +1,158 @@
+"""Recipes: names and hyper-parameters in YAML -> the functions that a step is composed of.
+
+An entry is a name, `{name: {hyper-parameter: value}}`, or `{python: "module:function", hyper-parameter: value}` for a
+function of the user's own. Names are the public names of the rooms; nothing is registered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pydantic
+
+from jaxrl_llm import advantages, losses, rewards
+from jaxrl_llm.experience import Method
+from jaxrl_llm.training.credit import CreditTerm
+from jaxrl_llm.training.learn import LossTerm
+from jaxrl_llm.training.score import RewardTerm
+from jaxrl_llm.training.wiring import nearest, signature
+
+CREDIT_ROOMS = (advantages, rewards, losses)
+
+
+class RecipeError(ValueError):
+    """A recipe entry that names nothing, or gives it what it cannot take."""
+
+
+def reward_terms(entries: Sequence[Any]) -> tuple[RewardTerm, ...]:
+    """Reward entries; `weight` and `name` may stand beside the hyper-parameters."""
+    terms = []
+    for entry in entries:
+        name, hyper = _parsed(entry, "rewards")
+        weight, label = hyper.pop("weight", 1.0), hyper.pop("name", None)
+        function = method(name, hyper, (rewards,), "rewards")
+        terms.append(RewardTerm(function, _number(weight, f"rewards.{name}.weight"), label or _label(name)))
+    return tuple(terms)
+
+
+def credit_terms(entries: Sequence[Mapping[str, Any]]) -> tuple[CreditTerm, ...]:
+    """Credit entries: `field: method`, in order."""
+    terms = []
+    for entry in entries:
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            raise RecipeError(f"credit entry {entry!r} must be one `field: method`, e.g. advantages: group_normalized")
+        ((field, inner),) = entry.items()
+        name, hyper = _parsed(inner, f"credit.{field}")
+        terms.append(CreditTerm(field, method(name, hyper, CREDIT_ROOMS, f"credit.{field}"), _label(name)))
+    return tuple(terms)
+
+
+def loss_terms(entries: Sequence[Any]) -> tuple[LossTerm, ...]:
+    """Loss entries; `coefficient` (a number, or an entry that makes one) and `name` may stand beside hyper-parameters."""
+    terms = []
+    for entry in entries:
+        name, hyper = _parsed(entry, "losses")
+        coefficient, label = hyper.pop("coefficient", 1.0), hyper.pop("name", None)
+        where = f"losses.{name}.coefficient"
+        if isinstance(coefficient, Mapping) or (isinstance(coefficient, str) and coefficient.isidentifier()):
+            controller, inner = _parsed(coefficient, where)
+            coefficient = method(controller, inner, (losses,), where)
+        else:
+            coefficient = _number(coefficient, where)
+        terms.append(LossTerm(method(name, hyper, (losses,), "losses"), coefficient, label or _label(name)))
+    return tuple(terms)
+
+
+def method(name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], where: str) -> Callable | Method:
+    """The function that an entry names, with its hyper-parameters bound.
+
+    A function without data parameters is a factory: it is called, and what it returns is the method.
+
+    Raises:
+      RecipeError: for an unknown name or hyper-parameter (with the nearest known one), or a value of the wrong type.
+    """
+    function = _user_function(name, where) if ":" in name else _public_function(name, rooms, where)
+    read = signature(function)
+    for key in hyper:
+        if key not in read.hyper:
+            raise RecipeError(f"{where}.{name}.{key} is not a hyper-parameter of {name}; {nearest(key, read.hyper)}")
+    bound = {key: _typed(function, key, value, f"{where}.{name}.{key}") for key, value in hyper.items()}
+    required = [p.name for p in inspect.signature(function).parameters.values()
+                if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in bound]
+    if required:
+        raise RecipeError(f"{where}.{name} needs {required[0]}; add {name}: {{{required[0]}: ...}}")
+    if read.required or read.optional:
+        return partial(function, **bound) if bound else function
+    try:
+        return function(**bound)
+    except ValueError as error:
+        raise RecipeError(f"{where}.{name}: {error}") from None
+
+
+def _public_function(name: str, rooms: Sequence[ModuleType], where: str) -> Callable:
+    for room in rooms:
+        if name in room.__all__ and inspect.isfunction(getattr(room, name)):
+            return getattr(room, name)
+    known = [n for room in rooms for n in room.__all__ if inspect.isfunction(getattr(room, n))]
+    raise RecipeError(f"{where} names {name!r}, which does not exist; {nearest(name, known)}")
+
+
+def _user_function(path: str, where: str) -> Callable:
+    module_name, _, attribute = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise RecipeError(
+            f"{where} names python: {path!r}, but importing {module_name!r} failed: {error}; put the module in the "
+            "current directory or on PYTHONPATH"
+        ) from error
+    except AttributeError:
+        raise RecipeError(f"{where} names python: {path!r}, but {module_name!r} has no {attribute!r}") from None
+    if not callable(function):
+        raise RecipeError(f"{where} names python: {path!r}, which is not a function")
+    return function
+
+
+def _parsed(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, Mapping) and "python" in entry:
+        return str(entry["python"]), {key: value for key, value in entry.items() if key != "python"}
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        ((name, hyper),) = entry.items()
+        if hyper is None or isinstance(hyper, Mapping):
+            return str(name), dict(hyper or {})
+    raise RecipeError(f"{where} entry {entry!r} is neither a name, nor {{name: {{hyper-parameters}}}}, nor {{python: ...}}")
+
+
+def _label(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise RecipeError(f"{where} is {value!r}; it must be a number") from None
+
+
+def _typed(function: Callable, key: str, value: Any, where: str) -> Any:
+    """Check a value against the function's annotation, where it has one that says something."""
+    annotation = inspect.signature(function, eval_str=True).parameters[key].annotation
+    if annotation is inspect.Parameter.empty:
+        return value
+    try:
+        return pydantic.TypeAdapter(annotation).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"{where} is {value!r}: {error.errors()[0]['msg'].lower()}") from None
+    except pydantic.errors.PydanticSchemaGenerationError:
+        return value

@@ -1,0 +1,83 @@
+"""Supervised fine-tuning: the learner of reinforcement, on demonstrations, with a log-likelihood loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxrl_llm.data import SupervisedBatch
+from jaxrl_llm.experience import Experience, Source, TrainState
+from jaxrl_llm.losses import Aggregation, negative_log_likelihood
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
+from jaxrl_llm.training.learn import LossTerm, Update, make_learn
+
+
+def demonstrations(batch: SupervisedBatch) -> Experience:
+    """Reference completions as experience: every completion token is trained on, end of sequence included."""
+    rows, width = batch.tokens.shape
+    inside = jnp.arange(width) < jnp.asarray(batch.length)[:, None]
+    nothing = jnp.zeros((rows, width), jnp.float32)
+    return Experience(
+        prompt_tokens=jnp.asarray(batch.prompt_tokens),
+        prompt_length=jnp.asarray(batch.prompt_length),
+        prompt_id=jnp.asarray(batch.prompt_id),
+        answer_tokens=jnp.zeros((rows, 1), jnp.int32),
+        answer_length=jnp.zeros(rows, jnp.int32),
+        sample=jnp.zeros(rows, jnp.int32),
+        group=jnp.arange(rows, dtype=jnp.int32),
+        weight=jnp.asarray(batch.weight),
+        tokens=jnp.asarray(batch.tokens),
+        length=jnp.asarray(batch.length),
+        source=jnp.where(inside, Source.DEMONSTRATION, Source.PAD).astype(jnp.int8),
+        mask=inside.astype(jnp.float32),
+        behaviour_logprobs=nothing,
+        behaviour_entropy=nothing,
+        truncated=jnp.zeros(rows, bool),
+    )
+
+
+def make_supervised_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    aggregation: Aggregation = "token_mean",
+    sequences_per_microbatch: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Callable[[Array], TrainState], Callable]:
+    """(init, step) of maximum likelihood on completion tokens; prompts carry no loss.
+
+    Args:
+      model: the policy.
+      optimizer: an optax transformation.
+      aggregation: how token losses become one number.
+      sequences_per_microbatch: rows differentiated at once; None takes the whole batch.
+      mesh: devices to spread rows over.
+
+    Returns:
+      init: key -> TrainState.
+      step: (state, experience) -> (state, metrics); the state is donated.
+    """
+    loss = LossTerm(partial(negative_log_likelihood, aggregation=aggregation), name="negative_log_likelihood")
+    update = Update(sequences_per_microbatch=sequences_per_microbatch)
+    learn = make_learn(model, optimizer, [loss], update, temperature=1.0, samples_per_prompt=1)
+    constrain = row_constraint(mesh)
+
+    def init(key: Array) -> TrainState:
+        params = model.init(jax.random.fold_in(key, 0))
+        state = TrainState(params, optimizer.init(params), None, {}, jnp.copy(key), jnp.int32(0))
+        return state if mesh is None else replicate(state, mesh)
+
+    def step(state: TrainState, rows: Experience) -> tuple[TrainState, dict[str, Array]]:
+        params, optimizer_state, metrics = learn(
+            state.params, state.optimizer_state, None, constrain(rows), [jnp.float32(1.0)], state.key
+        )
+        state = state.replace(params=params, optimizer_state=optimizer_state, step=state.step + 1)
+        return constrain_replicated(state, mesh), {name: metrics[name] for name in ("loss", "gradient_norm")}
+
+    return init, jax.jit(step, donate_argnums=0)

@@ -1,0 +1,172 @@
+"""What must hold for every advantage: rows have no order, group ids no meaning, and absent rows no effect."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import advantages
+from jaxrl_llm.training.wiring import signature
+
+ROWS, TOKENS = 9, 4
+LENGTHS = np.array([4, 2, 3, 1, 4, 4, 2, 3, 4])
+
+
+def running_mean(rewards, weight):
+    method = advantages.running_mean_baseline()
+    _, memory = method.update(method.init(), jnp.array([0.2, 0.4]), jnp.ones(2))
+    return method.update(memory, rewards, weight)[0]
+
+
+CASES = {
+    "raw_rewards": advantages.raw_rewards,
+    "reward_minus_baseline": advantages.reward_minus_baseline,
+    "running_mean_baseline": running_mean,
+    "group_normalized": advantages.group_normalized,
+    "group_normalized/batch": functools.partial(advantages.group_normalized, scale="batch"),
+    "group_normalized/none": functools.partial(advantages.group_normalized, scale="none"),
+    "leave_one_out": advantages.leave_one_out,
+    "length_weighted_baseline": advantages.length_weighted_baseline,
+    "pass_at_k_normalized": functools.partial(advantages.pass_at_k_normalized, k=2),
+    "max_at_k_weights": functools.partial(advantages.max_at_k_weights, k=2),
+    "max_at_k_weights/no_baseline": functools.partial(advantages.max_at_k_weights, k=2, baseline=False),
+    "top_margin": advantages.top_margin,
+    "nonconstant_groups": advantages.nonconstant_groups,
+    "whitened": advantages.whitened,
+    "reinforce_plus_plus": functools.partial(advantages.reinforce_plus_plus, gamma=0.9),
+    "reinforce_plus_plus_baseline": advantages.reinforce_plus_plus_baseline,
+    "discounted_returns": functools.partial(advantages.discounted_returns, gamma=0.9),
+    "gae": functools.partial(advantages.gae, gamma=0.9),
+    "gae_returns": functools.partial(advantages.gae_returns, gamma=0.9),
+}
+# Centred on something that moves with the rewards.
+SHIFT_INVARIANT = {
+    "group_normalized",
+    "group_normalized/batch",
+    "group_normalized/none",
+    "leave_one_out",
+    "length_weighted_baseline",
+    "max_at_k_weights",
+    "top_margin",
+    "nonconstant_groups",
+    "reinforce_plus_plus_baseline",
+}
+SCALE_INVARIANT = {"group_normalized", "group_normalized/batch", "top_margin", "reinforce_plus_plus_baseline"}
+# Equal rewards in every group.
+ZERO_ON_EQUAL = SHIFT_INVARIANT | {"pass_at_k_normalized"}
+ZERO_ALONE = {
+    "group_normalized",
+    "group_normalized/batch",
+    "group_normalized/none",
+    "leave_one_out",
+    "length_weighted_baseline",
+    "pass_at_k_normalized",
+    "top_margin",
+}
+
+
+def batch():
+    rng = np.random.default_rng(5)
+    return {
+        "rewards": jnp.asarray(rng.permutation(ROWS) / 4 - 0.5, jnp.float32),
+        "correct": jnp.asarray([1, 0, 1, 0, 0, 1, 1, 0, 0], jnp.float32),
+        "baseline_rewards": jnp.asarray(rng.normal(size=ROWS), jnp.float32),
+        "group": jnp.asarray([3, 0, 3, 3, 0, 6, 6, 6, 8], jnp.int32),
+        "weight": jnp.ones(ROWS),
+        "length": jnp.asarray(LENGTHS, jnp.int32),
+        "mask": jnp.asarray(np.arange(TOKENS) < LENGTHS[:, None], jnp.float32),
+        "advantages": jnp.asarray(rng.normal(size=(ROWS, TOKENS)), jnp.float32),
+        "old_values": jnp.asarray(rng.normal(size=(ROWS, TOKENS)), jnp.float32),
+    }
+
+
+DATA = batch()
+# Without the group of one, which keeps its raw reward under REINFORCE++-baseline and max@k.
+WHOLE_GROUPS = jnp.ones(ROWS).at[8].set(0.0)
+
+
+@pytest.fixture(params=sorted(CASES))
+def name(request):
+    return request.param
+
+
+@functools.cache
+def compiled(name):
+    return jax.jit(CASES[name])
+
+
+def run(name, data):
+    function = CASES[name]
+    read = signature(function.func if isinstance(function, functools.partial) else function)
+    # By position, as jit has no data to read names from.
+    return np.asarray(compiled(name)(*(data[field] for field in read.required)))
+
+
+def rows(data, index):
+    return {name: value[index] for name, value in data.items()}
+
+
+def test_a_permutation_of_rows_permutes_the_result(name):
+    order = np.random.default_rng(2).permutation(ROWS)
+    np.testing.assert_allclose(run(name, rows(DATA, order)), run(name, DATA)[order], rtol=1e-5, atol=1e-6)
+
+
+def test_the_names_of_groups_mean_nothing(name):
+    renamed = jnp.asarray([5, 1, 2, 0, 4, 3, 7, 8, 6])[DATA["group"]]
+    np.testing.assert_allclose(run(name, DATA | {"group": renamed}), run(name, DATA), rtol=1e-5, atol=1e-6)
+
+
+def test_absent_rows_and_columns_of_padding_change_nothing_and_get_nothing(name):
+    absent = rows(DATA, np.array([0, 4, 7])) | {"weight": jnp.zeros(3), "rewards": jnp.array([50.0, -3.0, jnp.nan])}
+    larger = {}
+    for field, value in DATA.items():
+        value = jnp.concatenate([value, absent[field]])
+        if value.ndim == 2:
+            value = jnp.pad(value, ((0, 0), (0, 2)), constant_values=0 if field == "mask" else 9)
+        larger[field] = value
+    result = run(name, larger)
+    inside = result[:ROWS, :TOKENS] if result.ndim == 2 else result[:ROWS]
+    np.testing.assert_allclose(inside, run(name, DATA), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(result[ROWS:], 0)
+    if result.ndim == 2:
+        np.testing.assert_array_equal(result[:, TOKENS:], 0)
+
+
+def test_an_empty_batch_is_zero_and_finite(name):
+    np.testing.assert_array_equal(run(name, DATA | {"weight": jnp.zeros(ROWS)}), 0)
+
+
+def test_low_precision_rewards_give_float32_statistics(name):
+    low = {f: v.astype(jnp.bfloat16) if jnp.issubdtype(v.dtype, jnp.floating) else v for f, v in DATA.items()}
+    rounded = {f: v.astype(DATA[f].dtype) for f, v in low.items()}
+    result = run(name, low)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, run(name, rounded), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(SHIFT_INVARIANT))
+def test_a_shift_of_all_rewards_changes_nothing(name):
+    whole = DATA | {"weight": WHOLE_GROUPS}
+    shifted = whole | {"rewards": whole["rewards"] + 2.0}
+    np.testing.assert_allclose(run(name, shifted), run(name, whole), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SCALE_INVARIANT))
+def test_a_positive_scale_of_all_rewards_changes_nothing(name):
+    scaled = DATA | {"rewards": DATA["rewards"] * 10.0}
+    np.testing.assert_allclose(run(name, scaled), run(name, DATA), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(ZERO_ON_EQUAL))
+def test_equal_rewards_of_a_group_give_zero(name):
+    for value in (0.1, 1000.1):
+        equal = {"rewards": jnp.full(ROWS, value), "correct": jnp.ones(ROWS), "weight": WHOLE_GROUPS}
+        np.testing.assert_array_equal(run(name, DATA | equal), 0)
+
+
+@pytest.mark.parametrize("name", sorted(ZERO_ALONE))
+def test_a_group_of_one_gives_zero(name):
+    alone = DATA | {"group": jnp.arange(ROWS, dtype=jnp.int32)}
+    np.testing.assert_array_equal(run(name, alone), 0)
