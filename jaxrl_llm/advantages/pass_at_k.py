@@ -102,16 +102,17 @@ def max_at_k_weights(
         # Row j, ranked below row i, is the best of the others in C(rank_j, k - 2) of C(n - 2, k - 2) subsets.
         # Measured from the smallest reward, so that the margins of equal rewards are exactly 0.
         above_least = rewards - group_min(rewards, group, weight)
-        best_below = _choose_ratio(rank, n - 2, size - 2, k - 2) if k > 1 else jnp.zeros_like(rank)
-        mass = _sum_below(best_below, rewards, group, weight)
-        moment = _sum_below(best_below * above_least, rewards, group, weight)
-        margins = pair * (above_least * mass - moment)
+        best = _choose_ratio(rank, n - 2, size - 2, k - 2)
+        below = _sums_below(jnp.stack([best, best * above_least], axis=1), rewards, group, weight)
+        margins = pair * (above_least * below[:, 0] - below[:, 1])
         # A subset of one has no others: their maximum is 0.
         return present(jnp.where(size == 1, one * rewards, margins), weight)
-    own = one * _choose_ratio(rank, n - 1, size - 1, k - 1) * rewards
-    best_above = _choose_ratio(rank - 1, n - 2, size - 2, k - 2) if k > 1 else jnp.zeros_like(rank)
-    above = _sum_above(best_above * rewards, rewards, group, weight)
-    return present(own + pair * above, weight)
+    # The row is the best of C(rank, k - 1) subsets, and in C(rank_j - 1, k - 2) of them row j, ranked above, is.
+    best = one * _choose_ratio(rank, n - 1, size - 1, k - 1) * rewards
+    term = _choose_ratio(rank - 1, n - 2, size - 2, k - 2) * rewards
+    there = (weight > 0).astype(jnp.float32)
+    above = group_sum(term, group, there) - _sums_below(term[:, None], rewards, group, weight)[:, 0] - term
+    return present(best + pair * above, weight)
 
 
 def top_margin(
@@ -163,11 +164,11 @@ def _choose_ratio(a, b, size, most: int):
     return ratio
 
 
-def _sum_below(values, rewards, group, weight):
-    """Sum of `values` over the rows of the group that rank strictly below the row."""
-    order = jnp.lexsort((present(rewards, weight), weight <= 0, group))
-    terms = jnp.where(weight > 0, values, 0.0)[order]
-    first = jnp.concatenate([jnp.ones(1, bool), group[order][1:] != group[order][:-1]])
+def _sums_below(terms, rewards, group, weight):
+    """For each column of `terms` [B, C], the sum over the present rows of the group that rank below the row."""
+    order = jnp.lexsort((rewards, weight <= 0, group))
+    terms = jnp.where(weight[:, None] > 0, terms, 0.0)[order]
+    first = jnp.concatenate([jnp.ones(1, bool), group[order][1:] != group[order][:-1]])[:, None]
 
     def combine(left, right):
         (left_sum, left_first), (right_sum, right_first) = left, right
@@ -176,13 +177,6 @@ def _sum_below(values, rewards, group, weight):
     # Segmented: a plain cumulative sum over the batch would cancel digits between groups.
     running, _ = jax.lax.associative_scan(combine, (terms, first))
     return jnp.zeros_like(terms).at[order].set(running - terms)
-
-
-def _sum_above(values, rewards, group, weight):
-    """Sum of `values` over the rows of the group that rank strictly above the row."""
-    there = (weight > 0).astype(jnp.float32)
-    counted = jnp.where(weight > 0, values, 0.0)
-    return group_sum(counted, group, there) - _sum_below(values, rewards, group, weight) - counted
 
 
 def _check_k(k):

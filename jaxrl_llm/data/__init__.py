@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from jaxrl_llm.data import tasks
 from jaxrl_llm.data.builder import DataSet, DataSpec, TaskItems, data_set, fingerprint
+from jaxrl_llm.data.encoding import Tokenizer, encode_prompts
 from jaxrl_llm.data.pipeline import (
     Batches,
     EvaluationBatch,
     PromptBatch,
     SupervisedBatch,
-    Tokenizer,
-    encode_prompts,
     evaluation_batches,
     prompt_batches,
     supervised_batches,

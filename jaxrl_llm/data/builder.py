@@ -118,28 +118,34 @@ class TaskItems(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder of synthetic tasks; `data_set` is the usual way in."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # TFDS looks beside the code for checksums of downloads, through a package it does not require; nothing is downloaded.
+    # TFDS would look beside the code for checksums, through a package that it does not require. Nothing is downloaded.
     code_path = None
 
+    @property
+    def spec(self) -> DataSpec:
+        """The specification that the configuration carries."""
+        config: Any = self.builder_config
+        return config.spec
+
     def _info(self) -> tfds.core.DatasetInfo:
-        text, number = tfds.features.Text(), tfds.features.Scalar(np.int64)
+        features: dict[str, Any] = dict.fromkeys(("body", "think", "answer", "task", "domain"), tfds.features.Text())
+        features |= dict.fromkeys(("level", "item_id"), tfds.features.Scalar(np.int64))
         return tfds.core.DatasetInfo(
             builder=self,
             description="Synthetic problems with reference scratch and answer.",
-            features=tfds.features.FeaturesDict(
-                {name: text for name in ("body", "think", "answer", "task", "domain")}
-                | {name: number for name in ("level", "item_id")}
-            ),
+            features=tfds.features.FeaturesDict(features),
             # On disk in the order of item_id, so that source[i] is item i.
             disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(spec=self.builder_config.spec.canonical),
+            metadata=tfds.core.MetadataDict(spec=self.spec.canonical),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         del dl_manager
-        spec = self.builder_config.spec
+        spec = self.spec
         records = [record(item, number) for number, item in enumerate(spec.items())]
-        self.info.metadata["fingerprint"] = fingerprint(spec, records)
+        # The metadata are written with the data, at the end.
+        metadata: Any = self.info.metadata
+        metadata["fingerprint"] = fingerprint(spec, records)
         return {spec.split: self._generate_examples(records)}
 
     def _generate_examples(self, records: Sequence[dict[str, Any]]):
@@ -165,7 +171,7 @@ def data_set(spec: DataSpec, data_dir: str) -> DataSet:
     Raises:
       ValueError: if the task has not enough distinct items, or if the files on disk are not what was written.
     """
-    builder = _builder(spec, data_dir)
+    builder: Any = _builder(spec, data_dir)
     if not builder.data_path.exists():
         builder = _written(spec, data_dir, builder)
     with _quiet():

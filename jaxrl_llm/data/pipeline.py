@@ -7,27 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
-from jaxrl_llm.data.tasks.items import Item, record, reference_response
+from jaxrl_llm.data.encoding import (
+    Overlong,
+    Record,
+    Row,
+    Tokenizer,
+    answer_ids,
+    encoded_rows,
+    padded_arrays,
+    padded_prompts,
+)
+from jaxrl_llm.data.tasks.items import reference_response
 from jaxrl_llm.experience import Prompts
 
 Batch = TypeVar("Batch")
-Overlong = Literal["error", "drop"]
-Record = dict[str, Any]
-
-
-class Tokenizer(Protocol):
-    """What the pipeline asks of a tokenizer; `CharacterTokenizer` is one."""
-
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def bos_id(self) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
 
 
 class PromptBatch(NamedTuple):
@@ -92,7 +90,7 @@ class Batches(Generic[Batch]):
       dropped: items left out because they are too long.
     """
 
-    dataset: grain.MapDataset
+    dataset: Any
     steps_per_epoch: int
     kept: int
     dropped: int
@@ -101,12 +99,6 @@ class Batches(Generic[Batch]):
         if step < 0:
             raise IndexError(f"step is {step}; steps count from 0")
         return self.dataset[int(step)]
-
-
-class _Row(NamedTuple):
-    item: Record
-    prompt: list[int]
-    completion: list[int]
 
 
 def prompt_batches(
@@ -136,10 +128,10 @@ def prompt_batches(
       ValueError: for an item that is too long, or fewer items than `prompts_per_step`.
     """
     limits = (max_prompt_tokens, max_answer_tokens)
-    rows, dropped = _encoded(source, tokenizer, _answer(tokenizer), "answer", limits, overlong)
+    rows, dropped = encoded_rows(source, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
 
-    def batch(chosen: Sequence[_Row]) -> PromptBatch:
-        return PromptBatch(_prompts(chosen, tokenizer.pad_id, limits), [row.item for row in chosen])
+    def batch(chosen: Sequence[Row]) -> PromptBatch:
+        return PromptBatch(padded_prompts(chosen, tokenizer.pad_id, limits), [row.item for row in chosen])
 
     return _batches(rows, dropped, batch, "prompts_per_step", prompts_per_step, seed)
 
@@ -173,37 +165,24 @@ def supervised_batches(
     limits = (max_prompt_tokens, max_completion_tokens)
 
     def response(item: Record) -> list[int]:
-        return tokenizer.encode(reference_response(item, scratchpad))
+        # The id, not its spelling: other tokenizers spell end of sequence differently.
+        return [*tokenizer.encode(reference_response(item, scratchpad).removesuffix("<eos>")), tokenizer.eos_id]
 
-    rows, dropped = _encoded(source, tokenizer, response, "completion", limits, overlong)
+    rows, dropped = encoded_rows(source, tokenizer, response, "completion", limits, overlong)
 
-    def batch(chosen: Sequence[_Row]) -> SupervisedBatch:
-        prompts = _prompts(chosen, tokenizer.pad_id, limits)
+    def batch(chosen: Sequence[Row]) -> SupervisedBatch:
+        arrays = padded_arrays(chosen, tokenizer.pad_id, limits)
         return SupervisedBatch(
-            prompt_tokens=prompts.tokens,
-            prompt_length=prompts.length,
-            tokens=prompts.answer_tokens,
-            length=prompts.answer_length,
+            prompt_tokens=arrays["tokens"],
+            prompt_length=arrays["length"],
+            tokens=arrays["answer_tokens"],
+            length=arrays["answer_length"],
             weight=np.ones(len(chosen), np.float32),
-            prompt_id=prompts.prompt_id,
+            prompt_id=arrays["prompt_id"],
             items=[row.item for row in chosen],
         )
 
     return _batches(rows, dropped, batch, "sequences_per_step", sequences_per_step, seed)
-
-
-def encode_prompts(
-    items: Sequence[Any],
-    tokenizer: Tokenizer,
-    *,
-    max_prompt_tokens: int,
-    max_answer_tokens: int,
-    overlong: Overlong = "error",
-) -> Prompts:
-    """Prompts of a list of items, in its order; items that are too long are an error or left out."""
-    limits = (max_prompt_tokens, max_answer_tokens)
-    rows, _ = _encoded(items, tokenizer, _answer(tokenizer), "answer", limits, overlong)
-    return _prompts(rows, tokenizer.pad_id, limits)
 
 
 def evaluation_batches(
@@ -217,72 +196,16 @@ def evaluation_batches(
 ) -> list[EvaluationBatch]:
     """All items once, in order, in batches of one size; the last is filled up with rows of weight 0."""
     limits = (max_prompt_tokens, max_answer_tokens)
-    rows, _ = _encoded(items, tokenizer, _answer(tokenizer), "answer", limits, overlong)
+    rows, _ = encoded_rows(items, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
     _require_positive("prompts_per_batch", prompts_per_batch)
     batches = []
     for start in range(0, len(rows), prompts_per_batch):
         real = rows[start : start + prompts_per_batch]
         chosen = real + [real[0]] * (prompts_per_batch - len(real))
         weight = (np.arange(prompts_per_batch) < len(real)).astype(np.float32)
-        prompts = _prompts(chosen, tokenizer.pad_id, limits)
+        prompts = padded_prompts(chosen, tokenizer.pad_id, limits)
         batches.append(EvaluationBatch(prompts, [row.item for row in chosen], weight))
     return batches
-
-
-def _answer(tokenizer: Tokenizer) -> Callable[[Record], list[int]]:
-    return lambda item: tokenizer.encode(item["answer"])
-
-
-def _encoded(
-    source: Sequence[Any],
-    tokenizer: Tokenizer,
-    completion: Callable[[Record], list[int]],
-    completion_name: str,
-    limits: tuple[int, int],
-    overlong: Overlong,
-) -> tuple[list[_Row], int]:
-    """Every item of the source as token ids, and how many were dropped."""
-    if overlong not in ("error", "drop"):
-        raise ValueError(f"overlong is {overlong!r}; it must be 'error' or 'drop'")
-    names = (f"max_prompt_tokens={limits[0]}", f"max_{completion_name}_tokens={limits[1]}")
-    rows, dropped, ids = [], 0, set()
-    for item in _records(source):
-        _require_id(item, ids)
-        row = _Row(item, [tokenizer.bos_id, *tokenizer.encode(item["body"] + "\n")], completion(item))
-        excess = [
-            f"its {what} has {len(tokens)} tokens, more than {name}"
-            for what, tokens, limit, name in zip(("prompt", completion_name), row[1:], limits, names, strict=True)
-            if len(tokens) > limit
-        ]
-        if excess and overlong == "error":
-            raise ValueError(
-                f"item {item['item_id']} ({item['body'][:80]!r}) does not fit: {' and '.join(excess)}; raise the limit, "
-                "or set overlong to 'drop' to leave such items out"
-            )
-        dropped += bool(excess)
-        rows += [] if excess else [row]
-    if not rows:
-        raise ValueError(
-            f"no item is left of {dropped} in the source; it is empty, or {' and '.join(names)} are too low"
-        )
-    return rows, dropped
-
-
-def _records(source: Sequence[Any]) -> list[Record]:
-    # Reading many records of a stored data set at once is several times faster than one at a time.
-    together = getattr(source, "__getitems__", None)
-    elements = together(range(len(source))) if together else [source[index] for index in range(len(source))]
-    return [record(element, index) for index, element in enumerate(elements)]
-
-
-def _require_id(item: Record, ids: set[int]) -> None:
-    number = item["item_id"]
-    if number in ids or not 0 <= number < 2**31:
-        raise ValueError(
-            f"item_id {number} of {item['body'][:80]!r} is used twice or is outside of [0, 2**31); ids address random "
-            "keys and statistics, so each item needs its own"
-        )
-    ids.add(number)
 
 
 def _require_positive(name: str, value: int) -> None:
@@ -290,23 +213,8 @@ def _require_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-def _prompts(rows: Sequence[_Row], pad_id: int, limits: tuple[int, int]) -> Prompts:
-    tokens = np.full((len(rows), limits[0]), pad_id, np.int32)
-    answers = np.full((len(rows), limits[1]), pad_id, np.int32)
-    for index, row in enumerate(rows):
-        tokens[index, limits[0] - len(row.prompt) :] = row.prompt
-        answers[index, : len(row.completion)] = row.completion
-    return Prompts(
-        tokens=tokens,
-        length=np.array([len(row.prompt) for row in rows], np.int32),
-        prompt_id=np.array([row.item["item_id"] for row in rows], np.int32),
-        answer_tokens=answers,
-        answer_length=np.array([len(row.completion) for row in rows], np.int32),
-    )
-
-
 def _batches(
-    rows: list[_Row], dropped: int, batch: Callable[[Sequence[_Row]], Batch], size_name: str, size: int, seed: int
+    rows: list[Row], dropped: int, batch: Callable[[Sequence[Row]], Batch], size_name: str, size: int, seed: int
 ) -> Batches[Batch]:
     _require_positive(size_name, size)
     if len(rows) < size:

@@ -72,8 +72,8 @@ def _number(value: Any, called: str, row: int, data: Mapping[str, Any]) -> np.fl
         ) from None
     if not np.isfinite(number):
         raise RewardError(
-            f"reward {called!r} returned {value!r} at row {row}{_shown(data, row)}; a reward must be finite in float32, "
-            "so return a number such as 0.0 where there is none"
+            f"reward {called!r} returned {value!r} at row {row}{_shown(data, row)}; a reward must be finite in "
+            "float32, so return a number such as 0.0 where there is none"
         )
     return number
 
@@ -104,7 +104,7 @@ def _by_row(value: Any, count: int) -> bool:
 def _shown(data: Mapping[str, Any], row: int) -> str:
     """The row's completion, cut to a readable length."""
     completions = data.get("completions")
-    if not _by_row(completions, len(completions) if isinstance(completions, Sequence) else -1):
+    if completions is None or not _by_row(completions, len(completions)):
         return ""
     return f" (completion {str(completions[row])[:80]!r})"
 

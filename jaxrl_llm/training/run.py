@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from jaxrl_llm.data import Batches, DataSet
 from jaxrl_llm.evaluation import make_evaluate
 from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.reporting import Progress, RunDirectory, results_table, units_table
+from jaxrl_llm.reporting.machine import package_versions
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
@@ -376,7 +376,6 @@ def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
 def _summary(run: Run, after: dict[str, float]) -> dict[str, Any]:
     seconds = dict(run.meta["seconds"])
     seconds["total"] = sum(seconds.values())
-    packages = ("jaxrl_llm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "name": run.config.name,
         "before": run.meta["before"],
@@ -392,15 +391,8 @@ def _summary(run: Run, after: dict[str, float]) -> dict[str, Any]:
         "config_hash": run.meta["config_hash"],
         "data": run.meta["data"],
         "devices": [str(device) for device in jax.devices()],
-        "versions": {name: _version(name) for name in packages},
+        "versions": package_versions(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def latest_checkpoint(path: str | Path) -> tuple[Path, int]:

@@ -81,6 +81,7 @@ class TrainStep:
       run: (state, prompts, items) -> (state, metrics, experience).
       programs: the jitted functions that a step runs, in order; one when every reward is traceable.
       rewards, credit, losses, rollout, update: what it was composed of.
+      wanted: on-demand fields that something names, and so the step computes.
     """
 
     init: Callable[..., TrainState]
@@ -91,6 +92,7 @@ class TrainStep:
     losses: tuple[LossTerm, ...]
     rollout: Rollout
     update: Update
+    wanted: frozenset[str]
 
     def __call__(
         self, state: TrainState, prompts: Prompts, items: Sequence[dict] | None = None
@@ -238,7 +240,7 @@ def make_train_step(
     else:
         programs = (jax.jit(collect), jax.jit(update_stage, donate_argnums=0))
         run = partial(_run_with_host, programs, reward_terms, decode)
-    return TrainStep(init, run, programs, reward_terms, credit_terms, loss_terms, rollout, update)
+    return TrainStep(init, run, programs, reward_terms, credit_terms, loss_terms, rollout, update, wanted)
 
 
 def _run_with_host(programs, reward_terms, decode, state, prompts, items=None):

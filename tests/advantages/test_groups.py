@@ -39,7 +39,6 @@ def by_hand(statistic):
     ],
 )
 def test_every_row_gets_the_statistic_of_its_group(ours, numpys):
-    np.testing.assert_allclose(ours(VALUES, GROUP, WEIGHT), by_hand(numpys), rtol=1e-6)
     np.testing.assert_allclose(jax.jit(ours)(VALUES, GROUP, WEIGHT), by_hand(numpys), rtol=1e-6)
 
 
@@ -79,5 +78,5 @@ def test_a_batch_without_rows_has_statistics_zero():
 
 
 def test_deviation_of_equal_values_has_a_finite_gradient():
-    gradient = jax.grad(lambda x: group_std(x, jnp.zeros(3, int), jnp.ones(3)).sum())(jnp.ones(3))
+    gradient = jax.jit(jax.grad(lambda x: group_std(x, jnp.zeros(3, int), jnp.ones(3)).sum()))(jnp.ones(3))
     assert np.isfinite(gradient).all()

@@ -35,13 +35,15 @@ def test_levels_share_the_items(stored):
 def test_second_reading_reuses_the_files_and_has_the_same_fingerprint(stored, monkeypatch):
     monkeypatch.setattr(DataSpec, "items", lambda self: pytest.fail("the items were generated again"))
     again = data_set(SPEC, str(Path(stored.directory).parents[2]))
-    assert again.fingerprint == stored.fingerprint and again[7] == stored[7]
+    assert again.fingerprint == stored.fingerprint
+    assert again[7] == stored[7]
 
 
 def test_nothing_is_printed(tmp_path, capfd):
     data_set(DataSpec("chain", (2,), "test", 5), str(tmp_path))
     printed = capfd.readouterr()
-    assert printed.out == "" and printed.err == ""
+    assert printed.out == ""
+    assert printed.err == ""
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,8 @@ data_set(DataSpec("deduction", (0, 2), "train", 31, seed=3), {str(tmp_path)!r})
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(builder.__file__).parents[2])}
     finished = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=120)
     assert finished.returncode == -9, finished.stderr.decode()
-    assert list(tmp_path.rglob("*incomplete*")) and not list(tmp_path.rglob("1.0.0"))
+    assert list(tmp_path.rglob("*incomplete*"))
+    assert not list(tmp_path.rglob("1.0.0"))
     assert len(data_set(SPEC, str(tmp_path))) == 31
 
 
@@ -110,7 +113,8 @@ def test_a_process_that_comes_second_takes_the_first_ones_files(tmp_path, monkey
 
     monkeypatch.setattr(builder.TaskItems, "_generate_examples", overtaken)
     late = data_set(SPEC, str(tmp_path))
-    assert late.fingerprint == written[1].fingerprint and len(late) == 31
+    assert late.fingerprint == written[1].fingerprint
+    assert len(late) == 31
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -48,8 +48,10 @@ def test_items_follow_from_their_own_text(domain, level):
         assert found.depth == (None if item.answer == "U" else level)
         known, _ = closure(facts, rules)
         assert not any(complement(literal) in known for literal in known)
-        assert 1 <= len(facts) <= 3 and len({fact[-1] for fact in facts}) == len(facts)
-        assert level <= len(rules) <= level + 6 and len(set(rules)) == len(rules)
+        assert 1 <= len(facts) <= 3
+        assert len({fact[-1] for fact in facts}) == len(facts)
+        assert level <= len(rules) <= level + 6
+        assert len(set(rules)) == len(rules)
         assert all(1 <= len(rule.body) <= 2 for rule in rules)
 
 

@@ -65,7 +65,8 @@ def test_each_epoch_has_its_own_order_and_no_step_repeats_a_prompt():
     assert read.steps_per_epoch == 4
     epochs = [np.concatenate([read[step].prompts.prompt_id for step in range(4 * e, 4 * e + 4)]) for e in range(3)]
     assert all(len(set(epoch.tolist())) == 20 for epoch in epochs)
-    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[1], epochs[2])
     # What does not fill a batch is left to another epoch, never to none.
     assert set(np.concatenate([read[step].prompts.prompt_id for step in range(60)]).tolist()) == set(range(22))
 
@@ -103,7 +104,8 @@ def test_supervised_batches_hold_the_reference_completion():
         ITEMS, TOKENIZER, sequences_per_step=4, max_prompt_tokens=14, max_completion_tokens=30, seed=0
     )
     batch = read[2]
-    assert batch.prompt_tokens.shape == (4, 14) and batch.tokens.shape == (4, 30)
+    assert batch.prompt_tokens.shape == (4, 14)
+    assert batch.tokens.shape == (4, 30)
     for row, item in enumerate(batch.items):
         assert TOKENIZER.decode(batch.tokens[row, : batch.length[row]]) == reference_response(item)
         assert batch.tokens[row, batch.length[row] - 1] == TOKENIZER.eos_id
@@ -117,7 +119,7 @@ def test_supervised_batches_of_the_direct_variant():
     arguments = {"sequences_per_step": 4, "max_prompt_tokens": 14, "max_completion_tokens": 4, "seed": 0}
     batch = supervised_batches(ITEMS, TOKENIZER, scratchpad=False, **arguments)[0]
     assert TOKENIZER.decode(batch.tokens[0]) == f"<a>{batch.items[0]['answer']}</a><eos>"
-    with pytest.raises(ValueError, match="completion has .* tokens, more than max_completion_tokens=4"):
+    with pytest.raises(ValueError, match=r"completion has .* tokens, more than max_completion_tokens=4"):
         supervised_batches(ITEMS, TOKENIZER, **arguments)
 
 

@@ -145,7 +145,8 @@ def test_addition_operands_have_exactly_the_digits_of_the_level():
     for level, low, high in ((1, 0, 9), (3, 100, 999)):
         items = tasks.task("addition").generate(level=level, count=60)
         numbers = [int(number) for item in items for number in item.body[2:].split("+")]
-        assert low <= min(numbers) and max(numbers) <= high
+        assert low <= min(numbers)
+        assert max(numbers) <= high
 
 
 def test_exhausted_generator_stops_with_a_message():
@@ -179,7 +180,9 @@ def test_countdown_solvable():
 def test_countdown_problems_are_solvable_with_the_operators_of_their_level(level, operators):
     for item in tasks.task("countdown").generate(level=level, count=25):
         numbers, target = countdown.problem(item.body)
-        assert len(numbers) == level and 1 <= target <= 100 and all(1 <= number <= 20 for number in numbers)
+        assert len(numbers) == level
+        assert 1 <= target <= 100
+        assert all(1 <= number <= 20 for number in numbers)
         assert countdown.solvable(numbers, target, operators=operators)
         assert set(item.answer) <= set(operators + "()0123456789")
         assert item.think.endswith(f"={target};yes")

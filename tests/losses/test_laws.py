@@ -98,6 +98,9 @@ CASES = exported_losses() | {
     "sequence_clipped_surrogate/token": variant(losses.sequence_clipped_surrogate, ratio="token", clip_high=0.3),
     "sequence_clipped_surrogate/product": variant(losses.sequence_clipped_surrogate, ratio="product", clip_low=0.3),
     "cispo/dispo": variant(losses.cispo, clip_low=0.2, negative_clip_low=0.8, negative_clip_high=2.0),
+    "divergence/score_function": losses.divergence(),
+    "divergence/importance_corrected": losses.divergence(gradient="importance_corrected"),
+    "divergence/stored_answers": losses.divergence(generator="forward_kl", samples="reference"),
     "clipped_value/unclipped": variant(losses.clipped_value, clip=None),
 }
 

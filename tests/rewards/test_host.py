@@ -25,7 +25,8 @@ def returning(value):
 )
 def test_numbers_come_back_as_float32(value):
     rewards = checked_host_reward(returning(value), DATA)
-    assert rewards.dtype == np.float32 and rewards.tolist() == [1, 0, 1]
+    assert rewards.dtype == np.float32
+    assert rewards.tolist() == [1, 0, 1]
 
 
 def test_a_library_reward():
@@ -61,7 +62,8 @@ def test_an_exception_names_the_row_that_raised():
 
     with pytest.raises(RewardError, match=r"'lengths' raised IndexError.* at row 2 \(completion 'bad'\)") as caught:
         checked_host_reward(functools.partial(lengths, scale=2.0), DATA)
-    assert isinstance(caught.value.__cause__, IndexError) and isinstance(caught.value, ValueError)
+    assert isinstance(caught.value.__cause__, IndexError)
+    assert isinstance(caught.value, ValueError)
 
 
 def test_an_exception_of_the_whole_batch_says_so():

@@ -150,7 +150,8 @@ def record(element: Item | Mapping[str, Any], index: int) -> dict[str, Any]:
     """An item as the record that travels through the pipeline, whatever it was read from.
 
     Args:
-      element: an `Item`, or a mapping with at least `body` and `answer`; text may be bytes, as stored data sets give it.
+      element: an `Item`, or a mapping with at least `body` and `answer`; text may be bytes, as in stored
+        data sets.
       index: position in its source, which becomes `item_id` where the element names none.
 
     Raises:

@@ -1,0 +1,336 @@
+"""The command `jaxrl`: train, eval, sample, tasks, methods, explain, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status: 0 done, 1 failed on the way, 2 bad input."""
+    options = _parser().parse_args(arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS report their inner affairs as warnings
+    from jaxrl_llm.training.run import Stopped, TrainingError
+
+    try:
+        return options.command(options) or 0
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 0
+    except TrainingError as error:
+        return _failed(error, options, 1)
+    except (ValueError, FileNotFoundError) as error:
+        return _failed(error, options, 2)
+
+
+def _failed(error: Exception, options: argparse.Namespace, status: int) -> int:
+    if options.traceback:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxrl", description="Reinforcement fine-tuning of language models in JAX.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable, text: str, *, json_output: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        if json_output:
+            sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return sub
+
+    train = command("train", _train, "Train a policy from a config, or go on with a run.")
+    train.add_argument("config", nargs="*", metavar="CONFIG [section.key=value ...]", help="a YAML file and overrides")
+    train.add_argument("--resume", metavar="RUN", help="directory of a run to go on with")
+
+    evaluate = command("eval", _eval, "Greedy accuracy, pass@k and maj@k of a run or a checkpoint.")
+    evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    evaluate.add_argument("--k", default="1,8", help="comma-separated k of pass@k and maj@k (default 1,8)")
+    evaluate.add_argument("--samples", type=int, help="sampled completions a problem (default: the largest k)")
+    evaluate.add_argument("--problems", type=int, help="problems (default: evaluation.problems of the run)")
+    evaluate.add_argument("--split", default="test", choices=["test", "validation", "train"])
+    evaluate.add_argument("--temperature", type=float, help="of the samples (default: the run's)")
+    evaluate.add_argument("--seed", type=int, default=0)
+
+    sample = command("sample", _sample, "Completions of given prompts from a run or a checkpoint.")
+    sample.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    sample.add_argument("--prompt", action="append", required=True, help="text of a prompt; may be repeated")
+    sample.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt")
+    sample.add_argument("--greedy", action="store_true", help="the most likely token at each position")
+    sample.add_argument("--temperature", type=float, default=1.0)
+    sample.add_argument("--seed", type=int, default=0)
+
+    tasks = command("tasks", _tasks, "The built-in tasks, or examples of one.")
+    tasks.add_argument("name", nargs="?")
+    tasks.add_argument("--level", type=int, help="of the examples (default: the lowest)")
+    tasks.add_argument("--count", type=int, default=3, help="examples to show")
+
+    methods = command("methods", _methods, "Rewards, advantages and losses with their papers, or one of them whole.")
+    methods.add_argument("name", nargs="?")
+    methods.add_argument("--room", choices=["reward", "advantage", "loss"])
+    methods.add_argument("--certainty", choices=["verified", "recalled", "reconstructed"])
+
+    explain = command("explain", _explain, "The composed step of a config: stages, shapes, sizes, work.")
+    explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
+
+    command("doctor", _doctor, "Devices, versions and memory of this machine.")
+    return parser
+
+
+def _load(words: Sequence[str]):
+    from jaxrl_llm.config import ConfigError, load_config
+    from jaxrl_llm.data import CharacterTokenizer
+
+    if not words or "=" in words[0]:
+        raise ConfigError("no config given; write jaxrl train CONFIG.yaml [section.key=value ...], or --resume RUN")
+    return load_config(words[0], words[1:], vocabulary_size=CharacterTokenizer().vocabulary_size)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from jaxrl_llm.config import ConfigError
+    from jaxrl_llm.training.run import train
+
+    words = list(options.config)
+    if options.resume:
+        stored = Path(options.resume) / "config.yaml"
+        if not stored.is_file():
+            raise ConfigError(f"--resume {options.resume}: there is no config.yaml in it; give the directory of a run")
+        if words and "=" not in words[0]:
+            raise ConfigError(f"--resume takes the run's own config; leave out {words[0]!r} (overrides may follow)")
+        words = [str(stored), *words, f"run_dir={options.resume}"]
+    console = Console(stderr=True) if options.json else Console()
+    summary = train(_load(words), resume=bool(options.resume), console=console)
+    if options.json:
+        print(json.dumps(summary, indent=2))
+
+
+def _restored(path: str):
+    """(parts, params, checkpoint) of a run or checkpoint directory."""
+    import jax
+
+    from jaxrl_llm.config import ConfigError
+    from jaxrl_llm.training import checkpoints
+    from jaxrl_llm.training.run import latest_checkpoint
+    from jaxrl_llm.training.setup import parts
+
+    folder, step = latest_checkpoint(path)
+    stored = folder.parent / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
+    built = parts(_load([str(stored)]))
+    abstract = jax.eval_shape(built.model.init, jax.random.key(0))
+    placed = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(
+            s.shape, s.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        ),
+        abstract,
+    )
+    return built, checkpoints.restore_params(folder, step, placed), folder / str(step)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    import jax
+
+    from jaxrl_llm.evaluation import make_evaluate
+    from jaxrl_llm.training.setup import task_data
+
+    try:
+        ks = sorted({int(k) for k in options.k.split(",")})
+    except ValueError:
+        raise ValueError(f"--k is {options.k!r}; give whole numbers separated by commas, for example 1,8,32") from None
+    samples = options.samples or max(ks)
+    built, params, checkpoint = _restored(options.path)
+    config = built.config
+    data = task_data(config, options.split)
+    problems = options.problems or min(config.evaluation.problems, len(data))
+    if problems > len(data):
+        raise ValueError(f"--problems is {problems}, but the {options.split} split has {len(data)} problems")
+    evaluate = make_evaluate(
+        built.model,
+        built.task,
+        built.tokenizer,
+        samples_per_problem=samples,
+        k=ks,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        sequences_per_batch=config.evaluation.sequences_per_batch,
+        temperature=config.evaluation.temperature if options.temperature is None else options.temperature,
+    )
+    metrics = evaluate(params, [data[i] for i in range(problems)], jax.random.key(options.seed))
+    result = {"checkpoint": str(checkpoint), "split": options.split} | metrics
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    table = Table(title=f"{config.name}: {options.split} split, {checkpoint}")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        share = "@" in name or name in ("greedy", "truncated_share")
+        table.add_row(name, f"{value:.1%}" if share else f"{value:g}")
+    Console().print(table)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import jax
+    import numpy as np
+
+    from jaxrl_llm.data import encode_prompts
+    from jaxrl_llm.rollout import generate
+
+    if options.samples < 1:
+        raise ValueError(f"--samples is {options.samples}; it must be at least 1")
+    built, params, _ = _restored(options.path)
+    rollout = built.config.rollout
+    items = [{"body": text, "answer": "", "item_id": number} for number, text in enumerate(options.prompt)]
+    prompts = encode_prompts(
+        items, built.tokenizer, max_prompt_tokens=rollout.max_prompt_tokens, max_answer_tokens=1
+    )
+    program = jax.jit(
+        lambda params, prompts, key: generate(
+            built.model,
+            params,
+            prompts,
+            key,
+            0,
+            samples_per_prompt=options.samples,
+            max_completion_tokens=rollout.max_completion_tokens,
+            eos_id=built.tokenizer.eos_id,
+            pad_id=built.tokenizer.pad_id,
+            temperature=0.0 if options.greedy else options.temperature,
+        )
+    )
+    made = jax.device_get(program(params, prompts, jax.random.key(options.seed)))
+    results = []
+    for row in range(len(made.tokens)):
+        tokens = made.tokens[row][: made.length[row]].tolist()
+        results.append(
+            {
+                "prompt": options.prompt[made.group[row]],
+                "completion": built.tokenizer.decode(tokens),
+                "tokens": tokens,
+                "logprobs": np.round(made.behaviour_logprobs[row][: made.length[row]], 6).tolist(),
+                "truncated": bool(made.truncated[row]),
+            }
+        )
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    console = Console()
+    for result in results:
+        mark = " (cut at the length limit)" if result["truncated"] else ""
+        console.print(Text(f"{result['prompt']} -> {result['completion']}{mark}"), soft_wrap=True)
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from jaxrl_llm.data import reference_response, tasks
+
+    if options.name is None:
+        rows = []
+        for name in tasks.names():
+            task = tasks.task(name)
+            rows.append(
+                {
+                    "name": name,
+                    "levels": f"{task.levels[0]} to {task.levels[-1]}",
+                    "reward": task.reward,
+                    "options": dict(task.options),
+                    "description": task.description,
+                }
+            )
+        _show(options, rows, "tasks")
+        return
+    task = tasks.task(options.name)
+    level = task.levels[0] if options.level is None else options.level
+    rows = [
+        {"prompt": item.body, "reference response": reference_response(item, task.scratchpad)}
+        for item in task.generate(level=level, count=options.count)
+    ]
+    _show(options, rows, f"{task.name}, level {level}: {task.description}")
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from jaxrl_llm import catalogue
+
+    if options.name is not None:
+        entry = catalogue.described(options.name)
+        if options.json:
+            print(json.dumps(entry, indent=2, default=str))
+            return
+        console = Console()
+        console.print(Text(f"{entry['name']} ({entry['room']})", style="bold"))
+        console.print(Text(entry["doc"]), soft_wrap=True)
+        hyper = {key: value for key, value in entry["hyper_parameters"].items() if value is not None}
+        console.print(Text(f"\nRecipe entry:  {entry['name']}: {json.dumps(hyper, default=str)}"), soft_wrap=True)
+        return
+    rows = [
+        {key: entry[key] for key in ("name", "room", "reference", "needs", "certainty")}
+        for entry in catalogue.methods()
+        if options.room in (None, entry["room"]) and options.certainty in (None, entry["certainty"])
+    ]
+    _show(options, rows, "methods")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from jaxrl_llm.training.explain import explanation
+    from jaxrl_llm.training.setup import parts
+
+    result = explanation(parts(_load(options.config)))
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    _show(options, result["stages"], "one step, in order ([x] is used when something provides it)")
+    _show(options, [{"field": k, "shape": v} for k, v in result["shapes"].items()], "experience after a step")
+    _show(options, [{"size": k, "value": f"{v:,}"} for k, v in result["sizes"].items()], "sizes")
+    programs = [
+        {key: f"{value:,.0f}" if isinstance(value, float | int) else value for key, value in program.items()}
+        for program in result["programs"]
+    ]
+    _show(options, programs, "compiled programs (XLA's cost model; a loop body is counted once)")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from jaxrl_llm.reporting.machine import machine_report
+
+    report = machine_report()
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return
+    for section, values in report.items():
+        _show(options, [{"what": key, "value": value} for key, value in values.items()], section)
+
+
+def _show(options: argparse.Namespace, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """A table, or JSON where it was asked for."""
+    if options.json:
+        print(json.dumps(rows, indent=2, default=str))
+        return
+    table = Table(title=Text(title), title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_plain(value)) for value in row.values()))
+    Console().print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={inner}" for key, inner in value.items())
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

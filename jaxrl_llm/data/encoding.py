@@ -1,0 +1,133 @@
+"""From items to token ids: left-padded prompts, right-padded answers, and nothing that is ever cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxrl_llm.data.tasks.items import record
+from jaxrl_llm.experience import Prompts
+
+Overlong = Literal["error", "drop"]
+Record = dict[str, Any]
+
+
+class Tokenizer(Protocol):
+    """What the pipeline asks of a tokenizer; `CharacterTokenizer` is one."""
+
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+
+
+class Row(NamedTuple):
+    """One item as token ids.
+
+    Attributes:
+      item: its record.
+      prompt: begin of sequence, body, newline.
+      completion: reference answer, or reference completion.
+    """
+
+    item: Record
+    prompt: list[int]
+    completion: list[int]
+
+
+def encode_prompts(
+    items: Sequence[Any],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+    overlong: Overlong = "error",
+) -> Prompts:
+    """Prompts of a list of items, in its order; items that are too long are an error or left out."""
+    limits = (max_prompt_tokens, max_answer_tokens)
+    rows, _ = encoded_rows(items, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
+    return padded_prompts(rows, tokenizer.pad_id, limits)
+
+
+def answer_ids(tokenizer: Tokenizer) -> Callable[[Record], list[int]]:
+    """The function from a record to the token ids of its reference answer."""
+    return lambda item: tokenizer.encode(item["answer"])
+
+
+def encoded_rows(
+    source: Sequence[Any],
+    tokenizer: Tokenizer,
+    completion: Callable[[Record], list[int]],
+    completion_name: str,
+    limits: tuple[int, int],
+    overlong: Overlong,
+) -> tuple[list[Row], int]:
+    """Every item of the source as token ids, and how many were dropped."""
+    if overlong not in ("error", "drop"):
+        raise ValueError(f"overlong is {overlong!r}; it must be 'error' or 'drop'")
+    names = (f"max_prompt_tokens={limits[0]}", f"max_{completion_name}_tokens={limits[1]}")
+    rows, dropped, ids = [], 0, set()
+    for item in _records(source):
+        _require_id(item, ids)
+        row = Row(item, [tokenizer.bos_id, *tokenizer.encode(item["body"] + "\n")], completion(item))
+        excess = [
+            f"its {what} has {len(tokens)} tokens, more than {name}"
+            for what, tokens, limit, name in zip(("prompt", completion_name), row[1:], limits, names, strict=True)
+            if len(tokens) > limit
+        ]
+        if excess and overlong == "error":
+            raise ValueError(
+                f"item {item['item_id']} ({item['body'][:80]!r}) does not fit: {' and '.join(excess)}; raise the "
+                "limit, or set overlong to 'drop' to leave such items out"
+            )
+        dropped += bool(excess)
+        rows += [] if excess else [row]
+    if not rows:
+        raise ValueError(
+            f"no item is left of {dropped} in the source; it is empty, or {' and '.join(names)} are too low"
+        )
+    return rows, dropped
+
+
+def _records(source: Sequence[Any]) -> list[Record]:
+    # Reading many records of a stored data set at once is several times faster than one at a time.
+    together = getattr(source, "__getitems__", None)
+    elements = together(range(len(source))) if together else [source[index] for index in range(len(source))]
+    return [record(element, index) for index, element in enumerate(elements)]
+
+
+def _require_id(item: Record, ids: set[int]) -> None:
+    number = item["item_id"]
+    if number in ids or not 0 <= number < 2**31:
+        raise ValueError(
+            f"item_id {number} of {item['body'][:80]!r} is used twice or is outside of [0, 2**31); ids address random "
+            "keys and statistics, so each item needs its own"
+        )
+    ids.add(number)
+
+
+def padded_arrays(rows: Sequence[Row], pad_id: int, limits: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The fields of `Prompts` as int32 arrays; the rows' completions stand in the answer's place."""
+    tokens = np.full((len(rows), limits[0]), pad_id, np.int32)
+    answers = np.full((len(rows), limits[1]), pad_id, np.int32)
+    for index, row in enumerate(rows):
+        tokens[index, limits[0] - len(row.prompt) :] = row.prompt
+        answers[index, : len(row.completion)] = row.completion
+    return {
+        "tokens": tokens,
+        "length": np.array([len(row.prompt) for row in rows], np.int32),
+        "prompt_id": np.array([row.item["item_id"] for row in rows], np.int32),
+        "answer_tokens": answers,
+        "answer_length": np.array([len(row.completion) for row in rows], np.int32),
+    }
+
+
+def padded_prompts(rows: Sequence[Row], pad_id: int, limits: tuple[int, int]) -> Prompts:
+    """The rows as `Prompts` of numpy arrays."""
+    fields: dict[str, Any] = dict(padded_arrays(rows, pad_id, limits))
+    return Prompts(**fields)

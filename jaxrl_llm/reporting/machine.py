@@ -1,0 +1,57 @@
+"""What this machine is: devices, versions and memory, for `jaxrl doctor` and for summaries."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+PACKAGES = (
+    "jaxrl_llm",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "array_record",
+    "chex",
+    "numpy",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what a run depends on; "missing" where there is none."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    return versions
+
+
+def machine_report() -> dict[str, dict[str, Any]]:
+    """Devices, host and versions as plain data."""
+    import jax
+
+    devices = {}
+    for device in jax.devices():
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        devices[str(device)] = device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else "")
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * page
+    return {
+        "devices": {"backend": jax.default_backend(), "processes": jax.process_count(), **devices},
+        "host": {
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(pages * page / 2**30, 1),
+            "memory_free_gib": round(free / 2**30, 1),
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        },
+        "versions": package_versions(),
+    }

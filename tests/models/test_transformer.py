@@ -1,0 +1,240 @@
+"""The transformer against plain numpy, against itself with a cache, and against padding, order and the future."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.models import TransformerConfig, transformer
+from jaxrl_llm.models.transformer import unstack
+
+VOCABULARY, WIDTH = 19, 16
+VARIANTS = {
+    "one kv head, tied, qk_norm": dict(heads=4, kv_heads=1),
+    "two kv heads, untied, no qk_norm": dict(heads=4, kv_heads=2, tie_embeddings=False, qk_norm=False),
+    "four kv heads, sizes of its own": dict(heads=4, kv_heads=4, head_width=6, mlp_width=20, rope_base=100.0),
+}
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 9))
+POSITIONS = np.tile(np.arange(9), (3, 1))
+
+
+def model_of(variant: str, layer_loop: str = "unrolled", **more):
+    sizes = dict(vocabulary_size=VOCABULARY, width=WIDTH, layers=2, norm_epsilon=1e-5)
+    return transformer(TransformerConfig(**sizes, **VARIANTS[variant], layer_loop=layer_loop, **more))
+
+
+@functools.cache
+def params_of(variant: str):
+    """Every leaf perturbed, so that a gain or a matrix that is left out shows."""
+    rng = np.random.default_rng(1)
+    params = model_of(variant).init(jax.random.key(0))
+    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), params)
+
+
+@functools.cache
+def applied(variant: str, layer_loop: str = "unrolled", **more):
+    return jax.jit(model_of(variant, layer_loop, **more).apply)
+
+
+def hidden_of(variant, tokens=TOKENS, positions=POSITIONS, layer_loop="unrolled"):
+    tokens, positions = jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)
+    return np.asarray(applied(variant, layer_loop)(params_of(variant), tokens, positions, None)[0])
+
+
+def reference_logits(params, tokens, config: TransformerConfig) -> np.ndarray:
+    """One unpadded sequence, in float64, with loops over layers, heads and queries."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    length, size, group = len(tokens), config.head_size, config.heads // config.kv_heads
+
+    def norm(x, gain):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_epsilon) * gain
+
+    def rotated(x):
+        half = size // 2
+        angle = np.arange(length)[:, None] * config.rope_base ** (-np.arange(half) * 2.0 / size)
+        turn = np.exp(1j * angle) * (x[:, :half] + 1j * x[:, half:])
+        return np.concatenate([turn.real, turn.imag], axis=-1)
+
+    x = p["embedding"][tokens]
+    for layer in range(config.layers):
+        block = jax.tree.map(lambda leaf: leaf[layer], p["blocks"])  # noqa: B023
+        y = norm(x, block["attention_norm"])
+        repeated = lambda i: np.repeat(block["qkv"][:, :, i], group, axis=1)  # noqa: B023, E731
+        query_weights = block["qkv"][:, :, :group].reshape(WIDTH, config.heads, size)
+        out_weights = block["attention_out"].reshape(config.heads, size, WIDTH)
+        key_weights, value_weights = repeated(group), repeated(group + 1)
+        for head in range(config.heads):
+            q, k, v = (y @ w[:, head] for w in (query_weights, key_weights, value_weights))
+            if config.qk_norm:
+                q, k = norm(q, block["query_norm"]), norm(k, block["key_norm"])
+            q, k = rotated(q), rotated(k)
+            for t in range(length):
+                scores = np.exp(q[t] @ k[: t + 1].T / np.sqrt(size))
+                x[t] += (scores / scores.sum()) @ v[: t + 1] @ out_weights[head]
+        gate, up = np.moveaxis(np.einsum("td,dcm->tcm", norm(x, block["mlp_norm"]), block["gate_up"]), 1, 0)
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ block["down"]
+    table = p["embedding"] if config.tie_embeddings else p["unembedding"]
+    return norm(x, p["final_norm"]) @ table.T
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_a_plain_float64_forward(variant):
+    model, params = model_of(variant), params_of(variant)
+    ours = model.logits(params, hidden_of(variant))
+    assert ours.dtype == jnp.float32
+    for row in range(len(TOKENS)):
+        np.testing.assert_allclose(ours[row], reference_logits(params, TOKENS[row], model.config), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scanned_blocks_equal_unrolled_blocks(variant):
+    np.testing.assert_allclose(hidden_of(variant, layer_loop="scanned"), hidden_of(variant), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant, layer_loop", [(v, "unrolled") for v in VARIANTS] + [(list(VARIANTS)[0], "scanned")])
+def test_cached_decoding_equals_the_whole_forward_at_every_position(variant, layer_loop):
+    model, params, apply = model_of(variant, layer_loop), params_of(variant), applied(variant, layer_loop)
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+    # Three rows of 9, 7 and 4 tokens, left-padded: the padding is inside the prefill of 6.
+    positions = jnp.maximum(jnp.asarray(POSITIONS) - jnp.array([[0], [2], [5]]), -1).astype(jnp.int32)
+    whole, none = apply(params, tokens, positions, None)
+    assert none is None
+    hidden, cache = apply(params, tokens[:, :6], positions[:, :6], model.init_cache(3, 11))
+    pieces = [hidden]
+    for t in range(6, 9):
+        hidden, cache = apply(params, tokens[:, t : t + 1], positions[:, t : t + 1], cache)
+        pieces.append(hidden)
+    real = np.asarray(positions) >= 0
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1)[real], whole[real], rtol=1e-5, atol=1e-5)
+    assert int(cache.used) == 9
+    np.testing.assert_array_equal(cache.positions, np.pad(positions, [(0, 0), (0, 2)], constant_values=-1))
+
+
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
+def test_an_expanded_cache_continues_every_sample_of_a_prompt(layer_loop):
+    variant = list(VARIANTS)[0]
+    model, params, apply = model_of(variant, layer_loop), params_of(variant), applied(variant, layer_loop)
+    tokens, positions = jnp.asarray(TOKENS, jnp.int32), jnp.asarray(POSITIONS, jnp.int32)
+    _, cache = apply(params, tokens[:2, :6], positions[:2, :6], model.init_cache(2, 6))
+    cache = model.expand_cache(cache, samples=3, extra_slots=5)
+    following = jnp.arange(6, dtype=jnp.int32)[:, None]
+    hidden, cache = apply(params, following, jnp.full((6, 1), 6, jnp.int32), cache)
+    for row in range(6):
+        alone = jnp.concatenate([tokens[row // 3, :6], following[row]])[None]
+        whole, _ = apply(params, jnp.pad(alone, [(0, 2), (0, 2)]), positions, None)
+        np.testing.assert_allclose(hidden[row, 0], whole[0, 6], rtol=1e-5, atol=1e-5)
+    assert int(cache.used) == 7
+
+
+def test_left_padding_changes_nothing():
+    variant = list(VARIANTS)[0]
+    rng = np.random.default_rng(2)
+    positions = np.pad(POSITIONS, [(0, 0), (5, 0)], constant_values=-1)
+    padded = [
+        hidden_of(variant, np.concatenate([rng.integers(0, VOCABULARY, (3, 5)), TOKENS], axis=1), positions)[:, 5:]
+        for _ in range(2)
+    ]
+    np.testing.assert_array_equal(padded[0], padded[1])
+    np.testing.assert_allclose(padded[0], hidden_of(variant), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_receives_no_gradient_and_spoils_none():
+    variant = list(VARIANTS)[0]
+    model = model_of(variant)
+    tokens = jnp.asarray(np.concatenate([np.full((3, 5), VOCABULARY - 1), TOKENS % (VOCABULARY - 1)], axis=1))
+    positions = jnp.asarray(np.pad(POSITIONS, [(0, 0), (5, 0)], constant_values=-1))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.sin(model.apply(params, tokens, positions, None)[0][:, 5:]).sum()
+
+    gradients = gradient(params_of(variant))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
+    np.testing.assert_array_equal(gradients["embedding"][-1], 0.0)
+    assert (np.abs(gradients["embedding"][np.unique(tokens[:, 5:])]).sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_later_token_changes_no_earlier_state(variant):
+    original = hidden_of(variant)
+    for t in (0, 4, 8):
+        changed = TOKENS.copy()
+        changed[:, t] = (changed[:, t] + 1) % VOCABULARY
+        hidden = hidden_of(variant, changed)
+        np.testing.assert_array_equal(hidden[:, :t], original[:, :t])
+        assert (np.abs(hidden[:, t:] - original[:, t:]).max(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
+def test_rows_do_not_see_each_other(layer_loop):
+    variant = list(VARIANTS)[1]
+    order = np.array([2, 0, 1])
+    permuted = hidden_of(variant, TOKENS[order], layer_loop=layer_loop)
+    np.testing.assert_allclose(permuted, hidden_of(variant, layer_loop=layer_loop)[order], rtol=1e-6, atol=1e-6)
+
+
+def test_positions_count_from_the_start_of_the_sequence_only():
+    # Rotary scores depend on distances, so a common shift of all positions changes nothing: what differs is reading
+    # the slot number for the position, or forgetting to rotate.
+    variant = list(VARIANTS)[1]
+    np.testing.assert_allclose(hidden_of(variant, positions=POSITIONS + 3), hidden_of(variant), rtol=1e-4, atol=1e-4)
+    assert np.abs(hidden_of(variant, positions=2 * POSITIONS) - hidden_of(variant)).max() > 1e-2
+
+
+def test_bfloat16_computes_in_bfloat16_and_scores_in_float32():
+    variant = list(VARIANTS)[0]
+    model = model_of(variant, compute_dtype="bfloat16")
+    params = params_of(variant)
+    hidden, cache = jax.jit(model.apply)(
+        params, jnp.asarray(TOKENS), jnp.asarray(POSITIONS), model.init_cache(3, 9)
+    )
+    scores = model.logits(params, hidden)
+    assert hidden.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache.layers)} == {jnp.dtype(jnp.bfloat16)}
+    assert scores.dtype == jnp.float32
+    assert bool(jnp.isfinite(scores).all())
+    exact = model.logits(params, hidden_of(variant))
+    assert float(jnp.abs(scores - exact).max()) < 0.05 * float(jnp.abs(exact).max())
+
+
+def test_parameters_are_stored_in_the_dtype_asked_for():
+    params = model_of(list(VARIANTS)[1], parameter_dtype="bfloat16").init(jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_blocks_may_be_given_one_by_one():
+    variant = list(VARIANTS)[1]
+    model, params = model_of(variant), params_of(variant)
+    blocks = unstack(params, model.config)
+    assert isinstance(blocks["blocks"], tuple)
+    assert unstack(blocks, model.config) is blocks
+    hidden, _ = model.apply(blocks, jnp.asarray(TOKENS), jnp.asarray(POSITIONS), None)
+    np.testing.assert_allclose(hidden, hidden_of(variant), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(vocabulary_size=0), "model.vocabulary_size is 0"),
+        (dict(width=0), "model.width is 0"),
+        (dict(layers=0), "model.layers is 0"),
+        (dict(heads=0), "model.heads is 0"),
+        (dict(kv_heads=-1), "model.kv_heads is -1"),
+        (dict(heads=4, kv_heads=3), "kv_heads 3 does not divide"),
+        (dict(width=18, heads=4), "set model.head_width"),
+        (dict(width=12, heads=4), "model.head_width is 3; rotary positions need an even number"),
+        (dict(head_width=5), "model.head_width is 5"),
+        (dict(head_width=0), "model.head_width is 0"),
+        (dict(head_width=-2), "model.head_width is -2"),
+        (dict(mlp_width=0), "model.mlp_width is 0"),
+        (dict(layer_loop="rolled"), "model.layer_loop is 'rolled'"),
+        (dict(compute_dtype="float16"), "model.compute_dtype is 'float16'"),
+        (dict(parameter_dtype="int8"), "model.parameter_dtype is 'int8'"),
+    ],
+)
+def test_bad_sizes_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**(dict(vocabulary_size=11, width=16, heads=2, kv_heads=1) | bad))
