@@ -13,7 +13,9 @@ from jaxrl_llm.training.wiring import nearest, signature
 ROOMS = {"reward": rewards, "advantage": advantages, "loss": losses}
 
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
-_NOT_METHODS = re.compile(r"^(group_(?!normalized)|aggregate$|row_weight$|checked_|extract_|answer_span$|moments$|present$)")
+_NOT_METHODS = re.compile(
+    r"^(group_(?!normalized)|aggregate$|row_weight$|checked_|extract_|answer_span$|moments$|present$)"
+)
 
 
 def methods() -> list[dict[str, Any]]:

@@ -194,9 +194,7 @@ def _sample(options: argparse.Namespace) -> None:
     built, params, _ = _restored(options.path)
     rollout = built.config.rollout
     items = [{"body": text, "answer": "", "item_id": number} for number, text in enumerate(options.prompt)]
-    prompts = encode_prompts(
-        items, built.tokenizer, max_prompt_tokens=rollout.max_prompt_tokens, max_answer_tokens=1
-    )
+    prompts = encode_prompts(items, built.tokenizer, max_prompt_tokens=rollout.max_prompt_tokens, max_answer_tokens=1)
     program = jax.jit(
         lambda params, prompts, key: generate(
             built.model,

@@ -270,14 +270,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any
 
 def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model_defaults: Any) -> Config:
     """A `Config` from plain dictionaries, as `load_config` does from a file."""
-    tree = _copied(tree)
+    values: dict[str, Any] = _copied(tree)
     for override in overrides:
-        _assign(tree, override)
-    if isinstance(tree.get("model"), dict):
-        tree["model"] = model_defaults | tree["model"]
-    _known_keys(tree, Config, "")
+        _assign(values, override)
+    if isinstance(values.get("model"), dict):
+        values["model"] = model_defaults | values["model"]
+    _known_keys(values, Config, "")
     try:
-        return pydantic.TypeAdapter(Config).validate_python(tree)
+        return pydantic.TypeAdapter(Config).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explained(problem) for problem in error.errors())) from None
 
@@ -294,7 +294,9 @@ def read_tree(path: Path) -> dict[str, Any]:
 def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in below:
-        raise ConfigError(f"config {path} extends itself through {' -> '.join(p.name for p in below)}; break the circle")
+        raise ConfigError(
+            f"config {path} extends itself through {' -> '.join(p.name for p in below)}; break the circle"
+        )
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -332,14 +334,16 @@ def _assign(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"override {override!r} goes through {section!r}, which is not a section; replace it whole")
+            raise ConfigError(
+                f"override {override!r} goes through {section!r}, which is not a section; replace it whole"
+            )
     try:
         tree[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r} has a value that is not valid YAML: {error}") from None
 
 
-def _known_keys(tree: Any, kind: type, prefix: str) -> None:
+def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
     """Refuse unknown keys with the nearest known one, and name missing ones, before types are looked at."""
     if not isinstance(tree, dict):
         raise ConfigError(f"config section {prefix.rstrip('.') or 'the file'} is {tree!r}; it must be a mapping")

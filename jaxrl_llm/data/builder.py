@@ -80,7 +80,7 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
-class DataSet:
+class DataSet(Sequence[dict[str, Any]]):
     """A data set that can be read by index; `DataSet[i]` is the record whose `item_id` is i.
 
     Attributes:

@@ -43,7 +43,9 @@ def make_evaluate(
       ValueError: when a k exceeds the number of samples.
     """
     if max(k) > samples_per_problem or min(k) < 1:
-        raise ValueError(f"k is {list(k)}, but there are {samples_per_problem} samples a problem; k must not exceed them")
+        raise ValueError(
+            f"k is {list(k)}, but there are {samples_per_problem} samples a problem; k must not exceed them"
+        )
     rows = 1 + samples_per_problem
     prompts_per_batch = max(1, sequences_per_batch // rows)
     temperatures = jnp.asarray([0.0] + [temperature] * samples_per_problem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import ParameterSpec, initialise
+
+LayerLoop = Literal["auto", "unrolled", "scanned"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class TransformerConfig:
       norm_epsilon: inside the root of RMSNorm.
       qk_norm: RMSNorm on each query and key head before rotation.
       tie_embeddings: the embedding table is also the output projection.
-      layer_loop: "unrolled" is about twice as fast on CPU, "scanned" compiles once for any depth; "auto" unrolls on CPU.
+      layer_loop: "unrolled" is about twice as fast on CPU, "scanned" compiles once for any depth; "auto"
+        unrolls on CPU.
       parameter_dtype: storage dtype.
       compute_dtype: dtype of matrix products; norms, softmax and statistics are float32 regardless.
     """
@@ -46,14 +50,20 @@ class TransformerConfig:
     norm_epsilon: float = 1e-6
     qk_norm: bool = True
     tie_embeddings: bool = True
-    layer_loop: Literal["auto", "unrolled", "scanned"] = "auto"
-    parameter_dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    layer_loop: LayerLoop = "auto"
+    parameter_dtype: Precision = "float32"
+    compute_dtype: Precision = "float32"
 
     def __post_init__(self):
-        for name in ("vocabulary_size", "width", "layers", "heads", "kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"model.{name} is {size}; it must be at least 1")
+        choices = {"layer_loop": LayerLoop, "parameter_dtype": Precision, "compute_dtype": Precision}
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                known = ", ".join(get_args(literal))
+                raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {known}")
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads is {self.heads}, which model.kv_heads {self.kv_heads} does not divide")
         if self.head_width is None and self.width % self.heads:

@@ -44,9 +44,11 @@ def row_constraint(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
 
     def constrain(rows: PyTree) -> PyTree:
         return jax.tree.map(
-            lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(DATA_AXIS)))
-            if x.shape[0] % mesh.shape[DATA_AXIS] == 0
-            else x,
+            lambda x: (
+                jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(DATA_AXIS)))
+                if x.shape[0] % mesh.shape[DATA_AXIS] == 0
+                else x
+            ),
             rows,
         )
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.experience import Experience, Prompts, Source
@@ -68,7 +70,7 @@ def generate(
             f"rollout.samples_per_prompt is {samples_per_prompt} and rollout.max_completion_tokens is "
             f"{max_completion_tokens}; both must be at least 1"
         )
-    if isinstance(temperature, int | float) and temperature < 0:
+    if not isinstance(temperature, Tracer) and not np.all(np.asarray(temperature) >= 0):
         raise ValueError(f"rollout.temperature is {temperature}; it must be 0 (greedy) or above")
     prompt_rows, prompt_width = prompts.tokens.shape
     rows, steps = prompt_rows * samples_per_prompt, max_completion_tokens

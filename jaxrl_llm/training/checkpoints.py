@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -36,7 +37,9 @@ def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping
     Raises:
       CheckpointError: when that step exists already (orbax would skip it in silence).
     """
-    if not manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))):
+    if not manager.save(
+        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    ):
         raise CheckpointError(
             f"checkpoint {step} in {manager.directory} exists already, so it was not written again; resume from it, or "
             "use another run_dir"
@@ -115,7 +118,7 @@ def _compare(stored: PyTree, wanted: PyTree, where: str) -> None:
         side = "lacks" if path in here else "has a surplus"
         raise CheckpointError(f"checkpoint {where} {side} {path!r}; it belongs to a run with another config")
     for path, leaf in here.items():
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue  # written as its raw bits
         shape, dtype = tuple(there[path].shape), there[path].dtype
         if shape != tuple(leaf.shape) or str(dtype) != str(leaf.dtype):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -49,14 +50,14 @@ class CompilationWatch:
             jax.config.update("jax_explain_cache_misses", False)
             self._cause.detach()
 
-    def _listen(self, event: str, seconds: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         # jax keeps its listeners for good, so a closed watch must ignore what comes after.
         if not self._open or event != _EVENT:
             return
         self.count += 1
-        self.seconds += seconds
+        self.seconds += duration_secs
         if self._report is not None:
-            self._report(f"compiled after warm-up ({seconds:.1f} s): {self._cause.text or 'jax gives no cause'}")
+            self._report(f"compiled after warm-up ({duration_secs:.1f} s): {self._cause.text or 'jax gives no cause'}")
 
 
 class _LastMessage(logging.Handler):

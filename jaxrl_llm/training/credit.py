@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -59,8 +59,8 @@ def apply_credit(
         value = jax.lax.stop_gradient(value)
         if CREDIT_FIELDS[term.field] and value.ndim == 1:
             value = jnp.where(experience.mask > 0, value[:, None], 0.0)
-        experience = experience.replace(**{term.field: value})
+        experience = replace(experience, **{term.field: value})
     if experience.advantages is not None:
         present = (experience.weight > 0)[:, None]
-        experience = experience.replace(advantages=jnp.where(present, experience.advantages, 0.0))
+        experience = replace(experience, advantages=jnp.where(present, experience.advantages, 0.0))
     return experience, memory

@@ -56,16 +56,19 @@ def stages(step: TrainStep) -> list[dict[str, Any]]:
 def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts]:
     """State and prompts of one step as shapes: no memory is used."""
     config = parts.config
-    rows, integer = config.training.prompts_per_step, jnp.int32
-    shape = jax.ShapeDtypeStruct
-    prompts = Prompts(
-        tokens=shape((rows, config.rollout.max_prompt_tokens), integer),
-        length=shape((rows,), integer),
-        prompt_id=shape((rows,), integer),
-        answer_tokens=shape((rows, config.rollout.max_completion_tokens), integer),
-        answer_length=shape((rows,), integer),
-    )
-    return jax.eval_shape(parts.step.init, jax.random.key(0)), prompts
+    rows = config.training.prompts_per_step
+
+    def prompts() -> Prompts:
+        number = jnp.zeros(rows, jnp.int32)
+        return Prompts(
+            tokens=jnp.zeros((rows, config.rollout.max_prompt_tokens), jnp.int32),
+            length=number,
+            prompt_id=number,
+            answer_tokens=jnp.zeros((rows, config.rollout.max_completion_tokens), jnp.int32),
+            answer_length=number,
+        )
+
+    return jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts)
 
 
 def explanation(parts: Parts) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _shapes(experience: Experience) -> dict[str, str]:
 
 
 def _bytes(leaf: Any) -> int:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return 8
     return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
 

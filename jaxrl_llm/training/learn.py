@@ -113,20 +113,16 @@ def make_learn(
     functionals = {t.name: t.function.over_vocabulary for t in losses if "over_vocabulary" in names(t.function)}
 
     def hidden_of(params: PyTree, rows: Experience) -> Array:
-        return predicting_hidden(
-            model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length
-        )
+        return predicting_hidden(model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
 
-    def terms(rows: Experience, learner: Mapping[str, Array], over_vocabulary: Mapping[str, Array]) -> list[Loss]:
+    def terms(rows: Experience, learner: dict[str, Any], over_vocabulary: Mapping[str, Any]) -> list[Loss]:
         provided = fields_of(rows) | learner
         provided["mask"] = rows.mask * rows.weight[:, None]
-        return [
-            call(term.function, provided | {"over_vocabulary": over_vocabulary.get(term.name)}) for term in losses
-        ]
+        return [call(term.function, provided | {"over_vocabulary": over_vocabulary.get(term.name)}) for term in losses]
 
     def denominators(rows: Experience) -> list[Array]:
         nothing = jnp.zeros(rows.tokens.shape, jnp.float32)
-        placeholders = {name: nothing for name in ("logprobs", "entropy")}
+        placeholders: dict[str, Any] = dict.fromkeys(("logprobs", "entropy"), nothing)
         counts = [loss.denominator for loss in terms(rows, placeholders, dict.fromkeys(functionals, nothing))]
         return [jnp.float32(1.0) if d is None else jnp.where(d == 0, 1.0, d) for d in counts]
 
@@ -144,7 +140,7 @@ def make_learn(
             over_vocabulary=tuple(functionals.values()),
             reference=reference,
         )
-        learner = {"logprobs": statistics.logprobs}
+        learner: dict[str, Any] = {"logprobs": statistics.logprobs}
         if with_entropy:
             learner["entropy"] = statistics.entropy
         parts = terms(rows, learner, dict(zip(functionals, statistics.over_vocabulary, strict=True)))

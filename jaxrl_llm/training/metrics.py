@@ -24,16 +24,18 @@ def constant_group_share(
 
 def experience_metrics(experience: Experience) -> dict[str, Array]:
     """Scalars of one batch: means over present rows, or over their trained tokens where the name says token."""
-    weight = experience.weight
+    weight, rewards = experience.weight, experience.rewards
+    if rewards is None or experience.correct is None:
+        raise ValueError("this experience has no rewards yet; score it first (training.score.with_rewards)")
     rows = jnp.maximum(weight.sum(), 1.0)
     mask = experience.mask * weight[:, None]
     tokens = jnp.maximum(mask.sum(), 1.0)
     mean = lambda x: (x * weight).sum() / rows  # noqa: E731
     token_mean = lambda x: (x * mask).sum() / tokens  # noqa: E731
     metrics = {
-        "reward": mean(experience.rewards),
+        "reward": mean(rewards),
         "correct": mean(experience.correct),
-        "constant_group_share": constant_group_share(experience.rewards, experience.group, weight),
+        "constant_group_share": constant_group_share(rewards, experience.group, weight),
         "completion_tokens": mean(experience.length.astype(jnp.float32)),
         "truncated_share": mean(experience.truncated.astype(jnp.float32)),
         "entropy_per_token": token_mean(experience.behaviour_entropy),

@@ -18,7 +18,6 @@ from typing import Any
 import pydantic
 
 from jaxrl_llm import advantages, losses, rewards
-from jaxrl_llm.experience import Method
 from jaxrl_llm.training.credit import CreditTerm
 from jaxrl_llm.training.learn import LossTerm
 from jaxrl_llm.training.score import RewardTerm
@@ -55,13 +54,14 @@ def credit_terms(entries: Sequence[Mapping[str, Any]]) -> tuple[CreditTerm, ...]
 
 
 def loss_terms(entries: Sequence[Any]) -> tuple[LossTerm, ...]:
-    """Loss entries; `coefficient` (a number, or an entry that makes one) and `name` may stand beside hyper-parameters."""
+    """Loss entries; `coefficient` (a number, or an entry that makes one) and `name` may stand beside them."""
     terms = []
     for entry in entries:
         name, hyper = _parsed(entry, "losses")
         coefficient, label = hyper.pop("coefficient", 1.0), hyper.pop("name", None)
         where = f"losses.{name}.coefficient"
-        if isinstance(coefficient, Mapping) or (isinstance(coefficient, str) and coefficient.isidentifier()):
+        named = isinstance(coefficient, str) and (coefficient.isidentifier() or ":" in coefficient)
+        if named or isinstance(coefficient, Mapping):
             controller, inner = _parsed(coefficient, where)
             coefficient = method(controller, inner, (losses,), where)
         else:
@@ -70,7 +70,7 @@ def loss_terms(entries: Sequence[Any]) -> tuple[LossTerm, ...]:
     return tuple(terms)
 
 
-def method(name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], where: str) -> Callable | Method:
+def method(name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], where: str) -> Any:
     """The function that an entry names, with its hyper-parameters bound.
 
     A function without data parameters is a factory: it is called, and what it returns is the method.
@@ -84,8 +84,11 @@ def method(name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], whe
         if key not in read.hyper:
             raise RecipeError(f"{where}.{name}.{key} is not a hyper-parameter of {name}; {nearest(key, read.hyper)}")
     bound = {key: _typed(function, key, value, f"{where}.{name}.{key}") for key, value in hyper.items()}
-    required = [p.name for p in inspect.signature(function).parameters.values()
-                if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in bound]
+    required = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in bound
+    ]
     if required:
         raise RecipeError(f"{where}.{name} needs {required[0]}; add {name}: {{{required[0]}: ...}}")
     if read.required or read.optional:
@@ -131,7 +134,9 @@ def _parsed(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
         ((name, hyper),) = entry.items()
         if hyper is None or isinstance(hyper, Mapping):
             return str(name), dict(hyper or {})
-    raise RecipeError(f"{where} entry {entry!r} is neither a name, nor {{name: {{hyper-parameters}}}}, nor {{python: ...}}")
+    raise RecipeError(
+        f"{where} entry {entry!r} is neither a name, nor {{name: {{hyper-parameters}}}}, nor {{python: ...}}"
+    )
 
 
 def _label(name: str) -> str:
@@ -147,7 +152,10 @@ def _number(value: Any, where: str) -> float:
 
 def _typed(function: Callable, key: str, value: Any, where: str) -> Any:
     """Check a value against the function's annotation, where it has one that says something."""
-    annotation = inspect.signature(function, eval_str=True).parameters[key].annotation
+    try:
+        annotation = inspect.signature(function, eval_str=True).parameters[key].annotation
+    except NameError:  # a user's module may import names for the type checker alone
+        return value
     if annotation is inspect.Parameter.empty:
         return value
     try:

@@ -177,7 +177,9 @@ def _stages(run: Run, prompts: Batches, newest: int | None) -> dict[str, Any]:
     run.directory.write_summary(summary)
     run.manager.wait_until_finished()
     accuracies = [name for name in after if "@" in name or name == "greedy"]
-    run.console.print(results_table(*({name: part[name] for name in accuracies} for part in (run.meta["before"], after))))
+    run.console.print(
+        results_table(*({name: part[name] for name in accuracies} for part in (run.meta["before"], after)))
+    )
     run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {config.directory}")
     return summary
 
@@ -186,7 +188,10 @@ def _warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable)
     """Supervised steps on reference solutions, stopped early once sampled accuracy is where groups are mixed."""
     warm = run.config.warm_start
     rate = optax.join_schedules(
-        [optax.linear_schedule(0.0, warm.learning_rate, warm.warmup_steps), optax.constant_schedule(warm.learning_rate)],
+        [
+            optax.linear_schedule(0.0, warm.learning_rate, warm.warmup_steps),
+            optax.constant_schedule(warm.learning_rate),
+        ],
         [warm.warmup_steps],
     )
     init, step = make_supervised_step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -82,13 +82,12 @@ def host_components(
     return components
 
 
-def with_rewards(
-    experience: Experience, components: Float[Array, "B K"], terms: Sequence[RewardTerm]
-) -> Experience:
-    """Experience with its reward components, their weighted sum and the verifier's verdict (`correct`)."""
+def with_rewards(experience: Experience, terms: Sequence[RewardTerm]) -> Experience:
+    """Experience with the weighted sum of its reward components and the verifier's verdict (`correct`)."""
+    components = jnp.asarray(experience.reward_components)
     weights = jnp.asarray([term.weight for term in terms], jnp.float32)
-    return experience.replace(
-        reward_components=components,
+    return replace(
+        experience,
         rewards=components @ weights,
         correct=(components[:, 0] >= 1.0).astype(jnp.float32),
     )

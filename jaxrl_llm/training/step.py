@@ -9,7 +9,7 @@ with the host call between two jitted halves; the caller writes the same thing i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -125,7 +125,7 @@ def make_train_step(
       credit: (field, function) pairs, in order; at least one fills `advantages` for a loss that names it.
       losses: loss functions, or (function, coefficient) pairs.
       update: epochs, minibatches, microbatches, reference refresh.
-      prompts_per_step: prompts in a batch, if known: sizes that do not divide are then found here, not at the first call.
+      prompts_per_step: prompts in a batch, if known: sizes that do not divide are then found here already.
       decode: token ids -> text, for rewards that read text.
       mesh: devices to spread rows over; None leaves placement to jax.
 
@@ -157,11 +157,11 @@ def make_train_step(
 
     def init(key: Array, params: PyTree | None = None) -> TrainState:
         """A fresh state; `params` are copied, so the caller's stay usable after donation."""
-        params = model.init(jax.random.fold_in(key, 0)) if params is None else jax.tree.map(jnp.copy, params)
+        started = model.init(jax.random.fold_in(key, 0)) if params is None else jax.tree.map(jnp.copy, params)
         state = TrainState(
-            params=params,
-            optimizer_state=optimizer.init(params),
-            reference_params=jax.tree.map(jnp.copy, params) if with_reference else None,
+            params=started,
+            optimizer_state=optimizer.init(started),
+            reference_params=jax.tree.map(jnp.copy, started) if with_reference else None,
             memory={name: method.init() for name, method in stateful.items()},
             key=jnp.copy(key),
             step=jnp.int32(0),
@@ -183,23 +183,21 @@ def make_train_step(
             temperature=rollout.temperature,
             constrain=constrain,
         )
-        return constrain(experience.replace(reward_components=traceable_components(reward_terms, experience)))
+        return constrain(replace(experience, reward_components=traceable_components(reward_terms, experience)))
 
     def credit_stage(state: TrainState, experience: Experience) -> tuple[Experience, dict[str, Any]]:
-        experience = with_rewards(experience, experience.reward_components, reward_terms)
+        experience = with_rewards(experience, reward_terms)
         if "old_logprobs" in wanted:  # one forward function: the sampler's numbers are the trainer's
-            experience = experience.replace(old_logprobs=experience.behaviour_logprobs)
+            experience = replace(experience, old_logprobs=experience.behaviour_logprobs)
         if "old_entropy" in wanted:
-            experience = experience.replace(old_entropy=experience.behaviour_entropy)
+            experience = replace(experience, old_entropy=experience.behaviour_entropy)
         if "reference_logprobs" in wanted:
-            experience = experience.replace(reference_logprobs=reference_logprobs(state, experience))
+            experience = replace(experience, reference_logprobs=reference_logprobs(state, experience))
         return apply_credit(credit_terms, experience, state.memory, state.step)
 
     def reference_logprobs(state: TrainState, rows: Experience) -> Array:
         reference = state.reference_params
-        hidden = predicting_hidden(
-            model, reference, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length
-        )
+        hidden = predicting_hidden(model, reference, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
         return token_statistics(model, reference, hidden, rows.tokens, temperature=rollout.temperature).logprobs
 
     def coefficients(experience: Experience, metrics: dict, memory: dict, step: Array) -> tuple[list, dict]:
@@ -225,9 +223,7 @@ def make_train_step(
         for term, value in zip(loss_terms, values, strict=True):
             if callable(term.coefficient) or isinstance(term.coefficient, Method):
                 learned[f"coefficient/{term.name}"] = value
-        state = state.replace(
-            params=params, optimizer_state=optimizer_state, memory=memory, step=state.step + 1
-        )
+        state = replace(state, params=params, optimizer_state=optimizer_state, memory=memory, step=state.step + 1)
         return constrain_replicated(_refreshed(state, update), mesh), metrics | learned, experience
 
     def whole_step(state: TrainState, prompts: Prompts):
@@ -246,12 +242,14 @@ def make_train_step(
 def _run_with_host(programs, reward_terms, decode, state, prompts, items=None):
     """The same step in two programs, with the host rewards between them."""
     if items is None:
-        raise ValueError("this step has a reward that reads text: call step(state, prompts, items) with one dictionary "
-                         "a prompt (body, answer, ...)")
+        raise ValueError(
+            "this step has a reward that reads text: call step(state, prompts, items) with one dictionary "
+            "a prompt (body, answer, ...)"
+        )
     experience = programs[0](state, prompts)
     components = host_components(reward_terms, experience, items, decode)
     components = jax.device_put(components, experience.reward_components.sharding)
-    return programs[1](state, experience.replace(reward_components=components))
+    return programs[1](state, replace(experience, reward_components=components))
 
 
 def _refreshed(state: TrainState, update: Update) -> TrainState:
@@ -260,7 +258,7 @@ def _refreshed(state: TrainState, update: Update) -> TrainState:
         return state
     due = state.step % update.refresh_reference_every == 0
     reference = jax.tree.map(lambda new, old: jnp.where(due, new, old), state.params, state.reference_params)
-    return state.replace(reference_params=reference)
+    return replace(state, reference_params=reference)
 
 
 def _name(function: Any) -> str:

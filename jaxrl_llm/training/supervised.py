@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -77,7 +78,7 @@ def make_supervised_step(
         params, optimizer_state, metrics = learn(
             state.params, state.optimizer_state, None, constrain(rows), [jnp.float32(1.0)], state.key
         )
-        state = state.replace(params=params, optimizer_state=optimizer_state, step=state.step + 1)
+        state = replace(state, params=params, optimizer_state=optimizer_state, step=state.step + 1)
         return constrain_replicated(state, mesh), {name: metrics[name] for name in ("loss", "gradient_norm")}
 
     return init, jax.jit(step, donate_argnums=0)

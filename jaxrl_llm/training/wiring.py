@@ -31,7 +31,7 @@ class Signature:
     hyper: tuple[str, ...]
 
 
-def signature(function: Callable) -> Signature:
+def signature(function: Callable | Method) -> Signature:
     """Read a function's data and hyper-parameter names; for a `Method`, those of `update` after `memory`.
 
     >>> def scaled(rewards, weight=None, *, by=2.0): ...
@@ -50,13 +50,13 @@ def signature(function: Callable) -> Signature:
     )
 
 
-def names(function: Callable) -> frozenset[str]:
+def names(function: Callable | Method) -> frozenset[str]:
     """Every data name that a function can use."""
     read = signature(function)
     return frozenset(read.required + read.optional)
 
 
-def call(function: Callable, provided: Mapping[str, Any], memory: Any = None) -> Any:
+def call(function: Callable | Method, provided: Mapping[str, Any], memory: Any = None) -> Any:
     """Call a function with the data it names; a `Method` gets its memory first and returns (value, memory)."""
     read = signature(function)
     data = {name: provided[name] for name in read.required}
@@ -72,7 +72,7 @@ def fields_of(experience: Experience) -> dict[str, Any]:
     return {name: value for name, value in held.items() if value is not None}
 
 
-def missing(function: Callable, available: frozenset[str]) -> tuple[str, ...]:
+def missing(function: Callable | Method, available: frozenset[str]) -> tuple[str, ...]:
     """Required names that nothing provides."""
     return tuple(name for name in signature(function).required if name not in available)
 

@@ -23,8 +23,9 @@ def test_the_running_mean_is_the_debiased_average_of_earlier_batches():
     memory = method.init()
     batches = [jnp.array([1.0, 3.0]), jnp.array([0.0, 0.0]), jnp.array([5.0, 5.0])]
     baselines = []
+    update = jax.jit(method.update)
     for rewards in batches:
-        advantages, memory = method.update(memory, rewards, jnp.ones(2))
+        advantages, memory = update(memory, rewards, jnp.ones(2))
         baselines.append(float((rewards - advantages)[0]))
     # The first batch uses its own mean 2, the second that of the first; the third weighs 2 and 0 as 1 to 2.
     np.testing.assert_allclose(baselines, [2.0, 2.0, 2 / 3], rtol=1e-6)
@@ -33,8 +34,9 @@ def test_the_running_mean_is_the_debiased_average_of_earlier_batches():
 def test_constant_rewards_have_advantage_zero_from_the_first_batch_on():
     method = running_mean_baseline(decay=0.9)
     memory = method.init()
+    update = jax.jit(method.update)
     for _ in range(3):
-        advantages, memory = method.update(memory, jnp.full(4, 0.7), jnp.ones(4))
+        advantages, memory = update(memory, jnp.full(4, 0.7), jnp.ones(4))
         np.testing.assert_allclose(advantages, 0, atol=1e-6)
 
 

@@ -16,6 +16,7 @@ def test_the_loss_is_minus_the_mean_entropy_of_the_tokens_that_count():
 
 
 def test_minimising_it_raises_entropy():
+    @jax.jit
     def bonus(logits):
         log_p = jax.nn.log_softmax(logits)
         return entropy_bonus(-(jnp.exp(log_p) * log_p).sum(-1), jnp.ones((1, 1))).value

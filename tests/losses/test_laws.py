@@ -217,6 +217,18 @@ def test_rows_of_weight_zero_and_columns_of_padding_change_nothing(loss):
         np.testing.assert_array_equal(outside, 0)
 
 
+def test_weights_are_factors_of_rows_and_enter_nothing_else(loss):
+    factor = jnp.asarray([3.0, 3.0, 3.0, 1.0, 0.5, 0.5, 0.5])  # constant along groups
+    weighted = {"mask": DATA["mask"] * factor[:, None], "weight": DATA["weight"] * factor}
+    result, _ = with_gradient(loss, DATA | weighted)
+    parts = [with_gradient(loss, DATA | {"mask": DATA["mask"] * (factor == f)[:, None]})[0] for f in (3.0, 1.0, 0.5)]
+    expected = sum(f * part.numerator for f, part in zip((3.0, 1.0, 0.5), parts, strict=True))
+    np.testing.assert_allclose(result.numerator, expected, rtol=2e-6, atol=1e-6)
+    if result.denominator is not None:
+        expected = sum(f * part.denominator for f, part in zip((3.0, 1.0, 0.5), parts, strict=True))
+        np.testing.assert_allclose(result.denominator, expected, rtol=1e-6)
+
+
 def test_the_denominator_does_not_depend_on_the_current_policy(loss):
     broken = {name: jnp.full_like(DATA[name], jnp.nan) for name in differentiated(loss)}
     sound, _ = with_gradient(loss, DATA)

@@ -16,7 +16,7 @@ DIGITS = {"rtol": 5.5e-6, "atol": 1e-6}
 
 
 def value_and_grad(function, logprobs=LOGPROBS):
-    return jax.value_and_grad(lambda x: function(x).value)(logprobs)
+    return jax.jit(jax.value_and_grad(lambda x: function(x).value))(logprobs)
 
 
 def ratio_method(method, **hyper):

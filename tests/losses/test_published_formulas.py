@@ -199,9 +199,8 @@ def test_verl_value_loss():
         return 0.5 * verl_average(np.maximum((v - returns) ** 2, (limited - returns) ** 2), "token-mean")
 
     arrays = [jnp.asarray(x, jnp.float32) for x in (old, returns, MASK)]
-    value, gradient = jax.value_and_grad(lambda v: clipped_value(v, *arrays, clip=0.5).value)(
-        jnp.asarray(values, jnp.float32)
-    )
+    ours = jax.jit(jax.value_and_grad(lambda v: clipped_value(v, *arrays, clip=0.5).value))
+    value, gradient = ours(jnp.asarray(values, jnp.float32))
     np.testing.assert_allclose(value, theirs(values), rtol=1e-6)
     np.testing.assert_allclose(gradient, central_differences(theirs, values), rtol=1e-6, atol=1e-6)
 

@@ -67,16 +67,24 @@ def direct(params, hidden, reference_params, reference_hidden, tokens, *, temper
 
 
 @functools.cache
-def values_and_gradients(function, temperature, chunk=None):
+def differentiated(function, chunk=None):
     """Each statistic, and the gradient of a random combination of them all, so that none can hide behind another."""
-    params, hidden, reference_params, reference_hidden, tokens, weights = data()
+    tokens, weights = data()[4:]
 
-    def objective(*arguments):
-        values = function(*arguments, tokens, temperature=temperature, chunk=chunk)
-        return jnp.sum(weights * values), values
+    @jax.jit
+    def value_and_gradient(temperature, *arguments):
+        def objective(*arguments):
+            values = function(*arguments, tokens, temperature=temperature, chunk=chunk)
+            return jnp.sum(weights * values), values
 
-    differentiated = jax.jit(jax.value_and_grad(objective, argnums=(0, 1, 2, 3), has_aux=True))
-    (_, values), gradients = differentiated(params, hidden, reference_params, reference_hidden)
+        return jax.value_and_grad(objective, argnums=(0, 1, 2, 3), has_aux=True)(*arguments)
+
+    return value_and_gradient
+
+
+@functools.cache
+def values_and_gradients(function, temperature, chunk=None):
+    (_, values), gradients = differentiated(function, chunk)(temperature, *data()[:4])
     return values, gradients
 
 
@@ -181,7 +189,9 @@ def test_entropy_of_known_distributions():
 
 
 def test_entropy_and_gradient_are_finite_with_impossible_symbols():
-    scores = jnp.array([[0.3, -jnp.inf, 1.2, -jnp.inf], [-jnp.inf, 0.0, -jnp.inf, -jnp.inf], [0.0, -300.0, 200.0, -jnp.inf]])
+    scores = jnp.array(
+        [[0.3, -jnp.inf, 1.2, -jnp.inf], [-jnp.inf, 0.0, -jnp.inf, -jnp.inf], [0.0, -300.0, 200.0, -jnp.inf]]
+    )
     entropy = lambda x: entropy_of(scaled_log_softmax(x, 0.7))  # noqa: E731
     values, gradient = entropy(scores), jax.grad(lambda x: entropy(x).sum())(scores)
     assert bool(jnp.isfinite(values).all())

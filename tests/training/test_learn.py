@@ -1,0 +1,132 @@
+"""Epochs, minibatches and microbatches: what is visited, and that a split changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.losses import Aggregation, clipped_surrogate, entropy_bonus
+from jaxrl_llm.training import LossTerm, Update
+from jaxrl_llm.training.learn import checked_split, make_learn, minibatch_rows
+
+MODES = get_args(Aggregation)
+
+
+@pytest.fixture(scope="module")
+def credited(rows):
+    """Rows with advantages, one of them absent and one that counts in part."""
+    rng = np.random.default_rng(2)
+    return replace(
+        rows,
+        advantages=jnp.asarray(rng.normal(size=rows.tokens.shape), jnp.float32),
+        old_logprobs=rows.behaviour_logprobs,
+        weight=rows.weight.at[3].set(0.0).at[6].set(0.5),
+    )
+
+
+@pytest.fixture(scope="module")
+def learned(model, credited):
+    """size -> (aggregation -> (params, metrics)): one program for all modes, which the coefficients choose."""
+    losses = [
+        *(LossTerm(partial(clipped_surrogate, aggregation=mode, clip_high=0.01), name=mode) for mode in MODES),
+        LossTerm(partial(entropy_bonus, aggregation="seq_mean_token_mean"), name="entropy"),
+    ]
+    params, optimizer = model.init(jax.random.key(0)), optax.sgd(1.0)
+    done = {}
+
+    def at(size: int | None):
+        if size not in done:
+            update = Update(sequences_per_microbatch=size)
+            learn = jax.jit(make_learn(model, optimizer, losses, update, temperature=1.0, samples_per_prompt=2))
+            done[size] = {
+                term.name: learn(params, optimizer.init(params), None, credited, jnp.eye(len(losses))[i], jax.random.key(0))
+                for i, term in enumerate(losses)
+            }
+        return done[size]
+
+    return at
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("mode", [*MODES, "entropy"])
+def test_every_split_of_a_batch_gives_the_same_update(learned, size, mode):
+    (whole, _, one), (split, _, several) = learned(None)[mode], learned(size)[mode]
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    for name in one:
+        np.testing.assert_allclose(one[name], several[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_modes_differ_and_each_moves_the_parameters(learned, model):
+    before = model.init(jax.random.key(0))["final_norm"]
+    after = [np.asarray(learned(None)[mode][0]["final_norm"]) for mode in MODES]
+    for index, moved in enumerate(after):
+        assert np.abs(moved - before).max() > 1e-4
+        assert all(np.abs(moved - other).max() > 1e-5 for other in after[:index])
+
+
+def test_metrics_say_what_they_average(learned, credited):
+    _, _, metrics = learned(2)["token_mean"]
+    np.testing.assert_allclose(metrics["loss"], metrics["loss/token_mean"], rtol=1e-6)
+    # An absent row is behind neither the ratio nor the drift.
+    counted = credited.mask * (credited.weight[:, None] > 0)
+    assert metrics["sampler_gap_mean"] <= metrics["sampler_gap_max"]
+    assert 0 < metrics["clip_share"] < 1
+    assert metrics["kl_update"] > 0
+    assert counted[3].sum() == 0
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (1, 4), (3, 1), (2, 2)])
+def test_every_row_is_visited_once_an_epoch_in_whole_groups(epochs, minibatches):
+    prompts, samples = 4, 3
+    update = Update(epochs_per_batch=epochs, minibatches_per_epoch=minibatches)
+    order = np.asarray(minibatch_rows(jax.random.key(1), update, prompts, samples))
+    assert order.shape == (epochs * minibatches, prompts * samples // minibatches)
+    for epoch in order.reshape(epochs, -1):
+        assert sorted(epoch) == list(range(prompts * samples))
+    groups = order.reshape(epochs * minibatches, -1, samples) // samples
+    assert (groups == groups[..., :1]).all()
+
+
+def test_epochs_have_orders_of_their_own():
+    update = Update(epochs_per_batch=3, minibatches_per_epoch=2)
+    epochs = np.asarray(minibatch_rows(jax.random.key(1), update, 16, 1)).reshape(3, -1)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def grouped(logprobs, advantages, mask, group):
+    raise AssertionError("never called")
+
+
+@pytest.mark.parametrize(
+    ("update", "losses", "message"),
+    [
+        (Update(minibatches_per_epoch=3), [clipped_surrogate], "minibatches_per_epoch is 3, .* prompts_per_step 4"),
+        (Update(sequences_per_microbatch=5), [clipped_surrogate], "sequences_per_microbatch is 5, .* 16 sequences"),
+        (Update(minibatches_per_epoch=2, sequences_per_microbatch=16), [clipped_surrogate], "the 8 sequences"),
+        (Update(sequences_per_microbatch=2), [clipped_surrogate, grouped], "'grouped' compares .* samples_per_prompt 4"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(update, losses, message):
+    with pytest.raises(ValueError, match=message):
+        checked_split(update, 4, 4, [LossTerm(loss, name=loss.__name__) for loss in losses])
+
+
+@pytest.mark.parametrize(
+    ("update", "losses", "microbatches"),
+    [
+        (Update(), [grouped], 1),
+        (Update(sequences_per_microbatch=4), [grouped], 4),
+        (Update(sequences_per_microbatch=8, minibatches_per_epoch=2), [grouped], 1),
+        (Update(sequences_per_microbatch=1), [clipped_surrogate], 16),
+    ],
+)
+def test_sizes_that_fit(update, losses, microbatches):
+    assert checked_split(update, 4, 4, [LossTerm(loss) for loss in losses]) == microbatches

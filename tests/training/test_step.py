@@ -1,0 +1,313 @@
+"""The composed step: one program, what it computes, what it changes, and that it learns."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm import advantages, losses
+from jaxrl_llm.experience import Method
+from jaxrl_llm.training import CreditTerm, LossTerm, Rollout, Update, make_train_step
+from jaxrl_llm.training.compilation import CompilationWatch
+
+ROLLOUT = Rollout(samples_per_prompt=4, max_completion_tokens=6, eos_id=2, pad_id=0)
+
+
+def fives(tokens, length):
+    """Share of the length limit that is the symbol 5."""
+    inside = jnp.arange(tokens.shape[1]) < length[:, None]
+    return ((tokens == 5) & inside).sum(1) / tokens.shape[1]
+
+
+def fives_on_the_host(completions):
+    return [text.count("5") / ROLLOUT.max_completion_tokens for text in completions]
+
+
+def decode(ids):
+    return "".join(f"{number:x}" for number in ids)
+
+
+ITEMS = [{"body": "", "answer": ""}] * 8
+
+
+def composed(model, rewards=(fives,), learning_rate=0.1, **changes):
+    parts = {
+        "rollout": ROLLOUT,
+        "rewards": rewards,
+        "credit": [("advantages", advantages.group_normalized)],
+        "losses": [losses.clipped_surrogate],
+        "decode": decode,
+    }
+    return make_train_step(model, optax.adam(learning_rate), **(parts | changes))
+
+
+def same(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def numbers(state):
+    """A state on the host, its key as bits."""
+    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+def recorded(step, state, prompts, count, items=None):
+    """Run a step `count` times: states before and after on the host, metrics, programs compiled by each call."""
+    states, metrics, compiled, given, experience = [numbers(state)], [], [], [], None
+    with CompilationWatch() as watch:
+        for _ in range(count):
+            before, old = watch.count, state
+            state, shown, experience = step.run(state, prompts, items)
+            metrics.append(jax.device_get(shown))
+            compiled.append(watch.count - before)
+            given.append(all(leaf.is_deleted() for leaf in jax.tree.leaves(old)))
+            states.append(numbers(state))
+    return SimpleNamespace(states=states, metrics=metrics, compiled=compiled, donated=given, experience=experience)
+
+
+@pytest.fixture(scope="module")
+def traceable(model, make_prompts):
+    """Five steps whose reward is inside the program."""
+    step = composed(model)
+    run = recorded(step, step.init(jax.random.key(0)), make_prompts(8), 5)
+    run.step = step
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_host(model, make_prompts):
+    """The same with the reward written for text."""
+    step = composed(model, rewards=[fives_on_the_host])
+    run = recorded(step, step.init(jax.random.key(0)), make_prompts(8), 2, ITEMS)
+    run.step = step
+    return run
+
+
+def test_a_step_of_traceable_rewards_is_one_program_compiled_once(traceable):
+    assert len(traceable.step.programs) == 1
+    assert traceable.compiled == [1, 0, 0, 0, 0]
+
+
+def test_a_step_with_a_host_reward_is_two_programs_compiled_once(on_host):
+    assert len(on_host.step.programs) == 2
+    assert on_host.compiled == [2, 0]
+
+
+def test_a_reward_gives_the_same_step_inside_the_program_and_on_the_host(traceable, on_host):
+    for inside, outside in zip(traceable.metrics, on_host.metrics, strict=False):
+        assert inside.keys() == outside.keys()
+        np.testing.assert_allclose(inside["reward"], outside["reward"], rtol=1e-6)
+    same(traceable.states[2].params, on_host.states[2].params, atol=2e-6)
+
+
+def test_the_given_state_is_donated(traceable, on_host):
+    assert traceable.donated == [True] * 5
+    assert on_host.donated == [True] * 2
+
+
+def test_three_steps_improve_a_reward_that_is_easily_learnt(traceable):
+    rewards = [metrics["reward"] for metrics in traceable.metrics]
+    assert rewards[0] < 0.2
+    assert rewards[3] > rewards[0] + 0.3
+    assert rewards[3] == pytest.approx(traceable.metrics[3]["reward"])
+
+
+def test_sampler_and_trainer_agree_at_every_step(traceable, on_host):
+    for metrics in [*traceable.metrics, *on_host.metrics]:
+        assert 0 <= metrics["sampler_gap_mean"] <= metrics["sampler_gap_max"] < 1e-5
+
+
+def test_a_step_counts_itself_and_keeps_its_key(traceable):
+    assert [int(state.step) for state in traceable.states] == [0, 1, 2, 3, 4, 5]
+    assert all((state.key == traceable.states[0].key).all() for state in traceable.states)
+
+
+def test_what_is_not_named_is_not_there(traceable):
+    assert traceable.step.wanted == {"old_logprobs"}
+    assert traceable.states[-1].reference_params is None
+    assert traceable.states[-1].memory == {}
+    assert traceable.experience.reference_logprobs is None
+    assert traceable.experience.old_entropy is None
+    assert not {"kl_reference_per_token", "loss/entropy_bonus"} & traceable.metrics[0].keys()
+
+
+def matrix_products(step, prompts) -> int:
+    """How many products of matrices a step's program holds, loops counted once."""
+
+    def count(jaxpr):
+        inner = [leaf for eqn in jaxpr.eqns for leaf in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr) if is_jaxpr(leaf)]
+        here = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
+        return here + sum(count(getattr(leaf, "jaxpr", leaf)) for leaf in inner)
+
+    def is_jaxpr(leaf):
+        return hasattr(leaf, "eqns") or hasattr(getattr(leaf, "jaxpr", None), "eqns")
+
+    state = jax.eval_shape(step.init, jax.random.key(0))
+    return count(jax.make_jaxpr(step.programs[0])(state, prompts).jaxpr)
+
+
+def test_only_what_is_named_costs_a_forward_pass(model, make_prompts, traceable):
+    prompts = make_prompts(2)
+    plain = matrix_products(traceable.step, prompts)
+    with_reference = composed(model, losses=[losses.clipped_surrogate, (losses.kl_estimate, 0.1)])
+    assert with_reference.wanted == {"old_logprobs", "reference_logprobs"}
+    # One block has four projections and two products of attention; the logits are a seventh.
+    assert matrix_products(with_reference, prompts) == plain + 7
+    # The sampler's own numbers stand for the old policy, and entropy comes out of the same pass.
+    no_old = composed(model, losses=[losses.policy_gradient])
+    assert no_old.wanted == frozenset()
+    assert matrix_products(no_old, prompts) == plain
+
+
+def test_optional_data_is_not_computed_for_its_own_sake(model):
+    def takes_what_there_is(logprobs, advantages, mask, reference_logprobs=None):
+        return losses.policy_gradient(logprobs, advantages, mask)
+
+    step = composed(model, losses=[takes_what_there_is])
+    assert step.wanted == frozenset()
+    assert jax.eval_shape(step.init, jax.random.key(0)).reference_params is None
+    step = composed(model, losses=[takes_what_there_is, (losses.kl_estimate, 0.1)])
+    assert step.wanted == {"reference_logprobs"}
+
+
+# ---- everything at once ---------------------------------------------------------------------------------------------
+
+
+def ramp(step):
+    return 0.1 * step
+
+
+def shaped(rewards, step):
+    return rewards + step
+
+
+def doubling() -> Method:
+    return Method(lambda: jnp.float32(1.0), lambda memory, reward, step: (memory, 2 * memory))
+
+
+@pytest.fixture(scope="module")
+def rich(model, make_prompts):
+    """Five steps with shaped rewards, memory, a reference that is refreshed, and coefficients that change."""
+    step = composed(
+        model,
+        learning_rate=0.01,
+        rewards=[fives, fives_on_the_host],
+        credit=[
+            CreditTerm("rewards", shaped, "shaped"),
+            CreditTerm("advantages", advantages.running_mean_baseline(decay=0.5), "baseline"),
+        ],
+        losses=[
+            LossTerm(losses.clipped_surrogate, 1.0, "surrogate"),
+            LossTerm(losses.kl_estimate, doubling(), "kl"),
+            LossTerm(losses.entropy_bonus, ramp, "entropy"),
+            LossTerm(losses.divergence(samples="vocabulary"), 0.1, "exact"),
+        ],
+        update=Update(
+            epochs_per_batch=2, minibatches_per_epoch=2, sequences_per_microbatch=4, refresh_reference_every=2
+        ),
+    )
+    run = recorded(step, step.init(jax.random.key(0)), make_prompts(4), 5, ITEMS)
+    run.step = step
+    return run
+
+
+def test_updates_of_a_step_are_epochs_times_minibatches(rich):
+    assert [int(state.optimizer_state[0].count) for state in rich.states] == [0, 4, 8, 12, 16, 20]
+
+
+def test_memory_of_a_method_lives_in_the_state_and_changes(rich):
+    first, second, third = (state.memory["advantages:baseline"] for state in rich.states[:3])
+    assert first == {"sum": 0.0, "mass": 0.0}
+    # s <- 0.5 s + 0.5 mean(r): twice the plain reward, as two functions score it, and the step number on top.
+    plain = [metrics["reward"] for metrics in rich.metrics]
+    np.testing.assert_allclose(second["sum"], 0.5 * plain[0], rtol=1e-5)
+    np.testing.assert_allclose(third["sum"], 0.25 * plain[0] + 0.5 * plain[1], rtol=1e-5)
+    assert [float(state.memory["coefficient:kl"]) for state in rich.states] == [1, 2, 4, 8, 16, 32]
+
+
+def test_coefficients_may_change_with_the_step_and_with_memory(rich):
+    np.testing.assert_allclose([m["coefficient/entropy"] for m in rich.metrics], [0.0, 0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+    np.testing.assert_allclose([m["coefficient/kl"] for m in rich.metrics], [1, 2, 4, 8, 16])
+    assert "coefficient/surrogate" not in rich.metrics[0]
+    first = rich.metrics[1]
+    parts = [first[f"loss/{name}"] * c for name, c in (("surrogate", 1), ("kl", 2), ("entropy", 0.1), ("exact", 0.1))]
+    np.testing.assert_allclose(first["loss"], sum(parts), rtol=1e-4)
+
+
+def test_credit_functions_see_the_step(rich):
+    # Both rewards are the same number, and `shaped` adds the number of the step.
+    components = np.asarray(rich.experience.reward_components)
+    np.testing.assert_allclose(components[:, 0], components[:, 1])
+    np.testing.assert_allclose(rich.experience.rewards, components.sum(1) + 4, rtol=1e-6)
+
+
+def test_the_reference_is_the_policy_of_the_last_refresh(rich):
+    states = rich.states
+    for index, refreshed in enumerate([0, 0, 2, 2, 4, 4]):
+        same(states[index].reference_params, states[refreshed].params)
+        moved = jnp.abs(states[index].params["embedding"] - states[index].reference_params["embedding"]).max()
+        assert (moved == 0) == (index == refreshed)
+
+
+def test_the_divergence_from_the_reference_is_reported_and_starts_at_zero(rich):
+    drift = [metrics["kl_reference_per_token"] for metrics in rich.metrics]
+    assert abs(drift[0]) < 1e-6
+    assert abs(drift[2]) < 1e-6  # step 3 is the first after a refresh
+    assert abs(drift[1]) > 1e-6
+    assert rich.metrics[0]["loss/exact"] > 0  # the mean over updates, and only the first starts at the reference
+
+
+def test_a_rich_step_compiles_once_as_well(rich):
+    assert rich.compiled == [2, 0, 0, 0, 0]
+    assert all(metrics["sampler_gap_max"] < 1e-5 for metrics in rich.metrics)
+    assert all(np.isfinite(value).all() for metrics in rich.metrics for value in metrics.values())
+
+
+# ---- rows that are absent -------------------------------------------------------------------------------------------
+
+
+def the_first_two_prompts(prompt_id, weight):
+    return jnp.where(prompt_id < 2, weight, 0.0)
+
+
+@pytest.fixture(scope="module")
+def filtered(model, make_prompts):
+    """(a step on two prompts, a step on four of which a credit entry leaves two)."""
+    step = composed(
+        model,
+        credit=[("weight", the_first_two_prompts), ("advantages", advantages.group_normalized)],
+        losses=[partial(losses.clipped_surrogate, aggregation="seq_mean_token_mean"), losses.entropy_bonus],
+    )
+    params = model.init(jax.random.key(3))
+    runs = [recorded(step, step.init(jax.random.key(0), params), make_prompts(count), 1) for count in (2, 4)]
+    return runs
+
+
+def test_rows_of_weight_zero_change_nothing(filtered):
+    alone, beside_absent_rows = filtered
+    same(alone.states[1].params, beside_absent_rows.states[1].params, atol=1e-6)
+    for name in ("loss", "gradient_norm", "clip_share", "kl_update", "sampler_gap_max"):
+        np.testing.assert_allclose(alone.metrics[0][name], beside_absent_rows.metrics[0][name], atol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(np.asarray(beside_absent_rows.experience.advantages)[8:], 0.0)
+
+
+def test_metrics_of_a_batch_do_not_hide_the_rows_that_were_left_out(filtered):
+    everything = filtered[1]
+    experience = everything.experience
+    np.testing.assert_allclose(everything.metrics[0]["reward"], np.mean(experience.rewards), rtol=1e-6)
+    np.testing.assert_allclose(everything.metrics[0]["completion_tokens"], np.mean(experience.length), rtol=1e-6)
+    np.testing.assert_allclose(everything.metrics[0]["kept_share"], 0.5)
+    np.testing.assert_allclose(filtered[0].metrics[0]["kept_share"], 1.0)
+
+
+def test_params_that_are_given_survive_the_donation(model, make_prompts, filtered):
+    step = composed(model)
+    params = model.init(jax.random.key(3))
+    state = step.init(jax.random.key(0), params)
+    same(state.params, params)
+    assert all(a is not b for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True))
