@@ -13,8 +13,11 @@ from types import SimpleNamespace
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
+
+from jaxrl_llm.models.model import Model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +34,25 @@ def compiled_programs(tmp_path_factory):
         patch.setenv(name.upper(), str(value))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def make_bigram():
+    """A model whose next symbol depends on the last one alone, by a table of scores: it compiles in no time."""
+
+    def make(vocabulary_size: int) -> Model:
+        return Model(
+            init=lambda key: {"scores": jax.random.normal(key, (vocabulary_size, vocabulary_size))},
+            apply=lambda params, tokens, positions, cache: (jax.nn.one_hot(tokens, vocabulary_size), cache),
+            logits=lambda params, hidden: hidden @ params["scores"],
+            init_cache=lambda rows, slots: (),
+            expand_cache=lambda cache, samples, extra_slots: cache,
+            specs=None,
+            vocabulary_size=vocabulary_size,
+            config=None,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,9 @@ Each is a pure function whose positional parameters are named after fields of `E
 """
 
 from jaxrl_llm.advantages.baselines import raw_rewards, reward_minus_baseline, running_mean_baseline
+from jaxrl_llm.advantages.confidence import confidence_shaped
+from jaxrl_llm.advantages.decoupled import decoupled_normalized
+from jaxrl_llm.advantages.filters import sigma_filtered
 from jaxrl_llm.advantages.gae import (
     discounted_returns,
     gae,
@@ -25,11 +28,18 @@ from jaxrl_llm.advantages.groups import (
     group_sum,
     present,
 )
+from jaxrl_llm.advantages.length import solved_group_length_penalty
 from jaxrl_llm.advantages.pass_at_k import max_at_k_weights, pass_at_k_normalized, top_margin
+from jaxrl_llm.advantages.rehearsal import near_perfect_groups
+from jaxrl_llm.advantages.risk import mixed_value_at_risk, tracked_mixed_value_at_risk
 from jaxrl_llm.advantages.selection import nonconstant_groups
+from jaxrl_llm.advantages.turns import turn_mixed_normalized
+from jaxrl_llm.advantages.twin_critic import twin_baseline_normalized
 from jaxrl_llm.advantages.whitening import moments, reinforce_plus_plus_baseline, token_weights, whitened
 
 __all__ = [
+    "confidence_shaped",
+    "decoupled_normalized",
     "discounted_returns",
     "gae",
     "gae_returns",
@@ -47,7 +57,9 @@ __all__ = [
     "leave_one_out",
     "length_weighted_baseline",
     "max_at_k_weights",
+    "mixed_value_at_risk",
     "moments",
+    "near_perfect_groups",
     "nonconstant_groups",
     "outcome_token_rewards",
     "pass_at_k_normalized",
@@ -57,7 +69,12 @@ __all__ = [
     "reinforce_plus_plus_baseline",
     "reward_minus_baseline",
     "running_mean_baseline",
+    "sigma_filtered",
+    "solved_group_length_penalty",
     "token_weights",
     "top_margin",
+    "tracked_mixed_value_at_risk",
+    "turn_mixed_normalized",
+    "twin_baseline_normalized",
     "whitened",
 ]

@@ -7,6 +7,8 @@ ratio far from 1: ignored (`policy_gradient`), clipped (`clipped_surrogate`), cl
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.correction import negative_sequence_mask
 from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
+
+WeightLevel = Literal["token", "sequence"]
 
 
 def policy_gradient(
@@ -147,6 +151,7 @@ def cispo(
     clip_high: float = 4.0,
     negative_clip_low: float | None = None,
     negative_clip_high: float | None = None,
+    level: WeightLevel = "token",
     log_ratio_limit: float = 20.0,
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: int | None = None,
@@ -155,7 +160,9 @@ def cispo(
 
         x = -sg(clip(r, 1 - clip_low, 1 + clip_high)) * A * log pi
 
-    With its own range where A < 0 it is DISPO.
+    With its own range where A < 0 it is DISPO. With no ratio on good samples (clip_low = clip_high = 0) and one between
+    0 and 1 on bad ones (negative_clip_low 1, negative_clip_high 0) it is TOPR, which also holds up after many updates
+    on one batch: the push away from a bad sample fades as its probability does. TOPR's ratio is that of the sequence.
 
     Args:
       logprobs: log-probability of each token under the current policy.
@@ -167,6 +174,7 @@ def cispo(
       clip_high: how far it may rise above 1; TRL's ceiling is 1 + clip_high.
       negative_clip_low: `clip_low` where A < 0; None is the same.
       negative_clip_high: `clip_high` where A < 0; None is the same.
+      level: 'token' has r = pi / pi_old of the token, 'sequence' that of the whole sequence on each of its tokens.
       log_ratio_limit: bound of |log r| before exp.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
@@ -175,9 +183,9 @@ def cispo(
       The loss, with the metric `clip_share` (tokens whose weight was clipped).
 
     Raises:
-      ValueError: for a negative clip range.
+      ValueError: for a negative clip range or an unknown level.
 
-    Reference: MiniMax-M1 (2506.13585); four bounds: DISPO (2602.00983).
+    Reference: MiniMax-M1 (2506.13585); four bounds: DISPO (2602.00983), TOPR (2503.14286).
     Certainty: verified
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
@@ -186,7 +194,13 @@ def cispo(
     negative_high = clip_high if negative_clip_high is None else negative_clip_high
     check_clip(clip_low, clip_high)
     check_clip(negative_low, negative_high)
-    ratio = jax.lax.stop_gradient(jnp.exp(log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit)))
+    if level not in get_args(WeightLevel):
+        raise ValueError(f"level is {level!r}; it must be one of {', '.join(get_args(WeightLevel))}")
+    difference = log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit if level == "token" else 1e4)
+    if level == "sequence":
+        total = jnp.clip(difference.sum(-1, keepdims=True), -log_ratio_limit, log_ratio_limit)
+        difference = jnp.broadcast_to(total, difference.shape)
+    ratio = jax.lax.stop_gradient(jnp.exp(difference))
     negative = advantages < 0
     low = jnp.where(negative, 1 - negative_low, 1 - clip_low)
     high = jnp.where(negative, 1 + negative_high, 1 + clip_high)

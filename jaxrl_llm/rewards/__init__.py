@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxrl_llm.rewards.answers import answer_format, answer_span, exact_answer
 from jaxrl_llm.rewards.combination import soft_overlong, truncation_zero, weighted_sum
+from jaxrl_llm.rewards.consistency import consistent_accuracy
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.verifiers import (
     answer_order_share,
@@ -22,6 +23,7 @@ __all__ = [
     "answer_span",
     "checked_host_reward",
     "column_share",
+    "consistent_accuracy",
     "countdown",
     "exact_answer",
     "exact_match",

@@ -66,19 +66,20 @@ class _LastMessage(logging.Handler):
     def __init__(self):
         super().__init__()
         self.text = ""
-        self._loggers = [logging.getLogger(name) for name in ("jax._src.pjit", "jax._src.interpreters.pxla")]
+        # Which module of jax explains has changed between versions; all of them report to this logger.
+        self._logger = logging.getLogger("jax")
 
     def attach(self) -> None:
-        for logger in self._loggers:
-            logger.addHandler(self)
-            logger.propagate = False
+        self._logger.addHandler(self)
+        self._logger.propagate = False
 
     def detach(self) -> None:
-        for logger in self._loggers:
-            logger.removeHandler(self)
-            logger.propagate = True
+        self._logger.removeHandler(self)
+        self._logger.propagate = True
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if "CACHE MISS" in message:
+        if message.startswith("TRACING CACHE MISS"):
             self.text = " ".join(message.split())
+        elif "persistent compilation cache" not in message.lower():  # those come with the explanations
+            logging.getLogger().handle(record)

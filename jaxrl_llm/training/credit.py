@@ -56,7 +56,7 @@ def apply_credit(
             value, memory[term.memory_name] = call(term.function, provided, memory[term.memory_name])
         else:
             value = call(term.function, provided)
-        value = jax.lax.stop_gradient(value)
+        value = _checked(term, jax.lax.stop_gradient(jnp.asarray(value)), experience)
         if CREDIT_FIELDS[term.field] and value.ndim == 1:
             value = jnp.where(experience.mask > 0, value[:, None], 0.0)
         experience = replace(experience, **{term.field: value})
@@ -64,3 +64,16 @@ def apply_credit(
         present = (experience.weight > 0)[:, None]
         experience = replace(experience, advantages=jnp.where(present, experience.advantages, 0.0))
     return experience, memory
+
+
+def _checked(term: CreditTerm, value: Array, experience: Experience) -> Array:
+    rows, width = experience.tokens.shape
+    shapes = [(rows, width)] if term.field == "mask" else [(rows,)]
+    if CREDIT_FIELDS[term.field]:
+        shapes.append((rows, width))
+    if value.shape not in shapes:
+        raise ValueError(
+            f"{term.field} {term.name!r} returned shape {value.shape} for {rows} completions of {width} tokens; it must "
+            f"return shape {' or '.join(map(str, shapes))}"
+        )
+    return value

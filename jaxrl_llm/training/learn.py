@@ -19,7 +19,7 @@ from jaxrl_llm.experience import Experience, Loss
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.score import predicting_hidden
-from jaxrl_llm.training.wiring import call, fields_of, names
+from jaxrl_llm.training.wiring import call, fields_of, names, signature
 
 # Names that a loss may ask for beyond the fields of Experience.
 LEARNER_NAMES = frozenset({"logprobs", "entropy", "over_vocabulary"})
@@ -109,7 +109,7 @@ def make_learn(
     Only what the losses name is computed: a loss that names `entropy` or carries an `over_vocabulary` functional
     has it evaluated in the same chunked pass as the log-probabilities.
     """
-    with_entropy = any("entropy" in names(term.function) for term in losses)
+    with_entropy = any("entropy" in signature(term.function).required for term in losses)
     functionals = {t.name: t.function.over_vocabulary for t in losses if "over_vocabulary" in names(t.function)}
 
     def hidden_of(params: PyTree, rows: Experience) -> Array:
@@ -122,7 +122,7 @@ def make_learn(
 
     def denominators(rows: Experience) -> list[Array]:
         nothing = jnp.zeros(rows.tokens.shape, jnp.float32)
-        placeholders: dict[str, Any] = dict.fromkeys(("logprobs", "entropy"), nothing)
+        placeholders: dict[str, Any] = {"logprobs": nothing} | ({"entropy": nothing} if with_entropy else {})
         counts = [loss.denominator for loss in terms(rows, placeholders, dict.fromkeys(functionals, nothing))]
         return [jnp.float32(1.0) if d is None else jnp.where(d == 0, 1.0, d) for d in counts]
 
@@ -184,7 +184,7 @@ def make_learn(
             grads, (sums, (peaks, drift)) = gradient(params, reference_params, batch, coefficients)
             deltas, optimizer_state = optimizer.update(grads, optimizer_state, params)
             params = optax.apply_updates(params, deltas)
-            norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
             sums = sums | {"gradient_norm": (norm, 0.0)}
             return (params, optimizer_state), (sums, peaks, drift)
 

@@ -22,9 +22,15 @@ def constant_group_share(
     return constant.sum() / jnp.maximum(exists.sum(), 1)
 
 
-def experience_metrics(experience: Experience) -> dict[str, Array]:
-    """Scalars of one batch: means over present rows, or over their trained tokens where the name says token."""
-    weight, rewards = experience.weight, experience.rewards
+def experience_metrics(experience: Experience, weight: Float[Array, "B"]) -> dict[str, Array]:
+    """Scalars of one batch: means over the rows that were sampled, or over their tokens where the name says token.
+
+    Args:
+      experience: a batch after credit, which may have left out rows.
+      weight: of each row as it was sampled, so that rows left out since are counted and not hidden; `kept_share` says
+        how many were kept.
+    """
+    rewards = experience.rewards
     if rewards is None or experience.correct is None:
         raise ValueError("this experience has no rewards yet; score it first (training.score.with_rewards)")
     rows = jnp.maximum(weight.sum(), 1.0)
@@ -38,6 +44,7 @@ def experience_metrics(experience: Experience) -> dict[str, Array]:
         "constant_group_share": constant_group_share(rewards, experience.group, weight),
         "completion_tokens": mean(experience.length.astype(jnp.float32)),
         "truncated_share": mean(experience.truncated.astype(jnp.float32)),
+        "kept_share": mean((experience.weight > 0).astype(jnp.float32)),
         "entropy_per_token": token_mean(experience.behaviour_entropy),
     }
     if experience.reference_logprobs is not None:

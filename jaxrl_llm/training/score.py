@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Experience
+from jaxrl_llm.rewards.combination import weighted_sum
 from jaxrl_llm.rewards.host import checked_host_reward
 from jaxrl_llm.training.wiring import call, fields_of, names
 
@@ -85,9 +86,8 @@ def host_components(
 def with_rewards(experience: Experience, terms: Sequence[RewardTerm]) -> Experience:
     """Experience with the weighted sum of its reward components and the verifier's verdict (`correct`)."""
     components = jnp.asarray(experience.reward_components)
-    weights = jnp.asarray([term.weight for term in terms], jnp.float32)
     return replace(
         experience,
-        rewards=components @ weights,
+        rewards=weighted_sum(components, weights=tuple(term.weight for term in terms)),
         correct=(components[:, 0] >= 1.0).astype(jnp.float32),
     )

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, Method, Prompts, TrainState
@@ -213,8 +214,9 @@ def make_train_step(
         return values, memory
 
     def update_stage(state: TrainState, experience: Experience) -> tuple[TrainState, dict[str, Array], Experience]:
+        sampled = experience.weight
         experience, memory = credit_stage(state, experience)
-        metrics = experience_metrics(experience)
+        metrics = experience_metrics(experience, sampled)
         values, memory = coefficients(experience, metrics, memory, state.step)
         key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         params, optimizer_state, learned = learn(
@@ -248,7 +250,9 @@ def _run_with_host(programs, reward_terms, decode, state, prompts, items=None):
         )
     experience = programs[0](state, prompts)
     components = host_components(reward_terms, experience, items, decode)
-    components = jax.device_put(components, experience.reward_components.sharding)
+    placement = experience.reward_components.sharding
+    if isinstance(placement, NamedSharding):  # without a mesh, placing them by hand would compile both programs twice
+        components = jax.device_put(components, placement)
     return programs[1](state, replace(experience, reward_components=components))
 
 
@@ -300,6 +304,12 @@ def _checked(rewards, credit, losses, rollout: Rollout, decode) -> frozenset[str
                 "advantage would be 0; use at least 2 samples or a baseline that needs no group"
             )
         available |= {term.field}
+    remembering = [term.memory_name for term in credit if isinstance(term.function, Method)]
+    if twice := {name for name in remembering if remembering.count(name) > 1}:
+        raise ValueError(
+            f"credit entry {twice.pop()!r} is listed twice and remembers something, so both would share one memory; "
+            "leave one out, or give each CreditTerm a name of its own"
+        )
     for term in losses:
         _require(term.function, f"loss {term.name!r}", available | LEARNER_NAMES)
         if callable(term.coefficient) or isinstance(term.coefficient, Method):
@@ -307,7 +317,8 @@ def _checked(rewards, credit, losses, rollout: Rollout, decode) -> frozenset[str
     everything = [t.function for t in (*credit, *losses)] + [
         t.coefficient for t in losses if callable(t.coefficient) or isinstance(t.coefficient, Method)
     ]
-    wanted = frozenset().union(*(names(function) for function in everything))
+    # Optional data is passed where there is some, but never computed for its own sake.
+    wanted = frozenset().union(*(signature(function).required for function in everything))
     if "kl_reference_per_token" in wanted:
         wanted |= {"reference_logprobs"}
     return wanted & ON_DEMAND

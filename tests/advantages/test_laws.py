@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import advantages
+from jaxrl_llm import advantages, losses
 from jaxrl_llm.training.wiring import signature
 
 ROWS, TOKENS = 9, 4
@@ -20,7 +20,39 @@ def running_mean(rewards, weight):
     return method.update(memory, rewards, weight)[0]
 
 
+def tracked_risk(rewards, sample, group, weight):
+    method = advantages.tracked_mixed_value_at_risk(use="mix", prompts_per_bundle=9)
+    past = (jnp.array([0.0, 1.0, 1.0, 0.0]), jnp.array([0, 1, 0, 1]), jnp.array([0, 0, 1, 1]), jnp.ones(4))
+    _, memory = method.update(method.init(), *past)
+    return method.update(memory, rewards, sample, group, weight)[0]
+
+
 CASES = {
+    "decoupled_normalized": advantages.decoupled_normalized,
+    "decoupled_normalized/none": functools.partial(advantages.decoupled_normalized, scale="none"),
+    "sigma_filtered": functools.partial(advantages.sigma_filtered, limit=1.0),
+    "sigma_filtered/released": functools.partial(advantages.sigma_filtered, rule="released", limit=1.0),
+    # One bundle holds all groups: which groups share a bundle depends on the order of their ids.
+    "mixed_value_at_risk": functools.partial(advantages.mixed_value_at_risk, prompts_per_bundle=9),
+    "mixed_value_at_risk/uniform": functools.partial(
+        advantages.mixed_value_at_risk, prompts_per_bundle=9, credit="uniform", natural_baseline=False
+    ),
+    "mixed_value_at_risk/sum_mean": functools.partial(
+        advantages.mixed_value_at_risk, prompts_per_bundle=9, credit="sum_mean"
+    ),
+    "mixed_value_at_risk/score": functools.partial(
+        advantages.mixed_value_at_risk, prompts_per_bundle=9, credit="score", normalize=False
+    ),
+    "tracked_mixed_value_at_risk": tracked_risk,
+    "turn_mixed_normalized": functools.partial(advantages.turn_mixed_normalized, gamma=0.9),
+    "turn_mixed_normalized/batch": functools.partial(advantages.turn_mixed_normalized, scope="batch"),
+    "confidence_shaped": functools.partial(advantages.confidence_shaped, share=0.4),
+    "solved_group_length_penalty": advantages.solved_group_length_penalty,
+    "solved_group_length_penalty/threshold": functools.partial(advantages.solved_group_length_penalty, threshold=0.6),
+    "near_perfect_groups": functools.partial(advantages.near_perfect_groups, attempts=3, min_correct=2),
+    "twin_baseline_normalized": advantages.twin_baseline_normalized,
+    "entropy_change_weights": losses.entropy_change_weights,
+    "entropy_change_weights/exponential": functools.partial(losses.entropy_change_weights, form="exponential"),
     "raw_rewards": advantages.raw_rewards,
     "reward_minus_baseline": advantages.reward_minus_baseline,
     "running_mean_baseline": running_mean,
@@ -43,6 +75,10 @@ CASES = {
 }
 # Centred on something that moves with the rewards.
 SHIFT_INVARIANT = {
+    "mixed_value_at_risk",
+    "mixed_value_at_risk/uniform",
+    "mixed_value_at_risk/sum_mean",
+    "twin_baseline_normalized",
     "group_normalized",
     "group_normalized/batch",
     "group_normalized/none",
@@ -55,8 +91,12 @@ SHIFT_INVARIANT = {
 }
 SCALE_INVARIANT = {"group_normalized", "group_normalized/batch", "top_margin", "reinforce_plus_plus_baseline"}
 # Equal rewards in every group.
-ZERO_ON_EQUAL = SHIFT_INVARIANT | {"pass_at_k_normalized"}
+ZERO_ON_EQUAL = (SHIFT_INVARIANT | {"pass_at_k_normalized", "mixed_value_at_risk/score"}) - {"twin_baseline_normalized"}
 ZERO_ALONE = {
+    "mixed_value_at_risk",
+    "mixed_value_at_risk/uniform",
+    "mixed_value_at_risk/sum_mean",
+    "mixed_value_at_risk/score",
     "group_normalized",
     "group_normalized/batch",
     "group_normalized/none",
@@ -76,6 +116,15 @@ def batch():
         "group": jnp.asarray([3, 0, 3, 3, 0, 6, 6, 6, 8], jnp.int32),
         "weight": jnp.ones(ROWS),
         "length": jnp.asarray(LENGTHS, jnp.int32),
+        "sample": jnp.asarray([1, 0, 0, 2, 1, 2, 0, 1, 0], jnp.int32),
+        "reward_components": jnp.asarray(np.random.default_rng(6).integers(0, 3, (ROWS, 2)), jnp.float32),
+        "twin_values": jnp.asarray(np.random.default_rng(7).normal(size=(ROWS, 2)), jnp.float32),
+        "turn_rewards": jnp.asarray(np.random.default_rng(8).normal(size=(ROWS, 3)), jnp.float32),
+        "turn": jnp.asarray(np.minimum(np.arange(TOKENS), 2) + np.zeros((ROWS, 1)), jnp.int32),
+        "prompt_logprobs": jnp.asarray(-np.random.default_rng(9).uniform(0, 2, (ROWS, 5)), jnp.float32),
+        "prompt_mask": jnp.asarray(np.arange(5) < 1 + LENGTHS[:, None], jnp.float32),
+        "old_logprobs": jnp.asarray(-np.random.default_rng(10).uniform(0, 2, (ROWS, TOKENS)), jnp.float32),
+        "old_entropy": jnp.asarray(np.random.default_rng(11).uniform(0, 2, (ROWS, TOKENS)), jnp.float32),
         "mask": jnp.asarray(np.arange(TOKENS) < LENGTHS[:, None], jnp.float32),
         "advantages": jnp.asarray(rng.normal(size=(ROWS, TOKENS)), jnp.float32),
         "old_values": jnp.asarray(rng.normal(size=(ROWS, TOKENS)), jnp.float32),
@@ -124,7 +173,7 @@ def test_absent_rows_and_columns_of_padding_change_nothing_and_get_nothing(name)
     for field, value in DATA.items():
         value = jnp.concatenate([value, absent[field]])
         if value.ndim == 2:
-            value = jnp.pad(value, ((0, 0), (0, 2)), constant_values=0 if field == "mask" else 9)
+            value = jnp.pad(value, ((0, 0), (0, 2)), constant_values=0 if field.endswith("mask") else 9)
         larger[field] = value
     result = run(name, larger)
     inside = result[:ROWS, :TOKENS] if result.ndim == 2 else result[:ROWS]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import losses
+from jaxrl_llm.experience import Source
 from jaxrl_llm.training.wiring import signature
 
 ROWS, TOKENS = 7, 5
@@ -49,6 +50,8 @@ def batch():
         "tokens": jnp.asarray(rng.integers(0, 9, (ROWS, TOKENS)), jnp.int32),
         "source": jnp.asarray(np.arange(TOKENS) < LENGTHS[:, None], jnp.int32),
         "turn": jnp.zeros((ROWS, TOKENS), jnp.int32),
+        "proxy_logprobs": old + 0.3 * jnp.cos(jnp.arange(TOKENS)),
+        "entropy_history": 0.2 + jnp.abs(old),
         "rewards": rewards,
         "correct": rewards,
         "truncated": jnp.zeros(ROWS, bool),
@@ -85,7 +88,22 @@ def variant(function, **hyper):
     return functools.partial(function, **hyper)
 
 
+def mixed_sources(logprobs, old_logprobs, advantages, tokens, mask):
+    source = jnp.where(tokens % 2 == 0, Source.DEMONSTRATION, Source.SAMPLED)
+    return losses.external_surrogate(logprobs, old_logprobs, advantages, source, mask)
+
+
+def rehearsal(logprobs, reference_logprobs, mask):
+    stored = jnp.where(mask > 0, Source.DEMONSTRATION, Source.PAD)
+    return losses.rehearsal_divergence()(logprobs, reference_logprobs, stored, losses.row_weight(mask))
+
+
 CASES = exported_losses() | {
+    "external_surrogate/mixed_sources": mixed_sources,
+    "external_surrogate/clipped": variant(losses.external_surrogate, clip_low=0.2, clip_high=0.28),
+    "rehearsal_divergence": rehearsal,
+    "protected_surrogate/tight_clip": variant(losses.protected_surrogate, clip_low=0.2, clip_high=0.28),
+    "entropy_band/deviation": variant(losses.entropy_band, selection="otsu", band="deviation"),
     "policy_gradient/seq_mean_token_sum": variant(losses.policy_gradient, aggregation="seq_mean_token_sum"),
     "policy_gradient/token_sum_const": variant(
         losses.policy_gradient, aggregation="token_sum_const", max_completion_tokens=8

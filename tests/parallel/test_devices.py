@@ -20,8 +20,9 @@ from jaxrl_llm.advantages import group_normalized
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.losses import clipped_surrogate
 from jaxrl_llm.models import TransformerConfig, abstract, transformer
-from jaxrl_llm.parallel import make_mesh, replicate, row_constraint
+from jaxrl_llm.parallel import constrain_replicated, make_mesh, replicate, row_constraint
 from jaxrl_llm.rollout import generate
+from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.learn import Update
 from jaxrl_llm.training.step import Rollout, make_train_step
 
@@ -67,13 +68,15 @@ def facts(mesh) -> dict[str, np.ndarray]:
     state = step.init(jax.random.key(5), initial_params())
     found = {}
     for number in range(UPDATES):
-        state, metrics, experience = step.run(state, prompts_of(number), None)
+        prompts = prompts_of(number)
+        with CompilationWatch() as watch:
+            state, metrics, experience = step.run(state, prompts, None)
+        found[f"compilations {number}"] = watch.count
         for name in ("tokens", "length", "truncated", "rewards", "advantages", "behaviour_logprobs"):
             found[f"{name} {number}"] = getattr(experience, name)
         found |= {f"metric {name} {number}": value for name, value in metrics.items()}
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.optimizer_state)):
         found[f"state {jax.tree_util.keystr(path)}"] = leaf
-    found["programs compiled"] = step.programs[0]._cache_size()
     found["rows of a device"] = experience.tokens.addressable_shards[0].data.shape[0]
     found["state is replicated"] = all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
     return {name: np.asarray(value) for name, value in found.items()}
@@ -85,6 +88,7 @@ def facts_of_many_devices() -> dict[str, np.ndarray]:
     constrain = row_constraint(mesh)
     rows = {"six": jnp.arange(6), "sixteen": jnp.arange(32).reshape(16, 2)}
     placed = jax.jit(constrain)(rows)
+    pinned = jax.jit(lambda x: constrain_replicated(2 * x, mesh))(placed["sixteen"])
     # The key-value cache is made inside the program, and nothing constrains it by name: it must be spread all the same.
     compiled = (
         jax.jit(
@@ -110,8 +114,10 @@ def facts_of_many_devices() -> dict[str, np.ndarray]:
         "devices": np.asarray(len(mesh.devices)),
         "two devices": np.asarray(len(make_mesh(2).devices)),
         "six": np.asarray(placed["six"]),
+        "rows of six on a device": np.asarray(placed["six"].addressable_shards[0].data.shape[0]),
         "sixteen": np.asarray(placed["sixteen"]),
         "rows of sixteen on a device": np.asarray(placed["sixteen"].addressable_shards[0].data.shape[0]),
+        "rows of sixteen pinned everywhere": np.asarray(pinned.addressable_shards[0].data.shape[0]),
         "whole caches": np.asarray(compiled.count(cache(PROMPTS * SAMPLES))),
         "split caches": np.asarray(compiled.count(cache(PROMPTS * SAMPLES // 8))),
     }
@@ -127,11 +133,14 @@ def one_and_eight(tmp_path_factory):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    one = facts(None)
-    output, _ = process.communicate(timeout=300)
+    command = [sys.executable, __file__, str(path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            one = facts(None)
+            output, _ = process.communicate(timeout=300)
+        finally:
+            process.kill()
     assert process.returncode == 0, output
     with np.load(path) as eight:
         return one, dict(eight)
@@ -163,7 +172,10 @@ def test_rows_are_spread_the_state_is_not_and_nothing_compiles_twice(one_and_eig
     assert one["rows of a device"] == PROMPTS * SAMPLES
     assert eight["rows of a device"] == PROMPTS * SAMPLES // 8
     assert eight["state is replicated"]
-    assert one["programs compiled"] == eight["programs compiled"] == 1
+    for found in one_and_eight:
+        compilations = [int(found[f"compilations {number}"]) for number in range(UPDATES)]
+        assert compilations[0] > 0
+        assert compilations[1:] == [0] * (UPDATES - 1)
 
 
 def test_the_cache_of_a_device_holds_its_own_rows_only(one_and_eight):
@@ -177,7 +189,9 @@ def test_rows_that_do_not_divide_are_left_where_they_are(one_and_eight):
     assert (eight["devices"], eight["two devices"]) == (8, 2)
     np.testing.assert_array_equal(eight["six"], np.arange(6))
     np.testing.assert_array_equal(eight["sixteen"], np.arange(32).reshape(16, 2))
+    assert eight["rows of six on a device"] == 6
     assert eight["rows of sixteen on a device"] == 2
+    assert eight["rows of sixteen pinned everywhere"] == 16
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SCRIPT = jnp.array(
 
 
 def scripted(calls: list) -> Model:
-    """A model that writes the row of `SCRIPT` which the last prompt token names, and records what it was called with."""
+    """A model that writes the row of `SCRIPT` that the last prompt token names; `calls` collects its calls."""
 
     def apply(params, tokens, positions, cache):
         row, written = cache
@@ -75,9 +75,7 @@ def written(rows, *, max_completion_tokens=4, samples_per_prompt=1, pad_id=PAD, 
 def test_tokens_length_mask_source_and_truncation(pad_id):
     experience, _ = written([0, 1, 2, 3], pad_id=pad_id)
     p = pad_id
-    np.testing.assert_array_equal(
-        experience.tokens, [[2, 3, 4, 5], [2, 3, 4, EOS], [EOS, p, p, p], [3, EOS, p, p]]
-    )
+    np.testing.assert_array_equal(experience.tokens, [[2, 3, 4, 5], [2, 3, 4, EOS], [EOS, p, p, p], [3, EOS, p, p]])
     np.testing.assert_array_equal(experience.length, [4, 4, 1, 2])
     np.testing.assert_array_equal(experience.truncated, [True, False, False, False])
     mask = [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]

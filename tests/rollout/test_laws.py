@@ -191,8 +191,8 @@ def test_another_address_draws_other_tokens():
     others = np.asarray(renamed.tokens).reshape(4, SAMPLES, STEPS)
     np.testing.assert_array_equal(others[[0, 2, 3]], tokens[[0, 2, 3]])
     assert not np.array_equal(others[1], tokens[1])
-    # Samples of one prompt differ from each other.
-    assert all(len({tuple(row) for row in group.tolist()}) > SAMPLES // 2 for group in tokens)
+    # Samples of one prompt differ from each other, up to the few symbols that there are.
+    assert all(len({tuple(row) for row in group.tolist()}) > 2 for group in tokens)
 
 
 def test_each_sample_number_has_its_own_temperature():

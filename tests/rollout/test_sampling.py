@@ -63,7 +63,9 @@ def test_neighbouring_addresses_draw_independently():
         assert chi_square(joint, rows * columns / DRAWS) < QUANTILE[25]
 
 
-@pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.2999, 1), (0.3001, 2), (0.5001, 5), (0.9899, 6), (1 - 2**-23, 7)])
+@pytest.mark.parametrize(
+    "uniform, token", [(0.0, 1), (0.2999, 1), (0.3001, 2), (0.5001, 5), (0.9899, 6), (1 - 2**-23, 7)]
+)
 def test_the_uniform_number_decides_even_at_its_extremes(monkeypatch, uniform, token):
     monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(uniform))
     assert draws(0, 0, 0).tolist() == [token]

@@ -1,4 +1,4 @@
-"""A model of one block over 16 symbols, prompts for it, and experience written by hand."""
+"""Two models over 16 symbols, prompts for them, and experience written by hand."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from jaxrl_llm.models.transformer import TransformerConfig, transformer
 
 @pytest.fixture(scope="session")
 def model() -> Model:
+    """One block of a transformer."""
     return transformer(TransformerConfig(vocabulary_size=16, width=16, layers=1, heads=2, kv_heads=1))
 
 
 @pytest.fixture(scope="session")
+def bigram(make_bigram) -> Model:
+    return make_bigram(16)
+
+
+@pytest.fixture(scope="session")
 def make_prompts():
-    """Prompts of two to four tokens with the ids 0, 1, ..."""
+    """The first of eight prompts of two to four tokens, with the ids 0, 1, ..."""
+    rng = np.random.default_rng(0)
+    tokens, length = rng.integers(3, 16, (8, 4)).astype(np.int32), rng.integers(2, 5, 8).astype(np.int32)
 
     def make(count: int) -> Prompts:
-        rng = np.random.default_rng(0)
         return Prompts(
-            tokens=rng.integers(3, 16, (count, 4)).astype(np.int32),
-            length=rng.integers(2, 5, count).astype(np.int32),
+            tokens=tokens[:count],
+            length=length[:count],
             prompt_id=np.arange(count, dtype=np.int32),
             answer_tokens=np.full((count, 2), 5, np.int32),
             answer_length=np.ones(count, np.int32),

@@ -36,7 +36,7 @@ def decode(ids):
 ITEMS = [{"body": "", "answer": ""}] * 8
 
 
-def composed(model, rewards=(fives,), learning_rate=0.1, **changes):
+def composed(model, rewards=(fives,), optimizer=optax.adam(1.0), **changes):  # noqa: B008
     parts = {
         "rollout": ROLLOUT,
         "rewards": rewards,
@@ -44,7 +44,7 @@ def composed(model, rewards=(fives,), learning_rate=0.1, **changes):
         "losses": [losses.clipped_surrogate],
         "decode": decode,
     }
-    return make_train_step(model, optax.adam(learning_rate), **(parts | changes))
+    return make_train_step(model, optimizer, **(parts | changes))
 
 
 def same(a, b, **tolerance):
@@ -52,8 +52,8 @@ def same(a, b, **tolerance):
 
 
 def numbers(state):
-    """A state on the host, its key as bits."""
-    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+    """A copy of a state on the host, its key as bits. (A view of an array would keep it from being donated.)"""
+    return jax.tree.map(np.array, state.replace(key=jax.random.key_data(state.key)))
 
 
 def recorded(step, state, prompts, count, items=None):
@@ -71,18 +71,18 @@ def recorded(step, state, prompts, count, items=None):
 
 
 @pytest.fixture(scope="module")
-def traceable(model, make_prompts):
+def traceable(bigram, make_prompts):
     """Five steps whose reward is inside the program."""
-    step = composed(model)
+    step = composed(bigram)
     run = recorded(step, step.init(jax.random.key(0)), make_prompts(8), 5)
     run.step = step
     return run
 
 
 @pytest.fixture(scope="module")
-def on_host(model, make_prompts):
+def on_host(bigram, make_prompts):
     """The same with the reward written for text."""
-    step = composed(model, rewards=[fives_on_the_host])
+    step = composed(bigram, rewards=[fives_on_the_host])
     run = recorded(step, step.init(jax.random.key(0)), make_prompts(8), 2, ITEMS)
     run.step = step
     return run
@@ -114,7 +114,6 @@ def test_three_steps_improve_a_reward_that_is_easily_learnt(traceable):
     rewards = [metrics["reward"] for metrics in traceable.metrics]
     assert rewards[0] < 0.2
     assert rewards[3] > rewards[0] + 0.3
-    assert rewards[3] == pytest.approx(traceable.metrics[3]["reward"])
 
 
 def test_sampler_and_trainer_agree_at_every_step(traceable, on_host):
@@ -151,9 +150,9 @@ def matrix_products(step, prompts) -> int:
     return count(jax.make_jaxpr(step.programs[0])(state, prompts).jaxpr)
 
 
-def test_only_what_is_named_costs_a_forward_pass(model, make_prompts, traceable):
+def test_only_what_is_named_costs_a_forward_pass(model, make_prompts):
     prompts = make_prompts(2)
-    plain = matrix_products(traceable.step, prompts)
+    plain = matrix_products(composed(model), prompts)
     with_reference = composed(model, losses=[losses.clipped_surrogate, (losses.kl_estimate, 0.1)])
     assert with_reference.wanted == {"old_logprobs", "reference_logprobs"}
     # One block has four projections and two products of attention; the logits are a seventh.
@@ -195,7 +194,7 @@ def rich(model, make_prompts):
     """Five steps with shaped rewards, memory, a reference that is refreshed, and coefficients that change."""
     step = composed(
         model,
-        learning_rate=0.01,
+        optimizer=optax.adam(0.01),
         rewards=[fives, fives_on_the_host],
         credit=[
             CreditTerm("rewards", shaped, "shaped"),
@@ -211,7 +210,7 @@ def rich(model, make_prompts):
             epochs_per_batch=2, minibatches_per_epoch=2, sequences_per_microbatch=4, refresh_reference_every=2
         ),
     )
-    run = recorded(step, step.init(jax.random.key(0)), make_prompts(4), 5, ITEMS)
+    run = recorded(step, jax.jit(step.init)(jax.random.key(0)), make_prompts(4), 5, ITEMS)
     run.step = step
     return run
 
@@ -276,14 +275,15 @@ def the_first_two_prompts(prompt_id, weight):
 
 
 @pytest.fixture(scope="module")
-def filtered(model, make_prompts):
+def filtered(bigram, make_prompts):
     """(a step on two prompts, a step on four of which a credit entry leaves two)."""
     step = composed(
-        model,
+        bigram,
+        optimizer=optax.sgd(0.1),
         credit=[("weight", the_first_two_prompts), ("advantages", advantages.group_normalized)],
         losses=[partial(losses.clipped_surrogate, aggregation="seq_mean_token_mean"), losses.entropy_bonus],
     )
-    params = model.init(jax.random.key(3))
+    params = bigram.init(jax.random.key(3))
     runs = [recorded(step, step.init(jax.random.key(0), params), make_prompts(count), 1) for count in (2, 4)]
     return runs
 
@@ -305,9 +305,7 @@ def test_metrics_of_a_batch_do_not_hide_the_rows_that_were_left_out(filtered):
     np.testing.assert_allclose(filtered[0].metrics[0]["kept_share"], 1.0)
 
 
-def test_params_that_are_given_survive_the_donation(model, make_prompts, filtered):
-    step = composed(model)
-    params = model.init(jax.random.key(3))
-    state = step.init(jax.random.key(0), params)
-    same(state.params, params)
-    assert all(a is not b for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True))
+def test_params_that_are_given_survive_the_donation(bigram, make_prompts, traceable):
+    params = bigram.init(jax.random.key(3))
+    traceable.step(traceable.step.init(jax.random.key(0), params), make_prompts(8))
+    assert not params["scores"].is_deleted()

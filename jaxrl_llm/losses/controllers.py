@@ -1,0 +1,209 @@
+"""Coefficients of a loss that follow what happened: methods over the metrics of a batch.
+
+A controller stands in a recipe where a number would: `coefficient: {adaptive_kl: {...}}`. Its value scales the loss
+that it stands beside and carries no gradient of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrl_llm.experience import Method
+
+KLUnit = Literal["sequence", "token"]
+ControlOutput = Literal["coefficient", "penalty"]
+
+
+def adaptive_kl(
+    *,
+    sequences_per_step: int,
+    init: float = 0.1,
+    target: float = 6.0,
+    horizon: float = 10000.0,
+    error_limit: float = 0.2,
+    unit: KLUnit = "sequence",
+) -> Method:
+    """A coefficient that grows while the policy is further from the reference than a target, and shrinks while nearer.
+
+        beta <- beta * (1 + clip(KL / target - 1, -error_limit, error_limit) * sequences_per_step / horizon)
+
+    The batch that was measured still gets the old value, so the first step has `init`. The usual target of 6 is in nats
+    a sequence; with unit "token" the target is in nats a token and must be chosen accordingly.
+
+    Args:
+      sequences_per_step: sequences that a step measures.
+      init: the first coefficient.
+      target: wanted KL(policy || reference), in nats a `unit`.
+      horizon: sequences over which a lasting error of 10% changes the coefficient by about 10%.
+      error_limit: largest relative error that counts.
+      unit: "sequence" multiplies the measured KL of a token by the mean length of the completions.
+
+    Returns:
+      A method that remembers the coefficient; its update reads `kl_reference_per_token` and, for "sequence",
+      `completion_tokens`.
+
+    Raises:
+      ValueError: for an unknown unit, or a number that is not positive.
+
+    Reference: Ziegler et al., Fine-tuning from human preferences (1909.08593).
+    Certainty: verified
+    """
+    if unit not in get_args(KLUnit):
+        raise ValueError(f"unit is {unit!r}; it must be one of {', '.join(get_args(KLUnit))}")
+    _check_positive(
+        sequences_per_step=sequences_per_step, init=init, target=target, horizon=horizon, error_limit=error_limit
+    )
+    first = init
+
+    def start():
+        return {"coefficient": jnp.float32(first)}
+
+    def step(memory, kl):
+        error = jnp.clip(kl.astype(jnp.float32) / target - 1, -error_limit, error_limit)
+        value = memory["coefficient"]
+        return value, {"coefficient": value * (1 + error * sequences_per_step / horizon)}
+
+    def update_sequence(memory, kl_reference_per_token: Float[Array, ""], completion_tokens: Float[Array, ""]):
+        return step(memory, jnp.asarray(kl_reference_per_token) * completion_tokens)
+
+    def update_token(memory, kl_reference_per_token: Float[Array, ""]):
+        return step(memory, jnp.asarray(kl_reference_per_token))
+
+    return Method(start, update_sequence if unit == "sequence" else update_token)
+
+
+def entropy_gated_kl(
+    *,
+    output: ControlOutput = "coefficient",
+    base_threshold: float = 0.3,
+    lowest_threshold: float = 0.1,
+    highest_threshold: float = 0.6,
+    proportional: float = 0.3,
+    integral: float = 0.01,
+    derivative: float = 0.05,
+    target_velocity: float = 0.001,
+    kl_decay: float = 0.9,
+    reward_decay: float = 0.95,
+    strength: float = 0.1,
+    window: int = 50,
+) -> Method:
+    """A one-sided penalty on the KL beyond a threshold that a PID controller of the reward moves.
+
+    With k the moving average of the KL, e that of the mean reward, err = change of e - target_velocity and H the
+    entropy:
+
+        adjustment = proportional * err + integral * clip(sum of err, -1, 1) + derivative * (change of err)
+        threshold = clip((base_threshold + adjustment) * phase, lowest_threshold, highest_threshold)
+        penalty = strength * max(k - threshold, 0)^2 * max(0.5, 2 / (H + 0.1))
+
+    A falling reward lowers the threshold; a sure policy pays more than a random one. phase is 1.5 for fewer than
+    `window` rewards; then, over the last `window`, 1.2 where their mean is above the mean of the `window` before by
+    more than 0.01, else 1.0 where their population deviation is below 0.02 and their mean above 0.7, else 0.8.
+
+    The penalty is a number computed from metrics: added to a loss, as the released code does, it has no gradient. With
+    output "coefficient" the value is its derivative by the KL of this batch,
+
+        2 * strength * max(k - threshold, 0) * max(0.5, 2 / (H + 0.1)) * (1 - kl_decay)
+
+    and beside a divergence loss it gives the gradient that the penalty is meant to have.
+
+    Args:
+      output: "coefficient", or the "penalty" itself.
+      base_threshold: threshold without adjustment, in nats a token.
+      lowest_threshold: lower limit of the threshold.
+      highest_threshold: upper limit.
+      proportional, integral, derivative: gains of the controller, in nats a unit of reward.
+      target_velocity: change of the averaged reward that needs no adjustment.
+      kl_decay: share of the past that the average of the KL keeps; it starts at 0.
+      reward_decay: share that the average of the reward keeps; it starts at the first reward.
+      strength: factor of the penalty.
+      window: rewards that a phase is judged by.
+
+    Returns:
+      A method that remembers averages, errors and the last 2 * window rewards; its update reads
+      `kl_reference_per_token`, `entropy_per_token` and `reward`.
+
+    Raises:
+      ValueError: for an unknown output, a decay outside [0, 1), thresholds out of order, a window below 1 or a strength
+        that is not positive.
+
+    Reference: SAFE (2602.04651).
+    Certainty: verified
+    """
+    if output not in get_args(ControlOutput):
+        raise ValueError(f"output is {output!r}; it must be one of {', '.join(get_args(ControlOutput))}")
+    for name, decay in (("kl_decay", kl_decay), ("reward_decay", reward_decay)):
+        if not 0 <= decay < 1:
+            raise ValueError(f"{name} is {decay}; it is the share of the past that is kept and must lie in [0, 1)")
+    if not 0 <= lowest_threshold <= highest_threshold:
+        raise ValueError(
+            f"lowest_threshold is {lowest_threshold} and highest_threshold is {highest_threshold}; they must satisfy "
+            "0 <= lowest_threshold <= highest_threshold"
+        )
+    _check_positive(window=window, strength=strength)
+
+    def init():
+        zero = jnp.float32(0)
+        return {
+            "kl": zero,
+            "reward": zero,
+            "error": zero,
+            "error_sum": zero,
+            "calls": jnp.int32(0),
+            "rewards": jnp.zeros(2 * window, jnp.float32),
+        }
+
+    def update(
+        memory,
+        kl_reference_per_token: Float[Array, ""],
+        entropy_per_token: Float[Array, ""],
+        reward: Float[Array, ""],
+    ):
+        kl, entropy, reward = (
+            jnp.asarray(x).astype(jnp.float32) for x in (kl_reference_per_token, entropy_per_token, reward)
+        )
+        first = memory["calls"] == 0
+        average_kl = kl_decay * memory["kl"] + (1 - kl_decay) * kl
+        past = jnp.where(first, reward, memory["reward"])
+        average = reward_decay * past + (1 - reward_decay) * reward
+        error = jnp.where(first, 0.0, average - past - target_velocity)
+        error_sum = jnp.clip(memory["error_sum"] + error, -1.0, 1.0)
+        adjustment = proportional * error + integral * error_sum + derivative * (error - memory["error"])
+        calls = memory["calls"] + 1
+        rewards = jnp.concatenate([memory["rewards"][1:], reward[None]])
+        phase = _phase(rewards[-window:], rewards[:window], calls, window)
+        threshold = jnp.clip((base_threshold + adjustment) * phase, lowest_threshold, highest_threshold)
+        excess = jnp.maximum(average_kl - threshold, 0.0)
+        gate = jnp.maximum(0.5, 2 / (entropy + 0.1))
+        if output == "penalty":
+            value = strength * jnp.square(excess) * gate
+        else:
+            value = 2 * strength * excess * gate * (1 - kl_decay)
+        memory = {
+            "kl": average_kl,
+            "reward": average,
+            "error": error,
+            "error_sum": error_sum,
+            "calls": calls,
+            "rewards": rewards,
+        }
+        return value, memory
+
+    return Method(init, update)
+
+
+def _phase(recent: Array, older: Array, calls: Array, window: int) -> Array:
+    mean = recent.mean()
+    rising = (calls >= 2 * window) & (mean > older.mean() + 0.01)
+    settled = (recent.std() < 0.02) & (mean > 0.7)
+    later = jnp.where(rising, 1.2, jnp.where(settled, 1.0, 0.8))
+    return jnp.where(calls < window, 1.5, later)
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if value <= 0:
+            raise ValueError(f"{name} is {value}; it must be positive")

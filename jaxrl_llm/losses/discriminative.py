@@ -1,0 +1,149 @@
+"""Discriminative objectives: raise the score of right answers above that of the wrong ones of the same prompt."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.experience import Loss
+from jaxrl_llm.losses.aggregation import row_weight
+from jaxrl_llm.losses.ratio import on_mask
+from jaxrl_llm.losses.siblings import compact_ids, mean_weight, sibling_max, sibling_sum
+
+
+def decoupled_reward(
+    logprobs: Float[Array, "B T"],
+    correct: Float[Array, "B"],
+    length: Int[Array, "B"],
+    group: Int[Array, "B"],
+    mask: Float[Array, "B T"],
+    *,
+    max_completion_tokens: int,
+    temperature: float = 10.0,
+    length_temperature: float | None = 0.1,
+) -> Loss:
+    """DRPO: right answers against wrong ones, where shortness only decides between the right ones.
+
+        s_i = mean_t log pi of answer i
+        omega_i = exp((1 - length_i / L) / length_temperature) over right answers, normalised within the prompt
+        J = sum_right omega_i * s_i - temperature * log mean_wrong exp(s_j / temperature)
+        loss = -mean over prompts of J
+
+    A prompt without both kinds adds 0 and counts as a prompt. A long right answer is raised less than a short one but
+    never pushed down. With length_temperature None all right answers count alike (DisCO with the log-likelihood score).
+    The objective comes with a trust region around the old policy, `group_trust_region`.
+
+    Args:
+      logprobs: log-probability of each token under the current policy.
+      correct: 1 for a right answer, 0 for a wrong one.
+      length: completion tokens of each row.
+      group: id of the group each row belongs to; naming it keeps groups whole.
+      mask: 0 on tokens that do not count, the row's weight on those that do.
+      max_completion_tokens: L, fixed for a whole run (never the padded length of a bucket).
+      temperature: tau, in nats a token; small values attend to the most likely wrong answer alone.
+      length_temperature: small values attend to the shortest right answer alone; None is no preference.
+
+    Returns:
+      The loss; its count is the (weighted) number of prompts.
+
+    Raises:
+      ValueError: for a length limit or temperature that is not positive.
+
+    Reference: DRPO (2510.04474); DisCO (2505.12366).
+    Certainty: verified
+    """
+    chex.assert_rank([logprobs, correct, length, group, mask], [2, 1, 1, 1, 2])
+    chex.assert_equal_shape([logprobs, mask])
+    settings = (
+        ("max_completion_tokens", max_completion_tokens),
+        ("temperature", temperature),
+        ("length_temperature", length_temperature),
+    )
+    for name, value in settings:
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it is a divisor and must be positive")
+    weights, ids = row_weight(mask.astype(jnp.float32)), compact_ids(group)
+    score = on_mask(logprobs, mask).sum(-1) / jnp.maximum((mask > 0).sum(-1), 1)
+    right = jnp.where((correct > 0), weights, 0.0)
+    wrong = weights - right
+    contrast = (sibling_sum(right, ids) > 0) & (sibling_sum(wrong, ids) > 0)
+
+    preference = jnp.zeros_like(score)
+    if length_temperature is not None:
+        preference = (1 - length.astype(jnp.float32) / max_completion_tokens) / length_temperature
+    omega = _normalised(preference, right, ids)
+    raised = sibling_sum(omega * score, ids)
+    # Measured from the largest score, which cancels in value and in gradient.
+    highest = jax.lax.stop_gradient(sibling_max(jnp.where(wrong > 0, score, -jnp.inf), ids))
+    highest = jnp.where(contrast, highest, 0.0)
+    gap = jnp.where(contrast & (wrong > 0), score - highest, 0.0)
+    mean_exp = sibling_sum(wrong * jnp.exp(gap / temperature), ids) / jnp.where(contrast, sibling_sum(wrong, ids), 1.0)
+    lowered = highest + temperature * jnp.log(jnp.where(contrast, mean_exp, 1.0))
+
+    # Every row carries its group's objective, so each takes an equal share of it.
+    rows = sibling_sum((weights > 0).astype(jnp.float32), ids)
+    share = jnp.where(weights > 0, mean_weight(weights, ids) / jnp.maximum(rows, 1.0), 0.0)
+    objective = jnp.where(contrast, raised - lowered, 0.0)
+    return Loss(-(share * objective).sum(), share.sum())
+
+
+def group_trust_region(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    group: Int[Array, "B"],
+    mask: Float[Array, "B T"],
+    *,
+    threshold: float = 1e-4,
+    strength: float = 1e3,
+    log_ratio_limit: float = 20.0,
+) -> Loss:
+    """Penalty on the divergence from the old policy beyond a threshold, the trust region of DRPO and DisCO.
+
+        K = mean over the tokens of a prompt of log pi_old - log pi
+        loss = mean over tokens of sg(max(strength * (K - threshold), 0)) * K
+
+    The release takes one K of the whole batch. Such a statistic of the current policy cannot be summed over parts of a
+    batch, so K is that of a prompt here; with one prompt the two agree, and with several this form is the stricter one.
+
+    Args:
+      logprobs: log-probability of each token under the current policy.
+      old_logprobs: under the policy that the update starts from.
+      group: id of the group each row belongs to; naming it keeps groups whole.
+      mask: 0 on tokens that do not count, the row's weight on those that do.
+      threshold: divergence that is free, in nats a token.
+      strength: slope of the coefficient.
+      log_ratio_limit: bound of |log pi - log pi_old|.
+
+    Returns:
+      The loss as a sum and a count of tokens.
+
+    Raises:
+      ValueError: for a negative threshold or strength.
+
+    Reference: DRPO (2510.04474); DisCO (2505.12366).
+    Certainty: verified
+    """
+    chex.assert_rank([logprobs, old_logprobs, mask, group], [2, 2, 2, 1])
+    chex.assert_equal_shape([logprobs, old_logprobs, mask])
+    for name, value in (("threshold", threshold), ("strength", strength)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0")
+    mask, ids = mask.astype(jnp.float32), compact_ids(group)
+    difference = on_mask(old_logprobs, mask) - on_mask(logprobs, mask)
+    difference = jnp.clip(difference, -log_ratio_limit, log_ratio_limit)
+    rows = (mask * difference).sum(-1)
+    tokens = sibling_sum(mask.sum(-1), ids)
+    divergence = jax.lax.stop_gradient(sibling_sum(rows, ids)) / jnp.where(tokens > 0, tokens, 1.0)
+    coefficient = jnp.maximum(strength * (divergence - threshold), 0.0)
+    return Loss((coefficient * rows).sum(), mask.sum())
+
+
+def _normalised(logits: Array, weights: Array, ids: Array) -> Array:
+    """Weighted softmax within each group over the rows of positive weight, 0 on the others."""
+    among = weights > 0
+    largest = sibling_max(jnp.where(among, logits, -jnp.inf), ids)
+    terms = weights * jnp.exp(jnp.where(among, logits - jnp.where(jnp.isfinite(largest), largest, 0.0), 0.0))
+    total = sibling_sum(terms, ids)
+    return terms / jnp.where(total > 0, total, 1.0)

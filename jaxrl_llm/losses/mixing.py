@@ -1,0 +1,158 @@
+"""How much imitation and how much reinforcement: a mixing weight that follows a validation loss."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxrl_llm.experience import Method
+
+MetaSign = Literal["descent", "released"]
+Part = Literal["supervised", "reinforcement"]
+
+
+def gradient_alignment(
+    validation_gradient: PyTree, supervised_gradient: PyTree, reinforcement_gradient: PyTree, *, learning_rate: float
+) -> Float[Array, ""]:
+    """How fast the validation loss falls as the supervised share grows, to first order in one step.
+
+        learning_rate * <g_validation, g_supervised - g_reinforcement>
+
+    All three are gradients of losses at the same parameters.
+
+    >>> g = [jnp.array(x) for x in ([0.5, -1.0, 2.0], [1.0, 0.0, 2.0], [0.0, 1.0, 1.0])]
+    >>> round(float(gradient_alignment(*g, learning_rate=1e-3)), 6)
+    0.0035
+    """
+    product = lambda v, s, r: jnp.vdot(v.astype(jnp.float32), s.astype(jnp.float32) - r.astype(jnp.float32))  # noqa: E731
+    parts = jax.tree.map(product, validation_gradient, supervised_gradient, reinforcement_gradient)
+    return learning_rate * sum(jax.tree.leaves(parts), jnp.float32(0.0))
+
+
+def mixing_weight(
+    weight: Float[Array, ""] | float,
+    alignment: Float[Array, ""] | float,
+    entropy: Float[Array, ""] | float,
+    *,
+    target_entropy: Float[Array, ""] | float,
+    meta_rate: float = 1e-4,
+    entropy_rate: float = 5e-4,
+    low: float = 0.05,
+    high: float = 0.95,
+    sign: MetaSign = "descent",
+) -> Float[Array, ""]:
+    """One update of AMFT's share mu of supervised learning in (1 - mu) * L_reinforcement + mu * L_supervised.
+
+        mu <- clip(mu + meta_rate * alignment + entropy_rate * (target_entropy - entropy), low, high)
+
+    Args:
+      weight: mu.
+      alignment: `gradient_alignment`.
+      entropy: mean entropy of the policy, in nats a token.
+      target_entropy: entropy above which supervised learning is withdrawn.
+      meta_rate: step along the alignment.
+      entropy_rate: step a nat.
+      low: least share.
+      high: largest share.
+      sign: 'descent' lowers the validation loss; 'released' subtracts the alignment as the released code does, which
+        raises it.
+
+    Returns:
+      The new mu.
+
+    Raises:
+      ValueError: for an unknown sign, or low and high not ordered within [0, 1].
+
+    Reference: AMFT (2508.06944).
+    Certainty: verified
+    """
+    _check(low, high, sign)
+    direction = 1.0 if sign == "descent" else -1.0
+    moved = weight + direction * meta_rate * alignment + entropy_rate * (target_entropy - entropy)
+    return jnp.clip(jnp.asarray(moved, jnp.float32), low, high)
+
+
+def adaptive_mixing(
+    *,
+    part: Part = "supervised",
+    start: float = 0.5,
+    target_entropy: float | None = None,
+    target_steps: int = 20,
+    meta_rate: float = 1e-4,
+    entropy_rate: float = 5e-4,
+    low: float = 0.05,
+    high: float = 0.95,
+    sign: MetaSign = "descent",
+) -> Method:
+    """AMFT's controller as the coefficient of a loss term: mu of the supervised one, 1 - mu of the other.
+
+    Two terms hold two copies of the controller, which see the same numbers and so stay equal. A step without an
+    alignment (the meta-gradient is taken every few steps) moves by entropy alone.
+
+    Args:
+      part: which of the two terms this is the coefficient of.
+      start: mu of the first step.
+      target_entropy: in nats a token; None measures the mean entropy of the first `target_steps` steps, during which mu
+        stays as it is.
+      target_steps: steps that the target is measured over.
+      meta_rate, entropy_rate, low, high, sign: as in `mixing_weight`.
+
+    Returns:
+      A method; its update takes the metric `entropy_per_token` and, where something provides it, `alignment`.
+
+    Raises:
+      ValueError: for an unknown part or sign, a start outside [low, high], or no steps to measure the target over.
+
+    Reference: AMFT (2508.06944).
+    Certainty: verified
+    """
+    _check(low, high, sign)
+    if part not in get_args(Part):
+        raise ValueError(f"part is {part!r}; it must be one of {', '.join(get_args(Part))}")
+    if not low <= start <= high:
+        raise ValueError(f"start is {start}; it must lie between low {low} and high {high}")
+    if target_entropy is None and target_steps < 1:
+        raise ValueError(f"target_steps is {target_steps}; measure over at least 1 step or give a target_entropy")
+
+    def init():
+        known = target_entropy is not None
+        return {
+            "weight": jnp.float32(start),
+            "target": jnp.float32(target_entropy if known else 0.0),
+            "measured": jnp.int32(target_steps if known else 0),
+        }
+
+    def update(memory, entropy_per_token: Float[Array, ""], alignment: Float[Array, ""] | None = None):
+        measuring = memory["measured"] < target_steps
+        seen = memory["measured"] + 1
+        running = memory["target"] + (entropy_per_token - memory["target"]) / seen
+        moved = mixing_weight(
+            memory["weight"],
+            0.0 if alignment is None else alignment,
+            entropy_per_token,
+            target_entropy=memory["target"],
+            meta_rate=meta_rate,
+            entropy_rate=entropy_rate,
+            low=low,
+            high=high,
+            sign=sign,
+        )
+        weight = jnp.where(measuring, memory["weight"], moved)
+        memory = {
+            "weight": weight,
+            "target": jnp.where(measuring, running, memory["target"]),
+            "measured": jnp.where(measuring, seen, memory["measured"]),
+        }
+        return (weight if part == "supervised" else 1.0 - weight), memory
+
+    return Method(init, update)
+
+
+def _check(low: float, high: float, sign: str) -> None:
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"low is {low} and high is {high}; they bound a share and must satisfy 0 <= low <= high <= 1")
+    if sign not in get_args(MetaSign):
+        raise ValueError(f"sign is {sign!r}; it must be one of {', '.join(get_args(MetaSign))}")

@@ -1,0 +1,165 @@
+"""What is wrong with a composition is said when the step is built, or at the latest when it is traced."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from jaxrl_llm import advantages, losses, rewards
+from jaxrl_llm.experience import Method
+from jaxrl_llm.training import CreditTerm, LossTerm, RewardTerm, Rollout, Update, make_train_step
+
+ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_id=2, pad_id=0)
+
+
+def compose(model, **changes):
+    parts = {
+        "rollout": ROLLOUT,
+        "rewards": [rewards.exact_answer],
+        "credit": [("advantages", advantages.group_normalized)],
+        "losses": [losses.clipped_surrogate],
+    }
+    return make_train_step(model, optax.sgd(0.1), **(parts | changes))
+
+
+def shape_of(step, prompts):
+    """Trace a step: nothing is compiled and nothing runs."""
+    return jax.eval_shape(step.programs[0], jax.eval_shape(step.init, jax.random.key(0)), prompts)
+
+
+def remembering():
+    def update(memory, rewards):
+        return rewards, memory
+
+    return Method(lambda: jnp.float32(0), update)
+
+
+def judge(completions):
+    return [0.0 for _ in completions]
+
+
+def turn_rewards(turn, rewards):
+    return rewards
+
+
+def misspelt(reference_logprob):
+    return reference_logprob
+
+
+def valued(values, mask):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": []}, "rewards is empty"),
+        ({"losses": []}, "losses is empty"),
+        ({"credit": []}, "'clipped_surrogate' names 'advantages', .* add an entry to credit .* group_normalized"),
+        (
+            {"credit": [("rewards", advantages.raw_rewards)]},
+            "names 'advantages', which nothing in this step provides; add an entry to credit",
+        ),
+        ({"losses": [valued]}, "loss 'valued' names 'values', .* a value model provides it"),
+        (
+            {"credit": [("rewards", turn_rewards), ("advantages", advantages.raw_rewards)]},
+            "rewards 'turn_rewards' names 'turn', .* multi-turn environment provides it",
+        ),
+        ({"rewards": [misspelt]}, "reward 'misspelt' names 'reference_logprob'"),
+        (
+            {"credit": [("advantages", misspelt)]},
+            r"advantages 'misspelt' names 'reference_logprob', .* did you mean 'reference_logprobs'\?",
+        ),
+        ({"rewards": [lambda advantages: advantages]}, "names 'advantages', .* add an entry to credit"),
+        ({"rewards": [lambda logprobs: logprobs]}, r"names 'logprobs', .* did you mean 'behaviour_logprobs'\?"),
+        ({"credit": [("advantages", lambda logprobs: logprobs)]}, r"did you mean '\w+_logprobs'\?"),
+        ({"losses": [(losses.clipped_surrogate, lambda rewardz: 1.0)]}, "coefficient of 'clipped_surrogate' names"),
+        ({"credit": [("advantage", advantages.group_normalized)]}, "fills 'advantage', .* did you mean 'advantages'"),
+        ({"credit": [("tokens", advantages.group_normalized)]}, "credit fills 'tokens', which it cannot"),
+        (
+            {"rollout": Rollout(samples_per_prompt=1, max_completion_tokens=6, eos_id=2, pad_id=0)},
+            "samples_per_prompt is 1, but 'group_normalized' compares the samples .* at least 2",
+        ),
+        ({"rewards": [rewards.exact_answer, rewards.exact_answer]}, "reward 'exact_answer' is listed twice"),
+        ({"losses": [losses.clipped_surrogate, losses.clipped_surrogate]}, "loss 'clipped_surrogate' is listed twice"),
+        (
+            {"credit": [("rewards", remembering()), ("rewards", remembering())]},
+            "credit entry 'rewards:update' is listed twice and remembers",
+        ),
+        ({"rewards": [judge]}, "reward 'judge' reads text, so make_train_step needs decode="),
+        ({"prompts_per_step": 4, "update": Update(minibatches_per_epoch=3)}, "does not divide .*prompts_per_step 4"),
+        ({"prompts_per_step": 4, "update": Update(sequences_per_microbatch=3)}, "the 8 sequences of a minibatch"),
+    ],
+)
+def test_what_cannot_work_is_refused_when_the_step_is_built(model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        compose(model, **changes)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_training_samples_need_a_temperature(temperature):
+    with pytest.raises(ValueError, match=f"rollout.temperature is {temperature}; .* above 0"):
+        Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_id=2, pad_id=0, temperature=temperature)
+
+
+def test_a_loss_that_compares_samples_needs_whole_groups(model):
+    def paired(logprobs, advantages, mask, group):
+        return None
+
+    with pytest.raises(ValueError, match="loss 'paired' compares .* whole groups: choose a multiple of .* 2"):
+        compose(model, losses=[paired], prompts_per_step=4, update=Update(sequences_per_microbatch=1))
+
+
+def test_sizes_are_checked_at_the_first_call_where_they_were_not_known_before(model, make_prompts):
+    step = compose(model, update=Update(minibatches_per_epoch=2))
+    with pytest.raises(ValueError, match="minibatches_per_epoch is 2, .*prompts_per_step 3"):
+        shape_of(step, make_prompts(3))
+
+
+@pytest.mark.parametrize("shape", [(), (8, 1), (8, 6), (4,)])
+def test_a_reward_of_the_wrong_shape_is_refused_when_traced(model, make_prompts, shape):
+    def odd(tokens):
+        return jnp.zeros(shape)
+
+    with pytest.raises(ValueError, match=r"reward 'odd' returned shape \(.*\) for 8 completions; .* shape \(8,\)"):
+        shape_of(compose(model, rewards=[odd]), make_prompts(4))
+
+
+@pytest.mark.parametrize(
+    ("field", "shape", "right"),
+    [
+        ("rewards", (), r"\(8,\)"),
+        ("weight", (8, 6), r"\(8,\)"),
+        ("advantages", (4,), r"\(8,\) or \(8, 6\)"),
+        ("token_weight", (8, 1), r"\(8,\) or \(8, 6\)"),
+        ("mask", (8,), r"\(8, 6\)"),
+    ],
+)
+def test_a_credit_value_of_the_wrong_shape_is_refused_when_traced(model, make_prompts, field, shape, right):
+    def odd(rewards):
+        return jnp.zeros(shape)
+
+    step = compose(model, credit=[("advantages", advantages.group_normalized), (field, odd)])
+    with pytest.raises(ValueError, match=rf"{field} 'odd' returned shape .* it must return shape {right}(\n|$)"):
+        shape_of(step, make_prompts(4))
+
+
+def test_a_host_reward_needs_the_items(model, make_prompts):
+    step = compose(model, rewards=[judge], decode=str)
+    with pytest.raises(ValueError, match=r"call step\(state, prompts, items\)"):
+        step(None, make_prompts(4))
+
+
+def test_functions_are_named_after_themselves_and_terms_as_they_say(model):
+    step = compose(
+        model,
+        rewards=[rewards.exact_answer, RewardTerm(rewards.exact_answer, 0.5, "again")],
+        credit=[("rewards", advantages.running_mean_baseline()), CreditTerm("advantages", advantages.raw_rewards, "raw")],
+        losses=[losses.clipped_surrogate, (losses.divergence(), 0.1), LossTerm(losses.entropy_bonus, 0.1, "bonus")],
+    )
+    assert [term.name for term in step.rewards] == ["exact_answer", "again"]
+    assert [term.memory_name for term in step.credit] == ["rewards:update", "advantages:raw"]
+    assert [term.name for term in step.losses] == ["clipped_surrogate", "sampled_divergence", "bonus"]
+    assert [term.coefficient for term in step.losses] == [1.0, 0.1, 0.1]
