@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except TrainingError as error:
         return _failed(error, options, 1)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         return _failed(error, options, 2)
 
 
@@ -93,7 +93,7 @@ def _load(words: Sequence[str]):
     from jaxrl_llm.config import ConfigError, load_config
     from jaxrl_llm.data import CharacterTokenizer
 
-    if not words or "=" in words[0]:
+    if not words or ("=" in words[0] and not Path(words[0]).is_file()):
         raise ConfigError("no config given; write jaxrl train CONFIG.yaml [section.key=value ...], or --resume RUN")
     return load_config(words[0], words[1:], vocabulary_size=CharacterTokenizer().vocabulary_size)
 
@@ -109,7 +109,7 @@ def _train(options: argparse.Namespace) -> None:
             raise ConfigError(f"--resume {options.resume}: there is no config.yaml in it; give the directory of a run")
         if words and "=" not in words[0]:
             raise ConfigError(f"--resume takes the run's own config; leave out {words[0]!r} (overrides may follow)")
-        words = [str(stored), *words, f"run_dir={options.resume}"]
+        words = [str(stored), *words, f"run_dir={json.dumps(options.resume)}"]
     console = Console(stderr=True) if options.json else Console()
     summary = train(_load(words), resume=bool(options.resume), console=console)
     if options.json:
@@ -140,16 +140,25 @@ def _restored(path: str):
     return built, checkpoints.restore_params(folder, step, placed), folder / str(step)
 
 
+def _positive(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
+
+
 def _eval(options: argparse.Namespace) -> None:
     import jax
 
     from jaxrl_llm.evaluation import make_evaluate
+    from jaxrl_llm.training.run import spread
     from jaxrl_llm.training.setup import task_data
 
     try:
         ks = sorted({int(k) for k in options.k.split(",")})
     except ValueError:
         raise ValueError(f"--k is {options.k!r}; give whole numbers separated by commas, for example 1,8,32") from None
+    _positive(options, "samples", "problems")
     samples = options.samples or max(ks)
     built, params, checkpoint = _restored(options.path)
     config = built.config
@@ -168,7 +177,7 @@ def _eval(options: argparse.Namespace) -> None:
         sequences_per_batch=config.evaluation.sequences_per_batch,
         temperature=config.evaluation.temperature if options.temperature is None else options.temperature,
     )
-    metrics = evaluate(params, [data[i] for i in range(problems)], jax.random.key(options.seed))
+    metrics = evaluate(params, [data[i] for i in spread(len(data), problems)], jax.random.key(options.seed))
     result = {"checkpoint": str(checkpoint), "split": options.split} | metrics
     if options.json:
         print(json.dumps(result, indent=2))
@@ -189,8 +198,7 @@ def _sample(options: argparse.Namespace) -> None:
     from jaxrl_llm.data import encode_prompts
     from jaxrl_llm.rollout import generate
 
-    if options.samples < 1:
-        raise ValueError(f"--samples is {options.samples}; it must be at least 1")
+    _positive(options, "samples")
     built, params, _ = _restored(options.path)
     rollout = built.config.rollout
     items = [{"body": text, "answer": "", "item_id": number} for number, text in enumerate(options.prompt)]

@@ -248,6 +248,13 @@ class Config:
     reporting: ReportingConfig = ReportingConfig()
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self):
+        if "://" in (self.run_dir or ""):
+            raise ValueError(
+                f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "
+                "mounted directory, and copy it to the bucket when the run is over"
+            )
+
     @property
     def directory(self) -> Path:
         """Where the run is written."""
@@ -303,6 +310,8 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a YAML file"
         raise ConfigError(f"config {path} does not exist{hint}") from None
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}; give the path of a YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,6 @@ from types import SimpleNamespace
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 import pytest
 import yaml
 
@@ -96,7 +96,13 @@ def micro_config(data_directory) -> dict:
             "refresh_reference_every": 3,
         },
         # Three batches of 5 problems for 12: the last one is not full.
-        "evaluation": {"problems": 12, "samples_per_problem": 4, "k": [1, 2, 4], "sequences_per_batch": 25},
+        "evaluation": {
+            "problems": 12,
+            "samples_per_problem": 4,
+            "k": [1, 2, 4],
+            "sequences_per_batch": 25,
+            "every_steps": 3,
+        },
         "checkpoints": {"every_steps": 2, "keep": 3},
         "reporting": {"samples_every_steps": 3, "samples_per_report": 2},
     }
@@ -112,12 +118,15 @@ def micro_yaml(micro_config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(micro_yaml, tmp_path_factory) -> SimpleNamespace:
-    """`jaxrl train --json` on the micro config: status, directory, what was printed and its summary. Read only."""
+    """`jaxrl train --json` on the micro config: its directory, summary, seconds and what it showed. Read only."""
     from jaxrl_llm import cli
 
     directory = tmp_path_factory.mktemp("runs") / "micro"
-    out, err = io.StringIO(), io.StringIO()
+    out, err, started = io.StringIO(), io.StringIO(), time.monotonic()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = cli.main(["train", str(micro_yaml), f"run_dir={directory}", "--json"])
     assert status == 0, err.getvalue()
-    return SimpleNamespace(directory=directory, shown=err.getvalue(), summary=json.loads(out.getvalue()))
+    seconds = time.monotonic() - started
+    return SimpleNamespace(
+        directory=directory, shown=err.getvalue(), summary=json.loads(out.getvalue()), seconds=seconds
+    )

@@ -30,7 +30,8 @@ def decoupled_normalized(
 
     Normalising the sum of the rewards, as GRPO does, can give equal advantages to answers that satisfy different
     numbers of rewards; here they stay apart. A reward that is constant in a group adds exactly 0, and so does one that
-    is missing (NaN or infinite), which takes part in no mean. One reward is plain GRPO, without the step over the batch.
+    is missing (NaN or infinite), which takes part in no mean. One reward is plain GRPO, without the step over the
+    batch.
 
     `scale: none` followed by `whitened` is the released variant that whitens over tokens.
 

@@ -25,6 +25,7 @@ from jaxrl_llm.experience import Method
 
 PaperCredit = Literal["uniform", "std", "sum_mean", "score"]
 QuantileUse = Literal["tracked", "mix"]
+LEAST_STD = 1e-3  # a smaller deviation divides nothing
 
 
 class Papers(NamedTuple):
@@ -149,7 +150,7 @@ def mixed_value_at_risk(
       upper: level of the upper quantile (0.9 for easy prompts).
       tail_weight: how much the worst papers count.
       natural_baseline: whether the term q_u - q_d is subtracted (off for hard prompts).
-      normalize: whether a is divided by the deviation of the scores, taken as 1 in a bundle of one paper.
+      normalize: whether a is divided by the deviation of the scores, taken as 1 where it is 0.
       credit: how a paper's advantage is shared out ("std" for MATH, "sum_mean" for DAPO-Math).
 
     Returns:
@@ -164,8 +165,8 @@ def mixed_value_at_risk(
     """
     _check(prompts_per_bundle, lower, upper, tail_weight, credit)
     papers = bundled_papers(rewards, sample, group, weight, prompts_per_bundle=prompts_per_bundle)
-    quantiles = [group_quantile(papers.score, papers.bundle, papers.leader, level=b) for b in (lower, upper)]
-    risk = _risk(papers, *quantiles, lower, upper, tail_weight, natural_baseline, normalize)
+    q_d, q_u = (group_quantile(papers.score, papers.bundle, papers.leader, level=b) for b in (lower, upper))
+    risk = _risk(papers, q_d, q_u, lower, upper, tail_weight, natural_baseline, normalize, least_std=0.0)
     return _credited(risk, papers, rewards, group, weight, credit)
 
 
@@ -188,7 +189,8 @@ def tracked_mixed_value_at_risk(
     A bundle of a few papers says little about its quantiles. The first batch, which has no past, uses its own, and
     their mean over its bundles is where tracking starts. In the released trainer the tracked values are stored after
     they would have been used and never reach an advantage; here they do. Incomplete bundles have smaller scores and
-    would disturb the quantiles, so the prompts of a step should be a multiple of `prompts_per_bundle`.
+    would disturb the quantiles, so the prompts of a step should be a multiple of `prompts_per_bundle`. A bundle of
+    equal scores may lie far from tracked quantiles; its deviation, like any up to 1e-3, is taken as 1.
 
     Args:
       learning_rate: step of the tracking, in units of score.
@@ -232,13 +234,14 @@ def tracked_mixed_value_at_risk(
             start = jnp.where(past, memory[name], mean)
             new[name] = tracked_quantile(start, papers.score, papers.leader, level=level, learning_rate=learning_rate)
         new["seen"] = jnp.maximum(memory["seen"], jnp.any(weight > 0).astype(jnp.float32))
-        risk = _risk(papers, used["lower"], used["upper"], lower, upper, tail_weight, natural_baseline, normalize)
+        q_d, q_u = used["lower"], used["upper"]
+        risk = _risk(papers, q_d, q_u, lower, upper, tail_weight, natural_baseline, normalize, least_std=LEAST_STD)
         return _credited(risk, papers, rewards, group, weight, credit), new
 
     return Method(init, update)
 
 
-def _risk(papers, q_d, q_u, lower, upper, tail_weight, natural_baseline, normalize):
+def _risk(papers, q_d, q_u, lower, upper, tail_weight, natural_baseline, normalize, *, least_std):
     score = papers.score
     between = jnp.maximum(score - q_d, 0.0) - jnp.maximum(score - q_u, 0.0)
     if natural_baseline:
@@ -247,7 +250,8 @@ def _risk(papers, q_d, q_u, lower, upper, tail_weight, natural_baseline, normali
     risk = (tail_weight * tail + between / (upper - lower + 1e-6)) / (tail_weight + 1)
     if normalize:
         std = group_std(score, papers.bundle, papers.leader)
-        risk = risk / (jnp.where(group_size(papers.bundle, papers.leader) == 1, 1.0, std) + 1e-6)
+        # Equal scores have risk 0 by their own quantiles, but not by quantiles of other batches.
+        risk = risk / (jnp.where(std <= least_std, 1.0, std) + 1e-6)
     return risk
 
 
@@ -259,7 +263,7 @@ def _credited(risk, papers, rewards, group, weight, credit):
             result = risk
         case "std":
             std = group_std(rewards, group, weight)
-            result = risk / (jnp.where(std <= 1e-3, 1.0, std) + 1e-6)
+            result = risk / (jnp.where(std <= LEAST_STD, 1.0, std) + 1e-6)
         case "sum_mean":
             deviation = rewards - group_mean(rewards, group, weight)
             total = group_sum(deviation, papers.paper, there)

@@ -32,7 +32,7 @@ from jaxrl_llm.losses.policy import cispo, clipped_surrogate, policy_gradient, s
 from jaxrl_llm.losses.sequence_policy import sequence_clipped_surrogate
 from jaxrl_llm.losses.supervised import negative_log_likelihood
 from jaxrl_llm.losses.token_weights import entropy_change_weights
-from jaxrl_llm.losses.valuation import mean_log_ratio, random_policy_valuation
+from jaxrl_llm.losses.valuation import random_policy_valuation
 from jaxrl_llm.losses.value import clipped_value
 
 __all__ = [
@@ -71,7 +71,6 @@ __all__ = [
     "kl_penalized_sequence_rewards",
     "lowest_token_proxy",
     "masked_policy_gradient",
-    "mean_log_ratio",
     "mixed_policy_surrogate",
     "mixing_weight",
     "negative_aware_likelihood",

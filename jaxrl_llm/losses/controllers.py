@@ -146,12 +146,12 @@ def entropy_gated_kl(
     _check_positive(window=window, strength=strength)
 
     def init():
-        zero = jnp.float32(0)
+        # An array each: the step donates its state, and a buffer can be given away only once.
         return {
-            "kl": zero,
-            "reward": zero,
-            "error": zero,
-            "error_sum": zero,
+            "kl": jnp.float32(0),
+            "reward": jnp.float32(0),
+            "error": jnp.float32(0),
+            "error_sum": jnp.float32(0),
             "calls": jnp.int32(0),
             "rewards": jnp.zeros(2 * window, jnp.float32),
         }

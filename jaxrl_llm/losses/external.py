@@ -27,7 +27,7 @@ def external_surrogate(
     clip_low: float | None = None,
     clip_high: float | None = None,
     log_ratio_limit: float = 20.0,
-    aggregation: Aggregation = "token_sum_const",
+    aggregation: Aggregation = "token_mean",
     max_completion_tokens: int | None = None,
 ) -> Loss:
     """A surrogate for groups that hold samples and demonstrations, the demonstrations' unlikely tokens first.
@@ -52,8 +52,9 @@ def external_surrogate(
       clip_low: how far the ratio of a sampled token may fall below 1; None, as in the released run, does not clip.
       clip_high: how far it may rise above 1; given together with `clip_low`.
       log_ratio_limit: bound of |log r| before exp.
-      aggregation: how token losses are averaged; the released code divides their sum by a constant.
-      max_completion_tokens: that constant; None takes T.
+      aggregation: how token losses are averaged; the released run divides their sum by the longest completion, which
+        is token_sum_const with `max_completion_tokens` (and a sum over rows that grows with the batch).
+      max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
       The loss, with the metrics `external_share` (tokens of demonstrations) and, with a clip range, `clip_share`.

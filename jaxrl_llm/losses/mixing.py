@@ -26,6 +26,9 @@ def gradient_alignment(
     >>> g = [jnp.array(x) for x in ([0.5, -1.0, 2.0], [1.0, 0.0, 2.0], [0.0, 1.0, 1.0])]
     >>> round(float(gradient_alignment(*g, learning_rate=1e-3)), 6)
     0.0035
+
+    Reference: AMFT (2508.06944).
+    Certainty: verified
     """
     product = lambda v, s, r: jnp.vdot(v.astype(jnp.float32), s.astype(jnp.float32) - r.astype(jnp.float32))  # noqa: E731
     parts = jax.tree.map(product, validation_gradient, supervised_gradient, reinforcement_gradient)

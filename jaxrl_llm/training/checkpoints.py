@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -37,6 +38,8 @@ def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping
     Raises:
       CheckpointError: when that step exists already (orbax would skip it in silence).
     """
+    # Written in the background, while the caller goes on to change it.
+    meta = copy.deepcopy(dict(meta))
     if not manager.save(
         step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     ):

@@ -68,12 +68,12 @@ def apply_credit(
 
 def _checked(term: CreditTerm, value: Array, experience: Experience) -> Array:
     rows, width = experience.tokens.shape
-    shapes = [(rows, width)] if term.field == "mask" else [(rows,)]
+    shapes: list[tuple[int, ...]] = [(rows, width)] if term.field == "mask" else [(rows,)]
     if CREDIT_FIELDS[term.field]:
         shapes.append((rows, width))
     if value.shape not in shapes:
         raise ValueError(
-            f"{term.field} {term.name!r} returned shape {value.shape} for {rows} completions of {width} tokens; it must "
-            f"return shape {' or '.join(map(str, shapes))}"
+            f"{term.field} {term.name!r} returned shape {value.shape} for {rows} completions of {width} tokens; it "
+            f"must return shape {' or '.join(map(str, shapes))}"
         )
     return value

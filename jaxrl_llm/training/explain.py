@@ -71,6 +71,19 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts]:
     return jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts)
 
 
+def trace(parts: Parts) -> Experience:
+    """The experience of one step as shapes. Sizes and hyper-parameters that cannot work are found here, at no cost.
+
+    Raises:
+      ValueError: from whatever part of the step refuses its input.
+    """
+    state, prompts = abstract_inputs(parts)
+    made = jax.eval_shape(parts.step.programs[0], state, prompts)
+    for program in parts.step.programs[1:]:
+        made = jax.eval_shape(program, state, made)
+    return made[-1]
+
+
 def explanation(parts: Parts) -> dict[str, Any]:
     """The composed step of a config as plain data; compiles the step's programs to count their work.
 
@@ -81,17 +94,13 @@ def explanation(parts: Parts) -> dict[str, Any]:
     """
     config, step = parts.config, parts.step
     state, prompts = abstract_inputs(parts)
-    if len(step.programs) == 1:
-        inputs = [(state, prompts)]
-        experience = jax.eval_shape(step.programs[0], state, prompts)[2]
-    else:
-        collected = jax.eval_shape(step.programs[0], state, prompts)
-        inputs = [(state, prompts), (state, collected)]
-        experience = jax.eval_shape(step.programs[1], state, collected)[2]
+    inputs: list[tuple[TrainState, Any]] = [(state, prompts)]
+    if len(step.programs) > 1:
+        inputs.append((state, jax.eval_shape(step.programs[0], state, prompts)))
     rows = config.training.prompts_per_step * config.rollout.samples_per_prompt
     return {
         "stages": stages(step),
-        "shapes": _shapes(experience),
+        "shapes": _shapes(trace(parts)),
         "sizes": {
             "parameters": parameter_count(parts.model.specs),
             "prompts_per_step": config.training.prompts_per_step,

@@ -104,7 +104,9 @@ def make_learn(
     temperature: float,
     samples_per_prompt: int,
 ) -> Callable:
-    """Build learn(params, optimizer_state, reference_params, experience, coefficients, key) -> (params, state, metrics).
+    """Build learn(params, optimizer_state, reference_params, experience, coefficients, key).
+
+    It returns (params, optimizer_state, metrics).
 
     Only what the losses name is computed: a loss that names `entropy` or carries an `over_vocabulary` functional
     has it evaluated in the same chunked pass as the log-probabilities.

@@ -30,6 +30,7 @@ from jaxrl_llm.reporting.machine import package_versions
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
+from jaxrl_llm.training.explain import trace
 from jaxrl_llm.training.setup import Parts, demonstration_batches, parts, prompt_batches, task_data
 from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
 
@@ -56,6 +57,7 @@ class Run:
       meta: what a checkpoint records beside the state: stage, counts, the evaluation before training, seconds.
       watch: counts compilations.
       stopping: a signal arrived.
+      mark, charged_to: since when, and to which part, time is being charged.
     """
 
     parts: Parts
@@ -66,6 +68,8 @@ class Run:
     watch: CompilationWatch
     data: dict[str, DataSet] = field(default_factory=dict)
     stopping: bool = False
+    mark: float = 0.0
+    charged_to: str = "set-up"
 
     @property
     def config(self) -> Config:
@@ -73,17 +77,25 @@ class Run:
 
     @contextmanager
     def timed(self, what: str):
-        """Add the seconds of a block to the run's account."""
-        start = time.monotonic()
+        """Charge the seconds of a block to `what`, and not to the block around it."""
+        self.charge()
+        around, self.charged_to = self.charged_to, what
         try:
             yield
         finally:
-            seconds = self.meta["seconds"]
-            seconds[what] = seconds.get(what, 0.0) + time.monotonic() - start
+            self.charge()
+            self.charged_to = around
+
+    def charge(self) -> None:
+        """Add the time since the last call to the part that it belongs to."""
+        seconds, now = self.meta["seconds"], time.monotonic()
+        seconds[self.charged_to] = seconds.get(self.charged_to, 0.0) + now - self.mark
+        self.mark = now
 
     def save(self, global_step: int, stage: str, state: TrainState) -> None:
         """Write a checkpoint whose step is counted over all stages."""
         self.directory.sync()
+        self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
         checkpoints.save(self.manager, global_step, state, self.meta)
 
@@ -109,6 +121,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     console = console or Console()
     started = time.monotonic()
     built = parts(config)
+    trace(built)
     numbers = checkpoints.config_hash(numeric_tree(config))
     meta: dict[str, Any] = {"config_hash": numbers, "seconds": {}, "tokens": 0, "warm_start_steps": 0}
     folder = config.directory / "checkpoints"
@@ -125,8 +138,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     fingerprint = {split: part.fingerprint for split, part in data.items()}
     if meta.setdefault("data", fingerprint) != fingerprint:
         raise checkpoints.CheckpointError(
-            f"run {config.directory} was trained on data {meta['data']}, but the data is now {fingerprint}; restore the "
-            "data, or start a new run"
+            f"run {config.directory} was trained on data {meta['data']}, but the data is now {fingerprint}; restore "
+            "the data, or start a new run"
         )
     prompts = prompt_batches(built, data["train"])
     with (
@@ -134,8 +147,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
         CompilationWatch() as watch,
     ):
-        run = Run(built, directory, manager, console, meta, watch, data)
-        run.meta["seconds"]["set-up"] = run.meta["seconds"].get("set-up", 0.0) + time.monotonic() - started
+        run = Run(built, directory, manager, console, meta, watch, data, mark=started)
         if prompts.dropped:
             console.print(f"dropped {prompts.dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
@@ -160,7 +172,7 @@ def _stages(run: Run, prompts: Batches, newest: int | None) -> dict[str, Any]:
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:
         with run.timed(what):
             data = run.data[split]
-            items = [data[i] for i in _spread(len(data), problems)]
+            items = [data[i] for i in spread(len(data), problems)]
             return evaluate(params, items, jax.random.fold_in(key, 2))
 
     step = run.parts.step
@@ -226,64 +238,56 @@ def _warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable)
 def _reinforce(run: Run, state: TrainState, prompts: Batches, measure: Callable) -> TrainState:
     """Reinforcement steps. Numbers are read one step late, so that the device never waits for the host."""
     config, offset = run.config, run.meta["warm_start_steps"]
-    total, every = config.training.steps, config.checkpoints.every_steps
+    total, first = config.training.steps, int(state.step)
     rows = config.training.prompts_per_step * config.rollout.samples_per_prompt
-    pending: tuple[int, dict, Experience, list] | None = None
-    first = int(state.step)
 
-    with Progress(max(total, 1), REINFORCEMENT, run.console, sequences_per_step=rows) as progress:
+    with (
+        Progress(max(total, 1), REINFORCEMENT, run.console, sequences_per_step=rows) as progress,
+        run.timed(REINFORCEMENT),
+    ):
 
-        def flush() -> None:
-            nonlocal pending
-            if pending is None:
-                return
-            done, metrics, experience, items = pending
-            pending = None
+        def report(done: int, metrics: dict[str, Any], experience: Experience, items: list) -> None:
             shown = _finite(run, jax.device_get(metrics), done, REINFORCEMENT)
             run.meta["tokens"] += round(shown["completion_tokens"] * rows)
-            if config.evaluation.every_steps and done % config.evaluation.every_steps == 0 and done < total:
-                held_out = measure(state.params, "validation", config.task.validation_items, "evaluation during")
-                shown |= {f"validation/{name}": value for name, value in held_out.items()}
             run.directory.write_metrics(offset + done, {"stage": REINFORCEMENT} | shown)
             _write_samples(run, offset + done, done, experience, items)
             progress.update(done, shown)
 
-        with run.timed(REINFORCEMENT):
-            for index in range(first, total):
-                batch = prompts[index]
-                try:
-                    new_state, metrics, experience = run.parts.step.run(state, batch.prompts, batch.items)
-                except RewardError as error:
-                    flush()
-                    _save_before_leaving(run, offset + index, state)
-                    raise RewardError(
-                        f"{error}. The state before step {index + 1} is saved: mend the function and run "
-                        f"jaxrl train --resume {config.directory}"
-                    ) from error
-                if run.parts.config.evaluation.every_steps:  # an evaluation inside flush must see the state it names
-                    state = new_state
-                    pending_now = (index + 1, metrics, experience, batch.items)
-                    flush()
-                    pending = pending_now
-                    flush()
-                else:
-                    flush()
-                    state, pending = new_state, (index + 1, metrics, experience, batch.items)
-                if index == first + 1:
-                    run.watch.expect_none(progress.message)
-                if (index + 1) % every == 0 or run.stopping or index + 1 == total:
-                    flush()
-                    run.save(offset + index + 1, REINFORCEMENT, state)
-                    if index + 1 < total:
-                        _stop_if_asked(run, offset + index + 1)
+        unread: tuple | None = None
+        for index in range(first, total):
+            batch, done = prompts[index], index + 1
+            try:
+                new_state, metrics, experience = run.parts.step.run(state, batch.prompts, batch.items)
+            except RewardError as error:
+                if unread is not None:
+                    report(*unread)
+                _save_before_leaving(run, offset + index, state)
+                raise RewardError(
+                    f"{error}. The state before step {done} is saved: mend the function and run "
+                    f"jaxrl train --resume {config.directory}"
+                ) from error
+            if unread is not None:
+                report(*unread)
+            state, unread = new_state, (done, metrics, experience, batch.items)
+            if config.evaluation.every_steps and done % config.evaluation.every_steps == 0 and done < total:
+                held_out = measure(state.params, "validation", config.task.validation_items, "evaluation during")
+                metrics |= {f"validation/{name}": value for name, value in held_out.items()}
+            if done == first + 2:
+                run.watch.expect_none(progress.message)
+            if done % config.checkpoints.every_steps == 0 or run.stopping or done == total:
+                report(*unread)
+                unread = None
+                run.save(offset + done, REINFORCEMENT, state)
+                if done < total:
+                    _stop_if_asked(run, offset + done)
         run.watch.allow()
     return state
 
 
 def _save_before_leaving(run: Run, global_step: int, state: TrainState) -> None:
-    if checkpoints.latest_step(run.config.directory / "checkpoints") != global_step:
+    if run.manager.latest_step() != global_step:  # it may be on its way to the disk already
         run.save(global_step, REINFORCEMENT, state)
-        run.manager.wait_until_finished()
+    run.manager.wait_until_finished()
 
 
 def _stop_if_asked(run: Run, global_step: int) -> None:
@@ -297,10 +301,11 @@ def _finite(run: Run, metrics: dict[str, Any], done: int, stage: str) -> dict[st
     shown = {name: float(value) for name, value in metrics.items()}
     bad = [name for name, value in shown.items() if not math.isfinite(value)]
     if bad:
-        good = run.manager.latest_step()
+        good, folder = run.manager.latest_step(), run.config.directory / "checkpoints"
+        rest = "There is no checkpoint yet" if good is None else f"The last good checkpoint is step {good} in {folder}"
         raise TrainingError(
             f"{bad[0]} is {shown[bad[0]]} at step {done} of the {stage}; lower the learning rate or check the rewards. "
-            f"The last good checkpoint is step {good} in {run.config.directory / 'checkpoints'}"
+            f"{rest}"
         )
     return shown
 
@@ -309,7 +314,7 @@ def _write_samples(run: Run, global_step: int, done: int, experience: Experience
     reporting = run.config.reporting
     if not reporting.samples_every_steps or done % reporting.samples_every_steps:
         return
-    rows = _spread(experience.tokens.shape[0], reporting.samples_per_report)
+    rows = spread(experience.tokens.shape[0], reporting.samples_per_report)
     fields = ("tokens", "length", "group", "rewards", "reward_components", "truncated")
     held = {name: jax.device_get(getattr(experience, name))[rows] for name in fields}
     decode = run.parts.tokenizer.decode
@@ -329,7 +334,7 @@ def _write_samples(run: Run, global_step: int, done: int, experience: Experience
     )
 
 
-def _spread(count: int, wanted: int) -> np.ndarray:
+def spread(count: int, wanted: int) -> np.ndarray:
     """At most `wanted` indices, evenly spread, so that every level of a mixed data set is among them."""
     return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
 
@@ -379,6 +384,7 @@ def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
 
 
 def _summary(run: Run, after: dict[str, float]) -> dict[str, Any]:
+    run.charge()
     seconds = dict(run.meta["seconds"])
     seconds["total"] = sum(seconds.values())
     return {

@@ -27,7 +27,56 @@ def tracked_risk(rewards, sample, group, weight):
     return method.update(memory, rewards, sample, group, weight)[0]
 
 
+def rank_shaped(rewards, returns, old_logprobs, old_values, mask, weight):
+    method = advantages.rank_shaped(stride=1, kappa=1.5)
+    hidden = jnp.stack([returns, old_logprobs, old_values, jnp.cos(7 * old_values)], axis=-1)
+    memory = method.init() | {"batches": jnp.int32(1), "before": jnp.array([0.05, 0.2, 1.5])}
+    return method.update(memory, returns, hidden, rewards, mask, weight)[0]
+
+
+def at_step(function, **hyper):
+    """A random choice of rows; its numbers are those of step 3."""
+
+    def chosen(rewards, group, prompt_id, sample, weight):
+        return function(rewards, group, prompt_id, sample, weight, jnp.int32(3), **hyper)
+
+    return chosen
+
+
 CASES = {
+    "signed_correctness": advantages.signed_correctness,
+    "nonzero_advantages": advantages.nonzero_advantages,
+    "beta_normalized": functools.partial(advantages.beta_normalized, least_reward=-0.5, largest_reward=1.5),
+    "beta_normalized_components": functools.partial(advantages.beta_normalized_components, largest_reward=2.0),
+    "shifted_mean_baseline": advantages.shifted_mean_baseline,
+    "log_mean_exp_baseline": functools.partial(advantages.log_mean_exp_baseline, temperature=0.5),
+    "extreme_samples": advantages.extreme_samples,
+    "extreme_samples/best_random": functools.partial(advantages.extreme_samples, rule="best_random"),
+    "extreme_samples/best": functools.partial(advantages.extreme_samples, rule="best"),
+    "best_and_random": at_step(advantages.best_and_random),
+    "extreme_rewards": advantages.extreme_rewards,
+    "extreme_rewards/max_random": functools.partial(advantages.extreme_rewards, rule="max_random"),
+    "extreme_rewards/power": functools.partial(advantages.extreme_rewards, rule="power"),
+    "one_success_one_failure": at_step(advantages.one_success_one_failure),
+    "balanced_groups": at_step(advantages.balanced_groups),
+    "balanced_groups/both": at_step(advantages.balanced_groups, drop="both"),
+    "steered_advantages": advantages.steered_advantages,
+    "entropy_mixed_advantages": advantages.entropy_mixed_advantages,
+    "novelty_sharpened": advantages.novelty_sharpened,
+    "reward_half_width": advantages.reward_half_width,
+    "rollout_priority": functools.partial(advantages.rollout_priority, exploration=0.1),
+    "win_rate": advantages.win_rate,
+    "score_win_rate": advantages.score_win_rate,
+    "score_win_rate/temperature": functools.partial(advantages.score_win_rate, temperature=0.3),
+    "budget_advantages": functools.partial(advantages.budget_advantages, max_completion_tokens=16),
+    "answer_entropy": advantages.answer_entropy,
+    "batch_normalized_accuracy": advantages.batch_normalized_accuracy,
+    "local_share": advantages.local_share,
+    "local_share/forced": functools.partial(advantages.local_share, mode="forced"),
+    "consistency_blended": functools.partial(advantages.consistency_blended, discount_disagreement=True),
+    "rank_shaped": rank_shaped,
+    "outcome_token_weight": losses.outcome_token_weight,
+    "outcome_token_weight/top_fraction": functools.partial(losses.outcome_token_weight, top_fraction=0.5),
     "decoupled_normalized": advantages.decoupled_normalized,
     "decoupled_normalized/none": functools.partial(advantages.decoupled_normalized, scale="none"),
     "sigma_filtered": functools.partial(advantages.sigma_filtered, limit=1.0),
@@ -73,6 +122,8 @@ CASES = {
     "gae": functools.partial(advantages.gae, gamma=0.9),
     "gae_returns": functools.partial(advantages.gae_returns, gamma=0.9),
 }
+# Columns that are no positions, and so have no padding.
+NOT_TOKENS = {"reward_components", "twin_values", "preferences"}
 # Centred on something that moves with the rewards.
 SHIFT_INVARIANT = {
     "mixed_value_at_risk",
@@ -88,11 +139,17 @@ SHIFT_INVARIANT = {
     "top_margin",
     "nonconstant_groups",
     "reinforce_plus_plus_baseline",
+    "log_mean_exp_baseline",
 }
 SCALE_INVARIANT = {"group_normalized", "group_normalized/batch", "top_margin", "reinforce_plus_plus_baseline"}
 # Equal rewards in every group.
-ZERO_ON_EQUAL = (SHIFT_INVARIANT | {"pass_at_k_normalized", "mixed_value_at_risk/score"}) - {"twin_baseline_normalized"}
+ZERO_ON_EQUAL = (SHIFT_INVARIANT | {"pass_at_k_normalized", "mixed_value_at_risk/score", "beta_normalized"}) - {
+    "twin_baseline_normalized"
+}
 ZERO_ALONE = {
+    "beta_normalized",
+    "log_mean_exp_baseline",
+    "reward_half_width",
     "mixed_value_at_risk",
     "mixed_value_at_risk/uniform",
     "mixed_value_at_risk/sum_mean",
@@ -125,6 +182,14 @@ def batch():
         "prompt_mask": jnp.asarray(np.arange(5) < 1 + LENGTHS[:, None], jnp.float32),
         "old_logprobs": jnp.asarray(-np.random.default_rng(10).uniform(0, 2, (ROWS, TOKENS)), jnp.float32),
         "old_entropy": jnp.asarray(np.random.default_rng(11).uniform(0, 2, (ROWS, TOKENS)), jnp.float32),
+        "prompt_id": jnp.asarray([30, 2, 30, 30, 2, 61, 61, 61, 7], jnp.int32),
+        "answer_id": jnp.asarray([5, 1, 5, 0, 3, 1, 1, 1, 8], jnp.int32),
+        "budget": jnp.asarray([8, 4, 8, 4, 8, 4, 4, 8, 4], jnp.int32),
+        "returns": jnp.asarray(np.random.default_rng(15).normal(size=(ROWS, TOKENS)), jnp.float32),
+        "extra": jnp.arange(ROWS) % 3 == 0,
+        "preferences": jnp.asarray(np.random.default_rng(12).uniform(0, 1, (ROWS, 3)), jnp.float32),
+        "tempered_logprobs": jnp.asarray(-np.random.default_rng(13).uniform(0, 2, (ROWS, TOKENS)), jnp.float32),
+        "token_reward_logits": jnp.asarray(np.random.default_rng(14).normal(size=(ROWS, TOKENS)), jnp.float32),
         "mask": jnp.asarray(np.arange(TOKENS) < LENGTHS[:, None], jnp.float32),
         "advantages": jnp.asarray(rng.normal(size=(ROWS, TOKENS)), jnp.float32),
         "old_values": jnp.asarray(rng.normal(size=(ROWS, TOKENS)), jnp.float32),
@@ -172,7 +237,7 @@ def test_absent_rows_and_columns_of_padding_change_nothing_and_get_nothing(name)
     larger = {}
     for field, value in DATA.items():
         value = jnp.concatenate([value, absent[field]])
-        if value.ndim == 2:
+        if value.ndim == 2 and field not in NOT_TOKENS:
             value = jnp.pad(value, ((0, 0), (0, 2)), constant_values=0 if field.endswith("mask") else 9)
         larger[field] = value
     result = run(name, larger)

@@ -19,7 +19,7 @@ ROWS, TOKENS = 7, 5
 LENGTHS = np.array([5, 3, 1, 4, 5, 2, 0])
 WEIGHTS = np.array([1.0, 1.0, 0.5, 2.0, 1.0, 0.0, 1.0])
 # What a loss differentiates.
-CURRENT = ("logprobs", "entropy", "values", "over_vocabulary")
+CURRENT = ("logprobs", "entropy", "values", "over_vocabulary", "token_reward_logits")
 
 
 def batch():
@@ -30,6 +30,7 @@ def batch():
 
     old = tokens(-2.5, -0.1)
     rewards = jnp.asarray(rng.integers(0, 2, ROWS), jnp.float32)
+    rewards = rewards.at[:3].set(jnp.array([1.0, 0.0, 1.0]))  # right and wrong answers in one group
     return {
         "old_logprobs": old,
         "logprobs": jnp.minimum(old + tokens(-0.7, 0.7), -1e-3),
@@ -52,6 +53,8 @@ def batch():
         "turn": jnp.zeros((ROWS, TOKENS), jnp.int32),
         "proxy_logprobs": old + 0.3 * jnp.cos(jnp.arange(TOKENS)),
         "entropy_history": 0.2 + jnp.abs(old),
+        "global_advantages": jnp.cos(7 * old),
+        "token_reward_logits": 3 * jnp.sin(5 * old),
         "rewards": rewards,
         "correct": rewards,
         "truncated": jnp.zeros(ROWS, bool),
@@ -100,7 +103,13 @@ def rehearsal(logprobs, reference_logprobs, mask):
 
 CASES = exported_losses() | {
     "external_surrogate/mixed_sources": mixed_sources,
-    "external_surrogate/clipped": variant(losses.external_surrogate, clip_low=0.2, clip_high=0.28),
+    "external_surrogate/clipped": variant(
+        losses.external_surrogate,
+        clip_low=0.2,
+        clip_high=0.28,
+        aggregation="token_sum_const",
+        max_completion_tokens=8,
+    ),
     "rehearsal_divergence": rehearsal,
     "protected_surrogate/tight_clip": variant(losses.protected_surrogate, clip_low=0.2, clip_high=0.28),
     "entropy_band/deviation": variant(losses.entropy_band, selection="otsu", band="deviation"),
@@ -115,6 +124,28 @@ CASES = exported_losses() | {
     ),
     "sequence_clipped_surrogate/token": variant(losses.sequence_clipped_surrogate, ratio="token", clip_high=0.3),
     "sequence_clipped_surrogate/product": variant(losses.sequence_clipped_surrogate, ratio="product", clip_low=0.3),
+    "cispo/topr": variant(
+        losses.cispo, clip_low=0.0, clip_high=0.0, negative_clip_low=1.0, negative_clip_high=0.0, level="sequence"
+    ),
+    "masked_policy_gradient/ring": variant(
+        losses.masked_policy_gradient,
+        keep="ring",
+        importance="advantage",
+        clip_low=0.1,
+        clip_high=0.1,
+        ring_low=0.3,
+        ring_high=0.3,
+        drift_penalty=0.1,
+    ),
+    "negative_aware_likelihood/sequence": variant(
+        losses.negative_aware_likelihood, level="sequence", prompt_weight="odds", floor=0.1, max_completion_tokens=1
+    ),
+    "success_cloning/plain": variant(losses.success_cloning, scale_by_advantage=False),
+    "decoupled_reward": variant(losses.decoupled_reward, max_completion_tokens=16),
+    "decoupled_reward/disco": variant(
+        losses.decoupled_reward, max_completion_tokens=16, temperature=0.5, length_temperature=None
+    ),
+    "pairwise_surrogate/separate": variant(losses.pairwise_surrogate, form="separate"),
     "cispo/dispo": variant(losses.cispo, clip_low=0.2, negative_clip_low=0.8, negative_clip_high=2.0),
     "divergence/score_function": losses.divergence(),
     "divergence/importance_corrected": losses.divergence(gradient="importance_corrected"),

@@ -114,6 +114,7 @@ def facts_of_many_devices() -> dict[str, np.ndarray]:
         "devices": np.asarray(len(mesh.devices)),
         "two devices": np.asarray(len(make_mesh(2).devices)),
         "six": np.asarray(placed["six"]),
+        "constraints": np.asarray(str(jax.make_jaxpr(constrain)(rows)).count("sharding_constraint[")),
         "rows of six on a device": np.asarray(placed["six"].addressable_shards[0].data.shape[0]),
         "sixteen": np.asarray(placed["sixteen"]),
         "rows of sixteen on a device": np.asarray(placed["sixteen"].addressable_shards[0].data.shape[0]),
@@ -189,6 +190,7 @@ def test_rows_that_do_not_divide_are_left_where_they_are(one_and_eight):
     assert (eight["devices"], eight["two devices"]) == (8, 2)
     np.testing.assert_array_equal(eight["six"], np.arange(6))
     np.testing.assert_array_equal(eight["sixteen"], np.arange(32).reshape(16, 2))
+    assert eight["constraints"] == 1
     assert eight["rows of six on a device"] == 6
     assert eight["rows of sixteen on a device"] == 2
     assert eight["rows of sixteen pinned everywhere"] == 16

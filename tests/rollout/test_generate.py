@@ -1,5 +1,7 @@
 """What a rollout records, on a model that follows a script: every number here can be worked out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,31 +22,39 @@ SCRIPT = jnp.array(
 )
 
 
-def scripted(calls: list) -> Model:
-    """A model that writes the row of `SCRIPT` that the last prompt token names; `calls` collects its calls."""
+CALLS = []
 
-    def apply(params, tokens, positions, cache):
-        row, written = cache
-        jax.debug.callback(lambda *call: calls.append(tuple(np.asarray(x).tolist() for x in call)), tokens, positions)
-        row = jnp.where(row < 0, tokens[:, -1], row)
-        following = jnp.take(SCRIPT, written, axis=1, mode="clip")[row]
-        return jnp.broadcast_to(following[:, None, None].astype(jnp.float32), (*tokens.shape, 1)), (row, written + 1)
 
-    return Model(
-        init=lambda key: {},
-        apply=apply,
-        logits=lambda params, hidden: 40.0 * jax.nn.one_hot(hidden[..., 0].astype(jnp.int32), VOCABULARY),
-        init_cache=lambda rows, slots: (jnp.full(rows, -1), jnp.int32(0)),
-        expand_cache=lambda cache, samples, extra: (jnp.repeat(cache[0], samples), cache[1]),
-        specs={},
-        vocabulary_size=VOCABULARY,
-        config=None,
+def _apply(params, tokens, positions, cache):
+    row, written = cache
+    jax.debug.callback(lambda *call: CALLS.append(tuple(np.asarray(x).tolist() for x in call)), tokens, positions)
+    row = jnp.where(row < 0, tokens[:, -1], row)
+    following = jnp.take(SCRIPT, written, axis=1, mode="clip")[row]
+    return jnp.broadcast_to(following[:, None, None].astype(jnp.float32), (*tokens.shape, 1)), (row, written + 1)
+
+
+# Writes the row of `SCRIPT` that the last prompt token names, and appends (tokens, positions) of each call to `CALLS`.
+SCRIPTED = Model(
+    init=lambda key: {},
+    apply=_apply,
+    logits=lambda params, hidden: 40.0 * jax.nn.one_hot(hidden[..., 0].astype(jnp.int32), VOCABULARY),
+    init_cache=lambda rows, slots: (jnp.full(rows, -1), jnp.int32(0)),
+    expand_cache=lambda cache, samples, extra: (jnp.repeat(cache[0], samples), cache[1]),
+    specs={},
+    vocabulary_size=VOCABULARY,
+    config=None,
+)
+
+
+@functools.partial(jax.jit, static_argnames=("max_completion_tokens", "samples_per_prompt"))
+def _program(prompts, pad_id, temperature, **sizes):
+    return generate(
+        SCRIPTED, {}, prompts, jax.random.key(0), 0, eos_id=EOS, pad_id=pad_id, temperature=temperature, **sizes
     )
 
 
-def written(rows, *, max_completion_tokens=4, samples_per_prompt=1, pad_id=PAD, temperature=0.0):
-    """The experience, and the (tokens, positions) of each call of the model."""
-    calls = []
+def written(rows, *, max_completion_tokens=4, samples_per_prompt=1, pad_id=PAD):
+    """The greedy experience, and the (tokens, positions) of each call of the model."""
     prompts = Prompts(
         tokens=jnp.array([[9, 9, row] for row in rows], jnp.int32),
         length=jnp.array([1 + row % 3 for row in rows], jnp.int32),
@@ -52,23 +62,11 @@ def written(rows, *, max_completion_tokens=4, samples_per_prompt=1, pad_id=PAD, 
         answer_tokens=jnp.array([[row, row] for row in rows], jnp.int32),
         answer_length=jnp.full(len(rows), 2, jnp.int32),
     )
-    program = jax.jit(
-        lambda prompts: generate(
-            scripted(calls),
-            {},
-            prompts,
-            jax.random.key(0),
-            0,
-            samples_per_prompt=samples_per_prompt,
-            max_completion_tokens=max_completion_tokens,
-            eos_id=EOS,
-            pad_id=pad_id,
-            temperature=temperature,
-        )
-    )
-    experience = jax.block_until_ready(program(prompts))
+    CALLS.clear()
+    sizes = {"max_completion_tokens": max_completion_tokens, "samples_per_prompt": samples_per_prompt}
+    experience = jax.block_until_ready(_program(prompts, pad_id, 0.0, **sizes))
     jax.effects_barrier()
-    return experience, calls
+    return experience, list(CALLS)
 
 
 @pytest.mark.parametrize("pad_id", [PAD, EOS])
@@ -150,5 +148,8 @@ def test_positions_come_from_lengths():
     ],
 )
 def test_bad_input_is_refused(bad, message):
+    row = jnp.zeros(1, jnp.int32)
+    prompts = Prompts(tokens=row[None], length=row + 1, prompt_id=row, answer_tokens=row[None], answer_length=row)
+    good = {"samples_per_prompt": 1, "max_completion_tokens": 4, "temperature": 1.0}
     with pytest.raises(ValueError, match=message):
-        written([0], **bad)
+        generate(SCRIPTED, {}, prompts, jax.random.key(0), 0, eos_id=EOS, pad_id=PAD, **(good | bad))

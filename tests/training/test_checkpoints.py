@@ -78,10 +78,16 @@ def test_the_policy_is_read_alone_whatever_else_there_is(stored):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: replace(s, params=make_state(4).params), r"'params/blocks/w' as float32\[2, 3\], .* float32\[2, 4\]"),
+        (
+            lambda s: replace(s, params=make_state(4).params),
+            r"'params/blocks/w' as float32\[2, 3\], .* float32\[2, 4\]",
+        ),
         (lambda s: replace(s, params=s.params | {"norm": jnp.ones(3)}), r"'params/norm' as bfloat16\[3\], .* float32"),
         (lambda s: replace(s, step=jnp.float32(0)), r"'step' as int32\[\], but this config makes it float32\[\]"),
-        (lambda s: replace(s, params=s.params | {"bias": jnp.ones(3)}), "lacks 'params/bias'; it belongs to a run with"),
+        (
+            lambda s: replace(s, params=s.params | {"bias": jnp.ones(3)}),
+            "lacks 'params/bias'; it belongs to a run with",
+        ),
         (lambda s: replace(s, reference_params=None), "has a surplus 'reference_params/blocks/w'"),
         (lambda s: replace(s, memory={}), "has a surplus 'memory/advantages:running_mean_baseline/"),
         (lambda s: replace(s, optimizer_state=optax.sgd(0.1).init(s.params)), "has a surplus 'optimizer_state/"),
@@ -117,13 +123,26 @@ def test_a_step_that_is_not_there_is_refused(stored, read):
 def test_a_step_is_never_written_twice(stored, tmp_path):
     with checkpoints.checkpoint_manager(tmp_path, keep=2) as manager:
         checkpoints.save(manager, 3, make_state(), META)
-        with pytest.raises(CheckpointError, match="checkpoint 3 in .* exists already, .* use another run_dir"):
+        with pytest.raises(CheckpointError, match=r"checkpoint 3 in .* exists already, .* use another run_dir"):
             checkpoints.save(manager, 3, make_state(), META)
     with (
         checkpoints.checkpoint_manager(tmp_path, keep=2) as manager,
         pytest.raises(CheckpointError, match="exists already"),
     ):
         checkpoints.save(manager, 3, make_state(), META)
+
+
+def test_what_happens_after_saving_is_not_in_the_checkpoint(tmp_path):
+    # It is written in the background, while the run goes on to count.
+    meta = {"tokens": 0, "seconds": {"learning": 1.0}}
+    with checkpoints.checkpoint_manager(tmp_path, keep=20) as manager:
+        for step in range(1, 9):
+            meta["tokens"] = step
+            checkpoints.save(manager, step, {"step": jnp.int32(step)}, meta)
+            meta["tokens"] = -1
+            meta["seconds"]["learning"] += 1.0
+    assert [checkpoints.read_meta(tmp_path, step)["tokens"] for step in range(1, 9)] == list(range(1, 9))
+    assert checkpoints.read_meta(tmp_path, 3)["seconds"]["learning"] == 3.0
 
 
 def test_a_write_that_was_cut_short_is_no_checkpoint(tmp_path):

@@ -108,13 +108,13 @@ def test_a_loss_that_compares_samples_needs_whole_groups(model):
     def paired(logprobs, advantages, mask, group):
         return None
 
-    with pytest.raises(ValueError, match="loss 'paired' compares .* whole groups: choose a multiple of .* 2"):
+    with pytest.raises(ValueError, match=r"loss 'paired' compares .* whole groups: choose a multiple of .* 2"):
         compose(model, losses=[paired], prompts_per_step=4, update=Update(sequences_per_microbatch=1))
 
 
 def test_sizes_are_checked_at_the_first_call_where_they_were_not_known_before(model, make_prompts):
     step = compose(model, update=Update(minibatches_per_epoch=2))
-    with pytest.raises(ValueError, match="minibatches_per_epoch is 2, .*prompts_per_step 3"):
+    with pytest.raises(ValueError, match=r"minibatches_per_epoch is 2, .*prompts_per_step 3"):
         shape_of(step, make_prompts(3))
 
 
@@ -156,7 +156,10 @@ def test_functions_are_named_after_themselves_and_terms_as_they_say(model):
     step = compose(
         model,
         rewards=[rewards.exact_answer, RewardTerm(rewards.exact_answer, 0.5, "again")],
-        credit=[("rewards", advantages.running_mean_baseline()), CreditTerm("advantages", advantages.raw_rewards, "raw")],
+        credit=[
+            ("rewards", advantages.running_mean_baseline()),
+            CreditTerm("advantages", advantages.raw_rewards, "raw"),
+        ],
         losses=[losses.clipped_surrogate, (losses.divergence(), 0.1), LossTerm(losses.entropy_bonus, 0.1, "bonus")],
     )
     assert [term.name for term in step.rewards] == ["exact_answer", "again"]

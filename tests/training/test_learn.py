@@ -46,7 +46,9 @@ def learned(bigram, credited):
             update = Update(sequences_per_microbatch=size)
             learn = jax.jit(make_learn(bigram, optimizer, losses, update, temperature=1.0, samples_per_prompt=2))
             done[size] = {
-                term.name: learn(params, optimizer.init(params), None, credited, jnp.eye(len(losses))[i], jax.random.key(0))
+                term.name: learn(
+                    params, optimizer.init(params), None, credited, jnp.eye(len(losses))[i], jax.random.key(0)
+                )
                 for i, term in enumerate(losses)
             }
         return done[size]

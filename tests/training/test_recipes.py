@@ -12,7 +12,7 @@ from jaxrl_llm.experience import Method
 from jaxrl_llm.training.recipes import RecipeError, credit_terms, loss_terms, reward_terms
 from jaxrl_llm.training.wiring import signature
 
-USER_MODULE = '''
+USER_MODULE = """
 from __future__ import annotations
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ def counting(*, start: int = 0):
     return Method(lambda: jnp.int32(start), lambda memory, rewards: (rewards, memory + 1))
 
 a_number = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -157,7 +157,11 @@ def test_an_annotation_that_cannot_be_resolved_is_not_checked():
         ),
         (loss_terms, [{"clipped_surrogate": {"aggregation": "mean"}}], "aggregation is 'mean': .*'token_mean'"),
         (loss_terms, [{"clipped_surrogate": {"coefficient": [1]}}], r"coefficient is \[1\]; it must be a number"),
-        (loss_terms, [{"clipped_surrogate": {"coefficient": "ramp"}}], "coefficient names 'ramp', which does not exist"),
+        (
+            loss_terms,
+            [{"clipped_surrogate": {"coefficient": "ramp"}}],
+            "coefficient names 'ramp', which does not exist",
+        ),
         (reward_terms, [{"exact_answer": {"weight": "much"}}], r"rewards\.exact_answer\.weight is 'much'"),
         (
             credit_terms,

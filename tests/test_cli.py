@@ -1,0 +1,303 @@
+"""The command line, called as a function: what it prints, what it returns, and one sentence for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxrl_llm
+from jaxrl_llm import cli
+from jaxrl_llm.data import tasks
+from jaxrl_llm.training import explain
+
+
+@pytest.fixture
+def jaxrl(capsys):
+    """Call the command; gives what it printed, and its JSON where it printed that."""
+
+    def run(*arguments: str):
+        assert cli.main(arguments) == 0, capsys.readouterr().err
+        out = capsys.readouterr().out
+        return json.loads(out) if "--json" in arguments else out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Call the command with bad input; gives the one paragraph that it says."""
+
+    def run(*arguments: str) -> str:
+        assert cli.main(arguments) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+        assert "Traceback" not in said.err + said.out
+        return said.err
+
+    return run
+
+
+# ---- what there is --------------------------------------------------------------------------------------------------
+
+
+def test_tasks_are_listed(jaxrl):
+    listed = jaxrl("tasks", "--json")
+    assert [entry["name"] for entry in listed] == list(tasks.names())
+    assert all(entry["description"] and entry["reward"] for entry in listed)
+    assert all(name in jaxrl("tasks") for name in tasks.names())
+
+
+def test_examples_of_a_task_are_shown(jaxrl):
+    examples = jaxrl("tasks", "addition", "--level", "2", "--count", "2", "--json")
+    assert len(examples) == 2
+    assert examples[0]["prompt"].startswith("A:")
+    assert examples[0]["reference response"].startswith("<t>")
+    assert examples[0]["prompt"] in jaxrl("tasks", "addition", "--level", "2", "--count", "1")
+
+
+def test_methods_are_listed_by_room_and_certainty(jaxrl):
+    everything = jaxrl("methods", "--json")
+    rewards = jaxrl("methods", "--room", "reward", "--json")
+    assert {entry["room"] for entry in rewards} == {"reward"}
+    assert 0 < len(rewards) < len(everything)
+    verified = jaxrl("methods", "--certainty", "verified", "--json")
+    assert {entry["certainty"] for entry in verified} == {"verified"}
+    table = jaxrl("methods", "--room", "loss")
+    assert "certainty" in table
+    assert "logprobs" in table
+
+
+def test_one_method_is_shown_whole(jaxrl):
+    entry = jaxrl("methods", "clipped_surrogate", "--json")
+    assert entry["hyper_parameters"]["clip_low"] == 0.2
+    text = jaxrl("methods", "clipped_surrogate")
+    assert "clipped_surrogate (loss)" in text
+    assert "x = max(-A * min(r, ratio_cap)" in text
+    assert 'Recipe entry:  clipped_surrogate: {"clip_low": 0.2' in text
+
+
+def test_doctor_describes_the_machine(jaxrl):
+    report = jaxrl("doctor", "--json")
+    assert report["devices"]["backend"] == "cpu"
+    assert report["host"]["cores"] >= 1
+    assert report["versions"]["jax"]
+    assert "memory_gib" in jaxrl("doctor")
+
+
+# ---- explain --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def explained(micro_yaml):
+    """`jaxrl explain` on the micro config, compiled once for all tests."""
+    return explain.explanation(explain_parts(micro_yaml))
+
+
+def explain_parts(path, *overrides):
+    from jaxrl_llm.training.setup import parts
+
+    return parts(cli._load([str(path), *overrides]))
+
+
+def test_explain_gives_the_stages_in_order(explained):
+    rows = [(row["stage"], row["name"], row["where"]) for row in explained["stages"]]
+    assert rows == [
+        ("collect", "generate", "program"),
+        ("score", "answer_format", "program"),
+        ("score", "exact_answer", "program"),
+        ("credit", "the sampler's own", "program"),
+        ("credit", "reference forward pass", "program"),
+        ("credit", "running_mean_baseline", "program"),
+        ("learn", "clipped_surrogate", "program"),
+        ("learn", "kl_estimate", "program"),
+    ]
+    by_name = {row["name"]: row for row in explained["stages"]}
+    assert by_name["exact_answer"]["provides"] == "reward component x 2"
+    assert by_name["running_mean_baseline"]["needs"] == ["rewards", "weight"]
+    assert by_name["clipped_surrogate"]["needs"][-1] == "[token_weight]"
+    assert by_name["kl_estimate"]["provides"] == "loss x 0.01"
+
+
+def test_explain_gives_shapes_sizes_and_work(explained, finished_run):
+    assert explained["shapes"]["tokens"] == "int32[16, 6]"
+    assert explained["shapes"]["advantages"] == "float32[16, 6]"
+    assert explained["shapes"]["reward_components"] == "float32[16, 2]"
+    assert "token_weight" not in explained["shapes"]
+    sizes = explained["sizes"]
+    assert (sizes["sequences_per_step"], sizes["updates_per_step"]) == (16, 2)
+    assert sizes["completion_tokens_per_step_at_most"] == 96
+    # Parameters, two moments and the reference, in float32, and little else.
+    assert 0 < sizes["state_bytes"] - 4 * 4 * sizes["parameters"] < 100
+    (program,) = explained["programs"]
+    assert program["program"] == "whole step"
+    assert program["flops"] > 2 * sizes["parameters"] * 16
+    assert program["argument_bytes"] > sizes["state_bytes"]
+
+
+def test_explain_prints_json_and_tables(jaxrl, explained, micro_yaml, monkeypatch):
+    monkeypatch.setattr(explain, "explanation", lambda parts: explained)
+    assert jaxrl("explain", str(micro_yaml), "--json") == explained
+    text = jaxrl("explain", str(micro_yaml))
+    for heading in ("one step, in order", "experience after a step", "sizes", "compiled programs"):
+        assert heading in text
+
+
+def test_a_step_with_a_host_reward_has_two_programs(micro_yaml):
+    built = explain_parts(micro_yaml, "rewards=[exact_match]", "losses=[clipped_surrogate]")
+    assert [row["where"] for row in explain.stages(built.step) if row["stage"] == "score"] == ["host"]
+    assert len(built.step.programs) == 2
+    experience = explain.trace(built)
+    assert experience.rewards.shape == (16,)
+    assert experience.reference_logprobs is None
+
+
+# ---- eval and sample ------------------------------------------------------------------------------------------------
+
+
+def test_eval_measures_the_newest_checkpoint_of_a_run(jaxrl, finished_run):
+    found = jaxrl("eval", str(finished_run.directory), "--k", "1,2,4", "--json")
+    assert found["checkpoint"] == str(finished_run.directory / "checkpoints" / "18")
+    assert (found["split"], found["problems"], found["samples_per_problem"]) == ("test", 12, 4)
+    assert {"greedy", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4"} <= found.keys()
+    assert found["pass@1"] <= found["pass@2"] <= found["pass@4"]
+    # Greedy decoding draws nothing, so it is what the run itself measured.
+    assert found["greedy"] == finished_run.summary["after"]["greedy"]
+    text = jaxrl("eval", str(finished_run.directory / "checkpoints" / "18"), "--k", "1,2,4")
+    assert "pass@4" in text
+    assert f"{found['pass@4']:.1%}" in text
+
+
+def test_eval_of_one_checkpoint_spreads_a_few_problems_over_the_split(jaxrl, finished_run, monkeypatch):
+    seen = []
+
+    def make_evaluate(*_, **settings):
+        return lambda params, items, key: seen.append((items, settings)) or {"greedy": 0.5}
+
+    monkeypatch.setattr("jaxrl_llm.evaluation.make_evaluate", make_evaluate)
+    checkpoint = finished_run.directory / "checkpoints" / "14"
+    arguments = ["--split", "validation", "--problems", "2", "--k", "2", "--samples", "3", "--temperature", "0.5"]
+    found = jaxrl("eval", str(checkpoint), *arguments, "--json")
+    assert found == {"checkpoint": str(checkpoint), "split": "validation", "greedy": 0.5}
+    ((items, settings),) = seen
+    assert [item["level"] for item in items] == [1, 2]
+    assert (settings["samples_per_problem"], settings["k"], settings["temperature"]) == (3, [2], 0.5)
+
+
+def test_sample_completes_prompts(jaxrl, finished_run):
+    arguments = [
+        "sample",
+        str(finished_run.directory),
+        "--prompt",
+        "A:1+2",
+        "--prompt",
+        "A:47+85",
+        "-n",
+        "2",
+        "--greedy",
+    ]
+    found = jaxrl(*arguments, "--json")
+    assert [entry["prompt"] for entry in found] == ["A:1+2", "A:1+2", "A:47+85", "A:47+85"]
+    assert found[0] == found[1]
+    for entry in found:
+        assert 1 <= len(entry["tokens"]) == len(entry["logprobs"]) <= 6
+        assert all(logprob <= 0 for logprob in entry["logprobs"])
+        assert entry["truncated"] == (not entry["completion"].endswith("<eos>"))
+    assert f"A:47+85 -> {found[2]['completion']}" in jaxrl(*arguments)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_that_does_not_exist(refused, micro_yaml):
+    assert f"did you mean {micro_yaml}?" in refused("train", str(micro_yaml.parent / "mirco.yaml"))
+    assert "does not exist" in refused("explain", "nowhere.yaml")
+    assert "Is a directory; give the path of a YAML file" in refused("train", str(micro_yaml.parent))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stps=3", "config key training.stps (value 3) does not exist; did you mean training.steps?"),
+        ("training.steps=ten", "config key training.steps is 'ten': input should be a valid integer"),
+        ("rewards=[exact_anser]", "rewards names 'exact_anser', which does not exist; did you mean 'exact_answer'?"),
+        ("training.sequences_per_microbatch=3", "choose a divisor"),
+        ("run_dir=gs://bucket/run", "give a local or mounted directory"),
+        ("data.directory=taken/data", "taken/data"),
+        ("run_dir=taken/run", "taken/run"),
+    ],
+)
+def test_overrides_that_cannot_be(refused, micro_yaml, tmp_path, monkeypatch, override, message):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    assert message in refused("train", str(micro_yaml), override)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "no config given; write jaxrl train CONFIG.yaml"),
+        (["train", "training.steps=3"], "no config given"),
+        (["train", "--resume", "{tmp}"], "there is no config.yaml in it; give the directory of a run"),
+        (["train", "other.yaml", "--resume", "{run}"], "leave out 'other.yaml' (overrides may follow)"),
+        (["eval", "{tmp}"], "{tmp} holds no checkpoint; give a run directory"),
+        (["eval", "{run}", "--k", "1,many"], "--k is '1,many'; give whole numbers separated by commas"),
+        (["eval", "{run}", "--k", "8", "--samples", "4"], "k is [8], but there are 4 samples a problem"),
+        (["eval", "{run}", "--k", "0"], "k is [0]"),
+        (["eval", "{run}", "--samples", "0"], "--samples is 0; it must be at least 1"),
+        (["eval", "{run}", "--problems", "0"], "--problems is 0; it must be at least 1"),
+        (["eval", "{run}", "--problems", "-1"], "--problems is -1; it must be at least 1"),
+        (["eval", "{run}", "--problems", "13"], "--problems is 13, but the test split has 12 problems"),
+        (["sample", "{tmp}", "--prompt", "A:1+2"], "holds no checkpoint"),
+        (["sample", "{run}", "--prompt", "A:1+2", "-n", "0"], "--samples is 0; it must be at least 1"),
+        (["sample", "{run}", "--prompt", "A:1+2", "--temperature", "-1"], "temperature is -1.0; it must be 0"),
+        (["sample", "{run}", "--prompt", "A:123456+1"], "does not fit: its prompt has 12 tokens"),
+        (["sample", "{run}", "--prompt", "π"], "character 'π' at position 0"),
+        (["tasks", "adition"], "there is no task 'adition'; did you mean 'addition'?"),
+        (["tasks", "addition", "--level", "99"], "level 99"),
+        (["tasks", "addition", "--count", "0"], "count is 0"),
+        (["methods", "clipped_surogate"], "did you mean 'clipped_surrogate'?"),
+    ],
+)
+def test_arguments_that_cannot_be(refused, finished_run, tmp_path, arguments, message):
+    places = {"tmp": str(tmp_path), "run": str(finished_run.directory)}
+    filled = [argument.format(**places) for argument in arguments]
+    assert message.format(**places) in refused(*filled)
+
+
+def test_a_checkpoint_without_its_config_is_refused(refused, finished_run, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(finished_run.directory / "checkpoints")
+    assert "a checkpoint is read with the config.yaml of its run beside it" in refused("eval", str(tmp_path))
+
+
+def test_a_run_may_lie_in_a_directory_of_any_name(refused, finished_run, tmp_path, monkeypatch):
+    # Neither an assignment nor a number nor anything else that YAML would read.
+    monkeypatch.chdir(tmp_path)
+    for name in ("rate=0.1", "7", "null", "a: b"):
+        Path(name).symlink_to(finished_run.directory)
+        said = refused("train", "--resume", name, "training.learning_rate=0.1")
+        assert f"run {name} was written with config hash" in said
+
+
+def test_the_traceback_is_shown_where_it_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        cli.main(["--traceback", "eval", str(tmp_path)])
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["eval"], ["sample", "run"], ["methods", "--room", "kitchen"]])
+def test_usage_is_explained(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: jaxrl" in capsys.readouterr().err
+
+
+def test_the_command_is_light_until_it_needs_jax():
+    code = "import sys, jaxrl_llm.cli; sys.exit(any(name in sys.modules for name in ('jax', 'tensorflow_datasets')))"
+    root = Path(jaxrl_llm.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

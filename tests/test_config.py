@@ -1,0 +1,225 @@
+"""Configs: every shipped one loads and composes, and what is wrong with one is said in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jaxrl_llm.config import ConfigError, as_tree, load_config, numeric_tree, parse_config, read_tree
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.training.checkpoints import config_hash
+from jaxrl_llm.training.setup import parts
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+VOCABULARY = CharacterTokenizer().vocabulary_size
+
+
+@pytest.fixture
+def parsed(micro_config):
+    """The micro config with overrides."""
+    return lambda *overrides, **changes: parse_config(micro_config | changes, overrides, vocabulary_size=VOCABULARY)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_loads_and_composes(path):
+    config = load_config(path, vocabulary_size=VOCABULARY)
+    built = parts(config)
+    assert len(built.step.rewards) == len(config.rewards)
+    assert built.task.name == config.task.name
+
+
+def test_configs_are_shipped():
+    assert ROOT / "configs" / "demo.yaml" in SHIPPED
+
+
+def test_a_config_survives_being_written_and_read(parsed, tmp_path):
+    config = parsed("rewards=[{answer_format: {weight: 0.5}}, exact_answer]")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_tree(config)))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_overrides_are_yaml_values_of_dotted_keys(parsed):
+    config = parsed(
+        "training.learning_rate=3e-4",
+        "evaluation.k=[1, 4]",
+        "name=another",
+        "warm_start.stop_at_accuracy=0.5",
+        "task.options.scratchpad=true",
+        "training.sequences_per_microbatch=null",
+        "run_dir=runs/x=1",
+    )
+    assert config.training.learning_rate == 3e-4
+    assert config.evaluation.k == (1, 4)
+    assert config.name == "another"
+    assert config.task.options == {"scratchpad": True}
+    assert config.training.sequences_per_microbatch is None
+    assert config.run_dir == "runs/x=1"
+    assert config.training.prompts_per_step == 4
+
+
+def test_an_override_does_not_change_the_tree_it_is_applied_to(micro_config, parsed):
+    parsed("training.steps=1000", "rewards=[exact_answer]")
+    assert micro_config["training"]["steps"] != 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.step=3", r"config key training\.step \(value 3\) does not exist; did you mean training\.steps\?"),
+        ("trainings.steps=3", r"did you mean training\?"),
+        ("zzz=3", "config key zzz .* known keys: name, task, model"),
+        ("rollout.qqqqq=1", "known keys: samples_per_prompt, max_prompt_tokens"),
+        ("training.steps=ten", r"config key training\.steps is 'ten': .*valid integer"),
+        ("training.steps=2.5", r"config key training\.steps is 2\.5: .*integer"),
+        ("training.learning_rate=[1]", r"training\.learning_rate is \[1\]: .*valid number"),
+        ("training.schedule=linear", r"training\.schedule is 'linear': .*'constant' or 'cosine'"),
+        ("task.levels=3", r"task\.levels is 3: "),
+        ("task.levels=[]", "task.levels is empty"),
+        ("training=3", "config section training is 3; it must be a mapping"),
+        ("model.layers=0", "model.layers is 0; it must be at least 1"),
+        ("model.kv_heads=3", "model.heads is 2, which model.kv_heads 3 does not divide"),
+        ("training.prompts_per_step=0", r"training\.prompts_per_step is 0; it must be at least 1"),
+        ("training.learning_rate=-1", r"training\.learning_rate is -1.*; it must be at least 0"),
+        ("evaluation.k=[1, 9]", r"evaluation\.k is \[1, 9\], but evaluation\.samples_per_problem is 4"),
+        ("evaluation.k=[0]", r"evaluation\.k is \[0\]"),
+        ("checkpoints.keep=0", r"checkpoints\.keep is 0"),
+        ("about.certainty=certain", "about.certainty is 'certain'"),
+        ("training.steps", "override 'training.steps' is not an assignment; write section.key=value"),
+        ("=3", "override '=3' is not an assignment"),
+        ("name.first=3", "goes through 'name', which is not a section"),
+        ("rewards.0=exact_answer", "goes through 'rewards', which is not a section"),
+        ("name=[", "has a value that is not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_named_with_a_remedy(parsed, override, message):
+    with pytest.raises(ConfigError, match=message):
+        parsed(override)
+
+
+def test_stopping_at_an_accuracy_needs_probes(parsed):
+    with pytest.raises(ConfigError, match=r"stop_at_accuracy is 0\.5, but warm_start\.probe_every_steps is 0"):
+        parsed("warm_start.stop_at_accuracy=0.5", "warm_start.probe_every_steps=0")
+
+
+def test_every_problem_is_named_at_once(parsed):
+    with pytest.raises(ConfigError, match=r"(?s)training\.steps is 'ten'.*evaluation\.problems is 'all'"):
+        parsed("training.steps=ten", "evaluation.problems=all")
+
+
+@pytest.mark.parametrize("missing", ["name", "task", "rewards"])
+def test_a_missing_key_is_named(micro_config, missing):
+    tree = {key: value for key, value in micro_config.items() if key != missing}
+    with pytest.raises(ConfigError, match=f"config key {missing} is missing; add it"):
+        parse_config(tree, vocabulary_size=VOCABULARY)
+
+
+def write(folder, **trees):
+    for name, tree in trees.items():
+        (folder / f"{name}.yaml").write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+
+
+def test_extends_merges_sections_and_replaces_lists(tmp_path):
+    (tmp_path / "methods").mkdir()
+    write(tmp_path, base={"name": "base", "model": {"width": 8, "layers": 1}, "rewards": ["a", "b"]})
+    write(tmp_path, middle={"extends": "base.yaml", "model": {"layers": 2, "heads": 2}, "task": {"name": "chain"}})
+    write(tmp_path / "methods", leaf={"extends": "../middle.yaml", "name": "leaf", "rewards": ["c"], "task": None})
+    assert read_tree(tmp_path / "methods" / "leaf.yaml") == {
+        "name": "leaf",
+        "model": {"width": 8, "layers": 2, "heads": 2},
+        "rewards": ["c"],
+        "task": None,
+    }
+
+
+def test_a_circle_of_files_is_refused(tmp_path):
+    write(tmp_path, one={"extends": "two.yaml"}, two={"extends": "three.yaml"}, three={"extends": "one.yaml"})
+    with pytest.raises(
+        ConfigError, match=r"one\.yaml extends itself through one.yaml -> two.yaml -> three.yaml; break"
+    ):
+        read_tree(tmp_path / "one.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dmeo.yaml", r"dmeo\.yaml does not exist; did you mean .*/demo\.yaml\?"),
+        ("qqqqqqqq.yml", "does not exist; give the path of a YAML file"),
+        ("broken.yaml", "broken.yaml is not valid YAML"),
+        ("listed.yaml", "listed.yaml holds list, not a mapping"),
+        ("empty.yaml", "empty.yaml holds NoneType, not a mapping"),
+        ("orphan.yaml", "nowhere.yaml does not exist"),
+        ("", "cannot be read: Is a directory; give the path of a YAML file"),
+    ],
+)
+def test_files_that_are_no_configs_are_refused(tmp_path, name, message):
+    write(tmp_path, demo="{}", broken="a: [", listed="- a", empty="", orphan={"extends": "nowhere.yaml"})
+    with pytest.raises(ConfigError, match=message):
+        read_tree(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run_dir=elsewhere",
+        "name=another",
+        "data.directory=elsewhere",
+        "reporting.samples_every_steps=1",
+        "checkpoints.keep=9",
+        "about.paper=Somebody",
+        "training.steps=1000",
+    ],
+)
+def test_what_decides_no_number_is_not_hashed(parsed, override):
+    assert config_hash(numeric_tree(parsed(override))) == config_hash(numeric_tree(parsed()))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "task.seed=1",
+        "task.options.scratchpad=true",
+        "data.overlong_prompts=drop",
+        "training.learning_rate=0.1",
+        "training.refresh_reference_every=0",
+        "model.width=32",
+        "rewards=[exact_answer]",
+        "rollout.temperature=0.5",
+        "warm_start.steps=11",
+    ],
+)
+def test_what_decides_a_number_is_hashed(parsed, override):
+    assert config_hash(numeric_tree(parsed(override))) != config_hash(numeric_tree(parsed()))
+
+
+def test_the_number_of_steps_decides_where_the_schedule_depends_on_it(parsed):
+    few, many = (parsed("training.schedule=cosine", f"training.steps={steps}") for steps in (8, 9))
+    assert config_hash(numeric_tree(few)) != config_hash(numeric_tree(many))
+
+
+def test_a_run_lies_where_it_says_or_under_its_name(parsed):
+    assert parsed("run_dir=elsewhere").directory == Path("elsewhere")
+    assert parsed().directory == Path("runs/micro")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.name=adition", "there is no task 'adition'; did you mean 'addition'"),
+        ("task.options={scratchpd: true}", "task 'addition' has no option 'scratchpd'; did you mean 'scratchpad'"),
+        ("model.vocabulary_size=10", r"model\.vocabulary_size is 10, but the tokenizer has 100 tokens"),
+        ("training.minibatches_per_epoch=3", "minibatches_per_epoch is 3, which does not divide"),
+        ("training.sequences_per_microbatch=3", "sequences_per_microbatch is 3, which does not divide the 8 sequences"),
+        ("rollout.temperature=0", "rollout.temperature is 0.*; training samples need a temperature above 0"),
+        ("mesh.devices=99", "mesh.devices is 99, but this process sees"),
+        ("rewards=[]", "rewards is empty"),
+        ("losses=[clipped_surogate]", "did you mean 'clipped_surrogate'"),
+        ("credit=[]", "names 'advantages', which nothing in this step provides"),
+    ],
+)
+def test_a_config_that_cannot_be_composed_is_refused(parsed, override, message):
+    with pytest.raises(ValueError, match=message):
+        parts(parsed(override))

@@ -1,0 +1,358 @@
+"""Whole runs: what they leave behind, that killing one changes no number, and how they refuse and fail."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+
+import jaxrl_llm
+from jaxrl_llm import cli
+from jaxrl_llm.config import load_config
+from jaxrl_llm.reporting import RunDirectory
+from jaxrl_llm.reporting.run_directory import read_records
+from jaxrl_llm.training import checkpoints
+from jaxrl_llm.training.run import latest_checkpoint, spread
+
+WARM, STEPS = 10, 8
+
+
+def records(directory, name="metrics.jsonl"):
+    return read_records(directory / name)
+
+
+def stored_state(directory: Path, step: int):
+    """All arrays of a checkpoint, without the code that knows what they are."""
+    with ocp.PyTreeCheckpointer() as reader:
+        state = reader.restore(directory / "checkpoints" / str(step) / "state")
+    state["key"] = jax.random.key_data(state["key"])
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+# ---- what a run leaves behind ---------------------------------------------------------------------------------------
+
+
+def test_the_config_is_written_as_it_was_used(finished_run, micro_yaml):
+    used = load_config(micro_yaml, [f"run_dir={finished_run.directory}"], vocabulary_size=100)
+    assert load_config(finished_run.directory / "config.yaml") == used
+
+
+def test_metrics_are_one_line_a_step_of_finite_numbers(finished_run):
+    lines = records(finished_run.directory)
+    assert [line["step"] for line in lines] == list(range(1, WARM + STEPS + 1))
+    assert [line["stage"] for line in lines] == ["warm start"] * WARM + ["reinforcement"] * STEPS
+    for line in lines:
+        assert all(math.isfinite(value) for name, value in line.items() if name != "stage")
+    assert lines[WARM - 1]["loss"] < lines[0]["loss"]
+    assert [line["step"] for line in lines if "validation/pass@1" in line] == [5, 10, WARM + 3, WARM + 6]
+    assert all(line["sampler_gap_max"] < 1e-5 for line in lines[WARM:])
+
+
+def test_samples_are_text_with_its_rewards(finished_run):
+    lines = records(finished_run.directory, "samples.jsonl")
+    assert [line["step"] for line in lines] == [13, 13, 16, 16]
+    for line in lines:
+        assert line["prompt"].startswith("A:")
+        assert sum(map(int, line["prompt"][2:].split("+"))) == int(line["answer"])
+        assert line["reward"] == line["answer_format"] + 2 * line["exact_answer"]
+        assert line["completion"].endswith("<eos>") != line["truncated"]
+
+
+def test_tensorboard_events_are_there(finished_run):
+    (events,) = (finished_run.directory / "tensorboard").iterdir()
+    assert b"kl_reference_per_token" in events.read_bytes()
+
+
+def test_the_newest_checkpoints_are_kept(finished_run):
+    kept = sorted(int(path.name) for path in (finished_run.directory / "checkpoints").iterdir())
+    assert kept == [14, 16, 18]
+
+
+def test_the_summary_says_what_came_out_and_of_what(finished_run):
+    summary = finished_run.summary
+    assert json.loads((finished_run.directory / "summary.json").read_text()) == summary
+    for side in (summary["before"], summary["after"]):
+        assert {"greedy", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4"} <= side.keys()
+        assert all(0 <= side[name] <= 1 for name in side if "@" in name or name == "greedy")
+        assert side["pass@1"] <= side["pass@2"] <= side["pass@4"]
+        assert (side["problems"], side["samples_per_problem"]) == (12, 4)
+    tokens = [round(16 * line["completion_tokens"]) for line in records(finished_run.directory)[WARM:]]
+    assert summary["completion_tokens_sampled"] == sum(tokens)
+    assert (summary["warm_start_steps"], summary["steps"]) == (WARM, STEPS)
+    assert summary["peak_memory_bytes"] > 2**20
+    assert summary["versions"]["jax"] == jax.__version__
+    assert re.fullmatch("[0-9a-f]{16}", summary["config_hash"])
+    assert summary["data"].keys() == {"train", "validation", "test"}
+    assert summary["compilations"] > 0
+
+
+def test_every_second_is_counted_once(finished_run):
+    seconds = dict(finished_run.summary["seconds"])
+    total = seconds.pop("total")
+    stages = {"set-up", "warm start", "probes", "evaluation before", "reinforcement", "evaluation during"}
+    assert seconds.keys() == stages | {"evaluation after"}
+    assert sum(seconds.values()) == pytest.approx(total)
+    assert 0.7 * finished_run.seconds < total < finished_run.seconds
+
+
+def test_people_see_units_progress_and_the_result(finished_run):
+    for text in ("sequences per step", "warm start 10/10", "reinforcement 8/8", "pass@4", "run directory"):
+        assert text in finished_run.shown
+    assert "compiled after warm-up" not in finished_run.shown
+
+
+# ---- killed and resumed ---------------------------------------------------------------------------------------------
+
+# `jaxrl` as a user starts it, but it is killed right after the metrics of a step were written.
+DOOMED = """
+import os, runpy, signal, sys
+from jaxrl_llm.reporting import RunDirectory
+
+last, write = int(sys.argv[1]), RunDirectory.write_metrics
+
+def write_and_die(self, step, metrics):
+    write(self, step, metrics)
+    if step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunDirectory.write_metrics = write_and_die
+sys.argv = ["jaxrl", *sys.argv[2:]]
+runpy.run_module("jaxrl_llm.cli", run_name="__main__")
+"""
+
+
+def killed_after(step: int, *arguments: str):
+    return subprocess.run(
+        [sys.executable, "-c", DOOMED, str(step), *arguments],
+        cwd=Path(jaxrl_llm.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def terminated_after(step: int, *arguments: str):
+    """The same in this process with SIGTERM, which a run answers by stopping in good order."""
+
+    def write_and_ask(self, at, metrics):
+        write(self, at, metrics)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    write, out, err = RunDirectory.write_metrics, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(RunDirectory, "write_metrics", write_and_ask)
+        return SimpleNamespace(returncode=cli.main(arguments), stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(finished_run, micro_yaml, tmp_path_factory):
+    """The same run killed in the warm start, killed while it learns, stopped, and resumed with two steps more."""
+    directory = tmp_path_factory.mktemp("interrupted") / "run"
+    draw = random.Random(20).randrange
+    in_warm_start, learning = draw(2, WARM), WARM + draw(2, 5)
+    ends = [
+        killed_after(in_warm_start, "train", str(micro_yaml), f"run_dir={directory}"),
+        killed_after(learning, "train", "--resume", str(directory)),
+        terminated_after(learning + 2, "train", "--resume", str(directory)),
+    ]
+    lines = len(records(directory))
+    status = cli.main(["train", "--resume", str(directory), f"training.steps={STEPS + 2}"])
+    return SimpleNamespace(directory=directory, ends=ends, lines=lines, signalled_at=learning + 2, status=status)
+
+
+def test_a_killed_run_ends_and_a_terminated_one_stops(interrupted_run):
+    first, second, third = interrupted_run.ends
+    assert (first.returncode, second.returncode) == (-signal.SIGKILL, -signal.SIGKILL), first.stderr + second.stderr
+    assert third.returncode == 0, third.stderr
+    assert "stopping after this step" in third.stdout
+    stopped = re.search(r"stopped at step (\d+); go on with: jaxrl train --resume (\S+)", third.stderr)
+    assert stopped is not None, third.stderr
+    assert stopped[2] == str(interrupted_run.directory)
+    # Metrics are read one step late, and the step that runs is finished.
+    assert interrupted_run.signalled_at <= int(stopped[1]) <= interrupted_run.signalled_at + 2
+    assert interrupted_run.lines == int(stopped[1])
+
+
+def test_every_number_of_a_resumed_run_is_that_of_one_that_was_never_stopped(finished_run, interrupted_run):
+    assert interrupted_run.status == 0
+    expected, found = records(finished_run.directory), records(interrupted_run.directory)
+    assert found[: len(expected)] == expected
+    samples = records(finished_run.directory, "samples.jsonl")
+    assert records(interrupted_run.directory, "samples.jsonl")[: len(samples)] == samples
+
+
+def test_every_array_of_a_resumed_run_is_that_of_one_that_was_never_stopped(finished_run, interrupted_run):
+    step = WARM + STEPS
+    expected, found = (stored_state(run.directory, step) for run in (finished_run, interrupted_run))
+    assert expected.keys() == found.keys()
+    assert {"memory", "reference_params", "optimizer_state", "key"} <= {
+        re.findall(r"\w+", name)[0] for name in expected
+    }
+    for name in expected:
+        np.testing.assert_array_equal(expected[name], found[name], err_msg=name)
+
+
+def test_what_a_resumed_run_counts_goes_on(finished_run, interrupted_run):
+    summary = json.loads((interrupted_run.directory / "summary.json").read_text())
+    assert summary["before"] == finished_run.summary["before"]
+    assert summary["warm_start_steps"] == WARM
+    tokens = [round(16 * line["completion_tokens"]) for line in records(interrupted_run.directory)[WARM:]]
+    assert summary["completion_tokens_sampled"] == sum(tokens)
+    assert summary["seconds"]["warm start"] > 0
+
+
+def test_steps_may_be_added_to_a_run(interrupted_run):
+    assert [line["step"] for line in records(interrupted_run.directory)] == list(range(1, WARM + STEPS + 3))
+    assert checkpoints.latest_step(interrupted_run.directory / "checkpoints") == WARM + STEPS + 2
+    assert load_config(interrupted_run.directory / "config.yaml").training.steps == STEPS + 2
+
+
+# ---- refused --------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments: str) -> str:
+    """What `jaxrl` says when it refuses its input."""
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "Traceback" not in said
+    return said
+
+
+def test_a_run_is_resumed_with_its_own_config_only(finished_run, capsys):
+    before = (finished_run.directory / "metrics.jsonl").read_bytes()
+    said = refused(capsys, "train", "--resume", str(finished_run.directory), "training.learning_rate=0.1")
+    assert "was written with config hash" in said
+    assert "start a new run with another run_dir" in said
+    assert (finished_run.directory / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_is_resumed_with_its_own_data_only(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run.directory, tmp_path / "run")
+    meta = tmp_path / "run" / "checkpoints" / "18" / "meta" / "metadata"
+    changed = json.loads(meta.read_text())
+    changed["data"]["train"] = "0123"
+    meta.write_text(json.dumps(changed))
+    said = refused(capsys, "train", "--resume", str(tmp_path / "run"))
+    assert "was trained on data {'train': '0123'" in said
+    assert "restore the data, or start a new run" in said
+
+
+def test_a_directory_that_holds_a_run_is_not_written_over(finished_run, micro_yaml, capsys):
+    said = refused(capsys, "train", str(micro_yaml), f"run_dir={finished_run.directory}")
+    assert "is not empty" in said
+    assert "resume the run that is there, give another run_dir" in said
+
+
+def test_hyper_parameters_that_cannot_work_are_found_before_anything_is_made(micro_yaml, tmp_path, capsys):
+    override = "losses=[{clipped_surrogate: {clip_low: -1.0}}]"
+    said = refused(capsys, "train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", override)
+    assert "clip_low" in said
+    assert not (tmp_path / "run").exists()
+
+
+# ---- failing on the way ---------------------------------------------------------------------------------------------
+
+JUDGING = """
+calls, good_calls = 0, 0
+
+def judge(completions):
+    global calls
+    calls += 1
+    if calls > good_calls:
+        raise LookupError("no such case")
+    return [text.count("1") for text in completions]
+"""
+
+
+def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, capsys):
+    (tmp_path / "judging.py").write_text(JUDGING)
+    monkeypatch.syspath_prepend(tmp_path)
+    directory = tmp_path / "run"
+    changes = ["rewards=[{python: 'judging:judge'}]", "warm_start.steps=0", "losses=[clipped_surrogate]"]
+
+    # The first step fails while the checkpoint before it is on its way to the disk.
+    said = refused(capsys, "train", str(micro_yaml), f"run_dir={directory}", *changes)
+    assert "reward 'judge' raised LookupError: no such case at row 0 (completion '" in said
+    assert "The state before step 1 is saved: mend the function and run jaxrl train --resume" in said
+    assert checkpoints.latest_step(directory / "checkpoints") == 0
+    assert records(directory) == []
+
+    judging = sys.modules["judging"]
+    judging.calls, judging.good_calls = 0, 3
+    assert "The state before step 4 is saved" in refused(capsys, "train", "--resume", str(directory))
+    assert checkpoints.latest_step(directory / "checkpoints") == 3
+    assert [line["step"] for line in records(directory)] == [1, 2, 3]
+
+    judging.good_calls = 1000
+    assert cli.main(["train", "--resume", str(directory)]) == 0
+    assert [line["step"] for line in records(directory)] == list(range(1, STEPS + 1))
+    assert "reinforcement 8/8" in capsys.readouterr().out
+
+
+def test_a_number_that_is_not_finite_ends_the_run_before_a_checkpoint_is_spoiled(micro_yaml, tmp_path, capsys):
+    directory = tmp_path / "run"
+    changes = ["warm_start.steps=0", "training.learning_rate=1e30", "checkpoints.every_steps=1"]
+    assert cli.main(["train", str(micro_yaml), f"run_dir={directory}", *changes]) == 1
+    said = capsys.readouterr().err
+    found = re.match(
+        r"error: \S+ is (nan|inf) at step (\d+) of the reinforcement; lower the learning rate .* The last good "
+        r"checkpoint is step (\d+) in (\S+)\n$",
+        said,
+    )
+    assert found is not None, said
+    assert int(found[3]) == int(found[2]) - 1
+    assert checkpoints.latest_step(Path(found[4])) == int(found[3])
+    for name, array in stored_state(directory, int(found[3])).items():
+        assert np.isfinite(array).all(), name
+
+
+# ---- small parts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "expected"), [(5, 5, [0, 1, 2, 3, 4]), (5, 9, [0, 1, 2, 3, 4]), (9, 3, [0, 4, 8]), (4, 1, [0])]
+)
+def test_problems_are_spread_over_the_whole_set(count, wanted, expected):
+    assert spread(count, wanted).tolist() == expected
+
+
+def test_a_run_stands_for_its_newest_checkpoint(finished_run):
+    folder = finished_run.directory / "checkpoints"
+    assert latest_checkpoint(finished_run.directory) == (folder, 18)
+    assert latest_checkpoint(folder) == (folder, 18)
+    assert latest_checkpoint(folder / "14") == (folder, 14)
+
+
+@pytest.mark.parametrize("name", ["", "nowhere", "17"])
+def test_what_holds_no_checkpoint_is_refused(tmp_path, name):
+    with pytest.raises(checkpoints.CheckpointError, match="holds no checkpoint; give a run directory"):
+        latest_checkpoint(tmp_path / name)
+
+
+def test_signals_are_given_back(finished_run):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_configs_that_decide_the_same_numbers_have_one_hash(finished_run, interrupted_run):
+    found = yaml.safe_load((interrupted_run.directory / "summary.json").read_text())["config_hash"]
+    assert found == finished_run.summary["config_hash"]
