@@ -29,7 +29,7 @@ def tracked_risk(rewards, sample, group, weight):
 
 def rank_shaped(rewards, returns, old_logprobs, old_values, mask, weight):
     method = advantages.rank_shaped(stride=1, kappa=1.5)
-    hidden = jnp.stack([returns, old_logprobs, old_values, jnp.cos(7 * old_values)], axis=-1)
+    hidden = jnp.stack([returns, old_logprobs, old_values, jnp.cos(7 * old_values.astype(jnp.float32))], axis=-1)
     memory = method.init() | {"batches": jnp.int32(1), "before": jnp.array([0.05, 0.2, 1.5])}
     return method.update(memory, returns, hidden, rewards, mask, weight)[0]
 
@@ -75,8 +75,6 @@ CASES = {
     "local_share/forced": functools.partial(advantages.local_share, mode="forced"),
     "consistency_blended": functools.partial(advantages.consistency_blended, discount_disagreement=True),
     "rank_shaped": rank_shaped,
-    "outcome_token_weight": losses.outcome_token_weight,
-    "outcome_token_weight/top_fraction": functools.partial(losses.outcome_token_weight, top_fraction=0.5),
     "decoupled_normalized": advantages.decoupled_normalized,
     "decoupled_normalized/none": functools.partial(advantages.decoupled_normalized, scale="none"),
     "sigma_filtered": functools.partial(advantages.sigma_filtered, limit=1.0),

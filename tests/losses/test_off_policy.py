@@ -1,4 +1,4 @@
-"""REINFORCE on old samples: which gradients survive, with which weight, and what keeps many updates on a batch stable."""
+"""REINFORCE on old samples: which gradients survive, with which weight, and what many updates on a batch need."""
 
 import jax
 import jax.numpy as jnp

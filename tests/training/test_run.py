@@ -272,7 +272,7 @@ def test_hyper_parameters_that_cannot_work_are_found_before_anything_is_made(mic
 # ---- failing on the way ---------------------------------------------------------------------------------------------
 
 JUDGING = """
-calls, good_calls = 0, 0
+calls, good_calls = 0, 2
 
 def judge(completions):
     global calls
@@ -289,15 +289,16 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
     directory = tmp_path / "run"
     changes = ["rewards=[{python: 'judging:judge'}]", "warm_start.steps=0", "losses=[clipped_surrogate]"]
 
-    # The first step fails while the checkpoint before it is on its way to the disk.
+    # The third step fails while the checkpoint before it is on its way to the disk.
     said = refused(capsys, "train", str(micro_yaml), f"run_dir={directory}", *changes)
     assert "reward 'judge' raised LookupError: no such case at row 0 (completion '" in said
-    assert "The state before step 1 is saved: mend the function and run jaxrl train --resume" in said
-    assert checkpoints.latest_step(directory / "checkpoints") == 0
-    assert records(directory) == []
+    assert "The state before step 3 is saved: mend the function and run jaxrl train --resume" in said
+    assert checkpoints.latest_step(directory / "checkpoints") == 2
+    assert [line["step"] for line in records(directory)] == [1, 2]
 
+    # The fourth step fails with no checkpoint of the third.
     judging = sys.modules["judging"]
-    judging.calls, judging.good_calls = 0, 3
+    judging.calls, judging.good_calls = 0, 1
     assert "The state before step 4 is saved" in refused(capsys, "train", "--resume", str(directory))
     assert checkpoints.latest_step(directory / "checkpoints") == 3
     assert [line["step"] for line in records(directory)] == [1, 2, 3]
