@@ -14,7 +14,7 @@ ROOMS = {"reward": rewards, "advantage": advantages, "loss": losses}
 
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
 _NOT_METHODS = re.compile(
-    r"^(group_(?!normalized)|aggregate$|row_weight$|checked_|extract_|answer_span$|moments$|present$)"
+    r"^(group_(?!normalized)|aggregate$|row_weight$|checked_|extract_|answer_span$|moments$|present$|outcome_token|token_weights$|weighted_sum$)"
 )
 
 

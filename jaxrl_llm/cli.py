@@ -19,14 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status: 0 done, 1 failed on the way, 2 bad input."""
     options = _parser().parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS report their inner affairs as warnings
-    from jaxrl_llm.training.run import Stopped, TrainingError
+    from jaxrl_llm.rewards import RewardError
+    from jaxrl_llm.training.stages import Stopped, TrainingError
 
     try:
         return options.command(options) or 0
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 0
-    except TrainingError as error:
+    except (TrainingError, RewardError) as error:
         return _failed(error, options, 1)
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         return _failed(error, options, 2)
@@ -122,10 +123,9 @@ def _restored(path: str):
 
     from jaxrl_llm.config import ConfigError
     from jaxrl_llm.training import checkpoints
-    from jaxrl_llm.training.run import latest_checkpoint
     from jaxrl_llm.training.setup import parts
 
-    folder, step = latest_checkpoint(path)
+    folder, step = checkpoints.latest_checkpoint(path)
     stored = folder.parent / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
@@ -151,8 +151,8 @@ def _eval(options: argparse.Namespace) -> None:
     import jax
 
     from jaxrl_llm.evaluation import make_evaluate
-    from jaxrl_llm.training.run import spread
     from jaxrl_llm.training.setup import task_data
+    from jaxrl_llm.training.stages import spread
 
     try:
         ks = sorted({int(k) for k in options.k.split(",")})

@@ -20,6 +20,15 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
+class KeyUse(IntEnum):
+    """First number folded into a run's key, so that no two uses of randomness share an address."""
+
+    INITIALISE = 0
+    MINIBATCHES = 1
+    EVALUATE = 2
+    ROLLOUT = 3
+
+
 class Source(IntEnum):
     """Where a completion token came from (`Experience.source`)."""
 
@@ -36,7 +45,7 @@ class Prompts:
 
     Attributes:
       tokens: left-padded prompt tokens.
-      length: real tokens in each prompt.
+      length: real tokens in each prompt, at least 1 (begin of sequence counts).
       prompt_id: stable id of the prompt in its data set; addresses the random keys and per-prompt statistics.
       answer_tokens: right-padded reference answer, for in-graph verifiers.
       answer_length: real tokens in each reference answer.
@@ -72,7 +81,8 @@ class Experience:
       correct: 1 where the first reward function of the recipe, the verifier, returned at least 1.
 
     Filled on demand (credit), None until something asks for them:
-      advantages, token_weight, old_logprobs (the policy that the update starts from), old_entropy,
+      token_rewards (rewards given to single tokens, such as a penalty), advantages, token_weight,
+      old_logprobs (the policy that the update starts from), old_entropy,
       reference_logprobs, old_values, returns, turn (index of the turn that a token belongs to).
     """
 
@@ -94,6 +104,7 @@ class Experience:
     reward_components: Float[Array, "B K"] | None = None
     rewards: Float[Array, "B"] | None = None
     correct: Float[Array, "B"] | None = None
+    token_rewards: Float[Array, "B T"] | None = None
     advantages: Float[Array, "B T"] | None = None
     token_weight: Float[Array, "B T"] | None = None
     old_logprobs: Float[Array, "B T"] | None = None

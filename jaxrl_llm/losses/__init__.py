@@ -10,9 +10,10 @@ from jaxrl_llm.losses.blended import blended_surrogate
 from jaxrl_llm.losses.controllers import adaptive_kl, entropy_gated_kl
 from jaxrl_llm.losses.correction import importance_weight, negative_sequence_mask
 from jaxrl_llm.losses.discriminative import decoupled_reward, group_trust_region
-from jaxrl_llm.losses.divergences import divergence, divergence_reward, js_definition, kl_estimate
+from jaxrl_llm.losses.divergences import divergence
 from jaxrl_llm.losses.entropy import entropy_bonus
 from jaxrl_llm.losses.entropy_history import entropy_history, entropy_history_penalty, two_phase_decay
+from jaxrl_llm.losses.estimates import divergence_reward, js_definition, kl_estimate
 from jaxrl_llm.losses.external import external_surrogate, rehearsal_divergence
 from jaxrl_llm.losses.forking_tokens import entropy_band, forking_kl, forking_tokens
 from jaxrl_llm.losses.generators import GENERATORS, Generator, generator, renyi

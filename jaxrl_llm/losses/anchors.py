@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
-from jaxrl_llm.losses.divergences import Estimator, kl_estimate
+from jaxrl_llm.losses.estimates import Estimator, kl_estimate
 from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, token_share
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
-from jaxrl_llm.losses.divergences import Estimator, kl_estimate
+from jaxrl_llm.losses.estimates import Estimator, kl_estimate
 
 Selection = Literal["top_share", "otsu"]
 Band = Literal["quantile", "deviation"]

@@ -32,7 +32,7 @@ def gradient_alignment(
     """
     product = lambda v, s, r: jnp.vdot(v.astype(jnp.float32), s.astype(jnp.float32) - r.astype(jnp.float32))  # noqa: E731
     parts = jax.tree.map(product, validation_gradient, supervised_gradient, reinforcement_gradient)
-    return learning_rate * sum(jax.tree.leaves(parts), jnp.float32(0.0))
+    return learning_rate * jax.tree.reduce(jnp.add, parts, jnp.float32(0.0))
 
 
 def mixing_weight(

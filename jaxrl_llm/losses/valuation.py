@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_args
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,17 +27,42 @@ def mean_log_ratio(log_p: Float[Array, "... V"], log_q: Float[Array, "... V"]) -
     return jnp.mean(bounded(log_p) - bounded(log_q), axis=-1)
 
 
+@dataclass(frozen=True)
+class RandomPolicyValuation:
+    """The loss that `random_policy_valuation` configures.
+
+    Attributes:
+      scale, aggregation, max_completion_tokens: as there.
+      over_vocabulary: (log_p[..., V], log_q[..., V]) -> [...], evaluated inside the chunked pass over the vocabulary.
+    """
+
+    scale: float
+    aggregation: Aggregation
+    max_completion_tokens: int | None
+    over_vocabulary: Callable[[Array, Array], Array] = mean_log_ratio
+
+    def __call__(
+        self,
+        logprobs: Float[Array, "B T"],
+        old_logprobs: Float[Array, "B T"],
+        advantages: Float[Array, "B T"],
+        mask: Float[Array, "B T"],
+        over_vocabulary: Float[Array, "B T"],
+    ) -> Loss:
+        """Regress the log-ratios on reward plus next value; see `random_policy_valuation`."""
+        chex.assert_rank([logprobs, old_logprobs, advantages, mask, over_vocabulary], 2)
+        chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask, over_vocabulary])
+        following = jnp.pad(on_mask(over_vocabulary, mask)[:, 1:], ((0, 0), (0, 1)))
+        target = jax.lax.stop_gradient(on_mask(advantages, mask) + self.scale * following)
+        # Far wider than any ratio of PPO: there is no exp here, only a square that must stay finite.
+        value = self.scale * log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=1e4)
+        averaged = {"aggregation": self.aggregation, "max_completion_tokens": self.max_completion_tokens}
+        return aggregate(jnp.square(value - target), mask, **averaged)
+
+
 def random_policy_valuation(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    mask: Float[Array, "B T"],
-    over_vocabulary: Float[Array, "B T"],
-    *,
-    scale: float = 1.0,
-    aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
-) -> Loss:
+    *, scale: float = 1.0, aggregation: Aggregation = "token_mean", max_completion_tokens: int | None = None
+) -> RandomPolicyValuation:
     """ROVER: the policy's log-ratio is fitted to the value of choosing uniformly at random.
 
         q_t = scale * (log pi_t - log pi_old_t)
@@ -42,41 +71,28 @@ def random_policy_valuation(
     c_{t+1} is that of the next position, 0 outside the mask and after the last column. Without critic, clipping, KL or
     entropy term; the gradient runs through q alone.
 
-    `over_vocabulary` compares the current policy with the reference, so the reference must be the policy that the
-    update starts from: refresh it at every step. Where one update is made a batch, c is 0 and the gradient is that of
-    REINFORCE with A, times 2 * scale.
+    A is the reward minus the mean of its group on every token (group_normalized, scale none; with scale group it is the
+    variant for mathematics). c compares the current policy with the reference, so the reference must be the policy that
+    the update starts from: refresh it at every step. Where one update is made a batch, c is 0 and the gradient is that
+    of REINFORCE with A, times 2 * scale.
 
     Args:
-      logprobs: log-probability of each token under the current policy.
-      old_logprobs: under the policy that the update starts from.
-      advantages: A, the reward minus the mean of its group on every token (group_normalized, scale none); with scale
-        group it is the variant for mathematics.
-      mask: 0 on tokens that do not count, the row's weight on those that do.
-      over_vocabulary: c at each token, from `mean_log_ratio`.
       scale: rho, units of value a nat.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
-      The loss as a sum and a count.
+      A loss of (logprobs, old_logprobs, advantages, mask, over_vocabulary) that carries its own functional over the
+      vocabulary.
 
     Raises:
-      ValueError: for a scale that is not positive.
+      ValueError: for a scale that is not positive or an unknown aggregation.
 
     Reference: ROVER (2509.24981).
     Certainty: verified
     """
-    chex.assert_rank([logprobs, old_logprobs, advantages, mask, over_vocabulary], 2)
-    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask, over_vocabulary])
     if scale <= 0:
         raise ValueError(f"scale is {scale}; it turns log-ratios into values and must be positive")
-    following = jnp.pad(on_mask(over_vocabulary, mask)[:, 1:], ((0, 0), (0, 1)))
-    target = jax.lax.stop_gradient(on_mask(advantages, mask) + scale * following)
-    # Far wider than any ratio of PPO: there is no exp here, only a square that must stay finite.
-    value = scale * log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=1e4)
-    return aggregate(
-        jnp.square(value - target), mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens
-    )
-
-
-random_policy_valuation.over_vocabulary = mean_log_ratio
+    if aggregation not in get_args(Aggregation):
+        raise ValueError(f"aggregation is {aggregation!r}; it must be one of {', '.join(get_args(Aggregation))}")
+    return RandomPolicyValuation(scale, aggregation, max_completion_tokens)

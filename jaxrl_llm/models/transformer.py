@@ -192,8 +192,24 @@ def attend(
     return jnp.einsum("bkgts,bksh->btkgh", weights, values)
 
 
+def _remembered(cached, keys, values, used):
+    """Write new keys and values into a cache; returns (the cache, all keys, all values) of this block."""
+    *stored, layer = cached
+    at = (0, 0, used, 0) if layer is None else (layer, 0, 0, used, 0)
+    new = (keys, values) if layer is None else (keys[None], values[None])
+    filled = tuple(
+        jax.lax.dynamic_update_slice(leaf, update.astype(leaf.dtype), at)
+        for leaf, update in zip(stored, new, strict=True)
+    )
+    keys, values = filled if layer is None else (leaf[layer] for leaf in filled)
+    return filled, keys, values
+
+
 def _block(params, config: TransformerConfig, x, angles, allowed, cached, used):
-    """One block. `cached` is None or (keys, values) [B, K, S, H], written from slot `used` on."""
+    """One block. `cached` is None or (keys, values, layer), written from slot `used` on.
+
+    Keys and values are [B, K, S, H] where `layer` is None, else [L, B, K, S, H], of which this block is entry `layer`.
+    """
     rows, length, _ = x.shape
     dtype = x.dtype
     projected = project(rms_norm(x, params["attention_norm"], config.norm_epsilon), params["qkv"].astype(dtype))
@@ -203,15 +219,15 @@ def _block(params, config: TransformerConfig, x, angles, allowed, cached, used):
         keys = rms_norm(keys, params["key_norm"], config.norm_epsilon)
     queries, keys = rotate(queries, angles), rotate(keys, angles)[..., 0, :]
     keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    filled = None
     if cached is not None:
-        keys = jax.lax.dynamic_update_slice(cached[0], keys.astype(cached[0].dtype), (0, 0, used, 0))
-        values = jax.lax.dynamic_update_slice(cached[1], values.astype(cached[1].dtype), (0, 0, used, 0))
+        filled, keys, values = _remembered(cached, keys, values, used)
     attended = attend(queries, keys, values, allowed)
     x = x + project(attended, params["attention_out"].astype(dtype), inputs=3)
     gate_up = project(rms_norm(x, params["mlp_norm"], config.norm_epsilon), params["gate_up"].astype(dtype))
     activated = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
     x = x + project(activated, params["down"].astype(dtype))
-    return x, None if cached is None else (keys, values)
+    return x, filled
 
 
 def forward(
@@ -247,11 +263,16 @@ def forward(
     if config.unrolled:
         filled = []
         for index, block_params in enumerate(unstack(params, config)["blocks"]):
-            x, layer = block(block_params, x=x, cached=None if layers is None else layers[index])
+            x, layer = block(block_params, x=x, cached=None if layers is None else (*layers[index], None))
             filled.append(layer)
         layers = tuple(filled)
     else:
-        x, layers = jax.lax.scan(lambda x, xs: block(xs[0], x=x, cached=xs[1]), x, (params["blocks"], layers))
+        # The cache is carried, not scanned over: each block writes its new slots in place, and nothing is copied.
+        def body(carry, xs):
+            x, layers = carry
+            return block(xs[0], x=x, cached=None if layers is None else (*layers, xs[1])), None
+
+        (x, layers), _ = jax.lax.scan(body, (x, layers), (params["blocks"], jnp.arange(config.layers)))
     hidden = rms_norm(x, params["final_norm"], config.norm_epsilon)
     return hidden, None if cache is None else Cache(layers, seen, used + tokens.shape[1])
 

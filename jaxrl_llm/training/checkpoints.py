@@ -58,6 +58,25 @@ def latest_step(directory: Path) -> int | None:
     return max(steps, default=None)
 
 
+def latest_checkpoint(path: str | Path) -> tuple[Path, int]:
+    """(checkpoints directory, step) that a run directory or a single checkpoint directory stands for.
+
+    Raises:
+      CheckpointError: when there is none.
+    """
+    path = Path(path)
+    if path.name.isdigit() and (path / "state").is_dir():
+        return path.parent, int(path.name)
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    step = latest_step(folder)
+    if step is None:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; give a run directory (with checkpoints/ inside) or one checkpoint, "
+            "for example runs/demo or runs/demo/checkpoints/120"
+        )
+    return folder, step
+
+
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
     """The meta of one step alone."""
     with ocp.CheckpointManager(Path(directory).resolve()) as manager:

@@ -13,15 +13,16 @@ from jaxtyping import Array
 from jaxrl_llm.experience import Experience, Method
 from jaxrl_llm.training.wiring import call, fields_of
 
-# What a credit function may fill in, and whether one number a row is spread over the row's tokens.
+# What a credit function may fill in: one number a row, one a token, or either (a row's is spread over its tokens).
 CREDIT_FIELDS = {
-    "rewards": False,
-    "correct": False,
-    "weight": False,
-    "mask": False,
-    "advantages": True,
-    "token_weight": True,
-    "returns": True,
+    "rewards": "row",
+    "correct": "row",
+    "weight": "row",
+    "mask": "token",
+    "token_rewards": "token",
+    "advantages": "either",
+    "token_weight": "either",
+    "returns": "either",
 }
 
 
@@ -57,7 +58,7 @@ def apply_credit(
         else:
             value = call(term.function, provided)
         value = _checked(term, jax.lax.stop_gradient(jnp.asarray(value)), experience)
-        if CREDIT_FIELDS[term.field] and value.ndim == 1:
+        if CREDIT_FIELDS[term.field] == "either" and value.ndim == 1:
             value = jnp.where(experience.mask > 0, value[:, None], 0.0)
         experience = replace(experience, **{term.field: value})
     if experience.advantages is not None:
@@ -68,9 +69,8 @@ def apply_credit(
 
 def _checked(term: CreditTerm, value: Array, experience: Experience) -> Array:
     rows, width = experience.tokens.shape
-    shapes: list[tuple[int, ...]] = [(rows, width)] if term.field == "mask" else [(rows,)]
-    if CREDIT_FIELDS[term.field]:
-        shapes.append((rows, width))
+    known: dict[str, list[tuple[int, ...]]] = {"row": [(rows,)], "token": [(rows, width)]}
+    shapes = known.get(CREDIT_FIELDS[term.field], [(rows,), (rows, width)])
     if value.shape not in shapes:
         raise ValueError(
             f"{term.field} {term.name!r} returned shape {value.shape} for {rows} completions of {width} tokens; it "

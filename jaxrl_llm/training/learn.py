@@ -150,8 +150,8 @@ def make_learn(
         total = sum((c * v for c, v in zip(coefficients, values, strict=True)), jnp.float32(0.0))
         sums = {f"loss/{term.name}": (value, 0.0) for term, value in zip(losses, values, strict=True)}
         sums["loss"] = (total, 0.0)
-        for loss in parts:
-            sums |= loss.metrics
+        for term, loss in zip(losses, parts, strict=True):
+            sums |= {f"{name}/{term.name}": pair for name, pair in loss.metrics.items()}
         return total, (sums, _drift(statistics.logprobs, rows))
 
     def gradient(params, reference_params, rows: Experience, coefficients):
@@ -187,7 +187,9 @@ def make_learn(
             deltas, optimizer_state = optimizer.update(grads, optimizer_state, params)
             params = optax.apply_updates(params, deltas)
             norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-            sums = sums | {"gradient_norm": (norm, 0.0)}
+            size = optax.tree.norm(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+            # The norm after the update: what a checkpoint would hold is looked at before it is written.
+            sums = sums | {"gradient_norm": (norm, 0.0), "parameter_norm": (size, 0.0)}
             return (params, optimizer_state), (sums, peaks, drift)
 
         if order.shape[0] == 1:

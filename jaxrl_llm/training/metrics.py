@@ -40,7 +40,7 @@ def experience_metrics(experience: Experience, weight: Float[Array, "B"]) -> dic
     token_mean = lambda x: (x * mask).sum() / tokens  # noqa: E731
     metrics = {
         "reward": mean(rewards),
-        "correct": mean(experience.correct),
+        "correct_share": mean(experience.correct),
         "constant_group_share": constant_group_share(rewards, experience.group, weight),
         "completion_tokens": mean(experience.length.astype(jnp.float32)),
         "truncated_share": mean(experience.truncated.astype(jnp.float32)),

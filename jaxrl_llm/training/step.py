@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
-from jaxrl_llm.experience import Experience, Method, Prompts, TrainState
+from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, TrainState
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
@@ -38,6 +38,7 @@ SCORED = COLLECTED | {"reward_components", "rewards", "correct"}
 METRIC_NAMES = frozenset(
     {
         "reward",
+        "correct_share",
         "constant_group_share",
         "completion_tokens",
         "truncated_share",
@@ -140,6 +141,12 @@ def make_train_step(
     credit_terms = tuple(t if isinstance(t, CreditTerm) else CreditTerm(*t, name=_name(t[1])) for t in credit)
     loss_terms = tuple(_loss_term(t) for t in losses)
     update = update or Update()
+    for name in ("eos_id", "pad_id"):
+        if not 0 <= getattr(rollout, name) < model.vocabulary_size:
+            raise ValueError(
+                f"rollout.{name} is {getattr(rollout, name)}, but the model's symbols are 0 to "
+                f"{model.vocabulary_size - 1}; take the id from the tokenizer that made the prompts"
+            )
     if prompts_per_step is not None:
         checked_split(update, prompts_per_step, rollout.samples_per_prompt, loss_terms)
     wanted = _checked(reward_terms, credit_terms, loss_terms, rollout, decode)
@@ -158,12 +165,15 @@ def make_train_step(
 
     def init(key: Array, params: PyTree | None = None) -> TrainState:
         """A fresh state; `params` are copied, so the caller's stay usable after donation."""
-        started = model.init(jax.random.fold_in(key, 0)) if params is None else jax.tree.map(jnp.copy, params)
+        started = (
+            model.init(jax.random.fold_in(key, KeyUse.INITIALISE)) if params is None else jax.tree.map(jnp.copy, params)
+        )
         state = TrainState(
             params=started,
             optimizer_state=optimizer.init(started),
             reference_params=jax.tree.map(jnp.copy, started) if with_reference else None,
-            memory={name: method.init() for name, method in stateful.items()},
+            # Copied, because a method may use one zero array twice, and donation wants every buffer once.
+            memory={name: jax.tree.map(jnp.copy, method.init()) for name, method in stateful.items()},
             key=jnp.copy(key),
             step=jnp.int32(0),
         )
@@ -175,7 +185,7 @@ def make_train_step(
             model,
             state.params,
             prompts,
-            state.key,
+            jax.random.fold_in(state.key, KeyUse.ROLLOUT),
             state.step,
             samples_per_prompt=rollout.samples_per_prompt,
             max_completion_tokens=rollout.max_completion_tokens,
@@ -218,7 +228,7 @@ def make_train_step(
         experience, memory = credit_stage(state, experience)
         metrics = experience_metrics(experience, sampled)
         values, memory = coefficients(experience, metrics, memory, state.step)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.MINIBATCHES), state.step)
         params, optimizer_state, learned = learn(
             state.params, state.optimizer_state, state.reference_params, experience, values, key
         )
@@ -238,7 +248,7 @@ def make_train_step(
     else:
         programs = (jax.jit(collect), jax.jit(update_stage, donate_argnums=0))
         run = partial(_run_with_host, programs, reward_terms, decode)
-    return TrainStep(init, run, programs, reward_terms, credit_terms, loss_terms, rollout, update, wanted)
+    return TrainStep(jax.jit(init), run, programs, reward_terms, credit_terms, loss_terms, rollout, update, wanted)
 
 
 def _run_with_host(programs, reward_terms, decode, state, prompts, items=None):

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array
 
 from jaxrl_llm.data import SupervisedBatch
-from jaxrl_llm.experience import Experience, Source, TrainState
+from jaxrl_llm.experience import Experience, KeyUse, Source, TrainState
 from jaxrl_llm.losses import Aggregation, negative_log_likelihood
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
@@ -70,7 +70,7 @@ def make_supervised_step(
     constrain = row_constraint(mesh)
 
     def init(key: Array) -> TrainState:
-        params = model.init(jax.random.fold_in(key, 0))
+        params = model.init(jax.random.fold_in(key, KeyUse.INITIALISE))
         state = TrainState(params, optimizer.init(params), None, {}, jnp.copy(key), jnp.int32(0))
         return state if mesh is None else replicate(state, mesh)
 
@@ -79,6 +79,8 @@ def make_supervised_step(
             state.params, state.optimizer_state, None, constrain(rows), [jnp.float32(1.0)], state.key
         )
         state = replace(state, params=params, optimizer_state=optimizer_state, step=state.step + 1)
-        return constrain_replicated(state, mesh), {name: metrics[name] for name in ("loss", "gradient_norm")}
+        return constrain_replicated(state, mesh), {
+            name: metrics[name] for name in ("loss", "gradient_norm", "parameter_norm")
+        }
 
-    return init, jax.jit(step, donate_argnums=0)
+    return jax.jit(init), jax.jit(step, donate_argnums=0)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.losses.divergences import divergence, divergence_reward, js_definition, kl_estimate
+from jaxrl_llm.losses.divergences import divergence
+from jaxrl_llm.losses.estimates import divergence_reward, js_definition, kl_estimate
 from jaxrl_llm.training.wiring import signature
 
 V, T = 5, 3

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.losses.divergences import GRADIENTS, divergence, divergence_reward, js_definition, kl_estimate
+from jaxrl_llm.losses.divergences import GRADIENTS, divergence
+from jaxrl_llm.losses.estimates import divergence_reward, js_definition, kl_estimate
 from jaxrl_llm.losses.generators import GENERATORS, generator, renyi
 from jaxrl_llm.training.wiring import signature
 

@@ -140,6 +140,7 @@ CASES = exported_losses() | {
     "negative_aware_likelihood/sequence": variant(
         losses.negative_aware_likelihood, level="sequence", prompt_weight="odds", floor=0.1, max_completion_tokens=1
     ),
+    "random_policy_valuation": losses.random_policy_valuation(scale=0.5),
     "success_cloning/plain": variant(losses.success_cloning, scale_by_advantage=False),
     "decoupled_reward": variant(losses.decoupled_reward, max_completion_tokens=16),
     "decoupled_reward/disco": variant(

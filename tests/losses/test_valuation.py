@@ -18,8 +18,9 @@ MASK = jnp.ones((1, 2))
 def loss(scores, old_scores=OLD_SCORES, advantages=ADVANTAGES, mask=MASK, **hyper):
     log_p, log_q = jax.nn.log_softmax(scores), jax.nn.log_softmax(old_scores)
     taken = lambda x: jnp.take_along_axis(x, TOKENS[..., None], -1)[..., 0]  # noqa: E731
-    functional = random_policy_valuation.over_vocabulary(log_p, log_q)
-    return random_policy_valuation(taken(log_p), taken(log_q), advantages, mask, functional, **hyper).value
+    configured = random_policy_valuation(**hyper)
+    functional = configured.over_vocabulary(log_p, log_q)
+    return configured(taken(log_p), taken(log_q), advantages, mask, functional).value
 
 
 def test_worked_example():
@@ -51,7 +52,7 @@ def test_the_next_value_stops_at_the_end_of_the_answer():
 
 def test_no_gradient_runs_through_the_next_value():
     following = jnp.array([[0.3, -0.8]])
-    gradient = jax.grad(lambda c: random_policy_valuation(MASK, MASK, ADVANTAGES, MASK, c).value)(following)
+    gradient = jax.grad(lambda c: random_policy_valuation()(MASK, MASK, ADVANTAGES, MASK, c).value)(following)
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -63,6 +64,8 @@ def test_the_mean_log_ratio_is_finite_with_impossible_symbols():
     np.testing.assert_allclose(mean_log_ratio(log_q, jnp.log(jnp.array([0.25, 0.75]))), np.log(4 / 3) / 2, rtol=1e-6)
 
 
-def test_a_scale_that_is_not_positive_is_named():
+def test_bad_hyper_parameters_are_named():
     with pytest.raises(ValueError, match=r"scale is 0.0"):
-        loss(SCORES, scale=0.0)
+        random_policy_valuation(scale=0.0)
+    with pytest.raises(ValueError, match=r"aggregation is 'mean'"):
+        random_policy_valuation(aggregation="mean")

@@ -12,7 +12,7 @@ from jaxrl_llm.reporting import Progress, results_table, units_table
 
 METRICS = {
     "reward": 0.25,
-    "correct": 0.125,
+    "correct_share": 0.125,
     "kl_reference_per_token": 0.0123,
     "kl_update": 1.5e-4,
     "entropy_per_token": 1.75,

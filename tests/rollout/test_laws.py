@@ -173,15 +173,16 @@ def test_the_width_of_the_prompt_bucket_does_not_matter():
 
 
 def test_the_completion_limit_only_cuts():
-    long, short = jax.device_get(rollout()), jax.device_get(rollout(steps=5))
-    np.testing.assert_array_equal(short.tokens, long.tokens[:, :5])
-    np.testing.assert_array_equal(short.mask, long.mask[:, :5])
-    np.testing.assert_array_equal(short.length, np.minimum(long.length, 5))
-    np.testing.assert_array_equal(short.truncated, long.length > 5)
-    np.testing.assert_allclose(short.behaviour_logprobs, long.behaviour_logprobs[:, :5], rtol=1e-5, atol=1e-5)
-    ended_on_the_limit = (short.length == 5) & ~short.truncated
+    limit = 3
+    long, short = jax.device_get(rollout()), jax.device_get(rollout(steps=limit))
+    np.testing.assert_array_equal(short.tokens, long.tokens[:, :limit])
+    np.testing.assert_array_equal(short.mask, long.mask[:, :limit])
+    np.testing.assert_array_equal(short.length, np.minimum(long.length, limit))
+    np.testing.assert_array_equal(short.truncated, long.length > limit)
+    np.testing.assert_allclose(short.behaviour_logprobs, long.behaviour_logprobs[:, :limit], rtol=1e-5, atol=1e-5)
+    ended_on_the_limit = (short.length == limit) & ~short.truncated
     assert ended_on_the_limit.any()
-    assert (short.tokens[ended_on_the_limit, 4] == EOS).all()
+    assert (short.tokens[ended_on_the_limit, -1] == EOS).all()
 
 
 def test_another_address_draws_other_tokens():

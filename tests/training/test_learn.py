@@ -80,7 +80,7 @@ def test_metrics_say_what_they_average(learned, credited):
     # An absent row is behind neither the ratio nor the drift.
     counted = credited.mask * (credited.weight[:, None] > 0)
     assert metrics["sampler_gap_mean"] <= metrics["sampler_gap_max"]
-    assert 0 < metrics["clip_share"] < 1
+    assert 0 < metrics["clip_share/token_mean"] < 1
     assert metrics["kl_update"] > 0
     assert counted[3].sum() == 0
 

@@ -97,7 +97,7 @@ def test_metrics_count_rows_that_credit_left_out(rows):
     kept = jnp.asarray([0.0, 0, 1, 1, 0, 0, 0, 0])
     scored = replace(rows, rewards=rewards, correct=rewards, weight=kept, advantages=rows.mask * kept[:, None])
     metrics = experience_metrics(scored, rows.weight)
-    assert metrics["reward"] == metrics["correct"] == pytest.approx(5 / 8)
+    assert metrics["reward"] == metrics["correct_share"] == pytest.approx(5 / 8)
     assert metrics["constant_group_share"] == pytest.approx(3 / 4)
     assert metrics["kept_share"] == pytest.approx(1 / 4)
     assert metrics["completion_tokens"] == pytest.approx(31 / 8)
