@@ -149,7 +149,7 @@ def test_explain_prints_json_and_tables(jaxrl, explained, micro_yaml, monkeypatc
 
 def test_a_step_with_a_host_reward_has_two_programs(micro_yaml):
     built = explain_parts(micro_yaml, "rewards=[exact_match]", "losses=[clipped_surrogate]")
-    assert [row["where"] for row in explain.stages(built.step) if row["stage"] == "score"] == ["host"]
+    assert [row["where"] for row in explain.stages(built.step.composition) if row["stage"] == "score"] == ["host"]
     assert len(built.step.programs) == 2
     experience = explain.trace(built)
     assert experience.rewards.shape == (16,)

@@ -27,7 +27,7 @@ def parsed(micro_config):
 def test_every_shipped_config_loads_and_composes(path):
     config = load_config(path, vocabulary_size=VOCABULARY)
     built = parts(config)
-    assert len(built.step.rewards) == len(config.rewards)
+    assert len(built.step.composition.rewards) == len(config.rewards)
     assert built.task.name == config.task.name
 
 

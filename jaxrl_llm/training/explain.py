@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.experience import Experience, Method, Prompts, TrainState
+from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.models.parameters import parameter_count
+from jaxrl_llm.training.checks import COLLECTED, ON_DEMAND
 from jaxrl_llm.training.setup import Parts
-from jaxrl_llm.training.step import COLLECTED, ON_DEMAND, TrainStep
+from jaxrl_llm.training.step import Composition, TrainStep
 from jaxrl_llm.training.wiring import fields_of, signature
 
 
-def stages(step: TrainStep) -> list[dict[str, Any]]:
+def stages(step: Composition) -> list[dict[str, Any]]:
     """One entry a function, in the order in which a step runs them: stage, name, needs, provides, where."""
 
     def entry(stage: str, name: str, function: Any, provides: str, where: str = "program") -> dict[str, Any]:
@@ -47,8 +48,7 @@ def stages(step: TrainStep) -> list[dict[str, Any]]:
     ]
     rows += [entry("credit", t.name, t.function, t.field) for t in step.credit]
     for term in step.losses:
-        fixed = not (callable(term.coefficient) or isinstance(term.coefficient, Method))
-        by = f"{term.coefficient:g}" if fixed else "a coefficient that changes"
+        by = f"{term.coefficient:g}" if not term.coefficient_changes else "a coefficient that changes"
         rows.append(entry("learn", term.name, term.function, f"loss x {by}"))
     return rows
 
@@ -99,7 +99,7 @@ def explanation(parts: Parts) -> dict[str, Any]:
         inputs.append((state, jax.eval_shape(step.programs[0], state, prompts)))
     rows = config.training.prompts_per_step * config.rollout.samples_per_prompt
     return {
-        "stages": stages(step),
+        "stages": stages(step.composition),
         "shapes": _shapes(trace(parts)),
         "sizes": {
             "parameters": parameter_count(parts.model.specs),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxrl_llm.experience import Experience, Loss
+from jaxrl_llm.experience import Experience, Loss, Method
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.score import predicting_hidden
@@ -38,6 +38,16 @@ class LossTerm:
     function: Callable[..., Loss]
     coefficient: Any = 1.0
     name: str = ""
+
+    @property
+    def coefficient_changes(self) -> bool:
+        """Whether the coefficient is computed anew in each step."""
+        return callable(self.coefficient) or isinstance(self.coefficient, Method)
+
+    @property
+    def memory_name(self) -> str:
+        """Key of the coefficient's memory in `TrainState.memory`."""
+        return f"coefficient:{self.name}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,19 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Experience
 
+# What a coefficient may be a function of, beside fields of experience and the step.
+METRIC_NAMES = frozenset(
+    {
+        "reward",
+        "correct_share",
+        "constant_group_share",
+        "completion_tokens",
+        "truncated_share",
+        "entropy_per_token",
+        "kl_reference_per_token",
+    }
+)
+
 
 def constant_group_share(
     rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]

@@ -229,7 +229,7 @@ def _write_samples(run: Run, global_step: int, done: int, experience: Experience
                 "reward": held["rewards"][i],
                 "truncated": bool(held["truncated"][i]),
             }
-            | {term.name: held["reward_components"][i][c] for c, term in enumerate(run.parts.step.rewards)}
+            | {term.name: held["reward_components"][i][c] for c, term in enumerate(run.parts.step.composition.rewards)}
             for i in range(len(rows))
         ],
     )

@@ -9,9 +9,9 @@ with the host call between two jitted halves; the caller writes the same thing i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,27 +25,12 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
 from jaxrl_llm.rollout.generate import generate
 from jaxrl_llm.rollout.score import predicting_hidden
-from jaxrl_llm.training.credit import CREDIT_FIELDS, CreditTerm, apply_credit
-from jaxrl_llm.training.learn import LEARNER_NAMES, LossTerm, Update, checked_split, make_learn
+from jaxrl_llm.training.checks import wanted_fields
+from jaxrl_llm.training.credit import CreditTerm, apply_credit
+from jaxrl_llm.training.learn import LossTerm, Update, checked_split, make_learn
 from jaxrl_llm.training.metrics import experience_metrics
-from jaxrl_llm.training.score import HOST_NAMES, RewardTerm, host_components, traceable_components, with_rewards
-from jaxrl_llm.training.wiring import call, fields_of, names, nearest, signature
-
-# Fields that the credit stage computes when, and only when, something names them.
-ON_DEMAND = frozenset({"old_logprobs", "old_entropy", "reference_logprobs"})
-COLLECTED = frozenset(f.name for f in fields(Experience) if f.default is not None) - ON_DEMAND
-SCORED = COLLECTED | {"reward_components", "rewards", "correct"}
-METRIC_NAMES = frozenset(
-    {
-        "reward",
-        "correct_share",
-        "constant_group_share",
-        "completion_tokens",
-        "truncated_share",
-        "entropy_per_token",
-        "kl_reference_per_token",
-    }
-)
+from jaxrl_llm.training.score import RewardTerm, host_components, traceable_components, with_rewards
+from jaxrl_llm.training.wiring import call, fields_of, names
 
 
 @dataclass(frozen=True)
@@ -75,6 +60,163 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Composition:
+    """What a step is composed of, checked. The stages below are functions of it and of arrays.
+
+    Attributes:
+      model: the policy.
+      optimizer: an optax transformation.
+      rollout: how completions are sampled.
+      rewards, credit, losses: the functions of each stage.
+      update: epochs, minibatches, microbatches, reference refresh.
+      wanted: on-demand fields that something names, and so the step computes.
+      mesh: devices that rows are spread over, or None.
+    """
+
+    model: Model
+    optimizer: optax.GradientTransformation
+    rollout: Rollout
+    rewards: tuple[RewardTerm, ...]
+    credit: tuple[CreditTerm, ...]
+    losses: tuple[LossTerm, ...]
+    update: Update
+    wanted: frozenset[str]
+    mesh: jax.sharding.Mesh | None
+
+    @property
+    def with_reference(self) -> bool:
+        """Whether something compares the policy with a reference."""
+        return "reference_logprobs" in self.wanted or any("over_vocabulary" in names(t.function) for t in self.losses)
+
+    @property
+    def stateful(self) -> dict[str, Method]:
+        """Methods that remember something, by the name of their memory."""
+        methods = {t.memory_name: t.function for t in self.credit if isinstance(t.function, Method)}
+        return methods | {t.memory_name: t.coefficient for t in self.losses if isinstance(t.coefficient, Method)}
+
+
+def initial_state(c: Composition, key: Array, params: PyTree | None = None) -> TrainState:
+    """A fresh state. Everything is copied, so the caller's arrays stay usable after the state is donated."""
+    copied = partial(jax.tree.map, jnp.copy)
+    params = c.model.init(jax.random.fold_in(key, KeyUse.INITIALISE)) if params is None else copied(params)
+    state = TrainState(
+        params=params,
+        optimizer_state=c.optimizer.init(cast(Any, params)),
+        reference_params=copied(params) if c.with_reference else None,
+        # A method may use one zero array twice, and donation wants every buffer once.
+        memory={name: copied(method.init()) for name, method in c.stateful.items()},
+        key=jnp.copy(key),
+        step=jnp.int32(0),
+    )
+    return state if c.mesh is None else replicate(state, c.mesh)
+
+
+def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
+    """Prompts -> completions with the log-probabilities that they were drawn with."""
+    checked_split(c.update, prompts.tokens.shape[0], c.rollout.samples_per_prompt, c.losses)
+    return generate(
+        c.model,
+        state.params,
+        prompts,
+        jax.random.fold_in(state.key, KeyUse.ROLLOUT),
+        state.step,
+        samples_per_prompt=c.rollout.samples_per_prompt,
+        max_completion_tokens=c.rollout.max_completion_tokens,
+        eos_id=c.rollout.eos_id,
+        pad_id=c.rollout.pad_id,
+        temperature=c.rollout.temperature,
+        constrain=row_constraint(c.mesh),
+    )
+
+
+def score(c: Composition, experience: Experience) -> Experience:
+    """Completions -> one column for each reward; host rewards fill theirs after this program."""
+    components = traceable_components(c.rewards, experience)
+    return row_constraint(c.mesh)(replace(experience, reward_components=components))
+
+
+def credit(c: Composition, state: TrainState, experience: Experience) -> tuple[Experience, dict[str, Any]]:
+    """Reward components -> rewards -> advantages and whatever else the credit list fills in."""
+    experience = with_rewards(experience, c.rewards)
+    if "old_logprobs" in c.wanted:  # one forward function: the sampler's numbers are the trainer's
+        experience = replace(experience, old_logprobs=experience.behaviour_logprobs)
+    if "old_entropy" in c.wanted:
+        experience = replace(experience, old_entropy=experience.behaviour_entropy)
+    if "reference_logprobs" in c.wanted:
+        experience = replace(experience, reference_logprobs=reference_logprobs(c, state, experience))
+    return apply_credit(c.credit, experience, state.memory, state.step)
+
+
+def reference_logprobs(c: Composition, state: TrainState, rows: Experience) -> Array:
+    """Log-probabilities of the completions under the reference, by the function that the policy goes through."""
+    params = state.reference_params
+    hidden = predicting_hidden(c.model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+    return token_statistics(c.model, params, hidden, rows.tokens, temperature=c.rollout.temperature).logprobs
+
+
+def coefficients(
+    c: Composition, experience: Experience, metrics: dict[str, Array], memory: dict[str, Any], step: Array
+) -> tuple[list[Array], dict[str, Any]]:
+    """The factor of each loss in this step, and the memory of those that remember something."""
+    provided = fields_of(experience) | metrics | {"step": step}
+    values, memory = [], dict(memory)
+    for term in c.losses:
+        value = term.coefficient
+        if isinstance(value, Method):
+            value, memory[term.memory_name] = call(value, provided, memory[term.memory_name])
+        elif callable(value):
+            value = call(value, provided)
+        values.append(jnp.asarray(value, jnp.float32))
+    return values, memory
+
+
+def learn(
+    c: Composition, state: TrainState, experience: Experience, factors: list[Array]
+) -> tuple[TrainState, dict[str, Array]]:
+    """Experience -> new parameters, and the reference refreshed where that is due."""
+    rollout = c.rollout
+    update = make_learn(
+        c.model,
+        c.optimizer,
+        c.losses,
+        c.update,
+        temperature=rollout.temperature,
+        samples_per_prompt=rollout.samples_per_prompt,
+    )
+    key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.MINIBATCHES), state.step)
+    params, optimizer_state, metrics = update(
+        state.params, state.optimizer_state, state.reference_params, experience, factors, key
+    )
+    for term, factor in zip(c.losses, factors, strict=True):
+        if term.coefficient_changes:
+            metrics[f"coefficient/{term.name}"] = factor
+    state = replace(state, params=params, optimizer_state=optimizer_state, step=state.step + 1)
+    return _refreshed(state, c.update), metrics
+
+
+def sample_and_score(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
+    """The first half of a step: what comes before rewards on the host."""
+    return score(c, collect(c, state, prompts))
+
+
+def credit_and_learn(
+    c: Composition, state: TrainState, experience: Experience
+) -> tuple[TrainState, dict[str, Array], Experience]:
+    """The second half of a step: what comes after rewards on the host."""
+    sampled = experience.weight
+    experience, memory = credit(c, state, experience)
+    metrics = experience_metrics(experience, sampled)
+    factors, memory = coefficients(c, experience, metrics, memory, state.step)
+    state, learned = learn(c, state, experience, factors)
+    return constrain_replicated(replace(state, memory=memory), c.mesh), metrics | learned, experience
+
+
+def whole_step(c: Composition, state: TrainState, prompts: Prompts):
+    """collect, score, credit, learn, in one program."""
+    return credit_and_learn(c, state, sample_and_score(c, state, prompts))
+
+
+@dataclass(frozen=True)
 class TrainStep:
     """A step that was checked and composed. Calling it: (state, prompts, items=None) -> (state, metrics).
 
@@ -82,19 +224,13 @@ class TrainStep:
       init: (key, params=None) -> TrainState.
       run: (state, prompts, items) -> (state, metrics, experience).
       programs: the jitted functions that a step runs, in order; one when every reward is traceable.
-      rewards, credit, losses, rollout, update: what it was composed of.
-      wanted: on-demand fields that something names, and so the step computes.
+      composition: what it was composed of.
     """
 
     init: Callable[..., TrainState]
     run: Callable[..., tuple[TrainState, dict[str, Array], Experience]]
     programs: tuple[Callable, ...]
-    rewards: tuple[RewardTerm, ...]
-    credit: tuple[CreditTerm, ...]
-    losses: tuple[LossTerm, ...]
-    rollout: Rollout
-    update: Update
-    wanted: frozenset[str]
+    composition: Composition
 
     def __call__(
         self, state: TrainState, prompts: Prompts, items: Sequence[dict] | None = None
@@ -149,106 +285,16 @@ def make_train_step(
             )
     if prompts_per_step is not None:
         checked_split(update, prompts_per_step, rollout.samples_per_prompt, loss_terms)
-    wanted = _checked(reward_terms, credit_terms, loss_terms, rollout, decode)
-    constrain = row_constraint(mesh)
-    learn = make_learn(
-        model,
-        optimizer,
-        loss_terms,
-        update,
-        temperature=rollout.temperature,
-        samples_per_prompt=rollout.samples_per_prompt,
+    wanted = wanted_fields(
+        reward_terms, credit_terms, loss_terms, samples_per_prompt=rollout.samples_per_prompt, decode=decode
     )
-    stateful = {t.memory_name: t.function for t in credit_terms if isinstance(t.function, Method)}
-    stateful |= {f"coefficient:{t.name}": t.coefficient for t in loss_terms if isinstance(t.coefficient, Method)}
-    with_reference = "reference_logprobs" in wanted or any("over_vocabulary" in names(t.function) for t in loss_terms)
-
-    def init(key: Array, params: PyTree | None = None) -> TrainState:
-        """A fresh state; `params` are copied, so the caller's stay usable after donation."""
-        started = (
-            model.init(jax.random.fold_in(key, KeyUse.INITIALISE)) if params is None else jax.tree.map(jnp.copy, params)
-        )
-        state = TrainState(
-            params=started,
-            optimizer_state=optimizer.init(started),
-            reference_params=jax.tree.map(jnp.copy, started) if with_reference else None,
-            # Copied, because a method may use one zero array twice, and donation wants every buffer once.
-            memory={name: jax.tree.map(jnp.copy, method.init()) for name, method in stateful.items()},
-            key=jnp.copy(key),
-            step=jnp.int32(0),
-        )
-        return state if mesh is None else replicate(state, mesh)
-
-    def collect(state: TrainState, prompts: Prompts) -> Experience:
-        checked_split(update, prompts.tokens.shape[0], rollout.samples_per_prompt, loss_terms)
-        experience = generate(
-            model,
-            state.params,
-            prompts,
-            jax.random.fold_in(state.key, KeyUse.ROLLOUT),
-            state.step,
-            samples_per_prompt=rollout.samples_per_prompt,
-            max_completion_tokens=rollout.max_completion_tokens,
-            eos_id=rollout.eos_id,
-            pad_id=rollout.pad_id,
-            temperature=rollout.temperature,
-            constrain=constrain,
-        )
-        return constrain(replace(experience, reward_components=traceable_components(reward_terms, experience)))
-
-    def credit_stage(state: TrainState, experience: Experience) -> tuple[Experience, dict[str, Any]]:
-        experience = with_rewards(experience, reward_terms)
-        if "old_logprobs" in wanted:  # one forward function: the sampler's numbers are the trainer's
-            experience = replace(experience, old_logprobs=experience.behaviour_logprobs)
-        if "old_entropy" in wanted:
-            experience = replace(experience, old_entropy=experience.behaviour_entropy)
-        if "reference_logprobs" in wanted:
-            experience = replace(experience, reference_logprobs=reference_logprobs(state, experience))
-        return apply_credit(credit_terms, experience, state.memory, state.step)
-
-    def reference_logprobs(state: TrainState, rows: Experience) -> Array:
-        reference = state.reference_params
-        hidden = predicting_hidden(model, reference, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
-        return token_statistics(model, reference, hidden, rows.tokens, temperature=rollout.temperature).logprobs
-
-    def coefficients(experience: Experience, metrics: dict, memory: dict, step: Array) -> tuple[list, dict]:
-        provided = fields_of(experience) | metrics | {"step": step}
-        values, memory = [], dict(memory)
-        for term in loss_terms:
-            value = term.coefficient
-            if isinstance(value, Method):
-                value, memory[f"coefficient:{term.name}"] = call(value, provided, memory[f"coefficient:{term.name}"])
-            elif callable(value):
-                value = call(value, provided)
-            values.append(jnp.asarray(value, jnp.float32))
-        return values, memory
-
-    def update_stage(state: TrainState, experience: Experience) -> tuple[TrainState, dict[str, Array], Experience]:
-        sampled = experience.weight
-        experience, memory = credit_stage(state, experience)
-        metrics = experience_metrics(experience, sampled)
-        values, memory = coefficients(experience, metrics, memory, state.step)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.MINIBATCHES), state.step)
-        params, optimizer_state, learned = learn(
-            state.params, state.optimizer_state, state.reference_params, experience, values, key
-        )
-        for term, value in zip(loss_terms, values, strict=True):
-            if callable(term.coefficient) or isinstance(term.coefficient, Method):
-                learned[f"coefficient/{term.name}"] = value
-        state = replace(state, params=params, optimizer_state=optimizer_state, memory=memory, step=state.step + 1)
-        return constrain_replicated(_refreshed(state, update), mesh), metrics | learned, experience
-
-    def whole_step(state: TrainState, prompts: Prompts):
-        return update_stage(state, collect(state, prompts))
-
+    c = Composition(model, optimizer, rollout, reward_terms, credit_terms, loss_terms, update, wanted, mesh)
+    init = jax.jit(partial(initial_state, c))
     if not any(term.on_host for term in reward_terms):
-        program = jax.jit(whole_step, donate_argnums=0)
-        run = lambda state, prompts, items=None: program(state, prompts)  # noqa: E731
-        programs = (program,)
-    else:
-        programs = (jax.jit(collect), jax.jit(update_stage, donate_argnums=0))
-        run = partial(_run_with_host, programs, reward_terms, decode)
-    return TrainStep(jax.jit(init), run, programs, reward_terms, credit_terms, loss_terms, rollout, update, wanted)
+        program = jax.jit(partial(whole_step, c), donate_argnums=0)
+        return TrainStep(init, lambda state, prompts, items=None: program(state, prompts), (program,), c)
+    programs = (jax.jit(partial(sample_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
+    return TrainStep(init, partial(_run_with_host, programs, reward_terms, decode), programs, c)
 
 
 def _run_with_host(programs, reward_terms, decode, state, prompts, items=None):
@@ -287,59 +333,3 @@ def _loss_term(term: Any) -> LossTerm:
         return term
     function, coefficient = term if isinstance(term, tuple) and not callable(term) else (term, 1.0)
     return LossTerm(function, coefficient, _name(function))
-
-
-def _checked(rewards, credit, losses, rollout: Rollout, decode) -> frozenset[str]:
-    """Check every name before anything is compiled; return the on-demand fields that somebody wants."""
-    if not rewards:
-        raise ValueError("rewards is empty; a step needs at least one reward function")
-    if not losses:
-        raise ValueError("losses is empty; a step needs at least one loss function")
-    for kind, terms in (("reward", rewards), ("loss", losses)):
-        seen = [term.name for term in terms]
-        if twice := {name for name in seen if seen.count(name) > 1}:
-            raise ValueError(f"{kind} {twice.pop()!r} is listed twice; give each a name of its own (name: ...)")
-    for term in rewards:
-        _require(term.function, f"reward {term.name!r}", COLLECTED | HOST_NAMES)
-        if term.on_host and decode is None:
-            raise ValueError(f"reward {term.name!r} reads text, so make_train_step needs decode= (token ids -> text)")
-    available = SCORED | ON_DEMAND | {"step"}
-    for term in credit:
-        if term.field not in CREDIT_FIELDS:
-            raise ValueError(f"credit fills {term.field!r}, which it cannot; {nearest(term.field, CREDIT_FIELDS)}")
-        _require(term.function, f"{term.field} {term.name!r}", available)
-        if rollout.samples_per_prompt == 1 and term.field == "advantages" and "group" in names(term.function):
-            raise ValueError(
-                f"rollout.samples_per_prompt is 1, but {term.name!r} compares the samples of a prompt, so every "
-                "advantage would be 0; use at least 2 samples or a baseline that needs no group"
-            )
-        available |= {term.field}
-    remembering = [term.memory_name for term in credit if isinstance(term.function, Method)]
-    if twice := {name for name in remembering if remembering.count(name) > 1}:
-        raise ValueError(
-            f"credit entry {twice.pop()!r} is listed twice and remembers something, so both would share one memory; "
-            "leave one out, or give each CreditTerm a name of its own"
-        )
-    for term in losses:
-        _require(term.function, f"loss {term.name!r}", available | LEARNER_NAMES)
-        if callable(term.coefficient) or isinstance(term.coefficient, Method):
-            _require(term.coefficient, f"coefficient of {term.name!r}", available | METRIC_NAMES)
-    everything = [t.function for t in (*credit, *losses)] + [
-        t.coefficient for t in losses if callable(t.coefficient) or isinstance(t.coefficient, Method)
-    ]
-    # Optional data is passed where there is some, but never computed for its own sake.
-    wanted = frozenset().union(*(signature(function).required for function in everything))
-    if "kl_reference_per_token" in wanted:
-        wanted |= {"reference_logprobs"}
-    return wanted & ON_DEMAND
-
-
-def _require(function: Any, what: str, available: frozenset[str]) -> None:
-    for name in signature(function).required:
-        if name not in available:
-            provider = {
-                "advantages": "add an entry to credit that fills it, for example advantages: group_normalized",
-                "values": "a value model provides it",
-                "turn": "a multi-turn environment provides it",
-            }.get(name, nearest(name, available))
-            raise ValueError(f"{what} names {name!r}, which nothing in this step provides; {provider}")

@@ -162,7 +162,7 @@ def test_functions_are_named_after_themselves_and_terms_as_they_say(model):
         ],
         losses=[losses.clipped_surrogate, (losses.divergence(), 0.1), LossTerm(losses.entropy_bonus, 0.1, "bonus")],
     )
-    assert [term.name for term in step.rewards] == ["exact_answer", "again"]
-    assert [term.memory_name for term in step.credit] == ["rewards:update", "advantages:raw"]
-    assert [term.name for term in step.losses] == ["clipped_surrogate", "sampled_divergence", "bonus"]
-    assert [term.coefficient for term in step.losses] == [1.0, 0.1, 0.1]
+    assert [term.name for term in step.composition.rewards] == ["exact_answer", "again"]
+    assert [term.memory_name for term in step.composition.credit] == ["rewards:update", "advantages:raw"]
+    assert [term.name for term in step.composition.losses] == ["clipped_surrogate", "sampled_divergence", "bonus"]
+    assert [term.coefficient for term in step.composition.losses] == [1.0, 0.1, 0.1]

@@ -303,7 +303,7 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
     # The fourth step fails with no checkpoint of the third.
     judging = sys.modules["judging"]
     judging.calls, judging.good_calls = 0, 1
-    assert "The state before step 4 is saved" in refused(capsys, "train", "--resume", str(directory))
+    assert "The state before step 4 is saved" in refused(capsys, "train", "--resume", str(directory), status=1)
     assert checkpoints.latest_step(directory / "checkpoints") == 3
     assert [line["step"] for line in records(directory)] == [1, 2, 3]
 

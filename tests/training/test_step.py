@@ -112,8 +112,8 @@ def test_the_given_state_is_donated(traceable, on_host):
 
 def test_three_steps_improve_a_reward_that_is_easily_learnt(traceable):
     rewards = [metrics["reward"] for metrics in traceable.metrics]
-    assert rewards[0] < 0.2
-    assert rewards[3] > rewards[0] + 0.3
+    assert 0 < rewards[0] < 0.2
+    assert rewards[3] > 3 * rewards[0]
 
 
 def test_sampler_and_trainer_agree_at_every_step(traceable, on_host):
@@ -127,7 +127,7 @@ def test_a_step_counts_itself_and_keeps_its_key(traceable):
 
 
 def test_what_is_not_named_is_not_there(traceable):
-    assert traceable.step.wanted == {"old_logprobs"}
+    assert traceable.step.composition.wanted == {"old_logprobs"}
     assert traceable.states[-1].reference_params is None
     assert traceable.states[-1].memory == {}
     assert traceable.experience.reference_logprobs is None
@@ -154,12 +154,12 @@ def test_only_what_is_named_costs_a_forward_pass(model, make_prompts):
     prompts = make_prompts(2)
     plain = matrix_products(composed(model), prompts)
     with_reference = composed(model, losses=[losses.clipped_surrogate, (losses.kl_estimate, 0.1)])
-    assert with_reference.wanted == {"old_logprobs", "reference_logprobs"}
+    assert with_reference.composition.wanted == {"old_logprobs", "reference_logprobs"}
     # One block has four projections and two products of attention; the logits are a seventh.
     assert matrix_products(with_reference, prompts) == plain + 7
     # The sampler's own numbers stand for the old policy, and entropy comes out of the same pass.
     no_old = composed(model, losses=[losses.policy_gradient])
-    assert no_old.wanted == frozenset()
+    assert no_old.composition.wanted == frozenset()
     assert matrix_products(no_old, prompts) == plain
 
 
@@ -168,10 +168,10 @@ def test_optional_data_is_not_computed_for_its_own_sake(model):
         return losses.policy_gradient(logprobs, advantages, mask)
 
     step = composed(model, losses=[takes_what_there_is])
-    assert step.wanted == frozenset()
+    assert step.composition.wanted == frozenset()
     assert jax.eval_shape(step.init, jax.random.key(0)).reference_params is None
     step = composed(model, losses=[takes_what_there_is, (losses.kl_estimate, 0.1)])
-    assert step.wanted == {"reference_logprobs"}
+    assert step.composition.wanted == {"reference_logprobs"}
 
 
 # ---- everything at once ---------------------------------------------------------------------------------------------
