@@ -79,20 +79,14 @@ def make_evaluate(
             tokens, length, cut = jax.device_get(decode(params, batch.prompts, key))
             for index in np.flatnonzero(batch.weight):
                 item = Item(**{name: batch.items[index][name] for name in Item.__dataclass_fields__})
-                row = index * rows
-                texts = [
-                    extract_answer(tokenizer.decode(tokens[r][: length[r]].tolist())) for r in range(row, row + rows)
-                ]
-                solved = [task.verify(item, text) >= 1.0 for text in texts]
+                own = slice(index * rows, (index + 1) * rows)
+                solved, said = _graded(task, tokenizer, item, tokens[own], length[own])
                 greedy.append(solved[0])
                 correct.append(sum(solved[1:]))
-                # Every accepted answer votes for the same class, so that many right answers do not split the vote.
-                answers.append(
-                    [item.answer if right else text for text, right in zip(texts[1:], solved[1:], strict=True)]
-                )
+                answers.append(said[1:])
                 gold.append(item.answer)
-                lengths.extend(length[row + 1 : row + rows])
-                truncated.extend(cut[row + 1 : row + rows])
+                lengths.extend(length[own][1:])
+                truncated.extend(cut[own][1:])
         metrics = {"greedy": float(np.mean(greedy))}
         for each in k:
             metrics[f"pass@{each}"] = mean_pass_at_k(np.asarray(correct), samples_per_problem, each)
@@ -107,3 +101,15 @@ def make_evaluate(
         }
 
     return evaluate
+
+
+def _graded(
+    task: Task, tokenizer: CharacterTokenizer, item: Item, tokens: np.ndarray, length: np.ndarray
+) -> tuple[list[bool], list[str | None]]:
+    """Whether each completion of a problem is right, and the answer that it votes for.
+
+    Every accepted answer votes for the same class, so that many right answers do not split the vote.
+    """
+    texts = [extract_answer(tokenizer.decode(row[:count].tolist())) for row, count in zip(tokens, length, strict=True)]
+    solved = [task.verify(item, text) >= 1.0 for text in texts]
+    return solved, [item.answer if right else text for text, right in zip(texts, solved, strict=True)]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.logprobs import entropy_of, scaled_log_softmax
@@ -92,39 +92,9 @@ def generate(
         token = sampled_tokens(log_p, keys, position, greedy)
         return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
 
-    def record(columns, values, position):
-        return tuple(
-            jax.lax.dynamic_update_slice(column, value[:, None].astype(column.dtype), (0, position))
-            for column, value in zip(columns, values, strict=True)
-        )
-
-    first = draw(repeat(hidden[:, -1]), 0)
-    empty = (
-        jnp.full((rows, steps), pad_id, jnp.int32),
-        jnp.zeros((rows, steps), jnp.float32),
-        jnp.zeros((rows, steps), jnp.float32),
+    columns, length, ended = _decoded(
+        model, params, draw, draw(repeat(hidden[:, -1]), 0), per_prompt.length, cache, steps, eos_id, pad_id
     )
-    length = jnp.ones(rows, jnp.int32)
-    start = (jnp.int32(1), record(empty, first, 0), first[0], first[0] == eos_id, length, cache)
-
-    def unfinished(carry):
-        position, _, _, ended, _, _ = carry
-        return (position < steps) & ~jnp.all(ended)
-
-    def decode(carry):
-        position, columns, token, ended, length, cache = carry
-        at = jnp.where(ended, -1, per_prompt.length + position - 1)
-        hidden, cache = model.apply(params, token[:, None], at[:, None], cache)
-        token, logprob, entropy = draw(hidden[:, 0], position)
-        values = (
-            jnp.where(ended, pad_id, token),
-            jnp.where(ended, 0.0, logprob),
-            jnp.where(ended, 0.0, entropy),
-        )
-        length = length + ~ended
-        return position + 1, record(columns, values, position), values[0], ended | (token == eos_id), length, cache
-
-    _, columns, _, ended, length, _ = jax.lax.while_loop(unfinished, decode, start)
     tokens, logprobs, entropy = columns
     inside = jnp.arange(steps) < length[:, None]
     return Experience(
@@ -144,3 +114,48 @@ def generate(
         behaviour_entropy=entropy,
         truncated=~ended,
     )
+
+
+def _decoded(
+    model: Model,
+    params: PyTree,
+    draw: Callable[[Array, Array | int], tuple[Array, Array, Array]],
+    first: tuple[Array, Array, Array],
+    prompt_length: Int[Array, "B"],
+    cache: PyTree,
+    steps: int,
+    eos_id: int,
+    pad_id: int,
+) -> tuple[tuple[Array, ...], Int[Array, "B"], Bool[Array, "B"]]:
+    """Decode from each row's first token on until every row has ended: (tokens, log-probabilities, entropies), each
+    [B, T], the lengths, and which rows ended by themselves."""
+    rows = prompt_length.shape[0]
+
+    def record(columns, values, position):
+        return tuple(
+            jax.lax.dynamic_update_slice(column, value[:, None].astype(column.dtype), (0, position))
+            for column, value in zip(columns, values, strict=True)
+        )
+
+    def unfinished(carry):
+        position, _, _, ended, _, _ = carry
+        return (position < steps) & ~jnp.all(ended)
+
+    def decode(carry):
+        position, columns, token, ended, length, cache = carry
+        at = jnp.where(ended, -1, prompt_length + position - 1)
+        hidden, cache = model.apply(params, token[:, None], at[:, None], cache)
+        token, logprob, entropy = draw(hidden[:, 0], position)
+        values = (
+            jnp.where(ended, pad_id, token),
+            jnp.where(ended, 0.0, logprob),
+            jnp.where(ended, 0.0, entropy),
+        )
+        length = length + ~ended
+        return position + 1, record(columns, values, position), values[0], ended | (token == eos_id), length, cache
+
+    nothing = jnp.zeros((rows, steps), jnp.float32)
+    columns = record((jnp.full((rows, steps), pad_id, jnp.int32), nothing, nothing), first, 0)
+    start = (jnp.int32(1), columns, first[0], first[0] == eos_id, jnp.ones(rows, jnp.int32), cache)
+    _, columns, _, ended, length, _ = jax.lax.while_loop(unfinished, decode, start)
+    return columns, length, ended
