@@ -176,6 +176,7 @@ def _eval(options: argparse.Namespace) -> None:
         max_completion_tokens=config.rollout.max_completion_tokens,
         sequences_per_batch=config.evaluation.sequences_per_batch,
         temperature=config.evaluation.temperature if options.temperature is None else options.temperature,
+        overlong=config.data.overlong_prompts,
     )
     metrics = evaluate(params, [data[i] for i in spread(len(data), problems)], jax.random.key(options.seed))
     result = {"checkpoint": str(checkpoint), "split": options.split} | metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ def make_evaluate(
     max_completion_tokens: int,
     sequences_per_batch: int = 1152,
     temperature: float = 1.0,
+    overlong: Literal["error", "drop"] = "error",
 ) -> Callable[..., dict[str, float]]:
     """Build evaluate(params, items, key) -> metrics; the decoding program is compiled once and reused.
 
@@ -38,6 +39,8 @@ def make_evaluate(
     `samples_per_problem` say what was counted.
 
     A sample's class in a majority vote is its answer text; answers that the verifier accepts are one class.
+
+    A prompt that is too long is an error, or is left out of the count where `overlong` is "drop".
 
     Raises:
       ValueError: when a k exceeds the number of samples.
@@ -74,6 +77,7 @@ def make_evaluate(
             prompts_per_batch=prompts_per_batch,
             max_prompt_tokens=max_prompt_tokens,
             max_answer_tokens=max_completion_tokens,
+            overlong=overlong,
         )
         for batch in batches:
             tokens, length, cut = jax.device_get(decode(params, batch.prompts, key))

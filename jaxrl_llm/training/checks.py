@@ -11,7 +11,7 @@ from jaxrl_llm.training.credit import CREDIT_FIELDS, CreditTerm
 from jaxrl_llm.training.learn import LEARNER_NAMES, LossTerm
 from jaxrl_llm.training.metrics import METRIC_NAMES
 from jaxrl_llm.training.score import HOST_NAMES, RewardTerm
-from jaxrl_llm.training.wiring import names, nearest, signature
+from jaxrl_llm.training.wiring import missing, names, nearest, signature
 
 # Fields that the credit stage computes when, and only when, something names them.
 ON_DEMAND = frozenset({"old_logprobs", "old_entropy", "reference_logprobs"})
@@ -75,11 +75,10 @@ def wanted_fields(
 
 
 def _require(function: Any, what: str, available: frozenset[str]) -> None:
-    for name in signature(function).required:
-        if name not in available:
-            provider = {
-                "advantages": "add an entry to credit that fills it, for example advantages: group_normalized",
-                "values": "a value model provides it",
-                "turn": "a multi-turn environment provides it",
-            }.get(name, nearest(name, available))
-            raise ValueError(f"{what} names {name!r}, which nothing in this step provides; {provider}")
+    for name in missing(function, available):
+        provider = {
+            "advantages": "add an entry to credit that fills it, for example advantages: group_normalized",
+            "values": "a value model provides it",
+            "turn": "a multi-turn environment provides it",
+        }.get(name, nearest(name, available))
+        raise ValueError(f"{what} names {name!r}, which nothing in this step provides; {provider}")

@@ -24,7 +24,7 @@ from jaxrl_llm.reporting.machine import package_versions
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.explain import trace
-from jaxrl_llm.training.setup import Parts, parts, prompt_batches, task_data
+from jaxrl_llm.training.setup import Parts, encoded, parts, prompt_batches, task_data
 from jaxrl_llm.training.stages import REINFORCEMENT, WARM_START, Run, reinforce, spread, warm_start
 
 
@@ -70,6 +70,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             "the data, or start a new run"
         )
     prompts = prompt_batches(built, data["train"])
+    for split in ("validation", "test"):  # a held-out prompt that does not fit speaks now, not after the warm start
+        encoded(built, data[split])
     with (
         RunDirectory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
@@ -95,6 +97,7 @@ def _stages(run: Run, prompts: Batches, newest: int | None) -> dict[str, Any]:
         max_completion_tokens=config.rollout.max_completion_tokens,
         sequences_per_batch=config.evaluation.sequences_per_batch,
         temperature=config.evaluation.temperature,
+        overlong=config.data.overlong_prompts,
     )
 
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ import optax
 from jaxrl_llm import data
 from jaxrl_llm.config import Config, TrainingConfig
 from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, Task
+from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -29,7 +30,6 @@ class Parts:
       tokenizer: text <-> tokens.
       model: the policy.
       step: the composed training step.
-      optimizer: of the reinforcement stage.
     """
 
     config: Config
@@ -37,7 +37,6 @@ class Parts:
     tokenizer: CharacterTokenizer
     model: Model
     step: TrainStep
-    optimizer: optax.GradientTransformation
 
 
 def parts(config: Config) -> Parts:
@@ -82,7 +81,7 @@ def parts(config: Config) -> Parts:
         decode=tokenizer.decode,
         mesh=mesh if mesh.size > 1 else None,
     )
-    return Parts(config, task, tokenizer, model, step, optimizer)
+    return Parts(config, task, tokenizer, model, step)
 
 
 def adamw(training: TrainingConfig) -> optax.GradientTransformation:
@@ -124,6 +123,22 @@ def prompt_batches(parts: Parts, source: DataSet) -> Batches:
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_answer_tokens=config.rollout.max_completion_tokens,
         seed=config.seed,
+        overlong=config.data.overlong_prompts,
+    )
+
+
+def encoded(parts: Parts, source: DataSet) -> Prompts:
+    """All prompts of a split, in order.
+
+    Raises:
+      ValueError: for a prompt that is too long, unless the config drops those.
+    """
+    config = parts.config
+    return data.encode_prompts(
+        source,
+        parts.tokenizer,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_answer_tokens=config.rollout.max_completion_tokens,
         overlong=config.data.overlong_prompts,
     )
 
