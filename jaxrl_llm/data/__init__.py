@@ -1,10 +1,18 @@
-"""Tasks, the built-in tokenizer, stored data sets and the input pipeline."""
+"""Tasks, tokenizers and prompts, data sets and the input pipeline."""
 
 from __future__ import annotations
 
 from jaxrl_llm.data import tasks
 from jaxrl_llm.data.builder import DataSet, DataSpec, TaskItems, data_set, fingerprint
 from jaxrl_llm.data.encoding import Tokenizer, encode_prompts
+from jaxrl_llm.data.hf_tokenizer import (
+    HuggingFaceTokenizer,
+    load_tokenizer,
+    require_embedding,
+    with_chat,
+    with_prompt_format,
+)
+from jaxrl_llm.data.jsonl import Fields, JsonlDataSet, fields_of, jsonl_data_sets
 from jaxrl_llm.data.pipeline import (
     Batches,
     EvaluationBatch,
@@ -23,7 +31,10 @@ __all__ = [
     "DataSet",
     "DataSpec",
     "EvaluationBatch",
+    "Fields",
+    "HuggingFaceTokenizer",
     "Item",
+    "JsonlDataSet",
     "PromptBatch",
     "SupervisedBatch",
     "Task",
@@ -32,10 +43,16 @@ __all__ = [
     "data_set",
     "encode_prompts",
     "evaluation_batches",
+    "fields_of",
     "fingerprint",
+    "jsonl_data_sets",
+    "load_tokenizer",
     "prompt_batches",
     "reference_response",
+    "require_embedding",
     "split_of",
     "supervised_batches",
     "tasks",
+    "with_chat",
+    "with_prompt_format",
 ]

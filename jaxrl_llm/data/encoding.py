@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -15,15 +15,31 @@ Record = dict[str, Any]
 
 
 class Tokenizer(Protocol):
-    """What the pipeline asks of a tokenizer; `CharacterTokenizer` is one."""
+    """What the pipeline asks of a tokenizer; `CharacterTokenizer` and `HuggingFaceTokenizer` are two.
+
+    Attributes:
+      pad_id: fills rows up; may be one of `eos_ids`.
+      eos_id: ends reference completions.
+      eos_ids: every id that ends a completion; `eos_id` is the first.
+      vocabulary_size: one more than the largest id.
+      encode: ids of a text, with nothing put around it.
+      decode: text of ids.
+      prompt_ids: ids of a record's prompt, with all that stands around its body.
+      completion_ids: ids of a completion to a record's prompt, end of sequence included.
+    """
 
     @property
     def pad_id(self) -> int: ...
     @property
-    def bos_id(self) -> int: ...
-    @property
     def eos_id(self) -> int: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    @property
+    def vocabulary_size(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
+    def prompt_ids(self, item: Mapping[str, Any]) -> list[int]: ...
+    def completion_ids(self, item: Mapping[str, Any], text: str) -> list[int]: ...
 
 
 class Row(NamedTuple):
@@ -31,7 +47,7 @@ class Row(NamedTuple):
 
     Attributes:
       item: its record.
-      prompt: begin of sequence, body, newline.
+      prompt: the item's prompt, as the tokenizer makes it of the body.
       completion: reference answer, or reference completion.
     """
 
@@ -67,14 +83,18 @@ def encoded_rows(
     limits: tuple[int, int],
     overlong: Overlong,
 ) -> tuple[list[Row], int]:
-    """Every item of the source as token ids, and how many were dropped."""
+    """Every item of the source as token ids, and how many were dropped.
+
+    Raises:
+      ValueError: naming the item, for one that cannot be encoded, or that is too long unless those are dropped.
+    """
     if overlong not in ("error", "drop"):
         raise ValueError(f"overlong is {overlong!r}; it must be 'error' or 'drop'")
     names = (f"max_prompt_tokens={limits[0]}", f"max_{completion_name}_tokens={limits[1]}")
     rows, dropped, ids = [], 0, set()
     for item in _records(source):
         _require_id(item, ids)
-        row = Row(item, [tokenizer.bos_id, *tokenizer.encode(item["body"] + "\n")], completion(item))
+        row = _row(item, tokenizer, completion)
         excess = [
             f"its {what} has {len(tokens)} tokens, more than {name}"
             for what, tokens, limit, name in zip(("prompt", completion_name), row[1:], limits, names, strict=True)
@@ -92,6 +112,13 @@ def encoded_rows(
             f"no item is left of {dropped} in the source; it is empty, or {' and '.join(names)} are too low"
         )
     return rows, dropped
+
+
+def _row(item: Record, tokenizer: Tokenizer, completion: Callable[[Record], list[int]]) -> Row:
+    try:
+        return Row(item, tokenizer.prompt_ids(item), completion(item))
+    except ValueError as error:
+        raise ValueError(f"item {item['item_id']} ({item['body'][:80]!r}) cannot be encoded: {error}") from error
 
 
 def _records(source: Sequence[Any]) -> list[Record]:

@@ -113,7 +113,7 @@ def prompt_batches(
 ) -> Batches[PromptBatch]:
     """Batches of prompts for sampling, in a new order each epoch.
 
-    A prompt is begin of sequence, body, newline.
+    What stands around a body in the prompt is the tokenizer's affair.
 
     Args:
       source: `DataSet`, or any sequence of `Item`s or of mappings with `body` and `answer`.
@@ -157,6 +157,7 @@ def supervised_batches(
       max_completion_tokens: width of the completions.
       seed: seed of the orders.
       scratchpad: completions with the think part, or the direct variant; `Task.scratchpad` of the task that made them.
+        A record with a `response` is completed by that, whatever the variant.
       overlong: what becomes of an item that does not fit: "error", or "drop" (and count).
 
     Raises:
@@ -165,8 +166,7 @@ def supervised_batches(
     limits = (max_prompt_tokens, max_completion_tokens)
 
     def response(item: Record) -> list[int]:
-        # The id, not its spelling: other tokenizers spell end of sequence differently.
-        return [*tokenizer.encode(reference_response(item, scratchpad).removesuffix("<eos>")), tokenizer.eos_id]
+        return tokenizer.completion_ids(item, _reference(item, scratchpad))
 
     rows, dropped = encoded_rows(source, tokenizer, response, "completion", limits, overlong)
 
@@ -206,6 +206,18 @@ def evaluation_batches(
         prompts = padded_prompts(chosen, tokenizer.pad_id, limits)
         batches.append(EvaluationBatch(prompts, [row.item for row in chosen], weight))
     return batches
+
+
+def _reference(item: Record, scratchpad: bool) -> str:
+    """Reference completion of a record, without end of sequence, which each tokenizer spells in its own way."""
+    if "response" not in item:
+        return reference_response(item, scratchpad).removesuffix("<eos>")
+    if not item["response"]:
+        raise ValueError(
+            "the record has no reference completion to learn from; map the data's "
+            "field that holds one as 'response', or skip the supervised steps"
+        )
+    return item["response"]
 
 
 def _require_positive(name: str, value: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 CONTROLS = (
     "<pad>",
@@ -81,6 +82,20 @@ class CharacterTokenizer:
     def eos_id(self) -> int:
         """End of sequence."""
         return 2
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a completion: end of sequence alone."""
+        return (self.eos_id,)
+
+    def prompt_ids(self, item: Mapping[str, Any]) -> list[int]:
+        """Tokens of a record's prompt: begin of sequence, body, newline."""
+        return [self.bos_id, *self.encode(item["body"] + "\n")]
+
+    def completion_ids(self, item: Mapping[str, Any], text: str) -> list[int]:
+        """Tokens of a completion and end of sequence; the same for every record."""
+        del item
+        return [*self.encode(text), self.eos_id]
 
     def id(self, token_text: str) -> int:
         """Id of one token given by its text.

@@ -1,5 +1,9 @@
 """Policy, reference and value networks: pure functions over parameter pytrees."""
 
+from jaxrl_llm.models.attention import attend, attention_in_use
+from jaxrl_llm.models.experts import ExpertsConfig, load_balancing_loss
+from jaxrl_llm.models.export import save_model
+from jaxrl_llm.models.families import FAMILIES, config_from_json, config_to_json
 from jaxrl_llm.models.logprobs import (
     TokenStatistics,
     entropy_of,
@@ -9,20 +13,37 @@ from jaxrl_llm.models.logprobs import (
 )
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import ParameterSpec, abstract, initialise, logical_axes, parameter_count
-from jaxrl_llm.models.transformer import TransformerConfig, forward, transformer
+from jaxrl_llm.models.rotary import RopeScaling
+from jaxrl_llm.models.transformer import attention_path, forward, observed_forward, transformer
+from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.models.weights import load_config, load_model, load_params
 
 __all__ = [
+    "FAMILIES",
+    "ExpertsConfig",
     "Model",
     "ParameterSpec",
+    "RopeScaling",
     "TokenStatistics",
     "TransformerConfig",
     "abstract",
+    "attend",
+    "attention_in_use",
+    "attention_path",
+    "config_from_json",
+    "config_to_json",
     "entropy_of",
     "forward",
     "initialise",
+    "load_balancing_loss",
+    "load_config",
+    "load_model",
+    "load_params",
     "logical_axes",
+    "observed_forward",
     "parameter_count",
     "positions_per_chunk",
+    "save_model",
     "scaled_log_softmax",
     "token_statistics",
     "transformer",

@@ -23,6 +23,9 @@ class Model(NamedTuple):
       specs: a pytree of `ParameterSpec`, the shape of params.
       vocabulary_size: V.
       config: the description that it was built from, for checkpoints and reports.
+      observe: `apply` with `names=` of what else to return, in a dict as third result: hidden states of every block,
+        the experts that were chosen and their probabilities. A mixture of experts takes recorded choices back through
+        `router_choices=`, here and in `apply`. None for a model that shows nothing.
     """
 
     init: Callable[[Array], PyTree]
@@ -33,3 +36,4 @@ class Model(NamedTuple):
     specs: PyTree
     vocabulary_size: int
     config: Any
+    observe: Callable[..., tuple[Array, PyTree, dict[str, Array]]] | None = None

@@ -21,14 +21,16 @@ class ParameterSpec:
     Attributes:
       shape: its dimensions.
       axes: a logical axis name for each dimension, None where it is never sharded.
-      scale: standard deviation of the normal initialiser; 0 gives ones (norm gains).
+      scale: standard deviation of the normal initialiser; 0 gives the constant `fill`.
       dtype: storage dtype.
+      fill: value of a parameter that is not drawn: one for norm gains, zero for biases.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     scale: float
     dtype: Any = jnp.float32
+    fill: float = 1.0
 
 
 def _is_spec(leaf) -> bool:
@@ -40,7 +42,7 @@ def initialise(specs: PyTree, key: Array) -> PyTree:
 
     def draw(path, spec: ParameterSpec):
         if spec.scale == 0:
-            return jnp.ones(spec.shape, spec.dtype)
+            return jnp.full(spec.shape, spec.fill, spec.dtype)
         leaf_key = key
         for character in jax.tree_util.keystr(path).encode():
             leaf_key = jax.random.fold_in(leaf_key, character)

@@ -1,147 +1,51 @@
-"""A decoder-only transformer as pure functions: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+"""A decoder-only transformer as pure functions: RMSNorm, rotary positions, grouped-query attention, gated MLP.
+
+One forward serves every family; what they differ in is in `TransformerConfig`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
+from jaxrl_llm.models.attention import AttentionKind, attend, attention_in_use
+from jaxrl_llm.models.cache import Cache, expand_cache, init_cache, remembered
+from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.parameters import ParameterSpec, initialise
+from jaxrl_llm.models.parameters import initialise
+from jaxrl_llm.models.rotary import rotary_angles, rotate
+from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.models.transformer_specs import transformer_specs
 
-LayerLoop = Literal["auto", "unrolled", "scanned"]
-Precision = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes and switches of a decoder-only transformer.
-
-    Attributes:
-      vocabulary_size: symbols.
-      width: of the residual stream.
-      layers: blocks.
-      heads: query heads.
-      kv_heads: key/value heads; divides `heads`.
-      head_width: of one head, even; None gives width / heads.
-      mlp_width: hidden width of SwiGLU; None gives 3 * width.
-      rope_base: base of the rotary angles.
-      norm_epsilon: inside the root of RMSNorm.
-      qk_norm: RMSNorm on each query and key head before rotation.
-      tie_embeddings: the embedding table is also the output projection.
-      layer_loop: "unrolled" is about twice as fast on CPU, "scanned" compiles once for any depth; "auto"
-        unrolls on CPU.
-      parameter_dtype: storage dtype.
-      compute_dtype: dtype of matrix products; norms, softmax and statistics are float32 regardless.
-    """
-
-    vocabulary_size: int
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_width: int | None = None
-    mlp_width: int | None = None
-    rope_base: float = 10_000.0
-    norm_epsilon: float = 1e-6
-    qk_norm: bool = True
-    tie_embeddings: bool = True
-    layer_loop: LayerLoop = "auto"
-    parameter_dtype: Precision = "float32"
-    compute_dtype: Precision = "float32"
-
-    def __post_init__(self):
-        for name in ("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"model.{name} is {size}; it must be at least 1")
-        choices = {"layer_loop": LayerLoop, "parameter_dtype": Precision, "compute_dtype": Precision}
-        for name, literal in choices.items():
-            if getattr(self, name) not in get_args(literal):
-                known = ", ".join(get_args(literal))
-                raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {known}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"model.heads is {self.heads}, which model.kv_heads {self.kv_heads} does not divide")
-        if self.head_width is None and self.width % self.heads:
-            raise ValueError(
-                f"model.width is {self.width}, which model.heads {self.heads} does not divide; set model.head_width"
-            )
-        if self.head_size % 2:
-            raise ValueError(f"model.head_width is {self.head_size}; rotary positions need an even number")
-
-    @property
-    def head_size(self) -> int:
-        """Width of one head."""
-        return self.head_width or self.width // self.heads
-
-    @property
-    def queries_per_kv(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def unrolled(self) -> bool:
-        """Whether blocks are written out one after the other."""
-        return self.layer_loop == "unrolled" or (self.layer_loop == "auto" and jax.default_backend() == "cpu")
+# What a forward pass can return besides its last hidden states.
+OBSERVABLE = ("hidden_states", "router_choices", "router_probabilities")
 
 
-class Cache(NamedTuple):
-    """Keys and values seen so far, head-major.
+class _Shared(NamedTuple):
+    """What all blocks of one forward pass read.
 
     Attributes:
-      layers: (keys, values), each [B, K, S, H]: a tuple with one pair a block when unrolled, one pair with a leading
-        layer axis when scanned.
-      positions: position of the token in each slot, -1 where the slot is empty or padding.
-      used: slots written so far, the same for all rows (prompts are left-padded).
+      config: sizes and switches.
+      angles: rotary angles; with `local_angles` for windowed layers.
+      positions: of the tokens of this call, [B, T].
+      seen: of the keys, [B, S].
+      used: first cache slot of this call.
+      kind: the attention path.
     """
 
-    layers: PyTree
-    positions: Int[Array, "B S"]
+    config: TransformerConfig
+    angles: tuple[Array, Array]
+    local_angles: tuple[Array, Array]
+    positions: Int[Array, "B T"]
+    seen: Int[Array, "B S"]
     used: Int[Array, ""]
-
-
-def transformer_specs(config: TransformerConfig) -> dict:
-    """Describe every parameter. Blocks are stacked on a leading axis.
-
-    Query, key and value projections are one matrix, grouped by key/value head, so that one product computes them
-    and a split over key/value heads keeps every group whole. Gate and up are one matrix likewise.
-    """
-    c, layers = config, config.layers
-    mlp_width = c.mlp_width or 3 * c.width
-    into, out_scale = c.width**-0.5, (2 * layers) ** -0.5
-    spec = partial(ParameterSpec, dtype=jnp.dtype(c.parameter_dtype))
-    block = {
-        "attention_norm": spec((layers, c.width), ("layer", None), 0.0),
-        "qkv": spec(
-            (layers, c.width, c.kv_heads, c.queries_per_kv + 2, c.head_size),
-            ("layer", "embed", "kv_heads", None, None),
-            into,
-        ),
-        "attention_out": spec(
-            (layers, c.kv_heads, c.queries_per_kv, c.head_size, c.width),
-            ("layer", "kv_heads", None, None, "embed"),
-            out_scale * (c.heads * c.head_size) ** -0.5,
-        ),
-        "mlp_norm": spec((layers, c.width), ("layer", None), 0.0),
-        "gate_up": spec((layers, c.width, 2, mlp_width), ("layer", "embed", None, "mlp"), into),
-        "down": spec((layers, mlp_width, c.width), ("layer", "mlp", "embed"), out_scale * mlp_width**-0.5),
-    }
-    if c.qk_norm:
-        block["query_norm"] = spec((layers, c.head_size), ("layer", None), 0.0)
-        block["key_norm"] = spec((layers, c.head_size), ("layer", None), 0.0)
-    specs = {
-        "embedding": spec((c.vocabulary_size, c.width), ("vocabulary", "embed"), into),
-        "blocks": block,
-        "final_norm": spec((c.width,), (None,), 0.0),
-    }
-    if not c.tie_embeddings:
-        specs["unembedding"] = spec((c.vocabulary_size, c.width), ("vocabulary", "embed"), into)
-    return specs
+    kind: AttentionKind
 
 
 def project(x: Float[Array, "*B *I"], weights: Float[Array, "*I *O"], *, inputs: int = 1) -> Float[Array, "*B *O"]:
@@ -155,79 +59,165 @@ def project(x: Float[Array, "*B *I"], weights: Float[Array, "*I *O"], *, inputs:
     return product.reshape(*x.shape[:-inputs], *weights.shape[inputs:])
 
 
-def rms_norm(x: Float[Array, "*B D"], gain: Float[Array, "D"], epsilon: float) -> Float[Array, "*B D"]:
-    """x / sqrt(mean(x^2) + epsilon) * gain, in float32, returned in the dtype of x."""
-    wide = x.astype(jnp.float32)
+def rms_norm(
+    x: Float[Array, "*B D"], gain: Float[Array, "D"], epsilon: float, offset: float = 0.0
+) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x^2) + epsilon) * (gain + offset), in float32, returned in the dtype of x."""
+    wide, gain = x.astype(jnp.float32), gain.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (normed * gain.astype(jnp.float32)).astype(x.dtype)
+    return (normed * (gain + offset if offset else gain)).astype(x.dtype)
 
 
-def rotary_angles(positions: Int[Array, "B T"], head_size: int, base: float) -> tuple[Array, Array]:
-    """Cosine and sine [B, T, H/2] of position * base^(-2i/H), in float32."""
-    frequencies = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B T K G H"], angles: tuple[Array, Array]) -> Float[Array, "B T K G H"]:
-    """Rotate pairs (i, i + H/2) of each head by the angle of the token's position."""
-    cos, sin = (a[:, :, None, None, :] for a in angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def attend(
-    queries: Float[Array, "B T K G H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    allowed: Bool[Array, "B T S"],
-) -> Float[Array, "B T K G H"]:
-    """Softmax attention with G query heads to each key/value head; scores and softmax in float32.
-
-    A query that may attend to nothing (padding) returns a finite mean that nobody reads.
-    """
-    scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(allowed[:, None, None], scores * queries.shape[-1] ** -0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights, values)
-
-
-def _remembered(cached, keys, values, used):
-    """Write new keys and values into a cache; returns (the cache, all keys, all values) of this block."""
-    *stored, layer = cached
-    at = (0, 0, used, 0) if layer is None else (layer, 0, 0, used, 0)
-    new = (keys, values) if layer is None else (keys[None], values[None])
-    filled = tuple(
-        jax.lax.dynamic_update_slice(leaf, update.astype(leaf.dtype), at)
-        for leaf, update in zip(stored, new, strict=True)
-    )
-    keys, values = filled if layer is None else (leaf[layer] for leaf in filled)
-    return filled, keys, values
-
-
-def _block(params, config: TransformerConfig, x, angles, allowed, cached, used):
-    """One block. `cached` is None or (keys, values, layer), written from slot `used` on.
-
-    Keys and values are [B, K, S, H] where `layer` is None, else [L, B, K, S, H], of which this block is entry `layer`.
-    """
-    rows, length, _ = x.shape
-    dtype = x.dtype
-    projected = project(rms_norm(x, params["attention_norm"], config.norm_epsilon), params["qkv"].astype(dtype))
+def _attention(params, shared: _Shared, x, windowed, cached):
+    """What attention adds to the residual stream, and the filled cache of this block."""
+    config, dtype = shared.config, x.dtype
+    norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    projected = project(norm(x, params["attention_norm"]), params["qkv"].astype(dtype))
+    if config.qkv_bias:
+        projected = projected + params["qkv_bias"].astype(dtype)
     queries, keys, values = projected[..., :-2, :], projected[..., -2:-1, :], projected[..., -1, :]
     if config.qk_norm:
-        queries = rms_norm(queries, params["query_norm"], config.norm_epsilon)
-        keys = rms_norm(keys, params["key_norm"], config.norm_epsilon)
+        queries, keys = norm(queries, params["query_norm"]), norm(keys, params["key_norm"])
+    angles = shared.angles
+    if config.local_rope_base is not None:
+        if isinstance(windowed, bool):
+            angles = shared.local_angles if windowed else angles
+        else:
+            angles = jax.tree.map(partial(jnp.where, windowed), shared.local_angles, angles)
     queries, keys = rotate(queries, angles), rotate(keys, angles)[..., 0, :]
     keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
     filled = None
     if cached is not None:
-        filled, keys, values = _remembered(cached, keys, values, used)
-    attended = attend(queries, keys, values, allowed)
-    x = x + project(attended, params["attention_out"].astype(dtype), inputs=3)
-    gate_up = project(rms_norm(x, params["mlp_norm"], config.norm_epsilon), params["gate_up"].astype(dtype))
-    activated = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-    x = x + project(activated, params["down"].astype(dtype))
-    return x, filled
+        filled, keys, values = remembered(cached, keys, values, shared.used)
+    attended = attend(
+        queries,
+        keys,
+        values,
+        shared.positions,
+        shared.seen,
+        scale=config.score_scale,
+        window=config.window,
+        windowed=windowed,
+        cap=config.attention_cap,
+        kind=shared.kind,
+    )
+    added = project(attended, params["attention_out"].astype(dtype), inputs=3)
+    if config.attention_out_bias:
+        added = added + params["attention_out_bias"].astype(dtype)
+    return norm(added, params["attention_post_norm"]) if config.post_norms else added, filled
+
+
+def _mlp(params, config: TransformerConfig, x, choices):
+    """What the MLP or the mixture of experts adds to the residual stream, and what the router did."""
+    dtype = x.dtype
+    norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    activation = jax.nn.silu if config.activation == "silu" else partial(jax.nn.gelu, approximate=True)
+    normed, observed = norm(x, params["mlp_norm"]), {}
+    if config.experts is None:
+        gate_up = project(normed, params["gate_up"].astype(dtype))
+        activated = activation(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        added = project(activated, params["down"].astype(dtype))
+    else:
+        routing = route(normed, params["router"].astype(dtype), config.experts, choices)
+        gate_up, down = params["gate_up"].astype(dtype), params["down"].astype(dtype)
+        added = expert_mlp(normed, routing, gate_up, down, activation=activation, ragged=config.experts.ragged)
+        observed = {"router_choices": routing.choices, "router_probabilities": routing.probabilities}
+    return norm(added, params["mlp_post_norm"]) if config.post_norms else added, observed
+
+
+def _block(params, shared: _Shared, x, windowed, choices, cached):
+    """One block: (residual stream, filled cache, what can be observed).
+
+    `cached` is None or (keys, values, layer), written from slot `used` on. Keys and values are [B, K, S, H] where
+    `layer` is None, else [L, B, K, S, H], of which this block is entry `layer`.
+    """
+    added, filled = _attention(params, shared, x, windowed, cached)
+    x = x + added
+    added, observed = _mlp(params, shared.config, x, choices)
+    x = x + added
+    return x, filled, observed | {"hidden_states": x}
+
+
+def observed_forward(
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache | None = None,
+    *,
+    config: TransformerConfig,
+    names: Collection[str] = (),
+    router_choices: Int[Array, "L B T k"] | None = None,
+) -> tuple[Float[Array, "B T D"], Cache | None, dict[str, Array]]:
+    """`forward`, and what happened inside.
+
+    Args:
+      params, tokens, positions, cache, config, router_choices: as for `forward`.
+      names: what to return: "hidden_states" [L + 1, B, T, D], the embedded tokens and the residual stream after each
+        block, before the final norm; "router_choices" [L, B, T, k]; "router_probabilities" [L, B, T, E].
+
+    Returns:
+      hidden states, the filled cache, and what was asked for by name.
+
+    Raises:
+      ValueError: for a name that this model does not have.
+    """
+    known = OBSERVABLE if config.experts is not None else OBSERVABLE[:1]
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"a forward pass of this model cannot return {', '.join(unknown)}; known: {', '.join(known)}")
+    if router_choices is not None and config.experts is None:
+        raise ValueError("router_choices were given to a model without experts; leave them out, or set model.experts")
+
+    x = params["embedding"].astype(config.compute_dtype)[tokens]
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    used, seen = jnp.int32(0), positions
+    if cache is not None:
+        used = cache.used
+        seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used))
+    angles = rotary_angles(positions, config.rotary_size, config.rope_base, config.rope_scaling)
+    local = angles
+    if config.local_rope_base is not None:
+        local = rotary_angles(positions, config.rotary_size, config.local_rope_base)
+    kind = attention_path(config, rows=tokens.shape[0], queries=tokens.shape[1], keys=seen.shape[1])
+    shared = _Shared(config, angles, local, positions, seen, used, kind)
+
+    keep = lambda observed: {name: observed[name] for name in names}  # noqa: E731
+    embedded = x[None]
+    loop = _unrolled_blocks if config.unrolled else _scanned_blocks
+    x, layers, observed = loop(params, shared, x, router_choices, None if cache is None else cache.layers, keep)
+    if "hidden_states" in observed:
+        observed["hidden_states"] = jnp.concatenate([embedded, observed["hidden_states"]])
+    hidden = rms_norm(x, params["final_norm"], config.norm_epsilon, config.norm_offset)
+    return hidden, None if cache is None else Cache(layers, seen, used + tokens.shape[1]), observed
+
+
+def _unrolled_blocks(params, shared, x, router_choices, layers, keep):
+    filled, all_observed = [], []
+    for index, block_params in enumerate(unstack(params, shared.config)["blocks"]):
+        choices = None if router_choices is None else router_choices[index]
+        cached = None if layers is None else (*layers[index], None)
+        x, layer, observed = _block(block_params, shared, x, shared.config.windowed[index], choices, cached)
+        filled.append(layer)
+        all_observed.append(keep(observed))
+    return x, tuple(filled), jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_observed)
+
+
+def _scanned_blocks(params, shared, x, router_choices, layers, keep):
+    windowed = shared.config.windowed
+
+    # The cache is carried, not scanned over: each block writes its new slots in place, and nothing is copied.
+    def body(carry, xs):
+        x, layers = carry
+        block_params, layer, local, choices = xs
+        # Where all layers are of one kind, the program knows it; else each reads its own from an array.
+        local = windowed[0] if len(set(windowed)) == 1 else local
+        cached = None if layers is None else (*layers, layer)
+        x, layers, observed = _block(block_params, shared, x, local, choices, cached)
+        return (x, layers), keep(observed)
+
+    xs = (params["blocks"], jnp.arange(len(windowed)), jnp.asarray(windowed), router_choices)
+    (x, layers), observed = jax.lax.scan(body, (x, layers), xs)
+    return x, layers, observed
 
 
 def forward(
@@ -237,6 +227,7 @@ def forward(
     cache: Cache | None = None,
     *,
     config: TransformerConfig,
+    router_choices: Int[Array, "L B T k"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Hidden states after the final norm; the cached and the uncached pass are this one function.
 
@@ -246,35 +237,25 @@ def forward(
       positions: index of each token in its own sequence, -1 for padding.
       cache: None, or a cache whose next T slots are filled with this call's keys and values.
       config: sizes and switches.
+      router_choices: experts recorded by an earlier `observed_forward`, taken again instead of the router's.
 
     Returns:
       hidden states in the compute dtype, and the filled cache (None when none was given).
     """
-    x = params["embedding"].astype(config.compute_dtype)[tokens]
-    angles = rotary_angles(positions, config.head_size, config.rope_base)
-    used = jnp.int32(0) if cache is None else cache.used
-    seen = positions
-    if cache is not None:
-        seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used))
-    allowed = (seen[:, None, :] <= positions[:, :, None]) & (seen[:, None, :] >= 0)
+    return observed_forward(params, tokens, positions, cache, config=config, router_choices=router_choices)[:2]
 
-    block = partial(_block, config=config, angles=angles, allowed=allowed, used=used)
-    layers = None if cache is None else cache.layers
-    if config.unrolled:
-        filled = []
-        for index, block_params in enumerate(unstack(params, config)["blocks"]):
-            x, layer = block(block_params, x=x, cached=None if layers is None else (*layers[index], None))
-            filled.append(layer)
-        layers = tuple(filled)
-    else:
-        # The cache is carried, not scanned over: each block writes its new slots in place, and nothing is copied.
-        def body(carry, xs):
-            x, layers = carry
-            return block(xs[0], x=x, cached=None if layers is None else (*layers, xs[1])), None
 
-        (x, layers), _ = jax.lax.scan(body, (x, layers), (params["blocks"], jnp.arange(config.layers)))
-    hidden = rms_norm(x, params["final_norm"], config.norm_epsilon)
-    return hidden, None if cache is None else Cache(layers, seen, used + tokens.shape[1])
+def attention_path(config: TransformerConfig, *, rows: int, queries: int, keys: int | None = None) -> AttentionKind:
+    """How this model computes attention for `rows` rows of `queries` tokens that look at `keys` slots (as many)."""
+    return attention_in_use(
+        config.attention,
+        queries=queries,
+        keys=queries if keys is None else keys,
+        rows=rows,
+        head_size=config.head_size,
+        dtype=config.compute_dtype,
+        cap=config.attention_cap,
+    )
 
 
 def unstack(params: PyTree, config: TransformerConfig) -> PyTree:
@@ -285,32 +266,11 @@ def unstack(params: PyTree, config: TransformerConfig) -> PyTree:
     return params | {"blocks": blocks}
 
 
-def logits(params: PyTree, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Scores of the next symbol in float32, before temperature."""
+def logits(params: PyTree, hidden: Float[Array, "*B D"], *, cap: float | None = None) -> Float[Array, "*B V"]:
+    """Scores of the next symbol in float32, before temperature; with a cap, cap * tanh(scores / cap)."""
     table = params.get("unembedding", params["embedding"]).astype(hidden.dtype)
-    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-
-
-def init_cache(rows: int, slots: int, *, config: TransformerConfig) -> Cache:
-    """An empty cache for `slots` tokens a row."""
-    shape = (rows, config.kv_heads, slots, config.head_size)
-    if not config.unrolled:
-        shape = (config.layers, *shape)
-    pair = lambda: (jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))  # noqa: E731
-    layers = tuple(pair() for _ in range(config.layers)) if config.unrolled else pair()
-    return Cache(layers, jnp.full((rows, slots), -1, jnp.int32), jnp.int32(0))
-
-
-def expand_cache(cache: Cache, samples: int, extra_slots: int) -> Cache:
-    """Repeat each row `samples` times and add `extra_slots` empty slots: one prefill serves a whole group."""
-
-    def expand(leaf):
-        leaf = jnp.repeat(leaf, samples, axis=leaf.ndim - 4)
-        return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 2) + [(0, extra_slots), (0, 0)])
-
-    positions = jnp.repeat(cache.positions, samples, axis=0)
-    positions = jnp.pad(positions, [(0, 0), (0, extra_slots)], constant_values=-1)
-    return Cache(jax.tree.map(expand, cache.layers), positions, cache.used)
+    scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def transformer(config: TransformerConfig) -> Model:
@@ -326,10 +286,11 @@ def transformer(config: TransformerConfig) -> Model:
     return Model(
         init=partial(initialise, specs),
         apply=partial(forward, config=config),
-        logits=logits,
+        logits=partial(logits, cap=config.logits_cap),
         init_cache=partial(init_cache, config=config),
         expand_cache=expand_cache,
         specs=specs,
         vocabulary_size=config.vocabulary_size,
         config=config,
+        observe=partial(observed_forward, config=config),
     )

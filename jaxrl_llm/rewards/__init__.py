@@ -6,6 +6,7 @@ from jaxrl_llm.rewards.answers import answer_format, answer_span, exact_answer
 from jaxrl_llm.rewards.combination import soft_overlong, truncation_zero, weighted_sum
 from jaxrl_llm.rewards.consistency import consistent_accuracy
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
+from jaxrl_llm.rewards.numbers import extract_number, number_match
 from jaxrl_llm.rewards.verifiers import (
     answer_order_share,
     answer_position_share,
@@ -28,6 +29,8 @@ __all__ = [
     "exact_answer",
     "exact_match",
     "extract_answer",
+    "extract_number",
+    "number_match",
     "soft_overlong",
     "truncation_zero",
     "weighted_sum",

@@ -1,0 +1,198 @@
+"""Chat templates: messages -> text, rendered in a sandbox, and whether a template keeps what was said before.
+
+A template is a program that came with a model's files. It runs in jinja2's immutable sandbox, with the settings and
+the helper functions that `transformers` gives it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxrl_llm.data.extras import imported
+
+Message = Mapping[str, Any]
+
+# A prompt that holds today's date would be another prompt when a run is resumed tomorrow.
+FIXED_DATE = datetime.date(2024, 7, 26)
+
+_QUESTION: Message = {"role": "user", "content": "What is 2+3?"}
+_PROBES: tuple[Sequence[Message], ...] = tuple(
+    (_QUESTION, {"role": "assistant", "content": said}, {"role": "user", "content": "And 4+5?"})
+    for said in ("It is 5.", "<think>\nTwo and three make five.\n</think>\n\nIt is 5.")
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """A template with everything but the messages settled.
+
+    Attributes:
+      source: text of the template.
+      special_tokens: what the template may name, such as bos_token.
+      options: further variables of the template, such as enable_thinking.
+      date: what `strftime_now` formats in the template; fixed, so that a run has the same prompts on every day.
+    """
+
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime.date = FIXED_DATE
+
+    def __post_init__(self) -> None:
+        taken = sorted({"messages", "add_generation_prompt", "strftime_now"} & self.options.keys())
+        if taken:
+            raise ValueError(f"chat template option {taken[0]!r} is set by the renderer itself; take it out")
+
+    def rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text.
+
+        Args:
+          messages: mappings with `role` and `content`; keys whose value is None are left out.
+          add_generation_prompt: end with the header after which the assistant speaks.
+
+        Raises:
+          ValueError: if the template is no valid template, refuses the messages, or tries what the sandbox forbids.
+        """
+        template = _compiled(self.source)
+        variables = {"tools": None, "documents": None} | dict(self.special_tokens) | dict(self.options)
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            return template.render(
+                variables
+                | {
+                    "messages": said,
+                    "add_generation_prompt": add_generation_prompt,
+                    "strftime_now": self.date.strftime,
+                }
+            )
+        except Exception as error:
+            roles = [message.get("role") for message in said]
+            raise ValueError(
+                f"the chat template failed on a conversation with the roles {roles}: {type(error).__name__}: {error}; "
+                "change the conversation (some templates know no system role, or want user and assistant in turns), "
+                "or use another template"
+            ) from error
+
+
+def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """The template of a model directory: chat_template.jinja, else the entry of tokenizer_config.json, else None.
+
+    Raises:
+      ValueError: if the entry is a list of named templates without a default one, or no text at all.
+    """
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    entry = tokenizer_config.get("chat_template")
+    if isinstance(entry, list) and all(
+        isinstance(each, dict) and {"name", "template"} <= each.keys() for each in entry
+    ):
+        named = {each["name"]: each["template"] for each in entry}
+        if "default" not in named:
+            raise ValueError(
+                f"tokenizer_config.json in {directory} has the chat templates {sorted(named)}, but none is named "
+                "'default'; save the one that is meant as chat_template.jinja in this directory"
+            )
+        entry = named["default"]
+    if entry is not None and not isinstance(entry, str):
+        raise ValueError(
+            f"chat_template of tokenizer_config.json in {directory} is a {type(entry).__name__}; it must be text, or a "
+            "list of entries with name and template"
+        )
+    return entry
+
+
+def rewritten_turn(template: ChatTemplate, messages: Sequence[Message]) -> int | None:
+    """The first assistant turn that stands in the whole conversation otherwise than where it was said; None if none.
+
+    A turn was said behind the generation prompt of what came before it. If that text is not a prefix of the whole
+    conversation, the policy is conditioned on something that it never said. White space around a turn does not count.
+
+    Returns:
+      Index into the messages.
+    """
+    said = [turn for turn, message in enumerate(messages) if message.get("role") == "assistant"]
+    whole = template.rendered(messages, add_generation_prompt=True) if said else ""
+    for turn in said:
+        before = template.rendered(messages[:turn], add_generation_prompt=True)
+        text = str(messages[turn].get("content") or "").strip()
+        if not whole.startswith(before) or not whole[len(before) :].lstrip().startswith(text):
+            return turn
+    return None
+
+
+def rewrites_history(template: ChatTemplate) -> bool:
+    """Whether the template changes earlier assistant turns, such as one that drops their reasoning.
+
+    Found by rendering two conversations of two turns, one with a reasoning part in its first answer.
+    """
+    return any(rewritten_turn(template, probe) is not None for probe in _PROBES)
+
+
+def require_kept_history(template: ChatTemplate) -> None:
+    """Refuse a template that cannot be used for several turns, because it changes earlier ones.
+
+    Raises:
+      ValueError: with the remedy.
+    """
+    if rewrites_history(template):
+        raise ValueError(
+            "the chat template rewrites history: it renders an earlier assistant turn otherwise than it was sampled "
+            "(for example without its reasoning), so the tokens of one turn are no prefix of the next and training "
+            "over several turns would score tokens that the policy never saw; use a template that keeps earlier turns "
+            "as they are, or train on single turns"
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> Any:
+    jinja2 = imported("jinja2")
+    sandbox, extension = imported("jinja2.sandbox"), imported("jinja2.ext")
+
+    class Generation(extension.Extension):
+        """`{% generation %}` marks what an assistant said; here it is a plain block, since masks come from lengths."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def refuse(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def as_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # jinja2's own filter escapes HTML, which no tokenizer has seen.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, extension.loopcontrols]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals["raise_exception"] = refuse
+    return environment
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> Any:
+    environment, jinja2 = _environment(), imported("jinja2")
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"the chat template is no valid jinja2 template: {error.message} in line {error.lineno}; repair the "
+            "template, or copy the model's files again"
+        ) from error

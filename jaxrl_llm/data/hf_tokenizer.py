@@ -1,0 +1,275 @@
+"""Tokenizers of Hugging Face model directories: `tokenizer.json` with the settings that lie beside it.
+
+Nothing here decides what is trained on: masks come from lengths, so padding may share its id with end of sequence.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxrl_llm.data.chat import FIXED_DATE, ChatTemplate, require_kept_history, template_source
+from jaxrl_llm.data.extras import imported
+from jaxrl_llm.data.json_files import json_object
+from jaxrl_llm.data.prompts import PLACE, ChatPrompts, PlainPrompts, PromptFormat, require_boundary
+
+
+@dataclass(frozen=True, eq=False)
+class HuggingFaceTokenizer:
+    """Text <-> tokens of a pretrained model, and how a record becomes a prompt; `load_tokenizer` makes one.
+
+    Attributes:
+      path: directory that it was read from.
+      backend: the `tokenizers.Tokenizer`.
+      eos_ids: every id that ends a completion; the first one ends reference completions.
+      pad_id: fills rows up; may be one of `eos_ids`.
+      prefix_ids: what the tokenizer itself puts in front of a text, such as begin of sequence; often nothing.
+      special_tokens: text by name, such as bos_token, for chat templates.
+      chat_template: text of the chat template; None where the model has none.
+      prompts: how records become prompts, see `with_chat` and `with_prompt_format`.
+    """
+
+    path: str
+    backend: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    prefix_ids: tuple[int, ...] = ()
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+    prompts: PromptFormat = field(default_factory=PlainPrompts)
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends reference completions."""
+        return self.eos_ids[0]
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the ids of a text, for checkpoints."""
+        parts = [self.backend.to_str(), list(self.eos_ids), self.pad_id, self.chat_template, dict(self.special_tokens)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Special tokens in it are recognised; none are put around it."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, without end of sequence and padding; other special tokens are spelled out.
+
+        Ids beyond the vocabulary, which an embedding that is rounded up allows a policy to sample, have no text.
+        """
+        silent = {*self.eos_ids, self.pad_id}
+        return self.backend.decode([int(id) for id in ids if int(id) not in silent], skip_special_tokens=False)
+
+    def prompt_ids(self, item: Mapping[str, Any]) -> list[int]:
+        """Tokens of a record's prompt."""
+        return self.prompts.prompt_ids(self, item)
+
+    def completion_ids(self, item: Mapping[str, Any], text: str) -> list[int]:
+        """Tokens of a completion to a record's prompt, end of sequence included."""
+        return self.prompts.completion_ids(self, item, text)
+
+
+def load_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a local model directory, with plain prompts (the body as it stands).
+
+    Read are tokenizer.json; tokenizer_config.json and special_tokens_map.json for names of special tokens (where they
+    differ the former wins); generation_config.json and config.json for further ids that end a sequence (likewise); and
+    chat_template.jinja.
+
+    Raises:
+      ValueError: for a directory or a file that is missing or broken, settings that name unknown tokens, or no end of
+        sequence at all.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory; give the directory with the model's tokenizer.json")
+    config = json_object(directory / "tokenizer_config.json")
+    backend = _backend(directory)
+    _add_tokens(backend, config, directory)
+    special = _special_tokens(json_object(directory / "special_tokens_map.json")) | _special_tokens(config)
+    _recognise(backend, special, directory)
+    generation = {} | json_object(directory / "config.json") | json_object(directory / "generation_config.json")
+    eos_ids = _eos_ids(backend, special, generation, directory)
+    return HuggingFaceTokenizer(
+        path=str(directory),
+        backend=backend,
+        eos_ids=eos_ids,
+        pad_id=_pad_id(backend, special, generation, eos_ids),
+        prefix_ids=_prefix_ids(backend),
+        special_tokens=special,
+        chat_template=template_source(directory, config),
+    )
+
+
+def with_prompt_format(tokenizer: HuggingFaceTokenizer, format: str = PLACE) -> HuggingFaceTokenizer:
+    """The tokenizer with plain prompts: `format` with the record's body in place of `{body}`, no chat template.
+
+    Raises:
+      ValueError: if the format has no place for the body.
+    """
+    return replace(tokenizer, prompts=PlainPrompts(format))
+
+
+def with_chat(
+    tokenizer: HuggingFaceTokenizer,
+    *,
+    system_prompt: str | None = None,
+    format: str = PLACE,
+    options: Mapping[str, Any] | None = None,
+    rewritten_history: Literal["error", "allow"] = "error",
+    several_turns: bool = False,
+    date: datetime.date = FIXED_DATE,
+) -> HuggingFaceTokenizer:
+    """The tokenizer with prompts rendered by the model's chat template, checked before anything is encoded.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      system_prompt: first message of conversations without a system message; None for none.
+      format: text of the last user message, with `{body}` where its content goes.
+      options: variables of the template, such as {"enable_thinking": False}.
+      rewritten_history: see `ChatPrompts`.
+      several_turns: the policy speaks more than once in a conversation; refuses a template that rewrites history.
+      date: what a template that asks for today's date is told.
+
+    Raises:
+      ValueError: if there is no template, or it fails a check; see `require_boundary` and `require_kept_history`.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the model in {tokenizer.path} has no chat template: there is no chat_template.jinja, and "
+            "tokenizer_config.json has no chat_template; use a plain prompt format, or write the template"
+        )
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, options or {}, date)
+    prompts = ChatPrompts(template, system_prompt, format, rewritten_history)
+    require_boundary(prompts, tokenizer)
+    if several_turns:
+        require_kept_history(template)
+    return replace(tokenizer, prompts=prompts)
+
+
+def require_embedding(tokenizer: HuggingFaceTokenizer, rows: int) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for. More rows than ids are fine.
+
+    Raises:
+      ValueError: naming tokens that do not fit.
+    """
+    if tokenizer.vocabulary_size > rows:
+        vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+        beyond = sorted((id, text) for text, id in vocabulary.items() if id >= rows)
+        shown = ", ".join(f"{text!r} ({id})" for id, text in beyond[:3])
+        raise ValueError(
+            f"the tokenizer in {tokenizer.path} has ids up to {tokenizer.vocabulary_size - 1}, but the model's "
+            f"embedding has {rows} rows; {len(beyond)} tokens do not fit: {shown}; use the tokenizer that belongs to "
+            "the model, or enlarge the embedding"
+        )
+
+
+def _backend(directory: Path) -> Any:
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        others = [name for name in ("tokenizer.model", "spiece.model", "vocab.json") if (directory / name).is_file()]
+        found = f"only {others[0]}, which is of the older kind" if others else "no tokenizer at all"
+        raise ValueError(
+            f"{directory} has no tokenizer.json ({found}); write one where transformers is installed, with "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), or copy the model's files again"
+        )
+    tokenizers = imported("tokenizers")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(
+            f"{file} is no file of the `tokenizers` library: {error}; it may be cut off, or of a newer version: "
+            "copy it again, or upgrade tokenizers"
+        ) from error
+    # Some files ask for either; here nothing is ever cut, and rows are filled by the pipeline.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _add_tokens(backend: Any, config: Mapping[str, Any], directory: Path) -> None:
+    """Add the tokens that only tokenizer_config.json knows, and hold both files against each other."""
+    entries = {int(id): dict(entry) for id, entry in (config.get("added_tokens_decoder") or {}).items()}
+    added_token = imported("tokenizers").AddedToken
+    for _, entry in sorted(entries.items()):
+        if backend.token_to_id(entry["content"]) is None:
+            backend.add_tokens([added_token(**entry)])
+    for id, entry in sorted(entries.items()):
+        found = backend.token_to_id(entry["content"])
+        if found != id:
+            raise ValueError(
+                f"tokenizer_config.json in {directory} gives the added token {entry['content']!r} the id {id}, but "
+                f"with tokenizer.json it has the id {found}; the files belong to different tokenizers: copy both again"
+            )
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Text of every `..._token` entry; an entry is a text, or an object with `content`."""
+    texts = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name.endswith("_token")
+    }
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _recognise(backend: Any, special: Mapping[str, str], directory: Path) -> None:
+    """Have the named special tokens recognised inside of texts, as templates write them there."""
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if name in special and backend.token_to_id(special[name]) is None:
+            raise ValueError(
+                f"{name} is {special[name]!r} in {directory}, but tokenizer.json has no such token; the files belong "
+                "to different tokenizers: copy them again, or name a token that there is"
+            )
+    backend.add_special_tokens([text for text in special.values() if backend.token_to_id(text) is not None])
+
+
+def _eos_ids(
+    backend: Any, special: Mapping[str, str], generation: Mapping[str, Any], directory: Path
+) -> tuple[int, ...]:
+    named = generation.get("eos_token_id")
+    listed = named if isinstance(named, list) else [] if named is None else [named]
+    for id in listed:
+        if isinstance(id, bool) or not isinstance(id, int) or id < 0 or backend.id_to_token(id) is None:
+            raise ValueError(
+                f"eos_token_id is {named!r} in the generation_config.json or config.json of {directory}, but {id!r} is "
+                "the id of no token; name ids of tokenizer.json"
+            )
+    first = [backend.token_to_id(special["eos_token"])] if "eos_token" in special else []
+    ids = tuple(dict.fromkeys([*first, *listed]))
+    if not ids:
+        raise ValueError(
+            f"nothing in {directory} names an end of sequence; add eos_token to tokenizer_config.json, or eos_token_id "
+            "to generation_config.json"
+        )
+    return ids
+
+
+def _pad_id(backend: Any, special: Mapping[str, str], generation: Mapping[str, Any], eos_ids: tuple[int, ...]) -> int:
+    if "pad_token" in special:
+        return backend.token_to_id(special["pad_token"])
+    named = generation.get("pad_token_id")
+    # Some models write -1 or null for "none".
+    if isinstance(named, int) and named >= 0 and backend.id_to_token(named) is not None:
+        return named
+    return eos_ids[0]
+
+
+def _prefix_ids(backend: Any) -> tuple[int, ...]:
+    """What the tokenizer's own post-processor puts in front of a text."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    starts = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)])

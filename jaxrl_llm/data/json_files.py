@@ -1,0 +1,77 @@
+"""JSON from files that others wrote: an object, or many elements numbered as an editor numbers them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; empty where there is no file.
+
+    Raises:
+      ValueError: if the file is no JSON, or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}; copy the model's files again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, not an object; copy the model's files again")
+    return value
+
+
+def elements(file: Path, content: bytes) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSONL file, or of a JSON file that is one list, numbered from 1; blank lines are passed over.
+
+    Args:
+      file: named in messages.
+      content: what the file holds.
+
+    Yields:
+      Number and value; the value of a line that is no JSON is the `ValueError` that says why.
+
+    Raises:
+      ValueError: for a list that is no JSON.
+    """
+    if _is_list(content):
+        try:
+            values = _parsed(content)
+        except ValueError as error:
+            raise ValueError(f"data file {file} is no JSON: {error}; repair it, or write one object a line") from error
+        yield from enumerate(values, start=1)
+        return
+    # At newlines only: other line separators of Unicode may stand inside of a text.
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            yield number, _parsed_or_error(line)
+
+
+def place(content: bytes) -> str:
+    """What `elements` numbers in a file: lines, or elements of a list."""
+    return "element" if _is_list(content) else "line"
+
+
+def _is_list(content: bytes) -> bool:
+    return content.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] == b"["
+
+
+def _parsed_or_error(text: bytes) -> Any:
+    try:
+        return _parsed(text)
+    except ValueError as error:
+        return error
+
+
+def _parsed(text: bytes) -> Any:
+    return json.loads(text.decode("utf-8-sig"), parse_constant=_refused)
+
+
+def _refused(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,209 @@
+"""From a record to the tokens of its prompt and of a completion: by a chat template, or by a plain format.
+
+The boundary between the two is checked: the tokens of the prompt must be the first tokens of prompt and completion
+together, or the policy would be trained behind a prompt that it is never given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from jaxrl_llm.data.chat import ChatTemplate, Message, rewritten_turn
+
+Record = Mapping[str, Any]
+PLACE = "{body}"
+
+
+class Encoder(Protocol):
+    """What a prompt format asks of a tokenizer."""
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class PromptFormat(Protocol):
+    """How records become tokens; `PlainPrompts` and `ChatPrompts` are two."""
+
+    def prompt_ids(self, encoder: Encoder, item: Record) -> list[int]: ...
+    def completion_ids(self, encoder: Encoder, item: Record, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class PlainPrompts:
+    """What the tokenizer puts in front of every text, then a format with the body in its place.
+
+    Attributes:
+      format: text with `{body}` where the record's body goes; other braces stand for themselves.
+    """
+
+    format: str = PLACE
+
+    def __post_init__(self) -> None:
+        require_place("prompt format", self.format)
+
+    def prompt_ids(self, encoder: Encoder, item: Record) -> list[int]:
+        """Tokens of the prompt."""
+        if "messages" in item:
+            raise ValueError(
+                f"the record is a conversation of {len(item['messages'])} messages, which a plain prompt "
+                "format cannot hold; use the chat template, or map a single prompt field"
+            )
+        return [*encoder.prefix_ids, *encoder.encode(self.format.replace(PLACE, item["body"]))]
+
+    def completion_ids(self, encoder: Encoder, item: Record, text: str) -> list[int]:
+        """Tokens of a completion with its end of sequence. It is encoded alone, as it is sampled."""
+        del item
+        return [*encoder.encode(text), encoder.eos_ids[0]]
+
+
+@dataclass(frozen=True, eq=False)
+class ChatPrompts:
+    """A conversation rendered by a chat template, ending where the assistant speaks.
+
+    Attributes:
+      template: the template with its variables.
+      system_prompt: first message of conversations that have no system message of their own; None for none.
+      format: text of the last user message, with `{body}` where its content goes.
+      rewritten_history: "error" refuses a conversation whose earlier assistant turns the template changes; "allow"
+        takes it as the template renders it, which is sound where only the last turn is trained on.
+    """
+
+    template: ChatTemplate
+    system_prompt: str | None = None
+    format: str = PLACE
+    rewritten_history: Literal["error", "allow"] = "error"
+
+    def __post_init__(self) -> None:
+        require_place("prompt format", self.format)
+        if self.rewritten_history not in ("error", "allow"):
+            raise ValueError(f"rewritten_history is {self.rewritten_history!r}; it must be 'error' or 'allow'")
+
+    def messages(self, item: Record) -> list[Message]:
+        """The conversation of a record, up to the turn of the assistant that is to come."""
+        given: list[Message] = list(item.get("messages") or [{"role": "user", "content": item["body"]}])
+        if given[-1]["role"] == "user":
+            given[-1] = {**given[-1], "content": self.format.replace(PLACE, given[-1]["content"])}
+        if self.system_prompt is not None and given[0]["role"] != "system":
+            given.insert(0, {"role": "system", "content": self.system_prompt})
+        return given
+
+    def prompt_ids(self, encoder: Encoder, item: Record) -> list[int]:
+        """Tokens of the prompt.
+
+        Raises:
+          ValueError: if the template refuses the conversation, or changes its earlier turns.
+        """
+        messages = self.messages(item)
+        if self.rewritten_history == "error":
+            turn = rewritten_turn(self.template, messages)
+            if turn is not None:
+                raise ValueError(
+                    f"the chat template renders message {turn} of the conversation, "
+                    f"{str(messages[turn].get('content'))[:80]!r}, otherwise than it was said (for example without "
+                    "its reasoning); use a template that keeps earlier turns, leave the item out, or set "
+                    "rewritten_history to 'allow' to take the conversation as the template renders it"
+                )
+        return encoder.encode(self.template.rendered(messages, add_generation_prompt=True))
+
+    def completion_ids(self, encoder: Encoder, item: Record, text: str) -> list[int]:
+        """Tokens of a completion with the end of the assistant's turn.
+
+        Raises:
+          ValueError: if the prompt's tokens are no prefix of those of prompt and completion together, or if the turn
+            does not end with an end of sequence.
+        """
+        messages = self.messages(item)
+        completion = completion_tokens(self.template, encoder, messages, text)
+        return _ended(completion, encoder, text)
+
+
+def completion_tokens(template: ChatTemplate, encoder: Encoder, messages: Sequence[Message], text: str) -> list[int]:
+    """What a template adds to the tokens of a prompt when the assistant says `text`, all of it.
+
+    Raises:
+      ValueError: if the prompt's tokens are no prefix of the tokens with the answer; shows where they part.
+    """
+    prompt_text = template.rendered(messages, add_generation_prompt=True)
+    whole_text = template.rendered([*messages, {"role": "assistant", "content": text}])
+    prompt, whole = encoder.encode(prompt_text), encoder.encode(whole_text)
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    if whole_text.startswith(prompt_text):
+        part = _shared(prompt, whole)
+        raise ValueError(
+            f"the tokens of the prompt are no prefix of those of prompt and answer: the tokenizer joins the prompt's "
+            f"end {encoder.decode(prompt[part:])!r} with the answer {text[:40]!r}; end the template's generation "
+            "prompt with a special token or a newline"
+        )
+    shared = _shared(prompt_text, whole_text)
+    raise ValueError(
+        "the chat template renders a prompt differently once an answer follows: the prompt goes on with "
+        f"{prompt_text[shared : shared + 40]!r} where prompt and answer go on with "
+        f"{whole_text[shared : shared + 40]!r}; use a template, or template options, under which the prompt with its "
+        "generation prompt is the beginning of the whole conversation"
+    )
+
+
+def require_boundary(prompts: ChatPrompts, encoder: Encoder) -> None:
+    """Check a template on a short conversation before anything is encoded.
+
+    Raises:
+      ValueError: if the prompt is no prefix, the template ignores `add_generation_prompt`, or the assistant's turn does
+        not end with an end of sequence.
+    """
+    item = {"body": "What is 2+3?"}
+    messages, text = prompts.messages(item), "5"
+    prompts.completion_ids(encoder, item, text)
+    asked = prompts.template.rendered(messages, add_generation_prompt=True)
+    added = prompts.template.rendered([*messages, {"role": "assistant", "content": text}])[len(asked) :]
+    if asked == prompts.template.rendered(messages) and not added.lstrip().startswith(text):
+        header = added.partition(text)[0]
+        raise ValueError(
+            f"the chat template ignores add_generation_prompt: it opens the assistant's turn with {header!r} only once "
+            "the answer is known, so the policy would have to sample this header; add "
+            f"{{% if add_generation_prompt %}} with {header!r} to the template"
+        )
+
+
+def require_place(name: str, text: str) -> None:
+    """Refuse a format that has no place for the body.
+
+    Raises:
+      ValueError: with the remedy.
+    """
+    if PLACE not in text:
+        raise ValueError(f"{name} {text!r} has no place for the prompt; write {PLACE} where the body goes")
+
+
+def _ended(completion: list[int], encoder: Encoder, text: str) -> list[int]:
+    """The completion up to and with its first end of sequence: what stands behind it is never sampled."""
+    for place, token in enumerate(completion):
+        if token in encoder.eos_ids:
+            after = encoder.decode(completion[place + 1 :])
+            if after.strip():
+                raise ValueError(
+                    f"the completion {text[:80]!r} holds an end of sequence before its end: {after[:40]!r} would never "
+                    "be sampled; take the special token out of the text"
+                )
+            return completion[: place + 1]
+    decoded, said = encoder.decode(completion), text.strip()
+    tail = decoded.rpartition(said)[2] if said else decoded
+    if tail.strip():
+        raise ValueError(
+            f"the chat template ends the assistant's turn with {tail!r}, but none of its tokens ends a sequence (ids "
+            f"{list(encoder.eos_ids)}), so the policy would never stop there; add the id to eos_token_id in "
+            "generation_config.json"
+        )
+    return [*completion, encoder.eos_ids[0]]
+
+
+def _shared(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Number of elements that two sequences have in common at their beginning."""
+    pairs = zip(left, right, strict=False)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right)))

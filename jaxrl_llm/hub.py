@@ -1,0 +1,69 @@
+"""Where a model's files lie: a local directory first, else a snapshot of a Hugging Face repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jaxrl_llm.data.extras import imported
+
+# Weights as safetensors, settings, tokenizer, template. Pickled weights run code when they are read: never fetched.
+ALLOWED = ("*.safetensors", "*.json", "*.jinja")
+# Second copies of the weights in other layouts, which would double the download.
+IGNORED = ("*/*", "consolidated*")
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def model_directory(model: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """The local directory of a model.
+
+    Args:
+      model: a local directory; or owner/name of a repository, which is downloaded once (its safetensors, JSON files and
+        templates) and then read from the cache. A directory that exists is never looked up.
+      revision: branch, tag or commit of the repository; name a commit to get the same files every time.
+      cache_dir: where snapshots are kept; None takes the hub's own cache.
+
+    Raises:
+      ValueError: for a path that does not exist, a file, a directory without config.json, a revision of a local
+        directory, or a repository that cannot be had.
+    """
+    local = Path(model).expanduser()
+    if local.exists():
+        if revision is not None:
+            raise ValueError(
+                f"revision is {revision!r}, but {local} is a local directory, which has no revisions; leave it out"
+            )
+        return _with_config(local)
+    if not _REPOSITORY.fullmatch(str(model)):
+        raise ValueError(
+            f"model path {str(model)!r} does not exist, and is no owner/name of a Hugging Face repository; give the "
+            "directory that holds config.json"
+        )
+    hub = imported("huggingface_hub")
+    try:
+        found = hub.snapshot_download(
+            str(model),
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=list(ALLOWED),
+            ignore_patterns=list(IGNORED),
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(model)!r} is no local directory, and as a Hugging Face repository it could not be downloaded: "
+            f"{type(error).__name__}: {error}; check the spelling, the network, and for a gated model that you are "
+            "logged in (hf auth login), or give a local directory"
+        ) from error
+    return _with_config(Path(found))
+
+
+def _with_config(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise ValueError(f"model path {directory} is a file; give the directory that holds config.json")
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{directory} has no config.json, so it is no model directory; give the directory into which the model was "
+            "saved with save_pretrained, or downloaded"
+        )
+    return directory

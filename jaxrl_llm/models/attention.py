@@ -1,0 +1,254 @@
+"""Attention behind one function: a plain path, jax.nn's (XLA or cuDNN on GPU), and splash attention on TPU.
+
+The plain path is the definition and serves every shape. The others serve whole sequences (training, scoring and the
+prefill of a rollout), where queries and keys are the same tokens; a decode step has few queries and is always plain.
+They take "may attend to" from the order of slots and so expect a row's positions to be consecutive, with padding (-1)
+before or after; the plain path looks at the positions themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+AttentionChoice = Literal["auto", "plain", "xla", "cudnn", "splash"]
+AttentionKind = Literal["plain", "xla", "cudnn", "splash"]
+
+# The lane width of the MXU: splash attention works on blocks of multiples of it.
+LANES = 128
+# The widest head that cuDNN's flash attention takes on every GPU that has it.
+CUDNN_HEAD_SIZE = 128
+
+
+def attention_in_use(
+    choice: AttentionChoice,
+    *,
+    queries: int,
+    keys: int,
+    rows: int,
+    head_size: int,
+    dtype: str,
+    cap: float | None,
+    backend: str | None = None,
+) -> AttentionKind:
+    """Which path `attend` takes.
+
+    Args:
+      choice: what the config asks for; "auto" takes splash attention on TPU and cuDNN on GPU where they can serve the
+        case, else the plain path.
+      queries: query tokens a row.
+      keys: key slots a row.
+      rows: B.
+      head_size: H.
+      dtype: compute dtype.
+      cap: soft cap of the scores, None without.
+      backend: None is that of this process.
+    """
+    if queries != keys:
+        return "plain"
+    if choice != "auto":
+        return choice
+    backend = backend or jax.default_backend()
+    if backend == "tpu" and queries >= LANES and _can_split(rows):
+        return "splash"
+    if backend == "gpu" and dtype == "bfloat16" and cap is None and head_size <= CUDNN_HEAD_SIZE and head_size % 8 == 0:
+        return "cudnn"
+    return "plain"
+
+
+def attend(
+    queries: Float[Array, "B T K G H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    positions: Int[Array, "B T"],
+    seen: Int[Array, "B S"],
+    *,
+    scale: float,
+    window: int | None = None,
+    windowed: bool | Bool[Array, ""] = True,
+    cap: float | None = None,
+    kind: AttentionKind = "plain",
+) -> Float[Array, "B T K G H"]:
+    """Causal softmax attention with G query heads to each key/value head; scores and softmax in float32.
+
+    A token attends to the tokens of its row at positions (own - window, own]. A query that may attend to nothing
+    (padding) returns something finite that nobody reads.
+
+    Args:
+      queries: rotated queries.
+      keys: rotated keys, new and remembered.
+      values: their values.
+      positions: of the queries, -1 for padding.
+      seen: of the keys, -1 for padding and empty slots.
+      scale: factor on the scores.
+      window: tokens that are seen, the own one included; None sees all.
+      windowed: whether this layer keeps to the window; an array where layers are scanned over.
+      cap: scores s become cap * tanh(s / cap).
+      kind: the path, from `attention_in_use`.
+
+    Returns:
+      the mean value under softmax(scores), one for each query head.
+    """
+    chex.assert_rank([queries, keys, values, positions, seen], [5, 4, 4, 2, 2])
+    if kind == "plain":
+        allowed = visible(positions, seen, window, windowed)
+        return plain_attention(queries, keys, values, allowed, scale=scale, cap=cap)
+    if kind == "splash":
+        path = partial(splash_attention, scale=scale, cap=cap)
+    else:
+        path = partial(library_attention, scale=scale, kind=kind)
+    arrays = (queries, keys, values, seen)
+    if window is None or isinstance(windowed, bool):
+        return path(*arrays, window=window if windowed else None)
+    # A window is part of the kernel, so that layers that are scanned over choose between two kernels.
+    return jax.lax.cond(windowed, partial(path, window=window), partial(path, window=None), *arrays)
+
+
+def visible(
+    positions: Int[Array, "B T"], seen: Int[Array, "B S"], window: int | None, windowed: bool | Bool[Array, ""]
+) -> Bool[Array, "B T S"]:
+    """Whether each query may attend to each key."""
+    allowed = (seen[:, None, :] <= positions[:, :, None]) & (seen[:, None, :] >= 0)
+    if window is None or windowed is False:
+        return allowed
+    near = seen[:, None, :] > positions[:, :, None] - window
+    return allowed & (near if windowed is True else near | ~windowed)
+
+
+def plain_attention(
+    queries: Float[Array, "B T K G H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    allowed: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    cap: float | None = None,
+) -> Float[Array, "B T K G H"]:
+    """softmax(mask(cap(scale * q k^T))) v with every score in memory."""
+    scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32) * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    scores = jnp.where(allowed[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgts,bksh->btkgh", weights, values)
+
+
+def library_attention(
+    queries: Float[Array, "B T K G H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    seen: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int | None,
+    kind: Literal["xla", "cudnn"],
+) -> Float[Array, "B T K G H"]:
+    """The same through `jax.nn.dot_product_attention`.
+
+    It describes padding by lengths alone, so each row is turned until its first real token stands at the front.
+    """
+    rows, length, kv_heads, group, size = queries.shape
+    real = seen >= 0
+    first = jnp.argmax(real, axis=1)[:, None]
+    # A row of padding alone counts as one token: kernels divide by the sum of a row's weights.
+    lengths = jnp.maximum(real.sum(axis=1), 1).astype(jnp.int32)
+    slots = jnp.arange(length)
+
+    def turned(x, by):
+        return jnp.take_along_axis(x, ((slots + by) % length)[:, :, None, None], axis=1)
+
+    attended = jax.nn.dot_product_attention(
+        turned(queries.reshape(rows, length, kv_heads * group, size), first),
+        turned(keys.swapaxes(1, 2), first),
+        turned(values.swapaxes(1, 2), first),
+        scale=scale,
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=kind,
+    )
+    return turned(attended, -first).reshape(queries.shape)
+
+
+def splash_attention(
+    queries: Float[Array, "B T K G H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    seen: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+    interpret: bool = False,
+) -> Float[Array, "B T K G H"]:
+    """The same through the splash attention kernel, padded to whole blocks.
+
+    Padding is a segment of its own. The kernel cannot be partitioned by the compiler: under an ambient mesh
+    (`jax.set_mesh`) the rows are split over all of its axes by hand.
+
+    Args:
+      queries, keys, values, seen, scale, window, cap: as for `attend`, T queries and T keys.
+      interpret: run the kernel in Pallas' interpreter, for tests without a TPU.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    rows, length, kv_heads, group, size = queries.shape
+    padded = -(-length // LANES) * LANES
+    block = max(block for block in (LANES, 2 * LANES, 4 * LANES) if padded % block == 0)
+    extra = [(0, 0), (0, 0), (0, padded - length), (0, 0)]
+    heads_first = (queries * scale).astype(queries.dtype).reshape(rows, length, kv_heads * group, size).swapaxes(1, 2)
+    padded_queries, padded_keys, padded_values = (jnp.pad(x, extra) for x in (heads_first, keys, values))
+    segment = jnp.pad((seen >= 0).astype(jnp.int32), [(0, 0), (0, padded - length)])
+
+    shape = (padded, padded)
+    mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * (kv_heads * group)),
+        block_sizes=_blocks(block),
+        attn_logits_soft_cap=cap,
+        interpret=interpret,
+    )
+
+    def one_row(queries, keys, values, segment):
+        return kernel(queries, keys, values, segment_ids=splash.SegmentIds(segment, segment))
+
+    every_row: Callable[..., Array] = jax.vmap(one_row)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        by_row = P(mesh.axis_names)
+        every_row = jax.shard_map(every_row, mesh=mesh, in_specs=by_row, out_specs=by_row, check_vma=False)
+    attended = every_row(padded_queries, padded_keys, padded_values, segment)
+    return attended[:, :, :length].swapaxes(1, 2).reshape(queries.shape)
+
+
+def _blocks(size: int):
+    """Square blocks for the forward kernel and both backward kernels."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    return splash.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+
+
+def _can_split(rows: int) -> bool:
+    """Whether the splash kernel knows how to place rows: one device, or an ambient mesh that divides them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return rows % mesh.size == 0

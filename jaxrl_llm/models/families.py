@@ -1,0 +1,177 @@
+"""Open model families: `config.json` of a Hugging Face checkpoint <-> `TransformerConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from jaxrl_llm.models.family_fields import FAMILIES, Family, Json, refuse
+from jaxrl_llm.models.rope_fields import rope_fields, rope_json
+from jaxrl_llm.models.transformer_config import Activation, TransformerConfig
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+# How a model computes, as opposed to what it is: two configs that differ in these alone are one model.
+_EXECUTION = ("attention", "layer_loop", "parameter_dtype", "compute_dtype")
+_PRECISIONS = ("float32", "bfloat16")
+
+
+def architecture_of(source: Json) -> str:
+    """The supported architecture that a `config.json` names.
+
+    Raises:
+      ValueError: for any other, listing the supported ones.
+    """
+    named = source.get("architectures") or []
+    by_type = {family.model_type: architecture for architecture, family in FAMILIES.items()}
+    found = [name for name in named if name in FAMILIES] or (
+        [by_type[source["model_type"]]] if not named and source.get("model_type") in by_type else []
+    )
+    if not found:
+        raise ValueError(
+            f"config.json names the architecture {', '.join(named) or source.get('model_type')!r}, which is not "
+            f"supported; supported are {', '.join(FAMILIES)}"
+        )
+    return found[0]
+
+
+def config_from_json(source: Json, **execution: Any) -> TransformerConfig:
+    """The `TransformerConfig` that a `config.json` describes.
+
+    Args:
+      source: the file as a dict, of old (`rope_theta`, `torch_dtype`) or new (`rope_parameters`, `dtype`) writing.
+      execution: fields of how to compute: attention, layer_loop, parameter_dtype, compute_dtype. The data types are
+        by default the file's where it is float32 or bfloat16, else float32.
+
+    Raises:
+      ValueError: for an unknown architecture, a missing field, or an option that the decoder does not have.
+    """
+    if unknown := sorted(set(execution) - set(_EXECUTION)):
+        raise ValueError(
+            f"{', '.join(unknown)} cannot be set for a model that is read from config.json; only "
+            f"{', '.join(_EXECUTION)} can"
+        )
+    architecture = architecture_of(source)
+    family = FAMILIES[architecture]
+    source = _complete(source, family)
+    refuse(source, "quantization_config", "quantised weights")
+    # Old and new checkpoints differ in the name of the activation; Gemma has both, of which the second counts.
+    activation = source.get("hidden_activation") or source["hidden_act"]
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"config.json has the activation {activation!r}; supported are {', '.join(_ACTIVATIONS)}")
+    stored = source.get("dtype") or source.get("torch_dtype")
+    precision = stored if stored in _PRECISIONS else "float32"
+    common = {
+        "vocabulary_size": source["vocab_size"],
+        "width": source["hidden_size"],
+        "layers": source["num_hidden_layers"],
+        "heads": source["num_attention_heads"],
+        "kv_heads": source.get("num_key_value_heads") or source["num_attention_heads"],
+        "head_width": source.get("head_dim") or source["hidden_size"] // source["num_attention_heads"],
+        "mlp_width": source["intermediate_size"],
+        "activation": _ACTIVATIONS[activation],
+        "norm_epsilon": source["rms_norm_eps"],
+        "tie_embeddings": bool(source["tie_word_embeddings"]),
+        "parameter_dtype": precision,
+        "compute_dtype": precision,
+    }
+    own = family.fields(source)
+    rope = rope_fields(source, local="window" in own)
+    return TransformerConfig(**(common | rope | own | execution))
+
+
+def config_to_json(
+    config: TransformerConfig, *, original: Json | None = None, max_positions: int = 32_768
+) -> dict[str, Any]:
+    """A `config.json` that `transformers` reads.
+
+    Args:
+      config: of the model.
+      original: the `config.json` that it was imported with: all its fields are kept. None writes one of the first
+        family that can say what the config says.
+      max_positions: longest sequence; written where there is no original.
+
+    Raises:
+      ValueError: when the original describes another model, or no family can express the config.
+    """
+    stored = {"dtype": config.parameter_dtype, "torch_dtype": config.parameter_dtype}
+    if original is not None:
+        if differing := _differences(config, config_from_json(original)):
+            raise ValueError(
+                f"the model differs from the original config.json in {', '.join(differing)}; export it without the "
+                "original"
+            )
+        return {**original, **{key: value for key, value in stored.items() if key in original or key == "dtype"}}
+    for architecture, family in FAMILIES.items():
+        if (config.experts is not None) != family.experts:
+            continue
+        written = {
+            "architectures": [architecture],
+            "model_type": family.model_type,
+            "vocab_size": config.vocabulary_size,
+            "hidden_size": config.width,
+            "intermediate_size": config.mlp_size,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads,
+            "head_dim": config.head_size,
+            "hidden_act": {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
+            "rms_norm_eps": config.norm_epsilon,
+            "max_position_embeddings": max_positions,
+            "tie_word_embeddings": config.tie_embeddings,
+            **rope_json(config),
+            **family.json(config),
+            **stored,
+        }
+        if "gemma" in family.model_type:
+            written["hidden_activation"] = written["hidden_act"]
+        if _says(written, config):
+            return written
+    raise ValueError(
+        "no supported family has this combination of options, so that transformers could not run it; closest is to "
+        "train one of the supported families: " + ", ".join(FAMILIES)
+    )
+
+
+def _says(written: Json, config: TransformerConfig) -> bool:
+    """Whether a `config.json` reads back as this config."""
+    try:
+        return not _differences(config, config_from_json(written))
+    except ValueError:
+        return False
+
+
+def _differences(config: TransformerConfig, other: TransformerConfig) -> list[str]:
+    """Fields in which two configs describe different models."""
+
+    def plain(config: TransformerConfig) -> TransformerConfig:
+        experts = None if config.experts is None else replace(config.experts, product="auto")
+        pattern = config.windowed if config.window else (True,)
+        return replace(
+            config,
+            experts=experts,
+            window_pattern=pattern,
+            head_width=config.head_size,
+            mlp_width=config.mlp_size,
+            query_scale=round(config.score_scale, 12),
+        )
+
+    config, other = plain(config), plain(other)
+    names = [field.name for field in fields(TransformerConfig) if field.name not in _EXECUTION]
+    return [name for name in names if getattr(config, name) != getattr(other, name)]
+
+
+def _complete(source: Json, family: Family) -> dict[str, Any]:
+    """Fill in what the family leaves unsaid, and ask for what it never does."""
+    defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False} | dict(family.defaults)
+    complete = defaults | dict(source)
+    needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    if missing := [key for key in needed if complete.get(key) is None]:
+        raise ValueError(
+            f"config.json of a {family.model_type} lacks {', '.join(missing)}; copy the file of the model again"
+        )
+    return complete

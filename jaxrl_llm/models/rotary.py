@@ -1,0 +1,119 @@
+"""Rotary positions: frequencies, how they are stretched to longer contexts, and the rotation itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+RopeKind = Literal["linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched to a context longer than that of pre-training.
+
+    Attributes:
+      kind: "linear" divides every frequency by `factor` (position interpolation, arXiv 2306.15595); "llama3" divides
+        the slow ones and leaves the fast ones (arXiv 2407.21783); "yarn" does so along a ramp over dimensions and
+        scales the scores (arXiv 2309.00071).
+      factor: new context / old context.
+      original_positions: the old context in tokens; llama3 and yarn only.
+      low_frequency: waves with fewer turns than this in the old context are divided; llama3 only.
+      high_frequency: waves with more turns than this are left alone; llama3 only.
+      beta_slow: turns in the old context below which a dimension is divided; yarn only.
+      beta_fast: turns above which it is left alone; yarn only.
+      truncate: the ends of the ramp are rounded outwards to whole dimensions; yarn only.
+      magnitude: factor on cosine and sine; yarn only. None gives 0.1 log(factor) + 1.
+    """
+
+    kind: RopeKind
+    factor: float
+    original_positions: int | None = None
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    truncate: bool = True
+    magnitude: float | None = None
+
+    def __post_init__(self):
+        if self.kind not in get_args(RopeKind):
+            known = ", ".join(get_args(RopeKind))
+            raise ValueError(f"model.rope_scaling.kind is {self.kind!r}; it must be one of {known}")
+        if self.factor < 1:
+            raise ValueError(f"model.rope_scaling.factor is {self.factor}; it must be at least 1")
+        if self.kind != "linear" and (self.original_positions or 0) < 1:
+            raise ValueError(
+                f"model.rope_scaling.original_positions is {self.original_positions}, which {self.kind} needs; set it "
+                "to the context length of pre-training"
+            )
+        if self.low_frequency >= self.high_frequency or self.beta_slow >= self.beta_fast:
+            raise ValueError(
+                f"model.rope_scaling has low_frequency {self.low_frequency}, high_frequency {self.high_frequency}, "
+                f"beta_slow {self.beta_slow} and beta_fast {self.beta_fast}; each first must be below the second"
+            )
+
+    @property
+    def amplitude(self) -> float:
+        """Factor on cosine and sine."""
+        if self.kind != "yarn":
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1.0 if self.magnitude is None else self.magnitude
+
+
+def rotary_frequencies(size: int, base: float, scaling: RopeScaling | None = None) -> Float[Array, "R"]:
+    """base^(-2i/size) for i < size/2 in float32, stretched as `scaling` says."""
+    frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    if scaling is None:
+        return frequencies
+    slow = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    if scaling.kind == "llama3":
+        turns = frequencies * (scaling.original_positions or 0) / (2 * math.pi)
+        kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+        kept = jnp.clip(kept, 0.0, 1.0)
+    else:
+        first, last = _ramp(size, base, scaling)
+        kept = 1.0 - jnp.clip((jnp.arange(size // 2, dtype=jnp.float32) - first) / (last - first), 0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * slow
+
+
+def _ramp(size: int, base: float, scaling: RopeScaling) -> tuple[float, float]:
+    """Dimensions between which YaRN goes from left alone to divided: those with beta_fast and beta_slow turns."""
+
+    def dimension(turns: float) -> float:
+        return size * math.log((scaling.original_positions or 0) / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    # A ramp of no width would divide zero by zero.
+    return first, last if last != first else last + 0.001
+
+
+def rotary_angles(
+    positions: Int[Array, "B T"], size: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
+    """Cosine and sine of position * frequency for the `size` / 2 frequencies, in float32."""
+    angles = positions.astype(jnp.float32)[..., None] * rotary_frequencies(size, base, scaling)
+    amplitude = 1.0 if scaling is None else scaling.amplitude
+    if amplitude == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T K G H"], angles: tuple[Array, Array]) -> Float[Array, "B T K G H"]:
+    """Rotate pairs (i, i + R) of each head's first 2R dimensions by the angle of the token's position."""
+    cos, sin = (a[:, :, None, None, :] for a in angles)
+    size = 2 * cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second = jnp.split(wide[..., :size], 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    rest = [wide[..., size:]] if size < x.shape[-1] else []
+    return jnp.concatenate(turned + rest, axis=-1).astype(x.dtype)

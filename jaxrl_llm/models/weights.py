@@ -1,0 +1,180 @@
+"""Weights in: a Hugging Face checkpoint directory -> parameters, read slice by slice straight into their sharding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from jaxtyping import PyTree
+
+from jaxrl_llm.models.checkpoint_files import StoredTensor, check_tensors, read_json, stored_tensors
+from jaxrl_llm.models.families import architecture_of, config_from_json
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves
+from jaxrl_llm.models.transformer import transformer
+from jaxrl_llm.models.transformer_config import TransformerConfig
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS_COMPARED_AT_ONCE = 4096
+
+
+def load_model(
+    directory: str | Path, *, sharding: Sharding | PyTree | None = None, **execution: Any
+) -> tuple[Model, PyTree]:
+    """The model and the parameters of a checkpoint directory.
+
+    Args:
+      directory: config.json and safetensors files.
+      sharding: as for `load_params`.
+      execution: how to compute: attention, layer_loop, parameter_dtype, compute_dtype (see `config_from_json`).
+
+    Raises:
+      FileNotFoundError: for a path or file that is not there.
+      ValueError: for anything that does not fit, naming it.
+    """
+    model = transformer(load_config(directory, **execution))
+    return model, load_params(directory, model.config, sharding=sharding)
+
+
+def load_config(directory: str | Path, **execution: Any) -> TransformerConfig:
+    """The config of a checkpoint directory; `execution` as for `config_from_json`."""
+    directory = Path(directory)
+    if not directory.exists():
+        raise FileNotFoundError(
+            f"model path {directory} does not exist; give the directory that holds config.json and the weights"
+        )
+    try:
+        return config_from_json(read_json(directory / "config.json"), **execution)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def load_params(
+    directory: str | Path, config: TransformerConfig, *, sharding: Sharding | PyTree | None = None
+) -> PyTree:
+    """Parameters as `transformer_specs` describes them, in the config's `parameter_dtype`.
+
+    Each process reads only the slices that its own devices hold, one leaf after the other, so that no host holds the
+    whole model.
+
+    Args:
+      directory: config.json and safetensors files.
+      config: of the model.
+      sharding: of every leaf, or a tree with one for each; None puts all on the first device.
+
+    Raises:
+      FileNotFoundError: for a path or file that is not there.
+      ValueError: for missing, surplus or mis-shaped tensors, damaged files, or a tied head that differs.
+    """
+    stored = stored_tensors(directory)
+    architecture = architecture_of(read_json(Path(directory) / "config.json"))
+    layout = checkpoint_layout(config, architecture)
+    check_tensors(layout.tensors(), stored, ignored=[HEAD] if config.tie_embeddings else [])
+    if config.tie_embeddings and HEAD in stored:
+        _check_tied(stored)
+    dtype = jnp.dtype(config.parameter_dtype)
+    shardings = _per_leaf(layout, sharding)
+    loaded: dict[str, Any] = {}
+    for path, shape in layout.shapes.items():
+        slices: dict[tuple, np.ndarray] = {}
+
+        def read(index, path=path, slices=slices):
+            # Devices that hold the same slice share one read.
+            key = tuple((part.start, part.stop) for part in index)
+            if key not in slices:
+                slices[key] = leaf_slice(layout, path, index, stored, dtype)
+            return slices[key]
+
+        *above, name = path.split("/")
+        tree = loaded
+        for section in above:
+            tree = tree.setdefault(section, {})
+        tree[name] = jax.make_array_from_callback(shape, shardings[path], read, dtype=dtype)
+    return loaded
+
+
+def _per_leaf(layout: Layout, sharding: Sharding | PyTree | None) -> dict[str, Sharding]:
+    if sharding is None:
+        sharding = SingleDeviceSharding(jax.devices()[0])
+    if isinstance(sharding, Sharding):
+        return dict.fromkeys(layout.shapes, sharding)
+    given = leaves(sharding)
+    if given.keys() != layout.shapes.keys():
+        raise ValueError(
+            f"the tree of shardings has {', '.join(sorted(given))}, but the parameters are "
+            f"{', '.join(sorted(layout.shapes))}; give one sharding for each, or one for all"
+        )
+    return given
+
+
+def leaf_slice(
+    layout: Layout, path: str, index: tuple[slice, ...], stored: Mapping[str, StoredTensor], dtype: Any
+) -> np.ndarray:
+    """A box of one of our leaves, put together from the tensors that overlap it."""
+    axes, shape = layout.axes[path], layout.shapes[path]
+    box = {axis: part.indices(size)[:2] for axis, part, size in zip(axes, index, shape, strict=True)}
+    out = np.empty([stop - start for start, stop in box.values()], dtype)
+    for part in layout.parts:
+        if part.leaf != path:
+            continue
+        ranges = layout.ranges(part)
+        overlap = {
+            axis: (max(box[axis][0], first), min(box[axis][1], first + size)) for axis, (first, size) in ranges.items()
+        }
+        if any(start >= stop for start, stop in overlap.values()):
+            continue
+        for layer in range(*overlap.get("l", (0, 1))):
+            for expert in range(*overlap.get("e", (0, 1))):
+                one = overlap | {"l": (layer, layer + 1), "e": (expert, expert + 1)}
+                target = tuple(slice(one[axis][0] - box[axis][0], one[axis][1] - box[axis][0]) for axis in axes)
+                name = part.tensor.format(l=layer, e=expert)
+                read = _read_part(part, ranges, one, name, stored[name], axes)
+                out[target] = read.reshape(out[target].shape)
+    return out
+
+
+def _read_part(
+    part: Part,
+    ranges: Mapping[str, tuple[int, int]],
+    overlap: Mapping[str, tuple[int, int]],
+    name: str,
+    tensor: StoredTensor,
+    axes: str,
+) -> np.ndarray:
+    """The overlap of a part and a box, read from its tensor, with the axes in our order."""
+    rows, inner, shape = [], [], []
+    for dimension, names in enumerate(part.dims):
+        sizes = [ranges[axis][1] for axis in names]
+        local = [(overlap[axis][0] - ranges[axis][0], overlap[axis][1] - ranges[axis][0]) for axis in names]
+        # Rows of the slowest axis that has any choice are contiguous in the file; faster axes are cut in memory.
+        slowest = next((i for i, size in enumerate(sizes) if size > 1), 0)
+        stride = math.prod(sizes[slowest + 1 :])
+        start, stop = local[slowest]
+        first = part.first_row if dimension == 0 else 0
+        rows.append(slice(first + start * stride, first + stop * stride))
+        shape += [*sizes[:slowest], stop - start, *sizes[slowest + 1 :]]
+        inner += [slice(*span) for span in local[:slowest]]
+        inner += [slice(None), *(slice(*span) for span in local[slowest + 1 :])]
+    order = "".join(part.dims)
+    read = tensor.read(name, tuple(rows)).reshape(shape)[tuple(inner)]
+    return read.transpose([order.index(axis) for axis in axes if axis in order])
+
+
+def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
+    """A checkpoint may store a tied head all the same; it must then be the embedding."""
+    embedding, head = stored[EMBEDDING], stored[HEAD]
+    same = embedding.shape == head.shape
+    for start in range(0, embedding.shape[0] if same else 0, _ROWS_COMPARED_AT_ONCE):
+        rows = (slice(start, start + _ROWS_COMPARED_AT_ONCE), slice(None))
+        same = same and np.array_equal(embedding.read(EMBEDDING, rows), head.read(HEAD, rows))
+    if not same:
+        raise ValueError(
+            f"config.json has tie_word_embeddings true, but {HEAD} differs from {EMBEDDING}; set tie_word_embeddings "
+            "to false to keep the head, or remove the head"
+        )

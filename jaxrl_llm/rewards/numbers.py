@@ -1,0 +1,182 @@
+r"""Answers that are numbers, checked on the host by exact rational comparison.
+
+A number is read from text by a small grammar: sign, currency, thousands commas, decimals, fractions (a/b, \frac,
+mixed), powers of ten, percent, a unit in words. It is never evaluated as code. An answer that holds several numbers is
+no answer, so that listing candidates earns nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Literal
+
+from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
+
+Extraction = Literal["any", "marked", "boxed", "hashes", "last"]
+
+# Beyond these a text holds no number that anyone means; without them one completion could stall the host.
+_MOST_DIGITS = 400
+_LARGEST_EXPONENT = 400
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_TEN_TO = r"\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*(?P<braced>[-+]?\d+)\s*\}|(?P<bare>[-+]?\d+))"
+_POWER = rf"(?:{_TEN_TO}|[eE](?P<e>[-+]?\d+))"
+_LATEX_FRACTION = r"\\[dt]?frac\s*(?:\{\s*(?P<over>-?\d+)\s*\}\s*\{\s*(?P<under>-?\d+)\s*\}|(?P<o>\d)(?P<u>\d))"
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_NUMBER = re.compile(
+    # A sign between two operands is none; a space may follow it only where nothing stands before it.
+    r"(?P<sign>(?<![\w)\]}%.\s])[-+]\s?|(?<=\s)[-+](?=\S))?(?:\\?[$€£¥]\s?(?P<inner>[-+])?)?"
+    # Not a digit of a word, of an exponent or of a version.
+    rf"(?<![\w^.])(?<!\^\{{)(?:(?:(?P<whole>\d+)\s*)?{_LATEX_FRACTION}"
+    rf"|(?P<mixed>\d+)\s+(?P<a>\d+)\s*/\s*(?P<b>\d+)(?![\d/])"
+    rf"|(?P<digits>{_DIGITS})(?:\s*/\s*(?P<denominator>\d+(?:\.\d+)?)(?![\d/])|{_POWER})?)"
+    # Not the basis of a power, nor a multiple of a root or of pi.
+    r"(?![\d^]|\s*\^|\s*(?:\\pi|\\sqrt|π|√))"
+    rf"(?P<scale>\s+(?:{'|'.join(_SCALES)})\b)?(?P<percent>\s*\\?%|\s+percent\b)?"
+)
+# What may be taken out of an answer without changing its number.
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|[~\u00a0\u202f])(?=\d{3}(?!\d))")
+_SPACES = re.compile(r"\\[!,;: ]|\\q?quad\b|[~\u00a0\u202f]")
+_WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*\{?\s*\\circ\s*\}?|\\circ\b|°|\*\*|`")
+_UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)")
+# Beside the number these make it part of an expression, or say that it is only a bound.
+_OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞]|[-]\s*\Z")
+
+
+def number_match(
+    completions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    extraction: Extraction = "any",
+    percent: Literal["unit", "hundredth"] = "unit",
+) -> list[float]:
+    r"""1 where the completion's final number equals the reference answer as a rational number, else 0.
+
+        r = [ number(completion) = number(answer) ],  1,234.50 = 2469/2 = \frac{2469}{2}
+
+    Args:
+      completions: decoded completions.
+      answers: reference answers: a number each, or a solution with its answer behind `####` or in a box.
+      extraction: where a completion's number stands: "boxed" in the last \boxed{}, "hashes" behind the last `####`,
+        "marked" behind the last mark of either kind, "last" the last number of the text, "any" the last mark, and
+        where there is no mark the last number.
+      percent: "unit" takes 50% for 50, as word problems do that ask for a percentage; "hundredth" takes it for 1/2.
+
+    Returns:
+      One reward a row, 0 or 1. A completion without a number, with several in the marked place, or with a mark that is
+      never closed or holds something else, gets 0.
+
+    Raises:
+      ValueError: if a reference answer is no number, or an option is unknown.
+
+    >>> number_match(["so it is 1,234.50 dollars.", "#### 3", "#### 1 2 3"], ["1234.5", "3", "3"])
+    [1.0, 1.0, 0.0]
+    """
+    read = _extractor(extraction)
+    if percent not in ("unit", "hundredth"):
+        raise ValueError(f"percent is {percent!r}; it must be 'unit' or 'hundredth'")
+    rewards = []
+    for row, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
+        marked = marked_answer(answer)
+        wanted = parsed_number(answer if marked is None else marked, percent=percent)
+        if wanted is None:
+            raise ValueError(
+                f"the reference answer of row {row} is {answer[:80]!r}, which is no number; use number_match for data "
+                "whose answers are numbers, or say where the number stands in the data's answer field"
+            )
+        said = read(completion)
+        rewards.append(float(said is not None and parsed_number(said, percent=percent) == wanted))
+    return rewards
+
+
+def extract_number(text: str, *, extraction: Extraction = "any") -> str | None:
+    """The text of a completion's final number, for display and for votes; None where there is none.
+
+    Args:
+      text: decoded completion.
+      extraction: as for `number_match`.
+
+    >>> extract_number("She has 3 + 4 = 7 apples.")
+    '7'
+    """
+    said = _extractor(extraction)(text)
+    return None if said is None or parsed_number(said) is None else said
+
+
+def parsed_number(text: str, *, percent: Literal["unit", "hundredth"] = "unit") -> Fraction | None:
+    r"""The one number that a short text holds, exactly; None where it holds none, several, or other mathematics.
+
+    A box is read inside, and a text with equals signs behind the last one.
+
+    >>> parsed_number(r"x = -1\frac{1}{2}\text{ cm}"), parsed_number("3 or 4")
+    (Fraction(-3, 2), None)
+    """
+    boxed = in_last_box(text)
+    plain = _plain(text if boxed is None else boxed).rpartition("=")[2].strip()
+    found = list(_NUMBER.finditer(plain))
+    if len(found) != 1:
+        return None
+    before, after = plain[: found[0].start()], plain[found[0].end() :]
+    # A digit right behind a letter belongs to a unit such as m2.
+    beside = re.sub(r"(?<=[A-Za-z])\d\b", "", before + "|" + after)
+    if _OPERATORS.search(before) or _OPERATORS.search(after) or any(character.isdigit() for character in beside):
+        return None
+    return _value(found[0], percent)
+
+
+def _plain(text: str) -> str:
+    """The text with typography taken out that does not change its number."""
+    text = _THOUSANDS.sub("", text.replace("\u2212", "-").replace("\\$", "$"))
+    text = _DECORATION.sub("", _WORDS.sub(r" \1", _SPACES.sub(" ", text)))
+    return _UNIT_POWER.sub("", text).strip().strip("$").strip()
+
+
+def _value(match: re.Match[str], percent: str) -> Fraction | None:
+    part = match.groupdict()
+    if sum(character.isdigit() for character in match.group()) > _MOST_DIGITS:
+        return None
+    over, under = part["over"] or part["o"], part["under"] or part["u"]
+    exponent = int(part["braced"] or part["bare"] or part["e"] or 0)
+    if abs(exponent) > _LARGEST_EXPONENT:
+        return None
+    try:
+        if over:
+            value = int(part["whole"] or 0) + Fraction(int(over), int(under))
+        elif part["mixed"]:
+            value = int(part["mixed"]) + Fraction(int(part["a"]), int(part["b"]))
+        else:
+            value = Fraction(part["digits"].replace(",", "")) / Fraction(part["denominator"] or 1)
+    except ZeroDivisionError:
+        return None
+    value *= Fraction(10) ** (exponent + _SCALES.get((part["scale"] or "").strip(), 0))
+    negative = "-" in ((part["sign"] or "") + (part["inner"] or ""))
+    value = -value if negative else value
+    return value / 100 if part["percent"] and percent == "hundredth" else value
+
+
+def _last_number(text: str) -> str | None:
+    found = list(_NUMBER.finditer(_plain(text)))
+    return found[-1].group().strip() if found else None
+
+
+def _marked_or_last(text: str) -> str | None:
+    marked = marked_answer(text)
+    return _last_number(text) if marked is None else marked
+
+
+_EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
+    "any": _marked_or_last,
+    "marked": marked_answer,
+    "boxed": in_last_box,
+    "hashes": after_hashes,
+    "last": _last_number,
+}
+
+
+def _extractor(extraction: str) -> Callable[[str], str | None]:
+    if extraction not in _EXTRACTORS:
+        raise ValueError(f"extraction is {extraction!r}; it must be one of {', '.join(map(repr, _EXTRACTORS))}")
+    return _EXTRACTORS[extraction]

@@ -1,0 +1,314 @@
+"""Every open family against `transformers`: logits, hidden states, gradients, greedy text; cached and scanned alike."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.experience import Prompts
+from jaxrl_llm.models import (
+    FAMILIES,
+    ExpertsConfig,
+    RopeScaling,
+    TransformerConfig,
+    config_from_json,
+    config_to_json,
+    load_model,
+    load_params,
+    parameter_count,
+    transformer,
+)
+from jaxrl_llm.rollout import generate
+
+torch = pytest.importorskip("torch")
+NAMES = ("hidden_states",)
+
+
+def their_output(checkpoint, batch):
+    with torch.no_grad():
+        return checkpoint.theirs(
+            torch.tensor(batch.tokens),
+            attention_mask=torch.tensor(batch.mask.astype(int)),
+            position_ids=torch.tensor(np.maximum(batch.positions, 0)),
+            output_hidden_states=True,
+        )
+
+
+def relative_error(ours, theirs) -> float:
+    return float(np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max())
+
+
+def test_logits_and_every_hidden_state_equal_those_of_transformers(checkpoint, batch):
+    model, params = checkpoint.model, checkpoint.params
+    theirs = their_output(checkpoint, batch)
+    hidden, _, seen = checkpoint.observe(params, batch.tokens, batch.positions, None, names=NAMES)
+    states = seen["hidden_states"]
+    assert states.shape == (model.config.layers + 1, *hidden.shape)
+    assert relative_error(model.logits(params, hidden)[batch.mask], theirs.logits.numpy()[batch.mask]) < 2e-5
+    # Their last state is after the final norm, as our `hidden` is.
+    for ours, state in zip([*states[:-1], hidden], theirs.hidden_states, strict=True):
+        assert relative_error(ours[batch.mask], state.numpy()[batch.mask]) < 2e-5
+
+
+def test_a_greedy_continuation_of_32_tokens_is_the_same(checkpoint, batch):
+    theirs = checkpoint.theirs
+    # A random model must not stop early.
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(
+        torch.tensor(batch.tokens),
+        attention_mask=torch.tensor(batch.mask.astype(int)),
+        do_sample=False,
+        max_new_tokens=32,
+        pad_token_id=0,
+    )[:, batch.tokens.shape[1] :]
+    prompts = Prompts(
+        tokens=jnp.asarray(batch.tokens, jnp.int32),
+        length=jnp.asarray(batch.lengths, jnp.int32),
+        prompt_id=jnp.arange(3, dtype=jnp.int32),
+        answer_tokens=jnp.zeros((3, 1), jnp.int32),
+        answer_length=jnp.zeros(3, jnp.int32),
+    )
+    sizes = dict(samples_per_prompt=1, max_completion_tokens=32, eos_id=-1, pad_id=0, temperature=0.0)
+    model, _ = load_model(checkpoint.directory, layer_loop="scanned")
+    ours = jax.jit(lambda params: generate(model, params, prompts, jax.random.key(0), 0, **sizes).tokens)
+    tokens = ours(checkpoint.params)
+    np.testing.assert_array_equal(tokens, expected.numpy())
+    assert len(np.unique(tokens)) > 5
+
+
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
+def test_cached_decoding_equals_the_whole_forward(checkpoint, batch, layer_loop):
+    model, _ = load_model(checkpoint.directory, layer_loop=layer_loop)
+    apply, params = jax.jit(model.apply), checkpoint.params
+    whole, none, _ = checkpoint.observe(params, batch.tokens, batch.positions, None, names=NAMES)
+    assert none is None
+    hidden, cache = apply(params, batch.tokens[:, :8], batch.positions[:, :8], model.init_cache(3, 14))
+    pieces = [hidden]
+    for t in range(8, 14):
+        hidden, cache = apply(params, batch.tokens[:, t : t + 1], batch.positions[:, t : t + 1], cache)
+        pieces.append(hidden)
+    cached = np.concatenate(pieces, axis=1)
+    np.testing.assert_allclose(cached[batch.mask], whole[batch.mask], rtol=1e-5, atol=1e-5)
+
+
+def test_scanned_blocks_show_what_unrolled_blocks_show(checkpoint, batch):
+    model, _ = load_model(checkpoint.directory, layer_loop="scanned")
+    arguments = (checkpoint.params, batch.tokens, batch.positions, None)
+    unrolled = checkpoint.observe(*arguments, names=NAMES)[2]["hidden_states"]
+    scanned = jax.jit(partial(model.observe, names=NAMES))(*arguments)[2]["hidden_states"]
+    np.testing.assert_allclose(scanned[:, batch.mask], unrolled[:, batch.mask], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["qwen2 partly windowed, yarn rope", "gemma2", "gemma3", "qwen3_moe"])
+def test_gradients_equal_those_of_autograd(case, make_checkpoint, batch, tmp_path):
+    checkpoint = make_checkpoint(case)
+    model = checkpoint.model
+    direction = np.random.default_rng(1).standard_normal((*batch.tokens.shape, model.vocabulary_size))
+    direction = (direction * batch.mask[..., None]).astype(np.float32)
+
+    def loss(params):
+        hidden, _ = model.apply(params, batch.tokens, batch.positions, None)
+        return (model.logits(params, hidden) * direction).sum()
+
+    ours = jax.jit(jax.grad(loss))(checkpoint.params)
+
+    theirs = checkpoint.theirs
+    output = theirs(
+        torch.tensor(batch.tokens),
+        attention_mask=torch.tensor(batch.mask.astype(int)),
+        position_ids=torch.tensor(np.maximum(batch.positions, 0)),
+    )
+    gradients = torch.autograd.grad((output.logits * torch.tensor(direction)).sum(), list(theirs.parameters()))
+    # Gradients have the layout of weights: saved as a checkpoint, they come in by the same map.
+    weights = [weight.detach().clone() for weight in theirs.parameters()]
+    try:
+        for weight, gradient in zip(theirs.parameters(), gradients, strict=True):
+            weight.data.copy_(gradient)
+        theirs.save_pretrained(tmp_path)
+    finally:
+        for weight, value in zip(theirs.parameters(), weights, strict=True):
+            weight.data.copy_(value)
+    expected = load_params(tmp_path, model.config)
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
+        assert np.abs(other).max() > 1e-3, path
+        assert relative_error(leaf, other) < 1e-4, path
+
+
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "vocab_size": 151_936, "rope_theta": 1e6}
+GEMMA = {"vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216, "head_dim": 256}
+PUBLISHED = {
+    "Qwen3-0.6B": (
+        596_049_920,
+        QWEN3 | {"tie_word_embeddings": True},
+        dict(hidden_size=1024, intermediate_size=3072, layers=28, heads=16, kv_heads=8),
+    ),
+    "Qwen3-30B-A3B": (
+        30_532_122_624,
+        QWEN3
+        | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+        dict(hidden_size=2048, intermediate_size=6144, layers=48, heads=32, kv_heads=4),
+    ),
+    "Llama-3.1-8B": (
+        8_030_261_248,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 128_256,
+            "rope_theta": 500_000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        dict(hidden_size=4096, intermediate_size=14_336, layers=32, heads=32, kv_heads=8),
+    ),
+    "Qwen2.5-0.5B": (
+        494_032_768,
+        {"architectures": ["Qwen2ForCausalLM"], "vocab_size": 151_936, "tie_word_embeddings": True},
+        dict(hidden_size=896, intermediate_size=4864, layers=24, heads=14, kv_heads=2),
+    ),
+    "Mistral-7B-v0.1": (
+        7_241_732_096,
+        {"architectures": ["MistralForCausalLM"], "vocab_size": 32_000},
+        dict(hidden_size=4096, intermediate_size=14_336, layers=32, heads=32, kv_heads=8),
+    ),
+    "Mixtral-8x7B-v0.1": (
+        46_702_792_704,
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "vocab_size": 32_000,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        dict(hidden_size=4096, intermediate_size=14_336, layers=32, heads=32, kv_heads=8),
+    ),
+    "gemma-2-2b": (
+        2_614_341_888,
+        GEMMA | {"architectures": ["Gemma2ForCausalLM"]},
+        dict(hidden_size=2304, intermediate_size=9216, layers=26, heads=8, kv_heads=4),
+    ),
+    "gemma-3-1b-it": (
+        999_885_952,
+        GEMMA | {"architectures": ["Gemma3ForCausalLM"], "vocab_size": 262_144},
+        dict(hidden_size=1152, intermediate_size=6912, layers=26, heads=4, kv_heads=1),
+    ),
+    "phi-4": (
+        14_659_507_200,
+        {"architectures": ["Phi3ForCausalLM"], "vocab_size": 100_352, "rope_scaling": None},
+        dict(hidden_size=5120, intermediate_size=17_920, layers=40, heads=40, kv_heads=10),
+    ),
+}
+
+
+def published(name: str) -> dict:
+    _, source, sizes = PUBLISHED[name]
+    long = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    return source | {long.get(key, key): value for key, value in sizes.items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_real_shapes_have_the_published_number_of_parameters(name):
+    model = transformer(config_from_json(published(name)))
+    assert parameter_count(model.specs) == PUBLISHED[name][0]
+    hidden, _ = jax.eval_shape(
+        model.apply,
+        jax.eval_shape(model.init, jax.random.key(0)),
+        jax.ShapeDtypeStruct((1, 3), jnp.int32),
+        jax.ShapeDtypeStruct((1, 3), jnp.int32),
+    )
+    assert hidden.shape == (1, 3, model.config.width)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_survives_the_way_out_and_back(name):
+    config = config_from_json(published(name))
+    written = config_to_json(config)
+    # Phi-4 rotates all of each head: it is a Llama.
+    itself = published(name)["architectures"] if name != "phi-4" else ["LlamaForCausalLM"]
+    assert written["architectures"] == itself
+    assert config_from_json(written) == config
+    original = published(name) | {"something_else": 3}
+    assert config_to_json(config, original=original) == original | {"dtype": "float32"}
+
+
+def test_fields_of_a_real_config_mean_what_they_say():
+    llama, gemma = config_from_json(published("Llama-3.1-8B")), config_from_json(published("gemma-3-1b-it"))
+    assert llama.rope_scaling == RopeScaling("llama3", 8.0, 8192, low_frequency=1.0, high_frequency=4.0)
+    assert (llama.rope_base, llama.window, llama.qk_norm, llama.tie_embeddings) == (500_000.0, None, False, False)
+    assert (gemma.rope_base, gemma.local_rope_base, gemma.window) == (1e6, 1e4, 4096)
+    assert gemma.window_pattern == (True,) * 5 + (False,)
+    assert gemma.windowed[:7] == (True,) * 5 + (False, True)
+    assert gemma.embedding_scale == 1152**0.5
+    assert config_from_json(published("Qwen3-30B-A3B")).experts == ExpertsConfig(128, 8, normalise=True)
+    assert config_from_json(published("gemma-2-2b")).window_pattern == (True, False)
+    bfloat16 = config_from_json(published("phi-4") | {"torch_dtype": "bfloat16"}, parameter_dtype="float32")
+    assert (bfloat16.parameter_dtype, bfloat16.compute_dtype) == ("float32", "bfloat16")
+
+
+def test_a_model_of_our_own_is_written_as_the_family_that_it_is():
+    demo = TransformerConfig(vocabulary_size=11, width=16, layers=2, heads=2, kv_heads=1)
+    assert config_to_json(demo)["architectures"] == ["Qwen3ForCausalLM"]
+    with pytest.raises(ValueError, match="no supported family has this combination"):
+        config_to_json(TransformerConfig(vocabulary_size=11, width=16, layers=2, heads=2, kv_heads=1, post_norms=True))
+    with pytest.raises(ValueError, match=r"differs from the original config\.json in width"):
+        config_to_json(demo, original=config_to_json(demo) | {"hidden_size": 18, "head_dim": 8})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel', which is not supported; supported are LlamaFor"),
+        ({"architectures": None, "model_type": "bert"}, "'bert', which is not supported"),
+        ({"hidden_act": "relu"}, "activation 'relu'; supported are silu"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'.*supported are default, linear"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "without factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor is 0.5"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, "decoder_sparse_step 2"),
+        ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"architectures": ["Gemma2ForCausalLM"], "layer_types": ["linear_attention"]}, "'linear_attention'"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope", "long_factor": []}},
+            "phi3 has rope_scaling.rope_type 'longrope'",
+        ),
+        (
+            {
+                "architectures": ["Gemma3ForCausalLM"],
+                "rope_parameters": {
+                    "full_attention": {},
+                    "sliding_attention": {"rope_type": "yarn", "rope_theta": 1.0},
+                },
+            },
+            "sliding_attention.rope_type 'yarn'",
+        ),
+    ],
+)
+def test_what_the_decoder_does_not_have_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_json(published("Llama-3.1-8B") | {"rope_scaling": None} | change)
+
+
+def test_only_execution_may_be_chosen_at_import():
+    with pytest.raises(ValueError, match=r"width cannot be set for a model that is read from config\.json"):
+        config_from_json(published("Qwen3-0.6B"), width=3)
+
+
+def test_every_family_has_a_case(checkpoint):
+    assert type(checkpoint.theirs).__name__ in FAMILIES

@@ -1,0 +1,380 @@
+"""Weights in and out: equal to what `transformers` reads, slice by slice, on many devices; and every bad file by name.
+
+`loaded_on_a_mesh` is run as a script in a process that sees four virtual CPU devices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxrl_llm
+from jaxrl_llm.models import load_model, load_params, logical_axes, save_model
+from jaxrl_llm.models.checkpoint_files import INDEX, stored_tensors
+from jaxrl_llm.models.export import shard_plan
+from jaxrl_llm.models.families import architecture_of
+from jaxrl_llm.models.tensor_names import checkpoint_layout, leaves
+from jaxrl_llm.models.weights import leaf_slice
+
+TIED, UNTIED = "qwen3 tied", "llama"
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def logits_of(theirs, batch):
+    import torch
+
+    with torch.no_grad():
+        return theirs(
+            torch.tensor(batch.tokens),
+            attention_mask=torch.tensor(batch.mask.astype(int)),
+            position_ids=torch.tensor(np.maximum(batch.positions, 0)),
+        ).logits.numpy()
+
+
+def from_pretrained(directory, like):
+    model = type(like).from_pretrained(directory, attn_implementation="eager")
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(checkpoint, batch, tmp_path):
+    before = logits_of(checkpoint.theirs, batch)
+    # In several files with an index, with the config.json that it came with; and in one file with one of our own.
+    save_model(
+        tmp_path / "many", checkpoint.params, checkpoint.model.config, source=checkpoint.directory, max_shard_bytes=9999
+    )
+    save_model(tmp_path / "one", checkpoint.params, checkpoint.model.config)
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 3
+    assert (tmp_path / "many" / "generation_config.json").exists()
+    assert [file.name for file in sorted((tmp_path / "one").iterdir())] == ["config.json", "model.safetensors"]
+    for name in ("many", "one"):
+        theirs = from_pretrained(tmp_path / name, checkpoint.theirs)
+        np.testing.assert_array_equal(logits_of(theirs, batch)[batch.mask], before[batch.mask])
+        model, params = load_model(tmp_path / name)
+        assert model.config == checkpoint.model.config
+        same(params, checkpoint.params)
+
+
+def test_any_box_of_any_leaf_can_be_read_by_itself(checkpoint):
+    config = checkpoint.model.config
+    architecture = architecture_of(json.loads((checkpoint.directory / "config.json").read_text()))
+    layout, stored = checkpoint_layout(config, architecture), stored_tensors(checkpoint.directory)
+    rng = np.random.default_rng(0)
+    for path, leaf in leaves(checkpoint.params).items():
+        for _ in range(4):
+            starts = [int(rng.integers(0, size)) for size in leaf.shape]
+            stops = [int(rng.integers(start, size)) + 1 for start, size in zip(starts, leaf.shape, strict=True)]
+            box = tuple(slice(a, b) for a, b in zip(starts, stops, strict=True))
+            np.testing.assert_array_equal(leaf_slice(layout, path, box, stored, np.float32), leaf[box], err_msg=path)
+
+
+class Counting:
+    """A stored tensor that counts the numbers that are read from it."""
+
+    def __init__(self, tensor, counts):
+        self.tensor, self.counts = tensor, counts
+
+    def read(self, name, ranges):
+        read = self.tensor.read(name, ranges)
+        self.counts.append(read.size)
+        return read
+
+
+@pytest.mark.parametrize("case", [UNTIED, "mixtral", "phi3 partly rotated"])
+def test_nothing_outside_a_slice_is_read(case, make_checkpoint):
+    checkpoint = make_checkpoint(case)
+    architecture = architecture_of(json.loads((checkpoint.directory / "config.json").read_text()))
+    layout = checkpoint_layout(checkpoint.model.config, architecture)
+    axes = leaves(logical_axes(checkpoint.model.specs))
+    counts: list[int] = []
+    stored = {name: Counting(tensor, counts) for name, tensor in stored_tensors(checkpoint.directory).items()}
+    split = 0
+    for path, shape in layout.shapes.items():
+        for axis, name in enumerate(axes[path]):
+            if name is None or shape[axis] < 3:
+                continue
+            counts.clear()
+            box = tuple(slice(0, size // 3 if i == axis else size) for i, size in enumerate(shape))
+            read = leaf_slice(layout, path, box, stored, np.float32)
+            assert sum(counts) == read.size, (path, name)
+            split += 1
+    assert split > 10
+
+
+def loaded_on_a_mesh(directory: str, out: str) -> None:
+    """Load every leaf split over the first axis that four devices divide, and export it from there."""
+    mesh = jax.make_mesh((4,), ("shard",), axis_types=(AxisType.Auto,))
+
+    def split(spec):
+        axis = next((i for i, size in enumerate(spec.shape) if size % 4 == 0), None)
+        return NamedSharding(mesh, P(*[None] * axis, "shard") if axis is not None else P())
+
+    model, _ = load_model(directory)
+    params = load_params(directory, model.config, sharding=jax.tree.map(split, model.specs))
+    embedding = params["blocks"]["qkv"]
+    assert embedding.addressable_shards[0].data.size == embedding.size // 4
+    save_model(out, params, model.config, source=directory)
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe"])
+def test_a_model_is_read_into_a_mesh_and_written_from_it(case, make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(case)
+    root = str(Path(jaxrl_llm.__file__).parent.parent)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+    command = [sys.executable, __file__, str(checkpoint.directory), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    same(load_params(tmp_path / "out", checkpoint.model.config), checkpoint.params)
+
+
+def test_bfloat16_comes_in_and_goes_out_bit_for_bit(make_checkpoint, tmp_path):
+    import torch
+
+    checkpoint = make_checkpoint(UNTIED)
+    config = checkpoint.model.config
+    save_model(tmp_path / "half", checkpoint.params, config, source=checkpoint.directory, dtype="bfloat16")
+    model, params = load_model(tmp_path / "half")
+    assert (model.config.parameter_dtype, model.config.compute_dtype) == ("bfloat16", "bfloat16")
+    same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), checkpoint.params))
+    theirs = from_pretrained(tmp_path / "half", checkpoint.theirs)
+    assert theirs.lm_head.weight.dtype == torch.bfloat16
+    np.testing.assert_array_equal(theirs.lm_head.weight.float().detach(), params["unembedding"].astype(jnp.float32))
+    save_model(tmp_path / "again", params, model.config, source=tmp_path / "half")
+    for name, tensor in stored_tensors(tmp_path / "again").items():
+        assert tensor.dtype == "BF16", name
+    wide, _ = load_model(tmp_path / "half", parameter_dtype="float32")
+    same(
+        load_params(tmp_path / "half", wide.config),
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), checkpoint.params),
+    )
+
+
+def test_the_files_that_came_with_a_model_go_with_it(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(TIED)
+    source = copied(checkpoint.directory, tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (source / name).write_text(f'{{"this": "is {name}"}}')
+    (source / "training_state.txt").write_text("not of the model")
+    written = save_model(tmp_path / "out", checkpoint.params, checkpoint.model.config, source=source)
+    assert [file.name for file in written] == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "out"))
+    assert after == before
+
+
+def test_an_export_is_whole_or_not_there(make_checkpoint, tmp_path, monkeypatch):
+    import safetensors.numpy
+
+    checkpoint = make_checkpoint(UNTIED)
+    arguments = (checkpoint.params, checkpoint.model.config)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.numpy, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_model(tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+    save_model(tmp_path / "out", *arguments)
+    with pytest.raises(ValueError, match="exists and is not empty; export to a new directory"):
+        save_model(tmp_path / "out", *arguments)
+    with pytest.raises(ValueError, match="max_shard_bytes is 0"):
+        save_model(tmp_path / "new", *arguments, max_shard_bytes=0)
+    with pytest.raises(ValueError, match=r"do not fit the config at blocks/down, final_norm"):
+        short = checkpoint.params["blocks"] | {"down": jnp.zeros((1, 2, 3))}
+        save_model(tmp_path / "new", {**checkpoint.params, "blocks": short, "final_norm": jnp.zeros(3)}, arguments[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_files_are_filled_in_order():
+    sizes = {"a": 4, "b": 4, "c": 4}
+    assert shard_plan(sizes, 8) == [["a", "b"], ["c"]]
+    assert shard_plan(sizes, 1) == [["a"], ["b"], ["c"]]
+    assert shard_plan(sizes, 100) == [["a", "b", "c"]]
+
+
+def copied(directory: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in directory.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def rewritten(directory: Path, change) -> None:
+    """Change the tensors of model.safetensors in place."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = dict(load_file(directory / "model.safetensors"))
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def edited(directory: Path, **fields) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture
+def broken(make_checkpoint, tmp_path):
+    """A copy of an untied checkpoint, to be damaged."""
+    return copied(make_checkpoint(UNTIED).directory, tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(make_checkpoint, tmp_path):
+    """The same in several files."""
+    checkpoint = make_checkpoint(UNTIED)
+    save_model(tmp_path / "sharded", checkpoint.params, checkpoint.model.config, max_shard_bytes=20_000)
+    return tmp_path / "sharded"
+
+
+def test_missing_surplus_and_misshaped_tensors_are_all_named_at_once(broken):
+    def change(tensors):
+        tensors["model.norm.bias"] = np.zeros(36, np.float32)
+        del tensors["model.layers.1.mlp.up_proj.weight"], tensors["lm_head.weight"]
+        tensors["model.layers.0.input_layernorm.weight"] = np.zeros(35, np.float32)
+        tensors["model.layers.2.self_attn.q_proj.weight"] = np.zeros((36, 36), np.int32)
+        tensors["model.layers.2.self_attn.k_proj.weight"] = np.zeros((18, 36), np.float64)
+
+    rewritten(broken, change)
+    with pytest.raises(ValueError, match="tensors do not fit") as error:
+        load_model(broken)
+    message = str(error.value)
+    assert "2 missing: model.layers.1.mlp.up_proj.weight, lm_head.weight" in message
+    assert "1 surplus: model.norm.bias" in message
+    assert "1 mis-shaped: model.layers.0.input_layernorm.weight (has (35,), needs (36,))" in message
+    assert "model.layers.2.self_attn.k_proj.weight (F64), model.layers.2" not in message
+    assert "2 of a data type other than BF16, F32, F16" in message
+    assert "self_attn.q_proj.weight (I32)" in message
+    assert "self_attn.k_proj.weight (F64)" in message
+
+
+def test_a_tied_head_may_be_stored_if_it_is_the_embedding(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(TIED)
+    directory = copied(checkpoint.directory, tmp_path / "model")
+    rewritten(directory, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 0}))
+    same(load_model(directory)[1], checkpoint.params)
+    rewritten(directory, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load_model(directory)
+    edited(directory, tie_word_embeddings=False)
+    params = load_model(directory)[1]
+    np.testing.assert_array_equal(params["unembedding"], params["embedding"] + 1)
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_passed_over(broken, make_checkpoint):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewritten(broken, lambda tensors: tensors.update({name: np.ones(3, np.float32)}))
+    same(load_model(broken)[1], make_checkpoint(UNTIED).params)
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, 5000, -1])
+def test_a_file_that_is_cut_off_is_refused(broken, left):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut off or damaged .*copy the file again"):
+        load_model(broken)
+
+
+def test_a_file_of_something_else_is_refused(broken):
+    (broken / "model.safetensors").write_bytes(b"<html>not found</html>" * 100)
+    with pytest.raises(ValueError, match="is cut off or damaged"):
+        load_model(broken)
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    tensor, file = next(iter(index["weight_map"].items()))
+
+    def write(**change):
+        (sharded / INDEX).write_text(json.dumps(index | change))
+
+    write(weight_map=index["weight_map"] | {"nothing": file})
+    with pytest.raises(ValueError, match=rf"nothing \(listed in {file}, not there\)"):
+        load_model(sharded)
+    write(weight_map={name: where for name, where in index["weight_map"].items() if name != tensor})
+    with pytest.raises(ValueError, match=rf"{tensor} \(in {file}, not listed\)"):
+        load_model(sharded)
+    write(weight_map=index["weight_map"] | {"x": "../outside.safetensors"})
+    with pytest.raises(ValueError, match=r"names files outside its directory: \.\./outside\.safetensors"):
+        load_model(sharded)
+    write(weight_map=index["weight_map"] | {"x": "shard.bin"})
+    with pytest.raises(ValueError, match=r"shard\.bin: pickle files are not read"):
+        load_model(sharded)
+    write(weight_map={})
+    with pytest.raises(ValueError, match="has no weight_map"):
+        load_model(sharded)
+    write()
+    (sharded / file).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"names {file}, which .* does not hold; copy all files"):
+        load_model(sharded)
+    (sharded / INDEX).unlink()
+    with pytest.raises(ValueError, match="but no model.safetensors.index.json"):
+        load_model(sharded)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickle_files_are_refused(broken, name):
+    (broken / "model.safetensors").unlink()
+    (broken / name).write_bytes(b"\x80\x04")
+    with pytest.raises(ValueError, match=f"{name}: pickle files are not read"):
+        load_model(broken)
+    with pytest.raises(ValueError, match=f"{name}: pickle files are not read"):
+        stored_tensors(broken / name)
+
+
+def test_paths_that_are_not_there_are_named(broken, tmp_path):
+    with pytest.raises(FileNotFoundError, match="model path .*nowhere does not exist; give the directory"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is a file, not a directory"):
+        stored_tensors(broken / "config.json")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
+        load_model(broken)
+    (broken / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json holds list"):
+        load_model(broken)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        load_model(broken)
+    (broken / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        load_model(broken)
+
+
+def test_a_tree_of_shardings_must_be_that_of_the_parameters(make_checkpoint):
+    checkpoint = make_checkpoint(UNTIED)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ValueError, match="the tree of shardings has embedding, but the parameters are"):
+        load_params(checkpoint.directory, checkpoint.model.config, sharding={"embedding": one})
+
+
+if __name__ == "__main__":
+    loaded_on_a_mesh(*sys.argv[1:])
