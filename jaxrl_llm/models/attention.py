@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -220,7 +220,7 @@ def splash_attention(
     def one_row(queries, keys, values, segment):
         return kernel(queries, keys, values, segment_ids=splash.SegmentIds(segment, segment))
 
-    every_row: Callable[..., Array] = jax.vmap(one_row)
+    every_row: Callable[..., Any] = jax.vmap(one_row)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:

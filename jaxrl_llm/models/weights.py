@@ -171,7 +171,7 @@ def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
     embedding, head = stored[EMBEDDING], stored[HEAD]
     same = embedding.shape == head.shape
     for start in range(0, embedding.shape[0] if same else 0, _ROWS_COMPARED_AT_ONCE):
-        rows = (slice(start, start + _ROWS_COMPARED_AT_ONCE), slice(None))
+        rows = (slice(start, min(start + _ROWS_COMPARED_AT_ONCE, embedding.shape[0])), slice(None))
         same = same and np.array_equal(embedding.read(EMBEDDING, rows), head.read(HEAD, rows))
     if not same:
         raise ValueError(

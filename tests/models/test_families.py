@@ -92,7 +92,7 @@ def test_cached_decoding_equals_the_whole_forward(checkpoint, batch, layer_loop)
         hidden, cache = apply(params, batch.tokens[:, t : t + 1], batch.positions[:, t : t + 1], cache)
         pieces.append(hidden)
     cached = np.concatenate(pieces, axis=1)
-    np.testing.assert_allclose(cached[batch.mask], whole[batch.mask], rtol=1e-5, atol=1e-5)
+    assert relative_error(cached[batch.mask], whole[batch.mask]) < 1e-5
 
 
 def test_scanned_blocks_show_what_unrolled_blocks_show(checkpoint, batch):
@@ -100,7 +100,9 @@ def test_scanned_blocks_show_what_unrolled_blocks_show(checkpoint, batch):
     arguments = (checkpoint.params, batch.tokens, batch.positions, None)
     unrolled = checkpoint.observe(*arguments, names=NAMES)[2]["hidden_states"]
     scanned = jax.jit(partial(model.observe, names=NAMES))(*arguments)[2]["hidden_states"]
-    np.testing.assert_allclose(scanned[:, batch.mask], unrolled[:, batch.mask], rtol=1e-5, atol=1e-5)
+    # Hidden states before the final norm are as large as they like: their error is relative to the largest.
+    for ours, other in zip(scanned, unrolled, strict=True):
+        assert relative_error(ours[batch.mask], other[batch.mask]) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["qwen2 partly windowed, yarn rope", "gemma2", "gemma3", "qwen3_moe"])
