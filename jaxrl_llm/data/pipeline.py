@@ -110,6 +110,8 @@ def prompt_batches(
     max_answer_tokens: int,
     seed: int,
     overlong: Overlong = "error",
+    max_demonstration_tokens: int | None = None,
+    scratchpad: bool = True,
 ) -> Batches[PromptBatch]:
     """Batches of prompts for sampling, in a new order each epoch.
 
@@ -123,17 +125,44 @@ def prompt_batches(
       max_answer_tokens: width of the reference answers.
       seed: seed of the orders.
       overlong: what becomes of an item that does not fit: "error", or "drop" (and count).
+      max_demonstration_tokens: width of the reference completions that come with the prompts; None leaves them out.
+      scratchpad: those completions with the think part, or the direct variant.
 
     Raises:
       ValueError: for an item that is too long, or fewer items than `prompts_per_step`.
     """
     limits = (max_prompt_tokens, max_answer_tokens)
     rows, dropped = encoded_rows(source, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
+    written: dict[int, Row] = {}
+    if max_demonstration_tokens is not None:
+        completion = completion_ids(tokenizer, scratchpad)
+        widths = (max_prompt_tokens, max_demonstration_tokens)
+        fitting, _ = encoded_rows(source, tokenizer, completion, "completion", widths, overlong)
+        written = {row.item["item_id"]: row for row in fitting}
+        kept = [row for row in rows if row.item["item_id"] in written]
+        rows, dropped = kept, dropped + len(rows) - len(kept)
 
     def batch(chosen: Sequence[Row]) -> PromptBatch:
-        return PromptBatch(padded_prompts(chosen, tokenizer.pad_id, limits), [row.item for row in chosen])
+        prompts = padded_prompts(chosen, tokenizer.pad_id, limits)
+        if max_demonstration_tokens is not None:
+            completions = [written[row.item["item_id"]] for row in chosen]
+            arrays = padded_arrays(completions, tokenizer.pad_id, (max_prompt_tokens, max_demonstration_tokens))
+            prompts = prompts.replace(
+                demonstration_tokens=arrays["answer_tokens"], demonstration_length=arrays["answer_length"]
+            )
+        return PromptBatch(prompts, [row.item for row in chosen])
 
     return _batches(rows, dropped, batch, "prompts_per_step", prompts_per_step, seed)
+
+
+def completion_ids(tokenizer: Tokenizer, scratchpad: bool) -> Callable[[Record], list[int]]:
+    """The function from a record to the token ids of its reference completion, end of sequence included."""
+
+    def completion(item: Record) -> list[int]:
+        # The id, not its spelling: other tokenizers spell end of sequence differently.
+        return [*tokenizer.encode(reference_response(item, scratchpad).removesuffix("<eos>")), tokenizer.eos_id]
+
+    return completion
 
 
 def supervised_batches(
@@ -163,12 +192,8 @@ def supervised_batches(
       ValueError: for an item that is too long, or fewer items than `sequences_per_step`.
     """
     limits = (max_prompt_tokens, max_completion_tokens)
-
-    def response(item: Record) -> list[int]:
-        # The id, not its spelling: other tokenizers spell end of sequence differently.
-        return [*tokenizer.encode(reference_response(item, scratchpad).removesuffix("<eos>")), tokenizer.eos_id]
-
-    rows, dropped = encoded_rows(source, tokenizer, response, "completion", limits, overlong)
+    completion = completion_ids(tokenizer, scratchpad)
+    rows, dropped = encoded_rows(source, tokenizer, completion, "completion", limits, overlong)
 
     def batch(chosen: Sequence[Row]) -> SupervisedBatch:
         arrays = padded_arrays(chosen, tokenizer.pad_id, limits)

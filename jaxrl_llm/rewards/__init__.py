@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from jaxrl_llm.rewards.answers import answer_format, answer_span, exact_answer
+from jaxrl_llm.rewards.answers import answer_format, answer_ids, answer_present, answer_span, exact_answer
 from jaxrl_llm.rewards.combination import soft_overlong, truncation_zero, weighted_sum
 from jaxrl_llm.rewards.consistency import consistent_accuracy
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
+from jaxrl_llm.rewards.turns import reference_progress, separated_turns
 from jaxrl_llm.rewards.verifiers import (
     answer_order_share,
     answer_position_share,
@@ -18,8 +19,10 @@ from jaxrl_llm.rewards.verifiers import (
 __all__ = [
     "RewardError",
     "answer_format",
+    "answer_ids",
     "answer_order_share",
     "answer_position_share",
+    "answer_present",
     "answer_span",
     "checked_host_reward",
     "column_share",
@@ -28,6 +31,8 @@ __all__ = [
     "exact_answer",
     "exact_match",
     "extract_answer",
+    "reference_progress",
+    "separated_turns",
     "soft_overlong",
     "truncation_zero",
     "weighted_sum",
