@@ -156,6 +156,8 @@ class TrainingConfig:
       reference_decay: the reference follows the policy as a moving average that keeps this share at each step; None
         leaves it where it is.
       freeze_policy_steps: first steps in which only critics learn.
+      alignment_every_steps: steps between two measurements of `alignment` (AMFT), which takes three more gradients; 0
+        never measures it.
     """
 
     steps: int = 100
@@ -174,10 +176,11 @@ class TrainingConfig:
     refresh_reference_at: tuple[int, ...] = ()
     reference_decay: float | None = None
     freeze_policy_steps: int = 0
+    alignment_every_steps: int = 0
 
     def __post_init__(self):
         _at_least("training", self, 0, "steps", "warmup_steps", "refresh_reference_every", "learning_rate")
-        _at_least("training", self, 0, "freeze_policy_steps")
+        _at_least("training", self, 0, "freeze_policy_steps", "alignment_every_steps")
         if self.reference_decay is not None and not 0 <= self.reference_decay <= 1:
             raise ValueError(
                 f"training.reference_decay is {self.reference_decay}; it is the share of the reference that is kept at "
@@ -248,6 +251,8 @@ class RehearsalConfig:
 @dataclass(frozen=True)
 class SupervisedConfig:
     """Reference completions that learn beside the samples of every step.
+
+    Where `training.alignment_every_steps` is set, as many rows of the validation split join them with weight 0.
 
     Attributes:
       sequences_per_step: how many, a multiple of samples_per_prompt.

@@ -7,17 +7,20 @@ again instead of keeping it. Sampler and trainer both go through `scaled_log_sof
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.model import Model
 
 # 2**25 float32 scores are 128 MiB: large enough to fill a matrix unit, small beside any model worth training.
 SCORES_PER_CHUNK = 2**25
+NORMALISER = "normaliser"
 
 
 class TokenStatistics(NamedTuple):
@@ -34,9 +37,26 @@ class TokenStatistics(NamedTuple):
     over_vocabulary: tuple[Float[Array, "B T"], ...]
 
 
+def _log_softmax(scores: Array) -> Array:
+    # Shifting by the maximum first keeps the last digits of large scores. The two named numbers a position are all that
+    # the backward pass needs beside the scores: it makes no second reduction over the vocabulary.
+    shifted = scores - checkpoint_name(jnp.max(scores, axis=-1, keepdims=True), NORMALISER)
+    return shifted - checkpoint_name(jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)), NORMALISER)
+
+
+_differentiable_log_softmax = jax.custom_jvp(_log_softmax)
+
+
+@_differentiable_log_softmax.defjvp
+def _log_softmax_jvp(primals, tangents):
+    log_probabilities, change = _log_softmax(*primals), tangents[0]
+    mean = jnp.sum(jnp.exp(log_probabilities) * change, axis=-1, keepdims=True)
+    return log_probabilities, change - mean
+
+
 def scaled_log_softmax(scores: Float[Array, "*B V"], temperature: float | Array) -> Float[Array, "*B V"]:
     """log softmax(scores / temperature) over the vocabulary, in float32."""
-    return jax.nn.log_softmax(scores.astype(jnp.float32) / temperature, axis=-1)
+    return _differentiable_log_softmax(scores.astype(jnp.float32) / temperature)
 
 
 def entropy_of(log_probabilities: Float[Array, "*B V"]) -> Float[Array, "*B"]:
@@ -85,15 +105,22 @@ def token_statistics(
     chunk = chunk or positions_per_chunk(rows, length, model.vocabulary_size)
     reference_params, reference_hidden = reference or (None, None)
 
-    @jax.checkpoint
+    # What is named is small beside the scores (their normaliser, the top k): kept, so that it is computed once.
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_any_names_but_these())
     def score(hidden, tokens, reference_hidden):
-        log_p = scaled_log_softmax(model.logits(params, hidden), temperature)
-        logprobs = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+        # Rows and positions are one axis here: only products of two matrices reach the fast kernels of a CPU.
+        flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        log_p = scaled_log_softmax(model.logits(params, flat(hidden)), temperature)
         extra = ()
         if over_vocabulary:
-            log_q = scaled_log_softmax(model.logits(reference_params, reference_hidden), temperature)
-            extra = tuple(functional(log_p, jax.lax.stop_gradient(log_q)) for functional in over_vocabulary)
-        return TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, extra)
+            scores = jax.lax.stop_gradient(model.logits(reference_params, flat(reference_hidden)))
+            log_q = _log_softmax(scores.astype(jnp.float32) / temperature)
+            extra = tuple(functional(log_p, log_q) for functional in over_vocabulary)
+        # A sum over one symbol: its gradient joins those of the rest, where that of an indexed read is an array more.
+        chosen = jnp.arange(log_p.shape[-1]) == tokens.reshape(-1, 1)
+        logprobs = jnp.sum(jnp.where(chosen, log_p, 0.0), axis=-1)
+        statistics = TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, extra)
+        return jax.tree.map(lambda x: x.reshape(tokens.shape), statistics)
 
     if chunk >= length:
         return score(hidden, tokens, reference_hidden)

@@ -7,7 +7,7 @@ token, so V_t is what is expected before token t is drawn.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -132,4 +132,4 @@ def moved_target(state: CriticState, critic: Critic) -> CriticState:
         return state
     rate = critic.target_rate
     follow = lambda new, old: (old + rate * (new - old)).astype(old.dtype)  # noqa: E731
-    return state.replace(target_params=jax.tree.map(follow, state.params, state.target_params))
+    return replace(state, target_params=jax.tree.map(follow, state.params, state.target_params))

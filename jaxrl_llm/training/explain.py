@@ -99,7 +99,7 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts, Experience | Non
             jnp.zeros((count, width), jnp.int32),
             jnp.ones(count, jnp.int32),
             answer_width=width,
-            **{name: jnp.zeros((count, width), jnp.float32) for name in c.stored.provides},
+            **{name: jnp.zeros((count, width) if name == "stored_logprobs" else count) for name in c.stored.provides},
         )
 
     return jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts), jax.eval_shape(stored)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Loss, Method, Source, TrainState
+from jaxrl_llm.losses import gradient_alignment
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.score import predicting_hidden
@@ -49,6 +50,12 @@ class LossTerm:
         return callable(self.coefficient) or isinstance(self.coefficient, Method)
 
     @property
+    def on_written(self) -> bool:
+        """Whether it is a loss on written completions, which it finds by their source."""
+        read = names(self.function)
+        return "source" in read and "mask" not in read
+
+    @property
     def memory_name(self) -> str:
         """Key of the coefficient's memory in `TrainState.memory`."""
         return f"coefficient:{self.name}"
@@ -67,6 +74,8 @@ class Update:
       reference_decay: the reference follows the policy as an exponential moving average that keeps this share at each
         step; None leaves it where it is.
       freeze_policy_steps: first steps in which only critics learn.
+      alignment_every_steps: steps between two measurements of `alignment`; 0 never measures it.
+      alignment_learning_rate: the step size that it is measured for.
     """
 
     epochs_per_batch: int = 1
@@ -76,6 +85,8 @@ class Update:
     refresh_reference_at: tuple[int, ...] = ()
     reference_decay: float | None = None
     freeze_policy_steps: int = 0
+    alignment_every_steps: int = 0
+    alignment_learning_rate: float = 1e-4
 
 
 def checked_split(update: Update, prompts: int, samples: int, losses: Sequence[LossTerm], joined: int = 0) -> int:
@@ -138,45 +149,34 @@ def minibatch_rows(key: Array, update: Update, groups: Sequence[int], samples: i
     return rows.reshape(epochs * cuts, -1)
 
 
-def make_learn(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    losses: Sequence[LossTerm],
-    update: Update,
-    *,
-    temperature: float,
-    samples_per_prompt: int,
-    critic: Critic | None = None,
-    joined: int = 0,
-) -> Callable[[TrainState, Experience, Sequence[Array]], tuple[TrainState, dict[str, Array]]]:
-    """Build learn(state, experience, coefficients) -> (state, metrics).
+class Objective(NamedTuple):
+    """The weighted sum of losses as functions of parameters and rows.
 
-    Only what the losses name is computed: a loss that names `entropy` or carries an `over_vocabulary` functional
-    has it evaluated in the same chunked pass as the log-probabilities; one that names `values` has the value model
-    evaluated, and trained by its own optimiser.
+    Attributes:
+      critics: names of the critics that the losses ask for.
+      denominators: rows -> one count a loss; they do not depend on parameters.
+      value: (trained, reference_params, rows, counts, coefficients) -> (scalar, what to log); `trained` holds the
+        parameters of the policy and of the critics by name.
+    """
 
-    Args:
-      model: the policy.
-      optimizer: of the policy.
-      losses: what is minimised, weighted by the coefficients.
-      update: epochs, minibatches, microbatches, what becomes of the reference.
-      temperature: the one that the rollout sampled with.
-      samples_per_prompt: rows of a group.
-      critic: how critics are made, for losses that name one.
-      joined: groups at the end of the experience that were not sampled in this step.
+    critics: tuple[str, ...]
+    denominators: Callable[[Experience], list[Array]]
+    value: Callable[..., tuple[Array, Any]]
+
+
+def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: float) -> Objective:
+    """Compose losses. Only what they name is computed.
+
+    A loss that names `entropy` or carries an `over_vocabulary` functional has it evaluated in the same chunked pass as
+    the log-probabilities; one that names `values` has the value model evaluated.
     """
     wanted = frozenset().union(*(signature(term.function).required for term in losses))
     with_entropy = "entropy" in wanted
     critics = critics_named(wanted & CURRENT.keys())
     functionals = {t.name: t.function.over_vocabulary for t in losses if "over_vocabulary" in names(t.function)}
-    optimizers = {POLICY: optimizer} | (dict.fromkeys(critics, critic.optimizer) if critic else {})
 
     def hidden_of(params: PyTree, rows: Experience) -> Array:
         return predicting_hidden(model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
-
-    def current(trained: dict[str, PyTree], rows: Experience, hidden: Array) -> dict[str, Array]:
-        outputs = {(name, False): critic_outputs(model, trained[name], rows, hidden) for name in critics}
-        return named(CURRENT, wanted, outputs, rows)
 
     def terms(rows: Experience, learner: dict[str, Any], over_vocabulary: Mapping[str, Any]) -> list[Loss]:
         provided = fields_of(rows) | learner
@@ -191,7 +191,7 @@ def make_learn(
         counts = [loss.denominator for loss in terms(rows, placeholders, dict.fromkeys(functionals, nothing))]
         return [jnp.float32(1.0) if d is None else jnp.where(d == 0, 1.0, d) for d in counts]
 
-    def objective(trained, reference_params, rows: Experience, counts, coefficients):
+    def value(trained, reference_params, rows: Experience, counts, coefficients):
         params = trained[POLICY]
         reference = None
         if functionals:
@@ -207,7 +207,8 @@ def make_learn(
             over_vocabulary=tuple(functionals.values()),
             reference=reference,
         )
-        learner: dict[str, Any] = {"logprobs": statistics.logprobs} | current(trained, rows, hidden)
+        outputs = {(name, False): critic_outputs(model, trained[name], rows, hidden) for name in critics}
+        learner: dict[str, Any] = {"logprobs": statistics.logprobs} | named(CURRENT, wanted, outputs, rows)
         if with_entropy:
             learner["entropy"] = statistics.entropy
         parts = terms(rows, learner, dict(zip(functionals, statistics.over_vocabulary, strict=True)))
@@ -219,11 +220,41 @@ def make_learn(
             sums |= {f"{name}/{term.name}": pair for name, pair in loss.metrics.items()}
         return total, (sums, _drift(statistics.logprobs, rows))
 
+    return Objective(critics, denominators, value)
+
+
+def make_learn(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    losses: Sequence[LossTerm],
+    update: Update,
+    *,
+    temperature: float,
+    samples_per_prompt: int,
+    critic: Critic | None = None,
+    joined: int = 0,
+) -> Callable[[TrainState, Experience, Sequence[Array]], tuple[TrainState, dict[str, Array]]]:
+    """Build learn(state, experience, coefficients) -> (state, metrics).
+
+    Args:
+      model: the policy.
+      optimizer: of the policy.
+      losses: what is minimised, weighted by the coefficients.
+      update: epochs, minibatches, microbatches, what becomes of the reference.
+      temperature: the one that the rollout sampled with.
+      samples_per_prompt: rows of a group.
+      critic: how critics are made, for losses that name one; each is trained by its own optimiser.
+      joined: groups at the end of the experience that were not sampled in this step.
+    """
+    objective = make_objective(model, losses, temperature=temperature)
+    critics = objective.critics
+    optimizers = {POLICY: optimizer} | (dict.fromkeys(critics, critic.optimizer) if critic else {})
+
     def gradient(trained, reference_params, rows: Experience, coefficients):
-        counts = denominators(rows)
+        counts = objective.denominators(rows)
         size = update.sequences_per_microbatch or rows.tokens.shape[0]
         pieces = rows.tokens.shape[0] // size
-        differentiate = jax.grad(objective, has_aux=True)
+        differentiate = jax.grad(objective.value, has_aux=True)
         if pieces == 1:
             return differentiate(trained, reference_params, rows, counts, coefficients)
         split = jax.tree.map(lambda x: x.reshape(pieces, size, *x.shape[1:]), rows)
@@ -260,9 +291,8 @@ def make_learn(
                 sums |= {f"gradient_norm{label}": (_norm(grads[name]), 0.0)}
                 sums |= {f"parameter_norm{label}": (_norm(after[name]), 0.0)}
             if frozen is not None:
-                hold = lambda new, old: jax.tree.map(lambda n, o: jnp.where(frozen, o, n), new, old)  # noqa: E731
-                after[POLICY] = hold(after[POLICY], trained[POLICY])
-                states_after[POLICY] = hold(states_after[POLICY], optimizer_states[POLICY])
+                after[POLICY] = _chosen(frozen, trained[POLICY], after[POLICY])
+                states_after[POLICY] = _chosen(frozen, optimizer_states[POLICY], states_after[POLICY])
             return (after, states_after), (sums, peaks, drift)
 
         carry = (
@@ -304,8 +334,49 @@ def refreshed(state: TrainState, update: Update) -> TrainState:
     if update.refresh_reference_at:
         due |= jnp.isin(state.step, jnp.asarray(update.refresh_reference_at))
     if update.refresh_reference_every or update.refresh_reference_at:
-        reference = jax.tree.map(lambda new, old: jnp.where(due, new, old), state.params, reference)
+        reference = _chosen(due, state.params, reference)
     return replace(state, reference_params=reference)
+
+
+def alignment(
+    model: Model,
+    losses: Sequence[LossTerm],
+    state: TrainState,
+    experience: Experience,
+    *,
+    temperature: float,
+    learning_rate: float,
+) -> Array:
+    """`losses.gradient_alignment` of this batch: whether supervised learning would lower a validation loss faster.
+
+    Supervised are the losses that read written rows (`source`, but no `mask`); the others are reinforcement. The
+    validation loss is that of the supervised losses on the rows that `validation` marks, whose weight is otherwise 0.
+    """
+    supervised = [t for t in losses if t.on_written]
+    others = [t for t in losses if not t.on_written]
+
+    def policy_gradient(terms: Sequence[LossTerm], rows: Experience) -> PyTree:
+        objective = make_objective(model, terms, temperature=temperature)
+        critics = {name: state.critics[name].params for name in objective.critics}
+        factors = [jnp.float32(1.0 if t.coefficient_changes else t.coefficient) for t in terms]
+
+        def value(params: PyTree) -> Array:
+            trained = {POLICY: params} | critics
+            return objective.value(trained, state.reference_params, rows, objective.denominators(rows), factors)[0]
+
+        return jax.grad(value)(state.params)
+
+    held_out = replace(experience, weight=experience.extras["validation"])
+    return gradient_alignment(
+        policy_gradient(supervised, held_out),
+        policy_gradient(supervised, experience),
+        policy_gradient(others, experience),
+        learning_rate=learning_rate,
+    )
+
+
+def _chosen(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def _norm(tree: PyTree) -> Array:

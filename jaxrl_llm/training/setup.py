@@ -69,6 +69,8 @@ def parts(config: Config) -> Parts:
         refresh_reference_at=training.refresh_reference_at,
         reference_decay=training.reference_decay,
         freeze_policy_steps=training.freeze_policy_steps,
+        alignment_every_steps=training.alignment_every_steps,
+        alignment_learning_rate=training.learning_rate,
     )
     rollout = Rollout(
         samples_per_prompt=config.rollout.samples_per_prompt,
@@ -120,7 +122,10 @@ def _stored(config: Config) -> StoredRows | None:
     if config.rehearsal:
         return StoredRows(config.rehearsal.sequences_per_step // samples, frozenset({"stored_logprobs"}))
     if config.supervised:
-        return StoredRows(config.supervised.sequences_per_step // samples)
+        groups = config.supervised.sequences_per_step // samples
+        # As many rows of the validation split again, where a validation loss is asked for.
+        validated = config.training.alignment_every_steps > 0
+        return StoredRows(2 * groups, frozenset({"validation"})) if validated else StoredRows(groups)
     return None
 
 

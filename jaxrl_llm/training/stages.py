@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -144,12 +144,29 @@ def stored_rows(run: Run, rehearsal: Rehearsal | None) -> Callable[[int], Experi
         count = config.rehearsal.sequences_per_step
         return lambda step: rehearsal.batch(key, step, count, answer_width=width)
     if config.supervised is not None:
-        batches = demonstration_batches(run.parts, run.data["train"], config.supervised.sequences_per_step)
-        names = ("prompt_tokens", "prompt_length", "prompt_id", "tokens", "length")
-        return lambda step: written_rows(
-            **{name: jnp.asarray(getattr(batches[step], name)) for name in names}, answer_width=width
-        )
+        return supervised_rows(run.parts, run.data)
     return lambda step: None
+
+
+def supervised_rows(parts: Parts, sets: Mapping[str, DataSet]) -> Callable[[int], Experience]:
+    """Reference completions by step; of the validation split too, marked and of weight 0, where that is asked for."""
+    config, stored = parts.config, parts.step.composition.stored
+    if config.supervised is None or stored is None:
+        raise ValueError("the config has no section supervised")
+    count, names = config.supervised.sequences_per_step, ("prompt_tokens", "prompt_length", "prompt_id")
+    validated = "validation" in stored.provides
+    splits = ("train", "validation") if validated else ("train",)
+    batches = [demonstration_batches(parts, sets[split], count) for split in splits]
+
+    def rows(step: int) -> Experience:
+        both = [b[step] for b in batches]
+        arrays = {n: jnp.concatenate([getattr(b, n) for b in both]) for n in (*names, "tokens", "length")}
+        held_out = jnp.repeat(jnp.arange(len(both), dtype=jnp.float32), count)
+        marks = {"validation": held_out} if validated else {}
+        written = written_rows(**arrays, answer_width=config.rollout.max_completion_tokens, **marks)
+        return replace(written, weight=1.0 - held_out)
+
+    return rows
 
 
 def reinforce(

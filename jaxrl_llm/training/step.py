@@ -27,7 +27,7 @@ from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
 from jaxrl_llm.training.critics import HEADS, Critic, critics_named, initial_critic, moved_target
-from jaxrl_llm.training.learn import LossTerm, Update, checked_split, make_learn
+from jaxrl_llm.training.learn import LossTerm, Update, alignment, checked_split, make_learn
 from jaxrl_llm.training.metrics import experience_metrics
 from jaxrl_llm.training.rows import (
     Extra,
@@ -317,6 +317,19 @@ def coefficients(
     return values, memory
 
 
+def measured_alignment(c: Composition, state: TrainState, batch: Experience) -> Array:
+    """`alignment` at every so many steps, 0 at the others."""
+    measure = partial(
+        alignment,
+        c.model,
+        c.losses,
+        temperature=c.rollout.temperature,
+        learning_rate=c.update.alignment_learning_rate,
+    )
+    due = state.step % c.update.alignment_every_steps == 0
+    return jax.lax.cond(due, measure, lambda state, batch: jnp.float32(0.0), state, batch)
+
+
 def learn(
     c: Composition, state: TrainState, experience: Experience, factors: list[Array]
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -352,11 +365,13 @@ def credit_and_learn(
     sampled = experience.weight
     experience, memory = credit(c, state, experience)
     metrics = experience_metrics(experience, sampled[: experience.weight.shape[0]])
+    batch, store = join(c, state, experience, stored)
+    if c.update.alignment_every_steps:
+        metrics["alignment"] = measured_alignment(c, state, batch)
     factors, memory = coefficients(c, experience, metrics, memory, state.step)
     if (held := memory.get(EXTRA_TEMPERATURE)) is not None:
         metrics["extra_temperature"] = held["temperature"]
         memory[EXTRA_TEMPERATURE] = next_temperature(cast(Any, c.rollout.extra).temperature, held, experience)
-    batch, store = join(c, state, experience, stored)
     state, learned = learn(c, state, batch, factors)
     state = replace(state, memory=memory, replay=store)
     return constrain_replicated(state, c.mesh), metrics | learned, experience
@@ -463,6 +478,13 @@ def make_train_step(
     )
     if rollout.demonstration_in_group:
         wanted |= provide.FROM_DATA
+    if update.alignment_every_steps and not (
+        stored and "validation" in stored.provides and any(t.on_written for t in loss_terms)
+    ):
+        raise ValueError(
+            f"training.alignment_every_steps is {update.alignment_every_steps}, but alignment compares a loss on "
+            "written completions with the others; add section supervised and losses: stored_likelihood"
+        )
     if rollout.extra and "baseline_rewards" in wanted:
         raise ValueError(
             "rollout.extra is set and something names 'baseline_rewards'; a greedy baseline and groups at another "
