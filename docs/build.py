@@ -28,8 +28,9 @@ Every published method that a recipe can name, written by `python docs/build.py`
 shipped recipe. A method is one function: its positional parameters are data that the step provides, its keyword-only
 parameters are the hyper-parameters of a recipe's entry.
 
-**Certainty.** *verified*: the formula was read in running code or checked against it. *recalled*: from knowledge of the
-paper, without code at hand. *reconstructed*: from abstracts and second-hand descriptions; the text says what may differ.
+**Certainty.** *verified*: the formula was read in running code or checked against it. *recalled*: from knowledge of
+the paper, without code at hand. *reconstructed*: from abstracts and second-hand descriptions; the text says what may
+differ.
 
 **Notation.** `r` is a reward in formulas of advantages and an importance ratio in formulas of losses, `A` an advantage,
 `pi` the current policy's probability of a token, `sg` the stop-gradient, `x` a loss of one token before averaging.

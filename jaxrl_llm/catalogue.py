@@ -74,7 +74,7 @@ def methods() -> list[dict[str, Any]]:
 
 
 def described(name: str) -> dict[str, Any]:
-    """One function with its whole docstring, its hyper-parameters and the recipes that use it.
+    """One function with its whole docstring and its hyper-parameters.
 
     Raises:
       ValueError: for an unknown name, with the nearest known one among functions and recipes.
@@ -86,9 +86,7 @@ def described(name: str) -> dict[str, Any]:
             hyper = {
                 p.name: None if p.default is p.empty else p.default for p in parameters if p.kind is p.KEYWORD_ONLY
             }
-            used = [entry["name"] for entry in recipes() if name in entry["functions"]]
-            doc = inspect.getdoc(function) or ""
-            return _entry(name, room, function) | {"doc": doc, "hyper_parameters": hyper, "recipes": used}
+            return _entry(name, room, function) | {"doc": inspect.getdoc(function) or "", "hyper_parameters": hyper}
     raise ValueError(f"there is no method {name!r}; {nearest(name, names())}")
 
 
@@ -161,6 +159,11 @@ def recipes() -> list[dict[str, Any]]:
       ValueError: for a recipe that names what does not exist, with its file.
     """
     return [_recipe(file, tree) for file in _recipe_files() if (tree := read_tree(file)).get("about", {}).get("paper")]
+
+
+def recipes_with(function: str) -> list[str]:
+    """Names of the recipes that use a function."""
+    return [entry["name"] for entry in recipes() if function in entry["functions"]]
 
 
 def is_recipe(name: str) -> bool:
@@ -303,11 +306,11 @@ def shortened(needs: Sequence[str]) -> list[str]:
     ['value', 'demos', 'memory']
     """
     words = {
-        "meta-gradient": "meta",
         "reference": "ref",
         "vocabulary": "vocab",
-        "demonstrations": "demos",
         "token reward model": "token reward",
+        "meta-gradient": "meta",
+        "demonstrations": "demos",
     }
     ends = " (model|states|answers|samples?|scores)$"
     return [words.get(need) or re.sub(ends, "", need) for need in needs]

@@ -286,7 +286,10 @@ def _methods(options: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0]} chooses among recipes; leave out {'--room' if options.room else '--functions'}")
     if options.name is not None:
         recipe = not functions and catalogue.is_recipe(options.name)
-        entry = (catalogue.described_recipe if recipe else catalogue.described)(options.name)
+        if recipe:
+            entry = catalogue.described_recipe(options.name)
+        else:
+            entry = catalogue.described(options.name) | {"recipes": catalogue.recipes_with(options.name)}
         if options.json:
             print(json.dumps(entry, indent=2, default=str))
         elif recipe:
@@ -348,9 +351,10 @@ def _columns(rows: Sequence[dict[str, Any]], title: str) -> None:
         for row in cells:
             row["name"] = "\n".join(textwrap.wrap(row["name"].replace("_", "_ "), 21)).replace("_ ", "_")
             row["certainty"] = row["certainty"].replace("reconstructed", "reconstr.")
-            for key, under in (("arxiv", "paper"), ("room", "name")):
-                if below := row.pop(key, ""):
-                    row[under] += f"\n{below}"
+            if number := row.pop("arxiv", ""):
+                row["paper"] += f"\n{number}"
+            if room := row.pop("room", ""):
+                row["name"] += f"\n({room})"
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for key, width in _widths(cells, console.width).items():
         table.add_column(key, width=width, overflow="fold")

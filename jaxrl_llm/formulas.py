@@ -354,11 +354,8 @@ class _Reader:
         before, here, after = self.ahead(-2), self.ahead(-1), self.here
         if here is None or here.text != "a" or after is None or after.kind != "word":
             return False
-        if (
-            len(after.text) == 1
-            or "_" in after.text
-            or (before is not None and before.text in OPERATORS.keys() - {":"})
-        ):
+        applied = before is not None and before.text in OPERATORS.keys() - {":"}
+        if applied or len(after.text) == 1 or "_" in after.text:
             return False
         called = self.ahead()
         return after.text not in SCRIPTED and not (called is not None and called.text == "(" and not called.spaced)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.training.explain import trace
 from jaxrl_llm.training.rehearsal import make_rehearsal
 from jaxrl_llm.training.setup import Parts, demonstration_batches, parts, prompt_batches, task_data
-from jaxrl_llm.training.stages import stored_rows
+from jaxrl_llm.training.stages import supervised_rows
 from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
 
 FOLDER = Path(__file__).parents[1] / "configs" / "methods"
@@ -157,17 +156,21 @@ def differ(one: Any, other: Any) -> bool:
 
 def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, Any]]]:
     """The state after some steps as a run makes them, and the metrics of each."""
-    config, key = built.config, jax.random.key(0)
+    config, key, stored = built.config, jax.random.key(0), None
     data = {split: task_data(config, split) for split in ("train", "validation")}
-    source = data["train"]
-    rehearsal = make_rehearsal(built, policy, source, key) if config.rehearsal else None
-    stored = stored_rows(SimpleNamespace(config=config, parts=built, data=data), rehearsal)
-    kept = source if rehearsal is None else [source[int(number)] for number in rehearsal.explored]
-    prompts = prompt_batches(built, kept)
+    source: Any = data["train"]
+    if config.rehearsal:
+        rehearsal = make_rehearsal(built, policy, source, key)
+        source = [source[int(number)] for number in rehearsal.explored]
+        count, width = config.rehearsal.sequences_per_step, config.rollout.max_completion_tokens
+        stored = lambda step: rehearsal.batch(key, step, count, answer_width=width)  # noqa: E731
+    elif config.supervised:
+        stored = supervised_rows(built, data)
+    prompts = prompt_batches(built, source)
     state, seen = built.step.init(key, jax.tree.map(jnp.asarray, policy)), []
     for index in range(steps):
         batch = prompts[index]
-        state, metrics = built.step(state, batch.prompts, batch.items, stored(index))
+        state, metrics = built.step(state, batch.prompts, batch.items, stored(index) if stored else None)
         seen.append(jax.device_get(metrics))
     return state, seen
 

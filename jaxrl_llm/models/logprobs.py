@@ -37,26 +37,46 @@ class TokenStatistics(NamedTuple):
     over_vocabulary: tuple[Float[Array, "B T"], ...]
 
 
-def _log_softmax(scores: Array) -> Array:
-    # Shifting by the maximum first keeps the last digits of large scores. The two named numbers a position are all that
-    # the backward pass needs beside the scores: it makes no second reduction over the vocabulary.
-    shifted = scores - checkpoint_name(jnp.max(scores, axis=-1, keepdims=True), NORMALISER)
-    return shifted - checkpoint_name(jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)), NORMALISER)
+def _normaliser(scores: Array) -> tuple[Array, Array]:
+    """The largest score and the logarithm of the sum of exp(scores - largest): log softmax is scores less both.
+
+    Two numbers keep the last digits of large scores. They are named, so that `jax.checkpoint` can keep them: with them
+    the backward pass needs no reduction over the vocabulary that the forward pass has made.
+    """
+    largest = checkpoint_name(jnp.max(scores, axis=-1, keepdims=True), NORMALISER)
+    total = jnp.sum(jnp.exp(scores - largest), axis=-1, keepdims=True)
+    return largest, checkpoint_name(jnp.log(total), NORMALISER)
 
 
-_differentiable_log_softmax = jax.custom_jvp(_log_softmax)
+_differentiable_normaliser = jax.custom_jvp(_normaliser)
 
 
-@_differentiable_log_softmax.defjvp
-def _log_softmax_jvp(primals, tangents):
-    log_probabilities, change = _log_softmax(*primals), tangents[0]
-    mean = jnp.sum(jnp.exp(log_probabilities) * change, axis=-1, keepdims=True)
-    return log_probabilities, change - mean
+@_differentiable_normaliser.defjvp
+def _normaliser_jvp(primals, tangents):
+    largest, log_total = _normaliser(*primals)
+    change = jnp.sum(jnp.exp(primals[0] - largest - log_total) * tangents[0], axis=-1, keepdims=True)
+    return (largest, log_total), (jnp.zeros_like(largest), change)
+
+
+@jax.custom_jvp
+def _picked(scores: Array, tokens: Array) -> Array:
+    """The score of each token."""
+    return jnp.take_along_axis(scores, tokens[..., None], axis=-1)
+
+
+@_picked.defjvp
+def _picked_jvp(primals, tangents):
+    # As a sum over one symbol its gradient joins that of the normaliser; that of an indexed read would be an array more.
+    scores, tokens = primals
+    chosen = jnp.arange(scores.shape[-1]) == tokens[..., None]
+    return _picked(scores, tokens), jnp.sum(jnp.where(chosen, tangents[0], 0.0), axis=-1, keepdims=True)
 
 
 def scaled_log_softmax(scores: Float[Array, "*B V"], temperature: float | Array) -> Float[Array, "*B V"]:
     """log softmax(scores / temperature) over the vocabulary, in float32."""
-    return _differentiable_log_softmax(scores.astype(jnp.float32) / temperature)
+    scores = scores.astype(jnp.float32) / temperature
+    largest, log_total = _differentiable_normaliser(scores)
+    return scores - largest - log_total
 
 
 def entropy_of(log_probabilities: Float[Array, "*B V"]) -> Float[Array, "*B"]:
@@ -110,15 +130,15 @@ def token_statistics(
     def score(hidden, tokens, reference_hidden):
         # Rows and positions are one axis here: only products of two matrices reach the fast kernels of a CPU.
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-        log_p = scaled_log_softmax(model.logits(params, flat(hidden)), temperature)
+        scores = model.logits(params, flat(hidden)).astype(jnp.float32) / temperature
+        largest, log_total = _differentiable_normaliser(scores)
+        log_p = scores - largest - log_total
         extra = ()
         if over_vocabulary:
-            scores = jax.lax.stop_gradient(model.logits(reference_params, flat(reference_hidden)))
-            log_q = _log_softmax(scores.astype(jnp.float32) / temperature)
+            log_q = jax.lax.stop_gradient(model.logits(reference_params, flat(reference_hidden))) / temperature
+            log_q = scaled_log_softmax(log_q, 1.0)
             extra = tuple(functional(log_p, log_q) for functional in over_vocabulary)
-        # A sum over one symbol: its gradient joins those of the rest, where that of an indexed read is an array more.
-        chosen = jnp.arange(log_p.shape[-1]) == tokens.reshape(-1, 1)
-        logprobs = jnp.sum(jnp.where(chosen, log_p, 0.0), axis=-1)
+        logprobs = _picked(scores, tokens.reshape(-1)) - largest - log_total
         statistics = TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, extra)
         return jax.tree.map(lambda x: x.reshape(tokens.shape), statistics)
 

@@ -218,7 +218,7 @@ def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: flo
         sums["loss"] = (total, 0.0)
         for term, loss in zip(losses, parts, strict=True):
             sums |= {f"{name}/{term.name}": pair for name, pair in loss.metrics.items()}
-        return total, (sums, _drift(statistics.logprobs, rows))
+        return jnp.asarray(total), (sums, _drift(statistics.logprobs, rows))
 
     return Objective(critics, denominators, value)
 
@@ -386,6 +386,8 @@ def _norm(tree: PyTree) -> Array:
 def _drift(logprobs: Array, rows: Experience) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:
     """How far the policy is from the one that sampled: peaks, and (sum, count) pairs over sampled tokens."""
     counted = rows.mask * (rows.weight[:, None] > 0) * (rows.source == Source.SAMPLED)
+    if "extra" in rows.extras:  # drawn at another temperature
+        counted = counted * ~rows.extras["extra"].astype(bool)[:, None]
     gap = jnp.where(counted > 0, jax.lax.stop_gradient(logprobs) - rows.behaviour_logprobs, 0.0)
     clipped = jnp.clip(gap, -20.0, 20.0)
     count = counted.sum()
