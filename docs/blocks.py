@@ -125,8 +125,8 @@ def _statement(text: str, code: Collection[str]) -> str:
         left, right = "", text
     trailing = right[-1:] if right[-1:] in (",", ";") else ""
     if (equals or right) and (parts := _cases(right.rstrip(",;"))):
-        rows = [rf"{latex(value, code)} & {latex(condition, code)}" for value, condition in parts]
-        body = " \\\\ ".join(rows)
+        rows = [rf"\displaystyle {latex(value, code)} & {latex(condition, code)}" for value, condition in parts]
+        body = r" \\[4pt] ".join(rows)
         head = f"{latex(left, code)} = " if left else ""
         return rf"{head}\begin{{cases}} {body} \end{{cases}}{trailing}"
     return latex(text, code)

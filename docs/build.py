@@ -40,7 +40,7 @@ differ.
 def linked(text: str) -> str:
     """Escaped text whose arXiv numbers are links."""
     return re.sub(
-        r"(?:arXiv )?\b(\d{4}\.\d{4,5})\b", r"[arXiv \1](https://arxiv.org/abs/\1)", escaped(text).replace("arXiv ", "")
+        r"(?:arXiv )?\b(\d{4}\.\d{4,5})\b", r"[arXiv:\1](https://arxiv.org/abs/\1)", escaped(text).replace("arXiv ", "")
     )
 
 

@@ -98,12 +98,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(words: Sequence[str]):
+    from jaxrl_llm.catalogue import recipe_path
     from jaxrl_llm.config import ConfigError, load_config
     from jaxrl_llm.data import CharacterTokenizer
 
     if not words or ("=" in words[0] and not Path(words[0]).is_file()):
         raise ConfigError("no config given; write jaxrl train CONFIG.yaml [section.key=value ...], or --resume RUN")
-    return load_config(words[0], words[1:], vocabulary_size=CharacterTokenizer().vocabulary_size)
+    # A bare word is the name of a shipped recipe.
+    path = recipe_path(words[0]) if words[0].isidentifier() and not Path(words[0]).exists() else words[0]
+    return load_config(path, words[1:], vocabulary_size=CharacterTokenizer().vocabulary_size)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -112,8 +112,9 @@ def test_a_condition_stands_behind_its_statement(blocks):
 def test_cases_stand_below_each_other(blocks):
     made = blocks.markdown("x = 1 where a > b, 1/2 where they are equal, else 0")
     assert made == (
-        "```math\nx = \\begin{cases} 1 & \\text{where } a \\gt b \\\\ 1 / 2 & \\text{where they are equal} \\\\ "
-        "0 & \\text{else} \\end{cases}\n```"
+        "```math\nx = \\begin{cases} \\displaystyle 1 & \\text{where } a \\gt b \\\\[4pt] "
+        "\\displaystyle 1 / 2 & \\text{where they are equal} \\\\[4pt] "
+        "\\displaystyle 0 & \\text{else} \\end{cases}\n```"
     )
     rows = blocks.markdown("f(b) + 1    right, and n <= L\n0           wrong")
     assert r"\begin{cases} \displaystyle f(b) + 1 & \text{right},\ \text{and } n \le L" in rows

@@ -58,7 +58,9 @@ def differ(a, b):
 class TestCritics:
     @pytest.mark.parametrize("backbone", ["own", "shared"])
     def test_a_value_model_is_trained_beside_the_policy(self, model, make_prompts, backbone):
-        step = composed(model, credit=GAE, losses=VALUE, critic=critic(backbone=backbone))
+        # The policy stands still, so that the returns that the value model is fitted to do too.
+        waits = Update(freeze_policy_steps=100)
+        step = composed(model, credit=GAE, losses=VALUE, critic=critic(backbone=backbone), update=waits)
         state = step.init(jax.random.key(0))
         before = jax.tree.map(np.array, state.critics["value"].params)
         assert ("backbone" in before) == (backbone == "own")
@@ -67,7 +69,7 @@ class TestCritics:
             state, metrics = step(state, make_prompts(4))
             values.append(float(metrics["loss/clipped_value"]))
         assert differ(before, state.critics["value"].params)
-        assert values[-1] < values[0]
+        assert np.mean(values[-4:]) < np.mean(values[:4])
         assert np.isfinite(float(metrics["value_explained_variance"]))
         assert float(metrics["gradient_norm/value"]) > 0
 
