@@ -143,8 +143,9 @@ def _symbols(samples: str, k: int, log_p: Array, log_q: Array) -> tuple[Array, A
 
 def _summed(f: Generator, samples: str, k: int) -> Callable[[Array, Array], Array]:
     def value(log_p, log_q):
-        # No term is negative but by rounding. Saying so also lets a CPU compute all of a term in one loop.
-        return jnp.maximum(f.perspective(log_p, log_q), 0.0)
+        terms = f.perspective(log_p, log_q)
+        # No term is negative but by rounding. Chosen so, and not by `maximum`, all of it becomes one loop on a CPU.
+        return jnp.where(terms < 0, 0.0, terms)
 
     # Differentiation of the perspective would arrive at the slope as well, by several times as many operations.
     divergence_of_symbols = jax.custom_jvp(value)
