@@ -110,13 +110,13 @@ class VocabularyDivergence:
 def _kept_and_rest(log_p: Array, index: Array, kept: Array) -> Array:
     """Log-probabilities at `index`, and last that of all symbols where `kept` is false together."""
     rest = jax.nn.logsumexp(jnp.where(kept, LEAST_LOGPROB, log_p), axis=-1, keepdims=True)
-    return checkpoint_name(jnp.concatenate([jnp.take_along_axis(log_p, index, axis=-1), rest], axis=-1), "top_k")
+    return jnp.concatenate([jnp.take_along_axis(log_p, index, axis=-1), rest], axis=-1)
 
 
 @_kept_and_rest.defjvp
 def _kept_and_rest_jvp(primals, tangents):
     log_p, index, kept = primals
-    symbols = _kept_and_rest.fun(log_p, index, kept)
+    symbols = checkpoint_name(_kept_and_rest(log_p, index, kept), "top_k")
     # The rest is everything less what was kept, so that the backward pass needs `index` but not `kept`, which would
     # cost it the reference's scores. A symbol of the rest has a share of at most 1; the bound concerns the kept ones.
     share_of_rest = lambda x: jnp.exp(jnp.minimum(x - symbols[..., -1:], 0.0))  # noqa: E731
@@ -138,18 +138,19 @@ def _symbols(samples: str, k: int, log_p: Array, log_q: Array) -> tuple[Array, A
     threshold = jnp.min(largest, axis=-1, keepdims=True)
     last = jnp.max(jnp.where(largest == threshold, index, -1), axis=-1, keepdims=True)
     kept = (log_q > threshold) | ((log_q == threshold) & (jnp.arange(log_q.shape[-1]) <= last))
-    return _kept_and_rest(log_p, index, kept), _kept_and_rest.fun(log_q, index, kept)
+    return _kept_and_rest(log_p, index, kept), checkpoint_name(_kept_and_rest(log_q, index, kept), "top_k")
 
 
 def _summed(f: Generator, samples: str, k: int) -> Callable[[Array, Array], Array]:
-    def value(log_p, log_q):
-        terms = f.perspective(log_p, log_q)
-        # No term is negative but by rounding. Chosen so, and not by `maximum`, all of it becomes one loop on a CPU.
-        return jnp.where(terms < 0, 0.0, terms)
+    @jax.custom_jvp
+    def divergence_of_symbols(log_p, log_q):
+        # No term is negative but by rounding. By `clamp`, and not `maximum`, all of it becomes one loop on a CPU.
+        return jax.lax.clamp(0.0, f.perspective(log_p, log_q), jnp.inf)
 
     # Differentiation of the perspective would arrive at the slope as well, by several times as many operations.
-    divergence_of_symbols = jax.custom_jvp(value)
-    divergence_of_symbols.defjvp(lambda primals, tangents: (value(*primals), f.slope(*primals) * tangents[0]))
+    @divergence_of_symbols.defjvp
+    def divergence_of_symbols_jvp(primals, tangents):
+        return divergence_of_symbols(*primals), f.slope(*primals) * tangents[0]
 
     def f_divergence(log_p: Float[Array, "... V"], log_q: Float[Array, "... V"]) -> Float[Array, "..."]:
         return divergence_of_symbols(*_symbols(samples, k, log_p, log_q)).sum(-1)

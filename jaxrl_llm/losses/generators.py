@@ -66,20 +66,23 @@ class Generator:
         return self.slope(jnp.zeros_like(log_u), -log_u)
 
 
+def _compared(log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    """Whether p < q, and -|log p - log q|: a choice, since the gradient of an absolute value would be 0 at p = q."""
+    less = log_p < log_q
+    return less, jnp.where(less, log_p - log_q, log_q - log_p)
+
+
 def _difference(log_p: Array, log_q: Array) -> Array:
     """p - q, to full precision where p is close to q and without overflow."""
-    less = log_p < log_q
-    # A choice and not an absolute value, whose gradient at p = q would be 0.
-    gap = jnp.where(less, log_p - log_q, log_q - log_p)
-    return jnp.where(less, 1.0, -1.0) * jnp.exp(jnp.where(less, log_q, log_p)) * jnp.expm1(gap)
+    less, gap = _compared(log_p, log_q)
+    size = jnp.exp(jnp.where(less, log_q, log_p)) * jnp.expm1(gap)
+    return jnp.where(less, size, -size)
 
 
-def _log_mixture(log_u: Array, share: float) -> tuple[Array, Array]:
-    """log(share * u + 1 - share), and that number less log u: one bounded logarithm plus 0 or |log u|."""
-    less = log_u < 0
-    gap = jnp.where(less, log_u, -log_u)
-    bounded = jnp.log1p(jnp.where(less, share, 1 - share) * jnp.expm1(gap))
-    return bounded + jnp.where(less, 0.0, log_u), bounded - jnp.where(less, log_u, 0.0)
+def _log_mixture(less: Array, gap: Array, share: float) -> Array:
+    """log((share * p + (1 - share) * q) / max(p, q)), which is bounded, from what `_compared` returns."""
+    shrunk = jnp.expm1(gap)
+    return jnp.log1p(jnp.where(less, share * shrunk, (1 - share) * shrunk))
 
 
 def _reverse_kl() -> Generator:
@@ -101,9 +104,17 @@ def _forward_kl() -> Generator:
 
 
 def _jensen_shannon(mixture: float) -> Generator:
+    # log(M / max(p, q)) and, for the smaller of p and q, |log p - log q| beside it, give both log(M / p) and log(M / q).
     def perspective(p, q):
-        over_reference, over_policy = _log_mixture(p - q, mixture)
-        return -mixture * jnp.exp(p) * over_policy - (1 - mixture) * jnp.exp(q) * over_reference
+        less, gap = _compared(p, q)
+        policy_part, reference_part = mixture * jnp.exp(p), (1 - mixture) * jnp.exp(q)
+        smaller_part = jnp.where(less, policy_part, reference_part)
+        return smaller_part * gap - (policy_part + reference_part) * _log_mixture(less, gap, mixture)
+
+    def slope(p, q):
+        less, gap = _compared(p, q)
+        midpoint = _log_mixture(less, gap, mixture)
+        return mixture * jnp.exp(p) * jnp.where(less, gap - midpoint, -midpoint)
 
     def conjugate(t):
         rest = 1 - mixture * jnp.exp(t / mixture)
@@ -112,7 +123,7 @@ def _jensen_shannon(mixture: float) -> Generator:
     return Generator(
         "jensen_shannon",
         perspective=perspective,
-        slope=lambda p, q: -mixture * jnp.exp(p) * _log_mixture(p - q, mixture)[1],
+        slope=slope,
         conjugate=conjugate,
     )
 

@@ -37,23 +37,25 @@ class TokenStatistics(NamedTuple):
     over_vocabulary: tuple[Float[Array, "B T"], ...]
 
 
+@jax.custom_jvp
 def _normaliser(scores: Array) -> tuple[Array, Array]:
     """The largest score and the logarithm of the sum of exp(scores - largest): log softmax is scores less both.
 
-    Two numbers keep the last digits of large scores. They are named, so that `jax.checkpoint` can keep them: with them
-    the backward pass needs no reduction over the vocabulary that the forward pass has made.
+    Two numbers instead of their sum keep the last digits of large scores.
     """
-    largest = checkpoint_name(jnp.max(scores, axis=-1, keepdims=True), NORMALISER)
-    total = jnp.sum(jnp.exp(scores - largest), axis=-1, keepdims=True)
-    return largest, checkpoint_name(jnp.log(total), NORMALISER)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    return largest, jnp.log(jnp.sum(jnp.exp(scores - largest), axis=-1, keepdims=True))
 
 
-_differentiable_normaliser = jax.custom_jvp(_normaliser)
+def _kept_normaliser(scores: Array) -> tuple[Array, Array]:
+    """The normaliser under a name by which `jax.checkpoint` keeps it: the backward pass need not reduce again."""
+    largest, log_total = _normaliser(scores)
+    return checkpoint_name(largest, NORMALISER), checkpoint_name(log_total, NORMALISER)
 
 
-@_differentiable_normaliser.defjvp
+@_normaliser.defjvp
 def _normaliser_jvp(primals, tangents):
-    largest, log_total = _normaliser(*primals)
+    largest, log_total = _kept_normaliser(*primals)
     change = jnp.sum(jnp.exp(primals[0] - largest - log_total) * tangents[0], axis=-1, keepdims=True)
     return (largest, log_total), (jnp.zeros_like(largest), change)
 
@@ -75,7 +77,7 @@ def _picked_jvp(primals, tangents):
 def scaled_log_softmax(scores: Float[Array, "*B V"], temperature: float | Array) -> Float[Array, "*B V"]:
     """log softmax(scores / temperature) over the vocabulary, in float32."""
     scores = scores.astype(jnp.float32) / temperature
-    largest, log_total = _differentiable_normaliser(scores)
+    largest, log_total = _normaliser(scores)
     return scores - largest - log_total
 
 
@@ -131,12 +133,14 @@ def token_statistics(
         # Rows and positions are one axis here: only products of two matrices reach the fast kernels of a CPU.
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
         scores = model.logits(params, flat(hidden)).astype(jnp.float32) / temperature
-        largest, log_total = _differentiable_normaliser(scores)
+        largest, log_total = _normaliser(scores)
         log_p = scores - largest - log_total
         extra = ()
         if over_vocabulary:
-            log_q = jax.lax.stop_gradient(model.logits(reference_params, flat(reference_hidden))) / temperature
-            log_q = scaled_log_softmax(log_q, 1.0)
+            log_q = model.logits(reference_params, flat(reference_hidden)).astype(jnp.float32) / temperature
+            log_q = jax.lax.stop_gradient(log_q)
+            for part in _kept_normaliser(log_q):
+                log_q = log_q - part
             extra = tuple(functional(log_p, log_q) for functional in over_vocabulary)
         logprobs = _picked(scores, tokens.reshape(-1)) - largest - log_total
         statistics = TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, extra)

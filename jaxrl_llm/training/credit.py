@@ -25,6 +25,7 @@ CREDIT_FIELDS = {
     "token_weight": "either",
     "returns": "either",
     "turn": "token",
+    "global_advantages": "either",
 }
 
 # A credit function that names this is evaluated inside the chunked pass over the vocabulary.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -60,6 +61,11 @@ def loss_terms(entries: Sequence[Any]) -> tuple[LossTerm, ...]:
         name, hyper = _parsed(entry, "losses")
         coefficient, label = hyper.pop("coefficient", 1.0), hyper.pop("name", None)
         coefficient = number_or_method(coefficient, f"losses.{name}.coefficient")
+        if isinstance(coefficient, float) and not 0 <= coefficient < math.inf:
+            raise RecipeError(
+                f"losses.{name}.coefficient is {coefficient}; every loss is something to minimise, so give a finite "
+                "number of at least 0"
+            )
         terms.append(LossTerm(method(name, hyper, (losses,), "losses"), coefficient, label or _label(name)))
     return tuple(terms)
 
