@@ -67,7 +67,7 @@ def random_experience(rows: int, prompt_tokens: int, completion_tokens: int, voc
 
 
 def update_of(model: Model, options: dict[str, Any] | None, microbatch: int | None) -> Callable:
-    """(params, optimizer_state, reference_params, experience) -> the same after one update, with a divergence or not."""
+    """One update of the policy, with a divergence or without."""
     terms = [LossTerm(clipped_surrogate, name="policy")]
     if options is not None:
         terms.append(LossTerm(divergence(**options), coefficient=0.1, name="divergence"))
@@ -121,9 +121,7 @@ def benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
     )
     params, reference = model.init(jax.random.key(0)), model.init(jax.random.key(1))
-    experience = random_experience(
-        options.rows, options.prompt_tokens, options.completion_tokens, options.vocabulary
-    )
+    experience = random_experience(options.rows, options.prompt_tokens, options.completion_tokens, options.vocabulary)
     exact = {"samples": "vocabulary"}
     cases: dict[str, dict[str, Any] | None] = {
         BASELINE: None,

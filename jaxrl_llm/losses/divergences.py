@@ -56,7 +56,7 @@ LEAST_LOGPROB = -1e4  # stands for the log-probability of an impossible symbol: 
 
 
 def _finite(logprobs: Array) -> Array:
-    return jnp.maximum(logprobs.astype(jnp.float32), LEAST_LOGPROB)
+    return jax.lax.clamp(LEAST_LOGPROB, logprobs.astype(jnp.float32), jnp.inf)
 
 
 def counted(mask: Array, *logprobs: Array) -> tuple[Array, ...]:

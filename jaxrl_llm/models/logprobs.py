@@ -68,7 +68,7 @@ def _picked(scores: Array, tokens: Array) -> Array:
 
 @_picked.defjvp
 def _picked_jvp(primals, tangents):
-    # As a sum over one symbol its gradient joins that of the normaliser; that of an indexed read would be an array more.
+    # As a sum over one symbol its gradient joins that of the normaliser; an indexed read would be an array more.
     scores, tokens = primals
     chosen = jnp.arange(scores.shape[-1]) == tokens[..., None]
     return _picked(scores, tokens), jnp.sum(jnp.where(chosen, tangents[0], 0.0), axis=-1, keepdims=True)
