@@ -5,6 +5,7 @@ Everything is encoded and checked before the first batch is made, so a prompt th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -147,8 +148,8 @@ def prompt_batches(
         if max_demonstration_tokens is not None:
             completions = [written[row.item["item_id"]] for row in chosen]
             arrays = padded_arrays(completions, tokenizer.pad_id, (max_prompt_tokens, max_demonstration_tokens))
-            prompts = prompts.replace(
-                demonstration_tokens=arrays["answer_tokens"], demonstration_length=arrays["answer_length"]
+            prompts = dataclasses.replace(
+                prompts, demonstration_tokens=arrays["answer_tokens"], demonstration_length=arrays["answer_length"]
             )
         return PromptBatch(prompts, [row.item for row in chosen])
 

@@ -104,7 +104,7 @@ def _forward_kl() -> Generator:
 
 
 def _jensen_shannon(mixture: float) -> Generator:
-    # log(M / max(p, q)) and, for the smaller of p and q, |log p - log q| beside it, give both log(M / p) and log(M / q).
+    # log(M / max(p, q)), plus |log p - log q| for the smaller of p and q, gives both log(M / p) and log(M / q).
     def perspective(p, q):
         less, gap = _compared(p, q)
         policy_part, reference_part = mixture * jnp.exp(p), (1 - mixture) * jnp.exp(q)
