@@ -1,21 +1,66 @@
-"""What the rooms hold: every public method with its paper, its certainty and what it needs, read from docstrings."""
+"""What there is: every shipped recipe and every public method, with papers and needs, from files and docstrings."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxrl_llm import advantages, losses, rewards
+from jaxrl_llm.config import read_tree
+from jaxrl_llm.experience import Method
+from jaxrl_llm.training.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
 from jaxrl_llm.training.score import HOST_NAMES
 from jaxrl_llm.training.wiring import nearest, signature
 
 ROOMS = {"reward": rewards, "advantage": advantages, "loss": losses}
 
+# What the engine has to provide beyond samples, rewards and the policy's log-probabilities, and the names that ask.
+NEEDS = {
+    "reference": frozenset({"reference_logprobs", "kl_reference_per_token", "over_vocabulary"}),
+    "vocabulary": frozenset({"over_vocabulary", "log_probabilities"}),
+    "entropy": frozenset({"entropy", "old_entropy", "behaviour_entropy", "entropy_per_token"}),
+    "value model": frozenset({"values", "old_values"}),
+    "twin values": frozenset({"twin_values", "old_twin_values"}),
+    "token reward model": frozenset({"token_reward_logits"}),
+    "hidden states": frozenset({"hidden"}),
+    "turns": frozenset({"turn", "turn_rewards"}),
+    "proxy": frozenset({"proxy_logprobs"}),
+    "prompt scores": frozenset({"prompt_logprobs", "prompt_mask"}),
+    "tempered scores": frozenset({"tempered_logprobs"}),
+    "extra samples": frozenset({"extra"}),
+    "greedy sample": frozenset({"baseline_rewards"}),
+    "preferences": frozenset({"preferences"}),
+    "answer ids": frozenset({"answer_id"}),
+    "budgets": frozenset({"budget"}),
+    "meta-gradient": frozenset({"alignment", "validation_gradient"}),
+    "demonstrations": frozenset({"demonstration_tokens", "demonstration_length", "source"}),
+    "stored answers": frozenset({"stored_logprobs"}),
+    "host": HOST_NAMES,
+}
+# Sections of a config that say what is needed, where no name of a function does.
+_CONFIG_NEEDS = {
+    ("replay",): "replay",
+    ("rehearsal",): "stored answers",
+    ("supervised",): "demonstrations",
+    ("rollout", "demonstration_in_group"): "demonstrations",
+    ("rollout", "extra"): "extra samples",
+    ("rollout", "prefixes"): "prefixes",
+    ("training", "alignment_every_steps"): "meta-gradient",
+}
+EVERY_NEED = (*NEEDS, "replay", "prefixes", "memory")
+
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
 _NOT_METHODS = re.compile(
-    r"^(group_(?!normalized)|aggregate$|row_weight$|checked_|extract_|answer_span$|moments$|present$|outcome_token|token_weights$|weighted_sum$)"
+    r"^(group_(?!normalized|trust_region)|aggregate$|row_weight$|checked_|extract_|answer_span$|moments$|present$|outcome_token_rewards$|token_weights$|weighted_sum$)"
 )
+_SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
+
+
+# ---- functions ------------------------------------------------------------------------------------------------------
 
 
 def methods() -> list[dict[str, Any]]:
@@ -29,10 +74,10 @@ def methods() -> list[dict[str, Any]]:
 
 
 def described(name: str) -> dict[str, Any]:
-    """One method with its whole docstring and its hyper-parameters.
+    """One function with its whole docstring and its hyper-parameters.
 
     Raises:
-      ValueError: for an unknown name, with the nearest known one.
+      ValueError: for an unknown name, with the nearest known one among functions and recipes.
     """
     for room, module in ROOMS.items():
         if name in module.__all__ and inspect.isfunction(getattr(module, name)):
@@ -42,7 +87,27 @@ def described(name: str) -> dict[str, Any]:
                 p.name: None if p.default is p.empty else p.default for p in parameters if p.kind is p.KEYWORD_ONLY
             }
             return _entry(name, room, function) | {"doc": inspect.getdoc(function) or "", "hyper_parameters": hyper}
-    raise ValueError(f"there is no method {name!r}; {nearest(name, [entry['name'] for entry in methods()])}")
+    raise ValueError(f"there is no method {name!r}; {nearest(name, names())}")
+
+
+def names() -> list[str]:
+    """Every name that `jaxrl methods` knows: recipes and functions."""
+    return sorted({entry["name"] for entry in (*recipes(), *methods())})
+
+
+def formulas(doc: str) -> list[str]:
+    """The indented blocks of a docstring, before its sections of arguments.
+
+    >>> formulas("Plain centring.\\n\\n    A = r - mean_group\\n\\nEqual rewards give 0.")
+    ['A = r - mean_group']
+    """
+    return [textwrap.dedent(part) for part in paragraphs(doc) if part.startswith("    ")]
+
+
+def paragraphs(doc: str) -> list[str]:
+    """What a docstring says before its sections (Args, Returns, Raises, References, Certainty), by paragraph."""
+    told = re.split(r"^(?:Args|Returns|Raises|References?|Certainty):", doc, maxsplit=1, flags=re.M)[0]
+    return [part.strip("\n") for part in re.split(r"\n\s*\n", told) if part.strip()]
 
 
 def _entry(name: str, room: str, function: Any) -> dict[str, Any]:
@@ -61,3 +126,226 @@ def _entry(name: str, room: str, function: Any) -> dict[str, Any]:
         "needs": list(read.required),
         "where": "host" if HOST_NAMES & {*read.required, *read.optional} else "program",
     }
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+
+def recipe_directory() -> Path:
+    """configs/methods: inside the package where it was installed from a wheel, else beside the package."""
+    package = Path(__file__).parent
+    inside = package / "configs" / "methods"
+    return inside if inside.is_dir() else package.parent / "configs" / "methods"
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe: of a published method, or another one such as demo.
+
+    Raises:
+      ValueError: for an unknown name, with the nearest known one.
+    """
+    files = {
+        file.stem: file for folder in (recipe_directory().parent, recipe_directory()) for file in folder.glob("*.yaml")
+    }
+    if name not in files:
+        raise ValueError(f"there is no recipe {name!r}; {nearest(name, files)}; or give the path of a YAML file")
+    return files[name]
+
+
+def recipes() -> list[dict[str, Any]]:
+    """One entry a recipe of a published method: name, paper, arxiv, stage, certainty, functions, needs.
+
+    Raises:
+      ValueError: for a recipe that names what does not exist, with its file.
+    """
+    return [_recipe(file, tree) for file in _recipe_files() if (tree := read_tree(file)).get("about", {}).get("paper")]
+
+
+def recipes_with(function: str) -> list[str]:
+    """Names of the recipes that use a function."""
+    return [entry["name"] for entry in recipes() if function in entry["functions"]]
+
+
+def is_recipe(name: str) -> bool:
+    """Whether a shipped recipe of a published method has this name."""
+    return any(entry["name"] == name for entry in recipes())
+
+
+def described_recipe(name: str) -> dict[str, Any]:
+    """One recipe with the formulas of its functions, its entries and its text.
+
+    Raises:
+      ValueError: for an unknown name, with the nearest known one among functions and recipes.
+    """
+    found = {entry["name"]: entry for entry in recipes()}
+    if name not in found:
+        raise ValueError(f"there is no method {name!r}; {nearest(name, names())}")
+    path = recipe_path(name)
+    blocks = {function: formulas(_docstring(function)) for function in found[name]["functions"]}
+    return found[name] | {
+        "path": str(path),
+        "formulas": {function: found for function, found in blocks.items() if found},
+        "entries": entries(read_tree(path)),
+        "yaml": path.read_text(),
+    }
+
+
+def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a recipe's rewards, credit and losses, in order.
+
+    Returns:
+      For each: function (its name), section, entry (as it stands in the file). The coefficient of a loss, where it
+      names a function, has an entry of its own with section "coefficient".
+    """
+    found = []
+    extra = (tree.get("rollout") or {}).get("extra")
+    if extra and (isinstance(extra["temperature"], dict) or _is_name(extra["temperature"])):
+        found.append({"function": _named(extra["temperature"]), "section": "rollout.extra", "entry": extra})
+    for section in _SECTIONS:
+        for entry in tree.get(section) or ():
+            inner = next(iter(entry.values())) if section == "credit" else entry
+            found.append({"function": _named(inner), "section": section, "entry": entry})
+            hyper = next(iter(inner.values())) if isinstance(inner, dict) and "python" not in inner else inner
+            coefficient = hyper.get("coefficient") if isinstance(hyper, dict) else None
+            if section == "losses" and (isinstance(coefficient, dict) or _is_name(coefficient)):
+                found.append({"function": _named(coefficient), "section": "coefficient", "entry": coefficient})
+    return found
+
+
+def built(function: Any) -> Any:
+    """What a factory returns by default (a function without data parameters is one); any other function as it is."""
+    read = signature(function)
+    if read.required or read.optional:
+        return function
+    required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    return function if required else function()
+
+
+def needs(functions: Iterable[Any], provided: Iterable[str] = ()) -> list[str]:
+    """What functions ask of the engine, by the names of their data: some of `EVERY_NEED`, in that order.
+
+    Args:
+      functions: functions or `Method`s with their hyper-parameters bound.
+      provided: names that a recipe fills in by itself.
+    """
+    # Turns are told apart by a recipe's own function, and are worth naming all the same.
+    given, found = frozenset(provided) - NEEDS["turns"], set[str]()
+    for function in functions:
+        asked = frozenset(signature(function).required) - given
+        if "stored_logprobs" in asked:  # `source` marks stored answers then, not demonstrations
+            asked -= {"source"}
+        found |= {need for need, wanted in NEEDS.items() if asked & wanted}
+        returned = None if isinstance(function, Method) else inspect.signature(function).return_annotation
+        found |= {"memory"} if isinstance(function, Method) or returned in (Method, "Method") else set()
+    return [need for need in EVERY_NEED if need in found]
+
+
+def _recipe_files() -> list[Path]:
+    return sorted(recipe_directory().glob("*.yaml"))
+
+
+def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    about = tree["about"]
+    functions: list[Any] = []
+    filled: set[str] = set()
+    try:
+        for section, terms_of in _SECTIONS.items():
+            for term in terms_of(tree.get(section) or ()):
+                functions.append(term.function)
+                filled |= {field} if (field := getattr(term, "field", None)) else set()
+                coefficient = getattr(term, "coefficient", None)
+                functions += [coefficient] if callable(coefficient) or isinstance(coefficient, Method) else []
+        extra = (tree.get("rollout") or {}).get("extra")
+        temperature = number_or_method(extra["temperature"], "rollout.extra.temperature") if extra else 1.0
+        functions += [] if isinstance(temperature, float) else [temperature]
+    except RecipeError as error:
+        raise RecipeError(f"recipe {file}: {error}") from None
+    asked = {*needs(functions, filled), *_config_needs(tree)}
+    return {
+        "name": file.stem,
+        "paper": str(about["paper"]),
+        "arxiv": str(about.get("arxiv") or ""),
+        "stage": str(about.get("stage") or ""),
+        "certainty": str(about.get("certainty") or ""),
+        "functions": list(dict.fromkeys(entry["function"] for entry in entries(tree))),
+        "needs": [need for need in EVERY_NEED if need in asked],
+    }
+
+
+def _config_needs(tree: dict[str, Any]) -> set[str]:
+    found = set()
+    for keys, need in _CONFIG_NEEDS.items():
+        value: Any = tree
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        found |= {need} if value else set()
+    return found
+
+
+def _named(entry: Any) -> str:
+    if isinstance(entry, dict):
+        return str(entry["python"]) if "python" in entry else str(next(iter(entry)))
+    return str(entry)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and (value.isidentifier() or ":" in value)
+
+
+def _docstring(name: str) -> str:
+    for module in ROOMS.values():
+        if name in module.__all__:
+            return inspect.getdoc(getattr(module, name)) or ""
+    return ""
+
+
+def shortened(needs: Sequence[str]) -> list[str]:
+    """Needs in fewer letters, for tables.
+
+    >>> shortened(["value model", "demonstrations", "memory"])
+    ['value', 'demos', 'memory']
+    """
+    words = {
+        "reference": "ref",
+        "vocabulary": "vocab",
+        "token reward model": "token reward",
+        "meta-gradient": "meta",
+        "demonstrations": "demos",
+    }
+    ends = " (model|states|answers|samples?|scores)$"
+    return [words.get(need) or re.sub(ends, "", need) for need in needs]
+
+
+def selected(
+    found: Sequence[dict[str, Any]],
+    *,
+    stage: str | None = None,
+    certainty: str | None = None,
+    need: str | None = None,
+    paper: str | None = None,
+    arxiv: str | None = None,
+) -> list[dict[str, Any]]:
+    """The recipes for which every given word holds: certainty exactly, the others as part of the text in any case.
+
+    Raises:
+      ValueError: for a need or a stage that no recipe could have, with the nearest.
+    """
+    for what, word, known in (
+        ("need", need, EVERY_NEED),
+        ("stage", stage, sorted({entry["stage"] for entry in found})),
+    ):
+        if word is not None and not any(word.lower() in one.lower() for one in known):
+            raise ValueError(f"no recipe has the {what} {word!r}; {nearest(word, known)}")
+
+    def holds(word: str | None, text: str) -> bool:
+        return word is None or word.lower() in text.lower()
+
+    return [
+        entry
+        for entry in found
+        if holds(stage, entry["stage"])
+        and certainty in (None, entry["certainty"])
+        and (need is None or any(holds(need, one) for one in entry["needs"]))
+        and holds(paper, entry["paper"])
+        and holds(arxiv, entry["arxiv"])
+    ]

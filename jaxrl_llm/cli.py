@@ -6,10 +6,12 @@ import argparse
 import json
 import logging
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -78,10 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument("--level", type=int, help="of the examples (default: the lowest)")
     tasks.add_argument("--count", type=int, default=3, help="examples to show")
 
-    methods = command("methods", _methods, "Rewards, advantages and losses with their papers, or one of them whole.")
-    methods.add_argument("name", nargs="?")
-    methods.add_argument("--room", choices=["reward", "advantage", "loss"])
+    methods = command("methods", _methods, "The shipped recipes of published methods, or one recipe or function whole.")
+    methods.add_argument("name", nargs="?", help="a recipe or a function")
     methods.add_argument("--certainty", choices=["verified", "recalled", "reconstructed"])
+    methods.add_argument("--stage", metavar="WORD", help="recipes whose stage has this in it, such as advantage")
+    methods.add_argument("--needs", metavar="WORD", help="recipes that need this of the engine, such as reference")
+    methods.add_argument("--paper", metavar="WORD", help="recipes whose paper's name has this in it")
+    methods.add_argument("--arxiv", metavar="NUMBER", help="recipes whose arXiv number has this in it")
+    methods.add_argument("--functions", action="store_true", help="the functions that recipes are made of")
+    methods.add_argument("--room", choices=["reward", "advantage", "loss"], help="functions of one room")
 
     explain = command("explain", _explain, "The composed step of a config: stages, shapes, sizes, work.")
     explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
@@ -91,12 +98,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(words: Sequence[str]):
+    from jaxrl_llm.catalogue import recipe_path
     from jaxrl_llm.config import ConfigError, load_config
     from jaxrl_llm.data import CharacterTokenizer
 
     if not words or ("=" in words[0] and not Path(words[0]).is_file()):
         raise ConfigError("no config given; write jaxrl train CONFIG.yaml [section.key=value ...], or --resume RUN")
-    return load_config(words[0], words[1:], vocabulary_size=CharacterTokenizer().vocabulary_size)
+    # A bare word is the name of a shipped recipe.
+    path = recipe_path(words[0]) if words[0].isidentifier() and not Path(words[0]).exists() else words[0]
+    return load_config(path, words[1:], vocabulary_size=CharacterTokenizer().vocabulary_size)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -270,23 +280,103 @@ def _tasks(options: argparse.Namespace) -> None:
 def _methods(options: argparse.Namespace) -> None:
     from jaxrl_llm import catalogue
 
+    functions = options.functions or options.room is not None
+    chosen = {name: getattr(options, name) for name in ("stage", "needs", "paper", "arxiv")}
+    given = [name for name, value in chosen.items() if value is not None]
+    if options.name is not None and (given or options.certainty or options.room):
+        raise ValueError(f"methods {options.name} shows one method; leave the filters out")
+    if functions and given:
+        raise ValueError(f"--{given[0]} chooses among recipes; leave out {'--room' if options.room else '--functions'}")
     if options.name is not None:
-        entry = catalogue.described(options.name)
+        recipe = not functions and catalogue.is_recipe(options.name)
+        if recipe:
+            entry = catalogue.described_recipe(options.name)
+        else:
+            entry = catalogue.described(options.name) | {"recipes": catalogue.recipes_with(options.name)}
         if options.json:
             print(json.dumps(entry, indent=2, default=str))
-            return
-        console = Console()
-        console.print(Text(f"{entry['name']} ({entry['room']})", style="bold"))
-        console.print(Text(entry["doc"]), soft_wrap=True)
-        hyper = {key: value for key, value in entry["hyper_parameters"].items() if value is not None}
-        console.print(Text(f"\nRecipe entry:  {entry['name']}: {json.dumps(hyper, default=str)}"), soft_wrap=True)
+        elif recipe:
+            _show_recipe(entry, also_function=options.name in {e["name"] for e in catalogue.methods()})
+        else:
+            _show_function(entry)
         return
-    rows = [
-        {key: entry[key] for key in ("name", "room", "reference", "needs", "certainty")}
-        for entry in catalogue.methods()
-        if options.room in (None, entry["room"]) and options.certainty in (None, entry["certainty"])
-    ]
-    _show(options, rows, "methods")
+    if functions:
+        rows = [
+            {key: entry[key] for key in ("name", "room", "reference", "needs", "certainty")}
+            for entry in catalogue.methods()
+            if options.room in (None, entry["room"]) and options.certainty in (None, entry["certainty"])
+        ]
+    else:
+        chosen["need"] = chosen.pop("needs")
+        rows = catalogue.selected(catalogue.recipes(), certainty=options.certainty, **chosen)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    elif functions:
+        _columns(rows, "functions; jaxrl methods NAME shows one whole")
+    else:
+        keys = ("name", "paper", "arxiv", "stage", "needs", "certainty")
+        rows = [{key: row[key] for key in keys} | {"needs": catalogue.shortened(row["needs"])} for row in rows]
+        _columns(rows, "recipes; jaxrl methods NAME shows one whole, jaxrl train NAME trains with it")
+
+
+def _show_recipe(entry: dict[str, Any], *, also_function: bool) -> None:
+    console = Console()
+    console.print(Text(f"{entry['name']} (recipe)", style="bold"))
+    address = f", https://arxiv.org/abs/{entry['arxiv']}" if entry["arxiv"] else ""
+    console.print(Text(f"{entry['paper']}{address}"), soft_wrap=True)
+    for key in ("stage", "certainty", "needs"):
+        if entry[key]:
+            console.print(Text(f"{key.capitalize()}: {_plain(entry[key])}"), soft_wrap=True)
+    for function, blocks in entry["formulas"].items():
+        console.print(Text(f"\n{function}", style="bold"))
+        console.print(Text("\n\n".join(textwrap.indent(block, "    ") for block in blocks)), soft_wrap=True)
+    console.print(Text(f"\n{entry['path']}", style="bold"), soft_wrap=True)
+    console.print(Text(entry["yaml"].rstrip()), soft_wrap=True)
+    if also_function:
+        console.print(Text(f"\nA function has this name too: jaxrl methods --functions {entry['name']}"))
+
+
+def _show_function(entry: dict[str, Any]) -> None:
+    console = Console()
+    console.print(Text(f"{entry['name']} ({entry['room']})", style="bold"))
+    console.print(Text(entry["doc"]), soft_wrap=True)
+    hyper = {key: value for key, value in entry["hyper_parameters"].items() if value is not None}
+    console.print(Text(f"\nRecipe entry:  {entry['name']}: {json.dumps(hyper, default=str)}"), soft_wrap=True)
+    if entry["recipes"]:
+        console.print(Text(f"Used by:  {', '.join(entry['recipes'])}"))
+
+
+def _columns(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """A table in which no word is broken but at an underscore, and with fewer columns on a narrow screen."""
+    console = Console()
+    cells = [{key: _plain(value) for key, value in row.items()} for row in rows]
+    if console.width < 112:
+        for row in cells:
+            row["name"] = "\n".join(textwrap.wrap(row["name"].replace("_", "_ "), 21)).replace("_ ", "_")
+            row["certainty"] = row["certainty"].replace("reconstructed", "reconstr.")
+            if number := row.pop("arxiv", ""):
+                row["paper"] += f"\n{number}"
+            if room := row.pop("room", ""):
+                row["name"] += f"\n({room})"
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for key, width in _widths(cells, console.width).items():
+        table.add_column(key, width=width, overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row.values()))
+    console.print(table)
+
+
+def _widths(cells: Sequence[dict[str, str]], total: int) -> dict[str, int]:
+    """Each column as wide as its longest word, and what is left to those that need the least to fit whole."""
+    keys = list(cells[0]) if cells else []
+    widths = {key: max(len(word) for row in cells for word in [*row[key].split(), key]) for key in keys}
+    whole = {key: max(len(line) for row in cells for line in [*row[key].split("\n"), key]) for key in keys}
+    left = total - sum(widths.values()) - 2 * len(keys)
+    for key in sorted(keys, key=lambda key: whole[key] - widths[key]):
+        more = max(0, min(whole[key] - widths[key], left))
+        widths[key] += more
+        left -= more
+    return widths
 
 
 def _explain(options: argparse.Namespace) -> None:

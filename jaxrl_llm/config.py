@@ -98,6 +98,19 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True)
+class ExtraConfig:
+    """Groups sampled on top at another temperature.
+
+    Attributes:
+      prompt_share: share of the prompts of a step that get one.
+      temperature: a number, or an entry that names a method, for example {temperature_controller: {target: 0.5}}.
+    """
+
+    prompt_share: float
+    temperature: float | str | dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How completions are sampled.
 
@@ -106,12 +119,18 @@ class RolloutConfig:
       max_prompt_tokens: prompts are padded to this; a longer one is an error (or dropped, see data).
       max_completion_tokens: longest completion, end of sequence included.
       temperature: of the softmax, in sampling and in training alike.
+      demonstration_in_group: the last sample of each group is the prompt's reference completion.
+      prefixes: texts that completions start with, one for each equal block of a prompt's samples.
+      extra: groups sampled on top at another temperature.
     """
 
     samples_per_prompt: int = 8
     max_prompt_tokens: int = 32
     max_completion_tokens: int = 64
     temperature: float = 1.0
+    demonstration_in_group: bool = False
+    prefixes: tuple[str, ...] = ()
+    extra: ExtraConfig | None = None
 
     def __post_init__(self):
         _at_least("rollout", self, 1, "samples_per_prompt", "max_prompt_tokens", "max_completion_tokens")
@@ -133,6 +152,12 @@ class TrainingConfig:
       weight_decay, adam_b1, adam_b2: of AdamW.
       max_gradient_norm: global norm clip.
       refresh_reference_every: steps between copies of the policy into the reference; 0 keeps it frozen.
+      refresh_reference_at: steps after which the policy is copied into the reference, beside those.
+      reference_decay: the reference follows the policy as a moving average that keeps this share at each step; None
+        leaves it where it is.
+      freeze_policy_steps: first steps in which only critics learn.
+      alignment_every_steps: steps between two measurements of `alignment` (AMFT), which takes three more gradients; 0
+        never measures it.
     """
 
     steps: int = 100
@@ -148,11 +173,95 @@ class TrainingConfig:
     adam_b2: float = 0.95
     max_gradient_norm: float = 1.0
     refresh_reference_every: int = 0
+    refresh_reference_at: tuple[int, ...] = ()
+    reference_decay: float | None = None
+    freeze_policy_steps: int = 0
+    alignment_every_steps: int = 0
 
     def __post_init__(self):
         _at_least("training", self, 0, "steps", "warmup_steps", "refresh_reference_every", "learning_rate")
+        _at_least("training", self, 0, "freeze_policy_steps", "alignment_every_steps")
+        if self.reference_decay is not None and not 0 <= self.reference_decay <= 1:
+            raise ValueError(
+                f"training.reference_decay is {self.reference_decay}; it is the share of the reference that is kept at "
+                "each step and must lie in [0, 1]"
+            )
         _at_least("training", self, 1, "prompts_per_step", "epochs_per_batch", "minibatches_per_epoch")
         _at_least("training", self, 1, "sequences_per_microbatch")
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """Value models and their like, for methods that name one. Their optimiser is AdamW.
+
+    Attributes:
+      backbone: "own" starts as a copy of the policy; "shared" reads the policy's hidden states, which then learn from
+        the critic's loss too.
+      learning_rate: constant.
+      max_gradient_norm: global norm clip.
+      target_rate: how far a slow copy moves towards the critic at each step; None keeps no copy.
+    """
+
+    backbone: Literal["own", "shared"] = "own"
+    learning_rate: float = 1e-3
+    max_gradient_norm: float = 1.0
+    target_rate: float | None = None
+
+    def __post_init__(self):
+        _at_least("critic", self, 0, "learning_rate", "max_gradient_norm")
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Learning again from rows of earlier steps.
+
+    Attributes:
+      share: of the groups of a batch, those that are replayed.
+      batches: steps whose rows are kept.
+      until_step: no replay from this step on; None never ends.
+    """
+
+    share: float
+    batches: int = 2
+    until_step: int | None = None
+
+
+@dataclass(frozen=True)
+class RehearsalConfig:
+    """Prompts that the initial policy solves are rehearsed from its stored answers and not explored.
+
+    Attributes:
+      attempts: answers drawn for each training prompt before reinforcement.
+      min_correct: how many of them must be right.
+      sequences_per_step: stored answers that learn beside the samples of a step, a multiple of samples_per_prompt.
+    """
+
+    sequences_per_step: int
+    attempts: int = 4
+    min_correct: int = 4
+
+    def __post_init__(self):
+        _at_least("rehearsal", self, 1, "sequences_per_step", "attempts", "min_correct")
+        if self.min_correct > self.attempts:
+            raise ValueError(
+                f"rehearsal.min_correct is {self.min_correct}, more than rehearsal.attempts {self.attempts}; lower it"
+            )
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """Reference completions that learn beside the samples of every step.
+
+    Where `training.alignment_every_steps` is set, as many rows of the validation split join them with weight 0.
+
+    Attributes:
+      sequences_per_step: how many, a multiple of samples_per_prompt.
+    """
+
+    sequences_per_step: int
+
+    def __post_init__(self):
+        _at_least("supervised", self, 1, "sequences_per_step")
 
 
 @dataclass(frozen=True)
@@ -243,6 +352,10 @@ class Config:
     warm_start: WarmStartConfig = WarmStartConfig()
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig = TrainingConfig()
+    critic: CriticConfig = CriticConfig()
+    replay: ReplayConfig | None = None
+    rehearsal: RehearsalConfig | None = None
+    supervised: SupervisedConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     reporting: ReportingConfig = ReportingConfig()
@@ -254,6 +367,19 @@ class Config:
                 f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "
                 "mounted directory, and copy it to the bucket when the run is over"
             )
+        if self.rehearsal and self.supervised:
+            raise ValueError(
+                "rehearsal and supervised are both set; both bring rows of written answers that losses could not tell "
+                "apart, so leave one of them out"
+            )
+        for name in ("rehearsal", "supervised"):
+            section = getattr(self, name)
+            if section and section.sequences_per_step % self.rollout.samples_per_prompt:
+                raise ValueError(
+                    f"{name}.sequences_per_step is {section.sequences_per_step}, which rollout.samples_per_prompt "
+                    f"{self.rollout.samples_per_prompt} does not divide; stored rows learn in groups of that size, so "
+                    "take a multiple"
+                )
 
     @property
     def directory(self) -> Path:

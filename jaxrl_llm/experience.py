@@ -27,6 +27,8 @@ class KeyUse(IntEnum):
     MINIBATCHES = 1
     EVALUATE = 2
     ROLLOUT = 3
+    REPLAY = 4
+    REHEARSAL = 5
 
 
 class Source(IntEnum):
@@ -37,6 +39,7 @@ class Source(IntEnum):
     DEMONSTRATION = 2  # written by somebody else
     OBSERVATION = 3  # returned by an environment or a tool
     HINT = 4  # placed in front of the completion to help
+    REPLAYED = 5  # drawn by the policy of an earlier step
 
 
 @struct.dataclass
@@ -49,6 +52,8 @@ class Prompts:
       prompt_id: stable id of the prompt in its data set; addresses the random keys and per-prompt statistics.
       answer_tokens: right-padded reference answer, for in-graph verifiers.
       answer_length: real tokens in each reference answer.
+      demonstration_tokens: right-padded reference completion, end of sequence included; None where nothing asks for it.
+      demonstration_length: real tokens in each reference completion.
     """
 
     tokens: Int[Array, "N P"]
@@ -56,6 +61,8 @@ class Prompts:
     prompt_id: Int[Array, "N"]
     answer_tokens: Int[Array, "N A"]
     answer_length: Int[Array, "N"]
+    demonstration_tokens: Int[Array, "N T"] | None = None
+    demonstration_length: Int[Array, "N"] | None = None
 
 
 @struct.dataclass
@@ -83,7 +90,10 @@ class Experience:
     Filled on demand (credit), None until something asks for them:
       token_rewards (rewards given to single tokens, such as a penalty), advantages, token_weight,
       old_logprobs (the policy that the update starts from), old_entropy,
-      reference_logprobs, old_values, returns, turn (index of the turn that a token belongs to).
+      reference_logprobs, old_values, returns, turn (index of the turn that a token belongs to),
+      demonstration_tokens, demonstration_length (as in `Prompts`).
+
+    extras: what only some methods know of, by name: an array with one entry a row. A credit entry may fill any name.
     """
 
     prompt_tokens: Int[Array, "B P"]
@@ -113,6 +123,24 @@ class Experience:
     old_values: Float[Array, "B T"] | None = None
     returns: Float[Array, "B T"] | None = None
     turn: Int[Array, "B T"] | None = None
+    demonstration_tokens: Int[Array, "B T"] | None = None
+    demonstration_length: Int[Array, "B"] | None = None
+    extras: dict[str, Array] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class CriticState:
+    """A network with scalar outputs that is trained beside the policy.
+
+    Attributes:
+      params: "head", and "backbone" where it does not share the policy's.
+      optimizer_state: state of its own optimiser.
+      target_params: slowly moving copy; None where nothing asks for one.
+    """
+
+    params: PyTree
+    optimizer_state: PyTree
+    target_params: PyTree | None = None
 
 
 @struct.dataclass
@@ -126,6 +154,8 @@ class TrainState:
       memory: what stateful methods remember, by method name (see `Method`).
       key: the run's random key; never split or replaced, only folded with (step, prompt, sample, position).
       step: updates of the batch made so far; also the position in the data.
+      critics: value models and their like, by name.
+      replay: rows of earlier batches that may be learned from again; None without replay.
     """
 
     params: PyTree
@@ -134,6 +164,8 @@ class TrainState:
     memory: dict[str, PyTree]
     key: Array
     step: Int[Array, ""]
+    critics: dict[str, CriticState] = struct.field(default_factory=dict)
+    replay: Experience | None = None
 
 
 class Loss(NamedTuple):

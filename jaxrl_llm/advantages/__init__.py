@@ -8,7 +8,13 @@ from jaxrl_llm.advantages.baselines import raw_rewards, reward_minus_baseline, r
 from jaxrl_llm.advantages.beta_normalized import beta_normalized, beta_normalized_components
 from jaxrl_llm.advantages.budgets import budget_advantages, budget_rewards, sample_budgets
 from jaxrl_llm.advantages.confidence import confidence_shaped
-from jaxrl_llm.advantages.consistency import answer_entropy, batch_normalized_accuracy, consistency_blended, local_share
+from jaxrl_llm.advantages.consistency import (
+    answer_entropy,
+    batch_normalized_accuracy,
+    consistency_blended,
+    local_share,
+    majority_match,
+)
 from jaxrl_llm.advantages.decoupled import decoupled_normalized
 from jaxrl_llm.advantages.effective_rank import (
     effective_rank,
@@ -101,6 +107,7 @@ __all__ = [
     "length_weighted_baseline",
     "local_share",
     "log_mean_exp_baseline",
+    "majority_match",
     "max_at_k_weights",
     "mixed_value_at_risk",
     "moments",

@@ -47,7 +47,8 @@ def reward_minus_baseline(
 def running_mean_baseline(*, decay: float = 0.9) -> Method:
     """Reward minus an exponential moving average of the mean reward of earlier batches.
 
-        A = r - b;   afterwards  s <- decay * s + (1 - decay) * mean(r),  m <- decay * m + (1 - decay),  b = s / m
+        A = r - b
+        after the batch: s <- decay * s + (1 - decay) * mean(r),   m <- decay * m + (1 - decay),   b = s / m
 
     Dividing by m removes the pull towards the initial 0. The first batch, which has no past, uses its own mean.
 

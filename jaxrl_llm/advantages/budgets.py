@@ -107,8 +107,8 @@ def budget_advantages(
 ) -> Float[Array, "B"]:
     """HBPO: advantage within the prompt, plus how far the samples of a budget are from what the budget promises.
 
-        A = (r - mean_group) / (std_group + eps) + budget_coefficient * (mean of r over the group's samples of the same
-            budget - budget_target)
+        A = (r - mean_group) / (std_group + eps) + budget_coefficient * (m - budget_target)
+        m = mean of r over the group's samples of the same budget
 
     Args:
       rewards: `budget_rewards` of each row.

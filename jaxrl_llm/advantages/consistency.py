@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.advantages.group_relative import group_normalized
-from jaxrl_llm.advantages.groups import group_leader, group_mean, group_size, group_std, group_sum, present
+from jaxrl_llm.advantages.groups import group_leader, group_max, group_mean, group_size, group_std, group_sum, present
 from jaxrl_llm.advantages.subgroups import subgroup_ids
 
 BlendMode = Literal["soft_with_zero", "forced", "soft", "global"]
@@ -39,6 +39,38 @@ def answer_entropy(answer_id: Int[Array, "B"], group: Int[Array, "B"], weight: F
     share = jnp.where(weight > 0, alike / jnp.where(together > 0, together, 1.0), 1.0)
     # + 0.0, since the mean of -log2(1) is -0.
     return present(group_mean(-jnp.log2(share), group, weight) + 0.0, weight)
+
+
+def majority_match(answer_id: Int[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, "B"]:
+    """1 where the row's answer is the one that most samples of its group arrive at, else 0: a reward without labels.
+
+    Of answers with equally many samples the one with the lowest id counts, which from `rewards.answer_ids` is the one
+    that was sampled first. A row without an answer neither votes nor matches.
+
+    Args:
+      answer_id: the same number for the same extracted answer of a prompt; negative for none.
+      group: id of the group each row belongs to.
+      weight: weight of each row, and of its vote; 0 is absent.
+
+    Returns:
+      One reward a row, 0 or 1; 0 in absent rows and in groups without an answer.
+
+    >>> majority_match(jnp.array([0, 1, 1, -1, -1]), jnp.zeros(5, jnp.int32), jnp.ones(5)).tolist()
+    [0.0, 1.0, 1.0, 0.0, 0.0]
+
+    Reference: TTRL (2504.16084), SPINE (2511.17938).
+    Certainty: verified
+    """
+    chex.assert_rank([answer_id, group, weight], 1)
+    chex.assert_equal_shape([answer_id, group, weight])
+    answered = (weight > 0) & (answer_id >= 0)
+    voting = jnp.where(answered, weight.astype(jnp.float32), 0.0)
+    votes = group_sum(jnp.ones(len(group), jnp.float32), subgroup_ids(group, answer_id), voting)
+    leads = jnp.where(answered & (votes == group_max(votes, group, voting)), 1.0, 0.0)
+    # Ids are compared as integers: float32 would merge large ones.
+    largest = jnp.iinfo(answer_id.dtype).max
+    lowest = jax.ops.segment_min(jnp.where(leads > 0, answer_id, largest), group, num_segments=len(group))[group]
+    return leads * (answer_id == lowest)
 
 
 def batch_normalized_accuracy(

@@ -88,7 +88,7 @@ def rank_bonus(dynamics: Float[Array, "B 3"], centre: Float[Array, "3"], *, gain
     """The bonus before it is bounded by the advantage.
 
         d(x) = clip((x - centre) / |centre|, -5, 5),   beta = sigmoid(gain * d(acceleration))
-        beta * tanh(d(effective rank)) + (1 - beta) * tanh(d(velocity))
+        bonus = beta * tanh(d(effective rank)) + (1 - beta) * tanh(d(velocity))
 
     An answer whose rank speeds up is paid for breadth, another for progress.
 

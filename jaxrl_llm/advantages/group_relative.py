@@ -90,7 +90,7 @@ def length_weighted_baseline(
 ) -> Float[Array, "B"]:
     """Reward minus the length-weighted mean of its group.
 
-        A = r - sum_j length_j r_j / sum_j length_j
+        A = r - (sum_j length_j r_j) / (sum_j length_j)
 
     The baseline of least gradient variance when the squared norm of a sequence's gradient grows with its length.
 

@@ -125,7 +125,7 @@ def top_margin(
 ) -> Float[Array, "B"]:
     """Only the best sample of a group is rewarded, by its lead over the second: pass@k credit with k the group's size.
 
-        A_best = (r_(1) - r_(2)) / (std_group + eps), A = 0 elsewhere
+        A_best = (r_(1) - r_(2)) / (std_group + eps),   A = 0 elsewhere
 
     Args:
       rewards: total reward of each row.

@@ -40,7 +40,7 @@ def score_win_rate(
     """`win_rate` where answers are compared by a score: only the order of a group's scores matters, not their size.
 
         Q_ij = 1 where r_i > r_j, 1/2 where they are equal, else 0
-        with a temperature: Q_ij = sigmoid((r_i - r_j) / temperature)
+        Q_ij = sigmoid((r_i - r_j) / temperature)    with a temperature
 
     Args:
       rewards: score of each row.

@@ -21,7 +21,7 @@ def near_perfect_groups(
 ) -> Float[Array, "B"]:
     """1 in groups whose prompt the policy solves reliably, 0 in those that it still has to explore.
 
-        sum over the group's first `attempts` samples of (correct) >= min_correct
+        sum_{j <= attempts} correct_j >= min_correct    over the samples j of the group
 
     Made once, on answers of the initial policy. A near-perfect prompt gets one stored answer of that policy, kept if
     correct, and is only rehearsed (`losses.rehearsal_divergence`); all others, the unsolvable ones too, are trained on

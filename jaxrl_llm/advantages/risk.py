@@ -127,7 +127,8 @@ def mixed_value_at_risk(
 
         RVaR = ((S - q_d)^+ - (S - q_u)^+ - (q_u - q_d)) / (upper - lower + 1e-6)
         CVaR = -(q_d - S)^+ / (lower + 1e-6)
-        a = (tail_weight * CVaR + RVaR) / (tail_weight + 1), divided by the unbiased std of S + 1e-6 (`normalize`)
+        a = (tail_weight * CVaR + RVaR) / (tail_weight + 1)
+        a <- a / (std(S) + 1e-6)    with `normalize`, the deviation unbiased
 
     and to a sample of reward r, with d = r - mean_group r:
 

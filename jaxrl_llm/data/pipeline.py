@@ -5,6 +5,7 @@ Everything is encoded and checked before the first batch is made, so a prompt th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -110,6 +111,8 @@ def prompt_batches(
     max_answer_tokens: int,
     seed: int,
     overlong: Overlong = "error",
+    max_demonstration_tokens: int | None = None,
+    scratchpad: bool = True,
 ) -> Batches[PromptBatch]:
     """Batches of prompts for sampling, in a new order each epoch.
 
@@ -123,17 +126,39 @@ def prompt_batches(
       max_answer_tokens: width of the reference answers.
       seed: seed of the orders.
       overlong: what becomes of an item that does not fit: "error", or "drop" (and count).
+      max_demonstration_tokens: width of the reference completions that come with the prompts; None leaves them out.
+      scratchpad: those completions with the think part, or the direct variant.
 
     Raises:
       ValueError: for an item that is too long, or fewer items than `prompts_per_step`.
     """
     limits = (max_prompt_tokens, max_answer_tokens)
     rows, dropped = encoded_rows(source, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
+    written: dict[int, Row] = {}
+    if max_demonstration_tokens is not None:
+        completion = completion_ids(tokenizer, scratchpad)
+        widths = (max_prompt_tokens, max_demonstration_tokens)
+        fitting, _ = encoded_rows(source, tokenizer, completion, "completion", widths, overlong)
+        written = {row.item["item_id"]: row for row in fitting}
+        kept = [row for row in rows if row.item["item_id"] in written]
+        rows, dropped = kept, dropped + len(rows) - len(kept)
 
     def batch(chosen: Sequence[Row]) -> PromptBatch:
-        return PromptBatch(padded_prompts(chosen, tokenizer.pad_id, limits), [row.item for row in chosen])
+        prompts = padded_prompts(chosen, tokenizer.pad_id, limits)
+        if max_demonstration_tokens is not None:
+            completions = [written[row.item["item_id"]] for row in chosen]
+            arrays = padded_arrays(completions, tokenizer.pad_id, (max_prompt_tokens, max_demonstration_tokens))
+            prompts = dataclasses.replace(
+                prompts, demonstration_tokens=arrays["answer_tokens"], demonstration_length=arrays["answer_length"]
+            )
+        return PromptBatch(prompts, [row.item for row in chosen])
 
     return _batches(rows, dropped, batch, "prompts_per_step", prompts_per_step, seed)
+
+
+def completion_ids(tokenizer: Tokenizer, scratchpad: bool) -> Callable[[Record], list[int]]:
+    """The function from a record to the token ids of its reference completion, end of sequence included."""
+    return lambda item: tokenizer.completion_ids(item, _reference(item, scratchpad))
 
 
 def supervised_batches(
@@ -164,11 +189,8 @@ def supervised_batches(
       ValueError: for an item that is too long, or fewer items than `sequences_per_step`.
     """
     limits = (max_prompt_tokens, max_completion_tokens)
-
-    def response(item: Record) -> list[int]:
-        return tokenizer.completion_ids(item, _reference(item, scratchpad))
-
-    rows, dropped = encoded_rows(source, tokenizer, response, "completion", limits, overlong)
+    completion = completion_ids(tokenizer, scratchpad)
+    rows, dropped = encoded_rows(source, tokenizer, completion, "completion", limits, overlong)
 
     def batch(chosen: Sequence[Row]) -> SupervisedBatch:
         arrays = padded_arrays(chosen, tokenizer.pad_id, limits)

@@ -14,11 +14,11 @@ from jaxrl_llm.losses.divergences import divergence
 from jaxrl_llm.losses.entropy import entropy_bonus
 from jaxrl_llm.losses.entropy_history import entropy_history, entropy_history_penalty, two_phase_decay
 from jaxrl_llm.losses.estimates import divergence_reward, js_definition, kl_estimate
-from jaxrl_llm.losses.external import external_surrogate, rehearsal_divergence
+from jaxrl_llm.losses.external import external_surrogate, rehearsal_divergence, stored_likelihood
 from jaxrl_llm.losses.forking_tokens import entropy_band, forking_kl, forking_tokens
 from jaxrl_llm.losses.generators import GENERATORS, Generator, generator, renyi
-from jaxrl_llm.losses.huber import huber_value
-from jaxrl_llm.losses.low_probability import lowest_token_proxy, protected_surrogate
+from jaxrl_llm.losses.huber import huber_value, twin_huber_value
+from jaxrl_llm.losses.low_probability import lowest_token_proxy, min_p_logprobs, protected_surrogate
 from jaxrl_llm.losses.mixing import adaptive_mixing, gradient_alignment, mixing_weight
 from jaxrl_llm.losses.negative_aware import negative_aware_likelihood
 from jaxrl_llm.losses.off_policy import masked_policy_gradient
@@ -72,6 +72,7 @@ __all__ = [
     "kl_penalized_sequence_rewards",
     "lowest_token_proxy",
     "masked_policy_gradient",
+    "min_p_logprobs",
     "mixed_policy_surrogate",
     "mixing_weight",
     "negative_aware_likelihood",
@@ -87,7 +88,9 @@ __all__ = [
     "row_weight",
     "sapo",
     "sequence_clipped_surrogate",
+    "stored_likelihood",
     "success_cloning",
     "token_reward_cross_entropy",
+    "twin_huber_value",
     "two_phase_decay",
 ]

@@ -133,7 +133,7 @@ def annealed_share(
     """Coefficient of one anchor of a convex combination whose share of the reference falls with the steps.
 
         share = max(1 - drop * ceil(max(step - start_step, 0) / steps_per_drop), least)
-        scale * share, or with `complement` scale * (1 - share)
+        coefficient = scale * (1 - share) if `complement`, else scale * share
 
     Args:
       step: updates made so far.

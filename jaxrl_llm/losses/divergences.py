@@ -25,6 +25,7 @@ from typing import Literal, get_args
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
@@ -55,7 +56,7 @@ LEAST_LOGPROB = -1e4  # stands for the log-probability of an impossible symbol: 
 
 
 def _finite(logprobs: Array) -> Array:
-    return jnp.maximum(logprobs.astype(jnp.float32), LEAST_LOGPROB)
+    return jax.lax.clamp(LEAST_LOGPROB, logprobs.astype(jnp.float32), jnp.inf)
 
 
 def counted(mask: Array, *logprobs: Array) -> tuple[Array, ...]:
@@ -105,31 +106,54 @@ class VocabularyDivergence:
         )
 
 
+@jax.custom_jvp
+def _kept_and_rest(log_p: Array, index: Array, kept: Array) -> Array:
+    """Log-probabilities at `index`, and last that of all symbols where `kept` is false together."""
+    rest = jax.nn.logsumexp(jnp.where(kept, LEAST_LOGPROB, log_p), axis=-1, keepdims=True)
+    return jnp.concatenate([jnp.take_along_axis(log_p, index, axis=-1), rest], axis=-1)
+
+
+@_kept_and_rest.defjvp
+def _kept_and_rest_jvp(primals, tangents):
+    log_p, index, kept = primals
+    symbols = checkpoint_name(_kept_and_rest(log_p, index, kept), "top_k")
+    # The rest is everything less what was kept, so that the backward pass needs `index` but not `kept`, which would
+    # cost it the reference's scores. A symbol of the rest has a share of at most 1; the bound concerns the kept ones.
+    share_of_rest = lambda x: jnp.exp(jnp.minimum(x - symbols[..., -1:], 0.0))  # noqa: E731
+    change = jnp.take_along_axis(tangents[0], index, axis=-1)
+    of_all = jnp.sum(share_of_rest(log_p) * tangents[0], axis=-1, keepdims=True)
+    of_kept = jnp.sum(share_of_rest(symbols[..., :-1]) * change, axis=-1, keepdims=True)
+    return symbols, jnp.concatenate([change, of_all - of_kept], axis=-1)
+
+
 def _symbols(samples: str, k: int, log_p: Array, log_q: Array) -> tuple[Array, Array]:
     """Log-probabilities of the symbols compared: all, or the reference's k largest and one symbol for all others."""
     log_p, log_q = _finite(log_p), stop_gradient(_finite(log_q))
     if samples == "vocabulary" or k >= log_q.shape[-1]:
         return log_p, log_q
     largest, index = jax.lax.top_k(log_q, k)
-    # top_k takes the lower index among equals, so a threshold and the last index describe its choice without a scatter.
-    last_value, last_index = largest[..., -1:], index[..., -1:]
-    chosen = (log_q > last_value) | ((log_q == last_value) & (jnp.arange(log_q.shape[-1]) <= last_index))
-    together = [
-        jnp.concatenate(
-            [
-                jnp.take_along_axis(x, index, axis=-1),
-                jax.nn.logsumexp(jnp.where(chosen, LEAST_LOGPROB, x), axis=-1, keepdims=True),
-            ],
-            axis=-1,
-        )
-        for x in (log_p, log_q)
-    ]
-    return together[0], together[1]
+    index = checkpoint_name(index, "top_k")
+    # top_k takes the lower index among equals, so a threshold and an index describe its choice without a scatter. Both
+    # are read off as extremes: a slice of the result would keep XLA from seeing more in top_k than a whole sort.
+    threshold = jnp.min(largest, axis=-1, keepdims=True)
+    last = jnp.max(jnp.where(largest == threshold, index, -1), axis=-1, keepdims=True)
+    kept = (log_q > threshold) | ((log_q == threshold) & (jnp.arange(log_q.shape[-1]) <= last))
+    return _kept_and_rest(log_p, index, kept), checkpoint_name(_kept_and_rest(log_q, index, kept), "top_k")
 
 
 def _summed(f: Generator, samples: str, k: int) -> Callable[[Array, Array], Array]:
+    @jax.custom_jvp
+    def divergence_of_symbols(log_p, log_q):
+        # No term is negative but by rounding. By `clamp`, and not `maximum`, all of it becomes one loop on a CPU.
+        return jax.lax.clamp(0.0, f.perspective(log_p, log_q), jnp.inf)
+
+    # Differentiation of the perspective would arrive at the slope as well, by several times as many operations.
+    @divergence_of_symbols.defjvp
+    def divergence_of_symbols_jvp(primals, tangents):
+        return divergence_of_symbols(*primals), f.slope(*primals) * tangents[0]
+
     def f_divergence(log_p: Float[Array, "... V"], log_q: Float[Array, "... V"]) -> Float[Array, "..."]:
-        return f.perspective(*_symbols(samples, k, log_p, log_q)).sum(-1)
+        return divergence_of_symbols(*_symbols(samples, k, log_p, log_q)).sum(-1)
 
     return f_divergence
 

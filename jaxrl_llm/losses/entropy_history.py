@@ -135,8 +135,10 @@ def entropy_history_penalty(
 def two_phase_decay(step: Int[Array, ""], *, total_steps: int = 150, scale: float = 1.0) -> Float[Array, ""]:
     """A coefficient that falls slowly to 0.83 over the first half of a run and fast towards 0.04 over the second.
 
-        scale * (1 - 0.2 * (1 - exp(-2 e / h)))         for e <= h = total_steps // 2
-        scale * 0.8 * exp(-3 (e - h) / (total_steps - h))   afterwards, with e the step
+        e = step,   h = floor(total_steps / 2)
+
+        scale * (1 - 0.2 * (1 - exp(-2 e / h)))             where e <= h
+        scale * 0.8 * exp(-3 (e - h) / (total_steps - h))   else
 
     Args:
       step: updates of the batch made so far.

@@ -13,6 +13,7 @@ from jaxrl_llm.experience import Loss, Source
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.divergences import divergence
 from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
+from jaxrl_llm.losses.supervised import negative_log_likelihood
 
 
 def external_surrogate(
@@ -107,7 +108,7 @@ def rehearsal_divergence(
 
     Rows of stored answers share a batch with rollouts but not a term: their tokens have source DEMONSTRATION and mask
     0, so losses that read the mask leave them out, and this one reads source and weight instead. Each part has its own
-    mean. No reference model runs: `reference_logprobs` of a stored answer are stored with it.
+    mean. No reference model runs: `stored_logprobs`, of the policy that wrote an answer, are stored with it.
 
     forward_kl is DPH-F (0 at the start, a pull only on what has moved); jensen_shannon with twice the coefficient is
     DPH-JS; alpha with order alpha = 1 - a is its alpha form. Which prompts are rehearsed: `near_perfect_groups`.
@@ -120,7 +121,7 @@ def rehearsal_divergence(
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
-      A loss of (logprobs, reference_logprobs, source, weight).
+      A loss of (logprobs, stored_logprobs, source, weight).
 
     Raises:
       ValueError: for an unknown generator or a value limit that is not positive.
@@ -139,12 +140,49 @@ def rehearsal_divergence(
 
     def stored_divergence(
         logprobs: Float[Array, "B T"],
-        reference_logprobs: Float[Array, "B T"],
+        stored_logprobs: Float[Array, "B T"],
         source: Int[Array, "B T"],
         weight: Float[Array, "B"],
     ) -> Loss:
         chex.assert_rank([logprobs, source, weight], [2, 2, 1])
-        stored = (source == Source.DEMONSTRATION).astype(jnp.float32) * weight.astype(jnp.float32)[:, None]
-        return on_stored(logprobs, reference_logprobs, stored)
+        return on_stored(logprobs, stored_logprobs, _written(source, weight))
 
     return stored_divergence
+
+
+def stored_likelihood(
+    logprobs: Float[Array, "B T"],
+    source: Int[Array, "B T"],
+    weight: Float[Array, "B"],
+    *,
+    aggregation: Aggregation = "token_mean",
+    max_completion_tokens: int | None = None,
+) -> Loss:
+    """Cross-entropy of the written completions that share a batch with samples: supervised beside reinforcement.
+
+        x = -log pi    on tokens of demonstrations, each row with its weight
+
+    Like `rehearsal_divergence` it reads source and weight, since the mask of such rows is 0.
+
+    Args:
+      logprobs: log-probability of each token under the current policy.
+      source: where each token came from; `Source.DEMONSTRATION` marks written ones.
+      weight: weight of each row; 0 is absent.
+      aggregation: how token losses are averaged.
+      max_completion_tokens: the constant of the modes that divide by one.
+
+    Returns:
+      The loss as a sum and a count.
+
+    Reference: AMFT (2508.06944).
+    Certainty: verified
+    """
+    chex.assert_rank([logprobs, source, weight], [2, 2, 1])
+    return negative_log_likelihood(
+        logprobs, _written(source, weight), aggregation=aggregation, max_completion_tokens=max_completion_tokens
+    )
+
+
+def _written(source: Array, weight: Array) -> Float[Array, "B T"]:
+    """A mask of tokens that somebody else wrote, with the weight of their rows."""
+    return (source == Source.DEMONSTRATION).astype(jnp.float32) * weight.astype(jnp.float32)[:, None]

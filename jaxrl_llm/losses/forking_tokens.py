@@ -126,10 +126,12 @@ def entropy_band(
 ) -> Loss:
     """Distance of the entropy of forking tokens from a band of entropies that they had before the update.
 
-        x = max(H - upper, 0) + max(lower - H, 0) on forking tokens, 0 on the others
+        x = max(H - upper, 0) + max(lower - H, 0) where the token is a forking one, else 0
 
-        quantile    lower, upper = the quantiles `low`, `high` of the old entropy on the response's forking tokens
-        deviation   upper = their median, lower = max(0, median - 1.4826 * median absolute deviation)
+        quantile    lower and upper are the quantiles `low` and `high` of the old entropy on the response's forking
+                    tokens
+        deviation   upper is their median, lower is max(0, median - 1.4826 * mad) with mad their median absolute
+                    deviation
 
     Divided by all tokens of the response. The bands hold back the most random tokens and lift the surest. The paper's
     text was not at hand: the quantiles' interpolation and the usual coefficient, about 0.01, are our reading.

@@ -39,14 +39,14 @@ class Generator:
     Attributes:
       name: the name it was asked for by.
       perspective: (log p, log q) -> q * f(p / q), elementwise; finite for any finite arguments.
-      slope: log u -> f'(u), without a clamp.
+      slope: (log p, log q) -> p * f'(p / q), the derivative of the perspective by log p; finite likewise.
       conjugate: t -> f*(t) = sup_u (u t - f(u)), infinite outside its domain.
       limit: bound on |log u| in the three methods below (sampled forms).
     """
 
     name: str
     perspective: Callable[[Array, Array], Array]
-    slope: Callable[[Array], Array]
+    slope: Callable[[Array, Array], Array]
     conjugate: Callable[[Array], Array]
     limit: float = LOG_RATIO_LIMIT
 
@@ -62,28 +62,34 @@ class Generator:
 
     def derivative(self, log_u: Float[Array, "..."]) -> Float[Array, "..."]:
         """f'(u): the weight of the score function."""
-        return self.slope(clamped(log_u, self.limit))
+        log_u = clamped(log_u, self.limit)
+        return self.slope(jnp.zeros_like(log_u), -log_u)
+
+
+def _compared(log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    """Whether p < q, and -|log p - log q|: a choice, since the gradient of an absolute value would be 0 at p = q."""
+    less = log_p < log_q
+    return less, jnp.where(less, log_p - log_q, log_q - log_p)
 
 
 def _difference(log_p: Array, log_q: Array) -> Array:
     """p - q, to full precision where p is close to q and without overflow."""
-    log_u = log_p - log_q
-    # Both branches are kept finite: the gradient of an unselected infinite branch would be NaN.
-    above, below = jnp.where(log_u < 0, 0.0, log_u), jnp.where(log_u < 0, log_u, 0.0)
-    return jnp.where(log_u < 0, jnp.exp(log_q) * jnp.expm1(below), -jnp.exp(log_p) * jnp.expm1(-above))
+    less, gap = _compared(log_p, log_q)
+    size = jnp.exp(jnp.where(less, log_q, log_p)) * jnp.expm1(gap)
+    return jnp.where(less, size, -size)
 
 
-def _log_mixture(log_u: Array, share: float) -> Array:
-    """log(share * u + 1 - share)."""
-    above, below = jnp.where(log_u < 0, 0.0, log_u), jnp.where(log_u < 0, log_u, 0.0)
-    return jnp.where(log_u < 0, jnp.log1p(share * jnp.expm1(below)), above + jnp.log1p((1 - share) * jnp.expm1(-above)))
+def _log_mixture(less: Array, gap: Array, share: float) -> Array:
+    """log((share * p + (1 - share) * q) / max(p, q)), which is bounded, from what `_compared` returns."""
+    shrunk = jnp.expm1(gap)
+    return jnp.log1p(jnp.where(less, share * shrunk, (1 - share) * shrunk))
 
 
 def _reverse_kl() -> Generator:
     return Generator(
         "reverse_kl",
         perspective=lambda p, q: jnp.exp(p) * (p - q) - _difference(p, q),
-        slope=lambda log_u: log_u,
+        slope=lambda p, q: jnp.exp(p) * (p - q),
         conjugate=jnp.expm1,
     )
 
@@ -92,16 +98,23 @@ def _forward_kl() -> Generator:
     return Generator(
         "forward_kl",
         perspective=lambda p, q: _difference(p, q) - jnp.exp(q) * (p - q),
-        slope=lambda log_u: -jnp.expm1(-log_u),
+        slope=_difference,
         conjugate=lambda t: jnp.where(t < 1, -jnp.log1p(-jnp.minimum(t, 1)), jnp.inf),
     )
 
 
 def _jensen_shannon(mixture: float) -> Generator:
+    # log(M / max(p, q)), plus |log p - log q| for the smaller of p and q, gives both log(M / p) and log(M / q).
     def perspective(p, q):
-        policy_part = mixture * jnp.exp(p) * _log_mixture(q - p, 1 - mixture)
-        reference_part = (1 - mixture) * jnp.exp(q) * _log_mixture(p - q, mixture)
-        return -policy_part - reference_part
+        less, gap = _compared(p, q)
+        policy_part, reference_part = mixture * jnp.exp(p), (1 - mixture) * jnp.exp(q)
+        smaller_part = jnp.where(less, policy_part, reference_part)
+        return smaller_part * gap - (policy_part + reference_part) * _log_mixture(less, gap, mixture)
+
+    def slope(p, q):
+        less, gap = _compared(p, q)
+        midpoint = _log_mixture(less, gap, mixture)
+        return mixture * jnp.exp(p) * jnp.where(less, gap - midpoint, -midpoint)
 
     def conjugate(t):
         rest = 1 - mixture * jnp.exp(t / mixture)
@@ -110,7 +123,7 @@ def _jensen_shannon(mixture: float) -> Generator:
     return Generator(
         "jensen_shannon",
         perspective=perspective,
-        slope=lambda log_u: -mixture * _log_mixture(-log_u, 1 - mixture),
+        slope=slope,
         conjugate=conjugate,
     )
 
@@ -118,11 +131,13 @@ def _jensen_shannon(mixture: float) -> Generator:
 def _alpha(alpha: float) -> Generator:
     power = max(abs(alpha), abs(1 - alpha))
 
-    def perspective(p, q):
+    def log_moment(p, q):
         log_u = p - q if 0 < alpha < 1 else clamped(p - q, min(LOG_RATIO_LIMIT, 2 * LOG_RATIO_LIMIT / power))
         # p^a q^(1-a), counted from the larger of p and q: past the clamp it then keeps growing with that probability.
-        moment = p + (alpha - 1) * log_u if alpha > 1 else q + alpha * log_u
-        return (_difference(moment, q) - alpha * _difference(p, q)) / (alpha * (alpha - 1))
+        return p + (alpha - 1) * log_u if alpha > 1 else q + alpha * log_u
+
+    def perspective(p, q):
+        return (_difference(log_moment(p, q), q) - alpha * _difference(p, q)) / (alpha * (alpha - 1))
 
     def conjugate(t):
         base = 1 + (alpha - 1) * t
@@ -132,17 +147,21 @@ def _alpha(alpha: float) -> Generator:
     return Generator(
         "alpha",
         perspective=perspective,
-        slope=lambda log_u: jnp.expm1((alpha - 1) * log_u) / (alpha - 1),
+        slope=lambda p, q: _difference(log_moment(p, q), p) / (alpha - 1),
         conjugate=conjugate,
         limit=LOG_RATIO_LIMIT if power <= 1 else 2 * SQUARE_LOG_RATIO_LIMIT / power,
     )
 
 
 def _chi_square() -> Generator:
+    def slope(p, q):
+        log_u = clamped(p - q, LOG_RATIO_LIMIT)
+        return jnp.exp(p) * jnp.expm1(log_u) + _difference(p, q) * jnp.exp(log_u)
+
     return Generator(
         "chi_square",
         perspective=lambda p, q: _difference(p, q) * jnp.expm1(clamped(p - q, LOG_RATIO_LIMIT)),
-        slope=lambda log_u: 2 * jnp.expm1(log_u),
+        slope=slope,
         conjugate=lambda t: jnp.where(t >= -2, t + t**2 / 4, -1.0),
         limit=SQUARE_LOG_RATIO_LIMIT,
     )
@@ -152,7 +171,7 @@ def _neyman_chi_square() -> Generator:
     return Generator(
         "neyman_chi_square",
         perspective=lambda p, q: -_difference(p, q) * jnp.expm1(clamped(q - p, LOG_RATIO_LIMIT)),
-        slope=lambda log_u: -jnp.expm1(-2 * log_u),
+        slope=lambda p, q: _difference(p, q + clamped(q - p, LOG_RATIO_LIMIT)),
         conjugate=lambda t: jnp.where(t <= 1, 2 - 2 * jnp.sqrt(jnp.maximum(1 - t, 0)), jnp.inf),
         limit=SQUARE_LOG_RATIO_LIMIT,
     )
@@ -162,7 +181,7 @@ def _squared_hellinger() -> Generator:
     return Generator(
         "squared_hellinger",
         perspective=lambda p, q: 0.5 * _difference(p / 2, q / 2) ** 2,
-        slope=lambda log_u: -0.5 * jnp.expm1(-log_u / 2),
+        slope=lambda p, q: 0.5 * jnp.exp(p / 2) * _difference(p / 2, q / 2),
         conjugate=lambda t: jnp.where(t < 0.5, t / (1 - 2 * jnp.minimum(t, 0.5)), jnp.inf),
     )
 
@@ -171,7 +190,7 @@ def _total_variation() -> Generator:
     return Generator(
         "total_variation",
         perspective=lambda p, q: 0.5 * jnp.abs(_difference(p, q)),
-        slope=lambda log_u: 0.5 * jnp.sign(log_u),
+        slope=lambda p, q: 0.5 * jnp.exp(p) * jnp.sign(p - q),
         conjugate=lambda t: jnp.where(t <= 0.5, jnp.maximum(t, -0.5), jnp.inf),
     )
 
@@ -188,7 +207,7 @@ def _jeffreys() -> Generator:
     return Generator(
         "jeffreys",
         perspective=lambda p, q: _difference(p, q) * (p - q),
-        slope=lambda log_u: log_u - jnp.expm1(-log_u),
+        slope=lambda p, q: jnp.exp(p) * (p - q) + _difference(p, q),
         conjugate=conjugate,
     )
 

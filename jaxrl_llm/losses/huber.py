@@ -8,7 +8,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
-from jaxrl_llm.losses.aggregation import Aggregation, aggregate
+from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.ratio import on_mask
 
 
@@ -61,6 +61,44 @@ def huber_value(
     near = jnp.clip(v, old - clip, old + clip)
     per_token = 0.5 * (_huber(v - target, delta) + _huber(near - target, delta))
     return aggregate(per_token, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
+
+
+def twin_huber_value(
+    twin_values: Float[Array, "B 2"],
+    old_twin_values: Float[Array, "B 2"],
+    rewards: Float[Array, "B"],
+    mask: Float[Array, "B T"],
+    *,
+    delta: float = 0.5,
+    clip: float = 0.2,
+) -> Loss:
+    """`huber_value` of two critics, each fitted to the reward of whole rows: SAFE's value loss.
+
+        mean over rows of sum_k 0.5 * (huber(v_k - r) + huber(clip(v_k, v_old_k - clip, v_old_k + clip) - r))
+
+    Args:
+      twin_values: what the current critics expect of each row.
+      old_twin_values: the same before the update.
+      rewards: total reward of each row.
+      mask: 0 on tokens that do not count, the row's weight on those that do; a row without any is absent.
+      delta: where the error turns from square to linear, in units of reward.
+      clip: how far a value may move in the second half.
+
+    Returns:
+      The loss as a sum and a count of rows.
+
+    Raises:
+      ValueError: for a delta that is not positive or a negative clip.
+
+    Reference: SAFE (2602.04651).
+    Certainty: verified
+    """
+    chex.assert_rank([twin_values, old_twin_values, rewards, mask], [2, 2, 1, 2])
+    chex.assert_equal_shape([twin_values, old_twin_values])
+    weight = jnp.broadcast_to(row_weight(mask.astype(jnp.float32))[:, None], twin_values.shape)
+    targets = jnp.broadcast_to(rewards.astype(jnp.float32)[:, None], twin_values.shape)
+    loss = huber_value(twin_values, old_twin_values, targets, weight, delta=delta, clip=clip)
+    return loss._replace(denominator=weight[:, 0].sum())
 
 
 def _huber(error: Array, delta: float) -> Array:

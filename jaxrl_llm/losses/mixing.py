@@ -19,7 +19,7 @@ def gradient_alignment(
 ) -> Float[Array, ""]:
     """How fast the validation loss falls as the supervised share grows, to first order in one step.
 
-        learning_rate * <g_validation, g_supervised - g_reinforcement>
+        learning_rate * dot(g_validation, g_supervised - g_reinforcement)
 
     All three are gradients of losses at the same parameters.
 

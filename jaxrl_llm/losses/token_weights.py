@@ -70,9 +70,11 @@ def entropy_change_weights(
 ) -> Float[Array, "B T"]:
     """Less weight for tokens whose update would change the policy's entropy most.
 
-        Omega = |A * (1 - pi) * (log pi + H)|                       pi, H: the policy that the update starts from
-        linear        w = high - (Omega - min) / (max - min) * (high - low); all equal: (low + high) / 2
-        exponential   w = clip(exp(-k * Omega), low, 1),  k = -log(low) / max(max Omega, 0.02)
+        Omega = |A * (1 - pi) * (log pi + H)|    with pi and H of the policy that the update starts from
+
+        linear        w = high - (Omega - min Omega) / (max Omega - min Omega) * (high - low), or (low + high) / 2 where
+                      all are equal
+        exponential   w = clip(exp(-k * Omega), low, 1),   k = -log(low) / max(max Omega, 0.02)
 
     min and max run over the counted tokens of the whole batch, so any split into microbatches trains on the same
     weights. The released code takes them over a microbatch and from the current policy, with Omega multiplied by the

@@ -7,17 +7,20 @@ again instead of keeping it. Sampler and trainer both go through `scaled_log_sof
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.model import Model
 
 # 2**25 float32 scores are 128 MiB: large enough to fill a matrix unit, small beside any model worth training.
 SCORES_PER_CHUNK = 2**25
+NORMALISER = "normaliser"
 
 
 class TokenStatistics(NamedTuple):
@@ -34,9 +37,48 @@ class TokenStatistics(NamedTuple):
     over_vocabulary: tuple[Float[Array, "B T"], ...]
 
 
+@jax.custom_jvp
+def _normaliser(scores: Array) -> tuple[Array, Array]:
+    """The largest score and the logarithm of the sum of exp(scores - largest): log softmax is scores less both.
+
+    Two numbers instead of their sum keep the last digits of large scores.
+    """
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    return largest, jnp.log(jnp.sum(jnp.exp(scores - largest), axis=-1, keepdims=True))
+
+
+def _kept_normaliser(scores: Array) -> tuple[Array, Array]:
+    """The normaliser under a name by which `jax.checkpoint` keeps it: the backward pass need not reduce again."""
+    largest, log_total = _normaliser(scores)
+    return checkpoint_name(largest, NORMALISER), checkpoint_name(log_total, NORMALISER)
+
+
+@_normaliser.defjvp
+def _normaliser_jvp(primals, tangents):
+    largest, log_total = _kept_normaliser(*primals)
+    change = jnp.sum(jnp.exp(primals[0] - largest - log_total) * tangents[0], axis=-1, keepdims=True)
+    return (largest, log_total), (jnp.zeros_like(largest), change)
+
+
+@jax.custom_jvp
+def _picked(scores: Array, tokens: Array) -> Array:
+    """The score of each token."""
+    return jnp.take_along_axis(scores, tokens[..., None], axis=-1)
+
+
+@_picked.defjvp
+def _picked_jvp(primals, tangents):
+    # As a sum over one symbol its gradient joins that of the normaliser; an indexed read would be an array more.
+    scores, tokens = primals
+    chosen = jnp.arange(scores.shape[-1]) == tokens[..., None]
+    return _picked(scores, tokens), jnp.sum(jnp.where(chosen, tangents[0], 0.0), axis=-1, keepdims=True)
+
+
 def scaled_log_softmax(scores: Float[Array, "*B V"], temperature: float | Array) -> Float[Array, "*B V"]:
     """log softmax(scores / temperature) over the vocabulary, in float32."""
-    return jax.nn.log_softmax(scores.astype(jnp.float32) / temperature, axis=-1)
+    scores = scores.astype(jnp.float32) / temperature
+    largest, log_total = _normaliser(scores)
+    return scores - largest - log_total
 
 
 def entropy_of(log_probabilities: Float[Array, "*B V"]) -> Float[Array, "*B"]:
@@ -85,15 +127,24 @@ def token_statistics(
     chunk = chunk or positions_per_chunk(rows, length, model.vocabulary_size)
     reference_params, reference_hidden = reference or (None, None)
 
-    @jax.checkpoint
+    # What is named is small beside the scores (their normaliser, the top k): kept, so that it is computed once.
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_any_names_but_these())
     def score(hidden, tokens, reference_hidden):
-        log_p = scaled_log_softmax(model.logits(params, hidden), temperature)
-        logprobs = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+        # Rows and positions are one axis here: only products of two matrices reach the fast kernels of a CPU.
+        flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        scores = model.logits(params, flat(hidden)).astype(jnp.float32) / temperature
+        largest, log_total = _normaliser(scores)
+        log_p = scores - largest - log_total
         extra = ()
         if over_vocabulary:
-            log_q = scaled_log_softmax(model.logits(reference_params, reference_hidden), temperature)
-            extra = tuple(functional(log_p, jax.lax.stop_gradient(log_q)) for functional in over_vocabulary)
-        return TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, extra)
+            log_q = model.logits(reference_params, flat(reference_hidden)).astype(jnp.float32) / temperature
+            log_q = jax.lax.stop_gradient(log_q)
+            for part in _kept_normaliser(log_q):
+                log_q = log_q - part
+            extra = tuple(functional(log_p, log_q) for functional in over_vocabulary)
+        logprobs = _picked(scores, tokens.reshape(-1)) - largest - log_total
+        statistics = TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, extra)
+        return jax.tree.map(lambda x: x.reshape(tokens.shape), statistics)
 
     if chunk >= length:
         return score(hidden, tokens, reference_hidden)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from jaxrl_llm.rewards.answers import answer_format, answer_span, exact_answer
+from jaxrl_llm.rewards.answers import answer_format, answer_ids, answer_present, answer_span, exact_answer
 from jaxrl_llm.rewards.combination import soft_overlong, truncation_zero, weighted_sum
 from jaxrl_llm.rewards.consistency import consistent_accuracy
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.numbers import extract_number, number_match
+from jaxrl_llm.rewards.turns import reference_progress, separated_turns
 from jaxrl_llm.rewards.verifiers import (
     answer_order_share,
     answer_position_share,
@@ -19,8 +20,10 @@ from jaxrl_llm.rewards.verifiers import (
 __all__ = [
     "RewardError",
     "answer_format",
+    "answer_ids",
     "answer_order_share",
     "answer_position_share",
+    "answer_present",
     "answer_span",
     "checked_host_reward",
     "column_share",
@@ -31,6 +34,8 @@ __all__ = [
     "extract_answer",
     "extract_number",
     "number_match",
+    "reference_progress",
+    "separated_turns",
     "soft_overlong",
     "truncation_zero",
     "weighted_sum",

@@ -1,4 +1,4 @@
-"""Verifiers inside the program: from completion tokens to rewards, jit-able.
+"""Verifiers inside the program: from completion tokens to rewards and to the identity of answers, jit-able.
 
 The token ids are hyper-parameters; they default to the ids of the built-in character tokenizer.
 """
@@ -16,6 +16,9 @@ THINK_ID, THINK_END_ID = 3, 4
 ANSWER_ID, ANSWER_END_ID = 5, 6
 OTHER_CONTROL_IDS = (0, 1, 7, 8, 9, 10, 11, 12)
 SPACE_IDS = (98, 99)
+
+# What `answer_ids` gives to a completion without a closed answer; ids of answers are row numbers.
+NO_ANSWER = -1
 
 
 def _among(tokens: Int[Array, "B T"], ids: tuple[int, ...]) -> Bool[Array, "B T"]:
@@ -56,6 +59,83 @@ def answer_span(
     last = jnp.max(jnp.where(text, position, -1), axis=1, initial=-1)
     size = jnp.maximum(last - first + 1, 0)
     return jnp.where(size > 0, first, 0), size, found
+
+
+def answer_present(
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    open_id: int = ANSWER_ID,
+    close_id: int = ANSWER_END_ID,
+) -> Float[Array, "B"]:
+    """1 where the completion holds a closed answer, right or wrong, else 0.
+
+    Args:
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence.
+      open_id: id of the tag that opens an answer.
+      close_id: id of the tag that closes it.
+
+    Returns:
+      One flag a row, 0 or 1.
+    """
+    return answer_span(tokens, length, open_id=open_id, close_id=close_id)[2].astype(jnp.float32)
+
+
+def answer_ids(
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    group: Int[Array, "B"],
+    *,
+    open_id: int = ANSWER_ID,
+    close_id: int = ANSWER_END_ID,
+    space_ids: tuple[int, ...] = SPACE_IDS,
+) -> Int[Array, "B"]:
+    """The same number for the same answer of a prompt: for majorities and for the entropy of answers.
+
+        id_b = min { c : group_c = group_b and answer_c = answer_b },   NO_ANSWER = -1 without a closed answer
+
+    Answers are compared token by token, as `exact_answer` does, by two 32-bit hashes: arrays are of [B, T] and [B, B],
+    and two of a million different answers of one prompt would share an id with probability 3e-8.
+
+    Args:
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence.
+      group: id of the group each row belongs to; answers of different groups have different ids.
+      open_id: id of the tag that opens an answer.
+      close_id: id of the tag that closes it.
+      space_ids: ids that are stripped at both ends of an answer.
+
+    Returns:
+      One id a row: the lowest row of the group with this answer, or -1 in every row that has none. An answer of no
+      tokens is an answer.
+
+    >>> tokens = jnp.array([[5, 20, 6], [5, 21, 6], [5, 20, 6], [5, 20, 0]])
+    >>> answer_ids(tokens, jnp.full(4, 3), jnp.zeros(4, jnp.int32)).tolist()
+    [0, 1, 0, -1]
+    """
+    chex.assert_rank([tokens, length, group], [2, 1, 1])
+    chex.assert_equal_shape_prefix([tokens, length, group], 1)
+    first, size, found = answer_span(tokens, length, open_id=open_id, close_id=close_id, space_ids=space_ids)
+    offset = jnp.arange(tokens.shape[1])[None, :] - first[:, None]
+    inside = (offset >= 0) & (offset < size[:, None])
+
+    def same_hash(seed: int) -> Bool[Array, "B B"]:
+        place = _mixed(offset.astype(jnp.uint32) + jnp.uint32(seed))
+        total = jnp.where(inside, _mixed(place ^ tokens.astype(jnp.uint32)), jnp.uint32(0)).sum(
+            axis=1, dtype=jnp.uint32
+        )
+        return total[:, None] == total
+
+    same = same_hash(0x9E3779B9) & same_hash(0x3C6EF372) & (size[:, None] == size) & (group[:, None] == group) & found
+    return jnp.where(found, jnp.argmax(same, axis=1), NO_ANSWER).astype(jnp.int32)
+
+
+def _mixed(bits: Array) -> Array:
+    """32 bits, each a function of all the given ones (the finaliser of MurmurHash3)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def exact_answer(

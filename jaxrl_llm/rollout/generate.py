@@ -39,6 +39,8 @@ def generate(
     eos_id: int,
     pad_id: int,
     temperature: float | Float[Array, "G"] = 1.0,
+    prefixes: tuple[Int[Array, "G F"], Int[Array, "G"]] | None = None,
+    first_sample: int = 0,
     constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
 ) -> Experience:
     """Sample completions and record everything about them that training needs.
@@ -57,6 +59,9 @@ def generate(
       eos_id: ends a completion and belongs to it.
       pad_id: fills the rest; may equal `eos_id`.
       temperature: of the softmax; 0 is greedy. One number, or one for each sample number.
+      prefixes: (tokens, lengths) that the completion of each sample number starts with, shorter than a completion.
+        They have source HINT and mask 0.
+      first_sample: number of the first sample of a prompt; it addresses the random keys.
       constrain: applied to arrays with one row a sample, to place them on a mesh.
 
     Returns:
@@ -81,15 +86,24 @@ def generate(
     cache = model.expand_cache(cache, samples_per_prompt, steps)
     per_prompt = jax.tree.map(repeat, prompts)
 
-    sample = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), prompt_rows)
+    place = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), prompt_rows)
+    sample = place + first_sample
     keys = row_keys(key, step, per_prompt.prompt_id, sample)
-    per_row = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples_per_prompt,))[sample]
+    per_row = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples_per_prompt,))[place]
+    given, given_length = (
+        (jnp.zeros((rows, 1), jnp.int32), jnp.zeros(rows, jnp.int32))
+        if prefixes is None
+        else (jnp.asarray(part, jnp.int32)[place] for part in prefixes)
+    )
     greedy = per_row == 0
     scale = jnp.where(greedy, 1.0, per_row)[:, None]
 
     def draw(hidden, position):
         log_p = scaled_log_softmax(model.logits(params, hidden), scale)
         token = sampled_tokens(log_p, keys, position, greedy)
+        if prefixes is not None:
+            held = jnp.take(given, jnp.minimum(position, given.shape[1] - 1), axis=1)
+            token = jnp.where(position < given_length, held, token)
         return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
 
     columns, length, ended = _decoded(
@@ -97,6 +111,7 @@ def generate(
     )
     tokens, logprobs, entropy = columns
     inside = jnp.arange(steps) < length[:, None]
+    hint = jnp.arange(steps) < given_length[:, None]
     return Experience(
         prompt_tokens=per_prompt.tokens,
         prompt_length=per_prompt.length,
@@ -108,11 +123,13 @@ def generate(
         weight=jnp.ones(rows, jnp.float32),
         tokens=tokens,
         length=length,
-        source=jnp.where(inside, Source.SAMPLED, Source.PAD).astype(jnp.int8),
-        mask=inside.astype(jnp.float32),
+        source=jnp.where(hint, Source.HINT, jnp.where(inside, Source.SAMPLED, Source.PAD)).astype(jnp.int8),
+        mask=(inside & ~hint).astype(jnp.float32),
         behaviour_logprobs=logprobs,
         behaviour_entropy=entropy,
         truncated=~ended,
+        demonstration_tokens=per_prompt.demonstration_tokens,
+        demonstration_length=per_prompt.demonstration_length,
     )
 
 

@@ -27,3 +27,11 @@ def predicting_hidden(
     )
     hidden, _ = model.apply(params, jnp.concatenate([prompt_tokens, tokens], axis=1), positions, None)
     return hidden[:, prompt_width - 1 : -1]
+
+
+def prompt_hidden(
+    model: Model, params: PyTree, prompt_tokens: Int[Array, "B P"], prompt_length: Int[Array, "B"]
+) -> Float[Array, "B P D"]:
+    """Hidden state at each prompt token, which predicts the next one."""
+    positions = prompt_positions(prompt_length, prompt_tokens.shape[1])
+    return model.apply(params, prompt_tokens, positions, None)[0]

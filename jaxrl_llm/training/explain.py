@@ -10,9 +10,12 @@ import numpy as np
 
 from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.models.parameters import parameter_count
-from jaxrl_llm.training.checks import COLLECTED, ON_DEMAND
+from jaxrl_llm.training.checks import COLLECTED
+from jaxrl_llm.training.critics import BEFORE
+from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
 from jaxrl_llm.training.setup import Parts
 from jaxrl_llm.training.step import Composition, TrainStep
+from jaxrl_llm.training.stored import written_rows
 from jaxrl_llm.training.wiring import fields_of, signature
 
 
@@ -37,14 +40,10 @@ def stages(step: Composition) -> list[dict[str, Any]]:
         entry("score", t.name, t.function, f"reward component x {t.weight:g}", "host" if t.on_host else "program")
         for t in step.rewards
     ]
-    made = {
-        "reference_logprobs": ("reference forward pass", ["reference_params", "tokens"]),
-        "old_logprobs": ("the sampler's own", ["behaviour_logprobs"]),
-        "old_entropy": ("the sampler's own", ["behaviour_entropy"]),
-    }
     rows += [
-        {"stage": "credit", "name": made[n][0], "needs": made[n][1], "provides": n, "where": "program"}
-        for n in sorted(step.wanted & ON_DEMAND)
+        {"stage": "credit", "name": by, "needs": needs, "provides": name, "where": "program"}
+        for name in sorted(step.wanted & ON_DEMAND)
+        for by, needs in [_provider(step, name)]
     ]
     rows += [entry("credit", t.name, t.function, t.field) for t in step.credit]
     for term in step.losses:
@@ -53,22 +52,57 @@ def stages(step: Composition) -> list[dict[str, Any]]:
     return rows
 
 
-def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts]:
-    """State and prompts of one step as shapes: no memory is used."""
-    config = parts.config
-    rows = config.training.prompts_per_step
+def _provider(step: Composition, name: str) -> tuple[str, list[str]]:
+    """Who provides an on-demand field, and from what."""
+    if name in BEFORE:
+        return f"{BEFORE[name].critic} model forward pass", ["critics", "tokens"]
+    if name in FROM_DATA:
+        return "the data", ["prompts"]
+    if name == "baseline_rewards":
+        return "greedy completions", ["params", "prompts", "rewards"]
+    if name in FROM_REFERENCE:
+        return "reference forward pass", ["reference_params", "tokens"]
+    own = {"old_logprobs": "behaviour_logprobs", "old_entropy": "behaviour_entropy"}
+    if name in own and step.rollout.extra is None:
+        return "the sampler's own", [own[name]]
+    return "policy forward pass", ["params", "tokens"]
+
+
+def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts, Experience | None]:
+    """State, prompts and stored rows of one step as shapes: no memory is used."""
+    config, c = parts.config, parts.step.composition
+    rows, rollout = config.training.prompts_per_step, config.rollout
+    with_demonstrations = c.wanted & FROM_DATA
 
     def prompts() -> Prompts:
         number = jnp.zeros(rows, jnp.int32)
+        completion = jnp.zeros((rows, rollout.max_completion_tokens), jnp.int32)
         return Prompts(
-            tokens=jnp.zeros((rows, config.rollout.max_prompt_tokens), jnp.int32),
+            tokens=jnp.zeros((rows, rollout.max_prompt_tokens), jnp.int32),
             length=number,
             prompt_id=number,
-            answer_tokens=jnp.zeros((rows, config.rollout.max_completion_tokens), jnp.int32),
+            answer_tokens=completion,
             answer_length=number,
+            demonstration_tokens=completion if with_demonstrations else None,
+            demonstration_length=number if with_demonstrations else None,
         )
 
-    return jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts)
+    def stored() -> Experience | None:
+        if c.stored is None:
+            return None
+        width = rollout.max_completion_tokens
+        count = c.stored.groups * rollout.samples_per_prompt
+        return written_rows(
+            jnp.zeros((count, rollout.max_prompt_tokens), jnp.int32),
+            jnp.ones(count, jnp.int32),
+            jnp.zeros(count, jnp.int32),
+            jnp.zeros((count, width), jnp.int32),
+            jnp.ones(count, jnp.int32),
+            answer_width=width,
+            **{name: jnp.zeros((count, width) if name == "stored_logprobs" else count) for name in c.stored.provides},
+        )
+
+    return jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts), jax.eval_shape(stored)
 
 
 def trace(parts: Parts) -> Experience:
@@ -77,11 +111,11 @@ def trace(parts: Parts) -> Experience:
     Raises:
       ValueError: from whatever part of the step refuses its input.
     """
-    state, prompts = abstract_inputs(parts)
-    made = jax.eval_shape(parts.step.programs[0], state, prompts)
-    for program in parts.step.programs[1:]:
-        made = jax.eval_shape(program, state, made)
-    return made[-1]
+    state, prompts, stored = abstract_inputs(parts)
+    first, *rest = parts.step.programs
+    if not rest:
+        return jax.eval_shape(first, state, prompts, stored)[-1]
+    return jax.eval_shape(rest[0], state, jax.eval_shape(first, state, prompts), stored)[-1]
 
 
 def explanation(parts: Parts) -> dict[str, Any]:
@@ -93,10 +127,10 @@ def explanation(parts: Parts) -> dict[str, Any]:
       temporary memory, as XLA's cost model counts them (a loop body counts once, however often it runs).
     """
     config, step = parts.config, parts.step
-    state, prompts = abstract_inputs(parts)
-    inputs: list[tuple[TrainState, Any]] = [(state, prompts)]
+    state, prompts, stored = abstract_inputs(parts)
+    inputs: list[tuple[Any, ...]] = [(state, prompts, stored)]
     if len(step.programs) > 1:
-        inputs.append((state, jax.eval_shape(step.programs[0], state, prompts)))
+        inputs = [(state, prompts), (state, jax.eval_shape(step.programs[0], state, prompts), stored)]
     rows = config.training.prompts_per_step * config.rollout.samples_per_prompt
     return {
         "stages": stages(step.composition),

@@ -7,22 +7,27 @@ before the first microbatch is differentiated, and the gradient is the same howe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxrl_llm.experience import Experience, Loss, Method
+from jaxrl_llm.experience import Experience, KeyUse, Loss, Method, Source, TrainState
+from jaxrl_llm.losses import gradient_alignment
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.score import predicting_hidden
+from jaxrl_llm.training import anchors
+from jaxrl_llm.training.critics import CURRENT, HEADS, Critic, critic_outputs, critics_named, named
 from jaxrl_llm.training.wiring import call, fields_of, names, signature
 
 # Names that a loss may ask for beyond the fields of Experience.
-LEARNER_NAMES = frozenset({"logprobs", "entropy", "over_vocabulary"})
+LEARNER_NAMES = frozenset({"logprobs", "entropy", "over_vocabulary", *CURRENT})
+
+POLICY = "policy"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,12 @@ class LossTerm:
         return callable(self.coefficient) or isinstance(self.coefficient, Method)
 
     @property
+    def on_written(self) -> bool:
+        """Whether it is a loss on written completions, which it finds by their source."""
+        read = names(self.function)
+        return "source" in read and "mask" not in read
+
+    @property
     def memory_name(self) -> str:
         """Key of the coefficient's memory in `TrainState.memory`."""
         return f"coefficient:{self.name}"
@@ -59,31 +70,52 @@ class Update:
       minibatches_per_epoch: optimiser updates a pass; each takes whole groups.
       sequences_per_microbatch: rows differentiated at once; None takes a whole minibatch.
       refresh_reference_every: steps between copies of the policy into the reference; 0 keeps it frozen.
+      refresh_reference_at: steps after which the policy is copied into the reference, beside those.
+      reference_decay: the reference follows the policy as an exponential moving average that keeps this share at each
+        step; None leaves it where it is.
+      freeze_policy_steps: first steps in which only critics learn.
+      alignment_every_steps: steps between two measurements of `alignment`; 0 never measures it.
+      alignment_learning_rate: the step size that it is measured for.
     """
 
     epochs_per_batch: int = 1
     minibatches_per_epoch: int = 1
     sequences_per_microbatch: int | None = None
     refresh_reference_every: int = 0
+    refresh_reference_at: tuple[int, ...] = ()
+    reference_decay: float | None = None
+    freeze_policy_steps: int = 0
+    alignment_every_steps: int = 0
+    alignment_learning_rate: float = 1e-4
 
 
-def checked_split(update: Update, prompts: int, samples: int, losses: Sequence[LossTerm]) -> int:
+def checked_split(update: Update, prompts: int, samples: int, losses: Sequence[LossTerm], joined: int = 0) -> int:
     """Microbatches in a minibatch.
+
+    Args:
+      update: how the batch is to be cut.
+      prompts: groups that were sampled.
+      samples: rows of a group.
+      losses: those that compare the rows of a group want whole groups.
+      joined: groups of stored rows that learn beside them.
 
     Raises:
       ValueError: when the batch does not divide as `update` asks.
     """
-    if prompts % update.minibatches_per_epoch:
-        raise ValueError(
-            f"training.minibatches_per_epoch is {update.minibatches_per_epoch}, which does not divide "
-            f"training.prompts_per_step {prompts}; minibatches hold whole groups, so choose a divisor of {prompts}"
-        )
-    rows = prompts * samples // update.minibatches_per_epoch
+    for count, name in ((prompts, "training.prompts_per_step"), (joined, "the number of groups of stored rows")):
+        if count % update.minibatches_per_epoch:
+            raise ValueError(
+                f"training.minibatches_per_epoch is {update.minibatches_per_epoch}, which does not divide "
+                f"{name} {count}; minibatches hold whole groups, so choose a divisor of {count}"
+            )
+    rows = (prompts + joined) * samples // update.minibatches_per_epoch
     size = update.sequences_per_microbatch or rows
     if rows % size:
+        stored = f" and {joined * samples} stored rows" if joined else ""
         raise ValueError(
             f"training.sequences_per_microbatch is {size}, which does not divide the {rows} sequences of a minibatch "
-            f"({prompts} prompts x {samples} samples / {update.minibatches_per_epoch} minibatches); choose a divisor"
+            f"({prompts} prompts x {samples} samples{stored} / {update.minibatches_per_epoch} minibatches); "
+            "choose a divisor"
         )
     whole = [term.name for term in losses if "group" in names(term.function)]
     if whole and size % samples:
@@ -94,34 +126,53 @@ def checked_split(update: Update, prompts: int, samples: int, losses: Sequence[L
     return rows // size
 
 
-def minibatch_rows(key: Array, update: Update, prompts: int, samples: int) -> Array:
-    """Row numbers [updates, rows]: each epoch visits the groups in a new order, cut into minibatches."""
-    if update.minibatches_per_epoch == 1:
-        order = jnp.tile(jnp.arange(prompts), (update.epochs_per_batch, 1))
-    else:
-        keys = jax.random.split(key, update.epochs_per_batch)
-        order = jax.vmap(lambda k: jax.random.permutation(k, prompts))(keys)
-    rows = order[..., None] * samples + jnp.arange(samples)
-    return rows.reshape(update.epochs_per_batch * update.minibatches_per_epoch, -1)
+def minibatch_rows(key: Array, update: Update, groups: Sequence[int], samples: int) -> Array:
+    """Row numbers [updates, rows]: each epoch visits the groups in a new order, cut into minibatches.
 
-
-def make_learn(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    losses: Sequence[LossTerm],
-    update: Update,
-    *,
-    temperature: float,
-    samples_per_prompt: int,
-) -> Callable:
-    """Build learn(params, optimizer_state, reference_params, experience, coefficients, key).
-
-    It returns (params, optimizer_state, metrics).
-
-    Only what the losses name is computed: a loss that names `entropy` or carries an `over_vocabulary` functional
-    has it evaluated in the same chunked pass as the log-probabilities.
+    Args:
+      key: random key of this step.
+      update: how many epochs and minibatches.
+      groups: sizes of the parts of a batch, such as sampled and stored groups; every minibatch has its share of each.
+      samples: rows of a group.
     """
-    with_entropy = any("entropy" in signature(term.function).required for term in losses)
+    epochs, cuts = update.epochs_per_batch, update.minibatches_per_epoch
+    parts, first = [], 0
+    for index, count in enumerate(groups):
+        if cuts == 1:
+            order = jnp.tile(jnp.arange(count), (epochs, 1))
+        else:
+            keys = jax.random.split(jax.random.fold_in(key, index) if index else key, epochs)
+            order = jax.vmap(lambda k: jax.random.permutation(k, count))(keys)  # noqa: B023
+        parts.append((first + order).reshape(epochs * cuts, -1))
+        first += count
+    rows = jnp.concatenate(parts, axis=1)[..., None] * samples + jnp.arange(samples)
+    return rows.reshape(epochs * cuts, -1)
+
+
+class Objective(NamedTuple):
+    """The weighted sum of losses as functions of parameters and rows.
+
+    Attributes:
+      critics: names of the critics that the losses ask for.
+      denominators: rows -> one count a loss; they do not depend on parameters.
+      value: (trained, reference_params, rows, counts, coefficients) -> (scalar, what to log); `trained` holds the
+        parameters of the policy and of the critics by name.
+    """
+
+    critics: tuple[str, ...]
+    denominators: Callable[[Experience], list[Array]]
+    value: Callable[..., tuple[Array, Any]]
+
+
+def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: float) -> Objective:
+    """Compose losses. Only what they name is computed.
+
+    A loss that names `entropy` or carries an `over_vocabulary` functional has it evaluated in the same chunked pass as
+    the log-probabilities; one that names `values` has the value model evaluated.
+    """
+    wanted = frozenset().union(*(signature(term.function).required for term in losses))
+    with_entropy = "entropy" in wanted
+    critics = critics_named(wanted & CURRENT.keys())
     functionals = {t.name: t.function.over_vocabulary for t in losses if "over_vocabulary" in names(t.function)}
 
     def hidden_of(params: PyTree, rows: Experience) -> Array:
@@ -134,25 +185,30 @@ def make_learn(
 
     def denominators(rows: Experience) -> list[Array]:
         nothing = jnp.zeros(rows.tokens.shape, jnp.float32)
-        placeholders: dict[str, Any] = {"logprobs": nothing} | ({"entropy": nothing} if with_entropy else {})
+        outputs = {(name, False): jnp.zeros((*nothing.shape, HEADS[name])) for name in critics}
+        placeholders: dict[str, Any] = {"logprobs": nothing} | named(CURRENT, wanted, outputs, rows)
+        placeholders |= {"entropy": nothing} if with_entropy else {}
         counts = [loss.denominator for loss in terms(rows, placeholders, dict.fromkeys(functionals, nothing))]
         return [jnp.float32(1.0) if d is None else jnp.where(d == 0, 1.0, d) for d in counts]
 
-    def objective(params, reference_params, rows: Experience, counts, coefficients):
+    def value(trained, reference_params, rows: Experience, counts, coefficients):
+        params = trained[POLICY]
         reference = None
         if functionals:
             reference = (reference_params, jax.lax.stop_gradient(hidden_of(reference_params, rows)))
+        hidden = hidden_of(params, rows)
         statistics = token_statistics(
             model,
             params,
-            hidden_of(params, rows),
+            hidden,
             rows.tokens,
             temperature=temperature,
             entropy=with_entropy,
             over_vocabulary=tuple(functionals.values()),
             reference=reference,
         )
-        learner: dict[str, Any] = {"logprobs": statistics.logprobs}
+        outputs = {(name, False): critic_outputs(model, trained[name], rows, hidden) for name in critics}
+        learner: dict[str, Any] = {"logprobs": statistics.logprobs} | named(CURRENT, wanted, outputs, rows)
         if with_entropy:
             learner["entropy"] = statistics.entropy
         parts = terms(rows, learner, dict(zip(functionals, statistics.over_vocabulary, strict=True)))
@@ -162,59 +218,176 @@ def make_learn(
         sums["loss"] = (total, 0.0)
         for term, loss in zip(losses, parts, strict=True):
             sums |= {f"{name}/{term.name}": pair for name, pair in loss.metrics.items()}
-        return total, (sums, _drift(statistics.logprobs, rows))
+        return jnp.asarray(total), (sums, _drift(statistics.logprobs, rows))
 
-    def gradient(params, reference_params, rows: Experience, coefficients):
-        counts = denominators(rows)
+    return Objective(critics, denominators, value)
+
+
+def make_learn(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    losses: Sequence[LossTerm],
+    update: Update,
+    *,
+    temperature: float,
+    samples_per_prompt: int,
+    critic: Critic | None = None,
+    joined: int = 0,
+) -> Callable[[TrainState, Experience, Sequence[Array]], tuple[TrainState, dict[str, Array]]]:
+    """Build learn(state, experience, coefficients) -> (state, metrics).
+
+    Args:
+      model: the policy.
+      optimizer: of the policy.
+      losses: what is minimised, weighted by the coefficients.
+      update: epochs, minibatches, microbatches, what becomes of the reference.
+      temperature: the one that the rollout sampled with.
+      samples_per_prompt: rows of a group.
+      critic: how critics are made, for losses that name one; each is trained by its own optimiser.
+      joined: groups at the end of the experience that were not sampled in this step.
+    """
+    objective = make_objective(model, losses, temperature=temperature)
+    critics = objective.critics
+    optimizers = {POLICY: optimizer} | (dict.fromkeys(critics, critic.optimizer) if critic else {})
+
+    def gradient(trained, reference_params, rows: Experience, coefficients):
+        counts = objective.denominators(rows)
         size = update.sequences_per_microbatch or rows.tokens.shape[0]
         pieces = rows.tokens.shape[0] // size
-        differentiate = jax.grad(objective, has_aux=True)
+        differentiate = jax.grad(objective.value, has_aux=True)
         if pieces == 1:
-            return differentiate(params, reference_params, rows, counts, coefficients)
+            return differentiate(trained, reference_params, rows, counts, coefficients)
         split = jax.tree.map(lambda x: x.reshape(pieces, size, *x.shape[1:]), rows)
 
         def accumulate(carry, piece):
-            grads, (sums, (peaks, drift)) = differentiate(params, reference_params, piece, counts, coefficients)
+            grads, (sums, (peaks, drift)) = differentiate(trained, reference_params, piece, counts, coefficients)
             old_grads, (old_sums, (old_peaks, old_drift)) = carry
             add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
             peaks = jax.tree.map(jnp.maximum, old_peaks, peaks)
             return (add(old_grads, grads), (add(old_sums, sums), (peaks, add(old_drift, drift)))), None
 
         first = jax.eval_shape(
-            differentiate, params, reference_params, jax.tree.map(lambda x: x[0], split), counts, coefficients
+            differentiate, trained, reference_params, jax.tree.map(lambda x: x[0], split), counts, coefficients
         )
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
         return jax.lax.scan(accumulate, zero, split)[0]
 
-    def learn(params, optimizer_state, reference_params, experience: Experience, coefficients, key):
-        prompts = experience.tokens.shape[0] // samples_per_prompt
-        order = minibatch_rows(key, update, prompts, samples_per_prompt)
+    def learn(state: TrainState, experience: Experience, coefficients: Sequence[Array]):
+        groups = experience.tokens.shape[0] // samples_per_prompt
+        key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.MINIBATCHES), state.step)
+        order = minibatch_rows(key, update, [groups - joined, joined], samples_per_prompt)
+        frozen = state.step < update.freeze_policy_steps if update.freeze_policy_steps else None
 
         def one_update(carry, rows):
-            params, optimizer_state = carry
+            trained, optimizer_states = carry
             batch = experience if order.shape[0] == 1 else jax.tree.map(lambda x: x[rows], experience)
-            grads, (sums, (peaks, drift)) = gradient(params, reference_params, batch, coefficients)
-            deltas, optimizer_state = optimizer.update(grads, optimizer_state, params)
-            params = optax.apply_updates(params, deltas)
-            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-            size = optax.tree.norm(jax.tree.map(lambda p: p.astype(jnp.float32), params))
-            # The norm after the update: what a checkpoint would hold is looked at before it is written.
-            sums = sums | {"gradient_norm": (norm, 0.0), "parameter_norm": (size, 0.0)}
-            return (params, optimizer_state), (sums, peaks, drift)
+            grads, (sums, (peaks, drift)) = gradient(trained, state.reference_params, batch, coefficients)
+            after, states_after = {}, {}
+            for name, one in optimizers.items():
+                deltas, states_after[name] = one.update(grads[name], optimizer_states[name], trained[name])
+                after[name] = optax.apply_updates(trained[name], deltas)
+                # The norm after the update: what a checkpoint would hold is looked at before it is written.
+                label = "" if name == POLICY else f"/{name}"
+                sums |= {f"gradient_norm{label}": (_norm(grads[name]), 0.0)}
+                sums |= {f"parameter_norm{label}": (_norm(after[name]), 0.0)}
+            if frozen is not None:
+                after[POLICY] = _chosen(frozen, trained[POLICY], after[POLICY])
+                states_after[POLICY] = _chosen(frozen, optimizer_states[POLICY], states_after[POLICY])
+            return (after, states_after), (sums, peaks, drift)
 
+        carry = (
+            {POLICY: state.params} | {name: state.critics[name].params for name in critics},
+            {POLICY: state.optimizer_state} | {name: state.critics[name].optimizer_state for name in critics},
+        )
         if order.shape[0] == 1:
-            (params, optimizer_state), logged = one_update((params, optimizer_state), order[0])
+            carry, logged = one_update(carry, order[0])
             logged = jax.tree.map(lambda x: jnp.asarray(x)[None], logged)
         else:
-            (params, optimizer_state), logged = jax.lax.scan(one_update, (params, optimizer_state), order)
-        return params, optimizer_state, _learn_metrics(*logged)
+            carry, logged = jax.lax.scan(one_update, carry, order)
+        trained, optimizer_states = carry
+        learned = {
+            name: replace(state.critics[name], params=trained[name], optimizer_state=optimizer_states[name])
+            for name in critics
+        }
+        state = replace(
+            state,
+            params=trained[POLICY],
+            optimizer_state=optimizer_states[POLICY],
+            critics=state.critics | learned,
+            step=state.step + 1,
+        )
+        return refreshed(state, update), _learn_metrics(*logged)
 
     return learn
 
 
+def refreshed(state: TrainState, update: Update) -> TrainState:
+    """The reference after a step: copied from the policy where that is due, or moved towards it."""
+    if state.reference_params is None:
+        return state
+    reference = state.reference_params
+    if update.reference_decay is not None:
+        reference = anchors.ema(state.params, reference, decay=update.reference_decay)
+    due = jnp.bool_(False)
+    if update.refresh_reference_every:
+        due |= state.step % update.refresh_reference_every == 0
+    if update.refresh_reference_at:
+        due |= jnp.isin(state.step, jnp.asarray(update.refresh_reference_at))
+    if update.refresh_reference_every or update.refresh_reference_at:
+        reference = _chosen(due, state.params, reference)
+    return replace(state, reference_params=reference)
+
+
+def alignment(
+    model: Model,
+    losses: Sequence[LossTerm],
+    state: TrainState,
+    experience: Experience,
+    *,
+    temperature: float,
+    learning_rate: float,
+) -> Array:
+    """`losses.gradient_alignment` of this batch: whether supervised learning would lower a validation loss faster.
+
+    Supervised are the losses that read written rows (`source`, but no `mask`); the others are reinforcement. The
+    validation loss is that of the supervised losses on the rows that `validation` marks, whose weight is otherwise 0.
+    """
+    supervised = [t for t in losses if t.on_written]
+    others = [t for t in losses if not t.on_written]
+
+    def policy_gradient(terms: Sequence[LossTerm], rows: Experience) -> PyTree:
+        objective = make_objective(model, terms, temperature=temperature)
+        critics = {name: state.critics[name].params for name in objective.critics}
+        factors = [jnp.float32(1.0 if t.coefficient_changes else t.coefficient) for t in terms]
+
+        def value(params: PyTree) -> Array:
+            trained = {POLICY: params} | critics
+            return objective.value(trained, state.reference_params, rows, objective.denominators(rows), factors)[0]
+
+        return jax.grad(value)(state.params)
+
+    held_out = replace(experience, weight=experience.extras["validation"])
+    return gradient_alignment(
+        policy_gradient(supervised, held_out),
+        policy_gradient(supervised, experience),
+        policy_gradient(others, experience),
+        learning_rate=learning_rate,
+    )
+
+
+def _chosen(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _norm(tree: PyTree) -> Array:
+    return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
+
+
 def _drift(logprobs: Array, rows: Experience) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:
     """How far the policy is from the one that sampled: peaks, and (sum, count) pairs over sampled tokens."""
-    counted = rows.mask * (rows.weight[:, None] > 0)
+    counted = rows.mask * (rows.weight[:, None] > 0) * (rows.source == Source.SAMPLED)
+    if "extra" in rows.extras:  # drawn at another temperature
+        counted = counted * ~rows.extras["extra"].astype(bool)[:, None]
     gap = jnp.where(counted > 0, jax.lax.stop_gradient(logprobs) - rows.behaviour_logprobs, 0.0)
     clipped = jnp.clip(gap, -20.0, 20.0)
     count = counted.sum()

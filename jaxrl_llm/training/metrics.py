@@ -18,6 +18,7 @@ METRIC_NAMES = frozenset(
         "truncated_share",
         "entropy_per_token",
         "kl_reference_per_token",
+        "alignment",
     }
 )
 
@@ -33,6 +34,20 @@ def constant_group_share(
     exists = jax.ops.segment_sum(present.astype(jnp.float32), group, num_segments=rows) > 0
     constant = exists & (highest <= lowest)
     return constant.sum() / jnp.maximum(exists.sum(), 1)
+
+
+def explained_variance(
+    values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Float[Array, "B T"]
+) -> Float[Array, ""]:
+    """1 - var(returns - values) / var(returns) over tokens that count: 1 is a perfect value model, 0 a constant one."""
+    count = jnp.maximum(mask.sum(), 1.0)
+
+    def variance(x):
+        x = jnp.where(mask > 0, x, 0.0)
+        return (mask * jnp.square(x - (mask * x).sum() / count)).sum() / count
+
+    total = variance(returns)
+    return jnp.where(total > 0, 1 - variance(returns - values) / jnp.where(total > 0, total, 1.0), 0.0)
 
 
 def experience_metrics(experience: Experience, weight: Float[Array, "B"]) -> dict[str, Array]:
@@ -62,6 +77,8 @@ def experience_metrics(experience: Experience, weight: Float[Array, "B"]) -> dic
     }
     if experience.reference_logprobs is not None:
         metrics["kl_reference_per_token"] = token_mean(experience.behaviour_logprobs - experience.reference_logprobs)
+    if experience.old_values is not None and experience.returns is not None:
+        metrics["value_explained_variance"] = explained_variance(experience.old_values, experience.returns, mask)
     if experience.advantages is not None:
         metrics["advantage_abs_per_token"] = token_mean(jnp.abs(experience.advantages))
     return metrics

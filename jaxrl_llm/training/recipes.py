@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -59,15 +60,23 @@ def loss_terms(entries: Sequence[Any]) -> tuple[LossTerm, ...]:
     for entry in entries:
         name, hyper = _parsed(entry, "losses")
         coefficient, label = hyper.pop("coefficient", 1.0), hyper.pop("name", None)
-        where = f"losses.{name}.coefficient"
-        named = isinstance(coefficient, str) and (coefficient.isidentifier() or ":" in coefficient)
-        if named or isinstance(coefficient, Mapping):
-            controller, inner = _parsed(coefficient, where)
-            coefficient = method(controller, inner, (losses,), where)
-        else:
-            coefficient = _number(coefficient, where)
+        coefficient = number_or_method(coefficient, f"losses.{name}.coefficient")
+        if isinstance(coefficient, float) and not 0 <= coefficient < math.inf:
+            raise RecipeError(
+                f"losses.{name}.coefficient is {coefficient}; every loss is something to minimise, so give a finite "
+                "number of at least 0"
+            )
         terms.append(LossTerm(method(name, hyper, (losses,), "losses"), coefficient, label or _label(name)))
     return tuple(terms)
+
+
+def number_or_method(entry: Any, where: str) -> Any:
+    """A number, or the function or `Method` that an entry names."""
+    named = isinstance(entry, str) and (entry.isidentifier() or ":" in entry)
+    if not named and not isinstance(entry, Mapping):
+        return _number(entry, where)
+    name, hyper = _parsed(entry, where)
+    return method(name, hyper, (losses, advantages), where)
 
 
 def method(name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], where: str) -> Any:

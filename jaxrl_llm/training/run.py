@@ -24,8 +24,9 @@ from jaxrl_llm.reporting.machine import package_versions
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.explain import trace
+from jaxrl_llm.training.rehearsal import FILE, Rehearsal, make_rehearsal
 from jaxrl_llm.training.setup import Parts, encoded, parts, prompt_batches, task_data
-from jaxrl_llm.training.stages import REINFORCEMENT, WARM_START, Run, reinforce, spread, warm_start
+from jaxrl_llm.training.stages import REINFORCEMENT, WARM_START, Run, reinforce, spread, stored_rows, warm_start
 
 
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -106,15 +107,30 @@ def _stages(run: Run, prompts: Batches, newest: int | None) -> dict[str, Any]:
             items = [data[i] for i in spread(len(data), problems)]
             return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE))
 
-    step = run.parts.step
+    step, rehearsal = run.parts.step, None
     if newest is None or run.meta["stage"] == WARM_START:
         params = warm_start(run, key, newest, measure)
         run.meta["before"] = measure(params, "test", config.evaluation.problems, "evaluation before")
+        if config.rehearsal is not None:
+            with run.timed("rehearsal split"):
+                rehearsal = make_rehearsal(run.parts, params, run.data["train"], key)
+                rehearsal.save(config.directory)
+                run.meta["rehearsal"] = rehearsal.fingerprint
+            run.console.print(f"rehearsal: {len(rehearsal)} answers stored, {len(rehearsal.explored)} prompts explored")
         state = step.init(key, params)
         run.save(run.meta["warm_start_steps"], REINFORCEMENT, state)
     else:
+        if config.rehearsal is not None:
+            rehearsal = Rehearsal.load(config.directory)
+            if rehearsal.fingerprint != run.meta["rehearsal"]:
+                raise checkpoints.CheckpointError(
+                    f"{config.directory}/{FILE} is not what the run was started with; restore it, or start a new run"
+                )
         state = checkpoints.restore(folder, newest, step.init(key))
-    state = reinforce(run, state, prompts, measure)
+    if rehearsal is not None:
+        source = run.data["train"]
+        prompts = prompt_batches(run.parts, [source[int(number)] for number in rehearsal.explored])
+    state = reinforce(run, state, prompts, measure, stored_rows(run, rehearsal))
     after = measure(state.params, "test", config.evaluation.problems, "evaluation after")
     summary = _summary(run, after)
     run.directory.write_summary(summary)

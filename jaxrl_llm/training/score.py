@@ -68,7 +68,8 @@ def host_components(
     """
     tokens, length, components = jax.device_get((experience.tokens, experience.length, experience.reward_components))
     components = np.array(components)
-    per_row = [items[group] for group in jax.device_get(experience.group)]
+    # Groups beyond the prompts are more groups of the first prompts.
+    per_row = [items[group % len(items)] for group in jax.device_get(experience.group)]
     text = {
         "completions": [decode(row[:n].tolist()) for row, n in zip(tokens, length, strict=True)],
         "prompts": [item["body"] for item in per_row],

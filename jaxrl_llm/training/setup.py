@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optax
 
@@ -15,9 +17,13 @@ from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.training.critics import Critic
 from jaxrl_llm.training.learn import Update
-from jaxrl_llm.training.recipes import credit_terms, loss_terms, reward_terms
+from jaxrl_llm.training.provide import FROM_DATA
+from jaxrl_llm.training.recipes import credit_terms, loss_terms, number_or_method, reward_terms
+from jaxrl_llm.training.rows import Extra
 from jaxrl_llm.training.step import Rollout, TrainStep, make_train_step
+from jaxrl_llm.training.stored import Replay, StoredRows
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,11 @@ def parts(config: Config) -> Parts:
         minibatches_per_epoch=training.minibatches_per_epoch,
         sequences_per_microbatch=training.sequences_per_microbatch,
         refresh_reference_every=training.refresh_reference_every,
+        refresh_reference_at=training.refresh_reference_at,
+        reference_decay=training.reference_decay,
+        freeze_policy_steps=training.freeze_policy_steps,
+        alignment_every_steps=training.alignment_every_steps,
+        alignment_learning_rate=training.learning_rate,
     )
     rollout = Rollout(
         samples_per_prompt=config.rollout.samples_per_prompt,
@@ -67,6 +78,9 @@ def parts(config: Config) -> Parts:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         temperature=config.rollout.temperature,
+        demonstration_in_group=config.rollout.demonstration_in_group,
+        prefixes=tuple(tuple(tokenizer.encode(text)) for text in config.rollout.prefixes),
+        extra=_extra(config),
     )
     mesh = make_mesh(config.mesh.devices)
     step = make_train_step(
@@ -80,8 +94,53 @@ def parts(config: Config) -> Parts:
         prompts_per_step=training.prompts_per_step,
         decode=tokenizer.decode,
         mesh=mesh if mesh.size > 1 else None,
+        critic=_critic(config),
+        stored=_stored(config),
+        replay=_replay(config),
     )
     return Parts(config, task, tokenizer, model, step)
+
+
+def _extra(config: Config) -> Extra | None:
+    extra = config.rollout.extra
+    if extra is None:
+        return None
+    return Extra(extra.prompt_share, number_or_method(extra.temperature, "rollout.extra.temperature"))
+
+
+def _critic(config: Config) -> Critic:
+    critic = config.critic
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(critic.max_gradient_norm),
+        optax.adamw(critic.learning_rate, b1=config.training.adam_b1, b2=config.training.adam_b2, weight_decay=0.0),
+    )
+    return Critic(optimizer, critic.backbone, critic.target_rate)
+
+
+def _stored(config: Config) -> StoredRows | None:
+    samples = config.rollout.samples_per_prompt
+    if config.rehearsal:
+        return StoredRows(config.rehearsal.sequences_per_step // samples, frozenset({"stored_logprobs"}))
+    if config.supervised:
+        groups = config.supervised.sequences_per_step // samples
+        # As many rows of the validation split again, where a validation loss is asked for.
+        validated = config.training.alignment_every_steps > 0
+        return StoredRows(2 * groups, frozenset({"validation"})) if validated else StoredRows(groups)
+    return None
+
+
+def _replay(config: Config) -> Replay | None:
+    replay, rollout = config.replay, config.rollout
+    if replay is None:
+        return None
+    return Replay(
+        share=replay.share,
+        batches=replay.batches,
+        prompts_per_step=config.training.prompts_per_step,
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        max_answer_tokens=rollout.max_completion_tokens,
+        until_step=replay.until_step,
+    )
 
 
 def adamw(training: TrainingConfig) -> optax.GradientTransformation:
@@ -113,17 +172,20 @@ def task_data(config: Config, split: str) -> DataSet:
     return data.data_set(spec, str(data_directory(config)))
 
 
-def prompt_batches(parts: Parts, source: DataSet) -> Batches:
-    """Batches of training prompts; the position is the step number."""
-    config = parts.config
+def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
+    """Batches of training prompts, with reference completions where the step wants them; the position is the step."""
+    config, rollout = parts.config, parts.config.rollout
+    with_demonstrations = bool(parts.step.composition.wanted & FROM_DATA)
     return data.prompt_batches(
         source,
         parts.tokenizer,
         prompts_per_step=config.training.prompts_per_step,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        max_answer_tokens=config.rollout.max_completion_tokens,
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        max_answer_tokens=rollout.max_completion_tokens,
         seed=config.seed,
         overlong=config.data.overlong_prompts,
+        max_demonstration_tokens=rollout.max_completion_tokens if with_demonstrations else None,
+        scratchpad=parts.task.scratchpad,
     )
 
 
@@ -143,13 +205,13 @@ def encoded(parts: Parts, source: DataSet) -> Prompts:
     )
 
 
-def demonstration_batches(parts: Parts, source: DataSet) -> Batches:
-    """Batches of reference completions for the warm start."""
+def demonstration_batches(parts: Parts, source: DataSet, sequences_per_step: int) -> Batches:
+    """Batches of reference completions."""
     config = parts.config
     return data.supervised_batches(
         source,
         parts.tokenizer,
-        sequences_per_step=config.warm_start.sequences_per_step,
+        sequences_per_step=sequences_per_step,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_completion_tokens=config.rollout.max_completion_tokens,
         seed=config.seed,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
@@ -25,7 +26,9 @@ from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
+from jaxrl_llm.training.rehearsal import Rehearsal
 from jaxrl_llm.training.setup import Parts, demonstration_batches
+from jaxrl_llm.training.stored import written_rows
 from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
@@ -112,7 +115,7 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
         state = checkpoints.restore(run.config.directory / "checkpoints", newest, state)
     if not warm.steps:
         return state.params
-    batches = demonstration_batches(run.parts, run.data["train"])
+    batches = demonstration_batches(run.parts, run.data["train"], warm.sequences_per_step)
     with Progress(warm.steps, WARM_START, run.console) as progress, run.timed(WARM_START):
         for index in range(int(state.step), warm.steps):
             state, metrics = step(state, demonstrations(batches[index]))
@@ -133,7 +136,42 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
     return state.params
 
 
-def reinforce(run: Run, state: TrainState, prompts: Batches, measure: Callable) -> TrainState:
+def stored_rows(run: Run, rehearsal: Rehearsal | None) -> Callable[[int], Experience | None]:
+    """The rows that a step learns from beside its samples, by step; the same whatever was asked for before."""
+    config = run.config
+    width, key = config.rollout.max_completion_tokens, jax.random.key(config.seed)
+    if rehearsal is not None and config.rehearsal is not None:
+        count = config.rehearsal.sequences_per_step
+        return lambda step: rehearsal.batch(key, step, count, answer_width=width)
+    if config.supervised is not None:
+        return supervised_rows(run.parts, run.data)
+    return lambda step: None
+
+
+def supervised_rows(parts: Parts, sets: Mapping[str, DataSet]) -> Callable[[int], Experience]:
+    """Reference completions by step; of the validation split too, marked and of weight 0, where that is asked for."""
+    config, stored = parts.config, parts.step.composition.stored
+    if config.supervised is None or stored is None:
+        raise ValueError("the config has no section supervised")
+    count, names = config.supervised.sequences_per_step, ("prompt_tokens", "prompt_length", "prompt_id")
+    validated = "validation" in stored.provides
+    splits = ("train", "validation") if validated else ("train",)
+    batches = [demonstration_batches(parts, sets[split], count) for split in splits]
+
+    def rows(step: int) -> Experience:
+        both = [b[step] for b in batches]
+        arrays = {n: jnp.concatenate([getattr(b, n) for b in both]) for n in (*names, "tokens", "length")}
+        held_out = jnp.repeat(jnp.arange(len(both), dtype=jnp.float32), count)
+        marks = {"validation": held_out} if validated else {}
+        written = written_rows(**arrays, answer_width=config.rollout.max_completion_tokens, **marks)
+        return replace(written, weight=1.0 - held_out)
+
+    return rows
+
+
+def reinforce(
+    run: Run, state: TrainState, prompts: Batches, measure: Callable, stored: Callable[[int], Experience | None]
+) -> TrainState:
     """Reinforcement steps. Numbers are read one step late, so that the device never waits for the host."""
     config, offset = run.config, run.meta["warm_start_steps"]
     total, first = config.training.steps, int(state.step)
@@ -155,7 +193,7 @@ def reinforce(run: Run, state: TrainState, prompts: Batches, measure: Callable) 
         for index in range(first, total):
             batch, done = prompts[index], index + 1
             try:
-                new_state, metrics, experience = run.parts.step.run(state, batch.prompts, batch.items)
+                new_state, metrics, experience = run.parts.step.run(state, batch.prompts, batch.items, stored(index))
             except RewardError as error:
                 if unread is not None:
                     report(*unread)
@@ -223,9 +261,9 @@ def _write_samples(run: Run, global_step: int, done: int, experience: Experience
         global_step,
         [
             {
-                "prompt": items[held["group"][i]]["body"],
+                "prompt": items[held["group"][i] % len(items)]["body"],
                 "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
-                "answer": items[held["group"][i]]["answer"],
+                "answer": items[held["group"][i] % len(items)]["answer"],
                 "reward": held["rewards"][i],
                 "truncated": bool(held["truncated"][i]),
             }

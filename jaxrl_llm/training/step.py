@@ -20,17 +20,37 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, TrainState
-from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
 from jaxrl_llm.rollout.generate import generate
-from jaxrl_llm.rollout.score import predicting_hidden
+from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
-from jaxrl_llm.training.learn import LossTerm, Update, checked_split, make_learn
+from jaxrl_llm.training.critics import HEADS, Critic, critics_named, initial_critic, moved_target
+from jaxrl_llm.training.learn import LossTerm, Update, alignment, checked_split, make_learn
 from jaxrl_llm.training.metrics import experience_metrics
+from jaxrl_llm.training.rows import (
+    Extra,
+    concatenated,
+    greedy_last,
+    initial_temperature,
+    next_temperature,
+    with_baseline,
+    with_demonstrations,
+)
 from jaxrl_llm.training.score import RewardTerm, host_components, traceable_components, with_rewards
-from jaxrl_llm.training.wiring import call, fields_of, names
+from jaxrl_llm.training.stored import (
+    Replay,
+    StoredRows,
+    check_widths,
+    empty_store,
+    joined,
+    remembered,
+    replayed,
+)
+from jaxrl_llm.training.wiring import call, fields_of, filled, names, signature
+
+EXTRA_TEMPERATURE = "temperature:extra"
 
 
 @dataclass(frozen=True)
@@ -43,6 +63,10 @@ class Rollout:
       eos_id: token that ends a completion.
       pad_id: token that fills the rest; may equal `eos_id`.
       temperature: of the softmax, above 0; the trainer scores at the same temperature.
+      demonstration_in_group: the last sample of each group is the prompt's reference completion.
+      prefixes: token ids that completions start with, one tuple for each equal block of a prompt's samples; they are
+        hints, not trained on.
+      extra: groups sampled on top at another temperature.
     """
 
     samples_per_prompt: int
@@ -50,8 +74,32 @@ class Rollout:
     eos_id: int
     pad_id: int
     temperature: float = 1.0
+    demonstration_in_group: bool = False
+    prefixes: tuple[tuple[int, ...], ...] = ()
+    extra: Extra | None = None
 
     def __post_init__(self):
+        if self.prefixes and self.samples_per_prompt % len(self.prefixes):
+            raise ValueError(
+                f"rollout.prefixes has {len(self.prefixes)} texts, which do not divide rollout.samples_per_prompt "
+                f"{self.samples_per_prompt} into equal blocks; take a multiple"
+            )
+        longest = max(map(len, self.prefixes), default=0)
+        if longest >= self.max_completion_tokens:
+            raise ValueError(
+                f"rollout.prefixes holds a text of {longest} tokens, which leaves nothing of "
+                f"rollout.max_completion_tokens {self.max_completion_tokens}; shorten it or raise the limit"
+            )
+        if self.demonstration_in_group and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"rollout.demonstration_in_group is true with rollout.samples_per_prompt {self.samples_per_prompt}; "
+                "the demonstration is one of them, so use at least 2"
+            )
+        if self.demonstration_in_group and self.prefixes:
+            raise ValueError(
+                "rollout.demonstration_in_group is true and rollout.prefixes is set; a reference completion has no "
+                "prefix, so leave one of them out"
+            )
         if self.temperature <= 0:
             raise ValueError(
                 f"rollout.temperature is {self.temperature}; training samples need a temperature above 0 "
@@ -71,6 +119,9 @@ class Composition:
       update: epochs, minibatches, microbatches, reference refresh.
       wanted: on-demand fields that something names, and so the step computes.
       mesh: devices that rows are spread over, or None.
+      critic: how value models and their like are made.
+      stored: rows that every step is handed beside the prompts.
+      replay: learning again from rows of earlier steps.
     """
 
     model: Model
@@ -82,6 +133,20 @@ class Composition:
     update: Update
     wanted: frozenset[str]
     mesh: jax.sharding.Mesh | None
+    critic: Critic | None = None
+    stored: StoredRows | None = None
+    replay: Replay | None = None
+
+    @property
+    def joined_groups(self) -> int:
+        """Groups that learn without having been sampled in the step."""
+        return (self.stored.groups if self.stored else 0) + (self.replay.groups if self.replay else 0)
+
+    @property
+    def critics(self) -> tuple[str, ...]:
+        """Names of the critics that something asks for."""
+        everything = [t.function for t in (*self.credit, *self.losses)]
+        return critics_named(frozenset().union(*(signature(f).required for f in everything)))
 
     @property
     def with_reference(self) -> bool:
@@ -98,35 +163,89 @@ class Composition:
 def initial_state(c: Composition, key: Array, params: PyTree | None = None) -> TrainState:
     """A fresh state. Everything is copied, so the caller's arrays stay usable after the state is donated."""
     copied = partial(jax.tree.map, jnp.copy)
-    params = c.model.init(jax.random.fold_in(key, KeyUse.INITIALISE)) if params is None else copied(params)
+    at_start = jax.random.fold_in(key, KeyUse.INITIALISE)
+    params = c.model.init(at_start) if params is None else copied(params)
+    memory = {name: method.init() for name, method in c.stateful.items()}
+    if c.rollout.extra is not None and isinstance(c.rollout.extra.temperature, Method):
+        memory[EXTRA_TEMPERATURE] = initial_temperature(c.rollout.extra.temperature)
+    critics = {}
+    for number, name in enumerate(HEADS):
+        if c.critic is not None and name in c.critics:
+            critics[name] = initial_critic(c.model, c.critic, jax.random.fold_in(at_start, number), params, name)
     state = TrainState(
         params=params,
         optimizer_state=c.optimizer.init(cast(Any, params)),
         reference_params=copied(params) if c.with_reference else None,
         # A method may use one zero array twice, and donation wants every buffer once.
-        memory={name: copied(method.init()) for name, method in c.stateful.items()},
+        memory=copied(memory),
         key=jnp.copy(key),
         step=jnp.int32(0),
+        critics=critics,
+        replay=None
+        if c.replay is None
+        else empty_store(c.replay, c.rollout.samples_per_prompt, c.rollout.max_completion_tokens),
     )
     return state if c.mesh is None else replicate(state, c.mesh)
 
 
 def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
-    """Prompts -> completions with the log-probabilities that they were drawn with."""
-    checked_split(c.update, prompts.tokens.shape[0], c.rollout.samples_per_prompt, c.losses)
-    return generate(
+    """Prompts -> completions with the log-probabilities that they were drawn with.
+
+    Groups of samples (the last of them a demonstration where the rollout says so), then the extra groups, then one
+    greedy completion of each prompt where something compares rewards with its reward.
+    """
+    r, count = c.rollout, prompts.tokens.shape[0]
+    extra = r.extra.groups(count) if r.extra else 0
+    checked_split(c.update, count + extra, r.samples_per_prompt, c.losses, c.joined_groups)
+    constrain = row_constraint(c.mesh)
+    samples = r.samples_per_prompt - r.demonstration_in_group
+    with_greedy = "baseline_rewards" in c.wanted
+    temperature = jnp.full(samples + with_greedy, r.temperature).at[samples:].set(0.0)
+    sample = partial(
+        generate,
         c.model,
         state.params,
-        prompts,
-        jax.random.fold_in(state.key, KeyUse.ROLLOUT),
-        state.step,
-        samples_per_prompt=c.rollout.samples_per_prompt,
-        max_completion_tokens=c.rollout.max_completion_tokens,
-        eos_id=c.rollout.eos_id,
-        pad_id=c.rollout.pad_id,
-        temperature=c.rollout.temperature,
-        constrain=row_constraint(c.mesh),
+        key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
+        step=state.step,
+        max_completion_tokens=r.max_completion_tokens,
+        eos_id=r.eos_id,
+        pad_id=r.pad_id,
+        constrain=constrain,
     )
+    rows = sample(
+        prompts,
+        samples_per_prompt=samples + with_greedy,
+        temperature=temperature if with_greedy else r.temperature,
+        prefixes=_prefixes(r, samples + with_greedy),
+    )
+    if r.demonstration_in_group:
+        rows = with_demonstrations(c.model, state.params, rows, prompts, temperature=r.temperature, pad_id=r.pad_id)
+    if r.extra is not None:
+        held = state.memory.get(EXTRA_TEMPERATURE)
+        more = sample(
+            jax.tree.map(lambda x: x[:extra], prompts),
+            samples_per_prompt=r.samples_per_prompt,
+            temperature=cast(float, r.extra.temperature) if held is None else held["temperature"],
+            first_sample=r.samples_per_prompt,
+            prefixes=_prefixes(r, r.samples_per_prompt),
+        )
+        more = replace(more, group=more.group + count)
+        rows = concatenated(
+            filled(rows, extra=jnp.zeros(rows.tokens.shape[0], bool)),
+            filled(more, extra=jnp.ones(more.tokens.shape[0], bool)),
+        )
+    return constrain(greedy_last(rows, samples) if with_greedy else rows)
+
+
+def _prefixes(r: Rollout, samples: int) -> tuple[Array, Array] | None:
+    """Tokens [samples, F] and lengths of what each sample number starts with."""
+    if not r.prefixes:
+        return None
+    block = r.samples_per_prompt // len(r.prefixes)
+    chosen = [r.prefixes[min(number // block, len(r.prefixes) - 1)] for number in range(samples)]
+    width = max(1, max(map(len, chosen)))
+    tokens = [[*ids, *[r.pad_id] * (width - len(ids))] for ids in chosen]
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray([len(ids) for ids in chosen], jnp.int32)
 
 
 def score(c: Composition, experience: Experience) -> Experience:
@@ -138,20 +257,48 @@ def score(c: Composition, experience: Experience) -> Experience:
 def credit(c: Composition, state: TrainState, experience: Experience) -> tuple[Experience, dict[str, Any]]:
     """Reward components -> rewards -> advantages and whatever else the credit list fills in."""
     experience = with_rewards(experience, c.rewards)
-    if "old_logprobs" in c.wanted:  # one forward function: the sampler's numbers are the trainer's
-        experience = replace(experience, old_logprobs=experience.behaviour_logprobs)
-    if "old_entropy" in c.wanted:
-        experience = replace(experience, old_entropy=experience.behaviour_entropy)
+    if "baseline_rewards" in c.wanted:
+        experience = with_baseline(experience, c.rollout.samples_per_prompt)
+    # One forward function: the sampler's numbers are the trainer's.
+    experience = _viewed(c, state, experience, own_samples=c.rollout.extra is None)
+    by_vocabulary = provide.over_vocabulary(
+        c.model, state.params, experience, c.credit, temperature=c.rollout.temperature
+    )
+    return apply_credit(c.credit, experience, state.memory, state.step, by_vocabulary)
+
+
+def _viewed(c: Composition, state: TrainState, rows: Experience, *, own_samples: bool) -> Experience:
+    """Rows with everything that is wanted of policy, reference and critics before the update."""
+    temperature = c.rollout.temperature
+    rows = provide.policy_view(c.model, state.params, rows, c.wanted, temperature=temperature, own_samples=own_samples)
     if "reference_logprobs" in c.wanted:
-        experience = replace(experience, reference_logprobs=reference_logprobs(c, state, experience))
-    return apply_credit(c.credit, experience, state.memory, state.step)
+        known = provide.reference_logprobs(c.model, state.reference_params, rows, temperature=temperature)
+        rows = replace(rows, reference_logprobs=known)
+    return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
 
 
-def reference_logprobs(c: Composition, state: TrainState, rows: Experience) -> Array:
-    """Log-probabilities of the completions under the reference, by the function that the policy goes through."""
-    params = state.reference_params
-    hidden = predicting_hidden(c.model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
-    return token_statistics(c.model, params, hidden, rows.tokens, temperature=c.rollout.temperature).logprobs
+def join(
+    c: Composition, state: TrainState, experience: Experience, stored: Experience | None
+) -> tuple[Experience, Experience | None]:
+    """The batch with rows of other origin behind it, and the replay store with this batch in it."""
+    samples, store, parts = c.rollout.samples_per_prompt, state.replay, []
+    if c.replay is not None and store is not None:
+        again = replayed(store, state.key, state.step, c.replay, samples)
+        parts.append(_viewed(c, state, again, own_samples=False))
+        store = remembered(store, experience, state.step, c.replay)
+    if c.stored is not None:
+        if stored is None:
+            raise ValueError("this step learns from stored rows too: call step(state, prompts, items, stored)")
+        check_widths(experience, stored)
+        if stored.tokens.shape[0] != c.stored.groups * samples:
+            raise ValueError(
+                f"stored has {stored.tokens.shape[0]} rows, but this step was composed for {c.stored.groups} groups of "
+                f"{samples}; hand it that many"
+            )
+        parts.append(stored)
+    for part in parts:
+        experience = joined(experience, part, samples)
+    return (row_constraint(c.mesh)(experience) if parts else experience), store
 
 
 def coefficients(
@@ -170,28 +317,40 @@ def coefficients(
     return values, memory
 
 
+def measured_alignment(c: Composition, state: TrainState, batch: Experience) -> Array:
+    """`alignment` at every so many steps, 0 at the others."""
+    measure = partial(
+        alignment,
+        c.model,
+        c.losses,
+        temperature=c.rollout.temperature,
+        learning_rate=c.update.alignment_learning_rate,
+    )
+    due = state.step % c.update.alignment_every_steps == 0
+    return jax.lax.cond(due, measure, lambda state, batch: jnp.float32(0.0), state, batch)
+
+
 def learn(
     c: Composition, state: TrainState, experience: Experience, factors: list[Array]
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Experience -> new parameters, and the reference refreshed where that is due."""
-    rollout = c.rollout
+    """Experience -> new parameters of policy and critics, and the reference refreshed where that is due."""
     update = make_learn(
         c.model,
         c.optimizer,
         c.losses,
         c.update,
-        temperature=rollout.temperature,
-        samples_per_prompt=rollout.samples_per_prompt,
+        temperature=c.rollout.temperature,
+        samples_per_prompt=c.rollout.samples_per_prompt,
+        critic=c.critic,
+        joined=c.joined_groups,
     )
-    key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.MINIBATCHES), state.step)
-    params, optimizer_state, metrics = update(
-        state.params, state.optimizer_state, state.reference_params, experience, factors, key
-    )
+    state, metrics = update(state, experience, factors)
     for term, factor in zip(c.losses, factors, strict=True):
         if term.coefficient_changes:
             metrics[f"coefficient/{term.name}"] = factor
-    state = replace(state, params=params, optimizer_state=optimizer_state, step=state.step + 1)
-    return _refreshed(state, c.update), metrics
+    if c.critic is not None:
+        state = replace(state, critics={name: moved_target(one, c.critic) for name, one in state.critics.items()})
+    return state, metrics
 
 
 def sample_and_score(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
@@ -200,29 +359,36 @@ def sample_and_score(c: Composition, state: TrainState, prompts: Prompts) -> Exp
 
 
 def credit_and_learn(
-    c: Composition, state: TrainState, experience: Experience
+    c: Composition, state: TrainState, experience: Experience, stored: Experience | None = None
 ) -> tuple[TrainState, dict[str, Array], Experience]:
     """The second half of a step: what comes after rewards on the host."""
     sampled = experience.weight
     experience, memory = credit(c, state, experience)
-    metrics = experience_metrics(experience, sampled)
+    metrics = experience_metrics(experience, sampled[: experience.weight.shape[0]])
+    batch, store = join(c, state, experience, stored)
+    if c.update.alignment_every_steps:
+        metrics["alignment"] = measured_alignment(c, state, batch)
     factors, memory = coefficients(c, experience, metrics, memory, state.step)
-    state, learned = learn(c, state, experience, factors)
-    return constrain_replicated(replace(state, memory=memory), c.mesh), metrics | learned, experience
+    if (held := memory.get(EXTRA_TEMPERATURE)) is not None:
+        metrics["extra_temperature"] = held["temperature"]
+        memory[EXTRA_TEMPERATURE] = next_temperature(cast(Any, c.rollout.extra).temperature, held, experience)
+    state, learned = learn(c, state, batch, factors)
+    state = replace(state, memory=memory, replay=store)
+    return constrain_replicated(state, c.mesh), metrics | learned, experience
 
 
-def whole_step(c: Composition, state: TrainState, prompts: Prompts):
+def whole_step(c: Composition, state: TrainState, prompts: Prompts, stored: Experience | None = None):
     """collect, score, credit, learn, in one program."""
-    return credit_and_learn(c, state, sample_and_score(c, state, prompts))
+    return credit_and_learn(c, state, sample_and_score(c, state, prompts), stored)
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """A step that was checked and composed. Calling it: (state, prompts, items=None) -> (state, metrics).
+    """A step that was checked and composed. Calling it: (state, prompts, items=None, stored=None) -> (state, metrics).
 
     Attributes:
       init: (key, params=None) -> TrainState.
-      run: (state, prompts, items) -> (state, metrics, experience).
+      run: (state, prompts, items, stored) -> (state, metrics, experience).
       programs: the jitted functions that a step runs, in order; one when every reward is traceable.
       composition: what it was composed of.
     """
@@ -233,10 +399,17 @@ class TrainStep:
     composition: Composition
 
     def __call__(
-        self, state: TrainState, prompts: Prompts, items: Sequence[dict] | None = None
+        self,
+        state: TrainState,
+        prompts: Prompts,
+        items: Sequence[dict] | None = None,
+        stored: Experience | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
-        """One step. The given state is donated: use the returned one. `items` is needed by host rewards only."""
-        state, metrics, _ = self.run(state, prompts, items)
+        """One step. The given state is donated: use the returned one.
+
+        `items` is needed by host rewards only, `stored` by a step that was composed for stored rows.
+        """
+        state, metrics, _ = self.run(state, prompts, items, stored)
         return state, metrics
 
 
@@ -252,6 +425,9 @@ def make_train_step(
     prompts_per_step: int | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    critic: Critic | None = None,
+    stored: StoredRows | None = None,
+    replay: Replay | None = None,
 ) -> TrainStep:
     """Compose a training step from pure functions; what they name is what it computes.
 
@@ -266,6 +442,9 @@ def make_train_step(
       prompts_per_step: prompts in a batch, if known: sizes that do not divide are then found here already.
       decode: token ids -> text, for rewards that read text.
       mesh: devices to spread rows over; None leaves placement to jax.
+      critic: how a value model is made, for functions that name one of its outputs.
+      stored: rows that every call brings along, for losses on stored answers.
+      replay: learning again from rows of earlier steps.
 
     Returns:
       `TrainStep`.
@@ -283,21 +462,59 @@ def make_train_step(
                 f"rollout.{name} is {getattr(rollout, name)}, but the model's symbols are 0 to "
                 f"{model.vocabulary_size - 1}; take the id from the tokenizer that made the prompts"
             )
+    joined = (stored.groups if stored else 0) + (replay.groups if replay else 0)
     if prompts_per_step is not None:
-        checked_split(update, prompts_per_step, rollout.samples_per_prompt, loss_terms)
+        extra = rollout.extra.groups(prompts_per_step) if rollout.extra else 0
+        checked_split(update, prompts_per_step + extra, rollout.samples_per_prompt, loss_terms, joined)
     wanted = wanted_fields(
-        reward_terms, credit_terms, loss_terms, samples_per_prompt=rollout.samples_per_prompt, decode=decode
+        reward_terms,
+        credit_terms,
+        loss_terms,
+        samples_per_prompt=rollout.samples_per_prompt,
+        decode=decode,
+        with_critic=critic is not None,
+        provided=(stored.provides if stored else frozenset()) | ({"extra"} if rollout.extra else frozenset()),
+        replay=replay is not None,
     )
-    c = Composition(model, optimizer, rollout, reward_terms, credit_terms, loss_terms, update, wanted, mesh)
+    if rollout.demonstration_in_group:
+        wanted |= provide.FROM_DATA
+    if update.alignment_every_steps and not (
+        stored and "validation" in stored.provides and any(t.on_written for t in loss_terms)
+    ):
+        raise ValueError(
+            f"training.alignment_every_steps is {update.alignment_every_steps}, but alignment compares a loss on "
+            "written completions with the others; add section supervised and losses: stored_likelihood"
+        )
+    if rollout.extra and "baseline_rewards" in wanted:
+        raise ValueError(
+            "rollout.extra is set and something names 'baseline_rewards'; a greedy baseline and groups at another "
+            "temperature cannot be had in one step, so leave one of them out"
+        )
+    c = Composition(
+        model,
+        optimizer,
+        rollout,
+        reward_terms,
+        credit_terms,
+        loss_terms,
+        update,
+        wanted,
+        mesh,
+        critic=critic,
+        stored=stored,
+        replay=replay,
+    )
     init = jax.jit(partial(initial_state, c))
     if not any(term.on_host for term in reward_terms):
         program = jax.jit(partial(whole_step, c), donate_argnums=0)
-        return TrainStep(init, lambda state, prompts, items=None: program(state, prompts), (program,), c)
+        return TrainStep(
+            init, lambda state, prompts, items=None, stored=None: program(state, prompts, stored), (program,), c
+        )
     programs = (jax.jit(partial(sample_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
     return TrainStep(init, partial(_run_with_host, programs, reward_terms, decode), programs, c)
 
 
-def _run_with_host(programs, reward_terms, decode, state, prompts, items=None):
+def _run_with_host(programs, reward_terms, decode, state, prompts, items=None, stored=None):
     """The same step in two programs, with the host rewards between them."""
     if items is None:
         raise ValueError(
@@ -309,16 +526,7 @@ def _run_with_host(programs, reward_terms, decode, state, prompts, items=None):
     placement = experience.reward_components.sharding
     if isinstance(placement, NamedSharding):  # without a mesh, placing them by hand would compile both programs twice
         components = jax.device_put(components, placement)
-    return programs[1](state, replace(experience, reward_components=components))
-
-
-def _refreshed(state: TrainState, update: Update) -> TrainState:
-    """Copy the policy into the reference every `refresh_reference_every` steps."""
-    if state.reference_params is None or not update.refresh_reference_every:
-        return state
-    due = state.step % update.refresh_reference_every == 0
-    reference = jax.tree.map(lambda new, old: jnp.where(due, new, old), state.params, state.reference_params)
-    return replace(state, reference_params=reference)
+    return programs[1](state, replace(experience, reward_components=components), stored)
 
 
 def _name(function: Any) -> str:

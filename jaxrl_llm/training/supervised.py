@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -75,10 +74,7 @@ def make_supervised_step(
         return state if mesh is None else replicate(state, mesh)
 
     def step(state: TrainState, rows: Experience) -> tuple[TrainState, dict[str, Array]]:
-        params, optimizer_state, metrics = learn(
-            state.params, state.optimizer_state, None, constrain(rows), [jnp.float32(1.0)], state.key
-        )
-        state = replace(state, params=params, optimizer_state=optimizer_state, step=state.step + 1)
+        state, metrics = learn(state, constrain(rows), [jnp.float32(1.0)])
         return constrain_replicated(state, mesh), {
             name: metrics[name] for name in ("loss", "gradient_norm", "parameter_norm")
         }

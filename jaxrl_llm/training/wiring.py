@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jaxrl_llm.experience import Experience, Method
@@ -68,8 +68,16 @@ def call(function: Callable | Method, provided: Mapping[str, Any], memory: Any =
 
 def fields_of(experience: Experience) -> dict[str, Any]:
     """What an experience holds so far, by name."""
-    held = {f.name: getattr(experience, f.name) for f in fields(experience)}
-    return {name: value for name, value in held.items() if value is not None}
+    held = {f.name: getattr(experience, f.name) for f in fields(experience) if f.name != "extras"}
+    return {name: value for name, value in held.items() if value is not None} | experience.extras
+
+
+def filled(experience: Experience, **values: Any) -> Experience:
+    """The experience with more of it known: fields by their name, anything else in `extras`."""
+    known = {f.name for f in fields(experience)}
+    extras = {name: value for name, value in values.items() if name not in known}
+    rest = {name: value for name, value in values.items() if name in known}
+    return replace(experience, **rest, extras=experience.extras | extras)
 
 
 def missing(function: Callable | Method, available: frozenset[str]) -> tuple[str, ...]:

@@ -4,7 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages import answer_entropy, batch_normalized_accuracy, consistency_blended, local_share
+from jaxrl_llm.advantages import (
+    answer_entropy,
+    batch_normalized_accuracy,
+    consistency_blended,
+    local_share,
+    majority_match,
+)
 from jaxrl_llm.advantages.subgroups import subgroup_ids
 
 ANSWER = jnp.array([0, 0, 1, 2, 2, 2])
@@ -60,6 +66,44 @@ def test_scattered_answers_lower_the_accuracy_of_a_prompt():
     # With G answers all different and one right, the discounted accuracy is 1 / G^2.
     lam = (1 - 1 / 4) / 2
     assert 0.25 * (1 - lam * 2) == pytest.approx(1 / 16)
+
+
+def test_the_majority_is_right():
+    answers = jnp.array([3, 5, -1, 5, 3, 7])  # a tie of two votes each
+    matches = majority_match(answers, jnp.zeros(6, jnp.int32), jnp.ones(6))
+    np.testing.assert_array_equal(matches, [1, 0, 0, 0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("answers", "weight", "matches"),
+    [
+        ([4, 2, 2, 4], [1, 1, 1, 1], [0, 1, 1, 0]),  # ties go to the lowest id
+        ([4, 2, 2, 4], [1, 0, 1, 1], [1, 0, 0, 1]),  # an absent row has no vote
+        ([4, 2, 2, 4], [1, 2, 0, 0.5], [0, 1, 0, 0]),  # votes weigh what their rows do
+        ([-1, -1, -1, 9], [1, 1, 1, 1], [0, 0, 0, 1]),  # no answer is never the majority
+        ([-1, -1, -1, -1], [1, 1, 1, 1], [0, 0, 0, 0]),
+        ([1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]),
+        ([8, 7, 6, 5], [1, 1, 1, 1], [0, 0, 0, 1]),
+        ([2**30 + 1, 2**30, 2**30 + 1, 2**30], [1, 1, 1, 1], [0, 1, 0, 1]),
+    ],
+)
+def test_majorities(answers, weight, matches):
+    got = majority_match(jnp.array(answers), jnp.full(4, 2), jnp.array(weight, jnp.float32))
+    np.testing.assert_array_equal(got, matches)
+
+
+def test_each_group_has_its_own_majority():
+    rng = np.random.default_rng(1)
+    group, answers, weight = rng.integers(0, 6, 48), rng.integers(-1, 4, 48), rng.integers(0, 2, 48).astype(np.float32)
+    got = np.asarray(majority_match(jnp.asarray(answers), jnp.asarray(group), jnp.asarray(weight)))
+    for number in range(6):
+        votes = answers[(group == number) & (weight > 0) & (answers >= 0)]
+        label = np.bincount(votes).argmax() if votes.size else -2
+        rows = group == number
+        np.testing.assert_array_equal(got[rows], (answers[rows] == label) & (weight[rows] > 0))
+    order = rng.permutation(48)
+    shuffled = majority_match(jnp.asarray(answers[order]), jnp.asarray(group[order]), jnp.asarray(weight[order]))
+    np.testing.assert_array_equal(shuffled, got[order])
 
 
 def test_subgroups_are_parts_of_groups():

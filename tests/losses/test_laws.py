@@ -101,6 +101,11 @@ def rehearsal(logprobs, reference_logprobs, mask):
     return losses.rehearsal_divergence()(logprobs, reference_logprobs, stored, losses.row_weight(mask))
 
 
+def likelihood(logprobs, mask):
+    written = jnp.where(mask > 0, Source.DEMONSTRATION, Source.PAD)
+    return losses.stored_likelihood(logprobs, written, losses.row_weight(mask))
+
+
 CASES = exported_losses() | {
     "external_surrogate/mixed_sources": mixed_sources,
     "external_surrogate/clipped": variant(
@@ -111,6 +116,7 @@ CASES = exported_losses() | {
         max_completion_tokens=8,
     ),
     "rehearsal_divergence": rehearsal,
+    "stored_likelihood": likelihood,
     "protected_surrogate/tight_clip": variant(losses.protected_surrogate, clip_low=0.2, clip_high=0.28),
     "entropy_band/deviation": variant(losses.entropy_band, selection="otsu", band="deviation"),
     "policy_gradient/seq_mean_token_sum": variant(losses.policy_gradient, aggregation="seq_mean_token_sum"),

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.data import CharacterTokenizer, reference_response, tasks
-from jaxrl_llm.rewards import answer_format, answer_span, answers, exact_answer, exact_match, extract_answer
+from jaxrl_llm.rewards import (
+    answer_format,
+    answer_ids,
+    answer_present,
+    answer_span,
+    answers,
+    exact_answer,
+    exact_match,
+    extract_answer,
+)
 
 TOKENIZER = CharacterTokenizer()
 
@@ -18,6 +27,7 @@ TOKENIZER = CharacterTokenizer()
 jit_exact = jax.jit(exact_answer)
 jit_format = jax.jit(answer_format, static_argnames="require_think")
 jit_span = jax.jit(answer_span)
+jit_ids = jax.jit(answer_ids)
 
 
 def padded(rows, width, pad=0):
@@ -98,6 +108,54 @@ def test_random_token_strings_are_judged_as_on_the_host(seed):
         assert (span if found[k] else None) == extract_answer(text)
 
 
+@pytest.mark.parametrize(
+    ("texts", "ids"),
+    [
+        (["<a>132</a>", "<a>13</a>", "<t>7</t><a> 132\n</a><eos>", "132"], [0, 1, 0, -1]),
+        (["132", "", "<a>1", "</a>1<a>"], [-1, -1, -1, -1]),
+        (["<a>12</a>", "<a>21</a>", "<a>112</a>", "<a>122</a>"], [0, 1, 2, 3]),
+        (["<a></a>", "<a> </a>", "1", "<a>0</a>"], [0, 0, -1, 3]),
+        (["<a>1</a><a>2</a>", "<a>2</a><a>1</a>", "<a>2</a>", "<a>1</a>"], [0, 1, 0, 1]),
+        (["<a>1</a>", "<a>0", "<a>0</a>", "<a>1 </a>"], [0, -1, 2, 0]),
+    ],
+)
+def test_equal_answers_share_the_id_of_the_first_row(texts, ids):
+    tokens, length = encoded(texts)
+    assert jit_ids(tokens, length, jnp.zeros(4, jnp.int32)).tolist() == ids
+    assert answer_present(tokens, length).tolist() == [float(number >= 0) for number in ids]
+    alone = [row if number >= 0 else answers.NO_ANSWER for row, number in enumerate(ids)]
+    assert jit_ids(tokens, length, jnp.arange(4)).tolist() == alone
+
+
+def test_ids_of_many_answers_are_those_of_a_comparison_of_texts():
+    rng = random.Random(0)
+    texts = [
+        "".join(rng.choices(["<a>", "</a>", "<a>1", "2</a>", "0", "1", " "], k=rng.randrange(9))) for _ in range(512)
+    ]
+    texts += [f"<a>{text}</a>" for text in texts[:256]]
+    group = [rng.randrange(3) for _ in texts]
+    seen, wanted = {}, []
+    for row, (text, number) in enumerate(zip(texts, group, strict=True)):
+        answer = extract_answer(text)
+        wanted.append(-1 if answer is None else seen.setdefault((number, answer), row))
+    tokens, length = encoded(texts, 24)
+    assert jit_ids(tokens, length, jnp.asarray(group)).tolist() == wanted
+    assert len(set(wanted)) > 50
+    # What stands outside of the answer, padding included, changes nothing.
+    shifted = jnp.pad(tokens, ((0, 0), (1, 2)), constant_values=7)
+    assert jit_ids(shifted, length + 1, jnp.asarray(group)).tolist() == wanted
+
+
+def test_answers_that_differ_in_one_place_or_in_order_are_different():
+    length = 12
+    rows = [
+        [5, *digits, 6] for digits in ([13] * length, *([13] * k + [14] + [13] * (length - 1 - k) for k in range(12)))
+    ]
+    rows += [[5, *([13] * k), 6] for k in range(length)]
+    tokens, sizes = padded(rows, 16)
+    assert jit_ids(tokens, sizes, jnp.zeros(len(rows), jnp.int32)).tolist() == list(range(len(rows)))
+
+
 @pytest.mark.parametrize("pad", [0, 2, 5, 6])
 def test_padding_never_changes_a_reward(pad):
     texts = ["<a>12</a><eos>", "<a>12", "12</a>", "<t></t><a>12</a><eos>", "<t>1</t><a>12</a>"]
@@ -170,6 +228,7 @@ def test_empty_shapes():
     empty = jnp.zeros((2, 0), jnp.int32), jnp.zeros(2, jnp.int32)
     assert jit_exact(*empty, *encoded(["1", "1"], 3)).tolist() == [0, 0]
     assert jit_format(*empty).tolist() == [0, 0]
+    assert jit_ids(*empty, jnp.zeros(2, jnp.int32)).tolist() == [-1, -1]
 
 
 def test_wrong_ranks_are_refused():

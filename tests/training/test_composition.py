@@ -62,10 +62,10 @@ def valued(values, mask):
             {"credit": [("rewards", advantages.raw_rewards)]},
             "names 'advantages', which nothing in this step provides; add an entry to credit",
         ),
-        ({"losses": [valued]}, "loss 'valued' names 'values', .* a value model provides it"),
+        ({"losses": [valued]}, "loss 'valued' names 'values', .* a critic provides it"),
         (
             {"credit": [("rewards", turn_rewards), ("advantages", advantages.raw_rewards)]},
-            "rewards 'turn_rewards' names 'turn', .* multi-turn environment provides it",
+            "rewards 'turn_rewards' names 'turn', .* add an entry to credit that fills it",
         ),
         ({"rewards": [misspelt]}, "reward 'misspelt' names 'reference_logprob'"),
         (

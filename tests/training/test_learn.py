@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.experience import TrainState
 from jaxrl_llm.losses import Aggregation, clipped_surrogate, entropy_bonus
 from jaxrl_llm.training import LossTerm, Update
 from jaxrl_llm.training.learn import checked_split, make_learn, minibatch_rows
@@ -47,7 +48,9 @@ def learned(bigram, credited):
             learn = jax.jit(make_learn(bigram, optimizer, losses, update, temperature=1.0, samples_per_prompt=2))
             done[size] = {
                 term.name: learn(
-                    params, optimizer.init(params), None, credited, jnp.eye(len(losses))[i], jax.random.key(0)
+                    TrainState(params, optimizer.init(params), None, {}, jax.random.key(0), jnp.int32(0)),
+                    credited,
+                    jnp.eye(len(losses))[i],
                 )
                 for i, term in enumerate(losses)
             }
@@ -59,8 +62,8 @@ def learned(bigram, credited):
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("mode", [*MODES, "entropy"])
 def test_every_split_of_a_batch_gives_the_same_update(learned, size, mode):
-    (whole, _, one), (split, _, several) = learned(None)[mode], learned(size)[mode]
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
+    (whole, one), (split, several) = learned(None)[mode], learned(size)[mode]
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(split.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     for name in one:
         np.testing.assert_allclose(one[name], several[name], rtol=2e-5, atol=1e-6, err_msg=name)
@@ -68,14 +71,14 @@ def test_every_split_of_a_batch_gives_the_same_update(learned, size, mode):
 
 def test_the_modes_differ_and_each_moves_the_parameters(learned, bigram):
     before = bigram.init(jax.random.key(0))["scores"]
-    after = [np.asarray(learned(None)[mode][0]["scores"]) for mode in MODES]
+    after = [np.asarray(learned(None)[mode][0].params["scores"]) for mode in MODES]
     for index, moved in enumerate(after):
         assert np.abs(moved - before).max() > 1e-4
         assert all(np.abs(moved - other).max() > 1e-5 for other in after[:index])
 
 
 def test_metrics_say_what_they_average(learned, credited):
-    _, _, metrics = learned(2)["token_mean"]
+    _, metrics = learned(2)["token_mean"]
     np.testing.assert_allclose(metrics["loss"], metrics["loss/token_mean"], rtol=1e-6)
     # An absent row is behind neither the ratio nor the drift.
     counted = credited.mask * (credited.weight[:, None] > 0)
@@ -89,7 +92,7 @@ def test_metrics_say_what_they_average(learned, credited):
 def test_every_row_is_visited_once_an_epoch_in_whole_groups(epochs, minibatches):
     prompts, samples = 4, 3
     update = Update(epochs_per_batch=epochs, minibatches_per_epoch=minibatches)
-    order = np.asarray(minibatch_rows(jax.random.key(1), update, prompts, samples))
+    order = np.asarray(minibatch_rows(jax.random.key(1), update, [prompts], samples))
     assert order.shape == (epochs * minibatches, prompts * samples // minibatches)
     for epoch in order.reshape(epochs, -1):
         assert sorted(epoch) == list(range(prompts * samples))
@@ -99,7 +102,7 @@ def test_every_row_is_visited_once_an_epoch_in_whole_groups(epochs, minibatches)
 
 def test_epochs_have_orders_of_their_own():
     update = Update(epochs_per_batch=3, minibatches_per_epoch=2)
-    epochs = np.asarray(minibatch_rows(jax.random.key(1), update, 16, 1)).reshape(3, -1)
+    epochs = np.asarray(minibatch_rows(jax.random.key(1), update, [16], 1)).reshape(3, -1)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 

@@ -191,3 +191,9 @@ def test_an_annotation_that_cannot_be_resolved_is_not_checked():
 def test_bad_entries_are_refused_with_a_remedy(build, entries, message):
     with pytest.raises(RecipeError, match=message):
         build(entries)
+
+
+@pytest.mark.parametrize("coefficient", [-1.0, float("nan"), float("inf")])
+def test_a_coefficient_out_of_range_is_refused(coefficient):
+    with pytest.raises(RecipeError, match=r"losses\.kl_estimate\.coefficient is .*at least 0"):
+        loss_terms([{"kl_estimate": {"coefficient": coefficient}}])

@@ -1,0 +1,198 @@
+"""What a divergence over the whole vocabulary costs: time and memory of the update step with and without it.
+
+    python benchmarks/vocabulary_divergence.py --vocabulary 32000 --width 256 --layers 4 --json costs.json
+
+One update of random experience is timed: without a divergence, with one estimated on samples (reference
+log-probabilities given), exact over the vocabulary, and over the top k. The last two also run the reference, whose
+forward pass is timed on its own: no exact divergence can do without it. Repetitions alternate between the cases, and
+ratios are medians over repetitions, so a neighbour on the machine disturbs all cases alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_llm.experience import Experience, Source
+from jaxrl_llm.losses import clipped_surrogate, divergence
+from jaxrl_llm.models.logprobs import token_statistics
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.transformer import TransformerConfig, transformer
+from jaxrl_llm.rollout.score import predicting_hidden
+from jaxrl_llm.training.learn import LossTerm, Update, make_learn
+
+BASELINE, REFERENCE = "without", "reference forward alone"
+SAMPLES_PER_PROMPT = 2
+
+
+def random_experience(rows: int, prompt_tokens: int, completion_tokens: int, vocabulary: int) -> Experience:
+    """Full-length rows with advantages and log-probabilities that a step would have filled in."""
+    rng = np.random.default_rng(0)
+    shape = (rows, completion_tokens)
+    drawn = lambda *size: jnp.asarray(rng.integers(0, vocabulary, size), jnp.int32)  # noqa: E731
+    logprobs = jnp.full(shape, -math.log(vocabulary), jnp.float32)
+    group = jnp.arange(rows, dtype=jnp.int32) // SAMPLES_PER_PROMPT
+    return Experience(
+        prompt_tokens=drawn(rows, prompt_tokens),
+        prompt_length=jnp.full(rows, prompt_tokens, jnp.int32),
+        prompt_id=group,
+        answer_tokens=jnp.zeros((rows, 1), jnp.int32),
+        answer_length=jnp.ones(rows, jnp.int32),
+        sample=jnp.arange(rows, dtype=jnp.int32) % SAMPLES_PER_PROMPT,
+        group=group,
+        weight=jnp.ones(rows, jnp.float32),
+        tokens=drawn(*shape),
+        length=jnp.full(rows, completion_tokens, jnp.int32),
+        source=jnp.full(shape, Source.SAMPLED, jnp.int8),
+        mask=jnp.ones(shape, jnp.float32),
+        behaviour_logprobs=logprobs,
+        behaviour_entropy=-logprobs,
+        truncated=jnp.zeros(rows, bool),
+        advantages=jnp.asarray(rng.normal(size=shape), jnp.float32),
+        old_logprobs=logprobs,
+        reference_logprobs=logprobs,
+    )
+
+
+def update_of(model: Model, options: dict[str, Any] | None, microbatch: int | None) -> Callable:
+    """One update of the policy, with a divergence or without."""
+    terms = [LossTerm(clipped_surrogate, name="policy")]
+    if options is not None:
+        terms.append(LossTerm(divergence(**options), coefficient=0.1, name="divergence"))
+    update = Update(sequences_per_microbatch=microbatch)
+    optimizer = optax.adamw(1e-4)
+    learn = make_learn(model, optimizer, terms, update, temperature=1.0, samples_per_prompt=SAMPLES_PER_PROMPT)
+    coefficients = [jnp.float32(term.coefficient) for term in terms]
+
+    def run(params, reference_params, experience):
+        return learn(params, optimizer.init(params), reference_params, experience, coefficients, jax.random.key(0))
+
+    return run
+
+
+def reference_pass(model: Model) -> Callable:
+    """The reference's part of an exact divergence at its least: hidden states, scores, log-softmax, once."""
+
+    def run(params, reference_params, rows: Experience):
+        hidden = predicting_hidden(
+            model, reference_params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length
+        )
+        return token_statistics(model, reference_params, hidden, rows.tokens).logprobs
+
+    return run
+
+
+def array_sizes(program: str) -> set[int]:
+    """Elements of every array that a compiled program's text mentions."""
+    shapes = re.findall(r"\b(?:pred|bf16|f8\w*|[fsuc]\d+)\[([\d,]*)\]", program)
+    return {math.prod(map(int, filter(None, shape.split(",")))) for shape in set(shapes)}
+
+
+def measured(programs: dict[str, Any], arguments: tuple, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each repetition of each compiled program; one repetition of all, then the next."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for repetition in range(repetitions + 1):
+        names = list(programs) if repetition % 2 else list(programs)[::-1]
+        for name in names:
+            start = time.perf_counter()
+            jax.block_until_ready(programs[name](*arguments))
+            if repetition:  # the first call also loads the program and its arguments
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row of the table for each case."""
+    model = transformer(
+        TransformerConfig(
+            vocabulary_size=options.vocabulary, width=options.width, layers=options.layers, heads=options.heads
+        )
+    )
+    params, reference = model.init(jax.random.key(0)), model.init(jax.random.key(1))
+    experience = random_experience(options.rows, options.prompt_tokens, options.completion_tokens, options.vocabulary)
+    exact = {"samples": "vocabulary"}
+    cases: dict[str, dict[str, Any] | None] = {
+        BASELINE: None,
+        "sampled": {"generator": options.generators[0]},
+        **{f"exact, {name}": exact | {"generator": name} for name in options.generators},
+        f"top {options.top_k}": {"generator": options.generators[0], "samples": "top_k", "k": options.top_k},
+    }
+    functions = {name: update_of(model, case, options.microbatch) for name, case in cases.items()}
+    functions[REFERENCE] = reference_pass(model)
+    arguments = (params, reference, experience)
+    programs = {name: jax.jit(function).lower(*arguments).compile() for name, function in functions.items()}
+    seconds = measured(programs, arguments, options.repetitions)
+
+    whole = (options.microbatch or options.rows) * options.completion_tokens * options.vocabulary
+    table = []
+    for name, program in programs.items():
+        ratios = [one / base for one, base in zip(seconds[name], seconds[BASELINE], strict=True)]
+        analysis = program.memory_analysis()
+        table.append(
+            {
+                "case": name,
+                "seconds": statistics.median(seconds[name]),
+                "ratio": statistics.median(ratios),
+                "temporary_bytes": analysis.temp_size_in_bytes,
+                "whole_array_bytes": 4 * whole,
+                "whole_array_in_program": any(size >= whole for size in array_sizes(program.as_text())),
+            }
+        )
+    return table
+
+
+def printed(table: list[dict[str, Any]]) -> str:
+    """The table as text."""
+    lines = [f"{'update step':<28}{'seconds':>9}{'ratio':>8}{'adds':>8}{'temporary':>12}{'[B,T,V] in program':>20}"]
+    for row in table:
+        lines.append(
+            f"{row['case']:<28}{row['seconds']:>9.3f}{row['ratio']:>7.2f}x{row['ratio'] - 1:>+7.2f}x"
+            f"{row['temporary_bytes'] / 2**20:>8.0f} MiB{'yes' if row['whole_array_in_program'] else 'no':>20}"
+        )
+    lines.append(f"a float32 [B, T, V] array would take {table[0]['whole_array_bytes'] / 2**20:.0f} MiB")
+    share = next(row["ratio"] for row in table if row["case"] == REFERENCE)
+    lines.append(f"of what the exact divergence adds, {share:.2f}x is the reference's own forward pass")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, meaning in [
+        ("vocabulary", 32_000, "symbols"),
+        ("width", 256, "of the residual stream"),
+        ("layers", 4, "blocks"),
+        ("heads", 4, "attention heads"),
+        ("rows", 16, "sequences in the batch"),
+        ("prompt-tokens", 16, "prompt tokens of a sequence"),
+        ("completion-tokens", 128, "completion tokens of a sequence"),
+        ("top-k", 64, "symbols that the top-k divergence keeps"),
+        ("repetitions", 5, "timed repetitions of each case"),
+    ]:
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})")
+    parser.add_argument("--microbatch", type=int, default=None, help="sequences differentiated at once (default: all)")
+    parser.add_argument(
+        "--generators", nargs="+", default=["reverse_kl"], help="divergences to time exactly (default: reverse_kl)"
+    )
+    parser.add_argument("--json", type=Path, default=None, help="also write the table here")
+    options = parser.parse_args()
+    table = benchmark(options)
+    print(printed(table))
+    if options.json:
+        options.json.write_text(json.dumps({"options": vars(options) | {"json": str(options.json)}, "table": table}))
+
+
+if __name__ == "__main__":
+    main()

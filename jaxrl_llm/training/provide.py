@@ -1,0 +1,141 @@
+"""What a step computes before the update because, and only because, something names it.
+
+Everything here is without gradient and looks at the policy (or a critic, or the reference) as the step found it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxrl_llm.experience import CriticState, Experience
+from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.rollout.score import predicting_hidden, prompt_hidden
+from jaxrl_llm.training.credit import VOCABULARY, CreditTerm
+from jaxrl_llm.training.critics import BEFORE, critic_outputs, named
+from jaxrl_llm.training.wiring import call, filled
+
+FROM_POLICY = frozenset({"old_logprobs", "old_entropy", "hidden", "prompt_logprobs", "prompt_mask"})
+FROM_REFERENCE = frozenset({"reference_logprobs"})
+FROM_DATA = frozenset({"demonstration_tokens", "demonstration_length"})
+# Names that are computed when, and only when, something names them.
+ON_DEMAND = FROM_POLICY | FROM_REFERENCE | FROM_DATA | BEFORE.keys() | {"baseline_rewards"}
+
+
+def hidden_states(model: Model, params: PyTree, rows: Experience) -> Float[Array, "B T D"]:
+    """Hidden state that predicts each completion token."""
+    return predicting_hidden(model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+
+
+def policy_view(
+    model: Model,
+    params: PyTree,
+    rows: Experience,
+    wanted: Collection[str],
+    *,
+    temperature: float,
+    own_samples: bool,
+) -> Experience:
+    """Fill in what is wanted of the policy before the update.
+
+    Args:
+      model: the policy.
+      params: its parameters.
+      rows: completions.
+      wanted: names; those that are not of `FROM_POLICY` are left alone.
+      temperature: the one that is trained at.
+      own_samples: every completion was drawn by this policy at this temperature, so that the sampler's record is what
+        another pass would give.
+    """
+    wanted = FROM_POLICY.intersection(wanted)
+    values: dict[str, Any] = {}
+    if own_samples:
+        record = {"old_logprobs": rows.behaviour_logprobs, "old_entropy": rows.behaviour_entropy}
+        values |= {name: record[name] for name in wanted & record.keys()}
+    if wanted & {"prompt_logprobs", "prompt_mask"}:
+        logprobs, mask = prompt_logprobs(model, params, rows, temperature=temperature)
+        values |= {name: v for name, v in (("prompt_logprobs", logprobs), ("prompt_mask", mask)) if name in wanted}
+    if wanted - values.keys():
+        hidden = hidden_states(model, params, rows)
+        if "hidden" in wanted:
+            values["hidden"] = hidden
+        if wanted & {"old_logprobs", "old_entropy"} - values.keys():
+            scored = token_statistics(
+                model, params, hidden, rows.tokens, temperature=temperature, entropy="old_entropy" in wanted
+            )
+            inside = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
+            both = (("old_logprobs", scored.logprobs), ("old_entropy", scored.entropy))
+            values |= {n: jnp.where(inside, v, 0.0) for n, v in both if n in wanted and v is not None}
+    return filled(rows, **values)
+
+
+def prompt_logprobs(
+    model: Model, params: PyTree, rows: Experience, *, temperature: float
+) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
+    """Log-probability of each prompt token after the first, and a mask that is 1 on them."""
+    hidden = prompt_hidden(model, params, rows.prompt_tokens, rows.prompt_length)
+    scored = token_statistics(model, params, hidden[:, :-1], rows.prompt_tokens[:, 1:], temperature=temperature)
+    width = rows.prompt_tokens.shape[1]
+    mask = (jnp.arange(width) > width - rows.prompt_length[:, None]).astype(jnp.float32)
+    return jnp.pad(scored.logprobs, ((0, 0), (1, 0))) * mask, mask
+
+
+def reference_logprobs(model: Model, params: PyTree, rows: Experience, *, temperature: float) -> Float[Array, "B T"]:
+    """Log-probabilities of the completions under the reference, by the function that the policy goes through."""
+    return token_statistics(
+        model, params, hidden_states(model, params, rows), rows.tokens, temperature=temperature
+    ).logprobs
+
+
+def critic_view(
+    model: Model,
+    policy: PyTree,
+    critics: Mapping[str, CriticState],
+    rows: Experience,
+    wanted: Collection[str],
+) -> Experience:
+    """Fill in what is wanted of the critics before the update."""
+    asked = {(BEFORE[name].critic, BEFORE[name].target) for name in BEFORE.keys() & set(wanted)}
+    if not asked:
+        return rows
+    shared = any("backbone" not in critics[name].params for name, _ in asked)
+    hidden = hidden_states(model, policy, rows) if shared else jnp.zeros((0,))
+    outputs = {}
+    for name, target in asked:
+        slow = critics[name].target_params
+        params = slow if target and slow is not None else critics[name].params
+        outputs[name, target] = critic_outputs(model, params, rows, hidden)
+    return filled(rows, **named(BEFORE, wanted, outputs, rows))
+
+
+def over_vocabulary(
+    model: Model, params: PyTree, rows: Experience, terms: Sequence[CreditTerm], *, temperature: float
+) -> dict[int, Float[Array, "B T"]]:
+    """Values of the credit entries that read whole distributions, by place in the list; one pass in chunks.
+
+    Such a function sees the log-softmax [B, chunk, V] of the policy before the update and the tokens [B, chunk].
+    """
+    chosen = {index: term for index, term in enumerate(terms) if term.over_vocabulary}
+    if not chosen:
+        return {}
+    hidden = hidden_states(model, params, rows)
+    count, width = rows.tokens.shape
+    chunk = positions_per_chunk(count, width, model.vocabulary_size)
+    pieces = -(-width // chunk)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, pieces * chunk - width)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(count, pieces, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def score(piece):
+        hidden, tokens = piece
+        provided = {VOCABULARY: scaled_log_softmax(model.logits(params, hidden), temperature), "tokens": tokens}
+        return {index: call(term.function, provided) for index, term in chosen.items()}
+
+    values = jax.lax.map(score, (split(hidden), split(rows.tokens)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, pieces * chunk)[:, :width], values)

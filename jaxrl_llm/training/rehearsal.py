@@ -1,0 +1,137 @@
+"""Rehearsal of what the initial policy can do: solved prompts are set apart, with an answer of that policy for each.
+
+Made once, before reinforcement. The prompts that are left are explored; the stored answers and their log-probabilities
+never change, so no reference model runs for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxrl_llm import data
+from jaxrl_llm.advantages.rehearsal import cycled_rows, near_perfect_groups
+from jaxrl_llm.experience import Experience, KeyUse, TrainState
+from jaxrl_llm.training.learn import Update
+from jaxrl_llm.training.score import host_components, with_rewards
+from jaxrl_llm.training.setup import Parts
+from jaxrl_llm.training.step import sample_and_score
+from jaxrl_llm.training.stored import written_rows
+
+FILE = "rehearsal.npz"
+_ROWS = ("prompt_tokens", "prompt_length", "prompt_id", "tokens", "length", "stored_logprobs")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Stored answers, and the items that are explored.
+
+    Attributes:
+      rows: prompt_tokens, prompt_length, prompt_id, tokens, length, stored_logprobs: one row a stored answer.
+      explored: item ids of the prompts that are sampled in training.
+    """
+
+    rows: dict[str, np.ndarray]
+    explored: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows["length"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over everything that is stored."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.explored).tobytes())
+        for name in _ROWS:
+            digest.update(np.ascontiguousarray(self.rows[name]).tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, directory: Path) -> None:
+        """Write to the run directory."""
+        arrays: dict[str, Any] = {"explored": self.explored, **self.rows}
+        np.savez_compressed(directory / FILE, **arrays)
+
+    @classmethod
+    def load(cls, directory: Path) -> Rehearsal:
+        """Read what `save` wrote.
+
+        Raises:
+          FileNotFoundError: when it is not there.
+        """
+        path = directory / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist, but the run was started with it; restore it or start anew")
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        return cls(rows={name: arrays[name] for name in _ROWS}, explored=arrays["explored"])
+
+    def batch(self, key: jax.Array, step: int, rows_per_step: int, *, answer_width: int) -> Experience:
+        """The stored answers of one step: all of them in a new order, again and again."""
+        key = jax.random.fold_in(key, KeyUse.REHEARSAL)
+        chosen = np.asarray(cycled_rows(key, step, stored=len(self), rows_per_step=rows_per_step))
+        return written_rows(**{n: jnp.asarray(self.rows[n][chosen]) for n in _ROWS}, answer_width=answer_width)
+
+
+def make_rehearsal(parts: Parts, params: PyTree, source: Sequence[dict[str, Any]], key: jax.Array) -> Rehearsal:
+    """Draw `attempts` answers and one more for each prompt; split the prompts and store the last ones that are right.
+
+    Raises:
+      ValueError: when there is nothing to rehearse, or not enough is left to explore.
+    """
+    config, wanted = parts.config, parts.config.rehearsal
+    if wanted is None:
+        raise ValueError("the config has no section rehearsal")
+    samples = wanted.attempts + 1
+    c = parts.step.composition
+    plain = replace(c.rollout, samples_per_prompt=samples, prefixes=(), extra=None, demonstration_in_group=False)
+    c = replace(c, rollout=plain, update=Update(), losses=(), wanted=frozenset(), stored=None, replay=None)
+    draw = jax.jit(partial(sample_and_score, c))
+    key = jax.random.fold_in(key, KeyUse.REHEARSAL)
+    state = TrainState(params, None, None, {}, key, jnp.int32(0))
+    split = jax.jit(partial(near_perfect_groups, attempts=wanted.attempts, min_correct=wanted.min_correct))
+    stored: list[dict[str, np.ndarray]] = []
+    explored: list[np.ndarray] = []
+    batches = data.evaluation_batches(
+        source,
+        parts.tokenizer,
+        prompts_per_batch=max(1, min(len(source), config.evaluation.sequences_per_batch // samples)),
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_answer_tokens=config.rollout.max_completion_tokens,
+        overlong=config.data.overlong_prompts,
+    )
+    for batch in batches:
+        rows = draw(state, batch.prompts)
+        if any(term.on_host for term in c.rewards):
+            components = host_components(c.rewards, rows, batch.items, parts.tokenizer.decode)
+            rows = replace(rows, reward_components=jnp.asarray(components))
+        rows = with_rewards(rows, c.rewards)
+        solved = np.asarray(split(rows.correct, rows.sample, rows.group, rows.weight))[::samples] > 0
+        last = jax.device_get(jax.tree.map(lambda x: x[samples - 1 :: samples], rows))
+        real = np.asarray(batch.weight) > 0
+        explored.append(last.prompt_id[real & ~solved])
+        kept = real & solved & (last.correct > 0)
+        arrays = {name: getattr(last, name) for name in _ROWS[:-1]} | {"stored_logprobs": last.behaviour_logprobs}
+        stored.append({name: array[kept] for name, array in arrays.items()})
+    made = Rehearsal(
+        {name: np.concatenate([part[name] for part in stored]) for name in _ROWS}, np.concatenate(explored)
+    )
+    counts = f"of {len(source)} prompts the initial policy solves all but {len(made.explored)}"
+    if not len(made):
+        raise ValueError(
+            f"rehearsal has nothing to rehearse: {counts} {wanted.min_correct} times of {wanted.attempts}; lower "
+            "rehearsal.min_correct or train the initial policy longer"
+        )
+    if len(made.explored) < config.training.prompts_per_step:
+        raise ValueError(
+            f"rehearsal leaves too little to explore: {counts}, fewer than training.prompts_per_step "
+            f"{config.training.prompts_per_step}; raise rehearsal.min_correct or use more items"
+        )
+    return made

@@ -1,0 +1,299 @@
+"""The recipes of published methods: there is one for every method, it says where it comes from, and it trains."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.config import Config, parse_config, read_tree
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.training.explain import trace
+from jaxrl_llm.training.rehearsal import make_rehearsal
+from jaxrl_llm.training.setup import Parts, demonstration_batches, parts, prompt_batches, task_data
+from jaxrl_llm.training.stages import supervised_rows
+from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
+
+FOLDER = Path(__file__).parents[1] / "configs" / "methods"
+VOCABULARY = CharacterTokenizer().vocabulary_size
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "base")
+
+# Every published method, and the recipes that stand for it.
+METHODS = {
+    "aggregation": ("grpo", "dapo", "dr_grpo", "bnpo", "rl_plus"),
+    "REINFORCE": ("reinforce",),
+    "RLOO": ("rloo",),
+    "GRPO / Dr.GRPO": ("grpo", "dr_grpo"),
+    "PPO+GAE": ("ppo",),
+    "REINFORCE++": ("reinforce_plus_plus", "reinforce_plus_plus_baseline"),
+    "DAPO": ("dapo",),
+    "GSPO / GSPO-token": ("gspo", "gspo_token"),
+    "CISPO": ("cispo",),
+    "importance correction": ("tis",),
+    "KL estimators": ("kl_estimators",),
+    "f-divergences": ("vocabulary_js", "top_k_kl", "alpha_divergence"),
+    "OPO, ReMax, pass@k, SAPO": ("opo", "remax", "pass_at_k", "sapo"),
+    "GDPO": ("gdpo",),
+    "DPH-RL": ("dph_f", "dph_js"),
+    "RL-PLUS": ("rl_plus",),
+    "StableReinforce": ("stable_reinforce",),
+    "RiskPO": ("riskpo",),
+    "Lp-Reg": ("lp_reg",),
+    "MAPO": ("mapo",),
+    "ProGRPO": ("progrpo",),
+    "GRPO-lambda": ("grpo_lambda",),
+    "DLER": ("dler",),
+    "SAFE": ("safe",),
+    "SPINE": ("spine",),
+    "STEER": ("steer",),
+    "DISPO": ("dispo",),
+    "EPO": ("epo",),
+    "PSR / NSR / W-REINFORCE": ("psr", "nsr", "weighted_reinforce"),
+    "BNPO": ("bnpo",),
+    "TOPR": ("topr",),
+    "OREAL": ("oreal",),
+    "AEPO": ("aepo",),
+    "NFT": ("nft",),
+    "REC / OPMD / AsymRE": ("rec", "opmd", "asymre"),
+    "ReMix": ("remix",),
+    "T1": ("t1",),
+    "AMFT": ("amft",),
+    "XRPO": ("xrpo",),
+    "PF-PPO": ("pf_ppo",),
+    "P3O": ("p3o",),
+    "SPO": ("spo",),
+    "HBPO": ("hbpo",),
+    "ROVER": ("rover",),
+    "DRPO": ("drpo",),
+    "COPO": ("copo",),
+    "VERL": ("verl",),
+}
+# Textbook knowledge, without a paper on arXiv to point to.
+WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
+STAGES = {"advantage", "policy loss", "regulariser", "optimisation", "baseline"}
+
+
+def small(name: str, data_directory: str) -> dict[str, Any]:
+    """A recipe for a micro model: the same method with fewer and shorter samples."""
+    tree = read_tree(FOLDER / f"{name}.yaml")
+    rollout, training = tree["rollout"], tree["training"]
+    samples = min(rollout["samples_per_prompt"], 4)
+    cuts = min(training.get("minibatches_per_epoch", 1), 2)
+    hint = max((len(text) for text in rollout.get("prefixes", [])), default=0)
+    rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": 7, "max_completion_tokens": 6 + hint}
+    training |= {"prompts_per_step": 4, "minibatches_per_epoch": cuts, "learning_rate": 0.01, "warmup_steps": 0}
+    if training.get("freeze_policy_steps"):
+        training["freeze_policy_steps"] = 1
+    if training.get("alignment_every_steps"):
+        training["alignment_every_steps"] = 2
+    for section in ("rehearsal", "supervised"):
+        if tree.get(section):
+            tree[section]["sequences_per_step"] = samples * cuts
+    if tree.get("rehearsal"):  # the micro policy solves few prompts reliably
+        tree["rehearsal"] |= {"attempts": 1, "min_correct": 1}
+    for entry in tree["credit"]:
+        for method in entry.values():
+            if isinstance(method, dict) and "sample_budgets" in method:
+                method["sample_budgets"]["samples_per_prompt"] = samples
+    return tree | {
+        "task": {
+            "name": "addition",
+            "levels": [1],
+            "options": {"scratchpad": False},
+            "train_items": 64,
+            "validation_items": 4,
+            "test_items": 4,
+        },
+        "data": {"directory": data_directory},
+        "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1},
+        "rollout": rollout,
+        "training": training,
+    }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled():
+    """These tests wait for the compiler, and for next to nothing else."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.fixture(scope="session")
+def micro(data_directory):
+    """A recipe's config at micro size, with overrides."""
+
+    def make(name: str, *overrides: str) -> Config:
+        return parse_config(small(name, data_directory), overrides, vocabulary_size=VOCABULARY)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policy(micro) -> Any:
+    """Parameters of a micro policy that gives some right answers and some wrong ones."""
+    built = parts(micro("base"))
+    init, step = make_supervised_step(built.model, optax.adam(0.02))
+    batches = demonstration_batches(built, task_data(built.config, "train"), 32)
+    state = init(jax.random.key(0))
+    for index in range(64):
+        state, _ = step(state, demonstrations(batches[index]))
+    return jax.device_get(state.params)
+
+
+def differ(one: Any, other: Any) -> bool:
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), jax.device_get(one), jax.device_get(other))
+    return not all(jax.tree.leaves(same))
+
+
+def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, Any]]]:
+    """The state after some steps as a run makes them, and the metrics of each."""
+    config, key, stored = built.config, jax.random.key(0), None
+    data = {split: task_data(config, split) for split in ("train", "validation")}
+    source: Any = data["train"]
+    if config.rehearsal:
+        rehearsal = make_rehearsal(built, policy, source, key)
+        source = [source[int(number)] for number in rehearsal.explored]
+        count, width = config.rehearsal.sequences_per_step, config.rollout.max_completion_tokens
+        stored = lambda step: rehearsal.batch(key, step, count, answer_width=width)  # noqa: E731
+    elif config.supervised:
+        stored = supervised_rows(built, data)
+    prompts = prompt_batches(built, source)
+    state, seen = built.step.init(key, jax.tree.map(jnp.asarray, policy)), []
+    for index in range(steps):
+        batch = prompts[index]
+        state, metrics = built.step(state, batch.prompts, batch.items, stored(index) if stored else None)
+        seen.append(jax.device_get(metrics))
+    return state, seen
+
+
+@pytest.mark.methods
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains(name, micro, policy):
+    built = parts(micro(name))
+    state, seen = trained(built, policy, 3)
+    assert int(state.step) == 3
+    for metrics in seen:
+        assert {f"loss/{term.name}" for term in built.step.composition.losses} <= metrics.keys()
+        assert not {label: float(value) for label, value in metrics.items() if not np.isfinite(value)}
+    assert 0 < sum(metrics["correct_share"] for metrics in seen) < 3, "the test needs right and wrong answers"
+    assert differ(state.params, policy)
+    assert state.critics.keys() == set(built.step.composition.critics)
+    for critic in state.critics.values():
+        assert np.abs(critic.params["head"]["weight"]).max() > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_where_it_comes_from(name):
+    tree = read_tree(FOLDER / f"{name}.yaml")
+    about = tree["about"]
+    assert tree["name"] == name
+    assert about["paper"]
+    assert set(about["stage"].replace(" / ", " + ").split(" + ")) <= STAGES
+    assert about["certainty"] in {"verified", "recalled", "reconstructed"}
+    if name not in WITHOUT_ARXIV:
+        assert re.fullmatch(r"\d{4}\.\d{5}", about["arxiv"])
+    comment = [line for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line.startswith("# ")]
+    assert 2 <= len(comment) <= 4
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_its_method_itself(name):
+    """And inherits none: what `base` has would train without complaint."""
+    own = (FOLDER / f"{name}.yaml").read_text()
+    assert re.search(r"^extends: base\.yaml$", own, re.M)
+    assert re.search(r"^credit:", own, re.M)
+    assert re.search(r"^losses:", own, re.M)
+
+
+def test_every_method_has_a_recipe():
+    assert {name for recipes in METHODS.values() for name in recipes} == set(RECIPES)
+
+
+def hyper_parameters(tree: Any) -> list[tuple[str, Any]]:
+    """Every (name, value) of a recipe, however deep."""
+    if isinstance(tree, dict):
+        return [*tree.items(), *(pair for value in tree.values() for pair in hyper_parameters(value))]
+    return [pair for value in tree for pair in hyper_parameters(value)] if isinstance(tree, list) else []
+
+
+@pytest.mark.parametrize("name", sorted({*RECIPES} - {"nft"}))  # its constant is a scale and not a length
+def test_sizes_that_a_method_repeats_are_those_of_the_recipe(name):
+    tree = read_tree(FOLDER / f"{name}.yaml")
+    samples = tree["rollout"]["samples_per_prompt"]
+    sizes = {
+        "max_completion_tokens": tree["rollout"]["max_completion_tokens"],
+        "samples_per_prompt": samples,
+        "sequences_per_step": samples * tree["training"]["prompts_per_step"],
+        "total_steps": tree["training"]["steps"],
+    }
+    for key, value in hyper_parameters([tree["credit"], tree["losses"]]):
+        assert value == sizes.get(key, value), key
+
+
+DIVERGENCE = "losses=[clipped_surrogate, {divergence: {%s}}]"
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        # an unknown generator
+        ("vocabulary_js", DIVERGENCE % "generator: jensen_shanon", "'jensen_shanon'.*did you mean 'jensen_shannon'"),
+        ("dph_f", "losses=[{rehearsal_divergence: {generator: forward}}]", "'forward'.*did you mean 'forward_kl'"),
+        # gradient forms that do not go together with who drew the tokens
+        (
+            "vocabulary_js",
+            DIVERGENCE % "samples: vocabulary, gradient: score_function",
+            "'score_function', which does not exist for samples='vocabulary'; it must be one of exact",
+        ),
+        (
+            "alpha_divergence",
+            DIVERGENCE % "samples: policy, gradient: exact",
+            "'exact', which does not exist for samples='policy'; it must be one of score_function, importance_corr",
+        ),
+        ("top_k_kl", DIVERGENCE % "samples: vocabulary, k: 16", "k is 16, but samples='vocabulary'.*leave k out"),
+        ("top_k_kl", DIVERGENCE % "generator: renyi, samples: policy", "use samples='vocabulary' or 'top_k'"),
+        # numbers out of their range
+        ("vocabulary_js", DIVERGENCE % "generator: jensen_shannon, mixture: 1.5", "mixture is 1.5;.*between 0 and 1"),
+        ("alpha_divergence", DIVERGENCE % "generator: alpha, alpha: 1", "alpha is 1.0;.*other than 0 and 1"),
+        ("top_k_kl", DIVERGENCE % "samples: top_k, k: 0", "k is 0; at least one"),
+        (
+            "kl_estimators",
+            DIVERGENCE % "coefficient: {adaptive_kl: {sequences_per_step: 16, init: -1.0}}",
+            r"losses\.divergence\.coefficient\.adaptive_kl: init is -1.0; it must be positive",
+        ),
+        ("remix", "replay.share=1.5", r"replay.share is 1.5;.*\(0, 1\)"),
+        ("t1", "training.reference_decay=1.5", r"training.reference_decay is 1.5;.*\[0, 1\]"),
+        ("safe", "critic.target_rate=0", r"critic.target_rate is 0.*\(0, 1\]"),
+        # what nobody provides
+        ("grpo", "credit=[]", "loss 'clipped_surrogate' names 'advantages'.*add an entry to credit that fills it"),
+        ("dph_f", "rehearsal=null", "names 'stored_logprobs'.*section rehearsal"),
+        ("aepo", "rollout.extra=null", r"names 'extra'.*rollout\.extra"),
+        ("copo", "credit=[advantages: group_normalized]", "names 'global_advantages', which nothing in this step"),
+        ("spine", "credit=[rewards: majority_match]", "'majority_match' names 'answer_id', which nothing in this step"),
+        ("mapo", "credit=[turn_rewards: {reference_progress: {max_turns: 2}}]", "names 'turn'.*turn: separated_turns"),
+    ],
+)
+def test_a_recipe_that_cannot_be_composed_is_refused(name, override, message, micro):
+    with pytest.raises(ValueError, match=message):
+        parts(micro(name, override))
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("dapo", "losses=[{clipped_surrogate: {clip_low: -0.2}}]", "clip_low is -0.2; .* must not be negative"),
+        ("reinforce_plus_plus", "credit=[advantages: {reinforce_plus_plus: {gamma: 1.5}}]", "gamma is 1.5"),
+    ],
+)
+def test_what_only_the_arrays_of_a_step_can_tell_is_refused_before_anything_is_computed(name, override, message, micro):
+    with pytest.raises(ValueError, match=message):
+        trace(parts(micro(name, override)))

@@ -1,0 +1,392 @@
+"""What the engine offers to methods beyond plain samples: critics, stored and replayed rows, views of the policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm import advantages, losses
+from jaxrl_llm.experience import Method, Source
+from jaxrl_llm.models.logprobs import scaled_log_softmax, token_statistics
+from jaxrl_llm.rollout.generate import generate
+from jaxrl_llm.training import Rollout, Update, make_train_step, provide
+from jaxrl_llm.training.critics import BEFORE, Critic, critic_outputs, critics_named, moved_target
+from jaxrl_llm.training.learn import checked_split, minibatch_rows
+from jaxrl_llm.training.metrics import explained_variance
+from jaxrl_llm.training.rows import Extra, greedy_last, with_baseline
+from jaxrl_llm.training.stored import Replay, StoredRows, empty_store, joined, remembered, replayed, written_rows
+
+ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_id=2, pad_id=0)
+GAE = [
+    ("returns", advantages.gae_returns),
+    ("advantages", advantages.gae),
+]
+VALUE = [losses.clipped_surrogate, (losses.clipped_value, 0.5)]
+
+
+def fives(tokens, length):
+    """Share of the length limit that is the symbol 5."""
+    return ((tokens == 5) & (jnp.arange(tokens.shape[1]) < length[:, None])).sum(1) / tokens.shape[1]
+
+
+def composed(model, **changes):
+    parts = {
+        "rollout": ROLLOUT,
+        "rewards": [fives],
+        "credit": [("advantages", advantages.group_normalized)],
+        "losses": [losses.clipped_surrogate],
+    }
+    return make_train_step(model, optax.adam(0.1), **(parts | changes))
+
+
+def critic(**changes):
+    return Critic(optax.adam(0.05), **changes)
+
+
+def differ(a, b):
+    return any(
+        np.abs(np.asarray(x) - np.asarray(y)).max() > 1e-6 for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    )
+
+
+class TestCritics:
+    @pytest.mark.parametrize("backbone", ["own", "shared"])
+    def test_a_value_model_is_trained_beside_the_policy(self, model, make_prompts, backbone):
+        # The policy stands still, so that the returns that the value model is fitted to do too.
+        waits = Update(freeze_policy_steps=100)
+        step = composed(model, credit=GAE, losses=VALUE, critic=critic(backbone=backbone), update=waits)
+        state = step.init(jax.random.key(0))
+        before = jax.tree.map(np.array, state.critics["value"].params)
+        assert ("backbone" in before) == (backbone == "own")
+        values = []
+        for _ in range(12):
+            state, metrics = step(state, make_prompts(4))
+            values.append(float(metrics["loss/clipped_value"]))
+        assert differ(before, state.critics["value"].params)
+        assert np.mean(values[-4:]) < np.mean(values[:4])
+        assert np.isfinite(float(metrics["value_explained_variance"]))
+        assert float(metrics["gradient_norm/value"]) > 0
+
+    def test_a_shared_backbone_learns_from_the_value_loss_and_an_own_one_leaves_the_policy_alone(
+        self, model, make_prompts
+    ):
+        for backbone, moves in (("own", False), ("shared", True)):
+            step = composed(model, credit=GAE, losses=[losses.clipped_value], critic=critic(backbone=backbone))
+            state = step.init(jax.random.key(0))
+            before = jax.tree.map(np.array, state.params)
+            state, _ = step(state, make_prompts(4))
+            assert differ(before, state.params) == moves
+
+    def test_the_policy_waits_while_it_is_frozen_and_the_critic_does_not(self, model, make_prompts):
+        step = composed(model, credit=GAE, losses=VALUE, critic=critic(), update=Update(freeze_policy_steps=2))
+        state = step.init(jax.random.key(0))
+        at_start = jax.tree.map(np.array, (state.params, state.critics["value"].params))
+        seen = []
+        for _ in range(3):
+            state, _ = step(state, make_prompts(4))
+            seen.append((differ(at_start[0], state.params), differ(at_start[1], state.critics["value"].params)))
+        assert seen == [(False, True), (False, True), (True, True)]
+
+    def test_own_and_shared_backbones_give_the_same_values_at_the_start(self, model, rows):
+        key, params = jax.random.key(3), model.init(jax.random.key(0))
+        from jaxrl_llm.training.critics import initial_critic
+
+        own, shared = (initial_critic(model, critic(backbone=b), key, params, "value") for b in ("own", "shared"))
+        hidden = provide.hidden_states(model, params, rows)
+        a, b = (critic_outputs(model, one.params, rows, hidden) for one in (own, shared))
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+    def test_the_slow_copy_moves_by_its_rate(self, model):
+        from jaxrl_llm.training.critics import initial_critic
+
+        made = critic(target_rate=0.25)
+        state = initial_critic(model, made, jax.random.key(0), model.init(jax.random.key(1)), "twin")
+        moved = replace(state, params=jax.tree.map(lambda x: x + 4.0, state.params))
+        after = moved_target(moved, made).target_params
+        jax.tree.map(lambda new, old: np.testing.assert_allclose(new, old + 1.0, rtol=1e-5), after, state.target_params)
+
+    def test_twin_critics_are_judged_by_their_slow_copies(self, model, make_prompts):
+        step = composed(
+            model,
+            credit=[("advantages", advantages.twin_baseline_normalized)],
+            losses=[losses.clipped_surrogate, losses.twin_huber_value],
+            critic=critic(target_rate=0.5),
+        )
+        state, _, experience = step.run(step.init(jax.random.key(0)), make_prompts(4))
+        assert experience.extras["twin_values"].shape == (8, 2)
+        assert differ(state.critics["twin"].params, state.critics["twin"].target_params)
+
+    def test_names_bring_their_critics(self):
+        assert critics_named({"rewards"}) == ()
+        assert critics_named({"old_values", "twin_values"}) == ("twin", "value")
+        assert critics_named(set(BEFORE)) == ("token_reward", "twin", "value")
+
+    def test_values_split_into_microbatches_give_the_same_update(self, model, make_prompts):
+        after = []
+        for size in (None, 2):
+            step = composed(
+                model, credit=GAE, losses=VALUE, critic=critic(), update=Update(sequences_per_microbatch=size)
+            )
+            state, _ = step(step.init(jax.random.key(0)), make_prompts(4))
+            after.append(jax.tree.map(np.array, state.critics["value"].params["head"]))
+        np.testing.assert_allclose(after[0]["weight"], after[1]["weight"], atol=2e-5)
+
+    def test_explained_variance(self):
+        returns, mask = jnp.array([[1.0, 2.0, 9.0]]), jnp.array([[1.0, 1.0, 0.0]])
+        assert float(explained_variance(returns, returns, mask)) == 1.0
+        assert float(explained_variance(jnp.zeros((1, 3)), returns, mask)) == pytest.approx(0.0, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [({"backbone": "half"}, "critic.backbone is 'half'"), ({"target_rate": 2.0}, "critic.target_rate is 2.0")],
+    )
+    def test_bad_options_are_named(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            critic(**changes)
+
+    def test_a_name_without_its_critic_is_refused(self, model):
+        with pytest.raises(
+            ValueError, match="names 'old_values', which nothing in this step provides; a critic provides it"
+        ):
+            composed(model, credit=GAE, losses=VALUE)
+
+
+class TestViews:
+    def test_teacher_forcing_repeats_the_sampler(self, model, make_prompts):
+        params = model.init(jax.random.key(0))
+        sampled = generate(
+            model, params, make_prompts(4), jax.random.key(1), 0,
+            samples_per_prompt=2, max_completion_tokens=6, eos_id=2, pad_id=0,
+        )  # fmt: skip
+        wanted = {"old_logprobs", "old_entropy", "hidden", "prompt_logprobs", "prompt_mask"}
+        seen = provide.policy_view(model, params, sampled, wanted, temperature=1.0, own_samples=False)
+        np.testing.assert_allclose(seen.old_logprobs, sampled.behaviour_logprobs, atol=1e-5)
+        np.testing.assert_allclose(seen.old_entropy, sampled.behaviour_entropy, atol=1e-5)
+        scored = token_statistics(model, params, seen.extras["hidden"], sampled.tokens).logprobs
+        np.testing.assert_allclose(scored * sampled.mask, sampled.behaviour_logprobs, atol=1e-5)
+        # A prompt is predicted from its second token on.
+        np.testing.assert_array_equal(seen.extras["prompt_mask"].sum(1), sampled.prompt_length - 1)
+        assert (np.asarray(seen.extras["prompt_logprobs"])[np.asarray(seen.extras["prompt_mask"]) > 0] < 0).all()
+
+    def test_a_credit_function_over_the_vocabulary_sees_whole_distributions(self, model, rows):
+        from jaxrl_llm.training import CreditTerm
+
+        params = model.init(jax.random.key(0))
+        term = CreditTerm("proxy_logprobs", partial(losses.min_p_logprobs, min_p=0.05), "min_p")
+        got = provide.over_vocabulary(model, params, rows, [term], temperature=1.0)[0]
+        log_p = scaled_log_softmax(model.logits(params, provide.hidden_states(model, params, rows)), 1.0)
+        np.testing.assert_allclose(got, losses.min_p_logprobs(log_p, rows.tokens, min_p=0.05), atol=1e-5)
+
+    def test_a_new_name_must_be_read_by_somebody(self, model):
+        with pytest.raises(
+            ValueError, match="credit fills 'advantage', which nothing after it reads; did you mean 'advantages'"
+        ):
+            composed(model, credit=[("advantage", advantages.group_normalized)])
+
+
+class TestRows:
+    def test_a_demonstration_is_the_last_of_its_group(self, model, make_prompts):
+        written = np.array([[5, 5, 2, 0]] * 4, np.int32)
+        prompts = make_prompts(4).replace(demonstration_tokens=written, demonstration_length=np.full(4, 3, np.int32))
+        step = composed(
+            model,
+            rollout=replace(ROLLOUT, samples_per_prompt=3, demonstration_in_group=True),
+            losses=[losses.external_surrogate],
+        )
+        state, metrics, e = step.run(step.init(jax.random.key(0)), prompts)
+        source = np.asarray(e.source).reshape(4, 3, 6)
+        assert (source[:, 2, :3] == Source.DEMONSTRATION).all()
+        assert (source[:, 2, 3:] == Source.PAD).all()
+        assert not (source[:, :2] == Source.DEMONSTRATION).any()
+        np.testing.assert_array_equal(np.asarray(e.tokens).reshape(4, 3, 6)[:, 2, :3], written[:, :3])
+        # Its log-probabilities are the policy's own, and it says nothing about the sampler.
+        assert (np.asarray(e.old_logprobs).reshape(4, 3, 6)[:, 2, :3] < 0).all()
+        assert float(metrics["sampler_gap_max"]) < 1e-5
+
+    def test_prefixes_start_completions_and_are_not_trained_on(self, model, make_prompts):
+        rollout = replace(ROLLOUT, samples_per_prompt=4, prefixes=((7,), (8, 9)))
+        _, _, e = (step := composed(model, rollout=rollout)).run(step.init(jax.random.key(0)), make_prompts(2))
+        tokens, mask, source = (np.asarray(x).reshape(2, 4, 6) for x in (e.tokens, e.mask, e.source))
+        assert (tokens[:, :2, 0] == 7).all()
+        assert (tokens[:, 2:, :2] == [8, 9]).all()
+        assert (source[:, :2, 0] == Source.HINT).all()
+        assert (mask[:, :2, 0] == 0).all()
+        assert (mask[:, 2:, :2] == 0).all()
+        assert (mask.sum(-1) == np.asarray(e.length).reshape(2, 4) - [1, 1, 2, 2]).all()
+
+    def test_a_greedy_baseline_is_the_reward_of_the_likeliest_completion(self, model, make_prompts):
+        step = composed(model, credit=[("advantages", advantages.reward_minus_baseline)])
+        state = step.init(jax.random.key(0))
+        greedy = generate(
+            model, state.params, make_prompts(4), jax.random.key(9), 0,
+            samples_per_prompt=1, max_completion_tokens=6, eos_id=2, pad_id=0, temperature=0.0,
+        )  # fmt: skip
+        expected = np.repeat(np.asarray(fives(greedy.tokens, greedy.length)), 2)
+        _, _, e = step.run(state, make_prompts(4))
+        assert e.tokens.shape[0] == 8
+        np.testing.assert_allclose(e.extras["baseline_rewards"], expected)
+        np.testing.assert_allclose(np.asarray(e.advantages)[:, 0], np.asarray(e.rewards) - expected, atol=1e-6)
+
+    def test_greedy_rows_leave_as_they_came(self, rows):
+        last = greedy_last(rows, 1)
+        np.testing.assert_array_equal(last.sample, [0, 0, 0, 0, 1, 1, 1, 1])
+        kept = with_baseline(replace(last, rewards=jnp.arange(8.0)), 1)
+        np.testing.assert_array_equal(kept.extras["baseline_rewards"], [4, 5, 6, 7])
+        np.testing.assert_array_equal(kept.group, [0, 1, 2, 3])
+
+    def test_extra_groups_follow_a_temperature_with_memory(self, model, make_prompts):
+        extra = Extra(0.5, advantages.temperature_controller(target=100.0, cold=0.5, hot=2.0))
+        step = composed(model, rollout=replace(ROLLOUT, extra=extra))
+        state, metrics, e = step.run(step.init(jax.random.key(0)), make_prompts(4))
+        assert e.tokens.shape[0] == 12
+        np.testing.assert_array_equal(np.asarray(e.extras["extra"]), [False] * 8 + [True] * 4)
+        np.testing.assert_array_equal(np.asarray(e.group)[8:], [4, 4, 5, 5])
+        assert float(metrics["extra_temperature"]) == 2.0
+        # They are trained on at the policy's own temperature, and do not count as a gap of the sampler.
+        assert differ(e.old_logprobs[8:], e.behaviour_logprobs[8:])
+        np.testing.assert_allclose(e.old_logprobs[:8], e.behaviour_logprobs[:8], atol=1e-5)
+        assert float(metrics["sampler_gap_max"]) < 1e-5
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"prefixes": ((1,), (1,), (1,))}, "rollout.prefixes has 3 texts, which do not divide"),
+            ({"prefixes": ((1,) * 6,)}, "a text of 6 tokens, which leaves nothing"),
+            ({"samples_per_prompt": 1, "demonstration_in_group": True}, "use at least 2"),
+            ({"prefixes": ((1,),), "demonstration_in_group": True}, "leave one of them out"),
+        ],
+    )
+    def test_bad_rollouts_are_refused(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            replace(ROLLOUT, **changes)
+
+
+class TestStored:
+    REPLAY = Replay(share=0.5, batches=2, prompts_per_step=4, max_prompt_tokens=4, max_answer_tokens=2)
+
+    def test_the_store_forgets_the_oldest_step(self, rows):
+        batch = replace(rows, rewards=jnp.ones(8), correct=jnp.ones(8), advantages=rows.mask)
+        store = empty_store(self.REPLAY, 2, 6)
+        for step in range(3):
+            marked = replace(batch, prompt_id=jnp.full(8, step + 1))
+            store = remembered(store, marked, jnp.int32(step), self.REPLAY)
+        assert sorted(set(np.asarray(store.prompt_id).tolist())) == [2, 3]
+
+    def test_replay_starts_empty_draws_whole_groups_once_and_ends(self, rows):
+        replay = replace(self.REPLAY, until_step=2)
+        batch = replace(rows, rewards=jnp.ones(8), correct=jnp.ones(8), advantages=rows.mask)
+        store = empty_store(replay, 2, 6)
+        draw = lambda step: replayed(store, jax.random.key(0), jnp.int32(step), replay, 2)  # noqa: E731
+        assert float(draw(0).weight.sum()) == 0
+        store = remembered(store, batch, jnp.int32(0), replay)
+        again = draw(1)
+        np.testing.assert_array_equal(np.sort(np.asarray(again.prompt_id)), np.sort(np.asarray(rows.prompt_id)))
+        assert float(again.weight.sum()) == 8
+        assert set(np.unique(np.asarray(again.source)).tolist()) == {Source.PAD, Source.REPLAYED}
+        assert float(draw(2).weight.sum()) == 0
+
+    def test_joined_rows_are_groups_of_their_own_and_unknown_is_zero(self, rows):
+        sampled = replace(rows, advantages=rows.mask, old_logprobs=rows.behaviour_logprobs)
+        stored = written_rows(
+            rows.prompt_tokens, rows.prompt_length, rows.prompt_id, rows.tokens, rows.length,
+            answer_width=2, stored_logprobs=rows.behaviour_logprobs,
+        )  # fmt: skip
+        both = joined(sampled, stored, 2)
+        np.testing.assert_array_equal(both.group, np.arange(16) // 2)
+        assert float(both.mask[8:].sum()) == 0
+        assert float(both.advantages[8:].sum()) == 0
+        np.testing.assert_array_equal(both.extras["stored_logprobs"][:8], 0)
+        np.testing.assert_array_equal(both.extras["stored_logprobs"][8:], rows.behaviour_logprobs)
+
+    def test_a_step_learns_from_stored_rows_beside_its_samples(self, model, make_prompts, rows):
+        step = composed(
+            model,
+            losses=[(losses.clipped_surrogate, 0.0), losses.stored_likelihood],
+            stored=StoredRows(4),
+        )
+        written = written_rows(
+            rows.prompt_tokens, rows.prompt_length, rows.prompt_id, rows.tokens, rows.length, answer_width=2
+        )
+        state, seen = step.init(jax.random.key(0)), []
+        for _ in range(5):
+            state, metrics = step(state, make_prompts(4), stored=written)
+            seen.append(float(metrics["loss/stored_likelihood"]))
+        assert seen[-1] < seen[0] - 0.3
+        with pytest.raises(ValueError, match="learns from stored rows too"):
+            step(state, make_prompts(4))
+
+    def test_stored_rows_change_no_statistic_of_the_samples(self, model, make_prompts, rows):
+        written = written_rows(
+            rows.prompt_tokens, rows.prompt_length, rows.prompt_id, rows.tokens, rows.length, answer_width=2
+        )
+        plain = composed(model)
+        beside = composed(
+            model, losses=[losses.clipped_surrogate, (losses.stored_likelihood, 0.0)], stored=StoredRows(4)
+        )
+        one, m1 = plain(plain.init(jax.random.key(0)), make_prompts(4))
+        two, m2 = beside(beside.init(jax.random.key(0)), make_prompts(4), stored=written)
+        assert not differ(one.params, two.params)
+        for name in ("reward", "advantage_abs_per_token", "loss/clipped_surrogate"):
+            np.testing.assert_allclose(m1[name], m2[name], rtol=1e-6)
+
+    def test_replay_runs_in_one_program_and_resumes_from_its_state(self, model, make_prompts):
+        step = composed(
+            model,
+            losses=[losses.mixed_policy_surrogate],
+            replay=Replay(0.5, 2, prompts_per_step=4, max_prompt_tokens=4, max_answer_tokens=2),
+        )
+        assert len(step.programs) == 1
+        state = step.init(jax.random.key(0))
+        for _ in range(3):
+            state, metrics = step(state, make_prompts(4))
+        assert np.isfinite(float(metrics["loss"]))
+        assert float(state.replay.weight.sum()) == 16
+
+    def test_every_minibatch_has_its_share_of_each_part(self):
+        order = np.asarray(minibatch_rows(jax.random.key(0), Update(2, 2), [4, 2], 3))
+        assert order.shape == (4, 9)
+        assert ((order < 12).sum(1) == 6).all()
+        for epoch in order.reshape(2, -1):
+            assert sorted(epoch.tolist()) == list(range(18))
+
+    def test_what_does_not_fit_is_refused(self, model):
+        with pytest.raises(ValueError, match="groups of stored rows 3"):
+            checked_split(Update(minibatches_per_epoch=2), 4, 2, [], 3)
+        with pytest.raises(ValueError, match=r"replay\.share is 1\.5"):
+            replace(self.REPLAY, share=1.5)
+        with pytest.raises(ValueError, match="keep more batches"):
+            replace(self.REPLAY, share=0.9)
+        with pytest.raises(ValueError, match="'returns', which replayed rows do not have"):
+            composed(model, credit=GAE, losses=VALUE, critic=critic(), replay=self.REPLAY)
+        with pytest.raises(ValueError, match="alignment compares a loss on written completions"):
+            composed(model, update=Update(alignment_every_steps=2))
+
+
+class TestReference:
+    @pytest.mark.parametrize(
+        ("update", "moved"),
+        [
+            (Update(), [0, 0, 0]),
+            (Update(refresh_reference_at=(2,)), [0, 1, 1]),
+            (Update(reference_decay=0.5), [1, 1, 1]),
+        ],
+    )
+    def test_it_moves_when_the_update_says_so(self, model, make_prompts, update, moved):
+        step = composed(model, losses=[losses.clipped_surrogate, (losses.kl_estimate, 0.1)], update=update)
+        state = step.init(jax.random.key(0))
+        before, seen = jax.tree.map(np.array, state.reference_params), []
+        for _ in range(3):
+            state, _ = step(state, make_prompts(4))
+            seen.append(int(differ(before, state.reference_params)))
+        assert seen == moved
+
+    def test_a_constant_temperature_is_no_method(self):
+        assert not isinstance(Extra(0.5, 1.5).temperature, Method)
+        with pytest.raises(ValueError, match="prompt_share is 0"):
+            Extra(0.0, 1.0)
