@@ -1,4 +1,4 @@
-"""The command `jaxrl`: train, eval, sample, tasks, methods, explain, doctor."""
+"""The command `jaxrl`: train, eval, sample, score, import, export, tasks, methods, explain, doctor."""
 
 from __future__ import annotations
 
@@ -75,6 +75,27 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--temperature", type=float, default=1.0)
     sample.add_argument("--seed", type=int, default=0)
 
+    score = command("score", _score, "Log-probabilities of given texts or token ids, as JSON.", json_output=False)
+    score.add_argument("path", metavar="MODEL", help="a run, a checkpoint, or a Hugging Face model directory")
+    score.add_argument(
+        "--file", required=True, metavar="JSONL", help="lines with prompt and completion, text, or tokens"
+    )
+    score.add_argument("--temperature", type=float, default=1.0)
+    score.add_argument("--batch", type=int, default=8, help="sequences scored together")
+    score.add_argument("--dtype", choices=["float32", "bfloat16"], help="of a model directory (default: as stored)")
+
+    imported = command("import", _import, "Check a Hugging Face model directory, and write it in orbax's layout.")
+    imported.add_argument("path", metavar="DIR", help="a directory, or owner/name of a repository")
+    imported.add_argument(
+        "out", nargs="?", metavar="OUT", help="new directory that model.path takes, for fast restores"
+    )
+    imported.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the parameters (default: as stored)")
+
+    export = command("export", _export, "Write a run's policy as a directory that transformers loads.")
+    export.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    export.add_argument("out", metavar="DIR", help="new directory")
+    export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
+
     tasks = command("tasks", _tasks, "The built-in tasks, or examples of one.")
     tasks.add_argument("name", nargs="?")
     tasks.add_argument("--level", type=int, help="of the examples (default: the lowest)")
@@ -127,29 +148,6 @@ def _train(options: argparse.Namespace) -> None:
         print(json.dumps(summary, indent=2))
 
 
-def _restored(path: str):
-    """(parts, params, checkpoint) of a run or checkpoint directory."""
-    import jax
-
-    from jaxrl_llm.config import ConfigError
-    from jaxrl_llm.training import checkpoints
-    from jaxrl_llm.training.setup import parts
-
-    folder, step = checkpoints.latest_checkpoint(path)
-    stored = folder.parent / "config.yaml"
-    if not stored.is_file():
-        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
-    built = parts(_load([str(stored)]))
-    abstract = jax.eval_shape(built.model.init, jax.random.key(0))
-    placed = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(
-            s.shape, s.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        ),
-        abstract,
-    )
-    return built, checkpoints.restore_params(folder, step, placed), folder / str(step)
-
-
 def _positive(options: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
@@ -161,7 +159,8 @@ def _eval(options: argparse.Namespace) -> None:
     import jax
 
     from jaxrl_llm.evaluation import make_evaluate
-    from jaxrl_llm.training.setup import task_data
+    from jaxrl_llm.training.restored import restored_run
+    from jaxrl_llm.training.setup import data_sets, grader
     from jaxrl_llm.training.stages import spread
 
     try:
@@ -170,15 +169,16 @@ def _eval(options: argparse.Namespace) -> None:
         raise ValueError(f"--k is {options.k!r}; give whole numbers separated by commas, for example 1,8,32") from None
     _positive(options, "samples", "problems")
     samples = options.samples or max(ks)
-    built, params, checkpoint = _restored(options.path)
+    built, policy = restored_run(options.path)
     config = built.config
-    data = task_data(config, options.split)
+    sets = data_sets(config)
+    data = sets[options.split]
     problems = options.problems or min(config.evaluation.problems, len(data))
     if problems > len(data):
         raise ValueError(f"--problems is {problems}, but the {options.split} split has {len(data)} problems")
     evaluate = make_evaluate(
         built.model,
-        built.task,
+        grader(built, sets),
         built.tokenizer,
         samples_per_problem=samples,
         k=ks,
@@ -188,12 +188,12 @@ def _eval(options: argparse.Namespace) -> None:
         temperature=config.evaluation.temperature if options.temperature is None else options.temperature,
         overlong=config.data.overlong_prompts,
     )
-    metrics = evaluate(params, [data[i] for i in spread(len(data), problems)], jax.random.key(options.seed))
-    result = {"checkpoint": str(checkpoint), "split": options.split} | metrics
+    metrics = evaluate(policy.params, [data[i] for i in spread(len(data), problems)], jax.random.key(options.seed))
+    result = {"checkpoint": str(policy.source), "split": options.split} | metrics
     if options.json:
         print(json.dumps(result, indent=2))
         return
-    table = Table(title=f"{config.name}: {options.split} split, {checkpoint}")
+    table = Table(title=f"{config.name}: {options.split} split, {policy.source}")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
@@ -208,9 +208,10 @@ def _sample(options: argparse.Namespace) -> None:
 
     from jaxrl_llm.data import encode_prompts
     from jaxrl_llm.rollout import generate
+    from jaxrl_llm.training.restored import restored_run
 
     _positive(options, "samples")
-    built, params, _ = _restored(options.path)
+    built, policy = restored_run(options.path)
     rollout = built.config.rollout
     items = [{"body": text, "answer": "", "item_id": number} for number, text in enumerate(options.prompt)]
     prompts = encode_prompts(items, built.tokenizer, max_prompt_tokens=rollout.max_prompt_tokens, max_answer_tokens=1)
@@ -223,12 +224,12 @@ def _sample(options: argparse.Namespace) -> None:
             0,
             samples_per_prompt=options.samples,
             max_completion_tokens=rollout.max_completion_tokens,
-            eos_id=built.tokenizer.eos_id,
+            eos_ids=built.tokenizer.eos_ids,
             pad_id=built.tokenizer.pad_id,
             temperature=0.0 if options.greedy else options.temperature,
         )
     )
-    made = jax.device_get(program(params, prompts, jax.random.key(options.seed)))
+    made = jax.device_get(program(policy.params, prompts, jax.random.key(options.seed)))
     results = []
     for row in range(len(made.tokens)):
         tokens = made.tokens[row][: made.length[row]].tolist()
@@ -248,6 +249,36 @@ def _sample(options: argparse.Namespace) -> None:
     for result in results:
         mark = " (cut at the length limit)" if result["truncated"] else ""
         console.print(Text(f"{result['prompt']} -> {result['completion']}{mark}"), soft_wrap=True)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from jaxrl_llm.model_commands import score_file
+
+    _positive(options, "batch")
+    lines = score_file(
+        options.path, options.file, temperature=options.temperature, batch=options.batch, dtype=options.dtype
+    )
+    for line in lines:
+        print(json.dumps(line))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from jaxrl_llm.model_commands import import_model
+
+    _report(options, import_model(options.path, options.out, dtype=options.dtype), f"import of {options.path}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from jaxrl_llm.model_commands import export_run
+
+    _report(options, export_run(options.path, options.out, dtype=options.dtype), f"export of {options.path}")
+
+
+def _report(options: argparse.Namespace, report: dict[str, Any], title: str) -> None:
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return
+    _show(options, [{"what": key, "value": value} for key, value in report.items()], title)
 
 
 def _tasks(options: argparse.Namespace) -> None:

@@ -9,12 +9,13 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pydantic
 import yaml
 
-from jaxrl_llm.models.transformer import TransformerConfig
+from jaxrl_llm.models.attention import AttentionChoice
+from jaxrl_llm.models.transformer_config import LayerLoop, Precision, TransformerConfig
 
 
 class ConfigError(ValueError):
@@ -56,15 +57,84 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where data sets are kept, and what to do with prompts that do not fit.
+    """A data set of the user's own, what prompts look like, and what to do with those that do not fit.
 
     Attributes:
-      directory: written once and reused; None takes ~/.cache/jaxrl_llm (or XDG_CACHE_HOME).
+      path: a JSONL or JSON file; takes the place of section task.
+      validation_path, test_path: files of these splits; None cuts a tenth of `path` out by hash.
+      format: what the fields of a line are called, see `jaxrl_llm.data.jsonl.FORMATS`.
+      fields: changes to them, such as {prompt: problem, answer: solution, answer_from: boxed}.
+      verifier: how evaluation grades a file's problems: "number" compares the final number, "text" the final answer.
+      prompts: with a checkpoint's tokenizer: "chat" renders its chat template, "plain" the prompt format alone.
+      prompt_format: text of the prompt (of the last user message in a chat) with `{body}` where the problem goes.
+      system_prompt: first message of a chat.
+      template_options: variables of the chat template, such as {enable_thinking: false}.
+      rewritten_history: "error" refuses conversations whose earlier turns the template changes, "allow" takes them.
+      directory: where generated problems are kept; None takes ~/.cache/jaxrl_llm (or XDG_CACHE_HOME).
       overlong_prompts: "error", or "drop" to leave them out and report how many.
     """
 
+    path: str | None = None
+    validation_path: str | None = None
+    test_path: str | None = None
+    format: Literal["gsm8k", "prompt", "messages"] = "prompt"
+    fields: dict[str, Any] = field(default_factory=dict)
+    verifier: Literal["number", "text"] = "number"
+    prompts: Literal["chat", "plain"] = "plain"
+    prompt_format: str = "{body}"
+    system_prompt: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    rewritten_history: Literal["error", "allow"] = "error"
     directory: str | None = None
     overlong_prompts: Literal["error", "drop"] = "error"
+
+    def __post_init__(self):
+        if self.path is None:
+            for name in ("validation_path", "test_path", "fields"):
+                if getattr(self, name):
+                    raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.path is not set; set it too")
+        for name in ("system_prompt", "template_options"):
+            if self.prompts == "plain" and getattr(self, name):
+                raise ValueError(
+                    f"data.{name} is {getattr(self, name)!r}, but data.prompts is 'plain', which has no chat template; "
+                    "set data.prompts to chat, or write the text into data.prompt_format"
+                )
+
+
+@dataclass(frozen=True)
+class PretrainedConfig:
+    """A model from a Hugging Face checkpoint; its shape is the checkpoint's.
+
+    Attributes:
+      path: a local directory, or owner/name of a repository (needs the extra hf).
+      revision: branch, tag or commit of a repository.
+      attention, layer_loop, parameter_dtype, compute_dtype: as for a model that is described by its shape.
+    """
+
+    path: str
+    revision: str | None = None
+    attention: AttentionChoice = "auto"
+    layer_loop: LayerLoop = "auto"
+    parameter_dtype: Precision = "float32"
+    compute_dtype: Precision = "float32"
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        """What is not the checkpoint's."""
+        names = ("attention", "layer_loop", "parameter_dtype", "compute_dtype")
+        return {name: getattr(self, name) for name in names}
+
+
+def _model_kind(value: Any) -> str:
+    path = value.get("path") if isinstance(value, Mapping) else isinstance(value, PretrainedConfig)
+    return "checkpoint" if path else "shape"
+
+
+_MODEL_KINDS = {"shape": TransformerConfig, "checkpoint": PretrainedConfig}
+ModelConfig = Annotated[
+    Annotated[TransformerConfig, pydantic.Tag("shape")] | Annotated[PretrainedConfig, pydantic.Tag("checkpoint")],
+    pydantic.Discriminator(_model_kind),
+]
 
 
 @dataclass(frozen=True)
@@ -269,7 +339,7 @@ class EvaluationConfig:
     """Greedy and sampled accuracy on the test split, before and after training.
 
     Attributes:
-      problems: test problems used, at most task.test_items.
+      problems: test problems used, and validation problems in probes; at most as many as there are.
       samples_per_problem: sampled completions for each problem; pass@k needs k of them.
       k: the k of pass@k and maj@k.
       temperature: of the sampled completions.
@@ -340,11 +410,11 @@ class Config:
     """A whole run. Everything but `run_dir` and `reporting` decides the numbers."""
 
     name: str
-    task: TaskConfig
-    model: TransformerConfig
+    model: ModelConfig
     rewards: tuple[Any, ...]
     credit: tuple[dict[str, Any], ...]
     losses: tuple[Any, ...]
+    task: TaskConfig | None = None
     seed: int = 0
     run_dir: str | None = None
     about: AboutConfig = AboutConfig()
@@ -366,6 +436,16 @@ class Config:
             raise ValueError(
                 f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "
                 "mounted directory, and copy it to the bucket when the run is over"
+            )
+        if (self.task is None) == (self.data.path is None):
+            both = "are both set" if self.task else "are both missing"
+            raise ValueError(
+                f"task and data.path {both}; name a built-in task in section task, or a file of your own in data.path"
+            )
+        if self.data.prompts == "chat" and isinstance(self.model, TransformerConfig):
+            raise ValueError(
+                "data.prompts is 'chat', but a model that is described by its shape has no chat template; set "
+                "model.path to a checkpoint, or data.prompts to plain"
             )
         if self.rehearsal and self.supervised:
             raise ValueError(
@@ -406,8 +486,8 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
     values: dict[str, Any] = _copied(tree)
     for override in overrides:
         _assign(values, override)
-    if isinstance(values.get("model"), dict):
-        values["model"] = model_defaults | values["model"]
+    if isinstance(values.get("model"), dict) and _model_kind(values["model"]) == "shape":
+        values["model"] = model_defaults | {k: v for k, v in values["model"].items() if (k, v) != ("path", None)}
     _known_keys(values, Config, "")
     try:
         return pydantic.TypeAdapter(Config).validate_python(values)
@@ -482,6 +562,8 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
     """Refuse unknown keys with the nearest known one, and name missing ones, before types are looked at."""
     if not isinstance(tree, dict):
         raise ConfigError(f"config section {prefix.rstrip('.') or 'the file'} is {tree!r}; it must be a mapping")
+    if kind is Config and isinstance(tree.get("model"), dict):
+        _known_model_keys(tree["model"])
     known = {f.name: f for f in fields(kind)}
     hints = get_type_hints(kind)
     for key, value in tree.items():
@@ -490,12 +572,24 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
             raise ConfigError(f"config key {prefix}{key} (value {value!r}) does not exist; {hint}")
         section = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
+        if prefix == "" and key == "model" and isinstance(value, dict):
+            section = _MODEL_KINDS[_model_kind(value)]
         if section is not None and value is not None:
             _known_keys(value, section, f"{prefix}{key}.")
 
 
+def _known_model_keys(tree: Mapping[str, Any]) -> None:
+    """Say why a field of one kind of model cannot stand in the other."""
+    shape = {f.name for f in fields(TransformerConfig)} - {f.name for f in fields(PretrainedConfig)}
+    if _model_kind(tree) == "checkpoint" and (given := sorted(shape & tree.keys())):
+        raise ConfigError(
+            f"config key model.{given[0]} is {tree[given[0]]!r}, but model.path is {tree['path']!r}, whose config.json "
+            f"says it; leave out {', '.join('model.' + name for name in given)}"
+        )
+
+
 def _explained(problem: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"] if part not in _MODEL_KINDS)
     if problem["type"] == "missing":
         return f"config key {where} is missing; add it"
     if problem["type"] == "value_error":
@@ -513,7 +607,11 @@ def numeric_tree(config: Config) -> dict[str, Any]:
     tree = as_tree(config)
     for key in ("run_dir", "reporting", "checkpoints", "about", "name"):
         del tree[key]
-    tree["data"] = {"overlong_prompts": tree["data"]["overlong_prompts"]}
+    # Where files lie decides nothing; what is in them has fingerprints of its own.
+    for name in ("directory", "path", "validation_path", "test_path"):
+        del tree["data"][name]
+    for name in ("path", "revision"):
+        tree["model"].pop(name, None)
     # More steps may be added to a run, unless a schedule depends on their number.
     if tree["training"]["schedule"] == "constant":
         del tree["training"]["steps"]

@@ -16,7 +16,7 @@ from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.training.explain import trace
 from jaxrl_llm.training.rehearsal import make_rehearsal
-from jaxrl_llm.training.setup import Parts, demonstration_batches, parts, prompt_batches, task_data
+from jaxrl_llm.training.setup import Parts, data_sets, demonstration_batches, parts, prompt_batches
 from jaxrl_llm.training.stages import supervised_rows
 from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
 
@@ -142,7 +142,7 @@ def policy(micro) -> Any:
     """Parameters of a micro policy that gives some right answers and some wrong ones."""
     built = parts(micro("base"))
     init, step = make_supervised_step(built.model, optax.adam(0.02))
-    batches = demonstration_batches(built, task_data(built.config, "train"), 32)
+    batches = demonstration_batches(built, data_sets(built.config)["train"], 32)
     state = init(jax.random.key(0))
     for index in range(64):
         state, _ = step(state, demonstrations(batches[index]))
@@ -157,7 +157,7 @@ def differ(one: Any, other: Any) -> bool:
 def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, Any]]]:
     """The state after some steps as a run makes them, and the metrics of each."""
     config, key, stored = built.config, jax.random.key(0), None
-    data = {split: task_data(config, split) for split in ("train", "validation")}
+    data = data_sets(config)
     source: Any = data["train"]
     if config.rehearsal:
         rehearsal = make_rehearsal(built, policy, source, key)

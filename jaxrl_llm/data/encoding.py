@@ -92,6 +92,7 @@ def encoded_rows(
         raise ValueError(f"overlong is {overlong!r}; it must be 'error' or 'drop'")
     names = (f"max_prompt_tokens={limits[0]}", f"max_{completion_name}_tokens={limits[1]}")
     rows, dropped, ids = [], 0, set()
+    longest = [0, 0]
     for item in _records(source):
         _require_id(item, ids)
         row = _row(item, tokenizer, completion)
@@ -106,10 +107,12 @@ def encoded_rows(
                 "limit, or set overlong to 'drop' to leave such items out"
             )
         dropped += bool(excess)
+        longest = [max(length, len(tokens)) for length, tokens in zip(longest, row[1:], strict=True)]
         rows += [] if excess else [row]
     if not rows:
         raise ValueError(
-            f"no item is left of {dropped} in the source; it is empty, or {' and '.join(names)} are too low"
+            f"no item is left of {dropped} in the source: prompts have up to {longest[0]} tokens and {completion_name}s "
+            f"up to {longest[1]}, but {' and '.join(names)}; raise the limits, or give data that is not empty"
         )
     return rows, dropped
 

@@ -49,7 +49,7 @@ class HuggingFaceTokenizer:
         """The id that ends reference completions."""
         return self.eos_ids[0]
 
-    @cached_property
+    @property
     def vocabulary_size(self) -> int:
         """One more than the largest id, added tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1

@@ -1,4 +1,4 @@
-"""Accuracy of a policy on held-out problems: greedy, pass@k and maj@k, by the task's own verifier."""
+"""Accuracy of a policy on held-out problems: greedy, pass@k and maj@k, by a grader that reads text."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxrl_llm.data import CharacterTokenizer, Item, Task, evaluation_batches
+from jaxrl_llm.data import evaluation_batches
+from jaxrl_llm.data.encoding import Tokenizer
+from jaxrl_llm.evaluation.grading import Grader
 from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k
 from jaxrl_llm.evaluation.voting import mean_majority_at_k
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.rewards import extract_answer
 from jaxrl_llm.rollout import generate
 
 
 def make_evaluate(
     model: Model,
-    task: Task,
-    tokenizer: CharacterTokenizer,
+    grade: Grader,
+    tokenizer: Tokenizer,
     *,
     samples_per_problem: int,
     k: Sequence[int],
@@ -38,7 +39,7 @@ def make_evaluate(
     problems; and over the sampled completions `completion_tokens`, `truncated_share`; `problems` and
     `samples_per_problem` say what was counted.
 
-    A sample's class in a majority vote is its answer text; answers that the verifier accepts are one class.
+    A sample's class in a majority vote is what `grade` says it votes for; right answers are one class.
 
     A prompt that is too long is an error, or is left out of the count where `overlong` is "drop".
 
@@ -63,7 +64,7 @@ def make_evaluate(
             0,
             samples_per_prompt=rows,
             max_completion_tokens=max_completion_tokens,
-            eos_id=tokenizer.eos_id,
+            eos_ids=tokenizer.eos_ids,
             pad_id=tokenizer.pad_id,
             temperature=temperatures,
         )
@@ -82,13 +83,14 @@ def make_evaluate(
         for batch in batches:
             tokens, length, cut = jax.device_get(decode(params, batch.prompts, key))
             for index in np.flatnonzero(batch.weight):
-                item = Item(**{name: batch.items[index][name] for name in Item.__dataclass_fields__})
+                item = batch.items[index]
                 own = slice(index * rows, (index + 1) * rows)
-                solved, said = _graded(task, tokenizer, item, tokens[own], length[own])
+                texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens[own], length[own], strict=True)]
+                solved, said = zip(*(grade(item, text) for text in texts), strict=True)
                 greedy.append(solved[0])
                 correct.append(sum(solved[1:]))
                 answers.append(said[1:])
-                gold.append(item.answer)
+                gold.append(item["answer"])
                 lengths.extend(length[own][1:])
                 truncated.extend(cut[own][1:])
         metrics = {"greedy": float(np.mean(greedy))}
@@ -105,15 +107,3 @@ def make_evaluate(
         }
 
     return evaluate
-
-
-def _graded(
-    task: Task, tokenizer: CharacterTokenizer, item: Item, tokens: np.ndarray, length: np.ndarray
-) -> tuple[list[bool], list[str | None]]:
-    """Whether each completion of a problem is right, and the answer that it votes for.
-
-    Every accepted answer votes for the same class, so that many right answers do not split the vote.
-    """
-    texts = [extract_answer(tokenizer.decode(row[:count].tolist())) for row, count in zip(tokens, length, strict=True)]
-    solved = [task.verify(item, text) >= 1.0 for text in texts]
-    return solved, [item.answer if right else text for text, right in zip(texts, solved, strict=True)]

@@ -4,6 +4,7 @@ from jaxrl_llm.models.attention import attend, attention_in_use
 from jaxrl_llm.models.experts import ExpertsConfig, load_balancing_loss
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.families import FAMILIES, config_from_json, config_to_json
+from jaxrl_llm.models.imported import save_imported
 from jaxrl_llm.models.logprobs import (
     TokenStatistics,
     entropy_of,
@@ -43,6 +44,7 @@ __all__ = [
     "observed_forward",
     "parameter_count",
     "positions_per_chunk",
+    "save_imported",
     "save_model",
     "scaled_log_softmax",
     "token_statistics",

@@ -1,4 +1,4 @@
-"""Weights in: a Hugging Face checkpoint directory -> parameters, read slice by slice straight into their sharding."""
+"""Weights in: a checkpoint directory -> parameters, read slice by slice straight into their sharding."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from jaxrl_llm.models.checkpoint_files import StoredTensor, check_tensors, read_json, stored_tensors
 from jaxrl_llm.models.families import architecture_of, config_from_json
+from jaxrl_llm.models.imported import is_imported, read_imported
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves
 from jaxrl_llm.models.transformer import transformer
@@ -64,7 +65,7 @@ def load_params(
     whole model.
 
     Args:
-      directory: config.json and safetensors files.
+      directory: config.json and safetensors files, or what `save_imported` wrote.
       config: of the model.
       sharding: of every leaf, or a tree with one for each; None puts all on the first device.
 
@@ -72,6 +73,9 @@ def load_params(
       FileNotFoundError: for a path or file that is not there.
       ValueError: for missing, surplus or mis-shaped tensors, damaged files, or a tied head that differs.
     """
+    if is_imported(directory):
+        everywhere = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
+        return read_imported(directory, transformer(config), sharding=everywhere)
     stored = stored_tensors(directory)
     architecture = architecture_of(read_json(Path(directory) / "config.json"))
     layout = checkpoint_layout(config, architecture)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def generate(
     *,
     samples_per_prompt: int,
     max_completion_tokens: int,
-    eos_id: int,
+    eos_ids: Sequence[int],
     pad_id: int,
     temperature: float | Float[Array, "G"] = 1.0,
     prefixes: tuple[Int[Array, "G F"], Int[Array, "G"]] | None = None,
@@ -56,8 +56,8 @@ def generate(
       step: training step, folded into every row's key.
       samples_per_prompt: G; rows are prompt-major, B = N * G.
       max_completion_tokens: T, end of sequence included.
-      eos_id: ends a completion and belongs to it.
-      pad_id: fills the rest; may equal `eos_id`.
+      eos_ids: each ends a completion and belongs to it.
+      pad_id: fills the rest; may be one of `eos_ids`.
       temperature: of the softmax; 0 is greedy. One number, or one for each sample number.
       prefixes: (tokens, lengths) that the completion of each sample number starts with, shorter than a completion.
         They have source HINT and mask 0.
@@ -107,7 +107,7 @@ def generate(
         return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
 
     columns, length, ended = _decoded(
-        model, params, draw, draw(repeat(hidden[:, -1]), 0), per_prompt.length, cache, steps, eos_id, pad_id
+        model, params, draw, draw(repeat(hidden[:, -1]), 0), per_prompt.length, cache, steps, eos_ids, pad_id
     )
     tokens, logprobs, entropy = columns
     inside = jnp.arange(steps) < length[:, None]
@@ -141,7 +141,7 @@ def _decoded(
     prompt_length: Int[Array, "B"],
     cache: PyTree,
     steps: int,
-    eos_id: int,
+    eos_ids: Sequence[int],
     pad_id: int,
 ) -> tuple[tuple[Array, ...], Int[Array, "B"], Bool[Array, "B"]]:
     """Decode from each row's first token on until every row has ended: (tokens, log-probabilities, entropies), each
@@ -153,6 +153,9 @@ def _decoded(
             jax.lax.dynamic_update_slice(column, value[:, None].astype(column.dtype), (0, position))
             for column, value in zip(columns, values, strict=True)
         )
+
+    def ends(token):
+        return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
 
     def unfinished(carry):
         position, _, _, ended, _, _ = carry
@@ -169,10 +172,10 @@ def _decoded(
             jnp.where(ended, 0.0, entropy),
         )
         length = length + ~ended
-        return position + 1, record(columns, values, position), values[0], ended | (token == eos_id), length, cache
+        return position + 1, record(columns, values, position), values[0], ended | ends(token), length, cache
 
     nothing = jnp.zeros((rows, steps), jnp.float32)
     columns = record((jnp.full((rows, steps), pad_id, jnp.int32), nothing, nothing), first, 0)
-    start = (jnp.int32(1), columns, first[0], first[0] == eos_id, jnp.ones(rows, jnp.int32), cache)
+    start = (jnp.int32(1), columns, first[0], ends(first[0]), jnp.ones(rows, jnp.int32), cache)
     _, columns, _, ended, length, _ = jax.lax.while_loop(unfinished, decode, start)
     return columns, length, ended

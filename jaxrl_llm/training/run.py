@@ -17,7 +17,7 @@ from rich.console import Console
 
 from jaxrl_llm.config import Config, as_tree, numeric_tree
 from jaxrl_llm.data import Batches
-from jaxrl_llm.evaluation import make_evaluate
+from jaxrl_llm.evaluation import Grader, make_evaluate
 from jaxrl_llm.experience import KeyUse
 from jaxrl_llm.reporting import RunDirectory, results_table, units_table
 from jaxrl_llm.reporting.machine import package_versions
@@ -25,7 +25,7 @@ from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.explain import trace
 from jaxrl_llm.training.rehearsal import FILE, Rehearsal, make_rehearsal
-from jaxrl_llm.training.setup import Parts, encoded, parts, prompt_batches, task_data
+from jaxrl_llm.training.setup import Parts, data_sets, encoded, grader, parts, prompt_batches
 from jaxrl_llm.training.stages import REINFORCEMENT, WARM_START, Run, reinforce, spread, stored_rows, warm_start
 
 
@@ -63,12 +63,14 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 f"{numbers}; resume with the run's own config.yaml, or start a new run with another run_dir"
             )
     console.print(units_table(_units(built)))
-    data = {split: task_data(config, split) for split in ("train", "validation", "test")}
-    fingerprint = {split: part.fingerprint for split, part in data.items()}
+    data = data_sets(config)
+    grade = grader(built, data)
+    fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
     if meta.setdefault("data", fingerprint) != fingerprint:
+        changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
         raise checkpoints.CheckpointError(
-            f"run {config.directory} was trained on data {meta['data']}, but the data is now {fingerprint}; restore "
-            "the data, or start a new run"
+            f"run {config.directory} was started with other files: {', '.join(changed)} changed since (its data was "
+            f"{meta['data']}, and is now {fingerprint}); restore them, or start a new run"
         )
     prompts = prompt_batches(built, data["train"])
     for split in ("validation", "test"):  # a held-out prompt that does not fit speaks now, not after the warm start
@@ -82,15 +84,15 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         if prompts.dropped:
             console.print(f"dropped {prompts.dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
-            return _stages(run, prompts, newest)
+            return _stages(run, prompts, newest, grade)
 
 
-def _stages(run: Run, prompts: Batches, newest: int | None) -> dict[str, Any]:
+def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> dict[str, Any]:
     config, folder = run.config, run.config.directory / "checkpoints"
     key = jax.random.key(config.seed)
     evaluate = make_evaluate(
         run.parts.model,
-        run.parts.task,
+        grade,
         run.parts.tokenizer,
         samples_per_problem=config.evaluation.samples_per_problem,
         k=config.evaluation.k,

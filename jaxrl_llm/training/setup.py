@@ -1,19 +1,26 @@
-"""From a config to the parts of a run: task, tokenizer, model, data sets, optimiser and the composed step."""
+"""From a config to the parts of a run: model, tokenizer, data sets, optimiser and the composed step."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optax
+from jaxtyping import PyTree
 
 from jaxrl_llm import data
-from jaxrl_llm.config import Config, TrainingConfig
-from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, Task
-from jaxrl_llm.experience import Prompts
+from jaxrl_llm.config import Config, PretrainedConfig, TrainingConfig
+from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, JsonlDataSet, Task, Tokenizer
+from jaxrl_llm.evaluation import Grader, file_grader, task_grader
+from jaxrl_llm.experience import Method, Prompts
+from jaxrl_llm.hub import model_directory
+from jaxrl_llm.models import weights
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -32,17 +39,39 @@ class Parts:
 
     Attributes:
       config: the run's config.
-      task: the problem family with its options.
+      task: the problem family with its options; None for a data set of the user's own.
       tokenizer: text <-> tokens.
       model: the policy.
+      directory: the checkpoint that the policy starts from; None for random parameters.
       step: the composed training step.
     """
 
     config: Config
-    task: Task
-    tokenizer: CharacterTokenizer
+    task: Task | None
+    tokenizer: Tokenizer
     model: Model
+    directory: Path | None
     step: TrainStep
+
+    @property
+    def scratchpad(self) -> bool:
+        """Whether reference completions of generated problems show their work."""
+        return self.task is None or self.task.scratchpad
+
+    def initial_params(self) -> PyTree | None:
+        """The checkpoint's parameters; None where they are drawn at random."""
+        if self.directory is None:
+            return None
+        return weights.load_params(self.directory, self.model.config)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a resumed run must find unchanged beside its data: hashes of tokenizer and checkpoint files."""
+        if self.directory is None or not isinstance(self.tokenizer, data.HuggingFaceTokenizer):
+            return {}
+        # Sizes, not contents: a checkpoint is too large to be read for this.
+        files = [(file.name, file.stat().st_size) for file in sorted(self.directory.glob("*.safetensors"))]
+        described = (self.directory / "config.json").read_text() + repr(files)
+        return {"tokenizer": self.tokenizer.fingerprint, "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
 def parts(config: Config) -> Parts:
@@ -51,14 +80,8 @@ def parts(config: Config) -> Parts:
     Raises:
       ValueError: for an unknown task or method, a name that nothing provides, or sizes that do not divide.
     """
-    task = data.tasks.task(config.task.name, **config.task.options)
-    tokenizer = CharacterTokenizer()
-    if config.model.vocabulary_size < tokenizer.vocabulary_size:
-        raise ValueError(
-            f"model.vocabulary_size is {config.model.vocabulary_size}, but the tokenizer has "
-            f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
-        )
-    model = transformer(config.model)
+    task = None if config.task is None else data.tasks.task(config.task.name, **config.task.options)
+    directory, tokenizer, model = _policy(config)
     optimizer = adamw(config.training)
     training = config.training
     update = Update(
@@ -75,7 +98,7 @@ def parts(config: Config) -> Parts:
     rollout = Rollout(
         samples_per_prompt=config.rollout.samples_per_prompt,
         max_completion_tokens=config.rollout.max_completion_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_ids=tuple(tokenizer.eos_ids),
         pad_id=tokenizer.pad_id,
         temperature=config.rollout.temperature,
         demonstration_in_group=config.rollout.demonstration_in_group,
@@ -83,13 +106,16 @@ def parts(config: Config) -> Parts:
         extra=_extra(config),
     )
     mesh = make_mesh(config.mesh.devices)
+    rewards, credit, losses = reward_terms(config.rewards), credit_terms(config.credit), loss_terms(config.losses)
+    if not isinstance(tokenizer, CharacterTokenizer):
+        _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses)])
     step = make_train_step(
         model,
         optimizer,
         rollout=rollout,
-        rewards=reward_terms(config.rewards),
-        credit=credit_terms(config.credit),
-        losses=loss_terms(config.losses),
+        rewards=rewards,
+        credit=credit,
+        losses=losses,
         update=update,
         prompts_per_step=training.prompts_per_step,
         decode=tokenizer.decode,
@@ -98,7 +124,52 @@ def parts(config: Config) -> Parts:
         stored=_stored(config),
         replay=_replay(config),
     )
-    return Parts(config, task, tokenizer, model, step)
+    return Parts(config, task, tokenizer, model, directory, step)
+
+
+def _policy(config: Config) -> tuple[Path | None, Tokenizer, Model]:
+    """(checkpoint directory or None, tokenizer, model)."""
+    if not isinstance(config.model, PretrainedConfig):
+        tokenizer = CharacterTokenizer()
+        if config.model.vocabulary_size < tokenizer.vocabulary_size:
+            raise ValueError(
+                f"model.vocabulary_size is {config.model.vocabulary_size}, but the tokenizer has "
+                f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
+            )
+        return None, tokenizer, transformer(config.model)
+    directory = model_directory(config.model.path, revision=config.model.revision)
+    model = transformer(weights.load_config(directory, **config.model.execution))
+    prompts = config.data
+    tokenizer = data.load_tokenizer(directory)
+    data.require_embedding(tokenizer, model.vocabulary_size)
+    if prompts.prompts == "plain":
+        return directory, data.with_prompt_format(tokenizer, prompts.prompt_format), model
+    chat = data.with_chat(
+        tokenizer,
+        system_prompt=prompts.system_prompt,
+        format=prompts.prompt_format,
+        options=prompts.template_options,
+        rewritten_history=prompts.rewritten_history,
+    )
+    return directory, chat, model
+
+
+def _require_own_ids(functions: Sequence[tuple[str, Any]]) -> None:
+    """Refuse functions that would look for the built-in tokenizer's ids in another tokenizer's tokens."""
+    for name, function in functions:
+        bound: dict[str, Any] = {}
+        if isinstance(function, Method):
+            function = function.update
+        if isinstance(function, partial):
+            bound, function = function.keywords, function.func
+        for parameter in inspect.signature(function).parameters.values():
+            looks = parameter.kind is parameter.KEYWORD_ONLY and parameter.name.endswith(("_id", "_ids"))
+            if looks and parameter.name not in bound and parameter.default not in (None, parameter.empty):
+                raise ValueError(
+                    f"{name} looks for token ids of the built-in tokenizer ({parameter.name} is {parameter.default}), "
+                    "but the model at model.path has a tokenizer of its own; set the ids, or use a function that reads "
+                    "text, such as number_match"
+                )
 
 
 def _extra(config: Config) -> Extra | None:
@@ -164,12 +235,38 @@ def data_directory(config: Config) -> Path:
     return Path(config.data.directory) if config.data.directory else cache / "jaxrl_llm" / "data"
 
 
-def task_data(config: Config, split: str) -> DataSet:
-    """The problems of one split, written on first use."""
-    task = config.task
-    count = {"train": task.train_items, "validation": task.validation_items, "test": task.test_items}[split]
-    spec = DataSpec(task.name, task.levels, split, count, task.seed, task.options)
-    return data.data_set(spec, str(data_directory(config)))
+def data_sets(config: Config) -> dict[str, DataSet | JsonlDataSet]:
+    """The problems of the three splits, by name; generated ones are written on first use.
+
+    Raises:
+      ValueError: for a file that cannot be used.
+    """
+    task, own = config.task, config.data
+    if own.path is not None:
+        fields = data.fields_of(own.format, **own.fields)
+        return dict(
+            data.jsonl_data_sets(own.path, fields, validation_path=own.validation_path, test_path=own.test_path)
+        )
+    assert task is not None  # Config holds one or the other
+    counts = {"train": task.train_items, "validation": task.validation_items, "test": task.test_items}
+    return {
+        split: data.data_set(
+            DataSpec(task.name, task.levels, split, count, task.seed, task.options), str(data_directory(config))
+        )
+        for split, count in counts.items()
+    }
+
+
+def grader(parts: Parts, sets: Mapping[str, DataSet | JsonlDataSet]) -> Grader:
+    """How evaluation grades the problems.
+
+    Raises:
+      ValueError: where reference answers cannot be graded so.
+    """
+    if parts.task is not None:
+        return task_grader(parts.task)
+    held_out = [record for split in ("validation", "test") for record in sets[split]]
+    return file_grader(parts.config.data.verifier, held_out)
 
 
 def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
@@ -185,11 +282,11 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
         seed=config.seed,
         overlong=config.data.overlong_prompts,
         max_demonstration_tokens=rollout.max_completion_tokens if with_demonstrations else None,
-        scratchpad=parts.task.scratchpad,
+        scratchpad=parts.scratchpad,
     )
 
 
-def encoded(parts: Parts, source: DataSet) -> Prompts:
+def encoded(parts: Parts, source: Sequence[Any]) -> Prompts:
     """All prompts of a split, in order.
 
     Raises:
@@ -205,7 +302,7 @@ def encoded(parts: Parts, source: DataSet) -> Prompts:
     )
 
 
-def demonstration_batches(parts: Parts, source: DataSet, sequences_per_step: int) -> Batches:
+def demonstration_batches(parts: Parts, source: Sequence[Any], sequences_per_step: int) -> Batches:
     """Batches of reference completions."""
     config = parts.config
     return data.supervised_batches(
@@ -215,6 +312,6 @@ def demonstration_batches(parts: Parts, source: DataSet, sequences_per_step: int
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_completion_tokens=config.rollout.max_completion_tokens,
         seed=config.seed,
-        scratchpad=parts.task.scratchpad,
+        scratchpad=parts.scratchpad,
         overlong=config.data.overlong_prompts,
     )

@@ -20,8 +20,8 @@ import optax
 from rich.console import Console
 
 from jaxrl_llm.config import Config
-from jaxrl_llm.data import Batches, DataSet
-from jaxrl_llm.experience import Experience, TrainState
+from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
+from jaxrl_llm.experience import Experience, KeyUse, TrainState
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.training import checkpoints
@@ -63,7 +63,7 @@ class Run:
     console: Console
     meta: dict[str, Any]
     watch: CompilationWatch
-    data: dict[str, DataSet] = field(default_factory=dict)
+    data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
     stopping: bool = False
     mark: float = 0.0
     charged_to: str = "set-up"
@@ -99,7 +99,9 @@ class Run:
 
 def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) -> Any:
     """Supervised steps on reference solutions, stopped early once sampled accuracy is where groups are mixed."""
-    warm = run.config.warm_start
+    warm, given = run.config.warm_start, run.parts.initial_params()
+    if not warm.steps:
+        return run.parts.model.init(jax.random.fold_in(key, KeyUse.INITIALISE)) if given is None else given
     rate = optax.join_schedules(
         [
             optax.linear_schedule(0.0, warm.learning_rate, warm.warmup_steps),
@@ -110,11 +112,9 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
     init, step = make_supervised_step(
         run.parts.model, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
     )
-    state = init(key)
+    state = init(key, given)
     if newest is not None:
         state = checkpoints.restore(run.config.directory / "checkpoints", newest, state)
-    if not warm.steps:
-        return state.params
     batches = demonstration_batches(run.parts, run.data["train"], warm.sequences_per_step)
     with Progress(warm.steps, WARM_START, run.console) as progress, run.timed(WARM_START):
         for index in range(int(state.step), warm.steps):
@@ -122,7 +122,7 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
             done = index + 1
             shown = _finite(run, jax.device_get(metrics), done, WARM_START)
             if warm.probe_every_steps and done % warm.probe_every_steps == 0:
-                probe = measure(state.params, "validation", run.config.task.validation_items, "probes")
+                probe = measure(state.params, "validation", run.config.evaluation.problems, "probes")
                 shown["validation/pass@1"] = probe["pass@1"]
             run.directory.write_metrics(done, {"stage": WARM_START} | shown)
             progress.update(done, shown)
@@ -148,7 +148,7 @@ def stored_rows(run: Run, rehearsal: Rehearsal | None) -> Callable[[int], Experi
     return lambda step: None
 
 
-def supervised_rows(parts: Parts, sets: Mapping[str, DataSet]) -> Callable[[int], Experience]:
+def supervised_rows(parts: Parts, sets: Mapping[str, DataSet | JsonlDataSet]) -> Callable[[int], Experience]:
     """Reference completions by step; of the validation split too, marked and of weight 0, where that is asked for."""
     config, stored = parts.config, parts.step.composition.stored
     if config.supervised is None or stored is None:
@@ -207,7 +207,7 @@ def reinforce(
             state, unread = new_state, (done, metrics, experience, batch.items)
             if config.evaluation.every_steps and done % config.evaluation.every_steps == 0 and done < total:
                 run.watch.allow()  # a resumed run compiles its evaluation here
-                held_out = measure(state.params, "validation", config.task.validation_items, "evaluation during")
+                held_out = measure(state.params, "validation", config.evaluation.problems, "evaluation during")
                 if done > first + 2:
                     run.watch.expect_none(progress.message)
                 metrics |= {f"validation/{name}": value for name, value in held_out.items()}

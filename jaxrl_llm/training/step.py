@@ -60,8 +60,8 @@ class Rollout:
     Attributes:
       samples_per_prompt: completions drawn for each prompt.
       max_completion_tokens: longest completion, end of sequence included.
-      eos_id: token that ends a completion.
-      pad_id: token that fills the rest; may equal `eos_id`.
+      eos_ids: tokens that end a completion.
+      pad_id: token that fills the rest; may be one of `eos_ids`.
       temperature: of the softmax, above 0; the trainer scores at the same temperature.
       demonstration_in_group: the last sample of each group is the prompt's reference completion.
       prefixes: token ids that completions start with, one tuple for each equal block of a prompt's samples; they are
@@ -71,7 +71,7 @@ class Rollout:
 
     samples_per_prompt: int
     max_completion_tokens: int
-    eos_id: int
+    eos_ids: tuple[int, ...]
     pad_id: int
     temperature: float = 1.0
     demonstration_in_group: bool = False
@@ -208,7 +208,7 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
         key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
         step=state.step,
         max_completion_tokens=r.max_completion_tokens,
-        eos_id=r.eos_id,
+        eos_ids=r.eos_ids,
         pad_id=r.pad_id,
         constrain=constrain,
     )
@@ -456,8 +456,8 @@ def make_train_step(
     credit_terms = tuple(t if isinstance(t, CreditTerm) else CreditTerm(*t, name=_name(t[1])) for t in credit)
     loss_terms = tuple(_loss_term(t) for t in losses)
     update = update or Update()
-    for name in ("eos_id", "pad_id"):
-        if not 0 <= getattr(rollout, name) < model.vocabulary_size:
+    for name, token in (*(("eos_ids", each) for each in rollout.eos_ids), ("pad_id", rollout.pad_id)):
+        if not 0 <= token < model.vocabulary_size:
             raise ValueError(
                 f"rollout.{name} is {getattr(rollout, name)}, but the model's symbols are 0 to "
                 f"{model.vocabulary_size - 1}; take the id from the tokenizer that made the prompts"

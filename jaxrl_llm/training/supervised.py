@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxrl_llm.data import SupervisedBatch
 from jaxrl_llm.experience import Experience, KeyUse, Source, TrainState
@@ -49,7 +50,7 @@ def make_supervised_step(
     aggregation: Aggregation = "token_mean",
     sequences_per_microbatch: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
-) -> tuple[Callable[[Array], TrainState], Callable]:
+) -> tuple[Callable[..., TrainState], Callable]:
     """(init, step) of maximum likelihood on completion tokens; prompts carry no loss.
 
     Args:
@@ -60,7 +61,7 @@ def make_supervised_step(
       mesh: devices to spread rows over.
 
     Returns:
-      init: key -> TrainState.
+      init: (key, params or None) -> TrainState; None draws parameters.
       step: (state, experience) -> (state, metrics); the state is donated.
     """
     loss = LossTerm(partial(negative_log_likelihood, aggregation=aggregation), name="negative_log_likelihood")
@@ -68,9 +69,10 @@ def make_supervised_step(
     learn = make_learn(model, optimizer, [loss], update, temperature=1.0, samples_per_prompt=1)
     constrain = row_constraint(mesh)
 
-    def init(key: Array) -> TrainState:
-        params = model.init(jax.random.fold_in(key, KeyUse.INITIALISE))
-        state = TrainState(params, optimizer.init(params), None, {}, jnp.copy(key), jnp.int32(0))
+    def init(key: Array, params: PyTree | None = None) -> TrainState:
+        if params is None:
+            params = model.init(jax.random.fold_in(key, KeyUse.INITIALISE))
+        state = TrainState(params, optimizer.init(cast(Any, params)), None, {}, jnp.copy(key), jnp.int32(0))
         return state if mesh is None else replicate(state, mesh)
 
     def step(state: TrainState, rows: Experience) -> tuple[TrainState, dict[str, Array]]:

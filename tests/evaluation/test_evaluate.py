@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.data import CharacterTokenizer, Item, Task, encode_prompts
-from jaxrl_llm.evaluation import majority_at_k, make_evaluate, pass_at_k
+from jaxrl_llm.evaluation import majority_at_k, make_evaluate, pass_at_k, task_grader
 from jaxrl_llm.rewards import extract_answer
 from jaxrl_llm.rollout import generate
 
@@ -25,7 +25,7 @@ def verify(item, answer):
     return float(answer in (item.answer, str(int(item.answer) - 1)))
 
 
-TASK = Task("digits", lambda rng, level: None, verify, (1,), 1, "one digit", {}, False)
+GRADE = task_grader(Task("digits", lambda rng, level: None, verify, (1,), 1, "one digit", {}, False))
 
 
 def items(answers):
@@ -64,7 +64,7 @@ def evaluate(model):
     """Two problems a batch: five of them leave the last batch half empty."""
     rows = 1 + SAMPLES
     return make_evaluate(
-        model, TASK, TOKENIZER, samples_per_problem=SAMPLES, k=(1, 2, 4), sequences_per_batch=2 * rows + 1, **SIZES
+        model, GRADE, TOKENIZER, samples_per_problem=SAMPLES, k=(1, 2, 4), sequences_per_batch=2 * rows + 1, **SIZES
     )
 
 
@@ -76,7 +76,7 @@ def by_hand(model, params):
         model,
         samples_per_prompt=1 + SAMPLES,
         max_completion_tokens=5,
-        eos_id=TOKENIZER.eos_id,
+        eos_ids=TOKENIZER.eos_ids,
         pad_id=TOKENIZER.pad_id,
         temperature=jnp.asarray([0.0] + [1.0] * SAMPLES),
     )
@@ -133,7 +133,7 @@ def test_what_was_counted_is_said(metrics):
 
 def test_batches_and_their_filling_change_nothing(model, params, metrics):
     together = make_evaluate(
-        model, TASK, TOKENIZER, samples_per_problem=4, k=(1, 2, 4), sequences_per_batch=40, **SIZES
+        model, GRADE, TOKENIZER, samples_per_problem=4, k=(1, 2, 4), sequences_per_batch=40, **SIZES
     )
     assert together(params, ITEMS, jax.random.key(5)) == metrics
 
@@ -147,4 +147,4 @@ def test_other_keys_draw_other_samples(evaluate, params, metrics):
 @pytest.mark.parametrize("k", [(5,), (0, 1), (1, 8)])
 def test_a_k_that_the_samples_cannot_give_is_refused(model, k):
     with pytest.raises(ValueError, match="there are 4 samples a problem"):
-        make_evaluate(model, TASK, TOKENIZER, samples_per_problem=4, k=k, **SIZES)
+        make_evaluate(model, GRADE, TOKENIZER, samples_per_problem=4, k=k, **SIZES)

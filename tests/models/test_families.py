@@ -72,7 +72,7 @@ def test_a_greedy_continuation_of_32_tokens_is_the_same(checkpoint, batch):
         answer_tokens=jnp.zeros((3, 1), jnp.int32),
         answer_length=jnp.zeros(3, jnp.int32),
     )
-    sizes = dict(samples_per_prompt=1, max_completion_tokens=32, eos_id=-1, pad_id=0, temperature=0.0)
+    sizes = dict(samples_per_prompt=1, max_completion_tokens=32, eos_ids=(-1,), pad_id=0, temperature=0.0)
     model, _ = load_model(checkpoint.directory, layer_loop="scanned")
     ours = jax.jit(lambda params: generate(model, params, prompts, jax.random.key(0), 0, **sizes).tokens)
     tokens = ours(checkpoint.params)

@@ -57,7 +57,7 @@ def facts(mesh) -> dict[str, np.ndarray]:
     step = make_train_step(
         MODEL,
         optax.sgd(0.5, momentum=0.9),
-        rollout=Rollout(samples_per_prompt=SAMPLES, max_completion_tokens=STEPS, eos_id=1, pad_id=1),
+        rollout=Rollout(samples_per_prompt=SAMPLES, max_completion_tokens=STEPS, eos_ids=(1,), pad_id=1),
         rewards=[even_share],
         credit=[("advantages", group_normalized)],
         losses=[clipped_surrogate],
@@ -100,7 +100,7 @@ def facts_of_many_devices() -> dict[str, np.ndarray]:
                 0,
                 samples_per_prompt=SAMPLES,
                 max_completion_tokens=STEPS,
-                eos_id=1,
+                eos_ids=(1,),
                 pad_id=1,
                 constrain=constrain,
             )

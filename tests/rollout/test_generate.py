@@ -49,7 +49,7 @@ SCRIPTED = Model(
 @functools.partial(jax.jit, static_argnames=("max_completion_tokens", "samples_per_prompt"))
 def _program(prompts, pad_id, temperature, **sizes):
     return generate(
-        SCRIPTED, {}, prompts, jax.random.key(0), 0, eos_id=EOS, pad_id=pad_id, temperature=temperature, **sizes
+        SCRIPTED, {}, prompts, jax.random.key(0), 0, eos_ids=(EOS,), pad_id=pad_id, temperature=temperature, **sizes
     )
 
 
@@ -152,4 +152,4 @@ def test_bad_input_is_refused(bad, message):
     prompts = Prompts(tokens=row[None], length=row + 1, prompt_id=row, answer_tokens=row[None], answer_length=row)
     good = {"samples_per_prompt": 1, "max_completion_tokens": 4, "temperature": 1.0}
     with pytest.raises(ValueError, match=message):
-        generate(SCRIPTED, {}, prompts, jax.random.key(0), 0, eos_id=EOS, pad_id=PAD, **(good | bad))
+        generate(SCRIPTED, {}, prompts, jax.random.key(0), 0, eos_ids=(EOS,), pad_id=PAD, **(good | bad))

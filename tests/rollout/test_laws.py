@@ -64,7 +64,7 @@ def program(layer_loop="unrolled", samples=SAMPLES, steps=STEPS):
             step,
             samples_per_prompt=samples,
             max_completion_tokens=steps,
-            eos_id=eos_id,
+            eos_ids=(eos_id,),
             pad_id=pad_id,
             temperature=temperature,
         )

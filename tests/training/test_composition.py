@@ -11,7 +11,7 @@ from jaxrl_llm import advantages, losses, rewards
 from jaxrl_llm.experience import Method
 from jaxrl_llm.training import CreditTerm, LossTerm, RewardTerm, Rollout, Update, make_train_step
 
-ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_id=2, pad_id=0)
+ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
 
 
 def compose(model, **changes):
@@ -79,7 +79,7 @@ def valued(values, mask):
         ({"credit": [("advantage", advantages.group_normalized)]}, "fills 'advantage', .* did you mean 'advantages'"),
         ({"credit": [("tokens", advantages.group_normalized)]}, "credit fills 'tokens', which it cannot"),
         (
-            {"rollout": Rollout(samples_per_prompt=1, max_completion_tokens=6, eos_id=2, pad_id=0)},
+            {"rollout": Rollout(samples_per_prompt=1, max_completion_tokens=6, eos_ids=(2,), pad_id=0)},
             "samples_per_prompt is 1, but 'group_normalized' compares the samples .* at least 2",
         ),
         ({"rewards": [rewards.exact_answer, rewards.exact_answer]}, "reward 'exact_answer' is listed twice"),
@@ -101,7 +101,7 @@ def test_what_cannot_work_is_refused_when_the_step_is_built(model, changes, mess
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_training_samples_need_a_temperature(temperature):
     with pytest.raises(ValueError, match=f"rollout.temperature is {temperature}; .* above 0"):
-        Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_id=2, pad_id=0, temperature=temperature)
+        Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0, temperature=temperature)
 
 
 def test_a_loss_that_compares_samples_needs_whole_groups(model):

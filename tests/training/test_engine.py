@@ -22,7 +22,7 @@ from jaxrl_llm.training.metrics import explained_variance
 from jaxrl_llm.training.rows import Extra, greedy_last, with_baseline
 from jaxrl_llm.training.stored import Replay, StoredRows, empty_store, joined, remembered, replayed, written_rows
 
-ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_id=2, pad_id=0)
+ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
 GAE = [
     ("returns", advantages.gae_returns),
     ("advantages", advantages.gae),
@@ -162,7 +162,7 @@ class TestViews:
         params = model.init(jax.random.key(0))
         sampled = generate(
             model, params, make_prompts(4), jax.random.key(1), 0,
-            samples_per_prompt=2, max_completion_tokens=6, eos_id=2, pad_id=0,
+            samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0,
         )  # fmt: skip
         wanted = {"old_logprobs", "old_entropy", "hidden", "prompt_logprobs", "prompt_mask"}
         seen = provide.policy_view(model, params, sampled, wanted, temperature=1.0, own_samples=False)
@@ -225,7 +225,7 @@ class TestRows:
         state = step.init(jax.random.key(0))
         greedy = generate(
             model, state.params, make_prompts(4), jax.random.key(9), 0,
-            samples_per_prompt=1, max_completion_tokens=6, eos_id=2, pad_id=0, temperature=0.0,
+            samples_per_prompt=1, max_completion_tokens=6, eos_ids=(2,), pad_id=0, temperature=0.0,
         )  # fmt: skip
         expected = np.repeat(np.asarray(fives(greedy.tokens, greedy.length)), 2)
         _, _, e = step.run(state, make_prompts(4))

@@ -16,7 +16,7 @@ from jaxrl_llm.experience import Method
 from jaxrl_llm.training import CreditTerm, LossTerm, Rollout, Update, make_train_step
 from jaxrl_llm.training.compilation import CompilationWatch
 
-ROLLOUT = Rollout(samples_per_prompt=4, max_completion_tokens=6, eos_id=2, pad_id=0)
+ROLLOUT = Rollout(samples_per_prompt=4, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
 
 
 def fives(tokens, length):

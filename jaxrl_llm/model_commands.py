@@ -1,0 +1,147 @@
+"""The commands `jaxrl import`, `jaxrl export` and `jaxrl score`: models in, models out, given texts scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.data.json_files import elements, place
+from jaxrl_llm.models.transformer_config import Precision
+
+
+def import_model(directory: str, out: str | None, *, dtype: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint whole, check it, and write it in orbax's layout where `out` is given.
+
+    Returns:
+      What was found: architecture, sizes, parameters, tokenizer, attention in use.
+
+    Raises:
+      ValueError: for anything that does not fit, naming it.
+    """
+    from jaxrl_llm import data, hub
+    from jaxrl_llm.models import attention_path, load_model, parameter_count, save_imported
+    from jaxrl_llm.models.checkpoint_files import read_json
+
+    found = hub.model_directory(directory)
+    execution = {} if dtype is None else {"parameter_dtype": dtype, "compute_dtype": dtype}
+    model, params = load_model(found, **execution)
+    tokenizer = data.load_tokenizer(found)
+    data.require_embedding(tokenizer, model.vocabulary_size)
+    config = model.config
+    report: dict[str, Any] = {
+        "model": str(found),
+        "architecture": ", ".join(read_json(found / "config.json").get("architectures") or ["unknown"]),
+        "parameters": parameter_count(model.specs),
+        "layers": config.layers,
+        "width": config.width,
+        "heads": f"{config.heads} query, {config.kv_heads} key/value, {config.head_size} wide",
+        "vocabulary": f"{model.vocabulary_size} rows, {tokenizer.vocabulary_size} tokens",
+        "end of sequence": ", ".join(repr(tokenizer.backend.id_to_token(id)) for id in tokenizer.eos_ids),
+        "chat template": "yes" if tokenizer.chat_template else "no",
+        "dtype": config.parameter_dtype,
+        "attention of 1024 tokens": attention_path(config, rows=1, queries=1024),
+    }
+    if out is not None:
+        report["written to"] = str(save_imported(out, params, source=found))
+    return report
+
+
+def export_run(path: str, out: str, *, dtype: Precision | None = None) -> dict[str, Any]:
+    """Write the policy of a run or checkpoint as a directory that `transformers` loads.
+
+    Raises:
+      ValueError: for a directory that is not empty, or a model that no supported family can express.
+    """
+    from jaxrl_llm.models import save_model
+    from jaxrl_llm.training.restored import restored_run
+
+    built, policy = restored_run(path)
+    files = save_model(out, policy.params, policy.model.config, source=built.directory, dtype=dtype)
+    return {
+        "checkpoint": str(policy.source),
+        "written to": out,
+        "files": [file.name for file in files],
+        "tokenizer": "copied" if built.directory else "none: the built-in tokenizer has no file of this kind",
+    }
+
+
+def score_file(path: str, file: str, *, temperature: float, batch: int, dtype: str | None) -> list[dict[str, Any]]:
+    """Log-probabilities of the texts or token ids of a file, one entry a line, in order.
+
+    A line holds `tokens` (with `prompt_tokens` in front of them, or whole, its first token unscored), or `completion`
+    with `prompt`, or `text`. A prompt and its completion are put together as in training: through the run's prompt
+    format, and with end of sequence behind the completion.
+
+    Raises:
+      ValueError: for a line that holds none of these, naming it.
+    """
+    from jaxrl_llm.evaluation import make_score
+    from jaxrl_llm.training.restored import restored_policy
+
+    policy = restored_policy(path, dtype=dtype)
+    lines = _lines(Path(file))
+    texts = [_tokens(policy.tokenizer, line, where) for where, line in lines]
+    logprobs = make_score(policy.model, temperature=temperature, sequences_per_batch=batch)(policy.params, texts)
+    return [
+        {"tokens": list(completion), "logprobs": values, "total": sum(values), "prompt_tokens": list(prompt)}
+        for (prompt, completion), values in zip(texts, logprobs, strict=True)
+    ]
+
+
+def _lines(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """(where it stands, object) of every line."""
+    try:
+        content = file.expanduser().read_bytes()
+    except OSError as error:
+        raise ValueError(f"--file {file} cannot be read: {error.strerror}; give the path of a JSONL file") from None
+    lines = []
+    for number, element in elements(file, content):
+        where = f"{file}, {place(content)} {number}"
+        if isinstance(element, ValueError):
+            raise ValueError(f"{where} is no JSON: {element}")
+        if not isinstance(element, Mapping):
+            raise ValueError(f"{where} holds a {type(element).__name__}, not an object")
+        lines.append((where, element))
+    if not lines:
+        raise ValueError(f"{file} holds no line; give one object a line")
+    return lines
+
+
+def _tokens(tokenizer: Any, line: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
+    """(prompt ids, completion ids) of a line."""
+    if "tokens" in line:
+        tokens, prompt = _ids(line, "tokens", where), _ids(line, "prompt_tokens", where)
+        whole = [*prompt, *tokens]
+        return _parted(whole, max(1, len(prompt)), where)
+    if "completion" in line:
+        item = {"body": _text(line, "prompt", where)}
+        completion = tokenizer.completion_ids(item, _text(line, "completion", where))
+        return tokenizer.prompt_ids(item), completion
+    if "text" in line:
+        prefix = list(getattr(tokenizer, "prefix_ids", ()))
+        whole = [*prefix, *tokenizer.encode(_text(line, "text", where))]
+        return _parted(whole, max(1, len(prefix)), where)
+    raise ValueError(
+        f"{where} has the fields {', '.join(line) or 'none'}; give tokens (and prompt_tokens), prompt and completion, "
+        "or text"
+    )
+
+
+def _parted(whole: list[int], first: int, where: str) -> tuple[list[int], list[int]]:
+    if not whole:
+        raise ValueError(f"{where} holds no token")
+    return whole[:first], whole[first:]
+
+
+def _ids(line: Mapping[str, Any], name: str, where: str) -> list[int]:
+    ids = line.get(name, [])
+    if not isinstance(ids, list) or not all(isinstance(id, int) and not isinstance(id, bool) for id in ids):
+        raise ValueError(f"{where}: {name} is {str(ids)[:80]}; it must be a list of whole numbers")
+    return ids
+
+
+def _text(line: Mapping[str, Any], name: str, where: str) -> str:
+    if not isinstance(line.get(name), str):
+        raise ValueError(f"{where}: {name} is {str(line.get(name))[:80]!r}; it must be a text")
+    return line[name]

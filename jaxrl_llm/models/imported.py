@@ -1,0 +1,89 @@
+"""A checkpoint directory in orbax's layout: what `jaxrl import` writes, which a mesh restores without safetensors.
+
+Beside `params/` lie config.json, tokenizer and template, so the directory can be used wherever a Hugging Face
+directory can.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from jaxrl_llm.models.export import COPIED
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.parameters import abstract
+
+PARAMS = "params"
+
+
+def is_imported(directory: str | Path) -> bool:
+    """Whether the weights of a directory are in orbax's layout."""
+    return (Path(directory) / PARAMS).is_dir()
+
+
+def save_imported(directory: str | Path, params: PyTree, *, source: str | Path) -> Path:
+    """Write parameters with orbax, and beside them what else belongs to the model.
+
+    The directory appears when it is complete, and not before.
+
+    Args:
+      directory: to be made; may exist, empty.
+      params: of the model; may be sharded.
+      source: the checkpoint directory that they were read from.
+
+    Raises:
+      ValueError: for a directory that is not empty.
+    """
+    directory = Path(directory).resolve()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not empty; import to a new directory")
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(partial / PARAMS, params)
+    for name in ("config.json", *COPIED):
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, partial / name)
+    if directory.exists():
+        directory.rmdir()
+    return partial.rename(directory)
+
+
+def read_imported(directory: str | Path, model: Model, *, sharding: jax.sharding.Sharding | PyTree) -> PyTree:
+    """Parameters of a directory that `save_imported` wrote, in the model's own dtypes.
+
+    Args:
+      directory: config.json and params/.
+      model: made of that config.json.
+      sharding: of every leaf, or a tree with one for each.
+
+    Raises:
+      ValueError: when the stored parameters are not the model's, naming them.
+    """
+    wanted = abstract(model.specs)
+    path = (Path(directory) / PARAMS).resolve()
+    with ocp.StandardCheckpointer() as reader:
+        stored = reader.metadata(path).item_metadata.tree
+        shapes = [_shapes(tree) for tree in (wanted, stored)]
+        if wrong := sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)):
+            raise ValueError(
+                f"{path} does not hold the parameters that config.json describes: {', '.join(wrong)}; import the "
+                "model again"
+            )
+        everywhere = isinstance(sharding, jax.sharding.Sharding)
+        shardings = jax.tree.map(lambda _: sharding, wanted) if everywhere else sharding
+        placed = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), wanted, shardings
+        )
+        return reader.restore(path, placed)
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(jnp.shape(leaf)) for path, leaf in flat}
