@@ -111,8 +111,8 @@ def encoded_rows(
         rows += [] if excess else [row]
     if not rows:
         raise ValueError(
-            f"no item is left of {dropped} in the source: prompts have up to {longest[0]} tokens and {completion_name}s "
-            f"up to {longest[1]}, but {' and '.join(names)}; raise the limits, or give data that is not empty"
+            f"no item is left of {dropped} in the source: prompts have up to {longest[0]} tokens and {completion_name}"
+            f"s up to {longest[1]}, but {' and '.join(names)}; raise the limits, or give data that is not empty"
         )
     return rows, dropped
 
