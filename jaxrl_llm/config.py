@@ -192,6 +192,7 @@ class RolloutConfig:
       demonstration_in_group: the last sample of each group is the prompt's reference completion.
       prefixes: texts that completions start with, one for each equal block of a prompt's samples.
       extra: groups sampled on top at another temperature.
+      replay_router: a mixture of experts learns through the experts that sampled each token.
     """
 
     samples_per_prompt: int = 8
@@ -201,6 +202,7 @@ class RolloutConfig:
     demonstration_in_group: bool = False
     prefixes: tuple[str, ...] = ()
     extra: ExtraConfig | None = None
+    replay_router: bool = False
 
     def __post_init__(self):
         _at_least("rollout", self, 1, "samples_per_prompt", "max_prompt_tokens", "max_completion_tokens")

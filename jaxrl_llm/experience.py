@@ -81,6 +81,7 @@ class Experience:
       behaviour_logprobs: log-probability of each token under the distribution that it was drawn from.
       behaviour_entropy: entropy of that distribution in nats.
       truncated: the completion reached its length limit before end of sequence.
+      router_choices: experts that served each token of prompt and completion; None where they are not recorded.
 
     Filled by the rewards (score):
       reward_components: one column a reward function, before weights.
@@ -125,6 +126,7 @@ class Experience:
     turn: Int[Array, "B T"] | None = None
     demonstration_tokens: Int[Array, "B T"] | None = None
     demonstration_length: Int[Array, "B"] | None = None
+    router_choices: Int[Array, "B P+T L k"] | None = None
     extras: dict[str, Array] = struct.field(default_factory=dict)
 
 

@@ -30,6 +30,7 @@ from jaxrl_llm.losses.outcome import (
 )
 from jaxrl_llm.losses.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
 from jaxrl_llm.losses.policy import cispo, clipped_surrogate, policy_gradient, sapo
+from jaxrl_llm.losses.routing import router_balance
 from jaxrl_llm.losses.sequence_policy import sequence_clipped_surrogate
 from jaxrl_llm.losses.supervised import negative_log_likelihood
 from jaxrl_llm.losses.token_weights import entropy_change_weights
@@ -85,6 +86,7 @@ __all__ = [
     "random_policy_valuation",
     "rehearsal_divergence",
     "renyi",
+    "router_balance",
     "row_weight",
     "sapo",
     "sequence_clipped_surrogate",

@@ -81,9 +81,11 @@ def route(
     probabilities = jax.nn.softmax(scores, axis=-1)
     if choices is None:
         choices = jax.lax.top_k(probabilities, experts.per_token)[1]
-    weights = jnp.take_along_axis(probabilities, choices, axis=-1)
     if experts.normalise:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+        # Their probabilities over the sum of them, which does not underflow for experts that were improbable.
+        weights = jax.nn.softmax(jnp.take_along_axis(scores, choices, axis=-1), axis=-1)
+    else:
+        weights = jnp.take_along_axis(probabilities, choices, axis=-1)
     return Routing(probabilities, choices, weights)
 
 

@@ -26,6 +26,7 @@ class Model(NamedTuple):
       observe: `apply` with `names=` of what else to return, in a dict as third result: hidden states of every block,
         the experts that were chosen and their probabilities. A mixture of experts takes recorded choices back through
         `router_choices=`, here and in `apply`. None for a model that shows nothing.
+      routed: whether it is such a mixture.
     """
 
     init: Callable[[Array], PyTree]
@@ -37,3 +38,4 @@ class Model(NamedTuple):
     vocabulary_size: int
     config: Any
     observe: Callable[..., tuple[Array, PyTree, dict[str, Array]]] | None = None
+    routed: bool = False

@@ -293,4 +293,5 @@ def transformer(config: TransformerConfig) -> Model:
         vocabulary_size=config.vocabulary_size,
         config=config,
         observe=partial(observed_forward, config=config),
+        routed=config.experts is not None,
     )

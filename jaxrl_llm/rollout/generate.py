@@ -41,6 +41,7 @@ def generate(
     temperature: float | Float[Array, "G"] = 1.0,
     prefixes: tuple[Int[Array, "G F"], Int[Array, "G"]] | None = None,
     first_sample: int = 0,
+    record_router: bool = False,
     constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
 ) -> Experience:
     """Sample completions and record everything about them that training needs.
@@ -62,6 +63,7 @@ def generate(
       prefixes: (tokens, lengths) that the completion of each sample number starts with, shorter than a completion.
         They have source HINT and mask 0.
       first_sample: number of the first sample of a prompt; it addresses the random keys.
+      record_router: keep the experts that served each token, for a mixture of experts.
       constrain: applied to arrays with one row a sample, to place them on a mesh.
 
     Returns:
@@ -80,8 +82,18 @@ def generate(
     prompt_rows, prompt_width = prompts.tokens.shape
     rows, steps = prompt_rows * samples_per_prompt, max_completion_tokens
 
+    if record_router and not model.routed:
+        raise ValueError("record_router is true, but the model is no mixture of experts; leave it out")
+
+    def run(tokens, positions, cache):
+        """Hidden states, cache, and the experts of each token [rows, T, L, k] where they are recorded."""
+        if not record_router or model.observe is None:
+            return *model.apply(params, tokens, positions, cache), None
+        hidden, cache, observed = model.observe(params, tokens, positions, cache, names=("router_choices",))
+        return hidden, cache, jnp.moveaxis(observed["router_choices"], 0, 2)
+
     cache = model.init_cache(prompt_rows, prompt_width)
-    hidden, cache = model.apply(params, prompts.tokens, prompt_positions(prompts.length, prompt_width), cache)
+    hidden, cache, routes = run(prompts.tokens, prompt_positions(prompts.length, prompt_width), cache)
     repeat = lambda x: constrain(jnp.repeat(x, samples_per_prompt, axis=0))  # noqa: E731
     cache = model.expand_cache(cache, samples_per_prompt, steps)
     per_prompt = jax.tree.map(repeat, prompts)
@@ -106,8 +118,10 @@ def generate(
             token = jnp.where(position < given_length, held, token)
         return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
 
-    columns, length, ended = _decoded(
-        model, params, draw, draw(repeat(hidden[:, -1]), 0), per_prompt.length, cache, steps, eos_ids, pad_id
+    routes = jax.tree.map(lambda x: jnp.pad(repeat(x), ((0, 0), (0, steps), (0, 0), (0, 0))), routes)
+    first = draw(repeat(hidden[:, -1]), 0)
+    columns, length, ended, routes = _decoded(
+        run, draw, first, per_prompt.length, cache, routes, steps, eos_ids, pad_id
     )
     tokens, logprobs, entropy = columns
     inside = jnp.arange(steps) < length[:, None]
@@ -130,22 +144,23 @@ def generate(
         truncated=~ended,
         demonstration_tokens=per_prompt.demonstration_tokens,
         demonstration_length=per_prompt.demonstration_length,
+        router_choices=routes,
     )
 
 
 def _decoded(
-    model: Model,
-    params: PyTree,
+    run: Callable[[Array, Array, PyTree], tuple[Array, PyTree, Array | None]],
     draw: Callable[[Array, Array | int], tuple[Array, Array, Array]],
     first: tuple[Array, Array, Array],
     prompt_length: Int[Array, "B"],
     cache: PyTree,
+    routes: Int[Array, "B P+T L k"] | None,
     steps: int,
     eos_ids: Sequence[int],
     pad_id: int,
-) -> tuple[tuple[Array, ...], Int[Array, "B"], Bool[Array, "B"]]:
+) -> tuple[tuple[Array, ...], Int[Array, "B"], Bool[Array, "B"], Array | None]:
     """Decode from each row's first token on until every row has ended: (tokens, log-probabilities, entropies), each
-    [B, T], the lengths, and which rows ended by themselves."""
+    [B, T], the lengths, which rows ended by themselves, and the routes with those of the completions."""
     rows = prompt_length.shape[0]
 
     def record(columns, values, position):
@@ -158,13 +173,15 @@ def _decoded(
         return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
 
     def unfinished(carry):
-        position, _, _, ended, _, _ = carry
+        position, _, _, ended, *_ = carry
         return (position < steps) & ~jnp.all(ended)
 
     def decode(carry):
-        position, columns, token, ended, length, cache = carry
+        position, columns, token, ended, length, cache, routes = carry
         at = jnp.where(ended, -1, prompt_length + position - 1)
-        hidden, cache = model.apply(params, token[:, None], at[:, None], cache)
+        hidden, cache, route = run(token[:, None], at[:, None], cache)
+        if route is not None:
+            routes = jax.lax.dynamic_update_slice(routes, route, (0, routes.shape[1] - steps + position - 1, 0, 0))
         token, logprob, entropy = draw(hidden[:, 0], position)
         values = (
             jnp.where(ended, pad_id, token),
@@ -172,10 +189,11 @@ def _decoded(
             jnp.where(ended, 0.0, entropy),
         )
         length = length + ~ended
-        return position + 1, record(columns, values, position), values[0], ended | ends(token), length, cache
+        columns = record(columns, values, position)
+        return position + 1, columns, values[0], ended | ends(token), length, cache, routes
 
     nothing = jnp.zeros((rows, steps), jnp.float32)
     columns = record((jnp.full((rows, steps), pad_id, jnp.int32), nothing, nothing), first, 0)
-    start = (jnp.int32(1), columns, first[0], ends(first[0]), jnp.ones(rows, jnp.int32), cache)
-    _, columns, _, ended, length, _ = jax.lax.while_loop(unfinished, decode, start)
-    return columns, length, ended
+    start = (jnp.int32(1), columns, first[0], ends(first[0]), jnp.ones(rows, jnp.int32), cache, routes)
+    _, columns, _, ended, length, _, routes = jax.lax.while_loop(unfinished, decode, start)
+    return columns, length, ended, routes

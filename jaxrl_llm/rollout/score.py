@@ -16,17 +16,41 @@ def predicting_hidden(
     prompt_length: Int[Array, "B"],
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
+    *,
+    router_choices: Int[Array, "B P+T L k"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Hidden state that predicts each completion token: that of the token before it.
 
-    Positions come from lengths alone, so padding ids are never looked at.
+    Positions come from lengths alone, so padding ids are never looked at. A mixture of experts takes recorded choices.
     """
+    rows = prompt_tokens, prompt_length, tokens, length
+    return observed_hidden(model, params, *rows, router_choices=router_choices)[0]
+
+
+def observed_hidden(
+    model: Model,
+    params: PyTree,
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    router_choices: Int[Array, "B P+T L k"] | None = None,
+    names: tuple[str, ...] = (),
+) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+    """`predicting_hidden`, and by name what the model shows of each token of prompt and completion, rows first."""
     prompt_width, width = prompt_tokens.shape[1], tokens.shape[1]
     positions = jnp.concatenate(
         [prompt_positions(prompt_length, prompt_width), completion_positions(prompt_length, length, width)], axis=1
     )
-    hidden, _ = model.apply(params, jnp.concatenate([prompt_tokens, tokens], axis=1), positions, None)
-    return hidden[:, prompt_width - 1 : -1]
+    replayed = {} if router_choices is None else {"router_choices": jnp.moveaxis(router_choices, 2, 0)}
+    arguments = params, jnp.concatenate([prompt_tokens, tokens], axis=1), positions, None
+    if not names:
+        return model.apply(*arguments, **replayed)[0][:, prompt_width - 1 : -1], {}
+    if model.observe is None:
+        raise ValueError(f"the model shows nothing of what happens inside, so there is no {', '.join(names)}")
+    hidden, _, observed = model.observe(*arguments, names=names, **replayed)
+    return hidden[:, prompt_width - 1 : -1], {name: jnp.moveaxis(observed[name], 0, 2) for name in names}
 
 
 def prompt_hidden(

@@ -19,13 +19,18 @@ from jaxrl_llm.experience import Experience, KeyUse, Loss, Method, Source, Train
 from jaxrl_llm.losses import gradient_alignment
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.rollout.score import predicting_hidden
+from jaxrl_llm.rollout.score import observed_hidden
 from jaxrl_llm.training import anchors
 from jaxrl_llm.training.critics import CURRENT, HEADS, Critic, critic_outputs, critics_named, named
 from jaxrl_llm.training.wiring import call, fields_of, names, signature
 
 # Names that a loss may ask for beyond the fields of Experience.
-LEARNER_NAMES = frozenset({"logprobs", "entropy", "over_vocabulary", *CURRENT})
+LEARNER_NAMES = frozenset(
+    {"logprobs", "entropy", "over_vocabulary", "router_probabilities", "router_choices", *CURRENT}
+)
+
+# What the routers of a mixture of experts did, for each token of prompt and completion.
+ROUTER = ("router_choices", "router_probabilities")
 
 POLICY = "policy"
 
@@ -175,8 +180,11 @@ def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: flo
     critics = critics_named(wanted & CURRENT.keys())
     functionals = {t.name: t.function.over_vocabulary for t in losses if "over_vocabulary" in names(t.function)}
 
-    def hidden_of(params: PyTree, rows: Experience) -> Array:
-        return predicting_hidden(model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+    with_router = bool(wanted.intersection(ROUTER))
+
+    def hidden_of(params: PyTree, rows: Experience, routes: Array | None = None, names: tuple[str, ...] = ()):
+        prompt = rows.prompt_tokens, rows.prompt_length
+        return observed_hidden(model, params, *prompt, rows.tokens, rows.length, router_choices=routes, names=names)
 
     def terms(rows: Experience, learner: dict[str, Any], over_vocabulary: Mapping[str, Any]) -> list[Loss]:
         provided = fields_of(rows) | learner
@@ -188,6 +196,9 @@ def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: flo
         outputs = {(name, False): jnp.zeros((*nothing.shape, HEADS[name])) for name in critics}
         placeholders: dict[str, Any] = {"logprobs": nothing} | named(CURRENT, wanted, outputs, rows)
         placeholders |= {"entropy": nothing} if with_entropy else {}
+        if with_router:
+            shape = (rows.tokens.shape[0], rows.prompt_tokens.shape[1] + rows.tokens.shape[1], 1, 1)
+            placeholders |= {"router_probabilities": jnp.zeros(shape), "router_choices": jnp.zeros(shape, jnp.int32)}
         counts = [loss.denominator for loss in terms(rows, placeholders, dict.fromkeys(functionals, nothing))]
         return [jnp.float32(1.0) if d is None else jnp.where(d == 0, 1.0, d) for d in counts]
 
@@ -195,8 +206,9 @@ def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: flo
         params = trained[POLICY]
         reference = None
         if functionals:
-            reference = (reference_params, jax.lax.stop_gradient(hidden_of(reference_params, rows)))
-        hidden = hidden_of(params, rows)
+            reference = (reference_params, jax.lax.stop_gradient(hidden_of(reference_params, rows)[0]))
+        # The experts that sampled a token are those that learn from it.
+        hidden, observed = hidden_of(params, rows, rows.router_choices, ROUTER if with_router else ())
         statistics = token_statistics(
             model,
             params,
@@ -209,6 +221,7 @@ def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: flo
         )
         outputs = {(name, False): critic_outputs(model, trained[name], rows, hidden) for name in critics}
         learner: dict[str, Any] = {"logprobs": statistics.logprobs} | named(CURRENT, wanted, outputs, rows)
+        learner |= observed
         if with_entropy:
             learner["entropy"] = statistics.entropy
         parts = terms(rows, learner, dict(zip(functionals, statistics.over_vocabulary, strict=True)))

@@ -27,9 +27,11 @@ FROM_DATA = frozenset({"demonstration_tokens", "demonstration_length"})
 ON_DEMAND = FROM_POLICY | FROM_REFERENCE | FROM_DATA | BEFORE.keys() | {"baseline_rewards"}
 
 
-def hidden_states(model: Model, params: PyTree, rows: Experience) -> Float[Array, "B T D"]:
-    """Hidden state that predicts each completion token."""
-    return predicting_hidden(model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+def hidden_states(model: Model, params: PyTree, rows: Experience, *, replayed: bool = False) -> Float[Array, "B T D"]:
+    """Hidden state that predicts each completion token, through the experts that were recorded where `replayed`."""
+    routes = rows.router_choices if replayed else None
+    prompt = rows.prompt_tokens, rows.prompt_length
+    return predicting_hidden(model, params, *prompt, rows.tokens, rows.length, router_choices=routes)
 
 
 def policy_view(
@@ -61,7 +63,7 @@ def policy_view(
         logprobs, mask = prompt_logprobs(model, params, rows, temperature=temperature)
         values |= {name: v for name, v in (("prompt_logprobs", logprobs), ("prompt_mask", mask)) if name in wanted}
     if wanted - values.keys():
-        hidden = hidden_states(model, params, rows)
+        hidden = hidden_states(model, params, rows, replayed=True)
         if "hidden" in wanted:
             values["hidden"] = hidden
         if wanted & {"old_logprobs", "old_entropy"} - values.keys():

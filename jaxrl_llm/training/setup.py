@@ -104,6 +104,7 @@ def parts(config: Config) -> Parts:
         demonstration_in_group=config.rollout.demonstration_in_group,
         prefixes=tuple(tuple(tokenizer.encode(text)) for text in config.rollout.prefixes),
         extra=_extra(config),
+        replay_router=config.rollout.replay_router,
     )
     mesh = make_mesh(config.mesh.devices)
     rewards, credit, losses = reward_terms(config.rewards), credit_terms(config.credit), loss_terms(config.losses)

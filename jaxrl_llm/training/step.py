@@ -27,7 +27,7 @@ from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
 from jaxrl_llm.training.critics import HEADS, Critic, critics_named, initial_critic, moved_target
-from jaxrl_llm.training.learn import LossTerm, Update, alignment, checked_split, make_learn
+from jaxrl_llm.training.learn import ROUTER, LossTerm, Update, alignment, checked_split, make_learn
 from jaxrl_llm.training.metrics import experience_metrics
 from jaxrl_llm.training.rows import (
     Extra,
@@ -67,6 +67,7 @@ class Rollout:
       prefixes: token ids that completions start with, one tuple for each equal block of a prompt's samples; they are
         hints, not trained on.
       extra: groups sampled on top at another temperature.
+      replay_router: a mixture of experts learns through the experts that sampled each token.
     """
 
     samples_per_prompt: int
@@ -77,6 +78,7 @@ class Rollout:
     demonstration_in_group: bool = False
     prefixes: tuple[tuple[int, ...], ...] = ()
     extra: Extra | None = None
+    replay_router: bool = False
 
     def __post_init__(self):
         if self.prefixes and self.samples_per_prompt % len(self.prefixes):
@@ -210,6 +212,7 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
         max_completion_tokens=r.max_completion_tokens,
         eos_ids=r.eos_ids,
         pad_id=r.pad_id,
+        record_router=r.replay_router,
         constrain=constrain,
     )
     rows = sample(
@@ -462,6 +465,13 @@ def make_train_step(
                 f"rollout.{name} is {getattr(rollout, name)}, but the model's symbols are 0 to "
                 f"{model.vocabulary_size - 1}; take the id from the tokenizer that made the prompts"
             )
+    for term in loss_terms:
+        if not model.routed and (asked := sorted(signature(term.function).required.intersection(ROUTER))):
+            raise ValueError(
+                f"loss {term.name!r} names {asked[0]!r}, but the model is no mixture of experts; leave the loss out"
+            )
+    if rollout.replay_router:
+        _check_router(model, rollout, stored=stored, replay=replay)
     joined = (stored.groups if stored else 0) + (replay.groups if replay else 0)
     if prompts_per_step is not None:
         extra = rollout.extra.groups(prompts_per_step) if rollout.extra else 0
@@ -512,6 +522,22 @@ def make_train_step(
         )
     programs = (jax.jit(partial(sample_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
     return TrainStep(init, partial(_run_with_host, programs, reward_terms, decode), programs, c)
+
+
+def _check_router(model: Model, rollout: Rollout, **others: Any) -> None:
+    """Refuse rows whose experts nobody recorded."""
+    if not model.routed:
+        raise ValueError(
+            "rollout.replay_router is true, but the model is no mixture of experts; leave it out, or set model.experts"
+        )
+    given = [name for name, value in others.items() if value] + ["rollout.demonstration_in_group"] * (
+        rollout.demonstration_in_group
+    )
+    if given:
+        raise ValueError(
+            f"rollout.replay_router is true and {given[0]} brings rows that were not sampled in this step, for which "
+            "no experts are recorded; leave one of them out"
+        )
 
 
 def _run_with_host(programs, reward_terms, decode, state, prompts, items=None, stored=None):

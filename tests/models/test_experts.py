@@ -129,3 +129,14 @@ def test_what_a_model_cannot_show_is_refused(make_checkpoint, batch):
 def test_bad_experts_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         ExpertsConfig(**bad)
+
+
+def test_experts_that_have_become_impossible_still_have_finite_weights_and_gradients():
+    a = arrays()
+    choices = jnp.zeros((2, 7, PER_TOKEN), jnp.int32).at[..., 1].set(1)
+    away = a["router"].at[:, 2].set(500.0 * jnp.sign(a["x"][0, 0]))
+    out, gradient = jax.value_and_grad(
+        lambda router: jnp.sum(mixed(a | {"router": router}, ragged=False, choices=choices) ** 2)
+    )(away)
+    assert np.isfinite(float(out))
+    assert np.isfinite(np.asarray(gradient)).all()
