@@ -466,7 +466,7 @@ def make_train_step(
                 f"{model.vocabulary_size - 1}; take the id from the tokenizer that made the prompts"
             )
     for term in loss_terms:
-        if not model.routed and (asked := sorted(signature(term.function).required.intersection(ROUTER))):
+        if not model.routed and (asked := sorted(set(ROUTER).intersection(signature(term.function).required))):
             raise ValueError(
                 f"loss {term.name!r} names {asked[0]!r}, but the model is no mixture of experts; leave the loss out"
             )
