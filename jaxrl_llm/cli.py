@@ -67,12 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--temperature", type=float, help="of the samples (default: the run's)")
     evaluate.add_argument("--seed", type=int, default=0)
 
-    sample = command("sample", _sample, "Completions of given prompts from a run or a checkpoint.")
-    sample.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    sample = command("sample", _sample, "Completions of given prompts from a run, a checkpoint or a model directory.")
+    sample.add_argument("path", metavar="MODEL", help="a run, a checkpoint, or a Hugging Face model directory")
     sample.add_argument("--prompt", action="append", required=True, help="text of a prompt; may be repeated")
     sample.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt")
     sample.add_argument("--greedy", action="store_true", help="the most likely token at each position")
     sample.add_argument("--temperature", type=float, default=1.0)
+    sample.add_argument("--max-tokens", type=int, help="longest completion (default: the run's, or 256)")
+    sample.add_argument("--chat", action="store_true", help="of a model directory: through its chat template")
     sample.add_argument("--seed", type=int, default=0)
 
     score = command("score", _score, "Log-probabilities of given texts or token ids, as JSON.", json_output=False)
@@ -152,7 +154,7 @@ def _positive(options: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; it must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -208,24 +210,25 @@ def _sample(options: argparse.Namespace) -> None:
 
     from jaxrl_llm.data import encode_prompts
     from jaxrl_llm.rollout import generate
-    from jaxrl_llm.training.restored import restored_run
+    from jaxrl_llm.training.restored import restored_policy
 
-    _positive(options, "samples")
-    built, policy = restored_run(options.path)
-    rollout = built.config.rollout
+    _positive(options, "samples", "max_tokens")
+    policy = restored_policy(options.path, chat=options.chat)
+    tokenizer = policy.tokenizer
     items = [{"body": text, "answer": "", "item_id": number} for number, text in enumerate(options.prompt)]
-    prompts = encode_prompts(items, built.tokenizer, max_prompt_tokens=rollout.max_prompt_tokens, max_answer_tokens=1)
+    longest = policy.max_prompt_tokens or max(len(tokenizer.prompt_ids(item)) for item in items)
+    prompts = encode_prompts(items, tokenizer, max_prompt_tokens=longest, max_answer_tokens=1)
     program = jax.jit(
         lambda params, prompts, key: generate(
-            built.model,
+            policy.model,
             params,
             prompts,
             key,
             0,
             samples_per_prompt=options.samples,
-            max_completion_tokens=rollout.max_completion_tokens,
-            eos_ids=built.tokenizer.eos_ids,
-            pad_id=built.tokenizer.pad_id,
+            max_completion_tokens=options.max_tokens or policy.max_completion_tokens,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
             temperature=0.0 if options.greedy else options.temperature,
         )
     )
@@ -236,7 +239,7 @@ def _sample(options: argparse.Namespace) -> None:
         results.append(
             {
                 "prompt": options.prompt[made.group[row]],
-                "completion": built.tokenizer.decode(tokens),
+                "completion": tokenizer.decode(tokens),
                 "tokens": tokens,
                 "logprobs": np.round(made.behaviour_logprobs[row][: made.length[row]], 6).tolist(),
                 "truncated": bool(made.truncated[row]),

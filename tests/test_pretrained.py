@@ -189,6 +189,14 @@ def test_an_imported_checkpoint_is_the_checkpoint(files):
     assert "error" in call("import", files.checkpoint, out, status=2)
 
 
+def test_sample_reads_a_model_directory_plain_and_as_a_chat(files):
+    arguments = ["sample", files.checkpoint, "--prompt", "clips", "--max-tokens", "5", "-n", "2", "--json"]
+    plain, chat = json.loads(call(*arguments)), json.loads(call(*arguments, "--chat"))
+    assert len(plain) == len(chat) == 2
+    assert all(1 <= len(made["tokens"]) <= 5 for made in plain)
+    assert plain != chat
+
+
 def test_the_config_of_the_run_says_what_was_run(run, files):
     written = yaml.safe_load((run / "config.yaml").read_text())
     assert written["model"]["path"] == str(files.checkpoint)

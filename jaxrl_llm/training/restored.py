@@ -26,12 +26,16 @@ class Policy:
       params: their parameters.
       tokenizer: text <-> tokens.
       source: where it was read from.
+      max_prompt_tokens: width of its run's prompts; None for a model directory.
+      max_completion_tokens: longest completion, unless another is asked for.
     """
 
     model: Model
     params: PyTree
     tokenizer: Tokenizer
     source: Path
+    max_prompt_tokens: int | None = None
+    max_completion_tokens: int = 256
 
 
 def restored_run(path: str | Path) -> tuple[Parts, Policy]:
@@ -52,24 +56,31 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
         jax.eval_shape(built.model.init, jax.random.key(0)),
     )
     params = checkpoints.restore_params(folder, step, placed)
-    return built, Policy(built.model, params, built.tokenizer, folder / str(step))
+    widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
+    return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths)
 
 
-def restored_policy(path: str | Path, *, dtype: str | None = None) -> Policy:
+def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = False) -> Policy:
     """The policy of a run, a checkpoint, or a model directory (or owner/name of a repository).
 
     Args:
       path: where it lies.
       dtype: to compute in, for a model directory; None takes the stored one.
+      chat: prompts of a model directory go through its chat template.
 
     Raises:
-      ValueError: when there is no model.
+      ValueError: when there is no model, or an option that a run decides by itself.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        if dtype is not None or chat:
+            raise ValueError(
+                f"{path} is a run, whose config says its dtypes and prompts; leave out "
+                f"{'--chat' if chat else '--dtype'}, or export it and name the directory"
+            )
         return restored_run(path)[1]
     directory = hub.model_directory(path)
     execution = {} if dtype is None else {"parameter_dtype": dtype, "compute_dtype": dtype}
     model, params = weights.load_model(directory, **execution)
     tokenizer = data.load_tokenizer(directory)
     data.require_embedding(tokenizer, model.vocabulary_size)
-    return Policy(model, params, tokenizer, directory)
+    return Policy(model, params, data.with_chat(tokenizer) if chat else tokenizer, directory)

@@ -19,6 +19,7 @@ from jaxrl_llm.config import Config, as_tree, numeric_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import Grader, make_evaluate
 from jaxrl_llm.experience import KeyUse
+from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.reporting import RunDirectory, results_table, units_table
 from jaxrl_llm.reporting.machine import package_versions
 from jaxrl_llm.training import checkpoints
@@ -175,6 +176,12 @@ def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
     rows = training.prompts_per_step * rollout.samples_per_prompt
     per_update = rows // training.minibatches_per_epoch
     micro = training.sequences_per_microbatch or per_update
+    attention = []
+    if isinstance(built.model.config, TransformerConfig):
+        widths = rollout.max_prompt_tokens, rollout.max_prompt_tokens + rollout.max_completion_tokens
+        update = attention_path(built.model.config, rows=micro, queries=widths[1])
+        decode = attention_path(built.model.config, rows=rows, queries=1, keys=widths[1])
+        attention = [("attention", f"{update}, {decode}", "update, decoding")]
     return [
         ("prompts_per_step", training.prompts_per_step, "prompts"),
         ("samples_per_prompt", rollout.samples_per_prompt, "completions"),
@@ -185,6 +192,7 @@ def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
         ("microbatches per update", per_update // micro, "microbatches"),
         ("tokens per step, at most", rows * (rollout.max_prompt_tokens + rollout.max_completion_tokens), "tokens"),
         ("reinforcement steps", training.steps, "steps"),
+        *attention,
         ("devices", jax.device_count() if config.mesh.devices is None else config.mesh.devices, jax.default_backend()),
     ]
 
