@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt")
     sample.add_argument("--greedy", action="store_true", help="the most likely token at each position")
     sample.add_argument("--temperature", type=float, default=1.0)
+    sample.add_argument("--top-k", type=int, help="only the k most probable tokens")
+    sample.add_argument("--top-p", type=float, default=1.0, help="only the most probable tokens that sum to this")
+    sample.add_argument("--min-p", type=float, default=0.0, help="only tokens this share as probable as the likeliest")
+    sample.add_argument("--repetition-penalty", type=float, default=1.0, help="of tokens that came before; 1 is none")
+    sample.add_argument("--min-tokens", type=int, default=0, help="no end before so many tokens")
+    sample.add_argument("--stop", action="append", default=[], help="text that ends a completion; may be repeated")
     sample.add_argument("--max-tokens", type=int, help="longest completion (default: the run's, or 256)")
     sample.add_argument("--chat", action="store_true", help="of a model directory: through its chat template")
     sample.add_argument("--seed", type=int, default=0)
@@ -209,7 +215,7 @@ def _sample(options: argparse.Namespace) -> None:
     import numpy as np
 
     from jaxrl_llm.data import encode_prompts
-    from jaxrl_llm.rollout import generate
+    from jaxrl_llm.rollout import Controls, generate, stop_automaton
     from jaxrl_llm.training.restored import restored_policy
 
     _positive(options, "samples", "max_tokens")
@@ -218,6 +224,15 @@ def _sample(options: argparse.Namespace) -> None:
     items = [{"body": text, "answer": "", "item_id": number} for number, text in enumerate(options.prompt)]
     longest = policy.max_prompt_tokens or max(len(tokenizer.prompt_ids(item)) for item in items)
     prompts = encode_prompts(items, tokenizer, max_prompt_tokens=longest, max_answer_tokens=1)
+    pieces = [*tokenizer.token_bytes(), *[None] * (policy.model.vocabulary_size - tokenizer.vocabulary_size)]
+    controls = Controls(
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        min_completion_tokens=options.min_tokens,
+        stop=stop_automaton(options.stop, pieces) if options.stop else None,
+    )
     program = jax.jit(
         lambda params, prompts, key: generate(
             policy.model,
@@ -230,6 +245,7 @@ def _sample(options: argparse.Namespace) -> None:
             eos_ids=tokenizer.eos_ids,
             pad_id=tokenizer.pad_id,
             temperature=0.0 if options.greedy else options.temperature,
+            controls=controls,
         )
     )
     made = jax.device_get(program(policy.params, prompts, jax.random.key(options.seed)))

@@ -195,6 +195,8 @@ def test_sample_reads_a_model_directory_plain_and_as_a_chat(files):
     assert len(plain) == len(chat) == 2
     assert all(1 <= len(made["tokens"]) <= 5 for made in plain)
     assert plain != chat
+    (stopped,) = json.loads(call(*arguments[:4], "--max-tokens", "40", "--top-p", "0.9", "--stop", "a", "--json"))
+    assert "a" not in stopped["completion"][:-2]
 
 
 def test_the_config_of_the_run_says_what_was_run(run, files):

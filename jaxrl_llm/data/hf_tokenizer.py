@@ -18,6 +18,7 @@ from jaxrl_llm.data.chat import FIXED_DATE, ChatTemplate, require_kept_history, 
 from jaxrl_llm.data.extras import imported
 from jaxrl_llm.data.json_files import json_object
 from jaxrl_llm.data.prompts import PLACE, ChatPrompts, PlainPrompts, PromptFormat, require_boundary
+from jaxrl_llm.data.token_bytes import token_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,10 @@ class HuggingFaceTokenizer:
         """
         silent = {*self.eos_ids, self.pad_id}
         return self.backend.decode([int(id) for id in ids if int(id) not in silent], skip_special_tokens=False)
+
+    def token_bytes(self) -> list[bytes | None]:
+        """What each token stands for in a text, by id; None for ends of sequence, padding and ids without a token."""
+        return token_bytes(self.backend, self.vocabulary_size, silent={*self.eos_ids, self.pad_id})
 
     def prompt_ids(self, item: Mapping[str, Any]) -> list[int]:
         """Tokens of a record's prompt."""

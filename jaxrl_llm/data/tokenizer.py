@@ -97,6 +97,10 @@ class CharacterTokenizer:
         del item
         return [*self.encode(text), self.eos_id]
 
+    def token_bytes(self) -> list[bytes | None]:
+        """What each token stands for in a text, by id."""
+        return [text.encode() for text in self.tokens]
+
     def id(self, token_text: str) -> int:
         """Id of one token given by its text.
 

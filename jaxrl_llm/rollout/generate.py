@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.logprobs import entropy_of, scaled_log_softmax
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.rollout.controls import Controls, Watch, adjusted_scores, truncated
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
 
 
@@ -42,6 +44,7 @@ def generate(
     prefixes: tuple[Int[Array, "G F"], Int[Array, "G"]] | None = None,
     first_sample: int = 0,
     record_router: bool = False,
+    controls: Controls | None = None,
     constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
 ) -> Experience:
     """Sample completions and record everything about them that training needs.
@@ -63,6 +66,8 @@ def generate(
       prefixes: (tokens, lengths) that the completion of each sample number starts with, shorter than a completion.
         They have source HINT and mask 0.
       first_sample: number of the first sample of a prompt; it addresses the random keys.
+      controls: what may be sampled; None samples from the policy's own distribution, as training must. With controls
+        the recorded log-probabilities and entropies are those of the distribution that was drawn from.
       record_router: keep the experts that served each token, for a mixture of experts.
       constrain: applied to arrays with one row a sample, to place them on a mesh.
 
@@ -70,7 +75,7 @@ def generate(
       `Experience` with everything a rollout fills. Greedy rows report log-probabilities at temperature 1.
 
     Raises:
-      ValueError: for sizes below 1 or a temperature below 0.
+      ValueError: for sizes below 1, a temperature below 0, or controls that do not fit the vocabulary.
     """
     if samples_per_prompt < 1 or max_completion_tokens < 1:
         raise ValueError(
@@ -79,6 +84,8 @@ def generate(
         )
     if not isinstance(temperature, Tracer) and not np.all(np.asarray(temperature) >= 0):
         raise ValueError(f"rollout.temperature is {temperature}; it must be 0 (greedy) or above")
+    if controls is not None:
+        controls.check(model.vocabulary_size, max_completion_tokens)
     prompt_rows, prompt_width = prompts.tokens.shape
     rows, steps = prompt_rows * samples_per_prompt, max_completion_tokens
 
@@ -110,8 +117,15 @@ def generate(
     greedy = per_row == 0
     scale = jnp.where(greedy, 1.0, per_row)[:, None]
 
-    def draw(hidden, position):
-        log_p = scaled_log_softmax(model.logits(params, hidden), scale)
+    watch = Watch.start(controls, per_prompt.tokens, per_prompt.length, model.vocabulary_size)
+
+    def draw(hidden, position, watch):
+        scores = model.logits(params, hidden)
+        if controls is not None:
+            scores = adjusted_scores(scores, controls, watch.seen, position, tuple(eos_ids))
+        log_p = scaled_log_softmax(scores, scale)
+        if controls is not None:
+            log_p = truncated(log_p, controls)
         token = sampled_tokens(log_p, keys, position, greedy)
         if prefixes is not None:
             held = jnp.take(given, jnp.minimum(position, given.shape[1] - 1), axis=1)
@@ -119,9 +133,10 @@ def generate(
         return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
 
     routes = jax.tree.map(lambda x: jnp.pad(repeat(x), ((0, 0), (0, steps), (0, 0), (0, 0))), routes)
-    first = draw(repeat(hidden[:, -1]), 0)
+    first = draw(repeat(hidden[:, -1]), 0, watch)
+    ends = partial(_ends, eos_ids=eos_ids, controls=controls)
     columns, length, ended, routes = _decoded(
-        run, draw, first, per_prompt.length, cache, routes, steps, eos_ids, pad_id
+        run, draw, ends, first, per_prompt.length, cache, routes, watch, steps, pad_id
     )
     tokens, logprobs, entropy = columns
     inside = jnp.arange(steps) < length[:, None]
@@ -148,15 +163,25 @@ def generate(
     )
 
 
+def _ends(token, position, watch: Watch, *, eos_ids: Sequence[int], controls: Controls | None) -> tuple[Array, Watch]:
+    """Which rows end with this token, and what is known of the rows after it."""
+    ended = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+    if controls is None:
+        return ended, watch
+    watch, stopped = watch.after(token, position, controls)
+    return ended | stopped, watch
+
+
 def _decoded(
     run: Callable[[Array, Array, PyTree], tuple[Array, PyTree, Array | None]],
-    draw: Callable[[Array, Array | int], tuple[Array, Array, Array]],
+    draw: Callable[[Array, Array | int, Watch], tuple[Array, Array, Array]],
+    ends: Callable[[Array, Array | int, Watch], tuple[Array, Watch]],
     first: tuple[Array, Array, Array],
     prompt_length: Int[Array, "B"],
     cache: PyTree,
     routes: Int[Array, "B P+T L k"] | None,
+    watch: Watch,
     steps: int,
-    eos_ids: Sequence[int],
     pad_id: int,
 ) -> tuple[tuple[Array, ...], Int[Array, "B"], Bool[Array, "B"], Array | None]:
     """Decode from each row's first token on until every row has ended: (tokens, log-probabilities, entropies), each
@@ -169,20 +194,17 @@ def _decoded(
             for column, value in zip(columns, values, strict=True)
         )
 
-    def ends(token):
-        return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
-
     def unfinished(carry):
         position, _, _, ended, *_ = carry
         return (position < steps) & ~jnp.all(ended)
 
     def decode(carry):
-        position, columns, token, ended, length, cache, routes = carry
+        position, columns, token, ended, length, cache, routes, watch = carry
         at = jnp.where(ended, -1, prompt_length + position - 1)
         hidden, cache, route = run(token[:, None], at[:, None], cache)
         if route is not None:
             routes = jax.lax.dynamic_update_slice(routes, route, (0, routes.shape[1] - steps + position - 1, 0, 0))
-        token, logprob, entropy = draw(hidden[:, 0], position)
+        token, logprob, entropy = draw(hidden[:, 0], position, watch)
         values = (
             jnp.where(ended, pad_id, token),
             jnp.where(ended, 0.0, logprob),
@@ -190,10 +212,12 @@ def _decoded(
         )
         length = length + ~ended
         columns = record(columns, values, position)
-        return position + 1, columns, values[0], ended | ends(token), length, cache, routes
+        now, watch = ends(token, position, watch)
+        return position + 1, columns, values[0], ended | now, length, cache, routes, watch
 
     nothing = jnp.zeros((rows, steps), jnp.float32)
     columns = record((jnp.full((rows, steps), pad_id, jnp.int32), nothing, nothing), first, 0)
-    start = (jnp.int32(1), columns, first[0], ends(first[0]), jnp.ones(rows, jnp.int32), cache, routes)
-    _, columns, _, ended, length, _, routes = jax.lax.while_loop(unfinished, decode, start)
+    ended, watch = ends(first[0], 0, watch)
+    start = (jnp.int32(1), columns, first[0], ended, jnp.ones(rows, jnp.int32), cache, routes, watch)
+    _, columns, _, ended, length, _, routes, _ = jax.lax.while_loop(unfinished, decode, start)
     return columns, length, ended, routes

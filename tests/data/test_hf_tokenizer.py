@@ -241,3 +241,13 @@ def test_format_without_a_place(directories):
 def test_a_package_that_is_not_installed_is_named():
     with pytest.raises(ValueError, match=r"'no_such_package' .* pip install 'jaxrl_llm\[hf\]'"):
         imported("no_such_package.part")
+
+
+@pytest.mark.parametrize("kind", ["qwen", "gemma"])
+def test_the_bytes_of_tokens_spell_the_text(directories, kind):
+    tokenizer = load_tokenizer(getattr(directories, kind)())
+    pieces = tokenizer.token_bytes()
+    assert len(pieces) == tokenizer.vocabulary_size
+    text = "She sold 48 clips, é and 漢!"
+    assert b"".join(pieces[id] or b"" for id in tokenizer.encode(text)).decode().strip() == text
+    assert all(pieces[id] is None for id in tokenizer.eos_ids)
