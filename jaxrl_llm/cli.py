@@ -132,6 +132,7 @@ def _restored(path: str):
     import jax
 
     from jaxrl_llm.config import ConfigError
+    from jaxrl_llm.experience import KeyUse
     from jaxrl_llm.training import checkpoints
     from jaxrl_llm.training.setup import parts
 
@@ -147,7 +148,11 @@ def _restored(path: str):
         ),
         abstract,
     )
-    return built, checkpoints.restore_params(folder, step, placed), folder / str(step)
+    trained = built.model.trained
+    if trained is not None:  # what adapters are added to is not in the checkpoint
+        start = jax.random.fold_in(jax.random.key(built.config.seed), KeyUse.INITIALISE)
+        placed = jax.jit(built.model.init)(start)
+    return built, checkpoints.restore_params(folder, step, placed, trained=trained), folder / str(step)
 
 
 def _positive(options: argparse.Namespace, *names: str) -> None:

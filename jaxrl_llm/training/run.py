@@ -118,6 +118,7 @@ def _stages(run: Run, prompts: Batches, newest: int | None) -> dict[str, Any]:
                 run.meta["rehearsal"] = rehearsal.fingerprint
             run.console.print(f"rehearsal: {len(rehearsal)} answers stored, {len(rehearsal.explored)} prompts explored")
         state = step.init(key, params)
+        del params  # the state has a copy of its own
         run.save(run.meta["warm_start_steps"], REINFORCEMENT, state)
     else:
         if config.rehearsal is not None:
@@ -126,7 +127,7 @@ def _stages(run: Run, prompts: Batches, newest: int | None) -> dict[str, Any]:
                 raise checkpoints.CheckpointError(
                     f"{config.directory}/{FILE} is not what the run was started with; restore it, or start a new run"
                 )
-        state = checkpoints.restore(folder, newest, step.init(key))
+        state = checkpoints.restore(folder, newest, step.init(key), trained=run.parts.model.trained)
     if rehearsal is not None:
         source = run.data["train"]
         prompts = prompt_batches(run.parts, [source[int(number)] for number in rehearsal.explored])

@@ -14,6 +14,7 @@ from jaxrl_llm import data
 from jaxrl_llm.config import Config, TrainingConfig
 from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, Task
 from jaxrl_llm.experience import Prompts
+from jaxrl_llm.models.lora import lora
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -59,6 +60,8 @@ def parts(config: Config) -> Parts:
             f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
         )
     model = transformer(config.model)
+    if config.lora is not None:
+        model = lora(model, config.lora, quantise=config.lora.int8)
     optimizer = adamw(config.training)
     training = config.training
     update = Update(
@@ -68,6 +71,8 @@ def parts(config: Config) -> Parts:
         refresh_reference_every=training.refresh_reference_every,
         refresh_reference_at=training.refresh_reference_at,
         reference_decay=training.reference_decay,
+        # Adapters that a warm start has trained are part of where reinforcement begins.
+        snapshot_reference=config.lora is not None and config.warm_start.steps > 0,
         freeze_policy_steps=training.freeze_policy_steps,
         alignment_every_steps=training.alignment_every_steps,
         alignment_learning_rate=training.learning_rate,

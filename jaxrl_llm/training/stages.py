@@ -94,7 +94,7 @@ class Run:
         self.directory.sync()
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
-        checkpoints.save(self.manager, global_step, state, self.meta)
+        checkpoints.save(self.manager, global_step, state, self.meta, trained=self.parts.model.trained)
 
 
 def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) -> Any:
@@ -112,7 +112,8 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
     )
     state = init(key)
     if newest is not None:
-        state = checkpoints.restore(run.config.directory / "checkpoints", newest, state)
+        folder, trained = run.config.directory / "checkpoints", run.parts.model.trained
+        state = checkpoints.restore(folder, newest, state, trained=trained)
     if not warm.steps:
         return state.params
     batches = demonstration_batches(run.parts, run.data["train"], warm.sequences_per_step)
