@@ -15,6 +15,7 @@ import pydantic
 import yaml
 
 from jaxrl_llm.models.attention import AttentionChoice
+from jaxrl_llm.models.lora import LoraConfig
 from jaxrl_llm.models.transformer_config import LayerLoop, Precision, TransformerConfig
 
 
@@ -284,6 +285,17 @@ class CriticConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig(LoraConfig):
+    """Low-rank adapters (LoRA) are all that learns of the policy; rank, alpha, targets and rank_stabilised as there.
+
+    Attributes:
+      int8: the matrices under the adapters are stored in int8.
+    """
+
+    int8: bool = False
+
+
+@dataclass(frozen=True)
 class ReplayConfig:
     """Learning again from rows of earlier steps.
 
@@ -424,6 +436,7 @@ class Config:
     warm_start: WarmStartConfig = WarmStartConfig()
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig = TrainingConfig()
+    lora: AdapterConfig | None = None
     critic: CriticConfig = CriticConfig()
     replay: ReplayConfig | None = None
     rehearsal: RehearsalConfig | None = None

@@ -147,12 +147,13 @@ class CriticState:
 
 @struct.dataclass
 class TrainState:
-    """Everything that a step changes, and so everything that a checkpoint holds.
+    """Everything that a step changes, and so everything that a checkpoint holds (of params what learns).
 
     Attributes:
       params: the policy.
-      optimizer_state: state of the policy's optimiser.
-      reference_params: frozen snapshot for divergences; None when no method asks for one.
+      optimizer_state: state of the policy's optimiser, for the part of params that learns.
+      reference_params: frozen snapshot of that part, for divergences; None when no method asks for one, or where the
+        reference is the policy without its adapters.
       memory: what stateful methods remember, by method name (see `Method`).
       key: the run's random key; never split or replaced, only folded with (step, prompt, sample, position).
       step: updates of the batch made so far; also the position in the data.

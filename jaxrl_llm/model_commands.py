@@ -57,11 +57,14 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None) -> dict[s
     from jaxrl_llm.training.restored import restored_run
 
     built, policy = restored_run(path)
-    files = save_model(out, policy.params, policy.model.config, source=built.directory, dtype=dtype)
+    trained = policy.model.trained
+    params = policy.params if trained is None else trained.merged(policy.params)
+    files = save_model(out, params, policy.model.config, source=built.directory, dtype=dtype)
     return {
         "checkpoint": str(policy.source),
         "written to": out,
         "files": [file.name for file in files],
+        "adapters": "none" if trained is None else "merged",
         "tokenizer": "copied" if built.directory else "none: the built-in tokenizer has no file of this kind",
     }
 

@@ -129,6 +129,7 @@ def test_explain_gives_shapes_sizes_and_work(explained, finished_run):
     assert explained["shapes"]["reward_components"] == "float32[16, 2]"
     assert "token_weight" not in explained["shapes"]
     sizes = explained["sizes"]
+    assert sizes["trainable_parameters"] == sizes["parameters"]
     assert (sizes["sequences_per_step"], sizes["updates_per_step"]) == (16, 2)
     assert sizes["completion_tokens_per_step_at_most"] == 96
     # Parameters, two moments and the reference, in float32, and little else.

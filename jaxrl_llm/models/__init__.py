@@ -12,8 +12,17 @@ from jaxrl_llm.models.logprobs import (
     scaled_log_softmax,
     token_statistics,
 )
-from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.lora import (
+    LoraConfig,
+    LowRank,
+    add_adapters,
+    lora,
+    merged,
+    without_adapters,
+)
+from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, abstract, initialise, logical_axes, parameter_count
+from jaxrl_llm.models.quantised import Quantised, dequantised, quantised
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.models.transformer import attention_path, forward, observed_forward, transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
@@ -22,17 +31,23 @@ from jaxrl_llm.models.weights import load_config, load_model, load_params
 __all__ = [
     "FAMILIES",
     "ExpertsConfig",
+    "LoraConfig",
+    "LowRank",
     "Model",
     "ParameterSpec",
+    "Quantised",
     "RopeScaling",
     "TokenStatistics",
+    "Trained",
     "TransformerConfig",
     "abstract",
+    "add_adapters",
     "attend",
     "attention_in_use",
     "attention_path",
     "config_from_json",
     "config_to_json",
+    "dequantised",
     "entropy_of",
     "forward",
     "initialise",
@@ -41,12 +56,16 @@ __all__ = [
     "load_model",
     "load_params",
     "logical_axes",
+    "lora",
+    "merged",
     "observed_forward",
     "parameter_count",
     "positions_per_chunk",
+    "quantised",
     "save_imported",
     "save_model",
     "scaled_log_softmax",
     "token_statistics",
     "transformer",
+    "without_adapters",
 ]

@@ -20,6 +20,8 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.models.checkpoint_files import INDEX, SINGLE, read_json
 from jaxrl_llm.models.families import architecture_of, config_to_json
+from jaxrl_llm.models.lora import LowRank
+from jaxrl_llm.models.quantised import Quantised
 from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves
 from jaxrl_llm.models.transformer_config import Precision, TransformerConfig
 
@@ -81,6 +83,8 @@ def save_model(
             described[key] = stored_as
     layout = checkpoint_layout(config, architecture_of(described))
     given = leaves(params)
+    if special := sorted(path for path, leaf in given.items() if isinstance(leaf, LowRank | Quantised)):
+        raise ValueError(f"the parameters at {', '.join(special)} have adapters or are in int8; give merged(params)")
     shapes = {path: tuple(leaf.shape) for path, leaf in given.items()}
     if shapes != dict(layout.shapes):
         wrong = sorted(path for path in {*shapes, *layout.shapes} if shapes.get(path) != layout.shapes.get(path))

@@ -8,6 +8,22 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, PyTree
 
 
+class Trained(NamedTuple):
+    """Which part of a model's parameters learns, for a model of which not all does.
+
+    Attributes:
+      split: params -> (what learns, what is frozen); no array is copied.
+      join: (what learns, what is frozen) -> params.
+      reference: params -> those of the policy before anything was learned, which share the frozen arrays.
+      merged: params -> plain parameters that compute the same, for export.
+    """
+
+    split: Callable[[PyTree], tuple[PyTree, PyTree]]
+    join: Callable[[PyTree, PyTree], PyTree]
+    reference: Callable[[PyTree], PyTree]
+    merged: Callable[[PyTree], PyTree]
+
+
 class Model(NamedTuple):
     """A language model as pure functions over a parameter pytree.
 
@@ -27,6 +43,7 @@ class Model(NamedTuple):
         the experts that were chosen and their probabilities. A mixture of experts takes recorded choices back through
         `router_choices=`, here and in `apply`. None for a model that shows nothing.
       routed: whether it is such a mixture.
+      trained: which part of the parameters learns; None where all of them do.
     """
 
     init: Callable[[Array], PyTree]
@@ -39,3 +56,4 @@ class Model(NamedTuple):
     config: Any
     observe: Callable[..., tuple[Array, PyTree, dict[str, Array]]] | None = None
     routed: bool = False
+    trained: Trained | None = None

@@ -5,7 +5,6 @@ One forward serves every family; what they differ in is in `TransformerConfig`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from jaxrl_llm.models.cache import Cache, expand_cache, init_cache, remembered
 from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import initialise
+from jaxrl_llm.models.projection import project
 from jaxrl_llm.models.rotary import rotary_angles, rotate
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.transformer_specs import transformer_specs
@@ -48,17 +48,6 @@ class _Shared(NamedTuple):
     kind: AttentionKind
 
 
-def project(x: Float[Array, "*B *I"], weights: Float[Array, "*I *O"], *, inputs: int = 1) -> Float[Array, "*B *O"]:
-    """Contract the last `inputs` axes of x with the first ones of `weights`.
-
-    Written as one product of two matrices: the backward pass of the equivalent einsum takes several times as long on
-    a CPU, where only plain matrices reach the fast kernels.
-    """
-    rows = math.prod(x.shape[-inputs:])
-    product = x.reshape(-1, rows) @ weights.reshape(rows, -1)
-    return product.reshape(*x.shape[:-inputs], *weights.shape[inputs:])
-
-
 def rms_norm(
     x: Float[Array, "*B D"], gain: Float[Array, "D"], epsilon: float, offset: float = 0.0
 ) -> Float[Array, "*B D"]:
@@ -72,7 +61,7 @@ def _attention(params, shared: _Shared, x, windowed, cached):
     """What attention adds to the residual stream, and the filled cache of this block."""
     config, dtype = shared.config, x.dtype
     norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    projected = project(norm(x, params["attention_norm"]), params["qkv"].astype(dtype))
+    projected = project(norm(x, params["attention_norm"]), params["qkv"])
     if config.qkv_bias:
         projected = projected + params["qkv_bias"].astype(dtype)
     queries, keys, values = projected[..., :-2, :], projected[..., -2:-1, :], projected[..., -1, :]
@@ -101,7 +90,7 @@ def _attention(params, shared: _Shared, x, windowed, cached):
         cap=config.attention_cap,
         kind=shared.kind,
     )
-    added = project(attended, params["attention_out"].astype(dtype), inputs=3)
+    added = project(attended, params["attention_out"], inputs=3)
     if config.attention_out_bias:
         added = added + params["attention_out_bias"].astype(dtype)
     return norm(added, params["attention_post_norm"]) if config.post_norms else added, filled
@@ -109,15 +98,15 @@ def _attention(params, shared: _Shared, x, windowed, cached):
 
 def _mlp(params, config: TransformerConfig, x, choices):
     """What the MLP or the mixture of experts adds to the residual stream, and what the router did."""
-    dtype = x.dtype
     norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
     activation = jax.nn.silu if config.activation == "silu" else partial(jax.nn.gelu, approximate=True)
     normed, observed = norm(x, params["mlp_norm"]), {}
     if config.experts is None:
-        gate_up = project(normed, params["gate_up"].astype(dtype))
+        gate_up = project(normed, params["gate_up"])
         activated = activation(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        added = project(activated, params["down"].astype(dtype))
+        added = project(activated, params["down"])
     else:
+        dtype = x.dtype
         routing = route(normed, params["router"].astype(dtype), config.experts, choices)
         gate_up, down = params["gate_up"].astype(dtype), params["down"].astype(dtype)
         added = expert_mlp(normed, routing, gate_up, down, activation=activation, ragged=config.experts.ragged)

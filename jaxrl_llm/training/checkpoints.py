@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+
+from jaxrl_llm.models.model import Trained
 
 
 class CheckpointError(ValueError):
@@ -32,12 +35,23 @@ def checkpoint_manager(directory: Path, *, keep: int) -> ocp.CheckpointManager:
     )
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: PyTree, meta: Mapping[str, Any]) -> None:
+def save(
+    manager: ocp.CheckpointManager, step: int, state: Any, meta: Mapping[str, Any], *, trained: Trained | None = None
+) -> None:
     """Write state and meta as one step; a kill at any moment leaves the previous step whole.
+
+    Args:
+      manager: of the checkpoints directory.
+      step: number of the step.
+      state: what is written.
+      meta: plain data beside it.
+      trained: of the model; where it is given, of `state.params` only what learns is written.
 
     Raises:
       CheckpointError: when that step exists already (orbax would skip it in silence).
     """
+    if trained is not None:
+        state = replace(state, params=trained.split(state.params)[0])
     # Written in the background, while the caller goes on to change it.
     meta = copy.deepcopy(dict(meta))
     if not manager.save(
@@ -83,36 +97,53 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
         return dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
 
 
-def restore(directory: Path, step: int, like: PyTree) -> PyTree:
+def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = None) -> Any:
     """State of one step, placed as `like` is.
 
     Args:
       directory: the checkpoints directory.
       step: one of its steps.
       like: a state (or a tree of `jax.ShapeDtypeStruct`) of the same structure.
+      trained: of the model; where it is given, what is frozen of `like.params` becomes that of the result, and so has
+        to be the arrays themselves.
 
     Raises:
       CheckpointError: when structure, shapes or dtypes differ; orbax alone would cast dtypes in silence.
     """
+    frozen = None
+    if trained is not None:
+        part, frozen = trained.split(like.params)
+        like = replace(like, params=part)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     _compare(_stored(directory, step), abstract, f"{directory}/{step}")
     with ocp.CheckpointManager(Path(directory).resolve()) as manager:
-        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    return state if trained is None else replace(state, params=trained.join(state.params, frozen))
 
 
-def restore_params(directory: Path, step: int, like: PyTree) -> PyTree:
+def restore_params(directory: Path, step: int, like: PyTree, *, trained: Trained | None = None) -> PyTree:
     """The policy alone from a full checkpoint: what evaluation needs, whatever the optimiser was.
+
+    Args:
+      directory: the checkpoints directory.
+      step: one of its steps.
+      like: parameters of the same structure, or their shapes.
+      trained: of the model; as for `restore`.
 
     Raises:
       CheckpointError: when the parameters' structure, shapes or dtypes differ from `like`.
     """
+    frozen = None
+    if trained is not None:
+        like, frozen = trained.split(like)
     abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
     _compare({"params": _stored(directory, step)["params"]}, abstract, f"{directory}/{step}")
     arguments = ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(_state_path(directory, step), args=arguments)["params"]
+        params = reader.restore(_state_path(directory, step), args=arguments)["params"]
+    return params if trained is None else trained.join(params, frozen)
 
 
 def _state_path(directory: Path, step: int) -> Path:

@@ -19,6 +19,7 @@ from jaxrl_llm.experience import CriticState, Experience
 from jaxrl_llm.models.heads import at_first, head_outputs, init_head
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.score import predicting_hidden
+from jaxrl_llm.training.trainable import trainable_part, whole
 
 Backbone = Literal["own", "shared"]
 
@@ -86,16 +87,16 @@ def critics_named(names: Collection[str]) -> tuple[str, ...]:
 
 
 def initial_critic(model: Model, critic: Critic, key: Array, policy: PyTree, name: str) -> CriticState:
-    """A fresh critic: the policy's parameters with a new head, or the head alone."""
+    """A fresh critic: what learns of the policy's parameters with a new head, or the head alone."""
     params = {"head": init_head(model, key, outputs=HEADS[name])}
     if critic.backbone == "own":
-        params["backbone"] = jax.tree.map(jnp.copy, policy)
+        params["backbone"] = jax.tree.map(jnp.copy, trainable_part(model, policy))
     target = None if critic.target_rate is None else jax.tree.map(jnp.copy, params)
     return CriticState(params, critic.optimizer.init(params), target)
 
 
 def critic_outputs(
-    model: Model, params: PyTree, rows: Experience, policy_hidden: Float[Array, "B T D"]
+    model: Model, params: PyTree, rows: Experience, policy_hidden: Float[Array, "B T D"], frozen: PyTree = None
 ) -> Float[Array, "B T N"]:
     """Outputs of a critic at every completion token.
 
@@ -104,11 +105,17 @@ def critic_outputs(
       params: of the critic.
       rows: what to judge.
       policy_hidden: hidden states of the policy, for a critic that shares its backbone.
+      frozen: of the policy's parameters, which a critic with a backbone of its own reads too.
     """
     hidden = policy_hidden
     if "backbone" in params:
         hidden = predicting_hidden(
-            model, params["backbone"], rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length
+            model,
+            whole(model, params["backbone"], frozen),
+            rows.prompt_tokens,
+            rows.prompt_length,
+            rows.tokens,
+            rows.length,
         )
     return head_outputs(params["head"], hidden)
 

@@ -16,6 +16,7 @@ from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
 from jaxrl_llm.training.setup import Parts
 from jaxrl_llm.training.step import Composition, TrainStep
 from jaxrl_llm.training.stored import written_rows
+from jaxrl_llm.training.trainable import trainable_part
 from jaxrl_llm.training.wiring import fields_of, signature
 
 
@@ -137,6 +138,7 @@ def explanation(parts: Parts) -> dict[str, Any]:
         "shapes": _shapes(trace(parts)),
         "sizes": {
             "parameters": parameter_count(parts.model.specs),
+            "trainable_parameters": parameter_count(trainable_part(parts.model, parts.model.specs)),
             "prompts_per_step": config.training.prompts_per_step,
             "sequences_per_step": rows,
             "completion_tokens_per_step_at_most": rows * config.rollout.max_completion_tokens,

@@ -22,6 +22,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.score import observed_hidden
 from jaxrl_llm.training import anchors
 from jaxrl_llm.training.critics import CURRENT, HEADS, Critic, critic_outputs, critics_named, named
+from jaxrl_llm.training.trainable import frozen_part, reference_policy, trainable_part, whole
 from jaxrl_llm.training.wiring import call, fields_of, names, signature
 
 # Names that a loss may ask for beyond the fields of Experience.
@@ -78,6 +79,8 @@ class Update:
       refresh_reference_at: steps after which the policy is copied into the reference, beside those.
       reference_decay: the reference follows the policy as an exponential moving average that keeps this share at each
         step; None leaves it where it is.
+      snapshot_reference: for a policy with adapters: the reference is the policy as training finds it, kept as a copy
+        of its adapters. Otherwise it is the base without them, unless it is refreshed.
       freeze_policy_steps: first steps in which only critics learn.
       alignment_every_steps: steps between two measurements of `alignment`; 0 never measures it.
       alignment_learning_rate: the step size that it is measured for.
@@ -89,9 +92,15 @@ class Update:
     refresh_reference_every: int = 0
     refresh_reference_at: tuple[int, ...] = ()
     reference_decay: float | None = None
+    snapshot_reference: bool = False
     freeze_policy_steps: int = 0
     alignment_every_steps: int = 0
     alignment_learning_rate: float = 1e-4
+
+    @property
+    def refreshes_reference(self) -> bool:
+        """Whether the policy is copied into the reference at some step."""
+        return bool(self.refresh_reference_every or self.refresh_reference_at)
 
 
 def checked_split(update: Update, prompts: int, samples: int, losses: Sequence[LossTerm], joined: int = 0) -> int:
@@ -160,8 +169,8 @@ class Objective(NamedTuple):
     Attributes:
       critics: names of the critics that the losses ask for.
       denominators: rows -> one count a loss; they do not depend on parameters.
-      value: (trained, reference_params, rows, counts, coefficients) -> (scalar, what to log); `trained` holds the
-        parameters of the policy and of the critics by name.
+      value: (trained, frozen, reference_params, rows, counts, coefficients) -> (scalar, what to log); `trained` holds
+        what learns of the policy and of the critics by name, `frozen` the rest of the policy's parameters.
     """
 
     critics: tuple[str, ...]
@@ -202,8 +211,8 @@ def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: flo
         counts = [loss.denominator for loss in terms(rows, placeholders, dict.fromkeys(functionals, nothing))]
         return [jnp.float32(1.0) if d is None else jnp.where(d == 0, 1.0, d) for d in counts]
 
-    def value(trained, reference_params, rows: Experience, counts, coefficients):
-        params = trained[POLICY]
+    def value(trained, frozen, reference_params, rows: Experience, counts, coefficients):
+        params = whole(model, trained[POLICY], frozen)
         reference = None
         if functionals:
             reference = (reference_params, jax.lax.stop_gradient(hidden_of(reference_params, rows)[0]))
@@ -219,7 +228,7 @@ def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: flo
             over_vocabulary=tuple(functionals.values()),
             reference=reference,
         )
-        outputs = {(name, False): critic_outputs(model, trained[name], rows, hidden) for name in critics}
+        outputs = {(name, False): critic_outputs(model, trained[name], rows, hidden, frozen) for name in critics}
         learner: dict[str, Any] = {"logprobs": statistics.logprobs} | named(CURRENT, wanted, outputs, rows)
         learner |= observed
         if with_entropy:
@@ -263,25 +272,26 @@ def make_learn(
     critics = objective.critics
     optimizers = {POLICY: optimizer} | (dict.fromkeys(critics, critic.optimizer) if critic else {})
 
-    def gradient(trained, reference_params, rows: Experience, coefficients):
+    def gradient(trained, frozen, reference_params, rows: Experience, coefficients):
         counts = objective.denominators(rows)
         size = update.sequences_per_microbatch or rows.tokens.shape[0]
         pieces = rows.tokens.shape[0] // size
         differentiate = jax.grad(objective.value, has_aux=True)
         if pieces == 1:
-            return differentiate(trained, reference_params, rows, counts, coefficients)
+            return differentiate(trained, frozen, reference_params, rows, counts, coefficients)
         split = jax.tree.map(lambda x: x.reshape(pieces, size, *x.shape[1:]), rows)
 
         def accumulate(carry, piece):
-            grads, (sums, (peaks, drift)) = differentiate(trained, reference_params, piece, counts, coefficients)
+            grads, (sums, (peaks, drift)) = differentiate(
+                trained, frozen, reference_params, piece, counts, coefficients
+            )
             old_grads, (old_sums, (old_peaks, old_drift)) = carry
             add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
             peaks = jax.tree.map(jnp.maximum, old_peaks, peaks)
             return (add(old_grads, grads), (add(old_sums, sums), (peaks, add(old_drift, drift)))), None
 
-        first = jax.eval_shape(
-            differentiate, trained, reference_params, jax.tree.map(lambda x: x[0], split), counts, coefficients
-        )
+        one = jax.tree.map(lambda x: x[0], split)
+        first = jax.eval_shape(differentiate, trained, frozen, reference_params, one, counts, coefficients)
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
         return jax.lax.scan(accumulate, zero, split)[0]
 
@@ -289,12 +299,13 @@ def make_learn(
         groups = experience.tokens.shape[0] // samples_per_prompt
         key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.MINIBATCHES), state.step)
         order = minibatch_rows(key, update, [groups - joined, joined], samples_per_prompt)
-        frozen = state.step < update.freeze_policy_steps if update.freeze_policy_steps else None
+        waits = state.step < update.freeze_policy_steps if update.freeze_policy_steps else None
+        kept, reference = frozen_part(model, state.params), reference_policy(model, state)
 
         def one_update(carry, rows):
             trained, optimizer_states = carry
             batch = experience if order.shape[0] == 1 else jax.tree.map(lambda x: x[rows], experience)
-            grads, (sums, (peaks, drift)) = gradient(trained, state.reference_params, batch, coefficients)
+            grads, (sums, (peaks, drift)) = gradient(trained, kept, reference, batch, coefficients)
             after, states_after = {}, {}
             for name, one in optimizers.items():
                 deltas, states_after[name] = one.update(grads[name], optimizer_states[name], trained[name])
@@ -303,13 +314,13 @@ def make_learn(
                 label = "" if name == POLICY else f"/{name}"
                 sums |= {f"gradient_norm{label}": (_norm(grads[name]), 0.0)}
                 sums |= {f"parameter_norm{label}": (_norm(after[name]), 0.0)}
-            if frozen is not None:
-                after[POLICY] = _chosen(frozen, trained[POLICY], after[POLICY])
-                states_after[POLICY] = _chosen(frozen, optimizer_states[POLICY], states_after[POLICY])
+            if waits is not None:
+                after[POLICY] = _chosen(waits, trained[POLICY], after[POLICY])
+                states_after[POLICY] = _chosen(waits, optimizer_states[POLICY], states_after[POLICY])
             return (after, states_after), (sums, peaks, drift)
 
         carry = (
-            {POLICY: state.params} | {name: state.critics[name].params for name in critics},
+            {POLICY: trainable_part(model, state.params)} | {name: state.critics[name].params for name in critics},
             {POLICY: state.optimizer_state} | {name: state.critics[name].optimizer_state for name in critics},
         )
         if order.shape[0] == 1:
@@ -324,30 +335,30 @@ def make_learn(
         }
         state = replace(
             state,
-            params=trained[POLICY],
+            params=whole(model, trained[POLICY], kept),
             optimizer_state=optimizer_states[POLICY],
             critics=state.critics | learned,
             step=state.step + 1,
         )
-        return refreshed(state, update), _learn_metrics(*logged)
+        return refreshed(model, state, update), _learn_metrics(*logged)
 
     return learn
 
 
-def refreshed(state: TrainState, update: Update) -> TrainState:
+def refreshed(model: Model, state: TrainState, update: Update) -> TrainState:
     """The reference after a step: copied from the policy where that is due, or moved towards it."""
     if state.reference_params is None:
         return state
     reference = state.reference_params
     if update.reference_decay is not None:
-        reference = anchors.ema(state.params, reference, decay=update.reference_decay)
+        reference = anchors.ema(trainable_part(model, state.params), reference, decay=update.reference_decay)
     due = jnp.bool_(False)
     if update.refresh_reference_every:
         due |= state.step % update.refresh_reference_every == 0
     if update.refresh_reference_at:
         due |= jnp.isin(state.step, jnp.asarray(update.refresh_reference_at))
-    if update.refresh_reference_every or update.refresh_reference_at:
-        reference = _chosen(due, state.params, reference)
+    if update.refreshes_reference:
+        reference = _chosen(due, trainable_part(model, state.params), reference)
     return replace(state, reference_params=reference)
 
 
@@ -373,11 +384,12 @@ def alignment(
         critics = {name: state.critics[name].params for name in objective.critics}
         factors = [jnp.float32(1.0 if t.coefficient_changes else t.coefficient) for t in terms]
 
-        def value(params: PyTree) -> Array:
-            trained = {POLICY: params} | critics
-            return objective.value(trained, state.reference_params, rows, objective.denominators(rows), factors)[0]
+        def value(part: PyTree) -> Array:
+            trained, kept = {POLICY: part} | critics, frozen_part(model, state.params)
+            reference = reference_policy(model, state)
+            return objective.value(trained, kept, reference, rows, objective.denominators(rows), factors)[0]
 
-        return jax.grad(value)(state.params)
+        return jax.grad(value)(trainable_part(model, state.params))
 
     held_out = replace(experience, weight=experience.extras["validation"])
     return gradient_alignment(

@@ -18,6 +18,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.score import predicting_hidden, prompt_hidden
 from jaxrl_llm.training.credit import VOCABULARY, CreditTerm
 from jaxrl_llm.training.critics import BEFORE, critic_outputs, named
+from jaxrl_llm.training.trainable import frozen_part
 from jaxrl_llm.training.wiring import call, filled
 
 FROM_POLICY = frozenset({"old_logprobs", "old_entropy", "hidden", "prompt_logprobs", "prompt_mask"})
@@ -107,11 +108,11 @@ def critic_view(
         return rows
     shared = any("backbone" not in critics[name].params for name, _ in asked)
     hidden = hidden_states(model, policy, rows) if shared else jnp.zeros((0,))
-    outputs = {}
+    kept, outputs = frozen_part(model, policy), {}
     for name, target in asked:
         slow = critics[name].target_params
         params = slow if target and slow is not None else critics[name].params
-        outputs[name, target] = critic_outputs(model, params, rows, hidden)
+        outputs[name, target] = critic_outputs(model, params, rows, hidden, kept)
     return filled(rows, **named(BEFORE, wanted, outputs, rows))
 
 

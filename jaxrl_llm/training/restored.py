@@ -50,12 +50,15 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
     if not stored.is_file():
         raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
     built = parts(load_config(stored, vocabulary_size=CharacterTokenizer().vocabulary_size))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device),
-        jax.eval_shape(built.model.init, jax.random.key(0)),
-    )
-    params = checkpoints.restore_params(folder, step, placed)
+    if built.model.trained is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device),
+            jax.eval_shape(built.model.init, jax.random.key(0)),
+        )
+    else:  # what adapters are added to is not in the checkpoint
+        like = built.initial_params(jax.random.key(built.config.seed))
+    params = checkpoints.restore_params(folder, step, like, trained=built.model.trained)
     widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
     return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths)
 

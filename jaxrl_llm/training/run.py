@@ -121,6 +121,7 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
                 run.meta["rehearsal"] = rehearsal.fingerprint
             run.console.print(f"rehearsal: {len(rehearsal)} answers stored, {len(rehearsal.explored)} prompts explored")
         state = step.init(key, params)
+        del params  # the state has a copy of its own
         run.save(run.meta["warm_start_steps"], REINFORCEMENT, state)
     else:
         if config.rehearsal is not None:
@@ -129,7 +130,9 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
                 raise checkpoints.CheckpointError(
                     f"{config.directory}/{FILE} is not what the run was started with; restore it, or start a new run"
                 )
-        state = checkpoints.restore(folder, newest, step.init(key))
+        trained = run.parts.model.trained  # what adapters are added to is not in the checkpoint
+        like = step.init(key) if trained is None else step.init(key, run.parts.initial_params(key))
+        state = checkpoints.restore(folder, newest, like, trained=trained)
     if rehearsal is not None:
         source = run.data["train"]
         prompts = prompt_batches(run.parts, [source[int(number)] for number in rehearsal.explored])

@@ -11,16 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data
 from jaxrl_llm.config import Config, PretrainedConfig, TrainingConfig
 from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, JsonlDataSet, Task, Tokenizer
 from jaxrl_llm.evaluation import Grader, file_grader, task_grader
-from jaxrl_llm.experience import Method, Prompts
+from jaxrl_llm.experience import KeyUse, Method, Prompts
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
+from jaxrl_llm.models.lora import add_adapters, lora
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel.mesh import make_mesh
@@ -58,11 +60,13 @@ class Parts:
         """Whether reference completions of generated problems show their work."""
         return self.task is None or self.task.scratchpad
 
-    def initial_params(self) -> PyTree | None:
-        """The checkpoint's parameters; None where they are drawn at random."""
+    def initial_params(self, key: Array) -> PyTree:
+        """The parameters that a run with this key starts from: the checkpoint's, or drawn; adapters always are."""
+        key = jax.random.fold_in(key, KeyUse.INITIALISE)
         if self.directory is None:
-            return None
-        return weights.load_params(self.directory, self.model.config)
+            return jax.jit(self.model.init)(key)
+        params, adapters = weights.load_params(self.directory, self.model.config), self.config.lora
+        return params if adapters is None else add_adapters(params, adapters, key, quantise=adapters.int8)
 
     def fingerprint(self) -> dict[str, str]:
         """What a resumed run must find unchanged beside its data: hashes of tokenizer and checkpoint files."""
@@ -82,6 +86,8 @@ def parts(config: Config) -> Parts:
     """
     task = None if config.task is None else data.tasks.task(config.task.name, **config.task.options)
     directory, tokenizer, model = _policy(config)
+    if config.lora is not None:
+        model = lora(model, config.lora, quantise=config.lora.int8)
     optimizer = adamw(config.training)
     training = config.training
     update = Update(
@@ -91,6 +97,8 @@ def parts(config: Config) -> Parts:
         refresh_reference_every=training.refresh_reference_every,
         refresh_reference_at=training.refresh_reference_at,
         reference_decay=training.reference_decay,
+        # Adapters that a warm start has trained are part of where reinforcement begins.
+        snapshot_reference=config.lora is not None and config.warm_start.steps > 0,
         freeze_policy_steps=training.freeze_policy_steps,
         alignment_every_steps=training.alignment_every_steps,
         alignment_learning_rate=training.learning_rate,

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from jaxrl_llm.config import Config
 from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
-from jaxrl_llm.experience import Experience, KeyUse, TrainState
+from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.training import checkpoints
@@ -94,14 +94,14 @@ class Run:
         self.directory.sync()
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
-        checkpoints.save(self.manager, global_step, state, self.meta)
+        checkpoints.save(self.manager, global_step, state, self.meta, trained=self.parts.model.trained)
 
 
 def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) -> Any:
     """Supervised steps on reference solutions, stopped early once sampled accuracy is where groups are mixed."""
-    warm, given = run.config.warm_start, run.parts.initial_params()
+    warm, given = run.config.warm_start, run.parts.initial_params(key)
     if not warm.steps:
-        return run.parts.model.init(jax.random.fold_in(key, KeyUse.INITIALISE)) if given is None else given
+        return given
     rate = optax.join_schedules(
         [
             optax.linear_schedule(0.0, warm.learning_rate, warm.warmup_steps),
@@ -114,7 +114,8 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
     )
     state = init(key, given)
     if newest is not None:
-        state = checkpoints.restore(run.config.directory / "checkpoints", newest, state)
+        folder, trained = run.config.directory / "checkpoints", run.parts.model.trained
+        state = checkpoints.restore(folder, newest, state, trained=trained)
     batches = demonstration_batches(run.parts, run.data["train"], warm.sequences_per_step)
     with Progress(warm.steps, WARM_START, run.console) as progress, run.timed(WARM_START):
         for index in range(int(state.step), warm.steps):

@@ -48,6 +48,7 @@ from jaxrl_llm.training.stored import (
     remembered,
     replayed,
 )
+from jaxrl_llm.training.trainable import reference_policy, trainable_part
 from jaxrl_llm.training.wiring import call, fields_of, filled, names, signature
 
 EXTRA_TEMPERATURE = "temperature:extra"
@@ -156,6 +157,12 @@ class Composition:
         return "reference_logprobs" in self.wanted or any("over_vocabulary" in names(t.function) for t in self.losses)
 
     @property
+    def copies_reference(self) -> bool:
+        """Whether the state holds a copy for the reference. A policy with adapters can have its base as one."""
+        needed = self.model.trained is None or self.update.snapshot_reference or self.update.refreshes_reference
+        return self.with_reference and needed
+
+    @property
     def stateful(self) -> dict[str, Method]:
         """Methods that remember something, by the name of their memory."""
         methods = {t.memory_name: t.function for t in self.credit if isinstance(t.function, Method)}
@@ -176,8 +183,8 @@ def initial_state(c: Composition, key: Array, params: PyTree | None = None) -> T
             critics[name] = initial_critic(c.model, c.critic, jax.random.fold_in(at_start, number), params, name)
     state = TrainState(
         params=params,
-        optimizer_state=c.optimizer.init(cast(Any, params)),
-        reference_params=copied(params) if c.with_reference else None,
+        optimizer_state=c.optimizer.init(trainable_part(c.model, params)),
+        reference_params=copied(trainable_part(c.model, params)) if c.copies_reference else None,
         # A method may use one zero array twice, and donation wants every buffer once.
         memory=copied(memory),
         key=jnp.copy(key),
@@ -275,7 +282,7 @@ def _viewed(c: Composition, state: TrainState, rows: Experience, *, own_samples:
     temperature = c.rollout.temperature
     rows = provide.policy_view(c.model, state.params, rows, c.wanted, temperature=temperature, own_samples=own_samples)
     if "reference_logprobs" in c.wanted:
-        known = provide.reference_logprobs(c.model, state.reference_params, rows, temperature=temperature)
+        known = provide.reference_logprobs(c.model, reference_policy(c.model, state), rows, temperature=temperature)
         rows = replace(rows, reference_logprobs=known)
     return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
 
@@ -494,6 +501,11 @@ def make_train_step(
         raise ValueError(
             f"training.alignment_every_steps is {update.alignment_every_steps}, but alignment compares a loss on "
             "written completions with the others; add section supervised and losses: stored_likelihood"
+        )
+    if model.trained is not None and update.reference_decay is not None:
+        raise ValueError(
+            f"training.reference_decay is {update.reference_decay}, but the policy has adapters, whose moving average "
+            "is not that of the matrices they stand for; leave it out, or use training.refresh_reference_every"
         )
     if rollout.extra and "baseline_rewards" in wanted:
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxrl_llm.losses import Aggregation, negative_log_likelihood
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
 from jaxrl_llm.training.learn import LossTerm, Update, make_learn
+from jaxrl_llm.training.trainable import trainable_part
 
 
 def demonstrations(batch: SupervisedBatch) -> Experience:
@@ -72,7 +72,7 @@ def make_supervised_step(
     def init(key: Array, params: PyTree | None = None) -> TrainState:
         if params is None:
             params = model.init(jax.random.fold_in(key, KeyUse.INITIALISE))
-        state = TrainState(params, optimizer.init(cast(Any, params)), None, {}, jnp.copy(key), jnp.int32(0))
+        state = TrainState(params, optimizer.init(trainable_part(model, params)), None, {}, jnp.copy(key), jnp.int32(0))
         return state if mesh is None else replicate(state, mesh)
 
     def step(state: TrainState, rows: Experience) -> tuple[TrainState, dict[str, Array]]:

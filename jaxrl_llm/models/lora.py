@@ -1,0 +1,227 @@
+"""Low-rank adapters (LoRA) as a transformation of the parameter tree.
+
+A matrix W of every block is replaced by a node that holds W, which is frozen, and two narrow matrices that learn:
+
+    W + scale * down @ up,    down: [inputs, rank],    up: [rank, outputs], zero at the start
+
+Our blocks hold fused matrices (query, key and value in one, gate and up in one), and a fused matrix gets one adapter:
+its parts share `down`, so that rank r here is at least as expressive as rank r / 3 (or r / 2) on each part.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, PyTree
+
+from jaxrl_llm.models.model import Model, Trained
+from jaxrl_llm.models.parameters import ParameterSpec, initialise
+from jaxrl_llm.models.quantised import Quantised, dequantised, quantised, quantised_spec
+
+# The matrices of a block that can have an adapter, and how many input axes each has.
+TARGETS = {"qkv": 1, "attention_out": 3, "gate_up": 1, "down": 1}
+# A mixture of experts has one of these for every expert, and they go through products of their own.
+OF_EXPERTS = ("gate_up", "down")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which matrices get an adapter, and of what size.
+
+    Attributes:
+      rank: columns of `down` and rows of `up`.
+      alpha: the adapter's part is scaled by alpha / rank.
+      targets: matrices of each block: qkv (one adapter for the fused query, key and value projections), attention_out,
+        gate_up (one for both), down.
+      rank_stabilised: scaled by alpha / sqrt(rank) instead (rsLoRA), with which learning does not slow down as the
+        rank grows.
+
+    Reference: LoRA (2106.09685), rsLoRA (2312.03732).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = tuple(TARGETS)
+    rank_stabilised: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha is {self.alpha}; it scales the adapters and must be above 0")
+        if not self.targets:
+            raise ValueError(f"lora.targets is empty; name at least one of {', '.join(TARGETS)}")
+        for target in self.targets:
+            if target not in TARGETS:
+                near = difflib.get_close_matches(target, TARGETS, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(TARGETS)}"
+                raise ValueError(f"lora.targets names {target!r}, which is no matrix of a block; {hint}")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets names one matrix twice: {', '.join(self.targets)}; name each once")
+
+    @property
+    def scale(self) -> float:
+        """Factor on down @ up."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+@struct.dataclass
+class LowRank:
+    """A matrix with its adapter, in the place of the matrix. A stack of layers is indexed and scanned over like one.
+
+    Attributes:
+      base: [L, *I, *O], frozen; an array or in int8.
+      down: [L, *I, rank].
+      up: [L, rank, *O].
+      scale: factor on their product.
+    """
+
+    base: Any
+    down: Any
+    up: Any
+    scale: float = struct.field(pytree_node=False)
+
+
+def adapter_specs(blocks: Mapping[str, Any], config: LoraConfig) -> dict[str, dict[str, ParameterSpec]]:
+    """The adapters that a config asks for, {target: {"down", "up"}}, before they exist.
+
+    `down` is normal with variance 1 / inputs and `up` is zero, so that the model starts as it was. Both are float32.
+
+    Args:
+      blocks: stacked blocks, as specs or as arrays.
+      config: rank and targets are read.
+
+    Raises:
+      ValueError: for a target that these blocks do not have, or that belongs to experts.
+    """
+    specs = {}
+    for target in config.targets:
+        if "router" in blocks and target in OF_EXPERTS:
+            raise ValueError(
+                f"lora.targets names {target!r}, but the blocks of this model are mixtures of experts, whose own "
+                "matrices take no adapters; use lora.targets [qkv, attention_out]"
+            )
+        leaf = blocks.get(target)
+        if leaf is None or isinstance(leaf, LowRank):
+            state = "the blocks do not have" if leaf is None else "has an adapter already (see merged)"
+            raise ValueError(f"lora.targets names {target!r}, which {state}; they have {', '.join(sorted(blocks))}")
+        layers, *sizes = leaf.shape
+        axes = getattr(leaf, "axes", (None,) * len(leaf.shape))
+        count = TARGETS[target]
+        scale = math.prod(sizes[:count]) ** -0.5
+        specs[target] = {
+            "down": ParameterSpec((layers, *sizes[:count], config.rank), (*axes[: count + 1], None), scale),
+            "up": ParameterSpec(
+                (layers, config.rank, *sizes[count:]), (axes[0], None, *axes[count + 1 :]), 0.0, fill=0.0
+            ),
+        }
+    return specs
+
+
+def add_adapters(params: PyTree, config: LoraConfig, key: Array, *, quantise: bool = False) -> PyTree:
+    """Parameters with adapters in their blocks; the model computes what it did before.
+
+    Args:
+      params: stacked blocks, as `transformer_specs` describes.
+      config: rank, alpha and targets.
+      key: each `down` is drawn with a key addressed by its path.
+      quantise: store the matrices under the adapters in int8, which changes what the model computes a little.
+
+    Raises:
+      ValueError: for a target that these parameters do not have.
+    """
+    drawn = initialise({"blocks": adapter_specs(params["blocks"], config)}, key)["blocks"]
+    return _with_adapters(params, drawn, config.scale, quantised if quantise else None)
+
+
+def _with_adapters(tree: PyTree, adapters: Mapping[str, Any], scale: float, stored: Callable | None) -> PyTree:
+    """`tree` holds arrays or specs, and `adapters` too."""
+
+    def node(name: str, leaf: Any) -> Any:
+        if name not in adapters:
+            return leaf
+        base = leaf if stored is None else stored(leaf, inputs=TARGETS[name])
+        return LowRank(base, **adapters[name], scale=scale)
+
+    return tree | {"blocks": {name: node(name, leaf) for name, leaf in tree["blocks"].items()}}
+
+
+def split(params: PyTree) -> tuple[dict[str, Any], PyTree]:
+    """(adapters alone, all the rest): what learns, as a tree of {"down", "up"} where the matrices were, and what does
+    not, with nodes whose adapter is None. No array is copied."""
+    if isinstance(params, LowRank):
+        return {"down": params.down, "up": params.up}, replace(params, down=None, up=None)
+    if not isinstance(params, Mapping):
+        return {}, params
+    parts = {name: split(value) for name, value in params.items()}
+    return {name: part for name, (part, _) in parts.items() if part}, {name: rest for name, (_, rest) in parts.items()}
+
+
+def join(trained: Mapping[str, Any], frozen: PyTree) -> PyTree:
+    """The inverse of `split`."""
+    if isinstance(frozen, LowRank):
+        return replace(frozen, down=trained["down"], up=trained["up"])
+    if not isinstance(frozen, Mapping):
+        return frozen
+    return {name: join(trained[name], value) if name in trained else value for name, value in frozen.items()}
+
+
+def without_adapters(params: PyTree) -> PyTree:
+    """The model below the adapters: the same arrays in the places that they had. It is the reference policy."""
+    return _mapped(lambda node: node.base if isinstance(node, LowRank) else node, params)
+
+
+def merged(params: PyTree) -> PyTree:
+    """Plain parameters that compute the same: base + scale * down @ up, in the dtype of the base, out of int8."""
+    return _mapped(_merged, params)
+
+
+def _merged(node: LowRank | Quantised) -> Float[Array, "L ..."]:
+    if isinstance(node, Quantised):
+        return dequantised(node)
+    base = dequantised(node.base) if isinstance(node.base, Quantised) else node.base
+    layers, rank = node.up.shape[:2]
+    down, up = node.down.reshape(layers, -1, rank), node.up.reshape(layers, rank, -1)
+    change = jnp.matmul(down, up, precision="highest", preferred_element_type=jnp.float32).reshape(base.shape)
+    return (base.astype(jnp.float32) + node.scale * change).astype(base.dtype)
+
+
+def _mapped(function: Callable, params: PyTree) -> PyTree:
+    """Apply to nodes that are more than an array."""
+    special = lambda leaf: isinstance(leaf, LowRank | Quantised)  # noqa: E731
+    return jax.tree.map(lambda leaf: function(leaf) if special(leaf) else leaf, params, is_leaf=special)
+
+
+def lora(model: Model, config: LoraConfig, *, quantise: bool = False) -> Model:
+    """The same model with adapters, which are all that training changes.
+
+    Args:
+      model: a transformer.
+      config: rank, alpha and targets.
+      quantise: store the matrices under the adapters in int8 (as QLoRA, 2305.14314, does in four bits).
+
+    Raises:
+      ValueError: for a model whose parameters have no such blocks.
+
+    >>> from jaxrl_llm.models import TransformerConfig, parameter_count, transformer
+    >>> base = transformer(TransformerConfig(vocabulary_size=11, width=16, layers=1, heads=2, kv_heads=1))
+    >>> adapted = lora(base, LoraConfig(rank=2, alpha=4, targets=("down",)))
+    >>> trained, frozen = split(adapted.init(jax.random.key(0)))
+    >>> jax.tree.map(jnp.shape, trained)
+    {'blocks': {'down': {'down': (1, 48, 2), 'up': (1, 2, 16)}}}
+    """
+    if not isinstance(model.specs, Mapping) or not isinstance(model.specs.get("blocks"), Mapping):
+        raise ValueError("lora is set, but the parameters of this model have no stacked blocks; adapt a transformer")
+    adapters = adapter_specs(model.specs["blocks"], config)
+    return model._replace(
+        init=lambda key: add_adapters(model.init(key), config, key, quantise=quantise),
+        specs=_with_adapters(model.specs, adapters, config.scale, quantised_spec if quantise else None),
+        trained=Trained(split, join, reference=without_adapters, merged=merged),
+    )
