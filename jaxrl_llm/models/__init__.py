@@ -4,6 +4,17 @@ from jaxrl_llm.models.attention import attend, attention_in_use
 from jaxrl_llm.models.experts import ExpertsConfig, load_balancing_loss
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.families import FAMILIES, config_from_json, config_to_json
+from jaxrl_llm.models.heads import (
+    HeadConfig,
+    at_last,
+    from_policy,
+    head_outputs,
+    head_specs,
+    init_head,
+    positions_of,
+    sequence_reward,
+    token_outputs,
+)
 from jaxrl_llm.models.logprobs import (
     TokenStatistics,
     entropy_of,
@@ -21,12 +32,14 @@ from jaxrl_llm.models.weights import load_config, load_model, load_params
 __all__ = [
     "FAMILIES",
     "ExpertsConfig",
+    "HeadConfig",
     "Model",
     "ParameterSpec",
     "RopeScaling",
     "TokenStatistics",
     "TransformerConfig",
     "abstract",
+    "at_last",
     "attend",
     "attention_in_use",
     "attention_path",
@@ -34,6 +47,10 @@ __all__ = [
     "config_to_json",
     "entropy_of",
     "forward",
+    "from_policy",
+    "head_outputs",
+    "head_specs",
+    "init_head",
     "initialise",
     "load_balancing_loss",
     "load_config",
@@ -42,9 +59,12 @@ __all__ = [
     "logical_axes",
     "observed_forward",
     "parameter_count",
+    "positions_of",
     "positions_per_chunk",
     "save_model",
     "scaled_log_softmax",
+    "sequence_reward",
+    "token_outputs",
     "token_statistics",
     "transformer",
 ]
