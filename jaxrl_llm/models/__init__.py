@@ -4,6 +4,7 @@ from jaxrl_llm.models.attention import attend, attention_in_use
 from jaxrl_llm.models.experts import ExpertsConfig, load_balancing_loss
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.families import FAMILIES, config_from_json, config_to_json
+from jaxrl_llm.models.functions import from_functions
 from jaxrl_llm.models.heads import (
     HeadConfig,
     at_last,
@@ -15,6 +16,8 @@ from jaxrl_llm.models.heads import (
     sequence_reward,
     token_outputs,
 )
+from jaxrl_llm.models.laws import check_model
+from jaxrl_llm.models.linen import from_linen
 from jaxrl_llm.models.logprobs import (
     TokenStatistics,
     entropy_of,
@@ -43,10 +46,13 @@ __all__ = [
     "attend",
     "attention_in_use",
     "attention_path",
+    "check_model",
     "config_from_json",
     "config_to_json",
     "entropy_of",
     "forward",
+    "from_functions",
+    "from_linen",
     "from_policy",
     "head_outputs",
     "head_specs",
