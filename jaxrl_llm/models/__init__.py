@@ -4,7 +4,21 @@ from jaxrl_llm.models.attention import attend, attention_in_use
 from jaxrl_llm.models.experts import ExpertsConfig, load_balancing_loss
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.families import FAMILIES, config_from_json, config_to_json
+from jaxrl_llm.models.functions import from_functions
+from jaxrl_llm.models.heads import (
+    HeadConfig,
+    at_last,
+    from_policy,
+    head_outputs,
+    head_specs,
+    init_head,
+    positions_of,
+    sequence_reward,
+    token_outputs,
+)
 from jaxrl_llm.models.imported import save_imported
+from jaxrl_llm.models.laws import check_model
+from jaxrl_llm.models.linen import from_linen
 from jaxrl_llm.models.logprobs import (
     TokenStatistics,
     entropy_of,
@@ -31,6 +45,7 @@ from jaxrl_llm.models.weights import load_config, load_model, load_params
 __all__ = [
     "FAMILIES",
     "ExpertsConfig",
+    "HeadConfig",
     "LoraConfig",
     "LowRank",
     "Model",
@@ -42,14 +57,22 @@ __all__ = [
     "TransformerConfig",
     "abstract",
     "add_adapters",
+    "at_last",
     "attend",
     "attention_in_use",
     "attention_path",
+    "check_model",
     "config_from_json",
     "config_to_json",
     "dequantised",
     "entropy_of",
     "forward",
+    "from_functions",
+    "from_linen",
+    "from_policy",
+    "head_outputs",
+    "head_specs",
+    "init_head",
     "initialise",
     "load_balancing_loss",
     "load_config",
@@ -60,11 +83,14 @@ __all__ = [
     "merged",
     "observed_forward",
     "parameter_count",
+    "positions_of",
     "positions_per_chunk",
     "quantised",
     "save_imported",
     "save_model",
     "scaled_log_softmax",
+    "sequence_reward",
+    "token_outputs",
     "token_statistics",
     "transformer",
     "without_adapters",

@@ -6,6 +6,7 @@ Initialisation, sharding, parameter counts, checkpoints and ahead-of-time planni
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ class ParameterSpec:
     Attributes:
       shape: its dimensions.
       axes: a logical axis name for each dimension, None where it is never sharded.
-      scale: standard deviation of the normal initialiser; 0 gives the constant `fill`.
+      scale: standard deviation of the normal initialiser; 0 gives the constant `fill`; NaN where only the model's own
+        `init` knows.
       dtype: storage dtype.
       fill: value of a parameter that is not drawn: one for norm gains, zero for biases.
     """
@@ -38,9 +40,18 @@ def _is_spec(leaf) -> bool:
 
 
 def initialise(specs: PyTree, key: Array) -> PyTree:
-    """Draw parameters; each leaf's key is addressed by its path, so adding a leaf does not change the others."""
+    """Draw parameters; each leaf's key is addressed by its path, so adding a leaf does not change the others.
+
+    Raises:
+      ValueError: for a parameter without an initialiser.
+    """
 
     def draw(path, spec: ParameterSpec):
+        if math.isnan(spec.scale):
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} has no initialiser in its description; draw the parameters with the "
+                "model's own init"
+            )
         if spec.scale == 0:
             return jnp.full(spec.shape, spec.fill, spec.dtype)
         leaf_key = key
@@ -49,6 +60,33 @@ def initialise(specs: PyTree, key: Array) -> PyTree:
         return (spec.scale * jax.random.truncated_normal(leaf_key, -3.0, 3.0, spec.shape)).astype(spec.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=_is_spec)
+
+
+def specs_of(init: Callable[[Array], PyTree], axes: PyTree | None = None) -> PyTree:
+    """The description of parameters that only a function knows how to draw: shapes and dtypes without an initialiser.
+
+    Their scale is NaN, from which `initialise` draws nothing.
+
+    Args:
+      init: key -> params; evaluated abstractly.
+      axes: a tuple of logical axis names for each leaf of params; None names none.
+
+    Raises:
+      ValueError: for axes that do not fit the parameters.
+    """
+    params = jax.eval_shape(init, jax.random.key(0))
+
+    def spec(path, leaf, names: tuple[str | None, ...]) -> ParameterSpec:
+        if len(names) != leaf.ndim:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} has the shape {leaf.shape}, but the axes {names}; name each axis, or "
+                "None where it is never sharded"
+            )
+        return ParameterSpec(leaf.shape, tuple(names), math.nan, leaf.dtype)
+
+    if axes is None:
+        axes = jax.tree.map(lambda leaf: (None,) * leaf.ndim, params)
+    return jax.tree_util.tree_map_with_path(spec, params, axes)
 
 
 def abstract(specs: PyTree) -> PyTree:

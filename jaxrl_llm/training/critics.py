@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,10 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jaxrl_llm.experience import CriticState, Experience
-from jaxrl_llm.models.heads import at_first, head_outputs, init_head
+from jaxrl_llm.models.heads import Backbone, HeadConfig, at_first, from_policy, head_outputs
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.score import predicting_hidden
 from jaxrl_llm.training.trainable import trainable_part, whole
-
-Backbone = Literal["own", "shared"]
 
 
 class Output(NamedTuple):
@@ -88,9 +86,8 @@ def critics_named(names: Collection[str]) -> tuple[str, ...]:
 
 def initial_critic(model: Model, critic: Critic, key: Array, policy: PyTree, name: str) -> CriticState:
     """A fresh critic: what learns of the policy's parameters with a new head, or the head alone."""
-    params = {"head": init_head(model, key, outputs=HEADS[name])}
-    if critic.backbone == "own":
-        params["backbone"] = jax.tree.map(jnp.copy, trainable_part(model, policy))
+    learns = trainable_part(model, policy)
+    params = from_policy(model, learns, key, HeadConfig(outputs=HEADS[name]), backbone=critic.backbone)
     target = None if critic.target_rate is None else jax.tree.map(jnp.copy, params)
     return CriticState(params, critic.optimizer.init(params), target)
 

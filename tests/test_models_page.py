@@ -1,0 +1,83 @@
+"""docs/models.md runs as it stands, names every family, and its example learns a model of one's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxrl_llm.models import FAMILIES, TransformerConfig, save_model, transformer
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "models.md").read_text()
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = """\
+{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A tiny Qwen3 with tokenizer and chat template, in the working directory under the name that the page gives it."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["What is 2+3?"],
+        trainers.BpeTrainer(vocab_size=270, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    config = TransformerConfig(vocabulary_size=tokenizer.get_vocab_size() + 5, width=16, layers=2, heads=2, kv_heads=1)
+    directory = tmp_path / "Qwen3-0.6B"
+    save_model(directory, transformer(config).init(jax.random.key(0)), config)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": SPECIAL[2], "pad_token": SPECIAL[0]}))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.chdir(tmp_path)
+    return directory
+
+
+def test_the_pages_python_runs_as_it_stands(checkpoint, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len(blocks) == 8
+    scope: dict = {}
+    for block in blocks:
+        exec(compile(block, "models.md", "exec"), scope)
+    shown = capsys.readouterr().out
+    assert "2 layers" in shown
+    assert "nan" not in shown
+    assert "(1,) (1, " in shown
+    assert shown.splitlines()[-1] == "plain"
+    # What was saved is what was trained.
+    for leaf, other in zip(jax.tree.leaves(scope["params"]), jax.tree.leaves(scope["same"]), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+    assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= {file.name for file in scope["files"]}
+
+
+def test_the_page_names_every_family():
+    assert set(re.findall(r"`(\w+ForCausalLM)`", PAGE)) == set(FAMILIES)
+    assert all((DOCS / target).is_file() for target in re.findall(r"\]\(([\w/.]+)\)", PAGE))
+
+
+@pytest.mark.slow
+def test_the_example_trains_a_module_of_ones_own(capsys, monkeypatch):
+    spec = importlib.util.spec_from_file_location("own_model", DOCS / "examples" / "own_model.py")
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "own_model", example)  # where dataclasses look for it
+    spec.loader.exec_module(example)
+    before, after = example.main(warm_up_steps=6, steps=2, problems=8)
+    shown = capsys.readouterr().out
+    assert re.findall(r"step (\d+): reward 0\.\d{3}", shown) == ["0", "1"]
+    assert re.search(r"pass@1: [\d.]+% -> [\d.]+%", shown)
+    assert before["problems"] == after["problems"] == 8
+    assert all(np.isfinite(value) for value in after.values())
