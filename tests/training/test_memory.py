@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,10 @@ MODEL = transformer(TransformerConfig(vocabulary_size=VOCABULARY, width=16, laye
 
 def abstract_experience() -> Experience:
     """Shapes and dtypes of a batch, no numbers."""
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct((ROWS, *shape), dtype)  # noqa: E731
+
+    def of(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((ROWS, *shape), dtype)
+
     row, floats = of(jnp.int32), of(jnp.float32, LENGTH)
     return Experience(
         prompt_tokens=of(jnp.int32, 8),
