@@ -18,7 +18,7 @@ import optax
 from flax import linen as nn
 
 from jaxrl_llm import advantages, data, losses, models, rewards
-from jaxrl_llm.evaluation import make_evaluate
+from jaxrl_llm.evaluation import make_evaluate, task_grader
 from jaxrl_llm.training import Rollout, demonstrations, make_supervised_step, make_train_step
 
 MAX_PROMPT, MAX_COMPLETION = 13, 9
@@ -108,7 +108,7 @@ def main(warm_up_steps: int = 200, steps: int = 50, problems: int = 64) -> tuple
     print(f"{models.parameter_count(model.specs):,} parameters; largest error of a law {largest:.1e}")
 
     sizes = dict(max_prompt_tokens=MAX_PROMPT, max_completion_tokens=MAX_COMPLETION)
-    evaluate = make_evaluate(model, task, tokenizer, samples_per_problem=8, k=(1, 8), **sizes)
+    evaluate = make_evaluate(model, task_grader(task), tokenizer, samples_per_problem=8, k=(1, 8), **sizes)
     batches = data.supervised_batches(train, tokenizer, sequences_per_step=64, seed=0, scratchpad=False, **sizes)
     init, supervised_step = make_supervised_step(model, optax.adam(2e-3))
     state = init(jax.random.key(0))
@@ -124,7 +124,7 @@ def main(warm_up_steps: int = 200, steps: int = 50, problems: int = 64) -> tuple
         rollout=Rollout(
             samples_per_prompt=8,
             max_completion_tokens=MAX_COMPLETION,
-            eos_id=tokenizer.eos_id,
+            eos_ids=tokenizer.eos_ids,
             pad_id=tokenizer.pad_id,
         ),
         rewards=[rewards.exact_answer],

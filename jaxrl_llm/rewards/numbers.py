@@ -55,7 +55,7 @@ def number_match(
 ) -> list[float]:
     r"""1 where the completion's final number equals the reference answer as a rational number, else 0.
 
-        r = [ number(completion) = number(answer) ],  1,234.50 = 2469/2 = \frac{2469}{2}
+        r = [ number(completion) = number(answer) ]
 
     Args:
       completions: decoded completions.

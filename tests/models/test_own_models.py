@@ -205,7 +205,7 @@ def test_a_model_of_ones_own_learns(name, prompts):
     step = make_train_step(
         model,
         optax.adam(0.1),
-        rollout=Rollout(samples_per_prompt=16, max_completion_tokens=4, eos_id=1, pad_id=0),
+        rollout=Rollout(samples_per_prompt=16, max_completion_tokens=4, eos_ids=(1,), pad_id=0),
         rewards=[fives],
         credit=[("advantages", advantages.group_normalized)],
         losses=[losses.clipped_surrogate],
@@ -224,7 +224,7 @@ def test_computing_everything_again_samples_what_a_cache_samples(prompts):
     for name in ("attention", "attention, recomputed"):
         model = built(name)
         params = model.init(jax.random.key(0))
-        sizes = dict(samples_per_prompt=3, max_completion_tokens=6, eos_id=1, pad_id=0)
+        sizes = dict(samples_per_prompt=3, max_completion_tokens=6, eos_ids=(1,), pad_id=0)
         drawn.append(generate(model, params, prompts, jax.random.key(1), 0, **sizes))
     np.testing.assert_array_equal(drawn[0].tokens, drawn[1].tokens)
     np.testing.assert_allclose(drawn[0].behaviour_logprobs, drawn[1].behaviour_logprobs, atol=1e-5)

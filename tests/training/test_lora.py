@@ -33,7 +33,7 @@ from jaxrl_llm.training.trainable import reference_policy, trainable_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
-ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_id=2, pad_id=0)
+ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
 LORA = LoraConfig(rank=2, alpha=4.0)
 PARTS = ("down", "up")
 
