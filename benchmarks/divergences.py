@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,14 @@ REHEARSAL = {"attempts": 4, "min_correct": 2}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "no penalty": None,
     "reverse KL": {"divergence": {"generator": "reverse_kl", "gradient": "score_function", "coefficient": 0.04}},
-    "unsolved only": {"rehearsal_divergence": {"coefficient": 0.0}},
     "forward KL": {"rehearsal_divergence": {"generator": "forward_kl", "coefficient": 0.01}},
     "Jensen-Shannon": {
         "rehearsal_divergence": {"generator": "jensen_shannon", "value_limit": None, "coefficient": 0.2}
     },
+    "unsolved only": {"rehearsal_divergence": {"coefficient": 0.0}},
 }
 BEFORE = "before"
-COLOURS = dict(zip((BEFORE, *VARIANTS), ("black", "#c0392b", "#e08e0b", "#888888", "#1f6fb4", "#2a9d5c"), strict=True))
+COLOURS = dict(zip((BEFORE, *VARIANTS), ("black", "#c0392b", "#e08e0b", "#1f6fb4", "#2a9d5c", "#888888"), strict=True))
 TINY = {
     "task": {"levels": [2], "train_items": 48, "validation_items": 4, "test_items": 4},
     "options": {"operators": "+", "largest_number": 9, "largest_target": 18},
@@ -107,8 +108,8 @@ def reinforced(built: Parts, params: PyTree, rehearsal: Rehearsal | None) -> PyT
     return state.params
 
 
-def benchmark(options: argparse.Namespace, directory: Path, console: Console) -> list[dict[str, Any]]:
-    """Accuracies of each seed and variant, and of each seed before reinforcement."""
+def benchmark(options: argparse.Namespace, directory: Path, console: Console) -> Iterator[dict[str, Any]]:
+    """Accuracies of each seed before reinforcement and after each variant, one after the other."""
     # Programs depend on the variant and not on the seed: each is compiled once.
     variants = {name: parts(config_of(options, VARIANTS[name])) for name in options.variants}
     plain = parts(config_of(options))
@@ -125,23 +126,22 @@ def benchmark(options: argparse.Namespace, directory: Path, console: Console) ->
     test = task_data(plain.config, "test")
     items = [test[i] for i in spread(len(test), options.problems)]
 
-    rows = []
     for seed in options.seeds:
         seeded = {name: replace(built, config=replace(built.config, seed=seed)) for name, built in variants.items()}
 
-        def measured(variant: str, params: PyTree, started: float, seed: int = seed) -> None:
+        def measured(variant: str, params: PyTree, started: float, seed: int = seed) -> dict[str, Any]:
             accuracy = evaluate(params, items, jax.random.key(seed))
             row = {"seed": seed, "variant": variant, "seconds": time.monotonic() - started}
-            rows.append(row | {name: value for name, value in accuracy.items() if name.startswith("pass@")})
             low, high = (accuracy[f"pass@{k}"] for k in (options.k[0], options.k[-1]))
             console.print(
                 f"seed {seed}, {variant}: pass@{options.k[0]} {low:.1%}, pass@{options.k[-1]} {high:.1%}"
                 f" ({row['seconds']:.0f} s)"
             )
+            return row | {name: value for name, value in accuracy.items() if name.startswith("pass@")}
 
         started = time.monotonic()
         params = warm_started(plain, seed, directory)
-        measured(BEFORE, params, started)
+        yield measured(BEFORE, params, started)
         rehearsal = None
         if rehearsing is not None:
             train_items = task_data(plain.config, "train")
@@ -149,8 +149,7 @@ def benchmark(options: argparse.Namespace, directory: Path, console: Console) ->
             console.print(f"seed {seed}: {len(rehearsal.explored)} of {len(train_items)} prompts are left to explore")
         for name, built in seeded.items():
             started = time.monotonic()
-            measured(name, reinforced(built, params, rehearsal), started)
-    return rows
+            yield measured(name, reinforced(built, params, rehearsal), started)
 
 
 def variants_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -238,16 +237,17 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options.k = sorted(options.k)
     console = Console()
     started = time.monotonic()
-    if options.read:
-        rows = [row for path in options.read for row in json.loads(path.read_text())["rows"]]
-    else:
+    rows = [row for path in options.read for row in json.loads(path.read_text())["rows"]]
+    if not options.read:
         with tempfile.TemporaryDirectory() as scratch:
-            rows = benchmark(options, options.directory or Path(scratch), console)
+            for row in benchmark(options, options.directory or Path(scratch), console):
+                rows.append(row)
+                if options.json:  # after each row: a run that is stopped leaves what it has measured
+                    written = {"options": vars(options), "rows": rows}
+                    options.json.write_text(json.dumps(written, indent=1, default=str))
     console.print(table_of(rows, options.k))
     if not options.read:
         console.print(f"{time.monotonic() - started:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps({"options": vars(options), "rows": rows}, indent=1, default=str))
     if options.plot:
         plot(rows, options.k, options.plot)
     return rows
