@@ -108,12 +108,13 @@ def reinforced(built: Parts, params: PyTree, rehearsal: Rehearsal | None) -> PyT
     return state.params
 
 
-def benchmark(options: argparse.Namespace, directory: Path, console: Console) -> Iterator[dict[str, Any]]:
-    """Accuracies of each seed before reinforcement and after each variant, one after the other."""
+def benchmark(
+    options: argparse.Namespace, directory: Path, console: Console, measured_before: set[tuple[int, str]]
+) -> Iterator[dict[str, Any]]:
+    """Accuracies of each seed before reinforcement and after each variant, one after the other; known ones left out."""
     # Programs depend on the variant and not on the seed: each is compiled once.
     variants = {name: parts(config_of(options, VARIANTS[name])) for name in options.variants}
     plain = parts(config_of(options))
-    rehearsing = next((built for built in variants.values() if built.config.rehearsal is not None), None)
     evaluate = make_evaluate(
         plain.model,
         plain.task,
@@ -127,7 +128,9 @@ def benchmark(options: argparse.Namespace, directory: Path, console: Console) ->
     items = [test[i] for i in spread(len(test), options.problems)]
 
     for seed in options.seeds:
-        seeded = {name: replace(built, config=replace(built.config, seed=seed)) for name, built in variants.items()}
+        lacking = [name for name in (BEFORE, *variants) if (seed, name) not in measured_before]
+        if not lacking:
+            continue
 
         def measured(variant: str, params: PyTree, started: float, seed: int = seed) -> dict[str, Any]:
             accuracy = evaluate(params, items, jax.random.key(seed))
@@ -141,7 +144,14 @@ def benchmark(options: argparse.Namespace, directory: Path, console: Console) ->
 
         started = time.monotonic()
         params = warm_started(plain, seed, directory)
-        yield measured(BEFORE, params, started)
+        if BEFORE in lacking:
+            yield measured(BEFORE, params, started)
+        seeded = {
+            name: replace(built, config=replace(built.config, seed=seed))
+            for name, built in variants.items()
+            if name in lacking
+        }
+        rehearsing = next((built for built in seeded.values() if built.config.rehearsal is not None), None)
         rehearsal = None
         if rehearsing is not None:
             train_items = task_data(plain.config, "train")
@@ -153,8 +163,8 @@ def benchmark(options: argparse.Namespace, directory: Path, console: Console) ->
 
 
 def variants_of(rows: list[dict[str, Any]]) -> list[str]:
-    """Names in the order of the rows: before, then the variants that were run."""
-    return list(dict.fromkeys(row["variant"] for row in rows))
+    """Before, then the variants that were run."""
+    return [name for name in (BEFORE, *VARIANTS) if any(row["variant"] == name for row in rows)]
 
 
 def over_seeds(rows: list[dict[str, Any]], variant: str, metric: str) -> list[float]:
@@ -221,7 +231,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="reinforcement steps of a variant (default: 40)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--problems", type=int, default=256, help="test problems (default: 256)")
+    parser.add_argument("--problems", type=int, default=128, help="test problems (default: 128)")
     parser.add_argument("--samples", type=int, default=64, help="samples of a problem (default: 64)")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="(default: 1 2 4 8 16 32)")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="(default: all)")
@@ -229,7 +239,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--directory", type=Path, default=None, help="keep warm-started policies here and reuse them")
     parser.add_argument("--json", type=Path, default=None, help="write accuracies of every seed and variant here")
     parser.add_argument("--plot", type=Path, default=None, help="write a figure here (needs matplotlib)")
-    parser.add_argument("--read", type=Path, nargs="+", default=[], help="run nothing: show what --json has written")
+    parser.add_argument("--read", type=Path, nargs="+", default=[], help="what --json wrote: run only what is lacking")
     parser.add_argument("--quick", action="store_true", help="only show that all parts work: a tiny model, one seed")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -237,17 +247,24 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options.k = sorted(options.k)
     console = Console()
     started = time.monotonic()
-    rows = [row for path in options.read for row in json.loads(path.read_text())["rows"]]
-    if not options.read:
-        with tempfile.TemporaryDirectory() as scratch:
-            for row in benchmark(options, options.directory or Path(scratch), console):
-                rows.append(row)
-                if options.json:  # after each row: a run that is stopped leaves what it has measured
-                    written = {"options": vars(options), "rows": rows}
-                    options.json.write_text(json.dumps(written, indent=1, default=str))
+    rows = []
+    for path in options.read:
+        earlier = json.loads(path.read_text())
+        for name in ("steps", "problems", "samples", "k", "scale", "quick"):
+            if earlier["options"][name] != getattr(options, name):
+                parser.error(
+                    f"{path} was measured with {name} {earlier['options'][name]}; give the same, or leave it out"
+                )
+        rows += earlier["rows"]
+    known = {(row["seed"], row["variant"]) for row in rows}
+    with tempfile.TemporaryDirectory() as scratch:
+        for row in benchmark(options, options.directory or Path(scratch), console, known):
+            rows.append(row)
+            if options.json:  # after each row: a run that is stopped leaves what it has measured
+                written = {"options": vars(options), "rows": rows}
+                options.json.write_text(json.dumps(written, indent=1, default=str))
     console.print(table_of(rows, options.k))
-    if not options.read:
-        console.print(f"{time.monotonic() - started:.0f} s")
+    console.print(f"{time.monotonic() - started:.0f} s")
     if options.plot:
         plot(rows, options.k, options.plot)
     return rows
