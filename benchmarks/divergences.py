@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,14 @@ REHEARSAL = {"attempts": 4, "min_correct": 2}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "no penalty": None,
     "reverse KL": {"divergence": {"generator": "reverse_kl", "gradient": "score_function", "coefficient": 0.04}},
-    "unsolved only": {"rehearsal_divergence": {"coefficient": 0.0}},
     "forward KL": {"rehearsal_divergence": {"generator": "forward_kl", "coefficient": 0.01}},
     "Jensen-Shannon": {
         "rehearsal_divergence": {"generator": "jensen_shannon", "value_limit": None, "coefficient": 0.2}
     },
+    "unsolved only": {"rehearsal_divergence": {"coefficient": 0.0}},
 }
 BEFORE = "before"
-COLOURS = dict(zip((BEFORE, *VARIANTS), ("black", "#c0392b", "#e08e0b", "#888888", "#1f6fb4", "#2a9d5c"), strict=True))
+COLOURS = dict(zip((BEFORE, *VARIANTS), ("black", "#c0392b", "#e08e0b", "#1f6fb4", "#2a9d5c", "#888888"), strict=True))
 TINY = {
     "task": {"levels": [2], "train_items": 48, "validation_items": 4, "test_items": 4},
     "options": {"operators": "+", "largest_number": 9, "largest_target": 18},
@@ -107,12 +108,13 @@ def reinforced(built: Parts, params: PyTree, rehearsal: Rehearsal | None) -> PyT
     return state.params
 
 
-def benchmark(options: argparse.Namespace, directory: Path, console: Console) -> list[dict[str, Any]]:
-    """Accuracies of each seed and variant, and of each seed before reinforcement."""
+def benchmark(
+    options: argparse.Namespace, directory: Path, console: Console, measured_before: set[tuple[int, str]]
+) -> Iterator[dict[str, Any]]:
+    """Accuracies of each seed before reinforcement and after each variant, one after the other; known ones left out."""
     # Programs depend on the variant and not on the seed: each is compiled once.
     variants = {name: parts(config_of(options, VARIANTS[name])) for name in options.variants}
     plain = parts(config_of(options))
-    rehearsing = next((built for built in variants.values() if built.config.rehearsal is not None), None)
     evaluate = make_evaluate(
         plain.model,
         plain.task,
@@ -125,23 +127,31 @@ def benchmark(options: argparse.Namespace, directory: Path, console: Console) ->
     test = task_data(plain.config, "test")
     items = [test[i] for i in spread(len(test), options.problems)]
 
-    rows = []
     for seed in options.seeds:
-        seeded = {name: replace(built, config=replace(built.config, seed=seed)) for name, built in variants.items()}
+        lacking = [name for name in (BEFORE, *variants) if (seed, name) not in measured_before]
+        if not lacking:
+            continue
 
-        def measured(variant: str, params: PyTree, started: float, seed: int = seed) -> None:
+        def measured(variant: str, params: PyTree, started: float, seed: int = seed) -> dict[str, Any]:
             accuracy = evaluate(params, items, jax.random.key(seed))
             row = {"seed": seed, "variant": variant, "seconds": time.monotonic() - started}
-            rows.append(row | {name: value for name, value in accuracy.items() if name.startswith("pass@")})
             low, high = (accuracy[f"pass@{k}"] for k in (options.k[0], options.k[-1]))
             console.print(
                 f"seed {seed}, {variant}: pass@{options.k[0]} {low:.1%}, pass@{options.k[-1]} {high:.1%}"
                 f" ({row['seconds']:.0f} s)"
             )
+            return row | {name: value for name, value in accuracy.items() if name.startswith("pass@")}
 
         started = time.monotonic()
         params = warm_started(plain, seed, directory)
-        measured(BEFORE, params, started)
+        if BEFORE in lacking:
+            yield measured(BEFORE, params, started)
+        seeded = {
+            name: replace(built, config=replace(built.config, seed=seed))
+            for name, built in variants.items()
+            if name in lacking
+        }
+        rehearsing = next((built for built in seeded.values() if built.config.rehearsal is not None), None)
         rehearsal = None
         if rehearsing is not None:
             train_items = task_data(plain.config, "train")
@@ -149,13 +159,12 @@ def benchmark(options: argparse.Namespace, directory: Path, console: Console) ->
             console.print(f"seed {seed}: {len(rehearsal.explored)} of {len(train_items)} prompts are left to explore")
         for name, built in seeded.items():
             started = time.monotonic()
-            measured(name, reinforced(built, params, rehearsal), started)
-    return rows
+            yield measured(name, reinforced(built, params, rehearsal), started)
 
 
 def variants_of(rows: list[dict[str, Any]]) -> list[str]:
-    """Names in the order of the rows: before, then the variants that were run."""
-    return list(dict.fromkeys(row["variant"] for row in rows))
+    """Before, then the variants that were run."""
+    return [name for name in (BEFORE, *VARIANTS) if any(row["variant"] == name for row in rows)]
 
 
 def over_seeds(rows: list[dict[str, Any]], variant: str, metric: str) -> list[float]:
@@ -222,7 +231,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="reinforcement steps of a variant (default: 40)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--problems", type=int, default=256, help="test problems (default: 256)")
+    parser.add_argument("--problems", type=int, default=128, help="test problems (default: 128)")
     parser.add_argument("--samples", type=int, default=64, help="samples of a problem (default: 64)")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="(default: 1 2 4 8 16 32)")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="(default: all)")
@@ -230,7 +239,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--directory", type=Path, default=None, help="keep warm-started policies here and reuse them")
     parser.add_argument("--json", type=Path, default=None, help="write accuracies of every seed and variant here")
     parser.add_argument("--plot", type=Path, default=None, help="write a figure here (needs matplotlib)")
-    parser.add_argument("--read", type=Path, nargs="+", default=[], help="run nothing: show what --json has written")
+    parser.add_argument("--read", type=Path, nargs="+", default=[], help="what --json wrote: run only what is lacking")
     parser.add_argument("--quick", action="store_true", help="only show that all parts work: a tiny model, one seed")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -238,16 +247,24 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options.k = sorted(options.k)
     console = Console()
     started = time.monotonic()
-    if options.read:
-        rows = [row for path in options.read for row in json.loads(path.read_text())["rows"]]
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            rows = benchmark(options, options.directory or Path(scratch), console)
+    rows = []
+    for path in options.read:
+        earlier = json.loads(path.read_text())
+        for name in ("steps", "problems", "samples", "k", "scale", "quick"):
+            if earlier["options"][name] != getattr(options, name):
+                parser.error(
+                    f"{path} was measured with {name} {earlier['options'][name]}; give the same, or leave it out"
+                )
+        rows += earlier["rows"]
+    known = {(row["seed"], row["variant"]) for row in rows}
+    with tempfile.TemporaryDirectory() as scratch:
+        for row in benchmark(options, options.directory or Path(scratch), console, known):
+            rows.append(row)
+            if options.json:  # after each row: a run that is stopped leaves what it has measured
+                written = {"options": vars(options), "rows": rows}
+                options.json.write_text(json.dumps(written, indent=1, default=str))
     console.print(table_of(rows, options.k))
-    if not options.read:
-        console.print(f"{time.monotonic() - started:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps({"options": vars(options), "rows": rows}, indent=1, default=str))
+    console.print(f"{time.monotonic() - started:.0f} s")
     if options.plot:
         plot(rows, options.k, options.plot)
     return rows

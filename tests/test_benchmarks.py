@@ -33,8 +33,12 @@ def test_the_comparison_of_divergences_runs_and_writes_every_variant(tmp_path, m
     assert all(0 <= row["pass@1"] <= row["pass@8"] <= 1 for row in rows)
     shown = capsys.readouterr().out
     assert all(f"seed 0, {variant}" in shown for variant in variants)
-    assert divergences.main(["--read", str(written), "--k", "1", "8"]) == rows
-    assert capsys.readouterr().out in shown  # the same table, without running anything
+    again = divergences.main(["--quick", "--variants", *variants, "--read", str(written)])
+    assert again == rows  # nothing was lacking, so nothing was run
+    assert "seed 0" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        divergences.main(["--read", str(written)])
+    assert "was measured with steps 2" in capsys.readouterr().err
 
 
 def test_the_plot_shows_every_variant(tmp_path):
