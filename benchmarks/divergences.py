@@ -32,7 +32,7 @@ from jaxrl_llm.evaluation import make_evaluate
 from jaxrl_llm.training.checkpoints import latest_checkpoint, restore_params
 from jaxrl_llm.training.rehearsal import Rehearsal, make_rehearsal
 from jaxrl_llm.training.run import train
-from jaxrl_llm.training.setup import Parts, parts, prompt_batches, task_data
+from jaxrl_llm.training.setup import Parts, data_sets, grader, parts, prompt_batches
 from jaxrl_llm.training.stages import spread
 
 COUNTDOWN = Path(__file__).parents[1] / "configs" / "countdown.yaml"
@@ -93,7 +93,7 @@ def warm_started(built: Parts, seed: int, directory: Path) -> PyTree:
 def reinforced(built: Parts, params: PyTree, rehearsal: Rehearsal | None) -> PyTree:
     """The policy after the steps of the config."""
     config = built.config
-    key, source = jax.random.key(config.seed), task_data(config, "train")
+    key, source = jax.random.key(config.seed), data_sets(config)["train"]
     if config.rehearsal is None:
         rehearsal = None
     explored = source if rehearsal is None else [source[int(number)] for number in rehearsal.explored]
@@ -117,14 +117,14 @@ def benchmark(
     plain = parts(config_of(options))
     evaluate = make_evaluate(
         plain.model,
-        plain.task,
+        grader(plain, data_sets(plain.config)),
         plain.tokenizer,
         samples_per_problem=options.samples,
         k=options.k,
         max_prompt_tokens=plain.config.rollout.max_prompt_tokens,
         max_completion_tokens=plain.config.rollout.max_completion_tokens,
     )
-    test = task_data(plain.config, "test")
+    test = data_sets(plain.config)["test"]
     items = [test[i] for i in spread(len(test), options.problems)]
 
     for seed in options.seeds:
@@ -154,7 +154,7 @@ def benchmark(
         rehearsing = next((built for built in seeded.values() if built.config.rehearsal is not None), None)
         rehearsal = None
         if rehearsing is not None:
-            train_items = task_data(plain.config, "train")
+            train_items = data_sets(plain.config)["train"]
             rehearsal = make_rehearsal(rehearsing, params, train_items, jax.random.key(seed))
             console.print(f"seed {seed}: {len(rehearsal.explored)} of {len(train_items)} prompts are left to explore")
         for name, built in seeded.items():

@@ -18,6 +18,7 @@ import yaml
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxrl_llm.cli import main
+from jaxrl_llm.data import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (
@@ -196,7 +197,7 @@ def test_sample_reads_a_model_directory_plain_and_as_a_chat(files):
     assert all(1 <= len(made["tokens"]) <= 5 for made in plain)
     assert plain != chat
     (stopped,) = json.loads(call(*arguments[:4], "--max-tokens", "40", "--top-p", "0.9", "--stop", "a", "--json"))
-    assert "a" not in stopped["completion"][:-2]
+    assert "a" not in load_tokenizer(files.checkpoint).decode(stopped["tokens"][:-1])
 
 
 def test_the_config_of_the_run_says_what_was_run(run, files):

@@ -37,12 +37,12 @@ def token_bytes(backend: Any, size: int, *, silent: Collection[int] = ()) -> lis
         token = None if number in silent else backend.id_to_token(number)
         if token is None:
             pieces.append(None)
+        elif not byte_level and (found := _BYTE_TOKEN.fullmatch(token)):
+            pieces.append(bytes([int(found[1], 16)]))
         elif number in added:
             pieces.append(token.encode())
         elif byte_level:
             pieces.append(bytes(_byte_alphabet()[character] for character in token))
-        elif found := _BYTE_TOKEN.fullmatch(token):
-            pieces.append(bytes([int(found[1], 16)]))
         else:
             pieces.append(token.replace(_WORD_MARK, " ").encode())
     return pieces

@@ -256,8 +256,8 @@ def test_a_run_is_resumed_with_its_own_data_only(finished_run, tmp_path, capsys)
     changed["data"]["train"] = "0123"
     meta.write_text(json.dumps(changed))
     said = refused(capsys, "train", "--resume", str(tmp_path / "run"))
-    assert "was trained on data {'train': '0123'" in said
-    assert "restore the data, or start a new run" in said
+    assert "was started with other files: train changed since (its data was {'train': '0123'" in said
+    assert "restore them, or start a new run" in said
 
 
 def test_a_directory_that_holds_a_run_is_not_written_over(finished_run, micro_yaml, capsys):
