@@ -52,10 +52,10 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 BEFORE = "before"
 COLOURS = dict(zip((BEFORE, *VARIANTS), ("black", "#c0392b", "#e08e0b", "#1f6fb4", "#2a9d5c", "#888888"), strict=True))
 TINY = {
-    "task": {"levels": [2], "train_items": 144, "validation_items": 4, "test_items": 4},
+    "task": {"levels": [2], "train_items": 48, "validation_items": 4, "test_items": 4},
     "options": {"operators": "+", "largest_number": 9, "largest_target": 18},
     "model": {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1},
-    "warm_start": {"steps": 60, "sequences_per_step": 32, "learning_rate": 1e-2, "stop_at_accuracy": None},
+    "warm_start": {"steps": 45, "sequences_per_step": 32, "learning_rate": 1e-2, "stop_at_accuracy": None},
     "training": {"prompts_per_step": 6, "warmup_steps": 0},
 }
 
