@@ -12,6 +12,8 @@ import pytest
 from jaxrl_llm.models import TransformerConfig, attend, attention_in_use, transformer
 from jaxrl_llm.models.attention import splash_attention, visible
 
+pytestmark = pytest.mark.slow
+
 ROWS, LENGTH, KV_HEADS, GROUP, SIZE = 3, 11, 2, 3, 8
 SCALE = 0.7
 # Left padding, right padding, both.

@@ -33,6 +33,8 @@ from jaxrl_llm.models.laws import LAWS
 from jaxrl_llm.rollout import generate
 from jaxrl_llm.training import Rollout, make_train_step
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, WIDTH = 13, 8
 
 

@@ -31,7 +31,7 @@ from jaxrl_llm.training.setup import parts
 from jaxrl_llm.training.supervised import make_supervised_step
 from jaxrl_llm.training.trainable import reference_policy, trainable_part
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
 
 ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
 LORA = LoraConfig(rank=2, alpha=4.0)
