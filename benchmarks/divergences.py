@@ -245,6 +245,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if options.quick:
         vars(options).update(steps=2, seeds=[0], problems=4, samples=8, k=[1, 8])
     options.k = sorted(options.k)
+    for path in (options.json, options.plot):
+        if path:  # a folder that is missing should not be found out at the end
+            path.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     started = time.monotonic()
     rows = []
