@@ -57,6 +57,7 @@ TINY = {
     "model": {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1},
     "warm_start": {"steps": 60, "sequences_per_step": 32, "learning_rate": 1e-2, "stop_at_accuracy": None},
     "training": {"prompts_per_step": 6, "warmup_steps": 0},
+    "rehearsal": {"min_correct": 4},  # so simple a task is soon solved
 }
 
 
@@ -77,7 +78,9 @@ def config_of(options: argparse.Namespace, penalty: dict[str, Any] | None = None
         tree["losses"].append({name: hyper | {"coefficient": options.scale * hyper["coefficient"]}})
         if name == "rehearsal_divergence":  # one stored answer to six samples, as in the recipes
             rows = tree["training"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"]
-            tree["rehearsal"] = REHEARSAL | {"sequences_per_step": rows // 6}
+            tree["rehearsal"] = (
+                REHEARSAL | (TINY["rehearsal"] if options.quick else {}) | {"sequences_per_step": rows // 6}
+            )
     return parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size)
 
 
