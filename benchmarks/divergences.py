@@ -57,6 +57,7 @@ TINY = {
     "model": {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1},
     "warm_start": {"steps": 45, "sequences_per_step": 32, "learning_rate": 1e-2, "stop_at_accuracy": None},
     "training": {"prompts_per_step": 6, "warmup_steps": 0},
+    "rehearsal": {"min_correct": 4},  # so simple a task is soon solved
 }
 
 
@@ -77,7 +78,9 @@ def config_of(options: argparse.Namespace, penalty: dict[str, Any] | None = None
         tree["losses"].append({name: hyper | {"coefficient": options.scale * hyper["coefficient"]}})
         if name == "rehearsal_divergence":  # one stored answer to six samples, as in the recipes
             rows = tree["training"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"]
-            tree["rehearsal"] = REHEARSAL | {"sequences_per_step": rows // 6}
+            tree["rehearsal"] = (
+                REHEARSAL | (TINY["rehearsal"] if options.quick else {}) | {"sequences_per_step": rows // 6}
+            )
     return parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size)
 
 
@@ -245,6 +248,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if options.quick:
         vars(options).update(steps=2, seeds=[0], problems=4, samples=8, k=[1, 8])
     options.k = sorted(options.k)
+    for path in (options.json, options.plot):
+        if path:  # a folder that is missing should not be found out at the end
+            path.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     started = time.monotonic()
     rows = []
