@@ -22,7 +22,6 @@ def benchmark(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_comparison_of_divergences_runs_and_writes_every_variant(tmp_path, monkeypatch, data_directory, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", data_directory)
     divergences = benchmark("divergences")
