@@ -96,7 +96,7 @@ def warm_started(built: Parts, seed: int, directory: Path) -> PyTree:
 def reinforced(built: Parts, params: PyTree, rehearsal: Rehearsal | None) -> PyTree:
     """The policy after the steps of the config."""
     config = built.config
-    key, source = jax.random.key(config.seed), data_sets(config)["train"]
+    key, source = jax.random.key(config.seed), data_sets(config, ["train"])["train"]
     if config.rehearsal is None:
         rehearsal = None
     explored = source if rehearsal is None else [source[int(number)] for number in rehearsal.explored]
@@ -118,16 +118,16 @@ def benchmark(
     # Programs depend on the variant and not on the seed: each is compiled once.
     variants = {name: parts(config_of(options, VARIANTS[name])) for name in options.variants}
     plain = parts(config_of(options))
+    test = data_sets(plain.config, ["test"])["test"]
     evaluate = make_evaluate(
         plain.model,
-        grader(plain, data_sets(plain.config)),
+        grader(plain, test),
         plain.tokenizer,
         samples_per_problem=options.samples,
         k=options.k,
         max_prompt_tokens=plain.config.rollout.max_prompt_tokens,
         max_completion_tokens=plain.config.rollout.max_completion_tokens,
     )
-    test = data_sets(plain.config)["test"]
     items = [test[i] for i in spread(len(test), options.problems)]
 
     for seed in options.seeds:
@@ -157,7 +157,7 @@ def benchmark(
         rehearsing = next((built for built in seeded.values() if built.config.rehearsal is not None), None)
         rehearsal = None
         if rehearsing is not None:
-            train_items = data_sets(plain.config)["train"]
+            train_items = data_sets(plain.config, ["train"])["train"]
             rehearsal = make_rehearsal(rehearsing, params, train_items, jax.random.key(seed))
             console.print(f"seed {seed}: {len(rehearsal.explored)} of {len(train_items)} prompts are left to explore")
         for name, built in seeded.items():

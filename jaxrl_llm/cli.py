@@ -179,14 +179,13 @@ def _eval(options: argparse.Namespace) -> None:
     samples = options.samples or max(ks)
     built, policy = restored_run(options.path)
     config = built.config
-    sets = data_sets(config)
-    data = sets[options.split]
+    data = data_sets(config, [options.split])[options.split]
     problems = options.problems or min(config.evaluation.problems, len(data))
     if problems > len(data):
         raise ValueError(f"--problems is {problems}, but the {options.split} split has {len(data)} problems")
     evaluate = make_evaluate(
         built.model,
-        grader(built, sets),
+        grader(built, data),
         built.tokenizer,
         samples_per_problem=samples,
         k=ks,
@@ -224,14 +223,17 @@ def _sample(options: argparse.Namespace) -> None:
     items = [{"body": text, "answer": "", "item_id": number} for number, text in enumerate(options.prompt)]
     longest = policy.max_prompt_tokens or max(len(tokenizer.prompt_ids(item)) for item in items)
     prompts = encode_prompts(items, tokenizer, max_prompt_tokens=longest, max_answer_tokens=1)
-    pieces = [*tokenizer.token_bytes(), *[None] * (policy.model.vocabulary_size - tokenizer.vocabulary_size)]
+    stop = None
+    if options.stop:  # an embedding may have more rows than there are tokens
+        unused = [None] * (policy.model.vocabulary_size - tokenizer.vocabulary_size)
+        stop = stop_automaton(options.stop, [*tokenizer.token_bytes(), *unused])
     controls = Controls(
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
         min_completion_tokens=options.min_tokens,
-        stop=stop_automaton(options.stop, pieces) if options.stop else None,
+        stop=stop,
     )
     program = jax.jit(
         lambda params, prompts, key: generate(

@@ -501,7 +501,9 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
     values: dict[str, Any] = _copied(tree)
     for override in overrides:
         _assign(values, override)
-    if isinstance(values.get("model"), dict) and _model_kind(values["model"]) == "shape":
+    if isinstance(values.get("model"), dict) and _model_kind(values["model"]) == "checkpoint":
+        _refuse_shape(values["model"])
+    elif isinstance(values.get("model"), dict):
         values["model"] = model_defaults | {k: v for k, v in values["model"].items() if (k, v) != ("path", None)}
     _known_keys(values, Config, "")
     try:
@@ -577,8 +579,6 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
     """Refuse unknown keys with the nearest known one, and name missing ones, before types are looked at."""
     if not isinstance(tree, dict):
         raise ConfigError(f"config section {prefix.rstrip('.') or 'the file'} is {tree!r}; it must be a mapping")
-    if kind is Config and isinstance(tree.get("model"), dict):
-        _known_model_keys(tree["model"])
     known = {f.name: f for f in fields(kind)}
     hints = get_type_hints(kind)
     for key, value in tree.items():
@@ -593,10 +593,10 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
             _known_keys(value, section, f"{prefix}{key}.")
 
 
-def _known_model_keys(tree: Mapping[str, Any]) -> None:
-    """Say why a field of one kind of model cannot stand in the other."""
+def _refuse_shape(tree: Mapping[str, Any]) -> None:
+    """Say why a field that describes the shape of a model cannot stand beside a checkpoint."""
     shape = {f.name for f in fields(TransformerConfig)} - {f.name for f in fields(PretrainedConfig)}
-    if _model_kind(tree) == "checkpoint" and (given := sorted(shape & tree.keys())):
+    if given := sorted(shape & tree.keys()):
         raise ConfigError(
             f"config key model.{given[0]} is {tree[given[0]]!r}, but model.path is {tree['path']!r}, whose config.json "
             f"says it; leave out {', '.join('model.' + name for name in given)}"

@@ -59,7 +59,7 @@ def text_grader() -> Grader:
     return grade
 
 
-def file_grader(verifier: Verifier, records: Iterable[Mapping[str, Any]] = ()) -> Grader:
+def file_grader(verifier: Verifier, records: Iterable[Mapping[str, Any]]) -> Grader:
     """The grader of a user's data set.
 
     Args:

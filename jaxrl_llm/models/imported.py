@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.export import COPIED
@@ -44,8 +45,6 @@ def save_imported(directory: str | Path, params: PyTree, *, source: str | Path) 
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    import orbax.checkpoint as ocp  # it imports flax's modules, which most users of a model do not need
-
     with ocp.StandardCheckpointer() as writer:
         writer.save(partial / PARAMS, params)
     for name in ("config.json", *COPIED):
@@ -67,8 +66,6 @@ def read_imported(directory: str | Path, model: Model, *, sharding: jax.sharding
     Raises:
       ValueError: when the stored parameters are not the model's, naming them.
     """
-    import orbax.checkpoint as ocp
-
     wanted = abstract(model.specs)
     path = (Path(directory) / PARAMS).resolve()
     with ocp.StandardCheckpointer() as reader:

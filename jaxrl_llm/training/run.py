@@ -65,7 +65,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             )
     console.print(units_table(_units(built)))
     data = data_sets(config)
-    grade = grader(built, data)
+    grade = grader(built, data["validation"], data["test"])
     fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
     if meta.setdefault("data", fingerprint) != fingerprint:
         changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]

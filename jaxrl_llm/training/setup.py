@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 from jaxrl_llm import data
 from jaxrl_llm.config import Config, PretrainedConfig, TrainingConfig
 from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, JsonlDataSet, Task, Tokenizer
+from jaxrl_llm.data.jsonl import SPLITS
 from jaxrl_llm.evaluation import Grader, file_grader, task_grader
 from jaxrl_llm.experience import KeyUse, Method, Prompts
 from jaxrl_llm.hub import model_directory
@@ -244,8 +245,8 @@ def data_directory(config: Config) -> Path:
     return Path(config.data.directory) if config.data.directory else cache / "jaxrl_llm" / "data"
 
 
-def data_sets(config: Config) -> dict[str, DataSet | JsonlDataSet]:
-    """The problems of the three splits, by name; generated ones are written on first use.
+def data_sets(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, DataSet | JsonlDataSet]:
+    """The problems of splits, by name; generated ones are written on first use, and those of `splits` alone.
 
     Raises:
       ValueError: for a file that cannot be used.
@@ -253,29 +254,27 @@ def data_sets(config: Config) -> dict[str, DataSet | JsonlDataSet]:
     task, own = config.task, config.data
     if own.path is not None:
         fields = data.fields_of(own.format, **own.fields)
-        return dict(
-            data.jsonl_data_sets(own.path, fields, validation_path=own.validation_path, test_path=own.test_path)
-        )
+        sets = data.jsonl_data_sets(own.path, fields, validation_path=own.validation_path, test_path=own.test_path)
+        return {split: sets[split] for split in splits}
     assert task is not None  # Config holds one or the other
     counts = {"train": task.train_items, "validation": task.validation_items, "test": task.test_items}
     return {
         split: data.data_set(
-            DataSpec(task.name, task.levels, split, count, task.seed, task.options), str(data_directory(config))
+            DataSpec(task.name, task.levels, split, counts[split], task.seed, task.options), str(data_directory(config))
         )
-        for split, count in counts.items()
+        for split in splits
     }
 
 
-def grader(parts: Parts, sets: Mapping[str, DataSet | JsonlDataSet]) -> Grader:
-    """How evaluation grades the problems.
+def grader(parts: Parts, *held_out: DataSet | JsonlDataSet) -> Grader:
+    """How evaluation grades problems of these sets.
 
     Raises:
-      ValueError: where reference answers cannot be graded so.
+      ValueError: where their reference answers cannot be graded so.
     """
     if parts.task is not None:
         return task_grader(parts.task)
-    held_out = [record for split in ("validation", "test") for record in sets[split]]
-    return file_grader(parts.config.data.verifier, held_out)
+    return file_grader(parts.config.data.verifier, [record for each in held_out for record in each])
 
 
 def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:

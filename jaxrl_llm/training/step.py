@@ -542,10 +542,8 @@ def _check_router(model: Model, rollout: Rollout, **others: Any) -> None:
         raise ValueError(
             "rollout.replay_router is true, but the model is no mixture of experts; leave it out, or set model.experts"
         )
-    given = [name for name, value in others.items() if value] + ["rollout.demonstration_in_group"] * (
-        rollout.demonstration_in_group
-    )
-    if given:
+    others["rollout.demonstration_in_group"] = rollout.demonstration_in_group
+    if given := [name for name, value in others.items() if value]:
         raise ValueError(
             f"rollout.replay_router is true and {given[0]} brings rows that were not sampled in this step, for which "
             "no experts are recorded; leave one of them out"
