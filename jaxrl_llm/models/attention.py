@@ -8,13 +8,14 @@ before or after; the plain path looks at the positions themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -63,12 +64,25 @@ def attention_in_use(
     return "plain"
 
 
+class KeyValues(NamedTuple):
+    """Keys and values that queries may attend to. Rows may be fewer than those of the queries, B / N to each.
+
+    Attributes:
+      keys: rotated, [N, K, H, S]; as (values, scale) of int8 where a cache keeps them so.
+      values: theirs, [N, K, S, H]; the same.
+      seen: position of each, -1 for padding and empty slots.
+    """
+
+    keys: Any
+    values: Any
+    seen: Int[Array, "N S"]
+
+
 def attend(
     queries: Float[Array, "B T K G H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    new: KeyValues,
     positions: Int[Array, "B T"],
-    seen: Int[Array, "B S"],
+    context: Sequence[KeyValues] = (),
     *,
     scale: float,
     window: int | None = None,
@@ -83,10 +97,9 @@ def attend(
 
     Args:
       queries: rotated queries.
-      keys: rotated keys, new and remembered.
-      values: their values.
+      new: keys and values of as many rows: those of this call, and what is remembered beside them.
       positions: of the queries, -1 for padding.
-      seen: of the keys, -1 for padding and empty slots.
+      context: what else is remembered; several rows of queries may share a row of it.
       scale: factor on the scores.
       window: tokens that are seen, the own one included; None sees all.
       windowed: whether this layer keeps to the window; an array where layers are scanned over.
@@ -96,15 +109,18 @@ def attend(
     Returns:
       the mean value under softmax(scores), one for each query head.
     """
-    chex.assert_rank([queries, keys, values, positions, seen], [5, 4, 4, 2, 2])
+    chex.assert_rank([queries, positions, new.seen], [5, 2, 2])
     if kind == "plain":
-        allowed = visible(positions, seen, window, windowed)
-        return plain_attention(queries, keys, values, allowed, scale=scale, cap=cap)
+        parts = []
+        for part in (*context, new):
+            seen = jnp.repeat(part.seen, positions.shape[0] // part.seen.shape[0], axis=0)
+            parts.append((part, visible(positions, seen, window, windowed)))
+        return plain_attention(queries, parts, scale=scale, cap=cap)
     if kind == "splash":
         path = partial(splash_attention, scale=scale, cap=cap)
     else:
         path = partial(library_attention, scale=scale, kind=kind)
-    arrays = (queries, keys, values, seen)
+    arrays = (queries, new.keys.swapaxes(-1, -2), new.values, new.seen)
     if window is None or isinstance(windowed, bool):
         return path(*arrays, window=window if windowed else None)
     # A window is part of the kernel, so that layers that are scanned over choose between two kernels.
@@ -124,20 +140,64 @@ def visible(
 
 def plain_attention(
     queries: Float[Array, "B T K G H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    allowed: Bool[Array, "B T S"],
+    parts: Sequence[tuple[KeyValues, Bool[Array, "B T S"]]],
     *,
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T K G H"]:
-    """softmax(mask(cap(scale * q k^T))) v with every score in memory."""
-    scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32) * scale
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
-    scores = jnp.where(allowed[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights, values)
+    """softmax(mask(cap(scale * q k^T))) v with every score in memory, over the keys of all parts together.
+
+    Args:
+      queries: rotated queries.
+      parts: keys and values, and whether each query may attend to each of them.
+      scale, cap: as for `attend`.
+    """
+    scores = []
+    for part, allowed in parts:
+        found = _scores(queries, part.keys) * scale
+        if cap is not None:
+            found = cap * jnp.tanh(found / cap)
+        scores.append(jnp.where(allowed[:, None, None], found, -1e30))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    borders = np.cumsum([allowed.shape[-1] for _, allowed in parts])[:-1]
+    shares = jnp.split(weights, borders, axis=-1)
+    return sum(
+        (_mixed(share, part.values, queries.dtype) for share, (part, _) in zip(shares, parts, strict=True)),
+        start=jnp.zeros((), queries.dtype),
+    )
+
+
+def _folded(x: Array, rows: int) -> Array:
+    """The rows that share a row of keys, side by side: [B, T, K, G, H] -> [N, K, B / N * T * G, H]."""
+    batch, length, kv_heads, group, size = x.shape
+    folded = x.reshape(rows, batch // rows * length, kv_heads, group, size).swapaxes(1, 2)
+    return folded.reshape(rows, kv_heads, -1, size)
+
+
+def _scores(queries: Float[Array, "B T K G H"], keys: Any) -> Float[Array, "B K G T S"]:
+    batch, length, kv_heads, group, _ = queries.shape
+    stored, factor = keys if isinstance(keys, tuple) else (keys, None)
+    rows = stored.shape[0]
+    scores = jnp.einsum(
+        "nkqh,nkhs->nkqs", _folded(queries, rows), stored.astype(queries.dtype), preferred_element_type=jnp.float32
+    )
+    if factor is not None:
+        scores = scores * factor
+    scores = scores.reshape(rows, kv_heads, batch // rows, length, group, -1)
+    return scores.transpose(0, 2, 1, 4, 3, 5).reshape(batch, kv_heads, group, length, -1)
+
+
+def _mixed(weights: Float[Array, "B K G T S"], values: Any, dtype: Any) -> Float[Array, "B T K G H"]:
+    batch, kv_heads, group, length, width = weights.shape
+    stored, factor = values if isinstance(values, tuple) else (values, None)
+    rows = stored.shape[0]
+    weights = weights.reshape(rows, batch // rows, kv_heads, group, length, width).transpose(0, 2, 1, 4, 3, 5)
+    weights = weights.reshape(rows, kv_heads, -1, width)
+    if factor is not None:
+        weights = weights * factor.swapaxes(-1, -2)
+    mixed = jnp.einsum("nkqs,nksh->nkqh", weights.astype(dtype), stored.astype(dtype))
+    mixed = mixed.reshape(rows, kv_heads, batch // rows * length, group, -1).swapaxes(1, 2)
+    return mixed.reshape(batch, length, kv_heads, group, -1)
 
 
 def library_attention(

@@ -99,7 +99,7 @@ def token_statistics(
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Array, "B"] = 1.0,
     entropy: bool = False,
     over_vocabulary: tuple[Callable, ...] = (),
     reference: tuple[PyTree, Float[Array, "B T D"]] | None = None,
@@ -112,7 +112,7 @@ def token_statistics(
       params: the policy's parameters.
       hidden: hidden state that predicts each token.
       tokens: the tokens to score.
-      temperature: the one that the rollout sampled with.
+      temperature: the one that the rollout sampled with; one number, or one a row.
       entropy: also return the entropy.
       over_vocabulary: functionals (log_p [..., V], log_q [..., V]) -> [...], evaluated inside the chunk; log_q is the
         reference's log-softmax.
@@ -132,12 +132,14 @@ def token_statistics(
     def score(hidden, tokens, reference_hidden):
         # Rows and positions are one axis here: only products of two matrices reach the fast kernels of a CPU.
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-        scores = model.logits(params, flat(hidden)).astype(jnp.float32) / temperature
+        scale = jnp.asarray(temperature, jnp.float32)
+        scale = scale if scale.ndim == 0 else jnp.repeat(scale, tokens.shape[1])[:, None]
+        scores = model.logits(params, flat(hidden)).astype(jnp.float32) / scale
         largest, log_total = _normaliser(scores)
         log_p = scores - largest - log_total
         extra = ()
         if over_vocabulary:
-            log_q = model.logits(reference_params, flat(reference_hidden)).astype(jnp.float32) / temperature
+            log_q = model.logits(reference_params, flat(reference_hidden)).astype(jnp.float32) / scale
             log_q = jax.lax.stop_gradient(log_q)
             for part in _kept_normaliser(log_q):
                 log_q = log_q - part

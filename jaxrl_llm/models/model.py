@@ -35,7 +35,7 @@ class Model(NamedTuple):
       apply: (params, tokens [B, T], positions [B, T], cache or None) -> (hidden [B, T, D], cache or None).
       logits: (params, hidden [..., D]) -> float32 [..., V], before temperature.
       init_cache: (rows, slots) -> an empty cache that holds `slots` tokens a row.
-      expand_cache: (cache, samples, extra_slots) -> each row repeated `samples` times, with room for more tokens.
+      expand_cache: (cache, samples, extra_slots) -> `samples` rows for each row, with room for more tokens.
       specs: a pytree of `ParameterSpec`, the shape of params.
       vocabulary_size: V.
       config: the description that it was built from, for checkpoints and reports.
@@ -44,6 +44,13 @@ class Model(NamedTuple):
         `router_choices=`, here and in `apply`. None for a model that shows nothing.
       routed: whether it is such a mixture.
       trained: which part of the parameters learns; None where all of them do.
+      for_decoding: params -> the same for `apply` and `logits`, laid out as many small steps read them best; None where
+        that is as they are.
+      take_rows: (cache, rows [D], extra_slots) -> a cache that goes on from any choice of rows; None where that is
+        not offered, and then every prompt has equally many samples.
+      replace_row: (cache, slot, source, row) -> one row of what `take_rows(source, ...)` gave starts anew from another
+        row of the source. Slots are used in turn then (see `Cache`). None where that is not offered, and then nothing
+        is decoded in slots.
     """
 
     init: Callable[[Array], PyTree]
@@ -57,3 +64,6 @@ class Model(NamedTuple):
     observe: Callable[..., tuple[Array, PyTree, dict[str, Array]]] | None = None
     routed: bool = False
     trained: Trained | None = None
+    for_decoding: Callable[[PyTree], PyTree] | None = None
+    take_rows: Callable[[PyTree, Array, int], PyTree] | None = None
+    replace_row: Callable[[PyTree, Array, PyTree, Array], PyTree] | None = None

@@ -13,8 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxrl_llm.models.attention import AttentionKind, attend, attention_in_use
-from jaxrl_llm.models.cache import Cache, expand_cache, init_cache, remembered
+from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend, attention_in_use
+from jaxrl_llm.models.cache import (
+    Cache,
+    KeysAndValues,
+    expand_cache,
+    init_cache,
+    of_layer,
+    remembered,
+    replaced_row,
+    taken_rows,
+)
 from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import initialise
@@ -35,7 +44,7 @@ class _Shared(NamedTuple):
       angles: rotary angles; with `local_angles` for windowed layers.
       positions: of the tokens of this call, [B, T].
       seen: of the keys, [B, S].
-      used: first cache slot of this call.
+      used: tokens written into the cache before this call.
       kind: the attention path.
     """
 
@@ -74,16 +83,18 @@ def _attention(params, shared: _Shared, x, windowed, cached):
         else:
             angles = jax.tree.map(partial(jnp.where, windowed), shared.local_angles, angles)
     queries, keys = rotate(queries, angles), rotate(keys, angles)[..., 0, :]
-    keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-    filled = None
+    new = KeysAndValues(keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2))
+    filled, context = None, ()
     if cached is not None:
-        filled, keys, values = remembered(cached, keys, values, shared.used)
+        stored, layer, context = cached
+        filled = remembered(stored, layer, new, shared.used, shared.seen.shape[1])
+        # A pass that fills its whole cache has just computed what the cache holds.
+        new = new if shared.kind != "plain" else of_layer(filled, layer)
     attended = attend(
         queries,
-        keys,
-        values,
+        KeyValues(new.keys, new.values, shared.seen),
         shared.positions,
-        shared.seen,
+        context,
         scale=config.score_scale,
         window=config.window,
         windowed=windowed,
@@ -117,8 +128,7 @@ def _mlp(params, config: TransformerConfig, x, choices):
 def _block(params, shared: _Shared, x, windowed, choices, cached):
     """One block: (residual stream, filled cache, what can be observed).
 
-    `cached` is None or (keys, values, layer), written from slot `used` on. Keys and values are [B, K, S, H] where
-    `layer` is None, else [L, B, K, S, H], of which this block is entry `layer`.
+    `cached` is None, or what is being written (see `remembered`), `layer`, and the context of this block.
     """
     added, filled = _attention(params, shared, x, windowed, cached)
     x = x + added
@@ -162,36 +172,46 @@ def observed_forward(
     used, seen = jnp.int32(0), positions
     if cache is not None:
         used = cache.used
-        seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used))
+        seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used % cache.positions.shape[1]))
     angles = rotary_angles(positions, config.rotary_size, config.rope_base, config.rope_scaling)
     local = angles
     if config.local_rope_base is not None:
         local = rotary_angles(positions, config.rotary_size, config.local_rope_base)
-    kind = attention_path(config, rows=tokens.shape[0], queries=tokens.shape[1], keys=seen.shape[1])
+    before = 0 if cache is None else sum(part.positions.shape[1] for part in cache.context)
+    kind = attention_path(config, rows=tokens.shape[0], queries=tokens.shape[1], keys=seen.shape[1] + before)
     shared = _Shared(config, angles, local, positions, seen, used, kind)
 
     keep = lambda observed: {name: observed[name] for name in names}  # noqa: E731
     embedded = x[None]
     loop = _unrolled_blocks if config.unrolled else _scanned_blocks
-    x, layers, observed = loop(params, shared, x, router_choices, None if cache is None else cache.layers, keep)
+    x, layers, observed = loop(params, shared, x, router_choices, cache, keep)
     if "hidden_states" in observed:
         observed["hidden_states"] = jnp.concatenate([embedded, observed["hidden_states"]])
     hidden = rms_norm(x, params["final_norm"], config.norm_epsilon, config.norm_offset)
-    return hidden, None if cache is None else Cache(layers, seen, used + tokens.shape[1]), observed
+    if cache is not None:
+        cache = cache._replace(layers=layers, positions=seen, used=used + tokens.shape[1])
+    return hidden, cache, observed
 
 
-def _unrolled_blocks(params, shared, x, router_choices, layers, keep):
+def _context(cache: Cache, layer: Array | int) -> tuple[KeyValues, ...]:
+    """What one block may read of what was written before."""
+    index = (lambda layers: layers[layer]) if isinstance(layer, int) else partial(of_layer, layer=layer)
+    parts = [(index(part.layers), part.positions) for part in cache.context]
+    return tuple(KeyValues(pair.keys, pair.values, seen) for pair, seen in parts)
+
+
+def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
     filled, all_observed = [], []
     for index, block_params in enumerate(unstack(params, shared.config)["blocks"]):
         choices = None if router_choices is None else router_choices[index]
-        cached = None if layers is None else (*layers[index], None)
+        cached = None if cache is None else (cache.layers[index], None, _context(cache, index))
         x, layer, observed = _block(block_params, shared, x, shared.config.windowed[index], choices, cached)
         filled.append(layer)
         all_observed.append(keep(observed))
     return x, tuple(filled), jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_observed)
 
 
-def _scanned_blocks(params, shared, x, router_choices, layers, keep):
+def _scanned_blocks(params, shared, x, router_choices, cache, keep):
     windowed = shared.config.windowed
 
     # The cache is carried, not scanned over: each block writes its new slots in place, and nothing is copied.
@@ -200,12 +220,12 @@ def _scanned_blocks(params, shared, x, router_choices, layers, keep):
         block_params, layer, local, choices = xs
         # Where all layers are of one kind, the program knows it; else each reads its own from an array.
         local = windowed[0] if len(set(windowed)) == 1 else local
-        cached = None if layers is None else (*layers, layer)
+        cached = None if cache is None else (layers, layer, _context(cache, layer))
         x, layers, observed = _block(block_params, shared, x, local, choices, cached)
         return (x, layers), keep(observed)
 
     xs = (params["blocks"], jnp.arange(len(windowed)), jnp.asarray(windowed), router_choices)
-    (x, layers), observed = jax.lax.scan(body, (x, layers), xs)
+    (x, layers), observed = jax.lax.scan(body, (x, None if cache is None else cache.layers), xs)
     return x, layers, observed
 
 
@@ -278,6 +298,9 @@ def transformer(config: TransformerConfig) -> Model:
         logits=partial(logits, cap=config.logits_cap),
         init_cache=partial(init_cache, config=config),
         expand_cache=expand_cache,
+        for_decoding=partial(unstack, config=config),
+        take_rows=taken_rows,
+        replace_row=replaced_row,
         specs=specs,
         vocabulary_size=config.vocabulary_size,
         config=config,

@@ -13,11 +13,13 @@ from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.models.rotary import RopeScaling
 
 LayerLoop = Literal["auto", "unrolled", "scanned"]
+CachePrecision = Literal["compute", "int8"]
 Precision = Literal["float32", "bfloat16"]
 Activation = Literal["silu", "gelu_tanh"]
 
 _CHOICES: Mapping[str, Any] = {
     "layer_loop": LayerLoop,
+    "cache_dtype": CachePrecision,
     "parameter_dtype": Precision,
     "compute_dtype": Precision,
     "activation": Activation,
@@ -71,6 +73,8 @@ class TransformerConfig:
         unrolls on CPU.
       parameter_dtype: storage dtype.
       compute_dtype: dtype of matrix products; norms, softmax and statistics are float32 regardless.
+      cache_dtype: how generation keeps keys and values: "compute" in the compute dtype; "int8" rounded, in a quarter of
+        float32's memory, so that what is sampled has other log-probabilities than the trainer computes.
     """
 
     vocabulary_size: int
@@ -103,6 +107,7 @@ class TransformerConfig:
     layer_loop: LayerLoop = "auto"
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
+    cache_dtype: CachePrecision = "compute"
 
     def __post_init__(self):
         for name in _SIZES:

@@ -96,7 +96,7 @@ def adjusted_scores(
       scores: of the next token.
       controls: what to change.
       seen: tokens that prompt and completion hold so far; needed where there is a repetition penalty.
-      position: index of the token in its completion.
+      position: index of the token in its completion, one number or [B, 1].
       eos_ids: tokens that end a completion.
     """
     scores = scores.astype(jnp.float32)
@@ -172,7 +172,7 @@ class Watch:
         return cls(seen, None if controls.stop is None else jnp.zeros(rows, jnp.int32))
 
     def after(
-        self, token: Int[Array, "B"], position: Array | int, controls: Controls
+        self, token: Int[Array, "B"], position: Int[Array, "B"], controls: Controls
     ) -> tuple[Watch, Bool[Array, "B"]]:
         """(after one more token, which rows it completes a stop text in)."""
         seen, stop, stopped = self.seen, self.stop, jnp.zeros(token.shape, bool)

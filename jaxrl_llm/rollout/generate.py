@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm.experience import Experience, Prompts, Source
-from jaxrl_llm.models.logprobs import entropy_of, scaled_log_softmax
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.rollout.controls import Controls, Watch, adjusted_scores, truncated
-from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
+from jaxrl_llm.rollout.controls import Controls
+from jaxrl_llm.rollout.decoding import Drawing, Written, begin, decode, feed
+from jaxrl_llm.rollout.sampling import row_keys
 
 
-def prompt_positions(length: Int[Array, "B"], width: int) -> Int[Array, "B P"]:
-    """Positions of left-padded prompts: 0, 1, ... on real tokens and -1 on padding."""
-    return jnp.maximum(jnp.arange(width) - (width - length[:, None]), -1)
+@struct.dataclass
+class Prefixes:
+    """What completions start with: own earlier tokens, a demonstration, a hint. One row a sample.
 
+    Attributes:
+      tokens: right-padded.
+      length: how many of them each row gets; 0 for a row that starts afresh.
+      source: a `Source` for each of them; what is SAMPLED is trained on.
+    """
 
-def completion_positions(prompt_length: Int[Array, "B"], length: Int[Array, "B"], width: int) -> Int[Array, "B T"]:
-    """Positions of right-padded completions that follow their prompts; -1 on padding."""
-    offsets = jnp.arange(width)
-    return jnp.where(offsets < length[:, None], prompt_length[:, None] + offsets, -1)
+    tokens: Int[Array, "B F"]
+    length: Int[Array, "B"]
+    source: Int[Array, "B F"]
 
 
 def generate(
@@ -41,16 +46,20 @@ def generate(
     eos_ids: Sequence[int],
     pad_id: int,
     temperature: float | Float[Array, "G"] = 1.0,
-    prefixes: tuple[Int[Array, "G F"], Int[Array, "G"]] | None = None,
-    first_sample: int = 0,
+    prefixes: Prefixes | None = None,
+    first_sample: int | Int[Array, "N"] = 0,
+    prompt_of: Int[Array, "B"] | None = None,
+    slots: int | None = None,
     record_router: bool = False,
     controls: Controls | None = None,
     constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
 ) -> Experience:
     """Sample completions and record everything about them that training needs.
 
-    Decoding stops as soon as every row has ended. The cache is as long as prompt plus completion, so a completion
-    that never ends is cut at `max_completion_tokens` and flagged `truncated`.
+    The prompts are prefilled once and their keys and values are read by all of their samples. Decoding stops as soon as
+    every row has ended. The cache is as long as prompt plus completion, so a completion that never ends is cut at
+    `max_completion_tokens` and flagged `truncated`. The tokens of a row depend on its prompt and its own number alone:
+    not on other rows, on slots, or on where its prefix ends.
 
     Args:
       model: the policy.
@@ -59,13 +68,17 @@ def generate(
       key: the run's key.
       step: training step, folded into every row's key.
       samples_per_prompt: G; rows are prompt-major, B = N * G.
-      max_completion_tokens: T, end of sequence included.
+      max_completion_tokens: T, end of sequence and prefix included.
       eos_ids: each ends a completion and belongs to it.
       pad_id: fills the rest; may be one of `eos_ids`.
       temperature: of the softmax; 0 is greedy. One number, or one for each sample number.
-      prefixes: (tokens, lengths) that the completion of each sample number starts with, shorter than a completion.
-        They have source HINT and mask 0.
-      first_sample: number of the first sample of a prompt; it addresses the random keys.
+      prefixes: what completions start with. They get the log-probabilities and entropies that the policy gives them.
+        Drawing goes on behind them as if it had drawn them.
+      first_sample: number of the first sample of a prompt; it addresses the random keys. One number, or one a prompt.
+      prompt_of: prompt of each row, in ascending order, for groups of different sizes; B is its length then, and
+        `samples_per_prompt` the largest number of samples of a prompt.
+      slots: rows that are decoded at a time; a slot whose row has ended goes on with the next row that waits. None
+        decodes all rows side by side.
       controls: what may be sampled; None samples from the policy's own distribution, as training must. With controls
         the recorded log-probabilities and entropies are those of the distribution that was drawn from.
       record_router: keep the experts that served each token, for a mixture of experts.
@@ -75,8 +88,98 @@ def generate(
       `Experience` with everything a rollout fills. Greedy rows report log-probabilities at temperature 1.
 
     Raises:
-      ValueError: for sizes below 1, a temperature below 0, or controls that do not fit the vocabulary.
+      ValueError: for sizes below 1, a temperature below 0, prefixes that do not fit, controls that do not fit the
+        vocabulary, or slots where the model does not offer them.
     """
+    count, rows = prompts.tokens.shape[0], prompts.tokens.shape[0] * samples_per_prompt
+    rows = rows if prompt_of is None else prompt_of.shape[0]
+    _check(model, samples_per_prompt, max_completion_tokens, temperature, slots, prompt_of, record_router)
+    if controls is not None:
+        controls.check(model.vocabulary_size, max_completion_tokens)
+    if prefixes is not None:
+        _check_prefixes(prefixes, rows, max_completion_tokens)
+    if prompt_of is None:
+        number = jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples_per_prompt)
+        place = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), count)
+        per_row = jax.tree.map(lambda x: constrain(jnp.repeat(x, samples_per_prompt, axis=0)), prompts)
+    else:
+        number = prompt_of.astype(jnp.int32)
+        place = jnp.arange(rows, dtype=jnp.int32) - jnp.searchsorted(number, number).astype(jnp.int32)
+        per_row = jax.tree.map(lambda x: constrain(x[number]), prompts)
+    sample = place + jnp.broadcast_to(jnp.asarray(first_sample, jnp.int32), (count,))[number]
+    drawing = Drawing(
+        model=model,
+        params=params if model.for_decoding is None else model.for_decoding(params),
+        keys=row_keys(key, step, per_row.prompt_id, sample),
+        temperature=jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples_per_prompt,))[place],
+        prompt_length=per_row.length,
+        controls=controls,
+        eos_ids=tuple(eos_ids),
+        record_router=record_router,
+    )
+    given = 0 if prefixes is None else prefixes.tokens.shape[1] + 1
+    room = max_completion_tokens if slots is None else 0
+    state = begin(
+        drawing,
+        prompts,
+        per_row,
+        None if prompt_of is None else number,
+        max_completion_tokens=max_completion_tokens,
+        slots=given or room,
+        pad_id=pad_id,
+        constrain=constrain,
+    )
+    active = jnp.ones(rows, bool)
+    over = jnp.zeros(rows, bool)
+    if prefixes is not None:
+        state = feed(drawing, state, prefixes.tokens, prefixes.length, prefixes.source)
+        last = jnp.take_along_axis(prefixes.tokens, jnp.maximum(prefixes.length - 1, 0)[:, None], axis=1)[:, 0]
+        # A prefix may be a whole completion.
+        over = (prefixes.length > 0) & jnp.isin(last, jnp.asarray(list(eos_ids), jnp.int32))
+        active = ~over
+        if room:
+            state = replace(state, cache=model.expand_cache(state.cache, 1, room))
+    limit = jnp.full(rows, max_completion_tokens, jnp.int32)
+    slots = None if slots is None else min(slots, rows)
+    state, stopped = decode(drawing, state, active=active, limit=limit, end_ids=tuple(eos_ids), slots=slots)
+    return experience_of(state.written, per_row, sample=sample, group=number, ended=stopped | over)
+
+
+def experience_of(
+    written: Written, per_row: Prompts, *, sample: Int[Array, "B"], group: Int[Array, "B"], ended: Bool[Array, "B"]
+) -> Experience:
+    """The fact sheet of completions: what a rollout fills of an `Experience`."""
+    return Experience(
+        prompt_tokens=per_row.tokens,
+        prompt_length=per_row.length,
+        prompt_id=per_row.prompt_id,
+        answer_tokens=per_row.answer_tokens,
+        answer_length=per_row.answer_length,
+        sample=sample,
+        group=group,
+        weight=jnp.ones(group.shape, jnp.float32),
+        tokens=written.tokens,
+        length=written.length,
+        source=written.source,
+        mask=(written.source == Source.SAMPLED).astype(jnp.float32),
+        behaviour_logprobs=written.logprobs,
+        behaviour_entropy=written.entropy,
+        truncated=~ended,
+        demonstration_tokens=per_row.demonstration_tokens,
+        demonstration_length=per_row.demonstration_length,
+        router_choices=written.routes,
+    )
+
+
+def _check(
+    model: Model,
+    samples_per_prompt: int,
+    max_completion_tokens: int,
+    temperature: float | Array,
+    slots: int | None,
+    prompt_of: Array | None,
+    record_router: bool,
+) -> None:
     if samples_per_prompt < 1 or max_completion_tokens < 1:
         raise ValueError(
             f"rollout.samples_per_prompt is {samples_per_prompt} and rollout.max_completion_tokens is "
@@ -84,140 +187,26 @@ def generate(
         )
     if not isinstance(temperature, Tracer) and not np.all(np.asarray(temperature) >= 0):
         raise ValueError(f"rollout.temperature is {temperature}; it must be 0 (greedy) or above")
-    if controls is not None:
-        controls.check(model.vocabulary_size, max_completion_tokens)
-    prompt_rows, prompt_width = prompts.tokens.shape
-    rows, steps = prompt_rows * samples_per_prompt, max_completion_tokens
-
+    if slots is not None and slots < 1:
+        raise ValueError(f"rollout.slots is {slots}; it must be at least 1, or None to decode all rows side by side")
+    if slots is not None and (model.take_rows is None or model.replace_row is None):
+        raise ValueError(
+            f"rollout.slots is {slots}, but this model does not offer to start one row of its cache anew (`take_rows` "
+            "and `replace_row` of `Model`); give them, or leave slots out"
+        )
+    if prompt_of is not None and model.take_rows is None:
+        raise ValueError(
+            "groups of different sizes need a model that offers `take_rows`; give it, or sample equally many a prompt"
+        )
     if record_router and not model.routed:
         raise ValueError("record_router is true, but the model is no mixture of experts; leave it out")
 
-    def run(tokens, positions, cache):
-        """Hidden states, cache, and the experts of each token [rows, T, L, k] where they are recorded."""
-        if not record_router or model.observe is None:
-            return *model.apply(params, tokens, positions, cache), None
-        hidden, cache, observed = model.observe(params, tokens, positions, cache, names=("router_choices",))
-        return hidden, cache, jnp.moveaxis(observed["router_choices"], 0, 2)
 
-    cache = model.init_cache(prompt_rows, prompt_width)
-    hidden, cache, routes = run(prompts.tokens, prompt_positions(prompts.length, prompt_width), cache)
-    repeat = lambda x: constrain(jnp.repeat(x, samples_per_prompt, axis=0))  # noqa: E731
-    cache = model.expand_cache(cache, samples_per_prompt, steps)
-    per_prompt = jax.tree.map(repeat, prompts)
-
-    place = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), prompt_rows)
-    sample = place + first_sample
-    keys = row_keys(key, step, per_prompt.prompt_id, sample)
-    per_row = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples_per_prompt,))[place]
-    given, given_length = (
-        (jnp.zeros((rows, 1), jnp.int32), jnp.zeros(rows, jnp.int32))
-        if prefixes is None
-        else (jnp.asarray(part, jnp.int32)[place] for part in prefixes)
-    )
-    greedy = per_row == 0
-    scale = jnp.where(greedy, 1.0, per_row)[:, None]
-
-    watch = Watch.start(controls, per_prompt.tokens, per_prompt.length, model.vocabulary_size)
-
-    def draw(hidden, position, watch):
-        scores = model.logits(params, hidden)
-        if controls is not None:
-            scores = adjusted_scores(scores, controls, watch.seen, position, tuple(eos_ids))
-        log_p = scaled_log_softmax(scores, scale)
-        if controls is not None:
-            log_p = truncated(log_p, controls)
-        token = sampled_tokens(log_p, keys, position, greedy)
-        if prefixes is not None:
-            held = jnp.take(given, jnp.minimum(position, given.shape[1] - 1), axis=1)
-            token = jnp.where(position < given_length, held, token)
-        return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
-
-    routes = jax.tree.map(lambda x: jnp.pad(repeat(x), ((0, 0), (0, steps), (0, 0), (0, 0))), routes)
-    first = draw(repeat(hidden[:, -1]), 0, watch)
-    ends = partial(_ends, eos_ids=eos_ids, controls=controls)
-    columns, length, ended, routes = _decoded(
-        run, draw, ends, first, per_prompt.length, cache, routes, watch, steps, pad_id
-    )
-    tokens, logprobs, entropy = columns
-    inside = jnp.arange(steps) < length[:, None]
-    hint = jnp.arange(steps) < given_length[:, None]
-    return Experience(
-        prompt_tokens=per_prompt.tokens,
-        prompt_length=per_prompt.length,
-        prompt_id=per_prompt.prompt_id,
-        answer_tokens=per_prompt.answer_tokens,
-        answer_length=per_prompt.answer_length,
-        sample=sample,
-        group=jnp.repeat(jnp.arange(prompt_rows, dtype=jnp.int32), samples_per_prompt),
-        weight=jnp.ones(rows, jnp.float32),
-        tokens=tokens,
-        length=length,
-        source=jnp.where(hint, Source.HINT, jnp.where(inside, Source.SAMPLED, Source.PAD)).astype(jnp.int8),
-        mask=(inside & ~hint).astype(jnp.float32),
-        behaviour_logprobs=logprobs,
-        behaviour_entropy=entropy,
-        truncated=~ended,
-        demonstration_tokens=per_prompt.demonstration_tokens,
-        demonstration_length=per_prompt.demonstration_length,
-        router_choices=routes,
-    )
-
-
-def _ends(token, position, watch: Watch, *, eos_ids: Sequence[int], controls: Controls | None) -> tuple[Array, Watch]:
-    """Which rows end with this token, and what is known of the rows after it."""
-    ended = jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
-    if controls is None:
-        return ended, watch
-    watch, stopped = watch.after(token, position, controls)
-    return ended | stopped, watch
-
-
-def _decoded(
-    run: Callable[[Array, Array, PyTree], tuple[Array, PyTree, Array | None]],
-    draw: Callable[[Array, Array | int, Watch], tuple[Array, Array, Array]],
-    ends: Callable[[Array, Array | int, Watch], tuple[Array, Watch]],
-    first: tuple[Array, Array, Array],
-    prompt_length: Int[Array, "B"],
-    cache: PyTree,
-    routes: Int[Array, "B P+T L k"] | None,
-    watch: Watch,
-    steps: int,
-    pad_id: int,
-) -> tuple[tuple[Array, ...], Int[Array, "B"], Bool[Array, "B"], Array | None]:
-    """Decode from each row's first token on until every row has ended: (tokens, log-probabilities, entropies), each
-    [B, T], the lengths, which rows ended by themselves, and the routes with those of the completions."""
-    rows = prompt_length.shape[0]
-
-    def record(columns, values, position):
-        return tuple(
-            jax.lax.dynamic_update_slice(column, value[:, None].astype(column.dtype), (0, position))
-            for column, value in zip(columns, values, strict=True)
+def _check_prefixes(prefixes: Prefixes, rows: int, max_completion_tokens: int) -> None:
+    if prefixes.tokens.shape[0] != rows:
+        raise ValueError(f"prefixes.tokens has {prefixes.tokens.shape[0]} rows, but there are {rows} completions")
+    if prefixes.tokens.shape[1] >= max_completion_tokens:
+        raise ValueError(
+            f"prefixes.tokens is {prefixes.tokens.shape[1]} tokens wide, which leaves nothing of "
+            f"rollout.max_completion_tokens {max_completion_tokens}; shorten them or raise the limit"
         )
-
-    def unfinished(carry):
-        position, _, _, ended, *_ = carry
-        return (position < steps) & ~jnp.all(ended)
-
-    def decode(carry):
-        position, columns, token, ended, length, cache, routes, watch = carry
-        at = jnp.where(ended, -1, prompt_length + position - 1)
-        hidden, cache, route = run(token[:, None], at[:, None], cache)
-        if route is not None:
-            routes = jax.lax.dynamic_update_slice(routes, route, (0, routes.shape[1] - steps + position - 1, 0, 0))
-        token, logprob, entropy = draw(hidden[:, 0], position, watch)
-        values = (
-            jnp.where(ended, pad_id, token),
-            jnp.where(ended, 0.0, logprob),
-            jnp.where(ended, 0.0, entropy),
-        )
-        length = length + ~ended
-        columns = record(columns, values, position)
-        now, watch = ends(token, position, watch)
-        return position + 1, columns, values[0], ended | now, length, cache, routes, watch
-
-    nothing = jnp.zeros((rows, steps), jnp.float32)
-    columns = record((jnp.full((rows, steps), pad_id, jnp.int32), nothing, nothing), first, 0)
-    ended, watch = ends(first[0], 0, watch)
-    start = (jnp.int32(1), columns, first[0], ended, jnp.ones(rows, jnp.int32), cache, routes, watch)
-    _, columns, _, ended, length, _, routes, _ = jax.lax.while_loop(unfinished, decode, start)
-    return columns, length, ended, routes

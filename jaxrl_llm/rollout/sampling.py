@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+# About the square root of a vocabulary.
+BLOCK = 256
+
 
 def row_keys(key: Array, step: Array | int, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Array:
     """One key a row from (run key, step, prompt id, sample number).
@@ -18,7 +21,7 @@ def row_keys(key: Array, step: Array | int, prompt_id: Int[Array, "B"], sample: 
 
 
 def sampled_tokens(
-    log_probabilities: Float[Array, "B V"], keys: Array, position: Array | int, greedy: Array | bool
+    log_probabilities: Float[Array, "B V"], keys: Array, position: Int[Array, "B"] | int, greedy: Array | bool
 ) -> Int[Array, "B"]:
     """One token a row by inverting the cumulative distribution at a uniform number.
 
@@ -27,17 +30,35 @@ def sampled_tokens(
     Args:
       log_probabilities: the distribution to draw from.
       keys: one key a row (`row_keys`).
-      position: index of the token in its completion, folded into each key.
+      position: index of the token in its completion, one number or one a row; folded into the key.
       greedy: scalar or [B]; True takes the most likely token instead.
 
     Returns:
       token ids; never a symbol of probability zero.
     """
-    uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, position)))(keys)
-    probabilities = jnp.exp(log_probabilities)
-    cumulative = jnp.cumsum(probabilities, axis=-1)
-    passed = (cumulative > uniform[:, None] * cumulative[:, -1:]) & (probabilities > 0)
+    at = jnp.broadcast_to(jnp.asarray(position), keys.shape)
+    uniform = jax.vmap(lambda k, at: jax.random.uniform(jax.random.fold_in(k, at)))(keys, at)
+    rows, size = log_probabilities.shape
+    # First the block of symbols, then the symbol: a prefix sum over the whole vocabulary costs several passes over it.
+    blocks = -(-size // BLOCK)
+    padded = jnp.pad(jnp.exp(log_probabilities), ((0, 0), (0, blocks * BLOCK - size)))
+    probabilities = padded.reshape(rows, blocks, BLOCK)
+    totals = probabilities.sum(-1)
+    block, target = _first_beyond(totals, uniform)
+    inside = jnp.take_along_axis(probabilities, block[:, None, None], axis=1)[:, 0]
+    symbol, _ = _first_beyond(inside, target / jnp.take_along_axis(totals, block[:, None], axis=1)[:, 0])
     likeliest = jnp.argmax(log_probabilities, axis=-1)
-    # A parallel prefix sum may round so that nothing passes; the likeliest symbol is then the answer.
-    drawn = jnp.where(passed.any(-1), jnp.argmax(passed, axis=-1), likeliest)
-    return jnp.where(greedy, likeliest, drawn).astype(jnp.int32)
+    return jnp.where(greedy, likeliest, block * BLOCK + symbol).astype(jnp.int32)
+
+
+def _first_beyond(mass: Float[Array, "B N"], share: Float[Array, "B"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """The first entry of a row at which the running sum exceeds a share of the whole, and how far that goes into it.
+
+    Never an entry of no mass: a prefix sum may round so that none passes, and the heaviest is then the answer.
+    """
+    running = jnp.cumsum(mass, axis=-1)
+    target = share[:, None] * running[:, -1:]
+    passed = (running > target) & (mass > 0)
+    entry = jnp.where(passed.any(-1), jnp.argmax(passed, axis=-1), jnp.argmax(mass, axis=-1))
+    at = lambda x: jnp.take_along_axis(x, entry[:, None], axis=1)[:, 0]  # noqa: E731
+    return entry, jnp.maximum(target[:, 0] - (at(running) - at(mass)), 0.0)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.rollout.generate import completion_positions, prompt_positions
+from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 
 
 def predicting_hidden(

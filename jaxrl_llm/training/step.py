@@ -19,10 +19,10 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
-from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, TrainState
+from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, Source, TrainState
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
-from jaxrl_llm.rollout.generate import generate
+from jaxrl_llm.rollout.generate import Prefixes, generate
 from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
@@ -226,7 +226,7 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
         prompts,
         samples_per_prompt=samples + with_greedy,
         temperature=temperature if with_greedy else r.temperature,
-        prefixes=_prefixes(r, samples + with_greedy),
+        prefixes=_prefixes(r, count, samples + with_greedy),
     )
     if r.demonstration_in_group:
         rows = with_demonstrations(c.model, state.params, rows, prompts, temperature=r.temperature, pad_id=r.pad_id)
@@ -237,7 +237,7 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
             samples_per_prompt=r.samples_per_prompt,
             temperature=cast(float, r.extra.temperature) if held is None else held["temperature"],
             first_sample=r.samples_per_prompt,
-            prefixes=_prefixes(r, r.samples_per_prompt),
+            prefixes=_prefixes(r, extra, r.samples_per_prompt),
         )
         more = replace(more, group=more.group + count)
         rows = concatenated(
@@ -247,15 +247,17 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
     return constrain(greedy_last(rows, samples) if with_greedy else rows)
 
 
-def _prefixes(r: Rollout, samples: int) -> tuple[Array, Array] | None:
-    """Tokens [samples, F] and lengths of what each sample number starts with."""
+def _prefixes(r: Rollout, prompts: int, samples: int) -> Prefixes | None:
+    """What each sample of each prompt starts with."""
     if not r.prefixes:
         return None
     block = r.samples_per_prompt // len(r.prefixes)
     chosen = [r.prefixes[min(number // block, len(r.prefixes) - 1)] for number in range(samples)]
     width = max(1, max(map(len, chosen)))
-    tokens = [[*ids, *[r.pad_id] * (width - len(ids))] for ids in chosen]
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray([len(ids) for ids in chosen], jnp.int32)
+    tokens = jnp.asarray([[*ids, *[r.pad_id] * (width - len(ids))] for ids in chosen], jnp.int32)
+    length = jnp.asarray([len(ids) for ids in chosen], jnp.int32)
+    tokens, length = jnp.tile(tokens, (prompts, 1)), jnp.tile(length, prompts)
+    return Prefixes(tokens, length, jnp.full(tokens.shape, Source.HINT, jnp.int8))
 
 
 def score(c: Composition, experience: Experience) -> Experience:

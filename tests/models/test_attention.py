@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models import TransformerConfig, attend, attention_in_use, transformer
-from jaxrl_llm.models.attention import splash_attention, visible
+from jaxrl_llm.models.attention import KeyValues, splash_attention, visible
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +26,10 @@ def inputs(length: int = LENGTH):
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     shape = (ROWS, KV_HEADS, length, SIZE)
     return draw(ROWS, length, KV_HEADS, GROUP, SIZE), draw(*shape), draw(*shape)
+
+
+def attended(queries, keys, values, positions, **options):
+    return attend(queries, KeyValues(keys.swapaxes(-1, -2), values, positions), positions, **options)
 
 
 def expected(queries, keys, values, positions, window, cap):
@@ -47,7 +51,7 @@ def expected(queries, keys, values, positions, window, cap):
 @pytest.mark.parametrize("kind, cap", [("plain", None), ("plain", 1.5), ("xla", None)])
 def test_whole_sequences_attend_as_defined(kind, cap, window):
     arrays, positions = inputs(), jnp.asarray(POSITIONS)
-    ours = attend(*arrays, positions, positions, scale=SCALE, window=window, cap=cap, kind=kind)
+    ours = attended(*arrays, positions, scale=SCALE, window=window, cap=cap, kind=kind)
     assert bool(jnp.isfinite(ours).all())
     np.testing.assert_allclose(
         np.asarray(ours)[REAL], expected(*arrays, POSITIONS, window, cap)[REAL], rtol=2e-5, atol=2e-5
@@ -58,9 +62,9 @@ def test_whole_sequences_attend_as_defined(kind, cap, window):
 @pytest.mark.parametrize("windowed", [True, False])
 def test_a_layer_may_learn_its_kind_from_an_array(kind, windowed):
     arrays, positions = inputs(), jnp.asarray(POSITIONS)
-    run = jax.jit(partial(attend, scale=SCALE, window=3, kind=kind))
-    ours = run(*arrays, positions, positions, windowed=jnp.asarray(windowed))
-    fixed = attend(*arrays, positions, positions, scale=SCALE, window=3, windowed=windowed, kind=kind)
+    run = jax.jit(partial(attended, scale=SCALE, window=3, kind=kind))
+    ours = run(*arrays, positions, windowed=jnp.asarray(windowed))
+    fixed = attended(*arrays, positions, scale=SCALE, window=3, windowed=windowed, kind=kind)
     np.testing.assert_allclose(np.asarray(ours)[REAL], np.asarray(fixed)[REAL], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(
         np.asarray(ours)[REAL],
@@ -75,7 +79,7 @@ def test_gradients_do_not_depend_on_the_way_and_ignore_padding(window):
     positions = jnp.asarray(POSITIONS)
 
     def loss(arrays, kind):
-        out = attend(*arrays, positions, positions, scale=SCALE, window=window, kind=kind)
+        out = attended(*arrays, positions, scale=SCALE, window=window, kind=kind)
         return jnp.sum(jnp.sin(out) * REAL[:, :, None, None, None])
 
     plain, xla = (jax.jit(jax.grad(partial(loss, kind=kind)))(inputs()) for kind in ("plain", "xla"))
@@ -92,7 +96,7 @@ def test_the_splash_kernel_computes_the_same(length, window, cap):
     positions = POSITIONS if length == LENGTH else np.stack([np.arange(length) - lead for lead in (0, 3, 129)])
     positions = np.maximum(positions, -1)
     seen = jnp.asarray(positions)
-    plain = attend(*arrays, seen, seen, scale=SCALE, window=window, cap=cap)
+    plain = attended(*arrays, seen, scale=SCALE, window=window, cap=cap)
     ours = splash_attention(*arrays, seen, scale=SCALE, window=window, cap=cap, interpret=True)
     real = positions >= 0
     assert bool(jnp.isfinite(ours).all())
@@ -169,3 +173,18 @@ def test_what_is_asked_for_is_used_on_whole_sequences():
 def test_switches_that_do_not_go_together_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(vocabulary_size=11, **bad)
+
+
+@pytest.mark.parametrize("window, cap", [(None, None), (4, 1.5)])
+def test_keys_in_several_parts_are_attended_as_if_they_stood_in_one(window, cap):
+    # Rows 0 and 1 share the first six keys of row 0; the rest is their own.
+    queries, keys, values = (jnp.asarray(x)[jnp.array([0, 0])] for x in inputs())
+    queries, values = queries.at[1].multiply(0.5), values.at[1, :, 6:].multiply(2.0)
+    positions = jnp.asarray(POSITIONS)[jnp.array([0, 0])]
+    whole = attended(queries, keys, values, positions, scale=SCALE, window=window, cap=cap)
+    keys = keys.swapaxes(-1, -2)
+    shared = KeyValues(keys[:1, :, :, :6], values[:1, :, :6], positions[:1, :6])
+    own = KeyValues(keys[..., 6:], values[:, :, 6:], positions[:, 6:])
+    parts = attend(queries, own, positions, (shared,), scale=SCALE, window=window, cap=cap)
+    real = np.asarray(positions) >= 0
+    np.testing.assert_allclose(np.asarray(parts)[real], np.asarray(whole)[real], rtol=1e-5, atol=1e-6)

@@ -123,7 +123,7 @@ def test_the_model_is_given_each_token_at_its_own_position_and_ended_rows_as_pad
     assert decode == [
         ([[2], [3]], [[2], [1]]),
         ([[3], [EOS]], [[3], [-1]]),
-        ([[4], [PAD]], [[4], [-1]]),
+        ([[4], [EOS]], [[4], [-1]]),
     ]
 
 

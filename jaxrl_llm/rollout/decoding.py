@@ -1,0 +1,410 @@
+"""Writing completions piece by piece: begin with prompts, feed given tokens, decode until rows stop.
+
+    begin -> [feed] -> decode -> [feed -> decode ...]
+
+Every row counts its own tokens, so rows may start from prefixes of any length and stop at any time. A token that was
+drawn is `pending` until the next call of the model writes it into the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxrl_llm.experience import Prompts, Source
+from jaxrl_llm.models.logprobs import entropy_of, scaled_log_softmax, token_statistics
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.rollout.controls import Controls, Watch, adjusted_scores, truncated
+from jaxrl_llm.rollout.positions import prompt_positions
+from jaxrl_llm.rollout.sampling import sampled_tokens
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn: the policy, and one entry a row of what differs between rows.
+
+    Attributes:
+      model: the policy.
+      params: its parameters.
+      keys: one random key a row (`row_keys`).
+      temperature: [R]; 0 is greedy, which reports log-probabilities at temperature 1.
+      prompt_length: [R] real prompt tokens.
+      controls: what may be sampled; None for the policy's own distribution.
+      eos_ids: ids that controls treat as ends of sequence.
+      record_router: keep the experts that served each token.
+    """
+
+    model: Model
+    params: PyTree
+    keys: Array
+    temperature: Float[Array, "R"]
+    prompt_length: Int[Array, "R"]
+    controls: Controls | None
+    eos_ids: tuple[int, ...]
+    record_router: bool = False
+
+    def run(self, tokens: Array, positions: Array, cache: PyTree) -> tuple[Array, PyTree, Array | None]:
+        """Hidden states, the filled cache, and the experts of each token [rows, T, L, k] where they are recorded."""
+        if not self.record_router or self.model.observe is None:
+            return *self.model.apply(self.params, tokens, positions, cache), None
+        names = ("router_choices",)
+        hidden, cache, observed = self.model.observe(self.params, tokens, positions, cache, names=names)
+        return hidden, cache, jnp.moveaxis(observed["router_choices"], 0, 2)
+
+    def draw(
+        self, hidden: Float[Array, "D W"], row: Int[Array, "D"], position: Int[Array, "D"], watch: Watch
+    ) -> tuple[Int[Array, "D"], Float[Array, "D"], Float[Array, "D"]]:
+        """(token, its log-probability, entropy of the distribution it came from) for some rows."""
+        scores = self.model.logits(self.params, hidden)
+        if self.controls is not None:
+            scores = adjusted_scores(scores, self.controls, watch.seen, position[:, None], self.eos_ids)
+        temperature = self.temperature[row]
+        greedy = temperature == 0
+        log_p = scaled_log_softmax(scores, jnp.where(greedy, 1.0, temperature)[:, None])
+        if self.controls is not None:
+            log_p = truncated(log_p, self.controls)
+        token = sampled_tokens(log_p, self.keys[row], position, greedy)
+        return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
+
+
+@struct.dataclass
+class Written:
+    """R completions so far, each array as in `Experience`.
+
+    Attributes:
+      tokens, logprobs, entropy: one column a token; what is not written yet is fill.
+      source: a `Source` for each token.
+      length: tokens so far.
+      routes: experts of prompt and completion tokens; None where they are not recorded.
+    """
+
+    tokens: Int[Array, "R T"]
+    logprobs: Float[Array, "R T"]
+    entropy: Float[Array, "R T"]
+    source: Int[Array, "R T"]
+    length: Int[Array, "R"]
+    routes: Int[Array, "R P+T L k"] | None
+
+    def appended(self, row: Int[Array, "D"], counts: Bool[Array, "D"], values: Sequence[Array]) -> Written:
+        """One sampled token more on those of `row` that count; `values` are the token and what is known of it."""
+        to = jnp.where(counts, row, self.length.shape[0])
+        at = self.length[row]
+        columns = (self.tokens, self.logprobs, self.entropy, self.source)
+        given = (*values, jnp.full(row.shape, Source.SAMPLED, self.source.dtype))
+        new = [column.at[to, at].set(value, mode="drop") for column, value in zip(columns, given, strict=True)]
+        return replace(
+            self,
+            tokens=new[0],
+            logprobs=new[1],
+            entropy=new[2],
+            source=new[3],
+            length=self.length.at[to].add(1, mode="drop"),
+        )
+
+    def routed(self, row: Int[Array, "D"], at: Int[Array, "D F"], routes: Array | None) -> Written:
+        """With the experts of tokens at places `at` of the completions, those below -P left out."""
+        if self.routes is None or routes is None:
+            return self
+        prompt_width = self.routes.shape[1] - self.tokens.shape[1]
+        column = jnp.where(at < -prompt_width, self.routes.shape[1], at + prompt_width)
+        return replace(self, routes=self.routes.at[row[:, None], column].set(routes, mode="drop"))
+
+
+@struct.dataclass
+class Decoding:
+    """R rows that are being written.
+
+    Attributes:
+      written: what they say.
+      hidden: hidden state that predicts each row's next token.
+      pending: each row's last token where the cache does not hold it yet, else -1.
+      cache: of the model.
+      watch: what controls know of each row.
+      calls: decoding steps so far.
+    """
+
+    written: Written
+    hidden: Float[Array, "R W"]
+    pending: Int[Array, "R"]
+    cache: PyTree
+    watch: Watch
+    calls: Int[Array, ""]
+
+
+def begin(
+    drawing: Drawing,
+    prompts: Prompts,
+    per_row: Prompts,
+    prompt_of: Int[Array, "R"] | None,
+    *,
+    max_completion_tokens: int,
+    slots: int,
+    pad_id: int,
+    constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
+) -> Decoding:
+    """Prefill each prompt once, for all of its rows.
+
+    Args:
+      drawing: how tokens are drawn.
+      prompts: N prompts.
+      per_row: the prompt of each row.
+      prompt_of: which prompt that is; None for equally many rows of each, in order.
+      max_completion_tokens: T.
+      slots: of the cache, for what follows.
+      pad_id: fills what is not written.
+      constrain: places arrays with one entry a row on a mesh.
+    """
+    model, (count, width) = drawing.model, prompts.tokens.shape
+    rows, samples = per_row.length.shape[0], per_row.length.shape[0] // count
+    positions = prompt_positions(prompts.length, width)
+    hidden, cache, routes = drawing.run(prompts.tokens, positions, model.init_cache(count, width))
+    if prompt_of is None:
+        cache = model.expand_cache(cache, samples, slots)
+        repeat = lambda x: constrain(jnp.repeat(x, samples, axis=0))  # noqa: E731
+    else:
+        assert model.take_rows is not None  # `generate` has checked it
+        cache, repeat = model.take_rows(cache, prompt_of, slots), lambda x: constrain(x[prompt_of])
+    if routes is not None:
+        routes = jnp.pad(repeat(routes), ((0, 0), (0, max_completion_tokens), (0, 0), (0, 0)))
+    shape = (rows, max_completion_tokens)
+    # Two arrays: one that stood twice in the state of a loop could not be donated.
+    written = Written(
+        tokens=constrain(jnp.full(shape, pad_id, jnp.int32)),
+        logprobs=constrain(jnp.zeros(shape, jnp.float32)),
+        entropy=constrain(jnp.zeros(shape, jnp.float32)),
+        source=constrain(jnp.full(shape, Source.PAD, jnp.int8)),
+        length=constrain(jnp.zeros(rows, jnp.int32)),
+        routes=routes,
+    )
+    watch = Watch.start(drawing.controls, per_row.tokens, per_row.length, model.vocabulary_size)
+    nothing = constrain(jnp.full(rows, -1, jnp.int32))
+    return Decoding(written, repeat(hidden[:, -1]), nothing, cache, watch, jnp.int32(0))
+
+
+def feed(
+    drawing: Drawing,
+    state: Decoding,
+    tokens: Int[Array, "R F"],
+    length: Int[Array, "R"],
+    source: Int[Array, "R F"],
+) -> Decoding:
+    """Rows that go on with given tokens; the cache takes F of them, and one more for what is pending.
+
+    Afterwards nothing is pending, so that rows can be decoded on, whether or not they were given something.
+
+    Their log-probabilities and entropies are those of the policy at the row's temperature, controls aside.
+
+    Args:
+      drawing: how tokens are drawn.
+      state: rows so far.
+      tokens: right-padded; what exceeds the width T is an error of the caller and is dropped.
+      length: how many of them each row gets, 0 for none.
+      source: their `Source`.
+    """
+    written, rows = state.written, jnp.arange(tokens.shape[0])
+    width = tokens.shape[1]
+    given = jnp.arange(width) < length[:, None]
+    late = state.pending >= 0
+    goes_on = late | (length > 0)
+    start = drawing.prompt_length + written.length
+    column = jnp.arange(-1, width)
+    real = jnp.concatenate([late[:, None], given], axis=1)
+    positions = jnp.where(real, start[:, None] + column, -1)
+    both = jnp.concatenate([jnp.maximum(state.pending, 0)[:, None], tokens], axis=1)
+    hidden, cache, routes = drawing.run(both, positions, state.cache)
+
+    before = jnp.where(late[:, None], hidden[:, 0], state.hidden)
+    predicting = jnp.concatenate([before[:, None], hidden[:, 1:-1]], axis=1)
+    scale = jnp.where(drawing.temperature == 0, 1.0, drawing.temperature)
+    known = token_statistics(drawing.model, drawing.params, predicting, tokens, temperature=scale, entropy=True)
+    at = jnp.where(given, written.length[:, None] + jnp.arange(width), written.tokens.shape[1])
+    put = lambda into, values: into.at[rows[:, None], at].set(values.astype(into.dtype), mode="drop")  # noqa: E731
+    assert known.entropy is not None
+    places = jnp.where(real, written.length[:, None] + column, jnp.iinfo(jnp.int32).min)
+    written = replace(
+        written.routed(rows, places, routes),
+        tokens=put(written.tokens, tokens),
+        logprobs=put(written.logprobs, known.logprobs),
+        entropy=put(written.entropy, known.entropy),
+        source=put(written.source, source),
+        length=written.length + length,
+    )
+    last = jnp.take_along_axis(hidden, length[:, None, None], axis=1)[:, 0]
+    watch = state.watch
+    if drawing.controls is not None:
+        for i in range(width):
+            after, _ = watch.after(tokens[:, i], written.length - length + i, drawing.controls)
+            watch = _where(given[:, i], after, watch)
+    return replace(
+        state,
+        written=written,
+        hidden=jnp.where(goes_on[:, None], last, state.hidden),
+        pending=jnp.full_like(state.pending, -1),
+        cache=cache,
+        watch=watch,
+    )
+
+
+def decode(
+    drawing: Drawing,
+    state: Decoding,
+    *,
+    active: Bool[Array, "R"],
+    limit: Int[Array, "R"],
+    end_ids: Sequence[int],
+    slots: int | None = None,
+) -> tuple[Decoding, Bool[Array, "R"]]:
+    """Draw tokens until every active row has drawn one that ends it, or is as long as its limit.
+
+    Args:
+      drawing: how tokens are drawn.
+      state: rows so far; nothing may be pending on active ones. Without slots, its cache has room for what is drawn.
+      active: rows that are written on.
+      limit: length, earlier tokens included, that each row has at most; at most T.
+      end_ids: tokens that end a row; they belong to it.
+      slots: rows that are decoded at a time. A slot whose row has ended goes on with the next one that waits. None
+        decodes all rows side by side.
+
+    Returns:
+      the state, and which rows ended by themselves. In slots the cache is used up.
+    """
+    written, rows = state.written, jnp.arange(state.written.length.shape[0])
+    active = active & (written.length < limit)
+    ends = jnp.asarray(list(end_ids), jnp.int32)
+
+    def ended(token, position, watch):
+        over = jnp.isin(token, ends) if end_ids else jnp.zeros(token.shape, bool)
+        if drawing.controls is None:
+            return over, watch
+        watch, stopped = watch.after(token, position, drawing.controls)
+        return over | stopped, watch
+
+    def first(part):
+        hidden, row, position, watch = part
+        drawn = drawing.draw(hidden, row, position, watch)
+        return drawn, *ended(drawn[0], position, watch)
+
+    start = (state.hidden, rows, written.length, state.watch)
+    drawn, over, watch = (
+        first(start)
+        if slots is None
+        else jax.lax.map(
+            lambda one: jax.tree.map(lambda x: x[0], first(jax.tree.map(lambda x: x[None], one))),
+            start,
+            batch_size=slots,
+        )
+    )
+    written = written.appended(rows, active, drawn)
+    stopped = active & over
+    running = active & ~over & (written.length < limit)
+
+    def advanced(loop: _Loop) -> _Loop:
+        position = loop.written.length[loop.row]
+        at = jnp.where(loop.running, drawing.prompt_length[loop.row] + position - 1, -1)
+        hidden, cache, route = drawing.run(loop.token[:, None], at[:, None], loop.cache)
+        place = jnp.where(loop.running, position - 1, jnp.iinfo(jnp.int32).min)
+        written = loop.written.routed(loop.row, place[:, None], route)
+        drawn = drawing.draw(hidden[:, 0], loop.row, position, loop.watch)
+        over, watch = ended(drawn[0], position, loop.watch)
+        over = over & loop.running
+        return replace(
+            loop,
+            token=jnp.where(loop.running, drawn[0], loop.token),
+            running=loop.running & ~over & (position + 1 < limit[loop.row]),
+            stopped=loop.stopped.at[loop.row].max(over),
+            written=written.appended(loop.row, loop.running, drawn),
+            cache=cache,
+            watch=_where(loop.running, watch, loop.watch),
+            calls=loop.calls + 1,
+        )
+
+    token = jnp.where(active, drawn[0], jnp.maximum(state.pending, 0))
+    watch = _where(active, watch, state.watch)
+    loop = _Loop(rows, token, running, stopped, written, state.cache, watch, state.calls)
+    if slots is None:
+        loop = jax.lax.while_loop(lambda loop: jnp.any(loop.running), advanced, loop)
+        pending = jnp.where(active, loop.token, state.pending)
+        return replace(
+            state, written=loop.written, pending=pending, cache=loop.cache, watch=loop.watch, calls=loop.calls
+        ), loop.stopped
+    loop = _in_slots(drawing.model, loop, advanced, slots)
+    return replace(state, written=loop.written, cache=None, calls=loop.calls), loop.stopped
+
+
+@struct.dataclass
+class _Loop:
+    """The state of a decoding loop: first what belongs to its slots, then what belongs to all R rows.
+
+    Attributes:
+      row: which row each slot writes.
+      token: the last of that row.
+      running: whether the slot has something to do.
+      stopped: rows that ended by themselves.
+      written, cache, watch, calls: as in `Decoding`; cache and watch with one row a slot.
+    """
+
+    row: Int[Array, "D"]
+    token: Int[Array, "D"]
+    running: Bool[Array, "D"]
+    stopped: Bool[Array, "R"]
+    written: Written
+    cache: PyTree
+    watch: Watch
+    calls: Int[Array, ""]
+
+
+def _in_slots(model: Model, whole: _Loop, advanced: Callable[[_Loop], _Loop], slots: int) -> _Loop:
+    """Run all rows through a few slots, in order; a slot that becomes free takes the next row at once."""
+    take_rows, replace_row = model.take_rows, model.replace_row
+    if take_rows is None or replace_row is None:
+        raise ValueError(f"slots is {slots}, but the model offers no `take_rows` and `replace_row`; leave slots out")
+    rows = whole.row.shape[0]
+    # Rows that their first token ended wait for nothing.
+    queue = jnp.argsort(~whole.running, stable=True).astype(jnp.int32)
+    waiting = jnp.sum(whole.running)
+    own = lambda row, tree: jax.tree.map(lambda x: x[row], tree)  # noqa: E731
+    row = queue[jnp.minimum(jnp.arange(slots), rows - 1)]
+    steps = whole.written.tokens.shape[1]
+    loop = replace(
+        whole,
+        row=row,
+        token=whole.token[row],
+        running=jnp.arange(slots) < waiting,
+        cache=take_rows(whole.cache, row, steps),
+        watch=own(row, whole.watch),
+    )
+
+    def refilled(loop: _Loop, taken: Array) -> tuple[_Loop, Array]:
+        free = jnp.argsort(loop.running, stable=True)
+        count = jnp.minimum(jnp.sum(~loop.running), waiting - taken)
+
+        def one(index, loop):
+            slot, row = free[index], queue[taken + index]
+            put = lambda into, value: into.at[slot].set(value)  # noqa: E731
+            return replace(
+                loop,
+                row=put(loop.row, row),
+                token=put(loop.token, whole.token[row]),
+                running=put(loop.running, True),
+                cache=replace_row(loop.cache, slot, whole.cache, row),
+                watch=jax.tree.map(put, loop.watch, own(row, whole.watch)),
+            )
+
+        return jax.lax.fori_loop(0, count, one, loop), taken + count
+
+    return jax.lax.while_loop(
+        lambda carry: jnp.any(carry[0].running),
+        lambda carry: refilled(advanced(carry[0]), carry[1]),
+        (loop, jnp.minimum(waiting, slots)),
+    )[0]
+
+
+def _where(rows: Bool[Array, "D"], chosen: Any, other: Any) -> Any:
+    """Rows of one tree where the condition holds, of another elsewhere."""
+    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), chosen, other)
