@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS report their inner affairs as warnings
     from jaxrl_llm.rewards import RewardError
-    from jaxrl_llm.rollout.completions_api import EngineError
+    from jaxrl_llm.rollout.engine_http import EngineError
     from jaxrl_llm.training.stages import Stopped, TrainingError
 
     try:

@@ -1,7 +1,7 @@
 """Prompts -> Experience: sampling, cached decoding, teacher-forced scoring."""
 
-from jaxrl_llm.rollout.completions_api import Engine, EngineError
 from jaxrl_llm.rollout.controls import Controls
+from jaxrl_llm.rollout.engine_http import Engine, EngineError
 from jaxrl_llm.rollout.external import engine_generate, probe
 from jaxrl_llm.rollout.generate import completion_positions, generate, prompt_positions
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens

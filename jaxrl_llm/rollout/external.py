@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.rollout.completions_api import Completion, Engine, EngineError, completion
+from jaxrl_llm.rollout.completions_api import Completion, completion
+from jaxrl_llm.rollout.engine_http import Engine, EngineError
 from jaxrl_llm.rollout.sampling import row_keys
 from jaxrl_llm.rollout.score import predicting_hidden
 

@@ -26,7 +26,7 @@ from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.families import config_to_json
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer_config import TransformerConfig
-from jaxrl_llm.rollout.completions_api import Engine, EngineError, answer
+from jaxrl_llm.rollout.engine_http import Engine, EngineError, answer
 from jaxrl_llm.rollout.external import engine_generate, probe
 from jaxrl_llm.training import provide
 from jaxrl_llm.training.wiring import filled

@@ -22,7 +22,7 @@ from jaxrl_llm.experience import KeyUse
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.reporting import RunDirectory, results_table, units_table
 from jaxrl_llm.reporting.machine import package_versions
-from jaxrl_llm.rollout.completions_api import require_model
+from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.explain import trace

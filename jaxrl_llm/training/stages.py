@@ -24,7 +24,7 @@ from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
 from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
-from jaxrl_llm.rollout.completions_api import EngineError
+from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.rehearsal import Rehearsal
