@@ -189,14 +189,13 @@ def disk_hand_over(
         save_model(
             target, params if model.trained is None else model.trained.merged(params), model.config, source=source
         )
-        said = answer(engine, path, _placed(body, str(target)), what=f"the weights of step {step}")
-        if isinstance(said, Mapping) and said.get("success") is False:
-            raise EngineError(
-                f"{engine.address(path)} could not load {target}: {str(said.get('message'))[:300]!r}; the engine must "
-                "see rollout.engine.weights_directory under the same path and serve the same architecture"
-            )
-        for another in then:
-            answer(engine, another, {}, what=f"what follows the weights of step {step}")
+        for called, content in ((path, _placed(body, str(target))), *((another, {}) for another in then)):
+            said = answer(engine, called, content, what=f"the weights of step {step}")
+            if isinstance(said, Mapping) and said.get("success") is False:
+                raise EngineError(
+                    f"{engine.address(called)} could not take {target}: {str(said.get('message'))[:300]!r}; the engine "
+                    "must see rollout.engine.weights_directory under the same path and serve the same architecture"
+                )
         for older in root.iterdir():
             if older != target and re.fullmatch(r"policy-\d{8}", older.name):
                 shutil.rmtree(older, ignore_errors=True)

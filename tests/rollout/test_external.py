@@ -208,7 +208,10 @@ BAD_ANSWERS = {
     "text_alone": (choice_with(token_ids=None, tokens=["a"] * 6), r"has no token ids.*return_token_ids"),
     "outside": (choice_with(token_ids=lambda x: [8, *x[1:]]), r"token 8 at position 0.*ids are 0 to 7.*tokenizer"),
     "negative": (choice_with(token_ids=lambda x: [-1, *x[1:]]), r"token -1 at position 0"),
-    "no_number": (choice_with(token_ids=None, tokens=lambda x: ["token_id:x", *x[1:]]), r"token 'token_id:x' at position 0"),
+    "no_number": (
+        choice_with(token_ids=None, tokens=lambda x: ["token_id:x", *x[1:]]),
+        r"token 'token_id:x' at position 0",
+    ),
     "other_prompt": (choice_with(prompt_token_ids=[1, 3, 4]), r"says that its prompt had 3 tokens.*special tokens"),
     "html": (lambda a: b"<html>hello</html>", r"no JSON: '<html>hello</html>'; check that rollout.engine.url"),
     "nothing": (lambda a: None, r"has no list of choices"),
