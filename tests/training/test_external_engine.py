@@ -25,7 +25,7 @@ from jaxrl_llm.rollout import Engine, EngineError, generate
 from jaxrl_llm.rollout.external import request_seeds
 from jaxrl_llm.training import Rollout, make_train_step
 from jaxrl_llm.training.explain import stages
-from jaxrl_llm.training.external_engine import External
+from jaxrl_llm.training.external_engine import External, disk_hand_over
 from jaxrl_llm.training.rows import Extra
 from jaxrl_llm.training.run import train
 from jaxrl_llm.training.setup import parts
@@ -249,6 +249,34 @@ def run_config(micro_config, serve, tmp_path):
     return SimpleNamespace(tree=tree, server=server, engine=engine, weights=tmp_path / "weights")
 
 
+def test_weights_go_through_the_disk(serve, model, tmp_path):
+    server, read = serve(None), []
+
+    def load(body):
+        read.append(load_model(body["args"][0]["path"])[1])
+
+    server.routes = {"/load": load, "/flush": lambda body: {"success": True}}
+    engine = Engine(server.url, "policy", retries=0)
+    body = {"method": "reload", "args": [{"path": "{directory}"}]}
+    hand_over = disk_hand_over(engine, model, tmp_path / "out", path="/load", body=body, then=("/flush",))
+    (tmp_path / "out" / "policy-notes").mkdir(parents=True)
+    for number in (3, 3, 4):  # a step that is tried again writes its directory again
+        params = model.init(jax.random.key(number))
+        hand_over(params, number)
+        jax.tree.map(np.testing.assert_array_equal, read[-1], params)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["policy-00000004", "policy-notes"]
+    assert [path for path, _, _ in server.seen] == ["/load", "/flush"] * 3
+    server.routes["/flush"] = lambda body: {"success": False, "message": "busy"}
+    with pytest.raises(EngineError, match=r"/flush could not take .*policy-00000005: 'busy'"):
+        hand_over(params, 5)
+
+
+def test_a_model_of_ones_own_is_not_exported(bigram, tmp_path):
+    with pytest.raises(ValueError, match=r"weights_directory is set, but a model of one's own cannot be exported"):
+        disk_hand_over(Engine("http://localhost:1", "policy"), bigram, tmp_path, path="/load", body={})
+
+
+@pytest.mark.slow
 def test_a_run_hands_its_weights_over_and_is_resumed_after_the_engine_failed(run_config):
     config, server = parse_config(run_config.tree), run_config.server
     shown = Console(file=io.StringIO(), width=200)
