@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS report their inner affairs as warnings
     from jaxrl_llm.rewards import RewardError
+    from jaxrl_llm.rollout.engine_http import EngineError
     from jaxrl_llm.training.stages import Stopped, TrainingError
 
     try:
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 0
-    except (TrainingError, RewardError) as error:
+    except (TrainingError, RewardError, EngineError) as error:
         return _failed(error, options, 1)
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         return _failed(error, options, 2)

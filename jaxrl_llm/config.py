@@ -182,6 +182,60 @@ class ExtraConfig:
 
 
 @dataclass(frozen=True)
+class EngineConfig:
+    """An OpenAI-compatible engine that samples the completions of training; docs/engines.md says how it is launched.
+
+    Attributes:
+      url: root of the engine, such as http://localhost:8000.
+      model: the name that it serves the policy under.
+      timeout_s: deadline of one request in seconds.
+      concurrency: requests under way at once.
+      retries: further attempts after a failed connection or a passing HTTP status.
+      api_key_variable: environment variable that holds the key.
+      request: further fields of every request.
+      probe_prompts: prompts of the first batch that the engine's log-probabilities are compared on.
+      probe_bound: highest mean difference from ours, in nats.
+      probe_largest_bound: highest difference of a single token.
+      weights_directory: where the policy is exported to, under a path that the engine sees too.
+      reload_path: address that makes the engine load it.
+      reload_body: what is sent there; {directory} stands for the exported directory.
+      reload_then: addresses that are called after it, with an empty body.
+      reload_every_steps: steps from one export to the next; 0 leaves the engine with the weights it was launched with.
+    """
+
+    url: str
+    model: str
+    timeout_s: float = 600.0
+    concurrency: int = 64
+    retries: int = 3
+    api_key_variable: str | None = None
+    request: dict[str, Any] = field(default_factory=dict)
+    probe_prompts: int = 8
+    probe_bound: float = 0.05
+    probe_largest_bound: float = 1.0
+    weights_directory: str | None = None
+    reload_path: str | None = None
+    reload_body: dict[str, Any] = field(default_factory=lambda: {"model_path": "{directory}"})
+    reload_then: tuple[str, ...] = ()
+    reload_every_steps: int = 1
+
+    def __post_init__(self):
+        _at_least("rollout.engine", self, 1, "concurrency", "probe_prompts")
+        _at_least("rollout.engine", self, 0, "retries", "reload_every_steps", "probe_bound", "probe_largest_bound")
+        for name in ("weights_directory", "reload_path"):
+            if self.reload_every_steps and getattr(self, name) is None:
+                raise ValueError(
+                    f"rollout.engine.{name} is missing, so the engine would go on sampling from the weights that it "
+                    "was launched with; set it, or set rollout.engine.reload_every_steps to 0 to have it so"
+                )
+            if not self.reload_every_steps and getattr(self, name) is not None:
+                raise ValueError(
+                    f"rollout.engine.{name} is {getattr(self, name)!r}, but rollout.engine.reload_every_steps is 0, "
+                    "which hands no weights over; leave one of them out"
+                )
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How completions are sampled.
 
@@ -194,6 +248,7 @@ class RolloutConfig:
       prefixes: texts that completions start with, one for each equal block of a prompt's samples.
       extra: groups sampled on top at another temperature.
       replay_router: a mixture of experts learns through the experts that sampled each token.
+      engine: samples in another process; None samples here.
     """
 
     samples_per_prompt: int = 8
@@ -204,6 +259,7 @@ class RolloutConfig:
     prefixes: tuple[str, ...] = ()
     extra: ExtraConfig | None = None
     replay_router: bool = False
+    engine: EngineConfig | None = None
 
     def __post_init__(self):
         _at_least("rollout", self, 1, "samples_per_prompt", "max_prompt_tokens", "max_completion_tokens")
@@ -627,6 +683,10 @@ def numeric_tree(config: Config) -> dict[str, Any]:
         del tree["data"][name]
     for name in ("path", "revision"):
         tree["model"].pop(name, None)
+    # Of an engine, how old its policy may be; where it is and how it is asked decides nothing.
+    engine = tree["rollout"].pop("engine")
+    if engine is not None:
+        tree["rollout"]["engine"] = {name: engine[name] for name in ("request", "reload_every_steps")}
     # More steps may be added to a run, unless a schedule depends on their number.
     if tree["training"]["schedule"] == "constant":
         del tree["training"]["steps"]

@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import os
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,3 +132,99 @@ def finished_run(micro_yaml, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(
         directory=directory, shown=err.getvalue(), summary=json.loads(out.getvalue()), seconds=seconds
     )
+
+
+class EngineServer:
+    """An OpenAI-compatible engine of the standard library. Change its fields between requests to make it misbehave.
+
+    Attributes:
+      sample: request -> (tokens, log-probabilities).
+      dialect: "vllm" says ids in both ways, "sglang" in a field of their own, "tokens" as token_id:123 alone.
+      routes: further addresses: path -> (request -> answer).
+      spoil: answer -> answer.
+      statuses: HTTP statuses that the next requests are answered with.
+      seconds: that an answer takes, its body coming in pieces.
+      seen: (path, request, headers) of every POST.
+    """
+
+    def __init__(self, sample):
+        self.sample, self.dialect, self.routes = sample, "vllm", {}
+        self.spoil = lambda answer: answer
+        self.statuses, self.seconds, self.seen = [], 0.0, []
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                self.say(200, {"data": [{"id": "policy"}]} if self.path == "/v1/models" else None)
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.seen.append((self.path, body, dict(self.headers)))
+                    status = outer.statuses.pop(0) if outer.statuses else 200
+                    if status != 200:
+                        self.say(status, {"error": f"status {status}"})
+                    elif self.path in outer.routes:
+                        self.say(200, outer.routes[self.path](body))
+                    elif self.path == "/v1/completions":
+                        self.say(200, outer.spoil(outer.answer(body)))
+                    else:
+                        self.say(404, {"error": f"no {self.path}"})
+
+            def say(self, status, answer):
+                content = (
+                    answer if isinstance(answer, bytes) else b"" if answer is None else json.dumps(answer).encode()
+                )
+                with contextlib.suppress(ConnectionError):  # the other side may have given up
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    pieces = 6 if outer.seconds else 1
+                    size = -(-len(content) // pieces)
+                    for number in range(pieces):
+                        time.sleep(outer.seconds / pieces)
+                        self.wfile.write(content[number * size : (number + 1) * size])
+                        self.wfile.flush()
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+
+    def answer(self, body):
+        tokens, logprobs = self.sample(body)
+        named = [f"token_id:{token}" for token in tokens]
+        choice = {
+            "index": 0,
+            "text": "",
+            "finish_reason": "length" if len(tokens) == body["max_tokens"] else "stop",
+            "logprobs": {"tokens": named, "token_logprobs": logprobs},
+        }
+        if self.dialect == "sglang":
+            choice["logprobs"]["tokens"] = ["a piece of text"] * len(tokens)
+        if self.dialect != "tokens":
+            choice |= {"token_ids": tokens, "prompt_token_ids": body["prompt"]}
+        return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]}
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def serve():
+    """sample -> a running `EngineServer`."""
+    running = []
+
+    def start(sample) -> EngineServer:
+        running.append(EngineServer(sample))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()

@@ -12,9 +12,10 @@ from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.training.checks import COLLECTED
 from jaxrl_llm.training.critics import BEFORE
+from jaxrl_llm.training.external_engine import with_staleness
 from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
 from jaxrl_llm.training.setup import Parts
-from jaxrl_llm.training.step import Composition, TrainStep
+from jaxrl_llm.training.step import Composition, TrainStep, collect
 from jaxrl_llm.training.stored import written_rows
 from jaxrl_llm.training.trainable import trainable_part
 from jaxrl_llm.training.wiring import fields_of, signature
@@ -31,10 +32,10 @@ def stages(step: Composition) -> list[dict[str, Any]]:
     rows = [
         {
             "stage": "collect",
-            "name": "generate",
+            "name": "generate" if step.external is None else step.external.engine.url,
             "needs": ["params", "prompts", "key", "step"],
             "provides": ", ".join(sorted(COLLECTED - {"weight", "mask", "source", "sample", "group"})),
-            "where": "program",
+            "where": "program" if step.external is None else "engine",
         }
     ]
     rows += [
@@ -64,13 +65,16 @@ def _provider(step: Composition, name: str) -> tuple[str, list[str]]:
     if name in FROM_REFERENCE:
         return "reference forward pass", ["reference_params", "tokens"]
     own = {"old_logprobs": "behaviour_logprobs", "old_entropy": "behaviour_entropy"}
-    if name in own and step.rollout.extra is None:
+    if name in own and step.rollout.extra is None and step.external is None:
         return "the sampler's own", [own[name]]
     return "policy forward pass", ["params", "tokens"]
 
 
-def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts, Experience | None]:
-    """State, prompts and stored rows of one step as shapes: no memory is used."""
+def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts | Experience, Experience | None]:
+    """State, prompts (or rows, where an engine samples) and stored rows of a step's programs as shapes.
+
+    No memory is used.
+    """
     config, c = parts.config, parts.step.composition
     rows, rollout = config.training.prompts_per_step, config.rollout
     with_demonstrations = c.wanted & FROM_DATA
@@ -103,7 +107,11 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts, Experience | Non
             **{name: jnp.zeros((count, width) if name == "stored_logprobs" else count) for name in c.stored.provides},
         )
 
-    return jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts), jax.eval_shape(stored)
+    def sampled(state: TrainState, prompts: Prompts) -> Experience:
+        return with_staleness(collect(c, state, prompts), 0)
+
+    state, given = jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts)
+    return state, given if c.external is None else jax.eval_shape(sampled, state, given), jax.eval_shape(stored)
 
 
 def trace(parts: Parts) -> Experience:
@@ -154,7 +162,8 @@ def explanation(parts: Parts) -> dict[str, Any]:
 
 
 def _program_names(step: TrainStep) -> list[str]:
-    return ["whole step"] if len(step.programs) == 1 else ["collect", "credit and learn"]
+    first = "collect" if step.composition.external is None else "policy view and score"
+    return ["whole step"] if len(step.programs) == 1 else [first, "credit and learn"]
 
 
 def _shapes(experience: Experience) -> dict[str, str]:

@@ -50,12 +50,12 @@ def policy_view(
       model: the policy.
       params: its parameters.
       rows: completions.
-      wanted: names; those that are not of `FROM_POLICY` are left alone.
+      wanted: names; those that are not of `FROM_POLICY`, or are known already, are left alone.
       temperature: the one that is trained at.
       own_samples: every completion was drawn by this policy at this temperature, so that the sampler's record is what
         another pass would give.
     """
-    wanted = FROM_POLICY.intersection(wanted)
+    wanted = frozenset(name for name in FROM_POLICY.intersection(wanted) if getattr(rows, name, None) is None)
     values: dict[str, Any] = {}
     if own_samples:
         record = {"old_logprobs": rows.behaviour_logprobs, "old_entropy": rows.behaviour_entropy}

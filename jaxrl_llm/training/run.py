@@ -22,6 +22,7 @@ from jaxrl_llm.experience import KeyUse
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.reporting import RunDirectory, results_table, units_table
 from jaxrl_llm.reporting.machine import package_versions
+from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.explain import trace
@@ -46,12 +47,15 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
       CheckpointError: resuming with another config or other data.
       TrainingError: when a number stops being finite.
       RewardError: when a reward function fails; the state before the failed step is saved.
+      EngineError: when an external engine fails; the state before the failed step is saved.
       Stopped: after SIGTERM or SIGINT; the state is saved.
     """
     console = console or Console()
     started = time.monotonic()
     built = parts(config)
     trace(built)
+    if (external := built.step.composition.external) is not None:
+        require_model(external.engine)
     numbers = checkpoints.config_hash(numeric_tree(config))
     meta: dict[str, Any] = {"config_hash": numbers, "seconds": {}, "tokens": 0, "warm_start_steps": 0}
     folder = config.directory / "checkpoints"

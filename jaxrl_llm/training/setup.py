@@ -28,6 +28,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel.mesh import make_mesh
 from jaxrl_llm.training.critics import Critic
+from jaxrl_llm.training.external_engine import external_engine
 from jaxrl_llm.training.learn import Update
 from jaxrl_llm.training.provide import FROM_DATA
 from jaxrl_llm.training.recipes import credit_terms, loss_terms, number_or_method, reward_terms
@@ -133,6 +134,7 @@ def parts(config: Config) -> Parts:
         critic=_critic(config),
         stored=_stored(config),
         replay=_replay(config),
+        external=external_engine(config.rollout.engine, model, directory),
     )
     return Parts(config, task, tokenizer, model, directory, step)
 

@@ -24,6 +24,7 @@ from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
 from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
+from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.rehearsal import Rehearsal
@@ -195,12 +196,13 @@ def reinforce(
             batch, done = prompts[index], index + 1
             try:
                 new_state, metrics, experience = run.parts.step.run(state, batch.prompts, batch.items, stored(index))
-            except RewardError as error:
+            except (RewardError, EngineError) as error:
                 if unread is not None:
                     report(*unread)
                 _save_before_leaving(run, offset + index, state)
-                raise RewardError(
-                    f"{error}. The state before step {done} is saved: mend the function and run "
+                what = "the function" if isinstance(error, RewardError) else "what the engine lacks"
+                raise type(error)(
+                    f"{error}. The state before step {done} is saved: mend {what} and run "
                     f"jaxrl train --resume {config.directory}"
                 ) from error
             if unread is not None:

@@ -27,6 +27,14 @@ from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
 from jaxrl_llm.training.critics import HEADS, Critic, critics_named, initial_critic, moved_target
+from jaxrl_llm.training.external_engine import (
+    STALENESS,
+    External,
+    check_external,
+    engine_metrics,
+    make_collect,
+    with_policy_view,
+)
 from jaxrl_llm.training.learn import ROUTER, LossTerm, Update, alignment, checked_split, make_learn
 from jaxrl_llm.training.metrics import experience_metrics
 from jaxrl_llm.training.rows import (
@@ -125,6 +133,7 @@ class Composition:
       critic: how value models and their like are made.
       stored: rows that every step is handed beside the prompts.
       replay: learning again from rows of earlier steps.
+      external: an engine that samples in the place of `collect`.
     """
 
     model: Model
@@ -139,6 +148,7 @@ class Composition:
     critic: Critic | None = None
     stored: StoredRows | None = None
     replay: Replay | None = None
+    external: External | None = None
 
     @property
     def joined_groups(self) -> int:
@@ -370,6 +380,11 @@ def sample_and_score(c: Composition, state: TrainState, prompts: Prompts) -> Exp
     return score(c, collect(c, state, prompts))
 
 
+def view_and_score(c: Composition, state: TrainState, rows: Experience) -> Experience:
+    """The same for rows that an engine has sampled."""
+    return score(c, with_policy_view(c, state, row_constraint(c.mesh)(rows)))
+
+
 def credit_and_learn(
     c: Composition, state: TrainState, experience: Experience, stored: Experience | None = None
 ) -> tuple[TrainState, dict[str, Array], Experience]:
@@ -377,6 +392,8 @@ def credit_and_learn(
     sampled = experience.weight
     experience, memory = credit(c, state, experience)
     metrics = experience_metrics(experience, sampled[: experience.weight.shape[0]])
+    if c.external is not None:
+        metrics |= engine_metrics(experience)
     batch, store = join(c, state, experience, stored)
     if c.update.alignment_every_steps:
         metrics["alignment"] = measured_alignment(c, state, batch)
@@ -440,6 +457,7 @@ def make_train_step(
     critic: Critic | None = None,
     stored: StoredRows | None = None,
     replay: Replay | None = None,
+    external: External | None = None,
 ) -> TrainStep:
     """Compose a training step from pure functions; what they name is what it computes.
 
@@ -457,6 +475,7 @@ def make_train_step(
       critic: how a value model is made, for functions that name one of its outputs.
       stored: rows that every call brings along, for losses on stored answers.
       replay: learning again from rows of earlier steps.
+      external: an engine in another process that samples the completions.
 
     Returns:
       `TrainStep`.
@@ -492,7 +511,9 @@ def make_train_step(
         samples_per_prompt=rollout.samples_per_prompt,
         decode=decode,
         with_critic=critic is not None,
-        provided=(stored.provides if stored else frozenset()) | ({"extra"} if rollout.extra else frozenset()),
+        provided=(stored.provides if stored else frozenset())
+        | ({"extra"} if rollout.extra else frozenset())
+        | ({STALENESS} if external else frozenset()),
         replay=replay is not None,
     )
     if rollout.demonstration_in_group:
@@ -514,6 +535,8 @@ def make_train_step(
             "rollout.extra is set and something names 'baseline_rewards'; a greedy baseline and groups at another "
             "temperature cannot be had in one step, so leave one of them out"
         )
+    if external is not None:
+        check_external(rollout, wanted)
     c = Composition(
         model,
         optimizer,
@@ -527,8 +550,11 @@ def make_train_step(
         critic=critic,
         stored=stored,
         replay=replay,
+        external=external,
     )
     init = jax.jit(partial(initial_state, c))
+    if external is not None:
+        return _step_with_engine(c, init, external, decode)
     if not any(term.on_host for term in reward_terms):
         program = jax.jit(partial(whole_step, c), donate_argnums=0)
         return TrainStep(
@@ -536,6 +562,20 @@ def make_train_step(
         )
     programs = (jax.jit(partial(sample_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
     return TrainStep(init, partial(_run_with_host, programs, reward_terms, decode), programs, c)
+
+
+def _step_with_engine(c: Composition, init: Callable, external: External, decode: Any) -> TrainStep:
+    """A step that is sampled for, and then runs two programs; host rewards come between them where there are any."""
+    programs = (jax.jit(partial(view_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
+    collected = make_collect(c, external)
+    both = (lambda state, prompts: programs[0](state, collected(state, prompts)), programs[1])
+    if any(term.on_host for term in c.rewards):
+        return TrainStep(init, partial(_run_with_host, both, c.rewards, decode), programs, c)
+
+    def run(state, prompts, items=None, stored=None):
+        return both[1](state, both[0](state, prompts), stored)
+
+    return TrainStep(init, run, programs, c)
 
 
 def _check_router(model: Model, rollout: Rollout, **others: Any) -> None:

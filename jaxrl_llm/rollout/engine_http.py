@@ -1,0 +1,170 @@
+"""Where an engine in another process is, and one exchange with it: a deadline, retries, errors that say what to do."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+# What is worth another attempt: too many requests, and an engine that is starting, restarting or overloaded.
+_PASSING = frozenset({429, 500, 502, 503, 504})
+_EXCERPT = 300
+
+
+class EngineError(ValueError):
+    """An engine did not answer, or not with what training needs; the message names request, address and remedy."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where an engine is and how it is asked.
+
+    Attributes:
+      url: its root, such as http://localhost:8000; an ending /v1 is dropped.
+      model: the name that requests carry.
+      timeout_s: deadline of one request in seconds.
+      concurrency: requests under way at once.
+      retries: further attempts after a failed connection or a passing HTTP status.
+      retry_wait_s: pause before the first of them in seconds; each next one is twice as long.
+      api_key_variable: environment variable that holds the key; None sends none.
+      request: further fields of every request, for what one engine alone understands.
+    """
+
+    url: str
+    model: str
+    timeout_s: float = 600.0
+    concurrency: int = 64
+    retries: int = 3
+    retry_wait_s: float = 0.5
+    api_key_variable: str | None = None
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"rollout.engine.url is {self.url!r}; write its root, such as http://localhost:8000")
+        for name, least in (("concurrency", 1), ("retries", 0), ("retry_wait_s", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"rollout.engine.{name} is {getattr(self, name)}; it must be at least {least}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"rollout.engine.timeout_s is {self.timeout_s}; it must be above 0")
+        if self.api_key_variable and self.api_key_variable not in os.environ:
+            raise ValueError(
+                f"rollout.engine.api_key_variable is {self.api_key_variable!r}, which is not set in the environment; "
+                "export it, or leave the field out"
+            )
+
+    def address(self, path: str) -> str:
+        """The whole address of a path."""
+        return f"{self.url.rstrip('/').removesuffix('/v1')}/{path.lstrip('/')}"
+
+
+def answer(engine: Engine, path: str, body: Mapping[str, Any] | None = None, *, what: str) -> Any:
+    """The JSON that an engine answers: to a POST of `body`, or a GET without one. None where the answer is empty.
+
+    Raises:
+      EngineError: no connection or a passing HTTP status after all attempts, another HTTP status, no answer within
+        `timeout_s`, or no JSON.
+    """
+    address, wait = engine.address(path), engine.retry_wait_s
+    for attempt in range(engine.retries + 1):
+        last = attempt == engine.retries
+        try:
+            status, content = _exchanged(engine, address, body)
+        except TimeoutError:
+            raise EngineError(
+                f"{address} did not answer {what} within {engine.timeout_s:g} s; raise rollout.engine.timeout_s, or "
+                "lower rollout.engine.concurrency where requests wait for each other"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            if last:
+                raise EngineError(
+                    f"{address} could not be reached for {what} in {engine.retries + 1} attempts "
+                    f"({type(error).__name__}: {error}); start the engine, or correct rollout.engine.url"
+                ) from None
+        else:
+            if status == http.HTTPStatus.OK:
+                return _json(content, address, what)
+            if last or status not in _PASSING:
+                raise EngineError(
+                    f"{address} answered {what} with HTTP {status}: {content[:_EXCERPT].decode(errors='replace')!r}; "
+                    f"{_remedy(status)}"
+                )
+        time.sleep(wait)
+        wait *= 2
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _json(content: bytes, address: str, what: str) -> Any:
+    if not content.strip():
+        return None
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise EngineError(
+            f"{address} answered {what} with no JSON: {content[:_EXCERPT].decode(errors='replace')!r}; check that "
+            "rollout.engine.url is the engine's"
+        ) from None
+
+
+def _remedy(status: int) -> str:
+    if status in (401, 403):
+        return "set rollout.engine.api_key_variable"
+    if status == 404:
+        return "check rollout.engine.model, and that the engine was started with this address enabled"
+    if status in _PASSING:
+        return "the engine's log says why; lower rollout.engine.concurrency where it is overloaded"
+    return "check the sizes in section rollout against the engine's limits, and rollout.engine.request"
+
+
+def _exchanged(engine: Engine, address: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
+    """Status and content of one exchange, within the deadline as a whole and not only between two bytes."""
+    until = time.monotonic() + engine.timeout_s
+
+    def remaining() -> float:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    parts = urlsplit(address)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=remaining())
+    headers = {"Content-Type": "application/json"}
+    if engine.api_key_variable:
+        headers["Authorization"] = f"Bearer {os.environ[engine.api_key_variable]}"
+    try:
+        connection.connect()
+        held: socket.socket = connection.sock  # the response closes the connection's own reference early
+        held.settimeout(remaining())
+        target = parts.path + (f"?{parts.query}" if parts.query else "")
+        content = None if body is None else json.dumps(body).encode()
+        connection.request("GET" if body is None else "POST", target, content, headers)
+        response, pieces = connection.getresponse(), []
+        while not response.isclosed():
+            held.settimeout(remaining())
+            piece = response.read1(1 << 16)
+            if not piece:
+                break
+            pieces.append(piece)
+        return response.status, b"".join(pieces)
+    finally:
+        connection.close()
+
+
+def require_model(engine: Engine) -> None:
+    """Raise EngineError unless the engine is there and serves the model."""
+    listed = answer(engine, "/v1/models", what="the list of its models")
+    entries = listed.get("data", []) if isinstance(listed, Mapping) else []
+    names = [entry.get("id") for entry in entries if isinstance(entry, Mapping)]
+    if engine.model not in names:
+        raise EngineError(
+            f"rollout.engine.model is {engine.model!r}, but {engine.address('/v1/models')} serves "
+            f"{', '.join(map(repr, names)) or 'no model'}; name one of them"
+        )
