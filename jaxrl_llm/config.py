@@ -17,6 +17,7 @@ import yaml
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.lora import LoraConfig
 from jaxrl_llm.models.transformer_config import LayerLoop, Precision, TransformerConfig
+from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
 
 
 class ConfigError(ValueError):
@@ -249,6 +250,9 @@ class RolloutConfig:
       extra: groups sampled on top at another temperature.
       replay_router: a mixture of experts learns through the experts that sampled each token.
       engine: samples in another process; None samples here.
+      slots: completions that are decoded at a time, so that short ones make room for others; None decodes all of a step
+        side by side.
+      refill, adaptive, budget: sampling in several rounds, or in groups of different sizes; at most one of them.
     """
 
     samples_per_prompt: int = 8
@@ -260,9 +264,21 @@ class RolloutConfig:
     extra: ExtraConfig | None = None
     replay_router: bool = False
     engine: EngineConfig | None = None
+    slots: int | None = None
+    refill: Refill | None = None
+    adaptive: Adaptive | None = None
+    budget: Budget | None = None
 
     def __post_init__(self):
-        _at_least("rollout", self, 1, "samples_per_prompt", "max_prompt_tokens", "max_completion_tokens")
+        _at_least("rollout", self, 1, "samples_per_prompt", "max_prompt_tokens", "max_completion_tokens", "slots")
+        given = [name for name in ("refill", "adaptive", "budget") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"rollout.{given[0]} and rollout.{given[1]} are both set; a step samples in one way")
+
+    @property
+    def rounds(self) -> Refill | Adaptive | Budget | None:
+        """The one that is set."""
+        return self.refill or self.adaptive or self.budget
 
 
 @dataclass(frozen=True)

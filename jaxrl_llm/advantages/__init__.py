@@ -3,6 +3,7 @@
 Each is a pure function whose positional parameters are named after fields of `Experience`.
 """
 
+from jaxrl_llm.advantages.adaptive import balanced_samples, finished_prompts, pool_centred
 from jaxrl_llm.advantages.allocation import next_rollouts, reward_half_width, rollout_priority
 from jaxrl_llm.advantages.baselines import raw_rewards, reward_minus_baseline, running_mean_baseline
 from jaxrl_llm.advantages.beta_normalized import beta_normalized, beta_normalized_components
@@ -51,6 +52,12 @@ from jaxrl_llm.advantages.groups import (
     group_sum,
     present,
 )
+from jaxrl_llm.advantages.knapsack import (
+    knapsack_rollouts,
+    mixed_probability,
+    rollout_value,
+    rollouts_for_signal,
+)
 from jaxrl_llm.advantages.length import solved_group_length_penalty
 from jaxrl_llm.advantages.pass_at_k import max_at_k_weights, pass_at_k_normalized, top_margin
 from jaxrl_llm.advantages.preferences import score_win_rate, win_rate
@@ -76,6 +83,7 @@ from jaxrl_llm.advantages.whitening import moments, reinforce_plus_plus_baseline
 __all__ = [
     "answer_entropy",
     "balanced_groups",
+    "balanced_samples",
     "batch_normalized_accuracy",
     "best_and_random",
     "beta_normalized",
@@ -90,6 +98,7 @@ __all__ = [
     "entropy_mixed_advantages",
     "extreme_rewards",
     "extreme_samples",
+    "finished_prompts",
     "gae",
     "gae_returns",
     "generalized_advantages",
@@ -103,12 +112,14 @@ __all__ = [
     "group_std",
     "group_sum",
     "kl_penalized_rewards",
+    "knapsack_rollouts",
     "leave_one_out",
     "length_weighted_baseline",
     "local_share",
     "log_mean_exp_baseline",
     "majority_match",
     "max_at_k_weights",
+    "mixed_probability",
     "mixed_value_at_risk",
     "moments",
     "near_perfect_groups",
@@ -119,6 +130,7 @@ __all__ = [
     "one_success_one_failure",
     "outcome_token_rewards",
     "pass_at_k_normalized",
+    "pool_centred",
     "present",
     "rank_bonus",
     "rank_dynamics",
@@ -130,6 +142,8 @@ __all__ = [
     "reward_half_width",
     "reward_minus_baseline",
     "rollout_priority",
+    "rollout_value",
+    "rollouts_for_signal",
     "running_mean_baseline",
     "sample_budgets",
     "score_win_rate",

@@ -49,6 +49,7 @@ def generate(
     prefixes: Prefixes | None = None,
     first_sample: int | Int[Array, "N"] = 0,
     prompt_of: Int[Array, "B"] | None = None,
+    active: Bool[Array, "N"] | None = None,
     slots: int | None = None,
     record_router: bool = False,
     controls: Controls | None = None,
@@ -77,6 +78,7 @@ def generate(
       first_sample: number of the first sample of a prompt; it addresses the random keys. One number, or one a prompt.
       prompt_of: prompt of each row, in ascending order, for groups of different sizes; B is its length then, and
         `samples_per_prompt` the largest number of samples of a prompt.
+      active: prompts that are sampled; the rows of the others are empty and have weight 0. None samples all.
       slots: rows that are decoded at a time; a slot whose row has ended goes on with the next row that waits. None
         decodes all rows side by side.
       controls: what may be sampled; None samples from the policy's own distribution, as training must. With controls
@@ -129,20 +131,20 @@ def generate(
         pad_id=pad_id,
         constrain=constrain,
     )
-    active = jnp.ones(rows, bool)
+    there = jnp.ones(rows, bool) if active is None else active[number]
     over = jnp.zeros(rows, bool)
     if prefixes is not None:
         state = feed(drawing, state, prefixes.tokens, prefixes.length, prefixes.source)
         last = jnp.take_along_axis(prefixes.tokens, jnp.maximum(prefixes.length - 1, 0)[:, None], axis=1)[:, 0]
         # A prefix may be a whole completion.
         over = (prefixes.length > 0) & jnp.isin(last, jnp.asarray(list(eos_ids), jnp.int32))
-        active = ~over
         if room:
             state = replace(state, cache=model.expand_cache(state.cache, 1, room))
     limit = jnp.full(rows, max_completion_tokens, jnp.int32)
     slots = None if slots is None else min(slots, rows)
-    state, stopped = decode(drawing, state, active=active, limit=limit, end_ids=tuple(eos_ids), slots=slots)
-    return experience_of(state.written, per_row, sample=sample, group=number, ended=stopped | over)
+    state, stopped = decode(drawing, state, active=there & ~over, limit=limit, end_ids=tuple(eos_ids), slots=slots)
+    ours = experience_of(state.written, per_row, sample=sample, group=number, ended=stopped | over | ~there)
+    return ours if active is None else replace(ours, weight=there.astype(jnp.float32))
 
 
 def experience_of(

@@ -14,7 +14,7 @@ from jaxrl_llm.training.checks import COLLECTED
 from jaxrl_llm.training.critics import BEFORE
 from jaxrl_llm.training.external_engine import with_staleness
 from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
-from jaxrl_llm.training.setup import Parts
+from jaxrl_llm.training.setup import Parts, prompts_handed
 from jaxrl_llm.training.step import Composition, TrainStep, collect
 from jaxrl_llm.training.stored import written_rows
 from jaxrl_llm.training.trainable import trainable_part
@@ -76,7 +76,7 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts | Experience, Exp
     No memory is used.
     """
     config, c = parts.config, parts.step.composition
-    rows, rollout = config.training.prompts_per_step, config.rollout
+    rows, rollout = prompts_handed(config), config.rollout
     with_demonstrations = c.wanted & FROM_DATA
 
     def prompts() -> Prompts:

@@ -61,17 +61,18 @@ def traceable_components(terms: Sequence[RewardTerm], experience: Experience) ->
 def host_components(
     terms: Sequence[RewardTerm], experience: Experience, items: Sequence[dict], decode: Callable[[Sequence[int]], str]
 ) -> np.ndarray:
-    """Fill the columns of host rewards. `items` holds one dictionary a prompt: body, answer, task, level, ...
+    """Fill the columns of host rewards on rows that are there. `items` holds one dictionary a prompt: body, answer, task, level, ...
 
     Raises:
       RewardError: when a function raises, or returns the wrong shape, NaN or infinity.
     """
-    tokens, length, components = jax.device_get((experience.tokens, experience.length, experience.reward_components))
-    components = np.array(components)
+    wanted_of_rows = (experience.tokens, experience.length, experience.reward_components, experience.weight)
+    tokens, length, components, weight = jax.device_get(wanted_of_rows)
+    components, present = np.array(components), np.flatnonzero(weight > 0)
     # Groups beyond the prompts are more groups of the first prompts.
-    per_row = [items[group % len(items)] for group in jax.device_get(experience.group)]
+    per_row = [items[group % len(items)] for group in jax.device_get(experience.group)[present]]
     text = {
-        "completions": [decode(row[:n].tolist()) for row, n in zip(tokens, length, strict=True)],
+        "completions": [decode(tokens[row, : length[row]].tolist()) for row in present],
         "prompts": [item["body"] for item in per_row],
         "answers": [item["answer"] for item in per_row],
         "items": per_row,
@@ -80,7 +81,8 @@ def host_components(
         if term.on_host:
             wanted = names(term.function)
             data = {name: value for name, value in text.items() if name in wanted}
-            components[:, column] = checked_host_reward(term.function, data, rows=len(per_row), name=term.name)
+            rewards = checked_host_reward(term.function, data, rows=len(per_row), name=term.name)
+            components[present, column] = rewards
     return components
 
 

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from jaxrl_llm.models.lora import add_adapters, lora
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
 from jaxrl_llm.training.critics import Critic
 from jaxrl_llm.training.external_engine import external_engine
 from jaxrl_llm.training.learn import Update
@@ -115,6 +116,8 @@ def parts(config: Config) -> Parts:
         prefixes=tuple(tuple(tokenizer.encode(text)) for text in config.rollout.prefixes),
         extra=_extra(config),
         replay_router=config.rollout.replay_router,
+        slots=config.rollout.slots,
+        rounds=_rounds(config),
     )
     mesh = make_mesh(config.mesh.devices)
     rewards, credit, losses = reward_terms(config.rewards), credit_terms(config.credit), loss_terms(config.losses)
@@ -182,6 +185,24 @@ def _require_own_ids(functions: Sequence[tuple[str, Any]]) -> None:
                     "but the model at model.path has a tokenizer of its own; set the ids, or use a function that reads "
                     "text, such as number_match"
                 )
+
+
+def _rounds(config: Config) -> Refill | Adaptive | Budget | None:
+    rounds = config.rollout.rounds
+    if not isinstance(rounds, Budget) or rounds.prompt_ids is not None:
+        return rounds
+    if config.task is None:
+        raise ValueError(
+            "rollout.budget remembers the success of each prompt of data.path: set rollout.budget.prompt_ids to the "
+            "number of its records"
+        )
+    return replace(rounds, prompt_ids=config.task.train_items)
+
+
+def prompts_handed(config: Config) -> int:
+    """Prompts that a step is handed: more than it learns from where groups are refilled."""
+    refill = config.rollout.refill
+    return config.training.prompts_per_step * (1 if refill is None else refill.max_rounds)
 
 
 def _extra(config: Config) -> Extra | None:
@@ -283,10 +304,18 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
     """Batches of training prompts, with reference completions where the step wants them; the position is the step."""
     config, rollout = parts.config, parts.config.rollout
     with_demonstrations = bool(parts.step.composition.wanted & FROM_DATA)
+    rounds = parts.step.composition.rollout.rounds
+    if isinstance(rounds, Budget) and rounds.prompt_ids is not None:
+        largest = max(int(record["item_id"]) for record in source)
+        if largest >= rounds.prompt_ids:
+            raise ValueError(
+                f"rollout.budget.prompt_ids is {rounds.prompt_ids}, but a prompt has the id {largest}; set it to at "
+                f"least {largest + 1}"
+            )
     return data.prompt_batches(
         source,
         parts.tokenizer,
-        prompts_per_step=config.training.prompts_per_step,
+        prompts_per_step=prompts_handed(config),
         max_prompt_tokens=rollout.max_prompt_tokens,
         max_answer_tokens=rollout.max_completion_tokens,
         seed=config.seed,

@@ -23,6 +23,7 @@ from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, Source, Tr
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
 from jaxrl_llm.rollout.generate import Prefixes, generate
+from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
 from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
@@ -37,6 +38,18 @@ from jaxrl_llm.training.external_engine import (
 )
 from jaxrl_llm.training.learn import ROUTER, LossTerm, Update, alignment, checked_split, make_learn
 from jaxrl_llm.training.metrics import experience_metrics
+from jaxrl_llm.training.rounds import (
+    POOL_FIELDS,
+    REPORTED,
+    SUCCESS,
+    Loop,
+    Request,
+    adaptive_loop,
+    never_visited,
+    prompt_of_each_row,
+    refill_loop,
+    visited,
+)
 from jaxrl_llm.training.rows import (
     Extra,
     concatenated,
@@ -77,6 +90,8 @@ class Rollout:
         hints, not trained on.
       extra: groups sampled on top at another temperature.
       replay_router: a mixture of experts learns through the experts that sampled each token.
+      slots: completions that are decoded at a time; None decodes all side by side.
+      rounds: sampling in several rounds, or in groups of different sizes; see `rounds`.
     """
 
     samples_per_prompt: int
@@ -88,8 +103,12 @@ class Rollout:
     prefixes: tuple[tuple[int, ...], ...] = ()
     extra: Extra | None = None
     replay_router: bool = False
+    slots: int | None = None
+    rounds: Refill | Adaptive | Budget | None = None
 
     def __post_init__(self):
+        if self.rounds is not None:
+            self._check_rounds(self.rounds)
         if self.prefixes and self.samples_per_prompt % len(self.prefixes):
             raise ValueError(
                 f"rollout.prefixes has {len(self.prefixes)} texts, which do not divide rollout.samples_per_prompt "
@@ -115,6 +134,29 @@ class Rollout:
             raise ValueError(
                 f"rollout.temperature is {self.temperature}; training samples need a temperature above 0 "
                 "(greedy decoding is for evaluation)"
+            )
+
+    def _check_rounds(self, rounds: Refill | Adaptive | Budget) -> None:
+        name = f"rollout.{type(rounds).__name__.lower()}"
+        others = {
+            "rollout.demonstration_in_group": self.demonstration_in_group,
+            "rollout.prefixes": bool(self.prefixes),
+            "rollout.extra": self.extra is not None,
+            "rollout.replay_router": self.replay_router,
+        }
+        if given := [other for other, value in others.items() if value]:
+            raise ValueError(
+                f"{name} and {given[0]} are both set, but only plain samples are drawn in rounds; drop one"
+            )
+        if isinstance(rounds, Adaptive) and rounds.max_rounds * rounds.samples_per_round < self.samples_per_prompt:
+            raise ValueError(
+                f"rollout.samples_per_prompt is {self.samples_per_prompt}, but {name} draws at most "
+                f"{rounds.max_rounds} x {rounds.samples_per_round} samples of a prompt; keep fewer or draw more"
+            )
+        if isinstance(rounds, Budget) and not rounds.least <= self.samples_per_prompt <= rounds.most:
+            raise ValueError(
+                f"rollout.samples_per_prompt is {self.samples_per_prompt}, but {name} has least {rounds.least} and "
+                f"most {rounds.most}; it is the mean and must lie between them"
             )
 
 
@@ -187,6 +229,8 @@ def initial_state(c: Composition, key: Array, params: PyTree | None = None) -> T
     memory = {name: method.init() for name, method in c.stateful.items()}
     if c.rollout.extra is not None and isinstance(c.rollout.extra.temperature, Method):
         memory[EXTRA_TEMPERATURE] = initial_temperature(c.rollout.extra.temperature)
+    if isinstance(c.rollout.rounds, Budget):
+        memory[SUCCESS] = never_visited(c.rollout.rounds)
     critics = {}
     for number, name in enumerate(HEADS):
         if c.critic is not None and name in c.critics:
@@ -230,8 +274,13 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
         eos_ids=r.eos_ids,
         pad_id=r.pad_id,
         record_router=r.replay_router,
+        slots=r.slots,
         constrain=constrain,
     )
+    if isinstance(r.rounds, Budget):
+        prompt_of = prompt_of_each_row(r.rounds, state.memory[SUCCESS], prompts, r.samples_per_prompt)
+        rows = count * r.samples_per_prompt
+        return constrain(sample(prompts, samples_per_prompt=rows, temperature=r.temperature, prompt_of=prompt_of))
     rows = sample(
         prompts,
         samples_per_prompt=samples + with_greedy,
@@ -377,7 +426,69 @@ def learn(
 
 def sample_and_score(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
     """The first half of a step: what comes before rewards on the host."""
-    return score(c, collect(c, state, prompts))
+    loop = rounds_of(c, prompts)
+    if loop is None:
+        return score(c, collect(c, state, prompts))
+
+    def one(carry):
+        return loop.merge(carry, with_rewards(sample_round(c, state, prompts, loop.request(carry)), c.rewards))
+
+    carry = jax.lax.while_loop(loop.unfinished, one, first_carry(c, loop, state, prompts))
+    return rounds_result(loop, carry)
+
+
+def rounds_of(c: Composition, prompts: Prompts) -> Loop | None:
+    """The rounds that a step samples in; None where it samples once."""
+    count, samples = prompts.tokens.shape[0], c.rollout.samples_per_prompt
+    if isinstance(c.rollout.rounds, Refill):
+        most = c.rollout.rounds.max_rounds
+        if count % most:
+            raise ValueError(
+                f"rollout.refill.max_rounds is {most}, but the step was handed {count} prompts; hand it {most} times "
+                "the prompts that it learns from"
+            )
+        return refill_loop(c.rollout.rounds, prompts=count // most, samples=samples)
+    if isinstance(c.rollout.rounds, Adaptive):
+        return adaptive_loop(c.rollout.rounds, prompts=count, samples=samples)
+    return None
+
+
+def sample_round(c: Composition, state: TrainState, prompts: Prompts, request: Request) -> Experience:
+    """One round of completions, scored as far as the program can."""
+    r, count = c.rollout, request.active.shape[0]
+    part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, request.first_prompt, count), prompts)
+    rows = generate(
+        c.model,
+        state.params,
+        part,
+        key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
+        step=state.step,
+        samples_per_prompt=r.rounds.samples_per_round if isinstance(r.rounds, Adaptive) else r.samples_per_prompt,
+        max_completion_tokens=r.max_completion_tokens,
+        eos_ids=r.eos_ids,
+        pad_id=r.pad_id,
+        temperature=r.temperature,
+        first_sample=request.first_sample,
+        active=request.active,
+        slots=r.slots,
+        constrain=row_constraint(c.mesh),
+    )
+    return score(c, rows)
+
+
+def first_carry(c: Composition, loop: Loop, state: TrainState, prompts: Prompts) -> Any:
+    """What is kept before the first round."""
+    count = prompts.tokens.shape[0] // (c.rollout.rounds.max_rounds if isinstance(c.rollout.rounds, Refill) else 1)
+    request = Request(jnp.int32(0), jnp.int32(0), jnp.ones(count, bool))
+    rows = lambda: with_rewards(sample_round(c, state, prompts, request), c.rewards)  # noqa: E731
+    return loop.start(jax.eval_shape(rows))
+
+
+def rounds_result(loop: Loop, carry: Any) -> Experience:
+    """The rows of the step; what is to be reported stands on each of them."""
+    rows, report = loop.result(carry)
+    count = rows.tokens.shape[0]
+    return filled(rows, **{name: jnp.full(count, value, jnp.float32) for name, value in report.items()})
 
 
 def view_and_score(c: Composition, state: TrainState, rows: Experience) -> Experience:
@@ -394,6 +505,9 @@ def credit_and_learn(
     metrics = experience_metrics(experience, sampled[: experience.weight.shape[0]])
     if c.external is not None:
         metrics |= engine_metrics(experience)
+    metrics |= {name: values[0] for name, values in experience.extras.items() if name in REPORTED}
+    if SUCCESS in memory:
+        memory[SUCCESS] = visited(memory[SUCCESS], experience)
     batch, store = join(c, state, experience, stored)
     if c.update.alignment_every_steps:
         metrics["alignment"] = measured_alignment(c, state, batch)
@@ -513,7 +627,8 @@ def make_train_step(
         with_critic=critic is not None,
         provided=(stored.provides if stored else frozenset())
         | ({"extra"} if rollout.extra else frozenset())
-        | ({STALENESS} if external else frozenset()),
+        | ({STALENESS} if external else frozenset())
+        | (POOL_FIELDS if isinstance(rollout.rounds, Adaptive) else frozenset()),
         replay=replay is not None,
     )
     if rollout.demonstration_in_group:
@@ -537,6 +652,8 @@ def make_train_step(
         )
     if external is not None:
         check_external(rollout, wanted)
+    if rollout.rounds is not None:
+        _check_rounds(rollout.rounds, wanted, update, loss_terms, stored=stored, replay=replay, engine=external)
     c = Composition(
         model,
         optimizer,
@@ -561,7 +678,50 @@ def make_train_step(
             init, lambda state, prompts, items=None, stored=None: program(state, prompts, stored), (program,), c
         )
     programs = (jax.jit(partial(sample_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
+    if isinstance(rollout.rounds, Refill | Adaptive):
+        return TrainStep(init, _step_in_rounds(c, programs[1], decode), programs, c)
     return TrainStep(init, partial(_run_with_host, programs, reward_terms, decode), programs, c)
+
+
+def _step_in_rounds(c: Composition, learned: Callable, decode: Any) -> Callable:
+    """A step whose rounds wait for rewards on the host."""
+
+    @jax.jit
+    def start(state, prompts):
+        return first_carry(c, cast(Loop, rounds_of(c, prompts)), state, prompts)
+
+    @jax.jit
+    def sample(state, prompts, carry):
+        loop = cast(Loop, rounds_of(c, prompts))
+        return sample_round(c, state, prompts, loop.request(carry)), loop.first_item(carry)
+
+    @jax.jit
+    def merge(prompts, carry, rows):
+        loop = cast(Loop, rounds_of(c, prompts))
+        carry = loop.merge(carry, with_rewards(rows, c.rewards))
+        return carry, loop.unfinished(carry), rounds_result(loop, carry)
+
+    def run(state, prompts, items=None, stored=None):
+        items = _required(items)
+        carry, more, rows = start(state, prompts), True, None
+        while more:
+            drawn, first = sample(state, prompts, carry)
+            components = host_components(c.rewards, drawn, items[int(first) :], decode)
+            if isinstance(drawn.reward_components.sharding, NamedSharding):
+                components = jax.device_put(components, drawn.reward_components.sharding)
+            carry, more, rows = merge(prompts, carry, replace(drawn, reward_components=components))
+        return learned(state, rows, stored)
+
+    return run
+
+
+def _required(items: Sequence[dict] | None) -> Sequence[dict]:
+    if items is None:
+        raise ValueError(
+            "this step has a reward that reads text: call step(state, prompts, items) with one dictionary "
+            "a prompt (body, answer, ...)"
+        )
+    return items
 
 
 def _step_with_engine(c: Composition, init: Callable, external: External, decode: Any) -> TrainStep:
@@ -576,6 +736,30 @@ def _step_with_engine(c: Composition, init: Callable, external: External, decode
         return both[1](state, both[0](state, prompts), stored)
 
     return TrainStep(init, run, programs, c)
+
+
+def _check_rounds(
+    rounds: Refill | Adaptive | Budget,
+    wanted: frozenset[str],
+    update: Update,
+    losses: Sequence[LossTerm],
+    **others: Any,
+) -> None:
+    """Refuse what rounds cannot be had with."""
+    name = f"rollout.{type(rounds).__name__.lower()}"
+    if "baseline_rewards" in wanted or others["engine"] is not None:
+        what = "rollout.engine" if others["engine"] is not None else "a greedy baseline ('baseline_rewards')"
+        raise ValueError(f"{name} is set together with {what}, which samples once; leave one of them out")
+    if not isinstance(rounds, Budget):
+        return
+    if given := [other for other in ("stored", "replay") if others[other] is not None]:
+        raise ValueError(f"{name} makes groups of different sizes, but {given[0]} rows come in equal ones; drop one")
+    whole = [term.name for term in losses if "group" in names(term.function)]
+    if whole and (update.minibatches_per_epoch > 1 or update.sequences_per_microbatch is not None):
+        raise ValueError(
+            f"{name} makes groups of different sizes, and loss {whole[0]!r} compares the samples of a prompt: leave "
+            "training.sequences_per_microbatch out and set training.minibatches_per_epoch to 1"
+        )
 
 
 def _check_router(model: Model, rollout: Rollout, **others: Any) -> None:
@@ -594,11 +778,7 @@ def _check_router(model: Model, rollout: Rollout, **others: Any) -> None:
 
 def _run_with_host(programs, reward_terms, decode, state, prompts, items=None, stored=None):
     """The same step in two programs, with the host rewards between them."""
-    if items is None:
-        raise ValueError(
-            "this step has a reward that reads text: call step(state, prompts, items) with one dictionary "
-            "a prompt (body, answer, ...)"
-        )
+    items = _required(items)
     experience = programs[0](state, prompts)
     components = host_components(reward_terms, experience, items, decode)
     placement = experience.reward_components.sharding
