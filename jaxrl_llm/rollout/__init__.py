@@ -1,19 +1,65 @@
-"""Prompts -> Experience: sampling, cached decoding, teacher-forced scoring."""
+"""Prompts -> Experience: sampling, cached decoding, teacher-forced scoring, environments."""
 
 from jaxrl_llm.rollout.controls import Controls
+from jaxrl_llm.rollout.environments import (
+    Environment,
+    Episodes,
+    Start,
+    Step,
+    StopReason,
+    Turns,
+    advanced,
+    cut_short,
+    episode_metrics,
+    recorded_turns,
+    replayed,
+    require_environment,
+    started,
+)
 from jaxrl_llm.rollout.generate import completion_positions, generate, prompt_positions
+from jaxrl_llm.rollout.host_environments import (
+    EnvironmentFailure,
+    HostEnvironment,
+    HostEpisodes,
+    host_advanced,
+    host_replayed,
+    host_started,
+    host_step,
+    opened,
+)
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
 from jaxrl_llm.rollout.score import predicting_hidden
 from jaxrl_llm.rollout.stop import StopAutomaton, stop_automaton
 
 __all__ = [
     "Controls",
+    "Environment",
+    "EnvironmentFailure",
+    "Episodes",
+    "HostEnvironment",
+    "HostEpisodes",
+    "Start",
+    "Step",
     "StopAutomaton",
+    "StopReason",
+    "Turns",
+    "advanced",
     "completion_positions",
+    "cut_short",
+    "episode_metrics",
     "generate",
+    "host_advanced",
+    "host_replayed",
+    "host_started",
+    "host_step",
+    "opened",
     "predicting_hidden",
     "prompt_positions",
+    "recorded_turns",
+    "replayed",
+    "require_environment",
     "row_keys",
     "sampled_tokens",
+    "started",
     "stop_automaton",
 ]

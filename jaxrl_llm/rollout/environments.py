@@ -8,6 +8,7 @@ episode to one of its turns, and check a recorded conversation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -198,7 +199,8 @@ def advanced(
         StopReason.RUNNING,
     )
     here = active[:, None] & (jnp.arange(environment.max_turns) == episodes.turns[:, None])
-    episodes = episodes.replace(
+    episodes = replace(
+        episodes,
         state=jax.tree.map(lambda new, old: _chosen(active, new, old), made.state, episodes.state),
         turns=episodes.turns + active,
         turn_rewards=jnp.where(here, made.reward.astype(jnp.float32)[:, None], episodes.turn_rewards),
@@ -208,9 +210,7 @@ def advanced(
     return episodes, made.observation, jnp.where(running, observed, 0).astype(jnp.int32)
 
 
-def replayed(
-    environment: Environment, episodes: Episodes, turns: Turns, up_to_turn: Int[Array, "B"] | int
-) -> Episodes:
+def replayed(environment: Environment, episodes: Episodes, turns: Turns, up_to_turn: Int[Array, "B"] | int) -> Episodes:
     """Episodes as they were before a turn, by taking their recorded turns again.
 
     An environment is a function of its state, the turn and the key of the turn, so this is exact.

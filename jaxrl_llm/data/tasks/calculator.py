@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed
+from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, tagged
 
 ERROR = "ERR"
 MOST_DIGITS, LARGEST_RESULT = 7, 10**9
@@ -51,23 +51,31 @@ def mixed(bits: int) -> int:
     return bits ^ (bits >> 16)
 
 
-class Tool:
-    """The tool during one episode: it counts its calls, and fails once on some that are fine."""
+class Tool(NamedTuple):
+    """The tool during one episode.
 
-    def __init__(self, item_id: int = 0, fault_probability: float = 0.0) -> None:
-        self.item_id, self.fault_probability = item_id, fault_probability
-        self.calls, self.faults, self.failed = 0, 0, ""
+    Attributes:
+      item_id: number of the item, which addresses its faults.
+      fault_probability: share of the calls that fail although they are fine.
+      calls: calls made.
+      faults: faults injected.
+      failed: the call that a fault has just failed; empty where there is none.
+    """
 
-    def __call__(self, call: str) -> str:
-        """The result of a call. A call that has just been failed by a fault is served when it is repeated."""
-        number, self.calls = self.calls, self.calls + 1
-        value = result(call)
-        spared = value == ERROR or call == self.failed or self.faults == SPARE_CALLS
-        if not spared and fault(self.item_id, number, self.fault_probability):
-            self.faults, self.failed = self.faults + 1, call
-            return ERROR
-        self.failed = ""
-        return value
+    item_id: int = 0
+    fault_probability: float = 0.0
+    calls: int = 0
+    faults: int = 0
+    failed: str = ""
+
+
+def called(tool: Tool, call: str) -> tuple[Tool, str]:
+    """The tool after a call, and what it returned. A call that a fault has just failed is served when repeated."""
+    value = result(call)
+    spared = value == ERROR or call == tool.failed or tool.faults == SPARE_CALLS
+    if not spared and fault(tool.item_id, tool.calls, tool.fault_probability):
+        return tool._replace(calls=tool.calls + 1, faults=tool.faults + 1, failed=call), ERROR
+    return tool._replace(calls=tool.calls + 1, failed=""), value
 
 
 def operations(body: str) -> tuple[int, list[tuple[str, int]]]:
@@ -95,6 +103,29 @@ def item(body: str) -> Item | None:
     return Item(body, ";".join(written), value, "calculator", len(steps), f"calculator-{len(steps)}")
 
 
+class Episode(NamedTuple):
+    """An episode under way: the item's record and its tool."""
+
+    record: Mapping[str, Any]
+    tool: Tool
+
+
+def episode(record: Mapping[str, Any], *, fault_probability: float = 0.0) -> Episode:
+    """The start of an episode."""
+    return Episode(record, Tool(record["item_id"], fault_probability))
+
+
+def turn(state: Episode, text: str, *, error_penalty: float = 0.0) -> tuple[Episode, str, float, bool]:
+    """(state, observation, reward, whether the episode is over) after a turn's text, its end included."""
+    answer = tagged(text, "<a>", "</a>")
+    if answer is not None:
+        return state, "", float(answer.strip(" \n") == state.record["answer"]), True
+    tool, returned = called(state.tool, tagged(text, "<c>", "</c>") or "")
+    over = text.endswith("<eos>") or tool.calls > len(operations(state.record["body"])[1]) + SPARE_CALLS
+    reward = -error_penalty if returned == ERROR else 0.0
+    return state._replace(tool=tool), f"<o>{returned}</o>", reward, over
+
+
 def task(*, fault_probability: float = 0.0) -> Task:
     """`level` operations on integers of two and three digits, each done by a tool; at most level + 2 calls.
 
@@ -111,7 +142,7 @@ def task(*, fault_probability: float = 0.0) -> Task:
 
     def segments(record: Mapping[str, Any]) -> tuple[Segment, ...]:
         """Every call with its result, repeated where a fault was injected, and the answer."""
-        tool, parts = Tool(int(record["item_id"]), fault_probability), []
+        tool, parts = Tool(record["item_id"], fault_probability), []
         start, steps = operations(record["body"])
         value = str(start)
         for operator, operand in steps:
@@ -119,7 +150,7 @@ def task(*, fault_probability: float = 0.0) -> Task:
             if result(call) == ERROR:
                 raise ValueError(f"the tool refuses {call!r} of {record['body']!r}; leave the item out")
             while returned == ERROR:
-                returned = tool(call)
+                tool, returned = called(tool, call)
                 parts += [Segment(f"<c>{call}</c><n>"), observed(f"<o>{returned}</o>")]
             value = returned
         return (*parts, Segment(f"<a>{value}</a><eos>"))

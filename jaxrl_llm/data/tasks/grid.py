@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-from jaxrl_llm.data.tasks.items import Item, Segment, Task, observed, require_choice, require_int
+from jaxrl_llm.data.tasks.items import Item, Segment, Task, observed, require_choice, require_int, tagged
 
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 View = Literal["full", "blind"]
@@ -75,6 +75,26 @@ def moved(rows: Sequence[str], place: Place, move: str | None) -> Moved:
         return Moved(place, observation(rows, place, "x"), False)
     reached = cell(rows, target) == "G"
     return Moved(target, observation(rows, target, "!" if reached else "."), reached)
+
+
+class Episode(NamedTuple):
+    """An episode under way: the grid and where one stands."""
+
+    rows: tuple[str, ...]
+    place: Place
+
+
+def episode(record: Mapping[str, Any]) -> Episode:
+    """The start of an episode."""
+    rows = tuple(record["answer"].split("/"))
+    return Episode(rows, find(rows, "S"))
+
+
+def turn(state: Episode, text: str) -> tuple[Episode, str, float, bool]:
+    """(state, observation, reward, whether the episode is over) after a turn's text, its end included."""
+    move = tagged(text, "<a>", "</a>")
+    place, seen, reached = moved(state.rows, state.place, None if move is None else move.strip(" \n"))
+    return state._replace(place=place), f"<o>{seen}</o>", float(reached), reached or text.endswith("<eos>")
 
 
 def distances(rows: Sequence[str], source: Place) -> dict[Place, int]:

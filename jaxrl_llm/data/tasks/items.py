@@ -58,6 +58,17 @@ def observed(text: str) -> Segment:
     return Segment(text, Source.OBSERVATION, trained=False)
 
 
+def tagged(text: str, opening: str, closing: str) -> str | None:
+    """What stands between the last opening tag and the next closing one; None where there is no such pair.
+
+    >>> tagged("<a>1</a><a>2</a>", "<a>", "</a>")
+    '2'
+    """
+    _, found, rest = text.rpartition(opening)
+    inner, closed, _ = rest.partition(closing)
+    return inner if found and closed else None
+
+
 @dataclass(frozen=True)
 class Task:
     """A family of problems with its options settled.
@@ -76,8 +87,8 @@ class Task:
       identity: item -> the text that makes two items the same, and whose hash settles the split: the body, unless the
         body hides what differs.
       segments: record -> the reference conversation; None where one completion is all.
-      environment: name in `jaxrl_llm.rollout.tasks` of the environment that answers the policy's turns, with the options
-        that follow from those of the task; None where one completion is all.
+      environment: name in `jaxrl_llm.rollout.tasks` of the environment that answers the turns, with the options that
+        follow from those of the task; None where one completion is all.
     """
 
     name: str

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxrl_llm.data.tasks import addition, chain, corruption, deduction
-from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, require_choice
+from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, require_choice, tagged
 
 REVISE = "<r>\n"
 PROBLEMS = {
@@ -21,6 +21,25 @@ PROBLEMS = {
 def attempt(think: str, answer: str, scratchpad: bool) -> str:
     """One response, without what ends its turn."""
     return (f"<t>{think}</t>" if scratchpad else "") + f"<a>{answer}</a>"
+
+
+class Episode(NamedTuple):
+    """An episode under way: the reference answer and the attempts made."""
+
+    answer: str
+    taken: int = 0
+
+
+def episode(record: Mapping[str, Any]) -> Episode:
+    """The start of an episode."""
+    return Episode(record["answer"])
+
+
+def turn(state: Episode, text: str) -> tuple[Episode, str, float, bool]:
+    """(state, observation, reward, whether the episode is over) after a turn's text, its end included."""
+    answer = tagged(text, "<a>", "</a>")
+    right = answer is not None and answer.strip(" \n") == state.answer
+    return state._replace(taken=state.taken + 1), REVISE, float(right), state.taken >= 1
 
 
 def task(
@@ -44,7 +63,9 @@ def task(
     try:
         inner = family(**dict(problem_options or {}))
     except TypeError as error:
-        raise ValueError(f"problem_options is {problem_options!r}, but {problem} takes other options: {error}") from error
+        raise ValueError(
+            f"problem_options is {problem_options!r}, but {problem} takes other options: {error}"
+        ) from error
 
     def draw(rng: Random, level: int) -> Item | None:
         drawn = inner.draw(rng, level)
@@ -56,7 +77,7 @@ def task(
         wrong = rng.random() < corrupted
         first = wrong_attempt(rng, body, think, answer) if wrong else corruption.Attempt(think, answer)
         return (
-            Segment(attempt(*first, inner.scratchpad) + "<n>", trained=not wrong),
+            Segment(attempt(first.think, first.answer, inner.scratchpad) + "<n>", trained=not wrong),
             observed(REVISE),
             Segment(attempt(think, answer, inner.scratchpad) + "<eos>"),
         )

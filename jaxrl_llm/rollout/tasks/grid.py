@@ -97,9 +97,7 @@ def grid_navigation(*, size: int = 5, potential: bool = False, max_turn_tokens: 
         flag = jnp.where(reached, _ID("!"), jnp.where(free, _ID("."), _ID("x")))
         around = [place + direction[k] for k in range(4)]
         seen = [
-            jnp.where(
-                jnp.all(cell == state.goal), _ID("G"), jnp.where(_blocked(state.wall, cell), _ID("#"), _ID("."))
-            )
+            jnp.where(jnp.all(cell == state.goal), _ID("G"), jnp.where(_blocked(state.wall, cell), _ID("#"), _ID(".")))
             for cell in around
         ]
         observation = jnp.stack([jnp.int32(_ID("<o>")), flag, *seen, jnp.int32(_ID("</o>"))]).astype(jnp.int32)

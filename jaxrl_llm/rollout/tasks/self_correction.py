@@ -55,9 +55,7 @@ def two_attempts(*, max_turn_tokens: int = 64) -> Environment:
             turn_tokens[None], turn_length[None], state.answer_tokens[None], state.answer_length[None]
         )[0]
         over: Bool[Array, ""] = state.taken >= 1
-        state = state._replace(
-            taken=state.taken + 1, right=jnp.where(jnp.arange(2) == state.taken, right, state.right)
-        )
+        state = state._replace(taken=state.taken + 1, right=jnp.where(jnp.arange(2) == state.taken, right, state.right))
         return Step(state, request, jnp.int32(len(request)), right, over)
 
     def metrics(state: Attempts) -> dict[str, tuple[Array, Array]]:
