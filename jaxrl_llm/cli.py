@@ -303,7 +303,7 @@ def _report(options: argparse.Namespace, report: dict[str, Any], title: str) -> 
 
 
 def _tasks(options: argparse.Namespace) -> None:
-    from jaxrl_llm.data import reference_response, tasks
+    from jaxrl_llm.data import tasks
 
     if options.name is None:
         rows = []
@@ -323,7 +323,7 @@ def _tasks(options: argparse.Namespace) -> None:
     task = tasks.task(options.name)
     level = task.levels[0] if options.level is None else options.level
     rows = [
-        {"prompt": item.body, "reference response": reference_response(item, task.scratchpad)}
+        {"prompt": item.body, "reference response": task.response(item)}
         for item in task.generate(level=level, count=options.count)
     ]
     _show(options, rows, f"{task.name}, level {level}: {task.description}")

@@ -193,11 +193,9 @@ def advanced(
     said = jnp.isin(last, jnp.asarray(eos_ids, turn_tokens.dtype)) if eos_ids else jnp.zeros(last.shape, bool)
     observed = jnp.clip(made.observation_length, 0, environment.max_observation_tokens)
     fits = jnp.ones(last.shape, bool) if room is None else observed < room
-    stop = jnp.select(
-        [made.done & said, made.done, episodes.turns + 1 >= environment.max_turns, ~fits],
-        [StopReason.ANSWER, StopReason.ENVIRONMENT, StopReason.TURN_LIMIT, StopReason.TOKEN_LIMIT],
-        StopReason.RUNNING,
-    )
+    conditions = [made.done & said, made.done, episodes.turns + 1 >= environment.max_turns, ~fits]
+    reasons = (StopReason.ANSWER, StopReason.ENVIRONMENT, StopReason.TURN_LIMIT, StopReason.TOKEN_LIMIT)
+    stop = jnp.select(conditions, [jnp.int32(reason) for reason in reasons], jnp.int32(StopReason.RUNNING))
     here = active[:, None] & (jnp.arange(environment.max_turns) == episodes.turns[:, None])
     episodes = replace(
         episodes,
@@ -210,7 +208,14 @@ def advanced(
     return episodes, made.observation, jnp.where(running, observed, 0).astype(jnp.int32)
 
 
-def replayed(environment: Environment, episodes: Episodes, turns: Turns, up_to_turn: Int[Array, "B"] | int) -> Episodes:
+def replayed(
+    environment: Environment,
+    episodes: Episodes,
+    turns: Turns,
+    up_to_turn: Int[Array, "B"] | int,
+    *,
+    eos_ids: Sequence[int] = (),
+) -> Episodes:
     """Episodes as they were before a turn, by taking their recorded turns again.
 
     An environment is a function of its state, the turn and the key of the turn, so this is exact.
@@ -220,12 +225,14 @@ def replayed(environment: Environment, episodes: Episodes, turns: Turns, up_to_t
       episodes: at their start (`started` with the same key, step, prompts and samples).
       turns: what the policy wrote (`recorded_turns`).
       up_to_turn: turns that are taken again, one number or one a row; those that were never taken are left out.
+      eos_ids: as for `advanced`.
     """
     limit = jnp.broadcast_to(jnp.asarray(up_to_turn, jnp.int32), episodes.turns.shape)
 
     def one(episodes: Episodes, turn: tuple[Array, Array, Array]) -> tuple[Episodes, None]:
         number, tokens, length = turn
-        return advanced(environment, episodes, tokens, jnp.where(number < limit, length, 0))[0], None
+        length = jnp.where(number < limit, length, 0)
+        return advanced(environment, episodes, tokens, length, eos_ids=eos_ids)[0], None
 
     count = turns.tokens.shape[1]
     columns = (jnp.arange(count), jnp.moveaxis(turns.tokens, 1, 0), jnp.moveaxis(turns.length, 1, 0))

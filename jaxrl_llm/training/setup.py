@@ -281,6 +281,11 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
     """Batches of training prompts, with reference completions where the step wants them; the position is the step."""
     config, rollout = parts.config, parts.config.rollout
     with_demonstrations = bool(parts.step.composition.wanted & FROM_DATA)
+    if with_demonstrations and parts.task is not None and parts.task.segments is not None:
+        raise ValueError(
+            f"the recipe learns from reference completions, but those of task {parts.task.name!r} are conversations, "
+            "whose observations nobody wrote; use warm_start, which leaves them out, or a task of one completion"
+        )
     return data.prompt_batches(
         source,
         parts.tokenizer,
@@ -322,4 +327,5 @@ def demonstration_batches(parts: Parts, source: Sequence[Any], sequences_per_ste
         seed=config.seed,
         scratchpad=parts.scratchpad,
         overlong=config.data.overlong_prompts,
+        segments=None if parts.task is None else parts.task.segments,
     )
