@@ -467,7 +467,8 @@ def _show(options: argparse.Namespace, rows: Sequence[dict[str, Any]], title: st
         return
     table = Table(title=Text(title), title_justify="left")
     for name in rows[0] if rows else ():
-        table.add_column(name, overflow="fold")
+        # A name is for copying, so it is never broken.
+        table.add_column(name, overflow="fold", no_wrap=name == "name")
     for row in rows:
         table.add_row(*(Text(_plain(value)) for value in row.values()))
     Console().print(table)

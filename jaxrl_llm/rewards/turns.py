@@ -120,8 +120,7 @@ def normalized_turn_rewards(
 ) -> Float[Array, "B S"]:
     """Scores of turns brought to one scale: their share of an episode that is won, and of what could be had else.
 
-        r_s = s_s / #{k : s_k != 0}    if the episode is won
-              s_s / attainable         else
+        r_s = s_s / #{k : s_k != 0} where the episode is won, else s_s / attainable
 
     Args:
       turn_rewards: s, the score of each turn, 0 for those that were not taken.
@@ -134,7 +133,7 @@ def normalized_turn_rewards(
     Raises:
       ValueError: if nothing is attainable.
 
-    Reference: Practitioner's guide to multi-turn agentic RL (2510.01132).
+    Reference: Meow-Tea-Taro (2510.01132).
     Certainty: verified
     """
     chex.assert_rank([turn_rewards, correct], [2, 1])
@@ -155,8 +154,9 @@ def turn_end_rewards(
 ) -> Float[Array, "B T"]:
     """Token rewards: each turn's reward on the last token that the policy wrote in it.
 
-        rho_t = r_s             at the last token of turn s (dense)
-                sum_s r_s       at the last token of the last turn (single)
+        rho_t = r_s where t is the last token of turn s, else 0
+
+    or, with a single reward, sum_s r_s at the last token of the last turn.
 
     Args:
       turn_rewards: reward of each turn.
@@ -174,7 +174,7 @@ def turn_end_rewards(
     >>> turn_end_rewards(jnp.array([[0.25, 0.5]]), turn, jnp.array([[1, 1, 0, 1, 1, 0]])).tolist()
     [[0.0, 0.25, 0.0, 0.0, 0.5, 0.0]]
 
-    Reference: Practitioner's guide to multi-turn agentic RL (2510.01132).
+    Reference: Meow-Tea-Taro (2510.01132).
     Certainty: verified
     """
     chex.assert_rank([turn_rewards, turn, mask], 2)
@@ -207,12 +207,13 @@ def self_correction_rewards(
 ) -> Float[Array, "B S"]:
     """Rewards of two attempts that pay for the correction, with a KL penalty of each attempt's own tokens.
 
-        first stage:    r_1 <- -beta * KL_1                r_2 <- r_2
-        second stage:   r_1 <- r_1 - beta * KL_1           r_2 <- r_2 + alpha * (r_2 - r_1) - beta * KL_2
+        r_2 <- r_2 + alpha * (r_2 - r_1) - beta * KL_2
+        r_1 <- r_1 - beta * KL_1
         KL_s = sum_{t in turn s} (log pi_old_t - log pi_reference_t)
 
-    The first stage holds the first attempt at the reference, so that there is something to correct; the second pays
-    for progress and fines a right attempt that is spoiled. Each turn is credited with its own reward alone
+    in the second stage, which pays for progress and fines a right attempt that is spoiled. The first stage keeps r_2 as
+    it is and has -beta * KL_1 alone for r_1: it holds the first attempt at the reference, so that there is something
+    to correct. Each turn is credited with its own reward alone
     (`turn_leave_one_out`).
 
     Args:

@@ -147,7 +147,7 @@ def test_many_hanging_calls_cost_one_deadline_a_worker():
 
 def test_a_reset_that_hangs_names_its_item():
     environment = ENVIRONMENT._replace(deadline_seconds=0.2)
-    with opened(environment) as call, pytest.raises(EnvironmentFailure, match="reset .* row 1, item 'hang'"):
+    with opened(environment) as call, pytest.raises(EnvironmentFailure, match=r"reset .* row 1, item 'hang'"):
         host_started(environment, [ITEMS[0], {"body": "hang"}], call)
 
 
@@ -167,7 +167,7 @@ def test_processes_that_hang_or_die_are_replaced(processes):
 
 def test_what_does_not_pickle_is_refused_before_a_process_starts():
     environment = ENVIRONMENT._replace(executor="process", step=lambda state, text: (state, "", 0.0, True))
-    with pytest.raises(ValueError, match="cannot be sent to a process.*top level of a module"), opened(environment):
+    with pytest.raises(ValueError, match=r"cannot be sent to a process.*top level of a module"), opened(environment):
         pass
 
 
@@ -175,7 +175,9 @@ def test_observations_that_do_not_fit_or_cannot_be_encoded_are_named():
     with opened(ENVIRONMENT) as call:
         episodes = host_started(ENVIRONMENT, ITEMS[:1], call)
         short = ENVIRONMENT._replace(max_observation_tokens=2)
-        with pytest.raises(EnvironmentFailure, match="row 0, '<o>1</o>', has 3 tokens, but max_observation_tokens is 2"):
+        with pytest.raises(
+            EnvironmentFailure, match="row 0, '<o>1</o>', has 3 tokens, but max_observation_tokens is 2"
+        ):
             taken(short, episodes, ["a<n>"], call)
         odd = ENVIRONMENT._replace(on_failure="observation", failure_observation="§")
         with pytest.raises(EnvironmentFailure, match="row 0 cannot be encoded: character '§'"):

@@ -172,7 +172,7 @@ def task(*, size: int = 5, wall_probability: float = 0.2, view: str = "full") ->
     require_choice("view", view, ("full", "blind"))
 
     def draw(rng: Random, level: int) -> Item | None:
-        for _ in range(50):
+        for _ in range(20):
             grid = [["#" if rng.random() < wall_probability else "." for _ in range(size)] for _ in range(size)]
             free = [Place(r, c) for r in range(size) for c in range(size) if grid[r][c] == "."]
             if len(free) < 2:
