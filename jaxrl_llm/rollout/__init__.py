@@ -1,6 +1,7 @@
 """Prompts -> Experience: sampling, cached decoding, teacher-forced scoring, environments."""
 
 from jaxrl_llm.rollout.controls import Controls
+from jaxrl_llm.rollout.environment_checks import require_environment
 from jaxrl_llm.rollout.environments import (
     Environment,
     Episodes,
@@ -13,7 +14,6 @@ from jaxrl_llm.rollout.environments import (
     episode_metrics,
     recorded_turns,
     replayed,
-    require_environment,
     started,
 )
 from jaxrl_llm.rollout.generate import completion_positions, generate, prompt_positions
