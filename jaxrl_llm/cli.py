@@ -304,7 +304,7 @@ def _report(options: argparse.Namespace, report: dict[str, Any], title: str) -> 
 
 
 def _tasks(options: argparse.Namespace) -> None:
-    from jaxrl_llm.data import reference_response, tasks
+    from jaxrl_llm.data import tasks
 
     if options.name is None:
         rows = []
@@ -324,7 +324,7 @@ def _tasks(options: argparse.Namespace) -> None:
     task = tasks.task(options.name)
     level = task.levels[0] if options.level is None else options.level
     rows = [
-        {"prompt": item.body, "reference response": reference_response(item, task.scratchpad)}
+        {"prompt": item.body, "reference response": task.response(item)}
         for item in task.generate(level=level, count=options.count)
     ]
     _show(options, rows, f"{task.name}, level {level}: {task.description}")
@@ -468,7 +468,8 @@ def _show(options: argparse.Namespace, rows: Sequence[dict[str, Any]], title: st
         return
     table = Table(title=Text(title), title_justify="left")
     for name in rows[0] if rows else ():
-        table.add_column(name, overflow="fold")
+        # A name is for copying, so it is never broken.
+        table.add_column(name, overflow="fold", no_wrap=name == "name")
     for row in rows:
         table.add_row(*(Text(_plain(value)) for value in row.values()))
     Console().print(table)

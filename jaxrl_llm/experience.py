@@ -29,6 +29,7 @@ class KeyUse(IntEnum):
     ROLLOUT = 3
     REPLAY = 4
     REHEARSAL = 5
+    ENVIRONMENT = 6
 
 
 class Source(IntEnum):

@@ -76,7 +76,7 @@ from jaxrl_llm.advantages.subsets import (
     resampled,
     squared_correlation,
 )
-from jaxrl_llm.advantages.turns import turn_mixed_normalized
+from jaxrl_llm.advantages.turns import turn_leave_one_out, turn_mixed_normalized
 from jaxrl_llm.advantages.twin_critic import twin_baseline_normalized
 from jaxrl_llm.advantages.whitening import moments, reinforce_plus_plus_baseline, token_weights, whitened
 
@@ -159,6 +159,7 @@ __all__ = [
     "token_weights",
     "top_margin",
     "tracked_mixed_value_at_risk",
+    "turn_leave_one_out",
     "turn_mixed_normalized",
     "twin_baseline_normalized",
     "whitened",

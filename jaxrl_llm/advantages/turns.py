@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.advantages.gae import generalized_advantages
+from jaxrl_llm.advantages.group_relative import leave_one_out
 from jaxrl_llm.advantages.groups import group_mean, group_std
 
 Scope = Literal["group", "batch"]
@@ -19,6 +20,41 @@ def taken_turns(turn: Int[Array, "B T"], mask: Float[Array, "B T"], turns: int) 
     """Whether a row has a token that counts in each of its first `turns` turns."""
     count = jax.vmap(lambda row, where: jax.ops.segment_sum(where, row, num_segments=turns))
     return count(turn.astype(jnp.int32), (mask > 0).astype(jnp.float32)) > 0
+
+
+def turn_leave_one_out(
+    turn_rewards: Float[Array, "B S"],
+    turn: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    group: Int[Array, "B"],
+    weight: Float[Array, "B"],
+) -> Float[Array, "B T"]:
+    """Each turn's own reward minus the mean of the other samples' at the same turn; no credit crosses turns.
+
+        A_{i,s} = r_{i,s} - mean_{j != i} r_{j,s}
+
+    over the samples j of the group that took turn s; 0 where there is no other.
+
+    Args:
+      turn_rewards: reward of each turn.
+      turn: index of the turn that each token belongs to.
+      mask: non-zero on tokens that count; a turn without any was not taken.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+
+    Returns:
+      One advantage a token, the same on all tokens of a turn; 0 outside the mask and in absent rows.
+
+    Reference: SCoRe (2409.12917).
+    Certainty: verified
+    """
+    chex.assert_rank([turn_rewards, turn, mask, group, weight], [2, 2, 2, 1, 1])
+    chex.assert_equal_shape([turn, mask])
+    turns = turn_rewards.shape[1]
+    taken = taken_turns(turn, mask, turns) & (weight > 0)[:, None]
+    counts = jnp.where(taken, weight.astype(jnp.float32)[:, None], 0.0)
+    advantages = jax.vmap(leave_one_out, in_axes=(1, None, 1), out_axes=1)(turn_rewards, group, counts)
+    return _on_tokens(advantages, turn, mask, weight)
 
 
 def turn_mixed_normalized(
@@ -84,7 +120,14 @@ def turn_mixed_normalized(
     same_turn = group[:, None] * turns + jnp.arange(turns)
     together = jnp.broadcast_to(group[:, None] if scope == "group" else jnp.zeros((1, 1), jnp.int32), (rows, turns))
     mixed = jnp.where(taken, alpha * z(returns, same_turn) + (1 - alpha) * z(rewards, together), 0.0)
-    # A turn beyond the last rewarded one has no advantage.
+    return _on_tokens(mixed, turn, mask, weight)
+
+
+def _on_tokens(
+    per_turn: Float[Array, "B S"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
+) -> Float[Array, "B T"]:
+    """A number of each turn on its tokens. A turn beyond the last one has none, like all that does not count."""
+    turns = per_turn.shape[1]
     inside = (mask > 0) & (turn >= 0) & (turn < turns)
-    per_token = jnp.take_along_axis(mixed, jnp.clip(turn, 0, turns - 1).astype(jnp.int32), axis=1)
+    per_token = jnp.take_along_axis(per_turn, jnp.clip(turn, 0, turns - 1).astype(jnp.int32), axis=1)
     return jnp.where(inside & (weight > 0)[:, None], per_token, 0.0)

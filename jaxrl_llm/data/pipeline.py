@@ -23,8 +23,8 @@ from jaxrl_llm.data.encoding import (
     padded_arrays,
     padded_prompts,
 )
-from jaxrl_llm.data.tasks.items import reference_response
-from jaxrl_llm.experience import Prompts
+from jaxrl_llm.data.tasks.items import Segment, reference_response
+from jaxrl_llm.experience import Prompts, Source
 
 Batch = TypeVar("Batch")
 
@@ -66,6 +66,10 @@ class SupervisedBatch(NamedTuple):
       weight: [B], 1 for each row.
       prompt_id: [B].
       items: the records behind the rows.
+      source: [B, T] a `Source` for each token.
+      mask: [B, T] 1 on the tokens that are trained on.
+      turn: [B, T] index of the turn of each token, 0 where one completion is all; an observation belongs to the turn
+        that it answers.
     """
 
     prompt_tokens: np.ndarray
@@ -75,6 +79,9 @@ class SupervisedBatch(NamedTuple):
     weight: np.ndarray
     prompt_id: np.ndarray
     items: list[Record]
+    source: np.ndarray
+    mask: np.ndarray
+    turn: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,24 @@ def completion_ids(tokenizer: Tokenizer, scratchpad: bool) -> Callable[[Record],
     return lambda item: tokenizer.completion_ids(item, _reference(item, scratchpad))
 
 
+def segment_ids(tokenizer: Tokenizer, segments: Sequence[Segment]) -> tuple[list[int], np.ndarray]:
+    """(token ids of a conversation, [3, T] source, whether it is trained on, and turn of each).
+
+    Every segment is encoded alone, as it is sampled or appended.
+    """
+    ids: list[int] = []
+    facts: list[tuple[int, bool, int]] = []
+    turn = -1
+    for segment in segments:
+        observed = segment.source == Source.OBSERVATION
+        turn += not observed
+        text = segment.text.removesuffix("<eos>")
+        found = tokenizer.encode(text) + ([tokenizer.eos_id] if text != segment.text else [])
+        ids += found
+        facts += [(segment.source, segment.trained and not observed, max(turn, 0))] * len(found)
+    return ids, np.asarray(facts, np.int16).reshape(-1, 3).T
+
+
 def supervised_batches(
     source: Sequence[Any],
     tokenizer: Tokenizer,
@@ -171,6 +196,7 @@ def supervised_batches(
     seed: int,
     scratchpad: bool = True,
     overlong: Overlong = "error",
+    segments: Callable[[Record], Sequence[Segment]] | None = None,
 ) -> Batches[SupervisedBatch]:
     """Batches of prompts and reference completions for supervised fine-tuning, in a new order each epoch.
 
@@ -184,16 +210,29 @@ def supervised_batches(
       scratchpad: completions with the think part, or the direct variant; `Task.scratchpad` of the task that made them.
         A record with a `response` is completed by that, whatever the variant.
       overlong: what becomes of an item that does not fit: "error", or "drop" (and count).
+      segments: record -> its reference conversation, which takes the place of the completion; `Task.segments`.
 
     Raises:
       ValueError: for an item that is too long, or fewer items than `sequences_per_step`.
     """
     limits = (max_prompt_tokens, max_completion_tokens)
     completion = completion_ids(tokenizer, scratchpad)
-    rows, dropped = encoded_rows(source, tokenizer, completion, "completion", limits, overlong)
+    spoken: dict[int, np.ndarray] = {}
+
+    def conversation(item: Record) -> list[int]:
+        if segments is None:
+            return completion(item)
+        ids, spoken[item["item_id"]] = segment_ids(tokenizer, segments(item))
+        return ids
+
+    rows, dropped = encoded_rows(source, tokenizer, conversation, "completion", limits, overlong)
 
     def batch(chosen: Sequence[Row]) -> SupervisedBatch:
         arrays = padded_arrays(chosen, tokenizer.pad_id, limits)
+        facts = np.zeros((3, len(chosen), max_completion_tokens), np.int32)
+        for number, row in enumerate(chosen):
+            alone = np.asarray([[Source.DEMONSTRATION], [1], [0]])
+            facts[:, number, : len(row.completion)] = spoken.get(row.item["item_id"], alone)
         return SupervisedBatch(
             prompt_tokens=arrays["tokens"],
             prompt_length=arrays["length"],
@@ -202,6 +241,9 @@ def supervised_batches(
             weight=np.ones(len(chosen), np.float32),
             prompt_id=arrays["prompt_id"],
             items=[row.item for row in chosen],
+            source=facts[0].astype(np.int8),
+            mask=facts[1].astype(np.float32),
+            turn=facts[2],
         )
 
     return _batches(rows, dropped, batch, "sequences_per_step", sequences_per_step, seed)

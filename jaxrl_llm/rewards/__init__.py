@@ -7,7 +7,14 @@ from jaxrl_llm.rewards.combination import soft_overlong, truncation_zero, weight
 from jaxrl_llm.rewards.consistency import consistent_accuracy
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.numbers import extract_number, number_match
-from jaxrl_llm.rewards.turns import reference_progress, separated_turns
+from jaxrl_llm.rewards.turns import (
+    episode_reward,
+    normalized_turn_rewards,
+    reference_progress,
+    self_correction_rewards,
+    separated_turns,
+    turn_end_rewards,
+)
 from jaxrl_llm.rewards.verifiers import (
     answer_order_share,
     answer_position_share,
@@ -29,14 +36,18 @@ __all__ = [
     "column_share",
     "consistent_accuracy",
     "countdown",
+    "episode_reward",
     "exact_answer",
     "exact_match",
     "extract_answer",
     "extract_number",
+    "normalized_turn_rewards",
     "number_match",
     "reference_progress",
+    "self_correction_rewards",
     "separated_turns",
     "soft_overlong",
     "truncation_zero",
+    "turn_end_rewards",
     "weighted_sum",
 ]

@@ -1,9 +1,34 @@
-"""Prompts -> Experience: sampling, cached decoding, teacher-forced scoring."""
+"""Prompts -> Experience: sampling, cached decoding, teacher-forced scoring, environments."""
 
 from jaxrl_llm.rollout.controls import Controls
 from jaxrl_llm.rollout.engine_http import Engine, EngineError
+from jaxrl_llm.rollout.environment_checks import require_environment
+from jaxrl_llm.rollout.environments import (
+    Environment,
+    Episodes,
+    Start,
+    Step,
+    StopReason,
+    Turns,
+    advanced,
+    cut_short,
+    episode_metrics,
+    recorded_turns,
+    replayed,
+    started,
+)
 from jaxrl_llm.rollout.external import engine_generate, probe
 from jaxrl_llm.rollout.generate import Prefixes, generate
+from jaxrl_llm.rollout.host_environments import (
+    EnvironmentFailure,
+    HostEnvironment,
+    HostEpisodes,
+    host_advanced,
+    host_replayed,
+    host_started,
+    host_step,
+    opened,
+)
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
 from jaxrl_llm.rollout.score import predicting_hidden
@@ -13,15 +38,36 @@ __all__ = [
     "Controls",
     "Engine",
     "EngineError",
+    "Environment",
+    "EnvironmentFailure",
+    "Episodes",
+    "HostEnvironment",
+    "HostEpisodes",
     "Prefixes",
+    "Start",
+    "Step",
     "StopAutomaton",
+    "StopReason",
+    "Turns",
+    "advanced",
     "completion_positions",
+    "cut_short",
     "engine_generate",
+    "episode_metrics",
     "generate",
+    "host_advanced",
+    "host_replayed",
+    "host_started",
+    "host_step",
+    "opened",
     "predicting_hidden",
     "probe",
     "prompt_positions",
+    "recorded_turns",
+    "replayed",
+    "require_environment",
     "row_keys",
     "sampled_tokens",
+    "started",
     "stop_automaton",
 ]

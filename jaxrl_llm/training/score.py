@@ -61,7 +61,9 @@ def traceable_components(terms: Sequence[RewardTerm], experience: Experience) ->
 def host_components(
     terms: Sequence[RewardTerm], experience: Experience, items: Sequence[dict], decode: Callable[[Sequence[int]], str]
 ) -> np.ndarray:
-    """Fill the columns of host rewards on rows that are there. `items` holds one dictionary a prompt: body, answer, task, level, ...
+    """Fill the columns of host rewards on rows that are there.
+
+    `items` holds one dictionary a prompt: body, answer, task, level, ...
 
     Raises:
       RewardError: when a function raises, or returns the wrong shape, NaN or infinity.

@@ -312,6 +312,11 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
                 f"rollout.budget.prompt_ids is {rounds.prompt_ids}, but a prompt has the id {largest}; set it to at "
                 f"least {largest + 1}"
             )
+    if with_demonstrations and parts.task is not None and parts.task.segments is not None:
+        raise ValueError(
+            f"the recipe learns from reference completions, but those of task {parts.task.name!r} are conversations, "
+            "whose observations nobody wrote; use warm_start, which leaves them out, or a task of one completion"
+        )
     return data.prompt_batches(
         source,
         parts.tokenizer,
@@ -353,4 +358,5 @@ def demonstration_batches(parts: Parts, source: Sequence[Any], sequences_per_ste
         seed=config.seed,
         scratchpad=parts.scratchpad,
         overlong=config.data.overlong_prompts,
+        segments=None if parts.task is None else parts.task.segments,
     )

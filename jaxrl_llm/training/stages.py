@@ -21,7 +21,7 @@ from rich.console import Console
 
 from jaxrl_llm.config import Config
 from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
-from jaxrl_llm.experience import Experience, TrainState
+from jaxrl_llm.experience import Experience, Source, TrainState
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
@@ -163,10 +163,13 @@ def supervised_rows(parts: Parts, sets: Mapping[str, DataSet | JsonlDataSet]) ->
     def rows(step: int) -> Experience:
         both = [b[step] for b in batches]
         arrays = {n: jnp.concatenate([getattr(b, n) for b in both]) for n in (*names, "tokens", "length")}
+        trained = jnp.concatenate([jnp.asarray(b.mask) for b in both]) > 0
         held_out = jnp.repeat(jnp.arange(len(both), dtype=jnp.float32), count)
         marks = {"validation": held_out} if validated else {}
         written = written_rows(**arrays, answer_width=config.rollout.max_completion_tokens, **marks)
-        return replace(written, weight=1.0 - held_out)
+        # Losses on written rows read the source alone: in a conversation, what is not trained on counts as observed.
+        source = jnp.where((written.source == Source.DEMONSTRATION) & ~trained, Source.OBSERVATION, written.source)
+        return replace(written, weight=1.0 - held_out, source=source.astype(jnp.int8))
 
     return rows
 

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.data import SupervisedBatch
-from jaxrl_llm.experience import Experience, KeyUse, Source, TrainState
+from jaxrl_llm.experience import Experience, KeyUse, TrainState
 from jaxrl_llm.losses import Aggregation, negative_log_likelihood
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
@@ -20,9 +20,11 @@ from jaxrl_llm.training.trainable import trainable_part
 
 
 def demonstrations(batch: SupervisedBatch) -> Experience:
-    """Reference completions as experience: every completion token is trained on, end of sequence included."""
+    """Reference completions as experience: what the batch marks is trained on, end of sequence included.
+
+    That is every token of a completion, and of a conversation what the policy shall learn to say in it.
+    """
     rows, width = batch.tokens.shape
-    inside = jnp.arange(width) < jnp.asarray(batch.length)[:, None]
     nothing = jnp.zeros((rows, width), jnp.float32)
     return Experience(
         prompt_tokens=jnp.asarray(batch.prompt_tokens),
@@ -35,11 +37,12 @@ def demonstrations(batch: SupervisedBatch) -> Experience:
         weight=jnp.asarray(batch.weight),
         tokens=jnp.asarray(batch.tokens),
         length=jnp.asarray(batch.length),
-        source=jnp.where(inside, Source.DEMONSTRATION, Source.PAD).astype(jnp.int8),
-        mask=inside.astype(jnp.float32),
+        source=jnp.asarray(batch.source),
+        mask=jnp.asarray(batch.mask),
         behaviour_logprobs=nothing,
         behaviour_entropy=nothing,
         truncated=jnp.zeros(rows, bool),
+        turn=jnp.asarray(batch.turn),
     )
 
 

@@ -91,6 +91,7 @@ CASES = {
         advantages.mixed_value_at_risk, prompts_per_bundle=9, credit="score", normalize=False
     ),
     "tracked_mixed_value_at_risk": tracked_risk,
+    "turn_leave_one_out": advantages.turn_leave_one_out,
     "turn_mixed_normalized": functools.partial(advantages.turn_mixed_normalized, gamma=0.9),
     "turn_mixed_normalized/batch": functools.partial(advantages.turn_mixed_normalized, scope="batch"),
     "confidence_shaped": functools.partial(advantages.confidence_shaped, share=0.4),

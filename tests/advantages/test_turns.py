@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages import group_normalized, turn_mixed_normalized
+from jaxrl_llm.advantages import group_normalized, turn_leave_one_out, turn_mixed_normalized
 from jaxrl_llm.advantages.turns import taken_turns
 
 DIGITS = {"rtol": 5.5e-6, "atol": 1e-6}
@@ -71,3 +71,26 @@ def test_equal_rewards_at_every_turn_give_zero():
 def test_bad_hyper_parameters_are_named(hyper, message):
     with pytest.raises(ValueError, match=message):
         turn_mixed_normalized(TURN_REWARDS, TURN, MASK, GROUP, WEIGHT, **hyper)
+
+
+# ---- leave one out, turn by turn ------------------------------------------------------------------------------------
+
+
+def test_each_turn_is_compared_with_the_same_turn_of_the_others():
+    rewards = jnp.stack([jnp.array([1.0, 0, 0, 1]), jnp.array([0.0, 3, 0, 0])], axis=1)
+    turn, mask = jnp.tile(jnp.array([0, 0, 0, 1]), (4, 1)), jnp.tile(jnp.array([1.0, 1, 0, 1]), (4, 1))
+    advantages = turn_leave_one_out(rewards, turn, mask, jnp.zeros(4, jnp.int32), jnp.ones(4))
+    np.testing.assert_allclose(advantages[:, 0], [0.666667, -0.666667, -0.666667, 0.666667], rtol=2e-6)
+    np.testing.assert_allclose(advantages[:, 1], advantages[:, 0])
+    np.testing.assert_array_equal(advantages[:, 2], 0)
+    np.testing.assert_allclose(advantages[:, 3], [-1, 3, -1, -1], rtol=2e-6)
+
+
+def test_only_samples_that_took_the_turn_are_compared():
+    rewards = jnp.array([[1.0, 5], [0, 1], [0.5, jnp.nan], [1, 2]])
+    turn, mask = jnp.tile(jnp.array([0, 1]), (4, 1)), jnp.array([[1.0, 1], [1, 1], [1, 0], [1, 1]])
+    group, weight = jnp.array([3, 3, 3, 0]), jnp.array([1.0, 1, 1, 1])
+    advantages = turn_leave_one_out(rewards, turn, mask, group, weight)
+    np.testing.assert_allclose(advantages, [[0.75, 4], [-0.75, -4], [0, 0], [0, 0]], atol=1e-6)
+    absent = turn_leave_one_out(rewards, turn, mask, group, weight.at[1].set(0))
+    np.testing.assert_allclose(absent, [[0.5, 0], [0, 0], [-0.5, 0], [0, 0]], atol=1e-6)

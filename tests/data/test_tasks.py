@@ -34,7 +34,10 @@ EVERY = pytest.mark.parametrize(("name", "options", "level"), VARIANTS)
 
 
 def test_names_are_the_families():
-    assert tasks.names() == ("addition", "chain", "composition", "countdown", "deduction", "sorting")
+    several_turns = ("calculator", "grid", "self_correction")
+    one_completion = ("addition", "chain", "composition", "countdown", "deduction", "sorting")
+    assert tasks.names() == tuple(sorted(several_turns + one_completion))
+    assert [name for name in tasks.names() if tasks.task(name).segments] == list(several_turns)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.advantages import generalized_advantages
 from jaxrl_llm.data import CharacterTokenizer, reference_response, tasks
-from jaxrl_llm.rewards import reference_progress, separated_turns, turns
+from jaxrl_llm.rewards import (
+    episode_reward,
+    normalized_turn_rewards,
+    reference_progress,
+    self_correction_rewards,
+    separated_turns,
+    turn_end_rewards,
+    turns,
+)
 
 TOKENIZER = CharacterTokenizer()
 
@@ -74,3 +83,92 @@ def test_empty_shapes():
 def test_no_turns_are_refused():
     with pytest.raises(ValueError, match=r"max_turns is 0.*at least 1"):
         progress(["a"], ["a"], max_turns=0)
+
+
+# ---- rewards of turns -----------------------------------------------------------------------------------------------
+
+TURN = jnp.array([[0, 0, 0, 1, 1, 1, 2, 2, 2]])
+MASK = jnp.array([[1.0, 1, 1, 0, 1, 1, 0, 1, 0]])
+SCORES = jnp.array([[0.2, 0.3, 0.5]])
+
+
+def test_rewards_stand_at_the_ends_of_turns():
+    dense = turn_end_rewards(SCORES, TURN, MASK)
+    np.testing.assert_allclose(dense[0], [0, 0, 0.2, 0, 0, 0.3, 0, 0.5, 0], rtol=1e-6)
+    single = turn_end_rewards(SCORES, TURN, MASK, density="single")
+    np.testing.assert_allclose(single[0], [0, 0, 0, 0, 0, 0, 0, 1.0, 0], rtol=1e-6)
+
+
+def test_a_turn_that_was_not_taken_or_has_no_place_gives_nothing():
+    mask = MASK.at[0, :3].set(0)
+    np.testing.assert_allclose(turn_end_rewards(SCORES, TURN, mask).sum(), 0.8, rtol=1e-6)
+    np.testing.assert_allclose(turn_end_rewards(SCORES[:, :2], TURN, MASK).sum(), 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(turn_end_rewards(SCORES, TURN, MASK * 0, density="single"), 0)
+
+
+def test_masked_gae_carries_over_observations():
+    rewards = jnp.array([[0.0, 0, 0, 0, 0, 1]])
+    values, mask = jnp.array([[0.5, 0.4, 0.9, 0.9, 0.3, 0.6]]), jnp.array([[1.0, 1, 0, 0, 1, 1]])
+    placed = turn_end_rewards(jnp.array([[0.0, 1.0]]), jnp.array([[0, 0, 0, 0, 1, 1]]), mask)
+    np.testing.assert_array_equal(placed, rewards)
+    advantages, _ = generalized_advantages(placed, values, mask, gamma=1.0, lam=0.95)
+    np.testing.assert_allclose(advantages[0], [0.4187, 0.546, 0, 0, 0.68, 0.4], rtol=2e-6)
+
+
+def test_scores_of_a_won_episode_are_shared_out_and_those_of_a_lost_one_measured_by_what_there_was():
+    scores = jnp.array([[1.0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    found = normalized_turn_rewards(scores, jnp.array([1.0, 0, 1]), attainable=4.0)
+    np.testing.assert_allclose(found, [[1 / 3, 0, 1 / 3, 1 / 3], [0.25, 0, 0, 0], [0, 0, 0, 0]], rtol=1e-6)
+
+
+def test_the_reward_of_an_episode_is_the_sum_or_one_turn():
+    rewards = jnp.array([[1.0, 0, 0.5], [0, 2, 0]])
+    assert episode_reward(rewards).tolist() == [1.5, 2]
+    assert episode_reward(rewards, turn=1).tolist() == [0, 2]
+    assert episode_reward(rewards, turn=-1).tolist() == [0.5, 0]
+
+
+FIRST, SECOND = [0.0, 0, 1, 1], [0.0, 1, 0, 1]
+
+
+def self_corrected(stage, **options):
+    """The card's example: KL 0.1 of the first turn, spread over two tokens, and 0.2 of the second."""
+    turn, mask = jnp.tile(jnp.array([0, 0, 0, 1]), (4, 1)), jnp.tile(jnp.array([1.0, 1, 0, 1]), (4, 1))
+    old = jnp.tile(jnp.array([-1.0, -2.0, 50.0, -0.5]), (4, 1))
+    reference = old - jnp.array([0.04, 0.06, 7.0, 0.2])
+    rewards = jnp.stack([jnp.array(FIRST), jnp.array(SECOND)], axis=1)
+    return self_correction_rewards(rewards, turn, mask, old, reference, stage=stage, **options)
+
+
+def test_self_correction_example():
+    one, two = self_corrected("first"), self_corrected("second")
+    np.testing.assert_allclose(one[:, 0], [-0.01] * 4, rtol=1e-5)
+    np.testing.assert_allclose(one[:, 1], SECOND)
+    np.testing.assert_allclose(two[:, 0], [-0.001, -0.001, 0.999, 0.999], rtol=2e-5)
+    np.testing.assert_allclose(two[:, 1], [-0.002, 10.998, -10.002, 0.998], rtol=1e-5)
+    np.testing.assert_allclose(self_corrected("second", alpha=0.0, kl_coefficient=0.0)[:, 1], SECOND)
+
+
+def test_an_attempt_that_was_not_made_is_not_fined():
+    turn, mask = jnp.zeros((1, 3), jnp.int32), jnp.array([[1.0, 1, 0]])
+    nothing = jnp.zeros((1, 3))
+    shaped = self_correction_rewards(jnp.array([[1.0, 0.0]]), turn, mask, nothing, nothing)
+    assert shaped.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: turn_end_rewards(SCORES, TURN, MASK, density="sparse"), "density is 'sparse'"),
+        (lambda: normalized_turn_rewards(SCORES, jnp.ones(1), attainable=0.0), "attainable is 0.0"),
+        (lambda: episode_reward(SCORES, turn=3), "turn is 3, but episodes have up to 3 turns"),
+        (lambda: self_corrected("third"), "stage is 'third'"),
+        (
+            lambda: self_correction_rewards(SCORES, TURN, MASK, MASK, MASK),
+            "turn_rewards has 3 turns; self-correction compares two",
+        ),
+    ],
+)
+def test_options_that_cannot_be(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -12,22 +12,36 @@ import inspect
 from types import ModuleType
 from typing import Any
 
-from jaxrl_llm.data.tasks import addition, chain, composition, countdown, deduction, sorting
-from jaxrl_llm.data.tasks.items import SPLITS, Item, Task, generate, record, reference_response, split_of
+from jaxrl_llm.data.tasks import (
+    addition,
+    calculator,
+    chain,
+    composition,
+    countdown,
+    deduction,
+    grid,
+    self_correction,
+    sorting,
+)
+from jaxrl_llm.data.tasks.items import SPLITS, Item, Segment, Task, generate, record, reference_response, split_of
 
 __all__ = [
     "SPLITS",
     "Item",
+    "Segment",
     "Task",
     "addition",
+    "calculator",
     "chain",
     "composition",
     "countdown",
     "deduction",
     "generate",
+    "grid",
     "names",
     "record",
     "reference_response",
+    "self_correction",
     "sorting",
     "split_of",
     "task",

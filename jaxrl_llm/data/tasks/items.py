@@ -7,7 +7,9 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
+
+from jaxrl_llm.experience import Source
 
 SPLITS = ("train", "validation", "test", "extrapolation")
 _SHARE = {"train": 0.8, "validation": 0.1, "test": 0.1, "extrapolation": 1.0}
@@ -37,6 +39,36 @@ class Item:
     domain: str
 
 
+class Segment(NamedTuple):
+    """A part of a reference conversation.
+
+    Attributes:
+      text: what is written; control tokens, the end of the turn included, are spelled out.
+      source: who wrote it: DEMONSTRATION for what the policy would have written, OBSERVATION for an answer to it.
+      trained: whether the policy learns to write it.
+    """
+
+    text: str
+    source: Source = Source.DEMONSTRATION
+    trained: bool = True
+
+
+def observed(text: str) -> Segment:
+    """What an environment answers; nobody learns to write it."""
+    return Segment(text, Source.OBSERVATION, trained=False)
+
+
+def tagged(text: str, opening: str, closing: str) -> str | None:
+    """What stands between the last opening tag and the next closing one; None where there is no such pair.
+
+    >>> tagged("<a>1</a><a>2</a>", "<a>", "</a>")
+    '2'
+    """
+    _, found, rest = text.rpartition(opening)
+    inner, closed, _ = rest.partition(closing)
+    return inner if found and closed else None
+
+
 @dataclass(frozen=True)
 class Task:
     """A family of problems with its options settled.
@@ -50,7 +82,13 @@ class Task:
       description: one line for people.
       options: every option with its value.
       scratchpad: responses carry a think part.
-      reward: name in `jaxrl_llm.rewards` of the function that scores a completion as `verify` does.
+      reward: name in `jaxrl_llm.rewards` of the function that scores a completion as `verify` does; for a conversation
+        the environment rewards the turns, and this function adds them up.
+      identity: item -> the text that makes two items the same, and whose hash settles the split: the body, unless the
+        body hides what differs.
+      segments: record -> the reference conversation; None where one completion is all.
+      environment: name in `jaxrl_llm.rollout.tasks` of the environment that answers the turns, with the options that
+        follow from those of the task; None where one completion is all.
     """
 
     name: str
@@ -62,6 +100,15 @@ class Task:
     options: Mapping[str, Any]
     scratchpad: bool
     reward: str = "exact_answer"
+    identity: Callable[[Item], str] = lambda item: item.body
+    segments: Callable[[Mapping[str, Any]], tuple[Segment, ...]] | None = None
+    environment: tuple[str, Mapping[str, Any]] | None = None
+
+    def response(self, item: Item | Mapping[str, Any]) -> str:
+        """The text that earns full reward, with what an environment answers in between."""
+        if self.segments is None:
+            return reference_response(item, self.scratchpad)
+        return "".join(segment.text for segment in self.segments(record(item, 0)))
 
     def generate(self, *, level: int, count: int, seed: int = 0, split: str = "train") -> list[Item]:
         """`generate` of this module, for this task."""
@@ -116,9 +163,10 @@ def generate(task: Task, *, level: int, count: int, seed: int = 0, split: str = 
     items: list[Item] = []
     for draws in range(limit):
         item = task.draw(rng, level)
-        if item is not None and item.body not in seen:
-            seen.add(item.body)
-            if split in ("extrapolation", split_of(item.body)):
+        identity = None if item is None else task.identity(item)
+        if item is not None and identity is not None and identity not in seen:
+            seen.add(identity)
+            if split in ("extrapolation", split_of(identity)):
                 items.append(item)
                 if len(items) == count:
                     return items

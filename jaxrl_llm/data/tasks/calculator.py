@@ -1,0 +1,170 @@
+"""Arithmetic with a tool, in turns: `T:37*48+15` -> `<c>37*48</c>` `<o>1776</o>` `<c>1776+15</c>` ... -> 1791."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from random import Random
+from typing import Any, NamedTuple
+
+from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, tagged
+
+ERROR = "ERR"
+MOST_DIGITS, LARGEST_RESULT = 7, 10**9
+# Calls that an item grants beyond its own operations; as many faults are injected at most, so that all can be made up.
+SPARE_CALLS = 2
+
+_CALL = re.compile(rf"(-?[0-9]{{1,{MOST_DIGITS}}})([-+*])(-?[0-9]{{1,{MOST_DIGITS}}})")
+_BODY = re.compile(r"T:([0-9]+)((?:[-+*][0-9]+)+)")
+
+
+def result(call: str) -> str:
+    """What the tool returns: the exact value of one operation on two integers, or `ERR`.
+
+    >>> result("37*48"), result("12--5"), result("3+")
+    ('1776', '17', 'ERR')
+    """
+    parts = _CALL.fullmatch(call)
+    if parts is None:
+        return ERROR
+    left, operator, right = int(parts[1]), parts[2], int(parts[3])
+    value = left + right if operator == "+" else left - right if operator == "-" else left * right
+    return str(value) if abs(value) <= LARGEST_RESULT else ERROR
+
+
+def fault(item_id: int, call: int, probability: float) -> bool:
+    """Whether a fault is injected into a call that is fine; the same for every sample of an item.
+
+    Args:
+      item_id: number of the item.
+      call: number of the call in its episode, from 0.
+      probability: share of the calls.
+    """
+    return mixed(mixed(item_id + 1) + call) >> 8 < round(probability * 2**24)
+
+
+def mixed(bits: int) -> int:
+    """32 bits, each a function of all the given ones (the finaliser of MurmurHash3)."""
+    bits &= 0xFFFFFFFF
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return bits ^ (bits >> 16)
+
+
+class Tool(NamedTuple):
+    """The tool during one episode.
+
+    Attributes:
+      item_id: number of the item, which addresses its faults.
+      fault_probability: share of the calls that fail although they are fine.
+      calls: calls made.
+      faults: faults injected.
+      failed: the call that a fault has just failed; empty where there is none.
+    """
+
+    item_id: int = 0
+    fault_probability: float = 0.0
+    calls: int = 0
+    faults: int = 0
+    failed: str = ""
+
+
+def called(tool: Tool, call: str) -> tuple[Tool, str]:
+    """The tool after a call, and what it returned. A call that a fault has just failed is served when repeated."""
+    value = result(call)
+    spared = value == ERROR or call == tool.failed or tool.faults == SPARE_CALLS
+    if not spared and fault(tool.item_id, tool.calls, tool.fault_probability):
+        return tool._replace(calls=tool.calls + 1, faults=tool.faults + 1, failed=call), ERROR
+    return tool._replace(calls=tool.calls + 1, failed=""), value
+
+
+def operations(body: str) -> tuple[int, list[tuple[str, int]]]:
+    """Start value and (operator, operand) of a body.
+
+    >>> operations("T:37*48+15")
+    (37, [('*', 48), ('+', 15)])
+    """
+    parts = _BODY.fullmatch(body)
+    if parts is None:
+        raise ValueError(f"{body!r} is no problem of the calculator; it must look like 'T:37*48+15'")
+    return int(parts[1]), [(step[0], int(step[1:])) for step in re.findall(r"[-+*][0-9]+", parts[2])]
+
+
+def item(body: str) -> Item | None:
+    """The problem of a body, evaluated strictly from left to right; None where the tool cannot take every step."""
+    start, steps = operations(body)
+    value, written = str(start), []
+    for operator, operand in steps:
+        call = f"{value}{operator}{operand}"
+        value = result(call)
+        if value == ERROR or len(value.lstrip("-")) > MOST_DIGITS:
+            return None
+        written.append(f"{call}={value}")
+    return Item(body, ";".join(written), value, "calculator", len(steps), f"calculator-{len(steps)}")
+
+
+class Episode(NamedTuple):
+    """An episode under way: the item's record and its tool."""
+
+    record: Mapping[str, Any]
+    tool: Tool
+
+
+def episode(record: Mapping[str, Any], *, fault_probability: float = 0.0) -> Episode:
+    """The start of an episode."""
+    return Episode(record, Tool(record["item_id"], fault_probability))
+
+
+def turn(state: Episode, text: str, *, error_penalty: float = 0.0) -> tuple[Episode, str, float, bool]:
+    """(state, observation, reward, whether the episode is over) after a turn's text, its end included."""
+    answer = tagged(text, "<a>", "</a>")
+    if answer is not None:
+        return state, "", float(answer.strip(" \n") == state.record["answer"]), True
+    tool, returned = called(state.tool, tagged(text, "<c>", "</c>") or "")
+    over = text.endswith("<eos>") or tool.calls > len(operations(state.record["body"])[1]) + SPARE_CALLS
+    reward = -error_penalty if returned == ERROR else 0.0
+    return state._replace(tool=tool), f"<o>{returned}</o>", reward, over
+
+
+def task(*, fault_probability: float = 0.0) -> Task:
+    """`level` operations on integers of two and three digits, each done by a tool; at most level + 2 calls.
+
+    Args:
+      fault_probability: share of the calls that return ERR once although they are fine, 0 to 1; two in an episode at
+        most.
+    """
+    if isinstance(fault_probability, bool) or not 0 <= fault_probability <= 1:
+        raise ValueError(f"fault_probability is {fault_probability!r}; it is a share and must lie in [0, 1]")
+
+    def draw(rng: Random, level: int) -> Item | None:
+        numbers = [rng.randint(10, 99) if rng.random() < 0.5 else rng.randint(100, 999) for _ in range(level + 1)]
+        return item(f"T:{numbers[0]}" + "".join(f"{rng.choice('+-*')}{number}" for number in numbers[1:]))
+
+    def segments(record: Mapping[str, Any]) -> tuple[Segment, ...]:
+        """Every call with its result, repeated where a fault was injected, and the answer."""
+        tool, parts = Tool(record["item_id"], fault_probability), []
+        start, steps = operations(record["body"])
+        value = str(start)
+        for operator, operand in steps:
+            call, returned = f"{value}{operator}{operand}", ERROR
+            if result(call) == ERROR:
+                raise ValueError(f"the tool refuses {call!r} of {record['body']!r}; leave the item out")
+            while returned == ERROR:
+                tool, returned = called(tool, call)
+                parts += [Segment(f"<c>{call}</c><n>"), observed(f"<o>{returned}</o>")]
+            value = returned
+        return (*parts, Segment(f"<a>{value}</a><eos>"))
+
+    return Task(
+        name="calculator",
+        draw=draw,
+        verify=equality,
+        levels=(1, 2, 3),
+        last_level=5,
+        description="arithmetic with a calculator tool; the level is the number of operations",
+        options={"fault_probability": fault_probability},
+        scratchpad=False,
+        reward="episode_reward",
+        segments=segments,
+        environment=("calculator_tool", {"fault_probability": fault_probability}),
+    )

@@ -1,0 +1,86 @@
+"""Wrong attempts that look right: one step of a reference scratch is changed, and the error carried to the answer."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+from typing import NamedTuple
+
+from jaxrl_llm.data.tasks import chain
+
+
+class Attempt(NamedTuple):
+    """Scratch and answer of an attempt."""
+
+    think: str
+    answer: str
+
+
+def addition(body: str, column: int, change: int) -> Attempt:
+    """The scratch of a sum with one column's sum changed, its carry and digit propagated.
+
+    Args:
+      body: such as "A:47+85".
+      column: number of the column from the right, from 0.
+      change: added to the column's sum modulo 20, 1 to 9.
+
+    >>> addition("A:47+85", 0, 1)
+    Attempt(think='7+5+0=13;4+8+1=13', answer='133')
+    """
+    a, b = body.removeprefix("A:").split("+")
+    width = max(len(a), len(b))
+    carry, written, digits = 0, [], ""
+    for place, (x, y) in enumerate(zip(reversed(a.zfill(width)), reversed(b.zfill(width)), strict=True)):
+        total = int(x) + int(y) + carry
+        total = (total + change) % 20 if place == column else total
+        written.append(f"{x}+{y}+{carry}={total:02d}")
+        carry, digits = total // 10, str(total % 10) + digits
+    return Attempt(";".join(written), str(int(f"{carry}{digits}")))
+
+
+def modular_chain(body: str, step: int, change: int) -> Attempt:
+    """The scratch of a chain with one step's result changed, and all that follows from it.
+
+    Args:
+      body: such as "M7:3+5*2-4".
+      step: number of the step, from 0.
+      change: added to its result modulo the chain's prime.
+
+    >>> modular_chain("M7:3+5*2-4", 0, 1)
+    Attempt(think='3+5=2;2*2=4;4-4=0', answer='0')
+    """
+    modulus, start, steps = _chain(body)
+    head = chain.item(modulus, start, steps[: step + 1])
+    wrong = (int(head.answer) + change) % modulus
+    kept = head.think.rpartition("=")[0] + f"={wrong}"
+    tail = chain.item(modulus, wrong, steps[step + 1 :])
+    return Attempt(";".join(part for part in (kept, tail.think) if part), tail.answer)
+
+
+def _chain(body: str) -> tuple[int, int, list[tuple[str, int]]]:
+    modulus, _, rest = body.removeprefix("M").partition(":")
+    start, *steps = re.findall(r"[-+*]?[0-9]+", rest)
+    return int(modulus), int(start), [(step[0], int(step[1:])) for step in steps]
+
+
+def random_addition(rng: Random, body: str, think: str, answer: str) -> Attempt:
+    """A column and a change at random; the answer is always wrong, because the column's digit is."""
+    del think, answer
+    columns = max(map(len, body.removeprefix("A:").split("+")))
+    return addition(body, rng.randrange(columns), rng.randint(1, 9))
+
+
+def random_chain(rng: Random, body: str, think: str, answer: str) -> Attempt:
+    """A step and a change at random, among those whose error reaches the answer: a factor 0 behind it hides it."""
+    del think
+    modulus, _, steps = _chain(body)
+    while True:
+        attempt = modular_chain(body, rng.randrange(len(steps)), rng.randrange(1, modulus))
+        if attempt.answer != answer:
+            return attempt
+
+
+def random_deduction(rng: Random, body: str, think: str, answer: str) -> Attempt:
+    """Another verdict out of T, F and U, behind a scratch whose last rule is missing."""
+    del body
+    return Attempt(think.rpartition(";")[0], rng.choice([verdict for verdict in "TFU" if verdict != answer]))

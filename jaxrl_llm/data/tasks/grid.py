@@ -1,0 +1,202 @@
+"""Grid navigation in turns: `G:S.#/.#./..G`, one move a turn, answered by what lies around."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any, Literal, NamedTuple
+
+from jaxrl_llm.data.tasks.items import Item, Segment, Task, observed, require_choice, require_int, tagged
+
+MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
+View = Literal["full", "blind"]
+
+
+class Place(NamedTuple):
+    """A cell."""
+
+    row: int
+    column: int
+
+
+class Moved(NamedTuple):
+    """What a move leads to.
+
+    Attributes:
+      place: where one stands.
+      observation: flag (`.` moved, `x` blocked or no move, `!` goal) and the cells above, below, left and right.
+      reached: the goal is reached.
+    """
+
+    place: Place
+    observation: str
+    reached: bool
+
+
+def find(rows: Sequence[str], letter: str) -> Place:
+    """The cell that holds a letter.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    for row, cells in enumerate(rows):
+        if letter in cells:
+            return Place(row, cells.index(letter))
+    raise ValueError(f"the grid {'/'.join(rows)!r} has no {letter!r}; it needs one S and one G")
+
+
+def cell(rows: Sequence[str], place: Place) -> str:
+    """What one sees in a cell: `.`, `#` or `G`; outside is `#`, and the start looks like any free cell."""
+    row, column = place
+    inside = 0 <= row < len(rows) and 0 <= column < len(rows)
+    return rows[row][column].replace("S", ".") if inside else "#"
+
+
+def neighbour(place: Place, move: str) -> Place:
+    """The cell that a move aims at."""
+    down, right = MOVES[move]
+    return Place(place.row + down, place.column + right)
+
+
+def observation(rows: Sequence[str], place: Place, flag: str = ".") -> str:
+    """The flag and the four cells around.
+
+    >>> observation(["S.#", ".#.", "..G"], Place(0, 0))
+    '.#.#.'
+    """
+    return flag + "".join(cell(rows, neighbour(place, move)) for move in MOVES)
+
+
+def moved(rows: Sequence[str], place: Place, move: str | None) -> Moved:
+    """One turn: the move, or a blocked turn where it is none or leads into a wall."""
+    target = neighbour(place, move) if move in MOVES else None
+    if target is None or cell(rows, target) == "#":
+        return Moved(place, observation(rows, place, "x"), False)
+    reached = cell(rows, target) == "G"
+    return Moved(target, observation(rows, target, "!" if reached else "."), reached)
+
+
+class Episode(NamedTuple):
+    """An episode under way: the grid and where one stands."""
+
+    rows: tuple[str, ...]
+    place: Place
+
+
+def episode(record: Mapping[str, Any]) -> Episode:
+    """The start of an episode."""
+    rows = tuple(record["answer"].split("/"))
+    return Episode(rows, find(rows, "S"))
+
+
+def turn(state: Episode, text: str) -> tuple[Episode, str, float, bool]:
+    """(state, observation, reward, whether the episode is over) after a turn's text, its end included."""
+    move = tagged(text, "<a>", "</a>")
+    place, seen, reached = moved(state.rows, state.place, None if move is None else move.strip(" \n"))
+    return state._replace(place=place), f"<o>{seen}</o>", float(reached), reached or text.endswith("<eos>")
+
+
+def distances(rows: Sequence[str], source: Place) -> dict[Place, int]:
+    """Fewest moves between a cell and every cell that can be reached."""
+    found, waiting = {source: 0}, deque([source])
+    while waiting:
+        place = waiting.popleft()
+        for move in MOVES:
+            target = neighbour(place, move)
+            if target not in found and cell(rows, target) != "#":
+                found[target] = found[place] + 1
+                waiting.append(target)
+    return found
+
+
+def shortest_path(rows: Sequence[str]) -> str:
+    """Moves from S to G, as few as can be; of several the first in the order of `MOVES` at every step.
+
+    >>> shortest_path(["S.#", ".#.", "..G"])
+    'DDRR'
+    """
+    place, goal = find(rows, "S"), find(rows, "G")
+    left, moves = distances(rows, goal), ""
+    while place != goal:
+        move = next(m for m in MOVES if left.get(neighbour(place, m), len(left)) == left[place] - 1)
+        place, moves = neighbour(place, move), moves + move
+    return moves
+
+
+def verify(item: Item, answer: str | None) -> float:
+    """1 where the moves lead to the goal within four turns a row of the grid, else 0."""
+    rows = item.answer.split("/")
+    place = find(rows, "S")
+    for move in (answer or "")[: 4 * len(rows)]:
+        place, _, reached = moved(rows, place, move)
+        if reached:
+            return 1.0
+    return 0.0
+
+
+def item(rows: Sequence[str], *, view: View = "full") -> Item:
+    """The problem of a grid. Its answer is the grid: what the moves are checked against, whatever the prompt shows.
+
+    >>> item(["S.#", ".#.", "..G"]).body
+    'G:S.#/.#./..G<o>.#.#.</o>'
+    """
+    text, level = "/".join(rows), len(shortest_path(rows))
+    shown = text if view == "full" else str(len(rows))
+    body = f"G:{shown}<o>{observation(rows, find(rows, 'S'))}</o>"
+    return Item(body, "", text, "grid", level, f"grid-{level}")
+
+
+def segments(record: Mapping[str, Any]) -> tuple[Segment, ...]:
+    """The shortest path as a conversation: a move a turn, each but the last answered by what lies around."""
+    rows = record["answer"].split("/")
+    place, parts = find(rows, "S"), []
+    for move in shortest_path(rows):
+        place, seen, _ = moved(rows, place, move)
+        parts += [Segment(f"<a>{move}</a><n>"), observed(f"<o>{seen}</o>")]
+    # The episode is over at the goal, so nobody reads the last observation.
+    return tuple(parts[:-1])
+
+
+def task(*, size: int = 5, wall_probability: float = 0.2, view: str = "full") -> Task:
+    """Find the goal in a grid, one move a turn; the level is the length of the shortest path.
+
+    Args:
+      size: rows and columns, 3 to 7.
+      wall_probability: of each cell, 0 to 0.3.
+      view: the prompt shows the whole grid ("full"), or its size alone ("blind").
+    """
+    require_int("size", size, low=3, high=7)
+    if isinstance(wall_probability, bool) or not 0 <= wall_probability <= 0.3:
+        raise ValueError(f"wall_probability is {wall_probability!r}; it must lie in [0, 0.3]")
+    require_choice("view", view, ("full", "blind"))
+
+    def draw(rng: Random, level: int) -> Item | None:
+        for _ in range(20):
+            grid = [["#" if rng.random() < wall_probability else "." for _ in range(size)] for _ in range(size)]
+            free = [Place(r, c) for r in range(size) for c in range(size) if grid[r][c] == "."]
+            if len(free) < 2:
+                continue
+            start = rng.choice(free)
+            goals = [place for place, far in distances(["".join(row) for row in grid], start).items() if far == level]
+            # As likely as that a free cell drawn for the goal lies at this distance.
+            if rng.random() * (len(free) - 1) < len(goals):
+                goal = rng.choice(goals)
+                grid[start.row][start.column], grid[goal.row][goal.column] = "S", "G"
+                return item(["".join(row) for row in grid], view="full" if view == "full" else "blind")
+        return None
+
+    return Task(
+        name="grid",
+        draw=draw,
+        verify=verify,
+        levels=tuple(range(1, 2 * size - 1)),
+        last_level=2 * size,
+        description="find the goal, one move a turn; the level is the length of the shortest path",
+        options={"size": size, "wall_probability": wall_probability, "view": view},
+        scratchpad=False,
+        reward="episode_reward",
+        identity=lambda item: f"{item.answer}:{view}",
+        segments=segments,
+        environment=("grid_navigation", {"size": size}),
+    )

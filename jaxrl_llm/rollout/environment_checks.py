@@ -1,0 +1,84 @@
+"""What is wrong with an environment, said before anything is compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.experience import Prompts
+from jaxrl_llm.rollout.environments import Environment, Step, starts
+
+
+def require_environment(environment: Environment, prompts: Prompts, *, vocabulary_size: int | None = None) -> None:
+    """Check an environment before anything is compiled: its limits, and what `reset` and `step` return.
+
+    Args:
+      environment: what is checked.
+      prompts: any prompts of the widths that will be used; only their shapes are read.
+      vocabulary_size: ids that the policy knows; None leaves ids unchecked.
+
+    Raises:
+      ValueError: naming the field or the part of `step`'s result, and the remedy.
+    """
+    require_limits(environment, vocabulary_size)
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), starts(prompts))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    turn = jax.ShapeDtypeStruct((environment.max_turn_tokens,), jnp.int32)
+    state = jax.eval_shape(environment.reset, row, key)
+    made = jax.eval_shape(environment.step, state, turn, number, key)
+    if not isinstance(made, tuple) or len(made) != len(Step._fields):
+        raise ValueError(
+            f"the environment's step returns a {type(made).__name__}; it must return Step({', '.join(Step._fields)})"
+        )
+    made = Step(*made)
+    before, after = (jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (state, made.state))
+    if jax.tree.structure(state) != jax.tree.structure(made.state) or before != after:
+        raise ValueError(
+            f"the environment's step turns a state of {before} into one of {after}; both must have the same structure, "
+            "shapes and types, so cast what changes (for example jnp.int32(0) in reset)"
+        )
+    wanted: dict[str, tuple[tuple[int, ...], Any, str]] = {
+        "observation": ((environment.max_observation_tokens,), jnp.integer, "max_observation_tokens token ids"),
+        "observation_length": ((), jnp.integer, "one integer"),
+        "reward": ((), jnp.floating, "one float"),
+        "done": ((), jnp.bool_, "one boolean"),
+    }
+    for name, (shape, kind, meaning) in wanted.items():
+        found = getattr(made, name)
+        if getattr(found, "shape", None) != shape or not jnp.issubdtype(found.dtype, kind):
+            raise ValueError(
+                f"the environment's step returns {name} of shape {getattr(found, 'shape', None)} and type "
+                f"{getattr(found, 'dtype', type(found).__name__)}; it must be {meaning}, shape {shape}"
+                + (
+                    ": pad the observation, or raise max_observation_tokens to its longest"
+                    if name == "observation"
+                    else ""
+                )
+            )
+
+
+def require_limits(environment: Any, vocabulary_size: int | None = None) -> None:
+    """Check the limits that an environment of either form states.
+
+    Raises:
+      ValueError: naming the limit and the remedy.
+    """
+    purpose = {
+        "max_turns": "it is what stops an environment that never ends",
+        "max_turn_tokens": "it is what stops a turn that never ends",
+        "max_observation_tokens": "it is the room that every observation gets",
+    }
+    for name, why in purpose.items():
+        value = getattr(environment, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"the environment's {name} is {value!r}; set it to an integer of at least 1: {why}")
+    ids = environment.end_of_turn_ids
+    known = all(isinstance(i, int) and 0 <= i < (vocabulary_size or i + 1) for i in ids)
+    if not ids or not known:
+        raise ValueError(
+            f"the environment's end_of_turn_ids is {ids!r}; name the tokens that end a turn, end of sequence included, "
+            + ("as ids from 0" if vocabulary_size is None else f"as ids below the vocabulary's {vocabulary_size}")
+        )

@@ -1,0 +1,301 @@
+"""Environments: what answers the turns of a policy. Pure functions of one row; the engine maps them over rows.
+
+An episode is: reset, then turn after turn the policy's tokens go in and an observation, a reward and `done` come out,
+until the environment is done or a limit stops it. Nothing here samples: the same functions drive a rollout, replay an
+episode to one of its turns, and check a recorded conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import IntEnum
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxrl_llm.experience import KeyUse, Prompts, Source
+from jaxrl_llm.rollout.sampling import row_keys
+
+
+class StopReason(IntEnum):
+    """Why an episode ended."""
+
+    RUNNING = 0
+    ANSWER = 1  # the environment was done with a turn that ended the policy's sequence
+    ENVIRONMENT = 2  # the environment was done
+    TURN_LIMIT = 3
+    TOKEN_LIMIT = 4  # no room for an observation and a further turn
+
+
+class Start(NamedTuple):
+    """What an episode starts from: one row of `Prompts`.
+
+    Attributes:
+      prompt_tokens: [P] left-padded.
+      prompt_length: real tokens in the prompt.
+      answer_tokens: [A] right-padded; what the environment knows and the policy may not.
+      answer_length: real tokens in it.
+      prompt_id: stable id of the prompt.
+    """
+
+    prompt_tokens: Int[Array, "P"]
+    prompt_length: Int[Array, ""]
+    answer_tokens: Int[Array, "A"]
+    answer_length: Int[Array, ""]
+    prompt_id: Int[Array, ""]
+
+
+class Step(NamedTuple):
+    """What an environment makes of a turn.
+
+    Attributes:
+      state: its next state, of the same structure, shapes and types.
+      observation: [O] tokens, right-padded.
+      observation_length: how many of them count; never read where the episode is done.
+      reward: of the turn.
+      done: the episode is over.
+    """
+
+    state: PyTree
+    observation: Int[Array, "O"]
+    observation_length: Int[Array, ""]
+    reward: Float[Array, ""]
+    done: Bool[Array, ""]
+
+
+class Environment(NamedTuple):
+    """An environment inside the program; `environment_checks.require_environment` checks one.
+
+    Attributes:
+      reset: (start, key) -> state.
+      step: (state, turn tokens [max_turn_tokens] right-padded, their number, key) -> `Step`. What stands behind the
+        turn's tokens must not be read. The token that ends the turn is one of them.
+      max_turns: turns of an episode at most; this is what stops an environment that never ends.
+      max_turn_tokens: tokens of a turn at most, its end included.
+      max_observation_tokens: tokens of an observation at most, O.
+      end_of_turn_ids: each ends a turn and belongs to it. End of sequence is one of them, as a policy may always write
+        it; whether it also ends the episode is for `step` to say.
+      metrics: state -> named (value, count) pairs of an episode that is over, averaged as sum of values over sum of
+        counts.
+    """
+
+    reset: Callable[[Start, Array], PyTree]
+    step: Callable[[PyTree, Array, Array, Array], Step]
+    max_turns: int = 0
+    max_turn_tokens: int = 0
+    max_observation_tokens: int = 0
+    end_of_turn_ids: tuple[int, ...] = ()
+    metrics: Callable[[PyTree], dict[str, tuple[Array, Array]]] = lambda state: {}
+
+
+@struct.dataclass
+class Episodes:
+    """B episodes under way.
+
+    Attributes:
+      state: the environment's, one row an episode.
+      keys: one key an episode, from (run key, step, prompt id, sample); a turn's is folded with its number.
+      turns: turns taken.
+      turn_rewards: reward of each turn, 0 for those that were not taken.
+      stop: a `StopReason` for each episode.
+    """
+
+    state: PyTree
+    keys: Array
+    turns: Int[Array, "B"]
+    turn_rewards: Float[Array, "B S"]
+    stop: Int[Array, "B"]
+
+
+class Turns(NamedTuple):
+    """What the policy wrote, turn by turn.
+
+    Attributes:
+      tokens: right-padded; the end of each turn is included.
+      length: tokens in each turn, 0 for those that were not taken.
+    """
+
+    tokens: Int[Array, "B S U"]
+    length: Int[Array, "B S"]
+
+
+def started(
+    environment: Environment,
+    prompts: Prompts,
+    key: Array,
+    step: Array | int,
+    sample: Int[Array, "B"],
+) -> Episodes:
+    """Episodes before their first turn.
+
+    Args:
+      environment: what answers.
+      prompts: one row an episode (the samples of a prompt repeat its row).
+      key: the run's key.
+      step: training step.
+      sample: number of the sample within its group.
+    """
+    rows = prompts.tokens.shape[0]
+    chex.assert_shape(sample, (rows,))
+    keys = row_keys(jax.random.fold_in(key, KeyUse.ENVIRONMENT), step, prompts.prompt_id, sample)
+    start = starts(prompts)
+    return Episodes(
+        state=jax.vmap(environment.reset)(start, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys)),
+        keys=keys,
+        turns=jnp.zeros(rows, jnp.int32),
+        turn_rewards=jnp.zeros((rows, environment.max_turns), jnp.float32),
+        stop=jnp.full(rows, StopReason.RUNNING, jnp.int32),
+    )
+
+
+def starts(prompts: Prompts) -> Start:
+    """The rows of prompts as environments read them."""
+    return Start(
+        prompts.tokens, prompts.length, prompts.answer_tokens, prompts.answer_length, jnp.asarray(prompts.prompt_id)
+    )
+
+
+def advanced(
+    environment: Environment,
+    episodes: Episodes,
+    turn_tokens: Int[Array, "B U"],
+    turn_length: Int[Array, "B"],
+    room: Int[Array, "B"] | None = None,
+    *,
+    eos_ids: Sequence[int] = (),
+) -> tuple[Episodes, Int[Array, "B O"], Int[Array, "B"]]:
+    """Episodes after one more turn of those that are running, and what to append to their rows.
+
+    Args:
+      environment: what answers.
+      episodes: before the turn. Those that have stopped stay as they are.
+      turn_tokens: what the policy wrote, right-padded.
+      turn_length: tokens of each turn. A turn without any is none: the episode waits.
+      room: tokens that still fit behind each turn; None sets no limit.
+      eos_ids: ids that end the policy's sequence, to tell an answer from an environment that is done by itself.
+
+    Returns:
+      (episodes, observations, their lengths). The length is 0 for an episode that has stopped; where it is positive,
+      the observation and at least one token of a further turn fit.
+    """
+    chex.assert_shape(turn_tokens, (None, environment.max_turn_tokens))
+    chex.assert_equal_shape_prefix([turn_tokens, turn_length, episodes.stop], 1)
+    active = (episodes.stop == StopReason.RUNNING) & (turn_length > 0)
+    keys = jax.vmap(jax.random.fold_in)(episodes.keys, episodes.turns + 1)
+    made = jax.vmap(environment.step)(episodes.state, turn_tokens, turn_length, keys)
+
+    last = jnp.take_along_axis(turn_tokens, jnp.maximum(turn_length - 1, 0)[:, None], axis=1)[:, 0]
+    said = jnp.isin(last, jnp.asarray(eos_ids, turn_tokens.dtype)) if eos_ids else jnp.zeros(last.shape, bool)
+    observed = jnp.clip(made.observation_length, 0, environment.max_observation_tokens)
+    fits = jnp.ones(last.shape, bool) if room is None else observed < room
+    conditions = [made.done & said, made.done, episodes.turns + 1 >= environment.max_turns, ~fits]
+    reasons = (StopReason.ANSWER, StopReason.ENVIRONMENT, StopReason.TURN_LIMIT, StopReason.TOKEN_LIMIT)
+    stop = jnp.select(conditions, [jnp.int32(reason) for reason in reasons], jnp.int32(StopReason.RUNNING))
+    here = active[:, None] & (jnp.arange(environment.max_turns) == episodes.turns[:, None])
+    episodes = replace(
+        episodes,
+        state=jax.tree.map(lambda new, old: _chosen(active, new, old), made.state, episodes.state),
+        turns=episodes.turns + active,
+        turn_rewards=jnp.where(here, made.reward.astype(jnp.float32)[:, None], episodes.turn_rewards),
+        stop=jnp.where(active, stop, episodes.stop),
+    )
+    running = active & (episodes.stop == StopReason.RUNNING)
+    return episodes, made.observation, jnp.where(running, observed, 0).astype(jnp.int32)
+
+
+def replayed(
+    environment: Environment,
+    episodes: Episodes,
+    turns: Turns,
+    up_to_turn: Int[Array, "B"] | int,
+    *,
+    eos_ids: Sequence[int] = (),
+) -> Episodes:
+    """Episodes as they were before a turn, by taking their recorded turns again.
+
+    An environment is a function of its state, the turn and the key of the turn, so this is exact.
+
+    Args:
+      environment: what answers.
+      episodes: at their start (`started` with the same key, step, prompts and samples).
+      turns: what the policy wrote (`recorded_turns`).
+      up_to_turn: turns that are taken again, one number or one a row; those that were never taken are left out.
+      eos_ids: as for `advanced`.
+    """
+    limit = jnp.broadcast_to(jnp.asarray(up_to_turn, jnp.int32), episodes.turns.shape)
+
+    def one(episodes: Episodes, turn: tuple[Array, Array, Array]) -> tuple[Episodes, None]:
+        number, tokens, length = turn
+        length = jnp.where(number < limit, length, 0)
+        return advanced(environment, episodes, tokens, length, eos_ids=eos_ids)[0], None
+
+    count = turns.tokens.shape[1]
+    columns = (jnp.arange(count), jnp.moveaxis(turns.tokens, 1, 0), jnp.moveaxis(turns.length, 1, 0))
+    return jax.lax.scan(one, episodes, columns)[0]
+
+
+def recorded_turns(
+    tokens: Int[Array, "B T"],
+    turn: Int[Array, "B T"],
+    source: Int[Array, "B T"],
+    *,
+    max_turns: int,
+    max_turn_tokens: int,
+    pad_id: int = 0,
+) -> Turns:
+    """The policy's turns of recorded rows: all tokens of a turn but its observation.
+
+    Args:
+      tokens: completion tokens, right-padded.
+      turn: index of the turn of each token; an observation belongs to the turn that it answers.
+      source: a `Source` for each token.
+      max_turns: turns that are kept, S.
+      max_turn_tokens: tokens of a turn that are kept, U.
+      pad_id: fills the rest.
+    """
+    chex.assert_rank([tokens, turn, source], 2)
+    chex.assert_equal_shape([tokens, turn, source])
+    written = (source != Source.PAD) & (source != Source.OBSERVATION)
+
+    def row(tokens: Array, turn: Array, written: Array) -> tuple[Array, Array]:
+        counted = written.astype(jnp.int32)
+        length = jax.ops.segment_sum(counted, turn, num_segments=max_turns)
+        place = jnp.cumsum(counted) - 1 - (jnp.cumsum(length) - length)[jnp.clip(turn, 0, max_turns - 1)]
+        # Indices outside are dropped; a negative one would count from the end.
+        at = (jnp.where(written, turn, max_turns), jnp.where(place >= 0, place, max_turn_tokens))
+        kept = jnp.full((max_turns, max_turn_tokens), pad_id, tokens.dtype).at[at].set(tokens, mode="drop")
+        return kept, jnp.minimum(length, max_turn_tokens)
+
+    return Turns(*jax.vmap(row)(tokens, turn.astype(jnp.int32), written))
+
+
+def episode_metrics(
+    environment: Environment, episodes: Episodes, weight: Float[Array, "B"]
+) -> dict[str, tuple[Array, Array]]:
+    """Named (sum, count) pairs over rows: the environment's own, turns taken, and the share of each way to stop."""
+    chex.assert_equal_shape([weight, episodes.stop])
+    counted = (weight > 0).astype(jnp.float32)
+    pairs = {"turns": (episodes.turns, counted)} | {
+        f"stopped_by_{reason.name.lower()}": (episodes.stop == reason, counted)
+        for reason in StopReason
+        if reason != StopReason.RUNNING
+    }
+    pairs |= jax.vmap(environment.metrics)(episodes.state)
+    return {
+        name: (jnp.sum(jnp.where(counted > 0, value, 0.0)), jnp.sum(jnp.where(counted > 0, count, 0.0)))
+        for name, (value, count) in pairs.items()
+    }
+
+
+def cut_short(stop: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Whether a limit, and not the environment, ended an episode: `Experience.truncated` of a conversation."""
+    return (stop == StopReason.TURN_LIMIT) | (stop == StopReason.TOKEN_LIMIT)
+
+
+def _chosen(active: Bool[Array, "B"], new: Array, old: Array) -> Array:
+    return jnp.where(active.reshape(active.shape + (1,) * (new.ndim - 1)), new, old)

@@ -1,0 +1,302 @@
+"""Environments and tools written in Python: text in, text out, with a deadline for every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxrl_llm.rewards.host import RewardError
+from jaxrl_llm.rollout.environment_checks import require_limits
+from jaxrl_llm.rollout.environments import StopReason
+from jaxrl_llm.rollout.host_calls import Caller, Executor, Returned, caller
+
+
+class EnvironmentFailure(RewardError):
+    """A host environment raised, hung, or returned what it must not; the message names the row and the remedy."""
+
+
+class HostEnvironment(NamedTuple):
+    """An environment outside of the program; `opened` checks it and makes it callable.
+
+    Attributes:
+      reset: record of the item -> state, any object.
+      step: (state, text of the turn, its end included) -> (state, observation, reward, done). It returns a new state
+        and leaves the given one as it was, or replay is not exact.
+      max_turns: turns of an episode at most; this is what stops an environment that never ends.
+      max_turn_tokens: tokens of a turn at most, its end included.
+      max_observation_tokens: tokens of an observation at most.
+      end_of_turn_ids: each ends a turn and belongs to it, end of sequence included.
+      deadline_seconds: of one call of `reset` or `step`.
+      workers: calls at once.
+      executor: "thread" or "process" (see `jaxrl_llm.rollout.host_calls.caller`).
+      on_failure: what becomes of a call of `step` that raises, hangs or returns something else: "error" ends the run
+        with a message, "observation" answers the policy with `failure_observation`.
+      failure_observation: what the policy then reads.
+      failure_reward: reward of such a turn.
+      failure_ends: whether it ends the episode; else the episode goes on from the state before the turn.
+    """
+
+    reset: Callable[[Mapping[str, Any]], Any]
+    step: Callable[[Any, str], tuple[Any, str, float, bool]]
+    max_turns: int = 0
+    max_turn_tokens: int = 0
+    max_observation_tokens: int = 0
+    end_of_turn_ids: tuple[int, ...] = ()
+    deadline_seconds: float = 10.0
+    workers: int = 8
+    executor: Executor = "thread"
+    on_failure: Literal["error", "observation"] = "error"
+    failure_observation: str = "<o>ERR</o>"
+    failure_reward: float = 0.0
+    failure_ends: bool = True
+
+
+class HostStep(NamedTuple):
+    """What an environment made of one turn.
+
+    Attributes:
+      state: its next state.
+      observation: text.
+      reward: of the turn.
+      done: the episode is over.
+      failure: what went wrong, where the policy was answered with `failure_observation`; else empty.
+    """
+
+    state: Any
+    observation: str
+    reward: float
+    done: bool
+    failure: str = ""
+
+
+class HostEpisodes(NamedTuple):
+    """B episodes under way, as `Episodes` holds them for environments inside the program.
+
+    Attributes:
+      states: the environment's, one an episode.
+      turns: [B] turns taken.
+      turn_rewards: [B, S] reward of each turn, 0 for those that were not taken.
+      stop: [B] a `StopReason` for each episode.
+      failures: [B] turns that failed.
+    """
+
+    states: tuple[Any, ...]
+    turns: np.ndarray
+    turn_rewards: np.ndarray
+    stop: np.ndarray
+    failures: np.ndarray
+
+
+@contextmanager
+def opened(environment: HostEnvironment) -> Iterator[Caller]:
+    """The environment's functions, ready to be called; processes that it needs end with the block.
+
+    Raises:
+      ValueError: for a limit, executor, deadline or failure answer that cannot be.
+    """
+    require_limits(environment)
+    if environment.on_failure not in ("error", "observation"):
+        raise ValueError(f"on_failure is {environment.on_failure!r}; it must be 'error' or 'observation'")
+    functions = {"reset": environment.reset, "step": environment.step}
+    with caller(
+        functions,
+        executor=environment.executor,
+        workers=environment.workers,
+        deadline_seconds=environment.deadline_seconds,
+    ) as call:
+        yield call
+
+
+def host_started(environment: HostEnvironment, items: Sequence[Mapping[str, Any]], call: Caller) -> HostEpisodes:
+    """Episodes before their first turn, one an item (the samples of a prompt repeat its item).
+
+    Raises:
+      EnvironmentFailure: naming the first item for which `reset` raised or hung.
+    """
+    returned = call("reset", [(item,) for item in items])
+    for row, result in enumerate(returned):
+        if _failure(environment, result) is not None:
+            raise EnvironmentFailure(
+                f"the environment's reset {_failure(environment, result)} for row {row}, item "
+                f"{str(items[row].get('body', items[row]))[:80]!r}; {_remedy(result)}"
+            )
+    rows = len(items)
+    return HostEpisodes(
+        states=tuple(result.value for result in returned),
+        turns=np.zeros(rows, np.int32),
+        turn_rewards=np.zeros((rows, environment.max_turns), np.float32),
+        stop=np.full(rows, StopReason.RUNNING, np.int32),
+        failures=np.zeros(rows, np.int32),
+    )
+
+
+def host_step(
+    environment: HostEnvironment, states: Sequence[Any], texts: Sequence[str], call: Caller
+) -> list[HostStep]:
+    """One turn of every episode, all at once, each within its deadline.
+
+    Args:
+      environment: what answers.
+      states: one an episode.
+      texts: the turn of each.
+      call: from `opened`.
+
+    Raises:
+      EnvironmentFailure: naming the first row that failed, unless failures are answered by an observation.
+    """
+    steps = []
+    for row, result in enumerate(call("step", list(zip(states, texts, strict=True)))):
+        failure = _failure(environment, result) or _not_a_step(result.value)
+        if failure is None:
+            state, observation, reward, done = result.value
+            steps.append(HostStep(state, observation, float(reward), bool(done)))
+            continue
+        if environment.on_failure == "error":
+            raise EnvironmentFailure(
+                f"the environment's step {failure} for row {row} (turn {texts[row][:80]!r}); {_remedy(result)}, or set "
+                "on_failure to 'observation' to answer such turns with failure_observation"
+            )
+        ends = environment.failure_ends
+        steps.append(HostStep(states[row], environment.failure_observation, environment.failure_reward, ends, failure))
+    return steps
+
+
+def host_advanced(
+    environment: HostEnvironment,
+    episodes: HostEpisodes,
+    turn_tokens: np.ndarray,
+    turn_length: np.ndarray,
+    room: np.ndarray | None,
+    call: Caller,
+    *,
+    encode: Callable[[str], list[int]],
+    decode: Callable[[Sequence[int]], str],
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+) -> tuple[HostEpisodes, np.ndarray, np.ndarray]:
+    """As `advanced` for environments inside the program: one more turn of those that run, and what to append.
+
+    Args:
+      environment: what answers.
+      episodes: before the turn.
+      turn_tokens: [B, U] what the policy wrote, right-padded.
+      turn_length: [B]; a turn without tokens is none.
+      room: [B] tokens that still fit behind each turn; None sets no limit.
+      call: from `opened`.
+      encode: ids of an observation's text.
+      decode: text of a turn's ids.
+      eos_ids: ids that end the policy's sequence.
+      pad_id: fills observations up.
+
+    Returns:
+      (episodes, observations [B, O], their lengths [B], 0 where the episode has stopped).
+
+    Raises:
+      EnvironmentFailure: for a failure that is not answered, or an observation that cannot be encoded or is too long.
+    """
+    turn_tokens, turn_length = np.asarray(turn_tokens), np.asarray(turn_length)
+    active = np.flatnonzero((episodes.stop == StopReason.RUNNING) & (turn_length > 0))
+    texts = [decode(turn_tokens[row, : turn_length[row]].tolist()) for row in active]
+    made = host_step(environment, [episodes.states[row] for row in active], texts, call)
+
+    states = list(episodes.states)
+    observations = np.full((len(states), environment.max_observation_tokens), pad_id, np.int32)
+    lengths = np.zeros(len(states), np.int32)
+    turns, rewards, stop, failures = (np.array(part) for part in episodes[1:])
+    for row, step in zip(active, made, strict=True):
+        ids = _encoded(environment, step.observation, encode, int(row))
+        ends_sequence = int(turn_tokens[row, turn_length[row] - 1]) in tuple(eos_ids)
+        states[row] = step.state
+        rewards[row, turns[row]] = step.reward
+        turns[row] += 1
+        failures[row] += bool(step.failure)
+        if step.done:
+            stop[row] = StopReason.ANSWER if ends_sequence else StopReason.ENVIRONMENT
+        elif turns[row] >= environment.max_turns:
+            stop[row] = StopReason.TURN_LIMIT
+        elif room is not None and len(ids) >= room[row]:
+            stop[row] = StopReason.TOKEN_LIMIT
+        else:
+            observations[row, : len(ids)] = ids
+            lengths[row] = len(ids)
+    return HostEpisodes(tuple(states), turns, rewards, stop, failures), observations, lengths
+
+
+def host_replayed(
+    environment: HostEnvironment,
+    episodes: HostEpisodes,
+    texts: Sequence[Sequence[str]],
+    up_to_turn: int | Sequence[int],
+    call: Caller,
+) -> HostEpisodes:
+    """Episodes as they were before a turn, by taking their recorded turns again from the start.
+
+    Args:
+      environment: what answers; exact where its `step` is a function of state and text.
+      episodes: at their start.
+      texts: turns of each episode, in order.
+      up_to_turn: turns that are taken again, one number or one a row.
+      call: from `opened`.
+    """
+    limits = np.broadcast_to(np.asarray(up_to_turn), len(texts))
+    states, (turns, rewards, stop, failures) = list(episodes.states), (np.array(part) for part in episodes[1:])
+    for number in range(int(limits.max(initial=0))):
+        rows = [
+            row
+            for row, taken in enumerate(texts)
+            if number < min(len(taken), limits[row]) and stop[row] == StopReason.RUNNING
+        ]
+        made = host_step(environment, [states[row] for row in rows], [texts[row][number] for row in rows], call)
+        for row, step in zip(rows, made, strict=True):
+            states[row] = step.state
+            rewards[row, number] = step.reward
+            turns[row] += 1
+            failures[row] += bool(step.failure)
+            if step.done:
+                stop[row] = StopReason.ENVIRONMENT
+            elif turns[row] >= environment.max_turns:
+                stop[row] = StopReason.TURN_LIMIT
+    return HostEpisodes(tuple(states), turns, rewards, stop, failures)
+
+
+def _failure(environment: HostEnvironment, result: Returned) -> str | None:
+    if result.late:
+        return f"had not returned after {environment.deadline_seconds:g} s"
+    return None if result.error is None else f"raised {result.error}"
+
+
+def _remedy(result: Returned) -> str:
+    if result.late:
+        return (
+            "give the tool a timeout of its own, raise deadline_seconds, or set executor to 'process', which ends what "
+            "hangs"
+        )
+    return "mend the function" if result.error is not None else "return a new state, a text, a finite number and a flag"
+
+
+def _not_a_step(value: Any) -> str | None:
+    if not isinstance(value, tuple) or len(value) != 4:
+        return f"returned {str(value)[:80]!r}, not (state, observation, reward, done)"
+    _, observation, reward, done = value
+    if not isinstance(observation, str):
+        return f"returned the observation {observation!r} of type {type(observation).__name__}, not text"
+    number = isinstance(reward, (int, float, np.integer, np.floating, np.bool_))
+    if not number or not np.isfinite(float(reward)):
+        return f"returned the reward {reward!r}, not a finite number"
+    return None if isinstance(done, (bool, np.bool_)) else f"returned done as {done!r}, not True or False"
+
+
+def _encoded(environment: HostEnvironment, text: str, encode: Callable[[str], list[int]], row: int) -> list[int]:
+    try:
+        ids = encode(text)
+    except ValueError as error:
+        raise EnvironmentFailure(f"the observation of row {row} cannot be encoded: {error}") from error
+    if len(ids) > environment.max_observation_tokens:
+        raise EnvironmentFailure(
+            f"the observation of row {row}, {text[:80]!r}, has {len(ids)} tokens, but max_observation_tokens is "
+            f"{environment.max_observation_tokens}; shorten it in the environment, or raise the limit"
+        )
+    return ids

@@ -1,0 +1,40 @@
+"""Environments of the synthetic tasks, inside the program and on the built-in tokenizer's ids."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from jaxrl_llm.data.tasks.items import Task
+from jaxrl_llm.rollout.environments import Environment
+from jaxrl_llm.rollout.tasks.calculator import calculator_tool
+from jaxrl_llm.rollout.tasks.grid import grid_navigation
+from jaxrl_llm.rollout.tasks.self_correction import two_attempts
+
+__all__ = ["calculator_tool", "grid_navigation", "task_environment", "two_attempts"]
+
+_ENVIRONMENTS = {function.__name__: function for function in (calculator_tool, grid_navigation, two_attempts)}
+
+
+def task_environment(task: Task, **options: Any) -> Environment:
+    """The environment that answers the turns of a task.
+
+    Args:
+      task: from `jaxrl_llm.data.tasks.task`.
+      **options: of the environment, beside those that follow from the task's own.
+
+    Raises:
+      ValueError: for a task of one completion, or an unknown option.
+    """
+    if task.environment is None:
+        raise ValueError(
+            f"task {task.name!r} is answered in one completion and has no environment; leave the turns out, or choose "
+            "grid, calculator or self_correction"
+        )
+    name, settled = task.environment
+    known = [p for p in inspect.signature(_ENVIRONMENTS[name]).parameters if p not in settled]
+    for option in options:
+        if option not in known:
+            where = "is an option of the task" if option in settled else "is unknown"
+            raise ValueError(f"option {option!r} of the environment {name} {where}; it takes {', '.join(known)}")
+    return _ENVIRONMENTS[name](**settled, **options)
