@@ -252,6 +252,8 @@ class RolloutConfig:
       engine: samples in another process; None samples here.
       slots: completions that are decoded at a time, so that short ones make room for others; None decodes all of a step
         side by side.
+      off_policy_steps: 1 samples the next batch with the policy that this step starts from, beside the update; 0 after
+        it.
       refill, adaptive, budget: sampling in several rounds, or in groups of different sizes; at most one of them.
     """
 
@@ -265,6 +267,7 @@ class RolloutConfig:
     replay_router: bool = False
     engine: EngineConfig | None = None
     slots: int | None = None
+    off_policy_steps: Literal[0, 1] = 0
     refill: Refill | None = None
     adaptive: Adaptive | None = None
     budget: Budget | None = None

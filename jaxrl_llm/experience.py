@@ -160,6 +160,7 @@ class TrainState:
       step: updates of the batch made so far; also the position in the data.
       critics: value models and their like, by name.
       replay: rows of earlier batches that may be learned from again; None without replay.
+      ahead: the next batch, where it is sampled beside the update before it; None elsewhere.
     """
 
     params: PyTree
@@ -170,6 +171,7 @@ class TrainState:
     step: Int[Array, ""]
     critics: dict[str, CriticState] = struct.field(default_factory=dict)
     replay: Experience | None = None
+    ahead: Experience | None = None
 
 
 class Loss(NamedTuple):

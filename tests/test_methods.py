@@ -73,10 +73,12 @@ METHODS = {
     "DRPO": ("drpo",),
     "COPO": ("copo",),
     "VERL": ("verl",),
+    "Reinforce-Ada": ("reinforce_ada",),
+    "Knapsack RL": ("knapsack_rl",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
-STAGES = {"advantage", "policy loss", "regulariser", "optimisation", "baseline"}
+STAGES = {"advantage", "policy loss", "regulariser", "optimisation", "baseline", "sampling"}
 
 
 def small(name: str, data_directory: str) -> dict[str, Any]:

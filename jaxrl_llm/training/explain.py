@@ -65,7 +65,7 @@ def _provider(step: Composition, name: str) -> tuple[str, list[str]]:
     if name in FROM_REFERENCE:
         return "reference forward pass", ["reference_params", "tokens"]
     own = {"old_logprobs": "behaviour_logprobs", "old_entropy": "behaviour_entropy"}
-    if name in own and step.rollout.extra is None and step.external is None:
+    if name in own and step.keeps_record and step.external is None:
         return "the sampler's own", [own[name]]
     return "policy forward pass", ["params", "tokens"]
 
@@ -111,6 +111,8 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts | Experience, Exp
         return with_staleness(collect(c, state, prompts), 0)
 
     state, given = jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts)
+    if parts.step.prime is not None:
+        state = jax.eval_shape(parts.step.prime, state, given)
     return state, given if c.external is None else jax.eval_shape(sampled, state, given), jax.eval_shape(stored)
 
 

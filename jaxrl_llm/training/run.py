@@ -114,8 +114,9 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
             items = [data[i] for i in spread(len(data), problems)]
             return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE))
 
-    step, rehearsal = run.parts.step, None
-    if newest is None or run.meta["stage"] == WARM_START:
+    step, rehearsal, params = run.parts.step, None, None
+    fresh = newest is None or run.meta["stage"] == WARM_START
+    if fresh:
         params = warm_start(run, key, newest, measure)
         run.meta["before"] = measure(params, "test", config.evaluation.problems, "evaluation before")
         if config.rehearsal is not None:
@@ -124,22 +125,27 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
                 rehearsal.save(config.directory)
                 run.meta["rehearsal"] = rehearsal.fingerprint
             run.console.print(f"rehearsal: {len(rehearsal)} answers stored, {len(rehearsal.explored)} prompts explored")
-        state = step.init(key, params)
-        del params  # the state has a copy of its own
-        run.save(run.meta["warm_start_steps"], REINFORCEMENT, state)
-    else:
-        if config.rehearsal is not None:
-            rehearsal = Rehearsal.load(config.directory)
-            if rehearsal.fingerprint != run.meta["rehearsal"]:
-                raise checkpoints.CheckpointError(
-                    f"{config.directory}/{FILE} is not what the run was started with; restore it, or start a new run"
-                )
-        trained = run.parts.model.trained  # what adapters are added to is not in the checkpoint
-        like = step.init(key) if trained is None else step.init(key, run.parts.initial_params(key))
-        state = checkpoints.restore(folder, newest, like, trained=trained)
+    elif config.rehearsal is not None:
+        rehearsal = Rehearsal.load(config.directory)
+        if rehearsal.fingerprint != run.meta["rehearsal"]:
+            raise checkpoints.CheckpointError(
+                f"{config.directory}/{FILE} is not what the run was started with; restore it, or start a new run"
+            )
     if rehearsal is not None:
         source = run.data["train"]
         prompts = prompt_batches(run.parts, [source[int(number)] for number in rehearsal.explored])
+    trained = run.parts.model.trained
+    if not fresh and trained is not None:  # what adapters are added to is not in the checkpoint
+        params = run.parts.initial_params(key)
+    state = step.init(key, params)
+    del params  # the state has a copy of its own
+    if step.prime is not None:
+        state = step.prime(state, prompts[0].prompts)
+    if fresh:
+        run.save(run.meta["warm_start_steps"], REINFORCEMENT, state)
+    else:
+        assert newest is not None
+        state = checkpoints.restore(folder, newest, state, trained=trained)
     state = reinforce(run, state, prompts, measure, stored_rows(run, rehearsal))
     after = measure(state.params, "test", config.evaluation.problems, "evaluation after")
     summary = _summary(run, after)

@@ -118,6 +118,7 @@ def parts(config: Config) -> Parts:
         replay_router=config.rollout.replay_router,
         slots=config.rollout.slots,
         rounds=_rounds(config),
+        off_policy_steps=config.rollout.off_policy_steps,
     )
     mesh = make_mesh(config.mesh.devices)
     rewards, credit, losses = reward_terms(config.rewards), credit_terms(config.credit), loss_terms(config.losses)
@@ -306,7 +307,7 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
     with_demonstrations = bool(parts.step.composition.wanted & FROM_DATA)
     rounds = parts.step.composition.rollout.rounds
     if isinstance(rounds, Budget) and rounds.prompt_ids is not None:
-        largest = max(int(record["item_id"]) for record in source)
+        largest = max(int(source[index]["item_id"]) for index in range(len(source)))
         if largest >= rounds.prompt_ids:
             raise ValueError(
                 f"rollout.budget.prompt_ids is {rounds.prompt_ids}, but a prompt has the id {largest}; set it to at "

@@ -195,10 +195,12 @@ def reinforce(
             progress.update(done, shown)
 
         unread: tuple | None = None
+        step = run.parts.step
         for index in range(first, total):
             batch, done = prompts[index], index + 1
+            sampled = batch.prompts if step.prime is None else prompts[index + 1].prompts
             try:
-                new_state, metrics, experience = run.parts.step.run(state, batch.prompts, batch.items, stored(index))
+                new_state, metrics, experience = step.run(state, sampled, batch.items, stored(index))
             except (RewardError, EngineError) as error:
                 if unread is not None:
                     report(*unread)

@@ -92,6 +92,8 @@ class Rollout:
       replay_router: a mixture of experts learns through the experts that sampled each token.
       slots: completions that are decoded at a time; None decodes all side by side.
       rounds: sampling in several rounds, or in groups of different sizes; see `rounds`.
+      off_policy_steps: 1 samples a batch with the policy before the last update (one-step off-policy), 0 with the
+        newest.
     """
 
     samples_per_prompt: int
@@ -105,8 +107,11 @@ class Rollout:
     replay_router: bool = False
     slots: int | None = None
     rounds: Refill | Adaptive | Budget | None = None
+    off_policy_steps: int = 0
 
     def __post_init__(self):
+        if self.off_policy_steps not in (0, 1):
+            raise ValueError(f"rollout.off_policy_steps is {self.off_policy_steps}; it must be 0 or 1")
         if self.rounds is not None:
             self._check_rounds(self.rounds)
         if self.prefixes and self.samples_per_prompt % len(self.prefixes):
@@ -143,6 +148,7 @@ class Rollout:
             "rollout.prefixes": bool(self.prefixes),
             "rollout.extra": self.extra is not None,
             "rollout.replay_router": self.replay_router,
+            "rollout.off_policy_steps": bool(self.off_policy_steps),
         }
         if given := [other for other, value in others.items() if value]:
             raise ValueError(
@@ -202,6 +208,16 @@ class Composition:
         """Names of the critics that something asks for."""
         everything = [t.function for t in (*self.credit, *self.losses)]
         return critics_named(frozenset().union(*(signature(f).required for f in everything)))
+
+    @property
+    def keeps_record(self) -> bool:
+        """Whether the sampler's own record stands for the log-probabilities of the policy before the update.
+
+        Samples of the policy before it are taken for its own too, as PPO does, unless something tells the two apart.
+        """
+        r, functions = self.rollout, [t.function for t in (*self.credit, *self.losses)]
+        exact = r.extra is None and getattr(self.model.config, "cache_dtype", "compute") == "compute"
+        return exact and not (r.off_policy_steps and any("behaviour_logprobs" in names(f) for f in functions))
 
     @property
     def with_reference(self) -> bool:
@@ -331,7 +347,7 @@ def credit(c: Composition, state: TrainState, experience: Experience) -> tuple[E
     if "baseline_rewards" in c.wanted:
         experience = with_baseline(experience, c.rollout.samples_per_prompt)
     # One forward function: the sampler's numbers are the trainer's.
-    experience = _viewed(c, state, experience, own_samples=c.rollout.extra is None)
+    experience = _viewed(c, state, experience, own_samples=c.keeps_record)
     by_vocabulary = provide.over_vocabulary(
         c.model, state.params, experience, c.credit, temperature=c.rollout.temperature
     )
@@ -505,6 +521,8 @@ def credit_and_learn(
     metrics = experience_metrics(experience, sampled[: experience.weight.shape[0]])
     if c.external is not None:
         metrics |= engine_metrics(experience)
+    if c.rollout.off_policy_steps:
+        metrics["staleness_steps"] = jnp.minimum(state.step, c.rollout.off_policy_steps).astype(jnp.float32)
     metrics |= {name: values[0] for name, values in experience.extras.items() if name in REPORTED}
     if SUCCESS in memory:
         memory[SUCCESS] = visited(memory[SUCCESS], experience)
@@ -520,6 +538,23 @@ def credit_and_learn(
     return constrain_replicated(state, c.mesh), metrics | learned, experience
 
 
+def sample_ahead(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
+    """The batch of the next step, by the policy of this one."""
+    return score(c, collect(c, replace(state, step=state.step + 1), prompts))
+
+
+def primed(c: Composition, state: TrainState, prompts: Prompts) -> TrainState:
+    """A state that holds its first batch."""
+    return replace(state, ahead=score(c, collect(c, state, prompts)))
+
+
+def step_behind(c: Composition, state: TrainState, prompts: Prompts, stored: Experience | None = None):
+    """Learn from the batch that is there and sample the next one, in one program; neither waits for the other."""
+    ahead = sample_ahead(c, state, prompts)
+    new, metrics, experience = credit_and_learn(c, state, cast(Experience, state.ahead), stored)
+    return replace(new, ahead=ahead), metrics, experience
+
+
 def whole_step(c: Composition, state: TrainState, prompts: Prompts, stored: Experience | None = None):
     """collect, score, credit, learn, in one program."""
     return credit_and_learn(c, state, sample_and_score(c, state, prompts), stored)
@@ -531,15 +566,18 @@ class TrainStep:
 
     Attributes:
       init: (key, params=None) -> TrainState.
-      run: (state, prompts, items, stored) -> (state, metrics, experience).
+      run: (state, prompts, items, stored) -> (state, metrics, experience). One step off-policy, the prompts are those
+        of the next step and the items those of this one.
       programs: the jitted functions that a step runs, in order; one when every reward is traceable.
       composition: what it was composed of.
+      prime: (state, prompts) -> a state that holds the batch of its first step; None where a step samples its own.
     """
 
     init: Callable[..., TrainState]
     run: Callable[..., tuple[TrainState, dict[str, Array], Experience]]
     programs: tuple[Callable, ...]
     composition: Composition
+    prime: Callable[[TrainState, Prompts], TrainState] | None = None
 
     def __call__(
         self,
@@ -652,6 +690,11 @@ def make_train_step(
         )
     if external is not None:
         check_external(rollout, wanted)
+        if rollout.off_policy_steps:
+            raise ValueError(
+                "rollout.off_policy_steps is 1 and rollout.engine is set; an engine's policy is as old as "
+                "rollout.engine.reload_every_steps says, so leave off_policy_steps out"
+            )
     if rollout.rounds is not None:
         _check_rounds(rollout.rounds, wanted, update, loss_terms, stored=stored, replay=replay, engine=external)
     c = Composition(
@@ -672,15 +715,37 @@ def make_train_step(
     init = jax.jit(partial(initial_state, c))
     if external is not None:
         return _step_with_engine(c, init, external, decode)
-    if not any(term.on_host for term in reward_terms):
-        program = jax.jit(partial(whole_step, c), donate_argnums=0)
+    on_host, behind = any(term.on_host for term in reward_terms), bool(rollout.off_policy_steps)
+    prime = jax.jit(partial(primed, c), donate_argnums=0) if behind else None
+    if not on_host:
+        program = jax.jit(partial(step_behind if behind else whole_step, c), donate_argnums=0)
         return TrainStep(
-            init, lambda state, prompts, items=None, stored=None: program(state, prompts, stored), (program,), c
+            init, lambda state, prompts, items=None, stored=None: program(state, prompts, stored), (program,), c, prime
         )
+    if behind:
+        return _step_behind_with_host(c, init, prime, decode)
     programs = (jax.jit(partial(sample_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
     if isinstance(rollout.rounds, Refill | Adaptive):
         return TrainStep(init, _step_in_rounds(c, programs[1], decode), programs, c)
     return TrainStep(init, partial(_run_with_host, programs, reward_terms, decode), programs, c)
+
+
+def _step_behind_with_host(c: Composition, init: Callable, prime: Any, decode: Any) -> TrainStep:
+    """While the device samples the next batch, the host rewards the one that is there."""
+    sample = jax.jit(partial(sample_ahead, c))
+    learned = jax.jit(partial(credit_and_learn, c), donate_argnums=0)
+
+    def run(state, prompts, items=None, stored=None):
+        ahead = sample(state, prompts)
+        rows = state.ahead
+        components = host_components(c.rewards, rows, _required(items), decode)
+        if isinstance(rows.reward_components.sharding, NamedSharding):
+            components = jax.device_put(components, rows.reward_components.sharding)
+        rows = replace(rows, reward_components=components)
+        state, metrics, experience = learned(replace(state, ahead=None), rows, stored)
+        return replace(state, ahead=ahead), metrics, experience
+
+    return TrainStep(init, run, (sample, learned), c, prime)
 
 
 def _step_in_rounds(c: Composition, learned: Callable, decode: Any) -> Callable:
