@@ -744,6 +744,24 @@ def test_one_process_for_a_node_sees_all_its_gpus(stage):
     assert "devices=\n" in stage.run("slurm_job.sh", "jaxrl", SLURM_NTASKS_PER_NODE="4", **node).stdout
 
 
+# ---- what the pages say ----
+
+
+@pytest.mark.parametrize("page, least", [("README.md", 5), ("docs/pods.md", 13)])
+def test_the_commands_of_the_pages_are_commands(stage, page, least):
+    (stage.directory / "rules.json").write_text("[]")
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)
+    text = "\n".join(block for block in blocks if "tpu_scripts/" in block or "export ZONE" in block)
+    settings = re.findall(r"^(?:export )?[A-Z]+=(?:.*\\\n)*.*$", text, re.M)
+    commands = re.findall(r"^tpu_scripts/(?:.*\\\n)*.*$", text, re.M)
+    assert len(commands) >= least
+    for command in commands:
+        script, verb, rest = command.split(" ", 2)
+        line = "\n".join(["PROJECT=p BUCKET=bucket ZONE=us-west4-a", *settings, f"{script} {verb} --dry-run {rest}"])
+        done = subprocess.run(["bash", "-euc", line], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
 # ---- worker.sh, for real ----
 
 
