@@ -12,12 +12,6 @@ fi
 for_good=0
 trap 'for_good=1' USR1
 
-# With one process for a node jax must not take the first GPU only, which under Slurm it does unless it is told.
-if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 && -n ${SLURM_GPUS_ON_NODE:-} ]]; then
-  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
-  export JAX_LOCAL_DEVICE_IDS
-fi
-
 # --gpu-bind=none: every process sees all GPUs of its node, which NCCL needs, and jax chooses its own among them.
 # --kill-on-bad-exit: a process that is lost ends the others.
 words=(srun --gpu-bind=none --kill-on-bad-exit=1 --label "$@")
@@ -30,8 +24,8 @@ while kill -0 "$child" 2>/dev/null; do
   wait "$child" || status=$?
 done
 
-# 143: stopped by a signal, saved (--stopped-status). 75: another process was lost or never came.
-if ((!for_good)) && [[ $status == 143 || $status == 75 ]]; then
+# 143: stopped by a signal, saved (--stopped-status). 75, or 134 from jax: another process was lost or never came.
+if ((!for_good)) && [[ $status =~ ^(143|75|134)$ ]]; then
   echo "+ scontrol requeue $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID"
 fi
