@@ -30,17 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _status(options: argparse.Namespace) -> tuple[int, str]:
-    """How a sub-command ends: its exit status, and what went wrong."""
+def _status(options: argparse.Namespace) -> tuple[int, str | None]:
+    """How a sub-command ends: its exit status, and what went wrong; None for nothing."""
     from jaxrl_llm.parallel.peers import LOST, ProcessLost
     from jaxrl_llm.rewards import RewardError
     from jaxrl_llm.training.stages import Stopped, TrainingError
 
     try:
-        return options.command(options) or 0, ""
+        return options.command(options) or 0, None
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        return options.stopped_status, ""
+        return options.stopped_status, None
     except ProcessLost as error:
         return _failed(error, options, LOST)
     except (TrainingError, RewardError) as error:
@@ -69,15 +69,16 @@ def _others():
     return None if hosts is None else hosts.peers()
 
 
-def _leave_others(status: int, why: str) -> None:
+def _leave_others(status: int, why: str | None) -> None:
     if (others := _others()) is None:
         return
-    if why:
+    if why is None:
+        others.leave()
+    else:
         from jaxrl_llm.parallel.peers import exit_now
 
         others.leave(status, why)
         exit_now(status)
-    others.leave()
 
 
 def _parser() -> argparse.ArgumentParser:

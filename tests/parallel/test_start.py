@@ -6,14 +6,16 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from jaxrl_llm import cli
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.peers import Place, ProcessLost
 from jaxrl_llm.parallel.roll_call import Disagreement, call_roll
 from jaxrl_llm.parallel.start import facts, initialise, place_of_this_process
-from jaxrl_llm.training.stages import Stopped
+from jaxrl_llm.training.stages import Stopped, TrainingError
 
 SLURM = {
     "SLURM_JOB_ID": "4100",
@@ -294,3 +296,36 @@ def test_the_status_of_a_run_that_a_signal_stopped_can_be_chosen(
     assert cli.main(words) == 0
     assert cli.main([*words, "--stopped-status", "143"]) == 143
     assert "stopped at step 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "outcome, status, left",
+    [
+        ({"name": "x"}, 0, (0, "")),
+        (Stopped("stopped at step 3"), 143, (0, "")),
+        (TrainingError("reward is nan"), 1, (1, "reward is nan")),
+        (ValueError("no such file"), 2, (2, "no such file")),
+        (RuntimeError("Gloo: connection closed"), 1, (1, "RuntimeError('Gloo: connection closed')")),
+        (KeyboardInterrupt(), 1, (1, "KeyboardInterrupt()")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_others_are_told_how_a_process_ends(environment, micro_yaml, tmp_path, monkeypatch, outcome, status, left):
+    said, exits = [], []
+    others = SimpleNamespace(
+        place=Place("x:1", 2, 1), decided={"resume": False}, leave=lambda status=0, why="": said.append((status, why))
+    )
+
+    def run(*args, **kwargs):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("jaxrl_llm.training.run.train", run)
+    monkeypatch.setattr("jaxrl_llm.parallel.start.initialise", lambda *args, **kwargs: others)
+    monkeypatch.setattr("jaxrl_llm.parallel.peers.exit_now", exits.append)
+    monkeypatch.setattr(hosts, "_peers", None)
+    words = ["train", str(micro_yaml), f"run_dir={tmp_path}/run", "--stopped-status", "143"]
+    assert cli.main(words) == status
+    assert said == [left]
+    assert exits == ([status] if left[0] else [])  # without waiting, as the interpreter's exit would
