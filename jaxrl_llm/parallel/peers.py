@@ -135,6 +135,9 @@ class Peers:
             self._tell({"bye": status, "why": why})
         if self.place.process == 0:
             self._broadcast({"over": True})
+            if status:  # jax aborts the others as soon as this process is gone: let them end by themselves
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._links, GRACE + 2)
 
     # Messages go to process 0, which tells everyone.
 
@@ -142,7 +145,8 @@ class Peers:
         if self.place.process == 0:
             self._collect(0, message)
         else:
-            self._links[0].send(message)
+            for link in self._links.values():  # the one to process 0, while it is there
+                link.send(message)
 
     def _broadcast(self, message: Mapping[str, Any]) -> None:
         with self._changed:
@@ -154,14 +158,16 @@ class Peers:
         """Process 0: what a process said."""
         if "stop" in message and not self._told:
             self._broadcast({"stop": True})
-        if "checks" in message:
-            self._reports[sender] = message["checks"]
-            if len(self._reports) == self.place.processes:
-                # The first call that nobody has made yet.
-                self._broadcast({"stop_at": max(self._reports.values()) + 1})
         if "bye" in message:
             self._reports.setdefault(sender, 0)  # it makes no more checks
+        elif "checks" in message:
+            self._reports[sender] = message["checks"]
+        if self._told and self._stop_at is None and len(self._reports) == self.place.processes:
+            # The first call that nobody has made yet.
+            self._broadcast({"stop_at": max(self._reports.values()) + 1})
+        if "bye" in message:
             link = self._links.pop(sender, None)
+            self._changed.notify_all()
             if message["bye"]:
                 where = link.host if link else socket.gethostname()
                 text = f"process {sender} on {where} ended with status {message['bye']}: {message['why']}"
@@ -204,17 +210,17 @@ class Peers:
                 self._hear(message)
 
     def _closed(self, link: Link) -> None:
-        if self._over or self._leaving or (self.place.process == 0 and link.process not in self._links):
-            return
-        text = f"process {link.process} on {link.host} was lost: killed, out of memory, or its machine is gone"
-        if self.place.process == 0:
-            with self._changed:
-                self._links.pop(link.process)
+        with self._changed:
+            known = self._links.pop(link.process, None)
+            self._changed.notify_all()
+            if known is None or self._over or self._leaving:
+                return
+            text = f"process {link.process} on {link.host} was lost: killed, out of memory, or its machine is gone"
+            if self.place.process == 0:
                 for other in self._links.values():
                     other.send({"lost": text})
-            # jax aborts the others as soon as this process is gone: let them read first.
-            self._end(LOST, text, 1.0)
-        self._end(LOST, text)
+        # As in `leave`: the others read before jax aborts them.
+        self._end(LOST, text, 1.0 if self.place.process == 0 else 0.0)
 
     def _end(self, status: int, text: str, after: float = 0.0) -> None:
         """End this process from a thread: the main one may be waiting for the lost one, and never come back."""

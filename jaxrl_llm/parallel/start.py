@@ -45,7 +45,7 @@ def place_of_this_process(
     if found is None and launched is not None and counted is not None and counted[0] > 1:
         raise ValueError(
             f"{launched[0]} is {counted[0]}, so this is one of several processes, but jax does not recognise their "
-            "launcher (Open MPI from version 5 on is one, unless mpi4py is installed); add --coordinator HOST:PORT"
+            "launcher (Open MPI from version 5 on is one); add --coordinator HOST:PORT"
         )
     return found
 
@@ -73,24 +73,31 @@ def _recognised(seconds: float) -> Place | None:
         # A pod that is not part of an indexed job is one process, and asking Kubernetes about it fails.
         if kind.opt_in_only_method or (kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ):
             continue
-        try:
-            present = kind.is_env_present()
-        except RuntimeError:  # jax 0.12 of Open MPI 5 without mpi4py, where earlier ones saw nothing
-            present = False
-        if not present:
+        if not kind.is_env_present():
             continue
-        processes = kind.get_process_count()
-        if processes == 1:
-            return None
-        coordinator = kind.get_coordinator_address(int(seconds), os.environ.get("JAX_COORDINATOR_PORT"))
-        local = kind.get_local_process_id()
-        # Where a host has one process it takes all the host's devices; jax would give it the first one.
-        if kind.name.endswith("tpu") or _one_process_each_host(processes):
-            local = None
-        slices = os.environ.get("MEGASCALE_NUM_SLICES")  # left over from before a preemption, it makes all wait
-        how = (kind.name or kind.__name__) + (f", MEGASCALE_NUM_SLICES={slices}" if slices else "")
-        return Place(coordinator, processes, kind.get_process_id(), how, None if local is None else (local,))
+        name = kind.name or kind.__name__
+        try:
+            return _described(kind, name, seconds)
+        except RuntimeError as error:  # the launcher is there, and does not tell
+            raise ValueError(
+                f"this process was started by {name}, but jax does not learn from it who the others are ({error}); add "
+                "--coordinator HOST:PORT --processes N --process-id I"
+            ) from error
     return None
+
+
+def _described(kind: Any, name: str, seconds: float) -> Place | None:
+    processes = kind.get_process_count()
+    if processes == 1:
+        return None
+    coordinator = kind.get_coordinator_address(int(seconds), os.environ.get("JAX_COORDINATOR_PORT"))
+    local = kind.get_local_process_id()
+    # Where a host has one process it takes all the host's devices; jax would give it the first one.
+    if name.endswith("tpu") or _one_process_each_host(processes):
+        local = None
+    slices = os.environ.get("MEGASCALE_NUM_SLICES")  # left over from before a preemption, it makes all wait
+    how = name + (f", MEGASCALE_NUM_SLICES={slices}" if slices else "")
+    return Place(coordinator, processes, kind.get_process_id(), how, None if local is None else (local,))
 
 
 def _one_process_each_host(processes: int) -> bool:

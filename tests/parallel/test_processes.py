@@ -102,7 +102,7 @@ def loop(process: int, part: str, out: str) -> None:
         multihost_utils.process_allgather(np.ones(2, np.float32))
         if step == 3:
             Path(f"{out}.{process}").touch()
-        if part == "fails" and step == 10 and process == 1:
+        if part == f"{process} fails" and step == 10:
             hosts.peers().leave(1, "reward is nan at step 10")
             exit_now(1)
         if hosts.agreed_stop(bool(asked)):
@@ -233,10 +233,13 @@ def test_a_process_that_is_killed_ends_the_other_with_a_message(tmp_path, victim
     ), (status, log)
 
 
-def test_a_process_that_fails_ends_the_other_with_its_status_and_reason(tmp_path):
-    with processes(tmp_path, commands(tmp_path, 2, 1, "fails")) as started:
-        (first, log), (second, _) = ended(started, tmp_path, 60)
-    assert (first, second) == (1, 1), log
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_ends_the_other_with_its_status_and_reason(tmp_path, failing):
+    with processes(tmp_path, commands(tmp_path, 2, 1, f"{failing} fails")) as started:
+        results = ended(started, tmp_path, 60)
+    log = results[1 - failing][1]
+    assert [status for status, _ in results] == [1, 1], log
+    assert f"process {failing} on" in log
     assert "ended with status 1: reward is nan at step 10" in log
 
 
