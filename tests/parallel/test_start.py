@@ -222,6 +222,7 @@ def test_what_knocks_at_the_port_and_is_no_process_is_ignored():
     strangers[0].close()
     (one,) = roll(port, 2, {"process": 1})
     waiting.join(20)
+    assert [peer.place.process for peer in (one, *results)] == [1, 0]
     one.leave()
     results[0].leave()
 
@@ -237,6 +238,7 @@ def test_a_process_that_was_started_again_takes_its_place():
         time.sleep(0.2)
     rest = roll(port, 3, {"process": 1}, {"process": 2})
     waiting.join(20)
+    assert [peer.place.process for peer in (*rest, *results)] == [1, 2, 0]
     for peer in (*rest, *results):
         peer.leave()
 
