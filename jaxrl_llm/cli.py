@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,67 @@ from rich.text import Text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one sub-command; returns the exit status: 0 done, 1 failed on the way, 2 bad input."""
+    """Run one sub-command; returns the exit status.
+
+    0 done, or stopped by a signal; 1 failed on the way; 2 bad input; 75 another process of the run was lost.
+    """
     options = _parser().parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS report their inner affairs as warnings
+    status, why = _status(options)
+    _leave_others(status, why)
+    return status
+
+
+def _status(options: argparse.Namespace) -> tuple[int, str | None]:
+    """How a sub-command ends: its exit status, and what went wrong; None for nothing."""
+    from jaxrl_llm.parallel.peers import LOST, ProcessLost
     from jaxrl_llm.rewards import RewardError
     from jaxrl_llm.rollout.engine_http import EngineError
     from jaxrl_llm.training.stages import Stopped, TrainingError
 
     try:
-        return options.command(options) or 0
+        return options.command(options) or 0, None
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        return 0
+        return options.stopped_status, None
+    except ProcessLost as error:
+        return _failed(error, options, LOST)
     except (TrainingError, RewardError, EngineError) as error:
         return _failed(error, options, 1)
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         return _failed(error, options, 2)
+    except BaseException as error:
+        if _others() is None or isinstance(error, SystemExit):
+            raise
+        traceback.print_exc()  # the interpreter's own exit would wait for the others
+        return 1, repr(error)
 
 
-def _failed(error: Exception, options: argparse.Namespace, status: int) -> int:
+def _failed(error: Exception, options: argparse.Namespace, status: int) -> tuple[int, str]:
     if options.traceback:
-        raise error
+        if _others() is None:
+            raise error
+        traceback.print_exception(error)
     print(f"error: {error}", file=sys.stderr)
-    return status
+    return status, str(error)
+
+
+def _others():
+    """The connections to the other processes of a run, if it has others; without importing jax for it."""
+    hosts = sys.modules.get("jaxrl_llm.parallel.hosts")
+    return None if hosts is None else hosts.peers()
+
+
+def _leave_others(status: int, why: str | None) -> None:
+    if (others := _others()) is None:
+        return
+    if why is None:
+        others.leave()
+    else:
+        from jaxrl_llm.parallel.peers import exit_now
+
+        others.leave(status, why)
+        exit_now(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +97,19 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train a policy from a config, or go on with a run.")
     train.add_argument("config", nargs="*", metavar="CONFIG [section.key=value ...]", help="a YAML file and overrides")
     train.add_argument("--resume", metavar="RUN", help="directory of a run to go on with")
+    train.add_argument(
+        "--resume-if-started", action="store_true", help="go on with run_dir if it was started, else start it"
+    )
+    train.add_argument(
+        "--stopped-status", type=int, default=0, metavar="N", help="exit status after a stop by a signal (default 0)"
+    )
+    several = train.add_argument_group("several processes", "TPU, GKE, Slurm and Open MPI say all of this themselves")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--processes", type=int, metavar="N", help="how many processes the run has")
+    several.add_argument("--process-id", type=int, metavar="I", help="number of this one, from 0")
+    several.add_argument(
+        "--start-timeout", type=float, default=600.0, metavar="SECONDS", help="wait for the others (default 600)"
+    )
 
     evaluate = command("eval", _eval, "Greedy accuracy, pass@k and maj@k of a run or a checkpoint.")
     evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT")
@@ -140,7 +192,9 @@ def _load(words: Sequence[str]):
 
 
 def _train(options: argparse.Namespace) -> None:
-    from jaxrl_llm.config import ConfigError
+    from jaxrl_llm.config import ConfigError, as_tree
+    from jaxrl_llm.parallel import hosts
+    from jaxrl_llm.parallel.start import initialise, place_of_this_process
     from jaxrl_llm.training.run import train
 
     words = list(options.config)
@@ -151,9 +205,23 @@ def _train(options: argparse.Namespace) -> None:
         if words and "=" not in words[0]:
             raise ConfigError(f"--resume takes the run's own config; leave out {words[0]!r} (overrides may follow)")
         words = [str(stored), *words, f"run_dir={json.dumps(options.resume)}"]
-    console = Console(stderr=True) if options.json else Console()
-    summary = train(_load(words), resume=bool(options.resume), console=console)
-    if options.json:
+    config = _load(words)
+
+    def decide() -> dict[str, bool]:
+        started = (config.directory / "config.yaml").is_file()
+        return {"resume": bool(options.resume) or (options.resume_if_started and started)}
+
+    place = place_of_this_process(
+        options.coordinator, options.processes, options.process_id, seconds=options.start_timeout
+    )
+    peers = initialise(place, as_tree(config), seconds=options.start_timeout, decide=decide)
+    hosts.join(peers)
+    console = Console(stderr=options.json, quiet=peers is not None and not hosts.is_main())
+    if peers is not None:
+        console.print(f"{peers.place.processes} processes ({peers.place.how}) are there and agree")
+    decided = decide() if peers is None else peers.decided
+    summary = train(config, resume=decided["resume"], console=console)
+    if options.json and not console.quiet:
         print(json.dumps(summary, indent=2))
 
 

