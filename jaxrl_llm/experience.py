@@ -83,6 +83,8 @@ class Experience:
       behaviour_entropy: entropy of that distribution in nats.
       truncated: the completion reached its length limit before end of sequence.
       router_choices: experts that served each token of prompt and completion; None where they are not recorded.
+      support: tokens that each token was drawn from, -1 for fewer than S, where sampling is truncated: the trainer
+        normalises over the same ones. None where it is the whole vocabulary.
 
     Filled by the rewards (score):
       reward_components: one column a reward function, before weights.
@@ -128,6 +130,7 @@ class Experience:
     demonstration_tokens: Int[Array, "B T"] | None = None
     demonstration_length: Int[Array, "B"] | None = None
     router_choices: Int[Array, "B P+T L k"] | None = None
+    support: Int[Array, "B T S"] | None = None
     extras: dict[str, Array] = struct.field(default_factory=dict)
 
 

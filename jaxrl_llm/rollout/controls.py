@@ -142,6 +142,12 @@ def truncated(log_p: Float[Array, "B V"], controls: Controls) -> Float[Array, "B
     return log_p
 
 
+def kept_tokens(log_p: Float[Array, "B V"], count: int) -> Int[Array, "B S"]:
+    """The tokens of a truncated distribution, the most probable first; -1 in the places of those that there are not."""
+    values, ids = jax.lax.top_k(log_p, count)
+    return jnp.where(values > -jnp.inf, ids, -1).astype(jnp.int32)
+
+
 def _renormalised(log_p: Float[Array, "B V"], kept: Bool[Array, "B V"]) -> Float[Array, "B V"]:
     return jax.nn.log_softmax(jnp.where(kept, log_p, -jnp.inf), axis=-1)
 

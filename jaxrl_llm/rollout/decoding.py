@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.models.logprobs import entropy_of, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.rollout.controls import Controls, Watch, adjusted_scores, truncated
+from jaxrl_llm.rollout.controls import Controls, Watch, adjusted_scores, kept_tokens, truncated
 from jaxrl_llm.rollout.positions import prompt_positions
 from jaxrl_llm.rollout.sampling import sampled_tokens
 
@@ -38,6 +38,7 @@ class Drawing:
       controls: what may be sampled; None for the policy's own distribution.
       eos_ids: ids that controls treat as ends of sequence.
       record_router: keep the experts that served each token.
+      support: S, keep the tokens that each token was drawn from, at most so many; 0 keeps none.
     """
 
     model: Model
@@ -48,6 +49,7 @@ class Drawing:
     controls: Controls | None
     eos_ids: tuple[int, ...]
     record_router: bool = False
+    support: int = 0
 
     def run(self, tokens: Array, positions: Array, cache: PyTree) -> tuple[Array, PyTree, Array | None]:
         """Hidden states, the filled cache, and the experts of each token [rows, T, L, k] where they are recorded."""
@@ -59,8 +61,8 @@ class Drawing:
 
     def draw(
         self, hidden: Float[Array, "D W"], row: Int[Array, "D"], position: Int[Array, "D"], watch: Watch
-    ) -> tuple[Int[Array, "D"], Float[Array, "D"], Float[Array, "D"]]:
-        """(token, its log-probability, entropy of the distribution it came from) for some rows."""
+    ) -> tuple[Array, ...]:
+        """(token, its log-probability, entropy of the distribution it came from, its support if kept) for some rows."""
         scores = self.model.logits(self.params, hidden)
         if self.controls is not None:
             scores = adjusted_scores(scores, self.controls, watch.seen, position[:, None], self.eos_ids)
@@ -70,7 +72,8 @@ class Drawing:
         if self.controls is not None:
             log_p = truncated(log_p, self.controls)
         token = sampled_tokens(log_p, self.keys[row], position, greedy)
-        return token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
+        known = token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
+        return (*known, kept_tokens(log_p, self.support)) if self.support else known
 
 
 @struct.dataclass
@@ -82,6 +85,7 @@ class Written:
       source: a `Source` for each token.
       length: tokens so far.
       routes: experts of prompt and completion tokens; None where they are not recorded.
+      support: tokens that each one was drawn from; None where that is not kept.
     """
 
     tokens: Int[Array, "R T"]
@@ -90,21 +94,22 @@ class Written:
     source: Int[Array, "R T"]
     length: Int[Array, "R"]
     routes: Int[Array, "R P+T L k"] | None
+    support: Int[Array, "R T S"] | None = None
 
     def appended(self, row: Int[Array, "D"], counts: Bool[Array, "D"], values: Sequence[Array]) -> Written:
         """One sampled token more on those of `row` that count; `values` are the token and what is known of it."""
         to = jnp.where(counts, row, self.length.shape[0])
         at = self.length[row]
-        columns = (self.tokens, self.logprobs, self.entropy, self.source)
-        given = (*values, jnp.full(row.shape, Source.SAMPLED, self.source.dtype))
-        new = [column.at[to, at].set(value, mode="drop") for column, value in zip(columns, given, strict=True)]
+        token, logprob, entropy, *support = values
+        put = lambda into, value: into.at[to, at].set(value, mode="drop")  # noqa: E731
         return replace(
             self,
-            tokens=new[0],
-            logprobs=new[1],
-            entropy=new[2],
-            source=new[3],
+            tokens=put(self.tokens, token),
+            logprobs=put(self.logprobs, logprob),
+            entropy=put(self.entropy, entropy),
+            source=put(self.source, jnp.full(row.shape, Source.SAMPLED, self.source.dtype)),
             length=self.length.at[to].add(1, mode="drop"),
+            support=None if self.support is None else put(self.support, support[0]),
         )
 
     def routed(self, row: Int[Array, "D"], at: Int[Array, "D F"], routes: Array | None) -> Written:
@@ -181,6 +186,7 @@ def begin(
         source=constrain(jnp.full(shape, Source.PAD, jnp.int8)),
         length=constrain(jnp.zeros(rows, jnp.int32)),
         routes=routes,
+        support=constrain(jnp.full((*shape, drawing.support), -1, jnp.int32)) if drawing.support else None,
     )
     watch = Watch.start(drawing.controls, per_row.tokens, per_row.length, model.vocabulary_size)
     nothing = constrain(jnp.full(rows, -1, jnp.int32))

@@ -53,6 +53,7 @@ def generate(
     slots: int | None = None,
     record_router: bool = False,
     controls: Controls | None = None,
+    record_support: bool = False,
     constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
 ) -> Experience:
     """Sample completions and record everything about them that training needs.
@@ -84,6 +85,7 @@ def generate(
       controls: what may be sampled; None samples from the policy's own distribution, as training must. With controls
         the recorded log-probabilities and entropies are those of the distribution that was drawn from.
       record_router: keep the experts that served each token, for a mixture of experts.
+      record_support: keep the tokens that each token was drawn from; needs `controls.top_k`, which bounds their number.
       constrain: applied to arrays with one row a sample, to place them on a mesh.
 
     Returns:
@@ -118,6 +120,7 @@ def generate(
         controls=controls,
         eos_ids=tuple(eos_ids),
         record_router=record_router,
+        support=_support(model, controls) if record_support else 0,
     )
     given = 0 if prefixes is None else prefixes.tokens.shape[1] + 1
     room = max_completion_tokens if slots is None else 0
@@ -170,6 +173,7 @@ def experience_of(
         demonstration_tokens=per_row.demonstration_tokens,
         demonstration_length=per_row.demonstration_length,
         router_choices=written.routes,
+        support=written.support,
     )
 
 
@@ -202,6 +206,12 @@ def _check(
         )
     if record_router and not model.routed:
         raise ValueError("record_router is true, but the model is no mixture of experts; leave it out")
+
+
+def _support(model: Model, controls: Controls | None) -> int:
+    if controls is None or controls.top_k is None:
+        raise ValueError("record_support keeps at most top_k tokens; give controls with top_k")
+    return min(controls.top_k, model.vocabulary_size)
 
 
 def _check_prefixes(prefixes: Prefixes, rows: int, max_completion_tokens: int) -> None:
