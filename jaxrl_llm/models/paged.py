@@ -1,0 +1,186 @@
+"""A key-value cache in pages: each row lists the pages that it reads, and samples of a prompt list the same ones.
+
+A row's tokens lie one after the other in its pages, so that what others have said is never read, however long it is. On
+TPU a decode step goes through JAX's ragged paged attention kernel; elsewhere the pages are gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.models.cache import Cache, KeysAndValues
+
+# Tokens in a page: as many as a TPU reads at once from bf16 keys of 128.
+PAGE = 16
+# The kernel's blocks: pages read at a time, and queries computed together.
+KV_PAGES_PER_BLOCK, QUERIES_PER_BLOCK = 16, 8
+# The kernel works on whole lanes of a head.
+KERNEL_HEAD_SIZE = 128
+
+PagedKind = Literal["kernel", "gathered"]
+
+
+class PagedCache(NamedTuple):
+    """Pages of all blocks, and which of them each row reads.
+
+    Attributes:
+      pages: [L * C, PAGE, 2 K, H]: C pages for each of L blocks; in a page, keys and values of a head in turn.
+      table: [B, M] numbers below C, in the order of a row's tokens.
+      length: [B] tokens of each row.
+    """
+
+    pages: Array
+    table: Int[Array, "B M"]
+    length: Int[Array, "B"]
+
+    def pages_per_layer(self, layers: int) -> int:
+        """C."""
+        return self.pages.shape[0] // layers
+
+
+def paged_kind(*, queries: int, head_size: int, dtype: str, backend: str | None = None) -> PagedKind:
+    """How a step over paged keys is computed: by the kernel for one token a row on TPU, else by gathering pages."""
+    backend = backend or jax.default_backend()
+    serves = queries == 1 and head_size % KERNEL_HEAD_SIZE == 0 and dtype in ("bfloat16", "float32")
+    return "kernel" if backend == "tpu" and serves and jax.device_count() == 1 else "gathered"
+
+
+def paged(cache: Cache, samples: int, extra_slots: int) -> PagedCache:
+    """What prefill wrote, in pages that `samples` rows of each prompt share, with room for more tokens in each row.
+
+    Full pages of a prompt exist once. The last one, which a row goes on writing, is the row's own.
+
+    Args:
+      cache: of N left-padded prompts; unrolled or stacked, in the compute dtype, without context.
+      samples: rows of each prompt.
+      extra_slots: tokens that a row may add.
+    """
+    stacked = cache.layers
+    if not isinstance(stacked, KeysAndValues):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
+    layers, count, kv_heads, size, width = stacked.keys.shape
+    length = jnp.sum(cache.positions >= 0, axis=1)
+    shared, own = -(-width // PAGE), -(-(extra_slots + PAGE) // PAGE)
+
+    # Token t of a prompt stands in slot width - length + t.
+    order = jnp.minimum(width - length[:, None] + jnp.arange(shared * PAGE), width - 1)
+    tokens = jnp.stack([stacked.keys.swapaxes(-1, -2), stacked.values], axis=3)  # [L, N, K, 2, S, H]
+    tokens = jnp.take_along_axis(tokens, order[None, :, None, None, :, None], axis=4)
+    tokens = tokens.transpose(0, 1, 4, 2, 3, 5).reshape(layers, count, shared, PAGE, 2 * kv_heads, size)
+
+    # Each row's first own page begins as a copy of the page in which its prompt ends.
+    partial = jnp.minimum(length // PAGE, shared - 1)
+    last = jnp.take_along_axis(tokens, partial[None, :, None, None, None, None], axis=2)
+    first_own = jnp.repeat(last, samples, axis=1)
+    rows = count * samples
+    empty = jnp.zeros((layers, rows, own - 1, PAGE, 2 * kv_heads, size), tokens.dtype)
+    owned = jnp.concatenate([first_own, empty], axis=2)
+    pages = jnp.concatenate([x.reshape(layers, -1, *x.shape[3:]) for x in (tokens, owned)], axis=1)
+
+    prompt = jnp.repeat(jnp.arange(count), samples)[:, None]
+    full = jnp.repeat(length // PAGE, samples)[:, None]
+    place = jnp.arange(shared + own)
+    own_page = count * shared + jnp.arange(rows)[:, None] * own + jnp.minimum(place - full, own - 1)
+    table = jnp.where(place < full, prompt * shared + jnp.minimum(place, shared - 1), own_page)
+    return PagedCache(
+        pages.reshape(-1, *pages.shape[2:]), table.astype(jnp.int32), jnp.repeat(length, samples).astype(jnp.int32)
+    )
+
+
+def longer(cache: PagedCache, extra_slots: int, layers: int) -> PagedCache:
+    """With more pages behind those of each row."""
+    rows, per_layer = cache.table.shape[0], cache.pages_per_layer(layers)
+    more = -(-extra_slots // PAGE)
+    pages = cache.pages.reshape(layers, per_layer, *cache.pages.shape[1:])
+    empty = jnp.zeros((layers, rows * more, *pages.shape[2:]), pages.dtype)
+    pages = jnp.concatenate([pages, empty], axis=1).reshape(-1, *cache.pages.shape[1:])
+    # New pages follow the last one in use, so that what a row has said stays in one piece.
+    used = -(-jnp.maximum(cache.length, 1) // PAGE)[:, None]
+    place = jnp.arange(cache.table.shape[1] + more)
+    old = jnp.take_along_axis(cache.table, jnp.minimum(place, cache.table.shape[1] - 1)[None], axis=1)
+    new = per_layer + jnp.arange(rows)[:, None] * more + jnp.clip(place - used, 0, more - 1)
+    spare = jnp.take_along_axis(
+        cache.table, jnp.clip(place - more, 0, cache.table.shape[1] - 1)[None].repeat(rows, 0), axis=1
+    )
+    table = jnp.where(place < used, old, jnp.where(place < used + more, new, spare))
+    return PagedCache(pages, table.astype(jnp.int32), cache.length)
+
+
+def write(
+    pages: Array,
+    cache: PagedCache,
+    first_page: Array | int,
+    positions: Int[Array, "B T"],
+    new: KeysAndValues,
+) -> Array:
+    """Pages with the keys and values of new tokens at their positions; padding is not written.
+
+    Args:
+      pages: of all blocks.
+      cache: the table that says which ones.
+      first_page: of this block.
+      positions: of the tokens in their rows, -1 for padding.
+      new: keys [B, K, H, T], values [B, K, T, H].
+    """
+    batch, length = positions.shape
+    kv_heads, size = new.values.shape[1], new.values.shape[3]
+    both = jnp.stack([new.keys.transpose(0, 3, 1, 2), new.values.transpose(0, 2, 1, 3)], axis=3)
+    both = both.reshape(batch, length, 2 * kv_heads, size)
+    at = jnp.maximum(positions, 0)
+    page = jnp.take_along_axis(cache.table, at // PAGE, axis=1) + first_page
+    page = jnp.where(positions >= 0, page, pages.shape[0])
+    return pages.at[page, at % PAGE].set(both.astype(pages.dtype), mode="drop")
+
+
+def gathered(pages: Array, cache: PagedCache, first_page: Array | int) -> tuple[KeysAndValues, Int[Array, "B S"]]:
+    """(keys and values of each row in order, the position of each); positions may lie beyond what a row has said."""
+    kv_heads, size = pages.shape[2] // 2, pages.shape[3]
+    read = pages[cache.table + first_page]  # [B, M, PAGE, 2K, H]
+    read = read.reshape(read.shape[0], -1, kv_heads, 2, size)
+    positions = jnp.broadcast_to(jnp.arange(read.shape[1], dtype=jnp.int32), read.shape[:2])
+    keys, values = read[..., 0, :].transpose(0, 2, 3, 1), read[..., 1, :].transpose(0, 2, 1, 3)
+    return KeysAndValues(keys, values), positions
+
+
+def kernel_attention(
+    queries: Float[Array, "B 1 K G H"],
+    pages: Array,
+    cache: PagedCache,
+    first_page: Array | int,
+    positions: Int[Array, "B 1"],
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+) -> Float[Array, "B 1 K G H"]:
+    """One token a row through the ragged paged attention kernel. A row of padding attends to its first token.
+
+    Args:
+      queries: rotated queries.
+      pages: of all blocks, the new token's keys and values among them.
+      cache: the table.
+      first_page: of this block.
+      positions: of the queries.
+      scale, window, cap: as for `attend`.
+    """
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    batch, _, kv_heads, group, size = queries.shape
+    options: dict[str, Any] = {"sm_scale": scale, "sliding_window": window, "soft_cap": cap}
+    out = ragged_paged_attention(
+        queries.reshape(batch, kv_heads * group, size),
+        pages,
+        jnp.maximum(positions[:, 0] + 1, 1).astype(jnp.int32),
+        (cache.table + first_page).astype(jnp.int32),
+        jnp.arange(batch + 1, dtype=jnp.int32),
+        jnp.array([batch], jnp.int32),
+        num_kv_pages_per_block=min(KV_PAGES_PER_BLOCK, cache.table.shape[1]),
+        num_queries_per_block=QUERIES_PER_BLOCK,
+        vmem_limit_bytes=32 * 2**20,
+        **options,
+    )
+    return out.reshape(queries.shape)
