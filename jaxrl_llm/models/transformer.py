@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.attention import AttentionKind, attend, attention_in_use
@@ -19,9 +20,11 @@ from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import initialise
 from jaxrl_llm.models.projection import project
+from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
 from jaxrl_llm.models.rotary import rotary_angles, rotate
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.transformer_specs import transformer_specs
+from jaxrl_llm.parallel.rules import constrain
 
 # What a forward pass can return besides its last hidden states.
 OBSERVABLE = ("hidden_states", "router_choices", "router_probabilities")
@@ -74,7 +77,9 @@ def _attention(params, shared: _Shared, x, windowed, cached):
         else:
             angles = jax.tree.map(partial(jnp.where, windowed), shared.local_angles, angles)
     queries, keys = rotate(queries, angles), rotate(keys, angles)[..., 0, :]
-    keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    # Each device holds the queries of its own positions; the keys and values of all are gathered (context parallelism).
+    queries = constrain(queries, "rows", "positions", "kv_heads")
+    keys, values = (constrain(x.swapaxes(1, 2), "rows", "kv_heads", None) for x in (keys, values))
     filled = None
     if cached is not None:
         filled, keys, values = remembered(cached, keys, values, shared.used)
@@ -90,7 +95,7 @@ def _attention(params, shared: _Shared, x, windowed, cached):
         cap=config.attention_cap,
         kind=shared.kind,
     )
-    added = project(attended, params["attention_out"], inputs=3)
+    added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
     if config.attention_out_bias:
         added = added + params["attention_out_bias"].astype(dtype)
     return norm(added, params["attention_post_norm"]) if config.post_norms else added, filled
@@ -121,10 +126,19 @@ def _block(params, shared: _Shared, x, windowed, choices, cached):
     `layer` is None, else [L, B, K, S, H], of which this block is entry `layer`.
     """
     added, filled = _attention(params, shared, x, windowed, cached)
-    x = x + added
+    x = constrain(x + added, "rows", "positions", None)
     added, observed = _mlp(params, shared.config, x, choices)
-    x = x + added
+    x = constrain(x + added, "rows", "positions", None)
     return x, filled, observed | {"hidden_states": x}
+
+
+def _run_block(shared: _Shared, windowed, cached):
+    """`_block` as a function of what is differentiated; without a cache it keeps what the config says."""
+
+    def run(params, x, choices):
+        return _block(params, shared, x, windowed, choices, cached)
+
+    return run if cached is not None else rematerialised(run, shared.config.remat)
 
 
 def observed_forward(
@@ -156,7 +170,8 @@ def observed_forward(
     if router_choices is not None and config.experts is None:
         raise ValueError("router_choices were given to a model without experts; leave them out, or set model.experts")
 
-    x = params["embedding"].astype(config.compute_dtype)[tokens]
+    table = constrain(params["embedding"].astype(config.compute_dtype), "vocabulary", None)
+    x = constrain(table[tokens], "rows", "positions", None)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     used, seen = jnp.int32(0), positions
@@ -167,7 +182,7 @@ def observed_forward(
     local = angles
     if config.local_rope_base is not None:
         local = rotary_angles(positions, config.rotary_size, config.local_rope_base)
-    kind = attention_path(config, rows=tokens.shape[0], queries=tokens.shape[1], keys=seen.shape[1])
+    kind = attention_path(config, queries=tokens.shape[1], keys=seen.shape[1])
     shared = _Shared(config, angles, local, positions, seen, used, kind)
 
     keep = lambda observed: {name: observed[name] for name in names}  # noqa: E731
@@ -185,7 +200,8 @@ def _unrolled_blocks(params, shared, x, router_choices, layers, keep):
     for index, block_params in enumerate(unstack(params, shared.config)["blocks"]):
         choices = None if router_choices is None else router_choices[index]
         cached = None if layers is None else (*layers[index], None)
-        x, layer, observed = _block(block_params, shared, x, shared.config.windowed[index], choices, cached)
+        run = _run_block(shared, shared.config.windowed[index], cached)
+        x, layer, observed = run(block_params, x, choices)
         filled.append(layer)
         all_observed.append(keep(observed))
     return x, tuple(filled), jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_observed)
@@ -201,7 +217,7 @@ def _scanned_blocks(params, shared, x, router_choices, layers, keep):
         # Where all layers are of one kind, the program knows it; else each reads its own from an array.
         local = windowed[0] if len(set(windowed)) == 1 else local
         cached = None if layers is None else (*layers, layer)
-        x, layers, observed = _block(block_params, shared, x, local, choices, cached)
+        x, layers, observed = _run_block(shared, local, cached)(block_params, x, choices)
         return (x, layers), keep(observed)
 
     xs = (params["blocks"], jnp.arange(len(windowed)), jnp.asarray(windowed), router_choices)
@@ -234,13 +250,12 @@ def forward(
     return observed_forward(params, tokens, positions, cache, config=config, router_choices=router_choices)[:2]
 
 
-def attention_path(config: TransformerConfig, *, rows: int, queries: int, keys: int | None = None) -> AttentionKind:
-    """How this model computes attention for `rows` rows of `queries` tokens that look at `keys` slots (as many)."""
+def attention_path(config: TransformerConfig, *, queries: int, keys: int | None = None) -> AttentionKind:
+    """How this model computes attention of `queries` tokens a row that look at `keys` slots (as many)."""
     return attention_in_use(
         config.attention,
         queries=queries,
         keys=queries if keys is None else keys,
-        rows=rows,
         head_size=config.head_size,
         dtype=config.compute_dtype,
         cap=config.attention_cap,

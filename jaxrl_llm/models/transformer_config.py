@@ -14,6 +14,8 @@ from jaxrl_llm.models.rotary import RopeScaling
 
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 Precision = Literal["float32", "bfloat16"]
+# What of a block the backward pass computes again instead of reading it back.
+Rematerialisation = Literal["none", "full", "dots", "attention", "offload_dots"]
 Activation = Literal["silu", "gelu_tanh"]
 
 _CHOICES: Mapping[str, Any] = {
@@ -22,6 +24,7 @@ _CHOICES: Mapping[str, Any] = {
     "compute_dtype": Precision,
     "activation": Activation,
     "attention": AttentionChoice,
+    "remat": Rematerialisation,
 }
 _SIZES = ("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "window")
 _POSITIVE = (
@@ -69,6 +72,7 @@ class TransformerConfig:
       attention: how attention is computed, see attention.py; "auto" picks by backend, type and shape.
       layer_loop: "unrolled" is about twice as fast on CPU, "scanned" compiles once for any depth; "auto"
         unrolls on CPU.
+      remat: what of each block is computed again in the backward pass (a training run sets it from training.remat).
       parameter_dtype: storage dtype.
       compute_dtype: dtype of matrix products; norms, softmax and statistics are float32 regardless.
     """
@@ -103,6 +107,7 @@ class TransformerConfig:
     layer_loop: LayerLoop = "auto"
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
+    remat: Rematerialisation = "none"
 
     def __post_init__(self):
         for name in _SIZES:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.parallel.rules import constrain
+
 
 def row_keys(key: Array, step: Array | int, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Array:
     """One key a row from (run key, step, prompt id, sample number).
@@ -33,6 +35,8 @@ def sampled_tokens(
     Returns:
       token ids; never a symbol of probability zero.
     """
+    # The sum along a row is taken in one order whatever the mesh: rows are split further instead of the vocabulary.
+    log_probabilities = constrain(log_probabilities, "sampled_rows", None)
     uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, position)))(keys)
     probabilities = jnp.exp(log_probabilities)
     cumulative = jnp.cumsum(probabilities, axis=-1)

@@ -12,6 +12,7 @@ from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.training.checks import COLLECTED
 from jaxrl_llm.training.critics import BEFORE
+from jaxrl_llm.training.placement import abstract_like
 from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
 from jaxrl_llm.training.setup import Parts
 from jaxrl_llm.training.step import Composition, TrainStep
@@ -103,7 +104,9 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts, Experience | Non
             **{name: jnp.zeros((count, width) if name == "stored_logprobs" else count) for name in c.stored.provides},
         )
 
-    return jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts), jax.eval_shape(stored)
+    state, placed = jax.eval_shape(parts.step.init, jax.random.key(0)), parts.step.composition.placed
+    state = state if placed is None else abstract_like(state, placed)
+    return state, jax.eval_shape(prompts), jax.eval_shape(stored)
 
 
 def trace(parts: Parts) -> Experience:

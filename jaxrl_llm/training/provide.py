@@ -6,6 +6,7 @@ Everything here is without gradient and looks at the policy (or a critic, or the
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxrl_llm.experience import CriticState, Experience
 from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.rules import map_shards, shards
 from jaxrl_llm.rollout.score import predicting_hidden, prompt_hidden
 from jaxrl_llm.training.credit import VOCABULARY, CreditTerm
 from jaxrl_llm.training.critics import BEFORE, critic_outputs, named
@@ -126,9 +128,19 @@ def over_vocabulary(
     chosen = {index: term for index, term in enumerate(terms) if term.over_vocabulary}
     if not chosen:
         return {}
-    hidden = hidden_states(model, params, rows)
-    count, width = rows.tokens.shape
-    chunk = positions_per_chunk(count, width, model.vocabulary_size)
+    split = hidden_states(model, params, rows), rows.tokens
+    part = -(-model.vocabulary_size // shards("vocabulary"))
+    scored = partial(_by_vocabulary, model, chosen, temperature, part)
+    return map_shards(scored, params, split, "rows", "positions")
+
+
+def _by_vocabulary(
+    model: Model, chosen: Mapping[int, CreditTerm], temperature: float, part: int, params: PyTree, rows: Any
+) -> dict[int, Float[Array, "B T"]]:
+    """`over_vocabulary` of the rows that are here, of a vocabulary of which a device holds `part`."""
+    hidden, tokens = rows
+    count, width = tokens.shape
+    chunk = positions_per_chunk(count, width, part)
     pieces = -(-width // chunk)
 
     def split(x):
@@ -140,5 +152,5 @@ def over_vocabulary(
         provided = {VOCABULARY: scaled_log_softmax(model.logits(params, hidden), temperature), "tokens": tokens}
         return {index: call(term.function, provided) for index, term in chosen.items()}
 
-    values = jax.lax.map(score, (split(hidden), split(rows.tokens)))
+    values = jax.lax.map(score, (split(hidden), split(tokens)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, pieces * chunk)[:, :width], values)

@@ -9,7 +9,7 @@ with the host call between two jitted halves; the caller writes the same thing i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,18 +17,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, TrainState
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
+from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out, layout
 from jaxrl_llm.rollout.generate import generate
+from jaxrl_llm.rollout.weights import weights_for_decoding
 from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
 from jaxrl_llm.training.critics import HEADS, Critic, critics_named, initial_critic, moved_target
 from jaxrl_llm.training.learn import ROUTER, LossTerm, Update, alignment, checked_split, make_learn
 from jaxrl_llm.training.metrics import experience_metrics
+from jaxrl_llm.training.placement import (
+    OFFLOADED,
+    in_device_memory,
+    parameter_shardings,
+    placed_state,
+)
 from jaxrl_llm.training.rows import (
     Extra,
     concatenated,
@@ -121,7 +129,11 @@ class Composition:
       rewards, credit, losses: the functions of each stage.
       update: epochs, minibatches, microbatches, reference refresh.
       wanted: on-demand fields that something names, and so the step computes.
-      mesh: devices that rows are spread over, or None.
+      mesh: devices that the step runs on, or None.
+      rules: from the names of axes to those of the mesh.
+      gather_for_rollout: sampling reads weights that are gathered once, not for each token.
+      offload: what is kept in the host's memory between its uses, keys of `OFFLOADED`.
+      placed: a sharding for each array of the state; None without a mesh.
       critic: how value models and their like are made.
       stored: rows that every step is handed beside the prompts.
       replay: learning again from rows of earlier steps.
@@ -139,6 +151,10 @@ class Composition:
     critic: Critic | None = None
     stored: StoredRows | None = None
     replay: Replay | None = None
+    rules: Rules = field(default_factory=lambda: RULES)
+    gather_for_rollout: bool = True
+    offload: frozenset[str] = frozenset()
+    placed: Any = None
 
     @property
     def joined_groups(self) -> int:
@@ -181,7 +197,7 @@ def initial_state(c: Composition, key: Array, params: PyTree | None = None) -> T
     for number, name in enumerate(HEADS):
         if c.critic is not None and name in c.critics:
             critics[name] = initial_critic(c.model, c.critic, jax.random.fold_in(at_start, number), params, name)
-    state = TrainState(
+    return TrainState(
         params=params,
         optimizer_state=c.optimizer.init(trainable_part(c.model, params)),
         reference_params=copied(trainable_part(c.model, params)) if c.copies_reference else None,
@@ -194,7 +210,6 @@ def initial_state(c: Composition, key: Array, params: PyTree | None = None) -> T
         if c.replay is None
         else empty_store(c.replay, c.rollout.samples_per_prompt, c.rollout.max_completion_tokens),
     )
-    return state if c.mesh is None else replicate(state, c.mesh)
 
 
 def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
@@ -206,21 +221,30 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
     r, count = c.rollout, prompts.tokens.shape[0]
     extra = r.extra.groups(count) if r.extra else 0
     checked_split(c.update, count + extra, r.samples_per_prompt, c.losses, c.joined_groups)
-    constrain = row_constraint(c.mesh)
     samples = r.samples_per_prompt - r.demonstration_in_group
     with_greedy = "baseline_rewards" in c.wanted
     temperature = jnp.full(samples + with_greedy, r.temperature).at[samples:].set(0.0)
-    sample = partial(
-        generate,
-        c.model,
-        state.params,
-        key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
-        step=state.step,
-        max_completion_tokens=r.max_completion_tokens,
-        eos_ids=r.eos_ids,
-        pad_id=r.pad_id,
-        record_router=r.replay_router,
-        constrain=constrain,
+
+    def constrain(rows):
+        return constrain_rows(rows, name="decoded_rows")
+
+    with layout(c.mesh, decoding(c.rules, gathered=c.gather_for_rollout)):
+        weights = weights_for_decoding(c.model, state.params) if c.gather_for_rollout else state.params
+    sample = laid_out(
+        partial(
+            generate,
+            c.model,
+            weights,
+            key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
+            step=state.step,
+            max_completion_tokens=r.max_completion_tokens,
+            eos_ids=r.eos_ids,
+            pad_id=r.pad_id,
+            record_router=r.replay_router,
+            constrain=constrain,
+        ),
+        c.mesh,
+        decoding(c.rules, gathered=c.gather_for_rollout),
     )
     rows = sample(
         prompts,
@@ -244,7 +268,7 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
             filled(rows, extra=jnp.zeros(rows.tokens.shape[0], bool)),
             filled(more, extra=jnp.ones(more.tokens.shape[0], bool)),
         )
-    return constrain(greedy_last(rows, samples) if with_greedy else rows)
+    return constrain_rows(greedy_last(rows, samples) if with_greedy else rows)
 
 
 def _prefixes(r: Rollout, samples: int) -> tuple[Array, Array] | None:
@@ -261,7 +285,7 @@ def _prefixes(r: Rollout, samples: int) -> tuple[Array, Array] | None:
 def score(c: Composition, experience: Experience) -> Experience:
     """Completions -> one column for each reward; host rewards fill theirs after this program."""
     components = traceable_components(c.rewards, experience)
-    return row_constraint(c.mesh)(replace(experience, reward_components=components))
+    return constrain_rows(replace(experience, reward_components=components))
 
 
 def credit(c: Composition, state: TrainState, experience: Experience) -> tuple[Experience, dict[str, Any]]:
@@ -282,7 +306,8 @@ def _viewed(c: Composition, state: TrainState, rows: Experience, *, own_samples:
     temperature = c.rollout.temperature
     rows = provide.policy_view(c.model, state.params, rows, c.wanted, temperature=temperature, own_samples=own_samples)
     if "reference_logprobs" in c.wanted:
-        known = provide.reference_logprobs(c.model, reference_policy(c.model, state), rows, temperature=temperature)
+        here = reference_policy(c.model, in_use(c, state, "reference"))
+        known = provide.reference_logprobs(c.model, here, rows, temperature=temperature)
         rows = replace(rows, reference_logprobs=known)
     return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
 
@@ -308,7 +333,7 @@ def join(
         parts.append(stored)
     for part in parts:
         experience = joined(experience, part, samples)
-    return (row_constraint(c.mesh)(experience) if parts else experience), store
+    return (constrain_rows(experience) if parts else experience), store
 
 
 def coefficients(
@@ -354,7 +379,10 @@ def learn(
         critic=c.critic,
         joined=c.joined_groups,
     )
-    state, metrics = update(state, experience, factors)
+    by_reference = c.update.refreshes_reference or c.update.reference_decay is not None
+    by_reference |= any("over_vocabulary" in names(term.function) for term in c.losses)
+    read = ("optimizer", "reference") if by_reference else ("optimizer",)
+    state, metrics = update(in_use(c, state, *read), experience, factors)
     for term, factor in zip(c.losses, factors, strict=True):
         if term.coefficient_changes:
             metrics[f"coefficient/{term.name}"] = factor
@@ -384,7 +412,27 @@ def credit_and_learn(
         memory[EXTRA_TEMPERATURE] = next_temperature(cast(Any, c.rollout.extra).temperature, held, experience)
     state, learned = learn(c, state, batch, factors)
     state = replace(state, memory=memory, replay=store)
-    return constrain_replicated(state, c.mesh), metrics | learned, experience
+    return put_back(c, state), metrics | learned, experience
+
+
+def in_use(c: Composition, state: TrainState, *names: str) -> TrainState:
+    """The state with these parts, where they are kept in the host's memory, brought to the devices."""
+    read = [OFFLOADED[name] for name in names if name in c.offload]
+    return replace(state, **{f: in_device_memory(getattr(state, f), getattr(c.placed, f)) for f in read})
+
+
+def put_back(c: Composition, state: TrainState) -> TrainState:
+    """The state where it is kept between steps."""
+    if c.placed is None:
+        return state
+    state = replace(state, **{f: jax.device_put(getattr(state, f), getattr(c.placed, f)) for f in _offloaded(c)})
+    pinned = [f.name for f in fields(state) if f.name not in _offloaded(c)]
+    constrain = partial(jax.tree.map, jax.lax.with_sharding_constraint)
+    return replace(state, **{f: constrain(getattr(state, f), getattr(c.placed, f)) for f in pinned})
+
+
+def _offloaded(c: Composition) -> list[str]:
+    return [OFFLOADED[name] for name in sorted(c.offload)]
 
 
 def whole_step(c: Composition, state: TrainState, prompts: Prompts, stored: Experience | None = None):
@@ -435,6 +483,9 @@ def make_train_step(
     prompts_per_step: int | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = RULES,
+    gather_for_rollout: bool = True,
+    offload: Sequence[str] = (),
     critic: Critic | None = None,
     stored: StoredRows | None = None,
     replay: Replay | None = None,
@@ -451,7 +502,10 @@ def make_train_step(
       update: epochs, minibatches, microbatches, reference refresh.
       prompts_per_step: prompts in a batch, if known: sizes that do not divide are then found here already.
       decode: token ids -> text, for rewards that read text.
-      mesh: devices to spread rows over; None leaves placement to jax.
+      mesh: devices to run on; None leaves placement to jax.
+      rules: from the names of axes to those of the mesh.
+      gather_for_rollout: with parameters that are sharded over `fsdp`, gather them once a rollout; else once a token.
+      offload: what to keep in the host's memory between its uses: "optimizer", "reference". Needs a mesh.
       critic: how a value model is made, for functions that name one of its outputs.
       stored: rows that every call brings along, for losses on stored answers.
       replay: learning again from rows of earlier steps.
@@ -525,15 +579,58 @@ def make_train_step(
         critic=critic,
         stored=stored,
         replay=replay,
+        rules=rules,
+        gather_for_rollout=gather_for_rollout,
+        offload=frozenset(offload),
     )
-    init = jax.jit(partial(initial_state, c))
+    _check_offload(c)
+    inside = partial(laid_out, mesh=mesh, rules=rules)
+    init, returned = jax.jit(inside(partial(initial_state, c))), None
+    if mesh is not None:
+        c = replace(
+            c, placed=placed_state(model, jax.eval_shape(init, jax.random.key(0)), mesh, rules, offload=offload)
+        )
+        init = _initial_on_mesh(c)
+        # The state lies where it lay, numbers are on every device, and rows are where the program has put them.
+        returned = (c.placed, NamedSharding(mesh, P()), None)
     if not any(term.on_host for term in reward_terms):
-        program = jax.jit(partial(whole_step, c), donate_argnums=0)
+        program = jax.jit(inside(partial(whole_step, c)), donate_argnums=0, out_shardings=returned)
         return TrainStep(
             init, lambda state, prompts, items=None, stored=None: program(state, prompts, stored), (program,), c
         )
-    programs = (jax.jit(partial(sample_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
+    programs = (
+        jax.jit(inside(partial(sample_and_score, c))),
+        jax.jit(inside(partial(credit_and_learn, c)), donate_argnums=0, out_shardings=returned),
+    )
     return TrainStep(init, partial(_run_with_host, programs, reward_terms, decode), programs, c)
+
+
+def _initial_on_mesh(c: Composition) -> Callable[..., TrainState]:
+    """`initial_state`, every array made where it will lie: no device ever holds the whole of it."""
+    assert c.mesh is not None
+    whole = {name: getattr(c.placed, name) for name in _offloaded(c)}
+    on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), c.placed)
+    program = jax.jit(laid_out(partial(initial_state, c), c.mesh, c.rules), out_shardings=on_device)
+    lies = parameter_shardings(c.model, c.mesh, c.rules)
+
+    def init(key: Array, params: PyTree | None = None) -> TrainState:
+        state = program(key, None if params is None else jax.device_put(params, lies))
+        return replace(state, **{name: jax.device_put(getattr(state, name), there) for name, there in whole.items()})
+
+    return init
+
+
+def _check_offload(c: Composition) -> None:
+    if unknown := sorted(c.offload - OFFLOADED.keys()):
+        raise ValueError(f"training.offload names {unknown[0]!r}; it can name {', '.join(OFFLOADED)}")
+    if c.offload and c.mesh is None:
+        raise ValueError(
+            f"offload is {sorted(c.offload)} without a mesh; pass mesh=make_mesh(), which may be of one device"
+        )
+    if "reference" in c.offload and not c.copies_reference:
+        raise ValueError(
+            "training.offload names reference, but the step keeps no copy of a reference policy; leave it out"
+        )
 
 
 def _check_router(model: Model, rollout: Rollout, **others: Any) -> None:
