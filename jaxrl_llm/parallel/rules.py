@@ -92,7 +92,7 @@ def layout(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
 def laid_out(function: Callable, mesh: Mesh | None, rules: Rules = RULES) -> Callable:
     """`function`, traced inside `layout`."""
 
-    @wraps(function)
+    @wraps(getattr(function, "func", function))  # programs are named after what they compute
     def inside(*args, **kwargs):
         with layout(mesh, rules):
             return function(*args, **kwargs)

@@ -23,7 +23,11 @@ LAYOUTS = {
     "2 x 4": {"fsdp": 4, "tensor": 2},
     "2 x 2 x 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
 }
-EXPERT_LAYOUTS = {"4 experts x 2": {"fsdp": 2, "expert": 4}, "2 experts x 2 x 2": {"data": 2, "expert": 2, "tensor": 2}}
+# By the product that serves them.
+EXPERT_LAYOUTS = {
+    "ragged": ("4 experts x 2", {"fsdp": 2, "expert": 4}),
+    "dense": ("2 x 2 experts x 2", {"data": 2, "expert": 2, "tensor": 2}),
+}
 
 
 def even_share(tokens, mask):
@@ -42,8 +46,8 @@ def prompts_of(step: int) -> Prompts:
     )
 
 
-def composed(mesh, *, steps_model=DENSE, **options):
-    model = transformer(TransformerConfig(**steps_model))
+def composed(mesh, *, described=DENSE, **options):
+    model = transformer(TransformerConfig(**described))
     return make_train_step(
         model,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
@@ -69,35 +73,28 @@ def facts(mesh, steps: int = STEPS, **options) -> dict[str, np.ndarray]:
         for name in ("tokens", "length", "rewards"):
             found[f"{name} {number}"] = np.asarray(getattr(experience, name))
         found[f"gap {number}"] = np.asarray(metrics["sampler_gap_max"])
+    held = [x for x in jax.tree.leaves((state.params, state.optimizer_state, state.reference_params)) if x.ndim]
+    share = sum(x.addressable_shards[0].data.nbytes for x in held) / sum(x.nbytes for x in held)
+    found["share"] = np.asarray(share)
     state = jax.device_get(state)
     found |= {f"params{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
     moments = jax.tree_util.tree_leaves_with_path(state.optimizer_state)
     return found | {f"moments{jax.tree_util.keystr(p)}": np.asarray(x) for p, x in moments}
 
 
-def largest_share(mesh, **options) -> float:
-    """Of all bytes of the state, those that a device holds."""
-    step = composed(mesh, **options)
-    state = step.init(jax.random.key(5))
-    leaves = [x for x in jax.tree.leaves((state.params, state.optimizer_state, state.reference_params)) if x.ndim]
-    return sum(x.addressable_shards[0].data.nbytes for x in leaves) / sum(x.nbytes for x in leaves)
-
-
 def main(path: str) -> None:
-    everything = {}
-    experts = {p: DENSE | {"experts": ExpertsConfig(4, 2, product=p)} for p in ("dense", "ragged")}
+    everything: dict[str, np.ndarray] = {}
 
-    def add(name: str, found: dict[str, np.ndarray]) -> None:
-        everything.update({f"{name}|{key}": value for key, value in found.items()})
+    def add(name: str, mesh, **options) -> None:
+        everything.update({f"{name}|{key}": value for key, value in facts(mesh, **options).items()})
 
-    add("one", facts(None))
+    add("one", None)
     for name, sizes in LAYOUTS.items():
-        add(name, facts(make_mesh(8, sizes)))
-        everything[f"{name}|share"] = np.asarray(largest_share(make_mesh(8, sizes)))
-    for product, model in experts.items():
-        add(f"one {product}", facts(None, steps_model=model))
-        for name, sizes in EXPERT_LAYOUTS.items():
-            add(f"{name} {product}", facts(make_mesh(8, sizes), steps_model=model))
+        add(name, make_mesh(8, sizes))
+    for product, (name, sizes) in EXPERT_LAYOUTS.items():
+        described = DENSE | {"experts": ExpertsConfig(4, 2, product=product)}
+        add(f"one {product}", None, described=described)
+        add(name, make_mesh(8, sizes), described=described)
     np.savez(path, **everything)
 
 
