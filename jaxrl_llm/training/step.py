@@ -304,12 +304,20 @@ def credit(c: Composition, state: TrainState, experience: Experience) -> tuple[E
 def _viewed(c: Composition, state: TrainState, rows: Experience, *, own_samples: bool) -> Experience:
     """Rows with everything that is wanted of policy, reference and critics before the update."""
     temperature = c.rollout.temperature
-    rows = provide.policy_view(c.model, state.params, rows, c.wanted, temperature=temperature, own_samples=own_samples)
-    if "reference_logprobs" in c.wanted:
-        here = reference_policy(c.model, in_use(c, state, "reference"))
-        known = provide.reference_logprobs(c.model, here, rows, temperature=temperature)
-        rows = replace(rows, reference_logprobs=known)
-    return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
+    reference = reference_policy(c.model, in_use(c, state, "reference"))
+
+    def viewed(rows: Experience) -> Experience:
+        rows = provide.policy_view(
+            c.model, state.params, rows, c.wanted, temperature=temperature, own_samples=own_samples
+        )
+        if "reference_logprobs" in c.wanted:
+            known = provide.reference_logprobs(c.model, reference, rows, temperature=temperature)
+            rows = replace(rows, reference_logprobs=known)
+        return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
+
+    if not provide.needs_a_pass(c.wanted, own_samples=own_samples):
+        return viewed(rows)
+    return provide.by_microbatch(viewed, rows, c.update.sequences_per_microbatch)
 
 
 def join(

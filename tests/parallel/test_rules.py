@@ -99,8 +99,8 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused_with_a_way_out(si
         (
             {},
             {"tensor": 4, "fsdp": 2},
-            r"mesh.tensor 4 does not divide the 2 kv_heads of .*attention_out.*; choose 1, 2 and give the rest of the 8 devices "
-            r"to mesh.fsdp, or keep this axis whole with mesh.rules: \{kv_heads: \[\]\}",
+            r"mesh.tensor 4 does not divide the 2 kv_heads of .*attention_out.*; choose 1, 2 and give the rest of the "
+            r"8 devices to mesh.fsdp, or keep this axis whole with mesh.rules: \{kv_heads: \[\]\}",
         ),
         ({"kv_heads": 4, "mlp_width": 66}, {"tensor": 4}, "mesh.tensor 4 does not divide the 66 mlp of .*choose 1, 2 "),
     ],
