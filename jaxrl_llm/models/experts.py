@@ -107,7 +107,8 @@ def expert_mlp(
     def served(first, experts, tokens):
         x, choices, weights = (leaf.reshape(-1, leaf.shape[-1]) for leaf in tokens)
         # Experts are numbered from the first one here; those that are elsewhere have numbers that none here has.
-        return serve(x, choices - first, weights, *experts, activation).reshape(tokens[0].shape)
+        gate_up, down = experts
+        return serve(x, choices - first, weights, gate_up, down, activation).reshape(tokens[0].shape)
 
     tokens = x, routing.choices, routing.weights.astype(x.dtype)
     return map_parts(served, (gate_up, down), tokens, "rows", "positions", part="expert")

@@ -24,7 +24,7 @@ from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
 from jaxrl_llm.models.rotary import rotary_angles, rotate
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.transformer_specs import transformer_specs
-from jaxrl_llm.parallel.rules import constrain
+from jaxrl_llm.parallel.rules import ANY, constrain
 
 # What a forward pass can return besides its last hidden states.
 OBSERVABLE = ("hidden_states", "router_choices", "router_probabilities")
@@ -171,6 +171,7 @@ def observed_forward(
         raise ValueError("router_choices were given to a model without experts; leave them out, or set model.experts")
 
     table = constrain(params["embedding"].astype(config.compute_dtype), "vocabulary", None)
+    tokens, positions = (constrain(x, "rows", "positions") for x in (tokens, positions))
     x = constrain(table[tokens], "rows", "positions", None)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -274,6 +275,8 @@ def logits(params: PyTree, hidden: Float[Array, "*B D"], *, cap: float | None = 
     """Scores of the next symbol in float32, before temperature; with a cap, cap * tanh(scores / cap)."""
     table = params.get("unembedding", params["embedding"]).astype(hidden.dtype)
     scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    # Scores move on to where they are drawn from; the table stays where it is.
+    scores = constrain(scores, "rows", *[ANY] * (scores.ndim - 2), "vocabulary") if scores.ndim > 1 else scores
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 

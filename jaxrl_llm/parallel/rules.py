@@ -34,8 +34,8 @@ RULES: Rules = MappingProxyType(
         "decoded_rows": ("slice", "data", "fsdp", "expert", "sequence"),
         # A token is drawn from a whole distribution: rows are split further, instead of gathering the vocabulary.
         "sampled_rows": ("slice", "data", "fsdp", "expert", "sequence", "tensor"),
-        # Devices along a sequence compute with the same weights, so each keeps a part of them.
-        "embed": ("fsdp", "sequence"),
+        # Devices along a sequence, or that share experts, compute with the same weights: each keeps a part of them.
+        "embed": ("fsdp", "sequence", "expert"),
         "layer": (),
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),

@@ -129,7 +129,7 @@ def with_master(inner: optax.GradientTransformation) -> optax.GradientTransforma
         # A copy even where the dtype is float32 already: a donated buffer may stand in the state once.
         return MasterState(jax.tree.map(jnp.copy, master), inner.init(master))
 
-    def update(updates: PyTree, state: MasterState, params: PyTree = None):
+    def update(updates: PyTree, state: Any, params: PyTree = None):
         steps, after = inner.update(_wide(updates), state.inner, state.master)
         master = optax.apply_updates(state.master, steps)
         rounded = jax.tree.map(lambda m, p: m.astype(p.dtype), master, params)
@@ -149,7 +149,7 @@ def with_stochastic_rounding(inner: optax.GradientTransformation, *, seed: int =
     def init(params: PyTree) -> RoundingState:
         return RoundingState(jnp.int32(0), inner.init(_wide(params)))
 
-    def update(updates: PyTree, state: RoundingState, params: PyTree = None):
+    def update(updates: PyTree, state: Any, params: PyTree = None):
         wide = _wide(params)
         steps, after = inner.update(_wide(updates), state.inner, wide)
         key = jax.random.fold_in(jax.random.key(seed), state.count)
