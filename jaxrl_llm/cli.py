@@ -263,6 +263,8 @@ def _eval(options: argparse.Namespace) -> None:
         sequences_per_batch=config.evaluation.sequences_per_batch,
         temperature=config.evaluation.temperature if options.temperature is None else options.temperature,
         overlong=config.data.overlong_prompts,
+        mesh=built.step.composition.mesh,
+        rules=built.step.composition.rules,
     )
     metrics = evaluate(policy.params, [data[i] for i in spread(len(data), problems)], jax.random.key(options.seed))
     result = {"checkpoint": str(policy.source), "split": options.split} | metrics

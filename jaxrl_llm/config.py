@@ -16,7 +16,8 @@ import yaml
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.lora import LoraConfig
-from jaxrl_llm.models.transformer_config import LayerLoop, Precision, TransformerConfig
+from jaxrl_llm.models.transformer_config import LayerLoop, Precision, Rematerialisation, TransformerConfig
+from jaxrl_llm.parallel.rules import AXES, changed_rules
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
 
 
@@ -286,7 +287,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Reinforcement: how many steps, how a batch is cut, and the optimiser (AdamW).
+    """Reinforcement: how many steps, how a batch is cut, the optimiser, and what saves memory.
 
     Attributes:
       steps: reinforcement steps; each samples one batch.
@@ -297,7 +298,16 @@ class TrainingConfig:
       learning_rate: peak.
       warmup_steps: linear rise, in optimiser updates.
       schedule: after the rise: constant, or cosine to a tenth of the peak.
-      weight_decay, adam_b1, adam_b2: of AdamW.
+      optimizer: adamw, adafactor, muon (AdamW for what is no matrix), lion or sgd.
+      weight_decay: of every optimiser.
+      adam_b1, adam_b2: of AdamW and lion; muon takes adam_b2 for its momentum.
+      moment_dtype: dtype of first moments; None is that of the parameters.
+      bfloat16_update: how a step reaches parameters of bfloat16: rounded to the nearest number, by way of a float32
+        copy ("master"), or rounded up or down at random ("stochastic").
+      remat: what of a block's forward pass is computed again in the backward pass instead of kept: none, full (all of
+        it), dots (all but matrix products), attention (all but what attention returns), offload_dots (as dots, and the
+        products wait in the host's memory).
+      offload: what is kept in the host's memory between its uses: optimizer, reference.
       max_gradient_norm: global norm clip.
       refresh_reference_every: steps between copies of the policy into the reference; 0 keeps it frozen.
       refresh_reference_at: steps after which the policy is copied into the reference, beside those.
@@ -316,9 +326,14 @@ class TrainingConfig:
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: Literal["adamw", "adafactor", "muon", "lion", "sgd"] = "adamw"
     weight_decay: float = 0.0
     adam_b1: float = 0.9
     adam_b2: float = 0.95
+    moment_dtype: Precision | None = None
+    bfloat16_update: Literal["nearest", "master", "stochastic"] = "nearest"
+    remat: Rematerialisation = "none"
+    offload: tuple[Literal["optimizer", "reference"], ...] = ()
     max_gradient_norm: float = 1.0
     refresh_reference_every: int = 0
     refresh_reference_at: tuple[int, ...] = ()
@@ -333,6 +348,10 @@ class TrainingConfig:
             raise ValueError(
                 f"training.reference_decay is {self.reference_decay}; it is the share of the reference that is kept at "
                 "each step and must lie in [0, 1]"
+            )
+        if self.optimizer == "adafactor" and self.moment_dtype is not None:
+            raise ValueError(
+                f"training.moment_dtype is {self.moment_dtype!r}, but adafactor keeps no first moments; leave it out"
             )
         _at_least("training", self, 1, "prompts_per_step", "epochs_per_batch", "minibatches_per_epoch")
         _at_least("training", self, 1, "sequences_per_microbatch")
@@ -479,9 +498,40 @@ class ReportingConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices used; None takes all that there are."""
+    """The devices of a run, as a mesh. With no size named (or `mesh: auto`) sizes are chosen, and the choice is shown.
+
+    Attributes:
+      devices: how many are used; None takes all that there are.
+      data: replicas of the parameters, which share the rows of a batch.
+      fsdp: devices that share rows and parameters: each keeps a part of every matrix, and gathers it for its use.
+      tensor: devices that share each matrix product; divides model.kv_heads and the width of the MLP.
+      sequence: devices that share the positions of each row.
+      expert: devices that share the experts of a mixture; divides model.experts.count.
+      slices: TPU slices, between which the network is slow; each holds replicas.
+      rules: changes to the table from the names of array axes to mesh axes, such as {mlp: [tensor, fsdp]}.
+      gather_for_rollout: sampling gathers the parameters once a rollout, which needs memory for those that `tensor` and
+        `expert` do not split; false gathers them for each token.
+    """
 
     devices: int | None = None
+    data: int | None = None
+    fsdp: int | None = None
+    tensor: int | None = None
+    sequence: int | None = None
+    expert: int | None = None
+    slices: int | None = None
+    rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gather_for_rollout: bool = True
+
+    def __post_init__(self):
+        _at_least("mesh", self, 1, "data", "fsdp", "tensor", "sequence", "expert", "slices")
+        changed_rules(self.rules)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by mesh axis, of those that are named."""
+        named = {axis: getattr(self, "slices" if axis == "slice" else axis) for axis in AXES}
+        return {axis: size for axis, size in named.items() if size is not None}
 
 
 @dataclass(frozen=True)
@@ -532,6 +582,11 @@ class Config:
             raise ValueError(
                 f"task and data.path {both}; name a built-in task in section task, or a file of your own in data.path"
             )
+        if self.training.bfloat16_update != "nearest" and self.model.parameter_dtype != "bfloat16":
+            raise ValueError(
+                f"training.bfloat16_update is {self.training.bfloat16_update!r}, but model.parameter_dtype is "
+                f"{self.model.parameter_dtype!r}; set it to bfloat16, or leave training.bfloat16_update out"
+            )
         if self.data.prompts == "chat" and isinstance(self.model, TransformerConfig):
             raise ValueError(
                 "data.prompts is 'chat', but a model that is described by its shape has no chat template; set "
@@ -576,6 +631,8 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
     values: dict[str, Any] = _copied(tree)
     for override in overrides:
         _assign(values, override)
+    if values.get("mesh") == "auto":
+        values["mesh"] = {}
     if isinstance(values.get("model"), dict) and _model_kind(values["model"]) == "checkpoint":
         _refuse_shape(values["model"])
     elif isinstance(values.get("model"), dict):

@@ -40,7 +40,7 @@ def import_model(directory: str, out: str | None, *, dtype: str | None = None) -
         "end of sequence": ", ".join(repr(tokenizer.backend.id_to_token(id)) for id in tokenizer.eos_ids),
         "chat template": "yes" if tokenizer.chat_template else "no",
         "dtype": config.parameter_dtype,
-        "attention of 1024 tokens": attention_path(config, rows=1, queries=1024),
+        "attention of 1024 tokens": attention_path(config, queries=1024),
     }
     if out is not None:
         report["written to"] = str(save_imported(out, params, source=found))

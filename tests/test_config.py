@@ -201,6 +201,12 @@ def test_the_number_of_steps_decides_where_the_schedule_depends_on_it(parsed):
     assert config_hash(numeric_tree(few)) != config_hash(numeric_tree(many))
 
 
+def test_mesh_auto_is_a_mesh_without_sizes(parsed):
+    assert parsed("mesh=auto") == parsed()
+    assert parsed("mesh.fsdp=2", "mesh.slices=1").mesh.sizes == {"slice": 1, "fsdp": 2}
+    assert as_tree(parsed("mesh.rules={mlp: [tensor, fsdp]}"))["mesh"]["rules"] == {"mlp": ["tensor", "fsdp"]}
+
+
 def test_a_run_lies_where_it_says_or_under_its_name(parsed):
     assert parsed("run_dir=elsewhere").directory == Path("elsewhere")
     assert parsed().directory == Path("runs/micro")
@@ -216,6 +222,9 @@ def test_a_run_lies_where_it_says_or_under_its_name(parsed):
         ("training.sequences_per_microbatch=3", "sequences_per_microbatch is 3, which does not divide the 8 sequences"),
         ("rollout.temperature=0", "rollout.temperature is 0.*; training samples need a temperature above 0"),
         ("mesh.devices=99", "mesh.devices is 99, but this process sees"),
+        ("mesh.tensor=3", r"mesh.tensor 3 is 3, but there are \d+ devices; choose sizes whose product is"),
+        ("mesh.rules={mpl: []}", "mesh.rules names 'mpl', which is no axis of an array; did you mean mlp"),
+        ("training.bfloat16_update=master", "model.parameter_dtype is 'float32'; set it to bfloat16, or leave"),
         ("rewards=[]", "rewards is empty"),
         ("losses=[clipped_surogate]", "did you mean 'clipped_surrogate'"),
         ("credit=[]", "names 'advantages', which nothing in this step provides"),

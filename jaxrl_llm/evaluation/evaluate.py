@@ -16,7 +16,9 @@ from jaxrl_llm.evaluation.grading import Grader
 from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k
 from jaxrl_llm.evaluation.voting import mean_majority_at_k
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out
 from jaxrl_llm.rollout import generate
+from jaxrl_llm.rollout.weights import weights_for_decoding
 
 
 def make_evaluate(
@@ -31,6 +33,8 @@ def make_evaluate(
     sequences_per_batch: int = 1152,
     temperature: float = 1.0,
     overlong: Literal["error", "drop"] = "error",
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = RULES,
 ) -> Callable[..., dict[str, float]]:
     """Build evaluate(params, items, key) -> metrics; the decoding program is compiled once and reused.
 
@@ -40,6 +44,8 @@ def make_evaluate(
     `samples_per_problem` say what was counted.
 
     A sample's class in a majority vote is what `grade` says it votes for; right answers are one class.
+
+    With a mesh, completions are spread over its devices, and parameters lie as `rules` says.
 
     A prompt that is too long is an error, or is left out of the count where `overlong` is "drop".
 
@@ -54,11 +60,10 @@ def make_evaluate(
     prompts_per_batch = max(1, sequences_per_batch // rows)
     temperatures = jnp.asarray([0.0] + [temperature] * samples_per_problem)
 
-    @jax.jit
     def decode(params: PyTree, prompts, key: Array):
         experience = generate(
             model,
-            params,
+            weights_for_decoding(model, params),
             prompts,
             key,
             0,
@@ -67,8 +72,11 @@ def make_evaluate(
             eos_ids=tokenizer.eos_ids,
             pad_id=tokenizer.pad_id,
             temperature=temperatures,
+            constrain=constrain_rows,
         )
         return experience.tokens, experience.length, experience.truncated
+
+    program = jax.jit(laid_out(decode, mesh, decoding(rules)))
 
     def evaluate(params: PyTree, items: Sequence[dict[str, Any]], key: Array) -> dict[str, float]:
         greedy, correct, answers, gold, lengths, truncated = [], [], [], [], [], []
@@ -81,7 +89,7 @@ def make_evaluate(
             overlong=overlong,
         )
         for batch in batches:
-            tokens, length, cut = jax.device_get(decode(params, batch.prompts, key))
+            tokens, length, cut = jax.device_get(program(params, batch.prompts, key))
             for index in np.flatnonzero(batch.weight):
                 item = batch.items[index]
                 own = slice(index * rows, (index + 1) * rows)

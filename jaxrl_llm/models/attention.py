@@ -8,6 +8,7 @@ before or after; the plain path looks at the positions themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -16,8 +17,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.parallel.rules import ambient_layout, axes_of
 
 AttentionChoice = Literal["auto", "plain", "xla", "cudnn", "splash"]
 AttentionKind = Literal["plain", "xla", "cudnn", "splash"]
@@ -33,7 +37,6 @@ def attention_in_use(
     *,
     queries: int,
     keys: int,
-    rows: int,
     head_size: int,
     dtype: str,
     cap: float | None,
@@ -46,7 +49,6 @@ def attention_in_use(
         case, else the plain path.
       queries: query tokens a row.
       keys: key slots a row.
-      rows: B.
       head_size: H.
       dtype: compute dtype.
       cap: soft cap of the scores, None without.
@@ -57,7 +59,7 @@ def attention_in_use(
     if choice != "auto":
         return choice
     backend = backend or jax.default_backend()
-    if backend == "tpu" and queries >= LANES and _can_split(rows):
+    if backend == "tpu" and queries >= LANES and _can_split():
         return "splash"
     if backend == "gpu" and dtype == "bfloat16" and cap is None and head_size <= CUDNN_HEAD_SIZE and head_size % 8 == 0:
         return "cudnn"
@@ -251,8 +253,8 @@ def splash_attention(
 ) -> Float[Array, "B T K G H"]:
     """The same through the splash attention kernel, padded to whole blocks.
 
-    Padding is a segment of its own. The kernel cannot be partitioned by the compiler: under an ambient mesh
-    (`jax.set_mesh`) the rows are split over all of its axes by hand.
+    Padding is a segment of its own. The kernel cannot be partitioned by the compiler: on a mesh it is split by hand,
+    over rows, over heads, and over the positions of queries, each device with the keys and values of all positions.
 
     Args:
       queries, keys, values, seen, scale, window, cap: as for `attend`, T queries and T keys.
@@ -261,8 +263,10 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     rows, length, kv_heads, group, size = queries.shape
-    padded = -(-length // LANES) * LANES
-    block = max(block for block in (LANES, 2 * LANES, 4 * LANES) if padded % block == 0)
+    by_rows, by_heads, by_positions = _splash_axes(rows, kv_heads)
+    shards = _count(by_positions)
+    padded = -(-length // (LANES * shards)) * LANES * shards
+    block = max(block for block in (LANES, 2 * LANES, 4 * LANES) if padded // shards % block == 0)
     extra = [(0, 0), (0, 0), (0, padded - length), (0, 0)]
     heads_first = (queries * scale).astype(queries.dtype).reshape(rows, length, kv_heads * group, size).swapaxes(1, 2)
     padded_queries, padded_keys, padded_values = (jnp.pad(x, extra) for x in (heads_first, keys, values))
@@ -270,23 +274,34 @@ def splash_attention(
 
     shape = (padded, padded)
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
-    kernel = splash.make_splash_mha_single_device(
+    kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * (kv_heads * group)),
         block_sizes=_blocks(block),
+        head_shards=_count(by_heads),
+        q_seq_shards=shards,
         attn_logits_soft_cap=cap,
         interpret=interpret,
     )
 
-    def one_row(queries, keys, values, segment):
-        return kernel(queries, keys, values, segment_ids=splash.SegmentIds(segment, segment))
+    def every_row(kernel, queries, keys, values, of_queries, of_keys):
+        def one_row(queries, keys, values, of_queries, of_keys):
+            return kernel(queries, keys, values, segment_ids=splash.SegmentIds(of_queries, of_keys))
 
-    every_row: Callable[..., Any] = jax.vmap(one_row)
+        return jax.vmap(one_row)(queries, keys, values, of_queries, of_keys)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        by_row = P(mesh.axis_names)
-        every_row = jax.shard_map(every_row, mesh=mesh, in_specs=by_row, out_specs=by_row, check_vma=False)
-    attended = every_row(padded_queries, padded_keys, padded_values, segment)
+    computed: Callable[..., Any] = every_row
+    if (ambient := ambient_layout()) is not None:
+        row, head, position = (axes or None for axes in (by_rows, by_heads, by_positions))
+        asked, held = P(row, head, position), P(row, head)
+        parts = kernel.manual_sharding_spec(NamedSharding(ambient.mesh, P(head, position)))
+        computed = jax.shard_map(
+            every_row,
+            mesh=ambient.mesh,
+            in_specs=(parts, asked, held, held, P(row, position), P(row)),
+            out_specs=asked,
+            check_vma=False,
+        )
+    attended = computed(kernel, padded_queries, padded_keys, padded_values, segment, segment)
     return attended[:, :, :length].swapaxes(1, 2).reshape(queries.shape)
 
 
@@ -306,9 +321,22 @@ def _blocks(size: int):
     )
 
 
-def _can_split(rows: int) -> bool:
-    """Whether the splash kernel knows how to place rows: one device, or an ambient mesh that divides them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return rows % mesh.size == 0
+def _splash_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes of rows, of heads, and of the positions of queries, which are padded to what they are split into."""
+    ambient = ambient_layout()
+    if ambient is None:
+        return (), (), ()
+    by_rows, by_heads, by_positions = axes_of(
+        ("rows", "kv_heads", "positions"), (rows, kv_heads, ambient.mesh.size), *ambient
+    )
+    return by_rows, by_heads, by_positions
+
+
+def _count(axes: tuple[str, ...]) -> int:
+    ambient = ambient_layout()
+    return 1 if ambient is None else math.prod(ambient.mesh.shape[axis] for axis in axes)
+
+
+def _can_split() -> bool:
+    """Whether the splash kernel knows how to place its arrays: one device, or a mesh in use."""
+    return jax.device_count() == 1 or ambient_layout() is not None

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.parallel.rules import map_parts
+
 ExpertProduct = Literal["auto", "ragged", "dense"]
 
 
@@ -100,20 +102,30 @@ def expert_mlp(
 ) -> Float[Array, "B T D"]:
     """sum over a token's experts of weight * down(activation(gate(x)) * up(x))."""
     chex.assert_rank([x, gate_up, down], [3, 4, 3])
-    flat = x.reshape(-1, x.shape[-1])
-    choices, weights = (leaf.reshape(flat.shape[0], -1) for leaf in (routing.choices, routing.weights))
-    served = _ragged if ragged else _dense
-    return served(flat, choices, weights.astype(x.dtype), gate_up, down, activation).reshape(x.shape)
+    serve = _ragged if ragged else _dense
+
+    def served(first, experts, tokens):
+        x, choices, weights = (leaf.reshape(-1, leaf.shape[-1]) for leaf in tokens)
+        # Experts are numbered from the first one here; those that are elsewhere have numbers that none here has.
+        gate_up, down = experts
+        return serve(x, choices - first, weights, gate_up, down, activation).reshape(tokens[0].shape)
+
+    tokens = x, routing.choices, routing.weights.astype(x.dtype)
+    return map_parts(served, (gate_up, down), tokens, "rows", "positions", part="expert")
 
 
 def _ragged(x, choices, weights, gate_up, down, activation):
     """Sort (token, expert) pairs by expert, so that each expert serves one run of rows."""
     per_token, (count, width, _, hidden) = choices.shape[1], gate_up.shape
-    order = jnp.argsort(choices.ravel(), stable=True)
-    sizes = jnp.bincount(choices.ravel(), length=count)
-    both = jax.lax.ragged_dot(x[order // per_token], gate_up.reshape(count, width, 2 * hidden), sizes)
+    # Pairs whose expert is elsewhere come last, belong to no run, and are kept out of results and gradients alike.
+    choices = jnp.where((choices >= 0) & (choices < count), choices, count).ravel()
+    order = jnp.argsort(choices, stable=True)
+    here = (choices[order] < count)[:, None]
+    sizes = jnp.bincount(choices, length=count)
+    rows = jnp.where(here, x[order // per_token], 0)
+    both = jnp.where(here, jax.lax.ragged_dot(rows, gate_up.reshape(count, width, 2 * hidden), sizes), 0)
     gate, up = jnp.split(both, 2, axis=-1)
-    answers = jax.lax.ragged_dot(activation(gate) * up, down, sizes)
+    answers = jnp.where(here, jax.lax.ragged_dot(activation(gate) * up, down, sizes), 0)
     # The inverse permutation rather than a scatter-add: its order of summation is fixed.
     answers = answers[jnp.argsort(order)].reshape(-1, per_token, width)
     return (answers * weights[..., None]).sum(axis=1)

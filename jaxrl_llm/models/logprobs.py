@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.rules import map_shards, shards
 
 # 2**25 float32 scores are 128 MiB: large enough to fill a matrix unit, small beside any model worth training.
 SCORES_PER_CHUNK = 2**25
@@ -123,9 +124,31 @@ def token_statistics(
       `TokenStatistics`.
     """
     chex.assert_rank([hidden, tokens], [3, 2])
-    rows, length = tokens.shape
-    chunk = chunk or positions_per_chunk(rows, length, model.vocabulary_size)
     reference_params, reference_hidden = reference or (None, None)
+    options = _Options(model, temperature, entropy, over_vocabulary, chunk, shards("vocabulary"))
+    # Each device scores its own tokens, a chunk at a time; a vocabulary that is split stays so, and is reduced over.
+    whole = params, reference_params if over_vocabulary else None
+    split = hidden, tokens, reference_hidden if over_vocabulary else None
+    return map_shards(partial(_scored, options), whole, split, "rows", "positions")
+
+
+class _Options(NamedTuple):
+    """What `token_statistics` was asked for; `parts` is into how many the vocabulary is split."""
+
+    model: Model
+    temperature: Any
+    entropy: bool
+    over_vocabulary: tuple[Callable, ...]
+    chunk: int | None
+    parts: int
+
+
+def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
+    """`token_statistics` of the rows and positions that are here."""
+    model, temperature, entropy, over_vocabulary, chunk, parts = options
+    (params, reference_params), (hidden, tokens, reference_hidden) = whole, split
+    rows, length = tokens.shape
+    chunk = chunk or positions_per_chunk(rows, length, -(-model.vocabulary_size // parts))
 
     # What is named is small beside the scores (their normaliser, the top k): kept, so that it is computed once.
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_any_names_but_these())
@@ -153,10 +176,10 @@ def token_statistics(
 
     count = -(-length // chunk)
 
-    def split(x):
+    def cut(x):
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(rows, count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    inputs = jax.tree.map(split, (hidden, tokens, reference_hidden if over_vocabulary else None))
+    inputs = jax.tree.map(cut, (hidden, tokens, reference_hidden))
     chunks = jax.lax.map(lambda x: score(*x), inputs)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, count * chunk)[:, :length], chunks)

@@ -62,13 +62,14 @@ def paged(cache: Cache, samples: int, extra_slots: int) -> PagedCache:
     stacked = cache.layers
     if not isinstance(stacked, KeysAndValues):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
-    layers, count, kv_heads, size, width = stacked.keys.shape
+    keys, values = jnp.asarray(stacked.keys), jnp.asarray(stacked.values)
+    layers, count, kv_heads, size, width = keys.shape
     length = jnp.sum(cache.positions >= 0, axis=1)
     shared, own = -(-width // PAGE), -(-(extra_slots + PAGE) // PAGE)
 
     # Token t of a prompt stands in slot width - length + t.
     order = jnp.minimum(width - length[:, None] + jnp.arange(shared * PAGE), width - 1)
-    tokens = jnp.stack([stacked.keys.swapaxes(-1, -2), stacked.values], axis=3)  # [L, N, K, 2, S, H]
+    tokens = jnp.stack([keys.swapaxes(-1, -2), values], axis=3)  # [L, N, K, 2, S, H]
     tokens = jnp.take_along_axis(tokens, order[None, :, None, None, :, None], axis=4)
     tokens = tokens.transpose(0, 1, 4, 2, 3, 5).reshape(layers, count, shared, PAGE, 2 * kv_heads, size)
 
@@ -127,8 +128,9 @@ def write(
       new: keys [B, K, H, T], values [B, K, T, H].
     """
     batch, length = positions.shape
-    kv_heads, size = new.values.shape[1], new.values.shape[3]
-    both = jnp.stack([new.keys.transpose(0, 3, 1, 2), new.values.transpose(0, 2, 1, 3)], axis=3)
+    keys, values = jnp.asarray(new.keys), jnp.asarray(new.values)
+    kv_heads, size = values.shape[1], values.shape[3]
+    both = jnp.stack([keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)], axis=3)
     both = both.reshape(batch, length, 2 * kv_heads, size)
     at = jnp.maximum(positions, 0)
     page = jnp.take_along_axis(cache.table, at // PAGE, axis=1) + first_page

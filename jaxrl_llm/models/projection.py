@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.models.lora import LowRank
 from jaxrl_llm.models.quantised import Quantised
+from jaxrl_llm.parallel.rules import shards
 
 Weights = Array | Quantised | LowRank
 
@@ -18,6 +20,7 @@ def project(x: Float[Array, "*B *I"], weights: Weights, *, inputs: int = 1) -> F
 
     Written as one product of two matrices: the backward pass of the equivalent einsum takes several times as long on
     a CPU, where only plain matrices reach the fast kernels.
+    Where a mesh splits positions or the MLP it is that einsum.
 
     Args:
       x: any leading axes, then the input axes.
@@ -31,6 +34,10 @@ def project(x: Float[Array, "*B *I"], weights: Weights, *, inputs: int = 1) -> F
     if isinstance(weights, Quantised):
         product = project(x, weights.values, inputs=inputs).astype(jnp.float32)
         return (product * weights.scale.reshape(weights.scale.shape[inputs:])).astype(x.dtype)
+    if shards("positions", "mlp") > 1:
+        # Axes that devices split cannot be merged with those before them without gathering them.
+        axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
+        return jax.lax.dot_general(x, weights.astype(x.dtype), (axes, ((), ())))
     rows = math.prod(x.shape[-inputs:])
     product = x.reshape(-1, rows) @ weights.astype(x.dtype).reshape(rows, -1)
     return product.reshape(*x.shape[:-inputs], *weights.shape[inputs:])

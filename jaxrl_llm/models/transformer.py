@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend, attention_in_use
@@ -28,9 +29,11 @@ from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import initialise
 from jaxrl_llm.models.projection import project
+from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
 from jaxrl_llm.models.rotary import rotary_angles, rotate
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.transformer_specs import transformer_specs
+from jaxrl_llm.parallel.rules import ANY, constrain
 
 # What a forward pass can return besides its last hidden states.
 OBSERVABLE = ("hidden_states", "router_choices", "router_probabilities")
@@ -83,7 +86,12 @@ def _attention(params, shared: _Shared, x, windowed, cached):
         else:
             angles = jax.tree.map(partial(jnp.where, windowed), shared.local_angles, angles)
     queries, keys = rotate(queries, angles), rotate(keys, angles)[..., 0, :]
-    new = KeysAndValues(keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2))
+    # Each device holds the queries of its own positions; the keys and values of all are gathered (context parallelism).
+    queries = constrain(queries, "rows", "positions", "kv_heads")
+    new = KeysAndValues(
+        constrain(keys.transpose(0, 2, 3, 1), "rows", "kv_heads", None, None),
+        constrain(values.swapaxes(1, 2), "rows", "kv_heads", None),
+    )
     filled, context = None, ()
     if cached is not None:
         stored, layer, context = cached
@@ -101,7 +109,7 @@ def _attention(params, shared: _Shared, x, windowed, cached):
         cap=config.attention_cap,
         kind=shared.kind,
     )
-    added = project(attended, params["attention_out"], inputs=3)
+    added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
     if config.attention_out_bias:
         added = added + params["attention_out_bias"].astype(dtype)
     return norm(added, params["attention_post_norm"]) if config.post_norms else added, filled
@@ -131,10 +139,19 @@ def _block(params, shared: _Shared, x, windowed, choices, cached):
     `cached` is None, or what is being written (see `remembered`), `layer`, and the context of this block.
     """
     added, filled = _attention(params, shared, x, windowed, cached)
-    x = x + added
+    x = constrain(x + added, "rows", "positions", None)
     added, observed = _mlp(params, shared.config, x, choices)
-    x = x + added
+    x = constrain(x + added, "rows", "positions", None)
     return x, filled, observed | {"hidden_states": x}
+
+
+def _run_block(shared: _Shared, windowed, cached):
+    """`_block` as a function of what is differentiated; without a cache it keeps what the config says."""
+
+    def run(params, x, choices):
+        return _block(params, shared, x, windowed, choices, cached)
+
+    return run if cached is not None else rematerialised(run, shared.config.remat)
 
 
 def observed_forward(
@@ -166,7 +183,9 @@ def observed_forward(
     if router_choices is not None and config.experts is None:
         raise ValueError("router_choices were given to a model without experts; leave them out, or set model.experts")
 
-    x = params["embedding"].astype(config.compute_dtype)[tokens]
+    table = constrain(params["embedding"].astype(config.compute_dtype), "vocabulary", None)
+    tokens, positions = (constrain(x, "rows", "positions") for x in (tokens, positions))
+    x = constrain(table[tokens], "rows", "positions", None)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     used, seen = jnp.int32(0), positions
@@ -178,7 +197,7 @@ def observed_forward(
     if config.local_rope_base is not None:
         local = rotary_angles(positions, config.rotary_size, config.local_rope_base)
     before = 0 if cache is None else sum(part.positions.shape[1] for part in cache.context)
-    kind = attention_path(config, rows=tokens.shape[0], queries=tokens.shape[1], keys=seen.shape[1] + before)
+    kind = attention_path(config, queries=tokens.shape[1], keys=seen.shape[1] + before)
     shared = _Shared(config, angles, local, positions, seen, used, kind)
 
     keep = lambda observed: {name: observed[name] for name in names}  # noqa: E731
@@ -205,7 +224,8 @@ def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
     for index, block_params in enumerate(unstack(params, shared.config)["blocks"]):
         choices = None if router_choices is None else router_choices[index]
         cached = None if cache is None else (cache.layers[index], None, _context(cache, index))
-        x, layer, observed = _block(block_params, shared, x, shared.config.windowed[index], choices, cached)
+        run = _run_block(shared, shared.config.windowed[index], cached)
+        x, layer, observed = run(block_params, x, choices)
         filled.append(layer)
         all_observed.append(keep(observed))
     return x, tuple(filled), jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_observed)
@@ -221,7 +241,7 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
         # Where all layers are of one kind, the program knows it; else each reads its own from an array.
         local = windowed[0] if len(set(windowed)) == 1 else local
         cached = None if cache is None else (layers, layer, _context(cache, layer))
-        x, layers, observed = _block(block_params, shared, x, local, choices, cached)
+        x, layers, observed = _run_block(shared, local, cached)(block_params, x, choices)
         return (x, layers), keep(observed)
 
     xs = (params["blocks"], jnp.arange(len(windowed)), jnp.asarray(windowed), router_choices)
@@ -254,13 +274,12 @@ def forward(
     return observed_forward(params, tokens, positions, cache, config=config, router_choices=router_choices)[:2]
 
 
-def attention_path(config: TransformerConfig, *, rows: int, queries: int, keys: int | None = None) -> AttentionKind:
-    """How this model computes attention for `rows` rows of `queries` tokens that look at `keys` slots (as many)."""
+def attention_path(config: TransformerConfig, *, queries: int, keys: int | None = None) -> AttentionKind:
+    """How this model computes attention of `queries` tokens a row that look at `keys` slots (as many)."""
     return attention_in_use(
         config.attention,
         queries=queries,
         keys=queries if keys is None else keys,
-        rows=rows,
         head_size=config.head_size,
         dtype=config.compute_dtype,
         cap=config.attention_cap,
@@ -279,6 +298,8 @@ def logits(params: PyTree, hidden: Float[Array, "*B D"], *, cap: float | None = 
     """Scores of the next symbol in float32, before temperature; with a cap, cap * tanh(scores / cap)."""
     table = params.get("unembedding", params["embedding"]).astype(hidden.dtype)
     scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    # Scores move on to where they are drawn from; the table stays where it is.
+    scores = constrain(scores, "rows", *[ANY] * (scores.ndim - 2), "vocabulary") if scores.ndim > 1 else scores
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 

@@ -15,6 +15,8 @@ from jaxrl_llm.models.rotary import RopeScaling
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 CachePrecision = Literal["compute", "int8"]
 Precision = Literal["float32", "bfloat16"]
+# What of a block the backward pass computes again instead of reading it back.
+Rematerialisation = Literal["none", "full", "dots", "attention", "offload_dots"]
 Activation = Literal["silu", "gelu_tanh"]
 
 _CHOICES: Mapping[str, Any] = {
@@ -24,6 +26,7 @@ _CHOICES: Mapping[str, Any] = {
     "compute_dtype": Precision,
     "activation": Activation,
     "attention": AttentionChoice,
+    "remat": Rematerialisation,
 }
 _SIZES = ("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "window")
 _POSITIVE = (
@@ -71,6 +74,7 @@ class TransformerConfig:
       attention: how attention is computed, see attention.py; "auto" picks by backend, type and shape.
       layer_loop: "unrolled" is about twice as fast on CPU, "scanned" compiles once for any depth; "auto"
         unrolls on CPU.
+      remat: what of each block is computed again in the backward pass (a training run sets it from training.remat).
       parameter_dtype: storage dtype.
       compute_dtype: dtype of matrix products; norms, softmax and statistics are float32 regardless.
       cache_dtype: how generation keeps keys and values: "compute" in the compute dtype; "int8" rounded, in a quarter of
@@ -108,6 +112,7 @@ class TransformerConfig:
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
     cache_dtype: CachePrecision = "compute"
+    remat: Rematerialisation = "none"
 
     def __post_init__(self):
         for name in _SIZES:

@@ -1,5 +1,38 @@
-"""Mesh and placement."""
+"""Mesh, rules and placement."""
 
-from jaxrl_llm.parallel.mesh import DATA_AXIS, constrain_replicated, make_mesh, replicate, row_constraint
+from jaxrl_llm.parallel.auto import automatic_sizes
+from jaxrl_llm.parallel.mesh import described, make_mesh, replicate, row_constraint
+from jaxrl_llm.parallel.rules import (
+    ANY,
+    AXES,
+    RULES,
+    Rules,
+    changed_rules,
+    constrain,
+    constrain_rows,
+    laid_out,
+    layout,
+    partition_spec,
+)
+from jaxrl_llm.parallel.shardings import kept_whole, shardings, state_shardings
 
-__all__ = ["DATA_AXIS", "constrain_replicated", "make_mesh", "replicate", "row_constraint"]
+__all__ = [
+    "ANY",
+    "AXES",
+    "RULES",
+    "Rules",
+    "automatic_sizes",
+    "changed_rules",
+    "constrain",
+    "constrain_rows",
+    "described",
+    "kept_whole",
+    "laid_out",
+    "layout",
+    "make_mesh",
+    "partition_spec",
+    "replicate",
+    "row_constraint",
+    "shardings",
+    "state_shardings",
+]

@@ -2,27 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-DATA_AXIS = "data"
+from jaxrl_llm.parallel.rules import AXES, RULES, Rules, constrain_rows, layout
+
+# Names of the fields of section mesh where they differ from the axes'.
+_FIELDS = {"slice": "slices"}
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh with one axis, `data`, over the first `devices` devices (None: all of them).
+def make_mesh(devices: int | Sequence[Any] | None = None, sizes: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh with the axes slice, data, fsdp, expert, sequence and tensor.
+
+    Args:
+      devices: how many of the devices that there are, from the first, or the devices themselves; None takes all.
+      sizes: of the axes, 1 where an axis is not named; None puts all devices on `data`.
 
     Raises:
-      ValueError: when there are fewer devices than asked for.
+      ValueError: when there are fewer devices than asked for, or the sizes do not multiply to their number.
     """
+    chosen = _devices(devices)
+    sizes = {"data": len(chosen)} if sizes is None else dict(sizes)
+    if unknown := sorted(sizes.keys() - set(AXES)):
+        raise ValueError(f"mesh axis {unknown[0]!r} does not exist; the axes are {', '.join(AXES)}")
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"mesh.{_FIELDS.get(axis, axis)} is {size}; it must be at least 1")
+    product = math.prod(sizes.values())
+    if product != len(chosen):
+        given = " x ".join(f"mesh.{_FIELDS.get(axis, axis)} {size}" for axis, size in sizes.items())
+        raise ValueError(f"{given} is {product}, but there are {len(chosen)} devices; {_way_out(sizes, len(chosen))}")
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    if shape[0] > 1 and len({getattr(device, "slice_index", 0) for device in chosen}) > 1:
+        from jax.experimental.mesh_utils import create_hybrid_device_mesh
+
+        within, across = (1, *shape[1:]), (shape[0], *[1] * (len(shape) - 1))
+        return Mesh(
+            create_hybrid_device_mesh(within, across, devices=chosen), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+        )
+    if isinstance(devices, int) or devices is None:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+    return Mesh(np.asarray(chosen).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _devices(devices: int | Sequence[Any] | None) -> list[Any]:
+    if devices is not None and not isinstance(devices, int):
+        return list(devices)
     there = jax.devices()
-    devices = len(there) if devices is None else devices
-    if not 1 <= devices <= len(there):
-        raise ValueError(f"mesh.devices is {devices}, but this process sees {len(there)}; choose 1 to {len(there)}")
-    return jax.make_mesh((devices,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=there[:devices])
+    count = len(there) if devices is None else devices
+    if not 1 <= count <= len(there):
+        raise ValueError(f"mesh.devices is {count}, but this process sees {len(there)}; choose 1 to {len(there)}")
+    return there[:count]
+
+
+def _way_out(sizes: Mapping[str, int], count: int) -> str:
+    """What would make the product right, where changing one number is enough."""
+    product = math.prod(sizes.values())
+    if count % product == 0:
+        axis = "fsdp" if sizes.get("fsdp", 1) > 1 else "data"
+        return (
+            f"set mesh.{axis} to {sizes.get(axis, 1) * count // product}, or mesh.devices to {product}, or leave all "
+            "sizes out (mesh: auto)"
+        )
+    fewer = f"set mesh.devices to {product}, or " if product < count else ""
+    return f"{fewer}choose sizes whose product is {count}, or leave them out (mesh: auto)"
+
+
+def described(mesh: Mesh | None) -> str:
+    """The axes that have more than one device, such as "fsdp 4 x tensor 2"."""
+    sizes = {} if mesh is None else mesh.shape
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -30,26 +86,14 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
-def constrain_replicated(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Inside a program: pin arrays to every device, so that a step returns its state as it received it."""
-    if mesh is None:
-        return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P())), tree)
-
-
-def row_constraint(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
-    """A function that spreads the first axis of every array over the data axis; identity without a mesh."""
+def row_constraint(mesh: Mesh | None, rules: Rules = RULES, name: str = "rows") -> Callable[[PyTree], PyTree]:
+    """A function that spreads the first axis of every array over the devices that rows belong to; identity without a
+    mesh."""
     if mesh is None:
         return lambda rows: rows
 
     def constrain(rows: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda x: (
-                jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(DATA_AXIS)))
-                if x.shape[0] % mesh.shape[DATA_AXIS] == 0
-                else x
-            ),
-            rows,
-        )
+        with layout(mesh, rules):
+            return constrain_rows(rows, name=name)
 
     return constrain

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.parallel.rules import constrain
+
 # About the square root of a vocabulary.
 BLOCK = 256
 
@@ -36,6 +38,8 @@ def sampled_tokens(
     Returns:
       token ids; never a symbol of probability zero.
     """
+    # The sum along a row is taken in one order whatever the mesh: rows are split further instead of the vocabulary.
+    log_probabilities = constrain(log_probabilities, "sampled_rows", None)
     at = jnp.broadcast_to(jnp.asarray(position), keys.shape)
     uniform = jax.vmap(lambda k, at: jax.random.uniform(jax.random.fold_in(k, at)))(keys, at)
     rows, size = log_probabilities.shape

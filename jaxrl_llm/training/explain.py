@@ -13,6 +13,7 @@ from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.training.checks import COLLECTED
 from jaxrl_llm.training.critics import BEFORE
 from jaxrl_llm.training.external_engine import with_staleness
+from jaxrl_llm.training.placement import abstract_like
 from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
 from jaxrl_llm.training.setup import Parts, prompts_handed
 from jaxrl_llm.training.step import Composition, TrainStep, collect
@@ -110,9 +111,11 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts | Experience, Exp
     def sampled(state: TrainState, prompts: Prompts) -> Experience:
         return with_staleness(collect(c, state, prompts), 0)
 
-    state, given = jax.eval_shape(parts.step.init, jax.random.key(0)), jax.eval_shape(prompts)
+    given, placed = jax.eval_shape(prompts), c.placed
+    state = jax.eval_shape(parts.step.init, jax.random.key(0))
     if parts.step.prime is not None:
         state = jax.eval_shape(parts.step.prime, state, given)
+    state = state if placed is None else abstract_like(state, placed)
     return state, given if c.external is None else jax.eval_shape(sampled, state, given), jax.eval_shape(stored)
 
 

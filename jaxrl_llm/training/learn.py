@@ -19,6 +19,8 @@ from jaxrl_llm.experience import Experience, KeyUse, Loss, Method, Source, Train
 from jaxrl_llm.losses import gradient_alignment
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.rules import constrain_rows
+from jaxrl_llm.parallel.shardings import constrained_like
 from jaxrl_llm.rollout.score import observed_hidden
 from jaxrl_llm.training import anchors
 from jaxrl_llm.training.critics import CURRENT, HEADS, Critic, critic_outputs, critics_named, named
@@ -271,15 +273,32 @@ def make_learn(
     objective = make_objective(model, losses, temperature=temperature)
     critics = objective.critics
     optimizers = {POLICY: optimizer} | (dict.fromkeys(critics, critic.optimizer) if critic else {})
+    specs = None if model.specs is None else trainable_part(model, model.specs)
+
+    def like_parameters(grads):
+        """Gradients where their parameters lie, so that each device adds up its own part alone."""
+
+        def pinned(name, tree):
+            if name == POLICY:
+                return constrained_like(specs, tree)
+            backbone = {"backbone": constrained_like(specs, tree["backbone"])} if "backbone" in tree else {}
+            return tree | backbone
+
+        return {name: pinned(name, tree) for name, tree in grads.items()}
 
     def gradient(trained, frozen, reference_params, rows: Experience, coefficients):
         counts = objective.denominators(rows)
         size = update.sequences_per_microbatch or rows.tokens.shape[0]
         pieces = rows.tokens.shape[0] // size
-        differentiate = jax.grad(objective.value, has_aux=True)
+        slope = jax.grad(objective.value, has_aux=True)
+
+        def differentiate(*arguments):
+            grads, aux = slope(*arguments)
+            return like_parameters(grads), aux
+
         if pieces == 1:
             return differentiate(trained, frozen, reference_params, rows, counts, coefficients)
-        split = jax.tree.map(lambda x: x.reshape(pieces, size, *x.shape[1:]), rows)
+        split = constrain_rows(jax.tree.map(lambda x: x.reshape(pieces, size, *x.shape[1:]), rows), None)
 
         def accumulate(carry, piece):
             grads, (sums, (peaks, drift)) = differentiate(
@@ -292,8 +311,8 @@ def make_learn(
 
         one = jax.tree.map(lambda x: x[0], split)
         first = jax.eval_shape(differentiate, trained, frozen, reference_params, one, counts, coefficients)
-        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-        return jax.lax.scan(accumulate, zero, split)[0]
+        grads, aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+        return jax.lax.scan(accumulate, (like_parameters(grads), aux), split)[0]
 
     def learn(state: TrainState, experience: Experience, coefficients: Sequence[Array]):
         groups = experience.tokens.shape[0] // samples_per_prompt
@@ -304,7 +323,7 @@ def make_learn(
 
         def one_update(carry, rows):
             trained, optimizer_states = carry
-            batch = experience if order.shape[0] == 1 else jax.tree.map(lambda x: x[rows], experience)
+            batch = experience if order.shape[0] == 1 else constrain_rows(jax.tree.map(lambda x: x[rows], experience))
             grads, (sums, (peaks, drift)) = gradient(trained, kept, reference, batch, coefficients)
             after, states_after = {}, {}
             for name, one in optimizers.items():

@@ -5,7 +5,8 @@ Everything here is without gradient and looks at the policy (or a critic, or the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxrl_llm.experience import CriticState, Experience
 from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.rules import constrain_rows, map_shards, shards
 from jaxrl_llm.rollout.score import predicting_hidden, prompt_hidden
 from jaxrl_llm.training.credit import VOCABULARY, CreditTerm
 from jaxrl_llm.training.critics import BEFORE, critic_outputs, named
@@ -26,6 +28,27 @@ FROM_REFERENCE = frozenset({"reference_logprobs"})
 FROM_DATA = frozenset({"demonstration_tokens", "demonstration_length"})
 # Names that are computed when, and only when, something names them.
 ON_DEMAND = FROM_POLICY | FROM_REFERENCE | FROM_DATA | BEFORE.keys() | {"baseline_rewards"}
+
+
+def needs_a_pass(wanted: Collection[str], *, own_samples: bool) -> bool:
+    """Whether a model has to read completions for what is wanted; `own_samples` as for `policy_view`."""
+    recorded = {"old_logprobs", "old_entropy"} if own_samples else set()
+    return bool((FROM_POLICY | FROM_REFERENCE | BEFORE.keys()).intersection(wanted) - recorded)
+
+
+def by_microbatch(function: Callable[[Experience], Experience], rows: Experience, size: int | None) -> Experience:
+    """`function`, which looks at each row alone, on `size` rows at a time: it needs no more memory than the update.
+
+    A size of None, or one that does not divide the rows, takes all at once.
+    """
+    count = rows.tokens.shape[0]
+    if not size or count % size or size == count:
+        return function(rows)
+    pieces = count // size
+    # Every so many rows make a piece, so that each device finds its part of every piece among its own rows.
+    split = jax.tree.map(lambda x: x.reshape(size, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
+    filled = jax.lax.map(function, constrain_rows(split, None))
+    return constrain_rows(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), filled))
 
 
 def hidden_states(model: Model, params: PyTree, rows: Experience, *, replayed: bool = False) -> Float[Array, "B T D"]:
@@ -126,9 +149,19 @@ def over_vocabulary(
     chosen = {index: term for index, term in enumerate(terms) if term.over_vocabulary}
     if not chosen:
         return {}
-    hidden = hidden_states(model, params, rows)
-    count, width = rows.tokens.shape
-    chunk = positions_per_chunk(count, width, model.vocabulary_size)
+    split = hidden_states(model, params, rows), rows.tokens
+    part = -(-model.vocabulary_size // shards("vocabulary"))
+    scored = partial(_by_vocabulary, model, chosen, temperature, part)
+    return map_shards(scored, params, split, "rows", "positions")
+
+
+def _by_vocabulary(
+    model: Model, chosen: Mapping[int, CreditTerm], temperature: float, part: int, params: PyTree, rows: Any
+) -> dict[int, Float[Array, "B T"]]:
+    """`over_vocabulary` of the rows that are here, of a vocabulary of which a device holds `part`."""
+    hidden, tokens = rows
+    count, width = tokens.shape
+    chunk = positions_per_chunk(count, width, part)
     pieces = -(-width // chunk)
 
     def split(x):
@@ -140,5 +173,5 @@ def over_vocabulary(
         provided = {VOCABULARY: scaled_log_softmax(model.logits(params, hidden), temperature), "tokens": tokens}
         return {index: call(term.function, provided) for index, term in chosen.items()}
 
-    values = jax.lax.map(score, (split(hidden), split(rows.tokens)))
+    values = jax.lax.map(score, (split(hidden), split(tokens)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, pieces * chunk)[:, :width], values)

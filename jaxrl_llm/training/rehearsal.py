@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from jaxrl_llm import data
 from jaxrl_llm.advantages.rehearsal import cycled_rows, near_perfect_groups
 from jaxrl_llm.experience import Experience, KeyUse, TrainState
+from jaxrl_llm.parallel.rules import laid_out
 from jaxrl_llm.training.learn import Update
 from jaxrl_llm.training.score import host_components, with_rewards
 from jaxrl_llm.training.setup import Parts
@@ -93,7 +94,7 @@ def make_rehearsal(parts: Parts, params: PyTree, source: Sequence[dict[str, Any]
     c = parts.step.composition
     plain = replace(c.rollout, samples_per_prompt=samples, prefixes=(), extra=None, demonstration_in_group=False)
     c = replace(c, rollout=plain, update=Update(), losses=(), wanted=frozenset(), stored=None, replay=None)
-    draw = jax.jit(partial(sample_and_score, c))
+    draw = jax.jit(laid_out(partial(sample_and_score, c), c.mesh, c.rules))
     key = jax.random.fold_in(key, KeyUse.REHEARSAL)
     state = TrainState(params, None, None, {}, key, jnp.int32(0))
     split = jax.jit(partial(near_perfect_groups, attempts=wanted.attempts, min_correct=wanted.min_correct))

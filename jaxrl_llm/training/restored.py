@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from jaxrl_llm import data, hub
@@ -14,6 +15,7 @@ from jaxrl_llm.data import CharacterTokenizer, Tokenizer
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.training import checkpoints
+from jaxrl_llm.training.placement import abstract_like, parameter_shardings
 from jaxrl_llm.training.setup import Parts, parts
 
 
@@ -49,13 +51,17 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
     stored = folder.parent / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
-    built = parts(load_config(stored, vocabulary_size=CharacterTokenizer().vocabulary_size))
+    # The machine that reads a checkpoint need not be the one that it was written on.
+    here = ["mesh=auto", "training.offload=[]"]
+    built = parts(load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size))
+    mesh, rules = built.step.composition.mesh, built.step.composition.rules
     if built.model.trained is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device),
+        shapes, device = (
             jax.eval_shape(built.model.init, jax.random.key(0)),
+            SingleDeviceSharding(jax.local_devices()[0]),
         )
+        one = jax.tree.map(lambda leaf: device, shapes)
+        like = abstract_like(shapes, one if mesh is None else parameter_shardings(built.model, mesh, rules))
     else:  # what adapters are added to is not in the checkpoint
         like = built.initial_params(jax.random.key(built.config.seed))
     params = checkpoints.restore_params(folder, step, like, trained=built.model.trained)

@@ -20,6 +20,7 @@ from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import Grader, make_evaluate
 from jaxrl_llm.experience import KeyUse
 from jaxrl_llm.models import TransformerConfig, attention_path
+from jaxrl_llm.parallel import described, layout
 from jaxrl_llm.reporting import RunDirectory, results_table, units_table
 from jaxrl_llm.reporting.machine import package_versions
 from jaxrl_llm.rollout.engine_http import require_model
@@ -106,6 +107,8 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
         sequences_per_batch=config.evaluation.sequences_per_batch,
         temperature=config.evaluation.temperature,
         overlong=config.data.overlong_prompts,
+        mesh=run.parts.step.composition.mesh,
+        rules=run.parts.step.composition.rules,
     )
 
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:
@@ -187,13 +190,15 @@ def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
     config = built.config
     training, rollout = config.training, config.rollout
     rows = training.prompts_per_step * rollout.samples_per_prompt
+    mesh = built.step.composition.mesh
     per_update = rows // training.minibatches_per_epoch
     micro = training.sequences_per_microbatch or per_update
     attention = []
     if isinstance(built.model.config, TransformerConfig):
         widths = rollout.max_prompt_tokens, rollout.max_prompt_tokens + rollout.max_completion_tokens
-        update = attention_path(built.model.config, rows=micro, queries=widths[1])
-        decode = attention_path(built.model.config, rows=rows, queries=1, keys=widths[1])
+        with layout(mesh, built.step.composition.rules):
+            update = attention_path(built.model.config, queries=widths[1])
+            decode = attention_path(built.model.config, queries=1, keys=widths[1])
         attention = [("attention", f"{update}, {decode}", "update, decoding")]
     return [
         ("prompts_per_step", training.prompts_per_step, "prompts"),
@@ -206,7 +211,8 @@ def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
         ("tokens per step, at most", rows * (rollout.max_prompt_tokens + rollout.max_completion_tokens), "tokens"),
         ("reinforcement steps", training.steps, "steps"),
         *attention,
-        ("devices", jax.device_count() if config.mesh.devices is None else config.mesh.devices, jax.default_backend()),
+        ("devices", 1 if mesh is None else mesh.size, jax.default_backend()),
+        ("mesh", described(mesh), built.mesh_reason),
     ]
 
 

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data
-from jaxrl_llm.config import Config, PretrainedConfig, TrainingConfig
+from jaxrl_llm.config import Config, PretrainedConfig
 from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, JsonlDataSet, Task, Tokenizer
 from jaxrl_llm.data.jsonl import SPLITS
 from jaxrl_llm.evaluation import Grader, file_grader, task_grader
@@ -26,11 +26,14 @@ from jaxrl_llm.models import weights
 from jaxrl_llm.models.lora import add_adapters, lora
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
-from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.parallel import changed_rules
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
 from jaxrl_llm.training.critics import Critic
 from jaxrl_llm.training.external_engine import external_engine
 from jaxrl_llm.training.learn import Update
+from jaxrl_llm.training.machine import chosen_mesh
+from jaxrl_llm.training.optimizers import optimizer
+from jaxrl_llm.training.placement import parameter_shardings
 from jaxrl_llm.training.provide import FROM_DATA
 from jaxrl_llm.training.recipes import credit_terms, loss_terms, number_or_method, reward_terms
 from jaxrl_llm.training.rows import Extra
@@ -49,6 +52,7 @@ class Parts:
       model: the policy.
       directory: the checkpoint that the policy starts from; None for random parameters.
       step: the composed training step.
+      mesh_reason: why its mesh has the sizes that it has.
     """
 
     config: Config
@@ -57,6 +61,7 @@ class Parts:
     model: Model
     directory: Path | None
     step: TrainStep
+    mesh_reason: str = ""
 
     @property
     def scratchpad(self) -> bool:
@@ -65,11 +70,16 @@ class Parts:
 
     def initial_params(self, key: Array) -> PyTree:
         """The parameters that a run with this key starts from: the checkpoint's, or drawn; adapters always are."""
-        key = jax.random.fold_in(key, KeyUse.INITIALISE)
+        key, c, adapters = jax.random.fold_in(key, KeyUse.INITIALISE), self.step.composition, self.config.lora
+        lies = None if c.mesh is None else parameter_shardings(self.model, c.mesh, c.rules)
         if self.directory is None:
-            return jax.jit(self.model.init)(key)
-        params, adapters = weights.load_params(self.directory, self.model.config), self.config.lora
-        return params if adapters is None else add_adapters(params, adapters, key, quantise=adapters.int8)
+            return jax.jit(self.model.init, out_shardings=lies)(key)
+        if adapters is None:
+            return weights.load_params(self.directory, self.model.config, sharding=lies)
+        base = None if c.mesh is None else parameter_shardings(transformer(self.model.config), c.mesh, c.rules)
+        params = weights.load_params(self.directory, self.model.config, sharding=base)
+        adapted = add_adapters(params, adapters, key, quantise=adapters.int8)
+        return adapted if lies is None else jax.device_put(adapted, lies)
 
     def fingerprint(self) -> dict[str, str]:
         """What a resumed run must find unchanged beside its data: hashes of tokenizer and checkpoint files."""
@@ -91,7 +101,6 @@ def parts(config: Config) -> Parts:
     directory, tokenizer, model = _policy(config)
     if config.lora is not None:
         model = lora(model, config.lora, quantise=config.lora.int8)
-    optimizer = adamw(config.training)
     training = config.training
     update = Update(
         epochs_per_batch=training.epochs_per_batch,
@@ -120,13 +129,13 @@ def parts(config: Config) -> Parts:
         rounds=_rounds(config),
         off_policy_steps=config.rollout.off_policy_steps,
     )
-    mesh = make_mesh(config.mesh.devices)
+    mesh, reason = chosen_mesh(config, model)
     rewards, credit, losses = reward_terms(config.rewards), credit_terms(config.credit), loss_terms(config.losses)
     if not isinstance(tokenizer, CharacterTokenizer):
         _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses)])
     step = make_train_step(
         model,
-        optimizer,
+        optimizer(config.training, seed=config.seed),
         rollout=rollout,
         rewards=rewards,
         credit=credit,
@@ -134,13 +143,16 @@ def parts(config: Config) -> Parts:
         update=update,
         prompts_per_step=training.prompts_per_step,
         decode=tokenizer.decode,
-        mesh=mesh if mesh.size > 1 else None,
+        mesh=mesh,
+        rules=changed_rules(config.mesh.rules),
+        gather_for_rollout=config.mesh.gather_for_rollout,
+        offload=config.training.offload,
         critic=_critic(config),
         stored=_stored(config),
         replay=_replay(config),
         external=external_engine(config.rollout.engine, model, directory),
     )
-    return Parts(config, task, tokenizer, model, directory, step)
+    return Parts(config, task, tokenizer, model, directory, step, reason)
 
 
 def _policy(config: Config) -> tuple[Path | None, Tokenizer, Model]:
@@ -152,9 +164,9 @@ def _policy(config: Config) -> tuple[Path | None, Tokenizer, Model]:
                 f"model.vocabulary_size is {config.model.vocabulary_size}, but the tokenizer has "
                 f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
             )
-        return None, tokenizer, transformer(config.model)
+        return None, tokenizer, transformer(replace(config.model, remat=config.training.remat))
     directory = model_directory(config.model.path, revision=config.model.revision)
-    model = transformer(weights.load_config(directory, **config.model.execution))
+    model = transformer(replace(weights.load_config(directory, **config.model.execution), remat=config.training.remat))
     prompts = config.data
     tokenizer = data.load_tokenizer(directory)
     data.require_embedding(tokenizer, model.vocabulary_size)
@@ -215,11 +227,11 @@ def _extra(config: Config) -> Extra | None:
 
 def _critic(config: Config) -> Critic:
     critic = config.critic
-    optimizer = optax.chain(
+    learner = optax.chain(
         optax.clip_by_global_norm(critic.max_gradient_norm),
         optax.adamw(critic.learning_rate, b1=config.training.adam_b1, b2=config.training.adam_b2, weight_decay=0.0),
     )
-    return Critic(optimizer, critic.backbone, critic.target_rate)
+    return Critic(learner, critic.backbone, critic.target_rate)
 
 
 def _stored(config: Config) -> StoredRows | None:
@@ -245,21 +257,6 @@ def _replay(config: Config) -> Replay | None:
         max_prompt_tokens=rollout.max_prompt_tokens,
         max_answer_tokens=rollout.max_completion_tokens,
         until_step=replay.until_step,
-    )
-
-
-def adamw(training: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW with global norm clipping and the schedule that the config asks for."""
-    updates = training.steps * training.epochs_per_batch * training.minibatches_per_epoch
-    peak, warmup = training.learning_rate, training.warmup_steps
-    if training.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(updates - warmup, 1), alpha=0.1)
-    else:
-        after = optax.constant_schedule(peak)
-    rate = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
-    return optax.chain(
-        optax.clip_by_global_norm(training.max_gradient_norm),
-        optax.adamw(rate, b1=training.adam_b1, b2=training.adam_b2, weight_decay=training.weight_decay),
     )
 
 

@@ -111,7 +111,10 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
         [warm.warmup_steps],
     )
     init, step = make_supervised_step(
-        run.parts.model, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
+        run.parts.model,
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0)),
+        mesh=run.parts.step.composition.mesh,
+        rules=run.parts.step.composition.rules,
     )
     state = init(key, given)
     if newest is not None:

@@ -9,7 +9,7 @@ with the host call between two jitted halves; the caller writes the same thing i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, Source, TrainState
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
+from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out, layout
 from jaxrl_llm.rollout.generate import Prefixes, generate
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.weights import weights_for_decoding
 from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
@@ -38,6 +40,12 @@ from jaxrl_llm.training.external_engine import (
 )
 from jaxrl_llm.training.learn import ROUTER, LossTerm, Update, alignment, checked_split, make_learn
 from jaxrl_llm.training.metrics import experience_metrics
+from jaxrl_llm.training.placement import (
+    OFFLOADED,
+    in_device_memory,
+    parameter_shardings,
+    placed_state,
+)
 from jaxrl_llm.training.rounds import (
     POOL_FIELDS,
     REPORTED,
@@ -177,7 +185,11 @@ class Composition:
       rewards, credit, losses: the functions of each stage.
       update: epochs, minibatches, microbatches, reference refresh.
       wanted: on-demand fields that something names, and so the step computes.
-      mesh: devices that rows are spread over, or None.
+      mesh: devices that the step runs on, or None.
+      rules: from the names of axes to those of the mesh.
+      gather_for_rollout: sampling reads weights that are gathered once, not for each token.
+      offload: what is kept in the host's memory between its uses, keys of `OFFLOADED`.
+      placed: a sharding for each array of the state; None without a mesh.
       critic: how value models and their like are made.
       stored: rows that every step is handed beside the prompts.
       replay: learning again from rows of earlier steps.
@@ -197,6 +209,10 @@ class Composition:
     stored: StoredRows | None = None
     replay: Replay | None = None
     external: External | None = None
+    rules: Rules = field(default_factory=lambda: RULES)
+    gather_for_rollout: bool = True
+    offload: frozenset[str] = frozenset()
+    placed: Any = None
 
     @property
     def joined_groups(self) -> int:
@@ -251,7 +267,7 @@ def initial_state(c: Composition, key: Array, params: PyTree | None = None) -> T
     for number, name in enumerate(HEADS):
         if c.critic is not None and name in c.critics:
             critics[name] = initial_critic(c.model, c.critic, jax.random.fold_in(at_start, number), params, name)
-    state = TrainState(
+    return TrainState(
         params=params,
         optimizer_state=c.optimizer.init(trainable_part(c.model, params)),
         reference_params=copied(trainable_part(c.model, params)) if c.copies_reference else None,
@@ -264,7 +280,6 @@ def initial_state(c: Composition, key: Array, params: PyTree | None = None) -> T
         if c.replay is None
         else empty_store(c.replay, c.rollout.samples_per_prompt, c.rollout.max_completion_tokens),
     )
-    return state if c.mesh is None else replicate(state, c.mesh)
 
 
 def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
@@ -276,27 +291,14 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
     r, count = c.rollout, prompts.tokens.shape[0]
     extra = r.extra.groups(count) if r.extra else 0
     checked_split(c.update, count + extra, r.samples_per_prompt, c.losses, c.joined_groups)
-    constrain = row_constraint(c.mesh)
     samples = r.samples_per_prompt - r.demonstration_in_group
     with_greedy = "baseline_rewards" in c.wanted
     temperature = jnp.full(samples + with_greedy, r.temperature).at[samples:].set(0.0)
-    sample = partial(
-        generate,
-        c.model,
-        state.params,
-        key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
-        step=state.step,
-        max_completion_tokens=r.max_completion_tokens,
-        eos_ids=r.eos_ids,
-        pad_id=r.pad_id,
-        record_router=r.replay_router,
-        slots=r.slots,
-        constrain=constrain,
-    )
+    sample = _sampler(c, state)
     if isinstance(r.rounds, Budget):
         prompt_of = prompt_of_each_row(r.rounds, state.memory[SUCCESS], prompts, r.samples_per_prompt)
         rows = count * r.samples_per_prompt
-        return constrain(sample(prompts, samples_per_prompt=rows, temperature=r.temperature, prompt_of=prompt_of))
+        return constrain_rows(sample(prompts, samples_per_prompt=rows, temperature=r.temperature, prompt_of=prompt_of))
     rows = sample(
         prompts,
         samples_per_prompt=samples + with_greedy,
@@ -319,7 +321,32 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
             filled(rows, extra=jnp.zeros(rows.tokens.shape[0], bool)),
             filled(more, extra=jnp.ones(more.tokens.shape[0], bool)),
         )
-    return constrain(greedy_last(rows, samples) if with_greedy else rows)
+    return constrain_rows(greedy_last(rows, samples) if with_greedy else rows)
+
+
+def _sampler(c: Composition, state: TrainState) -> Callable[..., Experience]:
+    """`generate` with everything that the calls of a step have in common, on the mesh as sampling lays it out."""
+    r, rules = c.rollout, decoding(c.rules, gathered=c.gather_for_rollout)
+
+    def constrain(rows):
+        return constrain_rows(rows, name="decoded_rows")
+
+    with layout(c.mesh, rules):
+        weights = weights_for_decoding(c.model, state.params) if c.gather_for_rollout else state.params
+    sample = partial(
+        generate,
+        c.model,
+        weights,
+        key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
+        step=state.step,
+        max_completion_tokens=r.max_completion_tokens,
+        eos_ids=r.eos_ids,
+        pad_id=r.pad_id,
+        record_router=r.replay_router,
+        slots=r.slots,
+        constrain=constrain,
+    )
+    return laid_out(sample, c.mesh, rules)
 
 
 def _prefixes(r: Rollout, prompts: int, samples: int) -> Prefixes | None:
@@ -338,7 +365,7 @@ def _prefixes(r: Rollout, prompts: int, samples: int) -> Prefixes | None:
 def score(c: Composition, experience: Experience) -> Experience:
     """Completions -> one column for each reward; host rewards fill theirs after this program."""
     components = traceable_components(c.rewards, experience)
-    return row_constraint(c.mesh)(replace(experience, reward_components=components))
+    return constrain_rows(replace(experience, reward_components=components))
 
 
 def credit(c: Composition, state: TrainState, experience: Experience) -> tuple[Experience, dict[str, Any]]:
@@ -357,11 +384,20 @@ def credit(c: Composition, state: TrainState, experience: Experience) -> tuple[E
 def _viewed(c: Composition, state: TrainState, rows: Experience, *, own_samples: bool) -> Experience:
     """Rows with everything that is wanted of policy, reference and critics before the update."""
     temperature = c.rollout.temperature
-    rows = provide.policy_view(c.model, state.params, rows, c.wanted, temperature=temperature, own_samples=own_samples)
-    if "reference_logprobs" in c.wanted:
-        known = provide.reference_logprobs(c.model, reference_policy(c.model, state), rows, temperature=temperature)
-        rows = replace(rows, reference_logprobs=known)
-    return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
+    reference = reference_policy(c.model, in_use(c, state, "reference"))
+
+    def viewed(rows: Experience) -> Experience:
+        rows = provide.policy_view(
+            c.model, state.params, rows, c.wanted, temperature=temperature, own_samples=own_samples
+        )
+        if "reference_logprobs" in c.wanted:
+            known = provide.reference_logprobs(c.model, reference, rows, temperature=temperature)
+            rows = replace(rows, reference_logprobs=known)
+        return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
+
+    if not provide.needs_a_pass(c.wanted, own_samples=own_samples):
+        return viewed(rows)
+    return provide.by_microbatch(viewed, rows, c.update.sequences_per_microbatch)
 
 
 def join(
@@ -385,7 +421,7 @@ def join(
         parts.append(stored)
     for part in parts:
         experience = joined(experience, part, samples)
-    return (row_constraint(c.mesh)(experience) if parts else experience), store
+    return (constrain_rows(experience) if parts else experience), store
 
 
 def coefficients(
@@ -431,7 +467,10 @@ def learn(
         critic=c.critic,
         joined=c.joined_groups,
     )
-    state, metrics = update(state, experience, factors)
+    by_reference = c.update.refreshes_reference or c.update.reference_decay is not None
+    by_reference |= any("over_vocabulary" in names(term.function) for term in c.losses)
+    read = ("optimizer", "reference") if by_reference else ("optimizer",)
+    state, metrics = update(in_use(c, state, *read), experience, factors)
     for term, factor in zip(c.losses, factors, strict=True):
         if term.coefficient_changes:
             metrics[f"coefficient/{term.name}"] = factor
@@ -473,21 +512,12 @@ def sample_round(c: Composition, state: TrainState, prompts: Prompts, request: R
     """One round of completions, scored as far as the program can."""
     r, count = c.rollout, request.active.shape[0]
     part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, request.first_prompt, count), prompts)
-    rows = generate(
-        c.model,
-        state.params,
+    rows = _sampler(c, state)(
         part,
-        key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
-        step=state.step,
         samples_per_prompt=r.rounds.samples_per_round if isinstance(r.rounds, Adaptive) else r.samples_per_prompt,
-        max_completion_tokens=r.max_completion_tokens,
-        eos_ids=r.eos_ids,
-        pad_id=r.pad_id,
         temperature=r.temperature,
         first_sample=request.first_sample,
         active=request.active,
-        slots=r.slots,
-        constrain=row_constraint(c.mesh),
     )
     return score(c, rows)
 
@@ -509,7 +539,7 @@ def rounds_result(loop: Loop, carry: Any) -> Experience:
 
 def view_and_score(c: Composition, state: TrainState, rows: Experience) -> Experience:
     """The same for rows that an engine has sampled."""
-    return score(c, with_policy_view(c, state, row_constraint(c.mesh)(rows)))
+    return score(c, with_policy_view(c, state, constrain_rows(rows)))
 
 
 def credit_and_learn(
@@ -535,7 +565,27 @@ def credit_and_learn(
         memory[EXTRA_TEMPERATURE] = next_temperature(cast(Any, c.rollout.extra).temperature, held, experience)
     state, learned = learn(c, state, batch, factors)
     state = replace(state, memory=memory, replay=store)
-    return constrain_replicated(state, c.mesh), metrics | learned, experience
+    return put_back(c, state), metrics | learned, experience
+
+
+def in_use(c: Composition, state: TrainState, *names: str) -> TrainState:
+    """The state with these parts, where they are kept in the host's memory, brought to the devices."""
+    read = [OFFLOADED[name] for name in names if name in c.offload]
+    return replace(state, **{f: in_device_memory(getattr(state, f), getattr(c.placed, f)) for f in read})
+
+
+def put_back(c: Composition, state: TrainState) -> TrainState:
+    """The state where it is kept between steps."""
+    if c.placed is None:
+        return state
+    state = replace(state, **{f: jax.device_put(getattr(state, f), getattr(c.placed, f)) for f in _offloaded(c)})
+    pinned = [f.name for f in fields(state) if f.name not in _offloaded(c)]
+    constrain = partial(jax.tree.map, jax.lax.with_sharding_constraint)
+    return replace(state, **{f: constrain(getattr(state, f), getattr(c.placed, f)) for f in pinned})
+
+
+def _offloaded(c: Composition) -> list[str]:
+    return [OFFLOADED[name] for name in sorted(c.offload)]
 
 
 def sample_ahead(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
@@ -551,7 +601,7 @@ def primed(c: Composition, state: TrainState, prompts: Prompts) -> TrainState:
 def step_behind(c: Composition, state: TrainState, prompts: Prompts, stored: Experience | None = None):
     """Learn from the batch that is there and sample the next one, in one program; neither waits for the other."""
     ahead = sample_ahead(c, state, prompts)
-    new, metrics, experience = credit_and_learn(c, state, cast(Experience, state.ahead), stored)
+    new, metrics, experience = credit_and_learn(c, replace(state, ahead=None), cast(Experience, state.ahead), stored)
     return replace(new, ahead=ahead), metrics, experience
 
 
@@ -606,6 +656,9 @@ def make_train_step(
     prompts_per_step: int | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = RULES,
+    gather_for_rollout: bool = True,
+    offload: Sequence[str] = (),
     critic: Critic | None = None,
     stored: StoredRows | None = None,
     replay: Replay | None = None,
@@ -623,7 +676,10 @@ def make_train_step(
       update: epochs, minibatches, microbatches, reference refresh.
       prompts_per_step: prompts in a batch, if known: sizes that do not divide are then found here already.
       decode: token ids -> text, for rewards that read text.
-      mesh: devices to spread rows over; None leaves placement to jax.
+      mesh: devices to run on; None leaves placement to jax.
+      rules: from the names of axes to those of the mesh.
+      gather_for_rollout: with parameters that are sharded over `fsdp`, gather them once a rollout; else once a token.
+      offload: what to keep in the host's memory between its uses: "optimizer", "reference". Needs a mesh.
       critic: how a value model is made, for functions that name one of its outputs.
       stored: rows that every call brings along, for losses on stored answers.
       replay: learning again from rows of earlier steps.
@@ -711,20 +767,29 @@ def make_train_step(
         stored=stored,
         replay=replay,
         external=external,
+        rules=rules,
+        gather_for_rollout=gather_for_rollout,
+        offload=frozenset(offload),
     )
-    init = jax.jit(partial(initial_state, c))
+    _check_offload(c)
+    init = jax.jit(laid_out(partial(initial_state, c), mesh, rules))
+    if mesh is not None:
+        c = replace(
+            c, placed=placed_state(model, jax.eval_shape(init, jax.random.key(0)), mesh, rules, offload=offload)
+        )
+        init = _initial_on_mesh(c)
     if external is not None:
         return _step_with_engine(c, init, external, decode)
     on_host, behind = any(term.on_host for term in reward_terms), bool(rollout.off_policy_steps)
-    prime = jax.jit(partial(primed, c), donate_argnums=0) if behind else None
+    prime = jax.jit(laid_out(partial(primed, c), mesh, rules), donate_argnums=0) if behind else None
     if not on_host:
-        program = jax.jit(partial(step_behind if behind else whole_step, c), donate_argnums=0)
+        program = _learning(c, step_behind if behind else whole_step)
         return TrainStep(
             init, lambda state, prompts, items=None, stored=None: program(state, prompts, stored), (program,), c, prime
         )
     if behind:
         return _step_behind_with_host(c, init, prime, decode)
-    programs = (jax.jit(partial(sample_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
+    programs = (_looking(c, sample_and_score), _learning(c, credit_and_learn))
     if isinstance(rollout.rounds, Refill | Adaptive):
         return TrainStep(init, _step_in_rounds(c, programs[1], decode), programs, c)
     return TrainStep(init, partial(_run_with_host, programs, reward_terms, decode), programs, c)
@@ -732,8 +797,7 @@ def make_train_step(
 
 def _step_behind_with_host(c: Composition, init: Callable, prime: Any, decode: Any) -> TrainStep:
     """While the device samples the next batch, the host rewards the one that is there."""
-    sample = jax.jit(partial(sample_ahead, c))
-    learned = jax.jit(partial(credit_and_learn, c), donate_argnums=0)
+    sample, learned = _looking(c, sample_ahead), _learning(c, credit_and_learn)
 
     def run(state, prompts, items=None, stored=None):
         ahead = sample(state, prompts)
@@ -751,30 +815,29 @@ def _step_behind_with_host(c: Composition, init: Callable, prime: Any, decode: A
 def _step_in_rounds(c: Composition, learned: Callable, decode: Any) -> Callable:
     """A step whose rounds wait for rewards on the host."""
 
-    @jax.jit
-    def start(state, prompts):
+    def start(c, state, prompts):
         return first_carry(c, cast(Loop, rounds_of(c, prompts)), state, prompts)
 
-    @jax.jit
-    def sample(state, prompts, carry):
+    def sample(c, state, prompts, carry):
         loop = cast(Loop, rounds_of(c, prompts))
         return sample_round(c, state, prompts, loop.request(carry)), loop.first_item(carry)
 
-    @jax.jit
-    def merge(prompts, carry, rows):
+    def merge(c, prompts, carry, rows):
         loop = cast(Loop, rounds_of(c, prompts))
         carry = loop.merge(carry, with_rewards(rows, c.rewards))
         return carry, loop.unfinished(carry), rounds_result(loop, carry)
 
+    begin, draw, keep = (_looking(c, function) for function in (start, sample, merge))
+
     def run(state, prompts, items=None, stored=None):
         items = _required(items)
-        carry, more, rows = start(state, prompts), True, None
+        carry, more, rows = begin(state, prompts), True, None
         while more:
-            drawn, first = sample(state, prompts, carry)
+            drawn, first = draw(state, prompts, carry)
             components = host_components(c.rewards, drawn, items[int(first) :], decode)
             if isinstance(drawn.reward_components.sharding, NamedSharding):
                 components = jax.device_put(components, drawn.reward_components.sharding)
-            carry, more, rows = merge(prompts, carry, replace(drawn, reward_components=components))
+            carry, more, rows = keep(prompts, carry, replace(drawn, reward_components=components))
         return learned(state, rows, stored)
 
     return run
@@ -791,7 +854,7 @@ def _required(items: Sequence[dict] | None) -> Sequence[dict]:
 
 def _step_with_engine(c: Composition, init: Callable, external: External, decode: Any) -> TrainStep:
     """A step that is sampled for, and then runs two programs; host rewards come between them where there are any."""
-    programs = (jax.jit(partial(view_and_score, c)), jax.jit(partial(credit_and_learn, c), donate_argnums=0))
+    programs = (_looking(c, view_and_score), _learning(c, credit_and_learn))
     collected = make_collect(c, external)
     both = (lambda state, prompts: programs[0](state, collected(state, prompts)), programs[1])
     if any(term.on_host for term in c.rewards):
@@ -824,6 +887,46 @@ def _check_rounds(
         raise ValueError(
             f"{name} makes groups of different sizes, and loss {whole[0]!r} compares the samples of a prompt: leave "
             "training.sequences_per_microbatch out and set training.minibatches_per_epoch to 1"
+        )
+
+
+def _looking(c: Composition, function: Callable) -> Callable:
+    """A compiled stage, traced under the table of the mesh."""
+    return jax.jit(laid_out(partial(function, c), c.mesh, c.rules))
+
+
+def _learning(c: Composition, function: Callable) -> Callable:
+    """A compiled stage that gives (state, numbers, rows). The state it is given is used up, and lies where it lay."""
+    # Numbers are on every device, and rows are where the program has put them.
+    returned = None if c.mesh is None else (c.placed, NamedSharding(c.mesh, P()), None)
+    return jax.jit(laid_out(partial(function, c), c.mesh, c.rules), donate_argnums=0, out_shardings=returned)
+
+
+def _initial_on_mesh(c: Composition) -> Callable[..., TrainState]:
+    """`initial_state`, every array made where it will lie: no device ever holds the whole of it."""
+    assert c.mesh is not None
+    whole = {name: getattr(c.placed, name) for name in _offloaded(c)}
+    on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), c.placed)
+    program = jax.jit(laid_out(partial(initial_state, c), c.mesh, c.rules), out_shardings=on_device)
+    lies = parameter_shardings(c.model, c.mesh, c.rules)
+
+    def init(key: Array, params: PyTree | None = None) -> TrainState:
+        state = program(key, None if params is None else jax.device_put(params, lies))
+        return replace(state, **{name: jax.device_put(getattr(state, name), there) for name, there in whole.items()})
+
+    return init
+
+
+def _check_offload(c: Composition) -> None:
+    if unknown := sorted(c.offload - OFFLOADED.keys()):
+        raise ValueError(f"training.offload names {unknown[0]!r}; it can name {', '.join(OFFLOADED)}")
+    if c.offload and c.mesh is None:
+        raise ValueError(
+            f"offload is {sorted(c.offload)} without a mesh; pass mesh=make_mesh(), which may be of one device"
+        )
+    if "reference" in c.offload and not c.copies_reference:
+        raise ValueError(
+            "training.offload names reference, but the step keeps no copy of a reference policy; leave it out"
         )
 
 

@@ -8,14 +8,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.data import SupervisedBatch
 from jaxrl_llm.experience import Experience, KeyUse, TrainState
 from jaxrl_llm.losses import Aggregation, negative_log_likelihood
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
+from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, laid_out
 from jaxrl_llm.training.learn import LossTerm, Update, make_learn
+from jaxrl_llm.training.placement import parameter_shardings, placed_state
 from jaxrl_llm.training.trainable import trainable_part
 
 
@@ -53,6 +56,7 @@ def make_supervised_step(
     aggregation: Aggregation = "token_mean",
     sequences_per_microbatch: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = RULES,
 ) -> tuple[Callable[..., TrainState], Callable]:
     """(init, step) of maximum likelihood on completion tokens; prompts carry no loss.
 
@@ -61,7 +65,8 @@ def make_supervised_step(
       optimizer: an optax transformation.
       aggregation: how token losses become one number.
       sequences_per_microbatch: rows differentiated at once; None takes the whole batch.
-      mesh: devices to spread rows over.
+      mesh: devices to run on; None leaves placement to jax.
+      rules: from the names of axes to those of the mesh.
 
     Returns:
       init: (key, params or None) -> TrainState; None draws parameters.
@@ -70,18 +75,23 @@ def make_supervised_step(
     loss = LossTerm(partial(negative_log_likelihood, aggregation=aggregation), name="negative_log_likelihood")
     update = Update(sequences_per_microbatch=sequences_per_microbatch)
     learn = make_learn(model, optimizer, [loss], update, temperature=1.0, samples_per_prompt=1)
-    constrain = row_constraint(mesh)
 
     def init(key: Array, params: PyTree | None = None) -> TrainState:
         if params is None:
             params = model.init(jax.random.fold_in(key, KeyUse.INITIALISE))
-        state = TrainState(params, optimizer.init(trainable_part(model, params)), None, {}, jnp.copy(key), jnp.int32(0))
-        return state if mesh is None else replicate(state, mesh)
+        return TrainState(params, optimizer.init(trainable_part(model, params)), None, {}, jnp.copy(key), jnp.int32(0))
 
     def step(state: TrainState, rows: Experience) -> tuple[TrainState, dict[str, Array]]:
-        state, metrics = learn(state, constrain(rows), [jnp.float32(1.0)])
-        return constrain_replicated(state, mesh), {
-            name: metrics[name] for name in ("loss", "gradient_norm", "parameter_norm")
-        }
+        state, metrics = learn(state, constrain_rows(rows), [jnp.float32(1.0)])
+        return state, {name: metrics[name] for name in ("loss", "gradient_norm", "parameter_norm")}
 
-    return jax.jit(init), jax.jit(step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(init), jax.jit(step, donate_argnums=0)
+    placed = placed_state(model, jax.eval_shape(init, jax.random.key(0)), mesh, rules)
+    start = jax.jit(laid_out(init, mesh, rules), out_shardings=placed)
+    lies = parameter_shardings(model, mesh, rules)
+    returned = (placed, NamedSharding(mesh, P()))
+    return (
+        lambda key, params=None: start(key, None if params is None else jax.device_put(params, lies)),
+        jax.jit(laid_out(step, mesh, rules), donate_argnums=0, out_shardings=returned),
+    )

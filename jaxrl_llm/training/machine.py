@@ -1,0 +1,60 @@
+"""The mesh of a run: what its config asks for, or what the machine and the model suggest."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrl_llm.config import Config
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.parameters import ParameterSpec, parameter_count
+from jaxrl_llm.parallel import automatic_sizes, changed_rules, kept_whole, make_mesh
+from jaxrl_llm.parallel.auto import Demand
+from jaxrl_llm.training.trainable import trainable_part
+
+
+def chosen_mesh(config: Config, model: Model) -> tuple[Mesh | None, str]:
+    """(mesh, why it has these sizes). One device is no mesh at all, unless something is kept in the host's memory.
+
+    Raises:
+      ValueError: for sizes that do not multiply to the number of devices.
+    """
+    asked = config.mesh
+    if asked.sizes:
+        mesh, reason = make_mesh(asked.devices, asked.sizes), "as the config says"
+    else:
+        devices = list(make_mesh(asked.devices).devices.flat)
+        sizes, reason = automatic_sizes(devices, demand(config, model))
+        mesh = make_mesh(asked.devices, sizes)
+    if mesh.size == 1 and not config.training.offload:
+        return None, "there is one"
+    if model.specs is not None and (whole := kept_whole(model.specs, mesh, changed_rules(asked.rules))):
+        reason += "; not divided and kept whole: " + ", ".join(f"{name} {size}" for name, size in whole.items())
+    return mesh, reason
+
+
+def demand(config: Config, model: Model) -> Demand:
+    """What a run with this config asks of memory, before anything is made."""
+    training = config.training
+    rows = training.prompts_per_step * config.rollout.samples_per_prompt // training.minibatches_per_epoch
+    rows = training.sequences_per_microbatch or rows
+    if model.specs is None:
+        return Demand(0, 0, rows=rows)
+    leaves = jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))
+    stored = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    learns = parameter_count(trainable_part(model, model.specs))
+    computed = jnp.dtype(getattr(model.config, "compute_dtype", "float32")).itemsize
+    sized = [pair for leaf in leaves for pair in zip(leaf.axes, leaf.shape, strict=True)]
+    split = [size for name, size in sized if name in ("kv_heads", "mlp")]
+    experts = getattr(model.config, "experts", None)
+    # Two moments, the gradient, and the copy that a reference may be.
+    return Demand(
+        state_bytes=stored + 16 * learns,
+        weight_bytes=parameter_count(model.specs) * computed,
+        heads=math.gcd(*split) if split else 1,
+        experts=1 if experts is None else experts.count,
+        rows=rows,
+    )

@@ -1,0 +1,175 @@
+"""Optimisers by name, and how their steps become parameters of bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+from optax.contrib import MuonDimensionNumbers, muon
+
+from jaxrl_llm.config import TrainingConfig
+
+# What muon orthogonalises, by name: the axes of a stacked matrix that are inputs and outputs, counted from the last.
+# Axes that are neither stand for many matrices: layers, experts, and gate and up, which are two. All else (embeddings,
+# norms, biases, adapters, routers) learns by AdamW.
+_MATRICES = {
+    "qkv": ((-4,), (-3, -2, -1)),
+    "attention_out": ((-4, -3, -2), (-1,)),
+    "gate_up": ((-3,), (-1,)),
+    "down": ((-2,), (-1,)),
+}
+# With this factor a step of muon is as large as one of AdamW (2502.16982), so that learning rates carry over.
+_MUON_RMS = 0.2
+
+
+def optimizer(training: TrainingConfig, *, seed: int = 0) -> optax.GradientTransformation:
+    """The optimiser that the config asks for, with global norm clipping and its schedule.
+
+    Args:
+      training: section training.
+      seed: of stochastic rounding.
+    """
+    made = optax.chain(optax.clip_by_global_norm(training.max_gradient_norm), _step(training))
+    if training.bfloat16_update == "master":
+        return with_master(made)
+    if training.bfloat16_update == "stochastic":
+        return with_stochastic_rounding(made, seed=seed)
+    return made
+
+
+def learning_rate(training: TrainingConfig) -> optax.Schedule:
+    """The schedule that the config asks for, in optimiser updates."""
+    updates = training.steps * training.epochs_per_batch * training.minibatches_per_epoch
+    peak, warmup = training.learning_rate, training.warmup_steps
+    if training.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(updates - warmup, 1), alpha=0.1)
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def _step(training: TrainingConfig) -> optax.GradientTransformation:
+    rate, decay = learning_rate(training), training.weight_decay
+    b1, b2, moments = training.adam_b1, training.adam_b2, training.moment_dtype
+    if training.optimizer == "adamw":
+        return optax.adamw(rate, b1=b1, b2=b2, weight_decay=decay, mu_dtype=moments)
+    if training.optimizer == "lion":
+        return optax.lion(rate, b1=b1, b2=b2, weight_decay=decay, mu_dtype=moments)
+    if training.optimizer == "sgd":
+        return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, accumulator_dtype=moments))
+    if training.optimizer == "adafactor":
+        return optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None)
+    return muon(
+        rate,
+        beta=b2,
+        weight_decay=decay,
+        mu_dtype=moments,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_weight_decay=decay,
+        consistent_rms=_MUON_RMS,
+        muon_weight_dimension_numbers=muon_matrices,
+    )
+
+
+def muon_matrices(params: PyTree) -> PyTree:
+    """Which axes of each parameter are the two of a matrix, None for what is none."""
+
+    def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+        name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
+        inside = len(path) > 1 and str(getattr(path[-2], "key", "")) == "blocks"
+        if not inside or name not in _MATRICES:
+            return None
+        inputs, outputs = (tuple(leaf.ndim + axis for axis in axes) for axes in _MATRICES[name])
+        return MuonDimensionNumbers(inputs, outputs)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+class MasterState(NamedTuple):
+    """Attributes:
+    master: the parameters in float32.
+    inner: state of the optimiser that changes them.
+    """
+
+    master: PyTree
+    inner: Any
+
+
+class RoundingState(NamedTuple):
+    """Attributes:
+    count: updates so far; it addresses the random bits.
+    inner: state of the optimiser.
+    """
+
+    count: Array
+    inner: Any
+
+
+def _wide(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _towards(params: PyTree, wanted: PyTree) -> PyTree:
+    """Updates that make `optax.apply_updates` land on `wanted` exactly: their sum is rounded to the dtype of params."""
+    return jax.tree.map(lambda p, w: w.astype(jnp.float32) - p.astype(jnp.float32), params, wanted)
+
+
+def with_master(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimiser that works on a float32 copy; the parameters are its rounding to their own dtype.
+
+    Small steps add up in the copy, where in bfloat16 they would be lost.
+    """
+
+    def init(params: PyTree) -> MasterState:
+        master = _wide(params)
+        # A copy even where the dtype is float32 already: a donated buffer may stand in the state once.
+        return MasterState(jax.tree.map(jnp.copy, master), inner.init(master))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None):
+        steps, after = inner.update(_wide(updates), state.inner, state.master)
+        master = optax.apply_updates(state.master, steps)
+        rounded = jax.tree.map(lambda m, p: m.astype(p.dtype), master, params)
+        return _towards(params, rounded), MasterState(master, after)
+
+    return optax.GradientTransformation(init, update)
+
+
+def with_stochastic_rounding(inner: optax.GradientTransformation, *, seed: int = 0) -> optax.GradientTransformation:
+    """An optimiser of bfloat16 parameters whose steps are rounded up or down at random, without bias.
+
+    A step that is a hundredth of the distance between two bfloat16 numbers is taken once in a hundred times. The state
+    of the inner optimiser is float32. Random bits are addressed by (seed, update, parameter): the mesh changes none.
+    Parameters of another dtype are rounded to the nearest number as ever.
+    """
+
+    def init(params: PyTree) -> RoundingState:
+        return RoundingState(jnp.int32(0), inner.init(_wide(params)))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None):
+        wide = _wide(params)
+        steps, after = inner.update(_wide(updates), state.inner, wide)
+        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        leaves, structure = jax.tree.flatten(optax.apply_updates(wide, steps))
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
+        rounded = [
+            stochastically_rounded(leaf, jax.random.fold_in(key, number))
+            if dtype == jnp.bfloat16
+            else leaf.astype(dtype)
+            for number, (leaf, dtype) in enumerate(zip(leaves, dtypes, strict=True))
+        ]
+        return _towards(params, structure.unflatten(rounded)), RoundingState(state.count + 1, after)
+
+    return optax.GradientTransformation(init, update)
+
+
+def stochastically_rounded(x: Array, key: Array) -> Array:
+    """float32 -> bfloat16, up with probability (x - below) / (above - below), so that the mean is x."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # bfloat16 is the upper half of float32: a random number below 2^16 carries into it in proportion to the lower half.
+    noisy = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    kept = jax.lax.bitcast_convert_type(noisy & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), kept, x).astype(jnp.bfloat16)

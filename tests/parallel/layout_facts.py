@@ -1,0 +1,102 @@
+"""What a short training run leaves behind on each layout of eight virtual devices; test_layouts.py runs this script."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_llm.advantages import group_normalized
+from jaxrl_llm.experience import Prompts
+from jaxrl_llm.losses import clipped_surrogate, divergence
+from jaxrl_llm.models import TransformerConfig, transformer
+from jaxrl_llm.models.experts import ExpertsConfig
+from jaxrl_llm.parallel import make_mesh
+from jaxrl_llm.training.learn import Update
+from jaxrl_llm.training.step import Rollout, make_train_step
+
+PROMPTS, SAMPLES, WIDTH, STEPS = 8, 4, 8, 10
+DENSE = dict(vocabulary_size=16, width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, layer_loop="scanned")
+LAYOUTS = {
+    "8 x 1": {"fsdp": 8},
+    "2 x 4": {"fsdp": 4, "tensor": 2},
+    "2 x 2 x 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
+}
+# By the product that serves them.
+EXPERT_LAYOUTS = {
+    "ragged": ("4 experts x 2", {"fsdp": 2, "expert": 4}),
+    "dense": ("2 x 2 experts x 2", {"data": 2, "expert": 2, "tensor": 2}),
+}
+
+
+def even_share(tokens, mask):
+    """Share of even tokens: a reward that any policy can raise."""
+    return ((tokens % 2 == 0) * mask).sum(-1) / mask.sum(-1)
+
+
+def prompts_of(step: int) -> Prompts:
+    rng = np.random.default_rng(step)
+    return Prompts(
+        tokens=jnp.asarray(rng.integers(0, 16, (PROMPTS, 8)), jnp.int32),
+        length=jnp.asarray(rng.integers(1, 9, PROMPTS), jnp.int32),
+        prompt_id=jnp.arange(PROMPTS, dtype=jnp.int32) + PROMPTS * step,
+        answer_tokens=jnp.zeros((PROMPTS, 1), jnp.int32),
+        answer_length=jnp.zeros(PROMPTS, jnp.int32),
+    )
+
+
+def composed(mesh, *, described=DENSE, **options):
+    model = transformer(TransformerConfig(**described))
+    return make_train_step(
+        model,
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+        rollout=Rollout(samples_per_prompt=SAMPLES, max_completion_tokens=WIDTH, eos_ids=(1,), pad_id=1),
+        rewards=[even_share],
+        credit=[("advantages", group_normalized)],
+        losses=[clipped_surrogate, (divergence(samples="vocabulary", generator="reverse_kl"), 0.05)],
+        update=Update(minibatches_per_epoch=2, sequences_per_microbatch=8),
+        prompts_per_step=PROMPTS,
+        mesh=mesh,
+        **options,
+    )
+
+
+def facts(mesh, steps: int = STEPS, **options) -> dict[str, np.ndarray]:
+    """Tokens and rewards of every step, and the state after the last."""
+    step = composed(mesh, **options)
+    state, found = step.init(jax.random.key(5)), {}
+    found |= {f"before{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
+    found = {name: np.asarray(value) for name, value in found.items()}
+    for number in range(steps):
+        state, metrics, experience = step.run(state, prompts_of(number), None)
+        for name in ("tokens", "length", "rewards"):
+            found[f"{name} {number}"] = np.asarray(getattr(experience, name))
+        found[f"gap {number}"] = np.asarray(metrics["sampler_gap_max"])
+    held = [x for x in jax.tree.leaves((state.params, state.optimizer_state, state.reference_params)) if x.ndim]
+    share = sum(x.addressable_shards[0].data.nbytes for x in held) / sum(x.nbytes for x in held)
+    found["share"] = np.asarray(share)
+    state = jax.device_get(state)
+    found |= {f"params{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
+    moments = jax.tree_util.tree_leaves_with_path(state.optimizer_state)
+    return found | {f"moments{jax.tree_util.keystr(p)}": np.asarray(x) for p, x in moments}
+
+
+def main(path: str) -> None:
+    everything: dict[str, np.ndarray] = {}
+
+    def add(name: str, mesh, **options) -> None:
+        everything.update({f"{name}|{key}": value for key, value in facts(mesh, **options).items()})
+
+    add("one", None)
+    for name, sizes in LAYOUTS.items():
+        add(name, make_mesh(8, sizes))
+    for product, (name, sizes) in EXPERT_LAYOUTS.items():
+        described = DENSE | {"experts": ExpertsConfig(4, 2, product=product)}
+        add(f"one {product}", None, described=described)
+        add(name, make_mesh(8, sizes), described=described)
+    np.savez(path, **everything)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,123 @@
+"""Optimisers by name, and parameters of bfloat16 that do not lose small steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.config import TrainingConfig
+from jaxrl_llm.models import TransformerConfig, transformer
+from jaxrl_llm.models.experts import ExpertsConfig
+from jaxrl_llm.training.optimizers import (
+    muon_matrices,
+    optimizer,
+    stochastically_rounded,
+    with_master,
+    with_stochastic_rounding,
+)
+
+MODEL = transformer(TransformerConfig(vocabulary_size=11, width=16, layers=2, heads=2, kv_heads=1, mlp_width=24))
+NAMES = ["adamw", "adafactor", "muon", "lion", "sgd"]
+
+
+def quadratic(params):
+    return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32) - 0.3)) for leaf in jax.tree.leaves(params))
+
+
+def trained(made, params, steps: int):
+    state = made.init(params)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = made.update(jax.grad(quadratic)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=steps)[0])((params, state))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimiser_goes_downhill_on_the_parameters_of_a_model(name):
+    rate = 1e-3 if name == "lion" else 1e-2
+    made = optimizer(TrainingConfig(optimizer=name, learning_rate=rate, max_gradient_norm=1e9))
+    params = jax.jit(MODEL.init)(jax.random.key(0))
+    after, _ = trained(made, params, 60)
+    assert quadratic(after) < 0.9 * quadratic(params)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd"])
+def test_first_moments_have_the_dtype_that_was_asked_for(name):
+    params = jax.eval_shape(MODEL.init, jax.random.key(0))
+    config = TrainingConfig(optimizer=name, moment_dtype="bfloat16")
+    if name == "sgd":  # without momentum there is none
+        assert not [x for x in jax.tree.leaves(jax.eval_shape(optimizer(config).init, params)) if x.ndim]
+        return
+    dtypes = {x.dtype for x in jax.tree.leaves(jax.eval_shape(optimizer(config).init, params)) if x.ndim > 1}
+    assert jnp.dtype("bfloat16") in dtypes
+
+
+def test_adafactor_has_no_first_moment_to_choose_a_dtype_for():
+    with pytest.raises(ValueError, match=r"training.moment_dtype is 'bfloat16', but adafactor keeps no first moments"):
+        TrainingConfig(optimizer="adafactor", moment_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("experts", [None, ExpertsConfig(4, 2)])
+def test_muon_takes_the_matrices_of_the_blocks(experts):
+    config = TransformerConfig(vocabulary_size=11, width=16, layers=2, heads=4, kv_heads=2, experts=experts)
+    params = jax.eval_shape(transformer(config).init, jax.random.key(0))
+    chosen = muon_matrices(params)
+    for name, leaf in params["blocks"].items():
+        found = chosen["blocks"][name]
+        if name not in ("qkv", "attention_out", "gate_up", "down"):
+            assert found is None
+            continue
+        axes = [*found.reduction_axis, *found.output_axis]
+        # Axes that stand for many matrices: layers, experts, gate and up.
+        many = 1 + (experts is not None and name in ("gate_up", "down")) + (name == "gate_up")
+        assert len(set(axes)) == leaf.ndim - many
+        assert 0 not in axes
+    assert chosen["embedding"] is None
+
+
+def test_a_master_copy_adds_up_steps_that_bfloat16_would_lose():
+    params = {"w": jnp.full((64,), 1.0, jnp.bfloat16)}  # its neighbours are 2^-8 and 2^-7 away
+    step = optax.sgd(1e-4)  # the gradient is 1.4: a step of 1.4e-4
+    lost, _ = trained(step, params, 100)
+    np.testing.assert_array_equal(lost["w"], params["w"])
+    kept, state = trained(with_master(step), params, 100)
+    exact, _ = trained(step, {"w": jnp.full((64,), 1.0)}, 100)
+    np.testing.assert_allclose(state.master["w"], exact["w"], rtol=1e-4)
+    np.testing.assert_array_equal(kept["w"], state.master["w"].astype(jnp.bfloat16))
+
+
+def test_stochastic_rounding_is_right_in_the_mean_and_exact_on_what_bfloat16_has():
+    x = jnp.asarray([1.0, 1.0 + 2**-9, 1.0 + 2**-10, -3.3, 1e-30, 0.0, jnp.inf, jnp.nan], jnp.float32)
+    draws = jax.vmap(lambda key: stochastically_rounded(x, key))(jax.random.split(jax.random.key(0), 4000))
+    draws = np.asarray(draws.astype(jnp.float32), np.float64)
+    assert (draws[:, [0, 5]] == [1.0, 0.0]).all()
+    assert np.isinf(draws[:, 6]).all()
+    assert np.isnan(draws[:, 7]).all()
+    np.testing.assert_allclose(draws[:, :5].mean(0), np.asarray(x[:5], np.float64), rtol=2e-4)
+    assert len(set(draws[:, 3])) == 2
+
+
+def test_stochastic_steps_get_there_on_average_and_are_repeatable():
+    params = {"w": jnp.full((4096,), 1.0, jnp.bfloat16)}
+    made = with_stochastic_rounding(optax.sgd(1e-4), seed=3)
+    after, state = trained(made, params, 100)
+    exact, _ = trained(optax.sgd(1e-4), {"w": jnp.full((4096,), 1.0)}, 100)
+    assert int(state.count) == 100
+    assert float(after["w"].astype(jnp.float32).mean()) == pytest.approx(float(exact["w"][0]), abs=2e-4)
+    again, _ = trained(made, params, 100)
+    np.testing.assert_array_equal(after["w"], again["w"])
+    other, _ = trained(with_stochastic_rounding(optax.sgd(1e-4), seed=4), params, 100)
+    assert (np.asarray(other["w"]) != np.asarray(after["w"])).any()
+
+
+@pytest.mark.parametrize("wrapper", [with_master, with_stochastic_rounding])
+def test_moments_of_bfloat16_parameters_are_float32(wrapper):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), jax.jit(MODEL.init)(jax.random.key(0)))
+    state = wrapper(optax.adamw(1e-3)).init(params)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.inner) if x.ndim)
+    after, _ = trained(wrapper(optax.adamw(1e-3)), params, 3)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(after))
