@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.models.cache import Cache, KeysAndValues
+from jaxrl_llm.models.attention import KeyValues, attend
+from jaxrl_llm.models.cache import Cache, KeysAndValues, expand_cache
+from jaxrl_llm.models.transformer_config import TransformerConfig
 
 # Tokens in a page: as many as a TPU reads at once from bf16 keys of 128.
 PAGE = 16
@@ -40,6 +42,46 @@ class PagedCache(NamedTuple):
     def pages_per_layer(self, layers: int) -> int:
         """C."""
         return self.pages.shape[0] // layers
+
+
+class PagedBlock(NamedTuple):
+    """What one block is given of a `PagedCache`.
+
+    Attributes:
+      pages: of all blocks.
+      table: as in `PagedCache`.
+      first_page: of this block.
+    """
+
+    pages: Array
+    table: Int[Array, "B M"]
+    first_page: Array | int
+
+
+def in_pages(config: TransformerConfig) -> bool:
+    """Whether rows that are decoded side by side keep their keys and values in pages."""
+    if config.cache_layout != "auto":
+        return config.cache_layout == "paged"
+    serves = paged_kind(queries=1, head_size=config.head_size, dtype=config.compute_dtype) == "kernel"
+    return serves and config.cache_dtype == "compute"
+
+
+def expanded(cache: Cache | PagedCache, samples: int, extra_slots: int, *, config: TransformerConfig) -> Any:
+    """`samples` rows for each row of a cache, with room for more tokens, in the layout that the config asks for.
+
+    Raises:
+      ValueError: for several samples of a row that is in pages already.
+    """
+    if isinstance(cache, PagedCache):
+        if samples != 1:
+            raise ValueError(
+                f"{samples} samples of a row whose cache is in pages; set model.cache_layout to 'contiguous' to branch "
+                "from what was decoded"
+            )
+        return longer(cache, extra_slots, config.layers) if extra_slots else cache
+    if extra_slots and not cache.context and in_pages(config):
+        return paged(cache, samples, extra_slots)
+    return expand_cache(cache, samples, extra_slots)
 
 
 def paged_kind(*, queries: int, head_size: int, dtype: str, backend: str | None = None) -> PagedKind:
@@ -111,19 +153,11 @@ def longer(cache: PagedCache, extra_slots: int, layers: int) -> PagedCache:
     return PagedCache(pages, table.astype(jnp.int32), cache.length)
 
 
-def write(
-    pages: Array,
-    cache: PagedCache,
-    first_page: Array | int,
-    positions: Int[Array, "B T"],
-    new: KeysAndValues,
-) -> Array:
+def written(block: PagedBlock, positions: Int[Array, "B T"], new: KeysAndValues) -> Array:
     """Pages with the keys and values of new tokens at their positions; padding is not written.
 
     Args:
-      pages: of all blocks.
-      cache: the table that says which ones.
-      first_page: of this block.
+      block: the pages so far.
       positions: of the tokens in their rows, -1 for padding.
       new: keys [B, K, H, T], values [B, K, T, H].
     """
@@ -133,15 +167,35 @@ def write(
     both = jnp.stack([keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3)], axis=3)
     both = both.reshape(batch, length, 2 * kv_heads, size)
     at = jnp.maximum(positions, 0)
-    page = jnp.take_along_axis(cache.table, at // PAGE, axis=1) + first_page
-    page = jnp.where(positions >= 0, page, pages.shape[0])
-    return pages.at[page, at % PAGE].set(both.astype(pages.dtype), mode="drop")
+    page = jnp.take_along_axis(block.table, at // PAGE, axis=1) + block.first_page
+    page = jnp.where(positions >= 0, page, block.pages.shape[0])
+    return block.pages.at[page, at % PAGE].set(both.astype(block.pages.dtype), mode="drop")
 
 
-def gathered(pages: Array, cache: PagedCache, first_page: Array | int) -> tuple[KeysAndValues, Int[Array, "B S"]]:
+def paged_attention(
+    queries: Float[Array, "B T K G H"],
+    block: PagedBlock,
+    positions: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int | None,
+    windowed: bool | Array,
+    cap: float | None,
+) -> Float[Array, "B T K G H"]:
+    """`attend` over pages that hold the new tokens too."""
+    kind = paged_kind(queries=queries.shape[1], head_size=queries.shape[-1], dtype=queries.dtype.name)
+    if kind == "kernel" and (window is None or isinstance(windowed, bool)):
+        within = window if windowed else None
+        return kernel_attention(queries, block, positions, scale=scale, window=within, cap=cap)
+    stored, seen = gathered(block)
+    keys = KeyValues(stored.keys, stored.values, seen)
+    return attend(queries, keys, positions, scale=scale, window=window, windowed=windowed, cap=cap)
+
+
+def gathered(block: PagedBlock) -> tuple[KeysAndValues, Int[Array, "B S"]]:
     """(keys and values of each row in order, the position of each); positions may lie beyond what a row has said."""
-    kv_heads, size = pages.shape[2] // 2, pages.shape[3]
-    read = pages[cache.table + first_page]  # [B, M, PAGE, 2K, H]
+    kv_heads, size = block.pages.shape[2] // 2, block.pages.shape[3]
+    read = block.pages[block.table + block.first_page]  # [B, M, PAGE, 2K, H]
     read = read.reshape(read.shape[0], -1, kv_heads, 2, size)
     positions = jnp.broadcast_to(jnp.arange(read.shape[1], dtype=jnp.int32), read.shape[:2])
     keys, values = read[..., 0, :].transpose(0, 2, 3, 1), read[..., 1, :].transpose(0, 2, 1, 3)
@@ -150,9 +204,7 @@ def gathered(pages: Array, cache: PagedCache, first_page: Array | int) -> tuple[
 
 def kernel_attention(
     queries: Float[Array, "B 1 K G H"],
-    pages: Array,
-    cache: PagedCache,
-    first_page: Array | int,
+    block: PagedBlock,
     positions: Int[Array, "B 1"],
     *,
     scale: float,
@@ -163,9 +215,7 @@ def kernel_attention(
 
     Args:
       queries: rotated queries.
-      pages: of all blocks, the new token's keys and values among them.
-      cache: the table.
-      first_page: of this block.
+      block: the pages, the new token's keys and values among them.
       positions: of the queries.
       scale, window, cap: as for `attend`.
     """
@@ -175,12 +225,12 @@ def kernel_attention(
     options: dict[str, Any] = {"sm_scale": scale, "sliding_window": window, "soft_cap": cap}
     out = ragged_paged_attention(
         queries.reshape(batch, kv_heads * group, size),
-        pages,
+        block.pages,
         jnp.maximum(positions[:, 0] + 1, 1).astype(jnp.int32),
-        (cache.table + first_page).astype(jnp.int32),
+        (block.table + block.first_page).astype(jnp.int32),
         jnp.arange(batch + 1, dtype=jnp.int32),
         jnp.array([batch], jnp.int32),
-        num_kv_pages_per_block=min(KV_PAGES_PER_BLOCK, cache.table.shape[1]),
+        num_kv_pages_per_block=min(KV_PAGES_PER_BLOCK, block.table.shape[1]),
         num_queries_per_block=QUERIES_PER_BLOCK,
         vmem_limit_bytes=32 * 2**20,
         **options,

@@ -18,7 +18,6 @@ from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend, attenti
 from jaxrl_llm.models.cache import (
     Cache,
     KeysAndValues,
-    expand_cache,
     init_cache,
     of_layer,
     remembered,
@@ -27,6 +26,7 @@ from jaxrl_llm.models.cache import (
 )
 from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, paged_attention, written
 from jaxrl_llm.models.parameters import initialise
 from jaxrl_llm.models.projection import project
 from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
@@ -92,23 +92,24 @@ def _attention(params, shared: _Shared, x, windowed, cached):
         constrain(keys.transpose(0, 2, 3, 1), "rows", "kv_heads", None, None),
         constrain(values.swapaxes(1, 2), "rows", "kv_heads", None),
     )
+    scores = {
+        "scale": config.score_scale,
+        "window": config.window,
+        "windowed": windowed,
+        "cap": config.attention_cap,
+    }
     filled, context = None, ()
-    if cached is not None:
-        stored, layer, context = cached
-        filled = remembered(stored, layer, new, shared.used, shared.seen.shape[1])
-        # A pass that fills its whole cache has just computed what the cache holds.
-        new = new if shared.kind != "plain" else of_layer(filled, layer)
-    attended = attend(
-        queries,
-        KeyValues(new.keys, new.values, shared.seen),
-        shared.positions,
-        context,
-        scale=config.score_scale,
-        window=config.window,
-        windowed=windowed,
-        cap=config.attention_cap,
-        kind=shared.kind,
-    )
+    if isinstance(cached, PagedBlock):
+        filled = written(cached, shared.positions, new)
+        attended = paged_attention(queries, cached._replace(pages=filled), shared.positions, **scores)
+    else:
+        if cached is not None:
+            stored, layer, context = cached
+            filled = remembered(stored, layer, new, shared.used, shared.seen.shape[1])
+            # A pass that fills its whole cache has just computed what the cache holds.
+            new = new if shared.kind != "plain" else of_layer(filled, layer)
+        own = KeyValues(new.keys, new.values, shared.seen)
+        attended = attend(queries, own, shared.positions, context, **scores, kind=shared.kind)
     added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
     if config.attention_out_bias:
         added = added + params["attention_out_bias"].astype(dtype)
@@ -136,7 +137,7 @@ def _mlp(params, config: TransformerConfig, x, choices):
 def _block(params, shared: _Shared, x, windowed, choices, cached):
     """One block: (residual stream, filled cache, what can be observed).
 
-    `cached` is None, or what is being written (see `remembered`), `layer`, and the context of this block.
+    `cached` is None, or what is being written (see `remembered`), `layer`, and the context of this block; or its pages.
     """
     added, filled = _attention(params, shared, x, windowed, cached)
     x = constrain(x + added, "rows", "positions", None)
@@ -158,12 +159,12 @@ def observed_forward(
     params: PyTree,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    cache: Cache | None = None,
+    cache: Cache | PagedCache | None = None,
     *,
     config: TransformerConfig,
     names: Collection[str] = (),
     router_choices: Int[Array, "L B T k"] | None = None,
-) -> tuple[Float[Array, "B T D"], Cache | None, dict[str, Array]]:
+) -> tuple[Float[Array, "B T D"], Cache | PagedCache | None, dict[str, Array]]:
     """`forward`, and what happened inside.
 
     Args:
@@ -188,15 +189,15 @@ def observed_forward(
     x = constrain(table[tokens], "rows", "positions", None)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    used, seen = jnp.int32(0), positions
-    if cache is not None:
+    used, seen, before = jnp.int32(0), positions, 0
+    if isinstance(cache, Cache):
         used = cache.used
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used % cache.positions.shape[1]))
+        before = sum(part.positions.shape[1] for part in cache.context)
     angles = rotary_angles(positions, config.rotary_size, config.rope_base, config.rope_scaling)
     local = angles
     if config.local_rope_base is not None:
         local = rotary_angles(positions, config.rotary_size, config.local_rope_base)
-    before = 0 if cache is None else sum(part.positions.shape[1] for part in cache.context)
     kind = attention_path(config, queries=tokens.shape[1], keys=seen.shape[1] + before)
     shared = _Shared(config, angles, local, positions, seen, used, kind)
 
@@ -207,9 +208,22 @@ def observed_forward(
     if "hidden_states" in observed:
         observed["hidden_states"] = jnp.concatenate([embedded, observed["hidden_states"]])
     hidden = rms_norm(x, params["final_norm"], config.norm_epsilon, config.norm_offset)
-    if cache is not None:
+    if isinstance(cache, PagedCache):
+        cache = cache._replace(pages=layers, length=jnp.maximum(cache.length, positions.max(axis=1) + 1))
+    elif cache is not None:
         cache = cache._replace(layers=layers, positions=seen, used=used + tokens.shape[1])
     return hidden, cache, observed
+
+
+def _cached(cache: Cache | PagedCache | None, carried, layer: Array | int, config: TransformerConfig):
+    """What one block is given of the cache; `carried` is what the blocks before it have filled."""
+    if cache is None:
+        return None
+    if isinstance(cache, PagedCache):
+        return PagedBlock(carried, cache.table, layer * cache.pages_per_layer(config.layers))
+    if isinstance(layer, int):
+        return cache.layers[layer], None, _context(cache, layer)
+    return carried, layer, _context(cache, layer)
 
 
 def _context(cache: Cache, layer: Array | int) -> tuple[KeyValues, ...]:
@@ -221,14 +235,16 @@ def _context(cache: Cache, layer: Array | int) -> tuple[KeyValues, ...]:
 
 def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
     filled, all_observed = [], []
+    carried = cache.pages if isinstance(cache, PagedCache) else None
     for index, block_params in enumerate(unstack(params, shared.config)["blocks"]):
         choices = None if router_choices is None else router_choices[index]
-        cached = None if cache is None else (cache.layers[index], None, _context(cache, index))
+        cached = _cached(cache, carried, index, shared.config)
         run = _run_block(shared, shared.config.windowed[index], cached)
-        x, layer, observed = run(block_params, x, choices)
-        filled.append(layer)
+        x, carried, observed = run(block_params, x, choices)
+        filled.append(carried)
         all_observed.append(keep(observed))
-    return x, tuple(filled), jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_observed)
+    layers = carried if isinstance(cache, PagedCache) else tuple(filled)
+    return x, layers, jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_observed)
 
 
 def _scanned_blocks(params, shared, x, router_choices, cache, keep):
@@ -240,12 +256,13 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
         block_params, layer, local, choices = xs
         # Where all layers are of one kind, the program knows it; else each reads its own from an array.
         local = windowed[0] if len(set(windowed)) == 1 else local
-        cached = None if cache is None else (layers, layer, _context(cache, layer))
+        cached = _cached(cache, layers, layer, shared.config)
         x, layers, observed = _run_block(shared, local, cached)(block_params, x, choices)
         return (x, layers), keep(observed)
 
+    start = cache.pages if isinstance(cache, PagedCache) else None if cache is None else cache.layers
     xs = (params["blocks"], jnp.arange(len(windowed)), jnp.asarray(windowed), router_choices)
-    (x, layers), observed = jax.lax.scan(body, (x, None if cache is None else cache.layers), xs)
+    (x, layers), observed = jax.lax.scan(body, (x, start), xs)
     return x, layers, observed
 
 
@@ -253,11 +270,11 @@ def forward(
     params: PyTree,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    cache: Cache | None = None,
+    cache: Cache | PagedCache | None = None,
     *,
     config: TransformerConfig,
     router_choices: Int[Array, "L B T k"] | None = None,
-) -> tuple[Float[Array, "B T D"], Cache | None]:
+) -> tuple[Float[Array, "B T D"], Cache | PagedCache | None]:
     """Hidden states after the final norm; the cached and the uncached pass are this one function.
 
     Args:
@@ -318,7 +335,7 @@ def transformer(config: TransformerConfig) -> Model:
         apply=partial(forward, config=config),
         logits=partial(logits, cap=config.logits_cap),
         init_cache=partial(init_cache, config=config),
-        expand_cache=expand_cache,
+        expand_cache=partial(expanded, config=config),
         for_decoding=partial(unstack, config=config),
         take_rows=taken_rows,
         replace_row=replaced_row,

@@ -13,6 +13,7 @@ from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.models.rotary import RopeScaling
 
 LayerLoop = Literal["auto", "unrolled", "scanned"]
+CacheLayout = Literal["auto", "contiguous", "paged"]
 CachePrecision = Literal["compute", "int8"]
 Precision = Literal["float32", "bfloat16"]
 # What of a block the backward pass computes again instead of reading it back.
@@ -22,6 +23,7 @@ Activation = Literal["silu", "gelu_tanh"]
 _CHOICES: Mapping[str, Any] = {
     "layer_loop": LayerLoop,
     "cache_dtype": CachePrecision,
+    "cache_layout": CacheLayout,
     "parameter_dtype": Precision,
     "compute_dtype": Precision,
     "activation": Activation,
@@ -79,6 +81,8 @@ class TransformerConfig:
       compute_dtype: dtype of matrix products; norms, softmax and statistics are float32 regardless.
       cache_dtype: how generation keeps keys and values: "compute" in the compute dtype; "int8" rounded, in a quarter of
         float32's memory, so that what is sampled has other log-probabilities than the trainer computes.
+      cache_layout: how they lie while rows are decoded side by side: "contiguous", every row as long as the longest;
+        "paged", as long as what it has said; "auto" takes pages on one TPU whose kernel serves the head size.
     """
 
     vocabulary_size: int
@@ -112,6 +116,7 @@ class TransformerConfig:
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
     cache_dtype: CachePrecision = "compute"
+    cache_layout: CacheLayout = "auto"
     remat: Rematerialisation = "none"
 
     def __post_init__(self):
@@ -127,6 +132,11 @@ class TransformerConfig:
             if getattr(self, name) not in get_args(literal):
                 known = ", ".join(get_args(literal))
                 raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {known}")
+        if self.cache_layout == "paged" and self.cache_dtype != "compute":
+            raise ValueError(
+                f"model.cache_layout is 'paged' and model.cache_dtype is {self.cache_dtype!r}; pages are kept in the "
+                "compute dtype, so leave one of them out"
+            )
         self._check_heads()
         self._check_windows()
         if self.attention in ("xla", "cudnn") and self.attention_cap is not None:

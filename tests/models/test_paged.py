@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from jax._src import literals
 from jax.experimental import pallas
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
+from jaxrl_llm.experience import Prompts, Source
+from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.attention import KeyValues, attend
 from jaxrl_llm.models.cache import Cache, KeysAndValues
-from jaxrl_llm.models.paged import PAGE, gathered, kernel_attention, longer, paged, write
+from jaxrl_llm.models.paged import PAGE, PagedBlock, expanded, gathered, kernel_attention, longer, paged, written
+from jaxrl_llm.rollout import Prefixes, generate
 
 LAYERS, KV_HEADS, GROUP, SIZE, WIDTH, SAMPLES = 2, 2, 2, 128, 2 * PAGE + 3, 2
 LENGTHS = np.array([WIDTH, PAGE, 5])
@@ -27,8 +31,8 @@ def prefilled(size=SIZE):
     return Cache(KeysAndValues(keys, values), jnp.asarray(positions, jnp.int32), jnp.int32(WIDTH))
 
 
-def rows_of(cache, pages, layer):
-    return gathered(pages, cache, layer * cache.pages_per_layer(LAYERS))
+def block_of(cache, layer, pages=None):
+    return PagedBlock(cache.pages if pages is None else pages, cache.table, layer * cache.pages_per_layer(LAYERS))
 
 
 def test_samples_share_the_full_pages_of_their_prompt():
@@ -59,9 +63,9 @@ def test_pages_hold_the_tokens_in_order_and_what_is_written_behind_them(grown):
         for t in range(20):
             positions = jnp.asarray(np.where(np.arange(rows) == 1, -1, lengths + t), jnp.int32)[:, None]
             new = KeysAndValues(said[layer, t][..., None], -said[layer, t][:, :, None])
-            pages = write(pages, cache, layer * cache.pages_per_layer(LAYERS), positions, new)
+            pages = written(block_of(cache, layer, pages), positions, new)
     for layer in range(LAYERS):
-        found, positions = rows_of(cache, pages, layer)
+        found, positions = gathered(block_of(cache, layer, pages))
         for row in range(rows):
             prompt, length = row // SAMPLES, lengths[row]
             keys = given.layers.keys[layer, prompt, :, :, WIDTH - length :]
@@ -84,8 +88,52 @@ def test_the_kernel_computes_what_gathering_does(window, cap, monkeypatch):
     rng = np.random.default_rng(2)
     queries = jnp.asarray(rng.standard_normal((rows, 1, KV_HEADS, GROUP, SIZE)), jnp.float32)
     positions = jnp.asarray(np.repeat(LENGTHS, SAMPLES) - 1, jnp.int32)[:, None]
-    first = cache.pages_per_layer(LAYERS)
-    ours = kernel_attention(queries, cache.pages, cache, first, positions, scale=0.1, window=window, cap=cap)
-    found, seen = gathered(cache.pages, cache, first)
+    block = block_of(cache, 1)
+    ours = kernel_attention(queries, block, positions, scale=0.1, window=window, cap=cap)
+    found, seen = gathered(block)
     plain = attend(queries, KeyValues(*found, seen), positions, scale=0.1, window=window, cap=cap)
     np.testing.assert_allclose(ours, plain, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
+def test_a_model_says_the_same_from_pages(layer_loop):
+    sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "layer_loop": layer_loop}
+    prompts = Prompts(
+        tokens=jnp.array([[0, 0, 3, 2, 4], [5, 2, 3, 4, 2]]),
+        length=jnp.array([3, 5]),
+        prompt_id=jnp.array([11, 4]),
+        answer_tokens=jnp.zeros((2, 1), jnp.int32),
+        answer_length=jnp.ones(2, jnp.int32),
+    )
+    given = Prefixes(jnp.full((6, 3), 4), jnp.array([0, 1, 3, 2, 0, 3]), jnp.full((6, 3), Source.HINT))
+    made = []
+    for layout in ("contiguous", "paged"):
+        model = transformer(TransformerConfig(7, cache_layout=layout, window=6, window_pattern=(True, False), **sizes))
+        params = jax.tree.map(lambda x: 5 * x, model.init(jax.random.key(0)))
+        for prefixes in (None, given):
+            run = jax.jit(
+                lambda params, model=model, prefixes=prefixes: generate(
+                    model,
+                    params,
+                    prompts,
+                    jax.random.key(1),
+                    0,
+                    samples_per_prompt=3,
+                    max_completion_tokens=PAGE + 9,
+                    eos_ids=(1,),
+                    pad_id=0,
+                    prefixes=prefixes,
+                )
+            )
+            made.append(jax.device_get(run(params)))
+    for one, other in zip(made[:2], made[2:], strict=True):
+        assert len(set(one.length.tolist())) > 1
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.behaviour_logprobs, other.behaviour_logprobs, atol=1e-5)
+
+
+def test_bad_layouts():
+    with pytest.raises(ValueError, match="pages are kept in the compute dtype"):
+        TransformerConfig(7, cache_layout="paged", cache_dtype="int8")
+    with pytest.raises(ValueError, match="3 samples of a row whose cache is in pages"):
+        expanded(paged(prefilled(), 1, 4), 3, 4, config=TransformerConfig(7))

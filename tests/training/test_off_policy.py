@@ -64,7 +64,7 @@ def test_each_batch_is_sampled_by_the_policy_before_the_last_update(model, make_
         by = params[max(index - 1, 0)]
         expected = generate(
             model,
-            by,
+            jax.tree.map(jnp.asarray, by),
             batches(make_prompts)[index],
             jax.random.fold_in(jax.random.key(0), KeyUse.ROLLOUT),
             index,
