@@ -18,6 +18,7 @@ from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.lora import LoraConfig
 from jaxrl_llm.models.transformer_config import LayerLoop, Precision, Rematerialisation, TransformerConfig
 from jaxrl_llm.parallel.rules import AXES, changed_rules
+from jaxrl_llm.rollout.controls import Controls
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
 
 
@@ -253,6 +254,9 @@ class RolloutConfig:
       engine: samples in another process; None samples here.
       slots: completions that are decoded at a time, so that short ones make room for others; None decodes all of a step
         side by side.
+      top_k, top_p, min_p: truncated sampling in training; it needs top_k and `renormalised`.
+      renormalised: samples and trainer compute over the tokens that each one was drawn from, renormalised. Without it
+        truncated sampling is refused, because the policy that is trained would be another than the one that sampled.
       off_policy_steps: 1 samples the next batch with the policy that this step starts from, beside the update; 0 after
         it.
       refill, adaptive, budget: sampling in several rounds, or in groups of different sizes; at most one of them.
@@ -268,6 +272,10 @@ class RolloutConfig:
     replay_router: bool = False
     engine: EngineConfig | None = None
     slots: int | None = None
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    renormalised: bool = False
     off_policy_steps: Literal[0, 1] = 0
     refill: Refill | None = None
     adaptive: Adaptive | None = None
@@ -275,9 +283,24 @@ class RolloutConfig:
 
     def __post_init__(self):
         _at_least("rollout", self, 1, "samples_per_prompt", "max_prompt_tokens", "max_completion_tokens", "slots")
+        if self.truncation is not None and not self.renormalised:
+            raise ValueError(
+                "rollout.top_k, top_p or min_p is set, but samples and trainer must have the same support; set "
+                "rollout.renormalised to true to train the truncated distribution, or leave them out"
+            )
+        if self.renormalised and self.truncation is None:
+            raise ValueError(
+                "rollout.renormalised is true, but nothing is truncated; set rollout.top_k or leave it out"
+            )
         given = [name for name in ("refill", "adaptive", "budget") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"rollout.{given[0]} and rollout.{given[1]} are both set; a step samples in one way")
+
+    @property
+    def truncation(self) -> Controls | None:
+        """What is cut off the distribution that samples are drawn from."""
+        controls = Controls(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        return controls if controls.truncates else None
 
     @property
     def rounds(self) -> Refill | Adaptive | Budget | None:

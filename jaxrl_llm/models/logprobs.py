@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -104,6 +104,7 @@ def token_statistics(
     entropy: bool = False,
     over_vocabulary: tuple[Callable, ...] = (),
     reference: tuple[PyTree, Float[Array, "B T D"]] | None = None,
+    support: Int[Array, "B T S"] | None = None,
     chunk: int | None = None,
 ) -> TokenStatistics:
     """Score tokens under softmax(logits / temperature), a chunk of positions at a time.
@@ -118,17 +119,26 @@ def token_statistics(
       over_vocabulary: functionals (log_p [..., V], log_q [..., V]) -> [...], evaluated inside the chunk; log_q is the
         reference's log-softmax.
       reference: (params, hidden) of the reference policy; needed by `over_vocabulary` only.
+      support: tokens that a truncated sampler could have drawn, the given one among them: log-probability and entropy
+        are those of the distribution over them alone. -1 fills; a token with nothing else has the whole vocabulary.
       chunk: positions a chunk; None derives it from the sizes.
 
     Returns:
       `TokenStatistics`.
+
+    Raises:
+      ValueError: for a functional over the vocabulary together with a support.
     """
     chex.assert_rank([hidden, tokens], [3, 2])
+    if support is not None and over_vocabulary:
+        raise ValueError("samples were drawn from a truncated vocabulary, over which nothing else is computed")
     reference_params, reference_hidden = reference or (None, None)
-    options = _Options(model, temperature, entropy, over_vocabulary, chunk, shards("vocabulary"))
+    options = _Options(model, entropy, over_vocabulary, chunk, shards("vocabulary"))
+    scale = jnp.asarray(temperature, jnp.float32)
+    scale = jnp.broadcast_to(scale if scale.ndim == 0 else scale[:, None], tokens.shape)
     # Each device scores its own tokens, a chunk at a time; a vocabulary that is split stays so, and is reduced over.
     whole = params, reference_params if over_vocabulary else None
-    split = hidden, tokens, reference_hidden if over_vocabulary else None
+    split = hidden, tokens, scale, reference_hidden if over_vocabulary else None, support
     return map_shards(partial(_scored, options), whole, split, "rows", "positions")
 
 
@@ -136,7 +146,6 @@ class _Options(NamedTuple):
     """What `token_statistics` was asked for; `parts` is into how many the vocabulary is split."""
 
     model: Model
-    temperature: Any
     entropy: bool
     over_vocabulary: tuple[Callable, ...]
     chunk: int | None
@@ -145,18 +154,18 @@ class _Options(NamedTuple):
 
 def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
     """`token_statistics` of the rows and positions that are here."""
-    model, temperature, entropy, over_vocabulary, chunk, parts = options
-    (params, reference_params), (hidden, tokens, reference_hidden) = whole, split
+    model, entropy, over_vocabulary, chunk, parts = options
+    params, reference_params = whole
+    hidden, tokens, *_ = split
     rows, length = tokens.shape
     chunk = chunk or positions_per_chunk(rows, length, -(-model.vocabulary_size // parts))
 
     # What is named is small beside the scores (their normaliser, the top k): kept, so that it is computed once.
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_any_names_but_these())
-    def score(hidden, tokens, reference_hidden):
+    def score(hidden, tokens, scale, reference_hidden, support):
         # Rows and positions are one axis here: only products of two matrices reach the fast kernels of a CPU.
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-        scale = jnp.asarray(temperature, jnp.float32)
-        scale = scale if scale.ndim == 0 else jnp.repeat(scale, tokens.shape[1])[:, None]
+        scale = scale.reshape(-1, 1)
         scores = model.logits(params, flat(hidden)).astype(jnp.float32) / scale
         largest, log_total = _normaliser(scores)
         log_p = scores - largest - log_total
@@ -167,12 +176,14 @@ def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
             for part in _kept_normaliser(log_q):
                 log_q = log_q - part
             extra = tuple(functional(log_p, log_q) for functional in over_vocabulary)
+        if support is not None:
+            log_p, largest, log_total = _over_support(scores, flat(support), log_p, largest, log_total)
         logprobs = _picked(scores, tokens.reshape(-1)) - largest - log_total
         statistics = TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, extra)
         return jax.tree.map(lambda x: x.reshape(tokens.shape), statistics)
 
     if chunk >= length:
-        return score(hidden, tokens, reference_hidden)
+        return score(*split)
 
     count = -(-length // chunk)
 
@@ -180,6 +191,20 @@ def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(rows, count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    inputs = jax.tree.map(cut, (hidden, tokens, reference_hidden))
-    chunks = jax.lax.map(lambda x: score(*x), inputs)
+    chunks = jax.lax.map(lambda x: score(*x), jax.tree.map(cut, split))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, count * chunk)[:, :length], chunks)
+
+
+def _over_support(scores: Array, support: Array, *whole: Array) -> tuple[Array, Array, Array]:
+    """(log-probabilities, their normaliser in two parts) over some tokens of each row; `whole` where there are none."""
+    there = support >= 0
+    some = there.any(axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(scores, jnp.maximum(support, 0), axis=-1)
+    # A row without a support gets one of equal scores here, so that nothing infinite enters its gradient.
+    chosen = jnp.where(there | ~some, jnp.where(some, chosen, 0.0), -jnp.inf)
+    largest = jax.lax.stop_gradient(jnp.max(chosen, axis=-1, keepdims=True))
+    log_total = jnp.log(jnp.sum(jnp.exp(chosen - largest), axis=-1, keepdims=True))
+    kept = jnp.zeros(scores.shape, bool).at[jnp.arange(len(scores))[:, None], jnp.maximum(support, 0)].max(there)
+    log_p = jnp.where(kept, scores - largest - log_total, -jnp.inf)
+    ours = log_p, largest, log_total
+    return jax.tree.map(lambda mine, theirs: jnp.where(some, mine, theirs), ours, whole)

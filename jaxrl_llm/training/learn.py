@@ -229,6 +229,7 @@ def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: flo
             entropy=with_entropy,
             over_vocabulary=tuple(functionals.values()),
             reference=reference,
+            support=rows.support,
         )
         outputs = {(name, False): critic_outputs(model, trained[name], rows, hidden, frozen) for name in critics}
         learner: dict[str, Any] = {"logprobs": statistics.logprobs} | named(CURRENT, wanted, outputs, rows)

@@ -92,7 +92,13 @@ def policy_view(
             values["hidden"] = hidden
         if wanted & {"old_logprobs", "old_entropy"} - values.keys():
             scored = token_statistics(
-                model, params, hidden, rows.tokens, temperature=temperature, entropy="old_entropy" in wanted
+                model,
+                params,
+                hidden,
+                rows.tokens,
+                temperature=temperature,
+                entropy="old_entropy" in wanted,
+                support=rows.support,
             )
             inside = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
             both = (("old_logprobs", scored.logprobs), ("old_entropy", scored.entropy))
@@ -114,7 +120,7 @@ def prompt_logprobs(
 def reference_logprobs(model: Model, params: PyTree, rows: Experience, *, temperature: float) -> Float[Array, "B T"]:
     """Log-probabilities of the completions under the reference, by the function that the policy goes through."""
     return token_statistics(
-        model, params, hidden_states(model, params, rows), rows.tokens, temperature=temperature
+        model, params, hidden_states(model, params, rows), rows.tokens, temperature=temperature, support=rows.support
     ).logprobs
 
 

@@ -127,6 +127,7 @@ def parts(config: Config) -> Parts:
         replay_router=config.rollout.replay_router,
         slots=config.rollout.slots,
         rounds=_rounds(config),
+        truncation=config.rollout.truncation,
         off_policy_steps=config.rollout.off_policy_steps,
     )
     mesh, reason = chosen_mesh(config, model)

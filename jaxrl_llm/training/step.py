@@ -23,6 +23,7 @@ from jaxtyping import Array, PyTree
 from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, Source, TrainState
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out, layout
+from jaxrl_llm.rollout.controls import Controls
 from jaxrl_llm.rollout.generate import Prefixes, generate
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
 from jaxrl_llm.rollout.weights import weights_for_decoding
@@ -100,6 +101,8 @@ class Rollout:
       replay_router: a mixture of experts learns through the experts that sampled each token.
       slots: completions that are decoded at a time; None decodes all side by side.
       rounds: sampling in several rounds, or in groups of different sizes; see `rounds`.
+      truncation: top-k, with top-p and min-p within it, of what is sampled. The trainer then computes over the tokens
+        that each one could have been, too; None samples from the whole vocabulary.
       off_policy_steps: 1 samples a batch with the policy before the last update (one-step off-policy), 0 with the
         newest.
     """
@@ -115,9 +118,20 @@ class Rollout:
     replay_router: bool = False
     slots: int | None = None
     rounds: Refill | Adaptive | Budget | None = None
+    truncation: Controls | None = None
     off_policy_steps: int = 0
 
     def __post_init__(self):
+        if self.truncation is not None and self.truncation.top_k is None:
+            raise ValueError(
+                "rollout.top_p or rollout.min_p is set without rollout.top_k; training keeps the tokens that each one "
+                "was drawn from, so bound their number (for example top_k: 64)"
+            )
+        if self.truncation is not None and (self.demonstration_in_group or self.prefixes):
+            name = "demonstration_in_group" if self.demonstration_in_group else "prefixes"
+            raise ValueError(
+                f"rollout.top_k is set together with rollout.{name}, whose tokens nobody drew; leave one of them out"
+            )
         if self.off_policy_steps not in (0, 1):
             raise ValueError(f"rollout.off_policy_steps is {self.off_policy_steps}; it must be 0 or 1")
         if self.rounds is not None:
@@ -344,6 +358,8 @@ def _sampler(c: Composition, state: TrainState) -> Callable[..., Experience]:
         pad_id=r.pad_id,
         record_router=r.replay_router,
         slots=r.slots,
+        controls=r.truncation,
+        record_support=r.truncation is not None,
         constrain=constrain,
     )
     return laid_out(sample, c.mesh, rules)
@@ -751,6 +767,8 @@ def make_train_step(
                 "rollout.off_policy_steps is 1 and rollout.engine is set; an engine's policy is as old as "
                 "rollout.engine.reload_every_steps says, so leave off_policy_steps out"
             )
+    if rollout.truncation is not None:
+        _check_truncation(credit_terms, loss_terms, stored=stored, replay=replay, engine=external)
     if rollout.rounds is not None:
         _check_rounds(rollout.rounds, wanted, update, loss_terms, stored=stored, replay=replay, engine=external)
     c = Composition(
@@ -864,6 +882,16 @@ def _step_with_engine(c: Composition, init: Callable, external: External, decode
         return both[1](state, both[0](state, prompts), stored)
 
     return TrainStep(init, run, programs, c)
+
+
+def _check_truncation(credit: Sequence[CreditTerm], losses: Sequence[LossTerm], **others: Any) -> None:
+    """Refuse what has no place where only some tokens can be drawn."""
+    whole = [t.name for t in credit if t.over_vocabulary]
+    whole += [t.name for t in losses if "over_vocabulary" in names(t.function)]
+    given = [name for name, value in others.items() if value is not None]
+    if whole or given:
+        what = f"{whole[0]!r} reads the whole vocabulary" if whole else f"{given[0]} rows were drawn otherwise"
+        raise ValueError(f"rollout.top_k is set, but {what}; leave one of them out")
 
 
 def _check_rounds(
