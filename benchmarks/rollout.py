@@ -28,6 +28,7 @@ from side_by_side import (
     alternating,
     machine,
     median_of,
+    note_on,
     parser,
     peers,
     shown,
@@ -103,11 +104,7 @@ def print_compared(console: Console, name: str, workload: Workload, found: Mappi
                 "share of limit": f"{rate / found['rate_at_shape']:.0%} / {rate / found['rate_square']:.0%}",
             }
         )
-    note = (
-        f"products with the weights alone run at {found['rate_at_shape'] / 1e9:.0f} GFLOP/s at this batch, a square "
-        f"product at {found['rate_square'] / 1e9:.0f} GFLOP/s; {', '.join(f'{k} {v}' for k, v in found['versions'].items())}"
-    )
-    shown(console, f"{name}: {workload.prompts} x {workload.samples} completions", rows, note)
+    shown(console, f"{name}: {workload.prompts} x {workload.samples} completions", rows, note_on(found))
 
 
 def skewed_lengths(requests: int, short: int, long: int, share: float) -> list[int]:
@@ -120,7 +117,10 @@ def skewed(workload: Workload, python: str, options: argparse.Namespace) -> dict
     """The same engine with slots and in batches of as many rows, on requests of very different lengths."""
     lengths = skewed_lengths(options.requests, options.short, options.long, options.long_share)
     workload = replace(workload, prompts=options.requests // workload.samples, completion_tokens=max(lengths))
-    with workers("skewed", workload, {OURS: python}) as with_slots, workers("skewed", workload, {OURS: python}) as without:
+    with (
+        workers("skewed", workload, {OURS: python}) as with_slots,
+        workers("skewed", workload, {OURS: python}) as without,
+    ):
         cases = {True: with_slots[OURS], False: without[OURS]}
         request = {"lengths": lengths, "slots": options.slots, "seed": 0}
         for repetition in range(options.repetitions + 1):
@@ -133,7 +133,10 @@ def skewed(workload: Workload, python: str, options: argparse.Namespace) -> dict
             "lengths": lengths,
             "ratio": statistics.median(one["seconds"] / other["seconds"] for one, other in pairs),
             "cases": {
-                name: {key: median_of(worker.laps, key) for key in ("seconds", "tokens", "utilisation", "calls", "peak_memory")}
+                name: {
+                    key: median_of(worker.laps, key)
+                    for key in ("seconds", "tokens", "utilisation", "calls", "peak_memory")
+                }
                 for name, worker in (("in batches", cases[False]), ("in slots", cases[True]))
             },
         }
@@ -192,7 +195,9 @@ def print_prefill(console: Console, name: str, found: Mapping[str, Any], prompt:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Parse the command line, measure, print."""
     made = parser(__doc__)
-    made.add_argument("--skewed", action="store_true", help="completions of very different lengths, with slots and without")
+    made.add_argument(
+        "--skewed", action="store_true", help="completions of very different lengths, with slots and without"
+    )
     made.add_argument("--requests", type=int, default=128, help="of --skewed (default: 128)")
     made.add_argument("--slots", type=int, default=SLOTS, help=f"of --skewed (default: {SLOTS})")
     made.add_argument("--short", type=int, default=20, help="most lengths of --skewed (default: 20)")

@@ -34,6 +34,8 @@ OURS, TRANSFORMERS, TUNIX = "jaxrl_llm", "transformers", "tunix"
 SCRIPTS = {OURS: "with_jaxrl_llm.py", TRANSFORMERS: "with_transformers.py", TUNIX: "with_tunix.py"}
 # What the C library gives back to the system it must be given again page by page. That is a fifth of torch's update.
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+# A program that is read back from a store was not compiled.
+ENVIRONMENT = KEEP_MEMORY | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Workload:
     @property
     def config(self) -> TransformerConfig:
         """The model."""
-        sizes = {name: getattr(self, name) for name in ("width", "layers", "heads", "kv_heads", "head_width", "mlp_width")}
+        sizes = {
+            name: getattr(self, name) for name in ("width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
+        }
         # Qwen3's base, and the only one that Tunix's Qwen3 has.
         return TransformerConfig(vocabulary_size=self.vocabulary, rope_base=1e6, **sizes)
 
@@ -118,11 +122,11 @@ class Worker:
         weights: Path,
         *,
         python: str = sys.executable,
-        environment: Mapping[str, str] = KEEP_MEMORY,
+        environment: Mapping[str, str] = ENVIRONMENT,
     ):
         self.project, self.laps = project, []
         with_ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (`close` closes it)
         self._process = subprocess.Popen(
             [python, str(WORKERS / SCRIPTS[project]), what, json.dumps(workload.described()), str(weights)],
             stdin=subprocess.PIPE,
@@ -215,7 +219,9 @@ def workers(what: str, workload: Workload, pythons: Mapping[str, str]) -> Iterat
         known = {project: worker.ready.get("prompt_logprob") for project, worker in made.items()}
         numbers = [number for number in known.values() if number is not None]
         if numbers and max(numbers) - min(numbers) > 1e-4:
-            raise RuntimeError(f"the workers do not have the same weights: log-probabilities of the prompts are {known}")
+            raise RuntimeError(
+                f"the workers do not have the same weights: log-probabilities of the prompts are {known}"
+            )
         yield made
 
 
@@ -249,6 +255,14 @@ def shown(console: Console, title: str, rows: Sequence[Mapping[str, str]], note:
     for row in rows:
         table.add_row(*row.values())
     console.print(table)
+
+
+def note_on(found: Mapping[str, Any]) -> str:
+    """What the machine can do, and who took part."""
+    rates = [f"{found[name] / 1e9:.0f} GFLOP/s" for name in ("rate_at_shape", "rate_square")]
+    packages = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    limit = f"{rates[0]} (products with the weights at the batch of the rollout) / {rates[1]} (a large square product)"
+    return f"the limit is {limit}; {packages}"
 
 
 def written(path: Path | None, figures: Any) -> None:

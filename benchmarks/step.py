@@ -23,6 +23,7 @@ from side_by_side import (
     alternating,
     machine,
     median_of,
+    note_on,
     parser,
     peers,
     shown,
@@ -90,12 +91,7 @@ def print_compared(console: Console, name: str, found: Mapping[str, Any]) -> Non
                 "share of limit": f"{rate / found['rate_at_shape']:.0%} / {rate / found['rate_square']:.0%}",
             }
         )
-    note = (
-        f"products with the weights alone run at {found['rate_at_shape'] / 1e9:.0f} GFLOP/s at the batch of the rollout, "
-        f"a square product at {found['rate_square'] / 1e9:.0f} GFLOP/s; "
-        f"{', '.join(f'{package} {version}' for package, version in found['versions'].items())}"
-    )
-    shown(console, f"{name}: one step of GRPO", rows, note)
+    shown(console, f"{name}: one step of GRPO", rows, note_on(found))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

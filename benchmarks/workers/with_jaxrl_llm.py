@@ -1,4 +1,4 @@
-"""jaxrl_llm as a worker of the benchmarks: rollout, training step, decoding in slots, shared prefill, matrix products."""
+"""jaxrl_llm as a worker of the benchmarks: rollout, step, decoding in slots, shared prefill, products of matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from laps import job, laps
-
 
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models.logprobs import token_statistics
@@ -93,7 +92,9 @@ def step() -> None:
     state = taken.init(jax.random.key(0), params)
     while True:
         state, metrics = jax.block_until_ready(taken(state, prompts))
-        lap(tokens=len(prompts.length) * samples * completion_tokens, reported={k: float(v) for k, v in metrics.items()})
+        lap(
+            tokens=len(prompts.length) * samples * completion_tokens, reported={k: float(v) for k, v in metrics.items()}
+        )
 
 
 def started(prompts: Prompts, samples: int, slots: int, key: Array, longest: int) -> tuple[Drawing, Decoding]:
@@ -183,7 +184,7 @@ def prefill() -> None:
 
 
 def matrices() -> None:
-    """One lap: the products of a forward pass with the weights alone, and the fastest product that this machine does."""
+    """One lap: a forward pass of nothing but its products with weights, and the fastest product of this machine."""
     request = lap(versions=versions)
     sizes = [
         (config.width, (config.heads + 2 * config.kv_heads) * config.head_size),

@@ -282,19 +282,25 @@ def credit(c: Composition, state: TrainState, experience: Experience) -> tuple[E
     if "baseline_rewards" in c.wanted:
         experience = with_baseline(experience, c.rollout.samples_per_prompt)
     # One forward function: the sampler's numbers are the trainer's.
-    experience = _viewed(c, state, experience, own_samples=c.rollout.extra is None)
+    experience = _viewed(c, state, experience, own_samples=c.rollout.extra is None, rows_are_groups=True)
     by_vocabulary = provide.over_vocabulary(
         c.model, state.params, experience, c.credit, temperature=c.rollout.temperature
     )
     return apply_credit(c.credit, experience, state.memory, state.step, by_vocabulary)
 
 
-def _viewed(c: Composition, state: TrainState, rows: Experience, *, own_samples: bool) -> Experience:
+def _viewed(
+    c: Composition, state: TrainState, rows: Experience, *, own_samples: bool, rows_are_groups: bool = False
+) -> Experience:
     """Rows with everything that is wanted of policy, reference and critics before the update."""
     temperature = c.rollout.temperature
     rows = provide.policy_view(c.model, state.params, rows, c.wanted, temperature=temperature, own_samples=own_samples)
     if "reference_logprobs" in c.wanted:
-        known = provide.reference_logprobs(c.model, reference_policy(c.model, state), rows, temperature=temperature)
+        # Only groups that were sampled in this step are known to be of one prompt each.
+        samples = c.rollout.samples_per_prompt if rows_are_groups else 1
+        known = provide.reference_logprobs(
+            c.model, reference_policy(c.model, state), rows, temperature=temperature, samples_per_prompt=samples
+        )
         rows = replace(rows, reference_logprobs=known)
     return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
 
