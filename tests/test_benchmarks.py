@@ -65,3 +65,63 @@ def test_the_cost_of_a_divergence_over_the_vocabulary_is_measured(tmp_path, monk
     # A batch as small as this is one chunk, so the array is there and must be reported.
     assert all(row["seconds"] > 0 and row["whole_array_in_program"] for row in table)
     assert "adds" in capsys.readouterr().out
+
+
+@pytest.fixture
+def beside_benchmarks(monkeypatch):
+    """Their folder as Python has it when it runs one of them, and no interpreter of another project."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    for name in ("TRL_PYTHON", "TUNIX_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_rollout_is_timed_beside_nobody(beside_benchmarks, tmp_path, capsys):
+    written = tmp_path / "rollout.json"
+    figures = benchmark("rollout").main(["--workload", "tiny", "--repetitions", "2", "--json", str(written)])
+    assert json.loads(written.read_text()) == figures
+    ours = figures["tiny"]["projects"]["jaxrl_llm"]
+    assert ours["ratio"] == 1
+    assert len(ours["all_seconds"]) == 2
+    assert min(ours["seconds"], ours["first_token"], ours["first_call"], ours["peak_memory"]) > 0
+    assert figures["tiny"]["rate_at_shape"] > 0
+    shown = capsys.readouterr().out
+    assert "transformers is left out: give --trl-python" in shown
+    assert "tunix is left out: give --tunix-python" in shown
+
+
+def test_an_interpreter_without_the_project_is_left_out(beside_benchmarks, capsys):
+    broken = ["--trl-python", "/bin/false"]
+    benchmark("rollout").main(["--workload", "--repetitions", "1", *broken])
+    assert "transformers is left out: /bin/false cannot import trl" in capsys.readouterr().out
+
+
+def test_requests_of_skewed_lengths_keep_slots_busy(beside_benchmarks):
+    sizes = ["--requests", "12", "--slots", "4", "--short", "2", "--long", "9", "--long-share", "0.3"]
+    words = ["--workload", "--skewed", "--of", "tiny", "--repetitions", "1"]
+    found = benchmark("rollout").main([*words, *sizes])["skewed"]
+    batches, slots = found["cases"]["in batches"], found["cases"]["in slots"]
+    assert batches["tokens"] == slots["tokens"] == sum(found["lengths"])
+    assert slots["calls"] < batches["calls"]
+    assert batches["utilisation"] < slots["utilisation"] <= 1
+
+
+def test_a_shared_prefill_is_that_of_one_sequence(beside_benchmarks):
+    words = ["--workload", "--prompt", "24", "--samples", "4", "--of", "tiny", "--repetitions", "1"]
+    found = benchmark("rollout").main(words)["prefill"]
+    shared, single = found["one a prompt"], found["one a sample"]
+    assert single["cache_bytes"] == 4 * shared["cache_bytes"]
+    assert single["flops"] > 2 * shared["flops"]
+
+
+@pytest.mark.slow
+def test_a_training_step_is_timed(beside_benchmarks):
+    figures = benchmark("step").main(["--workload", "tiny", "--repetitions", "1"])
+    ours = figures["tiny"]["projects"]["jaxrl_llm"]
+    assert ours["first_step"] > ours["seconds"] > 0
+    assert figures["tiny"]["flops"] > 0
+
+
+def test_a_worker_that_fails_says_why(beside_benchmarks, tmp_path):
+    side_by_side = importlib.import_module("side_by_side")
+    with pytest.raises(RuntimeError, match=r"(?s)the worker of jaxrl_llm ended.*config.json"):
+        side_by_side.Worker("jaxrl_llm", "rollout", side_by_side.WORKLOADS["tiny"], tmp_path / "nothing")

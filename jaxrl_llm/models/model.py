@@ -51,6 +51,8 @@ class Model(NamedTuple):
       replace_row: (cache, slot, source, row) -> one row of what `take_rows(source, ...)` gave starts anew from another
         row of the source. Slots are used in turn then (see `Cache`). None where that is not offered, and then nothing
         is decoded in slots.
+      shared_scoring: whether the samples of a prompt are scored and differentiated best by going on from one pass over
+        it, through the cache. A cache that recomputes, rounds, or keeps attention from its kernels says no.
     """
 
     init: Callable[[Array], PyTree]
@@ -67,3 +69,4 @@ class Model(NamedTuple):
     for_decoding: Callable[[PyTree], PyTree] | None = None
     take_rows: Callable[[PyTree, Array, int], PyTree] | None = None
     replace_row: Callable[[PyTree, Array, PyTree, Array], PyTree] | None = None
+    shared_scoring: bool = False

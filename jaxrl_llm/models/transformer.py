@@ -26,9 +26,9 @@ from jaxrl_llm.models.cache import (
 )
 from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, paged_attention, written
+from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages, paged_attention, written
 from jaxrl_llm.models.parameters import initialise
-from jaxrl_llm.models.projection import project
+from jaxrl_llm.models.projection import project, turned
 from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
 from jaxrl_llm.models.rotary import rotary_angles, rotate
 from jaxrl_llm.models.transformer_config import TransformerConfig
@@ -311,6 +311,20 @@ def unstack(params: PyTree, config: TransformerConfig) -> PyTree:
     return params | {"blocks": blocks}
 
 
+def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
+    """Parameters laid out for many small steps: unstacked, and on a CPU with their matrices `Turned`."""
+    params = unstack(params, config)
+    if not isinstance(params["blocks"], tuple) or jax.default_backend() != "cpu":
+        return params
+    inputs = {"qkv": 1, "attention_out": 3} | ({"gate_up": 1, "down": 1} if config.experts is None else {})
+
+    def laid_out(block):
+        plain = {name: count for name, count in inputs.items() if isinstance(block[name], jax.Array)}
+        return block | {name: turned(block[name], inputs=count) for name, count in plain.items()}
+
+    return params | {"blocks": tuple(laid_out(block) for block in params["blocks"])}
+
+
 def logits(params: PyTree, hidden: Float[Array, "*B D"], *, cap: float | None = None) -> Float[Array, "*B V"]:
     """Scores of the next symbol in float32, before temperature; with a cap, cap * tanh(scores / cap)."""
     table = params.get("unembedding", params["embedding"]).astype(hidden.dtype)
@@ -318,6 +332,13 @@ def logits(params: PyTree, hidden: Float[Array, "*B D"], *, cap: float | None = 
     # Scores move on to where they are drawn from; the table stays where it is.
     scores = constrain(scores, "rows", *[ANY] * (scores.ndim - 2), "vocabulary") if scores.ndim > 1 else scores
     return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def _shared_scoring(config: TransformerConfig) -> bool:
+    """Whole sequences are best scored at once where a kernel attends, and layers that are scanned over would keep a
+    cache for each of them."""
+    plain = config.attention == "plain" or (config.attention == "auto" and jax.default_backend() == "cpu")
+    return plain and config.unrolled and config.cache_dtype == "compute" and not in_pages(config)
 
 
 def transformer(config: TransformerConfig) -> Model:
@@ -336,7 +357,8 @@ def transformer(config: TransformerConfig) -> Model:
         logits=partial(logits, cap=config.logits_cap),
         init_cache=partial(init_cache, config=config),
         expand_cache=partial(expanded, config=config),
-        for_decoding=partial(unstack, config=config),
+        for_decoding=partial(for_decoding, config=config),
+        shared_scoring=_shared_scoring(config),
         take_rows=taken_rows,
         replace_row=replaced_row,
         specs=specs,

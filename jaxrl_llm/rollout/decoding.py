@@ -39,6 +39,7 @@ class Drawing:
       eos_ids: ids that controls treat as ends of sequence.
       record_router: keep the experts that served each token.
       support: S, keep the tokens that each token was drawn from, at most so many; 0 keeps none.
+      some_greedy: whether a temperature may be 0; False spares the search for the most likely token.
     """
 
     model: Model
@@ -50,6 +51,7 @@ class Drawing:
     eos_ids: tuple[int, ...]
     record_router: bool = False
     support: int = 0
+    some_greedy: bool = True
 
     def run(self, tokens: Array, positions: Array, cache: PyTree) -> tuple[Array, PyTree, Array | None]:
         """Hidden states, the filled cache, and the experts of each token [rows, T, L, k] where they are recorded."""
@@ -67,7 +69,7 @@ class Drawing:
         if self.controls is not None:
             scores = adjusted_scores(scores, self.controls, watch.seen, position[:, None], self.eos_ids)
         temperature = self.temperature[row]
-        greedy = temperature == 0
+        greedy = temperature == 0 if self.some_greedy else False
         log_p = scaled_log_softmax(scores, jnp.where(greedy, 1.0, temperature)[:, None])
         if self.controls is not None:
             log_p = truncated(log_p, self.controls)

@@ -121,6 +121,7 @@ def generate(
         eos_ids=tuple(eos_ids),
         record_router=record_router,
         support=_support(model, controls) if record_support else 0,
+        some_greedy=not (isinstance(temperature, float | int) and temperature > 0),
     )
     given = 0 if prefixes is None else prefixes.tokens.shape[1] + 1
     room = max_completion_tokens if slots is None else 0

@@ -33,7 +33,7 @@ def sampled_tokens(
       log_probabilities: the distribution to draw from.
       keys: one key a row (`row_keys`).
       position: index of the token in its completion, one number or one a row; folded into the key.
-      greedy: scalar or [B]; True takes the most likely token instead.
+      greedy: scalar or [B]; True takes the most likely token instead. Where it is False itself, it is not looked for.
 
     Returns:
       token ids; never a symbol of probability zero.
@@ -51,8 +51,10 @@ def sampled_tokens(
     block, target = _first_beyond(totals, uniform)
     inside = jnp.take_along_axis(probabilities, block[:, None, None], axis=1)[:, 0]
     symbol, _ = _first_beyond(inside, target / jnp.take_along_axis(totals, block[:, None], axis=1)[:, 0])
-    likeliest = jnp.argmax(log_probabilities, axis=-1)
-    return jnp.where(greedy, likeliest, block * BLOCK + symbol).astype(jnp.int32)
+    drawn = block * BLOCK + symbol
+    if greedy is not False:
+        drawn = jnp.where(greedy, jnp.argmax(log_probabilities, axis=-1), drawn)
+    return drawn.astype(jnp.int32)
 
 
 def _first_beyond(mass: Float[Array, "B N"], share: Float[Array, "B"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:

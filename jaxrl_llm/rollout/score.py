@@ -18,13 +18,23 @@ def predicting_hidden(
     length: Int[Array, "B"],
     *,
     router_choices: Int[Array, "B P+T L k"] | None = None,
+    samples_per_prompt: int = 1,
 ) -> Float[Array, "B T D"]:
     """Hidden state that predicts each completion token: that of the token before it.
 
     Positions come from lengths alone, so padding ids are never looked at. A mixture of experts takes recorded choices.
+
+    Args:
+      model: the policy.
+      params: its parameters.
+      prompt_tokens, prompt_length, tokens, length: as in `Experience`.
+      router_choices: of prompt and completion tokens.
+      samples_per_prompt: rows that follow one another and have the same prompt: where the model is better off so, it is
+        gone through once for all of them, forward and backward.
     """
     rows = prompt_tokens, prompt_length, tokens, length
-    return observed_hidden(model, params, *rows, router_choices=router_choices)[0]
+    named = dict(router_choices=router_choices, samples_per_prompt=samples_per_prompt)
+    return observed_hidden(model, params, *rows, **named)[0]
 
 
 def observed_hidden(
@@ -36,9 +46,13 @@ def observed_hidden(
     length: Int[Array, "B"],
     *,
     router_choices: Int[Array, "B P+T L k"] | None = None,
+    samples_per_prompt: int = 1,
     names: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
     """`predicting_hidden`, and by name what the model shows of each token of prompt and completion, rows first."""
+    if samples_per_prompt > 1 and model.shared_scoring and router_choices is None and not names:
+        one = prompt_tokens[::samples_per_prompt], prompt_length[::samples_per_prompt]
+        return _continued_hidden(model, params, *one, tokens, length), {}
     prompt_width, width = prompt_tokens.shape[1], tokens.shape[1]
     positions = jnp.concatenate(
         [prompt_positions(prompt_length, prompt_width), completion_positions(prompt_length, length, width)], axis=1
@@ -51,6 +65,28 @@ def observed_hidden(
         raise ValueError(f"the model shows nothing of what happens inside, so there is no {', '.join(names)}")
     hidden, _, observed = model.observe(*arguments, names=names, **replayed)
     return hidden[:, prompt_width - 1 : -1], {name: jnp.moveaxis(observed[name], 0, 2) for name in names}
+
+
+def _continued_hidden(
+    model: Model,
+    params: PyTree,
+    prompt_tokens: Int[Array, "N P"],
+    prompt_length: Int[Array, "N"],
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+) -> Float[Array, "B T D"]:
+    """Hidden states of B / N completions of each prompt, which go on from one pass over it."""
+    (count, width), samples = prompt_tokens.shape, tokens.shape[0] // prompt_tokens.shape[0]
+    positions = prompt_positions(prompt_length, width)
+    hidden, cache = model.apply(params, prompt_tokens, positions, model.init_cache(count, width))
+    last = jnp.repeat(hidden[:, -1:], samples, axis=0)
+    # The last token predicts nothing that is asked for.
+    before = tokens[:, :-1]
+    if before.shape[1] == 0:
+        return last
+    positions = completion_positions(jnp.repeat(prompt_length, samples), length, before.shape[1])
+    hidden, _ = model.apply(params, before, positions, model.expand_cache(cache, samples, before.shape[1]))
+    return jnp.concatenate([last, hidden], axis=1)
 
 
 def prompt_hidden(

@@ -180,11 +180,14 @@ class Objective(NamedTuple):
     value: Callable[..., tuple[Array, Any]]
 
 
-def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: float) -> Objective:
+def make_objective(
+    model: Model, losses: Sequence[LossTerm], *, temperature: float, samples_per_prompt: int = 1
+) -> Objective:
     """Compose losses. Only what they name is computed.
 
     A loss that names `entropy` or carries an `over_vocabulary` functional has it evaluated in the same chunked pass as
-    the log-probabilities; one that names `values` has the value model evaluated.
+    the log-probabilities; one that names `values` has the value model evaluated. Each `samples_per_prompt` rows that
+    follow one another are of one prompt.
     """
     wanted = frozenset().union(*(signature(term.function).required for term in losses))
     with_entropy = "entropy" in wanted
@@ -194,8 +197,17 @@ def make_objective(model: Model, losses: Sequence[LossTerm], *, temperature: flo
     with_router = bool(wanted.intersection(ROUTER))
 
     def hidden_of(params: PyTree, rows: Experience, routes: Array | None = None, names: tuple[str, ...] = ()):
-        prompt = rows.prompt_tokens, rows.prompt_length
-        return observed_hidden(model, params, *prompt, rows.tokens, rows.length, router_choices=routes, names=names)
+        return observed_hidden(
+            model,
+            params,
+            rows.prompt_tokens,
+            rows.prompt_length,
+            rows.tokens,
+            rows.length,
+            router_choices=routes,
+            samples_per_prompt=samples_per_prompt,
+            names=names,
+        )
 
     def terms(rows: Experience, learner: dict[str, Any], over_vocabulary: Mapping[str, Any]) -> list[Loss]:
         provided = fields_of(rows) | learner
@@ -258,6 +270,7 @@ def make_learn(
     samples_per_prompt: int,
     critic: Critic | None = None,
     joined: int = 0,
+    equal_groups: bool = True,
 ) -> Callable[[TrainState, Experience, Sequence[Array]], tuple[TrainState, dict[str, Array]]]:
     """Build learn(state, experience, coefficients) -> (state, metrics).
 
@@ -270,8 +283,16 @@ def make_learn(
       samples_per_prompt: rows of a group.
       critic: how critics are made, for losses that name one; each is trained by its own optimiser.
       joined: groups at the end of the experience that were not sampled in this step.
+      equal_groups: whether each `samples_per_prompt` rows are those of one prompt.
     """
-    objective = make_objective(model, losses, temperature=temperature)
+    # Stored rows need not come in groups of one prompt, and a microbatch may cut a group.
+    whole_groups = (
+        equal_groups
+        and not joined
+        and (update.sequences_per_microbatch or samples_per_prompt) % samples_per_prompt == 0
+    )
+    shared = samples_per_prompt if whole_groups else 1
+    objective = make_objective(model, losses, temperature=temperature, samples_per_prompt=shared)
     critics = objective.critics
     optimizers = {POLICY: optimizer} | (dict.fromkeys(critics, critic.optimizer) if critic else {})
     specs = None if model.specs is None else trainable_part(model, model.specs)

@@ -51,11 +51,13 @@ def by_microbatch(function: Callable[[Experience], Experience], rows: Experience
     return constrain_rows(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), filled))
 
 
-def hidden_states(model: Model, params: PyTree, rows: Experience, *, replayed: bool = False) -> Float[Array, "B T D"]:
+def hidden_states(
+    model: Model, params: PyTree, rows: Experience, *, replayed: bool = False, samples_per_prompt: int = 1
+) -> Float[Array, "B T D"]:
     """Hidden state that predicts each completion token, through the experts that were recorded where `replayed`."""
     routes = rows.router_choices if replayed else None
-    prompt = rows.prompt_tokens, rows.prompt_length
-    return predicting_hidden(model, params, *prompt, rows.tokens, rows.length, router_choices=routes)
+    rows_of = rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length
+    return predicting_hidden(model, params, *rows_of, router_choices=routes, samples_per_prompt=samples_per_prompt)
 
 
 def policy_view(
@@ -117,11 +119,12 @@ def prompt_logprobs(
     return jnp.pad(scored.logprobs, ((0, 0), (1, 0))) * mask, mask
 
 
-def reference_logprobs(model: Model, params: PyTree, rows: Experience, *, temperature: float) -> Float[Array, "B T"]:
+def reference_logprobs(
+    model: Model, params: PyTree, rows: Experience, *, temperature: float, samples_per_prompt: int = 1
+) -> Float[Array, "B T"]:
     """Log-probabilities of the completions under the reference, by the function that the policy goes through."""
-    return token_statistics(
-        model, params, hidden_states(model, params, rows), rows.tokens, temperature=temperature, support=rows.support
-    ).logprobs
+    hidden = hidden_states(model, params, rows, samples_per_prompt=samples_per_prompt)
+    return token_statistics(model, params, hidden, rows.tokens, temperature=temperature, support=rows.support).logprobs
 
 
 def critic_view(

@@ -240,6 +240,11 @@ class Composition:
         return critics_named(frozenset().union(*(signature(f).required for f in everything)))
 
     @property
+    def equal_groups(self) -> bool:
+        """Whether each `samples_per_prompt` rows that were sampled one after the other are those of one prompt."""
+        return not isinstance(self.rollout.rounds, Budget)
+
+    @property
     def keeps_record(self) -> bool:
         """Whether the sampler's own record stands for the log-probabilities of the policy before the update.
 
@@ -390,24 +395,30 @@ def credit(c: Composition, state: TrainState, experience: Experience) -> tuple[E
     if "baseline_rewards" in c.wanted:
         experience = with_baseline(experience, c.rollout.samples_per_prompt)
     # One forward function: the sampler's numbers are the trainer's.
-    experience = _viewed(c, state, experience, own_samples=c.keeps_record)
+    experience = _viewed(c, state, experience, own_samples=c.keeps_record, rows_are_groups=c.equal_groups)
     by_vocabulary = provide.over_vocabulary(
         c.model, state.params, experience, c.credit, temperature=c.rollout.temperature
     )
     return apply_credit(c.credit, experience, state.memory, state.step, by_vocabulary)
 
 
-def _viewed(c: Composition, state: TrainState, rows: Experience, *, own_samples: bool) -> Experience:
+def _viewed(
+    c: Composition, state: TrainState, rows: Experience, *, own_samples: bool, rows_are_groups: bool = False
+) -> Experience:
     """Rows with everything that is wanted of policy, reference and critics before the update."""
     temperature = c.rollout.temperature
     reference = reference_policy(c.model, in_use(c, state, "reference"))
+    # Pieces of a batch do not hold whole groups.
+    samples = c.rollout.samples_per_prompt if rows_are_groups and not c.update.sequences_per_microbatch else 1
 
     def viewed(rows: Experience) -> Experience:
         rows = provide.policy_view(
             c.model, state.params, rows, c.wanted, temperature=temperature, own_samples=own_samples
         )
         if "reference_logprobs" in c.wanted:
-            known = provide.reference_logprobs(c.model, reference, rows, temperature=temperature)
+            known = provide.reference_logprobs(
+                c.model, reference, rows, temperature=temperature, samples_per_prompt=samples
+            )
             rows = replace(rows, reference_logprobs=known)
         return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
 
@@ -482,6 +493,7 @@ def learn(
         samples_per_prompt=c.rollout.samples_per_prompt,
         critic=c.critic,
         joined=c.joined_groups,
+        equal_groups=c.equal_groups,
     )
     by_reference = c.update.refreshes_reference or c.update.reference_decay is not None
     by_reference |= any("over_vocabulary" in names(term.function) for term in c.losses)
