@@ -143,14 +143,15 @@ def test_a_prefix_keeps_its_source_and_is_trained_on_only_where_it_was_sampled()
     np.testing.assert_allclose(ours.behaviour_logprobs[inside], expected[inside], rtol=1e-5, atol=1e-5)
 
 
-def test_decoding_in_pieces_is_one_rollout():
+@pytest.mark.parametrize("width", [0, 1])
+def test_decoding_in_pieces_is_one_rollout(width):
     drawing, per_row, state = begun(slots=STEPS + 12)
 
     @jax.jit
     def run(state):
-        active, stopped = jnp.ones(12, bool), jnp.zeros(12, bool)
+        active, stopped, nothing = jnp.ones(12, bool), jnp.zeros(12, bool), jnp.zeros((12, width), jnp.int32)
         for most in (2, 5, STEPS):
-            state = feed(drawing, state, jnp.zeros((12, 1), jnp.int32), jnp.zeros(12, jnp.int32), jnp.zeros((12, 1)))
+            state = feed(drawing, state, nothing, jnp.zeros(12, jnp.int32), nothing)
             state, now = decode(drawing, state, active=active, limit=jnp.full(12, most), end_ids=(EOS,))
             stopped, active = stopped | now, active & ~now
         return state, stopped
