@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = command("explain", _explain, "The composed step of a config: stages, shapes, sizes, work.")
     explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
 
-    command("doctor", _doctor, "Devices, versions and memory of this machine.")
+    command("doctor", _doctor, "Devices, versions, memory and compiled programs of this machine.")
     return parser
 
 
@@ -209,6 +209,7 @@ def _load(words: Sequence[str]):
 
 
 def _train(options: argparse.Namespace) -> None:
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.config import ConfigError, as_tree
     from jaxrl_llm.parallel import hosts
     from jaxrl_llm.parallel.start import initialise, place_of_this_process
@@ -234,7 +235,9 @@ def _train(options: argparse.Namespace) -> None:
     peers = initialise(place, as_tree(config), seconds=options.start_timeout, decide=decide)
     hosts.join(peers)
     console = Console(stderr=options.json, quiet=peers is not None and not hosts.is_main())
-    if peers is not None:
+    if peers is None:
+        enable_compilation_cache()
+    else:  # whose homes may differ: only process 0 writes, and processes that wait for each other must all compile
         console.print(f"{peers.place.processes} processes ({peers.place.how}) are there and agree")
     decided = decide() if peers is None else peers.decided
     summary = train(config, resume=decided["resume"], console=console)
@@ -252,6 +255,7 @@ def _positive(options: argparse.Namespace, *names: str) -> None:
 def _eval(options: argparse.Namespace) -> None:
     import jax
 
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.evaluation import make_evaluate
     from jaxrl_llm.training.restored import restored_run
     from jaxrl_llm.training.setup import data_sets, grader
@@ -262,6 +266,7 @@ def _eval(options: argparse.Namespace) -> None:
     except ValueError:
         raise ValueError(f"--k is {options.k!r}; give whole numbers separated by commas, for example 1,8,32") from None
     _positive(options, "samples", "problems")
+    enable_compilation_cache()
     samples = options.samples or max(ks)
     built, policy = restored_run(options.path)
     config = built.config
@@ -296,16 +301,20 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.sample_command import sample
 
     _positive(options, "samples", "max_tokens", "batch")
+    enable_compilation_cache()
     sample(options)
 
 
 def _score(options: argparse.Namespace) -> None:
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.model_commands import score_file
 
     _positive(options, "batch")
+    enable_compilation_cache()
     lines = score_file(
         options.path, options.file, temperature=options.temperature, batch=options.batch, dtype=options.dtype
     )
@@ -462,9 +471,11 @@ def _widths(cells: Sequence[dict[str, str]], total: int) -> dict[str, int]:
 
 
 def _explain(options: argparse.Namespace) -> None:
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.training.explain import explanation
     from jaxrl_llm.training.setup import parts
 
+    enable_compilation_cache()
     result = explanation(parts(_load(options.config)))
     if options.json:
         print(json.dumps(result, indent=2))

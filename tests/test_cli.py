@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_doctor_describes_the_machine(jaxrl):
     assert report["devices"]["backend"] == "cpu"
     assert report["host"]["cores"] >= 1
     assert report["versions"]["jax"]
+    assert report["compiled programs"]["directory"] == os.environ["JAX_COMPILATION_CACHE_DIR"]
     assert "memory_gib" in jaxrl("doctor")
 
 
