@@ -483,6 +483,13 @@ def _explain(options: argparse.Namespace) -> None:
     _show(options, result["stages"], "one step, in order ([x] is used when something provides it)")
     _show(options, [{"field": k, "shape": v} for k, v in result["shapes"].items()], "experience after a step")
     _show(options, [{"size": k, "value": f"{v:,}"} for k, v in result["sizes"].items()], "sizes")
+    widths = [
+        row | {key: "?" if row[key] is None else f"{row[key]:.1%}" for key in ("prompts", "batches")}
+        for row in result["widths"]
+    ]
+    used = [row["stage"] for row in result["widths"] if row["batches"] != 0]
+    counts = ", ".join(f"{used.count(stage)} in {stage}" for stage in dict.fromkeys(used))
+    _show(options, widths, f"widths of prompts, in tokens; programs: {counts}")
     programs = [
         {key: f"{value:,.0f}" if isinstance(value, float | int) else value for key, value in program.items()}
         for program in result["programs"]

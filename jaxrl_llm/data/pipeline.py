@@ -148,8 +148,8 @@ def prompt_batches(
     written: dict[int, Row] = {}
     if max_demonstration_tokens is not None:
         completion = completion_ids(tokenizer, scratchpad)
-        widths = (max_prompt_tokens, max_demonstration_tokens)
-        fitting, _ = encoded_rows(source, tokenizer, completion, "completion", widths, overlong)
+        together = (max_prompt_tokens, max_demonstration_tokens)
+        fitting, _ = encoded_rows(source, tokenizer, completion, "completion", together, overlong)
         written = {row.item["item_id"]: row for row in fitting}
         kept = [row for row in rows if row.item["item_id"] in written]
         rows, dropped = kept, dropped + len(rows) - len(kept)
