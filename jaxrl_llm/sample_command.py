@@ -209,12 +209,13 @@ def _converse(policy: Policy, limits: Limits, drawn: Callable, samples: int) -> 
             continue
         try:
             request = _request(policy, limits, "this prompt", {"prompt": line}, chat=False)
-            show(drawn([request], [number], 1 if samples == 1 else _PIECE), [""] * samples, policy)
+            pieces = drawn([request], [number], 1 if samples == 1 else _PIECE)
+            number += 1
+            show(pieces, [""] * samples, policy)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print()
-        number += 1
 
 
 def _limits(policy: Policy, max_tokens: int | None) -> Limits:

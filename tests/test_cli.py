@@ -292,7 +292,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(tmp_path):
         cli.main(["--traceback", "eval", str(tmp_path)])
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["eval"], ["sample", "run"], ["methods", "--room", "kitchen"]])
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["eval"], ["sample"], ["methods", "--room", "kitchen"]])
 def test_usage_is_explained(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
