@@ -120,9 +120,24 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--temperature", type=float, help="of the samples (default: the run's)")
     evaluate.add_argument("--seed", type=int, default=0)
 
-    sample = command("sample", _sample, "Completions of given prompts from a run, a checkpoint or a model directory.")
+    sample = command(
+        "sample",
+        _sample,
+        "Completions from a run, a checkpoint or a model directory. Without a prompt, lines of the terminal (or of "
+        "standard input) are prompts.",
+    )
     sample.add_argument("path", metavar="MODEL", help="a run, a checkpoint, or a Hugging Face model directory")
-    sample.add_argument("--prompt", action="append", required=True, help="text of a prompt; may be repeated")
+    sample.add_argument("--prompt", action="append", default=[], help="text of a prompt; may be repeated")
+    sample.add_argument(
+        "--prompts", metavar="FILE", help="a text a line; or JSONL, with prompt, messages (chat) or token_ids"
+    )
+    sample.add_argument(
+        "--token-ids",
+        action="append",
+        default=[],
+        metavar="IDS",
+        help="tokens of a prompt, such as '1 2 3'; may be repeated",
+    )
     sample.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt")
     sample.add_argument("--greedy", action="store_true", help="the most likely token at each position")
     sample.add_argument("--temperature", type=float, default=1.0)
@@ -134,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--stop", action="append", default=[], help="text that ends a completion; may be repeated")
     sample.add_argument("--max-tokens", type=int, help="longest completion (default: the run's, or 256)")
     sample.add_argument("--chat", action="store_true", help="of a model directory: through its chat template")
+    sample.add_argument("--batch", type=int, default=8, help="prompts sampled together (default 8)")
+    sample.add_argument("--jsonl", action="store_true", help="print a line of JSON for each completion, batch by batch")
     sample.add_argument("--seed", type=int, default=0)
 
     score = command("score", _score, "Log-probabilities of given texts or token ids, as JSON.", json_output=False)
@@ -175,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = command("explain", _explain, "The composed step of a config: stages, shapes, sizes, work.")
     explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
 
-    command("doctor", _doctor, "Devices, versions and memory of this machine.")
+    command("doctor", _doctor, "Devices, versions, memory and compiled programs of this machine.")
     return parser
 
 
@@ -192,6 +209,7 @@ def _load(words: Sequence[str]):
 
 
 def _train(options: argparse.Namespace) -> None:
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.config import ConfigError, as_tree
     from jaxrl_llm.parallel import hosts
     from jaxrl_llm.parallel.start import initialise, place_of_this_process
@@ -217,7 +235,9 @@ def _train(options: argparse.Namespace) -> None:
     peers = initialise(place, as_tree(config), seconds=options.start_timeout, decide=decide)
     hosts.join(peers)
     console = Console(stderr=options.json, quiet=peers is not None and not hosts.is_main())
-    if peers is not None:
+    if peers is None:
+        enable_compilation_cache()
+    else:  # whose homes may differ: only process 0 writes, and processes that wait for each other must all compile
         console.print(f"{peers.place.processes} processes ({peers.place.how}) are there and agree")
     decided = decide() if peers is None else peers.decided
     summary = train(config, resume=decided["resume"], console=console)
@@ -235,6 +255,7 @@ def _positive(options: argparse.Namespace, *names: str) -> None:
 def _eval(options: argparse.Namespace) -> None:
     import jax
 
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.evaluation import make_evaluate
     from jaxrl_llm.training.restored import restored_run
     from jaxrl_llm.training.setup import data_sets, grader
@@ -245,6 +266,7 @@ def _eval(options: argparse.Namespace) -> None:
     except ValueError:
         raise ValueError(f"--k is {options.k!r}; give whole numbers separated by commas, for example 1,8,32") from None
     _positive(options, "samples", "problems")
+    enable_compilation_cache()
     samples = options.samples or max(ks)
     built, policy = restored_run(options.path)
     config = built.config
@@ -281,72 +303,20 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    import jax
-    import numpy as np
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
+    from jaxrl_llm.sample_command import sample
 
-    from jaxrl_llm.data import encode_prompts
-    from jaxrl_llm.rollout import Controls, generate, stop_automaton
-    from jaxrl_llm.training.restored import restored_policy
-
-    _positive(options, "samples", "max_tokens")
-    policy = restored_policy(options.path, chat=options.chat)
-    tokenizer = policy.tokenizer
-    items = [{"body": text, "answer": "", "item_id": number} for number, text in enumerate(options.prompt)]
-    longest = policy.max_prompt_tokens or max(len(tokenizer.prompt_ids(item)) for item in items)
-    prompts = encode_prompts(items, tokenizer, max_prompt_tokens=longest, max_answer_tokens=1)
-    stop = None
-    if options.stop:  # an embedding may have more rows than there are tokens
-        unused = [None] * (policy.model.vocabulary_size - tokenizer.vocabulary_size)
-        stop = stop_automaton(options.stop, [*tokenizer.token_bytes(), *unused])
-    controls = Controls(
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        min_completion_tokens=options.min_tokens,
-        stop=stop,
-    )
-    program = jax.jit(
-        lambda params, prompts, key: generate(
-            policy.model,
-            params,
-            prompts,
-            key,
-            0,
-            samples_per_prompt=options.samples,
-            max_completion_tokens=options.max_tokens or policy.max_completion_tokens,
-            eos_ids=tokenizer.eos_ids,
-            pad_id=tokenizer.pad_id,
-            temperature=0.0 if options.greedy else options.temperature,
-            controls=controls,
-        )
-    )
-    made = jax.device_get(program(policy.params, prompts, jax.random.key(options.seed)))
-    results = []
-    for row in range(len(made.tokens)):
-        tokens = made.tokens[row][: made.length[row]].tolist()
-        results.append(
-            {
-                "prompt": options.prompt[made.group[row]],
-                "completion": tokenizer.decode(tokens),
-                "tokens": tokens,
-                "logprobs": np.round(made.behaviour_logprobs[row][: made.length[row]], 6).tolist(),
-                "truncated": bool(made.truncated[row]),
-            }
-        )
-    if options.json:
-        print(json.dumps(results, indent=2))
-        return
-    console = Console()
-    for result in results:
-        mark = " (cut at the length limit)" if result["truncated"] else ""
-        console.print(Text(f"{result['prompt']} -> {result['completion']}{mark}"), soft_wrap=True)
+    _positive(options, "samples", "max_tokens", "batch")
+    enable_compilation_cache()
+    sample(options)
 
 
 def _score(options: argparse.Namespace) -> None:
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.model_commands import score_file
 
     _positive(options, "batch")
+    enable_compilation_cache()
     lines = score_file(
         options.path, options.file, temperature=options.temperature, batch=options.batch, dtype=options.dtype
     )
@@ -503,9 +473,11 @@ def _widths(cells: Sequence[dict[str, str]], total: int) -> dict[str, int]:
 
 
 def _explain(options: argparse.Namespace) -> None:
+    from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.training.explain import explanation
     from jaxrl_llm.training.setup import parts
 
+    enable_compilation_cache()
     result = explanation(parts(_load(options.config)))
     if options.json:
         print(json.dumps(result, indent=2))
@@ -513,6 +485,13 @@ def _explain(options: argparse.Namespace) -> None:
     _show(options, result["stages"], "one step, in order ([x] is used when something provides it)")
     _show(options, [{"field": k, "shape": v} for k, v in result["shapes"].items()], "experience after a step")
     _show(options, [{"size": k, "value": f"{v:,}"} for k, v in result["sizes"].items()], "sizes")
+    widths = [
+        row | {key: "?" if row[key] is None else f"{row[key]:.1%}" for key in ("prompts", "batches")}
+        for row in result["widths"]
+    ]
+    used = [row["stage"] for row in result["widths"] if row["batches"] != 0]
+    counts = ", ".join(f"{used.count(stage)} in {stage}" for stage in dict.fromkeys(used))
+    _show(options, widths, f"widths of prompts, in tokens; programs: {counts}")
     programs = [
         {key: f"{value:,.0f}" if isinstance(value, float | int) else value for key, value in program.items()}
         for program in result["programs"]

@@ -245,6 +245,8 @@ class RolloutConfig:
     Attributes:
       samples_per_prompt: completions for each prompt of a step.
       max_prompt_tokens: prompts are padded to this; a longer one is an error (or dropped, see data).
+      prompt_buckets: smaller widths; a step takes the smallest one that holds all of its prompts. True takes powers of
+        two. Each width that occurs is a program more; `jaxrl explain` lists them.
       max_completion_tokens: longest completion, end of sequence included.
       temperature: of the softmax, in sampling and in training alike.
       demonstration_in_group: the last sample of each group is the prompt's reference completion.
@@ -264,6 +266,7 @@ class RolloutConfig:
 
     samples_per_prompt: int = 8
     max_prompt_tokens: int = 32
+    prompt_buckets: bool | tuple[int, ...] = False
     max_completion_tokens: int = 64
     temperature: float = 1.0
     demonstration_in_group: bool = False
@@ -291,6 +294,17 @@ class RolloutConfig:
         if self.renormalised and self.truncation is None:
             raise ValueError(
                 "rollout.renormalised is true, but nothing is truncated; set rollout.top_k or leave it out"
+            )
+        widths = () if isinstance(self.prompt_buckets, bool) else self.prompt_buckets
+        if unfit := [width for width in widths if not 1 <= width <= self.max_prompt_tokens]:
+            raise ValueError(
+                f"rollout.prompt_buckets holds {unfit[0]}, but the widths of prompts lie between 1 and "
+                f"rollout.max_prompt_tokens {self.max_prompt_tokens}; take it out, or raise the limit"
+            )
+        if self.prompt_buckets and self.off_policy_steps:
+            raise ValueError(
+                "rollout.prompt_buckets and rollout.off_policy_steps are both set, but a batch that waits in the state "
+                "has one width; leave one of them out"
             )
         given = [name for name in ("refill", "adaptive", "budget") if getattr(self, name) is not None]
         if len(given) > 1:
@@ -619,6 +633,12 @@ class Config:
             raise ValueError(
                 "rehearsal and supervised are both set; both bring rows of written answers that losses could not tell "
                 "apart, so leave one of them out"
+            )
+        joined = [name for name in ("rehearsal", "supervised", "replay") if getattr(self, name) is not None]
+        if self.rollout.prompt_buckets and joined:
+            raise ValueError(
+                f"rollout.prompt_buckets and {joined[0]} are both set, but rows that join a batch have prompts of one "
+                "width; leave one of them out"
             )
         for name in ("rehearsal", "supervised"):
             section = getattr(self, name)

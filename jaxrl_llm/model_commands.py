@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.data.json_files import elements, place
+from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.models.transformer_config import Precision
 
 
@@ -83,32 +83,13 @@ def score_file(path: str, file: str, *, temperature: float, batch: int, dtype: s
     from jaxrl_llm.training.restored import restored_policy
 
     policy = restored_policy(path, dtype=dtype)
-    lines = _lines(Path(file))
+    lines = json_objects(Path(file), "--file")
     texts = [_tokens(policy.tokenizer, line, where) for where, line in lines]
     logprobs = make_score(policy.model, temperature=temperature, sequences_per_batch=batch)(policy.params, texts)
     return [
         {"tokens": list(completion), "logprobs": values, "total": sum(values), "prompt_tokens": list(prompt)}
         for (prompt, completion), values in zip(texts, logprobs, strict=True)
     ]
-
-
-def _lines(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """(where it stands, object) of every line."""
-    try:
-        content = file.expanduser().read_bytes()
-    except OSError as error:
-        raise ValueError(f"--file {file} cannot be read: {error.strerror}; give the path of a JSONL file") from None
-    lines = []
-    for number, element in elements(file, content):
-        where = f"{file}, {place(content)} {number}"
-        if isinstance(element, ValueError):
-            raise ValueError(f"{where} is no JSON: {element}")
-        if not isinstance(element, Mapping):
-            raise ValueError(f"{where} holds a {type(element).__name__}, not an object")
-        lines.append((where, element))
-    if not lines:
-        raise ValueError(f"{file} holds no line; give one object a line")
-    return lines
 
 
 def _tokens(tokenizer: Any, line: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:

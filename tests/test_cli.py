@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_doctor_describes_the_machine(jaxrl):
     assert report["devices"]["backend"] == "cpu"
     assert report["host"]["cores"] >= 1
     assert report["versions"]["jax"]
+    assert report["compiled programs"]["directory"] == os.environ["JAX_COMPILATION_CACHE_DIR"]
     assert "memory_gib" in jaxrl("doctor")
 
 
@@ -290,7 +292,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(tmp_path):
         cli.main(["--traceback", "eval", str(tmp_path)])
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["eval"], ["sample", "run"], ["methods", "--room", "kitchen"]])
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["eval"], ["sample"], ["methods", "--room", "kitchen"]])
 def test_usage_is_explained(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,33 @@ def json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, not an object; copy the model's files again")
     return value
+
+
+def json_objects(file: Path, flag: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """(where it stands, object) of every line of a JSONL file, or of every element of a JSON list.
+
+    Args:
+      file: the file.
+      flag: the option that named it, for messages.
+
+    Raises:
+      ValueError: for a file that cannot be read, holds nothing, or holds something else.
+    """
+    try:
+        content = file.expanduser().read_bytes()
+    except OSError as error:
+        raise ValueError(f"{flag} {file} cannot be read: {error.strerror}; give the path of a JSONL file") from None
+    objects = []
+    for number, element in elements(file, content):
+        where = f"{file}, {place(content)} {number}"
+        if isinstance(element, ValueError):
+            raise ValueError(f"{where} is no JSON: {element}")
+        if not isinstance(element, Mapping):
+            raise ValueError(f"{where} holds a {type(element).__name__}, not an object")
+        objects.append((where, element))
+    if not objects:
+        raise ValueError(f"{file} holds no line; give one object a line")
+    return objects
 
 
 def elements(file: Path, content: bytes) -> Iterator[tuple[int, Any]]:

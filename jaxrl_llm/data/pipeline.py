@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import grain
 import numpy as np
 
+from jaxrl_llm.data.buckets import bucket_of
 from jaxrl_llm.data.encoding import (
     Overlong,
     Record,
@@ -120,6 +121,7 @@ def prompt_batches(
     overlong: Overlong = "error",
     max_demonstration_tokens: int | None = None,
     scratchpad: bool = True,
+    widths: Sequence[int] | None = None,
 ) -> Batches[PromptBatch]:
     """Batches of prompts for sampling, in a new order each epoch.
 
@@ -135,6 +137,8 @@ def prompt_batches(
       overlong: what becomes of an item that does not fit: "error", or "drop" (and count).
       max_demonstration_tokens: width of the reference completions that come with the prompts; None leaves them out.
       scratchpad: those completions with the think part, or the direct variant.
+      widths: of the prompts; a batch has the smallest one that holds all of its prompts. None for `max_prompt_tokens`
+        alone.
 
     Raises:
       ValueError: for an item that is too long, or fewer items than `prompts_per_step`.
@@ -144,17 +148,18 @@ def prompt_batches(
     written: dict[int, Row] = {}
     if max_demonstration_tokens is not None:
         completion = completion_ids(tokenizer, scratchpad)
-        widths = (max_prompt_tokens, max_demonstration_tokens)
-        fitting, _ = encoded_rows(source, tokenizer, completion, "completion", widths, overlong)
+        together = (max_prompt_tokens, max_demonstration_tokens)
+        fitting, _ = encoded_rows(source, tokenizer, completion, "completion", together, overlong)
         written = {row.item["item_id"]: row for row in fitting}
         kept = [row for row in rows if row.item["item_id"] in written]
         rows, dropped = kept, dropped + len(rows) - len(kept)
 
     def batch(chosen: Sequence[Row]) -> PromptBatch:
-        prompts = padded_prompts(chosen, tokenizer.pad_id, limits)
+        width = _width(chosen, max_prompt_tokens, widths)
+        prompts = padded_prompts(chosen, tokenizer.pad_id, (width, max_answer_tokens))
         if max_demonstration_tokens is not None:
             completions = [written[row.item["item_id"]] for row in chosen]
-            arrays = padded_arrays(completions, tokenizer.pad_id, (max_prompt_tokens, max_demonstration_tokens))
+            arrays = padded_arrays(completions, tokenizer.pad_id, (width, max_demonstration_tokens))
             prompts = dataclasses.replace(
                 prompts, demonstration_tokens=arrays["answer_tokens"], demonstration_length=arrays["answer_length"]
             )
@@ -257,8 +262,12 @@ def evaluation_batches(
     max_prompt_tokens: int,
     max_answer_tokens: int,
     overlong: Overlong = "error",
+    widths: Sequence[int] | None = None,
 ) -> list[EvaluationBatch]:
-    """All items once, in order, in batches of one size; the last is filled up with rows of weight 0."""
+    """All items once, in order, in batches of one size; the last is filled up with rows of weight 0.
+
+    Prompts are `max_prompt_tokens` wide, or as wide as the smallest of `widths` that holds those of the batch.
+    """
     limits = (max_prompt_tokens, max_answer_tokens)
     rows, _ = encoded_rows(items, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
     _require_positive("prompts_per_batch", prompts_per_batch)
@@ -267,9 +276,14 @@ def evaluation_batches(
         real = rows[start : start + prompts_per_batch]
         chosen = real + [real[0]] * (prompts_per_batch - len(real))
         weight = (np.arange(prompts_per_batch) < len(real)).astype(np.float32)
-        prompts = padded_prompts(chosen, tokenizer.pad_id, limits)
+        width = _width(real, max_prompt_tokens, widths)
+        prompts = padded_prompts(chosen, tokenizer.pad_id, (width, max_answer_tokens))
         batches.append(EvaluationBatch(prompts, [row.item for row in chosen], weight))
     return batches
+
+
+def _width(rows: Sequence[Row], max_prompt_tokens: int, widths: Sequence[int] | None) -> int:
+    return bucket_of(max(len(row.prompt) for row in rows), widths or (max_prompt_tokens,))
 
 
 def _reference(item: Record, scratchpad: bool) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.data import evaluation_batches
+from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.encoding import Tokenizer
 from jaxrl_llm.evaluation.grading import Grader
 from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k
@@ -36,7 +37,7 @@ def make_evaluate(
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = RULES,
 ) -> Callable[..., dict[str, float]]:
-    """Build evaluate(params, items, key) -> metrics; the decoding program is compiled once and reused.
+    """Build evaluate(params, items, key) -> metrics; a decoding program for each width of `buckets` that is needed.
 
     Each problem is decoded once greedily and `samples_per_problem` times at `temperature`, in one program. The result
     holds `greedy` (accuracy of the greedy completion), `pass@k` (unbiased) and `maj@k` (k > 1) for each k, means over
@@ -87,6 +88,7 @@ def make_evaluate(
             max_prompt_tokens=max_prompt_tokens,
             max_answer_tokens=max_completion_tokens,
             overlong=overlong,
+            widths=buckets(max_prompt_tokens),
         )
         for batch in batches:
             tokens, length, cut = jax.device_get(program(params, batch.prompts, key))

@@ -7,6 +7,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from jaxrl_llm.compilation_cache import compilation_cache_report
+
 PACKAGES = (
     "jaxrl_llm",
     "jax",
@@ -34,7 +36,7 @@ def package_versions() -> dict[str, str]:
 
 
 def machine_report() -> dict[str, dict[str, Any]]:
-    """Devices, host and versions as plain data."""
+    """Devices, host, compiled programs that are kept, and versions as plain data."""
     import jax
 
     devices = {}
@@ -53,5 +55,6 @@ def machine_report() -> dict[str, dict[str, Any]]:
             "memory_free_gib": round(free / 2**30, 1),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         },
+        "compiled programs": compilation_cache_report(),
         "versions": package_versions(),
     }

@@ -33,9 +33,11 @@ from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
 from jaxrl_llm.rollout.score import predicting_hidden
 from jaxrl_llm.rollout.stop import StopAutomaton, stop_automaton
+from jaxrl_llm.rollout.stream import Drawn, make_stream
 
 __all__ = [
     "Controls",
+    "Drawn",
     "Engine",
     "EngineError",
     "Environment",
@@ -59,6 +61,7 @@ __all__ = [
     "host_replayed",
     "host_started",
     "host_step",
+    "make_stream",
     "opened",
     "predicting_hidden",
     "probe",

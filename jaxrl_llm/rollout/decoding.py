@@ -211,7 +211,8 @@ def feed(
     Args:
       drawing: how tokens are drawn.
       state: rows so far.
-      tokens: right-padded; what exceeds the width T is an error of the caller and is dropped.
+      tokens: right-padded; what exceeds the width T is an error of the caller and is dropped. With F = 0 nothing but
+        what is pending is settled.
       length: how many of them each row gets, 0 for none.
       source: their `Source`.
     """
@@ -227,22 +228,24 @@ def feed(
     both = jnp.concatenate([jnp.maximum(state.pending, 0)[:, None], tokens], axis=1)
     hidden, cache, routes = drawing.run(both, positions, state.cache)
 
-    before = jnp.where(late[:, None], hidden[:, 0], state.hidden)
-    predicting = jnp.concatenate([before[:, None], hidden[:, 1:-1]], axis=1)
-    scale = jnp.where(drawing.temperature == 0, 1.0, drawing.temperature)
-    known = token_statistics(drawing.model, drawing.params, predicting, tokens, temperature=scale, entropy=True)
-    at = jnp.where(given, written.length[:, None] + jnp.arange(width), written.tokens.shape[1])
-    put = lambda into, values: into.at[rows[:, None], at].set(values.astype(into.dtype), mode="drop")  # noqa: E731
-    assert known.entropy is not None
     places = jnp.where(real, written.length[:, None] + column, jnp.iinfo(jnp.int32).min)
-    written = replace(
-        written.routed(rows, places, routes),
-        tokens=put(written.tokens, tokens),
-        logprobs=put(written.logprobs, known.logprobs),
-        entropy=put(written.entropy, known.entropy),
-        source=put(written.source, source),
-        length=written.length + length,
-    )
+    written = written.routed(rows, places, routes)
+    if width:
+        before = jnp.where(late[:, None], hidden[:, 0], state.hidden)
+        predicting = jnp.concatenate([before[:, None], hidden[:, 1:-1]], axis=1)
+        scale = jnp.where(drawing.temperature == 0, 1.0, drawing.temperature)
+        known = token_statistics(drawing.model, drawing.params, predicting, tokens, temperature=scale, entropy=True)
+        at = jnp.where(given, written.length[:, None] + jnp.arange(width), written.tokens.shape[1])
+        put = lambda into, values: into.at[rows[:, None], at].set(values.astype(into.dtype), mode="drop")  # noqa: E731
+        assert known.entropy is not None
+        written = replace(
+            written,
+            tokens=put(written.tokens, tokens),
+            logprobs=put(written.logprobs, known.logprobs),
+            entropy=put(written.entropy, known.entropy),
+            source=put(written.source, source),
+            length=written.length + length,
+        )
     last = jnp.take_along_axis(hidden, length[:, None, None], axis=1)[:, 0]
     watch = state.watch
     if drawing.controls is not None:

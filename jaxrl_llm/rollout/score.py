@@ -32,9 +32,16 @@ def predicting_hidden(
       samples_per_prompt: rows that follow one another and have the same prompt: where the model is better off so, it is
         gone through once for all of them, forward and backward.
     """
-    rows = prompt_tokens, prompt_length, tokens, length
-    named = dict(router_choices=router_choices, samples_per_prompt=samples_per_prompt)
-    return observed_hidden(model, params, *rows, **named)[0]
+    return observed_hidden(
+        model,
+        params,
+        prompt_tokens,
+        prompt_length,
+        tokens,
+        length,
+        router_choices=router_choices,
+        samples_per_prompt=samples_per_prompt,
+    )[0]
 
 
 def observed_hidden(

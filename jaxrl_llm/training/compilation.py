@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
+# Comes before the other one, on its thread, where the persistent cache had the program.
+_READ_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
 
 
 class CompilationWatch:
@@ -21,10 +25,12 @@ class CompilationWatch:
     Attributes:
       count: programs compiled so far.
       seconds: time spent compiling them.
+      read: programs that the persistent cache had, and that were read instead.
     """
 
     def __init__(self):
-        self.count, self.seconds = 0, 0.0
+        self.count, self.seconds, self.read = 0, 0.0, 0
+        self._reading = threading.local()
         self._open, self._report = False, None
         self._cause = _LastMessage()
 
@@ -38,7 +44,7 @@ class CompilationWatch:
         self.allow()
 
     def expect_none(self, report: Callable[[str], None]) -> None:
-        """From now on call `report` with a sentence for every compilation."""
+        """From now on call `report` with a sentence for every program that is compiled, or read from the cache."""
         self._report = report
         jax.config.update("jax_explain_cache_misses", True)
         self._cause.attach()
@@ -52,12 +58,20 @@ class CompilationWatch:
 
     def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         # jax keeps its listeners for good, so a closed watch must ignore what comes after.
-        if not self._open or event != _EVENT:
+        if not self._open or event not in (_EVENT, _READ_EVENT):
             return
-        self.count += 1
-        self.seconds += duration_secs
+        if event == _READ_EVENT:
+            self._reading.now = True
+            return
+        was_read, self._reading.now = getattr(self._reading, "now", False), False
+        if was_read:
+            self.read += 1
+        else:
+            self.count += 1
+            self.seconds += duration_secs
         if self._report is not None:
-            self._report(f"compiled after warm-up ({duration_secs:.1f} s): {self._cause.text or 'jax gives no cause'}")
+            what = "read from the cache of programs" if was_read else "compiled"
+            self._report(f"{what} after warm-up ({duration_secs:.1f} s): {self._cause.text or 'jax gives no cause'}")
 
 
 class _LastMessage(logging.Handler):
@@ -81,5 +95,5 @@ class _LastMessage(logging.Handler):
         message = record.getMessage()
         if message.startswith("TRACING CACHE MISS"):
             self.text = " ".join(message.split())
-        elif "persistent compilation cache" not in message.lower():  # those come with the explanations
+        elif not re.search("persistent (compilation )?cache", message, re.I):  # those come with the explanations
             logging.getLogger().handle(record)

@@ -14,6 +14,7 @@ from jaxrl_llm.training.checks import COLLECTED
 from jaxrl_llm.training.critics import BEFORE
 from jaxrl_llm.training.external_engine import with_staleness
 from jaxrl_llm.training.placement import abstract_like
+from jaxrl_llm.training.prompt_lengths import width_shares
 from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
 from jaxrl_llm.training.setup import Parts, prompts_handed
 from jaxrl_llm.training.step import Composition, TrainStep, collect
@@ -137,8 +138,9 @@ def explanation(parts: Parts) -> dict[str, Any]:
 
     Returns:
       stages: see `stages`. shapes: name -> dtype[shape] of the experience that one step fills in.
-      sizes: parameters, sequences, tokens, updates. programs: for each compiled program FLOPs, bytes accessed and
-      temporary memory, as XLA's cost model counts them (a loop body counts once, however often it runs).
+      sizes: parameters, sequences, tokens, updates. widths: see `width_shares`. programs: for each compiled program of
+      the widest prompts FLOPs, bytes accessed and temporary memory, as XLA's cost model counts them (a loop body counts
+      once, however often it runs).
     """
     config, step = parts.config, parts.step
     state, prompts, stored = abstract_inputs(parts)
@@ -159,6 +161,7 @@ def explanation(parts: Parts) -> dict[str, Any]:
             "updates_per_step": config.training.epochs_per_batch * config.training.minibatches_per_epoch,
             "state_bytes": sum(_bytes(leaf) for leaf in jax.tree.leaves(state)),
         },
+        "widths": width_shares(parts),
         "programs": [
             _cost(name, program.lower(*given).compile())
             for name, program, given in zip(_program_names(step), step.programs, inputs, strict=True)

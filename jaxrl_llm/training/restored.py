@@ -13,6 +13,7 @@ from jaxrl_llm import data, hub
 from jaxrl_llm.config import ConfigError, load_config
 from jaxrl_llm.data import CharacterTokenizer, Tokenizer
 from jaxrl_llm.models import weights
+from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.placement import abstract_like, parameter_shardings
@@ -30,6 +31,7 @@ class Policy:
       source: where it was read from.
       max_prompt_tokens: width of its run's prompts; None for a model directory.
       max_completion_tokens: longest completion, unless another is asked for.
+      context_tokens: longest sequence that the model was made for; None where nothing says so.
     """
 
     model: Model
@@ -38,6 +40,7 @@ class Policy:
     source: Path
     max_prompt_tokens: int | None = None
     max_completion_tokens: int = 256
+    context_tokens: int | None = None
 
 
 def restored_run(path: str | Path) -> tuple[Parts, Policy]:
@@ -66,7 +69,8 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
         like = built.initial_params(jax.random.key(built.config.seed))
     params = checkpoints.restore_params(folder, step, like, trained=built.model.trained)
     widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
-    return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths)
+    context = None if built.directory is None else _context_tokens(built.directory)
+    return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths, context)
 
 
 def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = False) -> Policy:
@@ -92,4 +96,15 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
     model, params = weights.load_model(directory, **execution)
     tokenizer = data.load_tokenizer(directory)
     data.require_embedding(tokenizer, model.vocabulary_size)
-    return Policy(model, params, data.with_chat(tokenizer) if chat else tokenizer, directory)
+    tokenizer = data.with_chat(tokenizer) if chat else tokenizer
+    return Policy(model, params, tokenizer, directory, context_tokens=_context_tokens(directory))
+
+
+def _context_tokens(directory: Path) -> int | None:
+    """What config.json says, or what rotary angles that are stretched reach, whichever is more."""
+    config = read_json(directory / "config.json")
+    config = config.get("text_config") or config
+    stretched = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    factor, original = stretched.get("factor"), stretched.get("original_max_position_embeddings")
+    reached = int(factor * original) if factor and original else 0
+    return max(config.get("max_position_embeddings") or 0, reached) or None

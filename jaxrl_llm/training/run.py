@@ -232,6 +232,7 @@ def _summary(run: Run, after: dict[str, float]) -> dict[str, Any]:
         "steps": run.config.training.steps,
         "compilations": run.watch.count,
         "compilation_seconds": run.watch.seconds,
+        "programs_read": run.watch.read,
         "config_hash": run.meta["config_hash"],
         "data": run.meta["data"],
         "devices": [str(device) for device in jax.devices()],

@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 from jaxrl_llm import data
 from jaxrl_llm.config import Config, PretrainedConfig
 from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, JsonlDataSet, Task, Tokenizer
+from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.jsonl import SPLITS
 from jaxrl_llm.evaluation import Grader, file_grader, task_grader
 from jaxrl_llm.experience import KeyUse, Method, Prompts
@@ -219,6 +220,14 @@ def prompts_handed(config: Config) -> int:
     return config.training.prompts_per_step * (1 if refill is None else refill.max_rounds)
 
 
+def prompt_widths(config: Config) -> tuple[int, ...]:
+    """Widths that the prompts of a step may have, in ascending order; each one that occurs is a program of its own."""
+    rollout = config.rollout
+    if rollout.prompt_buckets is True:
+        return buckets(rollout.max_prompt_tokens)
+    return tuple(sorted({*(rollout.prompt_buckets or ()), rollout.max_prompt_tokens}))
+
+
 def _extra(config: Config) -> Extra | None:
     extra = config.rollout.extra
     if extra is None:
@@ -326,6 +335,7 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
         overlong=config.data.overlong_prompts,
         max_demonstration_tokens=rollout.max_completion_tokens if with_demonstrations else None,
         scratchpad=parts.scratchpad,
+        widths=prompt_widths(config),
     )
 
 

@@ -198,10 +198,15 @@ def reinforce(
             progress.update(done, shown)
 
         unread: tuple | None = None
-        step = run.parts.step
+        step, widths = run.parts.step, set()
         for index in range(first, total):
             batch, done = prompts[index], index + 1
             sampled = batch.prompts if step.prime is None else prompts[index + 1].prompts
+            new_width = (width := sampled.tokens.shape[1]) not in widths
+            if new_width and widths:
+                run.watch.allow()
+                progress.message(f"step {done} is the first with prompts of {width} tokens: its program is compiled")
+            widths.add(width)
             try:
                 new_state, metrics, experience = step.run(state, sampled, batch.items, stored(index))
             except (RewardError, EngineError) as error:
@@ -222,7 +227,7 @@ def reinforce(
                 if done > first + 2:
                     run.watch.expect_none(progress.message)
                 metrics |= {f"validation/{name}": value for name, value in held_out.items()}
-            if done == first + 2:
+            if done == first + 2 or (new_width and done > first + 2):
                 run.watch.expect_none(progress.message)
             if done % config.checkpoints.every_steps == 0 or run.stopping or done == total:
                 report(*unread)

@@ -14,6 +14,7 @@ from jaxrl_llm.data import CharacterTokenizer, Item, Task, encode_prompts
 from jaxrl_llm.evaluation import majority_at_k, make_evaluate, pass_at_k, task_grader
 from jaxrl_llm.rewards import extract_answer
 from jaxrl_llm.rollout import generate
+from jaxrl_llm.training.compilation import CompilationWatch
 
 TOKENIZER = CharacterTokenizer()
 SIZES = {"max_prompt_tokens": 4, "max_completion_tokens": 5}
@@ -148,3 +149,16 @@ def test_other_keys_draw_other_samples(evaluate, params, metrics):
 def test_a_k_that_the_samples_cannot_give_is_refused(model, k):
     with pytest.raises(ValueError, match="there are 4 samples a problem"):
         make_evaluate(model, GRADE, TOKENIZER, samples_per_problem=4, k=k, **SIZES)
+
+
+def test_short_prompts_are_decoded_at_a_narrow_width_and_give_the_same(model, params, metrics):
+    """A wide limit with short problems, and one long problem: two programs, and what is counted stays."""
+    sizes = {"max_prompt_tokens": 200, "max_completion_tokens": 5}
+    evaluate = make_evaluate(
+        model, GRADE, TOKENIZER, samples_per_problem=SAMPLES, k=(1, 2, 4), sequences_per_batch=11, **sizes
+    )
+    with CompilationWatch() as watch:
+        assert evaluate(params, ITEMS, jax.random.key(5)) == metrics
+        programs = watch.count + watch.read
+        evaluate(params, [*ITEMS, ITEMS[0] | {"body": "q" * 190, "item_id": 99}], jax.random.key(5))
+        assert watch.count + watch.read == programs + 1

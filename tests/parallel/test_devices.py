@@ -71,7 +71,7 @@ def facts(mesh) -> dict[str, np.ndarray]:
         prompts = prompts_of(number)
         with CompilationWatch() as watch:
             state, metrics, experience = step.run(state, prompts, None)
-        found[f"compilations {number}"] = watch.count
+        found[f"compilations {number}"] = watch.count + watch.read
         for name in ("tokens", "length", "truncated", "rewards", "advantages", "behaviour_logprobs"):
             found[f"{name} {number}"] = getattr(experience, name)
         found |= {f"metric {name} {number}": value for name, value in metrics.items()}

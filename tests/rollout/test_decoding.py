@@ -1,12 +1,14 @@
 """Slots, prefixes, shared prompts and ragged groups: how a completion is produced changes nothing about it."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.functions import from_functions
@@ -143,14 +145,15 @@ def test_a_prefix_keeps_its_source_and_is_trained_on_only_where_it_was_sampled()
     np.testing.assert_allclose(ours.behaviour_logprobs[inside], expected[inside], rtol=1e-5, atol=1e-5)
 
 
-def test_decoding_in_pieces_is_one_rollout():
+@pytest.mark.parametrize("width", [0, 1])
+def test_decoding_in_pieces_is_one_rollout(width):
     drawing, per_row, state = begun(slots=STEPS + 12)
 
     @jax.jit
     def run(state):
-        active, stopped = jnp.ones(12, bool), jnp.zeros(12, bool)
+        active, stopped, nothing = jnp.ones(12, bool), jnp.zeros(12, bool), jnp.zeros((12, width), jnp.int32)
         for most in (2, 5, STEPS):
-            state = feed(drawing, state, jnp.zeros((12, 1), jnp.int32), jnp.zeros(12, jnp.int32), jnp.zeros((12, 1)))
+            state = feed(drawing, state, nothing, jnp.zeros(12, jnp.int32), nothing)
             state, now = decode(drawing, state, active=active, limit=jnp.full(12, most), end_ids=(EOS,))
             stopped, active = stopped | now, active & ~now
         return state, stopped
@@ -158,6 +161,14 @@ def test_decoding_in_pieces_is_one_rollout():
     state, stopped = run(state)
     ours = experience_of(state.written, per_row, sample=jnp.tile(jnp.arange(4), 3), group=jnp.arange(12), ended=stopped)
     assert_same(jax.device_get(ours), whole())
+
+
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
+def test_prompts_of_a_bucket_are_those_of_their_exact_width(layer_loop):
+    padded = replace(PROMPTS, tokens=jnp.pad(PROMPTS.tokens, ((0, 0), (59, 0)), constant_values=3))
+    assert padded.tokens.shape[1] == buckets(100)[0]
+    assert_same(sampled(padded, model=model_of(layer_loop)), whole())
+    assert_same(sampled(padded, model=model_of(layer_loop), slots=5), whole())
 
 
 def test_groups_of_different_sizes_are_the_rows_of_equal_ones():

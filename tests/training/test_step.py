@@ -61,10 +61,10 @@ def recorded(step, state, prompts, count, items=None):
     states, metrics, compiled, given, experience = [numbers(state)], [], [], [], None
     with CompilationWatch() as watch:
         for _ in range(count):
-            before, old = watch.count, state
+            before, old = watch.count + watch.read, state
             state, shown, experience = step.run(state, prompts, items)
             metrics.append(jax.device_get(shown))
-            compiled.append(watch.count - before)
+            compiled.append(watch.count + watch.read - before)
             given.append(all(leaf.is_deleted() for leaf in jax.tree.leaves(old)))
             states.append(numbers(state))
     return SimpleNamespace(states=states, metrics=metrics, compiled=compiled, donated=given, experience=experience)

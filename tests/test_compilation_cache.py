@@ -1,0 +1,100 @@
+"""Compiled programs are kept between starts, where nobody says otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import jaxrl_llm
+from jaxrl_llm import compilation_cache
+from jaxrl_llm.compilation_cache import compilation_cache_directory, compilation_cache_report, enable_compilation_cache
+
+ROOT = Path(jaxrl_llm.__file__).parents[1]
+VARIABLES = ("JAX_COMPILATION_CACHE_DIR", "JAXRL_COMPILATION_CACHE", "XDG_CACHE_HOME")
+
+
+@pytest.fixture
+def unset(monkeypatch, tmp_path):
+    """Nothing is said of a cache, and a home that is empty."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return monkeypatch
+
+
+def test_the_directory_is_that_of_the_user_and_of_this_kind_of_machine(unset, tmp_path):
+    ours = compilation_cache_directory()
+    assert ours.parent == tmp_path / ".cache" / "jaxrl_llm" / "compilation"
+    unset.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert compilation_cache_directory() == tmp_path / "xdg" / "jaxrl_llm" / "compilation" / ours.name
+    unset.setattr(compilation_cache.platform, "machine", lambda: "another")
+    assert compilation_cache_directory().name != ours.name
+
+
+@pytest.mark.parametrize("said", ["0", "off", "False"])
+def test_it_can_be_switched_off(unset, said):
+    unset.setenv("JAXRL_COMPILATION_CACHE", said)
+    assert compilation_cache_directory() is None
+    assert compilation_cache_report() == {"directory": f"off (JAXRL_COMPILATION_CACHE={said})"}
+
+
+def test_jaxs_own_variable_wins(unset, tmp_path):
+    unset.setenv("JAXRL_COMPILATION_CACHE", "0")
+    unset.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "told"))
+    assert compilation_cache_directory() == tmp_path / "told"
+
+
+def test_what_jax_was_told_before_stays(unset, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    assert before, "conftest.py has set it"
+    enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert not (tmp_path / ".cache").exists()
+
+
+def test_a_home_that_cannot_be_written_is_no_error(unset, tmp_path):
+    (tmp_path / ".cache").write_text("no directory")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_report_counts_programs(unset, tmp_path):
+    unset.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    (tmp_path / "jit_f-123-cache").write_bytes(bytes(2**20))
+    (tmp_path / "jit_f-123-atime").write_bytes(b"")
+    assert compilation_cache_report() == {"directory": str(tmp_path), "programs": 1, "mebibytes": 1.0}
+
+
+def test_the_second_start_reads_what_the_first_compiled(micro_yaml, tmp_path):
+    """Two processes of `jaxrl explain`, and what each compiled."""
+    code = (
+        "import json, sys\n"
+        "from jaxrl_llm import cli\n"
+        "from jaxrl_llm.training.compilation import CompilationWatch\n"
+        "with CompilationWatch() as watch:\n"
+        "    assert cli.main(['explain', sys.argv[1], '--json']) == 0\n"
+        "print(json.dumps([watch.count, watch.read]), file=sys.stderr)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(micro_yaml)], cwd=ROOT, env=environment, capture_output=True, check=True
+        )
+        found.append(json.loads(done.stderr.splitlines()[-1]))
+    (compiled, _), (again, read) = found
+    assert compiled > 0
+    assert (again, read) == (0, compiled)
+    assert list(tmp_path.glob("jaxrl_llm/compilation/*/*-cache"))
