@@ -15,6 +15,7 @@ from jaxrl_llm.rollout.environments import (
     episode_metrics,
     recorded_turns,
     replayed,
+    solved_episodes,
     started,
 )
 from jaxrl_llm.rollout.external import engine_generate, probe
@@ -29,10 +30,12 @@ from jaxrl_llm.rollout.host_environments import (
     host_step,
     opened,
 )
+from jaxrl_llm.rollout.host_turns import HostTurns, host_generate_turns, host_turns
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
 from jaxrl_llm.rollout.score import predicting_hidden
 from jaxrl_llm.rollout.stop import StopAutomaton, stop_automaton
+from jaxrl_llm.rollout.turns import generate_turns
 
 __all__ = [
     "Controls",
@@ -43,6 +46,7 @@ __all__ = [
     "Episodes",
     "HostEnvironment",
     "HostEpisodes",
+    "HostTurns",
     "Prefixes",
     "Start",
     "Step",
@@ -55,10 +59,13 @@ __all__ = [
     "engine_generate",
     "episode_metrics",
     "generate",
+    "generate_turns",
     "host_advanced",
+    "host_generate_turns",
     "host_replayed",
     "host_started",
     "host_step",
+    "host_turns",
     "opened",
     "predicting_hidden",
     "probe",
@@ -68,6 +75,7 @@ __all__ = [
     "require_environment",
     "row_keys",
     "sampled_tokens",
+    "solved_episodes",
     "started",
     "stop_automaton",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,10 @@ from jaxrl_llm.models.lora import add_adapters, lora
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel.mesh import make_mesh
+from jaxrl_llm.rollout.host_calls import Caller
+from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.training.conversations import AnyEnvironment, configured_environment
 from jaxrl_llm.training.critics import Critic
 from jaxrl_llm.training.external_engine import external_engine
 from jaxrl_llm.training.learn import Update
@@ -49,6 +53,7 @@ class Parts:
       model: the policy.
       directory: the checkpoint that the policy starts from; None for random parameters.
       step: the composed training step.
+      call: calls the functions of an environment in Python, while it is `opened_parts`.
     """
 
     config: Config
@@ -57,6 +62,12 @@ class Parts:
     model: Model
     directory: Path | None
     step: TrainStep
+    call: Caller | None = None
+
+    @property
+    def environment(self) -> AnyEnvironment | None:
+        """What answers the turns of conversations; None where one completion is all."""
+        return self.step.composition.rollout.environment
 
     @property
     def scratchpad(self) -> bool:
@@ -118,6 +129,7 @@ def parts(config: Config) -> Parts:
         replay_router=config.rollout.replay_router,
         slots=config.rollout.slots,
         rounds=_rounds(config),
+        environment=_environment(config, task, tokenizer),
     )
     mesh = make_mesh(config.mesh.devices)
     rewards, credit, losses = reward_terms(config.rewards), credit_terms(config.credit), loss_terms(config.losses)
@@ -133,6 +145,7 @@ def parts(config: Config) -> Parts:
         update=update,
         prompts_per_step=training.prompts_per_step,
         decode=tokenizer.decode,
+        encode=tokenizer.encode,
         mesh=mesh if mesh.size > 1 else None,
         critic=_critic(config),
         stored=_stored(config),
@@ -140,6 +153,16 @@ def parts(config: Config) -> Parts:
         external=external_engine(config.rollout.engine, model, directory),
     )
     return Parts(config, task, tokenizer, model, directory, step)
+
+
+@contextmanager
+def opened_parts(built: Parts) -> Iterator[Parts]:
+    """The parts with their environment open, for the length of a run; as they are, unless it is one in Python."""
+    if not isinstance(built.environment, HostEnvironment):
+        yield built
+        return
+    with opened(built.environment) as call:
+        yield replace(built, call=call, step=replace(built.step, run=partial(built.step.run, call=call)))
 
 
 def _policy(config: Config) -> tuple[Path | None, Tokenizer, Model]:
@@ -185,6 +208,16 @@ def _require_own_ids(functions: Sequence[tuple[str, Any]]) -> None:
                     "but the model at model.path has a tokenizer of its own; set the ids, or use a function that reads "
                     "text, such as number_match"
                 )
+
+
+def _environment(config: Config, task: Task | None, tokenizer: Tokenizer) -> AnyEnvironment | None:
+    environment = configured_environment(config.environment, task, tokenizer)
+    if environment is not None and config.rehearsal is not None:
+        raise ValueError(
+            "rehearsal is set, but the task is answered in turns by an environment; leave it out, or choose a task of "
+            "one completion"
+        )
+    return environment
 
 
 def _rounds(config: Config) -> Refill | Adaptive | Budget | None:

@@ -23,9 +23,13 @@ from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, Source, Tr
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.mesh import constrain_replicated, replicate, row_constraint
 from jaxrl_llm.rollout.generate import Prefixes, generate
+from jaxrl_llm.rollout.host_environments import HostEnvironment
+from jaxrl_llm.rollout.host_turns import HostTurns, host_turns
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.turns import TURN_FIELDS, generate_turns
 from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
+from jaxrl_llm.training.conversations import AnyEnvironment, check_conversations, run_with_host_environment
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
 from jaxrl_llm.training.critics import HEADS, Critic, critics_named, initial_critic, moved_target
 from jaxrl_llm.training.external_engine import (
@@ -92,6 +96,7 @@ class Rollout:
       replay_router: a mixture of experts learns through the experts that sampled each token.
       slots: completions that are decoded at a time; None decodes all side by side.
       rounds: sampling in several rounds, or in groups of different sizes; see `rounds`.
+      environment: what answers the turns of conversations; None where one completion is all.
     """
 
     samples_per_prompt: int
@@ -105,6 +110,7 @@ class Rollout:
     replay_router: bool = False
     slots: int | None = None
     rounds: Refill | Adaptive | Budget | None = None
+    environment: AnyEnvironment | None = None
 
     def __post_init__(self):
         if self.rounds is not None:
@@ -176,6 +182,7 @@ class Composition:
       stored: rows that every step is handed beside the prompts.
       replay: learning again from rows of earlier steps.
       external: an engine that samples in the place of `collect`.
+      turns: programs of conversations whose environment is in Python, in the place of `collect` too.
     """
 
     model: Model
@@ -191,6 +198,7 @@ class Composition:
     stored: StoredRows | None = None
     replay: Replay | None = None
     external: External | None = None
+    turns: HostTurns | None = None
 
     @property
     def joined_groups(self) -> int:
@@ -264,6 +272,22 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
     samples = r.samples_per_prompt - r.demonstration_in_group
     with_greedy = "baseline_rewards" in c.wanted
     temperature = jnp.full(samples + with_greedy, r.temperature).at[samples:].set(0.0)
+    if r.environment is not None:
+        talks = generate_turns(
+            c.model,
+            state.params,
+            prompts,
+            state.key,
+            state.step,
+            cast(Any, r.environment),
+            samples_per_prompt=samples + with_greedy,
+            max_completion_tokens=r.max_completion_tokens,
+            eos_ids=r.eos_ids,
+            pad_id=r.pad_id,
+            temperature=temperature if with_greedy else r.temperature,
+            constrain=constrain,
+        )
+        return constrain(greedy_last(talks, samples) if with_greedy else talks)
     sample = partial(
         generate,
         c.model,
@@ -567,6 +591,7 @@ def make_train_step(
     update: Update | None = None,
     prompts_per_step: int | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
+    encode: Callable[[str], list[int]] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     critic: Critic | None = None,
     stored: StoredRows | None = None,
@@ -584,7 +609,8 @@ def make_train_step(
       losses: loss functions, or (function, coefficient) pairs.
       update: epochs, minibatches, microbatches, reference refresh.
       prompts_per_step: prompts in a batch, if known: sizes that do not divide are then found here already.
-      decode: token ids -> text, for rewards that read text.
+      decode: token ids -> text, for rewards that read text and environments in Python.
+      encode: text -> token ids, for environments in Python.
       mesh: devices to spread rows over; None leaves placement to jax.
       critic: how a value model is made, for functions that name one of its outputs.
       stored: rows that every call brings along, for losses on stored answers.
@@ -630,6 +656,7 @@ def make_train_step(
         | ({STALENESS} if external else frozenset())
         | (POOL_FIELDS if isinstance(rollout.rounds, Adaptive) else frozenset()),
         replay=replay is not None,
+        sampled=TURN_FIELDS if rollout.environment is not None else frozenset(),
     )
     if rollout.demonstration_in_group:
         wanted |= provide.FROM_DATA
@@ -650,6 +677,11 @@ def make_train_step(
             "rollout.extra is set and something names 'baseline_rewards'; a greedy baseline and groups at another "
             "temperature cannot be had in one step, so leave one of them out"
         )
+    if rollout.environment is not None:
+        names_of = ("demonstration_in_group", "prefixes", "extra", "replay_router", "slots", "rounds")
+        settings = {name: getattr(rollout, name) for name in names_of}
+        others = {"replay": replay, "rollout.engine": external}
+        check_conversations(rollout.environment, settings, wanted, others)
     if external is not None:
         check_external(rollout, wanted)
     if rollout.rounds is not None:
@@ -668,10 +700,17 @@ def make_train_step(
         stored=stored,
         replay=replay,
         external=external,
+        turns=_host_turns(model, rollout, decode, encode, mesh),
     )
     init = jax.jit(partial(initial_state, c))
     if external is not None:
         return _step_with_engine(c, init, external, decode)
+    if c.turns is not None:
+        halves = (
+            jax.jit(lambda state, rows: score(c, row_constraint(mesh)(rows))),
+            jax.jit(partial(credit_and_learn, c), donate_argnums=0),
+        )
+        return TrainStep(init, run_with_host_environment(c.turns, halves, reward_terms, decode), halves, c)
     if not any(term.on_host for term in reward_terms):
         program = jax.jit(partial(whole_step, c), donate_argnums=0)
         return TrainStep(
@@ -736,6 +775,26 @@ def _step_with_engine(c: Composition, init: Callable, external: External, decode
         return both[1](state, both[0](state, prompts), stored)
 
     return TrainStep(init, run, programs, c)
+
+
+def _host_turns(model: Model, rollout: Rollout, decode: Any, encode: Any, mesh: Any) -> HostTurns | None:
+    """Programs for an environment in Python; None without one."""
+    if not isinstance(rollout.environment, HostEnvironment):
+        return None
+    if decode is None or encode is None:
+        raise ValueError("an environment in Python reads and writes text, so make_train_step needs decode= and encode=")
+    return host_turns(
+        model,
+        rollout.environment,
+        samples_per_prompt=rollout.samples_per_prompt,
+        max_completion_tokens=rollout.max_completion_tokens,
+        eos_ids=rollout.eos_ids,
+        pad_id=rollout.pad_id,
+        encode=encode,
+        decode=decode,
+        temperature=rollout.temperature,
+        constrain=row_constraint(mesh),
+    )
 
 
 def _check_rounds(
