@@ -85,7 +85,7 @@ def check_conversations(
         given += ["a greedy baseline ('baseline_rewards')"]
     if given:
         raise ValueError(
-            f"{given[0]} is set, but an environment answers the task in turns, and conversations are drawn one way only; "
+            f"{given[0]} is set, but an environment answers the task in turns, and conversations are drawn one way; "
             "leave it out, or choose a task of one completion"
         )
 
