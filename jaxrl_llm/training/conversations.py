@@ -42,7 +42,14 @@ def configured_environment(
         path = str(options["python"])
         if ":" not in path:
             raise ValueError(f"environment.python is {path!r}; write it as module:function")
-        made = user_function(path, "environment")(tokenizer, **{k: v for k, v in options.items() if k != "python"})
+        function, given = user_function(path, "environment"), {k: v for k, v in options.items() if k != "python"}
+        try:
+            made = function(tokenizer, **given)
+        except TypeError as error:
+            raise ValueError(
+                f"environment.python: {path!r} could not be called with the tokenizer and "
+                f"{', '.join(given) or 'nothing'} else: {error}; make it take them, and return an environment"
+            ) from error
         if not isinstance(made, AnyEnvironment):
             raise ValueError(
                 f"environment.python: {path!r} returned a {type(made).__name__}; it must return an Environment or a "
