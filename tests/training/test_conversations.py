@@ -14,6 +14,7 @@ from jaxrl_llm.config import parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.evaluation import make_evaluate, task_grader
 from jaxrl_llm.experience import Source
+from jaxrl_llm.rollout import EnvironmentFailure
 from jaxrl_llm.training.explain import explanation, stages, trace
 from jaxrl_llm.training.run import train
 from jaxrl_llm.training.setup import data_sets, opened_parts, parts, prompt_batches
@@ -137,6 +138,26 @@ def test_a_killed_run_with_an_environment_in_python_goes_on_exactly(config_of, t
     train(config_of("guess", f"run_dir={parted}", "training.steps=1"))
     train(config_of("guess", f"run_dir={parted}"), resume=True)
     assert records(whole) == records(parted)
+
+
+@pytest.mark.slow
+def test_an_environment_that_fails_leaves_a_state_to_go_on_from(config_of, tmp_path, monkeypatch):
+    import own_environment
+
+    calls, right = iter(range(1000)), own_environment.step
+
+    def failing(state, turn):
+        if next(calls) == 8:  # the evaluation before takes six turns at most
+            raise OSError("the game server is down")
+        return right(state, turn)
+
+    few = "evaluation={problems: 1, samples_per_problem: 1, k: [1], sequences_per_batch: 2}"
+    config = config_of("guess", f"run_dir={tmp_path / 'run'}", few, "training.steps=1")
+    monkeypatch.setattr(own_environment, "step", failing)
+    with pytest.raises(EnvironmentFailure, match=r"raised OSError: the game server is down for row .*train --resume"):
+        train(config)
+    monkeypatch.setattr(own_environment, "step", right)
+    assert train(config, resume=True)["steps"] == 1
 
 
 def test_a_step_in_python_is_host_program_program(config_of):
