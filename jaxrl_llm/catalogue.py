@@ -49,9 +49,10 @@ _CONFIG_NEEDS = {
     ("rollout", "demonstration_in_group"): "demonstrations",
     ("rollout", "extra"): "extra samples",
     ("rollout", "prefixes"): "prefixes",
+    ("environment",): "environment",
     ("training", "alignment_every_steps"): "meta-gradient",
 }
-EVERY_NEED = (*NEEDS, "replay", "prefixes", "memory")
+EVERY_NEED = (*NEEDS, "replay", "prefixes", "environment", "memory")
 
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
 _NOT_METHODS = re.compile(

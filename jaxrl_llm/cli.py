@@ -256,9 +256,9 @@ def _eval(options: argparse.Namespace) -> None:
     import jax
 
     from jaxrl_llm.compilation_cache import enable_compilation_cache
-    from jaxrl_llm.evaluation import make_evaluate
+    from jaxrl_llm.evaluation import COUNTED, make_evaluate
     from jaxrl_llm.training.restored import restored_run
-    from jaxrl_llm.training.setup import data_sets, grader
+    from jaxrl_llm.training.setup import data_sets, grader, opened_parts
     from jaxrl_llm.training.stages import spread
 
     try:
@@ -274,21 +274,25 @@ def _eval(options: argparse.Namespace) -> None:
     problems = options.problems or min(config.evaluation.problems, len(data))
     if problems > len(data):
         raise ValueError(f"--problems is {problems}, but the {options.split} split has {len(data)} problems")
-    evaluate = make_evaluate(
-        built.model,
-        grader(built, data),
-        built.tokenizer,
-        samples_per_problem=samples,
-        k=ks,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        max_completion_tokens=config.rollout.max_completion_tokens,
-        sequences_per_batch=config.evaluation.sequences_per_batch,
-        temperature=config.evaluation.temperature if options.temperature is None else options.temperature,
-        overlong=config.data.overlong_prompts,
-        mesh=built.step.composition.mesh,
-        rules=built.step.composition.rules,
-    )
-    metrics = evaluate(policy.params, [data[i] for i in spread(len(data), problems)], jax.random.key(options.seed))
+    with opened_parts(built) as ready:
+        evaluate = make_evaluate(
+            ready.model,
+            grader(ready, data),
+            ready.tokenizer,
+            samples_per_problem=samples,
+            k=ks,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_completion_tokens=config.rollout.max_completion_tokens,
+            sequences_per_batch=config.evaluation.sequences_per_batch,
+            temperature=config.evaluation.temperature if options.temperature is None else options.temperature,
+            overlong=config.data.overlong_prompts,
+            environment=ready.environment,
+            call=ready.call,
+            mesh=ready.step.composition.mesh,
+            rules=ready.step.composition.rules,
+        )
+        chosen = [data[i] for i in spread(len(data), problems)]
+        metrics = evaluate(policy.params, chosen, jax.random.key(options.seed))
     result = {"checkpoint": str(policy.source), "split": options.split} | metrics
     if options.json:
         print(json.dumps(result, indent=2))
@@ -297,7 +301,7 @@ def _eval(options: argparse.Namespace) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        share = "@" in name or name in ("greedy", "truncated_share")
+        share = name == "truncated_share" or not (name in COUNTED or name.endswith("_per_episode"))
         table.add_row(name, f"{value:.1%}" if share else f"{value:g}")
     Console().print(table)
 

@@ -583,7 +583,12 @@ class AboutConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Everything but `run_dir` and `reporting` decides the numbers."""
+    """A whole run. Everything but `run_dir` and `reporting` decides the numbers.
+
+    `environment` holds options of the environment that answers the turns of a task such as grid; or
+    `python: "module:function"` and the keyword arguments of that function, which is called with the tokenizer and
+    returns an environment of the user's own.
+    """
 
     name: str
     model: ModelConfig
@@ -595,6 +600,7 @@ class Config:
     run_dir: str | None = None
     about: AboutConfig = AboutConfig()
     data: DataConfig = DataConfig()
+    environment: dict[str, Any] = field(default_factory=dict)
     warm_start: WarmStartConfig = WarmStartConfig()
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig = TrainingConfig()

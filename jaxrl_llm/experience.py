@@ -89,7 +89,8 @@ class Experience:
     Filled by the rewards (score):
       reward_components: one column a reward function, before weights.
       rewards: the weighted sum that is maximised.
-      correct: 1 where the first reward function of the recipe, the verifier, returned at least 1.
+      correct: 1 where the first reward function of the recipe, the verifier, returned at least 1; of a conversation,
+        where its environment says that it was solved.
 
     Filled on demand (credit), None until something asks for them:
       token_rewards (rewards given to single tokens, such as a penalty), advantages, token_weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,19 @@ METHODS = {
     "VERL": ("verl",),
     "Reinforce-Ada": ("reinforce_ada",),
     "Knapsack RL": ("knapsack_rl",),
+    "SCoRe": ("score",),
+    "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
-STAGES = {"advantage", "policy loss", "regulariser", "optimisation", "baseline", "sampling"}
+STAGES = {"advantage", "policy loss", "regulariser", "optimisation", "baseline", "sampling", "multi-turn"}
+
+# Micro tasks: (options of the task, longest prompt, longest completion).
+MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
+    "addition": ({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
+    "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
+    "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
+}
 
 
 def small(name: str, data_directory: str) -> dict[str, Any]:
@@ -88,7 +98,12 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
     samples = min(rollout["samples_per_prompt"], 4)
     cuts = min(training.get("minibatches_per_epoch", 1), 2)
     hint = max((len(text) for text in rollout.get("prefixes", [])), default=0)
-    rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": 7, "max_completion_tokens": 6 + hint}
+    task = tree["task"]["name"]
+    chosen, longest_prompt, longest = MICRO[task]
+    rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
+    rollout |= {"max_completion_tokens": longest + hint}
+    if "environment" in tree:
+        tree["environment"]["max_turn_tokens"] = 6
     training |= {"prompts_per_step": 4, "minibatches_per_epoch": cuts, "learning_rate": 0.01, "warmup_steps": 0}
     if training.get("freeze_policy_steps"):
         training["freeze_policy_steps"] = 1
@@ -104,14 +119,7 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
             if isinstance(method, dict) and "sample_budgets" in method:
                 method["sample_budgets"]["samples_per_prompt"] = samples
     return tree | {
-        "task": {
-            "name": "addition",
-            "levels": [1],
-            "options": {"scratchpad": False},
-            "train_items": 64,
-            "validation_items": 4,
-            "test_items": 4,
-        },
+        "task": {"name": task, "train_items": 64, "validation_items": 4, "test_items": 4} | chosen,
         "data": {"directory": data_directory},
         "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1},
         "rollout": rollout,
@@ -141,14 +149,20 @@ def micro(data_directory):
 
 @pytest.fixture(scope="session")
 def policy(micro) -> Any:
-    """Parameters of a micro policy that gives some right answers and some wrong ones."""
-    built = parts(micro("base"))
-    init, step = make_supervised_step(built.model, optax.adam(0.02))
-    batches = demonstration_batches(built, data_sets(built.config)["train"], 32)
-    state = init(jax.random.key(0))
-    for index in range(64):
-        state, _ = step(state, demonstrations(batches[index]))
-    return jax.device_get(state.params)
+    """Recipe -> parameters of a micro policy that gives some right answers and some wrong ones."""
+
+    @functools.cache
+    def trained_on(recipe: str) -> Any:
+        built = parts(micro(recipe))
+        init, step = make_supervised_step(built.model, optax.adam(0.02))
+        batches = demonstration_batches(built, data_sets(built.config)["train"], 32)
+        state = init(jax.random.key(0))
+        for index in range(64):
+            state, _ = step(state, demonstrations(batches[index]))
+        return jax.device_get(state.params)
+
+    first_of = {"addition": "base", "grid": "meow_tea_taro_grpo", "self_correction": "score"}
+    return lambda recipe: trained_on(first_of[read_tree(FOLDER / f"{recipe}.yaml")["task"]["name"]])
 
 
 def differ(one: Any, other: Any) -> bool:
@@ -180,14 +194,14 @@ def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, 
 @pytest.mark.methods
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains(name, micro, policy):
-    built = parts(micro(name))
-    state, seen = trained(built, policy, 3)
+    built, start = parts(micro(name)), policy(name)
+    state, seen = trained(built, start, 3)
     assert int(state.step) == 3
     for metrics in seen:
         assert {f"loss/{term.name}" for term in built.step.composition.losses} <= metrics.keys()
         assert not {label: float(value) for label, value in metrics.items() if not np.isfinite(value)}
     assert 0 < sum(metrics["correct_share"] for metrics in seen) < 3, "the test needs right and wrong answers"
-    assert differ(state.params, policy)
+    assert differ(state.params, start)
     assert state.critics.keys() == set(built.step.composition.critics)
     for critic in state.critics.values():
         assert np.abs(critic.params["head"]["weight"]).max() > 0

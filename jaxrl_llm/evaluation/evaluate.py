@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import jax
@@ -16,10 +17,24 @@ from jaxrl_llm.data.encoding import Tokenizer
 from jaxrl_llm.evaluation.grading import Grader
 from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k
 from jaxrl_llm.evaluation.voting import mean_majority_at_k
+from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out
-from jaxrl_llm.rollout import generate
+from jaxrl_llm.rollout import (
+    Environment,
+    HostEnvironment,
+    generate,
+    generate_turns,
+    host_generate_turns,
+    host_turns,
+    opened,
+)
+from jaxrl_llm.rollout.host_calls import Caller
+from jaxrl_llm.rollout.turns import metrics_of
 from jaxrl_llm.rollout.weights import weights_for_decoding
+
+# Metrics of an evaluation that are no accuracies and no means over episodes.
+COUNTED = frozenset({"completion_tokens", "truncated_share", "problems", "samples_per_problem"})
 
 
 def make_evaluate(
@@ -36,6 +51,8 @@ def make_evaluate(
     overlong: Literal["error", "drop"] = "error",
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = RULES,
+    environment: Environment | HostEnvironment | None = None,
+    call: Caller | None = None,
 ) -> Callable[..., dict[str, float]]:
     """Build evaluate(params, items, key) -> metrics; a decoding program for each width of `buckets` that is needed.
 
@@ -47,6 +64,10 @@ def make_evaluate(
     A sample's class in a majority vote is what `grade` says it votes for; right answers are one class.
 
     With a mesh, completions are spread over its devices, and parameters lie as `rules` says.
+
+    Where an environment answers, a completion is a whole conversation; the environment says whether it was solved, and
+    the means of its metrics over the sampled ones are reported too, with `turns_per_episode` and how episodes stopped.
+    `call` is that of an environment in Python (`opened`); without it one is opened for each evaluation.
 
     A prompt that is too long is an error, or is left out of the count where `overlong` is "drop".
 
@@ -61,26 +82,50 @@ def make_evaluate(
     prompts_per_batch = max(1, sequences_per_batch // rows)
     temperatures = jnp.asarray([0.0] + [temperature] * samples_per_problem)
 
-    def decode(params: PyTree, prompts, key: Array):
-        experience = generate(
-            model,
-            weights_for_decoding(model, params),
-            prompts,
-            key,
-            0,
-            samples_per_prompt=rows,
-            max_completion_tokens=max_completion_tokens,
-            eos_ids=tokenizer.eos_ids,
-            pad_id=tokenizer.pad_id,
-            temperature=temperatures,
-            constrain=constrain_rows,
-        )
-        return experience.tokens, experience.length, experience.truncated
+    sizes: dict[str, Any] = {
+        "samples_per_prompt": rows,
+        "max_completion_tokens": max_completion_tokens,
+        "eos_ids": tokenizer.eos_ids,
+        "pad_id": tokenizer.pad_id,
+        "temperature": temperatures,
+    }
 
-    program = jax.jit(laid_out(decode, mesh, decoding(rules)))
+    @jax.jit
+    def facts(experience: Experience, counted: Array):
+        """What is counted: tokens, their number, whether they were cut, whether solved, sums and counts of metrics."""
+        metrics = metrics_of(experience, jnp.repeat(counted, rows) * (jnp.arange(counted.shape[0] * rows) % rows > 0))
+        ours = experience.tokens, experience.length, experience.truncated
+        return *ours, experience.extras.get("solved"), metrics
+
+    if isinstance(environment, HostEnvironment):
+        turns = host_turns(model, environment, encode=tokenizer.encode, decode=tokenizer.decode, **sizes)
+
+        def decode(params: PyTree, batch: Any, key: Array, call: Caller | None):
+            assert call is not None  # `evaluate` opens the environment
+            return facts(host_generate_turns(turns, params, batch.prompts, batch.items, key, 0, call), batch.weight)
+    else:
+
+        def sampled(params: PyTree, prompts: Prompts, counted: Array, key: Array):
+            given = (model, weights_for_decoding(model, params), prompts, key, 0)
+            if environment is not None:
+                return facts(generate_turns(*given, environment, **sizes, constrain=constrain_rows), counted)
+            return facts(generate(*given, **sizes, constrain=constrain_rows), counted)
+
+        program = jax.jit(laid_out(sampled, mesh, decoding(rules)))
+
+        def decode(params: PyTree, batch: Any, key: Array, call: Caller | None):
+            return program(params, batch.prompts, batch.weight, key)
 
     def evaluate(params: PyTree, items: Sequence[dict[str, Any]], key: Array) -> dict[str, float]:
+        with ExitStack() as stack:
+            ready = call
+            if isinstance(environment, HostEnvironment) and ready is None:
+                ready = stack.enter_context(opened(environment))
+            return measured(params, items, key, ready)
+
+    def measured(params: PyTree, items: Sequence[dict[str, Any]], key: Array, call: Caller | None) -> dict[str, float]:
         greedy, correct, answers, gold, lengths, truncated = [], [], [], [], [], []
+        sums: dict[str, np.ndarray] = {}
         batches = evaluation_batches(
             items,
             tokenizer,
@@ -91,12 +136,16 @@ def make_evaluate(
             widths=buckets(max_prompt_tokens),
         )
         for batch in batches:
-            tokens, length, cut = jax.device_get(program(params, batch.prompts, key))
+            tokens, length, cut, solved_rows, pairs = jax.device_get(decode(params, batch, key, call))
+            for name, pair in pairs.items():
+                sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair)
             for index in np.flatnonzero(batch.weight):
                 item = batch.items[index]
                 own = slice(index * rows, (index + 1) * rows)
                 texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens[own], length[own], strict=True)]
                 solved, said = zip(*(grade(item, text) for text in texts), strict=True)
+                if solved_rows is not None:
+                    solved, said = solved_rows[own] > 0, _votes(item["answer"], solved_rows[own], said)
                 greedy.append(solved[0])
                 correct.append(sum(solved[1:]))
                 answers.append(said[1:])
@@ -109,6 +158,7 @@ def make_evaluate(
         for each in k:
             if each > 1:
                 metrics[f"maj@{each}"] = mean_majority_at_k(answers, gold, each)
+        metrics |= {name: float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
         return metrics | {
             "completion_tokens": float(np.mean(lengths)),
             "truncated_share": float(np.mean(truncated)),
@@ -117,3 +167,8 @@ def make_evaluate(
         }
 
     return evaluate
+
+
+def _votes(gold: str, solved: np.ndarray, said: Sequence[str | None]) -> list[str | None]:
+    """Answers that conversations vote for, where the environment is the judge of which are right."""
+    return [gold if right else None if vote == gold else vote for right, vote in zip(solved > 0, said, strict=True)]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxrl_llm.data import Item, Task
 from jaxrl_llm.data.final_answer import marked_answer
-from jaxrl_llm.rewards import extract_answer, extract_number
+from jaxrl_llm.rewards import extract_number
 from jaxrl_llm.rewards.numbers import parsed_number
 
 # (record, completion) -> (whether it is right, the answer that it votes for; None where it gives none). Every right
@@ -17,11 +17,11 @@ Verifier = Literal["number", "text"]
 
 
 def task_grader(task: Task) -> Grader:
-    """Grades by the task's own verifier what stands between the answer tags."""
+    """Grades by the task's own verifier the answer that a completion gives, or the moves of a conversation."""
 
     def grade(record: Mapping[str, Any], completion: str) -> tuple[bool, str | None]:
         item = Item(**{name: record[name] for name in Item.__dataclass_fields__})
-        said = extract_answer(completion)
+        said = task.said(completion)
         right = task.verify(item, said) >= 1.0
         return right, item.answer if right else said
 

@@ -54,15 +54,15 @@ def project(x: Float[Array, "*B *I"], weights: Weights, *, inputs: int = 1) -> F
     if isinstance(weights, Quantised):
         product = project(x, weights.values, inputs=inputs).astype(jnp.float32)
         return (product * weights.scale.reshape(weights.scale.shape[inputs:])).astype(x.dtype)
-    if shards("positions", "mlp") > 1:
-        # Axes that devices split cannot be merged with those before them without gathering them.
-        axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
-        return jax.lax.dot_general(x, weights.astype(x.dtype), (axes, ((), ())))
     rows = math.prod(x.shape[-inputs:])
     if isinstance(weights, Turned):
         values = weights.values.astype(x.dtype)
         # Without the barrier the compiler would write the product as the one that this avoids.
         product = jax.lax.optimization_barrier(values.reshape(-1, rows) @ x.reshape(-1, rows).T).T
         return product.reshape(*x.shape[:-inputs], *values.shape[:-inputs])
+    if shards("positions", "mlp") > 1:
+        # Axes that devices split cannot be merged with those before them without gathering them.
+        axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
+        return jax.lax.dot_general(x, weights.astype(x.dtype), (axes, ((), ())))
     product = x.reshape(-1, rows) @ weights.astype(x.dtype).reshape(rows, -1)
     return product.reshape(*x.shape[:-inputs], *weights.shape[inputs:])

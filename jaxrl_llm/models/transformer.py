@@ -33,7 +33,7 @@ from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
 from jaxrl_llm.models.rotary import rotary_angles, rotate
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.transformer_specs import transformer_specs
-from jaxrl_llm.parallel.rules import ANY, constrain
+from jaxrl_llm.parallel.rules import ANY, ambient_layout, constrain
 
 # What a forward pass can return besides its last hidden states.
 OBSERVABLE = ("hidden_states", "router_choices", "router_probabilities")
@@ -314,7 +314,8 @@ def unstack(params: PyTree, config: TransformerConfig) -> PyTree:
 def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
     """Parameters laid out for many small steps: unstacked, and on a CPU with their matrices `Turned`."""
     params = unstack(params, config)
-    if not isinstance(params["blocks"], tuple) or jax.default_backend() != "cpu":
+    split = (ambient := ambient_layout()) is not None and ambient.mesh.size > 1
+    if not isinstance(params["blocks"], tuple) or jax.default_backend() != "cpu" or split:
         return params
     inputs = {"qkv": 1, "attention_out": 3} | ({"gate_up": 1, "down": 1} if config.experts is None else {})
 

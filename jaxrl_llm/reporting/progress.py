@@ -174,11 +174,12 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
     Rows: greedy, pass@1, pass@k by k, maj@k by k, cons@n, then any others by name.
 
     Args:
-      before: accuracies in [0, 1] by name ("greedy", "pass@4", "maj@8", ...); empty where there was none.
+      before: accuracies in [0, 1] by name ("greedy", "pass@4", "maj@8", ...), and counts by names that end in
+        `_per_episode`; empty where there was none.
       after: the same after training.
 
     Returns:
-      A rich table of percentages; the change is in percentage points, a dash where a side is missing.
+      A rich table of percentages and counts; the change of a percentage is in points, a dash where a side is missing.
     """
     table = Table(title="evaluation")
     table.add_column("")
@@ -186,15 +187,15 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
         table.add_column(heading, justify="right", no_wrap=True)
     for name in sorted({*before, *after}, key=_place):
         old, new = before.get(name), after.get(name)
-        change = Text("–")
+        change, counted = Text("–"), name.endswith("_per_episode")
+        digits = 2 if counted else 1
         if old is not None and new is not None:
-            points = 100 * (new - old)
             # Rounded first: a change that prints as 0.0 has no sign and no colour.
-            points = round(points, 1) + 0.0
-            change = Text(
-                f"{points:+.1f}" if points else "0.0", style="green" if points > 0 else "red" if points else ""
-            )
-        table.add_row(Text(name), *("–" if value is None else f"{value:.1%}" for value in (old, new)), change)
+            points = round((new - old) * (1 if counted else 100), digits) + 0.0
+            style = "" if counted or not points else "green" if points > 0 else "red"
+            change = Text(f"{points:+.{digits}f}" if points else f"{0:.{digits}f}", style=style)
+        form = "{:.2f}" if counted else "{:.1%}"
+        table.add_row(Text(name), *("–" if value is None else form.format(value) for value in (old, new)), change)
     return table
 
 

@@ -200,8 +200,10 @@ def self_correction_rewards(
     mask: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
     reference_logprobs: Float[Array, "B T"],
+    step: Int[Array, ""] | None = None,
     *,
     stage: Stage = "second",
+    first_stage_steps: int = 0,
     alpha: float = 10.0,
     kl_coefficient: float | None = None,
 ) -> Float[Array, "B S"]:
@@ -222,7 +224,9 @@ def self_correction_rewards(
       mask: non-zero on tokens that count.
       old_logprobs: log-probability of each token under the policy that the update starts from.
       reference_logprobs: under the policy before both stages.
+      step: updates of the batch made so far; read where there are `first_stage_steps`.
       stage: which of the two.
+      first_stage_steps: so many steps are of the first stage, before those of `stage`: both in one run.
       alpha: pay for progress, in the second stage.
       kl_coefficient: beta, units of reward a nat; None takes 0.1 in the first stage and 0.01 in the second.
 
@@ -230,7 +234,7 @@ def self_correction_rewards(
       One reward a turn; 0 for a turn that was not taken.
 
     Raises:
-      ValueError: for an unknown stage, or other than two turns.
+      ValueError: for an unknown stage, other than two turns, or steps of the first stage that cannot be counted.
 
     Reference: SCoRe (2409.12917).
     Certainty: verified
@@ -244,18 +248,28 @@ def self_correction_rewards(
             f"turn_rewards has {turn_rewards.shape[1]} turns; self-correction compares two attempts, so use an "
             "environment of two turns such as that of the task self_correction"
         )
-    beta = (0.1 if stage == "first" else 0.01) if kl_coefficient is None else kl_coefficient
+    if first_stage_steps < 0 or (first_stage_steps and step is None):
+        raise ValueError(
+            f"first_stage_steps is {first_stage_steps}; it must be at least 0, and above 0 it needs the step's number"
+        )
     counted = mask > 0
     per_token = old_logprobs.astype(jnp.float32) - reference_logprobs.astype(jnp.float32)
     mine = [counted & (turn == number) for number in range(2)]
     taken = jnp.stack([here.any(axis=1) for here in mine], axis=1)
     kl = jnp.stack([jnp.sum(jnp.where(here, per_token, 0.0), axis=1) for here in mine], axis=1)
     first, second = jnp.moveaxis(turn_rewards.astype(jnp.float32), 1, 0)
-    if stage == "first":
-        shaped = jnp.stack([-beta * kl[:, 0], second], axis=1)
-    else:
-        shaped = jnp.stack([first, second + alpha * (second - first)], axis=1) - beta * kl
-    return jnp.where(taken, shaped, 0.0)
+
+    def beta(default: float) -> float:
+        return default if kl_coefficient is None else kl_coefficient
+
+    shaped = {
+        "first": jnp.stack([-beta(0.1) * kl[:, 0], second], axis=1),
+        "second": jnp.stack([first, second + alpha * (second - first)], axis=1) - beta(0.01) * kl,
+    }
+    chosen = shaped[stage]
+    if first_stage_steps and step is not None:
+        chosen = jnp.where(step < first_stage_steps, shaped["first"], chosen)
+    return jnp.where(taken, chosen, 0.0)
 
 
 def _inside(tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "B T"]:

@@ -15,6 +15,7 @@ from jaxrl_llm.rollout.environments import (
     episode_metrics,
     recorded_turns,
     replayed,
+    solved_episodes,
     started,
 )
 from jaxrl_llm.rollout.external import engine_generate, probe
@@ -29,11 +30,13 @@ from jaxrl_llm.rollout.host_environments import (
     host_step,
     opened,
 )
+from jaxrl_llm.rollout.host_turns import HostTurns, host_generate_turns, host_turns
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
 from jaxrl_llm.rollout.score import predicting_hidden
 from jaxrl_llm.rollout.stop import StopAutomaton, stop_automaton
 from jaxrl_llm.rollout.stream import Drawn, make_stream
+from jaxrl_llm.rollout.turns import generate_turns
 
 __all__ = [
     "Controls",
@@ -45,6 +48,7 @@ __all__ = [
     "Episodes",
     "HostEnvironment",
     "HostEpisodes",
+    "HostTurns",
     "Prefixes",
     "Start",
     "Step",
@@ -57,10 +61,13 @@ __all__ = [
     "engine_generate",
     "episode_metrics",
     "generate",
+    "generate_turns",
     "host_advanced",
+    "host_generate_turns",
     "host_replayed",
     "host_started",
     "host_step",
+    "host_turns",
     "make_stream",
     "opened",
     "predicting_hidden",
@@ -71,6 +78,7 @@ __all__ = [
     "require_environment",
     "row_keys",
     "sampled_tokens",
+    "solved_episodes",
     "started",
     "stop_automaton",
 ]

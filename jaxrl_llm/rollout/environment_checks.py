@@ -23,7 +23,7 @@ def require_environment(environment: Environment, prompts: Prompts, *, vocabular
       ValueError: naming the field or the part of `step`'s result, and the remedy.
     """
     require_limits(environment, vocabulary_size)
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), starts(prompts))
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.eval_shape(starts, prompts))
     key = jax.eval_shape(lambda: jax.random.key(0))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     turn = jax.ShapeDtypeStruct((environment.max_turn_tokens,), jnp.int32)

@@ -81,7 +81,9 @@ class Environment(NamedTuple):
       end_of_turn_ids: each ends a turn and belongs to it. End of sequence is one of them, as a policy may always write
         it; whether it also ends the episode is for `step` to say.
       metrics: state -> named (value, count) pairs of an episode that is over, averaged as sum of values over sum of
-        counts.
+        counts. The name of what is no share ends in `_per_episode`.
+      solved: state of an episode that is over -> whether it was solved, whatever shapes the rewards; None where rewards
+        that add up to at least 1 say so.
     """
 
     reset: Callable[[Start, Array], PyTree]
@@ -91,6 +93,7 @@ class Environment(NamedTuple):
     max_observation_tokens: int = 0
     end_of_turn_ids: tuple[int, ...] = ()
     metrics: Callable[[PyTree], dict[str, tuple[Array, Array]]] = lambda state: {}
+    solved: Callable[[PyTree], Array] | None = None
 
 
 @struct.dataclass
@@ -279,17 +282,28 @@ def episode_metrics(
 ) -> dict[str, tuple[Array, Array]]:
     """Named (sum, count) pairs over rows: the environment's own, turns taken, and the share of each way to stop."""
     chex.assert_equal_shape([weight, episodes.stop])
-    counted = (weight > 0).astype(jnp.float32)
-    pairs = {"turns": (episodes.turns, counted)} | {
-        f"stopped_by_{reason.name.lower()}": (episodes.stop == reason, counted)
-        for reason in StopReason
-        if reason != StopReason.RUNNING
-    }
-    pairs |= jax.vmap(environment.metrics)(episodes.state)
+    pairs = stop_metrics(episodes.turns, episodes.stop) | jax.vmap(environment.metrics)(episodes.state)
+    there = weight > 0
     return {
-        name: (jnp.sum(jnp.where(counted > 0, value, 0.0)), jnp.sum(jnp.where(counted > 0, count, 0.0)))
+        name: (jnp.sum(jnp.where(there, value, 0.0)), jnp.sum(jnp.where(there, count, 0.0)))
         for name, (value, count) in pairs.items()
     }
+
+
+def stop_metrics(turns: Int[Array, "B"], stop: Int[Array, "B"]) -> dict[str, tuple[Array, Array]]:
+    """Named (value, count) pairs of each episode: turns taken, and which way it stopped."""
+    once = jnp.ones(stop.shape, jnp.float32)
+    ways = [reason for reason in StopReason if reason != StopReason.RUNNING]
+    return {"turns_per_episode": (turns.astype(jnp.float32), once)} | {
+        f"stopped_by_{reason.name.lower()}": ((stop == reason).astype(jnp.float32), once) for reason in ways
+    }
+
+
+def solved_episodes(environment: Environment, episodes: Episodes) -> Float[Array, "B"]:
+    """1 for each episode that was solved."""
+    if environment.solved is None:
+        return (episodes.turn_rewards.sum(axis=1) >= 1).astype(jnp.float32)
+    return jax.vmap(environment.solved)(episodes.state).astype(jnp.float32)
 
 
 def cut_short(stop: Int[Array, "B"]) -> Bool[Array, "B"]:

@@ -29,6 +29,7 @@ def wanted_fields(
     with_critic: bool = False,
     provided: frozenset[str] = frozenset(),
     replay: bool = False,
+    sampled: frozenset[str] = frozenset(),
 ) -> frozenset[str]:
     """Check every name of a composition; return the on-demand fields that somebody wants.
 
@@ -39,6 +40,7 @@ def wanted_fields(
       with_critic: a value model can be made.
       provided: names that the rollout or stored rows bring along.
       replay: rows of earlier steps are learned from again.
+      sampled: names that the rollout brings along, so that rewards may read them.
 
     Raises:
       ValueError: when a function names what nothing provides (the message says what would), or a part contradicts
@@ -53,10 +55,10 @@ def wanted_fields(
         if twice := {name for name in seen if seen.count(name) > 1}:
             raise ValueError(f"{kind} {twice.pop()!r} is listed twice; give each a name of its own (name: ...)")
     for term in rewards:
-        _require(term.function, f"reward {term.name!r}", COLLECTED | FROM_DATA | HOST_NAMES)
+        _require(term.function, f"reward {term.name!r}", COLLECTED | FROM_DATA | HOST_NAMES | sampled)
         if term.on_host and decode is None:
             raise ValueError(f"reward {term.name!r} reads text, so make_train_step needs decode= (token ids -> text)")
-    available = SCORED | ON_DEMAND | provided | {"step"}
+    available = SCORED | ON_DEMAND | provided | sampled | {"step"}
     if not with_critic:
         available -= BEFORE.keys()
     fixed = {f.name for f in fields(Experience)} - CREDIT_FIELDS.keys()
@@ -120,6 +122,8 @@ def _require(function: Any, what: str, available: frozenset[str]) -> None:
         provider = {
             "advantages": "add an entry to credit that fills it, for example advantages: group_normalized",
             "turn": "add an entry to credit that fills it, for example turn: separated_turns",
+            "turn_rewards": "a task that is answered in turns provides it (grid, calculator, self_correction), or an "
+            "entry of credit that fills it, for example turn_rewards: reference_progress",
             "stored_logprobs": "stored answers provide it (section rehearsal)",
             "extra": "groups at another temperature provide it (rollout.extra)",
             **dict.fromkeys(

@@ -10,7 +10,9 @@ import numpy as np
 
 from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.models.parameters import parameter_count
+from jaxrl_llm.rollout.host_turns import host_turns_shapes
 from jaxrl_llm.training.checks import COLLECTED
+from jaxrl_llm.training.conversations import prepared
 from jaxrl_llm.training.critics import BEFORE
 from jaxrl_llm.training.external_engine import with_staleness
 from jaxrl_llm.training.placement import abstract_like
@@ -34,10 +36,10 @@ def stages(step: Composition) -> list[dict[str, Any]]:
     rows = [
         {
             "stage": "collect",
-            "name": "generate" if step.external is None else step.external.engine.url,
+            "name": _sampler(step),
             "needs": ["params", "prompts", "key", "step"],
             "provides": ", ".join(sorted(COLLECTED - {"weight", "mask", "source", "sample", "group"})),
-            "where": "program" if step.external is None else "engine",
+            "where": "engine" if step.external else "host" if step.turns else "program",
         }
     ]
     rows += [
@@ -54,6 +56,14 @@ def stages(step: Composition) -> list[dict[str, Any]]:
         by = f"{term.coefficient:g}" if not term.coefficient_changes else "a coefficient that changes"
         rows.append(entry("learn", term.name, term.function, f"loss x {by}"))
     return rows
+
+
+def _sampler(step: Composition) -> str:
+    if step.external is not None:
+        return step.external.engine.url
+    if step.rollout.environment is None:
+        return "generate"
+    return "generate_turns" if step.turns is None else "host_generate_turns"
 
 
 def _provider(step: Composition, name: str) -> tuple[str, list[str]]:
@@ -117,6 +127,11 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts | Experience, Exp
     if parts.step.prime is not None:
         state = jax.eval_shape(parts.step.prime, state, given)
     state = state if placed is None else abstract_like(state, placed)
+    if c.rollout.environment is not None:
+        prepared(c.rollout.environment, given, parts.model.vocabulary_size)
+    if c.turns is not None:
+        talks = host_turns_shapes(c.turns, state.params, given, state.key, state.step)
+        return state, talks, jax.eval_shape(stored)
     return state, given if c.external is None else jax.eval_shape(sampled, state, given), jax.eval_shape(stored)
 
 
@@ -171,6 +186,8 @@ def explanation(parts: Parts) -> dict[str, Any]:
 
 def _program_names(step: TrainStep) -> list[str]:
     first = "collect" if step.composition.external is None else "policy view and score"
+    if step.composition.turns is not None:
+        first = "score"
     return ["whole step"] if len(step.programs) == 1 else [first, "credit and learn"]
 
 

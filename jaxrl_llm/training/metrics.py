@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Experience
+from jaxrl_llm.rollout.turns import metrics_of
 
 # What a coefficient may be a function of, beside fields of experience and the step.
 METRIC_NAMES = frozenset(
@@ -81,4 +82,6 @@ def experience_metrics(experience: Experience, weight: Float[Array, "B"]) -> dic
         metrics["value_explained_variance"] = explained_variance(experience.old_values, experience.returns, mask)
     if experience.advantages is not None:
         metrics["advantage_abs_per_token"] = token_mean(jnp.abs(experience.advantages))
+    for name, (total, count) in metrics_of(experience, weight).items():
+        metrics[f"episode/{name}"] = total / jnp.maximum(count, 1.0)
     return metrics

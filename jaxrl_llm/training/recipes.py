@@ -87,7 +87,7 @@ def method(name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], whe
     Raises:
       RecipeError: for an unknown name or hyper-parameter (with the nearest known one), or a value of the wrong type.
     """
-    function = _user_function(name, where) if ":" in name else _public_function(name, rooms, where)
+    function = user_function(name, where) if ":" in name else _public_function(name, rooms, where)
     read = signature(function)
     for key in hyper:
         if key not in read.hyper:
@@ -116,7 +116,12 @@ def _public_function(name: str, rooms: Sequence[ModuleType], where: str) -> Call
     raise RecipeError(f"{where} names {name!r}, which does not exist; {nearest(name, known)}")
 
 
-def _user_function(path: str, where: str) -> Callable:
+def user_function(path: str, where: str) -> Callable:
+    """The function at `module:function`, which may lie in the current directory.
+
+    Raises:
+      RecipeError: where there is none.
+    """
     module_name, _, attribute = path.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

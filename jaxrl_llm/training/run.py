@@ -17,7 +17,7 @@ from rich.console import Console
 
 from jaxrl_llm.config import Config, as_tree, numeric_tree
 from jaxrl_llm.data import Batches
-from jaxrl_llm.evaluation import Grader, make_evaluate
+from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
 from jaxrl_llm.experience import KeyUse
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, layout
@@ -28,7 +28,7 @@ from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.explain import trace
 from jaxrl_llm.training.rehearsal import FILE, Rehearsal, make_rehearsal
-from jaxrl_llm.training.setup import Parts, data_sets, encoded, grader, parts, prompt_batches
+from jaxrl_llm.training.setup import Parts, data_sets, encoded, grader, opened_parts, parts, prompt_batches
 from jaxrl_llm.training.stages import REINFORCEMENT, WARM_START, Run, reinforce, spread, stored_rows, warm_start
 
 
@@ -85,8 +85,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunDirectory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
         CompilationWatch() as watch,
+        opened_parts(built) as ready,
     ):
-        run = Run(built, directory, manager, console, meta, watch, data, mark=started)
+        run = Run(ready, directory, manager, console, meta, watch, data, mark=started)
         if prompts.dropped:
             console.print(f"dropped {prompts.dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
@@ -109,6 +110,8 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
         overlong=config.data.overlong_prompts,
         mesh=run.parts.step.composition.mesh,
         rules=run.parts.step.composition.rules,
+        environment=run.parts.environment,
+        call=run.parts.call,
     )
 
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:
@@ -154,7 +157,7 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
     summary = _summary(run, after)
     run.directory.write_summary(summary)
     run.manager.wait_until_finished()
-    accuracies = [name for name in after if "@" in name or name == "greedy"]
+    accuracies = [name for name in after if name not in COUNTED]
     run.console.print(
         results_table(*({name: part[name] for name in accuracies} for part in (run.meta["before"], after)))
     )

@@ -89,10 +89,14 @@ def host_components(
 
 
 def with_rewards(experience: Experience, terms: Sequence[RewardTerm]) -> Experience:
-    """Experience with the weighted sum of its reward components and the verifier's verdict (`correct`)."""
+    """Experience with the weighted sum of its reward components and the verifier's verdict (`correct`).
+
+    Of a conversation the environment knows whether it was solved, however its rewards are shaped.
+    """
     components = jnp.asarray(experience.reward_components)
+    solved = experience.extras.get("solved")
     return replace(
         experience,
         rewards=weighted_sum(components, weights=tuple(term.weight for term in terms)),
-        correct=(components[:, 0] >= 1.0).astype(jnp.float32),
+        correct=(components[:, 0] >= 1.0).astype(jnp.float32) if solved is None else solved,
     )

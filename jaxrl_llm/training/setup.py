@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,10 @@ from jaxrl_llm.models.lora import add_adapters, lora
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel import changed_rules
+from jaxrl_llm.rollout.host_calls import Caller
+from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.training.conversations import AnyEnvironment, configured_environment
 from jaxrl_llm.training.critics import Critic
 from jaxrl_llm.training.external_engine import external_engine
 from jaxrl_llm.training.learn import Update
@@ -54,6 +58,7 @@ class Parts:
       directory: the checkpoint that the policy starts from; None for random parameters.
       step: the composed training step.
       mesh_reason: why its mesh has the sizes that it has.
+      call: calls the functions of an environment in Python, while it is `opened_parts`.
     """
 
     config: Config
@@ -63,6 +68,12 @@ class Parts:
     directory: Path | None
     step: TrainStep
     mesh_reason: str = ""
+    call: Caller | None = None
+
+    @property
+    def environment(self) -> AnyEnvironment | None:
+        """What answers the turns of conversations; None where one completion is all."""
+        return self.step.composition.rollout.environment
 
     @property
     def scratchpad(self) -> bool:
@@ -130,6 +141,7 @@ def parts(config: Config) -> Parts:
         rounds=_rounds(config),
         truncation=config.rollout.truncation,
         off_policy_steps=config.rollout.off_policy_steps,
+        environment=_environment(config, task, tokenizer),
     )
     mesh, reason = chosen_mesh(config, model)
     rewards, credit, losses = reward_terms(config.rewards), credit_terms(config.credit), loss_terms(config.losses)
@@ -149,12 +161,23 @@ def parts(config: Config) -> Parts:
         rules=changed_rules(config.mesh.rules),
         gather_for_rollout=config.mesh.gather_for_rollout,
         offload=config.training.offload,
+        encode=tokenizer.encode,
         critic=_critic(config),
         stored=_stored(config),
         replay=_replay(config),
         external=external_engine(config.rollout.engine, model, directory),
     )
     return Parts(config, task, tokenizer, model, directory, step, reason)
+
+
+@contextmanager
+def opened_parts(built: Parts) -> Iterator[Parts]:
+    """The parts with their environment open, for the length of a run; as they are, unless it is one in Python."""
+    if not isinstance(built.environment, HostEnvironment):
+        yield built
+        return
+    with opened(built.environment) as call:
+        yield replace(built, call=call, step=replace(built.step, run=partial(built.step.run, call=call)))
 
 
 def _policy(config: Config) -> tuple[Path | None, Tokenizer, Model]:
@@ -200,6 +223,16 @@ def _require_own_ids(functions: Sequence[tuple[str, Any]]) -> None:
                     "but the model at model.path has a tokenizer of its own; set the ids, or use a function that reads "
                     "text, such as number_match"
                 )
+
+
+def _environment(config: Config, task: Task | None, tokenizer: Tokenizer) -> AnyEnvironment | None:
+    environment = configured_environment(config.environment, task, tokenizer)
+    if environment is not None and config.rehearsal is not None:
+        raise ValueError(
+            "rehearsal is set, but the task is answered in turns by an environment; leave it out, or choose a task of "
+            "one completion"
+        )
+    return environment
 
 
 def _rounds(config: Config) -> Refill | Adaptive | Budget | None:

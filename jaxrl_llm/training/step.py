@@ -25,10 +25,14 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out, layout
 from jaxrl_llm.rollout.controls import Controls
 from jaxrl_llm.rollout.generate import Prefixes, generate
+from jaxrl_llm.rollout.host_environments import HostEnvironment
+from jaxrl_llm.rollout.host_turns import HostTurns, host_turns
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.turns import TURN_FIELDS, generate_turns
 from jaxrl_llm.rollout.weights import weights_for_decoding
 from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields
+from jaxrl_llm.training.conversations import AnyEnvironment, check_conversations, run_with_host_environment
 from jaxrl_llm.training.credit import CreditTerm, apply_credit
 from jaxrl_llm.training.critics import HEADS, Critic, critics_named, initial_critic, moved_target
 from jaxrl_llm.training.external_engine import (
@@ -105,6 +109,7 @@ class Rollout:
         that each one could have been, too; None samples from the whole vocabulary.
       off_policy_steps: 1 samples a batch with the policy before the last update (one-step off-policy), 0 with the
         newest.
+      environment: what answers the turns of conversations; None where one completion is all.
     """
 
     samples_per_prompt: int
@@ -120,6 +125,7 @@ class Rollout:
     rounds: Refill | Adaptive | Budget | None = None
     truncation: Controls | None = None
     off_policy_steps: int = 0
+    environment: AnyEnvironment | None = None
 
     def __post_init__(self):
         if self.truncation is not None and self.truncation.top_k is None:
@@ -208,6 +214,7 @@ class Composition:
       stored: rows that every step is handed beside the prompts.
       replay: learning again from rows of earlier steps.
       external: an engine that samples in the place of `collect`.
+      turns: programs of conversations whose environment is in Python, in the place of `collect` too.
     """
 
     model: Model
@@ -227,6 +234,7 @@ class Composition:
     gather_for_rollout: bool = True
     offload: frozenset[str] = frozenset()
     placed: Any = None
+    turns: HostTurns | None = None
 
     @property
     def joined_groups(self) -> int:
@@ -313,6 +321,21 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
     samples = r.samples_per_prompt - r.demonstration_in_group
     with_greedy = "baseline_rewards" in c.wanted
     temperature = jnp.full(samples + with_greedy, r.temperature).at[samples:].set(0.0)
+    if r.environment is not None:
+        weights, rules = _decoded_with(c, state)
+        converse = laid_out(partial(generate_turns, c.model, weights, constrain=_decoded_rows), c.mesh, rules)
+        talks = converse(
+            prompts,
+            state.key,
+            state.step,
+            cast(Any, r.environment),
+            samples_per_prompt=samples + with_greedy,
+            max_completion_tokens=r.max_completion_tokens,
+            eos_ids=r.eos_ids,
+            pad_id=r.pad_id,
+            temperature=temperature if with_greedy else r.temperature,
+        )
+        return constrain_rows(greedy_last(talks, samples) if with_greedy else talks)
     sample = _sampler(c, state)
     if isinstance(r.rounds, Budget):
         prompt_of = prompt_of_each_row(r.rounds, state.memory[SUCCESS], prompts, r.samples_per_prompt)
@@ -343,15 +366,21 @@ def collect(c: Composition, state: TrainState, prompts: Prompts) -> Experience:
     return constrain_rows(greedy_last(rows, samples) if with_greedy else rows)
 
 
-def _sampler(c: Composition, state: TrainState) -> Callable[..., Experience]:
-    """`generate` with everything that the calls of a step have in common, on the mesh as sampling lays it out."""
-    r, rules = c.rollout, decoding(c.rules, gathered=c.gather_for_rollout)
+def _decoded_rows(rows):
+    return constrain_rows(rows, name="decoded_rows")
 
-    def constrain(rows):
-        return constrain_rows(rows, name="decoded_rows")
 
+def _decoded_with(c: Composition, state: TrainState) -> tuple[PyTree, Rules]:
+    """Parameters as sampling reads them, and the table that it goes by."""
+    rules = decoding(c.rules, gathered=c.gather_for_rollout)
     with layout(c.mesh, rules):
         weights = weights_for_decoding(c.model, state.params) if c.gather_for_rollout else state.params
+    return weights, rules
+
+
+def _sampler(c: Composition, state: TrainState) -> Callable[..., Experience]:
+    """`generate` with everything that the calls of a step have in common, on the mesh as sampling lays it out."""
+    r, (weights, rules) = c.rollout, _decoded_with(c, state)
     sample = partial(
         generate,
         c.model,
@@ -365,7 +394,7 @@ def _sampler(c: Composition, state: TrainState) -> Callable[..., Experience]:
         slots=r.slots,
         controls=r.truncation,
         record_support=r.truncation is not None,
-        constrain=constrain,
+        constrain=_decoded_rows,
     )
     return laid_out(sample, c.mesh, rules)
 
@@ -683,6 +712,7 @@ def make_train_step(
     update: Update | None = None,
     prompts_per_step: int | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
+    encode: Callable[[str], list[int]] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = RULES,
     gather_for_rollout: bool = True,
@@ -703,7 +733,8 @@ def make_train_step(
       losses: loss functions, or (function, coefficient) pairs.
       update: epochs, minibatches, microbatches, reference refresh.
       prompts_per_step: prompts in a batch, if known: sizes that do not divide are then found here already.
-      decode: token ids -> text, for rewards that read text.
+      decode: token ids -> text, for rewards that read text and environments in Python.
+      encode: text -> token ids, for environments in Python.
       mesh: devices to run on; None leaves placement to jax.
       rules: from the names of axes to those of the mesh.
       gather_for_rollout: with parameters that are sharded over `fsdp`, gather them once a rollout; else once a token.
@@ -752,6 +783,7 @@ def make_train_step(
         | ({STALENESS} if external else frozenset())
         | (POOL_FIELDS if isinstance(rollout.rounds, Adaptive) else frozenset()),
         replay=replay is not None,
+        sampled=TURN_FIELDS if rollout.environment is not None else frozenset(),
     )
     if rollout.demonstration_in_group:
         wanted |= provide.FROM_DATA
@@ -772,6 +804,11 @@ def make_train_step(
             "rollout.extra is set and something names 'baseline_rewards'; a greedy baseline and groups at another "
             "temperature cannot be had in one step, so leave one of them out"
         )
+    if rollout.environment is not None:
+        names_of = ("demonstration_in_group", "prefixes", "extra", "replay_router", "slots", "rounds")
+        settings = {name: getattr(rollout, name) for name in names_of}
+        others = {"replay": replay, "rollout.engine": external}
+        check_conversations(rollout.environment, settings, wanted, others)
     if external is not None:
         check_external(rollout, wanted)
         if rollout.off_policy_steps:
@@ -800,6 +837,7 @@ def make_train_step(
         rules=rules,
         gather_for_rollout=gather_for_rollout,
         offload=frozenset(offload),
+        turns=_host_turns(model, rollout, decode, encode),
     )
     _check_offload(c)
     init = jax.jit(laid_out(partial(initial_state, c), mesh, rules))
@@ -810,6 +848,9 @@ def make_train_step(
         init = _initial_on_mesh(c)
     if external is not None:
         return _step_with_engine(c, init, external, decode)
+    if c.turns is not None:
+        halves = (_looking(c, _score_talks), _learning(c, credit_and_learn))
+        return TrainStep(init, run_with_host_environment(c.turns, halves, reward_terms, decode), halves, c)
     on_host, behind = any(term.on_host for term in reward_terms), bool(rollout.off_policy_steps)
     prime = jax.jit(laid_out(partial(primed, c), mesh, rules), donate_argnums=0) if behind else None
     if not on_host:
@@ -906,6 +947,26 @@ def _check_truncation(credit: Sequence[CreditTerm], losses: Sequence[LossTerm], 
         raise ValueError(f"rollout.top_k is set, but {what}; leave one of them out")
 
 
+def _host_turns(model: Model, rollout: Rollout, decode: Any, encode: Any) -> HostTurns | None:
+    """Programs for an environment in Python; None without one."""
+    if not isinstance(rollout.environment, HostEnvironment):
+        return None
+    if decode is None or encode is None:
+        raise ValueError("an environment in Python reads and writes text, so make_train_step needs decode= and encode=")
+    return host_turns(
+        model,
+        rollout.environment,
+        samples_per_prompt=rollout.samples_per_prompt,
+        max_completion_tokens=rollout.max_completion_tokens,
+        eos_ids=rollout.eos_ids,
+        pad_id=rollout.pad_id,
+        encode=encode,
+        decode=decode,
+        temperature=rollout.temperature,
+        constrain=constrain_rows,
+    )
+
+
 def _check_rounds(
     rounds: Refill | Adaptive | Budget,
     wanted: frozenset[str],
@@ -928,6 +989,10 @@ def _check_rounds(
             f"{name} makes groups of different sizes, and loss {whole[0]!r} compares the samples of a prompt: leave "
             "training.sequences_per_microbatch out and set training.minibatches_per_epoch to 1"
         )
+
+
+def _score_talks(c: Composition, state: TrainState, rows: Experience) -> Experience:
+    return score(c, constrain_rows(rows))
 
 
 def _looking(c: Composition, function: Callable) -> Callable:

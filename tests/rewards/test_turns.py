@@ -140,6 +140,19 @@ def self_corrected(stage, **options):
     return self_correction_rewards(rewards, turn, mask, old, reference, stage=stage, **options)
 
 
+def test_both_stages_of_self_correction_in_one_run():
+    mask = jnp.array([[1.0, 1.0, 1.0, 1.0]])
+    rewards, turn = jnp.array([[0.0, 1.0]]), jnp.array([[0, 0, 1, 1]])
+    old, reference = jnp.full((1, 4), -0.5), jnp.full((1, 4), -0.6)
+    given = (rewards, turn, mask, old, reference)
+    for step, stage in ((0, "first"), (4, "first"), (5, "second"), (6, "second")):
+        together = self_correction_rewards(*given, jnp.int32(step), first_stage_steps=5)
+        np.testing.assert_array_equal(together, self_correction_rewards(*given, stage=stage))
+    np.testing.assert_allclose(self_correction_rewards(*given, stage="first"), [[-0.02, 1]], rtol=1e-5)
+    with pytest.raises(ValueError, match="first_stage_steps is 5"):
+        self_correction_rewards(*given, first_stage_steps=5)
+
+
 def test_self_correction_example():
     one, two = self_corrected("first"), self_corrected("second")
     np.testing.assert_allclose(one[:, 0], [-0.01] * 4, rtol=1e-5)

@@ -167,7 +167,7 @@ def test_metrics_leave_out_absent_rows():
     episodes = turn(begin((0, 0, 0)), [[9], [1], [9, EOS]])[0]
     found = episode_metrics(ENVIRONMENT, episodes, jnp.array([1.0, 0.5, 0.0]))
     assert {name: (float(s), float(n)) for name, (s, n) in found.items()} == {
-        "turns": (2, 2),
+        "turns_per_episode": (2, 2),
         "stopped_by_answer": (0, 2),
         "stopped_by_environment": (1, 2),
         "stopped_by_turn_limit": (0, 2),

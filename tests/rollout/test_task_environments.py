@@ -259,7 +259,7 @@ def test_faults_are_addressed_by_item_and_call_and_are_served_when_repeated():
     seen, episodes = played(tool, [ITEM], [[one_call("37*48")] * 4])
     assert episodes.turn_rewards.tolist() == [[0] * 6]
     assert seen == [["<o>ERR</o>", "<o>1776</o>", "<o>ERR</o>", "<o>1776</o>"]]
-    assert float(episode_metrics(tool, episodes, jnp.ones(1))["tool_faults"][0]) == 2
+    assert float(episode_metrics(tool, episodes, jnp.ones(1))["tool_faults_per_episode"][0]) == 2
     share = np.mean([calculator.fault(item, call, 0.3) for item in range(500) for call in range(4)])
     assert abs(share - 0.3) < 0.05
     bits = jax.vmap(in_graph.fault_bits)(jnp.arange(50), jnp.arange(50) % 5)

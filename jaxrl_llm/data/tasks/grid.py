@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -135,6 +136,16 @@ def verify(item: Item, answer: str | None) -> float:
     return 0.0
 
 
+def moves(completion: str) -> str | None:
+    """The moves of a conversation, what is none left out; None where no turn has an answer.
+
+    >>> moves("<a>D</a><n><o>...##</o><a>R</a><n>")
+    'DR'
+    """
+    answers = [turn.strip(" \n") for turn in re.findall("<a>([^<]*)</a>", completion)]
+    return "".join(answer for answer in answers if answer in MOVES) if answers else None
+
+
 def item(rows: Sequence[str], *, view: View = "full") -> Item:
     """The problem of a grid. Its answer is the grid: what the moves are checked against, whatever the prompt shows.
 
@@ -198,5 +209,6 @@ def task(*, size: int = 5, wall_probability: float = 0.2, view: str = "full") ->
         reward="episode_reward",
         identity=lambda item: f"{item.answer}:{view}",
         segments=segments,
+        said=moves,
         environment=("grid_navigation", {"size": size}),
     )

@@ -69,6 +69,16 @@ def tagged(text: str, opening: str, closing: str) -> str | None:
     return inner if found and closed else None
 
 
+def answered(completion: str) -> str | None:
+    """What stands between the last pair of answer tags, stripped; None where there is none.
+
+    >>> answered("<t>3+4</t><a> 7 </a><eos>")
+    '7'
+    """
+    answer = tagged(completion, "<a>", "</a>")
+    return None if answer is None else answer.strip(" \n")
+
+
 @dataclass(frozen=True)
 class Task:
     """A family of problems with its options settled.
@@ -87,6 +97,7 @@ class Task:
       identity: item -> the text that makes two items the same, and whose hash settles the split: the body, unless the
         body hides what differs.
       segments: record -> the reference conversation; None where one completion is all.
+      said: completion -> the answer that it gives, None for none: what `verify` reads.
       environment: name in `jaxrl_llm.rollout.tasks` of the environment that answers the turns, with the options that
         follow from those of the task; None where one completion is all.
     """
@@ -102,6 +113,7 @@ class Task:
     reward: str = "exact_answer"
     identity: Callable[[Item], str] = lambda item: item.body
     segments: Callable[[Mapping[str, Any]], tuple[Segment, ...]] | None = None
+    said: Callable[[str], str | None] = answered
     environment: tuple[str, Mapping[str, Any]] | None = None
 
     def response(self, item: Item | Mapping[str, Any]) -> str:

@@ -127,9 +127,9 @@ def calculator_tool(
     def metrics(state: ToolState) -> dict[str, tuple[Array, Array]]:
         once = jnp.float32(1.0)
         return {
-            "tool_calls": (state.calls.astype(jnp.float32), once),
-            "tool_errors": (state.errors.astype(jnp.float32), once),
-            "tool_faults": (state.faults.astype(jnp.float32), once),
+            "tool_calls_per_episode": (state.calls.astype(jnp.float32), once),
+            "tool_errors_per_episode": (state.errors.astype(jnp.float32), once),
+            "tool_faults_per_episode": (state.faults.astype(jnp.float32), once),
             "right": (state.right.astype(jnp.float32), once),
         }
 
@@ -141,6 +141,7 @@ def calculator_tool(
         max_observation_tokens=RESULT_TOKENS,
         end_of_turn_ids=(_ID("<n>"), _TOKENIZER.eos_id),
         metrics=metrics,
+        solved=lambda state: state.right,
     )
 
 

@@ -123,6 +123,7 @@ def grid_navigation(*, size: int = 5, potential: bool = False, max_turn_tokens: 
         max_observation_tokens=7,
         end_of_turn_ids=(_ID("<n>"), _TOKENIZER.eos_id),
         metrics=metrics,
+        solved=lambda state: state.reached,
     )
 
 

@@ -78,4 +78,5 @@ def two_attempts(*, max_turn_tokens: int = 64) -> Environment:
         max_observation_tokens=len(request),
         end_of_turn_ids=(_TOKENIZER.id("<n>"), _TOKENIZER.eos_id),
         metrics=metrics,
+        solved=lambda state: state.right[1] > 0,
     )
