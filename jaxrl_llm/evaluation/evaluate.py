@@ -16,6 +16,7 @@ from jaxrl_llm.evaluation.grading import Grader
 from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k
 from jaxrl_llm.evaluation.voting import mean_majority_at_k
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out
 from jaxrl_llm.rollout import generate
 from jaxrl_llm.rollout.weights import weights_for_decoding
@@ -45,7 +46,8 @@ def make_evaluate(
 
     A sample's class in a majority vote is what `grade` says it votes for; right answers are one class.
 
-    With a mesh, completions are spread over its devices, and parameters lie as `rules` says.
+    With a mesh, completions are spread over its devices, and parameters lie as `rules` says. Over several processes all
+    call it, grade all completions, and return the same.
 
     A prompt that is too long is an error, or is left out of the count where `overlong` is "drop".
 
@@ -89,7 +91,8 @@ def make_evaluate(
             overlong=overlong,
         )
         for batch in batches:
-            tokens, length, cut = jax.device_get(program(params, batch.prompts, key))
+            prompts = hosts.placed_rows(batch.prompts, mesh, rules)
+            tokens, length, cut = hosts.host_copy(program(params, prompts, key))
             for index in np.flatnonzero(batch.weight):
                 item = batch.items[index]
                 own = slice(index * rows, (index + 1) * rows)
