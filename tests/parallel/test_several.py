@@ -36,7 +36,7 @@ LIMIT = 400  # seconds after which the watchdog ends a test's processes
 # ---- one step, without a command ----
 
 
-def one_step(process: int, count: int, port: int, devices: int, out: str) -> None:
+def one_step(process: int, count: int, port: int, devices: int, *, out: str) -> None:
     import jax.numpy as jnp
     import optax
     from reward_functions import even_share, vowel_share
@@ -75,15 +75,15 @@ def one_step(process: int, count: int, port: int, devices: int, out: str) -> Non
         decode=lambda ids: "".join(chr(ord("a") + number) for number in ids),
         mesh=mesh,
     )
-    number = np.arange(4, dtype=np.int32)
+    number = jnp.arange(4)
     prompts = Prompts(
-        tokens=np.stack([number, number + 4]).T,
+        tokens=jnp.stack([number, number + 4], 1),
         length=number * 0 + 2,
         prompt_id=number,
         answer_tokens=number[:, None] * 0,
         answer_length=number * 0,
     )
-    items = [{"body": "", "answer": str(i)} for i in number]
+    items = [{"body": "", "answer": str(i)} for i in range(4)]
     state = step.init(jax.random.key(0))
     state, _, rows = step.run(state, hosts.placed_rows(prompts, mesh), items, None)
     found = hosts.host_copy(
@@ -390,4 +390,4 @@ def test_a_mesh_without_the_devices_of_a_process_is_refused(configs, tmp_path):
 
 
 if __name__ == "__main__":
-    one_step(*(int(word) for word in sys.argv[1:5]), sys.argv[5])
+    one_step(*map(int, sys.argv[1:5]), out=sys.argv[5])
