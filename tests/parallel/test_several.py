@@ -259,9 +259,13 @@ def finished(count: int, folder: Path, *words: str | Path) -> None:
 
 
 def params_of(directory: Path, step: int = WARM + STEPS) -> dict[str, np.ndarray]:
-    with ocp.PyTreeCheckpointer() as reader:
-        state = reader.restore(directory / "checkpoints" / str(step) / "state")
-    leaves = jax.tree_util.tree_leaves_with_path(state["params"])
+    path = directory / "checkpoints" / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        there = {"params": reader.metadata(path).item_metadata.tree["params"]}
+        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+        arguments = ocp.args.PyTreeRestore(item=there, restore_args=wanted, partial_restore=True)
+        params = reader.restore(path, args=arguments)["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
