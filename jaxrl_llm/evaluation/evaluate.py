@@ -19,6 +19,7 @@ from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k
 from jaxrl_llm.evaluation.voting import mean_majority_at_k
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out
 from jaxrl_llm.rollout import (
     Environment,
@@ -63,7 +64,8 @@ def make_evaluate(
 
     A sample's class in a majority vote is what `grade` says it votes for; right answers are one class.
 
-    With a mesh, completions are spread over its devices, and parameters lie as `rules` says.
+    With a mesh, completions are spread over its devices, and parameters lie as `rules` says. Over several processes all
+    call it, grade all completions, and return the same.
 
     Where an environment answers, a completion is a whole conversation; the environment says whether it was solved, and
     the means of its metrics over the sampled ones are reported too, with `turns_per_episode` and how episodes stopped.
@@ -136,7 +138,8 @@ def make_evaluate(
             widths=buckets(max_prompt_tokens),
         )
         for batch in batches:
-            tokens, length, cut, solved_rows, pairs = jax.device_get(decode(params, batch, key, call))
+            batch = batch._replace(prompts=hosts.placed_rows(batch.prompts, mesh, rules))
+            tokens, length, cut, solved_rows, pairs = hosts.host_copy(decode(params, batch, key, call))
             for name, pair in pairs.items():
                 sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair)
             for index in np.flatnonzero(batch.weight):

@@ -7,15 +7,18 @@ which rows a host's devices hold, and a host builds those and no others.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from jaxrl_llm.parallel.peers import Peers
+from jaxrl_llm.parallel.rules import RULES, Rules, partition_spec
 
 _peers: Peers | None = None
 
@@ -87,6 +90,46 @@ def global_rows(build: Callable[[np.ndarray], PyTree], count: int, sharding: Nam
     return jax.tree.map(spread, build(rows))
 
 
+def placed_rows(tree: PyTree, mesh: Mesh | None, rules: Rules = RULES) -> PyTree:
+    """Global arrays from arrays of rows that every host has: each hands over those that its devices hold.
+
+    Args:
+      tree: arrays with the same number of rows, equal on all hosts.
+      mesh: the devices; None leaves the tree as it is.
+      rules: the table that says which devices rows belong to. Those that do not divide the rows hold all of them.
+    """
+    leaves = jax.tree.leaves(tree)
+    if mesh is None or not leaves:
+        return tree
+    count = leaves[0].shape[0]
+    return global_rows(
+        lambda rows: jax.tree.map(lambda leaf: np.asarray(leaf)[rows], tree), count, row_sharding(count, mesh, rules)
+    )
+
+
+def row_sharding(count: int, mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+    """Where the table puts `count` rows, as far as the mesh divides them."""
+    return NamedSharding(mesh, partition_spec(("rows",), (count,), mesh, rules))
+
+
+def by_rows(tree: PyTree, groups: int, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+    """Global arrays moved to where every host holds whole rows, and whole groups of them.
+
+    Args:
+      tree: arrays with one entry a row, wherever a program has left them.
+      groups: equal blocks of neighbouring rows that are not torn apart; where they are not equal, rows are.
+      mesh: the devices.
+      rules: the table.
+    """
+    count = jax.tree.leaves(tree)[0].shape[0]
+    return _moved(row_sharding(count if count % groups else groups, mesh, rules))(tree)
+
+
+@cache
+def _moved(sharding: NamedSharding) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
 def own_rows(tree: PyTree) -> tuple[np.ndarray, PyTree]:
     """(numbers, rows) of global arrays that are this host's to score: every row is exactly one host's.
 
@@ -126,9 +169,38 @@ def gathered_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarra
 def host_copy(tree: PyTree) -> PyTree:
     """Global arrays as NumPy arrays, whole, on every host. All hosts must call it."""
 
-    def copied(leaf: jax.Array) -> np.ndarray:
-        if leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return np.asarray(leaf)
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    def here(leaf: Any) -> bool:
+        return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
-    return jax.tree.map(copied, tree)
+    def whole(leaf: Any) -> Any:
+        return leaf if here(leaf) else _moved(NamedSharding(leaf.sharding.mesh, P()))(leaf)
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def meet(where: str) -> None:
+    """Wait until all hosts are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def from_main(number: int | None) -> int | None:
+    """What this whole number, at least 0, or None is on the host that writes. All hosts must call it."""
+    if jax.process_count() == 1:
+        return number
+    said = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number)))
+    return None if said < 0 else said
+
+
+def first_failure(text: str | None) -> str | None:
+    """What went wrong on the first host where something did; None where nothing did. All hosts must call it."""
+    if jax.process_count() == 1:
+        return text
+    said = (text or "").encode()[:4000]
+    sizes = multihost_utils.process_allgather(np.int32(len(said)))
+    if not sizes.any():
+        return None
+    padded = np.frombuffer(said.ljust(int(sizes.max())), np.uint8)
+    process = int(np.flatnonzero(sizes)[0])
+    all_said = multihost_utils.process_allgather(padded)
+    return f"process {process}: " + all_said[process][: sizes[process]].tobytes().decode(errors="replace")

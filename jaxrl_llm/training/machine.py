@@ -29,6 +29,13 @@ def chosen_mesh(config: Config, model: Model) -> tuple[Mesh | None, str]:
         devices = list(make_mesh(asked.devices).devices.flat)
         sizes, reason = automatic_sizes(devices, demand(config, model))
         mesh = make_mesh(asked.devices, sizes)
+    without = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if without:
+        raise ValueError(
+            f"the mesh takes {mesh.size} of {len(jax.devices())} devices, and none of process "
+            f"{', '.join(map(str, sorted(without)))} of {jax.process_count()}; leave mesh.devices out, or start fewer "
+            "processes"
+        )
     if mesh.size == 1 and not config.training.offload:
         return None, "there is one"
     if model.specs is not None and (whole := kept_whole(model.specs, mesh, changed_rules(asked.rules))):

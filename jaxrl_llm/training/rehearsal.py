@@ -21,9 +21,11 @@ from jaxtyping import PyTree
 from jaxrl_llm import data
 from jaxrl_llm.advantages.rehearsal import cycled_rows, near_perfect_groups
 from jaxrl_llm.experience import Experience, KeyUse, TrainState
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.rules import laid_out
+from jaxrl_llm.training.host_rewards import rewarded_on_host
 from jaxrl_llm.training.learn import Update
-from jaxrl_llm.training.score import host_components, with_rewards
+from jaxrl_llm.training.score import with_rewards
 from jaxrl_llm.training.setup import Parts
 from jaxrl_llm.training.step import sample_and_score
 from jaxrl_llm.training.stored import written_rows
@@ -109,13 +111,13 @@ def make_rehearsal(parts: Parts, params: PyTree, source: Sequence[dict[str, Any]
         overlong=config.data.overlong_prompts,
     )
     for batch in batches:
-        rows = draw(state, batch.prompts)
+        rows = draw(state, hosts.placed_rows(batch.prompts, c.mesh, c.rules))
         if any(term.on_host for term in c.rewards):
-            components = host_components(c.rewards, rows, batch.items, parts.tokenizer.decode)
-            rows = replace(rows, reward_components=jnp.asarray(components))
-        rows = with_rewards(rows, c.rewards)
+            rows = rewarded_on_host(c.rewards, rows, batch.items, parts.tokenizer.decode)
+        # From here on every process of a run does the same with all rows.
+        rows = with_rewards(hosts.host_copy(rows), c.rewards)
         solved = np.asarray(split(rows.correct, rows.sample, rows.group, rows.weight))[::samples] > 0
-        last = jax.device_get(jax.tree.map(lambda x: x[samples - 1 :: samples], rows))
+        last = jax.tree.map(lambda x: np.asarray(x[samples - 1 :: samples]), rows)
         real = np.asarray(batch.weight) > 0
         explored.append(last.prompt_id[real & ~solved])
         kept = real & solved & (last.correct > 0)

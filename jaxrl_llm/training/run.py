@@ -20,14 +20,15 @@ from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
 from jaxrl_llm.experience import KeyUse
 from jaxrl_llm.models import TransformerConfig, attention_path
-from jaxrl_llm.parallel import described, layout
-from jaxrl_llm.reporting import RunDirectory, results_table, units_table
+from jaxrl_llm.parallel import described, hosts, layout
+from jaxrl_llm.reporting import results_table, units_table
 from jaxrl_llm.reporting.machine import package_versions
 from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.explain import trace
 from jaxrl_llm.training.rehearsal import FILE, Rehearsal, make_rehearsal
+from jaxrl_llm.training.run_directories import require_shared, run_directory
 from jaxrl_llm.training.setup import Parts, data_sets, encoded, grader, opened_parts, parts, prompt_batches
 from jaxrl_llm.training.stages import REINFORCEMENT, WARM_START, Run, reinforce, spread, stored_rows, warm_start
 
@@ -60,8 +61,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     numbers = checkpoints.config_hash(numeric_tree(config))
     meta: dict[str, Any] = {"config_hash": numbers, "seconds": {}, "tokens": 0, "warm_start_steps": 0}
     folder = config.directory / "checkpoints"
-    newest = checkpoints.latest_step(folder) if resume else None
+    newest = hosts.from_main(checkpoints.latest_step(folder)) if resume else None
     if newest is not None:
+        require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
         if meta["config_hash"] != numbers:
             raise checkpoints.CheckpointError(
@@ -82,7 +84,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     for split in ("validation", "test"):  # a held-out prompt that does not fit speaks now, not after the warm start
         encoded(built, data[split])
     with (
-        RunDirectory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
+        run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
@@ -128,7 +130,8 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
         if config.rehearsal is not None:
             with run.timed("rehearsal split"):
                 rehearsal = make_rehearsal(run.parts, params, run.data["train"], key)
-                rehearsal.save(config.directory)
+                if hosts.is_main():
+                    rehearsal.save(config.directory)
                 run.meta["rehearsal"] = rehearsal.fingerprint
             run.console.print(f"rehearsal: {len(rehearsal)} answers stored, {len(rehearsal.explored)} prompts explored")
     elif config.rehearsal is not None:
@@ -146,7 +149,7 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
     state = step.init(key, params)
     del params  # the state has a copy of its own
     if step.prime is not None:
-        state = step.prime(state, prompts[0].prompts)
+        state = step.prime(state, run.placed(prompts[0].prompts))
     if fresh:
         run.save(run.meta["warm_start_steps"], REINFORCEMENT, state)
     else:
@@ -170,9 +173,9 @@ def _signals(run: Run):
     """SIGTERM and SIGINT ask for a stop at the end of the step; a second one is obeyed at once."""
 
     def ask(number: int, frame: Any) -> None:
-        if run.stopping:
+        if run.asked:
             raise KeyboardInterrupt
-        run.stopping = True
+        run.asked = True
         run.console.print("stopping after this step; its state will be saved")
 
     before = {}

@@ -22,6 +22,7 @@ from rich.console import Console
 from jaxrl_llm.config import Config
 from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
 from jaxrl_llm.experience import Experience, Source, TrainState
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
@@ -54,7 +55,8 @@ class Run:
       console: where people read.
       meta: what a checkpoint records beside the state: stage, counts, the evaluation before training, seconds.
       watch: counts compilations.
-      stopping: a signal arrived.
+      asked: a signal arrived.
+      stopping: the run ends at the end of this step; the same on all processes.
       mark, charged_to: since when, and to which part, time is being charged.
     """
 
@@ -65,6 +67,7 @@ class Run:
     meta: dict[str, Any]
     watch: CompilationWatch
     data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
+    asked: bool = False
     stopping: bool = False
     mark: float = 0.0
     charged_to: str = "set-up"
@@ -97,6 +100,11 @@ class Run:
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
         checkpoints.save(self.manager, global_step, state, self.meta, trained=self.parts.model.trained)
 
+    def placed(self, rows: Any) -> Any:
+        """Rows of a whole batch where the step's devices want them; each process hands over its own."""
+        composition = self.parts.step.composition
+        return hosts.placed_rows(rows, composition.mesh, composition.rules)
+
 
 def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) -> Any:
     """Supervised steps on reference solutions, stopped early once sampled accuracy is where groups are mixed."""
@@ -123,8 +131,9 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
     batches = demonstration_batches(run.parts, run.data["train"], warm.sequences_per_step)
     with Progress(warm.steps, WARM_START, run.console) as progress, run.timed(WARM_START):
         for index in range(int(state.step), warm.steps):
-            state, metrics = step(state, demonstrations(batches[index]))
+            state, metrics = step(state, run.placed(demonstrations(batches[index])))
             done = index + 1
+            run.stopping = hosts.agreed_stop(run.asked)
             shown = _finite(run, jax.device_get(metrics), done, WARM_START)
             if warm.probe_every_steps and done % warm.probe_every_steps == 0:
                 probe = measure(state.params, "validation", run.config.evaluation.problems, "probes")
@@ -194,7 +203,7 @@ def reinforce(
             shown = _finite(run, jax.device_get(metrics), done, REINFORCEMENT)
             run.meta["tokens"] += round(shown["completion_tokens"] * rows)
             run.directory.write_metrics(offset + done, {"stage": REINFORCEMENT} | shown)
-            _write_samples(run, offset + done, done, experience, items)
+            _write_samples(run, offset + done, done, experience, items, first=done == first + 1)
             progress.update(done, shown)
 
         unread: tuple | None = None
@@ -207,8 +216,9 @@ def reinforce(
                 run.watch.allow()
                 progress.message(f"step {done} is the first with prompts of {width} tokens: its program is compiled")
             widths.add(width)
+            sampled = run.placed(sampled)
             try:
-                new_state, metrics, experience = step.run(state, sampled, batch.items, stored(index))
+                new_state, metrics, experience = step.run(state, sampled, batch.items, run.placed(stored(index)))
             except (RewardError, EngineError) as error:
                 if unread is not None:
                     report(*unread)
@@ -221,6 +231,7 @@ def reinforce(
             if unread is not None:
                 report(*unread)
             state, unread = new_state, (done, metrics, experience, batch.items)
+            run.stopping = hosts.agreed_stop(run.asked)
             if config.evaluation.every_steps and done % config.evaluation.every_steps == 0 and done < total:
                 run.watch.allow()  # a resumed run compiles its evaluation here
                 held_out = measure(state.params, "validation", config.evaluation.problems, "evaluation during")
@@ -265,13 +276,17 @@ def _finite(run: Run, metrics: dict[str, Any], done: int, stage: str) -> dict[st
     return shown
 
 
-def _write_samples(run: Run, global_step: int, done: int, experience: Experience, items: list) -> None:
+def _write_samples(run: Run, global_step: int, done: int, experience: Experience, items: list, *, first: bool) -> None:
     reporting = run.config.reporting
-    if not reporting.samples_every_steps or done % reporting.samples_every_steps:
+    due = bool(reporting.samples_every_steps) and done % reporting.samples_every_steps == 0
+    # Over several processes, rows are gathered by a program, which is compiled with those of the first step.
+    if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
     rows = spread(experience.tokens.shape[0], reporting.samples_per_report)
     fields = ("tokens", "length", "group", "rewards", "reward_components", "truncated")
-    held = {name: jax.device_get(getattr(experience, name))[rows] for name in fields}
+    held = {name: value[rows] for name, value in hosts.host_copy({n: getattr(experience, n) for n in fields}).items()}
+    if not due:
+        return
     decode = run.parts.tokenizer.decode
     run.directory.write_samples(
         global_step,

@@ -43,6 +43,7 @@ from jaxrl_llm.training.external_engine import (
     make_collect,
     with_policy_view,
 )
+from jaxrl_llm.training.host_rewards import rewarded_on_host
 from jaxrl_llm.training.learn import ROUTER, LossTerm, Update, alignment, checked_split, make_learn
 from jaxrl_llm.training.metrics import experience_metrics
 from jaxrl_llm.training.placement import (
@@ -72,7 +73,7 @@ from jaxrl_llm.training.rows import (
     with_baseline,
     with_demonstrations,
 )
-from jaxrl_llm.training.score import RewardTerm, host_components, traceable_components, with_rewards
+from jaxrl_llm.training.score import RewardTerm, traceable_components, with_rewards
 from jaxrl_llm.training.stored import (
     Replay,
     StoredRows,
@@ -872,11 +873,7 @@ def _step_behind_with_host(c: Composition, init: Callable, prime: Any, decode: A
 
     def run(state, prompts, items=None, stored=None):
         ahead = sample(state, prompts)
-        rows = state.ahead
-        components = host_components(c.rewards, rows, _required(items), decode)
-        if isinstance(rows.reward_components.sharding, NamedSharding):
-            components = jax.device_put(components, rows.reward_components.sharding)
-        rows = replace(rows, reward_components=components)
+        rows = rewarded_on_host(c.rewards, cast(Experience, state.ahead), _required(items), decode)
         state, metrics, experience = learned(replace(state, ahead=None), rows, stored)
         return replace(state, ahead=ahead), metrics, experience
 
@@ -902,13 +899,12 @@ def _step_in_rounds(c: Composition, learned: Callable, decode: Any) -> Callable:
 
     def run(state, prompts, items=None, stored=None):
         items = _required(items)
+        in_round = len(items) // (c.rollout.rounds.max_rounds if isinstance(c.rollout.rounds, Refill) else 1)
         carry, more, rows = begin(state, prompts), True, None
         while more:
             drawn, first = draw(state, prompts, carry)
-            components = host_components(c.rewards, drawn, items[int(first) :], decode)
-            if isinstance(drawn.reward_components.sharding, NamedSharding):
-                components = jax.device_put(components, drawn.reward_components.sharding)
-            carry, more, rows = keep(prompts, carry, replace(drawn, reward_components=components))
+            drawn = rewarded_on_host(c.rewards, drawn, items[int(first) :][:in_round], decode)
+            carry, more, rows = keep(prompts, carry, drawn)
         return learned(state, rows, stored)
 
     return run
@@ -1052,12 +1048,8 @@ def _check_router(model: Model, rollout: Rollout, **others: Any) -> None:
 def _run_with_host(programs, reward_terms, decode, state, prompts, items=None, stored=None):
     """The same step in two programs, with the host rewards between them."""
     items = _required(items)
-    experience = programs[0](state, prompts)
-    components = host_components(reward_terms, experience, items, decode)
-    placement = experience.reward_components.sharding
-    if isinstance(placement, NamedSharding):  # without a mesh, placing them by hand would compile both programs twice
-        components = jax.device_put(components, placement)
-    return programs[1](state, replace(experience, reward_components=components), stored)
+    experience = rewarded_on_host(reward_terms, programs[0](state, prompts), items, decode)
+    return programs[1](state, experience, stored)
 
 
 def _name(function: Any) -> str:

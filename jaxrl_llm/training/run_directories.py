@@ -1,0 +1,67 @@
+"""The run directory of several processes: one writes its records, and all see it, because all write its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.reporting import RunDirectory
+
+_SECONDS = 10.0  # in which a file of one host is seen by another
+
+
+class Unwritten(RunDirectory):
+    """Stands for a run directory whose records another process writes: what is handed to it goes nowhere."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def _append(self, name: str, records: Any) -> None:
+        pass
+
+    def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def run_directory(path: Path, config: Mapping[str, Any], *, resume_step: int | None) -> Iterator[RunDirectory]:
+    """The records of a run: of the process that writes, or `Unwritten`. All processes must call it.
+
+    Args:
+      path, config, resume_step: as for `RunDirectory`.
+
+    Raises:
+      ValueError: as `RunDirectory` does, or where the processes do not see the same directory.
+    """
+    # Opened first, and by one: a new run wants it empty, and checkpoints make a directory in it.
+    with RunDirectory(path, config, resume_step=resume_step) if hosts.is_main() else Unwritten(path) as directory:
+        hosts.meet("the run directory is open")
+        require_shared(path / "config.yaml")
+        yield directory
+
+
+def require_shared(path: Path) -> None:
+    """Raises ValueError unless what lies at this path, as the process that writes sees it, is seen by this one."""
+    until = time.monotonic() + _SECONDS
+    while not path.exists():  # network file systems may say for a while that it is not there
+        if jax.process_count() == 1 or time.monotonic() > until:
+            raise ValueError(
+                f"process {jax.process_index()} does not see {path}, which process 0 does; give a run_dir on a disk "
+                "that all hosts share"
+            )
+        time.sleep(0.1)

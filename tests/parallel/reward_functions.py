@@ -1,0 +1,18 @@
+"""Rewards that any policy can raise, for runs over several processes; REWARD_SECONDS and REWARD_FAILS spoil them."""
+
+import os
+import time
+
+
+def even_share(tokens, mask):
+    """Share of even token ids: traceable."""
+    return ((tokens % 2 == 0) * mask).sum(-1) / mask.sum(-1)
+
+
+def vowel_share(completions, answers):
+    """Share of vowels: on the host."""
+    time.sleep(float(os.environ.get("REWARD_SECONDS", "0")))
+    if os.environ.get("REWARD_FAILS"):
+        raise RuntimeError("the judge is out of office")
+    assert len(completions) == len(answers)
+    return [sum(letter in "aeiouAEIOU02468" for letter in text) / len(text) for text in completions]

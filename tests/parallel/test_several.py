@@ -1,0 +1,397 @@
+"""`jaxrl train` over several processes on loopback, under a watchdog: four devices in all, whoever holds them.
+
+This file, run as a script, is one process of the short test: `test_several.py PROCESS COUNT PORT DEVICES OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+
+from jaxrl_llm.reporting.run_directory import read_records
+
+# The tests read checkpoints without the shardings that they were written with.
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+DEVICES, STEPS, WARM = 4, 6, 2
+LIMIT = 400  # seconds after which the watchdog ends a test's processes
+
+
+# ---- one step, without a command ----
+
+
+def one_step(process: int, count: int, port: int, devices: int, *, out: str) -> None:
+    import jax.numpy as jnp
+    import optax
+    from reward_functions import even_share, vowel_share
+
+    from jaxrl_llm.advantages import group_normalized
+    from jaxrl_llm.experience import Prompts
+    from jaxrl_llm.losses import clipped_surrogate
+    from jaxrl_llm.models.model import Model
+    from jaxrl_llm.parallel import hosts, make_mesh
+    from jaxrl_llm.parallel.start import initialise, place_of_this_process
+    from jaxrl_llm.training import checkpoints
+    from jaxrl_llm.training.step import Rollout, make_train_step
+
+    jax.config.update("jax_num_cpu_devices", devices)
+    peers = initialise(place_of_this_process(f"127.0.0.1:{port}", count, process), {}, seconds=60)
+    hosts.join(peers)
+    bigram = Model(
+        init=lambda key: {"scores": jax.random.normal(key, (26, 26))},
+        apply=lambda params, tokens, positions, cache: (jax.nn.one_hot(tokens, 26), cache),
+        logits=lambda params, hidden: hidden @ params["scores"],
+        init_cache=lambda rows, slots: (),
+        expand_cache=lambda cache, samples, extra_slots: cache,
+        specs=None,
+        vocabulary_size=26,
+        config=None,
+    )
+    mesh = make_mesh()
+    step = make_train_step(
+        bigram,
+        optax.adam(0.01),
+        rollout=Rollout(samples_per_prompt=3, max_completion_tokens=5, eos_ids=(1,), pad_id=1),
+        rewards=[even_share, vowel_share],
+        credit=[("advantages", group_normalized)],
+        losses=[clipped_surrogate],
+        prompts_per_step=4,
+        decode=lambda ids: "".join(chr(ord("a") + number) for number in ids),
+        mesh=mesh,
+    )
+    number = jnp.arange(4)
+    prompts = Prompts(
+        tokens=jnp.stack([number, number + 4], 1),
+        length=number * 0 + 2,
+        prompt_id=number,
+        answer_tokens=number[:, None] * 0,
+        answer_length=number * 0,
+    )
+    items = [{"body": "", "answer": str(i)} for i in range(4)]
+    state = step.init(jax.random.key(0))
+    state, _, rows = step.run(state, hosts.placed_rows(prompts, mesh), items, None)
+    found = hosts.host_copy(
+        {name: getattr(rows, name) for name in ("tokens", "reward_components", "rewards", "group")}
+        | {"scores": state.params["scores"]}
+    )
+    # Each process holds all rows of a prompt that it scores, though twelve rows could be split further.
+    _, own = hosts.own_rows(hosts.by_rows({"group": rows.group}, 4, mesh))
+    assert np.bincount(own["group"], minlength=4).tolist().count(3) == 4 // count
+    with checkpoints.checkpoint_manager(Path(out), keep=1) as manager:
+        checkpoints.save(manager, 1, state, {"step": 1})
+        manager.wait_until_finished()
+    again = checkpoints.restore(Path(out), 1, state)
+    np.testing.assert_array_equal(hosts.host_copy(again.params["scores"]), found["scores"])
+    assert hosts.from_main(7 if hosts.is_main() else None) == 7
+    assert hosts.from_main(None) is None
+    assert hosts.first_failure(None) is None
+    if count > 1:
+        assert hosts.first_failure("Größe" if process == 1 else None) == "process 1: Größe"
+    if hosts.is_main():
+        np.savez(Path(out) / "found.npz", **found, start=bigram.init(jax.random.key(0))["scores"])
+    assert jnp.isfinite(found["scores"]).all()
+    if peers is not None:
+        peers.leave()
+
+
+# ---- processes ----
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+class Launched:
+    """Processes of one run.
+
+    Attributes:
+      processes: in the order of their numbers.
+      logs: what each prints.
+    """
+
+    def __init__(self, processes: Sequence[subprocess.Popen], logs: Sequence[Path]):
+        self.processes, self.logs = processes, logs
+
+    def said(self) -> list[str]:
+        return [log.read_text() for log in self.logs]
+
+    def ended(self, seconds: float = LIMIT) -> list[int]:
+        """Their exit statuses."""
+        until = time.monotonic() + seconds
+        for number, process in enumerate(self.processes):
+            try:
+                process.wait(max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                tails = "\n".join(text[-3000:] for text in self.said())
+                pytest.fail(f"process {number} has not ended after {seconds:.0f} s\n{tails}")
+        return [process.returncode for process in self.processes]
+
+    def succeeded(self) -> None:
+        statuses = self.ended()
+        assert statuses == [0] * len(statuses), "\n".join(text[-3000:] for text in self.said())
+
+
+@contextmanager
+def launched(commands: list[list[str]], directory: Path, environments: list[dict] | None = None) -> Iterator[Launched]:
+    """Start them, and see that they are gone in the end."""
+    directory.mkdir(parents=True, exist_ok=True)
+    python_path = os.pathsep.join([str(ROOT), str(HERE)])
+    shared = os.environ | {"PYTHONPATH": python_path, "JAX_PLATFORMS": "cpu"}
+    logs, started = [directory / f"log{number}" for number in range(len(commands))], []
+    try:
+        for number, (command, path) in enumerate(zip(commands, logs, strict=True)):
+            more = environments[number] if environments else {}
+            with path.open("w") as log:
+                started.append(
+                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=shared | more, cwd=directory)
+                )
+        yield Launched(started, logs)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+# ---- one step ----
+
+
+def test_one_step_of_two_processes_is_that_of_one(tmp_path):
+    with ExitStack() as stack:
+        runs = []
+        for count in (1, 2):
+            out, port = tmp_path / str(count), str(free_port())
+            sizes = [str(count), port, str(DEVICES // count), str(out)]
+            commands = [[sys.executable, __file__, str(i), *sizes] for i in range(count)]
+            runs.append(stack.enter_context(launched(commands, tmp_path / f"logs{count}")))
+        for run in runs:
+            run.succeeded()
+    alone, both = (dict(np.load(tmp_path / str(count) / "found.npz")) for count in (1, 2))
+    for name in ("tokens", "group", "reward_components", "rewards"):
+        np.testing.assert_array_equal(both[name], alone[name], err_msg=name)
+    assert (alone["reward_components"].std(0) > 0.05).all()
+    assert relative(alone["scores"], alone["start"]) > 1e-3
+    assert relative(both["scores"], alone["scores"]) < 1e-6
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm((ours - theirs).ravel()) / np.linalg.norm(theirs.ravel()))
+
+
+# ---- whole runs ----
+
+REWARDS = {"in the program": "even_share", "on the host": "vowel_share"}
+# One layout for each kind of reward; `tensor` and `fsdp` lie across four processes, and across two.
+MESHES = {"in the program": {"fsdp": 2, "tensor": 2}, "on the host": {"data": 2, "fsdp": 2}}
+
+
+def config_of(kind: str, data_directory: str) -> dict:
+    return {
+        "name": "several",
+        "task": {
+            "name": "addition",
+            "levels": [1],
+            "options": {"scratchpad": False},
+            "train_items": 24,
+            "validation_items": 4,
+            "test_items": 4,
+        },
+        "data": {"directory": data_directory},
+        "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 32},
+        "warm_start": {"steps": WARM, "sequences_per_step": 8, "learning_rate": 0.02, "warmup_steps": 1},
+        "rollout": {"samples_per_prompt": 4, "max_prompt_tokens": 9, "max_completion_tokens": 6},
+        "rewards": [{"python": f"reward_functions:{REWARDS[kind]}"}],
+        "credit": [{"advantages": "group_normalized"}],
+        "losses": ["clipped_surrogate"],
+        "training": {"steps": STEPS, "prompts_per_step": 4, "learning_rate": 0.003},
+        "evaluation": {"problems": 4, "samples_per_problem": 3, "k": [1], "sequences_per_batch": 16},
+        "checkpoints": {"every_steps": 50, "keep": 9},
+        "reporting": {"samples_every_steps": 1, "samples_per_report": 16},
+        "mesh": MESHES[kind],
+    }
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory, data_directory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("configs")
+    paths = {kind: folder / f"{REWARDS[kind]}.yaml" for kind in REWARDS}
+    for kind, path in paths.items():
+        path.write_text(yaml.safe_dump(config_of(kind, data_directory)))
+    return paths
+
+
+def train(count: int, *words: str | Path, seconds: int = 120) -> list[list[str]]:
+    """The commands of the processes of a run."""
+    port, command = free_port(), [sys.executable, "-m", "jaxrl_llm.cli", "train", *map(str, words)]
+    if count == 1:
+        return [command]
+    flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--start-timeout", str(seconds)]
+    return [[*command, *flags, "--process-id", str(number)] for number in range(count)]
+
+
+def share(count: int, **more: str) -> list[dict[str, str]]:
+    """Environments that give each process its share of the devices."""
+    return [{"JAX_NUM_CPU_DEVICES": str(DEVICES // count)} | more for _ in range(count)]
+
+
+def finished(count: int, folder: Path, *words: str | Path) -> None:
+    with launched(train(count, *words), folder, share(count)) as run:
+        run.succeeded()
+        assert not any("after warm-up" in text for text in run.said()), run.said()
+        assert not any("pass@1" in text for text in run.said()[1:]), "one process shows the results"
+
+
+def params_of(directory: Path, step: int = WARM + STEPS) -> dict[str, np.ndarray]:
+    path = directory / "checkpoints" / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        there = {"params": reader.metadata(path).item_metadata.tree["params"]}
+        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+        arguments = ocp.args.PyTreeRestore(item=there, restore_args=wanted, partial_restore=True)
+        params = reader.restore(path, args=arguments)["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    lines = [read_records(path / "samples.jsonl") for path in (ours, theirs)]
+    assert len(lines[0]) == 16 * STEPS
+    assert lines[0] == lines[1]  # every completion with its rewards
+    metrics = [read_records(path / "metrics.jsonl") for path in (ours, theirs)]
+    assert [line["step"] for line in metrics[0]] == list(range(1, WARM + STEPS + 1))
+    for one, other in zip(*metrics, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
+        assert one.get("reward") == pytest.approx(other.get("reward"), rel=1e-6)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (ours, theirs)]
+    for name in ("before", "after", "completion_tokens_sampled", "config_hash"):
+        assert summaries[0][name] == summaries[1][name], name
+    expected = params_of(theirs)
+    for name, value in params_of(ours).items():
+        assert relative(value, expected[name]) < 1e-5, name
+
+
+@pytest.fixture(scope="module")
+def alone(configs, tmp_path_factory) -> dict[str, Path]:
+    """Directories of the runs of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for kind, config in configs.items():
+        finished(1, folder / f"logs {kind}", config, f"run_dir={folder / kind}")
+    return {kind: folder / kind for kind in configs}
+
+
+@pytest.mark.slow
+def test_the_runs_learn_something(alone):
+    # Otherwise equal parameters would say nothing.
+    for directory in alone.values():
+        before, after = params_of(directory, WARM), params_of(directory)
+        assert max(relative(after[name], before[name]) for name in after) > 1e-3
+        rewards = [line["reward"] for line in read_records(directory / "metrics.jsonl")[WARM:]]
+        assert len(set(rewards)) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("kind", REWARDS)
+def test_a_run_of_several_processes_is_that_of_one(alone, configs, tmp_path, kind, count):
+    finished(count, tmp_path / "logs", configs[kind], f"run_dir={tmp_path / 'run'}")
+    assert_same_run(tmp_path / "run", alone[kind])
+
+
+def until_step(run: Launched, directory: Path, step: int) -> None:
+    until = time.monotonic() + LIMIT
+    path = directory / "metrics.jsonl"
+    while not (path.exists() and len(read_records(path)) >= step):
+        assert all(process.poll() is None for process in run.processes), run.said()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked, then", [(0, 1), (1, 4)])
+def test_sigterm_to_one_saves_one_step_and_another_number_of_processes_goes_on(alone, configs, tmp_path, asked, then):
+    directory, config = tmp_path / "run", configs["on the host"]
+    status = ["--stopped-status", "17"] if asked else []
+    commands = train(2, config, f"run_dir={directory}", *status)
+    with launched(commands, tmp_path / "logs", share(2, REWARD_SECONDS="1")) as run:
+        until_step(run, directory, WARM + 1)
+        run.processes[asked].send_signal(signal.SIGTERM)
+        assert run.ended(120) == [17 if asked else 0] * 2, run.said()
+        stops = [line for text in run.said() for line in text.splitlines() if line.startswith("stopped at step ")]
+    assert len(stops) == 2
+    assert len(set(stops)) == 1, stops
+    step = int(stops[0].removeprefix("stopped at step ").split(";")[0])
+    assert WARM < step < WARM + STEPS
+    saved = sorted(int(path.name) for path in (directory / "checkpoints").iterdir())
+    assert saved == [WARM, step]
+    finished(then, tmp_path / "more", "--resume", directory)
+    assert_same_run(directory, alone["on the host"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_kill_of_one_ends_the_other_and_the_run_goes_on(alone, configs, tmp_path, killed):
+    directory, config = tmp_path / "run", configs["on the host"]
+    commands = train(2, config, f"run_dir={directory}", "checkpoints.every_steps=1")
+    with launched(commands, tmp_path / "logs", share(2, REWARD_SECONDS="1")) as run:
+        until_step(run, directory, WARM + 2)
+        run.processes[killed].kill()
+        since = time.monotonic()
+        status, said = run.ended(90)[1 - killed], run.said()[1 - killed]
+    assert time.monotonic() - since < 60
+    # When process 0 is lost, jax's own abort may come first; it does not know who.
+    assert (status == 75 and f"process {killed} on" in said and "was lost" in said) or (
+        killed == 0 and status == -signal.SIGABRT
+    ), (status, said)
+    finished(2, tmp_path / "more", "--resume", directory)
+    assert_same_run(directory, alone["on the host"])
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_process_ends_all_with_the_state_saved(configs, tmp_path):
+    directory = tmp_path / "run"
+    commands = train(2, configs["on the host"], f"run_dir={directory}")
+    environments = share(2)
+    environments[1]["REWARD_FAILS"] = "1"
+    with launched(commands, tmp_path / "logs", environments) as run:
+        assert run.ended() == [1, 1], run.said()
+        for text in run.said():
+            assert "process 1: reward 'vowel_share' raised RuntimeError: the judge is out of office" in text
+            assert "The state before step 1 is saved" in text
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == [str(WARM)]
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_is_named(configs, tmp_path):
+    commands = train(3, configs["on the host"], f"run_dir={tmp_path / 'run'}", seconds=20)
+    with launched(commands[:2], tmp_path / "logs", share(2)) as run:
+        assert run.ended(120) == [75, 75]
+        assert all("2 of 3 processes came within 20 s; missing: 2" in text for text in run.said())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_mesh_without_the_devices_of_a_process_is_refused(configs, tmp_path):
+    commands = train(2, configs["on the host"], "mesh={devices: 2, data: 2}", f"run_dir={tmp_path / 'run'}")
+    with launched(commands, tmp_path / "logs", share(2)) as run:
+        assert run.ended() == [2, 2], run.said()
+        assert all("the mesh takes 2 of 4 devices, and none of process 1 of 2" in text for text in run.said())
+
+
+if __name__ == "__main__":
+    one_step(*map(int, sys.argv[1:5]), out=sys.argv[5])
