@@ -33,8 +33,9 @@ def predicting_hidden(
         gone through once for all of them, forward and backward.
     """
     rows = prompt_tokens, prompt_length, tokens, length
-    named = dict(router_choices=router_choices, samples_per_prompt=samples_per_prompt)
-    return observed_hidden(model, params, *rows, **named)[0]
+    return observed_hidden(model, params, *rows, router_choices=router_choices, samples_per_prompt=samples_per_prompt)[
+        0
+    ]
 
 
 def observed_hidden(

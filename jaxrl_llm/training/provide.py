@@ -91,11 +91,35 @@ def prompt_logprobs(
 
 
 def reference_logprobs(
-    model: Model, params: PyTree, rows: Experience, *, temperature: float, samples_per_prompt: int = 1
+    model: Model,
+    params: PyTree,
+    rows: Experience,
+    *,
+    temperature: float,
+    samples_per_prompt: int = 1,
+    rows_at_once: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Log-probabilities of the completions under the reference, by the function that the policy goes through."""
-    hidden = hidden_states(model, params, rows, samples_per_prompt=samples_per_prompt)
-    return token_statistics(model, params, hidden, rows.tokens, temperature=temperature).logprobs
+    """Log-probabilities of the completions under the reference, by the function that the policy goes through.
+
+    Args:
+      model: the policy.
+      params: of the reference.
+      rows: completions.
+      temperature: the one that is trained at.
+      samples_per_prompt: rows that follow one another and have the same prompt.
+      rows_at_once: bounds the memory; None takes all of them.
+    """
+    count, size = rows.tokens.shape[0], rows_at_once or rows.tokens.shape[0]
+    shared = samples_per_prompt if size % samples_per_prompt == 0 else 1
+
+    def scored(piece: Experience) -> Float[Array, "B T"]:
+        hidden = hidden_states(model, params, piece, samples_per_prompt=shared)
+        return token_statistics(model, params, hidden, piece.tokens, temperature=temperature).logprobs
+
+    if size >= count or count % size:
+        return scored(rows)
+    pieces = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+    return jax.lax.map(scored, pieces).reshape(count, -1)
 
 
 def critic_view(

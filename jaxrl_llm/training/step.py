@@ -299,7 +299,12 @@ def _viewed(
         # Only groups that were sampled in this step are known to be of one prompt each.
         samples = c.rollout.samples_per_prompt if rows_are_groups else 1
         known = provide.reference_logprobs(
-            c.model, reference_policy(c.model, state), rows, temperature=temperature, samples_per_prompt=samples
+            c.model,
+            reference_policy(c.model, state),
+            rows,
+            temperature=temperature,
+            samples_per_prompt=samples,
+            rows_at_once=c.update.sequences_per_microbatch,
         )
         rows = replace(rows, reference_logprobs=known)
     return provide.critic_view(c.model, state.params, state.critics, rows, c.wanted)
