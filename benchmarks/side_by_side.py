@@ -87,9 +87,11 @@ class Workload:
         return {**asdict(self), **self.settings, "prompt_tokens": drawn.tolist()}
 
 
+# Rows that are differentiated together in our step: few enough for the caches of a CPU, and for its memory.
+PIECES = {"sequences_per_microbatch": 16}
 WORKLOADS = {
-    "W1": Workload(),
-    "W2": Workload(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536, completion_tokens=128),
+    "W1": Workload(settings=PIECES),
+    "W2": Workload(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536, completion_tokens=128, settings=PIECES),
     "tiny": Workload(
         vocabulary=64,
         width=16,

@@ -36,19 +36,33 @@ def needs_a_pass(wanted: Collection[str], *, own_samples: bool) -> bool:
     return bool((FROM_POLICY | FROM_REFERENCE | BEFORE.keys()).intersection(wanted) - recorded)
 
 
-def by_microbatch(function: Callable[[Experience], Experience], rows: Experience, size: int | None) -> Experience:
+def by_microbatch(
+    function: Callable[[Experience], Experience], rows: Experience, size: int | None, *, together: bool = False
+) -> Experience:
     """`function`, which looks at each row alone, on `size` rows at a time: it needs no more memory than the update.
 
-    A size of None, or one that does not divide the rows, takes all at once.
+    Args:
+      function: rows -> rows.
+      rows: all of them.
+      size: rows of a piece; None, or one that does not divide the rows, takes all at once.
+      together: a piece is rows that follow one another. Else every so many rows make a piece, so that each device of a
+        mesh finds its part of every piece among its own rows.
     """
     count = rows.tokens.shape[0]
     if not size or count % size or size == count:
         return function(rows)
     pieces = count // size
-    # Every so many rows make a piece, so that each device finds its part of every piece among its own rows.
-    split = jax.tree.map(lambda x: x.reshape(size, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
-    filled = jax.lax.map(function, constrain_rows(split, None))
-    return constrain_rows(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), filled))
+
+    def split(x):
+        if together:
+            return x.reshape(pieces, size, *x.shape[1:])
+        return x.reshape(size, pieces, *x.shape[1:]).swapaxes(0, 1)
+
+    def joined(x):
+        return (x if together else x.swapaxes(0, 1)).reshape(count, *x.shape[2:])
+
+    filled = jax.lax.map(function, constrain_rows(jax.tree.map(split, rows), None))
+    return constrain_rows(jax.tree.map(joined, filled))
 
 
 def hidden_states(
@@ -120,9 +134,18 @@ def prompt_logprobs(
 
 
 def reference_logprobs(
-    model: Model, params: PyTree, rows: Experience, *, temperature: float, samples_per_prompt: int = 1
+    model: Model,
+    params: PyTree,
+    rows: Experience,
+    *,
+    temperature: float,
+    samples_per_prompt: int = 1,
+    rows_at_once: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Log-probabilities of the completions under the reference, by the function that the policy goes through."""
+    """Log-probabilities of the completions under the reference, by the function that the policy goes through.
+
+    Each `samples_per_prompt` rows that follow one another have the same prompt.
+    """
     hidden = hidden_states(model, params, rows, samples_per_prompt=samples_per_prompt)
     return token_statistics(model, params, hidden, rows.tokens, temperature=temperature, support=rows.support).logprobs
 

@@ -438,8 +438,10 @@ def _viewed(
     """Rows with everything that is wanted of policy, reference and critics before the update."""
     temperature = c.rollout.temperature
     reference = reference_policy(c.model, in_use(c, state, "reference"))
-    # Pieces of a batch do not hold whole groups.
-    samples = c.rollout.samples_per_prompt if rows_are_groups and not c.update.sequences_per_microbatch else 1
+    # On one device the pieces are rows that follow one another, and so may be whole groups.
+    at_once, together = c.update.sequences_per_microbatch, c.mesh is None or c.mesh.size == 1
+    whole = not at_once or (together and at_once % c.rollout.samples_per_prompt == 0)
+    samples = c.rollout.samples_per_prompt if rows_are_groups and whole else 1
 
     def viewed(rows: Experience) -> Experience:
         rows = provide.policy_view(
@@ -454,7 +456,7 @@ def _viewed(
 
     if not provide.needs_a_pass(c.wanted, own_samples=own_samples):
         return viewed(rows)
-    return provide.by_microbatch(viewed, rows, c.update.sequences_per_microbatch)
+    return provide.by_microbatch(viewed, rows, at_once, together=together)
 
 
 def join(
