@@ -15,7 +15,7 @@ _OFF = ("0", "false", "off", "no")
 
 
 def enable_compilation_cache() -> None:
-    """Keep programs that take a second or longer to compile. Must come before the first one is compiled.
+    """Keep programs that take half a second or longer to compile. Must come before the first one is compiled.
 
     Nothing is changed where jax has a directory already, or where ours cannot be written.
     """
@@ -31,6 +31,8 @@ def enable_compilation_cache() -> None:
         return
     if os.access(directory, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(directory))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def compilation_cache_directory() -> Path | None:
