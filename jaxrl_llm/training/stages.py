@@ -133,7 +133,6 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
         for index in range(int(state.step), warm.steps):
             state, metrics = step(state, run.placed(demonstrations(batches[index])))
             done = index + 1
-            run.stopping = hosts.agreed_stop(run.asked)
             shown = _finite(run, jax.device_get(metrics), done, WARM_START)
             if warm.probe_every_steps and done % warm.probe_every_steps == 0:
                 probe = measure(state.params, "validation", run.config.evaluation.problems, "probes")
@@ -141,6 +140,7 @@ def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) 
             run.directory.write_metrics(done, {"stage": WARM_START} | shown)
             progress.update(done, shown)
             run.meta["warm_start_steps"] = done
+            run.stopping = hosts.agreed_stop(run.asked)
             reached = warm.stop_at_accuracy is not None and shown.get("validation/pass@1", 0.0) >= warm.stop_at_accuracy
             if reached or done == warm.steps:
                 break
@@ -231,7 +231,6 @@ def reinforce(
             if unread is not None:
                 report(*unread)
             state, unread = new_state, (done, metrics, experience, batch.items)
-            run.stopping = hosts.agreed_stop(run.asked)
             if config.evaluation.every_steps and done % config.evaluation.every_steps == 0 and done < total:
                 run.watch.allow()  # a resumed run compiles its evaluation here
                 held_out = measure(state.params, "validation", config.evaluation.problems, "evaluation during")
@@ -240,6 +239,7 @@ def reinforce(
                 metrics |= {f"validation/{name}": value for name, value in held_out.items()}
             if done == first + 2 or (new_width and done > first + 2):
                 run.watch.expect_none(progress.message)
+            run.stopping = hosts.agreed_stop(run.asked)
             if done % config.checkpoints.every_steps == 0 or run.stopping or done == total:
                 report(*unread)
                 unread = None

@@ -1,6 +1,6 @@
 """`jaxrl train` over several processes on loopback, under a watchdog: four devices in all, whoever holds them.
 
-This file, run as a script, is one process of the short test: `test_several.py PROCESS COUNT PORT DEVICES OUT`.
+This file, run as a script, is one process of a test of steps: `test_several.py PROCESS COUNT PORT DEVICES WHAT OUT`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,25 +31,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 DEVICES, STEPS, WARM = 4, 6, 2
-LIMIT = 400  # seconds after which the watchdog ends a test's processes
+LIMIT = 900  # seconds after which the watchdog ends a test's processes
 
 
-# ---- one step, without a command ----
+# ---- two steps, without a command ----
 
 
-def one_step(process: int, count: int, port: int, devices: int, *, out: str) -> None:
+def two_steps(process: int, count: int, port: int, devices: int, *, what: str, out: str) -> None:
     import jax.numpy as jnp
     import optax
     from reward_functions import even_share, vowel_share
 
     from jaxrl_llm.advantages import group_normalized
     from jaxrl_llm.experience import Prompts
-    from jaxrl_llm.losses import clipped_surrogate
+    from jaxrl_llm.losses import clipped_surrogate, kl_estimate
     from jaxrl_llm.models.model import Model
     from jaxrl_llm.parallel import hosts, make_mesh
     from jaxrl_llm.parallel.start import initialise, place_of_this_process
+    from jaxrl_llm.rollout.rounds import Refill
     from jaxrl_llm.training import checkpoints
     from jaxrl_llm.training.step import Rollout, make_train_step
+    from jaxrl_llm.training.stored import Replay
 
     jax.config.update("jax_num_cpu_devices", devices)
     peers = initialise(place_of_this_process(f"127.0.0.1:{port}", count, process), {}, seconds=60)
@@ -64,35 +67,51 @@ def one_step(process: int, count: int, port: int, devices: int, *, out: str) -> 
         config=None,
     )
     mesh = make_mesh()
+    sampling: dict[str, Any] = {
+        "one step off-policy": {"off_policy_steps": 1},
+        "refilled": {"rounds": Refill(2, "rewards")},
+    }
+    parts: dict[str, Any] = {
+        "refilled": {"prompts_per_step": 2},
+        "replayed, offloaded": {"replay": Replay(0.5, 2, 4, 2, 1), "offload": ("optimizer", "reference")},
+    }
     step = make_train_step(
         bigram,
         optax.adam(0.01),
-        rollout=Rollout(samples_per_prompt=3, max_completion_tokens=5, eos_ids=(1,), pad_id=1),
+        rollout=Rollout(
+            samples_per_prompt=3, max_completion_tokens=5, eos_ids=(1,), pad_id=1, **sampling.get(what, {})
+        ),
         rewards=[even_share, vowel_share],
         credit=[("advantages", group_normalized)],
-        losses=[clipped_surrogate],
-        prompts_per_step=4,
+        losses=[clipped_surrogate, (kl_estimate, 0.1)],
         decode=lambda ids: "".join(chr(ord("a") + number) for number in ids),
         mesh=mesh,
+        **({"prompts_per_step": 4} | parts.get(what, {})),
     )
-    number = jnp.arange(4)
-    prompts = Prompts(
-        tokens=jnp.stack([number, number + 4], 1),
-        length=number * 0 + 2,
-        prompt_id=number,
-        answer_tokens=number[:, None] * 0,
-        answer_length=number * 0,
-    )
+
+    def prompts(index: int) -> Prompts:
+        number = jnp.arange(4)
+        made = Prompts(
+            tokens=jnp.stack([number + index, number + 4], 1),
+            length=number * 0 + 2,
+            prompt_id=number,
+            answer_tokens=number[:, None] * 0,
+            answer_length=number * 0,
+        )
+        return hosts.placed_rows(made, mesh)
+
     items = [{"body": "", "answer": str(i)} for i in range(4)]
-    state = step.init(jax.random.key(0))
-    state, _, rows = step.run(state, hosts.placed_rows(prompts, mesh), items, None)
-    found = hosts.host_copy(
-        {name: getattr(rows, name) for name in ("tokens", "reward_components", "rewards", "group")}
-        | {"scores": state.params["scores"]}
-    )
-    # Each process holds all rows of a prompt that it scores, though twelve rows could be split further.
-    _, own = hosts.own_rows(hosts.by_rows({"group": rows.group}, 4, mesh))
-    assert np.bincount(own["group"], minlength=4).tolist().count(3) == 4 // count
+    state, found = step.init(jax.random.key(0)), {}
+    if step.prime is not None:
+        state = step.prime(state, prompts(0))
+    for index in range(2):
+        state, _, rows = step.run(state, prompts(index + (step.prime is not None)), items, None)
+        read = {name: getattr(rows, name) for name in ("tokens", "reward_components", "rewards", "group", "weight")}
+        found |= {f"{name} {index}": value for name, value in hosts.host_copy(read).items()}
+        if what == "plain":  # a process holds all rows of a prompt that it scores, though twelve could be split further
+            _, own = hosts.own_rows(hosts.by_rows({"group": rows.group}, 4, mesh))
+            assert np.bincount(own["group"], minlength=4).tolist().count(3) == 4 // count
+    found["scores"] = hosts.host_copy(state.params["scores"])
     with checkpoints.checkpoint_manager(Path(out), keep=1) as manager:
         checkpoints.save(manager, 1, state, {"step": 1})
         manager.wait_until_finished()
@@ -170,23 +189,33 @@ def launched(commands: list[list[str]], directory: Path, environments: list[dict
             process.wait()
 
 
-# ---- one step ----
+# ---- steps ----
 
 
-def test_one_step_of_two_processes_is_that_of_one(tmp_path):
+@pytest.mark.parametrize(
+    "what",
+    [
+        "plain",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("one step off-policy", "refilled", "replayed, offloaded")
+        ),
+    ],
+)
+def test_steps_of_two_processes_are_those_of_one(tmp_path, what):
     with ExitStack() as stack:
         runs = []
         for count in (1, 2):
             out, port = tmp_path / str(count), str(free_port())
-            sizes = [str(count), port, str(DEVICES // count), str(out)]
+            sizes = [str(count), port, str(DEVICES // count), what, str(out)]
             commands = [[sys.executable, __file__, str(i), *sizes] for i in range(count)]
             runs.append(stack.enter_context(launched(commands, tmp_path / f"logs{count}")))
         for run in runs:
             run.succeeded()
     alone, both = (dict(np.load(tmp_path / str(count) / "found.npz")) for count in (1, 2))
-    for name in ("tokens", "group", "reward_components", "rewards"):
+    for name in alone.keys() - {"scores", "start"}:
         np.testing.assert_array_equal(both[name], alone[name], err_msg=name)
-    assert (alone["reward_components"].std(0) > 0.05).all()
+    assert (alone["reward_components 0"].std(0) > 0.05).all()
     assert relative(alone["scores"], alone["start"]) > 1e-3
     assert relative(both["scores"], alone["scores"]) < 1e-6
 
@@ -277,7 +306,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert [line["step"] for line in metrics[0]] == list(range(1, WARM + STEPS + 1))
     for one, other in zip(*metrics, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
-        assert one.get("reward") == pytest.approx(other.get("reward"), rel=1e-6)
+        assert one.get("reward", 0.0) == pytest.approx(other.get("reward", 0.0), rel=1e-6)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (ours, theirs)]
     for name in ("before", "after", "completion_tokens_sampled", "config_hash"):
         assert summaries[0][name] == summaries[1][name], name
@@ -394,4 +423,4 @@ def test_a_mesh_without_the_devices_of_a_process_is_refused(configs, tmp_path):
 
 
 if __name__ == "__main__":
-    one_step(*map(int, sys.argv[1:5]), out=sys.argv[5])
+    two_steps(*map(int, sys.argv[1:5]), what=sys.argv[5], out=sys.argv[6])
