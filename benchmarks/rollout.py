@@ -77,6 +77,7 @@ def compared(workload: Workload, pythons: Mapping[str, str], repetitions: int) -
                     "ratio": statistics.median(
                         lap["seconds"] / ours["seconds"] for lap, ours in zip(whole[name], whole[OURS], strict=True)
                     ),
+                    "cpu_seconds": median_of(whole[name], "cpu_seconds"),
                     "first_token": median_of(first[name]),
                     "first_call": cold[name],
                     "peak_memory": whole[name][-1]["peak_memory"],
@@ -97,6 +98,7 @@ def print_compared(console: Console, name: str, workload: Workload, found: Mappi
                 "seconds": f"{one['seconds']:.2f}",
                 "tokens/s": f"{workload.tokens / one['seconds']:,.0f}",
                 "time of ours": f"{one['ratio']:.2f}x",
+                "CPU seconds": f"{one['cpu_seconds']:.2f}",
                 "first token": f"{one['first_token'] * 1e3:.0f} ms",
                 "first call": f"{one['first_call']:.1f} s",
                 "slots in use": "100%",

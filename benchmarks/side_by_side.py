@@ -32,10 +32,11 @@ ROOT = Path(__file__).parents[1]
 WORKERS = Path(__file__).parent / "workers"
 OURS, TRANSFORMERS, TUNIX = "jaxrl_llm", "transformers", "tunix"
 SCRIPTS = {OURS: "with_jaxrl_llm.py", TRANSFORMERS: "with_transformers.py", TUNIX: "with_tunix.py"}
-# What the C library gives back to the system it must be given again page by page. That is a fifth of torch's update.
-KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 # A program that is read back from a store was not compiled.
-ENVIRONMENT = KEEP_MEMORY | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+COMPILES = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+# What the C library gives back to the system it must be given again page by page. That is a fifth of torch's update.
+KEEPS_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+ENVIRONMENTS = {OURS: COMPILES, TRANSFORMERS: KEEPS_MEMORY, TUNIX: COMPILES}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Workload:
 
 
 # Rows that are differentiated together in our step: few enough for the caches of a CPU, and for its memory.
-PIECES = {"sequences_per_microbatch": 16}
+PIECES = {"sequences_per_microbatch": 8}
 WORKLOADS = {
     "W1": Workload(settings=PIECES),
     "W2": Workload(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536, completion_tokens=128, settings=PIECES),
@@ -124,7 +125,6 @@ class Worker:
         weights: Path,
         *,
         python: str = sys.executable,
-        environment: Mapping[str, str] = ENVIRONMENT,
     ):
         self.project, self.laps = project, []
         with_ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
@@ -135,7 +135,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, **environment, **(with_ours if project == OURS else {})},
+            env={**os.environ, **ENVIRONMENTS[project], **(with_ours if project == OURS else {})},
         )
         self.ready = self._answer()
 

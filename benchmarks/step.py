@@ -68,6 +68,7 @@ def compared(workload: Workload, pythons: Mapping[str, str], repetitions: int) -
                     "ratio": statistics.median(
                         lap["seconds"] / ours["seconds"] for lap, ours in zip(timed, laps[OURS], strict=True)
                     ),
+                    "cpu_seconds": median_of(timed, "cpu_seconds"),
                     "first_step": projects[name].laps[0]["seconds"],
                     "peak_memory": timed[-1]["peak_memory"],
                 }
@@ -86,6 +87,7 @@ def print_compared(console: Console, name: str, found: Mapping[str, Any]) -> Non
                 name: "TRL" if project == TRANSFORMERS else project,
                 "seconds a step": f"{one['seconds']:.2f}",
                 "time of ours": f"{one['ratio']:.2f}x",
+                "CPU seconds": f"{one['cpu_seconds']:.2f}",
                 "first step": f"{one['first_step']:.1f} s",
                 "peak memory": f"{one['peak_memory'] / 2**30:.2f} GiB",
                 "share of limit": f"{rate / found['rate_at_shape']:.0%} / {rate / found['rate_square']:.0%}",

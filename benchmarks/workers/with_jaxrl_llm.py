@@ -89,7 +89,9 @@ def step() -> None:
         update=Update(sequences_per_microbatch=workload.get("sequences_per_microbatch")),
     )
     lap(versions=versions, prompt_logprob=found)
+    global params
     state = taken.init(jax.random.key(0), params)
+    del params  # the state has a copy of its own
     while True:
         state, metrics = jax.block_until_ready(taken(state, prompts))
         lap(
