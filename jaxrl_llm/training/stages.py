@@ -243,7 +243,10 @@ def reinforce(
             if done % config.checkpoints.every_steps == 0 or run.stopping or done == total:
                 report(*unread)
                 unread = None
+                run.watch.allow()  # on a mesh, orbax compiles how it cuts arrays, in a resumed run here
                 run.save(offset + done, REINFORCEMENT, state)
+                if done >= first + 2:
+                    run.watch.expect_none(progress.message)
                 if done < total:
                     _stop_if_asked(run, offset + done)
         run.watch.allow()
