@@ -161,12 +161,13 @@ def explanation(parts: Parts) -> dict[str, Any]:
         },
         "programs": [
             _cost(name, program.lower(*given).compile())
-            for name, program, given in zip(_program_names(step), step.programs, inputs, strict=True)
+            for name, program, given in zip(program_names(step), step.programs, inputs, strict=True)
         ],
     }
 
 
-def _program_names(step: TrainStep) -> list[str]:
+def program_names(step: TrainStep) -> list[str]:
+    """What each compiled program of a step is called."""
     first = "collect" if step.composition.external is None else "policy view and score"
     return ["whole step"] if len(step.programs) == 1 else [first, "credit and learn"]
 

@@ -113,9 +113,9 @@ def prompt_logprobs(
 
 def reference_logprobs(model: Model, params: PyTree, rows: Experience, *, temperature: float) -> Float[Array, "B T"]:
     """Log-probabilities of the completions under the reference, by the function that the policy goes through."""
-    return token_statistics(
-        model, params, hidden_states(model, params, rows), rows.tokens, temperature=temperature
-    ).logprobs
+    with jax.named_scope("reference"):
+        hidden = hidden_states(model, params, rows)
+        return token_statistics(model, params, hidden, rows.tokens, temperature=temperature).logprobs
 
 
 def critic_view(
