@@ -1,4 +1,4 @@
-"""The command `jaxrl`: train, eval, sample, score, import, export, tasks, methods, explain, doctor."""
+"""The command `jaxrl`: train, eval, sample, score, import, export, tasks, methods, explain, plan, doctor."""
 
 from __future__ import annotations
 
@@ -191,6 +191,14 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = command("explain", _explain, "The composed step of a config: stages, shapes, sizes, work.")
     explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
+
+    plan = command("plan", _plan, "Whether a run fits a machine that need not be there, and where its time goes.")
+    plan.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
+    plan.add_argument(
+        "--topology", required=True, metavar="NAME", help="such as v5e:16x16, v5p-256, 2*v5e:4x4, gpu:8xH100, cpu:8"
+    )
+    plan.add_argument("--search", action="store_true", help="try mesh layouts, rank them, and plan the best")
+    plan.add_argument("--estimate", action="store_true", help="compile nothing: work everything out from sizes")
 
     command("doctor", _doctor, "Devices, versions, memory and compiled programs of this machine.")
     return parser
@@ -501,6 +509,32 @@ def _explain(options: argparse.Namespace) -> None:
         for program in result["programs"]
     ]
     _show(options, programs, "compiled programs (XLA's cost model; a loop body is counted once)")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from jaxrl_llm.parallel.plan import plan, refusal, tables
+
+    console = Console(stderr=True)
+    with console.status("planning") as status:
+        result = plan(
+            _load(options.config),
+            options.topology,
+            compile_programs=not options.estimate,
+            search=options.search,
+            report=lambda line: status.update(line),
+        )
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        if result["note"]:
+            print(f"note: {result['note']}\n")
+        for title, rows in tables(result):
+            _show(options, rows, title)
+        print(f"about {result['step_seconds']:,.1f} s a step at the peak rates of the machine")
+    if (problem := refusal(result)) is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 from jaxrl_llm.data.extras import imported
 
 # Weights as safetensors, settings, tokenizer, template. Pickled weights run code when they are read: never fetched.
-ALLOWED = ("*.safetensors", "*.json", "*.jinja")
+WEIGHTS = ("*.safetensors",)
+DESCRIPTION = ("*.json", "*.jinja")
 # Second copies of the weights in other layouts, which would double the download.
 IGNORED = ("*/*", "consolidated*")
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def model_directory(model: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+def model_directory(
+    model: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, weights: bool = True
+) -> Path:
     """The local directory of a model.
 
     Args:
@@ -23,6 +26,7 @@ def model_directory(model: str | Path, *, revision: str | None = None, cache_dir
         templates) and then read from the cache. A directory that exists is never looked up.
       revision: branch, tag or commit of the repository; name a commit to get the same files every time.
       cache_dir: where snapshots are kept; None takes the hub's own cache.
+      weights: download them too; without them the directory describes a model and no more.
 
     Raises:
       ValueError: for a path that does not exist, a file, a directory without config.json, a revision of a local
@@ -46,7 +50,7 @@ def model_directory(model: str | Path, *, revision: str | None = None, cache_dir
             str(model),
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=list(ALLOWED),
+            allow_patterns=[*(WEIGHTS if weights else ()), *DESCRIPTION],
             ignore_patterns=list(IGNORED),
         )
     except (OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ambient_layout, axes_of
 
 AttentionChoice = Literal["auto", "plain", "xla", "cudnn", "splash"]
@@ -58,7 +59,7 @@ def attention_in_use(
         return "plain"
     if choice != "auto":
         return choice
-    backend = backend or jax.default_backend()
+    backend = backend or backend_in_use()
     if backend == "tpu" and queries >= LANES and _can_split():
         return "splash"
     if backend == "gpu" and dtype == "bfloat16" and cap is None and head_size <= CUDNN_HEAD_SIZE and head_size % 8 == 0:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import map_parts
 
 ExpertProduct = Literal["auto", "ragged", "dense"]
@@ -46,7 +47,7 @@ class ExpertsConfig:
     @property
     def ragged(self) -> bool:
         """Whether only the chosen experts are computed."""
-        return self.product == "ragged" or (self.product == "auto" and jax.default_backend() != "cpu")
+        return self.product == "ragged" or (self.product == "auto" and backend_in_use() != "cpu")
 
 
 class Routing(NamedTuple):

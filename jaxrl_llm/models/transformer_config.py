@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import jax
-
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.models.rotary import RopeScaling
+from jaxrl_llm.parallel.backend import backend_in_use
 
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 CacheLayout = Literal["auto", "contiguous", "paged"]
@@ -213,4 +212,4 @@ class TransformerConfig:
     @property
     def unrolled(self) -> bool:
         """Whether blocks are written out one after the other."""
-        return self.layer_loop == "unrolled" or (self.layer_loop == "auto" and jax.default_backend() == "cpu")
+        return self.layer_loop == "unrolled" or (self.layer_loop == "auto" and backend_in_use() == "cpu")

@@ -35,10 +35,8 @@ def make_mesh(devices: int | Sequence[Any] | None = None, sizes: Mapping[str, in
     for axis, size in sizes.items():
         if size < 1:
             raise ValueError(f"mesh.{_FIELDS.get(axis, axis)} is {size}; it must be at least 1")
-    product = math.prod(sizes.values())
-    if product != len(chosen):
-        given = " x ".join(f"mesh.{_FIELDS.get(axis, axis)} {size}" for axis, size in sizes.items())
-        raise ValueError(f"{given} is {product}, but there are {len(chosen)} devices; {_way_out(sizes, len(chosen))}")
+    if (problem := axis_product_error(sizes, len(chosen))) is not None:
+        raise ValueError(problem)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if shape[0] > 1 and len({getattr(device, "slice_index", 0) for device in chosen}) > 1:
         from jax.experimental.mesh_utils import create_hybrid_device_mesh
@@ -47,9 +45,19 @@ def make_mesh(devices: int | Sequence[Any] | None = None, sizes: Mapping[str, in
         return Mesh(
             create_hybrid_device_mesh(within, across, devices=chosen), AXES, axis_types=(AxisType.Auto,) * len(AXES)
         )
-    if isinstance(devices, int) or devices is None:
+    # Neighbours on a torus share the axes that communicate most.
+    if isinstance(devices, int) or devices is None or getattr(chosen[0], "platform", "") == "tpu":
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
     return Mesh(np.asarray(chosen).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_product_error(sizes: Mapping[str, int], count: int) -> str | None:
+    """What is wrong with sizes that do not multiply to the number of devices; None where they do."""
+    product = math.prod(sizes.values())
+    if product == count:
+        return None
+    given = " x ".join(f"mesh.{_FIELDS.get(axis, axis)} {size}" for axis, size in sizes.items())
+    return f"{given} is {product}, but there are {count} devices; {_way_out(sizes, count)}"
 
 
 def _devices(devices: int | Sequence[Any] | None) -> list[Any]:

@@ -170,7 +170,8 @@ def begin(
     model, (count, width) = drawing.model, prompts.tokens.shape
     rows, samples = per_row.length.shape[0], per_row.length.shape[0] // count
     positions = prompt_positions(prompts.length, width)
-    hidden, cache, routes = drawing.run(prompts.tokens, positions, model.init_cache(count, width))
+    with jax.named_scope("prefill"):
+        hidden, cache, routes = drawing.run(prompts.tokens, positions, model.init_cache(count, width))
     if prompt_of is None:
         cache = model.expand_cache(cache, samples, slots)
         repeat = lambda x: constrain(jnp.repeat(x, samples, axis=0))  # noqa: E731
@@ -262,6 +263,7 @@ def feed(
     )
 
 
+@jax.named_scope("decode")
 def decode(
     drawing: Drawing,
     state: Decoding,

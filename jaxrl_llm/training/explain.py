@@ -179,12 +179,13 @@ def explanation(parts: Parts) -> dict[str, Any]:
         "widths": width_shares(parts),
         "programs": [
             _cost(name, program.lower(*given).compile())
-            for name, program, given in zip(_program_names(step), step.programs, inputs, strict=True)
+            for name, program, given in zip(program_names(step), step.programs, inputs, strict=True)
         ],
     }
 
 
-def _program_names(step: TrainStep) -> list[str]:
+def program_names(step: TrainStep) -> list[str]:
+    """What each compiled program of a step is called."""
     first = "collect" if step.composition.external is None else "policy view and score"
     if step.composition.turns is not None:
         first = "score"

@@ -336,6 +336,7 @@ def make_learn(
         grads, aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
         return jax.lax.scan(accumulate, (like_parameters(grads), aux), split)[0]
 
+    @jax.named_scope("update")
     def learn(state: TrainState, experience: Experience, coefficients: Sequence[Array]):
         groups = experience.tokens.shape[0] // samples_per_prompt
         key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.MINIBATCHES), state.step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +18,46 @@ from jaxrl_llm.parallel.auto import Demand
 from jaxrl_llm.training.trainable import trainable_part
 
 
-def chosen_mesh(config: Config, model: Model) -> tuple[Mesh | None, str]:
+class Target(NamedTuple):
+    """A machine that is planned for.
+
+    Attributes:
+      devices: its devices, as a compiler describes them.
+      device_bytes: memory of each.
+    """
+
+    devices: Sequence[Any]
+    device_bytes: int
+
+
+def chosen_mesh(config: Config, model: Model, target: Target | None = None) -> tuple[Mesh | None, str]:
     """(mesh, why it has these sizes). One device is no mesh at all, unless something is kept in the host's memory.
+
+    Args:
+      config: of the run.
+      model: the policy.
+      target: another machine than this one; there, one device is a mesh too.
 
     Raises:
       ValueError: for sizes that do not multiply to the number of devices.
     """
     asked = config.mesh
+    chosen = asked.devices if target is None else target.devices[: asked.devices]
     if asked.sizes:
-        mesh, reason = make_mesh(asked.devices, asked.sizes), "as the config says"
+        mesh, reason = make_mesh(chosen, asked.sizes), "as the config says"
     else:
-        devices = list(make_mesh(asked.devices).devices.flat)
-        sizes, reason = automatic_sizes(devices, demand(config, model))
-        mesh = make_mesh(asked.devices, sizes)
+        devices = list(make_mesh(chosen).devices.flat)
+        memory = None if target is None else target.device_bytes
+        sizes, reason = automatic_sizes(devices, demand(config, model), device_bytes=memory)
+        mesh = make_mesh(chosen, sizes)
     without = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
-    if without:
+    if without and target is None:
         raise ValueError(
             f"the mesh takes {mesh.size} of {len(jax.devices())} devices, and none of process "
             f"{', '.join(map(str, sorted(without)))} of {jax.process_count()}; leave mesh.devices out, or start fewer "
             "processes"
         )
-    if mesh.size == 1 and not config.training.offload:
+    if mesh.size == 1 and not config.training.offload and target is None:
         return None, "there is one"
     if model.specs is not None and (whole := kept_whole(model.specs, mesh, changed_rules(asked.rules))):
         reason += "; not divided and kept whole: " + ", ".join(f"{name} {size}" for name, size in whole.items())

@@ -134,20 +134,16 @@ def prompt_logprobs(
 
 
 def reference_logprobs(
-    model: Model,
-    params: PyTree,
-    rows: Experience,
-    *,
-    temperature: float,
-    samples_per_prompt: int = 1,
-    rows_at_once: int | None = None,
+    model: Model, params: PyTree, rows: Experience, *, temperature: float, samples_per_prompt: int = 1
 ) -> Float[Array, "B T"]:
     """Log-probabilities of the completions under the reference, by the function that the policy goes through.
 
     Each `samples_per_prompt` rows that follow one another have the same prompt.
     """
-    hidden = hidden_states(model, params, rows, samples_per_prompt=samples_per_prompt)
-    return token_statistics(model, params, hidden, rows.tokens, temperature=temperature, support=rows.support).logprobs
+    with jax.named_scope("reference"):
+        hidden = hidden_states(model, params, rows, samples_per_prompt=samples_per_prompt)
+        scored = token_statistics(model, params, hidden, rows.tokens, temperature=temperature, support=rows.support)
+        return scored.logprobs
 
 
 def critic_view(

@@ -36,7 +36,7 @@ from jaxrl_llm.training.conversations import AnyEnvironment, configured_environm
 from jaxrl_llm.training.critics import Critic
 from jaxrl_llm.training.external_engine import external_engine
 from jaxrl_llm.training.learn import Update
-from jaxrl_llm.training.machine import chosen_mesh
+from jaxrl_llm.training.machine import Target, chosen_mesh
 from jaxrl_llm.training.optimizers import optimizer
 from jaxrl_llm.training.placement import parameter_shardings
 from jaxrl_llm.training.provide import FROM_DATA
@@ -103,14 +103,18 @@ class Parts:
         return {"tokenizer": self.tokenizer.fingerprint, "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
-def parts(config: Config) -> Parts:
+def parts(config: Config, target: Target | None = None) -> Parts:
     """Build and check everything that needs no data.
+
+    Args:
+      config: of a run.
+      target: a machine that is planned for: of a checkpoint, its config.json is enough then.
 
     Raises:
       ValueError: for an unknown task or method, a name that nothing provides, or sizes that do not divide.
     """
     task = None if config.task is None else data.tasks.task(config.task.name, **config.task.options)
-    directory, tokenizer, model = _policy(config)
+    directory, tokenizer, model = _policy(config, planned=target is not None)
     if config.lora is not None:
         model = lora(model, config.lora, quantise=config.lora.int8)
     training = config.training
@@ -143,7 +147,7 @@ def parts(config: Config) -> Parts:
         off_policy_steps=config.rollout.off_policy_steps,
         environment=_environment(config, task, tokenizer),
     )
-    mesh, reason = chosen_mesh(config, model)
+    mesh, reason = chosen_mesh(config, model, target)
     rewards, credit, losses = reward_terms(config.rewards), credit_terms(config.credit), loss_terms(config.losses)
     if not isinstance(tokenizer, CharacterTokenizer):
         _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses)])
@@ -180,7 +184,7 @@ def opened_parts(built: Parts) -> Iterator[Parts]:
         yield replace(built, call=call, step=replace(built.step, run=partial(built.step.run, call=call)))
 
 
-def _policy(config: Config) -> tuple[Path | None, Tokenizer, Model]:
+def _policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Tokenizer, Model]:
     """(checkpoint directory or None, tokenizer, model)."""
     if not isinstance(config.model, PretrainedConfig):
         tokenizer = CharacterTokenizer()
@@ -190,9 +194,11 @@ def _policy(config: Config) -> tuple[Path | None, Tokenizer, Model]:
                 f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
             )
         return None, tokenizer, transformer(replace(config.model, remat=config.training.remat))
-    directory = model_directory(config.model.path, revision=config.model.revision)
+    directory = model_directory(config.model.path, revision=config.model.revision, weights=not planned)
     model = transformer(replace(weights.load_config(directory, **config.model.execution), remat=config.training.remat))
     prompts = config.data
+    if planned and not (directory / "tokenizer.json").is_file():
+        return directory, CharacterTokenizer(), model  # which tokens there are decides no size
     tokenizer = data.load_tokenizer(directory)
     data.require_embedding(tokenizer, model.vocabulary_size)
     if prompts.prompts == "plain":

@@ -1,0 +1,347 @@
+"""Compiling the programs of a step for a machine that is not there, in a process of its own.
+
+The process sees a CPU and describes the devices of the machine to the compiler. For TPUs that is libtpu, from the
+package of that name or from TPU_LIBRARY_PATH; virtual devices of a CPU need nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.parallel.topologies import Topology, topology
+
+PHASES = ("prefill", "decode", "reference", "update")
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "jaxrl_llm")
+
+
+class CannotCompile(ValueError):
+    """The programs could not be compiled for the machine; the message says why."""
+
+
+def libtpu_path() -> Path | None:
+    """The TPU compiler of this machine, if it has one."""
+    if given := os.environ.get("TPU_LIBRARY_PATH"):
+        return Path(given) if Path(given).is_file() else None
+    spec = importlib.util.find_spec("libtpu")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return next((path for place in places if (path := Path(place) / "libtpu.so").is_file()), None)
+
+
+def can_compile(machine: Topology) -> str | None:
+    """None where programs can be compiled for it here, else why not and what would help."""
+    if machine.chip.platform == "cpu":
+        return None
+    if machine.chip.platform == "gpu":
+        return "there is no compiler for GPUs without a GPU, so that this is an estimate from sizes"
+    if libtpu_path() is None:
+        return (
+            "libtpu is not installed, so that this is an estimate from sizes; for what the compiler says, install the "
+            f"version that jax asks for: pip install {libtpu_requirement()!r} (or set TPU_LIBRARY_PATH)"
+        )
+    return None
+
+
+def libtpu_requirement() -> str:
+    """What the installed jax says it needs of libtpu."""
+    for line in importlib.metadata.requires("jax") or ():
+        if found := re.match(r"libtpu\s*([^;\s]*)\s*;\s*extra == .tpu.", line):
+            return f"libtpu{found[1]}"
+    return "jax[tpu]"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what is compiled."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    library = libtpu_path()
+    if library is not None and "libtpu" not in found:
+        beside = sorted(library.parent.parent.glob("libtpu-*.dist-info"))
+        found["libtpu"] = beside[-1].name.split("-")[1].removesuffix(".dist") if beside else "unknown"
+    return found
+
+
+def compiled(tree: dict[str, Any], name: str, *, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Compile the programs of a step for a machine; see `_measured` for what is returned.
+
+    Args:
+      tree: the config as plain data.
+      name: of the topology.
+      report: is given a line for every program.
+
+    Raises:
+      CannotCompile: with what the compiler said.
+    """
+    machine = topology(name)
+    environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    package = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    # Only the number of devices is asked of the process: flags meant for another would be in its way.
+    environment.pop("XLA_FLAGS", None)
+    if machine.chip.platform == "cpu":
+        # XLA's promotion of sums in bfloat16 fails on those that a shard_map makes over some of the axes.
+        environment["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={machine.devices} --xla_disable_hlo_passes=all-reduce-promotion"
+        )
+    else:
+        # Nothing is run on a TPU, so that several processes may hold the library, beside one that trains.
+        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+        environment |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LIBRARY_PATH": str(libtpu_path())}
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "answer.json"
+        request = {"tree": tree, "topology": name, "answer": str(answer), "scratch": scratch}
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "jaxrl_llm.parallel.ahead"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        errors = Path(scratch) / "errors"
+        with errors.open("w") as kept:
+            said = _conversation(worker, json.dumps(request), kept, report)
+        if worker.returncode or not answer.is_file():
+            lines = [line for line in said.strip().splitlines() if line.strip()]
+            fatal = [line for line in lines if re.match(r"F\d{4} ", line) or "Error" in line]
+            why = (fatal or lines or ["the process ended without a word"])[-1]
+            raise CannotCompile(f"compiling for {name} failed (status {worker.returncode}): {why}")
+        result = json.loads(answer.read_text())
+    if "error" in result:
+        raise CannotCompile(result["error"])
+    return result
+
+
+def _conversation(worker: subprocess.Popen, request: str, kept: Any, report: Callable[[str], None]) -> str:
+    """Hand over the request, pass on what is reported, and return what went to stderr."""
+    import threading
+
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    stderr: list[str] = []
+    reader = threading.Thread(target=lambda: stderr.extend(worker.stderr or ()), daemon=True)
+    reader.start()
+    try:
+        worker.stdin.write(request)
+        worker.stdin.close()
+        for line in worker.stdout:
+            report(line.rstrip())
+        worker.wait()
+    finally:
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()
+    reader.join(timeout=5)
+    kept.writelines(stderr)
+    return "".join(stderr)
+
+
+def main() -> None:
+    """The process: a request on stdin, its answer in the file that it names."""
+    request = json.load(sys.stdin)
+    try:
+        result = _measured(request["tree"], request["topology"], Path(request["scratch"]))
+    except ValueError as error:
+        result = {"error": str(error)}
+    Path(request["answer"]).write_text(json.dumps(result))
+
+
+def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
+    """The programs of a step, compiled.
+
+    Returns:
+      mesh: sizes of its axes. mesh_reason: why. state_bytes: of the state on a device.
+      programs: name, memory, what takes it, seconds to compile, kernels, whether it fits.
+      phases: flops, bytes, collectives, seconds_on_network, memory and its largest buffers.
+    """
+    import jax
+
+    from jaxrl_llm.config import parse_config
+    from jaxrl_llm.parallel.backend import planned_for
+    from jaxrl_llm.training.explain import abstract_inputs, program_names
+    from jaxrl_llm.training.machine import Target
+    from jaxrl_llm.training.setup import parts
+
+    machine, config = topology(name), parse_config(tree)
+    devices = described_devices(machine)
+    with planned_for(machine.chip.platform):
+        built = parts(config, Target(devices, int(machine.chip.bytes)))
+        step, mesh = built.step, built.step.composition.mesh
+        assert mesh is not None
+        state, prompts, stored = abstract_inputs(built)
+        held = _bytes_on_device(state)
+        inputs: list[tuple[Any, ...]] = [(state, prompts, stored)]
+        if len(step.programs) > 1:
+            rows = jax.eval_shape(step.programs[0], state, prompts)
+            inputs = [(state, prompts), (state, rows, stored)]
+        result: dict[str, Any] = {
+            "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+            "mesh_reason": built.mesh_reason,
+            "state_bytes": held,
+            "programs": [],
+            "phases": {},
+        }
+        steps = _decode_steps(config)
+        for label, program, given in zip(program_names(step), step.programs, inputs, strict=True):
+            print(f"compiling {label} for {machine.described()}", flush=True)
+            directory = scratch / re.sub(r"\W", "_", label)
+            compiled_one = _compiled(program.lower(*given), directory, machine)
+            _add_program(result, label, compiled_one, directory, machine, held, steps)
+            print(f"compiled {label} in {result['programs'][-1]['compile_seconds']:.0f} s", flush=True)
+    return result
+
+
+def described_devices(machine: Topology) -> Sequence[Any]:
+    """Devices of a machine as the compiler describes them."""
+    import jax
+
+    if machine.chip.platform == "cpu":
+        return jax.devices()
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=machine.compiler_name, **machine.compiler_options
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise CannotCompile(
+            f"topology {machine.name!r} is not one that libtpu knows: {str(error).splitlines()[0]}; take a shape that "
+            "is offered, such as those of the accelerator types"
+        ) from error
+    return sorted(found, key=lambda device: (getattr(device, "slice_index", None) or 0, device.id))
+
+
+def _decode_steps(config: Any) -> dict[str, int]:
+    rollout = config.rollout
+    rows = config.training.prompts_per_step * rollout.samples_per_prompt
+    turns = math.ceil(rows / rollout.slots) if rollout.slots else 1
+    rounds = getattr(rollout.rounds, "max_rounds", 1) or 1
+    return {"decode": turns * (rollout.max_completion_tokens - 1), "other": rounds}
+
+
+def _compiled(lowered: Any, directory: Path, machine: Topology) -> dict[str, Any]:
+    """text, memory and seconds of a compiled program; of one that does not fit, what the compiler says it needs."""
+    import jax
+
+    directory.mkdir(parents=True, exist_ok=True)
+    options = {"xla_dump_to": str(directory), "xla_dump_hlo_as_text": True}
+    started = time.monotonic()
+    try:
+        executable = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error)
+        found = re.search(r"\(([\d.]+)([GMK]?)i?B?\) exceeds available", said) or re.search(
+            r"Used ([\d.]+)([GMK]?) of", said
+        )
+        if "RESOURCE_EXHAUSTED" not in said or found is None:
+            raise CannotCompile(f"{machine.chip.platform} compiler: {said.splitlines()[0]}") from error
+        size = float(found[1]) * {"G": 2**30, "M": 2**20, "K": 2**10, "": 1}[found[2]]
+        texts = sorted(directory.glob("*after_optimizations.txt"))
+        text = texts[-1].read_text() if texts else ""
+        return {"text": text, "temporary": size, "code": 0, "result": 0, "arguments": 0, "seconds": None}
+    memory = executable.memory_analysis()
+    return {
+        "text": executable.as_text(),
+        "temporary": int(memory.temp_size_in_bytes),
+        "code": int(memory.generated_code_size_in_bytes),
+        "result": int(memory.output_size_in_bytes) - int(memory.alias_size_in_bytes),
+        "arguments": int(memory.argument_size_in_bytes),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _add_program(
+    result: dict[str, Any],
+    label: str,
+    one: dict[str, Any],
+    directory: Path,
+    machine: Topology,
+    held: int,
+    steps: dict[str, int],
+) -> None:
+    """Read a compiled program into the answer."""
+    from jaxrl_llm.parallel import buffers, hlo
+
+    program = hlo.Program(one["text"])
+    in_slice = machine.devices_in_slice
+
+    def network(groups: Sequence[Sequence[int]]) -> float:
+        largest = max(groups, key=len)
+        crosses = any(len({device // in_slice for device in group}) > 1 for group in groups[:64])
+        return machine.network(max(2, len(largest)), crosses=crosses)
+
+    found, belongs = hlo.costs(program, PHASES, steps=steps, network=network)
+    beside = max(held, one["arguments"]) + one["code"] + one["result"]
+    kernels: dict[str, float] = {}
+    for phase, cost in found.items():
+        into = result["phases"].setdefault(
+            phase, {"flops": 0.0, "bytes": 0.0, "seconds_on_network": 0.0, "collectives": {}, "memory_bytes": 0}
+        )
+        for key in ("flops", "bytes", "seconds_on_network"):
+            into[key] += getattr(cost, key)
+        for kind, size in cost.collectives.items():
+            into["collectives"][kind] = into["collectives"].get(kind, 0.0) + size
+        for kernel, count in cost.kernels.items():
+            kernels[kernel] = kernels.get(kernel, 0.0) + count
+    reports = buffers.read_reports(directory)
+    origins = {i.name: i.origin for body in program.computations.values() for i in body}
+    largest: list[dict[str, Any]] = []
+    if reports is not None:
+        moments = buffers.peaks(reports, belongs)
+        for phase, (size, live) in moments.items():
+            if phase in result["phases"]:
+                into = result["phases"][phase]
+                if beside + size >= into["memory_bytes"]:
+                    into |= {"memory_bytes": beside + size, "largest": buffers.as_rows(live, origins)}
+        if moments:
+            _, live = max(moments.values(), key=lambda moment: moment[0])
+            largest = buffers.as_rows(live, origins)
+    for phase in found:
+        if not result["phases"][phase]["memory_bytes"]:
+            result["phases"][phase]["memory_bytes"] = beside + (0 if reports is not None else one["temporary"])
+    memory = beside + one["temporary"]
+    result["programs"].append(
+        {
+            "program": label,
+            "memory_bytes": memory,
+            "state_bytes": held,
+            "temporary_bytes": one["temporary"],
+            "other_bytes": memory - held - one["temporary"],
+            "fits": memory <= machine.chip.bytes and one["seconds"] is not None,
+            "compile_seconds": one["seconds"] or 0.0,
+            "refused": one["seconds"] is None,
+            "kernels": kernels,
+            "largest": largest,
+        }
+    )
+
+
+def _bytes_on_device(tree: Any) -> int:
+    """Bytes of one device's part of arrays with shardings, but for those in the memory of the host."""
+    import jax
+
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if leaf.sharding.memory_kind == "pinned_host" or jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            continue
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total
+
+
+if __name__ == "__main__":
+    main()

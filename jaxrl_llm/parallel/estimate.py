@@ -1,0 +1,292 @@
+"""What a step asks of one device, worked out from sizes alone: memory, operations, traffic, communication.
+
+It compiles nothing, so that layouts can be compared by the hundred, and serves machines whose compiler is not there.
+docs/plans.md derives the formulas and compares them with compiled programs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.config import Config
+from jaxrl_llm.models.logprobs import SCORES_PER_CHUNK
+from jaxrl_llm.models.parameters import ParameterSpec
+from jaxrl_llm.parallel.hlo import Cost
+from jaxrl_llm.parallel.rules import AXES, Rules, axes_of, changed_rules, decoding
+from jaxrl_llm.parallel.shardings import state_shardings
+from jaxrl_llm.parallel.topologies import Topology
+from jaxrl_llm.training.placement import OFFLOADED, parameter_shardings
+
+PHASES = ("prefill", "decode", "reference", "update")
+
+
+@dataclass
+class Estimate:
+    """Of one device.
+
+    Attributes:
+      memory: phase -> what takes memory in it -> bytes; all that a device holds at once.
+      costs: phase -> what the device does in it.
+    """
+
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> float:
+        """Bytes in the phase that needs most."""
+        return max(sum(parts.values()) for parts in self.memory.values())
+
+
+def estimate(
+    config: Config, model: Any, composition: Any, state: Any, sizes: Mapping[str, int], topology: Topology
+) -> Estimate:
+    """Memory and work of one step on a mesh.
+
+    Args:
+      config: of the run.
+      model: the policy, with its specs and its config.
+      composition: of the step, for what it keeps and computes.
+      state: the training state as shapes.
+      sizes: of the mesh axes; 1 where one is missing.
+      topology: the machine.
+
+    Raises:
+      ValueError: where the mesh does not divide what it has to.
+    """
+    at = _Sizes(config, model, sizes, topology)
+    held, away = _state_bytes(config, model, state, at)
+    result = Estimate()
+    weights = _weights(model, at, decoding(at.rules, gathered=config.mesh.gather_for_rollout))
+    cache = at.cache_bytes
+    loose = at.one_layer * at.compute if not config.mesh.gather_for_rollout else 0.0
+    chunk = 2.0 * min(SCORES_PER_CHUNK, at.rows * at.completion / at.sequence * at.vocabulary / at.vocabulary_parts) * 4
+    tables = at.table * at.compute
+    width = at.tokens / at.sequence * at.rows
+    block = width * at.compute * (4 * at.width + (3 * at.mlp + 3 * at.heads) / at.tensor * at.served)
+    result.memory["prefill"] = held | {"weights for sampling": weights + loose, "cache": cache}
+    result.memory["decode"] = held | {
+        "weights for sampling": weights + loose,
+        "cache": cache,
+        "scores of a token": 3 * 4.0 * at.decoded * at.vocabulary / at.vocabulary_parts,
+    }
+    if composition.with_reference:
+        result.memory["reference"] = held | {
+            "one block": block + 2 * at.one_layer * at.compute,
+            "tables": 2 * tables,
+            "chunk of scores": chunk,
+        }
+    kept = {"none": 1.0, "full": 0.0, "attention": 0.0, "dots": 0.6, "offload_dots": 0.0}[config.training.remat]
+    inputs = at.layers * width * at.compute * at.width
+    more = {"attention": at.layers * width * at.compute * at.heads / at.tensor}.get(config.training.remat, 0.0)
+    copies = 1 if at.microbatches == 1 else 2
+    result.memory["update"] = held | {
+        "brought from the host": away,
+        "gradients": copies * at.learned_bytes,
+        "inputs of blocks": inputs,
+        "kept of blocks": kept * at.layers * block + more,
+        "one block": 2 * block + 2 * at.one_layer * at.compute,
+        "tables": 3 * tables,
+        "chunk of scores": 1.5 * chunk,
+    }
+    result.costs = _costs(config, composition, at, weights)
+    return result
+
+
+class _Sizes:
+    """Sizes of one device's part, by the names that formulas use. Numbers of parameters are counts, not bytes."""
+
+    def __init__(self, config: Config, model: Any, sizes: Mapping[str, int], topology: Topology):
+        c = model.config
+        self.topology, self.config = topology, config
+        self.mesh = SimpleNamespace(shape={axis: sizes.get(axis, 1) for axis in AXES})
+        self.rules: Rules = changed_rules(config.mesh.rules)
+        self.compute = jnp.dtype(c.compute_dtype).itemsize
+        self.stored = jnp.dtype(c.parameter_dtype).itemsize
+        self.tensor, self.sequence = self.mesh.shape["tensor"], self.mesh.shape["sequence"]
+        self.layers, self.width, self.vocabulary = c.layers, c.width, c.vocabulary_size
+        self.mlp, self.heads = c.mlp_size, c.heads * c.head_size
+        self.served = 1 if c.experts is None else c.experts.per_token
+        self.prompt, self.completion = config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens
+        self.tokens = self.prompt + self.completion
+        training = config.training
+        prompts = training.prompts_per_step
+        self.sequences = prompts * config.rollout.samples_per_prompt
+        size = training.sequences_per_microbatch or self.sequences // training.minibatches_per_epoch
+        self.microbatches = self.sequences // size
+        self.rows = self._part("rows", size)
+        self.decoded = self._part("decoded_rows", config.rollout.slots or self.sequences)
+        self.prompts = self._part("decoded_rows", prompts)
+        self.vocabulary_parts = self._split("vocabulary", self.vocabulary)
+        head_parts = self._split("kv_heads", c.kv_heads)
+        per_token = 2 * c.layers * c.kv_heads * c.head_size / head_parts
+        self.token_in_cache = per_token * (1 if c.cache_dtype == "int8" else self.compute)
+        self.cache_bytes = self.token_in_cache * (self.decoded * self.completion + self.prompts * self.prompt)
+        leaves = jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))
+        blocks = [leaf for leaf in leaves if "layer" in leaf.axes]
+        whole = {name: () if name == "embed" else axes for name, axes in self.rules.items()}
+        # What a device gathers to compute with, and what it keeps of it.
+        self.one_layer = sum(self._held(leaf, whole) for leaf in blocks) / c.layers
+        self.one_layer_kept = sum(self._held(leaf, self.rules) for leaf in blocks) / c.layers
+        tables = [leaf for leaf in leaves if "vocabulary" in leaf.axes]
+        self.table = max((self._held(leaf, whole) for leaf in tables), default=0.0)
+        self.table_kept = max((self._held(leaf, self.rules) for leaf in tables), default=0.0)
+        trained = (
+            leaves
+            if model.trained is None
+            else jax.tree.leaves(
+                model.trained.split(model.specs)[0], is_leaf=lambda leaf: isinstance(leaf, ParameterSpec)
+            )
+        )
+        self.adapted = model.trained is not None
+        self.learned_bytes = sum(self._held(leaf, self.rules) * jnp.dtype(leaf.dtype).itemsize for leaf in trained)
+        # Parameters that a token is multiplied with.
+        matrices = sum(
+            math.prod(leaf.shape)
+            * (self.served / leaf.shape[leaf.axes.index("expert")] if "expert" in leaf.axes else 1)
+            for leaf in blocks
+            if len(leaf.shape) > 2
+        )
+        self.active = float(matrices)
+
+    def _part(self, name: str, size: int) -> int:
+        (axes,) = axes_of((name,), (size,), self.mesh, self.rules)
+        return math.ceil(size / math.prod(self.mesh.shape[axis] for axis in axes))
+
+    def _split(self, name: str, size: int) -> int:
+        (axes,) = axes_of((name,), (size,), self.mesh, self.rules)
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def _held(self, leaf: ParameterSpec, rules: Rules) -> float:
+        axes = axes_of(leaf.axes, leaf.shape, self.mesh, rules)
+        return math.prod(leaf.shape) / math.prod(self.mesh.shape[axis] for part in axes for axis in part)
+
+    def devices(self, *axes: str) -> int:
+        """Devices along these axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+
+def _state_bytes(config: Config, model: Any, state: Any, at: _Sizes) -> tuple[dict[str, float], float]:
+    """Bytes of each part of the state that lies on a device, and of what waits in the memory of its host."""
+    mesh = jax.sharding.AbstractMesh(
+        tuple(at.mesh.shape[axis] for axis in AXES), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+    )
+    placed = parameter_shardings(model, mesh, at.rules)  # pyright: ignore[reportArgumentType]
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    lies = state_shardings(state, params, placed, mesh)  # pyright: ignore[reportArgumentType]
+    offloaded = {OFFLOADED[name] for name in config.training.offload}
+    names = {"params": "parameters", "optimizer_state": "optimiser", "reference_params": "reference"}
+    held: dict[str, float] = {}
+    away = 0.0
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(lies), strict=True):
+        part = getattr(path[0], "name", "")
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            continue
+        size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        if part in offloaded:
+            away += size
+            continue
+        name = names.get(part, part)
+        held[name] = held.get(name, 0.0) + size
+    return held, away
+
+
+def _weights(model: Any, at: _Sizes, rules: Rules) -> float:
+    """Bytes of the parameters as sampling reads them."""
+    leaves = jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))
+    return sum(at._held(leaf, rules) for leaf in leaves) * at.compute
+
+
+def _costs(config: Config, composition: Any, at: _Sizes, weights: float) -> dict[str, Cost]:
+    devices = at.topology.devices
+    passes = config.training.epochs_per_batch
+    scored = at.sequences * at.tokens
+    table = at.vocabulary * at.width
+    # Two operations a parameter and token; causal attention looks at half of the tokens, on average.
+    per_token = 2 * at.active + 2 * at.layers * at.tokens * at.heads
+    forward = (scored * per_token + 2 * at.sequences * at.completion * table) / devices
+    recomputed = 0 if config.training.remat in ("none", "dots", "offload_dots") else 1
+    computing = at.devices("slice", "data", "fsdp", "expert", "sequence", "tensor")
+    prompts = config.training.prompts_per_step
+    prefill = Cost(flops=prompts * at.prompt * (2 * at.active + 2 * at.layers * at.prompt * at.heads) / computing)
+    prefill.bytes = weights + at.prompts * at.prompt * at.layers * at.compute * 12 * at.width
+    steps = at.completion - 1
+    decoded = 2 * (at.active + table) + 4 * at.layers * at.heads * (at.prompt + at.completion)
+    runs = math.ceil(at.sequences / (config.rollout.slots or at.sequences))
+    decode = Cost(flops=runs * steps * (config.rollout.slots or at.sequences) * decoded / computing)
+    decode.bytes = runs * steps * (weights + at.cache_bytes)
+    update = Cost(flops=passes * (forward * (3 + recomputed) + 2 * at.sequences * at.completion * table / devices))
+    pieces = at.microbatches * passes
+    block = at.rows * at.tokens / at.sequence * at.compute
+    layer_traffic = 3 * at.one_layer * at.compute + block * (16 * at.width + 6 * at.mlp * at.served / at.tensor)
+    update.bytes = pieces * at.layers * layer_traffic * (2.5 + 0.5 * recomputed) + 8 * at.learned_bytes
+    result = {"prefill": prefill, "decode": decode, "update": update}
+    reference = Cost(flops=forward, bytes=at.microbatches * at.layers * layer_traffic)
+    if composition.with_reference:
+        result["reference"] = reference
+    _communication(config, at, result, weights)
+    return {name: result[name] for name in PHASES if name in result}
+
+
+def _communication(config: Config, at: _Sizes, costs: dict[str, Cost], weights: float) -> None:
+    """Bytes that a device sends. A ring sends (n - 1) / n of what is gathered or scattered, twice of what is summed."""
+    sharers = at.devices("fsdp", "expert", "sequence")
+    replicas = at.devices("slice", "data")
+    tensor, sequence, expert = at.tensor, at.sequence, at.mesh.shape["expert"]
+    layers, pieces = at.layers, at.microbatches
+    passes = config.training.epochs_per_batch
+    # Moved to compute with a layer: what is gathered less what is there already.
+    gathered = (at.one_layer - at.one_layer_kept) * at.compute
+    tables = (at.table - at.table_kept) * at.compute
+    slopes = (at.one_layer - at.one_layer_kept) * at.stored
+    activations = at.rows * at.tokens / sequence * at.width * at.compute
+    summed = 2 * activations * (tensor - 1) / tensor
+    exchanged = activations * (expert - 1) if at.served > 1 else 0.0
+    keys = at.token_in_cache / layers * at.rows * at.tokens * (sequence - 1) / sequence
+
+    def add(phase: str, kind: str, size: float, group: int, *, crosses: bool = False) -> None:
+        if size > 0 and phase in costs:
+            costs[phase].collectives[kind] += size
+            costs[phase].seconds_on_network += size / at.topology.network(group, crosses=crosses)
+
+    recomputed = 0 if config.training.remat in ("none", "dots", "offload_dots") else 1
+    for phase, forwards, count in (("reference", 1, pieces), ("update", 1 + recomputed, pieces * passes)):
+        backward = phase == "update"
+        add(phase, "all-gather", count * layers * gathered * (forwards + (backward and not recomputed)), sharers)
+        add(phase, "all-gather", count * 2 * tables, sharers)
+        # Two sums a layer over `tensor`, in either direction; what is computed again needs one of them.
+        times = 2 + (2 + recomputed if backward else 0)
+        add(phase, "all-reduce", count * layers * times * summed, tensor)
+        add(phase, "all-gather", count * layers * exchanged * forwards, expert)
+        add(phase, "reduce-scatter", count * layers * exchanged * (forwards + 2 * backward), expert)
+        add(phase, "all-gather", count * layers * keys * forwards, sequence)
+        add(phase, "all-reduce", count * summed, tensor)
+        if backward:
+            add(phase, "reduce-scatter", count * layers * slopes, sharers)
+            # The tables' gradients are summed behind the loop over chunks.
+            add(phase, "all-reduce", count * 2 * 2 * (at.table - at.table_kept) * at.stored, sharers)
+            add(phase, "reduce-scatter", count * layers * keys, sequence)
+    if replicas > 1:
+        size = 2 * at.learned_bytes * (replicas - 1) / replicas * pieces * passes
+        add("update", "all-reduce", size, replicas, crosses=at.mesh.shape["slice"] > 1)
+    steps = at.completion - 1
+    token = at.decoded * at.width * at.compute
+    if config.mesh.gather_for_rollout:
+        kept = weights * at.one_layer_kept / max(at.one_layer, 1.0)
+        add("prefill", "all-gather", weights - kept, sharers)
+    else:
+        add("decode", "all-gather", steps * (layers * gathered + tables), sharers)
+    add("decode", "all-reduce", steps * (2 * layers + 1) * 2 * token * (tensor - 1) / tensor, tensor)
+    add("decode", "all-to-all", steps * 4.0 * at.decoded * at.vocabulary / tensor * (tensor - 1) / tensor, tensor)
+    if at.served > 1 and expert > 1:
+        add("decode", "all-gather", steps * layers * token * (expert - 1), expert)
+        add("decode", "reduce-scatter", steps * layers * token * (expert - 1), expert)
+    prompts = at.prompts * at.prompt * at.width * at.compute
+    add("prefill", "all-reduce", (2 * layers + 1) * 2 * prompts * (tensor - 1) / tensor, tensor)
