@@ -108,7 +108,7 @@ def facts_of_many_devices() -> dict[str, np.ndarray]:
         .compile()
         .as_text()
     )
-    cache = lambda rows: f"f32[{rows},1,{5 + STEPS},8]"  # noqa: E731
+    cache = lambda rows: f"f32[{rows},1,{STEPS},8]"  # noqa: E731
     return {
         "devices": np.asarray(mesh.size),
         "two devices": np.asarray(make_mesh(2).size),
