@@ -13,6 +13,9 @@ from jaxrl_llm.models.functions import from_functions
 from jaxrl_llm.rollout import Controls, generate, make_stream
 from jaxrl_llm.training.compilation import CompilationWatch
 
+# Programs of many sizes: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 VOCABULARY, EOS, PAD, STEPS, SAMPLES = 7, 1, 0, 12, 3
 KEY = jax.random.key(42)
 SIZES = {"samples_per_prompt": SAMPLES, "max_completion_tokens": STEPS, "eos_ids": (EOS,), "pad_id": PAD}

@@ -19,6 +19,9 @@ from jaxrl_llm.training.explain import explanation, stages, trace
 from jaxrl_llm.training.run import train
 from jaxrl_llm.training.setup import data_sets, opened_parts, parts, prompt_batches
 
+# Programs of many sizes: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = str(ROOT / "docs" / "examples")
 VOCABULARY = CharacterTokenizer().vocabulary_size

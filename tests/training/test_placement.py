@@ -13,6 +13,9 @@ from jaxrl_llm.parallel import make_mesh
 from jaxrl_llm.training import Update, checkpoints
 from jaxrl_llm.training.step import Rollout, make_train_step
 
+# Programs of many sizes: minutes of compilation.
+pytestmark = pytest.mark.slow
+
 SIZES = dict(vocabulary_size=16, width=16, layers=2, heads=2, kv_heads=1)
 
 
