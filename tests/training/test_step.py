@@ -155,8 +155,9 @@ def test_only_what_is_named_costs_a_forward_pass(model, make_prompts):
     plain = matrix_products(composed(model), prompts)
     with_reference = composed(model, losses=[losses.clipped_surrogate, (losses.kl_estimate, 0.1)])
     assert with_reference.composition.wanted == {"old_logprobs", "reference_logprobs"}
-    # One block has four projections and two products of attention; the logits are a seventh.
-    assert matrix_products(with_reference, prompts) == plain + 7
+    # The pass over the prompts has four projections and two products of attention, that over their completions four and
+    # four, because it attends to both; the logits are one more.
+    assert matrix_products(with_reference, prompts) == plain + 6 + 8 + 1
     # The sampler's own numbers stand for the old policy, and entropy comes out of the same pass.
     no_old = composed(model, losses=[losses.policy_gradient])
     assert no_old.composition.wanted == frozenset()
