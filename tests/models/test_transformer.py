@@ -118,22 +118,19 @@ def test_cached_decoding_equals_the_whole_forward_at_every_position(variant, lay
 
 
 @pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
-def test_an_expanded_cache_holds_every_prompt_once_a_sample(layer_loop):
+def test_an_expanded_cache_shares_every_prompt_among_its_samples(layer_loop):
     model = model_of(next(iter(VARIANTS)), layer_loop)
     rng = np.random.default_rng(3)
     empty = model.init_cache(2, 6)
     layers = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), empty.layers)
     cache = empty._replace(layers=layers, positions=jnp.arange(12).reshape(2, 6), used=jnp.int32(6))
-    expanded = model.expand_cache(cache, samples=3, extra_slots=5)
-    assert jax.tree.structure(expanded) == jax.tree.structure(cache)
-    for old, new in zip(jax.tree.leaves(layers), jax.tree.leaves(expanded.layers), strict=True):
-        old, new = np.moveaxis(old, -4, 0), np.moveaxis(new, -4, 0)
-        for row in range(6):
-            np.testing.assert_array_equal(new[row][..., :6, :], old[row // 3])
-            np.testing.assert_array_equal(new[row][..., 6:, :], 0.0)
-    np.testing.assert_array_equal(expanded.positions[:, :6], np.arange(12).reshape(2, 6)[[0, 0, 0, 1, 1, 1]])
-    np.testing.assert_array_equal(expanded.positions[:, 6:], -1)
-    assert int(expanded.used) == 6
+    expanded = model.expand_cache(cache, 3, 5)
+    (shared,) = expanded.context
+    jax.tree.map(np.testing.assert_array_equal, shared.layers, layers)
+    np.testing.assert_array_equal(shared.positions, cache.positions)
+    assert all(leaf.shape[-4] == 6 for leaf in jax.tree.leaves(expanded.layers))
+    np.testing.assert_array_equal(expanded.positions, np.full((6, 5), -1))
+    assert int(expanded.used) == 0
 
 
 def test_left_padding_changes_nothing():

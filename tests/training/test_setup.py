@@ -46,5 +46,5 @@ def test_the_warm_start_of_a_task_of_several_turns_leaves_observations_out(micro
 
 def test_conversations_are_not_taken_for_reference_completions(micro_config):
     config = conversation_config(micro_config, "rollout.demonstration_in_group=true")
-    with pytest.raises(ValueError, match="of task 'calculator' are conversations"):
+    with pytest.raises(ValueError, match="an environment answers the task in turns"):
         prompt_batches(parts(config), data_sets(config)["train"])
