@@ -88,11 +88,18 @@ class Workload:
         return {**asdict(self), **self.settings, "prompt_tokens": drawn.tolist()}
 
 
-# Rows that are differentiated together in our step: few enough for the caches of a CPU, and for its memory.
-PIECES = {"sequences_per_microbatch": 8}
 WORKLOADS = {
-    "W1": Workload(settings=PIECES),
-    "W2": Workload(width=512, layers=8, heads=8, kv_heads=4, mlp_width=1536, completion_tokens=128, settings=PIECES),
+    # Our step differentiates few enough rows together for the caches of a CPU, and for its memory.
+    "W1": Workload(settings={"sequences_per_microbatch": 16}),
+    "W2": Workload(
+        width=512,
+        layers=8,
+        heads=8,
+        kv_heads=4,
+        mlp_width=1536,
+        completion_tokens=128,
+        settings={"sequences_per_microbatch": 8},
+    ),
     "tiny": Workload(
         vocabulary=64,
         width=16,

@@ -217,6 +217,9 @@ def _load(words: Sequence[str]):
 
 
 def _train(options: argparse.Namespace) -> None:
+    import jax
+
+    from jaxrl_llm.allocator import give_back_after_compiling
     from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.config import ConfigError, as_tree
     from jaxrl_llm.parallel import hosts
@@ -247,6 +250,8 @@ def _train(options: argparse.Namespace) -> None:
         enable_compilation_cache()
     else:  # whose homes may differ: only process 0 writes, and processes that wait for each other must all compile
         console.print(f"{peers.place.processes} processes ({peers.place.how}) are there and agree")
+    if jax.default_backend() == "cpu":
+        give_back_after_compiling()
     decided = decide() if peers is None else peers.decided
     summary = train(config, resume=decided["resume"], console=console)
     if options.json and not console.quiet:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 from laps import job, laps
 
+from jaxrl_llm.allocator import give_back_after_compiling
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.weights import load_model
@@ -22,6 +23,7 @@ from jaxrl_llm.rollout.sampling import row_keys
 from jaxrl_llm.rollout.score import prompt_hidden
 
 what, workload, directory = job()
+give_back_after_compiling()  # as `jaxrl train` does on a CPU
 lap = laps()
 model, params = load_model(directory)
 config = model.config

@@ -188,7 +188,8 @@ def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
     count = -(-length // chunk)
 
     def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        # The last position again: one of zeros would be scored at temperature zero, and its gradient not be finite.
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2), mode="edge")
         return x.reshape(rows, count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     chunks = jax.lax.map(lambda x: score(*x), jax.tree.map(cut, split))

@@ -6,6 +6,7 @@ the tokens were drawn from; what the policy itself thinks of them is computed by
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
@@ -139,15 +140,26 @@ def request_seeds(
 
 def _in_threads(ask: Callable[[int], Completion], count: int, concurrency: int) -> list[Completion]:
     """ask(0), ask(1), ... in order. After a failure no further request is sent."""
+    failing = threading.Event()
+
+    def asked(row: int) -> Completion | None:
+        if failing.is_set():
+            return None
+        try:
+            return ask(row)
+        except BaseException:
+            failing.set()
+            raise
+
     with ThreadPoolExecutor(min(concurrency, count), thread_name_prefix="engine") as pool:
-        futures = [pool.submit(ask, row) for row in range(count)]
+        futures = [pool.submit(asked, row) for row in range(count)]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        if any(future.exception() for future in done):
+        if failing.is_set():
             pool.shutdown(wait=False, cancel_futures=True)
-        failed = [f.exception() for f in futures if f in done and f.exception() is not None]
-        if failed and failed[0] is not None:
+        failed = [error for f in futures if f in done and (error := f.exception()) is not None]
+        if failed:
             raise failed[0]
-        return [future.result() for future in futures]
+        return [row for future in futures if (row := future.result()) is not None]
 
 
 def logprob_gap(model: Model, params: PyTree, rows: Experience, *, temperature: float) -> LogprobGap:

@@ -53,7 +53,7 @@ def test_log_probabilities_are_those_of_the_tokens_that_could_be_drawn(model, tr
             assert int(rows.tokens[b, t]) in kept
             renormalised = log_p[b, t] - np.log(np.exp(log_p[b, t, kept]).sum())
             np.testing.assert_allclose(rows.behaviour_logprobs[b, t], renormalised[rows.tokens[b, t]], atol=3e-5)
-        assert metrics["sampler_gap_max"] < 1e-5
+        assert metrics["sampler_gap_max"] < 3e-5
         assert np.isfinite(list(metrics.values())).all()
 
 
