@@ -259,7 +259,8 @@ def _communication(config: Config, at: _Sizes, costs: dict[str, Cost], weights: 
     recomputed = 0 if config.training.remat in ("none", "dots", "offload_dots") else 1
     for phase, forwards, count in (("reference", 1, pieces), ("update", 1 + recomputed, pieces * passes)):
         backward = phase == "update"
-        add(phase, "all-gather", count * layers * gathered * (forwards + (backward and not recomputed)), sharers)
+        # Every product gathers its matrix: forwards, where it is computed again, and for the gradient of its input.
+        add(phase, "all-gather", count * layers * gathered * (forwards + backward), sharers)
         add(phase, "all-gather", count * 2 * tables, sharers)
         # Two sums a layer over `tensor`, in either direction; what is computed again needs one of them.
         times = 2 + (2 + recomputed if backward else 0)

@@ -326,9 +326,31 @@ def _groups(one: Instruction, devices: int) -> list[list[int]]:
         assert over is not None
         numbers = np.arange(math.prod(over)).reshape(over)
         return (numbers.transpose(order) if order else numbers).reshape(shape or [-1]).tolist()
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.attributes):
+        return _along_axes(*found.groups())
     if found := re.search(r"replica_groups=\{(\{[\d,{}\s]*\})\}", one.attributes):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,\s]+)\}", found[1])]
     return [list(range(devices))]
+
+
+def _along_axes(mesh: str, along: str) -> list[list[int]]:
+    """Groups of devices that differ along some axes of a mesh; 'a':(2)4 is the 4 places of `a` after the first 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    parts: list[tuple[str, int]] = [(name, size) for name, size in sizes.items()]
+    chosen = set()
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along):
+        if not size:
+            chosen.add(name)
+            continue
+        place = next(number for number, part in enumerate(parts) if part[0] == name)
+        rest = sizes[name] // (int(before) * int(size))
+        parts[place : place + 1] = [(f"{name}<", int(before)), (f"{name}=", int(size)), (f"{name}>", rest)]
+        chosen.add(f"{name}=")
+    numbers = np.arange(math.prod(size for _, size in parts)).reshape([size for _, size in parts])
+    within = [place for place, (name, _) in enumerate(parts) if name in chosen]
+    outside = [place for place in range(len(parts)) if place not in within]
+    count = math.prod(parts[place][1] for place in within)
+    return numbers.transpose([*outside, *within]).reshape(-1, count).tolist()
 
 
 def _sent(one: Instruction, devices: int) -> tuple[float, list[list[int]]]:
