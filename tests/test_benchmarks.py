@@ -75,6 +75,7 @@ def beside_benchmarks(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.slow
 def test_the_rollout_is_timed_beside_nobody(beside_benchmarks, tmp_path, capsys):
     written = tmp_path / "rollout.json"
     figures = benchmark("rollout").main(["--workload", "tiny", "--repetitions", "2", "--json", str(written)])
@@ -95,6 +96,7 @@ def test_an_interpreter_without_the_project_is_left_out(beside_benchmarks, capsy
     assert "transformers is left out: /bin/false cannot import trl" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_requests_of_skewed_lengths_keep_slots_busy(beside_benchmarks):
     sizes = ["--requests", "12", "--slots", "4", "--short", "2", "--long", "9", "--long-share", "0.3"]
     words = ["--workload", "--skewed", "--of", "tiny", "--repetitions", "1"]

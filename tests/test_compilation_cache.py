@@ -76,6 +76,7 @@ def test_the_report_counts_programs(unset, tmp_path):
     assert compilation_cache_report() == {"directory": str(tmp_path), "programs": 1, "mebibytes": 1.0}
 
 
+@pytest.mark.slow
 def test_the_second_start_reads_what_the_first_compiled(micro_yaml, tmp_path):
     """Two processes of `jaxrl explain`, and what each compiled."""
     code = (

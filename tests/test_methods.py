@@ -24,6 +24,8 @@ from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
 FOLDER = Path(__file__).parents[1] / "configs" / "methods"
 VOCABULARY = CharacterTokenizer().vocabulary_size
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "base")
+# One of each kind; the others are trained by the slow tests.
+AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -192,7 +194,9 @@ def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, 
 
 
 @pytest.mark.methods
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [name if name in AMONG_THE_FAST else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_a_recipe_trains(name, micro, policy):
     built, start = parts(micro(name)), policy(name)
     state, seen = trained(built, start, 3)

@@ -47,6 +47,7 @@ def checkpoint(tmp_path, monkeypatch):
     return directory
 
 
+@pytest.mark.slow
 def test_the_pages_python_runs_as_it_stands(checkpoint, capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     assert len(blocks) == 9

@@ -243,6 +243,7 @@ def test_a_run_whose_checkpoint_has_changed_is_not_resumed(files, tmp_path):
     assert "model changed since" in said
 
 
+@pytest.mark.slow
 def test_data_of_the_users_own_trains_a_model_described_by_its_shape(tmp_path):
     lines = [{"prompt": f"{a}+{b}", "answer": str(a + b)} for a in range(9) for b in range(9)]
     file = tmp_path / "sums.jsonl"

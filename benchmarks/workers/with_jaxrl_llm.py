@@ -69,8 +69,8 @@ def step() -> None:
 
     from jaxrl_llm.advantages import group_normalized
     from jaxrl_llm.losses import clipped_surrogate, kl_estimate
+    from jaxrl_llm.training import Rollout, make_train_step
     from jaxrl_llm.training.learn import Update
-    from jaxrl_llm.training.step import Rollout, make_train_step
 
     def reward(tokens: Array, length: Array) -> Array:
         inside = jnp.arange(tokens.shape[1]) < length[:, None]

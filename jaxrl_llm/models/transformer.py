@@ -254,6 +254,7 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
     def body(carry, xs):
         x, layers = carry
         block_params, layer, local, choices = xs
+        block_params = _where_they_lie(block_params, shared.config)
         # Where all layers are of one kind, the program knows it; else each reads its own from an array.
         local = windowed[0] if len(set(windowed)) == 1 else local
         cached = _cached(cache, layers, layer, shared.config)
@@ -264,6 +265,20 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
     xs = (params["blocks"], jnp.arange(len(windowed)), jnp.asarray(windowed), router_choices)
     (x, layers), observed = jax.lax.scan(body, (x, start), xs)
     return x, layers, observed
+
+
+def _where_they_lie(block_params, config: TransformerConfig):
+    """Parameters of one block of a scan, pinned to where they lie in the stack, and their gradients with them.
+
+    Left to itself the compiler sums a gradient everywhere in each turn of the loop, to keep a part of the sum.
+    """
+    specs = transformer_specs(config)["blocks"]
+
+    def pinned(name, leaf):
+        axes = specs[name].axes[1:] if name in specs else ()
+        return constrain(leaf, *axes) if getattr(leaf, "ndim", None) == len(axes) > 1 else leaf
+
+    return {name: pinned(name, leaf) for name, leaf in block_params.items()}
 
 
 def forward(

@@ -88,26 +88,12 @@ def compiled(tree: dict[str, Any], name: str, *, report: Callable[[str], None] =
       CannotCompile: with what the compiler said.
     """
     machine = topology(name)
-    environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    package = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    # Only the number of devices is asked of the process: flags meant for another would be in its way.
-    environment.pop("XLA_FLAGS", None)
-    if machine.chip.platform == "cpu":
-        # XLA's promotion of sums in bfloat16 fails on those that a shard_map makes over some of the axes.
-        environment["XLA_FLAGS"] = (
-            f"--xla_force_host_platform_device_count={machine.devices} --xla_disable_hlo_passes=all-reduce-promotion"
-        )
-    else:
-        # Nothing is run on a TPU, so that several processes may hold the library, beside one that trains.
-        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
-        environment |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LIBRARY_PATH": str(libtpu_path())}
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.json"
         request = {"tree": tree, "topology": name, "answer": str(answer), "scratch": scratch}
         worker = subprocess.Popen(
             [sys.executable, "-m", "jaxrl_llm.parallel.ahead"],
-            env=environment,
+            env=compiler_environment(machine),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -125,6 +111,24 @@ def compiled(tree: dict[str, Any], name: str, *, report: Callable[[str], None] =
     if "error" in result:
         raise CannotCompile(result["error"])
     return result
+
+
+def compiler_environment(machine: Topology) -> dict[str, str]:
+    """Environment of a process that compiles for a machine."""
+    environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    package = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    # Only the number of devices is asked of the process: flags meant for another would be in its way.
+    environment.pop("XLA_FLAGS", None)
+    if machine.chip.platform == "cpu":
+        # XLA's promotion of sums in bfloat16 fails on those that a shard_map makes over some of the axes.
+        flags = (
+            f"--xla_force_host_platform_device_count={machine.devices} --xla_disable_hlo_passes=all-reduce-promotion"
+        )
+        return environment | {"XLA_FLAGS": flags}
+    # Nothing is run on a TPU, so that several processes may hold the library, beside one that trains.
+    environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+    return environment | {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LIBRARY_PATH": str(libtpu_path())}
 
 
 def _conversation(worker: subprocess.Popen, request: str, kept: Any, report: Callable[[str], None]) -> str:

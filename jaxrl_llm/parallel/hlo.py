@@ -336,7 +336,7 @@ def _groups(one: Instruction, devices: int) -> list[list[int]]:
 def _along_axes(mesh: str, along: str) -> list[list[int]]:
     """Groups of devices that differ along some axes of a mesh; 'a':(2)4 is the 4 places of `a` after the first 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    parts: list[tuple[str, int]] = [(name, size) for name, size in sizes.items()]
+    parts: list[tuple[str, int]] = list(sizes.items())
     chosen = set()
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along):
         if not size:

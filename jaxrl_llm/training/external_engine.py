@@ -32,7 +32,7 @@ from jaxrl_llm.training import provide
 from jaxrl_llm.training.wiring import filled
 
 if TYPE_CHECKING:
-    from jaxrl_llm.training.step import Composition, Rollout
+    from jaxrl_llm.training.composition import Composition, Rollout
 
 # Steps between the policy that sampled a row and the one that learns from it, in `Experience.extras`.
 STALENESS = "staleness"

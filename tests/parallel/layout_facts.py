@@ -13,8 +13,8 @@ from jaxrl_llm.losses import clipped_surrogate, divergence
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.parallel import make_mesh
+from jaxrl_llm.training import Rollout, make_train_step
 from jaxrl_llm.training.learn import Update
-from jaxrl_llm.training.step import Rollout, make_train_step
 
 PROMPTS, SAMPLES, WIDTH, STEPS = 8, 4, 8, 10
 DENSE = dict(vocabulary_size=16, width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, layer_loop="scanned")

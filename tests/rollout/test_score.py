@@ -63,6 +63,7 @@ def test_models_that_are_better_off_otherwise_score_whole_rows(more):
     assert operations(model, SAMPLES) == operations(model, 1)
 
 
+@pytest.mark.slow
 def test_recorded_experts_are_replayed_on_whole_rows():
     model = transformer(TransformerConfig(**SIZES, experts=ExpertsConfig(count=4, per_token=1)))
     params, given = model.init(jax.random.key(0)), rows(WIDTH)

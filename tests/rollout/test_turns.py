@@ -130,6 +130,7 @@ def test_a_row_depends_on_its_address_alone(params, rows):
     np.testing.assert_array_equal(fewer.tokens.reshape(3, 2, -1), rows.tokens.reshape(3, SAMPLES, -1)[:, :2])
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_greedily_from_any_place(params):
     """Resumed from what was said and heard, the policy says the same."""
     prompts, whole = prompts_of(), program(params, prompts_of(), 0.0, samples=1)
@@ -169,6 +170,7 @@ def blind(text):
     return GRID._replace(step=step)
 
 
+@pytest.mark.slow
 def test_what_is_observed_does_not_change_what_is_trained_on(params):
     """The same turns with other observations: the same mask, and no gradient for the words of an observation."""
     limit = GRID._replace(max_turn_tokens=1)  # turns of one token: their lengths cannot differ

@@ -73,6 +73,7 @@ class TestCritics:
         assert np.isfinite(float(metrics["value_explained_variance"]))
         assert float(metrics["gradient_norm/value"]) > 0
 
+    @pytest.mark.slow
     def test_a_shared_backbone_learns_from_the_value_loss_and_an_own_one_leaves_the_policy_alone(
         self, model, make_prompts
     ):
@@ -83,6 +84,7 @@ class TestCritics:
             state, _ = step(state, make_prompts(4))
             assert differ(before, state.params) == moves
 
+    @pytest.mark.slow
     def test_the_policy_waits_while_it_is_frozen_and_the_critic_does_not(self, model, make_prompts):
         step = composed(model, credit=GAE, losses=VALUE, critic=critic(), update=Update(freeze_policy_steps=2))
         state = step.init(jax.random.key(0))
@@ -111,6 +113,7 @@ class TestCritics:
         after = moved_target(moved, made).target_params
         jax.tree.map(lambda new, old: np.testing.assert_allclose(new, old + 1.0, rtol=1e-5), after, state.target_params)
 
+    @pytest.mark.slow
     def test_twin_critics_are_judged_by_their_slow_copies(self, model, make_prompts):
         step = composed(
             model,
@@ -127,6 +130,7 @@ class TestCritics:
         assert critics_named({"old_values", "twin_values"}) == ("twin", "value")
         assert critics_named(set(BEFORE)) == ("token_reward", "twin", "value")
 
+    @pytest.mark.slow
     def test_values_split_into_microbatches_give_the_same_update(self, model, make_prompts):
         after = []
         for size in (None, 2):
@@ -220,6 +224,7 @@ class TestRows:
         assert (mask[:, 2:, :2] == 0).all()
         assert (mask.sum(-1) == np.asarray(e.length).reshape(2, 4) - [1, 1, 2, 2]).all()
 
+    @pytest.mark.slow
     def test_a_greedy_baseline_is_the_reward_of_the_likeliest_completion(self, model, make_prompts):
         step = composed(model, credit=[("advantages", advantages.reward_minus_baseline)])
         state = step.init(jax.random.key(0))
@@ -240,6 +245,7 @@ class TestRows:
         np.testing.assert_array_equal(kept.extras["baseline_rewards"], [4, 5, 6, 7])
         np.testing.assert_array_equal(kept.group, [0, 1, 2, 3])
 
+    @pytest.mark.slow
     def test_extra_groups_follow_a_temperature_with_memory(self, model, make_prompts):
         extra = Extra(0.5, advantages.temperature_controller(target=100.0, cold=0.5, hot=2.0))
         step = composed(model, rollout=replace(ROLLOUT, extra=extra))
@@ -340,6 +346,7 @@ class TestStored:
         for name in ("reward", "advantage_abs_per_token", "loss/clipped_surrogate"):
             np.testing.assert_allclose(m1[name], m2[name], rtol=1e-6)
 
+    @pytest.mark.slow
     def test_replay_runs_in_one_program_and_resumes_from_its_state(self, model, make_prompts):
         step = composed(
             model,
@@ -374,6 +381,7 @@ class TestStored:
 
 
 class TestReference:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("update", "moved"),
         [

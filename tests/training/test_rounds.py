@@ -147,6 +147,7 @@ def test_a_budget_follows_what_was_right_at_the_last_visit(model, params, make_p
     np.testing.assert_array_equal(second.tokens, every.tokens[rows])
 
 
+@pytest.mark.slow
 def test_rounds_in_slots_are_the_same(model, params, make_prompts):
     rounds = Adaptive(max_rounds=3, samples_per_round=2)
     plain = Rollout(samples_per_prompt=2, rounds=rounds, **SIZES)

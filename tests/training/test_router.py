@@ -79,6 +79,7 @@ def test_training_learns_through_the_recorded_experts(prompts, params):
     assert np.isfinite(float(metrics["loss/router_balance"]))
 
 
+@pytest.mark.slow
 def test_the_balance_loss_does_not_depend_on_the_split(prompts, params):
     norms = []
     for micro in (None, 2):

@@ -287,6 +287,7 @@ def judge(completions):
 """
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, capsys):
     (tmp_path / "judging.py").write_text(JUDGING)
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,0 +1,83 @@
+"""Programs compiled for TPUs that are not there. They need libtpu: README.md says how to install it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxrl_llm.config import load_config
+from jaxrl_llm.parallel import topology
+from jaxrl_llm.parallel.ahead import compiler_environment, libtpu_path
+from jaxrl_llm.parallel.plan import plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GIB = 2**30
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.slow,
+    pytest.mark.skipif(libtpu_path() is None, reason="libtpu is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled_plan():
+    """Plans by config and machine, each made once."""
+    made = {}
+
+    def make(name, machine, *overrides):
+        if (name, machine, overrides) not in made:
+            config = load_config(CONFIGS / name, list(overrides))
+            made[name, machine, overrides] = plan(config, machine)
+        return made[name, machine, overrides]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ahead") / "facts.json"
+    command = [sys.executable, str(Path(__file__).with_name("ahead_facts.py")), str(path)]
+    environment = compiler_environment(topology("v5e:2x2"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(path.read_text())
+
+
+def test_a_small_step_for_four_chips(compiled_plan):
+    found = compiled_plan("demo.yaml", "v5e:2x2")
+    assert found["method"] == "compiled", found["note"]
+    assert found["fits"]
+    assert {phase["phase"] for phase in found["phases"]} >= {"prefill", "decode", "update"}
+    assert all(
+        phase["flops"] > 0 and phase["memory_bytes"] > 0 for phase in found["phases"] if phase["phase"] != "other"
+    )
+
+
+@pytest.mark.parametrize(
+    "name, machine",
+    [
+        ("plans/qwen3_8b.yaml", "v5e-64"),
+        ("plans/qwen3_8b.yaml", "v5p-64"),
+        ("plans/llama3_70b.yaml", "v5p-256"),
+        ("plans/qwen3_30b_a3b.yaml", "v6e-64"),
+    ],
+)
+def test_large_steps_fit_their_pods(compiled_plan, name, machine):
+    found = compiled_plan(name, machine)
+    assert found["method"] == "compiled", found["note"]
+    assert found["fits"], found["suggestions"]
+    assert found["memory_bytes"] <= found["device_bytes"]
+    assert {phase["phase"] for phase in found["phases"]} >= {"prefill", "decode", "reference", "update"}
+
+
+def test_log_probabilities_need_less_than_a_gib(facts):
+    assert facts["chunked"] <= GIB
+    assert facts["whole"] > 4 * GIB
+
+
+def test_the_kernel_of_pages_lowers_for_tpu(facts):
+    assert facts["paged"]
+    assert not facts["contiguous"]
