@@ -156,7 +156,7 @@ def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
     """`token_statistics` of the rows and positions that are here."""
     model, entropy, over_vocabulary, chunk, parts = options
     params, reference_params = whole
-    hidden, tokens, *_ = split
+    hidden, tokens, scale, *others = split
     rows, length = tokens.shape
     chunk = chunk or positions_per_chunk(rows, length, -(-model.vocabulary_size // parts))
 
@@ -187,12 +187,14 @@ def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
 
     count = -(-length // chunk)
 
-    def cut(x):
-        # The last position again: one of zeros would be scored at temperature zero, and its gradient not be finite.
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+    def cut(x, fill=0):
+        sizes = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, sizes, constant_values=fill)
         return x.reshape(rows, count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    chunks = jax.lax.map(lambda x: score(*x), jax.tree.map(cut, split))
+    # What fills the last chunk has a temperature too: at zero its gradient would not be finite.
+    pieces = jax.tree.map(cut, (hidden, tokens)), cut(scale, 1), jax.tree.map(cut, tuple(others))
+    chunks = jax.lax.map(lambda x: score(*x[0], x[1], *x[2]), pieces)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, count * chunk)[:, :length], chunks)
 
 
