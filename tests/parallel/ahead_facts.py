@@ -3,6 +3,7 @@
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -72,4 +73,4 @@ if __name__ == "__main__":
             "paged": "ragged_paged_attention" in rollout_text(v5e, cache_layout="paged"),
             "contiguous": "ragged_paged_attention" in rollout_text(v5e, cache_layout="contiguous"),
         }
-    json.dump(found, open(sys.argv[1], "w"))
+    Path(sys.argv[1]).write_text(json.dumps(found))
