@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from jaxrl_llm.config import load_config
-from jaxrl_llm.parallel import topology
 from jaxrl_llm.parallel.ahead import compiler_environment, libtpu_path
 from jaxrl_llm.parallel.plan import plan
+from jaxrl_llm.parallel.topologies import topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30
@@ -56,21 +56,47 @@ def test_a_small_step_for_four_chips(compiled_plan):
     )
 
 
+EIGHT_B, FSDP_ALONE = "plans/qwen3_8b.yaml", ("mesh.fsdp=64", "mesh.tensor=1", "training.sequences_per_microbatch=64")
+
+
 @pytest.mark.parametrize(
-    "name, machine",
+    "name, machine, overrides",
     [
-        ("plans/qwen3_8b.yaml", "v5e-64"),
-        ("plans/qwen3_8b.yaml", "v5p-64"),
-        ("plans/llama3_70b.yaml", "v5p-256"),
-        ("plans/qwen3_30b_a3b.yaml", "v6e-64"),
+        (EIGHT_B, "v5e-64", ()),
+        (EIGHT_B, "v5p-64", ("mesh.tensor=4",)),
+        ("plans/llama3_70b.yaml", "v5p-256", ()),
+        ("plans/qwen3_30b_a3b.yaml", "v6e-64", ()),
     ],
 )
-def test_large_steps_fit_their_pods(compiled_plan, name, machine):
-    found = compiled_plan(name, machine)
+def test_large_steps_fit_their_pods(compiled_plan, name, machine, overrides):
+    found = compiled_plan(name, machine, *overrides)
     assert found["method"] == "compiled", found["note"]
     assert found["fits"], found["suggestions"]
     assert found["memory_bytes"] <= found["device_bytes"]
     assert {phase["phase"] for phase in found["phases"]} >= {"prefill", "decode", "reference", "update"}
+
+
+def sent_on_paper(fsdp, tensor, microbatches):
+    """Bytes that a device sends in the update of Qwen3-8B; docs/plans.md derives it."""
+    width, mlp, heads, kv_heads, head, layers, vocabulary = 4096, 12288, 32, 8, 128, 36, 151_936
+    weight = 2 / tensor * width * (3 * mlp + 2 * (heads + kv_heads) * head)
+    table = 2 / tensor * vocabulary * width
+    activations = 2 * 9216 * width
+    of_fsdp, of_tensor = (fsdp - 1) / fsdp, (tensor - 1) / tensor
+    weights = layers * (3 + 1) * of_fsdp * weight + 2 * (1 + 2) * of_fsdp * table
+    return microbatches * (weights + (5 * layers + 1) * 2 * of_tensor * activations)
+
+
+@pytest.mark.parametrize(
+    "overrides, fsdp, tensor, microbatches", [(FSDP_ALONE, 64, 1, 4), ((), 8, 8, 32)], ids=["fsdp", "fsdp x tensor"]
+)
+def test_an_update_sends_what_is_derived_on_paper(compiled_plan, overrides, fsdp, tensor, microbatches):
+    found = compiled_plan(EIGHT_B, "v5e-64", *overrides)
+    assert found["method"] == "compiled", found["note"]
+    update = next(phase for phase in found["phases"] if phase["phase"] == "update")
+    derived = sent_on_paper(fsdp, tensor, microbatches)
+    assert sum(update["collectives"].values()) == pytest.approx(derived, rel=0.2)
+    assert found["estimate"]["update"]["sent_bytes"] == pytest.approx(derived, rel=0.02)
 
 
 def test_log_probabilities_need_less_than_a_gib(facts):
