@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models.attention import KeyValues, attend
 from jaxrl_llm.models.cache import Cache, KeysAndValues, expand_cache
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.parallel.backend import backend_in_use
+from jaxrl_llm.parallel.rules import ambient_layout
 
 # Tokens in a page: as many as a TPU reads at once from bf16 keys of 128.
 PAGE = 16
@@ -86,9 +88,11 @@ def expanded(cache: Cache | PagedCache, samples: int, extra_slots: int, *, confi
 
 def paged_kind(*, queries: int, head_size: int, dtype: str, backend: str | None = None) -> PagedKind:
     """How a step over paged keys is computed: by the kernel for one token a row on TPU, else by gathering pages."""
-    backend = backend or jax.default_backend()
     serves = queries == 1 and head_size % KERNEL_HEAD_SIZE == 0 and dtype in ("bfloat16", "float32")
-    return "kernel" if backend == "tpu" and serves and jax.device_count() == 1 else "gathered"
+    # The compiler cannot divide the kernel among devices.
+    ambient = ambient_layout()
+    alone = jax.device_count() == 1 if ambient is None else ambient.mesh.size == 1
+    return "kernel" if (backend or backend_in_use()) == "tpu" and serves and alone else "gathered"
 
 
 def paged(cache: Cache, samples: int, extra_slots: int) -> PagedCache:

@@ -33,6 +33,7 @@ from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
 from jaxrl_llm.models.rotary import rotary_angles, rotate
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.transformer_specs import transformer_specs
+from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ANY, ambient_layout, constrain
 
 # What a forward pass can return besides its last hidden states.
@@ -330,7 +331,7 @@ def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
     """Parameters laid out for many small steps: unstacked, and on a CPU with their matrices `Turned`."""
     params = unstack(params, config)
     split = (ambient := ambient_layout()) is not None and ambient.mesh.size > 1
-    if not isinstance(params["blocks"], tuple) or jax.default_backend() != "cpu" or split:
+    if not isinstance(params["blocks"], tuple) or backend_in_use() != "cpu" or split:
         return params
     inputs = {"qkv": 1, "attention_out": 3} | ({"gate_up": 1, "down": 1} if config.experts is None else {})
 
@@ -353,7 +354,7 @@ def logits(params: PyTree, hidden: Float[Array, "*B D"], *, cap: float | None = 
 def _shared_scoring(config: TransformerConfig) -> bool:
     """Whole sequences are best scored at once where a kernel attends, and layers that are scanned over would keep a
     cache for each of them."""
-    plain = config.attention == "plain" or (config.attention == "auto" and jax.default_backend() == "cpu")
+    plain = config.attention == "plain" or (config.attention == "auto" and backend_in_use() == "cpu")
     return plain and config.unrolled and config.cache_dtype == "compute" and not in_pages(config)
 
 

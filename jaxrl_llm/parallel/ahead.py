@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,9 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
         for label, program, given in zip(program_names(step), step.programs, inputs, strict=True):
             print(f"compiling {label} for {machine.described()}", flush=True)
             directory = scratch / re.sub(r"\W", "_", label)
-            compiled_one = _compiled(program.lower(*given), directory, machine)
+            with kernels_for(devices[0]):
+                lowered = program.lower(*given)
+            compiled_one = _compiled(lowered, directory, machine)
             _add_program(result, label, compiled_one, directory, machine, held, steps)
             print(f"compiled {label} in {result['programs'][-1]['compile_seconds']:.0f} s", flush=True)
     return result
@@ -228,6 +231,17 @@ def described_devices(machine: Topology) -> Sequence[Any]:
             "is offered, such as those of the accelerator types"
         ) from error
     return sorted(found, key=lambda device: (getattr(device, "slice_index", None) or 0, device.id))
+
+
+@contextmanager
+def kernels_for(device: Any) -> Iterator[None]:
+    """Kernels are lowered for this device, which they else take from those of the process."""
+    import jax
+
+    cores = getattr(device, "num_cores", None)
+    kind = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=cores, platform=device.platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind)):
+        yield
 
 
 def _decode_steps(config: Any) -> dict[str, int]:

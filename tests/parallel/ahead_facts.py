@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models import TransformerConfig, token_statistics, transformer
-from jaxrl_llm.parallel.ahead import described_devices
+from jaxrl_llm.parallel.ahead import described_devices, kernels_for
 from jaxrl_llm.parallel.backend import planned_for
 from jaxrl_llm.parallel.topologies import topology
 from jaxrl_llm.rollout import generate
@@ -23,7 +23,8 @@ def compiled(function, *arguments, device):
     """The function, compiled for arrays on one device."""
     place = SingleDeviceSharding(device)
     on_it = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
-    return jax.jit(function).lower(*jax.tree.map(on_it, jax.eval_shape(lambda: arguments))).compile()
+    with kernels_for(device):
+        return jax.jit(function).lower(*jax.tree.map(on_it, jax.eval_shape(lambda: arguments))).compile()
 
 
 def logprob_gradient_bytes(device, chunk):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxrl_llm.config import load_config
+from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.parallel.ahead import compiler_environment, libtpu_path
 from jaxrl_llm.parallel.plan import plan
 from jaxrl_llm.parallel.topologies import topology
@@ -29,7 +30,7 @@ def compiled_plan():
 
     def make(name, machine, *overrides):
         if (name, machine, overrides) not in made:
-            config = load_config(CONFIGS / name, list(overrides))
+            config = load_config(CONFIGS / name, list(overrides), vocabulary_size=CharacterTokenizer().vocabulary_size)
             made[name, machine, overrides] = plan(config, machine)
         return made[name, machine, overrides]
 
