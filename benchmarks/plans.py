@@ -1,0 +1,76 @@
+"""Whole steps compiled for TPU pods that are not there: what they need, as the table of docs/plans.md.
+
+python benchmarks/plans.py            # needs libtpu; about six minutes on two cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.config import load_config
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.parallel.plan import plan
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+GIB = 2**30
+# (config, overrides, machine)
+PLANS = (
+    ("demo.yaml", (), "v5e:2x2"),
+    ("plans/qwen3_8b.yaml", (), "v5e-64"),
+    ("plans/qwen3_8b.yaml", ("mesh.tensor=4",), "v5p-64"),
+    ("plans/llama3_70b.yaml", (), "v5p-256"),
+    ("plans/qwen3_30b_a3b.yaml", (), "v6e-64"),
+)
+
+
+def rows_of(found: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
+    """The plan as two lines: what it needs, and where its time goes."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    needs = " / ".join(f"{program['memory_bytes'] / GIB:.1f}" for program in found["programs"])
+    seconds = sum(program["compile_seconds"] for program in found["programs"])
+    config = " ".join([f"`{found['config']}`", *(f"`{override}`" for override in overrides)])
+    memory = (config, found["topology"], str(found["devices"]), mesh, needs, f"{found['device_bytes'] / GIB:.1f}")
+    phases = {phase["phase"]: phase for phase in found["phases"]}
+    times = [
+        f"{phases[name]['seconds']:.2f} ({phases[name]['bound']})" if name in phases else ""
+        for name in ("prefill", "decode", "reference", "update")
+    ]
+    sent = sum(phases["update"]["collectives"].values()) / 1e9
+    fits = "yes" if found["fits"] else "NO"
+    return [
+        "| " + " | ".join((*memory, fits, f"{seconds:.0f}")) + " |",
+        "| " + " | ".join((config, found["topology"], *times, f"{sent:,.1f}")) + " |",
+    ]
+
+
+def main(words: list[str] | None = None) -> list[dict[str, Any]]:
+    """Compile all plans and print two tables and the versions."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the plans to this file")
+    options = parser.parse_args(words)
+    plans, first, second = [], [], []
+    for name, overrides, machine in PLANS:
+        config = load_config(CONFIGS / name, list(overrides), vocabulary_size=CharacterTokenizer().vocabulary_size)
+        found = plan(config, machine, report=lambda line: print(line, file=sys.stderr))
+        if found["method"] != "compiled":
+            raise SystemExit(f"{name} on {machine} was not compiled: {found['note']}")
+        memory, times = rows_of(found, overrides)
+        plans.append(found)
+        first.append(memory)
+        second.append(times)
+    if options.json:
+        options.json.write_text(json.dumps(plans, indent=2))
+    print("| config | machine | devices | mesh | GiB: collect / learn | of | fits | compiled in s |")
+    print("|---|---|---|---|---|---|---|---|", *first, sep="\n")
+    print("\n| config | machine | prefill s | decode s | reference s | update s | update sends GB |")
+    print("|---|---|---|---|---|---|---|", *second, sep="\n")
+    print("\n" + ", ".join(f"{name} {version}" for name, version in plans[0]["versions"].items()))
+    return plans
+
+
+if __name__ == "__main__":
+    main()
