@@ -8,6 +8,7 @@ drawn is `pending` until the next call of the model writes it into the cache.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,9 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.controls import Controls, Watch, adjusted_scores, kept_tokens, truncated
 from jaxrl_llm.rollout.positions import prompt_positions
 from jaxrl_llm.rollout.sampling import sampled_tokens
+
+# The first stage of a cache (see `decode`) is halved for completions of so many tokens, and halved again.
+HALVED_FROM = (96, 1024, 2048)
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,7 @@ def decode(
     limit: Int[Array, "R"],
     end_ids: Sequence[int],
     slots: int | None = None,
+    stages: Sequence[int] = (),
 ) -> tuple[Decoding, Bool[Array, "R"]]:
     """Draw tokens until every active row has drawn one that ends it, or is as long as its limit.
 
@@ -283,6 +288,8 @@ def decode(
       end_ids: tokens that end a row; they belong to it.
       slots: rows that are decoded at a time. A slot whose row has ended goes on with the next one that waits. None
         decodes all rows side by side.
+      stages: rows that are decoded side by side get room in the cache when the last is used up, for so many tokens each
+        time: a step then reads what can have been written, not what could be. The first has its room already.
 
     Returns:
       the state, and which rows ended by themselves. In slots the cache is used up.
@@ -341,6 +348,13 @@ def decode(
     watch = _where(active, watch, state.watch)
     loop = _Loop(rows, token, running, stopped, written, state.cache, watch, state.calls)
     if slots is None:
+        full = loop.calls
+        for room, following in itertools.pairwise(stages):
+            full = full + room
+            loop = jax.lax.while_loop(
+                lambda loop, full=full: jnp.any(loop.running) & (loop.calls < full), advanced, loop
+            )
+            loop = replace(loop, cache=drawing.model.expand_cache(loop.cache, 1, following))
         loop = jax.lax.while_loop(lambda loop: jnp.any(loop.running), advanced, loop)
         pending = jnp.where(active, loop.token, state.pending)
         return replace(
@@ -348,6 +362,15 @@ def decode(
         ), loop.stopped
     loop = _in_slots(drawing.model, loop, advanced, slots)
     return replace(state, written=loop.written, cache=None, calls=loop.calls), loop.stopped
+
+
+def cache_stages(tokens: int) -> tuple[int, ...]:
+    """Room for `tokens` drawn one after the other, in stages: a loop each, so few where there is little to save."""
+    halvings = sum(tokens >= least for least in HALVED_FROM)
+    sizes = [tokens]
+    for _ in range(halvings):
+        sizes[:1] = [sizes[0] - sizes[0] // 2, sizes[0] // 2]
+    return tuple(sizes)
 
 
 @struct.dataclass

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.controls import Controls
-from jaxrl_llm.rollout.decoding import Drawing, Written, begin, decode, feed
+from jaxrl_llm.rollout.decoding import Drawing, Written, begin, cache_stages, decode, feed
 from jaxrl_llm.rollout.sampling import row_keys
 
 
@@ -124,7 +124,8 @@ def generate(
         some_greedy=not (isinstance(temperature, float | int) and temperature > 0),
     )
     given = 0 if prefixes is None else prefixes.tokens.shape[1] + 1
-    room = max_completion_tokens if slots is None else 0
+    stages = cache_stages(max_completion_tokens) if slots is None else ()
+    room = stages[0] if stages else 0
     state = begin(
         drawing,
         prompts,
@@ -146,7 +147,9 @@ def generate(
             state = replace(state, cache=model.expand_cache(state.cache, 1, room))
     limit = jnp.full(rows, max_completion_tokens, jnp.int32)
     slots = None if slots is None else min(slots, rows)
-    state, stopped = decode(drawing, state, active=there & ~over, limit=limit, end_ids=tuple(eos_ids), slots=slots)
+    state, stopped = decode(
+        drawing, state, active=there & ~over, limit=limit, end_ids=tuple(eos_ids), slots=slots, stages=stages
+    )
     ours = experience_of(state.written, per_row, sample=sample, group=number, ended=stopped | over | ~there)
     return ours if active is None else replace(ours, weight=there.astype(jnp.float32))
 

@@ -12,8 +12,8 @@ from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.functions import from_functions
-from jaxrl_llm.rollout import Controls, Prefixes, generate, predicting_hidden
-from jaxrl_llm.rollout.decoding import Drawing, begin, decode, feed
+from jaxrl_llm.rollout import Controls, Prefixes, decoding, generate, predicting_hidden
+from jaxrl_llm.rollout.decoding import Drawing, begin, cache_stages, decode, feed
 from jaxrl_llm.rollout.generate import experience_of
 from jaxrl_llm.rollout.sampling import row_keys
 
@@ -261,3 +261,40 @@ def test_slots_need_a_model_that_offers_them():
             pad_id=PAD,
             slots=2,
         )
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 95, 96, 127, 128, 1023, 1024, 2049, 8192])
+def test_stages_of_a_cache_have_room_for_all_tokens(tokens):
+    sizes = cache_stages(tokens)
+    assert sum(sizes) == tokens
+    assert all(size > 0 for size in sizes)
+    assert len(sizes) <= 4
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "paged"])
+def test_a_cache_that_grows_in_stages_changes_nothing(monkeypatch, layout):
+    config = TransformerConfig(9, width=16, layers=2, heads=2, kv_heads=1, cache_layout=layout)
+    model = transformer(config)
+    params = jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0)))
+    prompts = Prompts(
+        tokens=jnp.array([[0, 3, 4], [5, 6, 7]]),
+        length=jnp.array([2, 3]),
+        prompt_id=jnp.arange(2),
+        answer_tokens=jnp.zeros((2, 1), jnp.int32),
+        answer_length=jnp.ones(2, jnp.int32),
+    )
+    prefixes = Prefixes(jnp.full((6, 2), 4), jnp.array([0, 1, 2, 2, 0, 1]), jnp.full((6, 2), Source.HINT))
+    settings = dict(samples_per_prompt=3, max_completion_tokens=24, eos_ids=(1,), pad_id=0)
+
+    def sampled(halved_from, prefixes):
+        monkeypatch.setattr(decoding, "HALVED_FROM", halved_from)
+        run = jax.jit(
+            lambda params: generate(model, params, prompts, jax.random.key(1), 0, prefixes=prefixes, **settings)
+        )
+        return run(params)
+
+    for given in (None, prefixes):
+        whole, staged = sampled((), given), sampled((1, 1), given)
+        np.testing.assert_array_equal(staged.tokens, whole.tokens)
+        np.testing.assert_allclose(staged.behaviour_logprobs, whole.behaviour_logprobs, atol=1e-5)
+    assert int(whole.length.max()) > 12, "no row is long enough for a second stage"
