@@ -9,6 +9,9 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.parallel.backend import backend_in_use
+from jaxrl_llm.parallel.rules import shards
+
 RopeKind = Literal["linear", "llama3", "yarn"]
 
 
@@ -103,17 +106,30 @@ def rotary_angles(
     """Cosine and sine of position * frequency for the `size` / 2 frequencies, in float32."""
     angles = positions.astype(jnp.float32)[..., None] * rotary_frequencies(size, base, scaling)
     amplitude = 1.0 if scaling is None else scaling.amplitude
-    if amplitude == 1.0:
-        return jnp.cos(angles), jnp.sin(angles)
-    return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if amplitude != 1.0:
+        cos, sin = amplitude * cos, amplitude * sin
+    return _computed_once(cos), _computed_once(sin)
+
+
+def _computed_once(x: Array) -> Array:
+    """The same numbers, in memory: on a CPU XLA would compute cosines anew for every entry of queries and keys.
+
+    It fuses all but a product into what reads it, barriers included; a product with the identity is exact.
+    """
+    return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if backend_in_use() == "cpu" else x
 
 
 def rotate(x: Float[Array, "B T K G H"], angles: tuple[Array, Array]) -> Float[Array, "B T K G H"]:
     """Rotate pairs (i, i + R) of each head's first 2R dimensions by the angle of the token's position."""
+    shape = x.shape
+    if shards("rows", "positions") == 1:
+        # Tokens on one axis: XLA on a CPU computes the rotation once then, and not in every form that is read.
+        x, angles = x.reshape(-1, 1, *shape[2:]), tuple(a.reshape(-1, 1, a.shape[-1]) for a in angles)
     cos, sin = (a[:, :, None, None, :] for a in angles)
     size = 2 * cos.shape[-1]
     wide = x.astype(jnp.float32)
     first, second = jnp.split(wide[..., :size], 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     rest = [wide[..., size:]] if size < x.shape[-1] else []
-    return jnp.concatenate(turned + rest, axis=-1).astype(x.dtype)
+    return jnp.concatenate(turned + rest, axis=-1).astype(x.dtype).reshape(shape)
