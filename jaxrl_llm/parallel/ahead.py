@@ -244,12 +244,17 @@ def kernels_for(device: Any) -> Iterator[None]:
         yield
 
 
-def _decode_steps(config: Any) -> dict[str, int]:
+def _decode_steps(config: Any) -> dict[str, Sequence[int]]:
+    """How often the loops of a phase run whose end depends on data, in order, when no row ends by itself."""
+    from jaxrl_llm.rollout.decoding import cache_stages
+
     rollout = config.rollout
     rows = config.training.prompts_per_step * rollout.samples_per_prompt
-    turns = math.ceil(rows / rollout.slots) if rollout.slots else 1
-    rounds = getattr(rollout.rounds, "max_rounds", 1) or 1
-    return {"decode": turns * (rollout.max_completion_tokens - 1), "other": rounds}
+    *before, last = cache_stages(rollout.max_completion_tokens)
+    stages = (*before, last - 1)
+    if rollout.slots:
+        stages = (math.ceil(rows / rollout.slots) * sum(stages),)
+    return {"decode": stages, "other": (getattr(rollout.rounds, "max_rounds", 1) or 1,)}
 
 
 def _compiled(lowered: Any, directory: Path, machine: Topology) -> dict[str, Any]:
@@ -290,7 +295,7 @@ def _add_program(
     directory: Path,
     machine: Topology,
     held: int,
-    steps: dict[str, int],
+    steps: dict[str, Sequence[int]],
 ) -> None:
     """Read a compiled program into the answer."""
     from jaxrl_llm.parallel import buffers, hlo

@@ -22,6 +22,7 @@ from jaxrl_llm.parallel.hlo import Cost
 from jaxrl_llm.parallel.rules import AXES, Rules, axes_of, changed_rules, decoding
 from jaxrl_llm.parallel.shardings import state_shardings
 from jaxrl_llm.parallel.topologies import Topology
+from jaxrl_llm.rollout.decoding import cache_stages
 from jaxrl_llm.training.placement import OFFLOADED, parameter_shardings
 
 PHASES = ("prefill", "decode", "reference", "update")
@@ -129,6 +130,10 @@ class _Sizes:
         per_token = 2 * c.layers * c.kv_heads * c.head_size / head_parts
         self.token_in_cache = per_token * (1 if c.cache_dtype == "int8" else self.compute)
         self.cache_bytes = self.token_in_cache * (self.decoded * self.completion + self.prompts * self.prompt)
+        # Of a cache that grows, a step reads what there is of it.
+        stages = (self.completion,) if config.rollout.slots else cache_stages(self.completion)
+        reads = sum(room * sum(stages[: place + 1]) for place, room in enumerate(stages)) / self.completion
+        self.cache_bytes_read = self.token_in_cache * (self.decoded * reads + self.prompts * self.prompt)
         leaves = jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))
         blocks = [leaf for leaf in leaves if "layer" in leaf.axes]
         whole = {name: () if name == "embed" else axes for name, axes in self.rules.items()}
@@ -221,7 +226,7 @@ def _costs(config: Config, composition: Any, at: _Sizes, weights: float) -> dict
     decoded = 2 * (at.active + table) + 4 * at.layers * at.heads * (at.prompt + at.completion)
     runs = math.ceil(at.sequences / (config.rollout.slots or at.sequences))
     decode = Cost(flops=runs * steps * (config.rollout.slots or at.sequences) * decoded / computing)
-    decode.bytes = runs * steps * (weights + at.cache_bytes)
+    decode.bytes = runs * steps * (weights + at.cache_bytes_read)
     update = Cost(flops=passes * (forward * (3 + recomputed) + 2 * at.sequences * at.completion * table / devices))
     pieces = at.microbatches * passes
     block = at.rows * at.tokens / at.sequence * at.compute

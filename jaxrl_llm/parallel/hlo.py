@@ -164,7 +164,7 @@ def costs(
     program: Program,
     phases: Sequence[str] = (),
     *,
-    steps: Mapping[str, int] | None = None,
+    steps: Mapping[str, Sequence[int]] | None = None,
     network: Callable[[Sequence[Sequence[int]]], float] | None = None,
 ) -> tuple[dict[str, Cost], dict[str, str]]:
     """(what each phase of a program costs one device, phase of each instruction by name).
@@ -173,11 +173,17 @@ def costs(
       program: parsed.
       phases: names of scopes; an instruction belongs to the first of them in the path of its origin, or to the phase of
         its caller. All else is "other".
-      steps: how often a loop of a phase runs whose end depends on data; 1 where it is not named.
+      steps: how often the loops of a phase run whose end depends on data, in order; the last number is that of all
+        further ones. 1 where a phase is not named.
       network: groups of devices -> bytes a second that each can send.
     """
     result: dict[str, Cost] = defaultdict(Cost)
     belongs: dict[str, str] = {}
+    left = {name: list(counts) for name, counts in (steps or {}).items()}
+
+    def depends_on_data(phase: str) -> int:
+        counts = left.get(phase, [1])
+        return counts.pop(0) if len(counts) > 1 else counts[0]
 
     def named(one: Instruction) -> str | None:
         path = one.origin.split("/")
@@ -201,7 +207,7 @@ def costs(
             belongs[one.name] = phase
             if one.op == "while":
                 trips = program.trips(one)
-                factor_inside = factor * ((steps or {}).get(phase, 1) if trips is None else trips)
+                factor_inside = factor * (depends_on_data(phase) if trips is None else trips)
                 walk(one.called("body") or "", factor_inside, phase)
             elif one.op == "conditional":
                 branches = _branches(one)
