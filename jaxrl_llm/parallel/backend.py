@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
 
 import jax
 
@@ -24,3 +26,20 @@ def planned_for(platform: str | None) -> Iterator[None]:
         yield
     finally:
         _PLANNED.reset(token)
+
+
+# Communication of several GPUs under computation; XLA does so by itself on TPUs.
+OVERLAPPED_ON_GPUS = MappingProxyType(
+    {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_all_reduce": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+    }
+)
+
+
+def compiler_options(mesh: Any) -> dict[str, Any] | None:
+    """What `jax.jit` tells the compiler of a program for this mesh; None leaves all to XLA_FLAGS and its defaults."""
+    several = mesh is not None and mesh.size > 1
+    return dict(OVERLAPPED_ON_GPUS) if several and backend_in_use() == "gpu" else None

@@ -21,6 +21,7 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, Method, Prompts, TrainState
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.backend import compiler_options
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, laid_out
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.host_turns import HostTurns, host_turns
@@ -398,14 +399,19 @@ def _score_talks(c: Composition, state: TrainState, rows: Experience) -> Experie
 
 def _looking(c: Composition, function: Callable) -> Callable:
     """A compiled stage, traced under the table of the mesh."""
-    return jax.jit(laid_out(partial(function, c), c.mesh, c.rules))
+    return jax.jit(laid_out(partial(function, c), c.mesh, c.rules), compiler_options=compiler_options(c.mesh))
 
 
 def _learning(c: Composition, function: Callable) -> Callable:
     """A compiled stage that gives (state, numbers, rows). The state it is given is used up, and lies where it lay."""
     # Numbers are on every device, and rows are where the program has put them.
     returned = None if c.mesh is None else (c.placed, NamedSharding(c.mesh, P()), None)
-    return jax.jit(laid_out(partial(function, c), c.mesh, c.rules), donate_argnums=0, out_shardings=returned)
+    return jax.jit(
+        laid_out(partial(function, c), c.mesh, c.rules),
+        donate_argnums=0,
+        out_shardings=returned,
+        compiler_options=compiler_options(c.mesh),
+    )
 
 
 def _initial_on_mesh(c: Composition) -> Callable[..., TrainState]:

@@ -16,6 +16,7 @@ from jaxrl_llm.data import SupervisedBatch
 from jaxrl_llm.experience import Experience, KeyUse, TrainState
 from jaxrl_llm.losses import Aggregation, negative_log_likelihood
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.backend import compiler_options
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, laid_out
 from jaxrl_llm.training.learn import LossTerm, Update, make_learn
 from jaxrl_llm.training.placement import parameter_shardings, placed_state
@@ -93,5 +94,10 @@ def make_supervised_step(
     returned = (placed, NamedSharding(mesh, P()))
     return (
         lambda key, params=None: start(key, None if params is None else jax.device_put(params, lies)),
-        jax.jit(laid_out(step, mesh, rules), donate_argnums=0, out_shardings=returned),
+        jax.jit(
+            laid_out(step, mesh, rules),
+            donate_argnums=0,
+            out_shardings=returned,
+            compiler_options=compiler_options(mesh),
+        ),
     )
