@@ -125,8 +125,10 @@ def rotate(x: Float[Array, "B T K G H"], angles: tuple[Array, Array]) -> Float[A
     shape = x.shape
     if shards("rows", "positions") == 1:
         # Tokens on one axis: XLA on a CPU computes the rotation once then, and not in every form that is read.
-        x, angles = x.reshape(-1, 1, *shape[2:]), tuple(a.reshape(-1, 1, a.shape[-1]) for a in angles)
-    cos, sin = (a[:, :, None, None, :] for a in angles)
+        x, (cos, sin) = x.reshape(-1, 1, *shape[2:]), (a.reshape(-1, 1, a.shape[-1]) for a in angles)
+    else:
+        cos, sin = angles
+    cos, sin = cos[:, :, None, None, :], sin[:, :, None, None, :]
     size = 2 * cos.shape[-1]
     wide = x.astype(jnp.float32)
     first, second = jnp.split(wide[..., :size], 2, axis=-1)
