@@ -117,7 +117,9 @@ def _computed_once(x: Array) -> Array:
 
     It fuses all but a product into what reads it, barriers included; a product with the identity is exact.
     """
-    return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if backend_in_use() == "cpu" else x
+    if backend_in_use() != "cpu":
+        return x
+    return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision="highest")
 
 
 def rotate(x: Float[Array, "B T K G H"], angles: tuple[Array, Array]) -> Float[Array, "B T K G H"]:
