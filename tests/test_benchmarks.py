@@ -107,6 +107,7 @@ def test_requests_of_skewed_lengths_keep_slots_busy(beside_benchmarks):
     assert batches["utilisation"] < slots["utilisation"] <= 1
 
 
+@pytest.mark.slow
 def test_a_shared_prefill_is_that_of_one_sequence(beside_benchmarks):
     words = ["--workload", "--prompt", "24", "--samples", "4", "--of", "tiny", "--repetitions", "1"]
     found = benchmark("rollout").main(words)["prefill"]

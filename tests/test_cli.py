@@ -278,6 +278,7 @@ def test_a_checkpoint_without_its_config_is_refused(refused, finished_run, tmp_p
     assert "a checkpoint is read with the config.yaml of its run beside it" in refused("eval", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_may_lie_in_a_directory_of_any_name(refused, finished_run, tmp_path, monkeypatch):
     # Neither an assignment nor a number nor anything else that YAML would read.
     monkeypatch.chdir(tmp_path)

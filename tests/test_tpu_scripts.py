@@ -819,5 +819,6 @@ def test_a_worker_waits_for_a_bounded_time(worker, tmp_path):
 def test_a_worker_that_was_killed_does_not_say_that_it_finished(worker, tmp_path):
     worker("start", "sleep", "60")
     pid = int((tmp_path / "state" / "pid").read_text())
+    eventually(lambda: os.getpgid(pid) == pid)  # it is being started
     os.killpg(pid, signal.SIGKILL)
     eventually(lambda: worker("status") == "finished unknown\n")

@@ -163,7 +163,7 @@ def test_decoding_in_pieces_is_one_rollout(width):
     assert_same(jax.device_get(ours), whole())
 
 
-@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
+@pytest.mark.parametrize("layer_loop", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
 def test_prompts_of_a_bucket_are_those_of_their_exact_width(layer_loop):
     padded = replace(PROMPTS, tokens=jnp.pad(PROMPTS.tokens, ((0, 0), (59, 0)), constant_values=3))
     assert padded.tokens.shape[1] == buckets(100)[0]
@@ -271,9 +271,9 @@ def test_stages_of_a_cache_have_room_for_all_tokens(tokens):
     assert len(sizes) <= 4
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "paged"])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("paged", marks=pytest.mark.slow)])
 def test_a_cache_that_grows_in_stages_changes_nothing(monkeypatch, layout):
-    config = TransformerConfig(9, width=16, layers=2, heads=2, kv_heads=1, cache_layout=layout)
+    config = TransformerConfig(9, width=16, layers=1, heads=2, kv_heads=1, cache_layout=layout)
     model = transformer(config)
     params = jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0)))
     prompts = Prompts(

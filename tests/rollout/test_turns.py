@@ -194,6 +194,7 @@ def test_the_gradient_of_observed_targets_is_zero(params, rows):
     assert np.asarray(gradient)[np.asarray(rows.source) == Source.SAMPLED].all()
 
 
+@pytest.mark.slow
 def test_an_environment_that_never_ends_is_stopped(params):
     def step(state, tokens, length, key):
         return Step(state, jnp.full(3, END, jnp.int32), jnp.int32(0), jnp.float32(0.25), jnp.bool_(False))

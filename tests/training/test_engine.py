@@ -56,7 +56,7 @@ def differ(a, b):
 
 
 class TestCritics:
-    @pytest.mark.parametrize("backbone", ["own", "shared"])
+    @pytest.mark.parametrize("backbone", [pytest.param("own", marks=pytest.mark.slow), "shared"])
     def test_a_value_model_is_trained_beside_the_policy(self, model, make_prompts, backbone):
         # The policy stands still, so that the returns that the value model is fitted to do too.
         waits = Update(freeze_policy_steps=100)
@@ -95,6 +95,7 @@ class TestCritics:
             seen.append((differ(at_start[0], state.params), differ(at_start[1], state.critics["value"].params)))
         assert seen == [(False, True), (False, True), (True, True)]
 
+    @pytest.mark.slow
     def test_own_and_shared_backbones_give_the_same_values_at_the_start(self, model, rows):
         key, params = jax.random.key(3), model.init(jax.random.key(0))
         from jaxrl_llm.training.critics import initial_critic
@@ -162,6 +163,7 @@ class TestCritics:
 
 
 class TestViews:
+    @pytest.mark.slow
     def test_teacher_forcing_repeats_the_sampler(self, model, make_prompts):
         params = model.init(jax.random.key(0))
         sampled = generate(
@@ -195,6 +197,7 @@ class TestViews:
 
 
 class TestRows:
+    @pytest.mark.slow
     def test_a_demonstration_is_the_last_of_its_group(self, model, make_prompts):
         written = np.array([[5, 5, 2, 0]] * 4, np.int32)
         prompts = make_prompts(4).replace(demonstration_tokens=written, demonstration_length=np.full(4, 3, np.int32))
@@ -327,6 +330,7 @@ class TestStored:
         with pytest.raises(ValueError, match="learns from stored rows too"):
             step(state, make_prompts(4))
 
+    @pytest.mark.slow
     def test_stored_rows_change_no_statistic_of_the_samples(self, model, make_prompts, rows):
         written = written_rows(
             rows.prompt_tokens, rows.prompt_length, rows.prompt_id, rows.tokens, rows.length, answer_width=2

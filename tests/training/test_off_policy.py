@@ -84,6 +84,7 @@ def test_the_first_update_is_that_of_a_step_on_policy(model, make_prompts, behin
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), params[1], behind[2][1])
 
 
+@pytest.mark.slow
 def test_rewards_on_the_host_change_nothing(model, make_prompts, behind):
     state, seen, _ = run(composed(model, low_on_the_host), model, make_prompts)
     jax.tree.map(

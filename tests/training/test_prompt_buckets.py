@@ -103,6 +103,7 @@ def runs(micro_config, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_buckets_change_no_number(runs):
     (plain, _), (cut, _) = runs["plain"], runs["cut"]
     assert len(plain) == len(cut) == 6
@@ -115,6 +116,7 @@ def test_buckets_change_no_number(runs):
         assert other["sampler_gap_max"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_new_width_is_announced_and_no_surprise(runs):
     shown = runs["cut"][1]
     assert shown.count("is the first with prompts of") == 1

@@ -59,7 +59,7 @@ def one_step(step, params, prompts, items=None):
     return jax.device_get(step.run(state, prompts, items, None)[1:])
 
 
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("on_host", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_groups_that_are_alike_are_replaced_by_those_of_new_prompts(model, params, make_prompts, on_host):
     prompts = make_prompts(8)
     step = composed(model, Refill(max_rounds=4), rewards=[even_on_the_host if on_host else even])
@@ -92,7 +92,7 @@ def test_places_that_stay_empty_have_no_weight_and_change_nothing(model, params,
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
 
 
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("on_host", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_prompts_are_sampled_until_they_have_enough_of_both_kinds(model, params, make_prompts, on_host):
     prompts, kept = make_prompts(8), 2
     rounds = Adaptive(max_rounds=3, samples_per_round=2)
@@ -127,6 +127,7 @@ def test_prompts_are_sampled_until_they_have_enough_of_both_kinds(model, params,
     np.testing.assert_array_equal(rows.weight, np.ones(16))
 
 
+@pytest.mark.slow
 def test_a_budget_follows_what_was_right_at_the_last_visit(model, params, make_prompts):
     prompts = make_prompts(8)
     step = composed(model, Budget(prompt_ids=8, least=1, most=8), samples=3)

@@ -71,6 +71,7 @@ def composed(*, micro=None):
     )
 
 
+@pytest.mark.slow
 def test_training_learns_through_the_recorded_experts(prompts, params):
     """The first update starts from the sampler: ratio 1 exactly, whatever experts another router would pick."""
     step = composed()
