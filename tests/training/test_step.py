@@ -156,7 +156,7 @@ def test_only_what_is_named_costs_a_forward_pass(model, make_prompts):
     with_reference = composed(model, losses=[losses.clipped_surrogate, (losses.kl_estimate, 0.1)])
     assert with_reference.composition.wanted == {"old_logprobs", "reference_logprobs"}
     # The pass over the prompts has four projections and two products of attention, that over their completions four and
-    # four, because it attends to both; the logits are one more. On a CPU, cosines and sines of either pass are products.
+    # four, because it attends to both; the logits are one more. Cosines and sines of either pass are products on a CPU.
     assert matrix_products(with_reference, prompts) == plain + 6 + 8 + 1 + 2 * 2
     # The sampler's own numbers stand for the old policy, and entropy comes out of the same pass.
     no_old = composed(model, losses=[losses.policy_gradient])
