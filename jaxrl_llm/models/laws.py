@@ -26,7 +26,8 @@ LAWS = {
     "cache": "a prefill and then one token at a time is the whole sequence at once; write new tokens behind those of "
     "earlier calls, and remember their positions",
     "expand_cache": "sample j of row i continues row i: it is row i * samples + j of the expanded cache; repeat rows "
-    "in place (jnp.repeat, not jnp.tile), and fill new slots as an empty cache has them",
+    "in place (jnp.repeat, not jnp.tile), and fill new slots as an empty cache has them; a cache is expanded again "
+    "(with one sample a row) when its room is used up",
     "ended rows": "rows that have ended are given position -1, and change nothing in the others",
 }
 
@@ -109,7 +110,16 @@ def check_model(model: Model, params: PyTree | None = None, *, tolerance: float 
     expected = whole(copies, places)[:, _PROMPT:]
     expanded = model.expand_cache(cache, _SAMPLES, _STEPS)
     continued = np.concatenate(_decoded(apply, params, copies, places, expanded), axis=1)
-    hold("expand_cache", (continued, expected))
+    half = _STEPS // 2
+    grown = _decoded(
+        apply,
+        params,
+        copies,
+        places,
+        model.expand_cache(cache, _SAMPLES, half),
+        lambda full: model.expand_cache(full, 1, half),
+    )
+    hold("expand_cache", (continued, expected), (np.concatenate(grown, axis=1), expected))
 
     places[::3, _PROMPT + 1 :] = -1
     continued = np.concatenate(_decoded(apply, params, copies, places, expanded), axis=1)
@@ -118,10 +128,19 @@ def check_model(model: Model, params: PyTree | None = None, *, tolerance: float 
     return errors
 
 
-def _decoded(apply: Callable, params: PyTree, tokens: np.ndarray, positions: np.ndarray, cache: PyTree) -> list:
-    """Hidden states behind the prompt, one token at a time."""
+def _decoded(
+    apply: Callable,
+    params: PyTree,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    cache: PyTree,
+    grow: Callable[[PyTree], PyTree] = lambda cache: cache,
+) -> list:
+    """Hidden states behind the prompt, one token at a time; half-way the cache grows."""
     pieces = []
     for column in range(_PROMPT, tokens.shape[1]):
+        if column == _PROMPT + _STEPS // 2:
+            cache = grow(cache)
         one = slice(column, column + 1)
         hidden, cache = apply(params, tokens[:, one], positions[:, one], cache)
         pieces.append(np.asarray(hidden.astype(jnp.float32)))

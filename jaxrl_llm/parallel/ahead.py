@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,9 +101,7 @@ def compiled(tree: dict[str, Any], name: str, *, report: Callable[[str], None] =
             stderr=subprocess.PIPE,
             text=True,
         )
-        errors = Path(scratch) / "errors"
-        with errors.open("w") as kept:
-            said = _conversation(worker, json.dumps(request), kept, report)
+        said = _conversation(worker, json.dumps(request), report)
         if worker.returncode or not answer.is_file():
             lines = [line for line in said.strip().splitlines() if line.strip()]
             fatal = [line for line in lines if re.match(r"F\d{4} ", line) or "Error" in line]
@@ -132,10 +131,8 @@ def compiler_environment(machine: Topology) -> dict[str, str]:
     return environment | {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LIBRARY_PATH": str(libtpu_path())}
 
 
-def _conversation(worker: subprocess.Popen, request: str, kept: Any, report: Callable[[str], None]) -> str:
+def _conversation(worker: subprocess.Popen, request: str, report: Callable[[str], None]) -> str:
     """Hand over the request, pass on what is reported, and return what went to stderr."""
-    import threading
-
     assert worker.stdin is not None
     assert worker.stdout is not None
     stderr: list[str] = []
@@ -152,7 +149,6 @@ def _conversation(worker: subprocess.Popen, request: str, kept: Any, report: Cal
             worker.kill()
             worker.wait()
     reader.join(timeout=5)
-    kept.writelines(stderr)
     return "".join(stderr)
 
 
@@ -174,11 +170,10 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
       programs: name, memory, what takes it, seconds to compile, kernels, whether it fits.
       phases: flops, bytes, collectives, seconds_on_network, memory and its largest buffers.
     """
-    import jax
 
     from jaxrl_llm.config import parse_config
     from jaxrl_llm.parallel.backend import planned_for
-    from jaxrl_llm.training.explain import abstract_inputs, program_names
+    from jaxrl_llm.training.explain import programs_with_inputs
     from jaxrl_llm.training.machine import Target
     from jaxrl_llm.training.setup import parts
 
@@ -186,14 +181,10 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
     devices = described_devices(machine)
     with planned_for(machine.chip.platform):
         built = parts(config, Target(devices, int(machine.chip.bytes)))
-        step, mesh = built.step, built.step.composition.mesh
+        mesh = built.step.composition.mesh
         assert mesh is not None
-        state, prompts, stored = abstract_inputs(built)
-        held = _bytes_on_device(state)
-        inputs: list[tuple[Any, ...]] = [(state, prompts, stored)]
-        if len(step.programs) > 1:
-            rows = jax.eval_shape(step.programs[0], state, prompts)
-            inputs = [(state, prompts), (state, rows, stored)]
+        programs = programs_with_inputs(built)
+        held = _bytes_on_device(programs[0].inputs[0])
         result: dict[str, Any] = {
             "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
             "mesh_reason": built.mesh_reason,
@@ -202,7 +193,7 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
             "phases": {},
         }
         steps = _decode_steps(config)
-        for label, program, given in zip(program_names(step), step.programs, inputs, strict=True):
+        for label, program, given in programs:
             print(f"compiling {label} for {machine.described()}", flush=True)
             directory = scratch / re.sub(r"\W", "_", label)
             with kernels_for(devices[0]):

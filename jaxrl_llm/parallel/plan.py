@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxrl_llm.config import Config, MeshConfig, PretrainedConfig, as_tree
+from jaxrl_llm.config import Config, MeshConfig, as_tree
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel import ahead
 from jaxrl_llm.parallel.auto import automatic_sizes
@@ -345,10 +345,10 @@ def _changes(config: Config, plan: Planned, sizes: Mapping[str, int]) -> Iterato
         yield "training.moment_dtype=bfloat16", trained(moment_dtype="bfloat16"), now
     if config.model.parameter_dtype == "float32":
         narrow = replace(config.model, parameter_dtype="bfloat16", compute_dtype="bfloat16")
-        rounded = trained(bfloat16_update="stochastic") if training.bfloat16_update == "nearest" else config
+        rounding = "stochastic" if training.bfloat16_update == "nearest" else training.bfloat16_update
         yield (
-            "model.parameter_dtype=bfloat16 model.compute_dtype=bfloat16 training.bfloat16_update=stochastic",
-            replace(rounded, model=narrow) if training.bfloat16_update != "nearest" else _narrow(config, narrow),
+            f"model.parameter_dtype=bfloat16 model.compute_dtype=bfloat16 training.bfloat16_update={rounding}",
+            replace(config, model=narrow, training=replace(training, bfloat16_update=rounding)),
             now,
         )
     if plan.machine.chip.platform != "cpu" and "optimizer" not in training.offload:
@@ -359,12 +359,6 @@ def _changes(config: Config, plan: Planned, sizes: Mapping[str, int]) -> Iterato
         yield "mesh.gather_for_rollout=false", replace(config, mesh=replace(config.mesh, gather_for_rollout=False)), now
     if training.optimizer != "adafactor":
         yield "training.optimizer=adafactor", trained(optimizer="adafactor", moment_dtype=None), now
-
-
-def _narrow(config: Config, model: Any) -> Config:
-    """The config with a model of bfloat16, and steps that it does not lose."""
-    assert isinstance(model, PretrainedConfig | type(config.model))
-    return replace(config, model=model, training=replace(config.training, bfloat16_update="stochastic"))
 
 
 def _written(sizes: Mapping[str, int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from jaxrl_llm.training.placement import abstract_like
 from jaxrl_llm.training.prompt_lengths import width_shares
 from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
 from jaxrl_llm.training.setup import Parts, prompts_handed
-from jaxrl_llm.training.step import TrainStep
 from jaxrl_llm.training.stored import written_rows
 from jaxrl_llm.training.trainable import trainable_part
 from jaxrl_llm.training.wiring import fields_of, signature
@@ -160,10 +159,8 @@ def explanation(parts: Parts) -> dict[str, Any]:
       once, however often it runs).
     """
     config, step = parts.config, parts.step
-    state, prompts, stored = abstract_inputs(parts)
-    inputs: list[tuple[Any, ...]] = [(state, prompts, stored)]
-    if len(step.programs) > 1:
-        inputs = [(state, prompts), (state, jax.eval_shape(step.programs[0], state, prompts), stored)]
+    programs = programs_with_inputs(parts)
+    state = programs[0].inputs[0]
     rows = config.training.prompts_per_step * config.rollout.samples_per_prompt
     return {
         "stages": stages(step.composition),
@@ -179,19 +176,32 @@ def explanation(parts: Parts) -> dict[str, Any]:
             "state_bytes": sum(_bytes(leaf) for leaf in jax.tree.leaves(state)),
         },
         "widths": width_shares(parts),
-        "programs": [
-            _cost(name, program.lower(*given).compile())
-            for name, program, given in zip(program_names(step), step.programs, inputs, strict=True)
-        ],
+        "programs": [_cost(name, program.lower(*given).compile()) for name, program, given in programs],
     }
 
 
-def program_names(step: TrainStep) -> list[str]:
-    """What each compiled program of a step is called."""
+class Program(NamedTuple):
+    """One compiled program of a step, and what it is called with, as shapes."""
+
+    name: str
+    program: Any
+    inputs: tuple[Any, ...]
+
+
+def programs_with_inputs(parts: Parts) -> list[Program]:
+    """The programs of a step in order; the state is the first input of each."""
+    step = parts.step
+    state, prompts, stored = abstract_inputs(parts)
+    if len(step.programs) == 1:
+        return [Program("whole step", step.programs[0], (state, prompts, stored))]
     first = "collect" if step.composition.external is None else "policy view and score"
     if step.composition.turns is not None:
         first = "score"
-    return ["whole step"] if len(step.programs) == 1 else [first, "credit and learn"]
+    rows = jax.eval_shape(step.programs[0], state, prompts)
+    return [
+        Program(first, step.programs[0], (state, prompts)),
+        Program("credit and learn", step.programs[1], (state, rows, stored)),
+    ]
 
 
 def _shapes(experience: Experience) -> dict[str, str]:
