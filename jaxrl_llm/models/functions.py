@@ -157,13 +157,16 @@ def _applied(model: Model, params: PyTree, cache: PyTree, rows: int, width: int)
 
 
 def _expanded(model: Model, cache: PyTree) -> PyTree:
-    """The shapes of what expand_cache gives, checked as far as its layout is known."""
+    """The shapes of what expand_cache gives, checked as far as its layout is known.
+
+    It may hang new parts onto a cache (context that samples share); whether apply takes those is seen next.
+    """
     expanded = jax.eval_shape(lambda filled: model.expand_cache(filled, _SAMPLES, _EXTRA), cache)
     kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.ndim, str(leaf.dtype)), tree)  # noqa: E731
-    if kinds(expanded) != kinds(cache):
+    if jax.tree.structure(expanded) == jax.tree.structure(cache) and kinds(expanded) != kinds(cache):
         raise ValueError(
             f"expand_cache turned (dimensions, dtype) of the cache from {kinds(cache)} into {kinds(expanded)}; it "
-            "repeats rows and adds slots, and leaves structure and dtypes as they are"
+            "repeats rows and adds slots, and leaves dimensions and dtypes as they are"
         )
     return expanded
 

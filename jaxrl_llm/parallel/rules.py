@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
@@ -81,7 +81,12 @@ def _nearest(name: str, known: Any) -> str:
 
 @contextmanager
 def layout(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
-    """Names mean axes of this mesh while a program is traced inside; nothing changes without a mesh."""
+    """Names mean axes of this mesh while a program is traced inside; nothing changes without a mesh.
+
+    Raises:
+      ValueError: for a mesh with axes that the table cannot name, or that are not left to the compiler.
+    """
+    _require_usable(mesh)
     token = _AMBIENT.set(None if mesh is None else Layout(mesh, rules))
     try:
         yield
@@ -91,6 +96,7 @@ def layout(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
 
 def laid_out(function: Callable, mesh: Mesh | None, rules: Rules = RULES) -> Callable:
     """`function`, traced inside `layout`."""
+    _require_usable(mesh)
 
     @wraps(getattr(function, "func", function))  # programs are named after what they compute
     def inside(*args, **kwargs):
@@ -98,6 +104,22 @@ def laid_out(function: Callable, mesh: Mesh | None, rules: Rules = RULES) -> Cal
             return function(*args, **kwargs)
 
     return inside
+
+
+def _require_usable(mesh: Mesh | None) -> None:
+    if mesh is None:
+        return
+    for axis in mesh.axis_names:
+        if axis not in AXES:
+            raise ValueError(
+                f"mesh has the axis {axis!r}, along which nothing would be shared; {_nearest(axis, AXES)} "
+                "(parallel.make_mesh makes one)"
+            )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh has the axis types {mesh.axis_types}; all of them must be Auto: use parallel.make_mesh, or give "
+            "jax.make_mesh axis_types=(AxisType.Auto,) * (number of axes)"
+        )
 
 
 def decoding(rules: Rules, *, gathered: bool = True) -> Rules:

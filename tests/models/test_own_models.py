@@ -237,18 +237,19 @@ def test_computing_everything_again_samples_what_a_cache_samples(prompts):
 
 
 @pytest.mark.parametrize("loop", ["unrolled", "scanned"])
-def test_the_derived_expansion_of_a_cache_is_the_one_written_by_hand(loop):
+def test_the_derived_expansion_of_a_cache_samples_what_the_one_written_by_hand_samples(loop, prompts):
     model = built(f"transformer, {loop}")
-    draws = iter(jax.random.split(jax.random.key(0), 99))
+    params = model.init(jax.random.key(0))
+    sizes = dict(samples_per_prompt=3, max_completion_tokens=6, eos_ids=(1,), pad_id=0)
 
-    def filled(leaf):
-        return jax.random.randint(next(draws), leaf.shape, 0, 9).astype(leaf.dtype)
+    def drawn(model):
+        return generate(model, params, prompts, jax.random.key(1), 0, **sizes)
 
-    cache = jax.tree.map(filled, model.init_cache(2, 3))
-    by_hand, derived = model.expand_cache(cache, 4, 5), repeating(model.init_cache)(cache, 4, 5)
-    assert jax.tree.structure(by_hand) == jax.tree.structure(derived)
-    for ours, expected in zip(jax.tree.leaves(derived), jax.tree.leaves(by_hand), strict=True):
-        np.testing.assert_array_equal(ours, expected)
+    # By hand, a prompt is context that its samples share; derived, each of them has a copy.
+    by_hand, derived = drawn(model), drawn(model._replace(expand_cache=repeating(model.init_cache)))
+    np.testing.assert_array_equal(derived.tokens, by_hand.tokens)
+    np.testing.assert_allclose(derived.behaviour_logprobs, by_hand.behaviour_logprobs, atol=1e-5)
+    assert len(np.unique(by_hand.tokens)) > 4
 
 
 def test_axes_of_a_cache_are_found_wherever_they_are():
@@ -339,7 +340,7 @@ def padded_cache(params, tokens, positions, cache):
         ({"init_cache": None, "expand_cache": lambda *a: a[0]}, "expand_cache was given without init_cache"),
         (
             {"expand_cache": lambda cache, samples, extra: jax.tree.map(lambda x: x.astype(jnp.float32), cache)},
-            "expand_cache turned .* leaves structure and dtypes as they are",
+            "expand_cache turned .* leaves dimensions and dtypes as they are",
         ),
     ],
 )

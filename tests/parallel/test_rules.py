@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm.models import TransformerConfig, transformer
@@ -24,14 +24,14 @@ from jaxrl_llm.parallel import (
     state_shardings,
 )
 from jaxrl_llm.parallel.auto import GIB, Demand
-from jaxrl_llm.parallel.rules import decoding, map_parts, map_shards, shards
+from jaxrl_llm.parallel.rules import decoding, laid_out, map_parts, map_shards, shards
 
 SMALL = TransformerConfig(vocabulary_size=16, width=32, layers=2, heads=4, kv_heads=2, mlp_width=64)
 
 
 def mesh_of(**sizes: int) -> AbstractMesh:
     """A mesh without devices, for what only reads its shape."""
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,20 @@ def test_inside_they_pin_what_divides_and_leave_the_rest():
     with layout(mesh):
         assert shards("rows", "vocabulary") == 8
     assert isinstance(shardings(transformer(SMALL).specs, mesh)["final_norm"], NamedSharding)
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        (AbstractMesh((2, 2), ("fdsp", "tensor"), axis_types=(AxisType.Auto,) * 2), "'fdsp', .* did you mean fsdp"),
+        (AbstractMesh((2,), ("fsdp",), axis_types=(AxisType.Explicit,)), r"Explicit.* must be Auto: use parallel\."),
+    ],
+)
+def test_a_mesh_on_which_nothing_would_be_shared_is_refused(mesh, message):
+    with pytest.raises(ValueError, match=message), layout(mesh):
+        pass
+    with pytest.raises(ValueError, match=message):
+        laid_out(abs, mesh)
 
 
 @pytest.mark.parametrize(
