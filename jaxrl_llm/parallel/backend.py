@@ -28,15 +28,9 @@ def planned_for(platform: str | None) -> Iterator[None]:
         _PLANNED.reset(token)
 
 
-# Communication of several GPUs under computation; XLA does so by itself on TPUs.
-OVERLAPPED_ON_GPUS = MappingProxyType(
-    {
-        "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_enable_pipelined_all_gather": True,
-        "xla_gpu_enable_pipelined_all_reduce": True,
-        "xla_gpu_enable_pipelined_reduce_scatter": True,
-    }
-)
+# Communication of several GPUs under computation; XLA does so by itself on TPUs. Only options that every jax in our range
+# knows: an unknown one fails the compilation.
+OVERLAPPED_ON_GPUS = MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": True})
 
 
 def compiler_options(mesh: Any) -> dict[str, Any] | None:

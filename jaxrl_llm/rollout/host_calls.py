@@ -23,7 +23,7 @@ class Returned(NamedTuple):
 
     Attributes:
       value: what the function returned.
-      error: what it raised, as text; None where it returned.
+      error: why there is no value, as a predicate ("raised KeyError: ..."); None where it returned.
       late: it had not returned at its deadline.
     """
 
@@ -91,7 +91,7 @@ def _in_threads(
         try:
             returned = Returned(function(*calls[number]))
         except BaseException as error:
-            returned = Returned(error=_told(error))
+            returned = Returned(error=f"raised {_told(error)}")
         finished.put((number, returned))
 
     results: list[Returned] = [Returned()] * len(calls)
@@ -161,9 +161,12 @@ def _serve(pipe: Connection, pickled: bytes) -> None:
             return
         try:
             returned = Returned(functions[name](*arguments))
-            pipe.send(returned)
         except BaseException as error:
-            pipe.send(Returned(error=_told(error)))
+            returned = Returned(error=f"raised {_told(error)}")
+        try:
+            pipe.send(returned)
+        except Exception as error:
+            pipe.send(Returned(error=f"returned what does not pickle, so its process cannot send it: {_told(error)}"))
 
 
 def _in_processes(
@@ -198,7 +201,7 @@ def _in_processes(
             try:
                 process.pipe.send((name, calls[number]))
             except Exception as error:
-                results[number] = Returned(error=f"its arguments cannot be sent to a process: {_told(error)}")
+                results[number] = Returned(error=f"was not called, as its arguments do not pickle: {_told(error)}")
                 idle.append(process)
             else:
                 busy[number] = (process, time.monotonic())
@@ -212,10 +215,10 @@ def _in_processes(
                 results[number] = process.pipe.recv()
             except EOFError:
                 process.process.join()
-                results[number] = Returned(error=f"its process ended with code {process.process.exitcode}")
+                results[number] = Returned(error=f"ended its process with code {process.process.exitcode}")
                 replaced(number)
             except Exception as error:
-                results[number] = Returned(error=f"what it returned cannot be read: {_told(error)}")
+                results[number] = Returned(error=f"returned what cannot be read: {_told(error)}")
                 replaced(number)
             else:
                 del busy[number]

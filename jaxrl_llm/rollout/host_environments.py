@@ -265,7 +265,7 @@ def host_replayed(
 def _failure(environment: HostEnvironment, result: Returned) -> str | None:
     if result.late:
         return f"had not returned after {environment.deadline_seconds:g} s"
-    return None if result.error is None else f"raised {result.error}"
+    return result.error
 
 
 def _remedy(result: Returned) -> str:
