@@ -28,8 +28,8 @@ def planned_for(platform: str | None) -> Iterator[None]:
         _PLANNED.reset(token)
 
 
-# Communication of several GPUs under computation; XLA does so by itself on TPUs. Only options that every jax in our range
-# knows: an unknown one fails the compilation.
+# Communication of several GPUs under computation; XLA does so by itself on TPUs. Every jax in our range must know the
+# options that stand here: an unknown one fails the compilation.
 OVERLAPPED_ON_GPUS = MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": True})
 
 
