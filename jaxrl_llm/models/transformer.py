@@ -28,7 +28,7 @@ from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages, paged_attention, written
 from jaxrl_llm.models.parameters import initialise
-from jaxrl_llm.models.projection import project, turned
+from jaxrl_llm.models.projection import TURNED_FROM, project, turned
 from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
 from jaxrl_llm.models.rotary import rotary_angles, rotate
 from jaxrl_llm.models.transformer_config import TransformerConfig
@@ -328,7 +328,7 @@ def unstack(params: PyTree, config: TransformerConfig) -> PyTree:
 
 
 def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
-    """Parameters laid out for many small steps: unstacked, and on a CPU with their matrices `Turned`."""
+    """Parameters laid out for many small steps: unstacked, and on a CPU with their large matrices `Turned`."""
     params = unstack(params, config)
     split = (ambient := ambient_layout()) is not None and ambient.mesh.size > 1
     if not isinstance(params["blocks"], tuple) or backend_in_use() != "cpu" or split:
@@ -336,8 +336,12 @@ def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
     inputs = {"qkv": 1, "attention_out": 3} | ({"gate_up": 1, "down": 1} if config.experts is None else {})
 
     def laid_out(block):
-        plain = {name: count for name, count in inputs.items() if isinstance(block[name], jax.Array)}
-        return block | {name: turned(block[name], inputs=count) for name, count in plain.items()}
+        large = {
+            name: turned(matrix, inputs=count)
+            for name, count in inputs.items()
+            if isinstance(matrix := block[name], jax.Array) and matrix.size >= TURNED_FROM
+        }
+        return block | large
 
     return params | {"blocks": tuple(laid_out(block) for block in params["blocks"])}
 
