@@ -38,7 +38,8 @@ def test_parameters_laid_out_for_decoding_are_the_same_policy():
     laid_out = model.for_decoding(params)
     for block in laid_out["blocks"]:
         # Small matrices stay as they are.
-        assert isinstance(block["gate_up"], Turned) and isinstance(block["qkv"], jax.Array)
+        assert isinstance(block["gate_up"], Turned)
+        assert isinstance(block["qkv"], jax.Array)
     tokens = jnp.arange(6).reshape(2, 3)
     positions = jnp.tile(jnp.arange(3), (2, 1))
     ours, theirs = (model.apply(p, tokens, positions, None)[0] for p in (laid_out, params))
