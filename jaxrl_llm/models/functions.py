@@ -162,6 +162,11 @@ def _expanded(model: Model, cache: PyTree) -> PyTree:
     It may hang new parts onto a cache (context that samples share); whether apply takes those is seen next.
     """
     expanded = jax.eval_shape(lambda filled: model.expand_cache(filled, _SAMPLES, _EXTRA), cache)
+    if type(expanded) is not type(cache):
+        raise ValueError(
+            f"expand_cache gave {_described(expanded)} for a cache that is {_described(cache)}; it gives such a cache, "
+            "with repeated rows and more slots"
+        )
     kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.ndim, str(leaf.dtype)), tree)  # noqa: E731
     if jax.tree.structure(expanded) == jax.tree.structure(cache) and kinds(expanded) != kinds(cache):
         raise ValueError(

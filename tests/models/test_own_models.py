@@ -338,6 +338,7 @@ def padded_cache(params, tokens, positions, cache):
             r"float32\[2, 3, 8\] with a cache, but bfloat16\[2, 3, 8\] without",
         ),
         ({"init_cache": None, "expand_cache": lambda *a: a[0]}, "expand_cache was given without init_cache"),
+        ({"expand_cache": lambda *a: None}, "expand_cache gave a NoneType for a cache that is a Seen"),
         (
             {"expand_cache": lambda cache, samples, extra: jax.tree.map(lambda x: x.astype(jnp.float32), cache)},
             "expand_cache turned .* leaves dimensions and dtypes as they are",
