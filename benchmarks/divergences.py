@@ -29,11 +29,11 @@ from rich.table import Table
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.evaluation import make_evaluate
-from jaxrl_llm.training.checkpoints import latest_checkpoint, restore_params
-from jaxrl_llm.training.rehearsal import Rehearsal, make_rehearsal
-from jaxrl_llm.training.run import train
-from jaxrl_llm.training.setup import Parts, data_sets, grader, parts, prompt_batches
-from jaxrl_llm.training.stages import spread
+from jaxrl_llm.run.checkpoints import latest_checkpoint, restore_params
+from jaxrl_llm.run.rehearsal import Rehearsal, make_rehearsal
+from jaxrl_llm.run.setup import Parts, data_sets, grader, parts, prompt_batches
+from jaxrl_llm.run.stages import spread
+from jaxrl_llm.run.train import train
 
 COUNTDOWN = Path(__file__).parents[1] / "configs" / "countdown.yaml"
 POLICY_LOSS = {"clipped_surrogate": {"clip_low": 0.2, "clip_high": 0.28}}

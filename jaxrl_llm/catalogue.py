@@ -12,7 +12,7 @@ from typing import Any
 from jaxrl_llm import advantages, losses, rewards
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.experience import Method
-from jaxrl_llm.training.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
+from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
 from jaxrl_llm.training.score import HOST_NAMES
 from jaxrl_llm.training.wiring import nearest, signature
 

@@ -35,7 +35,7 @@ def _status(options: argparse.Namespace) -> tuple[int, str | None]:
     from jaxrl_llm.parallel.peers import LOST, ProcessLost
     from jaxrl_llm.rewards import RewardError
     from jaxrl_llm.rollout.engine_http import EngineError
-    from jaxrl_llm.training.stages import Stopped, TrainingError
+    from jaxrl_llm.run.stages import Stopped, TrainingError
 
     try:
         return options.command(options) or 0, None
@@ -224,7 +224,7 @@ def _train(options: argparse.Namespace) -> None:
     from jaxrl_llm.config import ConfigError, as_tree
     from jaxrl_llm.parallel import hosts
     from jaxrl_llm.parallel.start import initialise, place_of_this_process
-    from jaxrl_llm.training.run import train
+    from jaxrl_llm.run.train import train
 
     words = list(options.config)
     if options.resume:
@@ -270,9 +270,9 @@ def _eval(options: argparse.Namespace) -> None:
 
     from jaxrl_llm.compilation_cache import enable_compilation_cache
     from jaxrl_llm.evaluation import COUNTED, make_evaluate
-    from jaxrl_llm.training.restored import restored_run
-    from jaxrl_llm.training.setup import data_sets, grader, opened_parts
-    from jaxrl_llm.training.stages import spread
+    from jaxrl_llm.run.restored import restored_run
+    from jaxrl_llm.run.setup import data_sets, grader, opened_parts
+    from jaxrl_llm.run.stages import spread
 
     try:
         ks = sorted({int(k) for k in options.k.split(",")})
@@ -491,8 +491,8 @@ def _widths(cells: Sequence[dict[str, str]], total: int) -> dict[str, int]:
 
 def _explain(options: argparse.Namespace) -> None:
     from jaxrl_llm.compilation_cache import enable_compilation_cache
-    from jaxrl_llm.training.explain import explanation
-    from jaxrl_llm.training.setup import parts
+    from jaxrl_llm.run.explain import explanation
+    from jaxrl_llm.run.setup import parts
 
     enable_compilation_cache()
     result = explanation(parts(_load(options.config)))
@@ -517,7 +517,7 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from jaxrl_llm.parallel.plan import plan, refusal, tables
+    from jaxrl_llm.planning.plan import plan, refusal, tables
 
     console = Console(stderr=True)
     with console.status("planning") as status:

@@ -54,7 +54,7 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None) -> dict[s
       ValueError: for a directory that is not empty, or a model that no supported family can express.
     """
     from jaxrl_llm.models import save_model
-    from jaxrl_llm.training.restored import restored_run
+    from jaxrl_llm.run.restored import restored_run
 
     built, policy = restored_run(path)
     trained = policy.model.trained
@@ -80,7 +80,7 @@ def score_file(path: str, file: str, *, temperature: float, batch: int, dtype: s
       ValueError: for a line that holds none of these, naming it.
     """
     from jaxrl_llm.evaluation import make_score
-    from jaxrl_llm.training.restored import restored_policy
+    from jaxrl_llm.run.restored import restored_policy
 
     policy = restored_policy(path, dtype=dtype)
     lines = json_objects(Path(file), "--file")

@@ -19,7 +19,7 @@ from jaxrl_llm.data.encoding import Row, padded_prompts
 from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.data.prompts import ChatPrompts
 from jaxrl_llm.rollout import Controls, Drawn, make_stream, stop_automaton
-from jaxrl_llm.training.restored import Policy, restored_policy
+from jaxrl_llm.run.restored import Policy, restored_policy
 
 _KINDS = ("prompt", "messages", "token_ids")
 # Of a model of which nobody says how long its sequences may be.

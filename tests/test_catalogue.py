@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_llm import catalogue, cli, losses
 from jaxrl_llm.config import read_tree
-from jaxrl_llm.training.recipes import credit_terms, loss_terms, reward_terms
+from jaxrl_llm.run.recipes import credit_terms, loss_terms, reward_terms
 from jaxrl_llm.training.wiring import signature
 
 METHODS = catalogue.methods()

@@ -13,7 +13,7 @@ import pytest
 import jaxrl_llm
 from jaxrl_llm import cli
 from jaxrl_llm.data import tasks
-from jaxrl_llm.training import explain
+from jaxrl_llm.run import explain
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def explained(micro_yaml):
 
 
 def explain_parts(path, *overrides):
-    from jaxrl_llm.training.setup import parts
+    from jaxrl_llm.run.setup import parts
 
     return parts(cli._load([str(path), *overrides]))
 

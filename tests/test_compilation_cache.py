@@ -82,7 +82,7 @@ def test_the_second_start_reads_what_the_first_compiled(micro_yaml, tmp_path):
     code = (
         "import json, sys\n"
         "from jaxrl_llm import cli\n"
-        "from jaxrl_llm.training.compilation import CompilationWatch\n"
+        "from jaxrl_llm.run.compilation import CompilationWatch\n"
         "with CompilationWatch() as watch:\n"
         "    assert cli.main(['explain', sys.argv[1], '--json']) == 0\n"
         "print(json.dumps([watch.count, watch.read]), file=sys.stderr)\n"

@@ -9,8 +9,8 @@ import yaml
 
 from jaxrl_llm.config import ConfigError, as_tree, load_config, numeric_tree, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.training.checkpoints import config_hash
-from jaxrl_llm.training.setup import parts
+from jaxrl_llm.run.checkpoints import config_hash
+from jaxrl_llm.run.setup import parts
 
 ROOT = Path(__file__).parents[1]
 # qwen3_gsm8k needs a checkpoint and a data file: tests/test_pretrained.py runs it with both.

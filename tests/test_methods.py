@@ -15,10 +15,10 @@ import pytest
 
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.training.explain import trace
-from jaxrl_llm.training.rehearsal import make_rehearsal
-from jaxrl_llm.training.setup import Parts, data_sets, demonstration_batches, parts, prompt_batches
-from jaxrl_llm.training.stages import supervised_rows
+from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.rehearsal import make_rehearsal
+from jaxrl_llm.run.setup import Parts, data_sets, demonstration_batches, parts, prompt_batches
+from jaxrl_llm.run.stages import supervised_rows
 from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
 
 FOLDER = Path(__file__).parents[1] / "configs" / "methods"

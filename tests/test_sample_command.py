@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from jaxrl_llm import cli, sample_command
 from jaxrl_llm.data import CharacterTokenizer, encode_prompts, load_tokenizer, with_chat
 from jaxrl_llm.rollout import Drawn, generate
+from jaxrl_llm.run.restored import Policy, restored_policy
 from jaxrl_llm.sample_command import show
-from jaxrl_llm.training.restored import Policy, restored_policy
 
 TOKENIZER = CharacterTokenizer()
 TEMPLATE = (
@@ -311,7 +311,7 @@ def test_nothing_to_complete(jaxrl):
 
 
 def test_the_context_of_a_model_directory_is_known(tmp_path):
-    from jaxrl_llm.training.restored import _context_tokens
+    from jaxrl_llm.run.restored import _context_tokens
 
     def context(**config):
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -9,67 +9,16 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.rollout.environment_checks import require_environment
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
 from jaxrl_llm.rollout.host_turns import HostTurns, host_generate_turns
-from jaxrl_llm.rollout.tasks import task_environment
 from jaxrl_llm.rollout.turns import TURN_FIELDS
-from jaxrl_llm.training.recipes import user_function
 from jaxrl_llm.training.score import RewardTerm, host_components
 
 AnyEnvironment = Environment | HostEnvironment
-
-
-def configured_environment(
-    options: Mapping[str, Any], task: Task | None, tokenizer: Tokenizer
-) -> AnyEnvironment | None:
-    """The environment that a config describes; None where one completion is all.
-
-    Args:
-      options: section environment: options of the task's environment, or `python: "module:function"` and the keyword
-        arguments of that function, which is called with the tokenizer and returns an environment.
-      task: the task of the run, or None.
-      tokenizer: of the policy.
-
-    Raises:
-      ValueError: for an environment that cannot be, or options without one.
-    """
-    if "python" in options:
-        path = str(options["python"])
-        if ":" not in path:
-            raise ValueError(f"environment.python is {path!r}; write it as module:function")
-        function, given = user_function(path, "environment"), {k: v for k, v in options.items() if k != "python"}
-        try:
-            made = function(tokenizer, **given)
-        except TypeError as error:
-            raise ValueError(
-                f"environment.python: {path!r} could not be called with the tokenizer and "
-                f"{', '.join(given) or 'nothing'} else: {error}; make it take them, and return an environment"
-            ) from error
-        if not isinstance(made, AnyEnvironment):
-            raise ValueError(
-                f"environment.python: {path!r} returned a {type(made).__name__}; it must return an Environment or a "
-                "HostEnvironment of jaxrl_llm.rollout"
-            )
-        return made
-    if task is None or task.environment is None:
-        if options:
-            raise ValueError(
-                f"environment.{next(iter(options))} is set, but nothing here takes turns; choose the task grid, "
-                "calculator or self_correction, or name an environment of your own in environment.python"
-            )
-        return None
-    if not isinstance(tokenizer, CharacterTokenizer):
-        raise ValueError(
-            f"the environment of task {task.name!r} reads and writes ids of the built-in tokenizer, but the model at "
-            "model.path has a tokenizer of its own; describe a model by its shape, or name an environment that reads "
-            "text in environment.python"
-        )
-    return task_environment(task, **options)
 
 
 def check_conversations(
@@ -147,7 +96,6 @@ __all__ = [
     "TURN_FIELDS",
     "AnyEnvironment",
     "check_conversations",
-    "configured_environment",
     "prepared",
     "run_with_host_environment",
 ]

@@ -14,7 +14,7 @@ from jaxrl_llm.data import CharacterTokenizer, Item, Task, encode_prompts
 from jaxrl_llm.evaluation import majority_at_k, make_evaluate, pass_at_k, task_grader
 from jaxrl_llm.rewards import extract_answer
 from jaxrl_llm.rollout import generate
-from jaxrl_llm.training.compilation import CompilationWatch
+from jaxrl_llm.run.compilation import CompilationWatch
 
 TOKENIZER = CharacterTokenizer()
 SIZES = {"max_prompt_tokens": 4, "max_completion_tokens": 5}

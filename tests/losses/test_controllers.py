@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.losses import adaptive_kl, entropy_gated_kl
+from jaxrl_llm.run.recipes import loss_terms
 from jaxrl_llm.training.metrics import METRIC_NAMES
-from jaxrl_llm.training.recipes import loss_terms
 from jaxrl_llm.training.wiring import call, names
 
 DIGITS = {"rtol": 5.5e-6, "atol": 1e-6}

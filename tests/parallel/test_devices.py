@@ -22,8 +22,8 @@ from jaxrl_llm.losses import clipped_surrogate
 from jaxrl_llm.models import TransformerConfig, abstract, transformer
 from jaxrl_llm.parallel import make_mesh, replicate, row_constraint
 from jaxrl_llm.rollout import generate
+from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.training import Rollout, make_train_step
-from jaxrl_llm.training.compilation import CompilationWatch
 from jaxrl_llm.training.learn import Update
 
 PROMPTS, SAMPLES, STEPS, UPDATES = 8, 4, 7, 3

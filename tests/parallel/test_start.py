@@ -15,7 +15,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.peers import Place, ProcessLost
 from jaxrl_llm.parallel.roll_call import Disagreement, call_roll
 from jaxrl_llm.parallel.start import facts, initialise, place_of_this_process
-from jaxrl_llm.training.stages import Stopped, TrainingError
+from jaxrl_llm.run.stages import Stopped, TrainingError
 
 SLURM = {
     "SLURM_JOB_ID": "4100",
@@ -276,7 +276,7 @@ def test_a_process_that_never_comes_ends_the_command_with_75(environment, micro_
 def test_resume_if_started(environment, micro_yaml, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "jaxrl_llm.training.run.train", lambda config, *, resume, console: seen.append(resume) or {"name": "x"}
+        "jaxrl_llm.run.train.train", lambda config, *, resume, console: seen.append(resume) or {"name": "x"}
     )
     words = ["train", str(micro_yaml), f"run_dir={tmp_path}/run"]
     assert cli.main([*words, "--resume-if-started"]) == 0
@@ -293,7 +293,7 @@ def test_the_status_of_a_run_that_a_signal_stopped_can_be_chosen(
     def stopped(*args, **kwargs):
         raise Stopped("stopped at step 3")
 
-    monkeypatch.setattr("jaxrl_llm.training.run.train", stopped)
+    monkeypatch.setattr("jaxrl_llm.run.train.train", stopped)
     words = ["train", str(micro_yaml), f"run_dir={tmp_path}/run"]
     assert cli.main(words) == 0
     assert cli.main([*words, "--stopped-status", "143"]) == 143
@@ -323,7 +323,7 @@ def test_the_others_are_told_how_a_process_ends(environment, micro_yaml, tmp_pat
             raise outcome
         return outcome
 
-    monkeypatch.setattr("jaxrl_llm.training.run.train", run)
+    monkeypatch.setattr("jaxrl_llm.run.train.train", run)
     monkeypatch.setattr("jaxrl_llm.parallel.start.initialise", lambda *args, **kwargs: others)
     monkeypatch.setattr("jaxrl_llm.parallel.peers.exit_now", exits.append)
     monkeypatch.setattr(hosts, "_peers", None)

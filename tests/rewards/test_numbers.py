@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxrl_llm.rewards import extract_number, number_match
 from jaxrl_llm.rewards.numbers import parsed_number
-from jaxrl_llm.training.recipes import reward_terms
+from jaxrl_llm.run.recipes import reward_terms
 
 # Spellings are separated by semicolons.
 SAME = {

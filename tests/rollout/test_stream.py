@@ -11,7 +11,7 @@ from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.functions import from_functions
 from jaxrl_llm.rollout import Controls, generate, make_stream
-from jaxrl_llm.training.compilation import CompilationWatch
+from jaxrl_llm.run.compilation import CompilationWatch
 
 # Programs of many sizes: minutes of compilation.
 pytestmark = pytest.mark.slow

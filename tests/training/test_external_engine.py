@@ -23,12 +23,12 @@ from jaxrl_llm.losses.correction import importance_weight
 from jaxrl_llm.models import load_model
 from jaxrl_llm.rollout import Engine, EngineError, generate
 from jaxrl_llm.rollout.external import request_seeds
+from jaxrl_llm.run.explain import stages
+from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.train import train
 from jaxrl_llm.training import Rollout, make_train_step
-from jaxrl_llm.training.explain import stages
 from jaxrl_llm.training.external_engine import External, disk_hand_over
 from jaxrl_llm.training.rows import Extra
-from jaxrl_llm.training.run import train
-from jaxrl_llm.training.setup import parts
 
 ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=5, eos_ids=(2,), pad_id=0, temperature=0.7)
 VOCABULARY = 16

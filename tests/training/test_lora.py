@@ -22,12 +22,13 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.models import LoraConfig, lora, parameter_count, without_adapters
 from jaxrl_llm.models.lora import split
 from jaxrl_llm.reporting.run_directory import read_records
-from jaxrl_llm.training import Rollout, Update, checkpoints, make_train_step
-from jaxrl_llm.training.checkpoints import CheckpointError
+from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.checkpoints import CheckpointError
+from jaxrl_llm.run.explain import abstract_inputs
+from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.train import train
+from jaxrl_llm.training import Rollout, Update, make_train_step
 from jaxrl_llm.training.critics import Critic
-from jaxrl_llm.training.explain import abstract_inputs
-from jaxrl_llm.training.run import train
-from jaxrl_llm.training.setup import parts
 from jaxrl_llm.training.supervised import make_supervised_step
 from jaxrl_llm.training.trainable import reference_policy, trainable_part
 

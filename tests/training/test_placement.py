@@ -10,7 +10,8 @@ from jaxrl_llm.advantages import group_normalized
 from jaxrl_llm.losses import clipped_surrogate, kl_estimate
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.parallel import make_mesh
-from jaxrl_llm.training import Rollout, Update, checkpoints, make_train_step
+from jaxrl_llm.run import checkpoints
+from jaxrl_llm.training import Rollout, Update, make_train_step
 
 # Programs of many sizes: minutes of compilation.
 pytestmark = pytest.mark.slow

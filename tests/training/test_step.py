@@ -13,8 +13,8 @@ import pytest
 
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.experience import Method
+from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.training import CreditTerm, LossTerm, Rollout, Update, make_train_step
-from jaxrl_llm.training.compilation import CompilationWatch
 
 ROLLOUT = Rollout(samples_per_prompt=4, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
 

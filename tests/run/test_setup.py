@@ -6,7 +6,7 @@ import pytest
 from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Source
-from jaxrl_llm.training.setup import data_sets, demonstration_batches, encoded, parts, prompt_batches
+from jaxrl_llm.run.setup import data_sets, demonstration_batches, encoded, parts, prompt_batches
 
 VOCABULARY = CharacterTokenizer().vocabulary_size
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_llm import advantages, losses, rewards
 from jaxrl_llm.experience import Method
-from jaxrl_llm.training.recipes import RecipeError, credit_terms, loss_terms, reward_terms
+from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, reward_terms
 from jaxrl_llm.training.wiring import signature
 
 USER_MODULE = """

@@ -11,6 +11,8 @@ import numpy as np
 from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.rollout.host_turns import host_turns_shapes
+from jaxrl_llm.run.prompt_lengths import width_shares
+from jaxrl_llm.run.setup import Parts, prompts_handed
 from jaxrl_llm.training.checks import COLLECTED
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.conversations import prepared
@@ -18,9 +20,7 @@ from jaxrl_llm.training.critics import BEFORE
 from jaxrl_llm.training.external_engine import with_staleness
 from jaxrl_llm.training.phases import collect
 from jaxrl_llm.training.placement import abstract_like
-from jaxrl_llm.training.prompt_lengths import width_shares
 from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
-from jaxrl_llm.training.setup import Parts, prompts_handed
 from jaxrl_llm.training.stored import written_rows
 from jaxrl_llm.training.trainable import trainable_part
 from jaxrl_llm.training.wiring import fields_of, signature

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.parallel.topologies import Topology, topology
+from jaxrl_llm.planning.topologies import Topology, topology
 
 PHASES = ("prefill", "decode", "reference", "update")
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "jaxrl_llm")
@@ -94,7 +94,7 @@ def compiled(tree: dict[str, Any], name: str, *, report: Callable[[str], None] =
         answer = Path(scratch) / "answer.json"
         request = {"tree": tree, "topology": name, "answer": str(answer), "scratch": scratch}
         worker = subprocess.Popen(
-            [sys.executable, "-m", "jaxrl_llm.parallel.ahead"],
+            [sys.executable, "-m", "jaxrl_llm.planning.ahead"],
             env=compiler_environment(machine),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -173,9 +173,9 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
 
     from jaxrl_llm.config import parse_config
     from jaxrl_llm.parallel.backend import planned_for
-    from jaxrl_llm.training.explain import programs_with_inputs
-    from jaxrl_llm.training.machine import Target
-    from jaxrl_llm.training.setup import parts
+    from jaxrl_llm.run.explain import programs_with_inputs
+    from jaxrl_llm.run.machine import Target
+    from jaxrl_llm.run.setup import parts
 
     machine, config = topology(name), parse_config(tree)
     devices = described_devices(machine)

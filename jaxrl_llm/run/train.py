@@ -24,13 +24,13 @@ from jaxrl_llm.parallel import described, hosts, layout
 from jaxrl_llm.reporting import results_table, units_table
 from jaxrl_llm.reporting.machine import package_versions
 from jaxrl_llm.rollout.engine_http import require_model
-from jaxrl_llm.training import checkpoints
-from jaxrl_llm.training.compilation import CompilationWatch
-from jaxrl_llm.training.explain import trace
-from jaxrl_llm.training.rehearsal import FILE, Rehearsal, make_rehearsal
-from jaxrl_llm.training.run_directories import require_shared, run_directory
-from jaxrl_llm.training.setup import Parts, data_sets, encoded, grader, opened_parts, parts, prompt_batches
-from jaxrl_llm.training.stages import REINFORCEMENT, WARM_START, Run, reinforce, spread, stored_rows, warm_start
+from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.compilation import CompilationWatch
+from jaxrl_llm.run.directories import require_shared, run_directory
+from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.rehearsal import FILE, Rehearsal, make_rehearsal
+from jaxrl_llm.run.setup import Parts, data_sets, encoded, grader, opened_parts, parts, prompt_batches
+from jaxrl_llm.run.stages import REINFORCEMENT, WARM_START, Run, reinforce, spread, stored_rows, warm_start
 
 
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxrl_llm.cli import main
-from jaxrl_llm.parallel.topologies import topology
+from jaxrl_llm.planning.topologies import topology
 
 PLANS = Path(__file__).parents[2] / "configs" / "plans"
 

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from jaxrl_llm.data import DataSpec
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.tasks.items import record
-from jaxrl_llm.training.setup import Parts, data_sets, prompt_widths, prompts_handed
-from jaxrl_llm.training.stages import spread
+from jaxrl_llm.run.setup import Parts, data_sets, prompt_widths, prompts_handed
+from jaxrl_llm.run.stages import spread
 
 # Looked at of each split: enough for shares in per cent.
 _MOST = 1024

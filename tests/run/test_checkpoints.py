@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from jaxrl_llm.experience import TrainState
-from jaxrl_llm.training import checkpoints
-from jaxrl_llm.training.checkpoints import CheckpointError
+from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.checkpoints import CheckpointError
 
 META = {"stage": "reinforcement", "seconds": {"set-up": 1.5}, "before": {"greedy": 0.25}}
 

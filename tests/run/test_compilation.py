@@ -8,7 +8,7 @@ import random
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.training.compilation import CompilationWatch
+from jaxrl_llm.run.compilation import CompilationWatch
 
 
 def fresh(offset):

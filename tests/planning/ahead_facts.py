@@ -11,9 +11,9 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models import TransformerConfig, token_statistics, transformer
-from jaxrl_llm.parallel.ahead import described_devices, kernels_for
 from jaxrl_llm.parallel.backend import planned_for
-from jaxrl_llm.parallel.topologies import topology
+from jaxrl_llm.planning.ahead import described_devices, kernels_for
+from jaxrl_llm.planning.topologies import topology
 from jaxrl_llm.rollout import generate
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 4, 8192, 151_936, 2048

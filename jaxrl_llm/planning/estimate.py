@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jaxrl_llm.config import Config
 from jaxrl_llm.models.logprobs import SCORES_PER_CHUNK
 from jaxrl_llm.models.parameters import ParameterSpec
-from jaxrl_llm.parallel.ahead import PHASES
-from jaxrl_llm.parallel.hlo import Cost
 from jaxrl_llm.parallel.rules import AXES, Rules, axes_of, changed_rules, decoding
 from jaxrl_llm.parallel.shardings import state_shardings
-from jaxrl_llm.parallel.topologies import Topology
+from jaxrl_llm.planning.ahead import PHASES
+from jaxrl_llm.planning.hlo import Cost
+from jaxrl_llm.planning.topologies import Topology
 from jaxrl_llm.rollout.decoding import cache_stages
 from jaxrl_llm.training.placement import OFFLOADED, parameter_shardings
 

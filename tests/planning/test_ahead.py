@@ -9,9 +9,9 @@ import pytest
 
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.parallel.ahead import compiler_environment, libtpu_path
-from jaxrl_llm.parallel.plan import plan
-from jaxrl_llm.parallel.topologies import topology
+from jaxrl_llm.planning.ahead import compiler_environment, libtpu_path
+from jaxrl_llm.planning.plan import plan
+from jaxrl_llm.planning.topologies import topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30

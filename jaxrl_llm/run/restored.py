@@ -15,9 +15,9 @@ from jaxrl_llm.data import CharacterTokenizer, Tokenizer
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.training import checkpoints
+from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.training.placement import abstract_like, parameter_shardings
-from jaxrl_llm.training.setup import Parts, parts
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
-from jaxrl_llm.training import checkpoints
-from jaxrl_llm.training.compilation import CompilationWatch
-from jaxrl_llm.training.rehearsal import Rehearsal
-from jaxrl_llm.training.setup import Parts, demonstration_batches
+from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.compilation import CompilationWatch
+from jaxrl_llm.run.rehearsal import Rehearsal
+from jaxrl_llm.run.setup import Parts, demonstration_batches
 from jaxrl_llm.training.stored import written_rows
 from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
 

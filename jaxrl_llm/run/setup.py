@@ -32,16 +32,17 @@ from jaxrl_llm.parallel import changed_rules
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.run.configured import configured_environment
+from jaxrl_llm.run.machine import Target, chosen_mesh
+from jaxrl_llm.run.recipes import credit_terms, loss_terms, number_or_method, reward_terms
 from jaxrl_llm.training.composition import Rollout
-from jaxrl_llm.training.conversations import AnyEnvironment, configured_environment
+from jaxrl_llm.training.conversations import AnyEnvironment
 from jaxrl_llm.training.critics import Critic
 from jaxrl_llm.training.external_engine import external_engine
 from jaxrl_llm.training.learn import Update
-from jaxrl_llm.training.machine import Target, chosen_mesh
 from jaxrl_llm.training.optimizers import optimizer
 from jaxrl_llm.training.placement import parameter_shardings
 from jaxrl_llm.training.provide import FROM_DATA
-from jaxrl_llm.training.recipes import credit_terms, loss_terms, number_or_method, reward_terms
 from jaxrl_llm.training.rows import Extra
 from jaxrl_llm.training.step import TrainStep, make_train_step
 from jaxrl_llm.training.stored import Replay, StoredRows

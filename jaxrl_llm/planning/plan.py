@@ -12,15 +12,15 @@ import jax
 
 from jaxrl_llm.config import Config, MeshConfig, as_tree
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.parallel import ahead
 from jaxrl_llm.parallel.auto import automatic_sizes
 from jaxrl_llm.parallel.backend import planned_for
-from jaxrl_llm.parallel.estimate import Estimate, estimate
 from jaxrl_llm.parallel.mesh import axis_product_error
 from jaxrl_llm.parallel.rules import AXES
-from jaxrl_llm.parallel.topologies import GIB, Topology, topology
-from jaxrl_llm.training.machine import Target, demand
-from jaxrl_llm.training.setup import Parts, parts
+from jaxrl_llm.planning import ahead
+from jaxrl_llm.planning.estimate import Estimate, estimate
+from jaxrl_llm.planning.topologies import GIB, Topology, topology
+from jaxrl_llm.run.machine import Target, demand
+from jaxrl_llm.run.setup import Parts, parts
 
 
 @dataclass(frozen=True)
