@@ -7,16 +7,17 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from jaxrl_llm import advantages, losses, rewards
+from jaxrl_llm import advantages, losses, rewards, schedules, selection
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.experience import Method
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
 from jaxrl_llm.training.score import HOST_NAMES
 from jaxrl_llm.training.wiring import nearest, signature
 
-ROOMS = {"reward": rewards, "advantage": advantages, "loss": losses}
+ROOMS = {"reward": rewards, "advantage": advantages, "selection": selection, "loss": losses, "schedule": schedules}
 
 # What the engine has to provide beyond samples, rewards and the policy's log-probabilities, and the names that ask.
 NEEDS = {
@@ -55,8 +56,10 @@ _CONFIG_NEEDS = {
 EVERY_NEED = (*NEEDS, "replay", "prefixes", "environment", "memory")
 
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
-_NOT_METHODS = re.compile(
-    r"^(group_(?!normalized|trust_region)|aggregate$|row_weight$|checked_|extract_|answer_span$|moments$|present$|outcome_token_rewards$|token_weights$|weighted_sum$)"
+_HELPERS = re.compile(
+    r"aggregate|answer_span|checked_\w+|cycled_rows|extract_\w+|forking_mask|group_quantile|log_ratio|"
+    r"low_probability_confidence|mean_log_ratio|on_mask|outcome_token_rewards|parsed_number|pessimistic_surrogate|"
+    r"predicted_entropy_change|row_uniforms|row_weight|soft_minimum|taken_turns|token_share|weighted_sum"
 )
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 
@@ -70,7 +73,7 @@ def methods() -> list[dict[str, Any]]:
         _entry(name, room, getattr(module, name))
         for room, module in ROOMS.items()
         for name in sorted(module.__all__)
-        if inspect.isfunction(getattr(module, name)) and not _NOT_METHODS.match(name)
+        if _lives_in(module, getattr(module, name)) and not _HELPERS.fullmatch(name)
     ]
 
 
@@ -80,9 +83,10 @@ def described(name: str) -> dict[str, Any]:
     Raises:
       ValueError: for an unknown name, with the nearest known one among functions and recipes.
     """
-    for room, module in ROOMS.items():
-        if name in module.__all__ and inspect.isfunction(getattr(module, name)):
-            function = getattr(module, name)
+    # What two rooms name belongs to the one that it lives in; what lives in neither, to the first.
+    named = [(room, module) for room, module in ROOMS.items() if name in module.__all__]
+    for room, module in sorted(named, key=lambda pair: not _lives_in(pair[1], getattr(pair[1], name))):
+        if inspect.isfunction(function := getattr(module, name)):
             parameters = inspect.signature(function).parameters.values()
             hyper = {
                 p.name: None if p.default is p.empty else p.default for p in parameters if p.kind is p.KEYWORD_ONLY
@@ -109,6 +113,10 @@ def paragraphs(doc: str) -> list[str]:
     """What a docstring says before its sections (Args, Returns, Raises, References, Certainty), by paragraph."""
     told = re.split(r"^(?:Args|Returns|Raises|References?|Certainty):", doc, maxsplit=1, flags=re.M)[0]
     return [part.strip("\n") for part in re.split(r"\n\s*\n", told) if part.strip()]
+
+
+def _lives_in(room: ModuleType, member: Any) -> bool:
+    return inspect.isfunction(member) and member.__module__.startswith(f"{room.__name__}.")
 
 
 def _entry(name: str, room: str, function: Any) -> dict[str, Any]:

@@ -187,7 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--paper", metavar="WORD", help="recipes whose paper's name has this in it")
     methods.add_argument("--arxiv", metavar="NUMBER", help="recipes whose arXiv number has this in it")
     methods.add_argument("--functions", action="store_true", help="the functions that recipes are made of")
-    methods.add_argument("--room", choices=["reward", "advantage", "loss"], help="functions of one room")
+    methods.add_argument(
+        "--room", choices=["reward", "advantage", "selection", "loss", "schedule"], help="functions of one room"
+    )
 
     explain = command("explain", _explain, "The composed step of a config: stages, shapes, sizes, work.")
     explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")

@@ -289,7 +289,8 @@ def _add_program(
     steps: dict[str, Sequence[int]],
 ) -> None:
     """Read a compiled program into the answer."""
-    from jaxrl_llm.parallel import buffers, hlo
+    from jaxrl_llm.parallel import buffers
+    from jaxrl_llm.planning import hlo
 
     program = hlo.Program(one["text"])
     in_slice = machine.devices_in_slice

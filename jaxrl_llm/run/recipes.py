@@ -18,13 +18,14 @@ from typing import Any
 
 import pydantic
 
-from jaxrl_llm import advantages, losses, rewards
+from jaxrl_llm import advantages, losses, rewards, schedules, selection
 from jaxrl_llm.training.credit import CreditTerm
 from jaxrl_llm.training.learn import LossTerm
 from jaxrl_llm.training.score import RewardTerm
 from jaxrl_llm.training.wiring import nearest, signature
 
-CREDIT_ROOMS = (advantages, rewards, losses)
+CREDIT_ROOMS = (advantages, selection, rewards, losses)
+COEFFICIENT_ROOMS = (schedules, losses, advantages)
 
 
 class RecipeError(ValueError):
@@ -76,7 +77,7 @@ def number_or_method(entry: Any, where: str) -> Any:
     if not named and not isinstance(entry, Mapping):
         return _number(entry, where)
     name, hyper = _parsed(entry, where)
-    return method(name, hyper, (losses, advantages), where)
+    return method(name, hyper, COEFFICIENT_ROOMS, where)
 
 
 def method(name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], where: str) -> Any:

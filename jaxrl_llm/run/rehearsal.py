@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxrl_llm import data
-from jaxrl_llm.advantages.rehearsal import cycled_rows, near_perfect_groups
 from jaxrl_llm.experience import Experience, KeyUse, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.rules import laid_out
 from jaxrl_llm.run.setup import Parts
+from jaxrl_llm.selection import cycled_rows, near_perfect_groups
 from jaxrl_llm.training.host_rewards import rewarded_on_host
 from jaxrl_llm.training.learn import Update
 from jaxrl_llm.training.phases import sample_and_score

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.advantages.adaptive import balanced_samples, finished_prompts
-from jaxrl_llm.advantages.knapsack import knapsack_rollouts
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.selection import balanced_samples, finished_prompts, knapsack_rollouts
 
 # Names of per-row fields that rounds bring along, beside those of `Experience`.
 POOL_FIELDS = frozenset({"label", "pool_mean", "pool_count"})

@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Experience
-from jaxrl_llm.rewards.combination import weighted_sum
-from jaxrl_llm.rewards.host import checked_host_reward
+from jaxrl_llm.rewards import checked_host_reward, weighted_sum
 from jaxrl_llm.training.wiring import call, fields_of, names
 
 # A reward that names one of these wants text, so it runs on the host between the two jitted halves of a step.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxrl_llm.data.tasks.calculator import ERROR, LARGEST_RESULT, MOST_DIGITS, SPARE_CALLS
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
-from jaxrl_llm.rewards.answers import exact_answer
+from jaxrl_llm.rewards import exact_answer
 from jaxrl_llm.rollout.environments import Environment, Start, Step
 
 _TOKENIZER = CharacterTokenizer()

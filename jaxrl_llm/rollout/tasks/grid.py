@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
-from jaxrl_llm.rewards.answers import answer_span
+from jaxrl_llm.rewards import answer_span
 from jaxrl_llm.rollout.environments import Environment, Start, Step
 
 _TOKENIZER = CharacterTokenizer()

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.data.tasks.self_correction import REVISE
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
-from jaxrl_llm.rewards.answers import exact_answer
+from jaxrl_llm.rewards import exact_answer
 from jaxrl_llm.rollout.environments import Environment, Start, Step
 
 _TOKENIZER = CharacterTokenizer()
