@@ -545,7 +545,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from jaxrl_llm.reporting.machine import machine_report
+    from jaxrl_llm.reporting.machine_report import machine_report
 
     report = machine_report()
     if options.json:

@@ -19,7 +19,7 @@ from jaxrl_llm.models.lora import LoraConfig
 from jaxrl_llm.models.transformer_config import LayerLoop, Precision, Rematerialisation, TransformerConfig
 from jaxrl_llm.parallel.rules import AXES, changed_rules
 from jaxrl_llm.rollout.controls import Controls
-from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
 
 
 class ConfigError(ValueError):

@@ -31,7 +31,7 @@ from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel import changed_rules
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
-from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
 from jaxrl_llm.run.configured import configured_environment
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.recipes import credit_terms, loss_terms, number_or_method, reward_terms

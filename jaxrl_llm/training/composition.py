@@ -13,7 +13,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import RULES, Rules
 from jaxrl_llm.rollout.controls import Controls
 from jaxrl_llm.rollout.host_turns import HostTurns
-from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
 from jaxrl_llm.training.conversations import AnyEnvironment
 from jaxrl_llm.training.credit import CreditTerm
 from jaxrl_llm.training.critics import Critic, critics_named

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxrl_llm.experience import CriticState, Experience
 from jaxrl_llm.models.heads import Backbone, HeadConfig, at_first, from_policy, head_outputs
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.rollout.score import predicting_hidden
+from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.training.trainable import trainable_part, whole
 
 

@@ -21,7 +21,7 @@ from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.parallel.shardings import constrained_like
-from jaxrl_llm.rollout.score import observed_hidden
+from jaxrl_llm.rollout.hidden_states import observed_hidden
 from jaxrl_llm.training import anchors
 from jaxrl_llm.training.critics import CURRENT, HEADS, Critic, critic_outputs, critics_named, named
 from jaxrl_llm.training.trainable import frozen_part, reference_policy, trainable_part, whole

@@ -13,10 +13,10 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Method, Prompts, Source, TrainState
 from jaxrl_llm.parallel.rules import Rules, constrain_rows, decoding, laid_out, layout
+from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
 from jaxrl_llm.rollout.generate import Prefixes, generate
-from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
 from jaxrl_llm.rollout.turns import generate_turns
-from jaxrl_llm.rollout.weights import weights_for_decoding
 from jaxrl_llm.training import provide
 from jaxrl_llm.training.composition import Composition, Rollout
 from jaxrl_llm.training.credit import apply_credit

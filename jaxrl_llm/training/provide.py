@@ -17,7 +17,7 @@ from jaxrl_llm.experience import CriticState, Experience
 from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import constrain_rows, map_shards, shards
-from jaxrl_llm.rollout.score import predicting_hidden, prompt_hidden
+from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
 from jaxrl_llm.training.credit import VOCABULARY, CreditTerm
 from jaxrl_llm.training.critics import BEFORE, critic_outputs, named
 from jaxrl_llm.training.trainable import frozen_part

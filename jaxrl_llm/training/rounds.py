@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts
-from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
 from jaxrl_llm.selection import balanced_samples, finished_prompts, knapsack_rollouts
 
 # Names of per-row fields that rounds bring along, beside those of `Experience`.

@@ -25,7 +25,7 @@ from jaxrl_llm.parallel.backend import compiler_options
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, laid_out
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.host_turns import HostTurns, host_turns
-from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
 from jaxrl_llm.rollout.turns import TURN_FIELDS
 from jaxrl_llm.training import provide
 from jaxrl_llm.training.checks import wanted_fields

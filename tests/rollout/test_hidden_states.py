@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_llm.models import ExpertsConfig, TransformerConfig, transformer
 from jaxrl_llm.models.logprobs import token_statistics
-from jaxrl_llm.rollout.score import predicting_hidden
+from jaxrl_llm.rollout.hidden_states import predicting_hidden
 
 VOCABULARY, SAMPLES, PROMPT, WIDTH = 17, 3, 5, 6
 SIZES = dict(vocabulary_size=VOCABULARY, width=16, layers=2, heads=4, kv_heads=2, layer_loop="unrolled")
