@@ -31,7 +31,7 @@ from jaxrl_llm.losses import clipped_surrogate, divergence
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
-from jaxrl_llm.rollout.score import predicting_hidden
+from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.training.learn import LossTerm, Update, make_learn
 
 BASELINE, REFERENCE = "without", "reference forward alone"

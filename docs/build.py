@@ -18,7 +18,13 @@ from jaxrl_llm import catalogue
 from jaxrl_llm.config import read_tree
 
 PAGE = Path(__file__).parent / "methods.md"
-ROOM_TITLES = {"reward": "Rewards", "advantage": "Advantages", "loss": "Losses"}
+ROOM_TITLES = {
+    "reward": "Rewards",
+    "advantage": "Advantages",
+    "selection": "Selection",
+    "loss": "Losses",
+    "schedule": "Schedules",
+}
 
 INTRODUCTION = """\
 # Methods
@@ -151,7 +157,8 @@ def page() -> str:
                 by_module.setdefault(module, []).append(entry)
         for module, members in sorted(by_module.items()):
             about = (inspect.getdoc(importlib.import_module(module)) or "").split("\n\n")[0]
-            parts.append(f"### {module.rpartition('.')[2].replace('_', ' ').capitalize()}\n\n{prose(about, ())}")
+            family = ": ".join(module.split(".")[2:]).replace("_", " ").capitalize()
+            parts.append(f"### {family}\n\n{prose(about, ())}")
             parts += [method_section(entry, used.get(entry["name"], [])) for entry in members]
     return "\n\n".join(parts) + "\n"
 

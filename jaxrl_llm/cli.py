@@ -187,7 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--paper", metavar="WORD", help="recipes whose paper's name has this in it")
     methods.add_argument("--arxiv", metavar="NUMBER", help="recipes whose arXiv number has this in it")
     methods.add_argument("--functions", action="store_true", help="the functions that recipes are made of")
-    methods.add_argument("--room", choices=["reward", "advantage", "loss"], help="functions of one room")
+    methods.add_argument(
+        "--room", choices=["reward", "advantage", "selection", "loss", "schedule"], help="functions of one room"
+    )
 
     explain = command("explain", _explain, "The composed step of a config: stages, shapes, sizes, work.")
     explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
@@ -301,8 +303,8 @@ def _eval(options: argparse.Namespace) -> None:
             overlong=config.data.overlong_prompts,
             environment=ready.environment,
             call=ready.call,
-            mesh=ready.step.composition.mesh,
-            rules=ready.step.composition.rules,
+            mesh=ready.step.composition.resources.placement.mesh,
+            rules=ready.step.composition.resources.placement.rules,
         )
         chosen = [data[i] for i in spread(len(data), problems)]
         metrics = evaluate(policy.params, chosen, jax.random.key(options.seed))
@@ -543,7 +545,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from jaxrl_llm.reporting.machine import machine_report
+    from jaxrl_llm.reporting.machine_report import machine_report
 
     report = machine_report()
     if options.json:

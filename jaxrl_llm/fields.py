@@ -40,6 +40,7 @@ class Field(NamedTuple):
       meaning: one line.
       absent: what it holds in rows that do not know it.
       fillable: an entry of credit may fill it.
+      need: what a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" for nothing.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Field(NamedTuple):
     meaning: str
     absent: float = 0.0
     fillable: bool = False
+    need: str = ""
 
 
 # Who provides names, and what a user has to do where nothing does.
@@ -162,7 +164,66 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
     ("answer", "row", "text", "reference answer of one row"),
     ("item", "row", "text", "record of one row"),
 )
-FIELDS: dict[str, Field] = {row[0]: Field(*row) for row in _ROWS}
+_NEEDS = {
+    "behaviour_entropy": "entropy",
+    "entropy": "entropy",
+    "entropy_per_token": "entropy",
+    "kl_reference_per_token": "reference",
+    "over_vocabulary": "vocabulary",
+    "log_probabilities": "vocabulary",
+    "token_reward_logits": "token reward model",
+    "hidden": "hidden states",
+    "turn": "turns",
+    "turn_rewards": "turns",
+    "proxy_logprobs": "proxy",
+    "prompt_logprobs": "prompt scores",
+    "prompt_mask": "prompt scores",
+    "tempered_logprobs": "tempered scores",
+    "extra": "extra samples",
+    "baseline_rewards": "greedy sample",
+    "preferences": "preferences",
+    "answer_id": "answer ids",
+    "budget": "budgets",
+    "alignment": "meta-gradient",
+    "validation_gradient": "meta-gradient",
+    "demonstration_tokens": "demonstrations",
+    "demonstration_length": "demonstrations",
+    "source": "demonstrations",
+    "written_mask": "demonstrations",
+    "stored_logprobs": "stored answers",
+    "preferred": "judged rows",
+    "rating": "judged rows",
+    "rank": "judged rows",
+    "step_labels": "judged rows",
+    "router_probabilities": "experts",
+    "completions": "host",
+    "prompts": "host",
+    "answers": "host",
+    "items": "host",
+    "completion": "host",
+    "prompt": "host",
+    "answer": "host",
+    "item": "host",
+}
+FIELDS: dict[str, Field] = {row[0]: Field(*row)._replace(need=_NEEDS.get(row[0], "")) for row in _ROWS}
+_NETWORK_NEEDS = {"value": "value model", "twin": "twin values", "twin_target": "twin values"}
+
+
+def need_of(name: str) -> str:
+    """What a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" for nothing."""
+    if name in FIELDS:
+        return FIELDS[name].need
+    found = score_named(name, ["policy", "reference", *HEADS, *(f"{head}_target" for head in HEADS)])
+    if found is None:
+        return _NEEDS.get(name, "")
+    if found.network == "policy":
+        return "entropy" if found.quantity == "entropy" else ""
+    return _NETWORK_NEEDS.get(found.network, found.network)
+
+
+def every_need() -> tuple[str, ...]:
+    """All that `need_of` can say, once each."""
+    return tuple(dict.fromkeys(["reference", *_NEEDS.values(), *_NETWORK_NEEDS.values()]))
 
 
 def provided_by(*providers: str) -> frozenset[str]:

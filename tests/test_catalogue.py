@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_llm import catalogue, cli, losses
 from jaxrl_llm.config import read_tree
-from jaxrl_llm.run.recipes import credit_terms, loss_terms, reward_terms
+from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
 from jaxrl_llm.training.wiring import signature
 
 METHODS = catalogue.methods()
@@ -46,7 +46,11 @@ def test_every_published_method_states_its_certainty(entry):
 
 @pytest.mark.parametrize("entry", METHODS, ids=IDS)
 def test_every_method_can_be_named_in_a_recipe(entry):
-    build = {"reward": reward_terms, "loss": loss_terms}.get(entry["room"])
+    build = {
+        "reward": lambda name: reward_terms([name])[0].function,
+        "loss": lambda name: loss_terms([name])[0].function,
+        "schedule": lambda name: number_or_method(name, "coefficient"),
+    }.get(entry["room"], lambda name: credit_terms([{"advantages": name}])[0].function)
     found = catalogue.described(entry["name"])
     function = getattr(catalogue.ROOMS[entry["room"]], entry["name"])
     required = [
@@ -56,12 +60,12 @@ def test_every_method_can_be_named_in_a_recipe(entry):
     ]
     assert set(required) <= found["hyper_parameters"].keys()
     if required:
-        with pytest.raises(ValueError, match=f"{entry['name']} needs {required[0]}"):
-            build([entry["name"]]) if build else credit_terms([{"advantages": entry["name"]}])
+        with pytest.raises(RecipeError, match=f"{entry['name']} needs {required[0]}"):
+            build(entry["name"])
         return
-    (term,) = build([entry["name"]]) if build else credit_terms([{"advantages": entry["name"]}])
-    assert term.name == entry["name"]
-    assert signature(term.function).required[: len(entry["needs"])] == tuple(entry["needs"]) or not entry["needs"]
+    assert (
+        signature(build(entry["name"])).required[: len(entry["needs"])] == tuple(entry["needs"]) or not entry["needs"]
+    )
 
 
 def test_one_method_is_described_whole():

@@ -19,8 +19,8 @@ from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.weights import load_model
 from jaxrl_llm.rollout.decoding import Decoding, Drawing, begin, decode
 from jaxrl_llm.rollout.generate import generate
+from jaxrl_llm.rollout.hidden_states import prompt_hidden
 from jaxrl_llm.rollout.sampling import row_keys
-from jaxrl_llm.rollout.score import prompt_hidden
 
 what, workload, directory = job()
 give_back_after_compiling()  # as `jaxrl train` does on a CPU

@@ -30,9 +30,9 @@ from jaxrl_llm.rollout import (
     host_turns,
     opened,
 )
+from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.turns import metrics_of
-from jaxrl_llm.rollout.weights import weights_for_decoding
 
 # Metrics of an evaluation that are no accuracies and no means over episodes.
 COUNTED = frozenset({"completion_tokens", "truncated_share", "problems", "samples_per_problem"})

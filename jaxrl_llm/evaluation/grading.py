@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from jaxrl_llm.data import Item, Task
 from jaxrl_llm.data.final_answer import marked_answer
-from jaxrl_llm.rewards import extract_number
-from jaxrl_llm.rewards.numbers import parsed_number
+from jaxrl_llm.rewards import extract_number, parsed_number
 
 # (record, completion) -> (whether it is right, the answer that it votes for; None where it gives none). Every right
 # answer votes for the reference answer, so that many spellings of it do not split the vote.

@@ -4,43 +4,59 @@ Each is a pure function whose positional parameters are named after what the ste
 `jaxrl_llm.experience.Loss`.
 """
 
+from __future__ import annotations
+
+from jaxrl_llm.experience import Loss, Method
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
-from jaxrl_llm.losses.anchors import annealed_share, convex_kl, mixed_policy_surrogate
-from jaxrl_llm.losses.blended import blended_surrogate
-from jaxrl_llm.losses.controllers import adaptive_kl, entropy_gated_kl
-from jaxrl_llm.losses.correction import importance_weight, negative_sequence_mask
-from jaxrl_llm.losses.discriminative import decoupled_reward, group_trust_region
-from jaxrl_llm.losses.divergences import divergence
-from jaxrl_llm.losses.entropy import entropy_bonus
-from jaxrl_llm.losses.entropy_history import entropy_history, entropy_history_penalty, two_phase_decay
-from jaxrl_llm.losses.estimates import divergence_reward, js_definition, kl_estimate
-from jaxrl_llm.losses.external import external_surrogate, rehearsal_divergence, stored_likelihood
-from jaxrl_llm.losses.forking_tokens import entropy_band, forking_kl, forking_tokens
-from jaxrl_llm.losses.generators import GENERATORS, Generator, generator, renyi
-from jaxrl_llm.losses.huber import huber_value, twin_huber_value
-from jaxrl_llm.losses.low_probability import lowest_token_proxy, min_p_logprobs, protected_surrogate
-from jaxrl_llm.losses.mixing import adaptive_mixing, gradient_alignment, mixing_weight
-from jaxrl_llm.losses.negative_aware import negative_aware_likelihood
-from jaxrl_llm.losses.off_policy import masked_policy_gradient
-from jaxrl_llm.losses.outcome import (
+from jaxrl_llm.losses.divergences.convex import convex_kl
+from jaxrl_llm.losses.divergences.divergence import divergence
+from jaxrl_llm.losses.divergences.estimates import divergence_reward, js_definition, kl_estimate
+from jaxrl_llm.losses.divergences.generators import GENERATORS, Generator, generator, renyi
+from jaxrl_llm.losses.policy.blended import blended_surrogate
+from jaxrl_llm.losses.policy.low_probability import lowest_token_proxy, min_p_logprobs, protected_surrogate
+from jaxrl_llm.losses.policy.mixed_policies import mixed_policy_surrogate
+from jaxrl_llm.losses.policy.off_policy import masked_policy_gradient
+from jaxrl_llm.losses.policy.outcome import (
     failure_pushback,
     outcome_token_weight,
     success_cloning,
     token_reward_cross_entropy,
 )
-from jaxrl_llm.losses.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
-from jaxrl_llm.losses.policy import cispo, clipped_surrogate, policy_gradient, sapo
-from jaxrl_llm.losses.routing import router_balance
-from jaxrl_llm.losses.sequence_policy import sequence_clipped_surrogate
-from jaxrl_llm.losses.supervised import negative_log_likelihood
-from jaxrl_llm.losses.token_weights import entropy_change_weights
-from jaxrl_llm.losses.valuation import random_policy_valuation
-from jaxrl_llm.losses.value import clipped_value
+from jaxrl_llm.losses.policy.sequence_surrogates import sequence_clipped_surrogate
+from jaxrl_llm.losses.policy.surrogates import cispo, clipped_surrogate, policy_gradient, sapo
+from jaxrl_llm.losses.policy.valuation import mean_log_ratio, random_policy_valuation
+from jaxrl_llm.losses.preference.discriminative import decoupled_reward, group_trust_region
+from jaxrl_llm.losses.preference.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
+from jaxrl_llm.losses.ratio import log_ratio, on_mask, pessimistic_surrogate, token_share
+from jaxrl_llm.losses.regularisers.entropy import entropy_bonus
+from jaxrl_llm.losses.regularisers.entropy_history import entropy_history, entropy_history_penalty
+from jaxrl_llm.losses.regularisers.routing import router_balance
+from jaxrl_llm.losses.supervised.likelihood import negative_log_likelihood
+from jaxrl_llm.losses.supervised.negative_aware import negative_aware_likelihood
+from jaxrl_llm.losses.supervised.written_tokens import external_surrogate, rehearsal_divergence, stored_likelihood
+from jaxrl_llm.losses.token_weights.correction import importance_weight, negative_sequence_mask
+from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights, predicted_entropy_change
+from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_kl, forking_mask, forking_tokens
+from jaxrl_llm.losses.value.clipped_value import clipped_value
+from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
+
+# What now has a room of its own can still be named here.
+from jaxrl_llm.schedules import (
+    adaptive_kl,
+    adaptive_mixing,
+    annealed_share,
+    entropy_gated_kl,
+    gradient_alignment,
+    mixing_weight,
+    two_phase_decay,
+)
 
 __all__ = [
     "GENERATORS",
     "Aggregation",
     "Generator",
+    "Loss",
+    "Method",
     "adaptive_kl",
     "adaptive_mixing",
     "aggregate",
@@ -62,6 +78,7 @@ __all__ = [
     "external_surrogate",
     "failure_pushback",
     "forking_kl",
+    "forking_mask",
     "forking_tokens",
     "generator",
     "gradient_alignment",
@@ -71,17 +88,22 @@ __all__ = [
     "js_definition",
     "kl_estimate",
     "kl_penalized_sequence_rewards",
+    "log_ratio",
     "lowest_token_proxy",
     "masked_policy_gradient",
+    "mean_log_ratio",
     "min_p_logprobs",
     "mixed_policy_surrogate",
     "mixing_weight",
     "negative_aware_likelihood",
     "negative_log_likelihood",
     "negative_sequence_mask",
+    "on_mask",
     "outcome_token_weight",
     "pairwise_surrogate",
+    "pessimistic_surrogate",
     "policy_gradient",
+    "predicted_entropy_change",
     "protected_surrogate",
     "random_policy_valuation",
     "rehearsal_divergence",
@@ -93,6 +115,7 @@ __all__ = [
     "stored_likelihood",
     "success_cloning",
     "token_reward_cross_entropy",
+    "token_share",
     "twin_huber_value",
     "two_phase_decay",
 ]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from jaxrl_llm.rewards.answers import answer_format, answer_ids, answer_present, answer_span, exact_answer
-from jaxrl_llm.rewards.combination import soft_overlong, truncation_zero, weighted_sum
-from jaxrl_llm.rewards.consistency import consistent_accuracy
+from jaxrl_llm.rewards.combination.consistency import consistent_accuracy
+from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
-from jaxrl_llm.rewards.numbers import extract_number, number_match
-from jaxrl_llm.rewards.turns import (
+from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
     normalized_turn_rewards,
     reference_progress,
@@ -15,7 +13,10 @@ from jaxrl_llm.rewards.turns import (
     separated_turns,
     turn_end_rewards,
 )
-from jaxrl_llm.rewards.verifiers import (
+from jaxrl_llm.rewards.shaping.length_limit import soft_overlong, truncation_zero
+from jaxrl_llm.rewards.verifiers.answers import answer_format, answer_ids, answer_present, answer_span, exact_answer
+from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
+from jaxrl_llm.rewards.verifiers.text_answers import (
     answer_order_share,
     answer_position_share,
     column_share,
@@ -43,6 +44,7 @@ __all__ = [
     "extract_number",
     "normalized_turn_rewards",
     "number_match",
+    "parsed_number",
     "reference_progress",
     "self_correction_rewards",
     "separated_turns",

@@ -20,6 +20,7 @@ from jaxrl_llm.rollout.environments import (
 )
 from jaxrl_llm.rollout.external import engine_generate, probe
 from jaxrl_llm.rollout.generate import Prefixes, generate
+from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.rollout.host_environments import (
     EnvironmentFailure,
     HostEnvironment,
@@ -33,7 +34,6 @@ from jaxrl_llm.rollout.host_environments import (
 from jaxrl_llm.rollout.host_turns import HostTurns, host_generate_turns, host_turns
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
-from jaxrl_llm.rollout.score import predicting_hidden
 from jaxrl_llm.rollout.stop import StopAutomaton, stop_automaton
 from jaxrl_llm.rollout.stream import Drawn, make_stream
 from jaxrl_llm.rollout.turns import generate_turns

@@ -21,8 +21,8 @@ from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.completions_api import Completion, completion
 from jaxrl_llm.rollout.engine_http import Engine, EngineError
+from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.rollout.sampling import row_keys
-from jaxrl_llm.rollout.score import predicting_hidden
 
 
 class LogprobGap(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.rewards.host import RewardError
+from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.environment_checks import require_limits
 from jaxrl_llm.rollout.environments import StopReason
 from jaxrl_llm.rollout.host_calls import Caller, Executor, Returned, caller

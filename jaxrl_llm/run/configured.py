@@ -11,7 +11,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from jaxrl_llm import advantages, losses, rewards
+from jaxrl_llm import advantages, losses, rewards, schedules
 from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.hub import model_directory
@@ -30,7 +30,7 @@ from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_metho
 from jaxrl_llm.training.networks import GIVEN, Network
 
 AnyEnvironment = Environment | HostEnvironment
-_PLAN_FUNCTIONS: tuple[ModuleType, ...] = (plans, advantages, rewards, losses)
+_PLAN_FUNCTIONS: tuple[ModuleType, ...] = (plans, advantages, rewards, losses, schedules)
 
 
 def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapping[str, Any]) -> Plan | None:

@@ -18,11 +18,12 @@ from typing import Any
 
 import pydantic
 
-from jaxrl_llm import advantages, losses, rewards
+from jaxrl_llm import advantages, losses, rewards, schedules, selection
 from jaxrl_llm.fields import nearest, signature
 from jaxrl_llm.training.composition import Fill, LossTerm, Reward
 
-CREDIT_ROOMS = (advantages, rewards, losses)
+CREDIT_ROOMS = (advantages, selection, rewards, losses)
+COEFFICIENT_ROOMS = (schedules, losses, advantages)
 
 
 class RecipeError(ValueError):
@@ -89,7 +90,7 @@ def number_or_method(entry: Any, where: str, sizes: Mapping[str, Any] | None = N
     if not named and not isinstance(entry, Mapping):
         return _number(entry, where)
     name, hyper = entry_of(entry, where)
-    return method(name, hyper, (losses, advantages), where, sizes)
+    return method(name, hyper, COEFFICIENT_ROOMS, where, sizes)
 
 
 def method(

@@ -7,10 +7,9 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -76,7 +75,7 @@ class Parts:
     step: TrainStep
     mesh_reason: str = ""
     feeds: tuple[Feed, ...] = ()
-    paths: Mapping[str, Path] = MappingProxyType({})
+    paths: Mapping[str, Path] = field(default_factory=dict)
     call: Caller | None = None
 
     @property

@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxrl_llm import data
-from jaxrl_llm.advantages import cycled_rows, near_perfect_groups
 from jaxrl_llm.experience import Experience, KeyUse, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rows import written_rows
 from jaxrl_llm.run.setup import Parts
+from jaxrl_llm.selection import cycled_rows, near_perfect_groups
 from jaxrl_llm.training.collect import collected
 from jaxrl_llm.training.composition import Update
 from jaxrl_llm.training.fill import reward_parts

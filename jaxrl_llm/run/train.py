@@ -26,7 +26,7 @@ from jaxrl_llm.experience import KeyUse, TrainState
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, hosts, layout
 from jaxrl_llm.reporting import results_table, units_table
-from jaxrl_llm.reporting.machine import package_versions
+from jaxrl_llm.reporting.machine_report import package_versions
 from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch

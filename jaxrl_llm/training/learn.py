@@ -18,11 +18,11 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Loss, Method, NetworkState, Source, TrainState
 from jaxrl_llm.fields import Score, call, names, required
-from jaxrl_llm.losses import gradient_alignment
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.parallel.shardings import constrained_like
-from jaxrl_llm.rollout.score import observed_hidden
+from jaxrl_llm.rollout.hidden_states import observed_hidden
+from jaxrl_llm.schedules import gradient_alignment
 from jaxrl_llm.training.composition import Composition, LossTerm
 from jaxrl_llm.training.networks import POLICY, current, frozen_part, trainable_part, whole
 from jaxrl_llm.training.scores import Plain, of_head, sequences

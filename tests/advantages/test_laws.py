@@ -1,4 +1,4 @@
-"""What must hold for every advantage: rows have no order, group ids no meaning, and absent rows no effect."""
+"""What must hold for advantages and selections: rows have no order, group ids no meaning, absent rows no effect."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import advantages, losses
+from jaxrl_llm import advantages, losses, selection
 from jaxrl_llm.training.wiring import signature
 
 ROWS, TOKENS = 9, 4
@@ -45,26 +45,26 @@ def at_step(function, **hyper):
 
 CASES = {
     "signed_correctness": advantages.signed_correctness,
-    "nonzero_advantages": advantages.nonzero_advantages,
+    "nonzero_advantages": selection.nonzero_advantages,
     "beta_normalized": functools.partial(advantages.beta_normalized, least_reward=-0.5, largest_reward=1.5),
     "beta_normalized_components": functools.partial(advantages.beta_normalized_components, largest_reward=2.0),
     "shifted_mean_baseline": advantages.shifted_mean_baseline,
     "log_mean_exp_baseline": functools.partial(advantages.log_mean_exp_baseline, temperature=0.5),
-    "extreme_samples": advantages.extreme_samples,
-    "extreme_samples/best_random": functools.partial(advantages.extreme_samples, rule="best_random"),
-    "extreme_samples/best": functools.partial(advantages.extreme_samples, rule="best"),
-    "best_and_random": at_step(advantages.best_and_random),
-    "extreme_rewards": advantages.extreme_rewards,
-    "extreme_rewards/max_random": functools.partial(advantages.extreme_rewards, rule="max_random"),
-    "extreme_rewards/power": functools.partial(advantages.extreme_rewards, rule="power"),
-    "one_success_one_failure": at_step(advantages.one_success_one_failure),
-    "balanced_groups": at_step(advantages.balanced_groups),
-    "balanced_groups/both": at_step(advantages.balanced_groups, drop="both"),
+    "extreme_samples": selection.extreme_samples,
+    "extreme_samples/best_random": functools.partial(selection.extreme_samples, rule="best_random"),
+    "extreme_samples/best": functools.partial(selection.extreme_samples, rule="best"),
+    "best_and_random": at_step(selection.best_and_random),
+    "extreme_rewards": selection.extreme_rewards,
+    "extreme_rewards/max_random": functools.partial(selection.extreme_rewards, rule="max_random"),
+    "extreme_rewards/power": functools.partial(selection.extreme_rewards, rule="power"),
+    "one_success_one_failure": at_step(selection.one_success_one_failure),
+    "balanced_groups": at_step(selection.balanced_groups),
+    "balanced_groups/both": at_step(selection.balanced_groups, drop="both"),
     "steered_advantages": advantages.steered_advantages,
     "entropy_mixed_advantages": advantages.entropy_mixed_advantages,
     "novelty_sharpened": advantages.novelty_sharpened,
-    "reward_half_width": advantages.reward_half_width,
-    "rollout_priority": functools.partial(advantages.rollout_priority, exploration=0.1),
+    "reward_half_width": selection.reward_half_width,
+    "rollout_priority": functools.partial(selection.rollout_priority, exploration=0.1),
     "win_rate": advantages.win_rate,
     "score_win_rate": advantages.score_win_rate,
     "score_win_rate/temperature": functools.partial(advantages.score_win_rate, temperature=0.3),
@@ -97,7 +97,7 @@ CASES = {
     "confidence_shaped": functools.partial(advantages.confidence_shaped, share=0.4),
     "solved_group_length_penalty": advantages.solved_group_length_penalty,
     "solved_group_length_penalty/threshold": functools.partial(advantages.solved_group_length_penalty, threshold=0.6),
-    "near_perfect_groups": functools.partial(advantages.near_perfect_groups, attempts=3, min_correct=2),
+    "near_perfect_groups": functools.partial(selection.near_perfect_groups, attempts=3, min_correct=2),
     "twin_baseline_normalized": advantages.twin_baseline_normalized,
     "entropy_change_weights": losses.entropy_change_weights,
     "entropy_change_weights/exponential": functools.partial(losses.entropy_change_weights, form="exponential"),
@@ -113,7 +113,7 @@ CASES = {
     "max_at_k_weights": functools.partial(advantages.max_at_k_weights, k=2),
     "max_at_k_weights/no_baseline": functools.partial(advantages.max_at_k_weights, k=2, baseline=False),
     "top_margin": advantages.top_margin,
-    "nonconstant_groups": advantages.nonconstant_groups,
+    "nonconstant_groups": selection.nonconstant_groups,
     "whitened": advantages.whitened,
     "reinforce_plus_plus": functools.partial(advantages.reinforce_plus_plus, gamma=0.9),
     "reinforce_plus_plus_baseline": advantages.reinforce_plus_plus_baseline,

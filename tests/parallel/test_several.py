@@ -48,7 +48,7 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
     from jaxrl_llm.models.model import Model
     from jaxrl_llm.parallel import hosts, make_mesh
     from jaxrl_llm.parallel.start import initialise, place_of_this_process
-    from jaxrl_llm.rollout.rounds import Refill
+    from jaxrl_llm.rollout.round_options import Refill
     from jaxrl_llm.run import checkpoints
     from jaxrl_llm.training import Rollout, make_train_step
     from jaxrl_llm.training.stored import Replay

@@ -16,7 +16,7 @@ from jaxrl_llm.data.tasks import calculator, grid, self_correction
 from jaxrl_llm.data.tasks.items import record
 from jaxrl_llm.experience import Source
 from jaxrl_llm.rollout import StopReason, Turns, advanced, episode_metrics, replayed, require_environment, started
-from jaxrl_llm.rollout.tasks import calculator as in_graph
+from jaxrl_llm.rollout.tasks import calculator_environment as in_graph
 from jaxrl_llm.rollout.tasks import calculator_tool, grid_navigation, task_environment
 
 TOKENIZER = CharacterTokenizer()

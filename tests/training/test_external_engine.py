@@ -19,7 +19,7 @@ from jaxrl_llm import advantages, losses
 from jaxrl_llm.config import ConfigError, numeric_tree, parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import KeyUse, Prompts
-from jaxrl_llm.losses.correction import importance_weight
+from jaxrl_llm.losses import importance_weight
 from jaxrl_llm.models import load_model
 from jaxrl_llm.rollout import Engine, EngineError, generate
 from jaxrl_llm.rollout.external import request_seeds

@@ -9,7 +9,7 @@ import pytest
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.experience import KeyUse
 from jaxrl_llm.rollout import generate
-from jaxrl_llm.rollout.rounds import Adaptive, Budget, Refill
+from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
 from jaxrl_llm.training import Rollout, Update, make_train_step
 
 SIZES = {"max_completion_tokens": 4, "eos_ids": (2,), "pad_id": 0}

@@ -16,13 +16,13 @@ from jaxrl_llm.data.tasks import (
     addition,
     calculator,
     chain,
-    composition,
     countdown,
     deduction,
     grid,
     self_correction,
     sorting,
 )
+from jaxrl_llm.data.tasks import string_functions as composition  # training/ has a composition of its own
 from jaxrl_llm.data.tasks.items import SPLITS, Item, Segment, Task, generate, record, reference_response, split_of
 
 __all__ = [

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxrl_llm.advantages import balanced_samples, finished_prompts
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.rollout.plans.plan import Plan, Request, finished, first_requests
+from jaxrl_llm.selection import balanced_samples, finished_prompts
 
 
 def adaptive(

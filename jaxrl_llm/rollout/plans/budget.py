@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_llm.advantages import knapsack_rollouts
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.rollout.plans.plan import Plan, Request
+from jaxrl_llm.selection import knapsack_rollouts
 
 
 @struct.dataclass

@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxrl_llm.data.tasks.items import Task
 from jaxrl_llm.rollout.environments import Environment
-from jaxrl_llm.rollout.tasks.calculator import calculator_tool
-from jaxrl_llm.rollout.tasks.grid import grid_navigation
-from jaxrl_llm.rollout.tasks.self_correction import two_attempts
+from jaxrl_llm.rollout.tasks.calculator_environment import calculator_tool
+from jaxrl_llm.rollout.tasks.grid_environment import grid_navigation
+from jaxrl_llm.rollout.tasks.self_correction_environment import two_attempts
 
 __all__ = ["calculator_tool", "grid_navigation", "task_environment", "two_attempts"]
 

@@ -1,0 +1,1 @@
+"""Advantages relative to the other samples of the same prompt."""

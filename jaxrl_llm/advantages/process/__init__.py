@@ -1,0 +1,1 @@
+"""Advantages of the turns and steps of a completion."""

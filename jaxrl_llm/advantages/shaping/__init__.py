@@ -1,0 +1,1 @@
+"""Advantages corrected by something else that is known of a completion."""

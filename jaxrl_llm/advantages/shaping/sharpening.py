@@ -1,0 +1,60 @@
+"""Larger advantages for right answers that the policy hardly gives."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.statistics import group_mean
+
+
+def novelty_sharpened(
+    advantages: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    group: Int[Array, "B"],
+    mask: Float[Array, "B T"],
+    weight: Float[Array, "B"],
+    *,
+    strength: float = 1.0,
+    cap: float = 1.0,
+) -> Float[Array, "B T"]:
+    """Positive advantages with a bonus for answers less likely than the group's average: XRPO.
+
+        s_i = mean_t log pi of answer i,   eta_i = exp(s_i - mean of s over the group)
+        where A > 0:  A <- A + min(max(strength * (1 - eta_i), 0), cap * A)
+
+    Likely answers, wrong answers and groups of equal rewards stay as they are. The values of strength and cap, and that
+    the bonus is left out where A <= 0, are our reading.
+
+    Args:
+      advantages: advantage of each token.
+      old_logprobs: log-probability of each token under the policy that the update starts from.
+      group: id of the group each row belongs to.
+      mask: non-zero on tokens that count.
+      weight: weight of each row; 0 is absent.
+      strength: bonus of an answer of vanishing likelihood, in units of advantage.
+      cap: largest bonus in units of the advantage itself.
+
+    Returns:
+      One advantage a token, 0 outside the mask and in absent rows.
+
+    Raises:
+      ValueError: for a negative strength or cap.
+
+    Reference: XRPO (2510.06672).
+    Certainty: reconstructed
+    """
+    chex.assert_rank([advantages, old_logprobs, mask, group, weight], [2, 2, 2, 1, 1])
+    chex.assert_equal_shape([advantages, old_logprobs, mask])
+    for name, value in (("strength", strength), ("cap", cap)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; a bonus must be at least 0")
+    counted = (mask > 0) & (weight > 0)[:, None]
+    tokens = counted.sum(-1)
+    score = jnp.where(counted, old_logprobs.astype(jnp.float32), 0.0).sum(-1) / jnp.maximum(tokens, 1)
+    answered = jnp.where(tokens > 0, weight.astype(jnp.float32), 0.0)
+    likelihood = jnp.exp(jnp.minimum(score - group_mean(score, group, answered), 20.0))
+    bonus = jnp.maximum(strength * (1 - likelihood), 0.0)[:, None]
+    advantages = jnp.where(counted, advantages.astype(jnp.float32), 0.0)
+    return jnp.where(advantages > 0, advantages + jnp.minimum(bonus, cap * advantages), advantages)

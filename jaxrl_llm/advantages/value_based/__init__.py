@@ -1,0 +1,1 @@
+"""Advantages that use the estimates of a value model."""

@@ -1,0 +1,1 @@
+"""Divergences between policies, each with a stated gradient."""

@@ -1,0 +1,1 @@
+"""Policy losses: log-probabilities and advantages -> a gradient of the policy."""

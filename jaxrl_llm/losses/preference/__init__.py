@@ -1,0 +1,1 @@
+"""Losses that compare the answers to one prompt with each other."""

@@ -1,0 +1,1 @@
+"""Likelihood of given tokens."""

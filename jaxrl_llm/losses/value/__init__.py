@@ -1,0 +1,1 @@
+"""Regression of a value model."""

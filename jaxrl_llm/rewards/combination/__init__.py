@@ -1,0 +1,1 @@
+"""Several reward components -> one reward."""

@@ -1,0 +1,34 @@
+"""From reward components to the reward that is maximised."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def weighted_sum(reward_components: Float[Array, "B K"], *, weights: tuple[float, ...]) -> Float[Array, "B"]:
+    """Weighted sum of the components.
+
+        r_b = sum_k weights_k * components_bk
+
+    A component of weight 0 is left out altogether: it is watched, and whatever it holds changes nothing.
+
+    Args:
+      reward_components: one column a reward function.
+      weights: one weight a column.
+
+    Returns:
+      One reward a row, float32.
+
+    Raises:
+      ValueError: if there is not one weight a column.
+    """
+    chex.assert_rank(reward_components, 2)
+    if len(weights) != reward_components.shape[1]:
+        raise ValueError(
+            f"weights is {tuple(weights)}, {len(weights)} numbers, but there are {reward_components.shape[1]} reward "
+            "components; give one weight for each reward function"
+        )
+    scale = jnp.asarray(weights, jnp.float32)
+    return jnp.where(scale == 0, 0.0, reward_components.astype(jnp.float32) * scale).sum(axis=1)

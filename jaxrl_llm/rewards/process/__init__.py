@@ -1,0 +1,1 @@
+"""Rewards of the turns and steps of a completion."""

@@ -1,0 +1,1 @@
+"""Rewards changed by how a completion looks."""

@@ -1,0 +1,24 @@
+"""Schedules: coefficients and temperatures that change with the steps, or follow what happened.
+
+A function of `step`, or a controller: a `Method` over the metrics of a batch. In a recipe it stands where a number
+would: `coefficient: {adaptive_kl: {...}}`.
+"""
+
+from __future__ import annotations
+
+from jaxrl_llm.schedules.annealing import annealed_share, two_phase_decay
+from jaxrl_llm.schedules.controllers import adaptive_kl, entropy_gated_kl
+from jaxrl_llm.schedules.mixing import adaptive_mixing, gradient_alignment, mixing_weight
+from jaxrl_llm.schedules.temperatures import steering_temperature, temperature_controller
+
+__all__ = [
+    "adaptive_kl",
+    "adaptive_mixing",
+    "annealed_share",
+    "entropy_gated_kl",
+    "gradient_alignment",
+    "mixing_weight",
+    "steering_temperature",
+    "temperature_controller",
+    "two_phase_decay",
+]

@@ -1,0 +1,80 @@
+"""Coefficients that fall with the steps of a run."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def annealed_share(
+    step: Int[Array, ""] | int,
+    *,
+    scale: float = 0.01,
+    start_step: int = 50,
+    steps_per_drop: int = 10,
+    drop: float = 0.1,
+    least: float = 0.5,
+    complement: bool = False,
+) -> Float[Array, ""]:
+    """Coefficient of one anchor of a convex combination whose share of the reference falls with the steps.
+
+        share = max(1 - drop * ceil(max(step - start_step, 0) / steps_per_drop), least)
+        coefficient = scale * (1 - share) if `complement`, else scale * share
+
+    Args:
+      step: updates made so far.
+      scale: coefficient of the whole combination.
+      start_step: step up to which the share is 1.
+      steps_per_drop: steps between two drops.
+      drop: how much the share falls each time.
+      least: where it stops.
+      complement: the coefficient of the other anchor.
+
+    Returns:
+      A coefficient for a loss term.
+
+    Raises:
+      ValueError: for a share outside [0, 1], or drops that are not positive or not apart.
+
+    Reference: ReMix (2507.06892).
+    Certainty: recalled
+    """
+    if not 0 <= least <= 1 or drop < 0 or steps_per_drop < 1:
+        raise ValueError(
+            f"least is {least}, drop {drop}, steps_per_drop {steps_per_drop}; least must lie in [0, 1], drop be at "
+            "least 0 and steps_per_drop at least 1"
+        )
+    late = jnp.maximum(jnp.asarray(step, jnp.float32) - start_step, 0.0)
+    share = jnp.maximum(1.0 - drop * jnp.ceil(late / steps_per_drop), least)
+    return scale * (1.0 - share if complement else share)
+
+
+def two_phase_decay(step: Int[Array, ""], *, total_steps: int = 150, scale: float = 1.0) -> Float[Array, ""]:
+    """A coefficient that falls slowly to 0.83 over the first half of a run and fast towards 0.04 over the second.
+
+        e = step,   h = floor(total_steps / 2)
+
+        scale * (1 - 0.2 * (1 - exp(-2 e / h)))             where e <= h
+        scale * 0.8 * exp(-3 (e - h) / (total_steps - h))   else
+
+    Args:
+      step: updates of the batch made so far.
+      total_steps: steps of the run.
+      scale: the coefficient at step 0.
+
+    Returns:
+      The coefficient of this step.
+
+    Raises:
+      ValueError: for a run of less than two steps.
+
+    Reference: EPO (2509.22576).
+    Certainty: verified
+    """
+    if total_steps < 2:
+        raise ValueError(f"total_steps is {total_steps}; two phases need at least 2 steps")
+    half = total_steps // 2
+    e = jnp.asarray(step).astype(jnp.float32)
+    early = 1 - 0.2 * (1 - jnp.exp(-2 * e / half))
+    late = 0.8 * jnp.exp(-3 * (e - half) / (total_steps - half))
+    return scale * jnp.where(e <= half, early, late)

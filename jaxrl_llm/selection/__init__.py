@@ -1,0 +1,49 @@
+"""Selection: which rows and which prompts are learned from, and how many samples a prompt gets.
+
+Each is a pure function whose positional parameters are named after fields of `Experience`; those that choose rows
+return a new `weight`.
+"""
+
+from __future__ import annotations
+
+from jaxrl_llm.selection.adaptive_sampling import balanced_samples, finished_prompts
+from jaxrl_llm.selection.allocation import next_rollouts, reward_half_width, rollout_priority
+from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantages
+from jaxrl_llm.selection.knapsack import knapsack_rollouts, mixed_probability, rollout_value, rollouts_for_signal
+from jaxrl_llm.selection.rehearsed import cycled_rows, near_perfect_groups
+from jaxrl_llm.selection.steered import steered_batch
+from jaxrl_llm.selection.subsets import (
+    balanced_groups,
+    best_and_random,
+    extreme_rewards,
+    extreme_samples,
+    one_success_one_failure,
+    resampled,
+    row_uniforms,
+    squared_correlation,
+)
+
+__all__ = [
+    "balanced_groups",
+    "balanced_samples",
+    "best_and_random",
+    "cycled_rows",
+    "extreme_rewards",
+    "extreme_samples",
+    "finished_prompts",
+    "knapsack_rollouts",
+    "mixed_probability",
+    "near_perfect_groups",
+    "next_rollouts",
+    "nonconstant_groups",
+    "nonzero_advantages",
+    "one_success_one_failure",
+    "resampled",
+    "reward_half_width",
+    "rollout_priority",
+    "rollout_value",
+    "rollouts_for_signal",
+    "row_uniforms",
+    "squared_correlation",
+    "steered_batch",
+]

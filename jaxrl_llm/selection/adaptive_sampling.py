@@ -1,0 +1,65 @@
+"""Samples drawn in rounds until a prompt has enough of both kinds: when it has, and which are kept."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def finished_prompts(
+    label: Float[Array, "N S"], drawn: Bool[Array, "N S"], *, kept: int, both_kinds: bool = True
+) -> Bool[Array, "N"]:
+    """Which prompts have samples enough.
+
+        P >= 1                                        positives alone
+        P >= floor(n / 2) and Q >= n - floor(n / 2)   both kinds
+
+    Args:
+      label: 1 for a right sample, 0 for a wrong one, in the order of arrival.
+      drawn: whether there is such a sample yet.
+      kept: n, samples that a prompt keeps.
+      both_kinds: the second rule instead of the first.
+
+    Reference: Reinforce-Ada (2510.04996).
+    Certainty: verified
+    """
+    right, wrong = _counts(label, drawn)
+    if not both_kinds:
+        return right >= 1
+    return (right >= kept // 2) & (wrong >= kept - kept // 2)
+
+
+def balanced_samples(
+    label: Float[Array, "N S"], drawn: Bool[Array, "N S"], *, kept: int
+) -> tuple[Int[Array, "N n"], Bool[Array, "N n"]]:
+    """The samples that a prompt keeps: half of each kind where it can be, the earliest of each.
+
+        tp = min(floor(n / 2), P);  tn = min(n - tp, Q);  what is missing is filled from the kind with samples to spare
+
+    Args:
+      label: 1 for a right sample, 0 for a wrong one, in the order of arrival.
+      drawn: whether there is such a sample.
+      kept: n.
+
+    Returns:
+      their places in S, right ones first, and whether there is one (a prompt may have fewer than n).
+
+    Reference: Reinforce-Ada (2510.04996).
+    Certainty: verified
+    """
+    chex.assert_equal_shape([label, drawn])
+    right, wrong = _counts(label, drawn)
+    wrong_kept = jnp.minimum(kept - jnp.minimum(kept // 2, right), wrong)
+    right_kept = jnp.minimum(right, kept - wrong_kept)
+    is_right, is_wrong = (label > 0) & drawn, (label <= 0) & drawn
+    rank = lambda chosen: jnp.cumsum(chosen, axis=1) - 1  # noqa: E731
+    last = 2 * label.shape[1]
+    order = jnp.where(is_right & (rank(is_right) < right_kept[:, None]), rank(is_right), last)
+    order = jnp.where(is_wrong & (rank(is_wrong) < wrong_kept[:, None]), label.shape[1] + rank(is_wrong), order)
+    places = jnp.argsort(order, axis=1, stable=True)[:, :kept]
+    return places, jnp.take_along_axis(order, places, axis=1) < last
+
+
+def _counts(label: Array, drawn: Array) -> tuple[Array, Array]:
+    return jnp.sum((label > 0) & drawn, axis=1), jnp.sum((label <= 0) & drawn, axis=1)

@@ -1,0 +1,139 @@
+"""Which prompts deserve more rollouts: those whose mean reward another sample would pin down most."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from scipy.special import stdtrit
+
+from jaxrl_llm.statistics import group_leader, group_size, group_std
+
+
+def reward_half_width(
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, confidence: float = 0.95
+) -> Float[Array, "B"]:
+    """Half-width of the confidence interval of the mean reward of the row's group.
+
+        h(n) = t * s / sqrt(n)    with s the unbiased deviation and t the Student quantile of n - 1 degrees of freedom
+
+    0 for groups of one and groups of equal rewards.
+
+    Args:
+      rewards: total reward of each row.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      confidence: of the interval.
+
+    Returns:
+      One number a row, in units of reward.
+
+    Raises:
+      ValueError: for a confidence outside (0, 1).
+
+    Reference: XRPO (2510.06672).
+    Certainty: reconstructed
+    """
+    factors = _interval_factors(len(group), confidence)
+    return jnp.where(weight > 0, factors[group_size(group, weight)] * group_std(rewards, group, weight), 0.0)
+
+
+def rollout_priority(
+    rewards: Float[Array, "B"],
+    group: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    *,
+    confidence: float = 0.95,
+    exploration: float = 0.0,
+) -> Float[Array, "B"]:
+    """How much one more rollout of the row's prompt is expected to teach.
+
+        h(n) - h(n + 1) + exploration * sqrt(log(1 + N) / n)
+
+    with h as in `reward_half_width` at the same deviation, n the rollouts of the prompt and N those of all prompts. The
+    form of the exploration term is second-hand and its constant unknown.
+
+    Args:
+      rewards: total reward of each row.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      confidence: of the interval.
+      exploration: weight of the bonus for prompts with few rollouts.
+
+    Returns:
+      One number a row, the same along a group; 0 in absent rows.
+
+    Raises:
+      ValueError: for a confidence outside (0, 1) or a negative exploration.
+
+    Reference: XRPO (2510.06672).
+    Certainty: reconstructed
+    """
+    deviation, counts = group_std(rewards, group, weight), group_size(group, weight)
+    factors = _interval_factors(len(group), confidence)
+    priority = _priority(deviation, counts, (weight > 0).sum(), factors, exploration)
+    return jnp.where(weight > 0, priority, 0.0)
+
+
+def next_rollouts(
+    rewards: Float[Array, "B"],
+    group: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    *,
+    rollouts: int,
+    confidence: float = 0.95,
+    exploration: float = 0.0,
+) -> Int[Array, "B"]:
+    """How many of the next `rollouts` go to each prompt: one after the other to the largest `rollout_priority`.
+
+    Each rollout that is given counts in the next comparison, at an unchanged deviation. Without exploration prompts of
+    equal rewards get none, unless all prompts are such; ties go to the first.
+
+    Args:
+      rewards: total reward of each row.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      rollouts: rollouts of the next round.
+      confidence: of the interval.
+      exploration: weight of the bonus for prompts with few rollouts.
+
+    Returns:
+      The number of a group on its first row that is present, 0 elsewhere. They add up to `rollouts`.
+
+    Raises:
+      ValueError: for a negative number of rollouts or exploration, or a confidence outside (0, 1).
+
+    Reference: XRPO (2510.06672).
+    Certainty: reconstructed
+    """
+    if rollouts < 0:
+        raise ValueError(f"rollouts is {rollouts}; it is the size of the next round and must be at least 0")
+    leaders = group_leader(group, weight) > 0
+    deviation, counts = group_std(rewards, group, weight), group_size(group, weight)
+    factors = _interval_factors(len(group) + rollouts, confidence)
+
+    def give(given, _):
+        total = (weight > 0).sum() + given.sum()
+        priority = _priority(deviation, counts + given, total, factors, exploration)
+        chosen = jnp.argmax(jnp.where(leaders, priority, -jnp.inf))
+        return given.at[chosen].add(jnp.any(leaders).astype(given.dtype)), None
+
+    return jax.lax.scan(give, jnp.zeros(len(group), jnp.int32), length=rollouts)[0]
+
+
+def _priority(deviation, counts, total, factors, exploration):
+    if exploration < 0:
+        raise ValueError(f"exploration is {exploration}; it is the weight of a bonus and must be at least 0")
+    drop = deviation * (factors[counts] - factors[counts + 1])
+    bonus = jnp.sqrt(jnp.log1p(total.astype(jnp.float32)) / jnp.maximum(counts, 1))
+    return drop + exploration * bonus
+
+
+def _interval_factors(most: int, confidence: float) -> Float[Array, "N"]:
+    """t / sqrt(n) for n = 0 .. most + 1; 0 for n < 2, where there is no deviation."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; it is a probability and must lie between 0 and 1")
+    n = np.arange(2, most + 2)
+    factors = stdtrit(n - 1, (1 + confidence) / 2) / np.sqrt(n)
+    return jnp.asarray(np.concatenate([[0.0, 0.0], factors]), jnp.float32)

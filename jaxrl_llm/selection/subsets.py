@@ -1,0 +1,296 @@
+"""Which samples of a prompt are trained on: credit functions that return a new `weight`.
+
+They come after the advantages, which compare all samples. Where a choice is random, the random number of a row is
+addressed by step, prompt and sample, so it does not depend on where the row stands in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.statistics import group_max, group_mean, group_min, group_rank, group_size
+
+RankRule = Literal["best_worst", "best_random", "best"]
+BatchRule = Literal["max_min", "max_random", "power"]
+Side = Literal["negatives", "both"]
+
+
+def row_uniforms(step: Int[Array, ""] | int, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Float[Array, "B"]:
+    """A random number in [0, 1) for each row, the same wherever and whenever it is asked for."""
+    at_step = jax.random.fold_in(jax.random.key(0), step)
+    draw = lambda p, s: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(at_step, p), s))  # noqa: E731
+    return jax.vmap(draw)(prompt_id, sample)
+
+
+def extreme_samples(
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, rule: RankRule = "best_worst"
+) -> Float[Array, "B"]:
+    """Weights that keep the samples of a group whose reward is reliable: PF-PPO.
+
+        best_worst    1 for the best and for the worst, 0 for the others
+        best_random   1 for the best, 1 / (G - 1) for each of the others: the mean of drawing one of them
+        best          1 for the best
+
+    A reward model errs less at the ends of its range. Of equal rewards the first row is the best, the last the worst.
+
+    Args:
+      rewards: total reward of each row.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      rule: which samples are kept.
+
+    Returns:
+      The new weight of each row.
+
+    Raises:
+      ValueError: for an unknown rule.
+
+    Reference: PF-PPO (2409.06957).
+    Certainty: verified
+    """
+    best, worst = _best(rewards, group, weight), _worst(rewards, group, weight)
+    match rule:
+        case "best_worst":
+            share = (best | worst).astype(jnp.float32)
+        case "best_random":
+            share = jnp.where(best, 1.0, 1.0 / jnp.maximum(group_size(group, weight) - 1, 1))
+        case "best":
+            share = best.astype(jnp.float32)
+        case _:
+            raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(get_args(RankRule))}")
+    return _scaled(weight, share)
+
+
+def best_and_random(
+    rewards: Float[Array, "B"],
+    group: Int[Array, "B"],
+    prompt_id: Int[Array, "B"],
+    sample: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    step: Int[Array, ""],
+) -> Float[Array, "B"]:
+    """Weights that keep the best sample of a group and one other, drawn at random: PF-PPO as released.
+
+    Args:
+      rewards: total reward of each row.
+      group: id of the group each row belongs to.
+      prompt_id: id of the prompt in its data set.
+      sample: number of the sample within its group.
+      weight: weight of each row; 0 is absent.
+      step: updates made so far.
+
+    Returns:
+      The new weight of each row.
+
+    Reference: PF-PPO (2409.06957).
+    Certainty: verified
+    """
+    best = _best(rewards, group, weight)
+    others = (weight > 0) & ~best
+    drawn = _first_of(others, row_uniforms(step, prompt_id, sample), group, 1)
+    return _scaled(weight, (best | drawn).astype(jnp.float32))
+
+
+def extreme_rewards(
+    rewards: Float[Array, "B"], weight: Float[Array, "B"], *, rule: BatchRule = "max_min", exponent: float = 2.0
+) -> Float[Array, "B"]:
+    """Weights by where a reward stands in the whole batch: the filter that verl calls PF-PPO.
+
+        max_min      1 where the reward equals the largest or the smallest of the batch, else 0
+        max_random   0.4 where it equals the largest, else 0.1
+        power        |reward| ** exponent
+
+    plus 1e-8. verl then draws a batch with replacement in these proportions (`resampled`); without it the weights stand
+    in every average as they are, which is the mean over such draws.
+
+    Args:
+      rewards: total reward of each row.
+      weight: weight of each row; 0 is absent.
+      rule: how rewards become weights.
+      exponent: of the rule power.
+
+    Returns:
+      The new weight of each row.
+
+    Raises:
+      ValueError: for an unknown rule or a negative exponent.
+
+    Reference: PF-PPO (2409.06957) as ported by verl.
+    Certainty: verified
+    """
+    chex.assert_rank([rewards, weight], 1)
+    if exponent < 0:
+        raise ValueError(f"exponent is {exponent}; large rewards would count least; it must be at least 0")
+    batch = jnp.zeros(rewards.shape, jnp.int32)
+    rewards = rewards.astype(jnp.float32)
+    top, bottom = rewards == group_max(rewards, batch, weight), rewards == group_min(rewards, batch, weight)
+    match rule:
+        case "max_min":
+            share = (top | bottom).astype(jnp.float32)
+        case "max_random":
+            share = jnp.where(top, 0.4, 0.1)
+        case "power":
+            share = jnp.abs(rewards) ** exponent
+        case _:
+            raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(get_args(BatchRule))}")
+    return _scaled(weight, share + 1e-8)
+
+
+def resampled(weight: Float[Array, "B"], step: Int[Array, ""], *, seed: int = 0) -> Float[Array, "B"]:
+    """How often each row is drawn when as many rows as are present are drawn with replacement, by their weights.
+
+    Args:
+      weight: weight of each row; 0 is absent.
+      step: updates made so far; every step has its own draw.
+      seed: of the draws.
+
+    Returns:
+      The new weight of each row, a whole number.
+
+    Reference: PF-PPO (2409.06957) as ported by verl.
+    Certainty: verified
+    """
+    chex.assert_rank(weight, 1)
+    weight = weight.astype(jnp.float32)
+    rows = weight.shape[0]
+    logits = jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1.0)), -jnp.inf)
+    logits = jnp.where(jnp.any(weight > 0), logits, 0.0)
+    drawn = jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), logits, shape=(rows,))
+    counted = (jnp.arange(rows) < (weight > 0).sum()).astype(jnp.float32)
+    return jnp.zeros(rows, jnp.float32).at[drawn].add(counted)
+
+
+def one_success_one_failure(
+    correct: Float[Array, "B"],
+    group: Int[Array, "B"],
+    prompt_id: Int[Array, "B"],
+    sample: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    step: Int[Array, ""],
+) -> Float[Array, "B"]:
+    """Weights that keep one right and one wrong answer of each group, drawn at random; groups of one kind go.
+
+    Args:
+      correct: 1 for a right answer, 0 for a wrong one.
+      group: id of the group each row belongs to.
+      prompt_id: id of the prompt in its data set.
+      sample: number of the sample within its group.
+      weight: weight of each row; 0 is absent.
+      step: updates made so far.
+
+    Returns:
+      The new weight of each row.
+
+    Reference: OREAL (2502.06781).
+    Certainty: verified
+    """
+    right, wrong = (weight > 0) & (correct > 0), (weight > 0) & (correct <= 0)
+    uniforms = row_uniforms(step, prompt_id, sample)
+    drawn = _first_of(right, uniforms, group, 1) | _first_of(wrong, uniforms, group, 1)
+    both = (_count(right, group) > 0) & (_count(wrong, group) > 0)
+    return _scaled(weight, (drawn & both).astype(jnp.float32))
+
+
+def balanced_groups(
+    rewards: Float[Array, "B"],
+    group: Int[Array, "B"],
+    prompt_id: Int[Array, "B"],
+    sample: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    step: Int[Array, ""],
+    *,
+    drop: Side = "negatives",
+) -> Float[Array, "B"]:
+    """Weights without the surplus of bad answers over good ones in each group, dropped at random.
+
+    Good is a reward of at least the group's mean. Groups of one kind stay as they are. Unlike other choices of samples
+    this one comes before the advantages, whose mean is that of the rows kept.
+
+    Args:
+      rewards: total reward of each row.
+      group: id of the group each row belongs to.
+      prompt_id: id of the prompt in its data set.
+      sample: number of the sample within its group.
+      weight: weight of each row; 0 is absent.
+      step: updates made so far.
+      drop: 'negatives' drops a surplus of bad answers, 'both' one of good answers as well.
+
+    Returns:
+      The new weight of each row.
+
+    Raises:
+      ValueError: for an unknown side.
+
+    Reference: Group-relative REINFORCE off-policy (2509.24203).
+    Certainty: verified
+    """
+    if drop not in get_args(Side):
+        raise ValueError(f"drop is {drop!r}; it must be one of {', '.join(get_args(Side))}")
+    good = (weight > 0) & (rewards.astype(jnp.float32) >= group_mean(rewards, group, weight))
+    bad = (weight > 0) & ~good
+    uniforms = row_uniforms(step, prompt_id, sample)
+    goods, bads = _count(good, group), _count(bad, group)
+    kept = _first_of(bad, uniforms, group, goods) | good
+    if drop == "both":
+        kept = _first_of(bad, uniforms, group, goods) | _first_of(good, uniforms, group, bads)
+    one_kind = (goods == 0) | (bads == 0)
+    return _scaled(weight, (kept | one_kind).astype(jnp.float32))
+
+
+def squared_correlation(
+    rewards: Float[Array, "B"], true_rewards: Float[Array, "B"], weight: Float[Array, "B"]
+) -> Float[Array, ""]:
+    """R^2 between two rewards over the rows kept; PF-PPO takes the rule of `extreme_samples` for which it is largest.
+
+    Args:
+      rewards: reward that training sees.
+      true_rewards: score that it stands for.
+      weight: weight of each row; 0 is absent.
+
+    Returns:
+      A number in [0, 1]; 0 where one of the two is constant.
+
+    Reference: PF-PPO (2409.06957).
+    Certainty: verified
+    """
+    chex.assert_rank([rewards, true_rewards, weight], 1)
+    batch = jnp.zeros(rewards.shape, jnp.int32)
+    weights = jnp.where(weight > 0, weight.astype(jnp.float32), 0.0)
+    x, y = (
+        jnp.where(weights > 0, r.astype(jnp.float32) - group_mean(r, batch, weights), 0.0)
+        for r in (rewards, true_rewards)
+    )
+    product, xx, yy = (weights * x * y).sum(), (weights * x * x).sum(), (weights * y * y).sum()
+    return jnp.where(xx * yy > 0, product**2 / jnp.where(xx * yy > 0, xx * yy, 1.0), 0.0)
+
+
+def _best(rewards: Array, group: Array, weight: Array) -> Bool[Array, "B"]:
+    rows = jnp.arange(len(group))
+    candidate = (weight > 0) & (rewards.astype(jnp.float32) == group_max(rewards, group, weight))
+    first = jax.ops.segment_min(jnp.where(candidate, rows, len(group)), group, num_segments=len(group))
+    return rows == first[group]
+
+
+def _worst(rewards: Array, group: Array, weight: Array) -> Bool[Array, "B"]:
+    rows = jnp.arange(len(group))
+    candidate = (weight > 0) & (rewards.astype(jnp.float32) == group_min(rewards, group, weight))
+    last = jax.ops.segment_max(jnp.where(candidate, rows, -1), group, num_segments=len(group))
+    return rows == last[group]
+
+
+def _first_of(among: Array, uniforms: Array, group: Array, count: Array | int) -> Bool[Array, "B"]:
+    """The `count` rows of smallest random number among the given rows of each group."""
+    return among & (group_rank(uniforms, group, among.astype(jnp.float32)) < count)
+
+
+def _count(rows: Array, group: Array) -> Int[Array, "B"]:
+    return group_size(group, rows.astype(jnp.float32))
+
+
+def _scaled(weight: Array, share: Array) -> Float[Array, "B"]:
+    return jnp.where(weight > 0, weight.astype(jnp.float32) * share, 0.0)

@@ -1,0 +1,28 @@
+"""Weights of reward components."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.rewards import weighted_sum
+
+
+def test_weighted_sum():
+    components = jnp.asarray([[1.0, 0.5], [0.0, 1.0]])
+    np.testing.assert_allclose(weighted_sum(components, weights=(1.0, 0.2)), [1.1, 0.2], rtol=1e-6)
+
+
+def test_a_component_of_weight_zero_changes_nothing():
+    components = jnp.asarray([[1.0, jnp.nan], [0.0, jnp.inf]])
+    assert weighted_sum(components, weights=(2.0, 0.0)).tolist() == [2.0, 0.0]
+
+
+def test_statistics_are_float32_for_bfloat16_input():
+    assert weighted_sum(jnp.ones((2, 1), jnp.bfloat16), weights=(0.1,)).dtype == jnp.float32
+
+
+def test_one_weight_a_component():
+    with pytest.raises(ValueError, match="2 reward components"):
+        weighted_sum(jnp.ones((2, 2)), weights=(1.0,))
