@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -705,7 +705,8 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
             raise ConfigError(f"config key {prefix}{key} (value {value!r}) does not exist; {hint}")
-        section = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
+        kinds = () if get_origin(hints[key]) is dict else (hints[key], *get_args(hints[key]))
+        section = next((t for t in kinds if is_dataclass(t)), None)
         if prefix == "" and key == "model" and isinstance(value, dict):
             section = _MODEL_KINDS[_model_kind(value)]
         if section is not None and value is not None:
