@@ -5,7 +5,7 @@ They join after credit, so no reward statistic sees them, as whole groups at the
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,7 +179,7 @@ def demonstrations(batch: Any) -> Experience:
     )
 
 
-def empty_store(replay: Replay, samples_per_prompt: int, width: int, names: Collection[str]) -> Experience:
+def empty_store(replay: Replay, samples_per_prompt: int, width: int, names: Mapping[str, str]) -> Experience:
     """The replay store before the first step; every array is its own buffer.
 
     Args:
@@ -191,7 +191,7 @@ def empty_store(replay: Replay, samples_per_prompt: int, width: int, names: Coll
     rows = replay.batches * replay.prompts_per_step * samples_per_prompt
     empty = empty_rows(rows, replay.max_prompt_tokens, replay.max_answer_tokens, width)
     shapes = {"row": (rows,), "token": (rows, width)}
-    kept = {name: jnp.zeros(shapes[kind], jnp.float32) for name, kind in dict(names).items()}  # type: ignore[arg-type]
+    kept = {name: jnp.zeros(shapes[kind], jnp.float32) for name, kind in names.items()}
     return jax.tree.map(jnp.copy, empty.filled(**kept))
 
 
@@ -260,3 +260,25 @@ def check_widths(sampled: Experience, written: Experience) -> None:
                 f"the written rows have {name} of width {there}, the sampled ones of width {here}; write rows with the "
                 "rollout.max_prompt_tokens and rollout.max_completion_tokens of the run"
             )
+
+
+def minibatch_rows(key: Array, epochs: int, cuts: int, groups: Sequence[int], samples: int) -> Array:
+    """Row numbers [updates, rows]: each epoch visits the groups in a new order, cut into minibatches.
+
+    Args:
+      key: random key of this step.
+      epochs, cuts: passes over the batch, and minibatches of each.
+      groups: sizes of the parts of a batch, such as sampled and written groups; every minibatch has its share of each.
+      samples: rows of a group.
+    """
+    parts, first = [], 0
+    for index, count in enumerate(groups):
+        if cuts == 1:
+            order = jnp.tile(jnp.arange(count), (epochs, 1))
+        else:
+            keys = jax.random.split(jax.random.fold_in(key, index) if index else key, epochs)
+            order = jax.vmap(lambda k: jax.random.permutation(k, count))(keys)  # noqa: B023
+        parts.append((first + order).reshape(epochs * cuts, -1))
+        first += count
+    rows = jnp.concatenate(parts, axis=1)[..., None] * samples + jnp.arange(samples)
+    return rows.reshape(epochs * cuts, -1)

@@ -55,7 +55,7 @@ def engine_rows(
     prompts: Prompts,
     *,
     samples_per_prompt: int,
-    first_sample: int = 0,
+    first_sample: Any = 0,
     **sizes: Any,
 ) -> Experience:
     """Rows on the host: weights handed over where that is due, and the engine probed once.

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.experience import FACTS, Experience, Prompts, TrainState
-from jaxrl_llm.fields import FIELDS, provided_by, signature
+from jaxrl_llm.fields import FIELDS, provided_by
 from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rows import written_rows
 from jaxrl_llm.run.prompt_lengths import width_shares
 from jaxrl_llm.run.setup import Parts, prompts_handed
+from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY, abstract_like, trainable_part

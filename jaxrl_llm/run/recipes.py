@@ -19,7 +19,8 @@ from typing import Any
 import pydantic
 
 from jaxrl_llm import advantages, losses, rewards, schedules, selection
-from jaxrl_llm.fields import nearest, signature
+from jaxrl_llm.fields import nearest
+from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.composition import Fill, LossTerm, Reward
 
 CREDIT_ROOMS = (advantages, selection, rewards, losses)

@@ -133,7 +133,7 @@ class Run:
         self.directory.sync()
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
-        kept = state.replace(networks=checkpoints.written_networks(self.parts, state))
+        kept = replace(state, networks=checkpoints.written_networks(self.parts, state))
         checkpoints.save(self.manager, global_step, kept, self.meta, trained=self.parts.model.trained)
 
     def placed(self, rows: Any) -> Any:

@@ -143,8 +143,8 @@ def _run(
             kept = checkpoints.written_networks(stage.parts, state)
             folder, trained = config.directory / "checkpoints", stage.parts.model.trained
             assert newest is not None
-            restored = checkpoints.restore(folder, newest, state.replace(networks=kept), trained=trained)
-            state = restored.replace(networks={**state.networks, **restored.networks})
+            restored = checkpoints.restore(folder, newest, replace(state, networks=kept), trained=trained)
+            state = replace(restored, networks={**state.networks, **restored.networks})
             newest = None
         elif stage.first_saved:
             run.save(run.meta["steps_before"], stage.name, state)
@@ -173,7 +173,8 @@ def _before(stages: Sequence[Stage], key: Any) -> TrainState | None:
     for stage in stages:
         given = _carried(stage.parts, state)
         shapes = jax.eval_shape(lambda k, g, s=stage: s.parts.step.init(k, None, g), key, given)
-        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.replace(key=jnp.zeros(()))).replace(key=key)
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), replace(shapes, key=jnp.zeros(())))
+        state = replace(state, key=key)
     return state
 
 

@@ -1,6 +1,7 @@
 """The step: collect, fill, learn."""
 
-from jaxrl_llm.training.composition import Fill, LossTerm, Resources, Reward, Rollout, Update
+from jaxrl_llm.rollout.sampled import Rollout
+from jaxrl_llm.training.composition import Fill, LossTerm, Resources, Reward, Update
 from jaxrl_llm.training.networks import Network, Placement
 from jaxrl_llm.training.step import TrainStep, make_train_step
 

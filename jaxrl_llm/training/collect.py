@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
-from jaxrl_llm.fields import kind_of, required
+from jaxrl_llm.fields import kind_of
 from jaxrl_llm.parallel.rules import constrain_rows, decoding, laid_out, layout
 from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
 from jaxrl_llm.rollout.environment_checks import require_environment
@@ -23,9 +23,12 @@ from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
 from jaxrl_llm.rollout.host_turns import HostTurns, host_generate_turns, host_turns, host_turns_shapes
 from jaxrl_llm.rollout.plans import Request
 from jaxrl_llm.rollout.plans.plan import concatenated, request_rows
+from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rollout.turns import generate_turns
 from jaxrl_llm.rows import check_widths, empty_store, joined, remembered, replayed
-from jaxrl_llm.training.composition import Composition, Rollout, checked_split
+from jaxrl_llm.signatures import required
+from jaxrl_llm.training.checks import checked_split
+from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.segments import Host, Repeat, Traced, Work
 
 PLAN, SELECTION = "rollout:plan", "selection"

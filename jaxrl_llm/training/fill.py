@@ -1,4 +1,4 @@
-"""Fill: the named arrays that rewards, credit and networks add to rows, in order, as parts of a step."""
+"""Fill: the named arrays that rewards, credit and networks add to rows, in order, as parts of a step; coefficients."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, Method, TrainState
-from jaxrl_llm.fields import FIELDS, call, check_shape, kind_of, names, required, signature
+from jaxrl_llm.fields import FIELDS, check_shape, kind_of
 from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.rewards import weighted_sum
-from jaxrl_llm.training.composition import Composition, Fill, Reward, available_before_rewards
+from jaxrl_llm.schedules import gradient_alignment
+from jaxrl_llm.signatures import call, required, signature
+from jaxrl_llm.training.checks import available_before_rewards
+from jaxrl_llm.training.composition import Composition, Fill, LossTerm, Reward
+from jaxrl_llm.training.learn import Objective, parts_of
+from jaxrl_llm.training.networks import POLICY
 from jaxrl_llm.training.reading import reading_part
 from jaxrl_llm.training.scores import over_vocabulary, viewed
 from jaxrl_llm.training.segments import Traced, Work
@@ -196,4 +201,56 @@ def _absent_rows(state: TrainState, work: Work) -> Work:
     return {"rows": rows}
 
 
-__all__ = ["credit_parts", "names", "reward_parts"]
+# ---- coefficients ---------------------------------------------------------------------------------------------------
+
+
+def measured_alignment(c: Composition, state: TrainState, batch: Experience) -> Array:
+    """`alignment` at every so many steps, 0 at the others."""
+    due = state.step % c.update.alignment_every_steps == 0
+    return jax.lax.cond(due, partial(alignment, c), lambda state, batch: jnp.float32(0.0), state, batch)
+
+
+def alignment(c: Composition, state: TrainState, experience: Experience) -> Array:
+    """`losses.gradient_alignment` of this batch: whether losses on written rows would lower a held-out loss faster.
+
+    The held-out loss is that of the losses on written rows on the rows that `validation` marks, whose weight is
+    otherwise 0.
+    """
+    supervised = tuple(t for t in c.losses if t.on_written)
+    others = tuple(t for t in c.losses if not t.on_written)
+    all_parts = parts_of(c, state)
+
+    def policy_gradient(terms: tuple[LossTerm, ...], rows: Experience) -> PyTree:
+        objective = Objective(c, terms)
+        fixed = {name: part for name, part in all_parts.items() if name != POLICY}
+        factors = [jnp.float32(1.0 if t.coefficient_changes else t.coefficient) for t in terms]
+
+        def value(part: PyTree) -> Array:
+            trained = {POLICY: part} | fixed
+            return objective.value(trained, state, rows, objective.denominators(rows), factors)[0]
+
+        return jax.grad(value)(all_parts[POLICY])
+
+    held_out = replace(experience, weight=experience["validation"])
+    return gradient_alignment(
+        policy_gradient(supervised, held_out),
+        policy_gradient(supervised, experience),
+        policy_gradient(others, experience),
+        learning_rate=c.update.alignment_learning_rate,
+    )
+
+
+def coefficients(
+    c: Composition, rows: Experience, metrics: dict[str, Array], memory: dict[str, Any], step: Array
+) -> tuple[list[Array], dict[str, Any]]:
+    """The factor of each loss in this step, and the memory of those that remember something."""
+    provided = rows.known() | metrics | {"step": step}
+    values, memory = [], dict(memory)
+    for term in c.losses:
+        value = term.coefficient
+        if isinstance(value, Method):
+            value, memory[term.memory_name] = call(value, provided, memory[term.memory_name])
+        elif callable(value):
+            value = call(value, provided)
+        values.append(jnp.asarray(value, jnp.float32))
+    return values, memory

@@ -6,7 +6,7 @@ before the first microbatch is differentiated, and the gradient is the same howe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,41 +16,33 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxrl_llm.experience import Experience, KeyUse, Loss, Method, NetworkState, Source, TrainState
-from jaxrl_llm.fields import Score, call, names, required
+from jaxrl_llm.experience import Experience, KeyUse, Loss, NetworkState, TrainState
+from jaxrl_llm.fields import Score
 from jaxrl_llm.models.logprobs import token_statistics
-from jaxrl_llm.parallel.rules import constrain_rows
+from jaxrl_llm.parallel.rules import constrain_rows, laid_out
 from jaxrl_llm.parallel.shardings import constrained_like
 from jaxrl_llm.rollout.hidden_states import observed_hidden
-from jaxrl_llm.schedules import gradient_alignment
+from jaxrl_llm.rows import minibatch_rows
+from jaxrl_llm.signatures import call, names, required
+from jaxrl_llm.training.collect import PLAN, SELECTION, first_choices, first_store
 from jaxrl_llm.training.composition import Composition, LossTerm
-from jaxrl_llm.training.networks import POLICY, current, frozen_part, trainable_part, whole
+from jaxrl_llm.training.metrics import drift_of, learn_metrics
+from jaxrl_llm.training.networks import (
+    GIVEN,
+    POLICY,
+    current,
+    frozen_part,
+    in_device_memory,
+    initial_networks,
+    parameter_shardings,
+    placed_state,
+    trainable_part,
+    whole,
+)
 from jaxrl_llm.training.scores import Plain, of_head, sequences
 
 # What the routers of a mixture of experts did, for each token of prompt and completion.
 ROUTER = ("router_choices", "router_probabilities")
-
-
-def minibatch_rows(key: Array, epochs: int, cuts: int, groups: Sequence[int], samples: int) -> Array:
-    """Row numbers [updates, rows]: each epoch visits the groups in a new order, cut into minibatches.
-
-    Args:
-      key: random key of this step.
-      epochs, cuts: passes over the batch, and minibatches of each.
-      groups: sizes of the parts of a batch, such as sampled and written groups; every minibatch has its share of each.
-      samples: rows of a group.
-    """
-    parts, first = [], 0
-    for index, count in enumerate(groups):
-        if cuts == 1:
-            order = jnp.tile(jnp.arange(count), (epochs, 1))
-        else:
-            keys = jax.random.split(jax.random.fold_in(key, index) if index else key, epochs)
-            order = jax.vmap(lambda k: jax.random.permutation(k, count))(keys)  # noqa: B023
-        parts.append((first + order).reshape(epochs * cuts, -1))
-        first += count
-    rows = jnp.concatenate(parts, axis=1)[..., None] * samples + jnp.arange(samples)
-    return rows.reshape(epochs * cuts, -1)
 
 
 @dataclass(frozen=True)
@@ -145,7 +137,7 @@ class Objective:
         sums["loss"] = (total, 0.0)
         for term, loss in zip(self.losses, parts, strict=True):
             sums |= {f"{name}/{term.name}": pair for name, pair in loss.metrics.items()}
-        drift = ({}, {}) if statistics is None or c.rollout is None else _drift(statistics.logprobs, rows)
+        drift = ({}, {}) if statistics is None or c.rollout is None else drift_of(statistics.logprobs, rows)
         return jnp.asarray(total), (sums, drift)
 
     def _of_policy(self, policy: PyTree, state: TrainState, rows: Experience) -> Any:
@@ -280,7 +272,7 @@ def make_learn(c: Composition) -> Callable[..., tuple[TrainState, dict[str, Arra
             logged = jax.tree.map(lambda x: jnp.asarray(x)[None], logged)
         else:
             carry, logged = jax.lax.scan(one_update, carry, order)
-        return _learned(c, state, *carry), _learn_metrics(*logged)
+        return _learned(c, state, *carry), learn_metrics(*logged)
 
     return learn
 
@@ -347,58 +339,6 @@ def _learned(c: Composition, state: TrainState, trained: PyTree, optimizer_state
     return replace(state, networks=after, step=state.step + 1)
 
 
-def measured_alignment(c: Composition, state: TrainState, batch: Experience) -> Array:
-    """`alignment` at every so many steps, 0 at the others."""
-    due = state.step % c.update.alignment_every_steps == 0
-    return jax.lax.cond(due, partial(alignment, c), lambda state, batch: jnp.float32(0.0), state, batch)
-
-
-def alignment(c: Composition, state: TrainState, experience: Experience) -> Array:
-    """`losses.gradient_alignment` of this batch: whether losses on written rows would lower a held-out loss faster.
-
-    The held-out loss is that of the losses on written rows on the rows that `validation` marks, whose weight is
-    otherwise 0.
-    """
-    supervised = tuple(t for t in c.losses if t.on_written)
-    others = tuple(t for t in c.losses if not t.on_written)
-    all_parts = parts_of(c, state)
-
-    def policy_gradient(terms: tuple[LossTerm, ...], rows: Experience) -> PyTree:
-        objective = Objective(c, terms)
-        fixed = {name: part for name, part in all_parts.items() if name != POLICY}
-        factors = [jnp.float32(1.0 if t.coefficient_changes else t.coefficient) for t in terms]
-
-        def value(part: PyTree) -> Array:
-            trained = {POLICY: part} | fixed
-            return objective.value(trained, state, rows, objective.denominators(rows), factors)[0]
-
-        return jax.grad(value)(all_parts[POLICY])
-
-    held_out = replace(experience, weight=experience["validation"])
-    return gradient_alignment(
-        policy_gradient(supervised, held_out),
-        policy_gradient(supervised, experience),
-        policy_gradient(others, experience),
-        learning_rate=c.update.alignment_learning_rate,
-    )
-
-
-def coefficients(
-    c: Composition, rows: Experience, metrics: dict[str, Array], memory: dict[str, Any], step: Array
-) -> tuple[list[Array], dict[str, Any]]:
-    """The factor of each loss in this step, and the memory of those that remember something."""
-    provided = rows.known() | metrics | {"step": step}
-    values, memory = [], dict(memory)
-    for term in c.losses:
-        value = term.coefficient
-        if isinstance(value, Method):
-            value, memory[term.memory_name] = call(value, provided, memory[term.memory_name])
-        elif callable(value):
-            value = call(value, provided)
-        values.append(jnp.asarray(value, jnp.float32))
-    return values, memory
-
-
 def _chosen(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
@@ -407,30 +347,67 @@ def _norm(tree: PyTree) -> Array:
     return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
 
 
-def _drift(logprobs: Array, rows: Experience) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:
-    """How far the policy is from the one that sampled: peaks, and (sum, count) pairs over sampled tokens."""
-    counted = rows.mask * (rows.weight[:, None] > 0) * (rows.source == Source.SAMPLED)
-    if "extra" in rows:  # drawn at another temperature
-        counted = counted * ~rows["extra"].astype(bool)[:, None]
-    gap = jnp.where(counted > 0, jax.lax.stop_gradient(logprobs) - rows.behaviour_logprobs, 0.0)
-    clipped = jnp.clip(gap, -20.0, 20.0)
-    count = counted.sum()
-    peaks = {"gap": jnp.abs(gap).max(), "ratio": jnp.exp(clipped).max()}
-    return peaks, {"gap": (jnp.abs(gap).sum(), count), "kl": ((jnp.exp(clipped) - 1.0 - clipped).sum(), count)}
+# ---- the state ------------------------------------------------------------------------------------------------------
 
 
-def _learn_metrics(sums, peaks, drift) -> dict[str, Array]:
-    """Average each logged pair over updates. The sampler gap is that of the first update, before anything changed."""
-    metrics = {}
-    for name, (total, count) in sums.items():
-        # Pairs without a count were divided already; they are averaged over updates.
-        per_update = jnp.where(count == 0, total, total / jnp.where(count == 0, 1.0, count))
-        metrics[name] = per_update.mean()
-    if not drift:
-        return metrics
-    safe = lambda pair, i: pair[0][i] / jnp.maximum(pair[1][i], 1.0)  # noqa: E731
-    metrics["sampler_gap_max"] = peaks["gap"][0]
-    metrics["sampler_gap_mean"] = safe(drift["gap"], 0)
-    metrics["ratio_max"] = peaks["ratio"].max()
-    metrics["kl_update"] = safe(drift["kl"], -1)
-    return metrics
+def initial_state(
+    c: Composition, key: Array, params: PyTree | None = None, given: Mapping[str, PyTree] | None = None
+) -> TrainState:
+    """A fresh state. Everything is copied, so the caller's arrays stay usable after the state is donated."""
+    memory = {name: method.init() for name, method in c.stateful.items()}
+    if c.rollout is not None and (of_plan := c.plan.memory()) is not None:
+        memory[PLAN] = of_plan
+    if c.rollout is not None and c.rollout.selection is not None:
+        memory[SELECTION] = first_choices(c, key)
+    return TrainState(
+        networks=initial_networks(c.model, c.optimizer, c.networks, key, params, given or {}),
+        # A method may use one zero array twice, and donation wants every buffer once.
+        memory=jax.tree.map(jnp.copy, memory),
+        key=jnp.copy(key),
+        step=jnp.int32(0),
+        store=first_store(c),
+    )
+
+
+def initialiser(c: Composition) -> tuple[Callable[..., TrainState], Composition]:
+    """(`initial_state` as a compiled function of (key, params, networks), the composition with where its state lies)."""
+    place = c.resources.placement
+    if place.mesh is None:
+        return jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules)), c
+    models = {POLICY: c.model} | {name: one.model for name, one in c.networks.items() if one.model is not None}
+    state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, _given_shapes(c))
+    placed = placed_state(models, state, place.mesh, place.rules, offload=place.offload)
+    c = replace(c, placed=placed)
+    return _initial_on_mesh(c), c
+
+
+def in_use(c: Composition, state: TrainState) -> TrainState:
+    """The state with what the update reads of it on the devices."""
+    reference, read = c.networks.get("reference"), {"optimizer"}
+    if reference is not None and (reference.moves or "over_vocabulary" in c.named):
+        read |= {"reference"}
+    return in_device_memory(state, c.placed, c.resources.placement.offload & read)
+
+
+def _given_shapes(c: Composition) -> dict[str, PyTree]:
+    """Shapes of parameters that the caller has to give."""
+    return {
+        name: jax.eval_shape(one.model.init, jax.random.key(0))
+        for name, one in c.networks.items()
+        if one.origin == GIVEN and one.model is not None and one.head is None
+    }
+
+
+def _initial_on_mesh(c: Composition) -> Callable[..., TrainState]:
+    """`initial_state`, every array made where it will lie: no device ever holds the whole of it."""
+    place = c.resources.placement
+    assert place.mesh is not None
+    on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), c.placed)
+    program = jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules), out_shardings=on_device)
+    lies = parameter_shardings(c.model, place.mesh, place.rules)
+
+    def init(key: Array, params: PyTree | None = None, networks: Mapping[str, PyTree] | None = None) -> TrainState:
+        state = program(key, None if params is None else jax.device_put(params, lies), networks)
+        return jax.tree.map(lambda x, s: jax.device_put(x, s) if s.memory_kind == "pinned_host" else x, state, c.placed)
+
+    return init

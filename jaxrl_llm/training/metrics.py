@@ -1,4 +1,4 @@
-"""What a batch of experience says about itself: the numbers of every step. A name says what it averages over."""
+"""What a batch of experience says about itself. A name says what it averages over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.experience import Experience, TrainState
+from jaxrl_llm.experience import Experience, Source, TrainState
 from jaxrl_llm.rollout.turns import metrics_of
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.segments import Work
@@ -102,3 +102,32 @@ def engine_metrics(rows: Experience) -> dict[str, Array]:
         "engine_gap_mean": gap.sum() / jnp.maximum(counted.sum(), 1),
         "staleness_steps": rows["staleness"].mean(),
     }
+
+
+def drift_of(logprobs: Array, rows: Experience) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:
+    """How far the policy is from the one that sampled: peaks, and (sum, count) pairs over sampled tokens."""
+    counted = rows.mask * (rows.weight[:, None] > 0) * (rows.source == Source.SAMPLED)
+    if "extra" in rows:  # drawn at another temperature
+        counted = counted * ~rows["extra"].astype(bool)[:, None]
+    gap = jnp.where(counted > 0, jax.lax.stop_gradient(logprobs) - rows.behaviour_logprobs, 0.0)
+    clipped = jnp.clip(gap, -20.0, 20.0)
+    count = counted.sum()
+    peaks = {"gap": jnp.abs(gap).max(), "ratio": jnp.exp(clipped).max()}
+    return peaks, {"gap": (jnp.abs(gap).sum(), count), "kl": ((jnp.exp(clipped) - 1.0 - clipped).sum(), count)}
+
+
+def learn_metrics(sums, peaks, drift) -> dict[str, Array]:
+    """Average each logged pair over updates. The sampler gap is that of the first update, before anything changed."""
+    metrics = {}
+    for name, (total, count) in sums.items():
+        # Pairs without a count were divided already; they are averaged over updates.
+        per_update = jnp.where(count == 0, total, total / jnp.where(count == 0, 1.0, count))
+        metrics[name] = per_update.mean()
+    if not drift:
+        return metrics
+    safe = lambda pair, i: pair[0][i] / jnp.maximum(pair[1][i], 1.0)  # noqa: E731
+    metrics["sampler_gap_max"] = peaks["gap"][0]
+    metrics["sampler_gap_mean"] = safe(drift["gap"], 0)
+    metrics["ratio_max"] = peaks["ratio"].max()
+    metrics["kl_update"] = safe(drift["kl"], -1)
+    return metrics

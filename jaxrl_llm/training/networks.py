@@ -122,7 +122,7 @@ def networks_named(
         if name not in known and (network := default_network(name, critic)) is not None:
             known[name] = network
     asked = {s.network for name in wanted if (s := score_named(name, [POLICY, *known], views)) is not None}
-    if wanted & {"over_vocabulary", "kl_reference_per_token"}:
+    if {"over_vocabulary", "kl_reference_per_token"} & set(wanted):
         asked |= {"reference"}
     for name in list(asked):
         while name in known and known[name].origin not in (POLICY, GIVEN):

@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxrl_llm.experience import Experience, TrainState
-from jaxrl_llm.fields import TEXT, absent_value, kind_of, names, signature
+from jaxrl_llm.fields import TEXT, absent_value, kind_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rewards.host import Reading, RewardError, answered
+from jaxrl_llm.signatures import names, signature
 from jaxrl_llm.training.segments import Host, Work
 
 # What a reading sees of a row beside what it names.

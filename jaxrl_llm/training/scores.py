@@ -17,13 +17,14 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.experience import Experience, TrainState
-from jaxrl_llm.fields import Score, call
+from jaxrl_llm.fields import Score
 from jaxrl_llm.models.heads import at_first, at_last, head_outputs
 from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import constrain_rows, map_shards, shards
 from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
+from jaxrl_llm.signatures import call
 from jaxrl_llm.training.composition import Composition, Fill
 from jaxrl_llm.training.networks import POLICY, Network, current, frozen_part, in_device_memory, whole
 

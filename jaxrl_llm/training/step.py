@@ -13,20 +13,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.parallel.rules import laid_out
+from jaxrl_llm.training.checks import checked, checked_split
 from jaxrl_llm.training.collect import (
     PLAN,
     SELECTION,
     collected,
-    first_choices,
-    first_store,
     handed,
     join,
     next_choices,
@@ -39,22 +35,13 @@ from jaxrl_llm.training.composition import (
     Reward,
     Source,
     Update,
-    checked,
-    checked_split,
-    fill_term,
-    loss_term,
-    reward_term,
+    composition_of,
 )
-from jaxrl_llm.training.fill import credit_parts, reward_parts
-from jaxrl_llm.training.learn import coefficients, make_learn, measured_alignment
+from jaxrl_llm.training.fill import coefficients, credit_parts, measured_alignment, reward_parts
+from jaxrl_llm.training.learn import in_use, initialiser, make_learn
 from jaxrl_llm.training.metrics import step_metrics
 from jaxrl_llm.training.networks import (
-    POLICY,
-    in_device_memory,
-    initial_networks,
     moved,
-    parameter_shardings,
-    placed_state,
     put_back,
 )
 from jaxrl_llm.training.reading import Context
@@ -94,42 +81,15 @@ def learned(c: Composition, state: TrainState, work: Work) -> tuple[TrainState, 
         memory[PLAN] = c.plan.remember(memory[PLAN], rows)
     if c.rollout is not None and c.rollout.off_policy_steps:
         store[AHEAD] = work[AHEAD]
-    new, numbers = make_learn(c)(_in_use(c, state), batch, factors, joined=c.joined_groups)
+    new, numbers = make_learn(c)(in_use(c, state), batch, factors, joined=c.joined_groups)
     new = replace(moved(c.model, c.networks, new), memory=memory, store=store)
     numbers |= {f"coefficient/{t.name}": f for t, f in zip(c.losses, factors, strict=True) if t.coefficient_changes}
     return put_back(new, c.placed), metrics | numbers, rows
 
 
-def _in_use(c: Composition, state: TrainState) -> TrainState:
-    """The state with what the update reads of it on the devices."""
-    reference, read = c.networks.get("reference"), {"optimizer"}
-    if reference is not None and (reference.moves or "over_vocabulary" in c.named):
-        read |= {"reference"}
-    return in_device_memory(state, c.placed, c.resources.placement.offload & read)
-
-
 def _swapped(state: TrainState, work: Work) -> Work:
     """The rows of the next step wait, and those that have waited are there."""
     return {AHEAD: work["rows"], "rows": state.store[AHEAD]}
-
-
-def initial_state(
-    c: Composition, key: Array, params: PyTree | None = None, given: Mapping[str, PyTree] | None = None
-) -> TrainState:
-    """A fresh state. Everything is copied, so the caller's arrays stay usable after the state is donated."""
-    memory = {name: method.init() for name, method in c.stateful.items()}
-    if c.rollout is not None and (of_plan := c.plan.memory()) is not None:
-        memory[PLAN] = of_plan
-    if c.rollout is not None and c.rollout.selection is not None:
-        memory[SELECTION] = first_choices(c, key)
-    return TrainState(
-        networks=initial_networks(c.model, c.optimizer, c.networks, key, params, given or {}),
-        # A method may use one zero array twice, and donation wants every buffer once.
-        memory=jax.tree.map(jnp.copy, memory),
-        key=jnp.copy(key),
-        step=jnp.int32(0),
-        store=first_store(c),
-    )
 
 
 @dataclass(frozen=True)
@@ -225,53 +185,10 @@ def make_train_step(
     Raises:
       ValueError: when a function names what nothing provides, or a part needs what another does not offer.
     """
-    c = Composition(
-        model,
-        optimizer,
-        tuple(source) if isinstance(source, Sequence) else (source,),
-        tuple(map(reward_term, rewards)),
-        tuple(map(fill_term, credit)),
-        tuple(map(loss_term, losses)),
-        update or Update(),
-        resources or Resources(),
-    )
-    return composed(checked(c))
-
-
-def composed(c: Composition) -> TrainStep:
-    """The step of a composition that was checked."""
+    c = checked(composition_of(model, optimizer, source, rewards, credit, losses, update, resources))
     place = c.resources.placement
-    init = jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules))
-    if place.mesh is not None:
-        models = {POLICY: c.model} | {n: one.model for n, one in c.networks.items() if one.model is not None}
-        state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, _given_shapes(c))
-        c = replace(c, placed=placed_state(models, state, place.mesh, place.rules, offload=place.offload))
-        init = _initial_on_mesh(c)
+    init, c = initialiser(c)
     priming: tuple[Segment, ...] = ()
     if c.rollout is not None and c.rollout.off_policy_steps:
         priming = compiled(collected(c, reward_parts(c, "drawn")), place, c.placed)
     return TrainStep(init, c, compiled(step_parts(c), place, c.placed), priming)
-
-
-def _given_shapes(c: Composition) -> dict[str, PyTree]:
-    """Shapes of parameters that the caller has to give."""
-    return {
-        name: jax.eval_shape(one.model.init, jax.random.key(0))
-        for name, one in c.networks.items()
-        if one.origin == "given" and one.model is not None and one.head is None
-    }
-
-
-def _initial_on_mesh(c: Composition) -> Callable[..., TrainState]:
-    """`initial_state`, every array made where it will lie: no device ever holds the whole of it."""
-    place = c.resources.placement
-    assert place.mesh is not None
-    on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), c.placed)
-    program = jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules), out_shardings=on_device)
-    lies = parameter_shardings(c.model, place.mesh, place.rules)
-
-    def init(key: Array, params: PyTree | None = None, networks: Mapping[str, PyTree] | None = None) -> TrainState:
-        state = program(key, None if params is None else jax.device_put(params, lies), networks)
-        return jax.tree.map(lambda x, s: jax.device_put(x, s) if s.memory_kind == "pinned_host" else x, state, c.placed)
-
-    return init

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.experience import Experience, Method, Prompts
-from jaxrl_llm.fields import call, signature
 from jaxrl_llm.rollout.plans.plan import Plan, Request
+from jaxrl_llm.signatures import call, signature
 
 
 def mixed_temperature(

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
-from jaxrl_llm.fields import call, names
 from jaxrl_llm.rollout.generate import Prefixes
 from jaxrl_llm.rollout.plans.plan import Plan, Request, concatenated, finished, first_requests
+from jaxrl_llm.signatures import call, names
 
 
 def resume(
