@@ -1,0 +1,72 @@
+"""Reinforcement fine-tuning of language models in JAX, from a laptop CPU to a TPU pod.
+
+The rooms are imported when they are first used, so `import jaxrl_llm` alone takes no time and does not import jax.
+
+>>> import jaxrl_llm
+>>> jaxrl_llm.losses.policy_gradient.__name__
+'policy_gradient'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxrl_llm import (
+        advantages,
+        data,
+        evaluation,
+        experience,
+        losses,
+        models,
+        parallel,
+        planning,
+        reporting,
+        rewards,
+        rollout,
+        run,
+        schedules,
+        selection,
+        statistics,
+        training,
+    )
+
+    __version__: str
+
+__all__ = [
+    "__version__",
+    "advantages",
+    "data",
+    "evaluation",
+    "experience",
+    "losses",
+    "models",
+    "parallel",
+    "planning",
+    "reporting",
+    "rewards",
+    "rollout",
+    "run",
+    "schedules",
+    "selection",
+    "statistics",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("jaxrl_llm")
+        except metadata.PackageNotFoundError:  # a checkout that was never installed
+            return "unknown"
+    if name in __all__:
+        return importlib.import_module(f"jaxrl_llm.{name}")
+    raise AttributeError(f"module 'jaxrl_llm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,6 +12,7 @@ import pytest
 
 import jaxrl_llm
 from jaxrl_llm import cli
+from jaxrl_llm.commands.arguments import loaded_config
 from jaxrl_llm.data import tasks
 from jaxrl_llm.run import explain
 
@@ -103,7 +104,7 @@ def explained(micro_yaml):
 def explain_parts(path, *overrides):
     from jaxrl_llm.run.setup import parts
 
-    return parts(cli._load([str(path), *overrides]))
+    return parts(loaded_config([str(path), *overrides]))
 
 
 def test_explain_gives_the_stages_in_order(explained):
@@ -143,7 +144,7 @@ def test_explain_gives_shapes_sizes_and_work(explained, finished_run):
 
 
 def test_explain_prints_json_and_tables(jaxrl, explained, micro_yaml, monkeypatch):
-    monkeypatch.setattr(explain, "explanation", lambda parts: explained)
+    monkeypatch.setattr("jaxrl_llm.commands.previews.explanation", lambda parts: explained)
     assert jaxrl("explain", str(micro_yaml), "--json") == explained
     text = jaxrl("explain", str(micro_yaml))
     for heading in ("one step, in order", "experience after a step", "sizes", "compiled programs"):
@@ -181,7 +182,7 @@ def test_eval_of_one_checkpoint_spreads_a_few_problems_over_the_split(jaxrl, fin
     def make_evaluate(*_, **settings):
         return lambda params, items, key: seen.append((items, settings)) or {"greedy": 0.5}
 
-    monkeypatch.setattr("jaxrl_llm.evaluation.make_evaluate", make_evaluate)
+    monkeypatch.setattr("jaxrl_llm.commands.evaluate_checkpoint.make_evaluate", make_evaluate)
     checkpoint = finished_run.directory / "checkpoints" / "14"
     arguments = ["--split", "validation", "--problems", "2", "--k", "2", "--samples", "3", "--temperature", "0.5"]
     found = jaxrl("eval", str(checkpoint), *arguments, "--json")
@@ -305,3 +306,20 @@ def test_the_command_is_light_until_it_needs_jax():
     code = "import sys, jaxrl_llm.cli; sys.exit(any(name in sys.modules for name in ('jax', 'tensorflow_datasets')))"
     root = Path(jaxrl_llm.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_the_version_is_told_and_the_package_runs_as_a_module(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"jaxrl_llm {jaxrl_llm.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "jaxrl_llm", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"jaxrl_llm {jaxrl_llm.__version__}\n"
+
+
+def test_rooms_are_imported_when_they_are_used():
+    code = "import sys, jaxrl_llm; assert 'jax' not in sys.modules; assert 'rewards' in dir(jaxrl_llm); "
+    code += "print(jaxrl_llm.rewards.soft_overlong.__name__, jaxrl_llm.losses.Loss.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "soft_overlong Loss\n"
+    with pytest.raises(AttributeError, match="no attribute 'kitchen'"):
+        _ = jaxrl_llm.kitchen

@@ -22,16 +22,23 @@ def _module(name):
     return module
 
 
-@pytest.fixture(scope="module")
-def build():
+@pytest.fixture(scope="module", autouse=True)
+def beside_each_other():
+    """The modules of docs/ import each other by their bare names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(DOCS))
-        yield _module("build")
-        sys.modules.pop("blocks", None)
+        yield
+        for name in ("blocks", "formulas"):
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
-def blocks():
+def build(beside_each_other):
+    return _module("build")
+
+
+@pytest.fixture(scope="module")
+def blocks(beside_each_other):
     return _module("blocks")
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib.util
+from pathlib import Path
+
 import pytest
 from latex2mathml.converter import convert
 
-from jaxrl_llm.formulas import FormulaError, items, latex
+_SPEC = importlib.util.spec_from_file_location("formulas", Path(__file__).parents[1] / "docs" / "formulas.py")
+formulas = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(formulas)
+FormulaError, items, latex = formulas.FormulaError, formulas.items, formulas.latex
 
 TRANSLATIONS = [
     ("A = (r - b) / (s + eps)", r"A = \frac{r - b}{s + \varepsilon}"),
@@ -84,3 +91,7 @@ def test_pieces_say_what_they_are():
 def test_a_formula_that_cannot_be_is_refused(text):
     with pytest.raises(FormulaError, match="formula"):
         latex(text)
+
+
+def test_the_examples_in_its_docstrings_hold():
+    assert doctest.testmod(formulas).failed == 0

@@ -276,7 +276,8 @@ def test_a_process_that_never_comes_ends_the_command_with_75(environment, micro_
 def test_resume_if_started(environment, micro_yaml, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "jaxrl_llm.run.train.train", lambda config, *, resume, console: seen.append(resume) or {"name": "x"}
+        "jaxrl_llm.commands.start_training.train",
+        lambda config, *, resume, console: seen.append(resume) or {"name": "x"},
     )
     words = ["train", str(micro_yaml), f"run_dir={tmp_path}/run"]
     assert cli.main([*words, "--resume-if-started"]) == 0
@@ -293,7 +294,7 @@ def test_the_status_of_a_run_that_a_signal_stopped_can_be_chosen(
     def stopped(*args, **kwargs):
         raise Stopped("stopped at step 3")
 
-    monkeypatch.setattr("jaxrl_llm.run.train.train", stopped)
+    monkeypatch.setattr("jaxrl_llm.commands.start_training.train", stopped)
     words = ["train", str(micro_yaml), f"run_dir={tmp_path}/run"]
     assert cli.main(words) == 0
     assert cli.main([*words, "--stopped-status", "143"]) == 143
@@ -323,8 +324,8 @@ def test_the_others_are_told_how_a_process_ends(environment, micro_yaml, tmp_pat
             raise outcome
         return outcome
 
-    monkeypatch.setattr("jaxrl_llm.run.train.train", run)
-    monkeypatch.setattr("jaxrl_llm.parallel.start.initialise", lambda *args, **kwargs: others)
+    monkeypatch.setattr("jaxrl_llm.commands.start_training.train", run)
+    monkeypatch.setattr("jaxrl_llm.commands.start_training.initialise", lambda *args, **kwargs: others)
     monkeypatch.setattr("jaxrl_llm.parallel.peers.exit_now", exits.append)
     monkeypatch.setattr(hosts, "_peers", None)
     words = ["train", str(micro_yaml), f"run_dir={tmp_path}/run", "--stopped-status", "143"]

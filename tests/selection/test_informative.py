@@ -1,10 +1,10 @@
-"""Dynamic sampling's filter."""
+"""Rows that have something to teach: the filter of dynamic sampling, and rows that speak."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.selection import nonconstant_groups
+from jaxrl_llm.selection import nonconstant_groups, nonzero_advantages
 
 
 def test_worked_example_of_dapo():

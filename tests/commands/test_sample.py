@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxrl_llm import cli, sample_command
+from jaxrl_llm import cli
+from jaxrl_llm.commands import sample as sample_command
+from jaxrl_llm.commands.sample import show
 from jaxrl_llm.data import CharacterTokenizer, encode_prompts, load_tokenizer, with_chat
 from jaxrl_llm.rollout import Drawn, generate
 from jaxrl_llm.run.restored import Policy, restored_policy
-from jaxrl_llm.sample_command import show
 
 TOKENIZER = CharacterTokenizer()
 TEMPLATE = (

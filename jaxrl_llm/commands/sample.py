@@ -1,4 +1,4 @@
-"""The command `jaxrl sample`: completions of prompts from the command line, from a file, or from the terminal."""
+"""`jaxrl sample`: completions of prompts from the command line, from a file, or from the terminal."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_llm.commands.arguments import require_positive
+from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.data import HuggingFaceTokenizer
 from jaxrl_llm.data.buckets import bucket_of, buckets
 from jaxrl_llm.data.encoding import Row, padded_prompts
@@ -62,6 +64,8 @@ def sample(options: argparse.Namespace) -> None:
     Raises:
       ValueError: for options that contradict each other, and prompts that cannot be read or do not fit.
     """
+    require_positive(options, "samples", "max_tokens", "batch")
+    enable_compilation_cache()
     if options.chat and options.token_ids:
         raise ValueError("--chat and --token-ids are both given, but token ids are a prompt already; drop one of them")
     if options.json and options.jsonl:

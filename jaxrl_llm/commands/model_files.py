@@ -1,13 +1,44 @@
-"""The commands `jaxrl import`, `jaxrl export` and `jaxrl score`: models in, models out, given texts scored."""
+"""`jaxrl import`, `jaxrl export` and `jaxrl score`: models in, models out, given texts scored."""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm import data, hub
+from jaxrl_llm.commands.arguments import require_positive
+from jaxrl_llm.commands.tables import show_report
+from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.data.json_files import json_objects
+from jaxrl_llm.evaluation import make_score
+from jaxrl_llm.models import attention_path, load_model, parameter_count, save_imported, save_model
+from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.transformer_config import Precision
+from jaxrl_llm.run.restored import restored_policy, restored_run
+
+
+def show_import(options: argparse.Namespace) -> None:
+    """`jaxrl import`."""
+    show_report(options, import_model(options.path, options.out, dtype=options.dtype), f"import of {options.path}")
+
+
+def show_export(options: argparse.Namespace) -> None:
+    """`jaxrl export`."""
+    show_report(options, export_run(options.path, options.out, dtype=options.dtype), f"export of {options.path}")
+
+
+def show_score(options: argparse.Namespace) -> None:
+    """`jaxrl score`: a line of JSON for each line of the file."""
+    require_positive(options, "batch")
+    enable_compilation_cache()
+    lines = score_file(
+        options.path, options.file, temperature=options.temperature, batch=options.batch, dtype=options.dtype
+    )
+    for line in lines:
+        print(json.dumps(line))
 
 
 def import_model(directory: str, out: str | None, *, dtype: str | None = None) -> dict[str, Any]:
@@ -19,10 +50,6 @@ def import_model(directory: str, out: str | None, *, dtype: str | None = None) -
     Raises:
       ValueError: for anything that does not fit, naming it.
     """
-    from jaxrl_llm import data, hub
-    from jaxrl_llm.models import attention_path, load_model, parameter_count, save_imported
-    from jaxrl_llm.models.checkpoint_files import read_json
-
     found = hub.model_directory(directory)
     execution = {} if dtype is None else {"parameter_dtype": dtype, "compute_dtype": dtype}
     model, params = load_model(found, **execution)
@@ -53,9 +80,6 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None) -> dict[s
     Raises:
       ValueError: for a directory that is not empty, or a model that no supported family can express.
     """
-    from jaxrl_llm.models import save_model
-    from jaxrl_llm.run.restored import restored_run
-
     built, policy = restored_run(path)
     trained = policy.model.trained
     params = policy.params if trained is None else trained.merged(policy.params)
@@ -79,9 +103,6 @@ def score_file(path: str, file: str, *, temperature: float, batch: int, dtype: s
     Raises:
       ValueError: for a line that holds none of these, naming it.
     """
-    from jaxrl_llm.evaluation import make_score
-    from jaxrl_llm.run.restored import restored_policy
-
     policy = restored_policy(path, dtype=dtype)
     lines = json_objects(Path(file), "--file")
     texts = [_tokens(policy.tokenizer, line, where) for where, line in lines]

@@ -1,0 +1,65 @@
+"""`jaxrl explain` and `jaxrl plan`: a run before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from rich.console import Console
+
+from jaxrl_llm.commands.arguments import loaded_config
+from jaxrl_llm.commands.tables import show
+from jaxrl_llm.compilation_cache import enable_compilation_cache
+from jaxrl_llm.planning.plan import plan, refusal, tables
+from jaxrl_llm.run.explain import explanation
+from jaxrl_llm.run.setup import parts
+
+
+def show_step(options: argparse.Namespace) -> None:
+    """The composed step of a config."""
+    enable_compilation_cache()
+    result = explanation(parts(loaded_config(options.config)))
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    show(options, result["stages"], "one step, in order ([x] is used when something provides it)")
+    show(options, [{"field": k, "shape": v} for k, v in result["shapes"].items()], "experience after a step")
+    show(options, [{"size": k, "value": f"{v:,}"} for k, v in result["sizes"].items()], "sizes")
+    widths = [
+        row | {key: "?" if row[key] is None else f"{row[key]:.1%}" for key in ("prompts", "batches")}
+        for row in result["widths"]
+    ]
+    used = [row["stage"] for row in result["widths"] if row["batches"] != 0]
+    counts = ", ".join(f"{used.count(stage)} in {stage}" for stage in dict.fromkeys(used))
+    show(options, widths, f"widths of prompts, in tokens; programs: {counts}")
+    programs = [
+        {key: f"{value:,.0f}" if isinstance(value, float | int) else value for key, value in program.items()}
+        for program in result["programs"]
+    ]
+    show(options, programs, "compiled programs (XLA's cost model; a loop body is counted once)")
+
+
+def show_plan(options: argparse.Namespace) -> int:
+    """Whether a run fits a machine that need not be there; 1 where it does not."""
+    console = Console(stderr=True)
+    with console.status("planning") as status:
+        result = plan(
+            loaded_config(options.config),
+            options.topology,
+            compile_programs=not options.estimate,
+            search=options.search,
+            report=lambda line: status.update(line),
+        )
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        if result["note"]:
+            print(f"note: {result['note']}\n")
+        for title, rows in tables(result):
+            show(options, rows, title)
+        print(f"about {result['step_seconds']:,.1f} s a step at the peak rates of the machine")
+    if (problem := refusal(result)) is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    return 0

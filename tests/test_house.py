@@ -1,0 +1,223 @@
+"""The rooms of the house: imports point one way, a file name stands for one idea, modules and functions stay short.
+
+Every table of exceptions may only shrink: what no longer needs its entry fails the test until the entry is gone.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import jaxrl_llm
+
+PACKAGE = Path(jaxrl_llm.__file__).parent
+MOST_LINES = 400  # of a module
+MOST_CODE = 80  # lines of a function without blanks, comments and docstrings
+
+ARITHMETIC = ("advantages", "losses", "rewards", "schedules", "selection")
+METHODS = {"experience", "statistics", *ARITHMETIC}
+# What each room may import; its own modules always. In the order of the flow: nobody imports what stands below.
+MAY_IMPORT: dict[str, set[str]] = {
+    "experience": set(),
+    "statistics": set(),
+    "compilation_cache": set(),
+    "allocator": set(),
+    "parallel": set(),
+    **{room: {"experience", "statistics"} for room in ARITHMETIC},
+    "data": {"experience"},
+    "hub": {"data"},
+    "models": {"experience", "parallel"},
+    "rollout": {"experience", "data", "models", "parallel", "rewards"},
+    "evaluation": {"experience", "data", "models", "parallel", "rewards", "rollout"},
+    "reporting": {"compilation_cache"},
+    "config": {"models", "parallel", "rollout"},
+    "training": {*METHODS, "data", "models", "parallel", "rollout"},
+    "run": {*METHODS, "config", "data", "evaluation", "hub", "models", "parallel", "reporting", "rollout", "training"},
+    "planning": {*METHODS, "config", "models", "parallel", "rollout", "run", "training"},
+    "catalogue": {*METHODS, "config", "run", "training"},
+}
+ENTRANCES = {"cli", "commands", "__main__"}  # import everything, and only each other imports them
+
+# (module, room that it imports): why.
+OTHER_IMPORTS = {
+    ("advantages.__init__", "schedules"): "names that moved can still be imported from their old room",
+    ("advantages.__init__", "selection"): "names that moved can still be imported from their old room",
+    ("losses.__init__", "schedules"): "names that moved can still be imported from their old room",
+    ("rewards.verifiers.numbers", "data"): "reads text on the host, with the grammar of final answers",
+    ("rewards.verifiers.text_answers", "data"): "reads text on the host, with the grammar of the task",
+    ("training.external_engine", "config"): "to be mended with the rewrite of training/",
+    ("training.optimizers", "config"): "to be mended with the rewrite of training/",
+}
+# Names of a room's face that hide the module they come from: `from jaxrl_llm.rollout import generate` is the function.
+HIDING = {
+    "evaluation.pass_at_k",
+    "models.lora",
+    "models.quantised",
+    "models.transformer",
+    "parallel.shardings",
+    "rollout.generate",
+    "rollout.host_turns",
+}
+# What is longer, and how long it may be.
+LONG_MODULES = {
+    "config": 818,
+    "planning.hlo": 535,
+    "planning.plan": 454,
+    "rollout.decoding": 446,
+    "run.setup": 412,
+    "training.learn": 477,
+    "training.phases": 453,
+    "training.step": 477,
+}
+LONG_FUNCTIONS = {
+    "evaluation.evaluate.make_evaluate": 100,
+    "training.learn.make_learn": 97,
+    "training.step.make_train_step": 135,
+}
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package by its dotted name below the package."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def text(name: str) -> str:
+    return PACKAGE.joinpath(*name.split(".")).with_suffix(".py").read_text()
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def imported_rooms(name: str, *, late: bool = True) -> set[str]:
+    """Rooms that a module imports; with `late` also within functions, and never for the type checker alone."""
+
+    def of(node: ast.AST) -> set[str]:
+        found = set()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not late:
+                continue
+            if isinstance(child, ast.Import):
+                found |= {alias.name for alias in child.names}
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{name} has a relative import; write the whole name"
+                found |= {f"{child.module}.{alias.name}" for alias in child.names}
+            else:
+                found |= of(child)
+        return found
+
+    parts = [whole.split(".") for whole in of(modules()[name])]
+    return {part[1] for part in parts if part[0] == "jaxrl_llm" and len(part) > 1} - {room_of(name), "__version__"}
+
+
+def inner(name: str) -> bool:
+    return name != "__init__" and room_of(name) not in ENTRANCES
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if inner(name)])
+def test_imports_point_one_way(name):
+    room = room_of(name)
+    assert room in MAY_IMPORT, f"{room} is a new room; say in MAY_IMPORT what it may import"
+    wrong = {other for other in imported_rooms(name) - MAY_IMPORT[room] if (name, other) not in OTHER_IMPORTS}
+    assert not wrong, f"{name} imports {', '.join(sorted(wrong))}; {room} may import {sorted(MAY_IMPORT[room])}"
+
+
+def test_every_exception_to_the_direction_is_needed():
+    needed = {
+        (name, other)
+        for name in modules()
+        if inner(name)
+        for other in imported_rooms(name) - MAY_IMPORT.get(room_of(name), set())
+    }
+    assert set(OTHER_IMPORTS) <= needed, "an import was mended; take it out of OTHER_IMPORTS"
+
+
+def test_no_room_imports_what_imports_it():
+    below = {room: set() for room in map(room_of, modules())}
+    for name in modules():
+        if name != "__init__":
+            below[room_of(name)] |= imported_rooms(name, late=False) & set(below)
+
+    def reached(room: str, seen: set[str]) -> set[str]:
+        for other in below[room] - seen:
+            seen |= {other}
+            reached(other, seen)
+        return seen
+
+    circles = {room for room in below if room in reached(room, set())}
+    assert not circles, f"these rooms import each other in a circle: {', '.join(sorted(circles))}"
+
+
+def test_importing_the_package_imports_no_room():
+    assert imported_rooms("__init__", late=False) == set()
+
+
+def test_a_file_name_stands_for_one_idea():
+    counts = Counter(name.split(".")[-1] for name in modules())
+    twice = {name for name, count in counts.items() if count > 1} - {"__init__"}
+    assert not twice, [name for name in modules() if name.split(".")[-1] in twice]
+
+
+def test_no_name_of_a_face_hides_a_module():
+    found = set()
+    for name, tree in modules().items():
+        if name.split(".")[-1] != "__init__":
+            continue
+        folder = name.removesuffix("__init__")
+        siblings = {other.removeprefix(folder).split(".")[0] for other in modules() if other.startswith(folder)}
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and node.module != f"jaxrl_llm.{folder}".rstrip("."):
+                found |= {folder + (alias.asname or alias.name) for alias in node.names} & {
+                    folder + sibling for sibling in siblings
+                }
+    assert found == HIDING
+
+
+def test_modules_are_short():
+    lines = {name: len(text(name).splitlines()) for name in modules()}
+    too_long = {name for name, count in lines.items() if count > MOST_LINES}
+    assert too_long <= LONG_MODULES.keys(), f"over {MOST_LINES} lines: {sorted(too_long - LONG_MODULES.keys())}"
+    assert LONG_MODULES.keys() <= too_long, f"short now: {sorted(LONG_MODULES.keys() - too_long)}"
+    grown = {name: lines[name] for name, most in LONG_MODULES.items() if lines[name] > most}
+    assert not grown, f"an exception may only shrink: {grown}"
+
+
+def test_functions_are_short():
+    lengths = {}
+    for name, tree in modules().items():
+        code = lines_of_code(tree, text(name))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                count = len(code & set(range(node.lineno, node.end_lineno + 1)))
+                lengths[f"{name}.{node.name}"] = max(count, lengths.get(f"{name}.{node.name}", 0))
+    too_long = {name for name, count in lengths.items() if count > MOST_CODE}
+    assert too_long <= LONG_FUNCTIONS.keys(), f"over {MOST_CODE} lines: {sorted(too_long - LONG_FUNCTIONS.keys())}"
+    assert LONG_FUNCTIONS.keys() <= too_long, f"short now: {sorted(LONG_FUNCTIONS.keys() - too_long)}"
+    grown = {name: lengths[name] for name, most in LONG_FUNCTIONS.items() if lengths[name] > most}
+    assert not grown, f"an exception may only shrink: {grown}"
+
+
+def lines_of_code(tree: ast.Module, source: str) -> set[int]:
+    """Numbers of the lines that hold code: no blanks, comments and docstrings."""
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    found = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in silent:
+            found |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            found -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return found
