@@ -289,8 +289,8 @@ class RolloutConfig:
             )
         if self.prompt_buckets and self.off_policy_steps:
             raise ValueError(
-                "rollout.off_policy_steps keeps a batch that waits in the state, which has prompts of one width (one_width); "
-                "leave rollout.prompt_buckets or rollout.off_policy_steps out"
+                "rollout.off_policy_steps keeps a batch that waits in the state, whose prompts have one width "
+                "(one_width); leave rollout.prompt_buckets or rollout.off_policy_steps out"
             )
 
     @property

@@ -129,7 +129,7 @@ class Experience:
 
     def get(self, name: str) -> Array | None:
         """The array of this name; None where the rows do not know it."""
-        return self[name] if name in self else None
+        return self.known().get(name)
 
     def filled(self, **values: Array) -> Experience:
         """The rows with more of them known."""

@@ -14,7 +14,7 @@ Names of what networks say follow rules and need no row of their own (`score_nam
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +34,7 @@ class Field(NamedTuple):
       meaning: one line.
       absent: what it holds in rows that do not know it.
       fillable: an entry of credit may fill it.
-      need: what a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" for nothing.
+      need: what a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" is nothing.
     """
 
     name: str
@@ -69,7 +69,7 @@ PROVIDERS = {
     "text": "readings and rewards may name it: they run on the host",
 }
 
-_ROWS: tuple[tuple[Any, ...], ...] = (
+_ROWS: Any = (
     # facts of sampling
     ("prompt_tokens", "prompt", "rollout", "prompt tokens, left-padded"),
     ("prompt_length", "row", "rollout", "real tokens of the prompt"),
@@ -232,11 +232,13 @@ def kind_of(name: str) -> Kind:
     """The shape of a name; an entry of credit may fill any other name with one entry a row."""
     if name in FIELDS:
         return FIELDS[name].kind
-    ending = next((kind for end, kind in _ENDINGS.items() if name.endswith(end)), None)
-    return ending or "vector"
+    for end, kind in _ENDINGS.items():
+        if name.endswith(end):
+            return kind
+    return "vector"
 
 
-_ENDINGS: dict[str, Kind] = {"_logprobs": "token", "_entropy": "token", "_scores": "row"}
+_ENDINGS: Mapping[str, Kind] = {"_logprobs": "token", "_entropy": "token", "_scores": "row"}
 
 
 def absent_value(name: str) -> float:

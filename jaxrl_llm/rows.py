@@ -35,8 +35,8 @@ class Written:
     def __post_init__(self):
         if self.rows < 1 or self.rows % self.rows_per_group:
             raise ValueError(
-                f"a source has {self.rows} written rows a step, which do not make groups of {self.rows_per_group}; take "
-                "a multiple"
+                f"a source has {self.rows} written rows a step, which do not make groups of {self.rows_per_group}; "
+                "take a multiple"
             )
 
     @property
@@ -116,7 +116,7 @@ def written_rows(
     trained: Float[Array, "B T"] | None = None,
     rows_per_group: int = 1,
     alone: bool = False,
-    **fields: Array,
+    **fields: Any,
 ) -> Experience:
     """Completions that were written before, of weight 1, with the tokens that are learned from in `written_mask`.
 

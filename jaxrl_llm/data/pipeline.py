@@ -128,8 +128,8 @@ def prompt_batches(
 ) -> Batches[PromptBatch]:
     """Batches of prompts for sampling, in a new order each epoch.
 
-    Of fewer items than a batch holds, each comes several times; `repeat` of the prompts numbers its copies, so that each
-    has samples of its own.
+    Of fewer items than a batch holds, each comes several times; `repeat` of the prompts numbers its copies, so that
+    each has samples of its own.
 
     What stands around a body in the prompt is the tokenizer's affair.
 

@@ -1,7 +1,7 @@
 """Calling a user's function of text: what goes wrong in it is said in one sentence that names the row.
 
-A function is called once for all rows, or once a row where it names text in the singular (`completion`, `answer`); it may
-be `async def`. Calls for single rows run in parallel. None, and NaN, say that the function does not apply to a row.
+A function is called once for all rows, or once a row where it names text in the singular (`completion`, `answer`); it
+may be `async def`. Calls for single rows run in parallel. None and NaN say that it does not apply to a row.
 """
 
 from __future__ import annotations

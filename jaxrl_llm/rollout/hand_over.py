@@ -96,7 +96,8 @@ def engine_rows(
         vocabulary_size=model.vocabulary_size,
         **sizes,
     )
-    return rows.filled(staleness=np.full(rows.tokens.shape[0], step - handed[-1], np.float32))
+    staleness: Any = np.full(rows.tokens.shape[0], step - handed[-1], np.float32)
+    return rows.filled(staleness=staleness)
 
 
 def disk_hand_over(

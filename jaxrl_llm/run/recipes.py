@@ -66,7 +66,7 @@ def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] 
 def _filled(field: Any) -> str | tuple[str, ...]:
     """The name that an entry of credit fills, or the names: `a, b` or `[a, b]`."""
     names = tuple(part.strip() for part in str(field).strip("[]").split(","))
-    return names if len(names) > 1 else names[0]
+    return names if len(names) != 1 else str(field).strip("[] ")
 
 
 def loss_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -> tuple[LossTerm, ...]:

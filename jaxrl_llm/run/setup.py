@@ -211,8 +211,8 @@ def _check_trained(stages: Sequence[Mapping[str, Any]]) -> None:
             described = name in built.config.networks
             if described and network.head is not None and name not in trained and name not in built.paths:
                 raise ValueError(
-                    f"stage {stage['name']!r} reads network {name!r}, which no stage before it trains; add a stage whose "
-                    "losses name what it says, or give networks." + name + ".path"
+                    f"stage {stage['name']!r} reads network {name!r}, which no stage before it trains; add a stage "
+                    f"whose losses name what it says, or give networks.{name}.path"
                 )
 
 

@@ -11,6 +11,7 @@ Keywords that are named like a size of the run are filled from it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -88,8 +89,10 @@ def _beside(parts: Sequence[Any], width: int, *, marked: bool) -> Experience:
     trained = jnp.concatenate([jnp.asarray(part.mask) for part in parts])
     count = arrays["length"].shape[0] // len(parts)
     held_out = jnp.repeat(jnp.arange(len(parts), dtype=jnp.float32), count)
-    rows = written_rows(**arrays, answer_width=width, trained=trained, **({"validation": held_out} if marked else {}))
-    return rows.replace(weight=1.0 - held_out)
+    rows: Any = written_rows(
+        **arrays, answer_width=width, trained=trained, **({"validation": held_out} if marked else {})
+    )
+    return replace(rows, weight=1.0 - held_out)
 
 
 def solved_answers(

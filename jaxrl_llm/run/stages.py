@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -273,8 +273,9 @@ def stage_data(run: Run, stage: Stage, prompts: Any, stored: Any) -> StageData:
     if feed is None:
         return StageData(prompts, None)
     if feed.stored is not None:
-        count, width = stage.parts.step.composition.written.rows, config.rollout.max_completion_tokens
-        return StageData(prompts, lambda step: stored.batch(key, step, count, answer_width=width))
+        source, width = stage.parts.step.composition.written, config.rollout.max_completion_tokens
+        assert source is not None
+        return StageData(prompts, lambda step: stored.batch(key, step, source.rows, answer_width=width))
     assert feed.rows is not None
     return StageData(prompts if stage.samples else None, feed.rows(stage.parts, run.data))
 
@@ -345,11 +346,6 @@ def spread(count: int, wanted: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
 
 
-def names_of(stages: Sequence[Stage]) -> list[str]:
-    """Names of stages in order."""
-    return [stage.name for stage in stages]
-
-
 __all__ = [
     "REINFORCEMENT",
     "WARM_START",
@@ -358,8 +354,6 @@ __all__ = [
     "StageData",
     "Stopped",
     "TrainingError",
-    "names_of",
-    "replace",
     "run_stage",
     "spread",
     "stage_data",

@@ -80,7 +80,8 @@ class StoredAnswers:
         """The stored answers of one step: all of them in a new order, again and again."""
         key = jax.random.fold_in(key, KeyUse.STORED)
         chosen = np.asarray(cycled_rows(key, step, stored=len(self), rows_per_step=rows_per_step))
-        return written_rows(**{n: jnp.asarray(self.rows[n][chosen]) for n in _ROWS}, answer_width=answer_width)
+        arrays: dict[str, Any] = {n: jnp.asarray(self.rows[n][chosen]) for n in _ROWS}
+        return written_rows(**arrays, answer_width=answer_width)
 
 
 def stored_answers(
@@ -130,8 +131,8 @@ def stored_answers(
     counts = f"of {len(source)} prompts the initial policy solves all but {len(made.explored)}"
     if not len(made):
         raise ValueError(
-            f"solved_answers has nothing to store: {counts} {min_correct} times of {attempts}; lower min_correct or train "
-            "the initial policy longer"
+            f"solved_answers has nothing to store: {counts} {min_correct} times of {attempts}; lower min_correct or "
+            "train the initial policy longer"
         )
     if len(made.explored) < config.training.prompts_per_step:
         raise ValueError(

@@ -152,6 +152,7 @@ def _run(
         state = run_stage(run, stage, state, data, measure, last=number == len(stages) - 1)
         if not stage.first_saved:
             run.meta["warm_start_steps"] = int(state.step)
+    assert state is not None  # a run has at least one stage
     return _ended(run, state, measure)
 
 

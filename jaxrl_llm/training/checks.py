@@ -1,4 +1,4 @@
-"""What must hold of a composed step before anything is compiled: names provided, capabilities offered, sizes dividing."""
+"""What must hold of a composed step before anything is compiled: names, capabilities, sizes."""
 
 from __future__ import annotations
 
@@ -210,8 +210,8 @@ def _check_capabilities(c: Composition) -> None:
         )
     if r.engine is not None and r.off_policy_steps:
         raise ValueError(
-            "rollout.off_policy_steps is 1, but an engine's policy is as old as rollout.engine.reload_every_steps says; "
-            "leave off_policy_steps out"
+            "rollout.off_policy_steps is 1, but an engine's policy is as old as rollout.engine.reload_every_steps "
+            "says; leave off_policy_steps out"
         )
 
 

@@ -217,7 +217,9 @@ def _drawn_shapes(c: Composition, state: TrainState, work: Work) -> Work:
 def _talks(c: Composition) -> HostTurns:
     """Programs for an environment in Python."""
     r, resources = _rollout(c), c.resources
-    assert isinstance(r.environment, HostEnvironment) and resources.encode and resources.decode
+    assert isinstance(r.environment, HostEnvironment)
+    assert resources.encode is not None
+    assert resources.decode is not None
     return host_turns(
         c.model,
         r.environment,

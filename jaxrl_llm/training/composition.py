@@ -139,8 +139,8 @@ class Resources:
     Attributes:
       decode: token ids -> text, for readings and environments in Python.
       encode: text -> token ids, for environments in Python and views of text.
-      networks: beside the policy, by name. A reference is there without being described; networks with a head are, where
-        there is a critic.
+      networks: beside the policy, by name. A reference is there without being described, and so are networks with a
+        head, where there is a critic.
       critic: optimiser of networks with a head that a name alone brings along.
       views: functions that make another sequence of a row, by name.
       placement: devices.
@@ -259,7 +259,9 @@ class Composition:
         by_rule = {
             name for name in self.named - FIELDS.keys() - filled if self.score(name) is not None and self.before(name)
         }
-        return by_rule | (self.named & (provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"}))
+        return frozenset(by_rule) | (
+            self.named & (provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"})
+        )
 
     def score(self, name: str) -> Any:
         """What a rule-made name asks for; None for another name."""

@@ -187,7 +187,8 @@ def _values(term: Fill, value: Any) -> Sequence[Any]:
         return [value]
     if not isinstance(value, (tuple, list)) or len(value) != len(term.names):
         raise ValueError(
-            f"{term.name!r} is to fill {', '.join(term.names)}, so it must return {len(term.names)} arrays in that order"
+            f"{term.name!r} is to fill {', '.join(term.names)}, so it must return {len(term.names)} arrays in that "
+            "order"
         )
     return value
 

@@ -370,7 +370,7 @@ def initial_state(
 
 
 def initialiser(c: Composition) -> tuple[Callable[..., TrainState], Composition]:
-    """(`initial_state` as a compiled function of (key, params, networks), the composition with where its state lies)."""
+    """(`initial_state` compiled: (key, params, networks) -> state, the composition with where its state lies)."""
     place = c.resources.placement
     if place.mesh is None:
         return jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules)), c

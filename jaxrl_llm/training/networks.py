@@ -328,11 +328,13 @@ def placed_state(
     tables = {}
     for name, model in models.items():
         tables[name] = (jax.eval_shape(model.init, jax.random.key(0)), parameter_shardings(model, mesh, rules))
-    placed = state_shardings(state, *tables[POLICY], mesh)
-    networks = {
-        name: state_shardings(network, *tables.get(name, tables[POLICY]), mesh)
-        for name, network in state.networks.items()
-    }
+
+    def placed_like(name: str, tree: PyTree) -> PyTree:
+        params, lies = tables.get(name, tables[POLICY])
+        return state_shardings(tree, params, lies, mesh)
+
+    placed = placed_like(POLICY, state)
+    networks = {name: placed_like(name, network) for name, network in state.networks.items()}
     host = lambda path, s: s.with_memory_kind("pinned_host") if is_offloaded(path, offload) else s  # noqa: E731
     return jax.tree_util.tree_map_with_path(host, replace(placed, networks=networks))
 

@@ -50,7 +50,8 @@ class Context:
         """
         if self.items is None:
             raise ValueError(
-                "this step reads text: call step(state, prompts, items) with one dictionary a prompt (body, answer, ...)"
+                "this step reads text: call step(state, prompts, items) with one dictionary a prompt (body, answer, "
+                "...)"
             )
         return self.items
 

@@ -139,10 +139,7 @@ def viewed(
         return rows.filled(**{name: values[name] for name in (*asked, *sorted(special)) if name in values})
 
     recorded = {"old_logprobs", "old_entropy"} if own_samples else set()
-    if wanted - recorded:
-        rows = by_microbatch(scored, rows, at_once, together=together)
-    else:
-        rows = scored(rows)
+    rows = by_microbatch(scored, rows, at_once, together=together) if wanted - recorded else scored(rows)
     if c.rollout is not None and c.rollout.engine is not None:
         # An engine does not say the entropy of what it draws from; that of the policy stands for it.
         rows = replace(rows, behaviour_entropy=jnp.asarray(rows["old_entropy"]))
@@ -150,7 +147,7 @@ def viewed(
 
 
 def _of_policy(
-    c: Composition, state: TrainState, rows: Experience, wanted: Collection[str], *, own_samples: bool
+    c: Composition, state: TrainState, rows: Experience, wanted: frozenset[str], *, own_samples: bool
 ) -> dict[str, Array]:
     """What is wanted of the policy and its own rows, in one pass."""
     model, params, values = c.model, state.params, {}
@@ -180,7 +177,7 @@ def _of_policy(
             )
             inside = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
             for name in names - {"hidden"}:
-                value = scored.entropy if name.endswith("entropy") else scored.logprobs
+                value: Any = scored.entropy if name.endswith("entropy") else scored.logprobs
                 values[name] = jnp.where(inside, value, 0.0)
     return values
 

@@ -106,8 +106,9 @@ def rehearsal_divergence(
 
         D_f(policy || reference) = mean of f(u) over stored tokens,   u = pi / pi_reference
 
-    Rows of stored answers share a batch with rollouts but not a term: their mask is 0, so losses that read it leave them
-    out, and this one reads `written_mask` instead. Each part has its own mean. No reference model runs: `stored_logprobs`, of the policy that wrote an answer, are stored with it.
+    Rows of stored answers share a batch with rollouts but not a term: their mask is 0, so losses that read it leave
+    them out, and this one reads `written_mask` instead. Each part has its own mean. No reference model runs:
+    `stored_logprobs`, of the policy that wrote an answer, are stored with it.
 
     forward_kl is DPH-F (0 at the start, a pull only on what has moved); jensen_shannon with twice the coefficient is
     DPH-JS; alpha with order alpha = 1 - a is its alpha form. Which prompts are rehearsed: `near_perfect_groups`.

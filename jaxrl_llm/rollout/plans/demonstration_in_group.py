@@ -17,7 +17,7 @@ from jaxrl_llm.rollout.plans.plan import Plan, Request
 def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: int) -> Plan:
     """The last sample of each group is the prompt's reference completion, which is trained on like the others.
 
-    It is a completion that consists of its prefix. Nobody knows the distribution that wrote it, so its log-probabilities
+    It is a completion that consists of its prefix. The distribution that wrote it is unknown, so its log-probabilities
     and entropies are the policy's own.
 
     Args:

@@ -12,9 +12,7 @@ from jaxrl_llm.rollout.plans.plan import Plan, Request
 from jaxrl_llm.signatures import call, signature
 
 
-def mixed_temperature(
-    inner: Plan, *, samples_per_prompt: int, prompt_share: float, temperature: float | Method | Any
-) -> Plan:
+def mixed_temperature(inner: Plan, *, samples_per_prompt: int, prompt_share: float, temperature: Any) -> Plan:
     """The first prompts of a step get a further group at another temperature; `extra` is True on its rows.
 
     Args:
@@ -28,8 +26,9 @@ def mixed_temperature(
     """
     if not 0 < prompt_share <= 1:
         raise ValueError(f"prompt_share is {prompt_share}; it is a share of the prompts, in (0, 1]")
-    changes = isinstance(temperature, Method)
-    if not changes and temperature <= 0:
+    fixed: Any = None if isinstance(temperature, Method) else temperature
+    method: Any = temperature if fixed is None else None
+    if fixed is not None and not fixed > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
 
     def groups(prompts: int) -> int:
@@ -37,17 +36,17 @@ def mixed_temperature(
 
     def memory() -> dict[str, Any] | None:
         """Memory of the method and the first temperature, which is that after an empty batch."""
-        if not changes:
+        if method is None:
             return None
-        held = temperature.init()
+        held = method.init()
         shapes = {"mask": (1, 1), "weight": (1,)}
-        empty = {name: jnp.zeros(shapes.get(name, (1, 1)), jnp.float32) for name in signature(temperature).required}
-        return {"memory": held, "temperature": jnp.asarray(call(temperature, empty, held)[0], jnp.float32)}
+        empty = {name: jnp.zeros(shapes.get(name, (1, 1)), jnp.float32) for name in signature(method).required}
+        return {"memory": held, "temperature": jnp.asarray(call(method, empty, held)[0], jnp.float32)}
 
     def remember(held: Any, rows: Experience) -> Any:
-        if not changes:
+        if method is None:
             return held
-        value, after = call(temperature, rows.known(), held["memory"])
+        value, after = call(method, rows.known(), held["memory"])
         return {"memory": after, "temperature": jnp.asarray(value, jnp.float32)}
 
     def requests(held: Any, carry: Any, prompts: Prompts) -> tuple[Request, ...]:
@@ -62,7 +61,7 @@ def mixed_temperature(
         more = Request(
             few,
             samples_per_prompt,
-            temperature=held["temperature"] if changes else temperature,
+            temperature=fixed if method is None else held["temperature"],
             first_sample=samples_per_prompt,
             first_group=count,
             prefixes=prefixes,

@@ -91,7 +91,8 @@ def resume(
         return carry._replace(branched=rows)
 
     def result(carry: Progress) -> tuple[Experience, dict[str, Array]]:
-        assert carry.rows is not None and carry.branched is not None  # both rounds are over
+        assert carry.rows is not None  # both rounds are over
+        assert carry.branched is not None
         count = carry.branched.tokens.shape[0]
         first = carry.rows.filled(branch=jnp.zeros(carry.rows.tokens.shape[0], jnp.float32))
         both = concatenated(first, carry.branched.filled(branch=jnp.ones(count, jnp.float32)))
