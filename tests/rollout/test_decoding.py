@@ -41,8 +41,8 @@ def model_of(layer_loop="unrolled", cache_dtype="compute", window=None):
 def params_of(layer_loop="unrolled"):
     rng = np.random.default_rng(3)
     shapes = abstract(model_of(layer_loop).specs)
-    params = jax.tree.map(lambda x: np.float32(0.5 * rng.standard_normal(x.shape)), shapes)
-    return params | {"final_norm": np.ones(16, np.float32)}
+    params = jax.tree.map(lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), jnp.float32), shapes)
+    return params | {"final_norm": jnp.ones(16)}
 
 
 def sampled(prompts=PROMPTS, *, model=None, samples=SAMPLES, steps=STEPS, **options):
