@@ -363,9 +363,7 @@ def one_program(function):
         if not arrays:
             return as_one_program(function(*args, **kwargs))
         # The type, too: 1, 1.0 and True are equal.
-        fixed = [
-            (None, TRACED) if isinstance(leaf, (jax.Array, np.ndarray)) else (type(leaf), leaf) for leaf in leaves
-        ]
+        fixed = [(None, TRACED) if isinstance(leaf, (jax.Array, np.ndarray)) else (type(leaf), leaf) for leaf in leaves]
         try:
             program = compiled(structure, tuple(fixed))
             return program(arrays)
