@@ -77,9 +77,12 @@ def spans(rows):
 
 
 def test_the_sampler_says_what_the_trainer_says(params, rows):
-    hidden = predicting_hidden(MODEL, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
-    scored = token_statistics(MODEL, params, hidden, rows.tokens, temperature=1.0, entropy=True)
-    inside = spans(rows)
+    @jax.jit
+    def score(params, rows):
+        hidden = predicting_hidden(MODEL, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+        return token_statistics(MODEL, params, hidden, rows.tokens, temperature=1.0, entropy=True)
+
+    scored, inside = score(params, rows), spans(rows)
     np.testing.assert_allclose(rows.behaviour_logprobs[inside], scored.logprobs[inside], atol=1e-5)
     np.testing.assert_allclose(rows.behaviour_entropy[inside], scored.entropy[inside], atol=1e-5)
     assert not np.asarray(rows.behaviour_logprobs)[~inside].any()
