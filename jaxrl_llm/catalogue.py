@@ -13,47 +13,22 @@ from typing import Any
 from jaxrl_llm import advantages, losses, rewards, schedules, selection
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.experience import Method
+from jaxrl_llm.fields import TEXT, every_need, nearest, need_of
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
-from jaxrl_llm.training.score import HOST_NAMES
-from jaxrl_llm.training.wiring import nearest, signature
+from jaxrl_llm.signatures import signature
 
 ROOMS = {"reward": rewards, "advantage": advantages, "selection": selection, "loss": losses, "schedule": schedules}
 
-# What the engine has to provide beyond samples, rewards and the policy's log-probabilities, and the names that ask.
-NEEDS = {
-    "reference": frozenset({"reference_logprobs", "kl_reference_per_token", "over_vocabulary"}),
-    "vocabulary": frozenset({"over_vocabulary", "log_probabilities"}),
-    "entropy": frozenset({"entropy", "old_entropy", "behaviour_entropy", "entropy_per_token"}),
-    "value model": frozenset({"values", "old_values"}),
-    "twin values": frozenset({"twin_values", "old_twin_values"}),
-    "token reward model": frozenset({"token_reward_logits"}),
-    "hidden states": frozenset({"hidden"}),
-    "turns": frozenset({"turn", "turn_rewards"}),
-    "proxy": frozenset({"proxy_logprobs"}),
-    "prompt scores": frozenset({"prompt_logprobs", "prompt_mask"}),
-    "tempered scores": frozenset({"tempered_logprobs"}),
-    "extra samples": frozenset({"extra"}),
-    "greedy sample": frozenset({"baseline_rewards"}),
-    "preferences": frozenset({"preferences"}),
-    "answer ids": frozenset({"answer_id"}),
-    "budgets": frozenset({"budget"}),
-    "meta-gradient": frozenset({"alignment", "validation_gradient"}),
-    "demonstrations": frozenset({"demonstration_tokens", "demonstration_length", "source"}),
-    "stored answers": frozenset({"stored_logprobs"}),
-    "host": HOST_NAMES,
+# What a source, a plan or a section of a config brings, where no name of a function says so.
+_SECTION_NEEDS = {("environment",): "environment", ("training", "alignment_every_steps"): "meta-gradient"}
+_SOURCE_NEEDS = {"replay": "replay", "solved_answers": "stored answers", "demonstrations": "demonstrations"}
+_PLAN_NEEDS = {
+    "demonstration_in_group": "demonstrations",
+    "mixed_temperature": "extra samples",
+    "prefixes": "prefixes",
+    "greedy_baseline": "greedy sample",
 }
-# Sections of a config that say what is needed, where no name of a function does.
-_CONFIG_NEEDS = {
-    ("replay",): "replay",
-    ("rehearsal",): "stored answers",
-    ("supervised",): "demonstrations",
-    ("rollout", "demonstration_in_group"): "demonstrations",
-    ("rollout", "extra"): "extra samples",
-    ("rollout", "prefixes"): "prefixes",
-    ("environment",): "environment",
-    ("training", "alignment_every_steps"): "meta-gradient",
-}
-EVERY_NEED = (*NEEDS, "replay", "prefixes", "environment", "memory")
+EVERY_NEED = (*every_need(), "replay", "prefixes", "environment", "memory", "several rounds", "branches", "stages")
 
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
 _HELPERS = re.compile(
@@ -133,7 +108,7 @@ def _entry(name: str, room: str, function: Any) -> dict[str, Any]:
         "arxiv": re.findall(r"\b\d{4}\.\d{4,5}\b", text),
         "certainty": certainty.group(1) if certainty else "",
         "needs": list(read.required),
-        "where": "host" if HOST_NAMES & {*read.required, *read.optional} else "program",
+        "where": "host" if TEXT & {*read.required, *read.optional} else "program",
     }
 
 
@@ -207,9 +182,11 @@ def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
       names a function, has an entry of its own with section "coefficient".
     """
     found = []
-    extra = (tree.get("rollout") or {}).get("extra")
-    if extra and (isinstance(extra["temperature"], dict) or _is_name(extra["temperature"])):
-        found.append({"function": _named(extra["temperature"]), "section": "rollout.extra", "entry": extra})
+    for plan in _plan_entries(tree):
+        found.append({"function": _named(plan), "section": "rollout.plan", "entry": plan})
+        temperature = _hyper(plan).get("temperature")
+        if isinstance(temperature, dict) or _is_name(temperature):
+            found.append({"function": _named(temperature), "section": "temperature", "entry": temperature})
     for section in _SECTIONS:
         for entry in tree.get(section) or ():
             inner = next(iter(entry.values())) if section == "credit" else entry
@@ -238,12 +215,12 @@ def needs(functions: Iterable[Any], provided: Iterable[str] = ()) -> list[str]:
       provided: names that a recipe fills in by itself.
     """
     # Turns are told apart by a recipe's own function, and are worth naming all the same.
-    given, found = frozenset(provided) - NEEDS["turns"], set[str]()
+    given, found = {name for name in provided if need_of(name) != "turns"}, set[str]()
     for function in functions:
         asked = frozenset(signature(function).required) - given
-        if "stored_logprobs" in asked:  # `source` marks stored answers then, not demonstrations
-            asked -= {"source"}
-        found |= {need for need, wanted in NEEDS.items() if asked & wanted}
+        if "stored_logprobs" in asked:  # `written_mask` marks stored answers then, not demonstrations
+            asked -= {"written_mask"}
+        found |= {need_of(name) for name in asked}
         returned = None if isinstance(function, Method) else inspect.signature(function).return_annotation
         found |= {"memory"} if isinstance(function, Method) or returned in (Method, "Method") else set()
     return [need for need in EVERY_NEED if need in found]
@@ -261,12 +238,13 @@ def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
         for section, terms_of in _SECTIONS.items():
             for term in terms_of(tree.get(section) or ()):
                 functions.append(term.function)
-                filled |= {field} if (field := getattr(term, "field", None)) else set()
+                filled |= set(getattr(term, "names", ()))
                 coefficient = getattr(term, "coefficient", None)
                 functions += [coefficient] if callable(coefficient) or isinstance(coefficient, Method) else []
-        extra = (tree.get("rollout") or {}).get("extra")
-        temperature = number_or_method(extra["temperature"], "rollout.extra.temperature") if extra else 1.0
-        functions += [] if isinstance(temperature, float) else [temperature]
+        for plan in _plan_entries(tree):
+            temperature = _hyper(plan).get("temperature", 1.0)
+            made = number_or_method(temperature, "rollout.plan.temperature")
+            functions += [] if isinstance(made, float) else [made]
     except RecipeError as error:
         raise RecipeError(f"recipe {file}: {error}") from None
     asked = {*needs(functions, filled), *_config_needs(tree)}
@@ -283,12 +261,38 @@ def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
 
 def _config_needs(tree: dict[str, Any]) -> set[str]:
     found = set()
-    for keys, need in _CONFIG_NEEDS.items():
+    for keys, need in _SECTION_NEEDS.items():
         value: Any = tree
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         found |= {need} if value else set()
-    return found
+    sources = tree.get("source") or ()
+    for entry in sources if isinstance(sources, list) else [sources]:
+        name = _named(entry)
+        found |= {_SOURCE_NEEDS[name]} if name in _SOURCE_NEEDS else {"judged rows"} if name != "sampler" else set()
+    for plan in _plan_entries(tree):
+        name = _named(plan)
+        found |= {_PLAN_NEEDS[name]} if name in _PLAN_NEEDS else set()
+        found |= {"several rounds"} if name in ("refill", "adaptive") else {"branches"} if name == "resume" else set()
+    return found | ({"stages"} if tree.get("stages") else set())
+
+
+def _plan_entries(tree: dict[str, Any]) -> list[Any]:
+    """Entries of section rollout.plan, of which one needs no list."""
+    plan = (tree.get("rollout") or {}).get("plan")
+    if plan is None:
+        return []
+    if isinstance(plan, dict):
+        return [{name: hyper} for name, hyper in plan.items()]
+    return plan if isinstance(plan, list) else [plan]
+
+
+def _hyper(entry: Any) -> dict[str, Any]:
+    """Hyper-parameters of an entry."""
+    if not isinstance(entry, dict):
+        return {}
+    inner = entry if "python" in entry else next(iter(entry.values()))
+    return inner if isinstance(inner, dict) else {}
 
 
 def _named(entry: Any) -> str:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -19,11 +19,14 @@ from jaxrl_llm.models.lora import LoraConfig
 from jaxrl_llm.models.transformer_config import LayerLoop, Precision, Rematerialisation, TransformerConfig
 from jaxrl_llm.parallel.rules import AXES, changed_rules
 from jaxrl_llm.rollout.controls import Controls
-from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
 
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names the field, the value and the remedy."""
+
+
+# Of a field that decides no number of a run: it may be another when the run is resumed.
+FREE = {"decides_numbers": False}
 
 
 def _at_least(owner: str, config: Any, minimum: float, *names: str) -> None:
@@ -76,11 +79,13 @@ class DataConfig:
       rewritten_history: "error" refuses conversations whose earlier turns the template changes, "allow" takes them.
       directory: where generated problems are kept; None takes ~/.cache/jaxrl_llm (or XDG_CACHE_HOME).
       overlong_prompts: "error", or "drop" to leave them out and report how many.
+      selection: what chooses the prompts of a step, a name of `jaxrl_llm.selection` with its hyper-parameters; null
+        takes them in a new order each epoch.
     """
 
-    path: str | None = None
-    validation_path: str | None = None
-    test_path: str | None = None
+    path: str | None = field(default=None, metadata=FREE)
+    validation_path: str | None = field(default=None, metadata=FREE)
+    test_path: str | None = field(default=None, metadata=FREE)
     format: Literal["gsm8k", "prompt", "messages"] = "prompt"
     fields: dict[str, Any] = field(default_factory=dict)
     verifier: Literal["number", "text"] = "number"
@@ -89,8 +94,9 @@ class DataConfig:
     system_prompt: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     rewritten_history: Literal["error", "allow"] = "error"
-    directory: str | None = None
+    directory: str | None = field(default=None, metadata=FREE)
     overlong_prompts: Literal["error", "drop"] = "error"
+    selection: Any = None
 
     def __post_init__(self):
         if self.path is None:
@@ -115,8 +121,8 @@ class PretrainedConfig:
       attention, layer_loop, parameter_dtype, compute_dtype: as for a model that is described by its shape.
     """
 
-    path: str
-    revision: str | None = None
+    path: str = field(metadata=FREE)
+    revision: str | None = field(default=None, metadata=FREE)
     attention: AttentionChoice = "auto"
     layer_loop: LayerLoop = "auto"
     parameter_dtype: Precision = "float32"
@@ -172,19 +178,6 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True)
-class ExtraConfig:
-    """Groups sampled on top at another temperature.
-
-    Attributes:
-      prompt_share: share of the prompts of a step that get one.
-      temperature: a number, or an entry that names a method, for example {temperature_controller: {target: 0.5}}.
-    """
-
-    prompt_share: float
-    temperature: float | str | dict[str, Any]
-
-
-@dataclass(frozen=True)
 class EngineConfig:
     """An OpenAI-compatible engine that samples the completions of training; docs/engines.md says how it is launched.
 
@@ -206,20 +199,20 @@ class EngineConfig:
       reload_every_steps: steps from one export to the next; 0 leaves the engine with the weights it was launched with.
     """
 
-    url: str
-    model: str
-    timeout_s: float = 600.0
-    concurrency: int = 64
-    retries: int = 3
-    api_key_variable: str | None = None
+    url: str = field(metadata=FREE)
+    model: str = field(metadata=FREE)
+    timeout_s: float = field(default=600.0, metadata=FREE)
+    concurrency: int = field(default=64, metadata=FREE)
+    retries: int = field(default=3, metadata=FREE)
+    api_key_variable: str | None = field(default=None, metadata=FREE)
     request: dict[str, Any] = field(default_factory=dict)
-    probe_prompts: int = 8
-    probe_bound: float = 0.05
-    probe_largest_bound: float = 1.0
-    weights_directory: str | None = None
-    reload_path: str | None = None
-    reload_body: dict[str, Any] = field(default_factory=lambda: {"model_path": "{directory}"})
-    reload_then: tuple[str, ...] = ()
+    probe_prompts: int = field(default=8, metadata=FREE)
+    probe_bound: float = field(default=0.05, metadata=FREE)
+    probe_largest_bound: float = field(default=1.0, metadata=FREE)
+    weights_directory: str | None = field(default=None, metadata=FREE)
+    reload_path: str | None = field(default=None, metadata=FREE)
+    reload_body: dict[str, Any] = field(default_factory=lambda: {"model_path": "{directory}"}, metadata=FREE)
+    reload_then: tuple[str, ...] = field(default=(), metadata=FREE)
     reload_every_steps: int = 1
 
     def __post_init__(self):
@@ -249,9 +242,8 @@ class RolloutConfig:
         two. Each width that occurs is a program more; `jaxrl explain` lists them.
       max_completion_tokens: longest completion, end of sequence included.
       temperature: of the softmax, in sampling and in training alike.
-      demonstration_in_group: the last sample of each group is the prompt's reference completion.
-      prefixes: texts that completions start with, one for each equal block of a prompt's samples.
-      extra: groups sampled on top at another temperature.
+      plan: how completions are asked for, from the inside out: names of `jaxrl_llm.rollout.plans` with their
+        hyper-parameters, such as {refill: {max_rounds: 10}}; empty draws all at once.
       replay_router: a mixture of experts learns through the experts that sampled each token.
       engine: samples in another process; None samples here.
       slots: completions that are decoded at a time, so that short ones make room for others; None decodes all of a step
@@ -261,7 +253,6 @@ class RolloutConfig:
         truncated sampling is refused, because the policy that is trained would be another than the one that sampled.
       off_policy_steps: 1 samples the next batch with the policy that this step starts from, beside the update; 0 after
         it.
-      refill, adaptive, budget: sampling in several rounds, or in groups of different sizes; at most one of them.
     """
 
     samples_per_prompt: int = 8
@@ -269,9 +260,7 @@ class RolloutConfig:
     prompt_buckets: bool | tuple[int, ...] = False
     max_completion_tokens: int = 64
     temperature: float = 1.0
-    demonstration_in_group: bool = False
-    prefixes: tuple[str, ...] = ()
-    extra: ExtraConfig | None = None
+    plan: tuple[Any, ...] = ()
     replay_router: bool = False
     engine: EngineConfig | None = None
     slots: int | None = None
@@ -280,9 +269,6 @@ class RolloutConfig:
     min_p: float = 0.0
     renormalised: bool = False
     off_policy_steps: Literal[0, 1] = 0
-    refill: Refill | None = None
-    adaptive: Adaptive | None = None
-    budget: Budget | None = None
 
     def __post_init__(self):
         _at_least("rollout", self, 1, "samples_per_prompt", "max_prompt_tokens", "max_completion_tokens", "slots")
@@ -303,23 +289,15 @@ class RolloutConfig:
             )
         if self.prompt_buckets and self.off_policy_steps:
             raise ValueError(
-                "rollout.prompt_buckets and rollout.off_policy_steps are both set, but a batch that waits in the state "
-                "has one width; leave one of them out"
+                "rollout.off_policy_steps keeps a batch that waits in the state, whose prompts have one width "
+                "(one_width); leave rollout.prompt_buckets or rollout.off_policy_steps out"
             )
-        given = [name for name in ("refill", "adaptive", "budget") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"rollout.{given[0]} and rollout.{given[1]} are both set; a step samples in one way")
 
     @property
     def truncation(self) -> Controls | None:
         """What is cut off the distribution that samples are drawn from."""
         controls = Controls(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         return controls if controls.truncates else None
-
-    @property
-    def rounds(self) -> Refill | Adaptive | Budget | None:
-        """The one that is set."""
-        return self.refill or self.adaptive or self.budget
 
 
 @dataclass(frozen=True)
@@ -346,13 +324,9 @@ class TrainingConfig:
         products wait in the host's memory).
       offload: what is kept in the host's memory between its uses: optimizer, reference.
       max_gradient_norm: global norm clip.
-      refresh_reference_every: steps between copies of the policy into the reference; 0 keeps it frozen.
-      refresh_reference_at: steps after which the policy is copied into the reference, beside those.
-      reference_decay: the reference follows the policy as a moving average that keeps this share at each step; None
-        leaves it where it is.
-      freeze_policy_steps: first steps in which only critics learn.
-      alignment_every_steps: steps between two measurements of `alignment` (AMFT), which takes three more gradients; 0
-        never measures it.
+      freeze_policy_steps: first steps in which only other networks learn.
+      alignment_every_steps: steps between two measurements of `alignment`, which takes three more gradients; 0 never
+        measures it.
     """
 
     steps: int = 100
@@ -372,20 +346,12 @@ class TrainingConfig:
     remat: Rematerialisation = "none"
     offload: tuple[Literal["optimizer", "reference"], ...] = ()
     max_gradient_norm: float = 1.0
-    refresh_reference_every: int = 0
-    refresh_reference_at: tuple[int, ...] = ()
-    reference_decay: float | None = None
     freeze_policy_steps: int = 0
     alignment_every_steps: int = 0
 
     def __post_init__(self):
-        _at_least("training", self, 0, "steps", "warmup_steps", "refresh_reference_every", "learning_rate")
+        _at_least("training", self, 0, "steps", "warmup_steps", "learning_rate")
         _at_least("training", self, 0, "freeze_policy_steps", "alignment_every_steps")
-        if self.reference_decay is not None and not 0 <= self.reference_decay <= 1:
-            raise ValueError(
-                f"training.reference_decay is {self.reference_decay}; it is the share of the reference that is kept at "
-                "each step and must lie in [0, 1]"
-            )
         if self.optimizer == "adafactor" and self.moment_dtype is not None:
             raise ValueError(
                 f"training.moment_dtype is {self.moment_dtype!r}, but adafactor keeps no first moments; leave it out"
@@ -395,24 +361,55 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class CriticConfig:
-    """Value models and their like, for methods that name one. Their optimiser is AdamW.
+class NetworkConfig:
+    """A network beside the policy. The names that functions ask for say which are made; this says how.
+
+    A reference is a copy of the policy, and networks with a head (value, twin, token_reward) learn from one, where this
+    says nothing else.
 
     Attributes:
-      backbone: "own" starts as a copy of the policy; "shared" reads the policy's hidden states, which then learn from
-        the critic's loss too.
+      origin: `from` in a config. "policy" copies the policy that a stage starts from, or the name of another network.
+      path: a checkpoint: a run, or a directory of Hugging Face; takes the place of `origin`.
+      head: numbers instead of log-probabilities: "scalar", or {outputs, layers, width, initial_scale}.
+      says: of a head's values, one a "token", or the one at the "first" token of a row that is trained on.
+      backbone: of a head: "own" starts as a copy of the policy; "shared" reads the policy's hidden states, which then
+        learn from its loss too.
+      learns: it has an optimiser, AdamW; None says yes for a head that is made from the policy.
       learning_rate: constant.
       max_gradient_norm: global norm clip.
-      target_rate: how far a slow copy moves towards the critic at each step; None keeps no copy.
+      decay: it follows its origin as a moving average that keeps this share at each step.
+      copy_every: steps between copies of its origin; 0 never.
+      copy_at: steps after which its origin is copied, beside those.
+      temperature: of its log-probabilities; None is that of the rollout.
+      always_origin: it is its origin at every moment: the policy at another temperature.
+      parameter_dtype, compute_dtype, int8: of one with a path.
     """
 
+    origin: str = "policy"
+    path: str | None = None
+    head: Literal["scalar"] | dict[str, Any] | None = None
+    says: Literal["token", "first"] = "token"
     backbone: Literal["own", "shared"] = "own"
+    learns: bool | None = None
     learning_rate: float = 1e-3
     max_gradient_norm: float = 1.0
-    target_rate: float | None = None
+    decay: float | None = None
+    copy_every: int = 0
+    copy_at: tuple[int, ...] = ()
+    temperature: float | None = None
+    always_origin: bool = False
+    parameter_dtype: Precision = "float32"
+    compute_dtype: Precision = "float32"
+    int8: bool = False
 
     def __post_init__(self):
-        _at_least("critic", self, 0, "learning_rate", "max_gradient_norm")
+        _at_least("networks", self, 0, "learning_rate", "max_gradient_norm", "copy_every")
+        if self.decay is not None and not 0 <= self.decay <= 1:
+            raise ValueError(
+                f"networks: decay is {self.decay}; it is the share that is kept at each step and must lie in [0, 1]"
+            )
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"networks: temperature is {self.temperature}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -424,59 +421,6 @@ class AdapterConfig(LoraConfig):
     """
 
     int8: bool = False
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """Learning again from rows of earlier steps.
-
-    Attributes:
-      share: of the groups of a batch, those that are replayed.
-      batches: steps whose rows are kept.
-      until_step: no replay from this step on; None never ends.
-    """
-
-    share: float
-    batches: int = 2
-    until_step: int | None = None
-
-
-@dataclass(frozen=True)
-class RehearsalConfig:
-    """Prompts that the initial policy solves are rehearsed from its stored answers and not explored.
-
-    Attributes:
-      attempts: answers drawn for each training prompt before reinforcement.
-      min_correct: how many of them must be right.
-      sequences_per_step: stored answers that learn beside the samples of a step, a multiple of samples_per_prompt.
-    """
-
-    sequences_per_step: int
-    attempts: int = 4
-    min_correct: int = 4
-
-    def __post_init__(self):
-        _at_least("rehearsal", self, 1, "sequences_per_step", "attempts", "min_correct")
-        if self.min_correct > self.attempts:
-            raise ValueError(
-                f"rehearsal.min_correct is {self.min_correct}, more than rehearsal.attempts {self.attempts}; lower it"
-            )
-
-
-@dataclass(frozen=True)
-class SupervisedConfig:
-    """Reference completions that learn beside the samples of every step.
-
-    Where `training.alignment_every_steps` is set, as many rows of the validation split join them with weight 0.
-
-    Attributes:
-      sequences_per_step: how many, a multiple of samples_per_prompt.
-    """
-
-    sequences_per_step: int
-
-    def __post_init__(self):
-        _at_least("supervised", self, 1, "sequences_per_step")
 
 
 @dataclass(frozen=True)
@@ -590,28 +534,28 @@ class Config:
     returns an environment of the user's own.
     """
 
-    name: str
+    name: str = field(metadata=FREE)
     model: ModelConfig
-    rewards: tuple[Any, ...]
-    credit: tuple[dict[str, Any], ...]
     losses: tuple[Any, ...]
+    rewards: tuple[Any, ...] = ()
+    credit: tuple[dict[str, Any], ...] = ()
     task: TaskConfig | None = None
     seed: int = 0
-    run_dir: str | None = None
-    about: AboutConfig = AboutConfig()
+    run_dir: str | None = field(default=None, metadata=FREE)
+    about: AboutConfig = field(default=AboutConfig(), metadata=FREE)
     data: DataConfig = DataConfig()
     environment: dict[str, Any] = field(default_factory=dict)
     warm_start: WarmStartConfig = WarmStartConfig()
     rollout: RolloutConfig = RolloutConfig()
     training: TrainingConfig = TrainingConfig()
     lora: AdapterConfig | None = None
-    critic: CriticConfig = CriticConfig()
-    replay: ReplayConfig | None = None
-    rehearsal: RehearsalConfig | None = None
-    supervised: SupervisedConfig | None = None
+    networks: dict[str, NetworkConfig] = field(default_factory=dict)
+    views: dict[str, Any] = field(default_factory=dict)
+    source: tuple[Any, ...] = ("sampler",)
+    stages: tuple[dict[str, Any], ...] = ()
     evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
-    reporting: ReportingConfig = ReportingConfig()
+    checkpoints: CheckpointConfig = field(default=CheckpointConfig(), metadata=FREE)
+    reporting: ReportingConfig = field(default=ReportingConfig(), metadata=FREE)
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
@@ -635,25 +579,6 @@ class Config:
                 "data.prompts is 'chat', but a model that is described by its shape has no chat template; set "
                 "model.path to a checkpoint, or data.prompts to plain"
             )
-        if self.rehearsal and self.supervised:
-            raise ValueError(
-                "rehearsal and supervised are both set; both bring rows of written answers that losses could not tell "
-                "apart, so leave one of them out"
-            )
-        joined = [name for name in ("rehearsal", "supervised", "replay") if getattr(self, name) is not None]
-        if self.rollout.prompt_buckets and joined:
-            raise ValueError(
-                f"rollout.prompt_buckets and {joined[0]} are both set, but rows that join a batch have prompts of one "
-                "width; leave one of them out"
-            )
-        for name in ("rehearsal", "supervised"):
-            section = getattr(self, name)
-            if section and section.sequences_per_step % self.rollout.samples_per_prompt:
-                raise ValueError(
-                    f"{name}.sequences_per_step is {section.sequences_per_step}, which rollout.samples_per_prompt "
-                    f"{self.rollout.samples_per_prompt} does not divide; stored rows learn in groups of that size, so "
-                    "take a multiple"
-                )
 
     @property
     def directory(self) -> Path:
@@ -682,6 +607,19 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         _assign(values, override)
     if values.get("mesh") == "auto":
         values["mesh"] = {}
+    for name in ("source", "stages"):  # one entry needs no list
+        if name in values and not isinstance(values[name], list):
+            values[name] = [values[name]]
+    rollout = values.get("rollout")
+    if isinstance(rollout, dict) and rollout.get("plan") is not None and not isinstance(rollout["plan"], list):
+        rollout["plan"] = (
+            [{name: hyper} for name, hyper in rollout["plan"].items()]
+            if isinstance(rollout["plan"], dict)
+            else [rollout["plan"]]
+        )
+    for network in (values.get("networks") or {}).values():
+        if isinstance(network, dict) and "from" in network:
+            network["origin"] = network.pop("from")
     if isinstance(values.get("model"), dict) and _model_kind(values["model"]) == "checkpoint":
         _refuse_shape(values["model"])
     elif isinstance(values.get("model"), dict):
@@ -767,11 +705,15 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
             raise ConfigError(f"config key {prefix}{key} (value {value!r}) does not exist; {hint}")
-        section = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
+        kinds = () if get_origin(hints[key]) is dict else (hints[key], *get_args(hints[key]))
+        section = next((t for t in kinds if is_dataclass(t)), None)
         if prefix == "" and key == "model" and isinstance(value, dict):
             section = _MODEL_KINDS[_model_kind(value)]
         if section is not None and value is not None:
             _known_keys(value, section, f"{prefix}{key}.")
+        if prefix == "" and key == "networks" and isinstance(value, dict):
+            for name, network in value.items():
+                _known_keys(network or {}, NetworkConfig, f"networks.{name}.")
 
 
 def _refuse_shape(tree: Mapping[str, Any]) -> None:
@@ -798,21 +740,28 @@ def as_tree(config: Config) -> dict[str, Any]:
     return _copied(asdict(config))
 
 
-def numeric_tree(config: Config) -> dict[str, Any]:
-    """The part of a config that decides the numbers: what the config hash of a checkpoint covers."""
-    tree = as_tree(config)
-    for key in ("run_dir", "reporting", "checkpoints", "about", "name"):
-        del tree[key]
-    # Where files lie decides nothing; what is in them has fingerprints of its own.
-    for name in ("directory", "path", "validation_path", "test_path"):
-        del tree["data"][name]
-    for name in ("path", "revision"):
-        tree["model"].pop(name, None)
-    # Of an engine, how old its policy may be; where it is and how it is asked decides nothing.
-    engine = tree["rollout"].pop("engine")
-    if engine is not None:
-        tree["rollout"]["engine"] = {name: engine[name] for name in ("request", "reload_every_steps")}
+def numeric_tree(config: Any) -> dict[str, Any]:
+    """The part of a config that decides the numbers: what the config hash of a checkpoint covers. Fields say so."""
+    tree = _deciding(config)
     # More steps may be added to a run, unless a schedule depends on their number.
-    if tree["training"]["schedule"] == "constant":
+    if config.training.schedule == "constant":
         del tree["training"]["steps"]
     return tree
+
+
+def _deciding(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        kept = [f for f in fields(value) if f.metadata.get("decides_numbers", True)]
+        return {f.name: _deciding(getattr(value, f.name)) for f in kept}
+    if isinstance(value, Mapping):
+        return {str(key): _deciding(one) for key, one in value.items()}
+    return [_deciding(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def stage_trees(config: Config) -> list[dict[str, Any]]:
+    """The stages of a run as whole configs in plain dictionaries: what each changes is merged over the rest."""
+    tree = as_tree(config)
+    stages = tree.pop("stages")
+    return [
+        _merged(tree | {"name": f"{config.name}"}, {k: v for k, v in stage.items() if k != "name"}) for stage in stages
+    ]

@@ -12,6 +12,7 @@ reshaped to (prompts, samples), so groups may be ragged and a row of weight 0 is
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -28,8 +29,10 @@ class KeyUse(IntEnum):
     EVALUATE = 2
     ROLLOUT = 3
     REPLAY = 4
-    REHEARSAL = 5
+    STORED = 5
     ENVIRONMENT = 6
+    PLAN = 7
+    SELECTION = 8
 
 
 class Source(IntEnum):
@@ -53,8 +56,7 @@ class Prompts:
       prompt_id: stable id of the prompt in its data set; addresses the random keys and per-prompt statistics.
       answer_tokens: right-padded reference answer, for in-graph verifiers.
       answer_length: real tokens in each reference answer.
-      demonstration_tokens: right-padded reference completion, end of sequence included; None where nothing asks for it.
-      demonstration_length: real tokens in each reference completion.
+      fields: further columns of the data by name, one entry a prompt; its rows have them under the same name.
     """
 
     tokens: Int[Array, "N P"]
@@ -62,15 +64,17 @@ class Prompts:
     prompt_id: Int[Array, "N"]
     answer_tokens: Int[Array, "N A"]
     answer_length: Int[Array, "N"]
-    demonstration_tokens: Int[Array, "N T"] | None = None
-    demonstration_length: Int[Array, "N"] | None = None
+    fields: dict[str, Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
 class Experience:
-    """Facts about B sampled sequences. Each stage of a step fills in more of them.
+    """What is known of B sequences: the facts of sampling as attributes, everything else by name in `fields`.
 
-    Filled by the rollout (collect):
+    `rows[name]` reads either; `rows.filled(name=...)` gives rows that know more. `jaxrl_llm.fields` is the table of
+    names: what each means, its shape, and what provides it.
+
+    Attributes:
       prompt_tokens, prompt_length, prompt_id, answer_tokens, answer_length: as in `Prompts`, one row a sample.
       sample: number of the sample within its group.
       group: id of the group (the samples of one prompt); any integers in [0, B).
@@ -85,20 +89,7 @@ class Experience:
       router_choices: experts that served each token of prompt and completion; None where they are not recorded.
       support: tokens that each token was drawn from, -1 for fewer than S, where sampling is truncated: the trainer
         normalises over the same ones. None where it is the whole vocabulary.
-
-    Filled by the rewards (score):
-      reward_components: one column a reward function, before weights.
-      rewards: the weighted sum that is maximised.
-      correct: 1 where the first reward function of the recipe, the verifier, returned at least 1; of a conversation,
-        where its environment says that it was solved.
-
-    Filled on demand (credit), None until something asks for them:
-      token_rewards (rewards given to single tokens, such as a penalty), advantages, token_weight,
-      old_logprobs (the policy that the update starts from), old_entropy,
-      reference_logprobs, old_values, returns, turn (index of the turn that a token belongs to),
-      demonstration_tokens, demonstration_length (as in `Prompts`).
-
-    extras: what only some methods know of, by name: an array with one entry a row. A credit entry may fill any name.
+      fields: named arrays, one entry a row.
     """
 
     prompt_tokens: Int[Array, "B P"]
@@ -116,66 +107,77 @@ class Experience:
     behaviour_logprobs: Float[Array, "B T"]
     behaviour_entropy: Float[Array, "B T"]
     truncated: Bool[Array, "B"]
-    reward_components: Float[Array, "B K"] | None = None
-    rewards: Float[Array, "B"] | None = None
-    correct: Float[Array, "B"] | None = None
-    token_rewards: Float[Array, "B T"] | None = None
-    advantages: Float[Array, "B T"] | None = None
-    token_weight: Float[Array, "B T"] | None = None
-    old_logprobs: Float[Array, "B T"] | None = None
-    old_entropy: Float[Array, "B T"] | None = None
-    reference_logprobs: Float[Array, "B T"] | None = None
-    old_values: Float[Array, "B T"] | None = None
-    returns: Float[Array, "B T"] | None = None
-    turn: Int[Array, "B T"] | None = None
-    demonstration_tokens: Int[Array, "B T"] | None = None
-    demonstration_length: Int[Array, "B"] | None = None
     router_choices: Int[Array, "B P+T L k"] | None = None
     support: Int[Array, "B T S"] | None = None
-    extras: dict[str, Array] = struct.field(default_factory=dict)
+    fields: dict[str, Array] = struct.field(default_factory=dict)
+
+    def known(self) -> dict[str, Array]:
+        """Facts and fields by name; facts that are None are left out."""
+        facts = {name: getattr(self, name) for name in FACTS}
+        return {name: value for name, value in facts.items() if value is not None} | self.fields
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.fields or (name in FACTS and getattr(self, str(name)) is not None)
+
+    def __getitem__(self, name: str) -> Array:
+        if name in self.fields:
+            return self.fields[name]
+        value = getattr(self, name) if name in FACTS else None
+        if value is None:
+            raise KeyError(f"these rows do not know {name!r}; they know {', '.join(sorted(self.known()))}")
+        return value
+
+    def get(self, name: str) -> Array | None:
+        """The array of this name; None where the rows do not know it."""
+        return self.known().get(name)
+
+    def filled(self, **values: Array) -> Experience:
+        """The rows with more of them known."""
+        facts = {name: value for name, value in values.items() if name in FACTS}
+        rest = {name: value for name, value in values.items() if name not in FACTS}
+        return replace(self, **facts, fields=self.fields | rest)
+
+
+# Names of the facts of sampling, in order.
+FACTS = tuple(f.name for f in fields(Experience) if f.name != "fields")
 
 
 @struct.dataclass
-class CriticState:
-    """A network with scalar outputs that is trained beside the policy.
+class NetworkState:
+    """Parameters of one network.
 
     Attributes:
-      params: "head", and "backbone" where it does not share the policy's.
-      optimizer_state: state of its own optimiser.
-      target_params: slowly moving copy; None where nothing asks for one.
+      params: as its model takes them; with a head {"head", and "backbone" where it does not read the policy's}. Of a
+        copy of a policy with adapters, the adapters alone.
+      optimizer_state: state of its own optimiser; None for a network that does not learn.
     """
 
     params: PyTree
-    optimizer_state: PyTree
-    target_params: PyTree | None = None
+    optimizer_state: PyTree = None
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that a step changes, and so everything that a checkpoint holds (of params what learns).
+    """Everything that a step changes, and so everything that a checkpoint holds (of parameters what learns).
 
     Attributes:
-      params: the policy.
-      optimizer_state: state of the policy's optimiser, for the part of params that learns.
-      reference_params: frozen snapshot of that part, for divergences; None when no method asks for one, or where the
-        reference is the policy without its adapters.
-      memory: what stateful methods remember, by method name (see `Method`).
+      networks: the policy and every other network by name.
+      memory: what stateful methods, plans and selections remember, by their name (see `Method`).
       key: the run's random key; never split or replaced, only folded with (step, prompt, sample, position).
       step: updates of the batch made so far; also the position in the data.
-      critics: value models and their like, by name.
-      replay: rows of earlier batches that may be learned from again; None without replay.
-      ahead: the next batch, where it is sampled beside the update before it; None elsewhere.
+      store: rows kept between steps: "replay", and "ahead", a batch that waits for its update.
     """
 
-    params: PyTree
-    optimizer_state: PyTree
-    reference_params: PyTree | None
+    networks: dict[str, NetworkState]
     memory: dict[str, PyTree]
     key: Array
     step: Int[Array, ""]
-    critics: dict[str, CriticState] = struct.field(default_factory=dict)
-    replay: Experience | None = None
-    ahead: Experience | None = None
+    store: dict[str, Experience] = struct.field(default_factory=dict)
+
+    @property
+    def params(self) -> PyTree:
+        """Parameters of the policy."""
+        return self.networks["policy"].params
 
 
 class Loss(NamedTuple):
@@ -214,3 +216,21 @@ class Method(NamedTuple):
 
     init: Callable[[], PyTree]
     update: Callable[..., tuple[Any, PyTree]]
+
+
+class Selection(NamedTuple):
+    """What chooses the prompts of each step, with a memory of its own in the state.
+
+    The prompts of a step are chosen by what was known two steps before: they are needed while the step before is still
+    under way. Both choices that wait are in the state, so a resumed run makes the same.
+
+    Attributes:
+      init: () -> memory, a pytree of arrays.
+      choose: (memory, key, count) -> numbers of items [count], counted from 0 in the order of the data. An item may be
+        chosen more than once; each time it gets samples of its own.
+      update: (memory, *data) -> memory. Its data are names of rows, and `item`, the number of each row's item.
+    """
+
+    init: Callable[[], PyTree]
+    choose: Callable[[PyTree, Array, int], Int[Array, "N"]]
+    update: Callable[..., PyTree]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -14,19 +15,87 @@ from types import SimpleNamespace
 
 # Before anything imports jax: the tests are about what programs compute, not about the machine that they run on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nor about how fast they do it: thousands of tiny programs compile in half of the time where little is optimised.
+# Processes that tests start inherit it. JAXRL_TESTS_OPTIMISED=1 leaves the compiler as users have it.
+if os.environ["JAX_PLATFORMS"] == "cpu" and os.environ.get("JAXRL_TESTS_OPTIMISED", "0") in ("", "0"):
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # A flag of XLA: one that a later jaxlib does not know ends the process ("Unknown flags in XLA_FLAGS").
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 import pytest
 import yaml
 
+from jaxrl_llm.compilation_cache import compilation_cache_directory
 from jaxrl_llm.models.model import Model
+
+# The kernel gives a process 65,530 maps, and each program takes several.
+MOST_MAPS = 8_000
+# A program kept between runs takes 5 kB; those used least recently go first.
+MOST_BYTES_KEPT = 1 << 30
+SECONDS = {"slow": 1800, "aot": 1800}
+
+
+def pytest_collection_modifyitems(items):
+    """What is marked as long gets more time than the bound of pyproject.toml."""
+    for item in items:
+        seconds = [seconds for name, seconds in SECONDS.items() if item.get_closest_marker(name)]
+        if seconds and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(max(seconds)))
+
+
+def programs_of_tests() -> Path | None:
+    """Where programs are kept between runs of the tests: beside those of users, for this kind of machine and jax.
+
+    As for users, JAX_COMPILATION_CACHE_DIR names another directory, and JAXRL_COMPILATION_CACHE=0 keeps nothing.
+    """
+    directory = compilation_cache_directory()
+    if directory is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return directory
+    return directory.parents[1] / "tests" / directory.name / f"jax-{jax.__version__}"
+
+
+def pytest_collection_finish():
+    """What was imported lives until the end: searching it for garbage again and again takes seconds."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    """Once a run, not in each worker: what is kept between runs is held to its bound."""
+    directory = programs_of_tests()
+    if hasattr(session.config, "workerinput") or directory is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    found = []
+    for path in directory.glob("*"):
+        with contextlib.suppress(OSError):  # another run may tidy up, too
+            found.append((path.stat().st_atime, path.stat().st_size, path))
+    size = sum(size for _, size, _ in found)
+    for _, one, path in sorted(found):
+        if size <= MOST_BYTES_KEPT:
+            break
+        size -= one
+        path.unlink(missing_ok=True)
+
+
+def written_at_once(path: Path, value: bytes) -> None:
+    """A reader, or whoever comes after this process is killed, finds all of a file or nothing."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    partial.write_bytes(value)
+    partial.replace(path)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
-    """Programs compiled once are read back by later tests and by the processes that they start."""
+    """Programs compiled once are read back by later tests, other workers, the processes of tests and later runs."""
+    directory = programs_of_tests()
+    try:
+        directory = directory or tmp_path_factory.mktemp("jax")
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        directory = tmp_path_factory.mktemp("jax")
     settings = {
-        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("jax")),
+        "jax_compilation_cache_dir": str(directory),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -34,8 +103,36 @@ def compiled_programs(tmp_path_factory):
     for name, value in settings.items():
         jax.config.update(name, value)
         patch.setenv(name.upper(), str(value))
+
+    # jax writes in place, and never again what is there: half of a program would stay for ever.
+    from jax._src import lru_cache
+
+    def put(self, key, value):
+        path = Path(self.path) / f"{key}-cache"
+        if not path.exists():
+            written_at_once(path, value)
+
+    patch.setattr(lru_cache.LRUCache, "put", put)
     yield
     patch.undo()
+
+
+def maps_of_this_process() -> int | None:
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            return sum(1 for _ in maps)
+    except OSError:
+        return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_programs():
+    """Compiled programs do not pile up: a worker lives through a hundred modules."""
+    yield
+    maps = maps_of_this_process()
+    if maps is None or maps > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

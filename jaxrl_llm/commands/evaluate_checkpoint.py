@@ -46,8 +46,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
             overlong=config.data.overlong_prompts,
             environment=ready.environment,
             call=ready.call,
-            mesh=ready.step.composition.mesh,
-            rules=ready.step.composition.rules,
+            mesh=ready.step.composition.resources.placement.mesh,
+            rules=ready.step.composition.resources.placement.rules,
         )
         chosen = [data[i] for i in spread(len(data), problems)]
         metrics = evaluate(policy.params, chosen, jax.random.key(options.seed))

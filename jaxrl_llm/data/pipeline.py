@@ -97,12 +97,14 @@ class Batches(Generic[Batch]):
       steps_per_epoch: batches in one pass over the data.
       kept: items in the data.
       dropped: items left out because they are too long.
+      chosen: (numbers of items) -> a batch of those, in their order; None where items are not numbered.
     """
 
     dataset: Any
     steps_per_epoch: int
     kept: int
     dropped: int
+    chosen: Callable[[Sequence[int]], Batch] | None = None
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
@@ -122,8 +124,12 @@ def prompt_batches(
     max_demonstration_tokens: int | None = None,
     scratchpad: bool = True,
     widths: Sequence[int] | None = None,
+    numbered: bool = False,
 ) -> Batches[PromptBatch]:
     """Batches of prompts for sampling, in a new order each epoch.
+
+    Of fewer items than a batch holds, each comes several times; `repeat` of the prompts numbers its copies, so that
+    each has samples of its own.
 
     What stands around a body in the prompt is the tokenizer's affair.
 
@@ -139,12 +145,18 @@ def prompt_batches(
       scratchpad: those completions with the think part, or the direct variant.
       widths: of the prompts; a batch has the smallest one that holds all of its prompts. None for `max_prompt_tokens`
         alone.
+      numbered: prompts know the number of their `item` in the source, and `Batches.chosen` makes batches of any.
 
     Raises:
-      ValueError: for an item that is too long, or fewer items than `prompts_per_step`.
+      ValueError: for an item that is too long, no items at all, or numbered items of which some are left out.
     """
     limits = (max_prompt_tokens, max_answer_tokens)
     rows, dropped = encoded_rows(source, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
+    if numbered and dropped:
+        raise ValueError(
+            f"{dropped} prompts are too long and would be dropped, but data.selection numbers the items; take them out "
+            "of the data, or raise the limits"
+        )
     written: dict[int, Row] = {}
     if max_demonstration_tokens is not None:
         completion = completion_ids(tokenizer, scratchpad)
@@ -154,18 +166,45 @@ def prompt_batches(
         kept = [row for row in rows if row.item["item_id"] in written]
         rows, dropped = kept, dropped + len(rows) - len(kept)
 
-    def batch(chosen: Sequence[Row]) -> PromptBatch:
+    number_of = {id(row): number for number, row in enumerate(rows)}
+
+    def batch(chosen: Sequence[Row], repeat: np.ndarray | None = None) -> PromptBatch:
         width = _width(chosen, max_prompt_tokens, widths)
         prompts = padded_prompts(chosen, tokenizer.pad_id, (width, max_answer_tokens))
         if max_demonstration_tokens is not None:
             completions = [written[row.item["item_id"]] for row in chosen]
             arrays = padded_arrays(completions, tokenizer.pad_id, (width, max_demonstration_tokens))
-            prompts = dataclasses.replace(
-                prompts, demonstration_tokens=arrays["answer_tokens"], demonstration_length=arrays["answer_length"]
-            )
+            written_fields = {
+                "demonstration_tokens": arrays["answer_tokens"],
+                "demonstration_length": arrays["answer_length"],
+            }
+            prompts = dataclasses.replace(prompts, fields={**prompts.fields, **written_fields})
+        if repeat is not None:
+            prompts = dataclasses.replace(prompts, fields={**prompts.fields, "repeat": repeat})
+        if numbered:
+            number = np.array([number_of[id(row)] for row in chosen], np.int32)
+            prompts = dataclasses.replace(prompts, fields={**prompts.fields, "item": number})
         return PromptBatch(prompts, [row.item for row in chosen])
 
-    return _batches(rows, dropped, batch, "prompts_per_step", prompts_per_step, seed)
+    def several(pairs: Sequence[tuple[Row, int]]) -> PromptBatch:
+        return batch([row for row, _ in pairs], np.array([copy for _, copy in pairs], np.int32))
+
+    def by_number(numbers: Sequence[int]) -> PromptBatch:
+        seen: dict[int, int] = {}
+        pairs = []
+        for number in map(int, numbers):
+            pairs.append((rows[number], seen.get(number, 0)))
+            seen[number] = seen.get(number, 0) + 1
+        return several(pairs)
+
+    _require_positive("prompts_per_step", prompts_per_step)
+    if rows and len(rows) < prompts_per_step:
+        copies = -(-prompts_per_step // len(rows))
+        pairs = [(row, copy) for copy in range(copies) for row in rows]
+        batches = shuffled_batches(pairs, dropped, several, "prompts_per_step", prompts_per_step, seed)
+    else:
+        batches = shuffled_batches(rows, dropped, batch, "prompts_per_step", prompts_per_step, seed)
+    return dataclasses.replace(batches, kept=len(rows), chosen=by_number if numbered else None)
 
 
 def completion_ids(tokenizer: Tokenizer, scratchpad: bool) -> Callable[[Record], list[int]]:
@@ -251,7 +290,7 @@ def supervised_batches(
             turn=facts[2],
         )
 
-    return _batches(rows, dropped, batch, "sequences_per_step", sequences_per_step, seed)
+    return shuffled_batches(rows, dropped, batch, "sequences_per_step", sequences_per_step, seed)
 
 
 def evaluation_batches(
@@ -303,9 +342,21 @@ def _require_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-def _batches(
-    rows: list[Row], dropped: int, batch: Callable[[Sequence[Row]], Batch], size_name: str, size: int, seed: int
+def shuffled_batches(
+    rows: list[Any], dropped: int, batch: Callable[[Sequence[Any]], Batch], size_name: str, size: int, seed: int
 ) -> Batches[Batch]:
+    """Batches of rows by step, in a new order each epoch.
+
+    Args:
+      rows: what is batched.
+      dropped: what was left out before.
+      batch: rows -> a batch.
+      size_name, size: rows of a batch, and what messages call that.
+      seed: of the orders.
+
+    Raises:
+      ValueError: for fewer rows than a batch holds.
+    """
     _require_positive(size_name, size)
     if len(rows) < size:
         raise ValueError(

@@ -97,7 +97,7 @@ def make_evaluate(
         """What is counted: tokens, their number, whether they were cut, whether solved, sums and counts of metrics."""
         metrics = metrics_of(experience, jnp.repeat(counted, rows) * (jnp.arange(counted.shape[0] * rows) % rows > 0))
         ours = experience.tokens, experience.length, experience.truncated
-        return *ours, experience.extras.get("solved"), metrics
+        return *ours, experience.get("solved"), metrics
 
     if isinstance(environment, HostEnvironment):
         turns = host_turns(model, environment, encode=tokenizer.encode, decode=tokenizer.decode, **sizes)

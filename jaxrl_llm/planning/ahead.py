@@ -181,7 +181,7 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
     devices = described_devices(machine)
     with planned_for(machine.chip.platform):
         built = parts(config, Target(devices, int(machine.chip.bytes)))
-        mesh = built.step.composition.mesh
+        mesh = built.step.composition.resources.placement.mesh
         assert mesh is not None
         programs = programs_with_inputs(built)
         held = _bytes_on_device(programs[0].inputs[0])
@@ -192,7 +192,8 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
             "programs": [],
             "phases": {},
         }
-        steps = _decode_steps(config)
+        c = built.step.composition
+        steps = _decode_steps(config, 1 if c.rollout is None else c.plan.most_rounds)
         for label, program, given in programs:
             print(f"compiling {label} for {machine.described()}", flush=True)
             directory = scratch / re.sub(r"\W", "_", label)
@@ -235,7 +236,7 @@ def kernels_for(device: Any) -> Iterator[None]:
         yield
 
 
-def _decode_steps(config: Any) -> dict[str, Sequence[int]]:
+def _decode_steps(config: Any, rounds: int) -> dict[str, Sequence[int]]:
     """How often the loops of a phase run whose end depends on data, in order, when no row ends by itself."""
     from jaxrl_llm.rollout.decoding import cache_stages
 
@@ -245,7 +246,7 @@ def _decode_steps(config: Any) -> dict[str, Sequence[int]]:
     stages = (*before, last - 1)
     if rollout.slots:
         stages = (math.ceil(rows / rollout.slots) * sum(stages),)
-    return {"decode": stages, "other": (getattr(rollout.rounds, "max_rounds", 1) or 1,)}
+    return {"decode": stages, "other": (rounds,)}
 
 
 def _compiled(lowered: Any, directory: Path, machine: Topology) -> dict[str, Any]:

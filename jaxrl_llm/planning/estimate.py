@@ -24,7 +24,7 @@ from jaxrl_llm.planning.ahead import PHASES
 from jaxrl_llm.planning.hlo import Cost
 from jaxrl_llm.planning.topologies import Topology
 from jaxrl_llm.rollout.decoding import cache_stages
-from jaxrl_llm.training.placement import OFFLOADED, parameter_shardings
+from jaxrl_llm.training.networks import is_offloaded, parameter_shardings
 
 
 @dataclass
@@ -185,21 +185,29 @@ def _state_bytes(config: Config, model: Any, state: Any, at: _Sizes) -> tuple[di
     placed = parameter_shardings(model, mesh, at.rules)  # pyright: ignore[reportArgumentType]
     params = jax.eval_shape(model.init, jax.random.key(0))
     lies = state_shardings(state, params, placed, mesh)  # pyright: ignore[reportArgumentType]
-    offloaded = {OFFLOADED[name] for name in config.training.offload}
-    names = {"params": "parameters", "optimizer_state": "optimiser", "reference_params": "reference"}
+    offload = config.training.offload
     held: dict[str, float] = {}
     away = 0.0
     for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(lies), strict=True):
-        part = getattr(path[0], "name", "")
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue
         size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        if part in offloaded:
+        if is_offloaded(path, offload):
             away += size
             continue
-        name = names.get(part, part)
+        name = _part(path)
         held[name] = held.get(name, 0.0) + size
     return held, away
+
+
+def _part(path: Any) -> str:
+    """What people call the part of the state that an array belongs to."""
+    names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path[:3]]
+    if names[0] != "networks":
+        return names[0]
+    if names[1] == "policy":
+        return "optimiser" if names[2] == "optimizer_state" else "parameters"
+    return names[1]
 
 
 def _weights(model: Any, at: _Sizes, rules: Rules) -> float:

@@ -1,16 +1,227 @@
-"""Calling a user's reward function: what goes wrong in it is said in one sentence that names the row."""
+"""Calling a user's function of text: what goes wrong in it is said in one sentence that names the row.
+
+A function is called once for all rows, or once a row where it names text in the singular (`completion`, `answer`); it
+may be `async def`. Calls for single rows run in parallel. None and NaN say that it does not apply to a row.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
+_ONE_ROW = frozenset({"completion", "prompt", "answer", "item"})
+_THREADS = 32
+
 
 class RewardError(ValueError):
-    """A reward function failed, or returned something that is no reward."""
+    """A function of text failed, or returned something that cannot be learned from."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A function of text and how it is called.
+
+    Attributes:
+      function: hyper-parameters are bound beforehand (`functools.partial`).
+      name: what messages call it.
+      deadline_s: seconds that one call may take; None waits.
+      value_on_failure: what a row gets where a call fails or takes too long; None raises.
+      constants: arguments that are the same for all rows.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    deadline_s: float | None = None
+    value_on_failure: float | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Answers(NamedTuple):
+    """What a reading said.
+
+    Attributes:
+      values: name -> one entry a row; None where it does not apply.
+      seconds: that it took.
+      failures: rows that got the value on failure.
+    """
+
+    values: dict[str, list[Any]]
+    seconds: float
+    failures: int
+
+
+def answered(reading: Reading, data: Mapping[str, Any], *, rows: int, names: Sequence[str]) -> Answers:
+    """Call a reading on rows.
+
+    Args:
+      reading: what is called.
+      data: what it names, one entry a row: lists of text, arrays.
+      rows: how many.
+      names: what its values become. A function of one name returns one entry a row, or {name: entries}; one of several
+        returns a tuple of entries or a dictionary of them. Called for single rows, it returns those of one row.
+
+    Raises:
+      RewardError: for an exception or a late call without a value on failure, another number of values than rows, a
+        value that is neither a number, nor text, nor None, or infinity.
+    """
+    started, failed = time.monotonic(), 0
+    single = bool(_ONE_ROW & _asked(reading.function))
+    if rows == 0:
+        return Answers({name: [] for name in names}, 0.0, 0)
+    if single:
+        listed, failed = _row_by_row(reading, data, rows)
+        columns = {name: [_part(value, name, place, names) for value in listed] for place, name in enumerate(names)}
+    else:
+        returned, failed = _at_once(reading, data, rows)
+        columns = {name: _part(returned, name, place, names) for place, name in enumerate(names)}
+    values = {name: _checked(reading.name, column, data, rows) for name, column in columns.items()}
+    return Answers(values, time.monotonic() - started, failed)
+
+
+def _asked(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _part(returned: Any, name: str, place: int, names: Sequence[str]) -> Any:
+    """What belongs to one name of what a function returned."""
+    if isinstance(returned, Mapping):
+        return returned.get(name)
+    return returned[place] if len(names) > 1 and returned is not None else returned
+
+
+def _call(reading: Reading, data: Mapping[str, Any]) -> Any:
+    """One call, within its deadline."""
+    arguments = {**data, **reading.constants}
+
+    def called() -> Any:
+        returned = reading.function(**arguments)
+        if inspect.isawaitable(returned):
+            return asyncio.run(_awaited(returned, reading.deadline_s))
+        return returned
+
+    if reading.deadline_s is None:
+        return called()
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(called).result(timeout=reading.deadline_s)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def _awaited(value: Any, deadline: float | None) -> Any:
+    return await asyncio.wait_for(value, deadline)
+
+
+def _at_once(reading: Reading, data: Mapping[str, Any], rows: int) -> tuple[Any, int]:
+    try:
+        return _call(reading, data), 0
+    except Exception as error:
+        if reading.value_on_failure is not None:
+            if rows == 1 or isinstance(error, (Late, TimeoutError)):
+                return [reading.value_on_failure] * rows, rows
+            parts = [_at_once(reading, _row(data, row, rows), 1) for row in range(rows)]
+            return [part[0] for part, _ in parts], sum(count for _, count in parts)
+        row = None if isinstance(error, (Late, TimeoutError)) else _failing_row(reading, data, rows)
+        raise _told(reading, error, data, row) from error
+
+
+def _row_by_row(reading: Reading, data: Mapping[str, Any], rows: int) -> tuple[list[Any], int]:
+    """Values of all rows, called in parallel, and how many failed."""
+
+    def one(row: int) -> Any:
+        return {name: value[row] for name, value in data.items()}
+
+    results: list[Any] = [None] * rows
+    errors: dict[int, BaseException] = {}
+    if inspect.iscoroutinefunction(getattr(reading.function, "func", reading.function)):
+
+        async def all_rows() -> list[Any]:
+            calls = [
+                _awaited(reading.function(**one(row), **reading.constants), reading.deadline_s) for row in range(rows)
+            ]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        for row, value in enumerate(asyncio.run(all_rows())):
+            if isinstance(value, BaseException):
+                errors[row] = value
+            else:
+                results[row] = value
+    else:
+        pool = ThreadPoolExecutor(min(_THREADS, rows))
+        try:
+            futures = [pool.submit(reading.function, **one(row), **reading.constants) for row in range(rows)]
+            for row, future in enumerate(futures):
+                try:
+                    results[row] = future.result(timeout=reading.deadline_s)
+                except Exception as error:
+                    errors[row] = error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    for row, error in errors.items():
+        if reading.value_on_failure is None:
+            raise _told(reading, error, _listed_text(data), row) from error
+        results[row] = reading.value_on_failure
+    return results, len(errors)
+
+
+def _listed_text(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {"completions": data["completion"]} if "completion" in data else dict(data)
+
+
+def _told(reading: Reading, error: BaseException, data: Mapping[str, Any], row: int | None) -> RewardError:
+    where = "on the batch as a whole (no row fails alone)" if row is None else f"at row {row}{_shown(data, row)}"
+    if isinstance(error, (Late, TimeoutError)):
+        return RewardError(
+            f"reward {reading.name!r} took longer than its deadline of {reading.deadline_s} s {where}; raise "
+            "deadline_s, or give value_on_failure to go on"
+        )
+    return RewardError(
+        f"reward {reading.name!r} raised {type(error).__name__}: {error} {where}; catch the case in the function and "
+        "return the reward that such a completion should get"
+    )
+
+
+def _checked(called: str, returned: Any, data: Mapping[str, Any], rows: int) -> list[Any]:
+    """One entry a row: a number, text, an array, or None."""
+    values = _listed(returned)
+    if values is None or len(values) != rows:
+        what = f"a {type(returned).__name__}" if values is None else f"{len(values)} values"
+        raise RewardError(
+            f"reward {called!r} returned {what} for {rows} rows; it must return a list or an array of {rows} floats, "
+            "one for each completion in order"
+        )
+    return [_value(value, called, row, data) for row, value in enumerate(values)]
+
+
+def _value(value: Any, called: str, row: int, data: Mapping[str, Any]) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        if isinstance(value, bytes):
+            raise TypeError
+        # A number that is too large for float32 becomes infinity, which is reported like any other.
+        with np.errstate(over="ignore"):
+            number = np.asarray(value, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        raise RewardError(
+            f"reward {called!r} returned {value!r} at row {row}{_shown(_listed_text(data), row)}; it must return one "
+            "number for each row, or None where it does not apply"
+        ) from None
+    if np.isinf(number).any():
+        raise RewardError(
+            f"reward {called!r} returned {value!r} at row {row}{_shown(_listed_text(data), row)}; a reward must be "
+            "finite in float32, so return a number such as 0.0, or None where it does not apply"
+        )
+    return None if number.ndim == 0 and np.isnan(number) else number if number.ndim else np.float32(number)
 
 
 def checked_host_reward(
@@ -19,63 +230,31 @@ def checked_host_reward(
     """Call `function(**data)` and return its B rewards as float32, or say what is wrong with them.
 
     Args:
-      function: returns one finite number a row; hyper-parameters are bound beforehand (`functools.partial`).
+      function: returns one number a row, None or NaN where it does not apply; hyper-parameters are bound beforehand.
       data: what the function names, such as completions, prompts, answers and items, one entry a row.
       rows: number of rows B; None takes the length of the first entry of `data`.
       name: what messages call the function; None takes its own name.
 
     Returns:
-      One reward a row, [B] float32.
+      One reward a row, [B] float32; NaN where it does not apply.
 
     Raises:
-      RewardError: for an exception in the function, another number of values than rows, a value that is no number, NaN
-        or infinity.
+      RewardError: for an exception in the function, another number of values than rows, a value that is no number, or
+        infinity.
 
     >>> checked_host_reward(lambda completions: [len(text) for text in completions], {"completions": ["a", "bc"]})
     array([1., 2.], dtype=float32)
     """
     called = name or _name(function)
     count = len(next(iter(data.values()))) if rows is None else rows
-    try:
-        returned = function(**data)
-    except Exception as error:
-        row = _failing_row(function, data, count)
-        where = "on the batch as a whole (no row fails alone)" if row is None else f"at row {row}{_shown(data, row)}"
-        raise RewardError(
-            f"reward {called!r} raised {type(error).__name__}: {error} {where}; catch the case in the function and "
-            "return the reward that such a completion should get"
-        ) from error
-    values = _listed(returned)
-    if values is None or len(values) != count:
-        what = f"a {type(returned).__name__}" if values is None else f"{len(values)} values"
-        raise RewardError(
-            f"reward {called!r} returned {what} for {count} rows; it must return a list or an array of {count} floats, "
-            "one for each completion in order"
-        )
-    rewards = np.zeros(count, np.float32)
+    (values,) = answered(Reading(function, called), data, rows=count, names=["rewards"]).values.values()
     for row, value in enumerate(values):
-        rewards[row] = _number(value, called, row, data)
-    return rewards
-
-
-def _number(value: Any, called: str, row: int, data: Mapping[str, Any]) -> np.float32:
-    try:
-        if isinstance(value, (str, bytes)) or np.ndim(value) != 0:
-            raise TypeError
-        # A number that is too large for float32 becomes infinity, which is reported like any other.
-        with np.errstate(over="ignore"):
-            number = np.float32(value)
-    except (TypeError, ValueError, OverflowError):
-        raise RewardError(
-            f"reward {called!r} returned {value!r} at row {row}{_shown(data, row)}; it must return one number for each "
-            "row, so replace None, text and lists by a float"
-        ) from None
-    if not np.isfinite(number):
-        raise RewardError(
-            f"reward {called!r} returned {value!r} at row {row}{_shown(data, row)}; a reward must be finite in "
-            "float32, so return a number such as 0.0 where there is none"
-        )
-    return number
+        if isinstance(value, str) or np.ndim(value) != 0:
+            raise RewardError(
+                f"reward {called!r} returned {value!r} at row {row}{_shown(data, row)}; it must return one number for "
+                "each row, so replace text and lists by a float"
+            )
+    return np.array([np.nan if value is None else value for value in values], np.float32)
 
 
 def _listed(returned: Any) -> list[Any] | None:
@@ -87,11 +266,15 @@ def _listed(returned: Any) -> list[Any] | None:
         return None
 
 
-def _failing_row(function: Callable[..., Any], data: Mapping[str, Any], count: int) -> int | None:
+def _row(data: Mapping[str, Any], row: int, count: int) -> dict[str, Any]:
+    return {key: value[row : row + 1] if _by_row(value, count) else value for key, value in data.items()}
+
+
+def _failing_row(reading: Reading, data: Mapping[str, Any], count: int) -> int | None:
     """The first row that fails on its own; the run ends here, so calling again costs little and tells much."""
     for row in range(count):
         try:
-            function(**{key: value[row : row + 1] if _by_row(value, count) else value for key, value in data.items()})
+            _call(reading, _row(data, row, count))
         except Exception:
             return row
     return None

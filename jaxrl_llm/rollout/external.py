@@ -123,8 +123,7 @@ def engine_generate(
         behaviour_logprobs=logprobs,
         behaviour_entropy=np.zeros_like(logprobs),
         truncated=np.array([not row.ended for row in rows]),
-        demonstration_tokens=per_row.demonstration_tokens,
-        demonstration_length=per_row.demonstration_length,
+        fields=dict(per_row.fields),
     )
     return Experience(**values)
 

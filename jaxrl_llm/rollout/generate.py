@@ -174,10 +174,9 @@ def experience_of(
         behaviour_logprobs=written.logprobs,
         behaviour_entropy=written.entropy,
         truncated=~ended,
-        demonstration_tokens=per_row.demonstration_tokens,
-        demonstration_length=per_row.demonstration_length,
         router_choices=written.routes,
         support=written.support,
+        fields=dict(per_row.fields),
     )
 
 

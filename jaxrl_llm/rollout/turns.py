@@ -33,7 +33,7 @@ from jaxrl_llm.rollout.environments import (
 from jaxrl_llm.rollout.generate import experience_of
 from jaxrl_llm.rollout.sampling import row_keys
 
-# In `Experience.extras`: value and count of each metric of an episode, by its name behind these.
+# In `Experience.fields`: value and count of each metric of an episode, by its name behind these.
 METRIC, METRIC_COUNT = "episode/", "episode_count/"
 # What a conversation knows beside every completion.
 TURN_FIELDS = frozenset({"turn", "turn_rewards", "turns", "stop", "solved"})
@@ -106,6 +106,8 @@ def generate_turns(
     eos_ids: Sequence[int],
     pad_id: int,
     temperature: float | Float[Array, "G"] = 1.0,
+    first_sample: int | Int[Array, "..."] = 0,
+    active: Bool[Array, "N"] | None = None,
     constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
 ) -> Experience:
     """Sample conversations and record everything about them that training needs.
@@ -125,10 +127,12 @@ def generate_turns(
       eos_ids: ends of sequence.
       pad_id: fills the rest.
       temperature: of the softmax; 0 is greedy. One number, or one for each sample number.
+      first_sample: number of the first sample of a prompt; it addresses the random keys. One number, or one a prompt.
+      active: prompts that are talked about; the rows of the others are empty and have weight 0. None takes all.
       constrain: applied to arrays with one row a sample, to place them on a mesh.
 
     Returns:
-      `Experience` with `turn`, and in extras `turn_rewards` [B, S], `turns`, `stop` (a `StopReason`), `solved`, and
+      `Experience` that knows `turn`, `turn_rewards` [B, S], `turns`, `stop` (a `StopReason`), `solved`, and
       value and count of the environment's metrics (`METRIC`, `METRIC_COUNT`).
 
     Raises:
@@ -136,19 +140,22 @@ def generate_turns(
     """
     speech = Speech(model, environment, samples_per_prompt, max_completion_tokens, tuple(eos_ids), pad_id, constrain)
     speech.check()
-    talk = begun(speech, params, prompts, key, step, temperature)
+    talk = begun(speech, params, prompts, key, step, temperature, first_sample)
     episodes = started(environment, talk.per_row, key, step, talk.sample)
+    there = None if active is None else active[talk.group]
+
+    def running(episodes):
+        under_way = episodes.stop == StopReason.RUNNING
+        return under_way if there is None else under_way & there
 
     def one(carry):
         talk, episodes = carry
-        talk, tokens, length = spoken(speech, params, talk, episodes.turns, episodes.stop == StopReason.RUNNING)
+        talk, tokens, length = spoken(speech, params, talk, episodes.turns, running(episodes))
         room = max_completion_tokens - talk.decoding.written.length
         episodes, *answer = advanced(environment, episodes, tokens, length, room, eos_ids=speech.eos_ids)
         return heard(speech, params, talk, *answer), episodes
 
-    talk, episodes = jax.lax.while_loop(
-        lambda carry: jnp.any(carry[1].stop == StopReason.RUNNING), one, (talk, episodes)
-    )
+    talk, episodes = jax.lax.while_loop(lambda carry: jnp.any(running(carry[1])), one, (talk, episodes))
     rows = recorded(
         talk,
         turn_rewards=episodes.turn_rewards,
@@ -156,7 +163,8 @@ def generate_turns(
         stop=episodes.stop,
         solved=solved_episodes(environment, episodes),
     )
-    return with_metrics(rows, jax.vmap(environment.metrics)(episodes.state))
+    rows = with_metrics(rows, jax.vmap(environment.metrics)(episodes.state))
+    return rows if there is None else replace(rows, weight=there.astype(jnp.float32))
 
 
 def begun(
@@ -166,14 +174,16 @@ def begun(
     key: Array,
     step: Array | int,
     temperature: float | Float[Array, "G"],
+    first_sample: int | Int[Array, "..."] = 0,
 ) -> Talk:
     """Conversations before their first turn: prompts are prefilled once, for all of their samples."""
     count, samples = prompts.tokens.shape[0], speech.samples_per_prompt
     group = jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples)
-    sample = jnp.tile(jnp.arange(samples, dtype=jnp.int32), count)
+    place = jnp.tile(jnp.arange(samples, dtype=jnp.int32), count)
+    sample = place + jnp.broadcast_to(jnp.asarray(first_sample, jnp.int32), (count,))[group]
     per_row = jax.tree.map(lambda x: speech.constrain(jnp.repeat(x, samples, axis=0)), prompts)
     keys = row_keys(jax.random.fold_in(key, KeyUse.ROLLOUT), step, per_row.prompt_id, sample)
-    temperatures = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples,))[sample]
+    temperatures = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples,))[place]
     environment = speech.environment
     # Of a turn, all tokens but the last are written while it is decoded; that one is, with the observation, afterwards.
     slots = environment.max_turns * (environment.max_turn_tokens + environment.max_observation_tokens)
@@ -233,7 +243,7 @@ def recorded(talk: Talk, *, stop: Int[Array, "B"], **facts: Array) -> Experience
     rows = experience_of(
         talk.decoding.written, talk.per_row, sample=talk.sample, group=talk.group, ended=~cut_short(stop)
     )
-    rows = replace(rows, turn=talk.turn, extras={"stop": stop, **facts})
+    rows = rows.filled(turn=talk.turn, stop=stop, **facts)
     return with_metrics(rows, stop_metrics(facts["turns"], stop))
 
 
@@ -241,17 +251,14 @@ def with_metrics(rows: Experience, pairs: dict[str, tuple[Array, Array]]) -> Exp
     """Rows that know value and count of some metrics of their episode."""
     values = {METRIC + name: value.astype(jnp.float32) for name, (value, _) in pairs.items()}
     counts = {METRIC_COUNT + name: count.astype(jnp.float32) for name, (_, count) in pairs.items()}
-    return replace(rows, extras=rows.extras | values | counts)
+    return rows.filled(**values, **counts)
 
 
 def metrics_of(rows: Experience, weight: Float[Array, "B"]) -> dict[str, tuple[Array, Array]]:
     """Named (sum, count) pairs of the episodes' metrics over rows that are there; none for rows of one completion."""
     there = (weight > 0).astype(jnp.float32)
-    names = [name.removeprefix(METRIC) for name in rows.extras if name.startswith(METRIC)]
-    return {
-        name: ((rows.extras[METRIC + name] * there).sum(), (rows.extras[METRIC_COUNT + name] * there).sum())
-        for name in names
-    }
+    names = [name.removeprefix(METRIC) for name in rows.fields if name.startswith(METRIC)]
+    return {name: ((rows[METRIC + name] * there).sum(), (rows[METRIC_COUNT + name] * there).sum()) for name in names}
 
 
 def _drawing(speech: Speech, params: PyTree, keys: Array, temperature: Array, per_row: Prompts) -> Drawing:

@@ -51,7 +51,7 @@ def save(
       CheckpointError: when that step exists already (orbax would skip it in silence).
     """
     if trained is not None:
-        state = replace(state, params=trained.split(state.params)[0])
+        state = _with_params(state, trained.split(state.params)[0])
     # Written in the background, while the caller goes on to change it.
     meta = copy.deepcopy(dict(meta))
     if not manager.save(
@@ -113,12 +113,25 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
     frozen = None
     if trained is not None:
         part, frozen = trained.split(like.params)
-        like = replace(like, params=part)
+        like = _with_params(like, part)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     _compare(_stored(directory, step), abstract, f"{directory}/{step}")
     with ocp.CheckpointManager(Path(directory).resolve()) as manager:
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-    return state if trained is None else replace(state, params=trained.join(state.params, frozen))
+    return state if trained is None else _with_params(state, trained.join(state.params, frozen))
+
+
+def _with_params(state: Any, params: PyTree) -> Any:
+    """The state with other parameters of the policy."""
+    policy = replace(state.networks["policy"], params=params)
+    return replace(state, networks={**state.networks, "policy": policy})
+
+
+def written_networks(parts: Any, state: Any) -> dict[str, Any]:
+    """The networks of a state that a checkpoint holds: all but those that are read from a path and never change."""
+    networks = parts.step.composition.networks
+    fixed = {name for name in parts.paths if name in networks and name not in parts.step.composition.learning}
+    return {name: one for name, one in state.networks.items() if name not in fixed}
 
 
 def restore_params(directory: Path, step: int, like: PyTree, *, trained: Trained | None = None) -> PyTree:
@@ -136,13 +149,14 @@ def restore_params(directory: Path, step: int, like: PyTree, *, trained: Trained
     frozen = None
     if trained is not None:
         like, frozen = trained.split(like)
-    abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-    _compare({"params": _stored(directory, step)["params"]}, abstract, f"{directory}/{step}")
+    abstract = {"networks": {"policy": {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
+    held = _stored(directory, step)["networks"]["policy"]["params"]
+    _compare({"networks": {"policy": {"params": held}}}, abstract, f"{directory}/{step}")
     arguments = ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore(_state_path(directory, step), args=arguments)["params"]
+        params = reader.restore(_state_path(directory, step), args=arguments)["networks"]["policy"]["params"]
     return params if trained is None else trained.join(params, frozen)
 
 

@@ -2,13 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import jax
+import optax
+from jaxtyping import PyTree
+
+from jaxrl_llm import advantages, losses, rewards, schedules
+from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
+from jaxrl_llm.hub import model_directory
+from jaxrl_llm.models import weights
+from jaxrl_llm.models.heads import HeadConfig
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.transformer import transformer
+from jaxrl_llm.rollout import plans
+from jaxrl_llm.rollout.engine_http import Engine
+from jaxrl_llm.rollout.environments import Environment
+from jaxrl_llm.rollout.hand_over import External, disk_hand_over
+from jaxrl_llm.rollout.host_environments import HostEnvironment
+from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
-from jaxrl_llm.run.recipes import user_function
-from jaxrl_llm.training.conversations import AnyEnvironment
+from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
+from jaxrl_llm.training.networks import GIVEN, Network
+
+AnyEnvironment = Environment | HostEnvironment
+_PLAN_FUNCTIONS: tuple[ModuleType, ...] = (plans, advantages, rewards, losses, schedules)
+
+
+def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapping[str, Any]) -> Plan | None:
+    """The plan that section rollout.plan describes, from the inside out; None for none.
+
+    Args:
+      entries: names of `jaxrl_llm.rollout.plans`, or functions of the user's own, with hyper-parameters.
+      samples_per_prompt: rows of a group in the end.
+      sizes: of the run, by the names of keywords that are filled from it.
+
+    Raises:
+      RecipeError: for an unknown plan or hyper-parameter.
+    """
+    if not entries:
+        return None
+    parsed = [entry_of(entry, "rollout.plan") for entry in entries]
+    inside = samples_per_prompt - sum(int(hyper.get("branches", 0)) for _, hyper in parsed)
+    made = plans.plain(samples_per_prompt=max(inside, 1))
+    for name, hyper in parsed:
+        where = f"rollout.plan.{name}"
+        if "temperature" in hyper and isinstance(hyper["temperature"], Mapping | str):
+            hyper = hyper | {"temperature": number_or_method(hyper["temperature"], f"{where}.temperature")}
+        if "choose" in hyper:
+            chosen, given = entry_of(hyper["choose"], f"{where}.choose")
+            hyper = hyper | {"choose": method(chosen, given, _PLAN_FUNCTIONS, f"{where}.choose", sizes)}
+        function = method(name, hyper, (plans,), "rollout.plan", sizes)
+        try:
+            made = function(made)
+        except ValueError as error:
+            raise RecipeError(f"{where}: {error}") from error
+    return made
+
+
+def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Functions that make another sequence of a row, by the name of the view."""
+    made = {}
+    for view, entry in entries.items():
+        name, hyper = entry_of(entry, f"views.{view}")
+        made[view] = method(name, hyper, (rewards, advantages), f"views.{view}", sizes)
+    return made
+
+
+def configured_networks(
+    sections: Mapping[str, NetworkConfig], b1: float, b2: float, *, snapshot: bool
+) -> tuple[dict[str, Network], dict[str, Path]]:
+    """(networks by name, directories of those that are read from a path).
+
+    Args:
+      sections: of the config.
+      b1, b2: of AdamW.
+      snapshot: a reference is the policy as training finds it, where the policy has adapters.
+    """
+    made, paths = {}, {}
+    for name, section in sections.items():
+        model = None
+        if section.path is not None:
+            directory = model_directory(section.path)
+            execution = {"parameter_dtype": section.parameter_dtype, "compute_dtype": section.compute_dtype}
+            model = transformer(weights.load_config(directory, **execution))
+            paths[name] = directory
+        head = _head(name, section)
+        learns = section.learns if section.learns is not None else head is not None and section.path is None
+        made[name] = Network(
+            origin=GIVEN if section.path is not None else section.origin,
+            model=model,
+            head=head,
+            says="first" if name == "twin" and section.says == "token" else section.says,
+            backbone=section.backbone,
+            optimizer=head_optimizer(section, b1, b2) if learns else None,
+            decay=section.decay,
+            copy_every=section.copy_every,
+            copy_at=section.copy_at,
+            snapshot=snapshot,
+            temperature=section.temperature,
+            always_origin=section.always_origin or (section.temperature is not None and not section.decay),
+        )
+    if snapshot and "reference" not in made:
+        made["reference"] = Network(snapshot=True)
+    return made, paths
+
+
+def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
+    from jaxrl_llm.fields import HEADS
+
+    if section.head is None:
+        return HeadConfig(outputs=HEADS[name]) if name in HEADS else None
+    if section.head == "scalar":
+        return HeadConfig(outputs=1)
+    try:
+        return HeadConfig(**section.head)
+    except TypeError as error:
+        raise ValueError(f"networks.{name}.head is {section.head!r}: {error}") from None
+
+
+def head_optimizer(section: NetworkConfig, b1: float, b2: float) -> optax.GradientTransformation:
+    """AdamW with a global norm clip, at a constant rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(section.max_gradient_norm),
+        optax.adamw(section.learning_rate, b1=b1, b2=b2, weight_decay=0.0),
+    )
+
+
+def given_networks(networks: Mapping[str, Network], paths: Mapping[str, Path]) -> dict[str, PyTree]:
+    """Parameters of the networks that are read from a path."""
+    found = {}
+    for name, directory in paths.items():
+        if name not in networks:  # nothing names it
+            continue
+        network = networks[name]
+        assert network.model is not None
+        params = weights.load_params(directory, network.model.config)
+        if network.head is not None:
+            raise ValueError(
+                f"networks.{name}.path is {str(directory)!r} and networks.{name}.head is set, but a checkpoint of that "
+                "kind holds no head; train it in a stage of the run"
+            )
+        found[name] = jax.tree.map(jax.numpy.asarray, params)
+    return found
 
 
 def configured_environment(
@@ -57,3 +197,37 @@ def configured_environment(
             "text in environment.python"
         )
     return task_environment(task, **options)
+
+
+def external_engine(config: EngineConfig | None, model: Model, source: Path | None) -> External | None:
+    """The engine that a config describes; None without one."""
+    if config is None:
+        return None
+    engine = Engine(
+        config.url,
+        config.model,
+        timeout_s=config.timeout_s,
+        concurrency=config.concurrency,
+        retries=config.retries,
+        api_key_variable=config.api_key_variable,
+        request=config.request,
+    )
+    hand_over = None
+    if config.weights_directory is not None and config.reload_path is not None:
+        hand_over = disk_hand_over(
+            engine,
+            model,
+            config.weights_directory,
+            path=config.reload_path,
+            body=config.reload_body,
+            then=config.reload_then,
+            source=source,
+        )
+    return External(
+        engine,
+        hand_over,
+        max(config.reload_every_steps, 1),
+        config.probe_prompts,
+        config.probe_bound,
+        config.probe_largest_bound,
+    )

@@ -8,22 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.experience import Experience, Prompts, TrainState
+from jaxrl_llm.experience import FACTS, Experience, Prompts, TrainState
+from jaxrl_llm.fields import FIELDS, provided_by
 from jaxrl_llm.models.parameters import parameter_count
-from jaxrl_llm.rollout.host_turns import host_turns_shapes
+from jaxrl_llm.rollout.host_environments import HostEnvironment
+from jaxrl_llm.rows import written_rows
 from jaxrl_llm.run.prompt_lengths import width_shares
 from jaxrl_llm.run.setup import Parts, prompts_handed
-from jaxrl_llm.training.checks import COLLECTED
+from jaxrl_llm.signatures import signature
+from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.conversations import prepared
-from jaxrl_llm.training.critics import BEFORE
-from jaxrl_llm.training.external_engine import with_staleness
-from jaxrl_llm.training.phases import collect
-from jaxrl_llm.training.placement import abstract_like
-from jaxrl_llm.training.provide import FROM_DATA, FROM_REFERENCE, ON_DEMAND
-from jaxrl_llm.training.stored import written_rows
-from jaxrl_llm.training.trainable import trainable_part
-from jaxrl_llm.training.wiring import fields_of, signature
+from jaxrl_llm.training.networks import POLICY, abstract_like, trainable_part
+from jaxrl_llm.training.segments import Work, shapes
+from jaxrl_llm.training.step import given_work
 
 
 def stages(step: Composition) -> list[dict[str, Any]]:
@@ -34,119 +31,139 @@ def stages(step: Composition) -> list[dict[str, Any]]:
         needs = [*read.required, *(f"[{n}]" for n in read.optional)]
         return {"stage": stage, "name": name, "needs": needs, "provides": provides, "where": where}
 
+    facts = set(FACTS) - {"weight", "mask", "source", "sample", "group", "router_choices", "support"}
+    where = "program"
+    if step.rollout is not None:
+        host = isinstance(step.rollout.environment, HostEnvironment)
+        where = "engine" if step.rollout.engine else "host" if host else "program"
     rows = [
         {
             "stage": "collect",
-            "name": _sampler(step),
-            "needs": ["params", "prompts", "key", "step"],
-            "provides": ", ".join(sorted(COLLECTED - {"weight", "mask", "source", "sample", "group"})),
-            "where": "engine" if step.external else "host" if step.turns else "program",
+            "name": _source(step),
+            "needs": ["params", "prompts", "key", "step"] if step.rollout else ["the data"],
+            "provides": ", ".join(sorted(facts)),
+            "where": where,
         }
     ]
     rows += [
-        entry("score", t.name, t.function, f"reward component x {t.weight:g}", "host" if t.on_host else "program")
+        entry("rewards", t.name, t.function, f"reward component x {t.weight:g}", "host" if t.on_host else "program")
         for t in step.rewards
     ]
     rows += [
-        {"stage": "credit", "name": by, "needs": needs, "provides": name, "where": "program"}
-        for name in sorted(step.wanted & ON_DEMAND)
+        {"stage": "networks", "name": by, "needs": needs, "provides": name, "where": "program"}
+        for name in sorted(step.wanted)
         for by, needs in [_provider(step, name)]
     ]
-    rows += [entry("credit", t.name, t.function, t.field) for t in step.credit]
+    for term in step.credit:
+        rows.append(
+            entry("credit", term.name, term.function, ", ".join(term.names), "host" if term.on_host else "program")
+        )
     for term in step.losses:
         by = f"{term.coefficient:g}" if not term.coefficient_changes else "a coefficient that changes"
         rows.append(entry("learn", term.name, term.function, f"loss x {by}"))
     return rows
 
 
-def _sampler(step: Composition) -> str:
-    if step.external is not None:
-        return step.external.engine.url
-    if step.rollout.environment is None:
+def _source(step: Composition) -> str:
+    r = step.rollout
+    if r is None:
+        return "written rows"
+    if r.engine is not None:
+        return r.engine.engine.url
+    if r.environment is None:
         return "generate"
-    return "generate_turns" if step.turns is None else "host_generate_turns"
+    return "host_generate_turns" if isinstance(r.environment, HostEnvironment) else "generate_turns"
 
 
 def _provider(step: Composition, name: str) -> tuple[str, list[str]]:
-    """Who provides an on-demand field, and from what."""
-    if name in BEFORE:
-        return f"{BEFORE[name].critic} model forward pass", ["critics", "tokens"]
-    if name in FROM_DATA:
+    """Who provides a name that is computed on demand, and from what."""
+    if name in provided_by("data"):
         return "the data", ["prompts"]
     if name == "baseline_rewards":
         return "greedy completions", ["params", "prompts", "rewards"]
-    if name in FROM_REFERENCE:
-        return "reference forward pass", ["reference_params", "tokens"]
     own = {"old_logprobs": "behaviour_logprobs", "old_entropy": "behaviour_entropy"}
-    if name in own and step.keeps_record and step.external is None:
+    if name in own and step.keeps_record:
         return "the sampler's own", [own[name]]
-    return "policy forward pass", ["params", "tokens"]
+    found = step.score(name)
+    network = POLICY if found is None else found.network
+    given = {POLICY: "params", "reference": "reference_params"}.get(network, "networks")
+    what = f"{network} model" if network in step.networks and step.networks[network].head else network
+    return f"{what} forward pass", [given, "tokens"]
 
 
-def abstract_inputs(parts: Parts) -> tuple[TrainState, Prompts | Experience, Experience | None]:
-    """State, prompts (or rows, where an engine samples) and stored rows of a step's programs as shapes.
-
-    No memory is used.
-    """
+def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
+    """State and work that a step starts from, as shapes. No memory is used."""
     config, c = parts.config, parts.step.composition
-    rows, rollout = prompts_handed(config), config.rollout
-    with_demonstrations = c.wanted & FROM_DATA
+    rollout = config.rollout
+    asked = c.wanted & provided_by("data")
 
     def prompts() -> Prompts:
+        rows = prompts_handed(parts)
         number = jnp.zeros(rows, jnp.int32)
         completion = jnp.zeros((rows, rollout.max_completion_tokens), jnp.int32)
+        fields = {"demonstration_tokens": completion, "demonstration_length": number} if asked else {}
+        if c.rollout is not None and c.rollout.selection is not None:
+            fields |= {"item": number, "repeat": number}
         return Prompts(
             tokens=jnp.zeros((rows, rollout.max_prompt_tokens), jnp.int32),
             length=number,
             prompt_id=number,
             answer_tokens=completion,
             answer_length=number,
-            demonstration_tokens=completion if with_demonstrations else None,
-            demonstration_length=number if with_demonstrations else None,
+            fields=fields,
         )
 
-    def stored() -> Experience | None:
-        if c.stored is None:
+    def written() -> Experience | None:
+        if c.written is None:
             return None
-        width = rollout.max_completion_tokens
-        count = c.stored.groups * rollout.samples_per_prompt
+        width, count = rollout.max_completion_tokens, c.written.rows
+        known = {
+            name: jnp.zeros((count, width) if FIELDS[name].kind == "token" else count) for name in c.written.provides
+        }
         return written_rows(
             jnp.zeros((count, rollout.max_prompt_tokens), jnp.int32),
             jnp.ones(count, jnp.int32),
             jnp.zeros(count, jnp.int32),
             jnp.zeros((count, width), jnp.int32),
             jnp.ones(count, jnp.int32),
-            answer_width=width,
-            **{name: jnp.zeros((count, width) if name == "stored_logprobs" else count) for name in c.stored.provides},
+            answer_width=width if c.rollout is not None else 1,
+            rows_per_group=c.written.rows_per_group,
+            alone=c.rollout is None,
+            **known,
         )
 
-    def sampled(state: TrainState, prompts: Prompts) -> Experience:
-        return with_staleness(collect(c, state, prompts), 0)
+    given = jax.eval_shape(prompts) if c.rollout is not None else None
+    networks = {
+        name: jax.eval_shape(one.model.init, jax.random.key(0))
+        for name, one in c.networks.items()
+        if one.model is not None
+    }
+    state = jax.eval_shape(parts.step.init, jax.random.key(0), None, networks)
+    state = state if c.placed is None else abstract_like(state, c.placed)
+    if given is not None:
+        prepared(c, given)
+    work = given_work(given, jax.eval_shape(written))
+    if parts.step.priming:
+        ahead = _last_work(parts.step.priming, state, work)["rows"]
+        state = state.replace(store={**state.store, "ahead": ahead})
+    return state, work
 
-    given, placed = jax.eval_shape(prompts), c.placed
-    state = jax.eval_shape(parts.step.init, jax.random.key(0))
-    if parts.step.prime is not None:
-        state = jax.eval_shape(parts.step.prime, state, given)
-    state = state if placed is None else abstract_like(state, placed)
-    if c.rollout.environment is not None:
-        prepared(c.rollout.environment, given, parts.model.vocabulary_size)
-    if c.turns is not None:
-        talks = host_turns_shapes(c.turns, state.params, given, state.key, state.step)
-        return state, talks, jax.eval_shape(stored)
-    return state, given if c.external is None else jax.eval_shape(sampled, state, given), jax.eval_shape(stored)
+
+def _last_work(segments: Any, state: TrainState, work: Work) -> Work:
+    """Work behind segments that do not end a step, as shapes."""
+    (*_, (program, before)) = shapes(segments, state, work)
+    return before | jax.eval_shape(program.run, state, before)
 
 
 def trace(parts: Parts) -> Experience:
-    """The experience of one step as shapes. Sizes and hyper-parameters that cannot work are found here, at no cost.
+    """The rows of one step as shapes. Sizes and hyper-parameters that cannot work are found here, at no cost.
 
     Raises:
       ValueError: from whatever part of the step refuses its input.
     """
-    state, prompts, stored = abstract_inputs(parts)
-    first, *rest = parts.step.programs
-    if not rest:
-        return jax.eval_shape(first, state, prompts, stored)[-1]
-    return jax.eval_shape(rest[0], state, jax.eval_shape(first, state, prompts), stored)[-1]
+    state, work = abstract_inputs(parts)
+    (*_, (program, before)) = shapes(parts.step.segments, state, work)
+    return jax.eval_shape(program.run, state, before)[-1]
 
 
 def explanation(parts: Parts) -> dict[str, Any]:
@@ -190,22 +207,15 @@ class Program(NamedTuple):
 
 def programs_with_inputs(parts: Parts) -> list[Program]:
     """The programs of a step in order; the state is the first input of each."""
-    step = parts.step
-    state, prompts, stored = abstract_inputs(parts)
-    if len(step.programs) == 1:
-        return [Program("whole step", step.programs[0], (state, prompts, stored))]
-    first = "collect" if step.composition.external is None else "policy view and score"
-    if step.composition.turns is not None:
-        first = "score"
-    rows = jax.eval_shape(step.programs[0], state, prompts)
-    return [
-        Program(first, step.programs[0], (state, prompts)),
-        Program("credit and learn", step.programs[1], (state, rows, stored)),
-    ]
+    state, work = abstract_inputs(parts)
+    found = shapes(parts.step.segments, state, work)
+    if len(found) == 1:
+        return [Program("whole step", found[0][0].run, (state, work))]
+    return [Program(program.name, program.run, (state, given)) for program, given in found]
 
 
 def _shapes(experience: Experience) -> dict[str, str]:
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in fields_of(experience).items()}
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in experience.known().items()}
 
 
 def _bytes(leaf: Any) -> int:

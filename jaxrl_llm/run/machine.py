@@ -15,7 +15,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import ParameterSpec, parameter_count
 from jaxrl_llm.parallel import automatic_sizes, changed_rules, kept_whole, make_mesh
 from jaxrl_llm.parallel.auto import Demand
-from jaxrl_llm.training.trainable import trainable_part
+from jaxrl_llm.training.networks import trainable_part
 
 
 class Target(NamedTuple):

@@ -51,7 +51,7 @@ def width_shares(parts: Parts) -> list[dict[str, Any]]:
     samples = 1 + config.evaluation.samples_per_problem
     evaluated = min(config.evaluation.problems, max(1, config.evaluation.sequences_per_batch // samples))
     stages = [
-        ("training", "train", prompt_widths(config), prompts_handed(config)),
+        ("training", "train", prompt_widths(config), prompts_handed(parts)),
         ("evaluation", "test", buckets(rollout.max_prompt_tokens), evaluated),
     ]
     rows = []

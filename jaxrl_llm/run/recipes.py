@@ -19,10 +19,9 @@ from typing import Any
 import pydantic
 
 from jaxrl_llm import advantages, losses, rewards, schedules, selection
-from jaxrl_llm.training.credit import CreditTerm
-from jaxrl_llm.training.learn import LossTerm
-from jaxrl_llm.training.score import RewardTerm
-from jaxrl_llm.training.wiring import nearest, signature
+from jaxrl_llm.fields import nearest
+from jaxrl_llm.signatures import signature
+from jaxrl_llm.training.composition import Fill, LossTerm, Reward
 
 CREDIT_ROOMS = (advantages, selection, rewards, losses)
 COEFFICIENT_ROOMS = (schedules, losses, advantages)
@@ -32,58 +31,76 @@ class RecipeError(ValueError):
     """A recipe entry that names nothing, or gives it what it cannot take."""
 
 
-def reward_terms(entries: Sequence[Any]) -> tuple[RewardTerm, ...]:
-    """Reward entries; `weight` and `name` may stand beside the hyper-parameters."""
+# Beside the hyper-parameters of a reward or a fill: how it is called, where it is a reading.
+_CALLING = ("deadline_s", "value_on_failure")
+
+
+def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -> tuple[Reward, ...]:
+    """Reward entries; `weight`, `name`, `deadline_s` and `value_on_failure` may stand beside the hyper-parameters."""
     terms = []
     for entry in entries:
-        name, hyper = _parsed(entry, "rewards")
+        name, hyper = entry_of(entry, "rewards")
         weight, label = hyper.pop("weight", 1.0), hyper.pop("name", None)
-        function = method(name, hyper, (rewards,), "rewards")
-        terms.append(RewardTerm(function, _number(weight, f"rewards.{name}.weight"), label or _label(name)))
+        calling = {key: hyper.pop(key) for key in _CALLING if key in hyper}
+        function = method(name, hyper, (rewards,), "rewards", sizes)
+        terms.append(Reward(function, _number(weight, f"rewards.{name}.weight"), label or _label(name), **calling))
     return tuple(terms)
 
 
-def credit_terms(entries: Sequence[Mapping[str, Any]]) -> tuple[CreditTerm, ...]:
-    """Credit entries: `field: method`, in order."""
+def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] | None = None) -> tuple[Fill, ...]:
+    """Credit entries: `name: method`, or `"[name, name]": method` for a function that fills several, in order."""
     terms = []
     for entry in entries:
         if not isinstance(entry, Mapping) or len(entry) != 1:
             raise RecipeError(f"credit entry {entry!r} must be one `field: method`, e.g. advantages: group_normalized")
         ((field, inner),) = entry.items()
-        name, hyper = _parsed(inner, f"credit.{field}")
-        terms.append(CreditTerm(field, method(name, hyper, CREDIT_ROOMS, f"credit.{field}"), _label(name)))
+        name, hyper = entry_of(inner, f"credit.{field}")
+        label = hyper.pop("name", None)
+        calling = {key: hyper.pop(key) for key in _CALLING if key in hyper}
+        filled = _filled(field)
+        function = method(name, hyper, CREDIT_ROOMS, f"credit.{field}", sizes)
+        terms.append(Fill(filled, function, label or _label(name), **calling))
     return tuple(terms)
 
 
-def loss_terms(entries: Sequence[Any]) -> tuple[LossTerm, ...]:
+def _filled(field: Any) -> str | tuple[str, ...]:
+    """The name that an entry of credit fills, or the names: `a, b` or `[a, b]`."""
+    names = tuple(part.strip() for part in str(field).strip("[]").split(","))
+    return names if len(names) != 1 else str(field).strip("[] ")
+
+
+def loss_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -> tuple[LossTerm, ...]:
     """Loss entries; `coefficient` (a number, or an entry that makes one) and `name` may stand beside them."""
     terms = []
     for entry in entries:
-        name, hyper = _parsed(entry, "losses")
+        name, hyper = entry_of(entry, "losses")
         coefficient, label = hyper.pop("coefficient", 1.0), hyper.pop("name", None)
-        coefficient = number_or_method(coefficient, f"losses.{name}.coefficient")
+        coefficient = number_or_method(coefficient, f"losses.{name}.coefficient", sizes)
         if isinstance(coefficient, float) and not 0 <= coefficient < math.inf:
             raise RecipeError(
                 f"losses.{name}.coefficient is {coefficient}; every loss is something to minimise, so give a finite "
                 "number of at least 0"
             )
-        terms.append(LossTerm(method(name, hyper, (losses,), "losses"), coefficient, label or _label(name)))
+        terms.append(LossTerm(method(name, hyper, (losses,), "losses", sizes), coefficient, label or _label(name)))
     return tuple(terms)
 
 
-def number_or_method(entry: Any, where: str) -> Any:
+def number_or_method(entry: Any, where: str, sizes: Mapping[str, Any] | None = None) -> Any:
     """A number, or the function or `Method` that an entry names."""
     named = isinstance(entry, str) and (entry.isidentifier() or ":" in entry)
     if not named and not isinstance(entry, Mapping):
         return _number(entry, where)
-    name, hyper = _parsed(entry, where)
-    return method(name, hyper, COEFFICIENT_ROOMS, where)
+    name, hyper = entry_of(entry, where)
+    return method(name, hyper, COEFFICIENT_ROOMS, where, sizes)
 
 
-def method(name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], where: str) -> Any:
+def method(
+    name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], where: str, sizes: Mapping[str, Any] | None = None
+) -> Any:
     """The function that an entry names, with its hyper-parameters bound.
 
-    A function without data parameters is a factory: it is called, and what it returns is the method.
+    A function without data parameters is a factory: it is called, and what it returns is the method. A keyword without
+    a value that is named like a size of the run (`sizes`) is filled from it where it has no default.
 
     Raises:
       RecipeError: for an unknown name or hyper-parameter (with the nearest known one), or a value of the wrong type.
@@ -94,11 +111,13 @@ def method(name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], whe
         if key not in read.hyper:
             raise RecipeError(f"{where}.{name}.{key} is not a hyper-parameter of {name}; {nearest(key, read.hyper)}")
     bound = {key: _typed(function, key, value, f"{where}.{name}.{key}") for key, value in hyper.items()}
-    required = [
+    open_keywords = [
         p.name
         for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in bound
     ]
+    bound |= {key: sizes[key] for key in open_keywords if sizes and key in sizes}
+    required = [key for key in open_keywords if key not in bound]
     if required:
         raise RecipeError(f"{where}.{name} needs {required[0]}; add {name}: {{{required[0]}: ...}}")
     if read.required or read.optional:
@@ -140,7 +159,12 @@ def user_function(path: str, where: str) -> Callable:
     return function
 
 
-def _parsed(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+def entry_of(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """(name, hyper-parameters) of an entry: a name, {name: {hyper-parameters}}, or {python: "module:function", ...}.
+
+    Raises:
+      RecipeError: for anything else.
+    """
     if isinstance(entry, str):
         return entry, {}
     if isinstance(entry, Mapping) and "python" in entry:

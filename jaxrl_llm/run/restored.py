@@ -17,7 +17,7 @@ from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.setup import Parts, parts
-from jaxrl_llm.training.placement import abstract_like, parameter_shardings
+from jaxrl_llm.training.networks import abstract_like, parameter_shardings
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
     # The machine that reads a checkpoint need not be the one that it was written on.
     here = ["mesh=auto", "training.offload=[]"]
     built = parts(load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size))
-    mesh, rules = built.step.composition.mesh, built.step.composition.rules
+    place = built.step.composition.resources.placement
+    mesh, rules = place.mesh, place.rules
     if built.model.trained is None:
         shapes, device = (
             jax.eval_shape(built.model.init, jax.random.key(0)),

@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jaxtyping import Array, PyTree
 
-from jaxrl_llm import data
-from jaxrl_llm.config import Config, PretrainedConfig
+from jaxrl_llm import data, selection
+from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig, parse_config, stage_trees
 from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, JsonlDataSet, Task, Tokenizer
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.jsonl import SPLITS
 from jaxrl_llm.evaluation import Grader, file_grader, task_grader
 from jaxrl_llm.experience import KeyUse, Method, Prompts
+from jaxrl_llm.fields import provided_by
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.lora import add_adapters, lora
@@ -31,21 +31,23 @@ from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel import changed_rules
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
-from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
-from jaxrl_llm.run.configured import configured_environment
+from jaxrl_llm.run import sources
+from jaxrl_llm.run.configured import (
+    AnyEnvironment,
+    configured_environment,
+    configured_networks,
+    configured_plan,
+    configured_views,
+    external_engine,
+    given_networks,
+    head_optimizer,
+)
 from jaxrl_llm.run.machine import Target, chosen_mesh
-from jaxrl_llm.run.recipes import credit_terms, loss_terms, number_or_method, reward_terms
-from jaxrl_llm.training.composition import Rollout
-from jaxrl_llm.training.conversations import AnyEnvironment
-from jaxrl_llm.training.critics import Critic
-from jaxrl_llm.training.external_engine import external_engine
-from jaxrl_llm.training.learn import Update
-from jaxrl_llm.training.optimizers import optimizer
-from jaxrl_llm.training.placement import parameter_shardings
-from jaxrl_llm.training.provide import FROM_DATA
-from jaxrl_llm.training.rows import Extra
-from jaxrl_llm.training.step import TrainStep, make_train_step
-from jaxrl_llm.training.stored import Replay, StoredRows
+from jaxrl_llm.run.optimizers import optimizer
+from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms
+from jaxrl_llm.run.sources import Feed
+from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update, make_train_step
+from jaxrl_llm.training.networks import parameter_shardings
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Parts:
       directory: the checkpoint that the policy starts from; None for random parameters.
       step: the composed training step.
       mesh_reason: why its mesh has the sizes that it has.
+      feeds: its sources, with their side on the host.
+      paths: directories of networks that are read from one.
       call: calls the functions of an environment in Python, while it is `opened_parts`.
     """
 
@@ -70,12 +74,15 @@ class Parts:
     directory: Path | None
     step: TrainStep
     mesh_reason: str = ""
+    feeds: tuple[Feed, ...] = ()
+    paths: Mapping[str, Path] = field(default_factory=dict)
     call: Caller | None = None
 
     @property
     def environment(self) -> AnyEnvironment | None:
         """What answers the turns of conversations; None where one completion is all."""
-        return self.step.composition.rollout.environment
+        rollout = self.step.composition.rollout
+        return None if rollout is None else rollout.environment
 
     @property
     def scratchpad(self) -> bool:
@@ -84,7 +91,8 @@ class Parts:
 
     def initial_params(self, key: Array) -> PyTree:
         """The parameters that a run with this key starts from: the checkpoint's, or drawn; adapters always are."""
-        key, c, adapters = jax.random.fold_in(key, KeyUse.INITIALISE), self.step.composition, self.config.lora
+        key, adapters = jax.random.fold_in(key, KeyUse.INITIALISE), self.config.lora
+        c = self.step.composition.resources.placement
         lies = None if c.mesh is None else parameter_shardings(self.model, c.mesh, c.rules)
         if self.directory is None:
             return jax.jit(self.model.init, out_shardings=lies)(key)
@@ -94,6 +102,10 @@ class Parts:
         params = weights.load_params(self.directory, self.model.config, sharding=base)
         adapted = add_adapters(params, adapters, key, quantise=adapters.int8)
         return adapted if lies is None else jax.device_put(adapted, lies)
+
+    def given(self) -> dict[str, PyTree]:
+        """Parameters of networks that are read from a path."""
+        return given_networks(self.step.composition.networks, self.paths)
 
     def fingerprint(self) -> dict[str, str]:
         """What a resumed run must find unchanged beside its data: hashes of tokenizer and checkpoint files."""
@@ -105,75 +117,244 @@ class Parts:
         return {"tokenizer": self.tokenizer.fingerprint, "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
-def parts(config: Config, target: Target | None = None) -> Parts:
+def staged(config: Config) -> list[dict[str, Any]]:
+    """The stages of a run, as what `stages.Stage` is made of, every one checked: the warm start, then section `stages`,
+    or the one stage that the config itself is.
+
+    Raises:
+      ValueError: as `parts` does, or for a network that a stage reads and none trains.
+    """
+    named = [(stage.get("name") or f"stage {n}") for n, stage in enumerate(config.stages, 1)] or ["reinforcement"]
+    if len(set(named)) < len(named):
+        raise ValueError(f"stages are named {', '.join(named)}; give each a name of its own")
+    trees = stage_trees(config)
+    vocabulary = getattr(config.model, "vocabulary_size", None)
+    known = {} if vocabulary is None else {"vocabulary_size": vocabulary}
+    configs = [parse_config(tree, **known) for tree in trees] or [config]
+    main = parts(configs[0])
+    warm, found = config.warm_start, []
+    if warm.steps:
+        probe = {"probes": ("pass@1",), "stop_at_accuracy": warm.stop_at_accuracy, "first_saved": False}
+        built = parts(_warm_start(config), like=main)
+        found.append(
+            {"name": "warm start", "parts": built, "steps": warm.steps, "probe_every_steps": warm.probe_every_steps}
+            | probe
+        )
+    for name, one in zip(named, configs, strict=True):
+        built = main if one is configs[0] else parts(one, like=main)
+        every = one.evaluation.every_steps
+        found.append({"name": name, "parts": built, "steps": one.training.steps, "probe_every_steps": every})
+    _check_trained(found)
+    return found
+
+
+def _warm_start(config: Config) -> Config:
+    """Supervised steps on reference completions, as a stage."""
+    warm, training = config.warm_start, config.training
+    rollout = replace(
+        config.rollout,
+        plan=(),
+        off_policy_steps=0,
+        prompt_buckets=False,
+        engine=None,
+        slots=None,
+        replay_router=False,
+        top_k=None,
+        top_p=1.0,
+        min_p=0.0,
+        renormalised=False,
+    )
+    plain = replace(
+        training,
+        steps=warm.steps,
+        epochs_per_batch=1,
+        minibatches_per_epoch=1,
+        sequences_per_microbatch=None,
+        learning_rate=warm.learning_rate,
+        warmup_steps=warm.warmup_steps,
+        schedule="constant",
+        optimizer="adamw",
+        weight_decay=0.0,
+        adam_b1=0.9,
+        adam_b2=0.999,
+        moment_dtype=None,
+        bfloat16_update="nearest",
+        max_gradient_norm=1.0,
+        offload=(),
+        freeze_policy_steps=0,
+        alignment_every_steps=0,
+    )
+    return replace(
+        config,
+        warm_start=replace(warm, steps=0),
+        source=({"demonstrations": {"sequences_per_step": warm.sequences_per_step}},),
+        rewards=(),
+        credit=(),
+        losses=("negative_log_likelihood",),
+        networks={},
+        views={},
+        stages=(),
+        rollout=rollout,
+        training=plain,
+        data=replace(config.data, selection=None),
+    )
+
+
+def _check_trained(stages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where a stage reads a network with a head that no stage before it trains."""
+    trained: set[str] = set()
+    for stage in stages:
+        built = stage["parts"]
+        c = built.step.composition
+        trained |= c.learning
+        for name, network in c.networks.items():
+            described = name in built.config.networks
+            if described and network.head is not None and name not in trained and name not in built.paths:
+                raise ValueError(
+                    f"stage {stage['name']!r} reads network {name!r}, which no stage before it trains; add a stage "
+                    f"whose losses name what it says, or give networks.{name}.path"
+                )
+
+
+def parts(config: Config, target: Target | None = None, like: Parts | None = None) -> Parts:
     """Build and check everything that needs no data.
 
     Args:
-      config: of a run.
+      config: of a run, or of one of its stages.
       target: a machine that is planned for: of a checkpoint, its config.json is enough then.
+      like: another stage, whose tokenizer, model and devices this one has.
 
     Raises:
       ValueError: for an unknown task or method, a name that nothing provides, or sizes that do not divide.
     """
     task = None if config.task is None else data.tasks.task(config.task.name, **config.task.options)
-    directory, tokenizer, model = _policy(config, planned=target is not None)
-    if config.lora is not None:
-        model = lora(model, config.lora, quantise=config.lora.int8)
-    training = config.training
+    if like is None:
+        directory, tokenizer, model = _policy(config, planned=target is not None)
+        if config.lora is not None:
+            model = lora(model, config.lora, quantise=config.lora.int8)
+    else:
+        directory, tokenizer, model = like.directory, like.tokenizer, like.model
+    training, rollout = config.training, config.rollout
+    sizes = run_sizes(config, tokenizer)
     update = Update(
         epochs_per_batch=training.epochs_per_batch,
         minibatches_per_epoch=training.minibatches_per_epoch,
         sequences_per_microbatch=training.sequences_per_microbatch,
-        refresh_reference_every=training.refresh_reference_every,
-        refresh_reference_at=training.refresh_reference_at,
-        reference_decay=training.reference_decay,
-        # Adapters that a warm start has trained are part of where reinforcement begins.
-        snapshot_reference=config.lora is not None and config.warm_start.steps > 0,
         freeze_policy_steps=training.freeze_policy_steps,
         alignment_every_steps=training.alignment_every_steps,
         alignment_learning_rate=training.learning_rate,
     )
-    rollout = Rollout(
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        max_completion_tokens=config.rollout.max_completion_tokens,
+    feeds = configured_sources(config, sizes)
+    samples = any(feed.source is None for feed in feeds)
+    sampled = Rollout(
+        samples_per_prompt=rollout.samples_per_prompt,
+        max_completion_tokens=rollout.max_completion_tokens,
         eos_ids=tuple(tokenizer.eos_ids),
         pad_id=tokenizer.pad_id,
-        temperature=config.rollout.temperature,
-        demonstration_in_group=config.rollout.demonstration_in_group,
-        prefixes=tuple(tuple(tokenizer.encode(text)) for text in config.rollout.prefixes),
-        extra=_extra(config),
-        replay_router=config.rollout.replay_router,
-        slots=config.rollout.slots,
-        rounds=_rounds(config),
-        truncation=config.rollout.truncation,
-        off_policy_steps=config.rollout.off_policy_steps,
-        environment=_environment(config, task, tokenizer),
+        temperature=rollout.temperature,
+        plan=configured_plan(rollout.plan, rollout.samples_per_prompt, sizes),
+        prompts_per_step=training.prompts_per_step,
+        replay_router=rollout.replay_router,
+        slots=rollout.slots,
+        truncation=rollout.truncation,
+        off_policy_steps=rollout.off_policy_steps,
+        environment=configured_environment(config.environment, task, tokenizer),
+        engine=external_engine(rollout.engine, model, directory),
+        selection=_selection(config, sizes),
     )
-    mesh, reason = chosen_mesh(config, model, target)
-    rewards, credit, losses = reward_terms(config.rewards), credit_terms(config.credit), loss_terms(config.losses)
+    written = [feed.source for feed in feeds if feed.source is not None]
+    if rollout.prompt_buckets and written:
+        raise ValueError(
+            "rollout.prompt_buckets makes prompts of several widths, but rows of another source have prompts of one "
+            "width (one_width); leave rollout.prompt_buckets out, or the other source"
+        )
+    if like is None:
+        mesh, reason = chosen_mesh(config, model, target)
+    else:
+        mesh, reason = like.step.composition.resources.placement.mesh, like.mesh_reason
+    rewards, credit = reward_terms(config.rewards, sizes), credit_terms(config.credit, sizes)
+    losses = loss_terms(config.losses, sizes)
     if not isinstance(tokenizer, CharacterTokenizer):
         _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses)])
+    b1, b2 = training.adam_b1, training.adam_b2
+    # Adapters that a stage before this one has trained are part of where it begins.
+    snapshot = config.lora is not None and config.warm_start.steps > 0
+    networks, paths = configured_networks(config.networks, b1, b2, snapshot=snapshot)
     step = make_train_step(
         model,
         optimizer(config.training, seed=config.seed),
-        rollout=rollout,
+        source=[*([sampled] if samples else []), *written],
         rewards=rewards,
         credit=credit,
         losses=losses,
         update=update,
-        prompts_per_step=training.prompts_per_step,
-        decode=tokenizer.decode,
-        mesh=mesh,
-        rules=changed_rules(config.mesh.rules),
-        gather_for_rollout=config.mesh.gather_for_rollout,
-        offload=config.training.offload,
-        encode=tokenizer.encode,
-        critic=_critic(config),
-        stored=_stored(config),
-        replay=_replay(config),
-        external=external_engine(config.rollout.engine, model, directory),
+        resources=Resources(
+            decode=tokenizer.decode,
+            encode=tokenizer.encode,
+            networks=networks,
+            critic=head_optimizer(NetworkConfig(), b1, b2),
+            views=configured_views(config.views, sizes),
+            placement=Placement(
+                mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
+            ),
+        ),
     )
-    return Parts(config, task, tokenizer, model, directory, step, reason)
+    return Parts(config, task, tokenizer, model, directory, step, reason, feeds, paths)
+
+
+def run_sizes(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What keywords of functions are filled from, by their names."""
+    training, rollout = config.training, config.rollout
+    sizes = {
+        "samples_per_prompt": rollout.samples_per_prompt,
+        "max_prompt_tokens": rollout.max_prompt_tokens,
+        "max_completion_tokens": rollout.max_completion_tokens,
+        "temperature": rollout.temperature,
+        "prompts_per_step": training.prompts_per_step,
+        "sequences_per_step": rollout.samples_per_prompt * training.prompts_per_step,
+        "total_steps": training.steps,
+        "seed": config.seed,
+        "pad_id": tokenizer.pad_id,
+        "encode": tokenizer.encode,
+        "tokenizer": tokenizer,
+        "overlong_prompts": config.data.overlong_prompts,
+    }
+    if config.task is not None:
+        sizes["prompt_ids"] = config.task.train_items
+    return sizes
+
+
+def configured_sources(config: Config, sizes: Mapping[str, Any]) -> tuple[Feed, ...]:
+    """The sources that section source names.
+
+    Raises:
+      ValueError: for an unknown source, or two that would be handed to a step.
+    """
+    entries = [entry_of(entry, "source") for entry in config.source]
+    known = dict(sizes) | {"beside": any(name == "sampler" for name, _ in entries)}
+    del known["sequences_per_step"]  # of a source, it is its own
+    feeds = []
+    for name, hyper in entries:
+        feed = method(name, hyper, (sources,), "source", known)
+        feeds.append(feed if isinstance(feed, Feed) else feed())
+    handed = [name for (name, _), feed in zip(entries, feeds, strict=True) if feed.rows or feed.stored]
+    if len(handed) > 1:
+        raise ValueError(
+            f"source names {handed[0]} and {handed[1]}; a step is handed written rows of one source (one_written), so "
+            "leave one of them out"
+        )
+    return tuple(feeds)
+
+
+def _selection(config: Config, sizes: Mapping[str, Any]) -> Any:
+    """What chooses the prompts of a step; None takes them in the order of the data."""
+    if config.data.selection is None:
+        return None
+    items = data_sets(config, ["train"])["train"]
+    columns = {"items": len(items), "records": [items[index] for index in range(len(items))]}
+    name, hyper = entry_of(config.data.selection, "data.selection")
+    made = method(name, hyper, (selection,), "data.selection", {**sizes, **columns})
+    return made() if callable(made) else made
 
 
 @contextmanager
@@ -183,7 +364,7 @@ def opened_parts(built: Parts) -> Iterator[Parts]:
         yield built
         return
     with opened(built.environment) as call:
-        yield replace(built, call=call, step=replace(built.step, run=partial(built.step.run, call=call)))
+        yield replace(built, call=call)
 
 
 def _policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Tokenizer, Model]:
@@ -233,32 +414,10 @@ def _require_own_ids(functions: Sequence[tuple[str, Any]]) -> None:
                 )
 
 
-def _environment(config: Config, task: Task | None, tokenizer: Tokenizer) -> AnyEnvironment | None:
-    environment = configured_environment(config.environment, task, tokenizer)
-    if environment is not None and config.rehearsal is not None:
-        raise ValueError(
-            "rehearsal is set, but the task is answered in turns by an environment; leave it out, or choose a task of "
-            "one completion"
-        )
-    return environment
-
-
-def _rounds(config: Config) -> Refill | Adaptive | Budget | None:
-    rounds = config.rollout.rounds
-    if not isinstance(rounds, Budget) or rounds.prompt_ids is not None:
-        return rounds
-    if config.task is None:
-        raise ValueError(
-            "rollout.budget remembers the success of each prompt of data.path: set rollout.budget.prompt_ids to the "
-            "number of its records"
-        )
-    return replace(rounds, prompt_ids=config.task.train_items)
-
-
-def prompts_handed(config: Config) -> int:
+def prompts_handed(parts: Parts) -> int:
     """Prompts that a step is handed: more than it learns from where groups are refilled."""
-    refill = config.rollout.refill
-    return config.training.prompts_per_step * (1 if refill is None else refill.max_rounds)
+    c = parts.step.composition
+    return parts.config.training.prompts_per_step * (1 if c.rollout is None else c.plan.prompts_per_group)
 
 
 def prompt_widths(config: Config) -> tuple[int, ...]:
@@ -267,48 +426,6 @@ def prompt_widths(config: Config) -> tuple[int, ...]:
     if rollout.prompt_buckets is True:
         return buckets(rollout.max_prompt_tokens)
     return tuple(sorted({*(rollout.prompt_buckets or ()), rollout.max_prompt_tokens}))
-
-
-def _extra(config: Config) -> Extra | None:
-    extra = config.rollout.extra
-    if extra is None:
-        return None
-    return Extra(extra.prompt_share, number_or_method(extra.temperature, "rollout.extra.temperature"))
-
-
-def _critic(config: Config) -> Critic:
-    critic = config.critic
-    learner = optax.chain(
-        optax.clip_by_global_norm(critic.max_gradient_norm),
-        optax.adamw(critic.learning_rate, b1=config.training.adam_b1, b2=config.training.adam_b2, weight_decay=0.0),
-    )
-    return Critic(learner, critic.backbone, critic.target_rate)
-
-
-def _stored(config: Config) -> StoredRows | None:
-    samples = config.rollout.samples_per_prompt
-    if config.rehearsal:
-        return StoredRows(config.rehearsal.sequences_per_step // samples, frozenset({"stored_logprobs"}))
-    if config.supervised:
-        groups = config.supervised.sequences_per_step // samples
-        # As many rows of the validation split again, where a validation loss is asked for.
-        validated = config.training.alignment_every_steps > 0
-        return StoredRows(2 * groups, frozenset({"validation"})) if validated else StoredRows(groups)
-    return None
-
-
-def _replay(config: Config) -> Replay | None:
-    replay, rollout = config.replay, config.rollout
-    if replay is None:
-        return None
-    return Replay(
-        share=replay.share,
-        batches=replay.batches,
-        prompts_per_step=config.training.prompts_per_step,
-        max_prompt_tokens=rollout.max_prompt_tokens,
-        max_answer_tokens=rollout.max_completion_tokens,
-        until_step=replay.until_step,
-    )
 
 
 def data_directory(config: Config) -> Path:
@@ -352,15 +469,8 @@ def grader(parts: Parts, *held_out: DataSet | JsonlDataSet) -> Grader:
 def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
     """Batches of training prompts, with reference completions where the step wants them; the position is the step."""
     config, rollout = parts.config, parts.config.rollout
-    with_demonstrations = bool(parts.step.composition.wanted & FROM_DATA)
-    rounds = parts.step.composition.rollout.rounds
-    if isinstance(rounds, Budget) and rounds.prompt_ids is not None:
-        largest = max(int(source[index]["item_id"]) for index in range(len(source)))
-        if largest >= rounds.prompt_ids:
-            raise ValueError(
-                f"rollout.budget.prompt_ids is {rounds.prompt_ids}, but a prompt has the id {largest}; set it to at "
-                f"least {largest + 1}"
-            )
+    with_demonstrations = bool(parts.step.composition.wanted & provided_by("data"))
+    _check_ids(parts, source)
     if with_demonstrations and parts.task is not None and parts.task.segments is not None:
         raise ValueError(
             f"the recipe learns from reference completions, but those of task {parts.task.name!r} are conversations, "
@@ -369,7 +479,7 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
     return data.prompt_batches(
         source,
         parts.tokenizer,
-        prompts_per_step=prompts_handed(config),
+        prompts_per_step=prompts_handed(parts),
         max_prompt_tokens=rollout.max_prompt_tokens,
         max_answer_tokens=rollout.max_completion_tokens,
         seed=config.seed,
@@ -377,7 +487,23 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
         max_demonstration_tokens=rollout.max_completion_tokens if with_demonstrations else None,
         scratchpad=parts.scratchpad,
         widths=prompt_widths(config),
+        numbered=config.data.selection is not None,
     )
+
+
+def _check_ids(parts: Parts, source: Sequence[Any]) -> None:
+    """Raises ValueError where a plan remembers prompts and one has an id that it has no place for."""
+    rollout = parts.step.composition.rollout
+    held = None if rollout is None else jax.eval_shape(parts.step.composition.plan.memory)
+    room = getattr(getattr(held, "seen", None), "shape", None)
+    if room is None:
+        return
+    largest = max(int(source[index]["item_id"]) for index in range(len(source)))
+    if largest >= room[0]:
+        raise ValueError(
+            f"rollout.plan.budget.prompt_ids is {room[0]}, but a prompt has the id {largest}; set it to at least "
+            f"{largest + 1}"
+        )
 
 
 def encoded(parts: Parts, source: Sequence[Any]) -> Prompts:

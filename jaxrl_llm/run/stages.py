@@ -1,6 +1,6 @@
-"""The stages of a run on the host: supervised warm start and reinforcement, with what they share.
+"""The one loop that every stage of a run goes through: supervised steps, a reward model, reinforcement.
 
-A stage goes from the step that its state holds to the last one, writes every step's metrics, and saves its whole state
+A stage goes from the step that its state holds to its last one, writes every step's metrics, and saves its whole state
 so that it can be taken up again at any checkpoint.
 """
 
@@ -16,24 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
 from jaxrl_llm.config import Config
-from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
-from jaxrl_llm.experience import Experience, Source, TrainState
+from jaxrl_llm.data import DataSet, JsonlDataSet
+from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
-from jaxrl_llm.run.rehearsal import Rehearsal
-from jaxrl_llm.run.setup import Parts, demonstration_batches
-from jaxrl_llm.training.stored import written_rows
-from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
+from jaxrl_llm.run.setup import Parts
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
+SELECTION = "selection"
 
 
 class TrainingError(RuntimeError):
@@ -44,12 +41,53 @@ class Stopped(Exception):
     """A signal asked the run to stop; its state is saved."""
 
 
-@dataclass
-class Run:
-    """What the stages of one run share. `training.run` makes one.
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, before its data is made.
 
     Attributes:
-      parts: what the config describes.
+      name: for metrics, checkpoints and people.
+      parts: what its config describes.
+      steps: at most.
+      probe_every_steps: steps between two measurements on the validation split; 0 never.
+      probes: names of what is written of them; None writes all.
+      stop_at_accuracy: it ends at the first probe whose pass@1 reaches it.
+      first_saved: its first state is saved before its first step.
+    """
+
+    name: str
+    parts: Parts
+    steps: int
+    probe_every_steps: int = 0
+    probes: tuple[str, ...] | None = None
+    stop_at_accuracy: float | None = None
+    first_saved: bool = True
+
+    @property
+    def samples(self) -> bool:
+        """Whether the policy is sampled in it."""
+        return self.parts.step.composition.rollout is not None
+
+
+class StageData:
+    """The rows of a stage by step.
+
+    Attributes:
+      prompts: batches of prompts; None where all rows are written.
+      written: rows that are handed to a step, by step; None where there are none.
+    """
+
+    def __init__(self, prompts: Any, written: Callable[[int], Experience] | None):
+        self.prompts, self.written = prompts, written
+
+
+@dataclass
+class Run:
+    """What the stages of one run share. `run.train` makes one.
+
+    Attributes:
+      config: of the run.
+      parts: of the stage under way.
       directory: open files of the run.
       manager: its checkpoints.
       console: where people read.
@@ -60,6 +98,7 @@ class Run:
       mark, charged_to: since when, and to which part, time is being charged.
     """
 
+    config: Config
     parts: Parts
     directory: RunDirectory
     manager: Any
@@ -71,10 +110,6 @@ class Run:
     stopping: bool = False
     mark: float = 0.0
     charged_to: str = "set-up"
-
-    @property
-    def config(self) -> Config:
-        return self.parts.config
 
     @contextmanager
     def timed(self, what: str):
@@ -98,164 +133,162 @@ class Run:
         self.directory.sync()
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
-        checkpoints.save(self.manager, global_step, state, self.meta, trained=self.parts.model.trained)
+        kept = replace(state, networks=checkpoints.written_networks(self.parts, state))
+        checkpoints.save(self.manager, global_step, kept, self.meta, trained=self.parts.model.trained)
 
     def placed(self, rows: Any) -> Any:
         """Rows of a whole batch where the step's devices want them; each process hands over its own."""
-        composition = self.parts.step.composition
-        return hosts.placed_rows(rows, composition.mesh, composition.rules)
+        place = self.parts.step.composition.resources.placement
+        return hosts.placed_rows(rows, place.mesh, place.rules)
 
 
-def warm_start(run: Run, key: jax.Array, newest: int | None, measure: Callable) -> Any:
-    """Supervised steps on reference solutions, stopped early once sampled accuracy is where groups are mixed."""
-    warm, given = run.config.warm_start, run.parts.initial_params(key)
-    if not warm.steps:
-        return given
-    rate = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, warm.learning_rate, warm.warmup_steps),
-            optax.constant_schedule(warm.learning_rate),
-        ],
-        [warm.warmup_steps],
-    )
-    init, step = make_supervised_step(
-        run.parts.model,
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0)),
-        mesh=run.parts.step.composition.mesh,
-        rules=run.parts.step.composition.rules,
-    )
-    state = init(key, given)
-    if newest is not None:
-        folder, trained = run.config.directory / "checkpoints", run.parts.model.trained
-        state = checkpoints.restore(folder, newest, state, trained=trained)
-    batches = demonstration_batches(run.parts, run.data["train"], warm.sequences_per_step)
-    with Progress(warm.steps, WARM_START, run.console) as progress, run.timed(WARM_START):
-        for index in range(int(state.step), warm.steps):
-            state, metrics = step(state, run.placed(demonstrations(batches[index])))
-            done = index + 1
-            shown = _finite(run, jax.device_get(metrics), done, WARM_START)
-            if warm.probe_every_steps and done % warm.probe_every_steps == 0:
-                probe = measure(state.params, "validation", run.config.evaluation.problems, "probes")
-                shown["validation/pass@1"] = probe["pass@1"]
-            run.directory.write_metrics(done, {"stage": WARM_START} | shown)
-            progress.update(done, shown)
-            run.meta["warm_start_steps"] = done
-            run.stopping = hosts.agreed_stop(run.asked)
-            reached = warm.stop_at_accuracy is not None and shown.get("validation/pass@1", 0.0) >= warm.stop_at_accuracy
-            if reached or done == warm.steps:
-                break
-            if done % run.config.checkpoints.every_steps == 0 or run.stopping:
-                run.save(done, WARM_START, state)
-                _stop_if_asked(run, done)
-    return state.params
-
-
-def stored_rows(run: Run, rehearsal: Rehearsal | None) -> Callable[[int], Experience | None]:
-    """The rows that a step learns from beside its samples, by step; the same whatever was asked for before."""
-    config = run.config
-    width, key = config.rollout.max_completion_tokens, jax.random.key(config.seed)
-    if rehearsal is not None and config.rehearsal is not None:
-        count = config.rehearsal.sequences_per_step
-        return lambda step: rehearsal.batch(key, step, count, answer_width=width)
-    if config.supervised is not None:
-        return supervised_rows(run.parts, run.data)
-    return lambda step: None
-
-
-def supervised_rows(parts: Parts, sets: Mapping[str, DataSet | JsonlDataSet]) -> Callable[[int], Experience]:
-    """Reference completions by step; of the validation split too, marked and of weight 0, where that is asked for."""
-    config, stored = parts.config, parts.step.composition.stored
-    if config.supervised is None or stored is None:
-        raise ValueError("the config has no section supervised")
-    count, names = config.supervised.sequences_per_step, ("prompt_tokens", "prompt_length", "prompt_id")
-    validated = "validation" in stored.provides
-    splits = ("train", "validation") if validated else ("train",)
-    batches = [demonstration_batches(parts, sets[split], count) for split in splits]
-
-    def rows(step: int) -> Experience:
-        both = [b[step] for b in batches]
-        arrays = {n: jnp.concatenate([getattr(b, n) for b in both]) for n in (*names, "tokens", "length")}
-        trained = jnp.concatenate([jnp.asarray(b.mask) for b in both]) > 0
-        held_out = jnp.repeat(jnp.arange(len(both), dtype=jnp.float32), count)
-        marks = {"validation": held_out} if validated else {}
-        written = written_rows(**arrays, answer_width=config.rollout.max_completion_tokens, **marks)
-        # Losses on written rows read the source alone: in a conversation, what is not trained on counts as observed.
-        source = jnp.where((written.source == Source.DEMONSTRATION) & ~trained, Source.OBSERVATION, written.source)
-        return replace(written, weight=1.0 - held_out, source=source.astype(jnp.int8))
-
-    return rows
-
-
-def reinforce(
-    run: Run, state: TrainState, prompts: Batches, measure: Callable, stored: Callable[[int], Experience | None]
+def run_stage(
+    run: Run, stage: Stage, state: TrainState, data: StageData, measure: Callable, *, last: bool
 ) -> TrainState:
-    """Reinforcement steps. Numbers are read one step late, so that the device never waits for the host."""
-    config, offset = run.config, run.meta["warm_start_steps"]
-    total, first = config.training.steps, int(state.step)
-    rows = config.training.prompts_per_step * config.rollout.samples_per_prompt
+    """The steps of a stage. Numbers are read one step late, so that the device never waits for the host.
 
+    Args:
+      run: of all stages.
+      stage: this one.
+      state: its first, or the one that was saved.
+      data: its rows.
+      measure: (params, split, problems, what the time is charged to) -> accuracies.
+      last: no stage comes after it, so its last state is saved.
+    """
+    offset, first, step = run.meta["steps_before"], int(state.step), stage.parts.step
+    counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
     with (
-        Progress(max(total, 1), REINFORCEMENT, run.console, sequences_per_step=rows) as progress,
-        run.timed(REINFORCEMENT),
+        Progress(
+            max(stage.steps, 1), stage.name, run.console, sequences_per_step=counted if stage.samples else None
+        ) as progress,
+        run.timed(stage.name),
     ):
 
-        def report(done: int, metrics: dict[str, Any], experience: Experience, items: list) -> None:
-            shown = _finite(run, jax.device_get(metrics), done, REINFORCEMENT)
-            run.meta["tokens"] += round(shown["completion_tokens"] * rows)
-            run.directory.write_metrics(offset + done, {"stage": REINFORCEMENT} | shown)
-            _write_samples(run, offset + done, done, experience, items, first=done == first + 1)
+        def report(done: int, metrics: dict[str, Any], rows: Experience, items: list) -> None:
+            shown = _finite(run, jax.device_get(metrics), done, stage.name)
+            if stage.samples:
+                run.meta["tokens"] += round(shown["completion_tokens"] * counted)
+            run.directory.write_metrics(offset + done, {"stage": stage.name} | shown)
+            if stage.samples:
+                _write_samples(run, offset + done, done, rows, items, first=done == first + 1)
             progress.update(done, shown)
 
         unread: tuple | None = None
-        step, widths = run.parts.step, set()
-        for index in range(first, total):
-            batch, done = prompts[index], index + 1
-            sampled = batch.prompts if step.prime is None else prompts[index + 1].prompts
-            new_width = (width := sampled.tokens.shape[1]) not in widths
+        widths: set[int] = set()
+        choices = _choices(state)
+        for index in range(first, stage.steps):
+            done = index + 1
+            prompts, items = _prompts(run, stage, data, index, choices)
+            width = 0 if prompts is None else prompts.tokens.shape[1]
+            new_width = width not in widths
             if new_width and widths:
                 run.watch.allow()
                 progress.message(f"step {done} is the first with prompts of {width} tokens: its program is compiled")
             widths.add(width)
-            sampled = run.placed(sampled)
+            written = None if data.written is None else run.placed(data.written(index))
             try:
-                new_state, metrics, experience = step.run(state, sampled, batch.items, run.placed(stored(index)))
+                new_state, metrics, rows = step.run(state, run.placed(prompts), items, written, call=run.parts.call)
             except (RewardError, EngineError) as error:
                 if unread is not None:
                     report(*unread)
-                _save_before_leaving(run, offset + index, state)
+                _save_before_leaving(run, offset + index, stage.name, state)
                 what = "the function" if isinstance(error, RewardError) else "what the engine lacks"
                 raise type(error)(
                     f"{error}. The state before step {done} is saved: mend {what} and run "
-                    f"jaxrl train --resume {config.directory}"
+                    f"jaxrl train --resume {run.config.directory}"
                 ) from error
+            choices = _next_choices(choices, new_state)
             if unread is not None:
                 report(*unread)
-            state, unread = new_state, (done, metrics, experience, batch.items)
-            if config.evaluation.every_steps and done % config.evaluation.every_steps == 0 and done < total:
+            state, unread = new_state, (done, metrics, rows, items)
+            reached = False
+            if stage.probe_every_steps and done % stage.probe_every_steps == 0 and (done < stage.steps or not last):
                 run.watch.allow()  # a resumed run compiles its evaluation here
-                held_out = measure(state.params, "validation", config.evaluation.problems, "evaluation during")
+                held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
                 if done > first + 2:
                     run.watch.expect_none(progress.message)
-                metrics |= {f"validation/{name}": value for name, value in held_out.items()}
+                shown = held_out if stage.probes is None else {name: held_out[name] for name in stage.probes}
+                metrics |= {f"validation/{name}": value for name, value in shown.items()}
+                reached = stage.stop_at_accuracy is not None and held_out["pass@1"] >= stage.stop_at_accuracy
             if done == first + 2 or (new_width and done > first + 2):
                 run.watch.expect_none(progress.message)
             run.stopping = hosts.agreed_stop(run.asked)
-            if done % config.checkpoints.every_steps == 0 or run.stopping or done == total:
+            ends = reached or done == stage.steps
+            if ends and not last:
+                break
+            if done % run.config.checkpoints.every_steps == 0 or run.stopping or ends:
                 report(*unread)
                 unread = None
                 run.watch.allow()  # on a mesh, orbax compiles how it cuts arrays, in a resumed run here
-                run.save(offset + done, REINFORCEMENT, state)
+                run.save(offset + done, stage.name, state)
                 if done >= first + 2:
                     run.watch.expect_none(progress.message)
-                if done < total:
-                    _stop_if_asked(run, offset + done)
+                if ends:
+                    break
+                _stop_if_asked(run, offset + done)
+        if unread is not None:
+            report(*unread)
         run.watch.allow()
+    run.meta["steps_before"] = offset + int(state.step)
     return state
 
 
-def _save_before_leaving(run: Run, global_step: int, state: TrainState) -> None:
+def _prompts(run: Run, stage: Stage, data: StageData, index: int, choices: list[Any]) -> tuple[Any, list]:
+    """(prompts of a step, records behind its rows); one step off-policy the prompts are those of the next step."""
+    if data.prompts is None:
+        return None, []
+    if choices:
+        batch = data.prompts.chosen(np.asarray(choices[0]))
+        return batch.prompts, batch.items
+    batch = data.prompts[index]
+    ahead = bool(stage.parts.step.priming)
+    return (data.prompts[index + 1].prompts if ahead else batch.prompts), batch.items
+
+
+def _choices(state: TrainState) -> list[Any]:
+    """The choices of prompts that wait in a state: those of its step and of the one behind it; none without."""
+    held = state.memory.get(SELECTION)
+    return [] if held is None else [np.asarray(choice) for choice in held["choices"]]
+
+
+def _next_choices(choices: list[Any], state: TrainState) -> list[Any]:
+    """After a step: the choice made in it is read when it is needed, when the step is over."""
+    if not choices:
+        return choices
+    # The state will be used up by the next step; what was chosen has to outlive it.
+    return [choices[1], jnp.copy(state.memory[SELECTION]["choices"][1])]
+
+
+def stage_data(run: Run, stage: Stage, prompts: Any, stored: Any) -> StageData:
+    """The rows of a stage by step; the same whatever was asked for before.
+
+    Args:
+      run: with the data of the run.
+      stage: with its sources.
+      prompts: batches of prompts.
+      stored: answers that were stored before the stage; None without.
+    """
+    config, key = stage.parts.config, jax.random.key(run.config.seed)
+    feed = next((feed for feed in stage.parts.feeds if feed.rows or feed.stored), None)
+    if feed is None:
+        return StageData(prompts, None)
+    if feed.stored is not None:
+        source, width = stage.parts.step.composition.written, config.rollout.max_completion_tokens
+        assert source is not None
+        return StageData(prompts, lambda step: stored.batch(key, step, source.rows, answer_width=width))
+    assert feed.rows is not None
+    return StageData(prompts if stage.samples else None, feed.rows(stage.parts, run.data))
+
+
+def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experience] | None:
+    """Rows that a step of these parts is handed, by step, as a run hands them over; None where there are none."""
+    feed = next((feed for feed in parts.feeds if feed.rows), None)
+    return None if feed is None or feed.rows is None else feed.rows(parts, sets)
+
+
+def _save_before_leaving(run: Run, global_step: int, stage: str, state: TrainState) -> None:
     if run.manager.latest_step() != global_step:  # it may be on its way to the disk already
-        run.save(global_step, REINFORCEMENT, state)
+        run.save(global_step, stage, state)
     run.manager.wait_until_finished()
 
 
@@ -279,18 +312,19 @@ def _finite(run: Run, metrics: dict[str, Any], done: int, stage: str) -> dict[st
     return shown
 
 
-def _write_samples(run: Run, global_step: int, done: int, experience: Experience, items: list, *, first: bool) -> None:
+def _write_samples(run: Run, global_step: int, done: int, rows: Experience, items: list, *, first: bool) -> None:
     reporting = run.config.reporting
     due = bool(reporting.samples_every_steps) and done % reporting.samples_every_steps == 0
     # Over several processes, rows are gathered by a program, which is compiled with those of the first step.
     if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
-    rows = spread(experience.tokens.shape[0], reporting.samples_per_report)
-    fields = ("tokens", "length", "group", "rewards", "reward_components", "truncated")
-    held = {name: value[rows] for name, value in hosts.host_copy({n: getattr(experience, n) for n in fields}).items()}
+    chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
+    names = ("tokens", "length", "group", "rewards", "reward_components", "truncated")
+    held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names}).items()}
     if not due:
         return
     decode = run.parts.tokenizer.decode
+    rewards = run.parts.step.composition.rewards
     run.directory.write_samples(
         global_step,
         [
@@ -301,8 +335,8 @@ def _write_samples(run: Run, global_step: int, done: int, experience: Experience
                 "reward": held["rewards"][i],
                 "truncated": bool(held["truncated"][i]),
             }
-            | {term.name: held["reward_components"][i][c] for c, term in enumerate(run.parts.step.composition.rewards)}
-            for i in range(len(rows))
+            | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
+            for i in range(len(chosen))
         ],
     )
 
@@ -310,3 +344,18 @@ def _write_samples(run: Run, global_step: int, done: int, experience: Experience
 def spread(count: int, wanted: int) -> np.ndarray:
     """At most `wanted` indices, evenly spread, so that every level of a mixed data set is among them."""
     return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
+
+
+__all__ = [
+    "REINFORCEMENT",
+    "WARM_START",
+    "Run",
+    "Stage",
+    "StageData",
+    "Stopped",
+    "TrainingError",
+    "run_stage",
+    "spread",
+    "stage_data",
+    "written_of",
+]

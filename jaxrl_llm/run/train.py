@@ -1,4 +1,4 @@
-"""A whole run on the host: warm start, evaluation, reinforcement, evaluation; checkpointed and resumable at any step.
+"""A whole run on the host: its stages one after the other, evaluated before and after; resumable at any step.
 
 Everything random is addressed by (seed, step), the data position is the step, and the whole state is in the
 checkpoint, so a resumed run repeats the numbers of one that was never stopped.
@@ -9,16 +9,20 @@ from __future__ import annotations
 import resource
 import signal
 import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
 from rich.console import Console
 
 from jaxrl_llm.config import Config, as_tree, numeric_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
-from jaxrl_llm.experience import KeyUse
+from jaxrl_llm.experience import KeyUse, TrainState
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, hosts, layout
 from jaxrl_llm.reporting import results_table, units_table
@@ -28,9 +32,9 @@ from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.rehearsal import FILE, Rehearsal, make_rehearsal
-from jaxrl_llm.run.setup import Parts, data_sets, encoded, grader, opened_parts, parts, prompt_batches
-from jaxrl_llm.run.stages import REINFORCEMENT, WARM_START, Run, reinforce, spread, stored_rows, warm_start
+from jaxrl_llm.run.setup import Parts, data_sets, encoded, grader, opened_parts, prompt_batches, staged
+from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data
+from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
 
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -54,12 +58,22 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     """
     console = console or Console()
     started = time.monotonic()
-    built = parts(config)
-    trace(built)
-    if (external := built.step.composition.external) is not None:
-        require_model(external.engine)
+    stages = [Stage(**described) for described in staged(config)]
+    built = stages[-1].parts
+    for stage in stages:
+        trace(stage.parts)
+    rollout = built.step.composition.rollout
+    if rollout is not None and rollout.engine is not None:
+        require_model(rollout.engine.engine)
     numbers = checkpoints.config_hash(numeric_tree(config))
-    meta: dict[str, Any] = {"config_hash": numbers, "seconds": {}, "tokens": 0, "warm_start_steps": 0}
+    meta: dict[str, Any] = {
+        "config_hash": numbers,
+        "seconds": {},
+        "tokens": 0,
+        "warm_start_steps": 0,
+        "steps_before": 0,
+        "stage": stages[0].name,
+    }
     folder = config.directory / "checkpoints"
     newest = hosts.from_main(checkpoints.latest_step(folder)) if resume else None
     if newest is not None:
@@ -71,8 +85,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 f"{numbers}; resume with the run's own config.yaml, or start a new run with another run_dir"
             )
     console.print(units_table(_units(built)))
-    data = data_sets(config)
-    grade = grader(built, data["validation"], data["test"])
+    problems = config.task is not None or config.data.path is not None
+    data = data_sets(config) if problems else {}
+    grade = grader(built, data["validation"], data["test"]) if problems else None
     fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
     if meta.setdefault("data", fingerprint) != fingerprint:
         changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
@@ -80,29 +95,120 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             f"run {config.directory} was started with other files: {', '.join(changed)} changed since (its data was "
             f"{meta['data']}, and is now {fingerprint}); restore them, or start a new run"
         )
-    prompts = prompt_batches(built, data["train"])
-    for split in ("validation", "test"):  # a held-out prompt that does not fit speaks now, not after the warm start
-        encoded(built, data[split])
+    prompts = {stage.name: prompt_batches(stage.parts, data["train"]) for stage in stages if stage.samples}
+    for split in ("validation", "test") if problems else ():
+        encoded(built, data[split])  # a held-out prompt that does not fit speaks now, not after the warm start
     with (
         run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
     ):
-        run = Run(ready, directory, manager, console, meta, watch, data, mark=started)
-        if prompts.dropped:
-            console.print(f"dropped {prompts.dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
+        run = Run(config, ready, directory, manager, console, meta, watch, data, mark=started)
+        if dropped := max((one.dropped for one in prompts.values()), default=0):
+            console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
-            return _stages(run, prompts, newest, grade)
+            return _run(run, stages, prompts, newest, grade)
 
 
-def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> dict[str, Any]:
-    config, folder = run.config, run.config.directory / "checkpoints"
-    key = jax.random.key(config.seed)
+def _run(
+    run: Run, stages: Sequence[Stage], prompts: dict[str, Batches], newest: int | None, grade: Grader | None
+) -> dict[str, Any]:
+    """All stages that are left, from the one whose state was saved."""
+    config, key, call = run.config, jax.random.key(run.config.seed), run.parts.call
+    measure = _measured(run, stages[-1].parts, grade, key)
+    names = [stage.name for stage in stages]
+    begin = names.index(run.meta["stage"])
+    state = _before(stages[:begin], key)
+    for number in range(begin, len(stages)):
+        stage = replace(stages[number], parts=replace(stages[number].parts, call=call))
+        run.parts, fresh = stage.parts, newest is None
+        params = stage.parts.initial_params(key) if state is None else state.params
+        if not fresh and state is not None and stage.parts.model.trained is not None:
+            params = stage.parts.initial_params(key)  # what adapters are added to is not in the checkpoint
+        given = stage.parts.given() | _carried(stage.parts, state)
+        if "before" not in run.meta and stage.first_saved:
+            run.meta["before"] = measure(params, "test", config.evaluation.problems, "evaluation before")
+        stored = _stored(run, stage, params, key, fresh)
+        if stored is not None:
+            source = run.data["train"]
+            explored = [source[int(item)] for item in stored.explored]
+            prompts[stage.name] = prompt_batches(stage.parts, explored)
+        batches = prompts.get(stage.name)
+        state = stage.parts.step.init(key, params, given)
+        del params, given  # the state has copies of its own
+        if stage.parts.step.priming and batches is not None:
+            state = stage.parts.step.prime(state, run.placed(batches[0].prompts), batches[0].items, call)
+        if not fresh:
+            kept = checkpoints.written_networks(stage.parts, state)
+            folder, trained = config.directory / "checkpoints", stage.parts.model.trained
+            assert newest is not None
+            restored = checkpoints.restore(folder, newest, replace(state, networks=kept), trained=trained)
+            state = replace(restored, networks={**state.networks, **restored.networks})
+            newest = None
+        elif stage.first_saved:
+            run.save(run.meta["steps_before"], stage.name, state)
+        data = stage_data(run, stage, batches, stored)
+        state = run_stage(run, stage, state, data, measure, last=number == len(stages) - 1)
+        if not stage.first_saved:
+            run.meta["warm_start_steps"] = int(state.step)
+    assert state is not None  # a run has at least one stage
+    return _ended(run, state, measure)
+
+
+def _carried(parts: Parts, state: TrainState | None) -> dict[str, PyTree]:
+    """Networks that earlier stages have trained, and that this one does not make anew."""
+    if state is None:
+        return {}
+    anew = {
+        name
+        for name, network in parts.step.composition.networks.items()
+        if network.head is None and network.optimizer is None
+    }
+    return {name: one.params for name, one in state.networks.items() if name not in {"policy", *anew}}
+
+
+def _before(stages: Sequence[Stage], key: Any) -> TrainState | None:
+    """A state with the shape of the last one of these stages, for networks that were carried on from them."""
+    state = None
+    for stage in stages:
+        given = _carried(stage.parts, state)
+        shapes = jax.eval_shape(lambda k, g, s=stage: s.parts.step.init(k, None, g), key, given)
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), replace(shapes, key=jnp.zeros(())))
+        state = replace(state, key=key)
+    return state
+
+
+def _stored(run: Run, stage: Stage, params: Any, key: Any, fresh: bool) -> StoredAnswers | None:
+    """Answers of the policy that the stage starts from, made or read back; None where no source asks for them."""
+    wanted = next((feed.stored for feed in stage.parts.feeds if feed.stored), None)
+    if wanted is None:
+        return None
+    if not fresh:
+        stored = StoredAnswers.load(run.config.directory)
+        if stored.fingerprint != run.meta["stored_answers"]:
+            raise checkpoints.CheckpointError(
+                f"{run.config.directory}/{FILE} is not what the run was started with; restore it, or start a new run"
+            )
+        return stored
+    with run.timed("stored answers"):
+        stored = stored_answers(stage.parts, params, run.data["train"], key, **wanted)
+        if hosts.is_main():
+            stored.save(run.config.directory)
+        run.meta["stored_answers"] = stored.fingerprint
+    run.console.print(f"{len(stored)} answers stored, {len(stored.explored)} prompts explored")
+    return stored
+
+
+def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callable[..., dict[str, float]]:
+    """(params, split, problems, what the time is charged to) -> accuracies; none without problems."""
+    config, place = run.config, parts.step.composition.resources.placement
+    if grade is None:
+        return lambda params, split, problems, what: {}
     evaluate = make_evaluate(
-        run.parts.model,
+        parts.model,
         grade,
-        run.parts.tokenizer,
+        parts.tokenizer,
         samples_per_problem=config.evaluation.samples_per_problem,
         k=config.evaluation.k,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
@@ -110,9 +216,9 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
         sequences_per_batch=config.evaluation.sequences_per_batch,
         temperature=config.evaluation.temperature,
         overlong=config.data.overlong_prompts,
-        mesh=run.parts.step.composition.mesh,
-        rules=run.parts.step.composition.rules,
-        environment=run.parts.environment,
+        mesh=place.mesh,
+        rules=place.rules,
+        environment=parts.environment,
         call=run.parts.call,
     )
 
@@ -122,49 +228,21 @@ def _stages(run: Run, prompts: Batches, newest: int | None, grade: Grader) -> di
             items = [data[i] for i in spread(len(data), problems)]
             return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE))
 
-    step, rehearsal, params = run.parts.step, None, None
-    fresh = newest is None or run.meta["stage"] == WARM_START
-    if fresh:
-        params = warm_start(run, key, newest, measure)
-        run.meta["before"] = measure(params, "test", config.evaluation.problems, "evaluation before")
-        if config.rehearsal is not None:
-            with run.timed("rehearsal split"):
-                rehearsal = make_rehearsal(run.parts, params, run.data["train"], key)
-                if hosts.is_main():
-                    rehearsal.save(config.directory)
-                run.meta["rehearsal"] = rehearsal.fingerprint
-            run.console.print(f"rehearsal: {len(rehearsal)} answers stored, {len(rehearsal.explored)} prompts explored")
-    elif config.rehearsal is not None:
-        rehearsal = Rehearsal.load(config.directory)
-        if rehearsal.fingerprint != run.meta["rehearsal"]:
-            raise checkpoints.CheckpointError(
-                f"{config.directory}/{FILE} is not what the run was started with; restore it, or start a new run"
-            )
-    if rehearsal is not None:
-        source = run.data["train"]
-        prompts = prompt_batches(run.parts, [source[int(number)] for number in rehearsal.explored])
-    trained = run.parts.model.trained
-    if not fresh and trained is not None:  # what adapters are added to is not in the checkpoint
-        params = run.parts.initial_params(key)
-    state = step.init(key, params)
-    del params  # the state has a copy of its own
-    if step.prime is not None:
-        state = step.prime(state, run.placed(prompts[0].prompts))
-    if fresh:
-        run.save(run.meta["warm_start_steps"], REINFORCEMENT, state)
-    else:
-        assert newest is not None
-        state = checkpoints.restore(folder, newest, state, trained=trained)
-    state = reinforce(run, state, prompts, measure, stored_rows(run, rehearsal))
-    after = measure(state.params, "test", config.evaluation.problems, "evaluation after")
+    return measure
+
+
+def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
+    """The run after its last stage: measured, summed up, shown."""
+    after = measure(state.params, "test", run.config.evaluation.problems, "evaluation after")
     summary = _summary(run, after)
     run.directory.write_summary(summary)
     run.manager.wait_until_finished()
     accuracies = [name for name in after if name not in COUNTED]
-    run.console.print(
-        results_table(*({name: part[name] for name in accuracies} for part in (run.meta["before"], after)))
-    )
-    run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {config.directory}")
+    if accuracies:
+        run.console.print(
+            results_table(*({name: part[name] for name in accuracies} for part in (run.meta["before"], after)))
+        )
+    run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}")
     return summary
 
 
@@ -196,13 +274,14 @@ def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
     config = built.config
     training, rollout = config.training, config.rollout
     rows = training.prompts_per_step * rollout.samples_per_prompt
-    mesh = built.step.composition.mesh
+    place = built.step.composition.resources.placement
+    mesh = place.mesh
     per_update = rows // training.minibatches_per_epoch
     micro = training.sequences_per_microbatch or per_update
     attention = []
     if isinstance(built.model.config, TransformerConfig):
         widths = rollout.max_prompt_tokens, rollout.max_prompt_tokens + rollout.max_completion_tokens
-        with layout(mesh, built.step.composition.rules):
+        with layout(mesh, place.rules):
             update = attention_path(built.model.config, queries=widths[1])
             decode = attention_path(built.model.config, queries=1, keys=widths[1])
         attention = [("attention", f"{update}, {decode}", "update, decoding")]

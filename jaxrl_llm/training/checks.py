@@ -1,133 +1,312 @@
-"""What must hold of a composed step before anything is compiled: every name provided, every part in keeping."""
+"""What must hold of a composed step before anything is compiled: names, capabilities, sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
-from jaxrl_llm.experience import Experience, Method
-from jaxrl_llm.training.credit import CREDIT_FIELDS, VOCABULARY, CreditTerm
-from jaxrl_llm.training.critics import BEFORE, CURRENT
-from jaxrl_llm.training.learn import LEARNER_NAMES, LossTerm
-from jaxrl_llm.training.metrics import METRIC_NAMES
-from jaxrl_llm.training.provide import FROM_DATA, ON_DEMAND
-from jaxrl_llm.training.score import HOST_NAMES, RewardTerm
-from jaxrl_llm.training.wiring import missing, names, nearest, signature
+import jax
 
-COLLECTED = frozenset(f.name for f in fields(Experience) if f.default is not None) - {"extras"}
-SCORED = COLLECTED | {"reward_components", "rewards", "correct"}
+from jaxrl_llm.experience import FACTS, Method
+from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, fillable, nearest, provided_by, remedy
+from jaxrl_llm.rollout.host_environments import HostEnvironment
+from jaxrl_llm.rollout.sampled import Rollout
+from jaxrl_llm.signatures import missing, names, required
+from jaxrl_llm.training.composition import Composition
+from jaxrl_llm.training.networks import OFFLOADABLE, POLICY
+
+# What samplers offer, and how a message says what is missing.
+CAPABILITIES = {
+    "one_round": "rows that come in one round",
+    "one_temperature": "rows of one temperature",
+    "one_group_a_prompt": "one group of each prompt",
+    "equal_groups": "groups of one size",
+    "drawn_by_policy": "tokens that the policy drew",
+    "whole_vocabulary": "tokens drawn from the whole vocabulary",
+    "recorded_router": "experts recorded for every row",
+    "active_prompts": "sampling of some prompts alone",
+    "numbered_samples": "samples numbered from where the last round ended",
+    "uneven_groups": "groups of different sizes",
+    "prefixes": "completions that start with given tokens",
+    "temperatures": "a temperature for each sample number",
+    "demonstrations": "reference completions of the prompts",
+    "router_record": "a record of the experts that served each token",
+    "slots": "decoding in slots",
+    "truncation": "truncated sampling",
+}
+_SHAPES = frozenset(
+    {"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy", "whole_vocabulary"}
+    | {"recorded_router"}
+)
+_SAMPLERS = {
+    "the sampler": frozenset(CAPABILITIES) - _SHAPES,
+    "the environment inside the program": frozenset(
+        {"active_prompts", "numbered_samples", "temperatures", "demonstrations"}
+    ),
+    "the environment in Python": frozenset({"numbered_samples", "demonstrations"}),
+    "rollout.engine": frozenset({"numbered_samples", "demonstrations", "truncation"}),
+}
 
 
-def wanted_fields(
-    rewards: Sequence[RewardTerm],
-    credit: Sequence[CreditTerm],
-    losses: Sequence[LossTerm],
-    *,
-    samples_per_prompt: int,
-    decode: Callable[[Sequence[int]], str] | None,
-    with_critic: bool = False,
-    provided: frozenset[str] = frozenset(),
-    replay: bool = False,
-    sampled: frozenset[str] = frozenset(),
-) -> frozenset[str]:
-    """Check every name of a composition; return the on-demand fields that somebody wants.
+def require(part: str, needs: frozenset[str], by: str, offers: frozenset[str]) -> None:
+    """Raises ValueError where a part needs what another does not offer, saying which and what would do."""
+    for capability in sorted(needs - offers):
+        raise ValueError(
+            f"{part} needs {CAPABILITIES[capability]} ({capability}), which {by} does not offer; leave {part} out, or "
+            f"replace {by}"
+        )
 
-    Args:
-      rewards, credit, losses: the functions of each stage.
-      samples_per_prompt: rows of a group.
-      decode: token ids -> text, if known.
-      with_critic: a value model can be made.
-      provided: names that the rollout or stored rows bring along.
-      replay: rows of earlier steps are learned from again.
-      sampled: names that the rollout brings along, so that rewards may read them.
+
+def checked(c: Composition) -> Composition:
+    """The composition, if every name is provided and every part offers what another needs.
 
     Raises:
-      ValueError: when a function names what nothing provides (the message says what would), or a part contradicts
-        another.
+      ValueError: naming the part, the name or capability, and what would do.
     """
-    if not rewards:
-        raise ValueError("rewards is empty; a step needs at least one reward function")
-    if not losses:
+    if not c.losses:
         raise ValueError("losses is empty; a step needs at least one loss function")
-    for kind, terms in (("reward", rewards), ("loss", losses)):
+    if c.rollout is not None and not c.rewards:
+        raise ValueError("rewards is empty; a step needs at least one reward function")
+    if not c.sources:
+        raise ValueError("source is empty; a step needs rows: a Rollout, Written or Replay")
+    if c.rollout is None and c.replay is not None:
+        raise ValueError("source is a replay store alone; it keeps rows that a Rollout has sampled, so name one too")
+    for kind, terms in (("reward", c.rewards), ("loss", c.losses)):
         seen = [term.name for term in terms]
         if twice := {name for name in seen if seen.count(name) > 1}:
             raise ValueError(f"{kind} {twice.pop()!r} is listed twice; give each a name of its own (name: ...)")
-    for term in rewards:
-        _require(term.function, f"reward {term.name!r}", COLLECTED | FROM_DATA | HOST_NAMES | sampled)
-        if term.on_host and decode is None:
+    _check_names(c)
+    _check_capabilities(c)
+    _check_rest(c)
+    return c
+
+
+def available_before_rewards(c: Composition) -> frozenset[str]:
+    """Names that rows know before they are scored."""
+    given = set(FACTS) | {"step"}
+    given -= {"support", "router_choices"}
+    r = c.rollout
+    if r is not None:
+        given |= provided_by("data") | c.plan.provides - {"baseline_rewards", "label", "pool_mean", "pool_count"}
+        if r.environment is not None:
+            given |= provided_by("environment")
+        if r.engine is not None:
+            given |= provided_by("engine")
+        if r.replay_router:
+            given |= {"router_choices"}
+        if r.truncation is not None:
+            given |= {"support"}
+    if c.written is not None:
+        given |= c.written.provides | {"written_mask"}
+    return frozenset(given)
+
+
+def _check_names(c: Composition) -> None:
+    by_network = {name for name in c.named if c.score(name) is not None}
+    by_network |= {"hidden", "prompt_logprobs", "prompt_mask"}
+    learner = provided_by("learner") | {"router_choices"}
+    text = provided_by("text") | {"items"}
+    available = available_before_rewards(c)
+    # What stands for a name that is spelled wrongly, beside what is there.
+    scored = frozenset(by_network - learner)
+    known = frozenset({"reference_logprobs", "old_logprobs", "old_entropy", *scored})
+    heads = known | ({"old_values"} if c.resources.critic is not None else set())
+    for name, view in c.resources.views.items():
+        _require_names(view, f"view {name!r}", available | text)
+    for term in c.rewards:
+        _require_names(term.function, f"reward {term.name!r}", available | text, scored - {"logprobs", "entropy"})
+        if term.on_host and c.resources.decode is None and names(term.function) & text:
             raise ValueError(f"reward {term.name!r} reads text, so make_train_step needs decode= (token ids -> text)")
-    available = SCORED | ON_DEMAND | provided | sampled | {"step"}
-    if not with_critic:
-        available -= BEFORE.keys()
-    fixed = {f.name for f in fields(Experience)} - CREDIT_FIELDS.keys()
-    for index, term in enumerate(credit):
-        if term.field in fixed:
-            raise ValueError(f"credit fills {term.field!r}, which it cannot; {nearest(term.field, CREDIT_FIELDS)}")
-        what = f"{term.field} {term.name!r}"
+    if c.rewards:
+        available |= provided_by("rewards")
+    if c.rollout is not None:
+        available |= c.plan.provides
+    readers = [*(t.function for t in c.losses), *(t.coefficient for t in c.losses if t.coefficient_changes)]
+    for index, term in enumerate(c.credit):
+        later = [*(t.function for t in c.credit[index + 1 :]), *readers, *c.resources.views.values()]
+        for name in term.names:
+            if name in FACTS_READ_ONLY or c.score(name) is not None:
+                raise ValueError(f"credit fills {name!r}, which it cannot; {nearest(name, fillable())}")
+            if name not in FIELDS and not any(name in names(function) for function in later):
+                raise ValueError(f"credit fills {name!r}, which nothing after it reads; {nearest(name, fillable())}")
+        what = f"{', '.join(term.names)} {term.name!r}"
         if term.over_vocabulary:
-            _require(term.function, what, frozenset({VOCABULARY, "tokens"}))
+            _require_names(term.function, what, frozenset({"log_probabilities", "tokens"}))
         else:
-            _require(term.function, what, available)
-        later = [t.function for t in (*credit[index + 1 :], *losses)]
-        later += [t.coefficient for t in losses if t.coefficient_changes]
-        if term.field not in CREDIT_FIELDS and not any(term.field in names(function) for function in later):
-            raise ValueError(
-                f"credit fills {term.field!r}, which nothing after it reads; {nearest(term.field, CREDIT_FIELDS)}"
-            )
-        if samples_per_prompt == 1 and term.field == "advantages" and "group" in names(term.function):
+            _require_names(term.function, what, available | (text if term.on_host else frozenset()), heads)
+        if c.samples == 1 and "advantages" in term.names and "group" in names(term.function):
             raise ValueError(
                 f"rollout.samples_per_prompt is 1, but {term.name!r} compares the samples of a prompt, so every "
                 "advantage would be 0; use at least 2 samples or a baseline that needs no group"
             )
-        available |= {term.field}
-    remembering = [term.memory_name for term in credit if isinstance(term.function, Method)]
+        available |= set(term.names)
+    remembering = [term.memory_name for term in c.credit if isinstance(term.function, Method)]
     if twice := {name for name in remembering if remembering.count(name) > 1}:
         raise ValueError(
             f"credit entry {twice.pop()!r} is listed twice and remembers something, so both would share one memory; "
-            "leave one out, or give each CreditTerm a name of its own"
+            "leave one out, or give each Fill a name of its own"
         )
-    learner = LEARNER_NAMES if with_critic else LEARNER_NAMES - CURRENT.keys()
-    for term in losses:
-        _require(term.function, f"loss {term.name!r}", available | learner)
+    for term in c.losses:
+        _require_names(term.function, f"loss {term.name!r}", available | learner, heads | {"values"})
+        if not c.model.routed and (
+            asked := sorted({"router_choices", "router_probabilities"} & required([term.function]))
+        ):
+            raise ValueError(
+                f"loss {term.name!r} names {asked[0]!r}, but the model is no mixture of experts; leave the loss out"
+            )
         if term.coefficient_changes:
-            _require(term.coefficient, f"coefficient of {term.name!r}", available | METRIC_NAMES)
-    if replay:
-        _check_replay(losses)
-    everything = [t.function for t in (*rewards, *credit, *losses)]
-    everything += [t.coefficient for t in losses if t.coefficient_changes]
-    # Optional data is passed where there is some, but never computed for its own sake.
-    wanted = frozenset().union(*(signature(function).required for function in everything))
-    if "kl_reference_per_token" in wanted:
-        wanted |= {"reference_logprobs"}
-    return wanted & ON_DEMAND
+            metrics = provided_by("metrics") - ({"alignment"} if not c.update.alignment_every_steps else set())
+            _require_names(term.coefficient, f"coefficient of {term.name!r}", available | metrics, heads)
 
 
-# What replayed rows know: what was stored of them, and what is computed of any rows before the update.
-_REPLAYED = COLLECTED | {"rewards", "correct", "advantages"} | ON_DEMAND | LEARNER_NAMES
+def _require_names(function: Any, what: str, available: frozenset[str], scored: frozenset[str] = frozenset()) -> None:
+    for name in missing(function, available | scored):
+        raise ValueError(
+            f"{what} names {name!r}, which nothing in this step provides; {remedy(name, available | scored)}"
+        )
 
 
-def _check_replay(losses: Sequence[LossTerm]) -> None:
-    for term in losses:
-        for name in signature(term.function).required:
-            if name not in _REPLAYED or name in {"hidden", "prompt_logprobs", "prompt_mask", "baseline_rewards"}:
+def _check_capabilities(c: Composition) -> None:
+    r = c.rollout
+    if r is None:
+        return
+    sampler, offers = _sampler_of(r)
+    plan = "rollout.plan" if r.plan is not None else "the greedy baseline ('baseline_rewards')"
+    rows = _SHAPES - c.plan.lacks
+    require(plan, c.plan.needs - _SHAPES, sampler, offers)
+    for name, wanted, capability in (
+        ("rollout.replay_router", r.replay_router, "router_record"),
+        ("rollout.slots", r.slots is not None, "slots"),
+        ("rollout.truncation", r.truncation is not None, "truncation"),
+    ):
+        if wanted:
+            require(name, frozenset({capability}), sampler, offers)
+    joined = [name for name, source in (("written rows", c.written), ("replay", c.replay)) if source is not None]
+    if r.replay_router:
+        require("rollout.replay_router", frozenset({"drawn_by_policy"}), "rollout.plan", rows)
+        for name in joined:
+            require("rollout.replay_router", frozenset({"recorded_router"}), name, frozenset())
+    if r.truncation is not None:
+        require("rollout.truncation", frozenset({"drawn_by_policy"}), "rollout.plan", rows)
+        for name in joined:
+            require("rollout.truncation", frozenset({"drawn_by_policy"}), name, frozenset())
+        whole = [t.name for t in c.credit if t.over_vocabulary]
+        whole += [t.name for t in c.losses if "over_vocabulary" in names(t.function)]
+        for name in whole:
+            require(repr(name), frozenset({"whole_vocabulary"}), "rollout.truncation", frozenset())
+    for name in joined:
+        require(name, frozenset({"equal_groups"}), "rollout.plan", rows)
+    whole = [term.name for term in c.losses if "group" in names(term.function)]
+    if whole and (c.update.minibatches_per_epoch > 1 or c.update.sequences_per_microbatch is not None):
+        require(
+            f"loss {whole[0]!r} in minibatches or microbatches, which hold whole groups,",
+            frozenset({"equal_groups"}),
+            "rollout.plan",
+            rows,
+        )
+    if r.engine is not None and jax.process_count() > 1:
+        raise ValueError(
+            f"rollout.engine is set in a run of {jax.process_count()} processes, which would all ask for the same "
+            "completions; run the trainer in one process, or leave rollout.engine out"
+        )
+    if r.engine is not None and r.off_policy_steps:
+        raise ValueError(
+            "rollout.off_policy_steps is 1, but an engine's policy is as old as rollout.engine.reload_every_steps "
+            "says; leave off_policy_steps out"
+        )
+
+
+def _sampler_of(r: Rollout) -> tuple[str, frozenset[str]]:
+    if r.engine is not None:
+        name = "rollout.engine"
+    elif r.environment is None:
+        name = "the sampler"
+    else:
+        name = f"the environment {'in Python' if isinstance(r.environment, HostEnvironment) else 'inside the program'}"
+    return name, _SAMPLERS[name]
+
+
+def _check_rest(c: Composition) -> None:
+    r, update, place = c.rollout, c.update, c.resources.placement
+    if r is not None:
+        for name, token in (*(("eos_ids", each) for each in r.eos_ids), ("pad_id", r.pad_id)):
+            if not 0 <= token < c.model.vocabulary_size:
                 raise ValueError(
-                    f"loss {term.name!r} names {name!r}, which replayed rows do not have; leave the loss or replay out"
+                    f"rollout.{name} is {getattr(r, name)}, but the model's symbols are 0 to "
+                    f"{c.model.vocabulary_size - 1}; take the id from the tokenizer that made the prompts"
                 )
+        if r.replay_router and not c.model.routed:
+            raise ValueError(
+                "rollout.replay_router is true, but the model is no mixture of experts; leave it out, or set "
+                "model.experts"
+            )
+        if isinstance(r.environment, HostEnvironment) and (c.resources.decode is None or c.resources.encode is None):
+            raise ValueError(
+                "an environment in Python reads and writes text, so make_train_step needs decode= and encode="
+            )
+        if r.prompts_per_step is not None:
+            groups = r.prompts_per_step + c.plan.extra_groups(r.prompts_per_step)
+            checked_split(c, groups)
+    held_out = c.written is not None and "validation" in c.written.provides
+    if update.alignment_every_steps and not (held_out and any(t.on_written for t in c.losses)):
+        raise ValueError(
+            f"training.alignment_every_steps is {update.alignment_every_steps}, but alignment compares a loss on "
+            "written completions with the others, on held-out ones; add source: {demonstrations: {validation: true}} "
+            "and losses: stored_likelihood"
+        )
+    for name, network in c.networks.items():
+        if network.decay is not None and c.model.trained is not None and network.origin == POLICY:
+            raise ValueError(
+                f"networks.{name}.decay is {network.decay}, but the policy has adapters, whose moving average is not "
+                "that of the matrices they stand for; leave it out, or use copy_every"
+            )
+        other = network.model
+        if other is not None and network.head is None and other.vocabulary_size != c.model.vocabulary_size:
+            raise ValueError(
+                f"networks.{name} has {other.vocabulary_size} symbols, but the policy has {c.model.vocabulary_size}; a "
+                "network that scores the policy's tokens needs its vocabulary"
+            )
+    if unknown := sorted(place.offload - set(OFFLOADABLE)):
+        raise ValueError(f"training.offload names {unknown[0]!r}; it can name {', '.join(OFFLOADABLE)}")
+    if place.offload and place.mesh is None:
+        raise ValueError(
+            f"offload is {sorted(place.offload)} without a mesh; pass mesh=make_mesh(), which may be of one device"
+        )
+    if "reference" in place.offload and not c.copies_reference:
+        raise ValueError(
+            "training.offload names reference, but the step keeps no copy of a reference policy; leave it out"
+        )
 
 
-def _require(function: Any, what: str, available: frozenset[str]) -> None:
-    for name in missing(function, available):
-        provider = {
-            "advantages": "add an entry to credit that fills it, for example advantages: group_normalized",
-            "turn": "add an entry to credit that fills it, for example turn: separated_turns",
-            "turn_rewards": "a task that is answered in turns provides it (grid, calculator, self_correction), or an "
-            "entry of credit that fills it, for example turn_rewards: reference_progress",
-            "stored_logprobs": "stored answers provide it (section rehearsal)",
-            "extra": "groups at another temperature provide it (rollout.extra)",
-            **dict.fromkeys(
-                (*BEFORE, *CURRENT), "a critic provides it (section critic, or make_train_step(critic=...))"
-            ),
-        }.get(name, nearest(name, available))
-        raise ValueError(f"{what} names {name!r}, which nothing in this step provides; {provider}")
+def checked_split(c: Composition, prompts: int) -> int:
+    """Microbatches in a minibatch.
+
+    Args:
+      c: with losses that compare the rows of a group, which want whole groups.
+      prompts: groups that were sampled, or written where nothing is sampled.
+
+    Raises:
+      ValueError: when the batch does not divide as the update asks.
+    """
+    update, samples, joined = c.update, c.samples, c.joined_groups
+    for count, name in ((prompts, "training.prompts_per_step"), (joined, "the number of groups of written rows")):
+        if count % update.minibatches_per_epoch:
+            raise ValueError(
+                f"training.minibatches_per_epoch is {update.minibatches_per_epoch}, which does not divide "
+                f"{name} {count}; minibatches hold whole groups, so choose a divisor of {count}"
+            )
+    rows = (prompts + joined) * samples // update.minibatches_per_epoch
+    size = update.sequences_per_microbatch or rows
+    if rows % size:
+        written = f" and {joined * samples} written rows" if joined else ""
+        raise ValueError(
+            f"training.sequences_per_microbatch is {size}, which does not divide the {rows} sequences of a minibatch "
+            f"({prompts} prompts x {samples} samples{written} / {update.minibatches_per_epoch} minibatches); "
+            "choose a divisor"
+        )
+    whole = [term.name for term in c.losses if "group" in names(term.function)]
+    if whole and size % samples:
+        raise ValueError(
+            f"training.sequences_per_microbatch is {size}, but loss {whole[0]!r} compares the samples of a prompt, so "
+            f"a microbatch must hold whole groups: choose a multiple of rollout.samples_per_prompt {samples}"
+        )
+    return rows // size

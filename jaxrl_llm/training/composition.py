@@ -1,200 +1,302 @@
-"""What a step is composed of: how completions are sampled, and the parts of everything after it, checked once."""
+"""What a step is composed of, checked once: every name provided, every part offering what another needs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-import jax
 import optax
 
 from jaxrl_llm.experience import Method
+from jaxrl_llm.fields import FIELDS, provided_by, score_named
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.parallel.rules import RULES, Rules
-from jaxrl_llm.rollout.controls import Controls
-from jaxrl_llm.rollout.host_turns import HostTurns
-from jaxrl_llm.rollout.round_options import Adaptive, Budget, Refill
-from jaxrl_llm.training.conversations import AnyEnvironment
-from jaxrl_llm.training.credit import CreditTerm
-from jaxrl_llm.training.critics import Critic, critics_named
-from jaxrl_llm.training.external_engine import (
-    External,
-)
-from jaxrl_llm.training.learn import LossTerm, Update
-from jaxrl_llm.training.rows import (
-    Extra,
-)
-from jaxrl_llm.training.score import RewardTerm
-from jaxrl_llm.training.stored import (
-    Replay,
-    StoredRows,
-)
-from jaxrl_llm.training.wiring import names, signature
+from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
+from jaxrl_llm.rollout.sampled import Rollout
+from jaxrl_llm.rows import Replay, Written
+from jaxrl_llm.signatures import name_of, names, on_host, required
+from jaxrl_llm.training.networks import POLICY, Network, Placement, has_copy, networks_named
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """How completions are sampled.
+class Reward:
+    """One reward function of a recipe: a column of `reward_components`.
 
     Attributes:
-      samples_per_prompt: completions drawn for each prompt.
-      max_completion_tokens: longest completion, end of sequence included.
-      eos_ids: tokens that end a completion.
-      pad_id: token that fills the rest; may be one of `eos_ids`.
-      temperature: of the softmax, above 0; the trainer scores at the same temperature.
-      demonstration_in_group: the last sample of each group is the prompt's reference completion.
-      prefixes: token ids that completions start with, one tuple for each equal block of a prompt's samples; they are
-        hints, not trained on.
-      extra: groups sampled on top at another temperature.
-      replay_router: a mixture of experts learns through the experts that sampled each token.
-      slots: completions that are decoded at a time; None decodes all side by side.
-      rounds: sampling in several rounds, or in groups of different sizes; see `rounds`.
-      truncation: top-k, with top-p and min-p within it, of what is sampled. The trainer then computes over the tokens
-        that each one could have been, too; None samples from the whole vocabulary.
-      off_policy_steps: 1 samples a batch with the policy before the last update (one-step off-policy), 0 with the
-        newest.
-      environment: what answers the turns of conversations; None where one completion is all.
+      function: returns one number a row; one that names text runs on the host (`fields.on_host`).
+      weight: factor in the sum that is maximised.
+      name: for metrics and messages.
+      deadline_s: seconds that one call of a reading may take; None waits.
+      value_on_failure: the reward where a call fails or takes too long; None ends the step with an error.
     """
 
-    samples_per_prompt: int
-    max_completion_tokens: int
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    temperature: float = 1.0
-    demonstration_in_group: bool = False
-    prefixes: tuple[tuple[int, ...], ...] = ()
-    extra: Extra | None = None
-    replay_router: bool = False
-    slots: int | None = None
-    rounds: Refill | Adaptive | Budget | None = None
-    truncation: Controls | None = None
-    off_policy_steps: int = 0
-    environment: AnyEnvironment | None = None
+    function: Callable[..., Any]
+    weight: float = 1.0
+    name: str = ""
+    deadline_s: float | None = None
+    value_on_failure: float | None = None
 
-    def __post_init__(self):
-        if self.truncation is not None and self.truncation.top_k is None:
-            raise ValueError(
-                "rollout.top_p or rollout.min_p is set without rollout.top_k; training keeps the tokens that each one "
-                "was drawn from, so bound their number (for example top_k: 64)"
-            )
-        if self.truncation is not None and (self.demonstration_in_group or self.prefixes):
-            name = "demonstration_in_group" if self.demonstration_in_group else "prefixes"
-            raise ValueError(
-                f"rollout.top_k is set together with rollout.{name}, whose tokens nobody drew; leave one of them out"
-            )
-        if self.off_policy_steps not in (0, 1):
-            raise ValueError(f"rollout.off_policy_steps is {self.off_policy_steps}; it must be 0 or 1")
-        if self.rounds is not None:
-            self._check_rounds(self.rounds)
-        if self.prefixes and self.samples_per_prompt % len(self.prefixes):
-            raise ValueError(
-                f"rollout.prefixes has {len(self.prefixes)} texts, which do not divide rollout.samples_per_prompt "
-                f"{self.samples_per_prompt} into equal blocks; take a multiple"
-            )
-        longest = max(map(len, self.prefixes), default=0)
-        if longest >= self.max_completion_tokens:
-            raise ValueError(
-                f"rollout.prefixes holds a text of {longest} tokens, which leaves nothing of "
-                f"rollout.max_completion_tokens {self.max_completion_tokens}; shorten it or raise the limit"
-            )
-        if self.demonstration_in_group and self.samples_per_prompt < 2:
-            raise ValueError(
-                f"rollout.demonstration_in_group is true with rollout.samples_per_prompt {self.samples_per_prompt}; "
-                "the demonstration is one of them, so use at least 2"
-            )
-        if self.demonstration_in_group and self.prefixes:
-            raise ValueError(
-                "rollout.demonstration_in_group is true and rollout.prefixes is set; a reference completion has no "
-                "prefix, so leave one of them out"
-            )
-        if self.temperature <= 0:
-            raise ValueError(
-                f"rollout.temperature is {self.temperature}; training samples need a temperature above 0 "
-                "(greedy decoding is for evaluation)"
-            )
+    @property
+    def on_host(self) -> bool:
+        """Whether it is a reading."""
+        return on_host(self.function)
 
-    def _check_rounds(self, rounds: Refill | Adaptive | Budget) -> None:
-        name = f"rollout.{type(rounds).__name__.lower()}"
-        others = {
-            "rollout.demonstration_in_group": self.demonstration_in_group,
-            "rollout.prefixes": bool(self.prefixes),
-            "rollout.extra": self.extra is not None,
-            "rollout.replay_router": self.replay_router,
-            "rollout.off_policy_steps": bool(self.off_policy_steps),
-        }
-        if given := [other for other, value in others.items() if value]:
-            raise ValueError(
-                f"{name} and {given[0]} are both set, but only plain samples are drawn in rounds; drop one"
-            )
-        if isinstance(rounds, Adaptive) and rounds.max_rounds * rounds.samples_per_round < self.samples_per_prompt:
-            raise ValueError(
-                f"rollout.samples_per_prompt is {self.samples_per_prompt}, but {name} draws at most "
-                f"{rounds.max_rounds} x {rounds.samples_per_round} samples of a prompt; keep fewer or draw more"
-            )
-        if isinstance(rounds, Budget) and not rounds.least <= self.samples_per_prompt <= rounds.most:
-            raise ValueError(
-                f"rollout.samples_per_prompt is {self.samples_per_prompt}, but {name} has least {rounds.least} and "
-                f"most {rounds.most}; it is the mean and must lie between them"
-            )
+
+@dataclass(frozen=True)
+class Fill:
+    """One entry of a recipe's credit list: names in, one or several names out.
+
+    Attributes:
+      fields: the name, or names, that the function's value becomes: an array, or a tuple or a dictionary of them.
+      function: a function of named data, a reading, or a `Method`.
+      name: for metrics, memory and messages.
+      deadline_s, value_on_failure: of a reading, as for `Reward`.
+    """
+
+    fields: str | tuple[str, ...]
+    function: Callable[..., Any] | Method
+    name: str = ""
+    deadline_s: float | None = None
+    value_on_failure: float | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that it fills."""
+        return (self.fields,) if isinstance(self.fields, str) else tuple(self.fields)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is a reading."""
+        return on_host(self.function)
+
+    @property
+    def over_vocabulary(self) -> bool:
+        """Whether it reads whole next-token distributions of the policy before the update."""
+        return "log_probabilities" in names(self.function)
+
+    @property
+    def memory_name(self) -> str:
+        """Key of the method's memory in `TrainState.memory`."""
+        return f"{','.join(self.names)}:{self.name}"
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One loss of a recipe.
+
+    Attributes:
+      function: returns a `Loss`.
+      coefficient: a number, or a function (or `Method`) of experience fields and metrics that returns one.
+      name: for metrics and messages.
+    """
+
+    function: Callable[..., Any]
+    coefficient: Any = 1.0
+    name: str = ""
+
+    @property
+    def coefficient_changes(self) -> bool:
+        """Whether the coefficient is computed anew in each step."""
+        return callable(self.coefficient) or isinstance(self.coefficient, Method)
+
+    @property
+    def on_written(self) -> bool:
+        """Whether it is a loss on written completions."""
+        return "written_mask" in names(self.function)
+
+    @property
+    def memory_name(self) -> str:
+        """Key of the coefficient's memory in `TrainState.memory`."""
+        return f"coefficient:{self.name}"
+
+
+@dataclass(frozen=True)
+class Update:
+    """How one batch of experience becomes parameter updates.
+
+    Attributes:
+      epochs_per_batch: passes over the batch.
+      minibatches_per_epoch: optimiser updates a pass; each takes whole groups.
+      sequences_per_microbatch: rows differentiated at once; None takes a whole minibatch.
+      freeze_policy_steps: first steps in which only other networks learn.
+      alignment_every_steps: steps between two measurements of `alignment`; 0 never measures it.
+      alignment_learning_rate: the step size that it is measured for.
+    """
+
+    epochs_per_batch: int = 1
+    minibatches_per_epoch: int = 1
+    sequences_per_microbatch: int | None = None
+    freeze_policy_steps: int = 0
+    alignment_every_steps: int = 0
+    alignment_learning_rate: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the functions of a step draw on.
+
+    Attributes:
+      decode: token ids -> text, for readings and environments in Python.
+      encode: text -> token ids, for environments in Python and views of text.
+      networks: beside the policy, by name. A reference is there without being described, and so are networks with a
+        head, where there is a critic.
+      critic: optimiser of networks with a head that a name alone brings along.
+      views: functions that make another sequence of a row, by name.
+      placement: devices.
+    """
+
+    decode: Callable[[Sequence[int]], str] | None = None
+    encode: Callable[[str], list[int]] | None = None
+    networks: Mapping[str, Network] = field(default_factory=dict)
+    critic: optax.GradientTransformation | None = None
+    views: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    placement: Placement = field(default_factory=Placement)
+
+
+Source = Rollout | Written | Replay
 
 
 @dataclass(frozen=True)
 class Composition:
-    """What a step is composed of, checked. The stages below are functions of it and of arrays.
+    """What a step is composed of. The stages of a step are functions of it and of arrays.
 
     Attributes:
-      model: the policy.
-      optimizer: an optax transformation.
-      rollout: how completions are sampled.
+      model, optimizer: the policy.
+      sources: where rows come from.
       rewards, credit, losses: the functions of each stage.
-      update: epochs, minibatches, microbatches, reference refresh.
-      wanted: on-demand fields that something names, and so the step computes.
-      mesh: devices that the step runs on, or None.
-      rules: from the names of axes to those of the mesh.
-      gather_for_rollout: sampling reads weights that are gathered once, not for each token.
-      offload: what is kept in the host's memory between its uses, keys of `OFFLOADED`.
+      update: how a batch becomes updates.
+      resources: what the functions draw on.
       placed: a sharding for each array of the state; None without a mesh.
-      critic: how value models and their like are made.
-      stored: rows that every step is handed beside the prompts.
-      replay: learning again from rows of earlier steps.
-      external: an engine that samples in the place of `collect`.
-      turns: programs of conversations whose environment is in Python, in the place of `collect` too.
     """
 
     model: Model
     optimizer: optax.GradientTransformation
-    rollout: Rollout
-    rewards: tuple[RewardTerm, ...]
-    credit: tuple[CreditTerm, ...]
+    sources: tuple[Source, ...]
+    rewards: tuple[Reward, ...]
+    credit: tuple[Fill, ...]
     losses: tuple[LossTerm, ...]
     update: Update
-    wanted: frozenset[str]
-    mesh: jax.sharding.Mesh | None
-    critic: Critic | None = None
-    stored: StoredRows | None = None
-    replay: Replay | None = None
-    external: External | None = None
-    rules: Rules = field(default_factory=lambda: RULES)
-    gather_for_rollout: bool = True
-    offload: frozenset[str] = frozenset()
+    resources: Resources
     placed: Any = None
-    turns: HostTurns | None = None
+
+    # ---- sources ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def rollout(self) -> Rollout | None:
+        """The source that samples; None where all rows are written."""
+        return next((source for source in self.sources if isinstance(source, Rollout)), None)
+
+    @cached_property
+    def written(self) -> Written | None:
+        """The source of rows that are handed to a step."""
+        return next((source for source in self.sources if isinstance(source, Written)), None)
+
+    @cached_property
+    def replay(self) -> Replay | None:
+        """The store of rows of earlier steps."""
+        return next((source for source in self.sources if isinstance(source, Replay)), None)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """How completions are asked for, with a greedy baseline where something names its rewards."""
+        assert self.rollout is not None
+        r = self.rollout
+        made = r.plan or plain(samples_per_prompt=r.samples_per_prompt)
+        if "baseline_rewards" in self.named and "baseline_rewards" not in made.provides:
+            made = greedy_baseline(made, temperature=r.temperature)
+        return made
+
+    @property
+    def samples(self) -> int:
+        """Rows of a group."""
+        if self.rollout is not None:
+            return self.rollout.samples_per_prompt
+        return self.written.rows_per_group if self.written is not None else 1
+
+    @property
+    def temperature(self) -> float:
+        """Of the policy's log-probabilities."""
+        return 1.0 if self.rollout is None else self.rollout.temperature
 
     @property
     def joined_groups(self) -> int:
-        """Groups that learn without having been sampled in the step."""
-        return (self.stored.groups if self.stored else 0) + (self.replay.groups if self.replay else 0)
+        """Groups that learn beside those that were sampled in the step."""
+        if self.rollout is None:
+            return 0
+        return (self.written.groups if self.written else 0) + (self.replay.groups if self.replay else 0)
+
+    # ---- names ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def functions(self) -> tuple[Any, ...]:
+        """All functions of the step, coefficients among them."""
+        fills = [term.function for term in (*self.rewards, *self.credit, *self.losses)]
+        return (*fills, *(t.coefficient for t in self.losses if t.coefficient_changes), *self.resources.views.values())
+
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """Every name that some function cannot do without. What is optional is never computed for its own sake."""
+        asked = required(self.functions)
+        if self.rollout is not None and self.rollout.plan is not None and "demonstrations" in self.rollout.plan.needs:
+            asked |= provided_by("data")
+        if "kl_reference_per_token" in asked:
+            asked |= {"reference_logprobs"}
+        if self.rollout is not None and self.rollout.engine is not None:
+            asked |= {"old_logprobs", "old_entropy"}
+        return asked
+
+    @cached_property
+    def networks(self) -> dict[str, Network]:
+        """Networks beside the policy that something names, each after the one that it is made from."""
+        given = self.resources
+        return networks_named(self.named, given.networks, given.views, given.critic)
+
+    @cached_property
+    def wanted(self) -> frozenset[str]:
+        """Names that the step computes before the update because something names them."""
+        filled = {name for term in self.credit for name in term.names}
+        by_rule = {
+            name for name in self.named - FIELDS.keys() - filled if self.score(name) is not None and self.before(name)
+        }
+        return frozenset(by_rule) | (
+            self.named & (provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"})
+        )
+
+    def score(self, name: str) -> Any:
+        """What a rule-made name asks for; None for another name."""
+        return score_named(name, [POLICY, *self.networks], self.resources.views)
+
+    def before(self, name: str) -> bool:
+        """Whether a rule-made name is of a network as the step found it, wherever it is named."""
+        found = self.score(name)
+        if found.as_found or found.network not in self.learning:
+            return True
+        return name in required([t.function for t in (*self.rewards, *self.credit)])
+
+    @cached_property
+    def learning(self) -> frozenset[str]:
+        """Networks whose parameters the losses change."""
+        read = required([t.function for t in self.losses])
+        policy = read & {"logprobs", "entropy", "over_vocabulary", "router_probabilities"}
+        views = {s.view for name in read if (s := self.score(name)) and s.network == POLICY and not s.as_found}
+        heads = {
+            s.network
+            for name in read
+            if (s := self.score(name)) and not s.as_found and s.network in self.networks
+            if self.networks[s.network].optimizer is not None
+        }
+        return frozenset(heads | ({POLICY} if policy or views else set()))
+
+    @cached_property
+    def with_reference(self) -> bool:
+        """Whether something compares the policy with a reference."""
+        return "reference" in self.networks
 
     @property
-    def critics(self) -> tuple[str, ...]:
-        """Names of the critics that something asks for."""
-        everything = [t.function for t in (*self.credit, *self.losses)]
-        return critics_named(frozenset().union(*(signature(f).required for f in everything)))
-
-    @property
-    def equal_groups(self) -> bool:
-        """Whether each `samples_per_prompt` rows that were sampled one after the other are those of one prompt."""
-        return not isinstance(self.rollout.rounds, Budget)
+    def copies_reference(self) -> bool:
+        """Whether the state holds a copy for the reference. A policy with adapters can have its base as one."""
+        return self.with_reference and has_copy(self.model, self.networks["reference"])
 
     @property
     def keeps_record(self) -> bool:
@@ -202,23 +304,75 @@ class Composition:
 
         Samples of the policy before it are taken for its own too, as PPO does, unless something tells the two apart.
         """
-        r, functions = self.rollout, [t.function for t in (*self.credit, *self.losses)]
-        exact = r.extra is None and getattr(self.model.config, "cache_dtype", "compute") == "compute"
-        return exact and not (r.off_policy_steps and any("behaviour_logprobs" in names(f) for f in functions))
+        r = self.rollout
+        if r is None or r.engine is not None:
+            return False
+        exact = "one_temperature" not in self.plan.lacks - self._greedy_lacks
+        exact &= getattr(self.model.config, "cache_dtype", "compute") == "compute"
+        told = any("behaviour_logprobs" in names(t.function) for t in (*self.credit, *self.losses))
+        return exact and not (r.off_policy_steps and told)
 
     @property
-    def with_reference(self) -> bool:
-        """Whether something compares the policy with a reference."""
-        return "reference_logprobs" in self.wanted or any("over_vocabulary" in names(t.function) for t in self.losses)
+    def _greedy_lacks(self) -> frozenset[str]:
+        # The greedy rows have left when the others are scored.
+        return frozenset({"one_temperature"}) if "extra" not in self.plan.provides else frozenset()
 
     @property
-    def copies_reference(self) -> bool:
-        """Whether the state holds a copy for the reference. A policy with adapters can have its base as one."""
-        needed = self.model.trained is None or self.update.snapshot_reference or self.update.refreshes_reference
-        return self.with_reference and needed
+    def equal_groups(self) -> bool:
+        """Whether each `samples` rows that follow one another are those of one prompt."""
+        return self.rollout is not None and "equal_groups" not in self.plan.lacks
 
-    @property
+    @cached_property
     def stateful(self) -> dict[str, Method]:
         """Methods that remember something, by the name of their memory."""
         methods = {t.memory_name: t.function for t in self.credit if isinstance(t.function, Method)}
         return methods | {t.memory_name: t.coefficient for t in self.losses if isinstance(t.coefficient, Method)}
+
+
+# ---- terms ----------------------------------------------------------------------------------------------------------
+
+
+def reward_term(term: Reward | Callable[..., Any] | tuple[Callable[..., Any], float]) -> Reward:
+    """A reward function, or (function, weight), as a term."""
+    if isinstance(term, Reward):
+        return term if term.name else replace(term, name=name_of(term.function))
+    function, weight = term if isinstance(term, tuple) else (term, 1.0)
+    return Reward(function, weight, name_of(function))
+
+
+def fill_term(term: Fill | tuple[Any, Any]) -> Fill:
+    """A (name or names, function) pair as a term."""
+    if isinstance(term, Fill):
+        return term if term.name else replace(term, name=name_of(term.function))
+    return Fill(term[0], term[1], name_of(term[1]))
+
+
+def loss_term(term: Any) -> LossTerm:
+    """A loss function, or (function, coefficient), as a term."""
+    if isinstance(term, LossTerm):
+        return term if term.name else replace(term, name=name_of(term.function))
+    function, coefficient = term if isinstance(term, tuple) and not callable(term) else (term, 1.0)
+    return LossTerm(function, coefficient, name_of(function))
+
+
+def composition_of(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    source: Source | Sequence[Source],
+    rewards: Sequence[Any],
+    credit: Sequence[Any],
+    losses: Sequence[Any],
+    update: Update | None,
+    resources: Resources | None,
+) -> Composition:
+    """A composition, not checked yet, from what `make_train_step` is given."""
+    return Composition(
+        model,
+        optimizer,
+        tuple(source) if isinstance(source, Sequence) else (source,),
+        tuple(map(reward_term, rewards)),
+        tuple(map(fill_term, credit)),
+        tuple(map(loss_term, losses)),
+        update or Update(),
+        resources or Resources(),
+    )

@@ -1,4 +1,4 @@
-"""What a batch of experience says about itself: the numbers of every step. A name says what it averages over."""
+"""What a batch of experience says about itself. A name says what it averages over."""
 
 from __future__ import annotations
 
@@ -6,22 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.experience import Experience
+from jaxrl_llm.experience import Experience, Source, TrainState
 from jaxrl_llm.rollout.turns import metrics_of
-
-# What a coefficient may be a function of, beside fields of experience and the step.
-METRIC_NAMES = frozenset(
-    {
-        "reward",
-        "correct_share",
-        "constant_group_share",
-        "completion_tokens",
-        "truncated_share",
-        "entropy_per_token",
-        "kl_reference_per_token",
-        "alignment",
-    }
-)
+from jaxrl_llm.training.composition import Composition
+from jaxrl_llm.training.segments import Work
 
 
 def constant_group_share(
@@ -59,29 +47,87 @@ def experience_metrics(experience: Experience, weight: Float[Array, "B"]) -> dic
       weight: of each row as it was sampled, so that rows left out since are counted and not hidden; `kept_share` says
         how many were kept.
     """
-    rewards = experience.rewards
-    if rewards is None or experience.correct is None:
-        raise ValueError("this experience has no rewards yet; score it first (training.score.with_rewards)")
     rows = jnp.maximum(weight.sum(), 1.0)
     mask = experience.mask * weight[:, None]
     tokens = jnp.maximum(mask.sum(), 1.0)
     mean = lambda x: (x * weight).sum() / rows  # noqa: E731
     token_mean = lambda x: (x * mask).sum() / tokens  # noqa: E731
-    metrics = {
-        "reward": mean(rewards),
-        "correct_share": mean(experience.correct),
-        "constant_group_share": constant_group_share(rewards, experience.group, weight),
+    metrics = {}
+    if "rewards" in experience:
+        metrics |= {
+            "reward": mean(experience["rewards"]),
+            "correct_share": mean(experience["correct"]),
+            "constant_group_share": constant_group_share(experience["rewards"], experience.group, weight),
+        }
+    metrics |= {
         "completion_tokens": mean(experience.length.astype(jnp.float32)),
         "truncated_share": mean(experience.truncated.astype(jnp.float32)),
         "kept_share": mean((experience.weight > 0).astype(jnp.float32)),
         "entropy_per_token": token_mean(experience.behaviour_entropy),
     }
-    if experience.reference_logprobs is not None:
-        metrics["kl_reference_per_token"] = token_mean(experience.behaviour_logprobs - experience.reference_logprobs)
-    if experience.old_values is not None and experience.returns is not None:
-        metrics["value_explained_variance"] = explained_variance(experience.old_values, experience.returns, mask)
-    if experience.advantages is not None:
-        metrics["advantage_abs_per_token"] = token_mean(jnp.abs(experience.advantages))
+    if "reference_logprobs" in experience:
+        metrics["kl_reference_per_token"] = token_mean(experience.behaviour_logprobs - experience["reference_logprobs"])
+    if "old_values" in experience and "returns" in experience:
+        metrics["value_explained_variance"] = explained_variance(experience["old_values"], experience["returns"], mask)
+    if "advantages" in experience:
+        metrics["advantage_abs_per_token"] = token_mean(jnp.abs(experience["advantages"]))
     for name, (total, count) in metrics_of(experience, weight).items():
         metrics[f"episode/{name}"] = total / jnp.maximum(count, 1.0)
+    return metrics
+
+
+def step_metrics(c: Composition, state: TrainState, rows: Experience, work: Work) -> dict[str, Array]:
+    """Scalars of a step before its update; of one whose rows were all written, none."""
+    if c.rollout is None:
+        return {}
+    metrics = experience_metrics(rows, work["sampled"]) | work["report"]
+    if c.rollout.engine is not None:
+        metrics |= engine_metrics(rows)
+    if c.rollout.off_policy_steps:
+        metrics["staleness_steps"] = jnp.minimum(state.step, c.rollout.off_policy_steps).astype(jnp.float32)
+    if "unrated" in rows:
+        metrics["unrated_share"] = rows["unrated"].mean()
+    held = state.memory.get("rollout:plan")
+    if isinstance(held, dict) and "temperature" in held:
+        metrics["extra_temperature"] = held["temperature"]
+    return metrics
+
+
+def engine_metrics(rows: Experience) -> dict[str, Array]:
+    """How far the engine is from the policy: |old - behaviour| log-probabilities over trained tokens, and in steps."""
+    counted = rows.mask > 0
+    gap = jnp.where(counted, jnp.abs(rows["old_logprobs"] - rows.behaviour_logprobs), 0.0)
+    return {
+        "engine_gap_max": gap.max(),
+        "engine_gap_mean": gap.sum() / jnp.maximum(counted.sum(), 1),
+        "staleness_steps": rows["staleness"].mean(),
+    }
+
+
+def drift_of(logprobs: Array, rows: Experience) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:
+    """How far the policy is from the one that sampled: peaks, and (sum, count) pairs over sampled tokens."""
+    counted = rows.mask * (rows.weight[:, None] > 0) * (rows.source == Source.SAMPLED)
+    if "extra" in rows:  # drawn at another temperature
+        counted = counted * ~rows["extra"].astype(bool)[:, None]
+    gap = jnp.where(counted > 0, jax.lax.stop_gradient(logprobs) - rows.behaviour_logprobs, 0.0)
+    clipped = jnp.clip(gap, -20.0, 20.0)
+    count = counted.sum()
+    peaks = {"gap": jnp.abs(gap).max(), "ratio": jnp.exp(clipped).max()}
+    return peaks, {"gap": (jnp.abs(gap).sum(), count), "kl": ((jnp.exp(clipped) - 1.0 - clipped).sum(), count)}
+
+
+def learn_metrics(sums, peaks, drift) -> dict[str, Array]:
+    """Average each logged pair over updates. The sampler gap is that of the first update, before anything changed."""
+    metrics = {}
+    for name, (total, count) in sums.items():
+        # Pairs without a count were divided already; they are averaged over updates.
+        per_update = jnp.where(count == 0, total, total / jnp.where(count == 0, 1.0, count))
+        metrics[name] = per_update.mean()
+    if not drift:
+        return metrics
+    safe = lambda pair, i: pair[0][i] / jnp.maximum(pair[1][i], 1.0)  # noqa: E731
+    metrics["sampler_gap_max"] = peaks["gap"][0]
+    metrics["sampler_gap_mean"] = safe(drift["gap"], 0)
+    metrics["ratio_max"] = peaks["ratio"].max()
+    metrics["kl_update"] = safe(drift["kl"], -1)
     return metrics

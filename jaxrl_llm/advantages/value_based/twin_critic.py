@@ -27,7 +27,7 @@ def soft_minimum(first: Array, second: Array, *, temperature: float = 0.3) -> Ar
 
 def twin_baseline_normalized(
     rewards: Float[Array, "B"],
-    twin_values: Float[Array, "B 2"],
+    twin_target_values: Float[Array, "B 2"],
     weight: Float[Array, "B"],
     *,
     temperature: float = 0.3,
@@ -39,7 +39,7 @@ def twin_baseline_normalized(
 
     Args:
       rewards: total reward of each row.
-      twin_values: what the two critics expect of each row; in the released code slowly moving copies of them.
+      twin_target_values: what slowly moving copies of the two critics expect of each row.
       weight: weight of each row; 0 is absent.
       temperature: of the soft minimum, in units of reward.
       eps: added to the unbiased deviation.
@@ -53,8 +53,8 @@ def twin_baseline_normalized(
     Reference: SAFE (2602.04651).
     Certainty: verified
     """
-    chex.assert_rank([rewards, twin_values, weight], [1, 2, 1])
-    chex.assert_shape(twin_values, (rewards.shape[0], 2))
-    expected = soft_minimum(twin_values[:, 0], twin_values[:, 1], temperature=temperature)
+    chex.assert_rank([rewards, twin_target_values, weight], [1, 2, 1])
+    chex.assert_shape(twin_target_values, (rewards.shape[0], 2))
+    expected = soft_minimum(twin_target_values[:, 0], twin_target_values[:, 1], temperature=temperature)
     surprise = rewards.astype(jnp.float32) - expected
     return group_normalized(surprise, jnp.zeros(rewards.shape, jnp.int32), weight, eps=eps)

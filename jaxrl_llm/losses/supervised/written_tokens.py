@@ -106,9 +106,9 @@ def rehearsal_divergence(
 
         D_f(policy || reference) = mean of f(u) over stored tokens,   u = pi / pi_reference
 
-    Rows of stored answers share a batch with rollouts but not a term: their tokens have source DEMONSTRATION and mask
-    0, so losses that read the mask leave them out, and this one reads source and weight instead. Each part has its own
-    mean. No reference model runs: `stored_logprobs`, of the policy that wrote an answer, are stored with it.
+    Rows of stored answers share a batch with rollouts but not a term: their mask is 0, so losses that read it leave
+    them out, and this one reads `written_mask` instead. Each part has its own mean. No reference model runs:
+    `stored_logprobs`, of the policy that wrote an answer, are stored with it.
 
     forward_kl is DPH-F (0 at the start, a pull only on what has moved); jensen_shannon with twice the coefficient is
     DPH-JS; alpha with order alpha = 1 - a is its alpha form. Which prompts are rehearsed: `near_perfect_groups`.
@@ -121,7 +121,7 @@ def rehearsal_divergence(
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
-      A loss of (logprobs, stored_logprobs, source, weight).
+      A loss of (logprobs, stored_logprobs, written_mask).
 
     Raises:
       ValueError: for an unknown generator or a value limit that is not positive.
@@ -141,19 +141,16 @@ def rehearsal_divergence(
     def stored_divergence(
         logprobs: Float[Array, "B T"],
         stored_logprobs: Float[Array, "B T"],
-        source: Int[Array, "B T"],
-        weight: Float[Array, "B"],
+        written_mask: Float[Array, "B T"],
     ) -> Loss:
-        chex.assert_rank([logprobs, source, weight], [2, 2, 1])
-        return on_stored(logprobs, stored_logprobs, _written(source, weight))
+        return on_stored(logprobs, stored_logprobs, written_mask)
 
     return stored_divergence
 
 
 def stored_likelihood(
     logprobs: Float[Array, "B T"],
-    source: Int[Array, "B T"],
-    weight: Float[Array, "B"],
+    written_mask: Float[Array, "B T"],
     *,
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: int | None = None,
@@ -162,12 +159,11 @@ def stored_likelihood(
 
         x = -log pi    on tokens of demonstrations, each row with its weight
 
-    Like `rehearsal_divergence` it reads source and weight, since the mask of such rows is 0.
+    Like `rehearsal_divergence` it reads `written_mask`, since the mask of such rows is 0.
 
     Args:
       logprobs: log-probability of each token under the current policy.
-      source: where each token came from; `Source.DEMONSTRATION` marks written ones.
-      weight: weight of each row; 0 is absent.
+      written_mask: 0 on tokens that do not count, the row's weight on written ones.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
 
@@ -177,12 +173,6 @@ def stored_likelihood(
     Reference: AMFT (2508.06944).
     Certainty: verified
     """
-    chex.assert_rank([logprobs, source, weight], [2, 2, 1])
     return negative_log_likelihood(
-        logprobs, _written(source, weight), aggregation=aggregation, max_completion_tokens=max_completion_tokens
+        logprobs, written_mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens
     )
-
-
-def _written(source: Array, weight: Array) -> Float[Array, "B T"]:
-    """A mask of tokens that somebody else wrote, with the weight of their rows."""
-    return (source == Source.DEMONSTRATION).astype(jnp.float32) * weight.astype(jnp.float32)[:, None]

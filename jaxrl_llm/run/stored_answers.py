@@ -1,7 +1,7 @@
-"""Rehearsal of what the initial policy can do: solved prompts are set apart, with an answer of that policy for each.
+"""Answers of the policy that a stage starts from: prompts that it solves are set apart, with a right answer for each.
 
-Made once, before reinforcement. The prompts that are left are explored; the stored answers and their log-probabilities
-never change, so no reference model runs for them.
+Made once, before the stage. The prompts that are left are sampled; the stored answers and their log-probabilities never
+change, so no reference model runs for them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,25 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxrl_llm import data
-from jaxrl_llm.experience import Experience, KeyUse, TrainState
+from jaxrl_llm.experience import Experience, KeyUse, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.parallel.rules import laid_out
+from jaxrl_llm.rows import written_rows
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.selection import cycled_rows, near_perfect_groups
-from jaxrl_llm.training.host_rewards import rewarded_on_host
-from jaxrl_llm.training.learn import Update
-from jaxrl_llm.training.phases import sample_and_score
-from jaxrl_llm.training.score import with_rewards
-from jaxrl_llm.training.stored import written_rows
+from jaxrl_llm.training.collect import collected
+from jaxrl_llm.training.composition import Update
+from jaxrl_llm.training.fill import reward_parts
+from jaxrl_llm.training.networks import POLICY
+from jaxrl_llm.training.reading import Context
+from jaxrl_llm.training.segments import compiled, run
 
-FILE = "rehearsal.npz"
+FILE = "stored_answers.npz"
 _ROWS = ("prompt_tokens", "prompt_length", "prompt_id", "tokens", "length", "stored_logprobs")
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """Stored answers, and the items that are explored.
+class StoredAnswers:
+    """Stored answers, and the items that are sampled.
 
     Attributes:
       rows: prompt_tokens, prompt_length, prompt_id, tokens, length, stored_logprobs: one row a stored answer.
@@ -63,7 +63,7 @@ class Rehearsal:
         np.savez_compressed(directory / FILE, **arrays)
 
     @classmethod
-    def load(cls, directory: Path) -> Rehearsal:
+    def load(cls, directory: Path) -> StoredAnswers:
         """Read what `save` wrote.
 
         Raises:
@@ -78,28 +78,30 @@ class Rehearsal:
 
     def batch(self, key: jax.Array, step: int, rows_per_step: int, *, answer_width: int) -> Experience:
         """The stored answers of one step: all of them in a new order, again and again."""
-        key = jax.random.fold_in(key, KeyUse.REHEARSAL)
+        key = jax.random.fold_in(key, KeyUse.STORED)
         chosen = np.asarray(cycled_rows(key, step, stored=len(self), rows_per_step=rows_per_step))
-        return written_rows(**{n: jnp.asarray(self.rows[n][chosen]) for n in _ROWS}, answer_width=answer_width)
+        arrays: dict[str, Any] = {n: jnp.asarray(self.rows[n][chosen]) for n in _ROWS}
+        return written_rows(**arrays, answer_width=answer_width)
 
 
-def make_rehearsal(parts: Parts, params: PyTree, source: Sequence[dict[str, Any]], key: jax.Array) -> Rehearsal:
+def stored_answers(
+    parts: Parts, params: PyTree, source: Sequence[dict[str, Any]], key: jax.Array, *, attempts: int, min_correct: int
+) -> StoredAnswers:
     """Draw `attempts` answers and one more for each prompt; split the prompts and store the last ones that are right.
 
     Raises:
-      ValueError: when there is nothing to rehearse, or not enough is left to explore.
+      ValueError: when nothing is stored, or not enough is left to sample.
     """
-    config, wanted = parts.config, parts.config.rehearsal
-    if wanted is None:
-        raise ValueError("the config has no section rehearsal")
-    samples = wanted.attempts + 1
+    config, samples = parts.config, attempts + 1
     c = parts.step.composition
-    plain = replace(c.rollout, samples_per_prompt=samples, prefixes=(), extra=None, demonstration_in_group=False)
-    c = replace(c, rollout=plain, update=Update(), losses=(), wanted=frozenset(), stored=None, replay=None)
-    draw = jax.jit(laid_out(partial(sample_and_score, c), c.mesh, c.rules))
-    key = jax.random.fold_in(key, KeyUse.REHEARSAL)
-    state = TrainState(params, None, None, {}, key, jnp.int32(0))
-    split = jax.jit(partial(near_perfect_groups, attempts=wanted.attempts, min_correct=wanted.min_correct))
+    assert c.rollout is not None  # solved answers come beside samples
+    plain = replace(c.rollout, samples_per_prompt=samples, plan=None, prompts_per_step=None)
+    c = replace(c, sources=(plain,), update=Update(), losses=(), credit=())
+    place = c.resources.placement
+    draw = compiled([*collected(c, []), *reward_parts(c, "rows")], place, None)
+    key = jax.random.fold_in(key, KeyUse.STORED)
+    state = TrainState({POLICY: NetworkState(params)}, {}, key, jnp.int32(0))
+    split = jax.jit(lambda *rows: near_perfect_groups(*rows, attempts=attempts, min_correct=min_correct))
     stored: list[dict[str, np.ndarray]] = []
     explored: list[np.ndarray] = []
     batches = data.evaluation_batches(
@@ -111,30 +113,30 @@ def make_rehearsal(parts: Parts, params: PyTree, source: Sequence[dict[str, Any]
         overlong=config.data.overlong_prompts,
     )
     for batch in batches:
-        rows = draw(state, hosts.placed_rows(batch.prompts, c.mesh, c.rules))
-        if any(term.on_host for term in c.rewards):
-            rows = rewarded_on_host(c.rewards, rows, batch.items, parts.tokenizer.decode)
+        prompts = hosts.placed_rows(batch.prompts, place.mesh, place.rules)
+        context = Context(batch.items, parts.tokenizer.decode)
         # From here on every process of a run does the same with all rows.
-        rows = with_rewards(hosts.host_copy(rows), c.rewards)
-        solved = np.asarray(split(rows.correct, rows.sample, rows.group, rows.weight))[::samples] > 0
+        rows = hosts.host_copy(run(draw, state, {"prompts": prompts}, context)["rows"])
+        facts = (rows["correct"], rows.sample, rows.group, rows.weight)
+        solved = np.asarray(split(*facts))[::samples] > 0
         last = jax.tree.map(lambda x: np.asarray(x[samples - 1 :: samples]), rows)
         real = np.asarray(batch.weight) > 0
         explored.append(last.prompt_id[real & ~solved])
-        kept = real & solved & (last.correct > 0)
+        kept = real & solved & (last["correct"] > 0)
         arrays = {name: getattr(last, name) for name in _ROWS[:-1]} | {"stored_logprobs": last.behaviour_logprobs}
         stored.append({name: array[kept] for name, array in arrays.items()})
-    made = Rehearsal(
+    made = StoredAnswers(
         {name: np.concatenate([part[name] for part in stored]) for name in _ROWS}, np.concatenate(explored)
     )
     counts = f"of {len(source)} prompts the initial policy solves all but {len(made.explored)}"
     if not len(made):
         raise ValueError(
-            f"rehearsal has nothing to rehearse: {counts} {wanted.min_correct} times of {wanted.attempts}; lower "
-            "rehearsal.min_correct or train the initial policy longer"
+            f"solved_answers has nothing to store: {counts} {min_correct} times of {attempts}; lower min_correct or "
+            "train the initial policy longer"
         )
     if len(made.explored) < config.training.prompts_per_step:
         raise ValueError(
-            f"rehearsal leaves too little to explore: {counts}, fewer than training.prompts_per_step "
-            f"{config.training.prompts_per_step}; raise rehearsal.min_correct or use more items"
+            f"solved_answers leaves too little to sample: {counts}, fewer than training.prompts_per_step "
+            f"{config.training.prompts_per_step}; raise min_correct or use more items"
         )
     return made

@@ -9,7 +9,7 @@ import pytest
 from jaxrl_llm.config import TrainingConfig
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.experts import ExpertsConfig
-from jaxrl_llm.training.optimizers import (
+from jaxrl_llm.run.optimizers import (
     muon_matrices,
     optimizer,
     stochastically_rounded,

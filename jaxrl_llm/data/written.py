@@ -1,0 +1,209 @@
+"""Completions that somebody wrote and judged: pairs, rankings, ratings, labels of rows or of their steps, from a file.
+
+Each line becomes a group of completions of one prompt with the fields that say how they were judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxrl_llm.data.encoding import Tokenizer
+from jaxrl_llm.data.json_files import json_objects
+from jaxrl_llm.data.pipeline import Batches, shuffled_batches
+
+Kind = Literal["pairs", "rankings", "ratings", "labels", "steps"]
+# Names that rows of each kind know, see `jaxrl_llm.fields`.
+PROVIDES: Mapping[str, frozenset[str]] = {
+    "pairs": frozenset({"preferred"}),
+    "rankings": frozenset({"rank"}),
+    "ratings": frozenset({"rating"}),
+    "labels": frozenset({"preferred"}),
+    "steps": frozenset({"step_labels"}),
+}
+
+
+class Judged(NamedTuple):
+    """One completion of a file.
+
+    Attributes:
+      prompt: its prompt's text.
+      text: of the completion, without end of sequence.
+      value: preferred (1 or 0), rank (0 is best), or rating.
+      steps: texts of its steps with the label of each; empty for other kinds.
+    """
+
+    prompt: str
+    text: str
+    value: float
+    steps: tuple[tuple[str, float], ...] = ()
+
+
+class WrittenBatch(NamedTuple):
+    """Completions of one step, laid out as in `Experience`; rows of a group follow one another."""
+
+    prompt_tokens: np.ndarray
+    prompt_length: np.ndarray
+    prompt_id: np.ndarray
+    tokens: np.ndarray
+    length: np.ndarray
+    fields: dict[str, np.ndarray]
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{where} has {key} {value!r}, which is no text; name the field that holds it")
+
+
+def _pair(record: Mapping[str, Any], where: str) -> list[Judged]:
+    prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
+    if chosen == rejected:
+        raise ValueError(f"{where} has two equal completions {chosen[:40]!r}; a pair needs a better and a worse one")
+    return [Judged(prompt, chosen, 1.0), Judged(prompt, rejected, 0.0)]
+
+
+def _ranking(record: Mapping[str, Any], where: str) -> list[Judged]:
+    texts = record.get("completions")
+    if not isinstance(texts, Sequence) or isinstance(texts, str) or len(texts) < 2:
+        raise ValueError(
+            f"{where} has completions {texts!r}; a ranking is a list of at least two texts, the best first"
+        )
+    prompt = _text(record, "prompt", where)
+    return [Judged(prompt, str(text), float(rank)) for rank, text in enumerate(texts)]
+
+
+def _rating(record: Mapping[str, Any], where: str) -> list[Judged]:
+    prompt, text, value = _text(record, "prompt", where), _text(record, "completion", where), record.get("rating")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        raise ValueError(f"{where} has rating {value!r}; it must be a finite number")
+    return [Judged(prompt, text, float(value))]
+
+
+def _label(record: Mapping[str, Any], where: str) -> list[Judged]:
+    prompt, text, value = _text(record, "prompt", where), _text(record, "completion", where), record.get("label")
+    if value not in (0, 1):
+        raise ValueError(f"{where} has label {value!r}; it must be true or false, 1 or 0")
+    return [Judged(prompt, text, float(value))]
+
+
+def _steps(record: Mapping[str, Any], where: str) -> list[Judged]:
+    prompt, steps, labels = _text(record, "prompt", where), record.get("steps"), record.get("labels")
+    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
+        raise ValueError(f"{where} has {steps!r} as steps and {labels!r} as labels; give lists of one length")
+    pairs = tuple((str(step), float(label)) for step, label in zip(steps, labels, strict=True))
+    return [Judged(prompt, "".join(step for step, _ in pairs), 0.0, pairs)]
+
+
+_READERS: Mapping[str, Callable[[Mapping[str, Any], str], list[Judged]]] = {
+    "pairs": _pair,
+    "rankings": _ranking,
+    "ratings": _rating,
+    "labels": _label,
+    "steps": _steps,
+}
+
+
+def judged_groups(path: str | Path, kind: Kind) -> list[list[Judged]]:
+    """The groups of a JSONL (or JSON) file, a line each.
+
+        pairs      {"prompt": ..., "chosen": ..., "rejected": ...}
+        rankings   {"prompt": ..., "completions": [best, ..., worst]}
+        ratings    {"prompt": ..., "completion": ..., "rating": 3.5}
+        labels     {"prompt": ..., "completion": ..., "label": true}
+        steps      {"prompt": ..., "steps": ["...", "..."], "labels": [1, 0]}
+
+    Raises:
+      ValueError: for a file that cannot be read, or a line that cannot be used, by file and line; groups of different
+        sizes.
+    """
+    if kind not in _READERS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(_READERS)}")
+    groups = [_READERS[kind](record, where) for where, record in json_objects(Path(path), "source file")]
+    if len(sizes := {len(group) for group in groups}) > 1:
+        raise ValueError(f"{path} has groups of {sorted(sizes)} completions; give each line equally many")
+    return groups
+
+
+def written_batches(
+    groups: Sequence[Sequence[Judged]],
+    kind: Kind,
+    tokenizer: Tokenizer,
+    *,
+    groups_per_step: int,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    seed: int,
+    overlong: Literal["error", "drop"] = "error",
+) -> Batches[WrittenBatch]:
+    """Batches of whole groups, in a new order each epoch.
+
+    Args:
+      groups: from `judged_groups`.
+      kind: of the file.
+      tokenizer: text -> ids.
+      groups_per_step: in a batch.
+      max_prompt_tokens, max_completion_tokens: widths; what is longer is an error, or is dropped with its group.
+      seed: of the orders.
+      overlong: "error", or "drop" to leave groups out and count them.
+
+    Raises:
+      ValueError: for a completion that is too long, or fewer groups than a step takes.
+    """
+    kept, dropped = [], 0
+    for number, group in enumerate(groups):
+        rows = [_encoded(row, number, tokenizer) for row in group]
+        longest = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+        if longest[0] <= max_prompt_tokens and longest[1] <= max_completion_tokens:
+            kept.append(rows)
+        elif overlong == "drop":
+            dropped += 1
+        else:
+            raise ValueError(
+                f"group {number + 1} of the file needs {longest[0]} prompt and {longest[1]} completion tokens, but the "
+                f"limits are {max_prompt_tokens} and {max_completion_tokens}; raise them, or set data.overlong_prompts "
+                "to drop"
+            )
+    name = "step_labels" if kind == "steps" else {"rankings": "rank", "ratings": "rating"}.get(kind, "preferred")
+
+    def batch(chosen: Sequence[Any]) -> WrittenBatch:
+        rows = [row for group in chosen for row in group]
+        count = len(rows)
+        prompt_tokens = np.full((count, max_prompt_tokens), tokenizer.pad_id, np.int32)
+        tokens = np.full((count, max_completion_tokens), tokenizer.pad_id, np.int32)
+        values = np.full((count, max_completion_tokens) if kind == "steps" else count, np.nan, np.float32)
+        for place, (prompt, completion, value, _) in enumerate(rows):
+            prompt_tokens[place, max_prompt_tokens - len(prompt) :] = prompt
+            tokens[place, : len(completion)] = completion
+            if kind == "steps":
+                for end, label in value:
+                    values[place, min(end, len(completion)) - 1] = label
+            else:
+                values[place] = value
+        return WrittenBatch(
+            prompt_tokens,
+            np.array([len(row[0]) for row in rows], np.int32),
+            np.array([row[3] for row in rows], np.int32),
+            tokens,
+            np.array([len(row[1]) for row in rows], np.int32),
+            {name: values},
+        )
+
+    return shuffled_batches(kept, dropped, batch, "groups_per_step", groups_per_step, seed)
+
+
+def _encoded(row: Judged, number: int, tokenizer: Tokenizer) -> tuple[list[int], list[int], Any, int]:
+    item = {"body": row.prompt, "item_id": number}
+    completion = list(tokenizer.completion_ids(item, row.text))
+    if not row.steps:
+        return list(tokenizer.prompt_ids(item)), completion, row.value, number
+    ends, text = [], ""
+    for step, label in row.steps:
+        text += step
+        # A step ends where the tokens of the text up to its end do.
+        ends.append((len(tokenizer.encode(text)), label))
+    return list(tokenizer.prompt_ids(item)), completion, ends, number

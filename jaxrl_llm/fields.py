@@ -1,0 +1,359 @@
+"""THE table of names: what each array of a step means, its shape, what provides it, and how functions ask for it.
+
+Names of what networks say follow rules and need no row of their own (`score_named`):
+
+    logprobs, entropy              the policy;  in a loss the one that learns
+    old_<name>                     as the step found it
+    <network>_logprobs             another network (reference, teacher, proxy, ...)
+    values, <network>_values       numbers of a head, one a token (or a row, as the head says)
+    <network>_scores               one number of a head a row
+    <view>_logprobs, <view>_mask   another sequence made of the row
+    <network>_<view>_logprobs      the same by another network
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+from jaxrl_llm.experience import Experience
+
+# scalar []; row [B]; token [B T]; either: one of both, a row's is spread over its tokens; vector [B ...]; prompt [B P].
+Kind = Literal["scalar", "row", "token", "either", "vector", "prompt"]
+
+
+class Field(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+      name: of the array.
+      kind: its shape.
+      provider: what provides it, a key of `PROVIDERS`.
+      meaning: one line.
+      absent: what it holds in rows that do not know it.
+      fillable: an entry of credit may fill it.
+      need: what a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" is nothing.
+    """
+
+    name: str
+    kind: Kind
+    provider: str
+    meaning: str
+    absent: float = 0.0
+    fillable: bool = False
+    need: str = ""
+
+
+# Who provides names, and what a user has to do where nothing does.
+PROVIDERS = {
+    "rollout": "a source of rows provides it",
+    "rewards": "rewards provide it, and are there for credit and losses",
+    "credit": "add an entry to credit that fills it",
+    "data": "the data provides it",
+    "environment": "a task that is answered in turns provides it (grid, calculator, self_correction), or an entry of "
+    "credit that fills it",
+    "engine": "an external engine provides it (rollout.engine)",
+    "written": "written rows provide it (source: demonstrations, solved_answers or a file)",
+    "held out": "written rows of the validation split provide it (source: {demonstrations: {validation: true}})",
+    "greedy_baseline": "the plan greedy_baseline provides it",
+    "mixed_temperature": "groups at another temperature provide it (rollout.plan: mixed_temperature)",
+    "adaptive": "the plan adaptive provides it",
+    "network": "a network provides it",
+    "head": "a critic provides it: a network with a head, which networks may configure",
+    "learner": "losses alone can name it: it is of the network that learns",
+    "vocabulary": "an entry of credit may name it, with tokens alone",
+    "step": "every step provides it",
+    "metrics": "coefficients and schedules alone can name it",
+    "text": "readings and rewards may name it: they run on the host",
+}
+
+_ROWS: Any = (
+    # facts of sampling
+    ("prompt_tokens", "prompt", "rollout", "prompt tokens, left-padded"),
+    ("prompt_length", "row", "rollout", "real tokens of the prompt"),
+    ("prompt_id", "row", "rollout", "stable id of the prompt in its data set"),
+    ("answer_tokens", "vector", "rollout", "reference answer, right-padded"),
+    ("answer_length", "row", "rollout", "real tokens of the reference answer"),
+    ("sample", "row", "rollout", "number of the sample within its group"),
+    ("group", "row", "rollout", "id of the group: the samples of one prompt"),
+    ("weight", "row", "rollout", "1 for a row that counts, 0 for an absent one", 0.0, True),
+    ("tokens", "token", "rollout", "completion tokens, right-padded"),
+    ("length", "row", "rollout", "completion tokens, end of sequence included"),
+    ("source", "token", "rollout", "where each token came from (experience.Source)"),
+    ("mask", "token", "rollout", "1 on tokens that are trained on; in a loss, times the weight of the row", 0.0, True),
+    ("behaviour_logprobs", "token", "rollout", "log-probabilities that the tokens were drawn with"),
+    ("behaviour_entropy", "token", "rollout", "entropy of the distribution that each token was drawn from, in nats"),
+    ("truncated", "row", "rollout", "the completion reached its length limit"),
+    ("router_choices", "vector", "rollout", "experts that served each token; in a loss, of the policy that learns"),
+    ("support", "vector", "rollout", "tokens that each token was drawn from, where sampling is truncated"),
+    # rewards
+    ("reward_components", "vector", "rewards", "one column a reward function, before weights; NaN does not apply"),
+    ("rewards", "row", "rewards", "the weighted sum that is maximised", 0.0, True),
+    ("correct", "row", "rewards", "1 where the first reward, the verifier, returned at least 1", 0.0, True),
+    # credit
+    ("advantages", "either", "credit", "how much better than expected", 0.0, True),
+    ("global_advantages", "either", "credit", "advantages over the batch, beside those within groups", 0.0, True),
+    ("returns", "either", "credit", "what a value model learns to expect", 0.0, True),
+    ("token_rewards", "token", "credit", "rewards given to single tokens", 0.0, True),
+    ("token_weight", "either", "credit", "factor of each token's loss", 0.0, True),
+    ("turn", "token", "environment", "index of the turn that a token belongs to", 0.0, True),
+    ("answer_id", "row", "credit", "equal where answers are equal, -1 for none", -1.0, True),
+    ("budget", "row", "credit", "tokens that a row is allowed", 0.0, True),
+    ("well_formed", "row", "credit", "1 where an answer can be read", 0.0, True),
+    ("proxy_logprobs", "token", "credit", "log-probabilities under another distribution", 0.0, True),
+    ("tempered_logprobs", "token", "credit", "log-probabilities at another temperature", 0.0, True),
+    ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
+    # data
+    ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
+    ("demonstration_length", "row", "data", "real tokens of the reference completion"),
+    # conversations
+    ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
+    ("turns", "row", "environment", "turns that were taken"),
+    ("stop", "row", "environment", "why the episode ended (rollout.StopReason)"),
+    ("solved", "row", "environment", "1 where the environment says so"),
+    # engines, plans, written rows
+    ("staleness", "row", "engine", "steps between the policy that sampled a row and the one that learns from it"),
+    ("baseline_rewards", "row", "greedy_baseline", "reward of the prompt's greedy completion"),
+    ("extra", "row", "mixed_temperature", "whether the row was drawn at the other temperature"),
+    ("label", "row", "adaptive", "1 where the reward is above the threshold"),
+    ("pool_mean", "row", "adaptive", "mean label of all samples of the prompt"),
+    ("pool_count", "row", "adaptive", "samples of the prompt"),
+    ("written_mask", "token", "written", "1 on tokens that were written and are learned from; in a loss, times weight"),
+    ("stored_logprobs", "token", "written", "log-probabilities of the policy that wrote a stored answer"),
+    ("validation", "row", "held out", "1 on rows that are only measured on"),
+    ("preferred", "row", "written", "1 for the better row of a pair, 0 for the other; a label of a single row", -1.0),
+    ("rating", "row", "written", "number that somebody gave the row", float("nan")),
+    ("rank", "row", "written", "place of the row in its group, 0 is best", -1.0),
+    ("step_labels", "token", "written", "label of each step, on its last token; NaN elsewhere", float("nan")),
+    # what networks say, beside the rules
+    ("hidden", "vector", "network", "the policy's hidden state that predicts each token, as the step found it"),
+    ("prompt_logprobs", "prompt", "network", "log-probability of each prompt token after the first"),
+    ("prompt_mask", "prompt", "network", "1 on prompt tokens after the first"),
+    ("token_reward_logits", "token", "head", "the token reward model's number for each token"),
+    ("log_probabilities", "vector", "vocabulary", "the policy's log-softmax over the vocabulary, a chunk at a time"),
+    # while learning
+    ("logprobs", "token", "learner", "log-probabilities under the policy that learns"),
+    ("entropy", "token", "learner", "entropy of the policy that learns, in nats"),
+    ("over_vocabulary", "token", "learner", "a functional of two whole distributions, which the loss carries"),
+    ("router_probabilities", "vector", "learner", "what the routers give each expert, of the policy that learns"),
+    # scalars
+    ("step", "scalar", "step", "updates of a batch made so far"),
+    ("reward", "scalar", "metrics", "mean reward"),
+    ("correct_share", "scalar", "metrics", "share of rows that the verifier finds right"),
+    ("constant_group_share", "scalar", "metrics", "share of groups whose rewards are all equal"),
+    ("completion_tokens", "scalar", "metrics", "mean length"),
+    ("truncated_share", "scalar", "metrics", "share of rows that reached the length limit"),
+    ("entropy_per_token", "scalar", "metrics", "mean entropy of sampling"),
+    ("kl_reference_per_token", "scalar", "metrics", "mean log-ratio of sampling to reference"),
+    ("alignment", "scalar", "metrics", "whether the losses on written rows would lower a held-out loss faster"),
+    # text, on the host: a list with one entry a row; in the singular, the entry of one row
+    ("completions", "row", "text", "decoded completions"),
+    ("prompts", "row", "text", "problem texts"),
+    ("answers", "row", "text", "reference answers"),
+    ("items", "row", "text", "whole records of the data"),
+    ("completion", "row", "text", "decoded completion of one row"),
+    ("prompt", "row", "text", "problem text of one row"),
+    ("answer", "row", "text", "reference answer of one row"),
+    ("item", "row", "text", "record of one row"),
+)
+_NEEDS = {
+    "behaviour_entropy": "entropy",
+    "entropy": "entropy",
+    "entropy_per_token": "entropy",
+    "kl_reference_per_token": "reference",
+    "over_vocabulary": "vocabulary",
+    "log_probabilities": "vocabulary",
+    "token_reward_logits": "token reward model",
+    "hidden": "hidden states",
+    "turn": "turns",
+    "turn_rewards": "turns",
+    "proxy_logprobs": "proxy",
+    "prompt_logprobs": "prompt scores",
+    "prompt_mask": "prompt scores",
+    "tempered_logprobs": "tempered scores",
+    "extra": "extra samples",
+    "baseline_rewards": "greedy sample",
+    "preferences": "preferences",
+    "answer_id": "answer ids",
+    "budget": "budgets",
+    "alignment": "meta-gradient",
+    "validation_gradient": "meta-gradient",
+    "demonstration_tokens": "demonstrations",
+    "demonstration_length": "demonstrations",
+    "source": "demonstrations",
+    "written_mask": "demonstrations",
+    "stored_logprobs": "stored answers",
+    "preferred": "judged rows",
+    "rating": "judged rows",
+    "rank": "judged rows",
+    "step_labels": "judged rows",
+    "router_probabilities": "experts",
+    "completions": "host",
+    "prompts": "host",
+    "answers": "host",
+    "items": "host",
+    "completion": "host",
+    "prompt": "host",
+    "answer": "host",
+    "item": "host",
+}
+FIELDS: dict[str, Field] = {row[0]: Field(*row)._replace(need=_NEEDS.get(row[0], "")) for row in _ROWS}
+_NETWORK_NEEDS = {"value": "value model", "twin": "twin values", "twin_target": "twin values"}
+
+
+def need_of(name: str) -> str:
+    """What a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" for nothing."""
+    if name in FIELDS:
+        return FIELDS[name].need
+    found = score_named(name, ["policy", "reference", *HEADS, *(f"{head}_target" for head in HEADS)])
+    if found is None:
+        return _NEEDS.get(name, "")
+    if found.network == "policy":
+        return "entropy" if found.quantity == "entropy" else ""
+    return _NETWORK_NEEDS.get(found.network, found.network)
+
+
+def every_need() -> tuple[str, ...]:
+    """All that `need_of` can say, once each."""
+    return tuple(dict.fromkeys(["reference", *_NEEDS.values(), *_NETWORK_NEEDS.values()]))
+
+
+def provided_by(*providers: str) -> frozenset[str]:
+    """Names of the table that these provide."""
+    return frozenset(name for name, field in FIELDS.items() if field.provider in providers)
+
+
+TEXT = provided_by("text")
+
+
+def kind_of(name: str) -> Kind:
+    """The shape of a name; an entry of credit may fill any other name with one entry a row."""
+    if name in FIELDS:
+        return FIELDS[name].kind
+    for end, kind in _ENDINGS.items():
+        if name.endswith(end):
+            return kind
+    return "vector"
+
+
+_ENDINGS: Mapping[str, Kind] = {"_logprobs": "token", "_entropy": "token", "_scores": "row"}
+
+
+def absent_value(name: str) -> float:
+    """What a name holds in rows that do not know it."""
+    return FIELDS[name].absent if name in FIELDS else 0.0
+
+
+# ---- names of what networks say -------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """What a rule-made name asks for.
+
+    Attributes:
+      network: whose numbers.
+      quantity: logprobs, entropy, values (of a head, in its own shape) or scores (of a head, one a row).
+      view: the sequence that is scored; "" is the row itself.
+      as_found: before the update, in a loss too.
+    """
+
+    network: str
+    quantity: str
+    view: str = ""
+    as_found: bool = False
+
+
+_QUANTITIES = ("logprobs", "entropy", "values", "scores")
+# Networks that a name alone brings into a step, and how many numbers the heads of three of them have.
+HEADS = {"value": 1, "twin": 2, "token_reward": 1}
+
+
+def score_named(name: str, networks: Collection[str], views: Collection[str] = ()) -> Score | None:
+    """What a name asks of which network, by the rules; None for a name that follows none.
+
+    Args:
+      name: of an array.
+      networks: names of networks; "policy" and "value" are meant where a name has none.
+      views: names of views.
+
+    >>> score_named("old_entropy", ["policy"])
+    Score(network='policy', quantity='entropy', view='', as_found=True)
+    >>> score_named("reference_answer_logprobs", ["policy", "reference"], ["answer"])
+    Score(network='reference', quantity='logprobs', view='answer', as_found=False)
+    """
+    if name == "token_reward_logits":
+        return Score("token_reward", "values") if "token_reward" in networks else None
+    rest = name.removeprefix("old_")
+    as_found = rest != name
+    quantity = next((q for q in _QUANTITIES if rest == q or rest.endswith(f"_{q}")), None)
+    if quantity is None:
+        return None
+    rest = rest.removesuffix(quantity).removesuffix("_")
+    default = "value" if quantity == "values" else "policy"
+    for network in ("", *networks):
+        for view in ("", *views):
+            if rest == "_".join(part for part in (network, view) if part):
+                chosen = network or default
+                # The policy has no head, and heads have no log-probabilities.
+                return Score(chosen, quantity, view, as_found) if chosen in networks else None
+    return None
+
+
+# ---- messages -------------------------------------------------------------------------------------------------------
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A sentence fragment that suggests the closest known name, or lists what there is."""
+    known = list(choices)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
+
+
+_EXAMPLES = {
+    "advantages": "advantages: group_normalized",
+    "turn": "turn: separated_turns",
+    "turn_rewards": "turn_rewards: reference_progress",
+}
+
+
+def remedy(name: str, available: Collection[str]) -> str:
+    """Who would provide a name that nothing provides, or which name may have been meant."""
+    field = FIELDS.get(name)
+    if field is None or field.provider in ("rollout", "step"):
+        return nearest(name, available)
+    text = PROVIDERS[field.provider]
+    if field.fillable and field.provider in ("credit", "environment"):
+        text += f", for example {_EXAMPLES.get(name, name + ': a function of yours')}"
+    if field.provider in ("learner", "metrics", "text", "vocabulary"):
+        text += f"; {nearest(name, available)}"
+    return text
+
+
+@cache
+def fillable() -> frozenset[str]:
+    """Names of the table that an entry of credit may fill."""
+    return frozenset(name for name, field in FIELDS.items() if field.fillable)
+
+
+FACTS_READ_ONLY = frozenset(name for name, field in FIELDS.items() if not field.fillable)
+
+
+def check_shape(value: Any, name: str, by: str, rows: Experience) -> None:
+    """Raises ValueError unless a value that fills a name has the shape that the table gives it."""
+    count, width = rows.tokens.shape
+    kind = kind_of(name) if name in FIELDS else "vector"
+    if kind == "vector":
+        if value.ndim == 0 or value.shape[0] != count:
+            raise ValueError(
+                f"{name} {by!r} returned shape {value.shape} for {count} completions; its first axis must have one "
+                f"entry a completion, {count}"
+            )
+        return
+    shapes = {"row": [(count,)], "token": [(count, width)], "either": [(count,), (count, width)]}[kind]
+    if value.shape not in shapes:
+        raise ValueError(
+            f"{name} {by!r} returned shape {value.shape} for {count} completions of {width} tokens; it must return "
+            f"shape {' or '.join(map(str, shapes))}"
+        )

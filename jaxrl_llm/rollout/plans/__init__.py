@@ -1,0 +1,32 @@
+"""Plans: how the completions of a step are asked for. `plan.Plan` is what each of them returns.
+
+A plan is made around another, from the inside out; `plain` is the innermost. Keywords that are named like a size of the
+run (samples_per_prompt, max_completion_tokens, temperature, pad_id, encode) are filled from the run.
+"""
+
+from jaxrl_llm.rollout.plans.adaptive import adaptive
+from jaxrl_llm.rollout.plans.budget import budget
+from jaxrl_llm.rollout.plans.demonstration_in_group import demonstration_in_group
+from jaxrl_llm.rollout.plans.greedy_baseline import greedy_baseline
+from jaxrl_llm.rollout.plans.mixed_temperature import mixed_temperature
+from jaxrl_llm.rollout.plans.plan import Plan, Request, plain
+from jaxrl_llm.rollout.plans.prefixes import prefixes
+from jaxrl_llm.rollout.plans.refill import refill
+from jaxrl_llm.rollout.plans.resume import from_the_start, highest_entropy, last_share, resume
+
+__all__ = [
+    "Plan",
+    "Request",
+    "adaptive",
+    "budget",
+    "demonstration_in_group",
+    "from_the_start",
+    "greedy_baseline",
+    "highest_entropy",
+    "last_share",
+    "mixed_temperature",
+    "plain",
+    "prefixes",
+    "refill",
+    "resume",
+]

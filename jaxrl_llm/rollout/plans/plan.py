@@ -1,0 +1,145 @@
+"""How the completions of a step are asked for: rounds of requests, and what is kept of their rows.
+
+    carry = init(memory, key, prompts, rows)
+    while unfinished(carry):  carry = merge(carry, sampled(requests(carry)))
+    rows, report = result(carry)
+
+Pure functions of arrays. A plan whose `merge` reads rewards has them between the rounds: inside the program where every
+reward is traceable, and around its pieces where one is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxrl_llm.experience import Experience, Prompts
+from jaxrl_llm.rollout.generate import Prefixes
+
+
+class Request(NamedTuple):
+    """What a sampler is asked for: rows of some prompts, all samples of a prompt one after the other.
+
+    Attributes:
+      prompts: N of them.
+      samples_per_prompt: G; with `prompt_of`, at most.
+      temperature: one number, or one for each of the G sample numbers; None is that of the rollout.
+      first_sample: number of the first sample of a prompt; it addresses the random keys. One number, or one a prompt.
+      first_group: id of the first group.
+      active: prompts that are sampled; the rows of the others have weight 0. None samples all.
+      prompt_of: prompt of each row, in ascending order, for groups of different sizes.
+      prefixes: what completions start with.
+      fields: what all rows of the request know beside the rest, by name: one number for all.
+    """
+
+    prompts: Prompts
+    samples_per_prompt: int
+    temperature: float | Float[Array, "G"] | None = None
+    first_sample: int | Int[Array, "..."] = 0
+    first_group: int = 0
+    active: Bool[Array, "N"] | None = None
+    prompt_of: Int[Array, "B"] | None = None
+    prefixes: Prefixes | None = None
+    fields: Mapping[str, Any] = {}
+
+
+def no_memory() -> None:
+    """Of a plan that remembers nothing."""
+    return None
+
+
+class Plan(NamedTuple):
+    """One way of asking, as pure functions of a carry and of a memory that is kept between steps.
+
+    Attributes:
+      init: (memory, key, prompts, rows of one round as shapes) -> carry before the first round.
+      requests: (memory, carry, prompts) -> what is sampled in the next round; always equally many requests.
+      merge: (carry, rows of all requests, one after the other) -> carry.
+      unfinished: carry -> whether there is another round. Never read of a plan of one round.
+      result: carry -> (rows of the step, numbers to report by name).
+      memory: () -> what it remembers before the first step.
+      remember: (memory, rows after credit) -> memory.
+      samples: rows of a prompt that learn.
+      drawn: rows of a prompt that the first request samples.
+      most_rounds: rounds at most. 1 is no loop.
+      unrolled: there are exactly `most_rounds` rounds, which may ask for different numbers of rows.
+      prompts_per_group: prompts that a step is handed for each group that it learns from.
+      reads_rewards: `merge` reads rewards.
+      provides: names that its rows know.
+      reports: names of what it reports.
+      lacks: what its rows are not, of `GROUPS` and the like; see `training.composition.OFFERED`.
+      needs: what it needs of the sampler and of the plan around which it is made.
+      extra_groups: (prompts) -> groups that come on top of one a prompt.
+    """
+
+    init: Callable[[Any, Array, Prompts, Experience], Any]
+    requests: Callable[[Any, Any, Prompts], tuple[Request, ...]]
+    merge: Callable[[Any, Experience], Any]
+    result: Callable[[Any], tuple[Experience, dict[str, Array]]]
+    samples: int
+    drawn: int
+    unfinished: Callable[[Any], Array] = lambda carry: jnp.bool_(False)
+    memory: Callable[[], PyTree] = no_memory
+    remember: Callable[[Any, Experience], Any] = lambda memory, rows: memory
+    most_rounds: int = 1
+    unrolled: bool = False
+    prompts_per_group: int = 1
+    reads_rewards: bool = False
+    provides: frozenset[str] = frozenset()
+    reports: frozenset[str] = frozenset()
+    lacks: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
+    extra_groups: Callable[[int], int] = lambda prompts: 0
+
+
+def plain(*, samples_per_prompt: int) -> Plan:
+    """One round: `samples_per_prompt` completions of each prompt."""
+
+    def requests(memory: Any, carry: Any, prompts: Prompts) -> tuple[Request, ...]:
+        repeat = prompts.fields.get("repeat")
+        return (
+            Request(prompts, samples_per_prompt, first_sample=0 if repeat is None else repeat * samples_per_prompt),
+        )
+
+    return Plan(
+        init=lambda memory, key, prompts, rows: None,
+        requests=requests,
+        merge=lambda carry, rows: rows,
+        result=lambda rows: (rows, {}),
+        samples=samples_per_prompt,
+        drawn=samples_per_prompt,
+    )
+
+
+def first_requests(inner: Plan, memory: Any, prompts: Prompts) -> tuple[Request, ...]:
+    """What a plan of one round asks for; its carry plays no part in that."""
+    return inner.requests(memory, None, prompts)
+
+
+def finished(inner: Plan, rows: Experience) -> tuple[Experience, dict[str, Array]]:
+    """The rows of a plan of one round, from those that were sampled."""
+    return inner.result(inner.merge(None, rows))
+
+
+def empty_like(rows: Experience) -> Experience:
+    """Rows of zeros with the shapes of these."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rows)
+
+
+def concatenated(*parts: Experience) -> Experience:
+    """Rows one after the other; the parts know the same."""
+    there = [part for part in parts if part.tokens.shape[0]]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *there) if len(there) > 1 else there[0]
+
+
+def request_rows(request: Request, rows: Experience) -> Experience:
+    """What was sampled for a request, with the group ids and the fields that it asks for."""
+    count = rows.tokens.shape[0]
+    if request.first_group:
+        rows = replace(rows, group=rows.group + request.first_group)
+    return rows.filled(**{name: jnp.full(count, value) for name, value in request.fields.items()})

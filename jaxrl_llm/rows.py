@@ -1,0 +1,284 @@
+"""Making, joining and keeping rows: those that were not sampled in this step and learn beside those that were.
+
+They join after credit, so no reward statistic sees them, as whole groups at the end of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.experience import FACTS, Experience, KeyUse, Source
+from jaxrl_llm.fields import absent_value
+
+
+@dataclass(frozen=True)
+class Written:
+    """A source of rows that the caller hands to every step.
+
+    Attributes:
+      rows: how many.
+      rows_per_group: that follow one another and belong together, such as the two of a pair; beside a rollout, its
+        samples of a prompt.
+      provides: names that these rows know beside the facts, such as `stored_logprobs` or `preferred`.
+    """
+
+    rows: int
+    rows_per_group: int = 1
+    provides: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        if self.rows < 1 or self.rows % self.rows_per_group:
+            raise ValueError(
+                f"a source has {self.rows} written rows a step, which do not make groups of {self.rows_per_group}; "
+                "take a multiple"
+            )
+
+    @property
+    def groups(self) -> int:
+        """How many groups of rows."""
+        return self.rows // self.rows_per_group
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A source of rows that earlier steps have sampled.
+
+    Attributes:
+      share: of the groups of a batch, those that are replayed.
+      batches: steps whose rows are kept.
+      prompts_per_step: groups that a step samples.
+      max_prompt_tokens, max_answer_tokens: widths of the stored prompts and reference answers.
+      until_step: replayed rows have weight 0 from this step on; None never ends.
+    """
+
+    share: float
+    batches: int
+    prompts_per_step: int
+    max_prompt_tokens: int
+    max_answer_tokens: int
+    until_step: int | None = None
+
+    def __post_init__(self):
+        if not 0 < self.share < 1:
+            raise ValueError(f"replay.share is {self.share}; it is the share of a batch and must lie in (0, 1)")
+        if self.batches < 1:
+            raise ValueError(f"replay.batches is {self.batches}; keep at least 1")
+        if not 1 <= self.groups <= self.batches * self.prompts_per_step:
+            raise ValueError(
+                f"replay.share is {self.share} with training.prompts_per_step {self.prompts_per_step}, which asks for "
+                f"{self.groups} replayed groups of the {self.batches * self.prompts_per_step} that are kept; change "
+                "the share or keep more batches"
+            )
+
+    @property
+    def groups(self) -> int:
+        """Groups that are replayed in a step."""
+        return round(self.share / (1 - self.share) * self.prompts_per_step)
+
+
+def empty_rows(rows: int, prompt_width: int, answer_width: int, width: int) -> Experience:
+    """Rows of weight 0 of the given widths."""
+    number, zero = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
+    per_token = jnp.zeros((rows, width), jnp.float32)
+    return Experience(
+        prompt_tokens=jnp.zeros((rows, prompt_width), jnp.int32),
+        prompt_length=number + 1,
+        prompt_id=number,
+        answer_tokens=jnp.zeros((rows, answer_width), jnp.int32),
+        answer_length=number,
+        sample=number,
+        group=number,
+        weight=zero,
+        tokens=jnp.zeros((rows, width), jnp.int32),
+        length=number + 1,
+        source=jnp.zeros((rows, width), jnp.int8),
+        mask=per_token,
+        behaviour_logprobs=per_token,
+        behaviour_entropy=per_token,
+        truncated=jnp.zeros(rows, bool),
+    )
+
+
+def written_rows(
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    prompt_id: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    answer_width: int,
+    trained: Float[Array, "B T"] | None = None,
+    rows_per_group: int = 1,
+    alone: bool = False,
+    **fields: Any,
+) -> Experience:
+    """Completions that were written before, of weight 1, with the tokens that are learned from in `written_mask`.
+
+    Args:
+      prompt_tokens, prompt_length, prompt_id, tokens, length: as in `Experience`.
+      answer_width: width of reference answers, which such rows do not have.
+      trained: 1 on tokens that are learned from; None takes all of a completion.
+      rows_per_group: rows that follow one another and belong together.
+      alone: they are all rows of a step: `mask` is `written_mask` then, where beside samples it is 0, so that losses on
+        samples leave them out.
+      fields: what else they know, one entry a row.
+    """
+    rows, width = tokens.shape
+    inside = jnp.arange(width) < length[:, None]
+    learned = inside.astype(jnp.float32) if trained is None else jnp.asarray(trained, jnp.float32) * inside
+    number = jnp.arange(rows, dtype=jnp.int32)
+    return replace(
+        empty_rows(rows, prompt_tokens.shape[1], answer_width, width),
+        prompt_tokens=prompt_tokens,
+        prompt_length=prompt_length,
+        prompt_id=prompt_id,
+        tokens=tokens,
+        length=length,
+        sample=number % rows_per_group,
+        group=number // rows_per_group,
+        mask=learned if alone else jnp.zeros_like(learned),
+        source=jnp.where(inside, Source.DEMONSTRATION, Source.PAD).astype(jnp.int8),
+        weight=jnp.ones(rows, jnp.float32),
+        fields={**fields, "written_mask": learned},
+    )
+
+
+def demonstrations(batch: Any) -> Experience:
+    """Reference completions as the rows of a step: what the batch marks is trained on, end of sequence included.
+
+    That is every token of a completion, and of a conversation what the policy shall learn to say in it.
+
+    Args:
+      batch: a `data.SupervisedBatch`.
+    """
+    rows, width = batch.tokens.shape
+    nothing = jnp.zeros((rows, width), jnp.float32)
+    return Experience(
+        prompt_tokens=jnp.asarray(batch.prompt_tokens),
+        prompt_length=jnp.asarray(batch.prompt_length),
+        prompt_id=jnp.asarray(batch.prompt_id),
+        answer_tokens=jnp.zeros((rows, 1), jnp.int32),
+        answer_length=jnp.zeros(rows, jnp.int32),
+        sample=jnp.zeros(rows, jnp.int32),
+        group=jnp.arange(rows, dtype=jnp.int32),
+        weight=jnp.asarray(batch.weight),
+        tokens=jnp.asarray(batch.tokens),
+        length=jnp.asarray(batch.length),
+        source=jnp.asarray(batch.source),
+        mask=jnp.asarray(batch.mask),
+        behaviour_logprobs=nothing,
+        behaviour_entropy=nothing,
+        truncated=jnp.zeros(rows, bool),
+        fields={"turn": jnp.asarray(batch.turn), "written_mask": jnp.asarray(batch.mask)},
+    )
+
+
+def empty_store(replay: Replay, samples_per_prompt: int, width: int, names: Mapping[str, str]) -> Experience:
+    """The replay store before the first step; every array is its own buffer.
+
+    Args:
+      replay: how many rows are kept.
+      samples_per_prompt: rows of a group.
+      width: of completions.
+      names: fields that are kept, with their shape: "row" or "token", by name.
+    """
+    rows = replay.batches * replay.prompts_per_step * samples_per_prompt
+    empty = empty_rows(rows, replay.max_prompt_tokens, replay.max_answer_tokens, width)
+    shapes = {"row": (rows,), "token": (rows, width)}
+    kept = {name: jnp.zeros(shapes[kind], jnp.float32) for name, kind in names.items()}
+    return jax.tree.map(jnp.copy, empty.filled(**kept))
+
+
+def remembered(store: Experience, batch: Experience, step: Array, replay: Replay) -> Experience:
+    """The store with the rows of this step in the place of the oldest."""
+    rows = store.tokens.shape[0] // replay.batches
+    first = (step % replay.batches) * rows
+    put = {
+        name: jax.lax.dynamic_update_slice_in_dim(old, batch[name][:rows].astype(old.dtype), first, axis=0)
+        for name, old in store.known().items()
+    }
+    return store.filled(**put)
+
+
+def replayed(store: Experience, key: Array, step: Array, replay: Replay, samples_per_prompt: int) -> Experience:
+    """Groups of the store, drawn without replacement from those that are filled.
+
+    Rows that are not there, or come after `until_step`, have weight 0.
+    """
+    groups = store.tokens.shape[0] // samples_per_prompt
+    filled = jnp.minimum(step, replay.batches) * replay.prompts_per_step
+    number = jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, KeyUse.REPLAY), step), groups)
+    chosen = number[jnp.argsort(number >= filled, stable=True)[: replay.groups]]
+    rows = (chosen[:, None] * samples_per_prompt + jnp.arange(samples_per_prompt)).reshape(-1)
+    batch = jax.tree.map(lambda x: x[rows], store)
+    there = jnp.repeat(chosen < filled, samples_per_prompt)
+    if replay.until_step is not None:
+        there &= step < replay.until_step
+    source = jnp.where(batch.source == Source.SAMPLED, Source.REPLAYED, batch.source).astype(jnp.int8)
+    return replace(batch, weight=jnp.where(there, batch.weight, 0.0), source=source)
+
+
+def joined(sampled: Experience, other: Experience, samples_per_prompt: int) -> Experience:
+    """Both, with groups of their own. A field that one of them does not know has its absent value there.
+
+    Args:
+      sampled: rows of this step, after credit.
+      other: rows whose number is a multiple of `samples_per_prompt`.
+      samples_per_prompt: rows of a group.
+    """
+    count, rows = sampled.tokens.shape[0], other.tokens.shape[0]
+    group = count // samples_per_prompt + jnp.arange(rows, dtype=jnp.int32) // samples_per_prompt
+    other = replace(other, group=group)
+
+    def there(part: Experience, like: Any, name: str) -> Array:
+        value = part.get(name)
+        if value is None:
+            return jnp.full((part.tokens.shape[0], *like.shape[1:]), absent_value(name)).astype(like.dtype)
+        return value.astype(like.dtype)
+
+    names = [name for name in (*FACTS, *sorted(sampled.fields.keys() | other.fields.keys())) if name in sampled]
+    names += sorted(other.fields.keys() - sampled.fields.keys())
+    values = {}
+    for name in names:
+        like = sampled.get(name) if name in sampled else other[name]
+        values[name] = jnp.concatenate([there(sampled, like, name), there(other, like, name)])
+    return sampled.filled(**values)
+
+
+def check_widths(sampled: Experience, written: Experience) -> None:
+    """Raises ValueError unless written rows are as wide as sampled ones."""
+    for name in ("prompt_tokens", "tokens", "answer_tokens"):
+        here, there = sampled[name].shape[1], written[name].shape[1]
+        if here != there:
+            raise ValueError(
+                f"the written rows have {name} of width {there}, the sampled ones of width {here}; write rows with the "
+                "rollout.max_prompt_tokens and rollout.max_completion_tokens of the run"
+            )
+
+
+def minibatch_rows(key: Array, epochs: int, cuts: int, groups: Sequence[int], samples: int) -> Array:
+    """Row numbers [updates, rows]: each epoch visits the groups in a new order, cut into minibatches.
+
+    Args:
+      key: random key of this step.
+      epochs, cuts: passes over the batch, and minibatches of each.
+      groups: sizes of the parts of a batch, such as sampled and written groups; every minibatch has its share of each.
+      samples: rows of a group.
+    """
+    parts, first = [], 0
+    for index, count in enumerate(groups):
+        if cuts == 1:
+            order = jnp.tile(jnp.arange(count), (epochs, 1))
+        else:
+            keys = jax.random.split(jax.random.fold_in(key, index) if index else key, epochs)
+            order = jax.vmap(lambda k: jax.random.permutation(k, count))(keys)  # noqa: B023
+        parts.append((first + order).reshape(epochs * cuts, -1))
+        first += count
+    rows = jnp.concatenate(parts, axis=1)[..., None] * samples + jnp.arange(samples)
+    return rows.reshape(epochs * cuts, -1)

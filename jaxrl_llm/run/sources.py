@@ -1,0 +1,202 @@
+"""Where the rows of a step come from, by name: the entries of section `source`.
+
+    source: sampler                                                   prompts are completed by the policy (the default)
+    source: [sampler, {replay: {share: 0.4}}]                         and rows of earlier steps learn again beside them
+    source: [sampler, {demonstrations: {sequences_per_step: 64}}]     and so do reference completions
+    source: {pairs: {file: pairs.jsonl, groups_per_step: 32}}         all rows are read from a file
+
+Keywords that are named like a size of the run are filled from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxrl_llm.data import Tokenizer
+from jaxrl_llm.data.written import PROVIDES, Kind, judged_groups, written_batches
+from jaxrl_llm.experience import Experience
+from jaxrl_llm.rows import Replay, Written, written_rows
+
+
+class Feed(NamedTuple):
+    """The two sides of a source.
+
+    Attributes:
+      source: what a step is composed of; None for the sampler.
+      rows: (what a run knows, the stage's data) -> the rows of each step; None where nothing is handed to a step.
+      stored: what has to be made of the policy before the stage, see `stored_answers`; None for nothing.
+    """
+
+    source: Written | Replay | None = None
+    rows: Callable[[Any, Mapping[str, Any]], Callable[[int], Experience]] | None = None
+    stored: Any = None
+
+
+def sampler() -> Feed:
+    """The policy completes the prompts of the data."""
+    return Feed()
+
+
+def replay(
+    *,
+    share: float,
+    prompts_per_step: int,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    batches: int = 2,
+    until_step: int | None = None,
+) -> Feed:
+    """Rows of the last `batches` steps learn again; `share` of the groups of a batch are replayed."""
+    return Feed(Replay(share, batches, prompts_per_step, max_prompt_tokens, max_completion_tokens, until_step))
+
+
+def demonstrations(*, sequences_per_step: int, samples_per_prompt: int, beside: bool, validation: bool = False) -> Feed:
+    """Reference completions of the data.
+
+    Args:
+      sequences_per_step: how many; beside samples, a multiple of samples_per_prompt.
+      samples_per_prompt: rows of a group.
+      beside: they learn beside samples, and are told apart by `written_mask`; alone they are all rows.
+      validation: as many rows of the validation split join them, marked and of weight 0.
+    """
+    group = samples_per_prompt if beside else 1
+    _check_multiple("demonstrations", sequences_per_step, group)
+    provides = frozenset({"turn"} if not beside else set()) | ({"validation"} if validation else frozenset())
+    count = sequences_per_step * (2 if validation else 1)
+
+    def rows(parts: Any, sets: Mapping[str, Any]) -> Callable[[int], Experience]:
+        from jaxrl_llm.rows import demonstrations as reference_rows
+        from jaxrl_llm.run.setup import demonstration_batches
+
+        splits = ("train", "validation") if validation else ("train",)
+        batches = [demonstration_batches(parts, sets[split], sequences_per_step) for split in splits]
+        if not beside:
+            return lambda step: reference_rows(batches[0][step])
+        width = parts.config.rollout.max_completion_tokens
+        return lambda step: _beside([b[step] for b in batches], width, marked=validation)
+
+    return Feed(Written(count, group, provides), rows)
+
+
+def _beside(parts: Sequence[Any], width: int, *, marked: bool) -> Experience:
+    """Reference completions behind samples; those of the second part are marked, and have weight 0."""
+    names = ("prompt_tokens", "prompt_length", "prompt_id", "tokens", "length")
+    arrays: dict[str, Any] = {n: jnp.concatenate([getattr(part, n) for part in parts]) for n in names}
+    trained = jnp.concatenate([jnp.asarray(part.mask) for part in parts])
+    count = arrays["length"].shape[0] // len(parts)
+    held_out = jnp.repeat(jnp.arange(len(parts), dtype=jnp.float32), count)
+    rows: Any = written_rows(
+        **arrays, answer_width=width, trained=trained, **({"validation": held_out} if marked else {})
+    )
+    return replace(rows, weight=1.0 - held_out)
+
+
+def solved_answers(
+    *, sequences_per_step: int, samples_per_prompt: int, attempts: int = 4, min_correct: int = 4
+) -> Feed:
+    """Stored answers of the initial policy to prompts that it solves, which are not sampled then.
+
+    Args:
+      sequences_per_step: stored answers that learn beside the samples of a step, a multiple of samples_per_prompt.
+      samples_per_prompt: rows of a group.
+      attempts: answers drawn for each training prompt before the stage.
+      min_correct: how many of them must be right.
+
+    Raises:
+      ValueError: for sizes that cannot be.
+    """
+    for name, value in (("attempts", attempts), ("min_correct", min_correct)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if min_correct > attempts:
+        raise ValueError(f"min_correct is {min_correct}, more than attempts {attempts}; lower it")
+    _check_multiple("solved_answers", sequences_per_step, samples_per_prompt)
+    source = Written(sequences_per_step, samples_per_prompt, frozenset({"stored_logprobs"}))
+    return Feed(source, None, {"attempts": attempts, "min_correct": min_correct})
+
+
+def _check_multiple(name: str, count: int, group: int) -> None:
+    if count < 1 or count % group:
+        raise ValueError(
+            f"source.{name}.sequences_per_step is {count}, which rollout.samples_per_prompt {group} does not divide; "
+            "written rows learn in groups of that size, so take a multiple"
+        )
+
+
+def _judged(kind: Kind, file: str, groups_per_step: int, beside: bool, sizes: Mapping[str, Any]) -> Feed:
+    groups = judged_groups(file, kind)
+    per_group = len(groups[0])
+    tokenizer: Tokenizer = sizes["tokenizer"]
+    batches = written_batches(
+        groups,
+        kind,
+        tokenizer,
+        groups_per_step=groups_per_step,
+        max_prompt_tokens=sizes["max_prompt_tokens"],
+        max_completion_tokens=sizes["max_completion_tokens"],
+        seed=sizes["seed"],
+        overlong=sizes["overlong_prompts"],
+    )
+
+    def rows(parts: Any, sets: Mapping[str, Any]) -> Callable[[int], Experience]:
+        def at(step: int) -> Experience:
+            batch = batches[step]
+            fields = {name: jnp.asarray(value) for name, value in batch.fields.items()}
+            return written_rows(
+                *(jnp.asarray(array) for array in batch[:5]),
+                answer_width=sizes["max_completion_tokens"],
+                rows_per_group=per_group,
+                alone=not beside,
+                **fields,
+            )
+
+        return at
+
+    return Feed(Written(groups_per_step * per_group, per_group, PROVIDES[kind]), rows)
+
+
+def _of_kind(kind: Kind) -> Callable[..., Feed]:
+    def read(
+        *,
+        file: str,
+        groups_per_step: int,
+        beside: bool,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        max_completion_tokens: int,
+        seed: int,
+        overlong_prompts: str,
+    ) -> Feed:
+        sizes = {
+            "tokenizer": tokenizer,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_completion_tokens": max_completion_tokens,
+            "seed": seed,
+            "overlong_prompts": overlong_prompts,
+        }
+        return _judged(kind, file, groups_per_step, beside, sizes)
+
+    read.__name__ = read.__qualname__ = kind
+    read.__doc__ = f"The {kind} of a file, `groups_per_step` of them a step; `data.written` has the format of a line."
+    return read
+
+
+pairs, rankings, ratings = _of_kind("pairs"), _of_kind("rankings"), _of_kind("ratings")
+labels, steps = _of_kind("labels"), _of_kind("steps")
+
+__all__ = [
+    "Feed",
+    "demonstrations",
+    "labels",
+    "pairs",
+    "rankings",
+    "ratings",
+    "replay",
+    "sampler",
+    "solved_answers",
+    "steps",
+]

@@ -1,0 +1,117 @@
+"""What a function's parameter names say, and how it is called with the data that it names.
+
+A method's positional parameters are data, named after rows of `jaxrl_llm.fields`; its keyword-only parameters are
+hyper-parameters. A positional parameter with default None is optional: it is passed when something provides it and is
+never computed for its own sake.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jaxrl_llm.experience import Method
+from jaxrl_llm.fields import TEXT
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The names a function asks for.
+
+    Attributes:
+      required: data parameters without a default, in order.
+      optional: data parameters that default to None.
+      hyper: keyword-only parameters.
+      anything: it takes `**kwargs`.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    hyper: tuple[str, ...]
+    anything: bool = False
+
+
+def signature(function: Callable | Method) -> Signature:
+    """Read a function's data and hyper-parameter names; for a `Method`, those of `update` after `memory`.
+
+    >>> def scaled(rewards, weight=None, *, by=2.0): ...
+    >>> signature(scaled)
+    Signature(required=('rewards',), optional=('weight',), hyper=('by',), anything=False)
+    """
+    stateful = isinstance(function, Method)
+    parameters = list(inspect.signature(function.update if stateful else function).parameters.values())
+    if stateful:
+        parameters = parameters[1:]
+    data = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return Signature(
+        required=tuple(p.name for p in data if p.default is p.empty),
+        optional=tuple(p.name for p in data if p.default is not p.empty),
+        hyper=tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+        anything=any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
+
+
+def names(function: Callable | Method) -> frozenset[str]:
+    """Every data name that a function can use."""
+    read = signature(function)
+    return frozenset(read.required + read.optional)
+
+
+def required(functions: Iterable[Callable | Method]) -> frozenset[str]:
+    """Every name that some of the functions cannot do without."""
+    return frozenset().union(*(signature(function).required for function in functions))
+
+
+def call(function: Callable | Method, provided: Mapping[str, Any], memory: Any = None) -> Any:
+    """Call a function with the data it names; a `Method` gets its memory first and returns (value, memory)."""
+    read = signature(function)
+    data = {name: provided[name] for name in read.required}
+    data |= {name: provided[name] for name in read.optional if provided.get(name) is not None}
+    if isinstance(function, Method):
+        return function.update(memory, **data)
+    return function(**data)
+
+
+def missing(function: Callable | Method, available: Collection[str]) -> tuple[str, ...]:
+    """Required names that nothing provides."""
+    return tuple(name for name in signature(function).required if name not in available)
+
+
+def name_of(function: Any) -> str:
+    """What messages and metrics call a function."""
+    while isinstance(function, partial):
+        function = function.func
+    if isinstance(function, Method):
+        function = function.update
+    return getattr(function, "__name__", type(function).__name__).lstrip("_")
+
+
+_PER_ROW = frozenset({"completion", "prompt", "answer", "item"})
+
+
+def on_host(function: Callable | Method) -> bool:
+    """Whether a function is a reading: it names text, is `async def`, or was marked by `reading`."""
+    target = function
+    while isinstance(target, partial):
+        target = target.func
+    if isinstance(target, Method):
+        return False
+    marked = getattr(target, "_reads_on_host", False) or inspect.iscoroutinefunction(target)
+    return bool(marked or names(function) & TEXT)
+
+
+def per_row(function: Callable) -> bool:
+    """Whether a reading is called for one row at a time: it names text in the singular."""
+    return bool(names(function) & _PER_ROW)
+
+
+def reading(function: Callable) -> Callable:
+    """Mark a function of arrays that has to run on the host, because it asks somebody or keeps state of its own.
+
+    It is called with NumPy arrays, between two compiled programs.
+    """
+    function._reads_on_host = True  # type: ignore[attr-defined]
+    return function

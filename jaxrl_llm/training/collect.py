@@ -1,0 +1,360 @@
+"""Collect: where the rows of a step come from. Each function gives parts that leave `rows` in the work of a step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
+from jaxrl_llm.fields import kind_of
+from jaxrl_llm.parallel.rules import constrain_rows, decoding, laid_out, layout
+from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
+from jaxrl_llm.rollout.environment_checks import require_environment
+from jaxrl_llm.rollout.environments import Environment
+from jaxrl_llm.rollout.generate import generate
+from jaxrl_llm.rollout.hand_over import External, engine_rows
+from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
+from jaxrl_llm.rollout.host_turns import HostTurns, host_generate_turns, host_turns, host_turns_shapes
+from jaxrl_llm.rollout.plans import Request
+from jaxrl_llm.rollout.plans.plan import concatenated, request_rows
+from jaxrl_llm.rollout.sampled import Rollout
+from jaxrl_llm.rollout.turns import generate_turns
+from jaxrl_llm.rows import check_widths, empty_store, joined, remembered, replayed
+from jaxrl_llm.signatures import required
+from jaxrl_llm.training.checks import checked_split
+from jaxrl_llm.training.composition import Composition
+from jaxrl_llm.training.segments import Host, Repeat, Traced, Work
+
+PLAN, SELECTION = "rollout:plan", "selection"
+
+
+def collected(c: Composition, rewards: Sequence[Any], *, ahead: bool = False) -> list[Any]:
+    """Prompts -> rows: the rounds of the plan, with rewards where it reads them.
+
+    Args:
+      c: what the step is composed of.
+      rewards: parts that give `drawn` their rewards.
+      ahead: the rows are those of the next step.
+    """
+    plan = c.plan
+    draw = _draw(c, ahead)
+    scored = list(rewards) if plan.reads_rewards else []
+    body = [draw, *scored, Traced("plan", lambda state, work: {"carry": plan.merge(work["carry"], work["drawn"])})]
+    start: Any = Traced("plan", partial(_first_carry, c, draw, scored, ahead))
+    if plan.most_rounds == 1 and isinstance(draw, Host):  # nothing to compute, and so no program of its own
+        start = Host("plan", lambda state, work, context: {"carry": None}, lambda state, work: {"carry": None})
+    if plan.most_rounds == 1 or plan.unrolled:
+        rounds = body * plan.most_rounds
+    else:
+        rounds = [Repeat(tuple(body), plan.unfinished)]
+
+    def result(state: TrainState, work: Work) -> Work:
+        rows, report = plan.result(work["carry"])
+        checked_split(c, rows.tokens.shape[0] // c.samples)
+        return {"rows": constrain_rows(rows), "report": {n: jnp.float32(v) for n, v in report.items()}}
+
+    return [start, *rounds, Traced("plan", result)]
+
+
+def _first_carry(c: Composition, draw: Any, rewards: Sequence[Any], ahead: bool, state: TrainState, work: Work) -> Work:
+    prompts, plan = work["prompts"], c.plan
+    if plan.most_rounds == 1:
+        groups = prompts.tokens.shape[0]
+        checked_split(c, groups + c.plan.extra_groups(groups))
+        return {"carry": None}
+    step = state.step + 1 if ahead else state.step
+    key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.PLAN), step)
+    rows: Any = None
+    if not plan.unrolled:
+        # An empty carry has the shapes of one round.
+        def one(state: TrainState, work: Work) -> Experience:
+            done: Work = work | {"carry": None}
+            for part in (draw, *rewards):
+                shapes = part.function if isinstance(part, Traced) else _zeros_of(part.shapes)
+                done = done | shapes(state, done)
+            return done["drawn"]
+
+        rows = jax.eval_shape(one, state, work)
+    return {"carry": plan.init(state.memory.get(PLAN), key, prompts, rows)}
+
+
+def _zeros_of(shapes: Any) -> Any:
+    return lambda state, work: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes(state, work))
+
+
+def _draw(c: Composition, ahead: bool) -> Any:
+    """The part that samples what the plan requests."""
+    r = _rollout(c)
+    if r.engine is not None:
+        return Host("engine", partial(_by_engine, c, r.engine), partial(_drawn_shapes, c))
+    if isinstance(r.environment, HostEnvironment):
+        turns = _talks(c)
+        return Host("conversations", partial(_by_host_environment, c, turns), partial(_talk_shapes, c, turns))
+
+    def sampled(state: TrainState, work: Work) -> Work:
+        state = replace(state, step=state.step + 1) if ahead else state
+        requests = c.plan.requests(state.memory.get(PLAN), work["carry"], work["prompts"])
+        sample = _sampler(c, state)
+        return {"drawn": concatenated(*(request_rows(request, sample(request)) for request in requests))}
+
+    return Traced("collect", sampled)
+
+
+def _rollout(c: Composition) -> Rollout:
+    assert c.rollout is not None  # `checked` has seen that something samples
+    return c.rollout
+
+
+def _decoded_rows(rows):
+    return constrain_rows(rows, name="decoded_rows")
+
+
+def _sampler(c: Composition, state: TrainState) -> Any:
+    """Request -> rows, on the mesh as sampling lays it out."""
+    r, place = _rollout(c), c.resources.placement
+    rules = decoding(place.rules, gathered=place.gather_for_rollout)
+    with layout(place.mesh, rules):
+        weights = weights_for_decoding(c.model, state.params) if place.gather_for_rollout else state.params
+    sizes: dict[str, Any] = {
+        "max_completion_tokens": r.max_completion_tokens,
+        "eos_ids": r.eos_ids,
+        "pad_id": r.pad_id,
+        "constrain": _decoded_rows,
+    }
+    if isinstance(r.environment, Environment):
+        environment = r.environment
+        converse = laid_out(partial(generate_turns, c.model, weights, **sizes), place.mesh, rules)
+
+        def talk(request: Request) -> Experience:
+            return converse(
+                request.prompts,
+                state.key,
+                state.step,
+                environment,
+                samples_per_prompt=request.samples_per_prompt,
+                temperature=r.temperature if request.temperature is None else request.temperature,
+                first_sample=request.first_sample,
+                active=request.active,
+            )
+
+        return talk
+    complete = partial(
+        generate,
+        c.model,
+        weights,
+        key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
+        step=state.step,
+        record_router=r.replay_router,
+        slots=r.slots,
+        controls=r.truncation,
+        record_support=r.truncation is not None,
+        **sizes,
+    )
+    complete = laid_out(complete, place.mesh, rules)
+
+    def one(request: Request) -> Experience:
+        return complete(
+            request.prompts,
+            samples_per_prompt=request.samples_per_prompt,
+            temperature=r.temperature if request.temperature is None else request.temperature,
+            prefixes=request.prefixes,
+            first_sample=request.first_sample,
+            prompt_of=request.prompt_of,
+            active=request.active,
+        )
+
+    return one
+
+
+# ---- engines and environments in Python -----------------------------------------------------------------------------
+
+
+def _host_requests(c: Composition, state: TrainState, work: Work) -> tuple[Request, ...]:
+    return c.plan.requests(state.memory.get(PLAN), work["carry"], work["prompts"])
+
+
+def _by_engine(c: Composition, engine: External, state: TrainState, work: Work, context: Any) -> Work:
+    """Rows of an engine in another process, whose log-probabilities are the behaviour policy's."""
+    r = _rollout(c)
+    parts = []
+    for request in _host_requests(c, state, work):
+        rows = engine_rows(
+            engine,
+            c.model,
+            state,
+            request.prompts,
+            samples_per_prompt=request.samples_per_prompt,
+            first_sample=request.first_sample,
+            max_completion_tokens=r.max_completion_tokens,
+            eos_ids=tuple(r.eos_ids),
+            pad_id=r.pad_id,
+            temperature=r.temperature,
+        )
+        parts.append(request_rows(request, rows))
+    return {"drawn": parts[0] if len(parts) == 1 else concatenated(*parts)}
+
+
+def _drawn_shapes(c: Composition, state: TrainState, work: Work) -> Work:
+    """What an engine returns, as shapes: what the sampler would."""
+    r = replace(_rollout(c), engine=None)
+    inside = replace(c, sources=(r, *(s for s in c.sources if not isinstance(s, Rollout))))
+
+    def rows(state: TrainState, work: Work) -> Experience:
+        requests = c.plan.requests(state.memory.get(PLAN), work["carry"], work["prompts"])
+        sample = _sampler(inside, state)
+        drawn = concatenated(*(request_rows(request, sample(request)) for request in requests))
+        return drawn.filled(staleness=jnp.zeros(drawn.tokens.shape[0]))
+
+    return {"drawn": jax.eval_shape(rows, state, work)}
+
+
+def _talks(c: Composition) -> HostTurns:
+    """Programs for an environment in Python."""
+    r, resources = _rollout(c), c.resources
+    assert isinstance(r.environment, HostEnvironment)
+    assert resources.encode is not None
+    assert resources.decode is not None
+    return host_turns(
+        c.model,
+        r.environment,
+        samples_per_prompt=c.plan.drawn,
+        max_completion_tokens=r.max_completion_tokens,
+        eos_ids=r.eos_ids,
+        pad_id=r.pad_id,
+        encode=resources.encode,
+        decode=resources.decode,
+        temperature=r.temperature,
+        constrain=constrain_rows,
+    )
+
+
+def _by_host_environment(c: Composition, turns: HostTurns, state: TrainState, work: Work, context: Any) -> Work:
+    """Conversations that wait for an environment in Python; it is opened for the one step where it is not open."""
+    (request,) = _host_requests(c, state, work)
+    arguments = turns, state.params, request.prompts, context.required_items(), state.key, state.step
+    if context.call is not None:
+        return {"drawn": host_generate_turns(*arguments, context.call)}
+    with opened(turns.environment) as call:
+        return {"drawn": host_generate_turns(*arguments, call)}
+
+
+def _talk_shapes(c: Composition, turns: HostTurns, state: TrainState, work: Work) -> Work:
+    return {"drawn": host_turns_shapes(turns, state.params, work["prompts"], state.key, state.step)}
+
+
+# ---- rows that were not sampled in this step ------------------------------------------------------------------------
+
+
+def handed(c: Composition) -> list[Any]:
+    """Rows that the caller hands over are the rows of the step."""
+    return [Traced("rows", lambda state, work: {"rows": constrain_rows(_handed(c, work)), "report": {}})]
+
+
+def _handed(c: Composition, work: Work) -> Experience:
+    rows, source = work.get("written"), c.written
+    assert source is not None
+    if rows is None:
+        raise ValueError("this step learns from written rows: call step(state, prompts, items, written)")
+    if rows.tokens.shape[0] != source.rows:
+        raise ValueError(
+            f"written has {rows.tokens.shape[0]} rows, but this step was composed for {source.rows}; hand it that many"
+        )
+    return rows
+
+
+def join(c: Composition, state: TrainState, rows: Experience, work: Work, viewed: Any) -> tuple[Experience, dict]:
+    """The batch with rows of other origin behind it, and the store of the state with this batch in it.
+
+    Args:
+      c, state, work: of the step.
+      rows: those that were sampled, after credit.
+      viewed: rows -> rows with what networks say of them before the update.
+    """
+    store, parts = dict(state.store), []
+    if c.replay is not None:
+        again = replayed(store["replay"], state.key, state.step, c.replay, c.samples)
+        parts.append(viewed(again))
+        store["replay"] = remembered(store["replay"], rows, state.step, c.replay)
+    if c.written is not None and c.rollout is not None:
+        written = _handed(c, work)
+        check_widths(rows, written)
+        parts.append(written)
+    batch = rows
+    for part in parts:
+        batch = joined(batch, part, c.samples)
+    return (constrain_rows(batch) if parts else batch), store
+
+
+def first_store(c: Composition) -> dict[str, Experience]:
+    """What is kept between steps before the first one."""
+    if c.replay is None:
+        return {}
+    return {"replay": empty_store(c.replay, c.samples, _rollout(c).max_completion_tokens, replayed_fields(c))}
+
+
+def replayed_fields(c: Composition) -> dict[str, str]:
+    """Fields that replayed rows keep, because a loss names them, with their shape.
+
+    Raises:
+      ValueError: for a name whose shape the table does not say, or that only rows of this step know.
+    """
+    kept = {}
+    for name in sorted(required([t.function for t in c.losses])):
+        kind = kind_of(name)
+        made = {n for term in c.credit for n in term.names} | {"rewards", "correct", "reward_components"}
+        gone = c.plan.provides | {"hidden", "prompt_logprobs", "prompt_mask"}
+        if name in gone or (name in made and kind not in ("row", "token", "either")):
+            loss = next(t.name for t in c.losses if name in required([t.function]))
+            raise ValueError(
+                f"loss {loss!r} names {name!r}, which replayed rows do not have; leave the loss or replay out"
+            )
+        if name in made:
+            kept[name] = "row" if kind == "row" else "token"
+    return kept
+
+
+# ---- which prompts --------------------------------------------------------------------------------------------------
+
+
+def _choice(c: Composition, memory: Any, key: Any, step: Any) -> Any:
+    r = _rollout(c)
+    if r.selection is None or r.prompts_per_step is None:
+        raise ValueError("a rollout with a selection needs prompts_per_step: how many prompts it chooses")
+    key = jax.random.fold_in(jax.random.fold_in(key, KeyUse.SELECTION), step)
+    return r.selection.choose(memory, key, r.prompts_per_step * c.plan.prompts_per_group).astype(jnp.int32)
+
+
+def first_choices(c: Composition, key: Any) -> dict[str, Any]:
+    """Memory of the selection, and the prompts of the first two steps: numbers of items [2, N]."""
+    selection = _rollout(c).selection
+    assert selection is not None
+    memory = selection.init()
+    return {"memory": memory, "choices": jnp.stack([_choice(c, memory, key, step) for step in (0, 1)])}
+
+
+def next_choices(c: Composition, state: TrainState, held: dict[str, Any], rows: Experience) -> dict[str, Any]:
+    """The same after a step: the prompts of the next one, and of the one behind it by what this step has shown."""
+    selection = _rollout(c).selection
+    assert selection is not None
+    provided = rows.known() | {"step": state.step}
+    memory = _updated(selection, provided, held["memory"])
+    return {"memory": memory, "choices": jnp.stack([held["choices"][1], _choice(c, memory, state.key, state.step + 2)])}
+
+
+def _updated(selection: Any, provided: dict[str, Any], memory: Any) -> Any:
+    """The memory of a selection after the rows of a step, whose names `update` takes behind the memory."""
+    names = list(inspect.signature(selection.update).parameters)[1:]
+    return selection.update(memory, **{name: provided[name] for name in names if name in provided})
+
+
+def prepared(c: Composition, prompts: Prompts) -> None:
+    """Check an environment inside the program against prompts of the widths that will be used."""
+    r = c.rollout
+    if r is not None and isinstance(r.environment, Environment):
+        require_environment(r.environment, prompts, vocabulary_size=c.model.vocabulary_size)

@@ -1,0 +1,257 @@
+"""Fill: the named arrays that rewards, credit and networks add to rows, in order, as parts of a step; coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jaxrl_llm.experience import Experience, Method, TrainState
+from jaxrl_llm.fields import FIELDS, check_shape, kind_of
+from jaxrl_llm.parallel.rules import constrain_rows
+from jaxrl_llm.rewards import weighted_sum
+from jaxrl_llm.schedules import gradient_alignment
+from jaxrl_llm.signatures import call, required, signature
+from jaxrl_llm.training.checks import available_before_rewards
+from jaxrl_llm.training.composition import Composition, Fill, LossTerm, Reward
+from jaxrl_llm.training.learn import Objective, parts_of
+from jaxrl_llm.training.networks import POLICY
+from jaxrl_llm.training.reading import reading_part
+from jaxrl_llm.training.scores import over_vocabulary, viewed
+from jaxrl_llm.training.segments import Traced, Work
+
+
+def reward_parts(c: Composition, key: str) -> list[Any]:
+    """Completions -> `reward_components`, their weighted sum `rewards`, and the verifier's verdict `correct`.
+
+    Args:
+      c: what the step is composed of.
+      key: entry of work that holds the rows: "drawn" within the rounds of a plan, "rows" behind them.
+    """
+    parts: list[Any] = []
+    early = _scored_early(c, key)
+    if early:
+        parts.append(Traced("networks", partial(_viewed, c, early, key)))
+    readings = [term for term in c.rewards if term.on_host]
+    if readings:
+        # Programs in front of a reading do what they can, so that nothing waits for the host twice.
+        parts.append(Traced("rewards", partial(_columns, c, key)))
+        outputs = {term.name: (_column(term),) for term in readings}
+        parts.append(reading_part("reading", readings, outputs, key, c.samples))
+    parts.append(Traced("rewards", partial(_summed, c, key)))
+    return parts
+
+
+def _column(term: Reward) -> str:
+    return f"reward/{term.name}"
+
+
+def _columns(c: Composition, key: str, state: TrainState, work: Work) -> Work:
+    """Rows with a column for each reward that is traceable."""
+    rows: Experience = work[key]
+    found = {}
+    for term in c.rewards:
+        if not term.on_host:
+            found[_column(term)] = _in_graph(term, rows, state)
+    return {key: constrain_rows(rows.filled(**found))}
+
+
+def _in_graph(term: Reward, rows: Experience, state: TrainState) -> Array:
+    reward = jnp.asarray(call(term.function, rows.known() | {"step": state.step}))
+    count = rows.tokens.shape[0]
+    if reward.shape != (count,):
+        raise ValueError(
+            f"reward {term.name!r} returned shape {reward.shape} for {count} completions; it must return one number "
+            f"for each completion, shape ({count},)"
+        )
+    return jax.lax.stop_gradient(reward.astype(jnp.float32))
+
+
+def _summed(c: Composition, key: str, state: TrainState, work: Work) -> Work:
+    """Rows with their rewards. What does not apply (NaN) is left out of a row's sum; where nothing applies the row is
+    absent. Of a conversation the environment knows whether it was solved, however its rewards are shaped."""
+    rows: Experience = work[key]
+    if not any(term.on_host for term in c.rewards):
+        rows = _columns(c, key, state, work)[key]
+    components = jnp.stack([rows[_column(term)] for term in c.rewards], axis=1)
+    read = any(term.on_host for term in c.rewards)
+    applying = jnp.where(jnp.isnan(components), 0.0, components) if read else components
+    rewards = weighted_sum(applying, weights=tuple(term.weight for term in c.rewards))
+    solved = rows.get("solved")
+    correct = (components[:, 0] >= 1.0).astype(jnp.float32) if solved is None else solved
+    kept = {name: value for name, value in rows.fields.items() if not name.startswith("reward/")}
+    rows = replace(rows, fields=kept).filled(reward_components=components, rewards=rewards, correct=correct)
+    if read:
+        rated = ~jnp.isnan(components).all(axis=1)
+        unrated = ((rows.weight > 0) & ~rated).astype(jnp.float32)
+        rows = replace(rows, weight=jnp.where(rated, rows.weight, 0.0)).filled(unrated=unrated)
+    return {key: rows}
+
+
+def _scored_early(c: Composition, key: str) -> frozenset[str]:
+    """Names that rewards ask of networks; where rows are final by then, all that can be scored at once."""
+    asked = frozenset(required([t.function for t in c.rewards]) & c.wanted)
+    if not asked or key == "drawn":
+        return asked
+    return c.wanted & frozenset(name for name in c.wanted if _ready(c, name, available_before_rewards(c)))
+
+
+def _ready(c: Composition, name: str, available: Collection[str]) -> bool:
+    """Whether the sequence that a name scores can be made of what is there."""
+    found = c.score(name)
+    view = found.view if found is not None else next((v for v in c.resources.views if name == f"{v}_mask"), "")
+    return not view or set(signature(c.resources.views[view]).required) <= set(available)
+
+
+def _viewed(c: Composition, wanted: Collection[str], key: str, state: TrainState, work: Work) -> Work:
+    rows = viewed(
+        c, state, work[key], wanted, own_samples=c.keeps_record, rows_are_groups=c.equal_groups and key == "rows"
+    )
+    return {key: rows}
+
+
+def credit_parts(c: Composition) -> list[Any]:
+    """Rewards -> advantages and whatever else the credit list fills in, with what networks say in front of it."""
+    available = set(available_before_rewards(c)) | set(FIELDS)
+    filled = {name for term in c.credit for name in term.names}
+    pending = set(c.wanted)
+    parts: list[Any] = []
+
+    def score() -> None:
+        ready = {name for name in pending if _ready(c, name, available - filled)}
+        if ready:
+            parts.append(Traced("networks", partial(_viewed, c, frozenset(ready), "rows")))
+            pending.difference_update(ready)
+
+    score()
+    if any(term.over_vocabulary for term in c.credit):
+        parts.append(Traced("vocabulary", partial(_by_vocabulary, c)))
+    for index, term in enumerate(c.credit):
+        if required([term.function]) & pending:
+            score()
+        if term.on_host:
+            parts.append(reading_part("reading", [_named(term)], {term.name: term.names}, "rows", c.samples))
+        else:
+            parts.append(Traced("credit", partial(_filled, c, index, term)))
+        filled -= set(term.names)
+    filled.clear()
+    score()
+    parts.append(Traced("credit", _absent_rows))
+    return [
+        Traced("credit", lambda state, work: {"sampled": work["rows"].weight, "memory": dict(state.memory)}),
+        *parts,
+    ]
+
+
+def _named(term: Fill) -> Fill:
+    return term
+
+
+def _by_vocabulary(c: Composition, state: TrainState, work: Work) -> Work:
+    values = over_vocabulary(c.model, state.params, work["rows"], c.credit, temperature=c.temperature)
+    return {"vocabulary": values}
+
+
+def _filled(c: Composition, index: int, term: Fill, state: TrainState, work: Work) -> Work:
+    """Rows with what one entry fills. Nothing here carries a gradient."""
+    rows: Experience = work["rows"]
+    memory = dict(work["memory"])
+    provided = rows.known() | {"step": state.step}
+    if term.over_vocabulary:
+        value = work["vocabulary"][index]
+    elif isinstance(term.function, Method):
+        value, memory[term.memory_name] = call(term.function, provided, memory[term.memory_name])
+    else:
+        value = call(term.function, provided)
+    for name, array in zip(term.names, _values(term, value), strict=True):
+        array = jax.lax.stop_gradient(jnp.asarray(array))
+        check_shape(array, name, term.name, rows)
+        if kind_of(name) == "either" and name in FIELDS and array.ndim == 1:
+            array = jnp.where(rows.mask > 0, array[:, None], 0.0)
+        rows = rows.filled(**{name: array})
+    return {"rows": rows, "memory": memory}
+
+
+def _values(term: Fill, value: Any) -> Sequence[Any]:
+    """The values of an entry's names, in their order."""
+    if isinstance(value, dict):
+        if lacking := [name for name in term.names if name not in value]:
+            raise ValueError(f"{term.name!r} returned {sorted(value)}, but it is to fill {lacking[0]!r}")
+        return [value[name] for name in term.names]
+    if len(term.names) == 1:
+        return [value]
+    if not isinstance(value, (tuple, list)) or len(value) != len(term.names):
+        raise ValueError(
+            f"{term.name!r} is to fill {', '.join(term.names)}, so it must return {len(term.names)} arrays in that "
+            "order"
+        )
+    return value
+
+
+def _absent_rows(state: TrainState, work: Work) -> Work:
+    """Rows of weight 0 end with advantage 0."""
+    rows: Experience = work["rows"]
+    if "advantages" in rows:
+        present = (rows.weight > 0)[:, None]
+        rows = rows.filled(advantages=jnp.where(present, rows["advantages"], 0.0))
+    return {"rows": rows}
+
+
+# ---- coefficients ---------------------------------------------------------------------------------------------------
+
+
+def measured_alignment(c: Composition, state: TrainState, batch: Experience) -> Array:
+    """`alignment` at every so many steps, 0 at the others."""
+    due = state.step % c.update.alignment_every_steps == 0
+    return jax.lax.cond(due, partial(alignment, c), lambda state, batch: jnp.float32(0.0), state, batch)
+
+
+def alignment(c: Composition, state: TrainState, experience: Experience) -> Array:
+    """`losses.gradient_alignment` of this batch: whether losses on written rows would lower a held-out loss faster.
+
+    The held-out loss is that of the losses on written rows on the rows that `validation` marks, whose weight is
+    otherwise 0.
+    """
+    supervised = tuple(t for t in c.losses if t.on_written)
+    others = tuple(t for t in c.losses if not t.on_written)
+    all_parts = parts_of(c, state)
+
+    def policy_gradient(terms: tuple[LossTerm, ...], rows: Experience) -> PyTree:
+        objective = Objective(c, terms)
+        fixed = {name: part for name, part in all_parts.items() if name != POLICY}
+        factors = [jnp.float32(1.0 if t.coefficient_changes else t.coefficient) for t in terms]
+
+        def value(part: PyTree) -> Array:
+            trained = {POLICY: part} | fixed
+            return objective.value(trained, state, rows, objective.denominators(rows), factors)[0]
+
+        return jax.grad(value)(all_parts[POLICY])
+
+    held_out = replace(experience, weight=experience["validation"])
+    return gradient_alignment(
+        policy_gradient(supervised, held_out),
+        policy_gradient(supervised, experience),
+        policy_gradient(others, experience),
+        learning_rate=c.update.alignment_learning_rate,
+    )
+
+
+def coefficients(
+    c: Composition, rows: Experience, metrics: dict[str, Array], memory: dict[str, Any], step: Array
+) -> tuple[list[Array], dict[str, Any]]:
+    """The factor of each loss in this step, and the memory of those that remember something."""
+    provided = rows.known() | metrics | {"step": step}
+    values, memory = [], dict(memory)
+    for term in c.losses:
+        value = term.coefficient
+        if isinstance(value, Method):
+            value, memory[term.memory_name] = call(value, provided, memory[term.memory_name])
+        elif callable(value):
+            value = call(value, provided)
+        values.append(jnp.asarray(value, jnp.float32))
+    return values, memory

@@ -1,0 +1,373 @@
+"""Networks: named parameters with a rule of where they come from, what moves them, what they say and where they lie.
+
+Of a policy with adapters (`Model.trained`), gradients, optimiser state, copies and checkpoints are of the adapters
+alone. The rest is frozen, is in the state once, and is read by all copies of the policy.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree
+
+from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
+from jaxrl_llm.fields import HEADS, score_named
+from jaxrl_llm.models.heads import Backbone, HeadConfig, from_policy
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.rules import RULES, Rules
+from jaxrl_llm.parallel.shardings import shardings, state_shardings
+
+POLICY = "policy"
+GIVEN = "given"
+# What can be kept in the memory of the host between its uses: names for a config.
+OFFLOADABLE = ("optimizer", "reference")
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a step beside the policy.
+
+    Attributes:
+      origin: "policy" copies the policy that the step starts from; the name of another network copies that one; "given"
+        takes parameters that are handed to `TrainStep.init`.
+      model: its functions; None has those of its origin. Needed where it is given.
+      head: numbers instead of log-probabilities over the vocabulary.
+      says: of a head's values, one a token ("token"), or the one at the first token of a row that is trained on.
+      backbone: of a head: "own" has a copy of the policy's parameters; "shared" reads the policy's hidden states, which
+        then learn from its loss too.
+      optimizer: it learns by it; None is not trained.
+      decay: it follows its origin as a moving average that keeps this share at each step.
+      copy_every: steps between copies of its origin; 0 never.
+      copy_at: steps after which its origin is copied, beside those.
+      snapshot: of a policy with adapters: it is the policy as the step finds it, kept as a copy of its adapters.
+        Otherwise it is the base without them, unless it is moved.
+      temperature: of its log-probabilities; None is that of the rollout.
+      always_origin: it is its origin at every moment, for log-probabilities at another temperature.
+    """
+
+    origin: str = POLICY
+    model: Model | None = None
+    head: HeadConfig | None = None
+    says: Literal["token", "first"] = "token"
+    backbone: Backbone = "own"
+    optimizer: optax.GradientTransformation | None = None
+    decay: float | None = None
+    copy_every: int = 0
+    copy_at: tuple[int, ...] = ()
+    snapshot: bool = False
+    temperature: float | None = None
+    always_origin: bool = False
+
+    def __post_init__(self):
+        if self.backbone not in ("own", "shared"):
+            raise ValueError(f"networks: backbone is {self.backbone!r}; it must be 'own' or 'shared'")
+        if self.decay is not None and not 0 <= self.decay <= 1:
+            raise ValueError(
+                f"networks: decay is {self.decay}; it is the share that is kept at each step and must lie in [0, 1]"
+            )
+        if self.optimizer is not None and self.moves:
+            raise ValueError("networks: a network that learns cannot follow another one too; leave one of them out")
+        if self.copy_every < 0:
+            raise ValueError(f"networks: copy_every is {self.copy_every}; it must be at least 0")
+        if self.origin == GIVEN and self.model is None:
+            raise ValueError("networks: a network whose parameters are given needs its model")
+
+    @property
+    def copied(self) -> bool:
+        """Whether its origin is copied into it at some step."""
+        return bool(self.copy_every or self.copy_at)
+
+    @property
+    def moves(self) -> bool:
+        """Whether it follows its origin."""
+        return self.copied or self.decay is not None
+
+
+def default_network(name: str, critic: optax.GradientTransformation | None) -> Network | None:
+    """The network that a name alone brings into a step; None for a name that has to be described.
+
+    Args:
+      name: of the network.
+      critic: optimiser of networks with a head; without one they are not there.
+    """
+    if name == "reference":
+        return Network()
+    if name in HEADS and critic is not None:
+        return Network(
+            head=HeadConfig(outputs=HEADS[name]), says="first" if name == "twin" else "token", optimizer=critic
+        )
+    if name.removesuffix("_target") in HEADS and name.endswith("_target") and critic is not None:
+        return Network(origin=name.removesuffix("_target"), always_origin=True)
+    return None
+
+
+def networks_named(
+    wanted: Collection[str], given: Mapping[str, Network], views: Collection[str], critic: Any
+) -> dict[str, Network]:
+    """The networks, beside the policy, that a collection of data names asks for.
+
+    A network that is described and that nothing names is not there; what another one is made from, is.
+    """
+    known = dict(given)
+    for name in ("reference", *HEADS, *(f"{head}_target" for head in HEADS)):
+        if name not in known and (network := default_network(name, critic)) is not None:
+            known[name] = network
+    asked = {s.network for name in wanted if (s := score_named(name, [POLICY, *known], views)) is not None}
+    if {"over_vocabulary", "kl_reference_per_token"} & set(wanted):
+        asked |= {"reference"}
+    for name in list(asked):
+        while name in known and known[name].origin not in (POLICY, GIVEN):
+            name = known[name].origin
+            asked |= {name}
+    return {name: known[name] for name in sorted(asked & known.keys(), key=_order)}
+
+
+def _order(name: str) -> tuple[int, str]:
+    order = ["reference", *HEADS]
+    return (order.index(name) if name in order else len(order), name)
+
+
+# ---- parts of a policy with adapters --------------------------------------------------------------------------------
+
+
+def trainable_part(model: Model, params: PyTree) -> Any:
+    """What learns of a policy's parameters."""
+    return params if model.trained is None else model.trained.split(params)[0]
+
+
+def frozen_part(model: Model, params: PyTree) -> PyTree:
+    """What does not; None where all of them learn."""
+    return None if model.trained is None else model.trained.split(params)[1]
+
+
+def whole(model: Model, trainable: PyTree, frozen: PyTree) -> PyTree:
+    """The parameters that a model is applied with, from both parts."""
+    return trainable if model.trained is None else model.trained.join(trainable, frozen)
+
+
+# ---- states ---------------------------------------------------------------------------------------------------------
+
+
+def has_copy(model: Model, network: Network) -> bool:
+    """Whether the state holds parameters for a network. A policy with adapters can have its base as a reference."""
+    if network.always_origin:
+        return False
+    plain_copy = network.origin == POLICY and network.head is None and network.optimizer is None
+    return not plain_copy or model.trained is None or network.snapshot or network.moves
+
+
+def initial_networks(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    networks: Mapping[str, Network],
+    key: Array,
+    params: PyTree | None,
+    given: Mapping[str, PyTree],
+) -> dict[str, NetworkState]:
+    """States of the policy and of the networks beside it. Everything is copied, so the caller's arrays stay usable.
+
+    Args:
+      model: the policy.
+      optimizer: of the policy.
+      networks: beside it, each after the one that it is made from.
+      key: of the run.
+      params: of the policy; None draws them.
+      given: parameters of networks by name: of those that are given, and of others in the place of their origin.
+
+    Raises:
+      ValueError: for a network whose parameters are missing.
+    """
+    copied = partial(jax.tree.map, jnp.copy)
+    at_start = jax.random.fold_in(key, KeyUse.INITIALISE)
+    params = model.init(at_start) if params is None else copied(params)
+    states = {POLICY: NetworkState(params, optimizer.init(trainable_part(model, params)))}
+    for name, network in networks.items():
+        if not has_copy(model, network):
+            continue
+        if name in given:
+            own = copied(given[name])
+        elif network.origin == GIVEN:
+            raise ValueError(
+                f"network {name!r} has parameters of its own, which nothing made; hand them to init(key, params, "
+                f"{{{name!r}: ...}}), or name the stage or path that they come from"
+            )
+        elif network.head is not None and network.origin == POLICY:
+            number = list(HEADS).index(name) if name in HEADS else zlib.crc32(name.encode()) % 2**31
+            learns = trainable_part(model, params)
+            own = from_policy(
+                model, learns, jax.random.fold_in(at_start, number), network.head, backbone=network.backbone
+            )
+        elif network.origin == POLICY:
+            own = copied(trainable_part(model, params))
+        else:
+            own = copied(states[network.origin].params)
+        learner = network.optimizer
+        states[name] = NetworkState(own, None if learner is None else learner.init(own))
+    return states
+
+
+def current(model: Model, networks: Mapping[str, Network], state: TrainState, name: str) -> PyTree:
+    """Parameters of a network as its model takes them; of one with a head, as the head takes them."""
+    if name == POLICY:
+        return state.params
+    network = networks[name]
+    if network.always_origin:
+        return current(model, networks, state, network.origin)
+    if network.origin == POLICY and network.head is None and model.trained is not None and network.model is None:
+        if name not in state.networks:
+            return model.trained.reference(state.params)
+        return whole(model, state.networks[name].params, frozen_part(model, state.params))
+    return state.networks[name].params
+
+
+def moved(model: Model, networks: Mapping[str, Network], state: TrainState) -> TrainState:
+    """The state after a step, with every network that follows another moved."""
+    after = dict(state.networks)
+    for name, network in networks.items():
+        if name not in after or not network.moves:
+            continue
+        ahead = trainable_part(model, state.params) if network.origin == POLICY else after[network.origin].params
+        params = after[name].params
+        if network.decay is not None:
+            params = ema(ahead, params, decay=network.decay)
+        due = jnp.bool_(False)
+        if network.copy_every:
+            due |= state.step % network.copy_every == 0
+        if network.copy_at:
+            due |= jnp.isin(state.step, jnp.asarray(network.copy_at))
+        if network.copied:
+            params = jax.tree.map(lambda new, old: jnp.where(due, new, old), ahead, params)  # noqa: B023
+        after[name] = replace(after[name], params=params)
+    return replace(state, networks=after)
+
+
+def ema(params: PyTree, anchor: PyTree, *, decay: float = 0.99) -> PyTree:
+    """The anchor after one step towards the parameters: decay * anchor + (1 - decay) * params.
+
+    As a reference policy it lets the divergence limit how fast the policy changes instead of how far it gets. Computed
+    in float32 and returned in the anchor's dtype. Keep the anchor in float32 where decay is near 1: bfloat16 resolves
+    one part in 256 at best, and smaller steps would leave it standing still.
+
+    Args:
+      params: the policy.
+      anchor: the same pytree, from earlier steps.
+      decay: share of the anchor that is kept.
+
+    Returns:
+      The new anchor.
+
+    Raises:
+      ValueError: for a decay outside [0, 1].
+
+    Reference: T1 (2501.11651).
+    Certainty: recalled
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay is {decay}; it is the share of the anchor that is kept and must lie in [0, 1]")
+
+    def follow(new, old):
+        mixed = decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)
+        return mixed.astype(old.dtype)
+
+    return jax.tree.map(follow, params, anchor)
+
+
+# ---- where they lie -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Devices of a step, and what lies where.
+
+    Attributes:
+      mesh: the devices; None leaves placement to jax.
+      rules: from the names of axes to those of the mesh.
+      gather_for_rollout: with parameters that are sharded over `fsdp`, gather them once a rollout; else once a token.
+      offload: what is kept in the host's memory between its uses, of `OFFLOADABLE`. Needs a mesh.
+    """
+
+    mesh: Mesh | None = None
+    rules: Rules = field(default_factory=lambda: RULES)
+    gather_for_rollout: bool = True
+    offload: frozenset[str] = frozenset()
+
+
+def parameter_shardings(model: Model, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+    """A sharding for each parameter; whole on every device for a model that does not describe its parameters.
+
+    Raises:
+      ValueError: where the mesh does not divide what it has to.
+    """
+    if model.specs is not None:
+        return shardings(model.specs, mesh, rules)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, P()), params)
+
+
+def placed_state(
+    models: Mapping[str, Model], state: PyTree, mesh: Mesh, rules: Rules = RULES, *, offload: Collection[str] = ()
+) -> PyTree:
+    """A sharding for each array of a training state.
+
+    Args:
+      models: of the networks by name; a network that is not named has the policy's.
+      state: arrays or their shapes.
+      mesh: the devices.
+      rules: the table.
+      offload: of `OFFLOADABLE`.
+    """
+    tables = {}
+    for name, model in models.items():
+        tables[name] = (jax.eval_shape(model.init, jax.random.key(0)), parameter_shardings(model, mesh, rules))
+
+    def placed_like(name: str, tree: PyTree) -> PyTree:
+        params, lies = tables.get(name, tables[POLICY])
+        return state_shardings(tree, params, lies, mesh)
+
+    placed = placed_like(POLICY, state)
+    networks = {name: placed_like(name, network) for name, network in state.networks.items()}
+    host = lambda path, s: s.with_memory_kind("pinned_host") if is_offloaded(path, offload) else s  # noqa: E731
+    return jax.tree_util.tree_map_with_path(host, replace(placed, networks=networks))
+
+
+def is_offloaded(path: Any, offload: Collection[str]) -> bool:
+    """Whether an array of a training state is among what these names of `OFFLOADABLE` mean."""
+    names = tuple(str(getattr(part, "key", getattr(part, "name", part))) for part in path[:3])
+    meant = {"optimizer": ("networks", POLICY, "optimizer_state"), "reference": ("networks", "reference", "params")}
+    return names in [meant[name] for name in offload]
+
+
+def in_device_memory(state: TrainState, placed: TrainState | None, offload: Collection[str]) -> TrainState:
+    """Inside a program: the state with these parts, where they are kept in the host's memory, on their devices."""
+    if placed is None or not offload:
+        return state
+
+    def used(path: Any, x: Array, s: NamedSharding) -> Array:
+        return jax.device_put(x, s.with_memory_kind("device")) if is_offloaded(path, offload) else x
+
+    return jax.tree_util.tree_map_with_path(used, state, placed)
+
+
+def put_back(state: TrainState, placed: TrainState | None) -> TrainState:
+    """Inside a program: the state where it is kept between steps."""
+    if placed is None:
+        return state
+
+    def put(x: Array, s: NamedSharding) -> Array:
+        return jax.device_put(x, s) if s.memory_kind == "pinned_host" else jax.lax.with_sharding_constraint(x, s)
+
+    return jax.tree.map(put, state, placed)
+
+
+def abstract_like(tree: PyTree, placed: PyTree) -> PyTree:
+    """Shapes with their shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)

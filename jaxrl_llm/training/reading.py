@@ -1,0 +1,214 @@
+"""Readings: functions that run on the host between two programs, because they read text or ask somebody.
+
+In a run of several processes each one reads the rows that its devices hold, and all samples of a prompt are read by the
+same one where each prompt has equally many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxrl_llm.experience import Experience, TrainState
+from jaxrl_llm.fields import TEXT, absent_value, kind_of
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.rewards.host import Reading, RewardError, answered
+from jaxrl_llm.signatures import names, signature
+from jaxrl_llm.training.segments import Host, Work
+
+# What a reading sees of a row beside what it names.
+_ALWAYS = ("tokens", "length", "weight", "group", "prompt_id")
+
+
+@dataclass
+class Context:
+    """What one call of a step has on the host.
+
+    Attributes:
+      items: one dictionary a prompt of the whole batch (body, answer, ...), on every process; None without them.
+      decode: token ids -> text.
+      call: calls the functions of an environment in Python, while it is open.
+      numbers: seconds and failures of readings, by metric.
+    """
+
+    items: Sequence[Mapping[str, Any]] | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
+    call: Any = None
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def required_items(self) -> Sequence[Mapping[str, Any]]:
+        """The items.
+
+        Raises:
+          ValueError: where the caller gave none.
+        """
+        if self.items is None:
+            raise ValueError(
+                "this step reads text: call step(state, prompts, items) with one dictionary a prompt (body, answer, "
+                "...)"
+            )
+        return self.items
+
+
+def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence[str]], key: str, sample: Any) -> Host:
+    """The part that fills names by readings.
+
+    Args:
+      name: for messages.
+      terms: readings (`Reward` or `Fill`), each with a name of its own.
+      outputs: term name -> names that it fills.
+      key: entry of work that holds the rows.
+      sample: rows of a group.
+    """
+
+    def read(state: TrainState, work: Work, context: Context) -> Work:
+        rows = work[key]
+        context.required_items()
+        values = _read_by_all(terms, outputs, rows, state, work, context, sample)
+        return {key: rows.filled(**values)}
+
+    def shapes(state: TrainState, work: Work) -> Work:
+        count, width = work[key].tokens.shape
+        by_kind = {"token": (count, width), "vector": (count, 1)}
+        made = {}
+        for term in terms:
+            for field_name in outputs[term.name]:
+                shape = by_kind.get(kind_of(field_name), (count,)) if "/" not in field_name else (count,)
+                made[field_name] = jax.ShapeDtypeStruct(shape, _dtype(field_name))
+        return {key: work[key].filled(**made)}
+
+    return Host(name, read, shapes)
+
+
+def _dtype(name: str) -> Any:
+    return jnp.int32 if name.endswith("_id") else jnp.float32
+
+
+def _read_by_all(
+    terms: Sequence[Any],
+    outputs: Mapping[str, Sequence[str]],
+    rows: Experience,
+    state: TrainState,
+    work: Work,
+    context: Context,
+    samples: int,
+) -> dict[str, Any]:
+    """Values by name, whole, and placed where rows are. All processes call it."""
+    wanted = frozenset().union(*(names(term.function) for term in terms)) - TEXT
+    read = {name: rows[name] for name in {*_ALWAYS, *wanted} if name in rows}
+    placement = rows.weight.sharding if isinstance(rows.weight, jax.Array) else None
+    prompt_ids = work["prompts"].prompt_id if "prompts" in work else None
+    if jax.process_count() == 1:
+        here = jax.device_get(read)
+        ids = None if prompt_ids is None else np.asarray(jax.device_get(prompt_ids))
+        values = _values(terms, outputs, here, ids, state, context, first_rows=np.arange(rows.tokens.shape[0]))
+        if isinstance(placement, NamedSharding):  # without a mesh, placing them by hand would compile programs twice
+            return {name: jax.device_put(value, placement) for name, value in values.items()}
+        return values
+    assert isinstance(placement, NamedSharding)
+    ids = None if prompt_ids is None else np.asarray(hosts.host_copy(prompt_ids))
+    groups = rows.tokens.shape[0] // samples
+    mine, own = hosts.own_rows(hosts.by_rows(read, groups, cast(Mesh, placement.mesh)))
+    values, failure = {}, None
+    try:
+        values = _values(terms, outputs, own, ids, state, context, first_rows=mine)
+    except RewardError as error:
+        failure = error
+    # One that raised alone would leave the others waiting for its rows.
+    said = hosts.first_failure(None if failure is None else str(failure))
+    if said is not None:
+        raise RewardError(said) from failure
+    whole = {name: hosts.gathered_rows(mine, value, rows.tokens.shape[0]) for name, value in values.items()}
+    return {
+        name: jax.make_array_from_callback(value.shape, placement, lambda index, v=value: v[index])
+        for name, value in whole.items()
+    }
+
+
+def _values(
+    terms: Sequence[Any],
+    outputs: Mapping[str, Sequence[str]],
+    rows: Mapping[str, np.ndarray],
+    prompt_ids: np.ndarray | None,
+    state: TrainState,
+    context: Context,
+    *,
+    first_rows: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Values of rows that are here, by name. Rows of weight 0 are handed to nobody."""
+    count, width = rows["tokens"].shape
+    present = np.flatnonzero(rows["weight"] > 0)
+    item_of = _item_numbers(rows, prompt_ids, len(context.required_items()))[present]
+    per_row = [context.required_items()[number] for number in item_of]
+    text: dict[str, Any] = {
+        "prompts": [item.get("body", "") for item in per_row],
+        "answers": [item.get("answer", "") for item in per_row],
+        "items": per_row,
+    }
+    if context.decode is not None:
+        decode, tokens, length = context.decode, rows["tokens"], rows["length"]
+        text["completions"] = [decode(tokens[row, : length[row]].tolist()) for row in present]
+    arrays = {name: value[present] for name, value in rows.items()}
+    found: dict[str, np.ndarray] = {}
+    for term in terms:
+        asked = names(term.function) if not signature(term.function).anything else text.keys() | names(term.function)
+        data = {name: value for name, value in (text | arrays).items() if name in asked}
+        data |= {one: text[many] for one, many in _PLURAL.items() if one in asked and many in text}
+        told = Reading(term.function, term.name, term.deadline_s, term.value_on_failure)
+        if "step" in asked:
+            told = replace(told, constants={"step": int(state.step)})
+        answers = answered(told, data, rows=len(per_row), names=outputs[term.name])
+        context.numbers[f"seconds/{term.name}"] = answers.seconds
+        if answers.failures or term.value_on_failure is not None:
+            context.numbers[f"failures/{term.name}"] = float(answers.failures)
+        for name, values in answers.values.items():
+            found[name] = _spread(values, name, present, count, width, first_rows)
+    return found
+
+
+_PLURAL = {"completion": "completions", "prompt": "prompts", "answer": "answers", "item": "items"}
+
+
+def _item_numbers(rows: Mapping[str, np.ndarray], prompt_ids: np.ndarray | None, items: int) -> np.ndarray:
+    """Which item each row belongs to: by the id of its prompt, or by its group where ids do not tell prompts apart."""
+    if prompt_ids is not None and len(np.unique(prompt_ids)) == len(prompt_ids) <= items:
+        place = {int(number): index for index, number in enumerate(prompt_ids)}
+        return np.array([place.get(int(number), 0) for number in rows["prompt_id"]], int)
+    return rows["group"].astype(int) % max(items, 1)
+
+
+def _spread(
+    values: list[Any], name: str, present: np.ndarray, count: int, width: int, first_rows: np.ndarray
+) -> np.ndarray:
+    """One entry a row of the batch, from those of rows that are there; None does not apply."""
+    absent = float("nan") if "/" in name else absent_value(name)
+    if any(isinstance(value, str) for value in values):
+        # Equal texts get the number of the first row that has them, which is exact and the same for any tokenizer.
+        ids, seen = np.full(count, -1, np.int32), {}
+        for row, value in zip(present, values, strict=True):
+            if value is not None:
+                ids[row] = seen.setdefault(value, int(first_rows[row]))
+        return ids
+    shaped = [np.asarray(value, np.float32) for value in values if value is not None]
+    if kind_of(name) == "token" and "/" not in name:
+        whole = np.full((count, width), absent, np.float32)
+        for row, value in zip(present, values, strict=True):
+            if value is not None:
+                whole[row, : len(value)] = value
+        return whole
+    one = shaped[0].shape if shaped else ()
+    whole = np.full((count, *one), absent, np.float32)
+    for row, value in zip(present, values, strict=True):
+        if value is not None:
+            if np.shape(value) != one:
+                raise RewardError(
+                    f"{name!r} has shape {np.shape(value)} at row {row}, and {one} at another; give all rows one shape"
+                )
+            whole[row] = value
+    return whole.astype(np.int32) if name.endswith("_id") else whole

@@ -1,0 +1,346 @@
+"""What networks say of rows before the update, computed because, and only because, something names it.
+
+Everything here is without gradient and looks at the networks as the step found them. A view is another sequence made of
+a row; it is scored like the row itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxrl_llm.experience import Experience, TrainState
+from jaxrl_llm.fields import Score
+from jaxrl_llm.models.heads import at_first, at_last, head_outputs
+from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.rules import constrain_rows, map_shards, shards
+from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
+from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
+from jaxrl_llm.signatures import call
+from jaxrl_llm.training.composition import Composition, Fill
+from jaxrl_llm.training.networks import POLICY, Network, current, frozen_part, in_device_memory, whole
+
+
+@struct.dataclass
+class Sequences:
+    """What a view makes of rows: sequences to be scored, one a row.
+
+    Attributes:
+      prompt_tokens, prompt_length: what they start from, left-padded.
+      tokens, length: what is scored, right-padded.
+      mask: 1 on scored tokens that count.
+    """
+
+    prompt_tokens: Int[Array, "B P"]
+    prompt_length: Int[Array, "B"]
+    tokens: Int[Array, "B T"]
+    length: Int[Array, "B"]
+    mask: Float[Array, "B T"]
+
+
+class Plain(NamedTuple):
+    """What is scored of a row: itself, or what a view made of it."""
+
+    prompt_tokens: Array
+    prompt_length: Array
+    tokens: Array
+    length: Array
+    support: Array | None
+    router_choices: Array | None
+
+
+def sequences(c: Composition, rows: Experience, view: str) -> tuple[Plain, Float[Array, "B T"]]:
+    """(what is scored, mask of its tokens) of the rows themselves, view "", or of a view."""
+    if not view:
+        own = Plain(rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length, rows.support, rows.router_choices)
+        return own, rows.mask
+    made = call(c.resources.views[view], rows.known())
+    own = Plain(made.prompt_tokens, made.prompt_length, made.tokens, made.length, None, None)
+    return own, made.mask
+
+
+def by_microbatch(
+    function: Callable[[Experience], Experience], rows: Experience, size: int | None, *, together: bool = False
+) -> Experience:
+    """`function`, which looks at each row alone, on `size` rows at a time: it needs no more memory than the update.
+
+    Args:
+      function: rows -> rows.
+      rows: all of them.
+      size: rows of a piece; None, or one that does not divide the rows, takes all at once.
+      together: a piece is rows that follow one another. Else every so many rows make a piece, so that each device of a
+        mesh finds its part of every piece among its own rows.
+    """
+    count = rows.tokens.shape[0]
+    if not size or count % size or size == count:
+        return function(rows)
+    pieces = count // size
+
+    def split(x):
+        if together:
+            return x.reshape(pieces, size, *x.shape[1:])
+        return x.reshape(size, pieces, *x.shape[1:]).swapaxes(0, 1)
+
+    def joined(x):
+        return (x if together else x.swapaxes(0, 1)).reshape(count, *x.shape[2:])
+
+    filled = jax.lax.map(function, constrain_rows(jax.tree.map(split, rows), None))
+    return constrain_rows(jax.tree.map(joined, filled))
+
+
+def viewed(
+    c: Composition,
+    state: TrainState,
+    rows: Experience,
+    wanted: Collection[str],
+    *,
+    own_samples: bool,
+    rows_are_groups: bool = False,
+) -> Experience:
+    """Rows with everything that is wanted of the networks before the update.
+
+    Args:
+      c, state: of the step.
+      rows: completions.
+      wanted: names; those that rows know already, or that networks do not say, are left alone.
+      own_samples: every completion was drawn by this policy at this temperature, so that the sampler's record is what
+        another pass would give.
+      rows_are_groups: each `c.samples` rows that follow one another have the same prompt.
+    """
+    wanted = frozenset(name for name in wanted if name not in rows)
+    if c.rollout is not None and c.rollout.engine is not None:
+        wanted |= {"old_entropy"} - rows.fields.keys()
+    asked = {name: found for name in sorted(wanted) if (found := c.score(name)) is not None}
+    special = wanted & {"hidden", "prompt_logprobs", "prompt_mask"}
+    special |= {name for view in c.resources.views for name in (f"{view}_mask",) if name in wanted}
+    if not asked and not special:
+        return rows
+    place = c.resources.placement
+    if "reference" in c.networks and any(found.network == "reference" for found in asked.values()):
+        state = in_device_memory(state, c.placed, place.offload & {"reference"})
+    # On one device the pieces are rows that follow one another, and so may be whole groups.
+    at_once, together = c.update.sequences_per_microbatch, place.mesh is None or place.mesh.size == 1
+    whole_groups = not at_once or (together and at_once % c.samples == 0)
+    samples = c.samples if rows_are_groups and whole_groups else 1
+
+    def scored(rows: Experience) -> Experience:
+        values = _of_policy(c, state, rows, wanted, own_samples=own_samples)
+        for name, found in asked.items():
+            if name not in values and name not in rows:
+                values |= _scores(c, state, rows, found, asked, samples)
+        return rows.filled(**{name: values[name] for name in (*asked, *sorted(special)) if name in values})
+
+    recorded = {"old_logprobs", "old_entropy"} if own_samples else set()
+    rows = by_microbatch(scored, rows, at_once, together=together) if wanted - recorded else scored(rows)
+    if c.rollout is not None and c.rollout.engine is not None:
+        # An engine does not say the entropy of what it draws from; that of the policy stands for it.
+        rows = replace(rows, behaviour_entropy=jnp.asarray(rows["old_entropy"]))
+    return rows
+
+
+def _of_policy(
+    c: Composition, state: TrainState, rows: Experience, wanted: frozenset[str], *, own_samples: bool
+) -> dict[str, Array]:
+    """What is wanted of the policy and its own rows, in one pass."""
+    model, params, values = c.model, state.params, {}
+    if own_samples:
+        record = {"old_logprobs": rows.behaviour_logprobs, "old_entropy": rows.behaviour_entropy}
+        values |= {name: record[name] for name in wanted & record.keys()}
+    if wanted & {"prompt_logprobs", "prompt_mask"}:
+        logprobs, mask = prompt_logprobs(model, params, rows, temperature=c.temperature)
+        values |= {name: v for name, v in (("prompt_logprobs", logprobs), ("prompt_mask", mask)) if name in wanted}
+    for view in c.resources.views:
+        if f"{view}_mask" in wanted:
+            values[f"{view}_mask"] = sequences(c, rows, view)[1]
+    names = {"hidden", "old_logprobs", "old_entropy", "logprobs", "entropy"} & wanted - values.keys()
+    if names:
+        hidden = hidden_states(model, params, rows, replayed=True)
+        if "hidden" in names:
+            values["hidden"] = hidden
+        if names - {"hidden"}:
+            scored = token_statistics(
+                model,
+                params,
+                hidden,
+                rows.tokens,
+                temperature=c.temperature,
+                entropy=bool(names & {"old_entropy", "entropy"}),
+                support=rows.support,
+            )
+            inside = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
+            for name in names - {"hidden"}:
+                value: Any = scored.entropy if name.endswith("entropy") else scored.logprobs
+                values[name] = jnp.where(inside, value, 0.0)
+    return values
+
+
+def _scores(
+    c: Composition, state: TrainState, rows: Experience, found: Score, asked: Mapping[str, Score], samples: int
+) -> dict[str, Array]:
+    """Everything that is asked of the network and the view of one name, in one pass."""
+    together = {name: s for name, s in asked.items() if (s.network, s.view) == (found.network, found.view)}
+    network = c.networks.get(found.network)
+    source, mask = sequences(c, rows, found.view)
+    if network is not None and (made_from := owner(c, found.network)).head is not None:
+        said = of_head(
+            made_from,
+            made_from.model or c.model,
+            current(c.model, c.networks, state, found.network),
+            source,
+            mask,
+            {s.quantity for s in together.values()},
+            policy=state.params,
+            frozen=frozen_part(c.model, state.params) if made_from.model is None else None,
+        )
+        return {name: said[s.quantity] for name, s in together.items()}
+    model = c.model if network is None or network.model is None else network.model
+    temperature = c.temperature if network is None or network.temperature is None else network.temperature
+    with jax.named_scope(found.network):
+        params = current(c.model, c.networks, state, found.network)
+        shared = samples if not found.view else 1
+        hidden = predicting_hidden(model, params, *source[:4], samples_per_prompt=shared)
+        scored = token_statistics(
+            model,
+            params,
+            hidden,
+            source.tokens,
+            temperature=temperature,
+            entropy=any(s.quantity == "entropy" for s in together.values()),
+            support=source.support,
+        )
+    return {
+        n: scored.logprobs if s.quantity == "logprobs" else jnp.asarray(scored.entropy) for n, s in together.items()
+    }
+
+
+def owner(c: Composition, name: str) -> Network:
+    """The network whose head another name stands for."""
+    network = c.networks[name]
+    return owner(c, network.origin) if network.always_origin and network.origin != POLICY else network
+
+
+def of_head(
+    network: Network,
+    model: Model,
+    params: PyTree,
+    source: Plain,
+    mask: Float[Array, "B T"],
+    quantities: Collection[str],
+    *,
+    policy: PyTree,
+    policy_hidden: Float[Array, "B T D"] | None = None,
+    frozen: PyTree = None,
+) -> dict[str, Array]:
+    """What a network with a head says of sequences, by quantity.
+
+    Values come from the state before each token: [B T], [B T N], or one of them a row as `network.says`. Scores come
+    from the state behind the last token: [B] or [B N].
+
+    Args:
+      network: how its numbers are read.
+      model: the architecture of its backbone.
+      params: "head", and "backbone" where it does not share the policy's.
+      source: what is judged.
+      mask: tokens that count.
+      quantities: "values", "scores".
+      policy: the policy's parameters, for a head that shares its backbone.
+      policy_hidden: its hidden states of these sequences, where they are known.
+      frozen: of the policy's parameters, which a head with a backbone of its own reads too.
+    """
+    assert network.head is not None
+    own = "backbone" in params
+    backbone = whole(model, params["backbone"], frozen) if own else policy
+    found = {}
+    if "values" in quantities:
+        hidden = None if own else policy_hidden
+        if hidden is None:
+            hidden = predicting_hidden(model, backbone, *source[:4])
+        values = head_outputs(params["head"], hidden)
+        if network.says == "first":
+            values = at_first(values, mask)
+        found["values"] = values
+    if "scores" in quantities:
+        found["scores"] = head_outputs(params["head"], final_hidden(model, backbone, source))
+    return {name: value[..., 0] if network.head.outputs == 1 else value for name, value in found.items()}
+
+
+def final_hidden(model: Model, params: PyTree, source: Plain) -> Float[Array, "B D"]:
+    """Hidden state behind the last token of each sequence."""
+    positions = jnp.concatenate(
+        [
+            prompt_positions(source.prompt_length, source.prompt_tokens.shape[1]),
+            completion_positions(source.prompt_length, source.length, source.tokens.shape[1]),
+        ],
+        axis=1,
+    )
+    hidden = model.apply(params, jnp.concatenate([source.prompt_tokens, source.tokens], axis=1), positions, None)[0]
+    return at_last(hidden, positions)
+
+
+def hidden_states(
+    model: Model, params: PyTree, rows: Experience, *, replayed: bool = False, samples_per_prompt: int = 1
+) -> Float[Array, "B T D"]:
+    """Hidden state that predicts each completion token, through the experts that were recorded where `replayed`."""
+    routes = rows.router_choices if replayed else None
+    rows_of = rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length
+    return predicting_hidden(model, params, *rows_of, router_choices=routes, samples_per_prompt=samples_per_prompt)
+
+
+def prompt_logprobs(
+    model: Model, params: PyTree, rows: Experience, *, temperature: float
+) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
+    """Log-probability of each prompt token after the first, and a mask that is 1 on them."""
+    hidden = prompt_hidden(model, params, rows.prompt_tokens, rows.prompt_length)
+    scored = token_statistics(model, params, hidden[:, :-1], rows.prompt_tokens[:, 1:], temperature=temperature)
+    width = rows.prompt_tokens.shape[1]
+    mask = (jnp.arange(width) > width - rows.prompt_length[:, None]).astype(jnp.float32)
+    return jnp.pad(scored.logprobs, ((0, 0), (1, 0))) * mask, mask
+
+
+def over_vocabulary(
+    model: Model, params: PyTree, rows: Experience, terms: Sequence[Fill], *, temperature: float
+) -> dict[int, Float[Array, "B T"]]:
+    """Values of the credit entries that read whole distributions, by place in the list; one pass in chunks.
+
+    Such a function sees the log-softmax [B, chunk, V] of the policy before the update and the tokens [B, chunk].
+    """
+    chosen = {index: term for index, term in enumerate(terms) if term.over_vocabulary}
+    if not chosen:
+        return {}
+    split = hidden_states(model, params, rows), rows.tokens
+    part = -(-model.vocabulary_size // shards("vocabulary"))
+    scored = partial(_by_vocabulary, model, chosen, temperature, part)
+    return map_shards(scored, params, split, "rows", "positions")
+
+
+def _by_vocabulary(
+    model: Model, chosen: Mapping[int, Fill], temperature: float, part: int, params: PyTree, rows: Any
+) -> dict[int, Float[Array, "B T"]]:
+    """`over_vocabulary` of the rows that are here, of a vocabulary of which a device holds `part`."""
+    hidden, tokens = rows
+    count, width = tokens.shape
+    chunk = positions_per_chunk(count, width, part)
+    pieces = -(-width // chunk)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, pieces * chunk - width)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(count, pieces, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def score(piece):
+        hidden, tokens = piece
+        provided = {
+            "log_probabilities": scaled_log_softmax(model.logits(params, hidden), temperature),
+            "tokens": tokens,
+        }
+        return {index: call(term.function, provided) for index, term in chosen.items()}
+
+    values = jax.lax.map(score, (split(hidden), split(tokens)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, pieces * chunk)[:, :width], values)
