@@ -102,7 +102,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
 
 def _check_names(c: Composition) -> None:
     by_network = {name for name in c.named if c.score(name) is not None}
-    by_network |= {"hidden", "prompt_logprobs", "prompt_mask"}
+    by_network |= {"hidden", "prompt_logprobs", "prompt_mask"} | c.view_masks
     learner = provided_by("learner") | {"router_choices"}
     text = provided_by("text") | {"items"}
     available = available_before_rewards(c)

@@ -259,9 +259,13 @@ class Composition:
         by_rule = {
             name for name in self.named - FIELDS.keys() - filled if self.score(name) is not None and self.before(name)
         }
-        return frozenset(by_rule) | (
-            self.named & (provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"})
-        )
+        brought = provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"} | self.view_masks
+        return frozenset(by_rule) | (self.named & brought)
+
+    @property
+    def view_masks(self) -> frozenset[str]:
+        """Names of the masks of views."""
+        return frozenset(f"{view}_mask" for view in self.resources.views)
 
     def score(self, name: str) -> Any:
         """What a rule-made name asks for; None for another name."""

@@ -75,11 +75,11 @@ def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence
 
     def shapes(state: TrainState, work: Work) -> Work:
         count, width = work[key].tokens.shape
-        by_kind = {"token": (count, width), "vector": (count, 1)}
+        by_kind = {"token": (count, width)}
         made = {}
         for term in terms:
             for field_name in outputs[term.name]:
-                shape = by_kind.get(kind_of(field_name), (count,)) if "/" not in field_name else (count,)
+                shape = by_kind.get(kind_of(field_name), (count,))
                 made[field_name] = jax.ShapeDtypeStruct(shape, _dtype(field_name))
         return {key: work[key].filled(**made)}
 

@@ -120,7 +120,7 @@ def viewed(
         wanted |= {"old_entropy"} - rows.fields.keys()
     asked = {name: found for name in sorted(wanted) if (found := c.score(name)) is not None}
     special = wanted & {"hidden", "prompt_logprobs", "prompt_mask"}
-    special |= {name for view in c.resources.views for name in (f"{view}_mask",) if name in wanted}
+    special |= wanted & c.view_masks
     if not asked and not special:
         return rows
     place = c.resources.placement
