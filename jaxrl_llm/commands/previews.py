@@ -11,7 +11,8 @@ from rich.console import Console
 from jaxrl_llm.commands.arguments import loaded_config
 from jaxrl_llm.commands.tables import show
 from jaxrl_llm.compilation_cache import enable_compilation_cache
-from jaxrl_llm.planning.plan import plan, refusal, tables
+from jaxrl_llm.planning.plan_tables import tables
+from jaxrl_llm.planning.run_plan import plan, refusal
 from jaxrl_llm.run.explain import explanation
 from jaxrl_llm.run.setup import parts
 

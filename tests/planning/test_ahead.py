@@ -10,7 +10,7 @@ import pytest
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.planning.ahead import compiler_environment, libtpu_path
-from jaxrl_llm.planning.plan import plan
+from jaxrl_llm.planning.run_plan import plan
 from jaxrl_llm.planning.topologies import topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
