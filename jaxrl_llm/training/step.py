@@ -91,8 +91,8 @@ def learned(c: Composition, state: TrainState, work: Work) -> tuple[TrainState, 
 
 
 def _swapped(state: TrainState, work: Work) -> Work:
-    """The rows of the next step wait, and those that have waited are there."""
-    return {AHEAD: work["rows"], "rows": state.store[AHEAD]}
+    """The rows of the next step wait, and those that have waited are there, which are not of the prompts at hand."""
+    return {AHEAD: work["rows"], "rows": state.store[AHEAD], "prompts": None}
 
 
 @dataclass(frozen=True)
