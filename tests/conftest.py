@@ -204,8 +204,8 @@ def micro_config(data_directory) -> dict:
             "minibatches_per_epoch": 2,
             "sequences_per_microbatch": 4,
             "learning_rate": 0.003,
-            "refresh_reference_every": 3,
         },
+        "networks": {"reference": {"copy_every": 3}},
         # Three batches of 5 problems for 12: the last one is not full.
         "evaluation": {
             "problems": 12,
