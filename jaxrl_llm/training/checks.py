@@ -214,8 +214,8 @@ def _check_capabilities(c: Composition) -> None:
         )
     if isinstance(r.environment, HostEnvironment) and jax.process_count() > 1:
         raise ValueError(
-            f"the environment is in Python in a run of {jax.process_count()} processes, which would all talk to it; run "
-            "the trainer in one process, or write the environment inside the program"
+            f"the environment is in Python in a run of {jax.process_count()} processes, which would all talk to it; "
+            "run the trainer in one process, or write the environment inside the program"
         )
     if r.engine is not None and r.off_policy_steps:
         raise ValueError(
