@@ -16,6 +16,7 @@ from jaxrl_llm.parallel.backend import planned_for
 from jaxrl_llm.parallel.mesh import axis_product_error
 from jaxrl_llm.planning.estimate import Estimate, estimate
 from jaxrl_llm.planning.topologies import Topology
+from jaxrl_llm.run.explain import abstract_inputs
 from jaxrl_llm.run.machine import Target, demand
 from jaxrl_llm.run.setup import Parts, parts
 
@@ -58,7 +59,7 @@ def planned(config: Config, machine: Topology) -> Planned:
         built = parts(plain, Target(jax.local_devices(backend="cpu")[:1], int(machine.chip.bytes)))
         if built.model.specs is None:
             raise ValueError("the model has no specs, so that nothing is known of its parameters; give it some to plan")
-        state = jax.eval_shape(built.step.init, jax.random.key(0))
+        state, _ = abstract_inputs(built)
     return Planned(config, machine, built, state)
 
 

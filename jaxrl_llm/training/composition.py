@@ -311,15 +311,10 @@ class Composition:
         r = self.rollout
         if r is None or r.engine is not None:
             return False
-        exact = "one_temperature" not in self.plan.lacks - self._greedy_lacks
+        exact = "one_temperature" not in self.plan.lacks
         exact &= getattr(self.model.config, "cache_dtype", "compute") == "compute"
         told = any("behaviour_logprobs" in names(t.function) for t in (*self.credit, *self.losses))
         return exact and not (r.off_policy_steps and told)
-
-    @property
-    def _greedy_lacks(self) -> frozenset[str]:
-        # The greedy rows have left when the others are scored.
-        return frozenset({"one_temperature"}) if "extra" not in self.plan.provides else frozenset()
 
     @property
     def equal_groups(self) -> bool:

@@ -26,7 +26,7 @@ from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
 from jaxrl_llm.training.composition import Composition, Fill
-from jaxrl_llm.training.networks import POLICY, Network, current, frozen_part, in_device_memory, whole
+from jaxrl_llm.training.networks import Network, current, frozen_part, in_device_memory, whole
 
 
 @struct.dataclass
