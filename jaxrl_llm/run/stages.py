@@ -94,6 +94,8 @@ class Run:
       console: where people read.
       meta: what a checkpoint records beside the state: stage, counts, the evaluation before training, seconds.
       watch: counts compilations.
+      data: problems by split, which the run is measured on.
+      sets: the data of each stage by split.
       asked: a signal arrived.
       stopping: the run ends at the end of this step; the same on all processes.
       mark, charged_to: since when, and to which part, time is being charged.
@@ -107,6 +109,7 @@ class Run:
     meta: dict[str, Any]
     watch: CompilationWatch
     data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     asked: bool = False
     stopping: bool = False
     mark: float = 0.0
@@ -278,7 +281,7 @@ def stage_data(run: Run, stage: Stage, prompts: Any, stored: Any) -> StageData:
         assert source is not None
         return StageData(prompts, lambda step: stored.batch(key, step, source.rows, answer_width=width))
     assert feed.rows is not None
-    return StageData(prompts if stage.samples else None, feed.rows(stage.parts, run.data))
+    return StageData(prompts if stage.samples else None, feed.rows(stage.parts, run.sets.get(stage.name, {})))
 
 
 def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experience] | None:
