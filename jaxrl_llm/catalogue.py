@@ -266,7 +266,7 @@ def _config_needs(tree: dict[str, Any]) -> set[str]:
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         found |= {need} if value else set()
-    sources = tree.get("source") or ()
+    sources = tree.get("source") or []
     for entry in sources if isinstance(sources, list) else [sources]:
         name = _named(entry)
         found |= {_SOURCE_NEEDS[name]} if name in _SOURCE_NEEDS else {"judged rows"} if name != "sampler" else set()
