@@ -28,6 +28,7 @@ from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.setup import Parts
+from jaxrl_llm.training.reading import item_numbers
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 SELECTION = "selection"
@@ -319,19 +320,20 @@ def _write_samples(run: Run, global_step: int, done: int, rows: Experience, item
     if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
     chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
-    names = ("tokens", "length", "group", "rewards", "reward_components", "truncated")
+    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated")
     held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names}).items()}
     if not due:
         return
     decode = run.parts.tokenizer.decode
+    of = [items[number] for number in item_numbers(held["prompt_id"], held["group"], None, items)]
     rewards = run.parts.step.composition.rewards
     run.directory.write_samples(
         global_step,
         [
             {
-                "prompt": items[held["group"][i] % len(items)]["body"],
+                "prompt": of[i]["body"],
                 "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
-                "answer": items[held["group"][i] % len(items)]["answer"],
+                "answer": of[i]["answer"],
                 "reward": held["rewards"][i],
                 "truncated": bool(held["truncated"][i]),
             }

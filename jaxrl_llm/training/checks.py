@@ -32,6 +32,7 @@ CAPABILITIES = {
     "router_record": "a record of the experts that served each token",
     "slots": "decoding in slots",
     "truncation": "truncated sampling",
+    "ahead": "sampling of the next batch before this one is learned from",
 }
 _SHAPES = frozenset(
     {"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy", "whole_vocabulary"}
@@ -40,10 +41,10 @@ _SHAPES = frozenset(
 _SAMPLERS = {
     "the sampler": frozenset(CAPABILITIES) - _SHAPES,
     "the environment inside the program": frozenset(
-        {"active_prompts", "numbered_samples", "temperatures", "demonstrations"}
+        {"active_prompts", "numbered_samples", "temperatures", "demonstrations", "ahead"}
     ),
     "the environment in Python": frozenset({"numbered_samples", "demonstrations"}),
-    "rollout.engine": frozenset({"numbered_samples", "demonstrations", "truncation"}),
+    "rollout.engine": frozenset({"numbered_samples", "demonstrations", "truncation", "ahead"}),
 }
 
 
@@ -177,9 +178,12 @@ def _check_capabilities(c: Composition) -> None:
         ("rollout.replay_router", r.replay_router, "router_record"),
         ("rollout.slots", r.slots is not None, "slots"),
         ("rollout.truncation", r.truncation is not None, "truncation"),
+        ("rollout.off_policy_steps", bool(r.off_policy_steps), "ahead"),
     ):
         if wanted:
             require(name, frozenset({capability}), sampler, offers)
+    if r.selection is not None and r.off_policy_steps:
+        require("rollout.off_policy_steps", frozenset({"ahead"}), "data.selection", frozenset())
     joined = [name for name, source in (("written rows", c.written), ("replay", c.replay)) if source is not None]
     if r.replay_router:
         require("rollout.replay_router", frozenset({"drawn_by_policy"}), "rollout.plan", rows)
@@ -207,6 +211,11 @@ def _check_capabilities(c: Composition) -> None:
         raise ValueError(
             f"rollout.engine is set in a run of {jax.process_count()} processes, which would all ask for the same "
             "completions; run the trainer in one process, or leave rollout.engine out"
+        )
+    if isinstance(r.environment, HostEnvironment) and jax.process_count() > 1:
+        raise ValueError(
+            f"the environment is in Python in a run of {jax.process_count()} processes, which would all talk to it; run "
+            "the trainer in one process, or write the environment inside the program"
         )
     if r.engine is not None and r.off_policy_steps:
         raise ValueError(

@@ -222,9 +222,9 @@ def _scores(
 
 
 def owner(c: Composition, name: str) -> Network:
-    """The network whose head another name stands for."""
+    """The network that a name is made from: it says what the head of a copy is."""
     network = c.networks[name]
-    return owner(c, network.origin) if network.always_origin and network.origin != POLICY else network
+    return owner(c, network.origin) if network.head is None and network.origin in c.networks else network
 
 
 def of_head(

@@ -13,8 +13,7 @@ from jaxrl_llm.losses import clipped_surrogate, divergence
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.parallel import make_mesh
-from jaxrl_llm.training import Rollout, make_train_step
-from jaxrl_llm.training.learn import Update
+from jaxrl_llm.training import Placement, Resources, Rollout, Update, make_train_step
 
 PROMPTS, SAMPLES, WIDTH, STEPS = 8, 4, 8, 10
 DENSE = dict(vocabulary_size=16, width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, layer_loop="scanned")
@@ -46,19 +45,17 @@ def prompts_of(step: int) -> Prompts:
     )
 
 
-def composed(mesh, *, described=DENSE, **options):
+def composed(mesh, *, described=DENSE):
     model = transformer(TransformerConfig(**described))
     return make_train_step(
         model,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
-        rollout=Rollout(samples_per_prompt=SAMPLES, max_completion_tokens=WIDTH, eos_ids=(1,), pad_id=1),
+        source=Rollout(SAMPLES, max_completion_tokens=WIDTH, eos_ids=(1,), pad_id=1, prompts_per_step=PROMPTS),
         rewards=[even_share],
         credit=[("advantages", group_normalized)],
         losses=[clipped_surrogate, (divergence(samples="vocabulary", generator="reverse_kl"), 0.05)],
         update=Update(minibatches_per_epoch=2, sequences_per_microbatch=8),
-        prompts_per_step=PROMPTS,
-        mesh=mesh,
-        **options,
+        resources=Resources(placement=Placement(mesh)),
     )
 
 
@@ -69,16 +66,16 @@ def facts(mesh, steps: int = STEPS, **options) -> dict[str, np.ndarray]:
     found |= {f"before{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
     found = {name: np.asarray(value) for name, value in found.items()}
     for number in range(steps):
-        state, metrics, experience = step.run(state, prompts_of(number), None)
+        state, metrics, experience = step.run(state, prompts_of(number))
         for name in ("tokens", "length", "rewards"):
-            found[f"{name} {number}"] = np.asarray(getattr(experience, name))
+            found[f"{name} {number}"] = np.asarray(experience[name])
         found[f"gap {number}"] = np.asarray(metrics["sampler_gap_max"])
-    held = [x for x in jax.tree.leaves((state.params, state.optimizer_state, state.reference_params)) if x.ndim]
+    held = [x for x in jax.tree.leaves(state.networks) if x.ndim]
     share = sum(x.addressable_shards[0].data.nbytes for x in held) / sum(x.nbytes for x in held)
     found["share"] = np.asarray(share)
     state = jax.device_get(state)
     found |= {f"params{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
-    moments = jax.tree_util.tree_leaves_with_path(state.optimizer_state)
+    moments = jax.tree_util.tree_leaves_with_path(state.networks["policy"].optimizer_state)
     return found | {f"moments{jax.tree_util.keystr(p)}": np.asarray(x) for p, x in moments}
 
 

@@ -23,6 +23,14 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimised():
+    """The compiler as users have it: what a program takes depends on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def compiled_plan():
     """Plans by config and machine, each made once."""
