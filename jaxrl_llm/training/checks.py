@@ -32,6 +32,7 @@ CAPABILITIES = {
     "router_record": "a record of the experts that served each token",
     "slots": "decoding in slots",
     "truncation": "truncated sampling",
+    "conversations": "completions that are answered turn by turn",
     "ahead": "sampling of the next batch before this one is learned from",
 }
 _SHAPES = frozenset(
@@ -41,9 +42,9 @@ _SHAPES = frozenset(
 _SAMPLERS = {
     "the sampler": frozenset(CAPABILITIES) - _SHAPES,
     "the environment inside the program": frozenset(
-        {"active_prompts", "numbered_samples", "temperatures", "demonstrations", "ahead"}
+        {"active_prompts", "numbered_samples", "temperatures", "demonstrations", "conversations", "ahead"}
     ),
-    "the environment in Python": frozenset({"numbered_samples", "demonstrations"}),
+    "the environment in Python": frozenset({"numbered_samples", "demonstrations", "conversations"}),
     "rollout.engine": frozenset({"numbered_samples", "demonstrations", "truncation", "ahead"}),
 }
 
@@ -178,6 +179,7 @@ def _check_capabilities(c: Composition) -> None:
         ("rollout.replay_router", r.replay_router, "router_record"),
         ("rollout.slots", r.slots is not None, "slots"),
         ("rollout.truncation", r.truncation is not None, "truncation"),
+        ("the environment", r.environment is not None, "conversations"),
         ("rollout.off_policy_steps", bool(r.off_policy_steps), "ahead"),
     ):
         if wanted:
