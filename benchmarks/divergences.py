@@ -5,7 +5,7 @@
 Countdown problems have many right answers. For each seed one policy is warm-started until it is partly competent; from
 it start GRPO without penalty, with the reverse KL of its own samples, and with the forward KL and Jensen-Shannon
 divergence of stored answers to prompts that it already solved (DPH-RL, arXiv 2509.07430). In the last two the solved
-prompts are rehearsed and not explored, so a control explores the same prompts and has no penalty: what differs from it
+prompts are not explored, so a control explores the same prompts and has no penalty: what differs from it
 is owed to the divergence. All variants have the same model, data, seeds, step count and optimiser.
 """
 
@@ -30,15 +30,15 @@ from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.evaluation import make_evaluate
 from jaxrl_llm.run.checkpoints import latest_checkpoint, restore_params
-from jaxrl_llm.run.rehearsal import Rehearsal, make_rehearsal
 from jaxrl_llm.run.setup import Parts, data_sets, grader, parts, prompt_batches
 from jaxrl_llm.run.stages import spread
+from jaxrl_llm.run.stored_answers import StoredAnswers, stored_answers
 from jaxrl_llm.run.train import train
 
 COUNTDOWN = Path(__file__).parents[1] / "configs" / "countdown.yaml"
 POLICY_LOSS = {"clipped_surrogate": {"clip_low": 0.2, "clip_high": 0.28}}
-# Recipes rehearse what was solved 4 times of 4. A policy that is right a quarter of the time has too few of those.
-REHEARSAL = {"attempts": 4, "min_correct": 2}
+# Recipes store what was solved 4 times of 4. A policy that is right a quarter of the time has too few of those.
+STORED = {"attempts": 4, "min_correct": 2}
 # The coefficients are those of configs/methods: grpo, dph_f, dph_js.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "no penalty": None,
@@ -57,7 +57,7 @@ TINY = {
     "model": {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1},
     "warm_start": {"steps": 45, "sequences_per_step": 32, "learning_rate": 1e-2, "stop_at_accuracy": None},
     "training": {"prompts_per_step": 6, "warmup_steps": 0},
-    "rehearsal": {"min_correct": 4},  # so simple a task is soon solved
+    "stored": {"min_correct": 4},  # so simple a task is soon solved
 }
 
 
@@ -78,9 +78,8 @@ def config_of(options: argparse.Namespace, penalty: dict[str, Any] | None = None
         tree["losses"].append({name: hyper | {"coefficient": options.scale * hyper["coefficient"]}})
         if name == "rehearsal_divergence":  # one stored answer to six samples, as in the recipes
             rows = tree["training"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"]
-            tree["rehearsal"] = (
-                REHEARSAL | (TINY["rehearsal"] if options.quick else {}) | {"sequences_per_step": rows // 6}
-            )
+            kept = STORED | (TINY["stored"] if options.quick else {}) | {"sequences_per_step": rows // 6}
+            tree["source"] = ["sampler", {"solved_answers": kept}]
     return parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size)
 
 
@@ -93,21 +92,26 @@ def warm_started(built: Parts, seed: int, directory: Path) -> PyTree:
     return restore_params(folder, step, built.model.init(jax.random.key(0)))
 
 
-def reinforced(built: Parts, params: PyTree, rehearsal: Rehearsal | None) -> PyTree:
+def wanted_answers(built: Parts) -> dict[str, int] | None:
+    """How the answers are chosen that are stored for a variant; None where none are."""
+    return next((feed.stored for feed in built.feeds if feed.stored), None)
+
+
+def reinforced(built: Parts, params: PyTree, stored: StoredAnswers | None) -> PyTree:
     """The policy after the steps of the config."""
     config = built.config
     key, source = jax.random.key(config.seed), data_sets(config, ["train"])["train"]
-    if config.rehearsal is None:
-        rehearsal = None
-    explored = source if rehearsal is None else [source[int(number)] for number in rehearsal.explored]
+    asked, width = built.step.composition.written, config.rollout.max_completion_tokens
+    if asked is None:
+        stored = None
+    explored = source if stored is None else [source[int(number)] for number in stored.explored]
     prompts = prompt_batches(built, explored)
     state = built.step.init(key, params)
     for index in range(config.training.steps):
-        stored = None
-        if rehearsal is not None and config.rehearsal is not None:
-            width = config.rollout.max_completion_tokens
-            stored = rehearsal.batch(key, index, config.rehearsal.sequences_per_step, answer_width=width)
-        state, _ = built.step(state, prompts[index].prompts, prompts[index].items, stored)
+        rows = None
+        if stored is not None and asked is not None:
+            rows = stored.batch(key, index, asked.rows, answer_width=width)
+        state, _ = built.step(state, prompts[index].prompts, prompts[index].items, rows)
     return state.params
 
 
@@ -154,15 +158,15 @@ def benchmark(
             for name, built in variants.items()
             if name in lacking
         }
-        rehearsing = next((built for built in seeded.values() if built.config.rehearsal is not None), None)
-        rehearsal = None
-        if rehearsing is not None:
+        storing = next((built for built in seeded.values() if wanted_answers(built)), None)
+        stored = None
+        if storing is not None and (wanted := wanted_answers(storing)) is not None:
             train_items = data_sets(plain.config, ["train"])["train"]
-            rehearsal = make_rehearsal(rehearsing, params, train_items, jax.random.key(seed))
-            console.print(f"seed {seed}: {len(rehearsal.explored)} of {len(train_items)} prompts are left to explore")
+            stored = stored_answers(storing, params, train_items, jax.random.key(seed), **wanted)
+            console.print(f"seed {seed}: {len(stored.explored)} of {len(train_items)} prompts are left to explore")
         for name, built in seeded.items():
             started = time.monotonic()
-            yield measured(name, reinforced(built, params, rehearsal), started)
+            yield measured(name, reinforced(built, params, stored), started)
 
 
 def variants_of(rows: list[dict[str, Any]]) -> list[str]:

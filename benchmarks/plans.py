@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.planning.plan import plan
+from jaxrl_llm.planning.run_plan import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GIB = 2**30

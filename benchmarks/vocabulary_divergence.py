@@ -26,13 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_llm.experience import Experience, Source, TrainState
+from jaxrl_llm.experience import Experience, NetworkState, Source, TrainState
 from jaxrl_llm.losses import clipped_surrogate, divergence
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
-from jaxrl_llm.training.learn import LossTerm, Update, make_learn
+from jaxrl_llm.training import LossTerm, Rollout, Update
+from jaxrl_llm.training.composition import composition_of
+from jaxrl_llm.training.learn import make_learn
 
 BASELINE, REFERENCE = "without", "reference forward alone"
 SAMPLES_PER_PROMPT = 2
@@ -61,25 +63,31 @@ def random_experience(rows: int, prompt_tokens: int, completion_tokens: int, voc
         behaviour_logprobs=logprobs,
         behaviour_entropy=-logprobs,
         truncated=jnp.zeros(rows, bool),
-        advantages=jnp.asarray(rng.normal(size=shape), jnp.float32),
-        old_logprobs=logprobs,
-        reference_logprobs=logprobs,
+        fields={
+            "advantages": jnp.asarray(rng.normal(size=shape), jnp.float32),
+            "old_logprobs": logprobs,
+            "reference_logprobs": logprobs,
+        },
     )
 
 
-def update_of(model: Model, options: dict[str, Any] | None, microbatch: int | None) -> Callable:
+def update_of(model: Model, options: dict[str, Any] | None, microbatch: int | None, tokens: int) -> Callable:
     """One update of the policy, with a divergence or without."""
     terms = [LossTerm(clipped_surrogate, name="policy")]
     if options is not None:
         terms.append(LossTerm(divergence(**options), coefficient=0.1, name="divergence"))
     update = Update(sequences_per_microbatch=microbatch)
     optimizer = optax.adamw(1e-4)
-    learn = make_learn(model, optimizer, terms, update, temperature=1.0, samples_per_prompt=SAMPLES_PER_PROMPT)
+    source = Rollout(SAMPLES_PER_PROMPT, tokens, eos_ids=(), pad_id=0)
+    learn = make_learn(composition_of(model, optimizer, source, [], [], terms, update, None))
     coefficients = [jnp.float32(term.coefficient) for term in terms]
 
     def run(params, reference_params, experience):
-        state = TrainState(params, optimizer.init(params), reference_params, {}, jax.random.key(0), jnp.int32(0))
-        return learn(state, experience, coefficients)
+        networks = {
+            "policy": NetworkState(params, optimizer.init(params)),
+            "reference": NetworkState(reference_params),
+        }
+        return learn(TrainState(networks, {}, jax.random.key(0), jnp.int32(0)), experience, coefficients)
 
     return run
 
@@ -131,7 +139,9 @@ def benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
         **{f"exact, {name}": exact | {"generator": name} for name in options.generators},
         f"top {options.top_k}": {"generator": options.generators[0], "samples": "top_k", "k": options.top_k},
     }
-    functions = {name: update_of(model, case, options.microbatch) for name, case in cases.items()}
+    functions = {
+        name: update_of(model, case, options.microbatch, options.completion_tokens) for name, case in cases.items()
+    }
     functions[REFERENCE] = reference_pass(model)
     arguments = (params, reference, experience)
     programs = {name: jax.jit(function).lower(*arguments).compile() for name, function in functions.items()}

@@ -536,7 +536,7 @@ class Config:
 
     name: str = field(metadata=FREE)
     model: ModelConfig
-    losses: tuple[Any, ...]
+    losses: tuple[Any, ...] = ()
     rewards: tuple[Any, ...] = ()
     credit: tuple[dict[str, Any], ...] = ()
     task: TaskConfig | None = None

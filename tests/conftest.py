@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import inspect
 import io
 import json
 import os
@@ -19,14 +21,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Processes that tests start inherit it. JAXRL_TESTS_OPTIMISED=1 leaves the compiler as users have it.
 if os.environ["JAX_PLATFORMS"] == "cpu" and os.environ.get("JAXRL_TESTS_OPTIMISED", "0") in ("", "0"):
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    # A flag of XLA: one that a later jaxlib does not know ends the process ("Unknown flags in XLA_FLAGS").
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
+    # A flag that a later jaxlib does not know ends the process with "Unknown flags in XLA_FLAGS".
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
+import numpy as np
 import pytest
 import yaml
 
 from jaxrl_llm.compilation_cache import compilation_cache_directory
+from jaxrl_llm.experience import Method
 from jaxrl_llm.models.model import Model
 
 # The kernel gives a process 65,530 maps, and each program takes several.
@@ -59,6 +64,13 @@ def pytest_collection_finish():
     """What was imported lives until the end: searching it for garbage again and again takes seconds."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """A worker that dies ends the run: the others are not waited for, who may have long to go, or hang as well."""
+    if report.when == "???" and report.failed:
+        pytest.exit(report.longrepr, returncode=1)
 
 
 def pytest_sessionfinish(session):
@@ -192,8 +204,8 @@ def micro_config(data_directory) -> dict:
             "minibatches_per_epoch": 2,
             "sequences_per_microbatch": 4,
             "learning_rate": 0.003,
-            "refresh_reference_every": 3,
         },
+        "networks": {"reference": {"copy_every": 3}},
         # Three batches of 5 problems for 12: the last one is not full.
         "evaluation": {
             "problems": 12,
@@ -325,3 +337,54 @@ def serve():
     yield start
     for server in running:
         server.close()
+
+
+def one_program(function):
+    """The function, compiled as a whole for what it is called with: one program instead of one for each operation.
+
+    Arrays are traced and the rest is fixed. What a function makes of no array at all (a configured loss, a method with
+    memory) is compiled in the same way; a function that reads the values of its arrays runs as it is.
+    """
+
+    @functools.cache
+    def compiled(structure, fixed):
+        def call(arrays):
+            given = iter(arrays)
+            leaves = [next(given) if value is TRACED else value for _, value in fixed]
+            args, kwargs = jax.tree.unflatten(structure, leaves)
+            return function(*args, **kwargs)
+
+        return jax.jit(call)
+
+    @functools.wraps(function)
+    def whole(*args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        arrays = [leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray))]
+        if not arrays:
+            return as_one_program(function(*args, **kwargs))
+        # The type, too: 1, 1.0 and True are equal.
+        fixed = [(None, TRACED) if isinstance(leaf, (jax.Array, np.ndarray)) else (type(leaf), leaf) for leaf in leaves]
+        try:
+            program = compiled(structure, tuple(fixed))
+            return program(arrays)
+        except TypeError:  # of unhashable arguments, and of whatever needs to know the numbers
+            return function(*args, **kwargs)
+
+    return whole
+
+
+TRACED = object()
+
+
+def as_one_program(value):
+    if isinstance(value, Method):
+        return value._replace(update=one_program(value.update))
+    return one_program(value) if inspect.isfunction(value) else value
+
+
+@pytest.fixture(scope="module")
+def whole_functions(request):
+    """Compile the pure functions of the package that the test module calls as a whole, as users do."""
+    for name, value in list(vars(request.module).items()):
+        if inspect.isfunction(value) and value.__module__.startswith(("jaxrl_llm.advantages", "jaxrl_llm.losses")):
+            setattr(request.module, name, one_program(value))

@@ -67,9 +67,6 @@ HIDING = {
 # What is longer, and how long it may be.
 LONG_MODULES = {
     "config": 818,
-    "planning.hlo": 535,
-    "planning.plan": 454,
-    "rollout.decoding": 446,
     "run.setup": 412,
     "training.learn": 477,
     "training.phases": 453,

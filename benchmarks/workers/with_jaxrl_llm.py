@@ -69,8 +69,7 @@ def step() -> None:
 
     from jaxrl_llm.advantages import group_normalized
     from jaxrl_llm.losses import clipped_surrogate, kl_estimate
-    from jaxrl_llm.training import Rollout, make_train_step
-    from jaxrl_llm.training.learn import Update
+    from jaxrl_llm.training import Rollout, Update, make_train_step
 
     def reward(tokens: Array, length: Array) -> Array:
         inside = jnp.arange(tokens.shape[1]) < length[:, None]
@@ -81,7 +80,7 @@ def step() -> None:
     taken = make_train_step(
         model,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(workload["learning_rate"], weight_decay=0.0)),
-        rollout=Rollout(samples, completion_tokens, eos_ids=(), pad_id=0),
+        source=Rollout(samples, completion_tokens, eos_ids=(), pad_id=0),
         rewards=[reward],
         credit=[("advantages", group_normalized)],
         losses=[

@@ -11,15 +11,16 @@ from rich.console import Console
 from jaxrl_llm.commands.arguments import loaded_config
 from jaxrl_llm.commands.tables import show
 from jaxrl_llm.compilation_cache import enable_compilation_cache
-from jaxrl_llm.planning.plan import plan, refusal, tables
+from jaxrl_llm.planning.plan_tables import tables
+from jaxrl_llm.planning.run_plan import plan, refusal
 from jaxrl_llm.run.explain import explanation
-from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.setup import last_stage, parts
 
 
 def show_step(options: argparse.Namespace) -> None:
-    """The composed step of a config."""
+    """The composed step of a config; of several stages, that of the last one."""
     enable_compilation_cache()
-    result = explanation(parts(loaded_config(options.config)))
+    result = explanation(parts(last_stage(loaded_config(options.config))))
     if options.json:
         print(json.dumps(result, indent=2))
         return

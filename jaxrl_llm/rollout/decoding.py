@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,10 @@ from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.models.logprobs import entropy_of, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.controls import Controls, Watch, adjusted_scores, kept_tokens, truncated
+from jaxrl_llm.rollout.partial_completions import Written
 from jaxrl_llm.rollout.positions import prompt_positions
 from jaxrl_llm.rollout.sampling import sampled_tokens
+from jaxrl_llm.rollout.slots import DecodingLoop, in_slots, where_rows
 
 # The first stage of a cache (see `decode`) is halved for completions of so many tokens, and halved again.
 HALVED_FROM = (96, 1024, 2048)
@@ -80,51 +81,6 @@ class Drawing:
         token = sampled_tokens(log_p, self.keys[row], position, greedy)
         known = token, jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0], entropy_of(log_p)
         return (*known, kept_tokens(log_p, self.support)) if self.support else known
-
-
-@struct.dataclass
-class Written:
-    """R completions so far, each array as in `Experience`.
-
-    Attributes:
-      tokens, logprobs, entropy: one column a token; what is not written yet is fill.
-      source: a `Source` for each token.
-      length: tokens so far.
-      routes: experts of prompt and completion tokens; None where they are not recorded.
-      support: tokens that each one was drawn from; None where that is not kept.
-    """
-
-    tokens: Int[Array, "R T"]
-    logprobs: Float[Array, "R T"]
-    entropy: Float[Array, "R T"]
-    source: Int[Array, "R T"]
-    length: Int[Array, "R"]
-    routes: Int[Array, "R P+T L k"] | None
-    support: Int[Array, "R T S"] | None = None
-
-    def appended(self, row: Int[Array, "D"], counts: Bool[Array, "D"], values: Sequence[Array]) -> Written:
-        """One sampled token more on those of `row` that count; `values` are the token and what is known of it."""
-        to = jnp.where(counts, row, self.length.shape[0])
-        at = self.length[row]
-        token, logprob, entropy, *support = values
-        put = lambda into, value: into.at[to, at].set(value, mode="drop")  # noqa: E731
-        return replace(
-            self,
-            tokens=put(self.tokens, token),
-            logprobs=put(self.logprobs, logprob),
-            entropy=put(self.entropy, entropy),
-            source=put(self.source, jnp.full(row.shape, Source.SAMPLED, self.source.dtype)),
-            length=self.length.at[to].add(1, mode="drop"),
-            support=None if self.support is None else put(self.support, support[0]),
-        )
-
-    def routed(self, row: Int[Array, "D"], at: Int[Array, "D F"], routes: Array | None) -> Written:
-        """With the experts of tokens at places `at` of the completions, those below -P left out."""
-        if self.routes is None or routes is None:
-            return self
-        prompt_width = self.routes.shape[1] - self.tokens.shape[1]
-        column = jnp.where(at < -prompt_width, self.routes.shape[1], at + prompt_width)
-        return replace(self, routes=self.routes.at[row[:, None], column].set(routes, mode="drop"))
 
 
 @struct.dataclass
@@ -256,7 +212,7 @@ def feed(
     if drawing.controls is not None:
         for i in range(width):
             after, _ = watch.after(tokens[:, i], written.length - length + i, drawing.controls)
-            watch = _where(given[:, i], after, watch)
+            watch = where_rows(given[:, i], after, watch)
     return replace(
         state,
         written=written,
@@ -324,7 +280,7 @@ def decode(
     stopped = active & over
     running = active & ~over & (written.length < limit)
 
-    def advanced(loop: _Loop) -> _Loop:
+    def advanced(loop: DecodingLoop) -> DecodingLoop:
         position = loop.written.length[loop.row]
         at = jnp.where(loop.running, drawing.prompt_length[loop.row] + position - 1, -1)
         hidden, cache, route = drawing.run(loop.token[:, None], at[:, None], loop.cache)
@@ -340,13 +296,13 @@ def decode(
             stopped=loop.stopped.at[loop.row].max(over),
             written=written.appended(loop.row, loop.running, drawn),
             cache=cache,
-            watch=_where(loop.running, watch, loop.watch),
+            watch=where_rows(loop.running, watch, loop.watch),
             calls=loop.calls + 1,
         )
 
     token = jnp.where(active, drawn[0], jnp.maximum(state.pending, 0))
-    watch = _where(active, watch, state.watch)
-    loop = _Loop(rows, token, running, stopped, written, state.cache, watch, state.calls)
+    watch = where_rows(active, watch, state.watch)
+    loop = DecodingLoop(rows, token, running, stopped, written, state.cache, watch, state.calls)
     if slots is None:
         full = loop.calls
         for room, following in itertools.pairwise(stages):
@@ -360,7 +316,7 @@ def decode(
         return replace(
             state, written=loop.written, pending=pending, cache=loop.cache, watch=loop.watch, calls=loop.calls
         ), loop.stopped
-    loop = _in_slots(drawing.model, loop, advanced, slots)
+    loop = in_slots(drawing.model, loop, advanced, slots)
     return replace(state, written=loop.written, cache=None, calls=loop.calls), loop.stopped
 
 
@@ -371,76 +327,3 @@ def cache_stages(tokens: int) -> tuple[int, ...]:
     for _ in range(halvings):
         sizes[:1] = [sizes[0] - sizes[0] // 2, sizes[0] // 2]
     return tuple(sizes)
-
-
-@struct.dataclass
-class _Loop:
-    """The state of a decoding loop: first what belongs to its slots, then what belongs to all R rows.
-
-    Attributes:
-      row: which row each slot writes.
-      token: the last of that row.
-      running: whether the slot has something to do.
-      stopped: rows that ended by themselves.
-      written, cache, watch, calls: as in `Decoding`; cache and watch with one row a slot.
-    """
-
-    row: Int[Array, "D"]
-    token: Int[Array, "D"]
-    running: Bool[Array, "D"]
-    stopped: Bool[Array, "R"]
-    written: Written
-    cache: PyTree
-    watch: Watch
-    calls: Int[Array, ""]
-
-
-def _in_slots(model: Model, whole: _Loop, advanced: Callable[[_Loop], _Loop], slots: int) -> _Loop:
-    """Run all rows through a few slots, in order; a slot that becomes free takes the next row at once."""
-    take_rows, replace_row = model.take_rows, model.replace_row
-    if take_rows is None or replace_row is None:
-        raise ValueError(f"slots is {slots}, but the model offers no `take_rows` and `replace_row`; leave slots out")
-    rows = whole.row.shape[0]
-    # Rows that their first token ended wait for nothing.
-    queue = jnp.argsort(~whole.running, stable=True).astype(jnp.int32)
-    waiting = jnp.sum(whole.running)
-    own = lambda row, tree: jax.tree.map(lambda x: x[row], tree)  # noqa: E731
-    row = queue[jnp.minimum(jnp.arange(slots), rows - 1)]
-    steps = whole.written.tokens.shape[1]
-    loop = replace(
-        whole,
-        row=row,
-        token=whole.token[row],
-        running=jnp.arange(slots) < waiting,
-        cache=take_rows(whole.cache, row, steps),
-        watch=own(row, whole.watch),
-    )
-
-    def refilled(loop: _Loop, taken: Array) -> tuple[_Loop, Array]:
-        free = jnp.argsort(loop.running, stable=True)
-        count = jnp.minimum(jnp.sum(~loop.running), waiting - taken)
-
-        def one(index, loop):
-            slot, row = free[index], queue[taken + index]
-            put = lambda into, value: into.at[slot].set(value)  # noqa: E731
-            return replace(
-                loop,
-                row=put(loop.row, row),
-                token=put(loop.token, whole.token[row]),
-                running=put(loop.running, True),
-                cache=replace_row(loop.cache, slot, whole.cache, row),
-                watch=jax.tree.map(put, loop.watch, own(row, whole.watch)),
-            )
-
-        return jax.lax.fori_loop(0, count, one, loop), taken + count
-
-    return jax.lax.while_loop(
-        lambda carry: jnp.any(carry[0].running),
-        lambda carry: refilled(advanced(carry[0]), carry[1]),
-        (loop, jnp.minimum(waiting, slots)),
-    )[0]
-
-
-def _where(rows: Bool[Array, "D"], chosen: Any, other: Any) -> Any:
-    """Rows of one tree where the condition holds, of another elsewhere."""
-    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), chosen, other)

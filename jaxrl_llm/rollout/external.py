@@ -45,7 +45,7 @@ def engine_generate(
     pad_id: int,
     vocabulary_size: int,
     temperature: float = 1.0,
-    first_sample: int = 0,
+    first_sample: int | Int[Array, "..."] = 0,
 ) -> Experience:
     """What `generate` returns, sampled by an engine: arrays on the host, rows prompt-major.
 
@@ -64,7 +64,7 @@ def engine_generate(
       pad_id: fills the rest.
       vocabulary_size: of the policy; another id is refused.
       temperature: of the softmax, above 0.
-      first_sample: number of the first sample of a prompt.
+      first_sample: number of the first sample of a prompt. One number, or one a prompt.
 
     Returns:
       `Experience` as a rollout fills it, but `behaviour_entropy` is 0: an engine does not say it. The training step
@@ -83,7 +83,8 @@ def engine_generate(
         raise ValueError(f"rollout.temperature is {temperature}; an engine is sampled from at a temperature above 0")
     count = prompts.tokens.shape[0]
     per_row = jax.tree.map(lambda x: np.repeat(np.asarray(x), samples_per_prompt, axis=0), jax.device_get(prompts))
-    sample = first_sample + np.tile(np.arange(samples_per_prompt, dtype=np.int32), count)
+    first = np.broadcast_to(np.asarray(jax.device_get(first_sample), np.int32), (count,))
+    sample = np.repeat(first, samples_per_prompt) + np.tile(np.arange(samples_per_prompt, dtype=np.int32), count)
     seeds = np.asarray(request_seeds(key, np.int32(step), per_row.prompt_id, sample))
     width = per_row.tokens.shape[1]
 

@@ -220,8 +220,8 @@ def _support(model: Model, controls: Controls | None) -> int:
 def _check_prefixes(prefixes: Prefixes, rows: int, max_completion_tokens: int) -> None:
     if prefixes.tokens.shape[0] != rows:
         raise ValueError(f"prefixes.tokens has {prefixes.tokens.shape[0]} rows, but there are {rows} completions")
-    if prefixes.tokens.shape[1] >= max_completion_tokens:
+    if prefixes.tokens.shape[1] > max_completion_tokens:
         raise ValueError(
-            f"prefixes.tokens is {prefixes.tokens.shape[1]} tokens wide, which leaves nothing of "
-            f"rollout.max_completion_tokens {max_completion_tokens}; shorten them or raise the limit"
+            f"prefixes.tokens is {prefixes.tokens.shape[1]} tokens wide, more than rollout.max_completion_tokens "
+            f"{max_completion_tokens}; shorten them or raise the limit"
         )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.models.model import Model
@@ -25,7 +25,7 @@ class HostTurns(NamedTuple):
     Attributes:
       environment: what answers.
       speech: how the policy's part is written.
-      start: (params, prompts, key, step) -> talk.
+      start: (params, prompts, key, step, number of the first sample) -> talk.
       say: (params, talk, turns taken, running rows) -> (talk, tokens of the turn, how many, room behind it).
       hear: (params, talk, observation, its length) -> talk.
       finish: (talk, facts of the episodes) -> experience.
@@ -84,7 +84,9 @@ def host_turns(
     return HostTurns(
         environment,
         speech,
-        jax.jit(lambda params, prompts, key, step: begun(speech, params, prompts, key, step, temperature)),
+        jax.jit(
+            lambda params, prompts, key, step, first: begun(speech, params, prompts, key, step, temperature, first)
+        ),
         jax.jit(say, donate_argnums=1),
         jax.jit(partial(heard, speech), donate_argnums=1),
         jax.jit(finish),
@@ -101,6 +103,8 @@ def host_generate_turns(
     key: Array,
     step: Array | int,
     call: Caller,
+    *,
+    first_sample: int | Int[Array, "..."] = 0,
 ) -> Experience:
     """As `generate_turns`, with an environment on the host.
 
@@ -112,6 +116,7 @@ def host_generate_turns(
       key: the run's key.
       step: training step.
       call: from `opened(turns.environment)`.
+      first_sample: number of the first sample of a prompt; it addresses the random keys. One number, or one a prompt.
 
     Returns:
       `Experience` as from `generate_turns`. An episode whose rewards add up to at least 1 is solved.
@@ -119,7 +124,7 @@ def host_generate_turns(
     Raises:
       EnvironmentFailure: for what the environment does wrong, unless it is answered.
     """
-    talk = turns.start(params, prompts, key, jnp.asarray(step, jnp.int32))
+    talk = turns.start(params, prompts, key, jnp.asarray(step, jnp.int32), jnp.asarray(first_sample, jnp.int32))
     per_row = [item for item in items for _ in range(turns.speech.samples_per_prompt)]
     episodes = host_started(turns.environment, per_row, call)
     while np.any(running := episodes.stop == StopReason.RUNNING):
@@ -143,7 +148,7 @@ def host_generate_turns(
 
 def host_turns_shapes(turns: HostTurns, params: PyTree, prompts: Prompts, key: Array, step: Array) -> Experience:
     """What `host_generate_turns` returns, as shapes; nothing is called."""
-    talk = jax.eval_shape(turns.start, params, prompts, key, step)
+    talk = jax.eval_shape(turns.start, params, prompts, key, step, jnp.int32(0))
     rows = talk.group.shape[0]
     number = np.zeros(rows, np.int32)
     rewards = np.zeros((rows, turns.environment.max_turns), np.float32)

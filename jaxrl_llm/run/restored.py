@@ -16,7 +16,7 @@ from jaxrl_llm.models import weights
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.run import checkpoints
-from jaxrl_llm.run.setup import Parts, parts
+from jaxrl_llm.run.setup import Parts, last_stage, parts
 from jaxrl_llm.training.networks import abstract_like, parameter_shardings
 
 
@@ -56,7 +56,8 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
         raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
     # The machine that reads a checkpoint need not be the one that it was written on.
     here = ["mesh=auto", "training.offload=[]"]
-    built = parts(load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size))
+    config = load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
+    built = parts(last_stage(config))
     place = built.step.composition.resources.placement
     mesh, rules = place.mesh, place.rules
     if built.model.trained is None:

@@ -117,6 +117,17 @@ class Parts:
         return {"tokenizer": self.tokenizer.fingerprint, "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
+def last_stage(config: Config) -> Config:
+    """The config of the stage that a run ends with: the config itself where it has one stage."""
+    return _stage_configs(config)[-1]
+
+
+def _stage_configs(config: Config) -> list[Config]:
+    vocabulary = getattr(config.model, "vocabulary_size", None)
+    known = {} if vocabulary is None else {"vocabulary_size": vocabulary}
+    return [parse_config(tree, **known) for tree in stage_trees(config)] or [config]
+
+
 def staged(config: Config) -> list[dict[str, Any]]:
     """The stages of a run, as what `stages.Stage` is made of, every one checked: the warm start, then section `stages`,
     or the one stage that the config itself is.
@@ -127,15 +138,12 @@ def staged(config: Config) -> list[dict[str, Any]]:
     named = [(stage.get("name") or f"stage {n}") for n, stage in enumerate(config.stages, 1)] or ["reinforcement"]
     if len(set(named)) < len(named):
         raise ValueError(f"stages are named {', '.join(named)}; give each a name of its own")
-    trees = stage_trees(config)
-    vocabulary = getattr(config.model, "vocabulary_size", None)
-    known = {} if vocabulary is None else {"vocabulary_size": vocabulary}
-    configs = [parse_config(tree, **known) for tree in trees] or [config]
+    configs = _stage_configs(config)
     main = parts(configs[0])
     warm, found = config.warm_start, []
     if warm.steps:
         probe = {"probes": ("pass@1",), "stop_at_accuracy": warm.stop_at_accuracy, "first_saved": False}
-        built = parts(_warm_start(config), like=main)
+        built = parts(_warm_start(configs[0]), like=main)
         found.append(
             {"name": "warm start", "parts": built, "steps": warm.steps, "probe_every_steps": warm.probe_every_steps}
             | probe

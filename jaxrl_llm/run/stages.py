@@ -28,6 +28,7 @@ from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.setup import Parts
+from jaxrl_llm.training.reading import item_numbers
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 SELECTION = "selection"
@@ -93,6 +94,8 @@ class Run:
       console: where people read.
       meta: what a checkpoint records beside the state: stage, counts, the evaluation before training, seconds.
       watch: counts compilations.
+      data: problems by split, which the run is measured on.
+      sets: the data of each stage by split.
       asked: a signal arrived.
       stopping: the run ends at the end of this step; the same on all processes.
       mark, charged_to: since when, and to which part, time is being charged.
@@ -106,6 +109,7 @@ class Run:
     meta: dict[str, Any]
     watch: CompilationWatch
     data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     asked: bool = False
     stopping: bool = False
     mark: float = 0.0
@@ -277,7 +281,7 @@ def stage_data(run: Run, stage: Stage, prompts: Any, stored: Any) -> StageData:
         assert source is not None
         return StageData(prompts, lambda step: stored.batch(key, step, source.rows, answer_width=width))
     assert feed.rows is not None
-    return StageData(prompts if stage.samples else None, feed.rows(stage.parts, run.data))
+    return StageData(prompts if stage.samples else None, feed.rows(stage.parts, run.sets.get(stage.name, {})))
 
 
 def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experience] | None:
@@ -319,19 +323,20 @@ def _write_samples(run: Run, global_step: int, done: int, rows: Experience, item
     if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
     chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
-    names = ("tokens", "length", "group", "rewards", "reward_components", "truncated")
+    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated")
     held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names}).items()}
     if not due:
         return
     decode = run.parts.tokenizer.decode
+    of = [items[number] for number in item_numbers(held["prompt_id"], held["group"], None, items)]
     rewards = run.parts.step.composition.rewards
     run.directory.write_samples(
         global_step,
         [
             {
-                "prompt": items[held["group"][i] % len(items)]["body"],
+                "prompt": of[i]["body"],
                 "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
-                "answer": items[held["group"][i] % len(items)]["answer"],
+                "answer": of[i]["answer"],
                 "reward": held["rewards"][i],
                 "truncated": bool(held["truncated"][i]),
             }

@@ -32,7 +32,16 @@ from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.setup import Parts, data_sets, encoded, grader, opened_parts, prompt_batches, staged
+from jaxrl_llm.run.setup import (
+    Parts,
+    data_sets,
+    encoded,
+    grader,
+    last_stage,
+    opened_parts,
+    prompt_batches,
+    staged,
+)
 from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
@@ -86,16 +95,20 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             )
     console.print(units_table(_units(built)))
     problems = config.task is not None or config.data.path is not None
-    data = data_sets(config) if problems else {}
+    data = data_sets(last_stage(config)) if problems else {}
+    sets = {stage.name: _own_data(stage, stages[-1], data) for stage in stages} if problems else {}
     grade = grader(built, data["validation"], data["test"]) if problems else None
     fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
+    for name, own in sets.items():
+        if own is not data:
+            fingerprint[f"train of {name}"] = own["train"].fingerprint
     if meta.setdefault("data", fingerprint) != fingerprint:
         changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
         raise checkpoints.CheckpointError(
             f"run {config.directory} was started with other files: {', '.join(changed)} changed since (its data was "
             f"{meta['data']}, and is now {fingerprint}); restore them, or start a new run"
         )
-    prompts = {stage.name: prompt_batches(stage.parts, data["train"]) for stage in stages if stage.samples}
+    prompts = {stage.name: prompt_batches(stage.parts, sets[stage.name]["train"]) for stage in stages if stage.samples}
     for split in ("validation", "test") if problems else ():
         encoded(built, data[split])  # a held-out prompt that does not fit speaks now, not after the warm start
     with (
@@ -104,11 +117,23 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         CompilationWatch() as watch,
         opened_parts(built) as ready,
     ):
-        run = Run(config, ready, directory, manager, console, meta, watch, data, mark=started)
+        run = Run(config, ready, directory, manager, console, meta, watch, data, sets, mark=started)
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
             return _run(run, stages, prompts, newest, grade)
+
+
+def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]:
+    """The data of a stage: what the run is evaluated on, and training problems of its own where it names others."""
+    own, common = stage.parts.config, last.parts.config
+    same = (own.task, own.data.path, own.data.fields, own.data.format) == (
+        common.task,
+        common.data.path,
+        common.data.fields,
+        common.data.format,
+    )
+    return data if same else data_sets(own)
 
 
 def _run(
@@ -131,7 +156,7 @@ def _run(
             run.meta["before"] = measure(params, "test", config.evaluation.problems, "evaluation before")
         stored = _stored(run, stage, params, key, fresh)
         if stored is not None:
-            source = run.data["train"]
+            source = run.sets[stage.name]["train"]
             explored = [source[int(item)] for item in stored.explored]
             prompts[stage.name] = prompt_batches(stage.parts, explored)
         batches = prompts.get(stage.name)
@@ -192,7 +217,7 @@ def _stored(run: Run, stage: Stage, params: Any, key: Any, fresh: bool) -> Store
             )
         return stored
     with run.timed("stored answers"):
-        stored = stored_answers(stage.parts, params, run.data["train"], key, **wanted)
+        stored = stored_answers(stage.parts, params, run.sets[stage.name]["train"], key, **wanted)
         if hosts.is_main():
             stored.save(run.config.directory)
         run.meta["stored_answers"] = stored.fingerprint

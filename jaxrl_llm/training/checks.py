@@ -8,52 +8,12 @@ import jax
 
 from jaxrl_llm.experience import FACTS, Method
 from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, fillable, nearest, provided_by, remedy
+from jaxrl_llm.rollout.capabilities import ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.signatures import missing, names, required
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import OFFLOADABLE, POLICY
-
-# What samplers offer, and how a message says what is missing.
-CAPABILITIES = {
-    "one_round": "rows that come in one round",
-    "one_temperature": "rows of one temperature",
-    "one_group_a_prompt": "one group of each prompt",
-    "equal_groups": "groups of one size",
-    "drawn_by_policy": "tokens that the policy drew",
-    "whole_vocabulary": "tokens drawn from the whole vocabulary",
-    "recorded_router": "experts recorded for every row",
-    "active_prompts": "sampling of some prompts alone",
-    "numbered_samples": "samples numbered from where the last round ended",
-    "uneven_groups": "groups of different sizes",
-    "prefixes": "completions that start with given tokens",
-    "temperatures": "a temperature for each sample number",
-    "demonstrations": "reference completions of the prompts",
-    "router_record": "a record of the experts that served each token",
-    "slots": "decoding in slots",
-    "truncation": "truncated sampling",
-}
-_SHAPES = frozenset(
-    {"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy", "whole_vocabulary"}
-    | {"recorded_router"}
-)
-_SAMPLERS = {
-    "the sampler": frozenset(CAPABILITIES) - _SHAPES,
-    "the environment inside the program": frozenset(
-        {"active_prompts", "numbered_samples", "temperatures", "demonstrations"}
-    ),
-    "the environment in Python": frozenset({"numbered_samples", "demonstrations"}),
-    "rollout.engine": frozenset({"numbered_samples", "demonstrations", "truncation"}),
-}
-
-
-def require(part: str, needs: frozenset[str], by: str, offers: frozenset[str]) -> None:
-    """Raises ValueError where a part needs what another does not offer, saying which and what would do."""
-    for capability in sorted(needs - offers):
-        raise ValueError(
-            f"{part} needs {CAPABILITIES[capability]} ({capability}), which {by} does not offer; leave {part} out, or "
-            f"replace {by}"
-        )
 
 
 def checked(c: Composition) -> Composition:
@@ -102,7 +62,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
 
 def _check_names(c: Composition) -> None:
     by_network = {name for name in c.named if c.score(name) is not None}
-    by_network |= {"hidden", "prompt_logprobs", "prompt_mask"}
+    by_network |= {"hidden", "prompt_logprobs", "prompt_mask"} | c.view_masks
     learner = provided_by("learner") | {"router_choices"}
     text = provided_by("text") | {"items"}
     available = available_before_rewards(c)
@@ -171,15 +131,18 @@ def _check_capabilities(c: Composition) -> None:
         return
     sampler, offers = _sampler_of(r)
     plan = "rollout.plan" if r.plan is not None else "the greedy baseline ('baseline_rewards')"
-    rows = _SHAPES - c.plan.lacks
-    require(plan, c.plan.needs - _SHAPES, sampler, offers)
+    rows = ROWS - c.plan.lacks
+    require(plan, c.plan.needs, sampler, offers)
     for name, wanted, capability in (
         ("rollout.replay_router", r.replay_router, "router_record"),
         ("rollout.slots", r.slots is not None, "slots"),
         ("rollout.truncation", r.truncation is not None, "truncation"),
+        ("rollout.off_policy_steps", bool(r.off_policy_steps), "ahead"),
     ):
         if wanted:
             require(name, frozenset({capability}), sampler, offers)
+    if r.selection is not None and r.off_policy_steps:
+        require("rollout.off_policy_steps", frozenset({"ahead"}), "data.selection", frozenset())
     joined = [name for name, source in (("written rows", c.written), ("replay", c.replay)) if source is not None]
     if r.replay_router:
         require("rollout.replay_router", frozenset({"drawn_by_policy"}), "rollout.plan", rows)
@@ -203,16 +166,12 @@ def _check_capabilities(c: Composition) -> None:
             "rollout.plan",
             rows,
         )
-    if r.engine is not None and jax.process_count() > 1:
-        raise ValueError(
-            f"rollout.engine is set in a run of {jax.process_count()} processes, which would all ask for the same "
-            "completions; run the trainer in one process, or leave rollout.engine out"
-        )
-    if r.engine is not None and r.off_policy_steps:
-        raise ValueError(
-            "rollout.off_policy_steps is 1, but an engine's policy is as old as rollout.engine.reload_every_steps "
-            "says; leave off_policy_steps out"
-        )
+    if r.engine is not None and jax.process_count() > 1:  # they would all ask for the same completions
+        require("rollout.engine", {"one_process"}, f"a run of {jax.process_count()} processes", frozenset())
+    if isinstance(r.environment, HostEnvironment) and jax.process_count() > 1:  # they would all talk to it
+        require("the environment in Python", {"one_process"}, f"a run of {jax.process_count()} processes", frozenset())
+    if r.off_policy_steps:  # an engine's policy is as old as its hand-overs say
+        require("rollout.off_policy_steps", {"newest_policy"}, sampler, offers)
 
 
 def _sampler_of(r: Rollout) -> tuple[str, frozenset[str]]:
@@ -222,7 +181,7 @@ def _sampler_of(r: Rollout) -> tuple[str, frozenset[str]]:
         name = "the sampler"
     else:
         name = f"the environment {'in Python' if isinstance(r.environment, HostEnvironment) else 'inside the program'}"
-    return name, _SAMPLERS[name]
+    return name, SAMPLERS[name]
 
 
 def _check_rest(c: Composition) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
 from jaxrl_llm.fields import kind_of
@@ -29,6 +31,7 @@ from jaxrl_llm.rows import check_widths, empty_store, joined, remembered, replay
 from jaxrl_llm.signatures import required
 from jaxrl_llm.training.checks import checked_split
 from jaxrl_llm.training.composition import Composition
+from jaxrl_llm.training.reading import item_numbers
 from jaxrl_llm.training.segments import Host, Repeat, Traced, Work
 
 PLAN, SELECTION = "rollout:plan", "selection"
@@ -237,15 +240,22 @@ def _talks(c: Composition) -> HostTurns:
 def _by_host_environment(c: Composition, turns: HostTurns, state: TrainState, work: Work, context: Any) -> Work:
     """Conversations that wait for an environment in Python; it is opened for the one step where it is not open."""
     (request,) = _host_requests(c, state, work)
-    arguments = turns, state.params, request.prompts, context.required_items(), state.key, state.step
-    if context.call is not None:
-        return {"drawn": host_generate_turns(*arguments, context.call)}
-    with opened(turns.environment) as call:
-        return {"drawn": host_generate_turns(*arguments, call)}
+    asked, handed = (np.asarray(jax.device_get(prompts.prompt_id)) for prompts in (request.prompts, work["prompts"]))
+    items = context.required_items()
+    items = [items[number] for number in item_numbers(asked, np.arange(len(asked)), handed, items)]
+    arguments = turns, state.params, request.prompts, items, state.key, state.step
+    with opened(turns.environment) if context.call is None else nullcontext(context.call) as call:
+        rows = host_generate_turns(*arguments, call, first_sample=request.first_sample)
+    return {"drawn": request_rows(request, rows)}
 
 
 def _talk_shapes(c: Composition, turns: HostTurns, state: TrainState, work: Work) -> Work:
-    return {"drawn": host_turns_shapes(turns, state.params, work["prompts"], state.key, state.step)}
+    def prompts(state: TrainState, work: Work) -> Any:
+        (request,) = _host_requests(c, state, work)
+        return request.prompts
+
+    asked = jax.eval_shape(prompts, state, work)
+    return {"drawn": host_turns_shapes(turns, state.params, asked, state.key, state.step)}
 
 
 # ---- rows that were not sampled in this step ------------------------------------------------------------------------

@@ -259,9 +259,13 @@ class Composition:
         by_rule = {
             name for name in self.named - FIELDS.keys() - filled if self.score(name) is not None and self.before(name)
         }
-        return frozenset(by_rule) | (
-            self.named & (provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"})
-        )
+        brought = provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"} | self.view_masks
+        return frozenset(by_rule) | (self.named & brought)
+
+    @property
+    def view_masks(self) -> frozenset[str]:
+        """Names of the masks of views."""
+        return frozenset(f"{view}_mask" for view in self.resources.views)
 
     def score(self, name: str) -> Any:
         """What a rule-made name asks for; None for another name."""
@@ -307,15 +311,10 @@ class Composition:
         r = self.rollout
         if r is None or r.engine is not None:
             return False
-        exact = "one_temperature" not in self.plan.lacks - self._greedy_lacks
+        exact = "one_temperature" not in self.plan.lacks
         exact &= getattr(self.model.config, "cache_dtype", "compute") == "compute"
         told = any("behaviour_logprobs" in names(t.function) for t in (*self.credit, *self.losses))
         return exact and not (r.off_policy_steps and told)
-
-    @property
-    def _greedy_lacks(self) -> frozenset[str]:
-        # The greedy rows have left when the others are scored.
-        return frozenset({"one_temperature"}) if "extra" not in self.plan.provides else frozenset()
 
     @property
     def equal_groups(self) -> bool:

@@ -75,11 +75,11 @@ def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence
 
     def shapes(state: TrainState, work: Work) -> Work:
         count, width = work[key].tokens.shape
-        by_kind = {"token": (count, width), "vector": (count, 1)}
+        by_kind = {"token": (count, width)}
         made = {}
         for term in terms:
             for field_name in outputs[term.name]:
-                shape = by_kind.get(kind_of(field_name), (count,)) if "/" not in field_name else (count,)
+                shape = by_kind.get(kind_of(field_name), (count,))
                 made[field_name] = jax.ShapeDtypeStruct(shape, _dtype(field_name))
         return {key: work[key].filled(**made)}
 
@@ -103,7 +103,7 @@ def _read_by_all(
     wanted = frozenset().union(*(names(term.function) for term in terms)) - TEXT
     read = {name: rows[name] for name in {*_ALWAYS, *wanted} if name in rows}
     placement = rows.weight.sharding if isinstance(rows.weight, jax.Array) else None
-    prompt_ids = work["prompts"].prompt_id if "prompts" in work else None
+    prompt_ids = work["prompts"].prompt_id if work.get("prompts") is not None else None
     if jax.process_count() == 1:
         here = jax.device_get(read)
         ids = None if prompt_ids is None else np.asarray(jax.device_get(prompt_ids))
@@ -144,7 +144,7 @@ def _values(
     """Values of rows that are here, by name. Rows of weight 0 are handed to nobody."""
     count, width = rows["tokens"].shape
     present = np.flatnonzero(rows["weight"] > 0)
-    item_of = _item_numbers(rows, prompt_ids, len(context.required_items()))[present]
+    item_of = item_numbers(rows["prompt_id"], rows["group"], prompt_ids, context.required_items())[present]
     per_row = [context.required_items()[number] for number in item_of]
     text: dict[str, Any] = {
         "prompts": [item.get("body", "") for item in per_row],
@@ -175,12 +175,25 @@ def _values(
 _PLURAL = {"completion": "completions", "prompt": "prompts", "answer": "answers", "item": "items"}
 
 
-def _item_numbers(rows: Mapping[str, np.ndarray], prompt_ids: np.ndarray | None, items: int) -> np.ndarray:
-    """Which item each row belongs to: by the id of its prompt, or by its group where ids do not tell prompts apart."""
-    if prompt_ids is not None and len(np.unique(prompt_ids)) == len(prompt_ids) <= items:
-        place = {int(number): index for index, number in enumerate(prompt_ids)}
-        return np.array([place.get(int(number), 0) for number in rows["prompt_id"]], int)
-    return rows["group"].astype(int) % max(items, 1)
+def item_numbers(
+    ids: np.ndarray, groups: np.ndarray, prompt_ids: np.ndarray | None, items: Sequence[Mapping[str, Any]]
+) -> np.ndarray:
+    """Which item each row belongs to: by the id of its prompt, or by its group where ids do not tell prompts apart.
+
+    Args:
+      ids, groups: prompt and group of each row.
+      prompt_ids: of the prompts that the items are of, in their order; None where they are not at hand.
+      items: each may say the id of its prompt, as `item_id`.
+    """
+    if all("item_id" in item for item in items):
+        known = [item["item_id"] for item in items]
+    else:
+        told_apart = prompt_ids is not None and len(np.unique(prompt_ids)) == len(prompt_ids) <= len(items)
+        known = prompt_ids.tolist() if prompt_ids is not None and told_apart else []
+    place = {int(number): index for index, number in enumerate(known)}
+    if place and all(int(number) in place for number in ids):
+        return np.array([place[int(number)] for number in ids], int)
+    return groups.astype(int) % max(len(items), 1)
 
 
 def _spread(

@@ -26,7 +26,7 @@ from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
 from jaxrl_llm.training.composition import Composition, Fill
-from jaxrl_llm.training.networks import POLICY, Network, current, frozen_part, in_device_memory, whole
+from jaxrl_llm.training.networks import Network, current, frozen_part, in_device_memory, whole
 
 
 @struct.dataclass
@@ -120,7 +120,7 @@ def viewed(
         wanted |= {"old_entropy"} - rows.fields.keys()
     asked = {name: found for name in sorted(wanted) if (found := c.score(name)) is not None}
     special = wanted & {"hidden", "prompt_logprobs", "prompt_mask"}
-    special |= {name for view in c.resources.views for name in (f"{view}_mask",) if name in wanted}
+    special |= wanted & c.view_masks
     if not asked and not special:
         return rows
     place = c.resources.placement
@@ -222,9 +222,9 @@ def _scores(
 
 
 def owner(c: Composition, name: str) -> Network:
-    """The network whose head another name stands for."""
+    """The network that a name is made from: it says what the head of a copy is."""
     network = c.networks[name]
-    return owner(c, network.origin) if network.always_origin and network.origin != POLICY else network
+    return owner(c, network.origin) if network.head is None and network.origin in c.networks else network
 
 
 def of_head(

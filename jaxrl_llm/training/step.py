@@ -68,6 +68,8 @@ def step_parts(c: Composition) -> list[Any]:
 def learned(c: Composition, state: TrainState, work: Work) -> tuple[TrainState, dict[str, Array], Experience]:
     """Rows with everything filled in -> the new state, numbers, and the rows that were sampled."""
     rows, memory = work["rows"], dict(work["memory"])
+    # The batch that waits lies where sampling has put it, and `placed` does not say where that is.
+    state = replace(state, store={name: kept for name, kept in state.store.items() if name != AHEAD})
     if c.rollout is None:
         checked_split(c, rows.tokens.shape[0] // c.samples)
     metrics = step_metrics(c, state, rows, work)
@@ -79,17 +81,18 @@ def learned(c: Composition, state: TrainState, work: Work) -> tuple[TrainState, 
         memory[SELECTION] = next_choices(c, state, memory[SELECTION], rows)
     if PLAN in memory:
         memory[PLAN] = c.plan.remember(memory[PLAN], rows)
-    if c.rollout is not None and c.rollout.off_policy_steps:
-        store[AHEAD] = work[AHEAD]
     new, numbers = make_learn(c)(in_use(c, state), batch, factors, joined=c.joined_groups)
     new = replace(moved(c.model, c.networks, new), memory=memory, store=store)
     numbers |= {f"coefficient/{t.name}": f for t, f in zip(c.losses, factors, strict=True) if t.coefficient_changes}
-    return put_back(new, c.placed), metrics | numbers, rows
+    new = put_back(new, c.placed)
+    if c.rollout is not None and c.rollout.off_policy_steps:
+        new = replace(new, store={**new.store, AHEAD: work[AHEAD]})
+    return new, metrics | numbers, rows
 
 
 def _swapped(state: TrainState, work: Work) -> Work:
-    """The rows of the next step wait, and those that have waited are there."""
-    return {AHEAD: work["rows"], "rows": state.store[AHEAD]}
+    """The rows of the next step wait, and those that have waited are there, which are not of the prompts at hand."""
+    return {AHEAD: work["rows"], "rows": state.store[AHEAD], "prompts": None}
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,9 @@ def make_train_step(
     place = c.resources.placement
     init, c = initialiser(c)
     priming: tuple[Segment, ...] = ()
+    returned = c.placed
     if c.rollout is not None and c.rollout.off_policy_steps:
         priming = compiled(collected(c, reward_parts(c, "drawn")), place, c.placed)
-    return TrainStep(init, c, compiled(step_parts(c), place, c.placed), priming)
+        if returned is not None:
+            returned = replace(returned, store={**returned.store, AHEAD: None})
+    return TrainStep(init, c, compiled(step_parts(c), place, returned), priming)

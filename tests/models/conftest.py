@@ -87,6 +87,7 @@ def torch_model(case: str):
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # several wait for each other in a loop, where the models are tiny
     family, options = CASES[case]
     kind = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     config = getattr(transformers, kind)(**(SIZES | options))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,11 +103,11 @@ def test_recorded_choices_replay_the_pass_and_others_change_it(make_checkpoint, 
     config = checkpoint.model.config
     model = transformer(TransformerConfig(**(config.__dict__ | {"layer_loop": layer_loop})))
     arguments = (checkpoint.params, batch.tokens, batch.positions, None)
-    hidden, _, seen = model.observe(*arguments, names=("router_choices",))
-    choices = seen["router_choices"]
-    replayed, _ = model.apply(*arguments, router_choices=choices)
+    hidden, _, seen = jax.jit(partial(model.observe, names=("router_choices",)))(*arguments)
+    choices, apply = seen["router_choices"], jax.jit(model.apply)
+    replayed, _ = apply(*arguments, router_choices=choices)
     np.testing.assert_array_equal(replayed, hidden)
-    changed, _ = model.apply(*arguments, router_choices=(choices + 1) % config.experts.count)
+    changed, _ = apply(*arguments, router_choices=(choices + 1) % config.experts.count)
     assert float(jnp.abs(changed - hidden)[batch.mask].max()) > 1e-2
 
 
@@ -135,8 +137,7 @@ def test_experts_that_have_become_impossible_still_have_finite_weights_and_gradi
     a = arrays()
     choices = jnp.zeros((2, 7, PER_TOKEN), jnp.int32).at[..., 1].set(1)
     away = a["router"].at[:, 2].set(500.0 * jnp.sign(a["x"][0, 0]))
-    out, gradient = jax.value_and_grad(
-        lambda router: jnp.sum(mixed(a | {"router": router}, ragged=False, choices=choices) ** 2)
-    )(away)
+    loss = lambda router: jnp.sum(mixed(a | {"router": router}, ragged=False, choices=choices) ** 2)  # noqa: E731
+    out, gradient = jax.jit(jax.value_and_grad(loss))(away)
     assert np.isfinite(float(out))
     assert np.isfinite(np.asarray(gradient)).all()

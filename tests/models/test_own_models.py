@@ -207,7 +207,7 @@ def test_a_model_of_ones_own_learns(name, prompts):
     step = make_train_step(
         model,
         optax.adam(0.1),
-        rollout=Rollout(samples_per_prompt=16, max_completion_tokens=4, eos_ids=(1,), pad_id=0),
+        source=Rollout(samples_per_prompt=16, max_completion_tokens=4, eos_ids=(1,), pad_id=0),
         rewards=[fives],
         credit=[("advantages", advantages.group_normalized)],
         losses=[losses.clipped_surrogate],

@@ -33,7 +33,7 @@ def test_a_turned_matrix_gives_the_same_product(shape, inputs, dtype):
 def test_parameters_laid_out_for_decoding_are_the_same_policy():
     sizes = dict(vocabulary_size=13, width=256, layers=2, heads=4, kv_heads=2, mlp_width=2048, qkv_bias=True)
     model = transformer(TransformerConfig(**sizes, layer_loop="unrolled"))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     assert model.for_decoding is not None
     laid_out = model.for_decoding(params)
     for block in laid_out["blocks"]:
@@ -42,5 +42,6 @@ def test_parameters_laid_out_for_decoding_are_the_same_policy():
         assert isinstance(block["qkv"], jax.Array)
     tokens = jnp.arange(6).reshape(2, 3)
     positions = jnp.tile(jnp.arange(3), (2, 1))
-    ours, theirs = (model.apply(p, tokens, positions, None)[0] for p in (laid_out, params))
+    apply = jax.jit(lambda p: model.apply(p, tokens, positions, None)[0])
+    ours, theirs = apply(laid_out), apply(params)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

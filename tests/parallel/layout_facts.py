@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_llm.advantages import group_normalized
+from jaxrl_llm.advantages import gae, gae_returns, group_normalized, whitened
 from jaxrl_llm.experience import Prompts
-from jaxrl_llm.losses import clipped_surrogate, divergence
+from jaxrl_llm.losses import clipped_surrogate, clipped_value, divergence, kl_estimate
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.parallel import make_mesh
-from jaxrl_llm.training import Rollout, make_train_step
-from jaxrl_llm.training.learn import Update
+from jaxrl_llm.rows import Replay
+from jaxrl_llm.training import Network, Placement, Resources, Rollout, Update, make_train_step
 
 PROMPTS, SAMPLES, WIDTH, STEPS = 8, 4, 8, 10
 DENSE = dict(vocabulary_size=16, width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, layer_loop="scanned")
@@ -27,6 +27,15 @@ LAYOUTS = {
 EXPERT_LAYOUTS = {
     "ragged": ("4 experts x 2", {"fsdp": 2, "expert": 4}),
     "dense": ("2 x 2 experts x 2", {"data": 2, "expert": 2, "tensor": 2}),
+}
+# With a value network, a reference that moves, and rows of earlier steps; where parts of the state are kept on the host.
+OF_SEVERAL_NETWORKS = {
+    "networks, 8": ({"data": 8}, frozenset()),
+    "networks, 4 x 2": ({"fsdp": 4, "tensor": 2}, frozenset()),
+    "networks, 2 x 2 x 2, offloaded": (
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        frozenset({"optimizer", "reference"}),
+    ),
 }
 
 
@@ -46,19 +55,37 @@ def prompts_of(step: int) -> Prompts:
     )
 
 
-def composed(mesh, *, described=DENSE, **options):
+def composed(mesh, *, described=DENSE, networks=False, offload=frozenset()):
     model = transformer(TransformerConfig(**described))
+    if networks:
+        return of_several_networks(model, Placement(mesh, offload=offload))
     return make_train_step(
         model,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
-        rollout=Rollout(samples_per_prompt=SAMPLES, max_completion_tokens=WIDTH, eos_ids=(1,), pad_id=1),
+        source=Rollout(SAMPLES, max_completion_tokens=WIDTH, eos_ids=(1,), pad_id=1, prompts_per_step=PROMPTS),
         rewards=[even_share],
         credit=[("advantages", group_normalized)],
         losses=[clipped_surrogate, (divergence(samples="vocabulary", generator="reverse_kl"), 0.05)],
         update=Update(minibatches_per_epoch=2, sequences_per_microbatch=8),
-        prompts_per_step=PROMPTS,
-        mesh=mesh,
-        **options,
+        resources=Resources(placement=Placement(mesh)),
+    )
+
+
+def of_several_networks(model, placement: Placement):
+    """A critic, a reference that is copied every third step, and a third of each batch from earlier ones."""
+    learner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    return make_train_step(
+        model,
+        learner,
+        source=[
+            Rollout(SAMPLES, max_completion_tokens=WIDTH, eos_ids=(1,), pad_id=1, prompts_per_step=PROMPTS),
+            Replay(1 / 3, batches=2, prompts_per_step=PROMPTS, max_prompt_tokens=8, max_answer_tokens=1),
+        ],
+        rewards=[even_share],
+        credit=[("returns", gae_returns), ("advantages", gae), ("advantages", whitened)],
+        losses=[clipped_surrogate, (kl_estimate, 0.05), clipped_value],
+        update=Update(minibatches_per_epoch=2, sequences_per_microbatch=8),
+        resources=Resources(critic=learner, networks={"reference": Network(copy_every=3)}, placement=placement),
     )
 
 
@@ -69,16 +96,24 @@ def facts(mesh, steps: int = STEPS, **options) -> dict[str, np.ndarray]:
     found |= {f"before{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
     found = {name: np.asarray(value) for name, value in found.items()}
     for number in range(steps):
-        state, metrics, experience = step.run(state, prompts_of(number), None)
+        state, metrics, experience = step.run(state, prompts_of(number))
+        found[f"loss {number}"] = np.asarray(metrics["loss"])
         for name in ("tokens", "length", "rewards"):
-            found[f"{name} {number}"] = np.asarray(getattr(experience, name))
+            found[f"{name} {number}"] = np.asarray(experience[name])
         found[f"gap {number}"] = np.asarray(metrics["sampler_gap_max"])
-    held = [x for x in jax.tree.leaves((state.params, state.optimizer_state, state.reference_params)) if x.ndim]
+    held = [x for x in jax.tree.leaves(state.networks) if x.ndim]
     share = sum(x.addressable_shards[0].data.nbytes for x in held) / sum(x.nbytes for x in held)
     found["share"] = np.asarray(share)
+    kinds = {name: jax.tree.leaves(one)[0].sharding.memory_kind for name, one in state.networks.items()}
+    found["reference on the host"] = np.asarray(kinds.get("reference") == "pinned_host")
     state = jax.device_get(state)
+    for name in ("value", "reference"):
+        held = state.networks[name].params if name in state.networks else {}
+        found |= {f"{name}{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(held)}
+    if "replay" in state.store:
+        found |= {f"replay {name}": x for name, x in state.store["replay"].known().items()}
     found |= {f"params{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
-    moments = jax.tree_util.tree_leaves_with_path(state.optimizer_state)
+    moments = jax.tree_util.tree_leaves_with_path(state.networks["policy"].optimizer_state)
     return found | {f"moments{jax.tree_util.keystr(p)}": np.asarray(x) for p, x in moments}
 
 
@@ -95,6 +130,9 @@ def main(path: str) -> None:
         described = DENSE | {"experts": ExpertsConfig(4, 2, product=product)}
         add(f"one {product}", None, described=described)
         add(name, make_mesh(8, sizes), described=described)
+    add("one networks", None, networks=True)
+    for name, (sizes, offload) in OF_SEVERAL_NETWORKS.items():
+        add(name, make_mesh(8, sizes), networks=True, offload=offload)
     np.savez(path, **everything)
 
 

@@ -23,8 +23,7 @@ from jaxrl_llm.models import TransformerConfig, abstract, transformer
 from jaxrl_llm.parallel import make_mesh, replicate, row_constraint
 from jaxrl_llm.rollout import generate
 from jaxrl_llm.run.compilation import CompilationWatch
-from jaxrl_llm.training import Rollout, make_train_step
-from jaxrl_llm.training.learn import Update
+from jaxrl_llm.training import Placement, Resources, Rollout, Update, make_train_step
 
 PROMPTS, SAMPLES, STEPS, UPDATES = 8, 4, 7, 3
 MODEL = transformer(TransformerConfig(vocabulary_size=9, width=16, layers=1, heads=2, kv_heads=1))
@@ -57,25 +56,24 @@ def facts(mesh) -> dict[str, np.ndarray]:
     step = make_train_step(
         MODEL,
         optax.sgd(0.5, momentum=0.9),
-        rollout=Rollout(samples_per_prompt=SAMPLES, max_completion_tokens=STEPS, eos_ids=(1,), pad_id=1),
+        source=Rollout(SAMPLES, max_completion_tokens=STEPS, eos_ids=(1,), pad_id=1, prompts_per_step=PROMPTS),
         rewards=[even_share],
         credit=[("advantages", group_normalized)],
         losses=[clipped_surrogate],
         update=Update(minibatches_per_epoch=2, sequences_per_microbatch=8),
-        prompts_per_step=PROMPTS,
-        mesh=mesh,
+        resources=Resources(placement=Placement(mesh)),
     )
     state = step.init(jax.random.key(5), initial_params())
     found = {}
     for number in range(UPDATES):
         prompts = prompts_of(number)
         with CompilationWatch() as watch:
-            state, metrics, experience = step.run(state, prompts, None)
+            state, metrics, experience = step.run(state, prompts)
         found[f"compilations {number}"] = watch.count + watch.read
         for name in ("tokens", "length", "truncated", "rewards", "advantages", "behaviour_logprobs"):
-            found[f"{name} {number}"] = getattr(experience, name)
+            found[f"{name} {number}"] = experience[name]
         found |= {f"metric {name} {number}": value for name, value in metrics.items()}
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.optimizer_state)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.networks["policy"].optimizer_state)):
         found[f"state {jax.tree_util.keystr(path)}"] = leaf
     found["rows of a device"] = experience.tokens.addressable_shards[0].data.shape[0]
     found["state is replicated"] = all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))

@@ -20,6 +20,9 @@ CASES = [
     ("2 x 2 x 2", "one", 1 / 8),
     ("4 experts x 2", "one ragged", 1 / 8),
     ("2 x 2 experts x 2", "one dense", 1 / 4),
+    ("networks, 8", "one networks", 1),
+    ("networks, 4 x 2", "one networks", 1 / 8),
+    ("networks, 2 x 2 x 2, offloaded", "one networks", 1 / 4),
 ]
 
 
@@ -62,15 +65,20 @@ def test_ten_steps_are_those_of_one_device(facts, name, alone, share):
     for key, value in theirs.items():
         if key.startswith("params"):
             assert relative(ours[key], value) < 1e-5, key
-        elif key.startswith("moments") and value.ndim:
+        elif key.startswith(("moments", "value", "reference[")) and value.ndim:
             assert relative(ours[key], value) < 1e-4, key
+        elif key.startswith("loss"):
+            assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+        elif key.startswith("replay"):
+            np.testing.assert_allclose(ours[key].astype(float), value.astype(float), rtol=1e-3, atol=1e-4, err_msg=key)
+    assert ours["reference on the host"] == ("offloaded" in name)
     # Norm gains and the like are whole on every device: a little more than the share.
     assert ours["share"] == pytest.approx(share, rel=0.15)
 
 
 def test_the_steps_learned_something(facts):
     # Otherwise equal parameters would say nothing.
-    for alone in ("one", "one ragged", "one dense"):
+    for alone in ("one", "one ragged", "one dense", "one networks"):
         found = of(facts, alone)
         before = {key.removeprefix("before"): value for key, value in found.items() if key.startswith("before")}
         assert before

@@ -48,10 +48,10 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
     from jaxrl_llm.models.model import Model
     from jaxrl_llm.parallel import hosts, make_mesh
     from jaxrl_llm.parallel.start import initialise, place_of_this_process
-    from jaxrl_llm.rollout.round_options import Refill
+    from jaxrl_llm.rollout import plans
+    from jaxrl_llm.rows import Replay
     from jaxrl_llm.run import checkpoints
-    from jaxrl_llm.training import Rollout, make_train_step
-    from jaxrl_llm.training.stored import Replay
+    from jaxrl_llm.training import Placement, Resources, Rollout, make_train_step
 
     jax.config.update("jax_num_cpu_devices", devices)
     peers = initialise(place_of_this_process(f"127.0.0.1:{port}", count, process), {}, seconds=60)
@@ -67,26 +67,33 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
         config=None,
     )
     mesh = make_mesh()
+    refilled = plans.refill(plans.plain(samples_per_prompt=3), samples_per_prompt=3, max_rounds=2, metric="rewards")
     sampling: dict[str, Any] = {
         "one step off-policy": {"off_policy_steps": 1},
-        "refilled": {"rounds": Refill(2, "rewards")},
+        "refilled": {"plan": refilled, "prompts_per_step": 2},
     }
-    parts: dict[str, Any] = {
-        "refilled": {"prompts_per_step": 2},
-        "replayed, offloaded": {"replay": Replay(0.5, 2, 4, 2, 1), "offload": ("optimizer", "reference")},
-    }
+    replayed = what == "replayed, offloaded"
+    offload = frozenset({"optimizer", "reference"} if replayed else ())
     step = make_train_step(
         bigram,
         optax.adam(0.01),
-        rollout=Rollout(
-            samples_per_prompt=3, max_completion_tokens=5, eos_ids=(1,), pad_id=1, **sampling.get(what, {})
-        ),
+        source=[
+            Rollout(
+                samples_per_prompt=3,
+                max_completion_tokens=5,
+                eos_ids=(1,),
+                pad_id=1,
+                **({"prompts_per_step": 4} | sampling.get(what, {})),
+            ),
+            *([Replay(0.5, 2, 4, 2, 1)] if replayed else []),
+        ],
         rewards=[even_share, vowel_share],
         credit=[("advantages", group_normalized)],
         losses=[clipped_surrogate, (kl_estimate, 0.1)],
-        decode=lambda ids: "".join(chr(ord("a") + number) for number in ids),
-        mesh=mesh,
-        **({"prompts_per_step": 4} | parts.get(what, {})),
+        resources=Resources(
+            decode=lambda ids: "".join(chr(ord("a") + number) for number in ids),
+            placement=Placement(mesh, offload=offload),
+        ),
     )
 
     def prompts(index: int) -> Prompts:
@@ -102,11 +109,10 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
 
     items = [{"body": "", "answer": str(i)} for i in range(4)]
     state, found = step.init(jax.random.key(0)), {}
-    if step.prime is not None:
-        state = step.prime(state, prompts(0))
+    state = step.prime(state, prompts(0), items)
     for index in range(2):
-        state, _, rows = step.run(state, prompts(index + (step.prime is not None)), items, None)
-        read = {name: getattr(rows, name) for name in ("tokens", "reward_components", "rewards", "group", "weight")}
+        state, _, rows = step.run(state, prompts(index + bool(step.priming)), items)
+        read = {name: rows[name] for name in ("tokens", "reward_components", "rewards", "group", "weight")}
         found |= {f"{name} {index}": value for name, value in hosts.host_copy(read).items()}
         if what == "plain":  # a process holds all rows of a prompt that it scores, though twelve could be split further
             _, own = hosts.own_rows(hosts.by_rows({"group": rows.group}, 4, mesh))
@@ -290,10 +296,11 @@ def finished(count: int, folder: Path, *words: str | Path) -> None:
 def params_of(directory: Path, step: int = WARM + STEPS) -> dict[str, np.ndarray]:
     path = directory / "checkpoints" / str(step) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        there = {"params": reader.metadata(path).item_metadata.tree["params"]}
+        policy = reader.metadata(path).item_metadata.tree["networks"]["policy"]
+        there = {"networks": {"policy": {"params": policy["params"]}}}
         wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
         arguments = ocp.args.PyTreeRestore(item=there, restore_args=wanted, partial_restore=True)
-        params = reader.restore(path, args=arguments)["params"]
+        params = reader.restore(path, args=arguments)["networks"]["policy"]["params"]
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

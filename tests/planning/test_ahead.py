@@ -10,7 +10,7 @@ import pytest
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.planning.ahead import compiler_environment, libtpu_path
-from jaxrl_llm.planning.plan import plan
+from jaxrl_llm.planning.run_plan import plan
 from jaxrl_llm.planning.topologies import topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,6 +21,14 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(libtpu_path() is None, reason="libtpu is not installed"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimised():
+    """The compiler as users have it: what a program takes depends on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,8 @@ def test_tokens_length_mask_source_and_truncation(pad_id):
     np.testing.assert_allclose(experience.behaviour_logprobs, 0.0, atol=1e-6)
     np.testing.assert_allclose(experience.behaviour_entropy, 0.0, atol=1e-6)
     np.testing.assert_array_equal(experience.weight, np.ones(4))
-    assert experience.rewards is None
+    assert "rewards" not in experience
+    assert experience.get("rewards") is None
 
 
 def test_a_completion_of_one_token():

@@ -61,9 +61,9 @@ def prompts_of(items=ITEMS):
 
 
 @partial(jax.jit, static_argnames=("environment", "samples", "tokens"))
-def program(params, prompts, temperature, *, environment=GRID, samples=SAMPLES, tokens=TOKENS):
+def program(params, prompts, temperature, *, environment=GRID, samples=SAMPLES, tokens=TOKENS, **which):
     sizes = SIZES | {"samples_per_prompt": samples, "max_completion_tokens": tokens, "temperature": temperature}
-    return generate_turns(MODEL, params, prompts, KEY, 3, environment, **sizes)
+    return generate_turns(MODEL, params, prompts, KEY, 3, environment, **sizes, **which)
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +77,25 @@ def spans(rows):
 
 
 def test_the_sampler_says_what_the_trainer_says(params, rows):
-    hidden = predicting_hidden(MODEL, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
-    scored = token_statistics(MODEL, params, hidden, rows.tokens, temperature=1.0, entropy=True)
-    inside = spans(rows)
+    @jax.jit
+    def score(params, rows):
+        hidden = predicting_hidden(MODEL, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+        return token_statistics(MODEL, params, hidden, rows.tokens, temperature=1.0, entropy=True)
+
+    scored, inside = score(params, rows), spans(rows)
     np.testing.assert_allclose(rows.behaviour_logprobs[inside], scored.logprobs[inside], atol=1e-5)
     np.testing.assert_allclose(rows.behaviour_entropy[inside], scored.entropy[inside], atol=1e-5)
     assert not np.asarray(rows.behaviour_logprobs)[~inside].any()
 
 
 def test_a_conversation_is_laid_out_as_turns_and_observations(rows):
-    source, turn = np.asarray(rows.source), np.asarray(rows.turn)
+    source, turn = np.asarray(rows.source), np.asarray(rows["turn"])
     np.testing.assert_array_equal(rows.mask, source == Source.SAMPLED)
     np.testing.assert_array_equal(source == Source.PAD, ~spans(rows))
     assert (np.diff(turn, axis=1) >= 0).all()
     assert set(np.unique(source)) == {Source.PAD, Source.SAMPLED, Source.OBSERVATION}
     for row in range(len(source)):
-        turns, length = int(rows.extras["turns"][row]), int(rows.length[row])
+        turns, length = int(rows["turns"][row]), int(rows.length[row])
         assert turn[row, length - 1] == turns - 1
         assert source[row, length - 1] == Source.SAMPLED  # nobody answers the last turn
         for number in range(turns):
@@ -104,7 +107,7 @@ def test_a_conversation_is_laid_out_as_turns_and_observations(rows):
             said = np.asarray(rows.tokens)[row][(turn[row] == number) & spans(rows)[row]][:ours]
             assert not np.isin(said[:-1], (END, EOS)).any()
             assert np.isin(said[-1], (END, EOS)) or ours == 6 or length == TOKENS
-    stop = np.asarray(rows.extras["stop"])
+    stop = np.asarray(rows["stop"])
     assert len(set(stop.tolist())) > 1, "the test needs episodes that end in several ways"
     np.testing.assert_array_equal(rows.truncated, cut_short(stop))
     assert not (stop == StopReason.RUNNING).any()
@@ -112,31 +115,66 @@ def test_a_conversation_is_laid_out_as_turns_and_observations(rows):
 
 def test_recorded_turns_replay_to_the_same_rewards(rows):
     prompts = jax.tree.map(lambda x: jnp.repeat(x, SAMPLES, axis=0), prompts_of())
-    turns = recorded_turns(rows.tokens, rows.turn, rows.source, max_turns=12, max_turn_tokens=6, pad_id=PAD)
+    turns = recorded_turns(rows.tokens, rows["turn"], rows.source, max_turns=12, max_turn_tokens=6, pad_id=PAD)
     again = jax.jit(lambda: replayed(GRID, started(GRID, prompts, KEY, 3, rows.sample), turns, 12, eos_ids=(EOS,)))()
-    np.testing.assert_array_equal(again.turn_rewards, rows.extras["turn_rewards"])
-    np.testing.assert_array_equal(again.turns, rows.extras["turns"])
+    np.testing.assert_array_equal(again.turn_rewards, rows["turn_rewards"])
+    np.testing.assert_array_equal(again.turns, rows["turns"])
     known = np.asarray(again.stop) != StopReason.RUNNING  # a replay knows no limit of tokens
-    np.testing.assert_array_equal(np.asarray(again.stop)[known], np.asarray(rows.extras["stop"])[known])
-    np.testing.assert_array_equal(again.state.reached, rows.extras["solved"] > 0)
+    np.testing.assert_array_equal(np.asarray(again.stop)[known], np.asarray(rows["stop"])[known])
+    np.testing.assert_array_equal(again.state.reached, rows["solved"] > 0)
 
 
 def test_a_row_depends_on_its_address_alone(params, rows):
     last = jax.tree.map(lambda x: x[2:], prompts_of())
     alone = program(params, last, 1.0)
     for name in ("tokens", "length", "source", "turn"):
-        np.testing.assert_array_equal(getattr(alone, name), getattr(rows, name)[2 * SAMPLES :])
+        np.testing.assert_array_equal(alone[name], rows[name][2 * SAMPLES :])
     fewer = program(params, prompts_of(), 1.0, samples=2)
     np.testing.assert_array_equal(fewer.tokens.reshape(3, 2, -1), rows.tokens.reshape(3, SAMPLES, -1)[:, :2])
+
+
+def every_sample(rows, samples=SAMPLES):
+    """The rows as [prompts, samples, ...], by the names of what is compared."""
+    names = ("tokens", "length", "source", "turn", "turns", "turn_rewards", "stop", "solved", "behaviour_logprobs")
+    return {name: np.asarray(rows[name]).reshape(-1, samples, *rows[name].shape[1:]) for name in names}
+
+
+@pytest.mark.parametrize("first", [2, np.array([2, 0, 1])], ids=["one for all", "one a prompt"])
+def test_samples_are_numbered_from_the_first(params, rows, first):
+    """Later samples of a prompt, drawn alone, are those that are drawn with all others."""
+    later = program(params, prompts_of(), 1.0, samples=2, first_sample=jnp.asarray(first))
+    number = np.broadcast_to(first, 3)[:, None] + np.arange(2)
+    np.testing.assert_array_equal(later.sample.reshape(3, 2), number)
+    np.testing.assert_array_equal(later.group.reshape(3, 2), np.arange(3)[:, None] + np.zeros((1, 2), int))
+    whole = every_sample(rows)
+    for name, value in every_sample(later, 2).items():
+        of = np.take_along_axis(whole[name], number.reshape(3, 2, *[1] * (value.ndim - 2)), axis=1)
+        close = name == "behaviour_logprobs"
+        np.testing.assert_allclose(value, of, atol=1e-5 if close else 0, rtol=0, err_msg=name)
+
+
+def test_prompts_that_are_not_active_are_not_talked_about(params, rows):
+    active = np.array([True, False, True])
+    some, there = program(params, prompts_of(), 1.0, active=jnp.asarray(active)), np.repeat(active, SAMPLES)
+    np.testing.assert_array_equal(some.weight, there.astype(np.float32))
+    assert not np.asarray(some.length)[~there].any()
+    assert not np.asarray(some.mask)[~there].any()
+    assert not np.asarray(some.behaviour_logprobs)[~there].any()
+    assert not np.asarray(some.truncated)[~there].any()
+    assert (np.asarray(some.tokens)[~there] == PAD).all()
+    for name in ("turns", "turn_rewards", "solved"):
+        assert not np.asarray(some[name])[~there].any(), name
+    for name in ("tokens", "length", "source", "mask", "turn", "turns", "turn_rewards", "stop", "truncated"):
+        np.testing.assert_array_equal(some[name][there], rows[name][there], err_msg=name)
 
 
 @pytest.mark.slow
 def test_a_conversation_goes_on_greedily_from_any_place(params):
     """Resumed from what was said and heard, the policy says the same."""
     prompts, whole = prompts_of(), program(params, prompts_of(), 0.0, samples=1)
-    source, turn, sampled = (np.asarray(x) for x in (whole.source, whole.turn, whole.tokens))
+    source, turn, sampled = (np.asarray(x) for x in (whole.source, whole["turn"], whole.tokens))
     for row in range(3):
-        turns = int(whole.extras["turns"][row])
+        turns = int(whole["turns"][row])
         begin = int(np.flatnonzero(turn[row] == turns - 1)[0])
         end = int(whole.length[row])
         assert begin > 0
@@ -180,7 +218,7 @@ def test_what_is_observed_does_not_change_what_is_trained_on(params):
     one, two = (program(params, prompts_of(), 1.0, environment=e) for e in (endless, other))
     assert (np.asarray(one.tokens) != np.asarray(two.tokens)).any()
     np.testing.assert_array_equal(one.mask, two.mask)
-    np.testing.assert_array_equal(one.turn, two.turn)
+    np.testing.assert_array_equal(one["turn"], two["turn"])
 
 
 def test_the_gradient_of_observed_targets_is_zero(params, rows):
@@ -201,14 +239,14 @@ def test_an_environment_that_never_ends_is_stopped(params):
 
     endless = Environment(lambda start, key: jnp.int32(0), step, 4, 5, 3, (END, EOS))
     rows = program(params, prompts_of(), 1.0, environment=endless)
-    assert (np.asarray(rows.extras["turns"]) == 4).all()
-    assert (np.asarray(rows.extras["stop"]) == StopReason.TURN_LIMIT).all()
+    assert (np.asarray(rows["turns"]) == 4).all()
+    assert (np.asarray(rows["stop"]) == StopReason.TURN_LIMIT).all()
     assert np.asarray(rows.truncated).all()
-    assert (np.asarray(rows.extras["turn_rewards"]) == 0.25).all()
-    assert (np.asarray(rows.extras["solved"]) == 1).all()  # rewards that add up to 1
+    assert (np.asarray(rows["turn_rewards"]) == 0.25).all()
+    assert (np.asarray(rows["solved"]) == 1).all()  # rewards that add up to 1
     tight = program(params, prompts_of(), 1.0, environment=endless, tokens=2)
     assert (np.asarray(tight.length) == 2).all()
-    assert (np.asarray(tight.extras["stop"]) == StopReason.TOKEN_LIMIT).any()
+    assert (np.asarray(tight["stop"]) == StopReason.TOKEN_LIMIT).any()
 
 
 # ---- on the host ----------------------------------------------------------------------------------------------------
@@ -219,9 +257,10 @@ def host_grid(**options):
     return HostEnvironment(grid.episode, grid.turn, **limits, **options)
 
 
-def talked(params, environment, call, items=ITEMS):
-    turns = host_turns(MODEL, environment, encode=TOKENIZER.encode, decode=TOKENIZER.decode, **SIZES)
-    return host_generate_turns(turns, params, prompts_of(items), items, KEY, 3, call)
+def talked(params, environment, call, items=ITEMS, samples=SAMPLES, **which):
+    sizes = SIZES | {"samples_per_prompt": samples}
+    turns = host_turns(MODEL, environment, encode=TOKENIZER.encode, decode=TOKENIZER.decode, **sizes)
+    return host_generate_turns(turns, params, prompts_of(items), items, KEY, 3, call, **which)
 
 
 def test_on_the_host_the_same_is_said(params, rows):
@@ -230,11 +269,23 @@ def test_on_the_host_the_same_is_said(params, rows):
     with opened(environment) as call:
         found = talked(params, environment, call)
     for name in ("tokens", "length", "source", "mask", "turn", "truncated"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(rows, name), err_msg=name)
+        np.testing.assert_array_equal(found[name], rows[name], err_msg=name)
     for name in ("turn_rewards", "turns", "stop", "solved", "episode/turns_per_episode"):
-        np.testing.assert_array_equal(found.extras[name], rows.extras[name], err_msg=name)
+        np.testing.assert_array_equal(found[name], rows[name], err_msg=name)
     np.testing.assert_allclose(found.behaviour_logprobs, rows.behaviour_logprobs, atol=1e-5)
-    assert not np.asarray(found.extras["episode/failures_per_episode"]).any()
+    assert not np.asarray(found["episode/failures_per_episode"]).any()
+
+
+def test_on_the_host_samples_are_numbered_from_the_first_too(params, rows):
+    with opened(environment := host_grid()) as call:
+        later = talked(params, environment, call, samples=2, first_sample=2)
+        mixed = talked(params, environment, call, samples=2, first_sample=np.array([2, 0, 1]))
+    whole, found = every_sample(rows), every_sample(later, 2)
+    for name in ("tokens", "length", "turn", "turn_rewards"):
+        np.testing.assert_array_equal(found[name], whole[name][:, 2:], err_msg=name)
+    tokens = every_sample(mixed, 2)["tokens"]
+    for prompt, first in enumerate((2, 0, 1)):
+        np.testing.assert_array_equal(tokens[prompt], whole["tokens"][prompt, first : first + 2])
 
 
 def hanging(state, text):
@@ -250,9 +301,9 @@ def test_a_tool_that_hangs_is_answered_for(params):
     with opened(environment) as call:
         found = talked(params, environment, call)
     assert time.monotonic() - began < 30
-    assert (np.asarray(found.extras["stop"]) != StopReason.RUNNING).all()
-    assert (np.asarray(found.extras["turn_rewards"])[:, 0] == -1).all()
-    assert (np.asarray(found.extras["episode/failures_per_episode"]) == 1).all()
+    assert (np.asarray(found["stop"]) != StopReason.RUNNING).all()
+    assert (np.asarray(found["turn_rewards"])[:, 0] == -1).all()
+    assert (np.asarray(found["episode/failures_per_episode"]) == 1).all()
 
 
 def test_programs_on_the_host_are_compiled_once(params):

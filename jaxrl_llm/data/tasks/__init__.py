@@ -49,8 +49,8 @@ __all__ = [
 
 
 def names() -> tuple[str, ...]:
-    """Names of the task families: the modules of this package that define `task`."""
-    return tuple(sorted(name for name, value in globals().items() if _is_family(value)))
+    """Names of the task families: the modules of this package that are public and define `task`."""
+    return tuple(sorted(name for name in __all__ if _is_family(globals()[name])))
 
 
 def task(name: str, **options: Any) -> Task:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
-from jaxrl_llm.rollout.plans.plan import Plan, Request, finished, first_requests
+from jaxrl_llm.rollout.plans.plan import Plan, Request, finished, first_requests, require_inside
 from jaxrl_llm.selection import balanced_samples, finished_prompts
 
 
@@ -41,6 +41,7 @@ def adaptive(
 
     Reference: Reinforce-Ada (2510.04996).
     """
+    require_inside("adaptive", inner, "one_round", "equal_groups", "one_group_a_prompt")
     kept, each, most = samples_per_prompt, samples_per_round, max_rounds * samples_per_round
     if max_rounds < 1 or samples_per_round < 1:
         raise ValueError(
@@ -120,6 +121,6 @@ def adaptive(
         reads_rewards=True,
         provides=inner.provides | {"label", "pool_mean", "pool_count"},
         reports=frozenset({"rounds", "samples_drawn", "prompts_unfinished", "sampled_accuracy"}),
-        needs=inner.needs | {"one_round", "equal_groups", "one_group_a_prompt", "active_prompts", "numbered_samples"},
+        needs=inner.needs | {"active_prompts", "numbered_samples"},
         lacks=inner.lacks | {"one_round"},
     )

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.experience import Experience, Prompts
-from jaxrl_llm.rollout.plans.plan import Plan, Request
+from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
 from jaxrl_llm.selection import knapsack_rollouts
 
 
@@ -50,6 +50,7 @@ def budget(
 
     Reference: Knapsack RL (2509.25849).
     """
+    require_inside("budget", inner, "one_round", "one_group_a_prompt")
     if prompt_ids < 1:
         raise ValueError(f"prompt_ids is {prompt_ids}; it must be at least 1")
     if not least <= samples_per_prompt <= most:
@@ -86,6 +87,6 @@ def budget(
         requests=requests,
         memory=lambda: Success(jnp.zeros(prompt_ids), jnp.zeros(prompt_ids, bool)),
         remember=remember,
-        needs=inner.needs | {"one_round", "one_group_a_prompt", "uneven_groups"},
+        needs=inner.needs | {"uneven_groups"},
         lacks=inner.lacks | {"equal_groups"},
     )

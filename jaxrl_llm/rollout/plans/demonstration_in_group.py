@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.rollout.generate import Prefixes
-from jaxrl_llm.rollout.plans.plan import Plan, Request
+from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
 
 
 def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: int) -> Plan:
@@ -28,6 +28,7 @@ def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: i
     Raises:
       ValueError: for groups of one.
     """
+    require_inside("demonstration_in_group", inner, "one_round", "equal_groups", "one_group_a_prompt")
     if inner.samples < 2:
         raise ValueError(
             f"rollout.samples_per_prompt is {inner.samples}; the demonstration is one of them, so use at least 2"
@@ -58,7 +59,7 @@ def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: i
         requests=requests,
         merge=merge,
         drawn=drawn,
-        needs=inner.needs | {"one_round", "one_group_a_prompt", "equal_groups", "prefixes", "demonstrations"},
+        needs=inner.needs | {"prefixes", "demonstrations"},
         lacks=inner.lacks | {"drawn_by_policy"},
     )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
-from jaxrl_llm.rollout.plans.plan import Plan, Request, concatenated
+from jaxrl_llm.rollout.plans.plan import Plan, Request, concatenated, require_inside
 
 
 def greedy_baseline(inner: Plan, *, temperature: float) -> Plan:
@@ -19,6 +19,7 @@ def greedy_baseline(inner: Plan, *, temperature: float) -> Plan:
       inner: how the samples are drawn.
       temperature: of the samples.
     """
+    require_inside("greedy_baseline", inner, "one_round", "equal_groups", "one_group_a_prompt", "one_temperature")
     drawn, samples = inner.drawn, inner.samples
 
     def requests(memory: Any, carry: Any, prompts: Prompts) -> tuple[Request, ...]:
@@ -54,6 +55,5 @@ def greedy_baseline(inner: Plan, *, temperature: float) -> Plan:
         result=result,
         reads_rewards=True,
         provides=inner.provides | {"baseline_rewards"},
-        needs=inner.needs | {"one_round", "one_temperature", "equal_groups", "one_group_a_prompt", "temperatures"},
-        lacks=inner.lacks | {"one_temperature"},
+        needs=inner.needs | {"temperatures"},
     )

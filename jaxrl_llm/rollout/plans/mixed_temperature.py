@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.experience import Experience, Method, Prompts
-from jaxrl_llm.rollout.plans.plan import Plan, Request
+from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
 from jaxrl_llm.signatures import call, signature
 
 
@@ -24,6 +24,7 @@ def mixed_temperature(inner: Plan, *, samples_per_prompt: int, prompt_share: flo
     Raises:
       ValueError: for a share or a temperature out of range.
     """
+    require_inside("mixed_temperature", inner, "one_round", "equal_groups", "one_group_a_prompt")
     if not 0 < prompt_share <= 1:
         raise ValueError(f"prompt_share is {prompt_share}; it is a share of the prompts, in (0, 1]")
     fixed: Any = None if isinstance(temperature, Method) else temperature
@@ -74,7 +75,7 @@ def mixed_temperature(inner: Plan, *, samples_per_prompt: int, prompt_share: flo
         memory=memory,
         remember=remember,
         provides=inner.provides | {"extra"},
-        needs=inner.needs | {"one_round", "one_group_a_prompt", "equal_groups", "numbered_samples"},
+        needs=inner.needs | {"numbered_samples"},
         lacks=inner.lacks | {"one_temperature", "one_group_a_prompt"},
         extra_groups=groups,
     )

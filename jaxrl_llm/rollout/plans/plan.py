@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm.experience import Experience, Prompts
+from jaxrl_llm.rollout.capabilities import ROWS, require
 from jaxrl_llm.rollout.generate import Prefixes
 
 
@@ -72,8 +73,8 @@ class Plan(NamedTuple):
       reads_rewards: `merge` reads rewards.
       provides: names that its rows know.
       reports: names of what it reports.
-      lacks: what its rows are not, of `GROUPS` and the like; see `training.composition.OFFERED`.
-      needs: what it needs of the sampler and of the plan around which it is made.
+      lacks: what its rows are not, of `capabilities.ROWS`.
+      needs: what it needs of the sampler, of `capabilities.CAPABILITIES`.
       extra_groups: (prompts) -> groups that come on top of one a prompt.
     """
 
@@ -114,6 +115,11 @@ def plain(*, samples_per_prompt: int) -> Plan:
         samples=samples_per_prompt,
         drawn=samples_per_prompt,
     )
+
+
+def require_inside(name: str, inner: Plan, *needs: str) -> None:
+    """Raises ValueError where a plan cannot be made around another, for what the rows of that one lack."""
+    require(f"rollout.plan.{name}", set(needs), "the plan inside of it", ROWS - inner.lacks)
 
 
 def first_requests(inner: Plan, memory: Any, prompts: Prompts) -> tuple[Request, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.rollout.generate import Prefixes
-from jaxrl_llm.rollout.plans.plan import Plan, Request
+from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
 
 
 def prefixes(
@@ -32,6 +32,7 @@ def prefixes(
     Raises:
       ValueError: for texts that do not divide the samples of a prompt, or leave nothing of the completion.
     """
+    require_inside("prefixes", inner, "drawn_by_policy", "equal_groups")
     ids = tuple(tuple(encode(text)) for text in texts)
     samples, longest = inner.samples, max(map(len, ids), default=0)
     if not ids or samples % len(ids):
@@ -60,5 +61,5 @@ def prefixes(
 
     return inner._replace(
         requests=requests,
-        needs=inner.needs | {"prefixes", "drawn_by_policy", "equal_groups"},
+        needs=inner.needs | {"prefixes"},
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
-from jaxrl_llm.rollout.plans.plan import Plan, Request, empty_like, finished, first_requests
+from jaxrl_llm.rollout.plans.plan import Plan, Request, empty_like, finished, first_requests, require_inside
 
 
 def refill(
@@ -32,6 +32,7 @@ def refill(
 
     Reference: DAPO (2503.14476).
     """
+    require_inside("refill", inner, "one_round", "equal_groups", "one_group_a_prompt")
     if max_rounds < 1:
         raise ValueError(f"max_rounds is {max_rounds}; it must be at least 1")
     samples = samples_per_prompt
@@ -98,6 +99,5 @@ def refill(
         prompts_per_group=max_rounds,
         reads_rewards=True,
         reports=frozenset({"rounds", "groups_sampled", "groups_kept", "sampled_accuracy"}),
-        needs=inner.needs | {"one_round", "equal_groups", "one_group_a_prompt"},
         lacks=inner.lacks | {"one_round"},
     )

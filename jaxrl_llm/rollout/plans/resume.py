@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.rollout.generate import Prefixes
-from jaxrl_llm.rollout.plans.plan import Plan, Request, concatenated, finished, first_requests
+from jaxrl_llm.rollout.plans.plan import Plan, Request, concatenated, finished, first_requests, require_inside
 from jaxrl_llm.signatures import call, names
 
 
@@ -47,6 +47,7 @@ def resume(
     Raises:
       ValueError: for more branches than completions to go on from.
     """
+    require_inside("resume", inner, "one_round", "equal_groups", "one_group_a_prompt")
     drawn = samples_per_prompt - branches
     if not 0 < branches <= drawn:
         raise ValueError(
@@ -114,7 +115,7 @@ def resume(
         reads_rewards=inner.reads_rewards or bool(names(choose) & {"rewards", "correct", "reward_components"}),
         provides=inner.provides | {"branch"},
         reports=frozenset({"resumed_tokens"}),
-        needs=inner.needs | {"one_round", "equal_groups", "one_group_a_prompt", "prefixes", "numbered_samples"},
+        needs=inner.needs | {"prefixes", "numbered_samples"},
         lacks=inner.lacks | {"one_round"} | (frozenset() if trained_prefix else frozenset({"drawn_by_policy"})),
     )
 

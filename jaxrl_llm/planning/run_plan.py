@@ -1,0 +1,197 @@
+"""A plan: whether a run fits a machine that need not be there, where its time goes, and what would make it fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from jaxrl_llm.config import Config, MeshConfig, as_tree
+from jaxrl_llm.parallel.rules import AXES
+from jaxrl_llm.planning import ahead
+from jaxrl_llm.planning.estimate import Estimate
+from jaxrl_llm.planning.planned import Planned, mesh_sizes, planned
+from jaxrl_llm.planning.suggestions import suggestions
+from jaxrl_llm.planning.topologies import GIB, Topology, topology
+from jaxrl_llm.run.machine import demand
+
+
+def plan(
+    config: Config,
+    name: str,
+    *,
+    compile_programs: bool = True,
+    search: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Plan a run.
+
+    Args:
+      config: of the run; of its model, config.json is enough.
+      name: of the topology.
+      compile_programs: ahead of time, where there is a compiler for the machine; else everything is estimated.
+      search: try mesh layouts first, and plan the best of them.
+      report: is given lines on what is going on.
+
+    Returns:
+      plain data: topology, mesh, how it was found out, phases, programs, fits, suggestions, layouts, versions.
+
+    Raises:
+      ValueError: for a topology that nobody knows, or a config that cannot be composed on it.
+    """
+    machine = topology(name)
+    known = planned(config, machine)
+    layouts = ranked_layouts(known) if search else []
+    if layouts:
+        config = replace(config, mesh=replace(config.mesh, **_fields(layouts[0]["mesh"], config.mesh)))
+        known = replace(known, config=config)
+    sizes, reason = mesh_sizes(known)
+    reason = "the best of the search" if layouts else reason
+    guess = known.estimated(sizes)
+    result: dict[str, Any] = {
+        "config": config.name,
+        "topology": name,
+        "machine": machine.described(),
+        "devices": machine.devices,
+        "device_bytes": machine.chip.bytes,
+        "rates": {key: getattr(machine.chip, key) for key in ("flops", "bandwidth", "link")},
+        "mesh": sizes,
+        "mesh_reason": reason,
+        "versions": ahead.versions(),
+        "layouts": layouts,
+    }
+    why_not = ahead.can_compile(machine) if compile_programs else "asked for without compiling: an estimate from sizes"
+    measured = None
+    if why_not is None:
+        try:
+            measured = ahead.compiled(as_tree(config), name, report=report)
+        except ahead.CannotCompile as error:
+            why_not = f"{error}; what follows is an estimate from sizes"
+    result |= {"method": "estimated" if measured is None else "compiled", "note": why_not or ""}
+    result |= _from_estimate(guess, machine) if measured is None else _from_compiler(measured, machine)
+    result["estimate"] = {
+        phase: {"memory_bytes": sum(held.values()), "sent_bytes": sum(guess.costs[phase].collectives.values())}
+        for phase, held in guess.memory.items()
+    }
+    result["step_seconds"] = sum(phase["seconds"] for phase in result["phases"])
+    result["memory_bytes"] = max(each["memory_bytes"] for each in result["phases"] + result["programs"])
+    result["fits"] = result["memory_bytes"] <= machine.chip.bytes and all(p["fits"] for p in result["programs"])
+    result["suggestions"] = [] if result["fits"] else suggestions(known, sizes, result["memory_bytes"])
+    return result
+
+
+def refusal(result: Mapping[str, Any]) -> str | None:
+    """What to say of a plan that does not fit: the numbers, and a way out."""
+    if result["fits"]:
+        return None
+    needs, has = result["memory_bytes"] / GIB, result["device_bytes"] / GIB
+    way = "; or ".join(each["change"] for each in result["suggestions"][:2])
+    return (
+        f"the plan does not fit: a device of {result['topology']} needs {needs:.2f} GiB and has {has:.2f}; "
+        f"{'try ' + way if way else 'take more or larger devices, or a smaller model'}"
+    )
+
+
+def _roofline(phase: str, cost: Mapping[str, Any], machine: Topology) -> dict[str, Any]:
+    seconds = {
+        "compute": cost["flops"] / machine.chip.flops,
+        "memory": cost["bytes"] / machine.chip.bandwidth,
+        "network": cost["seconds_on_network"],
+    }
+    bound = max(seconds, key=lambda name: seconds[name])
+    return {
+        "phase": phase,
+        "memory_bytes": cost["memory_bytes"],
+        "flops": cost["flops"],
+        "bytes": cost["bytes"],
+        "collectives": dict(cost["collectives"]),
+        "seconds_by": seconds,
+        "seconds": seconds[bound],
+        "bound": bound,
+        "largest": cost.get("largest", []),
+    }
+
+
+def _from_estimate(guess: Estimate, machine: Topology) -> dict[str, Any]:
+    phases = []
+    for phase, cost in guess.costs.items():
+        held = guess.memory[phase]
+        largest = [{"bytes": size, "value": name} for name, size in sorted(held.items(), key=lambda pair: -pair[1])]
+        known = vars(cost) | {"memory_bytes": sum(held.values()), "largest": largest[:6]}
+        phases.append(_roofline(phase, known, machine))
+    return {"phases": phases, "programs": []}
+
+
+def _from_compiler(measured: Mapping[str, Any], machine: Topology) -> dict[str, Any]:
+    order = (*ahead.PHASES, "other")
+    found = measured["phases"]
+    return {
+        "mesh": measured["mesh"],
+        "phases": [_roofline(phase, found[phase], machine) for phase in order if phase in found],
+        "programs": measured["programs"],
+        "state_bytes": measured["state_bytes"],
+    }
+
+
+def _fields(sizes: Mapping[str, int], asked: MeshConfig) -> dict[str, Any]:
+    """Fields of section mesh that say these sizes."""
+    names = {axis: "slices" if axis == "slice" else axis for axis in AXES}
+    return {field: sizes.get(axis) for axis, field in names.items()} | {"devices": asked.devices}
+
+
+def layouts(plan: Planned) -> Iterator[dict[str, int]]:
+    """Mesh sizes that multiply to the devices of the machine and divide what they have to."""
+    machine, needed = plan.machine, demand(plan.config, plan.model)
+    count = (plan.config.mesh.devices or machine.devices) // machine.slices
+    for tensor in _divisors(count):
+        if needed.heads % tensor:
+            continue
+        for expert in _divisors(count // tensor) if needed.experts > 1 else [1]:
+            if needed.experts % expert:
+                continue
+            rest = count // tensor // expert
+            for sequence in _divisors(rest):
+                for data in _divisors(rest // sequence):
+                    fsdp = rest // sequence // data
+                    sizes = {"slice": machine.slices, "data": data, "fsdp": fsdp}
+                    sizes |= {"expert": expert, "sequence": sequence, "tensor": tensor}
+                    yield {axis: size for axis, size in sizes.items() if size > 1}
+
+
+def ranked_layouts(plan: Planned, *, count: int = 12) -> list[dict[str, Any]]:
+    """Mesh layouts by what they are estimated to take: those that fit first, the fastest first among them.
+
+    A layout on which devices have rows to spare is not one: its rows divide into whole ones for every device.
+    """
+    machine, rows = plan.machine, demand(plan.config, plan.model).rows
+    found = []
+    for sizes in layouts(plan):
+        owners = math.prod(sizes.get(axis, 1) for axis in ("slice", "data", "fsdp", "expert"))
+        if rows % owners:
+            continue
+        try:
+            guess = plan.estimated(sizes)
+        except ValueError:
+            continue
+        phases = _from_estimate(guess, machine)["phases"]
+        found.append(
+            {
+                "mesh": sizes,
+                "memory_bytes": guess.peak,
+                "fits": guess.peak <= machine.chip.bytes,
+                "seconds": sum(phase["seconds"] for phase in phases),
+                "bound": {phase["phase"]: phase["bound"] for phase in phases},
+            }
+        )
+    if not found:
+        raise ValueError(
+            f"no mesh of {machine.devices} devices gives each of them whole ones of the {rows} sequences of a "
+            "microbatch; change training.sequences_per_microbatch or training.prompts_per_step"
+        )
+    found.sort(key=lambda each: (not each["fits"], each["seconds"] if each["fits"] else each["memory_bytes"]))
+    return found[:count]
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
