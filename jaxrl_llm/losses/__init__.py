@@ -6,7 +6,7 @@ Each is a pure function whose positional parameters are named after what the ste
 
 from __future__ import annotations
 
-from jaxrl_llm.experience import Loss, Method
+from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.divergences.convex import convex_kl
 from jaxrl_llm.losses.divergences.divergence import divergence
@@ -40,27 +40,12 @@ from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_
 from jaxrl_llm.losses.value.clipped_value import clipped_value
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
 
-# What now has a room of its own can still be named here.
-from jaxrl_llm.schedules import (
-    adaptive_kl,
-    adaptive_mixing,
-    annealed_share,
-    entropy_gated_kl,
-    gradient_alignment,
-    mixing_weight,
-    two_phase_decay,
-)
-
 __all__ = [
     "GENERATORS",
     "Aggregation",
     "Generator",
     "Loss",
-    "Method",
-    "adaptive_kl",
-    "adaptive_mixing",
     "aggregate",
-    "annealed_share",
     "blended_surrogate",
     "cispo",
     "clipped_surrogate",
@@ -72,7 +57,6 @@ __all__ = [
     "entropy_band",
     "entropy_bonus",
     "entropy_change_weights",
-    "entropy_gated_kl",
     "entropy_history",
     "entropy_history_penalty",
     "external_surrogate",
@@ -81,7 +65,6 @@ __all__ = [
     "forking_mask",
     "forking_tokens",
     "generator",
-    "gradient_alignment",
     "group_trust_region",
     "huber_value",
     "importance_weight",
@@ -94,7 +77,6 @@ __all__ = [
     "mean_log_ratio",
     "min_p_logprobs",
     "mixed_policy_surrogate",
-    "mixing_weight",
     "negative_aware_likelihood",
     "negative_log_likelihood",
     "negative_sequence_mask",
@@ -117,5 +99,4 @@ __all__ = [
     "token_reward_cross_entropy",
     "token_share",
     "twin_huber_value",
-    "two_phase_decay",
 ]
