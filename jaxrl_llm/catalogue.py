@@ -20,7 +20,13 @@ from jaxrl_llm.signatures import signature
 ROOMS = {"reward": rewards, "advantage": advantages, "selection": selection, "loss": losses, "schedule": schedules}
 
 # What a source, a plan or a section of a config brings, where no name of a function says so.
-_SECTION_NEEDS = {("environment",): "environment", ("training", "alignment_every_steps"): "meta-gradient"}
+_SECTION_NEEDS = {
+    ("environment",): "environment",
+    ("training", "alignment_every_steps"): "meta-gradient",
+    ("networks", "proxy"): "proxy",
+    ("views",): "views",
+    ("data", "selection"): "choice of prompts",
+}
 _SOURCE_NEEDS = {"replay": "replay", "solved_answers": "stored answers", "demonstrations": "demonstrations"}
 _PLAN_NEEDS = {
     "demonstration_in_group": "demonstrations",
@@ -28,7 +34,20 @@ _PLAN_NEEDS = {
     "prefixes": "prefixes",
     "greedy_baseline": "greedy sample",
 }
-EVERY_NEED = (*every_need(), "replay", "prefixes", "environment", "memory", "several rounds", "branches", "stages")
+EVERY_NEED = (
+    *every_need(),
+    *(
+        "replay",
+        "prefixes",
+        "environment",
+        "memory",
+        "several rounds",
+        "branches",
+        "views",
+        "choice of prompts",
+        "stages",
+    ),
+)
 
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
 _HELPERS = re.compile(
@@ -175,18 +194,24 @@ def described_recipe(name: str) -> dict[str, Any]:
 
 
 def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a recipe's rewards, credit and losses, in order.
+    """The entries of a recipe's plan, views, rewards, credit and losses, in order, behind what chooses its prompts.
 
     Returns:
       For each: function (its name), section, entry (as it stands in the file). The coefficient of a loss, where it
       names a function, has an entry of its own with section "coefficient".
     """
     found = []
+    selection = (tree.get("data") or {}).get("selection")
+    if selection is not None:
+        found.append({"function": _named(selection), "section": "data.selection", "entry": selection})
     for plan in _plan_entries(tree):
         found.append({"function": _named(plan), "section": "rollout.plan", "entry": plan})
-        temperature = _hyper(plan).get("temperature")
-        if isinstance(temperature, dict) or _is_name(temperature):
-            found.append({"function": _named(temperature), "section": "temperature", "entry": temperature})
+        for hyper in ("temperature", "choose"):
+            inner = _hyper(plan).get(hyper)
+            if isinstance(inner, dict) or _is_name(inner):
+                found.append({"function": _named(inner), "section": hyper, "entry": inner})
+    for name, view in (tree.get("views") or {}).items():
+        found.append({"function": _named(view), "section": "views", "entry": {name: view}})
     for section in _SECTIONS:
         for entry in tree.get(section) or ():
             inner = next(iter(entry.values())) if section == "credit" else entry
