@@ -27,6 +27,9 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "ba
 # One of each kind; the others are trained by the slow tests.
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
+# What reads a file, a checkpoint or several stages is trained in tests/run/test_written_recipes.py.
+TRAINED_ELSEWHERE = {"dpo"}
+
 # Every published method, and the recipes that stand for it.
 METHODS = {
     "aggregation": ("grpo", "dapo", "dr_grpo", "bnpo", "rl_plus"),
@@ -79,11 +82,21 @@ METHODS = {
     "Reinforce-Ada": ("reinforce_ada",),
     "Knapsack RL": ("knapsack_rl",),
     "SCoRe": ("score",),
+    "DPO": ("dpo",),
     "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
-STAGES = {"advantage", "policy loss", "regulariser", "optimisation", "baseline", "sampling", "multi-turn"}
+STAGES = {
+    "advantage",
+    "policy loss",
+    "regulariser",
+    "optimisation",
+    "baseline",
+    "sampling",
+    "multi-turn",
+    "preference loss",
+}
 
 # Micro tasks: (options of the task, longest prompt, longest completion).
 MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -195,7 +208,12 @@ def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, 
 
 @pytest.mark.methods
 @pytest.mark.parametrize(
-    "name", [name if name in AMONG_THE_FAST else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+    "name",
+    [
+        name if name in AMONG_THE_FAST else pytest.param(name, marks=pytest.mark.slow)
+        for name in RECIPES
+        if name not in TRAINED_ELSEWHERE
+    ],
 )
 def test_a_recipe_trains(name, micro, policy):
     built, start = parts(micro(name)), policy(name)

@@ -26,6 +26,7 @@ from jaxrl_llm.losses.policy.sequence_surrogates import sequence_clipped_surroga
 from jaxrl_llm.losses.policy.surrogates import cispo, clipped_surrogate, policy_gradient, sapo
 from jaxrl_llm.losses.policy.valuation import mean_log_ratio, random_policy_valuation
 from jaxrl_llm.losses.preference.discriminative import decoupled_reward, group_trust_region
+from jaxrl_llm.losses.preference.dpo import dpo
 from jaxrl_llm.losses.preference.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
 from jaxrl_llm.losses.ratio import log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.regularisers.entropy import entropy_bonus
@@ -54,6 +55,7 @@ __all__ = [
     "decoupled_reward",
     "divergence",
     "divergence_reward",
+    "dpo",
     "entropy_band",
     "entropy_bonus",
     "entropy_change_weights",
