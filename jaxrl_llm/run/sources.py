@@ -85,14 +85,11 @@ def demonstrations(*, sequences_per_step: int, samples_per_prompt: int, beside: 
 def _beside(parts: Sequence[Any], width: int, *, marked: bool) -> Experience:
     """Reference completions behind samples; those of the second part are marked, and have weight 0."""
     names = ("prompt_tokens", "prompt_length", "prompt_id", "tokens", "length")
-    arrays: dict[str, Any] = {n: jnp.concatenate([getattr(part, n) for part in parts]) for n in names}
+    arrays = [jnp.concatenate([getattr(part, name) for part in parts]) for name in names]
     trained = jnp.concatenate([jnp.asarray(part.mask) for part in parts])
-    count = arrays["length"].shape[0] // len(parts)
-    held_out = jnp.repeat(jnp.arange(len(parts), dtype=jnp.float32), count)
-    rows: Any = written_rows(
-        **arrays, answer_width=width, trained=trained, **({"validation": held_out} if marked else {})
-    )
-    return replace(rows, weight=1.0 - held_out)
+    held_out = jnp.repeat(jnp.arange(len(parts), dtype=jnp.float32), arrays[-1].shape[0] // len(parts))
+    rows = replace(written_rows(*arrays, answer_width=width, trained=trained), weight=1.0 - held_out)
+    return rows.filled(validation=held_out) if marked else rows
 
 
 def solved_answers(
