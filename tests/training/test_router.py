@@ -172,7 +172,9 @@ def test_what_needs_experts_is_refused_without_them(prompts):
     with_demonstration = plans.demonstration_in_group(
         plans.plain(samples_per_prompt=2), max_completion_tokens=5, pad_id=0
     )
-    with pytest.raises(ValueError, match=r"rollout.replay_router needs tokens that the policy drew \(drawn_by_policy\)"):
+    with pytest.raises(
+        ValueError, match=r"rollout.replay_router needs tokens that the policy drew \(drawn_by_policy\)"
+    ):
         make_train_step(
             MODEL,
             optax.sgd(0.1),

@@ -95,7 +95,10 @@ def test_truncation_must_be_asked_for(rollout, message):
 def test_bad_truncation(bigram):
     with pytest.raises(ValueError, match=r"without rollout\.top_k"):
         Rollout(truncation=Controls(top_p=0.9), **SIZES)
-    with pytest.raises(ValueError, match=r"needs tokens drawn from the whole vocabulary \(whole_vocabulary\), which rollout.truncation does not"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs tokens drawn from the whole vocabulary \(whole_vocabulary\), which rollout.truncation does not",
+    ):
         make_train_step(
             bigram,
             optax.sgd(0.5),
