@@ -626,8 +626,8 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         if name in values and not isinstance(values[name], list):
             values[name] = [values[name]]
     rollout = values.get("rollout")
-    if isinstance(rollout, dict) and rollout.get("plan") is not None and not isinstance(rollout["plan"], list):
-        plan = rollout["plan"]
+    if isinstance(rollout, dict) and not isinstance(rollout.get("plan", []), list):
+        plan = {} if rollout["plan"] is None else rollout["plan"]
         several = isinstance(plan, dict) and "python" not in plan
         rollout["plan"] = [{name: hyper} for name, hyper in plan.items()] if several else [plan]
     networks = values.get("networks")
