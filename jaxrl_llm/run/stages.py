@@ -265,25 +265,20 @@ def _next_choices(choices: list[Any], state: TrainState) -> list[Any]:
     return [choices[1], jnp.copy(state.memory[SELECTION]["choices"][1])]
 
 
-def stage_data(run: Run, stage: Stage, prompts: Any, stored: Any) -> StageData:
+def stage_data(stage: Stage, prompts: Any, written: Callable[[int], Experience] | None, stored: Any) -> StageData:
     """The rows of a stage by step; the same whatever was asked for before.
 
     Args:
-      run: with the data of the run.
       stage: with its sources.
       prompts: batches of prompts.
+      written: rows that are handed to a step, see `written_of`.
       stored: answers that were stored before the stage; None without.
     """
-    config, key = stage.parts.config, jax.random.key(run.config.seed)
-    feed = next((feed for feed in stage.parts.feeds if feed.rows or feed.stored), None)
-    if feed is None:
-        return StageData(prompts, None)
-    if feed.stored is not None:
-        source, width = stage.parts.step.composition.written, config.rollout.max_completion_tokens
-        assert source is not None
+    config, source = stage.parts.config, stage.parts.step.composition.written
+    if stored is not None and source is not None:
+        key, width = jax.random.key(config.seed), config.rollout.max_completion_tokens
         return StageData(prompts, lambda step: stored.batch(key, step, source.rows, answer_width=width))
-    assert feed.rows is not None
-    return StageData(prompts if stage.samples else None, feed.rows(stage.parts, run.sets.get(stage.name, {})))
+    return StageData(prompts if stage.samples else None, written)
 
 
 def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experience] | None:

@@ -41,7 +41,7 @@ from jaxrl_llm.run.setup import (
     prompt_batches,
     staged,
 )
-from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data
+from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
 
@@ -108,8 +108,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             f"{meta['data']}, and is now {fingerprint}); restore them, or start a new run"
         )
     prompts = {stage.name: prompt_batches(stage.parts, sets[stage.name]["train"]) for stage in stages if stage.samples}
+    # What does not fit speaks now, not after the stages before.
+    rows = {stage.name: written_of(stage.parts, sets[stage.name]) for stage in stages}
     for split in ("validation", "test") if data else ():
-        encoded(built, data[split])  # a held-out prompt that does not fit speaks now, not after the warm start
+        encoded(built, data[split])
     with (
         run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
@@ -120,7 +122,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
-            return _run(run, stages, prompts, newest, grade)
+            return _run(run, stages, prompts, rows, newest, grade)
 
 
 def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +140,12 @@ def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]
 
 
 def _run(
-    run: Run, stages: Sequence[Stage], prompts: dict[str, Batches], newest: int | None, grade: Grader | None
+    run: Run,
+    stages: Sequence[Stage],
+    prompts: dict[str, Batches],
+    rows: Mapping[str, Any],
+    newest: int | None,
+    grade: Grader | None,
 ) -> dict[str, Any]:
     """All stages that are left, from the one whose state was saved."""
     config, key, call = run.config, jax.random.key(run.config.seed), run.parts.call
@@ -177,7 +184,7 @@ def _run(
             newest = None
         elif stage.first_saved:
             run.save(run.meta["steps_before"], stage.name, state)
-        data = stage_data(run, stage, batches, stored)
+        data = stage_data(stage, batches, rows[stage.name], stored)
         state = run_stage(run, stage, state, data, measure, last=number == len(stages) - 1)
         held = {name: one.params for name, one in (run.passengers | state.networks).items()}
         if not stage.first_saved:
