@@ -307,7 +307,7 @@ def _plan_entries(tree: dict[str, Any]) -> list[Any]:
     plan = (tree.get("rollout") or {}).get("plan")
     if plan is None:
         return []
-    if isinstance(plan, dict):
+    if isinstance(plan, dict) and "python" not in plan:
         return [{name: hyper} for name, hyper in plan.items()]
     return plan if isinstance(plan, list) else [plan]
 
