@@ -10,8 +10,8 @@ def even_share(tokens, mask):
 
 
 def second_vowel(completion):
-    """Whether the second letter is a vowel, of one completion at a time; None where there is none before t."""
-    return float(completion[1] in "aeiou") if completion[1:2] and completion[1] < "t" else None
+    """Whether the second letter is a vowel, of one completion at a time; None where there is none before n."""
+    return float(completion[1] in "aeiou") if completion[1:2] and completion[1] < "n" else None
 
 
 def first_letter(completions):

@@ -230,7 +230,8 @@ def test_steps_of_two_processes_are_those_of_one(tmp_path, what):
         assert np.isnan(alone["reward_components 0"]).any()
         assert len(np.unique(alone["answer_id 0"])) > 4
     assert relative(alone["scores"], alone["start"]) > 1e-3
-    assert relative(both["scores"], alone["scores"]) < 1e-6
+    # Sums over rows come in another order, and Adam makes a whole step of a gradient that is near 0.
+    assert relative(both["scores"], alone["scores"]) < (1e-5 if what == "read" else 1e-6)
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
