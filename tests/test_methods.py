@@ -80,10 +80,11 @@ METHODS = {
     "Knapsack RL": ("knapsack_rl",),
     "SCoRe": ("score",),
     "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
+    "VeriFree": ("verifree",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
-STAGES = {"advantage", "policy loss", "regulariser", "optimisation", "baseline", "sampling", "multi-turn"}
+STAGES = {"advantage", "policy loss", "regulariser", "optimisation", "baseline", "sampling", "multi-turn", "reward"}
 
 # Micro tasks: (options of the task, longest prompt, longest completion).
 MICRO: dict[str, tuple[dict[str, Any], int, int]] = {

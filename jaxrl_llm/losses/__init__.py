@@ -33,6 +33,7 @@ from jaxrl_llm.losses.regularisers.entropy_history import entropy_history, entro
 from jaxrl_llm.losses.regularisers.routing import router_balance
 from jaxrl_llm.losses.supervised.likelihood import negative_log_likelihood
 from jaxrl_llm.losses.supervised.negative_aware import negative_aware_likelihood
+from jaxrl_llm.losses.supervised.reference_answers import weighted_answer_likelihood
 from jaxrl_llm.losses.supervised.written_tokens import external_surrogate, rehearsal_divergence, stored_likelihood
 from jaxrl_llm.losses.token_weights.correction import importance_weight, negative_sequence_mask
 from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights, predicted_entropy_change
@@ -118,4 +119,5 @@ __all__ = [
     "token_share",
     "twin_huber_value",
     "two_phase_decay",
+    "weighted_answer_likelihood",
 ]
