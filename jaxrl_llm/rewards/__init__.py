@@ -6,6 +6,7 @@ from jaxrl_llm.rewards.combination.consistency import consistent_accuracy
 from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.intrinsic.likelihood import answer_likelihood
+from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
 from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
@@ -49,6 +50,8 @@ __all__ = [
     "normalized_turn_rewards",
     "number_match",
     "parsed_number",
+    "perplexity_ranks",
+    "reasoning_perplexity",
     "reference_progress",
     "self_correction_rewards",
     "separated_turns",
