@@ -82,6 +82,7 @@ METHODS = {
     "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
     "VeriFree": ("verifree",),
     "NOVER": ("nover",),
+    "RLCR": ("rlcr",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
@@ -104,6 +105,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
     hint = max((len(text) for text in rollout.get("prefixes", [])), default=0)
     task = tree["task"]["name"]
     chosen, longest_prompt, longest = MICRO[task]
+    if tree["task"].get("options", {}).get("confidence"):
+        chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
     rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
     rollout |= {"max_completion_tokens": longest + hint}
     if "environment" in tree:
@@ -168,7 +171,11 @@ def policy(micro) -> Any:
         return jax.device_get(state.params)
 
     first_of = {"addition": "base", "grid": "meow_tea_taro_grpo", "self_correction": "score"}
-    return lambda recipe: trained_on(first_of[read_tree(FOLDER / f"{recipe}.yaml")["task"]["name"]])
+    # What completes a problem differently is learned from completions of its own.
+    own = {"rlcr"}
+    return lambda recipe: trained_on(
+        recipe if recipe in own else first_of[read_tree(FOLDER / f"{recipe}.yaml")["task"]["name"]]
+    )
 
 
 def differ(one: Any, other: Any) -> bool:

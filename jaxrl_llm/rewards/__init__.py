@@ -16,8 +16,10 @@ from jaxrl_llm.rewards.process.turn_rewards import (
     separated_turns,
     turn_end_rewards,
 )
+from jaxrl_llm.rewards.shaping.calibration import calibrated_correctness
 from jaxrl_llm.rewards.shaping.length_limit import soft_overlong, truncation_zero
 from jaxrl_llm.rewards.verifiers.answers import answer_format, answer_ids, answer_present, answer_span, exact_answer
+from jaxrl_llm.rewards.verifiers.confidence import stated_confidence
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
 from jaxrl_llm.rewards.verifiers.text_answers import (
     answer_order_share,
@@ -38,6 +40,7 @@ __all__ = [
     "answer_position_share",
     "answer_present",
     "answer_span",
+    "calibrated_correctness",
     "checked_host_reward",
     "column_share",
     "consistent_accuracy",
@@ -56,6 +59,7 @@ __all__ = [
     "self_correction_rewards",
     "separated_turns",
     "soft_overlong",
+    "stated_confidence",
     "thought_length",
     "thought_mask",
     "truncation_zero",
