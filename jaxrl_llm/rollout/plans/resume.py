@@ -23,15 +23,15 @@ def resume(
     max_completion_tokens: int,
     pad_id: int,
     branches: int,
-    encode: Callable[[str], Sequence[int]] | None = None,
+    encode: Callable[[str], Sequence[int]] | None,
     hint: str = "",
     trained_prefix: bool = False,
 ) -> Plan:
     """Two rounds: completions as `inner` draws them, then `branches` of each prompt that go on from some of them.
 
-    Branch j of a prompt goes on from its j-th completion, cut at the position that `choose` gives; at position 0 it
-    starts afresh. All are rows of one group. A branch continues the randomness of its own sample number, so it differs
-    from the completion that it was cut from.
+    Branch j of a prompt goes on from its j-th completion (counted round and round, where there are more branches than
+    completions), cut at the position that `choose` gives; at position 0 it starts afresh. All are rows of one group. A
+    branch continues the randomness of its own sample number, so it differs from the completion that it was cut from.
 
     Args:
       inner: how the first completions are drawn; it draws `samples_per_prompt - branches` of them.
@@ -40,24 +40,26 @@ def resume(
       max_completion_tokens: width of completions.
       pad_id: fills what is shorter.
       branches: how many of them are branches.
-      encode: text -> token ids, for a hint.
+      encode: text -> token ids, for a hint; may be None without one.
       hint: text that is placed behind what is kept; never trained on.
       trained_prefix: the policy's own tokens before the position are trained on in the branch too.
 
     Raises:
-      ValueError: for more branches than completions to go on from.
+      ValueError: for no branches, nothing that they could go on from, or a hint that cannot be encoded.
     """
     drawn = samples_per_prompt - branches
-    if not 0 < branches <= drawn:
+    if not 0 < branches < samples_per_prompt:
         raise ValueError(
-            f"resume.branches is {branches} of rollout.samples_per_prompt {samples_per_prompt}; each branch goes on "
-            f"from another completion, so at most half of the samples may be branches"
+            f"resume.branches is {branches} of rollout.samples_per_prompt {samples_per_prompt}; there must be a branch "
+            "and a completion that it goes on from"
         )
     if inner.samples != drawn:
         raise ValueError(
             f"resume.branches is {branches}, but the plan inside of it draws {inner.samples} completions of a prompt, "
             f"not {drawn}"
         )
+    if hint and encode is None:
+        raise ValueError(f"resume.hint is {hint!r}, but there is no encode= (text -> token ids) to make tokens of it")
     behind = tuple(encode(hint)) if hint and encode is not None else ()
     own = Source.SAMPLED if trained_prefix else Source.HINT
 
@@ -73,7 +75,8 @@ def resume(
         provided = kept.known() | {"key": carry.key}
         position = jnp.clip(call(choose, provided), 0, max_completion_tokens - 2 - len(behind))
         groups = kept.tokens.shape[0] // drawn
-        first = lambda x: x.reshape(groups, drawn, *x.shape[1:])[:, :branches].reshape(-1, *x.shape[1:])  # noqa: E731
+        origin = jnp.arange(branches) % drawn
+        first = lambda x: x.reshape(groups, drawn, *x.shape[1:])[:, origin].reshape(-1, *x.shape[1:])  # noqa: E731
         tokens, length = first(kept.tokens), jnp.minimum(first(position), first(kept.length))
         source = jnp.where(first(kept.source) == Source.SAMPLED, own, first(kept.source))
         return (
