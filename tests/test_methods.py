@@ -83,6 +83,7 @@ METHODS = {
     "VeriFree": ("verifree",),
     "NOVER": ("nover",),
     "RLCR": ("rlcr",),
+    "CURE": ("cure",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
@@ -116,6 +117,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         training["freeze_policy_steps"] = 1
     if training.get("alignment_every_steps"):
         training["alignment_every_steps"] = 2
+    if isinstance(rollout.get("plan"), dict) and "resume" in rollout["plan"]:
+        rollout["plan"]["resume"]["branches"] = samples - 1
     for section in ("rehearsal", "supervised"):
         if tree.get(section):
             tree[section]["sequences_per_step"] = samples * cuts

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.rollout.generate import Prefixes
@@ -149,33 +149,62 @@ def _share(rows: Experience) -> Float[Array, ""]:
 
 
 def highest_entropy(
-    behaviour_entropy: Float[Array, "B T"], mask: Float[Array, "B T"], key: Array, *, tokens: int = 20
+    behaviour_entropy: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    tokens: Int[Array, "B T"],
+    prompt_id: Int[Array, "B"],
+    sample: Int[Array, "B"],
+    key: Array,
+    *,
+    candidates: int = 20,
+    excluded_ids: tuple[int, ...] | None = None,
 ) -> Int[Array, "B"]:
-    """A position drawn evenly from the `tokens` of highest entropy of each row: what comes before it is kept.
+    """A position drawn evenly from those of highest entropy of each row: what comes before it is kept.
+
+    The token at that position is drawn anew. The first token is no candidate: nothing would be kept.
 
     Args:
       behaviour_entropy: entropy that each token was drawn with.
       mask: 1 on tokens that may be chosen.
-      key: random key of the step's plan.
-      tokens: how many candidates a row has.
+      tokens: completion tokens.
+      prompt_id: id of each row's prompt.
+      sample: number of the row within its group.
+      key: random key of the step's plan; with prompt and sample it addresses the draw of a row.
+      candidates: how many positions of a row are drawn from; all of them where it has fewer.
+      excluded_ids: ids of tokens that are no candidates, such as control tokens.
 
     Returns:
-      Tokens kept of each row.
+      Tokens kept of each row; 0 where there is no candidate.
 
     Raises:
       ValueError: for fewer than one candidate.
 
     Reference: CURE (2508.11016).
+    Certainty: verified
     """
-    if tokens < 1:
-        raise ValueError(f"tokens is {tokens}; at least one position must be a candidate")
-    most = min(tokens, behaviour_entropy.shape[1])
-    scored = jnp.where(mask > 0, behaviour_entropy, -jnp.inf)
-    value, place = jax.lax.top_k(scored, most)
-    count = jnp.maximum(jnp.isfinite(value).sum(1), 1)
-    drawn = jax.random.uniform(key, count.shape)
-    chosen = jnp.minimum((drawn * count).astype(jnp.int32), count - 1)
-    return jnp.take_along_axis(place, chosen[:, None], axis=1)[:, 0].astype(jnp.int32)
+    if candidates < 1:
+        raise ValueError(f"candidates is {candidates}; at least one position must be a candidate")
+    allowed = (mask > 0) & (jnp.arange(tokens.shape[1]) > 0)
+    if excluded_ids:
+        allowed &= ~jnp.isin(tokens, jnp.asarray(excluded_ids, tokens.dtype))
+    drawn = jax.vmap(lambda row, number: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), number)))
+    return one_of_highest(behaviour_entropy, allowed, drawn(prompt_id, sample), candidates=candidates)
+
+
+def one_of_highest(
+    scores: Float[Array, "B T"], allowed: Bool[Array, "B T"], uniform: Float[Array, "B"], *, candidates: int
+) -> Int[Array, "B"]:
+    """The place of one of the highest scores of each row: number floor(u k) of the k best; 0 where none is allowed.
+
+    >>> entropy, every = jnp.array([[2.0, 0.1, 1.5, 0.2, 0.9, 1.2]]), jnp.arange(6)[None] > 0
+    >>> one_of_highest(entropy, every, jnp.array([0.4]), candidates=3).tolist()
+    [5]
+    """
+    value, place = jax.lax.top_k(jnp.where(allowed, scores, -jnp.inf), min(candidates, scores.shape[1]))
+    count = jnp.isfinite(value).sum(1)
+    chosen = jnp.clip((uniform * count).astype(jnp.int32), 0, jnp.maximum(count - 1, 0))
+    found = jnp.take_along_axis(place, chosen[:, None], axis=1)[:, 0]
+    return jnp.where(count > 0, found, 0).astype(jnp.int32)
 
 
 def last_share(length: Int[Array, "B"], *, kept: float = 0.5) -> Int[Array, "B"]:
