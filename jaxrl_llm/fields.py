@@ -103,6 +103,8 @@ _ROWS: Any = (
     ("budget", "row", "credit", "tokens that a row is allowed", 0.0, True),
     ("answer_weight", "row", "credit", "factor of the loss on the reference answer of a row", 0.0, True),
     ("well_formed", "row", "credit", "1 where an answer can be read", 0.0, True),
+    ("confidence", "row", "credit", "stated probability of the answer; NaN for none", float("nan"), True),
+    ("perplexity", "row", "credit", "of the reference answer after the thought; infinite for none", 0.0, True),
     ("proxy_logprobs", "token", "credit", "log-probabilities under another distribution", 0.0, True),
     ("tempered_logprobs", "token", "credit", "log-probabilities at another temperature", 0.0, True),
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),

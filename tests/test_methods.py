@@ -85,6 +85,9 @@ METHODS = {
     "DPO": ("dpo",),
     "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
     "VeriFree": ("verifree",),
+    "NOVER": ("nover",),
+    "RLCR": ("rlcr",),
+    "CURE": ("cure",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
@@ -117,6 +120,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
     hint = max((len(text) for text in rollout.get("prefixes", [])), default=0)
     task = tree["task"]["name"]
     chosen, longest_prompt, longest = MICRO[task]
+    if tree["task"].get("options", {}).get("confidence"):
+        chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
     rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
     rollout |= {"max_completion_tokens": longest + hint}
     if "environment" in tree:
@@ -126,12 +131,16 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         training["freeze_policy_steps"] = 1
     if training.get("alignment_every_steps"):
         training["alignment_every_steps"] = 2
+    if isinstance(rollout.get("plan"), dict) and "resume" in rollout["plan"]:
+        rollout["plan"]["resume"]["branches"] = samples - 1
     for section in ("rehearsal", "supervised"):
         if tree.get(section):
             tree[section]["sequences_per_step"] = samples * cuts
     if tree.get("rehearsal"):  # the micro policy solves few prompts reliably
         tree["rehearsal"] |= {"attempts": 1, "min_correct": 1}
     for entry in tree["credit"]:
+        if entry.get("well_formed") == "answer_format":  # the micro task has no think part
+            entry["well_formed"] = {"answer_format": {"require_think": False}}
         for method in entry.values():
             if isinstance(method, dict) and "sample_budgets" in method:
                 method["sample_budgets"]["samples_per_prompt"] = samples
@@ -179,7 +188,11 @@ def policy(micro) -> Any:
         return jax.device_get(state.params)
 
     first_of = {"addition": "base", "grid": "meow_tea_taro_grpo", "self_correction": "score"}
-    return lambda recipe: trained_on(first_of[read_tree(FOLDER / f"{recipe}.yaml")["task"]["name"]])
+    # What completes a problem differently is learned from completions of its own.
+    own = {"rlcr"}
+    return lambda recipe: trained_on(
+        recipe if recipe in own else first_of[read_tree(FOLDER / f"{recipe}.yaml")["task"]["name"]]
+    )
 
 
 def differ(one: Any, other: Any) -> bool:
