@@ -101,6 +101,7 @@ _ROWS: Any = (
     ("turn", "token", "environment", "index of the turn that a token belongs to", 0.0, True),
     ("answer_id", "row", "credit", "equal where answers are equal, -1 for none", -1.0, True),
     ("budget", "row", "credit", "tokens that a row is allowed", 0.0, True),
+    ("answer_weight", "row", "credit", "factor of the loss on the reference answer of a row", 0.0, True),
     ("well_formed", "row", "credit", "1 where an answer can be read", 0.0, True),
     ("proxy_logprobs", "token", "credit", "log-probabilities under another distribution", 0.0, True),
     ("tempered_logprobs", "token", "credit", "log-probabilities at another temperature", 0.0, True),

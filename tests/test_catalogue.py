@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-from jaxrl_llm import catalogue, cli, losses
+from jaxrl_llm import catalogue, cli, losses, schedules
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
-from jaxrl_llm.training.wiring import signature
+from jaxrl_llm.signatures import signature
 
 METHODS = catalogue.methods()
 IDS = [f"{entry['room']}-{entry['name']}" for entry in METHODS]
@@ -148,7 +148,7 @@ def test_what_a_recipe_fills_in_by_itself_is_no_need():
     assert catalogue.needs([lambda preferences: preferences]) == ["preferences"]
     assert catalogue.needs([lambda preferences: preferences], ["preferences"]) == []
     assert catalogue.needs([asks], ["entropy_history"]) == ["entropy"]
-    assert catalogue.needs([losses.adaptive_kl]) == ["memory"]
+    assert catalogue.needs([schedules.adaptive_kl]) == ["memory"]
 
 
 def test_an_empty_directory_has_no_recipes(folder):

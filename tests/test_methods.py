@@ -85,6 +85,7 @@ METHODS = {
     "DPO": ("dpo",),
     "KTO": ("kto",),
     "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
+    "VeriFree": ("verifree",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
@@ -97,6 +98,7 @@ STAGES = {
     "sampling",
     "multi-turn",
     "preference loss",
+    "reward",
 }
 
 # Micro tasks: (options of the task, longest prompt, longest completion).

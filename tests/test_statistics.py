@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages import (
+from jaxrl_llm.statistics import (
     group_leader,
     group_max,
     group_mean,

@@ -15,9 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import tensorflow_datasets as tfds
-
 from jaxrl_llm.data import tasks
 from jaxrl_llm.data.tasks.items import GENERATOR_VERSION, SPLITS, Item, record, require_choice, require_int
 
@@ -107,52 +104,6 @@ class DataSet(Sequence[dict[str, Any]]):
         ]
 
 
-@dataclass(eq=False)
-class TaskItemsConfig(tfds.core.BuilderConfig):
-    """The TFDS configuration that carries a specification."""
-
-    spec: DataSpec | None = None
-
-
-class TaskItems(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder of synthetic tasks; `data_set` is the usual way in."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    # TFDS would look beside the code for checksums, through a package that it does not require. Nothing is downloaded.
-    code_path = None
-
-    @property
-    def spec(self) -> DataSpec:
-        """The specification that the configuration carries."""
-        config: Any = self.builder_config
-        return config.spec
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features: dict[str, Any] = dict.fromkeys(("body", "think", "answer", "task", "domain"), tfds.features.Text())
-        features |= dict.fromkeys(("level", "item_id"), tfds.features.Scalar(np.int64))
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Synthetic problems with reference scratch and answer.",
-            features=tfds.features.FeaturesDict(features),
-            # On disk in the order of item_id, so that source[i] is item i.
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(spec=self.spec.canonical),
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        del dl_manager
-        spec = self.spec
-        records = [record(item, number) for number, item in enumerate(spec.items())]
-        # The metadata are written with the data, at the end.
-        metadata: Any = self.info.metadata
-        metadata["fingerprint"] = fingerprint(spec, records)
-        return {spec.split: self._generate_examples(records)}
-
-    def _generate_examples(self, records: Sequence[dict[str, Any]]):
-        for fields in records:
-            yield fields["item_id"], fields
-
-
 def fingerprint(spec: DataSpec, records: Sequence[Mapping[str, Any]]) -> str:
     """Hash over a specification and the content of its records."""
     digest = hashlib.sha256(spec.canonical.encode())
@@ -187,13 +138,17 @@ def data_set(spec: DataSpec, data_dir: str) -> DataSet:
     return dataset
 
 
-def _builder(spec: DataSpec, data_dir: str) -> TaskItems:
+def _builder(spec: DataSpec, data_dir: str) -> Any:
+    from jaxrl_llm.data.task_items import TaskItems, TaskItemsConfig  # TFDS takes a while to import
+
     config = TaskItemsConfig(name=spec.name, spec=spec)
     with _quiet():
         return TaskItems(data_dir=data_dir, config=config, file_format="array_record")
 
 
-def _written(spec: DataSpec, data_dir: str, builder: TaskItems) -> TaskItems:
+def _written(spec: DataSpec, data_dir: str, builder: Any) -> Any:
+    import tensorflow_datasets as tfds
+
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         with _quiet():
@@ -208,6 +163,8 @@ def _written(spec: DataSpec, data_dir: str, builder: TaskItems) -> TaskItems:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what TFDS prints: the terminal belongs to the run's own progress."""
+    import tensorflow_datasets as tfds
+
     tfds.disable_progress_bar()
     logger = logging.getLogger("absl")
     level = logger.level

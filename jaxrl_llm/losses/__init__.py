@@ -6,7 +6,7 @@ Each is a pure function whose positional parameters are named after what the ste
 
 from __future__ import annotations
 
-from jaxrl_llm.experience import Loss, Method
+from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.divergences.convex import convex_kl
 from jaxrl_llm.losses.divergences.divergence import divergence
@@ -35,6 +35,7 @@ from jaxrl_llm.losses.regularisers.entropy_history import entropy_history, entro
 from jaxrl_llm.losses.regularisers.routing import router_balance
 from jaxrl_llm.losses.supervised.likelihood import negative_log_likelihood
 from jaxrl_llm.losses.supervised.negative_aware import negative_aware_likelihood
+from jaxrl_llm.losses.supervised.reference_answers import weighted_answer_likelihood
 from jaxrl_llm.losses.supervised.written_tokens import external_surrogate, rehearsal_divergence, stored_likelihood
 from jaxrl_llm.losses.token_weights.correction import importance_weight, negative_sequence_mask
 from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights, predicted_entropy_change
@@ -42,27 +43,12 @@ from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_
 from jaxrl_llm.losses.value.clipped_value import clipped_value
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
 
-# What now has a room of its own can still be named here.
-from jaxrl_llm.schedules import (
-    adaptive_kl,
-    adaptive_mixing,
-    annealed_share,
-    entropy_gated_kl,
-    gradient_alignment,
-    mixing_weight,
-    two_phase_decay,
-)
-
 __all__ = [
     "GENERATORS",
     "Aggregation",
     "Generator",
     "Loss",
-    "Method",
-    "adaptive_kl",
-    "adaptive_mixing",
     "aggregate",
-    "annealed_share",
     "blended_surrogate",
     "cispo",
     "clipped_surrogate",
@@ -75,7 +61,6 @@ __all__ = [
     "entropy_band",
     "entropy_bonus",
     "entropy_change_weights",
-    "entropy_gated_kl",
     "entropy_history",
     "entropy_history_penalty",
     "external_surrogate",
@@ -84,7 +69,6 @@ __all__ = [
     "forking_mask",
     "forking_tokens",
     "generator",
-    "gradient_alignment",
     "group_trust_region",
     "huber_value",
     "importance_weight",
@@ -100,7 +84,6 @@ __all__ = [
     "mismatched_completions",
     "mismatched_kl",
     "mixed_policy_surrogate",
-    "mixing_weight",
     "negative_aware_likelihood",
     "negative_log_likelihood",
     "negative_sequence_mask",
@@ -123,5 +106,5 @@ __all__ = [
     "token_reward_cross_entropy",
     "token_share",
     "twin_huber_value",
-    "two_phase_decay",
+    "weighted_answer_likelihood",
 ]

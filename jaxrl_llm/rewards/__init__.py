@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxrl_llm.rewards.combination.consistency import consistent_accuracy
 from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
+from jaxrl_llm.rewards.intrinsic.likelihood import answer_likelihood
+from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
     normalized_turn_rewards,
@@ -27,8 +29,10 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
 
 __all__ = [
     "RewardError",
+    "answer_after_thought",
     "answer_format",
     "answer_ids",
+    "answer_likelihood",
     "answer_order_share",
     "answer_position_share",
     "answer_present",
@@ -49,6 +53,8 @@ __all__ = [
     "self_correction_rewards",
     "separated_turns",
     "soft_overlong",
+    "thought_length",
+    "thought_mask",
     "truncation_zero",
     "turn_end_rewards",
     "weighted_sum",

@@ -212,7 +212,7 @@ def measured_alignment(c: Composition, state: TrainState, batch: Experience) -> 
 
 
 def alignment(c: Composition, state: TrainState, experience: Experience) -> Array:
-    """`losses.gradient_alignment` of this batch: whether losses on written rows would lower a held-out loss faster.
+    """`schedules.gradient_alignment` of this batch: whether losses on written rows would lower a held-out loss faster.
 
     The held-out loss is that of the losses on written rows on the rows that `validation` marks, whose weight is
     otherwise 0.

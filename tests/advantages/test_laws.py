@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import advantages, losses, selection
-from jaxrl_llm.training.wiring import signature
+from jaxrl_llm.signatures import signature
 
 ROWS, TOKENS = 9, 4
 LENGTHS = np.array([4, 2, 3, 1, 4, 4, 2, 3, 4])
@@ -122,7 +122,7 @@ CASES = {
     "gae_returns": functools.partial(advantages.gae_returns, gamma=0.9),
 }
 # Columns that are no positions, and so have no padding.
-NOT_TOKENS = {"reward_components", "twin_values", "preferences"}
+NOT_TOKENS = {"reward_components", "twin_target_values", "preferences"}
 # Centred on something that moves with the rewards.
 SHIFT_INVARIANT = {
     "mixed_value_at_risk",
@@ -174,7 +174,7 @@ def batch():
         "length": jnp.asarray(LENGTHS, jnp.int32),
         "sample": jnp.asarray([1, 0, 0, 2, 1, 2, 0, 1, 0], jnp.int32),
         "reward_components": jnp.asarray(np.random.default_rng(6).integers(0, 3, (ROWS, 2)), jnp.float32),
-        "twin_values": jnp.asarray(np.random.default_rng(7).normal(size=(ROWS, 2)), jnp.float32),
+        "twin_target_values": jnp.asarray(np.random.default_rng(7).normal(size=(ROWS, 2)), jnp.float32),
         "turn_rewards": jnp.asarray(np.random.default_rng(8).normal(size=(ROWS, 3)), jnp.float32),
         "turn": jnp.asarray(np.minimum(np.arange(TOKENS), 2) + np.zeros((ROWS, 1)), jnp.int32),
         "prompt_logprobs": jnp.asarray(-np.random.default_rng(9).uniform(0, 2, (ROWS, 5)), jnp.float32),

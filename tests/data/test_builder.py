@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_llm.data import DataSpec, builder, data_set, tasks
+from jaxrl_llm.data import DataSpec, builder, data_set, task_items, tasks
 from jaxrl_llm.data.tasks.items import record
 
 SPEC = DataSpec("deduction", (0, 2), "train", 31, seed=3)
@@ -76,7 +76,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
         raise RuntimeError("disk on fire")
 
     with monkeypatch.context() as broken:
-        broken.setattr(builder.TaskItems, "_generate_examples", half)
+        broken.setattr(task_items.TaskItems, "_generate_examples", half)
         with pytest.raises(RuntimeError, match="disk on fire"):
             data_set(SPEC, str(tmp_path))
     assert not list(tmp_path.rglob("1.0.0*"))
@@ -86,12 +86,12 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_killed_write_is_never_read(tmp_path):
     program = f"""
 import os
-from jaxrl_llm.data import DataSpec, builder, data_set
+from jaxrl_llm.data import DataSpec, builder, data_set, task_items
 def killed(self, records):
     for fields in records[:20]:
         yield fields["item_id"], fields
     os.kill(os.getpid(), 9)
-builder.TaskItems._generate_examples = killed
+task_items.TaskItems._generate_examples = killed
 data_set(DataSpec("deduction", (0, 2), "train", 31, seed=3), {str(tmp_path)!r})
 """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(builder.__file__).parents[2])}
@@ -111,7 +111,7 @@ def test_a_process_that_comes_second_takes_the_first_ones_files(tmp_path, monkey
             written.append(data_set(SPEC, str(tmp_path)))
         yield from ((fields["item_id"], fields) for fields in records)
 
-    monkeypatch.setattr(builder.TaskItems, "_generate_examples", overtaken)
+    monkeypatch.setattr(task_items.TaskItems, "_generate_examples", overtaken)
     late = data_set(SPEC, str(tmp_path))
     assert late.fingerprint == written[1].fingerprint
     assert len(late) == 31

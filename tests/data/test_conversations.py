@@ -11,11 +11,13 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm import losses
 from jaxrl_llm.data import CharacterTokenizer, DataSpec, split_of, supervised_batches, tasks
 from jaxrl_llm.data.tasks import addition, calculator, chain, corruption, grid, self_correction
 from jaxrl_llm.data.tasks.items import record
 from jaxrl_llm.experience import Source
-from jaxrl_llm.training.supervised import demonstrations, make_supervised_step
+from jaxrl_llm.rows import Written, demonstrations
+from jaxrl_llm.training import make_train_step
 
 TOKENIZER = CharacterTokenizer()
 VARIANTS = [
@@ -205,10 +207,10 @@ def test_a_warm_start_does_not_learn_to_err_or_to_speak_for_the_environment(make
     sizes = {"sequences_per_step": 4, "max_prompt_tokens": 8, "max_completion_tokens": 48, "seed": 0}
     rows = demonstrations(supervised_batches(items, TOKENIZER, segments=task.segments, **sizes)[0])
     model = make_bigram(TOKENIZER.vocabulary_size)
-    init, step = make_supervised_step(model, optax.sgd(1.0))
-    state = init(jax.random.key(0))
+    step = make_train_step(model, optax.sgd(1.0), source=Written(4), losses=[losses.negative_log_likelihood])
+    state = step.init(jax.random.key(0))
     before = np.asarray(state.params["scores"])
-    state, metrics = step(state, rows)
+    state, metrics = step(state, written=rows)
     moved = np.flatnonzero(np.abs(np.asarray(state.params["scores"]) - before).sum(axis=1) > 1e-6)
     # A row of the table changes where a token that is trained on follows it: never behind the first attempt.
     tokens, mask = np.asarray(rows.tokens), np.asarray(rows.mask)

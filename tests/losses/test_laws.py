@@ -13,7 +13,7 @@ import pytest
 
 from jaxrl_llm import losses
 from jaxrl_llm.experience import Source
-from jaxrl_llm.training.wiring import signature
+from jaxrl_llm.signatures import signature
 
 ROWS, TOKENS = 7, 5
 LENGTHS = np.array([5, 3, 1, 4, 5, 2, 0])
@@ -99,13 +99,11 @@ def mixed_sources(logprobs, old_logprobs, advantages, tokens, mask):
 
 
 def rehearsal(logprobs, reference_logprobs, mask):
-    stored = jnp.where(mask > 0, Source.DEMONSTRATION, Source.PAD)
-    return losses.rehearsal_divergence()(logprobs, reference_logprobs, stored, losses.row_weight(mask))
+    return losses.rehearsal_divergence()(logprobs, reference_logprobs, mask)
 
 
 def likelihood(logprobs, mask):
-    written = jnp.where(mask > 0, Source.DEMONSTRATION, Source.PAD)
-    return losses.stored_likelihood(logprobs, written, losses.row_weight(mask))
+    return losses.stored_likelihood(logprobs, mask)
 
 
 CASES = exported_losses() | {

@@ -10,7 +10,7 @@ import pytest
 from jaxrl_llm import advantages, losses, rewards
 from jaxrl_llm.experience import Method
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, reward_terms
-from jaxrl_llm.training.wiring import signature
+from jaxrl_llm.signatures import signature
 
 USER_MODULE = """
 from __future__ import annotations

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.fields import provided_by
 from jaxrl_llm.run.recipes import loss_terms
 from jaxrl_llm.schedules import adaptive_kl, entropy_gated_kl
-from jaxrl_llm.training.metrics import METRIC_NAMES
-from jaxrl_llm.training.wiring import call, names
+from jaxrl_llm.signatures import call, names
 
 DIGITS = {"rtol": 5.5e-6, "atol": 1e-6}
 
@@ -115,8 +115,8 @@ def test_updates_compile_with_a_donated_memory_and_are_finite_far_out():
 )
 def test_a_recipe_may_put_a_controller_where_a_coefficient_stands(controller):
     (term,) = loss_terms([{"divergence": {"coefficient": controller}}])
-    assert names(term.coefficient) <= METRIC_NAMES
-    metrics = dict.fromkeys(METRIC_NAMES, jnp.float32(1.0))
+    assert names(term.coefficient) <= provided_by("metrics")
+    metrics = dict.fromkeys(provided_by("metrics"), jnp.float32(1.0))
     value, memory = call(term.coefficient, metrics, term.coefficient.init())
     assert value.shape == ()
     assert jax.tree.structure(memory) == jax.tree.structure(term.coefficient.init())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.advantages import raw_rewards, reward_minus_baseline, running_mean_baseline
-from jaxrl_llm.training.wiring import signature
+from jaxrl_llm.signatures import signature
 
 
 def test_without_a_baseline_the_advantage_is_the_reward():

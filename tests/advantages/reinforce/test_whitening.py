@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.advantages import group_normalized, moments, reinforce_plus_plus_baseline, whitened
+from jaxrl_llm.advantages import group_normalized, reinforce_plus_plus_baseline, whitened
+from jaxrl_llm.statistics import moments
 
 MASK = jnp.array([[1.0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]])
 GROUP = jnp.array([0, 0, 1, 1])

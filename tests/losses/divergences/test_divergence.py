@@ -10,7 +10,7 @@ import pytest
 from jaxrl_llm.losses import divergence, divergence_reward, generator, js_definition, kl_estimate, renyi
 from jaxrl_llm.losses.divergences.divergence import GRADIENTS
 from jaxrl_llm.losses.divergences.generators import GENERATORS
-from jaxrl_llm.training.wiring import signature
+from jaxrl_llm.signatures import signature
 
 MASK = jnp.array([[1.0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]])
 LP = jnp.array([[-0.9, -0.8, -0.25], [-0.9, -0.3, 0], [-1.9, -0.05, -1.15], [-0.78, 0, 0]])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.losses import divergence, divergence_reward, js_definition, kl_estimate
-from jaxrl_llm.training.wiring import signature
+from jaxrl_llm.signatures import signature
 
 V, T = 5, 3
 SEQUENCES = np.array(list(itertools.product(range(V), repeat=T)))

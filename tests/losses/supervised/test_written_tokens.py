@@ -80,7 +80,6 @@ def test_bad_hyper_parameters_are_named():
         loss(LOGPROBS, clip_low=-0.2, clip_high=0.2)
 
 
-STORED = jnp.where(MASK > 0, Source.DEMONSTRATION, Source.PAD)
 DPH = {
     "forward_kl": (
         {},
@@ -113,25 +112,23 @@ DPH = {
 def test_worked_example_of_dph_rl(name):
     hyper, value, gradient = DPH[name]
     rehearsal = rehearsal_divergence(**hyper)
-    result = jax.value_and_grad(lambda x: rehearsal(x, REFERENCE, STORED, jnp.ones(4)).value)(LOGPROBS)
+    result = jax.value_and_grad(lambda x: rehearsal(x, REFERENCE, MASK).value)(LOGPROBS)
     np.testing.assert_allclose(result[0], value, **DIGITS)
     np.testing.assert_allclose(result[1], np.array(gradient), **DIGITS)
 
 
 def test_worked_example_of_dph_rl_alpha():
     rehearsal = rehearsal_divergence(generator="alpha", alpha=1 - 0.2)
-    np.testing.assert_allclose(rehearsal(LOGPROBS, REFERENCE, STORED, jnp.ones(4)).value, 0.0966954, **DIGITS)
+    np.testing.assert_allclose(rehearsal(LOGPROBS, REFERENCE, MASK).value, 0.0966954, **DIGITS)
 
 
 def test_stored_answers_and_rollouts_of_one_batch_keep_means_of_their_own():
-    # Rows 0 and 1 are rollouts; rows 2 and 3 stored answers, which the mask leaves out.
-    mask = MASK.at[2:].set(0)
-    source = SAMPLED.at[2:].set(STORED[2:])
-    weight = jnp.array([1.0, 1, 1, 0])
+    # Rows 0 and 1 are rollouts; rows 2 and 3 stored answers, which the mask leaves out. Row 3 has weight 0.
+    mask, written = MASK.at[2:].set(0), MASK.at[:2].set(0).at[3].set(0)
     policy = policy_gradient(LOGPROBS, ADVANTAGES, mask)
     alone = policy_gradient(LOGPROBS[:2], ADVANTAGES[:2], MASK[:2])
     np.testing.assert_array_equal(policy.value, alone.value)
-    stored = rehearsal_divergence()(LOGPROBS, REFERENCE, source, weight)
+    stored = rehearsal_divergence()(LOGPROBS, REFERENCE, written)
     expected = divergence(generator="forward_kl", samples="reference", value_limit=10.0)
     expected = expected(LOGPROBS[2:3], REFERENCE[2:3], MASK[2:3])
     np.testing.assert_allclose(stored.value, expected.value, rtol=1e-6)
@@ -139,7 +136,7 @@ def test_stored_answers_and_rollouts_of_one_batch_keep_means_of_their_own():
 
 
 def test_nothing_pulls_before_the_policy_has_moved():
-    gradient = jax.grad(lambda x: rehearsal_divergence()(x, REFERENCE, STORED, jnp.ones(4)).value)(REFERENCE)
+    gradient = jax.grad(lambda x: rehearsal_divergence()(x, REFERENCE, MASK).value)(REFERENCE)
     np.testing.assert_allclose(gradient, 0, atol=1e-7)
 
 
