@@ -113,9 +113,9 @@ def mismatched_completions(
 
 
 def mismatched_kl(
-    old_mismatched_logprobs: Float[Array, "B T"],
-    reference_mismatched_logprobs: Float[Array, "B T"],
-    mismatched_mask: Float[Array, "B T"],
+    old_mismatch_logprobs: Float[Array, "B T"],
+    reference_mismatch_logprobs: Float[Array, "B T"],
+    mismatch_mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
 ) -> Float[Array, "B"]:
     """KTO's estimate of how far the policy has moved, from prompts with completions that do not belong to them.
@@ -126,9 +126,9 @@ def mismatched_kl(
     that learns.
 
     Args:
-      old_mismatched_logprobs: of the view `mismatched: mismatched_completions`, under the policy before the update.
-      reference_mismatched_logprobs: under the reference.
-      mismatched_mask: 1 on tokens of the view.
+      old_mismatch_logprobs: of the view `mismatch: mismatched_completions`, under the policy before the update.
+      reference_mismatch_logprobs: under the reference.
+      mismatch_mask: 1 on tokens of the view.
       weight: of each row.
 
     Returns:
@@ -137,10 +137,8 @@ def mismatched_kl(
     Reference: KTO (2402.01306).
     Certainty: verified
     """
-    chex.assert_rank([old_mismatched_logprobs, reference_mismatched_logprobs, mismatched_mask, weight], [2, 2, 2, 1])
-    difference = on_mask(old_mismatched_logprobs, mismatched_mask) - on_mask(
-        reference_mismatched_logprobs, mismatched_mask
-    )
+    chex.assert_rank([old_mismatch_logprobs, reference_mismatch_logprobs, mismatch_mask, weight], [2, 2, 2, 1])
+    difference = on_mask(old_mismatch_logprobs, mismatch_mask) - on_mask(reference_mismatch_logprobs, mismatch_mask)
     weight = weight.astype(jnp.float32)
     total = weight.sum()
     mean = jnp.where(weight > 0, weight * difference.sum(-1), 0.0).sum() / jnp.where(total > 0, total, 1.0)
