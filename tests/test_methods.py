@@ -28,7 +28,7 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "ba
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # What reads a file, a checkpoint or several stages is trained in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"dpo"}
+TRAINED_ELSEWHERE = {"dpo", "kto"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -83,6 +83,7 @@ METHODS = {
     "Knapsack RL": ("knapsack_rl",),
     "SCoRe": ("score",),
     "DPO": ("dpo",),
+    "KTO": ("kto",),
     "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
     "VeriFree": ("verifree",),
     "NOVER": ("nover",),

@@ -27,6 +27,7 @@ from jaxrl_llm.losses.policy.surrogates import cispo, clipped_surrogate, policy_
 from jaxrl_llm.losses.policy.valuation import mean_log_ratio, random_policy_valuation
 from jaxrl_llm.losses.preference.discriminative import decoupled_reward, group_trust_region
 from jaxrl_llm.losses.preference.dpo import dpo
+from jaxrl_llm.losses.preference.kto import kto, mismatched_completions, mismatched_kl
 from jaxrl_llm.losses.preference.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
 from jaxrl_llm.losses.ratio import log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.regularisers.entropy import entropy_bonus
@@ -74,11 +75,14 @@ __all__ = [
     "js_definition",
     "kl_estimate",
     "kl_penalized_sequence_rewards",
+    "kto",
     "log_ratio",
     "lowest_token_proxy",
     "masked_policy_gradient",
     "mean_log_ratio",
     "min_p_logprobs",
+    "mismatched_completions",
+    "mismatched_kl",
     "mixed_policy_surrogate",
     "negative_aware_likelihood",
     "negative_log_likelihood",

@@ -58,6 +58,7 @@ def batch():
         "rewards": rewards,
         "correct": rewards,
         "preferred": rewards,
+        "kl_anchor": jnp.full(ROWS, 0.25, jnp.float32),
         "truncated": jnp.zeros(ROWS, bool),
         # Rows of one group stand together, so that the splits below cut between groups.
         "group": jnp.asarray([0, 0, 0, 3, 4, 4, 4], jnp.int32),

@@ -89,3 +89,18 @@ def test_dpo_in_microbatches_of_whole_pairs_is_dpo(micro):
     np.testing.assert_allclose(cut["loss/dpo"], whole["loss/dpo"], rtol=1e-5)
     with pytest.raises(ValueError, match=r"sequences_per_microbatch is 1, .*whole groups"):
         learned(micro("dpo", "pairs", "training.sequences_per_microbatch=1"), 1)
+
+
+def test_kto_learns_from_a_file_of_labels(micro):
+    seen = learned(micro("kto", "labels"), 20)
+    np.testing.assert_allclose(seen[0]["loss/kto"], 0.5, rtol=1e-5)
+    assert seen[0]["kl_anchor/kto"] == 0
+    assert seen[-1]["loss/kto"] < 0.48
+    assert seen[-1]["desirable_log_ratio/kto"] > seen[-1]["undesirable_log_ratio/kto"] + 0.5
+
+
+def test_kto_scores_mismatched_completions_within_a_microbatch(micro):
+    seen = learned(micro("kto", "labels", "training.sequences_per_microbatch=4"), 2)
+    assert np.isfinite(seen[-1]["loss/kto"])
+    with pytest.raises(ValueError, match="mismatched_completions sees a single row"):
+        learned(micro("kto", "labels", "training.sequences_per_microbatch=1"), 1)
