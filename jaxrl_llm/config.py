@@ -629,7 +629,7 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
             values[name] = [values[name]]
     rollout = values.get("rollout")
     if isinstance(rollout, dict) and not isinstance(rollout.get("plan", []), list):
-        plan = {} if rollout["plan"] is None else rollout["plan"]
+        plan: Any = rollout["plan"] or {}
         several = isinstance(plan, dict) and "python" not in plan
         rollout["plan"] = [{name: hyper} for name, hyper in plan.items()] if several else [plan]
     networks = values.get("networks")
