@@ -34,13 +34,14 @@ left out; of values, `value` may), `VIEW` a key of section `views`.
 
 | name | what it is |
 | --- | --- |
-| `logprobs`, `entropy` | of the policy: in a loss of the one that learns, in a fill as the step found it |
+| `logprobs`, `entropy` | of the policy that learns; losses alone name them |
+| `old_logprobs`, `old_entropy` | of the policy as the step found it |
 | `NETWORK_logprobs`, `NETWORK_entropy` | of another network |
 | `values`, `NETWORK_values` | numbers of a head before each token |
 | `NETWORK_scores` | numbers of a head behind the last token, one entry a row |
 | `VIEW_logprobs`, `NETWORK_VIEW_logprobs` | of another sequence made of the row |
 | `VIEW_mask` | 1 on the tokens of that sequence that count |
-| `old_` in front of any of these | as the step found it, in a loss too |
+| `old_` in front | of a network that learns, in a loss: as the step found it. In a fill every network is so |
 
 An entry of `credit` may fill a name that is in no table, as long as something after it reads it.
 """
@@ -133,7 +134,7 @@ def _needs_inside(function) -> tuple[str, ...]:
 
 
 def settings() -> dict[str, str]:
-    """Settings of a rollout, with the one capability that each needs of the sampler, as `training.checks` reads them."""
+    """Settings of a rollout with the capability that each needs of the sampler, as `training.checks` lists them."""
     tree = ast.parse(inspect.getsource(checks))
     for loop in ast.walk(tree):
         if isinstance(loop, ast.For) and isinstance(loop.iter, ast.Tuple):
