@@ -22,15 +22,16 @@ BEGIN, END = "<!-- capabilities: written by docs/build.py -->", "<!-- end of cap
 INTRODUCTION = """\
 # Fields
 
-Every name that the functions of a step may ask for, written by `python docs/build.py` from `jaxrl_llm/fields.py`; do not
-edit it. [engine.md](engine.md) says how names are used.
+Every name that the functions of a step may ask for, written by `python docs/build.py` from `jaxrl_llm/fields.py`; do
+not edit it. [engine.md](engine.md) says how names are used.
 
 Shapes: `scalar` is one number, `row` [B], `token` [B, T], `either` [B] or [B, T] (one number a row is spread over its
-tokens), `vector` [B, ...], `prompt` [B, P]; B rows, T completion tokens, P prompt tokens. *Fillable*: an entry of `credit`
-may fill it. *Absent*: what it holds in rows that do not know it, such as written rows beside samples.
+tokens), `vector` [B, ...], `prompt` [B, P]; B rows, T completion tokens, P prompt tokens. *Fillable*: an entry of
+`credit` may fill it. *Absent*: what it holds, where that is not 0, in rows that do not know it, such as written rows
+beside samples.
 
-Names that no row of the table has are made by rules. `NETWORK` is a key of section `networks` (or `policy`, which may be
-left out; of values, `value` may), `VIEW` a key of section `views`.
+Names that no row of the table has are made by rules. `NETWORK` is a key of section `networks` (or `policy`, which may
+be left out; of values, `value` may), `VIEW` a key of section `views`.
 
 | name | what it is |
 | --- | --- |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -194,7 +195,8 @@ def described_recipe(name: str) -> dict[str, Any]:
 
 
 def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a recipe's plan, views, rewards, credit and losses, in order, behind what chooses its prompts.
+    """The entries of a recipe's plan, views, rewards, credit and losses, in order, behind what chooses its prompts; then
+    those of its stages.
 
     Returns:
       For each: function (its name), section, entry (as it stands in the file). The coefficient of a loss, where it
@@ -220,7 +222,7 @@ def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
             coefficient = hyper.get("coefficient") if isinstance(hyper, dict) else None
             if section == "losses" and (isinstance(coefficient, dict) or _is_name(coefficient)):
                 found.append({"function": _named(coefficient), "section": "coefficient", "entry": coefficient})
-    return found
+    return found + [entry for stage in tree.get("stages") or () for entry in entries(stage)]
 
 
 def built(function: Any) -> Any:
@@ -259,20 +261,21 @@ def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
     about = tree["about"]
     functions: list[Any] = []
     filled: set[str] = set()
+    parts = [tree, *(tree.get("stages") or ())]
     try:
-        for section, terms_of in _SECTIONS.items():
-            for term in terms_of(tree.get(section) or ()):
+        for part, (section, terms_of) in itertools.product(parts, _SECTIONS.items()):
+            for term in terms_of(part.get(section) or ()):
                 functions.append(term.function)
                 filled |= set(getattr(term, "names", ()))
                 coefficient = getattr(term, "coefficient", None)
                 functions += [coefficient] if callable(coefficient) or isinstance(coefficient, Method) else []
-        for plan in _plan_entries(tree):
+        for plan in (plan for part in parts for plan in _plan_entries(part)):
             temperature = _hyper(plan).get("temperature", 1.0)
             made = number_or_method(temperature, "rollout.plan.temperature")
             functions += [] if isinstance(made, float) else [made]
     except RecipeError as error:
         raise RecipeError(f"recipe {file}: {error}") from None
-    asked = {*needs(functions, filled), *_config_needs(tree)}
+    asked = {*needs(functions, filled), *(need for part in parts for need in _config_needs(part))}
     return {
         "name": file.stem,
         "paper": str(about["paper"]),
@@ -307,7 +310,7 @@ def _plan_entries(tree: dict[str, Any]) -> list[Any]:
     plan = (tree.get("rollout") or {}).get("plan")
     if plan is None:
         return []
-    if isinstance(plan, dict):
+    if isinstance(plan, dict) and "python" not in plan:
         return [{name: hyper} for name, hyper in plan.items()]
     return plan if isinstance(plan, list) else [plan]
 

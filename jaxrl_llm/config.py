@@ -527,6 +527,10 @@ class AboutConfig:
     certainty: Literal["verified", "recalled", "reconstructed", ""] = ""
 
 
+# What a stage cannot have of its own.
+_OF_THE_RUN = ("model", "lora", "mesh", "warm_start", "stages", "run_dir", "checkpoints", "reporting", "about")
+
+
 @dataclass(frozen=True)
 class Config:
     """A whole run. Everything but `run_dir` and `reporting` decides the numbers.
@@ -566,10 +570,16 @@ class Config:
                 f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "
                 "mounted directory, and copy it to the bucket when the run is over"
             )
-        if (self.task is None) == (self.data.path is None):
-            both = "are both set" if self.task else "are both missing"
+        for stage in self.stages:
+            if of_run := [name for name in _OF_THE_RUN if name in stage]:
+                raise ValueError(
+                    f"stage {stage.get('name', '')!r} sets {of_run[0]}, which all stages of a run share; set it beside "
+                    "section stages"
+                )
+        if self.task is not None and self.data.path is not None:
             raise ValueError(
-                f"task and data.path {both}; name a built-in task in section task, or a file of your own in data.path"
+                "task and data.path are both set; name a built-in task in section task, or a file of your own in "
+                "data.path"
             )
         if self.training.bfloat16_update != "nearest" and self.model.parameter_dtype != "bfloat16":
             raise ValueError(
@@ -581,6 +591,11 @@ class Config:
                 "data.prompts is 'chat', but a model that is described by its shape has no chat template; set "
                 "model.path to a checkpoint, or data.prompts to plain"
             )
+
+    @property
+    def has_problems(self) -> bool:
+        """Whether there are problems to train on and to be measured on."""
+        return self.task is not None or self.data.path is not None
 
     @property
     def directory(self) -> Path:
@@ -613,13 +628,13 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         if name in values and not isinstance(values[name], list):
             values[name] = [values[name]]
     rollout = values.get("rollout")
-    if isinstance(rollout, dict) and rollout.get("plan") is not None and not isinstance(rollout["plan"], list):
-        rollout["plan"] = (
-            [{name: hyper} for name, hyper in rollout["plan"].items()]
-            if isinstance(rollout["plan"], dict)
-            else [rollout["plan"]]
-        )
-    for network in (values.get("networks") or {}).values():
+    if isinstance(rollout, dict) and not isinstance(rollout.get("plan", []), list):
+        plan = {} if rollout["plan"] is None else rollout["plan"]
+        several = isinstance(plan, dict) and "python" not in plan
+        rollout["plan"] = [{name: hyper} for name, hyper in plan.items()] if several else [plan]
+    networks = values.get("networks")
+    for name, network in networks.items() if isinstance(networks, dict) else ():
+        networks[name] = network = {} if network is None else network
         if isinstance(network, dict) and "from" in network:
             network["origin"] = network.pop("from")
     if isinstance(values.get("model"), dict) and _model_kind(values["model"]) == "checkpoint":

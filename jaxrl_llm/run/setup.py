@@ -16,7 +16,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data, selection
-from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig, parse_config, stage_trees
+from jaxrl_llm.config import Config, ConfigError, NetworkConfig, PretrainedConfig, parse_config, stage_trees
 from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, JsonlDataSet, Task, Tokenizer
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.jsonl import SPLITS
@@ -125,7 +125,17 @@ def last_stage(config: Config) -> Config:
 def _stage_configs(config: Config) -> list[Config]:
     vocabulary = getattr(config.model, "vocabulary_size", None)
     known = {} if vocabulary is None else {"vocabulary_size": vocabulary}
-    return [parse_config(tree, **known) for tree in stage_trees(config)] or [config]
+    made = []
+    for name, tree in zip(_stage_names(config), stage_trees(config), strict=True):
+        try:
+            made.append(parse_config(tree, **known))
+        except ConfigError as error:
+            raise ConfigError(f"stage {name!r}: {error}") from None
+    return made or [config]
+
+
+def _stage_names(config: Config) -> list[str]:
+    return [str(stage.get("name") or f"stage {number}") for number, stage in enumerate(config.stages, 1)]
 
 
 def staged(config: Config) -> list[dict[str, Any]]:
@@ -135,12 +145,13 @@ def staged(config: Config) -> list[dict[str, Any]]:
     Raises:
       ValueError: as `parts` does, or for a network that a stage reads and none trains.
     """
-    named = [(stage.get("name") or f"stage {n}") for n, stage in enumerate(config.stages, 1)] or ["reinforcement"]
-    if len(set(named)) < len(named):
-        raise ValueError(f"stages are named {', '.join(named)}; give each a name of its own")
+    warm, found, named = config.warm_start, [], _stage_names(config)
+    taken = [*(["warm start"] if warm.steps else []), *named]
+    if len(set(taken)) < len(taken):
+        raise ValueError(f"stages are named {', '.join(taken)}; give each a name of its own")
     configs = _stage_configs(config)
     main = parts(configs[0])
-    warm, found = config.warm_start, []
+    named = named or ["reinforcement" if main.step.composition.rollout is not None else "training"]
     if warm.steps:
         probe = {"probes": ("pass@1",), "stop_at_accuracy": warm.stop_at_accuracy, "first_saved": False}
         built = parts(_warm_start(configs[0]), like=main)
@@ -253,6 +264,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         alignment_learning_rate=training.learning_rate,
     )
     feeds = configured_sources(config, sizes)
+    _require_problems(config, feeds)
     samples = any(feed.source is None for feed in feeds)
     sampled = Rollout(
         samples_per_prompt=rollout.samples_per_prompt,
@@ -354,6 +366,15 @@ def configured_sources(config: Config, sizes: Mapping[str, Any]) -> tuple[Feed, 
     return tuple(feeds)
 
 
+def _require_problems(config: Config, feeds: Sequence[Feed]) -> None:
+    """Raises ValueError where something is made of problems and there are none."""
+    if not config.has_problems and any(feed.file is None for feed in feeds):
+        raise ValueError(
+            "task and data.path are both missing; name a built-in task in section task, a file of your own in "
+            "data.path, or a source that reads a file"
+        )
+
+
 def _selection(config: Config, sizes: Mapping[str, Any]) -> Any:
     """What chooses the prompts of a step; None takes them in the order of the data."""
     if config.data.selection is None:
@@ -446,14 +467,15 @@ def data_sets(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, DataS
     """The problems of splits, by name; generated ones are written on first use, and those of `splits` alone.
 
     Raises:
-      ValueError: for a file that cannot be used.
+      ValueError: for a file that cannot be used, or a config without problems.
     """
     task, own = config.task, config.data
     if own.path is not None:
         fields = data.fields_of(own.format, **own.fields)
         sets = data.jsonl_data_sets(own.path, fields, validation_path=own.validation_path, test_path=own.test_path)
         return {split: sets[split] for split in splits}
-    assert task is not None  # Config holds one or the other
+    if task is None:
+        raise ValueError("this config has no problems; name a built-in task in section task, or a file in data.path")
     counts = {"train": task.train_items, "validation": task.validation_items, "test": task.test_items}
     return {
         split: data.data_set(

@@ -205,6 +205,11 @@ def _check_rest(c: Composition) -> None:
         if r.prompts_per_step is not None:
             groups = r.prompts_per_step + c.plan.extra_groups(r.prompts_per_step)
             checked_split(c, groups)
+    if r is not None and c.written is not None and c.written.rows_per_group != c.samples:
+        raise ValueError(
+            f"written rows come in groups of {c.written.rows_per_group}, but those that they learn beside in groups of "
+            f"rollout.samples_per_prompt {c.samples}; make both the same"
+        )
     held_out = c.written is not None and "validation" in c.written.provides
     if update.alignment_every_steps and not (held_out and any(t.on_written for t in c.losses)):
         raise ValueError(
@@ -247,7 +252,9 @@ def checked_split(c: Composition, prompts: int) -> int:
       ValueError: when the batch does not divide as the update asks.
     """
     update, samples, joined = c.update, c.samples, c.joined_groups
-    for count, name in ((prompts, "training.prompts_per_step"), (joined, "the number of groups of written rows")):
+    written = "the number of groups of written rows"
+    first = written if c.rollout is None else "training.prompts_per_step"
+    for count, name in ((prompts, first), (joined, written)):
         if count % update.minibatches_per_epoch:
             raise ValueError(
                 f"training.minibatches_per_epoch is {update.minibatches_per_epoch}, which does not divide "
@@ -256,10 +263,10 @@ def checked_split(c: Composition, prompts: int) -> int:
     rows = (prompts + joined) * samples // update.minibatches_per_epoch
     size = update.sequences_per_microbatch or rows
     if rows % size:
-        written = f" and {joined * samples} written rows" if joined else ""
+        beside = f" and {joined * samples} written rows" if joined else ""
         raise ValueError(
             f"training.sequences_per_microbatch is {size}, which does not divide the {rows} sequences of a minibatch "
-            f"({prompts} prompts x {samples} samples{written} / {update.minibatches_per_epoch} minibatches); "
+            f"({prompts} prompts x {samples} samples{beside} / {update.minibatches_per_epoch} minibatches); "
             "choose a divisor"
         )
     whole = [term.name for term in c.losses if "group" in names(term.function)]
