@@ -1,4 +1,7 @@
-"""docs/engine.md and docs/fields.md: what they show runs, and their tables are those of the package."""
+"""docs/engine.md and docs/fields.md: what they show runs, and their tables are those of the package.
+
+The sections of configs that README.md and docs/rollout.md show compose runs, too.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
@@ -26,7 +30,7 @@ TINY = {
     "rollout": {"samples_per_prompt": 4, "max_prompt_tokens": 8, "max_completion_tokens": 12},
     "training": {"steps": 2, "prompts_per_step": 4},
 }
-PAIRS = '{"prompt": "1+2", "chosen": "3", "rejected": "4"}\n{"prompt": "2+2", "chosen": "4", "rejected": "5"}\n'
+PAIRS = "\n".join(f'{{"prompt": "{n}+2", "chosen": "{n + 2}", "rejected": "{n}"}}' for n in range(32))
 
 
 def blocks(kind, page=PAGE):
@@ -84,18 +88,26 @@ def test_what_the_checks_refuse_is_in_the_tables(reference):
     assert asked <= shown
 
 
-@pytest.mark.parametrize("section", [pytest.param(text, id=f"yaml {n}") for n, text in enumerate(blocks("yaml"), 1)])
-def test_every_section_of_a_config_composes_a_run(here, section):
-    import yaml
+SHOWN = {"engine": PAGE, **{page.stem: page.read_text() for page in (ROOT / "README.md", ROOT / "docs" / "rollout.md")}}
 
-    tree = yaml.safe_load(section)
-    sampled = "sampler" in str(tree.get("source", "sampler"))
-    base = merged(TINY, {"losses": ["policy_gradient"], "credit": [{"advantages": "raw_rewards"}]} if sampled else {})
-    if sampled and "stages" not in tree:
-        base |= {"rewards": ["exact_answer"]}
-    if "stages" in tree:
-        base = TINY
-    config = parse_config(merged(base, tree), vocabulary_size=CharacterTokenizer().vocabulary_size)
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param(text, id=f"{page} {number}")
+        for page, whole in SHOWN.items()
+        for number, text in enumerate(blocks("yaml", whole), 1)
+        if "my_reward" not in text
+    ],
+)
+def test_every_section_of_a_config_composes_a_run(here, section):
+    tree = yaml.safe_load(section.replace("my_module", "mine"))
+    tree.get("networks", {}).pop("teacher", None)  # of a path
+    sampled = "sampler" in str(tree.get("source", "sampler")) and "stages" not in tree
+    plain = {"losses": ["policy_gradient"], "credit": [{"advantages": "raw_rewards"}], "rewards": ["exact_answer"]}
+    config = parse_config(
+        merged(TINY | (plain if sampled else {}), tree), vocabulary_size=CharacterTokenizer().vocabulary_size
+    )
     for stage in staged(config):
         trace(stage["parts"])
 
