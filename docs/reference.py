@@ -79,7 +79,12 @@ REFUSED = (
     ("`rollout.top_k`", "a plan whose rows the policy did not draw; a second source", ("drawn_by_policy",)),
     ("`rollout.top_k`", "functions over the whole vocabulary", ("whole_vocabulary",)),
     ("a second source", "a plan with groups of different sizes", ("equal_groups",)),
-    ("minibatches or microbatches of a loss that names `group`", "the same", ("equal_groups",)),
+    (
+        "minibatches or microbatches, with a loss that names `group`",
+        "a plan with groups of different sizes",
+        ("equal_groups",),
+    ),
+    ("an environment", "`rollout.engine`", ("conversations",)),
     ("`rollout.engine`; an environment in Python", "several processes", ("one_process",)),
 )
 
@@ -154,7 +159,7 @@ def capability_tables() -> str:
     """What goes with what, and which capability is missing where it does not."""
     samplers = list(SAMPLERS)
     wants = {f"plan `{name}`": plan.needs for name, (plan, _) in every_plan().items() if name != "plain"}
-    wants |= {name if " " in name else f"`{name}`": {capability} for name, capability in settings().items()}
+    wants |= {f"`{name}`": {capability} for name, capability in settings().items() if name.startswith("rollout.")}
     rows = [
         [what, *(_listed(needs - SAMPLERS[sampler]) or "yes" for sampler in samplers)] for what, needs in wants.items()
     ]
