@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,13 @@ from jaxrl_llm.signatures import signature
 ROOMS = {"reward": rewards, "advantage": advantages, "selection": selection, "loss": losses, "schedule": schedules}
 
 # What a source, a plan or a section of a config brings, where no name of a function says so.
-_SECTION_NEEDS = {("environment",): "environment", ("training", "alignment_every_steps"): "meta-gradient"}
+_SECTION_NEEDS = {
+    ("environment",): "environment",
+    ("training", "alignment_every_steps"): "meta-gradient",
+    ("networks", "proxy"): "proxy",
+    ("views",): "views",
+    ("data", "selection"): "choice of prompts",
+}
 _SOURCE_NEEDS = {"replay": "replay", "solved_answers": "stored answers", "demonstrations": "demonstrations"}
 _PLAN_NEEDS = {
     "demonstration_in_group": "demonstrations",
@@ -28,7 +35,20 @@ _PLAN_NEEDS = {
     "prefixes": "prefixes",
     "greedy_baseline": "greedy sample",
 }
-EVERY_NEED = (*every_need(), "replay", "prefixes", "environment", "memory", "several rounds", "branches", "stages")
+EVERY_NEED = (
+    *every_need(),
+    *(
+        "replay",
+        "prefixes",
+        "environment",
+        "memory",
+        "several rounds",
+        "branches",
+        "views",
+        "choice of prompts",
+        "stages",
+    ),
+)
 
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
 _HELPERS = re.compile(
@@ -175,18 +195,24 @@ def described_recipe(name: str) -> dict[str, Any]:
 
 
 def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a recipe's rewards, credit and losses, in order.
+    """The entries of a recipe: what chooses its prompts, its plan, views, rewards, credit and losses, then its stages.
 
     Returns:
       For each: function (its name), section, entry (as it stands in the file). The coefficient of a loss, where it
       names a function, has an entry of its own with section "coefficient".
     """
     found = []
+    selection = (tree.get("data") or {}).get("selection")
+    if selection is not None:
+        found.append({"function": _named(selection), "section": "data.selection", "entry": selection})
     for plan in _plan_entries(tree):
         found.append({"function": _named(plan), "section": "rollout.plan", "entry": plan})
-        temperature = _hyper(plan).get("temperature")
-        if isinstance(temperature, dict) or _is_name(temperature):
-            found.append({"function": _named(temperature), "section": "temperature", "entry": temperature})
+        for hyper in ("temperature", "choose"):
+            inner = _hyper(plan).get(hyper)
+            if isinstance(inner, dict) or _is_name(inner):
+                found.append({"function": _named(inner), "section": hyper, "entry": inner})
+    for name, view in (tree.get("views") or {}).items():
+        found.append({"function": _named(view), "section": "views", "entry": {name: view}})
     for section in _SECTIONS:
         for entry in tree.get(section) or ():
             inner = next(iter(entry.values())) if section == "credit" else entry
@@ -195,7 +221,7 @@ def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
             coefficient = hyper.get("coefficient") if isinstance(hyper, dict) else None
             if section == "losses" and (isinstance(coefficient, dict) or _is_name(coefficient)):
                 found.append({"function": _named(coefficient), "section": "coefficient", "entry": coefficient})
-    return found
+    return found + [entry for stage in tree.get("stages") or () for entry in entries(stage)]
 
 
 def built(function: Any) -> Any:
@@ -234,20 +260,21 @@ def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
     about = tree["about"]
     functions: list[Any] = []
     filled: set[str] = set()
+    parts = [tree, *(tree.get("stages") or ())]
     try:
-        for section, terms_of in _SECTIONS.items():
-            for term in terms_of(tree.get(section) or ()):
+        for part, (section, terms_of) in itertools.product(parts, _SECTIONS.items()):
+            for term in terms_of(part.get(section) or ()):
                 functions.append(term.function)
                 filled |= set(getattr(term, "names", ()))
                 coefficient = getattr(term, "coefficient", None)
                 functions += [coefficient] if callable(coefficient) or isinstance(coefficient, Method) else []
-        for plan in _plan_entries(tree):
+        for plan in (plan for part in parts for plan in _plan_entries(part)):
             temperature = _hyper(plan).get("temperature", 1.0)
             made = number_or_method(temperature, "rollout.plan.temperature")
             functions += [] if isinstance(made, float) else [made]
     except RecipeError as error:
         raise RecipeError(f"recipe {file}: {error}") from None
-    asked = {*needs(functions, filled), *_config_needs(tree)}
+    asked = {*needs(functions, filled), *(need for part in parts for need in _config_needs(part))}
     return {
         "name": file.stem,
         "paper": str(about["paper"]),
@@ -266,7 +293,7 @@ def _config_needs(tree: dict[str, Any]) -> set[str]:
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         found |= {need} if value else set()
-    sources = tree.get("source") or ()
+    sources = tree.get("source") or []
     for entry in sources if isinstance(sources, list) else [sources]:
         name = _named(entry)
         found |= {_SOURCE_NEEDS[name]} if name in _SOURCE_NEEDS else {"judged rows"} if name != "sampler" else set()

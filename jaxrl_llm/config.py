@@ -370,6 +370,7 @@ class NetworkConfig:
     Attributes:
       origin: `from` in a config. "policy" copies the policy that a stage starts from, or the name of another network.
       path: a checkpoint: a run, or a directory of Hugging Face; takes the place of `origin`.
+      of: of a run, which of its networks; None takes the one of the same name.
       head: numbers instead of log-probabilities: "scalar", or {outputs, layers, width, initial_scale}.
       says: of a head's values, one a "token", or the one at the "first" token of a row that is trained on.
       backbone: of a head: "own" starts as a copy of the policy; "shared" reads the policy's hidden states, which then
@@ -387,6 +388,7 @@ class NetworkConfig:
 
     origin: str = "policy"
     path: str | None = None
+    of: str | None = None
     head: Literal["scalar"] | dict[str, Any] | None = None
     says: Literal["token", "first"] = "token"
     backbone: Literal["own", "shared"] = "own"
@@ -627,7 +629,7 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
             values[name] = [values[name]]
     rollout = values.get("rollout")
     if isinstance(rollout, dict) and not isinstance(rollout.get("plan", []), list):
-        plan = {} if rollout["plan"] is None else rollout["plan"]
+        plan: Any = rollout["plan"] or {}
         several = isinstance(plan, dict) and "python" not in plan
         rollout["plan"] = [{name: hyper} for name, hyper in plan.items()] if several else [plan]
     networks = values.get("networks")

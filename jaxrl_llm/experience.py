@@ -143,6 +143,23 @@ FACTS = tuple(f.name for f in fields(Experience) if f.name != "fields")
 
 
 @struct.dataclass
+class Sequences:
+    """What a view makes of rows: sequences to be scored, one a row.
+
+    Attributes:
+      prompt_tokens, prompt_length: what they start from, left-padded.
+      tokens, length: what is scored, right-padded.
+      mask: 1 on scored tokens that count.
+    """
+
+    prompt_tokens: Int[Array, "B P"]
+    prompt_length: Int[Array, "B"]
+    tokens: Int[Array, "B T"]
+    length: Int[Array, "B"]
+    mask: Float[Array, "B T"]
+
+
+@struct.dataclass
 class NetworkState:
     """Parameters of one network.
 

@@ -35,7 +35,7 @@ from jaxrl_llm.experience import Method
 from jaxrl_llm.models.model import Model
 
 # The kernel gives a process 65,530 maps, and each program takes several.
-MOST_MAPS = 8_000
+MOST_MAPS = 4_000
 # A program kept between runs takes 5 kB; those used least recently go first.
 MOST_BYTES_KEPT = 1 << 30
 SECONDS = {"slow": 1800, "aot": 1800}

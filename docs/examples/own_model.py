@@ -19,7 +19,8 @@ from flax import linen as nn
 
 from jaxrl_llm import advantages, data, losses, models, rewards
 from jaxrl_llm.evaluation import make_evaluate, task_grader
-from jaxrl_llm.training import Rollout, demonstrations, make_supervised_step, make_train_step
+from jaxrl_llm.rows import Written, demonstrations
+from jaxrl_llm.training import Rollout, make_train_step
 
 MAX_PROMPT, MAX_COMPLETION = 13, 9
 
@@ -110,10 +111,12 @@ def main(warm_up_steps: int = 200, steps: int = 50, problems: int = 64) -> tuple
     sizes = dict(max_prompt_tokens=MAX_PROMPT, max_completion_tokens=MAX_COMPLETION)
     evaluate = make_evaluate(model, task_grader(task), tokenizer, samples_per_problem=8, k=(1, 8), **sizes)
     batches = data.supervised_batches(train, tokenizer, sequences_per_step=64, seed=0, scratchpad=False, **sizes)
-    init, supervised_step = make_supervised_step(model, optax.adam(2e-3))
-    state = init(jax.random.key(0))
+    supervised_step = make_train_step(
+        model, optax.adam(2e-3), source=Written(64), losses=[losses.negative_log_likelihood]
+    )
+    state = supervised_step.init(jax.random.key(0))
     for index in range(warm_up_steps):
-        state, metrics = supervised_step(state, demonstrations(batches[index]))
+        state, metrics = supervised_step(state, written=demonstrations(batches[index]))
     print(f"warm-up: {warm_up_steps} steps, loss {float(metrics['loss']):.3f}")
     params = state.params
     before = evaluate(params, held_out, jax.random.key(1))
@@ -121,7 +124,7 @@ def main(warm_up_steps: int = 200, steps: int = 50, problems: int = 64) -> tuple
     step = make_train_step(
         model,
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-4)),
-        rollout=Rollout(
+        source=Rollout(
             samples_per_prompt=8,
             max_completion_tokens=MAX_COMPLETION,
             eos_ids=tokenizer.eos_ids,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxrl_llm.data import tasks
-from jaxrl_llm.data.builder import DataSet, DataSpec, TaskItems, data_set, fingerprint
+from jaxrl_llm.data.builder import DataSet, DataSpec, data_set, fingerprint
 from jaxrl_llm.data.encoding import Tokenizer, encode_prompts
 from jaxrl_llm.data.hf_tokenizer import (
     HuggingFaceTokenizer,
@@ -38,7 +38,6 @@ __all__ = [
     "PromptBatch",
     "SupervisedBatch",
     "Task",
-    "TaskItems",
     "Tokenizer",
     "data_set",
     "encode_prompts",

@@ -13,10 +13,8 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
-
-import numpy as np
-import tensorflow_datasets as tfds
 
 from jaxrl_llm.data import tasks
 from jaxrl_llm.data.tasks.items import GENERATOR_VERSION, SPLITS, Item, record, require_choice, require_int
@@ -99,58 +97,22 @@ class DataSet(Sequence[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return record(self.source[index], index)
+        return self._whole(record(self.source[index], index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [
-            record(element, index) for element, index in zip(self.source.__getitems__(indices), indices, strict=True)
-        ]
+        return [self._whole(each) for each in self.stored(indices)]
 
+    def stored(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Records as they lie on disk, without the columns that are made of them."""
+        elements = zip(self.source.__getitems__(indices), indices, strict=True)
+        return [record(element, index) for element, index in elements]
 
-@dataclass(eq=False)
-class TaskItemsConfig(tfds.core.BuilderConfig):
-    """The TFDS configuration that carries a specification."""
+    @cached_property
+    def _columns(self) -> Any:
+        return tasks.task(self.spec.task, **self.spec.options).columns
 
-    spec: DataSpec | None = None
-
-
-class TaskItems(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder of synthetic tasks; `data_set` is the usual way in."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    # TFDS would look beside the code for checksums, through a package that it does not require. Nothing is downloaded.
-    code_path = None
-
-    @property
-    def spec(self) -> DataSpec:
-        """The specification that the configuration carries."""
-        config: Any = self.builder_config
-        return config.spec
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features: dict[str, Any] = dict.fromkeys(("body", "think", "answer", "task", "domain"), tfds.features.Text())
-        features |= dict.fromkeys(("level", "item_id"), tfds.features.Scalar(np.int64))
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Synthetic problems with reference scratch and answer.",
-            features=tfds.features.FeaturesDict(features),
-            # On disk in the order of item_id, so that source[i] is item i.
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(spec=self.spec.canonical),
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        del dl_manager
-        spec = self.spec
-        records = [record(item, number) for number, item in enumerate(spec.items())]
-        # The metadata are written with the data, at the end.
-        metadata: Any = self.info.metadata
-        metadata["fingerprint"] = fingerprint(spec, records)
-        return {spec.split: self._generate_examples(records)}
-
-    def _generate_examples(self, records: Sequence[dict[str, Any]]):
-        for fields in records:
-            yield fields["item_id"], fields
+    def _whole(self, stored: dict[str, Any]) -> dict[str, Any]:
+        return stored if self._columns is None else {**stored, **self._columns(stored)}
 
 
 def fingerprint(spec: DataSpec, records: Sequence[Mapping[str, Any]]) -> str:
@@ -177,7 +139,7 @@ def data_set(spec: DataSpec, data_dir: str) -> DataSet:
     with _quiet():
         source = builder.as_data_source(split=spec.split)
     dataset = DataSet(spec, str(builder.data_path), source, builder.info.metadata.get("fingerprint", ""))
-    found = fingerprint(spec, dataset.__getitems__(range(len(dataset))))
+    found = fingerprint(spec, dataset.stored(range(len(dataset))))
     if len(dataset) != spec.count or found != dataset.fingerprint:
         raise ValueError(
             f"the data set in {dataset.directory} has {len(dataset)} items with the fingerprint {found}, but "
@@ -187,13 +149,17 @@ def data_set(spec: DataSpec, data_dir: str) -> DataSet:
     return dataset
 
 
-def _builder(spec: DataSpec, data_dir: str) -> TaskItems:
+def _builder(spec: DataSpec, data_dir: str) -> Any:
+    from jaxrl_llm.data.task_items import TaskItems, TaskItemsConfig  # TFDS takes a while to import
+
     config = TaskItemsConfig(name=spec.name, spec=spec)
     with _quiet():
         return TaskItems(data_dir=data_dir, config=config, file_format="array_record")
 
 
-def _written(spec: DataSpec, data_dir: str, builder: TaskItems) -> TaskItems:
+def _written(spec: DataSpec, data_dir: str, builder: Any) -> Any:
+    import tensorflow_datasets as tfds
+
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         with _quiet():
@@ -208,6 +174,8 @@ def _written(spec: DataSpec, data_dir: str, builder: TaskItems) -> TaskItems:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what TFDS prints: the terminal belongs to the run's own progress."""
+    import tensorflow_datasets as tfds
+
     tfds.disable_progress_bar()
     logger = logging.getLogger("absl")
     level = logger.level

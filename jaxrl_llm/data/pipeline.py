@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import grain
 import numpy as np
 
 from jaxrl_llm.data.buckets import bucket_of
@@ -363,5 +362,7 @@ def shuffled_batches(
             f"{size_name} is {size}, but the source has only {len(rows)} items that fit; a step never holds the same "
             f"prompt twice, so lower {size_name} or generate more items"
         )
+    import grain  # takes a while to import
+
     epochs = grain.MapDataset.source(rows).seed(seed).shuffle().batch(size, drop_remainder=True, batch_fn=batch)
     return Batches(epochs.repeat(), steps_per_epoch=len(epochs), kept=len(rows), dropped=dropped)

@@ -26,6 +26,8 @@ from jaxrl_llm.losses.policy.sequence_surrogates import sequence_clipped_surroga
 from jaxrl_llm.losses.policy.surrogates import cispo, clipped_surrogate, policy_gradient, sapo
 from jaxrl_llm.losses.policy.valuation import mean_log_ratio, random_policy_valuation
 from jaxrl_llm.losses.preference.discriminative import decoupled_reward, group_trust_region
+from jaxrl_llm.losses.preference.dpo import dpo
+from jaxrl_llm.losses.preference.kto import kto, mismatched_completions, mismatched_kl
 from jaxrl_llm.losses.preference.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
 from jaxrl_llm.losses.ratio import log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.regularisers.entropy import entropy_bonus
@@ -33,6 +35,7 @@ from jaxrl_llm.losses.regularisers.entropy_history import entropy_history, entro
 from jaxrl_llm.losses.regularisers.routing import router_balance
 from jaxrl_llm.losses.supervised.likelihood import negative_log_likelihood
 from jaxrl_llm.losses.supervised.negative_aware import negative_aware_likelihood
+from jaxrl_llm.losses.supervised.reference_answers import weighted_answer_likelihood
 from jaxrl_llm.losses.supervised.written_tokens import external_surrogate, rehearsal_divergence, stored_likelihood
 from jaxrl_llm.losses.token_weights.correction import importance_weight, negative_sequence_mask
 from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights, predicted_entropy_change
@@ -54,6 +57,7 @@ __all__ = [
     "decoupled_reward",
     "divergence",
     "divergence_reward",
+    "dpo",
     "entropy_band",
     "entropy_bonus",
     "entropy_change_weights",
@@ -71,11 +75,14 @@ __all__ = [
     "js_definition",
     "kl_estimate",
     "kl_penalized_sequence_rewards",
+    "kto",
     "log_ratio",
     "lowest_token_proxy",
     "masked_policy_gradient",
     "mean_log_ratio",
     "min_p_logprobs",
+    "mismatched_completions",
+    "mismatched_kl",
     "mixed_policy_surrogate",
     "negative_aware_likelihood",
     "negative_log_likelihood",
@@ -99,4 +106,5 @@ __all__ = [
     "token_reward_cross_entropy",
     "token_share",
     "twin_huber_value",
+    "weighted_answer_likelihood",
 ]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.export import COPIED
@@ -45,6 +44,8 @@ def save_imported(directory: str | Path, params: PyTree, *, source: str | Path) 
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    import orbax.checkpoint as ocp  # takes a while to import
+
     with ocp.StandardCheckpointer() as writer:
         writer.save(partial / PARAMS, params)
     for name in ("config.json", *COPIED):
@@ -68,6 +69,8 @@ def read_imported(directory: str | Path, model: Model, *, sharding: jax.sharding
     """
     wanted = abstract(model.specs)
     path = (Path(directory) / PARAMS).resolve()
+    import orbax.checkpoint as ocp
+
     with ocp.StandardCheckpointer() as reader:
         stored = reader.metadata(path).item_metadata.tree
         shapes = [_shapes(tree) for tree in (wanted, stored)]

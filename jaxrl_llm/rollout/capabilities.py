@@ -19,23 +19,24 @@ CAPABILITIES = {
     "router_record": "a record of the experts that served each token",
     "slots": "decoding in slots",
     "truncation": "truncated sampling",
+    "conversations": "completions that are answered turn by turn",
+    "ahead": "sampling of the next batch before this one is learned from",
     # of other parts
     "whole_vocabulary": "tokens drawn from the whole vocabulary",
     "recorded_router": "experts recorded for every row",
     "one_width": "prompts of one width",
     "one_process": "a run of one process",
-    "newest_policy": "rows that the newest policy draws",
 }
 ROWS = frozenset({"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy"})
 SAMPLERS = {
     "the sampler": frozenset(
         {"active_prompts", "numbered_samples", "uneven_groups", "prefixes", "temperatures", "demonstrations"}
-        | {"router_record", "slots", "truncation", "newest_policy"}
+        | {"router_record", "slots", "truncation", "ahead"}
     ),
     "the environment inside the program": frozenset(
-        {"active_prompts", "numbered_samples", "temperatures", "demonstrations", "newest_policy"}
+        {"active_prompts", "numbered_samples", "temperatures", "demonstrations", "conversations", "ahead"}
     ),
-    "the environment in Python": frozenset({"numbered_samples", "demonstrations", "newest_policy"}),
+    "the environment in Python": frozenset({"numbered_samples", "demonstrations", "conversations"}),
     "rollout.engine": frozenset({"numbered_samples", "demonstrations", "truncation"}),
 }
 

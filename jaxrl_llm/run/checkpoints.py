@@ -134,29 +134,34 @@ def written_networks(parts: Any, state: Any) -> dict[str, Any]:
     return {name: one for name, one in state.networks.items() if name not in fixed}
 
 
-def restore_params(directory: Path, step: int, like: PyTree, *, trained: Trained | None = None) -> PyTree:
-    """The policy alone from a full checkpoint: what evaluation needs, whatever the optimiser was.
+def restore_params(
+    directory: Path, step: int, like: PyTree, *, trained: Trained | None = None, network: str = "policy"
+) -> PyTree:
+    """The parameters of one network alone from a full checkpoint, whatever its optimiser was.
 
     Args:
       directory: the checkpoints directory.
       step: one of its steps.
       like: parameters of the same structure, or their shapes.
       trained: of the model; as for `restore`.
+      network: whose parameters.
 
     Raises:
-      CheckpointError: when the parameters' structure, shapes or dtypes differ from `like`.
+      CheckpointError: when it holds no such network, or when structure, shapes or dtypes differ from `like`.
     """
     frozen = None
     if trained is not None:
         like, frozen = trained.split(like)
-    abstract = {"networks": {"policy": {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
-    held = _stored(directory, step)["networks"]["policy"]["params"]
-    _compare({"networks": {"policy": {"params": held}}}, abstract, f"{directory}/{step}")
+    abstract = {"networks": {network: {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
+    held = _stored(directory, step)["networks"]
+    if network not in held:
+        raise CheckpointError(f"checkpoint {directory}/{step} holds no network {network!r}; it has {', '.join(held)}")
+    _compare({"networks": {network: {"params": held[network]["params"]}}}, abstract, f"{directory}/{step}")
     arguments = ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore(_state_path(directory, step), args=arguments)["networks"]["policy"]["params"]
+        params = reader.restore(_state_path(directory, step), args=arguments)["networks"][network]["params"]
     return params if trained is None else trained.join(params, frozen)
 
 

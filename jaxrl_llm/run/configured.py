@@ -69,7 +69,7 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     made = {}
     for view, entry in entries.items():
         name, hyper = entry_of(entry, f"views.{view}")
-        made[view] = method(name, hyper, (rewards, advantages), f"views.{view}", sizes)
+        made[view] = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
     return made
 
 
@@ -85,13 +85,21 @@ def configured_networks(
     """
     made, paths = {}, {}
     for name, section in sections.items():
-        model = None
-        if section.path is not None:
+        model, head = None, _head(name, section)
+        if section.path is not None and is_run(section.path):
+            from jaxrl_llm.run.restored import restored_network  # which builds the parts of that run
+
+            model, network, _ = restored_network(section.path, section.of or name)
+            head, paths[name] = network.head, Path(section.path)
+        elif section.path is not None:
             directory = model_directory(section.path)
             execution = {"parameter_dtype": section.parameter_dtype, "compute_dtype": section.compute_dtype}
-            model = transformer(weights.load_config(directory, **execution))
-            paths[name] = directory
-        head = _head(name, section)
+            model, paths[name] = transformer(weights.load_config(directory, **execution)), directory
+            if head is not None:
+                raise ValueError(
+                    f"networks.{name}.path is {section.path!r}, a checkpoint of that kind holds no head; leave "
+                    f"networks.{name}.head out, or train the head in a stage or a run and name that"
+                )
         learns = section.learns if section.learns is not None else head is not None and section.path is None
         made[name] = Network(
             origin=GIVEN if section.path is not None else section.origin,
@@ -110,6 +118,12 @@ def configured_networks(
     if snapshot and "reference" not in made:
         made["reference"] = Network(snapshot=True)
     return made, paths
+
+
+def is_run(path: str) -> bool:
+    """Whether a path is a run directory, or one of its checkpoints."""
+    here = Path(path)
+    return (here / "checkpoints").is_dir() or (here.name.isdigit() and (here / "state").is_dir())
 
 
 def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
@@ -133,7 +147,9 @@ def head_optimizer(section: NetworkConfig, b1: float, b2: float) -> optax.Gradie
     )
 
 
-def given_networks(networks: Mapping[str, Network], paths: Mapping[str, Path]) -> dict[str, PyTree]:
+def given_networks(
+    networks: Mapping[str, Network], paths: Mapping[str, Path], sections: Mapping[str, NetworkConfig]
+) -> dict[str, PyTree]:
     """Parameters of the networks that are read from a path."""
     found = {}
     for name, directory in paths.items():
@@ -141,12 +157,12 @@ def given_networks(networks: Mapping[str, Network], paths: Mapping[str, Path]) -
             continue
         network = networks[name]
         assert network.model is not None
-        params = weights.load_params(directory, network.model.config)
-        if network.head is not None:
-            raise ValueError(
-                f"networks.{name}.path is {str(directory)!r} and networks.{name}.head is set, but a checkpoint of that "
-                "kind holds no head; train it in a stage of the run"
-            )
+        if is_run(str(directory)):
+            from jaxrl_llm.run.restored import restored_network
+
+            params = restored_network(directory, sections[name].of or name)[2]
+        else:
+            params = weights.load_params(directory, network.model.config)
         found[name] = jax.tree.map(jax.numpy.asarray, params)
     return found
 

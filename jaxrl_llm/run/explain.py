@@ -18,7 +18,7 @@ from jaxrl_llm.run.setup import Parts, prompts_handed
 from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.networks import POLICY, abstract_like, trainable_part
+from jaxrl_llm.training.networks import POLICY, abstract_like, given_shapes, trainable_part
 from jaxrl_llm.training.segments import Work, shapes
 from jaxrl_llm.training.step import given_work
 
@@ -133,12 +133,7 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
         )
 
     given = jax.eval_shape(prompts) if c.rollout is not None else None
-    networks = {
-        name: jax.eval_shape(one.model.init, jax.random.key(0))
-        for name, one in c.networks.items()
-        if one.model is not None
-    }
-    state = jax.eval_shape(parts.step.init, jax.random.key(0), None, networks)
+    state = jax.eval_shape(parts.step.init, jax.random.key(0), None, given_shapes(c.networks))
     state = state if c.placed is None else abstract_like(state, c.placed)
     if given is not None:
         prepared(c, given)

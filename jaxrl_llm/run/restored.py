@@ -17,7 +17,7 @@ from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.setup import Parts, last_stage, parts
-from jaxrl_llm.training.networks import abstract_like, parameter_shardings
+from jaxrl_llm.training.networks import POLICY, Network, abstract_like, parameter_shardings
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,31 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
     widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
     context = None if built.directory is None else _context_tokens(built.directory)
     return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths, context)
+
+
+def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTree]:
+    """(model, description, parameters) of a network of a run's newest checkpoint, as a run of another config reads it.
+
+    Raises:
+      ConfigError: when the run's config.yaml is not there.
+      CheckpointError: when there is no checkpoint, or it holds no network of this name.
+    """
+    folder, step = checkpoints.latest_checkpoint(path)
+    stored = folder.parent / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
+    here = ["mesh=auto", "training.offload=[]"]
+    built = parts(last_stage(load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)))
+    if name == POLICY:
+        network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
+    elif name in built.step.composition.networks:
+        network = built.step.composition.networks[name]
+        like = jax.eval_shape(built.step.init, jax.random.key(0)).networks[name].params
+    else:
+        known = ", ".join((POLICY, *built.step.composition.networks))
+        raise checkpoints.CheckpointError(f"run {path} has no network {name!r}; it has {known}")
+    params = checkpoints.restore_params(folder, step, like, network=name)
+    return network.model or built.model, network, params
 
 
 def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = False) -> Policy:

@@ -105,7 +105,7 @@ class Parts:
 
     def given(self) -> dict[str, PyTree]:
         """Parameters of networks that are read from a path."""
-        return given_networks(self.step.composition.networks, self.paths)
+        return given_networks(self.step.composition.networks, self.paths, self.config.networks)
 
     def fingerprint(self) -> dict[str, str]:
         """What a resumed run must find unchanged beside its data: hashes of tokenizer and checkpoint files."""

@@ -89,14 +89,11 @@ def demonstrations(*, sequences_per_step: int, samples_per_prompt: int, beside: 
 def _beside(parts: Sequence[Any], width: int, *, marked: bool) -> Experience:
     """Reference completions behind samples; those of the second part are marked, and have weight 0."""
     names = ("prompt_tokens", "prompt_length", "prompt_id", "tokens", "length")
-    arrays: dict[str, Any] = {n: jnp.concatenate([getattr(part, n) for part in parts]) for n in names}
+    arrays = [jnp.concatenate([getattr(part, name) for part in parts]) for name in names]
     trained = jnp.concatenate([jnp.asarray(part.mask) for part in parts])
-    count = arrays["length"].shape[0] // len(parts)
-    held_out = jnp.repeat(jnp.arange(len(parts), dtype=jnp.float32), count)
-    rows: Any = written_rows(
-        **arrays, answer_width=width, trained=trained, **({"validation": held_out} if marked else {})
-    )
-    return replace(rows, weight=1.0 - held_out)
+    held_out = jnp.repeat(jnp.arange(len(parts), dtype=jnp.float32), arrays[-1].shape[0] // len(parts))
+    rows = replace(written_rows(*arrays, answer_width=width, trained=trained), weight=1.0 - held_out)
+    return rows.filled(validation=held_out) if marked else rows
 
 
 def solved_answers(
@@ -138,8 +135,8 @@ def _judged(kind: Kind, file: str, groups_per_step: int, beside: bool, sizes: Ma
     if beside and per_group > 1 and per_group != samples:
         raise ValueError(
             f"source.{kind} has groups of {per_group} completions, but the samples that they learn beside come in "
-            f"groups of rollout.samples_per_prompt {samples}; set that to {per_group}, or learn from the file in a stage "
-            "of its own"
+            f"groups of rollout.samples_per_prompt {samples}; set that to {per_group}, or learn from the file in a "
+            "stage of its own"
         )
     if beside:  # completions that belong to nothing else fill groups of that size
         _check_multiple(kind, count, samples, "groups_per_step")

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.special import stdtrit
 
 from jaxrl_llm.statistics import group_leader, group_size, group_std
 
@@ -132,6 +131,8 @@ def _priority(deviation, counts, total, factors, exploration):
 
 def _interval_factors(most: int, confidence: float) -> Float[Array, "N"]:
     """t / sqrt(n) for n = 0 .. most + 1; 0 for n < 2, where there is no deviation."""
+    from scipy.special import stdtrit  # takes a while to import
+
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it is a probability and must lie between 0 and 1")
     n = np.arange(2, most + 2)

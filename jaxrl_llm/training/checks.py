@@ -137,6 +137,7 @@ def _check_capabilities(c: Composition) -> None:
         ("rollout.replay_router", r.replay_router, "router_record"),
         ("rollout.slots", r.slots is not None, "slots"),
         ("rollout.truncation", r.truncation is not None, "truncation"),
+        ("the environment", r.environment is not None, "conversations"),
         ("rollout.off_policy_steps", bool(r.off_policy_steps), "ahead"),
     ):
         if wanted:
@@ -170,8 +171,6 @@ def _check_capabilities(c: Composition) -> None:
         require("rollout.engine", {"one_process"}, f"a run of {jax.process_count()} processes", frozenset())
     if isinstance(r.environment, HostEnvironment) and jax.process_count() > 1:  # they would all talk to it
         require("the environment in Python", {"one_process"}, f"a run of {jax.process_count()} processes", frozenset())
-    if r.off_policy_steps:  # an engine's policy is as old as its hand-overs say
-        require("rollout.off_policy_steps", {"newest_policy"}, sampler, offers)
 
 
 def _sampler_of(r: Rollout) -> tuple[str, frozenset[str]]:

@@ -28,10 +28,10 @@ from jaxrl_llm.training.collect import PLAN, SELECTION, first_choices, first_sto
 from jaxrl_llm.training.composition import Composition, LossTerm
 from jaxrl_llm.training.metrics import drift_of, learn_metrics
 from jaxrl_llm.training.networks import (
-    GIVEN,
     POLICY,
     current,
     frozen_part,
+    given_shapes,
     in_device_memory,
     initial_networks,
     parameter_shardings,
@@ -375,7 +375,7 @@ def initialiser(c: Composition) -> tuple[Callable[..., TrainState], Composition]
     if place.mesh is None:
         return jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules)), c
     models = {POLICY: c.model} | {name: one.model for name, one in c.networks.items() if one.model is not None}
-    state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, _given_shapes(c))
+    state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))
     placed = placed_state(models, state, place.mesh, place.rules, offload=place.offload)
     c = replace(c, placed=placed)
     return _initial_on_mesh(c), c
@@ -387,15 +387,6 @@ def in_use(c: Composition, state: TrainState) -> TrainState:
     if reference is not None and (reference.moves or "over_vocabulary" in c.named):
         read |= {"reference"}
     return in_device_memory(state, c.placed, c.resources.placement.offload & read)
-
-
-def _given_shapes(c: Composition) -> dict[str, PyTree]:
-    """Shapes of parameters that the caller has to give."""
-    return {
-        name: jax.eval_shape(one.model.init, jax.random.key(0))
-        for name, one in c.networks.items()
-        if one.origin == GIVEN and one.model is not None and one.head is None
-    }
 
 
 def _initial_on_mesh(c: Composition) -> Callable[..., TrainState]:

@@ -215,6 +215,22 @@ def initial_networks(
     return states
 
 
+def given_shapes(networks: Mapping[str, Network]) -> dict[str, PyTree]:
+    """Shapes of the parameters that the caller has to give."""
+
+    def params(network: Network) -> PyTree:
+        assert network.model is not None  # `Network` has seen to it
+        key = jax.random.key(0)
+        drawn = network.model.init(key)
+        if network.head is None:
+            return drawn
+        return from_policy(network.model, drawn, key, network.head, backbone=network.backbone)
+
+    return {
+        name: jax.eval_shape(partial(params, network)) for name, network in networks.items() if network.origin == GIVEN
+    }
+
+
 def current(model: Model, networks: Mapping[str, Network], state: TrainState, name: str) -> PyTree:
     """Parameters of a network as its model takes them; of one with a head, as the head takes them."""
     if name == POLICY:

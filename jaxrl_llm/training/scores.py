@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.fields import Score
@@ -27,23 +26,6 @@ from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
 from jaxrl_llm.training.composition import Composition, Fill
 from jaxrl_llm.training.networks import Network, current, frozen_part, in_device_memory, whole
-
-
-@struct.dataclass
-class Sequences:
-    """What a view makes of rows: sequences to be scored, one a row.
-
-    Attributes:
-      prompt_tokens, prompt_length: what they start from, left-padded.
-      tokens, length: what is scored, right-padded.
-      mask: 1 on scored tokens that count.
-    """
-
-    prompt_tokens: Int[Array, "B P"]
-    prompt_length: Int[Array, "B"]
-    tokens: Int[Array, "B T"]
-    length: Int[Array, "B"]
-    mask: Float[Array, "B T"]
 
 
 class Plain(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from jaxrl_llm.data import DataSpec, builder, data_set, tasks
+from jaxrl_llm.data import DataSpec, builder, data_set, task_items, tasks
 from jaxrl_llm.data.tasks.items import record
 
 SPEC = DataSpec("deduction", (0, 2), "train", 31, seed=3)
@@ -76,7 +77,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
         raise RuntimeError("disk on fire")
 
     with monkeypatch.context() as broken:
-        broken.setattr(builder.TaskItems, "_generate_examples", half)
+        broken.setattr(task_items.TaskItems, "_generate_examples", half)
         with pytest.raises(RuntimeError, match="disk on fire"):
             data_set(SPEC, str(tmp_path))
     assert not list(tmp_path.rglob("1.0.0*"))
@@ -86,12 +87,12 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_killed_write_is_never_read(tmp_path):
     program = f"""
 import os
-from jaxrl_llm.data import DataSpec, builder, data_set
+from jaxrl_llm.data import DataSpec, builder, data_set, task_items
 def killed(self, records):
     for fields in records[:20]:
         yield fields["item_id"], fields
     os.kill(os.getpid(), 9)
-builder.TaskItems._generate_examples = killed
+task_items.TaskItems._generate_examples = killed
 data_set(DataSpec("deduction", (0, 2), "train", 31, seed=3), {str(tmp_path)!r})
 """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(builder.__file__).parents[2])}
@@ -111,7 +112,7 @@ def test_a_process_that_comes_second_takes_the_first_ones_files(tmp_path, monkey
             written.append(data_set(SPEC, str(tmp_path)))
         yield from ((fields["item_id"], fields) for fields in records)
 
-    monkeypatch.setattr(builder.TaskItems, "_generate_examples", overtaken)
+    monkeypatch.setattr(task_items.TaskItems, "_generate_examples", overtaken)
     late = data_set(SPEC, str(tmp_path))
     assert late.fingerprint == written[1].fingerprint
     assert len(late) == 31
@@ -155,3 +156,13 @@ def test_items_do_not_depend_on_the_other_levels():
         == alone
         == tasks.task("deduction").generate(level=2, count=15, seed=3)
     )
+
+
+def test_columns_that_are_made_of_records_are_there_and_not_on_disk(tmp_path):
+    spec = DataSpec("addition", (1,), "train", 8, options={"scratchpad": False, "confidence": True})
+    source = data_set(spec, str(tmp_path))
+    assert "response" not in source.stored([3])[0]
+    found = source[3]["response"]
+    assert re.fullmatch(rf"<a>{source[3]['answer']}</a><c>\d\d</c>", found)
+    assert source.__getitems__([3])[0] == source[3]
+    assert "response" not in data_set(DataSpec("addition", (1,), "train", 8), str(tmp_path))[3]

@@ -57,6 +57,8 @@ def batch():
         "token_reward_logits": 3 * jnp.sin(5 * old),
         "rewards": rewards,
         "correct": rewards,
+        "preferred": rewards,
+        "kl_anchor": jnp.full(ROWS, 0.25, jnp.float32),
         "truncated": jnp.zeros(ROWS, bool),
         # Rows of one group stand together, so that the splits below cut between groups.
         "group": jnp.asarray([0, 0, 0, 3, 4, 4, 4], jnp.int32),
@@ -150,6 +152,8 @@ CASES = exported_losses() | {
     "decoupled_reward/disco": variant(
         losses.decoupled_reward, max_completion_tokens=16, temperature=0.5, length_temperature=None
     ),
+    "dpo/square": variant(losses.dpo, link="square", length_normalised=True),
+    "dpo/robust": variant(losses.dpo, link="robust", label_smoothing=0.1),
     "pairwise_surrogate/separate": variant(losses.pairwise_surrogate, form="separate"),
     "cispo/dispo": variant(losses.cispo, clip_low=0.2, negative_clip_low=0.8, negative_clip_high=2.0),
     "divergence/score_function": losses.divergence(),

@@ -28,7 +28,7 @@ EXPERT_LAYOUTS = {
     "ragged": ("4 experts x 2", {"fsdp": 2, "expert": 4}),
     "dense": ("2 x 2 experts x 2", {"data": 2, "expert": 2, "tensor": 2}),
 }
-# With a value network, a reference that moves, and rows of earlier steps; where parts of the state are kept on the host.
+# With a value network, a reference that moves, and rows of earlier steps; and what is kept on the host.
 OF_SEVERAL_NETWORKS = {
     "networks, 8": ({"data": 8}, frozenset()),
     "networks, 4 x 2": ({"fsdp": 4, "tensor": 2}, frozenset()),

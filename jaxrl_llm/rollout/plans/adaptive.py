@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,28 @@ from jaxtyping import Array
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.rollout.plans.plan import Plan, Request, finished, first_requests, require_inside
 from jaxrl_llm.selection import balanced_samples, finished_prompts
+
+
+class Pool(NamedTuple):
+    """Samples of each prompt so far.
+
+    Attributes:
+      rows: with two leading axes, prompts and samples.
+      label: 1 where the reward is above the threshold.
+      drawn: which samples are there.
+      round: rounds so far.
+    """
+
+    rows: Experience
+    label: Array
+    drawn: Array
+    round: Array
+
+
+def _chosen(places: Array, x: Array) -> Array:
+    """Rows at these places of each prompt, one after the other."""
+    index = places.reshape(*places.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1).reshape(-1, *x.shape[2:])
 
 
 def adaptive(
@@ -53,12 +76,6 @@ def adaptive(
             "samples of a prompt; keep fewer or draw more"
         )
 
-    class Pool(NamedTuple):
-        rows: Experience
-        label: Array
-        drawn: Array
-        round: Array
-
     split = lambda x: x.reshape(-1, each, *x.shape[1:])  # noqa: E731
 
     def init(memory: Any, key: Array, prompts: Prompts, rows: Experience) -> Pool:
@@ -87,11 +104,7 @@ def adaptive(
 
     def result(pool: Pool) -> tuple[Experience, dict[str, Array]]:
         places, there = balanced_samples(pool.label, pool.drawn, kept=kept)
-
-        def chosen(x):
-            index = places.reshape(*places.shape, *[1] * (x.ndim - 2))
-            return jnp.take_along_axis(x, index, axis=1).reshape(-1, *x.shape[2:])
-
+        chosen = partial(_chosen, places)
         rows, drawn = jax.tree.map(chosen, pool.rows), pool.drawn.sum(1).astype(jnp.float32)
         mean = jnp.where(pool.drawn, pool.label, 0.0).sum(1) / jnp.maximum(drawn, 1.0)
         per_row = lambda x: jnp.repeat(x, kept)  # noqa: E731

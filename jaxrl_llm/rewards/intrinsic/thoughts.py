@@ -1,0 +1,119 @@
+"""What a completion thinks before it answers, and the reference answer behind that thought: a view of rows."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.experience import Sequences
+
+
+def thought_length(tokens: Int[Array, "B T"], length: Int[Array, "B"], *, mark_id: int) -> Int[Array, "B"]:
+    """Tokens of a completion up to its first mark, the mark included; 0 without one: the thought was cut off.
+
+    Args:
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence; what stands behind is never read.
+      mark_id: id of the token that ends a thought: that of the tag that closes it, or of the one that opens an answer.
+
+    Returns:
+      One count a row.
+
+    >>> thought_length(jnp.array([[3, 9, 4, 5], [3, 9, 9, 4]]), jnp.array([4, 3]), mark_id=4).tolist()
+    [3, 0]
+    """
+    chex.assert_rank([tokens, length], [2, 1])
+    chex.assert_equal_shape_prefix([tokens, length], 1)
+    position = jnp.arange(tokens.shape[1])[None, :]
+    marked = (position < length[:, None]) & (tokens == mark_id)
+    return jnp.where(marked.any(axis=1), jnp.argmax(marked, axis=1) + 1, 0).astype(jnp.int32)
+
+
+def thought_mask(
+    tokens: Int[Array, "B T"], length: Int[Array, "B"], mask: Float[Array, "B T"], *, mark_id: int
+) -> Float[Array, "B T"]:
+    """The mask on the tokens of the thought alone: an entry of credit that fills `mask` trains nothing else.
+
+        mask_t = mask_t if t < thought_length else 0
+
+    Args:
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence.
+      mask: 1 on tokens that are trained on.
+      mark_id: id of the token that ends a thought, which belongs to it.
+
+    Returns:
+      One mask a token; 0 all along a row without the mark.
+
+    Reference: VeriFree (2505.21493).
+    Certainty: verified
+    """
+    chex.assert_equal_shape([tokens, mask])
+    inside = jnp.arange(tokens.shape[1])[None, :] < thought_length(tokens, length, mark_id=mark_id)[:, None]
+    return jnp.where(inside, mask.astype(jnp.float32), 0.0)
+
+
+def answer_after_thought(
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    answer_tokens: Int[Array, "B A"],
+    answer_length: Int[Array, "B"],
+    *,
+    mark_id: int,
+    opening_ids: tuple[int, ...] | None = None,
+    closing_ids: tuple[int, ...] | None = None,
+) -> Sequences:
+    """The reference answer in the place of the sampled one, behind the sampled thought: a view to be scored.
+
+    Prompt and thought are the prompt of the view; opening, reference answer and closing are scored. The thought ends
+    with its mark, a single token, so that no token of the sampled text is ever cut or joined with one of the answer.
+
+    Args:
+      prompt_tokens: prompt tokens, left-padded.
+      prompt_length: real tokens of each prompt.
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence.
+      answer_tokens: reference answer, right-padded.
+      answer_length: tokens in each reference answer.
+      mark_id: id of the token that ends a thought: that of the tag that closes it, or of the one that opens an answer.
+      opening_ids: tokens in front of the answer, such as the tag that opens it; None for none.
+      closing_ids: tokens behind it, such as the tag that closes it and end of sequence; without them the likelihood of
+        1 is also that of whatever begins with 1. None for none.
+
+    Returns:
+      `Sequences`. In a row without the mark the mask is 0: nothing of its answer counts.
+
+    Reference: VeriFree (2505.21493), NOVER (2505.16022).
+    Certainty: verified
+    """
+    given = [prompt_tokens, prompt_length, tokens, length, answer_tokens, answer_length]
+    chex.assert_rank(given, [2, 1, 2, 1, 2, 1])
+    chex.assert_equal_shape_prefix(given, 1)
+    thought = thought_length(tokens, length, mark_id=mark_id)
+    # Prompts are left-padded and thoughts are not, so each row is read at places of its own.
+    behind, width = prompt_tokens.shape[1], prompt_tokens.shape[1] + tokens.shape[1]
+    place = jnp.arange(width)[None, :] - (width - prompt_length - thought)[:, None]
+    of_prompt = behind - prompt_length[:, None] + place
+    of_thought = behind + place - prompt_length[:, None]
+    both = jnp.concatenate([prompt_tokens, tokens.astype(prompt_tokens.dtype)], axis=1)
+    at = jnp.where(place < prompt_length[:, None], of_prompt, of_thought)
+    context = jnp.where(place >= 0, jnp.take_along_axis(both, jnp.clip(at, 0, width - 1), axis=1), 0)
+
+    count, opening, closing = tokens.shape[0], opening_ids or (), closing_ids or ()
+    before = jnp.broadcast_to(jnp.asarray(opening, answer_tokens.dtype), (count, len(opening)))
+    after = jnp.broadcast_to(jnp.asarray(closing, answer_tokens.dtype), (count, len(closing)))
+    size = answer_length + len(opening) + len(closing)
+    parts = jnp.concatenate([before, answer_tokens, after], axis=1)
+    place = jnp.arange(parts.shape[1])[None, :]
+    # The closing stands right behind the answer, and not behind its padding.
+    shift = jnp.where(
+        place >= (len(opening) + answer_length)[:, None], answer_tokens.shape[1] - answer_length[:, None], 0
+    )
+    inside = place < size[:, None]
+    at = jnp.where(inside, place + shift, place)
+    scored = jnp.where(inside, jnp.take_along_axis(parts, jnp.clip(at, 0, parts.shape[1] - 1), axis=1), 0)
+    mask = (inside & (thought > 0)[:, None]).astype(jnp.float32)
+    return Sequences(context, (prompt_length + thought).astype(jnp.int32), scored, size.astype(jnp.int32), mask)

@@ -1,0 +1,106 @@
+"""Recipes whose rows are read from a file, at micro size: the file is made here, from the addition task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm.config import Config, parse_config, read_tree
+from jaxrl_llm.data import CharacterTokenizer, tasks
+from jaxrl_llm.run.setup import data_sets, parts
+from jaxrl_llm.run.stages import written_of
+
+FOLDER = Path(__file__).parents[2] / "configs" / "methods"
+MICRO = {
+    "task": {"name": "addition", "levels": [1], "options": {"scratchpad": False}, "train_items": 64}
+    | {"validation_items": 4, "test_items": 4},
+    "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1},
+}
+
+
+def answered(count: int = 32) -> list[tuple[str, str, str]]:
+    """(prompt, right answer, wrong answer) of problems of one digit."""
+    made = tasks.task("addition", scratchpad=False).generate(level=1, count=count, seed=5, split="train")
+    return [(item.body, f"<a>{item.answer}</a>", f"<a>{int(item.answer) + 1}</a>") for item in made]
+
+
+def lines(kind: str) -> list[dict[str, Any]]:
+    if kind == "pairs":
+        return [{"prompt": p, "chosen": right, "rejected": wrong} for p, right, wrong in answered()]
+    return [
+        {"prompt": p, "completion": text, "label": label}
+        for p, right, wrong in answered()
+        for text, label in ((right, True), (wrong, False))
+    ]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("judged")
+    for kind in ("pairs", "labels"):
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(kind)))
+    return {kind: folder / f"{kind}.jsonl" for kind in ("pairs", "labels")}
+
+
+@pytest.fixture
+def micro(files, data_directory):
+    """A recipe for a micro model that reads its file."""
+
+    def make(name: str, kind: str, *overrides: str) -> Config:
+        tree = read_tree(FOLDER / f"{name}.yaml") | MICRO | {"data": {"directory": data_directory}}
+        tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
+        tree["training"] |= {"learning_rate": 0.01, "warmup_steps": 0}
+        tree["source"] = {kind: {"file": str(files[kind]), "groups_per_step": 8}}
+        return parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size)
+
+    return make
+
+
+def learned(config: Config, steps: int) -> list[dict[str, float]]:
+    """What some steps report."""
+    built = parts(config)
+    rows = written_of(built, data_sets(config))
+    assert rows is not None
+    state, seen = built.step.init(jax.random.key(0)), []
+    for index in range(steps):
+        state, metrics = built.step(state, written=rows(index))
+        seen.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+        assert not {name: value for name, value in seen[-1].items() if not np.isfinite(value)}
+    return seen
+
+
+def test_dpo_learns_from_a_file_of_pairs(micro):
+    seen = learned(micro("dpo", "pairs"), 20)
+    np.testing.assert_allclose(seen[0]["loss/dpo"], np.log(2), rtol=1e-5)
+    assert seen[-1]["loss/dpo"] < seen[0]["loss/dpo"] - 0.02
+    assert seen[-1]["margin/dpo"] > 0 == seen[0]["margin/dpo"]
+    assert seen[-1]["preferred_share/dpo"] > 0.6
+
+
+def test_dpo_in_microbatches_of_whole_pairs_is_dpo(micro):
+    whole, cut = (
+        learned(micro("dpo", "pairs", *given), 2)[1] for given in ((), ("training.sequences_per_microbatch=4",))
+    )
+    np.testing.assert_allclose(cut["loss/dpo"], whole["loss/dpo"], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"sequences_per_microbatch is 1, .*whole groups"):
+        learned(micro("dpo", "pairs", "training.sequences_per_microbatch=1"), 1)
+
+
+def test_kto_learns_from_a_file_of_labels(micro):
+    seen = learned(micro("kto", "labels"), 20)
+    np.testing.assert_allclose(seen[0]["loss/kto"], 0.5, rtol=1e-5)
+    assert seen[0]["kl_anchor/kto"] == 0
+    assert seen[-1]["loss/kto"] < 0.48
+    assert seen[-1]["desirable_log_ratio/kto"] > seen[-1]["undesirable_log_ratio/kto"] + 0.5
+
+
+def test_kto_scores_mismatched_completions_within_a_microbatch(micro):
+    seen = learned(micro("kto", "labels", "training.sequences_per_microbatch=4"), 2)
+    assert np.isfinite(seen[-1]["loss/kto"])
+    with pytest.raises(ValueError, match="mismatched_completions sees a single row"):
+        learned(micro("kto", "labels", "training.sequences_per_microbatch=1"), 1)
