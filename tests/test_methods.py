@@ -19,7 +19,8 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.losses import negative_log_likelihood
 from jaxrl_llm.rows import Written, demonstrations
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.setup import Parts, data_sets, demonstration_batches, parts, prompt_batches, staged
+from jaxrl_llm.run.setup import Parts, data_sets, demonstration_batches, parts, prompt_batches
+from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.stored_answers import stored_answers
 from jaxrl_llm.signatures import signature
