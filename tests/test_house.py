@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {*FIELDS, "data", "models", "parallel", "rewards", "selection"},
     "evaluation": {"experience", "data", "models", "parallel", "rewards", "rollout"},
     "reporting": {"compilation_cache"},
-    "config": 784,
+    "config": {"models", "parallel", "rollout"},
     "training": {*METHODS, "data", "models", "parallel", "rollout"},
     "run": {*METHODS, "config", "data", "evaluation", "hub", "models", "parallel", "reporting", "rollout", "training"},
     "planning": {*METHODS, "config", "models", "parallel", "rollout", "run", "training"},
