@@ -130,7 +130,7 @@ def test_shipped_recipes_are_complete():
 def test_needs_follow_from_what_functions_name():
     needs = {entry["name"]: set(entry["needs"]) for entry in catalogue.recipes()}
     assert needs["grpo"] == {"reference"}
-    assert needs["dapo"] == set()
+    assert needs["dapo"] == {"several rounds"}
     assert "value model" in needs["ppo"]
     assert {"twin values", "memory", "entropy", "reference"} <= needs["safe"]
     assert needs["dph_f"] == {"stored answers"}

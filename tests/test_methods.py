@@ -94,6 +94,7 @@ METHODS = {
     "NOVER": ("nover",),
     "RLCR": ("rlcr",),
     "CURE": ("cure",),
+    "SEC": ("sec",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
@@ -145,6 +146,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
     chosen, longest_prompt, longest = MICRO[task]
     if tree["task"].get("options", {}).get("confidence"):
         chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
+    if tree.get("data", {}).get("selection"):  # several arms
+        chosen, longest_prompt = {**chosen, "levels": [1, 2]}, longest_prompt + 2
     rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
     rollout |= {"max_completion_tokens": longest + hint}
     if "environment" in tree:
@@ -174,7 +177,7 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
                 method["sample_budgets"]["samples_per_prompt"] = samples
     return tree | {
         "task": {"name": task, "train_items": 64, "validation_items": 4, "test_items": 4} | chosen,
-        "data": {"directory": data_directory},
+        "data": tree.get("data", {}) | {"directory": data_directory},
         "warm_start": {"steps": 0},
         "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1},
         "rollout": rollout,

@@ -26,6 +26,7 @@ def show_step(options: argparse.Namespace) -> None:
         print(json.dumps(result, indent=2))
         return
     show(options, result["stages"], "one step, in order ([x] is used when something provides it)")
+    show(options, result["hyper_parameters"], "hyper-parameters")
     show(options, [{"field": k, "shape": v} for k, v in result["shapes"].items()], "experience after a step")
     show(options, [{"size": k, "value": f"{v:,}"} for k, v in result["sizes"].items()], "sizes")
     widths = [
