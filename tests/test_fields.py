@@ -208,6 +208,12 @@ def test_shapes_that_do_not_fit_are_named(name, shape, right):
 
 
 def test_the_docstring_of_the_module_says_the_rules():
-    for name in ("old_<name>", "<network>_logprobs", "<network>_scores", "<view>_logprobs", "<network>_<view>_logprobs"):
+    for name in (
+        "old_<name>",
+        "<network>_logprobs",
+        "<network>_scores",
+        "<view>_logprobs",
+        "<network>_<view>_logprobs",
+    ):
         assert name in fields.__doc__
     assert Method is not None

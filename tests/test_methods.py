@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jaxrl_llm.losses import negative_log_likelihood
 from jaxrl_llm.rows import Written, demonstrations
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.setup import Parts, data_sets, demonstration_batches, parts, prompt_batches
+from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.stored_answers import stored_answers
 from jaxrl_llm.signatures import signature
@@ -116,6 +118,21 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
+# What somebody wrote and judged: the lines of a file, by the kind of the source.
+JUDGED: dict[str, Any] = {
+    "pairs": lambda one, other: {"chosen": str(one + other), "rejected": str(one)},
+    "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
+}
+
+
+def judged_file(kind: str, directory: str) -> str:
+    path = Path(directory) / f"{kind}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"prompt": f"A:{one}+{other}"} | JUDGED[kind](one, other) for one in range(1, 9) for other in (1, 2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
 def small(name: str, data_directory: str) -> dict[str, Any]:
     """A recipe for a micro model: the same method with fewer and shorter samples."""
     tree = read_tree(FOLDER / f"{name}.yaml")
@@ -140,14 +157,18 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         training["freeze_policy_steps"] = 1
     if training.get("alignment_every_steps"):
         training["alignment_every_steps"] = 2
-    if isinstance(rollout.get("plan"), dict) and "resume" in rollout["plan"]:
-        rollout["plan"]["resume"]["branches"] = samples - 1
-    for source in tree.get("source", []):
+    if isinstance(plan, dict) and "resume" in plan:
+        plan["resume"]["branches"] = samples - 1
+    sources = tree.get("source", ["sampler"])
+    tree["source"] = sources if isinstance(sources, list) else [sources]
+    for source in tree["source"]:
         for name, hyper in source.items() if isinstance(source, dict) else ():
             if "sequences_per_step" in hyper:
                 hyper["sequences_per_step"] = samples * cuts
             if name == "solved_answers":  # the micro policy solves few prompts reliably
                 hyper |= {"attempts": 1, "min_correct": 1}
+            if name in JUDGED:
+                hyper |= {"groups_per_step": samples * cuts, "file": judged_file(name, data_directory)}
     for entry in tree["credit"]:
         if entry.get("well_formed") == "answer_format":  # the micro task has no think part
             entry["well_formed"] = {"answer_format": {"require_think": False}}
@@ -157,6 +178,7 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
     return tree | {
         "task": {"name": task, "train_items": 64, "validation_items": 4, "test_items": 4} | chosen,
         "data": tree.get("data", {}) | {"directory": data_directory},
+        "warm_start": {"steps": 0},
         "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1},
         "rollout": rollout,
         "training": training,
@@ -222,11 +244,11 @@ def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, 
         source = [source[int(number)] for number in kept.explored]
         count, width = built.step.composition.written.rows, config.rollout.max_completion_tokens
         written = lambda step: kept.batch(key, step, count, answer_width=width)  # noqa: E731
-    prompts = prompt_batches(built, source)
+    prompts = prompt_batches(built, source) if built.step.composition.rollout is not None else None
     state, seen = built.step.init(key, jax.tree.map(jnp.asarray, policy)), []
     for index in range(steps):
-        batch = prompts[index]
-        state, metrics = built.step(state, batch.prompts, batch.items, written(index) if written else None)
+        given = (None, None) if prompts is None else (prompts[index].prompts, prompts[index].items)
+        state, metrics = built.step(state, *given, written(index) if written else None)
         seen.append(jax.device_get(metrics))
     return state, seen
 
@@ -241,13 +263,23 @@ def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, 
     ],
 )
 def test_a_recipe_trains(name, micro, policy):
-    built, start = parts(micro(name)), policy(name)
+    start = policy(name)
+    for built in stages_of(micro(name)):
+        a_stage_trains(built, start)
+
+
+def stages_of(config: Config) -> list[Parts]:
+    return [stage["parts"] for stage in staged(config)]
+
+
+def a_stage_trains(built: Parts, start: Any) -> None:
     state, seen = trained(built, start, 3)
     assert int(state.step) == 3
     for metrics in seen:
         assert {f"loss/{term.name}" for term in built.step.composition.losses} <= metrics.keys()
         assert not {label: float(value) for label, value in metrics.items() if not np.isfinite(value)}
-    assert 0 < sum(metrics["correct_share"] for metrics in seen) < 3, "the test needs right and wrong answers"
+    if built.step.composition.rollout is not None:
+        assert 0 < sum(metrics["correct_share"] for metrics in seen) < 3, "the test needs right and wrong answers"
     assert differ(state.params, start)
     learning = built.step.composition.learning
     assert {name for name, one in state.networks.items() if one.optimizer_state is not None} == {"policy", *learning}
@@ -258,12 +290,19 @@ def test_a_recipe_trains(name, micro, policy):
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in AMONG_THE_FAST])
 def test_a_recipe_is_composed_and_traced(name, micro):
     """What all arrays of a step are, at no cost; the slow tests train with it."""
-    built = parts(micro(name))
+    for built in stages_of(micro(name)):
+        a_stage_is_traced(built)
+
+
+def a_stage_is_traced(built: Parts) -> None:
     c = built.step.composition
     rows = trace(built)
     count = rows.tokens.shape[0]
-    assert count == c.plan.samples * (4 + c.plan.extra_groups(4))
-    assert rows["rewards"].shape == rows["correct"].shape == (count,)
+    if c.rollout is None:
+        assert count == c.written.rows
+    else:
+        assert count == c.plan.samples * (4 + c.plan.extra_groups(4))
+        assert rows["rewards"].shape == rows["correct"].shape == (count,)
     for term in c.credit:
         for filled in term.names:
             assert rows[filled].shape[0] == count

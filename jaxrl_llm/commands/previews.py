@@ -14,7 +14,8 @@ from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.planning.plan_tables import tables
 from jaxrl_llm.planning.run_plan import plan, refusal
 from jaxrl_llm.run.explain import explanation
-from jaxrl_llm.run.setup import last_stage, parts
+from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.staged import last_stage
 
 
 def show_step(options: argparse.Namespace) -> None:

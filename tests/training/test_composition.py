@@ -70,7 +70,10 @@ def valued(values, mask):
             r"advantages 'misspelt' names 'reference_logprob', .* did you mean 'reference_logprobs'\?",
         ),
         ({"rewards": [lambda advantages: advantages]}, "names 'advantages', .* add an entry to credit"),
-        ({"rewards": [lambda logprobs: logprobs]}, r"names 'logprobs', .* losses alone can name it: .* did you mean '\w+_logprobs'\?"),
+        (
+            {"rewards": [lambda logprobs: logprobs]},
+            r"names 'logprobs', .* losses alone can name it: .* did you mean '\w+_logprobs'\?",
+        ),
         ({"credit": [("advantages", lambda logprobs: logprobs)]}, r"did you mean '\w+_logprobs'\?"),
         ({"losses": [(losses.clipped_surrogate, lambda rewardz: 1.0)]}, "coefficient of 'clipped_surrogate' names"),
         ({"credit": [("advantage", advantages.group_normalized)]}, "fills 'advantage', .* did you mean 'advantages'"),
