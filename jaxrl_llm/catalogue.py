@@ -195,8 +195,9 @@ def described_recipe(name: str) -> dict[str, Any]:
 
 
 def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a recipe's plan, views, rewards, credit and losses, in order, behind what chooses its prompts; then
-    those of its stages.
+    """The entries of a recipe's plan, views, rewards, credit and losses, in order, behind what chooses its prompts.
+
+    Those of its stages follow.
 
     Returns:
       For each: function (its name), section, entry (as it stands in the file). The coefficient of a loss, where it
