@@ -8,6 +8,7 @@ from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.intrinsic.likelihood import answer_likelihood
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
 from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
+from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
     normalized_turn_rewards,
@@ -50,6 +51,7 @@ __all__ = [
     "exact_match",
     "extract_answer",
     "extract_number",
+    "learned_reward",
     "normalized_turn_rewards",
     "number_match",
     "parsed_number",

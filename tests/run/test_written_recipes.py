@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
+from rich.console import Console
 
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
+from jaxrl_llm.run.restored import restored_network
 from jaxrl_llm.run.setup import data_sets, parts
 from jaxrl_llm.run.stages import written_of
+from jaxrl_llm.run.train import train
 
 FOLDER = Path(__file__).parents[2] / "configs" / "methods"
 MICRO = {
@@ -56,9 +62,20 @@ def micro(files, data_directory):
         tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
         tree["training"] |= {"learning_rate": 0.01, "warmup_steps": 0}
         tree["source"] = {kind: {"file": str(files[kind]), "groups_per_step": 8}}
+        tree["warm_start"] = {"steps": 0}
+        tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
         return parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size)
 
     return make
+
+
+def whole_run(config: Config, directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a run from its first stage to its last reports, by stage."""
+    train(replace(config, run_dir=str(directory)), console=Console(file=io.StringIO()))
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        by_stage.setdefault((numbers := json.loads(line))["stage"], []).append(numbers)
+    return by_stage
 
 
 def learned(config: Config, steps: int) -> list[dict[str, float]]:
@@ -104,3 +121,24 @@ def test_kto_scores_mismatched_completions_within_a_microbatch(micro):
     assert np.isfinite(seen[-1]["loss/kto"])
     with pytest.raises(ValueError, match="mismatched_completions sees a single row"):
         learned(micro("kto", "labels", "training.sequences_per_microbatch=1"), 1)
+
+
+def test_a_reward_model_learns_from_pairs_and_the_policy_from_its_scores(micro, tmp_path):
+    config = micro("reward_model_then_rl", "pairs")
+    model, policy = config.stages
+    model["training"]["steps"], policy["training"] = 20, {"steps": 3, "prompts_per_step": 8}
+    networks = {"reward": replace(config.networks["reward"], learning_rate=0.005)}
+    seen = whole_run(replace(config, stages=(model, policy), networks=networks), tmp_path / "run")
+    assert list(seen) == ["reward model", "reinforcement"]
+    scored = seen["reward model"]
+    first, last = (np.mean([one["loss/bradley_terry"] for one in part]) for part in (scored[:4], scored[-4:]))
+    assert last < first - 0.03
+    assert np.mean([one["preferred_share/bradley_terry"] for one in scored[-4:]]) > 0.6
+    assert "gradient_norm" not in scored[-1]  # the policy waits
+    assert scored[-1]["gradient_norm/reward"] > 0
+    for step in seen["reinforcement"]:
+        assert step["reward"] != 0  # the verifier has no weight
+        assert step["gradient_norm"] > 0
+        assert "gradient_norm/reward" not in step  # the reward model is frozen
+    _, _, params = restored_network(tmp_path / "run", "reward")
+    np.testing.assert_allclose(optax.tree.norm(params), scored[-1]["parameter_norm/reward"], rtol=1e-5)
