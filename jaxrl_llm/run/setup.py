@@ -242,7 +242,7 @@ def configured_sources(config: Config, sizes: Mapping[str, Any]) -> tuple[Feed, 
     handed = [name for (name, _), feed in zip(entries, feeds, strict=True) if feed.rows or feed.stored]
     if len(handed) > 1:
         raise ValueError(
-            f"source names {handed[0]} and {handed[1]}; a step is handed written rows of one source (one_written), so "
+            f"source names {handed[0]} and {handed[1]}; a step is handed written rows of one source, so "
             "leave one of them out"
         )
     return tuple(feeds)

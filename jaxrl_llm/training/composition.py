@@ -138,7 +138,7 @@ class Resources:
 
     Attributes:
       decode: token ids -> text, for readings and environments in Python.
-      encode: text -> token ids, for environments in Python and views of text.
+      encode: text -> token ids, for environments in Python.
       networks: beside the policy, by name. A reference is there without being described, and so are networks with a
         head, where there is a critic.
       critic: optimiser of networks with a head that a name alone brings along.
