@@ -19,6 +19,7 @@ from jaxrl_llm.rewards.process.turn_rewards import (
 )
 from jaxrl_llm.rewards.shaping.calibration import calibrated_correctness
 from jaxrl_llm.rewards.shaping.length_limit import soft_overlong, truncation_zero
+from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
 from jaxrl_llm.rewards.verifiers.answers import answer_format, answer_ids, answer_present, answer_span, exact_answer
 from jaxrl_llm.rewards.verifiers.confidence import stated_confidence
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
@@ -58,6 +59,7 @@ __all__ = [
     "perplexity_ranks",
     "reasoning_perplexity",
     "reference_progress",
+    "relative_length_rewards",
     "self_correction_rewards",
     "separated_turns",
     "soft_overlong",

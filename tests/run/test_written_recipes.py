@@ -1,4 +1,4 @@
-"""Recipes whose rows are read from a file, at micro size: the file is made here, from the addition task."""
+"""Recipes whose rows are read from a file, or that have several stages, at micro size; files are made here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
 from jaxrl_llm.run.restored import restored_network
-from jaxrl_llm.run.setup import data_sets, parts
+from jaxrl_llm.run.setup import data_sets, parts, staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.train import train
 
@@ -142,3 +142,32 @@ def test_a_reward_model_learns_from_pairs_and_the_policy_from_its_scores(micro, 
         assert "gradient_norm/reward" not in step  # the reward model is frozen
     _, _, params = restored_network(tmp_path / "run", "reward")
     np.testing.assert_allclose(optax.tree.norm(params), scored[-1]["parameter_norm/reward"], rtol=1e-5)
+
+
+def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(data_directory, tmp_path):
+    tree = read_tree(FOLDER / "light_r1.yaml") | {"data": {"directory": data_directory}, "model": MICRO["model"]}
+    tree["task"] = MICRO["task"] | {"levels": [4], "train_items": 64}
+    tree["rollout"] |= {"samples_per_prompt": 4, "max_completion_tokens": 9}
+    tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
+    tree["training"] |= {"prompts_per_step": 4, "warmup_steps": 0, "schedule": "constant"}
+    for stage, steps in zip(tree["stages"], (6, 4, 2), strict=True):
+        stage["training"] = {"steps": steps, "learning_rate": 0.01}
+    tree["stages"][0]["source"] = tree["stages"][1]["source"] = {"demonstrations": {"sequences_per_step": 16}}
+    tree["stages"][1]["task"]["train_items"] = 16
+    config = parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size)
+    sets = [data_sets(stage["parts"].config)["train"] for stage in staged(config)]
+    broad, hard, reinforced = ([one[index] for index in range(len(one))] for one in sets)
+    assert ({item["level"] for item in broad}, {item["level"] for item in hard}) == ({2, 3, 4}, {4})
+    assert (len(broad), len(hard), len(reinforced)) == (64, 16, 64)
+    # The hard problems are among those that came before.
+    assert {item["body"] for item in hard} <= {item["body"] for item in broad}
+    seen = whole_run(config, tmp_path / "run")
+    assert {name: len(steps) for name, steps in seen.items()} == {
+        "supervised on all": 6,
+        "supervised on the hardest": 4,
+        "reinforcement": 2,
+    }
+    name = "loss/negative_log_likelihood"
+    assert seen["supervised on the hardest"][-1][name] < seen["supervised on all"][0][name] - 0.5
+    # Nothing is right yet, and wrong answers lose by being long.
+    assert all(step["reward"] <= 0 for step in seen["reinforcement"])
