@@ -135,8 +135,8 @@ def _judged(kind: Kind, file: str, groups_per_step: int, beside: bool, sizes: Ma
     if beside and per_group > 1 and per_group != samples:
         raise ValueError(
             f"source.{kind} has groups of {per_group} completions, but the samples that they learn beside come in "
-            f"groups of rollout.samples_per_prompt {samples}; set that to {per_group}, or learn from the file in a stage "
-            "of its own"
+            f"groups of rollout.samples_per_prompt {samples}; set that to {per_group}, or learn from the file in a "
+            "stage of its own"
         )
     if beside:  # completions that belong to nothing else fill groups of that size
         _check_multiple(kind, count, samples, "groups_per_step")

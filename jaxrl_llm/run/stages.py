@@ -97,7 +97,7 @@ class Run:
       data: problems by split, which the run is measured on.
       sets: the data of each stage by split.
       asked: a signal arrived.
-      passengers: networks that an earlier stage has trained and a later one reads, but not the one under way.
+      waiting_networks: networks that an earlier stage has trained and a later one reads, but not the one under way.
       stopping: the run ends at the end of this step; the same on all processes.
       mark, charged_to: since when, and to which part, time is being charged.
     """
@@ -111,7 +111,7 @@ class Run:
     watch: CompilationWatch
     data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    passengers: dict[str, NetworkState] = field(default_factory=dict)
+    waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
     asked: bool = False
     stopping: bool = False
     mark: float = 0.0
@@ -139,7 +139,7 @@ class Run:
         self.directory.sync()
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
-        kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.passengers)
+        kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
         checkpoints.save(self.manager, global_step, kept, self.meta, trained=self.parts.model.trained)
 
     def placed(self, rows: Any) -> Any:

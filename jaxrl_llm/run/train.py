@@ -39,8 +39,8 @@ from jaxrl_llm.run.setup import (
     grader,
     opened_parts,
     prompt_batches,
-    staged,
 )
+from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
@@ -170,23 +170,24 @@ def _run(
         batches = prompts.get(stage.name)
         state = stage.parts.step.init(key, params, given)
         later = {name for one in stages[number + 1 :] for name in _carried(one.parts, held)}
-        run.passengers = {name: NetworkState(held[name]) for name in later - state.networks.keys()}
-        del params, given, held  # the state has copies of its own
+        run.waiting_networks = {name: NetworkState(held[name]) for name in later - state.networks.keys()}
+        held = {}  # the state has copies of its own
+        del params, given
         if stage.parts.step.priming and batches is not None:
             state = stage.parts.step.prime(state, run.placed(batches[0].prompts), batches[0].items, call)
         if not fresh:
-            kept = checkpoints.written_networks(stage.parts, state) | run.passengers
+            kept = checkpoints.written_networks(stage.parts, state) | run.waiting_networks
             folder, trained = config.directory / "checkpoints", stage.parts.model.trained
             assert newest is not None
             restored = checkpoints.restore(folder, newest, replace(state, networks=kept), trained=trained)
-            run.passengers = {name: restored.networks.pop(name) for name in run.passengers}
+            run.waiting_networks = {name: restored.networks.pop(name) for name in run.waiting_networks}
             state = replace(restored, networks={**state.networks, **restored.networks})
             newest = None
         elif stage.first_saved:
             run.save(run.meta["steps_before"], stage.name, state)
         data = stage_data(stage, batches, rows[stage.name], stored)
         state = run_stage(run, stage, state, data, measure, last=number == len(stages) - 1)
-        held = {name: one.params for name, one in (run.passengers | state.networks).items()}
+        held = {name: one.params for name, one in (run.waiting_networks | state.networks).items()}
         if not stage.first_saved:
             run.meta["warm_start_steps"] = int(state.step)
     assert state is not None  # a run has at least one stage

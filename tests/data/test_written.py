@@ -73,8 +73,10 @@ def by_prompt(batch, *values):
         (
             "rankings",
             "rank",
-            [(0, "3<eos>", 0.0), (0, "4<eos>", 1.0), (0, "55<eos>", 2.0)]
-            + [(1, "4<eos>", 0.0), (1, "3<eos>", 1.0), (1, "2<eos>", 2.0)],
+            [
+                *((0, text, rank) for text, rank in (("3<eos>", 0.0), ("4<eos>", 1.0), ("55<eos>", 2.0))),
+                *((1, text, rank) for text, rank in (("4<eos>", 0.0), ("3<eos>", 1.0), ("2<eos>", 2.0))),
+            ],
         ),
         ("ratings", "rating", [(0, "3<eos>", 3.5), (1, "5<eos>", -1.0)]),
         ("labels", "preferred", [(0, "3<eos>", 1.0), (1, "5<eos>", 0.0)]),

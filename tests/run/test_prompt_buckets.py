@@ -53,8 +53,11 @@ def test_buckets_that_cannot_be(parsed, overrides, message):
 
 @pytest.mark.parametrize(
     "source",
-    ["[sampler, {demonstrations: {sequences_per_step: 4}}]", "[sampler, {replay: {share: 0.5}}]"]
-    + ["[sampler, {solved_answers: {sequences_per_step: 4}}]"],
+    [
+        "[sampler, {demonstrations: {sequences_per_step: 4}}]",
+        "[sampler, {replay: {share: 0.5}}]",
+        "[sampler, {solved_answers: {sequences_per_step: 4}}]",
+    ],
 )
 def test_rows_of_another_source_have_prompts_of_one_width(parsed, source):
     with pytest.raises(ValueError, match=r"rows of another source have prompts of one width \(one_width\); leave"):

@@ -22,9 +22,10 @@ def weighted_answer_likelihood(
 
         x = -answer_weight * log pi
 
-    The expectation over thoughts z of a function f of the answer's probability p has a gradient of two terms: that of a
-    policy gradient with the reward f(p), and this one with answer_weight = f'(p) p. For f the identity that is the reward itself (`answer_weight: raw_rewards`), for
-    the logarithm 1. The released code also offers `answer_weight: leave_one_out`.
+    The expectation over thoughts z of a function f of the answer's probability p has a gradient of two terms: that of
+    a policy gradient with the reward f(p), and this one with answer_weight = f'(p) p. For f the identity that is the
+    reward itself (`answer_weight: raw_rewards`), for the logarithm 1. The released code also offers `answer_weight:
+    leave_one_out`.
 
     Args:
       answer_logprobs: log-probability of each token of the view `answer` under the current policy.
