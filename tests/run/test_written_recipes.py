@@ -157,7 +157,7 @@ def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(dat
     config = parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size)
     sets = [data_sets(stage["parts"].config)["train"] for stage in staged(config)]
     broad, hard, reinforced = ([one[index] for index in range(len(one))] for one in sets)
-    assert ({item["level"] for item in broad}, {item["level"] for item in hard}) == ({1, 2, 3, 4}, {4})
+    assert ({item["level"] for item in broad}, {item["level"] for item in hard}) == ({2, 3, 4}, {4})
     assert (len(broad), len(hard), len(reinforced)) == (64, 16, 64)
     # The hard problems are among those that came before.
     assert {item["body"] for item in hard} <= {item["body"] for item in broad}
