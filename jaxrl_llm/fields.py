@@ -111,6 +111,8 @@ _ROWS: Any = (
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
     ("demonstration_length", "row", "data", "real tokens of the reference completion"),
+    ("paraphrase_tokens", "prompt", "data", "the problem in other words, left-padded"),
+    ("paraphrase_length", "row", "data", "real tokens of that"),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
     ("turns", "row", "environment", "turns that were taken"),
@@ -185,6 +187,8 @@ _NEEDS = {
     "validation_gradient": "meta-gradient",
     "demonstration_tokens": "demonstrations",
     "demonstration_length": "demonstrations",
+    "paraphrase_tokens": "paraphrases",
+    "paraphrase_length": "paraphrases",
     "source": "demonstrations",
     "written_mask": "demonstrations",
     "stored_logprobs": "stored answers",
@@ -203,6 +207,10 @@ _NEEDS = {
     "item": "host",
 }
 FIELDS: dict[str, Field] = {row[0]: Field(*row)._replace(need=_NEEDS.get(row[0], "")) for row in _ROWS}
+# Columns of the data whose texts are further prompts of the same problem: `<column>_tokens` and `<column>_length`.
+PROMPT_COLUMNS = tuple(
+    f.name.removesuffix("_tokens") for f in FIELDS.values() if f.kind == "prompt" and f.provider == "data"
+)
 _NETWORK_NEEDS = {"value": "value model", "twin": "twin values", "twin_target": "twin values"}
 
 
