@@ -58,6 +58,7 @@ PROVIDERS = {
     "written": "written rows provide it (source: demonstrations, solved_answers or a file)",
     "held out": "written rows of the validation split provide it (source: {demonstrations: {validation: true}})",
     "greedy_baseline": "the plan greedy_baseline provides it",
+    "paraphrased": "the plan paraphrased provides it",
     "mixed_temperature": "groups at another temperature provide it (rollout.plan: mixed_temperature)",
     "adaptive": "the plan adaptive provides it",
     "network": "a network provides it",
@@ -121,6 +122,7 @@ _ROWS: Any = (
     # engines, plans, written rows
     ("staleness", "row", "engine", "steps between the policy that sampled a row and the one that learns from it"),
     ("baseline_rewards", "row", "greedy_baseline", "reward of the prompt's greedy completion"),
+    ("paired_group", "row", "paraphrased", "group of the same problem in other words, -1 for none", -1.0),
     ("extra", "row", "mixed_temperature", "whether the row was drawn at the other temperature"),
     ("label", "row", "adaptive", "1 where the reward is above the threshold"),
     ("pool_mean", "row", "adaptive", "mean label of all samples of the prompt"),
@@ -189,6 +191,7 @@ _NEEDS = {
     "demonstration_length": "demonstrations",
     "paraphrase_tokens": "paraphrases",
     "paraphrase_length": "paraphrases",
+    "paired_group": "paraphrases",
     "source": "demonstrations",
     "written_mask": "demonstrations",
     "stored_logprobs": "stored answers",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jaxrl_llm.data import CharacterTokenizer, prompt_batches
+from jaxrl_llm.data import CharacterTokenizer, prompt_batches, tasks
+from jaxrl_llm.data.tasks.addition import paraphrase
+from jaxrl_llm.data.tasks.items import split_of
 
 TOKENIZER = CharacterTokenizer()
 SIZES = {"prompts_per_step": 3, "max_prompt_tokens": 9, "max_answer_tokens": 3, "seed": 0}
@@ -59,3 +61,14 @@ def test_a_bucket_holds_both():
     batch = prompt_batches(short, TOKENIZER, **SIZES, widths=(7, 9), prompt_columns=("paraphrase",))[0]
     assert batch.prompts.tokens.shape == (3, 9)
     assert prompt_batches(short, TOKENIZER, **SIZES, widths=(7, 9))[0].prompts.tokens.shape == (3, 7)
+
+
+def test_the_paraphrase_of_a_sum_has_its_answer_and_its_split():
+    swapped = 0
+    for item in tasks.task("addition").generate(level=2, count=50):
+        other = paraphrase(item.body)
+        assert split_of(other) == "train"
+        assert sum(map(int, other.removeprefix("A:").split("+"))) == int(item.answer)
+        swapped += other != item.body
+    assert 30 < swapped < 50
+    assert paraphrase(paraphrase("A:47+85")) == "A:47+85"
