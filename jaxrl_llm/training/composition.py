@@ -238,8 +238,8 @@ class Composition:
     def named(self) -> frozenset[str]:
         """Every name that some function cannot do without. What is optional is never computed for its own sake."""
         asked = required(self.functions)
-        if self.rollout is not None and self.rollout.plan is not None and "demonstrations" in self.rollout.plan.needs:
-            asked |= provided_by("data")
+        if self.rollout is not None and self.rollout.plan is not None:
+            asked |= self.rollout.plan.reads
         if "kl_reference_per_token" in asked:
             asked |= {"reference_logprobs"}
         if self.rollout is not None and self.rollout.engine is not None:
