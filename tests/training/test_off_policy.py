@@ -9,7 +9,7 @@ import pytest
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.experience import KeyUse, Loss
 from jaxrl_llm.rollout import generate
-from jaxrl_llm.training import Rollout, make_train_step
+from jaxrl_llm.training import Resources, Rollout, make_train_step
 
 SIZES = {"max_completion_tokens": 4, "eos_ids": (2,), "pad_id": 0}
 
@@ -27,11 +27,11 @@ def composed(model, reward=low, loss=losses.clipped_surrogate, off_policy_steps=
     return make_train_step(
         model,
         optax.sgd(1.0),
-        rollout=Rollout(samples_per_prompt=2, off_policy_steps=off_policy_steps, **SIZES),
+        source=Rollout(samples_per_prompt=2, off_policy_steps=off_policy_steps, **SIZES),
         rewards=[reward],
         credit=[("advantages", advantages.group_normalized)],
         losses=[loss],
-        decode=lambda ids: "".join(f"{number:x}" for number in ids),
+        resources=Resources(decode=lambda ids: "".join(f"{number:x}" for number in ids)),
     )
 
 
@@ -43,11 +43,10 @@ def batches(make_prompts):
 def run(step, model, make_prompts, count=3):
     prompts, seen, params = batches(make_prompts), [], []
     state = step.init(jax.random.key(0), model.init(jax.random.key(1)))
-    if step.prime is not None:
-        state = step.prime(state, prompts[0])
+    state = step.prime(state, prompts[0])
     for index in range(count):
         params.append(jax.device_get(state.params))
-        given = prompts[index] if step.prime is None else prompts[index + 1]
+        given = prompts[index] if not step.priming else prompts[index + 1]
         state, metrics, rows = step.run(state, given, [{"body": "", "answer": ""}] * 2, None)
         seen.append(jax.device_get((metrics, rows)))
     return state, seen, params
@@ -73,7 +72,7 @@ def test_each_batch_is_sampled_by_the_policy_before_the_last_update(model, make_
         )
         np.testing.assert_array_equal(rows.tokens, expected.tokens)
         np.testing.assert_allclose(rows.behaviour_logprobs, expected.behaviour_logprobs, atol=1e-5)
-        np.testing.assert_array_equal(rows.old_logprobs, rows.behaviour_logprobs)
+        np.testing.assert_array_equal(rows["old_logprobs"], rows.behaviour_logprobs)
         assert metrics["staleness_steps"] == min(index, 1)
     assert not np.allclose(params[0]["embedding"], params[1]["embedding"])
 
@@ -106,9 +105,9 @@ def test_a_method_that_tells_behaviour_from_old_gets_both(model, make_prompts):
     _, rows = seen[2]
     expected = composed(model, loss=corrected)
     assert not expected.composition.keeps_record
-    gap = np.abs(rows.old_logprobs - rows.behaviour_logprobs)[rows.mask > 0]
+    gap = np.abs(rows["old_logprobs"] - rows.behaviour_logprobs)[rows.mask > 0]
     assert gap.max() > 1e-3  # the policy has moved by one update
-    np.testing.assert_allclose(seen[0][1].old_logprobs, seen[0][1].behaviour_logprobs, atol=1e-5)
+    np.testing.assert_allclose(seen[0][1]["old_logprobs"], seen[0][1].behaviour_logprobs, atol=1e-5)
 
 
 def test_the_card_of_truncated_weights():

@@ -13,7 +13,7 @@ from jaxrl_llm.losses import router_balance
 from jaxrl_llm.models import ExpertsConfig, TransformerConfig, transformer
 from jaxrl_llm.models.experts import route
 from jaxrl_llm.models.transformer import observed_forward
-from jaxrl_llm.rollout import completion_positions, generate, prompt_positions
+from jaxrl_llm.rollout import completion_positions, generate, plans, prompt_positions
 from jaxrl_llm.training import Rollout, Update, make_train_step
 
 EXPERTS, PER_TOKEN, LAYERS = 4, 2, 2
@@ -62,12 +62,11 @@ def composed(*, micro=None):
     return make_train_step(
         MODEL,
         optax.sgd(1e-2),
-        rollout=Rollout(**SIZES, replay_router=True),
+        source=Rollout(**SIZES, replay_router=True, prompts_per_step=3),
         rewards=[lambda tokens: (tokens == 3).sum(1)],
         credit=[("advantages", advantages.group_normalized)],
         losses=[losses.clipped_surrogate, router_balance],
         update=Update(sequences_per_microbatch=micro),
-        prompts_per_step=3,
     )
 
 
@@ -148,20 +147,22 @@ def test_what_needs_experts_is_refused_without_them(prompts):
         credit=[("advantages", advantages.group_normalized)],
     )
     with pytest.raises(ValueError, match=r"loss 'router_balance' names 'router_.*no mixture of experts"):
-        make_train_step(plain, optax.sgd(0.1), rollout=Rollout(**SIZES), losses=[router_balance], **parts)
+        make_train_step(plain, optax.sgd(0.1), source=Rollout(**SIZES), losses=[router_balance], **parts)
     with pytest.raises(ValueError, match=r"rollout.replay_router is true, but the model is no mixture"):
         make_train_step(
             plain,
             optax.sgd(0.1),
-            rollout=Rollout(**SIZES, replay_router=True),
+            source=Rollout(**SIZES, replay_router=True),
             losses=[losses.clipped_surrogate],
             **parts,
         )
-    with pytest.raises(ValueError, match=r"replay_router is true and rollout.demonstration_in_group brings rows"):
+    sizes = {"max_completion_tokens": 5, "pad_id": 0}
+    plan = plans.demonstration_in_group(plans.plain(samples_per_prompt=2), **sizes)
+    with pytest.raises(ValueError, match=r"replay_router needs .* \(drawn_by_policy\), which rollout.plan does not"):
         make_train_step(
             MODEL,
             optax.sgd(0.1),
-            rollout=Rollout(**SIZES, replay_router=True, demonstration_in_group=True),
+            source=Rollout(**SIZES, replay_router=True, plan=plan),
             losses=[losses.clipped_surrogate],
             **parts,
         )

@@ -25,7 +25,7 @@ def trained(model, make_prompts):
     step = make_train_step(
         model,
         optax.sgd(0.5),
-        rollout=Rollout(truncation=TRUNCATION, temperature=0.8, **SIZES),
+        source=Rollout(truncation=TRUNCATION, temperature=0.8, **SIZES),
         rewards=[low],
         credit=[("advantages", advantages.group_normalized)],
         losses=[losses.clipped_surrogate, (losses.entropy_bonus, -0.05), (losses.kl_estimate, 0.1)],
@@ -96,11 +96,11 @@ def test_truncation_must_be_asked_for(rollout, message):
 def test_bad_truncation(model):
     with pytest.raises(ValueError, match=r"without rollout\.top_k"):
         Rollout(truncation=Controls(top_p=0.9), **SIZES)
-    with pytest.raises(ValueError, match="reads the whole vocabulary"):
+    with pytest.raises(ValueError, match=r"needs .* \(whole_vocabulary\), which rollout.truncation does not"):
         make_train_step(
             model,
             optax.sgd(0.5),
-            rollout=Rollout(truncation=TRUNCATION, **SIZES),
+            source=Rollout(truncation=TRUNCATION, **SIZES),
             rewards=[low],
             credit=[("advantages", advantages.group_normalized)],
             losses=[losses.clipped_surrogate, losses.divergence(samples="vocabulary", gradient="exact")],

@@ -1,10 +1,10 @@
-"""Anchors that follow the policy at a distance."""
+"""Networks that follow the policy at a distance."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.training.anchors import ema
+from jaxrl_llm.training.networks import ema
 
 
 def test_worked_example():
