@@ -633,10 +633,8 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         several = isinstance(plan, dict) and "python" not in plan
         rollout["plan"] = [{name: hyper} for name, hyper in plan.items()] if several else [plan]
     networks = values.get("networks")
-    for name, network in networks.items() if isinstance(networks, dict) else ():
-        networks[name] = network = {} if network is None else network
-        if isinstance(network, dict) and "from" in network:
-            network["origin"] = network.pop("from")
+    if isinstance(networks, dict):
+        values["networks"] = {name: _with_origin(network) for name, network in networks.items()}
     if isinstance(values.get("model"), dict) and _model_kind(values["model"]) == "checkpoint":
         _refuse_shape(values["model"])
     elif isinstance(values.get("model"), dict):
@@ -646,6 +644,13 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         return pydantic.TypeAdapter(Config).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explained(problem) for problem in error.errors())) from None
+
+
+def _with_origin(network: Any) -> Any:
+    """A section of a network with `from`, which is no name of an attribute, under the name that it has inside."""
+    if not isinstance(network, dict):
+        return {} if network is None else network
+    return {"origin" if key == "from" else key: value for key, value in network.items()}
 
 
 def read_tree(path: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from jaxrl_llm.config import (
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.run.checkpoints import config_hash
-from jaxrl_llm.run.setup import last_stage, parts, staged
+from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.staged import last_stage, staged
 
 ROOT = Path(__file__).parents[1]
 # qwen3_gsm8k needs a checkpoint and a data file: tests/test_pretrained.py runs it with both.

@@ -50,9 +50,6 @@ ENTRANCES = {"cli", "commands", "__main__"}  # import everything, and only each 
 
 # (module, room that it imports): why.
 OTHER_IMPORTS = {
-    ("advantages.__init__", "schedules"): "names that moved can still be imported from their old room",
-    ("advantages.__init__", "selection"): "names that moved can still be imported from their old room",
-    ("losses.__init__", "schedules"): "names that moved can still be imported from their old room",
     ("rewards.verifiers.numbers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.text_answers", "data"): "reads text on the host, with the grammar of the task",
 }
@@ -77,9 +74,9 @@ HIDING = {
 }
 # What is longer, and how long it may be.
 LONG_MODULES = {
-    "config": 767,
-    "run.setup": 538,
-    "training.learn": 413,
+    "config": 789,
+    "run.setup": 450,
+    "training.learn": 404,
 }
 LONG_FUNCTIONS = {
     "evaluation.evaluate.make_evaluate": 100,

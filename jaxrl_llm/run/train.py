@@ -39,8 +39,8 @@ from jaxrl_llm.run.setup import (
     grader,
     opened_parts,
     prompt_batches,
-    staged,
 )
+from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 

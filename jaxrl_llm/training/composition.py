@@ -256,9 +256,9 @@ class Composition:
     def wanted(self) -> frozenset[str]:
         """Names that the step computes before the update because something names them."""
         filled = {name for term in self.credit for name in term.names}
-        by_rule = {
-            name for name in self.named - FIELDS.keys() - filled if self.score(name) is not None and self.before(name)
-        }
+        # Of the table, a name that credit may fill is of a network where one of that name is described.
+        tabled = {name for name, field in FIELDS.items() if field.provider != "credit"}
+        by_rule = {name for name in self.named - tabled - filled if self.score(name) is not None and self.before(name)}
         brought = provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"} | self.view_masks
         return frozenset(by_rule) | (self.named & brought)
 

@@ -117,8 +117,8 @@ def _viewed(c: Composition, wanted: Collection[str], key: str, state: TrainState
 
 def credit_parts(c: Composition) -> list[Any]:
     """Rewards -> advantages and whatever else the credit list fills in, with what networks say in front of it."""
-    available = set(available_before_rewards(c)) | set(FIELDS)
     filled = {name for term in c.credit for name in term.names}
+    available = set(available_before_rewards(c)) | set(FIELDS) | filled
     pending = set(c.wanted)
     parts: list[Any] = []
 

@@ -69,7 +69,6 @@ def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence
 
     def read(state: TrainState, work: Work, context: Context) -> Work:
         rows = work[key]
-        context.required_items()
         values = _read_by_all(terms, outputs, rows, state, work, context, sample)
         return {key: rows.filled(**values)}
 
@@ -144,13 +143,13 @@ def _values(
     """Values of rows that are here, by name. Rows of weight 0 are handed to nobody."""
     count, width = rows["tokens"].shape
     present = np.flatnonzero(rows["weight"] > 0)
-    item_of = item_numbers(rows["prompt_id"], rows["group"], prompt_ids, context.required_items())[present]
-    per_row = [context.required_items()[number] for number in item_of]
-    text: dict[str, Any] = {
-        "prompts": [item.get("body", "") for item in per_row],
-        "answers": [item.get("answer", "") for item in per_row],
-        "items": per_row,
-    }
+    text: dict[str, Any] = {}
+    if reads_items(terms):
+        items = context.required_items()
+        item_of = item_numbers(rows["prompt_id"], rows["group"], prompt_ids, items)[present]
+        text["items"] = [items[number] for number in item_of]
+        text["prompts"] = [item.get("body", "") for item in text["items"]]
+        text["answers"] = [item.get("answer", "") for item in text["items"]]
     if context.decode is not None:
         decode, tokens, length = context.decode, rows["tokens"], rows["length"]
         text["completions"] = [decode(tokens[row, : length[row]].tolist()) for row in present]
@@ -163,7 +162,7 @@ def _values(
         told = Reading(term.function, term.name, term.deadline_s, term.value_on_failure)
         if "step" in asked:
             told = replace(told, constants={"step": int(state.step)})
-        answers = answered(told, data, rows=len(per_row), names=outputs[term.name])
+        answers = answered(told, data, rows=len(present), names=outputs[term.name])
         context.numbers[f"seconds/{term.name}"] = answers.seconds
         if answers.failures or term.value_on_failure is not None:
             context.numbers[f"failures/{term.name}"] = float(answers.failures)
@@ -172,6 +171,13 @@ def _values(
     return found
 
 
+def reads_items(terms: Sequence[Any]) -> bool:
+    """Whether some of the readings (`Reward` or `Fill`) wants to know what the data says beside the tokens."""
+    asked = [signature(term.function) for term in terms if term.on_host]
+    return any(read.anything or _OF_ITEMS & {*read.required, *read.optional} for read in asked)
+
+
+_OF_ITEMS = frozenset({"prompts", "answers", "items", "prompt", "answer", "item"})
 _PLURAL = {"completion": "completions", "prompt": "prompts", "answer": "answers", "item": "items"}
 
 

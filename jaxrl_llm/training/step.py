@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.training.checks import checked, checked_split
 from jaxrl_llm.training.collect import (
     PLAN,
@@ -44,7 +45,7 @@ from jaxrl_llm.training.networks import (
     moved,
     put_back,
 )
-from jaxrl_llm.training.reading import Context
+from jaxrl_llm.training.reading import Context, reads_items
 from jaxrl_llm.training.scores import viewed
 from jaxrl_llm.training.segments import Learn, Program, Segment, Traced, Work, compiled, programs, run
 
@@ -140,7 +141,7 @@ class TrainStep:
         call: Any = None,
     ) -> tuple[TrainState, dict[str, Any], Experience]:
         """The same with the rows of the step; `call`, from `opened(environment)`, keeps an environment open."""
-        context = Context(items, self.composition.resources.decode, call)
+        context = self._context(items, call)
         state, metrics, rows = run(self.segments, state, given_work(prompts, written), context)
         return state, metrics | context.numbers, rows
 
@@ -148,9 +149,18 @@ class TrainStep:
         """A state that holds the batch of its first step; itself where a step samples its own."""
         if not self.priming:
             return state
-        context = Context(items, self.composition.resources.decode, call)
+        context = self._context(items, call)
         work = run(self.priming, state, given_work(prompts, None), context)
         return replace(state, store={**state.store, AHEAD: work["rows"]})
+
+    def _context(self, items: Any, call: Any) -> Context:
+        """What a step has on the host. What it lacks is said before anything is computed."""
+        c = self.composition
+        context = Context(items, c.resources.decode, call)
+        environment = None if c.rollout is None else c.rollout.environment
+        if isinstance(environment, HostEnvironment) or reads_items((*c.rewards, *c.credit)):
+            context.required_items()
+        return context
 
 
 def given_work(prompts: Prompts | None, written: Experience | None) -> Work:

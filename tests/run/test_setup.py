@@ -10,10 +10,9 @@ import pytest
 
 from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.experience import Selection, Source
+from jaxrl_llm.experience import Selection, Sequences, Source
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.setup import data_sets, demonstration_batches, encoded, parts, prompt_batches
-from jaxrl_llm.training.scores import Sequences
 
 VOCABULARY = CharacterTokenizer().vocabulary_size
 

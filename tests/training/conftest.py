@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
+from jaxrl_llm.training.segments import shapes
+from jaxrl_llm.training.step import given_work
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +67,15 @@ def rows() -> Experience:
         behaviour_entropy=jnp.asarray(np.where(inside, 2.7, 0.0), jnp.float32),
         truncated=jnp.asarray(length == width),
     )
+
+
+@pytest.fixture(scope="session")
+def traced():
+    """(step, prompts, written) -> state, metrics and rows after the step, as shapes: nothing is compiled or run."""
+
+    def trace(step, prompts=None, written=None):
+        state = jax.eval_shape(step.init, jax.random.key(0))
+        (*_, (program, work)) = shapes(step.segments, state, given_work(prompts, written))
+        return jax.eval_shape(program.run, state, work)
+
+    return trace

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import jax
+from dataclasses import replace
+
 import jax.numpy as jnp
 import optax
 import pytest
 
 from jaxrl_llm import advantages, losses, rewards
 from jaxrl_llm.experience import Method
-from jaxrl_llm.training import CreditTerm, LossTerm, RewardTerm, Rollout, Update, make_train_step
+from jaxrl_llm.training import Fill, LossTerm, Resources, Reward, Rollout, Update, make_train_step
 
 ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
+FOUR = replace(ROLLOUT, prompts_per_step=4)
 
 
 def compose(model, **changes):
     parts = {
-        "rollout": ROLLOUT,
+        "source": ROLLOUT,
         "rewards": [rewards.exact_answer],
         "credit": [("advantages", advantages.group_normalized)],
         "losses": [losses.clipped_surrogate],
     }
     return make_train_step(model, optax.sgd(0.1), **(parts | changes))
-
-
-def shape_of(step, prompts):
-    """Trace a step: nothing is compiled and nothing runs."""
-    return jax.eval_shape(step.programs[0], jax.eval_shape(step.init, jax.random.key(0)), prompts)
 
 
 def remembering():
@@ -65,7 +62,7 @@ def valued(values, mask):
         ({"losses": [valued]}, "loss 'valued' names 'values', .* a critic provides it"),
         (
             {"credit": [("rewards", turn_rewards), ("advantages", advantages.raw_rewards)]},
-            "rewards 'turn_rewards' names 'turn', .* add an entry to credit that fills it",
+            "rewards 'turn_rewards' names 'turn', .* or an entry of credit that fills it, for example turn: separated_turns",
         ),
         ({"rewards": [misspelt]}, "reward 'misspelt' names 'reference_logprob'"),
         (
@@ -73,13 +70,16 @@ def valued(values, mask):
             r"advantages 'misspelt' names 'reference_logprob', .* did you mean 'reference_logprobs'\?",
         ),
         ({"rewards": [lambda advantages: advantages]}, "names 'advantages', .* add an entry to credit"),
-        ({"rewards": [lambda logprobs: logprobs]}, r"names 'logprobs', .* did you mean 'behaviour_logprobs'\?"),
+        (
+            {"rewards": [lambda logprobs: logprobs]},
+            r"names 'logprobs', .* losses alone can name it: .* did you mean '\w+_logprobs'\?",
+        ),
         ({"credit": [("advantages", lambda logprobs: logprobs)]}, r"did you mean '\w+_logprobs'\?"),
         ({"losses": [(losses.clipped_surrogate, lambda rewardz: 1.0)]}, "coefficient of 'clipped_surrogate' names"),
         ({"credit": [("advantage", advantages.group_normalized)]}, "fills 'advantage', .* did you mean 'advantages'"),
         ({"credit": [("tokens", advantages.group_normalized)]}, "credit fills 'tokens', which it cannot"),
         (
-            {"rollout": Rollout(samples_per_prompt=1, max_completion_tokens=6, eos_ids=(2,), pad_id=0)},
+            {"source": replace(ROLLOUT, samples_per_prompt=1)},
             "samples_per_prompt is 1, but 'group_normalized' compares the samples .* at least 2",
         ),
         ({"rewards": [rewards.exact_answer, rewards.exact_answer]}, "reward 'exact_answer' is listed twice"),
@@ -89,13 +89,13 @@ def valued(values, mask):
             "credit entry 'rewards:update' is listed twice and remembers",
         ),
         ({"rewards": [judge]}, "reward 'judge' reads text, so make_train_step needs decode="),
-        ({"prompts_per_step": 4, "update": Update(minibatches_per_epoch=3)}, "does not divide .*prompts_per_step 4"),
-        ({"prompts_per_step": 4, "update": Update(sequences_per_microbatch=3)}, "the 8 sequences of a minibatch"),
+        ({"source": FOUR, "update": Update(minibatches_per_epoch=3)}, "does not divide .*prompts_per_step 4"),
+        ({"source": FOUR, "update": Update(sequences_per_microbatch=3)}, "the 8 sequences of a minibatch"),
     ],
 )
-def test_what_cannot_work_is_refused_when_the_step_is_built(model, changes, message):
+def test_what_cannot_work_is_refused_when_the_step_is_built(bigram, changes, message):
     with pytest.raises(ValueError, match=message):
-        compose(model, **changes)
+        compose(bigram, **changes)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
@@ -104,27 +104,27 @@ def test_training_samples_need_a_temperature(temperature):
         Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0, temperature=temperature)
 
 
-def test_a_loss_that_compares_samples_needs_whole_groups(model):
+def test_a_loss_that_compares_samples_needs_whole_groups(bigram):
     def paired(logprobs, advantages, mask, group):
         return None
 
     with pytest.raises(ValueError, match=r"loss 'paired' compares .* whole groups: choose a multiple of .* 2"):
-        compose(model, losses=[paired], prompts_per_step=4, update=Update(sequences_per_microbatch=1))
+        compose(bigram, losses=[paired], source=FOUR, update=Update(sequences_per_microbatch=1))
 
 
-def test_sizes_are_checked_at_the_first_call_where_they_were_not_known_before(model, make_prompts):
-    step = compose(model, update=Update(minibatches_per_epoch=2))
+def test_sizes_are_checked_at_the_first_call_where_they_were_not_known_before(bigram, make_prompts, traced):
+    step = compose(bigram, update=Update(minibatches_per_epoch=2))
     with pytest.raises(ValueError, match=r"minibatches_per_epoch is 2, .*prompts_per_step 3"):
-        shape_of(step, make_prompts(3))
+        traced(step, make_prompts(3))
 
 
 @pytest.mark.parametrize("shape", [(), (8, 1), (8, 6), (4,)])
-def test_a_reward_of_the_wrong_shape_is_refused_when_traced(model, make_prompts, shape):
+def test_a_reward_of_the_wrong_shape_is_refused_when_traced(bigram, make_prompts, traced, shape):
     def odd(tokens):
         return jnp.zeros(shape)
 
     with pytest.raises(ValueError, match=r"reward 'odd' returned shape \(.*\) for 8 completions; .* shape \(8,\)"):
-        shape_of(compose(model, rewards=[odd]), make_prompts(4))
+        traced(compose(bigram, rewards=[odd]), make_prompts(4))
 
 
 @pytest.mark.parametrize(
@@ -137,28 +137,31 @@ def test_a_reward_of_the_wrong_shape_is_refused_when_traced(model, make_prompts,
         ("mask", (8,), r"\(8, 6\)"),
     ],
 )
-def test_a_credit_value_of_the_wrong_shape_is_refused_when_traced(model, make_prompts, field, shape, right):
+def test_a_credit_value_of_the_wrong_shape_is_refused_when_traced(bigram, make_prompts, traced, field, shape, right):
     def odd(rewards):
         return jnp.zeros(shape)
 
-    step = compose(model, credit=[("advantages", advantages.group_normalized), (field, odd)])
+    step = compose(bigram, credit=[("advantages", advantages.group_normalized), (field, odd)])
     with pytest.raises(ValueError, match=rf"{field} 'odd' returned shape .* it must return shape {right}(\n|$)"):
-        shape_of(step, make_prompts(4))
+        traced(step, make_prompts(4))
 
 
-def test_a_host_reward_needs_the_items(model, make_prompts):
-    step = compose(model, rewards=[judge], decode=str)
+def test_a_reading_of_the_data_needs_the_items_before_anything_is_computed(bigram, make_prompts):
+    def compared(completions, answers):
+        return judge(completions)
+
+    step = compose(bigram, rewards=[compared], resources=Resources(decode=str))
     with pytest.raises(ValueError, match=r"call step\(state, prompts, items\)"):
         step(None, make_prompts(4))
 
 
-def test_functions_are_named_after_themselves_and_terms_as_they_say(model):
+def test_functions_are_named_after_themselves_and_terms_as_they_say(bigram):
     step = compose(
-        model,
-        rewards=[rewards.exact_answer, RewardTerm(rewards.exact_answer, 0.5, "again")],
+        bigram,
+        rewards=[rewards.exact_answer, Reward(rewards.exact_answer, 0.5, "again")],
         credit=[
             ("rewards", advantages.running_mean_baseline()),
-            CreditTerm("advantages", advantages.raw_rewards, "raw"),
+            Fill("advantages", advantages.raw_rewards, "raw"),
         ],
         losses=[losses.clipped_surrogate, (losses.divergence(), 0.1), LossTerm(losses.entropy_bonus, 0.1, "bonus")],
     )

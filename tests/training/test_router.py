@@ -156,13 +156,14 @@ def test_what_needs_experts_is_refused_without_them(prompts):
             losses=[losses.clipped_surrogate],
             **parts,
         )
-    sizes = {"max_completion_tokens": 5, "pad_id": 0}
-    plan = plans.demonstration_in_group(plans.plain(samples_per_prompt=2), **sizes)
-    with pytest.raises(ValueError, match=r"replay_router needs .* \(drawn_by_policy\), which rollout.plan does not"):
+    with_demonstration = plans.demonstration_in_group(
+        plans.plain(samples_per_prompt=2), max_completion_tokens=5, pad_id=0
+    )
+    with pytest.raises(ValueError, match=r"replay_router needs tokens that the policy drew \(drawn_by_policy\)"):
         make_train_step(
             MODEL,
             optax.sgd(0.1),
-            source=Rollout(**SIZES, replay_router=True, plan=plan),
+            source=Rollout(**SIZES, replay_router=True, plan=with_demonstration),
             losses=[losses.clipped_surrogate],
             **parts,
         )

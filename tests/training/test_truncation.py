@@ -21,17 +21,16 @@ def low(tokens):
 
 
 @pytest.fixture(scope="module")
-def trained(model, make_prompts):
+def trained(bigram, make_prompts):
     step = make_train_step(
-        model,
+        bigram,
         optax.sgd(0.5),
         source=Rollout(truncation=TRUNCATION, temperature=0.8, **SIZES),
         rewards=[low],
         credit=[("advantages", advantages.group_normalized)],
         losses=[losses.clipped_surrogate, (losses.entropy_bonus, -0.05), (losses.kl_estimate, 0.1)],
     )
-    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(1)))
-    state = step.init(jax.random.key(0), params)
+    state = step.init(jax.random.key(0), bigram.init(jax.random.key(1)))
     seen = []
     for _ in range(2):
         before = jax.tree.map(jnp.copy, state.params)
@@ -40,10 +39,10 @@ def trained(model, make_prompts):
     return seen
 
 
-def test_log_probabilities_are_those_of_the_tokens_that_could_be_drawn(model, trained):
+def test_log_probabilities_are_those_of_the_tokens_that_could_be_drawn(bigram, trained):
     for params, metrics, rows in trained:
-        hidden = predicting_hidden(model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
-        log_p = np.asarray(jax.nn.log_softmax(model.logits(params, hidden) / 0.8))
+        hidden = predicting_hidden(bigram, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+        log_p = np.asarray(jax.nn.log_softmax(bigram.logits(params, hidden) / 0.8))
         for b, t in np.argwhere(np.asarray(rows.mask) > 0):
             order = np.argsort(-log_p[b, t])[:5]
             p = np.exp(log_p[b, t, order]) / np.exp(log_p[b, t, order]).sum()
@@ -57,18 +56,18 @@ def test_log_probabilities_are_those_of_the_tokens_that_could_be_drawn(model, tr
         assert np.isfinite(list(metrics.values())).all()
 
 
-def test_gradients_are_those_of_the_renormalised_distribution(model, trained):
+def test_gradients_are_those_of_the_renormalised_distribution(bigram, trained):
     params, _, rows = trained[0]
-    hidden = predicting_hidden(model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+    hidden = predicting_hidden(bigram, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
 
     def ours(hidden):
         found = token_statistics(
-            model, params, hidden, rows.tokens, temperature=0.8, entropy=True, support=rows.support, chunk=4
+            bigram, params, hidden, rows.tokens, temperature=0.8, entropy=True, support=rows.support, chunk=4
         )
         return jnp.sum((found.logprobs + 0.3 * found.entropy) * rows.mask)
 
     def by_hand(hidden):
-        scores = model.logits(params, hidden) / 0.8
+        scores = bigram.logits(params, hidden) / 0.8
         there = (rows.support[..., None] == jnp.arange(16)).any(-2)
         log_p = jax.nn.log_softmax(jnp.where(there, scores, -1e9))
         entropy = -jnp.sum(jnp.where(there, jnp.exp(log_p) * log_p, 0.0), -1)
@@ -93,12 +92,12 @@ def test_truncation_must_be_asked_for(rollout, message):
         parse_config({"name": "x", "rollout": rollout}, vocabulary_size=100)
 
 
-def test_bad_truncation(model):
+def test_bad_truncation(bigram):
     with pytest.raises(ValueError, match=r"without rollout\.top_k"):
         Rollout(truncation=Controls(top_p=0.9), **SIZES)
     with pytest.raises(ValueError, match=r"needs .* \(whole_vocabulary\), which rollout.truncation does not"):
         make_train_step(
-            model,
+            bigram,
             optax.sgd(0.5),
             source=Rollout(truncation=TRUNCATION, **SIZES),
             rewards=[low],

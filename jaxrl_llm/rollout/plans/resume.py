@@ -100,11 +100,8 @@ def resume(
         count = carry.branched.tokens.shape[0]
         first = carry.rows.filled(branch=jnp.zeros(carry.rows.tokens.shape[0], jnp.float32))
         both = concatenated(first, carry.branched.filled(branch=jnp.ones(count, jnp.float32)))
-        groups = count // branches
-        number = jnp.arange(groups * samples_per_prompt).reshape(groups, samples_per_prompt)
-        place, group = number % samples_per_prompt, number // samples_per_prompt
-        order = jnp.where(place < drawn, group * drawn + place, groups * drawn + group * branches + place - drawn)
-        rows = jax.tree.map(lambda x: x[order.reshape(-1)], both)
+        order = _group_order(count // branches, drawn, branches)
+        rows = jax.tree.map(lambda x: x[order], both)
         return rows, {"resumed_tokens": _share(rows)}
 
     return inner._replace(
@@ -139,6 +136,13 @@ def _with_hint(
     said = jnp.asarray(hint, jnp.int32)[jnp.clip(at, 0, len(hint) - 1)]
     origin = jnp.where(within, Source.HINT, origin).astype(jnp.int8)
     return Prefixes(jnp.where(within, said, kept), length + len(hint), origin)
+
+
+def _group_order(groups: int, drawn: int, branches: int) -> Int[Array, "B"]:
+    """Rows of both rounds, those of a group one after the other: its first samples, then its branches."""
+    number = jnp.arange(groups * (drawn + branches))
+    place, group = number % (drawn + branches), number // (drawn + branches)
+    return jnp.where(place < drawn, group * drawn + place, groups * drawn + group * branches + place - drawn)
 
 
 def _share(rows: Experience) -> Float[Array, ""]:

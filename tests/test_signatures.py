@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax.numpy as jnp
 import pytest
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.losses import clipped_surrogate
-from jaxrl_llm.training.wiring import call, fields_of, missing, names, nearest, signature
+from jaxrl_llm.signatures import call, missing, name_of, names, on_host, per_row, reading, required, signature
 
 
 def scaled(rewards, weight=None, *, by=2.0):
@@ -58,12 +57,47 @@ def test_missing_names_are_the_required_ones():
     assert missing(scaled, frozenset({"rewards"})) == ()
 
 
-def test_nearest_suggests_or_lists():
-    assert nearest("advantage", ["advantages", "rewards"]) == "did you mean 'advantages'?"
-    assert nearest("zzz", ["b", "a"]) == "known: a, b"
+def test_what_a_step_computes_is_what_some_function_cannot_do_without():
+    assert required([scaled, COUNTING, lambda mask, *, rate=0.1: mask]) == {"rewards", "mask"}
+    assert required([]) == frozenset()
 
 
-def test_fields_of_leaves_out_what_is_not_filled_in(rows):
-    held = fields_of(rows.replace(rewards=jnp.zeros(rows.tokens.shape[0])))
-    assert {"tokens", "rewards"} <= set(held)
-    assert "advantages" not in held
+def test_a_function_may_take_whatever_there_is():
+    def anything(completions, **known):
+        return known
+
+    assert signature(anything).anything
+    assert not signature(scaled).anything
+    assert names(anything) == {"completions"}
+
+
+def test_messages_call_a_function_by_its_own_name():
+    assert name_of(partial(partial(scaled, by=3.0), by=2.0)) == "scaled"
+    assert name_of(Method(int, scaled)) == "scaled"
+
+    class Judge:
+        def __call__(self, completions):
+            return completions
+
+    assert name_of(Judge()) == "Judge"
+
+
+async def asked(rewards):
+    return rewards
+
+
+@pytest.mark.parametrize(
+    ("function", "host", "single"),
+    [
+        (scaled, False, False),
+        (COUNTING, False, False),
+        (lambda completions: 0, True, False),
+        (lambda tokens, items: 0, True, False),
+        (lambda rewards, answer=None: 0, True, True),
+        (partial(lambda completion, *, url: 0, url=""), True, True),
+        (partial(asked), True, False),
+        (reading(lambda rewards: rewards), True, False),
+    ],
+)
+def test_what_runs_on_the_host_names_text_waits_or_says_so(function, host, single):
+    assert (on_host(function), per_row(function)) == (host, single)
