@@ -243,6 +243,7 @@ def run_config(micro_config, serve, tmp_path):
             "url": server.url,
             "model": "policy",
             "retries": 0,
+            "concurrency": 4,
             "weights_directory": str(tmp_path / "weights"),
             "reload_path": "/update_weights_from_disk",
             "reload_then": ["/flush"],
