@@ -324,6 +324,8 @@ _EXAMPLES = {
 def remedy(name: str, available: Collection[str]) -> str:
     """Who would provide a name that nothing provides, or which name may have been meant."""
     field = FIELDS.get(name)
+    if field is None and score_named(name, [*HEADS, *(f"{head}_target" for head in HEADS)]) is not None:
+        return PROVIDERS["head"]
     if field is None or field.provider in ("rollout", "step"):
         return nearest(name, available)
     text = PROVIDERS[field.provider]

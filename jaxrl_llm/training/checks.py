@@ -106,7 +106,7 @@ def _check_names(c: Composition) -> None:
             "leave one out, or give each Fill a name of its own"
         )
     for term in c.losses:
-        _require_names(term.function, f"loss {term.name!r}", available | learner, heads | {"values"})
+        _require_names(term.function, f"loss {term.name!r}", available | learner, heads)
         if not c.model.routed and (
             asked := sorted({"router_choices", "router_probabilities"} & required([term.function]))
         ):

@@ -141,6 +141,8 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Any], Experience]:
         """The same with the rows of the step; `call`, from `opened(environment)`, keeps an environment open."""
         context = Context(items, self.composition.resources.decode, call)
+        if any(term.on_host for term in (*self.composition.rewards, *self.composition.credit)):
+            context.required_items()  # said before anything is sampled
         state, metrics, rows = run(self.segments, state, given_work(prompts, written), context)
         return state, metrics | context.numbers, rows
 

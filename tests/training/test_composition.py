@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,14 +11,16 @@ import pytest
 
 from jaxrl_llm import advantages, losses, rewards
 from jaxrl_llm.experience import Method
-from jaxrl_llm.training import CreditTerm, LossTerm, RewardTerm, Rollout, Update, make_train_step
+from jaxrl_llm.training import Fill, LossTerm, Resources, Reward, Rollout, Update, make_train_step
+from jaxrl_llm.training.step import given_work
 
 ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
+FOUR_PROMPTS = replace(ROLLOUT, prompts_per_step=4)
 
 
 def compose(model, **changes):
     parts = {
-        "rollout": ROLLOUT,
+        "source": ROLLOUT,
         "rewards": [rewards.exact_answer],
         "credit": [("advantages", advantages.group_normalized)],
         "losses": [losses.clipped_surrogate],
@@ -26,7 +30,7 @@ def compose(model, **changes):
 
 def shape_of(step, prompts):
     """Trace a step: nothing is compiled and nothing runs."""
-    return jax.eval_shape(step.programs[0], jax.eval_shape(step.init, jax.random.key(0)), prompts)
+    return jax.eval_shape(step.programs[0].run, jax.eval_shape(step.init, jax.random.key(0)), given_work(prompts, None))
 
 
 def remembering():
@@ -65,7 +69,7 @@ def valued(values, mask):
         ({"losses": [valued]}, "loss 'valued' names 'values', .* a critic provides it"),
         (
             {"credit": [("rewards", turn_rewards), ("advantages", advantages.raw_rewards)]},
-            "rewards 'turn_rewards' names 'turn', .* add an entry to credit that fills it",
+            "rewards 'turn_rewards' names 'turn', .* answered in turns provides it .* or an entry of credit that fills it",
         ),
         ({"rewards": [misspelt]}, "reward 'misspelt' names 'reference_logprob'"),
         (
@@ -73,13 +77,16 @@ def valued(values, mask):
             r"advantages 'misspelt' names 'reference_logprob', .* did you mean 'reference_logprobs'\?",
         ),
         ({"rewards": [lambda advantages: advantages]}, "names 'advantages', .* add an entry to credit"),
-        ({"rewards": [lambda logprobs: logprobs]}, r"names 'logprobs', .* did you mean 'behaviour_logprobs'\?"),
+        (
+            {"rewards": [lambda logprobs: logprobs]},
+            r"names 'logprobs', .* losses alone can name it: .* did you mean 'old_logprobs'\?",
+        ),
         ({"credit": [("advantages", lambda logprobs: logprobs)]}, r"did you mean '\w+_logprobs'\?"),
         ({"losses": [(losses.clipped_surrogate, lambda rewardz: 1.0)]}, "coefficient of 'clipped_surrogate' names"),
         ({"credit": [("advantage", advantages.group_normalized)]}, "fills 'advantage', .* did you mean 'advantages'"),
         ({"credit": [("tokens", advantages.group_normalized)]}, "credit fills 'tokens', which it cannot"),
         (
-            {"rollout": Rollout(samples_per_prompt=1, max_completion_tokens=6, eos_ids=(2,), pad_id=0)},
+            {"source": replace(ROLLOUT, samples_per_prompt=1)},
             "samples_per_prompt is 1, but 'group_normalized' compares the samples .* at least 2",
         ),
         ({"rewards": [rewards.exact_answer, rewards.exact_answer]}, "reward 'exact_answer' is listed twice"),
@@ -89,8 +96,8 @@ def valued(values, mask):
             "credit entry 'rewards:update' is listed twice and remembers",
         ),
         ({"rewards": [judge]}, "reward 'judge' reads text, so make_train_step needs decode="),
-        ({"prompts_per_step": 4, "update": Update(minibatches_per_epoch=3)}, "does not divide .*prompts_per_step 4"),
-        ({"prompts_per_step": 4, "update": Update(sequences_per_microbatch=3)}, "the 8 sequences of a minibatch"),
+        ({"source": FOUR_PROMPTS, "update": Update(minibatches_per_epoch=3)}, "does not divide .*prompts_per_step 4"),
+        ({"source": FOUR_PROMPTS, "update": Update(sequences_per_microbatch=3)}, "the 8 sequences of a minibatch"),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_step_is_built(model, changes, message):
@@ -109,7 +116,7 @@ def test_a_loss_that_compares_samples_needs_whole_groups(model):
         return None
 
     with pytest.raises(ValueError, match=r"loss 'paired' compares .* whole groups: choose a multiple of .* 2"):
-        compose(model, losses=[paired], prompts_per_step=4, update=Update(sequences_per_microbatch=1))
+        compose(model, losses=[paired], source=FOUR_PROMPTS, update=Update(sequences_per_microbatch=1))
 
 
 def test_sizes_are_checked_at_the_first_call_where_they_were_not_known_before(model, make_prompts):
@@ -147,7 +154,7 @@ def test_a_credit_value_of_the_wrong_shape_is_refused_when_traced(model, make_pr
 
 
 def test_a_host_reward_needs_the_items(model, make_prompts):
-    step = compose(model, rewards=[judge], decode=str)
+    step = compose(model, rewards=[judge], resources=Resources(decode=str))
     with pytest.raises(ValueError, match=r"call step\(state, prompts, items\)"):
         step(None, make_prompts(4))
 
@@ -155,10 +162,10 @@ def test_a_host_reward_needs_the_items(model, make_prompts):
 def test_functions_are_named_after_themselves_and_terms_as_they_say(model):
     step = compose(
         model,
-        rewards=[rewards.exact_answer, RewardTerm(rewards.exact_answer, 0.5, "again")],
+        rewards=[rewards.exact_answer, Reward(rewards.exact_answer, 0.5, "again")],
         credit=[
             ("rewards", advantages.running_mean_baseline()),
-            CreditTerm("advantages", advantages.raw_rewards, "raw"),
+            Fill("advantages", advantages.raw_rewards, "raw"),
         ],
         losses=[losses.clipped_surrogate, (losses.divergence(), 0.1), LossTerm(losses.entropy_bonus, 0.1, "bonus")],
     )

@@ -12,20 +12,23 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.experience import TrainState
+from jaxrl_llm.experience import NetworkState, TrainState
 from jaxrl_llm.losses import Aggregation, clipped_surrogate, entropy_bonus
-from jaxrl_llm.training import LossTerm, Update
-from jaxrl_llm.training.learn import checked_split, make_learn, minibatch_rows
+from jaxrl_llm.rows import minibatch_rows
+from jaxrl_llm.training import LossTerm, Rollout, Update
+from jaxrl_llm.training.checks import checked_split
+from jaxrl_llm.training.composition import composition_of
+from jaxrl_llm.training.learn import make_learn
 
 MODES = get_args(Aggregation)
+ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
 
 
 @pytest.fixture(scope="module")
 def credited(rows):
     """Rows with advantages, one of them absent and one that counts in part."""
     rng = np.random.default_rng(2)
-    return replace(
-        rows,
+    return rows.filled(
         advantages=jnp.asarray(rng.normal(size=rows.tokens.shape), jnp.float32),
         old_logprobs=rows.behaviour_logprobs,
         weight=rows.weight.at[3].set(0.0).at[6].set(0.5),
@@ -45,10 +48,11 @@ def learned(bigram, credited):
     def at(size: int | None):
         if size not in done:
             update = Update(sequences_per_microbatch=size)
-            learn = jax.jit(make_learn(bigram, optimizer, losses, update, temperature=1.0, samples_per_prompt=2))
+            learn = jax.jit(make_learn(composition_of(bigram, optimizer, ROLLOUT, [], [], losses, update, None)))
+            policy = NetworkState(params, optimizer.init(params))
             done[size] = {
                 term.name: learn(
-                    TrainState(params, optimizer.init(params), None, {}, jax.random.key(0), jnp.int32(0)),
+                    TrainState({"policy": policy}, {}, jax.random.key(0), jnp.int32(0)),
                     credited,
                     jnp.eye(len(losses))[i],
                 )
@@ -91,8 +95,7 @@ def test_metrics_say_what_they_average(learned, credited):
 @pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (1, 4), (3, 1), (2, 2)])
 def test_every_row_is_visited_once_an_epoch_in_whole_groups(epochs, minibatches):
     prompts, samples = 4, 3
-    update = Update(epochs_per_batch=epochs, minibatches_per_epoch=minibatches)
-    order = np.asarray(minibatch_rows(jax.random.key(1), update, [prompts], samples))
+    order = np.asarray(minibatch_rows(jax.random.key(1), epochs, minibatches, [prompts], samples))
     assert order.shape == (epochs * minibatches, prompts * samples // minibatches)
     for epoch in order.reshape(epochs, -1):
         assert sorted(epoch) == list(range(prompts * samples))
@@ -101,13 +104,18 @@ def test_every_row_is_visited_once_an_epoch_in_whole_groups(epochs, minibatches)
 
 
 def test_epochs_have_orders_of_their_own():
-    update = Update(epochs_per_batch=3, minibatches_per_epoch=2)
-    epochs = np.asarray(minibatch_rows(jax.random.key(1), update, [16], 1)).reshape(3, -1)
+    epochs = np.asarray(minibatch_rows(jax.random.key(1), 3, 2, [16], 1)).reshape(3, -1)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def grouped(logprobs, advantages, mask, group):
     raise AssertionError("never called")
+
+
+def split(model, update, losses):
+    """Microbatches in a minibatch of four prompts with four samples each."""
+    rollout = replace(ROLLOUT, samples_per_prompt=4)
+    return checked_split(composition_of(model, optax.sgd(0.1), rollout, [], [], losses, update, None), 4)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +127,9 @@ def grouped(logprobs, advantages, mask, group):
         (Update(sequences_per_microbatch=2), [clipped_surrogate, grouped], "'grouped' compares .*samples_per_prompt 4"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(update, losses, message):
+def test_sizes_that_do_not_fit_are_refused(bigram, update, losses, message):
     with pytest.raises(ValueError, match=message):
-        checked_split(update, 4, 4, [LossTerm(loss, name=loss.__name__) for loss in losses])
+        split(bigram, update, losses)
 
 
 @pytest.mark.parametrize(
@@ -133,5 +141,5 @@ def test_sizes_that_do_not_fit_are_refused(update, losses, message):
         (Update(sequences_per_microbatch=1), [clipped_surrogate], 16),
     ],
 )
-def test_sizes_that_fit(update, losses, microbatches):
-    assert checked_split(update, 4, 4, [LossTerm(loss) for loss in losses]) == microbatches
+def test_sizes_that_fit(bigram, update, losses, microbatches):
+    assert split(bigram, update, losses) == microbatches

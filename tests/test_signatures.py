@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax.numpy as jnp
 import pytest
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.losses import clipped_surrogate
-from jaxrl_llm.training.wiring import call, fields_of, missing, names, nearest, signature
+from jaxrl_llm.signatures import call, missing, names, signature
 
 
 def scaled(rewards, weight=None, *, by=2.0):
@@ -56,14 +55,3 @@ def test_call_gives_a_method_its_memory():
 def test_missing_names_are_the_required_ones():
     assert missing(scaled, frozenset({"weight"})) == ("rewards",)
     assert missing(scaled, frozenset({"rewards"})) == ()
-
-
-def test_nearest_suggests_or_lists():
-    assert nearest("advantage", ["advantages", "rewards"]) == "did you mean 'advantages'?"
-    assert nearest("zzz", ["b", "a"]) == "known: a, b"
-
-
-def test_fields_of_leaves_out_what_is_not_filled_in(rows):
-    held = fields_of(rows.replace(rewards=jnp.zeros(rows.tokens.shape[0])))
-    assert {"tokens", "rewards"} <= set(held)
-    assert "advantages" not in held
