@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxrl_llm.experience import FACTS, Method
-from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, fillable, nearest, provided_by, remedy
+from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, fillable, kind_of, nearest, provided_by, remedy
 from jaxrl_llm.rollout.capabilities import ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.sampled import Rollout
@@ -205,6 +205,8 @@ def _check_rest(c: Composition) -> None:
         if r.prompts_per_step is not None:
             groups = r.prompts_per_step + c.plan.extra_groups(r.prompts_per_step)
             checked_split(c, groups)
+    if c.replay is not None:
+        replayed_fields(c)
     if r is not None and c.written is not None and c.written.rows_per_group != c.samples:
         raise ValueError(
             f"written rows come in groups of {c.written.rows_per_group}, but those that they learn beside in groups of "
@@ -276,3 +278,24 @@ def checked_split(c: Composition, prompts: int) -> int:
             f"a microbatch must hold whole groups: choose a multiple of rollout.samples_per_prompt {samples}"
         )
     return rows // size
+
+
+def replayed_fields(c: Composition) -> dict[str, str]:
+    """Fields that replayed rows keep, because a loss names them, with their shape.
+
+    Raises:
+      ValueError: for a name whose shape the table does not say, or that only rows of this step know.
+    """
+    kept = {}
+    for name in sorted(required([t.function for t in c.losses])):
+        kind = kind_of(name)
+        made = {n for term in c.credit for n in term.names} | {"rewards", "correct", "reward_components"}
+        gone = c.plan.provides | {"hidden", "prompt_logprobs", "prompt_mask"}
+        if name in gone or (name in made and kind not in ("row", "token", "either")):
+            loss = next(t.name for t in c.losses if name in required([t.function]))
+            raise ValueError(
+                f"loss {loss!r} names {name!r}, which replayed rows do not have; leave the loss or replay out"
+            )
+        if name in made:
+            kept[name] = "row" if kind == "row" else "token"
+    return kept

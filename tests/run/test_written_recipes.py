@@ -17,7 +17,8 @@ from rich.console import Console
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
 from jaxrl_llm.run.restored import restored_network
-from jaxrl_llm.run.setup import data_sets, parts, staged
+from jaxrl_llm.run.setup import data_sets, parts
+from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.train import train
 
