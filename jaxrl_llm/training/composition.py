@@ -290,7 +290,8 @@ class Composition:
             if (s := self.score(name)) and not s.as_found and s.network in self.networks
             if self.networks[s.network].optimizer is not None
         }
-        return frozenset(heads | ({POLICY} if policy or views else set()))
+        shared = any(self.networks[name].backbone == "shared" for name in heads)
+        return frozenset(heads | ({POLICY} if policy or views or shared else set()))
 
     @cached_property
     def with_reference(self) -> bool:

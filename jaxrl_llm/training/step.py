@@ -26,6 +26,7 @@ from jaxrl_llm.training.collect import (
     handed,
     join,
     next_choices,
+    replayed_fields,
 )
 from jaxrl_llm.training.composition import (
     Composition,
@@ -191,6 +192,8 @@ def make_train_step(
       ValueError: when a function names what nothing provides, or a part needs what another does not offer.
     """
     c = checked(composition_of(model, optimizer, source, rewards, credit, losses, update, resources))
+    if c.replay is not None:
+        replayed_fields(c)  # refuses names that replayed rows cannot have
     place = c.resources.placement
     init, c = initialiser(c)
     priming: tuple[Segment, ...] = ()

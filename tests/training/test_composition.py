@@ -69,7 +69,7 @@ def valued(values, mask):
         ({"losses": [valued]}, "loss 'valued' names 'values', .* a critic provides it"),
         (
             {"credit": [("rewards", turn_rewards), ("advantages", advantages.raw_rewards)]},
-            "rewards 'turn_rewards' names 'turn', .* answered in turns provides it .* or an entry of credit that fills it",
+            "rewards 'turn_rewards' names 'turn', .* in turns provides it .* or an entry of credit that fills it",
         ),
         ({"rewards": [misspelt]}, "reward 'misspelt' names 'reference_logprob'"),
         (
