@@ -98,6 +98,7 @@ METHODS = {
     "RLCR": ("rlcr",),
     "CURE": ("cure",),
     "SEC": ("sec",),
+    "Co-Reward": ("co_reward",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}

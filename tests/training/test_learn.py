@@ -52,9 +52,7 @@ def learned(bigram, credited):
         if size not in done:
             c = composed(bigram, losses, Update(sequences_per_microbatch=size))
             learn, state = jax.jit(make_learn(c)), initial_state(c, jax.random.key(0), params)
-            done[size] = {
-                term.name: learn(state, credited, jnp.eye(len(losses))[i]) for i, term in enumerate(losses)
-            }
+            done[size] = {term.name: learn(state, credited, jnp.eye(len(losses))[i]) for i, term in enumerate(losses)}
         return done[size]
 
     return at
