@@ -114,7 +114,7 @@ def _viewed(c: Composition, wanted: Collection[str], key: str, state: TrainState
 def credit_parts(c: Composition) -> list[Any]:
     """Rewards -> advantages and whatever else the credit list fills in, with what networks say in front of it."""
     coming = [name for term in c.credit for name in term.names]
-    known = set(available_before_rewards(c)) | (FIELDS.keys() - set(coming))
+    known = {*available_before_rewards(c), *provided_by("rewards"), *(FIELDS.keys() - set(coming))}
     pending = set(c.wanted)
     parts: list[Any] = []
 
@@ -132,7 +132,7 @@ def credit_parts(c: Composition) -> list[Any]:
         if required([term.function]) & pending:
             score(known)
         if term.on_host:
-            parts.append(reading_part("reading", [_named(term)], {term.name: term.names}, "rows", c.samples))
+            parts.append(reading_part("reading", [term], {term.name: term.names}, "rows", c.samples))
         else:
             parts.append(Traced("credit", partial(_filled, c, index, term)))
         known |= set(term.names)
@@ -142,10 +142,6 @@ def credit_parts(c: Composition) -> list[Any]:
         Traced("credit", lambda state, work: {"sampled": work["rows"].weight, "memory": dict(state.memory)}),
         *parts,
     ]
-
-
-def _named(term: Fill) -> Fill:
-    return term
 
 
 def _by_vocabulary(c: Composition, state: TrainState, work: Work) -> Work:
