@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,7 @@ _PLAN_NEEDS = {
     "mixed_temperature": "extra samples",
     "prefixes": "prefixes",
     "greedy_baseline": "greedy sample",
+    "paraphrased": "paraphrases",
 }
 EVERY_NEED = (
     *every_need(),
@@ -52,7 +54,7 @@ EVERY_NEED = (
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
 _HELPERS = re.compile(
     r"aggregate|answer_span|checked_\w+|cycled_rows|extract_\w+|forking_mask|group_quantile|log_ratio|"
-    r"low_probability_confidence|mean_log_ratio|on_mask|outcome_token_rewards|parsed_number|pessimistic_surrogate|"
+    r"low_probability_confidence|mean_log_ratio|moved_values|on_mask|outcome_token_rewards|parsed_number|pessimistic_surrogate|"
     r"predicted_entropy_change|row_uniforms|row_weight|soft_minimum|taken_turns|token_share|weighted_sum"
 )
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
@@ -194,7 +196,7 @@ def described_recipe(name: str) -> dict[str, Any]:
 
 
 def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a recipe's plan, views, rewards, credit and losses, in order, behind what chooses its prompts.
+    """The entries of a recipe: what chooses its prompts, its plan, views, rewards, credit and losses, then its stages.
 
     Returns:
       For each: function (its name), section, entry (as it stands in the file). The coefficient of a loss, where it
@@ -220,7 +222,7 @@ def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
             coefficient = hyper.get("coefficient") if isinstance(hyper, dict) else None
             if section == "losses" and (isinstance(coefficient, dict) or _is_name(coefficient)):
                 found.append({"function": _named(coefficient), "section": "coefficient", "entry": coefficient})
-    return found
+    return found + [entry for stage in tree.get("stages") or () for entry in entries(stage)]
 
 
 def built(function: Any) -> Any:
@@ -246,6 +248,7 @@ def needs(functions: Iterable[Any], provided: Iterable[str] = ()) -> list[str]:
         if "stored_logprobs" in asked:  # `written_mask` marks stored answers then, not demonstrations
             asked -= {"written_mask"}
         found |= {need_of(name) for name in asked}
+        found |= {"reference"} if "over_vocabulary" in asked else set()  # the other one of the two distributions
         returned = None if isinstance(function, Method) else inspect.signature(function).return_annotation
         found |= {"memory"} if isinstance(function, Method) or returned in (Method, "Method") else set()
     return [need for need in EVERY_NEED if need in found]
@@ -259,20 +262,21 @@ def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
     about = tree["about"]
     functions: list[Any] = []
     filled: set[str] = set()
+    parts = [tree, *(tree.get("stages") or ())]
     try:
-        for section, terms_of in _SECTIONS.items():
-            for term in terms_of(tree.get(section) or ()):
+        for part, (section, terms_of) in itertools.product(parts, _SECTIONS.items()):
+            for term in terms_of(part.get(section) or ()):
                 functions.append(term.function)
                 filled |= set(getattr(term, "names", ()))
                 coefficient = getattr(term, "coefficient", None)
                 functions += [coefficient] if callable(coefficient) or isinstance(coefficient, Method) else []
-        for plan in _plan_entries(tree):
+        for plan in (plan for part in parts for plan in _plan_entries(part)):
             temperature = _hyper(plan).get("temperature", 1.0)
             made = number_or_method(temperature, "rollout.plan.temperature")
             functions += [] if isinstance(made, float) else [made]
     except RecipeError as error:
         raise RecipeError(f"recipe {file}: {error}") from None
-    asked = {*needs(functions, filled), *_config_needs(tree)}
+    asked = {*needs(functions, filled), *(need for part in parts for need in _config_needs(part))}
     return {
         "name": file.stem,
         "paper": str(about["paper"]),
@@ -307,7 +311,7 @@ def _plan_entries(tree: dict[str, Any]) -> list[Any]:
     plan = (tree.get("rollout") or {}).get("plan")
     if plan is None:
         return []
-    if isinstance(plan, dict):
+    if isinstance(plan, dict) and "python" not in plan:
         return [{name: hyper} for name, hyper in plan.items()]
     return plan if isinstance(plan, list) else [plan]
 

@@ -383,7 +383,7 @@ class NetworkConfig:
       copy_at: steps after which its origin is copied, beside those.
       temperature: of its log-probabilities; None is that of the rollout.
       always_origin: it is its origin at every moment: the policy at another temperature.
-      parameter_dtype, compute_dtype, int8: of one with a path.
+      parameter_dtype, compute_dtype: of one that is read from a directory of Hugging Face.
     """
 
     origin: str = "policy"
@@ -402,7 +402,6 @@ class NetworkConfig:
     always_origin: bool = False
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
-    int8: bool = False
 
     def __post_init__(self):
         _at_least("networks", self, 0, "learning_rate", "max_gradient_norm", "copy_every")
@@ -527,6 +526,10 @@ class AboutConfig:
     certainty: Literal["verified", "recalled", "reconstructed", ""] = ""
 
 
+# What a stage cannot have of its own.
+_OF_THE_RUN = ("model", "lora", "mesh", "warm_start", "stages", "run_dir", "checkpoints", "reporting", "about")
+
+
 @dataclass(frozen=True)
 class Config:
     """A whole run. Everything but `run_dir` and `reporting` decides the numbers.
@@ -566,10 +569,16 @@ class Config:
                 f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "
                 "mounted directory, and copy it to the bucket when the run is over"
             )
-        if (self.task is None) == (self.data.path is None):
-            both = "are both set" if self.task else "are both missing"
+        for stage in self.stages:
+            if of_run := [name for name in _OF_THE_RUN if name in stage]:
+                raise ValueError(
+                    f"stage {stage.get('name', '')!r} sets {of_run[0]}, which all stages of a run share; set it beside "
+                    "section stages"
+                )
+        if self.task is not None and self.data.path is not None:
             raise ValueError(
-                f"task and data.path {both}; name a built-in task in section task, or a file of your own in data.path"
+                "task and data.path are both set; name a built-in task in section task, or a file of your own in "
+                "data.path"
             )
         if self.training.bfloat16_update != "nearest" and self.model.parameter_dtype != "bfloat16":
             raise ValueError(
@@ -581,6 +590,11 @@ class Config:
                 "data.prompts is 'chat', but a model that is described by its shape has no chat template; set "
                 "model.path to a checkpoint, or data.prompts to plain"
             )
+
+    @property
+    def has_problems(self) -> bool:
+        """Whether there are problems to train on and to be measured on."""
+        return self.task is not None or self.data.path is not None
 
     @property
     def directory(self) -> Path:
@@ -613,15 +627,13 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         if name in values and not isinstance(values[name], list):
             values[name] = [values[name]]
     rollout = values.get("rollout")
-    if isinstance(rollout, dict) and rollout.get("plan") is not None and not isinstance(rollout["plan"], list):
-        rollout["plan"] = (
-            [{name: hyper} for name, hyper in rollout["plan"].items()]
-            if isinstance(rollout["plan"], dict)
-            else [rollout["plan"]]
-        )
-    for network in (values.get("networks") or {}).values():
-        if isinstance(network, dict) and "from" in network:
-            network["origin"] = network.pop("from")
+    if isinstance(rollout, dict) and not isinstance(rollout.get("plan", []), list):
+        plan: Any = rollout["plan"] or {}
+        several = isinstance(plan, dict) and "python" not in plan
+        rollout["plan"] = [{name: hyper} for name, hyper in plan.items()] if several else [plan]
+    networks = values.get("networks")
+    if isinstance(networks, dict):
+        values["networks"] = {name: _with_origin(network) for name, network in networks.items()}
     if isinstance(values.get("model"), dict) and _model_kind(values["model"]) == "checkpoint":
         _refuse_shape(values["model"])
     elif isinstance(values.get("model"), dict):
@@ -631,6 +643,13 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         return pydantic.TypeAdapter(Config).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explained(problem) for problem in error.errors())) from None
+
+
+def _with_origin(network: Any) -> Any:
+    """A section of a network with `from`, which is no name of an attribute, under the name that it has inside."""
+    if not isinstance(network, dict):
+        return {} if network is None else network
+    return {"origin" if key == "from" else key: value for key, value in network.items()}
 
 
 def read_tree(path: Path) -> dict[str, Any]:

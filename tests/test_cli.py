@@ -111,10 +111,10 @@ def test_explain_gives_the_stages_in_order(explained):
     rows = [(row["stage"], row["name"], row["where"]) for row in explained["stages"]]
     assert rows == [
         ("collect", "generate", "program"),
-        ("score", "answer_format", "program"),
-        ("score", "exact_answer", "program"),
-        ("credit", "the sampler's own", "program"),
-        ("credit", "reference forward pass", "program"),
+        ("rewards", "answer_format", "program"),
+        ("rewards", "exact_answer", "program"),
+        ("networks", "the sampler's own", "program"),
+        ("networks", "reference forward pass", "program"),
         ("credit", "running_mean_baseline", "program"),
         ("learn", "clipped_surrogate", "program"),
         ("learn", "kl_estimate", "program"),
@@ -153,11 +153,11 @@ def test_explain_prints_json_and_tables(jaxrl, explained, micro_yaml, monkeypatc
 
 def test_a_step_with_a_host_reward_has_two_programs(micro_yaml):
     built = explain_parts(micro_yaml, "rewards=[exact_match]", "losses=[clipped_surrogate]")
-    assert [row["where"] for row in explain.stages(built.step.composition) if row["stage"] == "score"] == ["host"]
+    assert [row["where"] for row in explain.stages(built.step.composition) if row["stage"] == "rewards"] == ["host"]
     assert len(built.step.programs) == 2
     experience = explain.trace(built)
-    assert experience.rewards.shape == (16,)
-    assert experience.reference_logprobs is None
+    assert experience["rewards"].shape == (16,)
+    assert "reference_logprobs" not in experience
 
 
 # ---- eval and sample ------------------------------------------------------------------------------------------------

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from jaxrl_llm.config import ConfigError, as_tree, load_config, numeric_tree, parse_config, read_tree
+from jaxrl_llm.config import (
+    FREE,
+    ConfigError,
+    NetworkConfig,
+    as_tree,
+    load_config,
+    numeric_tree,
+    parse_config,
+    read_tree,
+)
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.experience import Loss
 from jaxrl_llm.run.checkpoints import config_hash
 from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.staged import last_stage, staged
 
 ROOT = Path(__file__).parents[1]
 # qwen3_gsm8k needs a checkpoint and a data file: tests/test_pretrained.py runs it with both.
@@ -30,9 +44,10 @@ def parsed(micro_config):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_config_loads_and_composes(path):
     config = load_config(path, vocabulary_size=VOCABULARY)
-    built = parts(config)
-    assert len(built.step.composition.rewards) == len(config.rewards)
-    assert built.task.name == config.task.name
+    for stage in staged(config):
+        c, own = stage["parts"].step.composition, stage["parts"].config
+        assert (len(c.rewards), len(c.losses)) == (len(own.rewards), len(own.losses))
+        assert stage["parts"].task.name == config.task.name
 
 
 def test_configs_are_shipped():
@@ -74,7 +89,7 @@ def test_an_override_does_not_change_the_tree_it_is_applied_to(micro_config, par
     [
         ("training.step=3", r"config key training\.step \(value 3\) does not exist; did you mean training\.steps\?"),
         ("trainings.steps=3", r"did you mean training\?"),
-        ("zzz=3", "config key zzz .* known keys: name, model, rewards"),
+        ("zzz=3", "config key zzz .* known keys: name, model, losses, rewards"),
         ("rollout.qqqqq=1", "known keys: samples_per_prompt, max_prompt_tokens"),
         ("training.steps=ten", r"config key training\.steps is 'ten': .*valid integer"),
         ("training.steps=2.5", r"config key training\.steps is 2\.5: .*integer"),
@@ -113,7 +128,7 @@ def test_every_problem_is_named_at_once(parsed):
         parsed("training.steps=ten", "evaluation.problems=all")
 
 
-@pytest.mark.parametrize("missing", ["name", "model", "rewards"])
+@pytest.mark.parametrize("missing", ["name", "model"])
 def test_a_missing_key_is_named(micro_config, missing):
     tree = {key: value for key, value in micro_config.items() if key != missing}
     with pytest.raises(ConfigError, match=f"config key {missing} is missing; add it"):
@@ -188,7 +203,13 @@ def test_what_decides_no_number_is_not_hashed(parsed, override):
         "task.options.scratchpad=true",
         "data.overlong_prompts=drop",
         "training.learning_rate=0.1",
-        "training.refresh_reference_every=0",
+        "networks.reference.copy_every=0",
+        "networks.value.learning_rate=0.5",
+        "rollout.plan=refill",
+        "source=[sampler, {replay: {share: 0.5}}]",
+        "views={again: {python: 'm:f'}}",
+        "data.selection=bandit",
+        "stages=[{name: a}]",
         "model.width=32",
         "rewards=[exact_answer]",
         "rollout.temperature=0.5",
@@ -202,6 +223,195 @@ def test_what_decides_a_number_is_hashed(parsed, override):
 def test_the_number_of_steps_decides_where_the_schedule_depends_on_it(parsed):
     few, many = (parsed("training.schedule=cosine", f"training.steps={steps}") for steps in (8, 9))
     assert config_hash(numeric_tree(few)) != config_hash(numeric_tree(many))
+
+
+def fields_that_decide(value, prefix=""):
+    """(dotted fields that are not marked FREE, those that are) of a config, section by section."""
+    decide, free = set(), set()
+    for one in dataclasses.fields(value):
+        held, name = getattr(value, one.name), f"{prefix}{one.name}"
+        if one.metadata == FREE:
+            free.add(name)
+        elif dataclasses.is_dataclass(held):
+            inner = fields_that_decide(held, f"{name}.")
+            decide, free = decide | inner[0], free | inner[1]
+        elif one.name == "networks":
+            for network, section in held.items():
+                inner = fields_that_decide(section, f"{name}.{network}.")
+                decide, free = decide | inner[0], free | inner[1]
+        else:
+            decide.add(name)
+    return decide, free
+
+
+def dotted(tree, whole, prefix=""):
+    """Dotted names of a tree, down to the names that `whole` has."""
+    found = set()
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        found |= {path} if path in whole or not isinstance(value, dict) else dotted(value, whole, f"{path}.")
+    return found
+
+
+def test_the_hash_covers_exactly_the_fields_that_are_not_free(parsed):
+    engine = "rollout.engine={url: http://a, model: m, weights_directory: w, reload_path: p}"
+    config = parsed("training.schedule=cosine", engine, "lora={rank: 2, alpha: 2}", "networks={value: {}}")
+    decide, free = fields_that_decide(config)
+    assert dotted(numeric_tree(config), decide) == decide
+    assert {"name", "run_dir", "about", "reporting", "checkpoints", "data.path", "data.directory"} <= free
+    assert {"rollout.engine.url", "rollout.engine.concurrency"} <= free
+    assert {"rollout.engine.reload_every_steps", "networks.value.learning_rate", "lora.rank", "seed"} <= decide
+    # More steps may be added where no schedule depends on their number.
+    assert "steps" not in numeric_tree(parsed())["training"]
+
+
+# ---- spellings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ("refill", ("refill",)),
+        ("{refill: {max_rounds: 3}}", ({"refill": {"max_rounds": 3}},)),
+        (
+            "{demonstration_in_group: {}, refill: {max_rounds: 3}}",
+            ({"demonstration_in_group": {}}, {"refill": {"max_rounds": 3}}),
+        ),
+        ("{demonstration_in_group: null, refill: null}", ({"demonstration_in_group": None}, {"refill": None})),
+        (
+            "[demonstration_in_group, {refill: {max_rounds: 3}}]",
+            ("demonstration_in_group", {"refill": {"max_rounds": 3}}),
+        ),
+        ("{python: 'm:f', rounds: 2}", ({"python": "m:f", "rounds": 2},)),
+        ("null", ()),
+        ("[]", ()),
+    ],
+)
+def test_a_plan_is_a_name_a_mapping_or_a_list(parsed, plan, expected):
+    assert parsed(f"rollout.plan={plan}").rollout.plan == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("sampler", ("sampler",)),
+        ("{pairs: {file: a.jsonl, groups_per_step: 2}}", ({"pairs": {"file": "a.jsonl", "groups_per_step": 2}},)),
+        ("[sampler, {replay: {share: 0.5}}]", ("sampler", {"replay": {"share": 0.5}})),
+        ("{python: 'm:f', size: 2}", ({"python": "m:f", "size": 2},)),
+    ],
+)
+def test_a_source_is_one_entry_or_a_list(parsed, source, expected):
+    assert parsed(f"source={source}").source == expected
+
+
+def test_a_network_says_where_it_is_from(parsed):
+    networks = parsed("networks={proxy: {from: policy, decay: 0.5}, twin_target: {from: twin}, value: null}").networks
+    assert (networks["proxy"].origin, networks["proxy"].decay) == ("policy", 0.5)
+    assert networks["twin_target"].origin == "twin"
+    assert networks["value"] == NetworkConfig()
+
+
+def test_the_new_sections_survive_being_written_and_read(parsed, tmp_path):
+    config = parsed(
+        "networks={proxy: {from: policy, copy_at: [3]}}",
+        "rollout.plan={demonstration_in_group: {}, refill: {max_rounds: 3}}",
+        "source={pairs: {file: a.jsonl, groups_per_step: 2}}",
+        "views={again: {python: 'm:f'}}",
+        "stages={name: one, networks: {proxy: {from: reference}}}",
+        "data.selection={bandit: {arms: level}}",
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_tree(config)))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("networks=3", r"config key networks is 3: "),
+        ("networks=[value]", r"config key networks is \['value'\]: "),
+        ("networks={value: 3}", "config section networks.value is 3; it must be a mapping"),
+        ("networks={value: {bakcbone: own}}", r"networks.value.bakcbone .* did you mean networks.value.backbone\?"),
+        ("networks={value: {backbone: mine}}", r"networks.value.backbone is 'mine': .*'own' or 'shared'"),
+        ("networks={value: {decay: 1.5}}", r"decay is 1.5; .*\[0, 1\]"),
+        ("networks={value: {temperature: 0}}", "temperature is 0.0; it must be above 0"),
+        ("networks={value: {copy_every: -1}}", "copy_every is -1; it must be at least 0"),
+        ("networks={value: {head: vector}}", "networks.value.head"),
+        ("rollout.plan=3", r"rollout.plan|neither a name"),
+        ("views=[a]", r"config key views is \['a'\]: "),
+        ("stages=[a]", r"config key stages.0 is 'a': "),
+        ("stages=[{name: a, model: {width: 8}}]", "stage 'a' sets model, which all stages of a run share"),
+        ("stages=[{name: a, stages: []}]", "stage 'a' sets stages"),
+        ("critic={}", "config key critic .* does not exist"),
+        ("replay={share: 0.5}", "config key replay .* does not exist"),
+        ("rehearsal={}", "config key rehearsal .* does not exist"),
+        ("supervised={}", "config key supervised .* does not exist"),
+        ("rollout.refill={}", "config key rollout.refill .* does not exist"),
+        ("training.refresh_reference_every=1", "config key training.refresh_reference_every .* does not exist"),
+    ],
+)
+def test_a_new_section_that_is_wrong_is_named(parsed, override, message):
+    with pytest.raises(ValueError, match=message):
+        parts(parsed(override))
+
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+
+STAGES = [
+    {"name": "sft", "source": {"demonstrations": {"sequences_per_step": 8}}, "losses": ["negative_log_likelihood"]}
+    | {"rewards": [], "credit": [], "training": {"steps": 2}},
+    {"name": "rl", "training": {"steps": 3}},
+]
+
+
+def test_each_stage_is_a_whole_config(parsed):
+    config = parsed(stages=STAGES)
+    warm, sft, rl = (stage | {"config": stage["parts"].config} for stage in staged(config))
+    assert [stage["name"] for stage in (warm, sft, rl)] == ["warm start", "sft", "rl"]
+    assert (sft["steps"], rl["steps"], sft["config"].training.learning_rate) == (2, 3, 0.003)
+    assert sft["parts"].step.composition.rollout is None
+    assert rl["parts"].step.composition.rollout is not None
+    assert rl["config"].losses == config.losses
+    assert sft["config"].stages == ()
+    assert sft["parts"].model is rl["parts"].model
+    assert last_stage(config) == rl["config"]
+    assert last_stage(parsed()) == parsed()
+
+
+def test_a_config_without_stages_is_one(parsed):
+    assert [stage["name"] for stage in staged(parsed("warm_start.steps=0"))] == ["reinforcement"]
+    unnamed = [{key: value for key, value in stage.items() if key != "name"} for stage in STAGES]
+    assert [stage["name"] for stage in staged(parsed(stages=unnamed))] == ["warm start", "stage 1", "stage 2"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([*STAGES, STAGES[0]], "stages are named warm start, sft, rl, sft; give each a name of its own"),
+        ([STAGES[1] | {"name": "warm start"}], "stages are named warm start, warm start"),
+        ([STAGES[0], {"name": "rl", "trainin": {}}], "stage 'rl': config key trainin .* did you mean training"),
+        ([STAGES[0], {"name": "rl", "training": {"steps": "x"}}], "stage 'rl': config key training.steps is 'x'"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(parsed, stages, message):
+    with pytest.raises(ValueError, match=message):
+        staged(parsed(stages=stages))
+
+
+def test_a_network_that_no_stage_has_trained_cannot_be_read(parsed):
+    networks = {"judge": {"head": "scalar"}}
+    rl = STAGES[1] | {"rewards": ["exact_answer", {"python": "tests_judge:score"}], "networks": networks}
+    judge = SimpleNamespace(
+        score=lambda judge_scores: judge_scores,
+        squared=lambda judge_scores, weight: Loss((weight * judge_scores**2).sum(), weight.sum()),
+    )
+    sft = STAGES[0] | {"losses": [{"python": "tests_judge:squared"}], "networks": networks}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tests_judge", judge)
+        with pytest.raises(ValueError, match=r"stage 'rl' reads network 'judge', which no stage before it trains"):
+            staged(parsed(stages=[rl]))
+        trained = staged(parsed(stages=[sft, rl]))
+        assert [stage["parts"].step.composition.learning for stage in trained[1:]] == [{"judge"}, {"policy"}]
 
 
 def test_mesh_auto_is_a_mesh_without_sizes(parsed):

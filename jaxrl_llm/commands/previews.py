@@ -14,7 +14,8 @@ from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.planning.plan_tables import tables
 from jaxrl_llm.planning.run_plan import plan, refusal
 from jaxrl_llm.run.explain import explanation
-from jaxrl_llm.run.setup import last_stage, parts
+from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.staged import last_stage
 
 
 def show_step(options: argparse.Namespace) -> None:
@@ -25,6 +26,7 @@ def show_step(options: argparse.Namespace) -> None:
         print(json.dumps(result, indent=2))
         return
     show(options, result["stages"], "one step, in order ([x] is used when something provides it)")
+    show(options, result["hyper_parameters"], "hyper-parameters")
     show(options, [{"field": k, "shape": v} for k, v in result["shapes"].items()], "experience after a step")
     show(options, [{"size": k, "value": f"{v:,}"} for k, v in result["sizes"].items()], "sizes")
     widths = [

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from jaxrl_llm.data import tasks
@@ -96,12 +97,22 @@ class DataSet(Sequence[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return record(self.source[index], index)
+        return self._whole(record(self.source[index], index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [
-            record(element, index) for element, index in zip(self.source.__getitems__(indices), indices, strict=True)
-        ]
+        return [self._whole(each) for each in self.stored(indices)]
+
+    def stored(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Records as they lie on disk, without the columns that are made of them."""
+        elements = zip(self.source.__getitems__(indices), indices, strict=True)
+        return [record(element, index) for element, index in elements]
+
+    @cached_property
+    def _columns(self) -> Any:
+        return tasks.task(self.spec.task, **self.spec.options).columns
+
+    def _whole(self, stored: dict[str, Any]) -> dict[str, Any]:
+        return stored if self._columns is None else {**stored, **self._columns(stored)}
 
 
 def fingerprint(spec: DataSpec, records: Sequence[Mapping[str, Any]]) -> str:
@@ -128,7 +139,7 @@ def data_set(spec: DataSpec, data_dir: str) -> DataSet:
     with _quiet():
         source = builder.as_data_source(split=spec.split)
     dataset = DataSet(spec, str(builder.data_path), source, builder.info.metadata.get("fingerprint", ""))
-    found = fingerprint(spec, dataset.__getitems__(range(len(dataset))))
+    found = fingerprint(spec, dataset.stored(range(len(dataset))))
     if len(dataset) != spec.count or found != dataset.fingerprint:
         raise ValueError(
             f"the data set in {dataset.directory} has {len(dataset)} items with the fingerprint {found}, but "

@@ -34,12 +34,14 @@ class Judged(NamedTuple):
       text: of the completion, without end of sequence.
       value: preferred (1 or 0), rank (0 is best), or rating.
       steps: texts of its steps with the label of each; empty for other kinds.
+      where: its file and line.
     """
 
     prompt: str
     text: str
     value: float
     steps: tuple[tuple[str, float], ...] = ()
+    where: str = ""
 
 
 class WrittenBatch(NamedTuple):
@@ -54,16 +56,30 @@ class WrittenBatch(NamedTuple):
 
 
 def _text(record: Mapping[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
+    return _is_text(record.get(key), key, where)
+
+
+def _is_text(value: Any, what: str, where: str) -> str:
     if isinstance(value, str):
         return value
-    raise ValueError(f"{where} has {key} {value!r}, which is no text; name the field that holds it")
+    raise ValueError(f"{where} has {what} {value!r}, which is no text; write it in quotes")
+
+
+def _number(value: Any, what: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        raise ValueError(f"{where} has {what} {value!r}; it must be a finite number")
+    return float(value)
+
+
+def _distinct(texts: Sequence[str], where: str) -> None:
+    for place, text in enumerate(texts):
+        if text in texts[:place]:
+            raise ValueError(f"{where} has two equal completions {text[:40]!r}, of which none is better; leave one out")
 
 
 def _pair(record: Mapping[str, Any], where: str) -> list[Judged]:
     prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
-    if chosen == rejected:
-        raise ValueError(f"{where} has two equal completions {chosen[:40]!r}; a pair needs a better and a worse one")
+    _distinct([chosen, rejected], where)
     return [Judged(prompt, chosen, 1.0), Judged(prompt, rejected, 0.0)]
 
 
@@ -73,15 +89,14 @@ def _ranking(record: Mapping[str, Any], where: str) -> list[Judged]:
         raise ValueError(
             f"{where} has completions {texts!r}; a ranking is a list of at least two texts, the best first"
         )
-    prompt = _text(record, "prompt", where)
-    return [Judged(prompt, str(text), float(rank)) for rank, text in enumerate(texts)]
+    prompt, texts = _text(record, "prompt", where), [_is_text(text, "completion", where) for text in texts]
+    _distinct(texts, where)
+    return [Judged(prompt, text, float(rank)) for rank, text in enumerate(texts)]
 
 
 def _rating(record: Mapping[str, Any], where: str) -> list[Judged]:
-    prompt, text, value = _text(record, "prompt", where), _text(record, "completion", where), record.get("rating")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise ValueError(f"{where} has rating {value!r}; it must be a finite number")
-    return [Judged(prompt, text, float(value))]
+    prompt, text = _text(record, "prompt", where), _text(record, "completion", where)
+    return [Judged(prompt, text, _number(record.get("rating"), "rating", where))]
 
 
 def _label(record: Mapping[str, Any], where: str) -> list[Judged]:
@@ -95,7 +110,12 @@ def _steps(record: Mapping[str, Any], where: str) -> list[Judged]:
     prompt, steps, labels = _text(record, "prompt", where), record.get("steps"), record.get("labels")
     if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
         raise ValueError(f"{where} has {steps!r} as steps and {labels!r} as labels; give lists of one length")
-    pairs = tuple((str(step), float(label)) for step, label in zip(steps, labels, strict=True))
+    if "" in steps:
+        raise ValueError(f"{where} has an empty step, which has no last token to be labelled; leave it out")
+    pairs = tuple(
+        (_is_text(step, "step", where), _number(int(label) if isinstance(label, bool) else label, "label", where))
+        for step, label in zip(steps, labels, strict=True)
+    )
     return [Judged(prompt, "".join(step for step, _ in pairs), 0.0, pairs)]
 
 
@@ -123,7 +143,10 @@ def judged_groups(path: str | Path, kind: Kind) -> list[list[Judged]]:
     """
     if kind not in _READERS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(_READERS)}")
-    groups = [_READERS[kind](record, where) for where, record in json_objects(Path(path), "source file")]
+    groups = [
+        [row._replace(where=where) for row in _READERS[kind](record, where)]
+        for where, record in json_objects(Path(path), "source file")
+    ]
     if len(sizes := {len(group) for group in groups}) > 1:
         raise ValueError(f"{path} has groups of {sorted(sizes)} completions; give each line equally many")
     return groups
@@ -164,7 +187,7 @@ def written_batches(
             dropped += 1
         else:
             raise ValueError(
-                f"group {number + 1} of the file needs {longest[0]} prompt and {longest[1]} completion tokens, but the "
+                f"{group[0].where} needs {longest[0]} prompt and {longest[1]} completion tokens, but the "
                 f"limits are {max_prompt_tokens} and {max_completion_tokens}; raise them, or set data.overlong_prompts "
                 "to drop"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.divergences.convex import convex_kl
+from jaxrl_llm.losses.divergences.distillation import teacher_reverse_kl
 from jaxrl_llm.losses.divergences.divergence import divergence
 from jaxrl_llm.losses.divergences.estimates import divergence_reward, js_definition, kl_estimate
 from jaxrl_llm.losses.divergences.generators import GENERATORS, Generator, generator, renyi
@@ -25,8 +26,10 @@ from jaxrl_llm.losses.policy.outcome import (
 from jaxrl_llm.losses.policy.sequence_surrogates import sequence_clipped_surrogate
 from jaxrl_llm.losses.policy.surrogates import cispo, clipped_surrogate, policy_gradient, sapo
 from jaxrl_llm.losses.policy.valuation import mean_log_ratio, random_policy_valuation
+from jaxrl_llm.losses.preference.bradley_terry import bradley_terry
 from jaxrl_llm.losses.preference.discriminative import decoupled_reward, group_trust_region
 from jaxrl_llm.losses.preference.dpo import dpo
+from jaxrl_llm.losses.preference.kto import kto, mismatched_completions, mismatched_kl
 from jaxrl_llm.losses.preference.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
 from jaxrl_llm.losses.ratio import log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.regularisers.entropy import entropy_bonus
@@ -49,6 +52,7 @@ __all__ = [
     "Loss",
     "aggregate",
     "blended_surrogate",
+    "bradley_terry",
     "cispo",
     "clipped_surrogate",
     "clipped_value",
@@ -74,11 +78,14 @@ __all__ = [
     "js_definition",
     "kl_estimate",
     "kl_penalized_sequence_rewards",
+    "kto",
     "log_ratio",
     "lowest_token_proxy",
     "masked_policy_gradient",
     "mean_log_ratio",
     "min_p_logprobs",
+    "mismatched_completions",
+    "mismatched_kl",
     "mixed_policy_surrogate",
     "negative_aware_likelihood",
     "negative_log_likelihood",
@@ -99,6 +106,7 @@ __all__ = [
     "sequence_clipped_surrogate",
     "stored_likelihood",
     "success_cloning",
+    "teacher_reverse_kl",
     "token_reward_cross_entropy",
     "token_share",
     "twin_huber_value",

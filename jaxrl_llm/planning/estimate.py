@@ -19,12 +19,11 @@ from jaxrl_llm.config import Config
 from jaxrl_llm.models.logprobs import SCORES_PER_CHUNK
 from jaxrl_llm.models.parameters import ParameterSpec
 from jaxrl_llm.parallel.rules import AXES, Rules, axes_of, changed_rules, decoding
-from jaxrl_llm.parallel.shardings import state_shardings
 from jaxrl_llm.planning.ahead import PHASES
 from jaxrl_llm.planning.hlo import Cost
 from jaxrl_llm.planning.topologies import Topology
 from jaxrl_llm.rollout.decoding import cache_stages
-from jaxrl_llm.training.networks import is_offloaded, parameter_shardings
+from jaxrl_llm.training.networks import POLICY, is_offloaded, placed_state
 
 
 @dataclass
@@ -62,7 +61,8 @@ def estimate(
       ValueError: where the mesh does not divide what it has to.
     """
     at = _Sizes(config, model, sizes, topology)
-    held, away = _state_bytes(config, model, state, at)
+    others = {name: one.model for name, one in composition.networks.items() if one.model is not None}
+    held, away = _state_bytes(config, {POLICY: model} | others, state, at)
     result = Estimate()
     weights = _weights(model, at, decoding(at.rules, gathered=config.mesh.gather_for_rollout))
     cache = at.cache_bytes
@@ -177,14 +177,17 @@ class _Sizes:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
-def _state_bytes(config: Config, model: Any, state: Any, at: _Sizes) -> tuple[dict[str, float], float]:
-    """Bytes of each part of the state that lies on a device, and of what waits in the memory of its host."""
+def _state_bytes(config: Config, models: Mapping[str, Any], state: Any, at: _Sizes) -> tuple[dict[str, float], float]:
+    """Bytes of each part of the state that lies on a device, and of what waits in the memory of its host.
+
+    Args:
+      config, state, at: of the run.
+      models: of the networks by name; a network that is not named has the policy's.
+    """
     mesh = jax.sharding.AbstractMesh(
         tuple(at.mesh.shape[axis] for axis in AXES), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
     )
-    placed = parameter_shardings(model, mesh, at.rules)  # pyright: ignore[reportArgumentType]
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    lies = state_shardings(state, params, placed, mesh)  # pyright: ignore[reportArgumentType]
+    lies = placed_state(models, state, mesh, at.rules)  # pyright: ignore[reportArgumentType]
     offload = config.training.offload
     held: dict[str, float] = {}
     away = 0.0

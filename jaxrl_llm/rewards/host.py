@@ -93,9 +93,14 @@ def _asked(function: Callable[..., Any]) -> set[str]:
 
 def _part(returned: Any, name: str, place: int, names: Sequence[str]) -> Any:
     """What belongs to one name of what a function returned."""
-    if isinstance(returned, Mapping):
-        return returned.get(name)
-    return returned[place] if len(names) > 1 and returned is not None else returned
+    if isinstance(returned, Mapping):  # one that says none of the names is refused for what it is
+        return returned.get(name) if returned.keys() & set(names) else returned
+    if len(names) == 1 or returned is None:
+        return returned
+    try:
+        return returned[place]
+    except (TypeError, IndexError):
+        return returned
 
 
 def _call(reading: Reading, data: Mapping[str, Any]) -> Any:
@@ -250,8 +255,9 @@ def checked_host_reward(
     (values,) = answered(Reading(function, called), data, rows=count, names=["rewards"]).values.values()
     for row, value in enumerate(values):
         if isinstance(value, str) or np.ndim(value) != 0:
+            said = value.tolist() if isinstance(value, np.ndarray) else value
             raise RewardError(
-                f"reward {called!r} returned {value!r} at row {row}{_shown(data, row)}; it must return one number for "
+                f"reward {called!r} returned {said!r} at row {row}{_shown(data, row)}; it must return one number for "
                 "each row, so replace text and lists by a float"
             )
     return np.array([np.nan if value is None else value for value in values], np.float32)

@@ -69,7 +69,7 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     made = {}
     for view, entry in entries.items():
         name, hyper = entry_of(entry, f"views.{view}")
-        made[view] = method(name, hyper, (rewards, advantages), f"views.{view}", sizes)
+        made[view] = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
     return made
 
 

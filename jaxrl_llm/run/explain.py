@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.experience import FACTS, Experience, Prompts, TrainState
+from jaxrl_llm.experience import FACTS, Experience, Method, Prompts, TrainState
 from jaxrl_llm.fields import FIELDS, provided_by
 from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rows import written_rows
 from jaxrl_llm.run.prompt_lengths import width_shares
-from jaxrl_llm.run.setup import Parts, prompts_handed
+from jaxrl_llm.run.setup import Parts, prompt_columns, prompts_handed
 from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
@@ -64,6 +66,28 @@ def stages(step: Composition) -> list[dict[str, Any]]:
     return rows
 
 
+def hyper_parameters(step: Composition) -> list[dict[str, Any]]:
+    """The keywords of every function of a step: function, keyword, value, and where it comes from.
+
+    "given" was set in the recipe or filled from the run; "default" stands in the function's signature.
+    """
+    terms = [(t.name, t.function) for t in (*step.rewards, *step.credit, *step.losses)]
+    terms += [(f"coefficient of {t.name}", t.coefficient) for t in step.losses if t.coefficient_changes]
+    rows = []
+    for name, function in terms:
+        given: dict[str, Any] = {}
+        while isinstance(function, partial):
+            given, function = function.keywords | given, function.func
+        target = function.update if isinstance(function, Method) else function
+        for keyword, parameter in inspect.signature(target).parameters.items():
+            if parameter.kind is not parameter.KEYWORD_ONLY:
+                continue
+            value = given.get(keyword, parameter.default)
+            source = "given" if keyword in given else "default"
+            rows.append({"function": name, "keyword": keyword, "value": str(value), "from": source})
+    return rows
+
+
 def _source(step: Composition) -> str:
     r = step.rollout
     if r is None:
@@ -95,17 +119,20 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
     """State and work that a step starts from, as shapes. No memory is used."""
     config, c = parts.config, parts.step.composition
     rollout = config.rollout
-    asked = c.wanted & provided_by("data")
 
     def prompts() -> Prompts:
         rows = prompts_handed(parts)
         number = jnp.zeros(rows, jnp.int32)
         completion = jnp.zeros((rows, rollout.max_completion_tokens), jnp.int32)
-        fields = {"demonstration_tokens": completion, "demonstration_length": number} if asked else {}
+        prompt = jnp.zeros((rows, rollout.max_prompt_tokens), jnp.int32)
+        demonstrated = {"demonstration_tokens": completion, "demonstration_length": number}
+        fields = demonstrated if c.wanted & demonstrated.keys() else {}
+        for column in prompt_columns(c.wanted):
+            fields |= {f"{column}_tokens": prompt, f"{column}_length": number}
         if c.rollout is not None and c.rollout.selection is not None:
             fields |= {"item": number, "repeat": number}
         return Prompts(
-            tokens=jnp.zeros((rows, rollout.max_prompt_tokens), jnp.int32),
+            tokens=prompt,
             length=number,
             prompt_id=number,
             answer_tokens=completion,
@@ -165,10 +192,10 @@ def explanation(parts: Parts) -> dict[str, Any]:
     """The composed step of a config as plain data; compiles the step's programs to count their work.
 
     Returns:
-      stages: see `stages`. shapes: name -> dtype[shape] of the experience that one step fills in.
-      sizes: parameters, sequences, tokens, updates. widths: see `width_shares`. programs: for each compiled program of
-      the widest prompts FLOPs, bytes accessed and temporary memory, as XLA's cost model counts them (a loop body counts
-      once, however often it runs).
+      stages, hyper_parameters: see the functions of these names. shapes: name -> dtype[shape] of the experience that
+      one step fills in. sizes: parameters, sequences, tokens, updates. widths: see `width_shares`. programs: for each
+      compiled program of the widest prompts FLOPs, bytes accessed and temporary memory, as XLA's cost model counts
+      them (a loop body counts once, however often it runs).
     """
     config, step = parts.config, parts.step
     programs = programs_with_inputs(parts)
@@ -176,6 +203,7 @@ def explanation(parts: Parts) -> dict[str, Any]:
     rows = config.training.prompts_per_step * config.rollout.samples_per_prompt
     return {
         "stages": stages(step.composition),
+        "hyper_parameters": hyper_parameters(step.composition),
         "shapes": _shapes(trace(parts)),
         "sizes": {
             "parameters": parameter_count(parts.model.specs),

@@ -16,7 +16,8 @@ from jaxrl_llm.models import weights
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.run import checkpoints
-from jaxrl_llm.run.setup import Parts, last_stage, parts
+from jaxrl_llm.run.setup import Parts, parts
+from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.networks import POLICY, Network, abstract_like, parameter_shardings
 
 

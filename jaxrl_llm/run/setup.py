@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,13 +16,13 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data, selection
-from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig, parse_config, stage_trees
+from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig
 from jaxrl_llm.data import Batches, CharacterTokenizer, DataSet, DataSpec, JsonlDataSet, Task, Tokenizer
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.jsonl import SPLITS
 from jaxrl_llm.evaluation import Grader, file_grader, task_grader
 from jaxrl_llm.experience import KeyUse, Method, Prompts
-from jaxrl_llm.fields import provided_by
+from jaxrl_llm.fields import PROMPT_COLUMNS
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.lora import add_adapters, lora
@@ -117,113 +117,6 @@ class Parts:
         return {"tokenizer": self.tokenizer.fingerprint, "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
-def last_stage(config: Config) -> Config:
-    """The config of the stage that a run ends with: the config itself where it has one stage."""
-    return _stage_configs(config)[-1]
-
-
-def _stage_configs(config: Config) -> list[Config]:
-    vocabulary = getattr(config.model, "vocabulary_size", None)
-    known = {} if vocabulary is None else {"vocabulary_size": vocabulary}
-    return [parse_config(tree, **known) for tree in stage_trees(config)] or [config]
-
-
-def staged(config: Config) -> list[dict[str, Any]]:
-    """The stages of a run, as what `stages.Stage` is made of, every one checked: the warm start, then section `stages`,
-    or the one stage that the config itself is.
-
-    Raises:
-      ValueError: as `parts` does, or for a network that a stage reads and none trains.
-    """
-    named = [(stage.get("name") or f"stage {n}") for n, stage in enumerate(config.stages, 1)] or ["reinforcement"]
-    if len(set(named)) < len(named):
-        raise ValueError(f"stages are named {', '.join(named)}; give each a name of its own")
-    configs = _stage_configs(config)
-    main = parts(configs[0])
-    warm, found = config.warm_start, []
-    if warm.steps:
-        probe = {"probes": ("pass@1",), "stop_at_accuracy": warm.stop_at_accuracy, "first_saved": False}
-        built = parts(_warm_start(configs[0]), like=main)
-        found.append(
-            {"name": "warm start", "parts": built, "steps": warm.steps, "probe_every_steps": warm.probe_every_steps}
-            | probe
-        )
-    for name, one in zip(named, configs, strict=True):
-        built = main if one is configs[0] else parts(one, like=main)
-        every = one.evaluation.every_steps
-        found.append({"name": name, "parts": built, "steps": one.training.steps, "probe_every_steps": every})
-    _check_trained(found)
-    return found
-
-
-def _warm_start(config: Config) -> Config:
-    """Supervised steps on reference completions, as a stage."""
-    warm, training = config.warm_start, config.training
-    rollout = replace(
-        config.rollout,
-        plan=(),
-        off_policy_steps=0,
-        prompt_buckets=False,
-        engine=None,
-        slots=None,
-        replay_router=False,
-        top_k=None,
-        top_p=1.0,
-        min_p=0.0,
-        renormalised=False,
-    )
-    plain = replace(
-        training,
-        steps=warm.steps,
-        epochs_per_batch=1,
-        minibatches_per_epoch=1,
-        sequences_per_microbatch=None,
-        learning_rate=warm.learning_rate,
-        warmup_steps=warm.warmup_steps,
-        schedule="constant",
-        optimizer="adamw",
-        weight_decay=0.0,
-        adam_b1=0.9,
-        adam_b2=0.999,
-        moment_dtype=None,
-        bfloat16_update="nearest",
-        max_gradient_norm=1.0,
-        offload=(),
-        freeze_policy_steps=0,
-        alignment_every_steps=0,
-    )
-    return replace(
-        config,
-        warm_start=replace(warm, steps=0),
-        source=({"demonstrations": {"sequences_per_step": warm.sequences_per_step}},),
-        rewards=(),
-        credit=(),
-        losses=("negative_log_likelihood",),
-        networks={},
-        views={},
-        stages=(),
-        rollout=rollout,
-        training=plain,
-        data=replace(config.data, selection=None),
-    )
-
-
-def _check_trained(stages: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where a stage reads a network with a head that no stage before it trains."""
-    trained: set[str] = set()
-    for stage in stages:
-        built = stage["parts"]
-        c = built.step.composition
-        trained |= c.learning
-        for name, network in c.networks.items():
-            described = name in built.config.networks
-            if described and network.head is not None and name not in trained and name not in built.paths:
-                raise ValueError(
-                    f"stage {stage['name']!r} reads network {name!r}, which no stage before it trains; add a stage "
-                    f"whose losses name what it says, or give networks.{name}.path"
-                )
-
-
 def parts(config: Config, target: Target | None = None, like: Parts | None = None) -> Parts:
     """Build and check everything that needs no data.
 
@@ -253,6 +146,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         alignment_learning_rate=training.learning_rate,
     )
     feeds = configured_sources(config, sizes)
+    _require_problems(config, feeds)
     samples = any(feed.source is None for feed in feeds)
     sampled = Rollout(
         samples_per_prompt=rollout.samples_per_prompt,
@@ -348,10 +242,19 @@ def configured_sources(config: Config, sizes: Mapping[str, Any]) -> tuple[Feed, 
     handed = [name for (name, _), feed in zip(entries, feeds, strict=True) if feed.rows or feed.stored]
     if len(handed) > 1:
         raise ValueError(
-            f"source names {handed[0]} and {handed[1]}; a step is handed written rows of one source (one_written), so "
+            f"source names {handed[0]} and {handed[1]}; a step is handed written rows of one source, so "
             "leave one of them out"
         )
     return tuple(feeds)
+
+
+def _require_problems(config: Config, feeds: Sequence[Feed]) -> None:
+    """Raises ValueError where something is made of problems and there are none."""
+    if not config.has_problems and any(feed.file is None for feed in feeds):
+        raise ValueError(
+            "task and data.path are both missing; name a built-in task in section task, a file of your own in "
+            "data.path, or a source that reads a file"
+        )
 
 
 def _selection(config: Config, sizes: Mapping[str, Any]) -> Any:
@@ -446,14 +349,15 @@ def data_sets(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, DataS
     """The problems of splits, by name; generated ones are written on first use, and those of `splits` alone.
 
     Raises:
-      ValueError: for a file that cannot be used.
+      ValueError: for a file that cannot be used, or a config without problems.
     """
     task, own = config.task, config.data
     if own.path is not None:
         fields = data.fields_of(own.format, **own.fields)
         sets = data.jsonl_data_sets(own.path, fields, validation_path=own.validation_path, test_path=own.test_path)
         return {split: sets[split] for split in splits}
-    assert task is not None  # Config holds one or the other
+    if task is None:
+        raise ValueError("this config has no problems; name a built-in task in section task, or a file in data.path")
     counts = {"train": task.train_items, "validation": task.validation_items, "test": task.test_items}
     return {
         split: data.data_set(
@@ -477,7 +381,8 @@ def grader(parts: Parts, *held_out: DataSet | JsonlDataSet) -> Grader:
 def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
     """Batches of training prompts, with reference completions where the step wants them; the position is the step."""
     config, rollout = parts.config, parts.config.rollout
-    with_demonstrations = bool(parts.step.composition.wanted & provided_by("data"))
+    wanted = parts.step.composition.wanted
+    with_demonstrations = bool(wanted & {"demonstration_tokens", "demonstration_length"})
     _check_ids(parts, source)
     if with_demonstrations and parts.task is not None and parts.task.segments is not None:
         raise ValueError(
@@ -496,7 +401,13 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
         scratchpad=parts.scratchpad,
         widths=prompt_widths(config),
         numbered=config.data.selection is not None,
+        prompt_columns=prompt_columns(wanted),
     )
+
+
+def prompt_columns(wanted: Collection[str]) -> tuple[str, ...]:
+    """Columns of the data that a step reads as further prompts."""
+    return tuple(name for name in PROMPT_COLUMNS if {f"{name}_tokens", f"{name}_length"} & set(wanted))
 
 
 def _check_ids(parts: Parts, source: Sequence[Any]) -> None:

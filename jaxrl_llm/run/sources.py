@@ -10,8 +10,10 @@ Keywords that are named like a size of the run are filled from it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -29,11 +31,13 @@ class Feed(NamedTuple):
       source: what a step is composed of; None for the sampler.
       rows: (what a run knows, the stage's data) -> the rows of each step; None where nothing is handed to a step.
       stored: what has to be made of the policy before the stage, see `stored_answers`; None for nothing.
+      file: a hash of the file that its rows are read from; None where they are made of the problems of the data.
     """
 
     source: Written | Replay | None = None
     rows: Callable[[Any, Mapping[str, Any]], Callable[[int], Experience]] | None = None
     stored: Any = None
+    file: str | None = None
 
 
 def sampler() -> Feed:
@@ -116,10 +120,10 @@ def solved_answers(
     return Feed(source, None, {"attempts": attempts, "min_correct": min_correct})
 
 
-def _check_multiple(name: str, count: int, group: int) -> None:
+def _check_multiple(name: str, count: int, group: int, key: str = "sequences_per_step") -> None:
     if count < 1 or count % group:
         raise ValueError(
-            f"source.{name}.sequences_per_step is {count}, which rollout.samples_per_prompt {group} does not divide; "
+            f"source.{name}.{key} is {count}, which rollout.samples_per_prompt {group} does not divide; "
             "written rows learn in groups of that size, so take a multiple"
         )
 
@@ -127,6 +131,16 @@ def _check_multiple(name: str, count: int, group: int) -> None:
 def _judged(kind: Kind, file: str, groups_per_step: int, beside: bool, sizes: Mapping[str, Any]) -> Feed:
     groups = judged_groups(file, kind)
     per_group = len(groups[0])
+    count, samples = groups_per_step * per_group, sizes["samples_per_prompt"]
+    if beside and per_group > 1 and per_group != samples:
+        raise ValueError(
+            f"source.{kind} has groups of {per_group} completions, but the samples that they learn beside come in "
+            f"groups of rollout.samples_per_prompt {samples}; set that to {per_group}, or learn from the file in a "
+            "stage of its own"
+        )
+    if beside:  # completions that belong to nothing else fill groups of that size
+        _check_multiple(kind, count, samples, "groups_per_step")
+        per_group = samples
     tokenizer: Tokenizer = sizes["tokenizer"]
     batches = written_batches(
         groups,
@@ -145,7 +159,7 @@ def _judged(kind: Kind, file: str, groups_per_step: int, beside: bool, sizes: Ma
             fields = {name: jnp.asarray(value) for name, value in batch.fields.items()}
             return written_rows(
                 *(jnp.asarray(array) for array in batch[:5]),
-                answer_width=sizes["max_completion_tokens"],
+                answer_width=sizes["max_completion_tokens"] if beside else 1,
                 rows_per_group=per_group,
                 alone=not beside,
                 **fields,
@@ -153,7 +167,8 @@ def _judged(kind: Kind, file: str, groups_per_step: int, beside: bool, sizes: Ma
 
         return at
 
-    return Feed(Written(groups_per_step * per_group, per_group, PROVIDES[kind]), rows)
+    digest = hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:16]
+    return Feed(Written(count, per_group, PROVIDES[kind]), rows, file=digest)
 
 
 def _of_kind(kind: Kind) -> Callable[..., Feed]:
@@ -161,6 +176,7 @@ def _of_kind(kind: Kind) -> Callable[..., Feed]:
         *,
         file: str,
         groups_per_step: int,
+        samples_per_prompt: int,
         beside: bool,
         tokenizer: Any,
         max_prompt_tokens: int,
@@ -169,6 +185,7 @@ def _of_kind(kind: Kind) -> Callable[..., Feed]:
         overlong_prompts: str,
     ) -> Feed:
         sizes = {
+            "samples_per_prompt": samples_per_prompt,
             "tokenizer": tokenizer,
             "max_prompt_tokens": max_prompt_tokens,
             "max_completion_tokens": max_completion_tokens,

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from jaxrl_llm.config import Config
 from jaxrl_llm.data import DataSet, JsonlDataSet
-from jaxrl_llm.experience import Experience, TrainState
+from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
@@ -97,6 +97,7 @@ class Run:
       data: problems by split, which the run is measured on.
       sets: the data of each stage by split.
       asked: a signal arrived.
+      waiting_networks: networks that an earlier stage has trained and a later one reads, but not the one under way.
       stopping: the run ends at the end of this step; the same on all processes.
       mark, charged_to: since when, and to which part, time is being charged.
     """
@@ -110,6 +111,7 @@ class Run:
     watch: CompilationWatch
     data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
     asked: bool = False
     stopping: bool = False
     mark: float = 0.0
@@ -137,7 +139,7 @@ class Run:
         self.directory.sync()
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
-        kept = replace(state, networks=checkpoints.written_networks(self.parts, state))
+        kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
         checkpoints.save(self.manager, global_step, kept, self.meta, trained=self.parts.model.trained)
 
     def placed(self, rows: Any) -> Any:
@@ -263,25 +265,20 @@ def _next_choices(choices: list[Any], state: TrainState) -> list[Any]:
     return [choices[1], jnp.copy(state.memory[SELECTION]["choices"][1])]
 
 
-def stage_data(run: Run, stage: Stage, prompts: Any, stored: Any) -> StageData:
+def stage_data(stage: Stage, prompts: Any, written: Callable[[int], Experience] | None, stored: Any) -> StageData:
     """The rows of a stage by step; the same whatever was asked for before.
 
     Args:
-      run: with the data of the run.
       stage: with its sources.
       prompts: batches of prompts.
+      written: rows that are handed to a step, see `written_of`.
       stored: answers that were stored before the stage; None without.
     """
-    config, key = stage.parts.config, jax.random.key(run.config.seed)
-    feed = next((feed for feed in stage.parts.feeds if feed.rows or feed.stored), None)
-    if feed is None:
-        return StageData(prompts, None)
-    if feed.stored is not None:
-        source, width = stage.parts.step.composition.written, config.rollout.max_completion_tokens
-        assert source is not None
+    config, source = stage.parts.config, stage.parts.step.composition.written
+    if stored is not None and source is not None:
+        key, width = jax.random.key(config.seed), config.rollout.max_completion_tokens
         return StageData(prompts, lambda step: stored.batch(key, step, source.rows, answer_width=width))
-    assert feed.rows is not None
-    return StageData(prompts if stage.samples else None, feed.rows(stage.parts, run.sets.get(stage.name, {})))
+    return StageData(prompts if stage.samples else None, written)
 
 
 def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experience] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ from rich.console import Console
 from jaxrl_llm.config import Config, as_tree, numeric_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
-from jaxrl_llm.experience import KeyUse, TrainState
+from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, hosts, layout
 from jaxrl_llm.reporting import results_table, units_table
@@ -37,12 +37,11 @@ from jaxrl_llm.run.setup import (
     data_sets,
     encoded,
     grader,
-    last_stage,
     opened_parts,
     prompt_batches,
-    staged,
 )
-from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data
+from jaxrl_llm.run.staged import staged
+from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
 
@@ -94,14 +93,14 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                 f"{numbers}; resume with the run's own config.yaml, or start a new run with another run_dir"
             )
     console.print(units_table(_units(built)))
-    problems = config.task is not None or config.data.path is not None
-    data = data_sets(last_stage(config)) if problems else {}
-    sets = {stage.name: _own_data(stage, stages[-1], data) for stage in stages} if problems else {}
-    grade = grader(built, data["validation"], data["test"]) if problems else None
+    data = data_sets(built.config) if built.config.has_problems else {}
+    sets = {stage.name: _own_data(stage, stages[-1], data) for stage in stages}
+    grade = grader(built, data["validation"], data["test"]) if data else None
     fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
-    for name, own in sets.items():
-        if own is not data:
-            fingerprint[f"train of {name}"] = own["train"].fingerprint
+    for stage in stages:
+        if (own := sets[stage.name]) and own is not data:
+            fingerprint[f"train of {stage.name}"] = own["train"].fingerprint
+        fingerprint |= {f"source of {stage.name}": feed.file for feed in stage.parts.feeds if feed.file}
     if meta.setdefault("data", fingerprint) != fingerprint:
         changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
         raise checkpoints.CheckpointError(
@@ -109,8 +108,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             f"{meta['data']}, and is now {fingerprint}); restore them, or start a new run"
         )
     prompts = {stage.name: prompt_batches(stage.parts, sets[stage.name]["train"]) for stage in stages if stage.samples}
-    for split in ("validation", "test") if problems else ():
-        encoded(built, data[split])  # a held-out prompt that does not fit speaks now, not after the warm start
+    # What does not fit speaks now, not after the stages before.
+    rows = {stage.name: written_of(stage.parts, sets[stage.name]) for stage in stages}
+    for split in ("validation", "test") if data else ():
+        encoded(built, data[split])
     with (
         run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
@@ -121,12 +122,14 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
-            return _run(run, stages, prompts, newest, grade)
+            return _run(run, stages, prompts, rows, newest, grade)
 
 
 def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]:
     """The data of a stage: what the run is evaluated on, and training problems of its own where it names others."""
     own, common = stage.parts.config, last.parts.config
+    if not own.has_problems:
+        return {}
     same = (own.task, own.data.path, own.data.fields, own.data.format) == (
         common.task,
         common.data.path,
@@ -137,21 +140,26 @@ def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]
 
 
 def _run(
-    run: Run, stages: Sequence[Stage], prompts: dict[str, Batches], newest: int | None, grade: Grader | None
+    run: Run,
+    stages: Sequence[Stage],
+    prompts: dict[str, Batches],
+    rows: Mapping[str, Any],
+    newest: int | None,
+    grade: Grader | None,
 ) -> dict[str, Any]:
     """All stages that are left, from the one whose state was saved."""
     config, key, call = run.config, jax.random.key(run.config.seed), run.parts.call
     measure = _measured(run, stages[-1].parts, grade, key)
     names = [stage.name for stage in stages]
     begin = names.index(run.meta["stage"])
-    state = _before(stages[:begin], key)
+    state, held = _before(stages[:begin], key)
     for number in range(begin, len(stages)):
         stage = replace(stages[number], parts=replace(stages[number].parts, call=call))
         run.parts, fresh = stage.parts, newest is None
         params = stage.parts.initial_params(key) if state is None else state.params
         if not fresh and state is not None and stage.parts.model.trained is not None:
             params = stage.parts.initial_params(key)  # what adapters are added to is not in the checkpoint
-        given = stage.parts.given() | _carried(stage.parts, state)
+        given = stage.parts.given() | _carried(stage.parts, held)
         if "before" not in run.meta and stage.first_saved:
             run.meta["before"] = measure(params, "test", config.evaluation.problems, "evaluation before")
         stored = _stored(run, stage, params, key, fresh)
@@ -161,47 +169,51 @@ def _run(
             prompts[stage.name] = prompt_batches(stage.parts, explored)
         batches = prompts.get(stage.name)
         state = stage.parts.step.init(key, params, given)
-        del params, given  # the state has copies of its own
+        later = {name for one in stages[number + 1 :] for name in _carried(one.parts, held)}
+        run.waiting_networks = {name: NetworkState(held[name]) for name in later - state.networks.keys()}
+        held = {}  # the state has copies of its own
+        del params, given
         if stage.parts.step.priming and batches is not None:
             state = stage.parts.step.prime(state, run.placed(batches[0].prompts), batches[0].items, call)
         if not fresh:
-            kept = checkpoints.written_networks(stage.parts, state)
+            kept = checkpoints.written_networks(stage.parts, state) | run.waiting_networks
             folder, trained = config.directory / "checkpoints", stage.parts.model.trained
             assert newest is not None
             restored = checkpoints.restore(folder, newest, replace(state, networks=kept), trained=trained)
+            run.waiting_networks = {name: restored.networks.pop(name) for name in run.waiting_networks}
             state = replace(restored, networks={**state.networks, **restored.networks})
             newest = None
         elif stage.first_saved:
             run.save(run.meta["steps_before"], stage.name, state)
-        data = stage_data(run, stage, batches, stored)
+        data = stage_data(stage, batches, rows[stage.name], stored)
         state = run_stage(run, stage, state, data, measure, last=number == len(stages) - 1)
+        held = {name: one.params for name, one in (run.waiting_networks | state.networks).items()}
         if not stage.first_saved:
             run.meta["warm_start_steps"] = int(state.step)
     assert state is not None  # a run has at least one stage
     return _ended(run, state, measure)
 
 
-def _carried(parts: Parts, state: TrainState | None) -> dict[str, PyTree]:
-    """Networks that earlier stages have trained, and that this one does not make anew."""
-    if state is None:
-        return {}
-    anew = {
-        name
-        for name, network in parts.step.composition.networks.items()
-        if network.head is None and network.optimizer is None
+def _carried(parts: Parts, held: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Of the networks that earlier stages have left, those that this one goes on with, and does not make anew."""
+    networks = parts.step.composition.networks
+    return {
+        name: params
+        for name, params in held.items()
+        if name in networks and not (networks[name].head is None and networks[name].optimizer is None)
     }
-    return {name: one.params for name, one in state.networks.items() if name not in {"policy", *anew}}
 
 
-def _before(stages: Sequence[Stage], key: Any) -> TrainState | None:
-    """A state with the shape of the last one of these stages, for networks that were carried on from them."""
-    state = None
+def _before(stages: Sequence[Stage], key: Any) -> tuple[TrainState | None, dict[str, PyTree]]:
+    """A state with the shape of the last one of these stages, and the networks that they leave."""
+    state, held = None, {}
     for stage in stages:
-        given = _carried(stage.parts, state)
+        given = _carried(stage.parts, held)
         shapes = jax.eval_shape(lambda k, g, s=stage: s.parts.step.init(k, None, g), key, given)
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), replace(shapes, key=jnp.zeros(())))
         state = replace(state, key=key)
-    return state
+        held |= {name: one.params for name, one in state.networks.items()}
+    return state, held
 
 
 def _stored(run: Run, stage: Stage, params: Any, key: Any, fresh: bool) -> StoredAnswers | None:
@@ -297,8 +309,14 @@ def _signals(run: Run):
 def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
     """What the sizes of a config imply, in units."""
     config = built.config
-    training, rollout = config.training, config.rollout
+    training, rollout, written = config.training, config.rollout, built.step.composition.written
     rows = training.prompts_per_step * rollout.samples_per_prompt
+    sampled: list[tuple[str, int | float | str, str]] = [
+        ("prompts_per_step", training.prompts_per_step, "prompts"),
+        ("samples_per_prompt", rollout.samples_per_prompt, "completions"),
+    ]
+    if built.step.composition.rollout is None and written is not None:
+        rows, sampled = written.rows, []
     place = built.step.composition.resources.placement
     mesh = place.mesh
     per_update = rows // training.minibatches_per_epoch
@@ -311,15 +329,14 @@ def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
             decode = attention_path(built.model.config, queries=1, keys=widths[1])
         attention = [("attention", f"{update}, {decode}", "update, decoding")]
     return [
-        ("prompts_per_step", training.prompts_per_step, "prompts"),
-        ("samples_per_prompt", rollout.samples_per_prompt, "completions"),
+        *sampled,
         ("sequences per step", rows, "completions"),
         ("optimiser updates per step", training.epochs_per_batch * training.minibatches_per_epoch, "updates"),
         ("sequences per update", per_update, "completions"),
         ("sequences_per_microbatch", micro, "completions"),
         ("microbatches per update", per_update // micro, "microbatches"),
         ("tokens per step, at most", rows * (rollout.max_prompt_tokens + rollout.max_completion_tokens), "tokens"),
-        ("reinforcement steps", training.steps, "steps"),
+        ("steps", training.steps, "steps"),
         *attention,
         ("devices", 1 if mesh is None else mesh.size, jax.default_backend()),
         ("mesh", described(mesh), built.mesh_reason),

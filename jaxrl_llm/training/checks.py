@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxrl_llm.experience import FACTS, Method
-from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, fillable, nearest, provided_by, remedy
+from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, fillable, kind_of, nearest, provided_by, remedy
 from jaxrl_llm.rollout.capabilities import ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.sampled import Rollout
@@ -219,6 +219,13 @@ def _check_rest(c: Composition) -> None:
         if r.prompts_per_step is not None:
             groups = r.prompts_per_step + c.plan.extra_groups(r.prompts_per_step)
             checked_split(c, groups)
+    if c.replay is not None:
+        replayed_fields(c)
+    if r is not None and c.written is not None and c.written.rows_per_group != c.samples:
+        raise ValueError(
+            f"written rows come in groups of {c.written.rows_per_group}, but those that they learn beside in groups of "
+            f"rollout.samples_per_prompt {c.samples}; make both the same"
+        )
     held_out = c.written is not None and "validation" in c.written.provides
     if update.alignment_every_steps and not (held_out and any(t.on_written for t in c.losses)):
         raise ValueError(
@@ -261,7 +268,9 @@ def checked_split(c: Composition, prompts: int) -> int:
       ValueError: when the batch does not divide as the update asks.
     """
     update, samples, joined = c.update, c.samples, c.joined_groups
-    for count, name in ((prompts, "training.prompts_per_step"), (joined, "the number of groups of written rows")):
+    written = "the number of groups of written rows"
+    first = written if c.rollout is None else "training.prompts_per_step"
+    for count, name in ((prompts, first), (joined, written)):
         if count % update.minibatches_per_epoch:
             raise ValueError(
                 f"training.minibatches_per_epoch is {update.minibatches_per_epoch}, which does not divide "
@@ -270,10 +279,10 @@ def checked_split(c: Composition, prompts: int) -> int:
     rows = (prompts + joined) * samples // update.minibatches_per_epoch
     size = update.sequences_per_microbatch or rows
     if rows % size:
-        written = f" and {joined * samples} written rows" if joined else ""
+        beside = f" and {joined * samples} written rows" if joined else ""
         raise ValueError(
             f"training.sequences_per_microbatch is {size}, which does not divide the {rows} sequences of a minibatch "
-            f"({prompts} prompts x {samples} samples{written} / {update.minibatches_per_epoch} minibatches); "
+            f"({prompts} prompts x {samples} samples{beside} / {update.minibatches_per_epoch} minibatches); "
             "choose a divisor"
         )
     whole = [term.name for term in c.losses if "group" in names(term.function)]
@@ -283,3 +292,24 @@ def checked_split(c: Composition, prompts: int) -> int:
             f"a microbatch must hold whole groups: choose a multiple of rollout.samples_per_prompt {samples}"
         )
     return rows // size
+
+
+def replayed_fields(c: Composition) -> dict[str, str]:
+    """Fields that replayed rows keep, because a loss names them, with their shape.
+
+    Raises:
+      ValueError: for a name whose shape the table does not say, or that only rows of this step know.
+    """
+    kept = {}
+    for name in sorted(required([t.function for t in c.losses])):
+        kind = kind_of(name)
+        made = {n for term in c.credit for n in term.names} | {"rewards", "correct", "reward_components"}
+        gone = c.plan.provides | {"hidden", "prompt_logprobs", "prompt_mask"}
+        if name in gone or (name in made and kind not in ("row", "token", "either")):
+            loss = next(t.name for t in c.losses if name in required([t.function]))
+            raise ValueError(
+                f"loss {loss!r} names {name!r}, which replayed rows do not have; leave the loss or replay out"
+            )
+        if name in made:
+            kept[name] = "row" if kind == "row" else "token"
+    return kept

@@ -138,7 +138,7 @@ class Resources:
 
     Attributes:
       decode: token ids -> text, for readings and environments in Python.
-      encode: text -> token ids, for environments in Python and views of text.
+      encode: text -> token ids, for environments in Python.
       networks: beside the policy, by name. A reference is there without being described, and so are networks with a
         head, where there is a critic.
       critic: optimiser of networks with a head that a name alone brings along.
@@ -238,8 +238,8 @@ class Composition:
     def named(self) -> frozenset[str]:
         """Every name that some function cannot do without. What is optional is never computed for its own sake."""
         asked = required(self.functions)
-        if self.rollout is not None and self.rollout.plan is not None and "demonstrations" in self.rollout.plan.needs:
-            asked |= provided_by("data")
+        if self.rollout is not None and self.rollout.plan is not None:
+            asked |= self.rollout.plan.reads
         if "kl_reference_per_token" in asked:
             asked |= {"reference_logprobs"}
         if self.rollout is not None and self.rollout.engine is not None:

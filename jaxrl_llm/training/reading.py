@@ -19,7 +19,7 @@ from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.fields import TEXT, absent_value, kind_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rewards.host import Reading, RewardError, answered
-from jaxrl_llm.signatures import names, signature
+from jaxrl_llm.signatures import names, per_row, signature
 from jaxrl_llm.training.segments import Host, Work
 
 # What a reading sees of a row beside what it names.
@@ -158,6 +158,8 @@ def _values(
     for term in terms:
         asked = names(term.function) if not signature(term.function).anything else text.keys() | names(term.function)
         data = {name: value for name, value in (text | arrays).items() if name in asked}
+        if signature(term.function).anything and per_row(term.function):
+            asked = asked | _PLURAL.keys()
         data |= {one: text[many] for one, many in _PLURAL.items() if one in asked and many in text}
         told = Reading(term.function, term.name, term.deadline_s, term.value_on_failure)
         if "step" in asked:
@@ -167,7 +169,7 @@ def _values(
         if answers.failures or term.value_on_failure is not None:
             context.numbers[f"failures/{term.name}"] = float(answers.failures)
         for name, values in answers.values.items():
-            found[name] = _spread(values, name, present, count, width, first_rows)
+            found[name] = _spread(values, name, present, count, width, first_rows, rows["group"])
     return found
 
 
@@ -203,16 +205,23 @@ def item_numbers(
 
 
 def _spread(
-    values: list[Any], name: str, present: np.ndarray, count: int, width: int, first_rows: np.ndarray
+    values: list[Any],
+    name: str,
+    present: np.ndarray,
+    count: int,
+    width: int,
+    first_rows: np.ndarray,
+    groups: np.ndarray,
 ) -> np.ndarray:
     """One entry a row of the batch, from those of rows that are there; None does not apply."""
     absent = float("nan") if "/" in name else absent_value(name)
     if any(isinstance(value, str) for value in values):
-        # Equal texts get the number of the first row that has them, which is exact and the same for any tokenizer.
+        # Equal texts of a group get the number of its first row that has them, as `rewards.answer_ids` gives them: that
+        # is exact, and the same for any tokenizer and any number of processes.
         ids, seen = np.full(count, -1, np.int32), {}
         for row, value in zip(present, values, strict=True):
             if value is not None:
-                ids[row] = seen.setdefault(value, int(first_rows[row]))
+                ids[row] = seen.setdefault((int(groups[row]), value), int(first_rows[row]))
         return ids
     shaped = [np.asarray(value, np.float32) for value in values if value is not None]
     if kind_of(name) == "token" and "/" not in name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,13 @@ def test_items_do_not_depend_on_the_other_levels():
         == alone
         == tasks.task("deduction").generate(level=2, count=15, seed=3)
     )
+
+
+def test_columns_that_are_made_of_records_are_there_and_not_on_disk(tmp_path):
+    spec = DataSpec("addition", (1,), "train", 8, options={"scratchpad": False, "confidence": True})
+    source = data_set(spec, str(tmp_path))
+    assert "response" not in source.stored([3])[0]
+    found = source[3]["response"]
+    assert re.fullmatch(rf"<a>{source[3]['answer']}</a><c>\d\d</c>", found)
+    assert source.__getitems__([3])[0] == source[3]
+    assert "response" not in data_set(DataSpec("addition", (1,), "train", 8), str(tmp_path))[3]

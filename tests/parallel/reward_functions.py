@@ -9,6 +9,16 @@ def even_share(tokens, mask):
     return ((tokens % 2 == 0) * mask).sum(-1) / mask.sum(-1)
 
 
+def second_vowel(completion):
+    """Whether the second letter is a vowel, of one completion at a time; None where there is none before n."""
+    return float(completion[1] in "aeiou") if completion[1:2] and completion[1] < "n" else None
+
+
+def first_letter(completions):
+    """The first letter of each, as text."""
+    return [text[0] for text in completions]
+
+
 def vowel_share(completions, answers):
     """Share of vowels: on the host."""
     time.sleep(float(os.environ.get("REWARD_SECONDS", "0")))

@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
+import yaml
 
 from jaxrl_llm.cli import main
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.experience import Loss
+from jaxrl_llm.models import TransformerConfig, save_model, transformer
 from jaxrl_llm.planning.topologies import topology
 
 PLANS = Path(__file__).parents[2] / "configs" / "plans"
@@ -47,3 +52,42 @@ def test_what_does_not_fit_is_refused_with_a_way_out(capsys):
     status, output = planned(capsys, "llama3_70b.yaml", "v5e:2x2", "mesh.fsdp=4", "mesh.tensor=1")
     assert status != 0
     assert "GiB" in output.err
+
+
+def test_networks_and_a_batch_that_waits_take_memory(capsys, tmp_path):
+    """Beside the policy: a value network, a teacher of another shape that is read from a path, and rows kept."""
+    shape = TransformerConfig(vocabulary_size=CharacterTokenizer().vocabulary_size, width=8, layers=2, heads=2)
+    save_model(tmp_path / "teacher", transformer(shape).init(jax.random.key(0)), shape)
+    path = tmp_path / "networks.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "networks",
+                "task": {"name": "addition", "levels": [1]},
+                "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 32},
+                "rollout": {
+                    "samples_per_prompt": 4,
+                    "max_prompt_tokens": 9,
+                    "max_completion_tokens": 6,
+                    "off_policy_steps": 1,
+                },
+                "rewards": ["exact_answer"],
+                "credit": [{"returns": "gae_returns"}, {"advantages": "gae"}],
+                "networks": {"teacher": {"path": str(tmp_path / "teacher")}},
+                "losses": ["clipped_surrogate", "clipped_value", {"python": f"{__name__}:towards_teacher"}],
+                "training": {"prompts_per_step": 8},
+            }
+        )
+    )
+    status = main(["plan", str(path), "mesh.fsdp=2", "mesh.data=4", "--topology", "cpu:8", "--estimate", "--json"])
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    update = next(phase for phase in json.loads(output.out)["phases"] if phase["phase"] == "update")
+    largest = {each["value"]: each["bytes"] for each in update["largest"]}
+    # Of the policy two moments; of the value network its parameters too.
+    assert largest["value"] == pytest.approx(1.5 * largest["optimiser"], rel=0.1), largest
+
+
+def towards_teacher(logprobs, teacher_logprobs, mask):
+    """A loss that names another model."""
+    return Loss(((logprobs - teacher_logprobs) ** 2 * mask).sum(), mask.sum())

@@ -78,7 +78,7 @@ def test_the_experience_is_that_of_the_built_in_sampler(serve, expected, dialect
         ours, theirs = getattr(expected, field.name), getattr(rows, field.name)
         if field.name == "behaviour_entropy":
             assert not np.any(theirs)
-        elif ours is None or field.name == "extras":
+        elif ours is None or field.name == "fields":
             assert theirs == ours
         else:
             assert theirs.dtype == ours.dtype, field.name

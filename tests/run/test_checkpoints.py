@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.experience import TrainState
+from jaxrl_llm.experience import NetworkState, TrainState
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.checkpoints import CheckpointError
 
@@ -20,9 +20,10 @@ META = {"stage": "reinforcement", "seconds": {"set-up": 1.5}, "before": {"greedy
 def make_state(width: int = 3) -> TrainState:
     params = {"blocks": {"w": jnp.arange(2.0 * width).reshape(2, width)}, "norm": jnp.ones(width, jnp.bfloat16)}
     state = TrainState(
-        params=params,
-        optimizer_state=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)).init(params),
-        reference_params=jax.tree.map(lambda x: x + 1, params),
+        networks={
+            "policy": NetworkState(params, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)).init(params)),
+            "reference": NetworkState(jax.tree.map(lambda x: x + 1, params)),
+        },
         memory={"advantages:running_mean_baseline": {"sum": jnp.float32(0.5), "counts": jnp.arange(3)}},
         key=jax.random.key(7),
         step=jnp.int32(12),
@@ -38,6 +39,11 @@ def stored(tmp_path_factory):
         for step in (4, 8, 12):
             checkpoints.save(manager, step, replace(make_state(), step=jnp.int32(step)), META | {"at": step})
     return directory, make_state()
+
+
+def with_policy(state, **changes):
+    policy = replace(state.networks["policy"], **changes)
+    return replace(state, networks={**state.networks, "policy": policy})
 
 
 def bits(tree):
@@ -79,18 +85,27 @@ def test_the_policy_is_read_alone_whatever_else_there_is(stored):
     ("change", "message"),
     [
         (
-            lambda s: replace(s, params=make_state(4).params),
-            r"'params/blocks/w' as float32\[2, 3\], .* float32\[2, 4\]",
+            lambda s: with_policy(s, params=make_state(4).params),
+            r"'networks/policy/params/blocks/w' as float32\[2, 3\], .* float32\[2, 4\]",
         ),
-        (lambda s: replace(s, params=s.params | {"norm": jnp.ones(3)}), r"'params/norm' as bfloat16\[3\], .* float32"),
+        (
+            lambda s: with_policy(s, params=s.params | {"norm": jnp.ones(3)}),
+            r"'networks/policy/params/norm' as bfloat16\[3\], .* float32",
+        ),
         (lambda s: replace(s, step=jnp.float32(0)), r"'step' as int32\[\], but this config makes it float32\[\]"),
         (
-            lambda s: replace(s, params=s.params | {"bias": jnp.ones(3)}),
-            "lacks 'params/bias'; it belongs to a run with",
+            lambda s: with_policy(s, params=s.params | {"bias": jnp.ones(3)}),
+            "lacks 'networks/policy/params/bias'; it belongs to a run with",
         ),
-        (lambda s: replace(s, reference_params=None), "has a surplus 'reference_params/blocks/w'"),
+        (
+            lambda s: replace(s, networks={"policy": s.networks["policy"]}),
+            "has a surplus 'networks/reference/params/blocks/w'",
+        ),
         (lambda s: replace(s, memory={}), "has a surplus 'memory/advantages:running_mean_baseline/"),
-        (lambda s: replace(s, optimizer_state=optax.sgd(0.1).init(s.params)), "has a surplus 'optimizer_state/"),
+        (
+            lambda s: with_policy(s, optimizer_state=optax.sgd(0.1).init(s.params)),
+            "has a surplus 'networks/policy/optimizer_state/",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(stored, change, message):
@@ -102,9 +117,9 @@ def test_a_state_that_does_not_fit_is_refused(stored, change, message):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (make_state(4).params, r"'params/blocks/w' as float32\[2, 3\]"),
-        ({"norm": jnp.ones(3, jnp.bfloat16)}, "has a surplus 'params/blocks/w'"),
-        (make_state().params | {"norm": jnp.ones(3)}, "'params/norm' as bfloat16"),
+        (make_state(4).params, r"'networks/policy/params/blocks/w' as float32\[2, 3\]"),
+        ({"norm": jnp.ones(3, jnp.bfloat16)}, "has a surplus 'networks/policy/params/blocks/w'"),
+        (make_state().params | {"norm": jnp.ones(3)}, "'networks/policy/params/norm' as bfloat16"),
     ],
 )
 def test_a_policy_that_does_not_fit_is_refused(stored, params, message):

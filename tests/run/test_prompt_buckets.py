@@ -39,16 +39,29 @@ def test_widths_are_those_of_the_config(parsed):
         (["rollout.prompt_buckets=[10]"], "rollout.prompt_buckets holds 10, but the widths of prompts lie between 1"),
         (["rollout.prompt_buckets=[0]"], "rollout.prompt_buckets holds 0"),
         (["rollout.prompt_buckets=some"], "rollout.prompt_buckets"),
-        ([BUCKETS, "rollout.off_policy_steps=1"], "a batch that waits in the state has one width"),
-        ([BUCKETS, "supervised={sequences_per_step: 4}"], "rollout.prompt_buckets and supervised are both set"),
-        ([BUCKETS, "rehearsal={sequences_per_step: 4}"], "rollout.prompt_buckets and rehearsal are both set"),
-        ([BUCKETS, "replay={share: 0.5}"], "rollout.prompt_buckets and replay are both set"),
+        (
+            [BUCKETS, "rollout.off_policy_steps=1"],
+            "a batch that waits in the state, whose prompts have one width (one_width)",
+        ),
     ],
 )
 def test_buckets_that_cannot_be(parsed, overrides, message):
     with pytest.raises(ConfigError) as error:
         parsed(*overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "[sampler, {demonstrations: {sequences_per_step: 4}}]",
+        "[sampler, {replay: {share: 0.5}}]",
+        "[sampler, {solved_answers: {sequences_per_step: 4}}]",
+    ],
+)
+def test_rows_of_another_source_have_prompts_of_one_width(parsed, source):
+    with pytest.raises(ValueError, match=r"rows of another source have prompts of one width \(one_width\); leave"):
+        parts(parsed(BUCKETS, f"source={source}"))
 
 
 def test_shares_of_prompts_and_batches_are_those_of_the_data(parsed):

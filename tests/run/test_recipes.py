@@ -84,7 +84,7 @@ def test_credit_entries_keep_their_order():
             {"advantages": {"group_normalized": None}},
         ]
     )
-    assert [(t.field, t.name) for t in terms] == [
+    assert [(t.fields, t.name) for t in terms] == [
         ("rewards", "soft_overlong"),
         ("weight", "nonconstant_groups"),
         ("advantages", "group_normalized"),

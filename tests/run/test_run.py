@@ -109,7 +109,7 @@ def test_the_summary_says_what_came_out_and_of_what(finished_run):
 def test_every_second_is_counted_once(finished_run):
     seconds = dict(finished_run.summary["seconds"])
     total = seconds.pop("total")
-    stages = {"set-up", "warm start", "probes", "evaluation before", "reinforcement", "evaluation during"}
+    stages = {"set-up", "warm start", "evaluation before", "reinforcement", "evaluation during"}
     assert seconds.keys() == stages | {"evaluation after"}
     assert sum(seconds.values()) == pytest.approx(total)
     assert 0.7 * finished_run.seconds < total < finished_run.seconds
@@ -207,8 +207,10 @@ def test_every_array_of_a_resumed_run_is_that_of_one_that_was_never_stopped(fini
     step = WARM + STEPS
     expected, found = (stored_state(run.directory, step) for run in (finished_run, interrupted_run))
     assert expected.keys() == found.keys()
-    assert {"memory", "reference_params", "optimizer_state", "key"} <= {
-        re.findall(r"\w+", name)[0] for name in expected
+    assert {"memory", "networks", "key", "step"} == {re.findall(r"\w+", name)[0] for name in expected}
+    held = {tuple(re.findall(r"\w+", name)[:3]) for name in expected if "networks" in name}
+    assert held == {("networks", *rest) for rest in [("policy", "params"), ("policy", "optimizer_state")]} | {
+        ("networks", "reference", "params")
     }
     for name in expected:
         np.testing.assert_array_equal(expected[name], found[name], err_msg=name)

@@ -1,11 +1,17 @@
 """What is built from a config before compute is spent."""
 
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.experience import Source
+from jaxrl_llm.experience import Selection, Sequences, Source
+from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.setup import data_sets, demonstration_batches, encoded, parts, prompt_batches
 
 VOCABULARY = CharacterTokenizer().vocabulary_size
@@ -44,7 +50,167 @@ def test_the_warm_start_of_a_task_of_several_turns_leaves_observations_out(micro
     np.testing.assert_array_equal(batch.mask, (batch.source == Source.DEMONSTRATION).astype(np.float32))
 
 
-def test_conversations_are_not_taken_for_reference_completions(micro_config):
-    config = conversation_config(micro_config, "rollout.demonstration_in_group=true")
-    with pytest.raises(ValueError, match="an environment answers the task in turns"):
+def test_conversations_are_not_taken_for_reference_completions(micro_config, monkeypatch):
+    config = conversation_config(micro_config, "rollout.plan=demonstration_in_group")
+    with pytest.raises(ValueError, match=r"\(prefixes\), which the environment inside the program does not offer"):
+        parts(config)
+    named = SimpleNamespace(longer=lambda length, demonstration_length: length - demonstration_length)
+    monkeypatch.setitem(sys.modules, "my_credit", named)
+    config = conversation_config(micro_config, "credit=[{advantages: {python: 'my_credit:longer'}}]")
+    with pytest.raises(ValueError, match="those of task 'calculator' are conversations, whose observations nobody"):
         prompt_batches(parts(config), data_sets(config)["train"])
+
+
+# ---- what keywords are filled from ----------------------------------------------------------------------------------
+
+
+def test_a_keyword_named_like_a_size_of_the_run_is_filled_from_it(micro_config, monkeypatch):
+    seen = {}
+
+    def sized(
+        rewards,
+        *,
+        samples_per_prompt,
+        max_prompt_tokens,
+        max_completion_tokens,
+        temperature,
+        prompts_per_step,
+        sequences_per_step,
+        total_steps,
+        seed,
+        pad_id,
+        prompt_ids,
+        scale=3,
+    ):
+        return seen.update(locals()) or rewards
+
+    monkeypatch.setitem(sys.modules, "my_credit", SimpleNamespace(sized=sized))
+    tree = micro_config | {"credit": [{"advantages": {"python": "my_credit:sized", "seed": 5}}]}
+    built = parts(parse_config(tree, ["rollout.temperature=0.5"], vocabulary_size=VOCABULARY))
+    built.step.composition.credit[0].function(rewards=0)
+    assert {name: value for name, value in seen.items() if name not in ("seen", "rewards")} == {
+        "samples_per_prompt": 4,
+        "max_prompt_tokens": 9,
+        "max_completion_tokens": 6,
+        "temperature": 0.5,
+        "prompts_per_step": 4,
+        "sequences_per_step": 16,
+        "total_steps": 8,
+        "seed": 5,  # what the recipe says goes first
+        "pad_id": CharacterTokenizer().pad_id,
+        "prompt_ids": 48,
+        "scale": 3,  # what has a default keeps it
+    }
+
+
+def test_a_keyword_that_is_no_size_has_to_be_given(micro_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_credit", SimpleNamespace(sized=lambda rewards, *, width: rewards))
+    tree = micro_config | {"credit": [{"advantages": {"python": "my_credit:sized"}}]}
+    with pytest.raises(ValueError, match=r"credit\.advantages\.my_credit:sized needs width"):
+        parts(parse_config(tree, vocabulary_size=VOCABULARY))
+
+
+# ---- plans, sources, networks, views, selection ---------------------------------------------------------------------
+
+
+def built_with(micro_config, *overrides, **sections):
+    return parts(parse_config(micro_config | sections, overrides, vocabulary_size=VOCABULARY))
+
+
+def test_plans_are_made_from_the_inside_out(micro_config):
+    plan = "rollout.plan=[demonstration_in_group, {refill: {max_rounds: 3}}]"
+    c = built_with(micro_config, plan, "credit=[{advantages: group_normalized}]").step.composition
+    assert (c.plan.samples, c.plan.drawn, c.plan.most_rounds) == (4, 3, 3)
+    assert "demonstrations" in c.plan.needs
+    assert built_with(micro_config).step.composition.rollout.plan is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.plan=refil", r"rollout.plan names 'refil', which does not exist; did you mean 'refill'"),
+        (
+            "rollout.plan={refill: {max_round: 3}}",
+            "max_round is not a hyper-parameter of refill; did you mean 'max_rounds'",
+        ),
+        ("rollout.plan={refill: {max_rounds: 0}}", r"rollout.plan.*max_rounds is 0"),
+        ("rollout.plan=prefixes", "rollout.plan.prefixes needs texts"),
+        ("rollout.plan=[{refill: {}, adaptive: {}}]", "is neither a name, nor"),
+        ("source=sampelr", "source names 'sampelr', which does not exist; did you mean 'sampler'"),
+        ("source=[sampler, {replay: {}}]", "source.replay needs share"),
+        ("source=[sampler, {replay: {share: 2}}]", r"share is 2.0; .*\(0, 1\)"),
+        (
+            "source=[sampler, {demonstrations: {sequences_per_step: 6}}]",
+            "is 6, which rollout.samples_per_prompt 4 does",
+        ),
+        (
+            "source=[sampler, {demonstrations: {sequences_per_step: 4}}, {solved_answers: {sequences_per_step: 4}}]",
+            r"names demonstrations and solved_answers; .*\(one_written\)",
+        ),
+        ("source=[]", "source is empty"),
+        ("source=[{replay: {share: 0.5}}]", "a replay store alone"),
+        ("networks={value: {head: {widht: 3}}}", "networks.value.head is {'widht': 3}"),
+        (
+            "views={answer: {answer_after_thougth: {mark: x}}}",
+            "views.answer names 'answer_after_thougth', which does not",
+        ),
+        ("data.selection=banditt", "data.selection names 'banditt', which does not exist"),
+    ],
+)
+def test_an_entry_that_cannot_be_used_is_refused(micro_config, override, message):
+    with pytest.raises(ValueError, match=message):
+        built_with(micro_config, override)
+
+
+def test_networks_are_what_their_sections_say(micro_config):
+    credit = [{"returns": "gae_returns"}, {"advantages": "gae"}]
+    losses = ["clipped_surrogate", "clipped_value", "kl_estimate"]
+    networks = {"value": {"backbone": "shared", "learning_rate": 0.5}, "reference": {"from": "policy", "decay": 0.9}}
+    c = built_with(micro_config, credit=credit, losses=losses, networks=networks).step.composition
+    value, reference = c.networks["value"], c.networks["reference"]
+    assert (value.backbone, value.head.outputs, value.optimizer is not None) == ("shared", 1, True)
+    assert (reference.origin, reference.decay, reference.optimizer) == ("policy", 0.9, None)
+    assert c.learning == {"policy", "value"}
+
+
+def test_a_network_that_nothing_names_is_not_made(micro_config):
+    c = built_with(micro_config, networks={"value": {}}, losses=["clipped_surrogate"]).step.composition
+    assert c.networks == {}
+
+
+def own(prompt_tokens, prompt_length, tokens, length, mask):
+    return Sequences(prompt_tokens, prompt_length, tokens, length, mask)
+
+
+def test_a_view_gives_names_to_another_sequence_of_a_row(micro_config, monkeypatch):
+    views = SimpleNamespace(own=own, likely=lambda again_logprobs, again_mask: (again_logprobs * again_mask).sum(1))
+    monkeypatch.setitem(sys.modules, "my_views", views)
+    sections = {
+        "views": {"again": {"python": "my_views:own"}},
+        "rewards": ["exact_answer", {"python": "my_views:likely"}],
+        "losses": ["clipped_surrogate"],
+    }
+    rows = trace(built_with(micro_config, **sections))
+    assert rows["again_logprobs"].shape == (16, 6)
+    assert rows["reward_components"].shape == (16, 2)
+    with pytest.raises(ValueError, match="reward 'likely' names 'again_logprobs', which nothing in this step provides"):
+        built_with(micro_config, **(sections | {"views": {}}))
+
+
+def test_a_selection_chooses_the_prompts_of_a_step(micro_config, monkeypatch):
+    def last(*, items, prompts_per_step):
+        def choose(memory, key, count):
+            return jnp.arange(items - count, items)
+
+        return Selection(lambda: jnp.int32(0), choose, lambda memory, item: memory + 1)
+
+    monkeypatch.setitem(sys.modules, "my_selection", SimpleNamespace(last=last))
+    tree = micro_config | {"data": micro_config["data"] | {"selection": {"python": "my_selection:last"}}}
+    built = parts(parse_config(tree, ["losses=[clipped_surrogate]"], vocabulary_size=VOCABULARY))
+    rows = trace(built)
+    assert rows["item"].shape == (16,)
+    state = jax.eval_shape(built.step.init, jax.random.key(0))
+    assert state.memory["selection"]["choices"].shape == (2, 4)
+    batches = prompt_batches(built, data_sets(built.config)["train"])
+    chosen = batches.chosen(np.arange(44, 48))
+    assert [item["item_id"] for item in chosen.items] == [44, 45, 46, 47]

@@ -1,19 +1,31 @@
-"""Recipes whose rows are read from a file, at micro size: the file is made here, from the addition task."""
+"""Recipes that read a file or a checkpoint, or that have several stages, at micro size; files are made here."""
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
+from rich.console import Console
 
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
-from jaxrl_llm.run.setup import data_sets, parts
+from jaxrl_llm.models.export import save_model
+from jaxrl_llm.models.transformer import transformer
+from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.rollout.hidden_states import predicting_hidden
+from jaxrl_llm.run.restored import restored_network
+from jaxrl_llm.run.setup import Parts, data_sets, parts, prompt_batches
+from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
+from jaxrl_llm.run.train import train
 
 FOLDER = Path(__file__).parents[2] / "configs" / "methods"
 MICRO = {
@@ -56,9 +68,20 @@ def micro(files, data_directory):
         tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
         tree["training"] |= {"learning_rate": 0.01, "warmup_steps": 0}
         tree["source"] = {kind: {"file": str(files[kind]), "groups_per_step": 8}}
+        tree["warm_start"] = {"steps": 0}
+        tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
         return parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size)
 
     return make
+
+
+def whole_run(config: Config, directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a run from its first stage to its last reports, by stage."""
+    train(replace(config, run_dir=str(directory)), console=Console(file=io.StringIO()))
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        by_stage.setdefault((numbers := json.loads(line))["stage"], []).append(numbers)
+    return by_stage
 
 
 def learned(config: Config, steps: int) -> list[dict[str, float]]:
@@ -89,3 +112,120 @@ def test_dpo_in_microbatches_of_whole_pairs_is_dpo(micro):
     np.testing.assert_allclose(cut["loss/dpo"], whole["loss/dpo"], rtol=1e-5)
     with pytest.raises(ValueError, match=r"sequences_per_microbatch is 1, .*whole groups"):
         learned(micro("dpo", "pairs", "training.sequences_per_microbatch=1"), 1)
+
+
+def test_kto_learns_from_a_file_of_labels(micro):
+    seen = learned(micro("kto", "labels"), 20)
+    np.testing.assert_allclose(seen[0]["loss/kto"], 0.5, rtol=1e-5)
+    assert seen[0]["kl_anchor/kto"] == 0
+    assert seen[-1]["loss/kto"] < 0.48
+    assert seen[-1]["desirable_log_ratio/kto"] > seen[-1]["undesirable_log_ratio/kto"] + 0.5
+
+
+def test_kto_scores_mismatched_completions_within_a_microbatch(micro):
+    seen = learned(micro("kto", "labels", "training.sequences_per_microbatch=4"), 2)
+    assert np.isfinite(seen[-1]["loss/kto"])
+    with pytest.raises(ValueError, match="mismatched_completions sees a single row"):
+        learned(micro("kto", "labels", "training.sequences_per_microbatch=1"), 1)
+
+
+def test_a_reward_model_learns_from_pairs_and_the_policy_from_its_scores(micro, tmp_path):
+    config = micro("reward_model_then_rl", "pairs")
+    model, policy = config.stages
+    model["training"]["steps"], policy["training"] = 20, {"steps": 3, "prompts_per_step": 8}
+    networks = {"reward": replace(config.networks["reward"], learning_rate=0.005)}
+    seen = whole_run(replace(config, stages=(model, policy), networks=networks), tmp_path / "run")
+    assert list(seen) == ["reward model", "reinforcement"]
+    scored = seen["reward model"]
+    first, last = (np.mean([one["loss/bradley_terry"] for one in part]) for part in (scored[:4], scored[-4:]))
+    assert last < first - 0.03
+    assert np.mean([one["preferred_share/bradley_terry"] for one in scored[-4:]]) > 0.6
+    assert "gradient_norm" not in scored[-1]  # the policy waits
+    assert scored[-1]["gradient_norm/reward"] > 0
+    for step in seen["reinforcement"]:
+        assert step["reward"] != 0  # the verifier has no weight
+        assert step["gradient_norm"] > 0
+        assert "gradient_norm/reward" not in step  # the reward model is frozen
+    _, _, params = restored_network(tmp_path / "run", "reward")
+    np.testing.assert_allclose(optax.tree.norm(params), scored[-1]["parameter_norm/reward"], rtol=1e-5)
+
+
+def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(data_directory, tmp_path):
+    tree = read_tree(FOLDER / "light_r1.yaml") | {"data": {"directory": data_directory}, "model": MICRO["model"]}
+    tree["task"] = MICRO["task"] | {"levels": [4], "train_items": 64}
+    tree["rollout"] |= {"samples_per_prompt": 4, "max_completion_tokens": 9}
+    tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
+    tree["training"] |= {"prompts_per_step": 4, "warmup_steps": 0, "schedule": "constant"}
+    for stage, steps in zip(tree["stages"], (6, 4, 2), strict=True):
+        stage["training"] = {"steps": steps, "learning_rate": 0.01}
+    tree["stages"][0]["source"] = tree["stages"][1]["source"] = {"demonstrations": {"sequences_per_step": 16}}
+    tree["stages"][1]["task"]["train_items"] = 16
+    config = parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size)
+    sets = [data_sets(stage["parts"].config)["train"] for stage in staged(config)]
+    broad, hard, reinforced = ([one[index] for index in range(len(one))] for one in sets)
+    assert ({item["level"] for item in broad}, {item["level"] for item in hard}) == ({2, 3, 4}, {4})
+    assert (len(broad), len(hard), len(reinforced)) == (64, 16, 64)
+    # The hard problems are among those that came before.
+    assert {item["body"] for item in hard} <= {item["body"] for item in broad}
+    seen = whole_run(config, tmp_path / "run")
+    assert {name: len(steps) for name, steps in seen.items()} == {
+        "supervised on all": 6,
+        "supervised on the hardest": 4,
+        "reinforcement": 2,
+    }
+    name = "loss/negative_log_likelihood"
+    assert seen["supervised on the hardest"][-1][name] < seen["supervised on all"][0][name] - 0.5
+    # Nothing is right yet, and wrong answers lose by being long.
+    assert all(step["reward"] <= 0 for step in seen["reinforcement"])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A checkpoint of a larger model that is sure of what it says."""
+    config = TransformerConfig(
+        vocabulary_size=CharacterTokenizer().vocabulary_size, width=24, layers=2, heads=3, kv_heads=1, rope_base=10.0
+    )
+    params = transformer(config).init(jax.random.key(7))
+    params["final_norm"] = 3 * params["final_norm"]
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    save_model(folder, params, config)
+    return folder
+
+
+def student(data_directory: str, *overrides: str) -> tuple[Parts, Any]:
+    """(a micro student of the teacher, its prompts by step)."""
+    tree = read_tree(FOLDER / "on_policy_distillation.yaml") | MICRO | {"data": {"directory": data_directory}}
+    tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
+    tree["training"] |= {"prompts_per_step": 16, "learning_rate": 0.02, "warmup_steps": 0, "schedule": "constant"}
+    built = parts(parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size))
+    return built, prompt_batches(built, data_sets(built.config)["train"])
+
+
+def test_a_student_comes_near_a_larger_teacher(data_directory, teacher):
+    built, prompts = student(data_directory, f"networks.teacher.path={teacher}")
+    state, seen = built.step.init(jax.random.key(0), None, built.given()), []
+    for index in range(12):
+        state, metrics = built.step(state, prompts[index].prompts)
+        seen.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+        assert not {name: value for name, value in seen[-1].items() if not np.isfinite(value)}
+    assert seen[-1]["teacher_kl/teacher_reverse_kl"] < 0.85 * seen[0]["teacher_kl/teacher_reverse_kl"]
+    assert "gradient_norm/teacher" not in seen[-1]
+
+
+def test_the_exact_divergence_from_a_larger_teacher_calls_it_the_reference(data_directory, teacher):
+    built, prompts = student(
+        data_directory, f"networks={{reference: {{path: {teacher}}}}}", "losses=[{divergence: {samples: vocabulary}}]"
+    )
+    given = built.given()["reference"]
+    state = built.step.init(jax.random.key(0), None, {"reference": given})
+    params = jax.device_get(state.params)
+    _, metrics, rows = built.step.run(state, prompts[0].prompts)
+    larger = built.step.composition.networks["reference"].model
+
+    def log_softmax(model, params):
+        hidden = predicting_hidden(model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+        return jax.nn.log_softmax(model.logits(params, hidden))
+
+    ours, theirs = (jax.jit(partial(log_softmax, m))(p) for m, p in ((built.model, params), (larger, given)))
+    expected = (rows.mask * (np.exp(ours) * (ours - theirs)).sum(-1)).sum() / rows.mask.sum()
+    np.testing.assert_allclose(metrics["loss/divergence"], expected, rtol=1e-4)

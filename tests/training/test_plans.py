@@ -189,6 +189,34 @@ def test_rounds_in_slots_are_the_same(bigram, params, make_prompts):
     np.testing.assert_array_equal(one[1].tokens, other[1].tokens)
 
 
+def test_prompts_that_are_there_twice_get_samples_of_their_own_in_every_round(bigram, params, make_prompts):
+    prompts = jax.tree.map(lambda x: x[np.array([3, 3])], make_prompts(8))
+    prompts = prompts.replace(fields={"repeat": np.array([0, 1], np.int32)})
+    plan = adaptive(4, max_rounds=2, samples_per_round=2, threshold=9.0)  # nothing is ever right
+    _, rows = one_step(composed(bigram, plan, samples=4), params, prompts)
+    np.testing.assert_array_equal(rows.sample, np.arange(8))
+    np.testing.assert_array_equal(rows.tokens, drawn(bigram, params, make_prompts(8), 8).tokens[24:32])
+
+
+def test_copies_of_a_prompt_have_sample_numbers_of_their_own(make_prompts):
+    prompts = make_prompts(2).replace(fields={"repeat": np.array([0, 1], np.int32)})
+    for plan in (plain(3), mixed(plain(2)), refill(3, max_rounds=1), branching(), mixed(prefixed(2, "1"))):
+        seen = set()
+        for request in plan.requests(None, None, prompts):
+            first = np.broadcast_to(request.first_sample, (request.prompts.prompt_id.shape[0],))
+            repeats = np.asarray(request.prompts.fields["repeat"])
+            for repeat, number in zip(repeats.tolist(), first.tolist(), strict=True):
+                mine = {(number + sample) for sample in range(request.samples_per_prompt)}
+                assert not mine & {number for other, number in seen if other != repeat}
+                seen |= {(repeat, number) for number in mine}
+
+
+def branching():
+    return plans.resume(
+        plain(1), choose=last_share, samples_per_prompt=2, branches=1, max_completion_tokens=4, pad_id=0
+    )  # fmt: skip
+
+
 # ---- one round ------------------------------------------------------------------------------------------------------
 
 
@@ -520,9 +548,6 @@ def test_every_plan_can_be_traced(bigram, make_prompts, traced):
     """Rows and reports of each, as shapes."""
     given = {"demonstration_tokens": np.zeros((8, 4), np.int32), "demonstration_length": np.ones(8, np.int32)}
     prompts = make_prompts(8).replace(fields=given)
-    branching = plans.resume(
-        plain(1), choose=last_share, samples_per_prompt=2, branches=1, max_completion_tokens=4, pad_id=0
-    )
     for plan, count in (
         (None, 16),
         (refill(max_rounds=4), 4),
@@ -531,7 +556,7 @@ def test_every_plan_can_be_traced(bigram, make_prompts, traced):
         (demonstrated(prefixed(2, "1")), 16),
         (mixed(prefixed(2, "1")), 24),
         (refill(inner=demonstrated(plain(2)), max_rounds=2), 8),
-        (branching, 16),
+        (branching(), 16),
     ):
         step = composed(bigram, plan)
         _, metrics, rows = traced(step, prompts)

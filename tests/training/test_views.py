@@ -11,7 +11,7 @@ import pytest
 
 from jaxrl_llm import advantages, losses, rewards
 from jaxrl_llm.rollout.sampled import Rollout
-from jaxrl_llm.training import Resources, Update, make_train_step
+from jaxrl_llm.training import Network, Resources, Update, make_train_step
 
 VIEW = partial(rewards.answer_after_thought, mark_id=5, opening_ids=(7,), closing_ids=(6, 2))
 
@@ -64,3 +64,32 @@ def test_a_name_of_a_view_that_is_not_there_is_refused(bigram):
         verifree(bigram, resources=Resources())
     with pytest.raises(ValueError, match="names 'proxy_answer_logprobs', which nothing in this step provides"):
         verifree(bigram, rewards=[lambda proxy_answer_logprobs: proxy_answer_logprobs.sum(1)])
+
+
+def test_nover_scores_with_a_proxy_that_follows_slowly(bigram, make_prompts):
+    mark = partial(rewards.reasoning_perplexity, mark_id=5)
+    step = verifree(
+        bigram,
+        rewards=[partial(rewards.answer_present, open_id=5, close_id=6)],
+        credit=[
+            ("well_formed", partial(rewards.answer_present, open_id=5, close_id=6)),
+            ("perplexity", mark),
+            ("rewards", partial(rewards.perplexity_ranks, mark_id=5)),
+            ("advantages", advantages.leave_one_out),
+        ],
+        losses=[losses.policy_gradient],
+        resources=Resources(views={"answer": VIEW}, networks={"proxy": Network(decay=0.9)}),
+    )
+    state = step.init(jax.random.key(0))
+    proxy = np.asarray(state.params["scores"])
+    for _ in range(2):
+        state, metrics, rows = step.run(state, make_prompts(8))
+        said = np.asarray(jax.nn.log_softmax(proxy / 0.7, axis=-1))
+        expected = np.array([said[a, b] for a, b in ((5, 7), (7, 5), (5, 6), (6, 2))])
+        thought = np.isfinite(np.asarray(rows["perplexity"]))
+        assert 0 < thought.sum() < len(thought)
+        scored = np.asarray(rows["proxy_answer_logprobs"])[thought, :4]
+        np.testing.assert_allclose(scored, [expected] * thought.sum(), rtol=2e-5)
+        proxy = 0.9 * proxy + 0.1 * np.asarray(state.params["scores"])
+        np.testing.assert_allclose(state.networks["proxy"].params["scores"], proxy, rtol=1e-5)
+    assert metrics["gradient_norm"] > 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from random import Random
+from typing import Any
 
-from jaxrl_llm.data.tasks.items import Item, Task, equality, require_bool
+from jaxrl_llm.data.tasks.items import Item, Task, equality, reference_response, require_bool, split_of
 
 
 def columns(a: int, b: int) -> list[str]:
@@ -28,17 +31,45 @@ def item(a: int, b: int, *, level: int, scratchpad: bool = True) -> Item:
     return Item(f"A:{a}+{b}", think, str(a + b), "addition", level, f"addition-{level}")
 
 
-def task(*, scratchpad: bool = True) -> Task:
+def with_confidence(record: Mapping[str, Any], *, scratchpad: bool) -> str:
+    """The reference completion with a confidence in percent behind the answer, which says nothing: it follows from a
+    hash of the problem.
+
+    >>> with_confidence({"body": "A:4+8", "think": "", "answer": "12"}, scratchpad=False)
+    '<a>12</a><c>67</c>'
+    """
+    percent = 10 + zlib.crc32(record["body"].encode()) // 10 % 90
+    return reference_response(record, scratchpad).removesuffix("<eos>") + f"<c>{percent}</c>"
+
+
+def paraphrase(body: str) -> str:
+    """The sum the other way round, where that is a problem of the same split; else the body itself.
+
+    >>> paraphrase("A:47+85"), paraphrase("A:4+7")
+    ('A:47+85', 'A:7+4')
+    """
+    left, _, right = body.removeprefix("A:").partition("+")
+    swapped = f"A:{right}+{left}"
+    return swapped if split_of(swapped) == split_of(body) else body
+
+
+def task(*, scratchpad: bool = True, confidence: bool = False) -> Task:
     """Addition of two numbers of exactly `level` digits (level 1: 0 to 9).
 
     Args:
       scratchpad: write the columns before the answer; without them the task is much harder.
+      confidence: reference completions state a confidence behind the answer, for methods that reward honest ones.
     """
     require_bool("scratchpad", scratchpad)
+    require_bool("confidence", confidence)
 
     def draw(rng: Random, level: int) -> Item:
         low, high = (0 if level == 1 else 10 ** (level - 1)), 10**level - 1
         return item(rng.randint(low, high), rng.randint(low, high), level=level, scratchpad=scratchpad)
+
+    def columns_of(record: Mapping[str, Any]) -> dict[str, Any]:
+        found = {"paraphrase": paraphrase(record["body"])}
+        return found | ({"response": with_confidence(record, scratchpad=scratchpad)} if confidence else {})
 
     return Task(
         name="addition",
@@ -47,6 +78,8 @@ def task(*, scratchpad: bool = True) -> Task:
         levels=tuple(range(1, 9)),
         last_level=16,
         description="sum of two numbers; the level is the number of digits",
-        options={"scratchpad": scratchpad},
+        # A younger option is named where it is not the default, so that older data sets stay what they were.
+        options={"scratchpad": scratchpad} | ({"confidence": True} if confidence else {}),
         scratchpad=scratchpad,
+        columns=columns_of,
     )

@@ -100,6 +100,8 @@ class Task:
       said: completion -> the answer that it gives, None for none: what `verify` reads.
       environment: name in `jaxrl_llm.rollout.tasks` of the environment that answers the turns, with the options that
         follow from those of the task; None where one completion is all.
+      columns: record -> further columns of it by name, made when it is read: `response` takes the place of the
+        reference completion.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Task:
     segments: Callable[[Mapping[str, Any]], tuple[Segment, ...]] | None = None
     said: Callable[[str], str | None] = answered
     environment: tuple[str, Mapping[str, Any]] | None = None
+    columns: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def response(self, item: Item | Mapping[str, Any]) -> str:
         """The text that earns full reward, with what an environment answers in between."""

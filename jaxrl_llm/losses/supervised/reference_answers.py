@@ -20,11 +20,12 @@ def weighted_answer_likelihood(
 ) -> Loss:
     """Cross-entropy of the reference answer after the sampled thought, each row with a weight of its own.
 
-        x_t = -answer_weight * log pi(a_t | prompt, thought, a_<t)
+        x = -answer_weight * log pi
 
-    The gradient of E_z[f(p(a|z))] over thoughts z has two terms: that of a policy gradient with the reward f, and this
-    one with answer_weight = f'(p) p. For f the identity that is the reward itself (`answer_weight: raw_rewards`), for
-    the logarithm 1. The released code also offers `answer_weight: leave_one_out`.
+    The expectation over thoughts z of a function f of the answer's probability p has a gradient of two terms: that of
+    a policy gradient with the reward f(p), and this one with answer_weight = f'(p) p. For f the identity that is the
+    reward itself (`answer_weight: raw_rewards`), for the logarithm 1. The released code also offers `answer_weight:
+    leave_one_out`.
 
     Args:
       answer_logprobs: log-probability of each token of the view `answer` under the current policy.

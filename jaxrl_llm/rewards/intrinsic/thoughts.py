@@ -35,7 +35,7 @@ def thought_mask(
 ) -> Float[Array, "B T"]:
     """The mask on the tokens of the thought alone: an entry of credit that fills `mask` trains nothing else.
 
-        mask if t < #thought else 0
+        mask_t = mask_t if t < thought_length else 0
 
     Args:
       tokens: completion tokens, right-padded.
@@ -68,10 +68,8 @@ def answer_after_thought(
 ) -> Sequences:
     """The reference answer in the place of the sampled one, behind the sampled thought: a view to be scored.
 
-        prompt, thought | opening, reference answer, closing
-
-    What stands before the bar is the prompt of the view, what stands behind it is scored. The thought ends with its
-    mark, a single token, so that no token of the sampled text is ever cut or joined with one of the answer.
+    Prompt and thought are the prompt of the view; opening, reference answer and closing are scored. The thought ends
+    with its mark, a single token, so that no token of the sampled text is ever cut or joined with one of the answer.
 
     Args:
       prompt_tokens: prompt tokens, left-padded.

@@ -71,6 +71,7 @@ class Plan(NamedTuple):
       unrolled: there are exactly `most_rounds` rounds, which may ask for different numbers of rows.
       prompts_per_group: prompts that a step is handed for each group that it learns from.
       reads_rewards: `merge` reads rewards.
+      reads: names of the data that it reads of the prompts (`Prompts.fields`).
       provides: names that its rows know.
       reports: names of what it reports.
       lacks: what its rows are not, of `capabilities.ROWS`.
@@ -91,6 +92,7 @@ class Plan(NamedTuple):
     unrolled: bool = False
     prompts_per_group: int = 1
     reads_rewards: bool = False
+    reads: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
     reports: frozenset[str] = frozenset()
     lacks: frozenset[str] = frozenset()
@@ -102,10 +104,7 @@ def plain(*, samples_per_prompt: int) -> Plan:
     """One round: `samples_per_prompt` completions of each prompt."""
 
     def requests(memory: Any, carry: Any, prompts: Prompts) -> tuple[Request, ...]:
-        repeat = prompts.fields.get("repeat")
-        return (
-            Request(prompts, samples_per_prompt, first_sample=0 if repeat is None else repeat * samples_per_prompt),
-        )
+        return (Request(prompts, samples_per_prompt, first_sample=numbers_before(prompts, samples_per_prompt)),)
 
     return Plan(
         init=lambda memory, key, prompts, rows: None,
@@ -115,6 +114,12 @@ def plain(*, samples_per_prompt: int) -> Plan:
         samples=samples_per_prompt,
         drawn=samples_per_prompt,
     )
+
+
+def numbers_before(prompts: Prompts, numbers: int) -> int | Int[Array, "N"]:
+    """Sample numbers that earlier copies of each prompt take, where each copy takes this many."""
+    repeat = prompts.fields.get("repeat")
+    return 0 if repeat is None else repeat * numbers
 
 
 def require_inside(name: str, inner: Plan, *needs: str) -> None:

@@ -1,0 +1,236 @@
+"""Files of judged completions: what a line becomes, and lines that are refused by file and line."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.data.written import PROVIDES, judged_groups, written_batches
+from jaxrl_llm.experience import Source
+from jaxrl_llm.fields import FIELDS, absent_value
+from jaxrl_llm.rows import Written
+from jaxrl_llm.run import sources
+
+TOKENIZER = CharacterTokenizer()
+EOS = TOKENIZER.eos_id
+LINES = {
+    "pairs": [
+        {"prompt": "A:1+2", "chosen": "3", "rejected": "45"},
+        {"prompt": "A:10+2", "chosen": "12", "rejected": ""},
+    ],
+    "rankings": [
+        {"prompt": "A:1+2", "completions": ["3", "4", "55"]},
+        {"prompt": "A:2+2", "completions": ["4", "3", "2"]},
+    ],
+    "ratings": [
+        {"prompt": "A:1+2", "completion": "3", "rating": 3.5},
+        {"prompt": "A:2+2", "completion": "5", "rating": -1},
+    ],
+    "labels": [
+        {"prompt": "A:1+2", "completion": "3", "label": True},
+        {"prompt": "A:2+2", "completion": "5", "label": 0},
+    ],
+    "steps": [
+        {"prompt": "A:1+2", "steps": ["1+", "2", "=3"], "labels": [1, 0, 1]},
+        {"prompt": "A:2+2", "steps": ["4"], "labels": [0]},
+    ],
+}
+SIZES = {"groups_per_step": 2, "max_prompt_tokens": 8, "max_completion_tokens": 6, "seed": 0}
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def batch(tmp_path):
+    def make(kind, lines=None, **changes):
+        groups = judged_groups(write(tmp_path / "judged.jsonl", lines or LINES[kind]), kind)
+        return written_batches(groups, kind, TOKENIZER, **(SIZES | changes))
+
+    return make
+
+
+def texts(batch):
+    return [TOKENIZER.decode(batch.tokens[row, : batch.length[row]]) for row in range(len(batch.length))]
+
+
+def by_prompt(batch, *values):
+    """(prompt id, text, values) of each row, the lines of the file in their order."""
+    found = list(zip(batch.prompt_id.tolist(), texts(batch), *(v.tolist() for v in values), strict=True))
+    return sorted(found, key=lambda row: row[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("pairs", "preferred", [(0, "3<eos>", 1.0), (0, "45<eos>", 0.0), (1, "12<eos>", 1.0), (1, "<eos>", 0.0)]),
+        (
+            "rankings",
+            "rank",
+            [
+                *((0, text, rank) for text, rank in (("3<eos>", 0.0), ("4<eos>", 1.0), ("55<eos>", 2.0))),
+                *((1, text, rank) for text, rank in (("4<eos>", 0.0), ("3<eos>", 1.0), ("2<eos>", 2.0))),
+            ],
+        ),
+        ("ratings", "rating", [(0, "3<eos>", 3.5), (1, "5<eos>", -1.0)]),
+        ("labels", "preferred", [(0, "3<eos>", 1.0), (1, "5<eos>", 0.0)]),
+    ],
+)
+def test_each_line_is_a_group_of_rows_with_what_was_said_of_them(batch, kind, name, expected):
+    first = batch(kind)[0]
+    assert first.fields.keys() == {name} == PROVIDES[kind]
+    assert by_prompt(first, first.fields[name]) == expected
+    assert first.prompt_tokens.shape[1:] == (8,)
+    assert first.tokens.shape[1:] == (6,)
+    for row, number in enumerate(first.prompt_id):
+        prompt = first.prompt_tokens[row, 8 - first.prompt_length[row] :]
+        assert TOKENIZER.decode(prompt).removeprefix("<bos>") == LINES[kind][number]["prompt"] + "\n"
+        assert (first.tokens[row, first.length[row] :] == TOKENIZER.pad_id).all()
+
+
+def test_the_label_of_a_step_stands_on_its_last_token(batch):
+    first = batch("steps")[0]
+    labels = {number: first.fields["step_labels"][row] for row, number in enumerate(first.prompt_id)}
+    nan = float("nan")
+    np.testing.assert_array_equal(labels[0], [nan, 1, 0, nan, 1, nan])
+    np.testing.assert_array_equal(labels[1], [0, nan, nan, nan, nan, nan])
+    assert by_prompt(first) == [(0, "1+2=3<eos>"), (1, "4<eos>")]
+
+
+def test_a_row_that_was_not_judged_says_so():
+    for name in frozenset().union(*PROVIDES.values()):
+        assert FIELDS[name].provider == "written"
+        assert not np.isfinite(absent_value(name)) or absent_value(name) == -1
+
+
+def test_epochs_visit_every_line_once_and_the_same_after_a_resume(batch):
+    lines = [{"prompt": f"A:{n}+1", "chosen": "1", "rejected": "2"} for n in range(8)]
+    batches, again = batch("pairs", lines), batch("pairs", lines)
+    for epoch in range(2):
+        seen = [number for step in range(4) for number in batches[4 * epoch + step].prompt_id[::2].tolist()]
+        assert sorted(seen) == list(range(8))
+    np.testing.assert_array_equal(batches[5].tokens, again[5].tokens)
+
+
+def test_what_is_too_long_is_an_error_or_is_dropped_with_its_group(batch):
+    lines = [*LINES["pairs"], {"prompt": "A:1+1", "chosen": "2", "rejected": "1234567"}]
+    with pytest.raises(ValueError, match=r"judged.jsonl, line 3 needs 7 prompt and 8 completion tokens, .* 8 and 6"):
+        batch("pairs", lines)
+    kept = batch("pairs", lines, overlong="drop")
+    assert (kept.kept, kept.dropped) == (2, 1)
+    with pytest.raises(ValueError, match="groups_per_step is 3, but the source has only 2 items"):
+        batch("pairs", lines, overlong="drop", groups_per_step=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "message"),
+    [
+        ("pairs", {"prompt": "A:1", "chosen": "2", "rejected": "2"}, "two equal completions '2'"),
+        ("pairs", {"prompt": "A:1", "chosen": "2"}, "rejected None, which is no text"),
+        ("pairs", {"prompt": 3, "chosen": "2", "rejected": "1"}, "prompt 3, which is no text"),
+        ("rankings", {"prompt": "A:1", "completions": ["2"]}, r"completions \['2'\]; a ranking is a list of"),
+        ("rankings", {"prompt": "A:1", "completions": "23"}, "completions '23'"),
+        ("rankings", {"prompt": "A:1", "completions": ["2", "3", "2"]}, "two equal completions '2'"),
+        ("rankings", {"prompt": "A:1", "completions": ["2", 3, "4"]}, "completion 3, which is no text"),
+        ("ratings", {"prompt": "A:1", "completion": "2", "rating": "good"}, "rating 'good'; it must be a finite"),
+        ("ratings", {"prompt": "A:1", "completion": "2", "rating": True}, "rating True"),
+        ("ratings", {"prompt": "A:1", "completion": "2"}, "rating None"),
+        ("labels", {"prompt": "A:1", "completion": "2", "label": 2}, "label 2; it must be true or false"),
+        ("labels", {"prompt": "A:1", "completion": "2", "label": "yes"}, "label 'yes'"),
+        ("labels", {"prompt": "A:1", "completion": "2", "label": [1]}, r"label \[1\]"),
+        ("steps", {"prompt": "A:1", "steps": ["1", "2"], "labels": [1]}, "give lists of one length"),
+        ("steps", {"prompt": "A:1", "steps": [], "labels": []}, "give lists of one length"),
+        ("steps", {"prompt": "A:1", "steps": ["1", 2], "labels": [1, 0]}, "step 2, which is no text"),
+        ("steps", {"prompt": "A:1", "steps": ["1", ""], "labels": [1, 0]}, "an empty step, which has no last token"),
+        ("steps", {"prompt": "A:1", "steps": ["1"], "labels": ["good"]}, "label 'good'; it must be a finite"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named_by_file_and_line(tmp_path, kind, line, message):
+    path = write(tmp_path / "judged.jsonl", [LINES[kind][0], line])
+    with pytest.raises(ValueError, match=rf"judged\.jsonl, line 2 has .*{message}"):
+        judged_groups(path, kind)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no line"),
+        ("{", "line 1 is no JSON"),
+        ("3\n", "line 1 holds a int, not an object"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, content, message):
+    (tmp_path / "judged.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        judged_groups(tmp_path / "judged.jsonl", "pairs")
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        judged_groups(tmp_path / "nowhere.jsonl", "pairs")
+
+
+def test_groups_of_different_sizes_and_unknown_kinds_are_refused(tmp_path):
+    lines = [LINES["rankings"][0], {"prompt": "A:1", "completions": ["1", "2"]}]
+    path = write(tmp_path / "judged.jsonl", lines)
+    with pytest.raises(ValueError, match=r"groups of \[2, 3\] completions; give each line equally many"):
+        judged_groups(path, "rankings")
+    with pytest.raises(ValueError, match="kind is 'triples'; it must be one of pairs, rankings"):
+        judged_groups(path, "triples")
+
+
+# ---- as a source ----------------------------------------------------------------------------------------------------
+
+
+def fed(tmp_path, kind, *, beside=False, samples_per_prompt=4, groups_per_step=2):
+    sizes = {key: SIZES[key] for key in ("max_prompt_tokens", "max_completion_tokens", "seed")}
+    return getattr(sources, kind)(
+        file=str(write(tmp_path / "judged.jsonl", LINES[kind])),
+        groups_per_step=groups_per_step,
+        samples_per_prompt=samples_per_prompt,
+        beside=beside,
+        tokenizer=TOKENIZER,
+        overlong_prompts="error",
+        **sizes,
+    )
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_alone_they_are_all_rows_of_a_step(tmp_path, kind):
+    feed = fed(tmp_path, kind)
+    per_group = {"pairs": 2, "rankings": 3}.get(kind, 1)
+    assert feed.source == Written(2 * per_group, per_group, PROVIDES[kind])
+    rows = feed.rows(SimpleNamespace(), {})(0)
+    assert rows.group.tolist() == np.repeat([0, 1], per_group).tolist()
+    inside = np.arange(6) < np.asarray(rows.length)[:, None]
+    np.testing.assert_array_equal(rows.mask, inside)
+    np.testing.assert_array_equal(rows["written_mask"], inside)
+    np.testing.assert_array_equal(rows.source, np.where(inside, Source.DEMONSTRATION, Source.PAD))
+    np.testing.assert_array_equal(rows.weight, 1)
+    assert PROVIDES[kind] <= rows.fields.keys()
+
+
+def test_beside_samples_the_mask_leaves_them_out(tmp_path):
+    feed = fed(tmp_path, "pairs", beside=True, samples_per_prompt=2)
+    assert feed.source == Written(4, 2, PROVIDES["pairs"])
+    rows = feed.rows(SimpleNamespace(), {})(0)
+    assert not rows.mask.any()
+    assert rows["written_mask"].sum() == rows.length.sum()
+
+
+def test_beside_samples_they_come_in_groups_of_that_size(tmp_path):
+    assert fed(tmp_path, "ratings", beside=True, samples_per_prompt=2).source.rows_per_group == 2
+    with pytest.raises(ValueError, match=r"source.ratings.groups_per_step is 2, which .*samples_per_prompt 4 does not"):
+        fed(tmp_path, "ratings", beside=True)
+    with pytest.raises(ValueError, match=r"source.pairs has groups of 2 .*samples_per_prompt 4; set that to 2, or"):
+        fed(tmp_path, "pairs", beside=True)
+
+
+def test_what_a_file_holds_has_a_fingerprint(tmp_path):
+    one = fed(tmp_path, "pairs").file
+    assert fed(tmp_path, "pairs").file == one
+    assert fed(tmp_path, "labels").file != one
+    assert sources.sampler().file is None
