@@ -41,11 +41,7 @@ def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: i
         source = jnp.full(tokens.shape, Source.DEMONSTRATION, jnp.int8)
         written = Prefixes(tokens, prompts.fields["demonstration_length"], source)
         number = numbers_before(prompts, samples) + drawn
-        prefixes = one.prefixes
-        if prefixes is not None:  # of the samples that are drawn
-            prefixes = jax.tree.map(lambda x: _without_last(x, samples), prefixes)
-        sampled = one._replace(samples_per_prompt=drawn, prefixes=prefixes)
-        return sampled, Request(prompts, 1, first_sample=number, prefixes=written)
+        return one._replace(samples_per_prompt=drawn), Request(prompts, 1, first_sample=number, prefixes=written)
 
     def merge(carry: Any, rows: Experience) -> Experience:
         groups = rows.tokens.shape[0] // samples
@@ -68,11 +64,6 @@ def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: i
         needs=inner.needs | {"prefixes", "demonstrations"},
         lacks=inner.lacks | {"drawn_by_policy", "any_number"},
     )
-
-
-def _without_last(x: Array, samples: int) -> Array:
-    split = x.reshape(-1, samples, *x.shape[1:])
-    return split[:, :-1].reshape(-1, *x.shape[1:])
 
 
 def fitted(tokens: Array, width: int, pad_id: int) -> Array:
