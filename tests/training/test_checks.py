@@ -77,7 +77,7 @@ def test_a_refusal_says_what_is_needed_by_whom_and_who_lacks_it():
     require("a", {"slots"}, "b", frozenset({"slots", "ahead"}))
     with pytest.raises(
         ValueError, match=r"^a needs decoding in slots \(slots\), which b does not offer; leave a out, or replace b$"
-    ):  # noqa: E501
+    ):
         require("a", {"slots", "ahead"}, "b", frozenset({"ahead"}))
 
 
