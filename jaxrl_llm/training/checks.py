@@ -46,7 +46,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
     given -= {"support", "router_choices"}
     r = c.rollout
     if r is not None:
-        given |= provided_by("data") | c.plan.provides - {"baseline_rewards", "label", "pool_mean", "pool_count"}
+        given |= provided_by("data") | c.plan.provides - provided_by("greedy_baseline", "adaptive")
         if r.environment is not None:
             given |= provided_by("environment")
         if r.engine is not None:
@@ -62,7 +62,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
 
 def _check_names(c: Composition) -> None:
     by_network = {name for name in c.named if c.score(name) is not None}
-    by_network |= {"hidden", "prompt_logprobs", "prompt_mask"} | c.view_masks
+    by_network |= provided_by("network") | c.view_masks
     learner = provided_by("learner") | {"router_choices"}
     text = provided_by("text") | {"items"}
     available = available_before_rewards(c)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
-from jaxrl_llm.fields import kind_of
+from jaxrl_llm.fields import kind_of, provided_by
 from jaxrl_llm.parallel.rules import constrain_rows, decoding, laid_out, layout
 from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
 from jaxrl_llm.rollout.environment_checks import require_environment
@@ -317,8 +317,8 @@ def replayed_fields(c: Composition) -> dict[str, str]:
     kept = {}
     for name in sorted(required([t.function for t in c.losses])):
         kind = kind_of(name)
-        made = {n for term in c.credit for n in term.names} | {"rewards", "correct", "reward_components"}
-        gone = c.plan.provides | {"hidden", "prompt_logprobs", "prompt_mask"}
+        made = {n for term in c.credit for n in term.names} | provided_by("rewards")
+        gone = c.plan.provides | provided_by("network")
         if name in gone or (name in made and kind not in ("row", "token", "either")):
             loss = next(t.name for t in c.losses if name in required([t.function]))
             raise ValueError(
