@@ -89,6 +89,8 @@ def _check_names(c: Composition) -> None:
             if name not in FIELDS and not any(name in names(function) for function in later):
                 raise ValueError(f"credit fills {name!r}, which nothing after it reads; {nearest(name, fillable())}")
         what = f"{', '.join(term.names)} {term.name!r}"
+        if term.on_host and c.resources.decode is None and names(term.function) & text:
+            raise ValueError(f"{what} reads text, so make_train_step needs decode= (token ids -> text)")
         if term.over_vocabulary:
             _require_names(term.function, what, frozenset({"log_probabilities", "tokens"}))
         else:

@@ -56,6 +56,11 @@ class Context:
         return self.items
 
 
+def reads_text(function: Callable[..., Any]) -> bool:
+    """Whether a reading is handed text, and so needs the items of a step."""
+    return signature(function).anything or bool(names(function) & TEXT)
+
+
 def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence[str]], key: str, sample: Any) -> Host:
     """The part that fills names by readings.
 
@@ -69,7 +74,6 @@ def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence
 
     def read(state: TrainState, work: Work, context: Context) -> Work:
         rows = work[key]
-        context.required_items()
         values = _read_by_all(terms, outputs, rows, state, work, context, sample)
         return {key: rows.filled(**values)}
 
@@ -144,14 +148,14 @@ def _values(
     """Values of rows that are here, by name. Rows of weight 0 are handed to nobody."""
     count, width = rows["tokens"].shape
     present = np.flatnonzero(rows["weight"] > 0)
-    item_of = item_numbers(rows["prompt_id"], rows["group"], prompt_ids, context.required_items())[present]
-    per_row = [context.required_items()[number] for number in item_of]
-    text: dict[str, Any] = {
-        "prompts": [item.get("body", "") for item in per_row],
-        "answers": [item.get("answer", "") for item in per_row],
-        "items": per_row,
-    }
-    if context.decode is not None:
+    text: dict[str, Any] = {}
+    if any(reads_text(term.function) for term in terms):
+        item_of = item_numbers(rows["prompt_id"], rows["group"], prompt_ids, context.required_items())[present]
+        per_row = [context.required_items()[number] for number in item_of]
+        text["prompts"] = [item.get("body", "") for item in per_row]
+        text["answers"] = [item.get("answer", "") for item in per_row]
+        text["items"] = per_row
+    if text and context.decode is not None:
         decode, tokens, length = context.decode, rows["tokens"], rows["length"]
         text["completions"] = [decode(tokens[row, : length[row]].tolist()) for row in present]
     arrays = {name: value[present] for name, value in rows.items()}
@@ -163,7 +167,7 @@ def _values(
         told = Reading(term.function, term.name, term.deadline_s, term.value_on_failure)
         if "step" in asked:
             told = replace(told, constants={"step": int(state.step)})
-        answers = answered(told, data, rows=len(per_row), names=outputs[term.name])
+        answers = answered(told, data, rows=len(present), names=outputs[term.name])
         context.numbers[f"seconds/{term.name}"] = answers.seconds
         if answers.failures or term.value_on_failure is not None:
             context.numbers[f"failures/{term.name}"] = float(answers.failures)

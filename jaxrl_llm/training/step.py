@@ -45,7 +45,7 @@ from jaxrl_llm.training.networks import (
     moved,
     put_back,
 )
-from jaxrl_llm.training.reading import Context
+from jaxrl_llm.training.reading import Context, reads_text
 from jaxrl_llm.training.scores import viewed
 from jaxrl_llm.training.segments import Learn, Program, Segment, Traced, Work, compiled, programs, run
 
@@ -142,7 +142,8 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Any], Experience]:
         """The same with the rows of the step; `call`, from `opened(environment)`, keeps an environment open."""
         context = Context(items, self.composition.resources.decode, call)
-        if any(term.on_host for term in (*self.composition.rewards, *self.composition.credit)):
+        read = [term.function for term in (*self.composition.rewards, *self.composition.credit) if term.on_host]
+        if any(map(reads_text, read)):
             context.required_items()  # said before anything is sampled
         state, metrics, rows = run(self.segments, state, given_work(prompts, written), context)
         return state, metrics | context.numbers, rows

@@ -17,6 +17,7 @@ from jaxrl_llm.experience import Loss, Sequences
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.rewards.host import RewardError
 from jaxrl_llm.rows import Written, written_rows
+from jaxrl_llm.signatures import reading
 from jaxrl_llm.training import Fill, Network, Resources, Reward, Rollout, make_train_step
 from jaxrl_llm.training.scores import hidden_states
 
@@ -175,6 +176,17 @@ def test_a_late_call_gets_the_value_on_failure_and_is_counted(bigram, make_promp
     assert metrics["failures/slow"] == 4
     with pytest.raises(RewardError, match=r"'slow' (took longer than|raised OSError)"):
         first(composed(bigram, rewards=[Reward(slow, deadline_s=0.1)]), make_prompts(4))
+
+
+def test_a_reading_of_arrays_needs_no_items(bigram, make_prompts):
+    @reading
+    def total(tokens, length):
+        assert isinstance(tokens, np.ndarray)
+        return [row[:count].sum() for row, count in zip(tokens, length, strict=True)]
+
+    step = composed(bigram, rewards=[total])
+    _, metrics, rows = step.run(step.init(jax.random.key(0)), make_prompts(4))
+    np.testing.assert_allclose(metrics["reward"], np.sum(rows.tokens * rows.mask) / 8, rtol=1e-6)
 
 
 def test_equal_answers_of_a_group_get_equal_ids(bigram, make_prompts):
