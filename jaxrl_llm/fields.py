@@ -109,6 +109,8 @@ _ROWS: Any = (
     ("proxy_logprobs", "token", "credit", "log-probabilities under another distribution", 0.0, True),
     ("tempered_logprobs", "token", "credit", "log-probabilities at another temperature", 0.0, True),
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
+    ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0 is none", 0.0, True),
+    ("kl_anchor", "row", "credit", "how far the policy has moved on average, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
     ("demonstration_length", "row", "data", "real tokens of the reference completion"),
@@ -132,6 +134,7 @@ _ROWS: Any = (
     ("validation", "row", "held out", "1 on rows that are only measured on"),
     ("preferred", "row", "written", "1 for the better row of a pair, 0 for the other; a label of a single row", -1.0),
     ("rating", "row", "written", "number that somebody gave the row", float("nan")),
+    ("margin", "row", "written", "how much better the preferred row of a pair is said to be", 0.0, True),
     ("rank", "row", "written", "place of the row in its group, 0 is best", -1.0),
     ("step_labels", "token", "written", "label of each step, on its last token; NaN elsewhere", float("nan")),
     # what networks say, beside the rules
@@ -199,6 +202,7 @@ _NEEDS = {
     "stored_logprobs": "stored answers",
     "preferred": "judged rows",
     "rating": "judged rows",
+    "margin": "judged rows",
     "rank": "judged rows",
     "step_labels": "judged rows",
     "router_probabilities": "experts",

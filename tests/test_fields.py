@@ -1,24 +1,26 @@
-"""The table of names: what a step can be asked for is in it or follows the rules, and what is not is told so."""
+"""The table of names is the only one, it has a row for whatever public functions ask for, and rules name the rest."""
 
 from __future__ import annotations
 
+import ast
 import inspect
-from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
-from jaxrl_llm import fields
-from jaxrl_llm.experience import FACTS
+import jaxrl_llm
+from jaxrl_llm import advantages, losses, rewards, schedules, selection
+from jaxrl_llm.catalogue import built
+from jaxrl_llm.experience import FACTS, Method
 from jaxrl_llm.fields import (
     FIELDS,
+    HEADS,
     PROVIDERS,
     Score,
     absent_value,
     check_shape,
-    every_need,
-    fillable,
     kind_of,
     nearest,
     need_of,
@@ -26,152 +28,150 @@ from jaxrl_llm.fields import (
     remedy,
     score_named,
 )
-from jaxrl_llm.signatures import signature
+from jaxrl_llm.signatures import names
 
-NETWORKS = ["policy", "reference", "value", "proxy", "reward", "twin", "twin_target"]
-VIEWS = ["answer", "other_answer"]
-ROOMS = ("losses", "advantages", "rewards", "schedules", "selection")
+PACKAGE = Path(jaxrl_llm.__file__).parent
+NETWORKS = ("policy", "reference", "proxy", "teacher", "reward", *HEADS, *(f"{head}_target" for head in HEADS))
+VIEWS = ("answer", "mismatch")
+
+# ---- what public functions ask for ----------------------------------------------------------------------------------
+
+# Public functions that other functions call, and no step: what they are handed has the names of mathematics.
+HELPERS = {
+    "advantages": {"rank_bonus", "soft_minimum"},
+    "losses": {"aggregate", "generator", "mean_log_ratio", "pessimistic_surrogate", "renyi", "token_share"},
+    "rewards": {"checked_host_reward", "extract_answer", "extract_number", "parsed_number"},
+    "schedules": {"gradient_alignment"},
+    "selection": {
+        # called by plans and selections with counts and shares of earlier rows
+        "balanced_samples",
+        "cycled_rows",
+        "finished_prompts",
+        "knapsack_rollouts",
+        "mixed_probability",
+        "moved_values",
+        "rollout_value",
+        "rollouts_for_signal",
+        "squared_correlation",
+    },
+}
+ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewards, schedules, selection)}
 
 
-def methods():
-    """Every public function of the rooms of methods, with what it is called."""
-    for room in ROOMS:
-        face = import_module(f"jaxrl_llm.{room}")
-        for name in face.__all__:
-            if inspect.isfunction(getattr(face, name)):
-                yield f"{room}.{name}", getattr(face, name)
+def is_known(name: str) -> bool:
+    """Whether the table or a rule says what a name means."""
+    by_rule = score_named(name, NETWORKS, VIEWS) is not None or name in {f"{view}_mask" for view in VIEWS}
+    return name in FIELDS or by_rule
+
+
+def unknown_names(function) -> set[str]:
+    """Names that a function, or what it returns by default, asks for and nothing explains."""
+    return {name for name in names(function) if not is_known(name)}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_name_that_a_public_function_asks_for_is_explained(room):
+    public = {name: getattr(ROOMS[room], name) for name in ROOMS[room].__all__}
+    functions = {name: value for name, value in public.items() if inspect.isfunction(value)}
+    unknown = {}
+    for name, function in functions.items():
+        made = function
+        if inspect.signature(function).return_annotation in (Method, "Method"):
+            made = built(function)
+        asked = unknown_names(function) | (unknown_names(made) if isinstance(made, Method) else set())
+        if asked:
+            unknown[name] = asked
+    assert unknown.keys() == HELPERS[room], {n: a for n, a in unknown.items() if n not in HELPERS[room]}
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def test_each_name_has_a_provider_a_shape_and_a_meaning():
-    assert {field.provider for field in FIELDS.values()} == PROVIDERS.keys()
-    assert {field.kind for field in FIELDS.values()} == {"scalar", "row", "token", "either", "vector", "prompt"}
+def test_every_row_has_a_provider_that_says_what_to_do_and_a_meaning():
     for name, field in FIELDS.items():
-        assert field.name == name
-        assert field.meaning
-        assert not field.meaning.endswith(".")
+        assert field.provider in PROVIDERS, name
+        assert field.meaning, name
+        assert field.kind in ("scalar", "row", "token", "either", "vector", "prompt"), name
+    assert {field.provider for field in FIELDS.values()} | {"held out"} == set(PROVIDERS)
 
 
-def test_facts_of_sampling_are_in_it_and_credit_may_change_two_of_them():
+def test_every_fact_of_sampling_is_a_row_that_the_rollout_provides():
     assert set(FACTS) == provided_by("rollout")
-    assert provided_by("rollout") & fillable() == {"weight", "mask"}
-    assert provided_by("rewards", "credit") >= {"rewards", "advantages"}
 
 
-def test_every_need_is_that_of_some_name():
-    assert {field.need for field in FIELDS.values()} - {""} < set(every_need())
-    assert need_of("reference_logprobs") == "reference"
-    assert need_of("logprobs") == need_of("old_logprobs") == need_of("rewards") == ""
-    assert need_of("old_entropy") == "entropy"
-    assert need_of("old_values") == "value model"
-    assert need_of("twin_target_values") == "twin values"
-    assert need_of("completion") == "host"
+def test_rows_are_not_what_rules_say_already():
+    twice = {name for name in FIELDS if score_named(name, ["policy", "reference", *HEADS]) is not None}
+    # What is of the network that learns, and the one name that no ending of the rules fits.
+    assert twice == {"logprobs", "entropy", "token_reward_logits"}
 
 
-def test_kinds_and_absent_values_of_names_that_are_not_in_it():
-    assert (kind_of("advantages"), kind_of("confidence")) == ("either", "vector")
-    assert (kind_of("proxy_answer_logprobs"), kind_of("teacher_entropy"), kind_of("reward_scores")) == (
-        "token",
-        "token",
-        "row",
-    )
-    assert absent_value("preferred") == -1
-    assert absent_value("answer_id") == -1
-    assert absent_value("confidence") == absent_value("rewards") == 0
-    assert absent_value("rating") != absent_value("rating")
+def test_names_that_the_table_lacks_have_a_shape_by_their_ending():
+    shapes = {name: kind_of(name) for name in ("reference_logprobs", "old_entropy", "judge_scores", "mine", "values")}
+    expected = {"reference_logprobs": "token", "old_entropy": "token", "judge_scores": "row"}
+    assert shapes == expected | {"mine": "vector", "values": "vector"}
 
 
-# ---- every function of the rooms ------------------------------------------------------------------------------------
-
-
-def asked_names() -> dict[str, set[str]]:
-    """Name -> the functions that ask for it by a positional parameter, those of what they return left out."""
-    asked: dict[str, set[str]] = {}
-    for called, function in methods():
-        for name in signature(function).required + signature(function).optional:
-            asked.setdefault(name, set()).add(called)
-    return asked
-
-
-# Functions of the rooms whose parameters are arguments of a caller, or what an entry of credit of the recipe fills.
-HELPERS = {
-    "advantages.rank_bonus",
-    "advantages.soft_minimum",
-    "losses.aggregate",
-    "losses.entropy_history_penalty",
-    "losses.generator",
-    "losses.mean_log_ratio",
-    "losses.pessimistic_surrogate",
-    "losses.renyi",
-    "losses.token_share",
-    "rewards.checked_host_reward",
-    "rewards.extract_answer",
-    "rewards.extract_number",
-    "rewards.parsed_number",
-    "schedules.gradient_alignment",
-    "selection.balanced_samples",
-    "selection.cycled_rows",
-    "selection.finished_prompts",
-    "selection.knapsack_rollouts",
-    "selection.mixed_probability",
-    "selection.rollout_value",
-    "selection.rollouts_for_signal",
-    "selection.squared_correlation",
-}
-
-
-def test_every_name_that_a_method_asks_for_is_known():
-    """A row of the table, or a name that follows the rules; the rest are helpers, which recipes do not name."""
-    unknown = {
-        name: functions
-        for name, functions in asked_names().items()
-        if name not in FIELDS and score_named(name, NETWORKS, VIEWS) is None and not name.endswith("_mask")
-    }
-    assert {name: functions - HELPERS for name, functions in unknown.items() if functions - HELPERS} == {}
-    assert set().union(*unknown.values()) == HELPERS, "whoever asks for known names alone is no helper any more"
-
-
-# ---- names that follow rules ----------------------------------------------------------------------------------------
+# ---- names of what networks say -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "found"),
     [
         ("logprobs", Score("policy", "logprobs")),
         ("entropy", Score("policy", "entropy")),
         ("old_logprobs", Score("policy", "logprobs", as_found=True)),
+        ("reference_logprobs", Score("reference", "logprobs")),
+        ("old_reference_logprobs", Score("reference", "logprobs", as_found=True)),
+        ("reference_entropy", Score("reference", "entropy")),
         ("values", Score("value", "values")),
         ("old_values", Score("value", "values", as_found=True)),
-        ("value_values", Score("value", "values")),
-        ("reference_logprobs", Score("reference", "logprobs")),
-        ("proxy_entropy", Score("proxy", "entropy")),
-        ("reward_scores", Score("reward", "scores")),
-        ("old_twin_values", Score("twin", "values", as_found=True)),
+        ("twin_values", Score("twin", "values")),
         ("twin_target_values", Score("twin_target", "values")),
+        ("value_scores", Score("value", "scores")),
         ("answer_logprobs", Score("policy", "logprobs", "answer")),
-        ("old_answer_logprobs", Score("policy", "logprobs", "answer", True)),
+        ("old_answer_entropy", Score("policy", "entropy", "answer", as_found=True)),
         ("reference_answer_logprobs", Score("reference", "logprobs", "answer")),
-        ("proxy_other_answer_entropy", Score("proxy", "entropy", "other_answer")),
-        ("reward_answer_scores", Score("reward", "scores", "answer")),
-        # what is of no network, or of none that is there
-        ("behaviour_logprobs", None),
-        ("teacher_logprobs", None),
-        ("reference_question_logprobs", None),
-        ("token_reward_logits", None),
-        ("rewards", None),
-        ("entropy_per_token", None),
-        ("answer_mask", None),
+        ("answer_values", Score("value", "values", "answer")),
+        ("value_answer_scores", Score("value", "scores", "answer")),
+        ("token_reward_logits", Score("token_reward", "values")),
     ],
 )
-def test_what_a_name_asks_of_whom(name, expected):
-    assert score_named(name, NETWORKS, VIEWS) == expected
+def test_a_rule_says_what_a_name_asks_of_which_network(name, found):
+    assert score_named(name, NETWORKS, VIEWS) == found
 
 
-def test_a_token_reward_model_has_a_name_of_its_own():
-    assert score_named("token_reward_logits", ["token_reward"]) == Score("token_reward", "values")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "advantages",
+        "answer_mask",  # of the view, not of a network
+        "pupil_logprobs",  # nobody has described one
+        "prompt_answer_logprobs",
+        "answer_reference_logprobs",  # the network comes first
+        "logprob",
+        "oldlogprobs",
+        "reference",
+    ],
+)
+def test_a_name_that_follows_no_rule_is_nobodys(name):
+    assert score_named(name, NETWORKS, VIEWS) is None
+
+
+def test_a_name_of_a_network_that_is_not_there_is_nobodys():
     assert score_named("values", ["policy"]) is None
+    assert score_named("token_reward_logits", ["policy"]) is None
+    assert score_named("answer_logprobs", ["policy"]) is None
+    assert score_named("teacher_logprobs", ["policy", "teacher"]) == Score("teacher", "logprobs")
+
+
+def test_needs_follow_from_names():
+    asked = {name: need_of(name) for name in ("old_logprobs", "old_entropy", "reference_logprobs", "twin_values")}
+    assert asked == {
+        "old_logprobs": "",
+        "old_entropy": "entropy",
+        "reference_logprobs": "reference",
+        "twin_values": "twin values",
+    }
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------
@@ -183,34 +183,68 @@ def test_nearest_suggests_or_lists():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "said"),
     [
         ("advantages", "add an entry to credit that fills it, for example advantages: group_normalized"),
-        ("budget", "for example budget: a function of yours"),
-        ("turn_rewards", "a task that is answered in turns provides it"),
-        ("staleness", "an external engine provides it"),
-        ("extra", "rollout.plan: mixed_temperature"),
-        ("pool_mean", "the plan adaptive provides it"),
-        ("preferred", "written rows provide it"),
-        ("validation", "written rows of the validation split"),
         ("values", "a critic provides it"),
-        ("twin_target_values", "a critic provides it"),
-        ("token_reward_logits", "a critic provides it"),
-        ("logprobs", "losses alone can name it"),
-        ("completions", "readings and rewards may name it"),
-        ("reference_logprob", "did you mean 'reference_logprobs'"),
+        ("old_twin_values", "a critic provides it"),
+        ("stored_logprobs", "written rows provide it"),
+        ("staleness", "an external engine provides it"),
+        ("reward", "coefficients and schedules alone can name it"),
+        ("rewardz", "did you mean 'rewards'?"),
+        ("tokens", "known: rewards"),
     ],
 )
-def test_a_message_says_who_would_provide_a_name(name, message):
-    assert message in remedy(name, {"rewards", "reference_logprobs"})
+def test_a_remedy_names_who_would_provide_it(name, said):
+    assert remedy(name, {"rewards"}).startswith(said)
 
+
+# ---- no other table -------------------------------------------------------------------------------------------------
+
+# Sets of three or more names that are no copies of the table.
+OTHER_SETS = {
+    "rewards/host.py": "arithmetic knows no table; it is what `signatures.per_row` says",
+    "rollout/plans/adaptive.py": "what the plan declares that its rows know",
+    "rollout/turns.py": "what the sampler of turns fills in",
+    "run/explain.py": "facts that are left out of a line that is shown",
+    "training/scores.py": "what one pass of the policy over its own rows gives",
+}
+
+
+def sets_of_names(path: Path) -> list[set[str]]:
+    """Sets that are written out in a module and hold three or more names of the table."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Set)]
+    found = [{e.value for e in node.elts if isinstance(e, ast.Constant)} & FIELDS.keys() for node in nodes]
+    return [each for each in found if len(each) >= 3]
+
+
+def test_no_other_module_holds_a_table_of_names():
+    found = {
+        str(path.relative_to(PACKAGE)): sets
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name != "fields.py" and (sets := sets_of_names(path))
+    }
+    assert found.keys() == OTHER_SETS.keys(), found
+    assert all(len(sets) == 1 for sets in found.values()), found
+
+
+def test_the_sets_that_are_written_out_agree_with_the_table():
+    from jaxrl_llm.rewards.host import _ONE_ROW
+    from jaxrl_llm.rollout.turns import TURN_FIELDS
+    from jaxrl_llm.signatures import _PER_ROW
+
+    assert _ONE_ROW == _PER_ROW
+    assert provided_by("environment") == TURN_FIELDS
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
 
 ROWS = SimpleNamespace(tokens=jnp.zeros((4, 3)))
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("rewards", (4,)), ("advantages", (4,)), ("advantages", (4, 3)), ("mask", (4, 3)), ("confidence", (4, 7, 2))],
+    [("rewards", (4,)), ("advantages", (4,)), ("advantages", (4, 3)), ("mask", (4, 3)), ("stated", (4, 7, 2))],
 )
 def test_shapes_that_fit(name, shape):
     check_shape(jnp.zeros(shape), name, "some", ROWS)
@@ -222,7 +256,7 @@ def test_shapes_that_fit(name, shape):
         ("rewards", (4, 3), r"shape \(4,\)"),
         ("advantages", (3, 4), r"\(4,\) or \(4, 3\)"),
         ("mask", (4,), r"shape \(4, 3\)"),
-        ("confidence", (), "one entry a completion, 4"),
+        ("stated", (), "one entry a completion, 4"),
         ("preferences", (3, 4), "one entry a completion, 4"),
     ],
 )
@@ -231,12 +265,7 @@ def test_shapes_that_do_not_fit_are_named(name, shape, right):
         check_shape(jnp.zeros(shape), name, "some", ROWS)
 
 
-def test_the_docstring_of_the_module_says_the_rules():
-    for name in (
-        "old_<name>",
-        "<network>_logprobs",
-        "<network>_scores",
-        "<view>_logprobs",
-        "<network>_<view>_logprobs",
-    ):
-        assert name in fields.__doc__
+def test_what_names_hold_in_rows_that_do_not_know_them():
+    assert absent_value("preferred") == absent_value("answer_id") == -1
+    assert absent_value("stated") == absent_value("rewards") == 0
+    assert all(absent_value(name) != absent_value(name) for name in ("rating", "confidence")), "no numbers"

@@ -179,7 +179,7 @@ def reads_items(terms: Sequence[Any]) -> bool:
     return any(read.anything or _OF_ITEMS & {*read.required, *read.optional} for read in asked)
 
 
-_OF_ITEMS = frozenset({"prompts", "answers", "items", "prompt", "answer", "item"})
+_OF_ITEMS = TEXT - {"completions", "completion"}
 _PLURAL = {"completion": "completions", "prompt": "prompts", "answer": "answers", "item": "items"}
 
 
@@ -224,7 +224,8 @@ def _spread(
                 ids[row] = seen.setdefault((int(groups[row]), value), int(first_rows[row]))
         return ids
     shaped = [np.asarray(value, np.float32) for value in values if value is not None]
-    if kind_of(name) == "token" and "/" not in name:
+    per_token = kind_of(name) == "token" or (kind_of(name) == "either" and any(value.ndim for value in shaped))
+    if per_token and "/" not in name:
         whole = np.full((count, width), absent, np.float32)
         for row, value in zip(present, values, strict=True):
             if value is not None:

@@ -17,6 +17,7 @@ from jaxrl_llm.signatures import reading
 from jaxrl_llm.training import Fill, Reward
 from jaxrl_llm.training.reading import Context, reading_part, reads_items
 
+NAN = float("nan")
 ITEMS = [{"body": f"prompt {i}", "answer": f"answer {i}", "level": i} for i in range(4)]
 
 
@@ -140,7 +141,9 @@ def test_a_reading_gives_a_field_with_what_does_not_apply(rows):
     def stated(completions):
         return {"confidence": [0.8, None, float("nan"), 1, 0, 0.25, None, 0]}
 
-    np.testing.assert_allclose(fill(rows, "confidence", stated)["confidence"], [0.8, 0, 0, 1, 0, 0.25, 0, 0])
+    np.testing.assert_allclose(fill(rows, "confidence", stated)["confidence"], [0.8, NAN, NAN, 1, 0, 0.25, NAN, 0])
+    unknown = fill(rows, "points", lambda completions: [1, None, *[2] * 6])["points"]
+    np.testing.assert_array_equal(unknown, [1, 0, *[2] * 6])
     np.testing.assert_array_equal(
         fill(rows, "rating", lambda completions: [3, None, *[1] * 6])["rating"], [3, np.nan, *[1] * 6]
     )
