@@ -18,8 +18,10 @@ from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.losses import negative_log_likelihood
 from jaxrl_llm.rows import Written, demonstrations
+from jaxrl_llm.run.batches import demonstration_batches, prompt_batches
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.setup import Parts, data_sets, demonstration_batches, parts, prompt_batches
+from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.stored_answers import stored_answers

@@ -11,8 +11,10 @@ import pytest
 from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Selection, Sequences, Source
+from jaxrl_llm.run.batches import demonstration_batches, encoded, prompt_batches
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.setup import data_sets, demonstration_batches, encoded, parts, prompt_batches
+from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.setup import parts
 
 VOCABULARY = CharacterTokenizer().vocabulary_size
 
