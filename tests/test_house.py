@@ -68,6 +68,7 @@ HIDING = {
     "rollout.plans.demonstration_in_group",
     "rollout.plans.greedy_baseline",
     "rollout.plans.mixed_temperature",
+    "rollout.plans.paraphrased",
     "rollout.plans.prefixes",
     "rollout.plans.refill",
     "rollout.plans.resume",
