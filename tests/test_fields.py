@@ -71,7 +71,7 @@ def test_every_need_is_that_of_some_name():
 
 
 def test_kinds_and_absent_values_of_names_that_are_not_in_it():
-    assert (kind_of("advantages"), kind_of("confidence")) == ("either", "vector")
+    assert (kind_of("advantages"), kind_of("novelty")) == ("either", "vector")
     assert (kind_of("proxy_answer_logprobs"), kind_of("teacher_entropy"), kind_of("reward_scores")) == (
         "token",
         "token",
@@ -79,7 +79,7 @@ def test_kinds_and_absent_values_of_names_that_are_not_in_it():
     )
     assert absent_value("preferred") == -1
     assert absent_value("answer_id") == -1
-    assert absent_value("confidence") == absent_value("rewards") == 0
+    assert absent_value("novelty") == absent_value("rewards") == 0
     assert absent_value("rating") != absent_value("rating")
 
 
@@ -210,7 +210,7 @@ ROWS = SimpleNamespace(tokens=jnp.zeros((4, 3)))
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("rewards", (4,)), ("advantages", (4,)), ("advantages", (4, 3)), ("mask", (4, 3)), ("confidence", (4, 7, 2))],
+    [("rewards", (4,)), ("advantages", (4,)), ("advantages", (4, 3)), ("mask", (4, 3)), ("novelty", (4, 7, 2))],
 )
 def test_shapes_that_fit(name, shape):
     check_shape(jnp.zeros(shape), name, "some", ROWS)
@@ -222,7 +222,7 @@ def test_shapes_that_fit(name, shape):
         ("rewards", (4, 3), r"shape \(4,\)"),
         ("advantages", (3, 4), r"\(4,\) or \(4, 3\)"),
         ("mask", (4,), r"shape \(4, 3\)"),
-        ("confidence", (), "one entry a completion, 4"),
+        ("novelty", (), "one entry a completion, 4"),
         ("preferences", (3, 4), "one entry a completion, 4"),
     ],
 )
