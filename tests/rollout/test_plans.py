@@ -377,15 +377,15 @@ def talks(model, params, prompts, samples):
     return jax.device_get(jax.jit(lambda params: run(params, prompts, KEY, 0, TALK))(params))
 
 
-def both_even(turn_rewards):
-    return (turn_rewards.sum(1) == 2).astype(jnp.float32)
+def some_even(turn_rewards):
+    return (turn_rewards.sum(1) >= 1).astype(jnp.float32)
 
 
 def test_groups_of_conversations_are_refilled(model, params):
-    step = composed(model, refilled(max_rounds=4, metric="rewards"), 2, [both_even], {"environment": TALK})
+    step = composed(model, refilled(max_rounds=4, metric="rewards"), 2, [some_even], {"environment": TALK})
     metrics, rows = one_step(step, params, make_prompts(8))
     every = talks(model, params, make_prompts(8), 2)
-    right = np.asarray(both_even(every["turn_rewards"])).reshape(8, 2)
+    right = np.asarray(some_even(every["turn_rewards"])).reshape(8, 2)
     informative = np.flatnonzero(right[:, 0] != right[:, 1])[:2]
     assert informative[1] > 1, "a test in which nothing is refilled shows nothing"
     assert metrics["rounds"] == informative[1] // 2 + 1
@@ -396,10 +396,10 @@ def test_groups_of_conversations_are_refilled(model, params):
 
 
 def test_prompts_are_talked_about_until_they_have_enough_of_both_kinds(model, params):
-    step = composed(model, in_rounds(), 2, [both_even], {"environment": TALK})
+    step = composed(model, in_rounds(), 2, [some_even], {"environment": TALK})
     metrics, rows = one_step(step, params, make_prompts(8))
     every = talks(model, params, make_prompts(8), 6)
-    right = np.asarray(both_even(every["turn_rewards"])).reshape(8, 6)
+    right = np.asarray(some_even(every["turn_rewards"])).reshape(8, 6)
     mixed = [next((c for c in (2, 4) if len(set(right[n, :c])) == 2), 6) for n in range(8)]
     assert metrics["samples_drawn"] == sum(mixed) > 16
     place = np.arange(8).repeat(2) * 6 + rows.sample
