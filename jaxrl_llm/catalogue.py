@@ -34,6 +34,7 @@ _PLAN_NEEDS = {
     "mixed_temperature": "extra samples",
     "prefixes": "prefixes",
     "greedy_baseline": "greedy sample",
+    "paraphrased": "paraphrases",
 }
 EVERY_NEED = (
     *every_need(),
@@ -247,6 +248,7 @@ def needs(functions: Iterable[Any], provided: Iterable[str] = ()) -> list[str]:
         if "stored_logprobs" in asked:  # `written_mask` marks stored answers then, not demonstrations
             asked -= {"written_mask"}
         found |= {need_of(name) for name in asked}
+        found |= {"reference"} if "over_vocabulary" in asked else set()  # the other one of the two distributions
         returned = None if isinstance(function, Method) else inspect.signature(function).return_annotation
         found |= {"memory"} if isinstance(function, Method) or returned in (Method, "Method") else set()
     return [need for need in EVERY_NEED if need in found]

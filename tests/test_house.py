@@ -62,7 +62,7 @@ HIDING = {
     "parallel.shardings",
     "rollout.generate",
     "rollout.host_turns",
-    # A plan is a module and the function in it.
+    # A plan, or a selection, is a module and the function in it.
     "rollout.plans.adaptive",
     "rollout.plans.budget",
     "rollout.plans.demonstration_in_group",
@@ -71,6 +71,7 @@ HIDING = {
     "rollout.plans.prefixes",
     "rollout.plans.refill",
     "rollout.plans.resume",
+    "selection.bandit",
 }
 # What is longer, and how long it may be.
 LONG_MODULES = {

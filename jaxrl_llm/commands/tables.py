@@ -42,7 +42,8 @@ def show_columns(rows: Sequence[dict[str, Any]], title: str) -> None:
     cells = [{key: plain(value) for key, value in row.items()} for row in rows]
     if console.width < 112:
         for row in cells:
-            row["name"] = "\n".join(textwrap.wrap(row["name"].replace("_", "_ "), 21)).replace("_ ", "_")
+            row["name"] = _cut(row["name"], 21)
+            row["needs"] = " ".join(_cut(word, 24) for word in row["needs"].split(" "))
             row["certainty"] = row["certainty"].replace("reconstructed", "reconstr.")
             if number := row.pop("arxiv", ""):
                 row["paper"] += f"\n{number}"
@@ -54,6 +55,11 @@ def show_columns(rows: Sequence[dict[str, Any]], title: str) -> None:
     for row in cells:
         table.add_row(*map(Text, row.values()))
     console.print(table)
+
+
+def _cut(word: str, width: int) -> str:
+    """A word in lines of this width, cut behind underscores."""
+    return "\n".join(textwrap.wrap(word.replace("_", "_ "), width)).replace("_ ", "_")
 
 
 def plain(value: Any) -> str:

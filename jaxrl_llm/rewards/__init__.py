@@ -20,7 +20,14 @@ from jaxrl_llm.rewards.process.turn_rewards import (
 from jaxrl_llm.rewards.shaping.calibration import calibrated_correctness
 from jaxrl_llm.rewards.shaping.length_limit import soft_overlong, truncation_zero
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
-from jaxrl_llm.rewards.verifiers.answers import answer_format, answer_ids, answer_present, answer_span, exact_answer
+from jaxrl_llm.rewards.verifiers.answers import (
+    answer_format,
+    answer_ids,
+    answer_present,
+    answer_span,
+    exact_answer,
+    paired_answer_ids,
+)
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
 from jaxrl_llm.rewards.verifiers.stated_confidence import stated_confidence
 from jaxrl_llm.rewards.verifiers.text_answers import (
@@ -55,6 +62,7 @@ __all__ = [
     "learned_reward",
     "normalized_turn_rewards",
     "number_match",
+    "paired_answer_ids",
     "parsed_number",
     "perplexity_ranks",
     "reasoning_perplexity",

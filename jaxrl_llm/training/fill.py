@@ -39,8 +39,6 @@ def reward_parts(c: Composition, key: str) -> list[Any]:
         parts.append(Traced("networks", partial(_viewed, c, early, key)))
     readings = [term for term in c.rewards if term.on_host]
     if readings:
-        # Programs in front of a reading do what they can, so that nothing waits for the host twice.
-        parts.append(Traced("rewards", partial(_columns, c, key)))
         outputs = {term.name: (_column(term),) for term in readings}
         parts.append(reading_part("reading", readings, outputs, key, c.samples))
     parts.append(Traced("rewards", partial(_summed, c, key)))
@@ -76,8 +74,7 @@ def _summed(c: Composition, key: str, state: TrainState, work: Work) -> Work:
     """Rows with their rewards. What does not apply (NaN) is left out of a row's sum; where nothing applies the row is
     absent. Of a conversation the environment knows whether it was solved, however its rewards are shaped."""
     rows: Experience = work[key]
-    if not any(term.on_host for term in c.rewards):
-        rows = _columns(c, key, state, work)[key]
+    rows = _columns(c, key, state, work)[key]
     components = jnp.stack([rows[_column(term)] for term in c.rewards], axis=1)
     read = any(term.on_host for term in c.rewards)
     applying = jnp.where(jnp.isnan(components), 0.0, components) if read else components
@@ -103,8 +100,7 @@ def _scored_early(c: Composition, key: str) -> frozenset[str]:
 
 def _ready(c: Composition, name: str, available: Collection[str]) -> bool:
     """Whether the sequence that a name scores can be made of what is there."""
-    found = c.score(name)
-    view = found.view if found is not None else next((v for v in c.resources.views if name == f"{v}_mask"), "")
+    view = c.view_of(name)
     return not view or set(signature(c.resources.views[view]).required) <= set(available)
 
 
@@ -117,39 +113,35 @@ def _viewed(c: Composition, wanted: Collection[str], key: str, state: TrainState
 
 def credit_parts(c: Composition) -> list[Any]:
     """Rewards -> advantages and whatever else the credit list fills in, with what networks say in front of it."""
-    filled = {name for term in c.credit for name in term.names}
-    available = set(available_before_rewards(c)) | set(FIELDS) | filled
+    coming = [name for term in c.credit for name in term.names]
+    known = {*available_before_rewards(c), *provided_by("rewards"), *(FIELDS.keys() - set(coming))}
     pending = set(c.wanted)
     parts: list[Any] = []
 
-    def score() -> None:
-        ready = {name for name in pending if _ready(c, name, available - filled)}
+    def score(available: Collection[str]) -> None:
+        ready = {name for name in pending if _ready(c, name, available)}
         if ready:
             parts.append(Traced("networks", partial(_viewed, c, frozenset(ready), "rows")))
             pending.difference_update(ready)
 
-    score()
+    # A view of something that an entry fills waits for it, unless somebody asks before.
+    score(known - set(coming))
     if any(term.over_vocabulary for term in c.credit):
         parts.append(Traced("vocabulary", partial(_by_vocabulary, c)))
     for index, term in enumerate(c.credit):
         if required([term.function]) & pending:
-            score()
+            score(known)
         if term.on_host:
-            parts.append(reading_part("reading", [_named(term)], {term.name: term.names}, "rows", c.samples))
+            parts.append(reading_part("reading", [term], {term.name: term.names}, "rows", c.samples))
         else:
             parts.append(Traced("credit", partial(_filled, c, index, term)))
-        filled -= set(term.names)
-    filled.clear()
-    score()
+        known |= set(term.names)
+    score(known)
     parts.append(Traced("credit", _absent_rows))
     return [
         Traced("credit", lambda state, work: {"sampled": work["rows"].weight, "memory": dict(state.memory)}),
         *parts,
     ]
-
-
-def _named(term: Fill) -> Fill:
-    return term
 
 
 def _by_vocabulary(c: Composition, state: TrainState, work: Work) -> Work:
