@@ -17,6 +17,7 @@ from jaxrl_llm.experience import Source
 from jaxrl_llm.rollout import EnvironmentFailure
 from jaxrl_llm.run.explain import explanation, stages, trace
 from jaxrl_llm.run.setup import data_sets, opened_parts, parts, prompt_batches
+from jaxrl_llm.run.stored_answers import StoredAnswers
 from jaxrl_llm.run.train import train
 
 # Programs of many sizes: minutes of compilation.
@@ -229,7 +230,6 @@ def test_a_conversation_votes_for_its_moves():
             ["rollout.engine={url: 'http://localhost:1', model: m, reload_every_steps: 0}"],
             r"the environment needs .* \(conversations\), which rollout.engine",
         ),
-        ("guess", ["source=[sampler, {demonstrations: {sequences_per_step: 4}}]"], "task is answered in turns"),
         (
             "guess",
             ["credit=[advantages: reward_minus_baseline]"],
@@ -252,6 +252,20 @@ def test_a_conversation_votes_for_its_moves():
 def test_what_cannot_be_had_with_conversations_is_refused(name, overrides, message, config_of):
     with pytest.raises(ValueError, match=message):
         parts(config_of(name, *overrides))
+
+
+@pytest.mark.parametrize("source", ["replay: {share: 0.5}", "solved_answers: {sequences_per_step: 4}"])
+@pytest.mark.parametrize("name", ["grid", "guess"])
+def test_other_sources_go_with_conversations(name, source, config_of):
+    trace(parts(config_of(name, f"source=[sampler, {{{source}}}]")))
+
+
+def test_what_an_environment_says_in_a_stored_conversation_is_not_learned():
+    trained = np.array([[1, 1, 0, 1, 0]], np.float32)
+    one, tokens = np.ones(1, np.int32), np.arange(3, 8, dtype=np.int32)[None]
+    rows = {"prompt_tokens": tokens, "prompt_length": one, "prompt_id": one, "tokens": tokens, "length": 4 * one}
+    made = StoredAnswers(rows | {"trained": trained, "stored_logprobs": -trained}, one)
+    np.testing.assert_array_equal(made.batch(jax.random.key(0), 0, 1, answer_width=1)["written_mask"], trained)
 
 
 def test_an_environment_that_does_not_fit_the_prompts_is_refused_before_anything_is_compiled(config_of):
