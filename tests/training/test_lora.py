@@ -168,7 +168,11 @@ class TestStep:
         def with_critic(backbone):
             return composed(
                 lora(model, LORA, quantise=True),
-                credit=[("returns", advantages.gae_returns), ("advantages", advantages.gae)],
+                credit=[
+                    ("returns", advantages.gae_returns),
+                    ("advantages", advantages.gae),
+                    ("global_advantages", lambda slow_values: slow_values),  # a network is there where it is named
+                ],
                 losses=[losses.clipped_surrogate, (losses.clipped_value, 0.5)],
                 resources=Resources(
                     networks={
