@@ -109,6 +109,8 @@ _ROWS: Any = (
     ("proxy_logprobs", "token", "credit", "log-probabilities under another distribution", 0.0, True),
     ("tempered_logprobs", "token", "credit", "log-probabilities at another temperature", 0.0, True),
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
+    ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0 is none", 0.0, True),
+    ("kl_anchor", "row", "credit", "how far the policy has moved on average, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
     ("demonstration_length", "row", "data", "real tokens of the reference completion"),

@@ -89,7 +89,7 @@ def name_of(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__).lstrip("_")
 
 
-_PER_ROW = frozenset({"completion", "prompt", "answer", "item"})
+_PER_ROW = frozenset(name for name in TEXT if f"{name}s" in TEXT)
 
 
 def on_host(function: Callable | Method) -> bool:

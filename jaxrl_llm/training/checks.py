@@ -47,7 +47,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
     given -= {"support", "router_choices"}
     r = c.rollout
     if r is not None:
-        given |= provided_by("data") | c.plan.provides - {"baseline_rewards", "label", "pool_mean", "pool_count"}
+        given |= provided_by("data") | c.plan.provides - provided_by("greedy_baseline", "adaptive")
         if r.environment is not None:
             given |= provided_by("environment")
         if r.engine is not None:
@@ -63,7 +63,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
 
 def _check_names(c: Composition) -> None:
     by_network = {name for name in c.named if c.score(name) is not None}
-    by_network |= {"hidden", "prompt_logprobs", "prompt_mask"} | c.view_masks
+    by_network |= provided_by("network") | c.view_masks
     learner = provided_by("learner") | {"router_choices"}
     text = provided_by("text") | {"items"}
     available = available_before_rewards(c)
@@ -93,6 +93,8 @@ def _check_names(c: Composition) -> None:
             if name not in FIELDS and not any(name in names(function) for function in later):
                 raise ValueError(f"credit fills {name!r}, which nothing after it reads; {nearest(name, fillable())}")
         what = f"{', '.join(term.names)} {term.name!r}"
+        if term.on_host and c.resources.decode is None and names(term.function) & text:
+            raise ValueError(f"{what} reads text, so make_train_step needs decode= (token ids -> text)")
         if term.over_vocabulary:
             _require_names(term.function, what, frozenset({"log_probabilities", "tokens"}))
         else:
@@ -304,8 +306,8 @@ def replayed_fields(c: Composition) -> dict[str, str]:
     kept = {}
     for name in sorted(required([t.function for t in c.losses])):
         kind = kind_of(name)
-        made = {n for term in c.credit for n in term.names} | {"rewards", "correct", "reward_components"}
-        gone = c.plan.provides | {"hidden", "prompt_logprobs", "prompt_mask"}
+        made = {n for term in c.credit for n in term.names} | provided_by("rewards")
+        gone = c.plan.provides | provided_by("network")
         if name in gone or (name in made and kind not in ("row", "token", "either")):
             loss = next(t.name for t in c.losses if name in required([t.function]))
             raise ValueError(

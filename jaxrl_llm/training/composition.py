@@ -288,7 +288,7 @@ class Composition:
     def learning(self) -> frozenset[str]:
         """Networks whose parameters the losses change."""
         read = required([t.function for t in self.losses])
-        policy = read & {"logprobs", "entropy", "over_vocabulary", "router_probabilities"}
+        policy = read & provided_by("learner")
         views = {s.view for name in read if (s := self.score(name)) and s.network == POLICY and not s.as_found}
         heads = {
             s.network

@@ -133,6 +133,7 @@ def credit_parts(c: Composition) -> list[Any]:
             score(known)
         if term.on_host:
             parts.append(reading_part("reading", [term], {term.name: term.names}, "rows", c.samples))
+            parts.append(Traced("credit", partial(_read, term)))
         else:
             parts.append(Traced("credit", partial(_filled, c, index, term)))
         known |= set(term.names)
@@ -161,12 +162,25 @@ def _filled(c: Composition, index: int, term: Fill, state: TrainState, work: Wor
     else:
         value = call(term.function, provided)
     for name, array in zip(term.names, _values(term, value), strict=True):
-        array = jax.lax.stop_gradient(jnp.asarray(array))
-        check_shape(array, name, term.name, rows)
-        if kind_of(name) == "either" and name in FIELDS and array.ndim == 1:
-            array = jnp.where(rows.mask > 0, array[:, None], 0.0)
-        rows = rows.filled(**{name: array})
+        rows = _with(rows, name, array, term)
     return {"rows": rows, "memory": memory}
+
+
+def _read(term: Fill, state: TrainState, work: Work) -> Work:
+    """Rows with what a reading has filled, in the shapes that the table gives it."""
+    rows: Experience = work["rows"]
+    for name in term.names:
+        rows = _with(rows, name, rows[name], term)
+    return {"rows": constrain_rows(rows)}
+
+
+def _with(rows: Experience, name: str, array: Any, term: Fill) -> Experience:
+    """Rows that know a name; a number of a row that may be one of its tokens is that of each of them."""
+    array = jax.lax.stop_gradient(jnp.asarray(array))
+    check_shape(array, name, term.name, rows)
+    if kind_of(name) == "either" and name in FIELDS and array.ndim == 1:
+        array = jnp.where(rows.mask > 0, array[:, None], 0.0)
+    return rows.filled(**{name: array})
 
 
 def _values(term: Fill, value: Any) -> Sequence[Any]:

@@ -224,7 +224,8 @@ def _spread(
                 ids[row] = seen.setdefault((int(groups[row]), value), int(first_rows[row]))
         return ids
     shaped = [np.asarray(value, np.float32) for value in values if value is not None]
-    if kind_of(name) == "token" and "/" not in name:
+    per_token = kind_of(name) == "token" or (kind_of(name) == "either" and any(value.ndim for value in shaped))
+    if per_token and "/" not in name:
         whole = np.full((count, width), absent, np.float32)
         for row, value in zip(present, values, strict=True):
             if value is not None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxrl_llm.experience import Experience, TrainState
-from jaxrl_llm.fields import Score
+from jaxrl_llm.fields import Score, provided_by
 from jaxrl_llm.models.heads import at_first, at_last, head_outputs
 from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
@@ -102,7 +102,7 @@ def viewed(
     if c.rollout is not None and c.rollout.engine is not None:
         wanted |= {"old_entropy"} - rows.fields.keys()
     asked = {name: found for name in sorted(wanted) if (found := c.score(name)) is not None}
-    special = wanted & {"hidden", "prompt_logprobs", "prompt_mask"}
+    special = wanted & provided_by("network")
     special |= wanted & c.view_masks
     if not asked and not special:
         return rows

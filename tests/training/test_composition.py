@@ -89,6 +89,7 @@ def valued(values, mask):
             "credit entry 'rewards:update' is listed twice and remembers",
         ),
         ({"rewards": [judge]}, "reward 'judge' reads text, so make_train_step needs decode="),
+        ({"credit": [("advantages", judge)]}, "advantages 'judge' reads text, so make_train_step needs decode="),
         ({"source": FOUR, "update": Update(minibatches_per_epoch=3)}, "does not divide .*prompts_per_step 4"),
         ({"source": FOUR, "update": Update(sequences_per_microbatch=3)}, "the 8 sequences of a minibatch"),
     ],

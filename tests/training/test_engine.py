@@ -275,6 +275,17 @@ class TestRows:
         assert (mask[:, 2:, :2] == 0).all()
         assert (mask.sum(-1) == np.asarray(e.length).reshape(2, 4) - [1, 1, 2, 2]).all()
 
+    def test_a_demonstration_stands_beside_samples_that_start_with_prefixes(self, bigram, make_prompts):
+        written = {"demonstration_tokens": np.array([[5, 5, 2]] * 2, np.int32)}
+        prompts = make_prompts(2).replace(fields=written | {"demonstration_length": np.full(2, 3, np.int32)})
+        rollout = replace(ROLLOUT, samples_per_prompt=4, plan=with_demonstration(started_with(4, "7", "89")))
+        step = composed(bigram, source=rollout)
+        _, _, e = step.run(step.init(jax.random.key(0)), prompts)
+        tokens = np.asarray(e.tokens).reshape(2, 4, 6)
+        assert (tokens[:, :2, 0] == 7).all()
+        assert (tokens[:, 2, :2] == [8, 9]).all()
+        assert (tokens[:, 3, :3] == [5, 5, 2]).all()
+
     @pytest.mark.slow
     def test_a_greedy_baseline_is_the_reward_of_the_likeliest_completion(self, model, make_prompts):
         step = composed(model, credit=[("advantages", advantages.reward_minus_baseline)])

@@ -281,3 +281,25 @@ def test_coefficients_are_numbers_functions_and_methods_of_rows_and_metrics(bigr
     assert [float(value) for value in values] == [0.5, 16, 0.5]
     assert after == {"coefficient:kl_estimate": 3, "other": 7}
     assert memory["coefficient:kl_estimate"] == 2
+
+
+def test_a_reading_may_give_a_number_a_token_or_a_row_for_whichever_its_name_takes(bigram, make_prompts):
+    def both(completions):
+        return [len(text) for text in completions], [np.arange(len(text)) + 1.0 for text in completions]
+
+    def weighted(logprobs, advantages, token_weight, mask):
+        return losses.policy_gradient(logprobs, advantages * token_weight, mask)
+
+    step = make_train_step(
+        bigram,
+        optax.sgd(0.1),
+        source=ROLLOUT,
+        rewards=[constant([1.0] * 8)],
+        credit=[Fill(("token_weight", "advantages"), both)],
+        losses=[weighted],
+        resources=Resources(decode=lambda ids: "x" * len(ids)),
+    )
+    _, metrics, rows = step.run(step.init(jax.random.key(0)), make_prompts(4), ITEMS)
+    np.testing.assert_array_equal(rows["advantages"], np.cumsum(rows.mask, axis=1) * rows.mask)
+    np.testing.assert_array_equal(rows["token_weight"], rows.length[:, None] * rows.mask)
+    assert np.isfinite(metrics["loss"])

@@ -40,8 +40,12 @@ def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: i
         tokens = fitted(prompts.fields["demonstration_tokens"], max_completion_tokens, pad_id)
         source = jnp.full(tokens.shape, Source.DEMONSTRATION, jnp.int8)
         written = Prefixes(tokens, prompts.fields["demonstration_length"], source)
-        number = numbers_before(prompts, samples) + drawn
-        return one._replace(samples_per_prompt=drawn), Request(prompts, 1, first_sample=number, prefixes=written)
+        count, hints = prompts.tokens.shape[0], one.prefixes
+        if hints is not None:  # those of the samples that are drawn
+            hints = jax.tree.map(lambda x: x.reshape(count, samples, -1)[:, :drawn].reshape(-1, *x.shape[1:]), hints)
+        return one._replace(samples_per_prompt=drawn, prefixes=hints), Request(
+            prompts, 1, first_sample=numbers_before(prompts, samples) + drawn, prefixes=written
+        )
 
     def merge(carry: Any, rows: Experience) -> Experience:
         groups = rows.tokens.shape[0] // samples

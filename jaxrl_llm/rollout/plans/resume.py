@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.fields import provided_by
 from jaxrl_llm.rollout.generate import Prefixes
 from jaxrl_llm.rollout.plans.plan import (
     Plan,
@@ -110,7 +111,7 @@ def resume(
         samples=samples_per_prompt,
         most_rounds=2,
         unrolled=True,
-        reads_rewards=inner.reads_rewards or bool(names(choose) & {"rewards", "correct", "reward_components"}),
+        reads_rewards=inner.reads_rewards or bool(names(choose) & provided_by("rewards")),
         provides=inner.provides | {"branch"},
         reports=frozenset({"resumed_tokens"}),
         needs=inner.needs | {"prefixes", "numbered_samples"},
