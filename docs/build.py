@@ -1,4 +1,7 @@
-"""Writes docs/methods.md from docstrings and recipes: python docs/build.py. A test holds that it is up to date."""
+"""Writes the generated pages of docs/: python docs/build.py. Tests hold that they are up to date.
+
+docs/methods.md comes from docstrings and recipes; `reference` has docs/fields.md and the tables of docs/engine.md.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import reference
 import yaml
 from blocks import escaped, markdown, markdown_table
 
@@ -164,9 +168,11 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write the page beside this file."""
-    PAGE.write_text(page())
-    print(PAGE)
+    """Write the pages beside this file."""
+    pages = {PAGE: page, reference.FIELDS_PAGE: reference.fields_page, reference.ENGINE_PAGE: reference.engine_page}
+    for path, made in pages.items():
+        path.write_text(made())
+        print(path)
     return 0
 
 

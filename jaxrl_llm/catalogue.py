@@ -34,6 +34,7 @@ _PLAN_NEEDS = {
     "mixed_temperature": "extra samples",
     "prefixes": "prefixes",
     "greedy_baseline": "greedy sample",
+    "paraphrased": "paraphrases",
 }
 EVERY_NEED = (
     *every_need(),

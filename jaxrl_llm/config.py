@@ -383,7 +383,7 @@ class NetworkConfig:
       copy_at: steps after which its origin is copied, beside those.
       temperature: of its log-probabilities; None is that of the rollout.
       always_origin: it is its origin at every moment: the policy at another temperature.
-      parameter_dtype, compute_dtype, int8: of one with a path.
+      parameter_dtype, compute_dtype: of one that is read from a directory of Hugging Face.
     """
 
     origin: str = "policy"
@@ -402,7 +402,6 @@ class NetworkConfig:
     always_origin: bool = False
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
-    int8: bool = False
 
     def __post_init__(self):
         _at_least("networks", self, 0, "learning_rate", "max_gradient_norm", "copy_every")

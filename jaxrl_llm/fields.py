@@ -58,6 +58,7 @@ PROVIDERS = {
     "written": "written rows provide it (source: demonstrations, solved_answers or a file)",
     "held out": "written rows of the validation split provide it (source: {demonstrations: {validation: true}})",
     "greedy_baseline": "the plan greedy_baseline provides it",
+    "paraphrased": "the plan paraphrased provides it",
     "mixed_temperature": "groups at another temperature provide it (rollout.plan: mixed_temperature)",
     "adaptive": "the plan adaptive provides it",
     "network": "a network provides it",
@@ -111,6 +112,8 @@ _ROWS: Any = (
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
     ("demonstration_length", "row", "data", "real tokens of the reference completion"),
+    ("paraphrase_tokens", "prompt", "data", "the problem in other words, left-padded"),
+    ("paraphrase_length", "row", "data", "real tokens of that"),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
     ("turns", "row", "environment", "turns that were taken"),
@@ -119,6 +122,7 @@ _ROWS: Any = (
     # engines, plans, written rows
     ("staleness", "row", "engine", "steps between the policy that sampled a row and the one that learns from it"),
     ("baseline_rewards", "row", "greedy_baseline", "reward of the prompt's greedy completion"),
+    ("paired_group", "row", "paraphrased", "group of the same problem in other words, -1 for none", -1.0),
     ("extra", "row", "mixed_temperature", "whether the row was drawn at the other temperature"),
     ("label", "row", "adaptive", "1 where the reward is above the threshold"),
     ("pool_mean", "row", "adaptive", "mean label of all samples of the prompt"),
@@ -185,6 +189,9 @@ _NEEDS = {
     "validation_gradient": "meta-gradient",
     "demonstration_tokens": "demonstrations",
     "demonstration_length": "demonstrations",
+    "paraphrase_tokens": "paraphrases",
+    "paraphrase_length": "paraphrases",
+    "paired_group": "paraphrases",
     "source": "demonstrations",
     "written_mask": "demonstrations",
     "stored_logprobs": "stored answers",
@@ -203,6 +210,10 @@ _NEEDS = {
     "item": "host",
 }
 FIELDS: dict[str, Field] = {row[0]: Field(*row)._replace(need=_NEEDS.get(row[0], "")) for row in _ROWS}
+# Columns of the data whose texts are further prompts of the same problem: `<column>_tokens` and `<column>_length`.
+PROMPT_COLUMNS = tuple(
+    f.name.removesuffix("_tokens") for f in FIELDS.values() if f.kind == "prompt" and f.provider == "data"
+)
 _NETWORK_NEEDS = {"value": "value model", "twin": "twin values", "twin_target": "twin values"}
 
 

@@ -93,14 +93,15 @@ _PER_ROW = frozenset({"completion", "prompt", "answer", "item"})
 
 
 def on_host(function: Callable | Method) -> bool:
-    """Whether a function is a reading: it names text, is `async def`, or was marked by `reading`."""
+    """Whether a function is a reading: it names text, takes `**kwargs`, is `async def`, or was marked by `reading`."""
     target = function
     while isinstance(target, partial):
         target = target.func
     if isinstance(target, Method):
         return False
     marked = getattr(target, "_reads_on_host", False) or inspect.iscoroutinefunction(target)
-    return bool(marked or names(function) & TEXT)
+    read = signature(function)
+    return bool(marked or read.anything or names(function) & TEXT)
 
 
 def per_row(function: Callable) -> bool:

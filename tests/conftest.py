@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Processes that tests start inherit it. JAXRL_TESTS_OPTIMISED=1 leaves the compiler as users have it.
 if os.environ["JAX_PLATFORMS"] == "cpu" and os.environ.get("JAXRL_TESTS_OPTIMISED", "0") in ("", "0"):
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    # A flag that a later jaxlib does not know ends the process with "Unknown flags in XLA_FLAGS".
-    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    flags = "--xla_cpu_parallel_codegen_split_count=1"
+    # A flag that a jaxlib does not know ends the process; this one is gone in 0.12.
+    if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
+        flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax

@@ -28,7 +28,7 @@ def beside_each_other():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(DOCS))
         yield
-        for name in ("blocks", "formulas"):
+        for name in ("blocks", "formulas", "reference"):
             sys.modules.pop(name, None)
 
 

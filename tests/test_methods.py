@@ -33,7 +33,7 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "ba
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # What reads a file, a checkpoint or several stages is trained in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"dpo", "kto"}
+TRAINED_ELSEWHERE = {"dpo", "kto", "light_r1", "reward_model_then_rl"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -89,12 +89,15 @@ METHODS = {
     "SCoRe": ("score",),
     "DPO": ("dpo",),
     "KTO": ("kto",),
+    "Light-R1": ("light_r1",),
+    "Bradley-Terry reward model": ("reward_model_then_rl",),
     "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
     "VeriFree": ("verifree",),
     "NOVER": ("nover",),
     "RLCR": ("rlcr",),
     "CURE": ("cure",),
     "SEC": ("sec",),
+    "Co-Reward": ("co_reward",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
@@ -104,10 +107,12 @@ STAGES = {
     "regulariser",
     "optimisation",
     "baseline",
+    "curriculum",
     "sampling",
     "multi-turn",
     "preference loss",
     "reward",
+    "reward model",
 }
 
 # Micro tasks: (options of the task, longest prompt, longest completion).

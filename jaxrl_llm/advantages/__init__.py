@@ -11,6 +11,7 @@ from jaxrl_llm.advantages.group_relative.agreement import (
     consistency_blended,
     local_share,
     majority_match,
+    paired_majority_match,
 )
 from jaxrl_llm.advantages.group_relative.best_of_k import max_at_k_weights, pass_at_k_normalized, top_margin
 from jaxrl_llm.advantages.group_relative.beta_normalized import beta_normalized, beta_normalized_components
@@ -75,6 +76,7 @@ __all__ = [
     "mixed_value_at_risk",
     "novelty_sharpened",
     "outcome_token_rewards",
+    "paired_majority_match",
     "pass_at_k_normalized",
     "pool_centred",
     "rank_bonus",

@@ -124,6 +124,7 @@ def prompt_batches(
     scratchpad: bool = True,
     widths: Sequence[int] | None = None,
     numbered: bool = False,
+    prompt_columns: Sequence[str] = (),
 ) -> Batches[PromptBatch]:
     """Batches of prompts for sampling, in a new order each epoch.
 
@@ -144,6 +145,8 @@ def prompt_batches(
       scratchpad: those completions with the think part, or the direct variant.
       widths: of the prompts; a batch has the smallest one that holds all of its prompts. None for `max_prompt_tokens`
         alone.
+      prompt_columns: columns of the records whose texts are further prompts of the same problem. They are encoded like
+        the prompt, as `<column>_tokens` and `<column>_length` of the prompts.
       numbered: prompts know the number of their `item` in the source, and `Batches.chosen` makes batches of any.
 
     Raises:
@@ -151,6 +154,11 @@ def prompt_batches(
     """
     limits = (max_prompt_tokens, max_answer_tokens)
     rows, dropped = encoded_rows(source, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
+    others: dict[str, dict[int, Row]] = {}
+    for column in prompt_columns:
+        others[column] = _in_other_words(rows, column, tokenizer, limits, overlong)
+        kept = [row for row in rows if row.item["item_id"] in others[column]]
+        rows, dropped = kept, dropped + len(rows) - len(kept)
     if numbered and dropped:
         raise ValueError(
             f"{dropped} prompts are too long and would be dropped, but data.selection numbers the items; take them out "
@@ -168,8 +176,13 @@ def prompt_batches(
     number_of = {id(row): number for number, row in enumerate(rows)}
 
     def batch(chosen: Sequence[Row], repeat: np.ndarray | None = None) -> PromptBatch:
-        width = _width(chosen, max_prompt_tokens, widths)
+        said = {column: [found[row.item["item_id"]] for row in chosen] for column, found in others.items()}
+        width = _width([*chosen, *(row for each in said.values() for row in each)], max_prompt_tokens, widths)
         prompts = padded_prompts(chosen, tokenizer.pad_id, (width, max_answer_tokens))
+        for column, again in said.items():
+            arrays = padded_arrays(again, tokenizer.pad_id, (width, max_answer_tokens))
+            more = {f"{column}_tokens": arrays["tokens"], f"{column}_length": arrays["length"]}
+            prompts = dataclasses.replace(prompts, fields={**prompts.fields, **more})
         if max_demonstration_tokens is not None:
             completions = [written[row.item["item_id"]] for row in chosen]
             arrays = padded_arrays(completions, tokenizer.pad_id, (width, max_demonstration_tokens))
@@ -204,6 +217,23 @@ def prompt_batches(
     else:
         batches = shuffled_batches(rows, dropped, batch, "prompts_per_step", prompts_per_step, seed)
     return dataclasses.replace(batches, kept=len(rows), chosen=by_number if numbered else None)
+
+
+def _in_other_words(
+    rows: Sequence[Row], column: str, tokenizer: Tokenizer, limits: tuple[int, int], overlong: Overlong
+) -> dict[int, Row]:
+    """Rows whose prompts are what a column of their records says, by the id of the item."""
+    told = []
+    for row in rows:
+        text = row.item.get(column) or row.item.get("raw", {}).get(column)
+        if not text:
+            raise ValueError(
+                f"item {row.item['item_id']} ({row.item['body'][:80]!r}) has no {column!r}, which the step reads; add "
+                "the column to the data, or choose a task that has it (addition has paraphrases)"
+            )
+        told.append({**row.item, "body": text})
+    fitting, _ = encoded_rows(told, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
+    return {row.item["item_id"]: row for row in fitting}
 
 
 def completion_ids(tokenizer: Tokenizer, scratchpad: bool) -> Callable[[Record], list[int]]:

@@ -25,6 +25,7 @@ from jaxrl_llm.losses.policy.outcome import (
 from jaxrl_llm.losses.policy.sequence_surrogates import sequence_clipped_surrogate
 from jaxrl_llm.losses.policy.surrogates import cispo, clipped_surrogate, policy_gradient, sapo
 from jaxrl_llm.losses.policy.valuation import mean_log_ratio, random_policy_valuation
+from jaxrl_llm.losses.preference.bradley_terry import bradley_terry
 from jaxrl_llm.losses.preference.discriminative import decoupled_reward, group_trust_region
 from jaxrl_llm.losses.preference.dpo import dpo
 from jaxrl_llm.losses.preference.kto import kto, mismatched_completions, mismatched_kl
@@ -50,6 +51,7 @@ __all__ = [
     "Loss",
     "aggregate",
     "blended_surrogate",
+    "bradley_terry",
     "cispo",
     "clipped_surrogate",
     "clipped_value",

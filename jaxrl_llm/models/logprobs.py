@@ -103,7 +103,8 @@ def token_statistics(
     temperature: float | Float[Array, "B"] = 1.0,
     entropy: bool = False,
     over_vocabulary: tuple[Callable, ...] = (),
-    reference: tuple[PyTree, Float[Array, "B T D"]] | None = None,
+    reference: tuple[PyTree, Float[Array, "B T E"]] | None = None,
+    reference_model: Model | None = None,
     support: Int[Array, "B T S"] | None = None,
     chunk: int | None = None,
 ) -> TokenStatistics:
@@ -119,6 +120,7 @@ def token_statistics(
       over_vocabulary: functionals (log_p [..., V], log_q [..., V]) -> [...], evaluated inside the chunk; log_q is the
         reference's log-softmax.
       reference: (params, hidden) of the reference policy; needed by `over_vocabulary` only.
+      reference_model: gives the reference's `logits`; None is `model`.
       support: tokens that a truncated sampler could have drawn, the given one among them: log-probability and entropy
         are those of the distribution over them alone. -1 fills; a token with nothing else has the whole vocabulary.
       chunk: positions a chunk; None derives it from the sizes.
@@ -133,7 +135,7 @@ def token_statistics(
     if support is not None and over_vocabulary:
         raise ValueError("samples were drawn from a truncated vocabulary, over which nothing else is computed")
     reference_params, reference_hidden = reference or (None, None)
-    options = _Options(model, entropy, over_vocabulary, chunk, shards("vocabulary"))
+    options = _Options(model, reference_model or model, entropy, over_vocabulary, chunk, shards("vocabulary"))
     scale = jnp.asarray(temperature, jnp.float32)
     scale = jnp.broadcast_to(scale if scale.ndim == 0 else scale[:, None], tokens.shape)
     # Each device scores its own tokens, a chunk at a time; a vocabulary that is split stays so, and is reduced over.
@@ -146,6 +148,7 @@ class _Options(NamedTuple):
     """What `token_statistics` was asked for; `parts` is into how many the vocabulary is split."""
 
     model: Model
+    reference_model: Model
     entropy: bool
     over_vocabulary: tuple[Callable, ...]
     chunk: int | None
@@ -154,7 +157,7 @@ class _Options(NamedTuple):
 
 def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
     """`token_statistics` of the rows and positions that are here."""
-    model, entropy, over_vocabulary, chunk, parts = options
+    model, reference_model, entropy, over_vocabulary, chunk, parts = options
     params, reference_params = whole
     hidden, tokens, scale, *others = split
     rows, length = tokens.shape
@@ -171,7 +174,7 @@ def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
         log_p = scores - largest - log_total
         extra = ()
         if over_vocabulary:
-            log_q = model.logits(reference_params, flat(reference_hidden)).astype(jnp.float32) / scale
+            log_q = reference_model.logits(reference_params, flat(reference_hidden)).astype(jnp.float32) / scale
             log_q = jax.lax.stop_gradient(log_q)
             for part in _kept_normaliser(log_q):
                 log_q = log_q - part

@@ -8,6 +8,7 @@ from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.intrinsic.answer_likelihood import answer_likelihood
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
 from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
+from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
     normalized_turn_rewards,
@@ -18,7 +19,15 @@ from jaxrl_llm.rewards.process.turn_rewards import (
 )
 from jaxrl_llm.rewards.shaping.calibration import calibrated_correctness
 from jaxrl_llm.rewards.shaping.length_limit import soft_overlong, truncation_zero
-from jaxrl_llm.rewards.verifiers.answers import answer_format, answer_ids, answer_present, answer_span, exact_answer
+from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
+from jaxrl_llm.rewards.verifiers.answers import (
+    answer_format,
+    answer_ids,
+    answer_present,
+    answer_span,
+    exact_answer,
+    paired_answer_ids,
+)
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
 from jaxrl_llm.rewards.verifiers.stated_confidence import stated_confidence
 from jaxrl_llm.rewards.verifiers.text_answers import (
@@ -50,12 +59,15 @@ __all__ = [
     "exact_match",
     "extract_answer",
     "extract_number",
+    "learned_reward",
     "normalized_turn_rewards",
     "number_match",
+    "paired_answer_ids",
     "parsed_number",
     "perplexity_ranks",
     "reasoning_perplexity",
     "reference_progress",
+    "relative_length_rewards",
     "self_correction_rewards",
     "separated_turns",
     "soft_overlong",

@@ -37,7 +37,7 @@ SAMPLERS = {
         {"active_prompts", "numbered_samples", "temperatures", "demonstrations", "conversations", "ahead"}
     ),
     "the environment in Python": frozenset({"numbered_samples", "demonstrations", "conversations"}),
-    "rollout.engine": frozenset({"numbered_samples", "demonstrations", "truncation"}),
+    "rollout.engine": frozenset({"numbered_samples", "demonstrations"}),
 }
 
 

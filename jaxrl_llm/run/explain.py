@@ -16,7 +16,7 @@ from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rows import written_rows
 from jaxrl_llm.run.prompt_lengths import width_shares
-from jaxrl_llm.run.setup import Parts, prompts_handed
+from jaxrl_llm.run.setup import Parts, prompt_columns, prompts_handed
 from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
@@ -119,17 +119,20 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
     """State and work that a step starts from, as shapes. No memory is used."""
     config, c = parts.config, parts.step.composition
     rollout = config.rollout
-    asked = c.wanted & provided_by("data")
 
     def prompts() -> Prompts:
         rows = prompts_handed(parts)
         number = jnp.zeros(rows, jnp.int32)
         completion = jnp.zeros((rows, rollout.max_completion_tokens), jnp.int32)
-        fields = {"demonstration_tokens": completion, "demonstration_length": number} if asked else {}
+        prompt = jnp.zeros((rows, rollout.max_prompt_tokens), jnp.int32)
+        demonstrated = {"demonstration_tokens": completion, "demonstration_length": number}
+        fields = demonstrated if c.wanted & demonstrated.keys() else {}
+        for column in prompt_columns(c.wanted):
+            fields |= {f"{column}_tokens": prompt, f"{column}_length": number}
         if c.rollout is not None and c.rollout.selection is not None:
             fields |= {"item": number, "repeat": number}
         return Prompts(
-            tokens=jnp.zeros((rows, rollout.max_prompt_tokens), jnp.int32),
+            tokens=prompt,
             length=number,
             prompt_id=number,
             answer_tokens=completion,

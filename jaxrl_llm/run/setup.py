@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,7 @@ from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.jsonl import SPLITS
 from jaxrl_llm.evaluation import Grader, file_grader, task_grader
 from jaxrl_llm.experience import KeyUse, Method, Prompts
-from jaxrl_llm.fields import provided_by
+from jaxrl_llm.fields import PROMPT_COLUMNS
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.lora import add_adapters, lora
@@ -242,7 +242,7 @@ def configured_sources(config: Config, sizes: Mapping[str, Any]) -> tuple[Feed, 
     handed = [name for (name, _), feed in zip(entries, feeds, strict=True) if feed.rows or feed.stored]
     if len(handed) > 1:
         raise ValueError(
-            f"source names {handed[0]} and {handed[1]}; a step is handed written rows of one source (one_written), so "
+            f"source names {handed[0]} and {handed[1]}; a step is handed written rows of one source, so "
             "leave one of them out"
         )
     return tuple(feeds)
@@ -381,7 +381,8 @@ def grader(parts: Parts, *held_out: DataSet | JsonlDataSet) -> Grader:
 def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
     """Batches of training prompts, with reference completions where the step wants them; the position is the step."""
     config, rollout = parts.config, parts.config.rollout
-    with_demonstrations = bool(parts.step.composition.wanted & provided_by("data"))
+    wanted = parts.step.composition.wanted
+    with_demonstrations = bool(wanted & {"demonstration_tokens", "demonstration_length"})
     _check_ids(parts, source)
     if with_demonstrations and parts.task is not None and parts.task.segments is not None:
         raise ValueError(
@@ -400,7 +401,13 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
         scratchpad=parts.scratchpad,
         widths=prompt_widths(config),
         numbered=config.data.selection is not None,
+        prompt_columns=prompt_columns(wanted),
     )
+
+
+def prompt_columns(wanted: Collection[str]) -> tuple[str, ...]:
+    """Columns of the data that a step reads as further prompts."""
+    return tuple(name for name in PROMPT_COLUMNS if {f"{name}_tokens", f"{name}_length"} & set(wanted))
 
 
 def _check_ids(parts: Parts, source: Sequence[Any]) -> None:

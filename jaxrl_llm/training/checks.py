@@ -70,8 +70,9 @@ def _check_names(c: Composition) -> None:
     scored = frozenset(by_network - learner)
     known = frozenset({"reference_logprobs", "old_logprobs", "old_entropy", *scored})
     heads = known | ({"old_values"} if c.resources.critic is not None else set())
+    by_fills = (provided_by("rewards") if c.rewards else frozenset()) | {n for term in c.credit for n in term.names}
     for name, view in c.resources.views.items():
-        _require_names(view, f"view {name!r}", available | text)
+        _require_names(view, f"view {name!r}", available | by_fills)
     for term in c.rewards:
         _require_names(term.function, f"reward {term.name!r}", available | text, scored - {"logprobs", "entropy"})
         if term.on_host and c.resources.decode is None and names(term.function) & text:

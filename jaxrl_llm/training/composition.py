@@ -138,7 +138,7 @@ class Resources:
 
     Attributes:
       decode: token ids -> text, for readings and environments in Python.
-      encode: text -> token ids, for environments in Python and views of text.
+      encode: text -> token ids, for environments in Python.
       networks: beside the policy, by name. A reference is there without being described, and so are networks with a
         head, where there is a critic.
       critic: optimiser of networks with a head that a name alone brings along.
@@ -238,8 +238,8 @@ class Composition:
     def named(self) -> frozenset[str]:
         """Every name that some function cannot do without. What is optional is never computed for its own sake."""
         asked = required(self.functions)
-        if self.rollout is not None and self.rollout.plan is not None and "demonstrations" in self.rollout.plan.needs:
-            asked |= provided_by("data")
+        if self.rollout is not None and self.rollout.plan is not None:
+            asked |= self.rollout.plan.reads
         if "kl_reference_per_token" in asked:
             asked |= {"reference_logprobs"}
         if self.rollout is not None and self.rollout.engine is not None:
@@ -256,9 +256,9 @@ class Composition:
     def wanted(self) -> frozenset[str]:
         """Names that the step computes before the update because something names them."""
         filled = {name for term in self.credit for name in term.names}
-        by_rule = {
-            name for name in self.named - FIELDS.keys() - filled if self.score(name) is not None and self.before(name)
-        }
+        # Of the table, a name that credit may fill is of a network where one of that name is described.
+        tabled = {name for name, field in FIELDS.items() if field.provider != "credit"}
+        by_rule = {name for name in self.named - tabled - filled if self.score(name) is not None and self.before(name)}
         brought = provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"} | self.view_masks
         return frozenset(by_rule) | (self.named & brought)
 
@@ -290,7 +290,8 @@ class Composition:
             if (s := self.score(name)) and not s.as_found and s.network in self.networks
             if self.networks[s.network].optimizer is not None
         }
-        return frozenset(heads | ({POLICY} if policy or views else set()))
+        shared = {name for name in heads if self.networks[name].head and self.networks[name].backbone == "shared"}
+        return frozenset(heads | ({POLICY} if policy or views or shared else set()))
 
     @cached_property
     def with_reference(self) -> bool:

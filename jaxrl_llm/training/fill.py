@@ -39,8 +39,6 @@ def reward_parts(c: Composition, key: str) -> list[Any]:
         parts.append(Traced("networks", partial(_viewed, c, early, key)))
     readings = [term for term in c.rewards if term.on_host]
     if readings:
-        # Programs in front of a reading do what they can, so that nothing waits for the host twice.
-        parts.append(Traced("rewards", partial(_columns, c, key)))
         outputs = {term.name: (_column(term),) for term in readings}
         parts.append(reading_part("reading", readings, outputs, key, c.samples))
     parts.append(Traced("rewards", partial(_summed, c, key)))
@@ -76,8 +74,7 @@ def _summed(c: Composition, key: str, state: TrainState, work: Work) -> Work:
     """Rows with their rewards. What does not apply (NaN) is left out of a row's sum; where nothing applies the row is
     absent. Of a conversation the environment knows whether it was solved, however its rewards are shaped."""
     rows: Experience = work[key]
-    if not any(term.on_host for term in c.rewards):
-        rows = _columns(c, key, state, work)[key]
+    rows = _columns(c, key, state, work)[key]
     components = jnp.stack([rows[_column(term)] for term in c.rewards], axis=1)
     read = any(term.on_host for term in c.rewards)
     applying = jnp.where(jnp.isnan(components), 0.0, components) if read else components
@@ -117,8 +114,8 @@ def _viewed(c: Composition, wanted: Collection[str], key: str, state: TrainState
 
 def credit_parts(c: Composition) -> list[Any]:
     """Rewards -> advantages and whatever else the credit list fills in, with what networks say in front of it."""
-    available = set(available_before_rewards(c)) | set(FIELDS)
     filled = {name for term in c.credit for name in term.names}
+    available = set(available_before_rewards(c)) | set(FIELDS) | filled
     pending = set(c.wanted)
     parts: list[Any] = []
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 from jaxrl_llm.experience import Experience, KeyUse, Loss, NetworkState, TrainState
 from jaxrl_llm.fields import Score
 from jaxrl_llm.models.logprobs import token_statistics
+from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import constrain_rows, laid_out
 from jaxrl_llm.parallel.shardings import constrained_like
 from jaxrl_llm.rollout.hidden_states import observed_hidden
@@ -142,12 +143,12 @@ class Objective:
 
     def _of_policy(self, policy: PyTree, state: TrainState, rows: Experience) -> Any:
         """(hidden states, statistics of tokens, what routers did) of the policy that learns."""
-        c, functionals, reference = self.c, self.functionals, None
+        c, functionals, reference, compared = self.c, self.functionals, None, None
         with_router = bool(self.wanted.intersection(ROUTER))
 
-        def hidden_of(params: PyTree, routes: Array | None = None, observed: tuple[str, ...] = ()):
+        def hidden_of(model: Model, params: PyTree, routes: Array | None = None, observed: tuple[str, ...] = ()):
             return observed_hidden(
-                c.model,
+                model,
                 params,
                 rows.prompt_tokens,
                 rows.prompt_length,
@@ -160,9 +161,10 @@ class Objective:
 
         if functionals:
             other = current(c.model, c.networks, state, "reference")
-            reference = (other, jax.lax.stop_gradient(hidden_of(other)[0]))
+            compared = c.networks["reference"].model or c.model
+            reference = (other, jax.lax.stop_gradient(hidden_of(compared, other)[0]))
         # The experts that sampled a token are those that learn from it.
-        hidden, observed = hidden_of(policy, rows.router_choices, ROUTER if with_router else ())
+        hidden, observed = hidden_of(c.model, policy, rows.router_choices, ROUTER if with_router else ())
         statistics = token_statistics(
             c.model,
             policy,
@@ -172,6 +174,7 @@ class Objective:
             entropy="entropy" in self.wanted,
             over_vocabulary=tuple(functionals.values()),
             reference=reference,
+            reference_model=compared,
             support=rows.support,
         )
         return hidden, statistics, observed

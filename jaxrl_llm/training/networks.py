@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
-from jaxrl_llm.fields import HEADS, score_named
+from jaxrl_llm.fields import HEADS, nearest, score_named
 from jaxrl_llm.models.heads import Backbone, HeadConfig, from_policy
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import RULES, Rules
@@ -124,11 +124,28 @@ def networks_named(
     asked = {s.network for name in wanted if (s := score_named(name, [POLICY, *known], views)) is not None}
     if {"over_vocabulary", "kl_reference_per_token"} & set(wanted):
         asked |= {"reference"}
-    for name in list(asked):
-        while name in known and known[name].origin not in (POLICY, GIVEN):
-            name = known[name].origin
-            asked |= {name}
-    return {name: known[name] for name in sorted(asked & known.keys(), key=_order)}
+    made: dict[str, Network] = {}
+    asked |= {one for name in asked & known.keys() for one in _made_from(name, known)}
+    for name in sorted(asked & known.keys(), key=_order):
+        for one in reversed(_made_from(name, known)):
+            made.setdefault(one, known[one])
+    return made
+
+
+def _made_from(name: str, known: Mapping[str, Network]) -> list[str]:
+    """A network and those that it is made from, one after the other.
+
+    Raises:
+      ValueError: where one of them is not there, or they are made from each other.
+    """
+    chain = [name]
+    while (origin := known[chain[-1]].origin) not in (POLICY, GIVEN):
+        if origin not in known:
+            raise ValueError(f"networks.{chain[-1]}.origin is {origin!r}; {nearest(origin, [POLICY, GIVEN, *known])}")
+        if origin in chain:
+            raise ValueError(f"networks {', '.join(chain)} are made from each other; make one of them from the policy")
+        chain.append(origin)
+    return chain
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -19,7 +19,7 @@ from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.fields import TEXT, absent_value, kind_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rewards.host import Reading, RewardError, answered
-from jaxrl_llm.signatures import names, signature
+from jaxrl_llm.signatures import names, per_row, signature
 from jaxrl_llm.training.segments import Host, Work
 
 # What a reading sees of a row beside what it names.
@@ -158,6 +158,8 @@ def _values(
     for term in terms:
         asked = names(term.function) if not signature(term.function).anything else text.keys() | names(term.function)
         data = {name: value for name, value in (text | arrays).items() if name in asked}
+        if signature(term.function).anything and per_row(term.function):
+            asked = asked | _PLURAL.keys()
         data |= {one: text[many] for one, many in _PLURAL.items() if one in asked and many in text}
         told = Reading(term.function, term.name, term.deadline_s, term.value_on_failure)
         if "step" in asked:

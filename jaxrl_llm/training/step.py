@@ -47,7 +47,7 @@ from jaxrl_llm.training.networks import (
 )
 from jaxrl_llm.training.reading import Context, reads_items
 from jaxrl_llm.training.scores import viewed
-from jaxrl_llm.training.segments import Learn, Program, Segment, Traced, Work, compiled, programs, run
+from jaxrl_llm.training.segments import Host, Learn, Program, Segment, Traced, Work, compiled, programs, run
 
 AHEAD = "ahead"
 
@@ -58,7 +58,10 @@ def step_parts(c: Composition) -> list[Any]:
         rows = [*handed(c), *(reward_parts(c, "rows") if c.rewards else [])]
     elif c.rollout.off_policy_steps:
         # The batch that waits is learned from, beside the sampling of the next one; neither waits for the other.
-        rows = [*collected(c, reward_parts(c, "drawn"), ahead=True), Traced("ahead", _swapped)]
+        swap: Any = Traced("ahead", _swapped)
+        if any(term.on_host for term in c.rewards):  # which reads rows that are there, while the others are sampled
+            swap = Host("ahead", lambda state, work, context: _swapped(state, work), _swapped)
+        rows = [*collected(c, reward_parts(c, "drawn"), ahead=True), swap]
     else:
         rows = collected(c, reward_parts(c, "drawn"))
     if c.rollout is not None and not c.plan.reads_rewards:

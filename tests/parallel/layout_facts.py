@@ -30,7 +30,6 @@ EXPERT_LAYOUTS = {
 }
 # With a value network, a reference that moves, and rows of earlier steps; and what is kept on the host.
 OF_SEVERAL_NETWORKS = {
-    "networks, 8": ({"data": 8}, frozenset()),
     "networks, 4 x 2": ({"fsdp": 4, "tensor": 2}, frozenset()),
     "networks, 2 x 2 x 2, offloaded": (
         {"data": 2, "fsdp": 2, "tensor": 2},

@@ -20,7 +20,6 @@ CASES = [
     ("2 x 2 x 2", "one", 1 / 8),
     ("4 experts x 2", "one ragged", 1 / 8),
     ("2 x 2 experts x 2", "one dense", 1 / 4),
-    ("networks, 8", "one networks", 1),
     ("networks, 4 x 2", "one networks", 1 / 8),
     ("networks, 2 x 2 x 2, offloaded", "one networks", 1 / 4),
 ]
@@ -35,7 +34,7 @@ def on_eight_devices(script: str, folder: Path) -> dict[str, np.ndarray]:
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, str(Path(__file__).with_name(script)), str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     with np.load(path) as found:
         return dict(found)

@@ -1,19 +1,25 @@
-"""Recipes whose rows are read from a file, at micro size: the file is made here, from the addition task."""
+"""Recipes whose rows are read from a file, or that have several stages, at micro size; files are made here."""
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
+from rich.console import Console
 
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
-from jaxrl_llm.run.setup import data_sets, parts
+from jaxrl_llm.run.restored import restored_network
+from jaxrl_llm.run.setup import data_sets, parts, staged
 from jaxrl_llm.run.stages import written_of
+from jaxrl_llm.run.train import train
 
 FOLDER = Path(__file__).parents[2] / "configs" / "methods"
 MICRO = {
@@ -56,9 +62,20 @@ def micro(files, data_directory):
         tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
         tree["training"] |= {"learning_rate": 0.01, "warmup_steps": 0}
         tree["source"] = {kind: {"file": str(files[kind]), "groups_per_step": 8}}
+        tree["warm_start"] = {"steps": 0}
+        tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
         return parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size)
 
     return make
+
+
+def whole_run(config: Config, directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a run from its first stage to its last reports, by stage."""
+    train(replace(config, run_dir=str(directory)), console=Console(file=io.StringIO()))
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        by_stage.setdefault((numbers := json.loads(line))["stage"], []).append(numbers)
+    return by_stage
 
 
 def learned(config: Config, steps: int) -> list[dict[str, float]]:
@@ -104,3 +121,53 @@ def test_kto_scores_mismatched_completions_within_a_microbatch(micro):
     assert np.isfinite(seen[-1]["loss/kto"])
     with pytest.raises(ValueError, match="mismatched_completions sees a single row"):
         learned(micro("kto", "labels", "training.sequences_per_microbatch=1"), 1)
+
+
+def test_a_reward_model_learns_from_pairs_and_the_policy_from_its_scores(micro, tmp_path):
+    config = micro("reward_model_then_rl", "pairs")
+    model, policy = config.stages
+    model["training"]["steps"], policy["training"] = 20, {"steps": 3, "prompts_per_step": 8}
+    networks = {"reward": replace(config.networks["reward"], learning_rate=0.005)}
+    seen = whole_run(replace(config, stages=(model, policy), networks=networks), tmp_path / "run")
+    assert list(seen) == ["reward model", "reinforcement"]
+    scored = seen["reward model"]
+    first, last = (np.mean([one["loss/bradley_terry"] for one in part]) for part in (scored[:4], scored[-4:]))
+    assert last < first - 0.03
+    assert np.mean([one["preferred_share/bradley_terry"] for one in scored[-4:]]) > 0.6
+    assert "gradient_norm" not in scored[-1]  # the policy waits
+    assert scored[-1]["gradient_norm/reward"] > 0
+    for step in seen["reinforcement"]:
+        assert step["reward"] != 0  # the verifier has no weight
+        assert step["gradient_norm"] > 0
+        assert "gradient_norm/reward" not in step  # the reward model is frozen
+    _, _, params = restored_network(tmp_path / "run", "reward")
+    np.testing.assert_allclose(optax.tree.norm(params), scored[-1]["parameter_norm/reward"], rtol=1e-5)
+
+
+def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(data_directory, tmp_path):
+    tree = read_tree(FOLDER / "light_r1.yaml") | {"data": {"directory": data_directory}, "model": MICRO["model"]}
+    tree["task"] = MICRO["task"] | {"levels": [4], "train_items": 64}
+    tree["rollout"] |= {"samples_per_prompt": 4, "max_completion_tokens": 9}
+    tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
+    tree["training"] |= {"prompts_per_step": 4, "warmup_steps": 0, "schedule": "constant"}
+    for stage, steps in zip(tree["stages"], (6, 4, 2), strict=True):
+        stage["training"] = {"steps": steps, "learning_rate": 0.01}
+    tree["stages"][0]["source"] = tree["stages"][1]["source"] = {"demonstrations": {"sequences_per_step": 16}}
+    tree["stages"][1]["task"]["train_items"] = 16
+    config = parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size)
+    sets = [data_sets(stage["parts"].config)["train"] for stage in staged(config)]
+    broad, hard, reinforced = ([one[index] for index in range(len(one))] for one in sets)
+    assert ({item["level"] for item in broad}, {item["level"] for item in hard}) == ({2, 3, 4}, {4})
+    assert (len(broad), len(hard), len(reinforced)) == (64, 16, 64)
+    # The hard problems are among those that came before.
+    assert {item["body"] for item in hard} <= {item["body"] for item in broad}
+    seen = whole_run(config, tmp_path / "run")
+    assert {name: len(steps) for name, steps in seen.items()} == {
+        "supervised on all": 6,
+        "supervised on the hardest": 4,
+        "reinforcement": 2,
+    }
+    name = "loss/negative_log_likelihood"
+    assert seen["supervised on the hardest"][-1][name] < seen["supervised on all"][0][name] - 0.5
+    # Nothing is right yet, and wrong answers lose by being long.
+    assert all(step["reward"] <= 0 for step in seen["reinforcement"])

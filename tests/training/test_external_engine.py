@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,14 +22,13 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import KeyUse, Prompts
 from jaxrl_llm.losses import importance_weight
 from jaxrl_llm.models import load_model
-from jaxrl_llm.rollout import Engine, EngineError, generate
+from jaxrl_llm.rollout import Engine, EngineError, generate, plans
 from jaxrl_llm.rollout.external import request_seeds
+from jaxrl_llm.rollout.hand_over import External, disk_hand_over
 from jaxrl_llm.run.explain import stages
 from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.train import train
-from jaxrl_llm.training import Rollout, make_train_step
-from jaxrl_llm.training.external_engine import External, disk_hand_over
-from jaxrl_llm.training.rows import Extra
+from jaxrl_llm.training import Resources, Rollout, make_train_step
 
 ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=5, eos_ids=(2,), pad_id=0, temperature=0.7)
 VOCABULARY = 16
@@ -38,9 +38,9 @@ def total(tokens):
     return tokens.sum(1).astype(jnp.float32)
 
 
-def composed(model, **changes):
+def composed(model, engine=None, plan=None, **changes):
     kept = {
-        "rollout": ROLLOUT,
+        "source": replace(ROLLOUT, engine=engine, plan=plan),
         "rewards": [total],
         "credit": [("advantages", advantages.group_normalized)],
         "losses": [losses.clipped_surrogate],
@@ -87,7 +87,7 @@ def served(serve, bigram, make_prompts):
 
 
 def test_a_step_is_that_of_the_built_in_sampler(served, bigram):
-    inside, outside = composed(bigram), composed(bigram, external=served.external)
+    inside, outside = composed(bigram), composed(bigram, engine=served.external)
     ours, theirs = inside.init(served.key), outside.init(served.key)
     for number in range(2):
         ours, expected, own_rows = inside.run(ours, served.prompts)
@@ -104,9 +104,9 @@ def test_a_step_is_that_of_the_built_in_sampler(served, bigram):
 
 
 def test_an_older_policy_is_seen_and_its_tokens_weighted(served, bigram):
-    external = served.external.__class__(**{**vars(served.external), "every_steps": 2})
+    external = replace(served.external, every_steps=2)
     credit = [("advantages", advantages.group_normalized), ("token_weight", importance_weight)]
-    step = composed(bigram, external=external, credit=credit)
+    step = composed(bigram, engine=external, credit=credit)
     state = step.init(served.key)
     shown = []
     for _ in range(3):
@@ -117,9 +117,9 @@ def test_an_older_policy_is_seen_and_its_tokens_weighted(served, bigram):
     assert 1e-3 < shown[1]["engine_gap_mean"] < shown[1]["engine_gap_max"]
     assert max(shown[0]["engine_gap_max"], shown[2]["engine_gap_max"]) < 1e-5
     late = shown[1]["rows"]
-    expected = np.minimum(np.exp(late.old_logprobs - late.behaviour_logprobs), 2.0) * late.mask
-    np.testing.assert_allclose(late.token_weight, expected, rtol=1e-5)
-    np.testing.assert_allclose(shown[0]["rows"].token_weight, shown[0]["rows"].mask, atol=1e-5)
+    expected = np.minimum(np.exp(late["old_logprobs"] - late.behaviour_logprobs), 2.0) * late.mask
+    np.testing.assert_allclose(late["token_weight"], expected, rtol=1e-5)
+    np.testing.assert_allclose(shown[0]["rows"]["token_weight"], shown[0]["rows"].mask, atol=1e-5)
 
 
 def test_a_method_may_read_how_old_the_policy_is(served, bigram):
@@ -127,7 +127,7 @@ def test_a_method_may_read_how_old_the_policy_is(served, bigram):
         return weight * (staleness < 1)
 
     credit = [("weight", fresh), ("advantages", advantages.group_normalized)]
-    step = composed(bigram, external=served.external, credit=credit)
+    step = composed(bigram, engine=served.external, credit=credit)
     _, metrics, _ = step.run(step.init(served.key), served.prompts)
     assert float(metrics["kept_share"]) == 1
     with pytest.raises(ValueError, match=r"names 'staleness', which nothing in this step provides"):
@@ -137,22 +137,20 @@ def test_a_method_may_read_how_old_the_policy_is(served, bigram):
 def test_rewards_on_the_host_come_after_the_engine(served, bigram):
     step = composed(
         bigram,
-        external=served.external,
+        engine=served.external,
         rewards=[lambda completions: [text.count(" 5 ") for text in completions]],
-        decode=lambda ids: "".join(f" {number} " for number in ids),
+        resources=Resources(decode=lambda ids: "".join(f" {number} " for number in ids)),
     )
     items = [{"body": "", "answer": ""}] * 4
     _, metrics, rows = step.run(step.init(served.key), served.prompts, items)
     inside = np.arange(5) < np.asarray(rows.length)[:, None]
-    np.testing.assert_array_equal(rows.rewards, ((np.asarray(rows.tokens) == 5) & inside).sum(1))
+    np.testing.assert_array_equal(rows["rewards"], ((np.asarray(rows.tokens) == 5) & inside).sum(1))
 
 
 def test_the_probe_speaks_before_the_first_update_and_again(served, bigram):
     scores = served.table.hand_over
-    external = served.external.__class__(
-        **{**vars(served.external), "hand_over": lambda params, step: scores({"scores": -params["scores"]}, step)}
-    )
-    step = composed(bigram, external=external)
+    external = replace(served.external, hand_over=lambda params, step: scores({"scores": -params["scores"]}, step))
+    step = composed(bigram, engine=external)
     state = step.init(served.key)
     for _ in range(2):
         with pytest.raises(EngineError, match=r"weights were not handed over"):
@@ -160,24 +158,29 @@ def test_the_probe_speaks_before_the_first_update_and_again(served, bigram):
     assert not state.params["scores"].is_deleted(), "no update was made"
 
 
+PLAIN = plans.plain(samples_per_prompt=2)
+WIDTHS = {"max_completion_tokens": 5, "pad_id": 0}
+
+
 @pytest.mark.parametrize(
-    "rollout, message",
+    "plan, capability",
     [
-        ({"prefixes": ((3,),)}, r"rollout.engine is set together with rollout.prefixes"),
-        ({"extra": Extra(0.5, 1.0)}, r"together with rollout.extra"),
-        ({"demonstration_in_group": True}, r"together with rollout.demonstration_in_group"),
+        (plans.prefixes(PLAIN, texts=("a",), encode=lambda text: (3,), **WIDTHS), "prefixes"),
+        (plans.mixed_temperature(PLAIN, samples_per_prompt=2, prompt_share=0.5, temperature=1.0), "temperatures"),
+        (plans.demonstration_in_group(PLAIN, **WIDTHS), "prefixes"),
     ],
 )
-def test_what_an_engine_does_not_do_is_refused(bigram, rollout, message):
+def test_what_an_engine_does_not_do_is_refused(bigram, plan, capability):
     external = External(Engine("http://localhost:1", "policy"))
-    with pytest.raises(ValueError, match=message):
-        composed(bigram, external=external, rollout=Rollout(**{**vars(ROLLOUT), **rollout}))
+    with pytest.raises(ValueError, match=rf"rollout.plan needs .* \({capability}\), which rollout.engine does not"):
+        composed(bigram, engine=external, plan=plan)
 
 
 def test_a_greedy_baseline_is_refused(bigram):
     credit = [("advantages", lambda rewards, baseline_rewards: rewards - baseline_rewards)]
-    with pytest.raises(ValueError, match=r"together with a method that names 'baseline_rewards'.*leave one of them"):
-        composed(bigram, external=External(Engine("http://localhost:1", "policy")), credit=credit)
+    message = r"the greedy baseline \('baseline_rewards'\) needs .* \(temperatures\), which rollout.engine does not"
+    with pytest.raises(ValueError, match=message):
+        composed(bigram, engine=External(Engine("http://localhost:1", "policy")), credit=credit)
 
 
 # ---- a whole run ----------------------------------------------------------------------------------------------------
@@ -230,7 +233,8 @@ def run_config(micro_config, serve, tmp_path):
     tree["rewards"] = ["exact_answer"]
     tree["credit"] = [{"advantages": "group_normalized"}]
     tree["losses"] = ["clipped_surrogate"]
-    tree["training"] |= {"steps": 2, "refresh_reference_every": 0, "minibatches_per_epoch": 1}
+    tree["networks"] = {}
+    tree["training"] |= {"steps": 2, "minibatches_per_epoch": 1}
     tree["training"] |= {"sequences_per_microbatch": None}
     tree["evaluation"] |= {"problems": 2, "samples_per_problem": 1, "k": [1], "every_steps": 0}
     tree["rollout"] |= {
@@ -239,6 +243,7 @@ def run_config(micro_config, serve, tmp_path):
             "url": server.url,
             "model": "policy",
             "retries": 0,
+            "concurrency": 4,
             "weights_directory": str(tmp_path / "weights"),
             "reload_path": "/update_weights_from_disk",
             "reload_then": ["/flush"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -12,20 +11,28 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.experience import TrainState
 from jaxrl_llm.losses import Aggregation, clipped_surrogate, entropy_bonus
-from jaxrl_llm.training import LossTerm, Update
-from jaxrl_llm.training.learn import checked_split, make_learn, minibatch_rows
+from jaxrl_llm.rows import Written, minibatch_rows
+from jaxrl_llm.training import LossTerm, Rollout, Update
+from jaxrl_llm.training.checks import checked_split
+from jaxrl_llm.training.composition import composition_of
+from jaxrl_llm.training.learn import initial_state, make_learn
 
 MODES = get_args(Aggregation)
+
+
+def composed(model, losses, update, *, samples=2, written=None):
+    """A composition that is not checked: whatever its losses name is in the rows."""
+    rollout = Rollout(samples_per_prompt=samples, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
+    sources = [rollout, written] if written else rollout
+    return composition_of(model, optax.sgd(0.1), sources, [], [], losses, update, None)
 
 
 @pytest.fixture(scope="module")
 def credited(rows):
     """Rows with advantages, one of them absent and one that counts in part."""
     rng = np.random.default_rng(2)
-    return replace(
-        rows,
+    return rows.filled(
         advantages=jnp.asarray(rng.normal(size=rows.tokens.shape), jnp.float32),
         old_logprobs=rows.behaviour_logprobs,
         weight=rows.weight.at[3].set(0.0).at[6].set(0.5),
@@ -39,21 +46,13 @@ def learned(bigram, credited):
         *(LossTerm(partial(clipped_surrogate, aggregation=mode, clip_high=0.01), name=mode) for mode in MODES),
         LossTerm(partial(entropy_bonus, aggregation="seq_mean_token_mean"), name="entropy"),
     ]
-    params, optimizer = bigram.init(jax.random.key(0)), optax.sgd(0.1)
-    done = {}
+    params, done = bigram.init(jax.random.key(0)), {}
 
     def at(size: int | None):
         if size not in done:
-            update = Update(sequences_per_microbatch=size)
-            learn = jax.jit(make_learn(bigram, optimizer, losses, update, temperature=1.0, samples_per_prompt=2))
-            done[size] = {
-                term.name: learn(
-                    TrainState(params, optimizer.init(params), None, {}, jax.random.key(0), jnp.int32(0)),
-                    credited,
-                    jnp.eye(len(losses))[i],
-                )
-                for i, term in enumerate(losses)
-            }
+            c = composed(bigram, losses, Update(sequences_per_microbatch=size))
+            learn, state = jax.jit(make_learn(c)), initial_state(c, jax.random.key(0), params)
+            done[size] = {term.name: learn(state, credited, jnp.eye(len(losses))[i]) for i, term in enumerate(losses)}
         return done[size]
 
     return at
@@ -91,8 +90,7 @@ def test_metrics_say_what_they_average(learned, credited):
 @pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (1, 4), (3, 1), (2, 2)])
 def test_every_row_is_visited_once_an_epoch_in_whole_groups(epochs, minibatches):
     prompts, samples = 4, 3
-    update = Update(epochs_per_batch=epochs, minibatches_per_epoch=minibatches)
-    order = np.asarray(minibatch_rows(jax.random.key(1), update, [prompts], samples))
+    order = np.asarray(minibatch_rows(jax.random.key(1), epochs, minibatches, [prompts], samples))
     assert order.shape == (epochs * minibatches, prompts * samples // minibatches)
     for epoch in order.reshape(epochs, -1):
         assert sorted(epoch) == list(range(prompts * samples))
@@ -101,8 +99,7 @@ def test_every_row_is_visited_once_an_epoch_in_whole_groups(epochs, minibatches)
 
 
 def test_epochs_have_orders_of_their_own():
-    update = Update(epochs_per_batch=3, minibatches_per_epoch=2)
-    epochs = np.asarray(minibatch_rows(jax.random.key(1), update, [16], 1)).reshape(3, -1)
+    epochs = np.asarray(minibatch_rows(jax.random.key(1), 3, 2, [16], 1)).reshape(3, -1)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
@@ -119,9 +116,9 @@ def grouped(logprobs, advantages, mask, group):
         (Update(sequences_per_microbatch=2), [clipped_surrogate, grouped], "'grouped' compares .*samples_per_prompt 4"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(update, losses, message):
+def test_sizes_that_do_not_fit_are_refused(bigram, update, losses, message):
     with pytest.raises(ValueError, match=message):
-        checked_split(update, 4, 4, [LossTerm(loss, name=loss.__name__) for loss in losses])
+        checked_split(composed(bigram, losses, update, samples=4), 4)
 
 
 @pytest.mark.parametrize(
@@ -133,5 +130,22 @@ def test_sizes_that_do_not_fit_are_refused(update, losses, message):
         (Update(sequences_per_microbatch=1), [clipped_surrogate], 16),
     ],
 )
-def test_sizes_that_fit(update, losses, microbatches):
-    assert checked_split(update, 4, 4, [LossTerm(loss) for loss in losses]) == microbatches
+def test_sizes_that_fit(bigram, update, losses, microbatches):
+    assert checked_split(composed(bigram, losses, update, samples=4), 4) == microbatches
+
+
+def test_written_rows_divide_as_the_sampled_ones_do(bigram):
+    with pytest.raises(ValueError, match="minibatches_per_epoch is 2, .* number of groups of written rows 3"):
+        checked_split(composed(bigram, [clipped_surrogate], Update(minibatches_per_epoch=2), written=Written(6, 2)), 4)
+    with pytest.raises(ValueError, match=r"the 14 sequences .*4 prompts x 2 samples and 6 written rows"):
+        checked_split(
+            composed(bigram, [clipped_surrogate], Update(sequences_per_microbatch=4), written=Written(6, 2)), 4
+        )
+
+
+def test_every_minibatch_has_its_share_of_each_part():
+    order = np.asarray(minibatch_rows(jax.random.key(0), 2, 2, [4, 2], 3))
+    assert order.shape == (4, 9)
+    assert ((order < 12).sum(1) == 6).all()
+    for epoch in order.reshape(2, -1):
+        assert sorted(epoch.tolist()) == list(range(18))

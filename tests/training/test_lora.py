@@ -19,18 +19,17 @@ from rich.console import Console
 from jaxrl_llm import advantages, cli, losses
 from jaxrl_llm.config import ConfigError, parse_config
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.models import LoraConfig, lora, parameter_count, without_adapters
+from jaxrl_llm.models import HeadConfig, LoraConfig, lora, parameter_count, without_adapters
 from jaxrl_llm.models.lora import split
 from jaxrl_llm.reporting.run_directory import read_records
+from jaxrl_llm.rows import Written
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.checkpoints import CheckpointError
 from jaxrl_llm.run.explain import abstract_inputs
 from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.train import train
-from jaxrl_llm.training import Rollout, Update, make_train_step
-from jaxrl_llm.training.critics import Critic
-from jaxrl_llm.training.supervised import make_supervised_step
-from jaxrl_llm.training.trainable import reference_policy, trainable_part
+from jaxrl_llm.training import Network, Resources, Rollout, Update, make_train_step
+from jaxrl_llm.training.networks import current, trainable_part
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
 
@@ -46,12 +45,24 @@ def fives(tokens, length):
 
 def composed(model, **changes):
     given = {
-        "rollout": ROLLOUT,
+        "source": ROLLOUT,
         "rewards": [fives],
         "credit": [("advantages", advantages.group_normalized)],
         "losses": [losses.clipped_surrogate, (losses.kl_estimate, 0.01)],
     }
     return make_train_step(model, optax.adam(0.05), **(given | changes))
+
+
+def with_reference(**moved):
+    return Resources(networks={"reference": Network(**moved)})
+
+
+def optimizer_state(state):
+    return state.networks["policy"].optimizer_state
+
+
+def reference_of(step, state):
+    return current(step.composition.model, step.composition.networks, state, "reference")
 
 
 def host(tree):
@@ -80,7 +91,7 @@ def trained(request, model, make_prompts):
         state, shown = step(state, make_prompts(4))
         states.append(host(replace(state, key=None)))
         metrics.append(jax.device_get(shown))
-    return SimpleNamespace(model=adapted, states=states, metrics=metrics, places=places)
+    return SimpleNamespace(model=adapted, step=step, states=states, metrics=metrics, places=places)
 
 
 class TestStep:
@@ -96,7 +107,7 @@ class TestStep:
     def test_the_optimiser_knows_the_adapters_alone(self, trained):
         adapters, frozen = split(trained.states[0].params)
         for state in trained.states:
-            assert sizes(state.optimizer_state) == sorted(sizes(adapters) * 2)
+            assert sizes(optimizer_state(state)) == sorted(sizes(adapters) * 2)
         assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) < 0.3 * parameter_count(trained.model.specs)
         assert len(jax.tree.leaves(frozen)) > 0
 
@@ -109,8 +120,8 @@ class TestStep:
 
     def test_the_reference_is_the_base_and_costs_nothing(self, trained, model):
         for state in trained.states:
-            assert state.reference_params is None
-            reference = reference_policy(trained.model, state)
+            assert "reference" not in state.networks
+            reference = reference_of(trained.step, state)
             assert same(reference, without_adapters(trained.states[0].params))
             ours = {id(leaf) for leaf in jax.tree.leaves(state.params)}
             assert all(id(leaf) in ours for leaf in jax.tree.leaves(reference))
@@ -126,13 +137,13 @@ class TestStep:
         assert all(shown["sampler_gap_max"] < 1e-5 for shown in trained.metrics)
 
     def test_a_reference_that_is_refreshed_is_a_copy_of_adapters(self, model, make_prompts):
-        update = Update(refresh_reference_every=2, minibatches_per_epoch=2, epochs_per_batch=2)
-        step = composed(lora(model, LORA), update=update)
+        update = Update(minibatches_per_epoch=2, epochs_per_batch=2)
+        step = composed(lora(model, LORA), update=update, resources=with_reference(copy_every=2))
         state = step.init(jax.random.key(0))
         first, seen = host(split(state.params)[0]), []
         for _ in range(2):
             state, _ = step(state, make_prompts(4))
-            seen.append((host(split(state.params)[0]), host(state.reference_params)))
+            seen.append((host(split(state.params)[0]), host(state.networks["reference"].params)))
         (after_one, held), (after_two, refreshed) = seen
         assert sizes(held) == sizes(first)
         assert same(held, first)
@@ -140,18 +151,18 @@ class TestStep:
         assert same(refreshed, after_two)
 
     def test_an_average_of_adapters_is_refused(self, model):
-        with pytest.raises(ValueError, match=r"training.reference_decay is 0.9, but the policy has adapters"):
-            composed(lora(model, LORA), update=Update(reference_decay=0.9))
+        with pytest.raises(ValueError, match=r"networks.reference.decay is 0.9, but the policy has adapters"):
+            composed(lora(model, LORA), resources=with_reference(decay=0.9))
 
-    @pytest.mark.parametrize("name", ["refresh_reference_every", "snapshot_reference"])
+    @pytest.mark.parametrize("name", ["copy_every", "snapshot"])
     def test_a_reference_is_copied_where_it_has_to_be(self, model, name):
         for changes, copied in (({}, False), ({name: 1}, True)):
-            step = composed(lora(model, LORA), update=Update(**changes))
+            step = composed(lora(model, LORA), resources=with_reference(**changes))
             state = jax.eval_shape(step.init, jax.random.key(0))
-            assert (state.reference_params is not None) == copied
+            assert ("reference" in state.networks) == copied
         # A step that compares with no reference has none.
-        step = composed(lora(model, LORA), update=Update(**{name: 1}), losses=[losses.clipped_surrogate])
-        assert jax.eval_shape(step.init, jax.random.key(0)).reference_params is None
+        step = composed(lora(model, LORA), resources=with_reference(**{name: 1}), losses=[losses.clipped_surrogate])
+        assert "reference" not in jax.eval_shape(step.init, jax.random.key(0)).networks
 
     def test_critics_share_the_base(self, model, make_prompts):
         def with_critic(backbone):
@@ -159,34 +170,45 @@ class TestStep:
                 lora(model, LORA, quantise=True),
                 credit=[("returns", advantages.gae_returns), ("advantages", advantages.gae)],
                 losses=[losses.clipped_surrogate, (losses.clipped_value, 0.5)],
-                critic=Critic(optax.adam(0.05), backbone=backbone, target_rate=0.5),
+                resources=Resources(
+                    networks={
+                        "value": Network(head=HeadConfig(), backbone=backbone, optimizer=optax.adam(0.05)),
+                        "slow": Network(origin="value", decay=0.5),
+                    }
+                ),
             )
 
         shared = with_critic("shared")
         state = jax.eval_shape(shared.init, jax.random.key(0))
         after, _ = jax.eval_shape(shared, state, make_prompts(4))
-        assert sizes(after.critics["value"].params) == [(16, 1)]
+        assert sizes(after.networks["value"].params) == [(16, 1)]
 
         step = with_critic("own")
         state = step.init(jax.random.key(0))
-        before, frozen = host(state.critics["value"].params), host(split(state.params)[1])
+        before, frozen = host(state.networks["value"].params), host(split(state.params)[1])
         adapters = sizes(split(state.params)[0])
         assert sizes(before) == sorted([(16, 1), *adapters])
         for _ in range(2):
             state, metrics = step(state, make_prompts(4))
-        after = host(state.critics["value"].params)
+        after = host(state.networks["value"].params)
         assert not np.array_equal(after["head"]["weight"], before["head"]["weight"])
         assert np.any(after["backbone"]["blocks"]["down"]["up"])
-        assert sizes(state.critics["value"].target_params) == sizes(after)
+        assert sizes(state.networks["slow"].params) == sizes(after)
         assert same(host(split(state.params)[1]), frozen)
         assert metrics["gradient_norm/value"] > 0
 
     def test_supervised_steps_lower_the_loss_through_the_adapters(self, model, rows):
-        init, step = make_supervised_step(lora(model, LORA, quantise=True), optax.adam(0.03))
-        state = init(jax.random.key(0))
+        written = Written(rows=8)
+        step = make_train_step(
+            lora(model, LORA, quantise=True),
+            optax.adam(0.03),
+            source=written,
+            losses=[losses.negative_log_likelihood],
+        )
+        state = step.init(jax.random.key(0))
         frozen, seen = host(split(state.params)[1]), []
         for _ in range(30):
-            state, metrics = step(state, rows)
+            state, metrics = step(state, written=rows.filled(written_mask=rows.mask))
             seen.append(float(metrics["loss"]))
         assert seen[-1] < seen[0] - 0.5
         assert same(host(split(state.params)[1]), frozen)
@@ -206,7 +228,8 @@ def lora_tree(micro_config, tmp_path_factory):
     # No answer is right yet: without this nothing would have a gradient.
     tree["losses"] = [*tree["losses"], {"entropy_bonus": {"coefficient": 0.01}}]
     tree["warm_start"] |= {"steps": WARM, "probe_every_steps": 0}
-    tree["training"] |= {"steps": STEPS, "refresh_reference_every": 0}
+    tree["training"] |= {"steps": STEPS}
+    tree["networks"] = {}
     tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
     tree["checkpoints"] = {"every_steps": 1, "keep": 9}
     return tree
@@ -235,9 +258,9 @@ def test_a_checkpoint_holds_adapters_and_nothing_of_the_base(lora_run):
     adapters, frozen = split(model.specs)
     for step in (1, WARM, WARM + STEPS):
         shapes = stored_shapes(lora_run, step)
-        written = sorted(shape for path, shape in shapes.items() if path.startswith("params/"))
+        written = sorted(shape for path, shape in shapes.items() if path.startswith("networks/policy/params/"))
         assert written == sorted(spec.shape for spec in jax.tree.leaves(adapters, is_leaf=lambda x: hasattr(x, "axes")))
-        assert {path.split("/")[-1] for path in shapes if path.startswith("params/")} == set(PARTS)
+        assert {path.split("/")[-1] for path in shapes if path.startswith("networks/policy/params/")} == set(PARTS)
         # Adam's two moments, and the adapters that the warm start left, as reference.
         copies = 3 if step == 1 else 4
         numbers = sum(int(np.prod(shape)) for shape in shapes.values() if len(shape) > 1)
@@ -265,8 +288,8 @@ def test_a_resumed_run_gives_the_same_numbers(lora_run, lora_tree, tmp_path):
 def test_every_way_to_begin_makes_the_same_base(lora_run):
     built = parts(lora_run)
     key = jax.random.key(lora_run.seed)
-    warm, _ = make_supervised_step(built.model, optax.sgd(0.1))
-    frozen = [host(split(init(key).params)[1]) for init in (warm, built.step.init)]
+    warm = make_train_step(built.model, optax.sgd(0.1), source=Written(rows=4), losses=[losses.negative_log_likelihood])
+    frozen = [host(split(step.init(key).params)[1]) for step in (warm, built.step)]
     assert same(*frozen)
 
 
@@ -282,7 +305,8 @@ def test_a_state_is_restored_on_the_base_that_it_is_given(lora_run):
         assert all(a is b for a, b in pairs)
     assert np.any(params["blocks"]["qkv"].up)
     other = parts(replace(lora_run, lora=replace(lora_run.lora, rank=3)))
-    with pytest.raises(CheckpointError, match=r"'params/blocks/\w+/(down|up)' as float32\[.*; use the config"):
+    message = r"'networks/policy/params/blocks/\w+/(down|up)' as float32\[.*; use the config"
+    with pytest.raises(CheckpointError, match=message):
         checkpoints.restore_params(folder, WARM + 1, other.model.init(jax.random.key(0)), trained=trained)
 
 
@@ -291,8 +315,8 @@ def test_the_reference_after_a_warm_start_is_where_it_ended(lora_run):
     like = built.step.init(jax.random.key(lora_run.seed))
     folder, trained = lora_run.directory / "checkpoints", built.model.trained
     first, last = (checkpoints.restore(folder, step, like, trained=trained) for step in (WARM, WARM + STEPS))
-    assert same(last.reference_params, split(first.params)[0])
-    assert same(reference_policy(built.model, last), first.params)
+    assert same(last.networks["reference"].params, split(first.params)[0])
+    assert same(reference_of(built.step, last), first.params)
     assert np.any(first.params["blocks"]["qkv"].up)
 
 

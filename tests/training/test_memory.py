@@ -12,11 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.experience import Experience, TrainState
+from jaxrl_llm.experience import Experience
 from jaxrl_llm.losses import clipped_surrogate, divergence
 from jaxrl_llm.models import TransformerConfig, logprobs, transformer
-from jaxrl_llm.training import LossTerm, Update
-from jaxrl_llm.training.learn import make_learn
+from jaxrl_llm.training import LossTerm, Rollout
+from jaxrl_llm.training.composition import composition_of
+from jaxrl_llm.training.learn import initial_state, make_learn
 
 # Programs are compiled and not run, so the sizes can be real ones: a float32 [B, T, V] array would be 2 GiB.
 ROWS, LENGTH, VOCABULARY = 64, 256, 32_768
@@ -47,24 +48,21 @@ def abstract_experience() -> Experience:
         behaviour_logprobs=floats,
         behaviour_entropy=floats,
         truncated=of(jnp.bool_),
-        advantages=floats,
-        old_logprobs=floats,
-        reference_logprobs=floats,
+        fields={"advantages": floats, "old_logprobs": floats, "reference_logprobs": floats},
     )
 
 
 def compiled_update(**options):
     """The learning program of one update with `divergence(**options)`."""
     terms = [LossTerm(clipped_surrogate, name="policy"), LossTerm(divergence(**options), 0.1, name="divergence")]
-    optimizer = optax.sgd(1e-3)
-    learn = make_learn(MODEL, optimizer, terms, Update(), temperature=1.0, samples_per_prompt=2)
-    params = jax.eval_shape(MODEL.init, jax.random.key(0))
+    rollout = Rollout(samples_per_prompt=2, max_completion_tokens=LENGTH, eos_ids=(2,), pad_id=0)
+    c = composition_of(MODEL, optax.sgd(1e-3), rollout, [], [], terms, None, None)
+    state = jax.eval_shape(lambda: initial_state(c, jax.random.key(0)))
 
-    def update(params, reference_params, experience):
-        state = TrainState(params, optimizer.init(params), reference_params, {}, jax.random.key(0), jnp.int32(0))
-        return learn(state, experience, [jnp.float32(term.coefficient) for term in terms])
+    def update(state, experience):
+        return make_learn(c)(state, experience, [jnp.float32(term.coefficient) for term in terms])
 
-    return jax.jit(update).lower(params, params, abstract_experience()).compile()
+    return jax.jit(update).lower(state, abstract_experience()).compile()
 
 
 def largest_array(compiled) -> int:

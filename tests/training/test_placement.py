@@ -11,7 +11,7 @@ from jaxrl_llm.losses import clipped_surrogate, kl_estimate
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.parallel import make_mesh
 from jaxrl_llm.run import checkpoints
-from jaxrl_llm.training import Rollout, Update, make_train_step
+from jaxrl_llm.training import Network, Placement, Resources, Rollout, make_train_step
 
 # Programs of many sizes: minutes of compilation.
 pytestmark = pytest.mark.slow
@@ -23,16 +23,17 @@ def even_share(tokens, mask):
     return ((tokens % 2 == 0) * mask).sum(-1) / mask.sum(-1)
 
 
-def composed(model, losses=(clipped_surrogate, (kl_estimate, 0.05)), **options):
+def composed(model, losses=(clipped_surrogate, (kl_estimate, 0.05)), mesh=None, offload=()):
     return make_train_step(
         model,
         optax.adam(1e-2),
-        rollout=Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(1,), pad_id=1),
+        source=Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(1,), pad_id=1),
         rewards=[even_share],
         credit=[("advantages", group_normalized)],
         losses=losses,
-        update=Update(refresh_reference_every=2),
-        **options,
+        resources=Resources(
+            networks={"reference": Network(copy_every=2)}, placement=Placement(mesh, offload=frozenset(offload))
+        ),
     )
 
 
@@ -50,10 +51,11 @@ def test_offloaded_parts_wait_in_the_hosts_memory_and_change_no_number(make_prom
     wanted, state = after(plain, prompts, 3), after(offloaded, prompts, 3)
     jax.tree.map(
         np.testing.assert_array_equal,
-        *(jax.device_get((s.params, s.optimizer_state, s.reference_params)) for s in (wanted, state)),
+        *(jax.device_get(s.networks) for s in (wanted, state)),
     )
+    kept = lambda s: (s.networks["policy"].optimizer_state, s.networks["reference"].params)  # noqa: E731
     kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}  # noqa: E731
-    assert kinds((state.optimizer_state, state.reference_params)) == {"pinned_host"}
+    assert kinds(kept(state)) == {"pinned_host"}
     assert kinds((state.params, state.step)) == {"device"}
     assert kinds(wanted) == {"device"}
     there = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, offloaded.composition.placed)
@@ -64,7 +66,7 @@ def test_offloaded_parts_wait_in_the_hosts_memory_and_change_no_number(make_prom
         checkpoints.save(manager, 3, state, {})
         manager.wait_until_finished()
     restored = checkpoints.restore(tmp_path, 3, offloaded.init(jax.random.key(0)))
-    assert kinds((restored.optimizer_state, restored.reference_params)) == {"pinned_host"}
+    assert kinds(kept(restored)) == {"pinned_host"}
     ours, theirs = offloaded(restored, prompts)[0], offloaded(state, prompts)[0]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(ours.params), jax.device_get(theirs.params))
 

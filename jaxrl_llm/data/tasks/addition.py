@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from jaxrl_llm.data.tasks.items import Item, Task, equality, reference_response, require_bool
+from jaxrl_llm.data.tasks.items import Item, Task, equality, reference_response, require_bool, split_of
 
 
 def columns(a: int, b: int) -> list[str]:
@@ -42,6 +42,17 @@ def with_confidence(record: Mapping[str, Any], *, scratchpad: bool) -> str:
     return reference_response(record, scratchpad).removesuffix("<eos>") + f"<c>{percent}</c>"
 
 
+def paraphrase(body: str) -> str:
+    """The sum the other way round, where that is a problem of the same split; else the body itself.
+
+    >>> paraphrase("A:47+85"), paraphrase("A:4+7")
+    ('A:47+85', 'A:7+4')
+    """
+    left, _, right = body.removeprefix("A:").partition("+")
+    swapped = f"A:{right}+{left}"
+    return swapped if split_of(swapped) == split_of(body) else body
+
+
 def task(*, scratchpad: bool = True, confidence: bool = False) -> Task:
     """Addition of two numbers of exactly `level` digits (level 1: 0 to 9).
 
@@ -56,6 +67,10 @@ def task(*, scratchpad: bool = True, confidence: bool = False) -> Task:
         low, high = (0 if level == 1 else 10 ** (level - 1)), 10**level - 1
         return item(rng.randint(low, high), rng.randint(low, high), level=level, scratchpad=scratchpad)
 
+    def columns_of(record: Mapping[str, Any]) -> dict[str, Any]:
+        found = {"paraphrase": paraphrase(record["body"])}
+        return found | ({"response": with_confidence(record, scratchpad=scratchpad)} if confidence else {})
+
     return Task(
         name="addition",
         draw=draw,
@@ -66,5 +81,5 @@ def task(*, scratchpad: bool = True, confidence: bool = False) -> Task:
         # A younger option is named where it is not the default, so that older data sets stay what they were.
         options={"scratchpad": scratchpad} | ({"confidence": True} if confidence else {}),
         scratchpad=scratchpad,
-        columns=(lambda record: {"response": with_confidence(record, scratchpad=scratchpad)}) if confidence else None,
+        columns=columns_of,
     )

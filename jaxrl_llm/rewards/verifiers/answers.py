@@ -131,6 +131,37 @@ def answer_ids(
     return jnp.where(found, jnp.argmax(same, axis=1), NO_ANSWER).astype(jnp.int32)
 
 
+def paired_answer_ids(
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    group: Int[Array, "B"],
+    paired_group: Int[Array, "B"],
+    *,
+    open_id: int = ANSWER_ID,
+    close_id: int = ANSWER_END_ID,
+    space_ids: tuple[int, ...] = SPACE_IDS,
+) -> Int[Array, "B"]:
+    """`answer_ids` that are the same in the two groups of a pair, for votes of one group about the other.
+
+    Args:
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence.
+      group: id of the group each row belongs to.
+      paired_group: id of the group of the same problem in other words; negative for none.
+      open_id: id of the tag that opens an answer.
+      close_id: id of the tag that closes it.
+      space_ids: ids that are stripped at both ends of an answer.
+
+    Returns:
+      One id a row, or -1 in every row that has no closed answer.
+
+    Reference: Co-Reward (2508.00410).
+    Certainty: verified
+    """
+    pair = jnp.where(paired_group >= 0, jnp.minimum(group, paired_group), group)
+    return answer_ids(tokens, length, pair, open_id=open_id, close_id=close_id, space_ids=space_ids)
+
+
 def _mixed(bits: Array) -> Array:
     """32 bits, each a function of all the given ones (the finaliser of MurmurHash3)."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)

@@ -9,6 +9,7 @@ from jaxrl_llm.rollout.plans.budget import budget
 from jaxrl_llm.rollout.plans.demonstration_in_group import demonstration_in_group
 from jaxrl_llm.rollout.plans.greedy_baseline import greedy_baseline
 from jaxrl_llm.rollout.plans.mixed_temperature import mixed_temperature
+from jaxrl_llm.rollout.plans.paraphrased import paraphrased
 from jaxrl_llm.rollout.plans.plan import Plan, Request, plain
 from jaxrl_llm.rollout.plans.prefixes import prefixes
 from jaxrl_llm.rollout.plans.refill import refill
@@ -25,6 +26,7 @@ __all__ = [
     "highest_entropy",
     "last_share",
     "mixed_temperature",
+    "paraphrased",
     "plain",
     "prefixes",
     "refill",

@@ -59,6 +59,7 @@ def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: i
         requests=requests,
         merge=merge,
         drawn=drawn,
+        reads=inner.reads | {"demonstration_tokens", "demonstration_length"},
         needs=inner.needs | {"prefixes", "demonstrations"},
         lacks=inner.lacks | {"drawn_by_policy"},
     )

@@ -75,7 +75,7 @@ def mixed_temperature(inner: Plan, *, samples_per_prompt: int, prompt_share: flo
         memory=memory,
         remember=remember,
         provides=inner.provides | {"extra"},
-        needs=inner.needs | {"numbered_samples"},
+        needs=inner.needs | {"numbered_samples", "temperatures"},
         lacks=inner.lacks | {"one_temperature", "one_group_a_prompt"},
         extra_groups=groups,
     )

@@ -71,6 +71,7 @@ class Plan(NamedTuple):
       unrolled: there are exactly `most_rounds` rounds, which may ask for different numbers of rows.
       prompts_per_group: prompts that a step is handed for each group that it learns from.
       reads_rewards: `merge` reads rewards.
+      reads: names of the data that it reads of the prompts (`Prompts.fields`).
       provides: names that its rows know.
       reports: names of what it reports.
       lacks: what its rows are not, of `capabilities.ROWS`.
@@ -91,6 +92,7 @@ class Plan(NamedTuple):
     unrolled: bool = False
     prompts_per_group: int = 1
     reads_rewards: bool = False
+    reads: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
     reports: frozenset[str] = frozenset()
     lacks: frozenset[str] = frozenset()

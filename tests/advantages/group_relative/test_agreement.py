@@ -8,8 +8,10 @@ from jaxrl_llm.advantages import (
     answer_entropy,
     batch_normalized_accuracy,
     consistency_blended,
+    group_normalized,
     local_share,
     majority_match,
+    paired_majority_match,
 )
 from jaxrl_llm.statistics import subgroup_ids
 
@@ -123,3 +125,32 @@ def test_bad_input_is_named():
         consistency_blended(*DATA, part="all")
     with pytest.raises(ValueError, match=r"discount_disagreement is True, but there is no answer_id"):
         batch_normalized_accuracy(CORRECT, GROUP, WEIGHT, discount_disagreement=True)
+
+
+PAIR = jnp.array([3, 3, 5, -1, 5, 5, 3, 5])
+WORDING, OTHER = jnp.repeat(jnp.arange(2), 4), 1 - jnp.repeat(jnp.arange(2), 4)
+
+
+def test_worked_example_of_co_reward():
+    rewards = paired_majority_match(PAIR, WORDING, OTHER, jnp.ones(8))
+    np.testing.assert_array_equal(rewards, [0, 0, 1, 0, 0, 0, 1, 0])
+    alone = [-0.499999, -0.499999, 1.499997, -0.499999]
+    np.testing.assert_allclose(group_normalized(rewards, WORDING, jnp.ones(8)), alone * 2, **DIGITS)
+
+
+def test_wordings_may_change_places_and_one_that_is_its_own_pair_is_a_majority_vote():
+    order = jnp.array([4, 5, 6, 7, 0, 1, 2, 3])
+    swapped = paired_majority_match(PAIR[order], WORDING[order], OTHER[order], jnp.ones(8))
+    np.testing.assert_array_equal(swapped, paired_majority_match(PAIR, WORDING, OTHER, jnp.ones(8))[order])
+    own = paired_majority_match(PAIR, WORDING, WORDING, jnp.ones(8))
+    np.testing.assert_array_equal(own, majority_match(PAIR, WORDING, jnp.ones(8)))
+
+
+def test_a_wording_without_answers_or_a_pair_labels_nothing():
+    silent = jnp.where(WORDING == 1, -1, PAIR)
+    np.testing.assert_array_equal(paired_majority_match(silent, WORDING, OTHER, jnp.ones(8)), 0)
+    absent = paired_majority_match(PAIR, WORDING, OTHER, jnp.where(WORDING == 1, 0.0, 1.0))
+    np.testing.assert_array_equal(absent, 0)
+    np.testing.assert_array_equal(paired_majority_match(PAIR, WORDING, jnp.full(8, -1), jnp.ones(8)), 0)
+    with pytest.raises(AssertionError):
+        paired_majority_match(PAIR, WORDING, OTHER[:4], jnp.ones(8))

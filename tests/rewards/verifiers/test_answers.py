@@ -18,6 +18,7 @@ from jaxrl_llm.rewards import (
     exact_answer,
     exact_match,
     extract_answer,
+    paired_answer_ids,
 )
 from jaxrl_llm.rewards.verifiers import answers
 
@@ -237,3 +238,13 @@ def test_wrong_ranks_are_refused():
         exact_answer(tokens[0], length, tokens, length)
     with pytest.raises(AssertionError):
         exact_answer(tokens, length, jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32))
+
+
+def test_paired_groups_share_the_ids_of_their_answers():
+    tokens = jnp.array([[5, 20, 6], [5, 21, 6], [5, 21, 6], [5, 20, 6], [5, 21, 6], [5, 22, 0]])
+    length, group = jnp.full(6, 3), jnp.array([0, 0, 1, 1, 2, 2])
+    found = paired_answer_ids(tokens, length, group, jnp.array([1, 1, 0, 0, -1, -1]))
+    np.testing.assert_array_equal(found, [0, 1, 1, 0, 4, -1])
+    np.testing.assert_array_equal(
+        paired_answer_ids(tokens, length, group, -jnp.ones(6)), answer_ids(tokens, length, group)
+    )

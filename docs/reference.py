@@ -1,0 +1,190 @@
+"""Writes docs/fields.md, and the tables of capabilities in docs/engine.md, from the package. `docs/build.py` runs it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from blocks import escaped, markdown_table
+
+from jaxrl_llm.fields import FIELDS, PROVIDERS, Field
+from jaxrl_llm.rollout import plans
+from jaxrl_llm.rollout.capabilities import CAPABILITIES, ROWS, SAMPLERS
+from jaxrl_llm.training import checks
+
+DOCS = Path(__file__).parent
+FIELDS_PAGE, ENGINE_PAGE = DOCS / "fields.md", DOCS / "engine.md"
+BEGIN, END = "<!-- capabilities: written by docs/build.py -->", "<!-- end of capabilities -->"
+
+INTRODUCTION = """\
+# Fields
+
+Every name that the functions of a step may ask for, written by `python docs/build.py` from `jaxrl_llm/fields.py`; do
+not edit it. [engine.md](engine.md) says how names are used.
+
+Shapes: `scalar` is one number, `row` [B], `token` [B, T], `either` [B] or [B, T] (one number a row is spread over its
+tokens), `vector` [B, ...], `prompt` [B, P]; B rows, T completion tokens, P prompt tokens. *Fillable*: an entry of
+`credit` may fill it. *Absent*: what it holds, where that is not 0, in rows that do not know it, such as written rows
+beside samples.
+
+Names that no row of the table has are made by rules. `NETWORK` is a key of section `networks` (or `policy`, which may
+be left out; of values, `value` may), `VIEW` a key of section `views`.
+
+| name | what it is |
+| --- | --- |
+| `logprobs`, `entropy` | of the policy that learns; losses alone name them |
+| `old_logprobs`, `old_entropy` | of the policy as the step found it |
+| `NETWORK_logprobs`, `NETWORK_entropy` | of another network |
+| `values`, `NETWORK_values` | numbers of a head before each token |
+| `NETWORK_scores` | numbers of a head behind the last token, one entry a row |
+| `VIEW_logprobs`, `NETWORK_VIEW_logprobs` | of another sequence made of the row |
+| `VIEW_mask` | 1 on the tokens of that sequence that count |
+| `old_` in front | of a network that learns, in a loss: as the step found it. In a fill every network is so |
+
+An entry of `credit` may fill a name that is in no table, as long as something after it reads it.
+"""
+TITLES = {
+    "rollout": "Facts of sampling",
+    "rewards": "Rewards",
+    "credit": "Credit",
+    "data": "Data",
+    "environment": "Conversations",
+    "engine": "Engines",
+    "greedy_baseline": "Plans: greedy_baseline",
+    "mixed_temperature": "Plans: mixed_temperature",
+    "adaptive": "Plans: adaptive",
+    "written": "Written rows",
+    "held out": "Written rows of the validation split",
+    "network": "What networks say",
+    "head": "What heads say",
+    "vocabulary": "Over the vocabulary",
+    "learner": "While learning",
+    "step": "The step",
+    "metrics": "Metrics",
+    "text": "Text, on the host",
+}
+# What `training.checks` and the config refuse beside what samplers and plans lack: (what, beside what, capabilities).
+REFUSED = (
+    ("`rollout.off_policy_steps`", "`data.selection`", ("ahead",)),
+    ("`rollout.off_policy_steps`", "`rollout.prompt_buckets`", ("one_width",)),
+    ("a second source (written rows, replay)", "`rollout.prompt_buckets`", ("one_width",)),
+    (
+        "`rollout.replay_router`",
+        "a plan whose rows the policy did not draw; a second source",
+        ("drawn_by_policy", "recorded_router"),
+    ),
+    ("`rollout.top_k`", "a plan whose rows the policy did not draw; a second source", ("drawn_by_policy",)),
+    ("`rollout.top_k`", "functions over the whole vocabulary", ("whole_vocabulary",)),
+    ("a second source", "a plan with groups of different sizes", ("equal_groups",)),
+    (
+        "minibatches or microbatches, with a loss that names `group`",
+        "a plan with groups of different sizes",
+        ("equal_groups",),
+    ),
+    ("an environment", "`rollout.engine`", ("conversations",)),
+    ("`rollout.engine`; an environment in Python", "several processes", ("one_process",)),
+)
+
+
+def fields_page() -> str:
+    """The whole of docs/fields.md."""
+    parts = [INTRODUCTION.strip()]
+    by_provider: dict[str, list[Field]] = {}
+    for field in FIELDS.values():
+        by_provider.setdefault(field.provider, []).append(field)
+    if unnamed := by_provider.keys() - TITLES.keys():
+        raise ValueError(f"docs/reference.py has no title for what {sorted(unnamed)} provide; add it to TITLES")
+    for provider, title in TITLES.items():
+        rows = [
+            [
+                f"`{field.name}`",
+                field.kind,
+                escaped(field.meaning),
+                "yes" if field.fillable else "",
+                "" if field.absent == 0 else f"{field.absent:g}",
+            ]
+            for field in by_provider.get(provider, ())
+        ]
+        if rows:
+            about = PROVIDERS[provider][0].upper() + PROVIDERS[provider][1:]
+            table = markdown_table(["name", "shape", "meaning", "fillable", "absent"], rows)
+            parts.append(f"## {title}\n\n{escaped(about)}.\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def every_plan() -> dict[str, tuple[plans.Plan, tuple[str, ...]]]:
+    """Each plan at small sizes, around `plain`, and what it needs of the rows of the plan inside of it."""
+    plain = plans.plain(samples_per_prompt=4)
+    sizes = {"max_completion_tokens": 8, "pad_id": 0}
+    made = {
+        "plain": plain,
+        "refill": plans.refill(plain, samples_per_prompt=4),
+        "adaptive": plans.adaptive(plain, samples_per_prompt=4),
+        "budget": plans.budget(plain, samples_per_prompt=4, prompt_ids=1),
+        "prefixes": plans.prefixes(plain, texts=("a",), encode=lambda text: [1], **sizes),
+        "demonstration_in_group": plans.demonstration_in_group(plain, **sizes),
+        "mixed_temperature": plans.mixed_temperature(plain, samples_per_prompt=4, prompt_share=0.5, temperature=1.2),
+        "resume": plans.resume(plain, choose=plans.last_share, samples_per_prompt=6, branches=2, encode=None, **sizes),
+        "greedy_baseline": plans.greedy_baseline(plain, temperature=1.0),
+    }
+    inside = {name: _needs_inside(getattr(plans, name)) for name in made}
+    return {name: (plan, inside[name]) for name, plan in made.items()}
+
+
+def _needs_inside(function) -> tuple[str, ...]:
+    found = re.search(r"require_inside\(\"\w+\", inner,([^)]*)\)", inspect.getsource(function))
+    return tuple(re.findall(r"\w+", found[1])) if found else ()
+
+
+def settings() -> dict[str, str]:
+    """Settings of a rollout with the capability that each needs of the sampler, as `training.checks` lists them."""
+    tree = ast.parse(inspect.getsource(checks))
+    for loop in ast.walk(tree):
+        if isinstance(loop, ast.For) and isinstance(loop.iter, ast.Tuple):
+            rows = [row.elts for row in loop.iter.elts if isinstance(row, ast.Tuple)]
+            constants = [(row[0], row[-1]) for row in rows if len(row) == 3]
+            if constants and all(getattr(last, "value", None) in CAPABILITIES for _, last in constants):
+                return {first.value: last.value for first, last in constants}
+    raise ValueError("training.checks has no list of settings with the capability that each needs")
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def capability_tables() -> str:
+    """What goes with what, and which capability is missing where it does not."""
+    samplers = list(SAMPLERS)
+    wants = {f"plan `{name}`": plan.needs for name, (plan, _) in every_plan().items() if name != "plain"}
+    wants |= {f"`{name}`": {capability} for name, capability in settings().items() if name.startswith("rollout.")}
+    rows = [
+        [what, *(_listed(needs - SAMPLERS[sampler]) or "yes" for sampler in samplers)] for what, needs in wants.items()
+    ]
+    heads = ["", *(f"`{name}`" if "." in name else name for name in samplers)]
+    around = [[f"`{name}`", _listed(inside), _listed(plan.lacks)] for name, (plan, inside) in every_plan().items()]
+    others = [[what, beside, _listed(capabilities)] for what, beside, capabilities in REFUSED]
+    known = [[f"`{name}`", meaning] for name, meaning in CAPABILITIES.items()]
+    if stray := {c for _, plan in every_plan().values() for c in plan} - ROWS:
+        raise ValueError(f"plans need {sorted(stray)} of each other, which are no capabilities of rows")
+    return "\n\n".join(
+        [
+            "What samples, and what can be asked of it; where it cannot, the capability that is missing:",
+            markdown_table(heads, rows),
+            "Plans around plans:",
+            markdown_table(["plan", "needs of the plan inside", "its rows are then not"], around),
+            "What else is refused:",
+            markdown_table(["what", "beside", "missing"], others),
+            "The words:",
+            markdown_table(["capability", "meaning"], known),
+        ]
+    )
+
+
+def engine_page() -> str:
+    """docs/engine.md with its tables of capabilities as they are now."""
+    page = ENGINE_PAGE.read_text()
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{capability_tables()}\n\n{END}{rest.split(END)[1]}"

@@ -1,0 +1,80 @@
+"""Bradley-Terry reward models: the better answer of a pair shall have the higher score."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.experience import Loss
+from jaxrl_llm.losses.preference.dpo import smoothed_logistic
+from jaxrl_llm.losses.preference.pairs import pairs_of
+
+Centring = Literal["sum", "each"]
+
+
+def bradley_terry(
+    reward_scores: Float[Array, "B"],
+    group: Int[Array, "B"],
+    preferred: Float[Array, "B"],
+    weight: Float[Array, "B"],
+    margin: Float[Array, "B"] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+    form: Centring = "sum",
+) -> Loss:
+    """Bradley-Terry: the log-odds that an answer is the better one are the difference of two scores.
+
+        z = s_better - s_worse - margin
+        x = -(1 - e) * log sigmoid(z) - e * log sigmoid(-z) + centring * c
+
+    averaged over pairs, with e = `label_smoothing` and
+
+        sum    c = (s_better + s_worse)^2
+        each   c = (s_better^2 + s_worse^2) / 2
+
+    A constant added to both scores of a prompt changes nothing, so scores say nothing across prompts unless centring
+    holds them near 0. One pass over the pairs is enough; more overfit.
+
+    Args:
+      reward_scores: one number an answer, of the network that learns.
+      group: id of the group each row belongs to; naming it keeps groups whole.
+      preferred: 1 for the better answer of a group, 0 for the worse one.
+      weight: of each row.
+      margin: how much better, on the row of the better answer, such as 1 to 3 for graded preferences; None is 0.
+      label_smoothing: share of labels taken for wrong, below 1/2.
+      centring: strength of the pull of scores towards 0, such as 0.01.
+      form: of that pull.
+
+    Returns:
+      The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` (pairs whose better answer has
+      the higher score; a tie has not) and `score_gap`.
+
+    Raises:
+      ValueError: for an unknown form, a smoothing outside [0, 1/2), or a negative centring.
+
+    Reference: Bradley-Terry reward models as in InstructGPT (2203.02155); margin: Llama 2 (2307.09288); centring by
+      the sum: (2312.09244).
+    Certainty: verified
+    """
+    chex.assert_rank([reward_scores, group, preferred, weight], 1)
+    chex.assert_equal_shape([reward_scores, group, preferred, weight])
+    if form not in get_args(Centring):
+        raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(Centring))}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it is a share of wrong labels, at least 0, below 0.5")
+    if centring < 0:
+        raise ValueError(f"centring is {centring}, which would drive scores from 0; it must be at least 0")
+    pairs = pairs_of(preferred, weight, group)
+    scores = jnp.where(weight > 0, reward_scores.astype(jnp.float32), 0.0)
+    gap = pairs.gap(scores)
+    z = gap if margin is None else gap - margin.astype(jnp.float32)[:, None]
+    loss = smoothed_logistic(jnp.where(pairs.share > 0, z, 0.0), label_smoothing)
+    if centring:
+        better, worse = scores[:, None], scores[None, :]
+        loss = loss + centring * ((better + worse) ** 2 if form == "sum" else (better**2 + worse**2) / 2)
+    metrics = {"preferred_share": (pairs.total(gap > 0), pairs.count), "score_gap": (pairs.total(gap), pairs.count)}
+    return Loss(pairs.total(loss), pairs.count, metrics)

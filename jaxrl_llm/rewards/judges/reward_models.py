@@ -1,0 +1,39 @@
+"""The score of a reward model that the run trains, or has read from another one, as a reward."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def learned_reward(
+    reward_scores: Float[Array, "B"], *, shift: float = 0.0, scale: float = 1.0, limit: float | None = None
+) -> Float[Array, "B"]:
+    """What the network `reward` says of a completion.
+
+        r = clip((s - shift) / scale, -limit, limit)
+
+    A reward model is right where its pairs were; far from there the policy finds what it overrates. Keep a divergence
+    from the reference in the recipe, and a verifier of weight 0 in front where there is one: `correct` reports it.
+
+    Args:
+      reward_scores: one number a completion, of a stage before this one or of a checkpoint.
+      shift, scale: mean and deviation of the scores on reference answers; a pair's scores have no zero of their own.
+      limit: bound of the reward; None is none.
+
+    Returns:
+      One reward a row, float32.
+
+    Raises:
+      ValueError: for a scale or limit that is not positive.
+
+    Reference: InstructGPT (2203.02155).
+    Certainty: recalled
+    """
+    chex.assert_rank(reward_scores, 1)
+    for name, value in (("scale", scale), ("limit", limit)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be positive")
+    reward = (reward_scores.astype(jnp.float32) - shift) / scale
+    return reward if limit is None else jnp.clip(reward, -limit, limit)
