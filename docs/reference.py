@@ -55,6 +55,7 @@ TITLES = {
     "engine": "Engines",
     "greedy_baseline": "Plans: greedy_baseline",
     "mixed_temperature": "Plans: mixed_temperature",
+    "paraphrased": "Plans: paraphrased",
     "adaptive": "Plans: adaptive",
     "written": "Written rows",
     "held out": "Written rows of the validation split",

@@ -173,6 +173,8 @@ _NEEDS = {
     "over_vocabulary": "vocabulary",
     "log_probabilities": "vocabulary",
     "token_reward_logits": "token reward model",
+    "reward_scores": "reward model",
+    "teacher_logprobs": "teacher",
     "hidden": "hidden states",
     "turn": "turns",
     "turn_rewards": "turns",

@@ -18,7 +18,7 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.fields import FIELDS
 from jaxrl_llm.rollout.capabilities import CAPABILITIES
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.setup import staged
+from jaxrl_llm.run.staged import staged
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "engine.md").read_text()

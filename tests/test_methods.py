@@ -33,7 +33,7 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "ba
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # What reads a file, a checkpoint or several stages is trained in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"dpo", "kto", "light_r1", "reward_model_then_rl"}
+TRAINED_ELSEWHERE = {"dpo", "kto", "light_r1", "on_policy_distillation", "reward_model_then_rl"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -89,6 +89,7 @@ METHODS = {
     "SCoRe": ("score",),
     "DPO": ("dpo",),
     "KTO": ("kto",),
+    "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
     "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
@@ -108,6 +109,7 @@ STAGES = {
     "optimisation",
     "baseline",
     "curriculum",
+    "distillation",
     "sampling",
     "multi-turn",
     "preference loss",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.divergences.convex import convex_kl
+from jaxrl_llm.losses.divergences.distillation import teacher_reverse_kl
 from jaxrl_llm.losses.divergences.divergence import divergence
 from jaxrl_llm.losses.divergences.estimates import divergence_reward, js_definition, kl_estimate
 from jaxrl_llm.losses.divergences.generators import GENERATORS, Generator, generator, renyi
@@ -105,6 +106,7 @@ __all__ = [
     "sequence_clipped_surrogate",
     "stored_likelihood",
     "success_cloning",
+    "teacher_reverse_kl",
     "token_reward_cross_entropy",
     "token_share",
     "twin_huber_value",

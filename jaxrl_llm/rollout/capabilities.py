@@ -9,6 +9,7 @@ CAPABILITIES = {
     "one_group_a_prompt": "one group of each prompt",
     "equal_groups": "groups of one size",
     "drawn_by_policy": "tokens that the policy drew",
+    "any_number": "completions of which any number of a prompt can be asked for",
     # of samplers
     "active_prompts": "sampling of some prompts alone",
     "numbered_samples": "samples numbered from where the last round ended",
@@ -27,7 +28,9 @@ CAPABILITIES = {
     "one_width": "prompts of one width",
     "one_process": "a run of one process",
 }
-ROWS = frozenset({"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy"})
+ROWS = frozenset(
+    {"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy", "any_number"}
+)
 SAMPLERS = {
     "the sampler": frozenset(
         {"active_prompts", "numbered_samples", "uneven_groups", "prefixes", "temperatures", "demonstrations"}

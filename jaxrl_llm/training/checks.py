@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxrl_llm.experience import FACTS, Method
-from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, fillable, nearest, provided_by, remedy
+from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, fillable, kind_of, nearest, provided_by, remedy
 from jaxrl_llm.rollout.capabilities import ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.sampled import Rollout
@@ -70,11 +70,13 @@ def _check_names(c: Composition) -> None:
     scored = frozenset(by_network - learner)
     known = frozenset({"reference_logprobs", "old_logprobs", "old_entropy", *scored})
     heads = known | ({"old_values"} if c.resources.critic is not None else set())
-    by_fills = (provided_by("rewards") if c.rewards else frozenset()) | {n for term in c.credit for n in term.names}
+    filled = frozenset(name for term in c.credit for name in term.names)
+    later = filled | (provided_by("rewards") if c.rewards else frozenset())
     for name, view in c.resources.views.items():
-        _require_names(view, f"view {name!r}", available | by_fills)
+        _require_names(view, f"view {name!r}", available | later)
     for term in c.rewards:
         _require_names(term.function, f"reward {term.name!r}", available | text, scored - {"logprobs", "entropy"})
+        _require_views(c, term.function, f"reward {term.name!r}", available)
         if term.on_host and c.resources.decode is None and names(term.function) & text:
             raise ValueError(f"reward {term.name!r} reads text, so make_train_step needs decode= (token ids -> text)")
     if c.rewards:
@@ -94,6 +96,7 @@ def _check_names(c: Composition) -> None:
             _require_names(term.function, what, frozenset({"log_probabilities", "tokens"}))
         else:
             _require_names(term.function, what, available | (text if term.on_host else frozenset()), heads)
+            _require_views(c, term.function, what, available)
         if c.samples == 1 and "advantages" in term.names and "group" in names(term.function):
             raise ValueError(
                 f"rollout.samples_per_prompt is 1, but {term.name!r} compares the samples of a prompt, so every "
@@ -124,6 +127,17 @@ def _require_names(function: Any, what: str, available: frozenset[str], scored: 
         raise ValueError(
             f"{what} names {name!r}, which nothing in this step provides; {remedy(name, available | scored)}"
         )
+
+
+def _require_views(c: Composition, function: Any, what: str, available: frozenset[str]) -> None:
+    """Raises ValueError where a view is asked for before what it is made of is there."""
+    for name in sorted(required([function])):
+        if view := c.view_of(name):
+            for lacking in missing(c.resources.views[view], available):
+                raise ValueError(
+                    f"{what} names {name!r}, but view {view!r} is made of {lacking!r}, which comes later; put what "
+                    "fills it in front"
+                )
 
 
 def _check_capabilities(c: Composition) -> None:
@@ -205,6 +219,8 @@ def _check_rest(c: Composition) -> None:
         if r.prompts_per_step is not None:
             groups = r.prompts_per_step + c.plan.extra_groups(r.prompts_per_step)
             checked_split(c, groups)
+    if c.replay is not None:
+        replayed_fields(c)
     if r is not None and c.written is not None and c.written.rows_per_group != c.samples:
         raise ValueError(
             f"written rows come in groups of {c.written.rows_per_group}, but those that they learn beside in groups of "
@@ -276,3 +292,24 @@ def checked_split(c: Composition, prompts: int) -> int:
             f"a microbatch must hold whole groups: choose a multiple of rollout.samples_per_prompt {samples}"
         )
     return rows // size
+
+
+def replayed_fields(c: Composition) -> dict[str, str]:
+    """Fields that replayed rows keep, because a loss names them, with their shape.
+
+    Raises:
+      ValueError: for a name whose shape the table does not say, or that only rows of this step know.
+    """
+    kept = {}
+    for name in sorted(required([t.function for t in c.losses])):
+        kind = kind_of(name)
+        made = {n for term in c.credit for n in term.names} | {"rewards", "correct", "reward_components"}
+        gone = c.plan.provides | {"hidden", "prompt_logprobs", "prompt_mask"}
+        if name in gone or (name in made and kind not in ("row", "token", "either")):
+            loss = next(t.name for t in c.losses if name in required([t.function]))
+            raise ValueError(
+                f"loss {loss!r} names {name!r}, which replayed rows do not have; leave the loss or replay out"
+            )
+        if name in made:
+            kept[name] = "row" if kind == "row" else "token"
+    return kept

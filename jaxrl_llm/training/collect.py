@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
-from jaxrl_llm.fields import kind_of
 from jaxrl_llm.parallel.rules import constrain_rows, decoding, laid_out, layout
 from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
 from jaxrl_llm.rollout.environment_checks import require_environment
@@ -28,8 +27,7 @@ from jaxrl_llm.rollout.plans.plan import concatenated, request_rows
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rollout.turns import generate_turns
 from jaxrl_llm.rows import check_widths, empty_store, joined, remembered, replayed
-from jaxrl_llm.signatures import required
-from jaxrl_llm.training.checks import checked_split
+from jaxrl_llm.training.checks import checked_split, replayed_fields
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.reading import item_numbers
 from jaxrl_llm.training.segments import Host, Repeat, Traced, Work
@@ -306,27 +304,6 @@ def first_store(c: Composition) -> dict[str, Experience]:
     if c.replay is None:
         return {}
     return {"replay": empty_store(c.replay, c.samples, _rollout(c).max_completion_tokens, replayed_fields(c))}
-
-
-def replayed_fields(c: Composition) -> dict[str, str]:
-    """Fields that replayed rows keep, because a loss names them, with their shape.
-
-    Raises:
-      ValueError: for a name whose shape the table does not say, or that only rows of this step know.
-    """
-    kept = {}
-    for name in sorted(required([t.function for t in c.losses])):
-        kind = kind_of(name)
-        made = {n for term in c.credit for n in term.names} | {"rewards", "correct", "reward_components"}
-        gone = c.plan.provides | {"hidden", "prompt_logprobs", "prompt_mask"}
-        if name in gone or (name in made and kind not in ("row", "token", "either")):
-            loss = next(t.name for t in c.losses if name in required([t.function]))
-            raise ValueError(
-                f"loss {loss!r} names {name!r}, which replayed rows do not have; leave the loss or replay out"
-            )
-        if name in made:
-            kept[name] = "row" if kind == "row" else "token"
-    return kept
 
 
 # ---- which prompts --------------------------------------------------------------------------------------------------

@@ -256,9 +256,9 @@ class Composition:
     def wanted(self) -> frozenset[str]:
         """Names that the step computes before the update because something names them."""
         filled = {name for term in self.credit for name in term.names}
-        # Of the table, a name that credit may fill is of a network where one of that name is described.
-        tabled = {name for name, field in FIELDS.items() if field.provider != "credit"}
-        by_rule = {name for name in self.named - tabled - filled if self.score(name) is not None and self.before(name)}
+        # A name of the table that credit may fill is a network's where one of that name is there.
+        other = (FIELDS.keys() - provided_by("credit")) | filled
+        by_rule = {name for name in self.named - other if self.score(name) is not None and self.before(name)}
         brought = provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"} | self.view_masks
         return frozenset(by_rule) | (self.named & brought)
 
@@ -266,6 +266,11 @@ class Composition:
     def view_masks(self) -> frozenset[str]:
         """Names of the masks of views."""
         return frozenset(f"{view}_mask" for view in self.resources.views)
+
+    def view_of(self, name: str) -> str:
+        """The view that a name is about; "" for another name."""
+        found = self.score(name)
+        return found.view if found is not None else next((v for v in self.resources.views if name == f"{v}_mask"), "")
 
     def score(self, name: str) -> Any:
         """What a rule-made name asks for; None for another name."""

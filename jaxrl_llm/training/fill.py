@@ -100,8 +100,7 @@ def _scored_early(c: Composition, key: str) -> frozenset[str]:
 
 def _ready(c: Composition, name: str, available: Collection[str]) -> bool:
     """Whether the sequence that a name scores can be made of what is there."""
-    found = c.score(name)
-    view = found.view if found is not None else next((v for v in c.resources.views if name == f"{v}_mask"), "")
+    view = c.view_of(name)
     return not view or set(signature(c.resources.views[view]).required) <= set(available)
 
 
@@ -114,39 +113,35 @@ def _viewed(c: Composition, wanted: Collection[str], key: str, state: TrainState
 
 def credit_parts(c: Composition) -> list[Any]:
     """Rewards -> advantages and whatever else the credit list fills in, with what networks say in front of it."""
-    filled = {name for term in c.credit for name in term.names}
-    available = set(available_before_rewards(c)) | set(FIELDS) | filled
+    coming = [name for term in c.credit for name in term.names]
+    known = {*available_before_rewards(c), *provided_by("rewards"), *(FIELDS.keys() - set(coming))}
     pending = set(c.wanted)
     parts: list[Any] = []
 
-    def score() -> None:
-        ready = {name for name in pending if _ready(c, name, available - filled)}
+    def score(available: Collection[str]) -> None:
+        ready = {name for name in pending if _ready(c, name, available)}
         if ready:
             parts.append(Traced("networks", partial(_viewed, c, frozenset(ready), "rows")))
             pending.difference_update(ready)
 
-    score()
+    # A view of something that an entry fills waits for it, unless somebody asks before.
+    score(known - set(coming))
     if any(term.over_vocabulary for term in c.credit):
         parts.append(Traced("vocabulary", partial(_by_vocabulary, c)))
     for index, term in enumerate(c.credit):
         if required([term.function]) & pending:
-            score()
+            score(known)
         if term.on_host:
-            parts.append(reading_part("reading", [_named(term)], {term.name: term.names}, "rows", c.samples))
+            parts.append(reading_part("reading", [term], {term.name: term.names}, "rows", c.samples))
         else:
             parts.append(Traced("credit", partial(_filled, c, index, term)))
-        filled -= set(term.names)
-    filled.clear()
-    score()
+        known |= set(term.names)
+    score(known)
     parts.append(Traced("credit", _absent_rows))
     return [
         Traced("credit", lambda state, work: {"sampled": work["rows"].weight, "memory": dict(state.memory)}),
         *parts,
     ]
-
-
-def _named(term: Fill) -> Fill:
-    return term
 
 
 def _by_vocabulary(c: Composition, state: TrainState, work: Work) -> Work:

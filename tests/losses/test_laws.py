@@ -35,6 +35,7 @@ def batch():
         "old_logprobs": old,
         "logprobs": jnp.minimum(old + tokens(-0.7, 0.7), -1e-3),
         "reference_logprobs": jnp.minimum(old + tokens(-0.5, 0.5), -1e-3),
+        "teacher_logprobs": jnp.minimum(old - 0.4 * jnp.sin(9 * old), -1e-3),
         "behaviour_logprobs": jnp.minimum(old + tokens(-0.1, 0.1), -1e-3),
         "advantages": tokens(-2.0, 2.0),
         "entropy": tokens(0.0, 3.0),

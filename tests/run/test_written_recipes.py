@@ -1,10 +1,11 @@
-"""Recipes whose rows are read from a file, or that have several stages, at micro size; files are made here."""
+"""Recipes that read a file or a checkpoint, or that have several stages, at micro size; files are made here."""
 
 from __future__ import annotations
 
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from rich.console import Console
 
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
+from jaxrl_llm.models.export import save_model
+from jaxrl_llm.models.transformer import transformer
+from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.run.restored import restored_network
-from jaxrl_llm.run.setup import data_sets, parts, staged
+from jaxrl_llm.run.setup import Parts, data_sets, parts, prompt_batches
+from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.train import train
 
@@ -171,3 +177,55 @@ def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(dat
     assert seen["supervised on the hardest"][-1][name] < seen["supervised on all"][0][name] - 0.5
     # Nothing is right yet, and wrong answers lose by being long.
     assert all(step["reward"] <= 0 for step in seen["reinforcement"])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A checkpoint of a larger model that is sure of what it says."""
+    config = TransformerConfig(
+        vocabulary_size=CharacterTokenizer().vocabulary_size, width=24, layers=2, heads=3, kv_heads=1, rope_base=10.0
+    )
+    params = transformer(config).init(jax.random.key(7))
+    params["final_norm"] = 3 * params["final_norm"]
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    save_model(folder, params, config)
+    return folder
+
+
+def student(data_directory: str, *overrides: str) -> tuple[Parts, Any]:
+    """(a micro student of the teacher, its prompts by step)."""
+    tree = read_tree(FOLDER / "on_policy_distillation.yaml") | MICRO | {"data": {"directory": data_directory}}
+    tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
+    tree["training"] |= {"prompts_per_step": 16, "learning_rate": 0.02, "warmup_steps": 0, "schedule": "constant"}
+    built = parts(parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size))
+    return built, prompt_batches(built, data_sets(built.config)["train"])
+
+
+def test_a_student_comes_near_a_larger_teacher(data_directory, teacher):
+    built, prompts = student(data_directory, f"networks.teacher.path={teacher}")
+    state, seen = built.step.init(jax.random.key(0), None, built.given()), []
+    for index in range(12):
+        state, metrics = built.step(state, prompts[index].prompts)
+        seen.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+        assert not {name: value for name, value in seen[-1].items() if not np.isfinite(value)}
+    assert seen[-1]["teacher_kl/teacher_reverse_kl"] < 0.85 * seen[0]["teacher_kl/teacher_reverse_kl"]
+    assert "gradient_norm/teacher" not in seen[-1]
+
+
+def test_the_exact_divergence_from_a_larger_teacher_calls_it_the_reference(data_directory, teacher):
+    built, prompts = student(
+        data_directory, f"networks={{reference: {{path: {teacher}}}}}", "losses=[{divergence: {samples: vocabulary}}]"
+    )
+    given = built.given()["reference"]
+    state = built.step.init(jax.random.key(0), None, {"reference": given})
+    params = jax.device_get(state.params)
+    _, metrics, rows = built.step.run(state, prompts[0].prompts)
+    larger = built.step.composition.networks["reference"].model
+
+    def log_softmax(model, params):
+        hidden = predicting_hidden(model, params, rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length)
+        return jax.nn.log_softmax(model.logits(params, hidden))
+
+    ours, theirs = (jax.jit(partial(log_softmax, m))(p) for m, p in ((built.model, params), (larger, given)))
+    expected = (rows.mask * (np.exp(ours) * (ours - theirs)).sum(-1)).sum() / rows.mask.sum()
+    np.testing.assert_allclose(metrics["loss/divergence"], expected, rtol=1e-4)

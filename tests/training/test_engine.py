@@ -398,7 +398,7 @@ class TestStored:
         two, m2 = beside(beside.init(jax.random.key(0)), make_prompts(4), written=written)
         assert not differ(one.params, two.params)
         for name in ("reward", "advantage_abs_per_token", "loss/clipped_surrogate"):
-            np.testing.assert_allclose(m1[name], m2[name], rtol=1e-6)
+            np.testing.assert_allclose(m1[name], m2[name], rtol=1e-6, atol=1e-7)
 
     @pytest.mark.slow
     def test_replay_runs_in_one_program_and_resumes_from_its_state(self, model, make_prompts):
@@ -466,5 +466,5 @@ class TestReference:
         assert mixed(prompt_share=0.5, temperature=1.5).memory() is None
         with pytest.raises(ValueError, match="prompt_share is 0"):
             mixed(prompt_share=0.0, temperature=1.0)
-        with pytest.raises(ValueError, match="temperature is 0.0"):
+        with pytest.raises(ValueError, match=r"temperature is 0\.0"):
             mixed(prompt_share=0.5, temperature=0.0)

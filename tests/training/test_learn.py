@@ -135,7 +135,7 @@ def test_sizes_that_fit(bigram, update, losses, microbatches):
 
 
 def test_written_rows_divide_as_the_sampled_ones_do(bigram):
-    with pytest.raises(ValueError, match="minibatches_per_epoch is 2, .* number of groups of written rows 3"):
+    with pytest.raises(ValueError, match=r"minibatches_per_epoch is 2, .* number of groups of written rows 3"):
         checked_split(composed(bigram, [clipped_surrogate], Update(minibatches_per_epoch=2), written=Written(6, 2)), 4)
     with pytest.raises(ValueError, match=r"the 14 sequences .*4 prompts x 2 samples and 6 written rows"):
         checked_split(

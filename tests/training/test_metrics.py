@@ -1,8 +1,6 @@
-"""What a batch says about itself."""
+"""What a batch says about itself: over which rows and tokens a number is a mean."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
@@ -23,7 +21,7 @@ def test_constant_groups_are_counted_among_those_that_are_there():
 def test_metrics_count_rows_that_credit_left_out(rows):
     rewards = jnp.asarray([1.0, 1, 0, 1, 0, 0, 1, 1])
     kept = jnp.asarray([0.0, 0, 1, 1, 0, 0, 0, 0])
-    scored = replace(rows, weight=kept).filled(rewards=rewards, correct=rewards, advantages=rows.mask * kept[:, None])
+    scored = rows.filled(rewards=rewards, correct=rewards, weight=kept, advantages=rows.mask * kept[:, None])
     metrics = experience_metrics(scored, rows.weight)
     assert metrics["reward"] == metrics["correct_share"] == pytest.approx(5 / 8)
     assert metrics["constant_group_share"] == pytest.approx(3 / 4)
@@ -41,3 +39,9 @@ def test_the_drift_from_the_reference_is_a_mean_over_tokens(rows):
     metrics = experience_metrics(scored, rows.weight)
     assert metrics["kl_reference_per_token"] == pytest.approx(0.3, rel=1e-5)
     assert "advantage_abs_per_token" not in metrics
+
+
+def test_rows_without_rewards_say_nothing_of_them(rows):
+    metrics = experience_metrics(rows, rows.weight)
+    assert not {"reward", "correct_share", "constant_group_share"} & metrics.keys()
+    assert metrics["completion_tokens"] == pytest.approx(31 / 8)

@@ -1,79 +1,207 @@
-"""Rewards inside the program and on the host, and their sum."""
+"""Readings: what they are handed of rows and items, and what becomes of what they return."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jaxrl_llm import advantages, losses
-from jaxrl_llm.experience import TrainState
+from jaxrl_llm.experience import Prompts
 from jaxrl_llm.rewards import RewardError
-from jaxrl_llm.training import Placement, Resources, Reward, Rollout, make_train_step
-from jaxrl_llm.training.fill import reward_parts
-from jaxrl_llm.training.reading import Context
-from jaxrl_llm.training.segments import compiled, run
+from jaxrl_llm.signatures import reading
+from jaxrl_llm.training import Fill, Reward
+from jaxrl_llm.training.reading import Context, reading_part, reads_items
 
 ITEMS = [{"body": f"prompt {i}", "answer": f"answer {i}", "level": i} for i in range(4)]
+
+
+class At:
+    """A state of which a reading sees the step."""
+
+    step = 7
 
 
 def decode(ids):
     return " ".join(map(str, ids))
 
 
-def short(length):
-    return (length <= 3).astype(jnp.int32)
+def read(rows, *terms, items=ITEMS, prompts=None):
+    """(rows with what readings fill, numbers about them)."""
+    terms = [term if isinstance(term, (Fill, Reward)) else Reward(term, 0.5, "judge") for term in terms]
+    outputs = {
+        term.name: (f"reward/{term.name}",) if isinstance(term, Reward) else term.names for term in terms
+    }  # fmt: skip
+    context = Context(items, decode)
+    work = {"rows": rows} | ({} if prompts is None else {"prompts": prompts})
+    part = reading_part("reading", terms, outputs, "rows", 2)
+    return part.function(At(), work, context)["rows"], context.numbers
 
 
-@pytest.fixture
-def rewarded(bigram):
-    """(rewards, rows) -> rows with their rewards."""
-
-    def make(rewards, rows):
-        step = make_train_step(
-            bigram,
-            optax.sgd(0.1),
-            source=Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0),
-            rewards=rewards,
-            credit=[("advantages", advantages.group_normalized)],
-            losses=[losses.clipped_surrogate],
-            resources=Resources(decode=decode),
-        )
-        state = TrainState({}, {}, jax.random.key(0), jnp.int32(0))
-        segments = compiled(reward_parts(step.composition, "rows"), Placement(), None)
-        return run(segments, state, {"rows": rows}, Context(ITEMS, decode))["rows"]
-
-    return make
+def column(rows, function, **given):
+    """What a reward called `judge` gave each row."""
+    return np.asarray(read(rows, function, **given)[0]["reward/judge"])
 
 
-@pytest.fixture
-def on_host(rewarded):
-    """(a function on the host, rows) -> rows that know its rewards beside those of one inside the program."""
-    return lambda function, rows: rewarded([Reward(short, 1.0, "short"), Reward(function, 0.5, "judge")], rows)
+# ---- what they are handed -------------------------------------------------------------------------------------------
 
 
-def test_host_rewards_fill_their_own_columns_with_what_they_name(rows, on_host):
+def test_readings_get_what_they_name(rows):
     seen = {}
 
-    def judge(items, completions, answers, prompts):
-        seen.update(items=items, completions=completions, answers=answers, prompts=prompts)
+    def judge(items, completions, answers, prompts, length, step):
+        seen.update(items=items, completions=completions, answers=answers, prompts=prompts, length=length, step=step)
         return np.arange(len(completions))
 
     # Groups are ids: rows need not stand in the order of their prompts.
     shuffled = replace(rows, group=jnp.asarray([3, 3, 1, 1, 0, 0, 2, 2]))
-    components = on_host(judge, shuffled)["reward_components"]
-    np.testing.assert_array_equal(components[:, 0], np.asarray(rows.length) <= 3)
-    np.testing.assert_array_equal(components[:, 1], np.arange(8))
+    np.testing.assert_array_equal(column(shuffled, judge), np.arange(8))
     assert seen["prompts"] == [f"prompt {i}" for i in (3, 3, 1, 1, 0, 0, 2, 2)]
     assert [item["level"] for item in seen["items"]] == [3, 3, 1, 1, 0, 0, 2, 2]
     assert seen["answers"][0] == "answer 3"
+    assert seen["step"] == 7
+    assert isinstance(seen["length"], np.ndarray)
     # Completions end where they end, whatever the width of the batch.
     assert [len(text.split()) for text in seen["completions"]] == rows.length.tolist()
     assert seen["completions"][1] == decode(rows.tokens[1, :2].tolist())
+
+
+def test_rows_find_their_items_by_the_id_of_their_prompt(rows):
+    prompts = Prompts(*(np.zeros(4, np.int32),) * 5).replace(prompt_id=np.array([3, 2, 1, 0]))
+    seen = column(rows, lambda items: [item["level"] for item in items], prompts=prompts)
+    np.testing.assert_array_equal(seen, [3, 3, 2, 2, 1, 1, 0, 0])
+
+
+def test_a_reading_of_one_row_is_called_for_each_of_them(rows):
+    def judge(completion, answer, prompt, item, length, *, factor=2.0):
+        assert f"answer {item['level']}" == answer
+        assert prompt.endswith(answer[-1])
+        return None if item["level"] == 1 else factor * len(completion.split()) + float(length)
+
+    expected = 3.0 * np.asarray(rows.length, np.float32)
+    np.testing.assert_array_equal(column(rows, judge), np.where(np.arange(8) // 2 == 1, np.nan, expected))
+
+
+def test_a_reading_may_be_awaited_and_its_calls_wait_together(rows):
+    async def judge(completion):
+        await asyncio.sleep(0.2)
+        return len(completion.split())
+
+    started = time.monotonic()
+    np.testing.assert_array_equal(column(rows, judge), rows.length)
+    assert time.monotonic() - started < 8 * 0.2
+
+
+def test_a_function_that_takes_anything_gets_text_and_items(rows):
+    seen = {}
+
+    def judge(completions, **known):
+        seen.update(known)
+        return [0.0] * len(completions)
+
+    column(rows, judge)
+    assert {"prompts", "answers", "items"} <= seen.keys()
+
+
+def test_a_reading_of_arrays_needs_no_text_and_no_items(rows):
+    @reading
+    def counted(length, weight):
+        return length * weight
+
+    np.testing.assert_array_equal(column(rows, counted, items=None), rows.length)
+    np.testing.assert_array_equal(column(rows, lambda completions: [1.0] * len(completions), items=None), 1.0)
+    assert not reads_items([Reward(counted), Reward(lambda completion: 0.0), Reward(lambda rewards: rewards)])
+    for wants in (lambda answers: 0, lambda item: 0, lambda completions, **known: 0):
+        assert reads_items([Reward(counted), Fill("x", wants)])
+    with pytest.raises(ValueError, match=r"call step\(state, prompts, items\)"):
+        column(rows, lambda answers: [0.0] * len(answers), items=None)
+
+
+def test_absent_rows_are_shown_to_nobody(rows):
+    weight = jnp.asarray([1.0, 0, 1, 1, 0, 0, 1, 1])
+    seen = column(replace(rows, weight=weight), lambda completions: list(range(len(completions))))
+    np.testing.assert_array_equal(seen, [0, np.nan, 1, 2, np.nan, np.nan, 3, 4])
+    nobody = column(replace(rows, weight=weight * 0), lambda completions: 1 / 0)
+    np.testing.assert_array_equal(nobody, [np.nan] * 8)
+
+
+# ---- what they return -----------------------------------------------------------------------------------------------
+
+
+def fill(rows, names, function, **options):
+    return read(rows, Fill(names, function, "read", **options))[0]
+
+
+def test_a_reading_gives_a_field_with_what_does_not_apply(rows):
+    def stated(completions):
+        return {"confidence": [0.8, None, float("nan"), 1, 0, 0.25, None, 0]}
+
+    np.testing.assert_allclose(fill(rows, "confidence", stated)["confidence"], [0.8, 0, 0, 1, 0, 0.25, 0, 0])
+    np.testing.assert_array_equal(
+        fill(rows, "rating", lambda completions: [3, None, *[1] * 6])["rating"], [3, np.nan, *[1] * 6]
+    )
+    np.testing.assert_array_equal(
+        fill(rows, "preferred", lambda completions: [1, 0, None, None, 1, 0, 1, 0])["preferred"],
+        [1, 0, -1, -1, 1, 0, 1, 0],
+    )
+
+
+def test_a_reading_gives_several_names_by_name_or_in_their_order(rows):
+    low, high = list(range(8)), [None, *range(7)]
+    for returned in ({"high": high, "low": low}, (low, high)):
+        filled = fill(rows, ("low", "high"), lambda completions, returned=returned: returned)
+        np.testing.assert_array_equal(filled["low"], low)
+        np.testing.assert_array_equal(filled["high"], [0, *range(7)])
+    by_row = fill(rows, ("low", "high"), lambda completion: (len(completion.split()), None))
+    np.testing.assert_array_equal(by_row["low"], rows.length)
+    np.testing.assert_array_equal(by_row["high"], 0)
+
+
+def test_equal_answers_get_equal_ids(rows):
+    said = ["a", "a", "b", None, "c", "d", "d", "d"]
+    ids = np.asarray(fill(rows, "answer_id", lambda completions: said)["answer_id"])
+    assert ids.dtype == np.int32
+    assert ids[3] == -1
+    assert ids[0] == ids[1]
+    assert ids[6] == ids[7]
+    assert len(set(ids[[0, 2, 4, 5]].tolist()) | {-1}) == 5
+    # Numbers are taken as they are, and rows that are not there say nothing.
+    absent = replace(rows, weight=rows.weight.at[0].set(0.0))
+    np.testing.assert_array_equal(
+        fill(absent, "answer_id", lambda completions: [4, 4, None, 2, 2, 2, 2])["answer_id"], [-1, 4, 4, -1, 2, 2, 2, 2]
+    )
+
+
+def test_a_reading_may_say_something_of_each_token_or_a_list_of_numbers(rows):
+    def steps(completion):
+        count = len(completion.split())
+        return [0.0] * (count - 1) + [1.0]
+
+    labels = np.asarray(fill(rows, "step_labels", steps)["step_labels"])
+    assert labels.shape == rows.tokens.shape
+    for row, length in enumerate(rows.length.tolist()):
+        assert labels[row, length - 1] == 1
+        assert np.isnan(labels[row, length:]).all()
+    vectors = fill(rows, "embedding", lambda completion: None if completion.count(" ") == 1 else [1.0, 2.0])
+    np.testing.assert_array_equal(vectors["embedding"][:2], [[1, 2], [0, 0]])
+    with pytest.raises(RewardError, match=r"'embedding' has shape \(1,\) at row 1, and \(2,\) at another"):
+        fill(rows, "embedding", lambda completions: [[1.0, 2.0], *[[1.0]] * 7])
+
+
+def test_shapes_are_known_before_anything_is_read(rows):
+    terms = [Fill(("answer_id", "confidence", "step_labels"), lambda completions: 0, "read")]
+    part = reading_part("reading", terms, {"read": terms[0].names}, "rows", 2)
+    shapes = part.shapes(None, {"rows": rows})["rows"]
+    assert shapes["answer_id"] == jax.ShapeDtypeStruct((8,), jnp.int32)
+    assert shapes["confidence"] == jax.ShapeDtypeStruct((8,), jnp.float32)
+    assert shapes["step_labels"] == jax.ShapeDtypeStruct((8, 6), jnp.float32)
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
 
 
 def at_row(value):
@@ -88,48 +216,51 @@ def raising(completions):
     ("function", "message"),
     [
         (raising, r"'judge' raised ZeroDivisionError: .* at row 0 \(completion '.*'\); catch the case in the function"),
-        (at_row(float("inf")), r"'judge' returned inf at row 5 .* must be finite .* return a number such as 0\.0"),
-        (at_row(float("-inf")), r"'judge' returned -inf at row 5"),
+        (at_row(float("-inf")), r"'judge' returned -inf at row 5 .* must be finite .* return a number such as 0\.0"),
         (lambda completions: [0.0] * 7, "'judge' returned 7 values for 8 rows; it must return .* 8 floats"),
         (lambda completions: 0.5, "'judge' returned a float for 8 rows"),
     ],
 )
-def test_a_host_reward_that_fails_is_named_with_its_row_and_a_remedy(rows, on_host, function, message):
+def test_a_reading_that_fails_is_named_with_its_row_and_a_remedy(rows, function, message):
     with pytest.raises(RewardError, match=message):
-        on_host(function, rows)
+        column(rows, function)
 
 
-@pytest.mark.parametrize("absent", [None, float("nan")])
-def test_what_does_not_apply_is_left_out_of_the_sum_of_its_row(rows, on_host, rewarded, absent):
-    some = on_host(at_row(absent), rows)
-    np.testing.assert_array_equal(np.isnan(some["reward_components"]), [[False, row == 5] for row in range(8)])
-    np.testing.assert_array_equal(some["rewards"], np.asarray(rows.length) <= 3)
-    np.testing.assert_array_equal(some.weight, np.ones(8))
-    np.testing.assert_array_equal(some["unrated"], np.zeros(8))
-    none = rewarded([Reward(at_row(absent), 0.5, "judge")], rows)
-    np.testing.assert_array_equal(none.weight, [row != 5 for row in range(8)])
-    np.testing.assert_array_equal(none["unrated"], [row == 5 for row in range(8)])
-    np.testing.assert_array_equal(none["rewards"], np.zeros(8))
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_what_does_not_apply_is_no_failure(rows, value):
+    np.testing.assert_array_equal(column(rows, at_row(value)), [0, 0, 0, 0, 0, np.nan, 0, 0])
 
 
-def test_rows_of_no_weight_are_handed_to_nobody(rows, on_host):
-    counts = []
-
-    def judge(completions):
-        counts.append(len(completions))
-        return [1.0] * len(completions)
-
-    weight = jnp.asarray([1.0, 0, 1, 1, 0, 1, 1, 1])
-    scored = on_host(judge, replace(rows, weight=weight))
-    assert counts == [6]
-    np.testing.assert_array_equal(scored.weight, weight)
+def failing(completion):
+    return 1 / (completion.count(" ") - 5)
 
 
-def test_rewards_are_weighted_and_the_first_one_is_the_verifier(rows, rewarded):
-    columns = [lambda group: jnp.where(group < 2, 1.0, 0.9), lambda group: jnp.where(group < 2, 0.3, 1.0)]
-    columns.append(lambda group: 7.0 + 0 * group)
-    terms = [Reward(column, weight, str(weight)) for column, weight in zip(columns, (1.0, 0.1, 0.0), strict=True)]
-    scored = rewarded(terms, rows)
-    np.testing.assert_allclose(scored["reward_components"], [[1.0, 0.3, 7.0]] * 4 + [[0.9, 1.0, 7.0]] * 4, rtol=1e-6)
-    np.testing.assert_allclose(scored["rewards"], [1.03] * 4 + [1.0] * 4, rtol=1e-6)
-    np.testing.assert_array_equal(scored["correct"], [1] * 4 + [0] * 4)
+def test_a_failure_costs_its_own_row_where_a_value_is_given(rows):
+    filled, numbers = read(rows, Reward(failing, 1.0, "judge", value_on_failure=-2.0))
+    spaces = np.asarray(rows.length) - 1
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(filled["reward/judge"], np.where(spaces == 5, -2.0, 1 / (spaces - 5.0)))
+    assert numbers["failures/judge"] == 2
+    assert numbers["seconds/judge"] >= 0
+    # Nothing is counted of a reading that may not fail.
+    assert read(rows, lambda completions: [0.0] * 8)[1].keys() == {"seconds/judge"}
+
+
+def late(completion):
+    if completion.count(" ") == 5:
+        time.sleep(0.4)
+    return 1.0
+
+
+async def awaited_late(completion):
+    await asyncio.sleep(0.4 if completion.count(" ") == 5 else 0.0)
+    return 1.0
+
+
+@pytest.mark.parametrize("function", [late, awaited_late])
+def test_a_call_that_is_late_is_named_or_gets_the_value_on_failure(rows, function):
+    filled, numbers = read(rows, Reward(function, 1.0, "judge", deadline_s=0.1, value_on_failure=0.0))
+    np.testing.assert_array_equal(filled["reward/judge"], np.asarray(rows.length) != 6)
+    assert numbers["failures/judge"] == 2
+    with pytest.raises(RewardError, match=r"'judge' took longer than its deadline of 0.1 s at row 0"):
+        read(rows, Reward(function, 1.0, "judge", deadline_s=0.1))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
-from jaxrl_llm.rollout.plans.plan import Plan, Request, finished, first_requests, require_inside
+from jaxrl_llm.rollout.plans.plan import Plan, Request, finished, first_requests, numbers_before, require_inside
 from jaxrl_llm.selection import balanced_samples, finished_prompts
 
 
@@ -64,7 +64,7 @@ def adaptive(
 
     Reference: Reinforce-Ada (2510.04996).
     """
-    require_inside("adaptive", inner, "one_round", "equal_groups", "one_group_a_prompt")
+    require_inside("adaptive", inner, "one_round", "equal_groups", "one_group_a_prompt", "any_number")
     kept, each, most = samples_per_prompt, samples_per_round, max_rounds * samples_per_round
     if max_rounds < 1 or samples_per_round < 1:
         raise ValueError(
@@ -90,9 +90,11 @@ def adaptive(
 
     def requests(memory: Any, pool: Pool | None, prompts: Prompts) -> tuple[Request, ...]:
         (one,) = first_requests(inner, memory, prompts)
+        before = numbers_before(prompts, most)
         if pool is None:
-            return (one._replace(samples_per_prompt=each, active=jnp.ones(prompts.tokens.shape[0], bool)),)
-        return (one._replace(samples_per_prompt=each, first_sample=pool.round * each, active=active(pool)),)
+            there = jnp.ones(prompts.tokens.shape[0], bool)
+            return (one._replace(samples_per_prompt=each, first_sample=before, active=there),)
+        return (one._replace(samples_per_prompt=each, first_sample=before + pool.round * each, active=active(pool)),)
 
     def merge(pool: Pool, rows: Experience) -> Pool:
         rows, _ = finished(inner, rows)

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.experience import Experience, Prompts
-from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
+from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
 from jaxrl_llm.selection import knapsack_rollouts
 
 
@@ -50,7 +50,7 @@ def budget(
 
     Reference: Knapsack RL (2509.25849).
     """
-    require_inside("budget", inner, "one_round", "one_group_a_prompt")
+    require_inside("budget", inner, "one_round", "one_group_a_prompt", "any_number")
     if prompt_ids < 1:
         raise ValueError(f"prompt_ids is {prompt_ids}; it must be at least 1")
     if not least <= samples_per_prompt <= most:
@@ -73,7 +73,9 @@ def budget(
         count = prompts.prompt_id.shape[0]
         rows = count * samples_per_prompt
         number = jnp.arange(count, dtype=jnp.int32)
-        return (one._replace(samples_per_prompt=rows, prompt_of=jnp.repeat(number, counts, total_repeat_length=rows)),)
+        prompt_of = jnp.repeat(number, counts, total_repeat_length=rows)
+        before = numbers_before(prompts, most)
+        return (one._replace(samples_per_prompt=rows, prompt_of=prompt_of, first_sample=before),)
 
     def remember(memory: Success, rows: Experience) -> Success:
         count = rows.group.shape[0]

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.rollout.generate import Prefixes
-from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
+from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
 
 
 def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: int) -> Plan:
@@ -28,7 +28,7 @@ def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: i
     Raises:
       ValueError: for groups of one.
     """
-    require_inside("demonstration_in_group", inner, "one_round", "equal_groups", "one_group_a_prompt")
+    require_inside("demonstration_in_group", inner, "one_round", "equal_groups", "one_group_a_prompt", "any_number")
     if inner.samples < 2:
         raise ValueError(
             f"rollout.samples_per_prompt is {inner.samples}; the demonstration is one of them, so use at least 2"
@@ -40,7 +40,8 @@ def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: i
         tokens = fitted(prompts.fields["demonstration_tokens"], max_completion_tokens, pad_id)
         source = jnp.full(tokens.shape, Source.DEMONSTRATION, jnp.int8)
         written = Prefixes(tokens, prompts.fields["demonstration_length"], source)
-        return one._replace(samples_per_prompt=drawn), Request(prompts, 1, first_sample=drawn, prefixes=written)
+        number = numbers_before(prompts, samples) + drawn
+        return one._replace(samples_per_prompt=drawn), Request(prompts, 1, first_sample=number, prefixes=written)
 
     def merge(carry: Any, rows: Experience) -> Experience:
         groups = rows.tokens.shape[0] // samples
@@ -61,7 +62,7 @@ def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: i
         drawn=drawn,
         reads=inner.reads | {"demonstration_tokens", "demonstration_length"},
         needs=inner.needs | {"prefixes", "demonstrations"},
-        lacks=inner.lacks | {"drawn_by_policy"},
+        lacks=inner.lacks | {"drawn_by_policy", "any_number"},
     )
 
 

@@ -56,4 +56,5 @@ def greedy_baseline(inner: Plan, *, temperature: float) -> Plan:
         reads_rewards=True,
         provides=inner.provides | {"baseline_rewards"},
         needs=inner.needs | {"temperatures"},
+        lacks=inner.lacks | {"any_number"},
     )

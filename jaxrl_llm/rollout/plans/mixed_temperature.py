@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.experience import Experience, Method, Prompts
-from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
+from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
 from jaxrl_llm.signatures import call, signature
 
 
@@ -58,12 +58,16 @@ def mixed_temperature(inner: Plan, *, samples_per_prompt: int, prompt_share: flo
         prefixes = last.prefixes
         if prefixes is not None:
             prefixes = jax.tree.map(lambda x: x[: most * samples_per_prompt], prefixes)
-        own = [request._replace(fields={**request.fields, "extra": False}) for request in (*others, last)]
+        before = numbers_before(prompts, samples_per_prompt)
+        own = [
+            request._replace(first_sample=request.first_sample + before, fields={**request.fields, "extra": False})
+            for request in (*others, last)
+        ]
         more = Request(
             few,
             samples_per_prompt,
             temperature=fixed if method is None else held["temperature"],
-            first_sample=samples_per_prompt,
+            first_sample=numbers_before(few, inner.samples + samples_per_prompt) + inner.samples,
             first_group=count,
             prefixes=prefixes,
             fields={"extra": True},

@@ -104,10 +104,7 @@ def plain(*, samples_per_prompt: int) -> Plan:
     """One round: `samples_per_prompt` completions of each prompt."""
 
     def requests(memory: Any, carry: Any, prompts: Prompts) -> tuple[Request, ...]:
-        repeat = prompts.fields.get("repeat")
-        return (
-            Request(prompts, samples_per_prompt, first_sample=0 if repeat is None else repeat * samples_per_prompt),
-        )
+        return (Request(prompts, samples_per_prompt, first_sample=numbers_before(prompts, samples_per_prompt)),)
 
     return Plan(
         init=lambda memory, key, prompts, rows: None,
@@ -117,6 +114,12 @@ def plain(*, samples_per_prompt: int) -> Plan:
         samples=samples_per_prompt,
         drawn=samples_per_prompt,
     )
+
+
+def numbers_before(prompts: Prompts, numbers: int) -> int | Int[Array, "N"]:
+    """Sample numbers that earlier copies of each prompt take, where each copy takes this many."""
+    repeat = prompts.fields.get("repeat")
+    return 0 if repeat is None else repeat * numbers
 
 
 def require_inside(name: str, inner: Plan, *needs: str) -> None:

@@ -62,4 +62,5 @@ def prefixes(
     return inner._replace(
         requests=requests,
         needs=inner.needs | {"prefixes"},
+        lacks=inner.lacks | {"any_number"},
     )

@@ -54,6 +54,7 @@ def refill(
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * count, count), prompts)
 
     def init(memory: Any, key: Array, prompts: Prompts, rows: Experience) -> Kept:
+        rows = jax.eval_shape(lambda rows: finished(inner, rows)[0], rows)
         empty, count = empty_like(rows), rows.tokens.shape[0] // samples
         group = jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples)
         empty = replace(empty, group=group, prompt_length=jnp.ones_like(empty.prompt_length))

@@ -11,7 +11,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.rollout.generate import Prefixes
-from jaxrl_llm.rollout.plans.plan import Plan, Request, concatenated, finished, first_requests, require_inside
+from jaxrl_llm.rollout.plans.plan import (
+    Plan,
+    Request,
+    concatenated,
+    finished,
+    first_requests,
+    numbers_before,
+    require_inside,
+)
 from jaxrl_llm.signatures import call, names
 
 
@@ -59,6 +67,11 @@ def resume(
             f"resume.branches is {branches}, but the plan inside of it draws {inner.samples} completions of a prompt, "
             f"not {drawn}"
         )
+    if inner.provides:
+        raise ValueError(
+            f"resume is made around a plan whose rows know {sorted(inner.provides)[0]!r}, which branches do not; leave "
+            "one of the two out"
+        )
     if hint and encode is None:
         raise ValueError(f"resume.hint is {hint!r}, but there is no encode= (text -> token ids) to make tokens of it")
     behind = tuple(encode(hint)) if hint and encode is not None else ()
@@ -71,7 +84,9 @@ def resume(
 
     def requests(memory: Any, carry: Progress | None, prompts: Prompts) -> tuple[Request, ...]:
         if carry is None or carry.rows is None:
-            return first_requests(inner, memory, prompts)
+            before = numbers_before(prompts, branches)
+            asked = first_requests(inner, memory, prompts)
+            return tuple(request._replace(first_sample=request.first_sample + before) for request in asked)
         kept = carry.rows
         provided = kept.known() | {"key": carry.key}
         position = jnp.clip(call(choose, provided), 0, max_completion_tokens - 2 - len(behind))
@@ -84,7 +99,7 @@ def resume(
             Request(
                 prompts,
                 branches,
-                first_sample=drawn,
+                first_sample=numbers_before(prompts, samples_per_prompt) + drawn,
                 prefixes=_with_hint(tokens, length, source, behind, pad_id),
             ),
         )
