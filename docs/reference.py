@@ -1,4 +1,4 @@
-"""Writes docs/fields.md, and the tables of capabilities in docs/engine.md, from the package. `docs/build.py` runs it."""
+"""Writes docs/fields.md and the tables of capabilities in docs/engine.md from the package. Run by docs/build.py."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, Method, TrainState
-from jaxrl_llm.fields import FIELDS, check_shape, kind_of
+from jaxrl_llm.fields import FIELDS, check_shape, kind_of, provided_by
 from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.rewards import weighted_sum
 from jaxrl_llm.schedules import gradient_alignment

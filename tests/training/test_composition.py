@@ -62,7 +62,7 @@ def valued(values, mask):
         ({"losses": [valued]}, "loss 'valued' names 'values', .* a critic provides it"),
         (
             {"credit": [("rewards", turn_rewards), ("advantages", advantages.raw_rewards)]},
-            "rewards 'turn_rewards' names 'turn', .* an entry of credit that fills it, for example turn: separated_turns",
+            "rewards 'turn_rewards' names 'turn', .* an entry of credit that fills it, for example turn: separated",
         ),
         ({"rewards": [misspelt]}, "reward 'misspelt' names 'reference_logprob'"),
         (
