@@ -20,7 +20,8 @@ from jaxrl_llm.run.setup import Parts, prompt_columns, prompts_handed
 from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.networks import POLICY, abstract_like, given_shapes, trainable_part
+from jaxrl_llm.training.networks import POLICY, given_shapes, trainable_part
+from jaxrl_llm.training.placement import abstract_like
 from jaxrl_llm.training.segments import Work, shapes
 from jaxrl_llm.training.step import given_work
 

@@ -2,7 +2,8 @@
 
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.training.composition import Fill, LossTerm, Resources, Reward, Update
-from jaxrl_llm.training.networks import Network, Placement
+from jaxrl_llm.training.networks import Network
+from jaxrl_llm.training.placement import Placement
 from jaxrl_llm.training.step import TrainStep, make_train_step
 
 __all__ = [

@@ -13,7 +13,8 @@ from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.signatures import missing, names, required
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.networks import OFFLOADABLE, POLICY
+from jaxrl_llm.training.networks import POLICY
+from jaxrl_llm.training.placement import OFFLOADABLE
 
 
 def checked(c: Composition) -> Composition:

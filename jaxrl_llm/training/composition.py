@@ -16,7 +16,8 @@ from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rows import Replay, Written
 from jaxrl_llm.signatures import name_of, names, on_host, required
-from jaxrl_llm.training.networks import POLICY, Network, Placement, has_copy, networks_named
+from jaxrl_llm.training.networks import POLICY, Network, has_copy, networks_named
+from jaxrl_llm.training.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ before the first microbatch is differentiated, and the gradient is the same howe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,23 +19,17 @@ from jaxrl_llm.experience import Experience, KeyUse, Loss, NetworkState, TrainSt
 from jaxrl_llm.fields import Score
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.parallel.rules import constrain_rows, laid_out
+from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.parallel.shardings import constrained_like
 from jaxrl_llm.rollout.hidden_states import observed_hidden
 from jaxrl_llm.rows import minibatch_rows
 from jaxrl_llm.signatures import call, names, required
-from jaxrl_llm.training.collect import PLAN, SELECTION, first_choices, first_store
 from jaxrl_llm.training.composition import Composition, LossTerm
 from jaxrl_llm.training.metrics import drift_of, learn_metrics
 from jaxrl_llm.training.networks import (
     POLICY,
     current,
     frozen_part,
-    given_shapes,
-    in_device_memory,
-    initial_networks,
-    parameter_shardings,
-    placed_state,
     trainable_part,
     whole,
 )
@@ -348,60 +341,3 @@ def _chosen(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
 
 def _norm(tree: PyTree) -> Array:
     return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
-
-
-# ---- the state ------------------------------------------------------------------------------------------------------
-
-
-def initial_state(
-    c: Composition, key: Array, params: PyTree | None = None, given: Mapping[str, PyTree] | None = None
-) -> TrainState:
-    """A fresh state. Everything is copied, so the caller's arrays stay usable after the state is donated."""
-    memory = {name: method.init() for name, method in c.stateful.items()}
-    if c.rollout is not None and (of_plan := c.plan.memory()) is not None:
-        memory[PLAN] = of_plan
-    if c.rollout is not None and c.rollout.selection is not None:
-        memory[SELECTION] = first_choices(c, key)
-    return TrainState(
-        networks=initial_networks(c.model, c.optimizer, c.networks, key, params, given or {}),
-        # A method may use one zero array twice, and donation wants every buffer once.
-        memory=jax.tree.map(jnp.copy, memory),
-        key=jnp.copy(key),
-        step=jnp.int32(0),
-        store=first_store(c),
-    )
-
-
-def initialiser(c: Composition) -> tuple[Callable[..., TrainState], Composition]:
-    """(`initial_state` compiled: (key, params, networks) -> state, the composition with where its state lies)."""
-    place = c.resources.placement
-    if place.mesh is None:
-        return jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules)), c
-    models = {POLICY: c.model} | {name: one.model for name, one in c.networks.items() if one.model is not None}
-    state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))
-    placed = placed_state(models, state, place.mesh, place.rules, offload=place.offload)
-    c = replace(c, placed=placed)
-    return _initial_on_mesh(c), c
-
-
-def in_use(c: Composition, state: TrainState) -> TrainState:
-    """The state with what the update reads of it on the devices."""
-    reference, read = c.networks.get("reference"), {"optimizer"}
-    if reference is not None and (reference.moves or "over_vocabulary" in c.named):
-        read |= {"reference"}
-    return in_device_memory(state, c.placed, c.resources.placement.offload & read)
-
-
-def _initial_on_mesh(c: Composition) -> Callable[..., TrainState]:
-    """`initial_state`, every array made where it will lie: no device ever holds the whole of it."""
-    place = c.resources.placement
-    assert place.mesh is not None
-    on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), c.placed)
-    program = jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules), out_shardings=on_device)
-    lies = parameter_shardings(c.model, place.mesh, place.rules)
-
-    def init(key: Array, params: PyTree | None = None, networks: Mapping[str, PyTree] | None = None) -> TrainState:
-        state = program(key, None if params is None else jax.device_put(params, lies), networks)
-        return jax.tree.map(lambda x, s: jax.device_put(x, s) if s.memory_kind == "pinned_host" else x, state, c.placed)
-
-    return init

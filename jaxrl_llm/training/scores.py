@@ -25,7 +25,8 @@ from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
 from jaxrl_llm.training.composition import Composition, Fill
-from jaxrl_llm.training.networks import Network, current, frozen_part, in_device_memory, whole
+from jaxrl_llm.training.networks import Network, current, frozen_part, whole
+from jaxrl_llm.training.placement import in_device_memory
 
 
 class Plain(NamedTuple):

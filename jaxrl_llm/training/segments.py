@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxrl_llm.experience import TrainState
 from jaxrl_llm.parallel.backend import compiler_options
 from jaxrl_llm.parallel.rules import laid_out
-from jaxrl_llm.training.networks import Placement
+from jaxrl_llm.training.placement import Placement
 
 Work = dict[str, Any]
 

@@ -39,12 +39,11 @@ from jaxrl_llm.training.composition import (
     composition_of,
 )
 from jaxrl_llm.training.fill import coefficients, credit_parts, measured_alignment, reward_parts
-from jaxrl_llm.training.learn import in_use, initialiser, make_learn
+from jaxrl_llm.training.initial import in_use, initialiser
+from jaxrl_llm.training.learn import make_learn
 from jaxrl_llm.training.metrics import step_metrics
-from jaxrl_llm.training.networks import (
-    moved,
-    put_back,
-)
+from jaxrl_llm.training.networks import moved
+from jaxrl_llm.training.placement import put_back
 from jaxrl_llm.training.reading import Context, reads_items
 from jaxrl_llm.training.scores import viewed
 from jaxrl_llm.training.segments import Host, Learn, Program, Segment, Traced, Work, compiled, programs, run

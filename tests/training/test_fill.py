@@ -16,7 +16,7 @@ from jaxrl_llm.signatures import reading
 from jaxrl_llm.training import Fill, Network, Resources, Reward, Rollout, make_train_step
 from jaxrl_llm.training.composition import composition_of
 from jaxrl_llm.training.fill import coefficients, credit_parts, reward_parts
-from jaxrl_llm.training.learn import initial_state
+from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.reading import Context
 from jaxrl_llm.training.segments import Host
 

@@ -16,7 +16,8 @@ from jaxrl_llm.rows import Written, minibatch_rows
 from jaxrl_llm.training import LossTerm, Rollout, Update
 from jaxrl_llm.training.checks import checked_split
 from jaxrl_llm.training.composition import composition_of
-from jaxrl_llm.training.learn import initial_state, make_learn
+from jaxrl_llm.training.initial import initial_state
+from jaxrl_llm.training.learn import make_learn
 
 MODES = get_args(Aggregation)
 

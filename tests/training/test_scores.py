@@ -17,7 +17,7 @@ from jaxrl_llm.models.logprobs import scaled_log_softmax, token_statistics
 from jaxrl_llm.rollout.generate import generate
 from jaxrl_llm.training import Fill, Network, Resources, Rollout, Update
 from jaxrl_llm.training.composition import composition_of
-from jaxrl_llm.training.learn import initial_state
+from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.scores import by_microbatch, hidden_states, over_vocabulary, viewed
 
 

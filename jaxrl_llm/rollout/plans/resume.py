@@ -55,25 +55,8 @@ def resume(
     Raises:
       ValueError: for no branches, nothing that they could go on from, or a hint that cannot be encoded.
     """
-    require_inside("resume", inner, "one_round", "equal_groups", "one_group_a_prompt")
     drawn = samples_per_prompt - branches
-    if not 0 < branches < samples_per_prompt:
-        raise ValueError(
-            f"resume.branches is {branches} of rollout.samples_per_prompt {samples_per_prompt}; there must be a branch "
-            "and a completion that it goes on from"
-        )
-    if inner.samples != drawn:
-        raise ValueError(
-            f"resume.branches is {branches}, but the plan inside of it draws {inner.samples} completions of a prompt, "
-            f"not {drawn}"
-        )
-    if inner.provides:
-        raise ValueError(
-            f"resume is made around a plan whose rows know {sorted(inner.provides)[0]!r}, which branches do not; leave "
-            "one of the two out"
-        )
-    if hint and encode is None:
-        raise ValueError(f"resume.hint is {hint!r}, but there is no encode= (text -> token ids) to make tokens of it")
+    _check(inner, samples_per_prompt, branches, hint, encode)
     behind = tuple(encode(hint)) if hint and encode is not None else ()
     own = Source.SAMPLED if trained_prefix else Source.HINT
 
@@ -133,6 +116,30 @@ def resume(
         needs=inner.needs | {"prefixes", "numbered_samples"},
         lacks=inner.lacks | {"one_round"} | (frozenset() if trained_prefix else frozenset({"drawn_by_policy"})),
     )
+
+
+def _check(
+    inner: Plan, samples_per_prompt: int, branches: int, hint: str, encode: Callable[[str], Sequence[int]] | None
+) -> None:
+    drawn = samples_per_prompt - branches
+    require_inside("resume", inner, "one_round", "equal_groups", "one_group_a_prompt")
+    if not 0 < branches < samples_per_prompt:
+        raise ValueError(
+            f"resume.branches is {branches} of rollout.samples_per_prompt {samples_per_prompt}; there must be a branch "
+            "and a completion that it goes on from"
+        )
+    if inner.samples != drawn:
+        raise ValueError(
+            f"resume.branches is {branches}, but the plan inside of it draws {inner.samples} completions of a prompt, "
+            f"not {drawn}"
+        )
+    if inner.provides:
+        raise ValueError(
+            f"resume is made around a plan whose rows know {sorted(inner.provides)[0]!r}, which branches do not; leave "
+            "one of the two out"
+        )
+    if hint and encode is None:
+        raise ValueError(f"resume.hint is {hint!r}, but there is no encode= (text -> token ids) to make tokens of it")
 
 
 def _with_hint(
