@@ -78,8 +78,6 @@ HIDING = {
 LONG_MODULES = {
     "config": 788,
     "run.setup": 457,
-    "training.networks": 406,
-    "training.learn": 407,
 }
 LONG_FUNCTIONS = {
     "evaluation.evaluate.make_evaluate": 100,

@@ -17,6 +17,7 @@ import pytest
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.losses import negative_log_likelihood
+from jaxrl_llm.models import TransformerConfig, save_model, transformer
 from jaxrl_llm.rows import Written, demonstrations
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.setup import Parts, data_sets, demonstration_batches, parts, prompt_batches
@@ -140,6 +141,15 @@ def judged_file(kind: str, directory: str) -> str:
     return str(path)
 
 
+def checkpoint(directory: str) -> str:
+    """A small model of the built-in tokenizer's symbols."""
+    path = Path(directory) / "checkpoint"
+    if not path.exists():
+        config = TransformerConfig(vocabulary_size=VOCABULARY, width=8, layers=1, heads=1, kv_heads=1)
+        save_model(path, transformer(config).init(jax.random.key(0)), config)
+    return str(path)
+
+
 def small(name: str, data_directory: str) -> dict[str, Any]:
     """A recipe for a micro model: the same method with fewer and shorter samples."""
     tree = read_tree(FOLDER / f"{name}.yaml")
@@ -176,6 +186,9 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
                 hyper |= {"attempts": 1, "min_correct": 1}
             if name in JUDGED:
                 hyper |= {"groups_per_step": samples * cuts, "file": judged_file(name, data_directory)}
+    for network in tree.get("networks", {}).values():
+        if "path" in network:
+            network["path"] = checkpoint(data_directory)
     for entry in tree["credit"]:
         if entry.get("well_formed") == "answer_format":  # the micro task has no think part
             entry["well_formed"] = {"answer_format": {"require_think": False}}
