@@ -147,7 +147,7 @@ def test_plans_are_made_from_the_inside_out(micro_config):
         ),
         (
             "source=[sampler, {demonstrations: {sequences_per_step: 4}}, {solved_answers: {sequences_per_step: 4}}]",
-            r"names demonstrations and solved_answers; .*\(one_written\)",
+            "names demonstrations and solved_answers; a step is handed written rows of one source, so leave one",
         ),
         ("source=[]", "source is empty"),
         ("source=[{replay: {share: 0.5}}]", "a replay store alone"),
