@@ -24,7 +24,7 @@ def mixed_temperature(inner: Plan, *, samples_per_prompt: int, prompt_share: flo
     Raises:
       ValueError: for a share or a temperature out of range.
     """
-    require_inside("mixed_temperature", inner, "one_round", "equal_groups", "one_group_a_prompt")
+    require_inside("mixed_temperature", inner, "one_round", "equal_groups", "one_group_a_prompt", "drawn_by_policy")
     if not 0 < prompt_share <= 1:
         raise ValueError(f"prompt_share is {prompt_share}; it is a share of the prompts, in (0, 1]")
     fixed: Any = None if isinstance(temperature, Method) else temperature
