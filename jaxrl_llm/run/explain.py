@@ -235,7 +235,7 @@ def programs_with_inputs(parts: Parts) -> list[Program]:
     state, work = abstract_inputs(parts)
     found = shapes(parts.step.segments, state, work)
     if len(found) == 1:
-        return [Program("whole step", found[0][0].run, (state, work))]
+        return [Program("whole step", found[0][0].run, (state, found[0][1]))]
     return [Program(program.name, program.run, (state, given)) for program, given in found]
 
 

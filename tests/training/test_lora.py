@@ -332,7 +332,7 @@ def test_a_run_is_evaluated_from_its_checkpoint(lora_run, capsys):
 
 def test_int8_and_adapters_make_the_state_small(lora_run):
     built = parts(lora_run)
-    state, _, _ = abstract_inputs(built)
+    state, _ = abstract_inputs(built)
     adapters = 2 * (32 + 16 * 4) + 2 * (32 + 32) + 2 * (32 + 192) + 2 * (96 + 32)
     assert parameter_count(trainable_part(built.model, built.model.specs)) == adapters
     numbers = [leaf for leaf in jax.tree.leaves(replace(state, key=None)) if leaf.ndim]
