@@ -128,6 +128,7 @@ def every_plan() -> dict[str, tuple[plans.Plan, tuple[str, ...]]]:
         "prefixes": plans.prefixes(plain, texts=("a",), encode=lambda text: [1], **sizes),
         "demonstration_in_group": plans.demonstration_in_group(plain, **sizes),
         "mixed_temperature": plans.mixed_temperature(plain, samples_per_prompt=4, prompt_share=0.5, temperature=1.2),
+        "paraphrased": plans.paraphrased(plain),
         "resume": plans.resume(plain, choose=plans.last_share, samples_per_prompt=6, branches=2, encode=None, **sizes),
         "greedy_baseline": plans.greedy_baseline(plain, temperature=1.0),
     }

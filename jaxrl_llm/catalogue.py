@@ -54,7 +54,7 @@ EVERY_NEED = (
 # Helpers that methods are made of: public for researchers, but no entries of a recipe.
 _HELPERS = re.compile(
     r"aggregate|answer_span|checked_\w+|cycled_rows|extract_\w+|forking_mask|group_quantile|log_ratio|"
-    r"low_probability_confidence|mean_log_ratio|moved_values|on_mask|outcome_token_rewards|parsed_number|pessimistic_surrogate|"
+    r"low_probability_confidence|mean_log_ratio|on_mask|outcome_token_rewards|parsed_number|pessimistic_surrogate|"
     r"predicted_entropy_change|row_uniforms|row_weight|soft_minimum|taken_turns|token_share|weighted_sum"
 )
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}

@@ -254,7 +254,7 @@ def test_the_table_of_recipes_fits_and_breaks_no_word(said, columns):
         assert entry["arxiv"] in words or not entry["arxiv"]
         assert set(entry["paper"].split()) <= words
         assert set(entry["stage"].split()) <= words
-        assert entry["name"] in words or (columns == 80 and len(entry["name"]) > 20)
+        assert entry["name"] in words or (columns == 80 and len(entry["name"]) > 19)
     assert ("reconstructed" if columns == 120 else "reconstr.") in words
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 import yaml
 
@@ -22,6 +24,7 @@ from jaxrl_llm.config import (
 )
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Loss
+from jaxrl_llm.models import TransformerConfig, save_model, transformer
 from jaxrl_llm.run.checkpoints import config_hash
 from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.staged import last_stage, staged
@@ -41,8 +44,25 @@ def parsed(micro_config):
     return lambda *overrides, **changes: parse_config(micro_config | changes, overrides, vocabulary_size=VOCABULARY)
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, data_directory):
+    """What shipped configs name and users have: files of judged answers, and a teacher, in the working directory."""
+    folder = tmp_path_factory.mktemp("files")
+    judged = {
+        "pairs": {"prompt": "A:1+2", "chosen": "3", "rejected": "4"},
+        "labels": {"prompt": "A:1+2", "completion": "3", "label": True},
+    }
+    for name, line in judged.items():
+        (folder / f"{name}.jsonl").write_text(64 * f"{json.dumps(line)}\n")
+    teacher = TransformerConfig(vocabulary_size=VOCABULARY, width=8, layers=1, heads=1, kv_heads=1)
+    save_model(folder / "runs" / "teacher", transformer(teacher).init(jax.random.key(0)), teacher)
+    return folder
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_shipped_config_loads_and_composes(path):
+def test_every_shipped_config_loads_and_composes(path, files, data_directory, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("XDG_CACHE_HOME", data_directory)
     config = load_config(path, vocabulary_size=VOCABULARY)
     for stage in staged(config):
         c, own = stage["parts"].step.composition, stage["parts"].config

@@ -81,7 +81,7 @@ def test_what_the_checks_refuse_is_in_the_tables(reference):
     package = ROOT / "jaxrl_llm"
     checks = (package / "training" / "checks.py").read_text()
     asked = {name for name in CAPABILITIES if f'"{name}"' in checks}
-    configured = "".join((package / file).read_text() for file in ("config.py", "run/setup.py"))
+    configured = "".join((package / file).read_text() for file in ("config/whole.py", "run/setup.py"))
     asked |= {name for name in CAPABILITIES if f"({name})" in configured}
     shown = {name for _, _, names in reference.REFUSED for name in names} | set(reference.settings().values())
     shown |= {name for plan, inside in reference.every_plan().values() for name in (*plan.needs, *inside)}

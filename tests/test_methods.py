@@ -17,9 +17,14 @@ import pytest
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.losses import negative_log_likelihood
+from jaxrl_llm.models.export import save_model
+from jaxrl_llm.models.transformer import transformer
+from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.rows import Written, demonstrations
+from jaxrl_llm.run.batches import demonstration_batches, prompt_batches
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.setup import Parts, data_sets, demonstration_batches, parts, prompt_batches
+from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.stored_answers import stored_answers
@@ -32,8 +37,8 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "ba
 # One of each kind; the others are trained by the slow tests.
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
-# What reads a file, a checkpoint or several stages is trained in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"dpo", "kto", "light_r1", "on_policy_distillation", "reward_model_then_rl"}
+# Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -140,6 +145,15 @@ def judged_file(kind: str, directory: str) -> str:
     return str(path)
 
 
+def checkpoint(directory: str) -> str:
+    """A model of another size than the micro policy."""
+    path = Path(directory) / "checkpoint"
+    if not path.exists():
+        config = TransformerConfig(vocabulary_size=VOCABULARY, width=24, layers=2, heads=3, kv_heads=1)
+        save_model(path, transformer(config).init(jax.random.key(7)), config)
+    return str(path)
+
+
 def small(name: str, data_directory: str) -> dict[str, Any]:
     """A recipe for a micro model: the same method with fewer and shorter samples."""
     tree = read_tree(FOLDER / f"{name}.yaml")
@@ -176,6 +190,9 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
                 hyper |= {"attempts": 1, "min_correct": 1}
             if name in JUDGED:
                 hyper |= {"groups_per_step": samples * cuts, "file": judged_file(name, data_directory)}
+    for network in tree.get("networks", {}).values():
+        if "path" in network:
+            network["path"] = checkpoint(data_directory)
     for entry in tree["credit"]:
         if entry.get("well_formed") == "answer_format":  # the micro task has no think part
             entry["well_formed"] = {"answer_format": {"require_think": False}}
@@ -252,7 +269,7 @@ def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, 
         count, width = built.step.composition.written.rows, config.rollout.max_completion_tokens
         written = lambda step: kept.batch(key, step, count, answer_width=width)  # noqa: E731
     prompts = prompt_batches(built, source) if built.step.composition.rollout is not None else None
-    state, seen = built.step.init(key, jax.tree.map(jnp.asarray, policy)), []
+    state, seen = built.step.init(key, jax.tree.map(jnp.asarray, policy), built.given()), []
     for index in range(steps):
         given = (None, None) if prompts is None else (prompts[index].prompts, prompts[index].items)
         state, metrics = built.step(state, *given, written(index) if written else None)

@@ -12,8 +12,10 @@ from rich.table import Table
 from jaxrl_llm.commands.arguments import require_positive
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.evaluation import COUNTED, make_evaluate
+from jaxrl_llm.run.batches import grader
+from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.restored import restored_run
-from jaxrl_llm.run.setup import data_sets, grader, opened_parts
+from jaxrl_llm.run.setup import opened_parts
 from jaxrl_llm.run.stages import spread
 
 

@@ -59,7 +59,9 @@ def show_columns(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 def _cut(word: str, width: int) -> str:
     """A word in lines of this width, cut behind underscores."""
-    return "\n".join(textwrap.wrap(word.replace("_", "_ "), width)).replace("_ ", "_")
+    return (
+        word if len(word) <= width - 2 else "\n".join(textwrap.wrap(word.replace("_", "_ "), width)).replace("_ ", "_")
+    )
 
 
 def plain(value: Any) -> str:

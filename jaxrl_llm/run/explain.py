@@ -15,8 +15,9 @@ from jaxrl_llm.fields import FIELDS, provided_by
 from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rows import written_rows
+from jaxrl_llm.run.batches import prompt_columns, prompts_handed
 from jaxrl_llm.run.prompt_lengths import width_shares
-from jaxrl_llm.run.setup import Parts, prompt_columns, prompts_handed
+from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
@@ -234,7 +235,7 @@ def programs_with_inputs(parts: Parts) -> list[Program]:
     state, work = abstract_inputs(parts)
     found = shapes(parts.step.segments, state, work)
     if len(found) == 1:
-        return [Program("whole step", found[0][0].run, (state, work))]
+        return [Program("whole step", found[0][0].run, (state, found[0][1]))]
     return [Program(program.name, program.run, (state, given)) for program, given in found]
 
 

@@ -11,7 +11,9 @@ from jaxtyping import Int
 from jaxrl_llm.data import DataSpec
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.tasks.items import record
-from jaxrl_llm.run.setup import Parts, data_sets, prompt_widths, prompts_handed
+from jaxrl_llm.run.batches import prompt_widths, prompts_handed
+from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import spread
 
 # Looked at of each split: enough for shares in per cent.

@@ -74,7 +74,7 @@ def demonstrations(*, sequences_per_step: int, samples_per_prompt: int, beside: 
 
     def rows(parts: Any, sets: Mapping[str, Any]) -> Callable[[int], Experience]:
         from jaxrl_llm.rows import demonstrations as reference_rows
-        from jaxrl_llm.run.setup import demonstration_batches
+        from jaxrl_llm.run.batches import demonstration_batches
 
         splits = ("train", "validation") if validation else ("train",)
         batches = [demonstration_batches(parts, sets[split], sequences_per_step) for split in splits]

@@ -31,7 +31,7 @@ from jaxrl_llm.training.reading import Context
 from jaxrl_llm.training.segments import compiled, run
 
 FILE = "stored_answers.npz"
-_ROWS = ("prompt_tokens", "prompt_length", "prompt_id", "tokens", "length", "stored_logprobs")
+_ROWS = ("prompt_tokens", "prompt_length", "prompt_id", "tokens", "length", "trained", "stored_logprobs")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class StoredAnswers:
     """Stored answers, and the items that are sampled.
 
     Attributes:
-      rows: prompt_tokens, prompt_length, prompt_id, tokens, length, stored_logprobs: one row a stored answer.
+      rows: prompt_tokens, prompt_length, prompt_id, tokens, length, trained (1 on the policy's own tokens, not on what
+        an environment has said) and stored_logprobs: one row a stored answer.
       explored: item ids of the prompts that are sampled in training.
     """
 
@@ -123,7 +124,8 @@ def stored_answers(
         real = np.asarray(batch.weight) > 0
         explored.append(last.prompt_id[real & ~solved])
         kept = real & solved & (last["correct"] > 0)
-        arrays = {name: getattr(last, name) for name in _ROWS[:-1]} | {"stored_logprobs": last.behaviour_logprobs}
+        arrays = {name: last[name] for name in _ROWS[:-2]}
+        arrays |= {"trained": last.mask, "stored_logprobs": last.behaviour_logprobs}
         stored.append({name: array[kept] for name, array in arrays.items()})
     made = StoredAnswers(
         {name: np.concatenate([part[name] for part in stored]) for name in _ROWS}, np.concatenate(explored)

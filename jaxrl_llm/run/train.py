@@ -29,17 +29,12 @@ from jaxrl_llm.reporting import results_table, units_table
 from jaxrl_llm.reporting.machine_report import package_versions
 from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.setup import (
-    Parts,
-    data_sets,
-    encoded,
-    grader,
-    opened_parts,
-    prompt_batches,
-)
+from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers

@@ -62,7 +62,7 @@ def test_demonstrations_come_with_narrow_prompts_too():
     batches = prompt_batches(ITEMS, TOKENIZER, **sizes, scratchpad=False, widths=(20, 40))
     widths = {batches[step].prompts.tokens.shape[1] for step in range(8)}
     assert widths == {20, 40}
-    assert all(batches[step].prompts.demonstration_tokens.shape == (2, 9) for step in range(8))
+    assert all(batches[step].prompts.fields["demonstration_tokens"].shape == (2, 9) for step in range(8))
 
 
 def test_evaluation_batches_keep_their_order_and_have_the_width_they_need():

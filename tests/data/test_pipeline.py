@@ -135,10 +135,32 @@ def test_evaluation_batches_hold_every_item_once():
     )
 
 
+def test_fewer_items_than_a_step_takes_come_several_times_with_numbered_copies():
+    read = batches(prompts_per_step=50)
+    assert (read.kept, read.steps_per_epoch) == (22, 1)
+    prompts = read[0].prompts
+    pairs = set(zip(prompts.prompt_id.tolist(), prompts.fields["repeat"].tolist(), strict=True))
+    assert len(pairs) == 50
+    assert {copy for _, copy in pairs} == {0, 1, 2}
+    assert len({number for number, _ in pairs}) == 22
+    assert "repeat" not in batches()[0].prompts.fields
+
+
+def test_numbered_items_can_be_chosen():
+    read = batches(numbered=True)
+    everything = read.chosen(range(22))
+    assert everything.prompts.fields["item"].tolist() == list(range(22))
+    chosen = read.chosen([5, 0, 5, 5])
+    assert [item["body"] for item in chosen.items] == [everything.items[number]["body"] for number in (5, 0, 5, 5)]
+    assert chosen.prompts.fields["item"].tolist() == [5, 0, 5, 5]
+    assert chosen.prompts.fields["repeat"].tolist() == [0, 0, 1, 2]
+    np.testing.assert_array_equal(chosen.prompts.tokens, np.asarray(everything.prompts.tokens)[[5, 0, 5, 5]])
+    assert batches().chosen is None
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: batches(prompts_per_step=23), "only 22 items"),
         (lambda: batches(prompts_per_step=0), "at least 1"),
         (lambda: batches(overlong="cut"), "'error' or 'drop'"),
         (lambda: batches([{"body": "M7:1+1"}] * 9), "no 'answer'"),

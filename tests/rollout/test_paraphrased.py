@@ -90,4 +90,5 @@ def test_a_step_that_lacks_the_plan_or_cannot_have_it_says_so(model):
         composed(model, plain(samples_per_prompt=4))
     assert paraphrased(plain(samples_per_prompt=4)).reads == {"paraphrase_tokens", "paraphrase_length"}
     inner = refill(plain(samples_per_prompt=4), samples_per_prompt=4)
-    assert "one_round" in paraphrased(inner).needs & paraphrased(inner).lacks
+    with pytest.raises(ValueError, match=r"rollout.plan.paraphrased needs .* \(one_round\), which the plan inside"):
+        paraphrased(inner)

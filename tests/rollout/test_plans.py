@@ -12,7 +12,7 @@ import pytest
 
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.experience import KeyUse, Prompts, Selection, Source
-from jaxrl_llm.rollout import Prefixes, generate
+from jaxrl_llm.rollout import Environment, Prefixes, Step, generate, generate_turns
 from jaxrl_llm.rollout.plans import (
     adaptive,
     budget,
@@ -26,10 +26,13 @@ from jaxrl_llm.rollout.plans import (
     refill,
     resume,
 )
+from jaxrl_llm.selection import knapsack_rollouts
 from jaxrl_llm.training import Resources, Rollout, Update, make_train_step
 
 SIZES = {"max_completion_tokens": 4, "eos_ids": (2,), "pad_id": 0}
 WIDTHS = {"max_completion_tokens": 4, "pad_id": 0}
+# A key whose groups are mixed and alike in turn.
+KEY = jax.random.key(1)
 ITEMS = [{"body": str(number), "answer": ""} for number in range(8)]
 
 
@@ -44,7 +47,7 @@ def model(make_bigram):
 
 @pytest.fixture(scope="module")
 def params(model):
-    # Nearly all tokens are alike likely, so groups are mixed and alike in turn.
+    # Nearly all tokens are alike likely.
     return jax.tree.map(lambda x: 0.1 * x, model.init(jax.random.key(1)))
 
 
@@ -97,7 +100,7 @@ def drawn(model, params, key, prompts, samples, step=0, temperature=1.0, **optio
 
 
 def one_step(step, params, prompts, items=None):
-    state = step.init(jax.random.key(0), params)
+    state = step.init(KEY, params)
     return jax.device_get(step.run(state, prompts, items, None)[1:])
 
 
@@ -118,7 +121,7 @@ def test_groups_that_are_alike_are_replaced_by_those_of_new_prompts(model, param
     prompts = make_prompts(8)
     step = composed(model, refilled(max_rounds=4), rewards=[even_on_the_host if on_host else even])
     metrics, rows = one_step(step, params, prompts, ITEMS)
-    every = drawn(model, params, jax.random.key(0), prompts, 2)
+    every = drawn(model, params, KEY, prompts, 2)
     right = (every.tokens[:, 0] % 2 == 0).reshape(8, 2)
     kept, rounds = [], 0
     while len(kept) < 2 and rounds < 4:
@@ -137,7 +140,7 @@ def test_groups_that_are_alike_are_replaced_by_those_of_new_prompts(model, param
 
 def test_places_that_stay_empty_have_no_weight_and_change_nothing(model, params):
     step = composed(model, refilled(max_rounds=2), rewards=[lambda tokens: jnp.ones(tokens.shape[0])])
-    state = step.init(jax.random.key(0), params)
+    state = step.init(KEY, params)
     before = jax.device_get(state.params)
     state, metrics, rows = step.run(state, make_prompts(8), None, None)
     np.testing.assert_array_equal(rows.weight, 0)
@@ -159,7 +162,7 @@ def test_prompts_are_sampled_until_they_have_enough_of_both_kinds(model, params,
         credit=[("advantages", advantages.pool_centred)],
     )
     metrics, rows = one_step(step, params, prompts, ITEMS)
-    every = drawn(model, params, jax.random.key(0), prompts, 6)
+    every = drawn(model, params, KEY, prompts, 6)
     right = (every.tokens[:, 0] % 2 == 0).reshape(8, 6)
     used = []
     for n in range(8):
@@ -195,19 +198,19 @@ def test_a_budget_follows_what_was_right_at_the_last_visit(model, params):
     prompts = make_prompts(8)
     plan = budget(plain(samples_per_prompt=3), samples_per_prompt=3, prompt_ids=8, least=1, most=8)
     step = composed(model, plan, samples=3)
-    state = step.init(jax.random.key(0), params)
+    state = step.init(KEY, params)
     state, _, first = step.run(state, prompts, None, None)
     np.testing.assert_array_equal(first.group, np.repeat(np.arange(8), 3))
     rate = np.asarray(first["correct"]).reshape(8, 3).mean(1)
     success = state.memory["rollout:plan"]
     np.testing.assert_allclose(success.rate, rate, rtol=1e-6)
     assert bool(success.seen.all())
-    expected = advantages.knapsack_rollouts(jnp.asarray(rate), jnp.ones(8, bool), samples_per_prompt=3, least=1, most=8)
+    expected = knapsack_rollouts(jnp.asarray(rate), jnp.ones(8, bool), samples_per_prompt=3, least=1, most=8)
     params = jax.device_get(state.params)
     _, _, second = step.run(state, prompts, None, None)
     np.testing.assert_array_equal(np.bincount(second.group, minlength=8), expected)
     assert len(set(np.asarray(expected).tolist())) > 1
-    every = drawn(model, params, jax.random.key(0), prompts, 8, step=1)
+    every = drawn(model, params, KEY, prompts, 8, step=1)
     rows = np.concatenate([8 * n + np.arange(count) for n, count in enumerate(expected)])
     np.testing.assert_array_equal(second.tokens, every.tokens[rows])
 
@@ -233,9 +236,8 @@ def starts(prompts, samples=4, last=0):
     return Prefixes(tokens, jnp.asarray([len(one) for one in ids], jnp.int32), jnp.full(tokens.shape, Source.HINT))
 
 
-def second_even(tokens):
-    """1 where the token behind every start is even."""
-    return (tokens[:, 2] % 2 == 0).astype(jnp.float32)
+def total(tokens):
+    return tokens.sum(1).astype(jnp.float32)
 
 
 def above_baseline(rewards, baseline_rewards):
@@ -244,15 +246,15 @@ def above_baseline(rewards, baseline_rewards):
 
 def test_a_greedy_completion_starts_as_the_last_sample_does(model, params):
     prompts = make_prompts(4)
-    step = composed(model, started(), 4, [second_even], credit=[("advantages", above_baseline)])
+    step = composed(model, started(), 4, [total], credit=[("advantages", above_baseline)])
     _, rows = one_step(step, params, prompts)
-    every = drawn(model, params, jax.random.key(0), prompts, 4, prefixes=starts(4))
-    greedy = drawn(model, params, jax.random.key(0), prompts, 5, prefixes=starts(4, last=1), temperature=0.0)
+    every = drawn(model, params, KEY, prompts, 4, prefixes=starts(4))
+    greedy = drawn(model, params, KEY, prompts, 5, prefixes=starts(4, last=1), temperature=0.0)
     np.testing.assert_array_equal(rows.tokens, every.tokens)
     np.testing.assert_array_equal(rows.source, every.source)
-    baseline = np.asarray(second_even(greedy.tokens)).reshape(4, 5)[:, 4]
+    baseline = np.asarray(total(greedy.tokens)).reshape(4, 5)[:, 4]
     np.testing.assert_array_equal(rows["baseline_rewards"], np.repeat(baseline, 4))
-    assert len(set(baseline.tolist())) == 2, "baselines that are all alike show nothing"
+    assert set(greedy.tokens.reshape(4, 5, 4)[:, 4, 0].tolist()) == set(encode("c"))
     np.testing.assert_array_equal(rows["advantages"], (rows["rewards"] - rows["baseline_rewards"])[:, None] * rows.mask)
 
 
@@ -260,7 +262,7 @@ def test_prefixes_may_be_made_around_a_greedy_completion_too(model, params):
     inner = greedy_baseline(plain(samples_per_prompt=4), temperature=1.0)
     plan = prefixes(inner, texts=TEXTS, encode=encode, **WIDTHS)
     credit = [("advantages", above_baseline)]
-    one, other = (composed(model, made, 4, [second_even], credit=credit) for made in (started(), plan))
+    one, other = (composed(model, made, 4, [total], credit=credit) for made in (started(), plan))
     one, other = (one_step(step, params, make_prompts(4))[1] for step in (one, other))
     np.testing.assert_array_equal(one.tokens, other.tokens)
     np.testing.assert_array_equal(one["baseline_rewards"], other["baseline_rewards"])
@@ -276,8 +278,8 @@ def test_a_greedy_completion_beside_demonstrations(model, params):
     plan = demonstration_in_group(plain(samples_per_prompt=3), **WIDTHS)
     step = composed(model, plan, 3, credit=[("advantages", above_baseline)])
     _, rows = one_step(step, params, prompts)
-    every = drawn(model, params, jax.random.key(0), prompts, 2)
-    greedy = drawn(model, params, jax.random.key(0), prompts, 1, temperature=0.0)
+    every = drawn(model, params, KEY, prompts, 2)
+    greedy = drawn(model, params, KEY, prompts, 1, temperature=0.0)
     by_prompt = rows.tokens.reshape(4, 3, 4)
     np.testing.assert_array_equal(by_prompt[:, :2], every.tokens.reshape(4, 2, 4))
     np.testing.assert_array_equal(by_prompt[:, 2], prompts.fields["demonstration_tokens"])
@@ -290,7 +292,7 @@ def test_groups_of_given_starts_are_refilled(model, params):
     plan = refilled(started(), samples=4, max_rounds=4)
     odd = lambda tokens: (tokens[:, 2] % 4 == 0).astype(jnp.float32)  # noqa: E731
     metrics, rows = one_step(composed(model, plan, 4, [odd]), params, prompts)
-    every = drawn(model, params, jax.random.key(0), prompts, 4, prefixes=starts(8))
+    every = drawn(model, params, KEY, prompts, 4, prefixes=starts(8))
     right = np.asarray(odd(every.tokens)).reshape(8, 4)
     informative = np.flatnonzero(right.any(1) & ~right.all(1))
     assert informative[1] > 1, "a test in which nothing is refilled shows nothing"
@@ -306,7 +308,7 @@ def test_groups_with_a_greedy_completion_are_refilled(model, params):
     expected = one_step(composed(model, refilled(max_rounds=4)), params, make_prompts(8))
     np.testing.assert_array_equal(rows.tokens, expected[1].tokens)
     assert metrics["rounds"] == expected[0]["rounds"] > 1
-    greedy = drawn(model, params, jax.random.key(0), make_prompts(8), 1, temperature=0.0)
+    greedy = drawn(model, params, KEY, make_prompts(8), 1, temperature=0.0)
     np.testing.assert_array_equal(rows["baseline_rewards"], np.asarray(even(greedy.tokens))[rows.prompt_id])
 
 
@@ -325,14 +327,14 @@ def test_a_branch_is_the_completion_that_goes_on_from_what_is_kept(model, params
     prompts = make_prompts(4)
     plan = resumed(partial(last_share, kept=0.5), trained_prefix=trained, hint=hint, encode=encode)
     _, rows = one_step(composed(model, plan, 4), params, prompts)
-    first = drawn(model, params, jax.random.key(0), prompts, 2)
+    first = drawn(model, params, KEY, prompts, 2)
     count = np.minimum(first.length // 2, 2 - len(hint))
     place = np.arange(3)
     kept = np.where(place < count[:, None], first.tokens[:, :3], 0)
     kept = np.where((place == count[:, None]) & (hint == "b"), 11, kept)
     source = np.where((place < count[:, None]) & trained, Source.SAMPLED, Source.HINT)
     start = Prefixes(jnp.asarray(kept), jnp.asarray(count + len(hint)), jnp.asarray(source))
-    branch = drawn(model, params, jax.random.key(0), prompts, 2, prefixes=start, first_sample=2)
+    branch = drawn(model, params, KEY, prompts, 2, prefixes=start, first_sample=2)
     whole = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), rows)
     for name in ("tokens", "length", "behaviour_logprobs", "source", "mask"):
         ours = getattr(whole, name)
@@ -355,6 +357,55 @@ def test_branches_go_on_from_demonstrations_too(model, params):
     np.testing.assert_array_equal(last[:, 0], prompts.fields["demonstration_tokens"][:, 0])
     np.testing.assert_array_equal(rows.source.reshape(4, 4, 4)[:, 3, 0], Source.DEMONSTRATION)
     np.testing.assert_array_equal(rows.mask.reshape(4, 4, 4)[:, 3, 0], 0)
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+
+def turn(state, tokens, length, key):
+    """Two turns of one token; even ones are rewarded."""
+    reward = (tokens[0] % 2 == 0).astype(jnp.float32)
+    return Step(state + 1, jnp.asarray([9], jnp.int32), jnp.int32(1), reward, state >= 1)
+
+
+TALK = Environment(lambda start, key: jnp.int32(0), turn, 2, 1, 1, (3,))
+
+
+def talks(model, params, prompts, samples):
+    """Conversations about all prompts, which no plan can change."""
+    run = partial(generate_turns, model, samples_per_prompt=samples, **SIZES)
+    return jax.device_get(jax.jit(lambda params: run(params, prompts, KEY, 0, TALK))(params))
+
+
+def some_even(turn_rewards):
+    return (turn_rewards.sum(1) >= 1).astype(jnp.float32)
+
+
+def test_groups_of_conversations_are_refilled(model, params):
+    step = composed(model, refilled(max_rounds=4, metric="rewards"), 2, [some_even], {"environment": TALK})
+    metrics, rows = one_step(step, params, make_prompts(8))
+    every = talks(model, params, make_prompts(8), 2)
+    right = np.asarray(some_even(every["turn_rewards"])).reshape(8, 2)
+    informative = np.flatnonzero(right[:, 0] != right[:, 1])[:2]
+    assert informative[1] > 1, "a test in which nothing is refilled shows nothing"
+    assert metrics["rounds"] == informative[1] // 2 + 1
+    expected = [row for n in informative for row in (2 * n, 2 * n + 1)]
+    for name in ("tokens", "turn", "turns", "turn_rewards", "mask", "behaviour_logprobs"):
+        np.testing.assert_array_equal(rows[name], every[name][np.array(expected)], err_msg=name)
+    assert (rows.source == Source.OBSERVATION).any()
+
+
+def test_prompts_are_talked_about_until_they_have_enough_of_both_kinds(model, params):
+    step = composed(model, in_rounds(), 2, [some_even], {"environment": TALK})
+    metrics, rows = one_step(step, params, make_prompts(8))
+    every = talks(model, params, make_prompts(8), 6)
+    right = np.asarray(some_even(every["turn_rewards"])).reshape(8, 6)
+    mixed = [next((c for c in (2, 4) if len(set(right[n, :c])) == 2), 6) for n in range(8)]
+    assert metrics["samples_drawn"] == sum(mixed) > 16
+    place = np.arange(8).repeat(2) * 6 + rows.sample
+    for name in ("tokens", "turn", "turns", "turn_rewards", "behaviour_logprobs"):
+        np.testing.assert_array_equal(rows[name], every[name][place], err_msg=name)
+    np.testing.assert_allclose(rows["pool_mean"][::2], [right[n, :c].mean() for n, c in enumerate(mixed)], rtol=1e-6)
 
 
 # ---- prompts that come several times --------------------------------------------------------------------------------
@@ -395,7 +446,7 @@ def test_a_selection_learns_of_a_step_two_steps_later(model, params):
         update=lambda memory, item, step: {"rows": memory["rows"] + item.shape[0], "last": jnp.int32(step)},
     )
     step = composed(model, None, rollout={"prompts_per_step": 2, "selection": selection})
-    state = step.init(jax.random.key(0), params)
+    state = step.init(KEY, params)
     np.testing.assert_array_equal(state.memory["selection"]["choices"], [[0, 1], [0, 1]])
     seen, every = [], make_prompts(8)
     for number in range(4):
@@ -415,7 +466,7 @@ def test_a_selection_hands_a_plan_of_rounds_all_that_it_may_come_to(model, param
     )
     rollout = {"prompts_per_step": 2, "selection": selection}
     step = composed(model, refilled(max_rounds=3), rollout=rollout)
-    np.testing.assert_array_equal(step.init(jax.random.key(0), params).memory["selection"]["choices"], [range(6)] * 2)
+    np.testing.assert_array_equal(step.init(KEY, params).memory["selection"]["choices"], [range(6)] * 2)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -491,7 +542,7 @@ def test_branches_do_not_know_what_the_first_completions_are_compared_with():
 
 def test_bad_compositions(model):
     step = composed(model, refilled(max_rounds=2))
-    state = step.init(jax.random.key(0))
+    state = step.init(KEY)
     with pytest.raises(ValueError, match="the step was handed 7 prompts"):
         step.run(state, make_prompts(7), None, None)
     with pytest.raises(ValueError, match="provides"):

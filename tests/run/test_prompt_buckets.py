@@ -12,8 +12,10 @@ from jaxrl_llm import cli
 from jaxrl_llm.config import ConfigError, parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.reporting.run_directory import read_records
+from jaxrl_llm.run.batches import prompt_batches, prompt_widths
+from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.prompt_lengths import width_shares
-from jaxrl_llm.run.setup import data_sets, parts, prompt_batches, prompt_widths
+from jaxrl_llm.run.setup import parts
 
 VOCABULARY = CharacterTokenizer().vocabulary_size
 # Prompts of level 1 have 7 tokens, those of level 2 have 9.

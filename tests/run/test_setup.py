@@ -11,8 +11,10 @@ import pytest
 from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Selection, Sequences, Source
+from jaxrl_llm.run.batches import demonstration_batches, encoded, prompt_batches
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.setup import data_sets, demonstration_batches, encoded, parts, prompt_batches
+from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.setup import parts
 
 VOCABULARY = CharacterTokenizer().vocabulary_size
 
@@ -145,7 +147,7 @@ def test_plans_are_made_from_the_inside_out(micro_config):
         ),
         (
             "source=[sampler, {demonstrations: {sequences_per_step: 4}}, {solved_answers: {sequences_per_step: 4}}]",
-            r"names demonstrations and solved_answers; .*\(one_written\)",
+            "names demonstrations and solved_answers; a step is handed written rows of one source, so leave one",
         ),
         ("source=[]", "source is empty"),
         ("source=[{replay: {share: 0.5}}]", "a replay store alone"),

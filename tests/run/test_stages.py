@@ -26,7 +26,7 @@ from jaxrl_llm.run import checkpoints
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 MODEL = {"width": 8, "layers": 1, "heads": 1, "kv_heads": 1}
-ROLLOUT = {"samples_per_prompt": 2, "max_prompt_tokens": 9, "max_completion_tokens": 5}
+ROLLOUT = {"samples_per_prompt": 2, "max_prompt_tokens": 9, "max_completion_tokens": 6}
 TRAINING = {"steps": 3, "prompts_per_step": 2, "learning_rate": 0.01}
 EVALUATION = {"problems": 2, "samples_per_problem": 1, "k": [1], "sequences_per_batch": 4}
 
@@ -114,10 +114,11 @@ def config(data_directory, tmp_path_factory, my_methods):
         "rewards": [{"python": "my_methods:judged"}, "exact_answer"],
         "credit": [{"advantages": {"running_mean_baseline": {"decay": 0.5}}}],
         "losses": ["clipped_surrogate"],
+        "data": {"selection": {"bandit": {"temperature": 0.5}}},
     }
     tree = {
         "name": "staged",
-        "task": {"name": "addition", "levels": [1], "options": {"scratchpad": False}}
+        "task": {"name": "addition", "levels": [1, 2], "options": {"scratchpad": False}}
         | {"train_items": 16, "validation_items": 2, "test_items": 2},
         "data": {"directory": data_directory},
         "model": MODEL,
@@ -169,6 +170,13 @@ def test_each_stage_goes_on_from_the_one_before(whole):
     assert any((states[6][name] != states[9][name]).any() for name in policy)
 
 
+def test_the_selection_of_prompts_remembers(whole):
+    first, last = (arrays(whole, step) for step in (6, 9))
+    visits = next(name for name in last if "selection" in name and "visits" in name)
+    assert first[visits].shape == (16,)
+    assert (first[visits].sum(), last[visits].sum()) == (0, 6)
+
+
 def checkpoint_steps(directory):
     return sorted(int(path.name) for path in (directory / "checkpoints").iterdir())
 
@@ -196,9 +204,9 @@ def test_a_run_that_is_killed_in_each_stage_gives_the_same_numbers(whole, config
 
 def test_what_does_not_fit_speaks_before_the_stages_before(config):
     directory = config.parent / "never"
-    said = train(config, f"run_dir={directory}", "rollout.max_completion_tokens=4")
+    said = train(config, f"run_dir={directory}", "rollout.max_completion_tokens=5")
     assert said.status == 2
-    assert "does not fit: its completion has 5 tokens" in said.err
+    assert "does not fit: its completion has 6 tokens" in said.err
     assert not directory.exists()
 
 

@@ -21,8 +21,10 @@ from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
+from jaxrl_llm.run.batches import prompt_batches
+from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.restored import restored_network
-from jaxrl_llm.run.setup import Parts, data_sets, parts, prompt_batches
+from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.train import train

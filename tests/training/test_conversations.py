@@ -17,6 +17,7 @@ from jaxrl_llm.experience import Source
 from jaxrl_llm.rollout import EnvironmentFailure
 from jaxrl_llm.run.explain import explanation, stages, trace
 from jaxrl_llm.run.setup import data_sets, opened_parts, parts, prompt_batches
+from jaxrl_llm.run.stored_answers import StoredAnswers
 from jaxrl_llm.run.train import train
 
 # Programs of many sizes: minutes of compilation.
@@ -166,7 +167,7 @@ def test_an_environment_that_fails_leaves_a_state_to_go_on_from(config_of, tmp_p
 def test_a_step_in_python_is_host_program_program(config_of):
     built, experience, metrics = some_step(config_of("guess"))
     assert stages(built.step.composition)[0]["name"] == "host_generate_turns"
-    assert {entry["program"] for entry in explanation(built)["programs"]} == {"score", "credit and learn"}
+    assert [entry["program"] for entry in explanation(built)["programs"]] == ["whole step"]
     like = trace(built)
     assert jax.tree.map(lambda x: x.shape, like) == jax.tree.map(lambda x: x.shape, experience)
     assert (np.asarray(experience.source) == Source.OBSERVATION).any()
@@ -179,7 +180,7 @@ def test_an_environment_in_python_is_opened_for_a_single_step_too(config_of):
     built = parts(config)
     batch = prompt_batches(built, data_sets(config)["train"])[0]
     state = built.step.init(jax.random.key(0))
-    with pytest.raises(ValueError, match="an environment in Python: call step"):
+    with pytest.raises(ValueError, match=r"reads text: call step\(state, prompts, items\)"):
         built.step(state, batch.prompts)
     _, metrics = built.step(state, batch.prompts, batch.items)
     assert np.isfinite(float(metrics["loss"]))
@@ -188,7 +189,7 @@ def test_an_environment_in_python_is_opened_for_a_single_step_too(config_of):
 def test_what_solves_an_episode_does_not_depend_on_how_it_is_rewarded(config_of):
     """A penalty for errors lowers the reward of a right answer below 1, and it is right all the same."""
     built, experience, _ = some_step(config_of("grid", "rewards=[{episode_reward: {turn: 0}}]"))
-    np.testing.assert_array_equal(experience.correct, experience.extras["solved"])
+    np.testing.assert_array_equal(experience["correct"], experience["solved"])
     assert stages(built.step.composition)[0]["name"] == "generate_turns"
 
 
@@ -208,15 +209,32 @@ def test_a_conversation_votes_for_its_moves():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("grid", ["rollout.prefixes=['<a>']"], r"rollout.prefixes is set, but an environment"),
-        ("grid", ["rollout.slots=4"], r"rollout.slots is set, but an environment"),
-        ("grid", ["rollout.extra={prompt_share: 0.5, temperature: 0.5}"], r"rollout.extra is set, but"),
-        ("grid", ["rollout.adaptive={samples_per_round: 4, max_rounds: 2}"], r"rollout.rounds is set, but"),
-        ("grid", ["rollout.refill={max_rounds: 2}"], r"rollout.rounds is set, but"),
-        ("grid", ["rollout.engine={url: 'http://localhost:1', model: m, reload_every_steps: 0}"], "rollout.engine is"),
-        ("grid", ["replay={share: 0.5}"], "replay is set, but an environment"),
-        ("grid", ["rehearsal={sequences_per_step: 4}"], "rehearsal is set, but the task is answered in turns"),
-        ("guess", ["credit=[advantages: reward_minus_baseline]"], r"a greedy baseline \('baseline_rewards'\) is set"),
+        (
+            "grid",
+            ["rollout.plan={prefixes: {texts: ['<a>']}}"],
+            r"rollout.plan needs .* \(prefixes\), which the environment",
+        ),
+        ("grid", ["rollout.slots=4"], r"rollout.slots needs .* \(slots\), which the environment inside"),
+        (
+            "guess",
+            ["rollout.plan={mixed_temperature: {prompt_share: 0.5, temperature: 0.5}}"],
+            r"rollout.plan needs .* \(temperatures\), which the environment in Python",
+        ),
+        (
+            "guess",
+            ["rollout.plan={adaptive: {samples_per_round: 4, max_rounds: 2}}"],
+            r"rollout.plan needs .* \(active_prompts\), which the environment in Python",
+        ),
+        (
+            "grid",
+            ["rollout.engine={url: 'http://localhost:1', model: m, reload_every_steps: 0}"],
+            r"the environment needs .* \(conversations\), which rollout.engine",
+        ),
+        (
+            "guess",
+            ["credit=[advantages: reward_minus_baseline]"],
+            r"the greedy baseline \('baseline_rewards'\) needs .* \(temperatures\)",
+        ),
         ("grid", ["environment.potentail=true"], "option 'potentail' of the environment grid_navigation is unknown"),
         ("grid", ["environment.size=4"], "option 'size' of the environment grid_navigation is an option of the task"),
         ("grid", ["environment={python: own_environment}"], "write it as module:function"),
@@ -234,6 +252,20 @@ def test_a_conversation_votes_for_its_moves():
 def test_what_cannot_be_had_with_conversations_is_refused(name, overrides, message, config_of):
     with pytest.raises(ValueError, match=message):
         parts(config_of(name, *overrides))
+
+
+@pytest.mark.parametrize("source", ["replay: {share: 0.5}", "solved_answers: {sequences_per_step: 4}"])
+@pytest.mark.parametrize("name", ["grid", "guess"])
+def test_other_sources_go_with_conversations(name, source, config_of):
+    trace(parts(config_of(name, f"source=[sampler, {{{source}}}]")))
+
+
+def test_what_an_environment_says_in_a_stored_conversation_is_not_learned():
+    trained = np.array([[1, 1, 0, 1, 0]], np.float32)
+    one, tokens = np.ones(1, np.int32), np.arange(3, 8, dtype=np.int32)[None]
+    rows = {"prompt_tokens": tokens, "prompt_length": one, "prompt_id": one, "tokens": tokens, "length": 4 * one}
+    made = StoredAnswers(rows | {"trained": trained, "stored_logprobs": -trained}, one)
+    np.testing.assert_array_equal(made.batch(jax.random.key(0), 0, 1, answer_width=1)["written_mask"], trained)
 
 
 def test_an_environment_that_does_not_fit_the_prompts_is_refused_before_anything_is_compiled(config_of):

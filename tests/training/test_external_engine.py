@@ -334,7 +334,7 @@ def test_where_the_engine_is_decides_no_numbers(run_config):
     assert numbers(reload_every_steps=2) != numbers()
     without = copy.deepcopy(run_config.tree)
     del without["rollout"]["engine"]
-    assert "engine" not in numeric_tree(parse_config(without))["rollout"]
+    assert numeric_tree(parse_config(without))["rollout"]["engine"] is None
 
 
 @pytest.mark.parametrize(

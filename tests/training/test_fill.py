@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +12,6 @@ import pytest
 
 from jaxrl_llm import losses
 from jaxrl_llm.experience import Method, Sequences
-from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.signatures import reading
 from jaxrl_llm.training import Fill, Network, Resources, Reward, Rollout, make_train_step
 from jaxrl_llm.training.composition import composition_of
@@ -265,88 +263,6 @@ def test_networks_are_asked_once_and_only_where_something_names_them(bigram, tra
     assert {"proxy_logprobs", "hint_logprobs", "hinted"} <= rows.fields.keys()
 
 
-# ---- in a whole step ------------------------------------------------------------------------------------------------
-
-
-def stepped(model, **changes):
-    parts = {
-        "source": ROLLOUT,
-        "rewards": [lambda length: length / 6],
-        "credit": [("advantages", lambda rewards: rewards)],
-        "losses": [losses.policy_gradient],
-        "resources": Resources(decode=lambda ids: "".join(f"{number:x}" for number in ids)),
-    }
-    return make_train_step(model, optax.sgd(0.1), **(parts | changes))
-
-
-def first(step, prompts):
-    """(metrics, rows) of the first step."""
-    _, metrics, rows = step.run(step.init(jax.random.key(0)), prompts, ITEMS)
-    return jax.device_get(metrics), jax.tree.map(np.asarray, rows)
-
-
-def test_a_reading_in_credit_cuts_the_step_in_two_and_sees_what_is_filled_before_it(bigram, make_prompts):
-    def read(completions, rewards):
-        return [reward + len(text) for text, reward in zip(completions, rewards, strict=True)]
-
-    step = stepped(bigram, credit=[("advantages", read)])
-    assert len(step.programs) == 2
-    metrics, rows = first(step, make_prompts(4))
-    expected = rows["rewards"] + rows.length
-    np.testing.assert_allclose(rows["advantages"][:, 0], expected, rtol=1e-6)
-    assert metrics["seconds/read"] >= 0
-
-
-def test_a_reading_may_give_a_number_a_token_or_a_row_for_whichever_its_name_takes(bigram, make_prompts):
-    def places(completions):
-        return [np.arange(len(text)) + 1.0 for text in completions]
-
-    def both(completions):
-        return [len(text) for text in completions], places(completions)
-
-    def weighted(logprobs, advantages, token_weight, mask):
-        return losses.policy_gradient(logprobs, advantages * token_weight, mask)
-
-    credit = [Fill(("token_weight", "advantages"), both)]
-    metrics, rows = first(stepped(bigram, credit=credit, losses=[weighted]), make_prompts(4))
-    np.testing.assert_array_equal(rows["advantages"], np.cumsum(rows.mask, axis=1) * rows.mask)
-    np.testing.assert_array_equal(rows["token_weight"], rows.length[:, None] * rows.mask)
-    assert np.isfinite(metrics["loss"])
-
-
-def test_none_and_nan_leave_a_reward_out_and_rows_where_nothing_applies_are_absent(bigram, make_prompts):
-    def sometimes(answers):
-        return [{"0": None, "1": float("nan")}.get(answer, 2.0) for answer in answers]
-
-    def on_its_own(answers):
-        return [None if answer == "1" else 0.5 for answer in answers]
-
-    step = stepped(bigram, rewards=[sometimes, on_its_own])
-    metrics, rows = first(step, make_prompts(4))
-    np.testing.assert_allclose(rows["rewards"], [0.5, 0.5, 0, 0, 2.5, 2.5, 2.5, 2.5])
-    np.testing.assert_array_equal(rows.weight, [1, 1, 0, 0, 1, 1, 1, 1])
-    np.testing.assert_array_equal(np.isnan(rows["reward_components"]).sum(1), [1, 1, 2, 2, 0, 0, 0, 0])
-    np.testing.assert_allclose(metrics["unrated_share"], 0.25)
-    np.testing.assert_allclose(metrics["reward"], np.mean([0.5, 0.5, 2.5, 2.5, 2.5, 2.5]))
-    assert np.isfinite(metrics["loss"])
-
-
-def test_a_late_call_gets_the_value_on_failure_and_is_counted(bigram, make_prompts):
-    def slow(answer):
-        if answer == "2":
-            time.sleep(0.5)
-        if answer == "3":
-            raise OSError("no connection")
-        return 1.0
-
-    step = stepped(bigram, rewards=[Reward(slow, deadline_s=0.1, value_on_failure=-1.0)])
-    metrics, rows = first(step, make_prompts(4))
-    np.testing.assert_allclose(rows["rewards"], [1, 1, 1, 1, -1, -1, -1, -1])
-    assert metrics["failures/slow"] == 4
-    with pytest.raises(RewardError, match=r"'slow' (took longer than|raised OSError)"):
-        first(stepped(bigram, rewards=[Reward(slow, deadline_s=0.1)]), make_prompts(4))
-
-
 # ---- coefficients ---------------------------------------------------------------------------------------------------
 
 
@@ -365,3 +281,25 @@ def test_coefficients_are_numbers_functions_and_methods_of_rows_and_metrics(bigr
     assert [float(value) for value in values] == [0.5, 16, 0.5]
     assert after == {"coefficient:kl_estimate": 3, "other": 7}
     assert memory["coefficient:kl_estimate"] == 2
+
+
+def test_a_reading_may_give_a_number_a_token_or_a_row_for_whichever_its_name_takes(bigram, make_prompts):
+    def both(completions):
+        return [len(text) for text in completions], [np.arange(len(text)) + 1.0 for text in completions]
+
+    def weighted(logprobs, advantages, token_weight, mask):
+        return losses.policy_gradient(logprobs, advantages * token_weight, mask)
+
+    step = make_train_step(
+        bigram,
+        optax.sgd(0.1),
+        source=ROLLOUT,
+        rewards=[constant([1.0] * 8)],
+        credit=[Fill(("token_weight", "advantages"), both)],
+        losses=[weighted],
+        resources=Resources(decode=lambda ids: "x" * len(ids)),
+    )
+    _, metrics, rows = step.run(step.init(jax.random.key(0)), make_prompts(4), ITEMS)
+    np.testing.assert_array_equal(rows["advantages"], np.cumsum(rows.mask, axis=1) * rows.mask)
+    np.testing.assert_array_equal(rows["token_weight"], rows.length[:, None] * rows.mask)
+    assert np.isfinite(metrics["loss"])

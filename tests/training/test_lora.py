@@ -168,7 +168,11 @@ class TestStep:
         def with_critic(backbone):
             return composed(
                 lora(model, LORA, quantise=True),
-                credit=[("returns", advantages.gae_returns), ("advantages", advantages.gae)],
+                credit=[
+                    ("returns", advantages.gae_returns),
+                    ("advantages", advantages.gae),
+                    ("global_advantages", lambda slow_values: slow_values),  # a network is there where it is named
+                ],
                 losses=[losses.clipped_surrogate, (losses.clipped_value, 0.5)],
                 resources=Resources(
                     networks={
@@ -328,7 +332,7 @@ def test_a_run_is_evaluated_from_its_checkpoint(lora_run, capsys):
 
 def test_int8_and_adapters_make_the_state_small(lora_run):
     built = parts(lora_run)
-    state, _, _ = abstract_inputs(built)
+    state, _ = abstract_inputs(built)
     adapters = 2 * (32 + 16 * 4) + 2 * (32 + 32) + 2 * (32 + 192) + 2 * (96 + 32)
     assert parameter_count(trainable_part(built.model, built.model.specs)) == adapters
     numbers = [leaf for leaf in jax.tree.leaves(replace(state, key=None)) if leaf.ndim]

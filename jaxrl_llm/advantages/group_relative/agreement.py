@@ -84,7 +84,7 @@ def paired_majority_match(
 
     Args:
       answer_id: the same number for the same extracted answer, in both groups of a pair; negative for none. From
-        `rewards.paired_answer_ids`, or a reading that returns texts.
+        `rewards.paired_answer_ids`; texts that a reading returns are told apart within each group alone.
       group: id of the group each row belongs to.
       paired_group: id of the group of the same problem in other words; negative for none.
       weight: weight of each row, and of its vote; 0 is absent.

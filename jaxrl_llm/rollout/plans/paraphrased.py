@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
-from jaxrl_llm.rollout.plans.plan import Plan, Request, concatenated
+from jaxrl_llm.rollout.plans.plan import Plan, Request, concatenated, require_inside
 
 
 def paraphrased(inner: Plan) -> Plan:
@@ -21,8 +21,12 @@ def paraphrased(inner: Plan) -> Plan:
     Args:
       inner: how the samples of each of the two are drawn.
 
+    Raises:
+      ValueError: where the plan inside has several rounds, or groups that are not one a prompt and of one size.
+
     Reference: Co-Reward (2508.00410).
     """
+    require_inside("paraphrased", inner, "one_round", "one_group_a_prompt", "equal_groups")
 
     def wordings(prompts: Prompts) -> tuple[Prompts, Prompts]:
         # The two have one id. Copies of a prompt have random numbers of their own, and so have its wordings.
@@ -55,7 +59,7 @@ def paraphrased(inner: Plan) -> Plan:
         result=result,
         reads=inner.reads | {"paraphrase_tokens", "paraphrase_length"},
         provides=inner.provides | {"paired_group"},
-        needs=inner.needs | {"one_round", "one_group_a_prompt", "equal_groups", "numbered_samples"},
+        needs=inner.needs | {"numbered_samples"},
         lacks=inner.lacks | {"one_group_a_prompt"},
         extra_groups=lambda prompts: prompts,
     )

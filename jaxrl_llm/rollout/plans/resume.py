@@ -79,14 +79,9 @@ def resume(
         first = lambda x: x.reshape(groups, drawn, *x.shape[1:])[:, origin].reshape(-1, *x.shape[1:])  # noqa: E731
         tokens, length = first(kept.tokens), jnp.minimum(first(position), first(kept.length))
         source = jnp.where(first(kept.source) == Source.SAMPLED, own, first(kept.source))
-        return (
-            Request(
-                prompts,
-                branches,
-                first_sample=numbers_before(prompts, samples_per_prompt) + drawn,
-                prefixes=_with_hint(tokens, length, source, behind, pad_id),
-            ),
-        )
+        prefixes = _with_hint(tokens, length, source, behind, pad_id)
+        number = numbers_before(prompts, samples_per_prompt) + drawn
+        return (Request(prompts, branches, first_sample=number, prefixes=prefixes),)
 
     def merge(carry: Progress, rows: Experience) -> Progress:
         if carry.rows is None:

@@ -1,0 +1,35 @@
+"""Configuration: typed frozen dataclasses, read from YAML, with dotted overrides and errors that suggest a remedy."""
+
+from jaxrl_llm.config.errors import FREE, ConfigError
+from jaxrl_llm.config.inputs import DataConfig, ModelConfig, PretrainedConfig, TaskConfig, WarmStartConfig
+from jaxrl_llm.config.method import AdapterConfig, EngineConfig, NetworkConfig, RolloutConfig, TrainingConfig
+from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
+from jaxrl_llm.config.parsing import as_tree, load_config, numeric_tree, parse_config, read_tree, stage_trees
+from jaxrl_llm.config.whole import Config
+
+__all__ = [
+    "FREE",
+    "AboutConfig",
+    "AdapterConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "PretrainedConfig",
+    "ReportingConfig",
+    "RolloutConfig",
+    "TaskConfig",
+    "TrainingConfig",
+    "WarmStartConfig",
+    "as_tree",
+    "load_config",
+    "numeric_tree",
+    "parse_config",
+    "read_tree",
+    "stage_trees",
+]

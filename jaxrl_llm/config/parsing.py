@@ -1,0 +1,204 @@
+"""From YAML to a config: files that extend others, overrides, and errors that suggest a remedy; and back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pydantic
+import yaml
+
+from jaxrl_llm.config.errors import ConfigError
+from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
+from jaxrl_llm.config.method import NetworkConfig
+from jaxrl_llm.config.whole import Config
+from jaxrl_llm.models.transformer_config import TransformerConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any) -> Config:
+    """Read a YAML file, follow `extends`, apply `section.key=value` overrides, and check every name and type.
+
+    Args:
+      path: the file.
+      overrides: dotted assignments; values are YAML.
+      defaults: model fields that the caller knows (vocabulary_size) and the file need not name.
+
+    Raises:
+      ConfigError: naming the field, the value and the remedy.
+    """
+    return parse_config(read_tree(Path(path)), overrides, **defaults)
+
+
+def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model_defaults: Any) -> Config:
+    """A `Config` from plain dictionaries, as `load_config` does from a file."""
+    values: dict[str, Any] = _copied(tree)
+    for override in overrides:
+        _assign(values, override)
+    if values.get("mesh") == "auto":
+        values["mesh"] = {}
+    for name in ("source", "stages"):  # one entry needs no list
+        if name in values and not isinstance(values[name], list):
+            values[name] = [values[name]]
+    rollout = values.get("rollout")
+    if isinstance(rollout, dict) and not isinstance(rollout.get("plan", []), list):
+        plan: Any = rollout["plan"] or {}
+        several = isinstance(plan, dict) and "python" not in plan
+        rollout["plan"] = [{name: hyper} for name, hyper in plan.items()] if several else [plan]
+    networks = values.get("networks")
+    if isinstance(networks, dict):
+        values["networks"] = {name: _with_origin(network) for name, network in networks.items()}
+    if isinstance(values.get("model"), dict) and model_kind(values["model"]) == "checkpoint":
+        _refuse_shape(values["model"])
+    elif isinstance(values.get("model"), dict):
+        values["model"] = model_defaults | {k: v for k, v in values["model"].items() if (k, v) != ("path", None)}
+    _known_keys(values, Config, "")
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explained(problem) for problem in error.errors())) from None
+
+
+def _with_origin(network: Any) -> Any:
+    """A section of a network with `from`, which is no name of an attribute, under the name that it has inside."""
+    if not isinstance(network, dict):
+        return {} if network is None else network
+    return {"origin" if key == "from" else key: value for key, value in network.items()}
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML file with its `extends` merged underneath: mappings merge, lists and scalars are replaced.
+
+    Raises:
+      ConfigError: for a missing file, broken YAML, or files that extend each other in a circle.
+    """
+    return _read_tree(path, ())
+
+
+def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in below:
+        raise ConfigError(
+            f"config {path} extends itself through {' -> '.join(p.name for p in below)}; break the circle"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a YAML file"
+        raise ConfigError(f"config {path} does not exist{hint}") from None
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} holds {type(tree).__name__}, not a mapping of sections")
+    if base := tree.pop("extends", None):
+        tree = _merged(_read_tree(path.parent / base, (*below, path)), tree)
+    return tree
+
+
+def _merged(under: Mapping, over: Mapping) -> dict:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {str(key): _copied(value) for key, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _assign(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r} is not an assignment; write section.key=value")
+    *sections, last = path.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"override {override!r} goes through {section!r}, which is not a section; replace it whole"
+            )
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r} has a value that is not valid YAML: {error}") from None
+
+
+def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
+    """Refuse unknown keys with the nearest known one, and name missing ones, before types are looked at."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config section {prefix.rstrip('.') or 'the file'} is {tree!r}; it must be a mapping")
+    known = {f.name: f for f in fields(kind)}
+    hints = get_type_hints(kind)
+    for key, value in tree.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"config key {prefix}{key} (value {value!r}) does not exist; {hint}")
+        kinds = () if get_origin(hints[key]) is dict else (hints[key], *get_args(hints[key]))
+        section = next((t for t in kinds if is_dataclass(t)), None)
+        if prefix == "" and key == "model" and isinstance(value, dict):
+            section = MODEL_KINDS[model_kind(value)]
+        if section is not None and value is not None:
+            _known_keys(value, section, f"{prefix}{key}.")
+        if prefix == "" and key == "networks" and isinstance(value, dict):
+            for name, network in value.items():
+                _known_keys(network or {}, NetworkConfig, f"networks.{name}.")
+
+
+def _refuse_shape(tree: Mapping[str, Any]) -> None:
+    """Say why a field that describes the shape of a model cannot stand beside a checkpoint."""
+    shape = {f.name for f in fields(TransformerConfig)} - {f.name for f in fields(PretrainedConfig)}
+    if given := sorted(shape & tree.keys()):
+        raise ConfigError(
+            f"config key model.{given[0]} is {tree[given[0]]!r}, but model.path is {tree['path']!r}, whose config.json "
+            f"says it; leave out {', '.join('model.' + name for name in given)}"
+        )
+
+
+def _explained(problem: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in problem["loc"] if part not in MODEL_KINDS)
+    if problem["type"] == "missing":
+        return f"config key {where} is missing; add it"
+    if problem["type"] == "value_error":
+        return f"config: {problem['msg'].removeprefix('Value error, ')}"
+    return f"config key {where} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def as_tree(config: Config) -> dict[str, Any]:
+    """Plain dictionaries and lists, ready for YAML or JSON; `parse_config` reads them back to an equal config."""
+    return _copied(asdict(config))
+
+
+def numeric_tree(config: Any) -> dict[str, Any]:
+    """The part of a config that decides the numbers: what the config hash of a checkpoint covers. Fields say so."""
+    tree = _deciding(config)
+    # More steps may be added to a run, unless a schedule depends on their number.
+    if config.training.schedule == "constant":
+        del tree["training"]["steps"]
+    return tree
+
+
+def _deciding(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        kept = [f for f in fields(value) if f.metadata.get("decides_numbers", True)]
+        return {f.name: _deciding(getattr(value, f.name)) for f in kept}
+    if isinstance(value, Mapping):
+        return {str(key): _deciding(one) for key, one in value.items()}
+    return [_deciding(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def stage_trees(config: Config) -> list[dict[str, Any]]:
+    """The stages of a run as whole configs in plain dictionaries: what each changes is merged over the rest."""
+    tree = as_tree(config)
+    stages = tree.pop("stages")
+    return [
+        _merged(tree | {"name": f"{config.name}"}, {k: v for k, v in stage.items() if k != "name"}) for stage in stages
+    ]

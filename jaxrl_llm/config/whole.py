@@ -1,0 +1,91 @@
+"""The whole of a config.
+
+Units are in the names: `prompts_per_step` counts prompts, `sequences_per_microbatch` counts completions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.config.errors import FREE
+from jaxrl_llm.config.inputs import DataConfig, ModelConfig, TaskConfig, WarmStartConfig
+from jaxrl_llm.config.method import AdapterConfig, NetworkConfig, RolloutConfig, TrainingConfig
+from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
+from jaxrl_llm.models.transformer_config import TransformerConfig
+
+# What a stage cannot have of its own.
+_OF_THE_RUN = ("model", "lora", "mesh", "warm_start", "stages", "run_dir", "checkpoints", "reporting", "about")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Everything but `run_dir` and `reporting` decides the numbers.
+
+    `environment` holds options of the environment that answers the turns of a task such as grid; or
+    `python: "module:function"` and the keyword arguments of that function, which is called with the tokenizer and
+    returns an environment of the user's own.
+    """
+
+    name: str = field(metadata=FREE)
+    model: ModelConfig
+    losses: tuple[Any, ...] = ()
+    rewards: tuple[Any, ...] = ()
+    credit: tuple[dict[str, Any], ...] = ()
+    task: TaskConfig | None = None
+    seed: int = 0
+    run_dir: str | None = field(default=None, metadata=FREE)
+    about: AboutConfig = field(default=AboutConfig(), metadata=FREE)
+    data: DataConfig = field(default_factory=DataConfig)
+    environment: dict[str, Any] = field(default_factory=dict)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: AdapterConfig | None = None
+    networks: dict[str, NetworkConfig] = field(default_factory=dict)
+    views: dict[str, Any] = field(default_factory=dict)
+    source: tuple[Any, ...] = ("sampler",)
+    stages: tuple[dict[str, Any], ...] = ()
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoints: CheckpointConfig = field(default=CheckpointConfig(), metadata=FREE)
+    reporting: ReportingConfig = field(default=ReportingConfig(), metadata=FREE)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        if "://" in (self.run_dir or ""):
+            raise ValueError(
+                f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "
+                "mounted directory, and copy it to the bucket when the run is over"
+            )
+        for stage in self.stages:
+            if of_run := [name for name in _OF_THE_RUN if name in stage]:
+                raise ValueError(
+                    f"stage {stage.get('name', '')!r} sets {of_run[0]}, which all stages of a run share; set it beside "
+                    "section stages"
+                )
+        if self.task is not None and self.data.path is not None:
+            raise ValueError(
+                "task and data.path are both set; name a built-in task in section task, or a file of your own in "
+                "data.path"
+            )
+        if self.training.bfloat16_update != "nearest" and self.model.parameter_dtype != "bfloat16":
+            raise ValueError(
+                f"training.bfloat16_update is {self.training.bfloat16_update!r}, but model.parameter_dtype is "
+                f"{self.model.parameter_dtype!r}; set it to bfloat16, or leave training.bfloat16_update out"
+            )
+        if self.data.prompts == "chat" and isinstance(self.model, TransformerConfig):
+            raise ValueError(
+                "data.prompts is 'chat', but a model that is described by its shape has no chat template; set "
+                "model.path to a checkpoint, or data.prompts to plain"
+            )
+
+    @property
+    def has_problems(self) -> bool:
+        """Whether there are problems to train on and to be measured on."""
+        return self.task is not None or self.data.path is not None
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is written."""
+        return Path(self.run_dir or f"runs/{self.name}")

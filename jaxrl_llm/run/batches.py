@@ -1,0 +1,121 @@
+"""The batches that the steps of a run are handed, and how its answers are graded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+
+from jaxrl_llm import data
+from jaxrl_llm.config import Config
+from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
+from jaxrl_llm.data.buckets import buckets
+from jaxrl_llm.evaluation import Grader, file_grader, task_grader
+from jaxrl_llm.experience import Prompts
+from jaxrl_llm.fields import PROMPT_COLUMNS
+from jaxrl_llm.run.setup import Parts
+
+
+def prompts_handed(parts: Parts) -> int:
+    """Prompts that a step is handed: more than it learns from where groups are refilled."""
+    c = parts.step.composition
+    return parts.config.training.prompts_per_step * (1 if c.rollout is None else c.plan.prompts_per_group)
+
+
+def prompt_widths(config: Config) -> tuple[int, ...]:
+    """Widths that the prompts of a step may have, in ascending order; each one that occurs is a program of its own."""
+    rollout = config.rollout
+    if rollout.prompt_buckets is True:
+        return buckets(rollout.max_prompt_tokens)
+    return tuple(sorted({*(rollout.prompt_buckets or ()), rollout.max_prompt_tokens}))
+
+
+def grader(parts: Parts, *held_out: DataSet | JsonlDataSet) -> Grader:
+    """How evaluation grades problems of these sets.
+
+    Raises:
+      ValueError: where their reference answers cannot be graded so.
+    """
+    if parts.task is not None:
+        return task_grader(parts.task)
+    return file_grader(parts.config.data.verifier, [record for each in held_out for record in each])
+
+
+def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
+    """Batches of training prompts, with reference completions where the step wants them; the position is the step."""
+    config, rollout = parts.config, parts.config.rollout
+    wanted = parts.step.composition.wanted
+    with_demonstrations = bool(wanted & {"demonstration_tokens", "demonstration_length"})
+    _check_ids(parts, source)
+    if with_demonstrations and parts.task is not None and parts.task.segments is not None:
+        raise ValueError(
+            f"the recipe learns from reference completions, but those of task {parts.task.name!r} are conversations, "
+            "whose observations nobody wrote; use warm_start, which leaves them out, or a task of one completion"
+        )
+    return data.prompt_batches(
+        source,
+        parts.tokenizer,
+        prompts_per_step=prompts_handed(parts),
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        max_answer_tokens=rollout.max_completion_tokens,
+        seed=config.seed,
+        overlong=config.data.overlong_prompts,
+        max_demonstration_tokens=rollout.max_completion_tokens if with_demonstrations else None,
+        scratchpad=parts.scratchpad,
+        widths=prompt_widths(config),
+        numbered=config.data.selection is not None,
+        prompt_columns=prompt_columns(wanted),
+    )
+
+
+def prompt_columns(wanted: Collection[str]) -> tuple[str, ...]:
+    """Columns of the data that a step reads as further prompts."""
+    return tuple(name for name in PROMPT_COLUMNS if {f"{name}_tokens", f"{name}_length"} & set(wanted))
+
+
+def _check_ids(parts: Parts, source: Sequence[Any]) -> None:
+    """Raises ValueError where a plan remembers prompts and one has an id that it has no place for."""
+    rollout = parts.step.composition.rollout
+    held = None if rollout is None else jax.eval_shape(parts.step.composition.plan.memory)
+    room = getattr(getattr(held, "seen", None), "shape", None)
+    if room is None:
+        return
+    largest = max(int(source[index]["item_id"]) for index in range(len(source)))
+    if largest >= room[0]:
+        raise ValueError(
+            f"rollout.plan.budget.prompt_ids is {room[0]}, but a prompt has the id {largest}; set it to at least "
+            f"{largest + 1}"
+        )
+
+
+def encoded(parts: Parts, source: Sequence[Any]) -> Prompts:
+    """All prompts of a split, in order.
+
+    Raises:
+      ValueError: for a prompt that is too long, unless the config drops those.
+    """
+    config = parts.config
+    return data.encode_prompts(
+        source,
+        parts.tokenizer,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_answer_tokens=config.rollout.max_completion_tokens,
+        overlong=config.data.overlong_prompts,
+    )
+
+
+def demonstration_batches(parts: Parts, source: Sequence[Any], sequences_per_step: int) -> Batches:
+    """Batches of reference completions."""
+    config = parts.config
+    return data.supervised_batches(
+        source,
+        parts.tokenizer,
+        sequences_per_step=sequences_per_step,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        seed=config.seed,
+        scratchpad=parts.scratchpad,
+        overlong=config.data.overlong_prompts,
+        segments=None if parts.task is None else parts.task.segments,
+    )
