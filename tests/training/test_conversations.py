@@ -15,8 +15,10 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.evaluation import make_evaluate, task_grader
 from jaxrl_llm.experience import Source
 from jaxrl_llm.rollout import EnvironmentFailure
+from jaxrl_llm.run.batches import prompt_batches
 from jaxrl_llm.run.explain import explanation, stages, trace
-from jaxrl_llm.run.setup import data_sets, opened_parts, parts, prompt_batches
+from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.setup import opened_parts, parts
 from jaxrl_llm.run.stored_answers import StoredAnswers
 from jaxrl_llm.run.train import train
 
