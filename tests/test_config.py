@@ -55,7 +55,7 @@ def files(tmp_path_factory, data_directory):
     for name, line in judged.items():
         (folder / f"{name}.jsonl").write_text(64 * f"{json.dumps(line)}\n")
     teacher = TransformerConfig(vocabulary_size=VOCABULARY, width=8, layers=1, heads=1, kv_heads=1)
-    save_model(folder / "runs" / "teacher", transformer(teacher).init(jax.random.key(0)), teacher)
+    save_model(folder / "teacher", transformer(teacher).init(jax.random.key(0)), teacher)
     return folder
 
 

@@ -49,7 +49,6 @@ HELPERS = {
         "finished_prompts",
         "knapsack_rollouts",
         "mixed_probability",
-        "moved_values",
         "rollout_value",
         "rollouts_for_signal",
         "squared_correlation",

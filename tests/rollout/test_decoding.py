@@ -241,7 +241,10 @@ def plain_model():
     "options, message",
     [
         ({"slots": 0}, "rollout.slots is 0"),
-        ({"prefixes": Prefixes(np.ones((12, STEPS)), np.ones(12), np.ones((12, STEPS)))}, "leaves nothing"),
+        (
+            {"prefixes": Prefixes(np.ones((12, STEPS + 1)), np.ones(12), np.ones((12, STEPS + 1)))},
+            "15 tokens wide, more",
+        ),
         ({"prefixes": Prefixes(np.ones((3, 2)), np.ones(3), np.ones((3, 2)))}, "3 rows, but there are 12"),
     ],
 )
