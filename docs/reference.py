@@ -1,4 +1,4 @@
-"""Writes docs/fields.md, and the tables of capabilities in docs/engine.md, from the package. `docs/build.py` runs it."""
+"""docs/fields.md, and the tables of capabilities in docs/engine.md, from the package. `docs/build.py` writes them."""
 
 from __future__ import annotations
 

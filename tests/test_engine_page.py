@@ -18,16 +18,16 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.fields import FIELDS
 from jaxrl_llm.rollout.capabilities import CAPABILITIES
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.setup import staged
+from jaxrl_llm.run.staged import staged
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "engine.md").read_text()
 TINY = {
     "name": "tiny",
     "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1},
-    "task": {"name": "addition", "levels": [1], "options": {"scratchpad": False}}
+    "task": {"name": "addition", "levels": [1, 2], "options": {"scratchpad": False}}
     | {"train_items": 32, "validation_items": 8, "test_items": 8},
-    "rollout": {"samples_per_prompt": 4, "max_prompt_tokens": 8, "max_completion_tokens": 12},
+    "rollout": {"samples_per_prompt": 4, "max_prompt_tokens": 9, "max_completion_tokens": 12},
     "training": {"steps": 2, "prompts_per_step": 4},
 }
 PAIRS = "\n".join(f'{{"prompt": "{n}+2", "chosen": "{n + 2}", "rejected": "{n}"}}' for n in range(32))
