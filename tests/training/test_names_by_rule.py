@@ -75,5 +75,5 @@ def test_a_view_of_text_is_refused(bigram):
 def test_an_engine_samples_the_whole_vocabulary(bigram):
     engine = External(Engine("http://localhost:1", "policy"))
     sampled = {"engine": engine, "truncation": Controls(top_k=4)}
-    with pytest.raises(ValueError, match="which rollout.engine does not offer; leave rollout.truncation out"):
+    with pytest.raises(ValueError, match=r"which rollout\.engine does not offer; leave rollout\.truncation out"):
         composed(bigram, sampled=sampled.items())
