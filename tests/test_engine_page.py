@@ -25,9 +25,9 @@ PAGE = (ROOT / "docs" / "engine.md").read_text()
 TINY = {
     "name": "tiny",
     "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1},
-    "task": {"name": "addition", "levels": [1], "options": {"scratchpad": False}}
+    "task": {"name": "addition", "levels": [1, 2], "options": {"scratchpad": False}}
     | {"train_items": 32, "validation_items": 8, "test_items": 8},
-    "rollout": {"samples_per_prompt": 4, "max_prompt_tokens": 8, "max_completion_tokens": 12},
+    "rollout": {"samples_per_prompt": 4, "max_prompt_tokens": 9, "max_completion_tokens": 12},
     "training": {"steps": 2, "prompts_per_step": 4},
 }
 PAIRS = "\n".join(f'{{"prompt": "{n}+2", "chosen": "{n + 2}", "rejected": "{n}"}}' for n in range(32))
