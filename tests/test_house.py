@@ -22,25 +22,26 @@ MOST_CODE = 80  # lines of a function without blanks, comments and docstrings
 
 ARITHMETIC = ("advantages", "losses", "rewards", "schedules", "selection")
 FIELDS = {"experience", "fields", "rows", "signatures"}
-METHODS = {*FIELDS, "statistics", *ARITHMETIC}
+METHODS = {*FIELDS, "ranges", "statistics", *ARITHMETIC}
 # What each room may import; its own modules always. In the order of the flow: nobody imports what stands below.
 MAY_IMPORT: dict[str, set[str]] = {
     "experience": set(),
     "fields": {"experience"},
     "signatures": {"experience", "fields"},
     "rows": {"experience", "fields"},
+    "ranges": set(),
     "statistics": set(),
     "compilation_cache": set(),
     "allocator": set(),
     "parallel": set(),
-    **{room: {"experience", "statistics"} for room in ARITHMETIC},
+    **{room: {"experience", "ranges", "statistics"} for room in ARITHMETIC},
     "data": {"experience"},
     "hub": {"data"},
-    "models": {"experience", "parallel"},
-    "rollout": {*FIELDS, "data", "models", "parallel", "rewards", "selection"},
+    "models": {"experience", "parallel", "ranges"},
+    "rollout": {*FIELDS, "data", "models", "parallel", "ranges", "rewards", "selection"},
     "evaluation": {"experience", "data", "models", "parallel", "rewards", "rollout"},
     "reporting": {"compilation_cache"},
-    "config": {"models", "parallel", "rollout"},
+    "config": {"models", "parallel", "ranges", "rollout"},
     "training": {*METHODS, "data", "models", "parallel", "rollout"},
     "run": {*METHODS, "config", "data", "evaluation", "hub", "models", "parallel", "reporting", "rollout", "training"},
     "planning": {*METHODS, "config", "models", "parallel", "rollout", "run", "training"},

@@ -10,6 +10,7 @@ from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
+from jaxrl_llm.ranges import Count, Positive, require_ranges
 
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 CacheLayout = Literal["auto", "contiguous", "paged"]
@@ -29,16 +30,6 @@ _CHOICES: Mapping[str, Any] = {
     "attention": AttentionChoice,
     "remat": Rematerialisation,
 }
-_SIZES = ("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "window")
-_POSITIVE = (
-    "rope_base",
-    "local_rope_base",
-    "norm_epsilon",
-    "embedding_scale",
-    "query_scale",
-    "attention_cap",
-    "logits_cap",
-)
 
 
 @dataclass(frozen=True)
@@ -84,31 +75,31 @@ class TransformerConfig:
         "paged", as long as what it has said; "auto" takes pages on one TPU whose kernel serves the head size.
     """
 
-    vocabulary_size: int
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_width: int | None = None
-    mlp_width: int | None = None
+    vocabulary_size: Count
+    width: Count = 128
+    layers: Count = 4
+    heads: Count = 4
+    kv_heads: Count = 2
+    head_width: Count | None = None
+    mlp_width: Count | None = None
     activation: Activation = "silu"
     experts: ExpertsConfig | None = None
-    rope_base: float = 10_000.0
+    rope_base: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
     rope_fraction: float = 1.0
-    window: int | None = None
+    window: Count | None = None
     window_pattern: tuple[bool, ...] = (True,)
-    local_rope_base: float | None = None
+    local_rope_base: Positive | None = None
     qk_norm: bool = True
     qkv_bias: bool = False
     attention_out_bias: bool = False
-    query_scale: float | None = None
-    attention_cap: float | None = None
-    logits_cap: float | None = None
-    norm_epsilon: float = 1e-6
+    query_scale: Positive | None = None
+    attention_cap: Positive | None = None
+    logits_cap: Positive | None = None
+    norm_epsilon: Positive = 1e-6
     norm_offset: float = 0.0
     post_norms: bool = False
-    embedding_scale: float = 1.0
+    embedding_scale: Positive = 1.0
     tie_embeddings: bool = True
     attention: AttentionChoice = "auto"
     layer_loop: LayerLoop = "auto"
@@ -119,14 +110,7 @@ class TransformerConfig:
     remat: Rematerialisation = "none"
 
     def __post_init__(self):
-        for name in _SIZES:
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"model.{name} is {size}; it must be at least 1")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"model.{name} is {value}; it must be above 0")
+        require_ranges(self, "model")
         for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal):
                 known = ", ".join(get_args(literal))

@@ -32,12 +32,17 @@ def optimizer(training: TrainingConfig, *, seed: int = 0) -> optax.GradientTrans
       training: section training.
       seed: of stochastic rounding.
     """
-    made = optax.chain(optax.clip_by_global_norm(training.max_gradient_norm), _step(training))
+    made = optax.chain(clipping(training.max_gradient_norm), _step(training))
     if training.bfloat16_update == "master":
         return with_master(made)
     if training.bfloat16_update == "stochastic":
         return with_stochastic_rounding(made, seed=seed)
     return made
+
+
+def clipping(norm: float | None) -> optax.GradientTransformation:
+    """Gradients of a larger global norm are scaled to it; None scales none."""
+    return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
 
 
 def learning_rate(training: TrainingConfig) -> optax.Schedule:

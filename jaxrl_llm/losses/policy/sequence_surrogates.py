@@ -12,10 +12,12 @@ from jaxtyping import Array, Float
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, pessimistic_surrogate
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
 SequenceRatio = Literal["geometric_mean", "token", "product"]
 
 
+@ranged
 def sequence_clipped_surrogate(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -24,11 +26,11 @@ def sequence_clipped_surrogate(
     token_weight: Float[Array, "B T"] | None = None,
     *,
     ratio: SequenceRatio = "geometric_mean",
-    clip_low: float = 3e-4,
-    clip_high: float = 4e-4,
-    log_ratio_limit: float = 10.0,
+    clip_low: NonNegative = 3e-4,
+    clip_high: NonNegative = 4e-4,
+    log_ratio_limit: Positive = 10.0,
     aggregation: Aggregation = "seq_mean_token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """GSPO: one ratio and one clip decision for a whole sequence.
 

@@ -6,7 +6,10 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import ranged
 
+
+@ranged
 def weighted_sum(reward_components: Float[Array, "B K"], *, weights: tuple[float, ...]) -> Float[Array, "B"]:
     """Weighted sum of the components.
 
