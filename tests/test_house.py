@@ -51,6 +51,7 @@ ENTRANCES = {"cli", "commands", "__main__"}  # import everything, and only each 
 
 # (module, room that it imports): why.
 OTHER_IMPORTS = {
+    ("rewards.verifiers.latex_answers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.numbers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.text_answers", "data"): "reads text on the host, with the grammar of the task",
 }
