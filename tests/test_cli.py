@@ -286,7 +286,7 @@ def test_a_run_may_lie_in_a_directory_of_any_name(refused, finished_run, tmp_pat
     for name in ("rate=0.1", "7", "null", "a: b"):
         Path(name).symlink_to(finished_run.directory)
         said = refused("train", "--resume", name, "training.learning_rate=0.1")
-        assert f"run {name} was written with config hash" in said
+        assert f"run {name} was started with another config: training.learning_rate (0.003, now 0.1)" in said
 
 
 def test_the_traceback_is_shown_where_it_is_asked_for(tmp_path):

@@ -9,3 +9,5 @@ class ConfigError(ValueError):
 
 # Of a field that decides no number of a run: it may be another when the run is resumed.
 FREE = {"decides_numbers": False}
+# Of a field that says where and in which pieces a number is computed: the order of sums may change, and no more.
+PLACEMENT = {"decides_numbers": False, "placement": True}

@@ -113,6 +113,25 @@ class PretrainedConfig:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class BranchConfig:
+    """Another run whose policy a run starts from, whatever its model is: adapters are merged where this run has others.
+
+    Attributes:
+      path: directory of the run, or of one of its checkpoints.
+      step: of the checkpoint; None takes the newest. `RUN@step` is short for both.
+      optimizer: the optimiser's moments are taken along, and its count of updates with them, which schedules read; the
+        optimiser must be the same.
+    """
+
+    path: str
+    step: Natural | None = None
+    optimizer: bool = False
+
+    def __post_init__(self):
+        require_ranges(self, "init_from")
+
+
 def model_kind(value: Any) -> str:
     path = value.get("path") if isinstance(value, Mapping) else isinstance(value, PretrainedConfig)
     return "checkpoint" if path else "shape"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxrl_llm.config.errors import FREE
+from jaxrl_llm.config.errors import FREE, PLACEMENT
 from jaxrl_llm.models.lora import LoraConfig
 from jaxrl_llm.models.transformer_config import Precision, Rematerialisation
 from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Share, ShareBelowOne, require_ranges
@@ -97,7 +97,7 @@ class RolloutConfig:
     plan: tuple[Any, ...] = ()
     replay_router: bool = False
     engine: EngineConfig | None = None
-    slots: Count | None = None
+    slots: Count | None = field(default=None, metadata=PLACEMENT)
     top_k: Count | None = None
     top_p: PositiveShare = 1.0
     min_p: Share = 0.0
@@ -167,7 +167,7 @@ class TrainingConfig:
     prompts_per_step: Count = 32
     epochs_per_batch: Count = 1
     minibatches_per_epoch: Count = 1
-    sequences_per_microbatch: Count | None = None
+    sequences_per_microbatch: Count | None = field(default=None, metadata=PLACEMENT)
     learning_rate: NonNegative = 1e-4
     warmup_steps: Natural = 0
     schedule: Literal["constant", "cosine"] = "constant"
@@ -177,8 +177,8 @@ class TrainingConfig:
     adam_b2: ShareBelowOne = 0.95
     moment_dtype: Precision | None = None
     bfloat16_update: Literal["nearest", "master", "stochastic"] = "nearest"
-    remat: Rematerialisation = "none"
-    offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    remat: Rematerialisation = field(default="none", metadata=PLACEMENT)
+    offload: tuple[Literal["optimizer", "reference"], ...] = field(default=(), metadata=PLACEMENT)
     max_gradient_norm: Positive | None = 1.0
     freeze_policy_steps: Natural = 0
     alignment_every_steps: Natural = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxrl_llm.config.errors import PLACEMENT
 from jaxrl_llm.parallel.rules import AXES, changed_rules
 from jaxrl_llm.ranges import Count, Natural, NonNegative, require_ranges
 
@@ -26,7 +27,7 @@ class EvaluationConfig:
     samples_per_problem: Count = 8
     k: tuple[Count, ...] = (1, 8)
     temperature: NonNegative = 1.0
-    sequences_per_batch: Count = 1152
+    sequences_per_batch: Count = field(default=1152, metadata=PLACEMENT)
     every_steps: Natural = 0
 
     def __post_init__(self):

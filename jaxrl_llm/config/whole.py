@@ -9,19 +9,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.config.errors import FREE
-from jaxrl_llm.config.inputs import DataConfig, ModelConfig, TaskConfig, WarmStartConfig
+from jaxrl_llm.config.errors import FREE, PLACEMENT
+from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, TaskConfig, WarmStartConfig
 from jaxrl_llm.config.method import AdapterConfig, NetworkConfig, RolloutConfig, TrainingConfig
 from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
 # What a stage cannot have of its own.
-_OF_THE_RUN = ("model", "lora", "mesh", "warm_start", "stages", "run_dir", "checkpoints", "reporting", "about")
+_OF_THE_RUN = (
+    "model",
+    "lora",
+    "mesh",
+    "warm_start",
+    "stages",
+    "init_from",
+    "run_dir",
+    "checkpoints",
+    "reporting",
+    "about",
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Everything but `run_dir` and `reporting` decides the numbers.
+    """A whole run.
+
+    `init_from: RUN` or `RUN@step` starts it from the policy of another run, see `BranchConfig`.
 
     `environment` holds options of the environment that answers the turns of a task such as grid; or
     `python: "module:function"` and the keyword arguments of that function, which is called with the tokenizer and
@@ -35,6 +48,7 @@ class Config:
     credit: tuple[dict[str, Any], ...] = ()
     task: TaskConfig | None = None
     seed: int = 0
+    init_from: BranchConfig | None = None
     run_dir: str | None = field(default=None, metadata=FREE)
     about: AboutConfig = field(default=AboutConfig(), metadata=FREE)
     data: DataConfig = field(default_factory=DataConfig)
@@ -50,7 +64,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoints: CheckpointConfig = field(default=CheckpointConfig(), metadata=FREE)
     reporting: ReportingConfig = field(default=ReportingConfig(), metadata=FREE)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig, metadata=PLACEMENT)
 
     def __post_init__(self):
         if "://" in (self.run_dir or ""):

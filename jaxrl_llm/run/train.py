@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
 
-from jaxrl_llm.config import Config, as_tree, numeric_tree
+from jaxrl_llm.config import BranchConfig, Config, as_tree, differences, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
@@ -34,6 +34,7 @@ from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.restored import require_branch
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
@@ -68,9 +69,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
         require_model(rollout.engine.engine)
-    numbers = checkpoints.config_hash(numeric_tree(config))
     meta: dict[str, Any] = {
-        "config_hash": numbers,
+        "config_hash": checkpoints.config_hash(numeric_tree(config)),
+        "config": numeric_tree(config),
+        "placement": placement_tree(config),
         "seconds": {},
         "tokens": 0,
         "warm_start_steps": 0,
@@ -82,11 +84,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     if newest is not None:
         require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
-        if meta["config_hash"] != numbers:
-            raise checkpoints.CheckpointError(
-                f"run {config.directory} was written with config hash {meta['config_hash']}, but this config has "
-                f"{numbers}; resume with the run's own config.yaml, or start a new run with another run_dir"
-            )
+        _require_own_config(config, meta, console)
+        meta["placement"] = placement_tree(config)
+    elif config.init_from is not None:
+        require_branch(stages[0].parts)
     console.print(units_table(_units(built)))
     data = data_sets(built.config) if built.config.has_problems else {}
     sets = {stage.name: _own_data(stage, stages[-1], data) for stage in stages}
@@ -118,6 +119,24 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
             return _run(run, stages, prompts, rows, newest, grade)
+
+
+def _require_own_config(config: Config, meta: Mapping[str, Any], console: Console) -> None:
+    """Raises CheckpointError where a run would go on with other numbers; says where it goes on in other places."""
+    if meta["config_hash"] != checkpoints.config_hash(numeric_tree(config)):
+        raise checkpoints.CheckpointError(
+            f"run {config.directory} was started with another config: "
+            f"{', '.join(differences(meta['config'], numeric_tree(config)))}; resume it with its own values (jaxrl "
+            f"train --resume {config.directory}), or start a new run from its weights with init_from={config.directory} "
+            "and another run_dir"
+        )
+    if moved := differences(meta["placement"], placement_tree(config)):
+        console.print(
+            f"placement has changed: {', '.join(moved)}; sums are added in another order, so the last digits of "
+            "numbers may be others than without the change",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +187,8 @@ def _run(
         run.waiting_networks = {name: NetworkState(held[name]) for name in later - state.networks.keys()}
         held = {}  # the state has copies of its own
         del params, given
+        if fresh and number == 0 and config.init_from is not None and config.init_from.optimizer:
+            state = _with_optimizer_of(config.init_from, state)
         if stage.parts.step.priming and batches is not None:
             state = stage.parts.step.prime(state, run.placed(batches[0].prompts), batches[0].items, call)
         if not fresh:
@@ -187,6 +208,13 @@ def _run(
             run.meta["warm_start_steps"] = int(state.step)
     assert state is not None  # a run has at least one stage
     return _ended(run, state, measure)
+
+
+def _with_optimizer_of(branch: BranchConfig, state: TrainState) -> TrainState:
+    """The state with the policy's optimiser as another run has it."""
+    at, policy = checkpoints.branch_checkpoint(branch.path, branch.step), state.networks["policy"]
+    held = checkpoints.restore_part(at.parent, int(at.name), policy.optimizer_state, part="optimizer_state")
+    return replace(state, networks={**state.networks, "policy": replace(policy, optimizer_state=held)})
 
 
 def _carried(parts: Parts, held: Mapping[str, PyTree]) -> dict[str, PyTree]:

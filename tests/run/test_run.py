@@ -246,8 +246,9 @@ def refused(capsys, *arguments: str, status: int = 2) -> str:
 def test_a_run_is_resumed_with_its_own_config_only(finished_run, capsys):
     before = (finished_run.directory / "metrics.jsonl").read_bytes()
     said = refused(capsys, "train", "--resume", str(finished_run.directory), "training.learning_rate=0.1")
-    assert "was written with config hash" in said
-    assert "start a new run with another run_dir" in said
+    assert f"run {finished_run.directory} was started with another config: " in said
+    assert "training.learning_rate (0.003, now 0.1); resume it with its own values" in said
+    assert f"start a new run from its weights with init_from={finished_run.directory} and another run_dir" in said
     assert (finished_run.directory / "metrics.jsonl").read_bytes() == before
 
 

@@ -56,8 +56,8 @@ def latex_match(completions: Sequence[str], answers: Sequence[str], *, seconds: 
             same = _compared(wanted, said, seconds)
         if same is None:
             raise ValueError(
-                f"the reference answer of row {row} is {answer[:80]!r}, which is no mathematics that math-verify reads; "
-                "write it in LaTeX, or use exact_match for text"
+                f"the reference answer of row {row} is {answer[:80]!r}, which is no mathematics that "
+                "math-verify reads; write it in LaTeX, or use exact_match for text"
             )
         rewards.append(float(same))
     return rewards

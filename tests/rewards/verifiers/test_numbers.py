@@ -32,7 +32,8 @@ SAME = {
 }
 NONE = (
     r"; abc; 1 2; 3 or 4; (1, 2); 1,2,3; 10:30; 5.5.5; 1/0; \frac{1}{0}; 2^{10}; 2^10; 3\pi; \sqrt{2}; 2\sqrt{3}; "
-    r"\frac{x}{2}; 3x + 4; > 5; about - 5; 1/2/3; \approx 5; 5 - 3; 1,23; 1e9999; 7^; x2; \boxed{5; NaN; inf; five; 3–5; 2 zillion; 2 Gazillions; 2x; 2 x; 5i; 3n; 5‰; XII; 三; 5²; 1.234,56; 3,5; "
+    r"\frac{x}{2}; 3x + 4; > 5; about - 5; 1/2/3; \approx 5; 5 - 3; 1,23; 1e9999; 7^; x2; \boxed{5; NaN; inf; five; "
+    "3–5; 2 zillion; 2 Gazillions; 2x; 2 x; 5i; 3n; 5‰; XII; 三; 5²; 1.234,56; 3,5; "
     "\u221e; 5\u03c0; " + "9" * 500
 )
 
