@@ -39,7 +39,7 @@ from jaxrl_llm.run.configured import (
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.optimizers import optimizer
-from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.problems import columns, data_sets
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update, make_train_step
@@ -198,6 +198,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
             networks=networks,
             critic=head_optimizer(NetworkConfig(), b1, b2),
             views=configured_views(config.views, sizes),
+            columns=columns(config),
             placement=Placement(
                 mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
             ),
@@ -264,9 +265,9 @@ def _selection(config: Config, sizes: Mapping[str, Any]) -> Any:
     if config.data.selection is None:
         return None
     items = data_sets(config, ["train"])["train"]
-    columns = {"items": len(items), "records": [items[index] for index in range(len(items))]}
+    of_data = {"items": len(items), "records": [items[index] for index in range(len(items))]}
     name, hyper = entry_of(config.data.selection, "data.selection")
-    made = method(name, hyper, (selection,), "data.selection", {**sizes, **columns})
+    made = method(name, hyper, (selection,), "data.selection", {**sizes, **of_data})
     return made() if callable(made) else made
 
 

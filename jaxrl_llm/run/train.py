@@ -35,6 +35,7 @@ from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.restored import require_branch
+from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
@@ -88,10 +89,12 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         meta["placement"] = placement_tree(config)
     elif config.init_from is not None:
         require_branch(stages[0].parts)
-    console.print(units_table(_units(built)))
     data = data_sets(built.config) if built.config.has_problems else {}
     sets = {stage.name: _own_data(stage, stages[-1], data) for stage in stages}
-    grade = grader(built, data["validation"], data["test"]) if data else None
+    for stage in stages:
+        require_answers(stage.parts, sets[stage.name])
+    held_out = [data[split] for split in ("validation", "test") if split in data and answers_of(data[split])]
+    grade = grader(built, *held_out) if held_out else None
     fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
     for stage in stages:
         if (own := sets[stage.name]) and own is not data:
@@ -108,6 +111,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     rows = {stage.name: written_of(stage.parts, sets[stage.name]) for stage in stages}
     for split in ("validation", "test") if data else ():
         encoded(built, data[split])
+    for stage in stages:
+        try_rewards(stage.parts, sets[stage.name])
+    console.print(units_table(_units(built)))
     with (
         run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
@@ -127,8 +133,8 @@ def _require_own_config(config: Config, meta: Mapping[str, Any], console: Consol
         raise checkpoints.CheckpointError(
             f"run {config.directory} was started with another config: "
             f"{', '.join(differences(meta['config'], numeric_tree(config)))}; resume it with its own values (jaxrl "
-            f"train --resume {config.directory}), or start a new run from its weights with init_from={config.directory} "
-            "and another run_dir"
+            f"train --resume {config.directory}), or start a new run from its weights with "
+            f"init_from={config.directory} and another run_dir"
         )
     if moved := differences(meta["placement"], placement_tree(config)):
         console.print(

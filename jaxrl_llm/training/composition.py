@@ -144,6 +144,7 @@ class Resources:
         head, where there is a critic.
       critic: optimiser of networks with a head that a name alone brings along.
       views: functions that make another sequence of a row, by name.
+      columns: of the data, beside what the table names: readings may name them.
       placement: devices.
     """
 
@@ -152,6 +153,7 @@ class Resources:
     networks: Mapping[str, Network] = field(default_factory=dict)
     critic: optax.GradientTransformation | None = None
     views: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    columns: frozenset[str] = frozenset()
     placement: Placement = field(default_factory=Placement)
 
 

@@ -160,7 +160,7 @@ class TrainStep:
         c = self.composition
         context = Context(items, c.resources.decode, call)
         environment = None if c.rollout is None else c.rollout.environment
-        if isinstance(environment, HostEnvironment) or reads_items((*c.rewards, *c.credit)):
+        if isinstance(environment, HostEnvironment) or reads_items((*c.rewards, *c.credit), c.resources.columns):
             context.required_items()
         return context
 
