@@ -1,5 +1,6 @@
 """The step: collect, fill, learn."""
 
+from jaxrl_llm.experience import Loss, Method
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.training.composition import Fill, LossTerm, Resources, Reward, Update
 from jaxrl_llm.training.networks import Network
@@ -8,7 +9,9 @@ from jaxrl_llm.training.step import TrainStep, make_train_step
 
 __all__ = [
     "Fill",
+    "Loss",
     "LossTerm",
+    "Method",
     "Network",
     "Placement",
     "Resources",

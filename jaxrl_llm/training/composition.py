@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rows import Replay, Written
-from jaxrl_llm.signatures import name_of, names, on_host, required
+from jaxrl_llm.signatures import names, on_host, required
 from jaxrl_llm.training.networks import POLICY, Network, has_copy, networks_named
 from jaxrl_llm.training.placement import Placement
 
@@ -335,52 +335,3 @@ class Composition:
         """Methods that remember something, by the name of their memory."""
         methods = {t.memory_name: t.function for t in self.credit if isinstance(t.function, Method)}
         return methods | {t.memory_name: t.coefficient for t in self.losses if isinstance(t.coefficient, Method)}
-
-
-# ---- terms ----------------------------------------------------------------------------------------------------------
-
-
-def reward_term(term: Reward | Callable[..., Any] | tuple[Callable[..., Any], float]) -> Reward:
-    """A reward function, or (function, weight), as a term."""
-    if isinstance(term, Reward):
-        return term if term.name else replace(term, name=name_of(term.function))
-    function, weight = term if isinstance(term, tuple) else (term, 1.0)
-    return Reward(function, weight, name_of(function))
-
-
-def fill_term(term: Fill | tuple[Any, Any]) -> Fill:
-    """A (name or names, function) pair as a term."""
-    if isinstance(term, Fill):
-        return term if term.name else replace(term, name=name_of(term.function))
-    return Fill(term[0], term[1], name_of(term[1]))
-
-
-def loss_term(term: Any) -> LossTerm:
-    """A loss function, or (function, coefficient), as a term."""
-    if isinstance(term, LossTerm):
-        return term if term.name else replace(term, name=name_of(term.function))
-    function, coefficient = term if isinstance(term, tuple) and not callable(term) else (term, 1.0)
-    return LossTerm(function, coefficient, name_of(function))
-
-
-def composition_of(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    source: Source | Sequence[Source],
-    rewards: Sequence[Any],
-    credit: Sequence[Any],
-    losses: Sequence[Any],
-    update: Update | None,
-    resources: Resources | None,
-) -> Composition:
-    """A composition, not checked yet, from what `make_train_step` is given."""
-    return Composition(
-        model,
-        optimizer,
-        tuple(source) if isinstance(source, Sequence) else (source,),
-        tuple(map(reward_term, rewards)),
-        tuple(map(fill_term, credit)),
-        tuple(map(loss_term, losses)),
-        update or Update(),
-        resources or Resources(),
-    )

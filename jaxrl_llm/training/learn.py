@@ -82,7 +82,9 @@ class Objective:
         provided["mask"] = rows.mask * rows.weight[:, None]
         if "written_mask" in rows:
             provided["written_mask"] = rows["written_mask"] * rows.weight[:, None]
-        return [call(t.function, provided | {"over_vocabulary": functionals.get(t.name)}) for t in self.losses]
+        return [
+            _loss(t, call(t.function, provided | {"over_vocabulary": functionals.get(t.name)})) for t in self.losses
+        ]
 
     def denominators(self, rows: Experience) -> list[Array]:
         """One count a loss; they do not depend on parameters."""
@@ -211,6 +213,19 @@ class Objective:
             for name, s in together.items():
                 learner[name] = scored.logprobs if s.quantity == "logprobs" else scored.entropy
         return learner
+
+
+def _loss(term: LossTerm, value: Any) -> Loss:
+    """What a loss returned, as (sum, count); a plain pair of them is taken for one."""
+    if isinstance(value, tuple) and 2 <= len(value) <= 3:
+        numerator, denominator, *metrics = value
+        if jnp.shape(numerator) == () and (denominator is None or jnp.shape(denominator) == ()):
+            return Loss(numerator, denominator, *metrics)
+    shape = f"an array of shape {jnp.shape(value)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+    raise ValueError(
+        f"loss {term.name!r} returned {shape}; it must return a sum and a count, both scalars, so that any split of a "
+        "batch gives the same gradient: Loss(sum, count) of jaxrl_llm, see also losses.aggregate"
+    )
 
 
 def _with_policy(state: TrainState, policy: PyTree) -> TrainState:

@@ -36,7 +36,6 @@ from jaxrl_llm.training.composition import (
     Reward,
     Source,
     Update,
-    composition_of,
 )
 from jaxrl_llm.training.fill import coefficients, credit_parts, measured_alignment, reward_parts
 from jaxrl_llm.training.initial import in_use, initialiser
@@ -47,6 +46,7 @@ from jaxrl_llm.training.placement import put_back
 from jaxrl_llm.training.reading import Context, reads_items
 from jaxrl_llm.training.scores import viewed
 from jaxrl_llm.training.segments import Host, Learn, Program, Segment, Traced, Work, compiled, programs, run
+from jaxrl_llm.training.terms import composition_of
 
 AHEAD = "ahead"
 

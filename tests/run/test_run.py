@@ -279,7 +279,7 @@ def test_hyper_parameters_that_cannot_work_are_found_before_anything_is_made(mic
 # ---- failing on the way ---------------------------------------------------------------------------------------------
 
 JUDGING = """
-calls, good_calls = 0, 2
+calls, good_calls = 0, 3  # the first call is the trial
 
 def judge(completions):
     global calls
@@ -306,7 +306,7 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
 
     # The fourth step fails with no checkpoint of the third.
     judging = sys.modules["judging"]
-    judging.calls, judging.good_calls = 0, 1
+    judging.calls, judging.good_calls = 0, 2
     assert "The state before step 4 is saved" in refused(capsys, "train", "--resume", str(directory), status=1)
     assert checkpoints.latest_step(directory / "checkpoints") == 3
     assert [line["step"] for line in records(directory)] == [1, 2, 3]

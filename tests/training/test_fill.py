@@ -14,11 +14,11 @@ from jaxrl_llm import losses
 from jaxrl_llm.experience import Method, Sequences
 from jaxrl_llm.signatures import reading
 from jaxrl_llm.training import Fill, Network, Resources, Reward, Rollout, make_train_step
-from jaxrl_llm.training.composition import composition_of
 from jaxrl_llm.training.fill import coefficients, credit_parts, reward_parts
 from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.reading import Context
 from jaxrl_llm.training.segments import Host
+from jaxrl_llm.training.terms import composition_of
 
 ITEMS = [{"body": "", "answer": str(number)} for number in range(4)]
 ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
