@@ -114,7 +114,7 @@ def uses(recipes: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def own_entries(name: str) -> list[dict[str, Any]]:
     """A recipe's entries without those of the base that it extends, unless it has no others."""
-    path = catalogue.recipe_path(name)
+    path = shipped.recipe_path(name)
     return catalogue.entries(yaml.safe_load(path.read_text())) or catalogue.entries(read_tree(path))
 
 
