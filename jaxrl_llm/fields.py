@@ -153,7 +153,7 @@ _ROWS: Any = (
     ("reward", "scalar", "metrics", "mean reward"),
     ("correct_share", "scalar", "metrics", "share of rows that the verifier finds right"),
     ("constant_group_share", "scalar", "metrics", "share of groups whose rewards are all equal"),
-    ("completion_tokens", "scalar", "metrics", "mean length"),
+    ("completion_tokens", "scalar", "metrics", "mean length, without what environments and tools answer"),
     ("truncated_share", "scalar", "metrics", "share of rows that reached the length limit"),
     ("entropy_per_token", "scalar", "metrics", "mean entropy of sampling"),
     ("kl_reference_per_token", "scalar", "metrics", "mean log-ratio of sampling to reference"),

@@ -55,7 +55,8 @@ class ReportingConfig:
     """What is written besides metrics.
 
     Attributes:
-      samples_every_steps: write completions with their rewards every so many steps; 0 never.
+      samples_every_steps: write completions with their rewards every so many steps, and at the first and the last step
+        of a stage; 0 never.
       samples_per_report: completions written each time.
     """
 

@@ -62,7 +62,3 @@ def token_share(happened: Bool[Array, "B T"], mask: Float[Array, "B T"]) -> tupl
     """(sum, count) of a yes-or-no fact over the tokens that count, as a metric of a `Loss`."""
     mask = mask.astype(jnp.float32)
     return jnp.where(happened, mask, 0.0).sum(), mask.sum()
-
-
-def check_clip(clip_low: float, clip_high: float) -> None:
-    """Raise ValueError for a negative clip range."""

@@ -56,6 +56,17 @@ def learning_rate(training: TrainingConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
+def long_warmup(training: TrainingConfig) -> str:
+    """What there is to say where the learning rate never reaches its peak; "" for nothing."""
+    updates = training.steps * training.epochs_per_batch * training.minibatches_per_epoch
+    if training.warmup_steps < max(updates, 1):
+        return ""
+    return (
+        f"training.warmup_steps is {training.warmup_steps}, but there are only {updates} updates, so the learning rate "
+        f"never reaches {training.learning_rate:g}; lower it, or train for more steps"
+    )
+
+
 def _step(training: TrainingConfig) -> optax.GradientTransformation:
     rate, decay = learning_rate(training), training.weight_decay
     b1, b2, moments = training.adam_b1, training.adam_b2, training.moment_dtype

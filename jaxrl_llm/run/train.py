@@ -33,6 +33,7 @@ from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.restored import require_branch
 from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
@@ -114,6 +115,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     for stage in stages:
         try_rewards(stage.parts, sets[stage.name])
     console.print(units_table(_units(built)))
+    for stage in stages:
+        if warning := long_warmup(stage.parts.config.training):
+            console.print(f"{stage.name}: {warning}", soft_wrap=True, markup=False)
     with (
         run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.ranges import Count, NonNegative, Positive, PositiveShare, Share, ranged
 
 IMPOSSIBLE = (
@@ -140,7 +140,6 @@ def protected_surrogate(
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, proxy_logprobs, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, proxy_logprobs, mask])
-    check_clip(clip_low, clip_high)
     ratio = jnp.exp(log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit))
     signal = constant_factor(advantages, mask)
     per_token, clipped = pessimistic_surrogate(ratio, signal, clip_low=clip_low, clip_high=clip_high)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, token_share
 from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
 
@@ -62,7 +62,6 @@ def mixed_policy_surrogate(
     """
     chex.assert_rank([logprobs, old_logprobs, behaviour_logprobs, advantages, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, behaviour_logprobs, advantages, mask])
-    check_clip(clip_low, clip_high)
     ratio = jnp.exp(log_ratio(logprobs, behaviour_logprobs, mask, log_ratio_limit=log_ratio_limit))
     start = log_ratio(old_logprobs, behaviour_logprobs, mask, log_ratio_limit=log_ratio_limit)
     centre = jnp.exp(jax.lax.stop_gradient(start))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.policy.surrogates import policy_gradient
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, on_mask, token_share
 from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
 Keep = Literal["all", "two_side", "one_side", "ring"]
@@ -126,7 +126,6 @@ def _check(keep, importance, clip_low, clip_high, ring_low, ring_high):
         raise ValueError(f"keep is {keep!r}; it must be one of {', '.join(get_args(Keep))}")
     if importance not in get_args(Importance):
         raise ValueError(f"importance is {importance!r}; it must be one of {', '.join(get_args(Importance))}")
-    check_clip(clip_low, clip_high)
     if keep == "ring" and (ring_low < clip_low or ring_high < clip_high):
         raise ValueError(
             f"ring_low is {ring_low} and ring_high is {ring_high}; the ring lies outside the clip range, so they must "

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.token_weights.correction import negative_sequence_mask
 from jaxrl_llm.ranges import AboveOne, Count, NonNegative, Positive, ranged
 
@@ -118,7 +118,6 @@ def clipped_surrogate(
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    check_clip(clip_low, clip_high)
     if ratio_cap is not None and ratio_cap < 1 + clip_high:
         raise ValueError(f"ratio_cap is {ratio_cap}; it must be at least 1 + clip_high = {1 + clip_high}")
     ratio = jnp.exp(log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit))
@@ -182,7 +181,8 @@ def cispo(
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
-      The loss, with the metric `clip_share` (tokens whose weight was clipped).
+      The loss, with the metric `clip_share` (tokens whose weight was clipped; where both ends of a range are 0 there is
+      none to clip).
 
     Raises:
       ValueError: for a negative clip range or an unknown level.
@@ -194,8 +194,6 @@ def cispo(
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     negative_low = clip_low if negative_clip_low is None else negative_clip_low
     negative_high = clip_high if negative_clip_high is None else negative_clip_high
-    check_clip(clip_low, clip_high)
-    check_clip(negative_low, negative_high)
     if level not in get_args(WeightLevel):
         raise ValueError(f"level is {level!r}; it must be one of {', '.join(get_args(WeightLevel))}")
     difference = log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit if level == "token" else 1e4)
@@ -207,7 +205,8 @@ def cispo(
     low = jnp.where(negative, 1 - negative_low, 1 - clip_low)
     high = jnp.where(negative, 1 + negative_high, 1 + clip_high)
     weight = jnp.clip(ratio, low, high)
-    metrics = {"clip_share": token_share(weight != ratio, mask)}
+    # A weight that is 1 whatever the ratio was never meant to follow it.
+    metrics = {"clip_share": token_share((weight != ratio) & (low != high), mask)}
     if token_weight is not None:
         weight = weight * on_mask(token_weight, mask)
     loss = policy_gradient(

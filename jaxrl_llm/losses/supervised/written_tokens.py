@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.experience import Loss, Source
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.divergences.divergence import divergence
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.supervised.likelihood import negative_log_likelihood
 from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
@@ -79,7 +79,6 @@ def external_surrogate(
     if clip_low is None or clip_high is None:
         own = -signal * ratio
     else:
-        check_clip(clip_low, clip_high)
         own, clipped = pessimistic_surrogate(ratio, signal, clip_low=clip_low, clip_high=clip_high)
         metrics["clip_share"] = token_share(clipped & ~external, mask)
     lp = on_mask(logprobs, mask)
