@@ -311,8 +311,8 @@ def first_store(c: Composition) -> dict[str, Experience]:
 
 def _choice(c: Composition, memory: Any, key: Any, step: Any) -> Any:
     r = _rollout(c)
-    if r.selection is None or r.prompts_per_step is None:
-        raise ValueError("a rollout with a selection needs prompts_per_step: how many prompts it chooses")
+    assert r.selection is not None  # `checked` has seen to the number of prompts
+    assert r.prompts_per_step is not None
     key = jax.random.fold_in(jax.random.fold_in(key, KeyUse.SELECTION), step)
     return r.selection.choose(memory, key, r.prompts_per_step * c.plan.prompts_per_group).astype(jnp.int32)
 

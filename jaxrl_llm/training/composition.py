@@ -10,7 +10,7 @@ from typing import Any
 import optax
 
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import FIELDS, provided_by, score_named
+from jaxrl_llm.fields import FIELDS, TEXT, provided_by, score_named
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
 from jaxrl_llm.rollout.sampled import Rollout
@@ -113,6 +113,37 @@ class LossTerm:
 
 
 @dataclass(frozen=True)
+class View:
+    """A function that makes another sequence of each row, whose tokens networks score.
+
+    Attributes:
+      function: of named data, returns `Sequences`. One that names text runs on the host and returns a pair (prompt,
+        completion) a row, as texts or lists of token ids, or None for a row that has none: its mask is 0 throughout.
+      max_prompt_tokens: width of the prompts of a view on the host; None is room for a row's prompt and completion.
+      max_completion_tokens: width of what is scored there; None is that of a row's completion.
+      name: set by the composition.
+      deadline_s: of a view on the host, as for `Reward`.
+    """
+
+    function: Callable[..., Any]
+    max_prompt_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    name: str = ""
+    deadline_s: float | None = None
+    value_on_failure = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is a reading."""
+        return on_host(self.function)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of rows that it is made of."""
+        return frozenset(required([self.function])) - TEXT
+
+
+@dataclass(frozen=True)
 class Update:
     """How one batch of experience becomes parameter updates.
 
@@ -143,7 +174,7 @@ class Resources:
       networks: beside the policy, by name. A reference is there without being described, and so are networks with a
         head, where there is a critic.
       critic: optimiser of networks with a head that a name alone brings along.
-      views: functions that make another sequence of a row, by name.
+      views: functions that make another sequence of a row, by name; a `View` says more of how one is called.
       placement: devices.
     """
 
@@ -151,7 +182,7 @@ class Resources:
     encode: Callable[[str], list[int]] | None = None
     networks: Mapping[str, Network] = field(default_factory=dict)
     critic: optax.GradientTransformation | None = None
-    views: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    views: Mapping[str, View | Callable[..., Any]] = field(default_factory=dict)
     placement: Placement = field(default_factory=Placement)
 
 
@@ -233,7 +264,14 @@ class Composition:
     def functions(self) -> tuple[Any, ...]:
         """All functions of the step, coefficients among them."""
         fills = [term.function for term in (*self.rewards, *self.credit, *self.losses)]
-        return (*fills, *(t.coefficient for t in self.losses if t.coefficient_changes), *self.resources.views.values())
+        views = [view.function for view in self.views.values()]
+        return (*fills, *(t.coefficient for t in self.losses if t.coefficient_changes), *views)
+
+    @cached_property
+    def views(self) -> dict[str, View]:
+        """What makes other sequences of rows, by name."""
+        given = self.resources.views
+        return {name: replace(v if isinstance(v, View) else View(v), name=name) for name, v in given.items()}
 
     @cached_property
     def named(self) -> frozenset[str]:
@@ -251,7 +289,7 @@ class Composition:
     def networks(self) -> dict[str, Network]:
         """Networks beside the policy that something names, each after the one that it is made from."""
         given = self.resources
-        return networks_named(self.named, given.networks, given.views, given.critic)
+        return networks_named(self.named, given.networks, self.views, given.critic)
 
     @cached_property
     def wanted(self) -> frozenset[str]:
@@ -266,16 +304,16 @@ class Composition:
     @property
     def view_masks(self) -> frozenset[str]:
         """Names of the masks of views."""
-        return frozenset(f"{view}_mask" for view in self.resources.views)
+        return frozenset(f"{view}_mask" for view in self.views)
 
     def view_of(self, name: str) -> str:
         """The view that a name is about; "" for another name."""
         found = self.score(name)
-        return found.view if found is not None else next((v for v in self.resources.views if name == f"{v}_mask"), "")
+        return found.view if found is not None else next((v for v in self.views if name == f"{v}_mask"), "")
 
     def score(self, name: str) -> Any:
         """What a rule-made name asks for; None for another name."""
-        return score_named(name, [POLICY, *self.networks], self.resources.views)
+        return score_named(name, [POLICY, *self.networks], self.views)
 
     def before(self, name: str) -> bool:
         """Whether a rule-made name is of a network as the step found it, wherever it is named."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -54,7 +55,7 @@ AHEAD = "ahead"
 def step_parts(c: Composition) -> list[Any]:
     """The whole step: rows, what fills them, and the update."""
     if c.rollout is None:
-        rows = [*handed(c), *(reward_parts(c, "rows") if c.rewards else [])]
+        rows = [*handed(c), *reward_parts(c, "rows")]
     elif c.rollout.off_policy_steps:
         # The batch that waits is learned from, beside the sampling of the next one; neither waits for the other.
         swap: Any = Traced("ahead", _swapped)
@@ -87,6 +88,9 @@ def learned(c: Composition, state: TrainState, work: Work) -> tuple[TrainState, 
     new, numbers = make_learn(c)(in_use(c, state), batch, factors, joined=c.joined_groups)
     new = replace(moved(c.model, c.networks, new), memory=memory, store=store)
     numbers |= {f"coefficient/{t.name}": f for t, f in zip(c.losses, factors, strict=True) if t.coefficient_changes}
+    if c.rollout is not None and c.rollout.selection is not None and c.rollout.selection.report is not None:
+        told = c.rollout.selection.report(memory[SELECTION]["memory"])
+        numbers |= {f"selection/{name}": jnp.asarray(value, jnp.float32) for name, value in told.items()}
     new = put_back(new, c.placed)
     if c.rollout is not None and c.rollout.off_policy_steps:
         new = replace(new, store={**new.store, AHEAD: work[AHEAD]})
@@ -158,9 +162,9 @@ class TrainStep:
     def _context(self, items: Any, call: Any) -> Context:
         """What a step has on the host. What it lacks is said before anything is computed."""
         c = self.composition
-        context = Context(items, c.resources.decode, call)
+        context = Context(items, c.resources.decode, c.resources.encode, call)
         environment = None if c.rollout is None else c.rollout.environment
-        if isinstance(environment, HostEnvironment) or reads_items((*c.rewards, *c.credit)):
+        if isinstance(environment, HostEnvironment) or reads_items((*c.rewards, *c.credit, *c.views.values())):
             context.required_items()
         return context
 
