@@ -27,7 +27,7 @@ from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
-from jaxrl_llm.training.composition import View
+from jaxrl_llm.terms import View
 from jaxrl_llm.training.networks import GIVEN, Network
 
 AnyEnvironment = Environment | HostEnvironment

@@ -22,8 +22,7 @@ from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY, given_shapes, trainable_part
-from jaxrl_llm.training.placement import abstract_like
-from jaxrl_llm.training.segments import Work, shapes
+from jaxrl_llm.training.segments import Work, abstract_like, shapes
 from jaxrl_llm.training.step import given_work
 
 

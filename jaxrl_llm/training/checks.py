@@ -14,7 +14,7 @@ from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.signatures import missing, names, required
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY
-from jaxrl_llm.training.placement import OFFLOADABLE
+from jaxrl_llm.training.segments import OFFLOADABLE
 
 
 def checked(c: Composition) -> Composition:

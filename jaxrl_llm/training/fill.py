@@ -17,8 +17,9 @@ from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.rewards import weighted_sum
 from jaxrl_llm.schedules import gradient_alignment
 from jaxrl_llm.signatures import call, required
+from jaxrl_llm.terms import Fill, LossTerm, Reward
 from jaxrl_llm.training.checks import available_before_rewards
-from jaxrl_llm.training.composition import Composition, Fill, LossTerm, Reward
+from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.learn import Objective, parts_of
 from jaxrl_llm.training.networks import POLICY
 from jaxrl_llm.training.reading import reading_part, view_part

@@ -16,7 +16,7 @@ from jaxrl_llm.parallel.rules import laid_out
 from jaxrl_llm.training.collect import PLAN, SELECTION, first_choices, first_store
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY, given_shapes, initial_networks
-from jaxrl_llm.training.placement import in_device_memory, parameter_shardings, placed_state
+from jaxrl_llm.training.segments import in_device_memory, parameter_shardings, placed_state
 
 
 def initial_state(

@@ -21,7 +21,7 @@ from jaxrl_llm.fields import TEXT, absent_value, kind_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rewards.host import Reading, RewardError, answered
 from jaxrl_llm.signatures import names, per_row, signature
-from jaxrl_llm.training.composition import View
+from jaxrl_llm.terms import View
 from jaxrl_llm.training.segments import Host, Work
 
 # What a reading sees of a row beside what it names.

@@ -24,9 +24,10 @@ from jaxrl_llm.parallel.rules import constrain_rows, map_shards, shards
 from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
-from jaxrl_llm.training.composition import Composition, Fill
+from jaxrl_llm.terms import Fill
+from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import Network, current, frozen_part, whole
-from jaxrl_llm.training.placement import in_device_memory
+from jaxrl_llm.training.segments import in_device_memory
 
 
 class Plain(NamedTuple):
