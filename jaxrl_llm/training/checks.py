@@ -320,6 +320,7 @@ def replayed_fields(c: Composition) -> dict[str, str]:
     for name in sorted(required([t.function for t in c.losses])):
         kind = kind_of(name)
         made = {n for term in c.credit for n in term.names} | provided_by("rewards")
+        made |= provided_by("environment") if c.rollout is not None and c.rollout.environment is not None else set()
         view = c.views.get(c.view_of(name))
         gone = c.plan.provides | provided_by("network") | ({name} if view is not None and view.on_host else set())
         if name in gone or (name in made and kind not in ("row", "token", "either")):
