@@ -33,8 +33,8 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.training import LossTerm, Rollout, Update
+from jaxrl_llm.training.composition import composition_of
 from jaxrl_llm.training.learn import make_learn
-from jaxrl_llm.training.terms import composition_of
 
 BASELINE, REFERENCE = "without", "reference forward alone"
 SAMPLES_PER_PROMPT = 2

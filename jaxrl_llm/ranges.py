@@ -72,7 +72,9 @@ def require_range(annotation: Any, value: Any, where: str) -> None:
       ValueError: with `where`, the value, and the range.
     """
     named = range_of(annotation)
-    for number in _numbers(value) if named is not None else ():
+    if named is None:
+        return
+    for number in _numbers(value):
         if number not in named:
             several = isinstance(value, (list, tuple, Mapping))
             said = str(named) if not math.isfinite(number) else str(named).replace("finite and ", "")

@@ -21,7 +21,7 @@ MOST_LINES = 400  # of a module
 MOST_CODE = 80  # lines of a function without blanks, comments and docstrings
 
 ARITHMETIC = ("advantages", "losses", "rewards", "schedules", "selection")
-FIELDS = {"experience", "fields", "rows", "signatures"}
+FIELDS = {"experience", "fields", "rows", "signatures", "terms"}
 METHODS = {*FIELDS, "ranges", "statistics", *ARITHMETIC}
 # What each room may import; its own modules always. In the order of the flow: nobody imports what stands below.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shipped": set(),
     "fields": {"experience", "shipped"},
     "signatures": {"experience", "fields"},
+    "terms": {"experience", "fields", "signatures"},
     "rows": {"experience", "fields"},
     "ranges": set(),
     "statistics": set(),
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocator": set(),
     "parallel": set(),
     **{room: {"experience", "ranges", "statistics"} for room in ARITHMETIC},
-    "data": {"experience"},
+    "data": {"experience", "ranges"},
     "hub": {"data"},
     "models": {"experience", "parallel", "ranges"},
     "rollout": {*FIELDS, "data", "models", "parallel", "ranges", "rewards", "selection"},

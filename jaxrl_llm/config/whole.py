@@ -88,6 +88,11 @@ class Config:
                 f"training.bfloat16_update is {self.training.bfloat16_update!r}, but model.parameter_dtype is "
                 f"{self.model.parameter_dtype!r}; set it to bfloat16, or leave training.bfloat16_update out"
             )
+        if self.data.prompt_format != "{body}" and isinstance(self.model, TransformerConfig):
+            raise ValueError(
+                f"data.prompt_format is {self.data.prompt_format!r}, but the prompts of a model that is described by "
+                "its shape are the bodies of its problems; set model.path to a checkpoint, or leave it out"
+            )
         if self.data.prompts == "chat" and isinstance(self.model, TransformerConfig):
             raise ValueError(
                 "data.prompts is 'chat', but a model that is described by its shape has no chat template; set "

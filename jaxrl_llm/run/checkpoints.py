@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
 
 
@@ -25,6 +26,28 @@ class CheckpointError(ValueError):
 def config_hash(config: Mapping[str, Any]) -> str:
     """Sixteen hex digits over a config as a canonical JSON text."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def require_own_config(config: Config, meta: Mapping[str, Any]) -> str:
+    """What to say of a run that goes on in other places, in other pieces; "" for nothing.
+
+    Raises:
+      CheckpointError: where it would go on with other numbers; names every key with both values.
+    """
+    if meta["config_hash"] != config_hash(numeric_tree(config)):
+        raise CheckpointError(
+            f"run {config.directory} was started with another config: "
+            f"{', '.join(differences(meta['config'], numeric_tree(config)))}; resume it with its own values (jaxrl "
+            f"train --resume {config.directory}), or start a new run from its weights with "
+            f"init_from={config.directory} and another run_dir"
+        )
+    moved = differences(meta["placement"], placement_tree(config))
+    if not moved:
+        return ""
+    return (
+        f"placement has changed: {', '.join(moved)}; sums are added in another order, so the last digits of numbers may "
+        "be others than without the change"
+    )
 
 
 def checkpoint_manager(directory: Path, *, keep: int) -> ocp.CheckpointManager:

@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Optional
 
 import pydantic
 
 from jaxrl_llm import advantages, losses, rewards, schedules, selection
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.ranges import Positive, require_range
-from jaxrl_llm.signatures import signature
-from jaxrl_llm.training.composition import Fill, LossTerm, Reward
+from jaxrl_llm.signatures import renamed, signature
+from jaxrl_llm.terms import Fill, LossTerm, Reward
 
 CREDIT_ROOMS = (advantages, selection, rewards, losses)
 COEFFICIENT_ROOMS = (schedules, losses, advantages)
@@ -33,7 +33,7 @@ class RecipeError(ValueError):
 
 
 # Beside the hyper-parameters of a reward or a fill: how it is called, where it is a reading.
-_CALLING = {"deadline_s": Positive | None, "value_on_failure": float | None}
+_CALLING = {"deadline_s": Optional[Positive], "value_on_failure": float | None}  # noqa: UP045
 
 
 def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -> tuple[Reward, ...]:
@@ -102,10 +102,16 @@ def method(
 
     A function without data parameters is a factory: it is called, and what it returns is the method. A keyword without
     a value that is named like a size of the run (`sizes`) is filled from it where it has no default, or None for one.
+    Beside its hyper-parameters, `reads: {reference_logprobs: teacher_logprobs}` has it read data of another name.
 
     Raises:
       RecipeError: for an unknown name or hyper-parameter (with the nearest known one), or a value of the wrong type.
     """
+    hyper, other = dict(hyper), {}
+    if "reads" in hyper:
+        other = hyper.pop("reads")
+        if not isinstance(other, Mapping):
+            raise RecipeError(f"{where}.{name}.reads is {other!r}; write {{a name of the function: the name to read}}")
     function = user_function(name, where) if ":" in name else _public_function(name, rooms, where)
     read = signature(function)
     for key in hyper:
@@ -121,12 +127,13 @@ def method(
     required = [p.name for p in keywords if p.default is p.empty and p.name not in bound]
     if required:
         raise RecipeError(f"{where}.{name} needs {required[0]}; add {name}: {{{required[0]}: ...}}")
-    if read.required or read.optional:
-        return partial(function, **bound) if bound else function
     try:
-        return function(**bound)
+        made = function(**bound) if not (read.required or read.optional) else partial(function, **bound)
+        if other:
+            return renamed(made, **other)
     except ValueError as error:
         raise RecipeError(f"{where}.{name}: {error}") from None
+    return made if bound or not (read.required or read.optional) else function
 
 
 def _public_function(name: str, rooms: Sequence[ModuleType], where: str) -> Callable:

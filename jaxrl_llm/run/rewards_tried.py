@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.experience import Experience
+from jaxrl_llm.experience import FACTS, Experience
+from jaxrl_llm.fields import TEXT
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.signatures import required
 from jaxrl_llm.training.reading import Context, read_values
 
-_READ_ANSWERS = frozenset({"answer", "answers", "answer_tokens", "answer_length"})
+_READ_ANSWERS = frozenset(name for name in (*TEXT, *FACTS) if name.startswith("answer"))
 
 
 def answers_of(records: Sequence[Mapping[str, Any]]) -> bool:
@@ -50,8 +51,9 @@ def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
     record, decode = sets["train"][0], parts.tokenizer.decode
     rows = _one_row(trace(parts), parts.tokenizer.encode(record.get("response") or record["answer"]))
     context = Context([record], decode)
+    state: Any = SimpleNamespace(step=0)  # all that a reading sees of it
     outputs = {term.name: (f"reward/{term.name}",) for term in terms}
-    read_values(terms, outputs, rows, None, SimpleNamespace(step=0), context, first_rows=np.arange(1))
+    read_values(terms, outputs, rows, None, state, context, np.arange(1), None, None)
 
 
 def _one_row(shapes: Experience, completion: Sequence[int]) -> dict[str, np.ndarray]:

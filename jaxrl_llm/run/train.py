@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
 
-from jaxrl_llm.config import BranchConfig, Config, as_tree, differences, numeric_tree, placement_tree
+from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
@@ -39,7 +39,7 @@ from jaxrl_llm.run.restored import require_branch
 from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
-from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.stages import Run, Stage, first_batch, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
 
@@ -86,7 +86,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     if newest is not None:
         require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
-        _require_own_config(config, meta, console)
+        if moved := checkpoints.require_own_config(config, meta):
+            console.print(moved, soft_wrap=True, markup=False)
         meta["placement"] = placement_tree(config)
     elif config.init_from is not None:
         require_branch(stages[0].parts)
@@ -129,24 +130,6 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
             return _run(run, stages, prompts, rows, newest, grade)
-
-
-def _require_own_config(config: Config, meta: Mapping[str, Any], console: Console) -> None:
-    """Raises CheckpointError where a run would go on with other numbers; says where it goes on in other places."""
-    if meta["config_hash"] != checkpoints.config_hash(numeric_tree(config)):
-        raise checkpoints.CheckpointError(
-            f"run {config.directory} was started with another config: "
-            f"{', '.join(differences(meta['config'], numeric_tree(config)))}; resume it with its own values (jaxrl "
-            f"train --resume {config.directory}), or start a new run from its weights with "
-            f"init_from={config.directory} and another run_dir"
-        )
-    if moved := differences(meta["placement"], placement_tree(config)):
-        console.print(
-            f"placement has changed: {', '.join(moved)}; sums are added in another order, so the last digits of "
-            "numbers may be others than without the change",
-            soft_wrap=True,
-            markup=False,
-        )
 
 
 def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +183,8 @@ def _run(
         if fresh and number == 0 and config.init_from is not None and config.init_from.optimizer:
             state = _with_optimizer_of(config.init_from, state)
         if stage.parts.step.priming and batches is not None:
-            state = stage.parts.step.prime(state, run.placed(batches[0].prompts), batches[0].items, call)
+            begin_with = first_batch(batches, state)
+            state = stage.parts.step.prime(state, run.placed(begin_with.prompts), begin_with.items, call)
         if not fresh:
             kept = checkpoints.written_networks(stage.parts, state) | run.waiting_networks
             folder, trained = config.directory / "checkpoints", stage.parts.model.trained

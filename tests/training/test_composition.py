@@ -57,7 +57,6 @@ def valued(values, mask):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": []}, "rewards is empty"),
         ({"losses": []}, "losses is empty"),
         ({"rewards": rewards.exact_answer}, "rewards is <function exact_answer.*; give a list"),
         ({"losses": losses.clipped_surrogate}, "losses is <function clipped_surrogate.*; give a list"),

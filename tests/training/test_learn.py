@@ -15,9 +15,9 @@ from jaxrl_llm.losses import Aggregation, clipped_surrogate, entropy_bonus
 from jaxrl_llm.rows import Written, minibatch_rows
 from jaxrl_llm.training import LossTerm, Rollout, Update
 from jaxrl_llm.training.checks import checked_split
+from jaxrl_llm.training.composition import composition_of
 from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.learn import make_learn
-from jaxrl_llm.training.terms import composition_of
 
 MODES = get_args(Aggregation)
 

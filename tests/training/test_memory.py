@@ -16,9 +16,9 @@ from jaxrl_llm.experience import Experience
 from jaxrl_llm.losses import clipped_surrogate, divergence
 from jaxrl_llm.models import TransformerConfig, logprobs, transformer
 from jaxrl_llm.training import LossTerm, Rollout
+from jaxrl_llm.training.composition import composition_of
 from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.learn import make_learn
-from jaxrl_llm.training.terms import composition_of
 
 # Programs are compiled and not run, so the sizes can be real ones: a float32 [B, T, V] array would be 2 GiB.
 ROWS, LENGTH, VOCABULARY = 64, 256, 32_768

@@ -16,9 +16,9 @@ from jaxrl_llm.experience import Sequences
 from jaxrl_llm.models.logprobs import scaled_log_softmax, token_statistics
 from jaxrl_llm.rollout.generate import generate
 from jaxrl_llm.training import Fill, Network, Resources, Rollout, Update
+from jaxrl_llm.training.composition import composition_of
 from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.scores import by_microbatch, hidden_states, over_vocabulary, viewed
-from jaxrl_llm.training.terms import composition_of
 
 
 def composed(model, names=(), views=None, networks=None, temperature=1.0, size=None):
