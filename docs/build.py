@@ -18,7 +18,7 @@ import reference
 import yaml
 from blocks import escaped, markdown, markdown_table
 
-from jaxrl_llm import catalogue
+from jaxrl_llm import catalogue, shipped
 from jaxrl_llm.config import read_tree
 
 PAGE = Path(__file__).parent / "methods.md"

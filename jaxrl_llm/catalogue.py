@@ -57,6 +57,10 @@ _HELPERS = re.compile(
     r"low_probability_confidence|mean_log_ratio|on_mask|outcome_token_rewards|parsed_number|pessimistic_surrogate|"
     r"predicted_entropy_change|row_uniforms|row_weight|soft_minimum|taken_turns|token_share|weighted_sum"
 )
+# Stand for the sizes that a run fills keywords with.
+_SIZES = dict.fromkeys(
+    ("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step", "total_steps"), 2
+)
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 
 
@@ -244,7 +248,7 @@ def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
     parts = [tree, *(tree.get("stages") or ())]
     try:
         for part, (section, terms_of) in itertools.product(parts, _SECTIONS.items()):
-            for term in terms_of(part.get(section) or ()):
+            for term in terms_of(part.get(section) or (), _SIZES):
                 functions.append(term.function)
                 filled |= set(getattr(term, "names", ()))
                 coefficient = getattr(term, "coefficient", None)

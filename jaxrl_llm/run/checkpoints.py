@@ -45,8 +45,8 @@ def require_own_config(config: Config, meta: Mapping[str, Any]) -> str:
     if not moved:
         return ""
     return (
-        f"placement has changed: {', '.join(moved)}; sums are added in another order, so the last digits of numbers may "
-        "be others than without the change"
+        f"placement has changed: {', '.join(moved)}; sums are added in another order, so the last digits of numbers "
+        "may be others than without the change"
     )
 
 
