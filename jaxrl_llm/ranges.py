@@ -104,10 +104,10 @@ def require_ranges(section: Any, owner: str) -> None:
     """Refuse a dataclass with a number outside of the range that its field names.
 
     Raises:
-      ValueError: with the field as `owner.name`, its value, and the range.
+      ValueError: with the field as `owner.name` (or its name alone), its value, and the range.
     """
     for name, annotation in _hints(type(section)).items():
-        require_range(annotation, getattr(section, name, None), f"{owner}.{name}")
+        require_range(annotation, getattr(section, name, None), f"{owner}.{name}" if owner else name)
 
 
 @functools.cache

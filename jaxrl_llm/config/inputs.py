@@ -32,7 +32,7 @@ class TaskConfig:
     train_items: Count = 8192
     validation_items: Count = 256
     test_items: Count = 512
-    seed: int = 0
+    seed: Natural = 0
 
     def __post_init__(self):
         require_ranges(self, "task")

@@ -14,6 +14,7 @@ from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, TaskC
 from jaxrl_llm.config.method import AdapterConfig, NetworkConfig, RolloutConfig, TrainingConfig
 from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.ranges import Natural, require_ranges
 
 # What a stage cannot have of its own.
 _OF_THE_RUN = (
@@ -47,7 +48,7 @@ class Config:
     rewards: tuple[Any, ...] = ()
     credit: tuple[dict[str, Any], ...] = ()
     task: TaskConfig | None = None
-    seed: int = 0
+    seed: Natural = 0
     init_from: BranchConfig | None = None
     run_dir: str | None = field(default=None, metadata=FREE)
     about: AboutConfig = field(default=AboutConfig(), metadata=FREE)
@@ -67,6 +68,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=PLACEMENT)
 
     def __post_init__(self):
+        require_ranges(self, "")
         if "://" in (self.run_dir or ""):
             raise ValueError(
                 f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "

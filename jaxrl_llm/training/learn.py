@@ -225,9 +225,10 @@ def _loss(term: LossTerm, value: Any) -> Loss:
         numerator, denominator, *metrics = value
         if jnp.shape(numerator) == () and (denominator is None or jnp.shape(denominator) == ()):
             return Loss(numerator, denominator, *metrics)
-    shape = f"an array of shape {value.shape}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+    shape = getattr(value, "shape", None)
+    said = f"a {type(value).__name__}" if shape is None else f"an array of shape {shape}"
     raise ValueError(
-        f"loss {term.name!r} returned {shape}; it must return a sum and a count, both scalars, so that any split of a "
+        f"loss {term.name!r} returned {said}; it must return a sum and a count, both scalars, so that any split of a "
         "batch gives the same gradient: Loss(sum, count) of jaxrl_llm, see also losses.aggregate"
     )
 
