@@ -216,7 +216,11 @@ def run_stage(
                 held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
                 if done > first + 2:
                     run.watch.expect_none(progress.message)
-                shown = held_out if stage.probes is None else {name: held_out[name] for name in stage.probes}
+                shown = (
+                    held_out
+                    if stage.probes is None
+                    else {name: held_out[name] for name in stage.probes if name in held_out}
+                )
                 metrics |= {f"validation/{name}": value for name, value in shown.items()}
                 reached = stage.stop_at_accuracy is not None and held_out["pass@1"] >= stage.stop_at_accuracy
             if done == first + 2 or (new_width and done > first + 2):

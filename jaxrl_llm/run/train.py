@@ -97,6 +97,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         require_answers(stage.parts, sets[stage.name])
     held_out = [data[split] for split in ("validation", "test") if split in data and answers_of(data[split])]
     grade = grader(built, *held_out) if held_out else None
+    if grade is None and any(stage.stop_at_accuracy is not None for stage in stages):
+        raise ValueError("warm_start.stop_at_accuracy is set, but the data has no reference answers; leave it out")
     fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
     for stage in stages:
         if (own := sets[stage.name]) and own is not data:

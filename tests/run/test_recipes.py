@@ -174,7 +174,7 @@ def test_an_annotation_that_cannot_be_resolved_is_not_checked():
         (
             credit_terms,
             [{"advantages": {"running_mean_baseline": {"decay": 1.5}}}],
-            r"credit\.advantages\.running_mean_baseline: decay is 1\.5",
+            r"credit\.advantages\.running_mean_baseline\.decay is 1\.5",
         ),
         (loss_terms, [{"divergence": {"generator": "kl"}}], r"losses\.divergence: .*generator"),
         (credit_terms, ["group_normalized"], "must be one `field: method`"),

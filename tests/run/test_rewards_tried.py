@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from jaxrl_llm import cli
-from jaxrl_llm.config import parse_config
+from jaxrl_llm.config import WarmStartConfig, parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.rewards_tried import require_answers, try_rewards
 from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.train import train
 
 CALLS = []
 
@@ -88,8 +90,14 @@ def test_bad_lines_speak_before_the_tables(micro_yaml, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_run_on_prompts_alone_with_a_reward_of_a_column(made, tmp_path, monkeypatch, capsys):
     built, _ = made("graded", {"hardness": 3})
-    from jaxrl_llm.run.train import train
-
     summary = train(built.config)
     assert summary["before"] == {}
     assert summary["after"] == {}
+
+
+def test_accuracy_that_is_never_measured_stops_nothing(made, tmp_path):
+    built, _ = made("graded", {"hardness": 3})
+    warm = WarmStartConfig(steps=1, sequences_per_step=1, probe_every_steps=1, stop_at_accuracy=0.5)
+    with pytest.raises(ValueError, match=r"stop_at_accuracy is set, but the data has no reference answers"):
+        train(replace(built.config, warm_start=warm))
+    assert not (tmp_path / "run").exists()
