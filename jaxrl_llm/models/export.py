@@ -18,11 +18,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from jaxrl_llm.models.checkpoint_files import INDEX, SINGLE, read_json
-from jaxrl_llm.models.families import architecture_of, config_to_json
+from jaxrl_llm.models.checkpoint_files import INDEX, SINGLE, StoredTensor, read_json, stored_tensors
+from jaxrl_llm.models.families import config_to_json, is_vision_language, text_part
 from jaxrl_llm.models.lora import LowRank
 from jaxrl_llm.models.quantised import Quantised
-from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves
+from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves, text_names
 from jaxrl_llm.models.transformer_config import Precision, TransformerConfig
 
 # What else belongs to a model and is copied as it is.
@@ -78,10 +78,11 @@ def save_model(
     original = None if source is None else read_json(Path(source) / "config.json")
     described = config_to_json(config, original=original)
     stored_as = dtype or config.parameter_dtype
-    for key in ("dtype", "torch_dtype"):
-        if key in described:
-            described[key] = stored_as
-    layout = checkpoint_layout(config, architecture_of(described))
+    for part in (described, described.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            if part is not None and key in part:
+                part[key] = stored_as
+    layout = checkpoint_layout(config, text_part(described)[0])
     given = leaves(params)
     if special := sorted(path for path, leaf in given.items() if isinstance(leaf, LowRank | Quantised)):
         raise ValueError(f"the parameters at {', '.join(special)} have adapters or are in int8; give merged(params)")
@@ -99,13 +100,26 @@ def save_model(
         for name in COPIED if source is not None else ():
             if (Path(source or "") / name).is_file():
                 shutil.copyfile(Path(source or "") / name, partial / name)
-    _write_shards(partial, layout, given, jnp.dtype(stored_as), max_shard_bytes, writes)
+    named, carried = _carried(source) if source is not None and is_vision_language(described) else (str, {})
+    _write_shards(partial, layout, given, jnp.dtype(stored_as), max_shard_bytes, writes, named, carried)
     if not writes:
         return []
     if directory.exists():
         directory.rmdir()
     partial.rename(directory)
     return sorted(directory.iterdir())
+
+
+def _carried(source: str | Path) -> tuple[Callable[[str], str], dict[str, StoredTensor]]:
+    """(our tensor name -> its name among those of a vision-language checkpoint, the tensors that are not text)."""
+    stored = stored_tensors(source)
+    text = text_names(stored)
+    others = {name: tensor for name, tensor in stored.items() if name not in text.values()}
+
+    def named(ours: str) -> str:
+        return text.get(ours, ours if ours == "lm_head.weight" else ours.replace("model.", "model.language_model.", 1))
+
+    return named, others
 
 
 def shard_plan(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
@@ -125,14 +139,23 @@ def shard_plan(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]
 
 
 def _write_shards(
-    directory: Path, layout: Layout, params: Mapping[str, Array], dtype: Any, max_shard_bytes: int, writes: bool
+    directory: Path,
+    layout: Layout,
+    params: Mapping[str, Array],
+    dtype: Any,
+    max_shard_bytes: int,
+    writes: bool,
+    named: Callable[[str], str],
+    carried: Mapping[str, StoredTensor],
 ) -> None:
+    """Write our tensors under the names that they have in the checkpoint, and those that are carried as they are."""
     from safetensors.numpy import save_file
 
     tensors = layout.tensors()
     # By layer, so that the leaves of one layer are fetched once and then let go.
     ordered = sorted(tensors, key=lambda name: int((re.findall(r"\.layers\.(\d+)\.", name) or ["-1"])[0]))
     sizes = {name: math.prod(tensors[name]) * dtype.itemsize for name in ordered}
+    sizes |= {name: tensor.bytes for name, tensor in carried.items()}
     plan = shard_plan(sizes, max_shard_bytes)
     pieces: dict[str, list[tuple[Part, int, int]]] = {name: [] for name in tensors}
     for part in layout.parts:
@@ -146,8 +169,13 @@ def _write_shards(
     weight_map = {}
     for number, names in enumerate(plan, start=1):
         file = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        built = {name: tensor_of(layout, pieces[name], fetched, tensors[name], dtype) for name in names}
-        weight_map |= dict.fromkeys(names, file)
+        built = {
+            named(name): tensor_of(layout, pieces[name], fetched, tensors[name], dtype)
+            for name in names
+            if name not in carried
+        }
+        built |= {name: carried[name].read((...,)) for name in names if name in carried}
+        weight_map |= dict.fromkeys(built, file)
         if writes:
             # transformers refuses a file that does not say which framework wrote it.
             save_file(built, directory / file, metadata={"format": "pt"})

@@ -65,7 +65,7 @@ def in_pages(config: TransformerConfig) -> bool:
     if config.cache_layout != "auto":
         return config.cache_layout == "paged"
     serves = paged_kind(queries=1, head_size=config.head_size, dtype=config.compute_dtype) == "kernel"
-    return serves and config.cache_dtype == "compute"
+    return serves and config.cache_dtype == "compute" and not config.attention_sinks
 
 
 def expanded(cache: Cache | PagedCache, samples: int, extra_slots: int, *, config: TransformerConfig) -> Any:
@@ -185,15 +185,16 @@ def paged_attention(
     window: int | None,
     windowed: bool | Array,
     cap: float | None,
+    sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """`attend` over pages that hold the new tokens too."""
     kind = paged_kind(queries=queries.shape[1], head_size=queries.shape[-1], dtype=queries.dtype.name)
-    if kind == "kernel" and (window is None or isinstance(windowed, bool)):
+    if kind == "kernel" and sinks is None and (window is None or isinstance(windowed, bool)):
         within = window if windowed else None
         return kernel_attention(queries, block, positions, scale=scale, window=within, cap=cap)
     stored, seen = gathered(block)
     keys = KeyValues(stored.keys, stored.values, seen)
-    return attend(queries, keys, positions, scale=scale, window=window, windowed=windowed, cap=cap)
+    return attend(queries, keys, positions, scale=scale, window=window, windowed=windowed, cap=cap, sinks=sinks)
 
 
 def gathered(block: PagedBlock) -> tuple[KeysAndValues, Int[Array, "B S"]]:

@@ -22,6 +22,7 @@ from jaxrl_llm.models import (
     parameter_count,
     transformer,
 )
+from jaxrl_llm.models.families import VISION_LANGUAGE
 from jaxrl_llm.rollout import generate
 
 torch = pytest.importorskip("torch")
@@ -73,7 +74,7 @@ def test_a_greedy_continuation_of_32_tokens_is_the_same(checkpoint, batch):
         answer_length=jnp.zeros(3, jnp.int32),
     )
     sizes = dict(samples_per_prompt=1, max_completion_tokens=32, eos_ids=(-1,), pad_id=0, temperature=0.0)
-    model, _ = load_model(checkpoint.directory, layer_loop="scanned")
+    model, _ = load_model(checkpoint.directory, **checkpoint.execution, layer_loop="scanned")
     ours = jax.jit(lambda params: generate(model, params, prompts, jax.random.key(0), 0, **sizes).tokens)
     tokens = ours(checkpoint.params)
     np.testing.assert_array_equal(tokens, expected.numpy())
@@ -82,7 +83,7 @@ def test_a_greedy_continuation_of_32_tokens_is_the_same(checkpoint, batch):
 
 @pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
 def test_cached_decoding_equals_the_whole_forward(checkpoint, batch, layer_loop):
-    model, _ = load_model(checkpoint.directory, layer_loop=layer_loop)
+    model, _ = load_model(checkpoint.directory, **checkpoint.execution, layer_loop=layer_loop)
     apply, params = jax.jit(model.apply), checkpoint.params
     whole, none, _ = checkpoint.observe(params, batch.tokens, batch.positions, None, names=NAMES)
     assert none is None
@@ -96,7 +97,7 @@ def test_cached_decoding_equals_the_whole_forward(checkpoint, batch, layer_loop)
 
 
 def test_scanned_blocks_show_what_unrolled_blocks_show(checkpoint, batch):
-    model, _ = load_model(checkpoint.directory, layer_loop="scanned")
+    model, _ = load_model(checkpoint.directory, **checkpoint.execution, layer_loop="scanned")
     arguments = (checkpoint.params, batch.tokens, batch.positions, None)
     unrolled = checkpoint.observe(*arguments, names=NAMES)[2]["hidden_states"]
     scanned = jax.jit(partial(model.observe, names=NAMES))(*arguments)[2]["hidden_states"]
@@ -276,9 +277,9 @@ def test_a_model_of_our_own_is_written_as_the_family_that_it_is():
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel', which is not supported; supported are LlamaFor"),
         ({"architectures": None, "model_type": "bert"}, "'bert', which is not supported"),
         ({"hidden_act": "relu"}, "activation 'relu'; supported are silu"),
-        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"rope_scaling": {"rope_type": "longrope"}, "max_position_embeddings": 9}, "0 short and 0 long factors; longrope needs one"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'.*supported are default, linear"),
+        ({"rope_scaling": {"type": "3d", "factor": 2.0}}, "rope_type '3d'.*supported are default, dynamic, linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "without factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor is 0.5"),
         ({"hidden_size": None}, "lacks hidden_size"),
@@ -287,8 +288,11 @@ def test_a_model_of_our_own_is_written_as_the_family_that_it_is():
         ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"architectures": ["Gemma2ForCausalLM"], "layer_types": ["linear_attention"]}, "'linear_attention'"),
         (
-            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope", "long_factor": []}},
-            "phi3 has rope_scaling.rope_type 'longrope'",
+            {
+                "architectures": ["Phi3ForCausalLM"],
+                "rope_scaling": {"type": "su", "long_factor": [1.0], "short_factor": [1.0]},
+            },
+            "1 short and long factors for 128 rotated dimensions",
         ),
         (
             {
@@ -312,5 +316,5 @@ def test_only_execution_may_be_chosen_at_import():
         config_from_json(published("Qwen3-0.6B"), width=3)
 
 
-def test_every_family_has_a_case(checkpoint):
-    assert type(checkpoint.theirs).__name__ in FAMILIES
+def test_every_family_has_a_case(architectures):
+    assert architectures == {*FAMILIES, *VISION_LANGUAGE}
