@@ -241,6 +241,7 @@ DENSE_FAMILIES: dict[str, Family] = {
                 "llama_4_scaling_beta": 0.1,
             },
         },
+        rope=("llama_4_scaling_beta",),
     ),
     "GemmaForCausalLM": Family(
         "gemma",
@@ -280,6 +281,7 @@ DENSE_FAMILIES: dict[str, Family] = {
         _phi3_fields,
         _phi3_json,
         {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        rope=("partial_rotary_factor",),
     ),
     "SeedOssForCausalLM": Family(
         "seed_oss",
@@ -333,5 +335,6 @@ DENSE_FAMILIES: dict[str, Family] = {
             "head_dim": 128,
             "partial_rotary_factor": 0.5,
         },
+        rope=("partial_rotary_factor",),
     ),
 }

@@ -68,8 +68,8 @@ class ExpertsConfig:
                 raise ValueError(f"model.experts.{name} is {getattr(self, name)!r}; it must be one of {known}")
         if self.groups < 1 or self.count % self.groups or not 1 <= self.groups_per_token <= self.groups:
             raise ValueError(
-                f"model.experts has {self.groups} groups, {self.groups_per_token} for a token, of {self.count} experts; "
-                "groups must divide the experts, and a token has at least one and at most all"
+                f"model.experts has {self.groups} groups, {self.groups_per_token} for a token, of {self.count} "
+                "experts; groups must divide the experts, and a token has at least one and at most all"
             )
         if self.per_token > self.groups_per_token * (self.count // self.groups):
             raise ValueError(
@@ -84,8 +84,8 @@ class ExpertsConfig:
             )
         if self.dense_layers < 0 or (self.dense_layers > 0) != (self.dense_width is not None):
             raise ValueError(
-                f"model.experts.dense_layers is {self.dense_layers} and dense_width is {self.dense_width}; set both, or "
-                "leave both out"
+                f"model.experts.dense_layers is {self.dense_layers} and dense_width is {self.dense_width}; set both, "
+                "or leave both out"
             )
 
     @property
@@ -98,7 +98,7 @@ class Routing(NamedTuple):
     """Where each token goes.
 
     Attributes:
-      probabilities: of all experts: the softmax of the router's scores, or their sigmoids over the sum of them; float32.
+      probabilities: of all experts, float32: the softmax of the router's scores, or their sigmoids over the sum.
       choices: the experts of each token, best first.
       weights: of their answers, float32.
     """

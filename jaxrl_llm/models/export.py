@@ -100,7 +100,7 @@ def save_model(
         for name in COPIED if source is not None else ():
             if (Path(source or "") / name).is_file():
                 shutil.copyfile(Path(source or "") / name, partial / name)
-    named, carried = _carried(source) if source is not None and is_vision_language(described) else (str, {})
+    named, carried = carried_tensors(source) if source is not None and is_vision_language(described) else (str, {})
     _write_shards(partial, layout, given, jnp.dtype(stored_as), max_shard_bytes, writes, named, carried)
     if not writes:
         return []
@@ -110,7 +110,7 @@ def save_model(
     return sorted(directory.iterdir())
 
 
-def _carried(source: str | Path) -> tuple[Callable[[str], str], dict[str, StoredTensor]]:
+def carried_tensors(source: str | Path) -> tuple[Callable[[str], str], dict[str, StoredTensor]]:
     """(our tensor name -> its name among those of a vision-language checkpoint, the tensors that are not text)."""
     stored = stored_tensors(source)
     text = text_names(stored)

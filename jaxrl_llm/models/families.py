@@ -141,7 +141,7 @@ def config_from_json(source: Json, *, context_tokens: int | None = None, **execu
         "compute_dtype": precision,
     }
     own = family.fields(source)
-    rope = rope_fields(source, local="window" in own)
+    rope = rope_fields(source, local="window" in own, read=family.rope)
     config = TransformerConfig(**(common | rope | own | execution))
     return config if context_tokens is None else config.for_context(context_tokens)
 
@@ -222,7 +222,7 @@ def _differences(config: TransformerConfig, other: TransformerConfig) -> list[st
             experts=experts,
             window_pattern=pattern,
             rope_pattern=config.rotated,
-            rope_scaling=None if scaling is None else replace(scaling, extended=False),
+            rope_scaling=None if scaling is None else replace(scaling, extended=None),
             head_width=config.head_size,
             mlp_width=config.mlp_size,
             query_scale=round(config.score_scale, 12),

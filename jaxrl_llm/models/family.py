@@ -22,6 +22,7 @@ class Family:
       json: the reverse.
       defaults: what a missing key of `config.json` means.
       experts: its blocks are mixtures of experts.
+      rope: keys of rotary positions that it reads and others do not, see `rope_fields`.
     """
 
     model_type: str
@@ -30,6 +31,7 @@ class Family:
     json: Callable[[TransformerConfig], dict[str, Any]]
     defaults: Json
     experts: bool = False
+    rope: tuple[str, ...] = ()
 
 
 def refuse(source: Json, key: str, meaning: str) -> None:

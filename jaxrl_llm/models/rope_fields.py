@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from jaxrl_llm.models.rotary import RopeScaling
@@ -15,12 +16,13 @@ KINDS = {"linear", "dynamic", "llama3", "yarn", "longrope"}
 _OTHER_NAMES = {"mrope": "default", "su": "longrope"}
 
 
-def rope_fields(source: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
+def rope_fields(source: Mapping[str, Any], *, local: bool, read: Collection[str] = ()) -> dict[str, Any]:
     """rope_base, rope_scaling, local_rope_base and rope_fraction as config.json says them, in old or new writing.
 
     Args:
       source: config.json, with `rope_parameters`, or with `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
       local: some layer is windowed, so that a second base matters.
+      read: which of partial_rotary_factor and llama_4_scaling_beta this family reads; others pass over them.
 
     Raises:
       ValueError: for a kind of scaling that the decoder does not have.
@@ -37,12 +39,13 @@ def rope_fields(source: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
     else:
         full, outer = scaling or written, source
     base = full.get("rope_theta") or source.get("rope_theta") or DEFAULT_BASE
-    fraction = full.get("partial_rotary_factor") or source.get("partial_rotary_factor") or 1.0
-    fields: dict[str, Any] = {
-        "rope_base": float(base),
-        "rope_scaling": _scaling(full, outer),
-        "rope_fraction": float(fraction),
-    }
+    scaled = _scaling(full, outer)
+    if scaled is not None and (growth := full.get("llama_4_scaling_beta")) and "llama_4_scaling_beta" in read:
+        scaled = replace(scaled, query_growth=float(growth))
+    fields: dict[str, Any] = {"rope_base": float(base), "rope_scaling": scaled}
+    if "partial_rotary_factor" in read:
+        fraction = full.get("partial_rotary_factor") or source.get("partial_rotary_factor")
+        fields["rope_fraction"] = float(fraction or 1.0)
     local_base = nested.get("sliding_attention", {}).get("rope_theta") or source.get("rope_local_base_freq")
     if local_base is None or not local:
         return fields
@@ -94,8 +97,7 @@ def _scaling(written: Mapping[str, Any], source: Mapping[str, Any]) -> RopeScali
         own = {name: tuple(map(float, written.get(f"{name}_factor") or ())) for name in ("short", "long")}
         attention_factor = written.get("attention_factor")
         own["magnitude"] = None if attention_factor is None else float(attention_factor)
-    growth = float(written.get("llama_4_scaling_beta") or 0.0)
-    return RopeScaling(kind, float(factor), context, query_growth=growth, **own)  # type: ignore[arg-type]
+    return RopeScaling(kind, float(factor), context, **own)  # type: ignore[arg-type]
 
 
 def _magnitude(written: Mapping[str, Any], factor: float) -> float | None:

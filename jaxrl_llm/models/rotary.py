@@ -35,7 +35,7 @@ class RopeScaling:
         sqrt(1 + log(factor) / log(original_positions)) to longrope.
       short: what longrope divides each frequency by, in a run whose sequences all fit into the old context.
       long: the same in a run that goes beyond it.
-      extended: the run goes beyond it.
+      extended: whether the run goes beyond it; None where nobody has said how long its sequences are.
       query_growth: a query at position p is multiplied by 1 + query_growth * log(1 + floor(p / original_positions)).
     """
 
@@ -50,7 +50,7 @@ class RopeScaling:
     magnitude: float | None = None
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
-    extended: bool = False
+    extended: bool | None = None
     query_growth: float = 0.0
 
     def __post_init__(self):
@@ -86,9 +86,8 @@ class RopeScaling:
 
     @property
     def limit(self) -> int | None:
-        """The longest sequence whose angles are right; None where there is none."""
-        bounded = self.kind == "dynamic" or (self.kind == "longrope" and not self.extended)
-        return self.original_positions if bounded else None
+        """The longest sequence whose angles are right, where nobody has said that none is longer."""
+        return self.original_positions if self.kind in ("dynamic", "longrope") and self.extended is None else None
 
 
 def rotary_frequencies(size: int, base: float, scaling: RopeScaling | None = None) -> Float[Array, "R"]:

@@ -119,8 +119,9 @@ def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
     carried = cache.pages if isinstance(cache, PagedCache) else None
     kinds = zip(config.windowed, config.rotated, strict=True)
     for index, (block_params, kind) in enumerate(zip(unstack(params, config)["blocks"], kinds, strict=True)):
-        routed = router_choices is not None and "router" in block_params
-        choices = router_choices[index - config.stacks["blocks"].start] if routed else None
+        choices = None
+        if router_choices is not None and "router" in block_params:
+            choices = router_choices[index - config.stacks["blocks"].start]
         cached = _cached(cache, carried, index, config)
         x, carried, observed = run_block(shared, Layer(*kind), cached)(block_params, x, choices)
         filled.append(carried)
@@ -245,7 +246,7 @@ def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
 def logits(
     params: PyTree, hidden: Float[Array, "*B D"], *, cap: float | None = None, divisor: float = 1.0
 ) -> Float[Array, "*B V"]:
-    """Scores of the next symbol over `divisor`, in float32, before temperature; with a cap, cap * tanh(scores / cap)."""
+    """Scores of the next symbol over `divisor`, float32, before temperature; with a cap, cap * tanh(scores / cap)."""
     table = params.get("unembedding", params["embedding"]).astype(hidden.dtype)
     scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     # Scores move on to where they are drawn from; the table stays where it is.

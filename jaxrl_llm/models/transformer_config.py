@@ -274,10 +274,16 @@ class TransformerConfig:
           ValueError: for more tokens than the rotary angles are right for.
         """
         scaling = self.rope_scaling
-        if scaling is not None and scaling.kind == "longrope":
-            return replace(self, rope_scaling=replace(scaling, extended=tokens > (scaling.original_positions or 0)))
-        require_in_context(self, tokens)
-        return self
+        if scaling is None or scaling.kind not in ("dynamic", "longrope"):
+            return self
+        extended = tokens > (scaling.original_positions or 0)
+        if extended and scaling.kind == "dynamic":
+            raise ValueError(
+                f"sequences of {tokens} tokens are longer than max_position_embeddings {scaling.original_positions}, "
+                "beyond which rope_scaling 'dynamic' depends on the length of each batch, which is not supported; take "
+                "shorter ones"
+            )
+        return replace(self, rope_scaling=replace(scaling, extended=extended))
 
     @property
     def unrolled(self) -> bool:
@@ -286,20 +292,14 @@ class TransformerConfig:
 
 
 def require_in_context(config: TransformerConfig, tokens: int) -> None:
-    """Refuse sequences that are longer than the rotary angles are right for.
+    """Refuse sequences beyond the old context where nobody has said how long they would be.
 
     Raises:
       ValueError: naming both lengths.
     """
     scaling = config.rope_scaling
-    if scaling is None or scaling.limit is None or tokens <= scaling.limit:
-        return
-    remedy = (
-        "load it with context_tokens, the length of the longest sequence"
-        if scaling.kind == "longrope"
-        else "the angles of longer ones depend on the length of the batch, which is not supported"
-    )
-    raise ValueError(
-        f"sequences of {tokens} tokens are longer than the {scaling.limit} that rope_scaling {scaling.kind!r} of this "
-        f"model is set up for; {remedy}"
-    )
+    if scaling is not None and scaling.limit is not None and tokens > scaling.limit:
+        raise ValueError(
+            f"sequences of {tokens} tokens are longer than the {scaling.limit} up to which the rotary angles of this "
+            f"model ({scaling.kind}) are right; load it with context_tokens, the length of the longest sequence"
+        )

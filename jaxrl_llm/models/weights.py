@@ -86,11 +86,7 @@ def load_params(
     if is_imported(directory):
         everywhere = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
         return read_imported(directory, transformer(config), sharding=everywhere)
-    stored = stored_tensors(directory)
-    described = read_json(Path(directory) / "config.json")
-    layout = checkpoint_layout(config, text_part(described)[0])
-    if is_vision_language(described):
-        stored = {ours: stored[theirs] for ours, theirs in text_names(stored).items()}
+    layout, stored = stored_model(directory, config)
     check_tensors(layout.tensors(), stored, ignored=[HEAD] if config.tie_embeddings else [])
     if config.tie_embeddings and HEAD in stored:
         _check_tied(stored)
@@ -113,6 +109,14 @@ def load_params(
             tree = tree.setdefault(section, {})
         tree[name] = jax.make_array_from_callback(shape, shardings[path], read, dtype=dtype)
     return loaded
+
+
+def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layout, dict[str, StoredTensor]]:
+    """(where tensors lie in our leaves, the tensors of the text model by the names in there)."""
+    described, stored = read_json(Path(directory) / "config.json"), stored_tensors(directory)
+    if is_vision_language(described):
+        stored = {ours: stored[theirs] for ours, theirs in text_names(stored).items()}
+    return checkpoint_layout(config, text_part(described)[0]), stored
 
 
 def _per_leaf(layout: Layout, sharding: Sharding | PyTree | None) -> dict[str, Sharding]:

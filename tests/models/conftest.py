@@ -35,8 +35,9 @@ MINISTRAL = {"original_max_position_embeddings": 5, "mscale": 1.0, "mscale_all_d
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 100.0,
-    "short_factor": [1.0, 1.1, 1.3],
-    "long_factor": [1.5, 3.0, 9.0],
+    "partial_rotary_factor": 0.67,
+    "short_factor": [1.0, 1.3],
+    "long_factor": [1.5, 9.0],
     "original_max_position_embeddings": 8,
 }
 GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7}
@@ -119,7 +120,9 @@ CASES = {
     "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "qwen2 partly windowed, yarn rope": (
         "Qwen2",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "rope_parameters": YARN},
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "rope_parameters": YARN}
+        # Said at two places, which disagree.
+        | {"original_max_position_embeddings": 8},
     ),
     "qwen3 tied": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),

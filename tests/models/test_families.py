@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from functools import partial
 
 import jax
@@ -15,6 +17,7 @@ from jaxrl_llm.models import (
     ExpertsConfig,
     RopeScaling,
     TransformerConfig,
+    abstract,
     config_from_json,
     config_to_json,
     load_model,
@@ -277,7 +280,10 @@ def test_a_model_of_our_own_is_written_as_the_family_that_it_is():
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel', which is not supported; supported are LlamaFor"),
         ({"architectures": None, "model_type": "bert"}, "'bert', which is not supported"),
         ({"hidden_act": "relu"}, "activation 'relu'; supported are silu"),
-        ({"rope_scaling": {"rope_type": "longrope"}, "max_position_embeddings": 9}, "0 short and 0 long factors; longrope needs one"),
+        (
+            {"rope_scaling": {"rope_type": "longrope"}, "max_position_embeddings": 9},
+            "0 short and 0 long factors; longrope needs one",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"type": "3d", "factor": 2.0}}, "rope_type '3d'.*supported are default, dynamic, linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "without factor"),
@@ -309,6 +315,53 @@ def test_a_model_of_our_own_is_written_as_the_family_that_it_is():
 def test_what_the_decoder_does_not_have_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_json(published("Llama-3.1-8B") | {"rope_scaling": None} | change)
+
+
+@pytest.mark.parametrize("architecture", [*FAMILIES, *VISION_LANGUAGE])
+def test_what_a_file_leaves_out_means_what_it_means_to_transformers(architecture):
+    import transformers
+
+    sizes = dict(
+        vocab_size=9,
+        hidden_size=4096,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        pad_token_id=0,
+    )
+    sparse = sizes if architecture in FAMILIES else {"text_config": sizes}
+    if architecture.startswith("Mistral3For"):  # transformers ties a head that is not stored; published ones are
+        sparse["tie_word_embeddings"] = False
+    name = re.sub("For(CausalLM|ConditionalGeneration)$", "", architecture)
+    kind = getattr(transformers, {"Gemma3ForCausalLM": "Gemma3TextConfig"}.get(architecture, f"{name}Config"))
+    named = {"architectures": [architecture]}
+    assert config_from_json(sparse | named) == config_from_json(kind(**copy.deepcopy(sparse)).to_dict() | named)
+
+
+def test_of_two_places_that_say_the_first_context_the_outer_one_counts():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    source = published("Qwen2.5-0.5B") | {"rope_scaling": scaling, "original_max_position_embeddings": 8}
+    read = config_from_json(source).rope_scaling
+    assert read is not None
+    assert read.original_positions == 8
+
+
+def test_rotary_angles_that_depend_on_the_length_of_a_run():
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    longrope = published("phi-4") | {"rope_scaling": scaling, "max_position_embeddings": 32, "vocab_size": 9}
+    longrope |= {"original_max_position_embeddings": 8}
+    dynamic = longrope | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8}
+    for source in (longrope, dynamic):
+        config = config_from_json(source)
+        apply = partial(jax.eval_shape, transformer(config).apply, abstract(transformer(config).specs))
+        assert apply(jnp.zeros((1, 8), int), jnp.zeros((1, 8), int), None)[0].shape == (1, 8, config.width)
+        with pytest.raises(ValueError, match=r"9 tokens are longer than the 8 .* load it with context_tokens"):
+            apply(jnp.zeros((1, 9), int), jnp.zeros((1, 9), int), None)
+    extended = [config_from_json(longrope, context_tokens=tokens).rope_scaling for tokens in (8, 9)]
+    assert [scaling is not None and scaling.extended for scaling in extended] == [False, True]
+    assert config_from_json(dynamic, context_tokens=8) == config_from_json(dynamic).for_context(8)
+    with pytest.raises(ValueError, match="sequences of 9 tokens are longer than max_position_embeddings 8"):
+        config_from_json(dynamic, context_tokens=9)
 
 
 def test_only_execution_may_be_chosen_at_import():

@@ -19,12 +19,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrl_llm
-from jaxrl_llm.models import load_model, load_params, logical_axes, save_model
+from jaxrl_llm.models import load_model, load_params, logical_axes, save_imported, save_model
 from jaxrl_llm.models.checkpoint_files import INDEX, stored_tensors
 from jaxrl_llm.models.export import shard_plan
-from jaxrl_llm.models.families import text_part
-from jaxrl_llm.models.tensor_names import checkpoint_layout, leaves
-from jaxrl_llm.models.weights import leaf_slice
+from jaxrl_llm.models.tensor_names import leaves
+from jaxrl_llm.models.weights import leaf_slice, stored_model
 
 TIED, UNTIED = "qwen3 tied", "llama"
 
@@ -74,10 +73,25 @@ def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(ch
         same(params, checkpoint.params)
 
 
+@pytest.mark.parametrize("case", ["gemma3 with vision", "qwen2.5 with vision"])
+def test_what_is_not_text_is_carried_along_bit_for_bit(case, make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(case)
+    with pytest.warns(UserWarning, match="its text part is read, images are not"):
+        model, params = load_model(checkpoint.directory)
+    before = {name: tensor.read((...,)) for name, tensor in stored_tensors(checkpoint.directory).items()}
+    assert sum("language_model" not in name and "lm_head" not in name for name in before) > 5
+    # Whether it comes from the files themselves, or through orbax.
+    save_imported(tmp_path / "imported", params, source=checkpoint.directory)
+    same(load_params(tmp_path / "imported", model.config), params)
+    save_model(tmp_path / "one", params, model.config, source=checkpoint.directory)
+    same({name: tensor.read((...,)) for name, tensor in stored_tensors(tmp_path / "one").items()}, before)
+    save_model(tmp_path / "two", params, model.config, source=tmp_path / "imported")
+    theirs, again = checkpoint.theirs.state_dict(), from_pretrained(tmp_path / "two").state_dict()
+    same({name: weight.numpy() for name, weight in again.items()}, {n: w.numpy() for n, w in theirs.items()})
+
+
 def test_any_box_of_any_leaf_can_be_read_by_itself(checkpoint):
-    config = checkpoint.model.config
-    architecture = text_part(json.loads((checkpoint.directory / "config.json").read_text()))[0]
-    layout, stored = checkpoint_layout(config, architecture), stored_tensors(checkpoint.directory)
+    layout, stored = stored_model(checkpoint.directory, checkpoint.model.config)
     rng = np.random.default_rng(0)
     for path, leaf in leaves(checkpoint.params).items():
         for _ in range(4):
@@ -102,11 +116,10 @@ class Counting:
 @pytest.mark.parametrize("case", [UNTIED, "mixtral", "phi3 partly rotated"])
 def test_nothing_outside_a_slice_is_read(case, make_checkpoint):
     checkpoint = make_checkpoint(case)
-    architecture = text_part(json.loads((checkpoint.directory / "config.json").read_text()))[0]
-    layout = checkpoint_layout(checkpoint.model.config, architecture)
+    layout, tensors = stored_model(checkpoint.directory, checkpoint.model.config)
     axes = leaves(logical_axes(checkpoint.model.specs))
     counts: list[int] = []
-    stored = {name: Counting(tensor, counts) for name, tensor in stored_tensors(checkpoint.directory).items()}
+    stored = {name: Counting(tensor, counts) for name, tensor in tensors.items()}
     split = 0
     for path, shape in layout.shapes.items():
         for axis, name in enumerate(axes[path]):
