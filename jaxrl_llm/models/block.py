@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend
 from jaxrl_llm.models.cache import KeysAndValues, of_layer, remembered
 from jaxrl_llm.models.experts import expert_mlp, route
+from jaxrl_llm.models.latent import NORM_EPSILON, latent_mixed, latent_queries_and_keys, latent_values
 from jaxrl_llm.models.paged import PagedBlock, paged_attention, written
 from jaxrl_llm.models.projection import project
 from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
@@ -93,28 +94,41 @@ def _rotated(shared: Shared, layer: Layer, x: Float[Array, "B T K G H"]) -> Floa
     return turned if layer.rotated is True else jnp.where(layer.rotated, turned, x)
 
 
-def _attention(params, shared: Shared, x, layer: Layer, cached):
-    """What attention adds to the residual stream, and the filled cache of this block."""
+def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, KeysAndValues]:
+    """Queries, and keys and values as a cache holds them."""
     config, dtype = shared.config, x.dtype
-    norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    projected = project(norm(x, params["attention_norm"]) if config.pre_norms else x, params["qkv"])
-    if config.qkv_bias:
-        projected = projected + params["qkv_bias"].astype(dtype)
-    queries, keys, values = projected[..., :-2, :], projected[..., -2:-1, :], projected[..., -1, :]
-    if config.qk_norm:
-        queries, keys = (
-            _head_norm(queries, params["query_norm"], norm),
-            _head_norm(keys, params["key_norm"], norm),
-        )
-    queries, keys = _rotated(shared, layer, queries), _rotated(shared, layer, keys)[..., 0, :]
+    x = norm(x, params["attention_norm"]) if config.pre_norms else x
+    rotated = partial(_rotated, shared, layer)
+    if config.latent is not None:
+        of_latents = partial(rms_norm, epsilon=NORM_EPSILON)
+        queries, keys = latent_queries_and_keys(params, x, config.latent, of_latents, rotated)
+        values = keys[..., :0]
+    else:
+        projected = project(x, params["qkv"])
+        if config.qkv_bias:
+            projected = projected + params["qkv_bias"].astype(dtype)
+        queries, keys, values = projected[..., :-2, :], projected[..., -2:-1, :], projected[..., -1, :]
+        if config.qk_norm:
+            queries, keys = (
+                _head_norm(queries, params["query_norm"], norm),
+                _head_norm(keys, params["key_norm"], norm),
+            )
+        queries, keys = rotated(queries), rotated(keys)[..., 0, :]
     if shared.growth is not None:
         queries = queries * shared.growth[..., None, None, None].astype(dtype)
     # Each device holds the queries of its own positions; the keys and values of all are gathered (context parallelism).
-    queries = constrain(queries, "rows", "positions", "kv_heads")
     new = KeysAndValues(
         constrain(keys.transpose(0, 2, 3, 1), "rows", "kv_heads", None, None),
         constrain(values.swapaxes(1, 2), "rows", "kv_heads", None),
     )
+    return constrain(queries, "rows", "positions", "kv_heads"), new
+
+
+def _attention(params, shared: Shared, x, layer: Layer, cached):
+    """What attention adds to the residual stream, and the filled cache of this block."""
+    config, dtype, latent = shared.config, x.dtype, shared.config.latent
+    norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    queries, new = _projected(params, shared, x, layer, norm)
     scores = {
         "scale": config.score_scale,
         "window": config.window,
@@ -132,8 +146,10 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
             filled = remembered(stored, index, new, shared.used, shared.seen.shape[1])
             # A pass that fills its whole cache has just computed what the cache holds.
             new = new if shared.kind != "plain" else of_layer(filled, index)
+        new = new if latent is None else latent_values(new, latent.rank)
         own = KeyValues(new.keys, new.values, shared.seen)
         attended = attend(queries, own, shared.positions, context, **scores, kind=shared.kind)
+    attended = attended if latent is None else latent_mixed(params, attended, latent)
     added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
     if config.attention_out_bias:
         added = added + params["attention_out_bias"].astype(dtype)
@@ -176,7 +192,8 @@ def _mlp(params, config: TransformerConfig, x, choices):
         experts, dtype = config.experts, x.dtype
         assert experts is not None
         biases = {"bias": params.get("router_bias"), "selection_bias": params.get("selection_bias")}
-        routing = route(normed, params["router"].astype(dtype), experts, choices, **biases)
+        router = params["router"] if experts.scores == "sigmoid" else params["router"].astype(dtype)
+        routing = route(normed, router, experts, choices, **biases)
         names = ["gate_up", "down"] + ["gate_up_bias", "down_bias"] * config.mlp_bias
         matrices = {name: params[name].astype(dtype) for name in names}
         added = expert_mlp(normed, routing, gated=gated, ragged=experts.ragged, **matrices)

@@ -129,10 +129,12 @@ def route(
       selection_bias: added where experts are chosen; it has no gradient.
     """
     chex.assert_rank([x, router], [3, 2])
+    sigmoid = experts.scores == "sigmoid"
+    if sigmoid:  # such routers were trained in float32
+        x, router = x.astype(jnp.float32), router.astype(jnp.float32)
     scores = jnp.einsum("btd,de->bte", x, router, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
-    sigmoid = experts.scores == "sigmoid"
     found = jax.nn.sigmoid(scores) if sigmoid else jax.nn.softmax(scores, axis=-1)
     if choices is None:
         ranked = found if selection_bias is None else found + selection_bias.astype(jnp.float32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxrl_llm.models.checkpoint_files import INDEX, SINGLE, StoredTensor, read_
 from jaxrl_llm.models.families import config_to_json, is_vision_language, text_part
 from jaxrl_llm.models.lora import LowRank
 from jaxrl_llm.models.quantised import Quantised
-from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves, text_names
+from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
 from jaxrl_llm.models.transformer_config import Precision, TransformerConfig
 
 # What else belongs to a model and is copied as it is.
@@ -152,15 +151,17 @@ def _write_shards(
     from safetensors.numpy import save_file
 
     tensors = layout.tensors()
-    # By layer, so that the leaves of one layer are fetched once and then let go.
-    ordered = sorted(tensors, key=lambda name: int((re.findall(r"\.layers\.(\d+)\.", name) or ["-1"])[0]))
-    sizes = {name: math.prod(tensors[name]) * dtype.itemsize for name in ordered}
-    sizes |= {name: tensor.bytes for name, tensor in carried.items()}
-    plan = shard_plan(sizes, max_shard_bytes)
     pieces: dict[str, list[tuple[Part, int, int]]] = {name: [] for name in tensors}
     for part in layout.parts:
         for name, layer, expert in layout.names(part):
             pieces[name].append((part, layer, expert))
+    # By layer, so that the leaves of one layer are fetched once and then let go.
+    ordered = sorted(tensors, key=lambda name: -1 if (layer := layer_of(name)) is None else layer)
+    wide = {name for name in tensors if pieces[name][0][0].leaf.endswith(IN_FLOAT32)}
+    stored_as = {name: jnp.dtype("float32") if name in wide else dtype for name in tensors}
+    sizes = {name: math.prod(tensors[name]) * stored_as[name].itemsize for name in ordered}
+    sizes |= {name: tensor.bytes for name, tensor in carried.items()}
+    plan = shard_plan(sizes, max_shard_bytes)
 
     @functools.lru_cache(maxsize=len(layout.shapes))
     def fetched(path: str, layer: int) -> np.ndarray:
@@ -170,7 +171,7 @@ def _write_shards(
     for number, names in enumerate(plan, start=1):
         file = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         built = {
-            named(name): tensor_of(layout, pieces[name], fetched, tensors[name], dtype)
+            named(name): tensor_of(layout, pieces[name], fetched, tensors[name], stored_as[name])
             for name in names
             if name not in carried
         }
@@ -209,9 +210,9 @@ def tensor_of(
     for part, layer, expert in pieces:
         axes, ranges = layout.axes[part.leaf], layout.ranges(part)
         box = fetched(part.leaf, layer)
-        if "e" in axes:
+        if "e" in axes and not part.holds_experts:
             box = box[expert]
-        kept = [axis for axis in axes if axis not in "le"]
+        kept = [axis for axis in axes if axis in "".join(part.dims)]
         box = box[tuple(slice(ranges[axis][0], sum(ranges[axis])) for axis in kept)]
         rows, *rest = layout.part_shape(part)
         ordered = box.transpose([kept.index(axis) for axis in "".join(part.dims)]).reshape(rows, *rest)

@@ -97,6 +97,12 @@ def text_part(source: Json) -> tuple[str, Json]:
     return part.text[kind], {**part.defaults, **nested, **outer}
 
 
+def is_mxfp4(source: Json, architecture: str) -> bool:
+    """Whether the weights of a checkpoint are in MXFP4, which is read for gpt-oss."""
+    method = (source.get("quantization_config") or {}).get("quant_method")
+    return architecture == "GptOssForCausalLM" and method == "mxfp4"
+
+
 def config_from_json(source: Json, *, context_tokens: int | None = None, **execution: Any) -> TransformerConfig:
     """The `TransformerConfig` that a `config.json` describes.
 
@@ -119,7 +125,8 @@ def config_from_json(source: Json, *, context_tokens: int | None = None, **execu
     architecture, source = text_part(source)
     family = FAMILIES[architecture]
     source = _complete(source, family)
-    refuse(source, "quantization_config", "quantised weights")
+    if not is_mxfp4(source, architecture):
+        refuse(source, "quantization_config", "quantised weights")
     # Old and new checkpoints differ in the name of the activation; Gemma has both, of which the second counts.
     activation = source.get("hidden_activation") or source["hidden_act"]
     if activation not in _ACTIVATIONS:
@@ -168,6 +175,7 @@ def config_to_json(
                 "original"
             )
         described = {**original, **{key: value for key, value in stored.items() if key in original or key == "dtype"}}
+        described.pop("quantization_config", None)  # what is written is not quantised
         if isinstance(original.get("text_config"), dict):
             described["text_config"] = dict(original["text_config"])
         return described

@@ -13,7 +13,7 @@ from jaxrl_llm.models.transformer_specs import transformer_specs
 
 # The axes of our leaves, one letter each: layer l, expert e, vocabulary v, width d, key/value head k, slot s (the
 # queries of a key/value head, then its key, then its value), group g (its queries alone), head width h, gate or up c,
-# hidden width m, expert that is chosen x, a single number z.
+# hidden width m, expert that is chosen x, a single number z, latent width r, head n.
 LEAF_AXES = {"embedding": "vd", "unembedding": "vd", "final_norm": "d"}
 BLOCK_AXES = {
     "attention_norm": "ld",
@@ -24,6 +24,11 @@ BLOCK_AXES = {
     "key_norm": "lh",
     "qkv": "ldksh",
     "qkv_bias": "lksh",
+    "query_down": "ldr",
+    "query_up": "lrnh",
+    "latent_down": "ldr",
+    "latent_norm": "lr",
+    "latent_up": "lrnh",
     "attention_out": "lkghd",
     "attention_out_bias": "ld",
     "sinks": "lkg",
@@ -40,6 +45,11 @@ BLOCK_AXES = {
 }
 EXPERT_AXES = {"gate_up": "ledcm", "gate_up_bias": "lecm", "down": "lemd", "down_bias": "led"}
 ALL_HEADS_AXES = {"query_norm": "lkgh", "key_norm": "lkh"}
+LATENT_AXES = {"query_norm": "lr"}
+
+
+# Leaves that are float32 whatever the dtype of the others, here and in checkpoints.
+IN_FLOAT32 = ("selection_bias",)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,9 @@ _NAMING = {
     "MixtralForCausalLM": Naming(
         router="block_sparse_moe.gate", experts="block_sparse_moe.experts.{e}", matrices=("w1", "w3", "w2")
     ),
+    "GptOssForCausalLM": Naming(router="mlp.router", experts="mlp.experts"),
+    "Glm4MoeForCausalLM": Naming(shared="mlp.shared_experts"),
+    "DeepseekV3ForCausalLM": Naming(shared="mlp.shared_experts"),
     "Glm4ForCausalLM": Naming(
         fused_gate_up=True,
         norms={
@@ -152,6 +165,12 @@ class Layout:
         return shapes
 
 
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a tensor of a checkpoint belongs to; None for those of no layer."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return None if found is None else int(found[1])
+
+
 def leaves(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     """A nested dict as a flat one, with paths joined by '/'."""
     flat = {}
@@ -176,9 +195,11 @@ def checkpoint_layout(config: TransformerConfig, architecture: str) -> Layout:
         routed = f"{stack}/router" in shapes
         own = BLOCK_AXES | (EXPERT_AXES if routed else {})
         own |= ALL_HEADS_AXES if config.qk_norm_span == "all_heads" else {}
+        own |= LATENT_AXES if config.latent is not None else {}
         axes |= {f"{stack}/{name}": letters for name, letters in own.items()}
         mlp = _experts(naming) if routed else _mlp(naming, "mlp", "", _dense_width(shapes, stack))
-        block = [*_norms(config, naming), *_attention(config, naming), *mlp]
+        heads = _attention(config, naming) if config.latent is None else _latent(config)
+        block = [*_norms(config, naming), *heads, *mlp]
         parts += [
             replace(part, tensor=f"model.layers.{{l}}.{part.tensor}", leaf=f"{stack}/{part.leaf}") for part in block
         ]
@@ -203,11 +224,13 @@ def _norms(config: TransformerConfig, naming: Naming) -> list[Part]:
         **naming.norms,
     }
     parts = [Part(f"{theirs}.weight", ours, ("d",)) for ours, theirs in names.items()]
-    spans = {"query_norm": "kgh", "key_norm": "kh"} if config.qk_norm_span == "all_heads" else {}
+    if not config.qk_norm:
+        return parts
+    spans = ("kgh", "kh") if config.qk_norm_span == "all_heads" else ("h", "h")
     return [
         *parts,
-        Part("self_attn.q_norm.weight", "query_norm", (spans.get("query_norm", "h"),)),
-        Part("self_attn.k_norm.weight", "key_norm", (spans.get("key_norm", "h"),)),
+        Part("self_attn.q_norm.weight", "query_norm", spans[:1]),
+        Part("self_attn.k_norm.weight", "key_norm", spans[1:]),
     ]
 
 
@@ -225,6 +248,19 @@ def _attention(config: TransformerConfig, naming: Naming) -> list[Part]:
         Part("self_attn.o_proj.weight", "attention_out", ("d", "kgh")),
         Part("self_attn.o_proj.bias", "attention_out_bias", ("d",)),
         Part("self_attn.sinks", "sinks", ("kg",)),
+    ]
+
+
+def _latent(config: TransformerConfig) -> list[Part]:
+    narrow = config.latent is not None and config.latent.query_rank is not None
+    return [
+        Part("self_attn.q_a_proj.weight", "query_down", ("r", "d")),
+        Part("self_attn.q_a_layernorm.weight", "query_norm", ("r",)),
+        Part(f"self_attn.{'q_b_proj' if narrow else 'q_proj'}.weight", "query_up", ("nh", "r")),
+        Part("self_attn.kv_a_proj_with_mqa.weight", "latent_down", ("r", "d")),
+        Part("self_attn.kv_a_layernorm.weight", "latent_norm", ("r",)),
+        Part("self_attn.kv_b_proj.weight", "latent_up", ("nh", "r")),
+        Part("self_attn.o_proj.weight", "attention_out", ("d", "kgh")),
     ]
 
 
@@ -249,9 +285,19 @@ def _experts(naming: Naming) -> list[Part]:
         Part(f"{naming.router}.weight", "router", ("x", "d")),
         Part(f"{naming.router}.bias", "router_bias", ("x",)),
         Part(f"{naming.router}.e_score_correction_bias", "selection_bias", ("x",)),
-        *_mlp(naming, naming.experts, "", 0),
+        *(_mlp(naming, naming.experts, "", 0) if "{e}" in naming.experts else _all_experts(naming.experts)),
         *_mlp(naming, naming.shared, "shared_", 0),
         Part(f"{naming.shared}_gate.weight", "shared_gate", ("z", "d")),
+    ]
+
+
+def _all_experts(theirs: str) -> list[Part]:
+    """All experts in one tensor, inputs first, gate and up in turn."""
+    return [
+        Part(f"{theirs}.gate_up_proj", "gate_up", ("e", "d", "mc")),
+        Part(f"{theirs}.gate_up_proj_bias", "gate_up_bias", ("e", "mc")),
+        Part(f"{theirs}.down_proj", "down", ("e", "m", "d")),
+        Part(f"{theirs}.down_proj_bias", "down_bias", ("e", "d")),
     ]
 
 

@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attention_in_use
 from jaxrl_llm.models.block import Layer, Shared, rms_norm, run_block
 from jaxrl_llm.models.cache import Cache, init_cache, of_layer, replaced_row, taken_rows
+from jaxrl_llm.models.latent import latent_values
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
 from jaxrl_llm.models.projection import TURNED_FROM, turned
 from jaxrl_llm.models.rotary import rotary_angles
-from jaxrl_llm.models.transformer_config import TransformerConfig, require_in_context
+from jaxrl_llm.models.transformer_config import LatentConfig, TransformerConfig, require_in_context
 from jaxrl_llm.models.transformer_specs import transformer_specs
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ANY, ambient_layout, constrain
@@ -102,14 +103,15 @@ def _cached(cache: Cache | PagedCache | None, carried, layer: Array | int, confi
     if isinstance(cache, PagedCache):
         return PagedBlock(carried, cache.table, layer * cache.pages_per_layer(config.layers))
     if isinstance(layer, int):
-        return cache.layers[layer], None, _context(cache, layer)
-    return carried, layer, _context(cache, layer)
+        return cache.layers[layer], None, _context(cache, layer, config.latent)
+    return carried, layer, _context(cache, layer, config.latent)
 
 
-def _context(cache: Cache, layer: Array | int) -> tuple[KeyValues, ...]:
+def _context(cache: Cache, layer: Array | int, latent: LatentConfig | None) -> tuple[KeyValues, ...]:
     """What one block may read of what was written before."""
     index = (lambda layers: layers[layer]) if isinstance(layer, int) else partial(of_layer, layer=layer)
-    parts = [(index(part.layers), part.positions) for part in cache.context]
+    readable = lambda pair: pair if latent is None else latent_values(pair, latent.rank)  # noqa: E731
+    parts = [(readable(index(part.layers)), part.positions) for part in cache.context]
     return tuple(KeyValues(pair.keys, pair.values, seen) for pair, seen in parts)
 
 
@@ -203,7 +205,7 @@ def forward(
 def attention_path(config: TransformerConfig, *, queries: int, keys: int | None = None) -> AttentionKind:
     """How this model computes attention of `queries` tokens a row that look at `keys` slots (as many)."""
     return attention_in_use(
-        "plain" if config.attention_sinks else config.attention,
+        "plain" if config.plain_attention else config.attention,
         queries=queries,
         keys=queries if keys is None else keys,
         head_size=config.head_size,
@@ -232,11 +234,13 @@ def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
         return params
 
     def laid_out(block):
-        inputs = {"qkv": 1, "attention_out": 3} | ({} if "router" in block else {"gate_up": 1, "down": 1})
+        inputs = {"qkv": 1, "query_up": 1, "attention_out": 3} | (
+            {} if "router" in block else {"gate_up": 1, "down": 1}
+        )
         large = {
             name: turned(matrix, inputs=count)
             for name, count in inputs.items()
-            if isinstance(matrix := block[name], jax.Array) and matrix.size >= TURNED_FROM
+            if isinstance(matrix := block.get(name), jax.Array) and matrix.size >= TURNED_FROM
         }
         return block | large
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
@@ -48,6 +48,31 @@ _POSITIVE = (
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Sizes of latent attention, see latent.py.
+
+    Attributes:
+      rank: width of the latent vector, of which keys and values are projections.
+      rope_width: width of the key that all heads share and that is rotated, and of that part of each query.
+      plain_width: width of the part of each query and key that is not rotated.
+      value_width: of one head's values.
+      query_rank: width that queries are projected from; None projects them from the residual stream.
+    """
+
+    rank: int
+    rope_width: int
+    plain_width: int
+    value_width: int
+    query_rank: int | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if size is not None and size < 1:
+                raise ValueError(f"model.latent.{field.name} is {size}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and switches of a decoder-only transformer.
 
@@ -63,6 +88,8 @@ class TransformerConfig:
       activation: of the gate; clamped_swiglu is gate * sigmoid(1.702 gate) * (up + 1), with gate cut off above
         `activation_limit` and up on both sides.
       activation_limit: of clamped_swiglu.
+      latent: keys and values are projections of a latent vector; then `head_width` is what is rotated, and there are as
+        many key/value heads as heads.
       experts: replaces the MLP of every block by a mixture of experts.
       rope_base: base of the rotary angles.
       rope_scaling: stretches the angles beyond the context of pre-training.
@@ -110,6 +137,7 @@ class TransformerConfig:
     mlp_bias: bool = False
     activation: Activation = "silu"
     activation_limit: float = 7.0
+    latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -176,10 +204,11 @@ class TransformerConfig:
                 f"model.attention is {self.attention!r}, which has no soft cap, but model.attention_cap is "
                 f"{self.attention_cap}; use auto, plain or splash"
             )
-        if self.attention not in ("auto", "plain") and self.attention_sinks:
+        special = "attention_sinks" if self.attention_sinks else "latent" if self.latent is not None else None
+        if special and (self.attention not in ("auto", "plain") or (self.cache_layout == "paged" and self.latent)):
             raise ValueError(
-                f"model.attention is {self.attention!r}, which has no sinks, but model.attention_sinks is true; use "
-                "auto or plain"
+                f"model.attention is {self.attention!r} and model.cache_layout {self.cache_layout!r}, which do not serve "
+                f"a model with model.{special}; use attention auto or plain, and cache_layout auto or contiguous"
             )
         if self.attention == "cudnn" and self.compute_dtype != "bfloat16":
             raise ValueError(
@@ -188,6 +217,15 @@ class TransformerConfig:
             )
 
     def _check_heads(self):
+        if (latent := self.latent) is not None:
+            for name, needed in (("kv_heads", self.heads), ("head_width", latent.rope_width)):
+                if getattr(self, name) != needed:
+                    raise ValueError(
+                        f"model.{name} is {getattr(self, name)}, but with model.latent it must be {needed}"
+                    )
+            for name in ("qk_norm", "qkv_bias", "attention_sinks"):
+                if getattr(self, name):
+                    raise ValueError(f"model.{name} is true, which latent attention does not have; set it to false")
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads is {self.heads}, which model.kv_heads {self.kv_heads} does not divide")
         if self.head_width is None and self.width % self.heads:
@@ -245,7 +283,20 @@ class TransformerConfig:
     @property
     def score_scale(self) -> float:
         """Factor on the attention scores."""
-        return self.query_scale or self.head_size**-0.5
+        width = self.head_size + (0 if self.latent is None else self.latent.plain_width)
+        return self.query_scale or width**-0.5
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether no kernel serves this model."""
+        return self.attention_sinks or self.latent is not None
+
+    @property
+    def cached_sizes(self) -> tuple[int, int, int]:
+        """(key/value heads, width of a key, width of a value) that a cache holds; latent keys hold the values."""
+        if self.latent is None:
+            return self.kv_heads, self.head_size, self.head_size
+        return 1, self.latent.rank + self.latent.rope_width, 0
 
     @property
     def stacks(self) -> dict[str, range]:

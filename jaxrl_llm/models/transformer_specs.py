@@ -51,18 +51,41 @@ def _norms(c: TransformerConfig, layers: int, part: str) -> dict[str, ParameterS
     return {name: gain((layers, c.width), ("layer", None)) for name in names}
 
 
+def _fused(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+    spec = _makers(c)[0]
+    shape = (layers, c.width, c.kv_heads, c.queries_per_kv + 2, c.head_size)
+    return {"qkv": spec(shape, ("layer", "embed", "kv_heads", None, None), c.width**-0.5)}
+
+
+def _latent(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+    """Projections down to latents and up from them; heads are those that attention is divided over."""
+    spec, gain, _ = _makers(c)
+    assert c.latent is not None
+    sizes = c.latent
+    down = lambda width: spec((layers, c.width, width), ("layer", "embed", None), c.width**-0.5)  # noqa: E731
+    norm = lambda width: gain((layers, width), ("layer", None))  # noqa: E731
+
+    def up(inputs: int, outputs: int, axis: str | None) -> ParameterSpec:
+        return spec((layers, inputs, c.heads, outputs), ("layer", axis, "kv_heads", None), inputs**-0.5)
+
+    narrow = sizes.query_rank
+    queries = {} if narrow is None else {"query_down": down(narrow), "query_norm": norm(narrow)}
+    return queries | {
+        "query_up": up(narrow or c.width, sizes.plain_width + sizes.rope_width, "embed" if narrow is None else None),
+        "latent_down": down(sizes.rank + sizes.rope_width),
+        "latent_norm": norm(sizes.rank),
+        "latent_up": up(sizes.rank, sizes.plain_width + sizes.value_width, None),
+    }
+
+
 def _attention(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
     spec, gain, bias = _makers(c)
-    block = _norms(c, layers, "attention")
-    block["qkv"] = spec(
-        (layers, c.width, c.kv_heads, c.queries_per_kv + 2, c.head_size),
-        ("layer", "embed", "kv_heads", None, None),
-        c.width**-0.5,
-    )
+    block = _norms(c, layers, "attention") | (_fused(c, layers) if c.latent is None else _latent(c, layers))
+    value_width = c.head_size if c.latent is None else c.latent.value_width
     block["attention_out"] = spec(
-        (layers, c.kv_heads, c.queries_per_kv, c.head_size, c.width),
+        (layers, c.kv_heads, c.queries_per_kv, value_width, c.width),
         ("layer", "kv_heads", None, None, "embed"),
-        _out_scale(c) * (c.heads * c.head_size) ** -0.5,
+        _out_scale(c) * (c.heads * value_width) ** -0.5,
     )
     if c.qk_norm:
         everywhere = c.qk_norm_span == "all_heads"
@@ -108,7 +131,8 @@ def _mlp(c: TransformerConfig, layers: int, *, routed: bool) -> dict[str, Parame
     if experts.router_bias:
         block["router_bias"] = bias((layers, experts.count), ("layer", None))
     if experts.selection_bias:
-        block["selection_bias"] = bias((layers, experts.count), ("layer", None))
+        # Small differences of it decide which experts are chosen.
+        block["selection_bias"] = bias((layers, experts.count), ("layer", None), dtype=jnp.float32)
     if experts.shared_width is not None:
         block |= gated("shared_", experts.shared_width, (), ())
     if experts.shared_gate:

@@ -15,10 +15,11 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.checkpoint_files import StoredTensor, check_tensors, read_json, stored_tensors
-from jaxrl_llm.models.families import config_from_json, is_vision_language, text_part
+from jaxrl_llm.models.families import config_from_json, is_mxfp4, is_vision_language, text_part
 from jaxrl_llm.models.imported import is_imported, read_imported
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves, text_names
+from jaxrl_llm.models.mxfp4 import with_mxfp4
+from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
@@ -90,13 +91,14 @@ def load_params(
     check_tensors(layout.tensors(), stored, ignored=[HEAD] if config.tie_embeddings else [])
     if config.tie_embeddings and HEAD in stored:
         _check_tied(stored)
-    dtype = jnp.dtype(config.parameter_dtype)
     shardings = _per_leaf(layout, sharding)
     loaded: dict[str, Any] = {}
     for path, shape in layout.shapes.items():
         slices: dict[tuple, np.ndarray] = {}
 
-        def read(index, path=path, slices=slices):
+        dtype = jnp.dtype("float32" if path.endswith(IN_FLOAT32) else config.parameter_dtype)
+
+        def read(index, path=path, slices=slices, dtype=dtype):
             # Devices that hold the same slice share one read.
             key = tuple((part.start, part.stop) for part in index)
             if key not in slices:
@@ -114,9 +116,15 @@ def load_params(
 def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layout, dict[str, StoredTensor]]:
     """(where tensors lie in our leaves, the tensors of the text model by the names in there)."""
     described, stored = read_json(Path(directory) / "config.json"), stored_tensors(directory)
+    architecture, source = text_part(described)
     if is_vision_language(described):
         stored = {ours: stored[theirs] for ours, theirs in text_names(stored).items()}
-    return checkpoint_layout(config, text_part(described)[0]), stored
+    if is_mxfp4(source, architecture):
+        stored = with_mxfp4(stored)
+    if source.get("num_nextn_predict_layers"):
+        # Layers behind the last one predict further tokens at once, which nothing here does.
+        stored = {name: tensor for name, tensor in stored.items() if (layer_of(name) or 0) < config.layers}
+    return checkpoint_layout(config, architecture), stored
 
 
 def _per_leaf(layout: Layout, sharding: Sharding | PyTree | None) -> dict[str, Sharding]:

@@ -40,6 +40,22 @@ LONGROPE = {
     "long_factor": [1.5, 9.0],
     "original_max_position_embeddings": 8,
 }
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.9}
+DEEPSEEK = {
+    "kv_lora_rank": 9,
+    "q_lora_rank": 7,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 5,
+    "v_head_dim": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 11,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
 GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7}
 VISION_GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0}
 SIGHT = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
@@ -190,6 +206,44 @@ CASES = {
             "shared_expert_intermediate_size": 7,
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 10,
+            "sliding_window": WINDOW,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "head_dim": 12,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "moe_intermediate_size": 11,
+            "n_routed_experts": 5,
+            "num_experts_per_tok": 2,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK | {"num_key_value_heads": 6, "rope_parameters": YARN | MSCALE}),
+    "deepseek_v3 without narrow queries or groups": (
+        "DeepseekV3",
+        DEEPSEEK
+        | {
+            "num_key_value_heads": 6,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 1,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -226,6 +280,9 @@ def torch_model(case: str, **sizes):
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(len(case))
     with torch.no_grad():
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
         for name, weight in model.named_parameters():
             gemma, gain = "Gemma" in family, "norm" in name
             # Gemma stores what its gains are above one, and scales its embedding up: a large one would let every
