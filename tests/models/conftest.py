@@ -262,6 +262,8 @@ def their_config(case: str, **sizes):
         whole = {"text_config": SIZES | text | sizes} | tokens | rest
         return f"{family}ForConditionalGeneration", getattr(transformers, f"{family}Config")(**whole)
     family, options = CASES[case]
+    if sizes:  # a pattern over layers is that of the family then
+        options = {key: value for key, value in options.items() if key not in ("layer_types", "no_rope_layers")}
     kind = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     return f"{family}ForCausalLM", getattr(transformers, kind)(**(SIZES | options | sizes))
 
@@ -324,10 +326,29 @@ def make_checkpoint(tmp_path_factory):
     return make
 
 
+@pytest.fixture(params=[case for case in CASES if "longrope" not in case])
+def plain_case(request) -> str:
+    """Each case whose options fit other sizes, too."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def architectures() -> set[str]:
     """Of all cases."""
     return {their_config(case)[0] for case in (*CASES, *VISION_LANGUAGE)}
+
+
+# The cases between which everything differs that a cache and a loop over layers can see.
+FEW = ("llama", "qwen2 partly windowed, yarn rope", "gemma3", "smollm3 windowed", "gpt_oss", "glm4_moe", "deepseek_v3")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(case, marks=[] if case in FEW else pytest.mark.slow) for case in (*CASES, *VISION_LANGUAGE)],
+)
+def thorough(request, make_checkpoint) -> SimpleNamespace:
+    """The checkpoint of a few cases, and of all of them in the slow suite."""
+    return make_checkpoint(request.param)
 
 
 @pytest.fixture(scope="session", params=[*CASES, *VISION_LANGUAGE])
