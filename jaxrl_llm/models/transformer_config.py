@@ -11,6 +11,8 @@ from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
 
+# Names of the stacks of blocks in the parameters, see `TransformerConfig.stacks`.
+STACKS = ("dense_blocks", "blocks")
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 CacheLayout = Literal["auto", "contiguous", "paged"]
 CachePrecision = Literal["compute", "int8"]

@@ -20,6 +20,12 @@ _MATRICES = {
     "attention_out": ((-4, -3, -2), (-1,)),
     "gate_up": ((-3,), (-1,)),
     "down": ((-2,), (-1,)),
+    "shared_gate_up": ((-3,), (-1,)),
+    "shared_down": ((-2,), (-1,)),
+    "query_down": ((-2,), (-1,)),
+    "query_up": ((-3,), (-2, -1)),
+    "latent_down": ((-2,), (-1,)),
+    "latent_up": ((-3,), (-2, -1)),
 }
 # With this factor a step of muon is as large as one of AdamW (2502.16982), so that learning rates carry over.
 _MUON_RMS = 0.2
@@ -80,7 +86,7 @@ def muon_matrices(params: PyTree) -> PyTree:
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
-        inside = len(path) > 1 and str(getattr(path[-2], "key", "")) == "blocks"
+        inside = len(path) > 1 and str(getattr(path[-2], "key", "")) in ("blocks", "dense_blocks")
         if not inside or name not in _MATRICES:
             return None
         inputs, outputs = (tuple(leaf.ndim + axis for axis in axes) for axes in _MATRICES[name])

@@ -264,6 +264,8 @@ def their_config(case: str, **sizes):
     family, options = CASES[case]
     if sizes:  # a pattern over layers is that of the family then
         options = {key: value for key, value in options.items() if key not in ("layer_types", "no_rope_layers")}
+    if "num_key_value_heads" in sizes and family == "DeepseekV3":
+        sizes |= {"num_key_value_heads": sizes["num_attention_heads"]}
     kind = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     return f"{family}ForCausalLM", getattr(transformers, kind)(**(SIZES | options | sizes))
 
@@ -324,6 +326,18 @@ def make_checkpoint(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def every_case() -> tuple[str, ...]:
+    """Names of all cases."""
+    return (*CASES, *VISION_LANGUAGE)
+
+
+def pytest_generate_tests(metafunc):
+    if "checkpoint_with_tokenizer" in metafunc.fixturenames:
+        cases = [pytest.param(case, marks=pytest.mark.slow) for case in (*CASES, *VISION_LANGUAGE)]
+        metafunc.parametrize("checkpoint_with_tokenizer", cases, indirect=True)
 
 
 @pytest.fixture(params=[case for case in CASES if "longrope" not in case])

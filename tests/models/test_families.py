@@ -15,17 +15,22 @@ from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models import (
     FAMILIES,
     ExpertsConfig,
+    LoraConfig,
+    LowRank,
     RopeScaling,
     TransformerConfig,
     abstract,
+    add_adapters,
     config_from_json,
     config_to_json,
     load_model,
     load_params,
+    merged,
     parameter_count,
     transformer,
 )
 from jaxrl_llm.models.families import VISION_LANGUAGE
+from jaxrl_llm.models.lora import OF_EXPERTS, TARGETS
 from jaxrl_llm.rollout import generate
 
 torch = pytest.importorskip("torch")
@@ -178,12 +183,14 @@ def test_gradients_equal_those_of_autograd(thorough, batch, tmp_path):
         attention_mask=torch.tensor(batch.mask.astype(int)),
         position_ids=torch.tensor(np.maximum(batch.positions, 0)),
     )
-    gradients = torch.autograd.grad((output.logits * torch.tensor(direction)).sum(), list(theirs.parameters()))
+    gradients = torch.autograd.grad(
+        (output.logits * torch.tensor(direction)).sum(), list(theirs.parameters()), allow_unused=True
+    )
     # Gradients have the layout of weights: saved as a checkpoint, they come in by the same map.
     weights = [weight.detach().clone() for weight in theirs.parameters()]
     try:
         for weight, gradient in zip(theirs.parameters(), gradients, strict=True):
-            weight.data.copy_(gradient)
+            weight.data.copy_(torch.zeros(()) if gradient is None else gradient)  # none of what sees
         theirs.save_pretrained(tmp_path)
     finally:
         for weight, value in zip(theirs.parameters(), weights, strict=True):
@@ -302,6 +309,60 @@ def test_a_config_survives_the_way_out_and_back(name):
     assert config_from_json(written) == config
     original = published(name) | {"something_else": 3}
     assert config_to_json(config, original=original) == original | {"dtype": "float32"}
+
+
+def test_adapters_start_as_the_model_and_merge_into_it(thorough, batch):
+    model, params = thorough.model, thorough.params
+    blocks = params["blocks"]
+    targets = tuple(name for name in TARGETS if name in blocks and not ("router" in blocks and name in OF_EXPERTS))
+    config = LoraConfig(rank=2, alpha=4.0, targets=targets)
+    adapted = jax.jit(partial(add_adapters, config=config))(params, key=jax.random.key(0))
+    changed = {stack for stack in model.config.stacks for leaf in adapted[stack].values() if isinstance(leaf, LowRank)}
+    assert changed == set(model.config.stacks)
+    arguments = (batch.tokens, batch.positions, None)
+    hidden = thorough.observe(params, *arguments, names=NAMES)[0]
+    np.testing.assert_array_equal(thorough.observe(adapted, *arguments, names=NAMES)[0], hidden)
+    learned = jax.tree.map(lambda leaf: leaf if leaf.any() else leaf + 0.05, adapted)
+    moved = thorough.observe(learned, *arguments, names=NAMES)[0]
+    assert relative_error(moved[batch.mask], hidden[batch.mask]) > 1e-2
+    same = thorough.observe(merged(learned), *arguments, names=NAMES)[0]
+    assert relative_error(same[batch.mask], moved[batch.mask]) < 1e-5
+
+
+def sized(architecture, vocabulary, width, hidden, layers, heads, kv_heads=None, **others) -> dict:
+    named = {"architectures": [architecture], "vocab_size": vocabulary, "hidden_size": width}
+    named |= {"intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return named | ({} if kv_heads is None else {"num_key_value_heads": kv_heads}) | others
+
+
+GEMMA3_27B = {"head_dim": 128, "query_pre_attn_scalar": 168, "num_attention_heads": 32, "num_key_value_heads": 16}
+GEMMA3_27B |= {"hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62}
+MOONLIGHT = {"n_routed_experts": 64, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}
+MOONLIGHT |= {"q_lora_rank": None, "moe_intermediate_size": 1408, "first_k_dense_replace": 1}
+GLM45 = {"head_dim": 128, "use_qk_norm": True, "attention_bias": True, "n_routed_experts": 160}
+GLM45 |= {"moe_intermediate_size": 1536, "first_k_dense_replace": 3}
+
+
+@pytest.mark.parametrize(
+    "count, source",
+    [
+        (2_506_172_416, sized("GemmaForCausalLM", 256_000, 2048, 16_384, 18, 8, 1)),
+        (27_009_346_304, {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": GEMMA3_27B}),
+        (3_821_079_552, sized("Phi3ForCausalLM", 32_064, 3072, 8192, 32, 32)),
+        (3_075_098_624, sized("SmolLM3ForCausalLM", 128_256, 2048, 11_008, 36, 16)),
+        (7_298_617_344, sized("Olmo2ForCausalLM", 100_352, 4096, 11_008, 32, 32)),
+        (36_151_104_512, sized("SeedOssForCausalLM", 155_136, 5120, 27_648, 64, 80)),
+        (8_170_848_256, sized("GraniteForCausalLM", 49_155, 4096, 12_800, 40, 32, 8, tie_word_embeddings=True)),
+        (9_400_279_040, sized("Glm4ForCausalLM", 151_552, 4096, 13_696, 40, 32)),
+        (14_315_784_192, sized("Qwen2MoeForCausalLM", 151_936, 2048, 5632, 24, 16)),
+        (20_914_757_184, sized("GptOssForCausalLM", 201_088, 2880, 2880, 24, 64, num_local_experts=32)),
+        (352_797_829_024, sized("Glm4MoeForCausalLM", 151_552, 5120, 12_288, 92, 96, **GLM45)),
+        (671_026_419_200, sized("DeepseekV3ForCausalLM", 129_280, 7168, 18_432, 61, 128)),
+        (15_960_110_208, sized("DeepseekV3ForCausalLM", 163_840, 2048, 11_264, 27, 16, **MOONLIGHT)),
+    ],
+)
+def test_more_real_shapes_have_the_published_number_of_parameters(count, source):
+    assert parameter_count(transformer(config_from_json(source)).specs) == count
 
 
 def test_fields_of_a_real_config_mean_what_they_say():

@@ -90,6 +90,64 @@ def test_what_is_not_text_is_carried_along_bit_for_bit(case, make_checkpoint, tm
     same({name: weight.numpy() for name, weight in again.items()}, {n: w.numpy() for n, w in theirs.items()})
 
 
+def test_weights_in_mxfp4_are_read_block_by_block_and_written_as_they_are_meant(make_checkpoint, tmp_path):
+    """The experts of a tiny gpt-oss as blocks and scales, against what `transformers` makes of them."""
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    checkpoint = make_checkpoint("gpt_oss", hidden_size=64, intermediate_size=32, num_attention_heads=6)
+    directory, meant = copied(checkpoint.directory, tmp_path / "packed"), {}
+    rng = np.random.default_rng(0)
+
+    def pack(tensors):
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, outputs = tensors.pop(name).shape
+            blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16)).astype(np.uint8)
+            scales = rng.integers(120, 128, (experts, outputs, inputs // 32)).astype(np.uint8)
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+            unpacked = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
+            meant[name] = unpacked.numpy()
+
+    rewritten(directory, pack)
+    with pytest.raises(ValueError, match=r"surplus: .*_proj_blocks"):
+        load_model(directory)
+    edited(directory, quantization_config={"quant_method": "mxfp4"})
+    model, params = load_model(directory)
+    assert len(meant) == 2 * model.config.layers
+    save_model(tmp_path / "plain", params, model.config, source=directory)
+    written = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "quantization_config" not in written
+    plain = stored_tensors(tmp_path / "plain")
+    for name, expected in meant.items():
+        np.testing.assert_array_equal(plain[name].read((...,)), expected, err_msg=name)
+    layout, stored = stored_model(directory, model.config)
+    box = (slice(1, 2), slice(2, 4), slice(33, 40), slice(0, 2), slice(3, 30))
+    read = leaf_slice(layout, "blocks/gate_up", box, stored, np.float32)
+    np.testing.assert_array_equal(read, np.asarray(params["blocks"]["gate_up"])[box])
+    rewritten(directory, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("_scales"))))
+    with pytest.raises(ValueError, match=r"MXFP4 weights lack .*_scales; copy all files"):
+        load_model(directory)
+
+
+def test_layers_that_predict_further_tokens_are_passed_over(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("glm4_moe")
+    directory = copied(checkpoint.directory, tmp_path / "model")
+    rewritten(directory, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": np.ones((2, 2), np.float32)}))
+    edited(directory, num_nextn_predict_layers=1)
+    same(load_model(directory)[1], checkpoint.params)
+    edited(directory, num_nextn_predict_layers=0)
+    with pytest.raises(ValueError, match=r"surplus: model\.layers\.3\.eh_proj\.weight"):
+        load_model(directory)
+
+
+def test_the_bias_of_a_choice_stays_in_float32(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("glm4_moe")
+    save_model(tmp_path / "half", checkpoint.params, checkpoint.model.config, dtype="bfloat16")
+    _, params = load_model(tmp_path / "half")
+    assert params["blocks"]["router"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(params["blocks"]["selection_bias"], checkpoint.params["blocks"]["selection_bias"])
+
+
 def test_any_box_of_any_leaf_can_be_read_by_itself(checkpoint):
     layout, stored = stored_model(checkpoint.directory, checkpoint.model.config)
     rng = np.random.default_rng(0)
