@@ -134,7 +134,6 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
         "window": config.window,
         "windowed": layer.windowed,
         "cap": config.attention_cap,
-        "sinks": params["sinks"] if config.attention_sinks else None,
     }
     filled, context = None, ()
     if isinstance(cached, PagedBlock):
@@ -148,7 +147,8 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
             new = new if shared.kind != "plain" else of_layer(filled, index)
         new = new if latent is None else latent_values(new, latent.rank)
         own = KeyValues(new.keys, new.values, shared.seen)
-        attended = attend(queries, own, shared.positions, context, **scores, kind=shared.kind)
+        sinks = params["sinks"] if config.attention_sinks else None
+        attended = attend(queries, own, shared.positions, context, **scores, sinks=sinks, kind=shared.kind)
     attended = attended if latent is None else latent_mixed(params, attended, latent)
     added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
     if config.attention_out_bias:

@@ -187,16 +187,15 @@ def paged_attention(
     window: int | None,
     windowed: bool | Array,
     cap: float | None,
-    sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """`attend` over pages that hold the new tokens too."""
     kind = paged_kind(queries=queries.shape[1], head_size=queries.shape[-1], dtype=queries.dtype.name)
-    if kind == "kernel" and sinks is None and (window is None or isinstance(windowed, bool)):
+    if kind == "kernel" and (window is None or isinstance(windowed, bool)):
         within = window if windowed else None
         return kernel_attention(queries, block, positions, scale=scale, window=within, cap=cap)
     stored, seen = gathered(block)
     keys = KeyValues(stored.keys, stored.values, seen)
-    return attend(queries, keys, positions, scale=scale, window=window, windowed=windowed, cap=cap, sinks=sinks)
+    return attend(queries, keys, positions, scale=scale, window=window, windowed=windowed, cap=cap)
 
 
 def gathered(block: PagedBlock) -> tuple[KeysAndValues, Int[Array, "B S"]]:

@@ -207,8 +207,7 @@ class TransformerConfig:
                 f"{self.attention_cap}; use auto, plain or splash"
             )
         special = "attention_sinks" if self.attention_sinks else "latent" if self.latent is not None else None
-        in_pages = self.cache_layout == "paged" and self.latent is not None
-        if special and (self.attention not in ("auto", "plain") or in_pages):
+        if special and (self.attention not in ("auto", "plain") or self.cache_layout == "paged"):
             raise ValueError(
                 f"model.attention is {self.attention!r} and model.cache_layout {self.cache_layout!r}, which do not "
                 f"serve a model with model.{special}; use attention auto or plain, and cache_layout auto or contiguous"

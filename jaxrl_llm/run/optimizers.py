@@ -27,6 +27,8 @@ _MATRICES = {
     "latent_down": ((-2,), (-1,)),
     "latent_up": ((-3,), (-2, -1)),
 }
+# Parameters that take part in a choice alone.
+_NOT_LEARNED = ("selection_bias",)
 # With this factor a step of muon is as large as one of AdamW (2502.16982), so that learning rates carry over.
 _MUON_RMS = 0.2
 
@@ -38,12 +40,23 @@ def optimizer(training: TrainingConfig, *, seed: int = 0) -> optax.GradientTrans
       training: section training.
       seed: of stochastic rounding.
     """
-    made = optax.chain(optax.clip_by_global_norm(training.max_gradient_norm), _step(training))
+    made = _kept(optax.chain(optax.clip_by_global_norm(training.max_gradient_norm), _step(training)))
     if training.bfloat16_update == "master":
         return with_master(made)
     if training.bfloat16_update == "stochastic":
         return with_stochastic_rounding(made, seed=seed)
     return made
+
+
+def _kept(made: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, which leaves alone what has no gradient and would be moved by weight decay."""
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        changes, state = made.update(updates, state, params)
+        still = lambda path: getattr(path[-1], "key", None) in _NOT_LEARNED if path else False  # noqa: E731
+        return jax.tree_util.tree_map_with_path(lambda path, x: jnp.zeros_like(x) if still(path) else x, changes), state
+
+    return optax.GradientTransformation(made.init, update)
 
 
 def learning_rate(training: TrainingConfig) -> optax.Schedule:

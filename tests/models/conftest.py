@@ -252,16 +252,26 @@ CASES = {
 }
 
 
-def their_config(case: str, **sizes):
-    """(the class of a case, its config), with sizes other than usual where they are given."""
+# Options that devices are divided over.
+DIVIDED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+DIVIDED += ("shared_expert_intermediate_size",)
+
+
+def their_config(case: str, *, even: bool = False, **sizes):
+    """(the class of a case, its config), with sizes other than usual where they are given, or even ones."""
     import transformers
 
+    if even:
+        sizes |= {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+        sizes |= {"vocab_size": 64}
     if case in VISION_LANGUAGE:
         family, text, rest = VISION_LANGUAGE[case]
         tokens = IMAGE_TOKENS if "Qwen" in family else {}
         whole = {"text_config": SIZES | text | sizes} | tokens | rest
         return f"{family}ForConditionalGeneration", getattr(transformers, f"{family}Config")(**whole)
     family, options = CASES[case]
+    if even:
+        options = {key: value + value % 2 if key in DIVIDED else value for key, value in options.items()}
     if sizes:  # a pattern over layers is that of the family then
         options = {key: value for key, value in options.items() if key not in ("layer_types", "no_rope_layers")}
     if "num_key_value_heads" in sizes and family == "DeepseekV3":
