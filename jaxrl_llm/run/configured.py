@@ -26,6 +26,7 @@ from jaxrl_llm.rollout.hand_over import External, disk_hand_over
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
+from jaxrl_llm.run.optimizers import clipping
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.networks import GIVEN, Network
@@ -156,7 +157,7 @@ def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
 def head_optimizer(section: NetworkConfig, b1: float, b2: float) -> optax.GradientTransformation:
     """AdamW with a global norm clip, at a constant rate."""
     return optax.chain(
-        optax.clip_by_global_norm(section.max_gradient_norm),
+        clipping(section.max_gradient_norm),
         optax.adamw(section.learning_rate, b1=b1, b2=b2, weight_decay=0.0),
     )
 
