@@ -1,6 +1,7 @@
 """Writes the generated pages of docs/: python docs/build.py. Tests hold that they are up to date.
 
-docs/methods.md comes from docstrings and recipes; `reference` has docs/fields.md and the tables of docs/engine.md.
+docs/methods.md comes from docstrings and recipes; `reference` has docs/fields.md and the tables
+of docs/engine.md and docs/models.md.
 """
 
 from __future__ import annotations
@@ -169,7 +170,12 @@ def page() -> str:
 
 def main() -> int:
     """Write the pages beside this file."""
-    pages = {PAGE: page, reference.FIELDS_PAGE: reference.fields_page, reference.ENGINE_PAGE: reference.engine_page}
+    pages = {
+        PAGE: page,
+        reference.FIELDS_PAGE: reference.fields_page,
+        reference.ENGINE_PAGE: reference.engine_page,
+        reference.MODELS_PAGE: reference.models_page,
+    }
     for path, made in pages.items():
         path.write_text(made())
         print(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from jaxrl_llm.models import weights
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.transformer import transformer
+from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
@@ -45,6 +47,12 @@ class Policy:
     max_prompt_tokens: int | None = None
     max_completion_tokens: int = 256
     context_tokens: int | None = None
+
+    def for_context(self, tokens: int) -> Policy:
+        """For sequences of at most so many tokens, on which rotary angles may depend; a run has settled that itself."""
+        if self.max_prompt_tokens is not None or not isinstance(self.model.config, TransformerConfig):
+            return self
+        return replace(self, model=transformer(self.model.config.for_context(tokens)))
 
 
 def restored_run(path: str | Path) -> tuple[Parts, Policy]:

@@ -183,7 +183,9 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     b1, b2 = training.adam_b1, training.adam_b2
     # Adapters that a stage or a run before this one has trained are part of where it begins.
     snapshot = config.lora is not None and (config.warm_start.steps > 0 or config.init_from is not None)
-    networks, paths = configured_networks(config.networks, b1, b2, snapshot=snapshot)
+    networks, paths = configured_networks(
+        config.networks, b1, b2, snapshot=snapshot, context_tokens=_context_tokens(config)
+    )
     step = make_train_step(
         model,
         optimizer(config.training, seed=config.seed),
@@ -281,8 +283,14 @@ def opened_parts(built: Parts) -> Iterator[Parts]:
         yield replace(built, call=call)
 
 
+def _context_tokens(config: Config) -> int:
+    """Of the longest sequence of a run."""
+    return config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
+
+
 def _policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Tokenizer, Model]:
     """(checkpoint directory or None, tokenizer, model)."""
+    context = _context_tokens(config)
     if not isinstance(config.model, PretrainedConfig):
         tokenizer = CharacterTokenizer()
         if config.model.vocabulary_size < tokenizer.vocabulary_size:
@@ -290,9 +298,10 @@ def _policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Toke
                 f"model.vocabulary_size is {config.model.vocabulary_size}, but the tokenizer has "
                 f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
             )
-        return None, tokenizer, transformer(replace(config.model, remat=config.training.remat))
+        return None, tokenizer, transformer(replace(config.model.for_context(context), remat=config.training.remat))
     directory = model_directory(config.model.path, revision=config.model.revision, weights=not planned)
-    model = transformer(replace(weights.load_config(directory, **config.model.execution), remat=config.training.remat))
+    described = weights.load_config(directory, context_tokens=context, **config.model.execution)
+    model = transformer(replace(described, remat=config.training.remat))
     prompts = config.data
     if planned and not (directory / "tokenizer.json").is_file():
         return directory, CharacterTokenizer(), model  # which tokens there are decides no size

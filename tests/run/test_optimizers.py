@@ -58,6 +58,15 @@ def test_first_moments_have_the_dtype_that_was_asked_for(name):
     assert jnp.dtype("bfloat16") in dtypes
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_only_takes_part_in_a_choice_is_kept_whatever_the_weight_decay(name):
+    params = {"blocks": {"selection_bias": jnp.ones((2, 3)), "down": jnp.ones((2, 3, 4))}}
+    made = optimizer(TrainingConfig(optimizer=name, weight_decay=0.5, learning_rate=0.1, warmup_steps=0))
+    updates, _ = jax.jit(made.update)(jax.tree.map(jnp.zeros_like, params), made.init(params), params)
+    assert not updates["blocks"]["selection_bias"].any()
+    assert updates["blocks"]["down"].any()
+
+
 def test_adafactor_has_no_first_moment_to_choose_a_dtype_for():
     with pytest.raises(ValueError, match=r"training.moment_dtype is 'bfloat16', but adafactor keeps no first moments"):
         TrainingConfig(optimizer="adafactor", moment_dtype="bfloat16")
