@@ -12,14 +12,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.model import Trained
+from jaxrl_llm.run.digests import Digest, by_path, digests, text_digest
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another run."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint that is not what was written; `reason` says what of it."""
+
+    def __init__(self, directory: Path, step: int, reason: str):
+        super().__init__(f"checkpoint {step} in {directory} is damaged: {reason}")
+        self.reason = reason
+
+
+# What the meta holds beside the caller's: digests of the arrays, and of itself.
+_DIGESTS, _OWN = "digests", "digest"
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -53,7 +67,8 @@ def save(
     if trained is not None:
         state = _with_params(state, trained.split(state.params)[0])
     # Written in the background, while the caller goes on to change it.
-    meta = copy.deepcopy(dict(meta))
+    meta = copy.deepcopy(dict(meta)) | {_DIGESTS: digests(state)}
+    meta |= {_OWN: text_digest(meta)}
     if not manager.save(
         step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     ):
@@ -63,38 +78,71 @@ def save(
         )
 
 
+def steps(directory: Path) -> list[int]:
+    """Steps under a checkpoints directory that were written to their end, whatever became of them since."""
+    directory = Path(directory)
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
 def latest_step(directory: Path) -> int | None:
     """Newest complete step under a checkpoints directory, None when there is none."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return None
-    steps = [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
-    return max(steps, default=None)
+    return max(steps(directory), default=None)
 
 
-def latest_checkpoint(path: str | Path) -> tuple[Path, int]:
-    """(checkpoints directory, step) that a run directory or a single checkpoint directory stands for.
+def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
+    """(checkpoints directory, step) that a path names; a run directory names no step.
 
     Raises:
-      CheckpointError: when there is none.
+      CheckpointError: when no checkpoint is there.
     """
     path = Path(path)
-    if path.name.isdigit() and (path / "state").is_dir():
+    if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent, int(path.name)
     folder = path if path.name == "checkpoints" else path / "checkpoints"
-    step = latest_step(folder)
-    if step is None:
+    if not steps(folder):
         raise CheckpointError(
             f"{path} holds no checkpoint; give a run directory (with checkpoints/ inside) or one checkpoint, "
             "for example runs/demo or runs/demo/checkpoints/120"
         )
-    return folder, step
+    return folder, None
 
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
-    """The meta of one step alone."""
-    with ocp.CheckpointManager(Path(directory).resolve()) as manager:
-        return dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+    """The meta of one step alone.
+
+    Raises:
+      Damaged: when it is not there or not what was written.
+    """
+    meta = _whole_meta(directory, step)
+    return {name: value for name, value in meta.items() if name not in (_DIGESTS, _OWN)}
+
+
+def read_digests(directory: Path, step: int) -> dict[str, Digest] | None:
+    """What was recorded of every array of a step; None for a step that was written before digests were.
+
+    Raises:
+      Damaged: as for `read_meta`.
+    """
+    recorded = _whole_meta(directory, step).get(_DIGESTS)
+    return None if recorded is None else {path: Digest(*digest) for path, digest in recorded.items()}
+
+
+def _whole_meta(directory: Path, step: int) -> dict[str, Any]:
+    path = Path(directory) / str(step) / "meta" / "metadata"
+    try:
+        meta = json.loads(path.read_bytes())
+        if not isinstance(meta, dict):
+            raise ValueError
+        own = meta.pop(_OWN, None)
+        fine = own == text_digest(meta) if own is not None else _DIGESTS not in meta and "stage" in meta
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(directory, step, "its meta is missing") from None
+    except (ValueError, RecursionError):
+        fine = False
+    if not fine:
+        raise Damaged(directory, step, "its meta is not what was written")
+    return meta
 
 
 def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = None) -> Any:
@@ -115,7 +163,7 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
         part, frozen = trained.split(like.params)
         like = _with_params(like, part)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    _compare(_stored(directory, step), abstract, f"{directory}/{step}")
+    _compare(stored_shapes(directory, step), abstract, f"{directory}/{step}")
     with ocp.CheckpointManager(Path(directory).resolve()) as manager:
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
     return state if trained is None else _with_params(state, trained.join(state.params, frozen))
@@ -153,7 +201,7 @@ def restore_params(
     if trained is not None:
         like, frozen = trained.split(like)
     abstract = {"networks": {network: {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
-    held = _stored(directory, step)["networks"]
+    held = stored_shapes(directory, step)["networks"]
     if network not in held:
         raise CheckpointError(f"checkpoint {directory}/{step} holds no network {network!r}; it has {', '.join(held)}")
     _compare({"networks": {network: {"params": held[network]["params"]}}}, abstract, f"{directory}/{step}")
@@ -169,22 +217,32 @@ def _state_path(directory: Path, step: int) -> Path:
     return Path(directory).resolve() / str(step) / "state"
 
 
-def _stored(directory: Path, step: int) -> PyTree:
-    """Shapes and dtypes of a written state, as plain dictionaries and lists."""
+def stored_shapes(directory: Path, step: int) -> PyTree:
+    """Shapes and dtypes of a written state, as plain dictionaries and lists.
+
+    Raises:
+      CheckpointError: when there is none.
+    """
     path = _state_path(directory, step)
-    if not path.is_dir():
+    if not path.parent.is_dir():
         raise CheckpointError(f"checkpoint {directory} has no step {step}; there is {latest_step(directory)}")
+    if not path.is_dir():
+        raise Damaged(directory, step, "its state is missing")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.metadata(path).item_metadata.tree
 
 
+def stored_arrays(directory: Path, step: int, shapes: PyTree) -> PyTree:
+    """Arrays of a written state on the host, as NumPy's; of `shapes`, from `stored_shapes`, placeholders are left."""
+    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(
+            _state_path(directory, step), args=ocp.args.PyTreeRestore(item=shapes, restore_args=arguments)
+        )
+
+
 def _compare(stored: PyTree, wanted: PyTree, where: str) -> None:
     """Compare by path: the stored tree is made of dictionaries and lists, the wanted one of dataclasses."""
-
-    def by_path(tree: PyTree) -> dict[str, Any]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {"/".join(_key(part) for part in path): leaf for path, leaf in leaves}
-
     here, there = by_path(wanted), by_path(stored)
     for path in sorted(here.keys() ^ there.keys()):
         side = "lacks" if path in here else "has a surplus"
@@ -199,6 +257,3 @@ def _compare(stored: PyTree, wanted: PyTree, where: str) -> None:
                 f"{leaf.dtype}{list(leaf.shape)}; use the config that the checkpoint was written with"
             )
 
-
-def _key(part: Any) -> str:
-    return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))

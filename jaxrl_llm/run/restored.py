@@ -16,6 +16,7 @@ from jaxrl_llm.models import weights
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.integrity import latest_checkpoint
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.networks import POLICY, Network
@@ -52,7 +53,7 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
       ConfigError: when the run's config.yaml is not there.
       CheckpointError: when there is no checkpoint, or it does not fit the config.
     """
-    folder, step = checkpoints.latest_checkpoint(path)
+    folder, step = latest_checkpoint(path, within=f"networks/{POLICY}/params/")
     stored = folder.parent / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
@@ -84,7 +85,7 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
       ConfigError: when the run's config.yaml is not there.
       CheckpointError: when there is no checkpoint, or it holds no network of this name.
     """
-    folder, step = checkpoints.latest_checkpoint(path)
+    folder, step = latest_checkpoint(path, within=f"networks/{name}/params/")
     stored = folder.parent / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")

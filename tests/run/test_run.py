@@ -28,7 +28,7 @@ from jaxrl_llm.config import load_config
 from jaxrl_llm.reporting import RunDirectory
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints
-from jaxrl_llm.run.checkpoints import latest_checkpoint
+from jaxrl_llm.run.integrity import latest_checkpoint
 from jaxrl_llm.run.stages import spread
 
 # The tests read checkpoints without the shardings that they were written with.

@@ -1,0 +1,62 @@
+"""Faults of the machine, apart from those of the input: what may pass, what somebody has to mend."""
+
+from __future__ import annotations
+
+import errno
+
+# Errors of storage and devices that a new start may find gone, as their texts begin (absl status codes of XLA and
+# TensorStore).
+_PASSING = ("UNAVAILABLE", "INTERNAL", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
+_PASSING_ERRNO = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO}
+_STORAGE_ERRNO = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "it may not be written",
+    errno.EPERM: "it may not be written",
+    errno.ENOENT: "it was moved or deleted",
+    errno.ENOTDIR: "it was moved or deleted",
+    errno.ENAMETOOLONG: "a name in its path is too long",
+    errno.EFBIG: "a file is larger than is allowed",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
+}
+_STORAGE_TEXT = {
+    "No space left on device": errno.ENOSPC,
+    "Disk quota exceeded": errno.EDQUOT,
+    "Read-only file system": errno.EROFS,
+    "Permission denied": errno.EACCES,
+    "No such file or directory": errno.ENOENT,
+    "File name too long": errno.ENAMETOOLONG,
+    "File too large": errno.EFBIG,
+    "Too many open files": errno.EMFILE,
+}
+RESTARTABLE = 75  # exit status: the same run may be started again, and may then go on
+
+
+class StorageError(RuntimeError):
+    """What a run writes to cannot be written; somebody has to mend it, then the run goes on."""
+
+
+class PassingError(RuntimeError):
+    """The storage or a device failed in a way that may be gone at the next start."""
+
+
+def passing(error: BaseException) -> bool:
+    """Whether an error of the system, of XLA or of TensorStore may be gone at the next start."""
+    if isinstance(error, OSError) and error.errno in _PASSING_ERRNO:
+        return True
+    text = str(error).lstrip()
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        return text.startswith(_PASSING)
+    codes = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "Input/output error", "Stale file handle")
+    return isinstance(error, (OSError, ValueError)) and any(code in text for code in codes)
+
+
+def storage_fault(error: BaseException) -> str | None:
+    """What is the matter with a disk, as a clause; None where an error is of something else."""
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) and error.errno in _STORAGE_ERRNO else None
+    if number is None and isinstance(error, (OSError, ValueError, RuntimeError)):
+        number = next((found for part, found in _STORAGE_TEXT.items() if part in text), None)
+    return None if number is None else _STORAGE_ERRNO[number]
