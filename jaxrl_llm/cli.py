@@ -3,53 +3,91 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from jaxrl_llm import __version__
+from jaxrl_llm.commands.output import Lasting, unwrapped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status.
 
-    0 done, or stopped by a signal; 1 failed on the way; 2 bad input; 75 another process of the run was lost.
+    0 done; 1 failed on the way; 2 bad input; 75 the machine, its storage or another process of the run failed in a way
+    that may pass, and the same command may be given again; 130, 143, 129 ended by Ctrl-C, SIGTERM, SIGHUP; 141 nobody
+    reads what is printed.
     """
     options = _parser().parse_args(arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS report their inner affairs as warnings
-    status, why = _status(options)
-    _leave_others(status, why)
+    if options.outlives_output:
+        sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    try:
+        status, why = _status(options)
+        _leave_others(status, why)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = _CLOSED
+    finally:
+        sys.stdout, sys.stderr = unwrapped(sys.stdout), unwrapped(sys.stderr)
+    if status == _CLOSED:  # or the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
+
+
+_CLOSED = 141
 
 
 def _status(options: argparse.Namespace) -> tuple[int, str | None]:
     """How a sub-command ends: its exit status, and what went wrong; None for nothing."""
-    from jaxrl_llm.parallel.peers import LOST, ProcessLost
-    from jaxrl_llm.rewards import RewardError
-    from jaxrl_llm.rollout.engine_http import EngineError
-    from jaxrl_llm.run.stages import Stopped, TrainingError
-
     try:
         return options.command(options) or 0, None
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return options.stopped_status, None
-    except ProcessLost as error:
-        return _failed(error, options, LOST)
-    except (TrainingError, RewardError, EngineError) as error:
-        return _failed(error, options, 1)
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        return _failed(error, options, 2)
+    except KeyboardInterrupt as error:
+        text = str(error) or "interrupted"
+        print(f"\n{text}", file=sys.stderr)
+        return 130, text
+    except BrokenPipeError:
+        return _CLOSED, "nobody reads the output"
     except BaseException as error:
+        if (ended := _foreseen(error, options)) is not None:
+            return ended
         if _others() is None or isinstance(error, SystemExit):
             raise
         traceback.print_exc()  # the interpreter's own exit would wait for the others
         return 1, repr(error)
 
 
-def _failed(error: Exception, options: argparse.Namespace, status: int) -> tuple[int, str]:
+def _foreseen(error: BaseException, options: argparse.Namespace) -> tuple[int, str | None] | None:
+    """What a sub-command ends with for an error that has a sentence; None for another."""
+    from jaxrl_llm.parallel.peers import LOST, ProcessLost
+    from jaxrl_llm.rewards import RewardError
+    from jaxrl_llm.rollout.engine_http import EngineError
+    from jaxrl_llm.run.failures import PassingError, StorageError, passing, storage_fault
+    from jaxrl_llm.run.stages import Stopped, TrainingError
+
+    if isinstance(error, Stopped):
+        print(error, file=sys.stderr)
+        return (error.status if options.stopped_status is None else options.stopped_status), None
+    if isinstance(error, (ProcessLost, PassingError)) or passing(error):
+        return _failed(error, options, LOST)
+    if isinstance(error, (TrainingError, RewardError, EngineError, StorageError)):
+        return _failed(error, options, 1)
+    if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
+        return _failed(error, options, 2)
+    if isinstance(error, OSError) and (clause := storage_fault(error)):
+        named = "the output" if error.filename is None else str(error.filename)
+        text = f"{named[:200]}{'...' if len(named) > 200 else ''} cannot be used: {clause} ({error.strerror})"
+        return _failed(OSError(text), options, 2 if error.errno == errno.ENAMETOOLONG else 1)
+    return None
+
+
+def _failed(error: BaseException, options: argparse.Namespace, status: int) -> tuple[int, str]:
     if options.traceback:
         if _others() is None:
             raise error
@@ -89,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, function: str, text: str, *, json_output: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=_imported_late(function))
+        sub.set_defaults(command=_imported_late(function), outlives_output=False)
         if json_output:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
         return sub
@@ -118,8 +156,21 @@ def _add_train(command: Command) -> None:
         "--resume-if-started", action="store_true", help="go on with run_dir if it was started, else start it"
     )
     train.add_argument(
-        "--stopped-status", type=int, default=0, metavar="N", help="exit status after a stop by a signal (default 0)"
+        "--exact", action="store_true", help="refuse to go on where the newest checkpoint is damaged or missing"
     )
+    train.add_argument(
+        "--stopped-status",
+        type=int,
+        metavar="N",
+        help="exit status after a stop by a signal (default 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP)",
+    )
+    train.add_argument(
+        "--grace",
+        type=float,
+        metavar="SECONDS",
+        help="end within so many seconds of a signal: a step that takes longer is given up (default: finish it)",
+    )
+    train.set_defaults(outlives_output=True)
     several = train.add_argument_group("several processes", "TPU, GKE, Slurm and Open MPI say all of this themselves")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument("--processes", type=int, metavar="N", help="how many processes the run has")

@@ -41,13 +41,30 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the whole state is written, and how many are kept."""
+    """How often the whole state is written, how many are kept, and when a run that stands still is ended.
+
+    Attributes:
+      every_steps: steps between two checkpoints.
+      keep: the newest that are kept.
+      keep_every_steps: checkpoints of multiples of this are kept for ever; null none.
+      keep_best: the best that are kept beside them, by `best_metric`.
+      best_metric: of the newest evaluation on the validation split (see evaluation.every_steps).
+      best_is: "highest" or "lowest".
+      stalled_after_medians: a step that takes so many times the median of the last steps, and 10 minutes at least, ends
+        the run with exit status 75, which says that it may be started again; 0 waits for ever.
+    """
 
     every_steps: int = 20
     keep: int = 2
+    keep_every_steps: int | None = None
+    keep_best: int = 0
+    best_metric: str = "validation/pass@1"
+    best_is: Literal["highest", "lowest"] = "highest"
+    stalled_after_medians: float = 50.0
 
     def __post_init__(self):
-        at_least("checkpoints", self, 1, "every_steps", "keep")
+        at_least("checkpoints", self, 1, "every_steps", "keep", "keep_every_steps")
+        at_least("checkpoints", self, 0, "keep_best", "stalled_after_medians")
 
 
 @dataclass(frozen=True)

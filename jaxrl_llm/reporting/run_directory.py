@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from jaxrl_llm.reporting.ownership import FILE
+
 RECORD_FILES = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -46,7 +48,7 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike, config: Mapping[str, Any], *, resume_step: int | None = None):
         self.path = _local(path)
         if resume_step is None:
-            _require_empty(self.path)
+            require_empty(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         else:
             if not (self.path / "config.yaml").is_file():
@@ -147,6 +149,15 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [record for _, record in _records(Path(path))]
 
 
+def last_step(path: str | os.PathLike) -> int | None:
+    """The last step of a metrics.jsonl or samples.jsonl; None where it records none.
+
+    Raises:
+      ValueError: a line other than the last is not a record.
+    """
+    return max((record["step"] for _, record in _records(Path(path))), default=None)
+
+
 def truncate_records(path: str | os.PathLike, step: int) -> int:
     """Take back the records of a file after a global step, and a half-written last line.
 
@@ -242,10 +253,11 @@ def _local(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def _require_empty(path: Path) -> None:
+def require_empty(path: Path) -> None:
+    """Raises ValueError where a new run would be mixed with what lies at the path."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"run_dir={str(path)!r} is a file: give a directory that is empty or does not exist.")
-    found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    found = sorted({entry.name for entry in path.iterdir()} - {FILE}) if path.exists() else []
     if found:
         raise ValueError(
             f"run_dir={str(path)!r} is not empty (it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}), "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.model import Trained
-from jaxrl_llm.run.digests import Digest, by_path, digests, text_digest
+from jaxrl_llm.run.digests import Digest, bits, by_path, changed, digests, text_digest
+from jaxrl_llm.run.failures import passing
 
 
 class CheckpointError(ValueError):
@@ -25,11 +30,11 @@ class CheckpointError(ValueError):
 
 
 class Damaged(CheckpointError):
-    """A checkpoint that is not what was written; `reason` says what of it."""
+    """A checkpoint, `step`, that is not what was written; `reason` says what of it."""
 
     def __init__(self, directory: Path, step: int, reason: str):
         super().__init__(f"checkpoint {step} in {directory} is damaged: {reason}")
-        self.reason = reason
+        self.step, self.reason = step, reason
 
 
 # What the meta holds beside the caller's: digests of the arrays, and of itself.
@@ -157,6 +162,7 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
 
     Raises:
       CheckpointError: when structure, shapes or dtypes differ; orbax alone would cast dtypes in silence.
+      Damaged: when it is not what was written.
     """
     frozen = None
     if trained is not None:
@@ -164,9 +170,53 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
         like = _with_params(like, part)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     _compare(stored_shapes(directory, step), abstract, f"{directory}/{step}")
-    with ocp.CheckpointManager(Path(directory).resolve()) as manager:
+    with _read_whole(directory, step), ocp.CheckpointManager(Path(directory).resolve()) as manager:
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    _require_same(directory, step, state)
     return state if trained is None else _with_params(state, trained.join(state.params, frozen))
+
+
+@contextlib.contextmanager
+def _read_whole(directory: Path, step: int) -> Iterator[None]:
+    """Raises Damaged where orbax fails at what was verified: in what it notes beside the arrays."""
+    with without_loose_ends():
+        try:
+            yield
+        except Exception as error:
+            if passing(error):
+                raise
+            raise Damaged(directory, step, f"it cannot be restored ({in_short(error)})") from None
+
+
+@contextlib.contextmanager
+def without_loose_ends() -> Iterator[None]:
+    """Of a read that fails, others of orbax's are left, which the interpreter would report with a traceback each."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    failed = False
+    try:
+        yield
+    except Exception:
+        failed = True
+        raise
+    finally:
+        if failed:
+            time.sleep(0.1)  # they are still ending
+            gc.collect()
+        sys.unraisablehook = before
+
+
+def _require_same(directory: Path, step: int, restored: PyTree) -> None:
+    """Raises Damaged unless the arrays that this process has whole are what was written."""
+    if recorded := read_digests(directory, step):
+        here = {path: bits(leaf) for path, leaf in by_path(restored).items()}
+        whole = {path: np.asarray(leaf) for path, leaf in here.items() if getattr(leaf, "is_fully_addressable", True)}
+        if bad := changed(whole, recorded):
+            raise Damaged(directory, step, f"array {bad[0]} is not what was written")
+
+
+def in_short(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _with_params(state: Any, params: PyTree) -> Any:
@@ -208,8 +258,10 @@ def restore_params(
     arguments = ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore(_state_path(directory, step), args=arguments)["networks"][network]["params"]
+    with _read_whole(directory, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(_state_path(directory, step), args=arguments)
+    _require_same(directory, step, restored)
+    params = restored["networks"][network]["params"]
     return params if trained is None else trained.join(params, frozen)
 
 
@@ -256,4 +308,3 @@ def _compare(stored: PyTree, wanted: PyTree, where: str) -> None:
                 f"checkpoint {where} holds {path!r} as {dtype}{list(shape)}, but this config makes it "
                 f"{leaf.dtype}{list(leaf.shape)}; use the config that the checkpoint was written with"
             )
-

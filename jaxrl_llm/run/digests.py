@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import xxhash
 from jaxtyping import PyTree
@@ -34,8 +35,8 @@ class Digest(NamedTuple):
 
 
 def digests(tree: PyTree) -> dict[str, Digest]:
-    """Of every array of a tree by its path, over all processes, each of which hashes its own parts. All must call it."""
-    held = {path: _bits(leaf) for path, leaf in by_path(tree).items()}
+    """Of every array of a tree by its path. Each process hashes the parts that it has, and all must call it."""
+    held = {path: bits(leaf) for path, leaf in by_path(tree).items()}
     parts = [(path, box, part) for path, leaf in held.items() for box, part in _own_parts(leaf)]
     found = _in_threads(lambda one: (one[0], one[1], hashed(one[2])), parts)
     made = {path: Digest(str(leaf.dtype), list(leaf.shape), {}) for path, leaf in held.items()}
@@ -60,7 +61,7 @@ def changed(read: Mapping[str, np.ndarray], recorded: Mapping[str, Digest]) -> l
 
 def hashed(array: np.ndarray) -> str:
     """XXH3-64 of the bytes of an array in C order."""
-    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def text_digest(value: Any) -> str:
@@ -78,8 +79,9 @@ def _key(part: Any) -> str:
     return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
 
 
-def _bits(leaf: Any) -> Any:
-    key = hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def bits(leaf: Any) -> Any:
+    """An array as it is written: of a random key, its bits."""
+    key = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if key else leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 

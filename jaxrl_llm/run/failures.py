@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxrl_llm.parallel.peers import LOST
 
 # Errors of storage and devices that a new start may find gone, as their texts begin (absl status codes of XLA and
 # TensorStore).
@@ -31,7 +36,7 @@ _STORAGE_TEXT = {
     "File too large": errno.EFBIG,
     "Too many open files": errno.EMFILE,
 }
-RESTARTABLE = 75  # exit status: the same run may be started again, and may then go on
+RESTARTABLE = LOST  # exit status: the same run may be started again, and may then go on
 
 
 class StorageError(RuntimeError):
@@ -60,3 +65,42 @@ def storage_fault(error: BaseException) -> str | None:
     if number is None and isinstance(error, (OSError, ValueError, RuntimeError)):
         number = next((found for part, found in _STORAGE_TEXT.items() if part in text), None)
     return None if number is None else _STORAGE_ERRNO[number]
+
+
+@contextlib.contextmanager
+def named(directory: Path, way_on: Callable[[], str]) -> Iterator[None]:
+    """Faults of the storage and of devices in a block become one sentence: what is the matter, and how to go on.
+
+    Args:
+      directory: of the run.
+      way_on: says which step is saved and what to type.
+
+    Raises:
+      StorageError: for a disk that is full, read-only, or gone.
+      PassingError: for what may be gone at the next start.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        for one in _chain(error):
+            name = getattr(one, "filename", None) or directory
+            if passing(one):
+                raise PassingError(f"{_first_line(one)}; {way_on()}") from error
+            if (clause := storage_fault(one)) is not None:
+                raise StorageError(f"run {directory} cannot be written: {name}: {clause}; {way_on()}") from error
+        raise
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of, the first cause last."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

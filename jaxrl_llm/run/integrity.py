@@ -47,9 +47,7 @@ class Verified(NamedTuple):
         if self.damage:
             return f"checkpoint {self.step} is damaged: {self.damage}"
         how = "verified" if self.recorded else "readable, but without digests to verify it by"
-        return (
-            f"checkpoint {self.step} is {how} ({self.arrays} arrays, {self.size / 1e6:.3g} MB, {self.seconds:.2g} s)"
-        )
+        return f"checkpoint {self.step} is {how} ({self.arrays} arrays, {self.size / 1e6:.3g} MB, {self.seconds:.2g} s)"
 
 
 def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, int] = (0, 1)) -> Verified:
@@ -67,18 +65,9 @@ def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, 
     """
     started = time.monotonic()
     try:
-        recorded = checkpoints.read_digests(directory, step)
-        tree = checkpoints.stored_shapes(directory, step)
-        there = {path: leaf for path, leaf in by_path(tree).items() if path.startswith(within)}
-        wanted = recorded or {path: Digest(str(leaf.dtype), leaf.shape, {}) for path, leaf in there.items()}
-        wanted = {path: digest for path, digest in wanted.items() if path.startswith(within)}
-        if missing := sorted(wanted.keys() ^ there.keys()):
-            lost = "lacks" if missing[0] in wanted else "has a surplus"
-            return Verified(step, f"it {lost} array {missing[0]}")
-        mine = dict(sorted(wanted.items())[share[0] :: share[1]])
-        for read in _arrays(directory, step, tree, mine):
-            if recorded and (bad := changed(read, wanted)):
-                return Verified(step, f"array {bad[0]} is not what was written")
+        with checkpoints.without_loose_ends():
+            recorded = checkpoints.read_digests(directory, step)
+            damage, wanted = _compared(directory, step, recorded, within, share)
     except Damaged as error:
         return Verified(step, error.reason)
     except CheckpointError:
@@ -86,9 +75,27 @@ def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, 
     except Exception as error:
         if passing(error):
             raise
-        return Verified(step, f"it cannot be read ({_short(error)})")
+        return Verified(step, f"it cannot be read ({checkpoints.in_short(error)})")
+    if damage is not None:
+        return Verified(step, damage)
     size = sum(_size(digest) for digest in wanted.values())
     return Verified(step, None, recorded is not None, len(wanted), size, time.monotonic() - started)
+
+
+def _compared(
+    directory: Path, step: int, recorded: Mapping[str, Digest] | None, within: str, share: tuple[int, int]
+) -> tuple[str | None, dict[str, Digest]]:
+    """(what is wrong, what was read), as for `verified`."""
+    tree = checkpoints.stored_shapes(directory, step)
+    there = {path: leaf for path, leaf in by_path(tree).items() if path.startswith(within)}
+    wanted = recorded or {path: Digest(str(leaf.dtype), leaf.shape, {}) for path, leaf in there.items()}
+    wanted = {path: digest for path, digest in wanted.items() if path.startswith(within)}
+    if missing := sorted(wanted.keys() ^ there.keys()):
+        return f"it {'lacks' if missing[0] in wanted else 'has a surplus'} array {missing[0]}", wanted
+    for read in _arrays(directory, step, tree, dict(sorted(wanted.items())[share[0] :: share[1]])):
+        if recorded and (bad := changed(read, wanted)):
+            return f"array {bad[0]} is not what was written", wanted
+    return None, wanted
 
 
 def _arrays(directory: Path, step: int, tree: PyTree, wanted: Mapping[str, Digest]) -> Iterator[dict[str, np.ndarray]]:
@@ -112,10 +119,6 @@ def _arrays(directory: Path, step: int, tree: PyTree, wanted: Mapping[str, Diges
 
 def _size(digest: Digest) -> int:
     return int(np.prod(digest.shape, dtype=np.int64)) * jax.numpy.dtype(digest.dtype).itemsize
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 Say = Callable[[str], Any]

@@ -7,11 +7,12 @@ so that it can be taken up again at any checkpoint.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
+from jaxrl_llm.run.interruption import Abandoned, Interruption
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.training.reading import item_numbers
 
@@ -39,7 +41,15 @@ class TrainingError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved."""
+    """A signal asked the run to stop; its state is saved.
+
+    Attributes:
+      status: 128 and the number of the signal, as shells say it.
+    """
+
+    def __init__(self, text: str, number: int = signal.SIGTERM):
+        super().__init__(text)
+        self.status = 128 + number
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ class Run:
       watch: counts compilations.
       data: problems by split, which the run is measured on.
       sets: the data of each stage by split.
-      asked: a signal arrived.
+      interruption: signals and the watchdog.
       waiting_networks: networks that an earlier stage has trained and a later one reads, but not the one under way.
       stopping: the run ends at the end of this step; the same on all processes.
       mark, charged_to: since when, and to which part, time is being charged.
@@ -112,7 +122,7 @@ class Run:
     data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
-    asked: bool = False
+    interruption: Interruption = field(kw_only=True)
     stopping: bool = False
     mark: float = 0.0
     charged_to: str = "set-up"
@@ -122,11 +132,13 @@ class Run:
         """Charge the seconds of a block to `what`, and not to the block around it."""
         self.charge()
         around, self.charged_to = self.charged_to, what
+        self.interruption.busy(what)
         try:
             yield
         finally:
             self.charge()
             self.charged_to = around
+            self.interruption.busy(around)
 
     def charge(self) -> None:
         """Add the time since the last call to the part that it belongs to."""
@@ -141,6 +153,13 @@ class Run:
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
         kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
         checkpoints.save(self.manager, global_step, kept, self.meta, trained=self.parts.model.trained)
+
+    def stopped(self, global_step: int) -> Stopped:
+        """What a run ends with that was asked to stop and is saved."""
+        return Stopped(
+            f"stopped at step {global_step}; go on with: jaxrl train --resume {self.config.directory}",
+            self.interruption.number or signal.SIGTERM,
+        )
 
     def placed(self, rows: Any) -> Any:
         """Rows of a whole batch where the step's devices want them; each process hands over its own."""
@@ -189,20 +208,16 @@ def run_stage(
             new_width = width not in widths
             if new_width and widths:
                 run.watch.allow()
+                run.interruption.busy(f"step {done} of the {stage.name}")
                 progress.message(f"step {done} is the first with prompts of {width} tokens: its program is compiled")
             widths.add(width)
             written = None if data.written is None else run.placed(data.written(index))
             try:
                 new_state, metrics, rows = step.run(state, run.placed(prompts), items, written, call=run.parts.call)
-            except (RewardError, EngineError) as error:
+            except (RewardError, EngineError, Abandoned) as error:
                 if unread is not None:
                     report(*unread)
-                _save_before_leaving(run, offset + index, stage.name, state)
-                what = "the function" if isinstance(error, RewardError) else "what the engine lacks"
-                raise type(error)(
-                    f"{error}. The state before step {done} is saved: mend {what} and run "
-                    f"jaxrl train --resume {run.config.directory}"
-                ) from error
+                _leave(run, error, offset + index, done, stage.name, state)
             choices = _next_choices(choices, new_state)
             if unread is not None:
                 report(*unread)
@@ -218,7 +233,8 @@ def run_stage(
                 reached = stage.stop_at_accuracy is not None and held_out["pass@1"] >= stage.stop_at_accuracy
             if done == first + 2 or (new_width and done > first + 2):
                 run.watch.expect_none(progress.message)
-            run.stopping = hosts.agreed_stop(run.asked)
+            run.interruption.step_done(f"step {done + 1} of the {stage.name}")
+            run.stopping = hosts.agreed_stop(run.interruption.asked)
             ends = reached or done == stage.steps
             if ends and not last:
                 break
@@ -231,7 +247,9 @@ def run_stage(
                     run.watch.expect_none(progress.message)
                 if ends:
                     break
-                _stop_if_asked(run, offset + done)
+                if run.stopping:
+                    run.manager.wait_until_finished()
+                    raise run.stopped(offset + done)
         if unread is not None:
             report(*unread)
         run.watch.allow()
@@ -287,16 +305,18 @@ def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experie
     return None if feed is None or feed.rows is None else feed.rows(parts, sets)
 
 
-def _save_before_leaving(run: Run, global_step: int, stage: str, state: TrainState) -> None:
+def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, state: TrainState) -> NoReturn:
+    """Save the state before a step that was not taken, and end the run with what has kept it from being taken."""
     if run.manager.latest_step() != global_step:  # it may be on its way to the disk already
         run.save(global_step, stage, state)
     run.manager.wait_until_finished()
-
-
-def _stop_if_asked(run: Run, global_step: int) -> None:
-    if run.stopping:
-        run.manager.wait_until_finished()
-        raise Stopped(f"stopped at step {global_step}; go on with: jaxrl train --resume {run.config.directory}")
+    if isinstance(error, Abandoned):
+        raise run.stopped(global_step)
+    what = "the function" if isinstance(error, RewardError) else "what the engine lacks"
+    raise type(error)(
+        f"{error}. The state before step {done} is saved: mend {what} and run "
+        f"jaxrl train --resume {run.config.directory}"
+    ) from error
 
 
 def _finite(run: Run, metrics: dict[str, Any], done: int, stage: str) -> dict[str, float]:
