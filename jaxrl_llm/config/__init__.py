@@ -3,7 +3,14 @@
 from jaxrl_llm.config.errors import FREE, ConfigError
 from jaxrl_llm.config.inputs import DataConfig, ModelConfig, PretrainedConfig, TaskConfig, WarmStartConfig
 from jaxrl_llm.config.method import AdapterConfig, EngineConfig, NetworkConfig, RolloutConfig, TrainingConfig
-from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
+from jaxrl_llm.config.operation import (
+    AboutConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    FaultsConfig,
+    MeshConfig,
+    ReportingConfig,
+)
 from jaxrl_llm.config.parsing import as_tree, load_config, numeric_tree, parse_config, read_tree, stage_trees
 from jaxrl_llm.config.whole import Config
 
@@ -17,6 +24,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "FaultsConfig",
     "MeshConfig",
     "ModelConfig",
     "NetworkConfig",

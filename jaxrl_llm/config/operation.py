@@ -41,7 +41,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the whole state is written, how many are kept, and when a run that stands still is ended.
+    """How often the whole state is written, and which are kept.
 
     Attributes:
       every_steps: steps between two checkpoints.
@@ -50,8 +50,6 @@ class CheckpointConfig:
       keep_best: the best that are kept beside them, by `best_metric`.
       best_metric: of the newest evaluation on the validation split (see evaluation.every_steps).
       best_is: "highest" or "lowest".
-      stalled_after_medians: a step that takes so many times the median of the last steps, and 10 minutes at least, ends
-        the run with exit status 75, which says that it may be started again; 0 waits for ever.
     """
 
     every_steps: int = 20
@@ -60,11 +58,30 @@ class CheckpointConfig:
     keep_best: int = 0
     best_metric: str = "validation/pass@1"
     best_is: Literal["highest", "lowest"] = "highest"
-    stalled_after_medians: float = 50.0
 
     def __post_init__(self):
         at_least("checkpoints", self, 1, "every_steps", "keep", "keep_every_steps")
-        at_least("checkpoints", self, 0, "keep_best", "stalled_after_medians")
+        at_least("checkpoints", self, 0, "keep_best")
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What a run puts up with.
+
+    Attributes:
+      most_failed_share: of the rows of a step for which a function of the user's own may fail, each counted and
+        given its `value_on_failure`; beyond it the run ends with its state saved.
+      most_skipped_updates: one after the other, for numbers that are not finite; beyond it the run ends.
+      stalled_after_medians: a step that takes so many times the median of the last steps, and 10 minutes at least, ends
+        the run with exit status 75, which says that it may be started again; 0 waits for ever.
+    """
+
+    most_failed_share: float = 0.5
+    most_skipped_updates: int = 5
+    stalled_after_medians: float = 50.0
+
+    def __post_init__(self):
+        at_least("faults", self, 0, "most_failed_share", "most_skipped_updates", "stalled_after_medians")
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,34 @@ from typing import Any
 from jaxrl_llm.config.errors import FREE
 from jaxrl_llm.config.inputs import DataConfig, ModelConfig, TaskConfig, WarmStartConfig
 from jaxrl_llm.config.method import AdapterConfig, NetworkConfig, RolloutConfig, TrainingConfig
-from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
+from jaxrl_llm.config.operation import (
+    AboutConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    FaultsConfig,
+    MeshConfig,
+    ReportingConfig,
+)
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
 # What a stage cannot have of its own.
-_OF_THE_RUN = ("model", "lora", "mesh", "warm_start", "stages", "run_dir", "checkpoints", "reporting", "about")
+_OF_THE_RUN = (
+    "model",
+    "lora",
+    "mesh",
+    "warm_start",
+    "stages",
+    "run_dir",
+    "checkpoints",
+    "faults",
+    "reporting",
+    "about",
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Everything but `run_dir` and `reporting` decides the numbers.
+    """A whole run. Everything but what is marked FREE (`run_dir`, `checkpoints`, `reporting`, ...) decides the numbers.
 
     `environment` holds options of the environment that answers the turns of a task such as grid; or
     `python: "module:function"` and the keyword arguments of that function, which is called with the tokenizer and
@@ -49,6 +67,7 @@ class Config:
     stages: tuple[dict[str, Any], ...] = ()
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoints: CheckpointConfig = field(default=CheckpointConfig(), metadata=FREE)
+    faults: FaultsConfig = field(default=FaultsConfig(), metadata=FREE)
     reporting: ReportingConfig = field(default=ReportingConfig(), metadata=FREE)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

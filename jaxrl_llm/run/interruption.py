@@ -83,8 +83,11 @@ class Interruption:
         return statistics.median(self._steps) if len(self._steps) >= 3 else None
 
     def give_up_the_step(self) -> None:
-        """Raises Abandoned where the step under way would not end within half of the grace period."""
-        if self.number is None or self.grace is None:
+        """Raises Abandoned where the step under way would not end within half of the grace period.
+
+        Several processes would have to agree on it; they finish their step.
+        """
+        if self.number is None or self.grace is None or hosts.peers() is not None:
             return
         left = self._asked_at + self.grace / 2 - time.monotonic()
         known = self.median is not None and self._mark is not None

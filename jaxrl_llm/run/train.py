@@ -34,6 +34,7 @@ from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.failures import named
+from jaxrl_llm.run.host_processes import guarded_functions
 from jaxrl_llm.run.interruption import Interruption, attended
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.resuming import clear_the_way, step_to_go_on_from
@@ -81,7 +82,7 @@ def train(
         console.print,
         lambda: checkpoints.latest_step(folder),
         grace,
-        config.checkpoints.stalled_after_medians,
+        config.faults.stalled_after_medians,
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(named(config.directory, interruption.way_on))
@@ -156,6 +157,7 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
+        guarded_functions(config, [stage.parts.step.composition for stage in stages], interruption.give_up_the_step),
     ):
         run = Run(
             config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption

@@ -277,13 +277,16 @@ def test_hyper_parameters_that_cannot_work_are_found_before_anything_is_made(mic
 
 # ---- failing on the way ---------------------------------------------------------------------------------------------
 
+# It is called in a process of its own: what it counts lies in a file.
 JUDGING = """
-calls, good_calls = 0, 2
+from pathlib import Path
+
+COUNT = Path(__file__).with_name("calls")
 
 def judge(completions):
-    global calls
-    calls += 1
-    if calls > good_calls:
+    calls, good_calls = map(int, COUNT.read_text().split())
+    COUNT.write_text(f"{calls + 1} {good_calls}")
+    if calls >= good_calls:
         raise LookupError("no such case")
     return [text.count("1") for text in completions]
 """
@@ -292,6 +295,8 @@ def judge(completions):
 @pytest.mark.slow
 def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, capsys):
     (tmp_path / "judging.py").write_text(JUDGING)
+    calls = tmp_path / "calls"
+    calls.write_text("0 2")
     monkeypatch.syspath_prepend(tmp_path)
     directory = tmp_path / "run"
     changes = ["rewards=[{python: 'judging:judge'}]", "warm_start.steps=0", "losses=[clipped_surrogate]"]
@@ -304,13 +309,12 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
     assert [line["step"] for line in records(directory)] == [1, 2]
 
     # The fourth step fails with no checkpoint of the third.
-    judging = sys.modules["judging"]
-    judging.calls, judging.good_calls = 0, 1
+    calls.write_text("0 1")
     assert "The state before step 4 is saved" in refused(capsys, "train", "--resume", str(directory), status=1)
     assert checkpoints.latest_step(directory / "checkpoints") == 3
     assert [line["step"] for line in records(directory)] == [1, 2, 3]
 
-    judging.good_calls = 1000
+    calls.write_text("0 1000")
     assert cli.main(["train", "--resume", str(directory)]) == 0
     assert [line["step"] for line in records(directory)] == list(range(1, STEPS + 1))
     assert "reinforcement 8/8" in capsys.readouterr().out

@@ -282,6 +282,68 @@ def test_the_watchdog_ends_a_run_that_stands_still(ends, tmp_path):
     assert "test_the_watchdog_ends_a_run" in (tmp_path / "stalled.txt").read_text()
 
 
+ENDING = """
+import sys, time
+from pathlib import Path
+
+CALLS = Path(__file__).with_name("calls")
+
+def ending(completions):
+    calls = int(CALLS.read_text()) if CALLS.exists() else 0
+    CALLS.write_text(str(calls + 1))
+    if calls == 2:
+        {what}
+    return [text.count("1") for text in completions]
+"""
+
+
+@pytest.fixture
+def ending(tmp_path, monkeypatch):
+    """(what happens in the third call of a reward) -> overrides of a run with that reward."""
+
+    def written(what: str) -> list[str]:
+        name = f"ending_{abs(hash(what))}"
+        (tmp_path / f"{name}.py").write_text(ENDING.replace("{what}", what))
+        monkeypatch.syspath_prepend(tmp_path)
+        return [*SHORT, f"run_dir={tmp_path / 'run'}", f"rewards=[{{python: '{name}:ending', OPTIONS}}]"]
+
+    return written
+
+
+def test_a_reward_that_exits_ends_the_run_with_its_state_saved(micro_yaml, tmp_path, ending, capsys):
+    words = [word.replace(", OPTIONS", "") for word in ending("sys.exit(0)")]
+    said = refused(capsys, "train", str(micro_yaml), *words, status=1)
+    assert "reward 'ending' raised FunctionEnded: SystemExit(0) on the batch as a whole" in said
+    assert f"its traceback and output are in {tmp_path / 'run' / 'host' / 'ending.log'}" in said
+    assert "The state before step 3 is saved: mend the function and run jaxrl train --resume" in said
+    assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 2
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert [line["step"] for line in read_records(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_failures_are_counted_and_too_many_end_the_run(micro_yaml, tmp_path, ending, capsys):
+    words = [word.replace("OPTIONS", "deadline_s: 1, value_on_failure: 0.0") for word in ending("time.sleep(30)")]
+    said = refused(capsys, "train", str(micro_yaml), *words, status=1)
+    assert "failed for 16 of 16 rows, more than the share of 0.5 that faults.most_failed_share allows" in said
+    (tmp_path / "calls").unlink()
+    shutil.rmtree(tmp_path / "run")
+    assert cli.main(["train", str(micro_yaml), *words, "faults.most_failed_share=1"]) == 0
+    lines = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [line["failures/ending"] for line in lines] == [0, 0, 16, 0]
+
+
+@pytest.mark.slow
+def test_a_stop_that_cannot_wait_gives_the_step_up(micro_yaml, tmp_path, ending, capsys):
+    words = [word.replace(", OPTIONS", "") for word in ending("os.kill(os.getppid(), 15) or time.sleep(60)")]
+    source = next(tmp_path.glob("ending_*.py"))
+    source.write_text("import os\n" + source.read_text())
+    assert cli.main(["train", str(micro_yaml), *words, "--grace", "6"]) == 143
+    said = capsys.readouterr().err
+    assert said == f"stopped at step 2; go on with: jaxrl train --resume {tmp_path / 'run'}\n"
+    assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 2
+
+
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 
