@@ -104,7 +104,9 @@ def make_evaluate(
 
         def decode(params: PyTree, batch: Any, key: Array, call: Caller | None):
             assert call is not None  # `evaluate` opens the environment
-            return facts(host_generate_turns(turns, params, batch.prompts, batch.items, key, 0, call), batch.weight)
+            present = np.asarray(batch.weight) > 0
+            drawn = host_generate_turns(turns, params, batch.prompts, batch.items, key, 0, call, present=present)
+            return facts(drawn, batch.weight)
     else:
 
         def sampled(params: PyTree, prompts: Prompts, counted: Array, key: Array):
