@@ -21,7 +21,7 @@ import pydantic
 from jaxrl_llm import advantages, losses, rewards, schedules, selection
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.signatures import on_host, signature
-from jaxrl_llm.training.composition import Fill, LossTerm, Reward
+from jaxrl_llm.terms import Fill, LossTerm, Reward
 
 CREDIT_ROOMS = (advantages, selection, rewards, losses)
 COEFFICIENT_ROOMS = (schedules, losses, advantages)

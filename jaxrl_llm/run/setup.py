@@ -43,7 +43,7 @@ from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update, make_train_step
-from jaxrl_llm.training.placement import parameter_shardings
+from jaxrl_llm.training.segments import parameter_shardings
 
 
 @dataclass(frozen=True)

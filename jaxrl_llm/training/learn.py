@@ -24,7 +24,8 @@ from jaxrl_llm.parallel.shardings import constrained_like
 from jaxrl_llm.rollout.hidden_states import observed_hidden
 from jaxrl_llm.rows import minibatch_rows
 from jaxrl_llm.signatures import call, names, required
-from jaxrl_llm.training.composition import Composition, LossTerm
+from jaxrl_llm.terms import LossTerm
+from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.metrics import drift_of, learn_metrics
 from jaxrl_llm.training.networks import (
     POLICY,

@@ -103,18 +103,17 @@ def test_a_refusal_says_what_is_needed_by_whom_and_who_lacks_it():
         ({"environment": IN_PYTHON, "off_policy_steps": 1}, "off_policy_steps", "ahead", "the environment in Python"),
         # one another
         ({"truncation": TRUNCATION, "plan": WRITTEN}, "rollout.truncation", "drawn_by_policy", "rollout.plan"),
-        (
-            {"selection": SELECTION, "prompts_per_step": 4, "off_policy_steps": 1},
-            "rollout.off_policy_steps",
-            "ahead",
-            "data.selection",
-        ),
     ],
 )  # fmt: skip
 def test_what_samplers_and_plans_do_not_offer(bigram, changed, part, capability, by):
     message = rf"{part} needs {CAPABILITIES[capability]} \({capability}\), which {by}.* does not offer; leave "
     with pytest.raises(ValueError, match=message):
         compose(bigram, replace(ROLLOUT, **changed))
+
+
+def test_a_selection_says_how_many_prompts_before_a_state_is_made(bigram):
+    with pytest.raises(ValueError, match="a rollout with a selection needs prompts_per_step"):
+        compose(bigram, replace(ROLLOUT, selection=SELECTION))
 
 
 @pytest.mark.parametrize("changed", [{"engine": ENGINE}, {"environment": IN_PYTHON}])
