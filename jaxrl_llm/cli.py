@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxrl_llm import __version__
 from jaxrl_llm.commands.output import Lasting, unwrapped
@@ -125,8 +126,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: str, text: str, *, json_output: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def commands_of(name: str, text: str) -> Any:
+        group = commands.add_parser(name, help=text, description=text)
+        return group.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, function: str, text: str, *, json_output: bool = True, within: Any = commands
+    ) -> argparse.ArgumentParser:
+        sub = within.add_parser(name, help=text, description=text)
         sub.set_defaults(command=_imported_late(function), outlives_output=False)
         if json_output:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -134,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for add in (_add_train, _add_eval, _add_sample, _add_model_files, _add_lists, _add_previews):
         add(command)
+    _add_state(command, commands_of)
     command("doctor", "inventory:show_machine", "Devices, versions, memory and compiled programs of this machine.")
     return parser
 
@@ -255,6 +263,27 @@ def _add_model_files(command: Command) -> None:
     export.add_argument("path", metavar="RUN_OR_CHECKPOINT")
     export.add_argument("out", metavar="DIR", help="new directory")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
+
+
+def _add_state(command: Command, commands_of: Callable) -> None:
+    kinds = commands_of("ckpt", "Checkpoints of a run: listed, verified, pruned, converted.")
+
+    def on_path(name: str, function: str, text: str, **defaults: object) -> argparse.ArgumentParser:
+        sub = command(name, f"state:{function}", text, within=kinds)
+        sub.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+        sub.set_defaults(**defaults)
+        return sub
+
+    on_path("list", "show_checkpoints", "The checkpoints of a run.", verify=False)
+    on_path("verify", "show_checkpoints", "Read checkpoints and compare them with what was written.", verify=True)
+    prune = on_path("prune", "prune_checkpoints", "Delete checkpoints; the newest good one always stays.")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="the newest that stay")
+    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="multiples of this stay, too")
+    convert = on_path("convert", "convert_checkpoint", "Write a checkpoint anew, of an earlier version with digests.")
+    convert.add_argument("out", metavar="OUT", help="new directory, which stands for a run")
+    convert.add_argument("--only", metavar="NETWORK", help="its parameters alone, for reading; such as policy")
+    replay = command("replay", "state:show_replay", "Which rows of a step that failed make which number not finite.")
+    replay.add_argument("file", metavar="FILE", help="RUN/failed/step_N.npz")
 
 
 def _add_lists(command: Command) -> None:

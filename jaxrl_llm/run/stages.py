@@ -6,7 +6,6 @@ so that it can be taken up again at any checkpoint.
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -27,17 +26,15 @@ from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.alarms import Alarms
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.interruption import Abandoned, Interruption
+from jaxrl_llm.run.nonfinite import TrainingError, looked_at
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.training.reading import item_numbers
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 SELECTION = "selection"
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says what happened and where the last good checkpoint is."""
 
 
 class Stopped(Exception):
@@ -108,6 +105,7 @@ class Run:
       sets: the data of each stage by split.
       interruption: signals and the watchdog.
       waiting_networks: networks that an earlier stage has trained and a later one reads, but not the one under way.
+      skipped_in_a_row: updates before this step that were skipped one after the other; such a state is not saved.
       stopping: the run ends at the end of this step; the same on all processes.
       mark, charged_to: since when, and to which part, time is being charged.
     """
@@ -124,6 +122,7 @@ class Run:
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
     interruption: Interruption = field(kw_only=True)
     stopping: bool = False
+    skipped_in_a_row: int = 0
     mark: float = 0.0
     charged_to: str = "set-up"
 
@@ -152,7 +151,8 @@ class Run:
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
         kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
-        checkpoints.save(self.manager, global_step, kept, self.meta, trained=self.parts.model.trained)
+        trained, metric = self.parts.model.trained, self.meta.get("metric")
+        checkpoints.save(self.manager, global_step, kept, self.meta, trained=trained, metric=metric)
 
     def stopped(self, global_step: int) -> Stopped:
         """What a run ends with that was asked to stop and is saved."""
@@ -190,15 +190,17 @@ def run_stage(
     ):
 
         def report(done: int, metrics: dict[str, Any], rows: Experience, items: list) -> None:
-            shown = _finite(run, jax.device_get(metrics), done, stage.name)
-            if stage.samples:
+            shown = looked_at(run, jax.device_get(metrics), done, offset, stage.name, rows)
+            if stage.samples and "completion_tokens" in shown:
                 run.meta["tokens"] += round(shown["completion_tokens"] * counted)
             run.directory.write_metrics(offset + done, {"stage": stage.name} | shown)
+            for text in alarms.new(shown):
+                progress.message(f"alarm at step {done} of the {stage.name}: {text}")
             if stage.samples:
                 _write_samples(run, offset + done, done, rows, items, first=done == first + 1)
             progress.update(done, shown)
 
-        unread: tuple | None = None
+        alarms, unread = Alarms(), None
         widths: set[int] = set()
         choices = _choices(state)
         for index in range(first, stage.steps):
@@ -225,12 +227,11 @@ def run_stage(
             reached = False
             if stage.probe_every_steps and done % stage.probe_every_steps == 0 and (done < stage.steps or not last):
                 run.watch.allow()  # a resumed run compiles its evaluation here
-                held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
+                probed = _probed(run, stage, state, measure)
                 if done > first + 2:
                     run.watch.expect_none(progress.message)
-                shown = held_out if stage.probes is None else {name: held_out[name] for name in stage.probes}
-                metrics |= {f"validation/{name}": value for name, value in shown.items()}
-                reached = stage.stop_at_accuracy is not None and held_out["pass@1"] >= stage.stop_at_accuracy
+                metrics |= probed
+                reached = stage.stop_at_accuracy is not None and probed["validation/pass@1"] >= stage.stop_at_accuracy
             if done == first + 2 or (new_width and done > first + 2):
                 run.watch.expect_none(progress.message)
             run.interruption.step_done(f"step {done + 1} of the {stage.name}")
@@ -242,19 +243,30 @@ def run_stage(
                 report(*unread)
                 unread = None
                 run.watch.allow()  # on a mesh, orbax compiles how it cuts arrays, in a resumed run here
-                run.save(offset + done, stage.name, state)
+                if not run.skipped_in_a_row or ends or run.manager.latest_step() is None:
+                    run.save(offset + done, stage.name, state)
                 if done >= first + 2:
                     run.watch.expect_none(progress.message)
                 if ends:
                     break
                 if run.stopping:
                     run.manager.wait_until_finished()
-                    raise run.stopped(offset + done)
+                    raise run.stopped(run.manager.latest_step())
         if unread is not None:
             report(*unread)
         run.watch.allow()
     run.meta["steps_before"] = offset + int(state.step)
     return state
+
+
+def _probed(run: Run, stage: Stage, state: TrainState, measure: Callable) -> dict[str, float]:
+    """What a stage writes of a measurement on the validation split."""
+    held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
+    names = held_out if stage.probes is None else stage.probes
+    probed = {f"validation/{name}": held_out[name] for name in names}
+    if stage.first_saved:  # of a warm start, no checkpoint is the best
+        run.meta["metric"] = probed.get(run.config.checkpoints.best_metric)
+    return probed
 
 
 def _prompts(run: Run, stage: Stage, data: StageData, index: int, choices: list[Any]) -> tuple[Any, list]:
@@ -323,20 +335,6 @@ def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, 
         f"{error}. The state before step {done} is saved: mend {what} and run "
         f"jaxrl train --resume {run.config.directory}"
     ) from error
-
-
-def _finite(run: Run, metrics: dict[str, Any], done: int, stage: str) -> dict[str, float]:
-    """Metrics as floats; the first one that is not finite ends the run before a checkpoint can be spoiled."""
-    shown = {name: float(value) for name, value in metrics.items()}
-    bad = [name for name, value in shown.items() if not math.isfinite(value)]
-    if bad:
-        good, folder = run.manager.latest_step(), run.config.directory / "checkpoints"
-        rest = "There is no checkpoint yet" if good is None else f"The last good checkpoint is step {good} in {folder}"
-        raise TrainingError(
-            f"{bad[0]} is {shown[bad[0]]} at step {done} of the {stage}; lower the learning rate or check the rewards. "
-            f"{rest}"
-        )
-    return shown
 
 
 def _write_samples(run: Run, global_step: int, done: int, rows: Experience, items: list, *, first: bool) -> None:

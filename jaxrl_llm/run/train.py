@@ -154,7 +154,7 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
         clear_the_way(config, newest, console.print)
     with (
         run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
-        checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
+        _manager(config) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
         guarded_functions(config, [stage.parts.step.composition for stage in stages], interruption.give_up_the_step),
@@ -166,6 +166,17 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with attended(interruption):
             return _run(run, stages, prompts, rows, newest, grade)
+
+
+def _manager(config: Config) -> Any:
+    kept = config.checkpoints
+    return checkpoints.checkpoint_manager(
+        config.directory / "checkpoints",
+        keep=kept.keep,
+        keep_every_steps=kept.keep_every_steps,
+        keep_best=kept.keep_best,
+        best_is=kept.best_is,
+    )
 
 
 def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +264,7 @@ def _before(stages: Sequence[Stage], key: Any) -> tuple[TrainState | None, dict[
     state, held = None, {}
     for stage in stages:
         given = _carried(stage.parts, held)
-        shapes = jax.eval_shape(lambda k, g, s=stage: s.parts.step.init(k, None, g), key, given)
+        shapes = jax.eval_shape(stage.parts.step.init, key, None, given)
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), replace(shapes, key=jnp.zeros(())))
         state = replace(state, key=key)
         held |= {name: one.params for name, one in state.networks.items()}
@@ -378,6 +389,7 @@ def _summary(run: Run, after: dict[str, float]) -> dict[str, Any]:
         "completion_tokens_sampled": run.meta["tokens"],
         "warm_start_steps": run.meta["warm_start_steps"],
         "steps": run.config.training.steps,
+        "skipped_updates": run.meta.get("skipped_updates", 0),
         "compilations": run.watch.count,
         "compilation_seconds": run.watch.seconds,
         "programs_read": run.watch.read,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm import cli
 from jaxrl_llm.experience import NetworkState, TrainState
 from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.checkpoints import CheckpointError
@@ -246,3 +247,64 @@ def test_storage_that_does_not_answer_says_nothing_about_a_checkpoint(copied, mo
     monkeypatch.setattr(checkpoints, "stored_shapes", unreachable)
     with pytest.raises(ValueError, match="UNAVAILABLE"):
         integrity.newest_good(copied)
+
+
+# ---- retention and tools --------------------------------------------------------------------------------------------
+
+
+def kept(folder: Path, metrics: dict[int, float | None], **policy) -> list[int]:
+    with checkpoints.checkpoint_manager(folder, **policy) as manager:
+        for step, metric in metrics.items():
+            checkpoints.save(manager, step, {"step": jnp.int32(step)}, {"stage": "x"}, metric=metric)
+    return checkpoints.steps(folder)
+
+
+@pytest.mark.parametrize(
+    "policy, expected",
+    [
+        ({"keep": 2}, [5, 6]),
+        ({"keep": 1, "keep_every_steps": 2}, [2, 4, 6]),
+        ({"keep": 1, "keep_every_steps": 3}, [3, 6]),
+        ({"keep": 1, "keep_best": 1}, [3, 6]),
+        ({"keep": 2, "keep_best": 2, "best_is": "lowest"}, [2, 4, 5, 6]),
+    ],
+)
+def test_the_newest_are_kept_with_some_for_ever_and_the_best(tmp_path, policy, expected):
+    metrics = {1: None, 2: 0.1, 3: 0.9, 4: 0.2, 5: 0.5, 6: None}
+    assert kept(tmp_path / "checkpoints", metrics, **policy) == expected
+
+
+def jaxrl(capsys, *arguments: str, status: int = 0):
+    assert cli.main([*arguments, "--json"]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def test_checkpoints_are_listed_verified_and_pruned(copied, capsys):
+    listed = jaxrl(capsys, "ckpt", "list", str(copied.parent))
+    assert [(row["step"], row["stage"]) for row in listed] == [(4, "reinforcement"), (8, "reinforcement")]
+    assert [row["state"] for row in jaxrl(capsys, "ckpt", "verify", str(copied.parent))] == ["good", "good"]
+    flip(data_file(copied / "8"), 0.5)
+    rows = jaxrl(capsys, "ckpt", "verify", str(copied.parent), status=1)
+    assert [row["state"].split(":")[0] for row in rows] == ["good", "damaged"]
+    assert len(jaxrl(capsys, "ckpt", "verify", str(copied / "4"))) == 1
+    assert jaxrl(capsys, "ckpt", "prune", str(copied.parent), "--keep", "1") == []  # the newest good one stays
+    shutil.rmtree(copied / "8")
+    shutil.copytree(copied / "4", copied / "8")
+    assert jaxrl(capsys, "ckpt", "prune", str(copied.parent), "--keep", "1", "--keep-every", "4") == []
+    assert jaxrl(capsys, "ckpt", "prune", str(copied.parent), "--keep", "1") == [{"deleted": 4}]
+
+
+def test_a_checkpoint_is_written_anew_with_digests(copied, tmp_path, capsys):
+    without_digests(copied / "8")
+    (copied.parent / "config.yaml").write_text("name: x\n")
+    jaxrl(capsys, "ckpt", "convert", str(copied.parent), str(tmp_path / "whole"))
+    assert [row["state"] for row in jaxrl(capsys, "ckpt", "verify", str(tmp_path / "whole"))] == ["good"]
+    same(checkpoints.restore(tmp_path / "whole" / "checkpoints", 8, make_state(8)), make_state(8))
+    assert (tmp_path / "whole" / "config.yaml").is_file()
+    jaxrl(capsys, "ckpt", "convert", str(copied.parent), str(tmp_path / "one"), "--only", "policy")
+    found = checkpoints.restore_params(tmp_path / "one" / "checkpoints", 8, make_state(8).params)
+    same(found, make_state(8).params)
+    assert cli.main(["ckpt", "convert", str(copied.parent), str(tmp_path / "one")]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert cli.main(["ckpt", "convert", str(copied.parent), str(tmp_path / "two"), "--only", "critic"]) == 2
+    assert "holds no network 'critic'; it has policy" in capsys.readouterr().err

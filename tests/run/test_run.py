@@ -28,6 +28,7 @@ from jaxrl_llm.config import load_config
 from jaxrl_llm.reporting import RunDirectory
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.digests import text_digest
 from jaxrl_llm.run.integrity import latest_checkpoint
 from jaxrl_llm.run.stages import spread
 
@@ -256,6 +257,8 @@ def test_a_run_is_resumed_with_its_own_data_only(finished_run, tmp_path, capsys)
     meta = tmp_path / "run" / "checkpoints" / "18" / "meta" / "metadata"
     changed = json.loads(meta.read_text())
     changed["data"]["train"] = "0123"
+    del changed["digest"]
+    changed["digest"] = text_digest(changed)
     meta.write_text(json.dumps(changed))
     said = refused(capsys, "train", "--resume", str(tmp_path / "run"))
     assert "was started with other files: train changed since (its data was {'train': '0123'" in said
@@ -327,13 +330,13 @@ def test_a_number_that_is_not_finite_ends_the_run_before_a_checkpoint_is_spoiled
     assert cli.main(["train", str(micro_yaml), f"run_dir={directory}", *changes]) == 1
     said = capsys.readouterr().err
     found = re.match(
-        r"error: \S+ is (nan|inf) at step (\d+) of the reinforcement; lower the learning rate .* The last good "
-        r"checkpoint is step (\d+) in (\S+)\n$",
+        r"error: \S+ is (nan|inf).* at step (\d+) of the reinforcement; its batch is in .* The last good "
+        r"checkpoint is step (\d+): start from it with init_from=(\S+) and another run_dir, and lower the .*\n$",
         said,
     )
     assert found is not None, said
     assert int(found[3]) == int(found[2]) - 1
-    assert checkpoints.latest_step(Path(found[4])) == int(found[3])
+    assert checkpoints.latest_step(Path(found[4]) / "checkpoints") == int(found[3])
     for name, array in stored_state(directory, int(found[3])).items():
         assert np.isfinite(array).all(), name
 

@@ -24,6 +24,7 @@ from jaxrl_llm.commands.output import Lasting
 from jaxrl_llm.reporting import RunDirectory, ownership
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints, failures
+from jaxrl_llm.run.alarms import Alarms
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 
 ROOT = Path(jaxrl_llm.__file__).parents[1]
@@ -475,3 +476,98 @@ def test_export_asks_for_its_package_before_it_reads_the_run(finished_run, tmp_p
     monkeypatch.setattr("jaxrl_llm.commands.model_files.restored_run", None)
     said = refused(capsys, "export", str(finished_run.directory), str(tmp_path / "out"))
     assert "needs the package safetensors, which is not installed: pip install 'jaxrl_llm[hf]'" in said
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+BREAKING = """
+import jax.numpy as jnp
+from jaxrl_llm.losses import Loss
+
+def breaking(logprobs, mask, weight, group, *, broken_group: int = 1, in_gradient: bool = True):
+    counted = mask * weight[:, None]
+    broken = (group == broken_group)[:, None] & (weight > 0)[:, None]
+    spoiled = logprobs * jnp.where(broken, jnp.nan, -1.0) if in_gradient else jnp.where(broken, jnp.nan, -logprobs)
+    return Loss((jnp.where(counted > 0, spoiled, 0.0)).sum(), counted.sum())
+"""
+
+
+@pytest.fixture
+def breaking(tmp_path, monkeypatch, micro_yaml):
+    (tmp_path / "breaking_loss.py").write_text(BREAKING)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [word for word in SHORT if not word.startswith("losses")]
+    words += ["losses=[{python: 'breaking_loss:breaking'}, clipped_surrogate]", "training.minibatches_per_epoch=1"]
+    return ["train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *words]
+
+
+def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(breaking, tmp_path, capsys):
+    said = refused(capsys, *breaking, "faults.most_skipped_updates=2", status=1)
+    assert said.startswith("error: loss/breaking is nan, although every field of the rows is finite")
+    assert "3 updates were skipped one after the other. The last good checkpoint is step 0" in said
+    assert f"init_from={tmp_path / 'run'} and another run_dir" in said
+    lines = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [line["skipped_update"] for line in lines] == [1.0, 1.0]
+    assert all("loss/breaking" not in line for line in lines)
+    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [0]
+    file = tmp_path / "run" / "failed" / "step_000002.npz"
+    assert str(file) in said or file.is_file()
+    assert cli.main(["replay", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["stage"], found["policy of checkpoint"]) == (2, "reinforcement", 0)
+    assert [entry["not finite"][:1] for entry in found["groups"]] == [[], ["loss/breaking"], [], []]
+    assert found["groups"][1]["rows"] == [4, 5, 6, 7]
+    assert cli.main(["replay", str(file)]) == 0
+    assert "with the policy of checkpoint 0" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_few_skipped_updates_are_counted_and_change_nothing(breaking, tmp_path, capsys):
+    assert cli.main([*breaking, "training.steps=2", "faults.most_skipped_updates=2"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The update was skipped (1 of 2 that may follow one another)" in shown
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_updates"] == 2
+    norms = [line["parameter_norm"] for line in read_records(tmp_path / "run" / "metrics.jsonl")]
+    assert norms[0] == norms[1]
+
+
+def test_a_loss_that_is_not_finite_with_a_gradient_that_is_ends_the_run_before_a_save(breaking, tmp_path, capsys):
+    words = [word.replace("breaking'}", "breaking', in_gradient: false}") for word in breaking]
+    assert "loss/breaking is nan" in refused(capsys, *words, status=1)
+    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [0]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", None], ids=["empty", "cut", "missing"])
+def test_what_is_no_failed_batch_is_refused(tmp_path, capsys, content):
+    file = tmp_path / "step.npz"
+    if content is not None:
+        file.write_bytes(content)
+    assert "give a file of RUN/failed" in refused(capsys, "replay", str(file))
+
+
+# metrics of steps -> what is said, and in which step.
+RUNS = {
+    "divergence": ([{"kl_reference_per_token": 0.1}] * 10 + [{"kl_reference_per_token": 2.0}] * 10, "far from its", 13),
+    "entropy": ([{"entropy_per_token": 1.0}] * 10 + [{"entropy_per_token": 0.01}] * 20, "entropy has collapsed", 20),
+    "length": ([{"completion_tokens": 10.0}] * 10 + [{"completion_tokens": 50.0}] * 10, "have grown from 10", 15),
+    "cut": ([{"truncated_share": 0.8}] * 12, "80% of the completions are cut", 10),
+    "gap": ([{"sampler_gap_mean": 0.3}] * 12, "sampler and trainer disagree", 10),
+    "constant": ([{"constant_group_share": 1.0}] * 12, "nothing is learned from them", 10),
+    "hacking": (
+        [{"reward": r, **({} if p is None else {"validation/pass@1": p})} for r, p in
+         [(0.1, 0.5), (0.3, None), (0.6, 0.4), (0.9, None), (1.0, 0.3), (1.0, None)]],
+        "may be exploiting the reward",
+        5,
+    ),
+    "good": ([{"reward": 0.1 * n, "entropy_per_token": 1.0, "constant_group_share": 0.9} for n in range(30)], None, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_alarms_ring_once(kind):
+    steps, said, at = RUNS[kind]
+    alarms = Alarms()
+    heard = [(number, text) for number, metrics in enumerate(steps, 1) for text in alarms.new(metrics)]
+    assert len(heard) == (said is not None)
+    if said is not None:
+        assert heard[0][0] == at
+        assert said in heard[0][1]
