@@ -9,6 +9,8 @@ Names of what networks say follow rules and need no row of their own (`score_nam
     <network>_scores               one number of a head a row
     <view>_logprobs, <view>_mask   another sequence made of the row
     <network>_<view>_logprobs      the same by another network
+    <network>_over_vocabulary      the functional that a loss carries, of the policy's whole distribution and that of
+                                   another network, the reference where none is named
     metric/<name>                  filled by credit, a number to be logged
 """
 
@@ -231,6 +233,8 @@ def need_of(name: str) -> str:
     """What a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" for nothing."""
     if name in FIELDS:
         return FIELDS[name].need
+    if compared_with(name):
+        return _NEEDS["over_vocabulary"]
     found = score_named(name, ["policy", "reference", *HEADS, *(f"{head}_target" for head in HEADS)])
     if found is None:
         return _NEEDS.get(name, "")
@@ -323,6 +327,16 @@ def score_named(name: str, networks: Collection[str], views: Collection[str] = (
                 # The policy has no head, and heads have no log-probabilities.
                 return Score(chosen, quantity, view, as_found) if chosen in networks else None
     return None
+
+
+def compared_with(name: str) -> str | None:
+    """The network whose whole distribution a name compares the policy's with; None for another name.
+
+    >>> compared_with("over_vocabulary"), compared_with("teacher_over_vocabulary"), compared_with("logprobs")
+    ('reference', 'teacher', None)
+    """
+    network = name.removesuffix("over_vocabulary")
+    return None if network == name else network.removesuffix("_") or "reference"
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import TEXT
+from jaxrl_llm.fields import TEXT, compared_with
 from jaxrl_llm.signatures import name_of, names, on_host, required
 
 
@@ -91,6 +91,11 @@ class LossTerm:
     def coefficient_changes(self) -> bool:
         """Whether the coefficient is computed anew in each step."""
         return callable(self.coefficient) or isinstance(self.coefficient, Method)
+
+    @property
+    def compares(self) -> str | None:
+        """The name of the functional over the vocabulary that it carries; None without one."""
+        return next((name for name in sorted(names(self.function)) if compared_with(name) is not None), None)
 
     @property
     def on_written(self) -> bool:

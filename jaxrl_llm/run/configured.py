@@ -76,7 +76,8 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     for view, entry in entries.items():
         name, hyper = entry_of(entry, f"views.{view}")
         calling = {key: hyper.pop(key) for key in _OF_VIEWS if key in hyper}
-        made[view] = View(method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes), **calling)
+        function = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
+        made[view] = View(function, name=view, **calling)
         if calling and not made[view].on_host:
             raise RecipeError(f"views.{view}.{next(iter(calling))} is of views that read text, and {name} does not")
     return made

@@ -7,7 +7,17 @@ from typing import Any
 import jax
 
 from jaxrl_llm.experience import FACTS, Method
-from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, METRIC, fillable, kind_of, nearest, provided_by, remedy
+from jaxrl_llm.fields import (
+    FACTS_READ_ONLY,
+    FIELDS,
+    METRIC,
+    compared_with,
+    fillable,
+    kind_of,
+    nearest,
+    provided_by,
+    remedy,
+)
 from jaxrl_llm.rollout.capabilities import ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.sampled import Rollout
@@ -65,6 +75,7 @@ def _check_names(c: Composition) -> None:
     by_network = {name for name in c.named if c.score(name) is not None}
     by_network |= provided_by("network") | c.view_masks
     learner = provided_by("learner") | {"router_choices"}
+    learner |= {name for name in c.named if compared_with(name) in c.networks}
     text = provided_by("text") | {"items"}
     available = available_before_rewards(c)
     # What stands for a name that is spelled wrongly, beside what is there.
@@ -172,7 +183,7 @@ def _check_capabilities(c: Composition) -> None:
         for name in joined:
             require("rollout.truncation", frozenset({"drawn_by_policy"}), name, frozenset())
         whole = [t.name for t in c.credit if t.over_vocabulary]
-        whole += [t.name for t in c.losses if "over_vocabulary" in names(t.function)]
+        whole += [t.name for t in c.losses if t.compares]
         for name in whole:
             require(repr(name), frozenset({"whole_vocabulary"}), "rollout.truncation", frozenset())
     for name in joined:
@@ -309,6 +320,7 @@ def replayed_fields(c: Composition) -> dict[str, str]:
     for name in sorted(required([t.function for t in c.losses])):
         kind = kind_of(name)
         made = {n for term in c.credit for n in term.names} | provided_by("rewards")
+        made |= provided_by("environment") if c.rollout is not None and c.rollout.environment is not None else set()
         view = c.views.get(c.view_of(name))
         gone = c.plan.provides | provided_by("network") | ({name} if view is not None and view.on_host else set())
         if name in gone or (name in made and kind not in ("row", "token", "either")):

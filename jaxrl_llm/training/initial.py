@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import TrainState
+from jaxrl_llm.fields import compared_with
 from jaxrl_llm.parallel.backend import options_of_one_run
 from jaxrl_llm.parallel.rules import laid_out
 from jaxrl_llm.training.collect import PLAN, SELECTION, first_choices, first_store
@@ -53,7 +54,7 @@ def initialiser(c: Composition) -> tuple[Callable[..., TrainState], Composition]
 def in_use(c: Composition, state: TrainState) -> TrainState:
     """The state with what the update reads of it on the devices."""
     reference, read = c.networks.get("reference"), {"optimizer"}
-    if reference is not None and (reference.moves or "over_vocabulary" in c.named):
+    if reference is not None and (reference.moves or "reference" in map(compared_with, c.named)):
         read |= {"reference"}
     return in_device_memory(state, c.placed, c.resources.placement.offload & read)
 

@@ -350,3 +350,20 @@ def test_a_step_without_rewards_distils_a_teacher(make_bigram):
     rollout = replace(ROLLOUT, plan=plans.refill(plans.plain(samples_per_prompt=4), samples_per_prompt=4))
     with pytest.raises(ValueError, match="rewards is empty, but the plan asks for completions by their rewards"):
         make_train_step(bigram, optax.sgd(2.0), source=rollout, losses=[distilled])
+
+
+def test_pairs_may_be_made_of_the_samples_of_a_step(bigram, make_prompts):
+    """DPO on the best and the worst sample of each group; the others belong to no pair."""
+
+    def best_and_worst(rewards, group):
+        ours = group[:, None] == group[None, :]
+        most = jnp.where(ours, rewards, -jnp.inf).max(1)
+        least = jnp.where(ours, rewards, jnp.inf).min(1)
+        return jnp.where(rewards == most, 1.0, jnp.where(rewards == least, 0.0, -1.0))
+
+    step = composed(bigram, credit=[("preferred", best_and_worst)], losses=[losses.dpo], optimizer=optax.adam(0.5))
+    state, seen = step.init(jax.random.key(0)), []
+    for _ in range(15):
+        state, metrics, _ = step.run(state, make_prompts(8))
+        seen.append(float(metrics["reward"]))
+    assert np.mean(seen[-3:]) > np.mean(seen[:3]) + 0.1
