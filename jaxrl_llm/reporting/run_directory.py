@@ -101,9 +101,14 @@ class RunDirectory:
         write_summary(self.path, summary)
 
     def sync(self) -> None:
-        """Force every record onto the disk: call it before the checkpoint of the same step is saved."""
-        for file in self._records.values():
+        """Force every record onto the disk: call it before the checkpoint of the same step is saved.
+
+        Raises:
+          FileNotFoundError: when the directory was moved or deleted; what is written would be seen by nobody.
+        """
+        for name, file in self._records.items():
             os.fsync(file.fileno())
+            os.stat(self.path / name)
         self._events.flush()
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -144,6 +145,7 @@ class Guarded:
 
 
 _AT_ONCE = 32  # calls for single rows
+_MAIN = threading.main_thread()
 
 
 def _rows(data: Mapping[str, Any], count: int, part: slice) -> dict[str, Any]:
@@ -164,7 +166,7 @@ class _Process:
         output = subprocess.DEVNULL if self.log is None else self.log
         code = f"import sys; sys.path[:] = {sys.path!r}; from jaxrl_llm.rewards.guarded import serve; "
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"{code}serve({theirs.fileno()})"],
+            [sys.executable, "-c", f"{code}serve({theirs.fileno()}, {threading.current_thread() is _MAIN})"],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -249,9 +251,10 @@ def _memory_of(leader: int, *, whole: bool) -> int:
 # ---- the other process ----------------------------------------------------------------------------------------------
 
 
-def serve(file: int) -> None:
+def serve(file: int, of_main_thread: bool) -> None:
     """The life of the process: requests in, answers out, until the socket closes."""
-    _die_with_parent()
+    if of_main_thread:  # Linux would end it with the thread that has started it
+        _die_with_parent()
     pipe = Connection(file)
     function = pickle.loads(pipe.recv_bytes())
     pipe.send_bytes(pickle.dumps(("ready", None)))

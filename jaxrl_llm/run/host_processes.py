@@ -10,6 +10,7 @@ import jax
 
 from jaxrl_llm.config import Config
 from jaxrl_llm.rewards import Guarded
+from jaxrl_llm.rollout.host_calls import Caller, Returned
 
 FOLDER = "host"
 
@@ -35,3 +36,15 @@ def guarded_functions(config: Config, compositions: Sequence[Any], stop: Callabl
     finally:
         for function in functions:
             function.close()
+
+
+def attentive(call: Caller | None, stop: Callable[[], None]) -> Caller | None:
+    """The caller of an environment, which looks before each turn whether the run wants to end instead."""
+    if call is None:
+        return None
+
+    def asked(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Returned]:
+        stop()
+        return call(name, calls)
+
+    return asked

@@ -107,6 +107,8 @@ class Interruption:
 
     def way_on(self) -> str:
         """Where the run is saved, and how it goes on."""
+        if not self.directory.is_dir():
+            return f"put it back, and go on with: jaxrl train --resume {self.directory}"
         try:
             step = self.saved()
         except OSError:

@@ -34,13 +34,13 @@ from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.failures import named
-from jaxrl_llm.run.host_processes import guarded_functions
-from jaxrl_llm.run.interruption import Interruption, attended
+from jaxrl_llm.run.host_processes import attentive, guarded_functions
+from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.resuming import clear_the_way, step_to_go_on_from
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
-from jaxrl_llm.run.stages import Run, Stage, first_batch, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.stages import Run, Stage, Stopped, first_batch, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
 
@@ -96,6 +96,8 @@ def train(
                     raise
                 console.print(f"{error}; trying the one before it")
                 clear_the_way(config, error.step - 1, console.print)
+            except Abandoned:  # between steps
+                raise Stopped(f"stopped; {interruption.way_on()}", interruption.number or 15) from None
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped at once; {interruption.way_on()}") from None
 
@@ -159,6 +161,7 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
         opened_parts(built) as ready,
         guarded_functions(config, [stage.parts.step.composition for stage in stages], interruption.give_up_the_step),
     ):
+        ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
         run = Run(
             config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption
         )

@@ -149,6 +149,22 @@ HARMLESS = {
 }
 
 
+def listed(kinds) -> str:
+    """The kinds as docs/survival.md lists them."""
+    by_part: dict[str, list[str]] = {}
+    for kind in kinds:
+        part, _, what = kind.partition(": ")
+        by_part.setdefault(part, []).append(what)
+    return "\n".join(f"- {part}: {', '.join(what)}" for part, what in by_part.items())
+
+
+def test_the_page_lists_every_kind_of_damage():
+    page = Path(__file__).parents[2].joinpath("docs", "survival.md").read_text()
+    assert f"after:\n\n{listed(DAMAGE)}\n" in page, listed(DAMAGE)
+    assert f"after:\n\n{listed(HARMLESS)}\n" in page, listed(HARMLESS)
+    assert len(DAMAGE) >= 33
+
+
 def same(found, expected) -> None:
     def bits(leaf):
         key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

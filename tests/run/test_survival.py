@@ -400,6 +400,22 @@ def test_a_disk_that_fails_is_one_sentence_with_the_way_on(micro_yaml, tmp_path,
     assert f"the last good checkpoint is step 2; go on with: jaxrl train --resume {tmp_path / 'run'}" in said
 
 
+@pytest.mark.parametrize("happens", ["moved", "deleted"])
+def test_a_run_directory_that_is_gone_is_one_sentence(micro_yaml, tmp_path, monkeypatch, capsys, happens):
+    run = tmp_path / "run"
+
+    def write_and_lose(self, step, metrics):
+        write(self, step, metrics)
+        if step == 2:
+            self._events.flush()
+            run.rename(tmp_path / "elsewhere") if happens == "moved" else shutil.rmtree(run)
+
+    write = RunDirectory.write_metrics
+    monkeypatch.setattr(RunDirectory, "write_metrics", write_and_lose)
+    said = refused(capsys, "train", str(micro_yaml), f"run_dir={run}", *SHORT, status=1)
+    assert "metrics.jsonl: it was moved or deleted; put it back, and go on with: jaxrl train --resume" in said
+
+
 DISKS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of disk space is used up",
