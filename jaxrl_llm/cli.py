@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reads what is printed.
     """
     options = _parser().parse_args(arguments)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS report their inner affairs as warnings
+    # orbax and TFDS report their inner affairs as warnings, and what they raise as well, with its traceback, as errors.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if options.outlives_output:
         sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:

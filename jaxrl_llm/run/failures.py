@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,16 +27,6 @@ _STORAGE_ERRNO = {
     errno.EMFILE: "too many files are open",
     errno.ENFILE: "too many files are open",
 }
-_STORAGE_TEXT = {
-    "No space left on device": errno.ENOSPC,
-    "Disk quota exceeded": errno.EDQUOT,
-    "Read-only file system": errno.EROFS,
-    "Permission denied": errno.EACCES,
-    "No such file or directory": errno.ENOENT,
-    "File name too long": errno.ENAMETOOLONG,
-    "File too large": errno.EFBIG,
-    "Too many open files": errno.EMFILE,
-}
 RESTARTABLE = LOST  # exit status: the same run may be started again, and may then go on
 
 
@@ -49,22 +40,26 @@ class PassingError(RuntimeError):
 
 def passing(error: BaseException) -> bool:
     """Whether an error of the system, of XLA or of TensorStore may be gone at the next start."""
-    if isinstance(error, OSError) and error.errno in _PASSING_ERRNO:
+    if _number(error) in _PASSING_ERRNO:
         return True
     text = str(error).lstrip()
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         return text.startswith(_PASSING)
-    codes = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "Input/output error", "Stale file handle")
-    return isinstance(error, (OSError, ValueError)) and any(code in text for code in codes)
+    # TensorStore says DATA_LOSS of a file that is damaged, which does not pass.
+    return isinstance(error, (OSError, ValueError)) and text.startswith(("UNAVAILABLE:", "DEADLINE_EXCEEDED:"))
 
 
 def storage_fault(error: BaseException) -> str | None:
     """What is the matter with a disk, as a clause; None where an error is of something else."""
-    text = str(error)
-    number = error.errno if isinstance(error, OSError) and error.errno in _STORAGE_ERRNO else None
-    if number is None and isinstance(error, (OSError, ValueError, RuntimeError)):
-        number = next((found for part, found in _STORAGE_TEXT.items() if part in text), None)
-    return None if number is None else _STORAGE_ERRNO[number]
+    return _STORAGE_ERRNO.get(_number(error) or 0)
+
+
+def _number(error: BaseException) -> int | None:
+    """The number of an error of the system; TensorStore has it in its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
+    return None if found is None else int(found[1])
 
 
 @contextlib.contextmanager
@@ -81,14 +76,15 @@ def named(directory: Path, way_on: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
+    except Exception as error:
+        if type(error).__module__.startswith("jaxrl_llm."):  # it has a sentence of its own
+            raise
         for one in _chain(error):
             name = getattr(one, "filename", None) or directory
             if passing(one):
                 raise PassingError(f"{_first_line(one)}; {way_on()}") from error
-            if (clause := storage_fault(one)) is not None:
+            inside = str(name).startswith((str(directory), str(directory.resolve())))
+            if inside and (clause := storage_fault(one)) is not None:
                 raise StorageError(f"run {directory} cannot be written: {name}: {clause}; {way_on()}") from error
         raise
 
@@ -99,7 +95,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _first_line(error: BaseException) -> str:

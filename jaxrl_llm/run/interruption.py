@@ -46,6 +46,7 @@ class Interruption:
       least: seconds that the watchdog waits in any case.
       number: the first signal; None before one.
       doing: what the run does, for messages.
+      opened: the run directory is there.
     """
 
     directory: Path
@@ -56,6 +57,7 @@ class Interruption:
     least: float = _LEAST_SECONDS
     number: int | None = None
     doing: str = "set-up"
+    opened: bool = False
     _asked_at: float = 0.0
     _again: float | None = None
     _steps: list[float] = field(default_factory=list)
@@ -107,7 +109,7 @@ class Interruption:
 
     def way_on(self) -> str:
         """Where the run is saved, and how it goes on."""
-        if not self.directory.is_dir():
+        if self.opened and not (self.directory / "config.yaml").is_file():
             return f"put it back, and go on with: jaxrl train --resume {self.directory}"
         try:
             step = self.saved()

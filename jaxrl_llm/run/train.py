@@ -161,6 +161,7 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
         opened_parts(built) as ready,
         guarded_functions(config, [stage.parts.step.composition for stage in stages], interruption.give_up_the_step),
     ):
+        interruption.opened = True
         ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
         run = Run(
             config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption

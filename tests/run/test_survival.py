@@ -436,7 +436,12 @@ def test_what_is_the_matter_with_a_disk_is_said(tmp_path, number):
         pytest.raises(expected, match=f"{re.escape(clause or os.strerror(number))}.*; go on$"),
         failures.named(tmp_path, lambda: "go on"),
     ):
-        raise OSError(number, os.strerror(number), "file")
+        raise OSError(number, os.strerror(number), str(tmp_path / "file"))
+
+
+def test_a_disk_of_something_else_is_not_that_of_the_run(tmp_path):
+    with pytest.raises(FileNotFoundError), failures.named(tmp_path / "run", lambda: "go on"):
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "data.jsonl"))
 
 
 class JaxRuntimeError(RuntimeError):
@@ -452,8 +457,11 @@ class JaxRuntimeError(RuntimeError):
         (JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False, None),
         (JaxRuntimeError("INVALID_ARGUMENT: shapes"), False, None),
         (ValueError("UNAVAILABLE: gs://bucket: connection reset"), True, None),
-        (ValueError("NOT_FOUND: Error opening: [OS error 28: No space left on device]"), False, "the disk is full"),
-        (ValueError("UNAVAILABLE is what the policy wrote"), True, None),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing: No space [os_error_code='28']"), False, "the disk is full"),
+        (ValueError("DATA_LOSS: Error reading: [os_error_code='5']"), True, None),
+        (ValueError("DATA_LOSS: manifest: CRC does not match"), False, None),
+        (ValueError("UNAVAILABLE is what the policy wrote"), False, None),
+        (ValueError("path cannot be read: No such file or directory"), False, None),
         (ValueError("k is 3"), False, None),
         (RuntimeError("INTERNAL: of somebody else"), False, None),
     ],
@@ -467,12 +475,12 @@ def test_faults_are_told_apart(error, passes, clause):
 def test_the_first_cause_of_a_chain_is_named(tmp_path):
     def close():
         try:
-            raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "metrics.jsonl"))
         finally:
             raise RuntimeError("while closing")
 
     with (
-        pytest.raises(failures.StorageError, match=r"metrics.jsonl: the disk is full; go on$"),
+        pytest.raises(failures.StorageError, match=r"metrics\.jsonl: the disk is full; go on$"),
         failures.named(tmp_path, lambda: "go on"),
     ):
         close()
