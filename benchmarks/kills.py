@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrl_llm.reporting.run_directory import read_records
@@ -71,13 +72,15 @@ def numbers(run: Path) -> dict[str, object]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("words", nargs="*", default=[str(ROOT / "configs" / "demo.yaml"), *SMALL])
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG [key=value ...]", default=[str(ROOT / "configs" / "demo.yaml"), *SMALL]
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     random.seed(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"

@@ -161,7 +161,7 @@ class _Process:
             with contextlib.suppress(OSError):  # a full disk is noticed by whoever writes the run
                 guarded.folder.mkdir(parents=True, exist_ok=True)
                 self.log = open(guarded.folder / f"{guarded.name}.log", "ab", buffering=0)  # noqa: SIM115
-        self.memory = guarded.memory_bytes or _free_memory() // 2
+        self.memory = guarded.memory_bytes or psutil.virtual_memory().available // 2
         ours, theirs = socket.socketpair()
         output = subprocess.DEVNULL if self.log is None else self.log
         code = f"import sys; sys.path[:] = {sys.path!r}; from jaxrl_llm.rewards.guarded import serve; "
@@ -226,14 +226,6 @@ class _Process:
         self.pipe.close()
         if self.log is not None:
             self.log.close()
-
-
-def _free_memory() -> int:
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 1 << 62
 
 
 def _memory_of(leader: int, *, whole: bool) -> int:

@@ -168,7 +168,9 @@ def attended(interruption: Interruption) -> Iterator[Interruption]:
 
     A signal that is ignored when the block begins stays so: that is how `nohup` keeps a run going.
     """
-    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)  # as `set_wakeup_fd` wants it
     before: dict[int, Any] = {}
     wakeup: int | None = None
     stop = threading.Event()
