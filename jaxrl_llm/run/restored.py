@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.integrity import latest_checkpoint
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
+from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.networks import POLICY, Network
 from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
@@ -95,7 +97,7 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
         network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
     elif name in built.step.composition.networks:
         network = built.step.composition.networks[name]
-        like = jax.eval_shape(built.step.init, jax.random.key(0)).networks[name].params
+        like = jax.eval_shape(partial(initial_state, built.step.composition), jax.random.key(0)).networks[name].params
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
         raise checkpoints.CheckpointError(f"run {path} has no network {name!r}; it has {known}")

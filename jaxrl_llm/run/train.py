@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,6 +43,7 @@ from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, Stopped, first_batch, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
+from jaxrl_llm.training.initial import initial_state
 
 
 def train(
@@ -268,7 +270,7 @@ def _before(stages: Sequence[Stage], key: Any) -> tuple[TrainState | None, dict[
     state, held = None, {}
     for stage in stages:
         given = _carried(stage.parts, held)
-        shapes = jax.eval_shape(stage.parts.step.init, key, None, given)
+        shapes = jax.eval_shape(partial(initial_state, stage.parts.step.composition), key, None, given)
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), replace(shapes, key=jnp.zeros(())))
         state = replace(state, key=key)
         held |= {name: one.params for name, one in state.networks.items()}
