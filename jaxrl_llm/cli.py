@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxrl_llm import __version__
 from jaxrl_llm.commands.output import Lasting, unwrapped
+from jaxrl_llm.shipped import config_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     that may pass, and the same command may be given again; 130, 143, 129 ended by Ctrl-C, SIGTERM, SIGHUP; 141 nobody
     reads what is printed.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides may stand behind options, too.
+    if rest and (not hasattr(options, "config") or any("=" not in word or word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.config = [*options.config, *rest]
     # orbax and TFDS report their inner affairs as warnings, and what they raise as well, with its traceback, as errors.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if options.outlives_output:
@@ -67,26 +74,36 @@ def _status(options: argparse.Namespace) -> tuple[int, str | None]:
 
 def _foreseen(error: BaseException, options: argparse.Namespace) -> tuple[int, str | None] | None:
     """What a sub-command ends with for an error that has a sentence; None for another."""
-    from jaxrl_llm.parallel.peers import LOST, ProcessLost
-    from jaxrl_llm.rewards import RewardError
-    from jaxrl_llm.rollout.engine_http import EngineError
-    from jaxrl_llm.run.failures import PassingError, StorageError, passing, storage_fault
-    from jaxrl_llm.run.stages import Stopped, TrainingError
-
-    if isinstance(error, Stopped):
+    if isinstance(error, _raised("run.stages", "Stopped")):
         print(error, file=sys.stderr)
-        return (error.status if options.stopped_status is None else options.stopped_status), None
-    if isinstance(error, (ProcessLost, PassingError)) or passing(error):
+        return (error.status if options.stopped_status is None else options.stopped_status), None  # type: ignore[attr-defined]
+    failures = sys.modules.get("jaxrl_llm.run.failures")
+    lost = (*_raised("parallel.peers", "ProcessLost"), *_raised("run.failures", "PassingError"))
+    if isinstance(error, lost) or (failures is not None and failures.passing(error)):
+        from jaxrl_llm.parallel.peers import LOST
+
         return _failed(error, options, LOST)
-    if isinstance(error, (TrainingError, RewardError, EngineError, StorageError)):
+    failed = (
+        *_raised("run.nonfinite", "TrainingError"),
+        *_raised("rewards.host", "RewardError"),
+        *_raised("rollout.engine_http", "EngineError"),
+        *_raised("run.failures", "StorageError"),
+    )
+    if isinstance(error, failed):
         return _failed(error, options, 1)
     if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
         return _failed(error, options, 2)
-    if isinstance(error, OSError) and (clause := storage_fault(error)):
+    if isinstance(error, OSError) and failures is not None and (clause := failures.storage_fault(error)):
         named = "the output" if error.filename is None else str(error.filename)
         text = f"{named[:200]}{'...' if len(named) > 200 else ''} cannot be used: {clause} ({error.strerror})"
         return _failed(OSError(text), options, 2 if error.errno == errno.ENAMETOOLONG else 1)
     return None
+
+
+def _raised(module: str, name: str) -> tuple[type[Exception], ...]:
+    """An exception of a module of the package; none where the module was never imported, and so raised nothing."""
+    found = sys.modules.get(f"jaxrl_llm.{module}")
+    return () if found is None else (getattr(found, name),)
 
 
 def _failed(error: BaseException, options: argparse.Namespace, status: int) -> tuple[int, str]:
@@ -119,6 +136,28 @@ def _leave_others(status: int, why: str | None) -> None:
 # ---- options --------------------------------------------------------------------------------------------------------
 
 Command = Callable[..., argparse.ArgumentParser]
+_CONFIG = "a YAML file or the name of a recipe, and overrides"
+_EXAMPLES = {
+    "train": ("train demo", "train configs/demo.yaml training.steps=50 run_dir=runs/short"),
+    "eval": ("eval runs/demo", "eval runs/demo/checkpoints/120 --k 1,8,32 --split test"),
+    "sample": ("sample runs/demo --prompt 'A:12+34' -n 4", "sample MODEL_DIR --chat --prompts prompts.jsonl --jsonl"),
+    "score": ("score runs/demo --file lines.jsonl", "score MODEL_DIR --file lines.jsonl --dtype bfloat16"),
+    "import": ("import MODEL_DIR", "import Qwen/Qwen3-0.6B models/qwen3 --dtype bfloat16"),
+    "export": ("export runs/demo exported", "export runs/demo/checkpoints/120 exported --dtype bfloat16"),
+    "ckpt list": ("ckpt list runs/demo", "ckpt list runs/demo --json"),
+    "ckpt verify": ("ckpt verify runs/demo", "ckpt verify runs/demo/checkpoints/120"),
+    "ckpt prune": ("ckpt prune runs/demo --keep 2", "ckpt prune runs/demo --keep 1 --keep-every 100"),
+    "ckpt convert": ("ckpt convert runs/old runs/new", "ckpt convert runs/demo policy --only policy"),
+    "replay": ("replay runs/demo/failed/step_000120.npz", "replay runs/demo/failed/step_000120.npz --json"),
+    "tasks": ("tasks", "tasks countdown --level 3 --count 5"),
+    "methods": ("methods --needs reference", "methods dapo"),
+    "explain": ("explain grpo", "explain configs/demo.yaml rollout.samples_per_prompt=16 --verbose"),
+    "plan": (
+        "plan configs/plans/qwen3_8b.yaml --topology v5p-256",
+        "plan demo --topology cpu:8 --search training.prompts_per_step=64",
+    ),
+    "doctor": ("doctor", "doctor --json"),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,12 +171,16 @@ def _parser() -> argparse.ArgumentParser:
         return group.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        name: str, function: str, text: str, *, json_output: bool = True, within: Any = commands
+        name: str, function: str, text: str, *, json_output: bool = True, within: Any = commands, group: str = ""
     ) -> argparse.ArgumentParser:
-        sub = within.add_parser(name, help=text, description=text)
+        shown = _EXAMPLES[f"{group} {name}".strip()]
+        examples = "\n".join(["examples:", *(f"  jaxrl {line}" for line in shown)])
+        plain = argparse.RawDescriptionHelpFormatter
+        sub = within.add_parser(name, help=text, description=text, epilog=examples, formatter_class=plain)
         sub.set_defaults(command=_imported_late(function), outlives_output=False)
         if json_output:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+            sub.add_argument("--wide", action="store_true", help="tables with all columns, however narrow the screen")
         return sub
 
     for add in (_add_train, _add_eval, _add_sample, _add_model_files, _add_lists, _add_previews):
@@ -152,6 +195,9 @@ def _imported_late(path: str) -> Callable[[argparse.Namespace], int | None]:
     module, function = path.split(":")
 
     def call(options: argparse.Namespace) -> int | None:
+        words = [word for word in getattr(options, "config", None) or () if "=" not in word]
+        if words and not getattr(options, "resume", None):
+            config_path(words[0])  # a wrong name is told before anything is imported
         return getattr(importlib.import_module(f"jaxrl_llm.commands.{module}"), function)(options)
 
     return call
@@ -159,7 +205,7 @@ def _imported_late(path: str) -> Callable[[argparse.Namespace], int | None]:
 
 def _add_train(command: Command) -> None:
     train = command("train", "start_training:start_training", "Train a policy from a config, or go on with a run.")
-    train.add_argument("config", nargs="*", metavar="CONFIG [section.key=value ...]", help="a YAML file and overrides")
+    train.add_argument("config", nargs="*", metavar="CONFIG [section.key=value ...]", help=_CONFIG)
     train.add_argument("--resume", metavar="RUN", help="directory of a run to go on with")
     train.add_argument(
         "--resume-if-started", action="store_true", help="go on with run_dir if it was started, else start it"
@@ -193,13 +239,15 @@ def _add_eval(command: Command) -> None:
     evaluate = command(
         "eval", "evaluate_checkpoint:evaluate_checkpoint", "Greedy accuracy, pass@k and maj@k of a run or a checkpoint."
     )
-    evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
     evaluate.add_argument("--k", default="1,8", help="comma-separated k of pass@k and maj@k (default 1,8)")
     evaluate.add_argument("--samples", type=int, help="sampled completions a problem (default: the largest k)")
     evaluate.add_argument("--problems", type=int, help="problems (default: evaluation.problems of the run)")
-    evaluate.add_argument("--split", default="test", choices=["test", "validation", "train"])
+    evaluate.add_argument(
+        "--split", default="test", choices=["test", "validation", "train"], help="problems of this split (default test)"
+    )
     evaluate.add_argument("--temperature", type=float, help="of the samples (default: the run's)")
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
 
 
 def _add_sample(command: Command) -> None:
@@ -223,7 +271,7 @@ def _add_sample(command: Command) -> None:
     )
     sample.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt")
     sample.add_argument("--greedy", action="store_true", help="the most likely token at each position")
-    sample.add_argument("--temperature", type=float, default=1.0)
+    sample.add_argument("--temperature", type=float, default=1.0, help="of the softmax (default 1)")
     sample.add_argument("--top-k", type=int, help="only the k most probable tokens")
     sample.add_argument("--top-p", type=float, default=1.0, help="only the most probable tokens that sum to this")
     sample.add_argument("--min-p", type=float, default=0.0, help="only tokens this share as probable as the likeliest")
@@ -234,7 +282,7 @@ def _add_sample(command: Command) -> None:
     sample.add_argument("--chat", action="store_true", help="of a model directory: through its chat template")
     sample.add_argument("--batch", type=int, default=8, help="prompts sampled together (default 8)")
     sample.add_argument("--jsonl", action="store_true", help="print a line of JSON for each completion, batch by batch")
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
 
 
 def _add_model_files(command: Command) -> None:
@@ -245,7 +293,7 @@ def _add_model_files(command: Command) -> None:
     score.add_argument(
         "--file", required=True, metavar="JSONL", help="lines with prompt and completion, text, or tokens"
     )
-    score.add_argument("--temperature", type=float, default=1.0)
+    score.add_argument("--temperature", type=float, default=1.0, help="of the softmax (default 1)")
     score.add_argument("--batch", type=int, default=8, help="sequences scored together")
     score.add_argument("--dtype", choices=["float32", "bfloat16"], help="of a model directory (default: as stored)")
 
@@ -261,7 +309,7 @@ def _add_model_files(command: Command) -> None:
     export = command(
         "export", "model_files:show_export", "Write a run's policy as a directory that transformers loads."
     )
-    export.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    export.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
     export.add_argument("out", metavar="DIR", help="new directory")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
 
@@ -270,8 +318,8 @@ def _add_state(command: Command, commands_of: Callable) -> None:
     kinds = commands_of("ckpt", "Checkpoints of a run: listed, verified, pruned, converted.")
 
     def on_path(name: str, function: str, text: str, **defaults: object) -> argparse.ArgumentParser:
-        sub = command(name, f"state:{function}", text, within=kinds)
-        sub.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+        sub = command(name, f"state:{function}", text, within=kinds, group="ckpt")
+        sub.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
         sub.set_defaults(**defaults)
         return sub
 
@@ -289,7 +337,7 @@ def _add_state(command: Command, commands_of: Callable) -> None:
 
 def _add_lists(command: Command) -> None:
     tasks = command("tasks", "inventory:show_tasks", "The built-in tasks, or examples of one.")
-    tasks.add_argument("name", nargs="?")
+    tasks.add_argument("name", nargs="?", help="a task, of which examples are shown")
     tasks.add_argument("--level", type=int, help="of the examples (default: the lowest)")
     tasks.add_argument("--count", type=int, default=3, help="examples to show")
 
@@ -297,7 +345,9 @@ def _add_lists(command: Command) -> None:
         "methods", "methods:show_methods", "The shipped recipes of published methods, or one recipe or function whole."
     )
     methods.add_argument("name", nargs="?", help="a recipe or a function")
-    methods.add_argument("--certainty", choices=["verified", "recalled", "reconstructed"])
+    methods.add_argument(
+        "--certainty", choices=["verified", "recalled", "reconstructed"], help="how sure it is that this is the method"
+    )
     methods.add_argument("--stage", metavar="WORD", help="recipes whose stage has this in it, such as advantage")
     methods.add_argument("--needs", metavar="WORD", help="recipes that need this of the engine, such as reference")
     methods.add_argument("--paper", metavar="WORD", help="recipes whose paper's name has this in it")
@@ -310,12 +360,15 @@ def _add_lists(command: Command) -> None:
 
 def _add_previews(command: Command) -> None:
     explain = command("explain", "previews:show_step", "The composed step of a config: stages, shapes, sizes, work.")
-    explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
+    explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]", help=_CONFIG)
+    explain.add_argument(
+        "--verbose", action="store_true", help="also needs, hyper-parameters, shapes, widths and compiled programs"
+    )
 
     plan = command(
         "plan", "previews:show_plan", "Whether a run fits a machine that need not be there, and where its time goes."
     )
-    plan.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
+    plan.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]", help=_CONFIG)
     plan.add_argument(
         "--topology", required=True, metavar="NAME", help="such as v5e:16x16, v5p-256, 2*v5e:4x4, gpu:8xH100, cpu:8"
     )

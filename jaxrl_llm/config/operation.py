@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxrl_llm.config.errors import at_least
+from jaxrl_llm.config.errors import PLACEMENT
 from jaxrl_llm.parallel.rules import AXES, changed_rules
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, require_ranges
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,16 @@ class EvaluationConfig:
       every_steps: evaluate on the validation split every so many steps; 0 only before and after.
     """
 
-    problems: int = 512
-    samples_per_problem: int = 8
-    k: tuple[int, ...] = (1, 8)
-    temperature: float = 1.0
-    sequences_per_batch: int = 1152
-    every_steps: int = 0
+    problems: Count = 512
+    samples_per_problem: Count = 8
+    k: tuple[Count, ...] = (1, 8)
+    temperature: NonNegative = 1.0
+    sequences_per_batch: Count = field(default=1152, metadata=PLACEMENT)
+    every_steps: Natural = 0
 
     def __post_init__(self):
-        at_least("evaluation", self, 1, "problems", "samples_per_problem", "sequences_per_batch")
-        at_least("evaluation", self, 0, "every_steps")
-        if not self.k or min(self.k) < 1 or max(self.k) > self.samples_per_problem:
+        require_ranges(self, "evaluation")
+        if not self.k or max(self.k) > self.samples_per_problem:
             raise ValueError(
                 f"evaluation.k is {list(self.k)}, but evaluation.samples_per_problem is {self.samples_per_problem}; "
                 "every k must lie between 1 and the number of samples"
@@ -52,16 +52,15 @@ class CheckpointConfig:
       best_is: "highest" or "lowest".
     """
 
-    every_steps: int = 20
-    keep: int = 2
-    keep_every_steps: int | None = None
-    keep_best: int = 0
+    every_steps: Count = 20
+    keep: Count = 2
+    keep_every_steps: Count | None = None
+    keep_best: Natural = 0
     best_metric: str = "validation/pass@1"
     best_is: Literal["highest", "lowest"] = "highest"
 
     def __post_init__(self):
-        at_least("checkpoints", self, 1, "every_steps", "keep", "keep_every_steps")
-        at_least("checkpoints", self, 0, "keep_best")
+        require_ranges(self, "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,12 @@ class FaultsConfig:
         the run with exit status 75, which says that it may be started again; 0 waits for ever.
     """
 
-    most_failed_share: float = 0.5
-    most_skipped_updates: int = 5
-    stalled_after_medians: float = 50.0
+    most_failed_share: Share = 0.5
+    most_skipped_updates: Natural = 5
+    stalled_after_medians: NonNegative = 50.0
 
     def __post_init__(self):
-        at_least("faults", self, 0, "most_failed_share", "most_skipped_updates", "stalled_after_medians")
+        require_ranges(self, "faults")
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,16 @@ class ReportingConfig:
     """What is written besides metrics.
 
     Attributes:
-      samples_every_steps: write completions with their rewards every so many steps; 0 never.
+      samples_every_steps: write completions with their rewards every so many steps, and at the first and the last step
+        of a stage; 0 never.
       samples_per_report: completions written each time.
     """
 
-    samples_every_steps: int = 10
-    samples_per_report: int = 8
+    samples_every_steps: Natural = 10
+    samples_per_report: Count = 8
+
+    def __post_init__(self):
+        require_ranges(self, "reporting")
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,18 @@ class MeshConfig:
         `expert` do not split; false gathers them for each token.
     """
 
-    devices: int | None = None
-    data: int | None = None
-    fsdp: int | None = None
-    tensor: int | None = None
-    sequence: int | None = None
-    expert: int | None = None
-    slices: int | None = None
+    devices: Count | None = None
+    data: Count | None = None
+    fsdp: Count | None = None
+    tensor: Count | None = None
+    sequence: Count | None = None
+    expert: Count | None = None
+    slices: Count | None = None
     rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gather_for_rollout: bool = True
 
     def __post_init__(self):
-        at_least("mesh", self, 1, "data", "fsdp", "tensor", "sequence", "expert", "slices")
+        require_ranges(self, "mesh")
         changed_rules(self.rules)
 
     @property

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
+from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
 from jaxrl_llm.run.digests import Digest, bits, by_path, changed, digests, text_digest
 from jaxrl_llm.run.failures import passing
@@ -32,11 +33,11 @@ class CheckpointError(ValueError):
 
 
 class Damaged(CheckpointError):
-    """A checkpoint, `step`, that is not what was written; `reason` says what of it."""
+    """A checkpoint, `step` of `directory`, that is not what was written; `reason` says what of it."""
 
     def __init__(self, directory: Path, step: int, reason: str):
         super().__init__(f"checkpoint {step} in {directory} is damaged: {reason}")
-        self.step, self.reason = step, reason
+        self.directory, self.step, self.reason = directory, step, reason
 
 
 # What the meta holds beside the caller's: digests of the arrays, and of itself.
@@ -47,6 +48,28 @@ _METRIC = "metric"
 def config_hash(config: Mapping[str, Any]) -> str:
     """Sixteen hex digits over a config as a canonical JSON text."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def require_own_config(config: Config, meta: Mapping[str, Any]) -> str:
+    """What to say of a run that goes on in other places, in other pieces; "" for nothing.
+
+    Raises:
+      CheckpointError: where it would go on with other numbers; names every key with both values.
+    """
+    if meta["config_hash"] != config_hash(numeric_tree(config)):
+        raise CheckpointError(
+            f"run {config.directory} was started with another config: "
+            f"{', '.join(differences(meta['config'], numeric_tree(config)))}; resume it with its own values (jaxrl "
+            f"train --resume {config.directory}), or start a new run from its weights with "
+            f"init_from={config.directory} and another run_dir"
+        )
+    moved = differences(meta["placement"], placement_tree(config))
+    if not moved:
+        return ""
+    return (
+        f"placement has changed: {', '.join(moved)}; sums are added in another order, so the last digits of numbers "
+        "may be others than without the change"
+    )
 
 
 def checkpoint_manager(
@@ -256,10 +279,10 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
         part, frozen = trained.split(like.params)
         like = _with_params(like, part)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    _compare(stored_shapes(directory, step), abstract, f"{directory}/{step}")
+    require_same(stored_shapes(directory, step), abstract, f"{directory}/{step}")
     with _read_whole(directory, step), ocp.CheckpointManager(Path(directory).resolve()) as manager:
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-    _require_same(directory, step, state)
+    _require_written(directory, step, state)
     return state if trained is None else _with_params(state, trained.join(state.params, frozen))
 
 
@@ -292,7 +315,7 @@ def without_loose_ends() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-def _require_same(directory: Path, step: int, restored: PyTree) -> None:
+def _require_written(directory: Path, step: int, restored: PyTree) -> None:
     """Raises Damaged unless the arrays that this process has whole are what was written."""
     if recorded := read_digests(directory, step):
         here = {path: bits(leaf) for path, leaf in by_path(restored).items()}
@@ -337,19 +360,35 @@ def restore_params(
     frozen = None
     if trained is not None:
         like, frozen = trained.split(like)
-    abstract = {"networks": {network: {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
+    params = restore_part(directory, step, like, network=network)
+    return params if trained is None else trained.join(params, frozen)
+
+
+def restore_part(directory: Path, step: int, like: PyTree, *, network: str = "policy", part: str = "params") -> PyTree:
+    """The `params` or the `optimizer_state` of one network, as they were written.
+
+    Args:
+      directory: the checkpoints directory.
+      step: one of its steps.
+      like: arrays of the same structure, or their shapes.
+      network: whose.
+      part: which of the two.
+
+    Raises:
+      CheckpointError: as for `restore_params`.
+    """
+    abstract = {"networks": {network: {part: jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
     held = stored_shapes(directory, step)["networks"]
     if network not in held:
         raise CheckpointError(f"checkpoint {directory}/{step} holds no network {network!r}; it has {', '.join(held)}")
-    _compare({"networks": {network: {"params": held[network]["params"]}}}, abstract, f"{directory}/{step}")
+    require_same({"networks": {network: {part: held[network][part]}}}, abstract, f"{directory}/{step}")
     arguments = ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
     with _read_whole(directory, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(_state_path(directory, step), args=arguments)
-    _require_same(directory, step, restored)
-    params = restored["networks"][network]["params"]
-    return params if trained is None else trained.join(params, frozen)
+    _require_written(directory, step, restored)
+    return restored["networks"][network][part]
 
 
 def _state_path(directory: Path, step: int) -> Path:
@@ -380,8 +419,13 @@ def stored_arrays(directory: Path, step: int, shapes: PyTree) -> PyTree:
         )
 
 
-def _compare(stored: PyTree, wanted: PyTree, where: str) -> None:
-    """Compare by path: the stored tree is made of dictionaries and lists, the wanted one of dataclasses."""
+def require_same(stored: PyTree, wanted: PyTree, where: str) -> None:
+    """Compare by path: the stored tree is made of dictionaries and lists, the wanted one of dataclasses.
+
+    Raises:
+      CheckpointError: for the first leaf that differs.
+    """
+
     here, there = by_path(wanted), by_path(stored)
     for path in sorted(here.keys() ^ there.keys()):
         side = "lacks" if path in here else "has a surplus"

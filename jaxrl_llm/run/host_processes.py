@@ -28,6 +28,7 @@ def guarded_functions(config: Config, compositions: Sequence[Any], stop: Callabl
     functions = [term.function for term in terms if isinstance(term.function, Guarded)]
     folder = config.directory / FOLDER
     for function in functions:
+        function.close()  # where it was tried before the run directory was there
         function.folder = folder / str(jax.process_index()) if jax.process_count() > 1 else folder
         function.most_failed = config.faults.most_failed_share
         function.stop = stop

@@ -176,6 +176,20 @@ def latest_checkpoint(path: str | Path, *, within: str = "") -> tuple[Path, int]
     return folder, step
 
 
+def branch_checkpoint(path: str | Path, step: int | None) -> Path:
+    """The checkpoint that `init_from` names: of a run its newest, or that of a step.
+
+    Raises:
+      CheckpointError: when there is none.
+    """
+    folder, newest = latest_checkpoint(path)
+    chosen = folder / str(newest if step is None else step)
+    if not chosen.is_dir():
+        there = ", ".join(map(str, checkpoints.steps(folder)))
+        raise CheckpointError(f"init_from names step {step} of {path}, which has checkpoints of the steps {there}")
+    return chosen
+
+
 def _agreed(steps: list[int]) -> list[int]:
     """Steps as process 0 sees them, from the newest."""
     count = hosts.from_main(len(steps)) or 0

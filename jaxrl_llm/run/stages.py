@@ -23,6 +23,7 @@ from jaxrl_llm.data import DataSet, JsonlDataSet
 from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
+from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
@@ -30,6 +31,7 @@ from jaxrl_llm.run.alarms import Alarms
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.interruption import Abandoned, Interruption
 from jaxrl_llm.run.nonfinite import TrainingError, looked_at
+from jaxrl_llm.run.optimizers import learning_rate
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.training.reading import item_numbers
 
@@ -182,22 +184,23 @@ def run_stage(
     """
     offset, first, step = run.meta["steps_before"], int(state.step), stage.parts.step
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
-    with (
-        Progress(
-            max(stage.steps, 1), stage.name, run.console, sequences_per_step=counted if stage.samples else None
-        ) as progress,
-        run.timed(stage.name),
-    ):
+    with _progress(run, stage, counted) as progress, run.timed(stage.name):
+        rates, mark = _learning_rates(stage, state), time.monotonic()
 
         def report(done: int, metrics: dict[str, Any], rows: Experience, items: list) -> None:
+            nonlocal mark
             shown = looked_at(run, jax.device_get(metrics), done, offset, stage.name, rows)
+            seconds, mark = time.monotonic() - mark, time.monotonic()
+            shown |= {"learning_rate": float(rates[done - first - 1]), "seconds": seconds}
             if stage.samples and "completion_tokens" in shown:
-                run.meta["tokens"] += round(shown["completion_tokens"] * counted)
+                tokens = shown["completion_tokens"] * counted
+                run.meta["tokens"] += round(tokens)
+                shown["tokens_per_second"] = tokens / seconds
             run.directory.write_metrics(offset + done, {"stage": stage.name} | shown)
             for text in alarms.new(shown):
                 progress.message(f"alarm at step {done} of the {stage.name}: {text}")
             if stage.samples:
-                _write_samples(run, offset + done, done, rows, items, first=done == first + 1)
+                _write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
         alarms, unread = Alarms(), None
@@ -263,7 +266,7 @@ def _probed(run: Run, stage: Stage, state: TrainState, measure: Callable) -> dic
     """What a stage writes of a measurement on the validation split."""
     held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
     names = held_out if stage.probes is None else stage.probes
-    probed = {f"validation/{name}": held_out[name] for name in names}
+    probed = {f"validation/{name}": held_out[name] for name in names if name in held_out}
     if stage.first_saved:  # of a warm start, no checkpoint is the best
         run.meta["metric"] = probed.get(run.config.checkpoints.best_metric)
     return probed
@@ -337,9 +340,13 @@ def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, 
     ) from error
 
 
-def _write_samples(run: Run, global_step: int, done: int, rows: Experience, items: list, *, first: bool) -> None:
+def _write_samples(
+    run: Run, global_step: int, done: int, rows: Experience, items: list, *, first: bool, last: int
+) -> None:
+    """Completions of every so many steps, and of the first and the last step of a stage."""
     reporting = run.config.reporting
-    due = bool(reporting.samples_every_steps) and done % reporting.samples_every_steps == 0
+    every = reporting.samples_every_steps
+    due = bool(every) and (done in (1, last) or done % every == 0)
     # Over several processes, rows are gathered by a program, which is compiled with those of the first step.
     if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
@@ -365,6 +372,24 @@ def _write_samples(run: Run, global_step: int, done: int, rows: Experience, item
             for i in range(len(chosen))
         ],
     )
+
+
+def _learning_rates(stage: Stage, state: TrainState) -> np.ndarray:
+    """The rate of the last update of each step that is left, the count of updates being the optimiser's own."""
+    training = stage.parts.config.training
+    counts = [int(leaf) for leaf in jax.tree.leaves(state.networks["policy"].optimizer_state) if leaf.shape == ()]
+    updates = training.epochs_per_batch * training.minibatches_per_epoch
+    left = np.arange(1, max(stage.steps - int(state.step), 0) + 1)
+    return np.broadcast_to(learning_rate(training)(max(counts, default=0) + left * updates - 1), left.shape)
+
+
+def _progress(run: Run, stage: Stage, counted: int) -> Progress:
+    """The display of a stage; what counts as right is named for the reward that says so."""
+    c = stage.parts.step.composition
+    right = "solved" if stage.parts.environment is not None else f"{c.rewards[0].name} ≥ 1" if c.rewards else ""
+    columns = tuple(c._replace(label=right) if c.name == "correct_share" else c for c in COLUMNS)
+    sequences = counted if stage.samples else None
+    return Progress(max(stage.steps, 1), stage.name, run.console, sequences_per_step=sequences, columns=columns)
 
 
 def spread(count: int, wanted: int) -> np.ndarray:
