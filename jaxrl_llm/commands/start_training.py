@@ -47,6 +47,6 @@ def start_training(options: argparse.Namespace) -> None:
     if jax.default_backend() == "cpu":
         give_back_after_compiling()
     decided = decide() if peers is None else peers.decided
-    summary = train(config, resume=decided["resume"], console=console)
+    summary = train(config, resume=decided["resume"], exact=options.exact, grace=options.grace, console=console)
     if options.json and not console.quiet:
         print(json.dumps(summary, indent=2))

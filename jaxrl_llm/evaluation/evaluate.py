@@ -102,9 +102,9 @@ def make_evaluate(
     if isinstance(environment, HostEnvironment):
         turns = host_turns(model, environment, encode=tokenizer.encode, decode=tokenizer.decode, **sizes)
 
-        def decode(params: PyTree, batch: Any, key: Array, call: Caller | None):
-            assert call is not None  # `evaluate` opens the environment
-            return facts(host_generate_turns(turns, params, batch.prompts, batch.items, key, 0, call), batch.weight)
+        def decode(params: PyTree, batch: Any, key: Array, call: Any):  # `evaluate` opens the environment
+            asked = (turns, params, batch.prompts, batch.items, key, 0, call)
+            return facts(host_generate_turns(*asked, present=np.asarray(batch.weight) > 0), batch.weight)
     else:
 
         def sampled(params: PyTree, prompts: Prompts, counted: Array, key: Array):

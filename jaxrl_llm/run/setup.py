@@ -38,7 +38,7 @@ from jaxrl_llm.run.configured import (
     head_optimizer,
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
-from jaxrl_llm.run.optimizers import optimizer
+from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
 from jaxrl_llm.run.problems import columns, data_sets
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms
 from jaxrl_llm.run.sources import Feed
@@ -180,7 +180,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     )
     step = make_train_step(
         model,
-        optimizer(config.training, seed=config.seed),
+        skipping_non_finite(optimizer(config.training, seed=config.seed)),
         source=[*([sampled] if samples else []), *written],
         rewards=rewards,
         credit=credit,
@@ -190,7 +190,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
             decode=tokenizer.decode,
             encode=tokenizer.encode,
             networks=networks,
-            critic=head_optimizer(NetworkConfig(), b1, b2),
+            critic=skipping_non_finite(head_optimizer(NetworkConfig(), b1, b2)),
             views=views,
             columns=columns(config),
             placement=Placement(
