@@ -19,7 +19,7 @@ import reference
 import yaml
 from blocks import escaped, markdown, markdown_table
 
-from jaxrl_llm import catalogue
+from jaxrl_llm import catalogue, shipped
 from jaxrl_llm.config import read_tree
 
 PAGE = Path(__file__).parent / "methods.md"
@@ -115,7 +115,7 @@ def uses(recipes: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def own_entries(name: str) -> list[dict[str, Any]]:
     """A recipe's entries without those of the base that it extends, unless it has no others."""
-    path = catalogue.recipe_path(name)
+    path = shipped.recipe_path(name)
     return catalogue.entries(yaml.safe_load(path.read_text())) or catalogue.entries(read_tree(path))
 
 

@@ -7,6 +7,7 @@ text with the end of the turn, as it would have been sampled.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -172,7 +173,9 @@ def require_place(name: str, text: str) -> None:
       ValueError: with the remedy.
     """
     if PLACE not in text:
-        raise ValueError(f"{name} {text!r} has no place for the prompt; write {PLACE} where the body goes")
+        found = re.findall(r"\{\w+\}", text)
+        instead = f", for example {text.replace(found[0], PLACE)!r}" if found else f", for example {text + PLACE!r}"
+        raise ValueError(f"{name} {text!r} has no place for the prompt; write {PLACE} where the body goes{instead}")
 
 
 def _ended(completion: list[int], encoder: Encoder, text: str) -> list[int]:

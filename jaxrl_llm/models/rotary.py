@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import shards
+from jaxrl_llm.ranges import Count, Positive, Range, require_ranges
 
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
 
@@ -40,14 +41,14 @@ class RopeScaling:
     """
 
     kind: RopeKind
-    factor: float
-    original_positions: int | None = None
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
-    beta_slow: float = 1.0
-    beta_fast: float = 32.0
+    factor: Annotated[float, Range(1)]
+    original_positions: Count | None = None
+    low_frequency: Positive = 1.0
+    high_frequency: Positive = 4.0
+    beta_slow: Positive = 1.0
+    beta_fast: Positive = 32.0
     truncate: bool = True
-    magnitude: float | None = None
+    magnitude: Positive | None = None
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
     extended: bool | None = None
@@ -57,8 +58,7 @@ class RopeScaling:
         if self.kind not in get_args(RopeKind):
             known = ", ".join(get_args(RopeKind))
             raise ValueError(f"model.rope_scaling.kind is {self.kind!r}; it must be one of {known}")
-        if self.factor < 1:
-            raise ValueError(f"model.rope_scaling.factor is {self.factor}; it must be at least 1")
+        require_ranges(self, "model.rope_scaling")
         if self.kind != "linear" and (self.original_positions or 0) < 1:
             raise ValueError(
                 f"model.rope_scaling.original_positions is {self.original_positions}, which {self.kind} needs; set it "

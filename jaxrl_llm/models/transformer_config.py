@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
+from jaxrl_llm.ranges import Count, Positive, require_ranges
 
 # Names of the stacks of blocks in the parameters, see `TransformerConfig.stacks`.
 STACKS = ("dense_blocks", "blocks")
@@ -34,19 +35,6 @@ _CHOICES: Mapping[str, Any] = {
     "attention": AttentionChoice,
     "remat": Rematerialisation,
 }
-_SIZES = ("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "window")
-_POSITIVE = (
-    "rope_base",
-    "local_rope_base",
-    "norm_epsilon",
-    "embedding_scale",
-    "query_scale",
-    "attention_cap",
-    "logits_cap",
-    "residual_scale",
-    "logits_divisor",
-    "activation_limit",
-)
 
 
 @dataclass(frozen=True)
@@ -61,17 +49,14 @@ class LatentConfig:
       query_rank: width that queries are projected from; None projects them from the residual stream.
     """
 
-    rank: int
-    rope_width: int
-    plain_width: int
-    value_width: int
-    query_rank: int | None = None
+    rank: Count
+    rope_width: Count
+    plain_width: Count
+    value_width: Count
+    query_rank: Count | None = None
 
     def __post_init__(self):
-        for field in fields(self):
-            size = getattr(self, field.name)
-            if size is not None and size < 1:
-                raise ValueError(f"model.latent.{field.name} is {size}; it must be at least 1")
+        require_ranges(self, "model.latent")
 
 
 @dataclass(frozen=True)
@@ -129,41 +114,41 @@ class TransformerConfig:
         "paged", as long as what it has said; "auto" takes pages on one TPU whose kernel serves the head size.
     """
 
-    vocabulary_size: int
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_width: int | None = None
-    mlp_width: int | None = None
+    vocabulary_size: Count
+    width: Count = 128
+    layers: Count = 4
+    heads: Count = 4
+    kv_heads: Count = 2
+    head_width: Count | None = None
+    mlp_width: Count | None = None
     mlp_bias: bool = False
     activation: Activation = "silu"
-    activation_limit: float = 7.0
+    activation_limit: Positive = 7.0
     latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
-    rope_base: float = 10_000.0
+    rope_base: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
     rope_fraction: float = 1.0
     rope_pattern: tuple[bool, ...] = (True,)
     rope_interleaved: bool = False
-    window: int | None = None
+    window: Count | None = None
     window_pattern: tuple[bool, ...] = (True,)
-    local_rope_base: float | None = None
+    local_rope_base: Positive | None = None
     qk_norm: bool = True
     qk_norm_span: NormSpan = "head"
     qkv_bias: bool = False
     attention_out_bias: bool = False
-    query_scale: float | None = None
+    query_scale: Positive | None = None
     attention_sinks: bool = False
-    attention_cap: float | None = None
-    logits_cap: float | None = None
-    norm_epsilon: float = 1e-6
+    attention_cap: Positive | None = None
+    logits_cap: Positive | None = None
+    norm_epsilon: Positive = 1e-6
     norm_offset: float = 0.0
     pre_norms: bool = True
     post_norms: bool = False
-    residual_scale: float = 1.0
-    embedding_scale: float = 1.0
-    logits_divisor: float = 1.0
+    residual_scale: Positive = 1.0
+    embedding_scale: Positive = 1.0
+    logits_divisor: Positive = 1.0
     tie_embeddings: bool = True
     attention: AttentionChoice = "auto"
     layer_loop: LayerLoop = "auto"
@@ -174,14 +159,7 @@ class TransformerConfig:
     remat: Rematerialisation = "none"
 
     def __post_init__(self):
-        for name in _SIZES:
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"model.{name} is {size}; it must be at least 1")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"model.{name} is {value}; it must be above 0")
+        require_ranges(self, "model")
         for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal):
                 known = ", ".join(get_args(literal))

@@ -22,8 +22,7 @@ from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY, given_shapes, trainable_part
-from jaxrl_llm.training.placement import abstract_like
-from jaxrl_llm.training.segments import Work, shapes
+from jaxrl_llm.training.segments import Work, abstract_like, shapes
 from jaxrl_llm.training.step import given_work
 
 
@@ -53,6 +52,12 @@ def stages(step: Composition) -> list[dict[str, Any]]:
         entry("rewards", t.name, t.function, f"reward component x {t.weight:g}", "host" if t.on_host else "program")
         for t in step.rewards
     ]
+    asked = {step.view_of(name) for name in (*step.wanted, *step.named)} - {""}
+    rows += [
+        entry("views", view.name, view.function, f"{view.name}_tokens", "host" if view.on_host else "program")
+        for view in step.views.values()
+        if view.name in asked
+    ]
     rows += [
         {"stage": "networks", "name": by, "needs": needs, "provides": name, "where": "program"}
         for name in sorted(step.wanted)
@@ -73,7 +78,7 @@ def hyper_parameters(step: Composition) -> list[dict[str, Any]]:
 
     "given" was set in the recipe or filled from the run; "default" stands in the function's signature.
     """
-    terms = [(t.name, t.function) for t in (*step.rewards, *step.credit, *step.losses)]
+    terms = [(t.name, t.function) for t in (*step.views.values(), *step.rewards, *step.credit, *step.losses)]
     terms += [(f"coefficient of {t.name}", t.coefficient) for t in step.losses if t.coefficient_changes]
     rows = []
     for name, function in terms:
@@ -199,26 +204,30 @@ def explanation(parts: Parts) -> dict[str, Any]:
       compiled program of the widest prompts FLOPs, bytes accessed and temporary memory, as XLA's cost model counts
       them (a loop body counts once, however often it runs).
     """
-    config, step = parts.config, parts.step
-    programs = programs_with_inputs(parts)
-    state = programs[0].inputs[0]
-    rows = config.training.prompts_per_step * config.rollout.samples_per_prompt
+    step, programs = parts.step, programs_with_inputs(parts)
     return {
         "stages": stages(step.composition),
         "hyper_parameters": hyper_parameters(step.composition),
         "shapes": _shapes(trace(parts)),
-        "sizes": {
-            "parameters": parameter_count(parts.model.specs),
-            "trainable_parameters": parameter_count(trainable_part(parts.model, parts.model.specs)),
-            "prompts_per_step": config.training.prompts_per_step,
-            "sequences_per_step": rows,
-            "completion_tokens_per_step_at_most": rows * config.rollout.max_completion_tokens,
-            "prompt_tokens_per_step_at_most": rows * config.rollout.max_prompt_tokens,
-            "updates_per_step": config.training.epochs_per_batch * config.training.minibatches_per_epoch,
-            "state_bytes": sum(_bytes(leaf) for leaf in jax.tree.leaves(state)),
-        },
+        "sizes": sizes(parts, programs[0].inputs[0]),
         "widths": width_shares(parts),
         "programs": [_cost(name, program.lower(*given).compile()) for name, program, given in programs],
+    }
+
+
+def sizes(parts: Parts, state: TrainState) -> dict[str, int]:
+    """What the sizes of a config come to, with the state as shapes."""
+    training, rollout = parts.config.training, parts.config.rollout
+    rows = training.prompts_per_step * rollout.samples_per_prompt
+    return {
+        "parameters": parameter_count(parts.model.specs),
+        "trainable_parameters": parameter_count(trainable_part(parts.model, parts.model.specs)),
+        "prompts_per_step": training.prompts_per_step,
+        "sequences_per_step": rows,
+        "completion_tokens_per_step_at_most": rows * rollout.max_completion_tokens,
+        "prompt_tokens_per_step_at_most": rows * rollout.max_prompt_tokens,
+        "updates_per_step": training.epochs_per_batch * training.minibatches_per_epoch,
+        "state_bytes": sum(_bytes(leaf) for leaf in jax.tree.leaves(state)),
     }
 
 

@@ -40,7 +40,7 @@ def optimizer(training: TrainingConfig, *, seed: int = 0) -> optax.GradientTrans
       training: section training.
       seed: of stochastic rounding.
     """
-    made = _kept(optax.chain(optax.clip_by_global_norm(training.max_gradient_norm), _step(training)))
+    made = _kept(optax.chain(clipping(training.max_gradient_norm), _step(training)))
     if training.bfloat16_update == "master":
         return with_master(made)
     if training.bfloat16_update == "stochastic":
@@ -59,6 +59,11 @@ def _kept(made: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.GradientTransformation(made.init, update)
 
 
+def clipping(norm: float | None) -> optax.GradientTransformation:
+    """Gradients of a larger global norm are scaled to it; None scales none."""
+    return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+
+
 def learning_rate(training: TrainingConfig) -> optax.Schedule:
     """The schedule that the config asks for, in optimiser updates."""
     updates = training.steps * training.epochs_per_batch * training.minibatches_per_epoch
@@ -68,6 +73,17 @@ def learning_rate(training: TrainingConfig) -> optax.Schedule:
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def long_warmup(training: TrainingConfig) -> str:
+    """What there is to say where the learning rate never reaches its peak; "" for nothing."""
+    updates = training.steps * training.epochs_per_batch * training.minibatches_per_epoch
+    if training.warmup_steps < max(updates, 1):
+        return ""
+    return (
+        f"training.warmup_steps is {training.warmup_steps}, but there are only {updates} updates, so the learning rate "
+        f"never reaches {training.learning_rate:g}; lower it, or train for more steps"
+    )
 
 
 def _step(training: TrainingConfig) -> optax.GradientTransformation:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data, hub
 from jaxrl_llm.config import ConfigError, load_config
 from jaxrl_llm.data import CharacterTokenizer, Tokenizer
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.checkpoint_files import read_json
+from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
@@ -21,7 +23,7 @@ from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.networks import POLICY, Network
-from jaxrl_llm.training.placement import abstract_like, parameter_shardings
+from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,7 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
       ConfigError: when the run's config.yaml is not there.
       CheckpointError: when there is no checkpoint, or it does not fit the config.
     """
-    folder, step = checkpoints.latest_checkpoint(path)
-    stored = folder.parent / "config.yaml"
-    if not stored.is_file():
-        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
-    # The machine that reads a checkpoint need not be the one that it was written on.
-    here = ["mesh=auto", "training.offload=[]"]
-    config = load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
-    built = parts(last_stage(config))
+    built, folder, step = _parts_of(path)
     place = built.step.composition.resources.placement
     mesh, rules = place.mesh, place.rules
     if built.model.trained is None:
@@ -85,6 +80,57 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
     return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths, context)
 
 
+def _parts_of(path: str | Path) -> tuple[Parts, Path, int]:
+    """(parts of the last stage of a run, its checkpoints directory, the step that is meant)."""
+    folder, step = checkpoints.latest_checkpoint(path)
+    stored = folder.parent / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
+    # The machine that reads a checkpoint need not be the one that it was written on.
+    here = ["mesh=auto", "training.offload=[]"]
+    config = load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
+    return parts(last_stage(config)), folder, step
+
+
+def branched_params(built: Parts, key: Array) -> PyTree:
+    """The policy that `init_from` names, as parameters of this run's model.
+
+    Args:
+      built: of the run that starts.
+      key: of adapters that are new.
+
+    Raises:
+      CheckpointError: when there is none, or its model is another.
+    """
+    source, policy = restored_run(_branch(built))
+    return jax.jit(partial(_converted, source, built))(policy.params, key)
+
+
+def require_branch(built: Parts) -> None:
+    """Raises CheckpointError where `init_from` names no checkpoint, or one of another model; nothing is read for it."""
+    source, _, _ = _parts_of(where := _branch(built))
+    key = jax.random.key(0)
+    made = jax.eval_shape(partial(_converted, source, built), jax.eval_shape(source.model.init, key), key)
+    checkpoints.require_same(made, jax.eval_shape(built.model.init, key), f"{where} of init_from")
+
+
+def _branch(built: Parts) -> Path:
+    branch = built.config.init_from
+    assert branch is not None
+    return checkpoints.branch_checkpoint(branch.path, branch.step)
+
+
+def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTree:
+    """Parameters of one model as those of another: with other adapters, or none, and in other dtypes."""
+    wanted, adapters = jax.eval_shape(built.model.init, key), built.config.lora
+    if jax.tree.structure(params) != jax.tree.structure(wanted):
+        params = params if source.model.trained is None else source.model.trained.merged(params)
+        params = params if adapters is None else add_adapters(params, adapters, key, quantise=adapters.int8)
+    if jax.tree.structure(params) != jax.tree.structure(wanted):
+        return params
+    return jax.tree.map(lambda x, like: x if x.shape != like.shape else x.astype(like.dtype), params, wanted)
+
+
 def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTree]:
     """(model, description, parameters) of a network of a run's newest checkpoint, as a run of another config reads it.
 
@@ -92,12 +138,7 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
       ConfigError: when the run's config.yaml is not there.
       CheckpointError: when there is no checkpoint, or it holds no network of this name.
     """
-    folder, step = checkpoints.latest_checkpoint(path)
-    stored = folder.parent / "config.yaml"
-    if not stored.is_file():
-        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
-    here = ["mesh=auto", "training.offload=[]"]
-    built = parts(last_stage(load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)))
+    built, folder, step = _parts_of(path)
     if name == POLICY:
         network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
     elif name in built.step.composition.networks:

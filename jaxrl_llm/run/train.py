@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
 
-from jaxrl_llm.config import Config, as_tree, numeric_tree
+from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
@@ -33,10 +33,13 @@ from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.restored import require_branch
+from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
-from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.stages import Run, Stage, first_batch, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
 
@@ -68,9 +71,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
         require_model(rollout.engine.engine)
-    numbers = checkpoints.config_hash(numeric_tree(config))
     meta: dict[str, Any] = {
-        "config_hash": numbers,
+        "config_hash": checkpoints.config_hash(numeric_tree(config)),
+        "config": numeric_tree(config),
+        "placement": placement_tree(config),
         "seconds": {},
         "tokens": 0,
         "warm_start_steps": 0,
@@ -82,15 +86,19 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     if newest is not None:
         require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
-        if meta["config_hash"] != numbers:
-            raise checkpoints.CheckpointError(
-                f"run {config.directory} was written with config hash {meta['config_hash']}, but this config has "
-                f"{numbers}; resume with the run's own config.yaml, or start a new run with another run_dir"
-            )
-    console.print(units_table(_units(built)))
+        if moved := checkpoints.require_own_config(config, meta):
+            console.print(moved, soft_wrap=True, markup=False)
+        meta["placement"] = placement_tree(config)
+    elif config.init_from is not None:
+        require_branch(stages[0].parts)
     data = data_sets(built.config) if built.config.has_problems else {}
     sets = {stage.name: _own_data(stage, stages[-1], data) for stage in stages}
-    grade = grader(built, data["validation"], data["test"]) if data else None
+    for stage in stages:
+        require_answers(stage.parts, sets[stage.name])
+    held_out = [data[split] for split in ("validation", "test") if split in data and answers_of(data[split])]
+    grade = grader(built, *held_out) if held_out else None
+    if grade is None and any(stage.stop_at_accuracy is not None for stage in stages):
+        raise ValueError("warm_start.stop_at_accuracy is set, but the data has no reference answers; leave it out")
     fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
     for stage in stages:
         if (own := sets[stage.name]) and own is not data:
@@ -107,6 +115,12 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     rows = {stage.name: written_of(stage.parts, sets[stage.name]) for stage in stages}
     for split in ("validation", "test") if data else ():
         encoded(built, data[split])
+    for stage in stages:
+        try_rewards(stage.parts, sets[stage.name])
+    console.print(units_table(_units(built)))
+    for stage in stages:
+        if warning := long_warmup(stage.parts.config.training):
+            console.print(f"{stage.name}: {warning}", soft_wrap=True, markup=False)
     with (
         run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
@@ -168,8 +182,11 @@ def _run(
         run.waiting_networks = {name: NetworkState(held[name]) for name in later - state.networks.keys()}
         held = {}  # the state has copies of its own
         del params, given
+        if fresh and number == 0 and config.init_from is not None and config.init_from.optimizer:
+            state = _with_optimizer_of(config.init_from, state)
         if stage.parts.step.priming and batches is not None:
-            state = stage.parts.step.prime(state, run.placed(batches[0].prompts), batches[0].items, call)
+            begin_with = first_batch(batches, state)
+            state = stage.parts.step.prime(state, run.placed(begin_with.prompts), begin_with.items, call)
         if not fresh:
             kept = checkpoints.written_networks(stage.parts, state) | run.waiting_networks
             folder, trained = config.directory / "checkpoints", stage.parts.model.trained
@@ -187,6 +204,13 @@ def _run(
             run.meta["warm_start_steps"] = int(state.step)
     assert state is not None  # a run has at least one stage
     return _ended(run, state, measure)
+
+
+def _with_optimizer_of(branch: BranchConfig, state: TrainState) -> TrainState:
+    """The state with the policy's optimiser as another run has it."""
+    at, policy = checkpoints.branch_checkpoint(branch.path, branch.step), state.networks["policy"]
+    held = checkpoints.restore_part(at.parent, int(at.name), policy.optimizer_state, part="optimizer_state")
+    return replace(state, networks={**state.networks, "policy": replace(policy, optimizer_state=held)})
 
 
 def _carried(parts: Parts, held: Mapping[str, PyTree]) -> dict[str, PyTree]:
