@@ -312,6 +312,7 @@ def _add_model_files(command: Command) -> None:
     export.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
     export.add_argument("out", metavar="DIR", help="new directory")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
+    export.add_argument("--adapters", action="store_true", help="the adapters of section lora alone, for PEFT")
 
 
 def _add_state(command: Command, commands_of: Callable) -> None:
