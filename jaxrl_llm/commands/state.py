@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxrl_llm.commands.arguments import require_positive
 from jaxrl_llm.commands.tables import show
-from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run import checkpoints, integrity, tidying
 from jaxrl_llm.run.replay import replayed
 
 
@@ -54,12 +54,12 @@ def prune_checkpoints(options: argparse.Namespace) -> None:
     folder, _ = checkpoints.checkpoints_of(options.path)
     good = integrity.newest_good(folder)
     assert good is not None  # there are some
-    gone = checkpoints.prune(folder, keep=options.keep, keep_every_steps=options.keep_every, within=[good])
+    gone = tidying.prune(folder, keep=options.keep, keep_every_steps=options.keep_every, within=[good])
     show(options, [{"deleted": step} for step in gone], f"{len(gone)} checkpoints deleted from {folder}")
 
 
 def convert_checkpoint(options: argparse.Namespace) -> None:
     """`jaxrl ckpt convert`: a checkpoint written anew, its numbers unchanged, with digests; whole or one network."""
     folder, step = integrity.latest_checkpoint(options.path)
-    written = checkpoints.converted(folder, step, Path(options.out), network=options.only)
+    written = tidying.converted(folder, step, Path(options.out), network=options.only)
     show(options, [{"from": f"{folder}/{step}", "to": str(written)}], "converted")

@@ -7,10 +7,9 @@ import copy
 import gc
 import hashlib
 import json
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
 from jaxrl_llm.run.digests import Digest, bits, by_path, changed, digests, text_digest
 from jaxrl_llm.run.failures import passing
+from jaxrl_llm.run.retention import METRIC, preserved
 
 
 class CheckpointError(ValueError):
@@ -42,7 +41,6 @@ class Damaged(CheckpointError):
 
 # What the meta holds beside the caller's: digests of the arrays, and of itself.
 _DIGESTS, _OWN = "digests", "digest"
-_METRIC = "metric"
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -89,45 +87,12 @@ def checkpoint_manager(
       keep_best: of the steps that were saved with a metric, how many of the best are kept.
       best_is: "highest" or "lowest" metric.
     """
-    policies: list[Any] = [policy.LatestN(keep)]
-    if keep_every_steps:
-        policies.append(_Multiples(keep_every_steps))
-    if keep_best:
-        policies.append(
-            policy.BestN(
-                get_metric_fn=lambda metrics: metrics[_METRIC],
-                reverse=best_is == "lowest",
-                n=keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
     return ocp.CheckpointManager(
         Path(directory).resolve(),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy(policies), enable_async_checkpointing=True
+            preservation_policy=preserved(keep, keep_every_steps, keep_best, best_is), enable_async_checkpointing=True
         ),
     )
-
-
-class _Multiples:
-    """Keeps steps that are multiples of a number, whichever steps there are between (orbax's `EveryNSteps` keeps those
-    that are so far apart)."""
-
-    def __init__(self, every: int):
-        self.every = every
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        return [checkpoint.step % self.every == 0 for checkpoint in checkpoints]
-
-
-def prune(directory: Path, *, keep: int, keep_every_steps: int | None = None, within: Sequence[int] = ()) -> list[int]:
-    """Delete steps beside the newest `keep`, multiples of `keep_every_steps`, and those of `within`; returns them."""
-    there = steps(directory)
-    kept = {*there[-keep:], *within, *(step for step in there if keep_every_steps and step % keep_every_steps == 0)}
-    gone = [step for step in there if step not in kept]
-    for step in gone:
-        shutil.rmtree(Path(directory) / str(step))
-    return gone
 
 
 def save(
@@ -158,39 +123,11 @@ def save(
     meta = copy.deepcopy(dict(meta)) | {_DIGESTS: digests(state)}
     meta |= {_OWN: text_digest(meta)}
     written = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    if not manager.save(step, args=written, metrics=None if metric is None else {_METRIC: metric}):
+    if not manager.save(step, args=written, metrics=None if metric is None else {METRIC: metric}):
         raise CheckpointError(
             f"checkpoint {step} in {manager.directory} exists already, so it was not written again; resume from it, or "
             "use another run_dir"
         )
-
-
-def converted(directory: Path, step: int, out: Path, *, network: str | None = None) -> Path:
-    """Write a step anew, with digests, as `out`/checkpoints/step beside its run's config.yaml.
-
-    Args:
-      directory: the checkpoints directory.
-      step: one of its steps, of this version of the package or an earlier one.
-      out: a directory that is empty or does not exist.
-      network: write the parameters of this network alone, which can be read but not trained further; None writes all.
-
-    Raises:
-      ValueError: when `out` is not empty, or there is no such network.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; give a new directory")
-    state = stored_arrays(directory, step, stored_shapes(directory, step))
-    if network is not None:
-        if network not in state["networks"]:
-            known = ", ".join(state["networks"])
-            raise CheckpointError(f"checkpoint {directory}/{step} holds no network {network!r}; it has {known}")
-        state = {"networks": {network: {"params": state["networks"][network]["params"]}}}
-    out.mkdir(parents=True, exist_ok=True)
-    if (config := Path(directory).parent / "config.yaml").is_file():
-        shutil.copy(config, out)
-    with checkpoint_manager(out / "checkpoints", keep=1) as manager:
-        save(manager, step, state, read_meta(directory, step))
-    return out / "checkpoints" / str(step)
 
 
 def steps(directory: Path) -> list[int]:

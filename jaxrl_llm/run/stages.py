@@ -32,8 +32,8 @@ from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.interruption import Abandoned, Interruption
 from jaxrl_llm.run.nonfinite import TrainingError, looked_at
 from jaxrl_llm.run.optimizers import learning_rate
+from jaxrl_llm.run.samples import spread, write_samples
 from jaxrl_llm.run.setup import Parts
-from jaxrl_llm.training.reading import item_numbers
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 SELECTION = "selection"
@@ -200,7 +200,7 @@ def run_stage(
             for text in alarms.new(shown):
                 progress.message(f"alarm at step {done} of the {stage.name}: {text}")
             if stage.samples:
-                _write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
+                write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
         alarms, unread = Alarms(), None
@@ -340,40 +340,6 @@ def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, 
     ) from error
 
 
-def _write_samples(
-    run: Run, global_step: int, done: int, rows: Experience, items: list, *, first: bool, last: int
-) -> None:
-    """Completions of every so many steps, and of the first and the last step of a stage."""
-    reporting = run.config.reporting
-    every = reporting.samples_every_steps
-    due = bool(every) and (done in (1, last) or done % every == 0)
-    # Over several processes, rows are gathered by a program, which is compiled with those of the first step.
-    if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
-        return
-    chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
-    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated")
-    held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names if n in rows}).items()}
-    if not due:
-        return
-    decode = run.parts.tokenizer.decode
-    of = [items[number] for number in item_numbers(held["prompt_id"], held["group"], None, items)]
-    rewards = run.parts.step.composition.rewards
-    run.directory.write_samples(
-        global_step,
-        [
-            {
-                "prompt": of[i]["body"],
-                "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
-                "answer": of[i]["answer"],
-                "truncated": bool(held["truncated"][i]),
-            }
-            | ({"reward": held["rewards"][i]} if rewards else {})
-            | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
-            for i in range(len(chosen))
-        ],
-    )
-
-
 def _learning_rates(stage: Stage, state: TrainState) -> np.ndarray:
     """The rate of the last update of each step that is left, the count of updates being the optimiser's own."""
     training = stage.parts.config.training
@@ -390,11 +356,6 @@ def _progress(run: Run, stage: Stage, counted: int) -> Progress:
     columns = tuple(c._replace(label=right) if c.name == "correct_share" else c for c in COLUMNS)
     sequences = counted if stage.samples else None
     return Progress(max(stage.steps, 1), stage.name, run.console, sequences_per_step=sequences, columns=columns)
-
-
-def spread(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` indices, evenly spread, so that every level of a mixed data set is among them."""
-    return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
 
 
 __all__ = [

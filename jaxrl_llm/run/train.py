@@ -7,7 +7,6 @@ checkpoint, so a resumed run repeats the numbers of one that was never stopped.
 from __future__ import annotations
 
 import contextlib
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,10 +22,8 @@ from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placem
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
-from jaxrl_llm.models import TransformerConfig, attention_path
-from jaxrl_llm.parallel import described, hosts, layout
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
-from jaxrl_llm.reporting.machine_report import package_versions
 from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.run import checkpoints, integrity
@@ -38,6 +35,7 @@ from jaxrl_llm.run.failures import named
 from jaxrl_llm.run.host_processes import attentive, guarded_functions
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 from jaxrl_llm.run.optimizers import long_warmup
+from jaxrl_llm.run.overview import summary_of, units
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.restored import require_branch
 from jaxrl_llm.run.resuming import clear_the_way, step_to_go_on_from
@@ -164,7 +162,7 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
         encoded(built, data[split])
     for stage in stages:
         try_rewards(stage.parts, sets[stage.name])
-    console.print(units_table(_units(built)))
+    console.print(units_table(units(built)))
     for stage in stages:
         if warning := long_warmup(stage.parts.config.training):
             console.print(f"{stage.name}: {warning}", soft_wrap=True, markup=False)
@@ -355,7 +353,7 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
 def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
     """The run after its last stage: measured, summed up, shown."""
     after = measure(state.params, "test", run.config.evaluation.problems, "evaluation after")
-    summary = _summary(run, after)
+    summary = summary_of(run, after)
     run.directory.write_summary(summary)
     run.manager.wait_until_finished()
     accuracies = [name for name in after if name not in COUNTED]
@@ -365,65 +363,3 @@ def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
         )
     run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}")
     return summary
-
-
-def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
-    """What the sizes of a config imply, in units."""
-    config = built.config
-    training, rollout, written = config.training, config.rollout, built.step.composition.written
-    rows = training.prompts_per_step * rollout.samples_per_prompt
-    sampled: list[tuple[str, int | float | str, str]] = [
-        ("prompts_per_step", training.prompts_per_step, "prompts"),
-        ("samples_per_prompt", rollout.samples_per_prompt, "completions"),
-    ]
-    if built.step.composition.rollout is None and written is not None:
-        rows, sampled = written.rows, []
-    place = built.step.composition.resources.placement
-    mesh = place.mesh
-    per_update = rows // training.minibatches_per_epoch
-    micro = training.sequences_per_microbatch or per_update
-    attention = []
-    if isinstance(built.model.config, TransformerConfig):
-        widths = rollout.max_prompt_tokens, rollout.max_prompt_tokens + rollout.max_completion_tokens
-        with layout(mesh, place.rules):
-            update = attention_path(built.model.config, queries=widths[1])
-            decode = attention_path(built.model.config, queries=1, keys=widths[1])
-        attention = [("attention", f"{update}, {decode}", "update, decoding")]
-    return [
-        *sampled,
-        ("sequences per step", rows, "completions"),
-        ("optimiser updates per step", training.epochs_per_batch * training.minibatches_per_epoch, "updates"),
-        ("sequences per update", per_update, "completions"),
-        ("sequences_per_microbatch", micro, "completions"),
-        ("microbatches per update", per_update // micro, "microbatches"),
-        ("tokens per step, at most", rows * (rollout.max_prompt_tokens + rollout.max_completion_tokens), "tokens"),
-        ("steps", training.steps, "steps"),
-        *attention,
-        ("devices", 1 if mesh is None else mesh.size, jax.default_backend()),
-        ("mesh", described(mesh), built.mesh_reason),
-    ]
-
-
-def _summary(run: Run, after: dict[str, float]) -> dict[str, Any]:
-    run.charge()
-    seconds = dict(run.meta["seconds"])
-    seconds["total"] = sum(seconds.values())
-    return {
-        "name": run.config.name,
-        "before": run.meta["before"],
-        "after": after,
-        "seconds": seconds,
-        # Linux counts kibibytes.
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "completion_tokens_sampled": run.meta["tokens"],
-        "warm_start_steps": run.meta["warm_start_steps"],
-        "steps": run.config.training.steps,
-        "skipped_updates": run.meta.get("skipped_updates", 0),
-        "compilations": run.watch.count,
-        "compilation_seconds": run.watch.seconds,
-        "programs_read": run.watch.read,
-        "config_hash": run.meta["config_hash"],
-        "data": run.meta["data"],
-        "devices": [str(device) for device in jax.devices()],
-        "versions": package_versions(),
-    }
