@@ -30,7 +30,7 @@ _FIELDS: Mapping[str, Fields] = {
 }
 GRADERS = {"math": "math", "choice": "choice", "code": "code"}
 _NAMED = re.compile(r"(?:answer|choice|option)(?:\s+is)?\s*:?\s*\(?\**([A-J])\b", re.IGNORECASE)
-_ALONE = re.compile(r"(?<![\w'])\(?([A-J])(?:\)|\.|:|,|\s|$)")
+_ALONE = re.compile(r"(?<![\w'])\(?([A-J])(?:[).:,}\s]|$)")
 
 
 def read_problems(path: str | Path, format: str = "prompt", fields: Mapping[str, Any] | None = None) -> list[dict]:

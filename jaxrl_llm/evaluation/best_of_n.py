@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import comb, log
 
 import numpy as np
-from jaxtyping import Float
 
 
-def best_of_n_accuracy(scores: Float[np.ndarray, "n"], correct: Float[np.ndarray, "n"], k: int) -> float:
+def best_of_n_accuracy(scores: Sequence[float], correct: Sequence[float], k: int) -> float:
     """Expected correctness of the best-scored of k samples of one prompt, over all k-subsets of its n samples.
 
         sum_{i=1..n} C(i-1, k-1) / C(n, k) * correct_(i),   samples by ascending score

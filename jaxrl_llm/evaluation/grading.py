@@ -168,7 +168,7 @@ def _grade(value: Any, record: Mapping[str, Any]) -> Grade:
         value = value[0]
     if not isinstance(value, (bool, int, float)) and not (hasattr(value, "item") and getattr(value, "ndim", 0) == 0):
         raise TypeError(f"the grade is {value!r}; return whether the completion is right, or a number")
-    number = float(value)
+    number = float(value)  # pyright: ignore[reportArgumentType]  # a number of numpy or jax, too
     if number != number:
         raise ValueError("the grade is NaN; return a number, or whether the completion is right")
     if confidence is not None and not 0 <= confidence <= 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from math import comb
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -127,7 +128,7 @@ def agreement(answers: Answers) -> Float[np.ndarray, "N"]:
     return np.asarray([max(_classes(samples).values(), default=0) / len(samples) for samples in answers], np.float64)
 
 
-def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[float]) -> Hashable | None:
+def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[Any]) -> Hashable | None:
     """The answer of one prompt's samples with the largest sum of weights; of several, the one that came first.
 
         argmax_a sum_i w_i 1{answer_i = a}
