@@ -19,6 +19,8 @@ class EvaluationConfig:
       k: the k of pass@k and maj@k.
       temperature: of the sampled completions.
       sequences_per_batch: completions decoded together.
+      grader: what judges completions: number, text, math, choice, code, or module:function of your own, see
+        `jaxrl_llm.evaluation.function_grader`; None takes the task's verifier, or data.verifier for a file.
       every_steps: evaluate on the validation split every so many steps; 0 only before and after.
     """
 
@@ -28,6 +30,7 @@ class EvaluationConfig:
     temperature: float = 1.0
     sequences_per_batch: int = 1152
     every_steps: int = 0
+    grader: str | None = None
 
     def __post_init__(self):
         at_least("evaluation", self, 1, "problems", "samples_per_problem", "sequences_per_batch")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,24 @@ class RecordFile:
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """One write for the records of a batch."""
-        with (self.directory / PROBLEMS).open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        _append(self.directory / PROBLEMS, records)
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Write the numbers."""
         (self.directory / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def fresh_records(directory: str | Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+    """What writes the records of batches into an empty problems.jsonl, in place of what was there."""
+    file = Path(directory) / PROBLEMS
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"")
+    return lambda records: _append(file, records)
+
+
+def _append(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_problem_records(path: str | Path) -> list[dict[str, Any]]:

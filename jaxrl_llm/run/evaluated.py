@@ -12,16 +12,16 @@ from jaxtyping import PyTree
 from jaxrl_llm import data
 from jaxrl_llm.config import ConfigError
 from jaxrl_llm.data.tasks.items import record
-from jaxrl_llm.evaluation import Grader, benchmark_grader, function_grader, make_records, make_score, task_grader
+from jaxrl_llm.evaluation import Grader, make_records, make_score, task_grader
 from jaxrl_llm.evaluation.benchmark_formats import GRADERS, read_problems
 from jaxrl_llm.evaluation.evaluate import column
-from jaxrl_llm.evaluation.grading import require_columns
 from jaxrl_llm.evaluation.suites import Evaluation
 from jaxrl_llm.experience import FACTS, Method
 from jaxrl_llm.run.batches import grader as run_grader
+from jaxrl_llm.run.batches import named_grader
 from jaxrl_llm.run.configured import configured_environment
 from jaxrl_llm.run.problems import data_sets
-from jaxrl_llm.run.recipes import reward_terms, user_function
+from jaxrl_llm.run.recipes import reward_terms
 from jaxrl_llm.run.restored import Policy, checkpoint_params, restored_policy, restored_run
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import spread
@@ -176,17 +176,7 @@ def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]
         if one.problems > len(items):
             raise ValueError(f"--problems is {one.problems}, but {one.data} has {len(items)} problems")
         items = [items[i] for i in spread(len(items), one.problems)]
-    return items, _grader(default, items, task), task
-
-
-def _grader(name: str | None, items: list[dict[str, Any]], task: Any) -> Grader:
-    if name is None:
-        return task_grader(task)
-    if ":" not in name:
-        return benchmark_grader(name, items)
-    function = user_function(name, "grader")
-    require_columns(function, items, name)
-    return function_grader(function, name=name)
+    return items, task_grader(task) if default is None else named_grader(default, items), task
 
 
 def _formatted(item: Mapping[str, Any], form: str) -> dict[str, Any]:

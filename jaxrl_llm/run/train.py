@@ -22,6 +22,7 @@ from rich.console import Console
 from jaxrl_llm.config import Config, as_tree, numeric_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
+from jaxrl_llm.evaluation.record_files import fresh_records
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, hosts, layout
@@ -252,13 +253,17 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
         rules=place.rules,
         environment=parts.environment,
         call=run.parts.call,
+        columns=("level",) if parts.task is not None else (),
     )
 
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:
         with run.timed(what):
             data = run.data[split]
             items = [data[i] for i in spread(len(data), problems)]
-            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE))
+            write = None
+            if split == "test" and hosts.is_main():  # before and after, for the report and `jaxrl compare`
+                write = fresh_records(run.config.directory / "evaluations" / what.rpartition(" ")[2])
+            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE), write)
 
     return measure
 

@@ -203,3 +203,26 @@ def test_what_cannot_be_compared_says_why(place, finished_run):
     assert "6 and 4 problems and cannot be compared" in said("compare", "a", "b")[2]
     assert "line 1 is no record of an evaluation" in said("compare", "a", place)[2]
     assert "holds no problems.jsonl" in said("compare", "a", finished_run.directory / "checkpoints")[2]
+
+
+def test_a_run_leaves_its_evaluations_for_comparison(finished_run):
+    places = [finished_run.directory / "evaluations" / when for when in ("before", "after")]
+    found = json.loads(said("compare", *places, "--json")[1])
+    before, after = (finished_run.summary[when] for when in ("before", "after"))
+    for name in ("greedy", "pass@2", "maj@4"):
+        row = found["metrics"][name]
+        assert (row["first"], row["second"]) == pytest.approx((before[name], after[name]))
+
+
+def test_a_config_names_a_grader_of_its_own(place, micro_config):
+    from jaxrl_llm.config import parse_config
+    from jaxrl_llm.data import CharacterTokenizer
+    from jaxrl_llm.run.batches import grader
+    from jaxrl_llm.run.setup import parts
+
+    tree = {**micro_config, "evaluation": {"grader": "own_grader:grade"}, "warm_start": {"steps": 0}}
+    built = parts(parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size))
+    item = {"item_id": 0, "body": "A:1+2", "answer": "3"}
+    grade = grader(built, [item])
+    assert grade(item, "<a>33</a>") == (True, "3", None, 0.5)
+    assert not grade(item, "<a>4</a>").right
