@@ -1,4 +1,4 @@
-"""The command `jaxrl`: train, eval, compare, sample, score, import, export, tasks, methods, explain, plan, doctor."""
+"""The command `jaxrl`: its sub-commands and their options, from train and eval to plan and doctor."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
         return sub
 
-    for add in (_add_train, _add_eval, _add_sample, _add_model_files, _add_lists, _add_previews):
+    for add in (_add_train, _add_eval, _add_report, _add_sample, _add_model_files, _add_lists, _add_previews):
         add(command)
     command("doctor", "inventory:show_machine", "Devices, versions, memory and compiled programs of this machine.")
     return parser
@@ -182,6 +182,12 @@ def _add_eval(command: Command) -> None:
     compare.add_argument("first", metavar="A", help="a directory that eval --out wrote, or RUN/evaluations/before")
     compare.add_argument("second", metavar="B", help="another, of the same problems")
     compare.add_argument("--k", help="comma-separated k of pass@k and maj@k (default 1, 2, 4, ...)")
+
+
+def _add_report(command: Command) -> None:
+    report = command("report", "reports:show_report_file", "One HTML file about a run, or several beside each other.")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories; those of several seeds are averaged")
+    report.add_argument("--out", metavar="FILE", help="default: report.html in the run, or here for several")
 
 
 def _add_sample(command: Command) -> None:

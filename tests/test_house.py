@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"experience", "parallel"},
     "rollout": {*FIELDS, "data", "models", "parallel", "rewards", "selection"},
     "evaluation": {*FIELDS, "data", "models", "parallel", "rewards", "rollout"},
-    "reporting": {"compilation_cache"},
+    "reporting": {"compilation_cache", "evaluation"},
     "config": {"models", "parallel", "rollout"},
     "training": {*METHODS, "data", "models", "parallel", "rollout"},
     "run": {*METHODS, "config", "data", "evaluation", "hub", "models", "parallel", "reporting", "rollout", "training"},

@@ -60,10 +60,12 @@ class ReportingConfig:
     Attributes:
       samples_every_steps: write completions with their rewards every so many steps; 0 never.
       samples_per_report: completions written each time.
+      report: report.html, refreshed during the run and written at its end; None where the extra `report` is installed.
     """
 
     samples_every_steps: int = 10
     samples_per_report: int = 8
+    report: bool | None = None
 
 
 @dataclass(frozen=True)

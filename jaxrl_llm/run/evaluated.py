@@ -176,7 +176,7 @@ def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]
         if one.problems > len(items):
             raise ValueError(f"--problems is {one.problems}, but {one.data} has {len(items)} problems")
         items = [items[i] for i in spread(len(items), one.problems)]
-    return items, task_grader(task) if default is None else named_grader(default, items), task
+    return items, named_grader(default, items) if default is not None or task is None else task_grader(task), task
 
 
 def _formatted(item: Mapping[str, Any], form: str) -> dict[str, Any]:

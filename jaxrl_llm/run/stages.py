@@ -27,6 +27,7 @@ from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
+from jaxrl_llm.run.live_report import TOKEN_FACTS, LiveReport, token_facts
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.training.reading import item_numbers
 
@@ -99,6 +100,7 @@ class Run:
       asked: a signal arrived.
       waiting_networks: networks that an earlier stage has trained and a later one reads, but not the one under way.
       stopping: the run ends at the end of this step; the same on all processes.
+      report: the page about it, refreshed when a checkpoint is saved.
       mark, charged_to: since when, and to which part, time is being charged.
     """
 
@@ -112,6 +114,7 @@ class Run:
     data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
+    report: LiveReport | None = None
     asked: bool = False
     stopping: bool = False
     mark: float = 0.0
@@ -141,6 +144,8 @@ class Run:
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
         kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
         checkpoints.save(self.manager, global_step, kept, self.meta, trained=self.parts.model.trained)
+        if self.report is not None:
+            self.report.refresh()
 
     def placed(self, rows: Any) -> Any:
         """Rows of a whole batch where the step's devices want them; each process hands over its own."""
@@ -320,8 +325,8 @@ def _write_samples(run: Run, global_step: int, done: int, rows: Experience, item
     if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
     chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
-    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated")
-    held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names}).items()}
+    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated", *TOKEN_FACTS)
+    held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names if n in rows}).items()}
     if not due:
         return
     decode = run.parts.tokenizer.decode
@@ -337,6 +342,7 @@ def _write_samples(run: Run, global_step: int, done: int, rows: Experience, item
                 "reward": held["rewards"][i],
                 "truncated": bool(held["truncated"][i]),
             }
+            | token_facts(held, i, decode)
             | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
             for i in range(len(chosen))
         ],

@@ -34,6 +34,7 @@ from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.live_report import LiveReport
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
@@ -66,6 +67,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     built = stages[-1].parts
     for stage in stages:
         trace(stage.parts)
+    report = LiveReport(config, console.print)
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
         require_model(rollout.engine.engine)
@@ -114,7 +116,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         CompilationWatch() as watch,
         opened_parts(built) as ready,
     ):
-        run = Run(config, ready, directory, manager, console, meta, watch, data, sets, mark=started)
+        run = Run(config, ready, directory, manager, console, meta, watch, data, sets, mark=started, report=report)
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
@@ -279,7 +281,9 @@ def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
         run.console.print(
             results_table(*({name: part[name] for name in accuracies} for part in (run.meta["before"], after)))
         )
-    run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}")
+    page = None if run.report is None else run.report.refresh(now=True)
+    told = "" if page is None else f"; report: {page}"
+    run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}{told}")
     return summary
 
 
