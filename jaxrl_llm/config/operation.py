@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jaxrl_llm.config.errors import at_least
 from jaxrl_llm.parallel.rules import AXES, changed_rules
@@ -60,12 +60,21 @@ class ReportingConfig:
     Attributes:
       samples_every_steps: write completions with their rewards every so many steps; 0 never.
       samples_per_report: completions written each time.
+      loggers: where numbers go beside metrics.jsonl: tensorboard, csv, wandb, trackio or mlflow, each with options of
+        its own, or `python: module:function`; see `jaxrl_llm.reporting.loggers`.
+      samples_shown: completions shown in the terminal each time that samples are written.
       report: report.html, refreshed during the run and written at its end; None where the extra `report` is installed.
     """
 
     samples_every_steps: int = 10
     samples_per_report: int = 8
     report: bool | None = None
+    loggers: tuple[Any, ...] = ("tensorboard",)
+    samples_shown: int = 0
+
+    def __post_init__(self):
+        at_least("reporting", self, 0, "samples_every_steps", "samples_shown")
+        at_least("reporting", self, 1, "samples_per_report")
 
 
 @dataclass(frozen=True)

@@ -39,17 +39,23 @@ class Unwritten(RunDirectory):
 
 
 @contextmanager
-def run_directory(path: Path, config: Mapping[str, Any], *, resume_step: int | None) -> Iterator[RunDirectory]:
+def run_directory(
+    path: Path, config: Mapping[str, Any], *, resume_step: int | None, **logging: Any
+) -> Iterator[RunDirectory]:
     """The records of a run: of the process that writes, or `Unwritten`. All processes must call it.
 
     Args:
-      path, config, resume_step: as for `RunDirectory`.
+      path, config, resume_step, **logging: as for `RunDirectory`.
 
     Raises:
       ValueError: as `RunDirectory` does, or where the processes do not see the same directory.
     """
     # Opened first, and by one: a new run wants it empty, and checkpoints make a directory in it.
-    with RunDirectory(path, config, resume_step=resume_step) if hosts.is_main() else Unwritten(path) as directory:
+    with (
+        RunDirectory(path, config, resume_step=resume_step, **logging)
+        if hosts.is_main()
+        else Unwritten(path) as directory
+    ):
         hosts.meet("the run directory is open")
         require_shared(path / "config.yaml")
         yield directory

@@ -144,10 +144,10 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
 
 def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]], Grader, Any]:
     """(problems, grader, the built-in task or None)."""
-    task = None
+    task, default = None, one.grader
     if one.data is not None:
         items = read_problems(one.data, one.format, one.fields)
-        default = one.grader or GRADERS.get(one.format, "number")
+        default = default or GRADERS.get(one.format, "number")
     elif one.task is not None:
         task = data.tasks.task(one.task, **one.options)
         levels, count = one.levels or task.levels, one.problems or 512
@@ -158,7 +158,6 @@ def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]
             if n
         ]
         items = [record(item, number) for number, item in enumerate(item for part in drawn for item in part)]
-        default = one.grader
     elif built is not None:
         source = data_sets(built.config, [one.split])[one.split]
         wanted = one.problems or min(built.config.evaluation.problems, len(source))
@@ -167,7 +166,6 @@ def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]
         items = [record(source[int(i)], int(i)) for i in spread(len(source), wanted)]
         if one.grader is None:
             return items, run_grader(built, source), None
-        default = one.grader
     else:
         raise ConfigError(
             "a model directory has no problems of its own; name a file with --data FILE, or a built-in task with --task"
@@ -176,7 +174,10 @@ def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]
         if one.problems > len(items):
             raise ValueError(f"--problems is {one.problems}, but {one.data} has {len(items)} problems")
         items = [items[i] for i in spread(len(items), one.problems)]
-    return items, named_grader(default, items) if default is not None or task is None else task_grader(task), task
+    if task is not None and default is None:
+        return items, task_grader(task), task
+    assert default is not None
+    return items, named_grader(default, items), task
 
 
 def _formatted(item: Mapping[str, Any], form: str) -> dict[str, Any]:

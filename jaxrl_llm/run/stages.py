@@ -22,7 +22,7 @@ from jaxrl_llm.config import Config
 from jaxrl_llm.data import DataSet, JsonlDataSet
 from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.reporting import Progress, RunDirectory
+from jaxrl_llm.reporting import Progress, RunDirectory, samples_table
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
@@ -332,21 +332,21 @@ def _write_samples(run: Run, global_step: int, done: int, rows: Experience, item
     decode = run.parts.tokenizer.decode
     of = [items[number] for number in item_numbers(held["prompt_id"], held["group"], None, items)]
     rewards = run.parts.step.composition.rewards
-    run.directory.write_samples(
-        global_step,
-        [
-            {
-                "prompt": of[i]["body"],
-                "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
-                "answer": of[i]["answer"],
-                "reward": held["rewards"][i],
-                "truncated": bool(held["truncated"][i]),
-            }
-            | token_facts(held, i, decode)
-            | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
-            for i in range(len(chosen))
-        ],
-    )
+    written = [
+        {
+            "prompt": of[i]["body"],
+            "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
+            "answer": of[i]["answer"],
+            "reward": held["rewards"][i],
+            "truncated": bool(held["truncated"][i]),
+        }
+        | token_facts(held, i, decode)
+        | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
+        for i in range(len(chosen))
+    ]
+    run.directory.write_samples(global_step, written)
+    if reporting.samples_shown:
+        run.console.print(samples_table(written[: reporting.samples_shown], global_step))
 
 
 def spread(count: int, wanted: int) -> np.ndarray:

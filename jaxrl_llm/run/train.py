@@ -27,6 +27,7 @@ from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, hosts, layout
 from jaxrl_llm.reporting import results_table, units_table
+from jaxrl_llm.reporting.loggers import logger_openers
 from jaxrl_llm.reporting.machine_report import package_versions
 from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.run import checkpoints
@@ -36,6 +37,7 @@ from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.live_report import LiveReport
 from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.recipes import entry_of, user_function
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
@@ -68,6 +70,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     for stage in stages:
         trace(stage.parts)
     report = LiveReport(config, console.print)
+    named = [entry_of(entry, "reporting.loggers") for entry in config.reporting.loggers]
+    loggers = logger_openers(named, user_function)
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
         require_model(rollout.engine.engine)
@@ -111,7 +115,13 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     for split in ("validation", "test") if data else ():
         encoded(built, data[split])
     with (
-        run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
+        run_directory(
+            config.directory,
+            as_tree(config),
+            resume_step=(newest or 0) if resume else None,
+            loggers=loggers,
+            warn=console.print,
+        ) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
