@@ -10,7 +10,8 @@ from typing import Any
 
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.reporting.report import read_run, write_report
+from jaxrl_llm.reporting.report import write_report
+from jaxrl_llm.reporting.reported_run import read_run
 
 
 def show_report_file(options: argparse.Namespace) -> None:

@@ -125,7 +125,7 @@ class MLflow:
         run = self._mlflow.start_run(**known, **options)
         held.write_text(run.info.run_id)
         if "run_id" not in known:
-            flat = {name: str(value)[:500] for name, value in _flat(config).items()}
+            flat = {name: str(value)[:500] for name, value in flattened(config).items()}
             self._mlflow.log_params(flat)
 
     def log(self, step: int, numbers: Numbers) -> None:
@@ -137,10 +137,14 @@ class MLflow:
 
 
 class Guarded:
-    """A logger whose failure ends itself and not the run."""
+    """A logger whose failure, from when it is opened, ends itself and not the run."""
 
-    def __init__(self, name: str, logger: Any, warn: Callable[[str], Any]):
-        self._name, self._logger, self._warn = name, logger, warn
+    def __init__(self, name: str, opener: Opener, place: tuple[Any, ...], warn: Callable[[str], Any]):
+        self._name, self._warn, self._logger = name, warn, None
+        try:
+            self._logger = opener(*place)
+        except Exception as error:
+            warn(f"logger {name} cannot be opened, and gets nothing: {type(error).__name__}: {error}")
 
     def call(self, what: str, *arguments: Any) -> None:
         """Call one of its functions where it has it."""
@@ -196,7 +200,10 @@ def logger_openers(
     return found
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as one, under dotted names."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
-    return {n: v for key, value in tree.items() for n, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        n: v for key, value in tree.items() for n, v in flattened(value, f"{prefix}.{key}" if prefix else key).items()
+    }

@@ -74,9 +74,8 @@ class RunDirectory:
             self.path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
         )
         openers = {"tensorboard": TensorBoard} if loggers is None else loggers
-        self._loggers = [
-            Guarded(name, opener(self.path, _plain(config), resume_step), warn) for name, opener in openers.items()
-        ]
+        place = self.path, _plain(config), resume_step
+        self._loggers = [Guarded(name, opener, place, warn) for name, opener in openers.items()]
         self._records = {name: (self.path / name).open("a", encoding="utf-8") for name in RECORD_FILES}
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxrl_llm.config import Config
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.reporting.report import read_run, write_report
+from jaxrl_llm.reporting.report import write_report
+from jaxrl_llm.reporting.reported_run import read_run
 
 # Fields of rows that are written for each token of a sample, under shorter names.
 TOKEN_FACTS = {"advantages": "advantage", "behaviour_logprobs": "logprob", "behaviour_entropy": "entropy"}

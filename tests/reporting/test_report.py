@@ -12,7 +12,9 @@ import pytest
 from jaxrl_llm import cli
 from jaxrl_llm.reporting import RunDirectory
 from jaxrl_llm.reporting.alarms import alarms
-from jaxrl_llm.reporting.report import different_settings, headline, panels, read_run, rendered, series, write_report
+from jaxrl_llm.reporting.panels import panels
+from jaxrl_llm.reporting.report import different_settings, rendered, write_report
+from jaxrl_llm.reporting.reported_run import headline, headlines, read_run, series
 
 NASTY = "</script><script>document.title='taken'</script><!-- <img src=x onerror=\"document.title='taken'\">"
 
@@ -124,6 +126,9 @@ def test_seeds_share_a_curve_and_what_differs_is_listed(tmp_path):
     data = embedded(rendered(runs))
     assert data["groups"] == ["seed0 and 2 more seeds", "other"]
     assert [row[0] for row in different_settings(runs)] == ["name", "seed", "training.learning_rate"]
+    assert data["runs"][0]["series"]["reward"][0][:2] == [-19, -18]  # the last stage starts at step 21
+    rows = {row["name"]: row for row in headlines(runs, ["a", "a", "a", "b"])[0][1]}
+    assert rows["greedy"]["interval"] == [0.5, 0.5]
 
 
 # ---- alarms ---------------------------------------------------------------------------------------------------------

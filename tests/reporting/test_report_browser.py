@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_llm.reporting.report import read_run, write_report
+from jaxrl_llm.reporting.report import write_report
+from jaxrl_llm.reporting.reported_run import read_run
 
 pytestmark = [
     pytest.mark.slow,
