@@ -120,6 +120,9 @@ def _add_train(command: Command) -> None:
     train.add_argument(
         "--stopped-status", type=int, default=0, metavar="N", help="exit status after a stop by a signal (default 0)"
     )
+    train.add_argument(
+        "--profile", metavar="FIRST:LAST", help="trace these steps (counted over all stages), and show where time goes"
+    )
     several = train.add_argument_group("several processes", "TPU, GKE, Slurm and Open MPI say all of this themselves")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument("--processes", type=int, metavar="N", help="how many processes the run has")

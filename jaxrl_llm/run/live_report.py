@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from jaxrl_llm.config import Config
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.reporting.loggers import logger_openers
 from jaxrl_llm.reporting.report import write_report
 from jaxrl_llm.reporting.reported_run import read_run
+from jaxrl_llm.run.recipes import entry_of, user_function
 
 # Fields of rows that are written for each token of a sample, under shorter names.
 TOKEN_FACTS = {"advantages": "advantage", "behaviour_logprobs": "logprob", "behaviour_entropy": "entropy"}
@@ -53,6 +57,13 @@ class LiveReport:
             return None
         finally:
             self._next = self._clock() + max(_SECONDS, (self._clock() - begun) / _SHARE)
+
+
+def reporting_of(config: Config, console: Console) -> tuple[LiveReport, dict[str, Any]]:
+    """(the report of a run, what its directory hands numbers to), checked before the run starts."""
+    named = [entry_of(entry, "reporting.loggers") for entry in config.reporting.loggers]
+    tell = partial(console.print, markup=False)
+    return LiveReport(config, tell), {"loggers": logger_openers(named, user_function), "warn": tell}
 
 
 def token_facts(rows: Mapping[str, np.ndarray], row: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:

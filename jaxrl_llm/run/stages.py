@@ -29,6 +29,7 @@ from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.live_report import TOKEN_FACTS, LiveReport, token_facts
 from jaxrl_llm.run.setup import Parts
+from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.training.reading import item_numbers
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
@@ -100,6 +101,7 @@ class Run:
       asked: a signal arrived.
       waiting_networks: networks that an earlier stage has trained and a later one reads, but not the one under way.
       stopping: the run ends at the end of this step; the same on all processes.
+      trace: of some steps, for a profile.
       report: the page about it, refreshed when a checkpoint is saved.
       mark, charged_to: since when, and to which part, time is being charged.
     """
@@ -115,6 +117,7 @@ class Run:
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
     report: LiveReport | None = None
+    trace: StepTrace | None = None
     asked: bool = False
     stopping: bool = False
     mark: float = 0.0
@@ -166,7 +169,8 @@ def run_stage(
       measure: (params, split, problems, what the time is charged to) -> accuracies.
       last: no stage comes after it, so its last state is saved.
     """
-    offset, first, step = run.meta["steps_before"], int(state.step), stage.parts.step
+    offset, first = run.meta["steps_before"], int(state.step)
+    take = stage.parts.step.run if run.trace is None else run.trace.traced(stage.parts, offset)
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
     with (
         Progress(
@@ -198,7 +202,7 @@ def run_stage(
             widths.add(width)
             written = None if data.written is None else run.placed(data.written(index))
             try:
-                new_state, metrics, rows = step.run(state, run.placed(prompts), items, written, call=run.parts.call)
+                new_state, metrics, rows = take(state, run.placed(prompts), items, written, call=run.parts.call)
             except (RewardError, EngineError) as error:
                 if unread is not None:
                     report(*unread)

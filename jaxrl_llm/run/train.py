@@ -27,7 +27,6 @@ from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, hosts, layout
 from jaxrl_llm.reporting import results_table, units_table
-from jaxrl_llm.reporting.loggers import logger_openers
 from jaxrl_llm.reporting.machine_report import package_versions
 from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.run import checkpoints
@@ -35,22 +34,25 @@ from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
-from jaxrl_llm.run.live_report import LiveReport
+from jaxrl_llm.run.live_report import reporting_of
 from jaxrl_llm.run.problems import data_sets
-from jaxrl_llm.run.recipes import entry_of, user_function
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
 
-def train(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+def train(
+    config: Config, *, resume: bool = False, console: Console | None = None, steps_traced: StepTrace | None = None
+) -> dict[str, Any]:
     """Run a config from start to final table, or go on with a run that was stopped.
 
     Args:
       config: what to run; on resuming it must decide the same numbers as the config of the run.
       resume: go on from the newest checkpoint in `config.directory`.
       console: where progress is shown; None for standard output.
+      steps_traced: what traces some of the steps; None for none.
 
     Returns:
       The summary that is also written to summary.json.
@@ -69,9 +71,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     built = stages[-1].parts
     for stage in stages:
         trace(stage.parts)
-    report = LiveReport(config, console.print)
-    named = [entry_of(entry, "reporting.loggers") for entry in config.reporting.loggers]
-    loggers = logger_openers(named, user_function)
+    report, logging = reporting_of(config, console)
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
         require_model(rollout.engine.engine)
@@ -119,14 +119,26 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             config.directory,
             as_tree(config),
             resume_step=(newest or 0) if resume else None,
-            loggers=loggers,
-            warn=console.print,
+            **logging,
         ) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
     ):
-        run = Run(config, ready, directory, manager, console, meta, watch, data, sets, mark=started, report=report)
+        run = Run(
+            config,
+            ready,
+            directory,
+            manager,
+            console,
+            meta,
+            watch,
+            data,
+            sets,
+            mark=started,
+            report=report,
+            trace=steps_traced,
+        )
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
