@@ -69,7 +69,6 @@ TITLES = {
 }
 # What `training.checks` and the config refuse beside what samplers and plans lack: (what, beside what, capabilities).
 REFUSED = (
-    ("`rollout.off_policy_steps`", "`data.selection`", ("ahead",)),
     ("`rollout.off_policy_steps`", "`rollout.prompt_buckets`", ("one_width",)),
     ("a second source (written rows, replay)", "`rollout.prompt_buckets`", ("one_width",)),
     (

@@ -14,7 +14,7 @@ from typing import Any
 from jaxrl_llm import advantages, losses, rewards, schedules, selection
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import TEXT, every_need, nearest, need_of
+from jaxrl_llm.fields import TEXT, compared_with, every_need, nearest, need_of
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
 from jaxrl_llm.signatures import signature
 
@@ -248,7 +248,7 @@ def needs(functions: Iterable[Any], provided: Iterable[str] = ()) -> list[str]:
         if "stored_logprobs" in asked:  # `written_mask` marks stored answers then, not demonstrations
             asked -= {"written_mask"}
         found |= {need_of(name) for name in asked}
-        found |= {"reference"} if "over_vocabulary" in asked else set()  # the other one of the two distributions
+        found |= {other for name in asked if (other := compared_with(name))}  # of the two distributions
         returned = None if isinstance(function, Method) else inspect.signature(function).return_annotation
         found |= {"memory"} if isinstance(function, Method) or returned in (Method, "Method") else set()
     return [need for need in EVERY_NEED if need in found]

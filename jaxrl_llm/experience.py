@@ -246,8 +246,10 @@ class Selection(NamedTuple):
       choose: (memory, key, count) -> numbers of items [count], counted from 0 in the order of the data. An item may be
         chosen more than once; each time it gets samples of its own.
       update: (memory, *data) -> memory. Its data are names of rows, and `item`, the number of each row's item.
+      report: memory -> numbers to be logged as `selection/<name>`; None has none.
     """
 
     init: Callable[[], PyTree]
     choose: Callable[[PyTree, Array, int], Int[Array, "N"]]
     update: Callable[..., PyTree]
+    report: Callable[[PyTree], dict[str, Array]] | None = None

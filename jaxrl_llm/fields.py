@@ -9,6 +9,9 @@ Names of what networks say follow rules and need no row of their own (`score_nam
     <network>_scores               one number of a head a row
     <view>_logprobs, <view>_mask   another sequence made of the row
     <network>_<view>_logprobs      the same by another network
+    <network>_over_vocabulary      the functional that a loss carries, of the policy's whole distribution and that of
+                                   another network, the reference where none is named
+    metric/<name>                  filled by credit, a number to be logged
 """
 
 from __future__ import annotations
@@ -46,10 +49,13 @@ class Field(NamedTuple):
     need: str = ""
 
 
+# What an entry of credit fills under such a name is logged: a number, or a row's, of which the mean over rows that
+# count and know it is taken.
+METRIC = "metric/"
 # Who provides names, and what a user has to do where nothing does.
 PROVIDERS = {
     "rollout": "a source of rows provides it",
-    "rewards": "rewards provide it, and are there for credit and losses",
+    "rewards": "a function in rewards provides it, for credit and losses",
     "credit": "add an entry to credit that fills it",
     "data": "the data provides it",
     "environment": "a task that is answered in turns provides it (grid, calculator, self_correction), or an entry of "
@@ -132,7 +138,7 @@ _ROWS: Any = (
     ("written_mask", "token", "written", "1 on tokens that were written and are learned from; in a loss, times weight"),
     ("stored_logprobs", "token", "written", "log-probabilities of the policy that wrote a stored answer"),
     ("validation", "row", "held out", "1 on rows that are only measured on"),
-    ("preferred", "row", "written", "1 for the better row of a pair, 0 for the other; a label of a single row", -1.0),
+    ("preferred", "row", "written", "1 for a pair's better row, 0 for the other; a label of a single row", -1.0, True),
     ("rating", "row", "written", "number that somebody gave the row", float("nan")),
     ("margin", "row", "written", "how much better the preferred row of a pair is said to be", 0.0, True),
     ("rank", "row", "written", "place of the row in its group, 0 is best", -1.0),
@@ -227,6 +233,8 @@ def need_of(name: str) -> str:
     """What a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" for nothing."""
     if name in FIELDS:
         return FIELDS[name].need
+    if compared_with(name):
+        return _NEEDS["over_vocabulary"]
     found = score_named(name, ["policy", "reference", *HEADS, *(f"{head}_target" for head in HEADS)])
     if found is None:
         return _NEEDS.get(name, "")
@@ -319,6 +327,16 @@ def score_named(name: str, networks: Collection[str], views: Collection[str] = (
                 # The policy has no head, and heads have no log-probabilities.
                 return Score(chosen, quantity, view, as_found) if chosen in networks else None
     return None
+
+
+def compared_with(name: str) -> str | None:
+    """The network whose whole distribution a name compares the policy's with; None for another name.
+
+    >>> compared_with("over_vocabulary"), compared_with("teacher_over_vocabulary"), compared_with("logprobs")
+    ('reference', 'teacher', None)
+    """
+    network = name.removesuffix("over_vocabulary")
+    return None if network == name else network.removesuffix("_") or "reference"
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 from jaxrl_llm.experience import Method
@@ -73,6 +73,34 @@ def call(function: Callable | Method, provided: Mapping[str, Any], memory: Any =
     if isinstance(function, Method):
         return function.update(memory, **data)
     return function(**data)
+
+
+def renamed(function: Callable | Method, **other: str) -> Any:
+    """The function, reading data of other names: renamed(kl_estimate, reference_logprobs="teacher_logprobs").
+
+    Args:
+      function: of named data, or a `Method`.
+      other: name of its parameter -> name of what it is given.
+
+    Raises:
+      ValueError: for a parameter that it does not have.
+    """
+    if isinstance(function, Method):
+        return Method(function.init, renamed(function.update, **other))
+    declared = inspect.signature(function)
+    if unknown := sorted(other.keys() - declared.parameters.keys()):
+        known = [name for name, p in declared.parameters.items() if p.kind is not p.KEYWORD_ONLY]
+        raise ValueError(f"{name_of(function)} reads no {unknown[0]!r}; it reads {', '.join(known)}")
+    inner = {new: old for old, new in other.items()}
+
+    def reading_others(*args: Any, **data: Any) -> Any:
+        return function(*args, **{inner.get(name, name): value for name, value in data.items()})
+
+    update_wrapper(reading_others, function)
+    parameters = [p.replace(name=other.get(name, name)) for name, p in declared.parameters.items()]
+    reading_others.__signature__ = declared.replace(parameters=parameters)  # type: ignore[attr-defined]
+    reading_others.__name__ = name_of(function)
+    return reading_others
 
 
 def missing(function: Callable | Method, available: Collection[str]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from jaxrl_llm.config import (
     parse_config,
     read_tree,
 )
+from jaxrl_llm.config.parsing import _assign
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.models import TransformerConfig, save_model, transformer
@@ -97,6 +98,44 @@ def test_overrides_are_yaml_values_of_dotted_keys(parsed):
     assert config.training.sequences_per_microbatch is None
     assert config.run_dir == "runs/x=1"
     assert config.training.prompts_per_step == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "entry"),
+    [
+        ("losses.clipped_surrogate.clip_low=0.3", "losses", {"clipped_surrogate": {"clip_low": 0.3}}),
+        ("losses.0.clipped_surrogate.clip_low=0.3", "losses", {"clipped_surrogate": {"clip_low": 0.3}}),
+        ("rewards.shown.weight=0", "rewards", {"exact_answer": {"name": "shown", "weight": 0}}),
+        (
+            "credit.advantages.group_normalized.scale=none",
+            "credit",
+            {"advantages": {"group_normalized": {"scale": "none"}}},
+        ),
+        ("stages.rl.training.steps=7", "stages", {"name": "rl", "training": {"steps": 7}}),
+    ],
+)
+def test_an_override_may_go_into_an_entry_of_a_list(override, section, entry):
+    tree = {
+        "losses": ["clipped_surrogate"],
+        "rewards": [{"exact_answer": {"name": "shown"}}],
+        "credit": [{"advantages": "group_normalized"}],
+        "stages": [{"name": "sft"}, {"name": "rl"}],
+    }
+    _assign(tree, override)
+    assert tree[section][-1] == entry
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("losses.kl.coefficient=1", "names 'kl', which is not in that list; it has clipped_surrogate"),
+        ("losses.4.coefficient=1", "names '4', which is not in that list"),
+        ("losses.0=kl", "sets one entry of the list losses; give the key in it that changes, or the whole list"),
+    ],
+)
+def test_an_override_of_an_entry_that_is_not_there_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        _assign({"losses": ["clipped_surrogate"]}, override)
 
 
 def test_an_override_does_not_change_the_tree_it_is_applied_to(micro_config, parsed):
@@ -458,7 +497,7 @@ def test_a_run_lies_where_it_says_or_under_its_name(parsed):
         ("mesh.tensor=3", r"mesh.tensor 3 is 3, but there are \d+ devices; choose sizes whose product is"),
         ("mesh.rules={mpl: []}", "mesh.rules names 'mpl', which is no axis of an array; did you mean mlp"),
         ("training.bfloat16_update=master", "model.parameter_dtype is 'float32'; set it to bfloat16, or leave"),
-        ("rewards=[]", "rewards is empty"),
+        ("rewards=[]", "names 'rewards', which nothing in this step provides; a function in rewards provides it"),
         ("losses=[clipped_surogate]", "did you mean 'clipped_surrogate'"),
         ("credit=[]", "names 'advantages', which nothing in this step provides"),
     ],

@@ -21,13 +21,14 @@ MOST_LINES = 400  # of a module
 MOST_CODE = 80  # lines of a function without blanks, comments and docstrings
 
 ARITHMETIC = ("advantages", "losses", "rewards", "schedules", "selection")
-FIELDS = {"experience", "fields", "rows", "signatures"}
+FIELDS = {"experience", "fields", "rows", "signatures", "terms"}
 METHODS = {*FIELDS, "statistics", *ARITHMETIC}
 # What each room may import; its own modules always. In the order of the flow: nobody imports what stands below.
 MAY_IMPORT: dict[str, set[str]] = {
     "experience": set(),
     "fields": {"experience"},
     "signatures": {"experience", "fields"},
+    "terms": {"experience", "fields", "signatures"},
     "rows": {"experience", "fields"},
     "statistics": set(),
     "compilation_cache": set(),

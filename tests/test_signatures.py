@@ -8,7 +8,19 @@ import pytest
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.losses import clipped_surrogate
-from jaxrl_llm.signatures import call, missing, name_of, names, on_host, per_row, reading, required, signature
+from jaxrl_llm.signatures import (
+    Signature,
+    call,
+    missing,
+    name_of,
+    names,
+    on_host,
+    per_row,
+    reading,
+    renamed,
+    required,
+    signature,
+)
 
 
 def scaled(rewards, weight=None, *, by=2.0):
@@ -101,3 +113,22 @@ async def asked(rewards):
 )
 def test_what_runs_on_the_host_names_text_waits_or_says_so(function, host, single):
     assert (on_host(function), per_row(function)) == (host, single)
+
+
+def test_a_function_may_read_data_of_other_names():
+    def gap(logprobs, reference_logprobs, weight=None, *, scale=1.0):
+        return scale * (logprobs - reference_logprobs)
+
+    other = renamed(partial(gap, scale=2.0), reference_logprobs="teacher_logprobs")
+    assert signature(other) == Signature(("logprobs", "teacher_logprobs"), ("weight",), ("scale",), False)
+    assert call(other, {"logprobs": 3.0, "teacher_logprobs": 1.0, "reference_logprobs": 9.0}) == 4.0
+    assert name_of(other) == "gap"
+    remembering = renamed(Method(lambda: 0, lambda memory, reward: (reward, memory + 1)), reward="correct_share")
+    assert call(remembering, {"correct_share": 0.5}, 1) == (0.5, 2)
+    with pytest.raises(ValueError, match="gap reads no 'reference_logprob'; it reads logprobs, reference_l"):
+        renamed(gap, reference_logprob="teacher_logprobs")
+
+
+def test_a_reading_stays_one_under_other_names():
+    assert on_host(renamed(reading(lambda rewards: rewards), rewards="returns"))
+    assert on_host(renamed(lambda texts: texts, texts="completions"))

@@ -119,16 +119,59 @@ def _assign(tree: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise ConfigError(f"override {override!r} is not an assignment; write section.key=value")
     *sections, last = path.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+    inner: Any = tree
+    for section, following in zip(sections, [*sections, last][1:], strict=True):
+        inner = _inside(inner, section, following, override)
+        if not isinstance(inner, dict | list):
             raise ConfigError(
                 f"override {override!r} goes through {section!r}, which is not a section; replace it whole"
             )
+    if isinstance(inner, list):
+        raise ConfigError(
+            f"override {override!r} sets one entry of the list {'.'.join(sections)}; give the key in it that changes, "
+            "or the whole list"
+        )
     try:
-        tree[last] = yaml.safe_load(text)
+        inner[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r} has a value that is not valid YAML: {error}") from None
+
+
+def _inside(tree: Any, section: str, following: str, override: str) -> Any:
+    """What a section of an override is about: a key, or an entry of a list by its number, name or function.
+
+    The name of a function alone becomes a mapping where its hyper-parameters are meant.
+    """
+    if isinstance(tree, list):
+        named = [_names_of(entry) for entry in tree]
+        place = int(section) if section.isdigit() else next((i for i, all_ in enumerate(named) if section in all_), -1)
+        if not 0 <= place < len(tree):
+            known = ", ".join(names[0] for names in named if names) or "no entry with a name"
+            raise ConfigError(f"override {override!r} names {section!r}, which is not in that list; it has {known}")
+        if tree[place] in (section, following):
+            tree[place] = {tree[place]: {}}
+        tree = tree[place]
+        if not isinstance(tree, dict) or section not in tree:
+            (only,) = tree.values() if isinstance(tree, dict) and len(tree) == 1 else (None,)
+            return only if isinstance(only, dict) and section == only.get("name") else tree
+    child = tree.get(section)
+    if child is None or (isinstance(child, str) and child == following):
+        tree[section] = child = {} if child is None else {child: {}}
+    return child
+
+
+def _names_of(entry: Any) -> list[str]:
+    """What an entry of a list may be called by."""
+    if isinstance(entry, str):
+        return [entry]
+    if not isinstance(entry, dict):
+        return []
+    inner = next(iter(entry.values()), None) if len(entry) == 1 else None
+    names = [
+        *([inner["name"]] if isinstance(inner, dict) and "name" in inner else []),
+        *(entry.keys() if len(entry) == 1 else []),
+    ]
+    return [entry["name"], *names] if isinstance(entry.get("name"), str) else names
 
 
 def _known_keys(tree: Any, kind: Any, prefix: str) -> None:

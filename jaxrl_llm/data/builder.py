@@ -97,6 +97,8 @@ class DataSet(Sequence[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self.source):  # where iteration ends
+            raise IndexError(f"item {index} of {len(self.source)}")
         return self._whole(record(self.source[index], index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:

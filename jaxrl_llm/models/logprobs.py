@@ -38,6 +38,22 @@ class TokenStatistics(NamedTuple):
     over_vocabulary: tuple[Float[Array, "B T"], ...]
 
 
+class Other(NamedTuple):
+    """A policy that whole distributions are compared with.
+
+    Attributes:
+      model: gives its `logits`.
+      params: its parameters.
+      hidden: its hidden state that predicts each token.
+      functionals: (log_p [..., V], log_q [..., V]) -> [...], evaluated inside a chunk; log_q is its log-softmax.
+    """
+
+    model: Model
+    params: PyTree
+    hidden: Float[Array, "B T E"]
+    functionals: tuple[Callable, ...]
+
+
 @jax.custom_jvp
 def _normaliser(scores: Array) -> tuple[Array, Array]:
     """The largest score and the logarithm of the sum of exp(scores - largest): log softmax is scores less both.
@@ -102,9 +118,7 @@ def token_statistics(
     *,
     temperature: float | Float[Array, "B"] = 1.0,
     entropy: bool = False,
-    over_vocabulary: tuple[Callable, ...] = (),
-    reference: tuple[PyTree, Float[Array, "B T E"]] | None = None,
-    reference_model: Model | None = None,
+    others: tuple[Other, ...] = (),
     support: Int[Array, "B T S"] | None = None,
     chunk: int | None = None,
 ) -> TokenStatistics:
@@ -117,10 +131,7 @@ def token_statistics(
       tokens: the tokens to score.
       temperature: the one that the rollout sampled with; one number, or one a row.
       entropy: also return the entropy.
-      over_vocabulary: functionals (log_p [..., V], log_q [..., V]) -> [...], evaluated inside the chunk; log_q is the
-        reference's log-softmax.
-      reference: (params, hidden) of the reference policy; needed by `over_vocabulary` only.
-      reference_model: gives the reference's `logits`; None is `model`.
+      others: policies that whole distributions are compared with.
       support: tokens that a truncated sampler could have drawn, the given one among them: log-probability and entropy
         are those of the distribution over them alone. -1 fills; a token with nothing else has the whole vocabulary.
       chunk: positions a chunk; None derives it from the sizes.
@@ -132,15 +143,15 @@ def token_statistics(
       ValueError: for a functional over the vocabulary together with a support.
     """
     chex.assert_rank([hidden, tokens], [3, 2])
-    if support is not None and over_vocabulary:
+    if support is not None and others:
         raise ValueError("samples were drawn from a truncated vocabulary, over which nothing else is computed")
-    reference_params, reference_hidden = reference or (None, None)
-    options = _Options(model, reference_model or model, entropy, over_vocabulary, chunk, shards("vocabulary"))
+    compared = tuple((other.model, other.functionals) for other in others)
+    options = _Options(model, compared, entropy, chunk, shards("vocabulary"))
     scale = jnp.asarray(temperature, jnp.float32)
     scale = jnp.broadcast_to(scale if scale.ndim == 0 else scale[:, None], tokens.shape)
     # Each device scores its own tokens, a chunk at a time; a vocabulary that is split stays so, and is reduced over.
-    whole = params, reference_params if over_vocabulary else None
-    split = hidden, tokens, scale, reference_hidden if over_vocabulary else None, support
+    whole = params, tuple(other.params for other in others)
+    split = hidden, tokens, scale, tuple(other.hidden for other in others), support
     return map_shards(partial(_scored, options), whole, split, "rows", "positions")
 
 
@@ -148,41 +159,39 @@ class _Options(NamedTuple):
     """What `token_statistics` was asked for; `parts` is into how many the vocabulary is split."""
 
     model: Model
-    reference_model: Model
+    compared: tuple[tuple[Model, tuple[Callable, ...]], ...]
     entropy: bool
-    over_vocabulary: tuple[Callable, ...]
     chunk: int | None
     parts: int
 
 
 def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
     """`token_statistics` of the rows and positions that are here."""
-    model, reference_model, entropy, over_vocabulary, chunk, parts = options
-    params, reference_params = whole
+    model, compared, entropy, chunk, parts = options
+    params, other_params = whole
     hidden, tokens, scale, *others = split
     rows, length = tokens.shape
     chunk = chunk or positions_per_chunk(rows, length, -(-model.vocabulary_size // parts))
 
     # What is named is small beside the scores (their normaliser, the top k): kept, so that it is computed once.
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_any_names_but_these())
-    def score(hidden, tokens, scale, reference_hidden, support):
+    def score(hidden, tokens, scale, other_hidden, support):
         # Rows and positions are one axis here: only products of two matrices reach the fast kernels of a CPU.
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
         scale = scale.reshape(-1, 1)
         scores = model.logits(params, flat(hidden)).astype(jnp.float32) / scale
         largest, log_total = _normaliser(scores)
         log_p = scores - largest - log_total
-        extra = ()
-        if over_vocabulary:
-            log_q = reference_model.logits(reference_params, flat(reference_hidden)).astype(jnp.float32) / scale
-            log_q = jax.lax.stop_gradient(log_q)
+        extra: list[Array] = []
+        for (other, functionals), others_params, says in zip(compared, other_params, other_hidden, strict=True):
+            log_q = jax.lax.stop_gradient(other.logits(others_params, flat(says)).astype(jnp.float32) / scale)
             for part in _kept_normaliser(log_q):
                 log_q = log_q - part
-            extra = tuple(functional(log_p, log_q) for functional in over_vocabulary)
+            extra += [functional(log_p, log_q) for functional in functionals]
         if support is not None:
             log_p, largest, log_total = _over_support(scores, flat(support), log_p, largest, log_total)
         logprobs = _picked(scores, tokens.reshape(-1)) - largest - log_total
-        statistics = TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, extra)
+        statistics = TokenStatistics(logprobs, entropy_of(log_p) if entropy else None, tuple(extra))
         return jax.tree.map(lambda x: x.reshape(tokens.shape), statistics)
 
     if chunk >= length:

@@ -54,9 +54,9 @@ def initialise(specs: PyTree, key: Array) -> PyTree:
             )
         if spec.scale == 0:
             return jnp.full(spec.shape, spec.fill, spec.dtype)
-        leaf_key = key
-        for character in jax.tree_util.keystr(path).encode():
-            leaf_key = jax.random.fold_in(leaf_key, character)
+        characters = jnp.frombuffer(jax.tree_util.keystr(path).encode(), jnp.uint8).astype(jnp.uint32)
+        # A loop: written out, the characters of all paths were most of a program that runs once.
+        leaf_key, _ = jax.lax.scan(lambda folded, one: (jax.random.fold_in(folded, one), None), key, characters)
         return (spec.scale * jax.random.truncated_normal(leaf_key, -3.0, 3.0, spec.shape)).astype(spec.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=_is_spec)

@@ -37,3 +37,11 @@ def compiler_options(mesh: Any) -> dict[str, Any] | None:
     """What `jax.jit` tells the compiler of a program for this mesh; None leaves all to XLA_FLAGS and its defaults."""
     several = mesh is not None and mesh.size > 1
     return dict(OVERLAPPED_ON_GPUS) if several and backend_in_use() == "gpu" else None
+
+
+def options_of_one_run() -> dict[str, Any] | None:
+    """What `jax.jit` tells the compiler of a program that runs once: on a CPU, not to spend seconds on its code.
+
+    The numbers are those of a program that is optimised fully: the passes that may reorder arithmetic are the same.
+    """
+    return {"xla_backend_optimization_level": 1} if backend_in_use() == "cpu" else None

@@ -24,7 +24,7 @@ from jaxrl_llm.planning.hlo import Cost
 from jaxrl_llm.planning.topologies import Topology
 from jaxrl_llm.rollout.decoding import cache_stages
 from jaxrl_llm.training.networks import POLICY
-from jaxrl_llm.training.placement import is_offloaded, placed_state
+from jaxrl_llm.training.segments import is_offloaded, placed_state
 
 
 @dataclass

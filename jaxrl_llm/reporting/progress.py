@@ -212,7 +212,7 @@ def samples_table(samples: Sequence[Mapping[str, Any]], step: int) -> Table:
     table.add_column("reward", justify="right", no_wrap=True)
     for sample in samples:
         shown = [Text(str(sample[name])) for name in ("prompt", "completion", "answer")]
-        table.add_row(*shown, f"{float(sample['reward']):.3g}")
+        table.add_row(*shown, f"{float(sample['reward']):.3g}" if "reward" in sample else "")
     return table
 
 

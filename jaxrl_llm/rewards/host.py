@@ -36,6 +36,8 @@ class Reading:
       deadline_s: seconds that one call may take; None waits.
       value_on_failure: what a row gets where a call fails or takes too long; None raises.
       constants: arguments that are the same for all rows.
+      entry: what makes of a row's entry what is learned from, raising ValueError for one that it cannot; None takes
+        numbers, text and arrays of finite numbers. An entry of None does not apply and is not handed to it.
     """
 
     function: Callable[..., Any]
@@ -43,6 +45,7 @@ class Reading:
     deadline_s: float | None = None
     value_on_failure: float | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
+    entry: Callable[[Any], Any] | None = None
 
 
 class Answers(NamedTuple):
@@ -83,7 +86,7 @@ def answered(reading: Reading, data: Mapping[str, Any], *, rows: int, names: Seq
     else:
         returned, failed = _at_once(reading, data, rows)
         columns = {name: _part(returned, name, place, names) for place, name in enumerate(names)}
-    values = {name: _checked(reading.name, column, data, rows) for name, column in columns.items()}
+    values = {name: _checked(reading, column, data, rows) for name, column in columns.items()}
     return Answers(values, time.monotonic() - started, failed)
 
 
@@ -195,16 +198,24 @@ def _told(reading: Reading, error: BaseException, data: Mapping[str, Any], row: 
     )
 
 
-def _checked(called: str, returned: Any, data: Mapping[str, Any], rows: int) -> list[Any]:
-    """One entry a row: a number, text, an array, or None."""
-    values = _listed(returned)
+def _checked(reading: Reading, returned: Any, data: Mapping[str, Any], rows: int) -> list[Any]:
+    """One entry a row: a number, text, an array, or None; or what `entry` makes."""
+    values, called = _listed(returned), reading.name
     if values is None or len(values) != rows:
         what = f"a {type(returned).__name__}" if values is None else f"{len(values)} values"
         raise RewardError(
             f"reward {called!r} returned {what} for {rows} rows; it must return a list or an array of {rows} floats, "
             "one for each completion in order"
         )
-    return [_value(value, called, row, data) for row, value in enumerate(values)]
+    if reading.entry is None:
+        return [_value(value, called, row, data) for row, value in enumerate(values)]
+    made = []
+    for row, value in enumerate(values):
+        try:
+            made.append(None if value is None else reading.entry(value))
+        except ValueError as error:
+            raise RewardError(f"{called!r} at row {row}{_shown(_listed_text(data), row)}: {error}") from None
+    return made
 
 
 def _value(value: Any, called: str, row: int, data: Mapping[str, Any]) -> Any:

@@ -27,6 +27,7 @@ from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
+from jaxrl_llm.terms import View
 from jaxrl_llm.training.networks import GIVEN, Network
 
 AnyEnvironment = Environment | HostEnvironment
@@ -64,13 +65,24 @@ def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapp
     return made
 
 
-def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Functions that make another sequence of a row, by the name of the view."""
+def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, View]:
+    """What makes another sequence of a row, by the name of the view.
+
+    Beside the hyper-parameters of a function that reads text, `max_prompt_tokens`, `max_completion_tokens` and
+    `deadline_s` may stand (`View`).
+    """
     made = {}
     for view, entry in entries.items():
         name, hyper = entry_of(entry, f"views.{view}")
-        made[view] = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
+        calling = {key: hyper.pop(key) for key in _OF_VIEWS if key in hyper}
+        function = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
+        made[view] = View(function, name=view, **calling)
+        if calling and not made[view].on_host:
+            raise RecipeError(f"views.{view}.{next(iter(calling))} is of views that read text, and {name} does not")
     return made
+
+
+_OF_VIEWS = ("max_prompt_tokens", "max_completion_tokens", "deadline_s")
 
 
 def configured_networks(

@@ -22,8 +22,7 @@ from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY, given_shapes, trainable_part
-from jaxrl_llm.training.placement import abstract_like
-from jaxrl_llm.training.segments import Work, shapes
+from jaxrl_llm.training.segments import Work, abstract_like, shapes
 from jaxrl_llm.training.step import given_work
 
 
@@ -53,6 +52,12 @@ def stages(step: Composition) -> list[dict[str, Any]]:
         entry("rewards", t.name, t.function, f"reward component x {t.weight:g}", "host" if t.on_host else "program")
         for t in step.rewards
     ]
+    asked = {step.view_of(name) for name in (*step.wanted, *step.named)} - {""}
+    rows += [
+        entry("views", view.name, view.function, f"{view.name}_tokens", "host" if view.on_host else "program")
+        for view in step.views.values()
+        if view.name in asked
+    ]
     rows += [
         {"stage": "networks", "name": by, "needs": needs, "provides": name, "where": "program"}
         for name in sorted(step.wanted)
@@ -73,7 +78,7 @@ def hyper_parameters(step: Composition) -> list[dict[str, Any]]:
 
     "given" was set in the recipe or filled from the run; "default" stands in the function's signature.
     """
-    terms = [(t.name, t.function) for t in (*step.rewards, *step.credit, *step.losses)]
+    terms = [(t.name, t.function) for t in (*step.views.values(), *step.rewards, *step.credit, *step.losses)]
     terms += [(f"coefficient of {t.name}", t.coefficient) for t in step.losses if t.coefficient_changes]
     rows = []
     for name, function in terms:

@@ -19,7 +19,7 @@ from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.networks import POLICY, Network
-from jaxrl_llm.training.placement import abstract_like, parameter_shardings
+from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update, make_train_step
-from jaxrl_llm.training.placement import parameter_shardings
+from jaxrl_llm.training.segments import parameter_shardings
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     else:
         mesh, reason = like.step.composition.resources.placement.mesh, like.mesh_reason
     rewards, credit = reward_terms(config.rewards, sizes), credit_terms(config.credit, sizes)
-    losses = loss_terms(config.losses, sizes)
+    losses, views = loss_terms(config.losses, sizes), configured_views(config.views, sizes)
     if not isinstance(tokenizer, CharacterTokenizer):
-        _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses)])
+        _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses, *views.values())])
     b1, b2 = training.adam_b1, training.adam_b2
     # Adapters that a stage before this one has trained are part of where it begins.
     snapshot = config.lora is not None and config.warm_start.steps > 0
@@ -191,7 +191,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
             encode=tokenizer.encode,
             networks=networks,
             critic=head_optimizer(NetworkConfig(), b1, b2),
-            views=configured_views(config.views, sizes),
+            views=views,
             placement=Placement(
                 mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
             ),

@@ -252,12 +252,18 @@ def _prompts(run: Run, stage: Stage, data: StageData, index: int, choices: list[
     """(prompts of a step, records behind its rows); one step off-policy the prompts are those of the next step."""
     if data.prompts is None:
         return None, []
-    if choices:
-        batch = data.prompts.chosen(np.asarray(choices[0]))
-        return batch.prompts, batch.items
-    batch = data.prompts[index]
+    now = _batch(data.prompts, index, choices, 0)
     ahead = bool(stage.parts.step.priming)
-    return (data.prompts[index + 1].prompts if ahead else batch.prompts), batch.items
+    return (_batch(data.prompts, index, choices, 1) if ahead else now).prompts, now.items
+
+
+def _batch(prompts: Any, index: int, choices: list[Any], later: int) -> Any:
+    return prompts.chosen(np.asarray(choices[later])) if choices else prompts[index + later]
+
+
+def first_batch(prompts: Any, state: TrainState) -> Any:
+    """The prompts of a state's first step, and their records."""
+    return _batch(prompts, int(state.step), _choices(state), 0)
 
 
 def _choices(state: TrainState) -> list[Any]:
@@ -341,9 +347,9 @@ def _write_samples(run: Run, global_step: int, done: int, rows: Experience, item
             "prompt": of[i]["body"],
             "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
             "answer": of[i]["answer"],
-            "reward": held["rewards"][i],
             "truncated": bool(held["truncated"][i]),
         }
+        | ({"reward": held["rewards"][i]} if rewards else {})
         | token_facts(held, i, decode)
         | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
         for i in range(len(chosen))

@@ -23,8 +23,8 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rows import written_rows
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.selection import cycled_rows, near_perfect_groups
+from jaxrl_llm.terms import Update
 from jaxrl_llm.training.collect import collected
-from jaxrl_llm.training.composition import Update
 from jaxrl_llm.training.fill import reward_parts
 from jaxrl_llm.training.networks import POLICY
 from jaxrl_llm.training.reading import Context

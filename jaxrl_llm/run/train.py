@@ -38,7 +38,7 @@ from jaxrl_llm.run.live_report import reporting_of
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
-from jaxrl_llm.run.stages import Run, Stage, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.stages import Run, Stage, first_batch, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 
@@ -194,7 +194,8 @@ def _run(
         held = {}  # the state has copies of its own
         del params, given
         if stage.parts.step.priming and batches is not None:
-            state = stage.parts.step.prime(state, run.placed(batches[0].prompts), batches[0].items, call)
+            begin_with = first_batch(batches, state)
+            state = stage.parts.step.prime(state, run.placed(begin_with.prompts), begin_with.items, call)
         if not fresh:
             kept = checkpoints.written_networks(stage.parts, state) | run.waiting_networks
             folder, trained = config.directory / "checkpoints", stage.parts.model.trained

@@ -99,7 +99,13 @@ def bandit(
         seen = jnp.zeros_like(memory.visits).at[item].max((weight > 0).astype(jnp.int32))
         return Arms(value, memory.visits + seen)
 
-    return Selection(init, choose, update)
+    def report(memory: Arms) -> dict[str, Array]:
+        chance = jax.nn.softmax(memory.value / temperature)
+        labels = ["-".join(map(str, kind)) for kind in kinds]
+        told = {f"value/{label}": memory.value[k] for k, label in enumerate(labels)}
+        return told | {f"chance/{label}": chance[k] for k, label in enumerate(labels)}
+
+    return Selection(init, choose, update, report)
 
 
 def moved_values(

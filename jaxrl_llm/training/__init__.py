@@ -1,9 +1,10 @@
 """The step: collect, fill, learn."""
 
 from jaxrl_llm.rollout.sampled import Rollout
-from jaxrl_llm.training.composition import Fill, LossTerm, Resources, Reward, Update
+from jaxrl_llm.terms import Fill, LossTerm, Reward, Update, View
+from jaxrl_llm.training.composition import Resources
 from jaxrl_llm.training.networks import Network
-from jaxrl_llm.training.placement import Placement
+from jaxrl_llm.training.segments import Placement
 from jaxrl_llm.training.step import TrainStep, make_train_step
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "Rollout",
     "TrainStep",
     "Update",
+    "View",
     "make_train_step",
 ]

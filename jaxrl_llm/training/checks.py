@@ -7,14 +7,24 @@ from typing import Any
 import jax
 
 from jaxrl_llm.experience import FACTS, Method
-from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, fillable, kind_of, nearest, provided_by, remedy
+from jaxrl_llm.fields import (
+    FACTS_READ_ONLY,
+    FIELDS,
+    METRIC,
+    compared_with,
+    fillable,
+    kind_of,
+    nearest,
+    provided_by,
+    remedy,
+)
 from jaxrl_llm.rollout.capabilities import ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.signatures import missing, names, required
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY
-from jaxrl_llm.training.placement import OFFLOADABLE
+from jaxrl_llm.training.segments import OFFLOADABLE
 
 
 def checked(c: Composition) -> Composition:
@@ -25,8 +35,8 @@ def checked(c: Composition) -> Composition:
     """
     if not c.losses:
         raise ValueError("losses is empty; a step needs at least one loss function")
-    if c.rollout is not None and not c.rewards:
-        raise ValueError("rewards is empty; a step needs at least one reward function")
+    if c.rollout is not None and not c.rewards and (c.plan.reads_rewards or "baseline_rewards" in c.named):
+        raise ValueError("rewards is empty, but the plan asks for completions by their rewards; name a reward function")
     if not c.sources:
         raise ValueError("source is empty; a step needs rows: a Rollout, Written or Replay")
     if c.rollout is None and c.replay is not None:
@@ -65,6 +75,7 @@ def _check_names(c: Composition) -> None:
     by_network = {name for name in c.named if c.score(name) is not None}
     by_network |= provided_by("network") | c.view_masks
     learner = provided_by("learner") | {"router_choices"}
+    learner |= {name for name in c.named if compared_with(name) in c.networks}
     text = provided_by("text") | {"items"}
     available = available_before_rewards(c)
     # What stands for a name that is spelled wrongly, beside what is there.
@@ -73,8 +84,10 @@ def _check_names(c: Composition) -> None:
     heads = known | ({"old_values"} if c.resources.critic is not None else set())
     filled = frozenset(name for term in c.credit for name in term.names)
     later = filled | (provided_by("rewards") if c.rewards else frozenset())
-    for name, view in c.resources.views.items():
-        _require_names(view, f"view {name!r}", available | later)
+    for name, view in c.views.items():
+        _require_names(view.function, f"view {name!r}", available | later | (text if view.on_host else frozenset()))
+        if view.on_host and (c.resources.decode is None or c.resources.encode is None):
+            raise ValueError(f"view {name!r} reads and writes text, so make_train_step needs decode= and encode=")
     for term in c.rewards:
         _require_names(term.function, f"reward {term.name!r}", available | text, scored - {"logprobs", "entropy"})
         _require_views(c, term.function, f"reward {term.name!r}", available)
@@ -86,11 +99,11 @@ def _check_names(c: Composition) -> None:
         available |= c.plan.provides
     readers = [*(t.function for t in c.losses), *(t.coefficient for t in c.losses if t.coefficient_changes)]
     for index, term in enumerate(c.credit):
-        later = [*(t.function for t in c.credit[index + 1 :]), *readers, *c.resources.views.values()]
+        later = [*(t.function for t in c.credit[index + 1 :]), *readers, *(view.function for view in c.views.values())]
         for name in term.names:
             if name in FACTS_READ_ONLY or c.score(name) is not None:
                 raise ValueError(f"credit fills {name!r}, which it cannot; {nearest(name, fillable())}")
-            if name not in FIELDS and not any(name in names(function) for function in later):
+            if not name.startswith(METRIC) and name not in FIELDS and not any(name in names(one) for one in later):
                 raise ValueError(f"credit fills {name!r}, which nothing after it reads; {nearest(name, fillable())}")
         what = f"{', '.join(term.names)} {term.name!r}"
         if term.on_host and c.resources.decode is None and names(term.function) & text:
@@ -136,7 +149,7 @@ def _require_views(c: Composition, function: Any, what: str, available: frozense
     """Raises ValueError where a view is asked for before what it is made of is there."""
     for name in sorted(required([function])):
         if view := c.view_of(name):
-            for lacking in missing(c.resources.views[view], available):
+            for lacking in sorted(c.views[view].needs - available):
                 raise ValueError(
                     f"{what} names {name!r}, but view {view!r} is made of {lacking!r}, which comes later; put what "
                     "fills it in front"
@@ -160,8 +173,6 @@ def _check_capabilities(c: Composition) -> None:
     ):
         if wanted:
             require(name, frozenset({capability}), sampler, offers)
-    if r.selection is not None and r.off_policy_steps:
-        require("rollout.off_policy_steps", frozenset({"ahead"}), "data.selection", frozenset())
     joined = [name for name, source in (("written rows", c.written), ("replay", c.replay)) if source is not None]
     if r.replay_router:
         require("rollout.replay_router", frozenset({"drawn_by_policy"}), "rollout.plan", rows)
@@ -172,7 +183,7 @@ def _check_capabilities(c: Composition) -> None:
         for name in joined:
             require("rollout.truncation", frozenset({"drawn_by_policy"}), name, frozenset())
         whole = [t.name for t in c.credit if t.over_vocabulary]
-        whole += [t.name for t in c.losses if "over_vocabulary" in names(t.function)]
+        whole += [t.name for t in c.losses if t.compares]
         for name in whole:
             require(repr(name), frozenset({"whole_vocabulary"}), "rollout.truncation", frozenset())
     for name in joined:
@@ -203,6 +214,8 @@ def _sampler_of(r: Rollout) -> tuple[str, frozenset[str]]:
 
 def _check_rest(c: Composition) -> None:
     r, update, place = c.rollout, c.update, c.resources.placement
+    if r is not None and r.selection is not None and r.prompts_per_step is None:
+        raise ValueError("a rollout with a selection needs prompts_per_step: how many prompts it chooses")
     if r is not None:
         for name, token in (*(("eos_ids", each) for each in r.eos_ids), ("pad_id", r.pad_id)):
             if not 0 <= token < c.model.vocabulary_size:
@@ -307,7 +320,9 @@ def replayed_fields(c: Composition) -> dict[str, str]:
     for name in sorted(required([t.function for t in c.losses])):
         kind = kind_of(name)
         made = {n for term in c.credit for n in term.names} | provided_by("rewards")
-        gone = c.plan.provides | provided_by("network")
+        made |= provided_by("environment") if c.rollout is not None and c.rollout.environment is not None else set()
+        view = c.views.get(c.view_of(name))
+        gone = c.plan.provides | provided_by("network") | ({name} if view is not None and view.on_host else set())
         if name in gone or (name in made and kind not in ("row", "token", "either")):
             loss = next(t.name for t in c.losses if name in required([t.function]))
             raise ValueError(

@@ -311,8 +311,8 @@ def first_store(c: Composition) -> dict[str, Experience]:
 
 def _choice(c: Composition, memory: Any, key: Any, step: Any) -> Any:
     r = _rollout(c)
-    if r.selection is None or r.prompts_per_step is None:
-        raise ValueError("a rollout with a selection needs prompts_per_step: how many prompts it chooses")
+    assert r.selection is not None  # `checked` has seen to the number of prompts
+    assert r.prompts_per_step is not None
     key = jax.random.fold_in(jax.random.fold_in(key, KeyUse.SELECTION), step)
     return r.selection.choose(memory, key, r.prompts_per_step * c.plan.prompts_per_group).astype(jnp.int32)
 
@@ -325,7 +325,21 @@ def first_choices(c: Composition, key: Any) -> dict[str, Any]:
     return {"memory": memory, "choices": jnp.stack([_choice(c, memory, key, step) for step in (0, 1)])}
 
 
-def next_choices(c: Composition, state: TrainState, held: dict[str, Any], rows: Experience) -> dict[str, Any]:
+def kept_in_mind(
+    c: Composition, state: TrainState, memory: dict[str, Any], rows: Experience
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(memory with that of selection and plan after the rows of a step, what the selection reports)."""
+    memory, told = dict(memory), {}
+    if SELECTION in memory:
+        memory[SELECTION] = _next_choices(c, state, memory[SELECTION], rows)
+        report = getattr(_rollout(c).selection, "report", None)
+        told = {} if report is None else report(memory[SELECTION]["memory"])
+    if PLAN in memory:
+        memory[PLAN] = c.plan.remember(memory[PLAN], rows)
+    return memory, {f"selection/{name}": jnp.asarray(value, jnp.float32) for name, value in told.items()}
+
+
+def _next_choices(c: Composition, state: TrainState, held: dict[str, Any], rows: Experience) -> dict[str, Any]:
     """The same after a step: the prompts of the next one, and of the one behind it by what this step has shown."""
     selection = _rollout(c).selection
     assert selection is not None

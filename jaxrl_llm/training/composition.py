@@ -15,122 +15,10 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rows import Replay, Written
-from jaxrl_llm.signatures import name_of, names, on_host, required
+from jaxrl_llm.signatures import names, required
+from jaxrl_llm.terms import Fill, LossTerm, Reward, Update, View, fill_term, loss_term, reward_term
 from jaxrl_llm.training.networks import POLICY, Network, has_copy, networks_named
-from jaxrl_llm.training.placement import Placement
-
-
-@dataclass(frozen=True)
-class Reward:
-    """One reward function of a recipe: a column of `reward_components`.
-
-    Attributes:
-      function: returns one number a row; one that names text runs on the host (`fields.on_host`).
-      weight: factor in the sum that is maximised.
-      name: for metrics and messages.
-      deadline_s: seconds that one call of a reading may take; None waits.
-      value_on_failure: the reward where a call fails or takes too long; None ends the step with an error.
-    """
-
-    function: Callable[..., Any]
-    weight: float = 1.0
-    name: str = ""
-    deadline_s: float | None = None
-    value_on_failure: float | None = None
-
-    @property
-    def on_host(self) -> bool:
-        """Whether it is a reading."""
-        return on_host(self.function)
-
-
-@dataclass(frozen=True)
-class Fill:
-    """One entry of a recipe's credit list: names in, one or several names out.
-
-    Attributes:
-      fields: the name, or names, that the function's value becomes: an array, or a tuple or a dictionary of them.
-      function: a function of named data, a reading, or a `Method`.
-      name: for metrics, memory and messages.
-      deadline_s, value_on_failure: of a reading, as for `Reward`.
-    """
-
-    fields: str | tuple[str, ...]
-    function: Callable[..., Any] | Method
-    name: str = ""
-    deadline_s: float | None = None
-    value_on_failure: float | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names that it fills."""
-        return (self.fields,) if isinstance(self.fields, str) else tuple(self.fields)
-
-    @property
-    def on_host(self) -> bool:
-        """Whether it is a reading."""
-        return on_host(self.function)
-
-    @property
-    def over_vocabulary(self) -> bool:
-        """Whether it reads whole next-token distributions of the policy before the update."""
-        return "log_probabilities" in names(self.function)
-
-    @property
-    def memory_name(self) -> str:
-        """Key of the method's memory in `TrainState.memory`."""
-        return f"{','.join(self.names)}:{self.name}"
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """One loss of a recipe.
-
-    Attributes:
-      function: returns a `Loss`.
-      coefficient: a number, or a function (or `Method`) of experience fields and metrics that returns one.
-      name: for metrics and messages.
-    """
-
-    function: Callable[..., Any]
-    coefficient: Any = 1.0
-    name: str = ""
-
-    @property
-    def coefficient_changes(self) -> bool:
-        """Whether the coefficient is computed anew in each step."""
-        return callable(self.coefficient) or isinstance(self.coefficient, Method)
-
-    @property
-    def on_written(self) -> bool:
-        """Whether it is a loss on written completions."""
-        return "written_mask" in names(self.function)
-
-    @property
-    def memory_name(self) -> str:
-        """Key of the coefficient's memory in `TrainState.memory`."""
-        return f"coefficient:{self.name}"
-
-
-@dataclass(frozen=True)
-class Update:
-    """How one batch of experience becomes parameter updates.
-
-    Attributes:
-      epochs_per_batch: passes over the batch.
-      minibatches_per_epoch: optimiser updates a pass; each takes whole groups.
-      sequences_per_microbatch: rows differentiated at once; None takes a whole minibatch.
-      freeze_policy_steps: first steps in which only other networks learn.
-      alignment_every_steps: steps between two measurements of `alignment`; 0 never measures it.
-      alignment_learning_rate: the step size that it is measured for.
-    """
-
-    epochs_per_batch: int = 1
-    minibatches_per_epoch: int = 1
-    sequences_per_microbatch: int | None = None
-    freeze_policy_steps: int = 0
-    alignment_every_steps: int = 0
-    alignment_learning_rate: float = 1e-4
+from jaxrl_llm.training.segments import Placement
 
 
 @dataclass(frozen=True)
@@ -143,7 +31,7 @@ class Resources:
       networks: beside the policy, by name. A reference is there without being described, and so are networks with a
         head, where there is a critic.
       critic: optimiser of networks with a head that a name alone brings along.
-      views: functions that make another sequence of a row, by name.
+      views: functions that make another sequence of a row, by name; a `View` says more of how one is called.
       placement: devices.
     """
 
@@ -151,7 +39,7 @@ class Resources:
     encode: Callable[[str], list[int]] | None = None
     networks: Mapping[str, Network] = field(default_factory=dict)
     critic: optax.GradientTransformation | None = None
-    views: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    views: Mapping[str, View | Callable[..., Any]] = field(default_factory=dict)
     placement: Placement = field(default_factory=Placement)
 
 
@@ -233,7 +121,14 @@ class Composition:
     def functions(self) -> tuple[Any, ...]:
         """All functions of the step, coefficients among them."""
         fills = [term.function for term in (*self.rewards, *self.credit, *self.losses)]
-        return (*fills, *(t.coefficient for t in self.losses if t.coefficient_changes), *self.resources.views.values())
+        views = [view.function for view in self.views.values()]
+        return (*fills, *(t.coefficient for t in self.losses if t.coefficient_changes), *views)
+
+    @cached_property
+    def views(self) -> dict[str, View]:
+        """What makes other sequences of rows, by name."""
+        given = self.resources.views
+        return {name: replace(v if isinstance(v, View) else View(v), name=name) for name, v in given.items()}
 
     @cached_property
     def named(self) -> frozenset[str]:
@@ -251,7 +146,7 @@ class Composition:
     def networks(self) -> dict[str, Network]:
         """Networks beside the policy that something names, each after the one that it is made from."""
         given = self.resources
-        return networks_named(self.named, given.networks, given.views, given.critic)
+        return networks_named(self.named, given.networks, self.views, given.critic)
 
     @cached_property
     def wanted(self) -> frozenset[str]:
@@ -266,16 +161,16 @@ class Composition:
     @property
     def view_masks(self) -> frozenset[str]:
         """Names of the masks of views."""
-        return frozenset(f"{view}_mask" for view in self.resources.views)
+        return frozenset(f"{view}_mask" for view in self.views)
 
     def view_of(self, name: str) -> str:
         """The view that a name is about; "" for another name."""
         found = self.score(name)
-        return found.view if found is not None else next((v for v in self.resources.views if name == f"{v}_mask"), "")
+        return found.view if found is not None else next((v for v in self.views if name == f"{v}_mask"), "")
 
     def score(self, name: str) -> Any:
         """What a rule-made name asks for; None for another name."""
-        return score_named(name, [POLICY, *self.networks], self.resources.views)
+        return score_named(name, [POLICY, *self.networks], self.views)
 
     def before(self, name: str) -> bool:
         """Whether a rule-made name is of a network as the step found it, wherever it is named."""
@@ -333,32 +228,6 @@ class Composition:
         """Methods that remember something, by the name of their memory."""
         methods = {t.memory_name: t.function for t in self.credit if isinstance(t.function, Method)}
         return methods | {t.memory_name: t.coefficient for t in self.losses if isinstance(t.coefficient, Method)}
-
-
-# ---- terms ----------------------------------------------------------------------------------------------------------
-
-
-def reward_term(term: Reward | Callable[..., Any] | tuple[Callable[..., Any], float]) -> Reward:
-    """A reward function, or (function, weight), as a term."""
-    if isinstance(term, Reward):
-        return term if term.name else replace(term, name=name_of(term.function))
-    function, weight = term if isinstance(term, tuple) else (term, 1.0)
-    return Reward(function, weight, name_of(function))
-
-
-def fill_term(term: Fill | tuple[Any, Any]) -> Fill:
-    """A (name or names, function) pair as a term."""
-    if isinstance(term, Fill):
-        return term if term.name else replace(term, name=name_of(term.function))
-    return Fill(term[0], term[1], name_of(term[1]))
-
-
-def loss_term(term: Any) -> LossTerm:
-    """A loss function, or (function, coefficient), as a term."""
-    if isinstance(term, LossTerm):
-        return term if term.name else replace(term, name=name_of(term.function))
-    function, coefficient = term if isinstance(term, tuple) and not callable(term) else (term, 1.0)
-    return LossTerm(function, coefficient, name_of(function))
 
 
 def composition_of(

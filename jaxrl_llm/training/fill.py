@@ -12,16 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, Method, TrainState
-from jaxrl_llm.fields import FIELDS, check_shape, kind_of, provided_by
+from jaxrl_llm.fields import FIELDS, METRIC, check_shape, kind_of, provided_by
 from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.rewards import weighted_sum
 from jaxrl_llm.schedules import gradient_alignment
-from jaxrl_llm.signatures import call, required, signature
+from jaxrl_llm.signatures import call, required
+from jaxrl_llm.terms import Fill, LossTerm, Reward
 from jaxrl_llm.training.checks import available_before_rewards
-from jaxrl_llm.training.composition import Composition, Fill, LossTerm, Reward
+from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.learn import Objective, parts_of
 from jaxrl_llm.training.networks import POLICY
-from jaxrl_llm.training.reading import reading_part
+from jaxrl_llm.training.reading import reading_part, view_part
 from jaxrl_llm.training.scores import over_vocabulary, viewed
 from jaxrl_llm.training.segments import Traced, Work
 
@@ -34,7 +35,10 @@ def reward_parts(c: Composition, key: str) -> list[Any]:
       key: entry of work that holds the rows: "drawn" within the rounds of a plan, "rows" behind them.
     """
     parts: list[Any] = []
+    if not c.rewards:
+        return parts
     early = _scored_early(c, key)
+    parts += _read_views(c, early, key)
     if early:
         parts.append(Traced("networks", partial(_viewed, c, early, key)))
     readings = [term for term in c.rewards if term.on_host]
@@ -101,7 +105,18 @@ def _scored_early(c: Composition, key: str) -> frozenset[str]:
 def _ready(c: Composition, name: str, available: Collection[str]) -> bool:
     """Whether the sequence that a name scores can be made of what is there."""
     view = c.view_of(name)
-    return not view or set(signature(c.resources.views[view]).required) <= set(available)
+    return not view or c.views[view].needs <= set(available)
+
+
+def rewarded(c: Composition) -> str:
+    """The entry of work whose rows are given rewards."""
+    return "drawn" if c.rollout is not None and c.plan.reads_rewards else "rows"
+
+
+def _read_views(c: Composition, names: Collection[str], key: str, read: Collection[str] = ()) -> list[Any]:
+    """Parts that make the sequences of views on the host which names ask for, but those that were read before."""
+    asked = dict.fromkeys(view for name in sorted(names) if (view := c.view_of(name)) and view not in read)
+    return [view_part(c.views[view], key, c.samples) for view in asked if c.views[view].on_host]
 
 
 def _viewed(c: Composition, wanted: Collection[str], key: str, state: TrainState, work: Work) -> Work:
@@ -117,10 +132,13 @@ def credit_parts(c: Composition) -> list[Any]:
     known = {*available_before_rewards(c), *provided_by("rewards"), *(FIELDS.keys() - set(coming))}
     pending = set(c.wanted)
     parts: list[Any] = []
+    read = set() if not c.rewards else {c.view_of(name) for name in _scored_early(c, rewarded(c))}
 
     def score(available: Collection[str]) -> None:
         ready = {name for name in pending if _ready(c, name, available)}
         if ready:
+            parts.extend(_read_views(c, ready, "rows", read))
+            read.update(c.view_of(name) for name in ready)
             parts.append(Traced("networks", partial(_viewed, c, frozenset(ready), "rows")))
             pending.difference_update(ready)
 
@@ -161,17 +179,40 @@ def _filled(c: Composition, index: int, term: Fill, state: TrainState, work: Wor
         value, memory[term.memory_name] = call(term.function, provided, memory[term.memory_name])
     else:
         value = call(term.function, provided)
-    for name, array in zip(term.names, _values(term, value), strict=True):
-        rows = _with(rows, name, array, term)
-    return {"rows": rows, "memory": memory}
+    filled = dict(zip(term.names, _values(term, value), strict=True))
+    return _kept(term, rows, filled, work) | {"memory": memory}
 
 
 def _read(term: Fill, state: TrainState, work: Work) -> Work:
     """Rows with what a reading has filled, in the shapes that the table gives it."""
     rows: Experience = work["rows"]
-    for name in term.names:
-        rows = _with(rows, name, rows[name], term)
-    return {"rows": constrain_rows(rows)}
+    others = {name: value for name, value in rows.fields.items() if name not in term.names}
+    done = _kept(term, replace(rows, fields=others), {name: rows[name] for name in term.names}, work)
+    return done | {"rows": constrain_rows(done["rows"])}
+
+
+def _kept(term: Fill, rows: Experience, filled: dict[str, Any], work: Work) -> Work:
+    """Rows that know what an entry has filled, and the report with its numbers."""
+    report = dict(work.get("report", {}))
+    for name, array in filled.items():
+        if name.startswith(METRIC):
+            report[name] = _logged(name, jnp.asarray(array, jnp.float32), term, rows)
+        else:
+            rows = _with(rows, name, array, term)
+    return {"rows": rows, "report": report}
+
+
+def _logged(name: str, array: Array, term: Fill, rows: Experience) -> Array:
+    """A number as it is; of one a row, the mean over rows that count and know it, NaN where none does."""
+    if array.shape not in ((), rows.weight.shape):
+        raise ValueError(
+            f"{name} {term.name!r} returned shape {array.shape}; what is logged is one number, or one of each of the "
+            f"{rows.weight.shape[0]} rows"
+        )
+    if array.ndim == 0:
+        return jax.lax.stop_gradient(array)
+    known = (rows.weight > 0) & ~jnp.isnan(array)
+    return jax.lax.stop_gradient(jnp.where(known, array, 0.0).sum() / known.sum())
 
 
 def _with(rows: Experience, name: str, array: Any, term: Fill) -> Experience:

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import TrainState
+from jaxrl_llm.fields import compared_with
+from jaxrl_llm.parallel.backend import options_of_one_run
 from jaxrl_llm.parallel.rules import laid_out
 from jaxrl_llm.training.collect import PLAN, SELECTION, first_choices, first_store
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY, given_shapes, initial_networks
-from jaxrl_llm.training.placement import in_device_memory, parameter_shardings, placed_state
+from jaxrl_llm.training.segments import in_device_memory, parameter_shardings, placed_state
 
 
 def initial_state(
@@ -41,7 +43,7 @@ def initialiser(c: Composition) -> tuple[Callable[..., TrainState], Composition]
     """(`initial_state` compiled: (key, params, networks) -> state, the composition with where its state lies)."""
     place = c.resources.placement
     if place.mesh is None:
-        return jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules)), c
+        return jax.jit(laid_out(partial(initial_state, c), None, place.rules), compiler_options=options_of_one_run()), c
     models = {POLICY: c.model} | {name: one.model for name, one in c.networks.items() if one.model is not None}
     state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))
     placed = placed_state(models, state, place.mesh, place.rules, offload=place.offload)
@@ -52,7 +54,7 @@ def initialiser(c: Composition) -> tuple[Callable[..., TrainState], Composition]
 def in_use(c: Composition, state: TrainState) -> TrainState:
     """The state with what the update reads of it on the devices."""
     reference, read = c.networks.get("reference"), {"optimizer"}
-    if reference is not None and (reference.moves or "over_vocabulary" in c.named):
+    if reference is not None and (reference.moves or "reference" in map(compared_with, c.named)):
         read |= {"reference"}
     return in_device_memory(state, c.placed, c.resources.placement.offload & read)
 
@@ -62,7 +64,11 @@ def _initial_on_mesh(c: Composition) -> Callable[..., TrainState]:
     place = c.resources.placement
     assert place.mesh is not None
     on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), c.placed)
-    program = jax.jit(laid_out(partial(initial_state, c), place.mesh, place.rules), out_shardings=on_device)
+    program = jax.jit(
+        laid_out(partial(initial_state, c), place.mesh, place.rules),
+        out_shardings=on_device,
+        compiler_options=options_of_one_run(),
+    )
     lies = parameter_shardings(c.model, place.mesh, place.rules)
 
     def init(key: Array, params: PyTree | None = None, networks: Mapping[str, PyTree] | None = None) -> TrainState:

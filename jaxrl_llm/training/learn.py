@@ -16,15 +16,16 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Loss, NetworkState, TrainState
-from jaxrl_llm.fields import Score
-from jaxrl_llm.models.logprobs import token_statistics
+from jaxrl_llm.fields import Score, compared_with
+from jaxrl_llm.models.logprobs import Other, token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.parallel.shardings import constrained_like
 from jaxrl_llm.rollout.hidden_states import observed_hidden
 from jaxrl_llm.rows import minibatch_rows
-from jaxrl_llm.signatures import call, names, required
-from jaxrl_llm.training.composition import Composition, LossTerm
+from jaxrl_llm.signatures import call, required
+from jaxrl_llm.terms import LossTerm
+from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.metrics import drift_of, learn_metrics
 from jaxrl_llm.training.networks import (
     POLICY,
@@ -68,13 +69,19 @@ class Objective:
         return {n: s for n, s in found.items() if s is not None and not s.as_found and s.network in self.c.learning}
 
     @property
-    def functionals(self) -> dict[str, Any]:
-        """Functionals of whole distributions that losses carry."""
-        return {
-            term.name: term.function.over_vocabulary  # type: ignore[attr-defined]
-            for term in self.losses
-            if "over_vocabulary" in names(term.function)
-        }
+    def compared(self) -> dict[str, dict[str, Any]]:
+        """Functionals of whole distributions that losses carry, by network and loss."""
+        found: dict[str, dict[str, Any]] = {}
+        for term in self.losses:
+            if term.compares is not None:
+                network = str(compared_with(term.compares))
+                found.setdefault(network, {})[term.name] = term.function.over_vocabulary  # type: ignore[attr-defined]
+        return found
+
+    @property
+    def comparing(self) -> list[str]:
+        """Names of the losses that carry one, in the order of `TokenStatistics.over_vocabulary`."""
+        return [name for functionals in self.compared.values() for name in functionals]
 
     def terms(self, rows: Experience, learner: dict[str, Any], functionals: dict[str, Any]) -> list[Loss]:
         """The losses of rows, with what is computed while learning by name."""
@@ -82,7 +89,8 @@ class Objective:
         provided["mask"] = rows.mask * rows.weight[:, None]
         if "written_mask" in rows:
             provided["written_mask"] = rows["written_mask"] * rows.weight[:, None]
-        return [call(t.function, provided | {"over_vocabulary": functionals.get(t.name)}) for t in self.losses]
+        given = [{} if t.compares is None else {t.compares: functionals.get(t.name)} for t in self.losses]
+        return [call(term.function, provided | one) for term, one in zip(self.losses, given, strict=True)]
 
     def denominators(self, rows: Experience) -> list[Array]:
         """One count a loss; they do not depend on parameters."""
@@ -96,7 +104,7 @@ class Objective:
         if self.wanted.intersection(ROUTER):
             shape = (rows.tokens.shape[0], rows.prompt_tokens.shape[1] + rows.tokens.shape[1], 1, 1)
             placeholders |= {"router_probabilities": jnp.zeros(shape), "router_choices": jnp.zeros(shape, jnp.int32)}
-        counts = [loss.denominator for loss in self.terms(rows, placeholders, dict.fromkeys(self.functionals, nothing))]
+        counts = [loss.denominator for loss in self.terms(rows, placeholders, dict.fromkeys(self.comparing, nothing))]
         return [jnp.float32(1.0) if d is None else jnp.where(d == 0, 1.0, d) for d in counts]
 
     def _shape(self, found: Score, source: Plain) -> tuple[int, ...]:
@@ -123,7 +131,7 @@ class Objective:
             learner |= observed
             if "entropy" in wanted:
                 learner["entropy"] = statistics.entropy
-        functionals = {} if statistics is None else dict(zip(self.functionals, statistics.over_vocabulary, strict=True))
+        functionals = {} if statistics is None else dict(zip(self.comparing, statistics.over_vocabulary, strict=True))
         parts = self.terms(rows, learner, functionals)
         values = [loss.numerator / count for loss, count in zip(parts, counts, strict=True)]
         total = sum((f * v for f, v in zip(factors, values, strict=True)), jnp.float32(0.0))
@@ -136,7 +144,7 @@ class Objective:
 
     def _of_policy(self, policy: PyTree, state: TrainState, rows: Experience) -> Any:
         """(hidden states, statistics of tokens, what routers did) of the policy that learns."""
-        c, functionals, reference, compared = self.c, self.functionals, None, None
+        c, others = self.c, []
         with_router = bool(self.wanted.intersection(ROUTER))
 
         def hidden_of(model: Model, params: PyTree, routes: Array | None = None, observed: tuple[str, ...] = ()):
@@ -152,10 +160,10 @@ class Objective:
                 names=observed,
             )
 
-        if functionals:
-            other = current(c.model, c.networks, state, "reference")
-            compared = c.networks["reference"].model or c.model
-            reference = (other, jax.lax.stop_gradient(hidden_of(compared, other)[0]))
+        for name, functionals in self.compared.items():
+            other, model = current(c.model, c.networks, state, name), c.networks[name].model or c.model
+            says = jax.lax.stop_gradient(hidden_of(model, other)[0])
+            others.append(Other(model, other, says, tuple(functionals.values())))
         # The experts that sampled a token are those that learn from it.
         hidden, observed = hidden_of(c.model, policy, rows.router_choices, ROUTER if with_router else ())
         statistics = token_statistics(
@@ -165,9 +173,7 @@ class Objective:
             rows.tokens,
             temperature=c.temperature,
             entropy="entropy" in self.wanted,
-            over_vocabulary=tuple(functionals.values()),
-            reference=reference,
-            reference_model=compared,
+            others=tuple(others),
             support=rows.support,
         )
         return hidden, statistics, observed

@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
-from jaxrl_llm.fields import HEADS, nearest, score_named
+from jaxrl_llm.fields import HEADS, compared_with, nearest, score_named
 from jaxrl_llm.models.heads import Backbone, HeadConfig, from_policy
 from jaxrl_llm.models.model import Model
 
@@ -116,8 +116,8 @@ def networks_named(
         if name not in known and (network := default_network(name, critic)) is not None:
             known[name] = network
     asked = {s.network for name in wanted if (s := score_named(name, [POLICY, *known], views)) is not None}
-    if {"over_vocabulary", "kl_reference_per_token"} & set(wanted):
-        asked |= {"reference"}
+    asked |= {other for name in wanted if (other := compared_with(name)) is not None}
+    asked |= {"reference"} if "kl_reference_per_token" in wanted else set()
     made: dict[str, Network] = {}
     asked |= {one for name in asked & known.keys() for one in _made_from(name, known)}
     for name in sorted(asked & known.keys(), key=_order):

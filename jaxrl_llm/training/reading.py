@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -20,6 +21,7 @@ from jaxrl_llm.fields import TEXT, absent_value, kind_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rewards.host import Reading, RewardError, answered
 from jaxrl_llm.signatures import names, per_row, signature
+from jaxrl_llm.terms import View
 from jaxrl_llm.training.segments import Host, Work
 
 # What a reading sees of a row beside what it names.
@@ -32,13 +34,14 @@ class Context:
 
     Attributes:
       items: one dictionary a prompt of the whole batch (body, answer, ...), on every process; None without them.
-      decode: token ids -> text.
+      decode, encode: token ids -> text, and back.
       call: calls the functions of an environment in Python, while it is open.
       numbers: seconds and failures of readings, by metric.
     """
 
     items: Sequence[Mapping[str, Any]] | None = None
     decode: Callable[[Sequence[int]], str] | None = None
+    encode: Callable[[str], list[int]] | None = None
     call: Any = None
     numbers: dict[str, float] = field(default_factory=dict)
 
@@ -89,6 +92,65 @@ def _dtype(name: str) -> Any:
     return jnp.int32 if name.endswith("_id") else jnp.float32
 
 
+def view_part(view: View, key: str, samples: int) -> Host:
+    """The part that makes the sequences of a view on the host: `<view>_tokens`, `<view>_length`, `<view>_mask`, and the
+    same of their prompts.
+
+    Args:
+      view: its function names text.
+      key: entry of work that holds the rows.
+      samples: rows of a group.
+    """
+
+    def widths(rows: Experience) -> tuple[int, int]:
+        width = rows.tokens.shape[1]
+        return view.max_prompt_tokens or rows.prompt_tokens.shape[1] + width, view.max_completion_tokens or width
+
+    def read(state: TrainState, work: Work, context: Context) -> Work:
+        rows = work[key]
+        assert context.encode is not None  # `checked` has seen to it
+        entry = partial(_pair, context.encode, widths(rows))
+        packed = partial(_packed, widths(rows))
+        return {key: rows.filled(**_read_by_all([view], {}, rows, state, work, context, samples, entry, packed))}
+
+    def shapes(state: TrainState, work: Work) -> Work:
+        count = work[key].tokens.shape[0]
+        made = jax.eval_shape(lambda: {n: jnp.asarray(x) for n, x in _packed(widths(work[key]), [], [], count).items()})
+        return {key: work[key].filled(**{f"{view.name}_{name}": x for name, x in made.items()})}
+
+    return Host("reading", read, shapes)
+
+
+def _pair(encode: Callable[[str], list[int]], widths: tuple[int, int], entry: Any) -> tuple[list[int], list[int]]:
+    """What a view on the host returned for a row, as token ids."""
+    if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
+        raise ValueError(
+            f"a view returns a pair (prompt, completion) a row, of texts or lists of token ids, and not {entry!r}"
+        )
+    prompt, completion = (encode(part) if isinstance(part, str) else [int(one) for one in part] for part in entry)
+    names = ("max_prompt_tokens", "max_completion_tokens")
+    for what, ids, width in zip(names, (prompt, completion), widths, strict=True):
+        if len(ids) > width:
+            raise ValueError(f"{len(ids)} tokens, but {what} is {width}; raise it in the view's entry, or return fewer")
+    if not prompt:
+        raise ValueError("the prompt has no tokens; a completion is scored behind one token at least")
+    return prompt, completion
+
+
+def _packed(widths: tuple[int, int], values: Sequence[Any], present: Sequence[int], count: int) -> dict[str, Any]:
+    """Pairs of token ids as the arrays of `Sequences`; rows without one have the mask 0."""
+    prompts, tokens = (np.zeros((count, width), np.int32) for width in widths)
+    prompt_length, length = np.ones(count, np.int32), np.zeros(count, np.int32)
+    for row, pair in zip(present, values, strict=True):
+        if pair is not None:
+            prompt, completion = pair
+            prompts[row, widths[0] - len(prompt) :], tokens[row, : len(completion)] = prompt, completion
+            prompt_length[row], length[row] = len(prompt), len(completion)
+    mask = (np.arange(widths[1]) < length[:, None]).astype(np.float32)
+    made = {"prompt_tokens": prompts, "prompt_length": prompt_length, "tokens": tokens, "length": length}
+    return made | {"mask": mask}
+
+
 def _read_by_all(
     terms: Sequence[Any],
     outputs: Mapping[str, Sequence[str]],
@@ -97,8 +159,10 @@ def _read_by_all(
     work: Work,
     context: Context,
     samples: int,
+    entry: Callable[[Any], Any] | None = None,
+    packed: Callable[..., dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Values by name, whole, and placed where rows are. All processes call it."""
+    """Values by name, whole, and placed where rows are. All processes call it. `entry`, `packed`: of a view."""
     wanted = frozenset().union(*(names(term.function) for term in terms)) - TEXT
     read = {name: rows[name] for name in {*_ALWAYS, *wanted} if name in rows}
     placement = rows.weight.sharding if isinstance(rows.weight, jax.Array) else None
@@ -106,7 +170,8 @@ def _read_by_all(
     if jax.process_count() == 1:
         here = jax.device_get(read)
         ids = None if prompt_ids is None else np.asarray(jax.device_get(prompt_ids))
-        values = _values(terms, outputs, here, ids, state, context, first_rows=np.arange(rows.tokens.shape[0]))
+        first_rows = np.arange(rows.tokens.shape[0])
+        values = _values(terms, outputs, here, ids, state, context, first_rows, entry, packed)
         if isinstance(placement, NamedSharding):  # without a mesh, placing them by hand would compile programs twice
             return {name: jax.device_put(value, placement) for name, value in values.items()}
         return values
@@ -116,7 +181,7 @@ def _read_by_all(
     mine, own = hosts.own_rows(hosts.by_rows(read, groups, cast(Mesh, placement.mesh)))
     values, failure = {}, None
     try:
-        values = _values(terms, outputs, own, ids, state, context, first_rows=mine)
+        values = _values(terms, outputs, own, ids, state, context, mine, entry, packed)
     except RewardError as error:
         failure = error
     # One that raised alone would leave the others waiting for its rows.
@@ -137,8 +202,9 @@ def _values(
     prompt_ids: np.ndarray | None,
     state: TrainState,
     context: Context,
-    *,
     first_rows: np.ndarray,
+    entry: Callable[[Any], Any] | None,
+    packed: Callable[..., dict[str, Any]] | None,
 ) -> dict[str, np.ndarray]:
     """Values of rows that are here, by name. Rows of weight 0 are handed to nobody."""
     count, width = rows["tokens"].shape
@@ -161,14 +227,17 @@ def _values(
         if signature(term.function).anything and per_row(term.function):
             asked = asked | _PLURAL.keys()
         data |= {one: text[many] for one, many in _PLURAL.items() if one in asked and many in text}
-        told = Reading(term.function, term.name, term.deadline_s, term.value_on_failure)
+        told = Reading(term.function, term.name, term.deadline_s, term.value_on_failure, entry=entry)
         if "step" in asked:
             told = replace(told, constants={"step": int(state.step)})
-        answers = answered(told, data, rows=len(present), names=outputs[term.name])
+        answers = answered(told, data, rows=len(present), names=outputs.get(term.name, (term.name,)))
         context.numbers[f"seconds/{term.name}"] = answers.seconds
         if answers.failures or term.value_on_failure is not None:
             context.numbers[f"failures/{term.name}"] = float(answers.failures)
         for name, values in answers.values.items():
+            if packed is not None:
+                found |= {f"{name}_{part}": array for part, array in packed(values, present, count).items()}
+                continue
             found[name] = _spread(values, name, present, count, width, first_rows, rows["group"])
     return found
 

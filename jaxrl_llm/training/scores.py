@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxrl_llm.experience import Experience, TrainState
+from jaxrl_llm.experience import Experience, Sequences, TrainState
 from jaxrl_llm.fields import Score, provided_by
 from jaxrl_llm.models.heads import at_first, at_last, head_outputs
 from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
@@ -24,9 +24,10 @@ from jaxrl_llm.parallel.rules import constrain_rows, map_shards, shards
 from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
-from jaxrl_llm.training.composition import Composition, Fill
+from jaxrl_llm.terms import Fill
+from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import Network, current, frozen_part, whole
-from jaxrl_llm.training.placement import in_device_memory
+from jaxrl_llm.training.segments import in_device_memory
 
 
 class Plain(NamedTuple):
@@ -45,7 +46,11 @@ def sequences(c: Composition, rows: Experience, view: str) -> tuple[Plain, Float
     if not view:
         own = Plain(rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length, rows.support, rows.router_choices)
         return own, rows.mask
-    made = call(c.resources.views[view], rows.known())
+    if c.views[view].on_host:
+        read = {name: rows[f"{view}_{name}"] for name in ("prompt_tokens", "prompt_length", "tokens", "length", "mask")}
+        made = Sequences(**read)
+    else:
+        made = call(c.views[view].function, rows.known())
     own = Plain(made.prompt_tokens, made.prompt_length, made.tokens, made.length, None, None)
     return own, made.mask
 
@@ -140,7 +145,7 @@ def _of_policy(
     if wanted & {"prompt_logprobs", "prompt_mask"}:
         logprobs, mask = prompt_logprobs(model, params, rows, temperature=c.temperature)
         values |= {name: v for name, v in (("prompt_logprobs", logprobs), ("prompt_mask", mask)) if name in wanted}
-    for view in c.resources.views:
+    for view in c.views:
         if f"{view}_mask" in wanted:
             values[f"{view}_mask"] = sequences(c, rows, view)[1]
     names = {"hidden", "old_logprobs", "old_entropy", "logprobs", "entropy"} & wanted - values.keys()

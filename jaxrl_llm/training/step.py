@@ -19,34 +19,18 @@ from jaxtyping import Array
 from jaxrl_llm.experience import Experience, Prompts, TrainState
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.host_environments import HostEnvironment
+from jaxrl_llm.terms import Fill, LossTerm, Reward, Update
 from jaxrl_llm.training.checks import checked, checked_split
-from jaxrl_llm.training.collect import (
-    PLAN,
-    SELECTION,
-    collected,
-    handed,
-    join,
-    next_choices,
-)
-from jaxrl_llm.training.composition import (
-    Composition,
-    Fill,
-    LossTerm,
-    Resources,
-    Reward,
-    Source,
-    Update,
-    composition_of,
-)
+from jaxrl_llm.training.collect import collected, handed, join, kept_in_mind
+from jaxrl_llm.training.composition import Composition, Resources, Source, composition_of
 from jaxrl_llm.training.fill import coefficients, credit_parts, measured_alignment, reward_parts
 from jaxrl_llm.training.initial import in_use, initialiser
 from jaxrl_llm.training.learn import make_learn
 from jaxrl_llm.training.metrics import step_metrics
 from jaxrl_llm.training.networks import moved
-from jaxrl_llm.training.placement import put_back
 from jaxrl_llm.training.reading import Context, reads_items
 from jaxrl_llm.training.scores import viewed
-from jaxrl_llm.training.segments import Host, Learn, Program, Segment, Traced, Work, compiled, programs, run
+from jaxrl_llm.training.segments import Host, Learn, Program, Segment, Traced, Work, compiled, programs, put_back, run
 
 AHEAD = "ahead"
 
@@ -54,7 +38,7 @@ AHEAD = "ahead"
 def step_parts(c: Composition) -> list[Any]:
     """The whole step: rows, what fills them, and the update."""
     if c.rollout is None:
-        rows = [*handed(c), *(reward_parts(c, "rows") if c.rewards else [])]
+        rows = [*handed(c), *reward_parts(c, "rows")]
     elif c.rollout.off_policy_steps:
         # The batch that waits is learned from, beside the sampling of the next one; neither waits for the other.
         swap: Any = Traced("ahead", _swapped)
@@ -80,17 +64,14 @@ def learned(c: Composition, state: TrainState, work: Work) -> tuple[TrainState, 
     if c.update.alignment_every_steps:
         metrics["alignment"] = measured_alignment(c, state, batch)
     factors, memory = coefficients(c, rows, metrics, memory, state.step)
-    if SELECTION in memory:
-        memory[SELECTION] = next_choices(c, state, memory[SELECTION], rows)
-    if PLAN in memory:
-        memory[PLAN] = c.plan.remember(memory[PLAN], rows)
+    memory, told = kept_in_mind(c, state, memory, rows)
     new, numbers = make_learn(c)(in_use(c, state), batch, factors, joined=c.joined_groups)
     new = replace(moved(c.model, c.networks, new), memory=memory, store=store)
     numbers |= {f"coefficient/{t.name}": f for t, f in zip(c.losses, factors, strict=True) if t.coefficient_changes}
     new = put_back(new, c.placed)
     if c.rollout is not None and c.rollout.off_policy_steps:
         new = replace(new, store={**new.store, AHEAD: work[AHEAD]})
-    return new, metrics | numbers, rows
+    return new, metrics | numbers | told, rows
 
 
 def _swapped(state: TrainState, work: Work) -> Work:
@@ -158,9 +139,9 @@ class TrainStep:
     def _context(self, items: Any, call: Any) -> Context:
         """What a step has on the host. What it lacks is said before anything is computed."""
         c = self.composition
-        context = Context(items, c.resources.decode, call)
+        context = Context(items, c.resources.decode, c.resources.encode, call)
         environment = None if c.rollout is None else c.rollout.environment
-        if isinstance(environment, HostEnvironment) or reads_items((*c.rewards, *c.credit)):
+        if isinstance(environment, HostEnvironment) or reads_items((*c.rewards, *c.credit, *c.views.values())):
             context.required_items()
         return context
 

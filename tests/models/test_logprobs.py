@@ -16,7 +16,7 @@ from jaxrl_llm.models import (
     token_statistics,
     transformer,
 )
-from jaxrl_llm.models.logprobs import SCORES_PER_CHUNK
+from jaxrl_llm.models.logprobs import SCORES_PER_CHUNK, Other
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 3, 7, 11, 16
 MODEL = transformer(
@@ -50,8 +50,7 @@ def chunked(params, hidden, reference_params, reference_hidden, tokens, *, tempe
         tokens,
         temperature=temperature,
         entropy=True,
-        over_vocabulary=(reverse_kl, squared_difference),
-        reference=(reference_params, reference_hidden),
+        others=(Other(MODEL, reference_params, reference_hidden, (reverse_kl, squared_difference)),),
         chunk=chunk,
     )
     return jnp.stack([statistics.logprobs, statistics.entropy, *statistics.over_vocabulary])
@@ -149,8 +148,7 @@ def test_no_array_over_all_positions_and_the_vocabulary_exists():
             hidden,
             tokens,
             entropy=True,
-            over_vocabulary=(reverse_kl,),
-            reference=(params, hidden),
+            others=(Other(model, params, hidden, (reverse_kl,)),),
             chunk=chunk,
         )
         return sum(x.sum() for x in (statistics.logprobs, statistics.entropy, *statistics.over_vocabulary))

@@ -15,7 +15,7 @@ from jaxrl_llm.models import TransformerConfig, logprobs, transformer
 from jaxrl_llm.models.attention import splash_attention
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.parallel import laid_out, make_mesh
-from jaxrl_llm.training.placement import abstract_like, parameter_shardings
+from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
 ROWS, LENGTH = 2, 2048
 MODEL = transformer(

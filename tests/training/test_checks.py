@@ -19,6 +19,7 @@ from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.hand_over import External
 from jaxrl_llm.rows import Replay, Written
 from jaxrl_llm.training import Placement, Resources, Rollout, Update, make_train_step
+from jaxrl_llm.training.checks import replayed_fields
 
 ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
 TURNS = dict(max_turns=2, max_turn_tokens=2, max_observation_tokens=1, end_of_turn_ids=(2,))
@@ -103,18 +104,17 @@ def test_a_refusal_says_what_is_needed_by_whom_and_who_lacks_it():
         ({"environment": IN_PYTHON, "off_policy_steps": 1}, "off_policy_steps", "ahead", "the environment in Python"),
         # one another
         ({"truncation": TRUNCATION, "plan": WRITTEN}, "rollout.truncation", "drawn_by_policy", "rollout.plan"),
-        (
-            {"selection": SELECTION, "prompts_per_step": 4, "off_policy_steps": 1},
-            "rollout.off_policy_steps",
-            "ahead",
-            "data.selection",
-        ),
     ],
 )  # fmt: skip
 def test_what_samplers_and_plans_do_not_offer(bigram, changed, part, capability, by):
     message = rf"{part} needs {CAPABILITIES[capability]} \({capability}\), which {by}.* does not offer; leave "
     with pytest.raises(ValueError, match=message):
         compose(bigram, replace(ROLLOUT, **changed))
+
+
+def test_a_selection_says_how_many_prompts_before_a_state_is_made(bigram):
+    with pytest.raises(ValueError, match="a rollout with a selection needs prompts_per_step"):
+        compose(bigram, replace(ROLLOUT, selection=SELECTION))
 
 
 @pytest.mark.parametrize("changed", [{"engine": ENGINE}, {"environment": IN_PYTHON}])
@@ -239,3 +239,17 @@ def test_a_source_is_one_or_several(bigram):
     alone = compose(bigram, Written(4), rewards=[], credit=[], losses=[losses.negative_log_likelihood]).composition
     assert (alone.rollout, alone.samples, alone.temperature, alone.joined_groups) == (None, 1, 1.0, 0)
     assert compose(bigram, [ROLLOUT, STORE]).composition.joined_groups == 4
+
+
+def test_replayed_rows_of_conversations_keep_their_turns(bigram):
+    def of_turns(logprobs, turn, solved, mask):
+        return losses.negative_log_likelihood(logprobs, mask)
+
+    def of_turn_rewards(logprobs, turn_rewards, mask):
+        return losses.negative_log_likelihood(logprobs, mask)
+
+    source = [replace(ROLLOUT, environment=INSIDE), Replay(0.5, 2, 4, 4, 4)]
+    composed = compose(bigram, source, losses=[of_turns]).composition
+    assert replayed_fields(composed) == {"solved": "row", "turn": "token"}
+    with pytest.raises(ValueError, match="names 'turn_rewards', which replayed rows do not have"):
+        compose(bigram, source, losses=[of_turn_rewards])

@@ -52,7 +52,6 @@ def valued(values, mask):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": []}, "rewards is empty"),
         ({"losses": []}, "losses is empty"),
         ({"credit": []}, "'clipped_surrogate' names 'advantages', .* add an entry to credit .* group_normalized"),
         (

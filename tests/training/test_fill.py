@@ -303,3 +303,39 @@ def test_a_reading_may_give_a_number_a_token_or_a_row_for_whichever_its_name_tak
     np.testing.assert_array_equal(rows["advantages"], np.cumsum(rows.mask, axis=1) * rows.mask)
     np.testing.assert_array_equal(rows["token_weight"], rows.length[:, None] * rows.mask)
     assert np.isfinite(metrics["loss"])
+
+
+# ---- numbers to be logged -------------------------------------------------------------------------------------------
+
+
+def test_an_entry_may_fill_numbers_that_are_logged(bigram, make_prompts):
+    def spread(rewards):
+        return jnp.std(rewards), jnp.where(rewards > 0, rewards, jnp.nan)
+
+    def shortest(completions):
+        return [None if row % 2 else float(row) for row in range(len(completions))]
+
+    step = make_train_step(
+        bigram,
+        optax.sgd(0.1),
+        source=ROLLOUT,
+        rewards=[lambda tokens: (tokens[:, 0] % 3).astype(jnp.float32)],
+        credit=[
+            ("advantages", lambda rewards: rewards),
+            (("metric/spread", "metric/positive"), spread),
+            ("metric/even", shortest),
+        ],
+        losses=[losses.policy_gradient],
+        resources=Resources(decode=decode),
+    )
+    _, metrics, rows = step.run(step.init(jax.random.key(0)), make_prompts(4), ITEMS)
+    seen = np.asarray(rows["rewards"])
+    np.testing.assert_allclose(metrics["metric/spread"], seen.std(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["metric/positive"], seen[seen > 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["metric/even"], 3.0)
+    assert not any(name.startswith("metric/") for name in rows.fields)
+
+
+def test_what_is_logged_is_a_number_or_one_a_row(bigram, rows):
+    with pytest.raises(ValueError, match=r"metric/wide .* returned shape \(8, 6\); what is logged is one number"):
+        credited(bigram, rows, Fill("metric/wide", lambda tokens: tokens, "wide"))

@@ -63,15 +63,6 @@ def test_a_view_is_made_of_what_credit_has_filled(bigram, make_prompts):
     np.testing.assert_allclose(rows["rewards"], expected, atol=1e-5)
 
 
-def test_a_view_of_text_is_refused(bigram):
-    def of_text(completions): ...
-
-    def read(rewards, said_logprobs): ...
-
-    with pytest.raises(ValueError, match="view 'said' names 'completions', which nothing in this step provides"):
-        composed(bigram, credit=[("rewards", read)], views={"said": of_text})
-
-
 def test_an_engine_samples_the_whole_vocabulary(bigram):
     engine = External(Engine("http://localhost:1", "policy"))
     sampled = {"engine": engine, "truncation": Controls(top_k=4)}

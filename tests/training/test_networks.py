@@ -14,7 +14,8 @@ import pytest
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.models.heads import HeadConfig
-from jaxrl_llm.training import Network, Resources, Rollout, Update, make_train_step
+from jaxrl_llm.signatures import renamed
+from jaxrl_llm.training import LossTerm, Network, Resources, Rollout, Update, make_train_step
 from jaxrl_llm.training.metrics import explained_variance
 from jaxrl_llm.training.networks import GIVEN, ema, initial_networks, moved, networks_named
 from jaxrl_llm.training.scores import Plain, of_head
@@ -446,3 +447,33 @@ def test_a_network_that_learns_is_current_in_a_loss_and_old_names_it_as_found(bi
     assert differ(state.networks["student"].params, before["student"].params)
     # Two updates: the first starts at 0, and the mean over both says how far one has got.
     assert float(metrics["gap/followed"]) > 1e-3
+
+
+def test_losses_over_the_vocabulary_may_compare_with_several_networks(bigram, make_prompts):
+    exact = losses.divergence(generator="reverse_kl", samples="vocabulary")
+    teachers = {name: bigram.init(jax.random.key(seed)) for name, seed in (("near", 1), ("far", 2))}
+    resources = Resources(networks={name: Network(origin="given", model=bigram) for name in teachers})
+    step = make_train_step(
+        bigram,
+        optax.sgd(0.1),
+        source=Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0),
+        losses=[
+            LossTerm(renamed(exact, over_vocabulary="near_over_vocabulary"), 1.0, "near"),
+            LossTerm(exact, 1.0, "reference"),
+            LossTerm(renamed(exact, over_vocabulary="far_over_vocabulary"), 1.0, "far"),
+        ],
+        resources=resources,
+    )
+    state = step.init(jax.random.key(0), None, teachers)
+    log_p = jax.nn.log_softmax(jnp.copy(state.params["scores"]), axis=-1)
+    _, metrics, rows = step.run(state, make_prompts(4))
+    before = np.concatenate([np.asarray(rows.prompt_tokens)[:, -1:], np.asarray(rows.tokens)[:, :-1]], axis=1)
+    for name, params in teachers.items():
+        log_q = jax.nn.log_softmax(params["scores"], axis=-1)
+        of_symbol = np.asarray((jnp.exp(log_p) * (log_p - log_q)).sum(-1))
+        expected = (of_symbol[before] * rows.mask).sum() / rows.mask.sum()
+        np.testing.assert_allclose(metrics[f"loss/{name}"], expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss/reference"], 0.0, atol=1e-6)
+    judged = renamed(exact, over_vocabulary="judge_over_vocabulary")
+    with pytest.raises(ValueError, match="names 'judge_over_vocabulary', which nothing in this step provides"):
+        make_train_step(bigram, optax.sgd(0.1), source=step.composition.sources, losses=[judged], resources=resources)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxrl_llm import advantages, losses
-from jaxrl_llm.experience import KeyUse, Loss
+from jaxrl_llm.experience import KeyUse, Loss, Selection
 from jaxrl_llm.rollout import generate
 from jaxrl_llm.training import Resources, Rollout, make_train_step
 
@@ -117,3 +117,42 @@ def test_the_card_of_truncated_weights():
 def test_bad_options():
     with pytest.raises(ValueError, match="off_policy_steps is 2"):
         Rollout(samples_per_prompt=2, off_policy_steps=2, **SIZES)
+
+
+@pytest.mark.parametrize("reward", [low, low_on_the_host])
+def test_a_selection_chooses_the_prompts_that_are_sampled_ahead(bigram, make_prompts, reward):
+    """Four items in turn: step n learns from the items that were chosen for it, and samples those of the next one."""
+    in_turn = Selection(
+        init=lambda: jnp.int32(0),
+        choose=lambda memory, key, count: (jnp.arange(count) + memory) % 4,
+        update=lambda memory, item: memory + item[0] + 1,
+        report=lambda memory: {"memory": memory},
+    )
+    step = make_train_step(
+        bigram,
+        optax.sgd(1.0),
+        source=Rollout(2, **SIZES, off_policy_steps=1, prompts_per_step=2, selection=in_turn),
+        rewards=[reward],
+        credit=[("advantages", advantages.group_normalized)],
+        losses=[losses.clipped_surrogate],
+        resources=Resources(decode=lambda ids: "".join(f"{number:x}" for number in ids)),
+    )
+    every = make_prompts(4)
+
+    def chosen(state, later):
+        numbers = np.asarray(state.memory["selection"]["choices"][later])
+        given = jax.tree.map(lambda x: x[numbers], every)
+        fields = {"item": numbers.astype(np.int32), "repeat": np.zeros(2, np.int32)}
+        items = [{"body": "", "answer": "", "item_id": number} for number in numbers.tolist()]
+        return given.replace(fields=fields), items, numbers
+
+    state = step.init(jax.random.key(0))
+    prompts, items, _ = chosen(state, 0)
+    state, memory = step.prime(state, prompts, items), 0
+    for _ in range(4):
+        (_, items, expected), (prompts, _, _) = chosen(state, 0), chosen(state, 1)
+        state, metrics, rows = step.run(state, prompts, items)
+        np.testing.assert_array_equal(rows["item"], np.repeat(expected, 2))
+        np.testing.assert_array_equal(rows.prompt_id, np.repeat(expected, 2))
+        memory += expected[0] + 1
+        assert metrics["selection/memory"] == memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ import optax
 import pytest
 
 from jaxrl_llm import advantages, losses
-from jaxrl_llm.experience import Method
+from jaxrl_llm.experience import Loss, Method, Prompts
+from jaxrl_llm.rollout import plans
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.training import Fill, LossTerm, Network, Resources, Rollout, Update, make_train_step
 from jaxrl_llm.training.step import given_work
@@ -315,3 +317,53 @@ def test_params_that_are_given_survive_the_donation(bigram, make_prompts, tracea
     params = bigram.init(jax.random.key(3))
     traceable.step(traceable.step.init(jax.random.key(0), params), make_prompts(8))
     assert not params["scores"].is_deleted()
+
+
+def test_a_step_without_rewards_distils_a_teacher(make_bigram):
+    """Rows of the policy, and what a teacher says of them, are enough: no reward need be made up."""
+    bigram = make_bigram(16)
+
+    def distilled(logprobs, teacher_logprobs, behaviour_logprobs, mask):
+        gap = jax.lax.stop_gradient(teacher_logprobs - behaviour_logprobs)
+        return Loss(-(mask * gap * logprobs).sum(), mask.sum())
+
+    step = make_train_step(
+        bigram,
+        optax.sgd(10.0),
+        source=Rollout(samples_per_prompt=8, max_completion_tokens=4, eos_ids=(2,), pad_id=0),
+        losses=[distilled],
+        resources=Resources(networks={"teacher": Network(origin="given", model=bigram)}),
+    )
+    assert len(step.programs) == 1
+    teacher = bigram.init(jax.random.key(5))
+    state = step.init(jax.random.key(0), None, {"teacher": teacher})
+    number = np.arange(4, dtype=np.int32)
+    prompts = Prompts(number[:, None] + 3, number * 0 + 1, number, number[:, None], number * 0 + 1)
+    distance = []
+    for _ in range(10):
+        state, metrics, rows = step.run(state, prompts)
+        distance.append(
+            float((rows.mask * (rows.behaviour_logprobs - rows["teacher_logprobs"])).sum() / rows.mask.sum())
+        )
+    assert np.mean(distance[-3:]) < 0.7 * np.mean(distance[:3])
+    assert "reward" not in metrics
+    rollout = replace(ROLLOUT, plan=plans.refill(plans.plain(samples_per_prompt=4), samples_per_prompt=4))
+    with pytest.raises(ValueError, match="rewards is empty, but the plan asks for completions by their rewards"):
+        make_train_step(bigram, optax.sgd(2.0), source=rollout, losses=[distilled])
+
+
+def test_pairs_may_be_made_of_the_samples_of_a_step(bigram, make_prompts):
+    """DPO on the best and the worst sample of each group; the others belong to no pair."""
+
+    def best_and_worst(rewards, group):
+        ours = group[:, None] == group[None, :]
+        most = jnp.where(ours, rewards, -jnp.inf).max(1)
+        least = jnp.where(ours, rewards, jnp.inf).min(1)
+        return jnp.where(rewards == most, 1.0, jnp.where(rewards == least, 0.0, -1.0))
+
+    step = composed(bigram, credit=[("preferred", best_and_worst)], losses=[losses.dpo], optimizer=optax.adam(0.5))
+    state, seen = step.init(jax.random.key(0)), []
+    for _ in range(15):
+        state, metrics, _ = step.run(state, make_prompts(8))
+        seen.append(float(metrics["reward"]))
+    assert np.mean(seen[-3:]) > np.mean(seen[:3]) + 0.1

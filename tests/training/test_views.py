@@ -10,8 +10,11 @@ import optax
 import pytest
 
 from jaxrl_llm import advantages, losses, rewards
+from jaxrl_llm.experience import Loss
+from jaxrl_llm.rewards.host import RewardError
 from jaxrl_llm.rollout.sampled import Rollout
-from jaxrl_llm.training import Network, Resources, Update, make_train_step
+from jaxrl_llm.rows import Replay
+from jaxrl_llm.training import Network, Resources, Update, View, make_train_step
 
 VIEW = partial(rewards.answer_after_thought, mark_id=5, opening_ids=(7,), closing_ids=(6, 2))
 
@@ -93,3 +96,112 @@ def test_nover_scores_with_a_proxy_that_follows_slowly(bigram, make_prompts):
         proxy = 0.9 * proxy + 0.1 * np.asarray(state.params["scores"])
         np.testing.assert_allclose(state.networks["proxy"].params["scores"], proxy, rtol=1e-5)
     assert metrics["gradient_norm"] > 0
+
+
+# ---- views that read text -------------------------------------------------------------------------------------------
+
+ITEMS = [{"body": f"{number + 3}", "answer": f"{number + 4} 2"} for number in range(4)]
+
+
+def decode(ids):
+    return " ".join(map(str, ids))
+
+
+def encode(text):
+    return [int(part) for part in text.split()]
+
+
+def likelihood(verdict_logprobs, verdict_mask):
+    return (verdict_logprobs * verdict_mask).sum(1)
+
+
+def judged(model, view, **changed):
+    given = {
+        "source": Rollout(samples_per_prompt=2, max_completion_tokens=4, eos_ids=(2,), pad_id=0),
+        "rewards": [likelihood],
+        "credit": [("advantages", advantages.leave_one_out)],
+        "losses": [losses.policy_gradient],
+        "resources": Resources(decode=decode, encode=encode, views={"verdict": view}),
+    }
+    return make_train_step(model, optax.sgd(0.5), **(given | changed))
+
+
+def behind_the_first_token(prompt, completion, answer):
+    """The answer behind problem and first token; rows that begin with an even one have none."""
+    first = int(completion.split()[0])
+    return None if first % 2 == 0 else (f"{prompt} {first}", answer)
+
+
+def all_at_once(prompts, completions, answers):
+    return [behind_the_first_token(*row) for row in zip(prompts, completions, answers, strict=True)]
+
+
+@pytest.mark.parametrize("view", [behind_the_first_token, all_at_once, View(all_at_once, 2, 2, deadline_s=60.0)])
+def test_a_view_may_be_made_of_text(bigram, make_prompts, view):
+    step = judged(bigram, view)
+    assert len(step.programs) == 2
+    state = step.init(jax.random.key(0))
+    said = np.asarray(jax.nn.log_softmax(np.asarray(state.params["scores"]), axis=-1))
+    _, metrics, rows = step.run(state, make_prompts(4), ITEMS)
+    first, group = np.asarray(rows.tokens)[:, 0], np.asarray(rows.group)
+    odd = first % 2 == 1
+    assert 0 < odd.sum() < len(odd)
+    expected = np.where(odd, said[first, group + 4] + said[group + 4, 2], 0.0)
+    np.testing.assert_allclose(rows["rewards"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(rows["verdict_mask"]).sum(1), 2 * odd)
+    assert metrics["seconds/verdict"] >= 0
+
+
+def test_another_network_may_judge_and_the_policy_may_learn_a_view_of_text(bigram, make_prompts):
+    def imitate(verdict_logprobs, verdict_mask):
+        return Loss(-(verdict_logprobs * verdict_mask).sum(), verdict_mask.sum())
+
+    def liked(slow_verdict_logprobs, verdict_mask):
+        return (slow_verdict_logprobs * verdict_mask).sum(1)
+
+    found = []
+    for size in (None, 2):
+        resources = Resources(
+            decode=decode,
+            encode=encode,
+            views={"verdict": all_at_once},
+            networks={"slow": Network(decay=0.9)},
+        )
+        update = Update(sequences_per_microbatch=size)
+        step = judged(bigram, None, rewards=[liked], losses=[imitate], credit=[], resources=resources, update=update)
+        state, before = step.init(jax.random.key(0)), None
+        for _ in range(3):
+            state, metrics, rows = step.run(state, make_prompts(4), ITEMS)
+            before = before or metrics["loss/imitate"]
+        assert metrics["loss/imitate"] < before
+        found.append(np.asarray(state.params["scores"]))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(rows["slow_verdict_logprobs"]).all()
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (lambda completion: ("3 4 5", "6"), "3 tokens, but max_prompt_tokens is 2"),
+        (lambda completion: ("3", "6 7 8"), "3 tokens, but max_completion_tokens is 2"),
+        (lambda completion: ("", "6"), "the prompt has no tokens"),
+        (lambda completion: "3 4", "returns a pair"),
+        (lambda completions: [("3", "4")], "returned 1 values for 8 rows"),
+    ],
+)
+def test_what_a_view_of_text_may_not_return(bigram, make_prompts, view, message):
+    step = judged(bigram, View(view, max_prompt_tokens=2, max_completion_tokens=2))
+    with pytest.raises(RewardError, match=message):
+        step.run(step.init(jax.random.key(0)), make_prompts(4), ITEMS)
+
+
+def test_a_view_of_text_needs_an_encoder_and_does_not_know_replayed_rows(bigram):
+    with pytest.raises(ValueError, match="view 'verdict' reads and writes text, so make_train_step needs decode= and"):
+        judged(bigram, all_at_once, resources=Resources(decode=decode, views={"verdict": all_at_once}))
+
+    def imitate(verdict_logprobs, verdict_mask):
+        return Loss(-(verdict_logprobs * verdict_mask).sum(), verdict_mask.sum())
+
+    rollout = Rollout(samples_per_prompt=2, max_completion_tokens=4, eos_ids=(2,), pad_id=0)
+    with pytest.raises(ValueError, match=r"loss 'imitate' names 'verdict_logprobs', .* replayed rows do not have"):
+        judged(bigram, all_at_once, source=[rollout, Replay(0.5, 2, 4, 4, 2)], losses=[imitate])

@@ -66,8 +66,9 @@ def refill(
     def merge(kept: Kept, rows: Experience) -> Kept:
         rows, _ = finished(inner, rows)
         count = rows.tokens.shape[0] // samples
-        by_group = rows[metric].reshape(count, samples)
-        informative = (by_group.max(1) > by_group.min(1)) | (samples == 1)
+        there = (rows.weight > 0).reshape(count, samples)
+        most, least = (jnp.where(there, rows[metric].reshape(count, samples), limit) for limit in (-jnp.inf, jnp.inf))
+        informative = (most.max(1) > least.min(1)) | (there.any(1) & (samples == 1))
         place = jnp.where(informative, kept.groups + jnp.cumsum(informative) - 1, count)
 
         def put(old: Array, new: Array) -> Array:
@@ -76,7 +77,7 @@ def refill(
 
         merged = replace(jax.tree.map(put, kept.rows, rows), group=kept.rows.group)
         groups = jnp.minimum(kept.groups + informative.sum(), count).astype(jnp.int32)
-        return Kept(merged, groups, kept.round + 1, kept.right + rows["correct"].sum())
+        return Kept(merged, groups, kept.round + 1, kept.right + (rows["correct"] * (rows.weight > 0)).sum())
 
     def result(kept: Kept) -> tuple[Experience, dict[str, Array]]:
         sampled = kept.round * (kept.rows.tokens.shape[0] // samples)

@@ -1,0 +1,183 @@
+"""What lists of a step consist of: a function, and how it is called or weighted there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxrl_llm.experience import Method
+from jaxrl_llm.fields import TEXT, compared_with
+from jaxrl_llm.signatures import name_of, names, on_host, required
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward function of a recipe: a column of `reward_components`.
+
+    Attributes:
+      function: returns one number a row; one that names text runs on the host (`fields.on_host`).
+      weight: factor in the sum that is maximised.
+      name: for metrics and messages.
+      deadline_s: seconds that one call of a reading may take; None waits.
+      value_on_failure: the reward where a call fails or takes too long; None ends the step with an error.
+    """
+
+    function: Callable[..., Any]
+    weight: float = 1.0
+    name: str = ""
+    deadline_s: float | None = None
+    value_on_failure: float | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is a reading."""
+        return on_host(self.function)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """One entry of a recipe's credit list: names in, one or several names out.
+
+    Attributes:
+      fields: the name, or names, that the function's value becomes: an array, or a tuple or a dictionary of them.
+      function: a function of named data, a reading, or a `Method`.
+      name: for metrics, memory and messages.
+      deadline_s, value_on_failure: of a reading, as for `Reward`.
+    """
+
+    fields: str | tuple[str, ...]
+    function: Callable[..., Any] | Method
+    name: str = ""
+    deadline_s: float | None = None
+    value_on_failure: float | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that it fills."""
+        return (self.fields,) if isinstance(self.fields, str) else tuple(self.fields)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is a reading."""
+        return on_host(self.function)
+
+    @property
+    def over_vocabulary(self) -> bool:
+        """Whether it reads whole next-token distributions of the policy before the update."""
+        return "log_probabilities" in names(self.function)
+
+    @property
+    def memory_name(self) -> str:
+        """Key of the method's memory in `TrainState.memory`."""
+        return f"{','.join(self.names)}:{self.name}"
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One loss of a recipe.
+
+    Attributes:
+      function: returns a `Loss`.
+      coefficient: a number, or a function (or `Method`) of experience fields and metrics that returns one.
+      name: for metrics and messages.
+    """
+
+    function: Callable[..., Any]
+    coefficient: Any = 1.0
+    name: str = ""
+
+    @property
+    def coefficient_changes(self) -> bool:
+        """Whether the coefficient is computed anew in each step."""
+        return callable(self.coefficient) or isinstance(self.coefficient, Method)
+
+    @property
+    def compares(self) -> str | None:
+        """The name of the functional over the vocabulary that it carries; None without one."""
+        return next((name for name in sorted(names(self.function)) if compared_with(name) is not None), None)
+
+    @property
+    def on_written(self) -> bool:
+        """Whether it is a loss on written completions."""
+        return "written_mask" in names(self.function)
+
+    @property
+    def memory_name(self) -> str:
+        """Key of the coefficient's memory in `TrainState.memory`."""
+        return f"coefficient:{self.name}"
+
+
+@dataclass(frozen=True)
+class View:
+    """A function that makes another sequence of each row, whose tokens networks score.
+
+    Attributes:
+      function: of named data, returns `Sequences`. One that names text runs on the host and returns a pair (prompt,
+        completion) a row, as texts or lists of token ids, or None for a row that has none: its mask is 0 throughout.
+      max_prompt_tokens: width of the prompts of a view on the host; None is room for a row's prompt and completion.
+      max_completion_tokens: width of what is scored there; None is that of a row's completion.
+      name: set by the composition.
+      deadline_s: of a view on the host, as for `Reward`.
+    """
+
+    function: Callable[..., Any]
+    max_prompt_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    name: str = ""
+    deadline_s: float | None = None
+    value_on_failure = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is a reading."""
+        return on_host(self.function)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of rows that it is made of."""
+        return frozenset(required([self.function])) - TEXT
+
+
+@dataclass(frozen=True)
+class Update:
+    """How one batch of experience becomes parameter updates.
+
+    Attributes:
+      epochs_per_batch: passes over the batch.
+      minibatches_per_epoch: optimiser updates a pass; each takes whole groups.
+      sequences_per_microbatch: rows differentiated at once; None takes a whole minibatch.
+      freeze_policy_steps: first steps in which only other networks learn.
+      alignment_every_steps: steps between two measurements of `alignment`; 0 never measures it.
+      alignment_learning_rate: the step size that it is measured for.
+    """
+
+    epochs_per_batch: int = 1
+    minibatches_per_epoch: int = 1
+    sequences_per_microbatch: int | None = None
+    freeze_policy_steps: int = 0
+    alignment_every_steps: int = 0
+    alignment_learning_rate: float = 1e-4
+
+
+def reward_term(term: Reward | Callable[..., Any] | tuple[Callable[..., Any], float]) -> Reward:
+    """A reward function, or (function, weight), as a term."""
+    if isinstance(term, Reward):
+        return term if term.name else replace(term, name=name_of(term.function))
+    function, weight = term if isinstance(term, tuple) else (term, 1.0)
+    return Reward(function, weight, name_of(function))
+
+
+def fill_term(term: Fill | tuple[Any, Any]) -> Fill:
+    """A (name or names, function) pair as a term."""
+    if isinstance(term, Fill):
+        return term if term.name else replace(term, name=name_of(term.function))
+    return Fill(term[0], term[1], name_of(term[1]))
+
+
+def loss_term(term: Any) -> LossTerm:
+    """A loss function, or (function, coefficient), as a term."""
+    if isinstance(term, LossTerm):
+        return term if term.name else replace(term, name=name_of(term.function))
+    function, coefficient = term if isinstance(term, tuple) and not callable(term) else (term, 1.0)
+    return LossTerm(function, coefficient, name_of(function))
