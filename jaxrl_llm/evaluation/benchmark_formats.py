@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal
@@ -100,6 +101,8 @@ def choice_grader() -> Grader:
 def math_grader() -> Grader:
     """Grades an answer in LaTeX: equal as rational numbers, or as text once spacing and synonyms are written alike.
 
+    Expressions that are equal by algebra alone (2x + 2 and 2(x + 1)) are not seen as equal.
+
     >>> math_grader()({"answer": r"\\\\frac{1}{2}"}, r"so it is \\\\boxed{\\\\dfrac12}")[0]
     True
     """
@@ -109,8 +112,10 @@ def math_grader() -> Grader:
         said = spelled(record, completion)[1]
         if said is None:
             return False, None
-        right = plain_latex(said) == plain_latex(record["answer"])
-        return right, record["answer"] if right else plain_latex(said)
+        said, wanted = plain_latex(said), plain_latex(record["answer"])
+        number = _rational(said)
+        right = said == wanted or (number is not None and number == _rational(wanted))
+        return right, record["answer"] if right else said
 
     return grade
 
@@ -120,6 +125,14 @@ def plain_latex(text: str) -> str:
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
     return text.rstrip(".").removeprefix("+")
+
+
+def _rational(text: str) -> Fraction | None:
+    """A number in plain LaTeX; None for anything else."""
+    if re.fullmatch(r"-?\d+(\.\d+)?", text):
+        return Fraction(text)
+    found = re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}", text)
+    return Fraction(int(found[1] + "1") * int(found[2]), int(found[3])) if found and int(found[3]) else None
 
 
 _SPELLINGS = [

@@ -83,6 +83,34 @@ def test_the_letter_that_is_chosen(completion, said):
     assert choice_grader()({"answer": "C"}, completion) == (said == "C", said)
 
 
+@pytest.mark.parametrize(
+    ("answer", "completion", "right"),
+    [
+        (r"\frac{1}{2}", r"so \boxed{\dfrac12}", True),
+        (r"\frac{1}{2}", r"\boxed{0.5}", True),
+        (r"\frac{1}{2}", r"\boxed{1/2}", True),
+        (r"\frac{1}{2}", r"\boxed{\frac{1}{3}}", False),
+        ("10000", r"\boxed{10{,}000}", True),
+        ("10000", r"\boxed{10,000}", True),
+        ("90", r"\boxed{90^\circ}", True),
+        ("90", r"\boxed{x = 90}", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3,\frac{\pi}{2})}", True),
+        (r"\text{Evelyn}", r"\boxed{Evelyn}", True),
+        (r"2\sqrt{3}", r"\boxed{2\sqrt3}", True),
+        ("3", r"\boxed{13}", False),
+        ("x \\le 3", r"\boxed{x = 3}", False),
+        ("7", "7 or 8", False),
+        ("7", r"\boxed{}", False),
+    ],
+)
+def test_answers_in_latex_are_equal_in_any_spelling(answer, completion, right):
+    grade = benchmark_grader("math", [])
+    assert grade({"answer": answer}, completion) == (
+        right,
+        answer if right else grade({"answer": answer}, completion)[1],
+    )
+
+
 def written(tmp_path, *lines):
     file = tmp_path / "problems.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
