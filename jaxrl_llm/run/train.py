@@ -230,7 +230,7 @@ def _before(stages: Sequence[Stage], key: Any) -> tuple[TrainState | None, dict[
     state, held = None, {}
     for stage in stages:
         given = _carried(stage.parts, held)
-        shapes = jax.eval_shape(lambda k, g, s=stage: s.parts.step.init(k, None, g), key, given)
+        shapes = jax.eval_shape(stage.parts.step.init, key, None, given)  # compiler options bear no function around it
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), replace(shapes, key=jnp.zeros(())))
         state = replace(state, key=key)
         held |= {name: one.params for name, one in state.networks.items()}
