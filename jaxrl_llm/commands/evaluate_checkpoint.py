@@ -225,12 +225,14 @@ def _show(results: Mapping[str, Any], evaluations: Mapping[str, Evaluation], opt
 
 def _show_parts(console: Console, column: str, parts: Mapping[str, Any]) -> None:
     names = [name for name in next(iter(parts.values())) if name != "intervals"]
-    table = Table(title=f"by {column}")
-    for heading in (column, *names):
-        table.add_column(heading, justify="right")
-    for value, found in parts.items():
-        table.add_row(value, *(_form(name, found[name]) for name in names))
-    console.print(table)
+    for first in range(0, len(parts), 6):  # as many values as fit a narrow screen
+        shown = dict(list(parts.items())[first : first + 6])
+        table = Table(title=f"by {column}")
+        for heading in ("metric", *shown):
+            table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=heading == "metric")
+        for name in names:
+            table.add_row(name, *(_form(name, found[name]) for found in shown.values()))
+        console.print(table)
 
 
 def _show_checkpoints(console: Console, results: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> None:
