@@ -1,6 +1,7 @@
 """Writes the generated pages of docs/: python docs/build.py. Tests hold that they are up to date.
 
-docs/methods.md comes from docstrings and recipes; `reference` has docs/fields.md and the tables of docs/engine.md.
+docs/methods.md comes from docstrings and recipes; `reference` has docs/fields.md and the tables
+of docs/engine.md and docs/models.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import reference
 import yaml
 from blocks import escaped, markdown, markdown_table
 
-from jaxrl_llm import catalogue
+from jaxrl_llm import catalogue, shipped
 from jaxrl_llm.config import read_tree
 
 PAGE = Path(__file__).parent / "methods.md"
@@ -114,7 +115,7 @@ def uses(recipes: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def own_entries(name: str) -> list[dict[str, Any]]:
     """A recipe's entries without those of the base that it extends, unless it has no others."""
-    path = catalogue.recipe_path(name)
+    path = shipped.recipe_path(name)
     return catalogue.entries(yaml.safe_load(path.read_text())) or catalogue.entries(read_tree(path))
 
 
@@ -169,7 +170,12 @@ def page() -> str:
 
 def main() -> int:
     """Write the pages beside this file."""
-    pages = {PAGE: page, reference.FIELDS_PAGE: reference.fields_page, reference.ENGINE_PAGE: reference.engine_page}
+    pages = {
+        PAGE: page,
+        reference.FIELDS_PAGE: reference.fields_page,
+        reference.ENGINE_PAGE: reference.engine_page,
+        reference.MODELS_PAGE: reference.models_page,
+    }
     for path, made in pages.items():
         path.write_text(made())
         print(path)

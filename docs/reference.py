@@ -1,9 +1,10 @@
-"""Writes docs/fields.md and the tables of capabilities in docs/engine.md from the package. Run by docs/build.py."""
+"""Writes docs/fields.md, capabilities in docs/engine.md and families in docs/models.md. Run by docs/build.py."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -11,12 +12,30 @@ from pathlib import Path
 from blocks import escaped, markdown_table
 
 from jaxrl_llm.fields import FIELDS, PROVIDERS, Field
+from jaxrl_llm.models.families import FAMILIES, VISION_LANGUAGE
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.capabilities import CAPABILITIES, ROWS, SAMPLERS
 from jaxrl_llm.training import checks
 
 DOCS = Path(__file__).parent
-FIELDS_PAGE, ENGINE_PAGE = DOCS / "fields.md", DOCS / "engine.md"
+FIELDS_PAGE, ENGINE_PAGE, MODELS_PAGE = DOCS / "fields.md", DOCS / "engine.md", DOCS / "models.md"
+BEGIN_FAMILIES, END_FAMILIES = "<!-- families: written by docs/build.py -->", "<!-- end of families -->"
+# What is refused in a config.json of an architecture that is supported: (architecture, fields, why).
+REFUSED_MODELS: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "LlamaForCausalLM",
+        {"quantization_config": {"quant_method": "fp8"}},
+        "weights in fewer bits learn nothing and would have to be unpacked; of gpt-oss MXFP4 is",
+    ),
+    ("LlamaForCausalLM", {"hidden_act": "relu2"}, "activations other than silu and the gelus"),
+    ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "proportional"}}, "kinds that no supported family has"),
+    ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "a token would see what comes after it"),
+    ("Gemma2ForCausalLM", {"layer_types": ["chunked_attention"]}, "layers other than full and sliding attention"),
+    ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}, "blocks without experts between others; first ones may be so"),
+    ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}, "likewise"),
+    ("DeepseekV3ForCausalLM", {"attention_bias": True}, "latent attention has no biases here"),
+    ("GptOssForCausalLM", {"swiglu_alpha": 1.0}, "one gain of the clamped SwiGLU"),
+]
 BEGIN, END = "<!-- capabilities: written by docs/build.py -->", "<!-- end of capabilities -->"
 
 INTRODUCTION = """\
@@ -189,3 +208,32 @@ def engine_page() -> str:
     page = ENGINE_PAGE.read_text()
     before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n\n{capability_tables()}\n\n{END}{rest.split(END)[1]}"
+
+
+def family_tables() -> str:
+    """What is supported, and what is refused of it."""
+    text = [[f"`{name}`", family.has] for name, family in FAMILIES.items()]
+    seen = [
+        [f"`{name}`", ", ".join(f"`{text}`" for text in part.text.values())] for name, part in VISION_LANGUAGE.items()
+    ]
+    refused = [
+        [f"`{key}`", f"`{architecture}`", f"`{json.dumps(value)}`", why]
+        for architecture, fields, why in REFUSED_MODELS
+        for key, value in fields.items()
+    ]
+    return "\n\n".join(
+        [
+            markdown_table(["architecture in `config.json`", "what it has"], text),
+            "Of vision-language checkpoints the text part is read. Images are not; what is not text is carried along\n"
+            "into an export, so that `transformers` loads the whole:",
+            markdown_table(["architecture in `config.json`", "its text part"], seen),
+            "Refused, by name and before any weights are downloaded, is every other architecture, and of these:",
+            markdown_table(["field", "such as in", "example", "why"], refused),
+        ]
+    )
+
+
+def models_page() -> str:
+    """docs/models.md with its tables of families as they are now."""
+    before, rest = MODELS_PAGE.read_text().split(BEGIN_FAMILIES)
+    return f"{before}{BEGIN_FAMILIES}\n\n{family_tables()}\n\n{END_FAMILIES}{rest.split(END_FAMILIES)[1]}"

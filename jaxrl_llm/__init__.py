@@ -3,8 +3,8 @@
 The rooms are imported when they are first used, so `import jaxrl_llm` alone takes no time and does not import jax.
 
 >>> import jaxrl_llm
->>> jaxrl_llm.losses.policy_gradient.__name__
-'policy_gradient'
+>>> jaxrl_llm.losses.policy_gradient.__name__, jaxrl_llm.Loss.__name__
+('policy_gradient', 'Loss')
 """
 
 from __future__ import annotations
@@ -31,16 +31,33 @@ if TYPE_CHECKING:
         statistics,
         training,
     )
+    from jaxrl_llm.experience import Experience, Loss, Method, Prompts
+    from jaxrl_llm.training import Fill, LossTerm, Reward, Rollout, make_train_step
 
     __version__: str
 
+# What functions of one's own speak, and what composes them.
+_PROTOCOLS = {
+    **dict.fromkeys(("Experience", "Loss", "Method", "Prompts"), "experience"),
+    **dict.fromkeys(("Fill", "LossTerm", "Reward", "Rollout", "make_train_step"), "training"),
+}
+
 __all__ = [
+    "Experience",
+    "Fill",
+    "Loss",
+    "LossTerm",
+    "Method",
+    "Prompts",
+    "Reward",
+    "Rollout",
     "__version__",
     "advantages",
     "data",
     "evaluation",
     "experience",
     "losses",
+    "make_train_step",
     "models",
     "parallel",
     "planning",
@@ -63,6 +80,8 @@ def __getattr__(name: str) -> Any:
             return metadata.version("jaxrl_llm")
         except metadata.PackageNotFoundError:  # a checkout that was never installed
             return "unknown"
+    if name in _PROTOCOLS:
+        return getattr(importlib.import_module(f"jaxrl_llm.{_PROTOCOLS[name]}"), name)
     if name in __all__:
         return importlib.import_module(f"jaxrl_llm.{name}")
     raise AttributeError(f"module 'jaxrl_llm' has no attribute {name!r}")

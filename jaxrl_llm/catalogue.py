@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jaxrl_llm import advantages, losses, rewards, schedules, selection
+from jaxrl_llm import advantages, losses, rewards, schedules, selection, shipped
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import TEXT, compared_with, every_need, nearest, need_of
@@ -56,6 +56,10 @@ _HELPERS = re.compile(
     r"aggregate|answer_span|checked_\w+|cycled_rows|extract_\w+|forking_mask|group_quantile|log_ratio|"
     r"low_probability_confidence|mean_log_ratio|on_mask|outcome_token_rewards|parsed_number|pessimistic_surrogate|"
     r"predicted_entropy_change|row_uniforms|row_weight|soft_minimum|taken_turns|token_share|weighted_sum"
+)
+# Stand for the sizes that a run fills keywords with.
+_SIZES = dict.fromkeys(
+    ("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step", "total_steps"), 2
 )
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 
@@ -136,27 +140,6 @@ def _entry(name: str, room: str, function: Any) -> dict[str, Any]:
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
 
-def recipe_directory() -> Path:
-    """configs/methods: inside the package where it was installed from a wheel, else beside the package."""
-    package = Path(__file__).parent
-    inside = package / "configs" / "methods"
-    return inside if inside.is_dir() else package.parent / "configs" / "methods"
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe: of a published method, or another one such as demo.
-
-    Raises:
-      ValueError: for an unknown name, with the nearest known one.
-    """
-    files = {
-        file.stem: file for folder in (recipe_directory().parent, recipe_directory()) for file in folder.glob("*.yaml")
-    }
-    if name not in files:
-        raise ValueError(f"there is no recipe {name!r}; {nearest(name, files)}; or give the path of a YAML file")
-    return files[name]
-
-
 def recipes() -> list[dict[str, Any]]:
     """One entry a recipe of a published method: name, paper, arxiv, stage, certainty, functions, needs.
 
@@ -185,7 +168,7 @@ def described_recipe(name: str) -> dict[str, Any]:
     found = {entry["name"]: entry for entry in recipes()}
     if name not in found:
         raise ValueError(f"there is no method {name!r}; {nearest(name, names())}")
-    path = recipe_path(name)
+    path = shipped.recipe_path(name)
     blocks = {function: formulas(_docstring(function)) for function in found[name]["functions"]}
     return found[name] | {
         "path": str(path),
@@ -255,7 +238,7 @@ def needs(functions: Iterable[Any], provided: Iterable[str] = ()) -> list[str]:
 
 
 def _recipe_files() -> list[Path]:
-    return sorted(recipe_directory().glob("*.yaml"))
+    return sorted(shipped.recipe_directory().glob("*.yaml"))
 
 
 def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +248,7 @@ def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
     parts = [tree, *(tree.get("stages") or ())]
     try:
         for part, (section, terms_of) in itertools.product(parts, _SECTIONS.items()):
-            for term in terms_of(part.get(section) or ()):
+            for term in terms_of(part.get(section) or (), _SIZES):
                 functions.append(term.function)
                 filled |= set(getattr(term, "names", ()))
                 coefficient = getattr(term, "coefficient", None)
@@ -339,23 +322,6 @@ def _docstring(name: str) -> str:
         if name in module.__all__:
             return inspect.getdoc(getattr(module, name)) or ""
     return ""
-
-
-def shortened(needs: Sequence[str]) -> list[str]:
-    """Needs in fewer letters, for tables.
-
-    >>> shortened(["value model", "demonstrations", "memory"])
-    ['value', 'demos', 'memory']
-    """
-    words = {
-        "reference": "ref",
-        "vocabulary": "vocab",
-        "token reward model": "token reward",
-        "meta-gradient": "meta",
-        "demonstrations": "demos",
-    }
-    ends = " (model|states|answers|samples?|scores)$"
-    return [words.get(need) or re.sub(ends, "", need) for need in needs]
 
 
 def selected(

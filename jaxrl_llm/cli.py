@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from jaxrl_llm import __version__
+from jaxrl_llm.shipped import config_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, or stopped by a signal; 1 failed on the way; 2 bad input; 75 another process of the run was lost.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides may stand behind options, too.
+    if rest and (not hasattr(options, "config") or any("=" not in word or word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.config = [*options.config, *rest]
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS report their inner affairs as warnings
     status, why = _status(options)
     _leave_others(status, why)
@@ -26,19 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _status(options: argparse.Namespace) -> tuple[int, str | None]:
     """How a sub-command ends: its exit status, and what went wrong; None for nothing."""
-    from jaxrl_llm.parallel.peers import LOST, ProcessLost
-    from jaxrl_llm.rewards import RewardError
-    from jaxrl_llm.rollout.engine_http import EngineError
-    from jaxrl_llm.run.stages import Stopped, TrainingError
-
     try:
         return options.command(options) or 0, None
-    except Stopped as stop:
+    except _raised("run.stages", "Stopped") as stop:
         print(stop, file=sys.stderr)
         return options.stopped_status, None
-    except ProcessLost as error:
+    except _raised("parallel.peers", "ProcessLost") as error:
+        from jaxrl_llm.parallel.peers import LOST
+
         return _failed(error, options, LOST)
-    except (TrainingError, RewardError, EngineError) as error:
+    except (
+        *_raised("run.stages", "TrainingError"),
+        *_raised("rewards.host", "RewardError"),
+        *_raised("rollout.engine_http", "EngineError"),
+    ) as error:
         return _failed(error, options, 1)
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         return _failed(error, options, 2)
@@ -47,6 +55,12 @@ def _status(options: argparse.Namespace) -> tuple[int, str | None]:
             raise
         traceback.print_exc()  # the interpreter's own exit would wait for the others
         return 1, repr(error)
+
+
+def _raised(module: str, name: str) -> tuple[type[Exception], ...]:
+    """An exception of a module of the package; none where the module was never imported, and so raised nothing."""
+    found = sys.modules.get(f"jaxrl_llm.{module}")
+    return () if found is None else (getattr(found, name),)
 
 
 def _failed(error: Exception, options: argparse.Namespace, status: int) -> tuple[int, str]:
@@ -79,6 +93,28 @@ def _leave_others(status: int, why: str | None) -> None:
 # ---- options --------------------------------------------------------------------------------------------------------
 
 Command = Callable[..., argparse.ArgumentParser]
+_CONFIG = "a YAML file or the name of a recipe, and overrides"
+_EXAMPLES = {
+    "train": ("train demo", "train configs/demo.yaml training.steps=50 run_dir=runs/short"),
+    "eval": (
+        "eval runs/demo --k 1,8,32 --by level",
+        "eval runs/demo --data mine.jsonl --grader my_module:grade --out mine",
+    ),
+    "compare": ("compare evals/before evals/after", "compare runs/demo/evaluations/before runs/demo/evaluations/after"),
+    "report": ("report runs/demo", "report runs/seed0 runs/seed1 runs/other --out compared.html"),
+    "sample": ("sample runs/demo --prompt 'A:12+34' -n 4", "sample MODEL_DIR --chat --prompts prompts.jsonl --jsonl"),
+    "score": ("score runs/demo --file lines.jsonl", "score MODEL_DIR --file lines.jsonl --dtype bfloat16"),
+    "import": ("import MODEL_DIR", "import Qwen/Qwen3-0.6B models/qwen3 --dtype bfloat16"),
+    "export": ("export runs/demo exported", "export runs/demo/checkpoints/120 exported --dtype bfloat16"),
+    "tasks": ("tasks", "tasks countdown --level 3 --count 5"),
+    "methods": ("methods --needs reference", "methods dapo"),
+    "explain": ("explain grpo", "explain configs/demo.yaml rollout.samples_per_prompt=16 --verbose"),
+    "plan": (
+        "plan configs/plans/qwen3_8b.yaml --topology v5p-256",
+        "plan demo --topology cpu:8 --search training.prompts_per_step=64",
+    ),
+    "doctor": ("doctor", "doctor --json"),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,10 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: str, text: str, *, json_output: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        examples = "\n".join(["examples:", *(f"  jaxrl {line}" for line in _EXAMPLES[name])])
+        plain = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, epilog=examples, formatter_class=plain)
         sub.set_defaults(command=_imported_late(function))
         if json_output:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+            sub.add_argument("--wide", action="store_true", help="tables with all columns, however narrow the screen")
         return sub
 
     for add in (_add_train, _add_eval, _add_report, _add_sample, _add_model_files, _add_lists, _add_previews):
@@ -105,6 +144,9 @@ def _imported_late(path: str) -> Callable[[argparse.Namespace], int | None]:
     module, function = path.split(":")
 
     def call(options: argparse.Namespace) -> int | None:
+        words = [word for word in getattr(options, "config", None) or () if "=" not in word]
+        if words and not getattr(options, "resume", None):
+            config_path(words[0])  # a wrong name is told before anything is imported
         return getattr(importlib.import_module(f"jaxrl_llm.commands.{module}"), function)(options)
 
     return call
@@ -112,7 +154,7 @@ def _imported_late(path: str) -> Callable[[argparse.Namespace], int | None]:
 
 def _add_train(command: Command) -> None:
     train = command("train", "start_training:start_training", "Train a policy from a config, or go on with a run.")
-    train.add_argument("config", nargs="*", metavar="CONFIG [section.key=value ...]", help="a YAML file and overrides")
+    train.add_argument("config", nargs="*", metavar="CONFIG [section.key=value ...]", help=_CONFIG)
     train.add_argument("--resume", metavar="RUN", help="directory of a run to go on with")
     train.add_argument(
         "--resume-if-started", action="store_true", help="go on with run_dir if it was started, else start it"
@@ -214,7 +256,7 @@ def _add_sample(command: Command) -> None:
     )
     sample.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt")
     sample.add_argument("--greedy", action="store_true", help="the most likely token at each position")
-    sample.add_argument("--temperature", type=float, default=1.0)
+    sample.add_argument("--temperature", type=float, default=1.0, help="of the softmax (default 1)")
     sample.add_argument("--top-k", type=int, help="only the k most probable tokens")
     sample.add_argument("--top-p", type=float, default=1.0, help="only the most probable tokens that sum to this")
     sample.add_argument("--min-p", type=float, default=0.0, help="only tokens this share as probable as the likeliest")
@@ -225,7 +267,7 @@ def _add_sample(command: Command) -> None:
     sample.add_argument("--chat", action="store_true", help="of a model directory: through its chat template")
     sample.add_argument("--batch", type=int, default=8, help="prompts sampled together (default 8)")
     sample.add_argument("--jsonl", action="store_true", help="print a line of JSON for each completion, batch by batch")
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
 
 
 def _add_model_files(command: Command) -> None:
@@ -236,7 +278,7 @@ def _add_model_files(command: Command) -> None:
     score.add_argument(
         "--file", required=True, metavar="JSONL", help="lines with prompt and completion, text, or tokens"
     )
-    score.add_argument("--temperature", type=float, default=1.0)
+    score.add_argument("--temperature", type=float, default=1.0, help="of the softmax (default 1)")
     score.add_argument("--batch", type=int, default=8, help="sequences scored together")
     score.add_argument("--dtype", choices=["float32", "bfloat16"], help="of a model directory (default: as stored)")
 
@@ -252,14 +294,14 @@ def _add_model_files(command: Command) -> None:
     export = command(
         "export", "model_files:show_export", "Write a run's policy as a directory that transformers loads."
     )
-    export.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    export.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
     export.add_argument("out", metavar="DIR", help="new directory")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
 
 
 def _add_lists(command: Command) -> None:
     tasks = command("tasks", "inventory:show_tasks", "The built-in tasks, or examples of one.")
-    tasks.add_argument("name", nargs="?")
+    tasks.add_argument("name", nargs="?", help="a task, of which examples are shown")
     tasks.add_argument("--level", type=int, help="of the examples (default: the lowest)")
     tasks.add_argument("--count", type=int, default=3, help="examples to show")
 
@@ -267,7 +309,9 @@ def _add_lists(command: Command) -> None:
         "methods", "methods:show_methods", "The shipped recipes of published methods, or one recipe or function whole."
     )
     methods.add_argument("name", nargs="?", help="a recipe or a function")
-    methods.add_argument("--certainty", choices=["verified", "recalled", "reconstructed"])
+    methods.add_argument(
+        "--certainty", choices=["verified", "recalled", "reconstructed"], help="how sure it is that this is the method"
+    )
     methods.add_argument("--stage", metavar="WORD", help="recipes whose stage has this in it, such as advantage")
     methods.add_argument("--needs", metavar="WORD", help="recipes that need this of the engine, such as reference")
     methods.add_argument("--paper", metavar="WORD", help="recipes whose paper's name has this in it")
@@ -280,12 +324,15 @@ def _add_lists(command: Command) -> None:
 
 def _add_previews(command: Command) -> None:
     explain = command("explain", "previews:show_step", "The composed step of a config: stages, shapes, sizes, work.")
-    explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
+    explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]", help=_CONFIG)
+    explain.add_argument(
+        "--verbose", action="store_true", help="also needs, hyper-parameters, shapes, widths and compiled programs"
+    )
 
     plan = command(
         "plan", "previews:show_plan", "Whether a run fits a machine that need not be there, and where its time goes."
     )
-    plan.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]")
+    plan.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]", help=_CONFIG)
     plan.add_argument(
         "--topology", required=True, metavar="NAME", help="such as v5e:16x16, v5p-256, 2*v5e:4x4, gpu:8xH100, cpu:8"
     )

@@ -16,12 +16,12 @@ Names of what networks say follow rules and need no row of their own (`score_nam
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from jaxrl_llm.experience import Experience
+from jaxrl_llm.shipped import nearest
 
 # scalar []; row [B]; token [B T]; either: one of both, a row's is spread over its tokens; vector [B ...]; prompt [B P].
 Kind = Literal["scalar", "row", "token", "either", "vector", "prompt"]
@@ -159,7 +159,7 @@ _ROWS: Any = (
     ("reward", "scalar", "metrics", "mean reward"),
     ("correct_share", "scalar", "metrics", "share of rows that the verifier finds right"),
     ("constant_group_share", "scalar", "metrics", "share of groups whose rewards are all equal"),
-    ("completion_tokens", "scalar", "metrics", "mean length"),
+    ("completion_tokens", "scalar", "metrics", "mean length, without what environments and tools answer"),
     ("truncated_share", "scalar", "metrics", "share of rows that reached the length limit"),
     ("entropy_per_token", "scalar", "metrics", "mean entropy of sampling"),
     ("kl_reference_per_token", "scalar", "metrics", "mean log-ratio of sampling to reference"),
@@ -340,13 +340,6 @@ def compared_with(name: str) -> str | None:
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """A sentence fragment that suggests the closest known name, or lists what there is."""
-    known = list(choices)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
 
 
 _EXAMPLES = {

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrl_llm.data.extras import imported
+from jaxrl_llm.models.checkpoint_files import read_json
+from jaxrl_llm.models.families import config_from_json
 
 # Weights as safetensors, settings, tokenizer, template. Pickled weights run code when they are read: never fetched.
 WEIGHTS = ("*.safetensors",)
@@ -23,14 +26,15 @@ def model_directory(
 
     Args:
       model: a local directory; or owner/name of a repository, which is downloaded once (its safetensors, JSON files and
-        templates) and then read from the cache. A directory that exists is never looked up.
+        templates) and then read from the cache. A directory that exists is never looked up. Weights are downloaded
+        only after config.json has been read and found to be supported.
       revision: branch, tag or commit of the repository; name a commit to get the same files every time.
       cache_dir: where snapshots are kept; None takes the hub's own cache.
       weights: download them too; without them the directory describes a model and no more.
 
     Raises:
       ValueError: for a path that does not exist, a file, a directory without config.json, a revision of a local
-        directory, or a repository that cannot be had.
+        directory, a repository that cannot be had, or one whose config.json is not supported.
     """
     local = Path(model).expanduser()
     if local.exists():
@@ -44,18 +48,29 @@ def model_directory(
             f"model path {str(model)!r} does not exist, and is no owner/name of a Hugging Face repository; give the "
             "directory that holds config.json"
         )
+    found = _snapshot(str(model), DESCRIPTION, revision, cache_dir)
+    if not weights:
+        return found
+    try:
+        config_from_json(read_json(found / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{str(model)!r} is not supported, and no weights were downloaded: {error}") from None
+    return _snapshot(str(model), (*WEIGHTS, *DESCRIPTION), revision, cache_dir)
+
+
+def _snapshot(name: str, patterns: Sequence[str], revision: str | None, cache_dir: str | Path | None) -> Path:
     hub = imported("huggingface_hub")
     try:
         found = hub.snapshot_download(
-            str(model),
+            name,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=[*(WEIGHTS if weights else ()), *DESCRIPTION],
+            allow_patterns=list(patterns),
             ignore_patterns=list(IGNORED),
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{str(model)!r} is no local directory, and as a Hugging Face repository it could not be downloaded: "
+            f"{name!r} is no local directory, and as a Hugging Face repository it could not be downloaded: "
             f"{type(error).__name__}: {error}; check the spelling, the network, and for a gated model that you are "
             "logged in (hf auth login), or give a local directory"
         ) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from jaxrl_llm.experience import Method
@@ -164,20 +166,44 @@ def reward_term(term: Reward | Callable[..., Any] | tuple[Callable[..., Any], fl
     """A reward function, or (function, weight), as a term."""
     if isinstance(term, Reward):
         return term if term.name else replace(term, name=name_of(term.function))
-    function, weight = term if isinstance(term, tuple) else (term, 1.0)
-    return Reward(function, weight, name_of(function))
+    pair: Any = term if _is_pair(term) else (term, 1.0)
+    function, weight = pair
+    if not callable(function) or not isinstance(weight, Real) or not math.isfinite(weight):
+        raise ValueError(f"rewards holds {term!r}; give a function, (function, weight), or a Reward")
+    return Reward(function, float(weight), name_of(function))
 
 
 def fill_term(term: Fill | tuple[Any, Any]) -> Fill:
     """A (name or names, function) pair as a term."""
     if isinstance(term, Fill):
         return term if term.name else replace(term, name=name_of(term.function))
-    return Fill(term[0], term[1], name_of(term[1]))
+    pair: Any = term if _is_pair(term) else (None, None)
+    names, function = pair
+    several = (names,) if isinstance(names, str) else names
+    made = callable(function) or isinstance(function, Method)
+    if not made or not isinstance(several, tuple) or not all(isinstance(name, str) for name in several):
+        raise ValueError(f"credit holds {term!r}; give (name, function), ((name, name), function), or a Fill")
+    return Fill(names, function, name_of(function))
 
 
 def loss_term(term: Any) -> LossTerm:
     """A loss function, or (function, coefficient), as a term."""
     if isinstance(term, LossTerm):
         return term if term.name else replace(term, name=name_of(term.function))
-    function, coefficient = term if isinstance(term, tuple) and not callable(term) else (term, 1.0)
+    function, coefficient = term if _is_pair(term) else (term, 1.0)
+    if not callable(function) or not (
+        callable(coefficient) or isinstance(coefficient, (Real, Method)) or hasattr(coefficient, "dtype")
+    ):
+        raise ValueError(f"losses holds {term!r}; give a function, (function, coefficient), or a LossTerm")
     return LossTerm(function, coefficient, name_of(function))
+
+
+def _is_pair(term: Any) -> bool:
+    return isinstance(term, (tuple, list)) and len(term) == 2 and not isinstance(term, Method)
+
+
+def listed(name: str, given: Any, made: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """Entries of a list as terms; `name` is what messages call it."""
+    if not isinstance(given, (list, tuple)) or isinstance(given, Method):
+        raise ValueError(f"{name} is {given!r}; give a list, of one entry too")
+    return tuple(map(made, given))

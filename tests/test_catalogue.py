@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from jaxrl_llm import catalogue, cli, losses, schedules
+from jaxrl_llm import catalogue, cli, losses, schedules, shipped
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
@@ -110,8 +110,8 @@ def folder(tmp_path, monkeypatch):
     """A directory of recipes of our own, at first with nothing in it."""
     methods = tmp_path / "configs" / "methods"
     methods.mkdir(parents=True)
-    (methods.parent / "demo.yaml").write_text((catalogue.recipe_directory().parent / "demo.yaml").read_text())
-    monkeypatch.setattr(catalogue, "recipe_directory", lambda: methods)
+    (methods.parent / "demo.yaml").write_text((shipped.recipe_directory().parent / "demo.yaml").read_text())
+    monkeypatch.setattr(shipped, "recipe_directory", lambda: methods)
     return methods
 
 
@@ -124,7 +124,7 @@ def test_shipped_recipes_are_complete():
         assert entry["stage"], entry["name"]
         assert set(entry["functions"]) <= known | set(plans.__all__), entry["name"]
         assert set(entry["needs"]) <= set(catalogue.EVERY_NEED), entry["name"]
-        assert read_tree(catalogue.recipe_path(entry["name"]))["name"] == entry["name"]
+        assert read_tree(shipped.recipe_path(entry["name"]))["name"] == entry["name"]
 
 
 def test_needs_follow_from_what_functions_name():
@@ -159,7 +159,7 @@ def test_an_empty_directory_has_no_recipes(folder):
 
 
 def test_a_missing_directory_has_no_recipes(monkeypatch, tmp_path):
-    monkeypatch.setattr(catalogue, "recipe_directory", lambda: tmp_path / "absent" / "methods")
+    monkeypatch.setattr(shipped, "recipe_directory", lambda: tmp_path / "absent" / "methods")
     assert catalogue.recipes() == []
     assert not catalogue.is_recipe("dapo")
 
@@ -182,8 +182,8 @@ def test_a_recipe_is_read_with_its_base_and_described_whole(folder):
     assert whole["formulas"]["clipped_surrogate"][0].startswith("x = max(-A * min(r, ratio_cap)")
     assert [e["section"] for e in whole["entries"]] == ["rewards", "credit", "losses", "losses", "coefficient"]
     assert catalogue.recipes_with("clipped_surrogate") == ["mine"]
-    assert catalogue.recipe_path("mine") == folder / "mine.yaml"
-    assert catalogue.recipe_path("demo") == folder.parent / "demo.yaml"
+    assert shipped.recipe_path("mine") == folder / "mine.yaml"
+    assert shipped.recipe_path("demo") == folder.parent / "demo.yaml"
 
 
 def test_a_broken_recipe_is_named(folder):
@@ -198,13 +198,13 @@ def test_a_wheel_brings_the_recipes_inside_the_package(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "jaxrl_llm"
     for place in (package, package.parent):
         (place / "configs" / "methods").mkdir(parents=True)
-    monkeypatch.setattr(catalogue, "__file__", str(package / "catalogue.py"))
-    assert catalogue.recipe_directory() == package / "configs" / "methods"
+    monkeypatch.setattr(shipped, "__file__", str(package / "shipped.py"))
+    assert shipped.recipe_directory() == package / "configs" / "methods"
 
 
 def test_an_unknown_recipe_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"there is no recipe 'dappo'; did you mean 'dapo'\?"):
-        catalogue.recipe_path("dappo")
+        shipped.recipe_path("dappo")
     with pytest.raises(ValueError, match=r"there is no method 'grpo_lamda'; did you mean 'grpo_lambda'\?"):
         catalogue.described("grpo_lamda")
 
@@ -280,7 +280,7 @@ def test_one_recipe_is_shown_whole(said):
     assert "dapo (recipe)" in text
     assert "https://arxiv.org/abs/2503.14476" in text
     assert "    x = max(-A * min(r, ratio_cap)" in text
-    assert catalogue.recipe_path("dapo").read_text().rstrip() in text
+    assert shipped.recipe_path("dapo").read_text().rstrip() in text
     assert json.loads(said("dapo", "--json"))["yaml"].startswith("#")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -146,7 +147,7 @@ def test_explain_gives_shapes_sizes_and_work(explained, finished_run):
 def test_explain_prints_json_and_tables(jaxrl, explained, micro_yaml, monkeypatch):
     monkeypatch.setattr("jaxrl_llm.commands.previews.explanation", lambda parts: explained)
     assert jaxrl("explain", str(micro_yaml), "--json") == explained
-    text = jaxrl("explain", str(micro_yaml))
+    text = jaxrl("explain", str(micro_yaml), "--verbose")
     for heading in ("one step, in order", "experience after a step", "sizes", "compiled programs"):
         assert heading in text
 
@@ -280,7 +281,7 @@ def test_a_run_may_lie_in_a_directory_of_any_name(refused, finished_run, tmp_pat
     for name in ("rate=0.1", "7", "null", "a: b"):
         Path(name).symlink_to(finished_run.directory)
         said = refused("train", "--resume", name, "training.learning_rate=0.1")
-        assert f"run {name} was written with config hash" in said
+        assert f"run {name} was started with another config: training.learning_rate (0.003, now 0.1)" in said
 
 
 def test_the_traceback_is_shown_where_it_is_asked_for(tmp_path):
@@ -294,6 +295,73 @@ def test_usage_is_explained(arguments, capsys):
         cli.main(arguments)
     assert exit_.value.code == 2
     assert "usage: jaxrl" in capsys.readouterr().err
+
+
+def test_every_argument_is_described_and_every_command_has_two_examples():
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        for action in command._actions:
+            assert action.help, f"{name}: {action.dest}"
+        assert (command.epilog or "").count(f"  jaxrl {name}") >= 2, name
+
+
+@pytest.mark.slow
+def test_lists_and_wrong_names_need_no_jax(tmp_path):
+    code = (
+        "import sys; from jaxrl_llm.cli import main; status = main(sys.argv[1:]); "
+        "sys.exit(9 if any(n in sys.modules for n in ('jax', 'tensorflow_datasets')) else status)"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+
+    def run(*words):
+        done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    assert [run("tasks")[0], run("methods")[0]] == [9, 9]  # made once
+    assert [run("tasks")[0], run("methods")[0], run("methods", "--functions")[0]] == [0, 0, 0]
+    for words, said in (
+        (("tasks", "adition"), "did you mean 'addition'?"),
+        (("methods", "grppo"), "did you mean 'grpo'?"),
+        (("train", "grppo"), "there is no recipe 'grppo'; did you mean 'grpo'?"),
+        (("explain", "configs/dmeo.yaml"), "did you mean configs/demo.yaml?"),
+        (("plan", "qqqq", "--topology", "cpu:8"), "there is no recipe 'qqqq'; known: aepo, "),
+    ):
+        status, err = run(*words)
+        assert status == 2, err
+        assert said in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "demo", "training.steps=3", "--topology", "cpu:8", "--estimate"],
+        ["plan", "demo", "--topology", "cpu:8", "training.steps=3", "--estimate"],
+        ["plan", "--topology", "cpu:8", "--estimate", "demo", "training.steps=3"],
+    ],
+)
+def test_overrides_stand_anywhere(words, monkeypatch, capsys):
+    seen = []
+
+    def planned(config, topology, **_):
+        seen.append((config.name, config.training.steps, topology))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("jaxrl_llm.commands.previews.plan", planned)
+    assert cli.main(words) == 2
+    assert seen == [("demo", 3, "cpu:8")]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--nowhere"])
+    with pytest.raises(SystemExit):
+        cli.main(["tasks", "addition", "a=1"])
+
+
+def test_explain_fits_a_screen(jaxrl, micro_yaml, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = jaxrl("explain", str(micro_yaml))
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("clipped_surrogate", "running_mean_baseline", "sequences per step 16", "--verbose"):
+        assert word in " ".join(text.split())
 
 
 def test_the_command_is_light_until_it_needs_jax():

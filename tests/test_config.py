@@ -13,13 +13,14 @@ import pytest
 import yaml
 
 from jaxrl_llm.config import (
-    FREE,
     ConfigError,
     NetworkConfig,
     as_tree,
+    differences,
     load_config,
     numeric_tree,
     parse_config,
+    placement_tree,
     read_tree,
 )
 from jaxrl_llm.config.parsing import _assign
@@ -162,9 +163,13 @@ def test_an_override_does_not_change_the_tree_it_is_applied_to(micro_config, par
         ("training.prompts_per_step=0", r"training\.prompts_per_step is 0; it must be at least 1"),
         ("training.learning_rate=-1", r"training\.learning_rate is -1.*; it must be at least 0"),
         ("evaluation.k=[1, 9]", r"evaluation\.k is \[1, 9\], but evaluation\.samples_per_problem is 4"),
-        ("evaluation.k=[0]", r"evaluation\.k is \[0\]"),
+        ("evaluation.k=[0]", r"evaluation\.k is \[0\]; its numbers must be at least 1"),
         ("checkpoints.keep=0", r"checkpoints\.keep is 0"),
         ("about.certainty=certain", "about.certainty is 'certain'"),
+        (
+            "data.prompt_format='Q: {body}'",
+            "data.prompt_format is 'Q: {body}', but the prompts of a model .* by its shape",
+        ),
         ("training.steps", "override 'training.steps' is not an assignment; write section.key=value"),
         ("=3", "override '=3' is not an assignment"),
         ("name.first=3", "goes through 'name', which is not a section"),
@@ -248,6 +253,12 @@ def test_files_that_are_no_configs_are_refused(tmp_path, name, message):
         "checkpoints.keep=9",
         "about.paper=Somebody",
         "training.steps=1000",
+        "mesh={fsdp: 1}",
+        "training.remat=full",
+        "training.offload=[optimizer]",
+        "training.sequences_per_microbatch=8",
+        "rollout.slots=4",
+        "evaluation.sequences_per_batch=50",
     ],
 )
 def test_what_decides_no_number_is_not_hashed(parsed, override):
@@ -289,7 +300,7 @@ def fields_that_decide(value, prefix=""):
     decide, free = set(), set()
     for one in dataclasses.fields(value):
         held, name = getattr(value, one.name), f"{prefix}{one.name}"
-        if one.metadata == FREE:
+        if not one.metadata.get("decides_numbers", True):
             free.add(name)
         elif dataclasses.is_dataclass(held):
             inner = fields_that_decide(held, f"{name}.")
@@ -322,6 +333,39 @@ def test_the_hash_covers_exactly_the_fields_that_are_not_free(parsed):
     assert {"rollout.engine.reload_every_steps", "networks.value.learning_rate", "lora.rank", "seed"} <= decide
     # More steps may be added where no schedule depends on their number.
     assert "steps" not in numeric_tree(parsed())["training"]
+
+
+def test_placement_is_kept_apart(parsed):
+    moved = parsed("mesh={fsdp: 2, rules: {mlp: [fsdp]}}", "training.remat=full", "training.learning_rate=0.1")
+    assert differences(placement_tree(parsed()), placement_tree(moved)) == [
+        "training.remat ('none', now 'full')",
+        "mesh.fsdp (None, now 2)",
+        "mesh.rules.mlp (None, now ['fsdp'])",
+    ]
+
+
+def test_what_two_configs_differ_in_is_named(parsed):
+    old = parsed("stages=[{name: a, training: {steps: 1}}]")
+    changes = ("seed=1", "rewards=[exact_answer]", "lora={rank: 1, alpha: 1}")
+    found = differences(numeric_tree(old), numeric_tree(parsed("stages=[{name: a, training: {steps: 2}}]", *changes)))
+    assert "stages.0.training.steps (1, now 2)" in found
+    assert "seed (0, now 1)" in found
+    assert [each.partition(" ")[0] for each in found] == ["rewards", "seed", "lora", "stages.0.training.steps"]
+
+
+@pytest.mark.parametrize(
+    ("written", "path", "step"),
+    [
+        ("runs/demo", "runs/demo", None),
+        ("runs/demo@120", "runs/demo", 120),
+        ("{path: runs/demo@120}", "runs/demo@120", None),
+        ("me@home/demo", "me@home/demo", None),
+        ("{path: runs/demo, step: 3, optimizer: true}", "runs/demo", 3),
+    ],
+)
+def test_a_run_branches_off_another(parsed, written, path, step):
+    branch = parsed(f"init_from={written}").init_from
+    assert (branch.path, branch.step, branch.optimizer) == (path, step, "optimizer" in written)
 
 
 # ---- spellings ------------------------------------------------------------------------------------------------------
@@ -492,7 +536,7 @@ def test_a_run_lies_where_it_says_or_under_its_name(parsed):
         ("model.vocabulary_size=10", r"model\.vocabulary_size is 10, but the tokenizer has 100 tokens"),
         ("training.minibatches_per_epoch=3", "minibatches_per_epoch is 3, which does not divide"),
         ("training.sequences_per_microbatch=3", "sequences_per_microbatch is 3, which does not divide the 8 sequences"),
-        ("rollout.temperature=0", "rollout.temperature is 0.*; training samples need a temperature above 0"),
+        ("rollout.temperature=0", "rollout.temperature is 0.0; it must be above 0"),
         ("mesh.devices=99", "mesh.devices is 99, but this process sees"),
         ("mesh.tensor=3", r"mesh.tensor 3 is 3, but there are \d+ devices; choose sizes whose product is"),
         ("mesh.rules={mpl: []}", "mesh.rules names 'mpl', which is no axis of an array; did you mean mlp"),

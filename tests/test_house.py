@@ -22,35 +22,38 @@ MOST_CODE = 80  # lines of a function without blanks, comments and docstrings
 
 ARITHMETIC = ("advantages", "losses", "rewards", "schedules", "selection")
 FIELDS = {"experience", "fields", "rows", "signatures", "terms"}
-METHODS = {*FIELDS, "statistics", *ARITHMETIC}
+METHODS = {*FIELDS, "ranges", "statistics", *ARITHMETIC}
 # What each room may import; its own modules always. In the order of the flow: nobody imports what stands below.
 MAY_IMPORT: dict[str, set[str]] = {
     "experience": set(),
-    "fields": {"experience"},
+    "shipped": set(),
+    "fields": {"experience", "shipped"},
     "signatures": {"experience", "fields"},
     "terms": {"experience", "fields", "signatures"},
     "rows": {"experience", "fields"},
+    "ranges": set(),
     "statistics": set(),
     "compilation_cache": set(),
     "allocator": set(),
     "parallel": set(),
-    **{room: {"experience", "statistics"} for room in ARITHMETIC},
-    "data": {"experience"},
-    "hub": {"data"},
-    "models": {"experience", "parallel"},
-    "rollout": {*FIELDS, "data", "models", "parallel", "rewards", "selection"},
-    "evaluation": {*FIELDS, "data", "models", "parallel", "rewards", "rollout"},
+    **{room: {"experience", "ranges", "statistics"} for room in ARITHMETIC},
+    "data": {"experience", "ranges"},
+    "models": {"experience", "parallel", "ranges"},
+    "hub": {"data", "models"},
+    "rollout": {*FIELDS, "data", "models", "parallel", "ranges", "rewards", "selection"},
+    "evaluation": {*FIELDS, "ranges", "data", "models", "parallel", "rewards", "rollout"},
     "reporting": {"compilation_cache", "evaluation"},
-    "config": {"models", "parallel", "rollout"},
+    "config": {"models", "parallel", "ranges", "rollout"},
     "training": {*METHODS, "data", "models", "parallel", "rollout"},
     "run": {*METHODS, "config", "data", "evaluation", "hub", "models", "parallel", "reporting", "rollout", "training"},
     "planning": {*METHODS, "config", "models", "parallel", "rollout", "run", "training"},
-    "catalogue": {*METHODS, "config", "run", "training"},
+    "catalogue": {*METHODS, "config", "run", "shipped", "training"},
 }
 ENTRANCES = {"cli", "commands", "__main__"}  # import everything, and only each other imports them
 
 # (module, room that it imports): why.
 OTHER_IMPORTS = {
+    ("rewards.verifiers.latex_answers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.numbers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.text_answers", "data"): "reads text on the host, with the grammar of the task",
 }

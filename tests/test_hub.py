@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 
 import huggingface_hub
 import pytest
 
 from jaxrl_llm.hub import model_directory
 
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 9,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
-def model(directory):
+
+def model(directory, **config):
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text("{}")
+    (directory / "config.json").write_text(json.dumps(CONFIG | config))
     return directory
 
 
@@ -39,7 +49,8 @@ def test_a_local_directory_is_never_looked_up(tmp_path, asked, monkeypatch):
 def test_a_repository_is_downloaded_without_pickles(tmp_path, asked):
     found = model_directory("owner/name-1.5B", revision="abc", cache_dir=tmp_path / "cache")
     assert found == tmp_path / "snapshot"
-    ((name, options),) = asked
+    (_, first), (name, options) = asked
+    assert not any(fnmatch.fnmatch("model.safetensors", pattern) for pattern in first["allow_patterns"])
     assert (name, options["revision"], options["cache_dir"]) == ("owner/name-1.5B", "abc", tmp_path / "cache")
 
     def fetched(file):
@@ -50,6 +61,27 @@ def test_a_repository_is_downloaded_without_pickles(tmp_path, asked):
     assert all(map(fetched, [*wanted, "generation_config.json", "chat_template.jinja"]))
     unwanted = ["pytorch_model.bin", "model.pt", "weights.pth", "x.pkl", "code.py", "consolidated.safetensors"]
     assert not any(map(fetched, [*unwanted, "original/model.safetensors", "README.md"]))
+
+
+@pytest.mark.parametrize(
+    "config", [{"architectures": ["GPT2LMHeadModel"]}, {"quantization_config": {"bits": 4}}, {"hidden_act": "relu"}]
+)
+def test_what_is_not_supported_is_refused_before_weights_are_downloaded(tmp_path, monkeypatch, config):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.extend(options["allow_patterns"])
+        return str(model(tmp_path / "snapshot", **config))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        ValueError, match=r"'owner/name' is not supported, and no weights were downloaded: config\.json"
+    ):
+        model_directory("owner/name")
+    assert asked
+    assert not any("safetensors" in pattern for pattern in asked)
+    # A plan needs the sizes alone, and whoever reads them refuses them.
+    assert model_directory("owner/name", weights=False)
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./x", "~/no/such/model", "name", "a/b/c", "owner/", "../name"])

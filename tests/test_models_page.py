@@ -14,7 +14,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxrl_llm.models import FAMILIES, TransformerConfig, save_model, transformer
+from jaxrl_llm.models import FAMILIES, TransformerConfig, config_from_json, save_model, transformer
+from jaxrl_llm.models.families import VISION_LANGUAGE
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "models.md").read_text()
@@ -65,9 +66,34 @@ def test_the_pages_python_runs_as_it_stands(checkpoint, capsys):
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= {file.name for file in scope["files"]}
 
 
-def test_the_page_names_every_family():
-    assert set(re.findall(r"`(\w+ForCausalLM)`", PAGE)) == set(FAMILIES)
+@pytest.fixture(scope="module")
+def reference():
+    sys.path.insert(0, str(DOCS))
+    try:
+        spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(DOCS))
+
+
+def test_the_page_names_every_family(reference):
+    assert reference.models_page() == PAGE, "the tables of docs/models.md are stale; run python docs/build.py"
+    named = set(re.findall(r"`(\w+For(?:CausalLM|ConditionalGeneration))`", PAGE))
+    assert named == {*FAMILIES, *VISION_LANGUAGE}
     assert all((DOCS / target).is_file() for target in re.findall(r"\]\(([\w/.]+)\)", PAGE))
+
+
+def test_what_the_page_says_is_refused_is_refused(reference):
+    sizes = dict(vocab_size=9, hidden_size=64, intermediate_size=8, num_hidden_layers=4, num_attention_heads=32)
+    for architecture, fields, _ in reference.REFUSED_MODELS:
+        good = sizes | {"architectures": [architecture]}
+        assert config_from_json(good).layers == 4
+        (value,) = fields.values()
+        shown = re.escape(str(next(iter(value.values())) if isinstance(value, dict) else value).strip("[]"))
+        with pytest.raises(ValueError, match=rf"config\.json .*{shown}"):
+            config_from_json(good | fields)
 
 
 @pytest.mark.slow

@@ -46,8 +46,10 @@ from jaxrl_llm.advantages.value_based.gae import (
     reinforce_plus_plus,
 )
 from jaxrl_llm.advantages.value_based.twin_critic import soft_minimum, twin_baseline_normalized
+from jaxrl_llm.experience import Method
 
 __all__ = [
+    "Method",
     "answer_entropy",
     "batch_normalized_accuracy",
     "beta_normalized",

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxrl_llm.catalogue import recipe_path
 from jaxrl_llm.config import Config, ConfigError, load_config
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.shipped import config_path
 
 
 def loaded_config(words: Sequence[str]) -> Config:
@@ -19,9 +19,7 @@ def loaded_config(words: Sequence[str]) -> Config:
     """
     if not words or ("=" in words[0] and not Path(words[0]).is_file()):
         raise ConfigError("no config given; write jaxrl train CONFIG.yaml [section.key=value ...], or --resume RUN")
-    # A bare word is the name of a shipped recipe.
-    path = recipe_path(words[0]) if words[0].isidentifier() and not Path(words[0]).exists() else words[0]
-    return load_config(path, words[1:], vocabulary_size=CharacterTokenizer().vocabulary_size)
+    return load_config(config_path(words[0]), words[1:], vocabulary_size=CharacterTokenizer().vocabulary_size)
 
 
 def require_positive(options: argparse.Namespace, *names: str) -> None:

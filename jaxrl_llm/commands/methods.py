@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from jaxrl_llm import catalogue
 from jaxrl_llm.commands.tables import plain, show_columns
+from jaxrl_llm.shipped import kept, nearest
 
 
 def show_methods(options: argparse.Namespace) -> None:
@@ -24,35 +26,71 @@ def show_methods(options: argparse.Namespace) -> None:
     if functions and given:
         raise ValueError(f"--{given[0]} chooses among recipes; leave out {'--room' if options.room else '--functions'}")
     if options.name is not None:
-        recipe = not functions and catalogue.is_recipe(options.name)
-        if recipe:
-            entry = catalogue.described_recipe(options.name)
-        else:
-            entry = catalogue.described(options.name) | {"recipes": catalogue.recipes_with(options.name)}
+        known = kept("methods", _methods)
+        recipe = not functions and options.name in (entry["name"] for entry in known["recipes"])
+        if options.name not in (names := {entry["name"] for part in known.values() for entry in part}):
+            raise ValueError(f"there is no method {options.name!r}; {nearest(options.name, names)}")
+        entry = kept(f"method {options.name} {recipe}", lambda: _described(options.name, recipe=recipe))
         if options.json:
-            print(json.dumps(entry, indent=2, default=str))
+            print(json.dumps(entry, indent=2))
         elif recipe:
-            _show_recipe(entry, also_function=options.name in {e["name"] for e in catalogue.methods()})
+            _show_recipe(entry, also_function=options.name in (entry["name"] for entry in known["functions"]))
         else:
             _show_function(entry)
         return
     if functions:
         rows = [
             {key: entry[key] for key in ("name", "room", "reference", "needs", "certainty")}
-            for entry in catalogue.methods()
+            for entry in kept("methods", _methods)["functions"]
             if options.room in (None, entry["room"]) and options.certainty in (None, entry["certainty"])
         ]
     else:
         chosen["need"] = chosen.pop("needs")
-        rows = catalogue.selected(catalogue.recipes(), certainty=options.certainty, **chosen)
+        found = kept("methods", _methods)["recipes"]
+        if given or options.certainty:
+            from jaxrl_llm.catalogue import selected
+
+            found = selected(found, certainty=options.certainty, **chosen)
+        rows = found
     if options.json:
         print(json.dumps(rows, indent=2))
     elif functions:
         show_columns(rows, "functions; jaxrl methods NAME shows one whole")
     else:
         keys = ("name", "paper", "arxiv", "stage", "needs", "certainty")
-        rows = [{key: row[key] for key in keys} | {"needs": catalogue.shortened(row["needs"])} for row in rows]
+        rows = [{key: row[key] for key in keys} | {"needs": _shortened(row["needs"])} for row in rows]
         show_columns(rows, "recipes; jaxrl methods NAME shows one whole, jaxrl train NAME trains with it")
+
+
+def _methods() -> dict[str, Any]:
+    from jaxrl_llm import catalogue  # all methods, and jax: what it finds is kept
+
+    return {"recipes": catalogue.recipes(), "functions": catalogue.methods()}
+
+
+def _described(name: str, *, recipe: bool) -> dict[str, Any]:
+    from jaxrl_llm import catalogue
+
+    if recipe:
+        return catalogue.described_recipe(name)
+    return catalogue.described(name) | {"recipes": catalogue.recipes_with(name)}
+
+
+def _shortened(needs: Sequence[str]) -> list[str]:
+    """Needs in fewer letters, for tables.
+
+    >>> _shortened(["value model", "demonstrations", "memory"])
+    ['value', 'demos', 'memory']
+    """
+    words = {
+        "reference": "ref",
+        "vocabulary": "vocab",
+        "token reward model": "token reward",
+        "meta-gradient": "meta",
+        "demonstrations": "demos",
+    }
+    ends = " (model|states|answers|samples?|scores)$"
+    return [words.get(need) or re.sub(ends, "", need) for need in needs]
 
 
 def _show_recipe(entry: dict[str, Any], *, also_function: bool) -> None:

@@ -16,6 +16,7 @@ from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.evaluation import make_score
 from jaxrl_llm.models import attention_path, load_model, parameter_count, save_imported, save_model
 from jaxrl_llm.models.checkpoint_files import read_json
+from jaxrl_llm.models.families import is_vision_language
 from jaxrl_llm.models.transformer_config import Precision
 from jaxrl_llm.run.restored import restored_policy, restored_run
 
@@ -56,9 +57,11 @@ def import_model(directory: str, out: str | None, *, dtype: str | None = None) -
     tokenizer = data.load_tokenizer(found)
     data.require_embedding(tokenizer, model.vocabulary_size)
     config = model.config
+    described = read_json(found / "config.json")
     report: dict[str, Any] = {
         "model": str(found),
-        "architecture": ", ".join(read_json(found / "config.json").get("architectures") or ["unknown"]),
+        "architecture": ", ".join(described.get("architectures") or ["unknown"]),
+        "reads": "text alone; images are not read" if is_vision_language(described) else "text",
         "parameters": parameter_count(model.specs),
         "layers": config.layers,
         "width": config.width,
@@ -106,6 +109,7 @@ def score_file(path: str, file: str, *, temperature: float, batch: int, dtype: s
     policy = restored_policy(path, dtype=dtype)
     lines = json_objects(Path(file), "--file")
     texts = [_tokens(policy.tokenizer, line, where) for where, line in lines]
+    policy = policy.for_context(max((len(prompt) + len(completion) for prompt, completion in texts), default=0))
     logprobs = make_score(policy.model, temperature=temperature, sequences_per_batch=batch)(policy.params, texts)
     return [
         {"tokens": list(completion), "logprobs": values, "total": sum(values), "prompt_tokens": list(prompt)}

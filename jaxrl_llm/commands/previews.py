@@ -7,25 +7,31 @@ import json
 import sys
 
 from rich.console import Console
+from rich.text import Text
 
 from jaxrl_llm.commands.arguments import loaded_config
 from jaxrl_llm.commands.tables import show
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.planning.plan_tables import tables
 from jaxrl_llm.planning.run_plan import plan, refusal
-from jaxrl_llm.run.explain import explanation
-from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.explain import abstract_inputs, explanation, sizes, stages, trace
+from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 
 
 def show_step(options: argparse.Namespace) -> None:
     """The composed step of a config; of several stages, that of the last one."""
     enable_compilation_cache()
-    result = explanation(parts(last_stage(loaded_config(options.config))))
+    built = parts(last_stage(loaded_config(options.config)))
+    if not options.json and not options.verbose:
+        _show_outline(options, built)
+        return
+    result = explanation(built)
     if options.json:
         print(json.dumps(result, indent=2))
         return
-    show(options, result["stages"], "one step, in order ([x] is used when something provides it)")
+    title = "one step, in order ([x] is used when something provides it)"
+    show(options, result["stages"], title, spare=("where", "needs"))
     show(options, result["hyper_parameters"], "hyper-parameters")
     show(options, [{"field": k, "shape": v} for k, v in result["shapes"].items()], "experience after a step")
     show(options, [{"size": k, "value": f"{v:,}"} for k, v in result["sizes"].items()], "sizes")
@@ -41,6 +47,23 @@ def show_step(options: argparse.Namespace) -> None:
         for program in result["programs"]
     ]
     show(options, programs, "compiled programs (XLA's cost model; a loop body is counted once)")
+
+
+def _show_outline(options: argparse.Namespace, built: Parts) -> None:
+    """What fits a screen: functions in order, and sizes. Nothing is compiled."""
+    trace(built)  # what cannot work is told here too
+    rows = [
+        {key: "rows" if (key, row["stage"]) == ("provides", "collect") else row[key] for key in keys}
+        for keys in [("stage", "name", "provides", "where")]
+        for row in stages(built.step.composition)
+    ]
+    show(options, rows, "one step, in order", spare=("where",))
+    found = [f"{name.replace('_', ' ')} {value:,}" for name, value in sizes(built, abstract_inputs(built)[0]).items()]
+    console = Console()
+    console.print(Text(f"\n{'; '.join(found)}"))
+    console.print(
+        Text("--verbose shows what each needs, hyper-parameters, shapes, and the work of programs", style="dim")
+    )
 
 
 def show_plan(options: argparse.Namespace) -> int:
@@ -60,7 +83,12 @@ def show_plan(options: argparse.Namespace) -> int:
         if result["note"]:
             print(f"note: {result['note']}\n")
         for title, rows in tables(result):
-            show(options, rows, title)
+            show(
+                options,
+                rows,
+                title,
+                spare=("of it", "from", "kernels", "traffic GB", "sent GB", "temporaries", "state"),
+            )
         print(f"about {result['step_seconds']:,.1f} s a step at the peak rates of the machine")
     if (problem := refusal(result)) is not None:
         print(f"error: {problem}", file=sys.stderr)

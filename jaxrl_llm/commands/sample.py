@@ -82,6 +82,8 @@ def sample(options: argparse.Namespace) -> None:
     policy = restored_policy(options.path, chat=options.chat)
     limits = _limits(policy, options.max_tokens)
     requests = [_request(policy, limits, where, line, chat=options.chat) for where, line in lines]
+    longest = max((len(request.ids) for request in requests), default=limits.prompt)
+    policy = policy.for_context(longest + limits.completion)
     drawn = make_drawn(policy, limits, options)
     if talks:
         _converse(policy, limits, drawn, options.samples)

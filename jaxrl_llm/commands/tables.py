@@ -14,18 +14,43 @@ from rich.table import Table
 from rich.text import Text
 
 
-def show(options: argparse.Namespace, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """A table, or JSON where it was asked for."""
+def show(options: argparse.Namespace, rows: Sequence[dict[str, Any]], title: str, *, spare: Sequence[str] = ()) -> None:
+    """A table in which no word is broken that fits the screen, or JSON where it was asked for.
+
+    Args:
+      options: of the command; `wide` shows all columns, each row on one line.
+      rows: with the same keys.
+      title: above the table.
+      spare: keys of columns that are left out, the first one first, where the screen is too narrow for all.
+    """
     if options.json:
         print(json.dumps(rows, indent=2, default=str))
         return
-    table = Table(title=Text(title), title_justify="left")
-    for name in rows[0] if rows else ():
-        # A name is for copying, so it is never broken.
-        table.add_column(name, overflow="fold", no_wrap=name == "name")
-    for row in rows:
-        table.add_row(*(Text(plain(value)) for value in row.values()))
-    Console().print(table)
+    console, wide = Console(), getattr(options, "wide", False)
+    if not rows:
+        console.print(Text(f"{title}: none"))
+        return
+    cells = [{key: plain(value) for key, value in row.items()} for row in rows]
+    left_out = []
+    for key in () if wide else spare:
+        if sum(_longest_words(cells).values()) + 2 * len(cells[0]) > console.width:
+            left_out.append(key)
+            cells = [{name: value for name, value in row.items() if name != key} for row in cells]
+    if wide:
+        widths = {key: max(len(row[key]) for row in [*cells, {key: key}]) for key in cells[0]}
+        console = Console(width=max(console.width, sum(widths.values()) + 2 * len(widths)))
+    console.print(_table(cells, title, console.width))
+    if left_out:
+        console.print(Text(f"left out for want of room: {', '.join(left_out)} (--wide shows all)", style="dim"))
+
+
+def _table(cells: Sequence[dict[str, str]], title: str, width: int) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for key, size in _widths(cells, width).items():
+        table.add_column(key, width=size, overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row.values()))
+    return table
 
 
 def show_report(options: argparse.Namespace, report: dict[str, Any], title: str) -> None:
@@ -49,12 +74,7 @@ def show_columns(rows: Sequence[dict[str, Any]], title: str) -> None:
                 row["paper"] += f"\n{number}"
             if room := row.pop("room", ""):
                 row["name"] += f"\n({room})"
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for key, width in _widths(cells, console.width).items():
-        table.add_column(key, width=width, overflow="fold")
-    for row in cells:
-        table.add_row(*map(Text, row.values()))
-    console.print(table)
+    console.print(_table(cells, title, console.width))
 
 
 def _cut(word: str, width: int) -> str:
@@ -73,10 +93,16 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+def _longest_words(cells: Sequence[dict[str, str]]) -> dict[str, int]:
+    """Letters of the longest word of each column."""
+    keys = list(cells[0]) if cells else []
+    return {key: max(len(word) for row in cells for word in [*row[key].split(), key]) for key in keys}
+
+
 def _widths(cells: Sequence[dict[str, str]], total: int) -> dict[str, int]:
     """Each column as wide as its longest word, and what is left to those that need the least to fit whole."""
     keys = list(cells[0]) if cells else []
-    widths = {key: max(len(word) for row in cells for word in [*row[key].split(), key]) for key in keys}
+    widths = _longest_words(cells)
     whole = {key: max(len(line) for row in cells for line in [*row[key].split("\n"), key]) for key in keys}
     left = total - sum(widths.values()) - 2 * len(keys)
     for key in sorted(keys, key=lambda key: whole[key] - widths[key]):

@@ -1,16 +1,27 @@
 """Configuration: typed frozen dataclasses, read from YAML, with dotted overrides and errors that suggest a remedy."""
 
-from jaxrl_llm.config.errors import FREE, ConfigError
-from jaxrl_llm.config.inputs import DataConfig, ModelConfig, PretrainedConfig, TaskConfig, WarmStartConfig
+from jaxrl_llm.config.errors import FREE, PLACEMENT, ConfigError
+from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, PretrainedConfig, TaskConfig, WarmStartConfig
 from jaxrl_llm.config.method import AdapterConfig, EngineConfig, NetworkConfig, RolloutConfig, TrainingConfig
 from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
-from jaxrl_llm.config.parsing import as_tree, load_config, numeric_tree, parse_config, read_tree, stage_trees
+from jaxrl_llm.config.parsing import (
+    as_tree,
+    differences,
+    load_config,
+    numeric_tree,
+    parse_config,
+    placement_tree,
+    read_tree,
+    stage_trees,
+)
 from jaxrl_llm.config.whole import Config
 
 __all__ = [
     "FREE",
+    "PLACEMENT",
     "AboutConfig",
     "AdapterConfig",
+    "BranchConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -27,9 +38,11 @@ __all__ = [
     "TrainingConfig",
     "WarmStartConfig",
     "as_tree",
+    "differences",
     "load_config",
     "numeric_tree",
     "parse_config",
+    "placement_tree",
     "read_tree",
     "stage_trees",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names the field, the value and the remedy."""
@@ -11,10 +9,5 @@ class ConfigError(ValueError):
 
 # Of a field that decides no number of a run: it may be another when the run is resumed.
 FREE = {"decides_numbers": False}
-
-
-def at_least(owner: str, config: Any, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"{owner}.{name} is {value}; it must be at least {minimum}")
+# Of a field that says where and in which pieces a number is computed: the order of sums may change, and no more.
+PLACEMENT = {"decides_numbers": False, "placement": True}

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from jaxrl_llm.config.errors import FREE, at_least
+from jaxrl_llm.config.errors import FREE
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.transformer_config import LayerLoop, Precision, TransformerConfig
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, require_ranges
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class TaskConfig:
     name: str
     levels: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    train_items: int = 8192
-    validation_items: int = 256
-    test_items: int = 512
-    seed: int = 0
+    train_items: Count = 8192
+    validation_items: Count = 256
+    test_items: Count = 512
+    seed: Natural = 0
 
     def __post_init__(self):
-        at_least("task", self, 1, "train_items", "validation_items", "test_items")
+        require_ranges(self, "task")
         if not self.levels:
             raise ValueError("task.levels is empty; name at least one level")
 
@@ -112,6 +113,25 @@ class PretrainedConfig:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class BranchConfig:
+    """Another run whose policy a run starts from, whatever its model is: adapters are merged where this run has others.
+
+    Attributes:
+      path: directory of the run, or of one of its checkpoints.
+      step: of the checkpoint; None takes the newest. `RUN@step` is short for both.
+      optimizer: the optimiser's moments are taken along, and its count of updates with them, which schedules read; the
+        optimiser must be the same.
+    """
+
+    path: str
+    step: Natural | None = None
+    optimizer: bool = False
+
+    def __post_init__(self):
+        require_ranges(self, "init_from")
+
+
 def model_kind(value: Any) -> str:
     path = value.get("path") if isinstance(value, Mapping) else isinstance(value, PretrainedConfig)
     return "checkpoint" if path else "shape"
@@ -137,16 +157,15 @@ class WarmStartConfig:
       stop_at_accuracy: stop at the first probe that reaches it; None runs all steps.
     """
 
-    steps: int = 0
-    sequences_per_step: int = 64
-    learning_rate: float = 1e-3
-    warmup_steps: int = 20
-    probe_every_steps: int = 0
-    stop_at_accuracy: float | None = None
+    steps: Natural = 0
+    sequences_per_step: Count = 64
+    learning_rate: NonNegative = 1e-3
+    warmup_steps: Natural = 20
+    probe_every_steps: Natural = 0
+    stop_at_accuracy: Share | None = None
 
     def __post_init__(self):
-        at_least("warm_start", self, 0, "steps", "warmup_steps", "probe_every_steps")
-        at_least("warm_start", self, 1, "sequences_per_step")
+        require_ranges(self, "warm_start")
         if self.stop_at_accuracy is not None and not self.probe_every_steps:
             raise ValueError(
                 f"warm_start.stop_at_accuracy is {self.stop_at_accuracy}, but warm_start.probe_every_steps is 0, so "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxrl_llm.config.errors import FREE, at_least
+from jaxrl_llm.config.errors import FREE, PLACEMENT
 from jaxrl_llm.models.lora import LoraConfig
 from jaxrl_llm.models.transformer_config import Precision, Rematerialisation
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Share, ShareBelowOne, require_ranges
 from jaxrl_llm.rollout.controls import Controls
 
 
@@ -35,23 +36,22 @@ class EngineConfig:
 
     url: str = field(metadata=FREE)
     model: str = field(metadata=FREE)
-    timeout_s: float = field(default=600.0, metadata=FREE)
-    concurrency: int = field(default=64, metadata=FREE)
-    retries: int = field(default=3, metadata=FREE)
+    timeout_s: Positive = field(default=600.0, metadata=FREE)
+    concurrency: Count = field(default=64, metadata=FREE)
+    retries: Natural = field(default=3, metadata=FREE)
     api_key_variable: str | None = field(default=None, metadata=FREE)
     request: dict[str, Any] = field(default_factory=dict)
-    probe_prompts: int = field(default=8, metadata=FREE)
-    probe_bound: float = field(default=0.05, metadata=FREE)
-    probe_largest_bound: float = field(default=1.0, metadata=FREE)
+    probe_prompts: Count = field(default=8, metadata=FREE)
+    probe_bound: NonNegative = field(default=0.05, metadata=FREE)
+    probe_largest_bound: NonNegative = field(default=1.0, metadata=FREE)
     weights_directory: str | None = field(default=None, metadata=FREE)
     reload_path: str | None = field(default=None, metadata=FREE)
     reload_body: dict[str, Any] = field(default_factory=lambda: {"model_path": "{directory}"}, metadata=FREE)
     reload_then: tuple[str, ...] = field(default=(), metadata=FREE)
-    reload_every_steps: int = 1
+    reload_every_steps: Natural = 1
 
     def __post_init__(self):
-        at_least("rollout.engine", self, 1, "concurrency", "probe_prompts")
-        at_least("rollout.engine", self, 0, "retries", "reload_every_steps", "probe_bound", "probe_largest_bound")
+        require_ranges(self, "rollout.engine")
         for name in ("weights_directory", "reload_path"):
             if self.reload_every_steps and getattr(self, name) is None:
                 raise ValueError(
@@ -89,23 +89,23 @@ class RolloutConfig:
         it.
     """
 
-    samples_per_prompt: int = 8
-    max_prompt_tokens: int = 32
+    samples_per_prompt: Count = 8
+    max_prompt_tokens: Count = 32
     prompt_buckets: bool | tuple[int, ...] = False
-    max_completion_tokens: int = 64
-    temperature: float = 1.0
+    max_completion_tokens: Count = 64
+    temperature: Positive = 1.0
     plan: tuple[Any, ...] = ()
     replay_router: bool = False
     engine: EngineConfig | None = None
-    slots: int | None = None
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
+    slots: Count | None = field(default=None, metadata=PLACEMENT)
+    top_k: Count | None = None
+    top_p: PositiveShare = 1.0
+    min_p: Share = 0.0
     renormalised: bool = False
     off_policy_steps: Literal[0, 1] = 0
 
     def __post_init__(self):
-        at_least("rollout", self, 1, "samples_per_prompt", "max_prompt_tokens", "max_completion_tokens", "slots")
+        require_ranges(self, "rollout")
         if self.truncation is not None and not self.renormalised:
             raise ValueError(
                 "rollout.top_k, top_p or min_p is set, but samples and trainer must have the same support; set "
@@ -157,41 +157,38 @@ class TrainingConfig:
         it), dots (all but matrix products), attention (all but what attention returns), offload_dots (as dots, and the
         products wait in the host's memory).
       offload: what is kept in the host's memory between its uses: optimizer, reference.
-      max_gradient_norm: global norm clip.
+      max_gradient_norm: gradients of a larger global norm are scaled to it; null scales none.
       freeze_policy_steps: first steps in which only other networks learn.
       alignment_every_steps: steps between two measurements of `alignment`, which takes three more gradients; 0 never
         measures it.
     """
 
-    steps: int = 100
-    prompts_per_step: int = 32
-    epochs_per_batch: int = 1
-    minibatches_per_epoch: int = 1
-    sequences_per_microbatch: int | None = None
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0
+    steps: Natural = 100
+    prompts_per_step: Count = 32
+    epochs_per_batch: Count = 1
+    minibatches_per_epoch: Count = 1
+    sequences_per_microbatch: Count | None = field(default=None, metadata=PLACEMENT)
+    learning_rate: NonNegative = 1e-4
+    warmup_steps: Natural = 0
     schedule: Literal["constant", "cosine"] = "constant"
     optimizer: Literal["adamw", "adafactor", "muon", "lion", "sgd"] = "adamw"
-    weight_decay: float = 0.0
-    adam_b1: float = 0.9
-    adam_b2: float = 0.95
+    weight_decay: NonNegative = 0.0
+    adam_b1: ShareBelowOne = 0.9
+    adam_b2: ShareBelowOne = 0.95
     moment_dtype: Precision | None = None
     bfloat16_update: Literal["nearest", "master", "stochastic"] = "nearest"
-    remat: Rematerialisation = "none"
-    offload: tuple[Literal["optimizer", "reference"], ...] = ()
-    max_gradient_norm: float = 1.0
-    freeze_policy_steps: int = 0
-    alignment_every_steps: int = 0
+    remat: Rematerialisation = field(default="none", metadata=PLACEMENT)
+    offload: tuple[Literal["optimizer", "reference"], ...] = field(default=(), metadata=PLACEMENT)
+    max_gradient_norm: Positive | None = 1.0
+    freeze_policy_steps: Natural = 0
+    alignment_every_steps: Natural = 0
 
     def __post_init__(self):
-        at_least("training", self, 0, "steps", "warmup_steps", "learning_rate")
-        at_least("training", self, 0, "freeze_policy_steps", "alignment_every_steps")
+        require_ranges(self, "training")
         if self.optimizer == "adafactor" and self.moment_dtype is not None:
             raise ValueError(
                 f"training.moment_dtype is {self.moment_dtype!r}, but adafactor keeps no first moments; leave it out"
             )
-        at_least("training", self, 1, "prompts_per_step", "epochs_per_batch", "minibatches_per_epoch")
-        at_least("training", self, 1, "sequences_per_microbatch")
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,7 @@ class NetworkConfig:
         learn from its loss too.
       learns: it has an optimiser, AdamW; None says yes for a head that is made from the policy.
       learning_rate: constant.
-      max_gradient_norm: global norm clip.
+      max_gradient_norm: gradients of a larger global norm are scaled to it; null scales none.
       decay: it follows its origin as a moving average that keeps this share at each step.
       copy_every: steps between copies of its origin; 0 never.
       copy_at: steps after which its origin is copied, beside those.
@@ -227,24 +224,18 @@ class NetworkConfig:
     says: Literal["token", "first"] = "token"
     backbone: Literal["own", "shared"] = "own"
     learns: bool | None = None
-    learning_rate: float = 1e-3
-    max_gradient_norm: float = 1.0
-    decay: float | None = None
-    copy_every: int = 0
-    copy_at: tuple[int, ...] = ()
-    temperature: float | None = None
+    learning_rate: NonNegative = 1e-3
+    max_gradient_norm: Positive | None = 1.0
+    decay: Share | None = None
+    copy_every: Natural = 0
+    copy_at: tuple[Count, ...] = ()
+    temperature: Positive | None = None
     always_origin: bool = False
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
 
     def __post_init__(self):
-        at_least("networks", self, 0, "learning_rate", "max_gradient_norm", "copy_every")
-        if self.decay is not None and not 0 <= self.decay <= 1:
-            raise ValueError(
-                f"networks: decay is {self.decay}; it is the share that is kept at each step and must lie in [0, 1]"
-            )
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"networks: temperature is {self.temperature}; it must be above 0")
+        require_ranges(self, "networks.*")
 
 
 @dataclass(frozen=True)

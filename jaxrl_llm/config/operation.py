@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxrl_llm.config.errors import at_least
+from jaxrl_llm.config.errors import PLACEMENT
 from jaxrl_llm.parallel.rules import AXES, changed_rules
+from jaxrl_llm.ranges import Count, Natural, NonNegative, require_ranges
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,17 @@ class EvaluationConfig:
       every_steps: evaluate on the validation split every so many steps; 0 only before and after.
     """
 
-    problems: int = 512
-    samples_per_problem: int = 8
-    k: tuple[int, ...] = (1, 8)
-    temperature: float = 1.0
-    sequences_per_batch: int = 1152
-    every_steps: int = 0
+    problems: Count = 512
+    samples_per_problem: Count = 8
+    k: tuple[Count, ...] = (1, 8)
+    temperature: NonNegative = 1.0
+    sequences_per_batch: Count = field(default=1152, metadata=PLACEMENT)
+    every_steps: Natural = 0
     grader: str | None = None
 
     def __post_init__(self):
-        at_least("evaluation", self, 1, "problems", "samples_per_problem", "sequences_per_batch")
-        at_least("evaluation", self, 0, "every_steps")
-        if not self.k or min(self.k) < 1 or max(self.k) > self.samples_per_problem:
+        require_ranges(self, "evaluation")
+        if not self.k or max(self.k) > self.samples_per_problem:
             raise ValueError(
                 f"evaluation.k is {list(self.k)}, but evaluation.samples_per_problem is {self.samples_per_problem}; "
                 "every k must lie between 1 and the number of samples"
@@ -46,11 +46,11 @@ class EvaluationConfig:
 class CheckpointConfig:
     """How often the whole state is written, and how many are kept."""
 
-    every_steps: int = 20
-    keep: int = 2
+    every_steps: Count = 20
+    keep: Count = 2
 
     def __post_init__(self):
-        at_least("checkpoints", self, 1, "every_steps", "keep")
+        require_ranges(self, "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class ReportingConfig:
     """What is written besides metrics.
 
     Attributes:
-      samples_every_steps: write completions with their rewards every so many steps; 0 never.
+      samples_every_steps: write completions with their rewards every so many steps, and at the first and the last step
+        of a stage; 0 never.
       samples_per_report: completions written each time.
       loggers: where numbers go beside metrics.jsonl: tensorboard, csv, wandb, trackio or mlflow, each with options of
         its own, or `python: module:function`; see `jaxrl_llm.reporting.loggers`.
@@ -66,15 +67,14 @@ class ReportingConfig:
       report: report.html, refreshed during the run and written at its end; None where the extra `report` is installed.
     """
 
-    samples_every_steps: int = 10
-    samples_per_report: int = 8
+    samples_every_steps: Natural = 10
+    samples_per_report: Count = 8
     report: bool | None = None
     loggers: tuple[Any, ...] = ("tensorboard",)
-    samples_shown: int = 0
+    samples_shown: Natural = 0
 
     def __post_init__(self):
-        at_least("reporting", self, 0, "samples_every_steps", "samples_shown")
-        at_least("reporting", self, 1, "samples_per_report")
+        require_ranges(self, "reporting")
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,18 @@ class MeshConfig:
         `expert` do not split; false gathers them for each token.
     """
 
-    devices: int | None = None
-    data: int | None = None
-    fsdp: int | None = None
-    tensor: int | None = None
-    sequence: int | None = None
-    expert: int | None = None
-    slices: int | None = None
+    devices: Count | None = None
+    data: Count | None = None
+    fsdp: Count | None = None
+    tensor: Count | None = None
+    sequence: Count | None = None
+    expert: Count | None = None
+    slices: Count | None = None
     rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gather_for_rollout: bool = True
 
     def __post_init__(self):
-        at_least("mesh", self, 1, "data", "fsdp", "tensor", "sequence", "expert", "slices")
+        require_ranges(self, "mesh")
         changed_rules(self.rules)
 
     @property

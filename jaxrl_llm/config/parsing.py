@@ -37,6 +37,10 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
     values: dict[str, Any] = _copied(tree)
     for override in overrides:
         _assign(values, override)
+    if isinstance(values.get("init_from"), str):
+        path, _, step = values["init_from"].rpartition("@")
+        branch = {"path": path, "step": int(step)} if path and step.isdigit() else {"path": values["init_from"]}
+        values["init_from"] = branch
     if values.get("mesh") == "auto":
         values["mesh"] = {}
     for name in ("source", "stages"):  # one entry needs no list
@@ -227,6 +231,29 @@ def numeric_tree(config: Any) -> dict[str, Any]:
     if config.training.schedule == "constant":
         del tree["training"]["steps"]
     return tree
+
+
+def placement_tree(value: Any) -> dict[str, Any]:
+    """The part of a config that says where and in which pieces numbers are computed, section by section."""
+    found = {}
+    for f in fields(value):
+        held = getattr(value, f.name)
+        if f.metadata.get("placement"):
+            found[f.name] = _copied(asdict(held) if is_dataclass(held) and not isinstance(held, type) else held)
+        elif is_dataclass(held) and not isinstance(held, type) and (inner := placement_tree(held)):
+            found[f.name] = inner
+    return found
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """What two trees differ in, as `key (old value, now new value)`; a whole list counts where its length changed."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = [(name, old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        names = [(str(place), *pair) for place, pair in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [f"{key} ({old!r}, now {new!r})"]
+    return [found for name, a, b in names for found in differences(a, b, f"{key}.{name}" if key else str(name))]
 
 
 def _deciding(value: Any) -> Any:

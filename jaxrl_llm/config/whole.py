@@ -9,19 +9,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.config.errors import FREE
-from jaxrl_llm.config.inputs import DataConfig, ModelConfig, TaskConfig, WarmStartConfig
+from jaxrl_llm.config.errors import FREE, PLACEMENT
+from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, TaskConfig, WarmStartConfig
 from jaxrl_llm.config.method import AdapterConfig, NetworkConfig, RolloutConfig, TrainingConfig
 from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.ranges import Natural, require_ranges
 
 # What a stage cannot have of its own.
-_OF_THE_RUN = ("model", "lora", "mesh", "warm_start", "stages", "run_dir", "checkpoints", "reporting", "about")
+_OF_THE_RUN = (
+    "model",
+    "lora",
+    "mesh",
+    "warm_start",
+    "stages",
+    "init_from",
+    "run_dir",
+    "checkpoints",
+    "reporting",
+    "about",
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Everything but `run_dir` and `reporting` decides the numbers.
+    """A whole run.
+
+    `init_from: RUN` or `RUN@step` starts it from the policy of another run, see `BranchConfig`.
 
     `environment` holds options of the environment that answers the turns of a task such as grid; or
     `python: "module:function"` and the keyword arguments of that function, which is called with the tokenizer and
@@ -34,7 +48,8 @@ class Config:
     rewards: tuple[Any, ...] = ()
     credit: tuple[dict[str, Any], ...] = ()
     task: TaskConfig | None = None
-    seed: int = 0
+    seed: Natural = 0
+    init_from: BranchConfig | None = None
     run_dir: str | None = field(default=None, metadata=FREE)
     about: AboutConfig = field(default=AboutConfig(), metadata=FREE)
     data: DataConfig = field(default_factory=DataConfig)
@@ -50,9 +65,10 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoints: CheckpointConfig = field(default=CheckpointConfig(), metadata=FREE)
     reporting: ReportingConfig = field(default=ReportingConfig(), metadata=FREE)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig, metadata=PLACEMENT)
 
     def __post_init__(self):
+        require_ranges(self, "")
         if "://" in (self.run_dir or ""):
             raise ValueError(
                 f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "
@@ -73,6 +89,11 @@ class Config:
             raise ValueError(
                 f"training.bfloat16_update is {self.training.bfloat16_update!r}, but model.parameter_dtype is "
                 f"{self.model.parameter_dtype!r}; set it to bfloat16, or leave training.bfloat16_update out"
+            )
+        if self.data.prompt_format != "{body}" and isinstance(self.model, TransformerConfig):
+            raise ValueError(
+                f"data.prompt_format is {self.data.prompt_format!r}, but the prompts of a model that is described by "
+                "its shape are the bodies of its problems; set model.path to a checkpoint, or leave it out"
             )
         if self.data.prompts == "chat" and isinstance(self.model, TransformerConfig):
             raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from jaxrl_llm.data.chat import FIXED_DATE, ChatTemplate, require_kept_history, template_source
 from jaxrl_llm.data.extras import imported
 from jaxrl_llm.data.json_files import json_object
-from jaxrl_llm.data.prompts import PLACE, ChatPrompts, PlainPrompts, PromptFormat, require_boundary
+from jaxrl_llm.data.prompts import PLACE, ChatPrompts, PlainPrompts, PromptFormat, require_turn
 from jaxrl_llm.data.token_bytes import token_bytes
 
 
@@ -149,16 +149,16 @@ def with_chat(
       date: what a template that asks for today's date is told.
 
     Raises:
-      ValueError: if there is no template, or it fails a check; see `require_boundary` and `require_kept_history`.
+      ValueError: if there is no template, or it fails a check; see `require_turn` and `require_kept_history`.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the model in {tokenizer.path} has no chat template: there is no chat_template.jinja, and "
-            "tokenizer_config.json has no chat_template; use a plain prompt format, or write the template"
+            f"the model in {tokenizer.path} has no chat template (no chat_template.jinja, and no chat_template in "
+            "tokenizer_config.json), as base models do; set data.prompts to plain, or write the template"
         )
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, options or {}, date)
     prompts = ChatPrompts(template, system_prompt, format, rewritten_history)
-    require_boundary(prompts, tokenizer)
+    require_turn(prompts, tokenizer)
     if several_turns:
         require_kept_history(template)
     return replace(tokenizer, prompts=prompts)

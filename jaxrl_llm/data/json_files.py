@@ -97,7 +97,14 @@ def _parsed_or_error(text: bytes) -> Any:
 
 
 def _parsed(text: bytes) -> Any:
-    return json.loads(text.decode("utf-8-sig"), parse_constant=_refused)
+    value = json.loads(text.decode("utf-8-sig"), parse_constant=_refused)
+    if b"\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = str(error.object)[error.start]
+            raise ValueError(f"it holds {half!r}, half of a surrogate pair, which is no character") from None
+    return value
 
 
 def _refused(name: str) -> NoReturn:

@@ -37,7 +37,8 @@ class Fields:
       prompt: text of the prompt; None where `messages` holds it.
       messages: a conversation of objects with `role` and `content`; a last turn of the assistant is the reference
         completion, everything before it the prompt. None where `prompt` holds the prompt.
-      answer: reference answer, a text or a number; None takes the last turn of the assistant in `messages`.
+      answer: reference answer, a text or a number; None takes the last turn of the assistant in `messages`, and with
+        `prompt` says that there are none. Where no line has a field of the default name there are none either.
       response: reference completion for supervised steps; None where there is none, or `messages` holds it.
       answer_from: where the final answer stands in the answer field: "text" is all of it, "hashes" what stands behind
         `####`, "boxed" what stands in the last box, "marked" what stands behind the last mark of either kind.
@@ -59,8 +60,6 @@ class Fields:
                 f"prompt is {self.prompt!r} and messages is {self.messages!r}; name the field that holds the prompt, "
                 "and set the other to null"
             )
-        if self.answer is None and self.messages is None:
-            raise ValueError("answer is null; name the field that holds the reference answer")
         if self.response is not None and self.messages is not None:
             raise ValueError(
                 f"response is {self.response!r}, but with messages the last turn of the assistant is the reference "
@@ -79,9 +78,9 @@ FORMATS: Mapping[str, Fields] = {
 class JsonlDataSet(Sequence[dict[str, Any]]):
     """Records of one split, read by index as from `DataSet`.
 
-    A record has `item_id` (number of its line, from 0), `body` (text of the prompt), `answer`, `response` (reference
-    completion, "" where there is none), `messages` (the prompt's conversation, where the file has one) and `raw` (the
-    line's object, for rewards that read more).
+    A record has `item_id` (number of its line, from 0), `body` (text of the prompt), `answer` and `response` (reference
+    completion), "" where there is none, `messages` (the prompt's conversation, where the file has one) and `raw` (the
+    line's object, whose fields are columns for rewards).
 
     Attributes:
       path: the file.
@@ -189,7 +188,15 @@ def read_records(
     except OSError as error:
         raise ValueError(f"data file {file} cannot be read: {error.strerror}; give the path of a JSONL file") from error
     records, problems = [], []
-    for number, element in elements(file, content):
+    numbered = list(elements(file, content))
+    if (
+        prepare is None
+        and fields.messages is None
+        and fields.answer == "answer"
+        and not any(_has(element, fields.answer) for _, element in numbered)
+    ):
+        fields = replace(fields, answer=None)
+    for number, element in numbered:
         try:
             prepared = prepare(element) if prepare is not None and isinstance(element, dict) else element
             records.append(_record(prepared, fields) | {"item_id": number - 1, "raw": element})
@@ -216,7 +223,8 @@ def _record(element: Any, fields: Fields) -> dict[str, Any]:
         prompt, said = _conversation(_found(element, fields.messages), fields.messages)
     written = said if fields.answer is None else _text(element, fields.answer)
     answer = _ANSWERS[fields.answer_from](written)
-    if not answer:
+    answerless = fields.answer is None and (fields.messages is None or not said)
+    if not answer and not answerless:
         where = "the last turn of the assistant" if fields.answer is None else f"field {fields.answer!r}"
         raise ValueError(
             f"{where} holds no answer (answer_from is {fields.answer_from!r}): it ends with {written[-60:]!r}"
@@ -224,7 +232,7 @@ def _record(element: Any, fields: Fields) -> dict[str, Any]:
     response = said if fields.response is None else _text(element, fields.response)
     if fields.calculations == "remove":
         response = _CALCULATIONS.sub("", response)
-    return prompt | {"answer": answer, "response": response, "raw": element}
+    return prompt | {"answer": answer or "", "response": response, "raw": element}
 
 
 def _conversation(turns: Any, name: str) -> tuple[dict[str, Any], str]:
@@ -253,6 +261,13 @@ def _text(element: Mapping[str, Any], name: str | None) -> str:
     if not str(value).strip():
         raise ValueError(f"field {name!r} is empty")
     return str(value)
+
+
+def _has(element: Any, name: str | None) -> bool:
+    try:
+        return name is not None and isinstance(element, Mapping) and _found(element, name) is not None
+    except ValueError:
+        return False
 
 
 def _found(element: Mapping[str, Any], name: str) -> Any:

@@ -1,11 +1,13 @@
 """From a record to the tokens of its prompt and of a completion: by a chat template, or by a plain format.
 
-The boundary between the two is checked: the tokens of the prompt must be the first tokens of prompt and completion
-together, or the policy would be trained behind a prompt that it is never given.
+A policy is trained behind the very prompt that it is sampled from. A template adds to that prompt what it writes around
+an answer; where it renders prompt or answer differently once the answer is known, the completion is the answer's own
+text with the end of the turn, as it would have been sampled.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,6 +16,8 @@ from jaxrl_llm.data.chat import ChatTemplate, Message, rewritten_turn
 
 Record = Mapping[str, Any]
 PLACE = "{body}"
+# An answer that no template takes apart.
+_PROBE = "so it is"
 
 
 class Encoder(Protocol):
@@ -115,54 +119,45 @@ class ChatPrompts:
         """Tokens of a completion with the end of the assistant's turn.
 
         Raises:
-          ValueError: if the prompt's tokens are no prefix of those of prompt and completion together, or if the turn
-            does not end with an end of sequence.
+          ValueError: if the turn does not end with an end of sequence, or the text holds one.
         """
-        messages = self.messages(item)
-        completion = completion_tokens(self.template, encoder, messages, text)
-        return _ended(completion, encoder, text)
+        return _ended(completion_tokens(self.template, encoder, self.messages(item), text), encoder, text)
 
 
 def completion_tokens(template: ChatTemplate, encoder: Encoder, messages: Sequence[Message], text: str) -> list[int]:
-    """What a template adds to the tokens of a prompt when the assistant says `text`, all of it.
+    """What follows the tokens of a prompt when the assistant says `text`.
 
-    Raises:
-      ValueError: if the prompt's tokens are no prefix of the tokens with the answer; shows where they part.
+    It is what the template adds to the prompt, if the prompt's tokens come first and the text is all there but for
+    white space. Some templates open the turn with a thought, or drop the thought of an answer that is known; then it is
+    the text and the end of the turn, encoded alone.
     """
     prompt_text = template.rendered(messages, add_generation_prompt=True)
-    whole_text = template.rendered([*messages, {"role": "assistant", "content": text}])
+    whole_text = _answered(template, messages, text)
     prompt, whole = encoder.encode(prompt_text), encoder.encode(whole_text)
-    if whole[: len(prompt)] == prompt:
+    squeezed = lambda part: "".join(part.split())  # noqa: E731
+    if whole[: len(prompt)] == prompt and squeezed(text) in squeezed(whole_text.removeprefix(prompt_text)):
         return whole[len(prompt) :]
-    if whole_text.startswith(prompt_text):
-        part = _shared(prompt, whole)
-        raise ValueError(
-            f"the tokens of the prompt are no prefix of those of prompt and answer: the tokenizer joins the prompt's "
-            f"end {encoder.decode(prompt[part:])!r} with the answer {text[:40]!r}; end the template's generation "
-            "prompt with a special token or a newline"
-        )
-    shared = _shared(prompt_text, whole_text)
-    raise ValueError(
-        "the chat template renders a prompt differently once an answer follows: the prompt goes on with "
-        f"{prompt_text[shared : shared + 40]!r} where prompt and answer go on with "
-        f"{whole_text[shared : shared + 40]!r}; use a template, or template options, under which the prompt with its "
-        "generation prompt is the beginning of the whole conversation"
-    )
+    end = _answered(template, messages, _PROBE).rpartition(_PROBE)
+    return [*encoder.encode(text), *(encoder.encode(end[2]) if end[1] else [])]
 
 
-def require_boundary(prompts: ChatPrompts, encoder: Encoder) -> None:
-    """Check a template on a short conversation before anything is encoded.
+def _answered(template: ChatTemplate, messages: Sequence[Message], text: str) -> str:
+    return template.rendered([*messages, {"role": "assistant", "content": text}])
+
+
+def require_turn(prompts: ChatPrompts, encoder: Encoder) -> None:
+    """Check a template's prompt and turn on a short conversation before anything is encoded.
 
     Raises:
-      ValueError: if the prompt is no prefix, the template ignores `add_generation_prompt`, or the assistant's turn does
-        not end with an end of sequence.
+      ValueError: if the template ignores `add_generation_prompt`, or the assistant's turn does not end with an end of
+        sequence.
     """
     item = {"body": "What is 2+3?"}
     messages, text = prompts.messages(item), "5"
     prompts.completion_ids(encoder, item, text)
     asked = prompts.template.rendered(messages, add_generation_prompt=True)
-    added = prompts.template.rendered([*messages, {"role": "assistant", "content": text}])[len(asked) :]
-    if asked == prompts.template.rendered(messages) and not added.lstrip().startswith(text):
+    added = _answered(prompts.template, messages, text).partition(asked)[2]
+    if asked == prompts.template.rendered(messages) and added and not added.lstrip().startswith(text):
         header = added.partition(text)[0]
         raise ValueError(
             f"the chat template ignores add_generation_prompt: it opens the assistant's turn with {header!r} only once "
@@ -178,7 +173,9 @@ def require_place(name: str, text: str) -> None:
       ValueError: with the remedy.
     """
     if PLACE not in text:
-        raise ValueError(f"{name} {text!r} has no place for the prompt; write {PLACE} where the body goes")
+        found = re.findall(r"\{\w+\}", text)
+        instead = f", for example {text.replace(found[0], PLACE)!r}" if found else f", for example {text + PLACE!r}"
+        raise ValueError(f"{name} {text!r} has no place for the prompt; write {PLACE} where the body goes{instead}")
 
 
 def _ended(completion: list[int], encoder: Encoder, text: str) -> list[int]:
@@ -201,9 +198,3 @@ def _ended(completion: list[int], encoder: Encoder, text: str) -> list[int]:
             "generation_config.json"
         )
     return [*completion, encoder.eos_ids[0]]
-
-
-def _shared(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """Number of elements that two sequences have in common at their beginning."""
-    pairs = zip(left, right, strict=False)
-    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right)))

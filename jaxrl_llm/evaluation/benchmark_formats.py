@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal
@@ -21,8 +20,9 @@ from typing import Any, Literal
 from jaxrl_llm.data.final_answer import marked_answer
 from jaxrl_llm.data.jsonl import Fields, fields_of, read_records
 from jaxrl_llm.data.tasks.items import answered
-from jaxrl_llm.evaluation.grading import Grader, file_grader, text_grader
+from jaxrl_llm.evaluation.grading import Grader, file_grader
 from jaxrl_llm.evaluation.unit_tests import code_grader
+from jaxrl_llm.rewards import latex_match
 
 Format = Literal["prompt", "messages", "gsm8k", "math", "aime", "choice", "code"]
 _FIELDS: Mapping[str, Fields] = {
@@ -99,58 +99,17 @@ def choice_grader() -> Grader:
 
 
 def math_grader() -> Grader:
-    """Grades an answer in LaTeX: equal as rational numbers, or as text once spacing and synonyms are written alike.
+    r"""Grades mathematics in LaTeX by `latex_match`, which needs the extra `math`.
 
-    Expressions that are equal by algebra alone (2x + 2 and 2(x + 1)) are not seen as equal.
-
-    >>> math_grader()({"answer": r"\\\\frac{1}{2}"}, r"so it is \\\\boxed{\\\\dfrac12}")[0]
-    True
+    >>> math_grader()({"answer": r"\frac{1}{2}"}, r"so it is \boxed{0.5}")
+    (True, '\\frac{1}{2}')
     """
-    spelled = text_grader()
 
     def grade(record: Mapping[str, Any], completion: str) -> tuple[bool, str | None]:
-        said = spelled(record, completion)[1]
-        if said is None:
-            return False, None
-        said, wanted = plain_latex(said), plain_latex(record["answer"])
-        number = _rational(said)
-        right = said == wanted or (number is not None and number == _rational(wanted))
-        return right, record["answer"] if right else said
+        right = latex_match([completion], [record["answer"]])[0] >= 1.0
+        return right, record["answer"] if right else marked_answer(completion)
 
     return grade
-
-
-def plain_latex(text: str) -> str:
-    """LaTeX with one spelling of what has several: spaces, sizes of brackets and fractions, text, degrees, units."""
-    for pattern, spelling in _SPELLINGS:
-        text = pattern.sub(spelling, text)
-    return text.rstrip(".").removeprefix("+")
-
-
-def _rational(text: str) -> Fraction | None:
-    """A number in plain LaTeX; None for anything else."""
-    if re.fullmatch(r"-?\d+(\.\d+)?", text):
-        return Fraction(text)
-    found = re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}", text)
-    return Fraction(int(found[1] + "1") * int(found[2]), int(found[3])) if found and int(found[3]) else None
-
-
-_SPELLINGS = [
-    (re.compile(pattern), spelling)
-    for pattern, spelling in (
-        (r"^.*?(?<![<>\\!])=(?!=)\s*(?=[^=]*$)", ""),  # x = 3
-        (r"\\(?:left|right|displaystyle|,|!|;|:|quad|qquad)(?![a-zA-Z])", ""),
-        (r"\\[dt]frac", r"\\frac"),
-        (r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}", r"\1"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-        (r"\^\s*\{?\\circ\}?|\\%|%|\\\$|\$", ""),
-        (r"(?<=\d)(?:,|\{,\})(?=\d{3}(?:\D|$))", ""),
-        (r"^(-?)\.(?=\d)", r"\g<1>0."),
-        (r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
-        (r"[\s~]+", ""),
-    )
-]
 
 
 def _choice(line: Mapping[str, Any]) -> dict[str, Any]:

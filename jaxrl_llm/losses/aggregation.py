@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
+from jaxrl_llm.ranges import Count, ranged
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_const", "dr_grpo"]
 
@@ -22,12 +23,13 @@ def row_weight(mask: Float[Array, "B T"]) -> Float[Array, "B"]:
     return jnp.max(mask, axis=-1, initial=0.0)
 
 
+@ranged
 def aggregate(
     per_token: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     r"""Sum token losses into a numerator and a denominator.
 

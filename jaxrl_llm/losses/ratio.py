@@ -6,18 +6,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxrl_llm.ranges import NonNegative, Positive, ranged
+
 
 def on_mask(values: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """`values` in float32, exactly 0 (with zero gradient) on tokens that do not count, whatever they hold."""
     return jnp.where(mask > 0, values.astype(jnp.float32), 0.0)
 
 
+@ranged
 def log_ratio(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
-    log_ratio_limit: float = 20.0,
+    log_ratio_limit: Positive = 20.0,
 ) -> Float[Array, "B T"]:
     """log(pi / pi_old) of each token, clipped to +-`log_ratio_limit` and 0 outside the mask.
 
@@ -37,13 +40,14 @@ def constant_factor(
     return jax.lax.stop_gradient(factor)
 
 
+@ranged
 def pessimistic_surrogate(
     ratio: Float[Array, "B T"],
     advantages: Float[Array, "B T"],
     *,
-    clip_low: float,
-    clip_high: float,
-    ratio_cap: float | None = None,
+    clip_low: NonNegative,
+    clip_high: NonNegative,
+    ratio_cap: Positive | None = None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """max(-A * min(r, cap), -A * clip(r, 1 - low, 1 + high)), and the tokens whose gradient the clip dropped."""
     plain = ratio if ratio_cap is None else jnp.minimum(ratio, ratio_cap)
@@ -58,10 +62,3 @@ def token_share(happened: Bool[Array, "B T"], mask: Float[Array, "B T"]) -> tupl
     """(sum, count) of a yes-or-no fact over the tokens that count, as a metric of a `Loss`."""
     mask = mask.astype(jnp.float32)
     return jnp.where(happened, mask, 0.0).sum(), mask.sum()
-
-
-def check_clip(clip_low: float, clip_high: float) -> None:
-    """Raise ValueError for a negative clip range."""
-    for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}; a clip range is a distance from 1 and must not be negative")

@@ -91,6 +91,7 @@ def attend(
     window: int | None = None,
     windowed: bool | Bool[Array, ""] = True,
     cap: float | None = None,
+    sinks: Float[Array, "K G"] | None = None,
     kind: AttentionKind = "plain",
 ) -> Float[Array, "B T K G H"]:
     """Causal softmax attention with G query heads to each key/value head; scores and softmax in float32.
@@ -107,6 +108,7 @@ def attend(
       window: tokens that are seen, the own one included; None sees all.
       windowed: whether this layer keeps to the window; an array where layers are scanned over.
       cap: scores s become cap * tanh(s / cap).
+      sinks: a score for each query head that takes part in the softmax and has no value; on the plain path alone.
       kind: the path, from `attention_in_use`.
 
     Returns:
@@ -118,7 +120,7 @@ def attend(
         for part in (*context, new):
             seen = jnp.repeat(part.seen, positions.shape[0] // part.seen.shape[0], axis=0)
             parts.append((part, visible(positions, seen, window, windowed)))
-        return plain_attention(queries, parts, scale=scale, cap=cap)
+        return plain_attention(queries, parts, scale=scale, cap=cap, sinks=sinks)
     if kind == "splash":
         path = partial(splash_attention, scale=scale, cap=cap)
     else:
@@ -147,13 +149,14 @@ def plain_attention(
     *,
     scale: float,
     cap: float | None = None,
+    sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """softmax(mask(cap(scale * q k^T))) v with every score in memory, over the keys of all parts together.
 
     Args:
       queries: rotated queries.
       parts: keys and values, and whether each query may attend to each of them.
-      scale, cap: as for `attend`.
+      scale, cap, sinks: as for `attend`.
     """
     scores = []
     for part, allowed in parts:
@@ -161,7 +164,11 @@ def plain_attention(
         if cap is not None:
             found = cap * jnp.tanh(found / cap)
         scores.append(jnp.where(allowed[:, None, None], found, -1e30))
+    if sinks is not None:
+        wide = sinks.astype(jnp.float32)[None, :, :, None, None]
+        scores.append(jnp.broadcast_to(wide, (*scores[0].shape[:-1], 1)))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    weights = weights if sinks is None else weights[..., :-1]
     borders = np.cumsum([allowed.shape[-1] for _, allowed in parts])[:-1]
     shares = jnp.split(weights, borders, axis=-1)
     return sum(

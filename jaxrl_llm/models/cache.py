@@ -70,10 +70,10 @@ class Cache(NamedTuple):
 
 def init_cache(rows: int, slots: int, *, config: TransformerConfig) -> Cache:
     """An empty cache for `slots` tokens a row."""
-    size = config.head_size
+    heads, key_size, value_size = config.cached_sizes
 
     def stored(*shape: int, vector: int) -> Array | Rounded:
-        shape = (rows, config.kv_heads, *shape) if config.unrolled else (config.layers, rows, config.kv_heads, *shape)
+        shape = (rows, heads, *shape) if config.unrolled else (config.layers, rows, heads, *shape)
         if config.cache_dtype == "compute":
             return jnp.zeros(shape, config.compute_dtype)
         scales = list(shape)
@@ -81,7 +81,7 @@ def init_cache(rows: int, slots: int, *, config: TransformerConfig) -> Cache:
         return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros(scales, jnp.float32))
 
     def pair() -> KeysAndValues:
-        return KeysAndValues(stored(size, slots, vector=-2), stored(slots, size, vector=-1))
+        return KeysAndValues(stored(key_size, slots, vector=-2), stored(slots, value_size, vector=-1))
 
     layers = tuple(pair() for _ in range(config.layers)) if config.unrolled else pair()
     return Cache(layers, jnp.full((rows, slots), -1, jnp.int32), jnp.int32(0))
@@ -186,6 +186,6 @@ def remembered(
 def rounded(x: Float[Array, "..."], *, axis: int) -> Rounded:
     """The nearest of 255 values for each entry, with scale = max |x| / 127 along an axis: at most scale / 2 away."""
     wide = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
+    largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True, initial=0.0)
     scale = jnp.where(largest > 0, largest, 1.0) / LARGEST
     return Rounded(jnp.clip(jnp.round(wide / scale), -LARGEST, LARGEST).astype(jnp.int8), scale)

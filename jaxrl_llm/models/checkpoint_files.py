@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +24,30 @@ class StoredTensor:
 
     Attributes:
       path: its file.
+      name: what it is called there.
       shape: its dimensions.
       dtype: in the file's own words, such as "BF16".
       handle: the open file.
     """
 
     path: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
     handle: Any
 
-    def read(self, name: str, ranges: tuple[slice, ...]) -> np.ndarray:
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        width = re.search(r"(\d+)(?:_E\dM\d.*)?$", self.dtype)  # BF16, F8_E4M3, I64, U8; BOOL has none
+        return math.prod(self.shape) * (int(width[1]) if width else 8) // 8
+
+    def read(self, ranges: tuple[Any, ...]) -> np.ndarray:
         """A box of the tensor; nothing outside it is read."""
         try:
-            return self.handle.get_slice(name)[ranges]
+            return self.handle.get_slice(self.name)[ranges]
         except Exception as error:  # safetensors' own error type derives from Exception alone
-            raise ValueError(f"{self.path} cannot be read at {name}: {error}; copy the file again") from error
+            raise ValueError(f"{self.path} cannot be read at {self.name}: {error}; copy the file again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,7 +134,7 @@ def _opened(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is cut off or damaged ({error}); copy the file again") from None
     return {
-        name: StoredTensor(path, tuple(tensor.get_shape()), tensor.get_dtype(), handle)
+        name: StoredTensor(path, name, tuple(tensor.get_shape()), tensor.get_dtype(), handle)
         for name, tensor in described.items()
     }
 

@@ -15,16 +15,28 @@ from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import map_parts
 
 ExpertProduct = Literal["auto", "ragged", "dense"]
+RouterScores = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """A mixture of experts in every block.
+    """A mixture of experts in every block, or in all but the first ones.
 
     Attributes:
       count: experts.
       per_token: experts that serve a token.
       normalise: the weights of a token's experts are made to sum to one.
+      scores: what the router makes of its products: probabilities of all experts, or a sigmoid for each.
+      router_bias: the router has a bias.
+      selection_bias: a number for each expert is added to its score where experts are chosen, and not in their weights.
+      groups: experts stand in groups of equal size, of which a token takes its own from `groups_per_token`: those whose
+        two best scores have the largest sum.
+      groups_per_token: groups that are open to a token.
+      scale: factor on the weights.
+      shared_width: hidden width of an MLP that serves every token beside its experts; None has none.
+      shared_gate: its answer is multiplied by the sigmoid of a projection of the token.
+      dense_layers: first blocks that have an MLP instead of experts.
+      dense_width: hidden width of that MLP.
       product: "ragged" sorts tokens by expert and computes only what is chosen; "dense" computes every expert for
         every token, one expert at a time; "auto" is dense on CPU, where a ragged product is computed densely anyway.
     """
@@ -32,6 +44,16 @@ class ExpertsConfig:
     count: int
     per_token: int
     normalise: bool = True
+    scores: RouterScores = "softmax"
+    router_bias: bool = False
+    selection_bias: bool = False
+    groups: int = 1
+    groups_per_token: int = 1
+    scale: float = 1.0
+    shared_width: int | None = None
+    shared_gate: bool = False
+    dense_layers: int = 0
+    dense_width: int | None = None
     product: ExpertProduct = "auto"
 
     def __post_init__(self):
@@ -40,9 +62,31 @@ class ExpertsConfig:
                 f"model.experts.per_token is {self.per_token} of model.experts.count {self.count}; it must be at "
                 "least 1 and at most the count"
             )
-        if self.product not in get_args(ExpertProduct):
-            known = ", ".join(get_args(ExpertProduct))
-            raise ValueError(f"model.experts.product is {self.product!r}; it must be one of {known}")
+        for name, kind in (("product", ExpertProduct), ("scores", RouterScores)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ValueError(f"model.experts.{name} is {getattr(self, name)!r}; it must be one of {known}")
+        if self.groups < 1 or self.count % self.groups or not 1 <= self.groups_per_token <= self.groups:
+            raise ValueError(
+                f"model.experts has {self.groups} groups, {self.groups_per_token} for a token, of {self.count} "
+                "experts; groups must divide the experts, and a token has at least one and at most all"
+            )
+        if self.per_token > self.groups_per_token * (self.count // self.groups):
+            raise ValueError(
+                f"model.experts.per_token is {self.per_token}, but {self.groups_per_token} groups of "
+                f"{self.count // self.groups} experts are open to a token; open more groups"
+            )
+        if not self.scale > 0:
+            raise ValueError(f"model.experts.scale is {self.scale}; it must be above 0")
+        if self.shared_gate and self.shared_width is None:
+            raise ValueError(
+                "model.experts.shared_gate is true, but shared_width is not set; set it, or leave both out"
+            )
+        if self.dense_layers < 0 or (self.dense_layers > 0) != (self.dense_width is not None):
+            raise ValueError(
+                f"model.experts.dense_layers is {self.dense_layers} and dense_width is {self.dense_width}; set both, "
+                "or leave both out"
+            )
 
     @property
     def ragged(self) -> bool:
@@ -54,8 +98,8 @@ class Routing(NamedTuple):
     """Where each token goes.
 
     Attributes:
-      probabilities: softmax of the router's scores over all experts, float32.
-      choices: the experts of each token, most probable first.
+      probabilities: of all experts, float32: the softmax of the router's scores, or their sigmoids over the sum.
+      choices: the experts of each token, best first.
       weights: of their answers, float32.
     """
 
@@ -69,27 +113,50 @@ def route(
     router: Float[Array, "D E"],
     experts: ExpertsConfig,
     choices: Int[Array, "B T k"] | None = None,
+    *,
+    bias: Float[Array, "E"] | None = None,
+    selection_bias: Float[Array, "E"] | None = None,
 ) -> Routing:
-    """Pick the `per_token` most probable experts, or weigh those that are given.
+    """Pick the `per_token` best experts, or weigh those that are given.
 
     Args:
       x: normed input of the block's MLP.
       router: the router's projection.
-      experts: count, per_token and normalise are read.
+      experts: how scores become choices and weights.
       choices: recorded earlier: the same experts serve each token, with weights of the present router, so that
         training differentiates through the path that sampling took.
+      bias: of the projection.
+      selection_bias: added where experts are chosen; it has no gradient.
     """
     chex.assert_rank([x, router], [3, 2])
+    sigmoid = experts.scores == "sigmoid"
+    if sigmoid:  # such routers were trained in float32
+        x, router = x.astype(jnp.float32), router.astype(jnp.float32)
     scores = jnp.einsum("btd,de->bte", x, router, preferred_element_type=jnp.float32)
-    probabilities = jax.nn.softmax(scores, axis=-1)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    found = jax.nn.sigmoid(scores) if sigmoid else jax.nn.softmax(scores, axis=-1)
     if choices is None:
-        choices = jax.lax.top_k(probabilities, experts.per_token)[1]
+        ranked = found if selection_bias is None else found + selection_bias.astype(jnp.float32)
+        choices = jax.lax.top_k(_of_open_groups(ranked, experts), experts.per_token)[1]
+    weights = jnp.take_along_axis(found, choices, axis=-1)
     if experts.normalise:
-        # Their probabilities over the sum of them, which does not underflow for experts that were improbable.
-        weights = jax.nn.softmax(jnp.take_along_axis(scores, choices, axis=-1), axis=-1)
-    else:
-        weights = jnp.take_along_axis(probabilities, choices, axis=-1)
-    return Routing(probabilities, choices, weights)
+        # A softmax over those that were chosen does not underflow for experts that were improbable.
+        over_sum = lambda: weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)  # noqa: E731
+        chosen = jnp.take_along_axis(scores, choices, axis=-1)
+        weights = over_sum() if sigmoid else jax.nn.softmax(chosen, axis=-1)
+    probabilities = found / (found.sum(axis=-1, keepdims=True) + 1e-20) if sigmoid else found
+    return Routing(probabilities, choices, weights if experts.scale == 1.0 else weights * experts.scale)
+
+
+def _of_open_groups(ranked: Float[Array, "B T E"], experts: ExpertsConfig) -> Float[Array, "B T E"]:
+    """The same with -inf for experts whose group is not among a token's best ones."""
+    if experts.groups == 1:
+        return ranked
+    grouped = ranked.reshape(*ranked.shape[:2], experts.groups, -1)
+    best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(axis=-1)
+    opened = jax.nn.one_hot(jax.lax.top_k(best_two, experts.groups_per_token)[1], experts.groups).sum(axis=-2)
+    return jnp.where(opened[..., None] > 0, grouped, -jnp.inf).reshape(ranked.shape)
 
 
 def expert_mlp(
@@ -98,25 +165,28 @@ def expert_mlp(
     gate_up: Float[Array, "E D 2 M"],
     down: Float[Array, "E M D"],
     *,
-    activation: Callable[[Array], Array],
+    gated: Callable[[Array, Array], Array],
     ragged: bool,
+    gate_up_bias: Float[Array, "E 2 M"] | None = None,
+    down_bias: Float[Array, "E D"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """sum over a token's experts of weight * down(activation(gate(x)) * up(x))."""
+    """sum over a token's experts of weight * down(gated(gate(x), up(x)))."""
     chex.assert_rank([x, gate_up, down], [3, 4, 3])
     serve = _ragged if ragged else _dense
 
     def served(first, experts, tokens):
         x, choices, weights = (leaf.reshape(-1, leaf.shape[-1]) for leaf in tokens)
         # Experts are numbered from the first one here; those that are elsewhere have numbers that none here has.
-        gate_up, down = experts
-        return serve(x, choices - first, weights, gate_up, down, activation).reshape(tokens[0].shape)
+        return serve(x, choices - first, weights, experts, gated).reshape(tokens[0].shape)
 
     tokens = x, routing.choices, routing.weights.astype(x.dtype)
-    return map_parts(served, (gate_up, down), tokens, "rows", "positions", part="expert")
+    biases = () if gate_up_bias is None or down_bias is None else (gate_up_bias, down_bias)
+    return map_parts(served, (gate_up, down, *biases), tokens, "rows", "positions", part="expert")
 
 
-def _ragged(x, choices, weights, gate_up, down, activation):
+def _ragged(x, choices, weights, experts, gated):
     """Sort (token, expert) pairs by expert, so that each expert serves one run of rows."""
+    gate_up, down, *biases = experts
     per_token, (count, width, _, hidden) = choices.shape[1], gate_up.shape
     # Pairs whose expert is elsewhere come last, belong to no run, and are kept out of results and gradients alike.
     choices = jnp.where((choices >= 0) & (choices < count), choices, count).ravel()
@@ -124,25 +194,32 @@ def _ragged(x, choices, weights, gate_up, down, activation):
     here = (choices[order] < count)[:, None]
     sizes = jnp.bincount(choices, length=count)
     rows = jnp.where(here, x[order // per_token], 0)
-    both = jnp.where(here, jax.lax.ragged_dot(rows, gate_up.reshape(count, width, 2 * hidden), sizes), 0)
-    gate, up = jnp.split(both, 2, axis=-1)
-    answers = jnp.where(here, jax.lax.ragged_dot(activation(gate) * up, down, sizes), 0)
+    both = jax.lax.ragged_dot(rows, gate_up.reshape(count, width, 2 * hidden), sizes)
+    of_row = jnp.minimum(choices[order], count - 1)
+    if biases:
+        both = both + biases[0].reshape(count, 2 * hidden)[of_row]
+    gate, up = jnp.split(jnp.where(here, both, 0), 2, axis=-1)
+    answers = jax.lax.ragged_dot(gated(gate, up), down, sizes)
+    if biases:
+        answers = answers + biases[1][of_row]
     # The inverse permutation rather than a scatter-add: its order of summation is fixed.
-    answers = answers[jnp.argsort(order)].reshape(-1, per_token, width)
+    answers = jnp.where(here, answers, 0)[jnp.argsort(order)].reshape(-1, per_token, width)
     return (answers * weights[..., None]).sum(axis=1)
 
 
-def _dense(x, choices, weights, gate_up, down, activation):
+def _dense(x, choices, weights, experts, gated):
     """Every expert sees every token; one at a time, so that memory does not grow with their number."""
-    count = gate_up.shape[0]
+    count = experts[0].shape[0]
     shares = (weights[..., None] * jax.nn.one_hot(choices, count, dtype=weights.dtype)).sum(axis=1)
 
     def add(total, expert):
-        gate_up, down, share = expert
+        (gate_up, down, *biases), share = expert
         both = jnp.einsum("nd,dcm->ncm", x, gate_up)
-        return total + share[:, None] * ((activation(both[:, 0]) * both[:, 1]) @ down), None
+        both = both + biases[0] if biases else both
+        answer = gated(both[:, 0], both[:, 1]) @ down
+        return total + share[:, None] * (answer + biases[1] if biases else answer), None
 
-    return jax.lax.scan(add, jnp.zeros_like(x), (gate_up, down, shares.T))[0]
+    return jax.lax.scan(add, jnp.zeros_like(x), (experts, shares.T))[0]
 
 
 def load_balancing_loss(

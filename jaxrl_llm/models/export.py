@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,11 +17,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from jaxrl_llm.models.checkpoint_files import INDEX, SINGLE, read_json
-from jaxrl_llm.models.families import architecture_of, config_to_json
+from jaxrl_llm.models.checkpoint_files import INDEX, SINGLE, StoredTensor, read_json, stored_tensors
+from jaxrl_llm.models.families import config_to_json, is_vision_language, text_part
 from jaxrl_llm.models.lora import LowRank
 from jaxrl_llm.models.quantised import Quantised
-from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves
+from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
 from jaxrl_llm.models.transformer_config import Precision, TransformerConfig
 
 # What else belongs to a model and is copied as it is.
@@ -78,10 +77,11 @@ def save_model(
     original = None if source is None else read_json(Path(source) / "config.json")
     described = config_to_json(config, original=original)
     stored_as = dtype or config.parameter_dtype
-    for key in ("dtype", "torch_dtype"):
-        if key in described:
-            described[key] = stored_as
-    layout = checkpoint_layout(config, architecture_of(described))
+    for part in (described, described.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            if part is not None and key in part:
+                part[key] = stored_as
+    layout = checkpoint_layout(config, text_part(described)[0])
     given = leaves(params)
     if special := sorted(path for path, leaf in given.items() if isinstance(leaf, LowRank | Quantised)):
         raise ValueError(f"the parameters at {', '.join(special)} have adapters or are in int8; give merged(params)")
@@ -99,13 +99,26 @@ def save_model(
         for name in COPIED if source is not None else ():
             if (Path(source or "") / name).is_file():
                 shutil.copyfile(Path(source or "") / name, partial / name)
-    _write_shards(partial, layout, given, jnp.dtype(stored_as), max_shard_bytes, writes)
+    named, carried = carried_tensors(source) if source is not None and is_vision_language(described) else (str, {})
+    _write_shards(partial, layout, given, jnp.dtype(stored_as), max_shard_bytes, writes, named, carried)
     if not writes:
         return []
     if directory.exists():
         directory.rmdir()
     partial.rename(directory)
     return sorted(directory.iterdir())
+
+
+def carried_tensors(source: str | Path) -> tuple[Callable[[str], str], dict[str, StoredTensor]]:
+    """(our tensor name -> its name among those of a vision-language checkpoint, the tensors that are not text)."""
+    stored = stored_tensors(source)
+    text = text_names(stored)
+    others = {name: tensor for name, tensor in stored.items() if name not in text.values()}
+
+    def named(ours: str) -> str:
+        return text.get(ours, ours if ours == "lm_head.weight" else ours.replace("model.", "model.language_model.", 1))
+
+    return named, others
 
 
 def shard_plan(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
@@ -125,19 +138,30 @@ def shard_plan(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]
 
 
 def _write_shards(
-    directory: Path, layout: Layout, params: Mapping[str, Array], dtype: Any, max_shard_bytes: int, writes: bool
+    directory: Path,
+    layout: Layout,
+    params: Mapping[str, Array],
+    dtype: Any,
+    max_shard_bytes: int,
+    writes: bool,
+    named: Callable[[str], str],
+    carried: Mapping[str, StoredTensor],
 ) -> None:
+    """Write our tensors under the names that they have in the checkpoint, and those that are carried as they are."""
     from safetensors.numpy import save_file
 
     tensors = layout.tensors()
-    # By layer, so that the leaves of one layer are fetched once and then let go.
-    ordered = sorted(tensors, key=lambda name: int((re.findall(r"\.layers\.(\d+)\.", name) or ["-1"])[0]))
-    sizes = {name: math.prod(tensors[name]) * dtype.itemsize for name in ordered}
-    plan = shard_plan(sizes, max_shard_bytes)
     pieces: dict[str, list[tuple[Part, int, int]]] = {name: [] for name in tensors}
     for part in layout.parts:
         for name, layer, expert in layout.names(part):
             pieces[name].append((part, layer, expert))
+    # By layer, so that the leaves of one layer are fetched once and then let go.
+    ordered = sorted(tensors, key=lambda name: -1 if (layer := layer_of(name)) is None else layer)
+    wide = {name for name in tensors if pieces[name][0][0].leaf.endswith(IN_FLOAT32)}
+    stored_as = {name: jnp.dtype("float32") if name in wide else dtype for name in tensors}
+    sizes = {name: math.prod(tensors[name]) * stored_as[name].itemsize for name in ordered}
+    sizes |= {name: tensor.bytes for name, tensor in carried.items()}
+    plan = shard_plan(sizes, max_shard_bytes)
 
     @functools.lru_cache(maxsize=len(layout.shapes))
     def fetched(path: str, layer: int) -> np.ndarray:
@@ -146,8 +170,13 @@ def _write_shards(
     weight_map = {}
     for number, names in enumerate(plan, start=1):
         file = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        built = {name: tensor_of(layout, pieces[name], fetched, tensors[name], dtype) for name in names}
-        weight_map |= dict.fromkeys(names, file)
+        built = {
+            named(name): tensor_of(layout, pieces[name], fetched, tensors[name], stored_as[name])
+            for name in names
+            if name not in carried
+        }
+        built |= {name: carried[name].read((...,)) for name in names if name in carried}
+        weight_map |= dict.fromkeys(built, file)
         if writes:
             # transformers refuses a file that does not say which framework wrote it.
             save_file(built, directory / file, metadata={"format": "pt"})
@@ -181,9 +210,9 @@ def tensor_of(
     for part, layer, expert in pieces:
         axes, ranges = layout.axes[part.leaf], layout.ranges(part)
         box = fetched(part.leaf, layer)
-        if "e" in axes:
+        if "e" in axes and not part.holds_experts:
             box = box[expert]
-        kept = [axis for axis in axes if axis not in "le"]
+        kept = [axis for axis in axes if axis in "".join(part.dims)]
         box = box[tuple(slice(ranges[axis][0], sum(ranges[axis])) for axis in kept)]
         rows, *rest = layout.part_shape(part)
         ordered = box.transpose([kept.index(axis) for axis in "".join(part.dims)]).reshape(rows, *rest)

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from jaxrl_llm.models.family_fields import FAMILIES, Family, Json, refuse
+from jaxrl_llm.models.dense_families import DENSE_FAMILIES
+from jaxrl_llm.models.expert_families import EXPERT_FAMILIES
+from jaxrl_llm.models.family import Family, Json, refuse
 from jaxrl_llm.models.rope_fields import rope_fields, rope_json
 from jaxrl_llm.models.transformer_config import Activation, TransformerConfig
 
+FAMILIES: dict[str, Family] = DENSE_FAMILIES | EXPERT_FAMILIES
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """What reads text in a vision-language architecture.
+
+    Attributes:
+      text: architecture of the text part, by its `model_type`; the first one where that is not said.
+      defaults: what a missing key of `text_config` means here, where that is not what the family's means.
+    """
+
+    text: dict[str, str]
+    defaults: Json = field(default_factory=dict)
+
+
+VISION_LANGUAGE: dict[str, TextPart] = {
+    "Gemma3ForConditionalGeneration": TextPart({"gemma3_text": "Gemma3ForCausalLM"}),
+    "Qwen2_5_VLForConditionalGeneration": TextPart(
+        {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
+        {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "max_window_layers": 80, "rope_theta": 1_000_000.0},
+    ),
+    "Qwen3VLForConditionalGeneration": TextPart({"qwen3_vl_text": "Qwen3ForCausalLM"}, {"rope_theta": 500_000.0}),
+    "Mistral3ForConditionalGeneration": TextPart(
+        {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
+    ),
+}
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
 }
 # How a model computes, as opposed to what it is: two configs that differ in these alone are one model.
 _EXECUTION = ("attention", "layer_loop", "parameter_dtype", "compute_dtype")
@@ -28,22 +58,59 @@ def architecture_of(source: Json) -> str:
     """
     named = source.get("architectures") or []
     by_type = {family.model_type: architecture for architecture, family in FAMILIES.items()}
-    found = [name for name in named if name in FAMILIES] or (
+    found = [name for name in named if name in FAMILIES or name in VISION_LANGUAGE] or (
         [by_type[source["model_type"]]] if not named and source.get("model_type") in by_type else []
     )
     if not found:
         raise ValueError(
             f"config.json names the architecture {', '.join(named) or source.get('model_type')!r}, which is not "
-            f"supported; supported are {', '.join(FAMILIES)}"
+            f"supported; supported are {', '.join([*FAMILIES, *VISION_LANGUAGE])}"
         )
     return found[0]
 
 
-def config_from_json(source: Json, **execution: Any) -> TransformerConfig:
+def is_vision_language(source: Json) -> bool:
+    """Whether a `config.json` describes a checkpoint of which only a part reads text."""
+    return architecture_of(source) in VISION_LANGUAGE
+
+
+def text_part(source: Json) -> tuple[str, Json]:
+    """(architecture, `config.json`) of what reads text: the file as it is, or the part of a vision-language checkpoint.
+
+    Raises:
+      ValueError: for an unknown architecture.
+    """
+    architecture = architecture_of(source)
+    if architecture not in VISION_LANGUAGE:
+        return architecture, source
+    part = VISION_LANGUAGE[architecture]
+    # The first files of Qwen2.5-VL have the fields of the text part outside.
+    nested = source.get("text_config") or {key: value for key, value in source.items() if key != "model_type"}
+    kind = nested.get("model_type") or next(iter(part.text))
+    if kind not in part.text:
+        raise ValueError(
+            f"config.json of a {architecture} has text_config.model_type {kind!r}, which is not supported; supported "
+            f"are {', '.join(part.text)}"
+        )
+    outside = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+    outer = {key: source[key] for key in outside if source.get(key) is not None}
+    return part.text[kind], {**part.defaults, **nested, **outer}
+
+
+def is_mxfp4(source: Json, architecture: str) -> bool:
+    """Whether the weights of a checkpoint are in MXFP4, which is read for gpt-oss."""
+    method = (source.get("quantization_config") or {}).get("quant_method")
+    return architecture == "GptOssForCausalLM" and method == "mxfp4"
+
+
+def config_from_json(source: Json, *, context_tokens: int | None = None, **execution: Any) -> TransformerConfig:
     """The `TransformerConfig` that a `config.json` describes.
 
     Args:
-      source: the file as a dict, of old (`rope_theta`, `torch_dtype`) or new (`rope_parameters`, `dtype`) writing.
+      source: the file as a dict, of old (`rope_theta`, `torch_dtype`) or new (`rope_parameters`, `dtype`) writing. Of a
+        vision-language checkpoint its text part is described.
+      context_tokens: longest sequence that will be computed, on which rotary angles may depend (see
+        `TransformerConfig.for_context`).
       execution: fields of how to compute: attention, layer_loop, parameter_dtype, compute_dtype. The data types are
         by default the file's where it is float32 or bfloat16, else float32.
 
@@ -55,10 +122,11 @@ def config_from_json(source: Json, **execution: Any) -> TransformerConfig:
             f"{', '.join(unknown)} cannot be set for a model that is read from config.json; only "
             f"{', '.join(_EXECUTION)} can"
         )
-    architecture = architecture_of(source)
+    architecture, source = text_part(source)
     family = FAMILIES[architecture]
     source = _complete(source, family)
-    refuse(source, "quantization_config", "quantised weights")
+    if not is_mxfp4(source, architecture):
+        refuse(source, "quantization_config", "quantised weights")
     # Old and new checkpoints differ in the name of the activation; Gemma has both, of which the second counts.
     activation = source.get("hidden_activation") or source["hidden_act"]
     if activation not in _ACTIVATIONS:
@@ -80,8 +148,9 @@ def config_from_json(source: Json, **execution: Any) -> TransformerConfig:
         "compute_dtype": precision,
     }
     own = family.fields(source)
-    rope = rope_fields(source, local="window" in own)
-    return TransformerConfig(**(common | rope | own | execution))
+    rope = rope_fields(source, local="window" in own, read=family.rope)
+    config = TransformerConfig(**(common | rope | own | execution))
+    return config if context_tokens is None else config.for_context(context_tokens)
 
 
 def config_to_json(
@@ -105,7 +174,11 @@ def config_to_json(
                 f"the model differs from the original config.json in {', '.join(differing)}; export it without the "
                 "original"
             )
-        return {**original, **{key: value for key, value in stored.items() if key in original or key == "dtype"}}
+        described = {**original, **{key: value for key, value in stored.items() if key in original or key == "dtype"}}
+        described.pop("quantization_config", None)  # what is written is not quantised
+        if isinstance(original.get("text_config"), dict):
+            described["text_config"] = dict(original["text_config"])
+        return described
     for architecture, family in FAMILIES.items():
         if (config.experts is not None) != family.experts:
             continue
@@ -119,7 +192,7 @@ def config_to_json(
             "num_attention_heads": config.heads,
             "num_key_value_heads": config.kv_heads,
             "head_dim": config.head_size,
-            "hidden_act": {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
+            "hidden_act": {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation),
             "rms_norm_eps": config.norm_epsilon,
             "max_position_embeddings": max_positions,
             "tie_word_embeddings": config.tie_embeddings,
@@ -127,7 +200,7 @@ def config_to_json(
             **family.json(config),
             **stored,
         }
-        if "gemma" in family.model_type:
+        if "hidden_activation" in family.defaults:
             written["hidden_activation"] = written["hidden_act"]
         if _says(written, config):
             return written
@@ -151,10 +224,13 @@ def _differences(config: TransformerConfig, other: TransformerConfig) -> list[st
     def plain(config: TransformerConfig) -> TransformerConfig:
         experts = None if config.experts is None else replace(config.experts, product="auto")
         pattern = config.windowed if config.window else (True,)
+        scaling = config.rope_scaling
         return replace(
             config,
             experts=experts,
             window_pattern=pattern,
+            rope_pattern=config.rotated,
+            rope_scaling=None if scaling is None else replace(scaling, extended=None),
             head_width=config.head_size,
             mlp_width=config.mlp_size,
             query_scale=round(config.score_scale, 12),
@@ -168,6 +244,8 @@ def _differences(config: TransformerConfig, other: TransformerConfig) -> list[st
 def _complete(source: Json, family: Family) -> dict[str, Any]:
     """Fill in what the family leaves unsaid, and ask for what it never does."""
     defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False} | dict(family.defaults)
+    if source.get("rope_scaling"):
+        defaults.pop("rope_parameters", None)
     complete = defaults | dict(source)
     needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     if missing := [key for key in needed if complete.get(key) is None]:

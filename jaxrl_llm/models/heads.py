@@ -25,10 +25,10 @@ class HeadConfig:
     """What a head is made of.
 
         one layer     h W                 W ~ normal(0, initial_scale / (D + 1))
-        two layers    gelu(h V + b) W     W ~ normal(0, initial_scale / (M + 1)), V ~ normal(0, 1 / sqrt(D)), b = 0
+        two layers    silu(h V + b) W     W ~ normal(0, initial_scale / (M + 1)), V ~ normal(0, 1 / sqrt(D)), b = 0
 
     Hidden states come out of a norm, with entries of about 1, so that the outputs of a fresh head are about
-    initial_scale / sqrt(D), or two thirds of initial_scale / sqrt(M).
+    initial_scale / sqrt(D), or six tenths of initial_scale / sqrt(M).
 
     Attributes:
       outputs: N, numbers a token.
@@ -120,7 +120,7 @@ def from_policy(
 
 
 def head_outputs(head: PyTree, hidden: Float[Array, "*B D"]) -> Float[Array, "*B N"]:
-    """What a head makes of hidden states: h W, or gelu(h V + b) W; in float32 whatever their dtype.
+    """What a head makes of hidden states: h W, or silu(h V + b) W; in float32 whatever their dtype.
 
     Raises:
       ValueError: for hidden states of another width than the head's.
@@ -135,7 +135,7 @@ def head_outputs(head: PyTree, hidden: Float[Array, "*B D"]) -> Float[Array, "*B
     product = lambda x, w: jnp.matmul(x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)  # noqa: E731
     hidden = hidden.astype(jnp.float32)
     if "hidden" in head:
-        hidden = jax.nn.gelu(product(hidden, head["hidden"]) + head["hidden_bias"].astype(jnp.float32))
+        hidden = jax.nn.silu(product(hidden, head["hidden"]) + head["hidden_bias"].astype(jnp.float32))
     return product(hidden, head["weight"])
 
 

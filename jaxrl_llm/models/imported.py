@@ -1,7 +1,7 @@
 """A checkpoint directory in orbax's layout: what `jaxrl import` writes, which a mesh restores without safetensors.
 
-Beside `params/` lie config.json, tokenizer and template, so the directory can be used wherever a Hugging Face
-directory can.
+Beside `params/` lie config.json, tokenizer and template, so the directory can be used wherever a Hugging Face directory
+can; and of a vision-language model what is not text.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxrl_llm.models.export import COPIED
+from jaxrl_llm.models.checkpoint_files import read_json
+from jaxrl_llm.models.export import COPIED, carried_tensors
+from jaxrl_llm.models.families import is_vision_language
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import abstract
 
 PARAMS = "params"
+# What a vision-language checkpoint holds beside its text part, for an export.
+OTHERS = "vision.safetensors"
 
 
 def is_imported(directory: str | Path) -> bool:
@@ -51,6 +55,11 @@ def save_imported(directory: str | Path, params: PyTree, *, source: str | Path) 
     for name in ("config.json", *COPIED):
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, partial / name)
+    if is_vision_language(read_json(partial / "config.json")):
+        from safetensors.numpy import save_file
+
+        others = carried_tensors(source)[1]
+        save_file({name: tensor.read((...,)) for name, tensor in others.items()}, partial / OTHERS)
     if directory.exists():
         directory.rmdir()
     return partial.rename(directory)

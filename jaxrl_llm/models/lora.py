@@ -24,9 +24,13 @@ from jaxtyping import Array, Float, PyTree
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, initialise
 from jaxrl_llm.models.quantised import Quantised, dequantised, quantised, quantised_spec
+from jaxrl_llm.models.transformer_config import STACKS
 
 # The matrices of a block that can have an adapter, and how many input axes each has.
 TARGETS = {"qkv": 1, "attention_out": 3, "gate_up": 1, "down": 1}
+# Further ones of some models: latent attention, and the MLP beside experts.
+TARGETS |= dict.fromkeys(("query_down", "query_up", "latent_down", "shared_gate_up", "shared_down"), 1)
+_USUAL = ("qkv", "attention_out", "gate_up", "down")
 # A mixture of experts has one of these for every expert, and they go through products of their own.
 OF_EXPERTS = ("gate_up", "down")
 
@@ -39,7 +43,8 @@ class LoraConfig:
       rank: columns of `down` and rows of `up`.
       alpha: the adapter's part is scaled by alpha / rank.
       targets: matrices of each block: qkv (one adapter for the fused query, key and value projections), attention_out,
-        gate_up (one for both), down.
+        gate_up (one for both), down; query_down, query_up and latent_down of latent attention; shared_gate_up and
+        shared_down of the MLP beside experts.
       rank_stabilised: scaled by alpha / sqrt(rank) instead (rsLoRA), with which learning does not slow down as the
         rank grows.
 
@@ -48,7 +53,7 @@ class LoraConfig:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = tuple(TARGETS)
+    targets: tuple[str, ...] = _USUAL
     rank_stabilised: bool = False
 
     def __post_init__(self):
@@ -89,6 +94,11 @@ class LowRank:
     scale: float = struct.field(pytree_node=False)
 
 
+def _others(blocks: Mapping[str, Any]) -> list[str]:
+    """What can have an adapter in blocks with experts."""
+    return [name for name in TARGETS if name in blocks and name not in OF_EXPERTS]
+
+
 def adapter_specs(blocks: Mapping[str, Any], config: LoraConfig) -> dict[str, dict[str, ParameterSpec]]:
     """The adapters that a config asks for, {target: {"down", "up"}}, before they exist.
 
@@ -106,7 +116,7 @@ def adapter_specs(blocks: Mapping[str, Any], config: LoraConfig) -> dict[str, di
         if "router" in blocks and target in OF_EXPERTS:
             raise ValueError(
                 f"lora.targets names {target!r}, but the blocks of this model are mixtures of experts, whose own "
-                "matrices take no adapters; use lora.targets [qkv, attention_out]"
+                f"matrices take no adapters; use lora.targets [{', '.join(_others(blocks))}]"
             )
         leaf = blocks.get(target)
         if leaf is None or isinstance(leaf, LowRank):
@@ -137,20 +147,32 @@ def add_adapters(params: PyTree, config: LoraConfig, key: Array, *, quantise: bo
     Raises:
       ValueError: for a target that these parameters do not have.
     """
-    drawn = initialise({"blocks": adapter_specs(params["blocks"], config)}, key)["blocks"]
+    drawn = initialise(_adapters_of(params, config), key)
     return _with_adapters(params, drawn, config.scale, quantised if quantise else None)
+
+
+def _adapters_of(tree: PyTree, config: LoraConfig) -> dict[str, dict]:
+    """Specs of adapters in each stack of blocks; first blocks may lack what the others have."""
+    found = {"blocks": adapter_specs(tree["blocks"], config)}
+    for stack in STACKS:
+        if stack in tree and stack not in found:
+            there = tuple(name for name in config.targets if name in tree[stack])
+            found[stack] = adapter_specs(tree[stack], replace(config, targets=there)) if there else {}
+    return found
 
 
 def _with_adapters(tree: PyTree, adapters: Mapping[str, Any], scale: float, stored: Callable | None) -> PyTree:
     """`tree` holds arrays or specs, and `adapters` too."""
 
-    def node(name: str, leaf: Any) -> Any:
-        if name not in adapters:
-            return leaf
+    def node(name: str, leaf: Any, adapter: Mapping[str, Any]) -> Any:
         base = leaf if stored is None else stored(leaf, inputs=TARGETS[name])
-        return LowRank(base, **adapters[name], scale=scale)
+        return LowRank(base, **adapter, scale=scale)
 
-    return tree | {"blocks": {name: node(name, leaf) for name, leaf in tree["blocks"].items()}}
+    stacks = {
+        stack: {name: node(name, leaf, own[name]) if name in own else leaf for name, leaf in tree[stack].items()}
+        for stack, own in adapters.items()
+    }
+    return tree | stacks
 
 
 def split(params: PyTree) -> tuple[dict[str, Any], PyTree]:
@@ -219,7 +241,7 @@ def lora(model: Model, config: LoraConfig, *, quantise: bool = False) -> Model:
     """
     if not isinstance(model.specs, Mapping) or not isinstance(model.specs.get("blocks"), Mapping):
         raise ValueError("lora is set, but the parameters of this model have no stacked blocks; adapt a transformer")
-    adapters = adapter_specs(model.specs["blocks"], config)
+    adapters = _adapters_of(model.specs, config)
     return model._replace(
         init=lambda key: add_adapters(model.init(key), config, key, quantise=quantise),
         specs=_with_adapters(model.specs, adapters, config.scale, quantised_spec if quantise else None),

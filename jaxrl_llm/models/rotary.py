@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import shards
+from jaxrl_llm.ranges import Count, Positive, Range, require_ranges
 
-RopeKind = Literal["linear", "llama3", "yarn"]
+RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclass(frozen=True)
@@ -20,35 +21,44 @@ class RopeScaling:
     """How rotary frequencies are stretched to a context longer than that of pre-training.
 
     Attributes:
-      kind: "linear" divides every frequency by `factor` (position interpolation, arXiv 2306.15595); "llama3" divides
-        the slow ones and leaves the fast ones (arXiv 2407.21783); "yarn" does so along a ramp over dimensions and
-        scales the scores (arXiv 2309.00071).
+      kind: "linear" divides every frequency by `factor` (position interpolation, arXiv 2306.15595); "dynamic" changes
+        nothing up to the old context, beyond which it would depend on the length and is refused; "llama3" divides the
+        slow ones and leaves the fast ones (arXiv 2407.21783); "yarn" does so along a ramp over dimensions and scales
+        the scores (arXiv 2309.00071); "longrope" divides each by a number of its own (arXiv 2402.13753).
       factor: new context / old context.
-      original_positions: the old context in tokens; llama3 and yarn only.
+      original_positions: the old context in tokens; all but linear.
       low_frequency: waves with fewer turns than this in the old context are divided; llama3 only.
       high_frequency: waves with more turns than this are left alone; llama3 only.
       beta_slow: turns in the old context below which a dimension is divided; yarn only.
       beta_fast: turns above which it is left alone; yarn only.
       truncate: the ends of the ramp are rounded outwards to whole dimensions; yarn only.
-      magnitude: factor on cosine and sine; yarn only. None gives 0.1 log(factor) + 1.
+      magnitude: factor on cosine and sine; yarn and longrope only. None gives 0.1 log(factor) + 1 to yarn, and
+        sqrt(1 + log(factor) / log(original_positions)) to longrope.
+      short: what longrope divides each frequency by, in a run whose sequences all fit into the old context.
+      long: the same in a run that goes beyond it.
+      extended: whether the run goes beyond it; None where nobody has said how long its sequences are.
+      query_growth: a query at position p is multiplied by 1 + query_growth * log(1 + floor(p / original_positions)).
     """
 
     kind: RopeKind
-    factor: float
-    original_positions: int | None = None
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
-    beta_slow: float = 1.0
-    beta_fast: float = 32.0
+    factor: Annotated[float, Range(1)]
+    original_positions: Count | None = None
+    low_frequency: Positive = 1.0
+    high_frequency: Positive = 4.0
+    beta_slow: Positive = 1.0
+    beta_fast: Positive = 32.0
     truncate: bool = True
-    magnitude: float | None = None
+    magnitude: Positive | None = None
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+    extended: bool | None = None
+    query_growth: float = 0.0
 
     def __post_init__(self):
         if self.kind not in get_args(RopeKind):
             known = ", ".join(get_args(RopeKind))
             raise ValueError(f"model.rope_scaling.kind is {self.kind!r}; it must be one of {known}")
-        if self.factor < 1:
-            raise ValueError(f"model.rope_scaling.factor is {self.factor}; it must be at least 1")
+        require_ranges(self, "model.rope_scaling")
         if self.kind != "linear" and (self.original_positions or 0) < 1:
             raise ValueError(
                 f"model.rope_scaling.original_positions is {self.original_positions}, which {self.kind} needs; set it "
@@ -59,20 +69,34 @@ class RopeScaling:
                 f"model.rope_scaling has low_frequency {self.low_frequency}, high_frequency {self.high_frequency}, "
                 f"beta_slow {self.beta_slow} and beta_fast {self.beta_fast}; each first must be below the second"
             )
+        if self.kind == "longrope" and not (self.short and len(self.short) == len(self.long)):
+            raise ValueError(
+                f"model.rope_scaling has {len(self.short)} short and {len(self.long)} long factors; longrope needs one "
+                "of each for every frequency"
+            )
 
     @property
     def amplitude(self) -> float:
         """Factor on cosine and sine."""
-        if self.kind != "yarn":
-            return 1.0
-        return 0.1 * math.log(self.factor) + 1.0 if self.magnitude is None else self.magnitude
+        if self.magnitude is not None or self.factor <= 1 or self.kind not in ("yarn", "longrope"):
+            return 1.0 if self.magnitude is None else self.magnitude
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_positions or 0))
+
+    @property
+    def limit(self) -> int | None:
+        """The longest sequence whose angles are right, where nobody has said that none is longer."""
+        return self.original_positions if self.kind in ("dynamic", "longrope") and self.extended is None else None
 
 
 def rotary_frequencies(size: int, base: float, scaling: RopeScaling | None = None) -> Float[Array, "R"]:
     """base^(-2i/size) for i < size/2 in float32, stretched as `scaling` says."""
     frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return frequencies
+    if scaling.kind == "longrope":
+        return frequencies / jnp.asarray(scaling.long if scaling.extended else scaling.short, jnp.float32)
     slow = frequencies / scaling.factor
     if scaling.kind == "linear":
         return slow
@@ -122,8 +146,14 @@ def _computed_once(x: Array) -> Array:
     return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision="highest")
 
 
-def rotate(x: Float[Array, "B T K G H"], angles: tuple[Array, Array]) -> Float[Array, "B T K G H"]:
-    """Rotate pairs (i, i + R) of each head's first 2R dimensions by the angle of the token's position."""
+def rotate(
+    x: Float[Array, "B T K G H"], angles: tuple[Array, Array], *, interleaved: bool = False
+) -> Float[Array, "B T K G H"]:
+    """Rotate each head's first 2R dimensions by the angle of the token's position.
+
+    Pairs are (i, i + R), or with `interleaved` (2i, 2i + 1); rotated, either comes out as (i, i + R), which products of
+    queries and keys do not tell apart.
+    """
     shape = x.shape
     if shards("rows", "positions") == 1:
         # Tokens on one axis: XLA on a CPU computes the rotation once then, and not in every form that is read.
@@ -133,7 +163,10 @@ def rotate(x: Float[Array, "B T K G H"], angles: tuple[Array, Array]) -> Float[A
     cos, sin = cos[:, :, None, None, :], sin[:, :, None, None, :]
     size = 2 * cos.shape[-1]
     wide = x.astype(jnp.float32)
-    first, second = jnp.split(wide[..., :size], 2, axis=-1)
+    if interleaved:
+        first, second = wide[..., 0:size:2], wide[..., 1:size:2]
+    else:
+        first, second = jnp.split(wide[..., :size], 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     rest = [wide[..., size:]] if size < x.shape[-1] else []
     return jnp.concatenate(turned + rest, axis=-1).astype(x.dtype).reshape(shape)

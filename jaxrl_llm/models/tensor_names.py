@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxrl_llm.models.transformer_config import TransformerConfig
@@ -12,26 +13,85 @@ from jaxrl_llm.models.transformer_specs import transformer_specs
 
 # The axes of our leaves, one letter each: layer l, expert e, vocabulary v, width d, key/value head k, slot s (the
 # queries of a key/value head, then its key, then its value), group g (its queries alone), head width h, gate or up c,
-# hidden width m, chosen expert x.
-LEAF_AXES = {
-    "embedding": "vd",
-    "unembedding": "vd",
-    "final_norm": "d",
-    "blocks/attention_norm": "ld",
-    "blocks/attention_post_norm": "ld",
-    "blocks/mlp_norm": "ld",
-    "blocks/mlp_post_norm": "ld",
-    "blocks/query_norm": "lh",
-    "blocks/key_norm": "lh",
-    "blocks/qkv": "ldksh",
-    "blocks/qkv_bias": "lksh",
-    "blocks/attention_out": "lkghd",
-    "blocks/attention_out_bias": "ld",
-    "blocks/router": "ldx",
-    "blocks/gate_up": "ldcm",
-    "blocks/down": "lmd",
+# hidden width m, expert that is chosen x, a single number z, latent width r, head n.
+LEAF_AXES = {"embedding": "vd", "unembedding": "vd", "final_norm": "d"}
+BLOCK_AXES = {
+    "attention_norm": "ld",
+    "attention_post_norm": "ld",
+    "mlp_norm": "ld",
+    "mlp_post_norm": "ld",
+    "query_norm": "lh",
+    "key_norm": "lh",
+    "qkv": "ldksh",
+    "qkv_bias": "lksh",
+    "query_down": "ldr",
+    "query_up": "lrnh",
+    "latent_down": "ldr",
+    "latent_norm": "lr",
+    "latent_up": "lrnh",
+    "attention_out": "lkghd",
+    "attention_out_bias": "ld",
+    "sinks": "lkg",
+    "router": "ldx",
+    "router_bias": "lx",
+    "selection_bias": "lx",
+    "gate_up": "ldcm",
+    "gate_up_bias": "lcm",
+    "down": "lmd",
+    "down_bias": "ld",
+    "shared_gate_up": "ldcm",
+    "shared_down": "lmd",
+    "shared_gate": "ldz",
 }
-EXPERT_LEAF_AXES = {"blocks/gate_up": "ledcm", "blocks/down": "lemd"}
+EXPERT_AXES = {"gate_up": "ledcm", "gate_up_bias": "lecm", "down": "lemd", "down_bias": "led"}
+ALL_HEADS_AXES = {"query_norm": "lkgh", "key_norm": "lkh"}
+LATENT_AXES = {"query_norm": "lr"}
+
+
+# Leaves that are float32 whatever the dtype of the others, here and in checkpoints.
+IN_FLOAT32 = ("selection_bias",)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What an architecture names, or lays out, otherwise than Llama and Qwen do.
+
+    Attributes:
+      fused_qkv: queries, keys and values are one tensor.
+      fused_gate_up: gate and up are one tensor.
+      norms: names of norms, by ours.
+      router: of experts.
+      experts: of one expert, or without {e} of all of them.
+      matrices: of gate, up and down of an expert.
+      shared: of the MLP beside the experts.
+    """
+
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    norms: Mapping[str, str] = field(default_factory=dict)
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts.{e}"
+    matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared: str = "mlp.shared_expert"
+
+
+_NAMING = {
+    "Phi3ForCausalLM": Naming(fused_qkv=True, fused_gate_up=True),
+    "MixtralForCausalLM": Naming(
+        router="block_sparse_moe.gate", experts="block_sparse_moe.experts.{e}", matrices=("w1", "w3", "w2")
+    ),
+    "GptOssForCausalLM": Naming(router="mlp.router", experts="mlp.experts"),
+    "Glm4MoeForCausalLM": Naming(shared="mlp.shared_experts"),
+    "DeepseekV3ForCausalLM": Naming(shared="mlp.shared_experts"),
+    "Glm4ForCausalLM": Naming(
+        fused_gate_up=True,
+        norms={
+            "attention_post_norm": "post_self_attn_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_mlp_layernorm",
+        },
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +112,11 @@ class Part:
     within: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     first_row: int = 0
 
+    @property
+    def holds_experts(self) -> bool:
+        """Whether the tensor is that of all experts."""
+        return any("e" in axes for axes in self.dims)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -61,11 +126,13 @@ class Layout:
       parts: as many as needed to fill every leaf exactly once.
       axes: letters of each leaf's dimensions.
       shapes: of our leaves.
+      first_layers: number of the first layer of each stack of blocks.
     """
 
     parts: tuple[Part, ...]
     axes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    first_layers: Mapping[str, int]
 
     def ranges(self, part: Part) -> dict[str, tuple[int, int]]:
         """(start, size) of every axis of the part's box."""
@@ -77,12 +144,16 @@ class Layout:
         ranges = self.ranges(part)
         return tuple(math.prod(ranges[axis][1] for axis in axes) for axes in part.dims)
 
+    def name(self, part: Part, layer: int, expert: int) -> str:
+        """Of the tensor for one layer of a stack and one expert."""
+        return part.tensor.format(l=layer + self.first_layers.get(part.leaf.split("/")[0], 0), e=expert)
+
     def names(self, part: Part) -> Iterator[tuple[str, int, int]]:
-        """(tensor name, layer, expert) of every tensor that the part stands for."""
+        """(tensor name, layer of its stack, expert) of every tensor that the part stands for."""
         ranges = self.ranges(part)
         for layer in range(ranges.get("l", (0, 1))[1]):
-            for expert in range(ranges.get("e", (0, 1))[1]):
-                yield part.tensor.format(l=layer, e=expert), layer, expert
+            for expert in range(1 if part.holds_experts else ranges.get("e", (0, 1))[1]):
+                yield self.name(part, layer, expert), layer, expert
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the checkpoint, in the order of the table."""
@@ -92,6 +163,12 @@ class Layout:
             for name, _, _ in self.names(part):
                 shapes[name] = (max(rows + part.first_row, shapes.get(name, (0,))[0]), *rest)
         return shapes
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a tensor of a checkpoint belongs to; None for those of no layer."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return None if found is None else int(found[1])
 
 
 def leaves(tree: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -111,90 +188,132 @@ def checkpoint_layout(config: TransformerConfig, architecture: str) -> Layout:
       architecture: one of `families.FAMILIES`.
     """
     shapes = {path: spec.shape for path, spec in leaves(transformer_specs(config)).items()}
-    axes = LEAF_AXES | (EXPERT_LEAF_AXES if config.experts is not None else {})
-    attention = _fused_attention(config) if architecture == "Phi3ForCausalLM" else _split_attention(config)
-    if architecture == "Phi3ForCausalLM":
-        mlp = _fused_mlp(config)
-    elif architecture == "MixtralForCausalLM":
-        mlp = _expert_mlp("block_sparse_moe.gate", "block_sparse_moe.experts.{e}", "w1", "w3", "w2")
-    elif config.experts is not None:
-        mlp = _expert_mlp("mlp.gate", "mlp.experts.{e}", "gate_proj", "up_proj", "down_proj")
-    else:
-        mlp = _split_mlp()
-    parts = [Part("model.embed_tokens.weight", "embedding", ("v", "d")), *_norms(config), *attention, *mlp]
-    parts.append(Part("model.norm.weight", "final_norm", ("d",)))
-    if not config.tie_embeddings:
-        parts.append(Part("lm_head.weight", "unembedding", ("v", "d")))
-    return Layout(tuple(parts), {path: axes[path] for path in shapes}, shapes)
+    naming = _NAMING.get(architecture, Naming())
+    parts = [Part("model.embed_tokens.weight", "embedding", ("v", "d"))]
+    axes = dict(LEAF_AXES)
+    for stack in config.stacks:
+        routed = f"{stack}/router" in shapes
+        own = BLOCK_AXES | (EXPERT_AXES if routed else {})
+        own |= ALL_HEADS_AXES if config.qk_norm_span == "all_heads" else {}
+        own |= LATENT_AXES if config.latent is not None else {}
+        axes |= {f"{stack}/{name}": letters for name, letters in own.items()}
+        mlp = _experts(naming) if routed else _mlp(naming, "mlp", "", _dense_width(shapes, stack))
+        heads = _attention(config, naming) if config.latent is None else _latent(config)
+        block = [*_norms(config, naming), *heads, *mlp]
+        parts += [
+            replace(part, tensor=f"model.layers.{{l}}.{part.tensor}", leaf=f"{stack}/{part.leaf}") for part in block
+        ]
+    parts += [Part("model.norm.weight", "final_norm", ("d",)), Part("lm_head.weight", "unembedding", ("v", "d"))]
+    # What a model does not have, its checkpoint does not have either.
+    present = tuple(part for part in parts if part.leaf in shapes)
+    first_layers = {stack: layers.start for stack, layers in config.stacks.items()}
+    return Layout(present, {path: axes[path] for path in shapes}, shapes, first_layers)
 
 
-_BLOCK = "model.layers.{l}."
+def _dense_width(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
+    return shapes[f"{stack}/gate_up"][-1]
 
 
-def _norms(config: TransformerConfig) -> list[Part]:
+def _norms(config: TransformerConfig, naming: Naming) -> list[Part]:
     # "post_attention" is the norm after the attention where there is one, and else the one before the MLP.
-    names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if config.post_norms:
-        names |= {
-            "attention_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        }
-    parts = [Part(f"{_BLOCK}{theirs}.weight", f"blocks/{ours}", ("d",)) for ours, theirs in names.items()]
-    if config.qk_norm:
-        parts.append(Part(f"{_BLOCK}self_attn.q_norm.weight", "blocks/query_norm", ("h",)))
-        parts.append(Part(f"{_BLOCK}self_attn.k_norm.weight", "blocks/key_norm", ("h",)))
-    return parts
+    names = {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+        **naming.norms,
+    }
+    parts = [Part(f"{theirs}.weight", ours, ("d",)) for ours, theirs in names.items()]
+    if not config.qk_norm:
+        return parts
+    spans = ("kgh", "kh") if config.qk_norm_span == "all_heads" else ("h", "h")
+    return [
+        *parts,
+        Part("self_attn.q_norm.weight", "query_norm", spans[:1]),
+        Part("self_attn.k_norm.weight", "key_norm", spans[1:]),
+    ]
 
 
-def _slots(config: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """Queries, key and value as (start, size) in our fused projection."""
-    group = config.queries_per_kv
-    return {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}
-
-
-def _split_attention(config: TransformerConfig) -> list[Part]:
-    parts = []
-    for name, slots in _slots(config).items():
-        tensor = f"{_BLOCK}self_attn.{name}_proj."
-        parts.append(Part(f"{tensor}weight", "blocks/qkv", ("ksh", "d"), {"s": slots}))
-        if config.qkv_bias:
-            parts.append(Part(f"{tensor}bias", "blocks/qkv_bias", ("ksh",), {"s": slots}))
-    parts.append(Part(f"{_BLOCK}self_attn.o_proj.weight", "blocks/attention_out", ("d", "kgh")))
-    if config.attention_out_bias:
-        parts.append(Part(f"{_BLOCK}self_attn.o_proj.bias", "blocks/attention_out_bias", ("d",)))
-    return parts
-
-
-def _fused_attention(config: TransformerConfig) -> list[Part]:
-    parts, first = [], 0
-    for slots in _slots(config).values():
-        parts.append(Part(f"{_BLOCK}self_attn.qkv_proj.weight", "blocks/qkv", ("ksh", "d"), {"s": slots}, first))
+def _attention(config: TransformerConfig, naming: Naming) -> list[Part]:
+    # Queries, key and value as (start, size) in our fused projection.
+    group, parts, first = config.queries_per_kv, [], 0
+    for name, slots in {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}.items():
+        tensor = "self_attn.qkv_proj." if naming.fused_qkv else f"self_attn.{name}_proj."
+        row = first if naming.fused_qkv else 0
+        parts.append(Part(f"{tensor}weight", "qkv", ("ksh", "d"), {"s": slots}, row))
+        parts.append(Part(f"{tensor}bias", "qkv_bias", ("ksh",), {"s": slots}, row))
         first += config.kv_heads * slots[1] * config.head_size
-    return [*parts, Part(f"{_BLOCK}self_attn.o_proj.weight", "blocks/attention_out", ("d", "kgh"))]
-
-
-def _split_mlp() -> list[Part]:
     return [
-        Part(f"{_BLOCK}mlp.gate_proj.weight", "blocks/gate_up", ("cm", "d"), {"c": (0, 1)}),
-        Part(f"{_BLOCK}mlp.up_proj.weight", "blocks/gate_up", ("cm", "d"), {"c": (1, 1)}),
-        Part(f"{_BLOCK}mlp.down_proj.weight", "blocks/down", ("d", "m")),
+        *parts,
+        Part("self_attn.o_proj.weight", "attention_out", ("d", "kgh")),
+        Part("self_attn.o_proj.bias", "attention_out_bias", ("d",)),
+        Part("self_attn.sinks", "sinks", ("kg",)),
     ]
 
 
-def _fused_mlp(config: TransformerConfig) -> list[Part]:
-    tensor = f"{_BLOCK}mlp.gate_up_proj.weight"
+def _latent(config: TransformerConfig) -> list[Part]:
+    narrow = config.latent is not None and config.latent.query_rank is not None
     return [
-        Part(tensor, "blocks/gate_up", ("cm", "d"), {"c": (0, 1)}),
-        Part(tensor, "blocks/gate_up", ("cm", "d"), {"c": (1, 1)}, config.mlp_size),
-        Part(f"{_BLOCK}mlp.down_proj.weight", "blocks/down", ("d", "m")),
+        Part("self_attn.q_a_proj.weight", "query_down", ("r", "d")),
+        Part("self_attn.q_a_layernorm.weight", "query_norm", ("r",)),
+        Part(f"self_attn.{'q_b_proj' if narrow else 'q_proj'}.weight", "query_up", ("nh", "r")),
+        Part("self_attn.kv_a_proj_with_mqa.weight", "latent_down", ("r", "d")),
+        Part("self_attn.kv_a_layernorm.weight", "latent_norm", ("r",)),
+        Part("self_attn.kv_b_proj.weight", "latent_up", ("nh", "r")),
+        Part("self_attn.o_proj.weight", "attention_out", ("d", "kgh")),
     ]
 
 
-def _expert_mlp(router: str, experts: str, gate: str, up: str, down: str) -> list[Part]:
+def _mlp(naming: Naming, theirs: str, ours: str, width: int) -> list[Part]:
+    """A gated MLP: its tensors begin with `theirs`, its leaves with `ours`."""
+    gate, up, down = naming.matrices
+    parts = []
+    for column, name in enumerate((gate, up)):
+        tensor = f"{theirs}.gate_up_proj" if naming.fused_gate_up else f"{theirs}.{name}"
+        row = column * width if naming.fused_gate_up else 0
+        parts.append(Part(f"{tensor}.weight", f"{ours}gate_up", ("cm", "d"), {"c": (column, 1)}, row))
+        parts.append(Part(f"{tensor}.bias", f"{ours}gate_up_bias", ("cm",), {"c": (column, 1)}, row))
     return [
-        Part(f"{_BLOCK}{router}.weight", "blocks/router", ("x", "d")),
-        Part(f"{_BLOCK}{experts}.{gate}.weight", "blocks/gate_up", ("cm", "d"), {"c": (0, 1)}),
-        Part(f"{_BLOCK}{experts}.{up}.weight", "blocks/gate_up", ("cm", "d"), {"c": (1, 1)}),
-        Part(f"{_BLOCK}{experts}.{down}.weight", "blocks/down", ("d", "m")),
+        *parts,
+        Part(f"{theirs}.{down}.weight", f"{ours}down", ("d", "m")),
+        Part(f"{theirs}.{down}.bias", f"{ours}down_bias", ("d",)),
     ]
+
+
+def _experts(naming: Naming) -> list[Part]:
+    return [
+        Part(f"{naming.router}.weight", "router", ("x", "d")),
+        Part(f"{naming.router}.bias", "router_bias", ("x",)),
+        Part(f"{naming.router}.e_score_correction_bias", "selection_bias", ("x",)),
+        *(_mlp(naming, naming.experts, "", 0) if "{e}" in naming.experts else _all_experts(naming.experts)),
+        *_mlp(naming, naming.shared, "shared_", 0),
+        Part(f"{naming.shared}_gate.weight", "shared_gate", ("z", "d")),
+    ]
+
+
+def _all_experts(theirs: str) -> list[Part]:
+    """All experts in one tensor, inputs first, gate and up in turn."""
+    return [
+        Part(f"{theirs}.gate_up_proj", "gate_up", ("e", "d", "mc")),
+        Part(f"{theirs}.gate_up_proj_bias", "gate_up_bias", ("e", "mc")),
+        Part(f"{theirs}.down_proj", "down", ("e", "m", "d")),
+        Part(f"{theirs}.down_proj_bias", "down_bias", ("e", "d")),
+    ]
+
+
+# Where the text part of a vision-language checkpoint may lie, in files of different ages.
+_TEXT = re.compile(r"^(?:model\.language_model|language_model\.model)\.")
+_OTHER_PARTS = re.compile(r"^(?:model\.)?(?:visual|vision_tower|multi_modal_projector)\.")
+
+
+def text_names(names: Iterable[str]) -> dict[str, str]:
+    """What the tensors of a text model are called among those of a vision-language checkpoint, by our names.
+
+    >>> text_names(["visual.blocks.0.weight", "model.language_model.norm.weight", "language_model.lm_head.weight"])
+    {'model.norm.weight': 'model.language_model.norm.weight', 'lm_head.weight': 'language_model.lm_head.weight'}
+    """
+    return {
+        _TEXT.sub("model.", name).removeprefix("language_model."): name
+        for name in names
+        if not _OTHER_PARTS.match(name)
+    }

@@ -1,159 +1,33 @@
-"""A decoder-only transformer as pure functions: RMSNorm, rotary positions, grouped-query attention, gated MLP.
+"""A decoder-only transformer as pure functions: embedding, blocks one after the other or scanned over, scores.
 
 One forward serves every family; what they differ in is in `TransformerConfig`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend, attention_in_use
-from jaxrl_llm.models.cache import (
-    Cache,
-    KeysAndValues,
-    init_cache,
-    of_layer,
-    remembered,
-    replaced_row,
-    taken_rows,
-)
-from jaxrl_llm.models.experts import expert_mlp, route
+from jaxrl_llm.models.attention import AttentionKind, KeyValues, attention_in_use
+from jaxrl_llm.models.block import Layer, Shared, rms_norm, run_block
+from jaxrl_llm.models.cache import Cache, init_cache, of_layer, replaced_row, taken_rows
+from jaxrl_llm.models.latent import latent_values
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages, paged_attention, written
+from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
-from jaxrl_llm.models.projection import TURNED_FROM, project, turned
-from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
-from jaxrl_llm.models.rotary import rotary_angles, rotate
-from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.models.projection import TURNED_FROM, turned
+from jaxrl_llm.models.rotary import rotary_angles
+from jaxrl_llm.models.transformer_config import LatentConfig, TransformerConfig, require_in_context
 from jaxrl_llm.models.transformer_specs import transformer_specs
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ANY, ambient_layout, constrain
 
 # What a forward pass can return besides its last hidden states.
 OBSERVABLE = ("hidden_states", "router_choices", "router_probabilities")
-
-
-class _Shared(NamedTuple):
-    """What all blocks of one forward pass read.
-
-    Attributes:
-      config: sizes and switches.
-      angles: rotary angles; with `local_angles` for windowed layers.
-      positions: of the tokens of this call, [B, T].
-      seen: of the keys, [B, S].
-      used: tokens written into the cache before this call.
-      kind: the attention path.
-    """
-
-    config: TransformerConfig
-    angles: tuple[Array, Array]
-    local_angles: tuple[Array, Array]
-    positions: Int[Array, "B T"]
-    seen: Int[Array, "B S"]
-    used: Int[Array, ""]
-    kind: AttentionKind
-
-
-def rms_norm(
-    x: Float[Array, "*B D"], gain: Float[Array, "D"], epsilon: float, offset: float = 0.0
-) -> Float[Array, "*B D"]:
-    """x / sqrt(mean(x^2) + epsilon) * (gain + offset), in float32, returned in the dtype of x."""
-    wide, gain = x.astype(jnp.float32), gain.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (normed * (gain + offset if offset else gain)).astype(x.dtype)
-
-
-def _attention(params, shared: _Shared, x, windowed, cached):
-    """What attention adds to the residual stream, and the filled cache of this block."""
-    config, dtype = shared.config, x.dtype
-    norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    projected = project(norm(x, params["attention_norm"]), params["qkv"])
-    if config.qkv_bias:
-        projected = projected + params["qkv_bias"].astype(dtype)
-    queries, keys, values = projected[..., :-2, :], projected[..., -2:-1, :], projected[..., -1, :]
-    if config.qk_norm:
-        queries, keys = norm(queries, params["query_norm"]), norm(keys, params["key_norm"])
-    angles = shared.angles
-    if config.local_rope_base is not None:
-        if isinstance(windowed, bool):
-            angles = shared.local_angles if windowed else angles
-        else:
-            angles = jax.tree.map(partial(jnp.where, windowed), shared.local_angles, angles)
-    queries, keys = rotate(queries, angles), rotate(keys, angles)[..., 0, :]
-    # Each device holds the queries of its own positions; the keys and values of all are gathered (context parallelism).
-    queries = constrain(queries, "rows", "positions", "kv_heads")
-    new = KeysAndValues(
-        constrain(keys.transpose(0, 2, 3, 1), "rows", "kv_heads", None, None),
-        constrain(values.swapaxes(1, 2), "rows", "kv_heads", None),
-    )
-    scores = {
-        "scale": config.score_scale,
-        "window": config.window,
-        "windowed": windowed,
-        "cap": config.attention_cap,
-    }
-    filled, context = None, ()
-    if isinstance(cached, PagedBlock):
-        filled = written(cached, shared.positions, new)
-        attended = paged_attention(queries, cached._replace(pages=filled), shared.positions, **scores)
-    else:
-        if cached is not None:
-            stored, layer, context = cached
-            filled = remembered(stored, layer, new, shared.used, shared.seen.shape[1])
-            # A pass that fills its whole cache has just computed what the cache holds.
-            new = new if shared.kind != "plain" else of_layer(filled, layer)
-        own = KeyValues(new.keys, new.values, shared.seen)
-        attended = attend(queries, own, shared.positions, context, **scores, kind=shared.kind)
-    added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
-    if config.attention_out_bias:
-        added = added + params["attention_out_bias"].astype(dtype)
-    return norm(added, params["attention_post_norm"]) if config.post_norms else added, filled
-
-
-def _mlp(params, config: TransformerConfig, x, choices):
-    """What the MLP or the mixture of experts adds to the residual stream, and what the router did."""
-    norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    activation = jax.nn.silu if config.activation == "silu" else partial(jax.nn.gelu, approximate=True)
-    normed, observed = norm(x, params["mlp_norm"]), {}
-    if config.experts is None:
-        gate_up = project(normed, params["gate_up"])
-        activated = activation(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        added = project(activated, params["down"])
-    else:
-        dtype = x.dtype
-        routing = route(normed, params["router"].astype(dtype), config.experts, choices)
-        gate_up, down = params["gate_up"].astype(dtype), params["down"].astype(dtype)
-        added = expert_mlp(normed, routing, gate_up, down, activation=activation, ragged=config.experts.ragged)
-        observed = {"router_choices": routing.choices, "router_probabilities": routing.probabilities}
-    return norm(added, params["mlp_post_norm"]) if config.post_norms else added, observed
-
-
-def _block(params, shared: _Shared, x, windowed, choices, cached):
-    """One block: (residual stream, filled cache, what can be observed).
-
-    `cached` is None, or what is being written (see `remembered`), `layer`, and the context of this block; or its pages.
-    """
-    added, filled = _attention(params, shared, x, windowed, cached)
-    x = constrain(x + added, "rows", "positions", None)
-    added, observed = _mlp(params, shared.config, x, choices)
-    x = constrain(x + added, "rows", "positions", None)
-    return x, filled, observed | {"hidden_states": x}
-
-
-def _run_block(shared: _Shared, windowed, cached):
-    """`_block` as a function of what is differentiated; without a cache it keeps what the config says."""
-
-    def run(params, x, choices):
-        return _block(params, shared, x, windowed, choices, cached)
-
-    return run if cached is not None else rematerialised(run, shared.config.remat)
 
 
 def observed_forward(
@@ -171,7 +45,8 @@ def observed_forward(
     Args:
       params, tokens, positions, cache, config, router_choices: as for `forward`.
       names: what to return: "hidden_states" [L + 1, B, T, D], the embedded tokens and the residual stream after each
-        block, before the final norm; "router_choices" [L, B, T, k]; "router_probabilities" [L, B, T, E].
+        block, before the final norm; "router_choices" [L, B, T, k] and "router_probabilities" [L, B, T, E] of the L
+        blocks that have experts.
 
     Returns:
       hidden states, the filled cache, and what was asked for by name.
@@ -188,6 +63,7 @@ def observed_forward(
     table = constrain(params["embedding"].astype(config.compute_dtype), "vocabulary", None)
     tokens, positions = (constrain(x, "rows", "positions") for x in (tokens, positions))
     x = constrain(table[tokens], "rows", "positions", None)
+    scaling = config.rope_scaling
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     used, seen, before = jnp.int32(0), positions, 0
@@ -195,14 +71,18 @@ def observed_forward(
         used = cache.used
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used % cache.positions.shape[1]))
         before = sum(part.positions.shape[1] for part in cache.context)
-    angles = rotary_angles(positions, config.rotary_size, config.rope_base, config.rope_scaling)
-    local = angles
+    require_in_context(config, seen.shape[1] + before)
+    angles = rotary_angles(positions, config.rotary_size, config.rope_base, scaling)
+    local, growth = angles, None
     if config.local_rope_base is not None:
         local = rotary_angles(positions, config.rotary_size, config.local_rope_base)
+    if scaling is not None and scaling.query_growth:
+        turns = jnp.floor(jnp.maximum(positions, 0) / (scaling.original_positions or 1))
+        growth = 1.0 + scaling.query_growth * jnp.log1p(turns)
     kind = attention_path(config, queries=tokens.shape[1], keys=seen.shape[1] + before)
-    shared = _Shared(config, angles, local, positions, seen, used, kind)
+    shared = Shared(config, angles, local, growth, positions, seen, used, kind)
 
-    keep = lambda observed: {name: observed[name] for name in names}  # noqa: E731
+    keep = lambda observed: {name: observed[name] for name in names if name in observed}  # noqa: E731
     embedded = x[None]
     loop = _unrolled_blocks if config.unrolled else _scanned_blocks
     x, layers, observed = loop(params, shared, x, router_choices, cache, keep)
@@ -223,57 +103,72 @@ def _cached(cache: Cache | PagedCache | None, carried, layer: Array | int, confi
     if isinstance(cache, PagedCache):
         return PagedBlock(carried, cache.table, layer * cache.pages_per_layer(config.layers))
     if isinstance(layer, int):
-        return cache.layers[layer], None, _context(cache, layer)
-    return carried, layer, _context(cache, layer)
+        return cache.layers[layer], None, _context(cache, layer, config.latent)
+    return carried, layer, _context(cache, layer, config.latent)
 
 
-def _context(cache: Cache, layer: Array | int) -> tuple[KeyValues, ...]:
+def _context(cache: Cache, layer: Array | int, latent: LatentConfig | None) -> tuple[KeyValues, ...]:
     """What one block may read of what was written before."""
     index = (lambda layers: layers[layer]) if isinstance(layer, int) else partial(of_layer, layer=layer)
-    parts = [(index(part.layers), part.positions) for part in cache.context]
+    readable = lambda pair: pair if latent is None else latent_values(pair, latent.rank)  # noqa: E731
+    parts = [(readable(index(part.layers)), part.positions) for part in cache.context]
     return tuple(KeyValues(pair.keys, pair.values, seen) for pair, seen in parts)
 
 
 def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
+    config = shared.config
     filled, all_observed = [], []
     carried = cache.pages if isinstance(cache, PagedCache) else None
-    for index, block_params in enumerate(unstack(params, shared.config)["blocks"]):
-        choices = None if router_choices is None else router_choices[index]
-        cached = _cached(cache, carried, index, shared.config)
-        run = _run_block(shared, shared.config.windowed[index], cached)
-        x, carried, observed = run(block_params, x, choices)
+    kinds = zip(config.windowed, config.rotated, strict=True)
+    for index, (block_params, kind) in enumerate(zip(unstack(params, config)["blocks"], kinds, strict=True)):
+        choices = None
+        if router_choices is not None and "router" in block_params:
+            choices = router_choices[index - config.stacks["blocks"].start]
+        cached = _cached(cache, carried, index, config)
+        x, carried, observed = run_block(shared, Layer(*kind), cached)(block_params, x, choices)
         filled.append(carried)
-        all_observed.append(keep(observed))
+        all_observed.append(jax.tree.map(lambda leaf: leaf[None], keep(observed)))
     layers = carried if isinstance(cache, PagedCache) else tuple(filled)
-    return x, layers, jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_observed)
+    return x, layers, _joined(all_observed)
+
+
+def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    """What blocks showed, by name; not all of them show everything."""
+    names = {name for part in parts for name in part}
+    return {name: jnp.concatenate([part[name] for part in parts if name in part]) for name in names}
 
 
 def _scanned_blocks(params, shared, x, router_choices, cache, keep):
-    windowed = shared.config.windowed
-
+    config = shared.config
     # The cache is carried, not scanned over: each block writes its new slots in place, and nothing is copied.
-    def body(carry, xs):
-        x, layers = carry
-        block_params, layer, local, choices = xs
-        block_params = _where_they_lie(block_params, shared.config)
-        # Where all layers are of one kind, the program knows it; else each reads its own from an array.
-        local = windowed[0] if len(set(windowed)) == 1 else local
-        cached = _cached(cache, layers, layer, shared.config)
-        x, layers, observed = _run_block(shared, local, cached)(block_params, x, choices)
-        return (x, layers), keep(observed)
+    layers = cache.pages if isinstance(cache, PagedCache) else None if cache is None else cache.layers
+    all_observed = []
+    for stack, numbers in config.stacks.items():
+        kinds = [values[numbers.start : numbers.stop] for values in (config.windowed, config.rotated)]
 
-    start = cache.pages if isinstance(cache, PagedCache) else None if cache is None else cache.layers
-    xs = (params["blocks"], jnp.arange(len(windowed)), jnp.asarray(windowed), router_choices)
-    (x, layers), observed = jax.lax.scan(body, (x, start), xs)
-    return x, layers, observed
+        def body(carry, xs, stack=stack, kinds=kinds):
+            x, layers = carry
+            block_params, number, choices, *own = xs
+            block_params = _where_they_lie(block_params, config, stack)
+            # Where all layers are of one kind, the program knows it; else each reads its own from an array.
+            layer = Layer(*(all_[0] if len(set(all_)) == 1 else one for all_, one in zip(kinds, own, strict=True)))
+            cached = _cached(cache, layers, number, config)
+            x, layers, observed = run_block(shared, layer, cached)(block_params, x, choices)
+            return (x, layers), keep(observed)
+
+        choices = router_choices if stack == "blocks" else None
+        xs = (params[stack], jnp.arange(numbers.start, numbers.stop), choices, *map(jnp.asarray, kinds))
+        (x, layers), observed = jax.lax.scan(body, (x, layers), xs)
+        all_observed.append(observed)
+    return x, layers, _joined(all_observed)
 
 
-def _where_they_lie(block_params, config: TransformerConfig):
+def _where_they_lie(block_params, config: TransformerConfig, stack: str):
     """Parameters of one block of a scan, pinned to where they lie in the stack, and their gradients with them.
 
     Left to itself the compiler sums a gradient everywhere in each turn of the loop, to keep a part of the sum.
     """
-    specs = transformer_specs(config)["blocks"]
+    specs = transformer_specs(config)[stack]
 
     def pinned(name, leaf):
         axes = specs[name].axes[1:] if name in specs else ()
@@ -310,7 +205,7 @@ def forward(
 def attention_path(config: TransformerConfig, *, queries: int, keys: int | None = None) -> AttentionKind:
     """How this model computes attention of `queries` tokens a row that look at `keys` slots (as many)."""
     return attention_in_use(
-        config.attention,
+        "plain" if config.plain_attention else config.attention,
         queries=queries,
         keys=queries if keys is None else keys,
         head_size=config.head_size,
@@ -323,8 +218,12 @@ def unstack(params: PyTree, config: TransformerConfig) -> PyTree:
     """Split stacked blocks into a tuple when they are unrolled, so that a decode loop does not slice at every token."""
     if not config.unrolled or isinstance(params["blocks"], tuple):
         return params
-    blocks = tuple(jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(config.layers))  # noqa: B023
-    return params | {"blocks": blocks}
+    blocks = tuple(
+        jax.tree.map(lambda leaf: leaf[index], params[stack])  # noqa: B023
+        for stack, numbers in config.stacks.items()
+        for index in range(len(numbers))
+    )
+    return {name: leaf for name, leaf in params.items() if name not in config.stacks} | {"blocks": blocks}
 
 
 def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
@@ -333,25 +232,30 @@ def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
     split = (ambient := ambient_layout()) is not None and ambient.mesh.size > 1
     if not isinstance(params["blocks"], tuple) or backend_in_use() != "cpu" or split:
         return params
-    inputs = {"qkv": 1, "attention_out": 3} | ({"gate_up": 1, "down": 1} if config.experts is None else {})
 
     def laid_out(block):
+        inputs = {"qkv": 1, "query_up": 1, "attention_out": 3} | (
+            {} if "router" in block else {"gate_up": 1, "down": 1}
+        )
         large = {
             name: turned(matrix, inputs=count)
             for name, count in inputs.items()
-            if isinstance(matrix := block[name], jax.Array) and matrix.size >= TURNED_FROM
+            if isinstance(matrix := block.get(name), jax.Array) and matrix.size >= TURNED_FROM
         }
         return block | large
 
     return params | {"blocks": tuple(laid_out(block) for block in params["blocks"])}
 
 
-def logits(params: PyTree, hidden: Float[Array, "*B D"], *, cap: float | None = None) -> Float[Array, "*B V"]:
-    """Scores of the next symbol in float32, before temperature; with a cap, cap * tanh(scores / cap)."""
+def logits(
+    params: PyTree, hidden: Float[Array, "*B D"], *, cap: float | None = None, divisor: float = 1.0
+) -> Float[Array, "*B V"]:
+    """Scores of the next symbol over `divisor`, float32, before temperature; with a cap, cap * tanh(scores / cap)."""
     table = params.get("unembedding", params["embedding"]).astype(hidden.dtype)
     scores = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
     # Scores move on to where they are drawn from; the table stays where it is.
     scores = constrain(scores, "rows", *[ANY] * (scores.ndim - 2), "vocabulary") if scores.ndim > 1 else scores
+    scores = scores if divisor == 1.0 else scores / divisor
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
@@ -375,7 +279,7 @@ def transformer(config: TransformerConfig) -> Model:
     return Model(
         init=partial(initialise, specs),
         apply=partial(forward, config=config),
-        logits=partial(logits, cap=config.logits_cap),
+        logits=partial(logits, cap=config.logits_cap, divisor=config.logits_divisor),
         init_cache=partial(init_cache, config=config),
         expand_cache=partial(expanded, config=config),
         for_decoding=partial(for_decoding, config=config),

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
+from jaxrl_llm.ranges import Count, Positive, require_ranges
 
+# Names of the stacks of blocks in the parameters, see `TransformerConfig.stacks`.
+STACKS = ("dense_blocks", "blocks")
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 CacheLayout = Literal["auto", "contiguous", "paged"]
 CachePrecision = Literal["compute", "int8"]
 Precision = Literal["float32", "bfloat16"]
 # What of a block the backward pass computes again instead of reading it back.
 Rematerialisation = Literal["none", "full", "dots", "attention", "offload_dots"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"]
+# What a norm of queries and keys is taken over: each head by itself, or all heads of a token together.
+NormSpan = Literal["head", "all_heads"]
 
 _CHOICES: Mapping[str, Any] = {
     "layer_loop": LayerLoop,
@@ -26,19 +31,32 @@ _CHOICES: Mapping[str, Any] = {
     "parameter_dtype": Precision,
     "compute_dtype": Precision,
     "activation": Activation,
+    "qk_norm_span": NormSpan,
     "attention": AttentionChoice,
     "remat": Rematerialisation,
 }
-_SIZES = ("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "window")
-_POSITIVE = (
-    "rope_base",
-    "local_rope_base",
-    "norm_epsilon",
-    "embedding_scale",
-    "query_scale",
-    "attention_cap",
-    "logits_cap",
-)
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Sizes of latent attention, see latent.py.
+
+    Attributes:
+      rank: width of the latent vector, of which keys and values are projections.
+      rope_width: width of the key that all heads share and that is rotated, and of that part of each query.
+      plain_width: width of the part of each query and key that is not rotated.
+      value_width: of one head's values.
+      query_rank: width that queries are projected from; None projects them from the residual stream.
+    """
+
+    rank: Count
+    rope_width: Count
+    plain_width: Count
+    value_width: Count
+    query_rank: Count | None = None
+
+    def __post_init__(self):
+        require_ranges(self, "model.latent")
 
 
 @dataclass(frozen=True)
@@ -53,24 +71,36 @@ class TransformerConfig:
       kv_heads: key/value heads; divides `heads`.
       head_width: of one head, even; None gives width / heads.
       mlp_width: hidden width of the gated MLP, or of one expert; None gives 3 * width.
-      activation: of the gate.
+      mlp_bias: the projections of the MLP, or of every expert, have biases.
+      activation: of the gate; clamped_swiglu is gate * sigmoid(1.702 gate) * (up + 1), with gate cut off above
+        `activation_limit` and up on both sides.
+      activation_limit: of clamped_swiglu.
+      latent: keys and values are projections of a latent vector; then `head_width` is what is rotated, and there are as
+        many key/value heads as heads.
       experts: replaces the MLP of every block by a mixture of experts.
       rope_base: base of the rotary angles.
       rope_scaling: stretches the angles beyond the context of pre-training.
       rope_fraction: share of each head's dimensions that are rotated; the rest carry no position.
+      rope_pattern: which layers are rotated at all, repeated over the layers.
+      rope_interleaved: dimensions are rotated in pairs (2i, 2i + 1) instead of (i, i + half).
       window: tokens that a windowed layer sees, itself included.
       window_pattern: which layers are windowed, repeated over the layers; used where `window` is set.
       local_rope_base: base of the rotary angles in windowed layers, which are then not scaled; None: as all others.
-      qk_norm: RMSNorm on each query and key head before rotation.
+      qk_norm: RMSNorm on queries and keys before rotation.
+      qk_norm_span: over each head by itself, or over all heads of a token together.
       qkv_bias: the query, key and value projections have biases.
       attention_out_bias: the output projection of the attention has a bias.
       query_scale: factor on the attention scores; None gives 1 / sqrt(head_width).
+      attention_sinks: each query head has a learned score that takes part in the softmax and has no value.
       attention_cap: scores s become cap * tanh(s / cap) before the softmax.
       logits_cap: the same for the scores of the vocabulary.
       norm_epsilon: inside the root of RMSNorm.
       norm_offset: added to every gain of a norm; 1 where gains are stored as their difference from one.
-      post_norms: RMSNorm also on what the attention and the MLP add to the residual stream.
+      pre_norms: RMSNorm on what the attention and the MLP read.
+      post_norms: RMSNorm on what they add to the residual stream.
+      residual_scale: factor on what they add.
       embedding_scale: factor on the embedded tokens.
+      logits_divisor: the scores of the vocabulary are divided by it, before their cap.
       tie_embeddings: the embedding table is also the output projection.
       attention: how attention is computed, see attention.py; "auto" picks by backend, type and shape.
       layer_loop: "unrolled" is about twice as fast on CPU, "scanned" compiles once for any depth; "auto"
@@ -84,31 +114,41 @@ class TransformerConfig:
         "paged", as long as what it has said; "auto" takes pages on one TPU whose kernel serves the head size.
     """
 
-    vocabulary_size: int
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_width: int | None = None
-    mlp_width: int | None = None
+    vocabulary_size: Count
+    width: Count = 128
+    layers: Count = 4
+    heads: Count = 4
+    kv_heads: Count = 2
+    head_width: Count | None = None
+    mlp_width: Count | None = None
+    mlp_bias: bool = False
     activation: Activation = "silu"
+    activation_limit: Positive = 7.0
+    latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
-    rope_base: float = 10_000.0
+    rope_base: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
     rope_fraction: float = 1.0
-    window: int | None = None
+    rope_pattern: tuple[bool, ...] = (True,)
+    rope_interleaved: bool = False
+    window: Count | None = None
     window_pattern: tuple[bool, ...] = (True,)
-    local_rope_base: float | None = None
+    local_rope_base: Positive | None = None
     qk_norm: bool = True
+    qk_norm_span: NormSpan = "head"
     qkv_bias: bool = False
     attention_out_bias: bool = False
-    query_scale: float | None = None
-    attention_cap: float | None = None
-    logits_cap: float | None = None
-    norm_epsilon: float = 1e-6
+    query_scale: Positive | None = None
+    attention_sinks: bool = False
+    attention_cap: Positive | None = None
+    logits_cap: Positive | None = None
+    norm_epsilon: Positive = 1e-6
     norm_offset: float = 0.0
+    pre_norms: bool = True
     post_norms: bool = False
-    embedding_scale: float = 1.0
+    residual_scale: Positive = 1.0
+    embedding_scale: Positive = 1.0
+    logits_divisor: Positive = 1.0
     tie_embeddings: bool = True
     attention: AttentionChoice = "auto"
     layer_loop: LayerLoop = "auto"
@@ -119,14 +159,7 @@ class TransformerConfig:
     remat: Rematerialisation = "none"
 
     def __post_init__(self):
-        for name in _SIZES:
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"model.{name} is {size}; it must be at least 1")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"model.{name} is {value}; it must be above 0")
+        require_ranges(self, "model")
         for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal):
                 known = ", ".join(get_args(literal))
@@ -137,11 +170,25 @@ class TransformerConfig:
                 "compute dtype, so leave one of them out"
             )
         self._check_heads()
-        self._check_windows()
+        self._check_patterns()
+        if self.experts is not None and self.experts.dense_layers >= self.layers:
+            raise ValueError(
+                f"model.experts.dense_layers is {self.experts.dense_layers} of {self.layers} layers, which leaves none "
+                "with experts; lower it, or leave experts out"
+            )
+        self._check_kernels()
+
+    def _check_kernels(self):
         if self.attention in ("xla", "cudnn") and self.attention_cap is not None:
             raise ValueError(
                 f"model.attention is {self.attention!r}, which has no soft cap, but model.attention_cap is "
                 f"{self.attention_cap}; use auto, plain or splash"
+            )
+        special = "attention_sinks" if self.attention_sinks else "latent" if self.latent is not None else None
+        if special and (self.attention not in ("auto", "plain") or self.cache_layout == "paged"):
+            raise ValueError(
+                f"model.attention is {self.attention!r} and model.cache_layout {self.cache_layout!r}, which do not "
+                f"serve a model with model.{special}; use attention auto or plain, and cache_layout auto or contiguous"
             )
         if self.attention == "cudnn" and self.compute_dtype != "bfloat16":
             raise ValueError(
@@ -150,6 +197,15 @@ class TransformerConfig:
             )
 
     def _check_heads(self):
+        if (latent := self.latent) is not None:
+            for name, needed in (("kv_heads", self.heads), ("head_width", latent.rope_width)):
+                if getattr(self, name) != needed:
+                    raise ValueError(
+                        f"model.{name} is {getattr(self, name)}, but with model.latent it must be {needed}"
+                    )
+            for name in ("qk_norm", "qkv_bias", "attention_sinks"):
+                if getattr(self, name):
+                    raise ValueError(f"model.{name} is true, which latent attention does not have; set it to false")
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads is {self.heads}, which model.kv_heads {self.kv_heads} does not divide")
         if self.head_width is None and self.width % self.heads:
@@ -163,14 +219,20 @@ class TransformerConfig:
                 f"model.rope_fraction is {self.rope_fraction}, which rotates {self.rotary_size} of "
                 f"{self.head_size} dimensions; it must be above 0, at most 1, and give an even number of at least 2"
             )
-
-    def _check_windows(self):
-        if not self.window_pattern:
-            raise ValueError("model.window_pattern is empty; give one boolean a layer, or a pattern that repeats")
-        if len(self.window_pattern) > self.layers:
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "longrope" and 2 * len(scaling.short) != self.rotary_size:
             raise ValueError(
-                f"model.window_pattern has {len(self.window_pattern)} entries for {self.layers} layers; shorten it"
+                f"model.rope_scaling has {len(scaling.short)} short and long factors for {self.rotary_size} rotated "
+                "dimensions; give half as many"
             )
+
+    def _check_patterns(self):
+        for name in ("window_pattern", "rope_pattern"):
+            pattern = getattr(self, name)
+            if not pattern:
+                raise ValueError(f"model.{name} is empty; give one boolean a layer, or a pattern that repeats")
+            if len(pattern) > self.layers:
+                raise ValueError(f"model.{name} has {len(pattern)} entries for {self.layers} layers; shorten it")
         if self.window is None and (self.local_rope_base is not None or self.window_pattern != (True,)):
             raise ValueError(
                 f"model.window is not set, but model.local_rope_base is {self.local_rope_base} and "
@@ -201,15 +263,74 @@ class TransformerConfig:
     @property
     def score_scale(self) -> float:
         """Factor on the attention scores."""
-        return self.query_scale or self.head_size**-0.5
+        width = self.head_size + (0 if self.latent is None else self.latent.plain_width)
+        return self.query_scale or width**-0.5
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether no kernel serves this model."""
+        return self.attention_sinks or self.latent is not None
+
+    @property
+    def cached_sizes(self) -> tuple[int, int, int]:
+        """(key/value heads, width of a key, width of a value) that a cache holds; latent keys hold the values."""
+        if self.latent is None:
+            return self.kv_heads, self.head_size, self.head_size
+        return 1, self.latent.rank + self.latent.rope_width, 0
+
+    @property
+    def stacks(self) -> dict[str, range]:
+        """The layers of each stack of blocks in the parameters: first those without experts, where a model has both."""
+        dense = 0 if self.experts is None else self.experts.dense_layers
+        first = {"dense_blocks": range(dense)} if dense else {}
+        return first | {"blocks": range(dense, self.layers)}
 
     @property
     def windowed(self) -> tuple[bool, ...]:
         """Whether each layer is windowed."""
-        pattern = (False,) if self.window is None else self.window_pattern
+        return self._in_every_layer((False,) if self.window is None else self.window_pattern)
+
+    @property
+    def rotated(self) -> tuple[bool, ...]:
+        """Whether the queries and keys of each layer are rotated."""
+        return self._in_every_layer(self.rope_pattern)
+
+    def _in_every_layer(self, pattern: tuple[bool, ...]) -> tuple[bool, ...]:
         return tuple(pattern[layer % len(pattern)] for layer in range(self.layers))
+
+    def for_context(self, tokens: int) -> TransformerConfig:
+        """The same model for sequences of at most so many tokens, which decide between longrope's two sets of factors.
+
+        Raises:
+          ValueError: for more tokens than the rotary angles are right for.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind not in ("dynamic", "longrope"):
+            return self
+        extended = tokens > (scaling.original_positions or 0)
+        if extended and scaling.kind == "dynamic":
+            raise ValueError(
+                f"sequences of {tokens} tokens are longer than max_position_embeddings {scaling.original_positions}, "
+                "beyond which rope_scaling 'dynamic' depends on the length of each batch, which is not supported; take "
+                "shorter ones"
+            )
+        return replace(self, rope_scaling=replace(scaling, extended=extended))
 
     @property
     def unrolled(self) -> bool:
         """Whether blocks are written out one after the other."""
         return self.layer_loop == "unrolled" or (self.layer_loop == "auto" and backend_in_use() == "cpu")
+
+
+def require_in_context(config: TransformerConfig, tokens: int) -> None:
+    """Refuse sequences beyond the old context where nobody has said how long they would be.
+
+    Raises:
+      ValueError: naming both lengths.
+    """
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.limit is not None and tokens > scaling.limit:
+        raise ValueError(
+            f"sequences of {tokens} tokens are longer than the {scaling.limit} up to which the rotary angles of this "
+            f"model ({scaling.kind}) are right; load it with context_tokens, the length of the longest sequence"
+        )

@@ -11,55 +11,130 @@ from jaxrl_llm.models.transformer_config import TransformerConfig
 
 
 def transformer_specs(config: TransformerConfig) -> dict:
-    """Describe every parameter. Blocks are stacked on a leading axis.
+    """Describe every parameter. Blocks are stacked on a leading axis, in the stacks of `TransformerConfig.stacks`.
 
     Query, key and value projections are one matrix, grouped by key/value head, so that one product computes them
     and a split over key/value heads keeps every group whole. Gate and up are one matrix likewise.
     """
-    c, layers = config, config.layers
-    mlp_width = c.mlp_size
-    into, out_scale = c.width**-0.5, (2 * layers) ** -0.5
+    c = config
     spec = partial(ParameterSpec, dtype=jnp.dtype(c.parameter_dtype))
     gain = partial(spec, scale=0.0, fill=1.0 - c.norm_offset)
-    bias = partial(spec, scale=0.0, fill=0.0)
-    block = {
-        "attention_norm": gain((layers, c.width), ("layer", None)),
-        "qkv": spec(
-            (layers, c.width, c.kv_heads, c.queries_per_kv + 2, c.head_size),
-            ("layer", "embed", "kv_heads", None, None),
-            into,
-        ),
-        "attention_out": spec(
-            (layers, c.kv_heads, c.queries_per_kv, c.head_size, c.width),
-            ("layer", "kv_heads", None, None, "embed"),
-            out_scale * (c.heads * c.head_size) ** -0.5,
-        ),
-        "mlp_norm": gain((layers, c.width), ("layer", None)),
+    into = c.width**-0.5
+    stacks = {
+        name: _attention(c, len(layers)) | _mlp(c, len(layers), routed=c.experts is not None and name == "blocks")
+        for name, layers in c.stacks.items()
     }
-    many, expert = ((), ()) if c.experts is None else ((c.experts.count,), ("expert",))
-    block["gate_up"] = spec((layers, *many, c.width, 2, mlp_width), ("layer", *expert, "embed", None, "mlp"), into)
-    block["down"] = spec(
-        (layers, *many, mlp_width, c.width), ("layer", *expert, "mlp", "embed"), out_scale * mlp_width**-0.5
+    specs = {
+        "embedding": spec((c.vocabulary_size, c.width), ("vocabulary", "embed"), into),
+        **stacks,
+        "final_norm": gain((c.width,), (None,)),
+    }
+    if not c.tie_embeddings:
+        specs["unembedding"] = spec((c.vocabulary_size, c.width), ("vocabulary", "embed"), into)
+    return specs
+
+
+def _makers(c: TransformerConfig):
+    """(any parameter, a gain of a norm, a bias) of the config's dtype."""
+    spec = partial(ParameterSpec, dtype=jnp.dtype(c.parameter_dtype))
+    return spec, partial(spec, scale=0.0, fill=1.0 - c.norm_offset), partial(spec, scale=0.0, fill=0.0)
+
+
+def _out_scale(c: TransformerConfig) -> float:
+    return (2 * c.layers) ** -0.5
+
+
+def _norms(c: TransformerConfig, layers: int, part: str) -> dict[str, ParameterSpec]:
+    """Before and after the attention or the MLP."""
+    gain = _makers(c)[1]
+    names = [f"{part}_norm"] * c.pre_norms + [f"{part}_post_norm"] * c.post_norms
+    return {name: gain((layers, c.width), ("layer", None)) for name in names}
+
+
+def _fused(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+    spec = _makers(c)[0]
+    shape = (layers, c.width, c.kv_heads, c.queries_per_kv + 2, c.head_size)
+    return {"qkv": spec(shape, ("layer", "embed", "kv_heads", None, None), c.width**-0.5)}
+
+
+def _latent(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+    """Projections down to latents and up from them; heads are those that attention is divided over."""
+    spec, gain, _ = _makers(c)
+    assert c.latent is not None
+    sizes = c.latent
+    down = lambda width: spec((layers, c.width, width), ("layer", "embed", None), c.width**-0.5)  # noqa: E731
+    norm = lambda width: gain((layers, width), ("layer", None))  # noqa: E731
+
+    def up(inputs: int, outputs: int, axis: str | None) -> ParameterSpec:
+        return spec((layers, inputs, c.heads, outputs), ("layer", axis, "kv_heads", None), inputs**-0.5)
+
+    narrow = sizes.query_rank
+    queries = {} if narrow is None else {"query_down": down(narrow), "query_norm": norm(narrow)}
+    return queries | {
+        "query_up": up(narrow or c.width, sizes.plain_width + sizes.rope_width, "embed" if narrow is None else None),
+        "latent_down": down(sizes.rank + sizes.rope_width),
+        "latent_norm": norm(sizes.rank),
+        "latent_up": up(sizes.rank, sizes.plain_width + sizes.value_width, None),
+    }
+
+
+def _attention(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+    spec, gain, bias = _makers(c)
+    block = _norms(c, layers, "attention") | (_fused(c, layers) if c.latent is None else _latent(c, layers))
+    value_width = c.head_size if c.latent is None else c.latent.value_width
+    block["attention_out"] = spec(
+        (layers, c.kv_heads, c.queries_per_kv, value_width, c.width),
+        ("layer", "kv_heads", None, None, "embed"),
+        _out_scale(c) * (c.heads * value_width) ** -0.5,
     )
-    if c.experts is not None:
-        block["router"] = spec((layers, c.width, c.experts.count), ("layer", "embed", None), into)
     if c.qk_norm:
-        block["query_norm"] = gain((layers, c.head_size), ("layer", None))
-        block["key_norm"] = gain((layers, c.head_size), ("layer", None))
+        everywhere = c.qk_norm_span == "all_heads"
+        kv, group = ((c.kv_heads,), (c.queries_per_kv,)) if everywhere else ((), ())
+        named = ("kv_heads",) * everywhere
+        block["query_norm"] = gain((layers, *kv, *group, c.head_size), ("layer", *named, *(None,) * (everywhere + 1)))
+        block["key_norm"] = gain((layers, *kv, c.head_size), ("layer", *named, None))
     if c.qkv_bias:
         block["qkv_bias"] = bias(
             (layers, c.kv_heads, c.queries_per_kv + 2, c.head_size), ("layer", "kv_heads", None, None)
         )
     if c.attention_out_bias:
         block["attention_out_bias"] = bias((layers, c.width), ("layer", None))
-    if c.post_norms:
-        block["attention_post_norm"] = gain((layers, c.width), ("layer", None))
-        block["mlp_post_norm"] = gain((layers, c.width), ("layer", None))
-    specs = {
-        "embedding": spec((c.vocabulary_size, c.width), ("vocabulary", "embed"), into),
-        "blocks": block,
-        "final_norm": gain((c.width,), (None,)),
-    }
-    if not c.tie_embeddings:
-        specs["unembedding"] = spec((c.vocabulary_size, c.width), ("vocabulary", "embed"), into)
-    return specs
+    if c.attention_sinks:
+        block["sinks"] = bias((layers, c.kv_heads, c.queries_per_kv), ("layer", "kv_heads", None))
+    return block
+
+
+def _mlp(c: TransformerConfig, layers: int, *, routed: bool) -> dict[str, ParameterSpec]:
+    spec, _, bias = _makers(c)
+    into, out = c.width**-0.5, _out_scale(c)
+    experts = c.experts if routed else None
+    width = c.mlp_size if c.experts is None or routed else (c.experts.dense_width or 0)
+
+    def gated(prefix: str, width: int, many: tuple, expert: tuple) -> dict[str, ParameterSpec]:
+        return {
+            f"{prefix}gate_up": spec(
+                (layers, *many, c.width, 2, width), ("layer", *expert, "embed", None, "mlp"), into
+            ),
+            f"{prefix}down": spec(
+                (layers, *many, width, c.width), ("layer", *expert, "mlp", "embed"), out * width**-0.5
+            ),
+        }
+
+    many, expert = ((), ()) if experts is None else ((experts.count,), ("expert",))
+    block = _norms(c, layers, "mlp") | gated("", width, many, expert)
+    if c.mlp_bias:
+        block["gate_up_bias"] = bias((layers, *many, 2, width), ("layer", *expert, None, "mlp"))
+        block["down_bias"] = bias((layers, *many, c.width), ("layer", *expert, None))
+    if experts is None:
+        return block
+    block["router"] = spec((layers, c.width, experts.count), ("layer", "embed", None), into)
+    if experts.router_bias:
+        block["router_bias"] = bias((layers, experts.count), ("layer", None))
+    if experts.selection_bias:
+        # Small differences of it decide which experts are chosen.
+        block["selection_bias"] = bias((layers, experts.count), ("layer", None), dtype=jnp.float32)
+    if experts.shared_width is not None:
+        block |= gated("shared_", experts.shared_width, (), ())
+    if experts.shared_gate:
+        block["shared_gate"] = spec((layers, c.width, 1), ("layer", "embed", None), into)
+    return block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.checkpoint_files import StoredTensor, check_tensors, read_json, stored_tensors
-from jaxrl_llm.models.families import architecture_of, config_from_json
+from jaxrl_llm.models.families import config_from_json, is_mxfp4, is_vision_language, text_part
 from jaxrl_llm.models.imported import is_imported, read_imported
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves
+from jaxrl_llm.models.mxfp4 import with_mxfp4
+from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
@@ -33,7 +35,8 @@ def load_model(
     Args:
       directory: config.json and safetensors files.
       sharding: as for `load_params`.
-      execution: how to compute: attention, layer_loop, parameter_dtype, compute_dtype (see `config_from_json`).
+      execution: how to compute: attention, layer_loop, parameter_dtype, compute_dtype, context_tokens (see
+        `config_from_json`).
 
     Raises:
       FileNotFoundError: for a path or file that is not there.
@@ -50,10 +53,18 @@ def load_config(directory: str | Path, **execution: Any) -> TransformerConfig:
         raise FileNotFoundError(
             f"model path {directory} does not exist; give the directory that holds config.json and the weights"
         )
+    described = read_json(directory / "config.json")
     try:
-        return config_from_json(read_json(directory / "config.json"), **execution)
+        config = config_from_json(described, **execution)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+    if is_vision_language(described):
+        warnings.warn(
+            f"{directory} is a vision-language checkpoint: its text part is read, images are not; the rest is carried "
+            "along into an export",
+            stacklevel=2,
+        )
+    return config
 
 
 def load_params(
@@ -76,19 +87,18 @@ def load_params(
     if is_imported(directory):
         everywhere = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
         return read_imported(directory, transformer(config), sharding=everywhere)
-    stored = stored_tensors(directory)
-    architecture = architecture_of(read_json(Path(directory) / "config.json"))
-    layout = checkpoint_layout(config, architecture)
+    layout, stored = stored_model(directory, config)
     check_tensors(layout.tensors(), stored, ignored=[HEAD] if config.tie_embeddings else [])
     if config.tie_embeddings and HEAD in stored:
         _check_tied(stored)
-    dtype = jnp.dtype(config.parameter_dtype)
     shardings = _per_leaf(layout, sharding)
     loaded: dict[str, Any] = {}
     for path, shape in layout.shapes.items():
         slices: dict[tuple, np.ndarray] = {}
 
-        def read(index, path=path, slices=slices):
+        dtype = jnp.dtype("float32" if path.endswith(IN_FLOAT32) else config.parameter_dtype)
+
+        def read(index, path=path, slices=slices, dtype=dtype):
             # Devices that hold the same slice share one read.
             key = tuple((part.start, part.stop) for part in index)
             if key not in slices:
@@ -101,6 +111,20 @@ def load_params(
             tree = tree.setdefault(section, {})
         tree[name] = jax.make_array_from_callback(shape, shardings[path], read, dtype=dtype)
     return loaded
+
+
+def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layout, dict[str, StoredTensor]]:
+    """(where tensors lie in our leaves, the tensors of the text model by the names in there)."""
+    described, stored = read_json(Path(directory) / "config.json"), stored_tensors(directory)
+    architecture, source = text_part(described)
+    if is_vision_language(described):
+        stored = {ours: stored[theirs] for ours, theirs in text_names(stored).items()}
+    if is_mxfp4(source, architecture):
+        stored = with_mxfp4(stored)
+    if source.get("num_nextn_predict_layers"):
+        # Layers behind the last one predict further tokens at once, which nothing here does.
+        stored = {name: tensor for name, tensor in stored.items() if (layer_of(name) or 0) < config.layers}
+    return checkpoint_layout(config, architecture), stored
 
 
 def _per_leaf(layout: Layout, sharding: Sharding | PyTree | None) -> dict[str, Sharding]:
@@ -134,11 +158,11 @@ def leaf_slice(
         if any(start >= stop for start, stop in overlap.values()):
             continue
         for layer in range(*overlap.get("l", (0, 1))):
-            for expert in range(*overlap.get("e", (0, 1))):
-                one = overlap | {"l": (layer, layer + 1), "e": (expert, expert + 1)}
+            experts = overlap.get("e", (0, 1))
+            for expert in range(1) if part.holds_experts else range(*experts):
+                one = overlap | {"l": (layer, layer + 1), "e": experts if part.holds_experts else (expert, expert + 1)}
                 target = tuple(slice(one[axis][0] - box[axis][0], one[axis][1] - box[axis][0]) for axis in axes)
-                name = part.tensor.format(l=layer, e=expert)
-                read = _read_part(part, ranges, one, name, stored[name], axes)
+                read = _read_part(part, ranges, one, stored[layout.name(part, layer, expert)], axes)
                 out[target] = read.reshape(out[target].shape)
     return out
 
@@ -147,7 +171,6 @@ def _read_part(
     part: Part,
     ranges: Mapping[str, tuple[int, int]],
     overlap: Mapping[str, tuple[int, int]],
-    name: str,
     tensor: StoredTensor,
     axes: str,
 ) -> np.ndarray:
@@ -166,7 +189,7 @@ def _read_part(
         inner += [slice(*span) for span in local[:slowest]]
         inner += [slice(None), *(slice(*span) for span in local[slowest + 1 :])]
     order = "".join(part.dims)
-    read = tensor.read(name, tuple(rows)).reshape(shape)[tuple(inner)]
+    read = tensor.read(tuple(rows)).reshape(shape)[tuple(inner)]
     return read.transpose([order.index(axis) for axis in axes if axis in order])
 
 
@@ -176,7 +199,7 @@ def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
     same = embedding.shape == head.shape
     for start in range(0, embedding.shape[0] if same else 0, _ROWS_COMPARED_AT_ONCE):
         rows = (slice(start, min(start + _ROWS_COMPARED_AT_ONCE, embedding.shape[0])), slice(None))
-        same = same and np.array_equal(embedding.read(EMBEDDING, rows), head.read(HEAD, rows))
+        same = same and np.array_equal(embedding.read(rows), head.read(rows))
     if not same:
         raise ValueError(
             f"config.json has tie_word_embeddings true, but {HEAD} differs from {EMBEDDING}; set tie_word_embeddings "

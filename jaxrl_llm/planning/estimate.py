@@ -71,7 +71,8 @@ def estimate(
     chunk = 2.0 * min(SCORES_PER_CHUNK, at.rows * at.completion / at.sequence * at.vocabulary / at.vocabulary_parts) * 4
     tables = at.table * at.compute
     width = at.tokens / at.sequence * at.rows
-    block = width * at.compute * (4 * at.width + (3 * at.mlp + 3 * at.heads) / at.tensor * at.served)
+    block = width * at.compute * (4 * at.width + (3 * at.mlp + 3 * at.heads) / at.tensor * (at.served + at.beside))
+    block += at.scores
     result.memory["prefill"] = held | {"weights for sampling": weights + loose, "cache": cache}
     result.memory["decode"] = held | {
         "weights for sampling": weights + loose,
@@ -113,21 +114,29 @@ class _Sizes:
         self.stored = jnp.dtype(c.parameter_dtype).itemsize
         self.tensor, self.sequence = self.mesh.shape["tensor"], self.mesh.shape["sequence"]
         self.layers, self.width, self.vocabulary = c.layers, c.width, c.vocabulary_size
-        self.mlp, self.heads = c.mlp_size, c.heads * c.head_size
+        self.mlp, self.heads = c.mlp_size, c.heads * (c.head_size if c.latent is None else c.cached_sizes[1])
         self.served = 1 if c.experts is None else c.experts.per_token
+        # In hidden widths of the MLP: experts of a token, and what serves it beside them.
+        self.beside = 0.0 if c.experts is None else (c.experts.shared_width or 0) / self.mlp
         self.prompt, self.completion = config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens
         self.tokens = self.prompt + self.completion
+        # Where no kernel serves a model, scores of attention are held: before and after the softmax, in float32.
+        self.tokens_squared = self.tokens * self.tokens / self.sequence
         training = config.training
         prompts = training.prompts_per_step
         self.sequences = prompts * config.rollout.samples_per_prompt
         size = training.sequences_per_microbatch or self.sequences // training.minibatches_per_epoch
         self.microbatches = self.sequences // size
         self.rows = self._part("rows", size)
+        held = 2 * 4.0 if c.plain_attention else 0.0
+        self.scores = held * self.rows * c.heads / self.tensor * self.tokens_squared
         self.decoded = self._part("decoded_rows", config.rollout.slots or self.sequences)
         self.prompts = self._part("decoded_rows", prompts)
         self.vocabulary_parts = self._split("vocabulary", self.vocabulary)
-        head_parts = self._split("kv_heads", c.kv_heads)
-        per_token = 2 * c.layers * c.kv_heads * c.head_size / head_parts
+        cached_heads, key_size, value_size = c.cached_sizes
+        # Every device has the one latent vector of a token.
+        head_parts = self._split("kv_heads", c.kv_heads) if c.latent is None else 1
+        per_token = c.layers * cached_heads * (key_size + value_size) / head_parts
         self.token_in_cache = per_token * (1 if c.cache_dtype == "int8" else self.compute)
         self.cache_bytes = self.token_in_cache * (self.decoded * self.completion + self.prompts * self.prompt)
         # Of a cache that grows, a step reads what there is of it.

@@ -29,7 +29,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("reward", "reward", "{:.3f}"),
-    Column("pass@1", "correct_share", "{:.1%}"),
+    Column("right", "correct_share", "{:.1%}"),
     Column("KL(ref)", "kl_reference_per_token", "{:.4f}"),
     Column("KL(update)", "kl_update", "{:.2e}"),
     Column("entropy", "entropy_per_token", "{:.3f}"),

@@ -28,6 +28,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
     exact_answer,
     paired_answer_ids,
 )
+from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
 from jaxrl_llm.rewards.verifiers.stated_confidence import stated_confidence
 from jaxrl_llm.rewards.verifiers.text_answers import (
@@ -59,6 +60,7 @@ __all__ = [
     "exact_match",
     "extract_answer",
     "extract_number",
+    "latex_match",
     "learned_reward",
     "normalized_turn_rewards",
     "number_match",

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
 
 
@@ -25,6 +26,28 @@ class CheckpointError(ValueError):
 def config_hash(config: Mapping[str, Any]) -> str:
     """Sixteen hex digits over a config as a canonical JSON text."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def require_own_config(config: Config, meta: Mapping[str, Any]) -> str:
+    """What to say of a run that goes on in other places, in other pieces; "" for nothing.
+
+    Raises:
+      CheckpointError: where it would go on with other numbers; names every key with both values.
+    """
+    if meta["config_hash"] != config_hash(numeric_tree(config)):
+        raise CheckpointError(
+            f"run {config.directory} was started with another config: "
+            f"{', '.join(differences(meta['config'], numeric_tree(config)))}; resume it with its own values (jaxrl "
+            f"train --resume {config.directory}), or start a new run from its weights with "
+            f"init_from={config.directory} and another run_dir"
+        )
+    moved = differences(meta["placement"], placement_tree(config))
+    if not moved:
+        return ""
+    return (
+        f"placement has changed: {', '.join(moved)}; sums are added in another order, so the last digits of numbers "
+        "may be others than without the change"
+    )
 
 
 def checkpoint_manager(directory: Path, *, keep: int) -> ocp.CheckpointManager:
@@ -91,6 +114,20 @@ def latest_checkpoint(path: str | Path) -> tuple[Path, int]:
     return folder, step
 
 
+def branch_checkpoint(path: str | Path, step: int | None) -> Path:
+    """The checkpoint that `init_from` names: of a run its newest, or that of a step.
+
+    Raises:
+      CheckpointError: when there is none.
+    """
+    folder, newest = latest_checkpoint(path)
+    chosen = folder / str(newest if step is None else step)
+    if not chosen.is_dir():
+        there = ", ".join(sorted((p.name for p in folder.iterdir() if p.name.isdigit()), key=int))
+        raise CheckpointError(f"init_from names step {step} of {path}, which has checkpoints of the steps {there}")
+    return chosen
+
+
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
     """The meta of one step alone."""
     with ocp.CheckpointManager(Path(directory).resolve()) as manager:
@@ -115,7 +152,7 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
         part, frozen = trained.split(like.params)
         like = _with_params(like, part)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    _compare(_stored(directory, step), abstract, f"{directory}/{step}")
+    require_same(_stored(directory, step), abstract, f"{directory}/{step}")
     with ocp.CheckpointManager(Path(directory).resolve()) as manager:
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
     return state if trained is None else _with_params(state, trained.join(state.params, frozen))
@@ -152,17 +189,33 @@ def restore_params(
     frozen = None
     if trained is not None:
         like, frozen = trained.split(like)
-    abstract = {"networks": {network: {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
+    params = restore_part(directory, step, like, network=network)
+    return params if trained is None else trained.join(params, frozen)
+
+
+def restore_part(directory: Path, step: int, like: PyTree, *, network: str = "policy", part: str = "params") -> PyTree:
+    """The `params` or the `optimizer_state` of one network, as they were written.
+
+    Args:
+      directory: the checkpoints directory.
+      step: one of its steps.
+      like: arrays of the same structure, or their shapes.
+      network: whose.
+      part: which of the two.
+
+    Raises:
+      CheckpointError: as for `restore_params`.
+    """
+    abstract = {"networks": {network: {part: jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
     held = _stored(directory, step)["networks"]
     if network not in held:
         raise CheckpointError(f"checkpoint {directory}/{step} holds no network {network!r}; it has {', '.join(held)}")
-    _compare({"networks": {network: {"params": held[network]["params"]}}}, abstract, f"{directory}/{step}")
+    require_same({"networks": {network: {part: held[network][part]}}}, abstract, f"{directory}/{step}")
     arguments = ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore(_state_path(directory, step), args=arguments)["networks"][network]["params"]
-    return params if trained is None else trained.join(params, frozen)
+        return reader.restore(_state_path(directory, step), args=arguments)["networks"][network][part]
 
 
 def _state_path(directory: Path, step: int) -> Path:
@@ -178,8 +231,12 @@ def _stored(directory: Path, step: int) -> PyTree:
         return reader.metadata(path).item_metadata.tree
 
 
-def _compare(stored: PyTree, wanted: PyTree, where: str) -> None:
-    """Compare by path: the stored tree is made of dictionaries and lists, the wanted one of dataclasses."""
+def require_same(stored: PyTree, wanted: PyTree, where: str) -> None:
+    """Compare by path: the stored tree is made of dictionaries and lists, the wanted one of dataclasses.
+
+    Raises:
+      CheckpointError: for the first leaf that differs.
+    """
 
     def by_path(tree: PyTree) -> dict[str, Any]:
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -26,6 +26,7 @@ from jaxrl_llm.rollout.hand_over import External, disk_hand_over
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
+from jaxrl_llm.run.optimizers import clipping
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.networks import GIVEN, Network
@@ -86,7 +87,7 @@ _OF_VIEWS = ("max_prompt_tokens", "max_completion_tokens", "deadline_s")
 
 
 def configured_networks(
-    sections: Mapping[str, NetworkConfig], b1: float, b2: float, *, snapshot: bool
+    sections: Mapping[str, NetworkConfig], b1: float, b2: float, *, snapshot: bool, context_tokens: int
 ) -> tuple[dict[str, Network], dict[str, Path]]:
     """(networks by name, directories of those that are read from a path).
 
@@ -94,6 +95,7 @@ def configured_networks(
       sections: of the config.
       b1, b2: of AdamW.
       snapshot: a reference is the policy as training finds it, where the policy has adapters.
+      context_tokens: of the longest sequence of the run.
     """
     made, paths = {}, {}
     for name, section in sections.items():
@@ -106,7 +108,8 @@ def configured_networks(
         elif section.path is not None:
             directory = model_directory(section.path)
             execution = {"parameter_dtype": section.parameter_dtype, "compute_dtype": section.compute_dtype}
-            model, paths[name] = transformer(weights.load_config(directory, **execution)), directory
+            described = weights.load_config(directory, context_tokens=context_tokens, **execution)
+            model, paths[name] = transformer(described), directory
             if head is not None:
                 raise ValueError(
                     f"networks.{name}.path is {section.path!r}, a checkpoint of that kind holds no head; leave "
@@ -154,7 +157,7 @@ def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
 def head_optimizer(section: NetworkConfig, b1: float, b2: float) -> optax.GradientTransformation:
     """AdamW with a global norm clip, at a constant rate."""
     return optax.chain(
-        optax.clip_by_global_norm(section.max_gradient_norm),
+        clipping(section.max_gradient_norm),
         optax.adamw(section.learning_rate, b1=b1, b2=b2, weight_decay=0.0),
     )
 

@@ -204,26 +204,30 @@ def explanation(parts: Parts) -> dict[str, Any]:
       compiled program of the widest prompts FLOPs, bytes accessed and temporary memory, as XLA's cost model counts
       them (a loop body counts once, however often it runs).
     """
-    config, step = parts.config, parts.step
-    programs = programs_with_inputs(parts)
-    state = programs[0].inputs[0]
-    rows = config.training.prompts_per_step * config.rollout.samples_per_prompt
+    step, programs = parts.step, programs_with_inputs(parts)
     return {
         "stages": stages(step.composition),
         "hyper_parameters": hyper_parameters(step.composition),
         "shapes": _shapes(trace(parts)),
-        "sizes": {
-            "parameters": parameter_count(parts.model.specs),
-            "trainable_parameters": parameter_count(trainable_part(parts.model, parts.model.specs)),
-            "prompts_per_step": config.training.prompts_per_step,
-            "sequences_per_step": rows,
-            "completion_tokens_per_step_at_most": rows * config.rollout.max_completion_tokens,
-            "prompt_tokens_per_step_at_most": rows * config.rollout.max_prompt_tokens,
-            "updates_per_step": config.training.epochs_per_batch * config.training.minibatches_per_epoch,
-            "state_bytes": sum(_bytes(leaf) for leaf in jax.tree.leaves(state)),
-        },
+        "sizes": sizes(parts, programs[0].inputs[0]),
         "widths": width_shares(parts),
         "programs": [_cost(name, program.lower(*given).compile()) for name, program, given in programs],
+    }
+
+
+def sizes(parts: Parts, state: TrainState) -> dict[str, int]:
+    """What the sizes of a config come to, with the state as shapes."""
+    training, rollout = parts.config.training, parts.config.rollout
+    rows = training.prompts_per_step * rollout.samples_per_prompt
+    return {
+        "parameters": parameter_count(parts.model.specs),
+        "trainable_parameters": parameter_count(trainable_part(parts.model, parts.model.specs)),
+        "prompts_per_step": training.prompts_per_step,
+        "sequences_per_step": rows,
+        "completion_tokens_per_step_at_most": rows * rollout.max_completion_tokens,
+        "prompt_tokens_per_step_at_most": rows * rollout.max_prompt_tokens,
+        "updates_per_step": training.epochs_per_batch * training.minibatches_per_epoch,
+        "state_bytes": sum(_bytes(leaf) for leaf in jax.tree.leaves(state)),
     }
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from jaxrl_llm.config import Config
@@ -19,9 +18,6 @@ from jaxrl_llm.reporting.report import write_report
 from jaxrl_llm.reporting.reported_run import read_run
 from jaxrl_llm.run.recipes import entry_of, user_function
 
-# Fields of rows that are written for each token of a sample, under shorter names.
-TOKEN_FACTS = {"advantages": "advantage", "behaviour_logprobs": "logprob", "behaviour_entropy": "entropy"}
-MOST_TOKENS = 1024
 _SECONDS, _SHARE = 60.0, 0.02  # the least between two refreshes, and the most of a run's time that they take
 
 
@@ -64,15 +60,3 @@ def reporting_of(config: Config, console: Console) -> tuple[LiveReport, dict[str
     named = [entry_of(entry, "reporting.loggers") for entry in config.reporting.loggers]
     tell = partial(console.print, markup=False)
     return LiveReport(config, tell), {"loggers": logger_openers(named, user_function), "warn": tell}
-
-
-def token_facts(rows: Mapping[str, np.ndarray], row: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """The tokens of a sample as text, with what is known of each, for reports that colour them; the first 1024."""
-    count = min(int(rows["length"][row]), MOST_TOKENS)
-    found: dict[str, list[Any]] = {"text": [decode([token]) for token in rows["tokens"][row][:count].tolist()]}
-    for name, short in TOKEN_FACTS.items():
-        if name in rows:
-            values = np.asarray(rows[name][row], np.float64)
-            values = np.broadcast_to(values, (count,)) if values.ndim == 0 else values[:count]
-            found[short] = [float(f"{value:.4g}") for value in values]
-    return {"tokens": found}

@@ -20,7 +20,15 @@ _MATRICES = {
     "attention_out": ((-4, -3, -2), (-1,)),
     "gate_up": ((-3,), (-1,)),
     "down": ((-2,), (-1,)),
+    "shared_gate_up": ((-3,), (-1,)),
+    "shared_down": ((-2,), (-1,)),
+    "query_down": ((-2,), (-1,)),
+    "query_up": ((-3,), (-2, -1)),
+    "latent_down": ((-2,), (-1,)),
+    "latent_up": ((-3,), (-2, -1)),
 }
+# Parameters that take part in a choice alone.
+_NOT_LEARNED = ("selection_bias",)
 # With this factor a step of muon is as large as one of AdamW (2502.16982), so that learning rates carry over.
 _MUON_RMS = 0.2
 
@@ -32,12 +40,28 @@ def optimizer(training: TrainingConfig, *, seed: int = 0) -> optax.GradientTrans
       training: section training.
       seed: of stochastic rounding.
     """
-    made = optax.chain(optax.clip_by_global_norm(training.max_gradient_norm), _step(training))
+    made = _kept(optax.chain(clipping(training.max_gradient_norm), _step(training)))
     if training.bfloat16_update == "master":
         return with_master(made)
     if training.bfloat16_update == "stochastic":
         return with_stochastic_rounding(made, seed=seed)
     return made
+
+
+def _kept(made: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, which leaves alone what has no gradient and would be moved by weight decay."""
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        changes, state = made.update(updates, state, params)
+        still = lambda path: getattr(path[-1], "key", None) in _NOT_LEARNED if path else False  # noqa: E731
+        return jax.tree_util.tree_map_with_path(lambda path, x: jnp.zeros_like(x) if still(path) else x, changes), state
+
+    return optax.GradientTransformation(made.init, update)
+
+
+def clipping(norm: float | None) -> optax.GradientTransformation:
+    """Gradients of a larger global norm are scaled to it; None scales none."""
+    return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
 
 
 def learning_rate(training: TrainingConfig) -> optax.Schedule:
@@ -49,6 +73,17 @@ def learning_rate(training: TrainingConfig) -> optax.Schedule:
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def long_warmup(training: TrainingConfig) -> str:
+    """What there is to say where the learning rate never reaches its peak; "" for nothing."""
+    updates = training.steps * training.epochs_per_batch * training.minibatches_per_epoch
+    if training.warmup_steps < max(updates, 1):
+        return ""
+    return (
+        f"training.warmup_steps is {training.warmup_steps}, but there are only {updates} updates, so the learning rate "
+        f"never reaches {training.learning_rate:g}; lower it, or train for more steps"
+    )
 
 
 def _step(training: TrainingConfig) -> optax.GradientTransformation:
@@ -80,7 +115,7 @@ def muon_matrices(params: PyTree) -> PyTree:
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
-        inside = len(path) > 1 and str(getattr(path[-2], "key", "")) == "blocks"
+        inside = len(path) > 1 and str(getattr(path[-2], "key", "")) in ("blocks", "dense_blocks")
         if not inside or name not in _MATRICES:
             return None
         inputs, outputs = (tuple(leaf.ndim + axis for axis in axes) for axes in _MATRICES[name])

@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Optional
 
 import pydantic
 
 from jaxrl_llm import advantages, losses, rewards, schedules, selection
 from jaxrl_llm.fields import nearest
+from jaxrl_llm.ranges import Positive, require_range
 from jaxrl_llm.signatures import renamed, signature
 from jaxrl_llm.terms import Fill, LossTerm, Reward
 
@@ -32,7 +33,7 @@ class RecipeError(ValueError):
 
 
 # Beside the hyper-parameters of a reward or a fill: how it is called, where it is a reading.
-_CALLING = ("deadline_s", "value_on_failure")
+_CALLING = {"deadline_s": Optional[Positive], "value_on_failure": float | None}  # noqa: UP045
 
 
 def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -> tuple[Reward, ...]:
@@ -41,7 +42,7 @@ def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None)
     for entry in entries:
         name, hyper = entry_of(entry, "rewards")
         weight, label = hyper.pop("weight", 1.0), hyper.pop("name", None)
-        calling = {key: hyper.pop(key) for key in _CALLING if key in hyper}
+        calling = _calling(hyper, f"rewards.{name}")
         function = method(name, hyper, (rewards,), "rewards", sizes)
         terms.append(Reward(function, _number(weight, f"rewards.{name}.weight"), label or _label(name), **calling))
     return tuple(terms)
@@ -56,7 +57,7 @@ def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] 
         ((field, inner),) = entry.items()
         name, hyper = entry_of(inner, f"credit.{field}")
         label = hyper.pop("name", None)
-        calling = {key: hyper.pop(key) for key in _CALLING if key in hyper}
+        calling = _calling(hyper, f"credit.{field}.{name}")
         filled = _filled(field)
         function = method(name, hyper, CREDIT_ROOMS, f"credit.{field}", sizes)
         terms.append(Fill(filled, function, label or _label(name), **calling))
@@ -76,10 +77,10 @@ def loss_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -
         name, hyper = entry_of(entry, "losses")
         coefficient, label = hyper.pop("coefficient", 1.0), hyper.pop("name", None)
         coefficient = number_or_method(coefficient, f"losses.{name}.coefficient", sizes)
-        if isinstance(coefficient, float) and not 0 <= coefficient < math.inf:
+        if isinstance(coefficient, float) and coefficient < 0:
             raise RecipeError(
-                f"losses.{name}.coefficient is {coefficient}; every loss is something to minimise, so give a finite "
-                "number of at least 0"
+                f"losses.{name}.coefficient is {coefficient}; every loss is something to minimise, so give a number of "
+                "at least 0"
             )
         terms.append(LossTerm(method(name, hyper, (losses,), "losses", sizes), coefficient, label or _label(name)))
     return tuple(terms)
@@ -100,8 +101,8 @@ def method(
     """The function that an entry names, with its hyper-parameters bound.
 
     A function without data parameters is a factory: it is called, and what it returns is the method. A keyword without
-    a value that is named like a size of the run (`sizes`) is filled from it where it has no default. Beside its
-    hyper-parameters, `reads: {reference_logprobs: teacher_logprobs}` has it read data of another name.
+    a value that is named like a size of the run (`sizes`) is filled from it where it has no default, or None for one.
+    Beside its hyper-parameters, `reads: {reference_logprobs: teacher_logprobs}` has it read data of another name.
 
     Raises:
       RecipeError: for an unknown name or hyper-parameter (with the nearest known one), or a value of the wrong type.
@@ -117,13 +118,13 @@ def method(
         if key not in read.hyper:
             raise RecipeError(f"{where}.{name}.{key} is not a hyper-parameter of {name}; {nearest(key, read.hyper)}")
     bound = {key: _typed(function, key, value, f"{where}.{name}.{key}") for key, value in hyper.items()}
-    open_keywords = [
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in bound
-    ]
-    bound |= {key: sizes[key] for key in open_keywords if sizes and key in sizes}
-    required = [key for key in open_keywords if key not in bound]
+    keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    bound |= {
+        p.name: sizes[p.name]
+        for p in keywords
+        if sizes and p.name in sizes and p.name not in bound and (p.default is p.empty or p.default is None)
+    }
+    required = [p.name for p in keywords if p.default is p.empty and p.name not in bound]
     if required:
         raise RecipeError(f"{where}.{name} needs {required[0]}; add {name}: {{{required[0]}: ...}}")
     try:
@@ -191,9 +192,12 @@ def _label(name: str) -> str:
 
 def _number(value: Any, where: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         raise RecipeError(f"{where} is {value!r}; it must be a number") from None
+    if not math.isfinite(number):
+        raise RecipeError(f"{where} is {number}; it must be finite")
+    return number
 
 
 def _typed(function: Callable, key: str, value: Any, where: str) -> Any:
@@ -202,11 +206,22 @@ def _typed(function: Callable, key: str, value: Any, where: str) -> Any:
         annotation = inspect.signature(function, eval_str=True).parameters[key].annotation
     except NameError:  # a user's module may import names for the type checker alone
         return value
-    if annotation is inspect.Parameter.empty:
-        return value
+    return value if annotation is inspect.Parameter.empty else _checked(annotation, value, where)
+
+
+def _calling(hyper: dict[str, Any], where: str) -> dict[str, Any]:
+    """How a reading is called, taken out of its hyper-parameters."""
+    return {key: _checked(kind, hyper.pop(key), f"{where}.{key}") for key, kind in _CALLING.items() if key in hyper}
+
+
+def _checked(annotation: Any, value: Any, where: str) -> Any:
     try:
-        return pydantic.TypeAdapter(annotation).validate_python(value)
+        typed = pydantic.TypeAdapter(annotation).validate_python(value)
+        require_range(annotation, typed, where)
+        return typed
     except pydantic.ValidationError as error:
         raise RecipeError(f"{where} is {value!r}: {error.errors()[0]['msg'].lower()}") from None
     except pydantic.errors.PydanticSchemaGenerationError:
         return value
+    except ValueError as error:
+        raise RecipeError(str(error)) from None

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data, hub
 from jaxrl_llm.config import ConfigError, load_config
 from jaxrl_llm.data import CharacterTokenizer, Tokenizer
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.checkpoint_files import read_json
+from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.transformer import transformer
+from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
@@ -44,6 +48,12 @@ class Policy:
     max_completion_tokens: int = 256
     context_tokens: int | None = None
 
+    def for_context(self, tokens: int) -> Policy:
+        """For sequences of at most so many tokens, on which rotary angles may depend; a run has settled that itself."""
+        if self.max_prompt_tokens is not None or not isinstance(self.model.config, TransformerConfig):
+            return self
+        return replace(self, model=transformer(self.model.config.for_context(tokens)))
+
 
 def restored_run(path: str | Path) -> tuple[Parts, Policy]:
     """The parts and the newest (or the named) policy of a run directory or checkpoint.
@@ -52,14 +62,7 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
       ConfigError: when the run's config.yaml is not there.
       CheckpointError: when there is no checkpoint, or it does not fit the config.
     """
-    folder, step = checkpoints.latest_checkpoint(path)
-    stored = folder.parent / "config.yaml"
-    if not stored.is_file():
-        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
-    # The machine that reads a checkpoint need not be the one that it was written on.
-    here = ["mesh=auto", "training.offload=[]"]
-    config = load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
-    built = parts(last_stage(config))
+    built, folder, step = _parts_of(path)
     params = checkpoint_params(built, folder, step)
     widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
     context = None if built.directory is None else _context_tokens(built.directory)
@@ -82,6 +85,57 @@ def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
     return checkpoints.restore_params(folder, step, like, trained=built.model.trained)
 
 
+def _parts_of(path: str | Path) -> tuple[Parts, Path, int]:
+    """(parts of the last stage of a run, its checkpoints directory, the step that is meant)."""
+    folder, step = checkpoints.latest_checkpoint(path)
+    stored = folder.parent / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
+    # The machine that reads a checkpoint need not be the one that it was written on.
+    here = ["mesh=auto", "training.offload=[]"]
+    config = load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
+    return parts(last_stage(config)), folder, step
+
+
+def branched_params(built: Parts, key: Array) -> PyTree:
+    """The policy that `init_from` names, as parameters of this run's model.
+
+    Args:
+      built: of the run that starts.
+      key: of adapters that are new.
+
+    Raises:
+      CheckpointError: when there is none, or its model is another.
+    """
+    source, policy = restored_run(_branch(built))
+    return jax.jit(partial(_converted, source, built))(policy.params, key)
+
+
+def require_branch(built: Parts) -> None:
+    """Raises CheckpointError where `init_from` names no checkpoint, or one of another model; nothing is read for it."""
+    source, _, _ = _parts_of(where := _branch(built))
+    key = jax.random.key(0)
+    made = jax.eval_shape(partial(_converted, source, built), jax.eval_shape(source.model.init, key), key)
+    checkpoints.require_same(made, jax.eval_shape(built.model.init, key), f"{where} of init_from")
+
+
+def _branch(built: Parts) -> Path:
+    branch = built.config.init_from
+    assert branch is not None
+    return checkpoints.branch_checkpoint(branch.path, branch.step)
+
+
+def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTree:
+    """Parameters of one model as those of another: with other adapters, or none, and in other dtypes."""
+    wanted, adapters = jax.eval_shape(built.model.init, key), built.config.lora
+    if jax.tree.structure(params) != jax.tree.structure(wanted):
+        params = params if source.model.trained is None else source.model.trained.merged(params)
+        params = params if adapters is None else add_adapters(params, adapters, key, quantise=adapters.int8)
+    if jax.tree.structure(params) != jax.tree.structure(wanted):
+        return params
+    return jax.tree.map(lambda x, like: x if x.shape != like.shape else x.astype(like.dtype), params, wanted)
+
+
 def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTree]:
     """(model, description, parameters) of a network of a run's newest checkpoint, as a run of another config reads it.
 
@@ -89,12 +143,7 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
       ConfigError: when the run's config.yaml is not there.
       CheckpointError: when there is no checkpoint, or it holds no network of this name.
     """
-    folder, step = checkpoints.latest_checkpoint(path)
-    stored = folder.parent / "config.yaml"
-    if not stored.is_file():
-        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
-    here = ["mesh=auto", "training.offload=[]"]
-    built = parts(last_stage(load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)))
+    built, folder, step = _parts_of(path)
     if name == POLICY:
         network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
     elif name in built.step.composition.networks:

@@ -39,7 +39,7 @@ from jaxrl_llm.run.configured import (
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.optimizers import optimizer
-from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.problems import columns, data_sets
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update, make_train_step
@@ -86,10 +86,16 @@ class Parts:
         return self.task is None or self.task.scratchpad
 
     def initial_params(self, key: Array) -> PyTree:
-        """The parameters that a run with this key starts from: the checkpoint's, or drawn; adapters always are."""
+        """The parameters that a run with this key starts from: another run's, the checkpoint's, or drawn; adapters
+        always are, but for those of another run."""
         key, adapters = jax.random.fold_in(key, KeyUse.INITIALISE), self.config.lora
         c = self.step.composition.resources.placement
         lies = None if c.mesh is None else parameter_shardings(self.model, c.mesh, c.rules)
+        if self.config.init_from is not None:
+            from jaxrl_llm.run.restored import branched_params  # which builds the parts of that run
+
+            params = branched_params(self, key)
+            return params if lies is None else jax.device_put(params, lies)
         if self.directory is None:
             return jax.jit(self.model.init, out_shardings=lies)(key)
         if adapters is None:
@@ -175,9 +181,11 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     if not isinstance(tokenizer, CharacterTokenizer):
         _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses, *views.values())])
     b1, b2 = training.adam_b1, training.adam_b2
-    # Adapters that a stage before this one has trained are part of where it begins.
-    snapshot = config.lora is not None and config.warm_start.steps > 0
-    networks, paths = configured_networks(config.networks, b1, b2, snapshot=snapshot)
+    # Adapters that a stage or a run before this one has trained are part of where it begins.
+    snapshot = config.lora is not None and (config.warm_start.steps > 0 or config.init_from is not None)
+    networks, paths = configured_networks(
+        config.networks, b1, b2, snapshot=snapshot, context_tokens=_context_tokens(config)
+    )
     step = make_train_step(
         model,
         optimizer(config.training, seed=config.seed),
@@ -192,6 +200,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
             networks=networks,
             critic=head_optimizer(NetworkConfig(), b1, b2),
             views=views,
+            columns=columns(config),
             placement=Placement(
                 mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
             ),
@@ -258,9 +267,9 @@ def _selection(config: Config, sizes: Mapping[str, Any]) -> Any:
     if config.data.selection is None:
         return None
     items = data_sets(config, ["train"])["train"]
-    columns = {"items": len(items), "records": [items[index] for index in range(len(items))]}
+    of_data = {"items": len(items), "records": [items[index] for index in range(len(items))]}
     name, hyper = entry_of(config.data.selection, "data.selection")
-    made = method(name, hyper, (selection,), "data.selection", {**sizes, **columns})
+    made = method(name, hyper, (selection,), "data.selection", {**sizes, **of_data})
     return made() if callable(made) else made
 
 
@@ -274,8 +283,14 @@ def opened_parts(built: Parts) -> Iterator[Parts]:
         yield replace(built, call=call)
 
 
+def _context_tokens(config: Config) -> int:
+    """Of the longest sequence of a run."""
+    return config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
+
+
 def _policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Tokenizer, Model]:
     """(checkpoint directory or None, tokenizer, model)."""
+    context = _context_tokens(config)
     if not isinstance(config.model, PretrainedConfig):
         tokenizer = CharacterTokenizer()
         if config.model.vocabulary_size < tokenizer.vocabulary_size:
@@ -283,9 +298,10 @@ def _policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Toke
                 f"model.vocabulary_size is {config.model.vocabulary_size}, but the tokenizer has "
                 f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
             )
-        return None, tokenizer, transformer(replace(config.model, remat=config.training.remat))
+        return None, tokenizer, transformer(replace(config.model.for_context(context), remat=config.training.remat))
     directory = model_directory(config.model.path, revision=config.model.revision, weights=not planned)
-    model = transformer(replace(weights.load_config(directory, **config.model.execution), remat=config.training.remat))
+    described = weights.load_config(directory, context_tokens=context, **config.model.execution)
+    model = transformer(replace(described, remat=config.training.remat))
     prompts = config.data
     if planned and not (directory / "tokenizer.json").is_file():
         return directory, CharacterTokenizer(), model  # which tokens there are decides no size

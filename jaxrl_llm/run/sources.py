@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxrl_llm.data import Tokenizer
 from jaxrl_llm.data.written import PROVIDES, Kind, judged_groups, written_batches
 from jaxrl_llm.experience import Experience
+from jaxrl_llm.ranges import Count, Natural, OpenShare, ranged
 from jaxrl_llm.rows import Replay, Written, written_rows
 
 
@@ -45,20 +46,24 @@ def sampler() -> Feed:
     return Feed()
 
 
+@ranged
 def replay(
     *,
-    share: float,
-    prompts_per_step: int,
-    max_prompt_tokens: int,
-    max_completion_tokens: int,
-    batches: int = 2,
-    until_step: int | None = None,
+    share: OpenShare,
+    prompts_per_step: Count,
+    max_prompt_tokens: Count,
+    max_completion_tokens: Count,
+    batches: Count = 2,
+    until_step: Natural | None = None,
 ) -> Feed:
     """Rows of the last `batches` steps learn again; `share` of the groups of a batch are replayed."""
     return Feed(Replay(share, batches, prompts_per_step, max_prompt_tokens, max_completion_tokens, until_step))
 
 
-def demonstrations(*, sequences_per_step: int, samples_per_prompt: int, beside: bool, validation: bool = False) -> Feed:
+@ranged
+def demonstrations(
+    *, sequences_per_step: Count, samples_per_prompt: Count, beside: bool, validation: bool = False
+) -> Feed:
     """Reference completions of the data.
 
     Args:
@@ -96,8 +101,9 @@ def _beside(parts: Sequence[Any], width: int, *, marked: bool) -> Experience:
     return rows.filled(validation=held_out) if marked else rows
 
 
+@ranged
 def solved_answers(
-    *, sequences_per_step: int, samples_per_prompt: int, attempts: int = 4, min_correct: int = 4
+    *, sequences_per_step: Count, samples_per_prompt: Count, attempts: Count = 4, min_correct: Count = 4
 ) -> Feed:
     """Stored answers of the initial policy to prompts that it solves, which are not sampled then.
 

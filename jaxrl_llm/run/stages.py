@@ -22,15 +22,17 @@ from jaxrl_llm.config import Config
 from jaxrl_llm.data import DataSet, JsonlDataSet
 from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.reporting import Progress, RunDirectory, samples_table
+from jaxrl_llm.reporting import Progress, RunDirectory
+from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
-from jaxrl_llm.run.live_report import TOKEN_FACTS, LiveReport, token_facts
+from jaxrl_llm.run.live_report import LiveReport
+from jaxrl_llm.run.optimizers import learning_rate
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.step_trace import StepTrace
-from jaxrl_llm.training.reading import item_numbers
+from jaxrl_llm.run.written_samples import spread, write_samples
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 SELECTION = "selection"
@@ -150,6 +152,11 @@ class Run:
         if self.report is not None:
             self.report.refresh()
 
+    def taken(self, stage: Stage) -> Callable[..., Any]:
+        """The function that takes a step of a stage, which traces those that are asked for."""
+        run = stage.parts.step.run
+        return run if self.trace is None else self.trace.traced(stage.parts, self.meta["steps_before"])
+
     def placed(self, rows: Any) -> Any:
         """Rows of a whole batch where the step's devices want them; each process hands over its own."""
         place = self.parts.step.composition.resources.placement
@@ -169,23 +176,23 @@ def run_stage(
       measure: (params, split, problems, what the time is charged to) -> accuracies.
       last: no stage comes after it, so its last state is saved.
     """
-    offset, first = run.meta["steps_before"], int(state.step)
-    take = stage.parts.step.run if run.trace is None else run.trace.traced(stage.parts, offset)
+    offset, first, take = run.meta["steps_before"], int(state.step), run.taken(stage)
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
-    with (
-        Progress(
-            max(stage.steps, 1), stage.name, run.console, sequences_per_step=counted if stage.samples else None
-        ) as progress,
-        run.timed(stage.name),
-    ):
+    with _progress(run, stage, counted) as progress, run.timed(stage.name):
+        rates, mark = _learning_rates(stage, state), time.monotonic()
 
         def report(done: int, metrics: dict[str, Any], rows: Experience, items: list) -> None:
+            nonlocal mark
             shown = _finite(run, jax.device_get(metrics), done, stage.name)
+            seconds, mark = time.monotonic() - mark, time.monotonic()
+            shown |= {"learning_rate": float(rates[done - first - 1]), "seconds": seconds}
             if stage.samples:
-                run.meta["tokens"] += round(shown["completion_tokens"] * counted)
+                tokens = shown["completion_tokens"] * counted
+                run.meta["tokens"] += round(tokens)
+                shown["tokens_per_second"] = tokens / seconds
             run.directory.write_metrics(offset + done, {"stage": stage.name} | shown)
             if stage.samples:
-                _write_samples(run, offset + done, done, rows, items, first=done == first + 1)
+                write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
         unread: tuple | None = None
@@ -222,7 +229,11 @@ def run_stage(
                 held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
                 if done > first + 2:
                     run.watch.expect_none(progress.message)
-                shown = held_out if stage.probes is None else {name: held_out[name] for name in stage.probes}
+                shown = (
+                    held_out
+                    if stage.probes is None
+                    else {name: held_out[name] for name in stage.probes if name in held_out}
+                )
                 metrics |= {f"validation/{name}": value for name, value in shown.items()}
                 reached = stage.stop_at_accuracy is not None and held_out["pass@1"] >= stage.stop_at_accuracy
             if done == first + 2 or (new_width and done > first + 2):
@@ -328,40 +339,22 @@ def _finite(run: Run, metrics: dict[str, Any], done: int, stage: str) -> dict[st
     return shown
 
 
-def _write_samples(run: Run, global_step: int, done: int, rows: Experience, items: list, *, first: bool) -> None:
-    reporting = run.config.reporting
-    due = bool(reporting.samples_every_steps) and done % reporting.samples_every_steps == 0
-    # Over several processes, rows are gathered by a program, which is compiled with those of the first step.
-    if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
-        return
-    chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
-    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated", *TOKEN_FACTS)
-    held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names if n in rows}).items()}
-    if not due:
-        return
-    decode = run.parts.tokenizer.decode
-    of = [items[number] for number in item_numbers(held["prompt_id"], held["group"], None, items)]
-    rewards = run.parts.step.composition.rewards
-    written = [
-        {
-            "prompt": of[i]["body"],
-            "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
-            "answer": of[i]["answer"],
-            "truncated": bool(held["truncated"][i]),
-        }
-        | ({"reward": held["rewards"][i]} if rewards else {})
-        | token_facts(held, i, decode)
-        | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
-        for i in range(len(chosen))
-    ]
-    run.directory.write_samples(global_step, written)
-    if reporting.samples_shown:
-        run.console.print(samples_table(written[: reporting.samples_shown], global_step))
+def _learning_rates(stage: Stage, state: TrainState) -> np.ndarray:
+    """The rate of the last update of each step that is left, the count of updates being the optimiser's own."""
+    training = stage.parts.config.training
+    counts = [int(leaf) for leaf in jax.tree.leaves(state.networks["policy"].optimizer_state) if leaf.shape == ()]
+    updates = training.epochs_per_batch * training.minibatches_per_epoch
+    left = np.arange(1, max(stage.steps - int(state.step), 0) + 1)
+    return np.broadcast_to(learning_rate(training)(max(counts, default=0) + left * updates - 1), left.shape)
 
 
-def spread(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` indices, evenly spread, so that every level of a mixed data set is among them."""
-    return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
+def _progress(run: Run, stage: Stage, counted: int) -> Progress:
+    """The display of a stage; what counts as right is named for the reward that says so."""
+    c = stage.parts.step.composition
+    right = "solved" if stage.parts.environment is not None else f"{c.rewards[0].name} ≥ 1" if c.rewards else ""
+    columns = tuple(c._replace(label=right) if c.name == "correct_share" else c for c in COLUMNS)
+    sequences = counted if stage.samples else None
+    return Progress(max(stage.steps, 1), stage.name, run.console, sequences_per_step=sequences, columns=columns)
 
 
 __all__ = [

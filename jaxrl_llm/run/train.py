@@ -19,13 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
 
-from jaxrl_llm.config import Config, as_tree, numeric_tree
+from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
 from jaxrl_llm.evaluation.record_files import fresh_records
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
-from jaxrl_llm.models import TransformerConfig, attention_path
-from jaxrl_llm.parallel import described, hosts, layout
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
 from jaxrl_llm.reporting.machine_report import package_versions
 from jaxrl_llm.rollout.engine_http import require_model
@@ -34,8 +33,12 @@ from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.implied_units import implied_units
 from jaxrl_llm.run.live_report import reporting_of
+from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.restored import require_branch
+from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, first_batch, run_stage, spread, stage_data, written_of
@@ -75,9 +78,10 @@ def train(
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
         require_model(rollout.engine.engine)
-    numbers = checkpoints.config_hash(numeric_tree(config))
     meta: dict[str, Any] = {
-        "config_hash": numbers,
+        "config_hash": checkpoints.config_hash(numeric_tree(config)),
+        "config": numeric_tree(config),
+        "placement": placement_tree(config),
         "seconds": {},
         "tokens": 0,
         "warm_start_steps": 0,
@@ -89,20 +93,20 @@ def train(
     if newest is not None:
         require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
-        if meta["config_hash"] != numbers:
-            raise checkpoints.CheckpointError(
-                f"run {config.directory} was written with config hash {meta['config_hash']}, but this config has "
-                f"{numbers}; resume with the run's own config.yaml, or start a new run with another run_dir"
-            )
-    console.print(units_table(_units(built)))
+        if moved := checkpoints.require_own_config(config, meta):
+            console.print(moved, soft_wrap=True, markup=False)
+        meta["placement"] = placement_tree(config)
+    elif config.init_from is not None:
+        require_branch(stages[0].parts)
     data = data_sets(built.config) if built.config.has_problems else {}
     sets = {stage.name: _own_data(stage, stages[-1], data) for stage in stages}
-    grade = grader(built, data["validation"], data["test"]) if data else None
-    fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
     for stage in stages:
-        if (own := sets[stage.name]) and own is not data:
-            fingerprint[f"train of {stage.name}"] = own["train"].fingerprint
-        fingerprint |= {f"source of {stage.name}": feed.file for feed in stage.parts.feeds if feed.file}
+        require_answers(stage.parts, sets[stage.name])
+    held_out = [data[split] for split in ("validation", "test") if split in data and answers_of(data[split])]
+    grade = grader(built, *held_out) if held_out else None
+    if grade is None and any(stage.stop_at_accuracy is not None for stage in stages):
+        raise ValueError("warm_start.stop_at_accuracy is set, but the data has no reference answers; leave it out")
+    fingerprint = _fingerprint(stages, sets, data)
     if meta.setdefault("data", fingerprint) != fingerprint:
         changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
         raise checkpoints.CheckpointError(
@@ -114,35 +118,35 @@ def train(
     rows = {stage.name: written_of(stage.parts, sets[stage.name]) for stage in stages}
     for split in ("validation", "test") if data else ():
         encoded(built, data[split])
+    for stage in stages:
+        try_rewards(stage.parts, sets[stage.name])
+    first_step = (newest or 0) if resume else None
+    console.print(units_table(implied_units(built)))
+    for stage in stages:
+        if warning := long_warmup(stage.parts.config.training):
+            console.print(f"{stage.name}: {warning}", soft_wrap=True, markup=False)
     with (
-        run_directory(
-            config.directory,
-            as_tree(config),
-            resume_step=(newest or 0) if resume else None,
-            **logging,
-        ) as directory,
+        run_directory(config.directory, as_tree(config), resume_step=first_step, **logging) as directory,
         checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
     ):
-        run = Run(
-            config,
-            ready,
-            directory,
-            manager,
-            console,
-            meta,
-            watch,
-            data,
-            sets,
-            mark=started,
-            report=report,
-            trace=steps_traced,
-        )
+        run = Run(config, ready, directory, manager, console, meta, watch, data, sets, mark=started)
+        run.report, run.trace = report, steps_traced
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with _signals(run):
             return _run(run, stages, prompts, rows, newest, grade)
+
+
+def _fingerprint(stages: Sequence[Stage], sets: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Hashes of everything that a resumed run must find unchanged."""
+    found = {split: part.fingerprint for split, part in data.items()} | stages[-1].parts.fingerprint()
+    for stage in stages:
+        if (own := sets[stage.name]) and own is not data:
+            found[f"train of {stage.name}"] = own["train"].fingerprint
+        found |= {f"source of {stage.name}": feed.file for feed in stage.parts.feeds if feed.file}
+    return found
 
 
 def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +197,8 @@ def _run(
         run.waiting_networks = {name: NetworkState(held[name]) for name in later - state.networks.keys()}
         held = {}  # the state has copies of its own
         del params, given
+        if fresh and number == 0 and config.init_from is not None and config.init_from.optimizer:
+            state = _with_optimizer_of(config.init_from, state)
         if stage.parts.step.priming and batches is not None:
             begin_with = first_batch(batches, state)
             state = stage.parts.step.prime(state, run.placed(begin_with.prompts), begin_with.items, call)
@@ -213,6 +219,13 @@ def _run(
             run.meta["warm_start_steps"] = int(state.step)
     assert state is not None  # a run has at least one stage
     return _ended(run, state, measure)
+
+
+def _with_optimizer_of(branch: BranchConfig, state: TrainState) -> TrainState:
+    """The state with the policy's optimiser as another run has it."""
+    at, policy = checkpoints.branch_checkpoint(branch.path, branch.step), state.networks["policy"]
+    held = checkpoints.restore_part(at.parent, int(at.name), policy.optimizer_state, part="optimizer_state")
+    return replace(state, networks={**state.networks, "policy": replace(policy, optimizer_state=held)})
 
 
 def _carried(parts: Parts, held: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -331,43 +344,6 @@ def _signals(run: Run):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
-    """What the sizes of a config imply, in units."""
-    config = built.config
-    training, rollout, written = config.training, config.rollout, built.step.composition.written
-    rows = training.prompts_per_step * rollout.samples_per_prompt
-    sampled: list[tuple[str, int | float | str, str]] = [
-        ("prompts_per_step", training.prompts_per_step, "prompts"),
-        ("samples_per_prompt", rollout.samples_per_prompt, "completions"),
-    ]
-    if built.step.composition.rollout is None and written is not None:
-        rows, sampled = written.rows, []
-    place = built.step.composition.resources.placement
-    mesh = place.mesh
-    per_update = rows // training.minibatches_per_epoch
-    micro = training.sequences_per_microbatch or per_update
-    attention = []
-    if isinstance(built.model.config, TransformerConfig):
-        widths = rollout.max_prompt_tokens, rollout.max_prompt_tokens + rollout.max_completion_tokens
-        with layout(mesh, place.rules):
-            update = attention_path(built.model.config, queries=widths[1])
-            decode = attention_path(built.model.config, queries=1, keys=widths[1])
-        attention = [("attention", f"{update}, {decode}", "update, decoding")]
-    return [
-        *sampled,
-        ("sequences per step", rows, "completions"),
-        ("optimiser updates per step", training.epochs_per_batch * training.minibatches_per_epoch, "updates"),
-        ("sequences per update", per_update, "completions"),
-        ("sequences_per_microbatch", micro, "completions"),
-        ("microbatches per update", per_update // micro, "microbatches"),
-        ("tokens per step, at most", rows * (rollout.max_prompt_tokens + rollout.max_completion_tokens), "tokens"),
-        ("steps", training.steps, "steps"),
-        *attention,
-        ("devices", 1 if mesh is None else mesh.size, jax.default_backend()),
-        ("mesh", described(mesh), built.mesh_reason),
-    ]
 
 
 def _summary(run: Run, after: dict[str, float]) -> dict[str, Any]:

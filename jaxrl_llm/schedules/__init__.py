@@ -6,12 +6,14 @@ would: `coefficient: {adaptive_kl: {...}}`.
 
 from __future__ import annotations
 
+from jaxrl_llm.experience import Method
 from jaxrl_llm.schedules.annealing import annealed_share, two_phase_decay
 from jaxrl_llm.schedules.controllers import adaptive_kl, entropy_gated_kl
 from jaxrl_llm.schedules.mixing import adaptive_mixing, gradient_alignment, mixing_weight
 from jaxrl_llm.schedules.temperatures import steering_temperature, temperature_controller
 
 __all__ = [
+    "Method",
     "adaptive_kl",
     "adaptive_mixing",
     "annealed_share",

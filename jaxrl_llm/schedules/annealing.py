@@ -5,15 +5,18 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, ranged
 
+
+@ranged
 def annealed_share(
     step: Int[Array, ""] | int,
     *,
-    scale: float = 0.01,
-    start_step: int = 50,
-    steps_per_drop: int = 10,
-    drop: float = 0.1,
-    least: float = 0.5,
+    scale: NonNegative = 0.01,
+    start_step: Natural = 50,
+    steps_per_drop: Count = 10,
+    drop: NonNegative = 0.1,
+    least: Share = 0.5,
     complement: bool = False,
 ) -> Float[Array, ""]:
     """Coefficient of one anchor of a convex combination whose share of the reference falls with the steps.
@@ -39,17 +42,13 @@ def annealed_share(
     Reference: ReMix (2507.06892).
     Certainty: recalled
     """
-    if not 0 <= least <= 1 or drop < 0 or steps_per_drop < 1:
-        raise ValueError(
-            f"least is {least}, drop {drop}, steps_per_drop {steps_per_drop}; least must lie in [0, 1], drop be at "
-            "least 0 and steps_per_drop at least 1"
-        )
     late = jnp.maximum(jnp.asarray(step, jnp.float32) - start_step, 0.0)
     share = jnp.maximum(1.0 - drop * jnp.ceil(late / steps_per_drop), least)
     return scale * (1.0 - share if complement else share)
 
 
-def two_phase_decay(step: Int[Array, ""], *, total_steps: int = 150, scale: float = 1.0) -> Float[Array, ""]:
+@ranged
+def two_phase_decay(step: Int[Array, ""], *, total_steps: Count = 150, scale: NonNegative = 1.0) -> Float[Array, ""]:
     """A coefficient that falls slowly to 0.83 over the first half of a run and fast towards 0.04 over the second.
 
         e = step,   h = floor(total_steps / 2)

@@ -12,18 +12,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Method
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ShareBelowOne, ranged
 
 KLUnit = Literal["sequence", "token"]
 ControlOutput = Literal["coefficient", "penalty"]
 
 
+@ranged
 def adaptive_kl(
     *,
-    sequences_per_step: int,
-    init: float = 0.1,
-    target: float = 6.0,
-    horizon: float = 10000.0,
-    error_limit: float = 0.2,
+    sequences_per_step: Count,
+    init: Positive = 0.1,
+    target: Positive = 6.0,
+    horizon: Positive = 10000.0,
+    error_limit: Positive = 0.2,
     unit: KLUnit = "sequence",
 ) -> Method:
     """A coefficient that grows while the policy is further from the reference than a target, and shrinks while nearer.
@@ -53,9 +55,6 @@ def adaptive_kl(
     """
     if unit not in get_args(KLUnit):
         raise ValueError(f"unit is {unit!r}; it must be one of {', '.join(get_args(KLUnit))}")
-    _check_positive(
-        sequences_per_step=sequences_per_step, init=init, target=target, horizon=horizon, error_limit=error_limit
-    )
     first = init
 
     def start():
@@ -75,20 +74,21 @@ def adaptive_kl(
     return Method(start, update_sequence if unit == "sequence" else update_token)
 
 
+@ranged
 def entropy_gated_kl(
     *,
     output: ControlOutput = "coefficient",
     base_threshold: float = 0.3,
-    lowest_threshold: float = 0.1,
-    highest_threshold: float = 0.6,
+    lowest_threshold: NonNegative = 0.1,
+    highest_threshold: NonNegative = 0.6,
     proportional: float = 0.3,
     integral: float = 0.01,
     derivative: float = 0.05,
     target_velocity: float = 0.001,
-    kl_decay: float = 0.9,
-    reward_decay: float = 0.95,
-    strength: float = 0.1,
-    window: int = 50,
+    kl_decay: ShareBelowOne = 0.9,
+    reward_decay: ShareBelowOne = 0.95,
+    strength: Positive = 0.1,
+    window: Count = 50,
 ) -> Method:
     """A one-sided penalty on the KL beyond a threshold that a PID controller of the reward moves.
 
@@ -135,15 +135,11 @@ def entropy_gated_kl(
     """
     if output not in get_args(ControlOutput):
         raise ValueError(f"output is {output!r}; it must be one of {', '.join(get_args(ControlOutput))}")
-    for name, decay in (("kl_decay", kl_decay), ("reward_decay", reward_decay)):
-        if not 0 <= decay < 1:
-            raise ValueError(f"{name} is {decay}; it is the share of the past that is kept and must lie in [0, 1)")
     if not 0 <= lowest_threshold <= highest_threshold:
         raise ValueError(
             f"lowest_threshold is {lowest_threshold} and highest_threshold is {highest_threshold}; they must satisfy "
             "0 <= lowest_threshold <= highest_threshold"
         )
-    _check_positive(window=window, strength=strength)
 
     def init():
         # An array each: the step donates its state, and a buffer can be given away only once.
@@ -201,9 +197,3 @@ def _phase(recent: Array, older: Array, calls: Array, window: int) -> Array:
     settled = (recent.std() < 0.02) & (mean > 0.7)
     later = jnp.where(rising, 1.2, jnp.where(settled, 1.0, 0.8))
     return jnp.where(calls < window, 1.5, later)
-
-
-def _check_positive(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if value <= 0:
-            raise ValueError(f"{name} is {value}; it must be positive")

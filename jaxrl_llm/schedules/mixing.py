@@ -9,13 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxrl_llm.experience import Method
+from jaxrl_llm.ranges import Count, NonNegative, Share, ranged
 
 MetaSign = Literal["descent", "released"]
 Part = Literal["supervised", "reinforcement"]
 
 
+@ranged
 def gradient_alignment(
-    validation_gradient: PyTree, supervised_gradient: PyTree, reinforcement_gradient: PyTree, *, learning_rate: float
+    validation_gradient: PyTree,
+    supervised_gradient: PyTree,
+    reinforcement_gradient: PyTree,
+    *,
+    learning_rate: NonNegative,
 ) -> Float[Array, ""]:
     """How fast the validation loss falls as the supervised share grows, to first order in one step.
 
@@ -35,16 +41,17 @@ def gradient_alignment(
     return learning_rate * jax.tree.reduce(jnp.add, parts, jnp.float32(0.0))
 
 
+@ranged
 def mixing_weight(
     weight: Float[Array, ""] | float,
     alignment: Float[Array, ""] | float,
     entropy: Float[Array, ""] | float,
     *,
     target_entropy: Float[Array, ""] | float,
-    meta_rate: float = 1e-4,
-    entropy_rate: float = 5e-4,
-    low: float = 0.05,
-    high: float = 0.95,
+    meta_rate: NonNegative = 1e-4,
+    entropy_rate: NonNegative = 5e-4,
+    low: Share = 0.05,
+    high: Share = 0.95,
     sign: MetaSign = "descent",
 ) -> Float[Array, ""]:
     """One update of AMFT's share mu of supervised learning in (1 - mu) * L_reinforcement + mu * L_supervised.
@@ -78,16 +85,17 @@ def mixing_weight(
     return jnp.clip(jnp.asarray(moved, jnp.float32), low, high)
 
 
+@ranged
 def adaptive_mixing(
     *,
     part: Part = "supervised",
-    start: float = 0.5,
-    target_entropy: float | None = None,
-    target_steps: int = 20,
-    meta_rate: float = 1e-4,
-    entropy_rate: float = 5e-4,
-    low: float = 0.05,
-    high: float = 0.95,
+    start: Share = 0.5,
+    target_entropy: NonNegative | None = None,
+    target_steps: Count = 20,
+    meta_rate: NonNegative = 1e-4,
+    entropy_rate: NonNegative = 5e-4,
+    low: Share = 0.05,
+    high: Share = 0.95,
     sign: MetaSign = "descent",
 ) -> Method:
     """AMFT's controller as the coefficient of a loss term: mu of the supervised one, 1 - mu of the other.
@@ -117,8 +125,6 @@ def adaptive_mixing(
         raise ValueError(f"part is {part!r}; it must be one of {', '.join(get_args(Part))}")
     if not low <= start <= high:
         raise ValueError(f"start is {start}; it must lie between low {low} and high {high}")
-    if target_entropy is None and target_steps < 1:
-        raise ValueError(f"target_steps is {target_steps}; measure over at least 1 step or give a target_entropy")
 
     def init():
         known = target_entropy is not None

@@ -6,11 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Method
+from jaxrl_llm.ranges import NonNegative, Positive, ranged
 from jaxrl_llm.statistics import sampled_entropy
 
 
+@ranged
 def steering_temperature(
-    entropy: Float[Array, ""] | float, *, target: float = 0.5, cold: float = 0.8, hot: float = 1.2
+    entropy: Float[Array, ""] | float, *, target: NonNegative = 0.5, cold: Positive = 0.8, hot: Positive = 1.2
 ) -> Float[Array, ""]:
     """Temperature at which the extra answers are drawn: `hot` where the entropy is at most the target, else `cold`.
 
@@ -25,7 +27,8 @@ def steering_temperature(
     return jnp.where(jnp.asarray(entropy) <= target, hot, cold).astype(jnp.float32)
 
 
-def temperature_controller(*, target: float = 0.5, cold: float = 0.8, hot: float = 1.2) -> Method:
+@ranged
+def temperature_controller(*, target: NonNegative = 0.5, cold: Positive = 0.8, hot: Positive = 1.2) -> Method:
     """AEPO's temperature for the extra answers of the next step, from the entropy of this one.
 
     Before the first step the entropy counts as 0, so the first temperature is `steering_temperature(0)`.

@@ -6,6 +6,7 @@ return a new `weight`.
 
 from __future__ import annotations
 
+from jaxrl_llm.experience import Method
 from jaxrl_llm.selection.adaptive_sampling import balanced_samples, finished_prompts
 from jaxrl_llm.selection.allocation import next_rollouts, reward_half_width, rollout_priority
 from jaxrl_llm.selection.bandit import bandit
@@ -25,6 +26,7 @@ from jaxrl_llm.selection.subsets import (
 )
 
 __all__ = [
+    "Method",
     "balanced_groups",
     "balanced_samples",
     "bandit",

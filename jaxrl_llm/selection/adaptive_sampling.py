@@ -6,9 +6,12 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.ranges import Count, ranged
 
+
+@ranged
 def finished_prompts(
-    label: Float[Array, "N S"], drawn: Bool[Array, "N S"], *, kept: int, both_kinds: bool = True
+    label: Float[Array, "N S"], drawn: Bool[Array, "N S"], *, kept: Count, both_kinds: bool = True
 ) -> Bool[Array, "N"]:
     """Which prompts have samples enough.
 
@@ -30,8 +33,9 @@ def finished_prompts(
     return (right >= kept // 2) & (wrong >= kept - kept // 2)
 
 
+@ranged
 def balanced_samples(
-    label: Float[Array, "N S"], drawn: Bool[Array, "N S"], *, kept: int
+    label: Float[Array, "N S"], drawn: Bool[Array, "N S"], *, kept: Count
 ) -> tuple[Int[Array, "N n"], Bool[Array, "N n"]]:
     """The samples that a prompt keeps: half of each kind where it can be, the earliest of each.
 

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import Natural, NonNegative, OpenShare, ranged
 from jaxrl_llm.statistics import group_leader, group_size, group_std
 
 
+@ranged
 def reward_half_width(
-    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, confidence: float = 0.95
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, confidence: OpenShare = 0.95
 ) -> Float[Array, "B"]:
     """Half-width of the confidence interval of the mean reward of the row's group.
 
@@ -38,13 +40,14 @@ def reward_half_width(
     return jnp.where(weight > 0, factors[group_size(group, weight)] * group_std(rewards, group, weight), 0.0)
 
 
+@ranged
 def rollout_priority(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    confidence: float = 0.95,
-    exploration: float = 0.0,
+    confidence: OpenShare = 0.95,
+    exploration: NonNegative = 0.0,
 ) -> Float[Array, "B"]:
     """How much one more rollout of the row's prompt is expected to teach.
 
@@ -75,14 +78,15 @@ def rollout_priority(
     return jnp.where(weight > 0, priority, 0.0)
 
 
+@ranged
 def next_rollouts(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    rollouts: int,
-    confidence: float = 0.95,
-    exploration: float = 0.0,
+    rollouts: Natural,
+    confidence: OpenShare = 0.95,
+    exploration: NonNegative = 0.0,
 ) -> Int[Array, "B"]:
     """How many of the next `rollouts` go to each prompt: one after the other to the largest `rollout_priority`.
 
@@ -106,8 +110,6 @@ def next_rollouts(
     Reference: XRPO (2510.06672).
     Certainty: reconstructed
     """
-    if rollouts < 0:
-        raise ValueError(f"rollouts is {rollouts}; it is the size of the next round and must be at least 0")
     leaders = group_leader(group, weight) > 0
     deviation, counts = group_std(rewards, group, weight), group_size(group, weight)
     factors = _interval_factors(len(group) + rollouts, confidence)
@@ -122,8 +124,6 @@ def next_rollouts(
 
 
 def _priority(deviation, counts, total, factors, exploration):
-    if exploration < 0:
-        raise ValueError(f"exploration is {exploration}; it is the weight of a bonus and must be at least 0")
     drop = deviation * (factors[counts] - factors[counts + 1])
     bonus = jnp.sqrt(jnp.log1p(total.astype(jnp.float32)) / jnp.maximum(counts, 1))
     return drop + exploration * bonus
@@ -133,8 +133,6 @@ def _interval_factors(most: int, confidence: float) -> Float[Array, "N"]:
     """t / sqrt(n) for n = 0 .. most + 1; 0 for n < 2, where there is no deviation."""
     from scipy.special import stdtrit  # takes a while to import
 
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; it is a probability and must lie between 0 and 1")
     n = np.arange(2, most + 2)
     factors = stdtrit(n - 1, (1 + confidence) / 2) / np.sqrt(n)
     return jnp.asarray(np.concatenate([[0.0, 0.0], factors]), jnp.float32)

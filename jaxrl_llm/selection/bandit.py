@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Selection
+from jaxrl_llm.ranges import Positive, PositiveShare, ranged
 
 
 class Arms(NamedTuple):
@@ -26,12 +27,13 @@ class Arms(NamedTuple):
     visits: Int[Array, "I"]
 
 
+@ranged
 def bandit(
     *,
     records: Sequence[Mapping[str, Any]],
     arms: str | tuple[str, ...] = "level",
-    temperature: float = 1.0,
-    rate: float = 0.5,
+    temperature: Positive = 1.0,
+    rate: PositiveShare = 0.5,
     decay_unsampled: bool = False,
 ) -> Selection:
     """Prompts of the kinds that the policy learns most from.
@@ -62,10 +64,6 @@ def bandit(
     Reference: SEC, self-evolving curriculum (2505.14970).
     Certainty: verified
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be above 0")
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate is {rate}; it is the share of the new value and must lie in (0, 1]")
     of_item, kinds = _arms(records, (arms,) if isinstance(arms, str) else tuple(arms))
     size = np.bincount(of_item, minlength=len(kinds)).astype(np.int32)
     start = (np.cumsum(size) - size).astype(np.int32)
@@ -108,13 +106,14 @@ def bandit(
     return Selection(init, choose, update, report)
 
 
+@ranged
 def moved_values(
     value: Float[Array, "K"],
     arm: Int[Array, "B"],
     signal: Float[Array, "B"],
     there: Array,
     *,
-    rate: float,
+    rate: PositiveShare,
     decay_unsampled: bool = False,
 ) -> Float[Array, "K"]:
     """Values of arms after the rows of a step.

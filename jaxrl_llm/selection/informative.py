@@ -6,11 +6,13 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import NonNegative, ranged
 from jaxrl_llm.statistics import group_max, group_min, group_size
 
 
+@ranged
 def nonconstant_groups(
-    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, tolerance: float = 0.0
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, tolerance: NonNegative = 0.0
 ) -> Float[Array, "B"]:
     """Weights with groups of equal rewards left out: the filter of DAPO's dynamic sampling.
 
@@ -31,8 +33,6 @@ def nonconstant_groups(
     Reference: DAPO (2503.14476).
     Certainty: verified
     """
-    if tolerance < 0:
-        raise ValueError(f"tolerance is {tolerance}; it is a difference of rewards and must not be negative")
     spread = group_max(rewards, group, weight) - group_min(rewards, group, weight)
     kept = (spread > tolerance) | (group_size(group, weight) == 1)
     return jnp.where(kept & (weight > 0), weight.astype(jnp.float32), 0.0)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.ranges import Count, OpenShare, ranged
+
 
 def mixed_probability(samples: Float[Array, "*N"], success: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """Probability that a group holds right and wrong samples: 1 - p^N - (1 - p)^N.
@@ -39,8 +41,9 @@ def rollout_value(samples: Float[Array, "*N"], success: Float[Array, "*N"]) -> F
     return mixed_probability(samples, success) * success * (1.0 - success) ** 2
 
 
+@ranged
 def rollouts_for_signal(
-    success: Float[Array, "*N"], *, rule: Literal["probability", "expectation"] = "probability", alpha: float = 0.9
+    success: Float[Array, "*N"], *, rule: Literal["probability", "expectation"] = "probability", alpha: OpenShare = 0.9
 ) -> Float[Array, "*N"]:
     """Rollouts until a group of 0 < p < 1 is mixed.
 
@@ -62,8 +65,6 @@ def rollouts_for_signal(
     """
     if rule not in ("probability", "expectation"):
         raise ValueError(f"rule is {rule!r}; it must be 'probability' or 'expectation'")
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha is {alpha}; it is a probability and must lie in (0, 1)")
     mixed = (success > 0) & (success < 1)
     inside = jnp.where(mixed, success, 0.5)
     if rule == "probability":
@@ -73,15 +74,16 @@ def rollouts_for_signal(
     return jnp.where(mixed, cost, jnp.inf)
 
 
+@ranged
 def knapsack_rollouts(
     success: Float[Array, "N"],
     seen: Bool[Array, "N"],
     *,
-    samples_per_prompt: int,
-    least: int = 2,
-    most: int = 128,
+    samples_per_prompt: Count,
+    least: Count = 2,
+    most: Count = 128,
     rule: Literal["probability", "expectation"] = "probability",
-    alpha: float = 0.9,
+    alpha: OpenShare = 0.9,
 ) -> Int[Array, "N"]:
     """How many rollouts each prompt of a batch gets; they add up to N * samples_per_prompt.
 

@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.statistics import group_sum, present
 
 
+@ranged
 def near_perfect_groups(
     correct: Float[Array, "B"],
     sample: Int[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    attempts: int = 4,
-    min_correct: int = 4,
+    attempts: Count = 4,
+    min_correct: Count = 4,
 ) -> Float[Array, "B"]:
     """1 in groups whose prompt the policy solves reliably, 0 in those that it still has to explore.
 
@@ -52,7 +54,8 @@ def near_perfect_groups(
     return present((found >= min_correct).astype(jnp.float32), weight)
 
 
-def cycled_rows(key: Array, step: Int[Array, ""] | int, *, stored: int, rows_per_step: int) -> Int[Array, "N"]:
+@ranged
+def cycled_rows(key: Array, step: Int[Array, ""] | int, *, stored: Count, rows_per_step: Count) -> Int[Array, "N"]:
     """Row numbers of the stored answers that a step rehearses: every pass over them in a new order, none left out.
 
     The order depends on the key and the number of the pass only, so a resumed run goes on where it was.
@@ -72,9 +75,6 @@ def cycled_rows(key: Array, step: Int[Array, ""] | int, *, stored: int, rows_per
     Reference: DPH-RL (2509.07430).
     Certainty: verified
     """
-    for name, value in (("stored", stored), ("rows_per_step", rows_per_step)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
     step = jnp.asarray(step, jnp.int32)
     chex.assert_rank(step, 0)
     first = step * rows_per_step

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.experience import Method
+from jaxrl_llm.ranges import Natural, NonNegative, ranged
 from jaxrl_llm.statistics import sampled_entropy
 
 
-def steered_batch(*, target: float = 0.5, cap: int = 60, threshold: float = 0.05) -> Method:
+@ranged
+def steered_batch(*, target: NonNegative = 0.5, cap: Natural = 60, threshold: float = 0.05) -> Method:
     """Weights that put good extra answers in the place of as many rows of the batch: AEPO.
 
     Of the extra answers (drawn at the steering temperature, each prompt's a group of its own) those with an advantage
@@ -33,8 +35,6 @@ def steered_batch(*, target: float = 0.5, cap: int = 60, threshold: float = 0.05
     Reference: AEPO, arbitrary entropy policy optimization (2510.08141).
     Certainty: verified
     """
-    if cap < 0:
-        raise ValueError(f"cap is {cap}; it is a number of answers and must be at least 0")
 
     def init():
         return {"entropy": jnp.float32(0.0)}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.ranges import NonNegative, ranged
 from jaxrl_llm.statistics import group_max, group_mean, group_min, group_rank, group_size
 
 RankRule = Literal["best_worst", "best_random", "best"]
@@ -96,8 +97,9 @@ def best_and_random(
     return _scaled(weight, (best | drawn).astype(jnp.float32))
 
 
+@ranged
 def extreme_rewards(
-    rewards: Float[Array, "B"], weight: Float[Array, "B"], *, rule: BatchRule = "max_min", exponent: float = 2.0
+    rewards: Float[Array, "B"], weight: Float[Array, "B"], *, rule: BatchRule = "max_min", exponent: NonNegative = 2.0
 ) -> Float[Array, "B"]:
     """Weights by where a reward stands in the whole batch: the filter that verl calls PF-PPO.
 
@@ -124,8 +126,6 @@ def extreme_rewards(
     Certainty: verified
     """
     chex.assert_rank([rewards, weight], 1)
-    if exponent < 0:
-        raise ValueError(f"exponent is {exponent}; large rewards would count least; it must be at least 0")
     batch = jnp.zeros(rewards.shape, jnp.int32)
     rewards = rewards.astype(jnp.float32)
     top, bottom = rewards == group_max(rewards, batch, weight), rewards == group_min(rewards, batch, weight)
@@ -141,6 +141,7 @@ def extreme_rewards(
     return _scaled(weight, share + 1e-8)
 
 
+@ranged
 def resampled(weight: Float[Array, "B"], step: Int[Array, ""], *, seed: int = 0) -> Float[Array, "B"]:
     """How often each row is drawn when as many rows as are present are drawn with replacement, by their weights.
 

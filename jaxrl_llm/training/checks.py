@@ -76,7 +76,7 @@ def _check_names(c: Composition) -> None:
     by_network |= provided_by("network") | c.view_masks
     learner = provided_by("learner") | {"router_choices"}
     learner |= {name for name in c.named if compared_with(name) in c.networks}
-    text = provided_by("text") | {"items"}
+    text = provided_by("text") | {"items"} | c.resources.columns
     available = available_before_rewards(c)
     # What stands for a name that is spelled wrongly, beside what is there.
     scored = frozenset(by_network - learner)
@@ -89,7 +89,8 @@ def _check_names(c: Composition) -> None:
         if view.on_host and (c.resources.decode is None or c.resources.encode is None):
             raise ValueError(f"view {name!r} reads and writes text, so make_train_step needs decode= and encode=")
     for term in c.rewards:
-        _require_names(term.function, f"reward {term.name!r}", available | text, scored - {"logprobs", "entropy"})
+        read = text if term.on_host else text - c.resources.columns
+        _require_names(term.function, f"reward {term.name!r}", available | read, scored - {"logprobs", "entropy"})
         _require_views(c, term.function, f"reward {term.name!r}", available)
         if term.on_host and c.resources.decode is None and names(term.function) & text:
             raise ValueError(f"reward {term.name!r} reads text, so make_train_step needs decode= (token ids -> text)")

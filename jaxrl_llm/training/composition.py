@@ -16,7 +16,7 @@ from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rows import Replay, Written
 from jaxrl_llm.signatures import names, required
-from jaxrl_llm.terms import Fill, LossTerm, Reward, Update, View, fill_term, loss_term, reward_term
+from jaxrl_llm.terms import Fill, LossTerm, Reward, Update, View, fill_term, listed, loss_term, reward_term
 from jaxrl_llm.training.networks import POLICY, Network, has_copy, networks_named
 from jaxrl_llm.training.segments import Placement
 
@@ -32,6 +32,7 @@ class Resources:
         head, where there is a critic.
       critic: optimiser of networks with a head that a name alone brings along.
       views: functions that make another sequence of a row, by name; a `View` says more of how one is called.
+      columns: of the data, beside what the table names: readings may name them.
       placement: devices.
     """
 
@@ -40,6 +41,7 @@ class Resources:
     networks: Mapping[str, Network] = field(default_factory=dict)
     critic: optax.GradientTransformation | None = None
     views: Mapping[str, View | Callable[..., Any]] = field(default_factory=dict)
+    columns: frozenset[str] = frozenset()
     placement: Placement = field(default_factory=Placement)
 
 
@@ -245,9 +247,9 @@ def composition_of(
         model,
         optimizer,
         tuple(source) if isinstance(source, Sequence) else (source,),
-        tuple(map(reward_term, rewards)),
-        tuple(map(fill_term, credit)),
-        tuple(map(loss_term, losses)),
+        listed("rewards", rewards, reward_term),
+        listed("credit", credit, fill_term),
+        listed("losses", losses, loss_term),
         update or Update(),
         resources or Resources(),
     )

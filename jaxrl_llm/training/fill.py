@@ -81,14 +81,14 @@ def _summed(c: Composition, key: str, state: TrainState, work: Work) -> Work:
     rows = _columns(c, key, state, work)[key]
     components = jnp.stack([rows[_column(term)] for term in c.rewards], axis=1)
     read = any(term.on_host for term in c.rewards)
-    applying = jnp.where(jnp.isnan(components), 0.0, components) if read else components
-    rewards = weighted_sum(applying, weights=tuple(term.weight for term in c.rewards))
+    rewards = weighted_sum(components, weights=tuple(term.weight for term in c.rewards))
+    rated = ~jnp.isnan(rewards)
+    rewards = jnp.where(rated, rewards, 0.0) if read else rewards
     solved = rows.get("solved")
     correct = (components[:, 0] >= 1.0).astype(jnp.float32) if solved is None else solved
     kept = {name: value for name, value in rows.fields.items() if not name.startswith("reward/")}
     rows = replace(rows, fields=kept).filled(reward_components=components, rewards=rewards, correct=correct)
     if read:
-        rated = ~jnp.isnan(components).all(axis=1)
         unrated = ((rows.weight > 0) & ~rated).astype(jnp.float32)
         rows = replace(rows, weight=jnp.where(rated, rows.weight, 0.0)).filled(unrated=unrated)
     return {key: rows}

@@ -90,7 +90,7 @@ class Objective:
         if "written_mask" in rows:
             provided["written_mask"] = rows["written_mask"] * rows.weight[:, None]
         given = [{} if t.compares is None else {t.compares: functionals.get(t.name)} for t in self.losses]
-        return [call(term.function, provided | one) for term, one in zip(self.losses, given, strict=True)]
+        return [_loss(term, call(term.function, provided | one)) for term, one in zip(self.losses, given, strict=True)]
 
     def denominators(self, rows: Experience) -> list[Array]:
         """One count a loss; they do not depend on parameters."""
@@ -217,6 +217,20 @@ class Objective:
             for name, s in together.items():
                 learner[name] = scored.logprobs if s.quantity == "logprobs" else scored.entropy
         return learner
+
+
+def _loss(term: LossTerm, value: Any) -> Loss:
+    """What a loss returned, as (sum, count); a plain pair of them is taken for one."""
+    if isinstance(value, tuple) and 2 <= len(value) <= 3:
+        numerator, denominator, *metrics = value
+        if jnp.shape(numerator) == () and (denominator is None or jnp.shape(denominator) == ()):
+            return Loss(numerator, denominator, *metrics)
+    shape = getattr(value, "shape", None)
+    said = f"a {type(value).__name__}" if shape is None else f"an array of shape {shape}"
+    raise ValueError(
+        f"loss {term.name!r} returned {said}; it must return a sum and a count, both scalars, so that any split of a "
+        "batch gives the same gradient: Loss(sum, count) of jaxrl_llm, see also losses.aggregate"
+    )
 
 
 def _with_policy(state: TrainState, policy: PyTree) -> TrainState:

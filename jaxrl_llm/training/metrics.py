@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -39,13 +41,42 @@ def explained_variance(
     return jnp.where(total > 0, 1 - variance(returns - values) / jnp.where(total > 0, total, 1.0), 0.0)
 
 
-def experience_metrics(experience: Experience, weight: Float[Array, "B"]) -> dict[str, Array]:
+def reward_metrics(
+    components: Float[Array, "B K"], weight: Float[Array, "B"], names: Sequence[str]
+) -> dict[str, Float[Array, ""]]:
+    """Of each reward function: mean, deviation between rows, and share of the rows that it applies to.
+
+    Args:
+      components: one column a function; NaN where it does not apply.
+      weight: of each row.
+      names: of the functions.
+    """
+    metrics = {}
+    for column, name in enumerate(names):
+        applies = jnp.where(jnp.isnan(components[:, column]), 0.0, weight)
+        value = jnp.where(applies > 0, components[:, column], 0.0)
+        mean, spread = _mean_and_std(value, applies)
+        metrics |= {f"reward/{name}": mean, f"reward/{name}_std": spread}
+        metrics[f"reward/{name}_applies"] = applies.sum() / jnp.maximum(weight.sum(), 1.0)
+    return metrics
+
+
+def _mean_and_std(x: Float[Array, "B"], weight: Float[Array, "B"]) -> tuple[Array, Array]:
+    count = jnp.maximum(weight.sum(), 1.0)
+    mean = (x * weight).sum() / count
+    return mean, jnp.sqrt((jnp.square(x - mean) * weight).sum() / count)
+
+
+def experience_metrics(
+    experience: Experience, weight: Float[Array, "B"], rewards: Sequence[str] = ()
+) -> dict[str, Array]:
     """Scalars of one batch: means over the rows that were sampled, or over their tokens where the name says token.
 
     Args:
       experience: a batch after credit, which may have left out rows.
       weight: of each row as it was sampled, so that rows left out since are counted and not hidden; `kept_share` says
         how many were kept.
+      rewards: names of the reward functions, whose columns are summed up one by one.
     """
     rows = jnp.maximum(weight.sum(), 1.0)
     mask = experience.mask * weight[:, None]
@@ -56,15 +87,18 @@ def experience_metrics(experience: Experience, weight: Float[Array, "B"]) -> dic
     if "rewards" in experience:
         metrics |= {
             "reward": mean(experience["rewards"]),
+            "reward_std": _mean_and_std(experience["rewards"], weight)[1],
             "correct_share": mean(experience["correct"]),
             "constant_group_share": constant_group_share(experience["rewards"], experience.group, weight),
         }
     metrics |= {
-        "completion_tokens": mean(experience.length.astype(jnp.float32)),
+        "completion_tokens": mean(written_by_policy(experience).sum(-1)),
         "truncated_share": mean(experience.truncated.astype(jnp.float32)),
         "kept_share": mean((experience.weight > 0).astype(jnp.float32)),
         "entropy_per_token": token_mean(experience.behaviour_entropy),
     }
+    if rewards and "reward_components" in experience:
+        metrics |= reward_metrics(experience["reward_components"], weight, rewards)
     if "reference_logprobs" in experience:
         metrics["kl_reference_per_token"] = token_mean(experience.behaviour_logprobs - experience["reference_logprobs"])
     if "old_values" in experience and "returns" in experience:
@@ -76,11 +110,16 @@ def experience_metrics(experience: Experience, weight: Float[Array, "B"]) -> dic
     return metrics
 
 
+def written_by_policy(rows: Experience) -> Float[Array, "B T"]:
+    """1 on tokens of completions; what an environment or a tool answers is none."""
+    return ((rows.source != Source.PAD) & (rows.source != Source.OBSERVATION)).astype(jnp.float32)
+
+
 def step_metrics(c: Composition, state: TrainState, rows: Experience, work: Work) -> dict[str, Array]:
     """Scalars of a step before its update; of one whose rows were all written, none."""
     if c.rollout is None:
         return {}
-    metrics = experience_metrics(rows, work["sampled"]) | work["report"]
+    metrics = experience_metrics(rows, work["sampled"], [t.name for t in c.rewards]) | work["report"]
     if c.rollout.engine is not None:
         metrics |= engine_metrics(rows)
     if c.rollout.off_policy_steps:

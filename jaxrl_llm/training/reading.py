@@ -6,7 +6,7 @@ same one where each prompt has equally many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxrl_llm.experience import Experience, TrainState
-from jaxrl_llm.fields import TEXT, absent_value, kind_of
+from jaxrl_llm.fields import FIELDS, TEXT, absent_value, kind_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rewards.host import Reading, RewardError, answered
 from jaxrl_llm.signatures import names, per_row, signature
@@ -171,7 +171,7 @@ def _read_by_all(
         here = jax.device_get(read)
         ids = None if prompt_ids is None else np.asarray(jax.device_get(prompt_ids))
         first_rows = np.arange(rows.tokens.shape[0])
-        values = _values(terms, outputs, here, ids, state, context, first_rows, entry, packed)
+        values = read_values(terms, outputs, here, ids, state, context, first_rows, entry, packed)
         if isinstance(placement, NamedSharding):  # without a mesh, placing them by hand would compile programs twice
             return {name: jax.device_put(value, placement) for name, value in values.items()}
         return values
@@ -181,7 +181,7 @@ def _read_by_all(
     mine, own = hosts.own_rows(hosts.by_rows(read, groups, cast(Mesh, placement.mesh)))
     values, failure = {}, None
     try:
-        values = _values(terms, outputs, own, ids, state, context, mine, entry, packed)
+        values = read_values(terms, outputs, own, ids, state, context, mine, entry, packed)
     except RewardError as error:
         failure = error
     # One that raised alone would leave the others waiting for its rows.
@@ -195,7 +195,7 @@ def _read_by_all(
     }
 
 
-def _values(
+def read_values(
     terms: Sequence[Any],
     outputs: Mapping[str, Sequence[str]],
     rows: Mapping[str, np.ndarray],
@@ -210,19 +210,29 @@ def _values(
     count, width = rows["tokens"].shape
     present = np.flatnonzero(rows["weight"] > 0)
     text: dict[str, Any] = {}
-    if reads_items(terms):
+    # What is neither text nor an array of the rows is a column of the data.
+    asked_for = frozenset().union(*(names(term.function) for term in terms)) - TEXT - rows.keys() - {"step"}
+    needed = frozenset().union(*(signature(term.function).required for term in terms)) & asked_for
+    if reads_items(terms) or needed:
         items = context.required_items()
         item_of = item_numbers(rows["prompt_id"], rows["group"], prompt_ids, items)[present]
         text["items"] = [items[number] for number in item_of]
         text["prompts"] = [item.get("body", "") for item in text["items"]]
         text["answers"] = [item.get("answer", "") for item in text["items"]]
+        every = columns_of(items[:1]) if any(signature(term.function).anything for term in terms) else frozenset()
+        for name in (asked_for | every) - rows.keys():
+            values = [column(item, name) for item in text["items"]]
+            if name in needed or any(value is not None for value in values):
+                text[name] = values
     if context.decode is not None:
         decode, tokens, length = context.decode, rows["tokens"], rows["length"]
         text["completions"] = [decode(tokens[row, : length[row]].tolist()) for row in present]
     arrays = {name: value[present] for name, value in rows.items()}
     found: dict[str, np.ndarray] = {}
     for term in terms:
-        asked = names(term.function) if not signature(term.function).anything else text.keys() | names(term.function)
+        asked = names(term.function)
+        if signature(term.function).anything:  # all text, and for a function of one row, the text of that row
+            asked |= text.keys() - (_PLURAL.keys() | set(_PLURAL.values()) if per_row(term.function) else set())
         data = {name: value for name, value in (text | arrays).items() if name in asked}
         if signature(term.function).anything and per_row(term.function):
             asked = asked | _PLURAL.keys()
@@ -242,10 +252,22 @@ def _values(
     return found
 
 
-def reads_items(terms: Sequence[Any]) -> bool:
+def reads_items(terms: Sequence[Any], columns: Collection[str] = ()) -> bool:
     """Whether some of the readings (`Reward` or `Fill`) wants to know what the data says beside the tokens."""
     asked = [signature(term.function) for term in terms if term.on_host]
-    return any(read.anything or _OF_ITEMS & {*read.required, *read.optional} for read in asked)
+    wanted = _OF_ITEMS.union(columns)
+    return any(read.anything or wanted & {*read.required, *read.optional} for read in asked)
+
+
+def columns_of(items: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Names of what records say, and of the fields of their lines, that readings may ask for beside text."""
+    found = {name for item in items for name in (*item, *(item.get("raw") or ()))}
+    return frozenset(name for name in found if name.isidentifier()) - TEXT - FIELDS.keys() - {"raw"}
+
+
+def column(item: Mapping[str, Any], name: str) -> Any:
+    """A field of a record, or of the line that it was read from; None where it has none."""
+    return item[name] if name in item else (item.get("raw") or {}).get(name)
 
 
 _OF_ITEMS = TEXT - {"completions", "completion"}

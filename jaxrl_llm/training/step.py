@@ -141,7 +141,9 @@ class TrainStep:
         c = self.composition
         context = Context(items, c.resources.decode, c.resources.encode, call)
         environment = None if c.rollout is None else c.rollout.environment
-        if isinstance(environment, HostEnvironment) or reads_items((*c.rewards, *c.credit, *c.views.values())):
+        if isinstance(environment, HostEnvironment) or reads_items(
+            (*c.rewards, *c.credit, *c.views.values()), c.resources.columns
+        ):
             context.required_items()
         return context
 

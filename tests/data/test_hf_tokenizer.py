@@ -231,8 +231,12 @@ def test_chat_without_a_template(directories):
 
 def test_format_without_a_place(directories):
     tokenizer = load_tokenizer(directories.qwen())
-    with pytest.raises(ValueError, match=r"has no place for the prompt; write \{body\}"):
+    with pytest.raises(
+        ValueError, match=r"has no place for the prompt; write \{body\} where .*, for example 'Q: \{body\}'"
+    ):
         with_prompt_format(tokenizer, "Q: {question}")
+    with pytest.raises(ValueError, match=r"for example 'Think first: \{body\}'"):
+        with_prompt_format(tokenizer, "Think first: ")
     # Other braces stand for themselves.
     boxed = with_prompt_format(tokenizer, r"{body} Answer in \boxed{}.")
     assert boxed.decode(boxed.prompt_ids({"body": "2+3?"})) == r"2+3? Answer in \boxed{}."

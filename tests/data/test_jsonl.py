@@ -166,6 +166,10 @@ def test_a_line_separator_of_unicode_ends_no_line(tmp_path):
         ('{"question": "a", "answer": null}', "line 2: field 'answer' holds null, not text"),
         ('{"question": "a", "answer": "it is 7"}', "line 2: field 'answer' holds no answer .*'hashes'.*'it is 7'"),
         ('{"question": "a", "answer": "it is #### "}', "line 2: field 'answer' holds no answer"),
+        (
+            r'{"question": "a \ud83d", "answer": "#### 1"}',
+            r"line 2: no JSON: it holds '.ud83d', half of a surrogate pair",
+        ),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
@@ -191,6 +195,27 @@ def test_bad_conversations_are_named(tmp_path, messages, message):
     write(tmp_path / "a", [{"messages": messages, "answer": "5"}])
     with pytest.raises(ValueError, match=r"line 1: .*" + message):
         jsonl_data_sets(tmp_path / "a", fields_of("messages"))
+
+
+def test_answers_may_be_left_out_of_all_lines(tmp_path):
+    lines = [{"prompt": f"say {i}", "hard": i} for i in range(40)]
+    write(tmp_path / "a", lines)
+    for fields in (fields_of("prompt"), fields_of("prompt", answer=None)):
+        train = jsonl_data_sets(tmp_path / "a", fields)["train"]
+        assert {record["answer"] for record in train} == {""}
+        assert train[0]["raw"]["hard"] == train[0]["item_id"]
+    with pytest.raises(ValueError, match="line 1: there is no field 'solution'"):
+        jsonl_data_sets(tmp_path / "a", fields_of("prompt", answer="solution"))
+    write(tmp_path / "b", [*lines, {"prompt": "a", "answer": "5"}])
+    with pytest.raises(
+        ValueError, match="40 lines that cannot be used; repair them: line 1: there is no field 'answer'"
+    ):
+        jsonl_data_sets(tmp_path / "b", fields_of("prompt"))
+
+
+def test_a_pair_of_surrogates_is_a_character(tmp_path):
+    (tmp_path / "a").write_text(r'{"a": "\ud83d\ude00 \u00e9"}')
+    assert list(elements(tmp_path / "a", (tmp_path / "a").read_bytes())) == [(1, {"a": "\U0001f600 é"})]
 
 
 def test_many_bad_lines_are_counted(tmp_path):
@@ -222,7 +247,6 @@ def test_bad_files(tmp_path):
         ("prompt", {"question": "a"}, "no field 'question' to map; known: prompt, messages"),
         ("prompt", {"messages": "m"}, "name the field that holds the prompt"),
         ("prompt", {"prompt": None}, "name the field that holds the prompt"),
-        ("prompt", {"answer": None}, "answer is null"),
         ("prompt", {"answer_from": "end"}, "answer_from is 'end'"),
         ("prompt", {"calculations": "yes"}, "calculations is 'yes'"),
         ("messages", {"response": "r"}, "leave response out"),

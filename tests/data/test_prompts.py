@@ -1,4 +1,4 @@
-"""The prompt's tokens are the first tokens of prompt and completion; what breaks that is said before training."""
+"""A completion is trained behind the prompt that it is sampled from, whatever a template makes of either."""
 
 from __future__ import annotations
 
@@ -98,18 +98,50 @@ def test_a_thought_that_the_template_adds_belongs_to_the_completion(directories)
     assert tokenizer.decode(tokenizer.completion_ids(ITEM, "5")) == "<think>\n\n</think>\n\n5"
 
 
-def test_a_template_that_renders_prompts_differently_is_refused(directories):
-    template = "{{ messages | length }} " + CHATML
-    with pytest.raises(ValueError, match=r"differently once an answer follows: the prompt goes on with '1 <\|im_start"):
-        chat(directories, template)
+# As DeepSeek-R1's distillations write it: the turn opens with a thought, and an answer loses the one it has.
+R1 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# As Qwen3 writes it with enable_thinking false: an empty thought, unless the answer has one of its own.
+NO_THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' not in m.content %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# Nothing opens the turn, and yet the thought is dropped.
+DROPPED = R1.replace("<think>\n{% endif %}", "{% endif %}")
+COUNTED = "{{ messages | length }} " + CHATML
+THOUGHT = "<think>\n2 and 3\n</think>\n\nIt is 5."
 
 
-def test_tokens_that_join_over_the_boundary_are_refused(directories):
+@pytest.mark.parametrize(
+    "template, options, prompt, text, completion",
+    [
+        (R1, {}, "assistant\n<think>\n", "2 and 3\n</think>\n\nIt is 5.", None),
+        (R1, {}, "assistant\n<think>\n", "5", None),
+        (DROPPED, {}, "assistant\n", THOUGHT, None),
+        (NO_THINKING, {"enable_thinking": False}, "<think>\n\n</think>\n\n", "5", None),
+        (NO_THINKING, {"enable_thinking": False}, "<think>\n\n</think>\n\n", THOUGHT, None),
+        (NO_THINKING, {}, "assistant\n", "5", "<think>\n\n</think>\n\n5"),
+        (NO_THINKING, {}, "assistant\n", THOUGHT, None),
+        (COUNTED, {}, "assistant\n", "5", None),
+    ],
+)
+def test_a_completion_is_what_is_sampled_behind_the_prompt(directories, template, options, prompt, text, completion):
+    tokenizer = chat(directories, template, options=options)
+    assert tokenizer.backend.decode(tokenizer.prompt_ids(ITEM), skip_special_tokens=False).endswith(prompt)
+    expected = [*tokenizer.encode(text if completion is None else completion), tokenizer.eos_id]
+    assert tokenizer.completion_ids(ITEM, text) == expected
+
+
+def test_an_answer_that_the_tokenizer_would_join_to_the_prompt_is_encoded_alone(directories):
     tokenizer = load_tokenizer(directories.llama())
     assert len(tokenizer.encode(" clips")) == 1
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% if m.role == 'user' %} cl{% endif %}{% endfor %}")
-    with pytest.raises(ValueError, match=r"no prefix of those of prompt and answer: the tokenizer joins .*' cl' with"):
-        completion_tokens(template, tokenizer, [{"role": "user", "content": "sold"}], "ips")
+    said = completion_tokens(template, tokenizer, [{"role": "user", "content": "sold"}], "ips")
+    assert said == tokenizer.encode("ips")
 
 
 def test_a_template_that_ignores_the_generation_prompt_is_refused(directories):

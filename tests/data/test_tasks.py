@@ -238,3 +238,18 @@ def test_sorting_scratch_takes_the_smallest_of_what_is_left():
 def test_bad_input_is_refused_with_a_remedy(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_chain_may_leave_its_scratch_empty_in_a_share_of_the_problems():
+    def drawn(**options):
+        return tasks.task("chain", **options).generate(level=6, count=200)
+
+    mixed = drawn(direct_share=0.5)
+    direct = [item for item in mixed if not item.think]
+    assert 70 < len(direct) < 130
+    assert {len(item.think) for item in mixed if item.think} == {35}
+    assert all(item.think for item in drawn())
+    assert not any(item.think for item in drawn(direct_share=1.0))
+    assert not any(item.think for item in drawn(direct_share=0.5, scratchpad=False))
+    with pytest.raises(ValueError, match=r"direct_share is 1.5; it must lie in \[0, 1\]"):
+        tasks.task("chain", direct_share=1.5)

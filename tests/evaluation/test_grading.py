@@ -87,6 +87,7 @@ def test_the_letter_that_is_chosen(completion, said):
     ("answer", "completion", "right"),
     [
         (r"\frac{1}{2}", r"so \boxed{\dfrac12}", True),
+        (r"\frac{\sqrt 2}{2}", r"\boxed{1/\sqrt{2}}", True),
         (r"\frac{1}{2}", r"\boxed{0.5}", True),
         (r"\frac{1}{2}", r"\boxed{1/2}", True),
         (r"\frac{1}{2}", r"\boxed{\frac{1}{3}}", False),

@@ -31,7 +31,92 @@ SIZES = {
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
+MINISTRAL = {"original_max_position_embeddings": 5, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.67,
+    "short_factor": [1.0, 1.3],
+    "long_factor": [1.5, 9.0],
+    "original_max_position_embeddings": 8,
+}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.9}
+DEEPSEEK = {
+    "kv_lora_rank": 9,
+    "q_lora_rank": 7,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 5,
+    "v_head_dim": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 11,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
 GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7}
+VISION_GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0}
+SIGHT = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+# The text part of vision-language models: (class, options of the text part, options of the rest).
+VISION_LANGUAGE = {
+    "gemma3 with vision": (
+        "Gemma3",
+        VISION_GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {"vision_config": SIGHT | {"image_size": 8}, "mm_tokens_per_image": 4, "image_token_index": 36},
+    ),
+    "qwen2.5 with vision": (
+        "Qwen2_5_VL",
+        {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 1]},
+        },
+        {
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 8,
+                "intermediate_size": 6,
+                "num_heads": 2,
+                "out_hidden_size": 36,
+                "patch_size": 4,
+                "fullatt_block_indexes": [0],
+            },
+        },
+    ),
+    "qwen3 with vision": (
+        "Qwen3VL",
+        {
+            "head_dim": 10,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 2, 1]},
+        },
+        {
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 8,
+                "intermediate_size": 6,
+                "num_heads": 2,
+                "out_hidden_size": 36,
+                "patch_size": 4,
+                "num_position_embeddings": 4,
+                "deepstack_visual_indexes": [0],
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral3": (
+        "Mistral3",
+        {"model_type": "mistral", "head_dim": 10, "sliding_window": None},
+        {
+            "vision_config": SIGHT | {"model_type": "pixtral", "image_size": 8, "head_dim": 4},
+            "image_token_index": 36,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+IMAGE_TOKENS = {"image_token_id": 36, "video_token_id": 35, "vision_start_token_id": 34, "vision_end_token_id": 33}
 # (class of transformers, its options): every family, tied and untied heads, every kind of rotary scaling, grouped and
 # multi-query attention, windows in all, some and no layers.
 CASES = {
@@ -51,10 +136,18 @@ CASES = {
     "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "qwen2 partly windowed, yarn rope": (
         "Qwen2",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "rope_parameters": YARN},
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "rope_parameters": YARN}
+        # Said at two places, which disagree.
+        | {"original_max_position_embeddings": 8},
     ),
     "qwen3 tied": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "llama with biases in the MLP, dynamic rope below its limit": (
+        "Llama",
+        {"mlp_bias": True, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}},
+    ),
+    "ministral3 beyond its first context": ("Ministral3", {"head_dim": 10, "rope_parameters": YARN | MINISTRAL}),
+    "gemma": ("Gemma", {"head_dim": 10}),
     "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": (
         "Gemma3",
@@ -74,6 +167,83 @@ CASES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.67},
         },
     ),
+    "phi3 longrope, short": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
+    "phi3 longrope, long": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8}),
+    "seed_oss": ("SeedOss", {"head_dim": 10}),
+    "smollm3 windowed": (
+        "SmolLM3",
+        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": WINDOW, "pad_token_id": 0},
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 1.5,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "glm4": ("Glm4", {"head_dim": 12}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 11,
+            "shared_expert_intermediate_size": 7,
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 10,
+            "sliding_window": WINDOW,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "head_dim": 12,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "moe_intermediate_size": 11,
+            "n_routed_experts": 5,
+            "num_experts_per_tok": 2,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK | {"num_key_value_heads": 6, "rope_parameters": YARN | MSCALE}),
+    "deepseek_v3 without narrow queries or groups": (
+        "DeepseekV3",
+        DEEPSEEK
+        | {
+            "num_key_value_heads": 6,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 1,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -82,22 +252,51 @@ CASES = {
 }
 
 
-def torch_model(case: str):
+# Options that devices are divided over.
+DIVIDED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+DIVIDED += ("shared_expert_intermediate_size",)
+
+
+def their_config(case: str, *, even: bool = False, **sizes):
+    """(the class of a case, its config), with sizes other than usual where they are given, or even ones."""
+    import transformers
+
+    if even:
+        sizes |= {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+        sizes |= {"vocab_size": 64}
+    if case in VISION_LANGUAGE:
+        family, text, rest = VISION_LANGUAGE[case]
+        tokens = IMAGE_TOKENS if "Qwen" in family else {}
+        whole = {"text_config": SIZES | text | sizes} | tokens | rest
+        return f"{family}ForConditionalGeneration", getattr(transformers, f"{family}Config")(**whole)
+    family, options = CASES[case]
+    if even:
+        options = {key: value + value % 2 if key in DIVIDED else value for key, value in options.items()}
+    if sizes:  # a pattern over layers is that of the family then
+        options = {key: value for key, value in options.items() if key not in ("layer_types", "no_rope_layers")}
+    if "num_key_value_heads" in sizes and family == "DeepseekV3":
+        sizes |= {"num_key_value_heads": sizes["num_attention_heads"]}
+    kind = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    return f"{family}ForCausalLM", getattr(transformers, kind)(**(SIZES | options | sizes))
+
+
+def torch_model(case: str, **sizes):
     """A tiny model of `transformers` with random weights, large enough that every part of it shows in the logits."""
     import torch
     import transformers
 
     torch.set_num_threads(1)  # several wait for each other in a loop, where the models are tiny
-    family, options = CASES[case]
-    kind = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    config = getattr(transformers, kind)(**(SIZES | options))
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    family, config = their_config(case, **sizes)
+    model = getattr(transformers, family)(config).eval()
     model.set_attn_implementation("eager")
     if hasattr(config, "num_experts_per_tok"):
         # Their grouped product takes no odd sizes.
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(len(case))
     with torch.no_grad():
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
         for name, weight in model.named_parameters():
             gemma, gain = "Gemma" in family, "norm" in name
             # Gemma stores what its gains are above one, and scales its embedding up: a large one would let every
@@ -115,27 +314,68 @@ def make_checkpoint(tmp_path_factory):
     transformers.utils.logging.disable_progress_bar()
     made = {}
 
-    def make(case: str) -> SimpleNamespace:
-        if case not in made:
-            theirs = torch_model(case)
+    def make(case: str, **sizes) -> SimpleNamespace:
+        key = case, tuple(sizes.items())
+        if key not in made:
+            theirs = torch_model(case, **sizes)
             directory = tmp_path_factory.mktemp("checkpoint")
             theirs.save_pretrained(directory)
-            model, params = load_model(directory)
-            made[case] = SimpleNamespace(
+            # Which rotary factors a model with two sets of them takes, and else nothing.
+            execution = {"context_tokens": 46}
+            model, params = load_model(directory, **execution)
+            made[key] = SimpleNamespace(
                 case=case,
                 theirs=theirs,
                 directory=directory,
+                execution=execution,
                 model=model,
                 params=params,
                 # Compiled once for all tests.
                 observe=jax.jit(model.observe, static_argnames="names"),
             )
-        return made[case]
+        return made[key]
 
     return make
 
 
-@pytest.fixture(scope="session", params=CASES)
+@pytest.fixture(scope="session")
+def every_case() -> tuple[str, ...]:
+    """Names of all cases."""
+    return (*CASES, *VISION_LANGUAGE)
+
+
+def pytest_generate_tests(metafunc):
+    if "checkpoint_with_tokenizer" in metafunc.fixturenames:
+        cases = [pytest.param(case, marks=pytest.mark.slow) for case in (*CASES, *VISION_LANGUAGE)]
+        metafunc.parametrize("checkpoint_with_tokenizer", cases, indirect=True)
+
+
+@pytest.fixture(params=[case for case in CASES if "longrope" not in case])
+def plain_case(request) -> str:
+    """Each case whose options fit other sizes, too."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def architectures() -> set[str]:
+    """Of all cases."""
+    return {their_config(case)[0] for case in (*CASES, *VISION_LANGUAGE)}
+
+
+# The cases between which everything differs that a cache and a loop over layers can see.
+FEW = ("llama", "qwen2 partly windowed, yarn rope", "gemma3", "smollm3 windowed", "gpt_oss", "glm4_moe", "deepseek_v3")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(case, marks=[] if case in FEW else pytest.mark.slow) for case in (*CASES, *VISION_LANGUAGE)],
+)
+def thorough(request, make_checkpoint) -> SimpleNamespace:
+    """The checkpoint of a few cases, and of all of them in the slow suite."""
+    return make_checkpoint(request.param)
+
+
+@pytest.fixture(scope="session", params=[*CASES, *VISION_LANGUAGE])
 def checkpoint(request, make_checkpoint) -> SimpleNamespace:
     """The checkpoint of every case in turn."""
     return make_checkpoint(request.param)

@@ -23,7 +23,9 @@ def arrays():
 
 def mixed(a, *, ragged, normalise=True, choices=None):
     routing = route(a["x"], a["router"], ExpertsConfig(COUNT, PER_TOKEN, normalise), choices)
-    return expert_mlp(a["x"], routing, a["gate_up"], a["down"], activation=jax.nn.silu, ragged=ragged)
+    return expert_mlp(
+        a["x"], routing, a["gate_up"], a["down"], gated=lambda gate, up: jax.nn.silu(gate) * up, ragged=ragged
+    )
 
 
 @pytest.mark.parametrize("ragged", [True, False])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from functools import partial
 
 import jax
@@ -13,19 +15,38 @@ from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models import (
     FAMILIES,
     ExpertsConfig,
+    LoraConfig,
+    LowRank,
     RopeScaling,
     TransformerConfig,
+    abstract,
+    add_adapters,
     config_from_json,
     config_to_json,
     load_model,
     load_params,
+    merged,
     parameter_count,
     transformer,
 )
+from jaxrl_llm.models.families import VISION_LANGUAGE
+from jaxrl_llm.models.lora import OF_EXPERTS, TARGETS
 from jaxrl_llm.rollout import generate
 
 torch = pytest.importorskip("torch")
 NAMES = ("hidden_states",)
+# One key/value head or as many as heads; few layers and many.
+OTHER_SIZES = (
+    {"hidden_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2},
+    {
+        "hidden_size": 54,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 9,
+        "num_hidden_layers": 5,
+        "intermediate_size": 13,
+        "vocab_size": 53,
+    },
+)
 
 
 def their_output(checkpoint, batch):
@@ -54,17 +75,44 @@ def test_logits_and_every_hidden_state_equal_those_of_transformers(checkpoint, b
         assert relative_error(ours[batch.mask], state.numpy()[batch.mask]) < 2e-5
 
 
-def test_a_greedy_continuation_of_32_tokens_is_the_same(checkpoint, batch):
+def their_greedy_tokens(checkpoint, batch):
     theirs = checkpoint.theirs
     # A random model must not stop early.
     theirs.generation_config.eos_token_id = None
-    expected = theirs.generate(
+    return theirs.generate(
         torch.tensor(batch.tokens),
         attention_mask=torch.tensor(batch.mask.astype(int)),
         do_sample=False,
         max_new_tokens=32,
         pad_token_id=0,
-    )[:, batch.tokens.shape[1] :]
+    )[:, batch.tokens.shape[1] :].numpy()
+
+
+def test_every_token_of_their_greedy_text_is_our_best_one(checkpoint, batch):
+    """Through the cache, with layers that are scanned over: what we would say is then the same, token by token."""
+    expected = their_greedy_tokens(checkpoint, batch)
+    model, _ = load_model(checkpoint.directory, **checkpoint.execution, layer_loop="scanned")
+
+    @jax.jit
+    def best(params, tokens, positions, cache):
+        hidden, cache = model.apply(params, tokens, positions, cache)
+        return hidden, model.logits(params, hidden[:, -1]).argmax(axis=-1), cache
+
+    params, width = checkpoint.params, batch.tokens.shape[1]
+    hidden, said, cache = best(params, batch.tokens, batch.positions, model.init_cache(3, width + 32))
+    whole = checkpoint.observe(params, batch.tokens, batch.positions, None, names=NAMES)[0]
+    assert relative_error(hidden[batch.mask], whole[batch.mask]) < 1e-5
+    ours = [said]
+    for step in range(31):
+        _, said, cache = best(params, expected[:, step, None], batch.lengths[:, None] + step, cache)
+        ours.append(said)
+    np.testing.assert_array_equal(np.stack(ours, axis=1), expected)
+    assert len(np.unique(expected)) > 5
+
+
+@pytest.mark.parametrize("case", ["gemma3", "deepseek_v3"])
+def test_a_greedy_continuation_of_32_tokens_is_the_same(case, make_checkpoint, batch):
+    checkpoint = make_checkpoint(case)
     prompts = Prompts(
         tokens=jnp.asarray(batch.tokens, jnp.int32),
         length=jnp.asarray(batch.lengths, jnp.int32),
@@ -73,18 +121,16 @@ def test_a_greedy_continuation_of_32_tokens_is_the_same(checkpoint, batch):
         answer_length=jnp.zeros(3, jnp.int32),
     )
     sizes = dict(samples_per_prompt=1, max_completion_tokens=32, eos_ids=(-1,), pad_id=0, temperature=0.0)
-    model, _ = load_model(checkpoint.directory, layer_loop="scanned")
+    model, _ = load_model(checkpoint.directory, **checkpoint.execution, layer_loop="scanned")
     ours = jax.jit(lambda params: generate(model, params, prompts, jax.random.key(0), 0, **sizes).tokens)
-    tokens = ours(checkpoint.params)
-    np.testing.assert_array_equal(tokens, expected.numpy())
-    assert len(np.unique(tokens)) > 5
+    np.testing.assert_array_equal(ours(checkpoint.params), their_greedy_tokens(checkpoint, batch))
 
 
 @pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
-def test_cached_decoding_equals_the_whole_forward(checkpoint, batch, layer_loop):
-    model, _ = load_model(checkpoint.directory, layer_loop=layer_loop)
-    apply, params = jax.jit(model.apply), checkpoint.params
-    whole, none, _ = checkpoint.observe(params, batch.tokens, batch.positions, None, names=NAMES)
+def test_cached_decoding_equals_the_whole_forward(thorough, batch, layer_loop):
+    model, _ = load_model(thorough.directory, **thorough.execution, layer_loop=layer_loop)
+    apply, params = jax.jit(model.apply), thorough.params
+    whole, none, _ = thorough.observe(params, batch.tokens, batch.positions, None, names=NAMES)
     assert none is None
     hidden, cache = apply(params, batch.tokens[:, :8], batch.positions[:, :8], model.init_cache(3, 14))
     pieces = [hidden]
@@ -95,20 +141,33 @@ def test_cached_decoding_equals_the_whole_forward(checkpoint, batch, layer_loop)
     assert relative_error(cached[batch.mask], whole[batch.mask]) < 1e-5
 
 
-def test_scanned_blocks_show_what_unrolled_blocks_show(checkpoint, batch):
-    model, _ = load_model(checkpoint.directory, layer_loop="scanned")
-    arguments = (checkpoint.params, batch.tokens, batch.positions, None)
-    unrolled = checkpoint.observe(*arguments, names=NAMES)[2]["hidden_states"]
-    scanned = jax.jit(partial(model.observe, names=NAMES))(*arguments)[2]["hidden_states"]
+def test_scanned_blocks_show_what_unrolled_blocks_show(thorough, batch):
+    model, _ = load_model(thorough.directory, **thorough.execution, layer_loop="scanned")
+    routed = ("router_choices", "router_probabilities") if model.routed else ()
+    arguments = (thorough.params, batch.tokens, batch.positions, None)
+    unrolled = thorough.observe(*arguments, names=(*NAMES, *routed))[2]
+    scanned = jax.jit(partial(model.observe, names=(*NAMES, *routed)))(*arguments)[2]
     # Hidden states before the final norm are as large as they like: their error is relative to the largest.
-    for ours, other in zip(scanned, unrolled, strict=True):
+    for ours, other in zip(scanned["hidden_states"], unrolled["hidden_states"], strict=True):
         assert relative_error(ours[batch.mask], other[batch.mask]) < 1e-5
+    for name in routed:
+        assert scanned[name].shape[0] == len(model.config.stacks["blocks"])
+        np.testing.assert_allclose(scanned[name][:, batch.mask], unrolled[name][:, batch.mask], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["qwen2 partly windowed, yarn rope", "gemma2", "gemma3", "qwen3_moe"])
-def test_gradients_equal_those_of_autograd(case, make_checkpoint, batch, tmp_path):
-    checkpoint = make_checkpoint(case)
-    model = checkpoint.model
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", OTHER_SIZES, ids=str)
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
+def test_two_more_odd_shapes(plain_case, make_checkpoint, batch, sizes, layer_loop):
+    checkpoint = make_checkpoint(plain_case, **sizes)
+    model, _ = load_model(checkpoint.directory, **checkpoint.execution, layer_loop=layer_loop)
+    hidden, _ = jax.jit(model.apply)(checkpoint.params, batch.tokens, batch.positions, None)
+    theirs = their_output(checkpoint, batch).logits.numpy()
+    assert relative_error(model.logits(checkpoint.params, hidden)[batch.mask], theirs[batch.mask]) < 2e-5
+
+
+def test_gradients_equal_those_of_autograd(thorough, batch, tmp_path):
+    checkpoint, model = thorough, thorough.model
     direction = np.random.default_rng(1).standard_normal((*batch.tokens.shape, model.vocabulary_size))
     direction = (direction * batch.mask[..., None]).astype(np.float32)
 
@@ -124,18 +183,23 @@ def test_gradients_equal_those_of_autograd(case, make_checkpoint, batch, tmp_pat
         attention_mask=torch.tensor(batch.mask.astype(int)),
         position_ids=torch.tensor(np.maximum(batch.positions, 0)),
     )
-    gradients = torch.autograd.grad((output.logits * torch.tensor(direction)).sum(), list(theirs.parameters()))
+    gradients = torch.autograd.grad(
+        (output.logits * torch.tensor(direction)).sum(), list(theirs.parameters()), allow_unused=True
+    )
     # Gradients have the layout of weights: saved as a checkpoint, they come in by the same map.
     weights = [weight.detach().clone() for weight in theirs.parameters()]
     try:
         for weight, gradient in zip(theirs.parameters(), gradients, strict=True):
-            weight.data.copy_(gradient)
+            weight.data.copy_(torch.zeros(()) if gradient is None else gradient)  # none of what sees
         theirs.save_pretrained(tmp_path)
     finally:
         for weight, value in zip(theirs.parameters(), weights, strict=True):
             weight.data.copy_(value)
     expected = load_params(tmp_path, model.config)
     for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
+        if path[-1].key == "selection_bias":  # it has a part in a choice alone, and there is no parameter of theirs
+            assert not leaf.any()
+            continue
         assert np.abs(other).max() > 1e-3, path
         assert relative_error(leaf, other) < 1e-4, path
 
@@ -247,6 +311,60 @@ def test_a_config_survives_the_way_out_and_back(name):
     assert config_to_json(config, original=original) == original | {"dtype": "float32"}
 
 
+def test_adapters_start_as_the_model_and_merge_into_it(thorough, batch):
+    model, params = thorough.model, thorough.params
+    blocks = params["blocks"]
+    targets = tuple(name for name in TARGETS if name in blocks and not ("router" in blocks and name in OF_EXPERTS))
+    config = LoraConfig(rank=2, alpha=4.0, targets=targets)
+    adapted = jax.jit(partial(add_adapters, config=config))(params, key=jax.random.key(0))
+    changed = {stack for stack in model.config.stacks for leaf in adapted[stack].values() if isinstance(leaf, LowRank)}
+    assert changed == set(model.config.stacks)
+    arguments = (batch.tokens, batch.positions, None)
+    hidden = thorough.observe(params, *arguments, names=NAMES)[0]
+    np.testing.assert_array_equal(thorough.observe(adapted, *arguments, names=NAMES)[0], hidden)
+    learned = jax.tree.map(lambda leaf: leaf if leaf.any() else leaf + 0.05, adapted)
+    moved = thorough.observe(learned, *arguments, names=NAMES)[0]
+    assert relative_error(moved[batch.mask], hidden[batch.mask]) > 1e-2
+    same = thorough.observe(merged(learned), *arguments, names=NAMES)[0]
+    assert relative_error(same[batch.mask], moved[batch.mask]) < 1e-5
+
+
+def sized(architecture, vocabulary, width, hidden, layers, heads, kv_heads=None, **others) -> dict:
+    named = {"architectures": [architecture], "vocab_size": vocabulary, "hidden_size": width}
+    named |= {"intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return named | ({} if kv_heads is None else {"num_key_value_heads": kv_heads}) | others
+
+
+GEMMA3_27B = {"head_dim": 128, "query_pre_attn_scalar": 168, "num_attention_heads": 32, "num_key_value_heads": 16}
+GEMMA3_27B |= {"hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62}
+MOONLIGHT = {"n_routed_experts": 64, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}
+MOONLIGHT |= {"q_lora_rank": None, "moe_intermediate_size": 1408, "first_k_dense_replace": 1}
+GLM45 = {"head_dim": 128, "use_qk_norm": True, "attention_bias": True, "n_routed_experts": 160}
+GLM45 |= {"moe_intermediate_size": 1536, "first_k_dense_replace": 3}
+
+
+@pytest.mark.parametrize(
+    "count, source",
+    [
+        (2_506_172_416, sized("GemmaForCausalLM", 256_000, 2048, 16_384, 18, 8, 1)),
+        (27_009_346_304, {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": GEMMA3_27B}),
+        (3_821_079_552, sized("Phi3ForCausalLM", 32_064, 3072, 8192, 32, 32)),
+        (3_075_098_624, sized("SmolLM3ForCausalLM", 128_256, 2048, 11_008, 36, 16)),
+        (7_298_617_344, sized("Olmo2ForCausalLM", 100_352, 4096, 11_008, 32, 32)),
+        (36_151_104_512, sized("SeedOssForCausalLM", 155_136, 5120, 27_648, 64, 80)),
+        (8_170_848_256, sized("GraniteForCausalLM", 49_155, 4096, 12_800, 40, 32, 8, tie_word_embeddings=True)),
+        (9_400_279_040, sized("Glm4ForCausalLM", 151_552, 4096, 13_696, 40, 32)),
+        (14_315_784_192, sized("Qwen2MoeForCausalLM", 151_936, 2048, 5632, 24, 16)),
+        (20_914_757_184, sized("GptOssForCausalLM", 201_088, 2880, 2880, 24, 64, num_local_experts=32)),
+        (352_797_829_024, sized("Glm4MoeForCausalLM", 151_552, 5120, 12_288, 92, 96, **GLM45)),
+        (671_026_419_200, sized("DeepseekV3ForCausalLM", 129_280, 7168, 18_432, 61, 128)),
+        (15_960_110_208, sized("DeepseekV3ForCausalLM", 163_840, 2048, 11_264, 27, 16, **MOONLIGHT)),
+    ],
+)
+def test_more_real_shapes_have_the_published_number_of_parameters(count, source):
+    assert parameter_count(transformer(config_from_json(source)).specs) == count
+
+
 def test_fields_of_a_real_config_mean_what_they_say():
     llama, gemma = config_from_json(published("Llama-3.1-8B")), config_from_json(published("gemma-3-1b-it"))
     assert llama.rope_scaling == RopeScaling("llama3", 8.0, 8192, low_frequency=1.0, high_frequency=4.0)
@@ -276,9 +394,12 @@ def test_a_model_of_our_own_is_written_as_the_family_that_it_is():
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel', which is not supported; supported are LlamaFor"),
         ({"architectures": None, "model_type": "bert"}, "'bert', which is not supported"),
         ({"hidden_act": "relu"}, "activation 'relu'; supported are silu"),
-        ({"mlp_bias": True}, "mlp_bias True"),
+        (
+            {"rope_scaling": {"rope_type": "longrope"}, "max_position_embeddings": 9},
+            "0 short and 0 long factors; longrope needs one",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'.*supported are default, linear"),
+        ({"rope_scaling": {"type": "3d", "factor": 2.0}}, "rope_type '3d'.*supported are default, dynamic, linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "without factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor is 0.5"),
         ({"hidden_size": None}, "lacks hidden_size"),
@@ -287,8 +408,11 @@ def test_a_model_of_our_own_is_written_as_the_family_that_it_is():
         ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"architectures": ["Gemma2ForCausalLM"], "layer_types": ["linear_attention"]}, "'linear_attention'"),
         (
-            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope", "long_factor": []}},
-            "phi3 has rope_scaling.rope_type 'longrope'",
+            {
+                "architectures": ["Phi3ForCausalLM"],
+                "rope_scaling": {"type": "su", "long_factor": [1.0], "short_factor": [1.0]},
+            },
+            "1 short and long factors for 128 rotated dimensions",
         ),
         (
             {
@@ -307,10 +431,57 @@ def test_what_the_decoder_does_not_have_is_refused_by_name(change, message):
         config_from_json(published("Llama-3.1-8B") | {"rope_scaling": None} | change)
 
 
+@pytest.mark.parametrize("architecture", [*FAMILIES, *VISION_LANGUAGE])
+def test_what_a_file_leaves_out_means_what_it_means_to_transformers(architecture):
+    import transformers
+
+    sizes = dict(
+        vocab_size=9,
+        hidden_size=4096,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        pad_token_id=0,
+    )
+    sparse = sizes if architecture in FAMILIES else {"text_config": sizes}
+    if architecture.startswith("Mistral3For"):  # transformers ties a head that is not stored; published ones are
+        sparse["tie_word_embeddings"] = False
+    name = re.sub("For(CausalLM|ConditionalGeneration)$", "", architecture)
+    kind = getattr(transformers, {"Gemma3ForCausalLM": "Gemma3TextConfig"}.get(architecture, f"{name}Config"))
+    named = {"architectures": [architecture]}
+    assert config_from_json(sparse | named) == config_from_json(kind(**copy.deepcopy(sparse)).to_dict() | named)
+
+
+def test_of_two_places_that_say_the_first_context_the_outer_one_counts():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    source = published("Qwen2.5-0.5B") | {"rope_scaling": scaling, "original_max_position_embeddings": 8}
+    read = config_from_json(source).rope_scaling
+    assert read is not None
+    assert read.original_positions == 8
+
+
+def test_rotary_angles_that_depend_on_the_length_of_a_run():
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    longrope = published("phi-4") | {"rope_scaling": scaling, "max_position_embeddings": 32, "vocab_size": 9}
+    longrope |= {"original_max_position_embeddings": 8}
+    dynamic = longrope | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8}
+    for source in (longrope, dynamic):
+        config = config_from_json(source)
+        apply = partial(jax.eval_shape, transformer(config).apply, abstract(transformer(config).specs))
+        assert apply(jnp.zeros((1, 8), int), jnp.zeros((1, 8), int), None)[0].shape == (1, 8, config.width)
+        with pytest.raises(ValueError, match=r"9 tokens are longer than the 8 .* load it with context_tokens"):
+            apply(jnp.zeros((1, 9), int), jnp.zeros((1, 9), int), None)
+    extended = [config_from_json(longrope, context_tokens=tokens).rope_scaling for tokens in (8, 9)]
+    assert [scaling is not None and scaling.extended for scaling in extended] == [False, True]
+    assert config_from_json(dynamic, context_tokens=8) == config_from_json(dynamic).for_context(8)
+    with pytest.raises(ValueError, match="sequences of 9 tokens are longer than max_position_embeddings 8"):
+        config_from_json(dynamic, context_tokens=9)
+
+
 def test_only_execution_may_be_chosen_at_import():
     with pytest.raises(ValueError, match=r"width cannot be set for a model that is read from config\.json"):
         config_from_json(published("Qwen3-0.6B"), width=3)
 
 
-def test_every_family_has_a_case(checkpoint):
-    assert type(checkpoint.theirs).__name__ in FAMILIES
+def test_every_family_has_a_case(architectures):
+    assert architectures == {*FAMILIES, *VISION_LANGUAGE}

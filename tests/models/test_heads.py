@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -145,6 +146,12 @@ def test_a_shared_backbone_learns_and_a_separate_one_leaves_the_policy_alone(mod
     assert all(copied.unsafe_buffer_pointer() != leaf.unsafe_buffer_pointer() for copied, leaf in pairs)
 
 
+def test_two_layers_have_silu_between_them():
+    head = {"hidden": jnp.eye(2), "hidden_bias": jnp.array([0.0, 1.0]), "weight": jnp.array([[1.0], [10.0]])}
+    silu = lambda x: x / (1 + math.exp(-x))  # noqa: E731
+    np.testing.assert_allclose(head_outputs(head, jnp.array([1.0, 2.0])), [silu(1.0) + 10 * silu(3.0)], rtol=1e-6)
+
+
 @pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
 def test_outputs_are_float32_for_hidden_states_in_bfloat16(config):
     model = transformer(
@@ -177,7 +184,7 @@ def test_fresh_heads_are_as_small_as_they_say():
     for config, expected in (
         (HeadConfig(outputs=40), 64**-0.5),
         (HeadConfig(outputs=40, initial_scale=0.1), 0.1 * 64**-0.5),
-        (HeadConfig(outputs=40, layers=2, width=100), 2 / 3 * 100**-0.5),
+        (HeadConfig(outputs=40, layers=2, width=100), 0.6 * 100**-0.5),
     ):
         head = initialise(head_specs(64, config), jax.random.key(1))
         np.testing.assert_allclose(head_outputs(head, hidden).std(), expected, rtol=0.1)

@@ -57,7 +57,10 @@ def test_only_the_first_dimensions_are_rotated():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (dict(kind="dynamic", factor=2.0), "rope_scaling.kind is 'dynamic'; it must be one of linear, llama3, yarn"),
+        (
+            dict(kind="3d", factor=2.0),
+            "rope_scaling.kind is '3d'; it must be one of linear, dynamic, llama3, yarn, lon",
+        ),
         (dict(kind="linear", factor=0.5), "factor is 0.5"),
         (dict(kind="yarn", factor=2.0), "original_positions is None, which yarn needs"),
         (dict(kind="llama3", factor=2.0, original_positions=8, low_frequency=4.0), "low_frequency 4.0"),

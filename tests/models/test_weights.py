@@ -19,12 +19,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrl_llm
-from jaxrl_llm.models import load_model, load_params, logical_axes, save_model
+from jaxrl_llm.models import load_model, load_params, logical_axes, save_imported, save_model
 from jaxrl_llm.models.checkpoint_files import INDEX, stored_tensors
 from jaxrl_llm.models.export import shard_plan
-from jaxrl_llm.models.families import architecture_of
-from jaxrl_llm.models.tensor_names import checkpoint_layout, leaves
-from jaxrl_llm.models.weights import leaf_slice
+from jaxrl_llm.models.tensor_names import leaves
+from jaxrl_llm.models.weights import leaf_slice, stored_model
 
 TIED, UNTIED = "qwen3 tied", "llama"
 
@@ -45,8 +44,12 @@ def logits_of(theirs, batch):
         ).logits.numpy()
 
 
-def from_pretrained(directory, like):
-    model = type(like).from_pretrained(directory, attn_implementation="eager")
+def from_pretrained(directory):
+    import transformers
+
+    # The text part of a vision-language model is written as a model of its own where there is no original.
+    (name,) = json.loads((directory / "config.json").read_text())["architectures"]
+    model = getattr(transformers, name).from_pretrained(directory, attn_implementation="eager")
     if hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")
     return model
@@ -63,17 +66,90 @@ def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(ch
     assert (tmp_path / "many" / "generation_config.json").exists()
     assert [file.name for file in sorted((tmp_path / "one").iterdir())] == ["config.json", "model.safetensors"]
     for name in ("many", "one"):
-        theirs = from_pretrained(tmp_path / name, checkpoint.theirs)
+        theirs = from_pretrained(tmp_path / name)
         np.testing.assert_array_equal(logits_of(theirs, batch)[batch.mask], before[batch.mask])
-        model, params = load_model(tmp_path / name)
+        model, params = load_model(tmp_path / name, **checkpoint.execution)
         assert model.config == checkpoint.model.config
         same(params, checkpoint.params)
 
 
+@pytest.mark.parametrize("case", ["gemma3 with vision", "qwen2.5 with vision"])
+def test_what_is_not_text_is_carried_along_bit_for_bit(case, make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(case)
+    with pytest.warns(UserWarning, match="its text part is read, images are not"):
+        model, params = load_model(checkpoint.directory)
+    before = {name: tensor.read((...,)) for name, tensor in stored_tensors(checkpoint.directory).items()}
+    assert sum("language_model" not in name and "lm_head" not in name for name in before) > 5
+    # Whether it comes from the files themselves, or through orbax.
+    save_imported(tmp_path / "imported", params, source=checkpoint.directory)
+    same(load_params(tmp_path / "imported", model.config), params)
+    save_model(tmp_path / "one", params, model.config, source=checkpoint.directory)
+    same({name: tensor.read((...,)) for name, tensor in stored_tensors(tmp_path / "one").items()}, before)
+    save_model(tmp_path / "two", params, model.config, source=tmp_path / "imported")
+    theirs, again = checkpoint.theirs.state_dict(), from_pretrained(tmp_path / "two").state_dict()
+    same({name: weight.numpy() for name, weight in again.items()}, {n: w.numpy() for n, w in theirs.items()})
+
+
+def test_weights_in_mxfp4_are_read_block_by_block_and_written_as_they_are_meant(make_checkpoint, tmp_path):
+    """The experts of a tiny gpt-oss as blocks and scales, against what `transformers` makes of them."""
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    checkpoint = make_checkpoint("gpt_oss", hidden_size=64, intermediate_size=32, num_attention_heads=6)
+    directory, meant = copied(checkpoint.directory, tmp_path / "packed"), {}
+    rng = np.random.default_rng(0)
+
+    def pack(tensors):
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, outputs = tensors.pop(name).shape
+            blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16)).astype(np.uint8)
+            scales = rng.integers(120, 128, (experts, outputs, inputs // 32)).astype(np.uint8)
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+            unpacked = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.float32)
+            meant[name] = unpacked.numpy()
+
+    rewritten(directory, pack)
+    with pytest.raises(ValueError, match=r"surplus: .*_proj_blocks"):
+        load_model(directory)
+    edited(directory, quantization_config={"quant_method": "mxfp4"})
+    model, params = load_model(directory)
+    assert len(meant) == 2 * model.config.layers
+    save_model(tmp_path / "plain", params, model.config, source=directory)
+    written = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "quantization_config" not in written
+    plain = stored_tensors(tmp_path / "plain")
+    for name, expected in meant.items():
+        np.testing.assert_array_equal(plain[name].read((...,)), expected, err_msg=name)
+    layout, stored = stored_model(directory, model.config)
+    box = (slice(1, 2), slice(2, 4), slice(33, 40), slice(0, 2), slice(3, 30))
+    read = leaf_slice(layout, "blocks/gate_up", box, stored, np.float32)
+    np.testing.assert_array_equal(read, np.asarray(params["blocks"]["gate_up"])[box])
+    rewritten(directory, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("_scales"))))
+    with pytest.raises(ValueError, match=r"MXFP4 weights lack .*_scales; copy all files"):
+        load_model(directory)
+
+
+def test_layers_that_predict_further_tokens_are_passed_over(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("glm4_moe")
+    directory = copied(checkpoint.directory, tmp_path / "model")
+    rewritten(directory, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": np.ones((2, 2), np.float32)}))
+    edited(directory, num_nextn_predict_layers=1)
+    same(load_model(directory)[1], checkpoint.params)
+    edited(directory, num_nextn_predict_layers=0)
+    with pytest.raises(ValueError, match=r"surplus: model\.layers\.3\.eh_proj\.weight"):
+        load_model(directory)
+
+
+def test_the_bias_of_a_choice_stays_in_float32(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("glm4_moe")
+    save_model(tmp_path / "half", checkpoint.params, checkpoint.model.config, dtype="bfloat16")
+    _, params = load_model(tmp_path / "half")
+    assert params["blocks"]["router"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(params["blocks"]["selection_bias"], checkpoint.params["blocks"]["selection_bias"])
+
+
 def test_any_box_of_any_leaf_can_be_read_by_itself(checkpoint):
-    config = checkpoint.model.config
-    architecture = architecture_of(json.loads((checkpoint.directory / "config.json").read_text()))
-    layout, stored = checkpoint_layout(config, architecture), stored_tensors(checkpoint.directory)
+    layout, stored = stored_model(checkpoint.directory, checkpoint.model.config)
     rng = np.random.default_rng(0)
     for path, leaf in leaves(checkpoint.params).items():
         for _ in range(4):
@@ -89,8 +165,8 @@ class Counting:
     def __init__(self, tensor, counts):
         self.tensor, self.counts = tensor, counts
 
-    def read(self, name, ranges):
-        read = self.tensor.read(name, ranges)
+    def read(self, ranges):
+        read = self.tensor.read(ranges)
         self.counts.append(read.size)
         return read
 
@@ -98,11 +174,10 @@ class Counting:
 @pytest.mark.parametrize("case", [UNTIED, "mixtral", "phi3 partly rotated"])
 def test_nothing_outside_a_slice_is_read(case, make_checkpoint):
     checkpoint = make_checkpoint(case)
-    architecture = architecture_of(json.loads((checkpoint.directory / "config.json").read_text()))
-    layout = checkpoint_layout(checkpoint.model.config, architecture)
+    layout, tensors = stored_model(checkpoint.directory, checkpoint.model.config)
     axes = leaves(logical_axes(checkpoint.model.specs))
     counts: list[int] = []
-    stored = {name: Counting(tensor, counts) for name, tensor in stored_tensors(checkpoint.directory).items()}
+    stored = {name: Counting(tensor, counts) for name, tensor in tensors.items()}
     split = 0
     for path, shape in layout.shapes.items():
         for axis, name in enumerate(axes[path]):
@@ -155,7 +230,7 @@ def test_bfloat16_comes_in_and_goes_out_bit_for_bit(make_checkpoint, tmp_path):
     model, params = load_model(tmp_path / "half")
     assert (model.config.parameter_dtype, model.config.compute_dtype) == ("bfloat16", "bfloat16")
     same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), checkpoint.params))
-    theirs = from_pretrained(tmp_path / "half", checkpoint.theirs)
+    theirs = from_pretrained(tmp_path / "half")
     assert theirs.lm_head.weight.dtype == torch.bfloat16
     np.testing.assert_array_equal(theirs.lm_head.weight.float().detach(), params["unembedding"].astype(jnp.float32))
     save_model(tmp_path / "again", params, model.config, source=tmp_path / "half")

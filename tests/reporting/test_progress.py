@@ -63,7 +63,7 @@ def test_a_plain_line_holds_everything():
         "320 tokens/s",  # 0.5 steps/s x 64 sequences x 10 tokens
         "ETA 0:00:00",
         "reward 0.250",
-        "pass@1 12.5%",
+        "right 12.5%",
         "KL(ref) 0.0123",
         "KL(update) 1.50e-04",
         "entropy 1.750",

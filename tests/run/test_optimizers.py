@@ -10,6 +10,8 @@ from jaxrl_llm.config import TrainingConfig
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.run.optimizers import (
+    clipping,
+    long_warmup,
     muon_matrices,
     optimizer,
     stochastically_rounded,
@@ -54,6 +56,15 @@ def test_first_moments_have_the_dtype_that_was_asked_for(name):
         return
     dtypes = {x.dtype for x in jax.tree.leaves(jax.eval_shape(optimizer(config).init, params)) if x.ndim > 1}
     assert jnp.dtype("bfloat16") in dtypes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_only_takes_part_in_a_choice_is_kept_whatever_the_weight_decay(name):
+    params = {"blocks": {"selection_bias": jnp.ones((2, 3)), "down": jnp.ones((2, 3, 4))}}
+    made = optimizer(TrainingConfig(optimizer=name, weight_decay=0.5, learning_rate=0.1, warmup_steps=0))
+    updates, _ = jax.jit(made.update)(jax.tree.map(jnp.zeros_like, params), made.init(params), params)
+    assert not updates["blocks"]["selection_bias"].any()
+    assert updates["blocks"]["down"].any()
 
 
 def test_adafactor_has_no_first_moment_to_choose_a_dtype_for():
@@ -121,3 +132,19 @@ def test_moments_of_bfloat16_parameters_are_float32(wrapper):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.inner) if x.ndim)
     after, _ = trained(wrapper(optax.adamw(1e-3)), params, 3)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(after))
+
+
+def test_a_warm_up_longer_than_the_run_is_told():
+    assert long_warmup(TrainingConfig(steps=10, minibatches_per_epoch=2, warmup_steps=19)) == ""
+    said = long_warmup(TrainingConfig(steps=10, minibatches_per_epoch=2, warmup_steps=20, learning_rate=0.1))
+    assert said.startswith(
+        "training.warmup_steps is 20, but there are only 20 updates, so the learning rate never reaches"
+    )
+    assert long_warmup(TrainingConfig(steps=0)) == ""
+
+
+def test_null_clips_no_gradient():
+    grads = {"w": jnp.full(4, 100.0)}
+    for norm, expected in ((None, 100.0), (1.0, 0.5)):
+        clip = clipping(norm)
+        assert clip.update(grads, clip.init(grads))[0]["w"][0] == pytest.approx(expected)

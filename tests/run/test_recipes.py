@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import jax.numpy as jnp
 import pytest
 
 from jaxrl_llm import advantages, losses, rewards
+from jaxrl_llm.config import read_tree
 from jaxrl_llm.experience import Method
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, reward_terms
+from jaxrl_llm.shipped import recipe_path
 from jaxrl_llm.signatures import signature
 
 USER_MODULE = """
@@ -171,7 +174,7 @@ def test_an_annotation_that_cannot_be_resolved_is_not_checked():
         (
             credit_terms,
             [{"advantages": {"running_mean_baseline": {"decay": 1.5}}}],
-            r"credit\.advantages\.running_mean_baseline: decay is 1\.5",
+            r"credit\.advantages\.running_mean_baseline\.decay is 1\.5",
         ),
         (loss_terms, [{"divergence": {"generator": "kl"}}], r"losses\.divergence: .*generator"),
         (credit_terms, ["group_normalized"], "must be one `field: method`"),
@@ -195,5 +198,33 @@ def test_bad_entries_are_refused_with_a_remedy(build, entries, message):
 
 @pytest.mark.parametrize("coefficient", [-1.0, float("nan"), float("inf")])
 def test_a_coefficient_out_of_range_is_refused(coefficient):
-    with pytest.raises(RecipeError, match=r"losses\.kl_estimate\.coefficient is .*at least 0"):
+    with pytest.raises(RecipeError, match=r"losses\.kl_estimate\.coefficient is .*(at least 0|finite)"):
         loss_terms([{"kl_estimate": {"coefficient": coefficient}}])
+
+
+def bound(function, key):
+    """What a keyword of a function is bound to, at each level."""
+    while isinstance(function, partial):
+        if key in function.keywords:
+            yield function.keywords[key]
+        function = function.func
+
+
+@pytest.mark.parametrize("name", ["dapo", "dr_grpo", "hbpo", "drpo", "rl_plus", "cure"])
+def test_limits_of_a_recipe_follow_those_of_the_run(name):
+    tree, limits = read_tree(recipe_path(name)), []
+    for build, section in ((reward_terms, "rewards"), (credit_terms, "credit"), (loss_terms, "losses")):
+        terms = build(tree[section], {"max_completion_tokens": 44, "samples_per_prompt": 16})
+        limits += [limit for term in terms for limit in bound(term.function, "max_completion_tokens")]
+    assert limits
+    assert set(limits) == {44}
+    assert "max_completion_tokens" not in str([tree[section] for section in ("rewards", "credit", "losses")])
+
+
+def test_a_keyword_whose_default_is_none_is_filled_from_a_size_of_the_run_and_another_is_not():
+    (term,) = loss_terms(["policy_gradient"], {"max_completion_tokens": 9})
+    assert list(bound(term.function, "max_completion_tokens")) == [9]
+    (term,) = loss_terms([{"policy_gradient": {"max_completion_tokens": 3}}], {"max_completion_tokens": 9})
+    assert list(bound(term.function, "max_completion_tokens")) == [3]
+    (term,) = loss_terms(["negative_aware_likelihood"], {"max_completion_tokens": 9})
+    assert list(bound(term.function, "max_completion_tokens")) == []

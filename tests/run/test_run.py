@@ -37,8 +37,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 WARM, STEPS = 10, 8
 
 
+# What the clock says is another each time.
+TIMED = ("seconds", "tokens_per_second")
+
+
 def records(directory, name="metrics.jsonl"):
-    return read_records(directory / name)
+    return [{k: v for k, v in one.items() if k not in TIMED} for one in read_records(directory / name)]
 
 
 def stored_state(directory: Path, step: int):
@@ -68,9 +72,25 @@ def test_metrics_are_one_line_a_step_of_finite_numbers(finished_run):
     assert all(line["sampler_gap_max"] < 1e-5 for line in lines[WARM:])
 
 
+def test_what_one_looks_for_in_the_metrics_is_there(finished_run):
+    lines = read_records(finished_run.directory / "metrics.jsonl")
+    for line in lines[WARM:]:
+        # Right answers weigh twice as much as their form.
+        assert line["reward"] == pytest.approx(line["reward/answer_format"] + 2 * line["reward/exact_answer"], abs=1e-6)
+        assert line["reward/exact_answer_applies"] == 1
+        assert line["reward/exact_answer_std"] >= 0
+        assert line["reward_std"] >= 0
+        assert line["tokens_per_second"] == pytest.approx(16 * line["completion_tokens"] / line["seconds"])
+        assert line["learning_rate"] == pytest.approx(0.003)
+    warm = [line["learning_rate"] for line in lines[:WARM]]
+    assert warm == pytest.approx([0.0, 0.01, *[0.02] * 8])
+    assert "answer_format ≥ 1" in finished_run.shown
+    assert "pass@1" not in finished_run.shown.split("evaluation")[0]
+
+
 def test_samples_are_text_with_its_rewards(finished_run):
     lines = records(finished_run.directory, "samples.jsonl")
-    assert [line["step"] for line in lines] == [13, 13, 16, 16]
+    assert [line["step"] for line in lines] == [11, 11, 13, 13, 16, 16, 18, 18]
     for line in lines:
         assert line["prompt"].startswith("A:")
         assert sum(map(int, line["prompt"][2:].split("+"))) == int(line["answer"])
@@ -199,7 +219,8 @@ def test_every_number_of_a_resumed_run_is_that_of_one_that_was_never_stopped(fin
     assert interrupted_run.status == 0
     expected, found = records(finished_run.directory), records(interrupted_run.directory)
     assert found[: len(expected)] == expected
-    samples = records(finished_run.directory, "samples.jsonl")
+    # The other run has more steps, so that step 18 is not its last.
+    samples = [one for one in records(finished_run.directory, "samples.jsonl") if one["step"] < WARM + STEPS]
     assert records(interrupted_run.directory, "samples.jsonl")[: len(samples)] == samples
 
 
@@ -246,8 +267,9 @@ def refused(capsys, *arguments: str, status: int = 2) -> str:
 def test_a_run_is_resumed_with_its_own_config_only(finished_run, capsys):
     before = (finished_run.directory / "metrics.jsonl").read_bytes()
     said = refused(capsys, "train", "--resume", str(finished_run.directory), "training.learning_rate=0.1")
-    assert "was written with config hash" in said
-    assert "start a new run with another run_dir" in said
+    assert f"run {finished_run.directory} was started with another config: " in said
+    assert "training.learning_rate (0.003, now 0.1); resume it with its own values" in said
+    assert f"start a new run from its weights with init_from={finished_run.directory} and another run_dir" in said
     assert (finished_run.directory / "metrics.jsonl").read_bytes() == before
 
 
@@ -278,7 +300,7 @@ def test_hyper_parameters_that_cannot_work_are_found_before_anything_is_made(mic
 # ---- failing on the way ---------------------------------------------------------------------------------------------
 
 JUDGING = """
-calls, good_calls = 0, 2
+calls, good_calls = 0, 3  # the first call is the trial
 
 def judge(completions):
     global calls
@@ -305,7 +327,7 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
 
     # The fourth step fails with no checkpoint of the third.
     judging = sys.modules["judging"]
-    judging.calls, judging.good_calls = 0, 1
+    judging.calls, judging.good_calls = 0, 2
     assert "The state before step 4 is saved" in refused(capsys, "train", "--resume", str(directory), status=1)
     assert checkpoints.latest_step(directory / "checkpoints") == 3
     assert [line["step"] for line in records(directory)] == [1, 2, 3]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import jaxrl_llm
 from jaxrl_llm import advantages, losses, rewards
-from jaxrl_llm.experience import Method
+from jaxrl_llm.experience import Loss, Method
 from jaxrl_llm.training import Fill, LossTerm, Resources, Reward, Rollout, Update, make_train_step
 
 ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), pad_id=0)
@@ -37,6 +38,10 @@ def judge(completions):
     return [0.0 for _ in completions]
 
 
+def judged(tokens):
+    return tokens[:, 0] * 1.0
+
+
 def turn_rewards(turn, rewards):
     return rewards
 
@@ -53,6 +58,14 @@ def valued(values, mask):
     ("changes", "message"),
     [
         ({"losses": []}, "losses is empty"),
+        ({"rewards": rewards.exact_answer}, "rewards is <function exact_answer.*; give a list"),
+        ({"losses": losses.clipped_surrogate}, "losses is <function clipped_surrogate.*; give a list"),
+        ({"credit": {"advantages": advantages.raw_rewards}}, "credit is {.*; give a list"),
+        ({"rewards": ["exact_answer"]}, "rewards holds 'exact_answer'; give a function"),
+        ({"rewards": [(0.3, rewards.exact_answer)]}, r"rewards holds \(0.3, .*; give a function, \(function, weight\)"),
+        ({"rewards": [(rewards.exact_answer, float("nan"))]}, "rewards holds .*nan.*; give a function"),
+        ({"credit": [advantages.raw_rewards]}, r"credit holds <function raw_rewards.*; give \(name, function\)"),
+        ({"losses": [(losses.policy_gradient, "x")]}, r"losses holds .*'x'\); give a function, \(function, coeff"),
         ({"credit": []}, "'clipped_surrogate' names 'advantages', .* add an entry to credit .* group_normalized"),
         (
             {"credit": [("rewards", advantages.raw_rewards)]},
@@ -116,6 +129,45 @@ def test_sizes_are_checked_at_the_first_call_where_they_were_not_known_before(bi
     step = compose(bigram, update=Update(minibatches_per_epoch=2))
     with pytest.raises(ValueError, match=r"minibatches_per_epoch is 2, .*prompts_per_step 3"):
         traced(step, make_prompts(3))
+
+
+def test_a_pair_may_stand_for_a_term(bigram):
+    step = compose(bigram, rewards=[(judged, 0.3)], losses=[(losses.clipped_surrogate, jnp.float32(2.0))])
+    (term,) = step.composition.rewards
+    assert (term.function, term.weight, term.name) == (judged, 0.3, "judged")
+    assert step.composition.losses[0].coefficient == 2.0
+
+
+def test_a_loss_may_return_a_plain_pair(bigram, make_prompts, traced):
+    def own(logprobs, mask):
+        return (logprobs * mask).sum(), mask.sum()
+
+    assert "loss/own" in traced(compose(bigram, losses=[own]), make_prompts(4))[1]
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda x: x.sum(), r"an array of shape \(\)"),
+        (lambda x: (x, x.sum()), "a tuple"),
+        (lambda x: None, "a NoneType"),
+        (lambda x: {"loss": x.sum()}, "a dict"),
+    ],
+)
+def test_a_loss_that_is_no_sum_and_count_is_refused_in_one_sentence(bigram, make_prompts, traced, returned, said):
+    def own(logprobs):
+        return returned(logprobs)
+
+    with pytest.raises(ValueError, match=rf"^loss 'own' returned {said}; it must return a sum and a count"):
+        traced(compose(bigram, losses=[own]), make_prompts(4))
+
+
+def test_what_functions_of_ones_own_speak_is_where_one_looks():
+    for place in (jaxrl_llm, jaxrl_llm.training):
+        assert (place.Loss, place.Method, place.Reward) == (Loss, Method, Reward)
+    assert losses.Loss is Loss
+    assert advantages.Method is jaxrl_llm.schedules.Method is jaxrl_llm.selection.Method is Method
+    assert jaxrl_llm.make_train_step is make_train_step
 
 
 @pytest.mark.parametrize("shape", [(), (8, 1), (8, 6), (4,)])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import pytest
 
-from jaxrl_llm.training.metrics import constant_group_share, experience_metrics
+from jaxrl_llm.experience import Source
+from jaxrl_llm.training.metrics import constant_group_share, experience_metrics, reward_metrics
 
 
 def test_constant_groups_are_counted_among_those_that_are_there():
@@ -31,6 +32,28 @@ def test_metrics_count_rows_that_credit_left_out(rows):
     assert metrics["entropy_per_token"] == pytest.approx(2.7)
     assert metrics["advantage_abs_per_token"] == pytest.approx(8 / 31)
     assert "kl_reference_per_token" not in metrics
+
+
+def test_rewards_are_seen_apart(rows):
+    nan = jnp.nan
+    components = jnp.asarray([[1.0, 2, nan, 4], [nan] * 4]).T
+    weight = jnp.asarray([1.0, 1.0, 1.0, 0.0])
+    found = {name: float(value) for name, value in reward_metrics(components, weight, ["a", "b"]).items()}
+    assert found == pytest.approx(
+        {"reward/a": 1.5, "reward/a_std": 0.5, "reward/a_applies": 2 / 3}
+        | {f"reward/b{x}": 0 for x in ("", "_std", "_applies")}
+    )
+    rewards = jnp.asarray([1.0, 1, 0, 1, 0, 0, 1, 1])
+    scored = rows.filled(rewards=rewards, correct=rewards, reward_components=rewards[:, None])
+    metrics = experience_metrics(scored, rows.weight, ["exact"])
+    assert metrics["reward/exact"] == metrics["reward"]
+    assert metrics["reward/exact_std"] == metrics["reward_std"] == pytest.approx(rewards.std())
+
+
+def test_what_a_tool_answers_is_no_token_of_the_policy(rows):
+    source = jnp.where(jnp.arange(rows.tokens.shape[1]) == 1, Source.OBSERVATION, rows.source)
+    talked = experience_metrics(rows.replace(source=source), rows.weight)
+    assert talked["completion_tokens"] == pytest.approx(31 / 8 - float((rows.length > 1).mean()))
 
 
 def test_the_drift_from_the_reference_is_a_mean_over_tokens(rows):

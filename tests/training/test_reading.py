@@ -15,7 +15,7 @@ from jaxrl_llm.experience import Prompts
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.signatures import reading
 from jaxrl_llm.training import Fill, Reward
-from jaxrl_llm.training.reading import Context, reading_part, reads_items
+from jaxrl_llm.training.reading import Context, columns_of, reading_part, reads_items
 
 NAN = float("nan")
 ITEMS = [{"body": f"prompt {i}", "answer": f"answer {i}", "level": i} for i in range(4)]
@@ -105,7 +105,33 @@ def test_a_function_that_takes_anything_gets_text_and_items(rows):
         return [0.0] * len(completions)
 
     column(rows, judge)
-    assert {"prompts", "answers", "items"} <= seen.keys()
+    assert seen.keys() == {"prompts", "answers", "items", "body", "level"}
+    assert seen["level"] == [ITEMS[0]["level"]] * 2 + [ITEMS[1]["level"]] * 2 + seen["level"][4:]
+
+
+def test_columns_of_the_data_are_given_by_their_names(rows):
+    items = [{"body": "b", "raw": {"hardness": number, "hint": None}} for number in range(4)]
+    seen = {}
+
+    def of_all(completions, hardness, length, truncated=None, hint=None, level=None):
+        seen.update(hardness=hardness, length=length, truncated=truncated, hint=hint, level=level)
+        return length
+
+    def of_one(completion, hardness, length):
+        return hardness * 100 + length
+
+    np.testing.assert_array_equal(column(rows, of_all, items=items), rows.length)
+    np.testing.assert_array_equal(seen["truncated"], rows.truncated)
+    assert (seen["hint"], seen["level"]) == (None, None)
+    of_rows = column(rows, of_one, items=items)
+    np.testing.assert_array_equal(of_rows, np.asarray(seen["hardness"]) * 100 + rows.length)
+    assert len(set(seen["hardness"])) > 1
+
+
+def test_what_columns_there_are():
+    assert columns_of([{"body": "b", "answer": "", "raw": {"x": 1, "length": 2, "no name": 3}}]) == {"body", "x"}
+    assert reads_items([Reward(reading(lambda x: x), 1.0, "r")], {"x"})
+    assert not reads_items([Reward(reading(lambda x: x), 1.0, "r")])
 
 
 def test_a_reading_of_arrays_needs_no_text_and_no_items(rows):

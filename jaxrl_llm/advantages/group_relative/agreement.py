@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.advantages.group_relative.group_baselines import group_normalized
+from jaxrl_llm.ranges import NonNegative, ranged
 from jaxrl_llm.statistics import (
     group_leader,
     group_max,
@@ -117,6 +118,7 @@ def _agrees(answer_id: Int[Array, "B"], weight: Float[Array, "B"], label: Int[Ar
     return jnp.where((weight > 0) & (answer_id >= 0) & (answer_id == label), 1.0, 0.0)
 
 
+@ranged
 def batch_normalized_accuracy(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
@@ -124,7 +126,7 @@ def batch_normalized_accuracy(
     answer_id: Int[Array, "B"] | None = None,
     *,
     discount_disagreement: bool = False,
-    eps: float = 1e-6,
+    eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
     """The mean reward of a prompt among the prompts of the batch, as the advantage of all of its samples.
 
@@ -165,6 +167,7 @@ def batch_normalized_accuracy(
     return present(centred / (group_std(accuracy, batch, prompts) + eps), weight)
 
 
+@ranged
 def local_share(
     rewards: Float[Array, "B"],
     answer_id: Int[Array, "B"],
@@ -216,6 +219,7 @@ def local_share(
     return present(share, weight)
 
 
+@ranged
 def consistency_blended(
     rewards: Float[Array, "B"],
     answer_id: Int[Array, "B"],
@@ -227,7 +231,7 @@ def consistency_blended(
     sharpness: float = 1.0,
     threshold: float = 0.5,
     discount_disagreement: bool = False,
-    eps: float = 1e-6,
+    eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
     """COPO: the advantage within the group and that within the batch, blended by how much the answers scatter.
 

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import Count, NonNegative, ranged
 from jaxrl_llm.statistics import group_min, group_rank, group_size, group_std, group_sum, present
 
 MarginScale = Literal["group", "none"]
 
 
+@ranged
 def pass_at_k_normalized(
-    correct: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, k: int = 4
+    correct: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, k: Count = 4
 ) -> Float[Array, "B"]:
     """Mean normalised reward of the k-subsets that hold the sample, a subset's reward being 1 if any of it is correct.
 
@@ -46,7 +48,6 @@ def pass_at_k_normalized(
     Reference: Pass@k training (2508.10751).
     Certainty: verified
     """
-    _check_k(k)
     there = (weight > 0).astype(jnp.float32)
     solved = present(correct, weight) > 0
     n = group_size(group, weight).astype(jnp.float32)
@@ -60,12 +61,13 @@ def pass_at_k_normalized(
     return present(jnp.where(variance > 0, advantages, 0.0), weight)
 
 
+@ranged
 def max_at_k_weights(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    k: int = 4,
+    k: Count = 4,
     baseline: bool = True,
 ) -> Float[Array, "B"]:
     """Weights whose sum over the group with grad log pi is an unbiased gradient of E[max reward of k samples].
@@ -90,7 +92,6 @@ def max_at_k_weights(
     Reference: Pass@k policy optimisation (2505.15201).
     Certainty: verified
     """
-    _check_k(k)
     rewards = present(rewards, weight)
     n = group_size(group, weight).astype(jnp.float32)
     rank = group_rank(rewards, group, weight).astype(jnp.float32)
@@ -115,13 +116,14 @@ def max_at_k_weights(
     return present(best + pair * above, weight)
 
 
+@ranged
 def top_margin(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
     scale: MarginScale = "group",
-    eps: float = 1e-6,
+    eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
     """Only the best sample of a group is rewarded, by its lead over the second: pass@k credit with k the group's size.
 
@@ -177,8 +179,3 @@ def _sums_below(terms, rewards, group, weight):
     # Segmented: a plain cumulative sum over the batch would cancel digits between groups.
     running, _ = jax.lax.associative_scan(combine, (terms, first))
     return jnp.zeros_like(terms).at[order].set(running - terms)
-
-
-def _check_k(k):
-    if k < 1:
-        raise ValueError(f"k is {k}; a subset holds at least 1 sample")

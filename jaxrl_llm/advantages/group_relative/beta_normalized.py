@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax.scipy.special import betaln, xlog1py, xlogy
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import Positive, ranged
 from jaxrl_llm.statistics import group_leader, group_mean, group_std, present
 
 
+@ranged
 def beta_normalized(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
@@ -18,7 +20,7 @@ def beta_normalized(
     *,
     least_reward: float = 0.0,
     largest_reward: float = 1.0,
-    largest_scale: float = 1e6,
+    largest_scale: Positive = 1e6,
 ) -> Float[Array, "B"]:
     """Reward minus the mean of its group, divided by how common that mean is among the prompts of the batch: BNPO.
 
@@ -53,8 +55,6 @@ def beta_normalized(
             f"least_reward is {least_reward} and largest_reward is {largest_reward}; rewards are mapped to [0, 1], so "
             "the largest must be above the least"
         )
-    if largest_scale <= 0:
-        raise ValueError(f"largest_scale is {largest_scale}; it bounds a factor and must be positive")
     share = (rewards.astype(jnp.float32) - least_reward) / (largest_reward - least_reward)
     rate = group_mean(share, group, weight)
     prompts, batch = group_leader(group, weight), jnp.zeros_like(group)
@@ -67,6 +67,7 @@ def beta_normalized(
     return present(jnp.minimum(jnp.exp(-log_density), largest_scale) * (share - rate), weight)
 
 
+@ranged
 def beta_normalized_components(
     reward_components: Float[Array, "B K"],
     group: Int[Array, "B"],
@@ -74,7 +75,7 @@ def beta_normalized_components(
     *,
     least_reward: float = 0.0,
     largest_reward: float = 1.0,
-    largest_scale: float = 1e6,
+    largest_scale: Positive = 1e6,
 ) -> Float[Array, "B"]:
     """Mean of `beta_normalized` over the reward components, each with a Beta density of its own.
 

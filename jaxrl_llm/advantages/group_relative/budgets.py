@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.advantages.group_relative.group_baselines import group_normalized
+from jaxrl_llm.ranges import Count, NonNegative, ranged
 from jaxrl_llm.statistics import group_mean, present, subgroup_ids
 
 
+@ranged
 def sample_budgets(
-    sample: Int[Array, "B"], *, samples_per_prompt: int, budgets: Sequence[int] = (512, 1024, 2048, 2560)
+    sample: Int[Array, "B"], *, samples_per_prompt: Count, budgets: Sequence[Count] = (512, 1024, 2048, 2560)
 ) -> Int[Array, "B"]:
     """The token budget of each sample: the samples of a prompt in equal blocks, one for each budget.
 
@@ -43,20 +45,20 @@ def sample_budgets(
     return jnp.asarray(budgets, jnp.int32)[block]
 
 
-def budget_target(budget: Int[Array, "B"], *, max_completion_tokens: int = 4096) -> Float[Array, "B"]:
+@ranged
+def budget_target(budget: Int[Array, "B"], *, max_completion_tokens: Count) -> Float[Array, "B"]:
     """Reward of a right answer that uses its whole budget: 4 * cos(pi * budget / (2 * max_completion_tokens))."""
-    if max_completion_tokens < 1:
-        raise ValueError(f"max_completion_tokens is {max_completion_tokens}; it must be at least 1")
     return 4.0 * jnp.cos(jnp.pi * budget.astype(jnp.float32) / (2 * max_completion_tokens))
 
 
+@ranged
 def budget_rewards(
     correct: Float[Array, "B"],
     length: Int[Array, "B"],
     budget: Int[Array, "B"],
     well_formed: Float[Array, "B"] | None = None,
     *,
-    max_completion_tokens: int = 4096,
+    max_completion_tokens: Count,
     malformed_reward: float = -1.0,
 ) -> Float[Array, "B"]:
     """HBPO's reward: right answers are paid for being short, up to their budget, and for keeping near to it.
@@ -94,15 +96,16 @@ def budget_rewards(
     return rewards if well_formed is None else jnp.where(well_formed > 0, rewards, malformed_reward)
 
 
+@ranged
 def budget_advantages(
     rewards: Float[Array, "B"],
     budget: Int[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    max_completion_tokens: int = 4096,
-    budget_coefficient: float = 1.0,
-    eps: float = 1e-6,
+    max_completion_tokens: Count,
+    budget_coefficient: NonNegative = 1.0,
+    eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
     """HBPO: advantage within the prompt, plus how far the samples of a budget are from what the budget promises.
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.advantages.group_relative.group_baselines import group_normalized
+from jaxrl_llm.ranges import NonNegative, ranged
 
 DecoupledScale = Literal["batch", "none"]
 
 
+@ranged
 def decoupled_normalized(
     reward_components: Float[Array, "B K"],
     group: Int[Array, "B"],
@@ -20,7 +22,7 @@ def decoupled_normalized(
     *,
     weights: tuple[float, ...] | None = None,
     scale: DecoupledScale = "batch",
-    eps: float = 1e-4,
+    eps: NonNegative = 1e-4,
 ) -> Float[Array, "B"]:
     """Each reward in units of its own deviation in the group; then their sum in units of the batch's.
 

@@ -7,19 +7,21 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import Natural, NonNegative, ranged
 from jaxrl_llm.statistics import group_mean, group_size, group_std, group_sum, present
 
 Scale = Literal["group", "batch", "none"]
 
 
+@ranged
 def group_normalized(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
     scale: Scale = "group",
-    ddof: int = 1,
-    eps: float = 1e-6,
+    ddof: Natural = 1,
+    eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
     """Reward minus the mean of its group, in units of a standard deviation: the advantage of GRPO and Dr.GRPO.
 

@@ -6,7 +6,10 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import NonNegative, ranged
 
+
+@ranged
 def pool_centred(
     label: Float[Array, "B"],
     pool_mean: Float[Array, "B"],
@@ -14,7 +17,7 @@ def pool_centred(
     weight: Float[Array, "B"],
     *,
     scale: bool = False,
-    eps: float = 1e-6,
+    eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
     """Advantages against all samples that were drawn for the prompt, not only those that were kept.
 
@@ -37,8 +40,6 @@ def pool_centred(
     Certainty: verified
     """
     chex.assert_equal_shape([label, pool_mean, pool_count, weight])
-    if eps < 0:
-        raise ValueError(f"eps is {eps}; it keeps a division finite and must be at least 0")
     alone = pool_count <= 1
     mean = jnp.where(alone, 0.0, pool_mean.astype(jnp.float32))
     centred = label.astype(jnp.float32) - mean

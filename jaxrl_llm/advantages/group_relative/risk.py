@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Method
+from jaxrl_llm.ranges import Count, NonNegative, Positive, Share, ranged
 from jaxrl_llm.statistics import (
     group_leader,
     group_mean,
@@ -44,8 +45,9 @@ class Papers(NamedTuple):
     leader: Float[Array, "B"]
 
 
+@ranged
 def group_quantile(
-    values: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, level: float
+    values: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, level: Share
 ) -> Float[Array, "B"]:
     """Quantile of the present rows of the row's group, linear between neighbours; weights play no other part."""
     last = group_size(group, weight) - 1
@@ -60,13 +62,14 @@ def group_quantile(
     return low + (position - below) * (high - low)
 
 
+@ranged
 def bundled_papers(
     rewards: Float[Array, "B"],
     sample: Int[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    prompts_per_bundle: int,
+    prompts_per_bundle: Count,
 ) -> Papers:
     """Bundle the present groups in order of their ids, `prompts_per_bundle` at a time, and score their papers."""
     there = (weight > 0).astype(jnp.float32)
@@ -88,13 +91,14 @@ def bundled_papers(
     return Papers(score, bundle, paper, group_leader(paper, weight))
 
 
+@ranged
 def tracked_quantile(
     quantile: Float[Array, ""],
     values: Float[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    level: float,
-    learning_rate: float = 0.1,
+    level: Share,
+    learning_rate: Positive = 0.1,
 ) -> Float[Array, ""]:
     """One step of stochastic approximation towards a quantile.
 
@@ -107,16 +111,17 @@ def tracked_quantile(
     return jnp.where(total > 0, quantile + learning_rate * (level - share), quantile)
 
 
+@ranged
 def mixed_value_at_risk(
     rewards: Float[Array, "B"],
     sample: Int[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    prompts_per_bundle: int = 5,
-    lower: float = 0.2,
-    upper: float = 0.8,
-    tail_weight: float = 1.5,
+    prompts_per_bundle: Count = 5,
+    lower: Share = 0.2,
+    upper: Share = 0.8,
+    tail_weight: NonNegative = 1.5,
     natural_baseline: bool = True,
     normalize: bool = True,
     credit: PaperCredit = "std",
@@ -164,21 +169,22 @@ def mixed_value_at_risk(
     Reference: RiskPO (2510.00911).
     Certainty: verified
     """
-    _check(prompts_per_bundle, lower, upper, tail_weight, credit)
+    _check(lower, upper, credit)
     papers = bundled_papers(rewards, sample, group, weight, prompts_per_bundle=prompts_per_bundle)
     q_d, q_u = (group_quantile(papers.score, papers.bundle, papers.leader, level=b) for b in (lower, upper))
     risk = _risk(papers, q_d, q_u, lower, upper, tail_weight, natural_baseline, normalize, least_std=0.0)
     return _credited(risk, papers, rewards, group, weight, credit)
 
 
+@ranged
 def tracked_mixed_value_at_risk(
     *,
-    learning_rate: float = 0.1,
+    learning_rate: Positive = 0.1,
     use: QuantileUse = "tracked",
-    prompts_per_bundle: int = 5,
-    lower: float = 0.2,
-    upper: float = 0.8,
-    tail_weight: float = 1.5,
+    prompts_per_bundle: Count = 5,
+    lower: Share = 0.2,
+    upper: Share = 0.8,
+    tail_weight: NonNegative = 1.5,
     natural_baseline: bool = True,
     normalize: bool = True,
     credit: PaperCredit = "std",
@@ -207,11 +213,9 @@ def tracked_mixed_value_at_risk(
     Reference: RiskPO (2510.00911).
     Certainty: verified
     """
-    _check(prompts_per_bundle, lower, upper, tail_weight, credit)
+    _check(lower, upper, credit)
     if use not in get_args(QuantileUse):
         raise ValueError(f"use is {use!r}; it must be one of {', '.join(get_args(QuantileUse))}")
-    if learning_rate <= 0:
-        raise ValueError(f"learning_rate is {learning_rate}; nothing is tracked unless it is positive")
     levels = {"lower": lower, "upper": upper}
 
     def init():
@@ -276,12 +280,8 @@ def _credited(risk, papers, rewards, group, weight, credit):
     return present(result, weight)
 
 
-def _check(prompts_per_bundle, lower, upper, tail_weight, credit):
-    if prompts_per_bundle < 1:
-        raise ValueError(f"prompts_per_bundle is {prompts_per_bundle}; a bundle holds at least 1 prompt")
+def _check(lower, upper, credit):
     if not 0 <= lower < upper <= 1:
         raise ValueError(f"lower is {lower} and upper is {upper}; they are levels with 0 <= lower < upper <= 1")
-    if tail_weight < 0:
-        raise ValueError(f"tail_weight is {tail_weight}, which would reward bad papers; it must be at least 0")
     if credit not in get_args(PaperCredit):
         raise ValueError(f"credit is {credit!r}; it must be one of {', '.join(get_args(PaperCredit))}")

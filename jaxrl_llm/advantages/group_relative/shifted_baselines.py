@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import Positive, ranged
 from jaxrl_llm.statistics import group_max, group_mean, present
 
 
+@ranged
 def shifted_mean_baseline(
     rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, shift: float = -0.1
 ) -> Float[Array, "B"]:
@@ -33,8 +35,9 @@ def shifted_mean_baseline(
     return present(rewards.astype(jnp.float32) - group_mean(rewards, group, weight) - shift, weight)
 
 
+@ranged
 def log_mean_exp_baseline(
-    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, temperature: float = 1.0
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, temperature: Positive = 1.0
 ) -> Float[Array, "B"]:
     """Reward minus the soft maximum of its group: the baseline of OPMD.
 
@@ -58,8 +61,6 @@ def log_mean_exp_baseline(
     Reference: Group-relative REINFORCE off-policy (2509.24203).
     Certainty: verified
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; it divides rewards and must be positive")
     below_best = rewards.astype(jnp.float32) - group_max(rewards, group, weight)
     mean = group_mean(jnp.exp(present(below_best, weight) / temperature), group, weight)
     soft_maximum = temperature * jnp.log(jnp.where(mean > 0, mean, 1.0))

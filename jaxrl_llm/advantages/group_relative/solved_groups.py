@@ -6,18 +6,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import Share, ranged
 from jaxrl_llm.statistics import group_leader, group_mean, group_std, present
 
 
+@ranged
 def solved_group_length_penalty(
     correct: Float[Array, "B"],
     length: Int[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    share: float = 0.5,
-    threshold: float | None = None,
-    alpha: float = 0.2,
+    share: Share = 0.5,
+    threshold: Share | None = None,
+    alpha: Share = 0.2,
 ) -> Float[Array, "B"]:
     """1 for a correct answer, less for a long one where the prompt is among those solved most often.
 
@@ -49,9 +51,6 @@ def solved_group_length_penalty(
     Reference: GRPO-lambda (2505.18086).
     Certainty: reconstructed
     """
-    for name, value in (("share", share), ("threshold", threshold), ("alpha", alpha)):
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; it must lie in [0, 1]")
     right = (present(correct, weight) > 0).astype(jnp.float32)
     ratio = group_mean(right, group, weight)
     if threshold is None:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import NonNegative, ranged
+
 
 def win_rate(
     preferences: Float[Array, "B S"], sample: Int[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]
@@ -34,8 +36,9 @@ def win_rate(
     return _mean_win(preferences.astype(jnp.float32)[:, sample], group, weight)
 
 
+@ranged
 def score_win_rate(
-    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, temperature: float = 0.0
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, temperature: NonNegative = 0.0
 ) -> Float[Array, "B"]:
     """`win_rate` where answers are compared by a score: only the order of a group's scores matters, not their size.
 
@@ -58,8 +61,6 @@ def score_win_rate(
     Certainty: recalled
     """
     chex.assert_rank([rewards, group, weight], 1)
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it divides differences of scores and must be at least 0")
     scores = jnp.where(weight > 0, rewards.astype(jnp.float32), 0.0)
     gap = scores[:, None] - scores[None, :]
     wins = (jnp.sign(gap) + 1) / 2 if temperature == 0 else jax.nn.sigmoid(gap / temperature)

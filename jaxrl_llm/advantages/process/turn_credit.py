@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.advantages.group_relative.group_baselines import leave_one_out
 from jaxrl_llm.advantages.value_based.gae import generalized_advantages
+from jaxrl_llm.ranges import NonNegative, Share, ranged
 from jaxrl_llm.statistics import group_mean, group_std
 
 Scope = Literal["group", "batch"]
@@ -57,6 +58,7 @@ def turn_leave_one_out(
     return _on_tokens(advantages, turn, mask, weight)
 
 
+@ranged
 def turn_mixed_normalized(
     turn_rewards: Float[Array, "B S"],
     turn: Int[Array, "B T"],
@@ -64,10 +66,10 @@ def turn_mixed_normalized(
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    alpha: float = 0.5,
-    gamma: float = 1.0,
+    alpha: Share = 0.5,
+    gamma: Share = 1.0,
     scope: Scope = "group",
-    eps: float = 1e-8,
+    eps: NonNegative = 1e-8,
 ) -> Float[Array, "B T"]:
     """Returns compared at the same turn, mixed with the turn's own reward compared over all turns.
 
@@ -104,8 +106,6 @@ def turn_mixed_normalized(
     chex.assert_equal_shape([turn, mask])
     if scope not in get_args(Scope):
         raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(get_args(Scope))}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it is a share and must lie in [0, 1]")
     rows, turns = turn_rewards.shape
     taken = taken_turns(turn, mask, turns) & (weight > 0)[:, None]
     rewards = jnp.where(taken, turn_rewards.astype(jnp.float32), 0.0)

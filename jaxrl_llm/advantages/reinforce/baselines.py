@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Method
+from jaxrl_llm.ranges import ShareBelowOne, ranged
 from jaxrl_llm.statistics import group_mean, present
 
 
@@ -44,7 +45,8 @@ def reward_minus_baseline(
     return present(rewards.astype(jnp.float32) - baseline_rewards.astype(jnp.float32), weight)
 
 
-def running_mean_baseline(*, decay: float = 0.9) -> Method:
+@ranged
+def running_mean_baseline(*, decay: ShareBelowOne = 0.9) -> Method:
     """Reward minus an exponential moving average of the mean reward of earlier batches.
 
         A = r - b
@@ -64,8 +66,6 @@ def running_mean_baseline(*, decay: float = 0.9) -> Method:
     Reference: Williams, REINFORCE (1992).
     Certainty: verified
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay}; it is the share of the past that is kept and must lie in [0, 1)")
 
     def init():
         return {"sum": jnp.zeros((), jnp.float32), "mass": jnp.zeros((), jnp.float32)}

@@ -8,18 +8,20 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import Positive, ranged
 from jaxrl_llm.statistics import moments, token_weights
 
 FilterRule = Literal["deviations", "released"]
 
 
+@ranged
 def sigma_filtered(
     advantages: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
     *,
     rule: FilterRule = "deviations",
-    limit: float = 3.0,
+    limit: Positive = 3.0,
 ) -> Float[Array, "B T"]:
     """Advantages in units of their deviation over the tokens of the batch, 0 where they are extreme.
 
@@ -51,8 +53,6 @@ def sigma_filtered(
     chex.assert_equal_shape([advantages, mask])
     if rule not in get_args(FilterRule):
         raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(get_args(FilterRule))}")
-    if limit <= 0:
-        raise ValueError(f"limit is {limit}, which would filter out everything; it must be positive")
     counts = token_weights(mask, weight)
     mean, variance = moments(advantages, counts, ddof=0)
     z = jnp.where(counts > 0, advantages.astype(jnp.float32) - mean, 0.0) / jnp.sqrt(jnp.maximum(variance, 1e-8))

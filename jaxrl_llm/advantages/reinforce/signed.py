@@ -6,11 +6,13 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import NonNegative, ranged
 from jaxrl_llm.statistics import present
 
 
+@ranged
 def signed_correctness(
-    correct: Float[Array, "B"], weight: Float[Array, "B"], *, positive: float = 0.1, negative: float = 1.0
+    correct: Float[Array, "B"], weight: Float[Array, "B"], *, positive: NonNegative = 0.1, negative: NonNegative = 1.0
 ) -> Float[Array, "B"]:
     """`positive` for a right answer, -`negative` for a wrong one, without baseline or scale.
 
@@ -36,9 +38,4 @@ def signed_correctness(
     Certainty: verified
     """
     chex.assert_rank([correct, weight], 1)
-    for name, value in (("positive", positive), ("negative", negative)):
-        if value < 0:
-            raise ValueError(
-                f"{name} is {value}; it is the size of an advantage, whose sign is given, and must be >= 0"
-            )
     return present(jnp.where(correct > 0, positive, -negative), weight)

@@ -7,17 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.advantages.group_relative.group_baselines import group_normalized
+from jaxrl_llm.ranges import Natural, NonNegative, ranged
 from jaxrl_llm.statistics import group_size, moments, token_weights
 
 
+@ranged
 def whitened(
     advantages: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
     *,
     center: bool = True,
-    ddof: int = 1,
-    eps: float = 1e-8,
+    ddof: Natural = 1,
+    eps: NonNegative = 1e-8,
 ) -> Float[Array, "B T"]:
     """Advantages with mean 0 and variance 1 over the tokens of the batch.
 
@@ -48,13 +50,14 @@ def whitened(
     return centred / jnp.sqrt(variance + eps)
 
 
+@ranged
 def reinforce_plus_plus_baseline(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
     *,
-    eps: float = 1e-8,
+    eps: NonNegative = 1e-8,
 ) -> Float[Array, "B T"]:
     """Reward minus the mean of its group, whitened over the tokens of the batch: REINFORCE++-baseline.
 

@@ -6,11 +6,13 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import NonNegative, PositiveShare, ranged
 from jaxrl_llm.statistics import group_max
 
 
+@ranged
 def low_probability_confidence(
-    logprobs: Float[Array, "B T"], mask: Float[Array, "B T"], *, share: float = 0.2
+    logprobs: Float[Array, "B T"], mask: Float[Array, "B T"], *, share: PositiveShare = 0.2
 ) -> Float[Array, "B"]:
     """Geometric mean of the probabilities of a text's least probable tokens.
 
@@ -30,6 +32,7 @@ def low_probability_confidence(
     return jnp.exp(mean)
 
 
+@ranged
 def confidence_shaped(
     advantages: Float[Array, "B T"],
     rewards: Float[Array, "B"],
@@ -40,8 +43,8 @@ def confidence_shaped(
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    alpha: float = 0.3,
-    share: float = 0.2,
+    alpha: NonNegative = 0.3,
+    share: PositiveShare = 0.2,
 ) -> Float[Array, "B T"]:
     """Advantages, higher for answers that the policy was less confident of than of the prompt.
 
@@ -76,10 +79,6 @@ def confidence_shaped(
     """
     chex.assert_rank([advantages, old_logprobs, mask, rewards], [2, 2, 2, 1])
     chex.assert_equal_shape([advantages, old_logprobs, mask])
-    if alpha < 0:
-        raise ValueError(f"alpha is {alpha}, which would reward confidence; it must be at least 0")
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; it is a share of the tokens and must lie in (0, 1]")
     prompt = low_probability_confidence(prompt_logprobs, prompt_mask, share=share)
     answer = low_probability_confidence(old_logprobs, mask, share=share)
     rewarded = group_max(jnp.abs(rewards.astype(jnp.float32)), group, weight) > 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Method
+from jaxrl_llm.ranges import AboveOne, Count, NonNegative, Share, ranged
 from jaxrl_llm.statistics import group_mean
 
 Spread = Literal["all_tokens", "last_token"]
@@ -41,7 +42,10 @@ def effective_rank(hidden: Float[Array, "T D"], mask: Float[Array, "T"]) -> Floa
     return jnp.where(tokens > 1, jnp.exp(-(p * jnp.log(p + EPS)).sum()), 0.0)
 
 
-def rank_dynamics(hidden: Float[Array, "B T D"], mask: Float[Array, "B T"], *, stride: int = 40) -> Float[Array, "B 3"]:
+@ranged
+def rank_dynamics(
+    hidden: Float[Array, "B T D"], mask: Float[Array, "B T"], *, stride: Count = 40
+) -> Float[Array, "B 3"]:
     """(acceleration, velocity, effective rank) of each answer.
 
     With m_j the effective rank of the first j * stride + 1 tokens, for j = 1, 2, ... as far as the answer reaches:
@@ -66,8 +70,6 @@ def rank_dynamics(hidden: Float[Array, "B T D"], mask: Float[Array, "B T"], *, s
     Certainty: verified
     """
     chex.assert_rank([hidden, mask], [3, 2])
-    if stride < 1:
-        raise ValueError(f"stride is {stride}; it is a number of tokens and must be at least 1")
     counted = mask > 0
     position = jnp.cumsum(counted, axis=-1)
     tokens = position[:, -1]
@@ -84,7 +86,10 @@ def rank_dynamics(hidden: Float[Array, "B T D"], mask: Float[Array, "B T"], *, s
     return jnp.stack([_mean(acceleration, reached[:, 2:]), _mean(velocity, reached[:, 1:]), whole], axis=-1)
 
 
-def rank_bonus(dynamics: Float[Array, "B 3"], centre: Float[Array, "3"], *, gain: float = 2.0) -> Float[Array, "B"]:
+@ranged
+def rank_bonus(
+    dynamics: Float[Array, "B 3"], centre: Float[Array, "3"], *, gain: NonNegative = 2.0
+) -> Float[Array, "B"]:
     """The bonus before it is bounded by the advantage.
 
         d(x) = clip((x - centre) / |centre|, -5, 5),   beta = sigmoid(gain * d(acceleration))
@@ -110,25 +115,25 @@ def rank_bonus(dynamics: Float[Array, "B 3"], centre: Float[Array, "3"], *, gain
     return explore * jnp.tanh(rank) + (1 - explore) * jnp.tanh(velocity)
 
 
+@ranged
 def with_bounded_bonus(
-    advantages: Float[Array, "B T"], bonus: Float[Array, "B T"], *, kappa: float = 2.0
+    advantages: Float[Array, "B T"], bonus: Float[Array, "B T"], *, kappa: AboveOne = 2.0
 ) -> Float[Array, "B T"]:
     """A + min(max(bonus, 0), |A| / kappa): a bonus that turns no advantage around.
 
     >>> with_bounded_bonus(jnp.array([[1.0, -1.0, 0.0]]), jnp.array([[0.25, 0.9, 0.3]])).tolist()
     [[1.25, -0.5, 0.0]]
     """
-    if kappa <= 1:
-        raise ValueError(f"kappa is {kappa}; it must be greater than 1, or the bonus could turn an advantage around")
     return advantages + jnp.minimum(jnp.maximum(bonus, 0.0), jnp.abs(advantages) / kappa)
 
 
+@ranged
 def rank_shaped(
     *,
-    gain: float = 2.0,
-    kappa: float = 2.0,
-    rate: float = 0.3,
-    stride: int = 40,
+    gain: NonNegative = 2.0,
+    kappa: AboveOne = 2.0,
+    rate: Share = 0.3,
+    stride: Count = 40,
     spread: Spread = "all_tokens",
     start_at_first_batch: bool = True,
     scale_by_score: bool = False,
@@ -159,14 +164,8 @@ def rank_shaped(
     Reference: VERL, velocity-exploiting rank learning (2509.23808).
     Certainty: verified
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate is {rate}; it is a share and must lie in [0, 1]")
     if spread not in get_args(Spread):
         raise ValueError(f"spread is {spread!r}; it must be one of {', '.join(get_args(Spread))}")
-    if kappa <= 1:
-        raise ValueError(f"kappa is {kappa}; it must be greater than 1, or the bonus could turn an advantage around")
-    if stride < 1:
-        raise ValueError(f"stride is {stride}; it is a number of tokens and must be at least 1")
 
     def init():
         zeros = jnp.zeros(3, jnp.float32)

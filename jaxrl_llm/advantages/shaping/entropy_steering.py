@@ -6,6 +6,7 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxrl_llm.ranges import NonNegative, Positive, ranged
 from jaxrl_llm.statistics import sampled_entropy
 
 
@@ -31,6 +32,7 @@ def steered_advantages(
     return jnp.where((mask > 0) & (weight > 0)[:, None], steered, 0.0)
 
 
+@ranged
 def entropy_mixed_advantages(
     advantages: Float[Array, "B T"],
     correct: Float[Array, "B"],
@@ -39,9 +41,9 @@ def entropy_mixed_advantages(
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
     *,
-    target: float = 0.5,
-    largest_gap: float = 0.1,
-    log_ratio_limit: float = 20.0,
+    target: NonNegative = 0.5,
+    largest_gap: NonNegative = 0.1,
+    log_ratio_limit: Positive = 20.0,
 ) -> Float[Array, "B T"]:
     """AEPO without extra samples: the ordinary right answers stand in for those of another temperature.
 
@@ -73,8 +75,6 @@ def entropy_mixed_advantages(
     """
     chex.assert_rank([advantages, old_logprobs, tempered_logprobs, mask, correct, weight], [2, 2, 2, 2, 1, 1])
     chex.assert_equal_shape([advantages, old_logprobs, tempered_logprobs, mask])
-    if largest_gap < 0:
-        raise ValueError(f"largest_gap is {largest_gap}; it bounds a distance and must be at least 0")
     counted = (mask > 0) & (weight > 0)[:, None]
     weights = jnp.where(weight > 0, weight.astype(jnp.float32), 0.0)
     right = jnp.where(correct > 0, weights, 0.0)

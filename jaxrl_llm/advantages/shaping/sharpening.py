@@ -6,9 +6,11 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import NonNegative, ranged
 from jaxrl_llm.statistics import group_mean
 
 
+@ranged
 def novelty_sharpened(
     advantages: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -16,8 +18,8 @@ def novelty_sharpened(
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
     *,
-    strength: float = 1.0,
-    cap: float = 1.0,
+    strength: NonNegative = 1.0,
+    cap: NonNegative = 1.0,
 ) -> Float[Array, "B T"]:
     """Positive advantages with a bonus for answers less likely than the group's average: XRPO.
 
@@ -47,9 +49,6 @@ def novelty_sharpened(
     """
     chex.assert_rank([advantages, old_logprobs, mask, group, weight], [2, 2, 2, 1, 1])
     chex.assert_equal_shape([advantages, old_logprobs, mask])
-    for name, value in (("strength", strength), ("cap", cap)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}; a bonus must be at least 0")
     counted = (mask > 0) & (weight > 0)[:, None]
     tokens = counted.sum(-1)
     score = jnp.where(counted, old_logprobs.astype(jnp.float32), 0.0).sum(-1) / jnp.maximum(tokens, 1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.advantages.reinforce.whitening import whitened
+from jaxrl_llm.ranges import NonNegative, Share, ranged
 
 
 def outcome_token_rewards(rewards: Float[Array, "B"], mask: Float[Array, "B T"]) -> Float[Array, "B T"]:
@@ -26,6 +27,7 @@ def outcome_token_rewards(rewards: Float[Array, "B"], mask: Float[Array, "B T"])
     return jnp.where(counted & (remaining == 1), rewards.astype(jnp.float32)[:, None], 0.0)
 
 
+@ranged
 def kl_penalized_rewards(
     rewards: Float[Array, "B"],
     old_logprobs: Float[Array, "B T"],
@@ -33,7 +35,7 @@ def kl_penalized_rewards(
     mask: Float[Array, "B T"],
     token_rewards: Float[Array, "B T"] | None = None,
     *,
-    kl_coefficient: float = 0.05,
+    kl_coefficient: NonNegative = 0.05,
 ) -> Float[Array, "B T"]:
     """Token rewards minus a divergence from the reference: the reward of classic RLHF.
 
@@ -60,13 +62,14 @@ def kl_penalized_rewards(
     return jnp.where(mask > 0, base - penalty, 0.0)
 
 
+@ranged
 def generalized_advantages(
     token_rewards: Float[Array, "B T"],
     values: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: Share = 1.0,
+    lam: Share = 0.95,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Advantages and lambda-returns of given token rewards and values.
 
@@ -94,9 +97,6 @@ def generalized_advantages(
     """
     chex.assert_rank([token_rewards, values, mask], 2)
     chex.assert_equal_shape([token_rewards, values, mask])
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; a discount must lie in [0, 1]")
     counted = mask > 0
     token_rewards, values = (jnp.where(counted, x.astype(jnp.float32), 0.0) for x in (token_rewards, values))
 
@@ -113,6 +113,7 @@ def generalized_advantages(
     return advantages, jnp.where(counted, advantages + values, 0.0)
 
 
+@ranged
 def gae(
     rewards: Float[Array, "B"],
     old_values: Float[Array, "B T"],
@@ -120,8 +121,8 @@ def gae(
     weight: Float[Array, "B"],
     token_rewards: Float[Array, "B T"] | None = None,
     *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: Share = 1.0,
+    lam: Share = 0.95,
 ) -> Float[Array, "B T"]:
     """Generalised advantage estimates of PPO, before whitening (see `generalized_advantages`).
 
@@ -148,6 +149,7 @@ def gae(
     return generalized_advantages(rewarded, old_values, counted, gamma=gamma, lam=lam)[0]
 
 
+@ranged
 def gae_returns(
     rewards: Float[Array, "B"],
     old_values: Float[Array, "B T"],
@@ -155,8 +157,8 @@ def gae_returns(
     weight: Float[Array, "B"],
     token_rewards: Float[Array, "B T"] | None = None,
     *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: Share = 1.0,
+    lam: Share = 0.95,
 ) -> Float[Array, "B T"]:
     """Lambda-returns, the targets of the value model; parameters and errors as for `gae`.
 
@@ -174,13 +176,14 @@ def gae_returns(
     return generalized_advantages(rewarded, old_values, counted, gamma=gamma, lam=lam)[1]
 
 
+@ranged
 def discounted_returns(
     rewards: Float[Array, "B"],
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
     token_rewards: Float[Array, "B T"] | None = None,
     *,
-    gamma: float = 1.0,
+    gamma: Share = 1.0,
 ) -> Float[Array, "B T"]:
     """Discounted sum of the rewards from each token on.
 
@@ -207,14 +210,15 @@ def discounted_returns(
     return generalized_advantages(rewarded, jnp.zeros_like(counted), counted, gamma=gamma, lam=1.0)[0]
 
 
+@ranged
 def reinforce_plus_plus(
     rewards: Float[Array, "B"],
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
     token_rewards: Float[Array, "B T"] | None = None,
     *,
-    gamma: float = 1.0,
-    eps: float = 1e-8,
+    gamma: Share = 1.0,
+    eps: NonNegative = 1e-8,
 ) -> Float[Array, "B T"]:
     """Discounted returns, whitened over the tokens of the batch: REINFORCE++.
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.advantages.group_relative.group_baselines import group_normalized
+from jaxrl_llm.ranges import NonNegative, Positive, ranged
 
 
-def soft_minimum(first: Array, second: Array, *, temperature: float = 0.3) -> Array:
+@ranged
+def soft_minimum(first: Array, second: Array, *, temperature: Positive = 0.3) -> Array:
     """Between the minimum and the mean of two values.
 
         -a * (logaddexp(-first / a, -second / a) - log 2),   a = temperature
@@ -19,19 +21,18 @@ def soft_minimum(first: Array, second: Array, *, temperature: float = 0.3) -> Ar
     >>> round(float(soft_minimum(jnp.array(1.0), jnp.array(2.0))), 5)
     1.19743
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; it divides the values and must be positive")
     first, second = (x.astype(jnp.float32) / temperature for x in (first, second))
     return -temperature * (jnp.logaddexp(-first, -second) - jnp.log(2.0))
 
 
+@ranged
 def twin_baseline_normalized(
     rewards: Float[Array, "B"],
     twin_target_values: Float[Array, "B 2"],
     weight: Float[Array, "B"],
     *,
-    temperature: float = 0.3,
-    eps: float = 1e-8,
+    temperature: Positive = 0.3,
+    eps: NonNegative = 1e-8,
 ) -> Float[Array, "B"]:
     """Reward minus the soft minimum of two critics, in units of its deviation over the rows of the batch.
 

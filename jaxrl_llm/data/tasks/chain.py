@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from jaxrl_llm.data.tasks.items import Item, Task, equality, require_bool, require_choice
+from jaxrl_llm.ranges import Share, ranged
 
 
 def item(modulus: int, start: int, steps: list[tuple[str, int]], *, scratchpad: bool = True) -> Item:
@@ -23,12 +24,15 @@ def item(modulus: int, start: int, steps: list[tuple[str, int]], *, scratchpad: 
     return Item(body, think, str(value), "chain", len(steps), f"chain-{len(steps)}")
 
 
-def task(*, modulus: int = 7, scratchpad: bool = True) -> Task:
+@ranged
+def task(*, modulus: int = 7, scratchpad: bool = True, direct_share: Share = 0.0) -> Task:
     """A chain of `level` operations out of + - *, each reduced modulo `modulus`. Guessing is right with 1/modulus.
 
     Args:
       modulus: 7, 11 or 13.
       scratchpad: write every intermediate value before the answer.
+      direct_share: share of the problems whose reference solution leaves the scratch empty, so that a policy that has
+        learned from both kinds writes completions of very different lengths, and may choose.
     """
     require_choice("modulus", modulus, (7, 11, 13))
     require_bool("scratchpad", scratchpad)
@@ -36,7 +40,8 @@ def task(*, modulus: int = 7, scratchpad: bool = True) -> Task:
     def draw(rng: Random, level: int) -> Item:
         start = rng.randrange(modulus)
         steps = [(rng.choice("+-*"), rng.randrange(modulus)) for _ in range(level)]
-        return item(modulus, start, steps, scratchpad=scratchpad)
+        direct = bool(direct_share) and rng.random() < direct_share
+        return item(modulus, start, steps, scratchpad=scratchpad and not direct)
 
     return Task(
         name="chain",
@@ -45,6 +50,6 @@ def task(*, modulus: int = 7, scratchpad: bool = True) -> Task:
         levels=tuple(range(1, 9)),
         last_level=16,
         description=f"operations modulo {modulus} from left to right; the level is the number of operations",
-        options={"modulus": modulus, "scratchpad": scratchpad},
+        options={"modulus": modulus, "scratchpad": scratchpad, "direct_share": direct_share},
         scratchpad=scratchpad,
     )

@@ -7,18 +7,20 @@ from jaxtyping import Array, Float
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation
 from jaxrl_llm.losses.divergences.estimates import Estimator, kl_estimate
+from jaxrl_llm.ranges import Count, Share, ranged
 
 
+@ranged
 def convex_kl(
     logprobs: Float[Array, "B T"],
     reference_logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
-    share: float = 0.5,
+    share: Share = 0.5,
     estimator: Estimator = "k3",
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Convex combination of the divergences from the reference and from the policy that the update starts from.
 
@@ -46,8 +48,6 @@ def convex_kl(
     Reference: ReMix (2507.06892).
     Certainty: recalled
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share is {share}; it is a share of two divergences and must lie in [0, 1]")
     options = {"estimator": estimator, "aggregation": aggregation, "max_completion_tokens": max_completion_tokens}
     reference = kl_estimate(logprobs, reference_logprobs, mask, **options)
     old = kl_estimate(logprobs, old_logprobs, mask, **options)

@@ -12,10 +12,12 @@ from jaxtyping import Array, Float
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.ratio import log_ratio, on_mask
+from jaxrl_llm.ranges import Count, Positive, ranged
 
 Horizon = Literal["token", "rest"]
 
 
+@ranged
 def teacher_reverse_kl(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -23,9 +25,9 @@ def teacher_reverse_kl(
     mask: Float[Array, "B T"],
     *,
     horizon: Horizon = "token",
-    log_ratio_limit: float = 20.0,
+    log_ratio_limit: Positive = 20.0,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """KL(policy || teacher) on tokens that the policy drew, with its gradient.
 
@@ -63,8 +65,6 @@ def teacher_reverse_kl(
     chex.assert_equal_shape([logprobs, old_logprobs, teacher_logprobs, mask])
     if horizon not in get_args(Horizon):
         raise ValueError(f"horizon is {horizon!r}; it must be one of {', '.join(get_args(Horizon))}")
-    if log_ratio_limit <= 0:
-        raise ValueError(f"log_ratio_limit is {log_ratio_limit}; it is the bound of a size and must be positive")
     mask = mask.astype(jnp.float32)
     ratio = jnp.exp(log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit))
     d = on_mask(logprobs, mask) - on_mask(teacher_logprobs, mask)

@@ -41,6 +41,7 @@ from jaxrl_llm.losses.divergences.generators import (
 from jaxrl_llm.losses.divergences.generators import (
     generator as generator_of,
 )
+from jaxrl_llm.ranges import Count, Positive, ranged
 
 Samples = Literal["policy", "reference", "vocabulary", "top_k"]
 Gradient = Literal["score_function", "importance_corrected", "pathwise", "exact"]
@@ -194,20 +195,18 @@ def _check(name: str, samples: str, gradient: str | None, level: str, k: int | N
             "estimate and gradient on samples depend on the whole batch at once and cannot be a sum over tokens; use "
             "samples='vocabulary' or 'top_k', or generator='alpha' of the same order"
         )
-    if samples == "top_k":
-        if k is not None and k < 1:
-            raise ValueError(f"k is {k!r}; at least one symbol must be kept, for example k=64")
-    elif k is not None:
+    if samples != "top_k" and k is not None:
         raise ValueError(f"k is {k!r}, but samples={samples!r} keeps no k symbols; leave k out or use samples='top_k'")
     if value_limit is not None:
         pathwise = gradient == "pathwise" or (gradient is None and GRADIENTS[samples][0] == "pathwise")
-        if not pathwise or value_limit <= 0:
+        if not pathwise:
             raise ValueError(
-                f"value_limit is {value_limit!r} with gradient={gradient!r} and samples={samples!r}; it must be "
-                "positive, and it clips only what is back-propagated as it is, gradient='pathwise'"
+                f"value_limit is {value_limit!r} with gradient={gradient!r} and samples={samples!r}; it clips only "
+                "what is back-propagated as it is, gradient='pathwise'"
             )
 
 
+@ranged
 def divergence(
     *,
     generator: str = "reverse_kl",
@@ -217,10 +216,10 @@ def divergence(
     level: Level = "token",
     alpha: float = 0.5,
     mixture: float = 0.5,
-    k: int | None = None,
-    value_limit: float | None = None,
+    k: Count | None = None,
+    value_limit: Positive | None = None,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Callable[..., Loss]:
     r"""A loss that is a divergence between policy and reference, in value and in gradient.
 

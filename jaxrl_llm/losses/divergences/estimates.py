@@ -17,12 +17,14 @@ from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.divergences.divergence import counted
 from jaxrl_llm.losses.divergences.generators import LOG_RATIO_LIMIT, Direction, clamped
 from jaxrl_llm.losses.divergences.generators import generator as generator_of
+from jaxrl_llm.ranges import Count, ranged
 
 Estimator = Literal["k1", "k2", "k3"]
 
 VALUE_LIMIT = 10.0  # of k3, as in released code
 
 
+@ranged
 def kl_estimate(
     logprobs: Float[Array, "B T"],
     reference_logprobs: Float[Array, "B T"],
@@ -30,7 +32,7 @@ def kl_estimate(
     *,
     estimator: Estimator = "k3",
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     r"""KL(policy || reference) estimated on tokens drawn by the policy, back-propagated as it is.
 
@@ -75,6 +77,7 @@ def kl_estimate(
     return aggregate(per_token, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
 
 
+@ranged
 def divergence_reward(
     old_logprobs: Float[Array, "B T"],
     reference_logprobs: Float[Array, "B T"],
@@ -112,6 +115,7 @@ def divergence_reward(
     return stop_gradient(jnp.where(mask > 0, -beta * f.derivative(lp - ref), 0.0))
 
 
+@ranged
 def js_definition(
     logprobs: Float[Array, "B T"],
     reference_logprobs: Float[Array, "B T"],
@@ -119,7 +123,7 @@ def js_definition(
     *,
     samples: Literal["reference", "policy"] = "reference",
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     r"""One half of Jensen-Shannon by its definition: the KL to the midpoint of whoever drew the tokens.
 

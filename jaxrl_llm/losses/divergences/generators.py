@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import ranged
+
 Direction = Literal["policy_to_reference", "reference_to_policy"]
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) squared still fits float32
@@ -261,6 +263,7 @@ def check_divergence(name: str, direction: str, alpha: float, mixture: float) ->
         )
 
 
+@ranged
 def generator(
     name: str,
     *,
@@ -317,6 +320,7 @@ def generator(
     return _PLAIN[_SWAPPED.get(name, name) if swap else name]()
 
 
+@ranged
 def renyi(log_moment: Float[Array, "..."], *, alpha: float) -> Float[Array, "..."]:
     r"""Rényi divergence from the logarithm of its moment: log E_reference[u^alpha] / (alpha - 1).
 

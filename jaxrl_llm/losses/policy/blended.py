@@ -7,8 +7,10 @@ from jaxtyping import Array, Float
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation
 from jaxrl_llm.losses.policy.surrogates import clipped_surrogate
+from jaxrl_llm.ranges import AboveOne, Count, NonNegative, Positive, ranged
 
 
+@ranged
 def blended_surrogate(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -17,12 +19,12 @@ def blended_surrogate(
     mask: Float[Array, "B T"],
     token_weight: Float[Array, "B T"] | None = None,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = 3.0,
-    log_ratio_limit: float = 20.0,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.2,
+    dual_clip: AboveOne | None = 3.0,
+    log_ratio_limit: Positive = 20.0,
     aggregation: Aggregation = "seq_mean_token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Sum of two clipped surrogates, each with its own advantage: the loss of COPO.
 

@@ -10,15 +10,17 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
+from jaxrl_llm.ranges import Count, NonNegative, Positive, PositiveShare, Share, ranged
 
 IMPOSSIBLE = (
     -1e4
 )  # log-probability under the proxy of a symbol that it leaves out: exp gives 0, differences stay finite
 
 
+@ranged
 def min_p_logprobs(
-    log_probabilities: Float[Array, "*B V"], tokens: Int[Array, "*B"], *, min_p: float = 0.02
+    log_probabilities: Float[Array, "*B V"], tokens: Int[Array, "*B"], *, min_p: Share = 0.02
 ) -> Float[Array, "*B"]:
     """Log-probability of tokens under a policy without its implausible symbols.
 
@@ -40,6 +42,7 @@ def min_p_logprobs(
     return jnp.where(token >= threshold, token - total, IMPOSSIBLE)
 
 
+@ranged
 def lowest_token_proxy(
     proxy_logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -47,7 +50,7 @@ def lowest_token_proxy(
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
     *,
-    share: float = 0.01,
+    share: PositiveShare = 0.01,
 ) -> Float[Array, "B T"]:
     """The proxy's log-probabilities, kept for the least probable tokens of bad answers only.
 
@@ -75,8 +78,6 @@ def lowest_token_proxy(
     """
     chex.assert_rank([proxy_logprobs, old_logprobs, advantages, mask], 2)
     chex.assert_equal_shape([proxy_logprobs, old_logprobs, advantages, mask])
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; it is a share of the tokens and must lie in (0, 1]")
     bad = (mask > 0) & (weight > 0)[:, None] & (advantages < 0)
     # The slack keeps an exact product such as 0.01 * 300, which float32 has a little below 3, from being rounded down.
     k = jnp.maximum(jnp.floor(share * bad.sum().astype(jnp.float32) * (1 + 1e-6)), 1.0).astype(jnp.int32)
@@ -86,6 +87,7 @@ def lowest_token_proxy(
     return stop_gradient(jnp.where(chosen, proxy_logprobs.astype(jnp.float32), IMPOSSIBLE))
 
 
+@ranged
 def protected_surrogate(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -94,13 +96,13 @@ def protected_surrogate(
     mask: Float[Array, "B T"],
     token_weight: Float[Array, "B T"] | None = None,
     *,
-    kl_coefficient: float = 1.0,
-    clip_low: float = 1.0,
-    clip_high: float = 9.0,
-    value_limit: float = 10.0,
-    log_ratio_limit: float = 20.0,
+    kl_coefficient: NonNegative = 1.0,
+    clip_low: NonNegative = 1.0,
+    clip_high: NonNegative = 9.0,
+    value_limit: Positive = 10.0,
+    log_ratio_limit: Positive = 20.0,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """A loosely clipped surrogate that pulls a bad token back once it is rarer than a proxy of the old policy has it.
 
@@ -138,11 +140,6 @@ def protected_surrogate(
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, proxy_logprobs, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, proxy_logprobs, mask])
-    check_clip(clip_low, clip_high)
-    if kl_coefficient < 0:
-        raise ValueError(f"kl_coefficient is {kl_coefficient}, which would push away from the proxy; use at least 0")
-    if value_limit <= 0:
-        raise ValueError(f"value_limit is {value_limit}; it must be positive")
     ratio = jnp.exp(log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit))
     signal = constant_factor(advantages, mask)
     per_token, clipped = pessimistic_surrogate(ratio, signal, clip_low=clip_low, clip_high=clip_high)

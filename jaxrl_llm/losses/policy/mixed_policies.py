@@ -9,9 +9,11 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, token_share
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
 
+@ranged
 def mixed_policy_surrogate(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -20,11 +22,11 @@ def mixed_policy_surrogate(
     mask: Float[Array, "B T"],
     token_weight: Float[Array, "B T"] | None = None,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    log_ratio_limit: float = 20.0,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.2,
+    log_ratio_limit: Positive = 20.0,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """The clipped surrogate of ReMix, for a batch of fresh and replayed samples.
 
@@ -60,7 +62,6 @@ def mixed_policy_surrogate(
     """
     chex.assert_rank([logprobs, old_logprobs, behaviour_logprobs, advantages, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, behaviour_logprobs, advantages, mask])
-    check_clip(clip_low, clip_high)
     ratio = jnp.exp(log_ratio(logprobs, behaviour_logprobs, mask, log_ratio_limit=log_ratio_limit))
     start = log_ratio(old_logprobs, behaviour_logprobs, mask, log_ratio_limit=log_ratio_limit)
     centre = jnp.exp(jax.lax.stop_gradient(start))

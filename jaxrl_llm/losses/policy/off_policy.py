@@ -12,12 +12,14 @@ from jaxtyping import Array, Bool, Float
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.policy.surrogates import policy_gradient
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, on_mask, token_share
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
 Keep = Literal["all", "two_side", "one_side", "ring"]
 Importance = Literal["none", "ratio", "advantage"]
 
 
+@ranged
 def masked_policy_gradient(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -27,15 +29,15 @@ def masked_policy_gradient(
     *,
     keep: Keep = "one_side",
     importance: Importance = "ratio",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    ring_low: float = 0.6,
-    ring_high: float = 2.0,
-    advantage_temperature: float = 1.0,
-    drift_penalty: float = 0.0,
-    log_ratio_limit: float = 20.0,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.2,
+    ring_low: NonNegative = 0.6,
+    ring_high: NonNegative = 2.0,
+    advantage_temperature: Positive = 1.0,
+    drift_penalty: NonNegative = 0.0,
+    log_ratio_limit: Positive = 20.0,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """REC: group-relative REINFORCE whose weight and mask are both constants of the current policy.
 
@@ -83,7 +85,7 @@ def masked_policy_gradient(
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    _check(keep, importance, clip_low, clip_high, ring_low, ring_high, advantage_temperature, drift_penalty)
+    _check(keep, importance, clip_low, clip_high, ring_low, ring_high)
     difference = log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit)
     ratio = jnp.exp(jax.lax.stop_gradient(difference))
     signal = constant_factor(advantages, mask)
@@ -119,20 +121,13 @@ def _kept(
             return (not_low & not_high) | (good & (ratio <= 1 - ring_low)) | (bad & (ratio >= 1 + ring_high))
 
 
-def _check(keep, importance, clip_low, clip_high, ring_low, ring_high, advantage_temperature, drift_penalty):
+def _check(keep, importance, clip_low, clip_high, ring_low, ring_high):
     if keep not in get_args(Keep):
         raise ValueError(f"keep is {keep!r}; it must be one of {', '.join(get_args(Keep))}")
     if importance not in get_args(Importance):
         raise ValueError(f"importance is {importance!r}; it must be one of {', '.join(get_args(Importance))}")
-    check_clip(clip_low, clip_high)
     if keep == "ring" and (ring_low < clip_low or ring_high < clip_high):
         raise ValueError(
             f"ring_low is {ring_low} and ring_high is {ring_high}; the ring lies outside the clip range, so they must "
             f"be at least clip_low {clip_low} and clip_high {clip_high}"
         )
-    if advantage_temperature <= 0:
-        raise ValueError(
-            f"advantage_temperature is {advantage_temperature}; it divides advantages and must be positive"
-        )
-    if drift_penalty < 0:
-        raise ValueError(f"drift_penalty is {drift_penalty}, which would reward drift; it must be at least 0")

@@ -16,8 +16,10 @@ from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.policy.surrogates import policy_gradient
 from jaxrl_llm.losses.ratio import constant_factor, on_mask
+from jaxrl_llm.ranges import Count, PositiveShare, ShareBelowOne, ranged
 
 
+@ranged
 def success_cloning(
     logprobs: Float[Array, "B T"],
     correct: Float[Array, "B"],
@@ -27,7 +29,7 @@ def success_cloning(
     *,
     scale_by_advantage: bool = True,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Likelihood of right answers: the positive part of OREAL.
 
@@ -66,6 +68,7 @@ def success_cloning(
     )
 
 
+@ranged
 def failure_pushback(
     logprobs: Float[Array, "B T"],
     advantages: Float[Array, "B T"],
@@ -74,7 +77,7 @@ def failure_pushback(
     token_weight: Float[Array, "B T"] | None = None,
     *,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Policy gradient on wrong answers: the negative part of OREAL.
 
@@ -132,13 +135,14 @@ def token_reward_cross_entropy(
     return Loss((weights * jnp.where(weights > 0, surprise, 0.0)).sum(), weights.sum())
 
 
+@ranged
 def outcome_token_weight(
     token_reward_logits: Float[Array, "B T"],
     correct: Float[Array, "B"],
     mask: Float[Array, "B T"],
     *,
-    threshold: float = 0.5,
-    top_fraction: float | None = None,
+    threshold: ShareBelowOne = 0.5,
+    top_fraction: PositiveShare | None = None,
 ) -> Float[Array, "B T"]:
     """How much each token says about the outcome, from a reward model's running opinion of the prefix.
 
@@ -166,10 +170,6 @@ def outcome_token_weight(
     """
     chex.assert_rank([token_reward_logits, correct, mask], [2, 1, 2])
     chex.assert_equal_shape([token_reward_logits, mask])
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold is {threshold}; it is a probability that must lie in [0, 1)")
-    if top_fraction is not None and not 0 < top_fraction <= 1:
-        raise ValueError(f"top_fraction is {top_fraction}; it is a share of tokens that must lie in (0, 1]")
     counted = mask > 0
     seen = jnp.cumsum(counted, axis=-1)
     opinion = jnp.cumsum(on_mask(token_reward_logits, mask), axis=-1) / jnp.maximum(seen, 1)

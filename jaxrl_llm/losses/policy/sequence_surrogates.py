@@ -11,11 +11,13 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, pessimistic_surrogate
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, pessimistic_surrogate
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
 SequenceRatio = Literal["geometric_mean", "token", "product"]
 
 
+@ranged
 def sequence_clipped_surrogate(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -24,11 +26,11 @@ def sequence_clipped_surrogate(
     token_weight: Float[Array, "B T"] | None = None,
     *,
     ratio: SequenceRatio = "geometric_mean",
-    clip_low: float = 3e-4,
-    clip_high: float = 4e-4,
-    log_ratio_limit: float = 10.0,
+    clip_low: NonNegative = 3e-4,
+    clip_high: NonNegative = 4e-4,
+    log_ratio_limit: Positive = 10.0,
     aggregation: Aggregation = "seq_mean_token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """GSPO: one ratio and one clip decision for a whole sequence.
 
@@ -65,7 +67,6 @@ def sequence_clipped_surrogate(
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    check_clip(clip_low, clip_high)
     # Bounded a token at a time as well, so that one token of probability 0 does not make the sum infinite.
     token_log_ratio = log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=1e4)
     total = token_log_ratio.sum(-1, keepdims=True)

@@ -16,12 +16,14 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.token_weights.correction import negative_sequence_mask
+from jaxrl_llm.ranges import AboveOne, Count, NonNegative, Positive, ranged
 
 WeightLevel = Literal["token", "sequence"]
 
 
+@ranged
 def policy_gradient(
     logprobs: Float[Array, "B T"],
     advantages: Float[Array, "B T"],
@@ -29,7 +31,7 @@ def policy_gradient(
     token_weight: Float[Array, "B T"] | None = None,
     *,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """REINFORCE: raise the log-probability of tokens in proportion to their advantage.
 
@@ -59,6 +61,7 @@ def policy_gradient(
     return aggregate(per_token, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
 
 
+@ranged
 def clipped_surrogate(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -66,14 +69,14 @@ def clipped_surrogate(
     mask: Float[Array, "B T"],
     token_weight: Float[Array, "B T"] | None = None,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    ratio_cap: float | None = None,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.2,
+    dual_clip: AboveOne | None = None,
+    ratio_cap: Positive | None = None,
     off_policy_threshold: float | None = None,
-    log_ratio_limit: float = 20.0,
+    log_ratio_limit: Positive = 20.0,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """PPO's clipped surrogate: no gradient from tokens that have already moved far enough in the right direction.
 
@@ -115,9 +118,6 @@ def clipped_surrogate(
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    check_clip(clip_low, clip_high)
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip is {dual_clip}; it bounds a ratio from above and must be greater than 1")
     if ratio_cap is not None and ratio_cap < 1 + clip_high:
         raise ValueError(f"ratio_cap is {ratio_cap}; it must be at least 1 + clip_high = {1 + clip_high}")
     ratio = jnp.exp(log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit))
@@ -140,6 +140,7 @@ def clipped_surrogate(
     return loss._replace(metrics=metrics)
 
 
+@ranged
 def cispo(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -147,14 +148,14 @@ def cispo(
     mask: Float[Array, "B T"],
     token_weight: Float[Array, "B T"] | None = None,
     *,
-    clip_low: float = 1.0,
-    clip_high: float = 4.0,
-    negative_clip_low: float | None = None,
-    negative_clip_high: float | None = None,
+    clip_low: NonNegative = 1.0,
+    clip_high: NonNegative = 4.0,
+    negative_clip_low: NonNegative | None = None,
+    negative_clip_high: NonNegative | None = None,
     level: WeightLevel = "token",
-    log_ratio_limit: float = 20.0,
+    log_ratio_limit: Positive = 20.0,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """CISPO: the importance weight is clipped, the gradient of no token is dropped.
 
@@ -180,7 +181,8 @@ def cispo(
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
-      The loss, with the metric `clip_share` (tokens whose weight was clipped).
+      The loss, with the metric `clip_share` (tokens whose weight was clipped; where both ends of a range are 0 there is
+      none to clip).
 
     Raises:
       ValueError: for a negative clip range or an unknown level.
@@ -192,8 +194,6 @@ def cispo(
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     negative_low = clip_low if negative_clip_low is None else negative_clip_low
     negative_high = clip_high if negative_clip_high is None else negative_clip_high
-    check_clip(clip_low, clip_high)
-    check_clip(negative_low, negative_high)
     if level not in get_args(WeightLevel):
         raise ValueError(f"level is {level!r}; it must be one of {', '.join(get_args(WeightLevel))}")
     difference = log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit if level == "token" else 1e4)
@@ -205,7 +205,8 @@ def cispo(
     low = jnp.where(negative, 1 - negative_low, 1 - clip_low)
     high = jnp.where(negative, 1 + negative_high, 1 + clip_high)
     weight = jnp.clip(ratio, low, high)
-    metrics = {"clip_share": token_share(weight != ratio, mask)}
+    # A weight that is 1 whatever the ratio was never meant to follow it.
+    metrics = {"clip_share": token_share((weight != ratio) & (low != high), mask)}
     if token_weight is not None:
         weight = weight * on_mask(token_weight, mask)
     loss = policy_gradient(
@@ -214,6 +215,7 @@ def cispo(
     return loss._replace(metrics=metrics)
 
 
+@ranged
 def sapo(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -221,11 +223,11 @@ def sapo(
     mask: Float[Array, "B T"],
     token_weight: Float[Array, "B T"] | None = None,
     *,
-    positive_temperature: float = 1.0,
-    negative_temperature: float = 1.05,
-    log_ratio_limit: float = 20.0,
+    positive_temperature: Positive = 1.0,
+    negative_temperature: Positive = 1.05,
+    log_ratio_limit: Positive = 20.0,
     aggregation: Aggregation = "seq_mean_token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """SAPO: a sigmoid gate on the ratio in place of the hard clip.
 
@@ -256,9 +258,6 @@ def sapo(
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    for name, value in (("positive_temperature", positive_temperature), ("negative_temperature", negative_temperature)):
-        if value <= 0:
-            raise ValueError(f"{name} is {value}; it divides the loss and must be positive")
     ratio = jnp.exp(log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=log_ratio_limit))
     tau = jnp.where(advantages > 0, positive_temperature, negative_temperature)
     gate = jax.nn.sigmoid(tau * (ratio - 1)) * 4 / tau

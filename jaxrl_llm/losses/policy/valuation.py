@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.ratio import log_ratio, on_mask
+from jaxrl_llm.ranges import Count, Positive, ranged
 
 
 def mean_log_ratio(log_p: Float[Array, "... V"], log_q: Float[Array, "... V"]) -> Float[Array, "..."]:
@@ -60,8 +61,9 @@ class RandomPolicyValuation:
         return aggregate(jnp.square(value - target), mask, **averaged)
 
 
+@ranged
 def random_policy_valuation(
-    *, scale: float = 1.0, aggregation: Aggregation = "token_mean", max_completion_tokens: int | None = None
+    *, scale: Positive = 1.0, aggregation: Aggregation = "token_mean", max_completion_tokens: Count | None = None
 ) -> RandomPolicyValuation:
     """ROVER: the policy's log-ratio is fitted to the value of choosing uniformly at random.
 
@@ -91,8 +93,6 @@ def random_policy_valuation(
     Reference: ROVER (2509.24981).
     Certainty: verified
     """
-    if scale <= 0:
-        raise ValueError(f"scale is {scale}; it turns log-ratios into values and must be positive")
     if aggregation not in get_args(Aggregation):
         raise ValueError(f"aggregation is {aggregation!r}; it must be one of {', '.join(get_args(Aggregation))}")
     return RandomPolicyValuation(scale, aggregation, max_completion_tokens)

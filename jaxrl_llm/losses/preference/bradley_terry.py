@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import chex
 import jax.numpy as jnp
@@ -11,10 +11,12 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.preference.dpo import smoothed_logistic
 from jaxrl_llm.losses.preference.pairs import pairs_of
+from jaxrl_llm.ranges import NonNegative, Range, ranged
 
 Centring = Literal["sum", "each"]
 
 
+@ranged
 def bradley_terry(
     reward_scores: Float[Array, "B"],
     group: Int[Array, "B"],
@@ -22,8 +24,8 @@ def bradley_terry(
     weight: Float[Array, "B"],
     margin: Float[Array, "B"] | None = None,
     *,
-    label_smoothing: float = 0.0,
-    centring: float = 0.0,
+    label_smoothing: Annotated[float, Range(0, 0.5, open=")")] = 0.0,
+    centring: NonNegative = 0.0,
     form: Centring = "sum",
 ) -> Loss:
     """Bradley-Terry: the log-odds that an answer is the better one are the difference of two scores.
@@ -64,10 +66,6 @@ def bradley_terry(
     chex.assert_equal_shape([reward_scores, group, preferred, weight])
     if form not in get_args(Centring):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(Centring))}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it is a share of wrong labels, at least 0, below 0.5")
-    if centring < 0:
-        raise ValueError(f"centring is {centring}, which would drive scores from 0; it must be at least 0")
     pairs = pairs_of(preferred, weight, group)
     scores = jnp.where(weight > 0, reward_scores.astype(jnp.float32), 0.0)
     gap = pairs.gap(scores)

@@ -11,8 +11,10 @@ from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import row_weight
 from jaxrl_llm.losses.ratio import on_mask
 from jaxrl_llm.losses.siblings import compact_ids, mean_weight, sibling_max, sibling_sum
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
 
+@ranged
 def decoupled_reward(
     logprobs: Float[Array, "B T"],
     correct: Float[Array, "B"],
@@ -20,9 +22,9 @@ def decoupled_reward(
     group: Int[Array, "B"],
     mask: Float[Array, "B T"],
     *,
-    max_completion_tokens: int,
-    temperature: float = 10.0,
-    length_temperature: float | None = 0.1,
+    max_completion_tokens: Count,
+    temperature: Positive = 10.0,
+    length_temperature: Positive | None = 0.1,
 ) -> Loss:
     """DRPO: right answers against wrong ones, where shortness only decides between the right ones.
 
@@ -56,14 +58,6 @@ def decoupled_reward(
     """
     chex.assert_rank([logprobs, correct, length, group, mask], [2, 1, 1, 1, 2])
     chex.assert_equal_shape([logprobs, mask])
-    settings = (
-        ("max_completion_tokens", max_completion_tokens),
-        ("temperature", temperature),
-        ("length_temperature", length_temperature),
-    )
-    for name, value in settings:
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}; it is a divisor and must be positive")
     weights, ids = row_weight(mask.astype(jnp.float32)), compact_ids(group)
     score = on_mask(logprobs, mask).sum(-1) / jnp.maximum((mask > 0).sum(-1), 1)
     right = jnp.where((correct > 0), weights, 0.0)
@@ -89,15 +83,16 @@ def decoupled_reward(
     return Loss(-(share * objective).sum(), share.sum())
 
 
+@ranged
 def group_trust_region(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
     group: Int[Array, "B"],
     mask: Float[Array, "B T"],
     *,
-    threshold: float = 1e-4,
-    strength: float = 1e3,
-    log_ratio_limit: float = 20.0,
+    threshold: NonNegative = 1e-4,
+    strength: NonNegative = 1e3,
+    log_ratio_limit: Positive = 20.0,
 ) -> Loss:
     """Penalty on the divergence from the old policy beyond a threshold, the trust region of DRPO and DisCO.
 
@@ -127,9 +122,6 @@ def group_trust_region(
     """
     chex.assert_rank([logprobs, old_logprobs, mask, group], [2, 2, 2, 1])
     chex.assert_equal_shape([logprobs, old_logprobs, mask])
-    for name, value in (("threshold", threshold), ("strength", strength)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}; it must be at least 0")
     mask, ids = mask.astype(jnp.float32), compact_ids(group)
     difference = on_mask(old_logprobs, mask) - on_mask(logprobs, mask)
     difference = jnp.clip(difference, -log_ratio_limit, log_ratio_limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import chex
 import jax
@@ -13,10 +13,12 @@ from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import row_weight
 from jaxrl_llm.losses.preference.pairs import pairs_of
 from jaxrl_llm.losses.ratio import on_mask
+from jaxrl_llm.ranges import Positive, Range, ranged
 
 Link = Literal["logistic", "robust", "hinge", "square"]
 
 
+@ranged
 def dpo(
     logprobs: Float[Array, "B T"],
     reference_logprobs: Float[Array, "B T"],
@@ -24,8 +26,8 @@ def dpo(
     preferred: Float[Array, "B"],
     mask: Float[Array, "B T"],
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Annotated[float, Range(0, 0.5, open=")")] = 0.0,
     link: Link = "logistic",
     length_normalised: bool = False,
 ) -> Loss:
@@ -70,12 +72,6 @@ def dpo(
     chex.assert_equal_shape([logprobs, reference_logprobs, mask])
     if link not in get_args(Link):
         raise ValueError(f"link is {link!r}; it must be one of {', '.join(get_args(Link))}")
-    if beta <= 0:
-        raise ValueError(f"beta is {beta}; it is the reward of a nat and must be positive")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing}; it is the share of wrong labels, at least 0, below 0.5"
-        )
     if label_smoothing and link not in ("logistic", "robust"):
         raise ValueError(f"label_smoothing is {label_smoothing}, which link {link!r} has no use for; leave it out")
     mask = mask.astype(jnp.float32)

@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.experience import Loss, Sequences
 from jaxrl_llm.losses.aggregation import row_weight
 from jaxrl_llm.losses.ratio import on_mask
+from jaxrl_llm.ranges import NonNegative, Positive, ranged
 
 
+@ranged
 def kto(
     logprobs: Float[Array, "B T"],
     reference_logprobs: Float[Array, "B T"],
@@ -19,9 +21,9 @@ def kto(
     kl_anchor: Float[Array, "B"],
     mask: Float[Array, "B T"],
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
 ) -> Loss:
     """KTO: a good answer gains and a bad one loses against what the policy has moved on average.
 
@@ -55,11 +57,6 @@ def kto(
     """
     chex.assert_rank([logprobs, reference_logprobs, mask, preferred, kl_anchor], [2, 2, 2, 1, 1])
     chex.assert_equal_shape([logprobs, reference_logprobs, mask])
-    if beta <= 0:
-        raise ValueError(f"beta is {beta}; it is the value of a nat and must be positive")
-    for name, value in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}; it is a factor of the loss and must be at least 0")
     mask = mask.astype(jnp.float32)
     rho = (on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))).sum(-1)
     weights = row_weight(mask)

@@ -13,10 +13,12 @@ from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import row_weight
 from jaxrl_llm.losses.ratio import on_mask
 from jaxrl_llm.losses.siblings import compact_ids, sibling_sum
+from jaxrl_llm.ranges import NonNegative, Positive, ranged
 
 PairClip = Literal["separate", "joint"]
 
 
+@ranged
 def pairwise_surrogate(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -25,8 +27,8 @@ def pairwise_surrogate(
     mask: Float[Array, "B T"],
     *,
     form: PairClip = "joint",
-    clip: float = 0.2,
-    log_ratio_limit: float = 10.0,
+    clip: NonNegative = 0.2,
+    log_ratio_limit: Positive = 10.0,
 ) -> Loss:
     """P3O: proximal policy optimisation on pairs of answers to a prompt.
 
@@ -66,8 +68,6 @@ def pairwise_surrogate(
     chex.assert_equal_shape([logprobs, old_logprobs, mask])
     if form not in get_args(PairClip):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(PairClip))}")
-    if clip < 0:
-        raise ValueError(f"clip is {clip}; it is a distance and must not be negative")
     weights, ids = row_weight(mask.astype(jnp.float32)), compact_ids(group)
     pairs, partnered = _pair_weights(weights, ids)
     difference = on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(old_logprobs, mask))
@@ -86,13 +86,14 @@ def pairwise_surrogate(
     return Loss((pairs * loss).sum(), jnp.where(partnered, weights, 0.0).sum())
 
 
+@ranged
 def kl_penalized_sequence_rewards(
     rewards: Float[Array, "B"],
     old_logprobs: Float[Array, "B T"],
     reference_logprobs: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
-    kl_coefficient: float = 0.1,
+    kl_coefficient: NonNegative = 0.1,
 ) -> Float[Array, "B"]:
     """Rewards minus the divergence of the whole completion from the reference.
 

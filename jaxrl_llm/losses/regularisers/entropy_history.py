@@ -12,11 +12,13 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.experience import Loss, Method
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.ratio import on_mask, token_share
+from jaxrl_llm.ranges import Count, NonNegative, ranged
 
 Penalty = Literal["hinge", "step"]
 
 
-def entropy_history(*, max_turns: int = 1) -> Method:
+@ranged
+def entropy_history(*, max_turns: Count = 1) -> Method:
     """The mean entropy that earlier updates had at the turn of each token.
 
         history[s] = mean over earlier batches of (mean entropy of the batch's tokens at turn s)
@@ -37,8 +39,6 @@ def entropy_history(*, max_turns: int = 1) -> Method:
     Reference: EPO (2509.22576).
     Certainty: verified
     """
-    if max_turns < 1:
-        raise ValueError(f"max_turns is {max_turns}; a conversation has at least 1 turn")
 
     def init():
         return {"sum": jnp.zeros(max_turns, jnp.float32), "batches": jnp.zeros(max_turns, jnp.float32)}
@@ -70,17 +70,18 @@ def entropy_history(*, max_turns: int = 1) -> Method:
     return Method(init, update)
 
 
+@ranged
 def entropy_history_penalty(
     entropy: Float[Array, "B T"],
     entropy_history: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
     penalty: Penalty = "hinge",
-    low: float = 0.5,
-    high: float = 1.5,
-    alpha: float = 0.1,
+    low: NonNegative = 0.5,
+    high: NonNegative = 1.5,
+    alpha: NonNegative = 0.1,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """A penalty on tokens whose entropy has left a range around its history.
 
@@ -117,8 +118,6 @@ def entropy_history_penalty(
         raise ValueError(f"penalty is {penalty!r}; it must be one of {', '.join(get_args(Penalty))}")
     if not 0 <= low < high:
         raise ValueError(f"low is {low} and high is {high}; they bound a range around 1, with 0 <= low < high")
-    if alpha < 0:
-        raise ValueError(f"alpha is {alpha}, which would reward leaving the range; it must be at least 0")
     current = on_mask(entropy, mask)
     history = stop_gradient(on_mask(entropy_history, mask))
     known = (history > 0) & (mask > 0)

@@ -8,14 +8,16 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
+from jaxrl_llm.ranges import Count, ranged
 
 
+@ranged
 def negative_log_likelihood(
     logprobs: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Cross-entropy of the given tokens, as in supervised fine-tuning.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import chex
 import jax
@@ -13,11 +13,13 @@ from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.ratio import on_mask, token_share
 from jaxrl_llm.losses.siblings import compact_ids, sibling_sum
+from jaxrl_llm.ranges import Count, NonNegative, Positive, Range, ranged
 
 RatioLevel = Literal["token", "sequence"]
 PromptWeight = Literal["failure_rate", "odds", "none"]
 
 
+@ranged
 def negative_aware_likelihood(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -27,12 +29,12 @@ def negative_aware_likelihood(
     *,
     level: RatioLevel = "token",
     prompt_weight: PromptWeight = "failure_rate",
-    floor: float = 1.0,
-    negative_weight: float = 1.0,
-    least_rate: float = 0.02,
-    log_ratio_limit: float = 10.0,
+    floor: Positive = 1.0,
+    negative_weight: NonNegative = 1.0,
+    least_rate: Annotated[float, Range(0, 0.5, open="()")] = 0.02,
+    log_ratio_limit: Positive = 10.0,
     aggregation: Aggregation = "token_sum_const",
-    max_completion_tokens: int | None = 1000,
+    max_completion_tokens: Count | None = 1000,
 ) -> Loss:
     """NFT: likelihood of right answers under the policy, and of wrong ones under the negative policy that it implies.
 
@@ -75,7 +77,7 @@ def negative_aware_likelihood(
     """
     chex.assert_rank([logprobs, old_logprobs, mask, correct, group], [2, 2, 2, 1, 1])
     chex.assert_equal_shape([logprobs, old_logprobs, mask])
-    _check(level, prompt_weight, floor, negative_weight, least_rate)
+    _check(level, prompt_weight)
     counted, right = mask > 0, (correct > 0)[:, None]
     difference = on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(old_logprobs, mask))
     # Bounded below as well, so that a token of probability 0 does not make the loss of a right answer infinite.
@@ -108,16 +110,8 @@ def _success_rate(correct: Array, group: Array, weights: Array) -> tuple[Array, 
     return passed / jnp.where(total > 0, total, 1.0), (passed > 0) & (failed > 0)
 
 
-def _check(level, prompt_weight, floor, negative_weight, least_rate):
+def _check(level, prompt_weight):
     if level not in get_args(RatioLevel):
         raise ValueError(f"level is {level!r}; it must be one of {', '.join(get_args(RatioLevel))}")
     if prompt_weight not in get_args(PromptWeight):
         raise ValueError(f"prompt_weight is {prompt_weight!r}; it must be one of {', '.join(get_args(PromptWeight))}")
-    if floor <= 0:
-        raise ValueError(f"floor is {floor}; it is the least ratio inside a logarithm and must be positive")
-    if negative_weight < 0:
-        raise ValueError(
-            f"negative_weight is {negative_weight}; it is a factor on wrong answers and must be at least 0"
-        )
-    if not 0 < least_rate < 0.5:
-        raise ValueError(f"least_rate is {least_rate}; it must lie between 0 and 0.5")

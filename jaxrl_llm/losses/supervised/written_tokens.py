@@ -12,10 +12,12 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.experience import Loss, Source
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.divergences.divergence import divergence
-from jaxrl_llm.losses.ratio import check_clip, constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
+from jaxrl_llm.losses.ratio import constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.supervised.likelihood import negative_log_likelihood
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
 
+@ranged
 def external_surrogate(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],
@@ -24,12 +26,12 @@ def external_surrogate(
     mask: Float[Array, "B T"],
     token_weight: Float[Array, "B T"] | None = None,
     *,
-    gamma: float = 0.5,
-    clip_low: float | None = None,
-    clip_high: float | None = None,
-    log_ratio_limit: float = 20.0,
+    gamma: NonNegative = 0.5,
+    clip_low: NonNegative | None = None,
+    clip_high: NonNegative | None = None,
+    log_ratio_limit: Positive = 20.0,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """A surrogate for groups that hold samples and demonstrations, the demonstrations' unlikely tokens first.
 
@@ -68,8 +70,6 @@ def external_surrogate(
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, source, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, source, mask])
-    if gamma < 0:
-        raise ValueError(f"gamma is {gamma}, which would put likely tokens first; it must be at least 0")
     if (clip_low is None) != (clip_high is None):
         raise ValueError(f"clip_low is {clip_low} and clip_high is {clip_high}; give both, or neither for no clipping")
     signal = constant_factor(advantages, mask)
@@ -79,7 +79,6 @@ def external_surrogate(
     if clip_low is None or clip_high is None:
         own = -signal * ratio
     else:
-        check_clip(clip_low, clip_high)
         own, clipped = pessimistic_surrogate(ratio, signal, clip_low=clip_low, clip_high=clip_high)
         metrics["clip_share"] = token_share(clipped & ~external, mask)
     lp = on_mask(logprobs, mask)
@@ -94,13 +93,14 @@ def external_surrogate(
     return loss._replace(metrics=metrics)
 
 
+@ranged
 def rehearsal_divergence(
     *,
     generator: str = "forward_kl",
     alpha: float = 0.5,
-    value_limit: float | None = 10.0,
+    value_limit: Positive | None = 10.0,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Callable[..., Loss]:
     """A divergence from the policy that wrote stored answers, on those answers only.
 
@@ -148,12 +148,13 @@ def rehearsal_divergence(
     return stored_divergence
 
 
+@ranged
 def stored_likelihood(
     logprobs: Float[Array, "B T"],
     written_mask: Float[Array, "B T"],
     *,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Cross-entropy of the written completions that share a batch with samples: supervised beside reinforcement.
 

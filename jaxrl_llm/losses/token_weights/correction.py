@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import NonNegative, Positive, ranged
+
 Level = Literal["token", "sequence"]
 Mode = Literal["truncate", "mask"]
 
 
+@ranged
 def importance_weight(
     old_logprobs: Float[Array, "B T"],
     behaviour_logprobs: Float[Array, "B T"],
@@ -27,10 +30,10 @@ def importance_weight(
     *,
     level: Level = "token",
     mode: Mode = "truncate",
-    low: float | None = None,
-    high: float | None = 2.0,
+    low: NonNegative | None = None,
+    high: Positive | None = 2.0,
     normalize: bool = False,
-    log_ratio_limit: float = 20.0,
+    log_ratio_limit: Positive = 20.0,
 ) -> Float[Array, "B T"]:
     """pi_old / pi_behaviour with its tails cut: truncated (TIS) or masked (MIS) importance sampling.
 
@@ -92,6 +95,7 @@ def importance_weight(
     return jax.lax.stop_gradient(result)
 
 
+@ranged
 def negative_sequence_mask(
     old_logprobs: Float[Array, "B T"],
     behaviour_logprobs: Float[Array, "B T"],

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import Positive, ranged
+
 ChangeWeight = Literal["linear", "exponential"]
 
 
@@ -35,13 +37,14 @@ def predicted_entropy_change(
     return stop_gradient(jnp.where((mask > 0) & jnp.isfinite(change), change, 0.0))
 
 
+@ranged
 def weights_of_change(
     change: Float[Array, "B T"],
     counted: Array,
     *,
     form: ChangeWeight = "linear",
-    low: float = 0.8,
-    high: float = 1.2,
+    low: Positive = 0.8,
+    high: Positive = 1.2,
 ) -> Float[Array, "B T"]:
     """Weights that fall with the predicted change of entropy; see `entropy_change_weights`. 0 where not counted."""
     largest = jnp.max(jnp.where(counted, change, 0.0), initial=0.0)
@@ -56,6 +59,7 @@ def weights_of_change(
     return jnp.where(counted, weights, 0.0)
 
 
+@ranged
 def entropy_change_weights(
     old_logprobs: Float[Array, "B T"],
     old_entropy: Float[Array, "B T"],
@@ -65,8 +69,8 @@ def entropy_change_weights(
     token_weight: Float[Array, "B T"] | None = None,
     *,
     form: ChangeWeight = "linear",
-    low: float = 0.8,
-    high: float = 1.2,
+    low: Positive = 0.8,
+    high: Positive = 1.2,
 ) -> Float[Array, "B T"]:
     """Less weight for tokens whose update would change the policy's entropy most.
 

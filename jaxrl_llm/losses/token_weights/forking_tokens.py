@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
 from jaxrl_llm.losses.divergences.estimates import Estimator, kl_estimate
+from jaxrl_llm.ranges import Count, PositiveShare, Share, ranged
 
 Selection = Literal["top_share", "otsu"]
 Band = Literal["quantile", "deviation"]
@@ -24,16 +25,19 @@ OTSU_BINS = 100
 NORMAL_DEVIATION = 1.4826  # the standard deviation of a normal distribution in units of its median absolute deviation
 
 
+@ranged
 def forking_mask(
-    entropy: Float[Array, "B T"], mask: Float[Array, "B T"], *, selection: Selection = "top_share", share: float = 0.2
+    entropy: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    *,
+    selection: Selection = "top_share",
+    share: PositiveShare = 0.2,
 ) -> Bool[Array, "B T"]:
     """Which tokens of each response have high entropy; see `forking_tokens`."""
     chex.assert_rank([entropy, mask], 2)
     chex.assert_equal_shape([entropy, mask])
     if selection not in get_args(Selection):
         raise ValueError(f"selection is {selection!r}; it must be one of {', '.join(get_args(Selection))}")
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; it is a share of the tokens and must lie in (0, 1]")
     counted = mask > 0
     entropy = stop_gradient(jnp.where(counted, entropy.astype(jnp.float32), 0.0))
     if selection == "otsu":
@@ -74,13 +78,14 @@ def row_quantile(values: Float[Array, "B T"], chosen: Bool[Array, "B T"], level:
     return low + (position - below) * (high - low)
 
 
+@ranged
 def forking_tokens(
     old_entropy: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     token_weight: Float[Array, "B T"] | None = None,
     *,
     selection: Selection = "top_share",
-    share: float = 0.2,
+    share: PositiveShare = 0.2,
 ) -> Float[Array, "B T"]:
     """1 on the high-entropy tokens of each response, 0 on the others.
 
@@ -111,18 +116,19 @@ def forking_tokens(
     return stop_gradient(jnp.where(chosen, factor, 0.0))
 
 
+@ranged
 def entropy_band(
     entropy: Float[Array, "B T"],
     old_entropy: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
     selection: Selection = "top_share",
-    share: float = 0.2,
+    share: PositiveShare = 0.2,
     band: Band = "quantile",
-    low: float = 0.1,
-    high: float = 0.5,
+    low: Share = 0.1,
+    high: Share = 0.5,
     aggregation: Aggregation = "seq_mean_token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Distance of the entropy of forking tokens from a band of entropies that they had before the update.
 
@@ -176,6 +182,7 @@ def entropy_band(
     return loss._replace(metrics={"outside_band_share": (outside, mask.astype(jnp.float32).sum())})
 
 
+@ranged
 def forking_kl(
     logprobs: Float[Array, "B T"],
     reference_logprobs: Float[Array, "B T"],
@@ -183,10 +190,10 @@ def forking_kl(
     mask: Float[Array, "B T"],
     *,
     selection: Selection = "top_share",
-    share: float = 0.2,
+    share: PositiveShare = 0.2,
     estimator: Estimator = "k3",
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """An estimate of KL(policy || reference) on forking tokens, divided by their number.
 

@@ -9,17 +9,19 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
+from jaxrl_llm.ranges import Count, NonNegative, ranged
 
 
+@ranged
 def clipped_value(
     values: Float[Array, "B T"],
     old_values: Float[Array, "B T"],
     returns: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
-    clip: float | None = 0.2,
+    clip: NonNegative | None = 0.2,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Squared error of the value model, without reward for moving further than `clip` in one batch.
 
@@ -45,8 +47,6 @@ def clipped_value(
     """
     chex.assert_rank([values, old_values, returns, mask], 2)
     chex.assert_equal_shape([values, old_values, returns, mask])
-    if clip is not None and clip < 0:
-        raise ValueError(f"clip is {clip}; it is a distance and must not be negative (None turns clipping off)")
     constants = jax.lax.stop_gradient((old_values, returns))
     values, old_values, returns = (jnp.where(mask > 0, x.astype(jnp.float32), 0.0) for x in (values, *constants))
     error = jnp.square(values - returns)

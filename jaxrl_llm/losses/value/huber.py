@@ -10,18 +10,20 @@ from jaxtyping import Array, Float
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.ratio import on_mask
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 
 
+@ranged
 def huber_value(
     values: Float[Array, "B T"],
     old_values: Float[Array, "B T"],
     returns: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
-    delta: float = 0.5,
-    clip: float = 0.2,
+    delta: Positive = 0.5,
+    clip: NonNegative = 0.2,
     aggregation: Aggregation = "token_mean",
-    max_completion_tokens: int | None = None,
+    max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Huber error of the value model, half of it with the value held near the old one.
 
@@ -52,10 +54,6 @@ def huber_value(
     """
     chex.assert_rank([values, old_values, returns, mask], 2)
     chex.assert_equal_shape([values, old_values, returns, mask])
-    if delta <= 0:
-        raise ValueError(f"delta is {delta}; it is a distance and must be positive")
-    if clip < 0:
-        raise ValueError(f"clip is {clip}; it is a distance and must not be negative")
     v = on_mask(values, mask)
     old, target = (stop_gradient(on_mask(x, mask)) for x in (old_values, returns))
     near = jnp.clip(v, old - clip, old + clip)
@@ -63,14 +61,15 @@ def huber_value(
     return aggregate(per_token, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
 
 
+@ranged
 def twin_huber_value(
     twin_values: Float[Array, "B 2"],
     old_twin_values: Float[Array, "B 2"],
     rewards: Float[Array, "B"],
     mask: Float[Array, "B T"],
     *,
-    delta: float = 0.5,
-    clip: float = 0.2,
+    delta: Positive = 0.5,
+    clip: NonNegative = 0.2,
 ) -> Loss:
     """`huber_value` of two critics, each fitted to the reward of whole rows: SAFE's value loss.
 

@@ -6,13 +6,16 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import Natural, ranged
 
+
+@ranged
 def consistent_accuracy(
     reward_components: Float[Array, "B K"],
     *,
-    accuracy_column: int = 0,
-    format_column: int = 1,
-    consistency_column: int = 2,
+    accuracy_column: Natural = 0,
+    format_column: Natural = 1,
+    consistency_column: Natural = 2,
     format_weight: float = 0.5,
     consistency_weight: float = 0.5,
 ) -> Float[Array, "B"]:

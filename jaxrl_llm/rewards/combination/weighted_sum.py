@@ -6,13 +6,17 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import ranged
 
+
+@ranged
 def weighted_sum(reward_components: Float[Array, "B K"], *, weights: tuple[float, ...]) -> Float[Array, "B"]:
     """Weighted sum of the components.
 
         r_b = sum_k weights_k * components_bk
 
-    A component of weight 0 is left out altogether: it is watched, and whatever it holds changes nothing.
+    A component of weight 0 is left out altogether: it is watched, and whatever it holds changes nothing. One that is
+    NaN does not apply to the row and is left out of its sum; a row that none with a weight applies to gets NaN.
 
     Args:
       reward_components: one column a reward function.
@@ -30,5 +34,8 @@ def weighted_sum(reward_components: Float[Array, "B K"], *, weights: tuple[float
             f"weights is {tuple(weights)}, {len(weights)} numbers, but there are {reward_components.shape[1]} reward "
             "components; give one weight for each reward function"
         )
-    scale = jnp.asarray(weights, jnp.float32)
-    return jnp.where(scale == 0, 0.0, reward_components.astype(jnp.float32) * scale).sum(axis=1)
+    scale, components = jnp.asarray(weights, jnp.float32), reward_components.astype(jnp.float32)
+    lacks = jnp.isnan(components)
+    total = jnp.where((scale == 0) | lacks, 0.0, components * scale).sum(axis=1)
+    counts = scale != 0 if any(weights) else jnp.ones(len(weights), bool)
+    return jnp.where((lacks | ~counts).all(axis=1), jnp.nan, total)

@@ -8,9 +8,12 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import ranged
+
 LikelihoodForm = Literal["probability", "mean_probability", "log_probability", "mean_log_probability"]
 
 
+@ranged
 def answer_likelihood(
     answer_logprobs: Float[Array, "B A"],
     answer_mask: Float[Array, "B A"],

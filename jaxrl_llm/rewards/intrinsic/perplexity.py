@@ -6,16 +6,18 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import Natural, NonNegative, ranged
 from jaxrl_llm.rewards.intrinsic.thoughts import thought_length
 
 
+@ranged
 def reasoning_perplexity(
     proxy_answer_logprobs: Float[Array, "B A"],
     answer_mask: Float[Array, "B A"],
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
     *,
-    mark_id: int,
+    mark_id: Natural,
 ) -> Float[Array, "B"]:
     """Perplexity of the reference answer after the sampled thought, under a proxy, with a discount for long thoughts.
 
@@ -47,6 +49,7 @@ def reasoning_perplexity(
     return jnp.where(count > 0, jnp.exp(total / jnp.maximum(count, 1) / discount), jnp.inf)
 
 
+@ranged
 def perplexity_ranks(
     perplexity: Float[Array, "B"],
     well_formed: Float[Array, "B"],
@@ -55,10 +58,10 @@ def perplexity_ranks(
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    mark_id: int,
-    format_weight: float = 1.0,
-    reasoning_weight: float = 1.0,
-    efficiency_weight: float = 1.0,
+    mark_id: Natural,
+    format_weight: NonNegative = 1.0,
+    reasoning_weight: NonNegative = 1.0,
+    efficiency_weight: NonNegative = 1.0,
 ) -> Float[Array, "B"]:
     """Format, rank of the perplexity within the group, and a bonus for thoughts that explain more with less.
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Sequences
+from jaxrl_llm.ranges import Natural, ranged
 
 
-def thought_length(tokens: Int[Array, "B T"], length: Int[Array, "B"], *, mark_id: int) -> Int[Array, "B"]:
+@ranged
+def thought_length(tokens: Int[Array, "B T"], length: Int[Array, "B"], *, mark_id: Natural) -> Int[Array, "B"]:
     """Tokens of a completion up to its first mark, the mark included; 0 without one: the thought was cut off.
 
     Args:
@@ -30,8 +32,9 @@ def thought_length(tokens: Int[Array, "B T"], length: Int[Array, "B"], *, mark_i
     return jnp.where(marked.any(axis=1), jnp.argmax(marked, axis=1) + 1, 0).astype(jnp.int32)
 
 
+@ranged
 def thought_mask(
-    tokens: Int[Array, "B T"], length: Int[Array, "B"], mask: Float[Array, "B T"], *, mark_id: int
+    tokens: Int[Array, "B T"], length: Int[Array, "B"], mask: Float[Array, "B T"], *, mark_id: Natural
 ) -> Float[Array, "B T"]:
     """The mask on the tokens of the thought alone: an entry of credit that fills `mask` trains nothing else.
 
@@ -54,6 +57,7 @@ def thought_mask(
     return jnp.where(inside, mask.astype(jnp.float32), 0.0)
 
 
+@ranged
 def answer_after_thought(
     prompt_tokens: Int[Array, "B P"],
     prompt_length: Int[Array, "B"],
@@ -62,9 +66,9 @@ def answer_after_thought(
     answer_tokens: Int[Array, "B A"],
     answer_length: Int[Array, "B"],
     *,
-    mark_id: int,
-    opening_ids: tuple[int, ...] | None = None,
-    closing_ids: tuple[int, ...] | None = None,
+    mark_id: Natural,
+    opening_ids: tuple[Natural, ...] | None = None,
+    closing_ids: tuple[Natural, ...] | None = None,
 ) -> Sequences:
     """The reference answer in the place of the sampled one, behind the sampled thought: a view to be scored.
 

@@ -6,9 +6,12 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import Positive, ranged
 
+
+@ranged
 def learned_reward(
-    reward_scores: Float[Array, "B"], *, shift: float = 0.0, scale: float = 1.0, limit: float | None = None
+    reward_scores: Float[Array, "B"], *, shift: float = 0.0, scale: Positive = 1.0, limit: Positive | None = None
 ) -> Float[Array, "B"]:
     """What the network `reward` says of a completion.
 
@@ -32,8 +35,5 @@ def learned_reward(
     Certainty: recalled
     """
     chex.assert_rank(reward_scores, 1)
-    for name, value in (("scale", scale), ("limit", limit)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}; it must be positive")
     reward = (reward_scores.astype(jnp.float32) - shift) / scale
     return reward if limit is None else jnp.clip(reward, -limit, limit)

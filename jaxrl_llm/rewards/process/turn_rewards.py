@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, ranged
+
 Density = Literal["dense", "single"]
 Stage = Literal["first", "second"]
 
@@ -16,8 +18,9 @@ Stage = Literal["first", "second"]
 SEPARATOR_ID = 87
 
 
+@ranged
 def separated_turns(
-    tokens: Int[Array, "B T"], length: Int[Array, "B"], *, separator_id: int = SEPARATOR_ID
+    tokens: Int[Array, "B T"], length: Int[Array, "B"], *, separator_id: Natural = SEPARATOR_ID
 ) -> Int[Array, "B T"]:
     """The turn of each token: how many separators stand before it. A separator belongs to the turn that it ends.
 
@@ -38,6 +41,7 @@ def separated_turns(
     return jnp.cumsum(ends, axis=1) - ends
 
 
+@ranged
 def reference_progress(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
@@ -45,8 +49,8 @@ def reference_progress(
     demonstration_tokens: Int[Array, "B T"],
     demonstration_length: Int[Array, "B"],
     *,
-    max_turns: int,
-    separator_id: int = SEPARATOR_ID,
+    max_turns: Count,
+    separator_id: Natural = SEPARATOR_ID,
 ) -> Float[Array, "B S"]:
     """1 for each turn whose tokens are those of the reference's turn, else 0.
 
@@ -71,10 +75,6 @@ def reference_progress(
     """
     chex.assert_rank([tokens, length, turn, demonstration_tokens, demonstration_length], [2, 1, 2, 2, 1])
     chex.assert_equal_shape([tokens, turn])
-    if max_turns < 1:
-        raise ValueError(
-            f"max_turns is {max_turns}; it is the number of turns that are rewarded and must be at least 1"
-        )
     if 0 in (tokens.shape[1], demonstration_tokens.shape[1]):
         return jnp.zeros((tokens.shape[0], max_turns), jnp.float32)
     reference_turn = separated_turns(demonstration_tokens, demonstration_length, separator_id=separator_id)
@@ -91,6 +91,7 @@ def reference_progress(
     return (equal & (size == reference_size) & (size > 0)).astype(jnp.float32)
 
 
+@ranged
 def episode_reward(turn_rewards: Float[Array, "B S"], *, turn: int | None = None) -> Float[Array, "B"]:
     """The rewards of a conversation's turns added up, or that of one turn.
 
@@ -115,8 +116,9 @@ def episode_reward(turn_rewards: Float[Array, "B S"], *, turn: int | None = None
     return turn_rewards[:, turn].astype(jnp.float32)
 
 
+@ranged
 def normalized_turn_rewards(
-    turn_rewards: Float[Array, "B S"], correct: Float[Array, "B"], *, attainable: float
+    turn_rewards: Float[Array, "B S"], correct: Float[Array, "B"], *, attainable: Positive
 ) -> Float[Array, "B S"]:
     """Scores of turns brought to one scale: their share of an episode that is won, and of what could be had else.
 
@@ -138,8 +140,6 @@ def normalized_turn_rewards(
     """
     chex.assert_rank([turn_rewards, correct], [2, 1])
     chex.assert_equal_shape_prefix([turn_rewards, correct], 1)
-    if attainable <= 0:
-        raise ValueError(f"attainable is {attainable}; it is the total that an episode can score and must be above 0")
     scores = turn_rewards.astype(jnp.float32)
     scored = jnp.maximum((scores != 0).sum(axis=1, keepdims=True), 1)
     return scores / jnp.where((correct > 0)[:, None], scored, attainable)
@@ -194,6 +194,7 @@ def turn_end_rewards(
     return jnp.where(counted & (position == end), reward, 0.0)
 
 
+@ranged
 def self_correction_rewards(
     turn_rewards: Float[Array, "B S"],
     turn: Int[Array, "B T"],
@@ -203,9 +204,9 @@ def self_correction_rewards(
     step: Int[Array, ""] | None = None,
     *,
     stage: Stage = "second",
-    first_stage_steps: int = 0,
-    alpha: float = 10.0,
-    kl_coefficient: float | None = None,
+    first_stage_steps: Natural = 0,
+    alpha: NonNegative = 10.0,
+    kl_coefficient: NonNegative | None = None,
 ) -> Float[Array, "B S"]:
     """Rewards of two attempts that pay for the correction, with a KL penalty of each attempt's own tokens.
 
@@ -248,9 +249,9 @@ def self_correction_rewards(
             f"turn_rewards has {turn_rewards.shape[1]} turns; self-correction compares two attempts, so use an "
             "environment of two turns such as that of the task self_correction"
         )
-    if first_stage_steps < 0 or (first_stage_steps and step is None):
+    if first_stage_steps and step is None:
         raise ValueError(
-            f"first_stage_steps is {first_stage_steps}; it must be at least 0, and above 0 it needs the step's number"
+            f"first_stage_steps is {first_stage_steps}, which needs the step's number; pass step, or leave it out"
         )
     counted = mask > 0
     per_token = old_logprobs.astype(jnp.float32) - reference_logprobs.astype(jnp.float32)

@@ -6,14 +6,17 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.ranges import NonNegative, ranged
 
+
+@ranged
 def calibrated_correctness(
     correct: Float[Array, "B"],
     confidence: Float[Array, "B"],
     *,
-    format_weight: float = 0.0,
-    accuracy_weight: float = 1.0,
-    calibration_weight: float = 1.0,
+    format_weight: NonNegative = 0.0,
+    accuracy_weight: NonNegative = 1.0,
+    calibration_weight: NonNegative = 1.0,
     offset: float = 0.0,
 ) -> Float[Array, "B"]:
     """Correctness and the Brier score of the stated confidence.
@@ -45,10 +48,6 @@ def calibrated_correctness(
     """
     chex.assert_rank([correct, confidence], 1)
     chex.assert_equal_shape([correct, confidence])
-    weights = {"format": format_weight, "accuracy": accuracy_weight, "calibration": calibration_weight}
-    for name, value in weights.items():
-        if value < 0:
-            raise ValueError(f"{name}_weight is {value}; it must be at least 0")
     right, readable = correct.astype(jnp.float32), (confidence >= 0) & (confidence <= 1)
     error = jnp.square(jnp.where(readable, confidence.astype(jnp.float32), 0.0) - right)
     reward = format_weight + accuracy_weight * right + calibration_weight * (offset - error)

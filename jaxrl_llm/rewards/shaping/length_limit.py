@@ -6,14 +6,17 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.ranges import Count, NonNegative, ranged
 
+
+@ranged
 def soft_overlong(
     rewards: Float[Array, "B"],
     length: Int[Array, "B"],
     *,
-    max_completion_tokens: int,
-    buffer_tokens: int,
-    factor: float = 1.0,
+    max_completion_tokens: Count,
+    buffer_tokens: Count,
+    factor: NonNegative = 1.0,
 ) -> Float[Array, "B"]:
     """Rewards with a penalty that grows over the last tokens before the length limit.
 
@@ -44,8 +47,6 @@ def soft_overlong(
             f"buffer_tokens is {buffer_tokens}; it must be between 1 and max_completion_tokens, which is "
             f"{max_completion_tokens}"
         )
-    if factor < 0:
-        raise ValueError(f"factor is {factor}, which would reward long completions; it must be at least 0")
     excess = length.astype(jnp.float32) - (max_completion_tokens - buffer_tokens)
     return rewards.astype(jnp.float32) + jnp.minimum(-factor * excess / buffer_tokens, 0.0)
 

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.ranges import NonNegative, ranged
 
+
+@ranged
 def relative_length_rewards(
     rewards: Float[Array, "B"],
     correct: Float[Array, "B"],
@@ -15,8 +18,8 @@ def relative_length_rewards(
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
-    coefficient: float = 1.0,
-    short_gain: float = 1.0,
+    coefficient: NonNegative = 1.0,
+    short_gain: NonNegative = 1.0,
 ) -> Float[Array, "B"]:
     """Rewards plus a term that prefers the shorter of the right answers to a prompt.
 
@@ -48,9 +51,6 @@ def relative_length_rewards(
     """
     chex.assert_rank([rewards, correct, length, group, weight], 1)
     chex.assert_equal_shape([rewards, correct, length, group, weight])
-    for name, value in (("coefficient", coefficient), ("short_gain", short_gain)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}, which would reward long completions; it must be at least 0")
     tokens, rows, there = length.astype(jnp.float32), len(length), weight > 0
     shortest = jax.ops.segment_min(jnp.where(there, tokens, jnp.inf), group, rows)[group]
     longest = jax.ops.segment_max(jnp.where(there, tokens, -jnp.inf), group, rows)[group]

@@ -9,6 +9,8 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.ranges import Natural, ranged
+
 # Ids of `jaxrl_llm.data.CharacterTokenizer`, written out because this arithmetic depends on no other room;
 # a test holds the two together.
 EOS_ID = 2
@@ -25,13 +27,14 @@ def _among(tokens: Int[Array, "B T"], ids: tuple[int, ...]) -> Bool[Array, "B T"
     return jnp.isin(tokens, jnp.asarray(ids, tokens.dtype)) if ids else jnp.zeros(tokens.shape, bool)
 
 
+@ranged
 def answer_span(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
     *,
-    open_id: int = ANSWER_ID,
-    close_id: int = ANSWER_END_ID,
-    space_ids: tuple[int, ...] = SPACE_IDS,
+    open_id: Natural = ANSWER_ID,
+    close_id: Natural = ANSWER_END_ID,
+    space_ids: tuple[Natural, ...] = SPACE_IDS,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"], Bool[Array, "B"]]:
     """Where the answer stands: between the last opening tag and the next closing tag, white space stripped.
 
@@ -61,12 +64,13 @@ def answer_span(
     return jnp.where(size > 0, first, 0), size, found
 
 
+@ranged
 def answer_present(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
     *,
-    open_id: int = ANSWER_ID,
-    close_id: int = ANSWER_END_ID,
+    open_id: Natural = ANSWER_ID,
+    close_id: Natural = ANSWER_END_ID,
 ) -> Float[Array, "B"]:
     """1 where the completion holds a closed answer, right or wrong, else 0.
 
@@ -82,14 +86,15 @@ def answer_present(
     return answer_span(tokens, length, open_id=open_id, close_id=close_id)[2].astype(jnp.float32)
 
 
+@ranged
 def answer_ids(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
     group: Int[Array, "B"],
     *,
-    open_id: int = ANSWER_ID,
-    close_id: int = ANSWER_END_ID,
-    space_ids: tuple[int, ...] = SPACE_IDS,
+    open_id: Natural = ANSWER_ID,
+    close_id: Natural = ANSWER_END_ID,
+    space_ids: tuple[Natural, ...] = SPACE_IDS,
 ) -> Int[Array, "B"]:
     """The same number for the same answer of a prompt: for majorities and for the entropy of answers.
 
@@ -131,15 +136,16 @@ def answer_ids(
     return jnp.where(found, jnp.argmax(same, axis=1), NO_ANSWER).astype(jnp.int32)
 
 
+@ranged
 def paired_answer_ids(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
     group: Int[Array, "B"],
     paired_group: Int[Array, "B"],
     *,
-    open_id: int = ANSWER_ID,
-    close_id: int = ANSWER_END_ID,
-    space_ids: tuple[int, ...] = SPACE_IDS,
+    open_id: Natural = ANSWER_ID,
+    close_id: Natural = ANSWER_END_ID,
+    space_ids: tuple[Natural, ...] = SPACE_IDS,
 ) -> Int[Array, "B"]:
     """`answer_ids` that are the same in the two groups of a pair, for votes of one group about the other.
 
@@ -169,15 +175,16 @@ def _mixed(bits: Array) -> Array:
     return bits ^ (bits >> 16)
 
 
+@ranged
 def exact_answer(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
     answer_tokens: Int[Array, "B A"],
     answer_length: Int[Array, "B"],
     *,
-    open_id: int = ANSWER_ID,
-    close_id: int = ANSWER_END_ID,
-    space_ids: tuple[int, ...] = SPACE_IDS,
+    open_id: Natural = ANSWER_ID,
+    close_id: Natural = ANSWER_END_ID,
+    space_ids: tuple[Natural, ...] = SPACE_IDS,
 ) -> Float[Array, "B"]:
     """1 where the completion's answer equals the reference answer token by token, else 0.
 
@@ -207,17 +214,18 @@ def exact_answer(
     return (found & (size == answer_length) & equal).astype(jnp.float32)
 
 
+@ranged
 def answer_format(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
     *,
     require_think: bool = True,
-    think_open_id: int = THINK_ID,
-    think_close_id: int = THINK_END_ID,
-    open_id: int = ANSWER_ID,
-    close_id: int = ANSWER_END_ID,
-    eos_id: int = EOS_ID,
-    forbidden_ids: tuple[int, ...] = OTHER_CONTROL_IDS,
+    think_open_id: Natural = THINK_ID,
+    think_close_id: Natural = THINK_END_ID,
+    open_id: Natural = ANSWER_ID,
+    close_id: Natural = ANSWER_END_ID,
+    eos_id: Natural = EOS_ID,
+    forbidden_ids: tuple[Natural, ...] = OTHER_CONTROL_IDS,
 ) -> Float[Array, "B"]:
     """1 where the completion is one think pair, then one answer pair, then end of sequence, and nothing else.
 

@@ -1,15 +1,28 @@
 r"""Answers that are numbers, checked on the host by exact rational comparison.
 
-A number is read from text by a small grammar: sign, currency, thousands commas, decimals, fractions (a/b, \frac,
-mixed), powers of ten, percent, a unit in words. It is never evaluated as code. An answer that holds several numbers is
-no answer, so that listing candidates earns nothing.
+A number is read from text by a small grammar and never evaluated as code. An answer that holds several numbers is no
+answer, so that listing candidates earns nothing. What is read, and what is not:
+
+    signs        - and every dash or minus sign of Unicode in front of a number; behind one it makes no sign (3–5)
+    digits       of every script; 1,234 and 1,23,456 are grouped; 1.234,56 and 3,5 are no numbers
+    fractions    1/2, \frac{1}{2}, ½; mixed 1 1/2, 1\frac{1}{2}, 1½
+    powers       5e3, 5 \times 10^3
+    scales       hundred to quadrillion, dozen, lakh, crore: in the plural, in capitals, several (2 hundred thousand);
+                 20k or 20K, and 20M, 20B, 20T, 20mn, 20bn, 20tn where nothing stands between; another -illion is none
+    percent      %, percent, per cent, pct: a unit, or hundredths; ‰ is none
+    currencies   any sign or name before or behind, left out
+    units        words and symbols behind, left out (cm, km/h, m^2, °); one letter alone that is no unit is a variable
+                 (2x, 5i), and so no number
+    words        five, XII and 三 are no numbers
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from typing import Literal
 
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
@@ -20,21 +33,34 @@ Extraction = Literal["any", "marked", "boxed", "hashes", "last"]
 _MOST_DIGITS = 400
 _LARGEST_EXPONENT = 400
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _TEN_TO = r"\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*(?P<braced>[-+]?\d+)\s*\}|(?P<bare>[-+]?\d+))"
 _POWER = rf"(?:{_TEN_TO}|[eE](?P<e>[-+]?\d+))"
 _LATEX_FRACTION = r"\\[dt]?frac\s*(?:\{\s*(?P<over>-?\d+)\s*\}\s*\{\s*(?P<under>-?\d+)\s*\}|(?P<o>\d)(?P<u>\d))"
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "quadrillion": 10**15,
+    "dozen": 12,
+    "lakh": 10**5,
+    "crore": 10**7,
+}
+# Written right behind the digits; the case of the last three says that they are no units.
+_SUFFIXES = {"k": 10**3, "K": 10**3, "mn": 10**6, "bn": 10**9, "tn": 10**12, "M": 10**6, "B": 10**9, "T": 10**12}
 _NUMBER = re.compile(
     # A sign between two operands is none; a space may follow it only where nothing stands before it.
-    r"(?P<sign>(?<![\w)\]}%.\s])[-+]\s?|(?<=\s)[-+](?=\S))?(?:\\?[$€£¥]\s?(?P<inner>[-+])?)?"
+    r"(?P<sign>(?<![\w)\]}%.\s])[-+]\s?|(?<=\s)[-+](?=\S))?(?:\\?[$€£¥¢₩₹₽₺₫₱₦₪฿]\s?(?P<inner>[-+])?)?"
     # Not a digit of a word, of an exponent or of a version.
     rf"(?<![\w^.])(?<!\^\{{)(?:(?:(?P<whole>\d+)\s*)?{_LATEX_FRACTION}"
     rf"|(?P<mixed>\d+)\s+(?P<a>\d+)\s*/\s*(?P<b>\d+)(?![\d/])"
     rf"|(?P<digits>{_DIGITS})(?:\s*/\s*(?P<denominator>\d+(?:\.\d+)?)(?![\d/])|{_POWER})?)"
     # Not the basis of a power, nor a multiple of a root or of pi.
     r"(?![\d^]|\s*\^|\s*(?:\\pi|\\sqrt|π|√))"
-    rf"(?P<scale>\s+(?:{'|'.join(_SCALES)})\b)?(?P<percent>\s*\\?%|\s+percent\b)?"
+    rf"(?:(?P<suffix>{'|'.join(_SUFFIXES)})\b|(?P<scale>(?:(?:\s+|-)(?i:{'|'.join(_SCALES)})s?\b)+))?"
+    r"(?P<percent>\s*\\?%|\s+(?i:per\s?cent|pct)\b)?"
 )
 # What may be taken out of an answer without changing its number.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|[~\u00a0\u202f])(?=\d{3}(?!\d))")
@@ -43,7 +69,9 @@ _WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}
 _DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*\{?\s*\\circ\s*\}?|\\circ\b|°|\*\*|`")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)")
 # Beside the number these make it part of an expression, or say that it is only a bound.
-_OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞]|[-]\s*\Z")
+_OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞‰]|[-]\s*\Z")
+# Behind it: a scale that is not known, or a letter that is a variable and no unit.
+_UNKNOWN = re.compile(r"\s*(?i:[a-z]*illions?)\b|(?:\s?[xyz]|[a-zA-Z](?<![mgslhLVWJNdCF]))(?![A-Za-z0-9/^.°])")
 
 
 def number_match(
@@ -122,16 +150,41 @@ def parsed_number(text: str, *, percent: Literal["unit", "hundredth"] = "unit") 
     before, after = plain[: found[0].start()], plain[found[0].end() :]
     # A digit right behind a letter belongs to a unit such as m2.
     beside = re.sub(r"(?<=[A-Za-z])\d\b", "", before + "|" + after)
-    if _OPERATORS.search(before) or _OPERATORS.search(after) or any(character.isdigit() for character in beside):
+    if (
+        _UNKNOWN.match(after)
+        or _OPERATORS.search(before)
+        or _OPERATORS.search(after)
+        or any(character.isdigit() for character in beside)
+    ):
         return None
     return _value(found[0], percent)
 
 
 def _plain(text: str) -> str:
     """The text with typography taken out that does not change its number."""
-    text = _THOUSANDS.sub("", text.replace("\u2212", "-").replace("\\$", "$"))
+    text = _THOUSANDS.sub("", _in_ascii(text).replace("\\$", "$"))
     text = _DECORATION.sub("", _WORDS.sub(r" \1", _SPACES.sub(" ", text)))
     return _UNIT_POWER.sub("", text).strip().strip("$").strip()
+
+
+def _in_ascii(text: str) -> str:
+    """The text with dashes, digits, separators and fractions of Unicode as ASCII has them."""
+    return text if text.isascii() else "".join(map(_ascii, text))
+
+
+@cache
+def _ascii(character: str) -> str:
+    if character.isascii():
+        return character
+    if character == "\u2212" or unicodedata.category(character) == "Pd":
+        return "-"
+    kind, _, parts = unicodedata.decomposition(character).partition(" ")
+    if kind == "<wide>":
+        return _ascii(chr(int(parts, 16)))
+    if kind == "<fraction>":
+        return " " + "".join(chr(int(part, 16)) for part in parts.split()).replace("\u2044", "/")
+    digit = unicodedata.decimal(character, None)
+    return {"٫": ".", "٬": ",", "\u2044": "/"}.get(character, character) if digit is None else str(digit)
 
 
 def _value(match: re.Match[str], percent: str) -> Fraction | None:
@@ -151,7 +204,9 @@ def _value(match: re.Match[str], percent: str) -> Fraction | None:
             value = Fraction(part["digits"].replace(",", "")) / Fraction(part["denominator"] or 1)
     except ZeroDivisionError:
         return None
-    value *= Fraction(10) ** (exponent + _SCALES.get((part["scale"] or "").strip(), 0))
+    value *= Fraction(10) ** exponent * _SUFFIXES.get(part["suffix"] or "", 1)
+    for word in re.split(r"\s+|-", (part["scale"] or "").lower()):
+        value *= _SCALES.get(word.removesuffix("s"), 1)
     negative = "-" in ((part["sign"] or "") + (part["inner"] or ""))
     value = -value if negative else value
     return value / 100 if part["percent"] and percent == "hundredth" else value

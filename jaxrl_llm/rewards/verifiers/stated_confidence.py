@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from jaxrl_llm.ranges import Positive, ranged
+
 _NUMBER = re.compile(r"(\d*\.?\d+)\s*(%?)")
 
 
+@ranged
 def stated_confidence(
-    completions: Sequence[str], *, opening: str = "<confidence>", closing: str = "</confidence>", scale: float = 1.0
+    completions: Sequence[str], *, opening: str = "<confidence>", closing: str = "</confidence>", scale: Positive = 1.0
 ) -> list[float | None]:
     """The probability that a completion gives its own answer, where it states one.
 
@@ -33,8 +36,6 @@ def stated_confidence(
     Reference: RLCR (2507.16806).
     Certainty: verified
     """
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}; it is the number that stands for certainty and must be above 0")
     return [_confidence(text, opening, closing, scale) for text in completions]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
+from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rollout.plans.plan import Plan, Request, finished, first_requests, numbers_before, require_inside
 from jaxrl_llm.selection import balanced_samples, finished_prompts
 
@@ -37,12 +38,13 @@ def _chosen(places: Array, x: Array) -> Array:
     return jnp.take_along_axis(x, index, axis=1).reshape(-1, *x.shape[2:])
 
 
+@ranged
 def adaptive(
     inner: Plan,
     *,
-    samples_per_prompt: int,
-    max_rounds: int = 4,
-    samples_per_round: int = 8,
+    samples_per_prompt: Count,
+    max_rounds: Count = 4,
+    samples_per_round: Count = 8,
     threshold: float = 0.7,
     both_kinds: bool = True,
 ) -> Plan:
@@ -66,10 +68,6 @@ def adaptive(
     """
     require_inside("adaptive", inner, "one_round", "equal_groups", "one_group_a_prompt", "any_number")
     kept, each, most = samples_per_prompt, samples_per_round, max_rounds * samples_per_round
-    if max_rounds < 1 or samples_per_round < 1:
-        raise ValueError(
-            f"max_rounds is {max_rounds} and samples_per_round is {samples_per_round}; both must be at least 1"
-        )
     if most < kept:
         raise ValueError(
             f"rollout.samples_per_prompt is {kept}, but adaptive draws at most {max_rounds} x {samples_per_round} "

@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.experience import Experience, Prompts
+from jaxrl_llm.ranges import Count, OpenShare, ranged
 from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
 from jaxrl_llm.selection import knapsack_rollouts
 
@@ -27,15 +28,16 @@ class Success:
     seen: Bool[Array, "I"]
 
 
+@ranged
 def budget(
     inner: Plan,
     *,
-    samples_per_prompt: int,
-    prompt_ids: int,
-    least: int = 2,
-    most: int = 128,
+    samples_per_prompt: Count,
+    prompt_ids: Count,
+    least: Count = 2,
+    most: Count = 128,
     rule: Literal["probability", "expectation"] = "probability",
-    alpha: float = 0.9,
+    alpha: OpenShare = 0.9,
 ) -> Plan:
     """One round in which prompts get samples by what these are worth, from each one's success at its last visit.
 
@@ -51,8 +53,6 @@ def budget(
     Reference: Knapsack RL (2509.25849).
     """
     require_inside("budget", inner, "one_round", "one_group_a_prompt", "any_number")
-    if prompt_ids < 1:
-        raise ValueError(f"prompt_ids is {prompt_ids}; it must be at least 1")
     if not least <= samples_per_prompt <= most:
         raise ValueError(
             f"rollout.samples_per_prompt is {samples_per_prompt}, but budget has least {least} and most {most}; it is "

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.ranges import Count, Natural, ranged
 from jaxrl_llm.rollout.generate import Prefixes
 from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
 
 
-def demonstration_in_group(inner: Plan, *, max_completion_tokens: int, pad_id: int) -> Plan:
+@ranged
+def demonstration_in_group(inner: Plan, *, max_completion_tokens: Count, pad_id: Natural) -> Plan:
     """The last sample of each group is the prompt's reference completion, which is trained on like the others.
 
     It is a completion that consists of its prefix. The distribution that wrote it is unknown, so its log-probabilities

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
+from jaxrl_llm.ranges import Positive, ranged
 from jaxrl_llm.rollout.plans.plan import Plan, Request, concatenated, require_inside
 
 
-def greedy_baseline(inner: Plan, *, temperature: float) -> Plan:
+@ranged
+def greedy_baseline(inner: Plan, *, temperature: Positive) -> Plan:
     """One more, greedy completion of each prompt; the samples know its reward as `baseline_rewards`.
 
     Args:

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.experience import Experience, Method, Prompts
+from jaxrl_llm.ranges import Count, PositiveShare, ranged
 from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
 from jaxrl_llm.signatures import call, signature
 
 
-def mixed_temperature(inner: Plan, *, samples_per_prompt: int, prompt_share: float, temperature: Any) -> Plan:
+@ranged
+def mixed_temperature(inner: Plan, *, samples_per_prompt: Count, prompt_share: PositiveShare, temperature: Any) -> Plan:
     """The first prompts of a step get a further group at another temperature; `extra` is True on its rows.
 
     Args:
@@ -25,8 +27,6 @@ def mixed_temperature(inner: Plan, *, samples_per_prompt: int, prompt_share: flo
       ValueError: for a share or a temperature out of range.
     """
     require_inside("mixed_temperature", inner, "one_round", "equal_groups", "one_group_a_prompt", "drawn_by_policy")
-    if not 0 < prompt_share <= 1:
-        raise ValueError(f"prompt_share is {prompt_share}; it is a share of the prompts, in (0, 1]")
     fixed: Any = None if isinstance(temperature, Method) else temperature
     method: Any = temperature if fixed is None else None
     if fixed is not None and not fixed > 0:

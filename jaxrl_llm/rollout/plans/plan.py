@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm.experience import Experience, Prompts
+from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rollout.capabilities import ROWS, require
 from jaxrl_llm.rollout.generate import Prefixes
 
@@ -100,7 +101,8 @@ class Plan(NamedTuple):
     extra_groups: Callable[[int], int] = lambda prompts: 0
 
 
-def plain(*, samples_per_prompt: int) -> Plan:
+@ranged
+def plain(*, samples_per_prompt: Count) -> Plan:
     """One round: `samples_per_prompt` completions of each prompt."""
 
     def requests(memory: Any, carry: Any, prompts: Prompts) -> tuple[Request, ...]:

@@ -8,17 +8,19 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxrl_llm.experience import Prompts, Source
+from jaxrl_llm.ranges import Count, Natural, ranged
 from jaxrl_llm.rollout.generate import Prefixes
 from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
 
 
+@ranged
 def prefixes(
     inner: Plan,
     *,
     texts: tuple[str, ...],
     encode: Callable[[str], Sequence[int]],
-    max_completion_tokens: int,
-    pad_id: int,
+    max_completion_tokens: Count,
+    pad_id: Natural,
 ) -> Plan:
     """Each equal block of a prompt's samples starts with one of the texts; they are hints, not trained on.
 

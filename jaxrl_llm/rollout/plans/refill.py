@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
+from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rollout.plans.plan import Plan, Request, empty_like, finished, first_requests, require_inside
 
 
+@ranged
 def refill(
-    inner: Plan, *, samples_per_prompt: int, max_rounds: int = 10, metric: Literal["correct", "rewards"] = "correct"
+    inner: Plan, *, samples_per_prompt: Count, max_rounds: Count = 10, metric: Literal["correct", "rewards"] = "correct"
 ) -> Plan:
     """Rounds of new prompts until there are as many informative groups as a step learns from.
 
@@ -33,8 +35,6 @@ def refill(
     Reference: DAPO (2503.14476).
     """
     require_inside("refill", inner, "one_round", "equal_groups", "one_group_a_prompt")
-    if max_rounds < 1:
-        raise ValueError(f"max_rounds is {max_rounds}; it must be at least 1")
     samples = samples_per_prompt
 
     class Kept(NamedTuple):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.fields import provided_by
+from jaxrl_llm.ranges import Count, Natural, ShareBelowOne, ranged
 from jaxrl_llm.rollout.generate import Prefixes
 from jaxrl_llm.rollout.plans.plan import (
     Plan,
@@ -24,14 +25,15 @@ from jaxrl_llm.rollout.plans.plan import (
 from jaxrl_llm.signatures import call, names
 
 
+@ranged
 def resume(
     inner: Plan,
     *,
     choose: Callable[..., Int[Array, "B"]],
-    samples_per_prompt: int,
-    max_completion_tokens: int,
-    pad_id: int,
-    branches: int,
+    samples_per_prompt: Count,
+    max_completion_tokens: Count,
+    pad_id: Natural,
+    branches: Count,
     encode: Callable[[str], Sequence[int]] | None,
     hint: str = "",
     trained_prefix: bool = False,
@@ -171,6 +173,7 @@ def _share(rows: Experience) -> Float[Array, ""]:
     return (kept * branch).sum() / jnp.maximum(branch.sum(), 1.0)
 
 
+@ranged
 def highest_entropy(
     behaviour_entropy: Float[Array, "B T"],
     mask: Float[Array, "B T"],
@@ -179,8 +182,8 @@ def highest_entropy(
     sample: Int[Array, "B"],
     key: Array,
     *,
-    candidates: int = 20,
-    excluded_ids: tuple[int, ...] | None = None,
+    candidates: Count = 20,
+    excluded_ids: tuple[Natural, ...] | None = None,
 ) -> Int[Array, "B"]:
     """A position drawn evenly from those of highest entropy of each row: what comes before it is kept.
 
@@ -205,8 +208,6 @@ def highest_entropy(
     Reference: CURE (2508.11016).
     Certainty: verified
     """
-    if candidates < 1:
-        raise ValueError(f"candidates is {candidates}; at least one position must be a candidate")
     allowed = (mask > 0) & (jnp.arange(tokens.shape[1]) > 0)
     if excluded_ids:
         allowed &= ~jnp.isin(tokens, jnp.asarray(excluded_ids, tokens.dtype))
@@ -214,8 +215,9 @@ def highest_entropy(
     return one_of_highest(behaviour_entropy, allowed, drawn(prompt_id, sample), candidates=candidates)
 
 
+@ranged
 def one_of_highest(
-    scores: Float[Array, "B T"], allowed: Bool[Array, "B T"], uniform: Float[Array, "B"], *, candidates: int
+    scores: Float[Array, "B T"], allowed: Bool[Array, "B T"], uniform: Float[Array, "B"], *, candidates: Count
 ) -> Int[Array, "B"]:
     """The place of one of the highest scores of each row: number floor(u k) of the k best; 0 where none is allowed.
 
@@ -230,14 +232,13 @@ def one_of_highest(
     return jnp.where(count > 0, found, 0).astype(jnp.int32)
 
 
-def last_share(length: Int[Array, "B"], *, kept: float = 0.5) -> Int[Array, "B"]:
+@ranged
+def last_share(length: Int[Array, "B"], *, kept: ShareBelowOne = 0.5) -> Int[Array, "B"]:
     """The same share of each completion is kept.
 
     Raises:
       ValueError: for a share outside of [0, 1).
     """
-    if not 0 <= kept < 1:
-        raise ValueError(f"kept is {kept}; it is a share of the completion and must lie in [0, 1)")
     return jnp.floor(length * kept).astype(jnp.int32)
 
 

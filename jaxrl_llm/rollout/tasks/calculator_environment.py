@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxrl_llm.data.tasks.calculator import ERROR, LARGEST_RESULT, MOST_DIGITS, SPARE_CALLS
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
+from jaxrl_llm.ranges import Count, NonNegative, Share, ranged
 from jaxrl_llm.rewards import exact_answer
 from jaxrl_llm.rollout.environments import Environment, Start, Step
 
@@ -47,12 +48,13 @@ class ToolState(NamedTuple):
     right: Bool[Array, ""]
 
 
+@ranged
 def calculator_tool(
     *,
-    most_operations: int = 3,
-    fault_probability: float = 0.0,
-    error_penalty: float = 0.0,
-    max_turn_tokens: int = 32,
+    most_operations: Count = 3,
+    fault_probability: Share = 0.0,
+    error_penalty: NonNegative = 0.0,
+    max_turn_tokens: Count = 32,
 ) -> Environment:
     """A tool for one operation on two integers, then an answer.
 
@@ -72,11 +74,6 @@ def calculator_tool(
       The environment; the reward of the answer is 1 where it is right. Its metrics are calls and errors an episode, and
       the share of right answers.
     """
-    if not 0 <= fault_probability <= 1 or error_penalty < 0 or most_operations < 1:
-        raise ValueError(
-            f"fault_probability is {fault_probability}, error_penalty {error_penalty} and most_operations "
-            f"{most_operations}; they must lie in [0, 1], be at least 0 and be at least 1"
-        )
     threshold = round(fault_probability * 2**24)
 
     def reset(start: Start, key: Array) -> ToolState:

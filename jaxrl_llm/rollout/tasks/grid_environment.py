@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
+from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rewards import answer_span
 from jaxrl_llm.rollout.environments import Environment, Start, Step
 
@@ -40,7 +41,8 @@ class GridState(NamedTuple):
     reached: Bool[Array, ""]
 
 
-def grid_navigation(*, size: int = 5, potential: bool = False, max_turn_tokens: int = 8) -> Environment:
+@ranged
+def grid_navigation(*, size: int = 5, potential: bool = False, max_turn_tokens: Count = 8) -> Environment:
     """Reach the goal in a grid, one of U D L R between answer tags a turn, within 4 N turns.
 
         r = [goal] + (d(before) - d(after)) / d(start)    (the second term with `potential` alone)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.data.tasks.self_correction import REVISE
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
+from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rewards import exact_answer
 from jaxrl_llm.rollout.environments import Environment, Start, Step
 
@@ -31,7 +32,8 @@ class Attempts(NamedTuple):
     right: Float[Array, "2"]
 
 
-def two_attempts(*, max_turn_tokens: int = 64) -> Environment:
+@ranged
+def two_attempts(*, max_turn_tokens: Count = 64) -> Environment:
     """A first attempt, `<r>` and newline, a second attempt. The rewards of the two turns are the verdicts on them.
 
     Whatever ends the first turn (`<n>`, end of sequence, the limit), the second follows.

@@ -1,17 +1,26 @@
 """Token budgets."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages import budget_advantages, budget_rewards, group_normalized, sample_budgets
-from jaxrl_llm.advantages.group_relative.budgets import budget_target
+from jaxrl_llm import advantages
+from jaxrl_llm.advantages import group_normalized, sample_budgets
+from jaxrl_llm.advantages.group_relative import budgets
 
 CORRECT = jnp.array([1.0, 1, 0, 1])
 LENGTH = jnp.array([400, 700, 900, 2000])
 BUDGET = jnp.array([512, 512, 1024, 1024])
 GROUP, WEIGHT = jnp.zeros(4, jnp.int32), jnp.ones(4)
 DIGITS = {"rtol": 5.5e-6, "atol": 1e-6}
+
+# The paper's limit.
+budget_rewards, budget_advantages, budget_target = (
+    partial(function, max_completion_tokens=4096)
+    for function in (advantages.budget_rewards, advantages.budget_advantages, budgets.budget_target)
+)
 
 
 def test_worked_example():

@@ -475,10 +475,10 @@ def test_a_configured_loss_names_the_data_it_needs():
         ({"generator": "jensen_shannon", "mixture": 0.0}, "between 0 and 1"),
         ({"generator": "jensen_shannon", "mixture": 1.0}, "between 0 and 1"),
         ({"generator": "reverse_kl", "mixture": 0.3}, "no midpoint"),
-        ({"samples": "top_k", "k": 0}, "at least one symbol"),
+        ({"samples": "top_k", "k": 0}, "k is 0; it must be at least 1"),
         ({"samples": "vocabulary", "k": 8}, "keeps no k symbols"),
         ({"value_limit": 10.0}, "pathwise"),
-        ({"samples": "reference", "value_limit": 0.0}, "positive"),
+        ({"samples": "reference", "value_limit": 0.0}, "value_limit is 0.0; it must be above 0"),
         ({"aggregation": "mean"}, "token_mean"),
     ],
 )

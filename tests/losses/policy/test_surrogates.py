@@ -105,6 +105,16 @@ def test_cispo_keeps_the_gradient_of_every_token_where_ppo_drops_some():
     assert (np.asarray(clipped)[np.asarray(MASK) > 0] == 0).sum() == 3
 
 
+def test_a_weight_that_follows_no_ratio_is_not_clipped():
+    # TOPR: good samples have no ratio, bad ones one between 0 and 1.
+    old = jnp.log(jnp.asarray([[0.5, 0.5, 0.5, 0.5]]))
+    now = jnp.log(jnp.asarray([[0.6, 0.4, 0.6, 0.4]]))
+    advantages, mask = jnp.asarray([[1.0, 1.0, -1.0, -1.0]]), jnp.ones((1, 4))
+    topr = cispo(now, old, advantages, mask, clip_low=0, clip_high=0, negative_clip_low=1.0, negative_clip_high=0.0)
+    clipped, count = topr.metrics["clip_share"]
+    assert (float(clipped), float(count)) == (1.0, 4.0)  # the third rose above 1
+
+
 def test_dispo_with_equal_bounds_is_cispo():
     plain = value_and_grad(ratio_method(cispo, clip_low=0.2, clip_high=0.28))
     four = value_and_grad(
@@ -178,7 +188,7 @@ def test_a_log_ratio_of_800_has_a_finite_loss_and_no_gradient():
     "call, message",
     [
         (lambda: clipped_surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, clip_low=-0.1), "clip_low is -0.1"),
-        (lambda: clipped_surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, dual_clip=1.0), "dual_clip is 1.0.*greater than 1"),
+        (lambda: clipped_surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, dual_clip=1.0), "dual_clip is 1.0; .* above 1"),
         (lambda: clipped_surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, ratio_cap=1.1), "ratio_cap is 1.1"),
         (lambda: cispo(LOGPROBS, OLD, ADVANTAGES, MASK, negative_clip_high=-1.0), "clip_high is -1.0"),
         (lambda: sapo(LOGPROBS, OLD, ADVANTAGES, MASK, negative_temperature=0.0), "negative_temperature is 0.0"),

@@ -95,7 +95,7 @@ def test_scores_become_rewards_in_units_of_their_deviation():
     scores = jnp.array([1.0, 3.0, -9.0])
     np.testing.assert_array_equal(learned_reward(scores), scores)
     np.testing.assert_array_equal(learned_reward(scores, shift=1.0, scale=2.0, limit=3.0), [0, 1, -3])
-    with pytest.raises(ValueError, match=r"scale is 0\.0; it must be positive"):
+    with pytest.raises(ValueError, match=r"scale is 0\.0; it must be above 0"):
         learned_reward(scores, scale=0.0)
-    with pytest.raises(ValueError, match=r"limit is -1\.0; it must be positive"):
+    with pytest.raises(ValueError, match=r"limit is -1\.0; it must be above 0"):
         learned_reward(scores, limit=-1.0)

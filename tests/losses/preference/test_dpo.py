@@ -132,8 +132,8 @@ def test_large_margins_have_finite_gradients(link, sign):
     ("hyper", "message"),
     [
         ({"link": "square_root"}, "link is 'square_root'.*logistic, robust, hinge, square"),
-        ({"beta": 0.0}, "beta is 0.0.*positive"),
-        ({"label_smoothing": 0.5}, "label_smoothing is 0.5.*below 0.5"),
+        ({"beta": 0.0}, "beta is 0.0.*above 0"),
+        ({"label_smoothing": 0.5}, r"label_smoothing is 0.5; it must lie in \[0, 0\.5\)"),
         ({"label_smoothing": 0.1, "link": "hinge"}, "label_smoothing is 0.1.*'hinge'"),
     ],
 )

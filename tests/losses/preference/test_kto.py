@@ -108,7 +108,7 @@ def test_completions_move_on_by_one_row():
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
-        ({"beta": -0.1}, "beta is -0.1.*positive"),
+        ({"beta": -0.1}, "beta is -0.1.*above 0"),
         ({"desirable_weight": -1.0}, "desirable_weight is -1.0.*at least 0"),
         ({"undesirable_weight": -2.0}, "undesirable_weight is -2.0"),
     ],

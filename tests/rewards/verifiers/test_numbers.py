@@ -22,12 +22,18 @@ SAME = {
     Fraction(-5, 2): "-2.5; -5/2; -\\frac{5}{2}; -\\dfrac52; -2\\frac{1}{2}; -2 1/2; \u22122.5; -$2.50; $-2.50; "
     r"\frac{-5}{2}; - 2.5; x = -2.5; \tfrac{5}{-2}",
     Fraction(1234567): "1,234,567; 1234567; 1{,}234{,}567; 1\\,234\\,567; 1\u00a0234\u00a0567; 1,234,567.0",
-    Fraction(3_000_000): "3 million; 3e6; 3 \\cdot 10^6; 3,000 thousand; 3\u00d710^6",
-    Fraction(1, 2): r"0.5; .5; 1/2; \frac12; 5e-1; 0.50",
+    Fraction(3_000_000): "3 million; 3e6; 3 \\cdot 10^6; 3,000 thousand; 3\u00d710^6; 3 Millions; "
+    "3-million; 3 MILLION; 3M; $3M; 3mn; 30 lakh; 3 thousand thousands; 3 million dollars; 30,00,000; ३०,००,०००",
+    Fraction(-7): "–7; —7; ‒7; ‐7; －7; ﹣7; −７; is –7; –$7",
+    Fraction(20_000): "20k; 20K; $20k; 20 thousand dollars; 2 hundred hundreds",
+    Fraction(24): "2 dozen; 2 Dozens; 24 hours; 24h; 24 per day; US$24; 24 USD; ₹24; 24 mi/h; 24 a day; 24 K; 24 a.m.",
+    Fraction(1, 2): r"0.5; .5; 1/2; \frac12; 5e-1; 0.50; ½; ٠٫٥",
+    Fraction(3, 2): "1½; 1 1/2; 1 ½",
 }
 NONE = (
     r"; abc; 1 2; 3 or 4; (1, 2); 1,2,3; 10:30; 5.5.5; 1/0; \frac{1}{0}; 2^{10}; 2^10; 3\pi; \sqrt{2}; 2\sqrt{3}; "
-    r"\frac{x}{2}; 3x + 4; > 5; about - 5; 1/2/3; \approx 5; 5 - 3; 1,23; 1e9999; 7^; x2; \boxed{5; NaN; inf; five; ½; "
+    r"\frac{x}{2}; 3x + 4; > 5; about - 5; 1/2/3; \approx 5; 5 - 3; 1,23; 1e9999; 7^; x2; \boxed{5; NaN; inf; five; "
+    "3–5; 2 zillion; 2 Gazillions; 2x; 2 x; 5i; 3n; 5‰; XII; 三; 5²; 1.234,56; 3,5; "
     "\u221e; 5\u03c0; " + "9" * 500
 )
 

@@ -1,0 +1,228 @@
+"""One block of the transformer: RMSNorm, rotary positions, grouped-query attention, gated MLP or experts.
+
+What families differ in is in `TransformerConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend
+from jaxrl_llm.models.cache import KeysAndValues, of_layer, remembered
+from jaxrl_llm.models.experts import expert_mlp, route
+from jaxrl_llm.models.latent import NORM_EPSILON, latent_mixed, latent_queries_and_keys, latent_values
+from jaxrl_llm.models.paged import PagedBlock, paged_attention, written
+from jaxrl_llm.models.projection import project
+from jaxrl_llm.models.rematerialisation import ATTENDED, rematerialised
+from jaxrl_llm.models.rotary import rotate
+from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.parallel.rules import constrain
+
+# Inside the sigmoid of clamped_swiglu, which makes it nearly a gelu.
+_SWIGLU_GAIN = 1.702
+
+
+class Shared(NamedTuple):
+    """What all blocks of one forward pass read.
+
+    Attributes:
+      config: sizes and switches.
+      angles: rotary angles; with `local_angles` for windowed layers.
+      growth: factor on the queries, [B, T]; None is 1.
+      positions: of the tokens of this call, [B, T].
+      seen: of the keys, [B, S].
+      used: tokens written into the cache before this call.
+      kind: the attention path.
+    """
+
+    config: TransformerConfig
+    angles: tuple[Array, Array]
+    local_angles: tuple[Array, Array]
+    growth: Float[Array, "B T"] | None
+    positions: Int[Array, "B T"]
+    seen: Int[Array, "B S"]
+    used: Int[Array, ""]
+    kind: AttentionKind
+
+
+class Layer(NamedTuple):
+    """What tells the blocks of a model apart; entries are arrays where blocks of both kinds are scanned over.
+
+    Attributes:
+      windowed: attends to the window alone.
+      rotated: queries and keys are rotated.
+    """
+
+    windowed: bool | Array
+    rotated: bool | Array
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], gain: Float[Array, "D"], epsilon: float, offset: float = 0.0
+) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x^2) + epsilon) * (gain + offset), in float32, returned in the dtype of x."""
+    wide, gain = x.astype(jnp.float32), gain.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (normed * (gain + offset if offset else gain)).astype(x.dtype)
+
+
+def _head_norm(x: Float[Array, "B T K G H"], gain: Array, norm) -> Float[Array, "B T K G H"]:
+    """`norm` over each head, or over all heads where there is a gain for each."""
+    if gain.ndim == 1:
+        return norm(x, gain)
+    return norm(x.reshape(*x.shape[:2], -1), gain.reshape(-1)).reshape(x.shape)
+
+
+def _rotated(shared: Shared, layer: Layer, x: Float[Array, "B T K G H"]) -> Float[Array, "B T K G H"]:
+    """Queries or keys, turned by the angles of this layer."""
+    if layer.rotated is False:
+        return x
+    angles = shared.angles
+    if shared.config.local_rope_base is not None:
+        if isinstance(layer.windowed, bool):
+            angles = shared.local_angles if layer.windowed else angles
+        else:
+            angles = jax.tree.map(partial(jnp.where, layer.windowed), shared.local_angles, angles)
+    turned = rotate(x, angles, interleaved=shared.config.rope_interleaved)
+    return turned if layer.rotated is True else jnp.where(layer.rotated, turned, x)
+
+
+def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, KeysAndValues]:
+    """Queries, and keys and values as a cache holds them."""
+    config, dtype = shared.config, x.dtype
+    x = norm(x, params["attention_norm"]) if config.pre_norms else x
+    rotated = partial(_rotated, shared, layer)
+    if config.latent is not None:
+        of_latents = partial(rms_norm, epsilon=NORM_EPSILON)
+        queries, keys = latent_queries_and_keys(params, x, config.latent, of_latents, rotated)
+        values = keys[..., :0]
+    else:
+        projected = project(x, params["qkv"])
+        if config.qkv_bias:
+            projected = projected + params["qkv_bias"].astype(dtype)
+        queries, keys, values = projected[..., :-2, :], projected[..., -2:-1, :], projected[..., -1, :]
+        if config.qk_norm:
+            queries, keys = (
+                _head_norm(queries, params["query_norm"], norm),
+                _head_norm(keys, params["key_norm"], norm),
+            )
+        queries, keys = rotated(queries), rotated(keys)[..., 0, :]
+    if shared.growth is not None:
+        queries = queries * shared.growth[..., None, None, None].astype(dtype)
+    # Each device holds the queries of its own positions; the keys and values of all are gathered (context parallelism).
+    new = KeysAndValues(
+        constrain(keys.transpose(0, 2, 3, 1), "rows", "kv_heads", None, None),
+        constrain(values.swapaxes(1, 2), "rows", "kv_heads", None),
+    )
+    return constrain(queries, "rows", "positions", "kv_heads"), new
+
+
+def _attention(params, shared: Shared, x, layer: Layer, cached):
+    """What attention adds to the residual stream, and the filled cache of this block."""
+    config, dtype, latent = shared.config, x.dtype, shared.config.latent
+    norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    queries, new = _projected(params, shared, x, layer, norm)
+    scores = {
+        "scale": config.score_scale,
+        "window": config.window,
+        "windowed": layer.windowed,
+        "cap": config.attention_cap,
+    }
+    filled, context = None, ()
+    if isinstance(cached, PagedBlock):
+        filled = written(cached, shared.positions, new)
+        attended = paged_attention(queries, cached._replace(pages=filled), shared.positions, **scores)
+    else:
+        if cached is not None:
+            stored, index, context = cached
+            filled = remembered(stored, index, new, shared.used, shared.seen.shape[1])
+            # A pass that fills its whole cache has just computed what the cache holds.
+            new = new if shared.kind != "plain" else of_layer(filled, index)
+        new = new if latent is None else latent_values(new, latent.rank)
+        own = KeyValues(new.keys, new.values, shared.seen)
+        sinks = params["sinks"] if config.attention_sinks else None
+        attended = attend(queries, own, shared.positions, context, **scores, sinks=sinks, kind=shared.kind)
+    attended = attended if latent is None else latent_mixed(params, attended, latent)
+    added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
+    if config.attention_out_bias:
+        added = added + params["attention_out_bias"].astype(dtype)
+    return norm(added, params["attention_post_norm"]) if config.post_norms else added, filled
+
+
+def gated_activation(config: TransformerConfig) -> Callable[[Array, Array], Array]:
+    """(gate, up) -> what goes into the projection down."""
+    if config.activation == "clamped_swiglu":
+        limit = config.activation_limit
+
+        def clamped(gate, up):
+            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+            return gate * jax.nn.sigmoid(_SWIGLU_GAIN * gate) * (up + 1)
+
+        return clamped
+    silu = config.activation == "silu"
+    activation = jax.nn.silu if silu else partial(jax.nn.gelu, approximate=config.activation == "gelu_tanh")
+    return lambda gate, up: activation(gate) * up
+
+
+def _dense_mlp(params, prefix: str, x, gated):
+    """down(gated(gate(x), up(x))) with the matrices of this prefix, and biases where there are any."""
+    gate_up = project(x, params[f"{prefix}gate_up"])
+    if f"{prefix}gate_up_bias" in params:
+        gate_up = gate_up + params[f"{prefix}gate_up_bias"].astype(x.dtype)
+    added = project(gated(gate_up[..., 0, :], gate_up[..., 1, :]), params[f"{prefix}down"])
+    bias = params.get(f"{prefix}down_bias")
+    return added if bias is None else added + bias.astype(x.dtype)
+
+
+def _mlp(params, config: TransformerConfig, x, choices):
+    """What the MLP or the mixture of experts adds to the residual stream, and what the router did."""
+    norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
+    gated, observed = gated_activation(config), {}
+    normed = norm(x, params["mlp_norm"]) if config.pre_norms else x
+    if "router" not in params:
+        added = _dense_mlp(params, "", normed, gated)
+    else:
+        experts, dtype = config.experts, x.dtype
+        assert experts is not None
+        biases = {"bias": params.get("router_bias"), "selection_bias": params.get("selection_bias")}
+        router = params["router"] if experts.scores == "sigmoid" else params["router"].astype(dtype)
+        routing = route(normed, router, experts, choices, **biases)
+        names = ["gate_up", "down"] + ["gate_up_bias", "down_bias"] * config.mlp_bias
+        matrices = {name: params[name].astype(dtype) for name in names}
+        added = expert_mlp(normed, routing, gated=gated, ragged=experts.ragged, **matrices)
+        if experts.shared_width is not None:
+            shared = _dense_mlp(params, "shared_", normed, gated)
+            gate = jax.nn.sigmoid(project(normed, params["shared_gate"])) if experts.shared_gate else None
+            added = added + (shared if gate is None else gate * shared)
+        observed = {"router_choices": routing.choices, "router_probabilities": routing.probabilities}
+    return norm(added, params["mlp_post_norm"]) if config.post_norms else added, observed
+
+
+def _block(params, shared: Shared, x, layer: Layer, choices, cached):
+    """One block: (residual stream, filled cache, what can be observed).
+
+    `cached` is None, or what is being written (see `remembered`), `layer`, and the context of this block; or its pages.
+    """
+    scale = shared.config.residual_scale
+    scaled = lambda added: added if scale == 1.0 else added * jnp.asarray(scale, added.dtype)  # noqa: E731
+    added, filled = _attention(params, shared, x, layer, cached)
+    x = constrain(x + scaled(added), "rows", "positions", None)
+    added, observed = _mlp(params, shared.config, x, choices)
+    x = constrain(x + scaled(added), "rows", "positions", None)
+    return x, filled, observed | {"hidden_states": x}
+
+
+def run_block(shared: Shared, layer: Layer, cached):
+    """`_block` as a function of what is differentiated; without a cache it keeps what the config says."""
+
+    def run(params, x, choices):
+        return _block(params, shared, x, layer, choices, cached)
+
+    return run if cached is not None else rematerialised(run, shared.config.remat)

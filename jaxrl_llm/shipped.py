@@ -1,0 +1,83 @@
+"""What lies beside the code: shipped recipes by name; and lists of what there is, kept so that they need no jax."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm import __version__
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A sentence fragment that suggests the closest known name, or lists what there is."""
+    known = list(choices)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
+
+
+def recipe_directory() -> Path:
+    """configs/methods: inside the package where it was installed from a wheel, else beside the package."""
+    package = Path(__file__).parent
+    inside = package / "configs" / "methods"
+    return inside if inside.is_dir() else package.parent / "configs" / "methods"
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe: of a published method, or another one such as demo.
+
+    Raises:
+      ValueError: for an unknown name, with the nearest known one.
+    """
+    folder = recipe_directory()
+    files = {file.stem: file for place in (folder.parent, folder) for file in place.glob("*.yaml")}
+    if name not in files:
+        raise ValueError(f"there is no recipe {name!r}; {nearest(name, files)} (or give the path of a YAML file)")
+    return files[name]
+
+
+def config_path(word: str) -> Path:
+    """The file that a word of the command line means: a path, or where it is a bare word the name of a recipe.
+
+    Raises:
+      ValueError: for a file that is not there, with the nearest one.
+    """
+    path = Path(word)
+    if path.exists():
+        return path
+    if word.isidentifier():
+        return recipe_path(word)
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+    hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file, or the name of a recipe"
+    raise ValueError(f"config {word} does not exist; {hint}")
+
+
+def kept(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON has it; made anew when a file of the package or a recipe has changed.
+
+    What imports every method to look at it takes seconds, and what is kept is there at once.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm" / "lists"
+    files = sorted([*Path(__file__).parent.rglob("*.py"), *recipe_directory().parent.rglob("*.yaml")])
+    stamps = [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr((__version__, name, stamps)).encode()).hexdigest()[:16]
+    place = cache / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
+    try:
+        held = json.loads(place.read_text())
+        if held["key"] == key:
+            return held["value"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    value = json.loads(json.dumps(make(), default=str))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = place.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({"key": key, "value": value}))
+        partial.replace(place)
+    except OSError:  # a home that cannot be written only costs time
+        pass
+    return value

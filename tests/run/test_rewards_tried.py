@@ -1,0 +1,103 @@
+"""Rewards before a run: called on one row, with the columns of the user's file, and refused where these lack."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from jaxrl_llm import cli
+from jaxrl_llm.config import WarmStartConfig, parse_config
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.rewards import RewardError
+from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.rewards_tried import require_answers, try_rewards
+from jaxrl_llm.run.setup import parts
+from jaxrl_llm.run.train import train
+
+CALLS = []
+
+
+def graded(completions, hardness, length, answers=None):
+    CALLS.append((completions, hardness, length.tolist(), answers))
+    return [float(number) for number in hardness]
+
+
+def broken(completions, hardness):
+    return [1.0 / (number - number) for number in hardness]
+
+
+def by_answer(completions, answers):
+    return [float(a in c) for c, a in zip(completions, answers, strict=True)]
+
+
+@pytest.fixture
+def made(micro_config, tmp_path, monkeypatch):
+    """(parts, data sets) of a run on a file whose lines have a column of their own, with one reward."""
+    monkeypatch.setitem(sys.modules, "own_rewards", SimpleNamespace(**globals()))
+
+    def make(reward, line, **hyper):
+        lines = [line | {"prompt": f"A:{i}+1"} for i in range(60)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        entry = {"python": f"own_rewards:{reward}", **hyper}
+        tree = micro_config | {"task": None, "rewards": [entry], "data": {"path": str(tmp_path / "a.jsonl")}}
+        tree |= {"warm_start": {}, "run_dir": str(tmp_path / "run")}
+        built = parts(parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size))
+        return built, data_sets(built.config)
+
+    return make
+
+
+def test_a_reward_is_tried_on_the_first_row_with_its_columns(made):
+    CALLS.clear()
+    built, sets = made("graded", {"hardness": 3, "answer": "12"})
+    try_rewards(built, sets)
+    assert CALLS == [(["12"], [3], [2], ["12"])]
+    CALLS.clear()
+    built, sets = made("graded", {"hardness": 3})
+    require_answers(built, sets)  # what is optional is not demanded
+    try_rewards(built, sets)
+    assert CALLS == [([""], [3], [0], [""])]
+
+
+def test_a_reward_that_fails_says_so_before_a_step(made):
+    with pytest.raises(RewardError, match=r"reward 'broken' raised ZeroDivisionError: .* at row 0"):
+        try_rewards(*made("broken", {"hardness": 3}))
+    try_rewards(*made("broken", {"hardness": 3}, value_on_failure=0.0))
+
+
+def test_a_column_and_answers_that_lack_are_named(made):
+    with pytest.raises(ValueError, match="reward 'graded' names 'hardness', which nothing in this step provides"):
+        made("graded", {"answer": "1"})
+    with pytest.raises(ValueError, match=r"reward 'by_answer' reads the reference answer, but .*data\.fields\.answer"):
+        require_answers(*made("by_answer", {"hardness": 3}))
+    require_answers(*made("by_answer", {"answer": "1"}))
+
+
+def test_bad_lines_speak_before_the_tables(micro_yaml, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "A:1+2", "answer": "3"}\n{"prompt": \n')
+    changes = ["task=null", f"data.path={tmp_path / 'a.jsonl'}", f"run_dir={tmp_path / 'run'}"]
+    assert cli.main(["train", str(micro_yaml), *changes]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("a.jsonl") == 1
+    assert "a.jsonl has 1 lines that cannot be used; repair them: line 2: no JSON" in err
+
+
+@pytest.mark.slow
+def test_a_run_on_prompts_alone_with_a_reward_of_a_column(made, tmp_path, monkeypatch, capsys):
+    built, _ = made("graded", {"hardness": 3})
+    summary = train(built.config)
+    assert summary["before"] == {}
+    assert summary["after"] == {}
+
+
+def test_accuracy_that_is_never_measured_stops_nothing(made, tmp_path):
+    built, _ = made("graded", {"hardness": 3})
+    warm = WarmStartConfig(steps=1, sequences_per_step=1, probe_every_steps=1, stop_at_accuracy=0.5)
+    with pytest.raises(ValueError, match=r"stop_at_accuracy is set, but the data has no reference answers"):
+        train(replace(built.config, warm_start=warm))
+    assert not (tmp_path / "run").exists()
