@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm import data, hub
-from jaxrl_llm.commands.arguments import require_positive
+from jaxrl_llm.commands.arguments import require_package, require_positive
 from jaxrl_llm.commands.tables import show_report
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.data.json_files import json_objects
@@ -83,6 +83,9 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None) -> dict[s
     Raises:
       ValueError: for a directory that is not empty, or a model that no supported family can express.
     """
+    require_package("safetensors", "hf", "writing safetensors files")
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"{out} exists and is not empty; export to a new directory")
     built, policy = restored_run(path)
     trained = policy.model.trained
     params = policy.params if trained is None else trained.merged(policy.params)

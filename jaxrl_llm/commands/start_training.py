@@ -50,7 +50,14 @@ def start_training(options: argparse.Namespace) -> None:
         give_back_after_compiling()
     decided = decide() if peers is None else peers.decided
     tracing = None if options.profile is None else StepTrace(options.profile, config.directory / "profile")
-    summary = train(config, resume=decided["resume"], console=console, steps_traced=tracing)
+    summary = train(
+        config,
+        resume=decided["resume"],
+        exact=options.exact,
+        grace=options.grace,
+        console=console,
+        steps_traced=tracing,
+    )
     if tracing is not None and hosts.is_main():
         _show_profile(tracing, console)
     if options.json and not console.quiet:

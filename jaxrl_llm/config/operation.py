@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxrl_llm.config.errors import PLACEMENT
 from jaxrl_llm.parallel.rules import AXES, changed_rules
-from jaxrl_llm.ranges import Count, Natural, NonNegative, require_ranges
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, require_ranges
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,46 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the whole state is written, and how many are kept."""
+    """How often the whole state is written, and which are kept.
+
+    Attributes:
+      every_steps: steps between two checkpoints.
+      keep: the newest that are kept.
+      keep_every_steps: checkpoints of multiples of this are kept for ever; null none.
+      keep_best: the best that are kept beside them, by `best_metric`.
+      best_metric: of the newest evaluation on the validation split (see evaluation.every_steps).
+      best_is: "highest" or "lowest".
+    """
 
     every_steps: Count = 20
     keep: Count = 2
+    keep_every_steps: Count | None = None
+    keep_best: Natural = 0
+    best_metric: str = "validation/pass@1"
+    best_is: Literal["highest", "lowest"] = "highest"
 
     def __post_init__(self):
         require_ranges(self, "checkpoints")
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What a run puts up with.
+
+    Attributes:
+      most_failed_share: of the rows of a step for which a function of the user's own may fail, each counted and
+        given its `value_on_failure`; beyond it the run ends with its state saved.
+      most_skipped_updates: one after the other, for numbers that are not finite; beyond it the run ends.
+      stalled_after_medians: a step that takes so many times the median of the last steps, and 10 minutes at least, ends
+        the run with exit status 75, which says that it may be started again; 0 waits for ever.
+    """
+
+    most_failed_share: Share = 0.5
+    most_skipped_updates: Natural = 5
+    stalled_after_medians: NonNegative = 50.0
+
+    def __post_init__(self):
+        require_ranges(self, "faults")
 
 
 @dataclass(frozen=True)

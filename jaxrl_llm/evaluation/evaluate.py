@@ -262,9 +262,9 @@ def _decoder(
     if isinstance(environment, HostEnvironment):
         turns = host_turns(model, environment, encode=tokenizer.encode, decode=tokenizer.decode, **sizes)
 
-        def in_python(params: PyTree, batch: Any, key: Array, call: Caller | None) -> Drawn:
-            assert call is not None  # `records` opens the environment
-            return facts(host_generate_turns(turns, params, batch.prompts, batch.items, key, 0, call), batch.weight)
+        def in_python(params: PyTree, batch: Any, key: Array, call: Any) -> Drawn:  # `records` opens the environment
+            asked = (turns, params, batch.prompts, batch.items, key, 0, call)
+            return facts(host_generate_turns(*asked, present=np.asarray(batch.weight) > 0), batch.weight)
 
         return in_python
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from jaxrl_llm.reporting.alarms import alarms
 from jaxrl_llm.reporting.loggers import flattened
+from jaxrl_llm.reporting.metric_alarms import alarms
 from jaxrl_llm.reporting.panels import panels
 from jaxrl_llm.reporting.reported_run import (
     ReportedRun,

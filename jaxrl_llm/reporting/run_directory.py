@@ -26,6 +26,7 @@ import numpy as np
 import yaml
 
 from jaxrl_llm.reporting.loggers import Guarded, Opener, TensorBoard
+from jaxrl_llm.reporting.ownership import FILE
 
 _LOG = logging.getLogger(__name__)
 RECORD_FILES = ("metrics.jsonl", "samples.jsonl")
@@ -61,7 +62,7 @@ class RunDirectory:
     ):
         self.path = _local(path)
         if resume_step is None:
-            _require_empty(self.path)
+            require_empty(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         else:
             if not (self.path / "config.yaml").is_file():
@@ -109,9 +110,14 @@ class RunDirectory:
         write_summary(self.path, summary)
 
     def sync(self) -> None:
-        """Force every record onto the disk: call it before the checkpoint of the same step is saved."""
-        for file in self._records.values():
+        """Force every record onto the disk: call it before the checkpoint of the same step is saved.
+
+        Raises:
+          FileNotFoundError: when the directory was moved or deleted; what is written would be seen by nobody.
+        """
+        for name, file in self._records.items():
             os.fsync(file.fileno())
+            os.stat(self.path / name)
         for logger in self._loggers:
             logger.call("sync")
 
@@ -158,6 +164,15 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
       ValueError: a line other than the last is not a record.
     """
     return [record for _, record in _records(Path(path))]
+
+
+def last_step(path: str | os.PathLike) -> int | None:
+    """The last step of a metrics.jsonl or samples.jsonl; None where it records none.
+
+    Raises:
+      ValueError: a line other than the last is not a record.
+    """
+    return max((record["step"] for _, record in _records(Path(path))), default=None)
 
 
 def truncate_records(path: str | os.PathLike, step: int) -> int:
@@ -255,10 +270,11 @@ def _local(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def _require_empty(path: Path) -> None:
+def require_empty(path: Path) -> None:
+    """Raises ValueError where a new run would be mixed with what lies at the path."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"run_dir={str(path)!r} is a file: give a directory that is empty or does not exist.")
-    found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    found = sorted({entry.name for entry in path.iterdir()} - {FILE}) if path.exists() else []
     if found:
         raise ValueError(
             f"run_dir={str(path)!r} is not empty (it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}), "

@@ -19,9 +19,10 @@ from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
+from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.networks import POLICY, Network
 from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
@@ -85,9 +86,9 @@ def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
     return checkpoints.restore_params(folder, step, like, trained=built.model.trained)
 
 
-def _parts_of(path: str | Path) -> tuple[Parts, Path, int]:
+def _parts_of(path: str | Path, network: str = POLICY) -> tuple[Parts, Path, int]:
     """(parts of the last stage of a run, its checkpoints directory, the step that is meant)."""
-    folder, step = checkpoints.latest_checkpoint(path)
+    folder, step = integrity.latest_checkpoint(path, within=f"networks/{network}/params/")
     stored = folder.parent / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
@@ -122,7 +123,7 @@ def require_branch(built: Parts) -> None:
 def _branch(built: Parts) -> Path:
     branch = built.config.init_from
     assert branch is not None
-    return checkpoints.branch_checkpoint(branch.path, branch.step)
+    return integrity.branch_checkpoint(branch.path, branch.step)
 
 
 def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTree:
@@ -143,12 +144,12 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
       ConfigError: when the run's config.yaml is not there.
       CheckpointError: when there is no checkpoint, or it holds no network of this name.
     """
-    built, folder, step = _parts_of(path)
+    built, folder, step = _parts_of(path, name)
     if name == POLICY:
         network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
     elif name in built.step.composition.networks:
         network = built.step.composition.networks[name]
-        like = jax.eval_shape(built.step.init, jax.random.key(0)).networks[name].params
+        like = jax.eval_shape(partial(initial_state, built.step.composition), jax.random.key(0)).networks[name].params
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
         raise checkpoints.CheckpointError(f"run {path} has no network {name!r}; it has {known}")

@@ -11,7 +11,7 @@ import pytest
 
 from jaxrl_llm import cli
 from jaxrl_llm.reporting import RunDirectory
-from jaxrl_llm.reporting.alarms import alarms
+from jaxrl_llm.reporting.metric_alarms import alarms
 from jaxrl_llm.reporting.panels import panels
 from jaxrl_llm.reporting.report import different_settings, rendered, write_report
 from jaxrl_llm.reporting.reported_run import headline, headlines, read_run, series
