@@ -1,22 +1,29 @@
-"""The command `jaxrl`: train, eval, sample, score, import, export, tasks, methods, explain, plan, doctor."""
+"""The command `jaxrl`: its sub-commands and their options, from train and eval to plan and doctor."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxrl_llm import __version__
+from jaxrl_llm.commands.evaluation_options import add_eval, add_report
+from jaxrl_llm.commands.output import Lasting, unwrapped
 from jaxrl_llm.shipped import config_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status.
 
-    0 done, or stopped by a signal; 1 failed on the way; 2 bad input; 75 another process of the run was lost.
+    0 done; 1 failed on the way; 2 bad input; 75 the machine, its storage or another process of the run failed in a way
+    that may pass, and the same command may be given again; 130, 143, 129 ended by Ctrl-C, SIGTERM, SIGHUP; 141 nobody
+    reads what is printed.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -25,36 +32,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.config = [*options.config, *rest]
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS report their inner affairs as warnings
-    status, why = _status(options)
-    _leave_others(status, why)
+    # orbax and TFDS report their inner affairs as warnings, and what they raise as well, with its traceback, as errors.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if options.outlives_output:
+        sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    try:
+        status, why = _status(options)
+        _leave_others(status, why)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = _CLOSED
+    finally:
+        sys.stdout, sys.stderr = unwrapped(sys.stdout), unwrapped(sys.stderr)
+    if status == _CLOSED:  # or the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
+
+
+_CLOSED = 141
 
 
 def _status(options: argparse.Namespace) -> tuple[int, str | None]:
     """How a sub-command ends: its exit status, and what went wrong; None for nothing."""
     try:
         return options.command(options) or 0, None
-    except _raised("run.stages", "Stopped") as stop:
-        print(stop, file=sys.stderr)
-        return options.stopped_status, None
-    except _raised("parallel.peers", "ProcessLost") as error:
-        from jaxrl_llm.parallel.peers import LOST
-
-        return _failed(error, options, LOST)
-    except (
-        *_raised("run.stages", "TrainingError"),
-        *_raised("rewards.host", "RewardError"),
-        *_raised("rollout.engine_http", "EngineError"),
-    ) as error:
-        return _failed(error, options, 1)
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        return _failed(error, options, 2)
+    except KeyboardInterrupt as error:
+        text = str(error) or "interrupted"
+        print(f"\n{text}", file=sys.stderr)
+        return 130, text
+    except BrokenPipeError:
+        return _CLOSED, "nobody reads the output"
     except BaseException as error:
+        if (ended := _foreseen(error, options)) is not None:
+            return ended
         if _others() is None or isinstance(error, SystemExit):
             raise
         traceback.print_exc()  # the interpreter's own exit would wait for the others
         return 1, repr(error)
+
+
+def _foreseen(error: BaseException, options: argparse.Namespace) -> tuple[int, str | None] | None:
+    """What a sub-command ends with for an error that has a sentence; None for another."""
+    if isinstance(error, _raised("run.stages", "Stopped")):
+        print(error, file=sys.stderr)
+        return (error.status if options.stopped_status is None else options.stopped_status), None  # type: ignore[attr-defined]
+    failures = sys.modules.get("jaxrl_llm.run.failures")
+    lost = (*_raised("parallel.peers", "ProcessLost"), *_raised("run.failures", "PassingError"))
+    if isinstance(error, lost) or (failures is not None and failures.passing(error)):
+        from jaxrl_llm.parallel.peers import LOST
+
+        return _failed(error, options, LOST)
+    failed = (
+        *_raised("run.nonfinite", "TrainingError"),
+        *_raised("rewards.host", "RewardError"),
+        *_raised("rollout.engine_http", "EngineError"),
+        *_raised("run.failures", "StorageError"),
+    )
+    if isinstance(error, failed):
+        return _failed(error, options, 1)
+    if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
+        return _failed(error, options, 2)
+    if isinstance(error, OSError) and failures is not None and (clause := failures.storage_fault(error)):
+        named = "the output" if error.filename is None else str(error.filename)
+        text = f"{named[:200]}{'...' if len(named) > 200 else ''} cannot be used: {clause} ({error.strerror})"
+        return _failed(OSError(text), options, 2 if error.errno == errno.ENAMETOOLONG else 1)
+    return None
 
 
 def _raised(module: str, name: str) -> tuple[type[Exception], ...]:
@@ -63,7 +107,7 @@ def _raised(module: str, name: str) -> tuple[type[Exception], ...]:
     return () if found is None else (getattr(found, name),)
 
 
-def _failed(error: Exception, options: argparse.Namespace, status: int) -> tuple[int, str]:
+def _failed(error: BaseException, options: argparse.Namespace, status: int) -> tuple[int, str]:
     if options.traceback:
         if _others() is None:
             raise error
@@ -96,11 +140,21 @@ Command = Callable[..., argparse.ArgumentParser]
 _CONFIG = "a YAML file or the name of a recipe, and overrides"
 _EXAMPLES = {
     "train": ("train demo", "train configs/demo.yaml training.steps=50 run_dir=runs/short"),
-    "eval": ("eval runs/demo", "eval runs/demo/checkpoints/120 --k 1,8,32 --split test"),
+    "eval": (
+        "eval runs/demo --k 1,8,32 --by level",
+        "eval runs/demo --data mine.jsonl --grader my_module:grade --out mine",
+    ),
+    "compare": ("compare evals/before evals/after", "compare runs/demo/evaluations/before runs/demo/evaluations/after"),
+    "report": ("report runs/demo", "report runs/seed0 runs/seed1 runs/other --out compared.html"),
     "sample": ("sample runs/demo --prompt 'A:12+34' -n 4", "sample MODEL_DIR --chat --prompts prompts.jsonl --jsonl"),
     "score": ("score runs/demo --file lines.jsonl", "score MODEL_DIR --file lines.jsonl --dtype bfloat16"),
     "import": ("import MODEL_DIR", "import Qwen/Qwen3-0.6B models/qwen3 --dtype bfloat16"),
     "export": ("export runs/demo exported", "export runs/demo/checkpoints/120 exported --dtype bfloat16"),
+    "ckpt list": ("ckpt list runs/demo", "ckpt list runs/demo --json"),
+    "ckpt verify": ("ckpt verify runs/demo", "ckpt verify runs/demo/checkpoints/120"),
+    "ckpt prune": ("ckpt prune runs/demo --keep 2", "ckpt prune runs/demo --keep 1 --keep-every 100"),
+    "ckpt convert": ("ckpt convert runs/old runs/new", "ckpt convert runs/demo policy --only policy"),
+    "replay": ("replay runs/demo/failed/step_000120.npz", "replay runs/demo/failed/step_000120.npz --json"),
     "tasks": ("tasks", "tasks countdown --level 3 --count 5"),
     "methods": ("methods --needs reference", "methods dapo"),
     "explain": ("explain grpo", "explain configs/demo.yaml rollout.samples_per_prompt=16 --verbose"),
@@ -118,18 +172,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: str, text: str, *, json_output: bool = True) -> argparse.ArgumentParser:
-        examples = "\n".join(["examples:", *(f"  jaxrl {line}" for line in _EXAMPLES[name])])
+    def commands_of(name: str, text: str) -> Any:
+        group = commands.add_parser(name, help=text, description=text)
+        return group.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, function: str, text: str, *, json_output: bool = True, within: Any = commands, group: str = ""
+    ) -> argparse.ArgumentParser:
+        shown = _EXAMPLES[f"{group} {name}".strip()]
+        examples = "\n".join(["examples:", *(f"  jaxrl {line}" for line in shown)])
         plain = argparse.RawDescriptionHelpFormatter
-        sub = commands.add_parser(name, help=text, description=text, epilog=examples, formatter_class=plain)
-        sub.set_defaults(command=_imported_late(function))
+        sub = within.add_parser(name, help=text, description=text, epilog=examples, formatter_class=plain)
+        sub.set_defaults(command=_imported_late(function), outlives_output=False)
         if json_output:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
             sub.add_argument("--wide", action="store_true", help="tables with all columns, however narrow the screen")
         return sub
 
-    for add in (_add_train, _add_eval, _add_sample, _add_model_files, _add_lists, _add_previews):
+    for add in (_add_train, add_eval, add_report, _add_sample, _add_model_files, _add_lists, _add_previews):
         add(command)
+    _add_state(command, commands_of)
     command("doctor", "inventory:show_machine", "Devices, versions, memory and compiled programs of this machine.")
     return parser
 
@@ -155,8 +217,24 @@ def _add_train(command: Command) -> None:
         "--resume-if-started", action="store_true", help="go on with run_dir if it was started, else start it"
     )
     train.add_argument(
-        "--stopped-status", type=int, default=0, metavar="N", help="exit status after a stop by a signal (default 0)"
+        "--exact", action="store_true", help="refuse to go on where the newest checkpoint is damaged or missing"
     )
+    train.add_argument(
+        "--profile", metavar="FIRST:LAST", help="trace these steps (counted over all stages), and show where time goes"
+    )
+    train.add_argument(
+        "--stopped-status",
+        type=int,
+        metavar="N",
+        help="exit status after a stop by a signal (default 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP)",
+    )
+    train.add_argument(
+        "--grace",
+        type=float,
+        metavar="SECONDS",
+        help="end within so many seconds of a signal: a step that takes longer is given up (default: finish it)",
+    )
+    train.set_defaults(outlives_output=True)
     several = train.add_argument_group("several processes", "TPU, GKE, Slurm and Open MPI say all of this themselves")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument("--processes", type=int, metavar="N", help="how many processes the run has")
@@ -164,21 +242,6 @@ def _add_train(command: Command) -> None:
     several.add_argument(
         "--start-timeout", type=float, default=600.0, metavar="SECONDS", help="wait for the others (default 600)"
     )
-
-
-def _add_eval(command: Command) -> None:
-    evaluate = command(
-        "eval", "evaluate_checkpoint:evaluate_checkpoint", "Greedy accuracy, pass@k and maj@k of a run or a checkpoint."
-    )
-    evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
-    evaluate.add_argument("--k", default="1,8", help="comma-separated k of pass@k and maj@k (default 1,8)")
-    evaluate.add_argument("--samples", type=int, help="sampled completions a problem (default: the largest k)")
-    evaluate.add_argument("--problems", type=int, help="problems (default: evaluation.problems of the run)")
-    evaluate.add_argument(
-        "--split", default="test", choices=["test", "validation", "train"], help="problems of this split (default test)"
-    )
-    evaluate.add_argument("--temperature", type=float, help="of the samples (default: the run's)")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
 
 
 def _add_sample(command: Command) -> None:
@@ -243,6 +306,28 @@ def _add_model_files(command: Command) -> None:
     export.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
     export.add_argument("out", metavar="DIR", help="new directory")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
+    export.add_argument("--adapters", action="store_true", help="the adapters of section lora alone, for PEFT")
+
+
+def _add_state(command: Command, commands_of: Callable) -> None:
+    kinds = commands_of("ckpt", "Checkpoints of a run: listed, verified, pruned, converted.")
+
+    def on_path(name: str, function: str, text: str, **defaults: object) -> argparse.ArgumentParser:
+        sub = command(name, f"state:{function}", text, within=kinds, group="ckpt")
+        sub.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
+        sub.set_defaults(**defaults)
+        return sub
+
+    on_path("list", "show_checkpoints", "The checkpoints of a run.", verify=False)
+    on_path("verify", "show_checkpoints", "Read checkpoints and compare them with what was written.", verify=True)
+    prune = on_path("prune", "prune_checkpoints", "Delete checkpoints; the newest good one always stays.")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="the newest that stay")
+    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="multiples of this stay, too")
+    convert = on_path("convert", "convert_checkpoint", "Write a checkpoint anew, of an earlier version with digests.")
+    convert.add_argument("out", metavar="OUT", help="new directory, which stands for a run")
+    convert.add_argument("--only", metavar="NETWORK", help="its parameters alone, for reading; such as policy")
+    replay = command("replay", "state:show_replay", "Which rows of a step that failed make which number not finite.")
+    replay.add_argument("file", metavar="FILE", help="RUN/failed/step_N.npz")
 
 
 def _add_lists(command: Command) -> None:

@@ -129,3 +129,10 @@ def test_a_worker_that_fails_says_why(beside_benchmarks, tmp_path):
     side_by_side = importlib.import_module("side_by_side")
     with pytest.raises(RuntimeError, match=r"(?s)the worker of jaxrl_llm ended.*config.json"):
         side_by_side.Worker("jaxrl_llm", "rollout", side_by_side.WORKLOADS["tiny"], tmp_path / "nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_runs_that_are_killed_at_random_moments_are_equal(micro_yaml, capsys, processes):
+    assert benchmark("kills").main([str(micro_yaml), "--kills", "3", "--processes", str(processes)]) == 0
+    assert "runs differ" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,3 +29,11 @@ def require_positive(options: argparse.Namespace, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def require_package(name: str, extra: str, purpose: str) -> None:
+    """Refuse, before anything is read, what an optional package is needed for that is not installed."""
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(
+            f"{purpose} needs the package {name}, which is not installed: pip install 'jaxrl_llm[{extra}]'"
+        )

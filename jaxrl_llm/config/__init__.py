@@ -3,7 +3,14 @@
 from jaxrl_llm.config.errors import FREE, PLACEMENT, ConfigError
 from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, PretrainedConfig, TaskConfig, WarmStartConfig
 from jaxrl_llm.config.method import AdapterConfig, EngineConfig, NetworkConfig, RolloutConfig, TrainingConfig
-from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
+from jaxrl_llm.config.operation import (
+    AboutConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    FaultsConfig,
+    MeshConfig,
+    ReportingConfig,
+)
 from jaxrl_llm.config.parsing import (
     as_tree,
     differences,
@@ -28,6 +35,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "FaultsConfig",
     "MeshConfig",
     "ModelConfig",
     "NetworkConfig",

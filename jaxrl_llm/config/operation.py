@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jaxrl_llm.config.errors import PLACEMENT
 from jaxrl_llm.parallel.rules import AXES, changed_rules
-from jaxrl_llm.ranges import Count, Natural, NonNegative, require_ranges
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, require_ranges
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class EvaluationConfig:
       k: the k of pass@k and maj@k.
       temperature: of the sampled completions.
       sequences_per_batch: completions decoded together.
+      grader: what judges completions: number, text, math, choice, code, or module:function of your own, see
+        `jaxrl_llm.evaluation.function_grader`; None takes the task's verifier, or data.verifier for a file.
       every_steps: evaluate on the validation split every so many steps; 0 only before and after.
     """
 
@@ -29,6 +31,7 @@ class EvaluationConfig:
     temperature: NonNegative = 1.0
     sequences_per_batch: Count = field(default=1152, metadata=PLACEMENT)
     every_steps: Natural = 0
+    grader: str | None = None
 
     def __post_init__(self):
         require_ranges(self, "evaluation")
@@ -41,13 +44,46 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the whole state is written, and how many are kept."""
+    """How often the whole state is written, and which are kept.
+
+    Attributes:
+      every_steps: steps between two checkpoints.
+      keep: the newest that are kept.
+      keep_every_steps: checkpoints of multiples of this are kept for ever; null none.
+      keep_best: the best that are kept beside them, by `best_metric`.
+      best_metric: of the newest evaluation on the validation split (see evaluation.every_steps).
+      best_is: "highest" or "lowest".
+    """
 
     every_steps: Count = 20
     keep: Count = 2
+    keep_every_steps: Count | None = None
+    keep_best: Natural = 0
+    best_metric: str = "validation/pass@1"
+    best_is: Literal["highest", "lowest"] = "highest"
 
     def __post_init__(self):
         require_ranges(self, "checkpoints")
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What a run puts up with.
+
+    Attributes:
+      most_failed_share: of the rows of a step for which a function of the user's own may fail, each counted and
+        given its `value_on_failure`; beyond it the run ends with its state saved.
+      most_skipped_updates: one after the other, for numbers that are not finite; beyond it the run ends.
+      stalled_after_medians: a step that takes so many times the median of the last steps, and 10 minutes at least, ends
+        the run with exit status 75, which says that it may be started again; 0 waits for ever.
+    """
+
+    most_failed_share: Share = 0.5
+    most_skipped_updates: Natural = 5
+    stalled_after_medians: NonNegative = 50.0
+
+    def __post_init__(self):
+        require_ranges(self, "faults")
 
 
 @dataclass(frozen=True)
@@ -58,10 +94,17 @@ class ReportingConfig:
       samples_every_steps: write completions with their rewards every so many steps, and at the first and the last step
         of a stage; 0 never.
       samples_per_report: completions written each time.
+      loggers: where numbers go beside metrics.jsonl: tensorboard, csv, wandb, trackio or mlflow, each with options of
+        its own, or `python: module:function`; see `jaxrl_llm.reporting.loggers`.
+      samples_shown: completions shown in the terminal each time that samples are written.
+      report: report.html, refreshed during the run and written at its end; None where the extra `report` is installed.
     """
 
     samples_every_steps: Natural = 10
     samples_per_report: Count = 8
+    report: bool | None = None
+    loggers: tuple[Any, ...] = ("tensorboard",)
+    samples_shown: Natural = 0
 
     def __post_init__(self):
         require_ranges(self, "reporting")

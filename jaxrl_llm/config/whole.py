@@ -12,7 +12,14 @@ from typing import Any
 from jaxrl_llm.config.errors import FREE, PLACEMENT
 from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, TaskConfig, WarmStartConfig
 from jaxrl_llm.config.method import AdapterConfig, NetworkConfig, RolloutConfig, TrainingConfig
-from jaxrl_llm.config.operation import AboutConfig, CheckpointConfig, EvaluationConfig, MeshConfig, ReportingConfig
+from jaxrl_llm.config.operation import (
+    AboutConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    FaultsConfig,
+    MeshConfig,
+    ReportingConfig,
+)
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.ranges import Natural, require_ranges
 
@@ -26,6 +33,7 @@ _OF_THE_RUN = (
     "init_from",
     "run_dir",
     "checkpoints",
+    "faults",
     "reporting",
     "about",
 )
@@ -64,6 +72,7 @@ class Config:
     stages: tuple[dict[str, Any], ...] = ()
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoints: CheckpointConfig = field(default=CheckpointConfig(), metadata=FREE)
+    faults: FaultsConfig = field(default=FaultsConfig(), metadata=FREE)
     reporting: ReportingConfig = field(default=ReportingConfig(), metadata=FREE)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=PLACEMENT)
 

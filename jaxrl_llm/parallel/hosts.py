@@ -192,15 +192,20 @@ def from_main(number: int | None) -> int | None:
     return None if said < 0 else said
 
 
+def said_by_all(text: str) -> list[str]:
+    """What every host says, in the order of their numbers. All hosts must call it."""
+    if jax.process_count() == 1:
+        return [text]
+    said = text.encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(said)))
+    padded = np.frombuffer(said.ljust(max(int(sizes.max()), 1)), np.uint8)
+    all_said = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes().decode(errors="replace") for row, size in zip(all_said, sizes, strict=True)]
+
+
 def first_failure(text: str | None) -> str | None:
     """What went wrong on the first host where something did; None where nothing did. All hosts must call it."""
     if jax.process_count() == 1:
         return text
-    said = (text or "").encode()[:4000]
-    sizes = multihost_utils.process_allgather(np.int32(len(said)))
-    if not sizes.any():
-        return None
-    padded = np.frombuffer(said.ljust(int(sizes.max())), np.uint8)
-    process = int(np.flatnonzero(sizes)[0])
-    all_said = multihost_utils.process_allgather(padded)
-    return f"process {process}: " + all_said[process][: sizes[process]].tobytes().decode(errors="replace")
+    said = enumerate(said_by_all((text or "")[:4000]))
+    return next((f"process {process}: {what}" for process, what in said if what), None)

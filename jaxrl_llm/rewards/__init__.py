@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxrl_llm.rewards.combination.consistency import consistent_accuracy
 from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
+from jaxrl_llm.rewards.guarded import Guarded
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.intrinsic.answer_likelihood import answer_likelihood
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
@@ -41,6 +42,7 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
 )
 
 __all__ = [
+    "Guarded",
     "RewardError",
     "answer_after_thought",
     "answer_format",

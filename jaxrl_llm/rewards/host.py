@@ -26,6 +26,14 @@ class RewardError(ValueError):
     """A function of text failed, or returned something that cannot be learned from."""
 
 
+def _ignored(error: BaseException) -> None:
+    pass
+
+
+# What a function may end with instead of a value; Ctrl-C is the user's.
+_FAILURES = (Exception, SystemExit)
+
+
 @dataclass(frozen=True)
 class Reading:
     """A function of text and how it is called.
@@ -38,6 +46,7 @@ class Reading:
       constants: arguments that are the same for all rows.
       entry: what makes of a row's entry what is learned from, raising ValueError for one that it cannot; None takes
         numbers, text and arrays of finite numbers. An entry of None does not apply and is not handed to it.
+      tell: hears of each failure that becomes the value on failure, or an error.
     """
 
     function: Callable[..., Any]
@@ -46,6 +55,7 @@ class Reading:
     value_on_failure: float | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     entry: Callable[[Any], Any] | None = None
+    tell: Callable[[BaseException], None] = _ignored
 
 
 class Answers(NamedTuple):
@@ -77,10 +87,11 @@ def answered(reading: Reading, data: Mapping[str, Any], *, rows: int, names: Seq
         value that is neither a number, nor text, nor None, or infinity.
     """
     started, failed = time.monotonic(), 0
-    single = bool(_ONE_ROW & _asked(reading.function))
     if rows == 0:
         return Answers({name: [] for name in names}, 0.0, 0)
-    if single:
+    if hasattr(reading.function, "answered"):  # `Guarded`: in another process
+        return reading.function.answered(reading, data, rows=rows, names=names)  # type: ignore[attr-defined]
+    if called_by_row(reading.function):
         listed, failed = _row_by_row(reading, data, rows)
         columns = {name: [_part(value, name, place, names) for value in listed] for place, name in enumerate(names)}
     else:
@@ -90,8 +101,9 @@ def answered(reading: Reading, data: Mapping[str, Any], *, rows: int, names: Seq
     return Answers(values, time.monotonic() - started, failed)
 
 
-def _asked(function: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(function).parameters)
+def called_by_row(function: Callable[..., Any]) -> bool:
+    """Whether a function is called for one row at a time: it names text in the singular."""
+    return bool(_ONE_ROW & set(inspect.signature(function).parameters))
 
 
 def _part(returned: Any, name: str, place: int, names: Sequence[str]) -> Any:
@@ -132,7 +144,8 @@ async def _awaited(value: Any, deadline: float | None) -> Any:
 def _at_once(reading: Reading, data: Mapping[str, Any], rows: int) -> tuple[Any, int]:
     try:
         return _call(reading, data), 0
-    except Exception as error:
+    except _FAILURES as error:
+        reading.tell(error)
         if reading.value_on_failure is not None:
             if rows == 1 or isinstance(error, (Late, TimeoutError)):
                 return [reading.value_on_failure] * rows, rows
@@ -161,6 +174,7 @@ def _row_by_row(reading: Reading, data: Mapping[str, Any], rows: int) -> tuple[l
         for row, value in enumerate(asyncio.run(all_rows())):
             if isinstance(value, BaseException):
                 errors[row] = value
+                reading.tell(value)
             else:
                 results[row] = value
     else:
@@ -170,8 +184,11 @@ def _row_by_row(reading: Reading, data: Mapping[str, Any], rows: int) -> tuple[l
             for row, future in enumerate(futures):
                 try:
                     results[row] = future.result(timeout=reading.deadline_s)
-                except Exception as error:
+                except _FAILURES as error:
                     errors[row] = error
+                    reading.tell(error)
+                    if reading.value_on_failure is None:
+                        break  # the rest is called no more
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     for row, error in errors.items():
@@ -284,7 +301,7 @@ def _listed(returned: Any) -> list[Any] | None:
 
 
 def _row(data: Mapping[str, Any], row: int, count: int) -> dict[str, Any]:
-    return {key: value[row : row + 1] if _by_row(value, count) else value for key, value in data.items()}
+    return {key: value[row : row + 1] if by_row(value, count) else value for key, value in data.items()}
 
 
 def _failing_row(reading: Reading, data: Mapping[str, Any], count: int) -> int | None:
@@ -292,19 +309,20 @@ def _failing_row(reading: Reading, data: Mapping[str, Any], count: int) -> int |
     for row in range(count):
         try:
             _call(reading, _row(data, row, count))
-        except Exception:
+        except _FAILURES:
             return row
     return None
 
 
-def _by_row(value: Any, count: int) -> bool:
+def by_row(value: Any, count: int) -> bool:
+    """Whether an argument has one entry a row."""
     return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes)) and len(value) == count
 
 
 def _shown(data: Mapping[str, Any], row: int) -> str:
     """The row's completion, cut to a readable length."""
     completions = data.get("completions")
-    if completions is None or not _by_row(completions, len(completions)):
+    if completions is None or not by_row(completions, len(completions)):
         return ""
     return f" (completion {str(completions[row])[:80]!r})"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import queue
+import signal
 import threading
 import time
 from collections import deque
@@ -140,14 +142,18 @@ class _Process:
             )
 
     def end(self) -> None:
-        """Kill it."""
+        """Kill it, and what it has started."""
+        with contextlib.suppress(OSError, TypeError):  # before it leads a group of its own, it alone
+            os.killpg(self.process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         self.process.kill()
         self.process.join()
         self.pipe.close()
 
 
 def _serve(pipe: Connection, pickled: bytes) -> None:
-    """The life of a worker process."""
+    """The life of a worker process, which leads a group of its own."""
+    with contextlib.suppress(OSError):
+        os.setsid()
     try:
         functions = pickle.loads(pickled)
     except BaseException as error:

@@ -105,6 +105,7 @@ def host_generate_turns(
     call: Caller,
     *,
     first_sample: int | Int[Array, "..."] = 0,
+    present: np.ndarray | None = None,
 ) -> Experience:
     """As `generate_turns`, with an environment on the host.
 
@@ -117,6 +118,7 @@ def host_generate_turns(
       step: training step.
       call: from `opened(turns.environment)`.
       first_sample: number of the first sample of a prompt; it addresses the random keys. One number, or one a prompt.
+      present: [N] False for prompts that fill a batch up: the environment never hears of them. None for all.
 
     Returns:
       `Experience` as from `generate_turns`. An episode whose rewards add up to at least 1 is solved.
@@ -126,7 +128,10 @@ def host_generate_turns(
     """
     talk = turns.start(params, prompts, key, jnp.asarray(step, jnp.int32), jnp.asarray(first_sample, jnp.int32))
     per_row = [item for item in items for _ in range(turns.speech.samples_per_prompt)]
-    episodes = host_started(turns.environment, per_row, call)
+    here = np.arange(len(per_row))
+    if present is not None:
+        here = np.flatnonzero(np.repeat(present, turns.speech.samples_per_prompt))
+    episodes = _filled_up(host_started(turns.environment, [per_row[row] for row in here], call), here, len(per_row))
     while np.any(running := episodes.stop == StopReason.RUNNING):
         talk, *said = turns.say(params, talk, episodes.turns, running)
         tokens, length, room = jax.device_get(said)
@@ -144,6 +149,17 @@ def host_generate_turns(
         )
         talk = turns.hear(params, talk, observation, observed)
     return turns.finish(talk, _facts(episodes))
+
+
+def _filled_up(episodes: HostEpisodes, here: np.ndarray, rows: int) -> HostEpisodes:
+    """Episodes of all rows, of which those that are not here have stopped before their first turn."""
+    states: list[Any] = [None] * rows
+    for row, state in zip(here, episodes.states, strict=True):
+        states[row] = state
+    stop = np.full(rows, StopReason.ENVIRONMENT, np.int32)
+    stop[here] = episodes.stop
+    rewards = np.zeros((rows, episodes.turn_rewards.shape[1]), np.float32)
+    return HostEpisodes(tuple(states), np.zeros(rows, np.int32), rewards, stop, np.zeros(rows, np.int32))
 
 
 def host_turns_shapes(turns: HostTurns, params: PyTree, prompts: Prompts, key: Array, step: Array) -> Experience:

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
+from jaxrl_llm.run.digests import Digest, bits, by_path, changed, digests, text_digest
+from jaxrl_llm.run.failures import passing
+from jaxrl_llm.run.retention import METRIC, preserved
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another run."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint, `step` of `directory`, that is not what was written; `reason` says what of it."""
+
+    def __init__(self, directory: Path, step: int, reason: str):
+        super().__init__(f"checkpoint {step} in {directory} is damaged: {reason}")
+        self.directory, self.step, self.reason = directory, step, reason
+
+
+# What the meta holds beside the caller's: digests of the arrays, and of itself.
+_DIGESTS, _OWN = "digests", "digest"
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -50,16 +70,39 @@ def require_own_config(config: Config, meta: Mapping[str, Any]) -> str:
     )
 
 
-def checkpoint_manager(directory: Path, *, keep: int) -> ocp.CheckpointManager:
-    """A manager that writes in the background and keeps the newest `keep` steps."""
+def checkpoint_manager(
+    directory: Path,
+    *,
+    keep: int,
+    keep_every_steps: int | None = None,
+    keep_best: int = 0,
+    best_is: str = "highest",
+) -> ocp.CheckpointManager:
+    """A manager that writes in the background and keeps the newest steps, and some for ever.
+
+    Args:
+      directory: the checkpoints directory.
+      keep: how many of the newest are kept.
+      keep_every_steps: multiples of this are kept for ever; None for none.
+      keep_best: of the steps that were saved with a metric, how many of the best are kept.
+      best_is: "highest" or "lowest" metric.
+    """
     return ocp.CheckpointManager(
         Path(directory).resolve(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=preserved(keep, keep_every_steps, keep_best, best_is), enable_async_checkpointing=True
+        ),
     )
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: Any, meta: Mapping[str, Any], *, trained: Trained | None = None
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    meta: Mapping[str, Any],
+    *,
+    trained: Trained | None = None,
+    metric: float | None = None,
 ) -> None:
     """Write state and meta as one step; a kill at any moment leaves the previous step whole.
 
@@ -69,6 +112,7 @@ def save(
       state: what is written.
       meta: plain data beside it.
       trained: of the model; where it is given, of `state.params` only what learns is written.
+      metric: that the best steps are chosen by; None where it is not known.
 
     Raises:
       CheckpointError: when that step exists already (orbax would skip it in silence).
@@ -76,62 +120,81 @@ def save(
     if trained is not None:
         state = _with_params(state, trained.split(state.params)[0])
     # Written in the background, while the caller goes on to change it.
-    meta = copy.deepcopy(dict(meta))
-    if not manager.save(
-        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    ):
+    meta = copy.deepcopy(dict(meta)) | {_DIGESTS: digests(state)}
+    meta |= {_OWN: text_digest(meta)}
+    written = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    if not manager.save(step, args=written, metrics=None if metric is None else {METRIC: metric}):
         raise CheckpointError(
             f"checkpoint {step} in {manager.directory} exists already, so it was not written again; resume from it, or "
             "use another run_dir"
         )
 
 
+def steps(directory: Path) -> list[int]:
+    """Steps under a checkpoints directory that were written to their end, whatever became of them since."""
+    directory = Path(directory)
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
 def latest_step(directory: Path) -> int | None:
     """Newest complete step under a checkpoints directory, None when there is none."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return None
-    steps = [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
-    return max(steps, default=None)
+    return max(steps(directory), default=None)
 
 
-def latest_checkpoint(path: str | Path) -> tuple[Path, int]:
-    """(checkpoints directory, step) that a run directory or a single checkpoint directory stands for.
+def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
+    """(checkpoints directory, step) that a path names; a run directory names no step.
 
     Raises:
-      CheckpointError: when there is none.
+      CheckpointError: when no checkpoint is there.
     """
     path = Path(path)
-    if path.name.isdigit() and (path / "state").is_dir():
+    if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent, int(path.name)
     folder = path if path.name == "checkpoints" else path / "checkpoints"
-    step = latest_step(folder)
-    if step is None:
+    if not steps(folder):
         raise CheckpointError(
             f"{path} holds no checkpoint; give a run directory (with checkpoints/ inside) or one checkpoint, "
             "for example runs/demo or runs/demo/checkpoints/120"
         )
-    return folder, step
-
-
-def branch_checkpoint(path: str | Path, step: int | None) -> Path:
-    """The checkpoint that `init_from` names: of a run its newest, or that of a step.
-
-    Raises:
-      CheckpointError: when there is none.
-    """
-    folder, newest = latest_checkpoint(path)
-    chosen = folder / str(newest if step is None else step)
-    if not chosen.is_dir():
-        there = ", ".join(sorted((p.name for p in folder.iterdir() if p.name.isdigit()), key=int))
-        raise CheckpointError(f"init_from names step {step} of {path}, which has checkpoints of the steps {there}")
-    return chosen
+    return folder, None
 
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
-    """The meta of one step alone."""
-    with ocp.CheckpointManager(Path(directory).resolve()) as manager:
-        return dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+    """The meta of one step alone.
+
+    Raises:
+      Damaged: when it is not there or not what was written.
+    """
+    meta = _whole_meta(directory, step)
+    return {name: value for name, value in meta.items() if name not in (_DIGESTS, _OWN)}
+
+
+def read_digests(directory: Path, step: int) -> dict[str, Digest] | None:
+    """What was recorded of every array of a step; None for a step that was written before digests were.
+
+    Raises:
+      Damaged: as for `read_meta`.
+    """
+    recorded = _whole_meta(directory, step).get(_DIGESTS)
+    return None if recorded is None else {path: Digest(*digest) for path, digest in recorded.items()}
+
+
+def _whole_meta(directory: Path, step: int) -> dict[str, Any]:
+    path = Path(directory) / str(step) / "meta" / "metadata"
+    try:
+        meta = json.loads(path.read_bytes())
+        if not isinstance(meta, dict):
+            raise ValueError
+        own = meta.pop(_OWN, None)
+        fine = own == text_digest(meta) if own is not None else _DIGESTS not in meta and "stage" in meta
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(directory, step, "its meta is missing") from None
+    except (ValueError, RecursionError):
+        fine = False
+    if not fine:
+        raise Damaged(directory, step, "its meta is not what was written")
+    return meta
 
 
 def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = None) -> Any:
@@ -146,16 +209,61 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
 
     Raises:
       CheckpointError: when structure, shapes or dtypes differ; orbax alone would cast dtypes in silence.
+      Damaged: when it is not what was written.
     """
     frozen = None
     if trained is not None:
         part, frozen = trained.split(like.params)
         like = _with_params(like, part)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    require_same(_stored(directory, step), abstract, f"{directory}/{step}")
-    with ocp.CheckpointManager(Path(directory).resolve()) as manager:
+    require_same(stored_shapes(directory, step), abstract, f"{directory}/{step}")
+    with _read_whole(directory, step), ocp.CheckpointManager(Path(directory).resolve()) as manager:
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    _require_written(directory, step, state)
     return state if trained is None else _with_params(state, trained.join(state.params, frozen))
+
+
+@contextlib.contextmanager
+def _read_whole(directory: Path, step: int) -> Iterator[None]:
+    """Raises Damaged where orbax fails at what was verified: in what it notes beside the arrays."""
+    with without_loose_ends():
+        try:
+            yield
+        except Exception as error:
+            if passing(error):
+                raise
+            raise Damaged(directory, step, f"it cannot be restored ({in_short(error)})") from None
+
+
+@contextlib.contextmanager
+def without_loose_ends() -> Iterator[None]:
+    """Of a read that fails, others of orbax's are left, which the interpreter would report with a traceback each."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    failed = False
+    try:
+        yield
+    except Exception:
+        failed = True
+        raise
+    finally:
+        if failed:
+            time.sleep(0.1)  # they are still ending
+            gc.collect()
+        sys.unraisablehook = before
+
+
+def _require_written(directory: Path, step: int, restored: PyTree) -> None:
+    """Raises Damaged unless the arrays that this process has whole are what was written."""
+    if recorded := read_digests(directory, step):
+        here = {path: bits(leaf) for path, leaf in by_path(restored).items()}
+        whole = {path: np.asarray(leaf) for path, leaf in here.items() if getattr(leaf, "is_fully_addressable", True)}
+        if bad := changed(whole, recorded):
+            raise Damaged(directory, step, f"array {bad[0]} is not what was written")
+
+
+def in_short(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _with_params(state: Any, params: PyTree) -> Any:
@@ -207,28 +315,45 @@ def restore_part(directory: Path, step: int, like: PyTree, *, network: str = "po
       CheckpointError: as for `restore_params`.
     """
     abstract = {"networks": {network: {part: jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
-    held = _stored(directory, step)["networks"]
+    held = stored_shapes(directory, step)["networks"]
     if network not in held:
         raise CheckpointError(f"checkpoint {directory}/{step} holds no network {network!r}; it has {', '.join(held)}")
     require_same({"networks": {network: {part: held[network][part]}}}, abstract, f"{directory}/{step}")
     arguments = ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(_state_path(directory, step), args=arguments)["networks"][network][part]
+    with _read_whole(directory, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(_state_path(directory, step), args=arguments)
+    _require_written(directory, step, restored)
+    return restored["networks"][network][part]
 
 
 def _state_path(directory: Path, step: int) -> Path:
     return Path(directory).resolve() / str(step) / "state"
 
 
-def _stored(directory: Path, step: int) -> PyTree:
-    """Shapes and dtypes of a written state, as plain dictionaries and lists."""
+def stored_shapes(directory: Path, step: int) -> PyTree:
+    """Shapes and dtypes of a written state, as plain dictionaries and lists.
+
+    Raises:
+      CheckpointError: when there is none.
+    """
     path = _state_path(directory, step)
-    if not path.is_dir():
+    if not path.parent.is_dir():
         raise CheckpointError(f"checkpoint {directory} has no step {step}; there is {latest_step(directory)}")
+    if not path.is_dir():
+        raise Damaged(directory, step, "its state is missing")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.metadata(path).item_metadata.tree
+
+
+def stored_arrays(directory: Path, step: int, shapes: PyTree) -> PyTree:
+    """Arrays of a written state on the host, as NumPy's; of `shapes`, from `stored_shapes`, placeholders are left."""
+    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(
+            _state_path(directory, step), args=ocp.args.PyTreeRestore(item=shapes, restore_args=arguments)
+        )
 
 
 def require_same(stored: PyTree, wanted: PyTree, where: str) -> None:
@@ -237,10 +362,6 @@ def require_same(stored: PyTree, wanted: PyTree, where: str) -> None:
     Raises:
       CheckpointError: for the first leaf that differs.
     """
-
-    def by_path(tree: PyTree) -> dict[str, Any]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {"/".join(_key(part) for part in path): leaf for path, leaf in leaves}
 
     here, there = by_path(wanted), by_path(stored)
     for path in sorted(here.keys() ^ there.keys()):
@@ -255,7 +376,3 @@ def require_same(stored: PyTree, wanted: PyTree, where: str) -> None:
                 f"checkpoint {where} holds {path!r} as {dtype}{list(shape)}, but this config makes it "
                 f"{leaf.dtype}{list(leaf.shape)}; use the config that the checkpoint was written with"
             )
-
-
-def _key(part: Any) -> str:
-    return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))

@@ -26,7 +26,7 @@ from jaxrl_llm.rollout.hand_over import External, disk_hand_over
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
-from jaxrl_llm.run.optimizers import clipping
+from jaxrl_llm.run.optimizers import clipping, skipping_non_finite
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.networks import GIVEN, Network
@@ -122,7 +122,7 @@ def configured_networks(
             head=head,
             says="first" if name == "twin" and section.says == "token" else section.says,
             backbone=section.backbone,
-            optimizer=head_optimizer(section, b1, b2) if learns else None,
+            optimizer=skipping_non_finite(head_optimizer(section, b1, b2)) if learns else None,
             decay=section.decay,
             copy_every=section.copy_every,
             copy_at=section.copy_at,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import jax
 
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import RunDirectory
+from jaxrl_llm.reporting.ownership import owned
+from jaxrl_llm.reporting.run_directory import require_empty
+from jaxrl_llm.run.failures import storage_fault
 
 _SECONDS = 10.0  # in which a file of one host is seen by another
 
@@ -39,17 +43,31 @@ class Unwritten(RunDirectory):
 
 
 @contextmanager
-def run_directory(path: Path, config: Mapping[str, Any], *, resume_step: int | None) -> Iterator[RunDirectory]:
+def run_directory(
+    path: Path, config: Mapping[str, Any], *, resume_step: int | None, **logging: Any
+) -> Iterator[RunDirectory]:
     """The records of a run: of the process that writes, or `Unwritten`. All processes must call it.
 
     Args:
-      path, config, resume_step: as for `RunDirectory`.
+      path, config, resume_step, **logging: as for `RunDirectory`.
 
     Raises:
       ValueError: as `RunDirectory` does, or where the processes do not see the same directory.
     """
     # Opened first, and by one: a new run wants it empty, and checkpoints make a directory in it.
-    with RunDirectory(path, config, resume_step=resume_step) if hosts.is_main() else Unwritten(path) as directory:
+    with ExitStack() as stack:
+        if hosts.is_main() and resume_step is None:  # a run that goes on is owned from where its state is looked for
+            try:
+                require_empty(path)
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                if (clause := storage_fault(error)) is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                name = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
+                raise ValueError(f"run_dir={name} cannot be made: {clause}; give another run_dir") from None
+            stack.enter_context(owned(path))
+        opened = RunDirectory(path, config, resume_step=resume_step, **logging) if hosts.is_main() else Unwritten(path)
+        directory = stack.enter_context(opened)
         hosts.meet("the run directory is open")
         require_shared(path / "config.yaml")
         yield directory

@@ -21,6 +21,7 @@ from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.signatures import signature
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
+from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.networks import POLICY, given_shapes, trainable_part
 from jaxrl_llm.training.segments import Work, abstract_like, shapes
 from jaxrl_llm.training.step import given_work
@@ -167,7 +168,7 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
         )
 
     given = jax.eval_shape(prompts) if c.rollout is not None else None
-    state = jax.eval_shape(parts.step.init, jax.random.key(0), None, given_shapes(c.networks))
+    state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))
     state = state if c.placed is None else abstract_like(state, c.placed)
     if given is not None:
         prepared(c, given)

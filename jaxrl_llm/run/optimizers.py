@@ -208,3 +208,18 @@ def stochastically_rounded(x: Array, key: Array) -> Array:
     noisy = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     kept = jax.lax.bitcast_convert_type(noisy & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), kept, x).astype(jnp.bfloat16)
+
+
+def skipping_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser, but a gradient whose norm is not finite changes neither parameters nor state.
+
+    The state is that of the inner optimiser, whose steps are the same bit for bit wherever gradients are finite.
+    """
+
+    def update(updates: PyTree, state: Any, params: PyTree = None):
+        finite = jnp.isfinite(optax.tree.norm(_wide(updates)))
+        steps, after = inner.update(updates, state, params)
+        steps = jax.tree.map(lambda step: jnp.where(finite, step, jnp.zeros_like(step)), steps)
+        return steps, jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+
+    return optax.GradientTransformation(inner.init, update)

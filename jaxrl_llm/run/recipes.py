@@ -21,7 +21,7 @@ import pydantic
 from jaxrl_llm import advantages, losses, rewards, schedules, selection
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.ranges import Positive, require_range
-from jaxrl_llm.signatures import renamed, signature
+from jaxrl_llm.signatures import on_host, renamed, signature
 from jaxrl_llm.terms import Fill, LossTerm, Reward
 
 CREDIT_ROOMS = (advantages, selection, rewards, losses)
@@ -34,16 +34,20 @@ class RecipeError(ValueError):
 
 # Beside the hyper-parameters of a reward or a fill: how it is called, where it is a reading.
 _CALLING = {"deadline_s": Optional[Positive], "value_on_failure": float | None}  # noqa: UP045
+_PROCESS = ("executor", "memory_gib")
 
 
 def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -> tuple[Reward, ...]:
-    """Reward entries; `weight`, `name`, `deadline_s` and `value_on_failure` may stand beside the hyper-parameters."""
+    """Reward entries; `weight`, `name`, `deadline_s`, `value_on_failure`, `executor` and `memory_gib` may stand beside
+    the hyper-parameters."""
     terms = []
     for entry in entries:
         name, hyper = entry_of(entry, "rewards")
         weight, label = hyper.pop("weight", 1.0), hyper.pop("name", None)
         calling = _calling(hyper, f"rewards.{name}")
+        process = {key: hyper.pop(key) for key in _PROCESS if key in hyper}
         function = method(name, hyper, (rewards,), "rewards", sizes)
+        function = _in_process(function, name, label or _label(name), f"rewards.{name}", **process)
         terms.append(Reward(function, _number(weight, f"rewards.{name}.weight"), label or _label(name), **calling))
     return tuple(terms)
 
@@ -58,10 +62,32 @@ def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] 
         name, hyper = entry_of(inner, f"credit.{field}")
         label = hyper.pop("name", None)
         calling = _calling(hyper, f"credit.{field}.{name}")
+        process = {key: hyper.pop(key) for key in _PROCESS if key in hyper}
         filled = _filled(field)
         function = method(name, hyper, CREDIT_ROOMS, f"credit.{field}", sizes)
+        function = _in_process(function, name, label or _label(name), f"credit.{field}.{name}", **process)
         terms.append(Fill(filled, function, label or _label(name), **calling))
     return tuple(terms)
+
+
+def _in_process(
+    function: Any, name: str, label: str, where: str, executor: str | None = None, memory_gib: float | None = None
+) -> Any:
+    """A reading of the user's own, to be called in a process of its own where it pickles; anything else as it is."""
+    if executor not in (None, "process", "thread"):
+        raise RecipeError(f"{where}.executor is {executor!r}; it must be 'process' or 'thread'")
+    if ":" not in name or not on_host(function) or executor == "thread":
+        if executor == "process" or memory_gib is not None:
+            raise RecipeError(f"{where} is no function of your own that reads text; leave executor and memory_gib out")
+        return function
+    if memory_gib is not None and not _number(memory_gib, f"{where}.memory_gib") > 0:
+        raise RecipeError(f"{where}.memory_gib is {memory_gib}; it must be above 0")
+    try:
+        return rewards.Guarded(function, label, None if memory_gib is None else int(float(memory_gib) * 2**30))
+    except Exception as error:  # pickle raises what it likes
+        if executor == "process":
+            raise RecipeError(f"{where} cannot be called in a process: {error}; use executor: thread") from error
+        return function
 
 
 def _filled(field: Any) -> str | tuple[str, ...]:

@@ -19,9 +19,10 @@ from jaxrl_llm.models.lora import add_adapters
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
+from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.networks import POLICY, Network
 from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
@@ -63,6 +64,14 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
       CheckpointError: when there is no checkpoint, or it does not fit the config.
     """
     built, folder, step = _parts_of(path)
+    params = checkpoint_params(built, folder, step)
+    widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
+    context = None if built.directory is None else _context_tokens(built.directory)
+    return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths, context)
+
+
+def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
+    """The policy's parameters of one checkpoint of a run, where the parts' devices want them."""
     place = built.step.composition.resources.placement
     mesh, rules = place.mesh, place.rules
     if built.model.trained is None:
@@ -74,15 +83,12 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
         like = abstract_like(shapes, one if mesh is None else parameter_shardings(built.model, mesh, rules))
     else:  # what adapters are added to is not in the checkpoint
         like = built.initial_params(jax.random.key(built.config.seed))
-    params = checkpoints.restore_params(folder, step, like, trained=built.model.trained)
-    widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
-    context = None if built.directory is None else _context_tokens(built.directory)
-    return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths, context)
+    return checkpoints.restore_params(folder, step, like, trained=built.model.trained)
 
 
-def _parts_of(path: str | Path) -> tuple[Parts, Path, int]:
+def _parts_of(path: str | Path, network: str = POLICY) -> tuple[Parts, Path, int]:
     """(parts of the last stage of a run, its checkpoints directory, the step that is meant)."""
-    folder, step = checkpoints.latest_checkpoint(path)
+    folder, step = integrity.latest_checkpoint(path, within=f"networks/{network}/params/")
     stored = folder.parent / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
@@ -117,7 +123,7 @@ def require_branch(built: Parts) -> None:
 def _branch(built: Parts) -> Path:
     branch = built.config.init_from
     assert branch is not None
-    return checkpoints.branch_checkpoint(branch.path, branch.step)
+    return integrity.branch_checkpoint(branch.path, branch.step)
 
 
 def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTree:
@@ -138,12 +144,12 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
       ConfigError: when the run's config.yaml is not there.
       CheckpointError: when there is no checkpoint, or it holds no network of this name.
     """
-    built, folder, step = _parts_of(path)
+    built, folder, step = _parts_of(path, name)
     if name == POLICY:
         network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
     elif name in built.step.composition.networks:
         network = built.step.composition.networks[name]
-        like = jax.eval_shape(built.step.init, jax.random.key(0)).networks[name].params
+        like = jax.eval_shape(partial(initial_state, built.step.composition), jax.random.key(0)).networks[name].params
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
         raise checkpoints.CheckpointError(f"run {path} has no network {name!r}; it has {known}")

@@ -15,7 +15,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data, selection
-from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig
+from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig, TrainingConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.experience import KeyUse, Method
 from jaxrl_llm.hub import model_directory
@@ -38,7 +38,7 @@ from jaxrl_llm.run.configured import (
     head_optimizer,
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
-from jaxrl_llm.run.optimizers import optimizer
+from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
 from jaxrl_llm.run.problems import columns, data_sets
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms
 from jaxrl_llm.run.sources import Feed
@@ -139,14 +139,6 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         directory, tokenizer, model = like.directory, like.tokenizer, like.model
     training, rollout = config.training, config.rollout
     sizes = run_sizes(config, tokenizer)
-    update = Update(
-        epochs_per_batch=training.epochs_per_batch,
-        minibatches_per_epoch=training.minibatches_per_epoch,
-        sequences_per_microbatch=training.sequences_per_microbatch,
-        freeze_policy_steps=training.freeze_policy_steps,
-        alignment_every_steps=training.alignment_every_steps,
-        alignment_learning_rate=training.learning_rate,
-    )
     feeds = configured_sources(config, sizes)
     _require_problems(config, feeds)
     samples = any(feed.source is None for feed in feeds)
@@ -188,17 +180,17 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     )
     step = make_train_step(
         model,
-        optimizer(config.training, seed=config.seed),
+        skipping_non_finite(optimizer(config.training, seed=config.seed)),
         source=[*([sampled] if samples else []), *written],
         rewards=rewards,
         credit=credit,
         losses=losses,
-        update=update,
+        update=_update(training),
         resources=Resources(
             decode=tokenizer.decode,
             encode=tokenizer.encode,
             networks=networks,
-            critic=head_optimizer(NetworkConfig(), b1, b2),
+            critic=skipping_non_finite(head_optimizer(NetworkConfig(), b1, b2)),
             views=views,
             columns=columns(config),
             placement=Placement(
@@ -207,6 +199,17 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         ),
     )
     return Parts(config, task, tokenizer, model, directory, step, reason, feeds, paths)
+
+
+def _update(training: TrainingConfig) -> Update:
+    return Update(
+        epochs_per_batch=training.epochs_per_batch,
+        minibatches_per_epoch=training.minibatches_per_epoch,
+        sequences_per_microbatch=training.sequences_per_microbatch,
+        freeze_policy_steps=training.freeze_policy_steps,
+        alignment_every_steps=training.alignment_every_steps,
+        alignment_learning_rate=training.learning_rate,
+    )
 
 
 def run_sizes(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -6,12 +6,12 @@ so that it can be taken up again at any checkpoint.
 
 from __future__ import annotations
 
-import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +27,30 @@ from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.alarms import Alarms
 from jaxrl_llm.run.compilation import CompilationWatch
+from jaxrl_llm.run.interruption import Abandoned, Interruption
+from jaxrl_llm.run.live_report import LiveReport
+from jaxrl_llm.run.nonfinite import TrainingError, looked_at
 from jaxrl_llm.run.optimizers import learning_rate
+from jaxrl_llm.run.samples import spread, write_samples
 from jaxrl_llm.run.setup import Parts
-from jaxrl_llm.training.reading import item_numbers
+from jaxrl_llm.run.step_trace import StepTrace
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 SELECTION = "selection"
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says what happened and where the last good checkpoint is."""
-
-
 class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved."""
+    """A signal asked the run to stop; its state is saved.
+
+    Attributes:
+      status: 128 and the number of the signal, as shells say it.
+    """
+
+    def __init__(self, text: str, number: int = signal.SIGTERM):
+        super().__init__(text)
+        self.status = 128 + number
 
 
 @dataclass(frozen=True)
@@ -98,9 +107,12 @@ class Run:
       watch: counts compilations.
       data: problems by split, which the run is measured on.
       sets: the data of each stage by split.
-      asked: a signal arrived.
+      interruption: signals and the watchdog.
       waiting_networks: networks that an earlier stage has trained and a later one reads, but not the one under way.
+      skipped_in_a_row: updates before this step that were skipped one after the other; such a state is not saved.
       stopping: the run ends at the end of this step; the same on all processes.
+      trace: of some steps, for a profile.
+      report: the page about it, refreshed when a checkpoint is saved.
       mark, charged_to: since when, and to which part, time is being charged.
     """
 
@@ -114,8 +126,11 @@ class Run:
     data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
-    asked: bool = False
+    report: LiveReport | None = None
+    trace: StepTrace | None = None
+    interruption: Interruption = field(kw_only=True)
     stopping: bool = False
+    skipped_in_a_row: int = 0
     mark: float = 0.0
     charged_to: str = "set-up"
 
@@ -124,11 +139,13 @@ class Run:
         """Charge the seconds of a block to `what`, and not to the block around it."""
         self.charge()
         around, self.charged_to = self.charged_to, what
+        self.interruption.busy(what)
         try:
             yield
         finally:
             self.charge()
             self.charged_to = around
+            self.interruption.busy(around)
 
     def charge(self) -> None:
         """Add the time since the last call to the part that it belongs to."""
@@ -142,7 +159,22 @@ class Run:
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
         kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
-        checkpoints.save(self.manager, global_step, kept, self.meta, trained=self.parts.model.trained)
+        trained, metric = self.parts.model.trained, self.meta.get("metric")
+        checkpoints.save(self.manager, global_step, kept, self.meta, trained=trained, metric=metric)
+        if self.report is not None:
+            self.report.refresh()
+
+    def taken(self, stage: Stage) -> Callable[..., Any]:
+        """The function that takes a step of a stage, which traces those that are asked for."""
+        run = stage.parts.step.run
+        return run if self.trace is None else self.trace.traced(stage.parts, self.meta["steps_before"])
+
+    def stopped(self, global_step: int) -> Stopped:
+        """What a run ends with that was asked to stop and is saved."""
+        return Stopped(
+            f"stopped at step {global_step}; go on with: jaxrl train --resume {self.config.directory}",
+            self.interruption.number or signal.SIGTERM,
+        )
 
     def placed(self, rows: Any) -> Any:
         """Rows of a whole batch where the step's devices want them; each process hands over its own."""
@@ -163,26 +195,28 @@ def run_stage(
       measure: (params, split, problems, what the time is charged to) -> accuracies.
       last: no stage comes after it, so its last state is saved.
     """
-    offset, first, step = run.meta["steps_before"], int(state.step), stage.parts.step
+    offset, first, take = run.meta["steps_before"], int(state.step), run.taken(stage)
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
     with _progress(run, stage, counted) as progress, run.timed(stage.name):
         rates, mark = _learning_rates(stage, state), time.monotonic()
 
         def report(done: int, metrics: dict[str, Any], rows: Experience, items: list) -> None:
             nonlocal mark
-            shown = _finite(run, jax.device_get(metrics), done, stage.name)
+            shown = looked_at(run, jax.device_get(metrics), done, offset, stage.name, rows)
             seconds, mark = time.monotonic() - mark, time.monotonic()
             shown |= {"learning_rate": float(rates[done - first - 1]), "seconds": seconds}
-            if stage.samples:
+            if stage.samples and "completion_tokens" in shown:
                 tokens = shown["completion_tokens"] * counted
                 run.meta["tokens"] += round(tokens)
                 shown["tokens_per_second"] = tokens / seconds
             run.directory.write_metrics(offset + done, {"stage": stage.name} | shown)
+            for text in alarms.new(shown):
+                progress.message(f"alarm at step {done} of the {stage.name}: {text}")
             if stage.samples:
-                _write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
+                write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
-        unread: tuple | None = None
+        alarms, unread = Alarms(), None
         widths: set[int] = set()
         choices = _choices(state)
         for index in range(first, stage.steps):
@@ -192,20 +226,16 @@ def run_stage(
             new_width = width not in widths
             if new_width and widths:
                 run.watch.allow()
+                run.interruption.busy(f"step {done} of the {stage.name}")
                 progress.message(f"step {done} is the first with prompts of {width} tokens: its program is compiled")
             widths.add(width)
             written = None if data.written is None else run.placed(data.written(index))
             try:
-                new_state, metrics, rows = step.run(state, run.placed(prompts), items, written, call=run.parts.call)
-            except (RewardError, EngineError) as error:
+                new_state, metrics, rows = take(state, run.placed(prompts), items, written, call=run.parts.call)
+            except (RewardError, EngineError, Abandoned) as error:
                 if unread is not None:
                     report(*unread)
-                _save_before_leaving(run, offset + index, stage.name, state)
-                what = "the function" if isinstance(error, RewardError) else "what the engine lacks"
-                raise type(error)(
-                    f"{error}. The state before step {done} is saved: mend {what} and run "
-                    f"jaxrl train --resume {run.config.directory}"
-                ) from error
+                _leave(run, error, offset + index, done, stage.name, state)
             choices = _next_choices(choices, new_state)
             if unread is not None:
                 report(*unread)
@@ -213,19 +243,15 @@ def run_stage(
             reached = False
             if stage.probe_every_steps and done % stage.probe_every_steps == 0 and (done < stage.steps or not last):
                 run.watch.allow()  # a resumed run compiles its evaluation here
-                held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
+                probed = _probed(run, stage, state, measure)
                 if done > first + 2:
                     run.watch.expect_none(progress.message)
-                shown = (
-                    held_out
-                    if stage.probes is None
-                    else {name: held_out[name] for name in stage.probes if name in held_out}
-                )
-                metrics |= {f"validation/{name}": value for name, value in shown.items()}
-                reached = stage.stop_at_accuracy is not None and held_out["pass@1"] >= stage.stop_at_accuracy
+                metrics |= probed
+                reached = stage.stop_at_accuracy is not None and probed["validation/pass@1"] >= stage.stop_at_accuracy
             if done == first + 2 or (new_width and done > first + 2):
                 run.watch.expect_none(progress.message)
-            run.stopping = hosts.agreed_stop(run.asked)
+            run.interruption.step_done(f"step {done + 1} of the {stage.name}")
+            run.stopping = hosts.agreed_stop(run.interruption.asked)
             ends = reached or done == stage.steps
             if ends and not last:
                 break
@@ -233,17 +259,30 @@ def run_stage(
                 report(*unread)
                 unread = None
                 run.watch.allow()  # on a mesh, orbax compiles how it cuts arrays, in a resumed run here
-                run.save(offset + done, stage.name, state)
+                if not run.skipped_in_a_row or ends or run.manager.latest_step() is None:
+                    run.save(offset + done, stage.name, state)
                 if done >= first + 2:
                     run.watch.expect_none(progress.message)
                 if ends:
                     break
-                _stop_if_asked(run, offset + done)
+                if run.stopping:
+                    run.manager.wait_until_finished()
+                    raise run.stopped(run.manager.latest_step())
         if unread is not None:
             report(*unread)
         run.watch.allow()
     run.meta["steps_before"] = offset + int(state.step)
     return state
+
+
+def _probed(run: Run, stage: Stage, state: TrainState, measure: Callable) -> dict[str, float]:
+    """What a stage writes of a measurement on the validation split."""
+    held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
+    names = held_out if stage.probes is None else stage.probes
+    probed = {f"validation/{name}": held_out[name] for name in names if name in held_out}
+    if stage.first_saved:  # of a warm start, no checkpoint is the best
+        run.meta["metric"] = probed.get(run.config.checkpoints.best_metric)
+    return probed
 
 
 def _prompts(run: Run, stage: Stage, data: StageData, index: int, choices: list[Any]) -> tuple[Any, list]:
@@ -300,64 +339,18 @@ def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experie
     return None if feed is None or feed.rows is None else feed.rows(parts, sets)
 
 
-def _save_before_leaving(run: Run, global_step: int, stage: str, state: TrainState) -> None:
+def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, state: TrainState) -> NoReturn:
+    """Save the state before a step that was not taken, and end the run with what has kept it from being taken."""
     if run.manager.latest_step() != global_step:  # it may be on its way to the disk already
         run.save(global_step, stage, state)
     run.manager.wait_until_finished()
-
-
-def _stop_if_asked(run: Run, global_step: int) -> None:
-    if run.stopping:
-        run.manager.wait_until_finished()
-        raise Stopped(f"stopped at step {global_step}; go on with: jaxrl train --resume {run.config.directory}")
-
-
-def _finite(run: Run, metrics: dict[str, Any], done: int, stage: str) -> dict[str, float]:
-    """Metrics as floats; the first one that is not finite ends the run before a checkpoint can be spoiled."""
-    shown = {name: float(value) for name, value in metrics.items()}
-    bad = [name for name, value in shown.items() if not math.isfinite(value)]
-    if bad:
-        good, folder = run.manager.latest_step(), run.config.directory / "checkpoints"
-        rest = "There is no checkpoint yet" if good is None else f"The last good checkpoint is step {good} in {folder}"
-        raise TrainingError(
-            f"{bad[0]} is {shown[bad[0]]} at step {done} of the {stage}; lower the learning rate or check the rewards. "
-            f"{rest}"
-        )
-    return shown
-
-
-def _write_samples(
-    run: Run, global_step: int, done: int, rows: Experience, items: list, *, first: bool, last: int
-) -> None:
-    """Completions of every so many steps, and of the first and the last step of a stage."""
-    reporting = run.config.reporting
-    every = reporting.samples_every_steps
-    due = bool(every) and (done in (1, last) or done % every == 0)
-    # Over several processes, rows are gathered by a program, which is compiled with those of the first step.
-    if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
-        return
-    chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
-    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated")
-    held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names if n in rows}).items()}
-    if not due:
-        return
-    decode = run.parts.tokenizer.decode
-    of = [items[number] for number in item_numbers(held["prompt_id"], held["group"], None, items)]
-    rewards = run.parts.step.composition.rewards
-    run.directory.write_samples(
-        global_step,
-        [
-            {
-                "prompt": of[i]["body"],
-                "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
-                "answer": of[i]["answer"],
-                "truncated": bool(held["truncated"][i]),
-            }
-            | ({"reward": held["rewards"][i]} if rewards else {})
-            | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
-            for i in range(len(chosen))
-        ],
-    )
+    if isinstance(error, Abandoned):
+        raise run.stopped(global_step)
+    what = "the function" if isinstance(error, RewardError) else "what the engine lacks"
+    raise type(error)(
+        f"{error}. The state before step {done} is saved: mend {what} and run "
+        f"jaxrl train --resume {run.config.directory}"
+    ) from error
 
 
 def _learning_rates(stage: Stage, state: TrainState) -> np.ndarray:
@@ -376,11 +369,6 @@ def _progress(run: Run, stage: Stage, counted: int) -> Progress:
     columns = tuple(c._replace(label=right) if c.name == "correct_share" else c for c in COLUMNS)
     sequences = counted if stage.samples else None
     return Progress(max(stage.steps, 1), stage.name, run.console, sequences_per_step=sequences, columns=columns)
-
-
-def spread(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` indices, evenly spread, so that every level of a mixed data set is among them."""
-    return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)
 
 
 __all__ = [

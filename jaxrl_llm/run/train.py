@@ -6,12 +6,11 @@ checkpoint, so a resumed run repeats the numbers of one that was never stopped.
 
 from __future__ import annotations
 
-import resource
-import signal
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,52 +21,104 @@ from rich.console import Console
 from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
+from jaxrl_llm.evaluation.record_files import fresh_records
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
-from jaxrl_llm.models import TransformerConfig, attention_path
-from jaxrl_llm.parallel import described, hosts, layout
+from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
-from jaxrl_llm.reporting.machine_report import package_versions
+from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.rollout.engine_http import require_model
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
 from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.failures import named
+from jaxrl_llm.run.host_processes import attentive, guarded_functions
+from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
+from jaxrl_llm.run.live_report import reporting_of
 from jaxrl_llm.run.optimizers import long_warmup
-from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.overview import summary_of, units
+from jaxrl_llm.run.problems import data_sets, fingerprint_of, own_data
 from jaxrl_llm.run.restored import require_branch
+from jaxrl_llm.run.resuming import clear_the_way, step_to_go_on_from
 from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
-from jaxrl_llm.run.stages import Run, Stage, first_batch, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.stages import Run, Stage, Stopped, first_batch, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
+from jaxrl_llm.training.initial import initial_state
 
 
-def train(config: Config, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    exact: bool = False,
+    grace: float | None = None,
+    console: Console | None = None,
+    steps_traced: StepTrace | None = None,
+) -> dict[str, Any]:
     """Run a config from start to final table, or go on with a run that was stopped.
 
     Args:
       config: what to run; on resuming it must decide the same numbers as the config of the run.
-      resume: go on from the newest checkpoint in `config.directory`.
+      resume: go on from the newest checkpoint in `config.directory` that is what was written.
+      exact: refuse to go on from an earlier checkpoint where the newest is damaged.
+      grace: seconds from the first signal to the end, whatever is under way; None waits for the end of the step.
       console: where progress is shown; None for standard output.
+      steps_traced: what traces some of the steps; None for none.
 
     Returns:
       The summary that is also written to summary.json.
 
     Raises:
       ValueError: for anything in the config or the run directory that cannot work; before compute is spent.
-      CheckpointError: resuming with another config or other data.
+      CheckpointError: resuming with another config or other data, or without a good checkpoint.
       TrainingError: when a number stops being finite.
       RewardError: when a reward function fails; the state before the failed step is saved.
       EngineError: when an external engine fails; the state before the failed step is saved.
-      Stopped: after SIGTERM or SIGINT; the state is saved.
+      StorageError: when the run directory cannot be written any more.
+      PassingError: when storage or a device fails in a way that may pass; the run may be started again.
+      Stopped: after SIGTERM, SIGINT or SIGHUP; the state is saved.
+      KeyboardInterrupt: after a second signal, or the first before there is a state; it says what is saved.
     """
     console = console or Console()
+    folder = config.directory / "checkpoints"
+    interruption = Interruption(
+        config.directory,
+        console.print,
+        lambda: checkpoints.latest_step(folder),
+        grace,
+        config.faults.stalled_after_medians,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(named(config.directory, interruption.way_on))
+        if resume and hosts.is_main():
+            stack.enter_context(owned(config.directory, say=console.print))
+        while True:
+            try:
+                return _train(config, resume, exact, console, interruption, steps_traced)
+            except checkpoints.Damaged as error:
+                if exact or not resume or error.directory != folder:  # it is of the run that init_from names
+                    raise
+                console.print(f"{error}; trying the one before it")
+                clear_the_way(config, error.step - 1, console.print)
+            except Abandoned:  # between steps
+                raise Stopped(f"stopped; {interruption.way_on()}", interruption.number or 15) from None
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"stopped at once; {interruption.way_on()}") from None
+
+
+def _train(
+    config: Config, resume: bool, exact: bool, console: Console, interruption: Interruption, tracing: StepTrace | None
+) -> dict[str, Any]:
     started = time.monotonic()
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
     for stage in stages:
         trace(stage.parts)
+    report, logging = reporting_of(config, console)
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
         require_model(rollout.engine.engine)
@@ -82,7 +133,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         "stage": stages[0].name,
     }
     folder = config.directory / "checkpoints"
-    newest = hosts.from_main(checkpoints.latest_step(folder)) if resume else None
+    newest = None
+    if resume:
+        newest = step_to_go_on_from(config, exact=exact, first_saved=stages[0].first_saved, say=console.print)
     if newest is not None:
         require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
@@ -92,18 +145,14 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     elif config.init_from is not None:
         require_branch(stages[0].parts)
     data = data_sets(built.config) if built.config.has_problems else {}
-    sets = {stage.name: _own_data(stage, stages[-1], data) for stage in stages}
+    sets = {stage.name: own_data(stage, stages[-1], data) for stage in stages}
     for stage in stages:
         require_answers(stage.parts, sets[stage.name])
     held_out = [data[split] for split in ("validation", "test") if split in data and answers_of(data[split])]
     grade = grader(built, *held_out) if held_out else None
     if grade is None and any(stage.stop_at_accuracy is not None for stage in stages):
         raise ValueError("warm_start.stop_at_accuracy is set, but the data has no reference answers; leave it out")
-    fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
-    for stage in stages:
-        if (own := sets[stage.name]) and own is not data:
-            fingerprint[f"train of {stage.name}"] = own["train"].fingerprint
-        fingerprint |= {f"source of {stage.name}": feed.file for feed in stage.parts.feeds if feed.file}
+    fingerprint = fingerprint_of(stages, sets, data)
     if meta.setdefault("data", fingerprint) != fingerprint:
         changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
         raise checkpoints.CheckpointError(
@@ -117,35 +166,41 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         encoded(built, data[split])
     for stage in stages:
         try_rewards(stage.parts, sets[stage.name])
-    console.print(units_table(_units(built)))
+    first_step = (newest or 0) if resume else None
+    console.print(units_table(units(built)))
     for stage in stages:
         if warning := long_warmup(stage.parts.config.training):
             console.print(f"{stage.name}: {warning}", soft_wrap=True, markup=False)
+    if resume:
+        clear_the_way(config, newest, console.print)
     with (
-        run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
-        checkpoints.checkpoint_manager(folder, keep=config.checkpoints.keep) as manager,
+        run_directory(config.directory, as_tree(config), resume_step=first_step, **logging) as directory,
+        _manager(config) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
+        guarded_functions(config, [stage.parts.step.composition for stage in stages], interruption.give_up_the_step),
     ):
-        run = Run(config, ready, directory, manager, console, meta, watch, data, sets, mark=started)
+        interruption.opened = True
+        ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
+        run = Run(
+            config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption
+        )
+        run.report, run.trace = report, tracing
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
-        with _signals(run):
+        with attended(interruption):
             return _run(run, stages, prompts, rows, newest, grade)
 
 
-def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]:
-    """The data of a stage: what the run is evaluated on, and training problems of its own where it names others."""
-    own, common = stage.parts.config, last.parts.config
-    if not own.has_problems:
-        return {}
-    same = (own.task, own.data.path, own.data.fields, own.data.format) == (
-        common.task,
-        common.data.path,
-        common.data.fields,
-        common.data.format,
+def _manager(config: Config) -> Any:
+    kept = config.checkpoints
+    return checkpoints.checkpoint_manager(
+        config.directory / "checkpoints",
+        keep=kept.keep,
+        keep_every_steps=kept.keep_every_steps,
+        keep_best=kept.keep_best,
+        best_is=kept.best_is,
     )
-    return data if same else data_sets(own)
 
 
 def _run(
@@ -208,7 +263,7 @@ def _run(
 
 def _with_optimizer_of(branch: BranchConfig, state: TrainState) -> TrainState:
     """The state with the policy's optimiser as another run has it."""
-    at, policy = checkpoints.branch_checkpoint(branch.path, branch.step), state.networks["policy"]
+    at, policy = integrity.branch_checkpoint(branch.path, branch.step), state.networks["policy"]
     held = checkpoints.restore_part(at.parent, int(at.name), policy.optimizer_state, part="optimizer_state")
     return replace(state, networks={**state.networks, "policy": replace(policy, optimizer_state=held)})
 
@@ -228,7 +283,7 @@ def _before(stages: Sequence[Stage], key: Any) -> tuple[TrainState | None, dict[
     state, held = None, {}
     for stage in stages:
         given = _carried(stage.parts, held)
-        shapes = jax.eval_shape(stage.parts.step.init, key, None, given)
+        shapes = jax.eval_shape(partial(initial_state, stage.parts.step.composition), key, None, given)
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), replace(shapes, key=jnp.zeros(())))
         state = replace(state, key=key)
         held |= {name: one.params for name, one in state.networks.items()}
@@ -276,13 +331,17 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
         rules=place.rules,
         environment=parts.environment,
         call=run.parts.call,
+        columns=("level",) if parts.task is not None else (),
     )
 
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:
         with run.timed(what):
             data = run.data[split]
             items = [data[i] for i in spread(len(data), problems)]
-            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE))
+            write = None
+            if split == "test" and hosts.is_main():  # before and after, for the report and `jaxrl compare`
+                write = fresh_records(run.config.directory / "evaluations" / what.rpartition(" ")[2])
+            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE), write)
 
     return measure
 
@@ -290,7 +349,7 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
 def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
     """The run after its last stage: measured, summed up, shown."""
     after = measure(state.params, "test", run.config.evaluation.problems, "evaluation after")
-    summary = _summary(run, after)
+    summary = summary_of(run, after)
     run.directory.write_summary(summary)
     run.manager.wait_until_finished()
     accuracies = [name for name in after if name not in COUNTED]
@@ -298,89 +357,7 @@ def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
         run.console.print(
             results_table(*({name: part[name] for name in accuracies} for part in (run.meta["before"], after)))
         )
-    run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}")
+    page = None if run.report is None else run.report.refresh(now=True)
+    told = "" if page is None else f"; report: {page}"
+    run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}{told}")
     return summary
-
-
-@contextmanager
-def _signals(run: Run):
-    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one is obeyed at once."""
-
-    def ask(number: int, frame: Any) -> None:
-        if run.asked:
-            raise KeyboardInterrupt
-        run.asked = True
-        run.console.print("stopping after this step; its state will be saved")
-
-    before = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, ask)
-    except ValueError:  # not in the main thread: signals are somebody else's
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _units(built: Parts) -> list[tuple[str, int | float | str, str]]:
-    """What the sizes of a config imply, in units."""
-    config = built.config
-    training, rollout, written = config.training, config.rollout, built.step.composition.written
-    rows = training.prompts_per_step * rollout.samples_per_prompt
-    sampled: list[tuple[str, int | float | str, str]] = [
-        ("prompts_per_step", training.prompts_per_step, "prompts"),
-        ("samples_per_prompt", rollout.samples_per_prompt, "completions"),
-    ]
-    if built.step.composition.rollout is None and written is not None:
-        rows, sampled = written.rows, []
-    place = built.step.composition.resources.placement
-    mesh = place.mesh
-    per_update = rows // training.minibatches_per_epoch
-    micro = training.sequences_per_microbatch or per_update
-    attention = []
-    if isinstance(built.model.config, TransformerConfig):
-        widths = rollout.max_prompt_tokens, rollout.max_prompt_tokens + rollout.max_completion_tokens
-        with layout(mesh, place.rules):
-            update = attention_path(built.model.config, queries=widths[1])
-            decode = attention_path(built.model.config, queries=1, keys=widths[1])
-        attention = [("attention", f"{update}, {decode}", "update, decoding")]
-    return [
-        *sampled,
-        ("sequences per step", rows, "completions"),
-        ("optimiser updates per step", training.epochs_per_batch * training.minibatches_per_epoch, "updates"),
-        ("sequences per update", per_update, "completions"),
-        ("sequences_per_microbatch", micro, "completions"),
-        ("microbatches per update", per_update // micro, "microbatches"),
-        ("tokens per step, at most", rows * (rollout.max_prompt_tokens + rollout.max_completion_tokens), "tokens"),
-        ("steps", training.steps, "steps"),
-        *attention,
-        ("devices", 1 if mesh is None else mesh.size, jax.default_backend()),
-        ("mesh", described(mesh), built.mesh_reason),
-    ]
-
-
-def _summary(run: Run, after: dict[str, float]) -> dict[str, Any]:
-    run.charge()
-    seconds = dict(run.meta["seconds"])
-    seconds["total"] = sum(seconds.values())
-    return {
-        "name": run.config.name,
-        "before": run.meta["before"],
-        "after": after,
-        "seconds": seconds,
-        # Linux counts kibibytes.
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "completion_tokens_sampled": run.meta["tokens"],
-        "warm_start_steps": run.meta["warm_start_steps"],
-        "steps": run.config.training.steps,
-        "compilations": run.watch.count,
-        "compilation_seconds": run.watch.seconds,
-        "programs_read": run.watch.read,
-        "config_hash": run.meta["config_hash"],
-        "data": run.meta["data"],
-        "devices": [str(device) for device in jax.devices()],
-        "versions": package_versions(),
-    }

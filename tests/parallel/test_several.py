@@ -375,7 +375,7 @@ def test_sigterm_to_one_saves_one_step_and_another_number_of_processes_goes_on(a
     with launched(commands, tmp_path / "logs", share(2, REWARD_SECONDS="1")) as run:
         until_step(run, directory, WARM + 1)
         run.processes[asked].send_signal(signal.SIGTERM)
-        assert run.ended(120) == [17 if asked else 0] * 2, run.said()
+        assert run.ended(120) == [17 if asked else 143] * 2, run.said()
         stops = [line for text in run.said() for line in text.splitlines() if line.startswith("stopped at step ")]
     assert len(stops) == 2
     assert len(set(stops)) == 1, stops

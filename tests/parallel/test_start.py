@@ -277,7 +277,7 @@ def test_resume_if_started(environment, micro_yaml, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "jaxrl_llm.commands.start_training.train",
-        lambda config, *, resume, console: seen.append(resume) or {"name": "x"},
+        lambda config, *, resume, **_: seen.append(resume) or {"name": "x"},
     )
     words = ["train", str(micro_yaml), f"run_dir={tmp_path}/run"]
     assert cli.main([*words, "--resume-if-started"]) == 0
@@ -296,8 +296,8 @@ def test_the_status_of_a_run_that_a_signal_stopped_can_be_chosen(
 
     monkeypatch.setattr("jaxrl_llm.commands.start_training.train", stopped)
     words = ["train", str(micro_yaml), f"run_dir={tmp_path}/run"]
-    assert cli.main(words) == 0
-    assert cli.main([*words, "--stopped-status", "143"]) == 143
+    assert cli.main(words) == 143  # as shells say that SIGTERM ended a process
+    assert cli.main([*words, "--stopped-status", "0"]) == 0
     assert "stopped at step 3" in capsys.readouterr().err
 
 
@@ -309,7 +309,7 @@ def test_the_status_of_a_run_that_a_signal_stopped_can_be_chosen(
         (TrainingError("reward is nan"), 1, (1, "reward is nan")),
         (ValueError("no such file"), 2, (2, "no such file")),
         (RuntimeError("Gloo: connection closed"), 1, (1, "RuntimeError('Gloo: connection closed')")),
-        (KeyboardInterrupt(), 1, (1, "KeyboardInterrupt()")),
+        (KeyboardInterrupt(), 130, (130, "interrupted")),
     ],
     ids=lambda value: type(value).__name__,
 )

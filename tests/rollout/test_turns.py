@@ -288,6 +288,22 @@ def test_on_the_host_samples_are_numbered_from_the_first_too(params, rows):
         np.testing.assert_array_equal(tokens[prompt], whole["tokens"][prompt, first : first + 2])
 
 
+def test_an_environment_on_the_host_never_hears_of_prompts_that_fill_a_batch_up(params, rows):
+    heard: list[str] = []
+
+    def episode(item):
+        heard.append(item["body"])
+        return grid.episode(item)
+
+    with opened(environment := host_grid()._replace(reset=episode)) as call:
+        found = talked(params, environment, call, present=np.array([True, False, True]))
+    assert heard == [item["body"] for item in (ITEMS[0], ITEMS[2]) for _ in range(SAMPLES)]
+    whole, found = every_sample(rows), every_sample(found)
+    for name in ("tokens", "length", "turn", "turn_rewards"):
+        np.testing.assert_array_equal(found[name][[0, 2]], whole[name][[0, 2]], err_msg=name)
+    assert not found["turn_rewards"][1].any()
+
+
 def hanging(state, text):
     time.sleep(60)
 

@@ -14,6 +14,7 @@ from jaxrl_llm.run.optimizers import (
     long_warmup,
     muon_matrices,
     optimizer,
+    skipping_non_finite,
     stochastically_rounded,
     with_master,
     with_stochastic_rounding,
@@ -132,6 +133,23 @@ def test_moments_of_bfloat16_parameters_are_float32(wrapper):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.inner) if x.ndim)
     after, _ = trained(wrapper(optax.adamw(1e-3)), params, 3)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_that_is_not_finite_changes_nothing_and_others_are_taken_as_ever(name):
+    made = optimizer(TrainingConfig(optimizer=name, learning_rate=1e-2))
+    guarded = skipping_non_finite(made)
+    params = {"down": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)}
+    gradient = jax.tree.map(jnp.cos, params)
+    state = made.init(params)
+    assert jax.tree.structure(guarded.init(params)) == jax.tree.structure(state)
+    expected, found = jax.jit(made.update)(gradient, state, params), jax.jit(guarded.update)(gradient, state, params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    for wrong in (jnp.nan, jnp.inf):
+        broken = {"down": gradient["down"].at[1, 2].set(wrong)}
+        steps, after = jax.jit(guarded.update)(broken, state, params)
+        assert not np.asarray(steps["down"]).any()
+        jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def test_a_warm_up_longer_than_the_run_is_told():

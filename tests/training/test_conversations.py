@@ -285,6 +285,8 @@ def test_the_demos_compose(name):
 def test_evaluation_opens_an_environment_in_python_by_itself(config_of):
     config = config_of("guess")
     built = parts(config)
+    heard = []
+    environment = built.environment._replace(reset=lambda item: heard.append(item) or built.environment.reset(item))
     evaluate = make_evaluate(
         built.model,
         task_grader(built.task),
@@ -294,9 +296,10 @@ def test_evaluation_opens_an_environment_in_python_by_itself(config_of):
         max_prompt_tokens=10,
         max_completion_tokens=15,
         sequences_per_batch=9,
-        environment=built.environment,
+        environment=environment,
     )
     items = [data_sets(config)["test"][number] for number in range(4)]
     found = evaluate(built.initial_params(jax.random.key(0)), items, jax.random.key(1))
     assert (found["problems"], found["failures_per_episode"]) == (4, 0)
     assert 1 <= found["turns_per_episode"] <= 3
+    assert len(heard) == 4 * 3  # of two batches of three problems

@@ -1,0 +1,65 @@
+"""`jaxrl ckpt` and `jaxrl replay`: what a run has left on the disk, looked at and tidied up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from jaxrl_llm.commands.arguments import require_positive
+from jaxrl_llm.commands.tables import show
+from jaxrl_llm.run import checkpoints, integrity, tidying
+from jaxrl_llm.run.replay import replayed
+
+
+def show_replay(options: argparse.Namespace) -> None:
+    """`jaxrl replay`: the groups of a failed batch, each with what is not finite in it."""
+    described, entries = replayed(options.file)
+    if options.json:
+        print(json.dumps(described | {"groups": entries}, indent=2))
+        return
+    step = described["policy of checkpoint"]
+    policy = "the policy that the run began with" if step is None else f"the policy of checkpoint {step}"
+    show(options, entries, f"step {described['step']} ({described['stage']}), group by group with {policy}")
+
+
+def show_checkpoints(options: argparse.Namespace) -> int:
+    """`jaxrl ckpt list`, and `verify`, which reads them; 1 where one is damaged."""
+    folder, only = checkpoints.checkpoints_of(options.path)
+    rows, damaged = [], False
+    for step in checkpoints.steps(folder) if only is None else [only]:
+        found = integrity.verified(folder, step) if options.verify else None
+        try:
+            meta = checkpoints.read_meta(folder, step)
+        except checkpoints.Damaged as error:
+            meta, found = {}, found or integrity.Verified(step, error.reason)
+        damaged |= found is not None and found.damage is not None
+        files = [path for path in (folder / str(step)).rglob("*") if path.is_file()]
+        row = {
+            "step": step,
+            "stage": meta.get("stage", "?"),
+            "MB": round(sum(path.stat().st_size for path in files) / 1e6, 2),
+            "metric": meta.get("metric", ""),
+        }
+        if found is not None:
+            row |= {"state": "damaged: " + found.damage if found.damage else "good" if found.recorded else "readable"}
+        rows.append(row)
+    show(options, rows, f"checkpoints of {folder.parent}")
+    return int(damaged)
+
+
+def prune_checkpoints(options: argparse.Namespace) -> None:
+    """`jaxrl ckpt prune`: delete all but the newest good ones, and those that are kept for ever."""
+    require_positive(options, "keep", "keep_every")
+    folder, _ = checkpoints.checkpoints_of(options.path)
+    good = integrity.newest_good(folder)
+    assert good is not None  # there are some
+    gone = tidying.prune(folder, keep=options.keep, keep_every_steps=options.keep_every, within=[good])
+    show(options, [{"deleted": step} for step in gone], f"{len(gone)} checkpoints deleted from {folder}")
+
+
+def convert_checkpoint(options: argparse.Namespace) -> None:
+    """`jaxrl ckpt convert`: a checkpoint written anew, its numbers unchanged, with digests; whole or one network."""
+    folder, step = integrity.latest_checkpoint(options.path)
+    written = tidying.converted(folder, step, Path(options.out), network=options.only)
+    show(options, [{"from": f"{folder}/{step}", "to": str(written)}], "converted")

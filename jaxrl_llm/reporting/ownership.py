@@ -1,0 +1,109 @@
+"""One process writes a run directory at a time: a lock on a file in it, and a heartbeat where locks do not reach.
+
+A lock is the kernel's: it is gone with its process, however that ended. Network file systems may not have locks, or
+have them on each machine alone; there the file, which its owner rewrites every few seconds, says that it lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+FILE = ".owner"
+BEAT_SECONDS = 5.0
+
+
+class OwnedError(ValueError):
+    """Another process has the run directory."""
+
+
+@contextlib.contextmanager
+def owned(directory: Path, *, say: Callable[[str], Any] = print, beat: float = BEAT_SECONDS) -> Iterator[None]:
+    """Own a run directory for the length of a block.
+
+    Args:
+      directory: it exists.
+      say: tells people that the owner on another host is waited for.
+      beat: seconds between two heartbeats; three of them without a change, and an owner on another host is gone.
+
+    Raises:
+      OwnedError: when another process has it, saying which.
+    """
+    path = directory / FILE
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        held, locked = _said(path), _lock(file)
+        if locked is False:
+            raise OwnedError(_refusal(directory, held))
+        if held and (held.get("host") != socket.gethostname() or locked is None):
+            say(f"{directory} was left by {_who(held)} without a word; waiting {3 * beat:g} s whether it still lives")
+            time.sleep(3 * beat)
+            if _said(path) != held:
+                raise OwnedError(_refusal(directory, _said(path)))
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        stop = threading.Event()
+        _write(file, mine | {"beat": 0})
+        beating = threading.Thread(target=_beat, args=(file, mine, stop, beat), name="owner", daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            beating.join()
+            with contextlib.suppress(OSError):
+                os.ftruncate(file, 0)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int) -> bool | None:
+    """Whether the lock is ours; None where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _beat(file: int, mine: dict[str, Any], stop: threading.Event, seconds: float) -> None:
+    count = 0
+    while not stop.wait(seconds):
+        count += 1
+        with contextlib.suppress(OSError):  # a full disk is noticed by whoever writes the run
+            _write(file, mine | {"beat": count})
+
+
+def _write(file: int, said: dict[str, Any]) -> None:
+    text = json.dumps(said).encode() + b"\n"
+    os.pwrite(file, text, 0)
+    os.ftruncate(file, len(text))
+
+
+def _said(path: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _who(held: dict[str, Any]) -> str:
+    return f"process {held.get('pid', '?')} on {held.get('host', '?')}, running since {held.get('since', '?')}"
+
+
+def _refusal(directory: Path, held: dict[str, Any]) -> str:
+    return (
+        f"run directory {directory} belongs to {_who(held)}; wait for it, stop it (kill {held.get('pid', 'PID')}), or "
+        "give another run_dir"
+    )

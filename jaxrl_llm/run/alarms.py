@@ -1,0 +1,109 @@
+"""Alarms: numbers of a run that a person should look at, each said once while it lasts.
+
+They end nothing. What is compared is the mean of the last `WINDOW` steps with that of the first ones.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+WINDOW = 10
+
+
+@dataclass
+class Alarms:
+    """What the alarms remember of one stage of a run.
+
+    Attributes:
+      first: mean of each metric over its first `WINDOW` steps.
+      last: each metric in its last `WINDOW` steps.
+      probes: (mean reward, pass@1 on the validation split) at each evaluation.
+      ringing: alarms that were said and still hold.
+    """
+
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, deque[float]] = field(default_factory=dict)
+    probes: list[tuple[float, float]] = field(default_factory=list)
+    ringing: set[str] = field(default_factory=set)
+
+    def new(self, metrics: Mapping[str, float]) -> list[str]:
+        """What there is to say after a step with these metrics, and was not said before."""
+        for name, value in metrics.items():
+            window = self.last.setdefault(name, deque(maxlen=WINDOW))
+            window.append(value)
+            if len(window) == WINDOW and name not in self.first:
+                self.first[name] = sum(window) / WINDOW
+        if "validation/pass@1" in metrics and "reward" in self.last:
+            window = self.last["reward"]
+            self.probes.append((sum(window) / len(window), metrics["validation/pass@1"]))
+        holding = {name: text for name, alarm in ALARMS.items() if (text := alarm(self)) is not None}
+        fresh = [text for name, text in holding.items() if name not in self.ringing]
+        self.ringing = set(holding)
+        return fresh
+
+    def now(self, name: str) -> float | None:
+        """Mean of the last `WINDOW` steps; None before there are so many."""
+        window = self.last.get(name, ())
+        return sum(window) / WINDOW if len(window) == WINDOW else None
+
+
+def _divergence(seen: Alarms) -> str | None:
+    now = seen.now("kl_reference_per_token")
+    if now is None or now < 0.5:
+        return None
+    return f"the policy is far from its reference: kl_reference_per_token is {now:.2f} nats; raise the KL coefficient"
+
+
+def _entropy(seen: Alarms) -> str | None:
+    now, then = seen.now("entropy_per_token"), seen.first.get("entropy_per_token", 0.0)
+    if now is None or now > 0.1 * then or then < 0.05:
+        return None
+    return f"the entropy has collapsed from {then:.3f} to {now:.3f} nats per token: samples of a prompt will be alike"
+
+
+def _length(seen: Alarms) -> str | None:
+    now, then, cut = seen.now("completion_tokens"), seen.first.get("completion_tokens"), seen.now("truncated_share")
+    if cut is not None and cut > 0.5:
+        return f"{cut:.0%} of the completions are cut at max_completion_tokens"
+    if now is None or not then or now < 3 * then:
+        return None
+    return f"completions have grown from {then:.0f} to {now:.0f} tokens"
+
+
+def _gap(seen: Alarms) -> str | None:
+    now = seen.now("sampler_gap_mean")
+    if now is None or now < 0.05:
+        return None
+    return f"sampler and trainer disagree by {now:.2g} nats per token (sampler_gap_mean): the update is off-policy"
+
+
+def _constant(seen: Alarms) -> str | None:
+    now = seen.now("constant_group_share")
+    if now is None or now < 0.999:
+        return None
+    return "all rewards of each prompt have been equal in the last steps: nothing is learned from them"
+
+
+def _hacking(seen: Alarms) -> str | None:
+    if len(seen.probes) < 3:
+        return None
+    (reward, held), *_, (later, held_later) = seen.probes[-3:]
+    falls = all(after[1] < before[1] for before, after in zip(seen.probes[-3:], seen.probes[-2:], strict=False))
+    if not falls or later <= reward + 0.02 * abs(reward):
+        return None
+    return (
+        f"the reward rises ({reward:.3f} to {later:.3f}) while pass@1 on the validation split falls ({held:.1%} to "
+        f"{held_later:.1%}): the policy may be exploiting the reward"
+    )
+
+
+ALARMS: dict[str, Callable[[Alarms], str | None]] = {
+    "divergence": _divergence,
+    "entropy": _entropy,
+    "length": _length,
+    "log-probability gap": _gap,
+    "constant reward": _constant,
+    "reward hacking": _hacking,
+}

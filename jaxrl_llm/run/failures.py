@@ -1,0 +1,102 @@
+"""Faults of the machine, apart from those of the input: what may pass, what somebody has to mend."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxrl_llm.parallel.peers import LOST
+
+# Errors of storage and devices that a new start may find gone, as their texts begin (absl status codes of XLA and
+# TensorStore).
+_PASSING = ("UNAVAILABLE", "INTERNAL", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
+_PASSING_ERRNO = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO}
+_STORAGE_ERRNO = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "it may not be written",
+    errno.EPERM: "it may not be written",
+    errno.ENOENT: "it was moved or deleted",
+    errno.ENOTDIR: "it was moved or deleted",
+    errno.ENAMETOOLONG: "a name in its path is too long",
+    errno.EFBIG: "a file is larger than is allowed",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
+}
+RESTARTABLE = LOST  # exit status: the same run may be started again, and may then go on
+
+
+class StorageError(RuntimeError):
+    """What a run writes to cannot be written; somebody has to mend it, then the run goes on."""
+
+
+class PassingError(RuntimeError):
+    """The storage or a device failed in a way that may be gone at the next start."""
+
+
+def passing(error: BaseException) -> bool:
+    """Whether an error of the system, of XLA or of TensorStore may be gone at the next start."""
+    if _number(error) in _PASSING_ERRNO:
+        return True
+    text = str(error).lstrip()
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        return text.startswith(_PASSING)
+    # TensorStore says DATA_LOSS of a file that is damaged, which does not pass.
+    return isinstance(error, (OSError, ValueError)) and text.startswith(("UNAVAILABLE:", "DEADLINE_EXCEEDED:"))
+
+
+def storage_fault(error: BaseException) -> str | None:
+    """What is the matter with a disk, as a clause; None where an error is of something else."""
+    return _STORAGE_ERRNO.get(_number(error) or 0)
+
+
+def _number(error: BaseException) -> int | None:
+    """The number of an error of the system; TensorStore has it in its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
+    return None if found is None else int(found[1])
+
+
+@contextlib.contextmanager
+def named(directory: Path, way_on: Callable[[], str]) -> Iterator[None]:
+    """Faults of the storage and of devices in a block become one sentence: what is the matter, and how to go on.
+
+    Args:
+      directory: of the run.
+      way_on: says which step is saved and what to type.
+
+    Raises:
+      StorageError: for a disk that is full, read-only, or gone.
+      PassingError: for what may be gone at the next start.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("jaxrl_llm."):  # it has a sentence of its own
+            raise
+        for one in _chain(error):
+            name = getattr(one, "filename", None) or directory
+            if passing(one):
+                raise PassingError(f"{_first_line(one)}; {way_on()}") from error
+            inside = str(name).startswith((str(directory), str(directory.resolve())))
+            if inside and (clause := storage_fault(one)) is not None:
+                raise StorageError(f"run {directory} cannot be written: {name}: {clause}; {way_on()}") from error
+        raise
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of, the first cause last."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

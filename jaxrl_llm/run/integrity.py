@@ -1,0 +1,219 @@
+"""Whether a checkpoint is what was written: the newest one that is gets restored, and what is damaged is named.
+
+A checkpoint is read and compared with the digests in its meta before anything is restored from it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.checkpoints import CheckpointError, Damaged
+from jaxrl_llm.run.digests import Digest, by_path, changed
+from jaxrl_llm.run.failures import passing
+
+_BYTES = 1 << 30  # of arrays that are read at once
+ASIDE = "damaged"  # where checkpoints that a run cannot go on from are moved to, beside `checkpoints`
+
+
+class Verified(NamedTuple):
+    """A step of a checkpoints directory that was read.
+
+    Attributes:
+      step: its number.
+      damage: what is wrong with it; None for nothing.
+      recorded: its digests were written with it; without them only that it can be read is known.
+      arrays, size, seconds: what was read, in bytes, and how long it took.
+    """
+
+    step: int
+    damage: str | None
+    recorded: bool = False
+    arrays: int = 0
+    size: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if self.damage:
+            return f"checkpoint {self.step} is damaged: {self.damage}"
+        how = "verified" if self.recorded else "readable, but without digests to verify it by"
+        return f"checkpoint {self.step} is {how} ({self.arrays} arrays, {self.size / 1e6:.3g} MB, {self.seconds:.2g} s)"
+
+
+def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, int] = (0, 1)) -> Verified:
+    """Read a step and compare it with what was recorded when it was written.
+
+    Args:
+      directory: the checkpoints directory.
+      step: one of its steps.
+      within: only arrays whose path begins so; the others are not read.
+      share: (number of this reader, readers), each of which reads its share of the arrays.
+
+    Raises:
+      CheckpointError: when there is no such step.
+      OSError: where the storage does not answer, which says nothing about the checkpoint.
+    """
+    started = time.monotonic()
+    try:
+        with checkpoints.without_loose_ends():
+            recorded = checkpoints.read_digests(directory, step)
+            damage, wanted = _compared(directory, step, recorded, within, share)
+    except Damaged as error:
+        return Verified(step, error.reason)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if passing(error):
+            raise
+        return Verified(step, f"it cannot be read ({checkpoints.in_short(error)})")
+    if damage is not None:
+        return Verified(step, damage)
+    size = sum(_size(digest) for digest in wanted.values())
+    return Verified(step, None, recorded is not None, len(wanted), size, time.monotonic() - started)
+
+
+def _compared(
+    directory: Path, step: int, recorded: Mapping[str, Digest] | None, within: str, share: tuple[int, int]
+) -> tuple[str | None, dict[str, Digest]]:
+    """(what is wrong, what was read), as for `verified`."""
+    tree = checkpoints.stored_shapes(directory, step)
+    there = {path: leaf for path, leaf in by_path(tree).items() if path.startswith(within)}
+    wanted = recorded or {path: Digest(str(leaf.dtype), leaf.shape, {}) for path, leaf in there.items()}
+    wanted = {path: digest for path, digest in wanted.items() if path.startswith(within)}
+    if missing := sorted(wanted.keys() ^ there.keys()):
+        return f"it {'lacks' if missing[0] in wanted else 'has a surplus'} array {missing[0]}", wanted
+    for read in _arrays(directory, step, tree, dict(sorted(wanted.items())[share[0] :: share[1]])):
+        if recorded and (bad := changed(read, wanted)):
+            return f"array {bad[0]} is not what was written", wanted
+    return None, wanted
+
+
+def _arrays(directory: Path, step: int, tree: PyTree, wanted: Mapping[str, Digest]) -> Iterator[dict[str, np.ndarray]]:
+    """The wanted arrays as NumPy's, so many at once as fit `_BYTES`."""
+    held, size = [], 0
+    groups = [held]
+    for path, digest in wanted.items():
+        if held and size + _size(digest) > _BYTES:
+            held, size = [], 0
+            groups.append(held)
+        held.append(path)
+        size += _size(digest)
+    leaves, structure = jax.tree.flatten(tree)
+    order = list(by_path(tree))
+    for group in filter(None, groups):
+        chosen = set(group)
+        item = [leaf if path in chosen else ocp.PLACEHOLDER for path, leaf in zip(order, leaves, strict=True)]
+        read = checkpoints.stored_arrays(directory, step, structure.unflatten(item))
+        yield {path: array for path, array in by_path(read).items() if path in chosen}
+
+
+def _size(digest: Digest) -> int:
+    return int(np.prod(digest.shape, dtype=np.int64)) * jax.numpy.dtype(digest.dtype).itemsize
+
+
+Say = Callable[[str], Any]
+
+
+def newest_good(directory: Path, *, exact: bool = False, within: str = "", say: Say | None = None) -> int | None:
+    """The newest step that is whole and what was written; None where there is no step. All processes must call it.
+
+    Args:
+      directory: the checkpoints directory.
+      exact: the newest step, or none.
+      within: as for `verified`.
+      say: hears of every step that was looked at; None tells standard error of those that are damaged.
+
+    Raises:
+      CheckpointError: when no step is good, or with `exact` when the newest one is not.
+    """
+    bad: list[str] = []
+    share = jax.process_index(), jax.process_count()
+    for step in _agreed(checkpoints.steps(directory)):
+        found = verified(directory, step, within=within, share=share)
+        found = found._replace(damage=hosts.first_failure(found.damage))
+        if found.damage is None:
+            (say or (lambda text: None))(str(found))
+            return step
+        bad.append(str(found))
+        if exact:
+            raise CheckpointError(f"{directory}: {bad[0]}; leave --exact out to go on from the newest one that is good")
+        (say or _warn)(f"{found}; trying the one before it")
+    if bad:
+        raise CheckpointError(
+            f"{directory} holds no good checkpoint: {'; '.join(bad[:5])}; restore one from a copy, or start a new run "
+            "with another run_dir"
+        )
+    return None
+
+
+def latest_checkpoint(path: str | Path, *, within: str = "") -> tuple[Path, int]:
+    """(checkpoints directory, step) that a run directory or a single checkpoint directory stands for.
+
+    Args:
+      path: of a run, its newest good checkpoint is taken, and a damaged one that is newer is told of.
+      within: as for `verified`.
+
+    Raises:
+      CheckpointError: when there is none, or the one that is named is damaged.
+    """
+    folder, step = checkpoints.checkpoints_of(path)
+    if step is None:
+        step = newest_good(folder, within=within)
+        assert step is not None  # there are some
+    elif damage := verified(folder, step, within=within).damage:
+        good = f"{folder.parent}" if folder.name == "checkpoints" else str(folder)
+        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {good} takes the newest one that is good")
+    return folder, step
+
+
+def branch_checkpoint(path: str | Path, step: int | None) -> Path:
+    """The checkpoint that `init_from` names: of a run its newest, or that of a step.
+
+    Raises:
+      CheckpointError: when there is none.
+    """
+    folder, newest = latest_checkpoint(path)
+    chosen = folder / str(newest if step is None else step)
+    if not chosen.is_dir():
+        there = ", ".join(map(str, checkpoints.steps(folder)))
+        raise CheckpointError(f"init_from names step {step} of {path}, which has checkpoints of the steps {there}")
+    return chosen
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """Steps as process 0 sees them, from the newest."""
+    count = hosts.from_main(len(steps)) or 0
+    newest = sorted(steps, reverse=True) + [0] * count
+    return [hosts.from_main(newest[place]) or 0 for place in range(count)]
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def set_aside(directory: Path, after: int) -> list[Path]:
+    """Move the steps after one out of the way, into `damaged` beside the directory; returns where they are now.
+
+    A run that goes on from an earlier step will write these steps again.
+    """
+    moved = []
+    for step in sorted(checkpoints.steps(directory)):
+        if step > after:
+            target = Path(directory).parent / ASIDE / str(step)
+            number = 1
+            while target.exists():
+                target, number = target.with_name(f"{step}.{number}"), number + 1
+            target.parent.mkdir(exist_ok=True)
+            (Path(directory) / str(step)).rename(target)
+            moved.append(target)
+    return moved

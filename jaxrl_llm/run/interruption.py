@@ -1,0 +1,196 @@
+"""What ends a run from outside: signals, and a watchdog for steps that never end.
+
+The first signal asks for a stop at the end of the step. A thread, which signals reach even while the main one is in a
+program or in the compiler, sees to it that a second Ctrl-C, the end of the grace period and the watchdog are obeyed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.parallel.peers import exit_now
+from jaxrl_llm.run.failures import RESTARTABLE
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_OBEYED_SECONDS = 2.0  # in which the main thread may end by itself after a second signal
+_LEAST_SECONDS = 600.0  # that the watchdog waits at least: a step may compile
+
+
+class Abandoned(Exception):
+    """A step is given up, because a stop was asked for and it would take too long."""
+
+
+@dataclass
+class Interruption:
+    """What has been asked of a run, and how it gets on.
+
+    Attributes:
+      directory: of the run.
+      say: tells people.
+      saved: () -> the last step that was saved; None for none.
+      grace: seconds between the first signal and the end, whatever is under way; None waits for the end of the step.
+      stalled_after: the watchdog ends a run whose step takes so many times the median; 0 never does.
+      least: seconds that the watchdog waits in any case.
+      number: the first signal; None before one.
+      doing: what the run does, for messages.
+      opened: the run directory is there.
+    """
+
+    directory: Path
+    say: Callable[[str], Any]
+    saved: Callable[[], int | None]
+    grace: float | None = None
+    stalled_after: float = 0.0
+    least: float = _LEAST_SECONDS
+    number: int | None = None
+    doing: str = "set-up"
+    opened: bool = False
+    _asked_at: float = 0.0
+    _again: float | None = None
+    _steps: list[float] = field(default_factory=list)
+    _mark: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.number is not None
+
+    def step_done(self, doing: str) -> None:
+        """A step has ended, and the next begins."""
+        now = time.monotonic()
+        if self._mark is not None:
+            self._steps = [*self._steps[-50:], now - self._mark]
+        self._mark, self.doing = now, doing
+
+    def busy(self, doing: str) -> None:
+        """Something other than a step begins, which the watchdog leaves alone."""
+        self._mark, self.doing = None, doing
+
+    @property
+    def median(self) -> float | None:
+        """Seconds of a step; None before three have ended."""
+        return statistics.median(self._steps) if len(self._steps) >= 3 else None
+
+    def give_up_the_step(self) -> None:
+        """Raises Abandoned where the step under way would not end within half of the grace period.
+
+        Several processes would have to agree on it; they finish their step.
+        """
+        if self.number is None or self.grace is None or hosts.peers() is not None:
+            return
+        left = self._asked_at + self.grace / 2 - time.monotonic()
+        known = self.median is not None and self._mark is not None
+        expected = self._mark + self.median - time.monotonic() if known else 0.0  # type: ignore[operator]
+        if left <= 0 or expected > left:
+            raise Abandoned
+
+    def handle(self, number: int, frame: Any) -> None:
+        """A signal, in the main thread."""
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self._ask(number)
+
+    def _ask(self, number: int) -> None:
+        self.number, self._asked_at = number, time.monotonic()
+        self.say("stopping after this step; its state will be saved (again to stop at once)")
+
+    def way_on(self) -> str:
+        """Where the run is saved, and how it goes on."""
+        if self.opened and not (self.directory / "config.yaml").is_file():
+            return f"put it back, and go on with: jaxrl train --resume {self.directory}"
+        try:
+            step = self.saved()
+        except OSError:
+            step = None
+        if step is None:
+            return f"no checkpoint yet; start again with another run_dir, or remove {self.directory}"
+        return f"the last good checkpoint is step {step}; go on with: jaxrl train --resume {self.directory}"
+
+    def watch(self, pipe: int, stop: threading.Event) -> None:
+        """The life of the thread."""
+        seen = 0
+        while not stop.is_set():
+            if select.select([pipe], [], [], 0.25)[0]:
+                with contextlib.suppress(BlockingIOError):
+                    seen += sum(number in SIGNALS for number in os.read(pipe, 64))
+            now = time.monotonic()
+            if seen and not self._asked_at:
+                self._asked_at = now
+            if seen > 1 and self._again is None:
+                self._again = now
+            if self._again is not None and now > self._again + _OBEYED_SECONDS and not stop.is_set():
+                return self.end(130, f"stopped at once; {self.way_on()}")
+            if seen and self.grace is not None and now > self._asked_at + self.grace and not stop.is_set():
+                what = f"{self.doing} did not end within {self.grace:g} s"
+                return self.end(128 + (self.number or signal.SIGTERM), f"stopped: {what}; {self.way_on()}")
+            mark, median = self._mark, self.median
+            if mark is not None and median is not None and self.stalled_after:
+                most = max(self.stalled_after * median, self.least)
+                if now > mark + most and not stop.is_set():
+                    file = self._dump()
+                    return self.end(
+                        RESTARTABLE,
+                        f"error: {self.doing} has taken {most:.0f} s, where a step takes {median:.2g} s; where "
+                        f"every thread is was written to {file}; {self.way_on()}",
+                    )
+
+    def _dump(self) -> Path:
+        file = self.directory / "stalled.txt"
+        with contextlib.suppress(OSError), file.open("w") as out:
+            faulthandler.dump_traceback(out, all_threads=True)
+        return file
+
+    def end(self, status: int, text: str) -> NoReturn:
+        """End this process from the thread; the main one may never come back."""
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
+        if (others := hosts.peers()) is not None:
+            others.leave(status, text)
+        exit_now(status)
+
+
+@contextlib.contextmanager
+def attended(interruption: Interruption) -> Iterator[Interruption]:
+    """Signals and the watchdog for the length of a block; in another thread than the main one, the watchdog alone.
+
+    A signal that is ignored when the block begins stays so: that is how `nohup` keeps a run going.
+    """
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)  # as `set_wakeup_fd` wants it
+    before: dict[int, Any] = {}
+    wakeup: int | None = None
+    stop = threading.Event()
+    try:
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+            wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, interruption.handle)
+        thread = threading.Thread(target=interruption.watch, args=(read, stop), name="interruption", daemon=True)
+        thread.start()
+        try:
+            yield interruption
+        finally:
+            stop.set()
+            thread.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if wakeup is not None:
+            signal.set_wakeup_fd(wakeup)
+        os.close(read)
+        os.close(write)
