@@ -14,6 +14,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import api
+import config_reference
 import reference
 import yaml
 from blocks import escaped, markdown, markdown_table
@@ -170,6 +172,7 @@ def page() -> str:
 def main() -> int:
     """Write the pages beside this file."""
     pages = {PAGE: page, reference.FIELDS_PAGE: reference.fields_page, reference.ENGINE_PAGE: reference.engine_page}
+    pages |= {config_reference.CONFIG_PAGE: config_reference.config_page, api.API_PAGE: api.api_page}
     for path, made in pages.items():
         path.write_text(made())
         print(path)
