@@ -298,7 +298,7 @@ CALLS = Path(__file__).with_name("calls")
 def ending(completions):
     calls = int(CALLS.read_text()) if CALLS.exists() else 0
     CALLS.write_text(str(calls + 1))
-    if calls == 2:
+    if calls == 3:  # the first call is the trial on one row
         {what}
     return [text.count("1") for text in completions]
 """
@@ -306,7 +306,7 @@ def ending(completions):
 
 @pytest.fixture
 def ending(tmp_path, monkeypatch):
-    """(what happens in the third call of a reward) -> overrides of a run with that reward."""
+    """(what happens in the third step's call of a reward) -> overrides of a run with that reward."""
 
     def written(what: str) -> list[str]:
         name = f"ending_{abs(hash(what))}"
