@@ -1,4 +1,4 @@
-"""The command `jaxrl`: train, eval, sample, score, import, export, tasks, methods, explain, plan, doctor."""
+"""The command `jaxrl`: its sub-commands and their options, from train and eval to plan and doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl_llm import __version__
+from jaxrl_llm.commands.evaluation_options import add_eval, add_report
 from jaxrl_llm.commands.output import Lasting, unwrapped
 from jaxrl_llm.shipped import config_path
 
@@ -139,7 +140,12 @@ Command = Callable[..., argparse.ArgumentParser]
 _CONFIG = "a YAML file or the name of a recipe, and overrides"
 _EXAMPLES = {
     "train": ("train demo", "train configs/demo.yaml training.steps=50 run_dir=runs/short"),
-    "eval": ("eval runs/demo", "eval runs/demo/checkpoints/120 --k 1,8,32 --split test"),
+    "eval": (
+        "eval runs/demo --k 1,8,32 --by level",
+        "eval runs/demo --data mine.jsonl --grader my_module:grade --out mine",
+    ),
+    "compare": ("compare evals/before evals/after", "compare runs/demo/evaluations/before runs/demo/evaluations/after"),
+    "report": ("report runs/demo", "report runs/seed0 runs/seed1 runs/other --out compared.html"),
     "sample": ("sample runs/demo --prompt 'A:12+34' -n 4", "sample MODEL_DIR --chat --prompts prompts.jsonl --jsonl"),
     "score": ("score runs/demo --file lines.jsonl", "score MODEL_DIR --file lines.jsonl --dtype bfloat16"),
     "import": ("import MODEL_DIR", "import Qwen/Qwen3-0.6B models/qwen3 --dtype bfloat16"),
@@ -187,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--wide", action="store_true", help="tables with all columns, however narrow the screen")
         return sub
 
-    for add in (_add_train, _add_eval, _add_sample, _add_model_files, _add_lists, _add_previews):
+    for add in (_add_train, add_eval, add_report, _add_sample, _add_model_files, _add_lists, _add_previews):
         add(command)
     _add_state(command, commands_of)
     command("doctor", "inventory:show_machine", "Devices, versions, memory and compiled programs of this machine.")
@@ -218,6 +224,9 @@ def _add_train(command: Command) -> None:
         "--exact", action="store_true", help="refuse to go on where the newest checkpoint is damaged or missing"
     )
     train.add_argument(
+        "--profile", metavar="FIRST:LAST", help="trace these steps (counted over all stages), and show where time goes"
+    )
+    train.add_argument(
         "--stopped-status",
         type=int,
         metavar="N",
@@ -237,21 +246,6 @@ def _add_train(command: Command) -> None:
     several.add_argument(
         "--start-timeout", type=float, default=600.0, metavar="SECONDS", help="wait for the others (default 600)"
     )
-
-
-def _add_eval(command: Command) -> None:
-    evaluate = command(
-        "eval", "evaluate_checkpoint:evaluate_checkpoint", "Greedy accuracy, pass@k and maj@k of a run or a checkpoint."
-    )
-    evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
-    evaluate.add_argument("--k", default="1,8", help="comma-separated k of pass@k and maj@k (default 1,8)")
-    evaluate.add_argument("--samples", type=int, help="sampled completions a problem (default: the largest k)")
-    evaluate.add_argument("--problems", type=int, help="problems (default: evaluation.problems of the run)")
-    evaluate.add_argument(
-        "--split", default="test", choices=["test", "validation", "train"], help="problems of this split (default test)"
-    )
-    evaluate.add_argument("--temperature", type=float, help="of the samples (default: the run's)")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
 
 
 def _add_sample(command: Command) -> None:
@@ -316,6 +310,7 @@ def _add_model_files(command: Command) -> None:
     export.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
     export.add_argument("out", metavar="DIR", help="new directory")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
+    export.add_argument("--adapters", action="store_true", help="the adapters of section lora alone, for PEFT")
 
 
 def _add_state(command: Command, commands_of: Callable) -> None:

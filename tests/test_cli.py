@@ -177,20 +177,14 @@ def test_eval_measures_the_newest_checkpoint_of_a_run(jaxrl, finished_run):
     assert f"{found['pass@4']:.1%}" in text
 
 
-def test_eval_of_one_checkpoint_spreads_a_few_problems_over_the_split(jaxrl, finished_run, monkeypatch):
-    seen = []
-
-    def make_evaluate(*_, **settings):
-        return lambda params, items, key: seen.append((items, settings)) or {"greedy": 0.5}
-
-    monkeypatch.setattr("jaxrl_llm.commands.evaluate_checkpoint.make_evaluate", make_evaluate)
+def test_eval_of_one_checkpoint_spreads_a_few_problems_over_the_split(jaxrl, finished_run, tmp_path):
     checkpoint = finished_run.directory / "checkpoints" / "14"
     arguments = ["--split", "validation", "--problems", "2", "--k", "2", "--samples", "3", "--temperature", "0.5"]
+    arguments += ["--by", "level", "--out", str(tmp_path / "out")]
     found = jaxrl("eval", str(checkpoint), *arguments, "--json")
-    assert found == {"checkpoint": str(checkpoint), "split": "validation", "greedy": 0.5}
-    ((items, settings),) = seen
-    assert [item["level"] for item in items] == [1, 2]
-    assert (settings["samples_per_problem"], settings["k"], settings["temperature"]) == (3, [2], 0.5)
+    assert (found["checkpoint"], found["split"]) == (str(checkpoint), "validation")
+    assert (found["problems"], found["samples_per_problem"], list(found["by"]["level"])) == (2, 3, ["1", "2"])
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["temperature"] == 0.5
 
 
 def test_sample_completes_prompts(jaxrl, finished_run):

@@ -173,7 +173,7 @@ def test_an_override_does_not_change_the_tree_it_is_applied_to(micro_config, par
         ("training.steps", "override 'training.steps' is not an assignment; write section.key=value"),
         ("=3", "override '=3' is not an assignment"),
         ("name.first=3", "goes through 'name', which is not a section"),
-        ("rewards.0=exact_answer", "goes through 'rewards', which is not a section"),
+        ("rewards.0=exact_answer", "sets one entry of the list rewards; give the key in it that changes"),
         ("name=[", "has a value that is not valid YAML"),
     ],
 )

@@ -51,7 +51,7 @@ def checkpoint(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_pages_python_runs_as_it_stands(checkpoint, capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     scope: dict = {}
     for block in blocks:
         exec(compile(block, "models.md", "exec"), scope)

@@ -265,3 +265,13 @@ def test_data_of_the_users_own_trains_a_model_described_by_its_shape(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["problems"] == 4
     out = json.loads(call("export", tmp_path / "run", tmp_path / "out", "--json"))
     assert out["tokenizer"].startswith("none")
+
+
+def test_eval_reads_a_model_directory_with_problems_of_a_file(files, tmp_path):
+    arguments = ["eval", files.checkpoint, "--data", files.data, "--format", "gsm8k", "--k", "1,2"]
+    arguments += ["--max-tokens", "5", "--problems", "3", "--json"]
+    plain, chat = json.loads(call(*arguments)), json.loads(call(*arguments, "--chat", "--out", tmp_path / "out"))
+    assert (plain["problems"], plain["samples_per_problem"]) == (3, 2)
+    assert plain["checkpoint"] == str(files.checkpoint)
+    assert plain["negative_logprob"] != chat["negative_logprob"]
+    assert "name a file with --data FILE" in call("eval", files.checkpoint, status=2)

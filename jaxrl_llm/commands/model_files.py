@@ -14,7 +14,7 @@ from jaxrl_llm.commands.tables import show_report
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.evaluation import make_score
-from jaxrl_llm.models import attention_path, load_model, parameter_count, save_imported, save_model
+from jaxrl_llm.models import attention_path, load_model, parameter_count, save_adapters, save_imported, save_model
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.families import is_vision_language
 from jaxrl_llm.models.transformer_config import Precision
@@ -28,7 +28,8 @@ def show_import(options: argparse.Namespace) -> None:
 
 def show_export(options: argparse.Namespace) -> None:
     """`jaxrl export`."""
-    show_report(options, export_run(options.path, options.out, dtype=options.dtype), f"export of {options.path}")
+    report = export_run(options.path, options.out, dtype=options.dtype, adapters=options.adapters)
+    show_report(options, report, f"export of {options.path}")
 
 
 def show_score(options: argparse.Namespace) -> None:
@@ -77,8 +78,8 @@ def import_model(directory: str, out: str | None, *, dtype: str | None = None) -
     return report
 
 
-def export_run(path: str, out: str, *, dtype: Precision | None = None) -> dict[str, Any]:
-    """Write the policy of a run or checkpoint as a directory that `transformers` loads.
+def export_run(path: str, out: str, *, dtype: Precision | None = None, adapters: bool = False) -> dict[str, Any]:
+    """Write the policy of a run or checkpoint as a directory that `transformers` loads, or its adapters for PEFT.
 
     Raises:
       ValueError: for a directory that is not empty, or a model that no supported family can express.
@@ -87,6 +88,14 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None) -> dict[s
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise ValueError(f"{out} exists and is not empty; export to a new directory")
     built, policy = restored_run(path)
+    if adapters:
+        if built.config.lora is None or built.directory is None:
+            raise ValueError(f"--adapters was given, but {path} has no section lora on a checkpoint; leave it out")
+        if dtype is not None:
+            raise ValueError("--dtype and --adapters are both given, but adapters are stored in float32; drop one")
+        files = save_adapters(out, policy.params, policy.model.config, built.config.lora, source=built.directory)
+        names = [file.name for file in files]
+        return {"checkpoint": str(policy.source), "written to": out, "files": names, "adapters": "alone, for PEFT"}
     trained = policy.model.trained
     params = policy.params if trained is None else trained.merged(policy.params)
     files = save_model(out, params, policy.model.config, source=built.directory, dtype=dtype)

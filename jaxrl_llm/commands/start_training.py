@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.table import Table
 
 from jaxrl_llm.allocator import give_back_after_compiling
 from jaxrl_llm.commands.arguments import loaded_config
@@ -15,6 +16,7 @@ from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.config import ConfigError, as_tree
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.start import initialise, place_of_this_process
+from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.run.train import train
 
 
@@ -47,6 +49,44 @@ def start_training(options: argparse.Namespace) -> None:
     if jax.default_backend() == "cpu":
         give_back_after_compiling()
     decided = decide() if peers is None else peers.decided
-    summary = train(config, resume=decided["resume"], exact=options.exact, grace=options.grace, console=console)
+    tracing = None if options.profile is None else StepTrace(options.profile, config.directory / "profile")
+    summary = train(
+        config,
+        resume=decided["resume"],
+        exact=options.exact,
+        grace=options.grace,
+        console=console,
+        steps_traced=tracing,
+    )
+    if tracing is not None and hosts.is_main():
+        _show_profile(tracing, console)
     if options.json and not console.quiet:
         print(json.dumps(summary, indent=2))
+
+
+def _show_profile(tracing: StepTrace, console: Console) -> None:
+    """The phases of the traced steps beside what the machine can; the trace itself is for xprof."""
+    from jaxrl_llm.planning.profiled import profile
+
+    if not tracing.done:
+        raise ValueError(
+            f"--profile asked for steps {tracing.first} to {tracing.last}, but the run did not get there; choose "
+            "earlier steps (they count over all stages, as in metrics.jsonl)"
+        )
+    found = profile(tracing.parts, tracing.directory, tracing.last - tracing.first + 1)
+    (tracing.directory / "phases.json").write_text(json.dumps(found, indent=2) + "\n")
+    most = found["ceilings"]
+    table = Table(
+        title=f"a step, from the trace in {tracing.directory} (this machine: {most['flops'] / 1e9:,.0f} GFLOP/s, "
+        f"{most['bytes'] / 1e9:,.0f} GB/s)"
+    )
+    for heading in ("phase", "seconds", "share", "GFLOP/s", "of the most", "GB/s", "of the most"):
+        table.add_column(heading, justify="left" if heading == "phase" else "right")
+    for row in found["phases"]:
+        rates = [
+            cell
+            for kind in ("flops", "bytes")
+            for cell in (f"{row[f'{kind}_per_second'] / 1e9:,.1f}", f"{row[f'{kind}_of_ceiling']:.0%}")
+        ]
+        table.add_row(row["phase"], f"{row['seconds']:.4f}", f"{row['share']:.0%}", *rates)
+    console.print(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jaxrl_llm.config.errors import PLACEMENT
 from jaxrl_llm.parallel.rules import AXES, changed_rules
@@ -20,6 +20,8 @@ class EvaluationConfig:
       k: the k of pass@k and maj@k.
       temperature: of the sampled completions.
       sequences_per_batch: completions decoded together.
+      grader: what judges completions: number, text, math, choice, code, or module:function of your own, see
+        `jaxrl_llm.evaluation.function_grader`; None takes the task's verifier, or data.verifier for a file.
       every_steps: evaluate on the validation split every so many steps; 0 only before and after.
     """
 
@@ -29,6 +31,7 @@ class EvaluationConfig:
     temperature: NonNegative = 1.0
     sequences_per_batch: Count = field(default=1152, metadata=PLACEMENT)
     every_steps: Natural = 0
+    grader: str | None = None
 
     def __post_init__(self):
         require_ranges(self, "evaluation")
@@ -91,10 +94,17 @@ class ReportingConfig:
       samples_every_steps: write completions with their rewards every so many steps, and at the first and the last step
         of a stage; 0 never.
       samples_per_report: completions written each time.
+      loggers: where numbers go beside metrics.jsonl: tensorboard, csv, wandb, trackio or mlflow, each with options of
+        its own, or `python: module:function`; see `jaxrl_llm.reporting.loggers`.
+      samples_shown: completions shown in the terminal each time that samples are written.
+      report: report.html, refreshed during the run and written at its end; None where the extra `report` is installed.
     """
 
     samples_every_steps: Natural = 10
     samples_per_report: Count = 8
+    report: bool | None = None
+    loggers: tuple[Any, ...] = ("tensorboard",)
+    samples_shown: Natural = 0
 
     def __post_init__(self):
         require_ranges(self, "reporting")

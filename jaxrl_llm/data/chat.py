@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxrl_llm.data.extras import imported
+from jaxrl_llm.data.json_files import json_object
 
 Message = Mapping[str, Any]
 
@@ -81,7 +82,8 @@ class ChatTemplate:
 
 
 def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template of a model directory: chat_template.jinja, else the entry of tokenizer_config.json, else None.
+    """The template of a model directory: chat_template.jinja, else the entry of tokenizer_config.json, else that of
+    chat_template.json (which vision-language models have), else None.
 
     Raises:
       ValueError: if the entry is a list of named templates without a default one, or no text at all.
@@ -89,7 +91,7 @@ def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    entry = tokenizer_config.get("chat_template")
+    entry = tokenizer_config.get("chat_template") or json_object(directory / "chat_template.json").get("chat_template")
     if isinstance(entry, list) and all(
         isinstance(each, dict) and {"name", "template"} <= each.keys() for each in entry
     ):

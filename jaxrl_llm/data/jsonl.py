@@ -149,7 +149,7 @@ def jsonl_data_sets(
     """
     own = {"validation": validation_path, "test": test_path}
     files = {"train": Path(path)} | {split: Path(file) for split, file in own.items() if file is not None}
-    read = {split: _read(file, fields) for split, file in files.items()}
+    read = {split: read_records(file, fields) for split, file in files.items()}
     cut = [split for split in SPLITS if split not in files]
     sets = {}
     for split in SPLITS:
@@ -169,8 +169,19 @@ def jsonl_data_sets(
     return sets
 
 
-def _read(file: Path, fields: Fields) -> tuple[list[dict[str, Any]], str]:
-    """All records of a file, and the hash of its content."""
+def read_records(
+    file: Path, fields: Fields, *, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
+) -> tuple[list[dict[str, Any]], str]:
+    """All records of a file, and the hash of its content.
+
+    Args:
+      file: a JSONL file, or a JSON file that is one list.
+      fields: which fields hold what.
+      prepare: from a line's object to the one that `fields` are read of; `raw` of the record is the line's.
+
+    Raises:
+      ValueError: for a file that is missing or empty, and lines that cannot be used, named.
+    """
     file = file.expanduser()
     try:
         content = file.read_bytes()
@@ -179,14 +190,16 @@ def _read(file: Path, fields: Fields) -> tuple[list[dict[str, Any]], str]:
     records, problems = [], []
     numbered = list(elements(file, content))
     if (
-        fields.messages is None
+        prepare is None
+        and fields.messages is None
         and fields.answer == "answer"
         and not any(_has(element, fields.answer) for _, element in numbered)
     ):
         fields = replace(fields, answer=None)
     for number, element in numbered:
         try:
-            records.append(_record(element, fields) | {"item_id": number - 1})
+            prepared = prepare(element) if prepare is not None and isinstance(element, dict) else element
+            records.append(_record(prepared, fields) | {"item_id": number - 1, "raw": element})
         except ValueError as error:
             problems.append(f"{place(content)} {number}: {error}")
     if problems:

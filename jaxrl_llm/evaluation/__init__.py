@@ -1,26 +1,67 @@
-"""Evaluation: what a policy's samples say about it, from a live policy or a checkpoint."""
+"""Evaluation: what a policy's samples say about it, from a live policy, a checkpoint or a model directory."""
 
 from __future__ import annotations
 
-from jaxrl_llm.evaluation.evaluate import COUNTED, make_evaluate
-from jaxrl_llm.evaluation.grading import Grader, file_grader, number_grader, task_grader, text_grader
+from jaxrl_llm.evaluation.benchmark_formats import benchmark_grader, read_problems
+from jaxrl_llm.evaluation.best_of_n import best_of_n_accuracy, best_of_n_kl
+from jaxrl_llm.evaluation.diversity import answer_entropy, distinct_ngrams, distinct_share
+from jaxrl_llm.evaluation.evaluate import COUNTED, make_evaluate, make_records
+from jaxrl_llm.evaluation.grading import (
+    Grade,
+    Grader,
+    GraderError,
+    file_grader,
+    function_grader,
+    number_grader,
+    task_grader,
+    text_grader,
+)
+from jaxrl_llm.evaluation.intervals import mean_intervals, sign_test
+from jaxrl_llm.evaluation.measures import measured
 from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
+from jaxrl_llm.evaluation.reliability import (
+    accuracy_at_coverage,
+    auroc,
+    brier_score,
+    expected_calibration_error,
+    reliability_curve,
+)
 from jaxrl_llm.evaluation.teacher_forced import make_score
-from jaxrl_llm.evaluation.voting import agreement, consensus, majority_at_k, mean_majority_at_k
+from jaxrl_llm.evaluation.voting import agreement, consensus, majority_at_k, mean_majority_at_k, weighted_vote
 
 __all__ = [
     "COUNTED",
+    "Grade",
     "Grader",
+    "GraderError",
+    "accuracy_at_coverage",
     "agreement",
+    "answer_entropy",
+    "auroc",
+    "benchmark_grader",
+    "best_of_n_accuracy",
+    "best_of_n_kl",
+    "brier_score",
     "consensus",
+    "distinct_ngrams",
+    "distinct_share",
+    "expected_calibration_error",
     "file_grader",
+    "function_grader",
     "majority_at_k",
     "make_evaluate",
+    "make_records",
     "make_score",
+    "mean_intervals",
     "mean_majority_at_k",
     "mean_pass_at_k",
+    "measured",
     "number_grader",
     "pass_at_k",
+    "read_problems",
+    "reliability_curve",
+    "sign_test",
     "task_grader",
     "text_grader",
+    "weighted_vote",
 ]

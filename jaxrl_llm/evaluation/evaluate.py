@@ -1,10 +1,10 @@
-"""Accuracy of a policy on held-out problems: greedy, pass@k and maj@k, by a grader that reads text."""
+"""Sampling held-out problems and grading the completions: records of all samples, and the accuracies they give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ from jaxtyping import Array, PyTree
 from jaxrl_llm.data import evaluation_batches
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.encoding import Tokenizer
-from jaxrl_llm.evaluation.grading import Grader
-from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k
-from jaxrl_llm.evaluation.voting import mean_majority_at_k
+from jaxrl_llm.evaluation.grading import Grade, Grader
+from jaxrl_llm.evaluation.measures import accuracies, episode_means
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out
+from jaxrl_llm.rewards.host import Reading, answered
 from jaxrl_llm.rollout import (
     Environment,
     HostEnvironment,
@@ -33,18 +33,41 @@ from jaxrl_llm.rollout import (
 from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.turns import metrics_of
+from jaxrl_llm.signatures import call as called_with
+from jaxrl_llm.signatures import names, on_host
 
 # Metrics of an evaluation that are no accuracies and no means over episodes.
 COUNTED = frozenset({"completion_tokens", "truncated_share", "problems", "samples_per_problem"})
+# (prompt ids, completion ids) of rows -> log-probabilities of the completions under a reference policy.
+Scored = Callable[[Sequence[tuple[list[int], list[int]]]], list[list[float]]]
 
 
-def make_evaluate(
+class Drawn(NamedTuple):
+    """What is known of the completions of a batch: B rows, N problems.
+
+    Attributes:
+      tokens, length, truncated: as in `Experience`.
+      logprob: [B] log-probability of the completion under what it was drawn from; of a greedy one at temperature 1.
+      solved: [B] whether an environment calls the row solved; None without one.
+      rewards: name -> [B] of rewards that are computed of arrays.
+      episodes: name -> ([N] sums, [N] counts) of an environment's metrics over the samples of each problem.
+    """
+
+    tokens: Any
+    length: Any
+    truncated: Any
+    logprob: Any
+    solved: Any
+    rewards: dict[str, Any]
+    episodes: dict[str, Any]
+
+
+def make_records(
     model: Model,
     grade: Grader,
     tokenizer: Tokenizer,
     *,
     samples_per_problem: int,
-    k: Sequence[int],
     max_prompt_tokens: int,
     max_completion_tokens: int,
     sequences_per_batch: int = 1152,
@@ -54,124 +77,238 @@ def make_evaluate(
     rules: Rules = RULES,
     environment: Environment | HostEnvironment | None = None,
     call: Caller | None = None,
-) -> Callable[..., dict[str, float]]:
-    """Build evaluate(params, items, key) -> metrics; a decoding program for each width of `buckets` that is needed.
+    rewards: Mapping[str, Callable[..., Any]] | None = None,
+    reference: Scored | None = None,
+    columns: Sequence[str] = (),
+    answers_encoded: bool = True,
+) -> Callable[..., Iterator[list[dict[str, Any]]]]:
+    """Build records(params, items, key, done=0) -> lists of records, one list a batch; see `measures` for a record.
 
-    Each problem is decoded once greedily and `samples_per_problem` times at `temperature`, in one program. The result
-    holds `greedy` (accuracy of the greedy completion), `pass@k` (unbiased) and `maj@k` (k > 1) for each k, means over
-    problems; and over the sampled completions `completion_tokens`, `truncated_share`; `problems` and
-    `samples_per_problem` say what was counted.
+    Args:
+      model, grade, tokenizer: the policy, what judges its completions, its text.
+      samples_per_problem: completions at `temperature`; a greedy one comes before them, in the same program.
+      max_prompt_tokens, max_completion_tokens: limits; prompts get the narrowest width of `buckets` that holds a batch.
+      sequences_per_batch: completions decoded together; it changes no completion.
+      temperature: of the samples.
+      overlong: a prompt that is too long is an error, or is left out.
+      mesh, rules: where rows and parameters lie. Over several processes all call it, and get the same.
+      environment: what answers the turns of a conversation, and says whether it was solved.
+      call: that of an environment in Python (`opened`); without it one is opened for each evaluation.
+      rewards: further functions that every sample gets a number from; of arrays of the rows, or of text.
+      reference: scores the samples under another policy; without an environment.
+      columns: of the items, kept in the records.
+      answers_encoded: reference answers become tokens of the prompts, as environments and some rewards read them. False
+        for data of the user's, whose answers may be anything.
 
-    A sample's class in a majority vote is what `grade` says it votes for; right answers are one class.
-
-    With a mesh, completions are spread over its devices, and parameters lie as `rules` says. Over several processes all
-    call it, grade all completions, and return the same.
-
-    Where an environment answers, a completion is a whole conversation; the environment says whether it was solved, and
-    the means of its metrics over the sampled ones are reported too, with `turns_per_episode` and how episodes stopped.
-    `call` is that of an environment in Python (`opened`); without it one is opened for each evaluation.
-
-    A prompt that is too long is an error, or is left out of the count where `overlong` is "drop".
-
-    Raises:
-      ValueError: when a k exceeds the number of samples.
+    The iterator leaves out the first `done` batches, so an evaluation goes on where it was interrupted.
     """
-    if max(k) > samples_per_problem or min(k) < 1:
-        raise ValueError(
-            f"k is {list(k)}, but there are {samples_per_problem} samples a problem; k must not exceed them"
-        )
-    rows = 1 + samples_per_problem
-    prompts_per_batch = max(1, sequences_per_batch // rows)
-    temperatures = jnp.asarray([0.0] + [temperature] * samples_per_problem)
+    rows, rewards = 1 + samples_per_problem, dict(rewards or {})
+    in_program = {name: function for name, function in rewards.items() if not on_host(function)}
+    readings = [Reading(function, name) for name, function in rewards.items() if name not in in_program]
+    decode = _decoder(model, tokenizer, rows, max_completion_tokens, temperature, mesh, rules, environment, in_program)
 
-    sizes: dict[str, Any] = {
-        "samples_per_prompt": rows,
-        "max_completion_tokens": max_completion_tokens,
-        "eos_ids": tokenizer.eos_ids,
-        "pad_id": tokenizer.pad_id,
-        "temperature": temperatures,
-    }
-
-    @jax.jit
-    def facts(experience: Experience, counted: Array):
-        """What is counted: tokens, their number, whether they were cut, whether solved, sums and counts of metrics."""
-        metrics = metrics_of(experience, jnp.repeat(counted, rows) * (jnp.arange(counted.shape[0] * rows) % rows > 0))
-        ours = experience.tokens, experience.length, experience.truncated
-        return *ours, experience.get("solved"), metrics
-
-    if isinstance(environment, HostEnvironment):
-        turns = host_turns(model, environment, encode=tokenizer.encode, decode=tokenizer.decode, **sizes)
-
-        def decode(params: PyTree, batch: Any, key: Array, call: Any):  # `evaluate` opens the environment
-            asked = (turns, params, batch.prompts, batch.items, key, 0, call)
-            return facts(host_generate_turns(*asked, present=np.asarray(batch.weight) > 0), batch.weight)
-    else:
-
-        def sampled(params: PyTree, prompts: Prompts, counted: Array, key: Array):
-            given = (model, weights_for_decoding(model, params), prompts, key, 0)
-            if environment is not None:
-                return facts(generate_turns(*given, environment, **sizes, constrain=constrain_rows), counted)
-            return facts(generate(*given, **sizes, constrain=constrain_rows), counted)
-
-        program = jax.jit(laid_out(sampled, mesh, decoding(rules)))
-
-        def decode(params: PyTree, batch: Any, key: Array, call: Caller | None):
-            return program(params, batch.prompts, batch.weight, key)
-
-    def evaluate(params: PyTree, items: Sequence[dict[str, Any]], key: Array) -> dict[str, float]:
-        with ExitStack() as stack:
-            ready = call
-            if isinstance(environment, HostEnvironment) and ready is None:
-                ready = stack.enter_context(opened(environment))
-            return measured(params, items, key, ready)
-
-    def measured(params: PyTree, items: Sequence[dict[str, Any]], key: Array, call: Caller | None) -> dict[str, float]:
-        greedy, correct, answers, gold, lengths, truncated = [], [], [], [], [], []
-        sums: dict[str, np.ndarray] = {}
+    def records(params: PyTree, items: Sequence[dict[str, Any]], key: Array, done: int = 0):
         batches = evaluation_batches(
-            items,
+            items if answers_encoded else [{**item, "answer": ""} for item in items],
             tokenizer,
-            prompts_per_batch=prompts_per_batch,
+            prompts_per_batch=problems_per_batch(samples_per_problem, sequences_per_batch),
             max_prompt_tokens=max_prompt_tokens,
             max_answer_tokens=max_completion_tokens,
             overlong=overlong,
             widths=buckets(max_prompt_tokens),
         )
-        for batch in batches:
-            batch = batch._replace(prompts=hosts.placed_rows(batch.prompts, mesh, rules))
-            tokens, length, cut, solved_rows, pairs = hosts.host_copy(decode(params, batch, key, call))
-            for name, pair in pairs.items():
-                sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair)
-            for index in np.flatnonzero(batch.weight):
-                item = batch.items[index]
-                own = slice(index * rows, (index + 1) * rows)
-                texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens[own], length[own], strict=True)]
-                solved, said = zip(*(grade(item, text) for text in texts), strict=True)
-                if solved_rows is not None:
-                    solved, said = solved_rows[own] > 0, _votes(item["answer"], solved_rows[own], said)
-                greedy.append(solved[0])
-                correct.append(sum(solved[1:]))
-                answers.append(said[1:])
-                gold.append(item["answer"])
-                lengths.extend(length[own][1:])
-                truncated.extend(cut[own][1:])
-        metrics = {"greedy": float(np.mean(greedy))}
-        for each in k:
-            metrics[f"pass@{each}"] = mean_pass_at_k(np.asarray(correct), samples_per_problem, each)
-        for each in k:
-            if each > 1:
-                metrics[f"maj@{each}"] = mean_majority_at_k(answers, gold, each)
-        metrics |= {name: float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
-        return metrics | {
-            "completion_tokens": float(np.mean(lengths)),
-            "truncated_share": float(np.mean(truncated)),
-            "problems": len(gold),
+        given = {item.get("item_id", number): item for number, item in enumerate(items)}
+        with ExitStack() as stack:
+            ready = call
+            if isinstance(environment, HostEnvironment) and ready is None:
+                ready = stack.enter_context(opened(environment))
+            for batch in batches[done:]:
+                placed = batch._replace(prompts=hosts.placed_rows(batch.prompts, mesh, rules))
+                drawn = Drawn(*hosts.host_copy(tuple(decode(params, placed, key, ready))))
+                of = [given.get(item["item_id"], item) | {"item_id": item["item_id"]} for item in batch.items]
+                yield graded(batch, of, drawn)
+
+    def graded(batch: Any, items: list[dict[str, Any]], drawn: Drawn) -> list[dict[str, Any]]:
+        found = []
+        for index in np.flatnonzero(batch.weight):
+            item, own = items[index], range(index * rows, (index + 1) * rows)
+            ids = [drawn.tokens[row][: drawn.length[row]].tolist() for row in own]
+            texts = [tokenizer.decode(each) for each in ids]
+            samples = [_sample(item, text, grade, drawn, row) for text, row in zip(texts, own, strict=True)]
+            for name, value in _rewards(readings, item, texts, drawn, own).items():
+                for sample, number in zip(samples, value, strict=True):
+                    sample.setdefault("rewards", {})[name] = number
+            if reference is not None:
+                prompt = batch.prompts.tokens[index][-int(batch.prompts.length[index]) :].tolist()
+                for sample, scores in zip(samples, reference([(prompt, each) for each in ids]), strict=True):
+                    sample["reference_logprob"] = round(sum(scores), 5)
+            entry = {"item_id": item["item_id"], "prompt": item["body"], "answer": item["answer"]}
+            entry["columns"] = {name: column(item, name) for name in columns}
+            if drawn.episodes:
+                entry["episodes"] = {name: [float(p[index]) for p in pair] for name, pair in drawn.episodes.items()}
+            found.append(entry | {"greedy": samples[0], "samples": samples[1:]})
+        return found
+
+    return records
+
+
+def make_evaluate(
+    model: Model, grade: Grader, tokenizer: Tokenizer, *, samples_per_problem: int, k: Sequence[int], **settings: Any
+) -> Callable[..., dict[str, float]]:
+    """Build evaluate(params, items, key, write=None) -> metrics; a decoding program for each width that is needed.
+
+    Each problem is decoded once greedily and `samples_per_problem` times, in one program. The result holds `greedy`
+    (accuracy of the greedy completion), `pass@k` (unbiased) and `maj@k` (k > 1) for each k, means over problems; over
+    the sampled completions `completion_tokens`, `truncated_share`, and the means of an environment's metrics;
+    `problems` and `samples_per_problem` say what was counted.
+
+    Args:
+      model, grade, tokenizer, samples_per_problem: as for `make_records`.
+      k: of pass@k and maj@k.
+      **settings: the other settings of `make_records`.
+
+    `write` is called with the records of each batch.
+
+    Raises:
+      ValueError: when a k exceeds the number of samples.
+    """
+    require_k(k, samples_per_problem)
+    records_of = make_records(model, grade, tokenizer, samples_per_problem=samples_per_problem, **settings)
+
+    def evaluate(
+        params: PyTree, items: Sequence[dict[str, Any]], key: Array, write: Callable[[list], Any] | None = None
+    ) -> dict[str, float]:
+        records: list[dict[str, Any]] = []
+        for batch in records_of(params, items, key):
+            records += batch
+            if write is not None:
+                write(batch)
+        samples = [each for record in records for each in record["samples"]]
+        return {
+            **{name: float(np.mean(values)) for name, values in accuracies(records, k).items()},
+            **episode_means(records),
+            "completion_tokens": float(np.mean([each["tokens"] for each in samples])),
+            "truncated_share": float(np.mean([each["truncated"] for each in samples])),
+            "problems": len(records),
             "samples_per_problem": samples_per_problem,
         }
 
     return evaluate
 
 
-def _votes(gold: str, solved: np.ndarray, said: Sequence[str | None]) -> list[str | None]:
-    """Answers that conversations vote for, where the environment is the judge of which are right."""
-    return [gold if right else None if vote == gold else vote for right, vote in zip(solved > 0, said, strict=True)]
+def require_k(k: Sequence[int], samples: int) -> None:
+    """Raises ValueError where the samples of a problem cannot give pass@k."""
+    if not k or max(k) > samples or min(k) < 1:
+        raise ValueError(f"k is {list(k)}, but there are {samples} samples a problem; k must not exceed them")
+
+
+def problems_per_batch(samples_per_problem: int, sequences_per_batch: int) -> int:
+    """Problems whose completions are decoded together."""
+    return max(1, sequences_per_batch // (1 + samples_per_problem))
+
+
+def column(item: Mapping[str, Any], name: str) -> Any:
+    """A column of an item: of the line of a file that it was read from, or of the item itself.
+
+    Raises:
+      ValueError: where it has none of this name, or one that is no number, text or truth value.
+    """
+    raw = item.get("raw", {})
+    value = raw[name] if name in raw else item.get(name)
+    if not isinstance(value, str | int | float | bool):
+        known = [n for n, v in {**item, **raw}.items() if isinstance(v, str | int | float | bool)]
+        raise ValueError(
+            f"item {item.get('item_id', 0)} has no column {name!r} that holds a number or a text; there are "
+            f"{', '.join(sorted(known))}"
+        )
+    return value
+
+
+def _decoder(
+    model: Model,
+    tokenizer: Tokenizer,
+    rows: int,
+    max_completion_tokens: int,
+    temperature: float,
+    mesh: jax.sharding.Mesh | None,
+    rules: Rules,
+    environment: Environment | HostEnvironment | None,
+    rewards: Mapping[str, Callable[..., Any]],
+) -> Callable[..., Drawn]:
+    """(parameters, batch, key, caller of an environment) -> what is drawn, `rows` completions a problem."""
+    sizes: dict[str, Any] = {
+        "samples_per_prompt": rows,
+        "max_completion_tokens": max_completion_tokens,
+        "eos_ids": tokenizer.eos_ids,
+        "pad_id": tokenizer.pad_id,
+        "temperature": jnp.asarray([0.0] + [temperature] * (rows - 1)),
+    }
+
+    @jax.jit
+    def facts(experience: Experience, counted: Array) -> Drawn:
+        count = counted.shape[0]
+        of_problem = jnp.repeat(jnp.eye(count) * counted[:, None], rows, axis=1)
+        sampled = jnp.arange(count * rows) % rows > 0
+        return Drawn(
+            experience.tokens,
+            experience.length,
+            experience.truncated,
+            (experience.behaviour_logprobs * experience.mask).sum(1),
+            experience.get("solved"),
+            {name: called_with(function, experience.known()) for name, function in rewards.items()},
+            jax.vmap(lambda weight: metrics_of(experience, weight))(of_problem * sampled),
+        )
+
+    if isinstance(environment, HostEnvironment):
+        turns = host_turns(model, environment, encode=tokenizer.encode, decode=tokenizer.decode, **sizes)
+
+        def in_python(params: PyTree, batch: Any, key: Array, call: Any) -> Drawn:  # `records` opens the environment
+            asked = (turns, params, batch.prompts, batch.items, key, 0, call)
+            return facts(host_generate_turns(*asked, present=np.asarray(batch.weight) > 0), batch.weight)
+
+        return in_python
+
+    def sampled(params: PyTree, prompts: Prompts, counted: Array, key: Array) -> Drawn:
+        given = (model, weights_for_decoding(model, params), prompts, key, 0)
+        if environment is not None:
+            return facts(generate_turns(*given, environment, **sizes, constrain=constrain_rows), counted)
+        return facts(generate(*given, **sizes, constrain=constrain_rows), counted)
+
+    program = jax.jit(laid_out(sampled, mesh, decoding(rules)))
+    return lambda params, batch, key, call: program(params, batch.prompts, batch.weight, key)
+
+
+def _sample(item: Mapping[str, Any], text: str, grade: Grader, drawn: Drawn, row: int) -> dict[str, Any]:
+    """The record of one completion; the environment of a conversation is the judge of whether it is right."""
+    said = Grade(*grade(item, text))
+    right, answer = bool(said.right), said.answer
+    if drawn.solved is not None:
+        right = bool(drawn.solved[row] > 0)
+        answer = item["answer"] if right else None if answer == item["answer"] else answer
+    sample = {
+        "completion": text,
+        "correct": right,
+        "answer": answer,
+        "tokens": int(drawn.length[row]),
+        "truncated": bool(drawn.truncated[row]),
+        "logprob": round(float(drawn.logprob[row]), 5),
+    }
+    more = {"score": said.score, "confidence": said.confidence}
+    return sample | {name: float(value) for name, value in more.items() if value is not None}
+
+
+def _rewards(
+    readings: Sequence[Reading], item: Mapping[str, Any], texts: list[str], drawn: Drawn, own: range
+) -> dict[str, list[float | None]]:
+    """Numbers of every reward for the completions of one problem; None where it does not apply."""
+    text = {"completions": texts, "prompts": [item["body"]], "answers": [item["answer"]], "items": [dict(item)]}
+    text = {name: values if len(values) == len(texts) else values * len(texts) for name, values in text.items()}
+    text |= {name[:-1]: values for name, values in text.items()}
+    arrays = {"tokens": drawn.tokens, "length": drawn.length, "truncated": drawn.truncated}
+    data = text | {name: value[own.start : own.stop] for name, value in arrays.items()}
+    found = {name: value[own.start : own.stop].tolist() for name, value in drawn.rewards.items()}
+    for reading in readings:
+        asked = {name: data[name] for name in names(reading.function) if name in data}
+        values = answered(reading, asked, rows=len(texts), names=[reading.name]).values[reading.name]
+        found[reading.name] = [None if value is None else float(value) for value in values]
+    return {name: [None if v is None or np.isnan(v) else v for v in values] for name, values in found.items()}

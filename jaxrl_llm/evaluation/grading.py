@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+import asyncio
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from jaxrl_llm.data import Item, Task
 from jaxrl_llm.data.final_answer import marked_answer
 from jaxrl_llm.rewards import extract_number, parsed_number
 
-# (record, completion) -> (whether it is right, the answer that it votes for; None where it gives none). Every right
-# answer votes for the reference answer, so that many spellings of it do not split the vote.
-Grader = Callable[[Mapping[str, Any], str], tuple[bool, str | None]]
+# (record, completion) -> `Grade`, or its first two entries. Every right answer votes for the reference answer, so that
+# many spellings of it do not split the vote.
+Grader = Callable[[Mapping[str, Any], str], tuple]
 Verifier = Literal["number", "text"]
+
+
+class Grade(NamedTuple):
+    """What a grader says of one completion.
+
+    Attributes:
+      right: whether it counts as solved.
+      answer: the answer that it votes for; None where it gives none.
+      score: a number where there are more than right and wrong; None takes 1 or 0.
+      confidence: the probability in [0, 1] that the completion gives its own answer; None where it states none.
+    """
+
+    right: bool
+    answer: str | None = None
+    score: float | None = None
+    confidence: float | None = None
+
+
+class GraderError(ValueError):
+    """A grader of the user's failed, or returned something that is no grade."""
 
 
 def task_grader(task: Task) -> Grader:
@@ -56,6 +78,104 @@ def text_grader() -> Grader:
         return said == record["answer"].strip(), said or None
 
     return grade
+
+
+def function_grader(function: Callable[..., Any], *, name: str = "") -> Grader:
+    """Grades by a function of the user's.
+
+    Its parameters are data by name: `completion`, `answer` (the reference answer), `prompt`, `item` (the whole record),
+    or a column of the data. A parameter with a default that the data does not have keeps it; the plural of the first
+    four is a list of one. It may be `async def`.
+
+    It returns whether the completion is right, a score (right from 1 on), (either, the answer that the completion
+    votes for), or a dictionary with `right` or `score`, and `answer` and `confidence` where there are any.
+
+    >>> def near(completion, answer, tolerance=1.0):
+    ...     return abs(float(completion) - float(answer)) <= tolerance
+    >>> function_grader(near)({"body": "2+2?", "answer": "4", "tolerance": 0.5}, "4.25")
+    Grade(right=True, answer='4', score=None, confidence=None)
+
+    Raises:
+      GraderError: from the grader, for an exception in the function or a value that is no grade.
+    """
+    called = name or getattr(function, "__name__", "grader")
+    parameters = inspect.signature(function).parameters.values()
+    named = [each for each in parameters if each.kind is not each.VAR_KEYWORD]
+    everything = len(named) < len(list(parameters))
+
+    def grade(record: Mapping[str, Any], completion: str) -> Grade:
+        given = grader_arguments(record, completion)
+        arguments = given if everything else {each.name: given[each.name] for each in named if each.name in given}
+        try:
+            value = function(**arguments)
+            value = asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+            return _grade(value, record)
+        except Exception as error:
+            raise GraderError(
+                f"grader {called!r} failed at item {record.get('item_id', 0)} ({str(record.get('body'))[:60]!r}) with "
+                f"{type(error).__name__}: {error}; the completion was {completion[:80]!r}. Catch the case in the "
+                "function, and return the grade that such a completion should get"
+            ) from error
+
+    return grade
+
+
+def grader_arguments(record: Mapping[str, Any], completion: str) -> dict[str, Any]:
+    """What a grader of the user's may name."""
+    single = {"completion": completion, "answer": record["answer"], "prompt": record["body"], "item": dict(record)}
+    return {**record, **record.get("raw", {}), **single} | {f"{key}s": [value] for key, value in single.items()}
+
+
+def require_columns(function: Callable[..., Any], records: Iterable[Mapping[str, Any]], name: str) -> None:
+    """Refuse a grader that names what the data does not have, before anything is sampled.
+
+    Raises:
+      ValueError: naming the parameter and the first record without it.
+    """
+    wanted = [
+        each.name
+        for each in inspect.signature(function).parameters.values()
+        if each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+    ]
+    for record in records:
+        given = grader_arguments(record, "")
+        if missing := [each for each in wanted if each not in given]:
+            raise ValueError(
+                f"grader {name!r} names {missing[0]!r}, but item {record['item_id']} of the data has only "
+                f"{', '.join(sorted(_columns(record)))}; name one of these, or completion, answer, prompt, item"
+            )
+
+
+def _columns(record: Mapping[str, Any]) -> Collection[str]:
+    return {*record, *record.get("raw", {})} - {"body", "raw", "item_id", "think", "domain", "task", "response"}
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def _grade(value: Any, record: Mapping[str, Any]) -> Grade:
+    """What a user's grader returned as a grade; a right answer votes for the reference answer."""
+    answer = confidence = None
+    if isinstance(value, Mapping):
+        if unknown := sorted(value.keys() - {"right", "score", "answer", "confidence"}):
+            raise ValueError(f"the grade has an entry {unknown[0]!r}; known are right, score, answer and confidence")
+        answer, confidence = value.get("answer"), value.get("confidence")
+        value = value.get("right", value.get("score")) if value.get("score") is None else value["score"]
+    elif isinstance(value, tuple):
+        value, answer = value
+    elif isinstance(value, list) and len(value) == 1:  # of a function that is called with lists
+        value = value[0]
+    if not isinstance(value, (bool, int, float)) and not (hasattr(value, "item") and getattr(value, "ndim", 0) == 0):
+        raise TypeError(f"the grade is {value!r}; return whether the completion is right, or a number")
+    number = float(value)  # pyright: ignore[reportArgumentType]  # a number of numpy or jax, too
+    if number != number:
+        raise ValueError("the grade is NaN; return a number, or whether the completion is right")
+    if confidence is not None and not 0 <= confidence <= 1:
+        raise ValueError(f"confidence is {confidence}; it must lie in [0, 1], or be None")
+    right = number >= 1.0
+    voted = record["answer"] or "right" if right else None if answer is None else str(answer)
+    return Grade(right, voted, None if number in (0.0, 1.0) else number, confidence)
 
 
 def file_grader(verifier: Verifier, records: Iterable[Mapping[str, Any]]) -> Grader:

@@ -1,5 +1,6 @@
 """Policy, reference and value networks: pure functions over parameter pytrees."""
 
+from jaxrl_llm.models.adapter_files import load_adapters, save_adapters
 from jaxrl_llm.models.attention import attend, attention_in_use
 from jaxrl_llm.models.experts import ExpertsConfig, load_balancing_loss
 from jaxrl_llm.models.export import save_model
@@ -74,6 +75,7 @@ __all__ = [
     "head_specs",
     "init_head",
     "initialise",
+    "load_adapters",
     "load_balancing_loss",
     "load_config",
     "load_model",
@@ -86,6 +88,7 @@ __all__ = [
     "positions_of",
     "positions_per_chunk",
     "quantised",
+    "save_adapters",
     "save_imported",
     "save_model",
     "scaled_log_softmax",

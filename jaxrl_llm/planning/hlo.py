@@ -97,13 +97,13 @@ def costs(
             elif one.op == "call":
                 walk(one.called("to_apply") or "", factor, phase)
             else:
-                _add(result[phase], program, computation, one, factor, network)
+                add_cost(result[phase], program, computation, one, factor, network)
 
     walk(program.entry, 1.0, "other")
     return dict(result), belongs
 
 
-def _add(total: Cost, program: Program, computation: str, one: Instruction, factor: float, network) -> None:
+def add_cost(total: Cost, program: Program, computation: str, one: Instruction, factor: float, network) -> None:
     """What one instruction costs, everything that is fused into it included."""
     for each, names, body in _with_fused(program, computation, one):
         total.flops += factor * flops(each, names)

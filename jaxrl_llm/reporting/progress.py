@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -196,6 +196,23 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
             change = Text(f"{points:+.{digits}f}" if points else f"{0:.{digits}f}", style=style)
         form = "{:.2f}" if counted else "{:.1%}"
         table.add_row(Text(name), *("–" if value is None else form.format(value) for value in (old, new)), change)
+    return table
+
+
+def samples_table(samples: Sequence[Mapping[str, Any]], step: int) -> Table:
+    """Table of completions with their rewards.
+
+    Args:
+      samples: as written to samples.jsonl.
+      step: global step that they were drawn at.
+    """
+    table = Table(title=f"samples of step {step}", show_lines=True)
+    for heading in ("prompt", "completion", "answer"):
+        table.add_column(heading, overflow="fold", ratio=3 if heading == "completion" else 1)
+    table.add_column("reward", justify="right", no_wrap=True)
+    for sample in samples:
+        shown = [Text(str(sample[name])) for name in ("prompt", "completion", "answer")]
+        table.add_row(*shown, f"{float(sample['reward']):.3g}" if "reward" in sample else "")
     return table
 
 

@@ -14,18 +14,21 @@ the checkpoint of that step, and `sync` in between.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from jaxrl_llm.reporting.loggers import Guarded, Opener, TensorBoard
 from jaxrl_llm.reporting.ownership import FILE
 
+_LOG = logging.getLogger(__name__)
 RECORD_FILES = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -40,13 +43,23 @@ class RunDirectory:
       config: the config of the run, written to config.yaml.
       resume_step: None starts a run in an empty directory. A number resumes the run that is in the directory after
         that global step, the step of the checkpoint that was restored.
+      loggers: what opens further loggers, by name; None for TensorBoard. One that fails later gets nothing more.
+      warn: is told of it.
 
     Raises:
       ValueError: starting a run where something lies already, resuming one where nothing does, an address such as
         gs://..., or a damaged record file.
     """
 
-    def __init__(self, path: str | os.PathLike, config: Mapping[str, Any], *, resume_step: int | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        config: Mapping[str, Any],
+        *,
+        resume_step: int | None = None,
+        loggers: Mapping[str, Opener] | None = None,
+        warn: Callable[[str], Any] = _LOG.warning,
+    ):
         self.path = _local(path)
         if resume_step is None:
             require_empty(self.path)
@@ -62,21 +75,13 @@ class RunDirectory:
         _write_atomically(
             self.path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
         )
-        # Imported here: it costs a third of a second that commands without a run need not pay.
-        from tensorboardX import SummaryWriter
-
-        events = self.path / "tensorboard"
-        # purge_step hides the events after the resumed step. Event files are named by the second, and read in the order
-        # of their names: the count keeps apart, and in order, those of a run resumed within a second.
-        self._events = SummaryWriter(
-            logdir=str(events),
-            purge_step=None if resume_step is None else resume_step + 1,
-            filename_suffix=f".{len(list(events.glob('*'))):04d}",
-        )
+        openers = {"tensorboard": TensorBoard} if loggers is None else loggers
+        place = self.path, _plain(config), resume_step
+        self._loggers = [Guarded(name, opener, place, warn) for name, opener in openers.items()]
         self._records = {name: (self.path / name).open("a", encoding="utf-8") for name in RECORD_FILES}
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl and its numbers to the TensorBoard events.
+        """Append one line to metrics.jsonl, and hand its numbers to the loggers.
 
         Args:
           step: global step, counted over all stages of the run.
@@ -84,9 +89,9 @@ class RunDirectory:
         """
         record = _record(step, metrics)
         self._append("metrics.jsonl", [record])
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(name, value, record["step"])
+        numbers = {n: v for n, v in record.items() if n != "step" and isinstance(v, int | float)}
+        for logger in self._loggers:
+            logger.call("log", record["step"], numbers)
 
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Append one line for each sample to samples.jsonl.
@@ -95,7 +100,10 @@ class RunDirectory:
           step: global step at which the samples were drawn.
           samples: what describes each: prompt, completion, reward and the like; arrays become lists.
         """
-        self._append("samples.jsonl", [_record(step, sample) for sample in samples])
+        records = [_record(step, sample) for sample in samples]
+        self._append("samples.jsonl", records)
+        for logger in self._loggers:
+            logger.call("samples", int(step), [{n: v for n, v in record.items() if n != "step"} for record in records])
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
@@ -110,13 +118,16 @@ class RunDirectory:
         for name, file in self._records.items():
             os.fsync(file.fileno())
             os.stat(self.path / name)
-        self._events.flush()
+        for logger in self._loggers:
+            logger.call("sync")
 
     def close(self) -> None:
         """Close the files; closing twice does no harm."""
         for file in self._records.values():
             file.close()
-        self._events.close()
+        for logger in self._loggers:
+            logger.call("close")
+        self._loggers = []
 
     def __enter__(self) -> RunDirectory:
         return self

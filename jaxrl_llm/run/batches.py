@@ -11,9 +11,12 @@ from jaxrl_llm import data
 from jaxrl_llm.config import Config
 from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
 from jaxrl_llm.data.buckets import buckets
-from jaxrl_llm.evaluation import Grader, file_grader, task_grader
+from jaxrl_llm.data.tasks.items import record
+from jaxrl_llm.evaluation import Grader, benchmark_grader, file_grader, function_grader, task_grader
+from jaxrl_llm.evaluation.grading import require_columns
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.fields import PROMPT_COLUMNS
+from jaxrl_llm.run.recipes import user_function
 from jaxrl_llm.run.setup import Parts
 
 
@@ -37,9 +40,25 @@ def grader(parts: Parts, *held_out: DataSet | JsonlDataSet) -> Grader:
     Raises:
       ValueError: where their reference answers cannot be graded so.
     """
+    if parts.config.evaluation.grader is not None:
+        return named_grader(parts.config.evaluation.grader, [each for split in held_out for each in split])
     if parts.task is not None:
         return task_grader(parts.task)
-    return file_grader(parts.config.data.verifier, [record for each in held_out for record in each])
+    return file_grader(parts.config.data.verifier, [each for split in held_out for each in split])
+
+
+def named_grader(name: str, records: Sequence[Any]) -> Grader:
+    """The grader of a name, or the user's at module:function.
+
+    Raises:
+      ValueError: for an unknown name, or records that it cannot grade.
+    """
+    items = [record(each, number) for number, each in enumerate(records)]
+    if ":" not in name:
+        return benchmark_grader(name, items)
+    function = user_function(name, "grader")
+    require_columns(function, items, name)
+    return function_grader(function, name=name)
 
 
 def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:

@@ -43,11 +43,13 @@ class Unwritten(RunDirectory):
 
 
 @contextmanager
-def run_directory(path: Path, config: Mapping[str, Any], *, resume_step: int | None) -> Iterator[RunDirectory]:
+def run_directory(
+    path: Path, config: Mapping[str, Any], *, resume_step: int | None, **logging: Any
+) -> Iterator[RunDirectory]:
     """The records of a run: of the process that writes, or `Unwritten`. All processes must call it.
 
     Args:
-      path, config, resume_step: as for `RunDirectory`.
+      path, config, resume_step, **logging: as for `RunDirectory`.
 
     Raises:
       ValueError: as `RunDirectory` does, or where the processes do not see the same directory.
@@ -64,7 +66,7 @@ def run_directory(path: Path, config: Mapping[str, Any], *, resume_step: int | N
                 name = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
                 raise ValueError(f"run_dir={name} cannot be made: {clause}; give another run_dir") from None
             stack.enter_context(owned(path))
-        opened = RunDirectory(path, config, resume_step=resume_step) if hosts.is_main() else Unwritten(path)
+        opened = RunDirectory(path, config, resume_step=resume_step, **logging) if hosts.is_main() else Unwritten(path)
         directory = stack.enter_context(opened)
         hosts.meet("the run directory is open")
         require_shared(path / "config.yaml")

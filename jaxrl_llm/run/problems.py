@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxrl_llm import data
 from jaxrl_llm.config import Config
@@ -52,3 +53,27 @@ def data_sets(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, DataS
         )
         for split in splits
     }
+
+
+def own_data(stage: Any, last: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """The data of a stage: what the run is evaluated on, and training problems of its own where it names others."""
+    own, common = stage.parts.config, last.parts.config
+    if not own.has_problems:
+        return {}
+    same = (own.task, own.data.path, own.data.fields, own.data.format) == (
+        common.task,
+        common.data.path,
+        common.data.fields,
+        common.data.format,
+    )
+    return data if same else data_sets(own)
+
+
+def fingerprint_of(stages: Sequence[Any], sets: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Hashes of everything that a resumed run must find unchanged."""
+    found = {split: part.fingerprint for split, part in data.items()} | stages[-1].parts.fingerprint()
+    for stage in stages:
+        if (own := sets[stage.name]) and own is not data:
+            found[f"train of {stage.name}"] = own["train"].fingerprint
+        found |= {f"source of {stage.name}": feed.file for feed in stage.parts.feeds if feed.file}
+    return found

@@ -64,6 +64,14 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
       CheckpointError: when there is no checkpoint, or it does not fit the config.
     """
     built, folder, step = _parts_of(path)
+    params = checkpoint_params(built, folder, step)
+    widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
+    context = None if built.directory is None else _context_tokens(built.directory)
+    return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths, context)
+
+
+def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
+    """The policy's parameters of one checkpoint of a run, where the parts' devices want them."""
     place = built.step.composition.resources.placement
     mesh, rules = place.mesh, place.rules
     if built.model.trained is None:
@@ -75,10 +83,7 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
         like = abstract_like(shapes, one if mesh is None else parameter_shardings(built.model, mesh, rules))
     else:  # what adapters are added to is not in the checkpoint
         like = built.initial_params(jax.random.key(built.config.seed))
-    params = checkpoints.restore_params(folder, step, like, trained=built.model.trained)
-    widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
-    context = None if built.directory is None else _context_tokens(built.directory)
-    return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths, context)
+    return checkpoints.restore_params(folder, step, like, trained=built.model.trained)
 
 
 def _parts_of(path: str | Path, network: str = POLICY) -> tuple[Parts, Path, int]:

@@ -1,7 +1,8 @@
-"""Completions that a run writes for people to read, and indices spread evenly over what there is."""
+"""Samples of a step in samples.jsonl: which rows, and what is known of their tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,12 @@ import numpy as np
 
 from jaxrl_llm.experience import Experience
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.reporting import samples_table
 from jaxrl_llm.training.reading import item_numbers
+
+# Fields of rows that are written for each token of a sample, under shorter names.
+TOKEN_FACTS = {"advantages": "advantage", "behaviour_logprobs": "logprob", "behaviour_entropy": "entropy"}
+MOST_TOKENS = 1024
 
 
 def write_samples(
@@ -23,27 +29,40 @@ def write_samples(
     if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
     chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
-    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated")
+    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated", *TOKEN_FACTS)
     held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names if n in rows}).items()}
     if not due:
         return
     decode = run.parts.tokenizer.decode
     of = [items[number] for number in item_numbers(held["prompt_id"], held["group"], None, items)]
     rewards = run.parts.step.composition.rewards
-    run.directory.write_samples(
-        global_step,
-        [
-            {
-                "prompt": of[i]["body"],
-                "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
-                "answer": of[i]["answer"],
-                "truncated": bool(held["truncated"][i]),
-            }
-            | ({"reward": held["rewards"][i]} if rewards else {})
-            | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
-            for i in range(len(chosen))
-        ],
-    )
+    written = [
+        {
+            "prompt": of[i]["body"],
+            "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
+            "answer": of[i]["answer"],
+            "truncated": bool(held["truncated"][i]),
+        }
+        | ({"reward": held["rewards"][i]} if rewards else {})
+        | token_facts(held, i, decode)
+        | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
+        for i in range(len(chosen))
+    ]
+    run.directory.write_samples(global_step, written)
+    if reporting.samples_shown:
+        run.console.print(samples_table(written[: reporting.samples_shown], global_step))
+
+
+def token_facts(rows: Mapping[str, np.ndarray], row: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """The tokens of a sample as text, with what is known of each, for reports that colour them; the first 1024."""
+    count = min(int(rows["length"][row]), MOST_TOKENS)
+    found: dict[str, list[Any]] = {"text": [decode([token]) for token in rows["tokens"][row][:count].tolist()]}
+    for name, short in TOKEN_FACTS.items():
+        if name in rows:
+            values = np.asarray(rows[name][row], np.float64)
+            values = np.broadcast_to(values, (count,)) if values.ndim == 0 else values[:count]
+            found[short] = [float(f"{value:.4g}") for value in values]
+    return {"tokens": found}
 
 
 def spread(count: int, wanted: int) -> np.ndarray:

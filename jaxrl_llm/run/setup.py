@@ -15,7 +15,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data, selection
-from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig
+from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig, TrainingConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.experience import KeyUse, Method
 from jaxrl_llm.hub import model_directory
@@ -139,14 +139,6 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         directory, tokenizer, model = like.directory, like.tokenizer, like.model
     training, rollout = config.training, config.rollout
     sizes = run_sizes(config, tokenizer)
-    update = Update(
-        epochs_per_batch=training.epochs_per_batch,
-        minibatches_per_epoch=training.minibatches_per_epoch,
-        sequences_per_microbatch=training.sequences_per_microbatch,
-        freeze_policy_steps=training.freeze_policy_steps,
-        alignment_every_steps=training.alignment_every_steps,
-        alignment_learning_rate=training.learning_rate,
-    )
     feeds = configured_sources(config, sizes)
     _require_problems(config, feeds)
     samples = any(feed.source is None for feed in feeds)
@@ -193,7 +185,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         rewards=rewards,
         credit=credit,
         losses=losses,
-        update=update,
+        update=_update(training),
         resources=Resources(
             decode=tokenizer.decode,
             encode=tokenizer.encode,
@@ -207,6 +199,17 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         ),
     )
     return Parts(config, task, tokenizer, model, directory, step, reason, feeds, paths)
+
+
+def _update(training: TrainingConfig) -> Update:
+    return Update(
+        epochs_per_batch=training.epochs_per_batch,
+        minibatches_per_epoch=training.minibatches_per_epoch,
+        sequences_per_microbatch=training.sequences_per_microbatch,
+        freeze_policy_steps=training.freeze_policy_steps,
+        alignment_every_steps=training.alignment_every_steps,
+        alignment_learning_rate=training.learning_rate,
+    )
 
 
 def run_sizes(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:

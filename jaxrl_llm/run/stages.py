@@ -30,10 +30,12 @@ from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.alarms import Alarms
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.interruption import Abandoned, Interruption
+from jaxrl_llm.run.live_report import LiveReport
 from jaxrl_llm.run.nonfinite import TrainingError, looked_at
 from jaxrl_llm.run.optimizers import learning_rate
 from jaxrl_llm.run.samples import spread, write_samples
 from jaxrl_llm.run.setup import Parts
+from jaxrl_llm.run.step_trace import StepTrace
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 SELECTION = "selection"
@@ -109,6 +111,8 @@ class Run:
       waiting_networks: networks that an earlier stage has trained and a later one reads, but not the one under way.
       skipped_in_a_row: updates before this step that were skipped one after the other; such a state is not saved.
       stopping: the run ends at the end of this step; the same on all processes.
+      trace: of some steps, for a profile.
+      report: the page about it, refreshed when a checkpoint is saved.
       mark, charged_to: since when, and to which part, time is being charged.
     """
 
@@ -122,6 +126,8 @@ class Run:
     data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
+    report: LiveReport | None = None
+    trace: StepTrace | None = None
     interruption: Interruption = field(kw_only=True)
     stopping: bool = False
     skipped_in_a_row: int = 0
@@ -155,6 +161,13 @@ class Run:
         kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
         trained, metric = self.parts.model.trained, self.meta.get("metric")
         checkpoints.save(self.manager, global_step, kept, self.meta, trained=trained, metric=metric)
+        if self.report is not None:
+            self.report.refresh()
+
+    def taken(self, stage: Stage) -> Callable[..., Any]:
+        """The function that takes a step of a stage, which traces those that are asked for."""
+        run = stage.parts.step.run
+        return run if self.trace is None else self.trace.traced(stage.parts, self.meta["steps_before"])
 
     def stopped(self, global_step: int) -> Stopped:
         """What a run ends with that was asked to stop and is saved."""
@@ -182,7 +195,7 @@ def run_stage(
       measure: (params, split, problems, what the time is charged to) -> accuracies.
       last: no stage comes after it, so its last state is saved.
     """
-    offset, first, step = run.meta["steps_before"], int(state.step), stage.parts.step
+    offset, first, take = run.meta["steps_before"], int(state.step), run.taken(stage)
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
     with _progress(run, stage, counted) as progress, run.timed(stage.name):
         rates, mark = _learning_rates(stage, state), time.monotonic()
@@ -218,7 +231,7 @@ def run_stage(
             widths.add(width)
             written = None if data.written is None else run.placed(data.written(index))
             try:
-                new_state, metrics, rows = step.run(state, run.placed(prompts), items, written, call=run.parts.call)
+                new_state, metrics, rows = take(state, run.placed(prompts), items, written, call=run.parts.call)
             except (RewardError, EngineError, Abandoned) as error:
                 if unread is not None:
                     report(*unread)

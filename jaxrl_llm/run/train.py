@@ -21,6 +21,7 @@ from rich.console import Console
 from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
+from jaxrl_llm.evaluation.record_files import fresh_records
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
@@ -34,15 +35,17 @@ from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.failures import named
 from jaxrl_llm.run.host_processes import attentive, guarded_functions
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
+from jaxrl_llm.run.live_report import reporting_of
 from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.overview import summary_of, units
-from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.problems import data_sets, fingerprint_of, own_data
 from jaxrl_llm.run.restored import require_branch
 from jaxrl_llm.run.resuming import clear_the_way, step_to_go_on_from
 from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, Stopped, first_batch, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 from jaxrl_llm.training.initial import initial_state
 
@@ -54,6 +57,7 @@ def train(
     exact: bool = False,
     grace: float | None = None,
     console: Console | None = None,
+    steps_traced: StepTrace | None = None,
 ) -> dict[str, Any]:
     """Run a config from start to final table, or go on with a run that was stopped.
 
@@ -63,6 +67,7 @@ def train(
       exact: refuse to go on from an earlier checkpoint where the newest is damaged.
       grace: seconds from the first signal to the end, whatever is under way; None waits for the end of the step.
       console: where progress is shown; None for standard output.
+      steps_traced: what traces some of the steps; None for none.
 
     Returns:
       The summary that is also written to summary.json.
@@ -93,7 +98,7 @@ def train(
             stack.enter_context(owned(config.directory, say=console.print))
         while True:
             try:
-                return _train(config, resume, exact, console, interruption)
+                return _train(config, resume, exact, console, interruption, steps_traced)
             except checkpoints.Damaged as error:
                 if exact or not resume or error.directory != folder:  # it is of the run that init_from names
                     raise
@@ -105,12 +110,15 @@ def train(
                 raise KeyboardInterrupt(f"stopped at once; {interruption.way_on()}") from None
 
 
-def _train(config: Config, resume: bool, exact: bool, console: Console, interruption: Interruption) -> dict[str, Any]:
+def _train(
+    config: Config, resume: bool, exact: bool, console: Console, interruption: Interruption, tracing: StepTrace | None
+) -> dict[str, Any]:
     started = time.monotonic()
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
     for stage in stages:
         trace(stage.parts)
+    report, logging = reporting_of(config, console)
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
         require_model(rollout.engine.engine)
@@ -137,18 +145,14 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
     elif config.init_from is not None:
         require_branch(stages[0].parts)
     data = data_sets(built.config) if built.config.has_problems else {}
-    sets = {stage.name: _own_data(stage, stages[-1], data) for stage in stages}
+    sets = {stage.name: own_data(stage, stages[-1], data) for stage in stages}
     for stage in stages:
         require_answers(stage.parts, sets[stage.name])
     held_out = [data[split] for split in ("validation", "test") if split in data and answers_of(data[split])]
     grade = grader(built, *held_out) if held_out else None
     if grade is None and any(stage.stop_at_accuracy is not None for stage in stages):
         raise ValueError("warm_start.stop_at_accuracy is set, but the data has no reference answers; leave it out")
-    fingerprint = {split: part.fingerprint for split, part in data.items()} | built.fingerprint()
-    for stage in stages:
-        if (own := sets[stage.name]) and own is not data:
-            fingerprint[f"train of {stage.name}"] = own["train"].fingerprint
-        fingerprint |= {f"source of {stage.name}": feed.file for feed in stage.parts.feeds if feed.file}
+    fingerprint = fingerprint_of(stages, sets, data)
     if meta.setdefault("data", fingerprint) != fingerprint:
         changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
         raise checkpoints.CheckpointError(
@@ -162,6 +166,7 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
         encoded(built, data[split])
     for stage in stages:
         try_rewards(stage.parts, sets[stage.name])
+    first_step = (newest or 0) if resume else None
     console.print(units_table(units(built)))
     for stage in stages:
         if warning := long_warmup(stage.parts.config.training):
@@ -169,7 +174,7 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
     if resume:
         clear_the_way(config, newest, console.print)
     with (
-        run_directory(config.directory, as_tree(config), resume_step=(newest or 0) if resume else None) as directory,
+        run_directory(config.directory, as_tree(config), resume_step=first_step, **logging) as directory,
         _manager(config) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
@@ -180,6 +185,7 @@ def _train(config: Config, resume: bool, exact: bool, console: Console, interrup
         run = Run(
             config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption
         )
+        run.report, run.trace = report, tracing
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with attended(interruption):
@@ -195,20 +201,6 @@ def _manager(config: Config) -> Any:
         keep_best=kept.keep_best,
         best_is=kept.best_is,
     )
-
-
-def _own_data(stage: Stage, last: Stage, data: dict[str, Any]) -> dict[str, Any]:
-    """The data of a stage: what the run is evaluated on, and training problems of its own where it names others."""
-    own, common = stage.parts.config, last.parts.config
-    if not own.has_problems:
-        return {}
-    same = (own.task, own.data.path, own.data.fields, own.data.format) == (
-        common.task,
-        common.data.path,
-        common.data.fields,
-        common.data.format,
-    )
-    return data if same else data_sets(own)
 
 
 def _run(
@@ -339,13 +331,17 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
         rules=place.rules,
         environment=parts.environment,
         call=run.parts.call,
+        columns=("level",) if parts.task is not None else (),
     )
 
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:
         with run.timed(what):
             data = run.data[split]
             items = [data[i] for i in spread(len(data), problems)]
-            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE))
+            write = None
+            if split == "test" and hosts.is_main():  # before and after, for the report and `jaxrl compare`
+                write = fresh_records(run.config.directory / "evaluations" / what.rpartition(" ")[2])
+            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE), write)
 
     return measure
 
@@ -361,5 +357,7 @@ def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
         run.console.print(
             results_table(*({name: part[name] for name in accuracies} for part in (run.meta["before"], after)))
         )
-    run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}")
+    page = None if run.report is None else run.report.refresh(now=True)
+    told = "" if page is None else f"; report: {page}"
+    run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}{told}")
     return summary

@@ -236,6 +236,12 @@ def test_options_that_the_renderer_sets_itself():
         ChatTemplate("", options={"messages": []})
 
 
+def test_the_template_of_a_processor_is_read_where_no_other_one_is(tmp_path):
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of the processor"}')
+    assert template_source(tmp_path, {}) == "of the processor"
+    assert template_source(tmp_path, {"chat_template": "of the tokenizer"}) == "of the tokenizer"
+
+
 def test_where_a_template_is_read_from(tmp_path):
     assert template_source(tmp_path, {}) is None
     assert template_source(tmp_path, {"chat_template": "one"}) == "one"

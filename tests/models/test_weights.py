@@ -19,9 +19,22 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrl_llm
-from jaxrl_llm.models import load_model, load_params, logical_axes, save_imported, save_model
+from jaxrl_llm.models import (
+    LoraConfig,
+    LowRank,
+    add_adapters,
+    load_adapters,
+    load_model,
+    load_params,
+    logical_axes,
+    merged,
+    save_adapters,
+    save_imported,
+    save_model,
+)
 from jaxrl_llm.models.checkpoint_files import INDEX, stored_tensors
 from jaxrl_llm.models.export import shard_plan
+from jaxrl_llm.models.lora import OF_EXPERTS, TARGETS
 from jaxrl_llm.models.tensor_names import leaves
 from jaxrl_llm.models.weights import leaf_slice, stored_model
 
@@ -146,6 +159,92 @@ def test_the_bias_of_a_choice_stays_in_float32(make_checkpoint, tmp_path):
     _, params = load_model(tmp_path / "half")
     assert params["blocks"]["router"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(params["blocks"]["selection_bias"], checkpoint.params["blocks"]["selection_bias"])
+
+
+ADAPTED = ["llama biased, linear rope", "phi3 partly rotated", "glm4_moe", "deepseek_v3"]
+
+
+def tensors_of(directory, params, config, source):
+    save_model(directory, params, config, source=source)
+    return {name: tensor.read((...,)) for name, tensor in stored_tensors(directory).items()}
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_adapters_go_out_as_peft_has_them_and_come_back(case, make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(case)
+    config, source, blocks = checkpoint.model.config, checkpoint.directory, checkpoint.params["blocks"]
+    targets = tuple(name for name in TARGETS if name in blocks and not ("router" in blocks and name in OF_EXPERTS))
+    lora = LoraConfig(rank=2, alpha=3.0, targets=targets, rank_stabilised=case == "glm4_moe")
+    rng = np.random.default_rng(0)
+    drawn = jax.eval_shape(lambda params: add_adapters(params, lora, jax.random.key(0)), checkpoint.params)
+    shaped = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), drawn)
+    fill = lambda node, leaf: LowRank(leaf, node.down, node.up, node.scale) if isinstance(node, LowRank) else leaf  # noqa: E731
+    params = jax.tree.map(fill, shaped, checkpoint.params, is_leaf=lambda node: isinstance(node, LowRank))
+    save_adapters(tmp_path / "peft", params, config, lora, source=source)
+    described = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (described["r"], described["lora_alpha"], described["peft_type"]) == (2, 3.0, "LORA")
+    # W + scale B A, as PEFT merges them.
+    before = tensors_of(tmp_path / "before", checkpoint.params, config, source)
+    after = tensors_of(tmp_path / "after", merged(params), config, source)
+    adapters = {name: tensor.read((...,)) for name, tensor in stored_tensors(tmp_path / "peft").items()}
+    for name, weight in before.items():
+        module = "base_model.model." + name.removesuffix(".weight")
+        change = 0.0
+        if f"{module}.lora_A.weight" in adapters:
+            change = lora.scale * adapters.pop(f"{module}.lora_B.weight") @ adapters.pop(f"{module}.lora_A.weight")
+        np.testing.assert_allclose(after[name], weight + change, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert not adapters
+    again = load_adapters(tmp_path / "peft", checkpoint.params, config, source=source)
+    same(jax.tree.map(np.asarray, again), jax.tree.map(np.asarray, params))
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        save_adapters(tmp_path / "peft", params, config, lora, source=source)
+    with pytest.raises(ValueError, match="the parameters have no adapters"):
+        save_adapters(tmp_path / "none", checkpoint.params, config, lora, source=source)
+
+
+def test_adapters_of_peft_that_have_a_matrix_each_come_in_side_by_side(make_checkpoint, tmp_path):
+    from safetensors.numpy import save_file
+
+    checkpoint = make_checkpoint("qwen3 tied")
+    config, source = checkpoint.model.config, checkpoint.directory
+    before = tensors_of(tmp_path / "before", checkpoint.params, config, source)
+    rng = np.random.default_rng(0)
+    adapters, expected = {}, dict(before)
+    for name, weight in before.items():
+        # Queries and values of all layers but the first.
+        if name.endswith(("q_proj.weight", "v_proj.weight")) and ".layers.0." not in name:
+            down, up = rng.standard_normal((2, weight.shape[1])), rng.standard_normal((weight.shape[0], 2))
+            module = "base_model.model." + name.removesuffix(".weight")
+            adapters |= {
+                f"{module}.lora_A.weight": down.astype(np.float32),
+                f"{module}.lora_B.weight": up.astype(np.float32),
+            }
+            expected[name] = weight + 0.5 * up @ down
+    directory = tmp_path / "peft"
+    directory.mkdir()
+
+    def write(extra=(), **fields):
+        described = {"peft_type": "LORA", "r": 2, "lora_alpha": 1.0} | fields
+        (directory / "adapter_config.json").write_text(json.dumps(described))
+        save_file(adapters | dict(extra), directory / "adapter_model.safetensors")
+
+    write()
+    params = load_adapters(directory, checkpoint.params, config, source=source)
+    assert params["blocks"]["qkv"].down.shape[-1] == 4
+    assert not isinstance(params["blocks"]["down"], LowRank)
+    after = tensors_of(tmp_path / "after", merged(params), config, source)
+    for name, weight in expected.items():
+        np.testing.assert_allclose(after[name], weight, rtol=1e-4, atol=1e-5, err_msg=name)
+    for fields, message in (
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; only 'LORA'"),
+        ({"use_dora": True}, "use_dora True, which is not supported"),
+    ):
+        write(**fields)
+        with pytest.raises(ValueError, match=message):
+            load_adapters(directory, checkpoint.params, config, source=source)
+    write({"base_model.model.lm_head.lora_A.weight": np.zeros((2, 36), np.float32)})
+    with pytest.raises(ValueError, match=r"has no place for: base_model\.model\.lm_head"):
+        load_adapters(directory, checkpoint.params, config, source=source)
 
 
 def test_any_box_of_any_leaf_can_be_read_by_itself(checkpoint):

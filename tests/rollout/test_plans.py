@@ -484,7 +484,7 @@ STARTED = started(2)
     "make, message",
     [
         (lambda: in_rounds(4, max_rounds=1), "draws at most 1 x 2 samples"),
-        (lambda: in_rounds(max_rounds=0), "max_rounds is 0 and samples_per_round is 2; both must be at least 1"),
+        (lambda: in_rounds(max_rounds=0), "max_rounds is 0; it must be at least 1"),
         (lambda: refilled(max_rounds=0), "max_rounds is 0"),
         (
             lambda: budget(TWO, samples_per_prompt=2, prompt_ids=4, least=4, most=8),

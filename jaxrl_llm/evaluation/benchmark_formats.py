@@ -1,0 +1,147 @@
+"""Formats of public benchmarks: what the lines of their files hold, and how completions are graded.
+
+prompt     {"prompt": ..., "answer": ...}                                        number
+messages   {"messages": [...], "answer": ...}                                    number
+gsm8k      {"question": ..., "answer": "... #### 18"}                            number
+math       {"problem": ..., "solution": "... \\boxed{..}"}                        math
+aime       {"problem": ..., "answer": 204}                                       number
+choice     {"question": ..., "choices": [...], "answer": 2 or "C"}               choice
+code       {"prompt": ..., "test": ..., "entry_point": ...} or {"text": ..., "test_list": [...]}   code
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, Literal
+
+from jaxrl_llm.data.final_answer import marked_answer
+from jaxrl_llm.data.jsonl import Fields, fields_of, read_records
+from jaxrl_llm.data.tasks.items import answered
+from jaxrl_llm.evaluation.grading import Grader, file_grader
+from jaxrl_llm.evaluation.unit_tests import code_grader
+from jaxrl_llm.rewards import latex_match
+
+Format = Literal["prompt", "messages", "gsm8k", "math", "aime", "choice", "code"]
+_FIELDS: Mapping[str, Fields] = {
+    "math": Fields(prompt="problem", answer="solution", response="solution", answer_from="boxed"),
+    "aime": Fields(prompt="problem"),
+}
+GRADERS = {"math": "math", "choice": "choice", "code": "code"}
+_NAMED = re.compile(r"(?:answer|choice|option)(?:\s+is)?\s*:?\s*\(?\**([A-J])\b", re.IGNORECASE)
+_ALONE = re.compile(r"(?<![\w'])\(?([A-J])(?:[).:,}\s]|$)")
+
+
+def read_problems(path: str | Path, format: str = "prompt", fields: Mapping[str, Any] | None = None) -> list[dict]:
+    """The problems of a whole file, as records; `raw` is the line itself.
+
+    Args:
+      path: a JSONL file, or a JSON file that is one list.
+      format: of its lines, see above.
+      fields: changes to which field holds what, as section data.fields of a config.
+
+    Raises:
+      ValueError: for a file or lines that cannot be used, by file and line.
+    """
+    if format not in (*_FIELDS, "prompt", "messages", "gsm8k", "choice", "code"):
+        raise ValueError(f"format is {format!r}; known are prompt, messages, gsm8k, math, aime, choice and code")
+    if format in _FIELDS:
+        base = _FIELDS[format]
+        mapped = Fields(**{**vars(base), **(fields or {})})
+    else:
+        mapped = fields_of(format if format in ("messages", "gsm8k") else "prompt", **(fields or {}))
+    prepare = {"choice": _choice, "code": _code}.get(format, dict)
+    return read_records(Path(path), mapped, prepare=prepare)[0]
+
+
+def benchmark_grader(name: str, records: list[dict]) -> Grader:
+    """The shipped grader of a name: number, text, math, choice or code.
+
+    Raises:
+      ValueError: for an unknown name, or records that it cannot grade.
+    """
+    if name in ("number", "text"):
+        return file_grader(name, records)
+    if name == "choice":
+        return choice_grader()
+    if name == "math":
+        return math_grader()
+    if name == "code":
+        if lacking := [each for each in records if not {"test", "test_list"} & each.get("raw", {}).keys()]:
+            raise ValueError(f"item {lacking[0]['item_id']} has no unit tests; grader code reads `test` or `test_list`")
+        return code_grader()
+    raise ValueError(
+        f"grader is {name!r}; known are number, text, math, choice and code, or module:function for one of your own"
+    )
+
+
+def choice_grader() -> Grader:
+    """Grades the letter that a completion chooses.
+
+    It stands in the answer (behind `####`, in a box, or in answer tags), behind "answer is", or is the last letter that
+    stands alone.
+
+    >>> grade = choice_grader()
+    >>> grade({"answer": "C"}, "A is wrong, so the answer is (C)."), grade({"answer": "C"}, "no idea")
+    ((True, 'C'), (False, None))
+    """
+
+    def grade(record: Mapping[str, Any], completion: str) -> tuple[bool, str | None]:
+        marked = marked_answer(completion) or answered(completion)
+        text = completion if marked is None else marked
+        found = _NAMED.findall(text) or _ALONE.findall(text)
+        said = found[-1].upper() if found else None
+        return said == record["answer"].strip().upper(), said
+
+    return grade
+
+
+def math_grader() -> Grader:
+    r"""Grades mathematics in LaTeX by `latex_match`, which needs the extra `math`.
+
+    >>> math_grader()({"answer": r"\frac{1}{2}"}, r"so it is \boxed{0.5}")
+    (True, '\\frac{1}{2}')
+    """
+
+    def grade(record: Mapping[str, Any], completion: str) -> tuple[bool, str | None]:
+        right = latex_match([completion], [record["answer"]])[0] >= 1.0
+        return right, record["answer"] if right else marked_answer(completion)
+
+    return grade
+
+
+def _choice(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A question with lettered choices as a prompt, and the letter of the right one as its answer."""
+    choices = line.get("choices", line.get("options"))
+    if isinstance(choices, Mapping):  # {"text": [...], "label": [...]}
+        choices = choices.get("text")
+    if not isinstance(choices, list) or not 2 <= len(choices) <= 10:
+        raise ValueError(f"choices is {str(choices)[:60]}; give a list of 2 to 10")
+    given = line.get("answer", line.get("answerKey", line.get("label")))
+    letters = ascii_uppercase[: len(choices)]
+    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(choices):
+        letter = letters[given]
+    elif isinstance(given, str) and len(given.strip()) == 1 and given.strip().upper() in letters:
+        letter = given.strip().upper()
+    else:
+        raise ValueError(
+            f"answer is {given!r}; give the letter, or the number from 0, of one of {len(choices)} choices"
+        )
+    lines = [f"{name}. {text}" for name, text in zip(letters, choices, strict=True)]
+    question = line.get("question", line.get("prompt"))
+    if not isinstance(question, str):
+        raise ValueError(f"question is {question!r}; it must be a text")
+    prompt = "\n".join([question, *lines, "Answer with the letter of the right choice."])
+    return {**line, "prompt": prompt, "answer": letter}
+
+
+def _code(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A programming problem with its tests; the answer is that they pass."""
+    if not isinstance(line.get("test"), str) and not isinstance(line.get("test_list"), list):
+        raise ValueError("there are no unit tests; give `test` (with `entry_point`) or `test_list`")
+    prompt = line.get("prompt", line.get("text"))
+    if "test_list" in line and "text" in line:
+        prompt = "\n".join([line["text"], "Your code should pass these tests:", *line["test_list"]])
+    return {**line, "prompt": prompt, "answer": "passes"}

@@ -1,0 +1,104 @@
+"""Two evaluations of the same problems: paired differences, and what was forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.evaluation.intervals import mean_intervals, sign_test
+from jaxrl_llm.evaluation.measures import Record, accuracies, spread
+
+
+def compared(first: Sequence[Record], second: Sequence[Record], k: Sequence[int] | None = None) -> dict[str, Any]:
+    """Differences of the second evaluation from the first, problem by problem.
+
+    The interval of a difference is narrower than those of its two sides where both find the same problems hard.
+
+    Args:
+      first, second: records of the same problems, in any order.
+      k: of pass@k and maj@k; None takes 1, 2, 4, ... up to the samples of both.
+
+    Returns:
+      `metrics`: name -> first, second, difference and its 95% `interval`; with `p` from an exact sign test of greedy
+      and pass@1. `only_first`, `only_second`: problems that only one solves greedily. `problems`: how many.
+
+    Raises:
+      ValueError: for evaluations of other problems, naming one, or a k above the samples of one.
+    """
+    one, two = _paired(first, second)
+    samples = min(len(record["samples"]) for record in (*one, *two))
+    ks = [1 << power for power in range(samples.bit_length())] if k is None else list(k)
+    names = ("completion_tokens", "truncated_share", "agreement", "distinct_answers", "answer_entropy")
+    sides = []
+    for records in (one, two):
+        found = spread(records)
+        sides.append(accuracies(records, ks) | {name: found[name] for name in names})
+    difference = {name: sides[1][name] - sides[0][name] for name in sides[0]}
+    around = mean_intervals(np.stack(list(difference.values()), axis=1))
+    metrics = {
+        name: {
+            "first": float(sides[0][name].mean()),
+            "second": float(sides[1][name].mean()),
+            "difference": float(values.mean()),
+            "interval": ends.tolist(),
+        }
+        for (name, values), ends in zip(difference.items(), around, strict=True)
+    }
+    for name in ("greedy", "pass@1"):
+        if name in metrics:
+            metrics[name]["p"] = sign_test(sides[0][name], sides[1][name])
+    solved = [side["greedy"] > 0 for side in sides]
+    return {
+        "problems": len(one),
+        "only_first": int((solved[0] & ~solved[1]).sum()),
+        "only_second": int((solved[1] & ~solved[0]).sum()),
+        "metrics": metrics,
+    }
+
+
+def forgetting(history: Sequence[Mapping[str, float]]) -> float:
+    """How much accuracy was lost since each task's best: the mean over tasks of best so far minus now.
+
+        F = mean_t ( max_{i < last} accuracy_i(t) - accuracy_last(t) )
+
+    Negative where all tasks are better than ever.
+
+    >>> round(forgetting([{"a": 0.9, "b": 0.2}, {"a": 0.6, "b": 0.5}]), 6)
+    0.0
+
+    Args:
+      history: accuracies by task, of one checkpoint after the other; the same tasks in all.
+
+    Raises:
+      ValueError: for fewer than two checkpoints, or other tasks in some.
+
+    Reference: Riemannian walk for incremental learning (1801.10112)
+    Certainty: recalled
+    """
+    if len(history) < 2:
+        raise ValueError(f"history has {len(history)} checkpoints; forgetting compares the last with those before it")
+    tasks = history[-1].keys()
+    if other := next((each for each in history if each.keys() != tasks), None):
+        raise ValueError(f"one checkpoint has the tasks {sorted(other)} and the last {sorted(tasks)}; use the same")
+    return float(np.mean([max(each[task] for each in history[:-1]) - history[-1][task] for task in tasks]))
+
+
+def _paired(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """The records of both in the order of the first."""
+    other = {record["item_id"]: record for record in second}
+    if len(first) != len(second):
+        raise ValueError(
+            f"the evaluations have {len(first)} and {len(second)} problems and cannot be compared; evaluate both on "
+            "the same problems (the same --data or --split, and --problems)"
+        )
+    for record in first:
+        same = other.get(record["item_id"])
+        if same is None or same["prompt"] != record["prompt"]:
+            said = "is missing" if same is None else f"is {same['prompt'][:60]!r}"
+            raise ValueError(
+                f"item {record['item_id']} is {record['prompt'][:60]!r} in the first evaluation and {said} in the "
+                "second, so they cannot be compared; evaluate both on the same problems"
+            )
+    return list(first), [other[record["item_id"]] for record in first]

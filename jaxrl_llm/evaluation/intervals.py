@@ -1,0 +1,59 @@
+"""Intervals of means over problems, and of differences between two evaluations of the same problems.
+
+Problems are drawn again, not samples: the samples of a problem belong together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import binomtest
+
+RESAMPLES = 2000
+
+
+def mean_intervals(
+    values: Float[np.ndarray, "N M"], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Float[np.ndarray, "M 2"]:
+    """Bootstrap interval of the mean of each column, from `resamples` draws of N problems with replacement.
+
+        [quantile_{(1-level)/2}, quantile_{(1+level)/2}] of mean_i v[I_i],   I ~ uniform(1..N)^N
+
+    All columns are drawn with the same problems, so the difference of two evaluations is a column of differences. Where
+    all problems have the same value the interval is that value: N problems that are all right say no more than that
+    the rest is rarer than about 3 / N.
+
+    Args:
+      values: one row a problem.
+      level: of the interval.
+      resamples: bootstrap draws.
+      seed: of the draws; the same seed gives the same interval.
+
+    Returns:
+      Lower and upper end of each column.
+
+    Raises:
+      ValueError: for no problem, or a level outside of (0, 1).
+    """
+    v = np.asarray(values, np.float64)
+    if v.ndim != 2 or not len(v):
+        raise ValueError(f"values has the shape {v.shape}; give one row for each of at least one problem")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie in (0, 1), such as 0.95")
+    count = len(v)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    means = draws @ v / count
+    return np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0).T
+
+
+def sign_test(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "N"]) -> float:
+    """Exact two-sided p-value of the problems on which two evaluations differ: is one ahead more often than by chance.
+
+    On values of 0 and 1 it is the exact test of McNemar. 1 where no problem differs.
+
+    >>> round(sign_test([0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]), 6)
+    0.0625
+    """
+    difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    ahead, behind = int((difference > 0).sum()), int((difference < 0).sum())
+    return float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0

@@ -1,0 +1,258 @@
+"""From the records of an evaluation, one a problem with all of its samples, to the numbers that are reported.
+
+A record is what a line of problems.jsonl holds:
+
+    {"item_id": 0, "prompt": ..., "answer": ..., "columns": {"level": 2},
+     "greedy": {"completion": ..., "correct": true, "answer": ..., "tokens": 12, "truncated": false, "logprob": -3.1},
+     "samples": [{...}, ...]}
+
+A sample may also have `score`, `confidence`, `reference_logprob` and `rewards`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.evaluation.best_of_n import best_of_n_accuracy
+from jaxrl_llm.evaluation.diversity import answer_entropy, distinct_ngrams, distinct_share
+from jaxrl_llm.evaluation.intervals import mean_intervals
+from jaxrl_llm.evaluation.pass_at_k import pass_at_k
+from jaxrl_llm.evaluation.reliability import (
+    accuracy_at_coverage,
+    auroc,
+    brier_score,
+    expected_calibration_error,
+    reliability_curve,
+)
+from jaxrl_llm.evaluation.voting import agreement, majority_at_k, weighted_vote
+
+Record = Mapping[str, Any]
+Values = dict[str, np.ndarray]
+
+
+def accuracies(records: Sequence[Record], k: Sequence[int]) -> Values:
+    """`greedy`, `pass@k` and `maj@k` (k > 1) of each problem, one number a record.
+
+    A sample's class in a majority vote is the answer that it votes for; right answers are one class.
+    """
+    samples = [record["samples"] for record in records]
+    correct = np.asarray([sum(each["correct"] for each in row) for row in samples])
+    drawn = np.asarray([len(row) for row in samples])
+    found = {"greedy": np.asarray([float(record["greedy"]["correct"]) for record in records])}
+    found |= {f"pass@{each}": pass_at_k(correct, drawn, each) for each in k}
+    votes, gold = _votes(records)
+    return found | {f"maj@{each}": majority_at_k(votes, gold, each) for each in k if each > 1}
+
+
+def votes_by_weight(records: Sequence[Record], k: int) -> Values:
+    """`weighted@n`: whether all samples, each as heavy as it is likely per token (or as confident as it says), vote for
+    the right answer; `best@k`: how right the likeliest per token of k samples is."""
+    found: Values = {}
+    for name, weights in _confidences(records).items():
+        if any(None in row for row in weights):
+            continue
+        label = "" if name == "likelihood" else f"_{name}"
+        votes, gold = _votes(records)
+        won = [weighted_vote(row, weight) == g for row, weight, g in zip(votes, weights, gold, strict=True)]
+        found[f"weighted{label}@{len(votes[0])}"] = np.asarray(won, np.float64)
+        found[f"best{label}@{k}"] = _best(records, weights, k)
+    return found
+
+
+def reward_means(records: Sequence[Record], k: int) -> Values:
+    """Of every reward that the samples were given: its mean, and how right the best of k samples by it is.
+
+    A reward that does not apply to a sample is left out of the mean, and comes last among the best of k.
+    """
+    found: Values = {}
+    for name in records[0]["samples"][0].get("rewards", {}):
+        values = [[each["rewards"][name] for each in record["samples"]] for record in records]
+        found[f"reward/{name}"] = np.asarray([_mean([v for v in row if v is not None]) for row in values])
+        lowest = min((v for row in values for v in row if v is not None), default=0.0) - 1.0
+        found[f"best_by_{name}@{k}"] = _best(records, [[lowest if v is None else v for v in row] for row in values], k)
+    return found
+
+
+def spread(records: Sequence[Record]) -> Values:
+    """How far the samples of each problem agree and differ, and how long they are."""
+    samples = [record["samples"] for record in records]
+    answers = [[each["answer"] for each in row] for row in samples]
+    texts = [[each["completion"] for each in row] for row in samples]
+    found = {
+        "agreement": agreement(answers),
+        "distinct_answers": np.asarray([float(len({a for a in row if a is not None})) for row in answers]),
+        "answer_entropy": np.asarray([answer_entropy(row) for row in answers]),
+        "no_answer_share": np.asarray([_mean([a is None for a in row]) for row in answers]),
+        "distinct_completions_share": np.asarray([distinct_share(row) for row in texts]),
+        "distinct_4grams_share": np.asarray([distinct_ngrams(row) for row in texts]),
+        "completion_tokens": np.asarray([_mean([each["tokens"] for each in row]) for row in samples]),
+        "truncated_share": np.asarray([_mean([each["truncated"] for each in row]) for row in samples]),
+        "negative_logprob": np.asarray([-_mean([each["logprob"] for each in row]) for row in samples]),
+    }
+    if any("score" in each for row in samples for each in row):
+        found["score"] = np.asarray([_mean([each.get("score", each["correct"]) for each in row]) for row in samples])
+    if "reference_logprob" in samples[0][0]:
+        # An estimate of KL(policy || reference) of whole completions, whose samples are the policy's.
+        gaps = [[each["logprob"] - each["reference_logprob"] for each in row] for row in samples]
+        found["kl_reference"] = np.asarray([_mean(row) for row in gaps])
+    return found
+
+
+def lengths(records: Sequence[Record]) -> dict[str, float | None]:
+    """Tokens of the sampled completions: mean, quantiles, and means of right and wrong ones."""
+    every = [each for record in records for each in record["samples"]]
+    tokens = np.asarray([each["tokens"] for each in every], np.float64)
+    right = np.asarray([bool(each["correct"]) for each in every])
+    found = {"mean": float(tokens.mean())}
+    found |= {f"quantile_{q}": float(np.quantile(tokens, q)) for q in (0.1, 0.5, 0.9, 1.0)}
+    parts = {"of_right": tokens[right], "of_wrong": tokens[~right]}
+    return found | {name: float(part.mean()) if len(part) else None for name, part in parts.items()}
+
+
+def calibration(records: Sequence[Record], *, bins: int = 10) -> dict[str, dict[str, Any]]:
+    """Calibration of each confidence that the samples have.
+
+    `likelihood` is exp(mean log-probability a token), `agreement` the share of a problem's samples that give the same
+    answer, `stated` what a grader read from the text. Samples that state none are left out and counted.
+    """
+    right = [bool(each["correct"]) for record in records for each in record["samples"]]
+    found = {}
+    for name, rows in (_confidences(records) | {"agreement": _shares(records)}).items():
+        values = [value for row in rows for value in row]
+        kept = [i for i, value in enumerate(values) if value is not None]
+        if not kept:
+            continue
+        c, y = np.asarray([values[i] for i in kept], np.float64), np.asarray([right[i] for i in kept])
+        separation = auroc(c, y)
+        found[name] = {
+            "missing_share": 1 - len(kept) / len(values),
+            "ece": expected_calibration_error(c, y, bins=bins),
+            "brier": brier_score(c, y),
+            "auroc": None if math.isnan(separation) else separation,
+            "accuracy_of_most_confident_half": accuracy_at_coverage(c, y, coverage=0.5),
+            "reliability": [
+                {"count": b.count, "confidence": b.confidence, "accuracy": b.accuracy}
+                for b in reliability_curve(c, y, bins=bins)
+                if b.count
+            ],
+        }
+    return found
+
+
+def measured(records: Sequence[Record], k: Sequence[int], *, by: Sequence[str] = ()) -> dict[str, Any]:
+    """Every number of an evaluation, as plain data.
+
+    Args:
+      records: one a problem, each with the same number of samples.
+      k: of pass@k, maj@k and best-of-k.
+      by: columns of the records; each gets the accuracies of the problems that share a value.
+
+    Returns:
+      Means over problems by name; `intervals` has the bootstrap interval of each, at 95%; `pass_at_k` the whole
+      spectrum with intervals; `calibration`, `lengths` and `by` what their names say.
+
+    Raises:
+      ValueError: for no records, a k above the number of samples, or an unknown column.
+    """
+    if not records:
+        raise ValueError("there are no records to measure; evaluate at least one problem")
+    of_each = (
+        accuracies(records, k) | votes_by_weight(records, max(k)) | reward_means(records, max(k)) | spread(records)
+    )
+    samples = len(records[0]["samples"])
+    correct = np.asarray([sum(each["correct"] for each in record["samples"]) for record in records])
+    spectrum = {str(each): pass_at_k(correct, samples, each) for each in range(1, samples + 1)}
+    metrics, intervals = _means(of_each)
+    curve, around = _means(spectrum)
+    return metrics | {
+        "problems": len(records),
+        "samples_per_problem": samples,
+        **episode_means(records),
+        "intervals": intervals,
+        "pass_at_k": {each: {"mean": curve[each], "interval": around[each]} for each in spectrum},
+        "calibration": calibration(records),
+        "lengths": lengths(records),
+        "by": {column: _broken_down(records, column, k) for column in by},
+    }
+
+
+def episode_means(records: Sequence[Record]) -> dict[str, float]:
+    """Means of what environments counted, over the episodes of all samples that have it."""
+    names = dict.fromkeys(name for record in records for name in record.get("episodes", {}))
+    pairs = {name: np.sum([record["episodes"][name] for record in records], axis=0) for name in names}
+    return {name: float(total / max(count, 1.0)) for name, (total, count) in pairs.items()}
+
+
+def column_values(records: Sequence[Record], column: str) -> list[Any]:
+    """The value of a column of each record.
+
+    Raises:
+      ValueError: for a column that some record does not have.
+    """
+    for record in records:
+        if column not in record["columns"]:
+            known = ", ".join(record["columns"]) or "none"
+            raise ValueError(f"there is no column {column!r} in item {record['item_id']}; its columns are {known}")
+    return [record["columns"][column] for record in records]
+
+
+def _broken_down(records: Sequence[Record], column: str, k: Sequence[int]) -> dict[str, dict[str, Any]]:
+    values = column_values(records, column)
+    found = {}
+    for value in sorted(set(values), key=lambda each: (isinstance(each, str), each)):
+        part = [record for record, own in zip(records, values, strict=True) if own == value]
+        of_each = accuracies(part, k) | {name: v for name, v in spread(part).items() if name == "completion_tokens"}
+        means, intervals = _means(of_each)
+        found[str(value)] = {"problems": len(part)} | means | {"intervals": intervals}
+    return found
+
+
+def _means(values: Values) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Mean of each over problems, without those that it does not apply to (NaN), and its interval."""
+    means, intervals = {}, {}
+    whole = {name: column for name, column in values.items() if not np.isnan(column).any()}
+    around = mean_intervals(np.stack(list(whole.values()), axis=1)) if whole else np.zeros((0, 2))
+    for name, ends in zip(whole, around, strict=True):
+        means[name], intervals[name] = float(np.mean(whole[name])), ends.tolist()
+    for name, column in values.items():
+        if name not in whole and len(kept := column[~np.isnan(column)]):
+            means[name] = float(np.mean(kept))
+            intervals[name] = mean_intervals(kept[:, None])[0].tolist()
+    return {n: means[n] for n in values if n in means}, {n: intervals[n] for n in values if n in intervals}
+
+
+def _votes(records: Sequence[Record]) -> tuple[list[list[str | None]], list[str]]:
+    """What the samples vote for, and the right vote. A right answer votes for the reference answer."""
+    gold = [record["answer"] or "right" for record in records]
+    return [[each["answer"] for each in record["samples"]] for record in records], gold
+
+
+def _confidences(records: Sequence[Record]) -> dict[str, list[list[float | None]]]:
+    """Confidences of the samples, by what they are read from."""
+
+    def each(read: Callable[[Record], float | None]) -> list[list[float | None]]:
+        return [[read(sample) for sample in record["samples"]] for record in records]
+
+    found = {"likelihood": each(lambda sample: math.exp(sample["logprob"] / max(sample["tokens"], 1)))}
+    if any("confidence" in sample for record in records for sample in record["samples"]):
+        found["stated"] = each(lambda sample: sample.get("confidence"))
+    return found
+
+
+def _shares(records: Sequence[Record]) -> list[list[float | None]]:
+    """The share of a problem's samples that give the same answer as each; None where it gives none."""
+    rows = [[sample["answer"] for sample in record["samples"]] for record in records]
+    return [[None if a is None else row.count(a) / len(row) for a in row] for row in rows]
+
+
+def _best(records: Sequence[Record], scores: Sequence[Sequence[Any]], k: int) -> np.ndarray:
+    right = [[float(each["correct"]) for each in record["samples"]] for record in records]
+    return np.asarray([best_of_n_accuracy(row, correct, k) for row, correct in zip(scores, right, strict=True)])
+
+
+def _mean(values: Sequence[Any]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan

@@ -1,0 +1,127 @@
+"""Where the time of traced steps went: seconds, operations and memory traffic of each phase, beside the machine's most.
+
+A trace says which instruction of a compiled program ran when. Its work is read from the program's text and counted each
+time that it ran, so loops whose end depends on data are counted as they were.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.planning.ahead import PHASES
+from jaxrl_llm.planning.hlo import Cost, Program, add_cost, costs
+from jaxrl_llm.run.explain import programs_with_inputs
+from jaxrl_llm.run.setup import Parts
+
+# Instructions whose events hold those of others.
+_AROUND = frozenset({"while", "conditional", "call"})
+
+
+def phase_table(texts: Sequence[str], events: Mapping[tuple[str, str], tuple[int, float]], steps: int) -> list[dict]:
+    """What each phase took and did in a step.
+
+    Args:
+      texts: compiled programs.
+      events: (module, instruction) -> (times that it ran, seconds in all).
+      steps: that were traced.
+
+    Returns:
+      One row a phase, the longest first: phase, seconds, flops and bytes a step; `other` is what no phase names.
+    """
+    rows: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "flops": 0.0, "bytes": 0.0})
+    for text in texts:
+        program = Program(text)
+        module = re.match(r"HloModule ([\w.\-]+)", text)
+        _, belongs = costs(program, PHASES)
+        for computation, body in program.computations.items():
+            for one in body:
+                count, seconds = events.get((module[1] if module else "", one.name), (0, 0.0))
+                if not count or one.op in _AROUND:
+                    continue
+                work, row = Cost(), rows[belongs.get(one.name, "other")]
+                add_cost(work, program, computation, one, 1.0, None)
+                row["seconds"] += seconds / steps
+                row["flops"] += work.flops * count / steps
+                row["bytes"] += work.bytes * count / steps
+    return sorted(({"phase": name, **row} for name, row in rows.items()), key=lambda row: -row["seconds"])
+
+
+def traced_events(directory: Path) -> dict[tuple[str, str], tuple[int, float]]:
+    """(module, instruction) -> (times that it ran, seconds in all), of the newest trace, over all devices.
+
+    Raises:
+      ValueError: where there is no trace.
+    """
+    files = sorted(directory.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise ValueError(f"{directory} holds no trace (*.xplane.pb)")
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for key, seconds in _executions(jax.profiler.ProfileData.from_file(str(files[-1]))):
+        count, total = found.get(key, (0, 0.0))
+        found[key] = count + 1, total + seconds
+    return found
+
+
+def _executions(trace: Any) -> Iterator[tuple[tuple[str, str], float]]:
+    for plane in trace.planes:
+        for line in plane.lines:
+            for event in line.events:
+                facts = dict(event.stats)
+                if "hlo_op" in facts and not event.name.startswith("end: "):
+                    yield (str(facts.get("hlo_module", "")), str(facts["hlo_op"])), event.duration_ns / 1e9
+
+
+def ceilings(dtype: str = "float32", *, size: int = 1024, repeats: int = 5) -> dict[str, float]:
+    """The most that this machine was seen to do: operations a second of a product, bytes a second of a sum.
+
+    Args:
+      dtype: of the product.
+      size: rows and columns of its factors.
+      repeats: the fastest of so many counts.
+    """
+    # In place, or a new array would be mapped each time.
+    product, added = (jax.jit(f, donate_argnums=0) for f in (lambda x: x @ x / size, lambda x: x + 1.0))
+
+    def fastest(function: Any, value: Any) -> float:
+        times = []
+        for _ in range(repeats + 1):  # the first compiles
+            begun = time.perf_counter()
+            value = function(value).block_until_ready()
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+    length = 1 << 25
+    moved = 2 * 4 * length / fastest(added, jnp.ones((length,), jnp.float32))
+    return {"flops": 2 * size**3 / fastest(product, jnp.ones((size, size), dtype)), "bytes": moved}
+
+
+def profile(built: Parts, directory: Path, steps: int) -> dict[str, Any]:
+    """The table of a traced run: phases with their shares of the measured ceilings.
+
+    Args:
+      built: the parts of the stage that was traced.
+      directory: of the trace.
+      steps: that were traced.
+
+    Returns:
+      `ceilings` and `phases`; a phase has phase, seconds, share, flops and bytes a second, and their shares of the
+      ceilings.
+    """
+    texts = [program.lower(*given).compile().as_text() for _, program, given in programs_with_inputs(built)]
+    most = ceilings(built.config.model.compute_dtype)
+    rows = phase_table(texts, traced_events(directory), steps)
+    total = sum(row["seconds"] for row in rows) or 1.0
+    for row in rows:
+        row["share"] = row["seconds"] / total
+        for kind in ("flops", "bytes"):
+            row[f"{kind}_per_second"] = row[kind] / row["seconds"] if row["seconds"] else 0.0
+            row[f"{kind}_of_ceiling"] = row[f"{kind}_per_second"] / most[kind]
+    return {"ceilings": most, "phases": rows}

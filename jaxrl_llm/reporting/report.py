@@ -1,0 +1,151 @@
+"""The report of one run or several: one HTML file that holds everything, for a browser without a network.
+
+Plotly draws (its library travels in the file, compressed), jinja2 fills the page in. Needs the extra `report`.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxrl_llm.reporting.loggers import flattened
+from jaxrl_llm.reporting.metric_alarms import alarms
+from jaxrl_llm.reporting.panels import panels
+from jaxrl_llm.reporting.reported_run import (
+    ReportedRun,
+    facts,
+    headlines,
+    pass_curves,
+    seconds_by_part,
+    series,
+    shown_samples,
+    stages,
+)
+
+MOST_SAMPLES = 300
+PER_SEED = ("seed", "run_dir", "name")
+
+
+def write_report(runs: Sequence[ReportedRun], out: str | Path) -> Path:
+    """Write the report of runs into one HTML file, whole or not at all.
+
+    Args:
+      runs: one or several; those whose configs differ in the seed alone are drawn as one curve with its spread.
+      out: the file.
+
+    Raises:
+      ValueError: for no runs, a run without metrics, a file that cannot be written, or a package that is missing.
+    """
+    if not runs:
+        raise ValueError("no run is given; name at least one run directory")
+    for run in runs:
+        if not run.metrics:
+            raise ValueError(f"{run.path} has no metrics yet (metrics.jsonl is empty); wait for its first step")
+    page = rendered(runs)
+    out = Path(out)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(out)
+    except OSError as error:
+        raise ValueError(
+            f"the report {out} cannot be written: {error.strerror}; name another file with --out"
+        ) from None
+    return out
+
+
+def rendered(runs: Sequence[ReportedRun]) -> str:
+    """The page as text."""
+    jinja2 = _package("jinja2")
+    groups = _groups(runs)
+    drawn = panels(list(dict.fromkeys(name for run in runs for name in series(run))))
+    data = {
+        "runs": [
+            {"name": run.name, "group": groups[i], "series": series(run, from_last_stage=len(runs) > 1)}
+            | {"stages": stages(run)}
+            for i, run in enumerate(runs)
+        ],
+        "groups": list(dict.fromkeys(groups)),
+        "panels": [panel._asdict() for panel in drawn],
+        "pass_at_k": [curve for run in runs for curve in pass_curves(run)],
+        "seconds": [{"name": run.name, "parts": seconds_by_part(run)} for run in runs if seconds_by_part(run)],
+        "samples": [sample for run in runs for sample in shown_samples(run, MOST_SAMPLES // len(runs))],
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html.j2").render(
+        title=", ".join(dict.fromkeys(run.name for run in runs)),
+        runs=runs,
+        headlines=headlines(runs, groups),
+        alarms=[(run.name, sentence) for run in runs for sentence in alarms(run.metrics)],
+        panels=drawn,
+        data=_script(data),
+        plotly=_plotly(),
+        different=different_settings(runs),
+        configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) for run in runs],
+        facts=[(run.name, facts(run)) for run in runs],
+        has_pass_curve=bool(data["pass_at_k"]),
+        has_seconds=bool(data["seconds"]),
+    )
+
+
+def different_settings(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:
+    """Settings that are not the same in all runs, with the value in each."""
+    flat = [flattened(run.config) for run in runs]
+    names = dict.fromkeys(name for each in flat for name in each)
+    rows = [(name, [json.dumps(each.get(name)) for each in flat]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _groups(runs: Sequence[ReportedRun]) -> list[str]:
+    """The name of the group of each run: runs that differ in the seed alone share one."""
+    keys = [
+        json.dumps({n: v for n, v in run.config.items() if n not in PER_SEED}, sort_keys=True, default=str)
+        for run in runs
+    ]
+    count = {key: keys.count(key) for key in keys}
+    first = {key: run.name for key, run in reversed(list(zip(keys, runs, strict=True)))}
+    return [f"{first[key]} and {count[key] - 1} more seeds" if count[key] > 1 else first[key] for key in keys]
+
+
+def _script(data: Any) -> str:
+    """JSON that can stand in a script element: no text in it can end the element or start a comment."""
+    text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@cache
+def _plotly() -> str:
+    """The drawing library, compressed, in letters."""
+    file = Path(_package("plotly").__file__).parent / "package_data" / "plotly.min.js"
+    return base64.b64encode(gzip.compress(file.read_bytes(), 6, mtime=0)).decode()
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(
+            f"a report needs the package {name}; install it with pip install 'jaxrl_llm[report]'"
+        ) from None

@@ -1,0 +1,239 @@
+"""What a run directory tells a report: curves, accuracies with intervals, samples, time, facts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from jaxrl_llm.reporting.run_directory import read_records
+
+MOST_POINTS = 2000  # of a curve; neighbouring steps are averaged beyond
+MOST_TOKENS = 400  # of a sample whose tokens are coloured
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """What a run directory says.
+
+    Attributes:
+      name: what the report calls it.
+      path: the directory.
+      config: its config.yaml.
+      metrics, samples: records of its files.
+      summary: its summary.json; empty while it goes on.
+      evaluations: records by "before" and "after".
+      changed: settings that differ from the defaults.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    summary: dict[str, Any]
+    evaluations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    changed: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_run(path: str | Path, *, name: str | None = None, changed: Mapping[str, Any] | None = None) -> ReportedRun:
+    """A run directory as a report reads it; the run may still go on.
+
+    Raises:
+      ValueError: for a directory without a run, or damaged records.
+    """
+    from jaxrl_llm.evaluation.record_files import PROBLEMS, read_problem_records
+
+    path = Path(path)
+    if not (path / "config.yaml").is_file():
+        raise ValueError(f"{path} is no run: there is no config.yaml in it; give the directory of a run")
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
+    held = path / "summary.json"
+    evaluations = {}
+    for when in ("before", "after"):
+        file = path / "evaluations" / when / PROBLEMS
+        if file.is_file() and file.stat().st_size:
+            evaluations[when] = read_problem_records(file)
+    return ReportedRun(
+        name or path.name,
+        path,
+        config,
+        read_records(path / "metrics.jsonl"),
+        read_records(path / "samples.jsonl"),
+        json.loads(held.read_text(encoding="utf-8")) if held.is_file() else {},
+        evaluations,
+        changed or {},
+    )
+
+
+def headlines(runs: Sequence[ReportedRun], groups: Sequence[str]) -> list[tuple[str, list[dict[str, Any]], str]]:
+    """(name, rows, what their intervals are) of groups of seeds, and then of each run."""
+    alone = {run.name: headline(run) for run in runs}
+    found = []
+    for group in dict.fromkeys(groups):
+        members = [alone[run.name] for run, own in zip(runs, groups, strict=True) if own == group]
+        if len(members) > 1 and all(members):
+            found.append(
+                (group, _over_seeds(members), f"mean over {len(members)} seeds, from the lowest to the highest")
+            )
+    paired = "held-out problems, 95% intervals over problems; the change is paired"
+    return found + [
+        (name, rows, paired if any(row["interval"] for row in rows) else "held-out problems")
+        for name, rows in alone.items()
+    ]
+
+
+def _over_seeds(members: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    rows = []
+    for row in members[0]:
+        same = [other for each in members for other in each if other["name"] == row["name"]]
+        entry = {"name": row["name"]}
+        for what, around in (("before", "before_interval"), ("after", "after_interval"), ("difference", "interval")):
+            values = [each[what] for each in same if each[what] is not None]
+            entry[what] = float(np.mean(values)) if values else None
+            entry[around] = [min(values), max(values)] if values else None
+        rows.append(entry)
+    return rows
+
+
+def headline(run: ReportedRun) -> list[dict[str, Any]]:
+    """Rows of accuracy before and after, with 95% intervals where the run kept its evaluations."""
+    from jaxrl_llm.evaluation.comparison import compared
+    from jaxrl_llm.evaluation.measures import measured
+
+    before, after = run.summary.get("before", {}), run.summary.get("after", {})
+    names = [name for name in {**before, **after} if name == "greedy" or "@" in name]
+    k = sorted({int(name.partition("@")[2]) for name in names if name.startswith("pass@")})
+    kept = {when: measured(records, k) for when, records in run.evaluations.items() if records and k}
+    paired = {}
+    if {"before", "after"} <= run.evaluations.keys() and k:
+        paired = compared(run.evaluations["before"], run.evaluations["after"], k)["metrics"]
+    return [
+        {
+            "name": name,
+            "before": before.get(name),
+            "after": after.get(name),
+            "before_interval": kept.get("before", {}).get("intervals", {}).get(name),
+            "after_interval": kept.get("after", {}).get("intervals", {}).get(name),
+            "difference": after[name] - before[name] if name in before and name in after else None,
+            "interval": paired.get(name, {}).get("interval"),
+        }
+        for name in names
+    ]
+
+
+def series(run: ReportedRun, *, from_last_stage: bool = False) -> dict[str, list[list[float | None]]]:
+    """[steps, values] of each metric; long ones averaged over neighbouring steps, what is not finite left out.
+
+    Steps count over all stages, or from the start of the last one: seeds may need warm starts of different lengths.
+    """
+    found: dict[str, tuple[list, list]] = {}
+    first = stages(run)[-1]["step"] - 1 if from_last_stage else 0
+    for record in run.metrics:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(record["step"] - first)
+                values.append(value if math.isfinite(value) else None)
+    return {name: _thinned(*pair) for name, pair in found.items()}
+
+
+def _thinned(steps: list[int], values: list[float | None]) -> list[list[Any]]:
+    if len(steps) > MOST_POINTS:
+        parts = np.array_split(np.arange(len(steps)), MOST_POINTS)
+        known = np.asarray([math.nan if value is None else value for value in values])
+        values = [None if np.isnan(known[part]).all() else float(np.nanmean(known[part])) for part in parts]
+        steps = [steps[part[-1]] for part in parts]
+    return [steps, [None if value is None else float(f"{value:.6g}") for value in values]]
+
+
+def shown_samples(run: ReportedRun, most: int) -> list[dict[str, Any]]:
+    """Samples of training, and the greedy completions of the evaluations, spread evenly over what there is."""
+    samples = [{"run": run.name, "from": "training"} | sample for sample in run.samples]
+    for when, records in run.evaluations.items():
+        step = run.metrics[-1]["step"] if when == "after" else 0
+        for record in _spread(records, most // 4):
+            answer = record["greedy"]
+            samples.append(
+                {
+                    "run": run.name,
+                    "from": f"evaluation {when}",
+                    "step": step,
+                    "prompt": record["prompt"],
+                    "completion": answer["completion"],
+                    "answer": record["answer"],
+                    "correct": answer["correct"],
+                    "length": answer["tokens"],
+                    "truncated": answer["truncated"],
+                }
+            )
+    found = []
+    for sample in _spread(samples, most):
+        correct = sample.get("correct", (sample.get("reward") or 0.0) >= 1.0)
+        tokens = sample.get("tokens", {})
+        cut = {name: values[:MOST_TOKENS] for name, values in tokens.items()}
+        length = sample.get("length", len(tokens["text"]) if tokens else None)
+        found.append(sample | {"correct": bool(correct), "length": length, "tokens": cut})
+    return found
+
+
+def _spread(values: Sequence[Any], most: int) -> list[Any]:
+    places = np.linspace(0, len(values) - 1, min(len(values), max(most, 1))).round().astype(int)
+    return [values[place] for place in places]
+
+
+def pass_curves(run: ReportedRun) -> list[dict[str, Any]]:
+    from jaxrl_llm.evaluation.measures import measured
+
+    found = []
+    for when, records in run.evaluations.items():
+        curve = measured(records, (1,))["pass_at_k"]
+        found.append(
+            {
+                "name": f"{run.name}, {when}",
+                "k": [int(k) for k in curve],
+                "mean": [point["mean"] for point in curve.values()],
+                "low": [point["interval"][0] for point in curve.values()],
+                "high": [point["interval"][1] for point in curve.values()],
+            }
+        )
+    return found
+
+
+def stages(run: ReportedRun) -> list[dict[str, Any]]:
+    """The first step of each stage, with its name."""
+    first: dict[str, int] = {}
+    for record in run.metrics:
+        first.setdefault(record.get("stage", ""), record["step"])
+    return [{"name": name, "step": step} for name, step in first.items()]
+
+
+def seconds_by_part(run: ReportedRun) -> dict[str, float]:
+    return {name: round(value, 1) for name, value in run.summary.get("seconds", {}).items() if name != "total"}
+
+
+def facts(run: ReportedRun) -> dict[str, str]:
+    """Plain facts of a run: size, time, memory, machine, versions."""
+    summary = run.summary
+    facts = {"directory": str(run.path), "steps": str(run.metrics[-1]["step"])}
+    if not summary:
+        return facts | {"state": "goes on, or was stopped"}
+    seconds, tokens = summary.get("seconds", {}), summary.get("completion_tokens_sampled", 0)
+    sampling = sum(value for name, value in seconds.items() if name not in ("total", "set-up", "warm start"))
+    facts["time"] = f"{seconds.get('total', 0):,.0f} s"
+    facts["tokens sampled in training"] = f"{tokens:,}"
+    if sampling:
+        facts["tokens a second, with updates and evaluations"] = f"{tokens / sampling:,.0f}"
+    if "peak_memory_bytes" in summary:
+        facts["peak memory of the host"] = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+    if "compilations" in summary:
+        facts["programs compiled"] = f"{summary['compilations']} in {summary.get('compilation_seconds', 0):.0f} s"
+    devices = summary.get("devices", [])
+    facts["devices"] = f"{len(devices)}: {', '.join(devices[:4])}"
+    return facts | {name: str(value) for name, value in summary.get("versions", {}).items()}

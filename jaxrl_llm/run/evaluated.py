@@ -1,0 +1,226 @@
+"""What `jaxrl eval` puts together: a model to evaluate, and the problems, grader and rewards of one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import PyTree
+
+from jaxrl_llm import data
+from jaxrl_llm.config import ConfigError
+from jaxrl_llm.data.tasks.items import record
+from jaxrl_llm.evaluation import Grader, make_records, make_score, task_grader
+from jaxrl_llm.evaluation.benchmark_formats import GRADERS, read_problems
+from jaxrl_llm.evaluation.evaluate import column
+from jaxrl_llm.evaluation.suites import Evaluation
+from jaxrl_llm.experience import FACTS, Method
+from jaxrl_llm.run.batches import grader as run_grader
+from jaxrl_llm.run.batches import named_grader
+from jaxrl_llm.run.configured import configured_environment
+from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.recipes import reward_terms
+from jaxrl_llm.run.restored import Policy, checkpoint_params, restored_policy, restored_run
+from jaxrl_llm.run.setup import Parts
+from jaxrl_llm.run.stages import spread
+from jaxrl_llm.signatures import missing
+
+# What a reward can be computed of after sampling alone: no other network's scores, no method with memory.
+_OF_SAMPLING = frozenset(FACTS) - {"router_choices", "support"}
+_OF_TEXT = frozenset({"completions", "prompts", "answers", "items", "completion", "prompt", "answer", "item"})
+
+
+class Evaluated(NamedTuple):
+    """The model of an evaluation.
+
+    Attributes:
+      policy: the model with the parameters of its newest (or the named) checkpoint.
+      built: the parts of its run; None for a model directory.
+      checkpoints: (label, what reads its parameters) of everything that is evaluated.
+    """
+
+    policy: Policy
+    built: Parts | None
+    checkpoints: list[tuple[str, Callable[[], PyTree]]]
+
+
+class Prepared(NamedTuple):
+    """One evaluation, ready to sample.
+
+    Attributes:
+      items: its problems.
+      records: see `make_records`.
+      settings: plain data that decides the samples.
+      sequences_per_batch: completions decoded together.
+    """
+
+    items: list[dict[str, Any]]
+    records: Callable[..., Iterator[list[dict[str, Any]]]]
+    settings: dict[str, Any]
+    sequences_per_batch: int
+
+
+def evaluated(path: str, *, every: bool = False, chat: bool = False) -> Evaluated:
+    """The model at a path: a run, a checkpoint, a model directory or a repository.
+
+    Args:
+      path: where it lies.
+      every: all checkpoints of a run, ascending.
+      chat: prompts of a model directory go through its chat template.
+
+    Raises:
+      ValueError: where there is no model, or `every` of one without checkpoints.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        if chat:
+            raise ConfigError(f"{path} is a run, whose config says what prompts look like; leave --chat out")
+        built, policy = restored_run(path)
+        folder = policy.source.parent
+        steps = sorted(int(each.name) for each in folder.iterdir() if each.name.isdigit()) if every else []
+        named = [(f"{step}", lambda step=step: checkpoint_params(built, folder, step)) for step in steps]
+        return Evaluated(policy, built, named or [(policy.source.name, lambda: policy.params)])
+    if every:
+        raise ConfigError(f"--all evaluates the checkpoints of a run, but {path} is none; leave --all out")
+    policy = restored_policy(path, chat=chat)
+    return Evaluated(policy, None, [("model", lambda: policy.params)])
+
+
+def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, batch: int | None = None) -> Prepared:
+    """The problems, grader and sampling of one evaluation.
+
+    Args:
+      one: its description.
+      of: the model.
+      reference: path of a policy that the samples are scored under.
+      batch: completions decoded together; None for the run's, or as many as fit a batch of 1152.
+
+    Raises:
+      ValueError: for anything that can be known before sampling: files, columns, names, sizes.
+    """
+    built, policy = of.built, of.policy
+    config = None if built is None else built.config
+    items, grade, task = _problems(one, built)
+    if one.prompt_format != "{body}":
+        items = [_formatted(item, one.prompt_format) for item in items]
+    own = one.data is None and one.task is None
+    environment = built.environment if own and built is not None else None
+    if task is not None:
+        environment = configured_environment({}, task, policy.tokenizer)
+    if reference is not None and environment is not None:
+        raise ConfigError("--reference scores completions of one turn, but an environment answers here; leave it out")
+    for name in one.by:
+        for item in items:
+            column(item, name)
+    temperature = one.temperature or (config.evaluation.temperature if config is not None else 1.0)
+    limits = _limits(one, policy)
+    size = batch or (config.evaluation.sequences_per_batch if config is not None else 1152)
+    place = None if built is None else built.step.composition.resources.placement
+    records = make_records(
+        policy.model,
+        grade,
+        policy.tokenizer,
+        samples_per_problem=one.samples_per_problem,
+        max_prompt_tokens=limits[0],
+        max_completion_tokens=limits[1],
+        sequences_per_batch=size,
+        temperature=temperature,
+        overlong=config.data.overlong_prompts if config is not None and own else "error",
+        environment=environment,
+        call=built.call if built is not None and own else None,
+        rewards=_rewards(one, built, answers=one.data is None),
+        reference=None if reference is None else _scored(reference, policy, temperature),
+        columns=one.by,
+        answers_encoded=one.data is None,
+        **({} if place is None else {"mesh": place.mesh, "rules": place.rules}),
+    )
+    ignored = {"k", "problems", "samples"}
+    settings = {name: value for name, value in asdict(one).items() if name not in ignored}
+    settings |= {"samples": one.samples_per_problem, "temperature": temperature, "reference": reference}
+    settings |= {"max_prompt_tokens": limits[0], "max_completion_tokens": limits[1], "sequences_per_batch": size}
+    return Prepared(items, records, settings, size)
+
+
+def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]], Grader, Any]:
+    """(problems, grader, the built-in task or None)."""
+    task, default = None, one.grader
+    if one.data is not None:
+        items = read_problems(one.data, one.format, one.fields)
+        default = default or GRADERS.get(one.format, "number")
+    elif one.task is not None:
+        task = data.tasks.task(one.task, **one.options)
+        levels, count = one.levels or task.levels, one.problems or 512
+        share = [count // len(levels) + (place < count % len(levels)) for place in range(len(levels))]
+        drawn = [
+            task.generate(level=level, count=n, seed=one.seed, split=one.split)
+            for level, n in zip(levels, share, strict=True)
+            if n
+        ]
+        items = [record(item, number) for number, item in enumerate(item for part in drawn for item in part)]
+    elif built is not None:
+        source = data_sets(built.config, [one.split])[one.split]
+        wanted = one.problems or min(built.config.evaluation.problems, len(source))
+        if wanted > len(source):
+            raise ValueError(f"--problems is {wanted}, but the {one.split} split has {len(source)} problems")
+        items = [record(source[int(i)], int(i)) for i in spread(len(source), wanted)]
+        if one.grader is None:
+            return items, run_grader(built, source), None
+    else:
+        raise ConfigError(
+            "a model directory has no problems of its own; name a file with --data FILE, or a built-in task with --task"
+        )
+    if one.data is not None and one.problems is not None:
+        if one.problems > len(items):
+            raise ValueError(f"--problems is {one.problems}, but {one.data} has {len(items)} problems")
+        items = [items[i] for i in spread(len(items), one.problems)]
+    if task is not None and default is None:
+        return items, task_grader(task), task
+    assert default is not None
+    return items, named_grader(default, items), task
+
+
+def _formatted(item: Mapping[str, Any], form: str) -> dict[str, Any]:
+    if "messages" in item:
+        raise ConfigError("prompt_format is of plain prompts, but the data holds messages; leave it out")
+    return {**item, "body": form.replace("{body}", item["body"])}
+
+
+def _limits(one: Evaluation, policy: Policy) -> tuple[int, int]:
+    completion = one.max_completion_tokens or policy.max_completion_tokens
+    room = None if policy.context_tokens is None else policy.context_tokens - completion
+    if room is not None and room < 1:
+        raise ValueError(
+            f"completions of {completion} tokens leave nothing of the model's context of {policy.context_tokens} "
+            "tokens for a prompt; set --max-tokens lower"
+        )
+    return one.max_prompt_tokens or policy.max_prompt_tokens or min(room or 1024, 1024), completion
+
+
+def _rewards(one: Evaluation, built: Parts | None, *, answers: bool) -> dict[str, Any]:
+    """Rewards by name: those that are asked for, or those of the run that samples alone decide."""
+    known = (_OF_SAMPLING if answers else _OF_SAMPLING - {"answer_tokens", "answer_length"}) | _OF_TEXT
+    if one.rewards is not None:
+        sizes = {"max_completion_tokens": one.max_completion_tokens, "samples_per_prompt": one.samples_per_problem}
+        terms = reward_terms(one.rewards, {name: size for name, size in sizes.items() if size is not None})
+        for term in terms:
+            if lacking := missing(term.function, known):
+                raise ConfigError(
+                    f"reward {term.name!r} reads {lacking[0]!r}, which an evaluation does not have; it has "
+                    f"{', '.join(sorted(known))}"
+                )
+    else:
+        own = [] if built is None else built.step.composition.rewards
+        terms = [t for t in own if not isinstance(t.function, Method) and not missing(t.function, known)]
+    return {term.name: term.function for term in terms}
+
+
+def _scored(reference: str, policy: Policy, temperature: float) -> Callable[[Sequence[Any]], list[list[float]]]:
+    other = restored_policy(reference)
+    if other.model.vocabulary_size != policy.model.vocabulary_size:
+        raise ConfigError(
+            f"--reference {reference} has a vocabulary of {other.model.vocabulary_size} tokens and the policy one of "
+            f"{policy.model.vocabulary_size}; a KL divergence needs the same"
+        )
+    score = make_score(other.model, temperature=temperature, sequences_per_batch=32)
+    return lambda texts: score(other.params, texts)

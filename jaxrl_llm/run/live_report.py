@@ -1,0 +1,62 @@
+"""The report of a run while it goes on and at its end, and what samples.jsonl says of single tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jaxrl_llm.config import Config
+from jaxrl_llm.parallel import hosts
+from jaxrl_llm.reporting.loggers import logger_openers
+from jaxrl_llm.reporting.report import write_report
+from jaxrl_llm.reporting.reported_run import read_run
+from jaxrl_llm.run.recipes import entry_of, user_function
+
+_SECONDS, _SHARE = 60.0, 0.02  # the least between two refreshes, and the most of a run's time that they take
+
+
+class LiveReport:
+    """report.html of a run: refreshed now and then, written at the end; the run goes on where it cannot be written.
+
+    Args:
+      config: of the run; `reporting.report` None writes where plotly and jinja2 are installed.
+      tell: shows a line to people.
+      clock: seconds.
+    """
+
+    def __init__(self, config: Config, tell: Callable[[str], Any], clock: Callable[[], float] = time.monotonic):
+        wanted = config.reporting.report
+        there = all(importlib.util.find_spec(name) for name in ("plotly", "jinja2"))
+        if wanted and not there:
+            raise ValueError(
+                "reporting.report is true, but plotly or jinja2 is missing; install the extra: "
+                "pip install 'jaxrl_llm[report]'"
+            )
+        self.path = config.directory if there and wanted is not False and hosts.is_main() else None
+        self._tell, self._clock, self._next = tell, clock, clock() + _SECONDS
+
+    def refresh(self, *, now: bool = False) -> Path | None:
+        """Write the report where it is due; `now` writes it in any case."""
+        begun = self._clock()
+        if self.path is None or (begun < self._next and not now):
+            return None
+        try:
+            return write_report([read_run(self.path)], self.path / "report.html")
+        except (ValueError, OSError) as error:
+            self._tell(f"the report was not written: {error}")
+            return None
+        finally:
+            self._next = self._clock() + max(_SECONDS, (self._clock() - begun) / _SHARE)
+
+
+def reporting_of(config: Config, console: Console) -> tuple[LiveReport, dict[str, Any]]:
+    """(the report of a run, what its directory hands numbers to), checked before the run starts."""
+    named = [entry_of(entry, "reporting.loggers") for entry in config.reporting.loggers]
+    tell = partial(console.print, markup=False)
+    return LiveReport(config, tell), {"loggers": logger_openers(named, user_function), "warn": tell}

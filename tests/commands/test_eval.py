@@ -1,0 +1,228 @@
+"""`jaxrl eval` and `jaxrl compare`: own data and grader, goes on where it stopped, suites, requirements, bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+import pytest
+
+from jaxrl_llm import cli
+
+GRADER = """
+calls = []
+
+def grade(completion, answer, weight=1):
+    calls.append(completion)
+    return {"right": completion.startswith("<a>" + answer[0]), "answer": completion[:4], "confidence": 0.5}
+
+def breaks(completion, item):
+    if item["item_id"] == 2:
+        raise KeyError("no such thing")
+    return True
+"""
+LINES = [
+    {"prompt": f"A:{a}+{b}", "answer": str(a + b), "kind": "odd" if a % 2 else "even"}
+    for a in (1, 2)
+    for b in (3, 4, 5)
+]
+
+
+def said(*arguments):
+    """(exit status, standard output, standard error) of `jaxrl`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main([str(each) for each in arguments])
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with problems and a grader, where the command is given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_grader.py").write_text(GRADER)
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return tmp_path
+
+
+OWN = ("--data", "problems.jsonl", "--grader", "own_grader:grade", "--k", "1,2", "--batch", "6")
+
+
+def test_own_problems_and_grader_leave_one_line_a_problem(place, finished_run):
+    status, out, err = said("eval", finished_run.directory, *OWN, "--by", "kind", "--out", "out", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    lines = [json.loads(line) for line in (place / "out" / "problems.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [line["prompt"] for line in LINES]
+    assert all(len(line["samples"]) == 2 for line in lines)
+    right = [[s["completion"].startswith("<a>" + line["answer"][0]) for s in line["samples"]] for line in lines]
+    assert right == [[s["correct"] for s in line["samples"]] for line in lines]
+    assert found["pass@1"] == pytest.approx(sum(map(sum, right)) / 12)
+    assert found["calibration"]["stated"]["brier"] == pytest.approx(0.25)
+    assert {name: part["problems"] for name, part in found["by"]["kind"].items()} == {"even": 3, "odd": 3}
+    assert json.loads((place / "out" / "summary.json").read_text()).items() <= found.items()
+
+
+def test_one_that_was_interrupted_goes_on_and_gives_the_same(place, finished_run):
+    said("eval", finished_run.directory, *OWN, "--out", "whole")
+    whole = {name: (place / "whole" / name).read_bytes() for name in ("problems.jsonl", "summary.json")}
+    lines = whole["problems.jsonl"].splitlines(keepends=True)
+    for kept in (2, 3):  # two problems a batch
+        cut = place / f"cut{kept}"
+        cut.mkdir()
+        (cut / "settings.json").write_bytes((place / "whole" / "settings.json").read_bytes())
+        (cut / "problems.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
+        assert said("eval", finished_run.directory, *OWN, "--out", cut)[0] == 0
+        assert {name: (cut / name).read_bytes() for name in whole} == whole
+    status, _, err = said("eval", finished_run.directory, *OWN, "--out", "whole", "--temperature", "0.5")
+    assert status == 2
+    assert "holds an evaluation with temperature 1.0, and this one has 0.5; give another directory" in err
+
+
+def test_a_finished_one_is_not_sampled_again(place, finished_run):
+    import own_grader
+
+    said("eval", finished_run.directory, *OWN, "--out", "out")
+    before = len(own_grader.calls)
+    status, out, _ = said(
+        "eval", finished_run.directory, *OWN[:-4], "--k", "2", "--samples", "2", "--batch", "6", "--out", "out"
+    )
+    assert status == 0
+    assert len(own_grader.calls) == before
+    assert "pass@2" in out
+
+
+def test_a_grader_that_fails_names_the_problem_and_what_was_done_stays(place, finished_run):
+    arguments = ("--data", "problems.jsonl", "--k", "1", "--batch", "4", "--out", "out")
+    status, _, err = said("eval", finished_run.directory, *arguments, "--grader", "own_grader:breaks")
+    assert status == 2
+    assert "grader 'own_grader:breaks' failed at item 2 ('A:1+5') with KeyError" in err
+    assert "Traceback" not in err
+    assert len((place / "out" / "problems.jsonl").read_text().splitlines()) == 2
+
+
+def test_every_checkpoint_of_a_run_and_two_of_them_compared(place, finished_run):
+    status, out, err = said("eval", finished_run.directory, *OWN, "--all", "--out", "all", "--json")
+    assert status == 0, err
+    found = json.loads(out)["checkpoints"]
+    steps = sorted(int(each.name) for each in (finished_run.directory / "checkpoints").iterdir() if each.name.isdigit())
+    assert list(found) == [str(step) for step in steps]
+    assert json.loads((place / "all" / "summary.json").read_text())["checkpoints"] == found
+    first, last = place / "all" / str(steps[0]), place / "all" / str(steps[-1])
+    status, out, _ = said("compare", first, last, "--json")
+    row = json.loads(out)["metrics"]["pass@1"]
+    assert row["first"] == found[str(steps[0])]["pass@1"]
+    assert row["second"] - row["first"] == pytest.approx(row["difference"])
+    assert "second - first" in said("compare", first, last)[1]
+    assert "best" in said("eval", finished_run.directory, *OWN, "--all", "--out", "all")[1]
+
+
+SUITE = """
+k: [1, 2]
+evaluations:
+  own: {data: problems.jsonl, grader: "own_grader:grade", by: [kind]}
+  sums: {task: addition, levels: [1, 2], options: {scratchpad: false}, problems: 4}
+"""
+
+
+def test_a_suite_evaluates_each_and_requirements_set_the_status(place, finished_run):
+    (place / "suite.yaml").write_text(SUITE)
+    suite = ("eval", finished_run.directory, "--suite", "suite.yaml", "--out", "suite", "--json")
+    status, out, err = said(*suite, "--require", "sums/pass@1>=0", "--require", "own/calibration.stated.ece<=1")
+    assert (status, err) == (0, "")
+    found = json.loads(out)["evaluations"]
+    assert (found["own"]["problems"], found["sums"]["problems"]) == (6, 4)
+    status, _, err = said(*suite, "--require", "greedy>=1.5")
+    assert status == 1
+    assert err.count("not met") == 2
+    assert "not met: own/greedy is" in err
+    status, out, _ = said("compare", "suite", "suite", "--json")
+    assert json.loads(out)["forgetting"] == 0
+
+
+def test_the_divergence_from_itself_is_zero_and_rewards_are_named(place, finished_run):
+    extra = ("--reference", finished_run.directory, "--reward", "number_match", "--problems", "4")
+    status, out, err = said("eval", finished_run.directory, *OWN, *extra, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["kl_reference"] == pytest.approx(0, abs=1e-3)
+    assert 0 <= found["reward/number_match"] <= 1
+    assert "best_by_number_match@2" in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "problems.jsonl", "--grader", "own_grader:other"], "has no 'other'"),
+        (["--data", "problems.jsonl", "--grader", "absent:grade"], "importing 'absent' failed"),
+        (["--data", "problems.jsonl", "--by", "sauce"], "item 0 has no column 'sauce' that holds a number or a text"),
+        (["--data", "absent.jsonl"], "data file absent.jsonl cannot be read: No such file"),
+        (["--data", "problems.jsonl", "--format", "choice"], "6 lines that cannot be used"),
+        (["--data", "problems.jsonl", "--format", "chioce"], "format"),
+        (["--data", "problems.jsonl", "--problems", "7"], "--problems is 7, but problems.jsonl has 6 problems"),
+        (["--data", "problems.jsonl", "--task", "addition"], "name one of them"),
+        (["--temperature", "0"], "temperature is 0.0; samples need one above 0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--require", "pass@1"], "--require is 'pass@1'; write a metric"),
+        (["--require", "pass@4>0.5"], "pass@4 is not measured with k [1, 8]; add it to --k"),
+        (["--suite", "absent.yaml"], "--suite absent.yaml cannot be read"),
+        (["--suite", "problems.jsonl"], "--suite problems.jsonl cannot be read as YAML: expected"),
+        (["--data", "problems.jsonl", "--out", "problems.jsonl"], "--out problems.jsonl cannot be used"),
+        (["--reward", "nubmer_match"], "did you mean 'number_match'?"),
+        (["--reward", "learned_reward"], "reads 'reward_scores', which an evaluation does not have"),
+        (["--chat"], "leave --chat out"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_paragraph(place, finished_run, arguments, message):
+    status, _, err = said("eval", finished_run.directory, *arguments)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        ("evaluations: {a: {dtaa: x}}", "suite.yaml: evaluations.a has no key 'dtaa'; did you mean 'data'?"),
+        ("evaluations: {a: {k: [9], samples: 4}}", "evaluations.a: k is [9], but there are 4 samples"),
+        ("evaluations: {a/b: {}}", "under a name without a slash"),
+        ("evaluations: {}", "names no evaluations"),
+    ],
+)
+def test_a_suite_that_cannot_be_is_refused(place, finished_run, suite, message):
+    (place / "suite.yaml").write_text(suite)
+    status, _, err = said("eval", finished_run.directory, "--suite", "suite.yaml")
+    assert (status, message in err) == (2, True), err
+
+
+def test_what_cannot_be_compared_says_why(place, finished_run):
+    said("eval", finished_run.directory, *OWN, "--out", "a")
+    said("eval", finished_run.directory, *OWN, "--problems", "4", "--out", "b")
+    assert "6 and 4 problems and cannot be compared" in said("compare", "a", "b")[2]
+    assert "line 1 is no record of an evaluation" in said("compare", "a", place)[2]
+    assert "holds no problems.jsonl" in said("compare", "a", finished_run.directory / "checkpoints")[2]
+
+
+def test_a_run_leaves_its_evaluations_for_comparison(finished_run):
+    places = [finished_run.directory / "evaluations" / when for when in ("before", "after")]
+    found = json.loads(said("compare", *places, "--json")[1])
+    before, after = (finished_run.summary[when] for when in ("before", "after"))
+    for name in ("greedy", "pass@2", "maj@4"):
+        row = found["metrics"][name]
+        assert (row["first"], row["second"]) == pytest.approx((before[name], after[name]))
+
+
+def test_a_config_names_a_grader_of_its_own(place, micro_config):
+    from jaxrl_llm.config import parse_config
+    from jaxrl_llm.data import CharacterTokenizer
+    from jaxrl_llm.run.batches import grader
+    from jaxrl_llm.run.setup import parts
+
+    tree = {**micro_config, "evaluation": {"grader": "own_grader:grade"}, "warm_start": {"steps": 0}}
+    built = parts(parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size))
+    item = {"item_id": 0, "body": "A:1+2", "answer": "3"}
+    grade = grader(built, [item])
+    assert grade(item, "<a>33</a>") == (True, "3", None, 0.5)
+    assert not grade(item, "<a>4</a>").right

@@ -1,0 +1,192 @@
+"""The report: what is drawn of which metrics, that text stays text, and what cannot be reported."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+
+import pytest
+
+from jaxrl_llm import cli
+from jaxrl_llm.reporting import RunDirectory
+from jaxrl_llm.reporting.metric_alarms import alarms
+from jaxrl_llm.reporting.panels import panels
+from jaxrl_llm.reporting.report import different_settings, rendered, write_report
+from jaxrl_llm.reporting.reported_run import headline, headlines, read_run, series
+
+NASTY = "</script><script>document.title='taken'</script><!-- <img src=x onerror=\"document.title='taken'\">"
+
+
+def metrics(step, seed=0):
+    wave = math.sin(step / 30 + seed)
+    return {
+        "stage": "warm start" if step <= 20 else "reinforcement",
+        **{f"loss/part {i}": wave * i for i in range(4)},
+        **{"reward": math.tanh(step / 30), "correct_share": 0.5, "kl_update": 1e-9, "kl_reference_per_token": 0.01},
+        **{"entropy_per_token": 0.3, "completion_tokens": 24.0, "truncated_share": 0.0, "gradient_norm": 1 + wave / 2},
+        **{"constant_group_share": 0.2, "clip_share/clipped_surrogate": 0.01, "sampler_gap_max": 1e-5},
+        **{"validation/pass@1": 0.4, "learning_rate": 1e-4, "advantage_abs_per_token": 0.4, "ratio_max": 1.1},
+        **{f"reward/{name}": wave for name in ("exact", "length")},
+        "my_own_number": 3.0,
+    }
+
+
+def sample(i):
+    tokens = {"text": ["<t>", "1", "</t>"], "advantage": [0.5, -0.5, 0.0], "logprob": [-0.1, -2.0, -0.3]}
+    return {"prompt": f"A:{i}", "completion": NASTY, "reward": float(i % 2), "truncated": False, "tokens": tokens}
+
+
+def made_run(path, *, steps=60, seed=0, **config):
+    """A run directory as training leaves it."""
+    with RunDirectory(path, {"name": path.name, "seed": seed, "training": {"learning_rate": 1e-3}, **config}) as run:
+        before, after = {"greedy": 0.25, "pass@1": 0.2, "problems": 8}, {"greedy": 0.75, "pass@1": 0.6, "problems": 8}
+        run.write_summary({"before": before, "after": after, "seconds": {"set-up": 2.0, "rl": 30.0, "total": 32.0}})
+    written(path / "metrics.jsonl", [{"step": step, **metrics(step, seed)} for step in range(1, steps + 1)])
+    written(path / "samples.jsonl", [{"step": s, **sample(i)} for s in range(10, steps + 1, 10) for i in range(4)])
+    for when, right in (("before", 2), ("after", 6)):
+        place = path / "evaluations" / when
+        place.mkdir(parents=True)
+        written(place / "problems.jsonl", [record(number, number < right) for number in range(8)])
+    return path
+
+
+def written(file, lines):
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def record(number, right):
+    said = {"completion": NASTY, "correct": right, "answer": "1", "tokens": 3, "truncated": False, "logprob": -1.0}
+    drawn = {"greedy": said, "samples": [said, {**said, "correct": False}]}
+    return {"item_id": number, "prompt": f"Q{number}", "answer": "1", "columns": {}} | drawn
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return read_run(made_run(tmp_path_factory.mktemp("runs") / "one"))
+
+
+def embedded(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_every_metric_has_its_panel_and_none_is_drawn_twice(run):
+    drawn = panels(list(series(run)))
+    names = [name for panel in drawn for name in panel.metrics]
+    assert sorted(names) == sorted(series(run))
+    by_title = {panel.title: panel.metrics for panel in drawn}
+    assert by_title["Rewards apart"] == ("reward/exact", "reward/length")
+    assert by_title["Reward"] == ("reward",)
+    assert by_title["my_own_number"] == ("my_own_number",)
+    assert "Memory" not in by_title
+
+
+def test_the_page_holds_the_numbers_and_no_text_becomes_markup(run):
+    page = rendered([run])
+    data = embedded(page)
+    assert data["runs"][0]["series"]["reward"][0] == list(range(1, 61))
+    assert data["runs"][0]["stages"] == [{"name": "warm start", "step": 1}, {"name": "reinforcement", "step": 21}]
+    assert any(each["completion"] == NASTY for each in data["samples"])
+    assert NASTY not in page
+    assert page.count("<script") == 3
+    assert {each["from"] for each in data["samples"]} == {"training", "evaluation before", "evaluation after"}
+    assert "http://" not in page.split('id="plotly"')[0]
+    assert "https://" not in page.split('id="plotly"')[0]
+
+
+def test_the_headline_has_paired_intervals(run):
+    rows = {row["name"]: row for row in headline(run)}
+    assert rows["greedy"]["difference"] == 0.5
+    low, high = rows["greedy"]["interval"]
+    assert 0 < low < 0.5 < high
+    assert rows["pass@1"]["after_interval"][0] < 0.6
+
+
+def test_long_runs_are_thinned_and_stay_small(tmp_path):
+    page = write_report([read_run(made_run(tmp_path / "long", steps=1000))], tmp_path / "page.html")
+    assert page.stat().st_size < 5e6
+    run = read_run(tmp_path / "long")
+    longer = [{"step": step, "x": float(step)} for step in range(10_001)]
+    steps, values = series(type(run)(**{**vars(run), "metrics": longer}))["x"]
+    assert (len(steps), steps[-1]) == (2000, 10_000)
+    assert sum(values) / 2000 == pytest.approx(5000, rel=1e-3)
+
+
+def test_numbers_that_are_not_finite_leave_a_gap(run):
+    spoiled = type(run)(**{**vars(run), "metrics": [{"step": 1, "x": float("nan")}, {"step": 2, "x": 1.0}]})
+    assert series(spoiled)["x"] == [[1, 2], [None, 1.0]]
+    assert "x was not finite at step 1" in rendered([spoiled])
+
+
+def test_seeds_share_a_curve_and_what_differs_is_listed(tmp_path):
+    paths = [made_run(tmp_path / f"seed{seed}", seed=seed) for seed in range(3)]
+    other = made_run(tmp_path / "other", training={"learning_rate": 1e-2})
+    runs = [read_run(path) for path in [*paths, other]]
+    data = embedded(rendered(runs))
+    assert data["groups"] == ["seed0 and 2 more seeds", "other"]
+    assert [row[0] for row in different_settings(runs)] == ["name", "seed", "training.learning_rate"]
+    assert data["runs"][0]["series"]["reward"][0][:2] == [-19, -18]  # the last stage starts at step 21
+    rows = {row["name"]: row for row in headlines(runs, ["a", "a", "a", "b"])[0][1]}
+    assert rows["greedy"]["interval"] == [0.5, 0.5]
+
+
+# ---- alarms ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("constant_group_share", [0.1] * 90 + [0.95] * 10, "95% of the groups had equal rewards"),
+        ("truncated_share", [0.5] * 100, "50% of the completions were cut off"),
+        ("entropy_per_token", [1.0] * 50 + [0.01] * 50, "entropy a token fell from 1 to 0.01"),
+        ("gradient_norm", [1.0] * 80 + [50.0] + [1.0] * 19, "jumped to 50 at step 81"),
+        ("reward", [0.8] * 50 + [0.2] * 50, "the reward fell from 0.8 to 0.2"),
+        ("kl_reference_per_token", [0.1] * 50 + [3.0] * 50, "KL from the reference is 3 nats"),
+        ("sampler_gap_max", [0.2] * 100, "sampler and trainer differed by up to 0.2"),
+        ("loss", [1.0, math.inf], "loss was not finite at step 2"),
+    ],
+)
+def test_an_alarm_says_what_was_seen(name, values, said):
+    (found,) = alarms([{"step": step, name: value} for step, value in enumerate(values, start=1)])
+    assert said in found
+
+
+def test_a_run_that_goes_well_raises_no_alarm():
+    assert alarms([{"step": step, **metrics(step)} for step in range(1, 100)]) == []
+    assert alarms([]) == []
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def said(capsys, *arguments):
+    status = cli.main([str(each) for each in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_a_trained_run_is_reported_with_what_was_set(capsys, finished_run, tmp_path):
+    assert (finished_run.directory / "report.html").stat().st_size > 1e6  # written at the end of training
+    status, out, err = said(capsys, "report", finished_run.directory, "--out", tmp_path / "page.html")
+    assert (status, err) == (0, "")
+    assert str(tmp_path / "page.html") in out
+    page = (tmp_path / "page.html").read_text()
+    assert "training.learning_rate" in page
+    tokens = [each["tokens"] for each in embedded(page)["samples"] if each["from"] == "training"]
+    assert all(len(one["text"]) == len(one["logprob"]) == len(one["advantage"]) for one in tokens)
+
+
+def test_what_cannot_be_reported_says_why(capsys, tmp_path, monkeypatch):
+    assert "is no run: there is no config.yaml" in said(capsys, "report", tmp_path)[2]
+    run = made_run(tmp_path / "run")
+    assert "cannot be written" in said(capsys, "report", run, "--out", tmp_path / "absent" / "page.html")[2]
+    with RunDirectory(tmp_path / "empty", {"name": "empty"}):
+        pass
+    assert "has no metrics yet" in said(capsys, "report", run, tmp_path / "empty")[2]
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    from jaxrl_llm.reporting import report
+
+    report._plotly.cache_clear()
+    status, _, err = said(capsys, "report", run)
+    assert status == 2
+    assert "needs the package plotly; install it with pip install 'jaxrl_llm[report]'" in err
