@@ -413,7 +413,7 @@ def test_a_run_directory_that_is_gone_is_one_sentence(micro_yaml, tmp_path, monk
     def write_and_lose(self, step, metrics):
         write(self, step, metrics)
         if step == 2:
-            self._events.flush()
+            self.sync()
             run.rename(tmp_path / "elsewhere") if happens == "moved" else shutil.rmtree(run, ignore_errors=True)
 
     write = RunDirectory.write_metrics
