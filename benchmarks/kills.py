@@ -65,7 +65,10 @@ def numbers(run: Path) -> dict[str, object]:
     damage = integrity.verified(folder, last).damage
     summary = json.loads((run / "summary.json").read_text())
     return {
-        "metrics": read_records(run / "metrics.jsonl"),
+        "metrics": [
+            {name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")}
+            for line in read_records(run / "metrics.jsonl")
+        ],
         "samples": read_records(run / "samples.jsonl"),
         "arrays": damage or checkpoints.read_digests(folder, last),
         "evaluation": (summary["before"], summary["after"]),

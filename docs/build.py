@@ -15,6 +15,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import api
+import config_reference
 import reference
 import yaml
 from blocks import escaped, markdown, markdown_table
@@ -176,6 +178,7 @@ def main() -> int:
         reference.ENGINE_PAGE: reference.engine_page,
         reference.MODELS_PAGE: reference.models_page,
     }
+    pages |= {config_reference.CONFIG_PAGE: config_reference.config_page, api.API_PAGE: api.api_page}
     for path, made in pages.items():
         path.write_text(made())
         print(path)

@@ -172,17 +172,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    plain = argparse.RawDescriptionHelpFormatter
+
+    def examples(*names: str) -> str:
+        return "\n".join(["examples:", *(f"  jaxrl {line}" for name in names for line in _EXAMPLES[name])])
+
     def commands_of(name: str, text: str) -> Any:
-        group = commands.add_parser(name, help=text, description=text)
-        return group.add_subparsers(required=True, metavar="COMMAND")
+        shown = examples(*(each for each in _EXAMPLES if each.startswith(f"{name} ")))
+        group = commands.add_parser(name, help=text, description=text, epilog=shown, formatter_class=plain)
+        return group.add_subparsers(required=True, metavar="COMMAND", help="what is done")
 
     def command(
         name: str, function: str, text: str, *, json_output: bool = True, within: Any = commands, group: str = ""
     ) -> argparse.ArgumentParser:
-        shown = _EXAMPLES[f"{group} {name}".strip()]
-        examples = "\n".join(["examples:", *(f"  jaxrl {line}" for line in shown)])
-        plain = argparse.RawDescriptionHelpFormatter
-        sub = within.add_parser(name, help=text, description=text, epilog=examples, formatter_class=plain)
+        epilog = examples(f"{group} {name}".strip())
+        sub = within.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=plain)
         sub.set_defaults(command=_imported_late(function), outlives_output=False)
         if json_output:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")

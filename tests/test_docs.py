@@ -28,7 +28,7 @@ def beside_each_other():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(DOCS))
         yield
-        for name in ("blocks", "formulas", "reference"):
+        for name in ("api", "blocks", "config_reference", "formulas", "reference"):
             sys.modules.pop(name, None)
 
 
@@ -149,3 +149,48 @@ def test_continued_lines_are_joined(blocks):
 
 def test_text_shows_what_was_written(blocks):
     assert blocks.escaped("a * b_c <a> `x_y`") == r"a \* b\_c &lt;a> `x_y`"
+
+
+# ---- the other pages ------------------------------------------------------------------------------------------------
+
+PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize(
+    ("module", "page", "name"), [("config_reference", "config_page", "config"), ("api", "api_page", "api")]
+)
+def test_generated_references_are_up_to_date(build, module, page, name):
+    assert getattr(getattr(build, module), page)() == (DOCS / f"{name}.md").read_text(), "run python docs/build.py"
+
+
+def anchors(path):
+    """The anchors of a page, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    path = DOCS / page
+    for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", path.read_text()):
+        place, _, anchor = target.partition("#")
+        if "://" in place:
+            continue
+        found = (path.parent / place).resolve() if place else path
+        assert found.exists(), f"{page}: {target}"
+        if anchor and found.suffix == ".md":
+            assert anchor.lower() in anchors(found), f"{page}: {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    named = re.findall(r"[\w/]+\.md", (DOCS.parent / "mkdocs.yml").read_text())
+    assert sorted(named) == PAGES
+
+
+@pytest.mark.parametrize("page", ["loss.md", "loop.md"])
+def test_the_python_of_the_how_to_pages_runs(page):
+    shared: dict = {}
+    for block in re.findall(r"^```python\n(.*?)\n```$", (DOCS / "how_to" / page).read_text(), re.M | re.S):
+        exec(compile(block, page, "exec"), shared)
+    if page == "loop.md":
+        assert int(shared["state"].step) == 3

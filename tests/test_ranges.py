@@ -21,7 +21,12 @@ from jaxrl_llm.run.recipes import credit_terms, loss_terms, reward_terms
 ROOMS = (rewards, advantages, losses, schedules, selection, plans)
 VOCABULARY = CharacterTokenizer().vocabulary_size
 # What a section cannot do without.
-NEEDED = {"engine": {"url": "u", "model": "m", "reload_every_steps": 0}, "lora": {"rank": 2, "alpha": 2.0}}
+NEEDED = {
+    "latent": {"rank": 2, "rope_width": 2, "plain_width": 2, "value_width": 2},
+    "init_from": {"path": "runs/demo"},
+    "engine": {"url": "u", "model": "m", "reload_every_steps": 0},
+    "lora": {"rank": 2, "alpha": 2.0},
+}
 
 
 def numbers_of_functions():

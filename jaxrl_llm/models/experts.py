@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import map_parts
+from jaxrl_llm.ranges import Positive, require_ranges
 
 ExpertProduct = Literal["auto", "ragged", "dense"]
 RouterScores = Literal["softmax", "sigmoid"]
@@ -49,7 +50,7 @@ class ExpertsConfig:
     selection_bias: bool = False
     groups: int = 1
     groups_per_token: int = 1
-    scale: float = 1.0
+    scale: Positive = 1.0
     shared_width: int | None = None
     shared_gate: bool = False
     dense_layers: int = 0
@@ -57,6 +58,7 @@ class ExpertsConfig:
     product: ExpertProduct = "auto"
 
     def __post_init__(self):
+        require_ranges(self, "model.experts")
         if not 1 <= self.per_token <= self.count:
             raise ValueError(
                 f"model.experts.per_token is {self.per_token} of model.experts.count {self.count}; it must be at "

@@ -17,6 +17,7 @@ from jaxrl_llm.evaluation.benchmark_formats import GRADERS, read_problems
 from jaxrl_llm.evaluation.evaluate import column
 from jaxrl_llm.evaluation.suites import Evaluation
 from jaxrl_llm.experience import FACTS, Method
+from jaxrl_llm.fields import TEXT
 from jaxrl_llm.run.batches import grader as run_grader
 from jaxrl_llm.run.batches import named_grader
 from jaxrl_llm.run.configured import configured_environment
@@ -29,7 +30,6 @@ from jaxrl_llm.signatures import missing
 
 # What a reward can be computed of after sampling alone: no other network's scores, no method with memory.
 _OF_SAMPLING = frozenset(FACTS) - {"router_choices", "support"}
-_OF_TEXT = frozenset({"completions", "prompts", "answers", "items", "completion", "prompt", "answer", "item"})
 
 
 class Evaluated(NamedTuple):
@@ -199,7 +199,7 @@ def _limits(one: Evaluation, policy: Policy) -> tuple[int, int]:
 
 def _rewards(one: Evaluation, built: Parts | None, *, answers: bool) -> dict[str, Any]:
     """Rewards by name: those that are asked for, or those of the run that samples alone decide."""
-    known = (_OF_SAMPLING if answers else _OF_SAMPLING - {"answer_tokens", "answer_length"}) | _OF_TEXT
+    known = (_OF_SAMPLING if answers else _OF_SAMPLING - {"answer_tokens", "answer_length"}) | TEXT
     if one.rewards is not None:
         sizes = {"max_completion_tokens": one.max_completion_tokens, "samples_per_prompt": one.samples_per_problem}
         terms = reward_terms(one.rewards, {name: size for name, size in sizes.items() if size is not None})

@@ -17,6 +17,7 @@ from jaxrl_llm.selection.steered import steered_batch
 from jaxrl_llm.selection.subsets import (
     balanced_groups,
     best_and_random,
+    complete_samples,
     extreme_rewards,
     extreme_samples,
     one_success_one_failure,
@@ -31,6 +32,7 @@ __all__ = [
     "balanced_samples",
     "bandit",
     "best_and_random",
+    "complete_samples",
     "cycled_rows",
     "extreme_rewards",
     "extreme_samples",

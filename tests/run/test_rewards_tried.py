@@ -18,12 +18,13 @@ from jaxrl_llm.run.rewards_tried import require_answers, try_rewards
 from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.train import train
 
-CALLS = []
-
 
 def graded(completions, hardness, length, answers=None):
-    CALLS.append((completions, hardness, length.tolist(), answers))
     return [float(number) for number in hardness]
+
+
+def telling(completions, hardness, length, answers=None):
+    raise LookupError(f"got {completions} {hardness} {length.tolist()} {answers}")
 
 
 def broken(completions, hardness):
@@ -52,15 +53,13 @@ def made(micro_config, tmp_path, monkeypatch):
 
 
 def test_a_reward_is_tried_on_the_first_row_with_its_columns(made):
-    CALLS.clear()
-    built, sets = made("graded", {"hardness": 3, "answer": "12"})
-    try_rewards(built, sets)
-    assert CALLS == [(["12"], [3], [2], ["12"])]
-    CALLS.clear()
-    built, sets = made("graded", {"hardness": 3})
+    with pytest.raises(RewardError, match=r"got \['12'\] \[3\] \[2\] \['12'\]"):
+        try_rewards(*made("telling", {"hardness": 3, "answer": "12"}))
+    built, sets = made("telling", {"hardness": 3})
     require_answers(built, sets)  # what is optional is not demanded
-    try_rewards(built, sets)
-    assert CALLS == [([""], [3], [0], [""])]
+    with pytest.raises(RewardError, match=r"got \[''\] \[3\] \[0\] \[''\]"):
+        try_rewards(built, sets)
+    try_rewards(*made("graded", {"hardness": 3}))
 
 
 def test_a_reward_that_fails_says_so_before_a_step(made):

@@ -41,6 +41,12 @@ def cut(checkpoint: Path) -> None:
         path.write_bytes(path.read_bytes()[:-20])
 
 
+def numbers(run: Path) -> list[dict]:
+    """The metrics of a run, without what a clock says."""
+    records = read_records(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in records]
+
+
 def refused(capsys, *arguments: str, status: int = 2) -> str:
     assert cli.main(arguments) == status
     said = capsys.readouterr().err
@@ -60,7 +66,7 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint_and_repeats_its_numbers(f
     assert "checkpoint 18 is damaged: it cannot be read" in shown
     assert "checkpoint 16 is verified" in shown
     assert f"damaged checkpoint moved to {copied}/damaged/18" in shown
-    assert read_records(copied / "metrics.jsonl") == read_records(finished_run.directory / "metrics.jsonl")
+    assert numbers(copied) == numbers(finished_run.directory)
     assert checkpoints.latest_step(copied / "checkpoints") == STEPS
 
 
@@ -292,7 +298,7 @@ CALLS = Path(__file__).with_name("calls")
 def ending(completions):
     calls = int(CALLS.read_text()) if CALLS.exists() else 0
     CALLS.write_text(str(calls + 1))
-    if calls == 2:
+    if calls == 3:  # the first call is the trial on one row
         {what}
     return [text.count("1") for text in completions]
 """
@@ -300,7 +306,7 @@ def ending(completions):
 
 @pytest.fixture
 def ending(tmp_path, monkeypatch):
-    """(what happens in the third call of a reward) -> overrides of a run with that reward."""
+    """(what happens in the third step's call of a reward) -> overrides of a run with that reward."""
 
     def written(what: str) -> list[str]:
         name = f"ending_{abs(hash(what))}"
@@ -407,7 +413,7 @@ def test_a_run_directory_that_is_gone_is_one_sentence(micro_yaml, tmp_path, monk
     def write_and_lose(self, step, metrics):
         write(self, step, metrics)
         if step == 2:
-            self._events.flush()
+            self.sync()
             run.rename(tmp_path / "elsewhere") if happens == "moved" else shutil.rmtree(run, ignore_errors=True)
 
     write = RunDirectory.write_metrics

@@ -140,3 +140,8 @@ def test_bad_input_is_named():
         extreme_rewards(REWARDS, ONES, rule="power", exponent=-1.0)
     with pytest.raises(ValueError, match=r"drop is 'all'"):
         balanced_groups(*named(batch(), "correct"), drop="all")
+
+
+def test_samples_that_were_cut_are_left_out():
+    got = selection.complete_samples(jnp.array([1.0, 0.5, 1.0, 0.0]), jnp.array([0, 1, 0, 1], bool))
+    np.testing.assert_array_equal(got, [1, 0, 1, 0])
