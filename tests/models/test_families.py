@@ -327,7 +327,7 @@ def test_adapters_start_as_the_model_and_merge_into_it(thorough, batch):
     moved = thorough.observe(learned, *arguments, names=NAMES)[0]
     assert relative_error(moved[batch.mask], hidden[batch.mask]) > 1e-2
     same = thorough.observe(merged(learned), *arguments, names=NAMES)[0]
-    assert relative_error(same[batch.mask], moved[batch.mask]) < 1e-5
+    assert relative_error(same[batch.mask], moved[batch.mask]) < 5e-5  # another order of summation
 
 
 def sized(architecture, vocabulary, width, hidden, layers, heads, kv_heads=None, **others) -> dict:
