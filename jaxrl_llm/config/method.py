@@ -146,10 +146,12 @@ class TrainingConfig:
       sequences_per_microbatch: completions differentiated at once; None takes a whole minibatch.
       learning_rate: peak.
       warmup_steps: linear rise, in optimiser updates.
-      schedule: after the rise: constant, or cosine to a tenth of the peak.
-      optimizer: adamw, adafactor, muon (AdamW for what is no matrix), lion or sgd.
+      schedule: after the rise: constant, cosine to a tenth of the peak, or a function of `step` that returns a share of
+        it, from `jaxrl_llm.schedules` or the user's own, with its hyper-parameters.
+      optimizer: adamw, adafactor, muon (AdamW for what is no matrix), lion or sgd; or any that optax has, or a function
+        of the user's own, called with the learning rate, with its hyper-parameters: {adamw: {eps: 1.0e-6}}.
       weight_decay: of every optimiser.
-      adam_b1, adam_b2: of AdamW and lion; muon takes adam_b2 for its momentum.
+      adam_b1, adam_b2: of adamw and lion by their names alone; muon takes adam_b2 for its momentum.
       moment_dtype: dtype of first moments; None is that of the parameters.
       bfloat16_update: how a step reaches parameters of bfloat16: rounded to the nearest number, by way of a float32
         copy ("master"), or rounded up or down at random ("stochastic").
@@ -170,8 +172,8 @@ class TrainingConfig:
     sequences_per_microbatch: Count | None = field(default=None, metadata=PLACEMENT)
     learning_rate: NonNegative = 1e-4
     warmup_steps: Natural = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    optimizer: Literal["adamw", "adafactor", "muon", "lion", "sgd"] = "adamw"
+    schedule: str | dict[str, Any] = "constant"
+    optimizer: str | dict[str, Any] = "adamw"
     weight_decay: NonNegative = 0.0
     adam_b1: ShareBelowOne = 0.9
     adam_b2: ShareBelowOne = 0.95
@@ -206,8 +208,9 @@ class NetworkConfig:
       says: of a head's values, one a "token", or the one at the "first" token of a row that is trained on.
       backbone: of a head: "own" starts as a copy of the policy; "shared" reads the policy's hidden states, which then
         learn from its loss too.
-      learns: it has an optimiser, AdamW; None says yes for a head that is made from the policy.
+      learns: it has an optimiser; None says yes for a head that is made from the policy.
       learning_rate: constant.
+      optimizer: as training.optimizer.
       max_gradient_norm: gradients of a larger global norm are scaled to it; null scales none.
       decay: it follows its origin as a moving average that keeps this share at each step.
       copy_every: steps between copies of its origin; 0 never.
@@ -225,6 +228,7 @@ class NetworkConfig:
     backbone: Literal["own", "shared"] = "own"
     learns: bool | None = None
     learning_rate: NonNegative = 1e-3
+    optimizer: str | dict[str, Any] = "adamw"
     max_gradient_norm: Positive | None = 1.0
     decay: Share | None = None
     copy_every: Natural = 0

@@ -26,7 +26,7 @@ from jaxrl_llm.rollout.hand_over import External, disk_hand_over
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
-from jaxrl_llm.run.optimizers import clipping, skipping_non_finite
+from jaxrl_llm.run.optimizers import clipping, named_optimizer, skipping_non_finite
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.networks import GIVEN, Network
@@ -155,11 +155,12 @@ def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
 
 
 def head_optimizer(section: NetworkConfig, b1: float, b2: float) -> optax.GradientTransformation:
-    """AdamW with a global norm clip, at a constant rate."""
-    return optax.chain(
-        clipping(section.max_gradient_norm),
-        optax.adamw(section.learning_rate, b1=b1, b2=b2, weight_decay=0.0),
-    )
+    """The optimiser of a network beside the policy, with a global norm clip, at a constant rate."""
+    if section.optimizer == "adamw":
+        made = optax.adamw(section.learning_rate, b1=b1, b2=b2, weight_decay=0.0)
+    else:
+        made = named_optimizer(section.optimizer, section.learning_rate, 0.0, "networks.*.optimizer")
+    return optax.chain(clipping(section.max_gradient_norm), made)
 
 
 def given_networks(

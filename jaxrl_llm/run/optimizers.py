@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
+from jaxrl_llm import schedules
 from jaxrl_llm.config import TrainingConfig
+from jaxrl_llm.experience import Method
+from jaxrl_llm.fields import nearest
+from jaxrl_llm.run.recipes import RecipeError, entry_of, method, user_function
+from jaxrl_llm.signatures import signature
 
 # What muon orthogonalises, by name: the axes of a stacked matrix that are inputs and outputs, counted from the last.
 # Axes that are neither stand for many matrices: layers, experts, and gate and up, which are two. All else (embeddings,
@@ -70,8 +77,14 @@ def learning_rate(training: TrainingConfig) -> optax.Schedule:
     peak, warmup = training.learning_rate, training.warmup_steps
     if training.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(updates - warmup, 1), alpha=0.1)
-    else:
+    elif training.schedule == "constant":
         after = optax.constant_schedule(peak)
+    else:
+        name, hyper = entry_of(training.schedule, "training.schedule")
+        factor = method(name, hyper, (schedules,), "training.schedule", {"total_updates": max(updates - warmup, 1)})
+        if isinstance(factor, Method) or signature(factor).required != ("step",):
+            raise RecipeError(f"training.schedule names {name}, which is no function of step alone")
+        after = lambda count: peak * factor(step=count)  # noqa: E731
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
@@ -86,8 +99,57 @@ def long_warmup(training: TrainingConfig) -> str:
     )
 
 
+def named_optimizer(entry: Any, rate: float | optax.Schedule, decay: float, where: str) -> optax.GradientTransformation:
+    """An optimiser of optax, or of the user's own, from its entry: a name with hyper-parameters.
+
+    Args:
+      entry: as `training.optimizer`.
+      rate: learning rate.
+      decay: weight decay, for one that takes some.
+      where: the key, for messages.
+
+    Raises:
+      RecipeError: for a name that is no optimiser, a hyper-parameter that it does not have, or a value that it refuses.
+    """
+    name, hyper = entry_of(entry, where)
+    if ":" in name:
+        factory = user_function(name, where)
+    else:
+        homes = (optax, optax.contrib)
+        known = {n: f for home in homes for n, f in vars(home).items() if inspect.isfunction(f) and _takes_a_rate(f)}
+        if name not in known:
+            raise RecipeError(f"{where} names {name!r}, which is no optimiser of optax; {nearest(name, known)}")
+        factory = known[name]
+    declared = inspect.signature(factory).parameters
+    for key in hyper:
+        if key not in declared:
+            raise RecipeError(f"{where}.{name}.{key} is not a hyper-parameter of {name}; {nearest(key, declared)}")
+    if decay and "weight_decay" not in hyper:
+        if "weight_decay" not in declared:
+            raise RecipeError(f"training.weight_decay is {decay}, but {name} takes none; leave it out")
+        hyper = hyper | {"weight_decay": decay}
+    try:
+        made = factory(rate, **hyper)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}.{name}: {error}") from error
+    if not isinstance(made, optax.GradientTransformation):
+        raise RecipeError(f"{where}.{name} returned a {type(made).__name__}; it must be an optax optimiser")
+    return made
+
+
+def _takes_a_rate(function: Any) -> bool:
+    return next(iter(inspect.signature(function).parameters), "") == "learning_rate"
+
+
 def _step(training: TrainingConfig) -> optax.GradientTransformation:
     rate, decay = learning_rate(training), training.weight_decay
+    if training.optimizer not in ("adamw", "lion", "sgd", "adafactor", "muon"):
+        if training.moment_dtype is not None:
+            raise RecipeError(
+                f"training.moment_dtype is {training.moment_dtype!r}, but training.optimizer has hyper-parameters of "
+                "its own; give mu_dtype there"
+            )
+        return named_optimizer(training.optimizer, rate, decay, "training.optimizer")
     b1, b2, moments = training.adam_b1, training.adam_b2, training.moment_dtype
     if training.optimizer == "adamw":
         return optax.adamw(rate, b1=b1, b2=b2, weight_decay=decay, mu_dtype=moments)

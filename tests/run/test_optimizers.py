@@ -11,6 +11,7 @@ from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.run.optimizers import (
     clipping,
+    learning_rate,
     long_warmup,
     muon_matrices,
     optimizer,
@@ -19,6 +20,7 @@ from jaxrl_llm.run.optimizers import (
     with_master,
     with_stochastic_rounding,
 )
+from jaxrl_llm.run.recipes import RecipeError
 
 MODEL = transformer(TransformerConfig(vocabulary_size=11, width=16, layers=2, heads=2, kv_heads=1, mlp_width=24))
 NAMES = ["adamw", "adafactor", "muon", "lion", "sgd"]
@@ -166,3 +168,45 @@ def test_null_clips_no_gradient():
     for norm, expected in ((None, 100.0), (1.0, 0.5)):
         clip = clipping(norm)
         assert clip.update(grads, clip.init(grads))[0]["w"][0] == pytest.approx(expected)
+
+
+def test_any_optimiser_of_optax_and_a_schedule_may_be_named_with_hyper_parameters():
+    params, gradient = {"w": jnp.ones(3)}, {"w": jnp.full(3, 0.5)}
+    named = TrainingConfig(
+        steps=10,
+        learning_rate=0.1,
+        max_gradient_norm=None,
+        optimizer={"sgd": {"momentum": 0.9}},
+        schedule={"stable_then_decay": {"decay_share": 0.5}},
+    )
+    made = optimizer(named)
+    state, seen = made.init(params), []
+    for _ in range(10):
+        step, state = made.update(gradient, state, params)
+        seen.append(float(step["w"][0]))
+    momentum = np.cumsum(0.9 ** np.arange(10)) * 0.5
+    factor = 1 - np.clip((np.arange(10) / 10 - 0.5) / 0.5, 0, 1)
+    np.testing.assert_allclose(seen, -0.1 * factor * momentum, rtol=1e-5)
+    assert float(learning_rate(TrainingConfig(steps=4, learning_rate=1.0, schedule="linear_decay"))(3)) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer": "adamv"},
+            "optimizer names 'adamv', which is no optimiser of optax; did you mean 'adam",
+        ),
+        ({"optimizer": {"adamw": {"epz": 1}}}, r"training\.optimizer\.adamw\.epz is not a hyper-parameter of adamw"),
+        ({"optimizer": {"sgd": {}}, "weight_decay": 0.1}, "weight_decay is 0.1, but sgd takes none"),
+        ({"optimizer": {"adamw": {}}, "moment_dtype": "bfloat16"}, "give mu_dtype there"),
+        ({"schedule": "linear"}, "training.schedule names 'linear', which does not exist; did you mean 'linear_decay'"),
+        (
+            {"schedule": {"adaptive_kl": {"target": 1.0, "sequences_per_step": 4, "horizon": 4}}},
+            "no function of step alone",
+        ),
+    ],
+)
+def test_optimisers_and_schedules_that_are_none(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        optimizer(TrainingConfig(steps=4, **changes))
