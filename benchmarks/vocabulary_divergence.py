@@ -28,9 +28,9 @@ import optax
 
 from jaxrl_llm.experience import Experience, NetworkState, Source, TrainState
 from jaxrl_llm.losses import clipped_surrogate, divergence
+from jaxrl_llm.models.decoder import TransformerConfig, transformer
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.training import LossTerm, Rollout, Update
 from jaxrl_llm.training.composition import composition_of

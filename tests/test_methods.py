@@ -17,8 +17,8 @@ import pytest
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.losses import negative_log_likelihood
+from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.export import save_model
-from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.rows import Written, demonstrations
 from jaxrl_llm.run.batches import demonstration_batches, prompt_batches

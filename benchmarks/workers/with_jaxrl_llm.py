@@ -18,7 +18,7 @@ from jaxrl_llm.experience import Prompts
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.weights import load_model
 from jaxrl_llm.rollout.decoding import Decoding, Drawing, begin, decode
-from jaxrl_llm.rollout.generate import generate
+from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.rollout.hidden_states import prompt_hidden
 from jaxrl_llm.rollout.sampling import row_keys
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxrl_llm.config.errors import FREE, PLACEMENT
-from jaxrl_llm.models.lora import LoraConfig
+from jaxrl_llm.models.adapters import LoraConfig
 from jaxrl_llm.models.transformer_config import Precision, Rematerialisation
 from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Share, ShareBelowOne, require_ranges
 from jaxrl_llm.rollout.controls import Controls

@@ -18,7 +18,7 @@ from jaxrl_llm.evaluation.grading import (
 )
 from jaxrl_llm.evaluation.intervals import mean_intervals, sign_test
 from jaxrl_llm.evaluation.measures import measured
-from jaxrl_llm.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
+from jaxrl_llm.evaluation.pass_rates import mean_pass_at_k, pass_at_k
 from jaxrl_llm.evaluation.reliability import (
     accuracy_at_coverage,
     auroc,

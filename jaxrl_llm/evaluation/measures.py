@@ -20,7 +20,7 @@ import numpy as np
 from jaxrl_llm.evaluation.best_of_n import best_of_n_accuracy
 from jaxrl_llm.evaluation.diversity import answer_entropy, distinct_ngrams, distinct_share
 from jaxrl_llm.evaluation.intervals import mean_intervals
-from jaxrl_llm.evaluation.pass_at_k import pass_at_k
+from jaxrl_llm.evaluation.pass_rates import pass_at_k
 from jaxrl_llm.evaluation.reliability import (
     accuracy_at_coverage,
     auroc,

@@ -1,7 +1,16 @@
 """Policy, reference and value networks: pure functions over parameter pytrees."""
 
 from jaxrl_llm.models.adapter_files import load_adapters, save_adapters
+from jaxrl_llm.models.adapters import (
+    LoraConfig,
+    LowRank,
+    add_adapters,
+    lora,
+    merged,
+    without_adapters,
+)
 from jaxrl_llm.models.attention import attend, attention_in_use
+from jaxrl_llm.models.decoder import attention_path, forward, observed_forward, transformer
 from jaxrl_llm.models.experts import ExpertsConfig, load_balancing_loss
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.families import FAMILIES, config_from_json, config_to_json
@@ -18,6 +27,7 @@ from jaxrl_llm.models.heads import (
     token_outputs,
 )
 from jaxrl_llm.models.imported import save_imported
+from jaxrl_llm.models.int8 import Quantised, dequantised, quantised
 from jaxrl_llm.models.laws import check_model
 from jaxrl_llm.models.linen import from_linen
 from jaxrl_llm.models.logprobs import (
@@ -27,19 +37,9 @@ from jaxrl_llm.models.logprobs import (
     scaled_log_softmax,
     token_statistics,
 )
-from jaxrl_llm.models.lora import (
-    LoraConfig,
-    LowRank,
-    add_adapters,
-    lora,
-    merged,
-    without_adapters,
-)
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, abstract, initialise, logical_axes, parameter_count
-from jaxrl_llm.models.quantised import Quantised, dequantised, quantised
 from jaxrl_llm.models.rotary import RopeScaling
-from jaxrl_llm.models.transformer import attention_path, forward, observed_forward, transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.weights import load_config, load_model, load_params
 

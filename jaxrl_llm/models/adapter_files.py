@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxrl_llm.models.adapters import TARGETS, LoraConfig, LowRank
 from jaxrl_llm.models.checkpoint_files import StoredTensor, read_json, stored_tensors
 from jaxrl_llm.models.families import text_part
-from jaxrl_llm.models.lora import TARGETS, LoraConfig, LowRank
 from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout
 from jaxrl_llm.models.transformer_config import TransformerConfig
 

@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
+from jaxrl_llm.models.adapters import LowRank
 from jaxrl_llm.models.checkpoint_files import INDEX, SINGLE, StoredTensor, read_json, stored_tensors
 from jaxrl_llm.models.families import config_to_json, is_vision_language, text_part
-from jaxrl_llm.models.lora import LowRank
-from jaxrl_llm.models.quantised import Quantised
+from jaxrl_llm.models.int8 import Quantised
 from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
 from jaxrl_llm.models.transformer_config import Precision, TransformerConfig
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl_llm.models.lora import LowRank
-from jaxrl_llm.models.quantised import Quantised
+from jaxrl_llm.models.adapters import LowRank
+from jaxrl_llm.models.int8 import Quantised
 from jaxrl_llm.parallel.rules import shards
 
 

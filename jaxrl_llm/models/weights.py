@@ -15,12 +15,12 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.checkpoint_files import StoredTensor, check_tensors, read_json, stored_tensors
+from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.families import config_from_json, is_mxfp4, is_vision_language, text_part
 from jaxrl_llm.models.imported import is_imported, read_imported
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.mxfp4 import with_mxfp4
 from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
-from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -2,6 +2,7 @@
 
 from jaxrl_llm.parallel.auto import automatic_sizes
 from jaxrl_llm.parallel.mesh import described, make_mesh, replicate, row_constraint
+from jaxrl_llm.parallel.placement import kept_whole, shardings, state_shardings
 from jaxrl_llm.parallel.rules import (
     ANY,
     AXES,
@@ -14,7 +15,6 @@ from jaxrl_llm.parallel.rules import (
     layout,
     partition_spec,
 )
-from jaxrl_llm.parallel.shardings import kept_whole, shardings, state_shardings
 
 __all__ = [
     "ANY",

@@ -19,8 +19,9 @@ from jaxrl_llm.rollout.environments import (
     started,
 )
 from jaxrl_llm.rollout.external import engine_generate, probe
-from jaxrl_llm.rollout.generate import Prefixes, generate
+from jaxrl_llm.rollout.generation import Prefixes, generate
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
+from jaxrl_llm.rollout.host_conversations import HostTurns, host_generate_turns, host_turns
 from jaxrl_llm.rollout.host_environments import (
     EnvironmentFailure,
     HostEnvironment,
@@ -31,7 +32,6 @@ from jaxrl_llm.rollout.host_environments import (
     host_step,
     opened,
 )
-from jaxrl_llm.rollout.host_turns import HostTurns, host_generate_turns, host_turns
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
 from jaxrl_llm.rollout.stop import StopAutomaton, stop_automaton

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.parallel.shardings import constrained_like
+from jaxrl_llm.parallel.placement import constrained_like
 
 
 def weights_for_decoding(model: Model, params: PyTree) -> PyTree:

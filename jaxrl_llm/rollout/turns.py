@@ -30,7 +30,7 @@ from jaxrl_llm.rollout.environments import (
     started,
     stop_metrics,
 )
-from jaxrl_llm.rollout.generate import experience_of
+from jaxrl_llm.rollout.generation import experience_of
 from jaxrl_llm.rollout.sampling import row_keys
 
 # In `Experience.fields`: value and count of each metric of an episode, by its name behind these.

@@ -16,9 +16,9 @@ from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
+from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.engine_http import Engine
 from jaxrl_llm.rollout.environments import Environment

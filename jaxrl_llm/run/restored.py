@@ -14,10 +14,10 @@ from jaxrl_llm import data, hub
 from jaxrl_llm.config import ConfigError, load_config
 from jaxrl_llm.data import CharacterTokenizer, Tokenizer
 from jaxrl_llm.models import weights
+from jaxrl_llm.models.adapters import add_adapters
 from jaxrl_llm.models.checkpoint_files import read_json
-from jaxrl_llm.models.lora import add_adapters
+from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.setup import Parts, parts

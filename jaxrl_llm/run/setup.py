@@ -20,9 +20,9 @@ from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.experience import KeyUse, Method
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
-from jaxrl_llm.models.lora import add_adapters, lora
+from jaxrl_llm.models.adapters import add_adapters, lora
+from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.parallel import changed_rules
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.host_environments import HostEnvironment, opened

@@ -9,7 +9,7 @@ from __future__ import annotations
 from jaxrl_llm.experience import Method
 from jaxrl_llm.selection.adaptive_sampling import balanced_samples, finished_prompts
 from jaxrl_llm.selection.allocation import next_rollouts, reward_half_width, rollout_priority
-from jaxrl_llm.selection.bandit import bandit
+from jaxrl_llm.selection.bandits import bandit
 from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantages
 from jaxrl_llm.selection.knapsack import knapsack_rollouts, mixed_probability, rollout_value, rollouts_for_signal
 from jaxrl_llm.selection.rehearsed import cycled_rows, near_perfect_groups

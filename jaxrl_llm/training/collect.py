@@ -18,10 +18,10 @@ from jaxrl_llm.parallel.rules import constrain_rows, decoding, laid_out, layout
 from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
 from jaxrl_llm.rollout.environment_checks import require_environment
 from jaxrl_llm.rollout.environments import Environment
-from jaxrl_llm.rollout.generate import generate
+from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.rollout.hand_over import External, engine_rows
+from jaxrl_llm.rollout.host_conversations import HostTurns, host_generate_turns, host_turns, host_turns_shapes
 from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
-from jaxrl_llm.rollout.host_turns import HostTurns, host_generate_turns, host_turns, host_turns_shapes
 from jaxrl_llm.rollout.plans import Request
 from jaxrl_llm.rollout.plans.plan import concatenated, request_rows
 from jaxrl_llm.rollout.sampled import Rollout

@@ -19,8 +19,8 @@ from jaxrl_llm.experience import Experience, KeyUse, Loss, NetworkState, TrainSt
 from jaxrl_llm.fields import Score, compared_with
 from jaxrl_llm.models.logprobs import Other, token_statistics
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.parallel.placement import constrained_like
 from jaxrl_llm.parallel.rules import constrain_rows
-from jaxrl_llm.parallel.shardings import constrained_like
 from jaxrl_llm.rollout.hidden_states import observed_hidden
 from jaxrl_llm.rows import minibatch_rows
 from jaxrl_llm.signatures import call, required

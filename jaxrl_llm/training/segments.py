@@ -18,8 +18,8 @@ from jaxtyping import Array, PyTree
 from jaxrl_llm.experience import TrainState
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.backend import compiler_options
+from jaxrl_llm.parallel.placement import shardings, state_shardings
 from jaxrl_llm.parallel.rules import RULES, Rules, laid_out
-from jaxrl_llm.parallel.shardings import shardings, state_shardings
 from jaxrl_llm.training.networks import POLICY
 
 Work = dict[str, Any]

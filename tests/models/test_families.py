@@ -29,8 +29,8 @@ from jaxrl_llm.models import (
     parameter_count,
     transformer,
 )
+from jaxrl_llm.models.adapters import OF_EXPERTS, TARGETS
 from jaxrl_llm.models.families import VISION_LANGUAGE
-from jaxrl_llm.models.lora import OF_EXPERTS, TARGETS
 from jaxrl_llm.rollout import generate
 
 torch = pytest.importorskip("torch")

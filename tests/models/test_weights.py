@@ -32,9 +32,9 @@ from jaxrl_llm.models import (
     save_imported,
     save_model,
 )
+from jaxrl_llm.models.adapters import OF_EXPERTS, TARGETS
 from jaxrl_llm.models.checkpoint_files import INDEX, stored_tensors
 from jaxrl_llm.models.export import shard_plan
-from jaxrl_llm.models.lora import OF_EXPERTS, TARGETS
 from jaxrl_llm.models.tensor_names import leaves
 from jaxrl_llm.models.weights import leaf_slice, stored_model
 

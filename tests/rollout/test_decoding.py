@@ -14,7 +14,7 @@ from jaxrl_llm.models import TransformerConfig, abstract, transformer
 from jaxrl_llm.models.functions import from_functions
 from jaxrl_llm.rollout import Controls, Prefixes, decoding, generate, predicting_hidden
 from jaxrl_llm.rollout.decoding import Drawing, begin, cache_stages, decode, feed
-from jaxrl_llm.rollout.generate import experience_of
+from jaxrl_llm.rollout.generation import experience_of
 from jaxrl_llm.rollout.sampling import row_keys
 
 VOCABULARY, EOS, PAD, STEPS, SAMPLES = 7, 1, 0, 14, 4

@@ -13,7 +13,7 @@ import pytest
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.rollout.plans import from_the_start, highest_entropy, last_share, plain, resume
-from jaxrl_llm.rollout.plans.resume import one_of_highest
+from jaxrl_llm.rollout.plans.resumed_completions import one_of_highest
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.training import make_train_step
 

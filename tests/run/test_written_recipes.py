@@ -17,8 +17,8 @@ from rich.console import Console
 
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
+from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.export import save_model
-from jaxrl_llm.models.transformer import transformer
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.run.batches import prompt_batches

@@ -7,6 +7,7 @@ import pytest
 from jaxrl_llm.selection import (
     balanced_groups,
     best_and_random,
+    complete_samples,
     extreme_rewards,
     extreme_samples,
     one_success_one_failure,
@@ -143,5 +144,5 @@ def test_bad_input_is_named():
 
 
 def test_samples_that_were_cut_are_left_out():
-    got = selection.complete_samples(jnp.array([1.0, 0.5, 1.0, 0.0]), jnp.array([0, 1, 0, 1], bool))
+    got = complete_samples(jnp.array([1.0, 0.5, 1.0, 0.0]), jnp.array([0, 1, 0, 1], bool))
     np.testing.assert_array_equal(got, [1, 0, 1, 0])

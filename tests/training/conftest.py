@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.models.decoder import TransformerConfig, transformer
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.training.segments import shapes
 from jaxrl_llm.training.step import given_work
 

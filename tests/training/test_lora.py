@@ -20,7 +20,7 @@ from jaxrl_llm import advantages, cli, losses
 from jaxrl_llm.config import ConfigError, parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.models import HeadConfig, LoraConfig, lora, parameter_count, without_adapters
-from jaxrl_llm.models.lora import split
+from jaxrl_llm.models.adapters import split
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.rows import Written
 from jaxrl_llm.run import checkpoints

@@ -13,8 +13,8 @@ import pytest
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.losses import router_balance
 from jaxrl_llm.models import ExpertsConfig, TransformerConfig, transformer
+from jaxrl_llm.models.decoder import observed_forward
 from jaxrl_llm.models.experts import route
-from jaxrl_llm.models.transformer import observed_forward
 from jaxrl_llm.rollout import completion_positions, generate, plans, prompt_positions
 from jaxrl_llm.training import Rollout, Update, make_train_step
 

@@ -14,7 +14,7 @@ import pytest
 from jaxrl_llm import losses
 from jaxrl_llm.experience import Sequences
 from jaxrl_llm.models.logprobs import scaled_log_softmax, token_statistics
-from jaxrl_llm.rollout.generate import generate
+from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.training import Fill, Network, Resources, Rollout, Update
 from jaxrl_llm.training.composition import composition_of
 from jaxrl_llm.training.initial import initial_state

@@ -4,16 +4,16 @@ A plan is made around another, from the inside out; `plain` is the innermost. Ke
 run (samples_per_prompt, max_completion_tokens, temperature, pad_id, encode) are filled from the run.
 """
 
-from jaxrl_llm.rollout.plans.adaptive import adaptive
-from jaxrl_llm.rollout.plans.budget import budget
-from jaxrl_llm.rollout.plans.demonstration_in_group import demonstration_in_group
-from jaxrl_llm.rollout.plans.greedy_baseline import greedy_baseline
-from jaxrl_llm.rollout.plans.mixed_temperature import mixed_temperature
-from jaxrl_llm.rollout.plans.paraphrased import paraphrased
+from jaxrl_llm.rollout.plans.adaptive_samples import adaptive
+from jaxrl_llm.rollout.plans.demonstrations_in_groups import demonstration_in_group
+from jaxrl_llm.rollout.plans.given_prefixes import prefixes
+from jaxrl_llm.rollout.plans.greedy_baselines import greedy_baseline
+from jaxrl_llm.rollout.plans.mixed_temperatures import mixed_temperature
+from jaxrl_llm.rollout.plans.paraphrases import paraphrased
 from jaxrl_llm.rollout.plans.plan import Plan, Request, plain
-from jaxrl_llm.rollout.plans.prefixes import prefixes
-from jaxrl_llm.rollout.plans.refill import refill
-from jaxrl_llm.rollout.plans.resume import from_the_start, highest_entropy, last_share, resume
+from jaxrl_llm.rollout.plans.refilled_groups import refill
+from jaxrl_llm.rollout.plans.resumed_completions import from_the_start, highest_entropy, last_share, resume
+from jaxrl_llm.rollout.plans.rollout_budget import budget
 
 __all__ = [
     "Plan",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.ranges import Count, Natural, ranged
-from jaxrl_llm.rollout.generate import Prefixes
+from jaxrl_llm.rollout.generation import Prefixes
 from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models import TransformerConfig, abstract, transformer
-from jaxrl_llm.models.transformer import unstack
+from jaxrl_llm.models.decoder import unstack
 
 VOCABULARY, WIDTH = 19, 16
 VARIANTS = {

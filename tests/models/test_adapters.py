@@ -28,7 +28,7 @@ from jaxrl_llm.models import (
     transformer,
     without_adapters,
 )
-from jaxrl_llm.models.lora import TARGETS, adapter_specs, join, split
+from jaxrl_llm.models.adapters import TARGETS, adapter_specs, join, split
 
 VOCABULARY, ROWS, WIDTH = 19, 2, 7
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, WIDTH)), jnp.int32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.advantages import group_normalized
-from jaxrl_llm.selection.bandit import Arms, bandit, moved_values
+from jaxrl_llm.selection.bandits import Arms, bandit, moved_values
 
 # Three levels of 2, 3 and 5 items, mixed.
 LEVELS = [3, 1, 2, 3, 2, 3, 1, 2, 3, 3]

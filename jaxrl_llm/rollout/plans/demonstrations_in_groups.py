@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.ranges import Count, Natural, ranged
-from jaxrl_llm.rollout.generate import Prefixes
+from jaxrl_llm.rollout.generation import Prefixes
 from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
 
 

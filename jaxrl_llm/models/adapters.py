@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PyTree
 
+from jaxrl_llm.models.int8 import Quantised, dequantised, quantised, quantised_spec
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, initialise
-from jaxrl_llm.models.quantised import Quantised, dequantised, quantised, quantised_spec
 from jaxrl_llm.models.transformer_config import STACKS
 
 # The matrices of a block that can have an adapter, and how many input axes each has.
