@@ -84,10 +84,11 @@ def train(
       KeyboardInterrupt: after a second signal, or the first before there is a state; it says what is saved.
     """
     console = console or Console()
+    say = _saying(console)
     folder = config.directory / "checkpoints"
     interruption = Interruption(
         config.directory,
-        console.print,
+        say,
         lambda: checkpoints.latest_step(folder),
         grace,
         config.faults.stalled_after_medians,
@@ -95,19 +96,24 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(named(config.directory, interruption.way_on))
         if resume and hosts.is_main():
-            stack.enter_context(owned(config.directory, say=console.print))
+            stack.enter_context(owned(config.directory, say=say))
         while True:
             try:
                 return _train(config, resume, exact, console, interruption, steps_traced)
             except checkpoints.Damaged as error:
                 if exact or not resume or error.directory != folder:  # it is of the run that init_from names
                     raise
-                console.print(f"{error}; trying the one before it")
-                clear_the_way(config, error.step - 1, console.print)
+                say(f"{error}; trying the one before it")
+                clear_the_way(config, error.step - 1, say)
             except Abandoned:  # between steps
                 raise Stopped(f"stopped; {interruption.way_on()}", interruption.number or 15) from None
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped at once; {interruption.way_on()}") from None
+
+
+def _saying(console: Console) -> Callable[[str], None]:
+    """Prints a sentence as it is: no path in it is broken by a line's end, and no bracket is read as markup."""
+    return partial(console.print, soft_wrap=True, markup=False, highlight=False)
 
 
 def _train(
@@ -135,12 +141,12 @@ def _train(
     folder = config.directory / "checkpoints"
     newest = None
     if resume:
-        newest = step_to_go_on_from(config, exact=exact, first_saved=stages[0].first_saved, say=console.print)
+        newest = step_to_go_on_from(config, exact=exact, first_saved=stages[0].first_saved, say=_saying(console))
     if newest is not None:
         require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
         if moved := checkpoints.require_own_config(config, meta):
-            console.print(moved, soft_wrap=True, markup=False)
+            _saying(console)(moved)
         meta["placement"] = placement_tree(config)
     elif config.init_from is not None:
         require_branch(stages[0].parts)
@@ -170,9 +176,9 @@ def _train(
     console.print(units_table(units(built)))
     for stage in stages:
         if warning := long_warmup(stage.parts.config.training):
-            console.print(f"{stage.name}: {warning}", soft_wrap=True, markup=False)
+            _saying(console)(f"{stage.name}: {warning}")
     if resume:
-        clear_the_way(config, newest, console.print)
+        clear_the_way(config, newest, _saying(console))
     with (
         run_directory(config.directory, as_tree(config), resume_step=first_step, **logging) as directory,
         _manager(config) as manager,
@@ -359,5 +365,5 @@ def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
         )
     page = None if run.report is None else run.report.refresh(now=True)
     told = "" if page is None else f"; report: {page}"
-    run.console.print(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}{told}")
+    _saying(run.console)(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}{told}")
     return summary

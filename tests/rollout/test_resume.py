@@ -65,7 +65,7 @@ def test_the_first_token_and_excluded_ones_are_no_candidates():
 def test_without_candidates_a_branch_starts_afresh():
     nothing = jnp.zeros((1, 6), bool)
     assert one_of_highest(ENTROPY, nothing, jnp.array([0.9]), candidates=3).tolist() == [0]
-    with pytest.raises(ValueError, match="candidates is 0; at least one"):
+    with pytest.raises(ValueError, match="candidates is 0; it must be at least 1"):
         highest_entropy(ENTROPY, nothing, nothing, jnp.zeros(1), jnp.zeros(1), jax.random.key(0), candidates=0)
 
 
@@ -115,7 +115,7 @@ def test_a_hint_stands_behind_what_is_kept_and_is_not_trained(model):
 
 @pytest.mark.parametrize("branches", [0, 8, 9])
 def test_there_must_be_a_branch_and_a_completion(branches):
-    with pytest.raises(ValueError, match=f"branches is {branches} of rollout.samples_per_prompt 8"):
+    with pytest.raises(ValueError, match=f"branches is {branches}"):
         resume(
             plain(samples_per_prompt=1),
             choose=from_the_start,

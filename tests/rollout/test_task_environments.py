@@ -359,7 +359,7 @@ def same(left, right):
         (lambda: task_environment(tasks.task("grid"), size=4), "'size' .* is an option of the task"),
         (lambda: task_environment(tasks.task("grid"), dense=True), "'dense' .* is unknown; it takes potential"),
         (lambda: calculator_tool(fault_probability=1.5), "fault_probability is 1.5"),
-        (lambda: calculator_tool(error_penalty=-1), "error_penalty -1"),
+        (lambda: calculator_tool(error_penalty=-1), "error_penalty is -1"),
         (lambda: grid_navigation(size=1), "size is 1"),
         (
             lambda: require_environment(grid_navigation(size=9), prompts_of([grid.item(EXAMPLE)])),

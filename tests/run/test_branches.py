@@ -55,6 +55,7 @@ def test_weights_may_be_of_another_dtype_and_get_adapters(branch, finished_run):
     assert adapted.step.composition.networks["reference"].snapshot
 
 
+@pytest.mark.slow
 def test_adapters_of_the_other_run_go_on_or_are_merged(branch, finished_run, tmp_path):
     run = tmp_path / "adapted"
     over = ["lora={rank: 2, alpha: 4}", "warm_start.steps=0", "training.steps=1", "evaluation.every_steps=0"]

@@ -52,6 +52,7 @@ def made(micro_config, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_a_reward_is_tried_on_the_first_row_with_its_columns(made):
     with pytest.raises(RewardError, match=r"got \['12'\] \[3\] \[2\] \['12'\]"):
         try_rewards(*made("telling", {"hardness": 3, "answer": "12"}))

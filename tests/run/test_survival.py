@@ -70,6 +70,7 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint_and_repeats_its_numbers(f
     assert checkpoints.latest_step(copied / "checkpoints") == STEPS
 
 
+@pytest.mark.slow
 def test_what_orbax_notes_beside_the_arrays_may_be_damaged_as_well(copied, capsys):
     (notes,) = (copied / "checkpoints" / "18").glob("state/array_metadatas/*")
     notes.write_text(notes.read_text().replace("write_shape", "writm_shape", 1))
@@ -317,6 +318,7 @@ def ending(tmp_path, monkeypatch):
     return written
 
 
+@pytest.mark.slow
 def test_a_reward_that_exits_ends_the_run_with_its_state_saved(micro_yaml, tmp_path, ending, capsys):
     words = [word.replace(", OPTIONS", "") for word in ending("sys.exit(0)")]
     said = refused(capsys, "train", str(micro_yaml), *words, status=1)
@@ -337,7 +339,7 @@ def test_failures_are_counted_and_too_many_end_the_run(micro_yaml, tmp_path, end
     shutil.rmtree(tmp_path / "run")
     assert cli.main(["train", str(micro_yaml), *words, "faults.most_failed_share=1"]) == 0
     lines = read_records(tmp_path / "run" / "metrics.jsonl")
-    assert [line["failures/ending"] for line in lines] == [0, 0, 16, 0]
+    assert [line["failures/ending"] for line in lines] == [0, 0, 0, 16]
 
 
 @pytest.mark.slow
@@ -532,6 +534,7 @@ def breaking(tmp_path, monkeypatch, micro_yaml):
     return ["train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *words]
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(breaking, tmp_path, capsys):
     said = refused(capsys, *breaking, "faults.most_skipped_updates=2", status=1)
     assert said.startswith("error: loss/breaking is nan, although every field of the rows is finite")
