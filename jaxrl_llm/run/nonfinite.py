@@ -89,7 +89,8 @@ def looked_at(run: Any, metrics: Mapping[str, Any], done: int, offset: int, stag
         raise TrainingError(
             f"{said}.{many} {rest}{way} lower the learning rate, or check the rewards and the term that is named"
         )
-    run.console.print(f"{said}. The update was skipped ({run.skipped_in_a_row} of {most} that may follow one another)", soft_wrap=True, markup=False)
+    text = f"{said}. The update was skipped ({run.skipped_in_a_row} of {most} that may follow one another)"
+    run.console.print(text, soft_wrap=True, markup=False)
     return {name: value for name, value in shown.items() if name not in bad} | {"skipped_update": 1.0}
 
 
