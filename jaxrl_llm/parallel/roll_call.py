@@ -67,7 +67,11 @@ def _gather(place: Place, hello: Mapping[str, Any], until: float, seconds: float
             "another port (JAX_COORDINATOR_PORT, or --coordinator HOST:PORT)"
         ) from None
     with listener:
-        while len(links) < place.processes - 1 and not trouble and time.monotonic() < until:
+        while not trouble and time.monotonic() < until:
+            # One that came and ended is not there: it may be started again.
+            links = {number: link for number, link in links.items() if not link.closed}
+            if len(links) == place.processes - 1:
+                break
             listener.settimeout(min(1.0, max(0.01, until - time.monotonic())))
             try:
                 connection, _ = listener.accept()

@@ -227,7 +227,8 @@ def test_what_knocks_at_the_port_and_is_no_process_is_ignored():
     results[0].leave()
 
 
-def test_a_process_that_was_started_again_takes_its_place():
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_process_that_was_started_again_takes_its_place(late):
     port = free_port()
     results: list = []
     waiting = threading.Thread(target=lambda: results.extend(roll(port, 3, {"process": 0})))
@@ -236,9 +237,15 @@ def test_a_process_that_was_started_again_takes_its_place():
     with connected(port) as first:
         first.sendall(json.dumps(hello).encode() + b"\n")
         time.sleep(0.2)
-    rest = roll(port, 3, {"process": 1}, {"process": 2})
+    early: list = []
+    other = threading.Thread(target=lambda: early.extend(roll(port, 3, {"process": 3 - late})))
+    other.start()
+    time.sleep(0.3)  # with the one that has ended it would make all of them
+    rest = roll(port, 3, {"process": late})
+    other.join(20)
+    rest += early
     waiting.join(20)
-    assert [peer.place.process for peer in (*rest, *results)] == [1, 2, 0]
+    assert sorted(peer.place.process for peer in (*rest, *results)) == [0, 1, 2]
     for peer in (*rest, *results):
         peer.leave()
 
