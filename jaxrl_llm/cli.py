@@ -139,6 +139,7 @@ def _leave_others(status: int, why: str | None) -> None:
 Command = Callable[..., argparse.ArgumentParser]
 _CONFIG = "a YAML file or the name of a recipe, and overrides"
 _EXAMPLES = {
+    "init": ("init train.jsonl --model models/Qwen3-0.6B", "init mine.jsonl --out configs/mine.yaml"),
     "train": ("train demo", "train configs/demo.yaml training.steps=50 run_dir=runs/short"),
     "eval": (
         "eval runs/demo --k 1,8,32 --by level",
@@ -193,7 +194,16 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--wide", action="store_true", help="tables with all columns, however narrow the screen")
         return sub
 
-    for add in (_add_train, add_eval, add_report, _add_sample, _add_model_files, _add_lists, _add_previews):
+    for add in (
+        _add_starter,
+        _add_train,
+        add_eval,
+        add_report,
+        _add_sample,
+        _add_model_files,
+        _add_lists,
+        _add_previews,
+    ):
         add(command)
     _add_state(command, commands_of)
     command("doctor", "inventory:show_machine", "Devices, versions, memory and compiled programs of this machine.")
@@ -332,6 +342,13 @@ def _add_state(command: Command, commands_of: Callable) -> None:
     convert.add_argument("--only", metavar="NETWORK", help="its parameters alone, for reading; such as policy")
     replay = command("replay", "state:show_replay", "Which rows of a step that failed make which number not finite.")
     replay.add_argument("file", metavar="FILE", help="RUN/failed/step_N.npz")
+
+
+def _add_starter(command: Command) -> None:
+    starter = command("init", "starter:write_starter", "A commented config for a file of problems.", json_output=False)
+    starter.add_argument("data", metavar="FILE", help="JSONL, one problem a line")
+    starter.add_argument("--model", metavar="DIR", help="the model's directory, or its name on the hub")
+    starter.add_argument("--out", default="mine.yaml", metavar="YAML", help="what is written (default mine.yaml)")
 
 
 def _add_lists(command: Command) -> None:

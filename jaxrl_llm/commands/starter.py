@@ -1,0 +1,180 @@
+"""`jaxrl init`: a commented config for a file of problems and a model."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.data.jsonl import fields_of, read_records
+from jaxrl_llm.rewards.verifiers.numbers import parsed_number
+
+_PROMPTS = ("prompt", "problem", "question", "instruction", "input", "query", "body")
+_ANSWERS = ("answer", "solution", "target", "output", "label", "ground_truth", "final_answer")
+_LOOKED_AT = 1000
+
+TEXT = """\
+# Written by jaxrl init from the first {looked_at} of {count} lines of {data}. docs/config.md has every key.
+#
+#   jaxrl explain {out}      what the step consists of, and what it costs
+#   jaxrl train {out}        training.steps=20 evaluation.problems=32 for a first try
+name: {name}
+
+model:
+  path: {model}              # a Hugging Face directory of a supported family
+  parameter_dtype: float32
+  compute_dtype: bfloat16    # float32 on a CPU
+
+data:
+  path: {data}
+  # test_path: ...           # without it a tenth of the file is kept for tests, and a tenth for validation
+  format: {format}{fields}
+  prompts: {prompts}         # chat renders the model's template, plain the text alone
+  prompt_format: {prompt_format}
+  overlong_prompts: error    # drop leaves prompts out that are too long, and counts them; none is ever cut
+
+rollout:
+  samples_per_prompt: 8      # completions of each prompt, which are compared with each other
+  max_prompt_tokens: {prompt_tokens}     # {why_prompt_tokens}
+  max_completion_tokens: 512
+
+rewards:                     # {columns}
+{rewards}
+
+credit:
+  - advantages: group_normalized
+losses:
+  - clipped_surrogate: {{clip_high: 0.28}}
+  # - kl_estimate: {{coefficient: 0.01}}   # stay near the model that training starts from
+
+training:
+  steps: 200
+  prompts_per_step: 32       # x samples_per_prompt completions a step
+  sequences_per_microbatch: 16   # what is differentiated at once: less takes less memory
+  learning_rate: 1.0e-6
+  warmup_steps: 10
+
+evaluation: {{problems: 128, samples_per_problem: 4, k: [1, 4], every_steps: 50}}
+checkpoints: {{every_steps: 25}}
+"""
+
+
+def write_starter(options: argparse.Namespace) -> None:
+    """Look at a file, and write a config for it.
+
+    Raises:
+      ValueError: for a file that cannot be read, lines without a prompt, or an output that is there already.
+    """
+    data, out = Path(options.data), Path(options.out)
+    if out.exists():
+        raise ValueError(f"{out} is there already; give another file with --out")
+    keys, first = _keys(data)
+    format, fields = _format(keys, first, data)
+    records, _ = read_records(data, fields_of(format, **fields))
+    records_seen = records[:_LOOKED_AT]
+    tokens, why = _prompt_tokens(records_seen, options.model)
+    spare = sorted(keys - {*_used(format, fields)})
+    text = TEXT.format(
+        data=json.dumps(str(data)),
+        out=out,
+        count=len(records),
+        looked_at=len(records_seen),
+        name=out.stem,
+        model=json.dumps(options.model) if options.model else "DIR",
+        format=format,
+        fields=f"\n  fields: {json.dumps(fields)}" if fields else "",
+        prompts="chat" if format == "messages" or options.model else "plain",
+        prompt_format=json.dumps(_prompt_format(records_seen)),
+        prompt_tokens=tokens,
+        why_prompt_tokens=why,
+        columns=f"columns of the file are parameters of your own: {', '.join(spare)}"
+        if spare
+        else "the first is the verifier",
+        rewards=_rewards(records_seen),
+    )
+    out.write_text(text)
+    print(f"wrote {out}; next: jaxrl explain {out}")
+
+
+def _keys(data: Path) -> tuple[set[str], Mapping[str, Any]]:
+    """The names of the first lines' fields, and the first line."""
+    try:
+        with data.expanduser().open() as lines:
+            found = [json.loads(line) for line in itertools.islice(lines, 20) if line.strip()]
+    except OSError as error:
+        raise ValueError(f"data file {data} cannot be read: {error.strerror}; give the path of a JSONL file") from error
+    except ValueError as error:
+        raise ValueError(f"{data} is not one JSON object a line: {error}") from error
+    if not found or not all(isinstance(line, dict) for line in found):
+        raise ValueError(f"{data} is not one JSON object a line")
+    return set(found[0]).intersection(*found), found[0]
+
+
+def _format(keys: set[str], first: Mapping[str, Any], data: Path) -> tuple[str, dict[str, Any]]:
+    """(data.format, data.fields) that fit the names of a file."""
+    if "messages" in keys:
+        return "messages", {} if "answer" in keys else {"answer": None}
+    if {"question", "answer"} <= keys and "####" in str(first["answer"]):
+        return "gsm8k", {}
+    prompt = next((name for name in _PROMPTS if name in keys), None)
+    if prompt is None:
+        raise ValueError(
+            f"no line of {data} says what its prompt is; it has the fields {', '.join(sorted(keys))}, and one of "
+            f"{', '.join(_PROMPTS)} or messages is needed (or name yours in data.fields: {{prompt: ...}})"
+        )
+    answer = next((name for name in _ANSWERS if name in keys), None)
+    fields: dict[str, Any] = {} if prompt == "prompt" else {"prompt": prompt}
+    if answer != "answer":
+        fields["answer"] = answer
+    if answer is not None and "\\boxed" in str(first[answer]):
+        fields["answer_from"] = "boxed"
+    elif answer is not None and "####" in str(first[answer]):
+        fields["answer_from"] = "hashes"
+    return "prompt", fields
+
+
+def _used(format: str, fields: Mapping[str, Any]) -> tuple[Any, ...]:
+    own = {"gsm8k": ("question", "answer"), "messages": ("messages", "answer"), "prompt": ("prompt", "answer")}[format]
+    return (*own, fields.get("prompt"), fields.get("answer"))
+
+
+def _rewards(records: Sequence[Mapping[str, Any]]) -> str:
+    """Reward entries that fit the answers."""
+    answers = [str(record["answer"]) for record in records if record["answer"]]
+    if not answers:
+        return (
+            '  - {python: "rewards_of_mine:graded"}   # def graded(completions): return [... a number for each ...]\n'
+            "  # the file has no answers that a verifier could compare with"
+        )
+    numbers = sum(parsed_number(answer) is not None for answer in answers)
+    if numbers >= 0.9 * len(answers):
+        return f"  - number_match             # {numbers} of {len(answers)} answers are numbers"
+    if any("\\" in answer for answer in answers):
+        return "  - latex_match              # answers are LaTeX; needs pip install 'jaxrl_llm[math]'"
+    return "  - exact_match              # the text between <a> and </a> is the answer"
+
+
+def _prompt_format(records: Sequence[Mapping[str, Any]]) -> str:
+    """How the prompt says what form the answer has."""
+    kind = _rewards(records)
+    if "number_match" in kind or "latex_match" in kind:
+        return "{body}\nReason step by step, and write the final answer in \\boxed{}."
+    if "exact_match" in kind:
+        return "{body}\nWrite the answer as <a>answer</a>."
+    return "{body}"
+
+
+def _prompt_tokens(records: Sequence[Mapping[str, Any]], model: str | None) -> tuple[int, str]:
+    """(max_prompt_tokens, where it comes from)."""
+    texts = [record["body"] for record in records]
+    if model and (Path(model) / "tokenizer.json").is_file():
+        from jaxrl_llm.data import load_tokenizer
+
+        encode = load_tokenizer(Path(model)).encode
+        longest, what = max(len(encode(text)) for text in texts), "by the model's tokenizer"
+    else:
+        longest, what = max(len(text) for text in texts) // 3, "by three characters a token: no tokenizer was looked at"
+    return -(-(longest + 64) // 64) * 64, f"the longest is about {longest} {what}"

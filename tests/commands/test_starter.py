@@ -1,0 +1,83 @@
+"""`jaxrl init`: the config that it writes fits the file, and says what it is."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from jaxrl_llm import cli
+from jaxrl_llm.config import load_config
+
+
+@pytest.fixture
+def written(tmp_path, capsys):
+    def make(lines, *words):
+        data, out = tmp_path / "train.jsonl", tmp_path / "mine.yaml"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert cli.main(["init", str(data), "--out", str(out), "--model", str(tmp_path / "model"), *words]) == 0
+        assert capsys.readouterr().out == f"wrote {out}; next: jaxrl explain {out}\n"
+        return load_config(out), out.read_text()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("line", "format", "fields", "reward"),
+    [
+        ({"prompt": "What is 3 + 4?", "answer": "7", "hardness": 2}, "prompt", {}, "number_match"),
+        ({"question": "3 + 4?", "answer": "It is so. #### 7"}, "gsm8k", {}, "number_match"),
+        (
+            {"problem": "Half?", "solution": "So \\boxed{\\sqrt{2}} it is."},
+            "prompt",
+            {"prompt": "problem", "answer": "solution", "answer_from": "boxed"},
+            "latex_match",
+        ),
+        (
+            {"instruction": "Name a colour.", "label": "red"},
+            "prompt",
+            {"prompt": "instruction", "answer": "label"},
+            "exact_match",
+        ),
+        ({"messages": [{"role": "user", "content": "Hello"}]}, "messages", {"answer": None}, "rewards_of_mine:graded"),
+    ],
+)
+def test_format_fields_and_reward_fit_the_file(written, line, format, fields, reward):
+    config, text = written([line] * 3)
+    assert (config.data.format, config.data.fields) == (format, fields)
+    assert reward in str(config.rewards)
+    assert "{body}" in config.data.prompt_format
+    if "hardness" in line:
+        assert "columns of the file are parameters of your own: hardness" in text
+
+
+def test_the_longest_prompt_fits(written):
+    config, _ = written([{"prompt": "x" * 900, "answer": "1"}])
+    assert config.rollout.max_prompt_tokens == 384
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}', "no line of .* says what its prompt is; it has the fields text, and one of prompt, problem"),
+        ("[1, 2]", "is not one JSON object a line"),
+        ("nonsense", "is not one JSON object a line"),
+        ("", "is not one JSON object a line"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused(tmp_path, capsys, content, message):
+    data = tmp_path / "train.jsonl"
+    data.write_text(content + "\n")
+    assert cli.main(["init", str(data), "--out", str(tmp_path / "mine.yaml")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_config_is_not_written_over(tmp_path, capsys):
+    out = tmp_path / "mine.yaml"
+    out.write_text("name: mine\n")
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "a", "answer": "1"}\n')
+    assert cli.main(["init", str(data), "--out", str(out)]) == 2
+    assert f"{out} is there already; give another file with --out" in capsys.readouterr().err
+    assert out.read_text() == "name: mine\n"
