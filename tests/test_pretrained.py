@@ -139,7 +139,7 @@ def test_an_exported_run_gives_the_same_numbers_in_transformers(run, files):
 
     out = files.root / "exported"
     report = json.loads(call("export", run, out, "--json"))
-    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(report["files"])
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= set(report["files"])
     given = files.root / "texts.jsonl"
     given.write_text(
         json.dumps({"prompt": "Tom has 3 clips?", "completion": "3+1\n#### 4"})

@@ -10,8 +10,10 @@ from typing import Any
 
 from jaxrl_llm import data, hub
 from jaxrl_llm.commands.arguments import require_package, require_positive
+from jaxrl_llm.commands.model_card import model_card
 from jaxrl_llm.commands.tables import show_report
 from jaxrl_llm.compilation_cache import enable_compilation_cache
+from jaxrl_llm.config import Config
 from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.evaluation import make_score
 from jaxrl_llm.models import attention_path, load_model, parameter_count, save_adapters, save_imported, save_model
@@ -94,7 +96,7 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None, adapters:
         if dtype is not None:
             raise ValueError("--dtype and --adapters are both given, but adapters are stored in float32; drop one")
         files = save_adapters(out, policy.params, policy.model.config, built.config.lora, source=built.directory)
-        names = [file.name for file in files]
+        names = [file.name for file in files] + _with_card(built.config, policy.source, out)
         return {"checkpoint": str(policy.source), "written to": out, "files": names, "adapters": "alone, for PEFT"}
     trained = policy.model.trained
     params = policy.params if trained is None else trained.merged(policy.params)
@@ -102,10 +104,15 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None, adapters:
     return {
         "checkpoint": str(policy.source),
         "written to": out,
-        "files": [file.name for file in files],
+        "files": [file.name for file in files] + _with_card(built.config, policy.source, out),
         "adapters": "none" if trained is None else "merged",
         "tokenizer": "copied" if built.directory else "none: the built-in tokenizer has no file of this kind",
     }
+
+
+def _with_card(config: Config, source: Path, out: str) -> list[str]:
+    (Path(out) / "README.md").write_text(model_card(config, Path(source), out))
+    return ["README.md"]
 
 
 def score_file(path: str, file: str, *, temperature: float, batch: int, dtype: str | None) -> list[dict[str, Any]]:

@@ -1,0 +1,96 @@
+"""The model card of an export: what was trained, on what, how, and what it measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxrl_llm import __version__
+from jaxrl_llm.config import Config, as_tree
+
+CARD = """\
+---
+{head}---
+
+# {name}
+
+Trained from {base} by reinforcement with jaxrl_llm {version}: {steps} steps of {prompts} prompts with {samples}
+completions each, on {data}.{paper}
+
+| | |
+| --- | --- |
+| rewards | {rewards} |
+| advantages | {credit} |
+| losses | {losses} |
+| checkpoint | step {step} |
+{results}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```
+
+What it was not evaluated on is not known. The whole config:
+
+```yaml
+{config}```
+"""
+
+
+def model_card(config: Config, source: Path, place: str) -> str:
+    """The text of README.md.
+
+    Args:
+      config: of the run.
+      source: the checkpoint.
+      place: the exported directory.
+    """
+    tree = as_tree(config)
+    base = (tree.get("model") or {}).get("path")
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head |= {"tags": ["reinforcement-learning", "jaxrl_llm"]} | ({"base_model": base} if base else {})
+    about = config.about
+    return CARD.format(
+        head=yaml.safe_dump(head, sort_keys=False),
+        name=config.name,
+        base=f"`{base}`" if base else "a model described by its shape",
+        version=__version__,
+        steps=config.training.steps,
+        prompts=config.training.prompts_per_step,
+        samples=config.rollout.samples_per_prompt,
+        data=f"`{config.data.path}`"
+        if config.data.path
+        else f"the built-in task {config.task.name if config.task else ''}",
+        paper=f" The method is that of {about.paper}." if getattr(about, "paper", "") else "",
+        rewards=_named(config.rewards),
+        credit=_named(config.credit),
+        losses=_named(config.losses),
+        step=source.name,
+        results=_results(source.parent.parent / "summary.json"),
+        place=place,
+        config=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
+    )
+
+
+def _named(entries: Any) -> str:
+    return ", ".join(f"`{json.dumps(entry) if not isinstance(entry, str) else entry}`" for entry in entries) or "none"
+
+
+def _results(summary: Path) -> str:
+    """Accuracies before and after, where the run has ended."""
+    if not summary.is_file():
+        return "\nThe run has not ended: nothing was measured behind it.\n"
+    told = json.loads(summary.read_text())
+    before, after = (_numbers(told.get(name)) for name in ("before", "after"))
+    rows = [f"| {name} | {before[name]:.1%} | {value:.1%} |" for name, value in after.items() if name in before]
+    return "\n".join(["", "| test problems | before | after |", "| --- | --- | --- |", *rows, ""]) if rows else "\n"
+
+
+def _numbers(part: Any) -> dict[str, float]:
+    found = part if isinstance(part, Mapping) else {}
+    return {name: value for name, value in found.items() if name == "greedy" or "@" in name}
