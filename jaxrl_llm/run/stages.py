@@ -359,7 +359,10 @@ def _learning_rates(stage: Stage, state: TrainState) -> np.ndarray:
     counts = [int(leaf) for leaf in jax.tree.leaves(state.networks["policy"].optimizer_state) if leaf.shape == ()]
     updates = training.epochs_per_batch * training.minibatches_per_epoch
     left = np.arange(1, max(stage.steps - int(state.step), 0) + 1)
-    return np.broadcast_to(learning_rate(training)(max(counts, default=0) + left * updates - 1), left.shape)
+    rates = jax.jit(learning_rate(training))(
+        max(counts, default=0) + left * updates - 1
+    )  # one program, not one an operation
+    return np.broadcast_to(np.asarray(rates), left.shape)
 
 
 def _progress(run: Run, stage: Stage, counted: int) -> Progress:
