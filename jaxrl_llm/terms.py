@@ -18,7 +18,7 @@ class Reward:
     """One reward function of a recipe: a column of `reward_components`.
 
     Attributes:
-      function: returns one number a row; one that names text runs on the host (`fields.on_host`).
+      function: returns one number a row; one that names text runs on the host (`signatures.on_host`).
       weight: factor in the sum that is maximised.
       name: for metrics and messages.
       deadline_s: seconds that one call of a reading may take; None waits.
@@ -120,7 +120,7 @@ class View:
       max_prompt_tokens: width of the prompts of a view on the host; None is room for a row's prompt and completion.
       max_completion_tokens: width of what is scored there; None is that of a row's completion.
       name: set by the composition.
-      deadline_s: of a view on the host, as for `Reward`.
+      deadline_s: of a view on the host, as for `Reward`; no sequence could stand for one that failed.
     """
 
     function: Callable[..., Any]
@@ -128,12 +128,15 @@ class View:
     max_completion_tokens: int | None = None
     name: str = ""
     deadline_s: float | None = None
-    value_on_failure = None
 
     @property
     def on_host(self) -> bool:
         """Whether it is a reading."""
         return on_host(self.function)
+
+    @property
+    def value_on_failure(self) -> None:
+        """A failure ends the step."""
 
     @property
     def needs(self) -> frozenset[str]:

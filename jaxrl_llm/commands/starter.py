@@ -75,7 +75,7 @@ def write_starter(options: argparse.Namespace) -> None:
     format, fields = _format(keys, first, data)
     records, _ = read_records(data, fields_of(format, **fields))
     records_seen = records[:_LOOKED_AT]
-    tokens, why = _prompt_tokens(records_seen, options.model)
+    (rewards, prompt_format), (tokens, why) = _reward(records_seen), _prompt_tokens(records_seen, options.model)
     spare = sorted(keys - {*_used(format, fields)})
     text = TEXT.format(
         data=json.dumps(str(data)),
@@ -87,13 +87,13 @@ def write_starter(options: argparse.Namespace) -> None:
         format=format,
         fields=f"\n  fields: {json.dumps(fields)}" if fields else "",
         prompts="chat" if format == "messages" or options.model else "plain",
-        prompt_format=json.dumps(_prompt_format(records_seen)),
+        prompt_format=json.dumps(prompt_format),
         prompt_tokens=tokens,
         why_prompt_tokens=why,
         columns=f"columns of the file are parameters of your own: {', '.join(spare)}"
         if spare
         else "the first is the verifier",
-        rewards=_rewards(records_seen),
+        rewards=rewards,
     )
     out.write_text(text)
     print(f"wrote {out}; next: jaxrl explain {out}")
@@ -141,30 +141,20 @@ def _used(format: str, fields: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*own, fields.get("prompt"), fields.get("answer"))
 
 
-def _rewards(records: Sequence[Mapping[str, Any]]) -> str:
-    """Reward entries that fit the answers."""
+def _reward(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """(reward entries that fit the answers, how the prompt says what form an answer has)."""
     answers = [str(record["answer"]) for record in records if record["answer"]]
+    boxed = "{body}\nReason step by step, and write the final answer in \\boxed{}."
     if not answers:
-        return (
-            '  - {python: "rewards_of_mine:graded"}   # def graded(completions): return [... a number for each ...]\n'
-            "  # the file has no answers that a verifier could compare with"
-        )
+        own = '  - {python: "rewards_of_mine:graded"}   # def graded(completions): return [... a number for each ...]\n'
+        return own + "  # the file has no answers that a verifier could compare with", "{body}"
     numbers = sum(parsed_number(answer) is not None for answer in answers)
     if numbers >= 0.9 * len(answers):
-        return f"  - number_match             # {numbers} of {len(answers)} answers are numbers"
+        return f"  - number_match             # {numbers} of {len(answers)} answers are numbers", boxed
     if any("\\" in answer for answer in answers):
-        return "  - latex_match              # answers are LaTeX; needs pip install 'jaxrl_llm[math]'"
-    return "  - exact_match              # the text between <a> and </a> is the answer"
-
-
-def _prompt_format(records: Sequence[Mapping[str, Any]]) -> str:
-    """How the prompt says what form the answer has."""
-    kind = _rewards(records)
-    if "number_match" in kind or "latex_match" in kind:
-        return "{body}\nReason step by step, and write the final answer in \\boxed{}."
-    if "exact_match" in kind:
-        return "{body}\nWrite the answer as <a>answer</a>."
-    return "{body}"
+        return "  - latex_match              # answers are LaTeX; needs pip install 'jaxrl_llm[math]'", boxed
+    text = "  - exact_match              # the text between <a> and </a> is the answer"
+    return text, "{body}\nWrite the answer as <a>answer</a>."
 
 
 def _prompt_tokens(records: Sequence[Mapping[str, Any]], model: str | None) -> tuple[int, str]:

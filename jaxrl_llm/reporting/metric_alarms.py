@@ -1,89 +1,149 @@
-"""What in a run's metrics deserves a look: each alarm is a sentence with the numbers behind it."""
+"""Alarms: numbers of a run that a person should look at, each said once while it lasts.
+
+They end nothing. What is compared is the mean of the last `WINDOW` steps with that of the first ones. A run says them
+while it goes on, and its report says the same of its records.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-Records = Sequence[Mapping[str, Any]]
+WINDOW = 10
 
 
-def alarms(records: Records) -> list[str]:
-    """Sentences about metrics that look wrong, over the records of a metrics.jsonl.
+@dataclass
+class Alarms:
+    """What the alarms remember of one stage of a run.
 
-    Looked at are: numbers that are not finite, groups without signal, completions that are cut off, entropy that
-    collapses, gradients that jump, a KL divergence that runs away, a reward that falls, and a sampler that disagrees
-    with the trainer. The last tenth of the steps is compared with the first, or with a bound.
+    Attributes:
+      first: mean of each metric over its first `WINDOW` steps.
+      last: each metric in its last `WINDOW` steps.
+      probes: (mean reward, pass@1 on the validation split) at each evaluation.
+      ringing: alarms that were said and still hold.
     """
-    series = _series(records)
-    found = [
-        f"{name} was not finite at step {int(steps[~np.isfinite(values)][0])}"
-        for name, (steps, values) in series.items()
-        if not np.isfinite(values).all()
-    ]
-    ends = {name: _ends(values) for name, (_, values) in series.items() if np.isfinite(values).all()}
 
-    def last(name: str) -> float:
-        return ends.get(name, (0.0, 0.0))[1]
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, deque[float]] = field(default_factory=dict)
+    probes: list[tuple[float, float]] = field(default_factory=list)
+    ringing: set[str] = field(default_factory=set)
 
-    if last("constant_group_share") > 0.8:
-        found.append(
-            f"{last('constant_group_share'):.0%} of the groups had equal rewards in the last tenth of the steps, and "
-            "taught nothing: take harder or easier prompts, or rollout.plan refill"
-        )
-    if last("truncated_share") > 0.2:
-        found.append(
-            f"{last('truncated_share'):.0%} of the completions were cut off at the end: raise "
-            "rollout.max_completion_tokens, or use a length method"
-        )
-    if "entropy_per_token" in ends and ends["entropy_per_token"][0] > 0:
-        first, now = ends["entropy_per_token"]
-        if now < 0.1 * first:
-            found.append(
-                f"entropy a token fell from {first:.3g} to {now:.3g} nats: samples hardly differ any more; raise "
-                "clip_high, or add an entropy bonus"
-            )
-    if (kl := last("kl_reference_per_token")) > 1.0:
-        found.append(f"KL from the reference is {kl:.3g} nats a token: raise its coefficient, or refresh the reference")
-    if "reward" in ends and ends["reward"][1] < ends["reward"][0] - max(0.05, 0.1 * abs(ends["reward"][0])):
-        found.append(
-            f"the reward fell from {ends['reward'][0]:.3g} to {ends['reward'][1]:.3g}: lower the learning rate"
-        )
-    if "gradient_norm" in ends and len(series["gradient_norm"][1]) >= 20:
-        steps, values = series["gradient_norm"]
-        half = len(values) // 2
-        typical, worst = float(np.median(values[half:])), half + int(np.argmax(values[half:]))
-        if values[worst] > 10 * max(typical, 1e-12):
-            found.append(
-                f"the gradient norm jumped to {values[worst]:.3g} at step {int(steps[worst])}, from a median of "
-                f"{typical:.3g}: clip it lower (training.max_gradient_norm)"
-            )
-    if "sampler_gap_max" in series and (gap := float(np.nanmax(series["sampler_gap_max"][1]))) > 0.05:
-        found.append(
-            f"sampler and trainer differed by up to {gap:.3g} in the log-probability of a token: use the same dtype in "
-            "both, or a correction such as tis"
-        )
-    return found
+    def new(self, metrics: Mapping[str, float]) -> list[str]:
+        """What there is to say after a step with these metrics, and was not said before."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                continue
+            window = self.last.setdefault(name, deque(maxlen=WINDOW))
+            window.append(value)
+            if len(window) == WINDOW and name not in self.first:
+                self.first[name] = sum(window) / WINDOW
+        if "validation/pass@1" in metrics and "reward" in self.last:
+            window = self.last["reward"]
+            self.probes.append((sum(window) / len(window), metrics["validation/pass@1"]))
+        holding = {name: text for name, alarm in ALARMS.items() if (text := alarm(self)) is not None}
+        fresh = [text for name, text in holding.items() if name not in self.ringing]
+        self.ringing = set(holding)
+        return fresh
+
+    def now(self, name: str) -> float | None:
+        """Mean of the last `WINDOW` steps; None before there are so many."""
+        window = self.last.get(name, ())
+        return sum(window) / WINDOW if len(window) == WINDOW else None
 
 
-def _series(records: Records) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(steps, values) of each metric of the last stage that has it."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+def _divergence(seen: Alarms) -> str | None:
+    now = seen.now("kl_reference_per_token")
+    if now is None or now < 0.5:
+        return None
+    return f"the policy is far from its reference: kl_reference_per_token is {now:.2f} nats; raise the KL coefficient"
+
+
+def _entropy(seen: Alarms) -> str | None:
+    now, then = seen.now("entropy_per_token"), seen.first.get("entropy_per_token", 0.0)
+    if now is None or now > 0.1 * then or then < 0.05:
+        return None
+    return f"the entropy has collapsed from {then:.3f} to {now:.3f} nats per token: samples of a prompt will be alike"
+
+
+def _length(seen: Alarms) -> str | None:
+    now, then, cut = seen.now("completion_tokens"), seen.first.get("completion_tokens"), seen.now("truncated_share")
+    if cut is not None and cut > 0.5:
+        return f"{cut:.0%} of the completions are cut at max_completion_tokens"
+    if now is None or not then or now < 3 * then:
+        return None
+    return f"completions have grown from {then:.0f} to {now:.0f} tokens"
+
+
+def _gap(seen: Alarms) -> str | None:
+    now = seen.now("sampler_gap_mean")
+    if now is None or now < 0.05:
+        return None
+    return f"sampler and trainer disagree by {now:.2g} nats per token (sampler_gap_mean): the update is off-policy"
+
+
+def _constant(seen: Alarms) -> str | None:
+    now = seen.now("constant_group_share")
+    if now is None or now < 0.999:
+        return None
+    return "all rewards of each prompt have been equal in the last steps: nothing is learned from them"
+
+
+def _hacking(seen: Alarms) -> str | None:
+    if len(seen.probes) < 3:
+        return None
+    (reward, held), *_, (later, held_later) = seen.probes[-3:]
+    falls = all(after[1] < before[1] for before, after in zip(seen.probes[-3:], seen.probes[-2:], strict=False))
+    if not falls or later <= reward + 0.02 * abs(reward):
+        return None
+    return (
+        f"the reward rises ({reward:.3f} to {later:.3f}) while pass@1 on the validation split falls ({held:.1%} to "
+        f"{held_later:.1%}): the policy may be exploiting the reward"
+    )
+
+
+def _fall(seen: Alarms) -> str | None:
+    now, then = seen.now("reward"), seen.first.get("reward", 0.0)
+    if now is None or now >= then - max(0.05, 0.1 * abs(then)):
+        return None
+    return f"the reward fell from {then:.3g} to {now:.3g}: lower the learning rate"
+
+
+def _jump(seen: Alarms) -> str | None:
+    *before, now = seen.last.get("gradient_norm", (0.0,))
+    if len(before) < WINDOW - 1 or now <= 10 * max(typical := statistics.median(before), 1e-12):
+        return None
+    return (
+        f"the gradient norm jumped to {now:.3g}, from a median of {typical:.3g}: clip it lower "
+        "(training.max_gradient_norm)"
+    )
+
+
+ALARMS: dict[str, Callable[[Alarms], str | None]] = {
+    "divergence": _divergence,
+    "entropy": _entropy,
+    "length": _length,
+    "log-probability gap": _gap,
+    "constant reward": _constant,
+    "reward hacking": _hacking,
+    "reward": _fall,
+    "gradient": _jump,
+}
+
+
+def alarms(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a run has said, and numbers that were not finite, over the last stage in the records of a metrics.jsonl."""
+    seen, found, broken = Alarms(), [], set()
     stage = records[-1].get("stage") if records else None
     for record in records:
         if record.get("stage") != stage:
             continue
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(record["step"])
-                values.append(value)
-    return {name: (np.asarray(steps), np.asarray(values, np.float64)) for name, (steps, values) in found.items()}
-
-
-def _ends(values: np.ndarray) -> tuple[float, float]:
-    """Mean of the first and of the last tenth."""
-    count = max(1, len(values) // 10)
-    return float(values[:count].mean()), float(values[-count:].mean())
+        numbers = {n: v for n, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        bad = [name for name, value in numbers.items() if not math.isfinite(value) and name not in broken]
+        broken |= set(bad)
+        found += [f"step {record['step']}: {name} was not finite" for name in bad]
+        found += [f"step {record['step']}: {text}" for text in seen.new(numbers)]
+    return found

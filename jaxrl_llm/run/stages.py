@@ -23,11 +23,11 @@ from jaxrl_llm.data import DataSet, JsonlDataSet
 from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
+from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
-from jaxrl_llm.run.alarms import Alarms
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.interruption import Abandoned, Interruption
 from jaxrl_llm.run.live_report import LiveReport
@@ -36,9 +36,9 @@ from jaxrl_llm.run.optimizers import learning_rate
 from jaxrl_llm.run.samples import spread, write_samples
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.step_trace import StepTrace
+from jaxrl_llm.training.collect import SELECTION
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
-SELECTION = "selection"
 
 
 class Stopped(Exception):

@@ -116,7 +116,7 @@ def test_long_runs_are_thinned_and_stay_small(tmp_path):
 def test_numbers_that_are_not_finite_leave_a_gap(run):
     spoiled = type(run)(**{**vars(run), "metrics": [{"step": 1, "x": float("nan")}, {"step": 2, "x": 1.0}]})
     assert series(spoiled)["x"] == [[1, 2], [None, 1.0]]
-    assert "x was not finite at step 1" in rendered([spoiled])
+    assert "step 1: x was not finite" in rendered([spoiled])
 
 
 def test_seeds_share_a_curve_and_what_differs_is_listed(tmp_path):
@@ -137,14 +137,14 @@ def test_seeds_share_a_curve_and_what_differs_is_listed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "values", "said"),
     [
-        ("constant_group_share", [0.1] * 90 + [0.95] * 10, "95% of the groups had equal rewards"),
-        ("truncated_share", [0.5] * 100, "50% of the completions were cut off"),
-        ("entropy_per_token", [1.0] * 50 + [0.01] * 50, "entropy a token fell from 1 to 0.01"),
-        ("gradient_norm", [1.0] * 80 + [50.0] + [1.0] * 19, "jumped to 50 at step 81"),
-        ("reward", [0.8] * 50 + [0.2] * 50, "the reward fell from 0.8 to 0.2"),
-        ("kl_reference_per_token", [0.1] * 50 + [3.0] * 50, "KL from the reference is 3 nats"),
-        ("sampler_gap_max", [0.2] * 100, "sampler and trainer differed by up to 0.2"),
-        ("loss", [1.0, math.inf], "loss was not finite at step 2"),
+        ("constant_group_share", [0.1] * 90 + [1.0] * 10, "step 100: all rewards of each prompt have been equal"),
+        ("truncated_share", [0.6] * 100, "step 10: 60% of the completions are cut"),
+        ("entropy_per_token", [1.0] * 50 + [0.01] * 50, "step 60: the entropy has collapsed from 1.000 to 0.010"),
+        ("gradient_norm", [1.0] * 80 + [50.0] + [1.0] * 19, "step 81: the gradient norm jumped to 50"),
+        ("reward", [0.8] * 50 + [0.2] * 50, "the reward fell from 0.8 to"),
+        ("kl_reference_per_token", [0.1] * 50 + [3.0] * 50, "far from its reference"),
+        ("sampler_gap_mean", [0.2] * 100, "step 10: sampler and trainer disagree by 0.2"),
+        ("loss", [1.0, math.inf], "step 2: loss was not finite"),
     ],
 )
 def test_an_alarm_says_what_was_seen(name, values, said):

@@ -22,9 +22,9 @@ import jaxrl_llm
 from jaxrl_llm import cli
 from jaxrl_llm.commands.output import Lasting
 from jaxrl_llm.reporting import RunDirectory, ownership
+from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints, failures
-from jaxrl_llm.run.alarms import Alarms
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 
 ROOT = Path(jaxrl_llm.__file__).parents[1]
