@@ -36,6 +36,7 @@ from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
+from jaxrl_llm.rewards.process.step_borders import step_borders
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
     normalized_turn_rewards,
@@ -129,6 +130,7 @@ __all__ = [
     "soft_overlong",
     "stated_confidence",
     "stated_rating",
+    "step_borders",
     "thought_length",
     "thought_mask",
     "token_mean",
