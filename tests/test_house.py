@@ -36,11 +36,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compilation_cache": set(),
     "allocator": set(),
     "parallel": set(),
+    "sandbox": set(),
     **{room: {"experience", "ranges", "statistics"} for room in ARITHMETIC},
     "data": {"experience", "ranges"},
     "models": {"experience", "parallel", "ranges"},
     "hub": {"data", "models"},
-    "rollout": {*FIELDS, "data", "models", "parallel", "ranges", "rewards", "selection"},
+    "rollout": {*FIELDS, "data", "models", "parallel", "ranges", "rewards", "sandbox", "selection"},
     "evaluation": {*FIELDS, "ranges", "data", "models", "parallel", "rewards", "rollout"},
     "reporting": {"compilation_cache", "evaluation"},
     "config": {"models", "parallel", "ranges", "rollout"},
@@ -53,6 +54,8 @@ ENTRANCES = {"cli", "commands", "__main__"}  # import everything, and only each 
 
 # (module, room that it imports): why.
 OTHER_IMPORTS = {
+    ("rewards.guarded", "sandbox"): "calls functions of the user's in processes of their own",
+    ("rewards.verifiers.latex_answers", "sandbox"): "calls a computer algebra system in a process of its own",
     ("rewards.verifiers.latex_answers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.numbers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.text_answers", "data"): "reads text on the host, with the grammar of the task",

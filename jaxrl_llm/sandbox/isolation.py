@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import os
-import platform
 import resource
 import signal
 import struct
@@ -24,10 +23,11 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from jaxrl_llm.sandbox.system_calls import call, checked, filtered, libc, prctl
+
 FOLDER = "/box"  # the one place that code in a root of its own may write to
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _NEW_NAMESPACES = 1 << 17 | 1 << 26 | 1 << 27 | 1 << 29 | 1 << 30  # mounts, host name, IPC, processes, network
-_NEW_USER, _NEW_ANY = 1 << 28, 0x7E020000
+_NEW_USER = 1 << 28
 _READ_ONLY, _NO_SUID, _NO_DEV = 1, 2, 4  # of mount and of mount_setattr
 _BIND, _RECURSIVE, _PRIVATE, _AT_RECURSIVE = 1 << 12, 1 << 14, 1 << 18, 0x8000
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
@@ -92,7 +92,7 @@ def facilities() -> frozenset[str]:
         ("namespaces",): lambda: entered({"namespaces"}),
         ("landlock", "landlock signals"): lambda: _landlocked(readable(), "/", signals=True),
         ("landlock",): lambda: _landlocked(readable(), "/", signals=False),
-        ("seccomp",): _filtered,
+        ("seccomp",): filtered,
         ("user",): _as_nobody,
     }
     found = set[str]()
@@ -152,26 +152,26 @@ def entered(
     if "user" in using:
         _as_nobody(_nobody(parents[1]))
     if sys.platform == "linux":
-        _prctl(38, 1)  # no new privileges
+        prctl(38, 1)  # no new privileges
     if "landlock" in using:
         _landlocked(readable(), folder, signals="landlock signals" in using)
     if "namespaces" in using and "user" not in using:
         _without_capabilities()
     if "seccomp" in using:
-        _filtered(parents)
+        filtered(parents)
     return folder
 
 
 def die_with_parent() -> None:
     """Linux kills this process when the thread that has started it is gone, whatever it is doing."""
     if sys.platform == "linux":
-        _LIBC.prctl(1, signal.SIGKILL)
+        libc.prctl(1, signal.SIGKILL)
 
 
 def adopt_orphans() -> None:
     """On Linux, processes below this one whose parents end become its children, and not those of process 1."""
     if sys.platform == "linux":
-        _LIBC.prctl(36, 1)
+        libc.prctl(36, 1)
 
 
 def _in_child(report: int | None) -> None:
@@ -182,7 +182,7 @@ def _in_child(report: int | None) -> None:
         return
     try:
         if sys.platform == "linux":
-            _prctl(4, 0)  # nobody of the same user traces it
+            prctl(4, 0)  # nobody of the same user traces it
         pid = None
         while pid != child:  # orphans come to the first process of a namespace
             pid, status = os.wait()
@@ -232,7 +232,7 @@ def _as_nobody(user: int = _nobody(0)) -> None:
 
 def _new_namespaces(*, as_root: bool) -> None:
     user, group = os.getuid(), os.getgid()
-    _checked("unshare", _LIBC.unshare(_NEW_NAMESPACES | (0 if as_root else _NEW_USER)))
+    checked("unshare", libc.unshare(_NEW_NAMESPACES | (0 if as_root else _NEW_USER)))
     if not as_root:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{name}", "w") as file:
@@ -245,7 +245,7 @@ def _own_root(limits: Limits, owner: int) -> None:
     _mount("none", "/", "", _RECURSIVE | _PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _NO_SUID | _NO_DEV, "size=1m,mode=755")
     os.mkdir("/tmp/before")
-    _checked("pivot_root", _LIBC.syscall(*_numbered("pivot_root", b"/tmp", b"/tmp/before")))
+    call("pivot_root", b"/tmp", b"/tmp/before")
     os.chdir("/")
     for path in (*paths, *_DEVICES):
         before = f"/before{path}"
@@ -263,7 +263,7 @@ def _own_root(limits: Limits, owner: int) -> None:
     os.mkdir(FOLDER)
     if not os.path.exists("/tmp"):
         os.symlink(FOLDER, "/tmp")
-    _checked("umount", _LIBC.umount2(b"/before", 2))  # lazily, with all that is mounted below
+    checked("umount", libc.umount2(b"/before", 2))  # lazily, with all that is mounted below
     os.rmdir("/before")
     _set_attributes("/", _READ_ONLY | _NO_SUID | _NO_DEV, 0)
     whose = f",uid={owner},gid={owner}" if owner else ""
@@ -273,18 +273,17 @@ def _own_root(limits: Limits, owner: int) -> None:
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     given = (source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags), options.encode() or None)
-    _checked(f"mount {target}", _LIBC.mount(*given))
+    checked(f"mount {target}", libc.mount(*given))
 
 
 def _set_attributes(path: str, attributes: int, flags: int) -> None:
     wanted = struct.pack("QQQQ", attributes, 0, 0, 0)
-    number = ctypes.c_long(442)  # mount_setattr, everywhere
-    _checked("mount_setattr", _LIBC.syscall(number, -100, path.encode(), flags, wanted, ctypes.c_size_t(len(wanted))))
+    call("mount_setattr", -100, path.encode(), flags, wanted, len(wanted))
 
 
 def _without_capabilities() -> None:
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
-    _checked("capset", _LIBC.syscall(*_numbered("capset", header, nothing)))
+    call("capset", header, nothing)
 
 
 # ---- landlock -------------------------------------------------------------------------------------------------------
@@ -295,147 +294,22 @@ _READ_WRITE_FILE = 1 << 1 | 1 << 2
 
 def _landlocked(paths: Sequence[str], folder: str, *, signals: bool) -> None:
     """Files outside of these paths (to read) and the folder (to write) are refused from now on."""
-    create, add, restrict = (ctypes.c_long(number) for number in (444, 445, 446))  # everywhere
-    version = _checked("landlock", _LIBC.syscall(create, None, ctypes.c_size_t(0), 1))
+    version = call("landlock_create_ruleset", None, 0, 1)
     if signals and version < 6:
         raise OSError("this landlock has no scope of signals")
     every = (1 << 13) - 1 | (1 << 13 if version > 1 else 0) | (1 << 14 if version > 2 else 0)
     every |= 1 << 15 if version > 4 else 0
     network, scoped = 3 if version > 3 else 0, 3 if signals else 0
     attributes = struct.pack("QQQ", every, network, scoped)[: 24 if version > 5 else 16 if version > 3 else 8]
-    size = ctypes.c_size_t(len(attributes))
-    rules = _checked("landlock", _LIBC.syscall(create, attributes, size, 0))
+    rules = call("landlock_create_ruleset", attributes, len(attributes), 0)
     writable = every & ~(1 | 1 << 6 | 1 << 11 | 1 << 15)  # all but executing, devices and their controls
     given = [*((path, _READ) for path in paths), *((path, _READ_WRITE_FILE) for path in _DEVICES), (folder, writable)]
     for path, rights in given:
         if os.path.exists(path):
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             allowed = rights if os.path.isdir(path) else rights & (_READ_WRITE_FILE | 1 | 1 << 14)
-            _checked("landlock", _LIBC.syscall(add, rules, 1, struct.pack("=Qi", allowed & every, place), 0))
+            call("landlock_add_rule", rules, 1, struct.pack("=Qi", allowed & every, place), 0)
             os.close(place)
-    _prctl(38, 1)
-    _checked("landlock", _LIBC.syscall(restrict, rules, 0))
+    prctl(38, 1)
+    call("landlock_restrict_self", rules, 0)
     os.close(rules)
-
-
-# ---- seccomp --------------------------------------------------------------------------------------------------------
-
-# Numbers of system calls: (x86-64, arm64); None where there is none.
-_CALLS: dict[str, tuple[int | None, int | None]] = {
-    "socket": (41, 198),
-    "connect": (42, 203),
-    "accept": (43, 202),
-    "bind": (49, 200),
-    "listen": (50, 201),
-    "accept4": (288, 242),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440),
-    "kcmp": (312, 272),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_getfd": (438, 438),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "fsconfig": (431, 431),
-    "fsmount": (432, 432),
-    "fspick": (433, 433),
-    "mount_setattr": (442, 442),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "delete_module": (176, 106),
-    "reboot": (169, 142),
-    "swapon": (167, 224),
-    "swapoff": (168, 225),
-    "sethostname": (170, 161),
-    "setdomainname": (171, 162),
-    "settimeofday": (164, 170),
-    "clock_settime": (227, 112),
-    "iopl": (172, None),
-    "ioperm": (173, None),
-    "modify_ldt": (154, None),
-    "acct": (163, 89),
-    "quotactl": (179, 60),
-    "quotactl_fd": (443, 443),
-    "syslog": (103, 116),
-    "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265),
-    "fanotify_init": (300, 262),
-    "migrate_pages": (256, 238),
-    "move_pages": (279, 239),
-    "memfd_create": (319, 279),  # memory that no limit of a process counts
-    "memfd_secret": (447, 447),
-    "shmget": (29, 194),
-}
-_OTHERS = {"capset": (126, 91), "clone": (56, 220), "clone3": (435, 435)}
-_SIGNALS = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138)}
-_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-_LAST_CALL = 462  # later ones are not known here, so that they do not exist
-_KILL, _ALLOW, _NOT_THERE = 0x80000000, 0x7FFF0000, 0x00050000 | 38
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-
-
-def _machine() -> tuple[int, int]:
-    if platform.machine() not in _MACHINES or struct.calcsize("P") != 8:
-        raise OSError(f"the system calls of {platform.machine()} are not known here")
-    return _MACHINES[platform.machine()]
-
-
-def _numbered(name: str, *arguments: object) -> tuple[object, ...]:
-    number = {**_CALLS, **_OTHERS}[name][_machine()[0]]
-    return (ctypes.c_long(number or -1), *arguments)
-
-
-def _filtered(protected: Sequence[int] = ()) -> None:
-    """Forbidden system calls end the process from now on, and so do signals to these processes, or to all."""
-    column, architecture = _machine()
-    nr, first = 0, 16  # offsets of the number and of the first argument, lower half
-    code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, nr)]
-    code += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x32, which has numbers of its own
-    code += [(_AT_LEAST, 0, 1, _LAST_CALL + 1), (_RETURN, 0, 0, _NOT_THERE)]
-    # glibc falls back from clone3, whose flags cannot be looked at, to clone.
-    code += [(_EQUAL, 0, 1, _OTHERS["clone3"][column]), (_RETURN, 0, 0, _NOT_THERE)]
-    for number in (numbers[column] for numbers in _CALLS.values()):
-        code += [] if number is None else [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _KILL)]
-    told = [(_LOAD, 0, 0, first), (_ANY_BIT, 0, 1, _NEW_ANY), (_RETURN, 0, 0, _KILL), (_RETURN, 0, 0, _ALLOW)]
-    code += [(_EQUAL, 0, len(told), _OTHERS["clone"][column]), *told]
-    told = [(_LOAD, 0, 0, first)]
-    for process in dict.fromkeys((1, 0xFFFFFFFF, *protected)):
-        told += [(_EQUAL, 0, 1, process), (_RETURN, 0, 0, _KILL)]
-    told += [(_RETURN, 0, 0, _ALLOW)]
-    for numbers in _SIGNALS.values():
-        code += [(_EQUAL, 0, len(told), numbers[column]), *told]
-    code += [(_RETURN, 0, 0, _ALLOW)]
-    packed = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in code))
-    program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(packed))
-    _prctl(38, 1)
-    _checked("seccomp", _LIBC.prctl(22, 2, program, 0, 0))
-
-
-def _prctl(option: int, value: int) -> None:
-    _checked("prctl", _LIBC.prctl(option, ctypes.c_ulong(value), 0, 0, 0))
-
-
-def _checked(what: str, result: int) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-    return result

@@ -102,7 +102,7 @@ def run_programs(
     if (lacking := missing(using)) and not allow_unisolated:
         raise SandboxError(
             f"code that a model wrote is not run here: nothing keeps it from {', '.join(lacking)}. Linux does, with "
-            "user namespaces, or with Landlock (5.13 or newer; 6.12 to protect other processes) and seccomp; a container "
+            "user namespaces, or with Landlock (6.12 or newer protects other processes, too) and seccomp; a container "
             "may have them switched off. Set allow_unisolated to run it with limits alone"
         )
     if using not in _told and not using >= _EVERYTHING:
@@ -112,7 +112,9 @@ def run_programs(
         warnings.warn(f"code that a model wrote is run without {absent}: {told}", RuntimeWarning, stacklevel=2)
     calls = [(p.source, limits, using, {"stdin": p.stdin, "tests": p.tests, "call": p.call}) for p in programs]
     found = _runners("run", calls, limits.seconds + _SETUP_SECONDS)
-    return [None if each.error or each.late else _outcome(each.value, p) for each, p in zip(found, programs, strict=True)]
+    return [
+        None if each.error or each.late else _outcome(each.value, p) for each, p in zip(found, programs, strict=True)
+    ]
 
 
 def _outcome(told: Mapping[str, Any], program: Program) -> Outcome | None:

@@ -75,7 +75,7 @@ def run(source: str, limits: Limits, using: Collection[str], job: Mapping[str, A
 def _watched(child: int, limits: Limits, ours: list[int], started: float) -> tuple[str | None, list[bytes]]:
     """Why it had to be ended, and what it has written; ends when nobody can write any more, or the child has ended."""
     most = (limits.output_bytes, limits.output_bytes, max(limits.output_bytes, 1 << 16))
-    data, open_ones, looked = {each: b"" for each in ours}, {*ours}, started
+    data, open_ones, looked = dict.fromkeys(ours, b""), {*ours}, started
     gone = False
     while open_ones:
         left = started + limits.seconds - time.monotonic()

@@ -29,7 +29,15 @@ from typing import IO, Any, NamedTuple
 
 import psutil
 
-from jaxrl_llm.sandbox.isolation import FOLDER, SandboxError, adopt_orphans, die_with_parent, entered, facilities, missing
+from jaxrl_llm.sandbox.isolation import (
+    FOLDER,
+    SandboxError,
+    adopt_orphans,
+    die_with_parent,
+    entered,
+    facilities,
+    missing,
+)
 
 START_SECONDS = 120.0  # in which a process imports what it needs, before any deadline counts
 MOST_OUTPUT = 16 << 20  # bytes that output may take on the disk
@@ -58,13 +66,15 @@ class Returned(NamedTuple):
       value: what the function returned.
       error: why there is no value, as a predicate ("raised KeyError: ..."); None where it returned.
       late: it had not returned at its deadline.
-      ended: the process of the call ended by itself, or had to be ended.
+      ended: the process of the call is no more.
+      crashed: it ended by itself.
     """
 
     value: Any = None
     error: str | None = None
     late: bool = False
     ended: bool = False
+    crashed: bool = False
 
 
 @dataclass(eq=False)
@@ -225,7 +235,7 @@ class _Process:
             code = self.process.wait()
             number = -code if code < 0 else code - 128 if self.plain else 0  # an isolated one is the child of a child
             how = f"was killed by {signal.Signals(number).name}" if number > 0 else f"ended with status {code}"
-            return Returned(error=f"ended its process, which {how}", ended=True)
+            return Returned(error=f"ended its process, which {how}", ended=True, crashed=True)
         except Exception as error:
             return Returned(error=f"returned what cannot be read: {_told(error)}", ended=True)
 

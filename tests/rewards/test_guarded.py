@@ -110,7 +110,9 @@ def ask(functions, tmp_path):
         guarded.close()
     me = os.getpid()
     assert [
-        child for child in psutil.Process(me).children(recursive=True) if "guarded" in " ".join(child.cmdline())
+        child
+        for child in psutil.Process(me).children(recursive=True)
+        if "jaxrl_llm.sandbox" in " ".join(child.cmdline())
     ] == []
 
 
@@ -125,8 +127,8 @@ def test_a_function_is_called_as_in_this_process(functions, tmp_path):
         found = answered(Reading(guarded, "lengths"), data, rows=3, names=["rewards"])
         assert found.values == {"rewards": [2.0, 6.0, 4.0]}
         assert found.failures == 0
-    process = guarded._process
-    assert process is not None
+    assert guarded._workers is not None
+    (process,) = guarded._workers._processes
     guarded.close()
     assert process.process.returncode is not None
     assert guarded(completions=["abc"]) == [6.0]

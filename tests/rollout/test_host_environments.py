@@ -157,7 +157,7 @@ def test_processes_that_hang_or_die_are_replaced(processes):
     made = host_step(environment, [{"turns": n} for n in range(6)], texts, call)
     assert [step.failure for step in made if not step.failure] == ["", ""]
     assert "not returned after 1 s" in made[0].failure
-    assert "ended its process with code 3" in made[2].failure
+    assert "ended its process, which ended with status 3" in made[2].failure
     assert "no such file" in made[3].failure
     assert "returned what does not pickle" in made[4].failure
     assert [step.state["turns"] for step in made] == [0, 2, 2, 3, 4, 6]
