@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"experience", "parallel", "ranges"},
     "hub": {"data", "models"},
     "rollout": {*FIELDS, "data", "models", "parallel", "ranges", "rewards", "sandbox", "selection"},
-    "evaluation": {*FIELDS, "ranges", "data", "models", "parallel", "rewards", "rollout"},
+    "evaluation": {*FIELDS, "ranges", "data", "models", "parallel", "rewards", "rollout", "sandbox"},
     "reporting": {"compilation_cache", "evaluation"},
     "config": {"models", "parallel", "ranges", "rollout"},
     "training": {*METHODS, "data", "models", "parallel", "rollout"},
@@ -55,6 +55,7 @@ ENTRANCES = {"cli", "commands", "__main__"}  # import everything, and only each 
 # (module, room that it imports): why.
 OTHER_IMPORTS = {
     ("rewards.guarded", "sandbox"): "calls functions of the user's in processes of their own",
+    ("rewards.verifiers.unit_tests", "sandbox"): "runs programs that a model wrote",
     ("rewards.verifiers.latex_answers", "sandbox"): "calls a computer algebra system in a process of its own",
     ("rewards.verifiers.latex_answers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.numbers", "data"): "reads text on the host, with the grammar of final answers",

@@ -40,6 +40,7 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
     exact_match,
     extract_answer,
 )
+from jaxrl_llm.rewards.verifiers.unit_tests import unit_tests
 
 __all__ = [
     "Guarded",
@@ -80,5 +81,6 @@ __all__ = [
     "thought_mask",
     "truncation_zero",
     "turn_end_rewards",
+    "unit_tests",
     "weighted_sum",
 ]

@@ -6,7 +6,15 @@ This room imports nothing of jax: its processes start in the time that Python ta
 from __future__ import annotations
 
 from jaxrl_llm.sandbox.isolation import Limits, SandboxError, missing
-from jaxrl_llm.sandbox.programs import Outcome, Program, Verdict, facilities, python_tool, run_programs
+from jaxrl_llm.sandbox.programs import (
+    Outcome,
+    Program,
+    Verdict,
+    facilities,
+    python_tool,
+    require_isolation,
+    run_programs,
+)
 from jaxrl_llm.sandbox.workers import Returned, Workers
 
 __all__ = [
@@ -20,5 +28,6 @@ __all__ = [
     "facilities",
     "missing",
     "python_tool",
+    "require_isolation",
     "run_programs",
 ]

@@ -34,7 +34,7 @@ _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
-class SandboxError(RuntimeError):
+class SandboxError(ValueError):
     """There is not the isolation that was asked for, or it could not be set up."""
 
 

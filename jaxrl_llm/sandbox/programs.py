@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import errno
+import functools
 import os
 import signal
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from jaxrl_llm.sandbox.isolation import FOLDER, Limits, SandboxError, missing
+from jaxrl_llm.sandbox.isolation import Limits, SandboxError, missing
 from jaxrl_llm.sandbox.workers import BARE, Workers
 
 Verdict = Literal["pass", "fail", "error", "timeout", "forbidden"]
@@ -65,12 +66,31 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
 
 
+@functools.cache
 def facilities() -> frozenset[str]:
     """What isolates programs here: some of namespaces, landlock, landlock signals, seccomp, user."""
     (found,) = _runners("facilities", [()], _SETUP_SECONDS)
     if found.error is not None:
         raise SandboxError(f"the process that runs programs {found.error}")
     return found.value
+
+
+def require_isolation(using: frozenset[str] | None = None, remedy: str = "") -> None:
+    """Refuse to run code that a model wrote where nothing isolates it.
+
+    Args:
+      using: facilities; None takes those of this machine.
+      remedy: what to do instead; "" names allow_unisolated.
+
+    Raises:
+      SandboxError: naming what it is not kept from.
+    """
+    if lacking := missing(facilities() if using is None else using):
+        raise SandboxError(
+            f"code that a model wrote is not run here: nothing keeps it from {', '.join(lacking)}. Linux does, with "
+            "user namespaces, or with Landlock (6.12 or newer protects other processes, too) and seccomp; a container "
+            f"may have them switched off. {remedy or 'Set allow_unisolated to run it with limits alone'}"
+        )
 
 
 def run_programs(
@@ -99,16 +119,12 @@ def run_programs(
     ('pass', '42\\n')
     """
     limits, using = limits or Limits(), facilities() - {*without}
-    if (lacking := missing(using)) and not allow_unisolated:
-        raise SandboxError(
-            f"code that a model wrote is not run here: nothing keeps it from {', '.join(lacking)}. Linux does, with "
-            "user namespaces, or with Landlock (6.12 or newer protects other processes, too) and seccomp; a container "
-            "may have them switched off. Set allow_unisolated to run it with limits alone"
-        )
+    if not allow_unisolated:
+        require_isolation(using)
     if using not in _told and not using >= _EVERYTHING:
         _told.add(using)
+        lacking, absent = missing(using), ", ".join(sorted(_EVERYTHING - using))
         told = f"nothing keeps it from {', '.join(lacking)}" if lacking else "what is there suffices"
-        absent = ", ".join(sorted(_EVERYTHING - using))
         warnings.warn(f"code that a model wrote is run without {absent}: {told}", RuntimeWarning, stacklevel=2)
     calls = [(p.source, limits, using, {"stdin": p.stdin, "tests": p.tests, "call": p.call}) for p in programs]
     found = _runners("run", calls, limits.seconds + _SETUP_SECONDS)
@@ -138,10 +154,10 @@ def _verdict(told: Mapping[str, Any], program: Program) -> tuple[Verdict, str]:
         kind = {"SIGSYS": "forbidden", "SIGXCPU": "timeout"}.get(name, "error")  # pyright: ignore[reportAssignmentType]
         return kind, {"SIGSYS": "made a forbidden system call"}.get(name, f"was killed by {name}")
     if isinstance(exception, dict):
-        detail = f"{exception.get('kind')}: {exception.get('text')}"
-        path, number = str(exception.get("path") or ""), exception.get("errno")
-        outside = number == errno.ENOENT and os.path.isabs(path) and not path.startswith((f"{FOLDER}/", "/tmp/"))
-        if number in _DENIED or outside:
+        compiled = exception.get("part") != "compile"
+        detail = f"{'' if compiled else 'does not compile: '}{exception.get('kind')}: {exception.get('text')}"
+        number = exception.get("errno")
+        if number in _DENIED or (number == errno.ENOENT and exception.get("outside")):
             return "forbidden", detail
         failed = exception.get("kind") == "AssertionError" and exception.get("part") == "tests"
         return "fail" if failed else "error", detail

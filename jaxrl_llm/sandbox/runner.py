@@ -63,8 +63,9 @@ def run(source: str, limits: Limits, using: Collection[str], job: Mapping[str, A
         os.waitpid(child, 0)
         for ours, _ in pipes:
             os.close(ours)
+        if folder or ended is not None:
+            _without_children()
         if folder:
-            _each_child_killed()
             shutil.rmtree(folder, ignore_errors=True)
     told = _report(written[2])
     told["done"] = told.get("done") == token
@@ -109,18 +110,16 @@ def _report(data: bytes) -> dict[str, Any]:
     return {key: told.get(key) for key in ("status", "setup", "exception", "done", "value")}
 
 
-def _each_child_killed() -> None:
-    """Without a namespace, what a program has left behind has become a child of this process."""
-    deadline = time.monotonic() + 5
+def _without_children() -> None:
+    """What a program has left behind has become a child of this process, and is taken down."""
+    deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
-            pid = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                killed_with_descendants(os.getpid(), itself=False)
+                time.sleep(0.001)
         except ChildProcessError:
             return
-        if pid is not None:
-            os.waitpid(pid.si_pid, 0)
-            continue
-        killed_with_descendants(os.getpid(), itself=False)
 
 
 # ---- the program's own process --------------------------------------------------------------------------------------
@@ -173,6 +172,7 @@ def _own_state(folder: str, source: str) -> None:
 
 def _run(source: str, job: Mapping[str, Any], token: str) -> int:
     """The status that it exits with; everything else is told in the report."""
+    folder = os.path.realpath(os.getcwd())
     main = sys.modules["__main__"] = ModuleType("__main__")
     main.__file__ = "program.py"
     names, told, code = vars(main), {}, 0
@@ -201,7 +201,8 @@ def _run(source: str, job: Mapping[str, Any], token: str) -> int:
         _print_exception(error)
         path = error.filename if isinstance(error, OSError) else None
         about = {"kind": type(error).__name__, "text": str(error)[:400], "part": part}
-        about |= {"errno": getattr(error, "errno", None), "path": path if isinstance(path, str) else None}
+        outside = isinstance(path, str) and not f"{os.path.realpath(path)}/".startswith(f"{folder}/")
+        about |= {"errno": getattr(error, "errno", None), "outside": outside}
         told["exception"] = about
     try:
         atexit._run_exitfuncs()

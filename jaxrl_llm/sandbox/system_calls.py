@@ -1,4 +1,4 @@
-"""System calls of Linux, by their numbers: those that glibc has no function for, and a filter (seccomp) of the others."""
+"""System calls of Linux by their numbers: those that glibc has no function for, and a filter (seccomp) of others."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def checked(what: str, result: int) -> int:
 
 
 def filtered(protected: Sequence[int] = ()) -> None:
-    """Forbidden system calls end the process from now on, and so do signals to these processes, to the first, or to all.
+    """Forbidden system calls end the process from now on, as do signals to these processes, to process 1, or to all.
 
     Raises:
       OSError: where the kernel has no such filter.
