@@ -27,14 +27,15 @@ fanotify_init 300 262, migrate_pages 256 238, move_pages 279 239, memfd_create 3
 shmget 29 194
 """
 _OTHERS = """
-capset 126 91, clone 56 220, clone3 435 435, pivot_root 155 41, mount_setattr 442 442,
+capset 126 91, fork 57 -, vfork 58 -, clone 56 220, clone3 435 435, pivot_root 155 41, mount_setattr 442 442,
 landlock_create_ruleset 444 444, landlock_add_rule 445 445, landlock_restrict_self 446 446
 """
 _SIGNALS = "kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138"
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _LAST_CALL = 462  # later ones are not known here: they do not exist
 _NEW_ANY = 0x7E020000  # every CLONE_NEW... that clone takes
-_KILL, _ALLOW, _NOT_THERE = 0x80000000, 0x7FFF0000, 0x00050000 | 38
+_THREAD = 0x10000
+_KILL, _ALLOW, _NOT_THERE, _NOT_NOW = 0x80000000, 0x7FFF0000, 0x00050000 | 38, 0x00050000 | 11
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 
 
@@ -70,8 +71,12 @@ def checked(what: str, result: int) -> int:
     return result
 
 
-def filtered(protected: Sequence[int] = ()) -> None:
+def filtered(protected: Sequence[int] = (), *, forks: bool = True) -> None:
     """Forbidden system calls end the process from now on, as do signals to these processes, to process 1, or to all.
+
+    Args:
+      protected: processes.
+      forks: whether new processes may be started; threads always may.
 
     Raises:
       OSError: where the kernel has no such filter.
@@ -86,7 +91,11 @@ def filtered(protected: Sequence[int] = ()) -> None:
     code += [(_EQUAL, 0, 1, others["clone3"]), (_RETURN, 0, 0, _NOT_THERE)]
     for number in _numbers(_FORBIDDEN, column).values():
         code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _KILL)]
-    told = [(_LOAD, 0, 0, first), (_ANY_BIT, 0, 1, _NEW_ANY), (_RETURN, 0, 0, _KILL), (_RETURN, 0, 0, _ALLOW)]
+    otherwise = [(_RETURN, 0, 0, _ALLOW if forks else _NOT_NOW)]
+    told = [(_LOAD, 0, 0, first), (_ANY_BIT, 0, 1, _NEW_ANY), (_RETURN, 0, 0, _KILL)]
+    told += [(_ANY_BIT, 0, 1, _THREAD), (_RETURN, 0, 0, _ALLOW), *otherwise]
+    for number in (others[name] for name in ("fork", "vfork") if name in others):
+        code += [(_EQUAL, 0, 1, number), *otherwise]
     code += [(_EQUAL, 0, len(told), others["clone"]), *told]
     told = [(_LOAD, 0, 0, first)]
     for process in dict.fromkeys((1, 0xFFFFFFFF, *protected)):
