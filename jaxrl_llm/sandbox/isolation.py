@@ -148,7 +148,8 @@ def entered(
     _in_child(report)
     os.chdir(folder if os.path.isdir(folder) else "/")
     if limits is not None:
-        _limited(limits)
+        # Of a user namespace and of a user of their own processes are counted from none.
+        _limited(limits, beside=0 if {"namespaces", "user"} & {*using} else _tasks_of(os.getuid()))
     if "user" in using:
         _as_nobody(_nobody(parents[1]))
     if sys.platform == "linux":
@@ -198,12 +199,22 @@ def _in_child(report: int | None) -> None:
         os._exit(70)
 
 
-def _limited(limits: Limits) -> None:
+def _tasks_of(user: int) -> int:
+    """Processes and threads of a user."""
+    found = 0
+    for pid in os.listdir("/proc") if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and os.stat(f"/proc/{pid}").st_uid == user:
+                found += len(os.listdir(f"/proc/{pid}/task"))
+    return found
+
+
+def _limited(limits: Limits, *, beside: int) -> None:
     for name, value in {
         "AS": limits.memory_bytes,
         "CPU": math.ceil(limits.seconds),
         "FSIZE": limits.file_bytes,
-        "NPROC": limits.processes,
+        "NPROC": limits.processes + beside,
         "NOFILE": 256,
         "CORE": 0,
         "MEMLOCK": 1 << 16,
