@@ -123,7 +123,12 @@ def readable() -> list[str]:
 
 
 def entered(
-    using: Collection[str], limits: Limits | None = None, *, folder: str = FOLDER, report: int | None = None
+    using: Collection[str],
+    limits: Limits | None = None,
+    *,
+    folder: str = FOLDER,
+    report: int | None = None,
+    lasting: bool = False,
 ) -> str:
     """Go on in a child of this process that is isolated; this process waits for it and ends as it does.
 
@@ -131,6 +136,7 @@ def entered(
       using: facilities.
       limits: of each process; None sets none.
       folder: that may be written to, where there are no namespaces; with them it is a new one in memory.
+      lasting: it serves more than one call, so that its CPU seconds and address space are not bounded here.
       report: file descriptor to which {"status": wait status of the child} is written as a line of JSON.
 
     Returns:
@@ -149,7 +155,8 @@ def entered(
     os.chdir(folder if os.path.isdir(folder) else "/")
     if limits is not None:
         # Of a user namespace and of a user of their own processes are counted from none.
-        _limited(limits, beside=0 if {"namespaces", "user"} & {*using} else _tasks_of(os.getuid()))
+        beside = 0 if {"namespaces", "user"} & {*using} else _tasks_of(os.getuid())
+        _limited(limits, beside, lasting=lasting)
     if "user" in using:
         _as_nobody(_nobody(parents[1]))
     if sys.platform == "linux":
@@ -209,10 +216,9 @@ def _tasks_of(user: int) -> int:
     return found
 
 
-def _limited(limits: Limits, *, beside: int) -> None:
+def _limited(limits: Limits, beside: int, *, lasting: bool) -> None:
     for name, value in {
-        "AS": limits.memory_bytes,
-        "CPU": math.ceil(limits.seconds),
+        **({} if lasting else {"AS": limits.memory_bytes, "CPU": math.ceil(limits.seconds)}),
         "FSIZE": limits.file_bytes,
         "NPROC": limits.processes + beside,
         "NOFILE": 256,

@@ -55,7 +55,6 @@ _PLAIN = {
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
     ("jaxrl_llm.rewards.host", "Answers"),
-    (__name__, "Returned"),
 }
 
 
@@ -358,7 +357,7 @@ def _isolate(file: int) -> None:
     die_with_parent()
     os.closerange(3, file)
     os.closerange(file + 1, 1 << 16)
-    entered(found)
+    entered(found, Limits(), lasting=True)
 
 
 def _function(given: Any) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import pytest
 
 from jaxrl_llm.rewards import Guarded, RewardError
 from jaxrl_llm.rewards.host import Reading, answered
+from jaxrl_llm.sandbox import facilities, missing
 
 FUNCTIONS = """
 import asyncio, os, subprocess, sys, time
@@ -75,6 +76,9 @@ async def judged(completion):
         raise SystemExit(1)
     await asyncio.sleep(0.01)
     return len(completion)
+
+def evaluates(completions):
+    return [eval(text) for text in completions]
 
 def returns_text(completions):
     return "no list"
@@ -215,6 +219,26 @@ def test_a_run_that_wants_to_stop_does_not_wait(ask):
     with pytest.raises(Stop):
         ask("hangs", stop=stop)
     assert time.monotonic() < asked_at + 20
+
+
+@pytest.mark.slow
+def test_in_a_sandbox_a_function_runs_what_a_model_wrote(functions, tmp_path, monkeypatch):
+    if missing(facilities()):
+        pytest.skip("this system isolates no code")
+    monkeypatch.setenv("A_SECRET", "xyzzy")
+    (tmp_path / "secret").write_text("xyzzy")
+    told = {
+        "1 + 1": 2.0,
+        f"len(open({str(tmp_path / 'secret')!r}).read())": -1.0,
+        "len(__import__('os').environ['A_SECRET'])": -1.0,
+        "__import__('socket').socket().fileno()": -1.0,
+    }
+    guarded = Guarded(functions.evaluates, "evaluates", isolated=True)
+    reading = Reading(guarded, "evaluates", value_on_failure=-1.0)
+    found = answered(reading, {"completions": [*told]}, rows=len(told), names=["rewards"])
+    guarded.close()
+    assert found.values == {"rewards": [*told.values()]}
+    assert found.failures == 3
 
 
 def test_functions_of_the_main_script_are_refused():
