@@ -31,6 +31,7 @@ import psutil
 
 from jaxrl_llm.sandbox.isolation import (
     FOLDER,
+    Limits,
     SandboxError,
     adopt_orphans,
     die_with_parent,
