@@ -14,7 +14,7 @@ from functools import partial, update_wrapper
 from typing import Any
 
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import TEXT
+from jaxrl_llm.fields import TEXT, is_written_text
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ _PER_ROW = frozenset(name for name in TEXT if f"{name}s" in TEXT)
 
 
 def on_host(function: Callable | Method) -> bool:
-    """Whether a function is a reading: it names text, takes `**kwargs`, is `async def`, or was marked by `reading`."""
+    """Whether a function is a reading: it names text (`completions`, `verdict_text`, ...), takes `**kwargs`, is
+    `async def`, or was marked by `reading`."""
     target = function
     while isinstance(target, partial):
         target = target.func
@@ -129,7 +130,7 @@ def on_host(function: Callable | Method) -> bool:
         return False
     marked = getattr(target, "_reads_on_host", False) or inspect.iscoroutinefunction(target)
     read = signature(function)
-    return bool(marked or read.anything or names(function) & TEXT)
+    return bool(marked or read.anything or any(name in TEXT or is_written_text(name) for name in names(function)))
 
 
 def per_row(function: Callable) -> bool:
