@@ -173,6 +173,9 @@ class Workers:
 
     def _ready(self, count: int, *, anew: bool = False) -> list[_Process]:
         """So many processes that have imported their functions; beside those that are there, where `anew`."""
+        for process in [] if anew else [each for each in self._processes if each.process.poll() is not None]:
+            process.end()  # it has ended between two calls
+            self._processes.remove(process)
         there = [] if anew else self._processes[:count]
         started = [_Process(self._pickled, self) for _ in range(count - len(there))]
         self._processes += started
