@@ -21,6 +21,7 @@ mount_setattr 442 442, unshare 272 97, setns 308 268, bpf 321 280, perf_event_op
 add_key 248 217, request_key 249 218, keyctl 250 219, io_uring_setup 425 425, io_uring_enter 426 426,
 io_uring_register 427 427, kexec_load 246 104, kexec_file_load 320 294, init_module 175 105, finit_module 313 273,
 delete_module 176 106, reboot 169 142, swapon 167 224, swapoff 168 225, sethostname 170 161, setdomainname 171 162,
+setpriority 141 140, ioprio_set 251 30,
 settimeofday 164 170, clock_settime 227 112, iopl 172 -, ioperm 173 -, modify_ldt 154 -, acct 163 89,
 quotactl 179 60, quotactl_fd 443 443, syslog 103 116, name_to_handle_at 303 264, open_by_handle_at 304 265,
 fanotify_init 300 262, migrate_pages 256 238, move_pages 279 239, memfd_create 319 279, memfd_secret 447 447,
@@ -30,12 +31,16 @@ _OTHERS = """
 capset 126 91, fork 57 -, vfork 58 -, clone 56 220, clone3 435 435, pivot_root 155 41, mount_setattr 442 442,
 landlock_create_ruleset 444 444, landlock_add_rule 445 445, landlock_restrict_self 446 446
 """
-_SIGNALS = "kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138"
+_SIGNALS = "kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240"
+# What a process may do to itself alone (first argument 0), as it reaches all processes of its user.
+_OWN = """
+prlimit64 302 261, sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274
+"""
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _LAST_CALL = 462  # later ones are not known here: they do not exist
 _NEW_ANY = 0x7E020000  # every CLONE_NEW... that clone takes
 _THREAD = 0x10000
-_KILL, _ALLOW, _NOT_THERE, _NOT_NOW = 0x80000000, 0x7FFF0000, 0x00050000 | 38, 0x00050000 | 11
+_KILL, _ALLOW, _NOT_PERMITTED, _NOT_NOW, _NOT_THERE = 0x80000000, 0x7FFF0000, 0x50001, 0x5000B, 0x50026
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 
 
@@ -97,6 +102,9 @@ def filtered(protected: Sequence[int] = (), *, forks: bool = True) -> None:
     for number in (others[name] for name in ("fork", "vfork") if name in others):
         code += [(_EQUAL, 0, 1, number), *otherwise]
     code += [(_EQUAL, 0, len(told), others["clone"]), *told]
+    told = [(_LOAD, 0, 0, first), (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _NOT_PERMITTED), (_RETURN, 0, 0, _ALLOW)]
+    for number in _numbers(_OWN, column).values():
+        code += [(_EQUAL, 0, len(told), number), *told]
     told = [(_LOAD, 0, 0, first)]
     for process in dict.fromkeys((1, 0xFFFFFFFF, *protected)):
         told += [(_EQUAL, 0, 1, process), (_RETURN, 0, 0, _KILL)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from functools import partial
@@ -102,6 +101,12 @@ def ask(functions, tmp_path):
     """(name, reading's options) -> answers; all processes end with the test."""
     made: list[Guarded] = []
 
+    def waiting():
+        children = psutil.Process().children(recursive=True)
+        return {child.pid for child in children if "jaxrl_llm.sandbox" in " ".join(child.cmdline())}
+
+    before = waiting()
+
     def call(name, *, texts=TEXTS, memory=None, most_failed=1.0, stop=lambda: None, **options):
         guarded = Guarded(getattr(functions, name), name, memory, most_failed, tmp_path / "host", stop)
         made.append(guarded)
@@ -112,12 +117,7 @@ def ask(functions, tmp_path):
     yield call
     for guarded in made:
         guarded.close()
-    me = os.getpid()
-    assert [
-        child
-        for child in psutil.Process(me).children(recursive=True)
-        if "jaxrl_llm.sandbox" in " ".join(child.cmdline())
-    ] == []
+    assert waiting() <= before
 
 
 def log(folder: Path, name: str) -> str:

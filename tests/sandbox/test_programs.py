@@ -163,6 +163,10 @@ HOSTILE = {
     "kill the first": ("import os; os.kill(1, 9)", "forbidden"),
     "kill all": ("import os; os.kill(-1, 9)", "forbidden"),
     "kill the caller": ("import os; os.kill({pid}, 9)", ("forbidden", "error")),
+    "limit the caller": (
+        "import resource; resource.prlimit({pid}, resource.RLIMIT_CPU, (1, 1))",
+        ("forbidden", "error"),
+    ),
     "trace its parent": (
         "import ctypes, os\nif ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) < 0: raise PermissionError(1, 'no')",
         "forbidden",
