@@ -158,6 +158,8 @@ def entered(
         beside = 0 if {"namespaces", "user"} & {*using} else _tasks_of(os.getuid())
         _limited(limits, beside, lasting=lasting)
     if "user" in using:
+        if folder != FOLDER:
+            os.chown(folder, _nobody(parents[1]), -1)
         _as_nobody(_nobody(parents[1]))
     if sys.platform == "linux":
         prctl(38, 1)  # no new privileges
@@ -220,7 +222,7 @@ def _limited(limits: Limits, beside: int, *, lasting: bool) -> None:
     for name, value in {
         **({} if lasting else {"AS": limits.memory_bytes, "CPU": math.ceil(limits.seconds)}),
         "FSIZE": limits.file_bytes,
-        "NPROC": limits.processes + beside,
+        **({"NPROC": limits.processes + beside} if sys.platform == "linux" else {}),
         "NOFILE": 256,
         "CORE": 0,
         "MEMLOCK": 1 << 16,

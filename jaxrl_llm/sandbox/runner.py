@@ -6,6 +6,7 @@ A fork costs less than an interpreter that starts, so isolation does not make pr
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -60,7 +61,8 @@ def run(source: str, limits: Limits, using: Collection[str], job: Mapping[str, A
     finally:
         if folder or ended is not None:
             killed_with_descendants(child)
-        os.waitpid(child, 0)
+        with contextlib.suppress(ChildProcessError):  # it was seen to have ended
+            os.waitpid(child, 0)
         for ours, _ in pipes:
             os.close(ours)
         if folder or ended is not None:
@@ -95,7 +97,7 @@ def _watched(child: int, limits: Limits, ours: list[int], started: float) -> tup
             looked = time.monotonic()
             if memory_of(child, whole=True) > limits.memory_bytes + (64 << 20):
                 return "memory", [*data.values()]
-            gone = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            gone = os.waitpid(child, os.WNOHANG)[0] == child
     return None, [*data.values()]
 
 
