@@ -8,6 +8,7 @@ never computed for its own sake.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, update_wrapper
@@ -136,6 +137,26 @@ def on_host(function: Callable | Method) -> bool:
 def per_row(function: Callable) -> bool:
     """Whether a reading is called for one row at a time: it names text in the singular."""
     return bool(names(function) & _PER_ROW)
+
+
+def declared_widths(function: Callable) -> tuple[int, ...]:
+    """Sizes behind the row that the return annotation of a function names; () for one number a row, or no annotation.
+
+    A size is a number or the name of a keyword:
+
+    >>> def counts(completions, *, buckets=8) -> 'Float[np.ndarray, "B buckets"]': ...
+    >>> declared_widths(partial(counts, buckets=4))
+    (4,)
+    """
+    declared = inspect.signature(function)
+    found = re.search(r"""["']B ([\w ]+)["']""", str(declared.return_annotation))
+    if found is None:
+        return ()
+    sizes = []
+    for size in found[1].split():
+        parameter = declared.parameters.get(size)
+        sizes.append(int(size) if parameter is None else int(parameter.default))
+    return tuple(sizes)
 
 
 def reading(function: Callable) -> Callable:

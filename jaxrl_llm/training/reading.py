@@ -20,7 +20,7 @@ from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.fields import FIELDS, TEXT, absent_value, is_written_text, kind_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rewards.host import Reading, RewardError, answered
-from jaxrl_llm.signatures import names, per_row, signature
+from jaxrl_llm.signatures import declared_widths, names, per_row, signature
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.segments import Host, Work
 
@@ -77,11 +77,12 @@ def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence
 
     def shapes(state: TrainState, work: Work) -> Work:
         count, width = work[key].tokens.shape
-        by_kind = {"token": (count, width)}
         made = {}
         for term in terms:
             for field_name in outputs[term.name]:
-                shape = by_kind.get(kind_of(field_name), (count,))
+                kind = kind_of(field_name)
+                behind = declared_widths(term.function) if kind == "vector" else ()
+                shape = (count, width) if kind == "token" else (count, *behind)
                 made[field_name] = jax.ShapeDtypeStruct(shape, _dtype(field_name))
         return {key: work[key].filled(**made)}
 
@@ -259,6 +260,8 @@ def read_values(
         context.numbers[f"seconds/{term.name}"] = answers.seconds
         if answers.failures or term.value_on_failure is not None:
             context.numbers[f"failures/{term.name}"] = float(answers.failures)
+        for name, value in getattr(term.function, "report", dict)().items():
+            context.numbers[f"judge/{term.name}/{name}"] = value
         for name, values in answers.values.items():
             if packed is not None:
                 found |= {f"{name}_{part}": array for part, array in packed(values, present, count).items()}
