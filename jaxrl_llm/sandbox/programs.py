@@ -5,14 +5,14 @@ from __future__ import annotations
 import atexit
 import errno
 import functools
+import json
 import os
-import signal
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jaxrl_llm.sandbox.isolation import Limits, SandboxError, missing
-from jaxrl_llm.sandbox.workers import BARE, Workers
+from jaxrl_llm.sandbox.workers import BARE, Workers, signal_name
 
 Verdict = Literal["pass", "fail", "error", "timeout", "forbidden"]
 _SETUP_SECONDS = 30.0
@@ -134,10 +134,14 @@ def run_programs(
 
 
 def _outcome(told: Mapping[str, Any], program: Program) -> Outcome | None:
-    if told["setup"] is not None:
-        return None
-    verdict, detail = _verdict(told, program)
-    value = told["value"][0] if isinstance(told["value"], list) and told["value"] else None
+    if told["setup"] is not None and told["status"] is None and told["ended"] is None:
+        return None  # what has been started has a status, and may have written anything
+    value, (verdict, detail) = None, _verdict(told, program)
+    if verdict == "pass" and program.call is not None:
+        try:
+            value = json.loads(told["value"])
+        except (TypeError, ValueError, RecursionError):
+            verdict, detail = "error", "returned what JSON has not"
     return Outcome(verdict, detail, told["stdout"], told["stderr"], value, told["seconds"])
 
 
@@ -145,21 +149,20 @@ def _verdict(told: Mapping[str, Any], program: Program) -> tuple[Verdict, str]:
     if told["ended"] is not None:
         kind: Verdict = "timeout" if told["ended"] == "seconds" else "error"
         return kind, {"seconds": "took too long"}.get(told["ended"], f"needed too much {told['ended']}")
-    status, exception = told["status"], told["exception"]
-    if not isinstance(status, int):
+    try:
+        code = os.waitstatus_to_exitcode(told["status"])
+    except (TypeError, ValueError, OverflowError):
         return "error", "its processes were killed"
-    code = os.waitstatus_to_exitcode(status)
     if code < 0:
-        name = signal.Signals(-code).name
-        kind = {"SIGSYS": "forbidden", "SIGXCPU": "timeout"}.get(name, "error")  # pyright: ignore[reportAssignmentType]
-        return kind, {"SIGSYS": "made a forbidden system call"}.get(name, f"was killed by {name}")
-    if isinstance(exception, dict):
-        compiled = exception.get("part") != "compile"
-        detail = f"{'' if compiled else 'does not compile: '}{exception.get('kind')}: {exception.get('text')}"
-        number = exception.get("errno")
-        if number in _DENIED or (number == errno.ENOENT and exception.get("outside")):
+        name = signal_name(-code)
+        if name == "SIGSYS":
+            return "forbidden", "made a forbidden system call"
+        return "timeout" if name == "SIGXCPU" else "error", f"was killed by {name}"
+    if told["kind"] is not None:
+        detail = f"{'does not compile: ' if told['part'] == 'compile' else ''}{told['kind']}: {told['text']}"
+        if told["errno"] in _DENIED or (told["errno"] == errno.ENOENT and told["outside"]):
             return "forbidden", detail
-        failed = exception.get("kind") == "AssertionError" and exception.get("part") == "tests"
+        failed = told["kind"] == "AssertionError" and told["part"] == "tests"
         return "fail" if failed else "error", detail
     if code != 0:
         return "error", f"ended with status {code}"

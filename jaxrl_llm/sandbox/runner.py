@@ -25,6 +25,8 @@ from jaxrl_llm.sandbox.isolation import Limits, die_with_parent, entered, readab
 from jaxrl_llm.sandbox.workers import killed_with_descendants, memory_of
 
 _REPORT = 3  # file descriptor
+_TOLD = ("status", "setup", "done", "value")
+_OF_EXCEPTION = ("kind", "text", "part", "errno", "outside")
 _LOOK_SECONDS = 0.1
 
 
@@ -41,7 +43,9 @@ def run(source: str, limits: Limits, using: Collection[str], job: Mapping[str, A
       ended: why it was ended from outside: "seconds", "output" or "memory"; None where it ended by itself.
       status: wait status of its first process; stdout, stderr; seconds.
       setup: what went wrong before it was started.
-      exception: of Python, that ended it; done: the tests have been run to their end; value: what the call returned.
+      kind, text, part, errno, outside: of the exception that ended it.
+      done: the tests have been run to their end; value: what the call returned, as JSON.
+      What the program's processes have told may be anything, but is text or a number.
     """
     started = time.monotonic()
     folder = "" if "namespaces" in using else tempfile.mkdtemp()
@@ -109,7 +113,10 @@ def _report(data: bytes) -> dict[str, Any]:
             told |= json.loads(line)
         except (ValueError, TypeError, RecursionError):
             continue
-    return {key: told.get(key) for key in ("status", "setup", "exception", "done", "value")}
+    exception = told.get("exception")
+    told |= exception if isinstance(exception, dict) else {}
+    flat = {key: told.get(key) for key in (*_TOLD, *_OF_EXCEPTION)}
+    return {key: each if isinstance(each, str | int) else None for key, each in flat.items()}
 
 
 def _without_children() -> None:
@@ -190,7 +197,7 @@ def _run(source: str, job: Mapping[str, Any], token: str) -> int:
         elif job.get("call") is not None:
             name, arguments = job["call"]
             called = names.get(name) or getattr(names["Solution"](), name)
-            told["value"] = [json.loads(json.dumps(called(*arguments)))]
+            told["value"] = json.dumps(called(*arguments))
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()

@@ -41,6 +41,7 @@ from jaxrl_llm.sandbox.isolation import (
 )
 
 START_SECONDS = 120.0  # in which a process imports what it needs, before any deadline counts
+END_SECONDS = 5.0  # in which a process ends that has closed its connection
 MOST_OUTPUT = 16 << 20  # bytes that output may take on the disk
 MOST_ANSWER = 256 << 20  # bytes of one answer of an isolated process
 UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
@@ -235,12 +236,17 @@ class _Process:
             value, error = _plain(data) if self.plain else pickle.loads(data)
             return Returned(value, error)
         except (EOFError, ConnectionError):
-            code = self.process.wait()
-            number = -code if code < 0 else code - 128 if self.plain else 0  # an isolated one is the child of a child
-            how = f"was killed by {signal.Signals(number).name}" if number > 0 else f"ended with status {code}"
-            return Returned(error=f"ended its process, which {how}", ended=True, crashed=True)
+            return Returned(error=f"ended its process, which {self._end()}", ended=True, crashed=True)
         except Exception as error:
             return Returned(error=f"returned what cannot be read: {_told(error)}", ended=True)
+
+    def _end(self) -> str:
+        try:
+            code = self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "had closed its connection"
+        number = -code if code < 0 else code - 128 if self.plain else 0  # an isolated one is the child of a child
+        return f"was killed by {signal_name(number)}" if number > 0 else f"ended with status {code}"
 
     def looked_at(self) -> Returned | None:
         """Whether it has to be ended; its descendants, which take longer to see, are looked at each tenth time."""
@@ -265,6 +271,11 @@ class _Process:
         self.pipe.close()
         if self.log is not None:
             self.log.close()
+
+
+def signal_name(number: int) -> str:
+    """Of a signal, among them those that have only a number."""
+    return signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
 
 
 def killed_with_descendants(pid: int, *, itself: bool = True) -> None:

@@ -66,6 +66,20 @@ ORDINARY = {
         "2\n",
     ),
     "asyncio": (Program("import asyncio; asyncio.run(asyncio.sleep(0)); print(__name__)"), "pass", "", "__main__\n"),
+    "a signal without a name": (Program("import os; os.kill(os.getpid(), 40)"), "error", "was killed by signal 40", ""),
+    "forges its report": (
+        Program('import os\nos.write(3, b\'{"setup": "x", "done": true, "value": [[[]]]}\')\nos._exit(0)', tests="1"),
+        "error",
+        "left before its tests",
+        "",
+    ),
+    "returns no JSON": (Program("def f(): return {1, 2}", call=("f", ())), "error", "TypeError", ""),
+    "forges a value": (
+        Program('import os\nos.write(3, b\'{"value": "[7"}\')\nos._exit(0)', call=("f", ())),
+        "error",
+        "returned what JSON has not",
+        "",
+    ),
     "surrogates": (Program("print('\\udce9')"), "pass", "", "\ufffd\n"),
 }
 

@@ -28,6 +28,10 @@ def sleeps(x):
 def exits(x):
     os._exit(x)
 
+def closes(x):
+    os.closerange(3, 64)
+    time.sleep(60)
+
 def raises(x):
     raise SystemExit(x)
 
@@ -73,6 +77,13 @@ def functions(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_waits():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxrl_llm.sandbox.workers.END_SECONDS", 0.2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def workers(functions):
     made = Workers(functions, workers=2, memory_bytes=200 << 20)
@@ -99,6 +110,7 @@ def test_what_becomes_of_calls_that_fail(workers):
     late, good, dead = (workers(name, [(n,)], 0.4)[0] for name, n in (("sleeps", 1), ("plus", 1), ("exits", 3)))
     assert (late.late, late.ended, good.value) == (True, True, 2)
     assert (dead.error, dead.crashed) == ("ended its process, which ended with status 3", True)
+    assert workers("closes", [(1,)], 20.0)[0].error == "ended its process, which had closed its connection"
     assert workers("raises", [(3,)], 5.0)[0].error == "raised SystemExit: 3"
     assert workers("odd", [(0,)], 5.0)[0].error.startswith("returned what does not pickle")
     assert workers("plus", [(lambda: 0,)], 5.0)[0].error.startswith("was not called, as its arguments do not pickle")
