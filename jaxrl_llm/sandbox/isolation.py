@@ -151,7 +151,7 @@ def entered(
         _in_child(None)
         folder = FOLDER
         _own_root(limits or Limits(), 0 if "user" not in using else _nobody(parents[1]))
-    _in_child(report)
+    _in_child(report, first="namespaces" in using)
     os.chdir(folder if os.path.isdir(folder) else "/")
     if limits is not None:
         # Of a user namespace and of a user of their own processes are counted from none.
@@ -185,8 +185,8 @@ def adopt_orphans() -> None:
         libc.prctl(36, 1)
 
 
-def _in_child(report: int | None) -> None:
-    """Fork; the parent ends as the child does, the child returns."""
+def _in_child(report: int | None, *, first: bool = False) -> None:
+    """Fork; the parent, which may be the first process of a namespace, ends as the child does; the child returns."""
     child = os.fork()
     if child == 0:
         die_with_parent()
@@ -197,7 +197,7 @@ def _in_child(report: int | None) -> None:
         pid = None
         while pid != child:  # orphans come to the first process of a namespace
             pid, status = os.wait()
-        if os.getpid() == 1:
+        if first and os.getpid() == 1:
             with contextlib.suppress(OSError):
                 os.kill(-1, signal.SIGKILL)  # nobody else is to write a report
         if report is not None:

@@ -6,7 +6,6 @@ A fork costs less than an interpreter that starts, so isolation does not make pr
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import select
@@ -22,7 +21,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from jaxrl_llm.sandbox.isolation import Limits, die_with_parent, entered, readable
-from jaxrl_llm.sandbox.workers import killed_with_descendants, memory_of
+from jaxrl_llm.sandbox.workers import has_ended, killed_with_descendants, memory_of
 
 _REPORT = 3  # file descriptor
 _TOLD = ("status", "setup", "done", "value")
@@ -65,8 +64,7 @@ def run(source: str, limits: Limits, using: Collection[str], job: Mapping[str, A
     finally:
         if folder or ended is not None:
             killed_with_descendants(child)
-        with contextlib.suppress(ChildProcessError):  # it was seen to have ended
-            os.waitpid(child, 0)
+        os.waitpid(child, 0)
         for ours, _ in pipes:
             os.close(ours)
         if folder or ended is not None:
@@ -101,7 +99,7 @@ def _watched(child: int, limits: Limits, ours: list[int], started: float) -> tup
             looked = time.monotonic()
             if memory_of(child, whole=True) > limits.memory_bytes + (64 << 20):
                 return "memory", [*data.values()]
-            gone = os.waitpid(child, os.WNOHANG)[0] == child
+            gone = has_ended(child)
     return None, [*data.values()]
 
 

@@ -174,7 +174,7 @@ class Workers:
 
     def _ready(self, count: int, *, anew: bool = False) -> list[_Process]:
         """So many processes that have imported their functions; beside those that are there, where `anew`."""
-        for process in [] if anew else [each for each in self._processes if each.process.poll() is not None]:
+        for process in [] if anew else [each for each in self._processes if has_ended(each.process.pid)]:
             process.end()  # it has ended between two calls
             self._processes.remove(process)
         there = [] if anew else self._processes[:count]
@@ -241,10 +241,13 @@ class _Process:
             return Returned(error=f"returned what cannot be read: {_told(error)}", ended=True)
 
     def _end(self) -> str:
-        try:
-            code = self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
+        deadline = time.monotonic() + END_SECONDS
+        while not has_ended(self.process.pid) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        if not has_ended(self.process.pid):
             return "had closed its connection"
+        killed_with_descendants(self.process.pid)  # before its number may become another's
+        code = self.process.wait()
         number = -code if code < 0 else code - 128 if self.plain else 0  # an isolated one is the child of a child
         return f"was killed by {signal_name(number)}" if number > 0 else f"ended with status {code}"
 
@@ -266,8 +269,9 @@ class _Process:
 
     def end(self) -> None:
         """Kill it and what it has started."""
-        killed_with_descendants(self.process.pid)
-        self.process.wait()
+        if self.process.returncode is None:
+            killed_with_descendants(self.process.pid)
+            self.process.wait()
         self.pipe.close()
         if self.log is not None:
             self.log.close()
@@ -276,6 +280,14 @@ class _Process:
 def signal_name(number: int) -> str:
     """Of a signal, among them those that have only a number."""
     return signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+
+
+def has_ended(child: int) -> bool:
+    """Whether a child of this process has ended; its number is its own until it is waited for."""
+    try:
+        return psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def killed_with_descendants(pid: int, *, itself: bool = True) -> None:
