@@ -68,6 +68,7 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
     exact_match,
     extract_answer,
 )
+from jaxrl_llm.rewards.verifiers.unit_tests import unit_tests
 from jaxrl_llm.rewards.verifiers.voted_answers import voted_answer
 
 __all__ = [
@@ -137,6 +138,7 @@ __all__ = [
     "truncation_zero",
     "trusted_trajectories",
     "turn_end_rewards",
+    "unit_tests",
     "vocabulary_certainty",
     "voted_answer",
     "weighted_sum",
