@@ -59,8 +59,8 @@ _HELPERS = re.compile(
 )
 # Stand for the sizes that a run fills keywords with.
 _SIZES = dict.fromkeys(
-    ("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step", "total_steps"), 2
-)
+    ("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step", "total_steps", "seed"), 2
+) | {"reward_names": ()}
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from jaxrl_llm.rewards.combination.columns import reward_column
 from jaxrl_llm.rewards.combination.consistency import consistent_accuracy
+from jaxrl_llm.rewards.combination.gates import (
+    concise_correctness,
+    gated_sum,
+    length_conciseness,
+    outcome_gated_sum,
+    trusted_sum,
+)
+from jaxrl_llm.rewards.combination.sums import annealed_sum, ensemble_score, floored_sum, robust_score
 from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.guarded import Guarded
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
@@ -10,6 +19,7 @@ from jaxrl_llm.rewards.intrinsic.answer_likelihood import answer_likelihood
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
 from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
+from jaxrl_llm.rewards.process.step_shaping import clipped_delta, potential_shaped
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
     normalized_turn_rewards,
@@ -18,9 +28,31 @@ from jaxrl_llm.rewards.process.turn_rewards import (
     separated_turns,
     turn_end_rewards,
 )
-from jaxrl_llm.rewards.shaping.calibration import calibrated_correctness
+from jaxrl_llm.rewards.process.unit_tests import weighted_tests
+from jaxrl_llm.rewards.shaping.bounded import (
+    clipped_rewards,
+    percentile_bounded,
+    reference_bounded,
+    running_normalized,
+    whitened_rewards,
+)
+from jaxrl_llm.rewards.shaping.calibration import (
+    calibrated_correctness,
+    mean_probability,
+    proper_score,
+    step_calibration,
+)
+from jaxrl_llm.rewards.shaping.correct_length import (
+    cosine_length,
+    length_band_bonus,
+    repetition_penalty,
+    shortest_right_bonus,
+    target_length,
+)
 from jaxrl_llm.rewards.shaping.length_limit import soft_overlong, truncation_zero
+from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
+from jaxrl_llm.rewards.shaping.similarity_scale import sharpened_scores, stretched_scores
 from jaxrl_llm.rewards.verifiers.answers import (
     answer_format,
     answer_ids,
@@ -29,8 +61,10 @@ from jaxrl_llm.rewards.verifiers.answers import (
     exact_answer,
     paired_answer_ids,
 )
+from jaxrl_llm.rewards.verifiers.boxes import box_match, span_overlap, vector_closeness
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
+from jaxrl_llm.rewards.verifiers.reasoning_phrases import reasoning_patterns
 from jaxrl_llm.rewards.verifiers.stated_confidence import stated_confidence
 from jaxrl_llm.rewards.verifiers.text_answers import (
     answer_order_share,
@@ -39,11 +73,17 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
     countdown,
     exact_match,
     extract_answer,
+    item_numbers,
+    position_tests,
 )
+from jaxrl_llm.rewards.verifiers.text_formats import instructions_kept, pattern_match, schema_match, tag_format
+from jaxrl_llm.rewards.verifiers.text_similarity import choice_match, relative_error, text_similarity, word_match
+from jaxrl_llm.rewards.verifiers.tool_calls import tool_calls_match
 
 __all__ = [
     "Guarded",
     "RewardError",
+    "annealed_sum",
     "answer_after_thought",
     "answer_format",
     "answer_ids",
@@ -52,33 +92,77 @@ __all__ = [
     "answer_position_share",
     "answer_present",
     "answer_span",
+    "box_match",
     "calibrated_correctness",
     "checked_host_reward",
+    "choice_match",
+    "clipped_delta",
+    "clipped_rewards",
     "column_share",
+    "concise_correctness",
     "consistent_accuracy",
+    "cosine_length",
     "countdown",
+    "ensemble_score",
     "episode_reward",
     "exact_answer",
     "exact_match",
     "extract_answer",
     "extract_number",
+    "flipped_rewards",
+    "floored_sum",
+    "gated_sum",
+    "instructions_kept",
+    "item_numbers",
     "latex_match",
     "learned_reward",
+    "length_band_bonus",
+    "length_conciseness",
+    "mean_probability",
     "normalized_turn_rewards",
     "number_match",
+    "outcome_gated_sum",
     "paired_answer_ids",
     "parsed_number",
+    "pattern_calibrated",
+    "pattern_match",
+    "percentile_bounded",
     "perplexity_ranks",
+    "position_tests",
+    "potential_shaped",
+    "proper_score",
+    "reasoning_patterns",
     "reasoning_perplexity",
+    "reference_bounded",
     "reference_progress",
+    "relative_error",
     "relative_length_rewards",
+    "repetition_penalty",
+    "reward_column",
+    "robust_score",
+    "running_normalized",
+    "schema_match",
     "self_correction_rewards",
     "separated_turns",
+    "sharpened_scores",
+    "shortest_right_bonus",
     "soft_overlong",
+    "span_overlap",
     "stated_confidence",
+    "step_calibration",
+    "stretched_scores",
+    "tag_format",
+    "target_length",
+    "text_similarity",
     "thought_length",
     "thought_mask",
+    "tool_calls_match",
     "truncation_zero",
+    "trusted_sum",
     "turn_end_rewards",
+    "vector_closeness",
     "weighted_sum",
+    "weighted_tests",
+    "whitened_rewards",
+    "word_match",
 ]

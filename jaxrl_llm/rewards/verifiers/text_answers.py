@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from jaxrl_llm.data.tasks import countdown as countdown_task
+from jaxrl_llm.ranges import Count, ranged
 
 
 def extract_answer(text: str, *, open_tag: str = "<a>", close_tag: str = "</a>") -> str | None:
@@ -27,17 +28,21 @@ def extract_answer(text: str, *, open_tag: str = "<a>", close_tag: str = "</a>")
     return None if closing < 0 else text[start:closing].strip(" \n")
 
 
-def exact_match(completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+def exact_match(
+    completions: Sequence[str], answers: Sequence[str], *, open_tag: str = "<a>", close_tag: str = "</a>"
+) -> list[float]:
     """1 where the completion's answer equals the reference answer character by character, else 0.
 
     Args:
       completions: decoded completions.
       answers: reference answers.
+      open_tag, close_tag: around the answer, such as `<answer>` and `</answer>`.
 
     Returns:
       One reward a row, 0 or 1.
     """
-    return [float(extract_answer(text) == answer) for text, answer in zip(completions, answers, strict=True)]
+    said = [extract_answer(text, open_tag=open_tag, close_tag=close_tag) for text in completions]
+    return [float(one == answer) for one, answer in zip(said, answers, strict=True)]
 
 
 def countdown(completions: Sequence[str], prompts: Sequence[str]) -> list[float]:
@@ -132,3 +137,55 @@ def _order_share(found: Sequence[str], wanted: Sequence[str]) -> float:
     ranks = [places[element].pop(0) for element in found]
     pairs = [ranks[i] < ranks[j] for j in range(len(ranks)) for i in range(j)]
     return sum(pairs) / len(pairs) if pairs else 1.0
+
+
+@ranged
+def position_tests(completions: Sequence[str], answers: Sequence[str], *, tests: Count) -> list[list[float]]:
+    """Each position of an answer that is a list as a test of its own: 1 where the element there is right.
+
+    For `weighted_tests`, as an entry of credit that fills `test_passes`.
+
+    Args:
+      completions: decoded completions.
+      answers: reference answers, elements separated by spaces.
+      tests: that a prompt may have; NaN for those that it has not.
+
+    Returns:
+      A list of `tests` numbers a row: 0 where the element is wrong or missing.
+
+    >>> position_tests(["<a>1 3</a>"], ["1 2"], tests=3)
+    [[1.0, 0.0, nan]]
+    """
+    rows = []
+    for text, answer in zip(completions, answers, strict=True):
+        found, wanted = (extract_answer(text) or "").split(), answer.split()[:tests]
+        passed = [float(k < len(found) and found[k] == element) for k, element in enumerate(wanted)]
+        rows.append(passed + [float("nan")] * (tests - len(wanted)))
+    return rows
+
+
+def item_numbers(
+    items: Sequence[Mapping[str, Any]], *, field: str, values: Mapping[str, tuple[float, ...]]
+) -> list[tuple[float, ...]]:
+    """Numbers that go with what a record says in a field, such as percentiles of a data set (`percentile_bounded`).
+
+    Args:
+      items: records of the data.
+      field: of the records, such as "task" or "level".
+      values: what it says, as text -> numbers, as many for each.
+
+    Returns:
+      A tuple of numbers a row.
+
+    Raises:
+      ValueError: for a record that says something else.
+
+    >>> item_numbers([{"level": 2}], field="level", values={"2": (0.1, 0.5, 0.9)})
+    [(0.1, 0.5, 0.9)]
+    """
+    for row, item in enumerate(items):
+        if str(item.get(field)) not in values:
+            raise ValueError(
+                f"values has no numbers for {field} {item.get(field)!r} of row {row}; it has {', '.join(values)}"
+            )
+    return [tuple(values[str(item[field])]) for item in items]
