@@ -19,6 +19,7 @@ from jaxrl_llm.rewards.intrinsic.answer_likelihood import answer_likelihood
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
 from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
+from jaxrl_llm.rewards.process.rare_tests import weighted_tests
 from jaxrl_llm.rewards.process.step_shaping import clipped_delta, potential_shaped
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
@@ -28,7 +29,6 @@ from jaxrl_llm.rewards.process.turn_rewards import (
     separated_turns,
     turn_end_rewards,
 )
-from jaxrl_llm.rewards.process.unit_tests import weighted_tests
 from jaxrl_llm.rewards.shaping.bounded import (
     clipped_rewards,
     percentile_bounded,

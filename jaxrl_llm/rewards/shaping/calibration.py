@@ -93,8 +93,8 @@ def proper_score(
     q = jnp.where(readable, confidence.astype(jnp.float32), 1 - c)
     if rule == "brier":
         return -jnp.square(q - c)
-    q = jnp.clip(q, eps, 1 - eps)
-    return c * jnp.log(q) + (1 - c) * jnp.log1p(-q)
+    # Of the probability that was given to what happened: 1 - (1 - eps) is not eps in 32 bits.
+    return jnp.log(jnp.clip(jnp.where(c > 0, q, 1 - q), eps, 1 - eps))
 
 
 @ranged
