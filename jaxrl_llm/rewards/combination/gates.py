@@ -132,11 +132,10 @@ def trusted_sum(
     """The outcome, and a score of the thinking in the measure in which it prefers right answers in this group.
 
         r = o + coefficient * exp(-step / decay_steps) * trust * t
-        trust = 0                    where all o >= 0.9 or all o <= 0.1
-                1                    where mean_right >= mean_wrong or nobody is right
-                exp(mean_right - mean_wrong)   elsewhere
+        trust = exp(min(mean_right - mean_wrong, 0))
 
-    with mean_right, mean_wrong the mean scores t of samples with o >= 0.5 and below, 0 where there are none.
+    with mean_right and mean_wrong the mean scores t of samples with o of at least 0.5 and below, 0 where there are
+    none. Where nobody is right the trust is 1; where all o are at least 0.9, or all at most 0.1, it is 0.
 
     Args:
       reward_components: one column a reward function.

@@ -149,7 +149,7 @@ def robust_score(
 ) -> Float[Array, "B"]:
     """Between the surest of several heads and the worst that any of them says.
 
-        r = alpha * x_k* + (1 - alpha) * min_k x_k,   k* = argmin_k deviation_k
+        r = alpha * x_s + (1 - alpha) * min_k x_k,   s = argmin_k deviation_k
 
     Args:
       reward_components: one column a reward function; a head that is NaN in either does not apply and is left out.

@@ -23,10 +23,12 @@ def weighted_tests(
 ) -> Float[Array, "B ..."]:
     """The tests that a completion passes, each weighted by how rarely it is passed and by how many are like it.
 
-        rho_j = mean of p_isj over the turns of the group
-        density_j = sum_j' exp(-(rho_j - rho_j')^2 / (2 * width^2))
+        rho_j = mean_{i,s} p_{i,s,j}
+        density_j = sum_k exp(-(rho_j - rho_k)^2 / (2 * width^2))
         w_j = exp(-difficulty * rho_j) / (density_j + eps)
-        r_is = sum_j w_j * p_isj
+        r_{i,s} = sum_j w_j * p_{i,s,j}
+
+    with the mean over all turns s of the samples i of the group, and k over the tests, j among them.
 
     Suites are skewed to easy tests, so that their number dominates a plain share of passed tests; the density divides
     that out: copies of one test count about like one. The constants are our choice. Of conversations, give

@@ -73,7 +73,7 @@ def potential_shaped(
 ) -> Float[Array, "B S"]:
     """Rewards of turns plus the discounted gain of a potential, which leaves the ranking of policies as it is.
 
-        r'_s = r_s + gamma * phi_{s+1} - phi_s,   phi = 0 where the episode ends
+        r_s <- r_s + gamma * phi_{s+1} - phi_s,   phi = 0 where the episode ends
 
     The discounted sum changes by -phi_0, the same for all that a policy may do.
 

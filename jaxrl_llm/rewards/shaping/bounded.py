@@ -31,6 +31,9 @@ def reference_bounded(
     """How much better than reference answers a completion is, bounded: a proxy cannot be overdone without end.
 
         d_m = r - ref_m
+
+    and, by form,
+
         sigmoid       mean_m sigmoid(slope * d_m)
         shifted       mean_m sigmoid(slope * (d_m - 3))
         polynomial    mean_m g(d_m), g the quintic nearest to the sigmoid on [-5, 5], 0 below and 1 above
@@ -128,11 +131,10 @@ def whitened_rewards(
 ) -> Float[Array, "B"]:
     """Rewards with variance 1 over the batch.
 
-        (r - mean) / sqrt(variance + eps)          the default
-        r / sqrt(variance + eps)                   center: false, which only rescales
-        (r - mean) / sqrt(variance + eps) + mean   keep_mean: true, as TRL and verl do with rewards
+        (r - mean) / sqrt(variance + eps)
 
-    with the unbiased variance.
+    with the unbiased variance. `center: false` only rescales; `keep_mean: true` adds the mean again, as TRL and verl do
+    with rewards.
 
     Args:
       rewards: rewards before; NaN does not apply and takes part in no statistic.
@@ -185,7 +187,7 @@ def running_normalized(*, center: bool = True, limit: Positive | None = None) ->
     """Rewards in units of the mean and the deviation of all that was seen so far, this batch included.
 
         d = mean_batch - mean,   N = n + n_batch
-        M2 <- M2 + n_batch * var_batch + d^2 * n * n_batch / N
+        M2 <- M2 + n_batch * variance + d^2 * n * n_batch / N
         mean <- mean + d * n_batch / N
         r' = (r - mean) / sqrt(M2 / N)
 

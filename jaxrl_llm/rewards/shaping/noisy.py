@@ -51,8 +51,7 @@ def pattern_calibrated(
 ) -> Float[Array, "B"]:
     """A reward model's score, raised where it is low and the completion reasons: it may have missed something.
 
-        r < threshold   min(1, r + coefficient * p)
-        else            r
+        r <- min(1, r + coefficient * p) where r < threshold
 
     Args:
       rewards: r, scores in [0, 1]; NaN does not apply and stays.

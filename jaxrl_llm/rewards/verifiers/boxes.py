@@ -27,9 +27,8 @@ def box_match(
     """How well a box [left, top, right, bottom] finds another.
 
         r = w_h * hit + w_o * intersection / union + w_c * closeness
-        hit         1 where the centre of the box lies inside of the reference
-        closeness   harmonic mean of 1 - |difference| / scale over the four numbers, 0 where one is not above 0
 
+    A hit is 1 where the centre of the box lies inside of the reference. The closeness is that of `vector_closeness`,
     with the width as the scale of left and right, and the height as that of top and bottom.
 
     Args:
@@ -112,7 +111,9 @@ def vector_closeness(
 ) -> list[float]:
     """How near an answer that is a list of numbers is to the reference.
 
-        r = harmonic mean of 1 - |difference| / scale over the numbers, 0 where one is not above 0
+        r = n / sum_k 1 / u_k,   u_k = 1 - |x_k - y_k| / scale
+
+    over n numbers x and those of the reference y; 0 where a u is not above 0.
 
     Args:
       completions: decoded completions.

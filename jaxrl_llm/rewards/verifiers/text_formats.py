@@ -22,12 +22,12 @@ def tag_format(
     think: tuple[str, str] = ("<think>", "</think>"),
     answer: tuple[str, str] = ("<answer>", "</answer>"),
 ) -> list[float]:
-    r"""Whether the tags of thought and answer stand where they should.
+    """Whether the tags of thought and answer stand where they should.
 
         think          1 where the text starts with the opening tag, which occurs once, and a closing one follows
         think_answer   1 where each of the four tags occurs once and in order, the text begins and ends with one,
                        and nothing but blanks stands between thought and answer; both may be empty
-        tags           a quarter for each of the four that occurs once on a line of its own, as in "\n</think>\n"
+        tags           a quarter for each of the four that occurs once on a line of its own
 
     Tokens that are whole tags are cheaper read as tokens (`answer_format`).
 
@@ -43,7 +43,7 @@ def tag_format(
     Raises:
       ValueError: for an unknown grammar.
 
-    >>> tag_format(["<think>a</think>\n<answer>4</answer>", "<think>a</think> so <answer>4</answer>", ""])
+    >>> tag_format(["<think>a</think> <answer>4</answer>", "<think>a</think> so <answer>4</answer>", ""])
     [1.0, 0.0, 0.0]
 
     Reference: DeepSeek-R1 (2501.12948), as open-r1 and TRL check it.
@@ -191,7 +191,7 @@ INSTRUCTIONS: Mapping[str, Callable[[str, Any], bool]] = {
     "most_words": lambda text, n: len(_words(text)) <= n,
     "least_characters": lambda text, n: len(text) >= n,
     "most_characters": lambda text, n: len(text) <= n,
-    "sentences": lambda text, n: len(re.findall(r"[^.!?]*\w[^.!?]*(?:[.!?]|$)", text)) == n,
+    "sentences": lambda text, n: sum(any(map(str.isalnum, part)) for part in re.split("[.!?]", text)) == n,
     "paragraphs": lambda text, n: len([part for part in text.split("\n\n") if part.strip()]) == n,
     "bullets": lambda text, n: len(re.findall(r"^ {0,20}[-*•] ", text, re.M)) == n,
     "contains": lambda text, words: all(word.lower() in text.lower() for word in _listed(words)),

@@ -269,6 +269,6 @@ def _option(text: str, options: str, *, loose: bool = False) -> str | None:
     if read is None:
         return None
     letter = next(part for part in read.groups() if part).upper()
-    rest = plain[read.end() :].strip(" .)]")
+    rest = plain[read.end() :].strip(" .()[]")
     several = _NEXT.match(plain[read.end() :]) or (len(rest) == 1 and rest.upper() in options.upper())
     return letter if letter in options.upper() and not several else None
