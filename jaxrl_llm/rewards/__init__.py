@@ -11,7 +11,7 @@ from jaxrl_llm.rewards.combination.gates import (
     outcome_gated_sum,
     trusted_sum,
 )
-from jaxrl_llm.rewards.combination.sums import annealed_sum, ensemble_score, floored_sum, robust_score
+from jaxrl_llm.rewards.combination.sums import annealed_sum, blended_rewards, ensemble_score, floored_sum, robust_score
 from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.guarded import Guarded
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
@@ -20,13 +20,14 @@ from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_p
 from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
-from jaxrl_llm.rewards.process.step_shaping import clipped_delta, potential_shaped
+from jaxrl_llm.rewards.process.step_shaping import accumulated_potentials, clipped_delta, potential_shaped
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
     normalized_turn_rewards,
     reference_progress,
     self_correction_rewards,
     separated_turns,
+    turn_count,
     turn_end_rewards,
 )
 from jaxrl_llm.rewards.shaping.bounded import (
@@ -58,6 +59,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
     answer_ids,
     answer_present,
     answer_span,
+    answer_token_tests,
     exact_answer,
     paired_answer_ids,
 )
@@ -74,7 +76,6 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
     exact_match,
     extract_answer,
     item_numbers,
-    position_tests,
 )
 from jaxrl_llm.rewards.verifiers.text_formats import instructions_kept, pattern_match, schema_match, tag_format
 from jaxrl_llm.rewards.verifiers.text_similarity import choice_match, relative_error, text_similarity, word_match
@@ -83,6 +84,7 @@ from jaxrl_llm.rewards.verifiers.tool_calls import tool_calls_match
 __all__ = [
     "Guarded",
     "RewardError",
+    "accumulated_potentials",
     "annealed_sum",
     "answer_after_thought",
     "answer_format",
@@ -92,6 +94,8 @@ __all__ = [
     "answer_position_share",
     "answer_present",
     "answer_span",
+    "answer_token_tests",
+    "blended_rewards",
     "box_match",
     "calibrated_correctness",
     "checked_host_reward",
@@ -128,7 +132,6 @@ __all__ = [
     "pattern_match",
     "percentile_bounded",
     "perplexity_ranks",
-    "position_tests",
     "potential_shaped",
     "proper_score",
     "reasoning_patterns",
@@ -159,6 +162,7 @@ __all__ = [
     "tool_calls_match",
     "truncation_zero",
     "trusted_sum",
+    "turn_count",
     "turn_end_rewards",
     "vector_closeness",
     "weighted_sum",

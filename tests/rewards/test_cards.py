@@ -64,11 +64,11 @@ def quantities(**hyper):
 
 
 PASSES = [[[1.0, 0], [1, 1]], [[1, 0], [NAN, NAN]]]
-STEPS, TURNS = [[0.9, 0.4, 0.6, 0.2]], [4]
+STEPS = {"turn_rewards": [[0.9, 0.4, 0.6, 0.2]], "turn": [[0, 1, 2, 3]], "mask": [[1.0] * 4]}
 PAR = {"rewards": [2.0, -1], "reference_rewards": [[1.0, 0], [0, 0.5]]}
 SCORES = [[1.0, 0.5, 0], [0.2, 0.4, 0.3]]
 HEADS = ("a", "b", "c")
-SIMILAR = {"scores": [0.8, 0.78, 0.7]}
+SIMILAR = {"quality": [0.8, 0.78, 0.7]}
 LEVELS = {"step_match": [[1.0, 0]], "stated_confidence": [[1.0, 0.75]], "internal_confidence": [[0.75, 0.25]]}
 LENGTHS = {"correct": [1.0, 1, 0, 0], "length": [25, 100, 25, 150]}
 
@@ -76,7 +76,7 @@ LENGTHS = {"correct": [1.0, 1, 0, 0], "length": [25, 100, 25, 150]}
 EXAMPLES = {
     # combination
     "a column": (
-        named(rewards.reward_column, "x", "y", name="y"),
+        named(rewards.reward_column, "x", "y", column="y"),
         {"reward_components": [[1.0, 2], [3, NAN]]},
         [2, NAN],
     ),
@@ -239,8 +239,23 @@ EXAMPLES = {
     ),
     "medgrpo": (
         rewards.percentile_bounded,
-        {"rewards": [0.2, 0.5, 0.9, NAN, 9], "percentiles": [[0.3, 0.5, 0.7]] * 4 + [[0.5] * 3]},
+        {
+            "rewards": [0.2, 0.5, 0.9, NAN, 9],
+            "low": [0.3] * 4 + [0.5],
+            "middle": [0.5] * 5,
+            "high": [0.7] * 4 + [0.5],
+        },
         [0.095349, 0.5, 0.952574, NAN, 1],
+    ),
+    "tests of an answer": (
+        rewards.answer_token_tests,
+        {
+            "tokens": [[5, 98, 20, 21, 6, 2], [5, 20, 6, 2, 0, 0], [5, 20, 21, 9, 9, 9], [2] * 6],
+            "length": [6, 4, 6, 1],
+            "answer_tokens": [[20, 22, 0], [20, 21, 22], [20, 21, 0], [20, 0, 0]],
+            "answer_length": [2, 3, 2, 1],
+        },
+        [[1, 0, NAN], [1, 0, 0], [0, 0, NAN], [0, NAN, NAN]],
     ),
     "whiten": (rewards.whitened_rewards, {"rewards": [1.0, 2, 4]}, [-0.872872, -0.218218, 1.091089]),
     "whiten, not centred": (
@@ -280,11 +295,11 @@ EXAMPLES = {
     ),
     "armed, nothing remembered": (
         remembered(rewards.sharpened_scores()),
-        {"scores": [0.5, 0.5, NAN]},
+        {"quality": [0.5, 0.5, NAN]},
         [0.5, 0.5, NAN],
     ),
     "armed, stretched": (rewards.stretched_scores, SIMILAR, [0.98, 0.798, 0.07]),
-    "armed, nothing to stretch": (rewards.stretched_scores, {"scores": [0.7, 0.7, NAN]}, [0.7, 0.7, NAN]),
+    "armed, nothing to stretch": (rewards.stretched_scores, {"quality": [0.7, 0.7, NAN]}, [0.7, 0.7, NAN]),
     "noisy-rpr, flip": (
         partial(rewards.flipped_rewards, share=0.5, seed=0),
         {"rewards": [0.0, 1, 1, 1, NAN], "prompt_id": [2, 2, 1, 4, 2]},
@@ -292,7 +307,7 @@ EXAMPLES = {
     ),
     "noisy-rpr, calibration": (
         rewards.pattern_calibrated,
-        {"rewards": [0.2, 0.7, 0.2, 0.49, NAN], "pattern_scores": [0.5, 0.5, NAN, 9, 1]},
+        {"rewards": [0.2, 0.7, 0.2, 0.49, NAN], "patterns": [0.5, 0.5, NAN, 9, 1]},
         [0.25, 0.7, 0.2, 1, NAN],
     ),
     "rlcr": (
@@ -333,7 +348,7 @@ EXAMPLES = {
     **{
         f"clip-delta, {label}": (
             partial(rewards.clipped_delta, **hyper),
-            {"turn_rewards": STEPS, "turns": TURNS},
+            STEPS,
             [expected],
         )
         for label, hyper, expected in [
@@ -343,20 +358,40 @@ EXAMPLES = {
             ("keep", {"threshold": None, "delta": "keep"}, [0.5, -0.2, 0.4, 0.2]),
         ]
     },
-    "clip-delta, short": (
+    "clip-delta, short, with the outcome": (
         partial(rewards.clipped_delta, threshold=None),
-        {"turn_rewards": [[0.9, 0.4, 7, NAN], [0.9, 1, 1, 1], [1.0] * 4], "turns": [2, 1, 0]},
-        [[0.9, 0, 0, 0], [0] * 4, [0] * 4],
+        {
+            "turn_rewards": [[0.9, 0.4, 7, NAN], [0.9, 1, 1, 1], [1.0] * 4],
+            "turn": [[0, 0, 1, 2], [0] * 4, [0] * 4],
+            "mask": [[1.0, 1, 1, 0], [1] * 4, [0] * 4],
+            "rewards": [1.0, NAN, 1],
+        },
+        [[0.9, 1, 0, 0], [0] * 4, [0] * 4],
     ),
     "pbrs": (
         partial(rewards.potential_shaped, gamma=0.9),
         {
-            "turn_rewards": [[0.0, 0, 1], [1, 5, 5]],
             "potentials": [[0.1, 0.4, 0.7, 0.9], [0.5, NAN, 1, 1]],
-            "turns": [3, 1],
+            "turn": [[0, 1, 2], [0, 0, 0]],
+            "mask": [[1.0] * 3, [1, 0, 0]],
+            "rewards": [1.0, 1],
         },
         [[0.26, 0.23, 0.3], [0.5, 0, 0]],
     ),
+    "pbrs, rewards of turns": (
+        partial(rewards.potential_shaped, gamma=0.9),
+        {
+            "potentials": [[0.1, 0.4, 0.7, 0.9]],
+            "turn": [[0, 1, 2]],
+            "mask": [[1.0] * 3],
+            "rewards": [5.0],
+            "turn_rewards": [[0.0, 0, 1]],
+        },
+        [[0.26, 0.23, 0.3]],
+    ),
+    "pbrs, progress": (rewards.accumulated_potentials, {"turn_rewards": [[1.0, 0, 1]]}, [[0, 1, 1, 2]]),
+    "blended": (rewards.blended_rewards, {"rewards": [1.0, 0, NAN], "quality": [0.731059, NAN, 1]}, [0.865529, 0, NAN]),
+    "turns": (rewards.turn_count, {"turns": [3, 0]}, [3, 0]),
     "verpo, tests": (
         rewards.weighted_tests,
         {"test_passes": PASSES},
@@ -467,15 +502,18 @@ def test_eight_devices_find_the_same(one, eight):
         np.testing.assert_allclose(eight[name], value, atol=1e-6, rtol=1e-6, err_msg=name)
 
 
+STEP = jnp.ones((1, 2))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda: rewards.reward_column(jnp.ones((2, 2)), name="z", reward_names=("x", "y")),
+            lambda: rewards.reward_column(jnp.ones((2, 2)), column="z", reward_names=("x", "y")),
             "'z'.*none of the rewards x, y",
         ),
-        (lambda: rewards.reward_column(jnp.ones((2, 2)), name="x", reward_names=("x", "x")), "'x'.*2 of the rewards"),
-        (lambda: rewards.reward_column(jnp.ones((2, 2)), name="x", reward_names=("x",)), "2 reward components"),
+        (lambda: rewards.reward_column(jnp.ones((2, 2)), column="x", reward_names=("x", "x")), "'x'.*2 of the rewards"),
+        (lambda: rewards.reward_column(jnp.ones((2, 2)), column="x", reward_names=("x",)), "2 reward components"),
         (
             lambda: rewards.gated_sum(
                 jnp.ones((2, 2)), order=("x", "y"), reward_names=("x", "y"), thresholds=(1.0, 2.0)
@@ -501,8 +539,11 @@ def test_eight_devices_find_the_same(one, eight):
         (lambda: rewards.reference_bounded(jnp.ones(2), form="relu"), "form is 'relu'.*sigmoid"),
         (lambda: rewards.proper_score(jnp.ones(2), jnp.ones(2), rule="linear"), "rule is 'linear'"),
         (lambda: rewards.target_length(jnp.ones(2), jnp.ones(2), jnp.ones(2), form="min"), "form is 'min'"),
-        (lambda: rewards.clipped_delta(jnp.ones((1, 2)), jnp.ones(1), delta="add"), "delta is 'add'"),
-        (lambda: rewards.potential_shaped(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones(1)), "2 columns for 2 turns"),
+        (lambda: rewards.clipped_delta(*[jnp.ones((1, 2))] * 3, delta="add"), "delta is 'add'"),
+        (
+            lambda: rewards.potential_shaped(*[jnp.ones((1, 2))] * 3, jnp.ones(1), STEP),
+            "2 columns for 2 turns",
+        ),
         (
             lambda: rewards.cosine_length(jnp.ones(2), jnp.ones(2), max_completion_tokens=0),
             "max_completion_tokens is 0",

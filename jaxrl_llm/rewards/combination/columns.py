@@ -10,13 +10,13 @@ from jaxtyping import Array, Float
 
 
 def reward_column(
-    reward_components: Float[Array, "B K"], *, name: str, reward_names: tuple[str, ...]
+    reward_components: Float[Array, "B K"], *, column: str, reward_names: tuple[str, ...]
 ) -> Float[Array, "B"]:
     """One reward by its name, before weights: an entry of credit may give it to a function under a name of its own.
 
     Args:
       reward_components: one column a reward function.
-      name: of the reward function in the recipe.
+      column: name of the reward function in the recipe.
       reward_names: names of the columns in their order; a run knows them.
 
     Returns:
@@ -25,10 +25,10 @@ def reward_column(
     Raises:
       ValueError: for a name that no column has.
 
-    >>> reward_column(jnp.array([[1.0, 0.5]]), name="short", reward_names=("exact_answer", "short")).tolist()
+    >>> reward_column(jnp.array([[1.0, 0.5]]), column="short", reward_names=("exact_answer", "short")).tolist()
     [0.5]
     """
-    return named_columns(reward_components, reward_names, [name])[0]
+    return named_columns(reward_components, reward_names, [column])[0]
 
 
 def named_columns(

@@ -6,9 +6,10 @@ from typing import Literal, get_args
 
 import chex
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.ranges import NonNegative, Share, ranged
+from jaxrl_llm.rewards.process.turn_rewards import tokens_per_turn
 
 Delta = Literal["none", "drop", "keep"]
 
@@ -16,30 +17,34 @@ Delta = Literal["none", "drop", "keep"]
 @ranged
 def clipped_delta(
     turn_rewards: Float[Array, "B S"],
-    turns: Int[Array, "B"],
+    turn: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    rewards: Float[Array, "B"] | None = None,
     *,
     threshold: float | None = 0.5,
     delta: Delta = "drop",
     coefficient: NonNegative = 1.0,
 ) -> Float[Array, "B S"]:
-    """Scores of steps whose sum does not grow with the number of steps.
+    """Scores of steps whose sum does not grow with the number of steps, and the outcome at the last one.
 
         clip    x_s = min(r_s - threshold, 0)
         delta   d_s = x_s - x_{s+1}
-        drop    d of the last step is 0 and that of the last but one x_s: success speaks for the last
+        drop    d of the last step is 0 and that of the last but one x_s: the outcome speaks for the last
         keep    d of the last step is x_s
 
-    Raw sums of a process reward model pay for repeated filler. Add the reward of success at the end.
+    Raw sums of a process reward model pay for repeated filler.
 
     Args:
       turn_rewards: r in [0, 1], the score of each step; NaN does not apply and counts as 0 after clipping.
-      turns: steps of each row; those behind get 0.
+      turn: index of the step that each token belongs to.
+      mask: non-zero on tokens that count; the last step with one ends the row.
+      rewards: the outcome, added to the last step; NaN adds nothing.
       threshold: as a quantile or mean of the model's scores; None leaves the clipping out.
       delta: how differences end; "none" takes no differences.
-      coefficient: factor of the result, 0.02 to 1.
+      coefficient: factor of what the steps get, 0.02 to 1.
 
     Returns:
-      One reward a step, float32.
+      One reward a step, float32; 0 for steps that were not taken.
 
     Raises:
       ValueError: for an unknown delta.
@@ -47,27 +52,26 @@ def clipped_delta(
     Reference: Clip and Delta (2410.15115).
     Certainty: recalled
     """
-    chex.assert_rank([turn_rewards, turns], [2, 1])
+    chex.assert_rank([turn_rewards, turn, mask], 2)
     if delta not in get_args(Delta):
         raise ValueError(f"delta is {delta!r}; it must be one of {', '.join(get_args(Delta))}")
-    place = jnp.arange(turn_rewards.shape[1])[None, :]
     r = turn_rewards.astype(jnp.float32)
     x = r if threshold is None else jnp.minimum(r - threshold, 0.0)
-    x = jnp.where((place < turns[:, None]) & ~jnp.isnan(x), x, 0.0)
-    if delta == "none":
-        return coefficient * x
-    last = place == turns[:, None] - 1
+    taken, last = _steps(turn, mask, r.shape[1])
+    x = jnp.where(taken & ~jnp.isnan(x), x, 0.0)
+    x = jnp.where(last, 0.0, x) if delta == "drop" else x
     following = jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
-    if delta == "drop":
-        x, following = jnp.where(last, 0.0, x), jnp.where(place == turns[:, None] - 2, 0.0, following)
-    return coefficient * jnp.where(last, x, x - following)
+    shaped = coefficient * (x if delta == "none" else x - following)
+    return shaped if rewards is None else shaped + jnp.where(last, jnp.nan_to_num(rewards)[:, None], 0.0)
 
 
 @ranged
 def potential_shaped(
-    turn_rewards: Float[Array, "B S"],
     potentials: Float[Array, "B S+1"],
-    turns: Int[Array, "B"],
+    turn: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    rewards: Float[Array, "B"],
+    turn_rewards: Float[Array, "B S"] | None = None,
     *,
     gamma: Share = 1.0,
 ) -> Float[Array, "B S"]:
@@ -78,13 +82,15 @@ def potential_shaped(
     The discounted sum changes by -phi_0, the same for all that a policy may do.
 
     Args:
-      turn_rewards: reward of each turn.
       potentials: phi of the state in front of each turn, and of the one behind the last; NaN counts as 0.
-      turns: turns of each row; those behind keep 0.
+      turn: index of the turn that each token belongs to.
+      mask: non-zero on tokens that count; the last turn with one ends the episode.
+      rewards: total reward of each row, given at its last turn where there are no `turn_rewards`.
+      turn_rewards: reward of each turn; they take the place of `rewards`.
       gamma: discount of the return that the rewards are for.
 
     Returns:
-      One reward a turn, float32.
+      One reward a turn, float32; 0 for turns that were not taken.
 
     Raises:
       ValueError: if there is not one potential more than turns.
@@ -92,13 +98,42 @@ def potential_shaped(
     Reference: potential-based shaping, Ng, Harada and Russell (1999).
     Certainty: recalled
     """
-    chex.assert_rank([turn_rewards, potentials, turns], [2, 2, 1])
-    if potentials.shape[1] != turn_rewards.shape[1] + 1:
+    chex.assert_rank([potentials, turn, mask, rewards], [2, 2, 2, 1])
+    turns = potentials.shape[1] - 1
+    if turn_rewards is not None and turn_rewards.shape[1] != turns:
         raise ValueError(
-            f"potentials has {potentials.shape[1]} columns for {turn_rewards.shape[1]} turns; give one for the state "
-            "in front of each turn and one for the state behind the last"
+            f"potentials has {turns + 1} columns for {turn_rewards.shape[1]} turns; give one for the state in front of "
+            "each turn and one for the state behind the last"
         )
-    place = jnp.arange(potentials.shape[1])[None, :]
-    phi = jnp.where((place < turns[:, None]) & ~jnp.isnan(potentials), potentials.astype(jnp.float32), 0.0)
-    shaped = turn_rewards.astype(jnp.float32) + gamma * phi[:, 1:] - phi[:, :-1]
-    return jnp.where(place[:, :-1] < turns[:, None], shaped, 0.0)
+    taken, last = _steps(turn, mask, turns)
+    r = jnp.where(last, rewards[:, None], 0.0) if turn_rewards is None else turn_rewards
+    phi = jnp.nan_to_num(potentials.astype(jnp.float32))
+    gain = gamma * jnp.where(last, 0.0, phi[:, 1:]) - phi[:, :-1]
+    return jnp.where(taken, r.astype(jnp.float32) + gain, 0.0)
+
+
+@ranged
+def accumulated_potentials(turn_rewards: Float[Array, "B S"], *, scale: NonNegative = 1.0) -> Float[Array, "B S+1"]:
+    """What was achieved so far as the potential of a state.
+
+        phi_s = scale * sum_{k < s} r_k
+
+    Args:
+      turn_rewards: r, what each turn achieves, such as `reference_progress`.
+      scale: potential of one achievement.
+
+    Returns:
+      One potential for the state in front of each turn, and one for the state behind the last.
+    """
+    total = jnp.cumsum(turn_rewards.astype(jnp.float32), axis=1)
+    return scale * jnp.concatenate([jnp.zeros_like(total[:, :1]), total], axis=1)
+
+
+def _steps(
+    turn: Int[Array, "B T"], mask: Float[Array, "B T"], steps: int
+) -> tuple[Bool[Array, "B S"], Bool[Array, "B S"]]:
+    """Which steps were taken, up to the last with a token that counts; and which is that."""
+    place = jnp.arange(steps)[None, :]
+    counted = tokens_per_turn(mask > 0, turn, steps) > 0
+    last = jnp.max(jnp.where(counted, place, -1), axis=1, keepdims=True, initial=-1)
+    return place <= last, place == last

@@ -97,15 +97,20 @@ def _quintic() -> tuple[float, ...]:
 
 @ranged
 def percentile_bounded(
-    rewards: Float[Array, "B"], percentiles: Float[Array, "B 3"], *, slope: Positive = 3.0
+    rewards: Float[Array, "B"],
+    low: Float[Array, "B"],
+    middle: Float[Array, "B"],
+    high: Float[Array, "B"],
+    *,
+    slope: Positive = 3.0,
 ) -> Float[Array, "B"]:
     """Scores of several data sets and tasks on one scale: where they lie among those of the start policy.
 
-        r = sigmoid(slope * (x - p50) / max(p75 - p25, 1e-6)), the exponent within 50 of 0
+        r = sigmoid(slope * (x - middle) / max(high - low, 1e-6)), the exponent within 50 of 0
 
     Args:
       rewards: x, the score of each row; NaN does not apply.
-      percentiles: p25, p50, p75 of the start policy's scores on the row's data set and task (`item_numbers`).
+      low, middle, high: quartiles of the start policy's scores on the row's data set and task (`item_numbers`).
       slope: 3 in the paper.
 
     Returns:
@@ -114,9 +119,9 @@ def percentile_bounded(
     Reference: MedGRPO (2512.06581).
     Certainty: reconstructed
     """
-    chex.assert_rank([rewards, percentiles], [1, 2])
-    low, middle, high = jnp.moveaxis(percentiles.astype(jnp.float32), 1, 0)
-    z = slope * (rewards.astype(jnp.float32) - middle) / jnp.maximum(high - low, 1e-6)
+    chex.assert_equal_shape([rewards, low, middle, high])
+    spread = (high - low).astype(jnp.float32)
+    z = slope * (rewards.astype(jnp.float32) - middle.astype(jnp.float32)) / jnp.maximum(spread, 1e-6)
     return jax.nn.sigmoid(jnp.clip(z, -50.0, 50.0))
 
 

@@ -44,7 +44,7 @@ def flipped_rewards(
 @ranged
 def pattern_calibrated(
     rewards: Float[Array, "B"],
-    pattern_scores: Float[Array, "B"],
+    patterns: Float[Array, "B"],
     *,
     threshold: float = 0.5,
     coefficient: NonNegative = 0.1,
@@ -55,7 +55,7 @@ def pattern_calibrated(
 
     Args:
       rewards: r, scores in [0, 1]; NaN does not apply and stays.
-      pattern_scores: p in [0, 1], as of `reasoning_patterns`; NaN raises nothing.
+      patterns: p in [0, 1], as of `reasoning_patterns`; NaN raises nothing.
       threshold: below which a score is raised.
       coefficient: by how much at most.
 
@@ -65,8 +65,8 @@ def pattern_calibrated(
     Reference: reasoning-pattern reward (2505.22653).
     Certainty: verified
     """
-    chex.assert_rank([rewards, pattern_scores], 1)
-    chex.assert_equal_shape([rewards, pattern_scores])
-    r, p = rewards.astype(jnp.float32), pattern_scores.astype(jnp.float32)
+    chex.assert_rank([rewards, patterns], 1)
+    chex.assert_equal_shape([rewards, patterns])
+    r, p = rewards.astype(jnp.float32), patterns.astype(jnp.float32)
     raised = jnp.minimum(1.0, r + coefficient * jnp.where(jnp.isnan(p), 0.0, p))
     return jnp.where(r < threshold, jnp.maximum(r, raised), r)

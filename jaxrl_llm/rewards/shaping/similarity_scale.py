@@ -14,7 +14,7 @@ from jaxrl_llm.statistics import group_max, group_min
 
 @ranged
 def stretched_scores(
-    scores: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, least_spread: Positive = 1e-6
+    quality: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, least_spread: Positive = 1e-6
 ) -> Float[Array, "B"]:
     """Scores spread over the group, the more the closer together they lie.
 
@@ -22,7 +22,7 @@ def stretched_scores(
         s' = (1 - c) * s + c * (s - min) / spread
 
     Args:
-      scores: s in [0, 1], of a scorer of meaning; NaN does not apply.
+      quality: s in [0, 1], of a scorer of meaning; NaN does not apply.
       group: id of the group each row belongs to.
       weight: 0 for absent rows.
       least_spread: below it the scores of a group stay as they are.
@@ -33,8 +33,8 @@ def stretched_scores(
     Reference: adaptive semantic reward, ARMed (2508.12957).
     Certainty: reconstructed
     """
-    chex.assert_rank([scores, group, weight], 1)
-    s = scores.astype(jnp.float32)
+    chex.assert_rank([quality, group, weight], 1)
+    s = quality.astype(jnp.float32)
     there = jnp.where(jnp.isnan(s), 0.0, weight.astype(jnp.float32))
     low, spread = group_min(s, group, there), group_max(s, group, there) - group_min(s, group, there)
     c = jnp.clip(1 - spread, 0.0, 1.0)
@@ -57,7 +57,7 @@ def sharpened_scores(*, quantile: Share = 0.5, slope: Positive = 20.0, memory: C
       memory: scores that are remembered.
 
     Returns:
-      A method that names `scores` in [0, 1] and `weight`: one score a row, float32; NaN where there was none.
+      A method that names `quality` in [0, 1] and `weight`: one score a row, float32; NaN where there was none.
 
     Reference: adaptive semantic reward, ARMed (2508.12957).
     Certainty: reconstructed
@@ -67,9 +67,9 @@ def sharpened_scores(*, quantile: Share = 0.5, slope: Positive = 20.0, memory: C
         return jnp.full(memory, jnp.nan, jnp.float32)
 
     def update(
-        past: Float[Array, "N"], scores: Float[Array, "B"], weight: Float[Array, "B"]
+        past: Float[Array, "N"], quality: Float[Array, "B"], weight: Float[Array, "B"]
     ) -> tuple[Float[Array, "B"], Float[Array, "N"]]:
-        s = scores.astype(jnp.float32)
+        s = quality.astype(jnp.float32)
         seen = jnp.where(weight > 0, s, jnp.nan)
         empty = jnp.isnan(past).all()
         threshold = jnp.where(empty, jnp.nanquantile(seen, quantile), jnp.nanquantile(past, quantile))

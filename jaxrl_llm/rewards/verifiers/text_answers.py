@@ -11,7 +11,6 @@ from itertools import zip_longest
 from typing import Any
 
 from jaxrl_llm.data.tasks import countdown as countdown_task
-from jaxrl_llm.ranges import Count, ranged
 
 
 def extract_answer(text: str, *, open_tag: str = "<a>", close_tag: str = "</a>") -> str | None:
@@ -139,53 +138,23 @@ def _order_share(found: Sequence[str], wanted: Sequence[str]) -> float:
     return sum(pairs) / len(pairs) if pairs else 1.0
 
 
-@ranged
-def position_tests(completions: Sequence[str], answers: Sequence[str], *, tests: Count) -> list[list[float]]:
-    """Each position of an answer that is a list as a test of its own: 1 where the element there is right.
-
-    For `weighted_tests`, as an entry of credit that fills `test_passes`.
-
-    Args:
-      completions: decoded completions.
-      answers: reference answers, elements separated by spaces.
-      tests: that a prompt may have; NaN for those that it has not.
-
-    Returns:
-      A list of `tests` numbers a row: 0 where the element is wrong or missing.
-
-    >>> position_tests(["<a>1 3</a>"], ["1 2"], tests=3)
-    [[1.0, 0.0, nan]]
-    """
-    rows = []
-    for text, answer in zip(completions, answers, strict=True):
-        found, wanted = (extract_answer(text) or "").split(), answer.split()[:tests]
-        passed = [float(k < len(found) and found[k] == element) for k, element in enumerate(wanted)]
-        rows.append(passed + [float("nan")] * (tests - len(wanted)))
-    return rows
-
-
-def item_numbers(
-    items: Sequence[Mapping[str, Any]], *, field: str, values: Mapping[str, tuple[float, ...]]
-) -> list[tuple[float, ...]]:
+def item_numbers(item: Mapping[str, Any], *, field: str, values: Mapping[str, tuple[float, ...]]) -> Any:
     """Numbers that go with what a record says in a field, such as percentiles of a data set (`percentile_bounded`).
 
     Args:
-      items: records of the data.
-      field: of the records, such as "task" or "level".
-      values: what it says, as text -> numbers, as many for each.
+      item: a record of the data.
+      field: of the record, such as "task" or "level".
+      values: what it says, as text -> numbers, one for each name that is filled.
 
     Returns:
-      A tuple of numbers a row.
+      The numbers, as a tuple; one number alone.
 
     Raises:
       ValueError: for a record that says something else.
 
-    >>> item_numbers([{"level": 2}], field="level", values={"2": (0.1, 0.5, 0.9)})
-    [(0.1, 0.5, 0.9)]
+    >>> item_numbers({"level": 2}, field="level", values={"2": (0.1, 0.5, 0.9)})
+    (0.1, 0.5, 0.9)
     """
-    for row, item in enumerate(items):
-        if str(item.get(field)) not in values:
-            raise ValueError(
-                f"values has no numbers for {field} {item.get(field)!r} of row {row}; it has {', '.join(values)}"
-            )
-    return [tuple(values[str(item[field])]) for item in items]
+    if (said := str(item.get(field))) not in values:
+        raise ValueError(f"values has no numbers for {field} {said!r}; it has {', '.join(values)}")
+    return values[said] if len(values[said]) > 1 else values[said][0]

@@ -337,11 +337,6 @@ EXAMPLES = [
         },
         [3],
     ),
-    (
-        rewards.position_tests,
-        {"completions": ["<a>1 3</a>", ""], "answers": ["1 2", "1"], "tests": 2},
-        [[1, 0], [0, float("nan")]],
-    ),
 ]
 
 
@@ -354,7 +349,7 @@ def test_an_example(function, given, expected):
     columns = {key: value for key, value in given.items() if key in ("completions", "answers", "items")}
     backwards = function(**given | {key: value[::-1] for key, value in columns.items()})
     assert repr(backwards) == repr(found[::-1]), "rows are read alone"
-    assert function(**given | dict.fromkeys(columns, [])) == []
+    assert function(**given | {key: [] for key in columns}) == []
 
 
 @pytest.mark.parametrize(
@@ -405,17 +400,19 @@ def test_every_instruction_is_tested():
         (rewards.tool_calls_match, {"answers": ["search"]}, "row 0 is 'search', which is no list of tool calls"),
         (rewards.tool_calls_match, {"answers": ["[]"], "form": "soft"}, "form is 'soft'"),
         (rewards.instructions_kept, {"items": [{}], "instructions": {"most_word": 1}}, "row 0 name 'most_word'"),
-        (
-            rewards.item_numbers,
-            {"items": [{"level": 3}], "field": "level", "values": {"2": (1.0,)}},
-            "for level 3 of row 0",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(function, given, message):
-    completions = {} if function is rewards.item_numbers else {"completions": ["1"]}
     with pytest.raises(ValueError, match=message):
-        function(**completions, **given)
+        function(**{"completions": ["1"]}, **given)
+
+
+def test_numbers_of_a_record():
+    values = {"2": (0.1, 0.5), "3": (1.0,)}
+    assert rewards.item_numbers({"level": 2}, field="level", values=values) == (0.1, 0.5)
+    assert rewards.item_numbers({"level": "3"}, field="level", values=values) == 1.0
+    with pytest.raises(ValueError, match="no numbers for level 'None'; it has 2, 3"):
+        rewards.item_numbers({}, field="level", values=values)
 
 
 WORDS = ("contains", "excludes", "starts_with", "ends_with", "pattern")
