@@ -95,7 +95,8 @@ def method_section(entry: dict[str, Any], used: Sequence[dict[str, Any]]) -> str
 
 def recipe_link(name: str) -> str:
     """A link to a recipe's file."""
-    return f"[{name}](../configs/methods/{name}.yaml)"
+    path = shipped.recipe_path(name).relative_to(shipped.recipe_directory())
+    return f"[{name}](../configs/methods/{path})"
 
 
 def one_line(value: Any) -> str:

@@ -59,7 +59,7 @@ def test_every_method_has_a_section_and_every_recipe_a_row(page):
     headings = re.findall(r"^#### (.+)$", page, re.M)
     assert headings == list(dict.fromkeys(headings)), "a name stands for two sections"
     assert set(headings) == {entry["name"] for entry in catalogue.methods()}
-    rows = re.findall(r"^\| \[(\w+)\]\(\.\./configs/methods/\1\.yaml\)", page, re.M)
+    rows = re.findall(r"^\| \[(\w+)\]\(\.\./configs/methods/\w+/\1\.yaml\)", page, re.M)
     assert sorted(rows) == sorted(entry["name"] for entry in catalogue.recipes())
     for number in {number for entry in catalogue.methods() for number in entry["arxiv"]}:
         assert f"https://arxiv.org/abs/{number}" in page

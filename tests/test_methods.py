@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm import shipped
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.losses import negative_log_likelihood
@@ -31,9 +32,9 @@ from jaxrl_llm.run.stored_answers import stored_answers
 from jaxrl_llm.signatures import signature
 from jaxrl_llm.training import make_train_step
 
-FOLDER = Path(__file__).parents[1] / "configs" / "methods"
 VOCABULARY = CharacterTokenizer().vocabulary_size
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "base")
+FILES = {path.stem: path for path in shipped.method_files()}
+RECIPES = sorted(FILES.keys() - {"base"})
 # One of each kind; the others are trained by the slow tests.
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
@@ -125,6 +126,8 @@ STAGES = {
 # Micro tasks: (options of the task, longest prompt, longest completion).
 MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "addition": ({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
+    "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
+    "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
@@ -156,7 +159,7 @@ def checkpoint(directory: str) -> str:
 
 def small(name: str, data_directory: str) -> dict[str, Any]:
     """A recipe for a micro model: the same method with fewer and shorter samples."""
-    tree = read_tree(FOLDER / f"{name}.yaml")
+    tree = read_tree(FILES[name])
     rollout, training = tree["rollout"], tree["training"]
     samples = min(rollout["samples_per_prompt"], 4)
     cuts = min(training.get("minibatches_per_epoch", 1), 2)
@@ -244,12 +247,16 @@ def policy(micro) -> Any:
             state, _ = step(state, written=demonstrations(batches[index]))
         return jax.device_get(state.params)
 
-    first_of = {"addition": "base", "grid": "meow_tea_taro_grpo", "self_correction": "score"}
+    first_of = {
+        "addition": "base",
+        "chain": "copo",
+        "countdown": "psr",
+        "grid": "meow_tea_taro_grpo",
+        "self_correction": "score",
+    }
     # What completes a problem differently is learned from completions of its own.
     own = {"rlcr"}
-    return lambda recipe: trained_on(
-        recipe if recipe in own else first_of[read_tree(FOLDER / f"{recipe}.yaml")["task"]["name"]]
-    )
+    return lambda recipe: trained_on(recipe if recipe in own else first_of[read_tree(FILES[recipe])["task"]["name"]])
 
 
 def differ(one: Any, other: Any) -> bool:
@@ -340,7 +347,7 @@ def a_stage_is_traced(built: Parts) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_where_it_comes_from(name):
-    tree = read_tree(FOLDER / f"{name}.yaml")
+    tree = read_tree(FILES[name])
     about = tree["about"]
     assert tree["name"] == name
     assert about["paper"]
@@ -348,15 +355,16 @@ def test_a_recipe_says_where_it_comes_from(name):
     assert about["certainty"] in {"verified", "recalled", "reconstructed"}
     if name not in WITHOUT_ARXIV:
         assert re.fullmatch(r"\d{4}\.\d{5}", about["arxiv"])
-    comment = [line for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line.startswith("# ")]
+    assert tree["shows"], "what should a user see move?"
+    comment = [line for line in (FILES[name]).read_text().splitlines() if line.startswith("# ")]
     assert 2 <= len(comment) <= 4
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_its_method_itself(name):
     """And inherits none: what `base` has would train without complaint."""
-    own = (FOLDER / f"{name}.yaml").read_text()
-    assert re.search(r"^extends: base\.yaml$", own, re.M)
+    own = (FILES[name]).read_text()
+    assert re.search(r"^extends: \.\./(base|\.\./\w+)\.yaml$", own, re.M)
     assert re.search(r"^credit:", own, re.M)
     assert re.search(r"^losses:", own, re.M)
 
@@ -374,7 +382,7 @@ def hyper_parameters(tree: Any) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize("name", sorted({*RECIPES} - {"nft"}))  # its constant is a scale and not a length
 def test_sizes_that_a_method_repeats_are_those_of_the_recipe(name):
-    tree = read_tree(FOLDER / f"{name}.yaml")
+    tree = read_tree(FILES[name])
     samples = tree["rollout"]["samples_per_prompt"]
     sizes = {
         "max_completion_tokens": tree["rollout"]["max_completion_tokens"],
@@ -426,7 +434,7 @@ DIVERGENCE = "losses=[clipped_surrogate, {divergence: {%s}}]"
         ("aepo", "rollout.plan=null", r"names 'extra'.*rollout\.plan: mixed_temperature"),
         ("copo", "credit=[advantages: group_normalized]", "names 'global_advantages', which nothing in this step"),
         ("spine", "credit=[rewards: majority_match]", "'majority_match' names 'answer_id', which nothing in this step"),
-        ("mapo", "credit=[turn_rewards: {reference_progress: {max_turns: 2}}]", "names 'turn'.*turn: separated_turns"),
+        ("sec", "credit=[turn_rewards: {reference_progress: {max_turns: 2}}]", "names 'turn'.*turn: separated_turns"),
     ],
 )
 def test_a_recipe_that_cannot_be_composed_is_refused(name, override, message, micro):
