@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from jaxrl_llm.rewards.combination.columns import reward_column
-from jaxrl_llm.rewards.combination.consistency import consistent_accuracy
 from jaxrl_llm.rewards.combination.gates import (
     concise_correctness,
     gated_sum,
@@ -104,7 +103,6 @@ __all__ = [
     "clipped_rewards",
     "column_share",
     "concise_correctness",
-    "consistent_accuracy",
     "cosine_length",
     "countdown",
     "ensemble_score",
