@@ -334,9 +334,11 @@ def a_stage_trains(built: Parts, start: Any) -> None:
 
 
 # Arithmetic of rewards between the same losses: what it computes is in tests/rewards/test_cards.py.
-REWARDS_ALONE = {name for name in RECIPES if FILES[name].parent.name == "rewards"} - {
-    *("clip_delta", "co_reward", "nover", "reward_model_then_rl", "spine", "verifree", "videorft")
-}
+REWARDS_ALONE = {
+    name
+    for family in ("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps")
+    for name in METHODS[family]
+} - {"clip_delta", "videorft"}
 
 
 @pytest.mark.parametrize("name", sorted(REWARDS_ALONE))

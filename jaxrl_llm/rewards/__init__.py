@@ -15,8 +15,31 @@ from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.guarded import Guarded
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.intrinsic.answer_likelihood import answer_likelihood
+from jaxrl_llm.rewards.intrinsic.confidence import (
+    negative_entropy,
+    sequence_likelihood,
+    token_mean,
+    vocabulary_certainty,
+)
+from jaxrl_llm.rewards.intrinsic.exploration import count_bonus, coverage_gains, elliptical_bonus
+from jaxrl_llm.rewards.intrinsic.novelty import (
+    leverage_bonus,
+    majority_novelty,
+    mean_hidden,
+    nearness_to_success,
+    ngram_counts,
+)
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
 from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
+from jaxrl_llm.rewards.intrinsic.trusted_prompts import known_share, trusted_trajectories
+from jaxrl_llm.rewards.intrinsic.votes import (
+    answer_frequency,
+    collective_match,
+    labelled_or_voted,
+    majority_match,
+    paired_majority_match,
+    semantic_entropy,
+)
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
 from jaxrl_llm.rewards.process.step_shaping import accumulated_potentials, clipped_delta, potential_shaped
@@ -64,6 +87,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
 )
 from jaxrl_llm.rewards.verifiers.boxes import box_match, span_overlap, vector_closeness
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
+from jaxrl_llm.rewards.verifiers.lexical_diversity import lexical_diversity
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
 from jaxrl_llm.rewards.verifiers.reasoning_phrases import reasoning_patterns
 from jaxrl_llm.rewards.verifiers.stated_confidence import stated_confidence
@@ -79,6 +103,7 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
 from jaxrl_llm.rewards.verifiers.text_formats import instructions_kept, pattern_match, schema_match, tag_format
 from jaxrl_llm.rewards.verifiers.text_similarity import choice_match, relative_error, text_similarity, word_match
 from jaxrl_llm.rewards.verifiers.tool_calls import tool_calls_match
+from jaxrl_llm.rewards.verifiers.voted_answers import voted_answer
 
 __all__ = [
     "Guarded",
@@ -87,6 +112,7 @@ __all__ = [
     "annealed_sum",
     "answer_after_thought",
     "answer_format",
+    "answer_frequency",
     "answer_ids",
     "answer_likelihood",
     "answer_order_share",
@@ -101,10 +127,15 @@ __all__ = [
     "choice_match",
     "clipped_delta",
     "clipped_rewards",
+    "collective_match",
     "column_share",
     "concise_correctness",
+    "consistent_accuracy",
     "cosine_length",
+    "count_bonus",
     "countdown",
+    "coverage_gains",
+    "elliptical_bonus",
     "ensemble_score",
     "episode_reward",
     "exact_answer",
@@ -116,15 +147,25 @@ __all__ = [
     "gated_sum",
     "instructions_kept",
     "item_numbers",
+    "known_share",
+    "labelled_or_voted",
     "latex_match",
     "learned_reward",
     "length_band_bonus",
     "length_conciseness",
-    "mean_probability",
+    "leverage_bonus",
+    "lexical_diversity",
+    "majority_match",
+    "majority_novelty",
+    "mean_hidden",
+    "nearness_to_success",
+    "negative_entropy",
+    "ngram_counts",
     "normalized_turn_rewards",
     "number_match",
     "outcome_gated_sum",
     "paired_answer_ids",
+    "paired_majority_match",
     "parsed_number",
     "pattern_calibrated",
     "pattern_match",
@@ -144,7 +185,9 @@ __all__ = [
     "running_normalized",
     "schema_match",
     "self_correction_rewards",
+    "semantic_entropy",
     "separated_turns",
+    "sequence_likelihood",
     "sharpened_scores",
     "shortest_right_bonus",
     "soft_overlong",
@@ -157,12 +200,16 @@ __all__ = [
     "text_similarity",
     "thought_length",
     "thought_mask",
+    "token_mean",
     "tool_calls_match",
     "truncation_zero",
     "trusted_sum",
+    "trusted_trajectories",
     "turn_count",
     "turn_end_rewards",
     "vector_closeness",
+    "vocabulary_certainty",
+    "voted_answer",
     "weighted_sum",
     "weighted_tests",
     "whitened_rewards",

@@ -340,9 +340,9 @@ EXAMPLES = {
         [2.5, 1, NAN],
     ),
     "mean probability": (
-        rewards.mean_probability,
+        partial(rewards.sequence_likelihood, form="mean_probability"),
         {"old_logprobs": [[-1.0, -2, 9], [NAN, NAN, NAN]], "mask": [[1.0, 1, 0], [0, 0, 0]]},
-        [0.22313, NAN],
+        [0.22313, 1],
     ),
     # steps and turns
     **{

@@ -148,21 +148,3 @@ def step_calibration(
     each = knowledge_weight * k + stated_weight * agreement(e, k) + internal_weight * agreement(e, i)
     count = there.sum(axis=1)
     return jnp.where(count > 0, jnp.where(there, each, 0.0).sum(axis=1) / jnp.maximum(count, 1), jnp.nan)
-
-
-def mean_probability(old_logprobs: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, "B"]:
-    """How probable a completion is to the policy, a token: its confidence in it.
-
-        exp(mean_t log pi(y_t))
-
-    Args:
-      old_logprobs: log-probability of each token.
-      mask: non-zero on tokens that count.
-
-    Returns:
-      One number a row in [0, 1], float32; NaN for a row without tokens.
-    """
-    chex.assert_equal_shape([old_logprobs, mask])
-    there = mask > 0
-    total = jnp.where(there, old_logprobs.astype(jnp.float32), 0.0).sum(axis=1)
-    return jnp.exp(jnp.where(there.any(axis=1), total / jnp.maximum(there.sum(axis=1), 1), jnp.nan))
