@@ -61,7 +61,6 @@ from jaxrl_llm.rewards.shaping.bounded import (
 )
 from jaxrl_llm.rewards.shaping.calibration import (
     calibrated_correctness,
-    mean_probability,
     proper_score,
     step_calibration,
 )
