@@ -129,7 +129,6 @@ __all__ = [
     "collective_match",
     "column_share",
     "concise_correctness",
-    "consistent_accuracy",
     "cosine_length",
     "count_bonus",
     "countdown",
