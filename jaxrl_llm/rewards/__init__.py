@@ -40,7 +40,10 @@ from jaxrl_llm.rewards.intrinsic.votes import (
     paired_majority_match,
     semantic_entropy,
 )
+from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
+from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
+from jaxrl_llm.rewards.judges.tournaments import judge_tournament
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
 from jaxrl_llm.rewards.process.step_shaping import accumulated_potentials, clipped_delta, potential_shaped
 from jaxrl_llm.rewards.process.turn_rewards import (
@@ -106,6 +109,8 @@ from jaxrl_llm.rewards.verifiers.voted_answers import voted_answer
 
 __all__ = [
     "Guarded",
+    "Judge",
+    "JudgeError",
     "RewardError",
     "accumulated_potentials",
     "annealed_sum",
@@ -138,6 +143,7 @@ __all__ = [
     "episode_reward",
     "exact_answer",
     "exact_match",
+    "expected_rating",
     "extract_answer",
     "extract_number",
     "flipped_rewards",
@@ -145,6 +151,9 @@ __all__ = [
     "gated_sum",
     "instructions_kept",
     "item_numbers",
+    "judge_rating",
+    "judge_rubric",
+    "judge_tournament",
     "known_share",
     "labelled_or_voted",
     "latex_match",
@@ -191,6 +200,7 @@ __all__ = [
     "soft_overlong",
     "span_overlap",
     "stated_confidence",
+    "stated_rating",
     "step_calibration",
     "stretched_scores",
     "tag_format",
