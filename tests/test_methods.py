@@ -39,7 +39,7 @@ RECIPES = sorted(FILES.keys() - {"base"})
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl"}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -109,6 +109,7 @@ METHODS = {
     "Gates": ("crm", "g_ra", "p_grpo", "sophia_trust", "videorft"),
     "Lengths": ("cosine_length", "kimi_length", "l1_exact", "l1_max", "observe_r1"),
     "Scales": ("armed", "clip_whiten", "job_reward", "medgrpo", "par"),
+    "Ensembles": ("rm_ensemble",),
     "Confidence": ("mmboundary", "scoring_rules"),
     "Noise": ("noisy_rewards", "reasoning_pattern"),
     "Steps": ("clip_delta", "pbrs", "verpo"),
