@@ -141,12 +141,12 @@ def number_match(
         said = read(completion) if said is None else said
         same = False
         for mine, theirs in _readings(said or "", reference, percent):
-            same |= mine is not None and abs(mine - theirs) <= absolute + relative * abs(theirs)
+            same |= mine is not None and theirs is not None and abs(mine - theirs) <= absolute + relative * abs(theirs)
         rewards.append(float(same))
     return rewards
 
 
-def _readings(said: str, reference: str, percent: str) -> list[tuple[Fraction | None, Fraction]]:
+def _readings(said: str, reference: str, percent: str) -> list[tuple[Fraction | None, Fraction | None]]:
     """The pairs of numbers of which one has to agree: with percent signs for units, for hundredths, or for either."""
     both = [(parsed_number(said, percent=kind), parsed_number(reference, percent=kind)) for kind in _PERCENT]
     if percent != "either":

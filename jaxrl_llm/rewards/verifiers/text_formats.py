@@ -126,26 +126,41 @@ def schema_match(
     >>> schema_match(['{"n": 4}', '{"n": "4"}', "4}"], schema={"properties": {"n": {"type": "integer"}}})
     [1.0, 0.0, 0.0]
     """
-    allowed: Callable[[Any], bool] = lambda value: True  # noqa: E731
-    if schema is not None:
-        if importlib.util.find_spec("jsonschema") is None:
-            raise ValueError(
-                "schema_match needs the package jsonschema; install it with: pip install 'jaxrl_llm[text]'"
-            )
-        import jsonschema.validators  # the extra text
-
-        kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-        try:
-            kind.check_schema(schema)
-        except jsonschema.SchemaError as error:
-            raise ValueError(f"schema is no JSON Schema: {error.message}") from None
-        allowed = kind(schema).is_valid
+    allowed = None if schema is None else _validator(schema)
     rewards = []
     for text in completions:
         inner = _fenced(text) if tags is None else tagged(text, *tags)
         value = _NOTHING if inner is None else _json(inner)
-        rewards.append(0.0 if value is _NOTHING else 1.0 if allowed(value) else readable)
+        good = value is not _NOTHING and (allowed is None or allowed(value))
+        rewards.append(1.0 if good else 0.0 if value is _NOTHING else readable)
     return rewards
+
+
+def _validator(schema: Mapping[str, Any]) -> Callable[[Any], bool]:
+    """Whether a value is one that a schema allows. Nothing is fetched: references lead into the schema itself."""
+    if importlib.util.find_spec("jsonschema") is None:
+        raise ValueError("schema_match needs the package jsonschema; install it with: pip install 'jaxrl_llm[text]'")
+    import jsonschema.validators  # the extra text
+    import referencing.exceptions
+
+    kind: Any = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"schema is no JSON Schema: {error.message}") from None
+    validator = kind(schema, registry=referencing.Registry())
+
+    def allowed(value: Any) -> bool:
+        try:
+            return validator.is_valid(value)
+        except referencing.exceptions.Unresolvable as error:
+            raise ValueError(
+                f"schema refers to {error.ref!r}, which is no part of it; write it out under $defs"
+            ) from None
+        except RecursionError:
+            return False
+
+    return allowed
 
 
 _NOTHING = object()

@@ -389,6 +389,7 @@ def test_every_instruction_is_tested():
         (rewards.pattern_match, {"pattern": "("}, r"pattern is '\(', which is no regular expression"),
         (rewards.pattern_match, {"pattern": "a", "where": "start"}, "where is 'start'"),
         (rewards.schema_match, {"schema": {"type": "number of"}}, "schema is no JSON Schema"),
+        (rewards.schema_match, {"schema": {"$ref": "https://example.org/s"}}, "refers to 'https://example.org/s'"),
         (rewards.word_match, {"answers": [""], "form": "em"}, "form is 'em'"),
         (rewards.text_similarity, {"items": [{}], "form": "meteor"}, "form is 'meteor'"),
         (rewards.relative_error, {"answers": ["x"]}, "reference answer of row 0 is 'x', which is no number"),
