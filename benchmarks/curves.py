@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-CHECKOUT = Path(__file__).parents[1]
-sys.path.insert(0, str(CHECKOUT))  # the package beside this file, whatever is installed
 
 import jax
 import numpy as np
@@ -35,15 +33,15 @@ from jaxrl_llm.config import parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.run.train import train
 
-CURVES = CHECKOUT / "docs" / "curves"
-STEPS, SEQUENCES, BINS, SEEDS = 60, 128, 20, 3
-RATE = 4  # of the learning rates of recipes, which are for larger models and longer runs
+CURVES = Path(__file__).parents[1] / "docs" / "curves"
+STEPS, SEQUENCES, BINS, SEEDS = 60, 256, 20, 3
+
 MODEL = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2}
 WARM = {"steps": 600, "sequences_per_step": 64, "learning_rate": 3e-3, "warmup_steps": 20, "probe_every_steps": 20}
 # By task: its problems, the longest prompt and completion, and where the warm start ends.
 SMALL: dict[str, dict[str, Any]] = {
     "addition": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.42},
-    "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 13, "completion": (44, 32), "stop": 0.5},
+    "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 14, "completion": (44, 32), "stop": 0.5},
     "countdown": {"task": {"levels": [3]}, "prompt": 16, "stop": 0.25},
     "grid": {"task": {"levels": [1, 2, 3]}, "prompt": 30, "stop": 0.4},
     "self_correction": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.3},
@@ -73,11 +71,11 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
     if rollout["max_completion_tokens"] == longest:
         rollout["max_completion_tokens"] = shorter
     training["prompts_per_step"] = max(1, sequences // rollout["samples_per_prompt"])
-    training |= {"learning_rate": RATE * training["learning_rate"], "warmup_steps": 5, "steps": steps}
+    training |= {"warmup_steps": 5, "steps": steps}
     for entry in tree.get("source", []) if isinstance(tree.get("source"), list) else []:
         for hyper in entry.values() if isinstance(entry, dict) else ():
             if "sequences_per_step" in hyper:
-                hyper["sequences_per_step"] = 16
+                hyper["sequences_per_step"] = 32
     for stage in tree.get("stages", []):
         stage.setdefault("training", {}).setdefault("steps", steps // len(tree["stages"]))
     warm = WARM | {"stop_at_accuracy": size["stop"]} if tree["warm_start"]["steps"] else tree["warm_start"]
@@ -191,13 +189,10 @@ def main(given: list[str] | None = None) -> int:
         finally:
             jax.clear_caches()
         (options.output / f"{name}.json").write_text(json.dumps(found) + "\n")
-        ends = {
-            m: f"{np.mean([s[0] for s in v if s[0] is not None]):.4g} -> "
-            for m, v in found["metrics"].items()
-            if v[0][0] is not None
+        moved = {
+            metric: f"{change(seeds)[0]:.4g} -> {change(seeds)[1]:.4g}" for metric, seeds in found["metrics"].items()
         }
-        last = {m: f"{np.mean([s[-1] for s in v if s[-1] is not None]):.4g}" for m, v in found["metrics"].items()}
-        print(f"{name}: {found['seconds']} s", {m: ends.get(m, "") + last[m] for m in last}, found["shows"], flush=True)
+        print(f"{name}: {found['seconds']} s, {moved}; shows {found['shows']}", flush=True)
     return int(bool(failed))
 
 

@@ -247,13 +247,8 @@ def policy(micro) -> Any:
             state, _ = step(state, written=demonstrations(batches[index]))
         return jax.device_get(state.params)
 
-    first_of = {
-        "addition": "base",
-        "chain": "copo",
-        "countdown": "psr",
-        "grid": "meow_tea_taro_grpo",
-        "self_correction": "score",
-    }
+    first_of = {"addition": "base", "chain": "copo", "countdown": "psr"}
+    first_of |= {"grid": "meow_tea_taro_grpo", "self_correction": "score"}
     # What completes a problem differently is learned from completions of its own.
     own = {"rlcr"}
     return lambda recipe: trained_on(recipe if recipe in own else first_of[read_tree(FILES[recipe])["task"]["name"]])

@@ -27,7 +27,7 @@ from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, early_stopping
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.interruption import Abandoned, Interruption
 from jaxrl_llm.run.live_report import LiveReport
@@ -210,16 +210,18 @@ def run_stage(
                 run.meta["tokens"] += round(tokens)
                 shown["tokens_per_second"] = tokens / seconds
             run.directory.write_metrics(offset + done, {"stage": stage.name} | shown)
+            if said := early_stopping.note(run.meta, stage.name, rule, done, shown):
+                progress.message(said)
             for text in alarms.new(shown):
                 progress.message(f"alarm at step {done} of the {stage.name}: {text}")
             if stage.samples:
                 write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
-        alarms, unread = Alarms(), None
+        alarms, unread, rule = Alarms(), None, stage.parts.config.training.stop_when
         widths: set[int] = set()
         choices = _choices(state)
-        for index in range(first, stage.steps):
+        for index in range(first, first if early_stopping.over(run.meta, stage.name, first) else stage.steps):
             done = index + 1
             prompts, items = _prompts(run, stage, data, index, choices)
             width = 0 if prompts is None else prompts.tokens.shape[1]
@@ -252,7 +254,7 @@ def run_stage(
                 run.watch.expect_none(progress.message)
             run.interruption.step_done(f"step {done + 1} of the {stage.name}")
             run.stopping = hosts.agreed_stop(run.interruption.asked)
-            ends = reached or done == stage.steps
+            ends = reached or done == stage.steps or early_stopping.over(run.meta, stage.name, done)
             if ends and not last:
                 break
             if done % run.config.checkpoints.every_steps == 0 or run.stopping or ends:
