@@ -114,18 +114,19 @@ def keywords(name: str) -> frozenset[str]:
 def entry(recipe: dict[str, Any], curves: Any) -> str:
     """One recipe of the page."""
     name = recipe["name"]
-    described = catalogue.described_recipe(name)
-    about = " ".join(line[2:] for line in described["yaml"].splitlines() if line.startswith("# "))
+    file = shipped.recipe_path(name)
+    about = " ".join(line[2:] for line in file.read_text().splitlines() if line.startswith("# "))
     arxiv = f", [arXiv:{recipe['arxiv']}](https://arxiv.org/abs/{recipe['arxiv']})" if recipe["arxiv"] else ""
-    path = Path(described["path"]).relative_to(shipped.recipe_directory())
+    path = file.relative_to(shipped.recipe_directory())
     parts = [
         f"### {name}",
         f"{escaped(recipe['paper'])}{arxiv}. [Recipe](../configs/methods/{path}) on `{recipe['task']}`; "
         f"`jaxrl train {name}`.",
         escaped(about),
     ]
-    for function, blocks in described["formulas"].items():
-        if function not in COMMON:
+    known = {name for room in catalogue.ROOMS.values() for name in room.__all__}
+    for function in recipe["functions"]:
+        if function in known - COMMON and (blocks := catalogue.formulas(catalogue.described(function)["doc"])):
             parts += [f"[{function}](methods.md#{function}):", markdown(blocks[0], keywords(function))]
     parts.append(said(recipe, curves))
     if measured(name) is not None:
