@@ -58,9 +58,10 @@ _HELPERS = re.compile(
     r"predicted_entropy_change|row_uniforms|row_weight|soft_minimum|taken_turns|token_share|weighted_sum"
 )
 # Stand for the sizes that a run fills keywords with.
-_SIZES = dict.fromkeys(
-    ("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step", "total_steps"), 2
-)
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step"), 2),
+    **dict.fromkeys(("total_steps", "seed", "prompt_ids"), 2),
+}
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 
 

@@ -210,15 +210,13 @@ def run_stage(
                 run.meta["tokens"] += round(tokens)
                 shown["tokens_per_second"] = tokens / seconds
             run.directory.write_metrics(offset + done, {"stage": stage.name} | shown)
-            if said := early_stopping.note(run.meta, stage.name, rule, done, shown):
-                progress.message(said)
-            for text in alarms.new(shown):
-                progress.message(f"alarm at step {done} of the {stage.name}: {text}")
+            for text in _remarks(run, stage, alarms, done, shown):
+                progress.message(text)
             if stage.samples:
                 write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
-        alarms, unread, rule = Alarms(), None, stage.parts.config.training.stop_when
+        alarms, unread = Alarms(), None
         widths: set[int] = set()
         choices = _choices(state)
         for index in range(first, first if early_stopping.over(run.meta, stage.name, first) else stage.steps):
@@ -275,6 +273,12 @@ def run_stage(
         run.watch.allow()
     run.meta["steps_before"] = offset + int(state.step)
     return state
+
+
+def _remarks(run: Run, stage: Stage, alarms: Alarms, done: int, shown: dict[str, float]) -> list[str]:
+    """What there is to say of the numbers of a step: alarms, and that they end the stage."""
+    said = early_stopping.note(run.meta, stage.name, stage.parts.config.training.stop_when, done, shown)
+    return [f"alarm at step {done} of the {stage.name}: {text}" for text in alarms.new(shown)] + [said] * bool(said)
 
 
 def _probed(run: Run, stage: Stage, state: TrainState, measure: Callable) -> dict[str, float]:
