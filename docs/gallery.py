@@ -99,7 +99,7 @@ def said(recipe: dict[str, Any], curves: Any) -> str:
         first, last = curves.change(found["metrics"][metric])
         verdict = "as it should" if curves.agrees(found["metrics"][metric], direction) else "**not so here**"
         told.append(f"`{metric}` {direction}: {first:.3g} → {last:.3g}, {verdict}")
-    seeds = len(found["seconds"])
+    seeds = len(next(iter(found["metrics"].values())))
     old = found["digest"] != curves.digest(read_tree(shipped.recipe_path(recipe["name"])))
     stale = "; the recipe has changed since" if old else ""
     return f"{'; '.join(told)} ({seeds} seed{'s' * (seeds > 1)}, {found['steps']} steps{stale})."
