@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-CHECKOUT = Path(__file__).parents[1]
-sys.path.insert(0, str(CHECKOUT))  # the package beside this file, whatever is installed
 
 import jax
 import numpy as np
@@ -35,15 +33,15 @@ from jaxrl_llm.config import parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.run.train import train
 
-CURVES = CHECKOUT / "docs" / "curves"
-STEPS, SEQUENCES, BINS, SEEDS = 60, 128, 20, 3
-RATE = 4  # of the learning rates of recipes, which are for larger models and longer runs
+CURVES = Path(__file__).parents[1] / "docs" / "curves"
+STEPS, SEQUENCES, BINS, SEEDS = 60, 256, 20, 3
+
 MODEL = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2}
 WARM = {"steps": 600, "sequences_per_step": 64, "learning_rate": 3e-3, "warmup_steps": 20, "probe_every_steps": 20}
 # By task: its problems, the longest prompt and completion, and where the warm start ends.
 SMALL: dict[str, dict[str, Any]] = {
     "addition": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.42},
-    "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 13, "completion": (44, 32), "stop": 0.5},
+    "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 14, "completion": (44, 32), "stop": 0.5},
     "countdown": {"task": {"levels": [3]}, "prompt": 16, "stop": 0.25},
     "grid": {"task": {"levels": [1, 2, 3]}, "prompt": 30, "stop": 0.4},
     "self_correction": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.3},
@@ -55,7 +53,7 @@ ALWAYS = ("correct_share",)
 
 def digest(tree: dict[str, Any]) -> str:
     """Sixteen hex digits over what a recipe computes: its texts are left out."""
-    kept = {name: value for name, value in tree.items() if name not in ("about", "name")}
+    kept = {name: value for name, value in tree.items() if name not in ("about", "name", "shows")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -73,20 +71,21 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
     if rollout["max_completion_tokens"] == longest:
         rollout["max_completion_tokens"] = shorter
     training["prompts_per_step"] = max(1, sequences // rollout["samples_per_prompt"])
-    training |= {"learning_rate": RATE * training["learning_rate"], "warmup_steps": 5, "steps": steps}
+    training |= {"warmup_steps": 5, "steps": steps}
     for entry in tree.get("source", []) if isinstance(tree.get("source"), list) else []:
         for hyper in entry.values() if isinstance(entry, dict) else ():
             if "sequences_per_step" in hyper:
-                hyper["sequences_per_step"] = 16
+                hyper["sequences_per_step"] = 32
     for stage in tree.get("stages", []):
         stage.setdefault("training", {}).setdefault("steps", steps // len(tree["stages"]))
     warm = WARM | {"stop_at_accuracy": size["stop"]} if tree["warm_start"]["steps"] else tree["warm_start"]
     if tree["warm_start"].get("stop_at_accuracy", 0.42) == 0.65:  # without labels the start has to be right mostly
         warm["stop_at_accuracy"] = 0.65
+    evaluated = any(metric.startswith("validation/") for metric in tree.get("shows", {}))
     return tree | {
         "model": MODEL,
         "warm_start": warm,
-        "evaluation": EVALUATION | {"every_steps": max(1, steps // 3)},
+        "evaluation": EVALUATION | {"every_steps": max(1, steps // 3) if evaluated else 0},
         "checkpoints": {"every_steps": 100_000, "keep": 1},
         "reporting": {"samples_every_steps": 0, "report": False, "loggers": []},
     }
@@ -101,12 +100,16 @@ def warm_started(tree: dict[str, Any], cache: Path) -> dict[str, Any]:
     sizes = {name: tree["rollout"][name] for name in ("max_prompt_tokens", "max_completion_tokens")}
     run = cache / f"{tree['task']['name']}-{digest(first | sizes)}"
     if not (run / "summary.json").exists():
-        shutil.rmtree(run, ignore_errors=True)
+        made = run.with_name(f"{run.name}.{os.getpid()}")  # several processes may want it at once
         plain = {"rollout": {"samples_per_prompt": 8} | sizes, "training": {"steps": 0, "prompts_per_step": 8}}
         plain |= {"rewards": tree["rewards"] or ["exact_answer"], "losses": ["policy_gradient"]}
         plain |= {"credit": [{"advantages": "group_normalized"}], "environment": tree.get("environment", {})}
         others = {name: tree[name] for name in ("evaluation", "reporting")}
-        ran(first | plain | others, run)
+        ran(first | plain | others, made)
+        try:
+            made.rename(run)
+        except OSError:
+            shutil.rmtree(made)
     return tree | {"warm_start": {"steps": 0}, "init_from": {"path": str(run)}}
 
 
@@ -124,34 +127,46 @@ def binned(lines: list[dict[str, Any]], metric: str, bins: int = BINS) -> list[f
     return [float(f"{np.mean(found):.4g}") if found else None for found in values]
 
 
+def change(seeds: list[list[float | None]]) -> tuple[float, float]:
+    """(mean over the first fifth of the runs, over the last) of the curves of a metric."""
+    known = [[value for value in seed if value is not None] for seed in seeds]
+    parts = [(seed[: max(1, len(seed) // 5)], seed[-max(1, len(seed) // 5) :]) for seed in known]
+    return float(np.mean([np.mean(first) for first, _ in parts])), float(np.mean([np.mean(last) for _, last in parts]))
+
+
+def agrees(seeds: list[list[float | None]], direction: str) -> bool:
+    """Whether the curves of a metric go where a recipe says; what holds keeps three quarters of what it was."""
+    first, last = change(seeds)
+    return {"rises": last > first, "falls": last < first, "holds": last >= 0.75 * first}[direction]
+
+
 def measured(name: str, seeds: int, cache: Path, *, steps: int = STEPS, sequences: int = SEQUENCES) -> dict[str, Any]:
     """The curves of a recipe.
 
     Returns:
-      recipe, digest, task, steps, sequences, seeds, seconds (of one seed, the first of which compiles), shows (what
-      the recipe says), metrics: name -> for each seed the means of `BINS` parts of its run.
+      recipe, digest, steps, sequences, metrics: name -> for each seed the means of `BINS` parts of its run.
     """
-    whole = read_tree(shipped.recipe_path(name))
-    tree, shows = small(whole, steps, sequences), whole.get("about", {}).get("shows", {})
-    start, runs, seconds = warm_started(tree, cache), [], []
+    tree = small(read_tree(shipped.recipe_path(name)), steps, sequences)
+    start, runs = warm_started(tree, cache), []
     for seed in range(seeds):
-        directory, began = cache / "runs" / f"{name}-{seed}", time.monotonic()
+        directory = cache / "runs" / f"{name}-{seed}"
         shutil.rmtree(directory, ignore_errors=True)
         runs.append(ran(start | {"seed": seed}, directory))
-        seconds.append(round(time.monotonic() - began, 1))
+    return recorded(name, runs, sequences)
+
+
+def recorded(name: str, runs: list[list[dict[str, Any]]], sequences: int) -> dict[str, Any]:
+    """What `measured` returns, from the metrics of runs."""
+    whole = read_tree(shipped.recipe_path(name))
+    shows = whole.get("shows", {})
     metrics = [one for one in dict.fromkeys((*shows, *ALWAYS)) if any(one in line for line in runs[0])]
     if missing := [one for one in shows if one not in metrics]:
-        raise ValueError(
-            f"recipe {name} shows {missing[0]}, which its steps do not report; they report {sorted(runs[0][-1])}"
-        )
+        raise ValueError(f"it shows {missing[0]}, which its steps do not report; they report {sorted(runs[0][-1])}")
     return {
         "recipe": name,
         "digest": digest(whole),
-        "task": whole["task"]["name"],
         "steps": len(runs[0]),
         "sequences": sequences,
-        "seconds": seconds,
-        "shows": shows,
         "metrics": {metric: [binned(lines, metric) for lines in runs] for metric in metrics},
     }
 
@@ -182,6 +197,7 @@ def main(given: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name in names:
+        began = time.process_time()
         try:
             found = measured(name, options.seeds, cache_directory(), steps=options.steps)
         except Exception as error:  # a recipe that needs a file or a checkpoint of the user's own
@@ -191,13 +207,10 @@ def main(given: list[str] | None = None) -> int:
         finally:
             jax.clear_caches()
         (options.output / f"{name}.json").write_text(json.dumps(found) + "\n")
-        ends = {
-            m: f"{np.mean([s[0] for s in v if s[0] is not None]):.4g} -> "
-            for m, v in found["metrics"].items()
-            if v[0][0] is not None
+        moved = {
+            metric: f"{change(seeds)[0]:.4g} -> {change(seeds)[1]:.4g}" for metric, seeds in found["metrics"].items()
         }
-        last = {m: f"{np.mean([s[-1] for s in v if s[-1] is not None]):.4g}" for m, v in found["metrics"].items()}
-        print(f"{name}: {found['seconds']} s", {m: ends.get(m, "") + last[m] for m in last}, found["shows"], flush=True)
+        print(f"{name}: {time.process_time() - began:.0f} s of CPU, {moved}", flush=True)
     return int(bool(failed))
 
 

@@ -149,11 +149,8 @@ def recipes() -> list[dict[str, Any]]:
     Raises:
       ValueError: for a recipe that names what does not exist, with its file.
     """
-    return [
-        _recipe(file, tree)
-        for file in shipped.method_files()
-        if (tree := read_tree(file)).get("about", {}).get("paper")
-    ]
+    trees = {file: read_tree(file) for file in shipped.method_files()}
+    return [_recipe(file, tree) for file, tree in trees.items() if tree.get("about", {}).get("paper")]
 
 
 def recipes_with(function: str) -> list[str]:
