@@ -691,13 +691,56 @@ def test_nodes_of_a_tpu7x_pool_are_placed_by_a_policy(stage):
     )
 
 
+def test_a_pool_of_single_hosts_has_no_topology_and_no_second_slice(stage):
+    stage.answer("describe", MISSING)
+    words = [*GKE[:4], "--tpu", "v6e", "--topology", "2x2", "--zone", "us-west4-a"]
+    stage.run("gke.sh", "create", "pod", *words)
+    assert stage.lines[-1].endswith("--machine-type=ct6e-standard-4t --num-nodes=1")
+    xpk = [*COMMANDS["xpk create"][:-2], "v6e-4", "--spot"]
+    for script, given in (("gke.sh", words), ("xpk.sh", xpk)):
+        done = stage.run(script, "create", "pod", *given, "--slices", "2", ok=False)
+        assert "GKE joins slices of several hosts only" in done.stderr
+        assert stage.calls == []
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [([], "--grace goes with --spot"), (["--spot"], "has at most 120 s"), (["--spot", "--grace=120"], None)],
+)
+def test_spot_nodes_that_give_pods_more_time(stage, words, message):
+    stage.answer("describe", MISSING)
+    done = stage.run(
+        "gke.sh", "create", "pod", "--dry-run", *COMMANDS["gke create"], "--grace=121", *words, ok=not message
+    )
+    if message:
+        assert message in done.stderr
+        return
+    text = done.stdout[done.stdout.index("kubeletConfig:") : done.stdout.index("+ gcloud container node-pools")]
+    seconds = {"shutdownGracePeriodSeconds": 120, "shutdownGracePeriodCriticalPodsSeconds": 15}
+    assert yaml.safe_load(text) == {"kubeletConfig": seconds}
+    assert "--system-config-from-file=" in done.stdout
+
+
+def test_workload_policies_go_with_their_cluster(stage):
+    stage.answer("resource-policies list", "pod-2x2x2\tus-central1\npod-2x2x4\tus-central1")
+    for state in ("RUNNING", MISSING):
+        stage.rules = stage.rules[:1]
+        stage.answer("clusters describe", state)
+        stage.run("gke.sh", "delete", "pod", *GKE[:4], "--whole-cluster", "--yes-delete", "pod")
+        assert stage.lines[-2:] == [
+            f"gcloud compute resource-policies delete pod-{shape} --region=us-central1 --project=p --quiet"
+            for shape in ("2x2x2", "2x2x4")
+        ]
+        assert len(stage.lines) == (3 if state == "RUNNING" else 2)
+
+
 def test_setting_up_a_cluster(stage):
     stage.answer("get serviceaccount", MISSING)
     stage.answer("projects describe", "123")
     stage.run("gke.sh", "setup", "pod", *COMMANDS["gke setup"])
     assert [line.split(" --platform")[0] for line in stage.lines] == [
         "gcloud container clusters get-credentials pod --location=us-west4 --project=p",
-        f"{KUBE} apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.10.1/manifests.yaml",
+        f"{KUBE} apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml",
         f"{KUBE} create serviceaccount jaxrl",
         "gcloud storage buckets add-iam-policy-binding gs://bucket --role=roles/storage.objectUser "
         "--member=principal://iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/p.svc.id.goog"
@@ -724,9 +767,13 @@ def test_the_manifest_of_a_run(stage):
     (job,) = made["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert (job["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (2, 4, 4, 0)
-    (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [1, 2]
+    taken, rule = spec["podFailurePolicy"]["rules"]
+    assert taken == {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert rule["onExitCodes"]["values"] == [1, 2, 137]
+    limits = {f"gke-gcsfuse/{name}-limit": "0" for name in ("cpu", "memory", "ephemeral-storage")}
+    assert spec["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"} | limits
     pod = spec["template"]["spec"]
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "4x4",
@@ -738,7 +785,27 @@ def test_the_manifest_of_a_run(stage):
     words = [word.replace("$$(", "$(") for word in container["command"]]
     assert words == [*WORDS, "a=$(HOME) @NAME@", "--resume-if-started", "--stopped-status", "143"]
     assert all("$(" not in word.replace("$$(", "") for word in container["command"])
-    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert not {"restartPolicy", "restartPolicyRules"} & set(container)
+    volume = pod["volumes"][0]["csi"]["volumeAttributes"]
+    assert (volume["bucketName"], volume["hostNetworkPodKSA"]) == ("bucket", "true")
+
+
+def test_a_tpu7x_host_has_a_container_for_each_of_its_numa_nodes(stage):
+    words = ["--tpu", "tpu7x", "--topology", "2x2x2", "--in-place", *SUBMIT[SUBMIT.index("--image") :]]
+    made = manifest(stage.run("gke.sh", "run", "demo", "--dry-run", *GKE, *words))
+    spec = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    first, second = spec["template"]["spec"]["containers"]
+    assert second == first | {"name": "jaxrl-2"}
+    assert first["resources"]["limits"] == {"google.com/tpu": 2}
+    assert [rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"][1:]] == [
+        "jaxrl",
+        "jaxrl-2",
+    ]
+    # --in-place: what may pass is started again where it is, everything else as without it.
+    assert first["restartPolicy"] == "Never"
+    again = {"action": "Restart", "exitCodes": {"operator": "In", "values": [75, 134]}}
+    assert first["restartPolicyRules"] == [again]
 
 
 @pytest.mark.parametrize(
@@ -999,6 +1066,35 @@ def test_a_worker_hands_on_the_request_to_stop(worker, tmp_path):
     assert worker("stop").startswith("stopped 143, after ")
     assert worker("log") == "saved\n"
     assert worker("stop").startswith("nothing runs here: stopped 143")
+
+
+def test_a_worker_mounts_again_and_starts_nothing_on_the_local_disk(worker, tmp_path, monkeypatch):
+    record, mounted = tmp_path / "record", tmp_path / "mounted"
+    for tool, line in {
+        "sudo": 'exec "$@"',
+        "umount": "exit 1",
+        "chown": "",
+        "gcsfuse": f'echo "gcsfuse $*" >> {record}; [ -e {tmp_path}/broken ] || touch {mounted}',
+        "mountpoint": f"[ -e {mounted} ]",
+    }.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    directory = tmp_path / "runs"
+    words = f"gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 bucket {directory}\n"
+    assert "is mounted at" in worker("mount", "bucket", str(directory))
+    assert "mounted already" in worker("mount", "bucket", str(directory))
+    assert record.read_text() == words
+    mounted.unlink()  # a reboot
+    worker("start", "true")
+    eventually(lambda: worker("status").startswith("finished 0"))
+    assert record.read_text() == 2 * words
+    mounted.unlink()
+    (tmp_path / "broken").touch()
+    said = worker("start", "touch", str(directory / "step"), check=False)
+    assert "is not mounted at" in said
+    assert "nothing was started" in said
+    assert not list(directory.iterdir())
 
 
 def test_a_worker_waits_for_a_bounded_time(worker, tmp_path):
