@@ -19,7 +19,7 @@ class EvaluationConfig:
       samples_per_problem: sampled completions for each problem; pass@k needs k of them.
       k: the k of pass@k and maj@k.
       temperature: of the sampled completions.
-      sequences_per_batch: completions decoded together.
+      sequences_per_batch: completions decoded together; null takes as many as fit a device, at most 1152.
       grader: what judges completions: number, text, math, choice, code, or module:function of your own, see
         `jaxrl_llm.evaluation.function_grader`; None takes the task's verifier, or data.verifier for a file.
       every_steps: evaluate on the validation split every so many steps; 0 only before and after.
@@ -29,7 +29,7 @@ class EvaluationConfig:
     samples_per_problem: Count = 8
     k: tuple[Count, ...] = (1, 8)
     temperature: NonNegative = 1.0
-    sequences_per_batch: Count = field(default=1152, metadata=PLACEMENT)
+    sequences_per_batch: Count | None = field(default=None, metadata=PLACEMENT)
     every_steps: Natural = 0
     grader: str | None = None
 

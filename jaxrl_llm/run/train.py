@@ -31,6 +31,7 @@ from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
+from jaxrl_llm.run.evaluation_batch import evaluation_batch
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.failures import named
 from jaxrl_llm.run.host_processes import attentive, guarded_functions
@@ -330,11 +331,12 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
         k=config.evaluation.k,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_completion_tokens=config.rollout.max_completion_tokens,
-        sequences_per_batch=config.evaluation.sequences_per_batch,
+        sequences_per_batch=evaluation_batch(config, parts.model, place.mesh, place.rules),
         temperature=config.evaluation.temperature,
         overlong=config.data.overlong_prompts,
         mesh=place.mesh,
         rules=place.rules,
+        gather=place.gather_for_rollout,
         environment=parts.environment,
         call=run.parts.call,
         columns=("level",) if parts.task is not None else (),
