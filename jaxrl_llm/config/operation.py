@@ -53,6 +53,9 @@ class CheckpointConfig:
       keep_best: the best that are kept beside them, by `best_metric`.
       best_metric: of the newest evaluation on the validation split (see evaluation.every_steps).
       best_is: "highest" or "lowest".
+      local_dir: a directory on a disk, or in the memory (/dev/shm/...), of each host, where each process keeps the
+        parts of the state that its devices hold, for a restart on the same hosts; null for none.
+      local_every_steps: steps between two of those.
     """
 
     every_steps: Count = 20
@@ -61,9 +64,16 @@ class CheckpointConfig:
     keep_best: Natural = 0
     best_metric: str = "validation/pass@1"
     best_is: Literal["highest", "lowest"] = "highest"
+    local_dir: str | None = None
+    local_every_steps: Count = 1
 
     def __post_init__(self):
         require_ranges(self, "checkpoints")
+        if self.local_dir is not None and self.local_every_steps >= self.every_steps:
+            raise ValueError(
+                f"checkpoints.local_every_steps is {self.local_every_steps}, but checkpoints.every_steps is "
+                f"{self.every_steps}; local checkpoints are those between the others, so choose fewer"
+            )
 
 
 @dataclass(frozen=True)
