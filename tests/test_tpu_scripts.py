@@ -787,7 +787,10 @@ def test_the_manifest_of_a_run(stage):
     assert all("$(" not in word.replace("$$(", "") for word in container["command"])
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert not {"restartPolicy", "restartPolicyRules"} & set(container)
-    volume = pod["volumes"][0]["csi"]["volumeAttributes"]
+    local, runs = pod["volumes"]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/mnt/jaxrl", "/local"]
+    assert local["hostPath"]["type"] == "DirectoryOrCreate"
+    volume = runs["csi"]["volumeAttributes"]
     assert (volume["bucketName"], volume["hostNetworkPodKSA"]) == ("bucket", "true")
 
 
