@@ -93,7 +93,7 @@ class Stage:
             | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
@@ -505,6 +505,11 @@ def started(stage: Stage) -> int:
     return sum("worker.sh start" in line for line in stage.lines)
 
 
+def slow_ones(table: dict[str, tuple], *names: str) -> list:
+    """The rows of a table as parameters, of which some take long."""
+    return [pytest.param(*row, id=name, marks=[pytest.mark.slow] * (name in names)) for name, row in table.items()]
+
+
 # What fails on the way does not end the watch: (answers, how often the run is started, what is said).
 PASSING = {
     "capacity takes longer than --wait": (
@@ -550,7 +555,7 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("answers, starts, said", PASSING.values(), ids=PASSING)
+@pytest.mark.parametrize("answers, starts, said", slow_ones(PASSING, "deaths that are not in a row"))
 def test_what_passes_does_not_end_the_watch(stage, answers, starts, said):
     for pattern, replies in [*answers, ("queued-resources describe", ["ACTIVE"]), ("tpu-vm list", ["READY"])]:
         stage.answer(pattern, *replies)
@@ -576,10 +581,7 @@ ENDING = {
 }
 
 
-@pytest.mark.parametrize(
-    "says, starts, why",
-    [pytest.param(*ENDING[name], id=name, marks=[pytest.mark.slow] * (name == "no set-up")) for name in ENDING],
-)
+@pytest.mark.parametrize("says, starts, why", slow_ones(ENDING, "no set-up"))
 def test_what_would_go_on_for_ever_ends_the_watch(stage, says, starts, why):
     stage.answer("queued-resources describe", "ACTIVE")
     stage.answer("tpu-vm list", "READY")
@@ -868,6 +870,12 @@ def test_the_other_commands_of_gke(stage):
     assert stage.lines == ["gcloud container clusters delete pod --location=us-west4 --project=p --quiet"]
     stage.run("gke.sh", "delete", "demo", *GKE, "--whole-cluster", "--yes-delete", "demo", ok=False)
     assert stage.calls == []
+
+
+def test_a_deletion_that_kubectl_cannot_ask_for_has_failed(stage):
+    stage.answer("delete jobset", {"status": 1, "err": NO_ANSWER["no plugin"][1]})
+    done = stage.run("gke.sh", "delete", "demo", *GKE, "--yes-delete", "demo", ok=False)
+    assert "gke-gcloud-auth-plugin" in done.stderr
 
 
 @pytest.mark.parametrize(

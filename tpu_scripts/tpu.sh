@@ -361,8 +361,8 @@ run_state() {
     echo unknown
     return
   fi
-  for pattern in '^running' '^finished 137' '^finished [12],' '^stopped' '^finished [^0]' '^not started' '^finished 0'; do
-    if grep -m 1 -E "$pattern" <<<"$said"; then return; fi
+  for pattern in running 'finished 137' 'finished [12],' stopped 'finished [^0]' 'not started' 'finished 0'; do
+    if grep -m 1 -oE "$pattern.*" <<<"$said"; then return; fi
   done
   echo unknown
 }

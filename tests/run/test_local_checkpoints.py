@@ -118,9 +118,9 @@ def test_a_run_goes_on_from_its_host_and_repeats_its_numbers(finished_run, micro
     assert checkpoints.latest_step(run / "checkpoints") == 10
     monkeypatch.setattr(stages, "write_samples", written)
     lost = shutil.copytree(run, tmp_path / "lost")
-    assert cli.main(["train", "--resume", str(run), "--json"]) == 0
-    output = capsys.readouterr()
-    assert "going on from the local checkpoint of step 13; the storage has step 10" in " ".join(output.err.split())
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "going on from the local checkpoint of step 13; the storage has step 10" in shown
     clock = ("seconds", "tokens_per_second")
     numbers = lambda run: [  # noqa: E731
         {k: v for k, v in line.items() if k not in clock} for line in read_records(run / "metrics.jsonl")
@@ -128,7 +128,7 @@ def test_a_run_goes_on_from_its_host_and_repeats_its_numbers(finished_run, micro
     assert numbers(run) == numbers(finished_run.directory)
     ends = [checkpoints.read_digests(where / "checkpoints", 18) for where in (run, finished_run.directory)]
     assert ends[0] == ends[1]
-    assert json.loads(output.out)["goodput"]["starts"] == 2
+    assert json.loads((run / "summary.json").read_text())["goodput"]["starts"] == 2
     assert list((tmp_path / "local").iterdir()) == []
     # A host that was replaced has none: the storage's is taken, with the same numbers.
     assert cli.main(["train", "--resume", str(lost)]) == 0
