@@ -71,6 +71,9 @@ OTHER_IMPORTS = {
     ("rewards.verifiers.latex_answers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.numbers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.text_answers", "data"): "reads text on the host, with the grammar of the task",
+    ("rewards.verifiers.text_formats", "data"): "reads text on the host, between tags",
+    ("rewards.verifiers.text_similarity", "data"): "reads text on the host, with the grammar of final answers",
+    ("rewards.verifiers.tool_calls", "data"): "reads text on the host, between tags",
 }
 # What is longer, and how long it may be.
 LONG_MODULES: dict[str, int] = {}

@@ -16,6 +16,7 @@ from jaxrl_llm.rollout import Environment
 from jaxrl_llm.run.batches import demonstration_batches, encoded, prompt_batches
 from jaxrl_llm.run.configured import configured_environment
 from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.machine import on_slices
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.setup import parts
 
@@ -238,3 +239,26 @@ def test_an_environment_in_python_is_called_in_processes_where_its_functions_can
     )
     with pytest.raises(ValueError, match=r"environment\.executor is 'process', but this environment is no HostEnv"):
         configured_environment(inside, None, CharacterTokenizer())
+
+
+@pytest.mark.parametrize(
+    "there, sizes, taken",
+    [
+        ([0, 0, 1, 1], {"slice": 2, "fsdp": 2}, 2),
+        ([1, 1], {"slice": 2, "fsdp": 2}, 1),
+        ([0, 0, 2, 2, 3, 3], {"slice": 4, "fsdp": 2}, 3),
+        ([0, 0, 1], {"slice": 2, "fsdp": 2}, 2),  # a slice that is not whole: refused when the mesh is made
+        ([0] * 8, {"slice": 2, "fsdp": 4}, 2),  # virtual devices have no slices
+    ],
+)
+def test_a_run_goes_on_with_the_slices_that_are_there(there, sizes, taken):
+    found, reason = on_slices(sizes, [SimpleNamespace(slice_index=index) for index in there])
+    assert found == sizes | {"slice": taken}
+    assert ("slices" in reason) == (taken < sizes["slice"])
+
+
+def test_a_config_of_two_slices_on_one(micro_config):
+    built = parts(parse_config(micro_config, ["mesh.slices=2"], vocabulary_size=VOCABULARY))
+    assert built.step.composition.resources.placement.mesh is None
+    with pytest.raises(ValueError, match=r"mesh.slices 2 x mesh.fsdp 2 is 4, but there are 1 devices"):
+        parts(parse_config(micro_config, ["mesh.slices=2", "mesh.fsdp=2"], vocabulary_size=VOCABULARY))
