@@ -158,6 +158,9 @@ class MeshConfig:
         return {axis: size for axis, size in named.items() if size is not None}
 
 
+Direction = Literal["rises", "falls", "holds"]  # of a metric while a recipe trains; "holds": it does not fall away
+
+
 @dataclass(frozen=True)
 class AboutConfig:
     """Where a recipe comes from; shown by `jaxrl methods`."""

@@ -198,9 +198,19 @@ def trace(parts: Parts) -> Experience:
     Raises:
       ValueError: from whatever part of the step refuses its input.
     """
+    return _traced(parts)[-1]
+
+
+def metric_names(parts: Parts) -> set[str]:
+    """Names of what every step of a run writes to metrics.jsonl."""
+    return {*_traced(parts)[1], "learning_rate", "seconds", "tokens_per_second"}
+
+
+def _traced(parts: Parts) -> Any:
+    """(state, metrics, rows) after one step, as shapes."""
     state, work = abstract_inputs(parts)
     (*_, (program, before)) = shapes(parts.step.segments, state, work)
-    return jax.eval_shape(program.run, state, before)[-1]
+    return jax.eval_shape(program.run, state, before)
 
 
 def explanation(parts: Parts) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def warm_start(config: Config) -> Config:
         max_gradient_norm=1.0,
         offload=(),
         freeze_policy_steps=0,
+        stop_when=None,
         alignment_every_steps=0,
     )
     return replace(

@@ -26,7 +26,7 @@ from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, early_stopping
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.goodput import SET_UP, Lifetime
 from jaxrl_llm.run.interruption import Abandoned, Interruption
@@ -243,8 +243,8 @@ def run_stage(
                 run.meta["tokens"] += round(tokens)
                 shown["tokens_per_second"] = tokens / seconds
             run.write_metrics(offset + done, {"stage": stage.name} | shown)
-            for text in alarms.new(shown):
-                progress.message(f"alarm at step {done} of the {stage.name}: {text}")
+            for text in _remarks(run, stage, alarms, done, shown):
+                progress.message(text)
             if stage.samples:
                 write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
@@ -252,7 +252,7 @@ def run_stage(
         alarms, unread = Alarms(), None
         widths: set[int] = set()
         choices = choices_of(state)
-        for index in range(first, stage.steps):
+        for index in range(first, first if early_stopping.over(run.meta, stage.name, first) else stage.steps):
             done = index + 1
             prompts, items = _prompts(run, stage, data, index, choices)
             width = 0 if prompts is None else prompts.tokens.shape[1]
@@ -285,7 +285,7 @@ def run_stage(
                 run.watch.expect_none(progress.message)
             run.interruption.step_done(f"step {done + 1} of the {stage.name}")
             run.stopping = hosts.agreed_stop(run.interruption.asked)
-            ends = reached or done == stage.steps
+            ends = reached or done == stage.steps or early_stopping.over(run.meta, stage.name, done)
             if ends and not last:
                 break
             if (save := run.due(done, ends)) is not None:
@@ -306,6 +306,12 @@ def run_stage(
         run.watch.allow()
     run.meta["steps_before"] = offset + int(state.step)
     return state
+
+
+def _remarks(run: Run, stage: Stage, alarms: Alarms, done: int, shown: dict[str, float]) -> list[str]:
+    """What there is to say of the numbers of a step: alarms, and that they end the stage."""
+    said = early_stopping.note(run.meta, stage.name, stage.parts.config.training.stop_when, done, shown)
+    return [f"alarm at step {done} of the {stage.name}: {text}" for text in alarms.new(shown)] + [said] * bool(said)
 
 
 def _probed(run: Run, stage: Stage, state: TrainState, measure: Callable) -> dict[str, float]:

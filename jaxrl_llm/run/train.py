@@ -31,8 +31,9 @@ from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
+from jaxrl_llm.run.early_stopping import require_metric
 from jaxrl_llm.run.evaluation_batch import evaluation_batch
-from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.explain import metric_names, trace
 from jaxrl_llm.run.failures import named
 from jaxrl_llm.run.goodput import Lifetime
 from jaxrl_llm.run.host_processes import attentive, guarded_functions
@@ -126,7 +127,7 @@ def _train(
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
     for stage in stages:
-        trace(stage.parts)
+        _require_traced(stage)
     report, logging = reporting_of(config, console)
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
@@ -209,6 +210,13 @@ def _require_same_data(config: Config, meta: dict[str, Any], fingerprint: Mappin
             f"run {config.directory} was started with other files: {', '.join(changed)} changed since (its data was "
             f"{meta['data']}, and is now {fingerprint}); restore them, or start a new run"
         )
+
+
+def _require_traced(stage: Stage) -> None:
+    """Raises ValueError for sizes that cannot work, and for an early end by a number that the steps do not report."""
+    trace(stage.parts)
+    if stage.parts.config.training.stop_when is not None:
+        require_metric(stage.name, stage.parts.config, metric_names(stage.parts))
 
 
 def _manager(config: Config) -> Any:

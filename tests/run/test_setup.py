@@ -1,6 +1,7 @@
 """What is built from a config before compute is spent."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,9 @@ from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Selection, Sequences, Source
 from jaxrl_llm.reporting import RunDirectory
+from jaxrl_llm.rollout import Environment
 from jaxrl_llm.run.batches import demonstration_batches, encoded, prompt_batches
+from jaxrl_llm.run.configured import configured_environment
 from jaxrl_llm.run.directories import Unwritten
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.machine import on_slices
@@ -219,6 +222,25 @@ def test_a_selection_chooses_the_prompts_of_a_step(micro_config, monkeypatch):
     batches = prompt_batches(built, data_sets(built.config)["train"])
     chosen = batches.chosen(np.arange(44, 48))
     assert [item["item_id"] for item in chosen.items] == [44, 45, 46, 47]
+
+
+def test_an_environment_in_python_is_called_in_processes_where_its_functions_can_be_sent_there(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs" / "examples"))
+    import own_environment
+
+    def made(**options):
+        return configured_environment({"python": "own_environment:guessing", **options}, None, CharacterTokenizer())
+
+    assert made().executor == "process"
+    assert [made(executor=how).executor for how in ("thread", "sandbox")] == ["thread", "sandbox"]
+    monkeypatch.setattr(own_environment, "step", lambda state, text: (state, text, 0.0, True))
+    assert made().executor is None
+    inside = {"python": "jaxrl_llm.rollout.tasks:task_environment", "executor": "process"}
+    monkeypatch.setattr(
+        "jaxrl_llm.rollout.tasks.task_environment", lambda tokenizer: Environment(None, None, 1, 1, 1, (1,))
+    )
+    with pytest.raises(ValueError, match=r"environment\.executor is 'process', but this environment is no HostEnv"):
+        configured_environment(inside, None, CharacterTokenizer())
 
 
 @pytest.mark.parametrize(
