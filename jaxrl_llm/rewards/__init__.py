@@ -45,6 +45,7 @@ from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judg
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
+from jaxrl_llm.rewards.process.step_borders import step_borders
 from jaxrl_llm.rewards.process.step_shaping import accumulated_potentials, clipped_delta, potential_shaped
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
@@ -105,6 +106,7 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
 from jaxrl_llm.rewards.verifiers.text_formats import instructions_kept, pattern_match, schema_match, tag_format
 from jaxrl_llm.rewards.verifiers.text_similarity import choice_match, relative_error, text_similarity, word_match
 from jaxrl_llm.rewards.verifiers.tool_calls import tool_calls_match
+from jaxrl_llm.rewards.verifiers.unit_tests import unit_tests
 from jaxrl_llm.rewards.verifiers.voted_answers import voted_answer
 
 __all__ = [
@@ -201,6 +203,7 @@ __all__ = [
     "span_overlap",
     "stated_confidence",
     "stated_rating",
+    "step_borders",
     "step_calibration",
     "stretched_scores",
     "tag_format",
@@ -215,6 +218,7 @@ __all__ = [
     "trusted_trajectories",
     "turn_count",
     "turn_end_rewards",
+    "unit_tests",
     "vector_closeness",
     "vocabulary_certainty",
     "voted_answer",
