@@ -61,6 +61,7 @@ _HELPERS = re.compile(
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step"), 2),
     **dict.fromkeys(("total_steps", "seed", "prompt_ids"), 2),
+    "reward_names": (),
 }
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 

@@ -39,7 +39,7 @@ RECIPES = sorted(FILES.keys() - {"base"})
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl"}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -105,12 +105,20 @@ METHODS = {
     "CURE": ("cure",),
     "SEC": ("sec",),
     "Co-Reward": ("co_reward",),
+    "Verifiers": ("exact_match_f1", "format_think", "gui_g1", "light_if", "numeric_match", "ton"),
+    "Gates": ("crm", "g_ra", "p_grpo", "sophia_trust", "videorft"),
+    "Lengths": ("cosine_length", "kimi_length", "l1_exact", "l1_max", "observe_r1"),
+    "Scales": ("armed", "clip_whiten", "job_reward", "medgrpo", "par"),
+    "Ensembles": ("rm_ensemble",),
+    "Confidence": ("mmboundary", "scoring_rules"),
+    "Noise": ("noisy_rewards", "reasoning_pattern"),
+    "Steps": ("clip_delta", "pbrs", "verpo"),
     "Votes": ("ttrl", "ttrv", "empo", "evol_rl", "trapo"),
     "Certainty": ("intuitor", "entropy_minimisation", "urlvr"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
-WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
+WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
 STAGES = {
     "advantage",
     "policy loss",
@@ -129,9 +137,11 @@ STAGES = {
 # Micro tasks: (options of the task, longest prompt, longest completion).
 MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "addition": ({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
+    "calculator": ({"levels": [1]}, 15, 64),
     "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
+    "sorting": ({"levels": [3]}, 15, 12),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 
@@ -250,11 +260,22 @@ def policy(micro) -> Any:
             state, _ = step(state, written=demonstrations(batches[index]))
         return jax.device_get(state.params)
 
-    first_of = {"addition": "base", "chain": "copo", "countdown": "psr"}
-    first_of |= {"grid": "meow_tea_taro_grpo", "self_correction": "score"}
-    # What completes a problem differently is learned from completions of its own.
-    own = {"rlcr"}
-    return lambda recipe: trained_on(recipe if recipe in own else first_of[read_tree(FILES[recipe])["task"]["name"]])
+    first_of = {
+        "addition": "base",
+        "calculator": "g_ra",
+        "chain": "copo",
+        "countdown": "psr",
+        "grid": "meow_tea_taro_grpo",
+        "self_correction": "score",
+        "sorting": "verpo",
+    }
+
+    def chosen(recipe: str) -> str:
+        task = read_tree(FILES[recipe])["task"]
+        # What completes a problem differently is learned from completions of its own.
+        return "rlcr" if task.get("options", {}).get("confidence") else first_of[task["name"]]
+
+    return lambda recipe: trained_on(chosen(recipe))
 
 
 def differ(one: Any, other: Any) -> bool:
@@ -316,7 +337,30 @@ def a_stage_trains(built: Parts, start: Any) -> None:
         assert np.abs(state.networks[name].params["head"]["weight"]).max() > 0
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in AMONG_THE_FAST])
+# Arithmetic of rewards between the same losses: what it computes is in tests/rewards/test_cards.py.
+REWARDS_ALONE = {
+    name
+    for family in ("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps")
+    for name in METHODS[family]
+} - {"clip_delta", "videorft"}
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS_ALONE))
+def test_a_recipe_is_composed(name, micro):
+    """Every name that it asks for is provided."""
+    for built in stages_of(micro(name)):
+        c = built.step.composition
+        assert "advantages" in {name for term in c.credit for name in term.names}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in REWARDS_ALONE else name
+        for name in RECIPES
+        if name not in AMONG_THE_FAST
+    ],
+)
 def test_a_recipe_is_composed_and_traced(name, micro):
     """What all arrays of a step are, at no cost; the slow tests train with it."""
     for built in stages_of(micro(name)):

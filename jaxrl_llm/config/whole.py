@@ -49,7 +49,7 @@ class Config:
 
     `environment` holds options of the environment that answers the turns of a task such as grid; or
     `python: "module:function"` and the keyword arguments of that function, which is called with the tokenizer and
-    returns an environment of the user's own.
+    returns an environment of the user's own; `executor`: process, sandbox or thread says where that is called.
     """
 
     name: str = field(metadata=FREE)

@@ -152,6 +152,20 @@ def test_a_reward_model_learns_from_pairs_and_the_policy_from_its_scores(micro, 
     np.testing.assert_allclose(optax.tree.norm(params), scored[-1]["parameter_norm/reward"], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_three_reward_models_learn_and_the_policy_from_what_they_agree_on(micro, tmp_path):
+    config = micro("rm_ensemble", "pairs")
+    models, policy = config.stages
+    models["training"]["steps"], policy["training"] = 20, {"steps": 3, "prompts_per_step": 8}
+    networks = {name: replace(one, learning_rate=0.005) for name, one in config.networks.items()}
+    seen = whole_run(replace(config, stages=(models, policy), networks=networks), tmp_path / "run")
+    for name in ("first", "second", "third"):
+        assert seen["reward models"][-1][f"loss/{name}_pairs"] < seen["reward models"][0][f"loss/{name}_pairs"]
+    for step in seen["reinforcement"]:
+        assert len({step[f"reward/{name}"] for name in ("one", "two", "three")}) == 3  # each has a head of its own
+        assert step["gradient_norm"] > 0
+
+
 def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(data_directory, tmp_path):
     tree = read_tree(recipe_path("light_r1")) | {"data": {"directory": data_directory}, "model": MICRO["model"]}
     tree["task"] = MICRO["task"] | {"levels": [4], "train_items": 64}
