@@ -146,7 +146,7 @@ _EXAMPLES = {
         "eval runs/demo --data mine.jsonl --grader my_module:grade --out mine",
     ),
     "compare": ("compare evals/before evals/after", "compare runs/demo/evaluations/before runs/demo/evaluations/after"),
-    "report": ("report runs/demo", "report runs/seed0 runs/seed1 runs/other --out compared.html"),
+    "report": ("report runs/seed0 runs/seed1 --out compared.html", "report runs/demo --figures figures --format pdf"),
     "sample": ("sample runs/demo --prompt 'A:12+34' -n 4", "sample MODEL_DIR --chat --prompts prompts.jsonl --jsonl"),
     "score": ("score runs/demo --file lines.jsonl", "score MODEL_DIR --file lines.jsonl --dtype bfloat16"),
     "import": ("import MODEL_DIR", "import Qwen/Qwen3-0.6B models/qwen3 --dtype bfloat16"),
