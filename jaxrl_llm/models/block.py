@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend
-from jaxrl_llm.models.cache import KeysAndValues, of_layer, remembered
+from jaxrl_llm.models.cache import KeysAndValues, of_layer, remembered, stored_at
+from jaxrl_llm.models.delta import delta_mixed
 from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.latent import NORM_EPSILON, latent_mixed, latent_queries_and_keys, latent_values
 from jaxrl_llm.models.paged import PagedBlock, paged_attention, written
@@ -94,11 +95,11 @@ def _rotated(shared: Shared, layer: Layer, x: Float[Array, "B T K G H"]) -> Floa
     return turned if layer.rotated is True else jnp.where(layer.rotated, turned, x)
 
 
-def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, KeysAndValues]:
-    """Queries, and keys and values as a cache holds them."""
+def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Array | None, KeysAndValues]:
+    """Queries, their gates, and keys and values as a cache holds them."""
     config, dtype = shared.config, x.dtype
     x = norm(x, params["attention_norm"]) if config.pre_norms else x
-    rotated = partial(_rotated, shared, layer)
+    rotated, gates = partial(_rotated, shared, layer), None
     if config.latent is not None:
         of_latents = partial(rms_norm, epsilon=NORM_EPSILON)
         queries, keys = latent_queries_and_keys(params, x, config.latent, of_latents, rotated)
@@ -108,6 +109,8 @@ def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Ke
         if config.qkv_bias:
             projected = projected + params["qkv_bias"].astype(dtype)
         queries, keys, values = projected[..., :-2, :], projected[..., -2:-1, :], projected[..., -1, :]
+        if config.attention_gate:
+            queries, gates = queries[..., ::2, :], queries[..., 1::2, :]
         if config.qk_norm:
             queries, keys = (
                 _head_norm(queries, params["query_norm"], norm),
@@ -121,14 +124,16 @@ def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Ke
         constrain(keys.transpose(0, 2, 3, 1), "rows", "kv_heads", None, None),
         constrain(values.swapaxes(1, 2), "rows", "kv_heads", None),
     )
-    return constrain(queries, "rows", "positions", "kv_heads"), new
+    return constrain(queries, "rows", "positions", "kv_heads"), gates, new
 
 
 def _attention(params, shared: Shared, x, layer: Layer, cached):
     """What attention adds to the residual stream, and the filled cache of this block."""
     config, dtype, latent = shared.config, x.dtype, shared.config.latent
     norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    queries, new = _projected(params, shared, x, layer, norm)
+    if "delta_in" in params:
+        return _delta(params, shared, norm(x, params["attention_norm"]), cached)
+    queries, gates, new = _projected(params, shared, x, layer, norm)
     scores = {
         "scale": config.score_scale,
         "window": config.window,
@@ -150,10 +155,21 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
         sinks = params["sinks"] if config.attention_sinks else None
         attended = attend(queries, own, shared.positions, context, **scores, sinks=sinks, kind=shared.kind)
     attended = attended if latent is None else latent_mixed(params, attended, latent)
+    attended = attended if gates is None else attended * jax.nn.sigmoid(gates)
     added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
     if config.attention_out_bias:
         added = added + params["attention_out_bias"].astype(dtype)
     return norm(added, params["attention_post_norm"]) if config.post_norms else added, filled
+
+
+def _delta(params, shared: Shared, x, cached):
+    """The same of a gated delta-net layer, which attends to nothing."""
+    config = shared.config
+    assert config.delta is not None
+    stored, index, _ = (None, None, ()) if cached is None else cached
+    before = None if stored is None else of_layer(stored, index)
+    added, after = delta_mixed(params, x, shared.positions, before, config.delta, epsilon=config.norm_epsilon)
+    return added, None if stored is None else stored_at(stored, index, after)
 
 
 def gated_activation(config: TransformerConfig) -> Callable[[Array, Array], Array]:

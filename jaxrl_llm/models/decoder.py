@@ -14,14 +14,15 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attention_in_use
 from jaxrl_llm.models.block import Layer, Shared, rms_norm, run_block
-from jaxrl_llm.models.cache import Cache, init_cache, of_layer, replaced_row, taken_rows
+from jaxrl_llm.models.cache import Cache, KeysAndValues, init_cache, of_layer, replaced_row, taken_rows
 from jaxrl_llm.models.latent import latent_values
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
 from jaxrl_llm.models.projection import TURNED_FROM, turned
 from jaxrl_llm.models.rotary import rotary_angles
-from jaxrl_llm.models.transformer_config import LatentConfig, TransformerConfig, require_in_context
+from jaxrl_llm.models.layer_runs import Run, layer_runs
+from jaxrl_llm.models.transformer_config import TransformerConfig, require_in_context
 from jaxrl_llm.models.transformer_specs import transformer_specs
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ANY, ambient_layout, constrain
@@ -96,40 +97,34 @@ def observed_forward(
     return hidden, cache, observed
 
 
-def _cached(cache: Cache | PagedCache | None, carried, layer: Array | int, config: TransformerConfig):
-    """What one block is given of the cache; `carried` is what the blocks before it have filled."""
-    if cache is None:
-        return None
-    if isinstance(cache, PagedCache):
-        return PagedBlock(carried, cache.table, layer * cache.pages_per_layer(config.layers))
-    if isinstance(layer, int):
-        return cache.layers[layer], None, _context(cache, layer, config.latent)
-    return carried, layer, _context(cache, layer, config.latent)
-
-
-def _context(cache: Cache, layer: Array | int, latent: LatentConfig | None) -> tuple[KeyValues, ...]:
-    """What one block may read of what was written before."""
-    index = (lambda layers: layers[layer]) if isinstance(layer, int) else partial(of_layer, layer=layer)
-    readable = lambda pair: pair if latent is None else latent_values(pair, latent.rank)  # noqa: E731
-    parts = [(readable(index(part.layers)), part.positions) for part in cache.context]
-    return tuple(KeyValues(pair.keys, pair.values, seen) for pair, seen in parts)
-
-
 def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
     config = shared.config
-    filled, all_observed = [], []
+    filled, all_observed, routed = [], [], 0
     carried = cache.pages if isinstance(cache, PagedCache) else None
     kinds = zip(config.windowed, config.rotated, strict=True)
     for index, (block_params, kind) in enumerate(zip(unstack(params, config)["blocks"], kinds, strict=True)):
         choices = None
-        if router_choices is not None and "router" in block_params:
-            choices = router_choices[index - config.stacks["blocks"].start]
-        cached = _cached(cache, carried, index, config)
+        if "router" in block_params:
+            choices = None if router_choices is None else router_choices[routed]
+            routed += 1
+        cached = None
+        if isinstance(cache, PagedCache):
+            cached = PagedBlock(carried, cache.table, index * cache.pages_per_layer(config.layers))
+        elif cache is not None:
+            context = [(part.layers[index], part.positions) for part in cache.context]
+            cached = cache.layers[index], None, _readable(context, config)
         x, carried, observed = run_block(shared, Layer(*kind), cached)(block_params, x, choices)
         filled.append(carried)
         all_observed.append(jax.tree.map(lambda leaf: leaf[None], keep(observed)))
     layers = carried if isinstance(cache, PagedCache) else tuple(filled)
     return x, layers, _joined(all_observed)
+
+
+def _readable(context: Sequence[tuple[KeysAndValues | None, Array]], config: TransformerConfig):
+    """What one block may read of what was written before."""
+    latent = config.latent
+    pairs = [(pair if latent is None else latent_values(pair, latent.rank), seen) for pair, seen in context if pair]
+    return tuple(KeyValues(pair.keys, pair.values, seen) for pair, seen in pairs)
 
 
 def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
@@ -141,26 +136,56 @@ def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
 def _scanned_blocks(params, shared, x, router_choices, cache, keep):
     config = shared.config
     # The cache is carried, not scanned over: each block writes its new slots in place, and nothing is copied.
-    layers = cache.pages if isinstance(cache, PagedCache) else None if cache is None else cache.layers
+    carried = cache.pages if isinstance(cache, PagedCache) else None if cache is None else _by_kind(cache.layers)
     all_observed = []
-    for stack, numbers in config.stacks.items():
-        kinds = [values[numbers.start : numbers.stop] for values in (config.windowed, config.rotated)]
-
-        def body(carry, xs, stack=stack, kinds=kinds):
-            x, layers = carry
-            block_params, number, choices, *own = xs
-            block_params = _where_they_lie(block_params, config, stack)
-            # Where all layers are of one kind, the program knows it; else each reads its own from an array.
-            layer = Layer(*(all_[0] if len(set(all_)) == 1 else one for all_, one in zip(kinds, own, strict=True)))
-            cached = _cached(cache, layers, number, config)
-            x, layers, observed = run_block(shared, layer, cached)(block_params, x, choices)
-            return (x, layers), keep(observed)
-
-        choices = router_choices if stack == "blocks" else None
-        xs = (params[stack], jnp.arange(numbers.start, numbers.stop), choices, *map(jnp.asarray, kinds))
-        (x, layers), observed = jax.lax.scan(body, (x, layers), xs)
+    for run in layer_runs(config):
+        (x, carried), observed = _run(params, run, shared, (x, carried), router_choices, cache, keep)
         all_observed.append(observed)
-    return x, layers, _joined(all_observed)
+    if isinstance(cache, Cache) and not isinstance(cache.layers, dict):
+        carried = carried["blocks"]
+    return x, carried, _joined(all_observed)
+
+
+def _by_kind(layers) -> dict:
+    """Layers of a cache by the names of `TransformerConfig.caches`."""
+    return layers if isinstance(layers, dict) else {"blocks": layers}
+
+
+def _run(params, run: Run, shared, carry, router_choices, cache, keep):
+    """One scan over layers of which every `run.period` are alike."""
+    config = shared.config
+    kinds = [run.every(values) for values in (config.windowed, config.rotated)]
+
+    def body(carry, xs):
+        x, carried = carry
+        blocks, number, choices, own = xs
+        observed = []
+        for j, place in enumerate(run.places):
+            block = jax.tree.map(lambda leaf, at=place.in_stack: leaf[at], blocks[place.stack])
+            block = _where_they_lie(block, config, place.stack)
+            # Where all layers are of one kind, the program knows it; else each reads its own from an array.
+            kind = (each[j][0] if len(set(each[j])) == 1 else one[j] for each, one in zip(kinds, own, strict=True))
+            chosen = None if choices is None or place.routed is None else choices[place.routed]
+            if isinstance(cache, PagedCache):
+                layer = run.start + number * run.period + j
+                cached = PagedBlock(carried, cache.table, layer * cache.pages_per_layer(config.layers))
+            else:
+                cached = None
+            if isinstance(cache, Cache):
+                at = place.first_cached + number * place.caches
+                context = [(_by_kind(part.layers)[place.cache], part.positions) for part in cache.context]
+                context = [(None if pair is None else of_layer(pair, at), seen) for pair, seen in context]
+                cached = carried[place.cache], at, _readable(context, config)
+            x, filled, shown = run_block(shared, Layer(*kind), cached)(block, x, chosen)
+            carried = carried | {place.cache: filled} if isinstance(cache, Cache) else filled
+            observed.append(keep(shown))
+        return (x, carried), _joined([jax.tree.map(lambda leaf: leaf[None], one) for one in observed])
+
+    choices = None if router_choices is None or not run.routed else run.cut(router_choices, run.routed)
+    blocks = {stack: jax.tree.map(partial(run.cut, layers=layers), params[stack]) for stack, layers in run.stacks.items()}
+    own = [jnp.asarray(values).T for values in kinds]
+    carry, observed = jax.lax.scan(body, carry, (blocks, jnp.arange(run.repeats), choices, own))
+    return carry, {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in observed.items()}
 
 
 def _where_they_lie(block_params, config: TransformerConfig, stack: str):
@@ -218,11 +243,12 @@ def unstack(params: PyTree, config: TransformerConfig) -> PyTree:
     """Split stacked blocks into a tuple when they are unrolled, so that a decode loop does not slice at every token."""
     if not config.unrolled or isinstance(params["blocks"], tuple):
         return params
-    blocks = tuple(
-        jax.tree.map(lambda leaf: leaf[index], params[stack])  # noqa: B023
-        for stack, numbers in config.stacks.items()
-        for index in range(len(numbers))
-    )
+    blocks = {
+        layer: jax.tree.map(lambda leaf, index=index: leaf[index], params[stack])
+        for stack, layers in config.stacks.items()
+        for index, layer in enumerate(layers)
+    }
+    blocks = tuple(blocks[layer] for layer in range(config.layers))
     return {name: leaf for name, leaf in params.items() if name not in config.stacks} | {"blocks": blocks}
 
 
@@ -234,7 +260,7 @@ def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
         return params
 
     def laid_out(block):
-        inputs = {"qkv": 1, "query_up": 1, "attention_out": 3} | (
+        inputs = {"qkv": 1, "query_up": 1, "attention_out": 3, "delta_in": 1, "delta_out": 3} | (
             {} if "router" in block else {"gate_up": 1, "down": 1}
         )
         large = {

@@ -8,10 +8,11 @@ from typing import Any
 from jaxrl_llm.models.dense_families import DENSE_FAMILIES
 from jaxrl_llm.models.expert_families import EXPERT_FAMILIES
 from jaxrl_llm.models.family import Family, Json, refuse
+from jaxrl_llm.models.hybrid_families import HYBRID_FAMILIES
 from jaxrl_llm.models.rope_fields import rope_fields, rope_json
 from jaxrl_llm.models.transformer_config import Activation, TransformerConfig
 
-FAMILIES: dict[str, Family] = DENSE_FAMILIES | EXPERT_FAMILIES
+FAMILIES: dict[str, Family] = DENSE_FAMILIES | EXPERT_FAMILIES | HYBRID_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ VISION_LANGUAGE: dict[str, TextPart] = {
         {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "max_window_layers": 80, "rope_theta": 1_000_000.0},
     ),
     "Qwen3VLForConditionalGeneration": TextPart({"qwen3_vl_text": "Qwen3ForCausalLM"}, {"rope_theta": 500_000.0}),
+    "Qwen3_5ForConditionalGeneration": TextPart({"qwen3_5_text": "Qwen3_5ForCausalLM"}),
+    "Qwen3_5MoeForConditionalGeneration": TextPart({"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}),
     "Mistral3ForConditionalGeneration": TextPart(
         {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
     ),
@@ -234,6 +237,7 @@ def _differences(config: TransformerConfig, other: TransformerConfig) -> list[st
             head_width=config.head_size,
             mlp_width=config.mlp_size,
             query_scale=round(config.score_scale, 12),
+            delta=None if config.delta is None else replace(config.delta, pattern=config.recurrent),
         )
 
     config, other = plain(config), plain(other)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
+from jaxrl_llm.models.layer_kinds import DeltaConfig, LatentConfig
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.ranges import Count, Positive, require_ranges
 
 # Names of the stacks of blocks in the parameters, see `TransformerConfig.stacks`.
-STACKS = ("dense_blocks", "blocks")
+STACKS = ("dense_blocks", "delta_blocks", "blocks")
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 CacheLayout = Literal["auto", "contiguous", "paged"]
 CachePrecision = Literal["compute", "int8"]
@@ -38,28 +39,6 @@ _CHOICES: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class LatentConfig:
-    """Sizes of latent attention, see latent.py.
-
-    Attributes:
-      rank: width of the latent vector, of which keys and values are projections.
-      rope_width: width of the key that all heads share and that is rotated, and of that part of each query.
-      plain_width: width of the part of each query and key that is not rotated.
-      value_width: of one head's values.
-      query_rank: width that queries are projected from; None projects them from the residual stream.
-    """
-
-    rank: Count
-    rope_width: Count
-    plain_width: Count
-    value_width: Count
-    query_rank: Count | None = None
-
-    def __post_init__(self):
-        require_ranges(self, "model.latent")
-
-
-@dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and switches of a decoder-only transformer.
 
@@ -77,6 +56,7 @@ class TransformerConfig:
       activation_limit: of clamped_swiglu.
       latent: keys and values are projections of a latent vector; then `head_width` is what is rotated, and there are as
         many key/value heads as heads.
+      delta: some layers are gated delta-nets, which remember a state instead of keys and values.
       experts: replaces the MLP of every block by a mixture of experts.
       rope_base: base of the rotary angles.
       rope_scaling: stretches the angles beyond the context of pre-training.
@@ -91,6 +71,7 @@ class TransformerConfig:
       qkv_bias: the query, key and value projections have biases.
       attention_out_bias: the output projection of the attention has a bias.
       query_scale: factor on the attention scores; None gives 1 / sqrt(head_width).
+      attention_gate: what a head attends to is multiplied by the sigmoid of a projection of the token.
       attention_sinks: each query head has a learned score that takes part in the softmax and has no value.
       attention_cap: scores s become cap * tanh(s / cap) before the softmax.
       logits_cap: the same for the scores of the vocabulary.
@@ -125,6 +106,7 @@ class TransformerConfig:
     activation: Activation = "silu"
     activation_limit: Positive = 7.0
     latent: LatentConfig | None = None
+    delta: DeltaConfig | None = None
     experts: ExpertsConfig | None = None
     rope_base: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -139,6 +121,7 @@ class TransformerConfig:
     qkv_bias: bool = False
     attention_out_bias: bool = False
     query_scale: Positive | None = None
+    attention_gate: bool = False
     attention_sinks: bool = False
     attention_cap: Positive | None = None
     logits_cap: Positive | None = None
@@ -184,6 +167,10 @@ class TransformerConfig:
                 f"model.attention is {self.attention!r}, which has no soft cap, but model.attention_cap is "
                 f"{self.attention_cap}; use auto, plain or splash"
             )
+        if self.delta is not None and self.cache_layout == "paged":
+            raise ValueError(
+                "model.cache_layout is 'paged', which does not serve a model with model.delta; use auto or contiguous"
+            )
         special = "attention_sinks" if self.attention_sinks else "latent" if self.latent is not None else None
         if special and (self.attention not in ("auto", "plain") or self.cache_layout == "paged"):
             raise ValueError(
@@ -203,7 +190,7 @@ class TransformerConfig:
                     raise ValueError(
                         f"model.{name} is {getattr(self, name)}, but with model.latent it must be {needed}"
                     )
-            for name in ("qk_norm", "qkv_bias", "attention_sinks"):
+            for name in ("qk_norm", "qkv_bias", "attention_sinks", "attention_gate"):
                 if getattr(self, name):
                     raise ValueError(f"model.{name} is true, which latent attention does not have; set it to false")
         if self.heads % self.kv_heads:
@@ -227,8 +214,15 @@ class TransformerConfig:
             )
 
     def _check_patterns(self):
-        for name in ("window_pattern", "rope_pattern"):
-            pattern = getattr(self, name)
+        patterns = {"window_pattern": self.window_pattern, "rope_pattern": self.rope_pattern}
+        if self.delta is not None:
+            patterns["delta.pattern"] = self.delta.pattern
+            if self.experts is not None and self.experts.dense_layers or "blocks" not in self.stacks:
+                raise ValueError(
+                    f"model.delta.pattern is {self.delta.pattern} for {self.layers} layers: there must be a layer of "
+                    "attention among them, and model.experts.dense_layers must be 0"
+                )
+        for name, pattern in patterns.items():
             if not pattern:
                 raise ValueError(f"model.{name} is empty; give one boolean a layer, or a pattern that repeats")
             if len(pattern) > self.layers:
@@ -261,6 +255,11 @@ class TransformerConfig:
         return self.heads // self.kv_heads
 
     @property
+    def fused_slots(self) -> int:
+        """Vectors of a key/value head in the fused projection: queries, each with its gate behind it, key and value."""
+        return (2 if self.attention_gate else 1) * self.queries_per_kv + 2
+
+    @property
     def score_scale(self) -> float:
         """Factor on the attention scores."""
         width = self.head_size + (0 if self.latent is None else self.latent.plain_width)
@@ -279,11 +278,22 @@ class TransformerConfig:
         return 1, self.latent.rank + self.latent.rope_width, 0
 
     @property
-    def stacks(self) -> dict[str, range]:
-        """The layers of each stack of blocks in the parameters: first those without experts, where a model has both."""
+    def stack_of_layer(self) -> tuple[str, ...]:
+        """The stack of blocks in the parameters that each layer belongs to."""
+        if self.delta is not None:
+            return tuple("delta_blocks" if recurrent else "blocks" for recurrent in self.recurrent)
         dense = 0 if self.experts is None else self.experts.dense_layers
-        first = {"dense_blocks": range(dense)} if dense else {}
-        return first | {"blocks": range(dense, self.layers)}
+        return ("dense_blocks",) * dense + ("blocks",) * (self.layers - dense)
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """The layers of each stack, in the order of the stacks' first layers."""
+        return _places(self.stack_of_layer)
+
+    @property
+    def caches(self) -> dict[str, tuple[int, ...]]:
+        """The layers whose caches are of one shape."""
+        return _places(["delta_blocks" if stack == "delta_blocks" else "blocks" for stack in self.stack_of_layer])
 
     @property
     def windowed(self) -> tuple[bool, ...]:
@@ -294,6 +304,11 @@ class TransformerConfig:
     def rotated(self) -> tuple[bool, ...]:
         """Whether the queries and keys of each layer are rotated."""
         return self._in_every_layer(self.rope_pattern)
+
+    @property
+    def recurrent(self) -> tuple[bool, ...]:
+        """Whether each layer is a gated delta-net."""
+        return self._in_every_layer((False,) if self.delta is None else self.delta.pattern)
 
     def _in_every_layer(self, pattern: tuple[bool, ...]) -> tuple[bool, ...]:
         return tuple(pattern[layer % len(pattern)] for layer in range(self.layers))
@@ -320,6 +335,11 @@ class TransformerConfig:
     def unrolled(self) -> bool:
         """Whether blocks are written out one after the other."""
         return self.layer_loop == "unrolled" or (self.layer_loop == "auto" and backend_in_use() == "cpu")
+
+
+def _places(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Where each name stands."""
+    return {name: tuple(i for i, other in enumerate(names) if other == name) for name in dict.fromkeys(names)}
 
 
 def require_in_context(config: TransformerConfig, tokens: int) -> None:

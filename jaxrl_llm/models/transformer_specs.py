@@ -21,7 +21,8 @@ def transformer_specs(config: TransformerConfig) -> dict:
     gain = partial(spec, scale=0.0, fill=1.0 - c.norm_offset)
     into = c.width**-0.5
     stacks = {
-        name: _attention(c, len(layers)) | _mlp(c, len(layers), routed=c.experts is not None and name == "blocks")
+        name: (_delta if name == "delta_blocks" else _attention)(c, len(layers))
+        | _mlp(c, len(layers), routed=c.experts is not None and name != "dense_blocks")
         for name, layers in c.stacks.items()
     }
     specs = {
@@ -53,7 +54,7 @@ def _norms(c: TransformerConfig, layers: int, part: str) -> dict[str, ParameterS
 
 def _fused(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
     spec = _makers(c)[0]
-    shape = (layers, c.width, c.kv_heads, c.queries_per_kv + 2, c.head_size)
+    shape = (layers, c.width, c.kv_heads, c.fused_slots, c.head_size)
     return {"qkv": spec(shape, ("layer", "embed", "kv_heads", None, None), c.width**-0.5)}
 
 
@@ -95,13 +96,41 @@ def _attention(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
         block["key_norm"] = gain((layers, *kv, c.head_size), ("layer", *named, None))
     if c.qkv_bias:
         block["qkv_bias"] = bias(
-            (layers, c.kv_heads, c.queries_per_kv + 2, c.head_size), ("layer", "kv_heads", None, None)
+            (layers, c.kv_heads, c.fused_slots, c.head_size), ("layer", "kv_heads", None, None)
         )
     if c.attention_out_bias:
         block["attention_out_bias"] = bias((layers, c.width), ("layer", None))
     if c.attention_sinks:
         block["sinks"] = bias((layers, c.kv_heads, c.queries_per_kv), ("layer", "kv_heads", None))
     return block
+
+
+def _delta(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+    """One product makes queries, keys, values and gates of a key head, another one the two numbers of each value."""
+    spec, _, _ = _makers(c)
+    delta = c.delta
+    assert delta is not None
+    heads, group, width = delta.key_heads, delta.values_per_key, delta.value_width
+    split = ("layer", "embed", "kv_heads", None)
+    constant = partial(spec, (layers, heads, group), ("layer", "kv_heads", None), 0.0)
+    return _norms(c, layers, "attention") | {
+        "delta_in": spec((layers, c.width, heads, delta.mixed_width + group * width), split, c.width**-0.5),
+        "delta_gates": spec((layers, c.width, heads, 2 * group), split, c.width**-0.5),
+        "delta_conv": spec(
+            (layers, heads, delta.mixed_width, 1, delta.kernel),
+            ("layer", "kv_heads", None, None, None),
+            delta.kernel**-0.5,
+        ),
+        # e^-softplus(0): half of what is remembered is left after each token.
+        "delta_decay": constant(fill=0.0),
+        "delta_rate": constant(fill=0.0),
+        "delta_norm": spec((layers, width), ("layer", None), 0.0),
+        "delta_out": spec(
+            (layers, heads, group, width, c.width),
+            ("layer", "kv_heads", None, None, "embed"),
+            _out_scale(c) * (delta.value_heads * width) ** -0.5,
+        ),
+    }
 
 
 def _mlp(c: TransformerConfig, layers: int, *, routed: bool) -> dict[str, ParameterSpec]:

@@ -119,10 +119,12 @@ def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layo
     architecture, source = text_part(described)
     if is_vision_language(described):
         stored = {ours: stored[theirs] for ours, theirs in text_names(stored).items()}
+    # Parts that predict further tokens at once, which nothing here does.
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
     if is_mxfp4(source, architecture):
         stored = with_mxfp4(stored)
     if source.get("num_nextn_predict_layers"):
-        # Layers behind the last one predict further tokens at once, which nothing here does.
+        # The same as layers behind the last one.
         stored = {name: tensor for name, tensor in stored.items() if (layer_of(name) or 0) < config.layers}
     return checkpoint_layout(config, architecture), stored
 

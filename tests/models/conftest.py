@@ -56,6 +56,16 @@ DEEPSEEK = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
+DELTA = {
+    "head_dim": 10,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "full_attention_interval": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.4},
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 11}
 GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7}
 VISION_GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0}
 SIGHT = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
@@ -244,6 +254,16 @@ CASES = {
             "norm_topk_prob": False,
         },
     ),
+    "qwen3_next": ("Qwen3Next", DELTA | EXPERTS | {"shared_expert_intermediate_size": 7, "num_hidden_layers": 5}),
+    "qwen3_5": (
+        "Qwen3_5",
+        DELTA
+        | {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "linear_conv_kernel_dim": 3},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        DELTA | EXPERTS | {"shared_expert_intermediate_size": 7, "linear_num_key_heads": 6, "tie_word_embeddings": True},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -252,6 +272,8 @@ CASES = {
 }
 
 
+# Families whose own config is that of what sees, too.
+TEXT_PARTS = ("Gemma3", "Qwen3_5", "Qwen3_5Moe")
 # Options that devices are divided over.
 DIVIDED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 DIVIDED += ("shared_expert_intermediate_size",)
@@ -276,8 +298,11 @@ def their_config(case: str, *, even: bool = False, **sizes):
         options = {key: value for key, value in options.items() if key not in ("layer_types", "no_rope_layers")}
     if "num_key_value_heads" in sizes and family == "DeepseekV3":
         sizes |= {"num_key_value_heads": sizes["num_attention_heads"]}
-    kind = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    return f"{family}ForCausalLM", getattr(transformers, kind)(**(SIZES | options | sizes))
+    kind = f"{family}TextConfig" if family in TEXT_PARTS else f"{family}Config"
+    given = SIZES | options | sizes
+    if family == "Qwen3_5Moe":  # all its MLPs are experts
+        del given["intermediate_size"]
+    return f"{family}ForCausalLM", getattr(transformers, kind)(**given)
 
 
 def torch_model(case: str, **sizes):
@@ -363,7 +388,7 @@ def architectures() -> set[str]:
 
 
 # The cases between which everything differs that a cache and a loop over layers can see.
-FEW = ("llama", "qwen2 partly windowed, yarn rope", "gemma3", "smollm3 windowed", "gpt_oss", "glm4_moe", "deepseek_v3")
+FEW = ("llama", "qwen2 partly windowed, yarn rope", "gemma3", "smollm3 windowed", "gpt_oss", "glm4_moe", "deepseek_v3", "qwen3_next")
 
 
 @pytest.fixture(
