@@ -323,11 +323,12 @@ def torch_model(case: str, **sizes):
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
         for name, weight in model.named_parameters():
-            gemma, gain = "Gemma" in family, "norm" in name
-            # Gemma stores what its gains are above one, and scales its embedding up: a large one would let every
-            # token predict itself.
-            spread = 0.3 if gain else 0.1 if gemma and "embed" in name else 0.5
-            weight.copy_((gain and not gemma) + spread * torch.randn(weight.shape, generator=generator))
+            # Some store what their gains are above one. Gemma scales its embedding up: a large one would let every
+            # token predict itself. And what is recurrent magnifies the last bits of large weights.
+            gain, recurrent = "norm" in name, family.startswith(("Qwen3Next", "Qwen3_5"))
+            offset = gain and not (("Gemma" in family or recurrent) and "linear_attn" not in name)
+            spread = 0.3 if gain else 0.1 if "Gemma" in family and "embed" in name else 0.3 if recurrent else 0.5
+            weight.copy_(offset + spread * torch.randn(weight.shape, generator=generator))
     return model
 
 

@@ -69,7 +69,9 @@ def test_logits_and_every_hidden_state_equal_those_of_transformers(checkpoint, b
     hidden, _, seen = checkpoint.observe(params, batch.tokens, batch.positions, None, names=NAMES)
     states = seen["hidden_states"]
     assert states.shape == (model.config.layers + 1, *hidden.shape)
-    assert relative_error(model.logits(params, hidden)[batch.mask], theirs.logits.numpy()[batch.mask]) < 2e-5
+    # A state that is written and read at every token rounds more than attention does.
+    bound = 2e-5 if model.config.delta is None else 5e-5
+    assert relative_error(model.logits(params, hidden)[batch.mask], theirs.logits.numpy()[batch.mask]) < bound
     # Their last state is after the final norm, as our `hidden` is.
     for ours, state in zip([*states[:-1], hidden], theirs.hidden_states, strict=True):
         assert relative_error(ours[batch.mask], state.numpy()[batch.mask]) < 2e-5
@@ -151,7 +153,7 @@ def test_scanned_blocks_show_what_unrolled_blocks_show(thorough, batch):
     for ours, other in zip(scanned["hidden_states"], unrolled["hidden_states"], strict=True):
         assert relative_error(ours[batch.mask], other[batch.mask]) < 1e-5
     for name in routed:
-        assert scanned[name].shape[0] == len(model.config.stacks["blocks"])
+        assert scanned[name].shape[0] == model.config.layers - model.config.experts.dense_layers
         np.testing.assert_allclose(scanned[name][:, batch.mask], unrolled[name][:, batch.mask], rtol=1e-4, atol=1e-6)
 
 
