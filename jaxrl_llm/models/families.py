@@ -7,8 +7,9 @@ from typing import Any
 
 from jaxrl_llm.models.dense_families import DENSE_FAMILIES
 from jaxrl_llm.models.expert_families import EXPERT_FAMILIES
-from jaxrl_llm.models.family import Family, Json, refuse
+from jaxrl_llm.models.family import Family, Json
 from jaxrl_llm.models.hybrid_families import HYBRID_FAMILIES
+from jaxrl_llm.models.packed import packing_of
 from jaxrl_llm.models.rope_fields import rope_fields, rope_json
 from jaxrl_llm.models.transformer_config import Activation, TransformerConfig
 
@@ -100,12 +101,6 @@ def text_part(source: Json) -> tuple[str, Json]:
     return part.text[kind], {**part.defaults, **nested, **outer}
 
 
-def is_mxfp4(source: Json, architecture: str) -> bool:
-    """Whether the weights of a checkpoint are in MXFP4, which is read for gpt-oss."""
-    method = (source.get("quantization_config") or {}).get("quant_method")
-    return architecture == "GptOssForCausalLM" and method == "mxfp4"
-
-
 def config_from_json(source: Json, *, context_tokens: int | None = None, **execution: Any) -> TransformerConfig:
     """The `TransformerConfig` that a `config.json` describes.
 
@@ -128,8 +123,7 @@ def config_from_json(source: Json, *, context_tokens: int | None = None, **execu
     architecture, source = text_part(source)
     family = FAMILIES[architecture]
     source = _complete(source, family)
-    if not is_mxfp4(source, architecture):
-        refuse(source, "quantization_config", "quantised weights")
+    packing_of(source, architecture)
     # Old and new checkpoints differ in the name of the activation; Gemma has both, of which the second counts.
     activation = source.get("hidden_activation") or source["hidden_act"]
     if activation not in _ACTIVATIONS:
