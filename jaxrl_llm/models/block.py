@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Shared(NamedTuple):
       seen: of the keys, [B, S].
       used: tokens written into the cache before this call.
       kind: the attention path.
+      per_layer: embeddings of a layer, or of all with a leading axis; None without.
     """
 
     config: TransformerConfig
@@ -51,6 +52,12 @@ class Shared(NamedTuple):
     seen: Int[Array, "B S"]
     used: Int[Array, ""]
     kind: AttentionKind
+    per_layer: Float[Array, "... B T P"] | None = None
+
+    def of_layer(self, stack: str, layer: Array | int) -> Shared:
+        """What one block reads."""
+        per_layer = None if self.per_layer is None else self.per_layer[layer]
+        return self._replace(config=self.config.of_stack(stack), per_layer=per_layer)
 
 
 class Layer(NamedTuple):
@@ -59,10 +66,14 @@ class Layer(NamedTuple):
     Attributes:
       windowed: attends to the window alone.
       rotated: queries and keys are rotated.
+      reads: attends to what another layer has written, which is handed over as its cache.
+      lends: hands out its keys and values where there is no cache.
     """
 
     windowed: bool | Array
     rotated: bool | Array
+    reads: bool = False
+    lends: bool = False
 
 
 def rms_norm(
@@ -95,8 +106,8 @@ def _rotated(shared: Shared, layer: Layer, x: Float[Array, "B T K G H"]) -> Floa
     return turned if layer.rotated is True else jnp.where(layer.rotated, turned, x)
 
 
-def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Array | None, KeysAndValues]:
-    """Queries, their gates, and keys and values as a cache holds them."""
+def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Array | None, Any]:
+    """Queries, their gates, and keys and values as a cache holds them; None for a layer that reads those of another."""
     config, dtype = shared.config, x.dtype
     x = norm(x, params["attention_norm"]) if config.pre_norms else x
     rotated, gates = partial(_rotated, shared, layer), None
@@ -108,17 +119,20 @@ def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Ar
         projected = project(x, params["qkv"])
         if config.qkv_bias:
             projected = projected + params["qkv_bias"].astype(dtype)
-        queries, keys, values = projected[..., :-2, :], projected[..., -2:-1, :], projected[..., -1, :]
+        asked = config.queries_per_kv * (2 if config.attention_gate else 1)
+        # Where one projection makes keys and values, the last slot is both.
+        queries, keys, values = projected[..., :asked, :], projected[..., asked : asked + 1, :], projected[..., -1, :]
         if config.attention_gate:
             queries, gates = queries[..., ::2, :], queries[..., 1::2, :]
-        if config.qk_norm:
-            queries, keys = (
-                _head_norm(queries, params["query_norm"], norm),
-                _head_norm(keys, params["key_norm"], norm),
-            )
-        queries, keys = rotated(queries), rotated(keys)[..., 0, :]
+        queries = rotated(_head_norm(queries, params["query_norm"], norm) if config.qk_norm else queries)
+        if not layer.reads:
+            keys = rotated(_head_norm(keys, params["key_norm"], norm) if config.qk_norm else keys)[..., 0, :]
+        if config.value_norm:
+            values = rms_norm(values, jnp.ones((), jnp.float32), config.norm_epsilon)
     if shared.growth is not None:
         queries = queries * shared.growth[..., None, None, None].astype(dtype)
+    if layer.reads:
+        return constrain(queries, "rows", "positions", "kv_heads"), gates, None
     # Each device holds the queries of its own positions; the keys and values of all are gathered (context parallelism).
     new = KeysAndValues(
         constrain(keys.transpose(0, 2, 3, 1), "rows", "kv_heads", None, None),
@@ -141,11 +155,16 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
         "cap": config.attention_cap,
     }
     filled, context = None, ()
+    if layer.reads:
+        stored, index, context = cached
+        new = of_layer(stored, index)
+    elif cached is None and layer.lends:
+        filled = new
     if isinstance(cached, PagedBlock):
         filled = written(cached, shared.positions, new)
         attended = paged_attention(queries, cached._replace(pages=filled), shared.positions, **scores)
     else:
-        if cached is not None:
+        if cached is not None and not layer.reads:
             stored, index, context = cached
             filled = remembered(stored, index, new, shared.used, shared.seen.shape[1])
             # A pass that fills its whole cache has just computed what the cache holds.
@@ -232,13 +251,25 @@ def _block(params, shared: Shared, x, layer: Layer, choices, cached):
     x = constrain(x + scaled(added), "rows", "positions", None)
     added, observed = _mlp(params, shared.config, x, choices)
     x = constrain(x + scaled(added), "rows", "positions", None)
+    if shared.per_layer is not None:
+        x = x + _of_layer_embeddings(params, shared, x)
+    if "layer_scale" in params:
+        x = x * jax.lax.stop_gradient(params["layer_scale"]).astype(x.dtype)
     return x, filled, observed | {"hidden_states": x}
 
 
-def run_block(shared: Shared, layer: Layer, cached):
-    """`_block` as a function of what is differentiated; without a cache it keeps what the config says."""
+def _of_layer_embeddings(params, shared: Shared, x):
+    """What the token's embedding for this layer adds, behind a gate that is computed from the residual stream."""
+    config = shared.config
+    gated = gated_activation(config)(project(x, params["per_layer_gate"]), shared.per_layer)
+    added = project(gated, params["per_layer_up"])
+    return rms_norm(added, params["per_layer_post_norm"], config.norm_epsilon, config.norm_offset)
+
+
+def run_block(shared: Shared, layer: Layer, cached, *, caching: bool):
+    """`_block` as a function of what is differentiated; where nothing is cached it keeps what the config says."""
 
     def run(params, x, choices):
         return _block(params, shared, x, layer, choices, cached)
 
-    return run if cached is not None else rematerialised(run, shared.config.remat)
+    return run if caching else rematerialised(run, shared.config.remat)

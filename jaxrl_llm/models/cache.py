@@ -85,10 +85,8 @@ class Cache(NamedTuple):
 
 def init_cache(rows: int, slots: int, *, config: TransformerConfig) -> Cache:
     """An empty cache for `slots` tokens a row."""
-    heads, key_size, value_size = config.cached_sizes
 
-    def stored(stacked: tuple[int, ...], *shape: int, vector: int) -> Array | Rounded:
-        shape = (*stacked, rows, heads, *shape)
+    def stored(*shape: int, vector: int) -> Array | Rounded:
         if config.cache_dtype == "compute":
             return jnp.zeros(shape, config.compute_dtype)
         scales = list(shape)
@@ -98,13 +96,14 @@ def init_cache(rows: int, slots: int, *, config: TransformerConfig) -> Cache:
     def empty(kind: str, *stacked: int) -> KeysAndValues | Recurrent:
         if kind == "delta_blocks" and config.delta is not None:
             return empty_state(rows, config.delta, config.compute_dtype, *stacked)
-        pair = stored(stacked, key_size, slots, vector=-2), stored(stacked, slots, value_size, vector=-1)
-        return KeysAndValues(*pair)
+        heads, key_size, value_size = config.of_stack(kind).cached_sizes
+        first = *stacked, rows, heads
+        return KeysAndValues(stored(*first, key_size, slots, vector=-2), stored(*first, slots, value_size, vector=-1))
 
     caches = config.caches
     if config.unrolled:
         kinds = {layer: kind for kind, numbers in caches.items() for layer in numbers}
-        layers = tuple(empty(kinds[layer]) for layer in range(config.layers))
+        layers = tuple(empty(kinds[layer]) if layer in kinds else None for layer in range(config.layers))
     else:
         layers = {kind: empty(kind, len(numbers)) for kind, numbers in caches.items()}
         layers = layers["blocks"] if len(layers) == 1 else layers

@@ -6,6 +6,7 @@ One forward serves every family; what they differ in is in `TransformerConfig`.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -19,9 +20,9 @@ from jaxrl_llm.models.latent import latent_values
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
-from jaxrl_llm.models.projection import TURNED_FROM, turned
+from jaxrl_llm.models.projection import TURNED_FROM, project, turned
 from jaxrl_llm.models.rotary import rotary_angles
-from jaxrl_llm.models.layer_runs import Run, layer_runs
+from jaxrl_llm.models.layer_runs import Run, cache_of_layer, layer_runs
 from jaxrl_llm.models.transformer_config import TransformerConfig, require_in_context
 from jaxrl_llm.models.transformer_specs import transformer_specs
 from jaxrl_llm.parallel.backend import backend_in_use
@@ -73,7 +74,8 @@ def observed_forward(
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used % cache.positions.shape[1]))
         before = sum(part.positions.shape[1] for part in cache.context)
     require_in_context(config, seen.shape[1] + before)
-    angles = rotary_angles(positions, config.rotary_size, config.rope_base, scaling)
+    everywhere = config.of_stack("global_blocks")
+    angles = rotary_angles(positions, everywhere.rotary_size, config.rope_base, scaling)
     local, growth = angles, None
     if config.local_rope_base is not None:
         local = rotary_angles(positions, config.rotary_size, config.local_rope_base)
@@ -81,7 +83,7 @@ def observed_forward(
         turns = jnp.floor(jnp.maximum(positions, 0) / (scaling.original_positions or 1))
         growth = 1.0 + scaling.query_growth * jnp.log1p(turns)
     kind = attention_path(config, queries=tokens.shape[1], keys=seen.shape[1] + before)
-    shared = Shared(config, angles, local, growth, positions, seen, used, kind)
+    shared = Shared(config, angles, local, growth, positions, seen, used, kind, _layer_embeddings(params, tokens, x, config))
 
     keep = lambda observed: {name: observed[name] for name in names if name in observed}  # noqa: E731
     embedded = x[None]
@@ -97,23 +99,39 @@ def observed_forward(
     return hidden, cache, observed
 
 
+def _layer_embeddings(params, tokens, x, config: TransformerConfig) -> Float[Array, "L B T P"] | None:
+    """For every layer, a token's own embedding and one that is projected from `x`, together over sqrt(2)."""
+    if config.per_layer is None:
+        return None
+    own = params["per_layer_embedding"].astype(x.dtype)[tokens] * jnp.asarray(config.per_layer.width**0.5, x.dtype)
+    projected = project(x, params["per_layer_projection"]) * jnp.asarray(config.width**-0.5, x.dtype)
+    projected = rms_norm(projected, params["per_layer_norm"], config.norm_epsilon, config.norm_offset)
+    return jnp.moveaxis((projected + own) * jnp.asarray(2**-0.5, x.dtype), 2, 0)
+
+
 def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
     config = shared.config
-    filled, all_observed, routed = [], [], 0
+    filled: list = []
+    all_observed, routed = [], 0
     carried = cache.pages if isinstance(cache, PagedCache) else None
-    kinds = zip(config.windowed, config.rotated, strict=True)
-    for index, (block_params, kind) in enumerate(zip(unstack(params, config)["blocks"], kinds, strict=True)):
+    kinds = zip(config.stack_of_layer, config.windowed, config.rotated, strict=True)
+    source = [config.caches[name][number] for name, number in cache_of_layer(config)]
+    for index, (block_params, (stack, *kind)) in enumerate(zip(unstack(params, config)["blocks"], kinds, strict=True)):
         choices = None
         if "router" in block_params:
             choices = None if router_choices is None else router_choices[routed]
             routed += 1
-        cached = None
+        cached, reads = None, source[index] != index
         if isinstance(cache, PagedCache):
             cached = PagedBlock(carried, cache.table, index * cache.pages_per_layer(config.layers))
         elif cache is not None:
-            context = [(part.layers[index], part.positions) for part in cache.context]
-            cached = cache.layers[index], None, _readable(context, config)
-        x, carried, observed = run_block(shared, Layer(*kind), cached)(block_params, x, choices)
+            context = [(part.layers[source[index]], part.positions) for part in cache.context]
+            cached = filled[source[index]] if reads else cache.layers[index], None, _readable(context, config)
+        elif reads:
+            cached = filled[source[index]], None, ()
+        layer = Layer(*kind, reads, config.reading_layers > 0)
+        run = run_block(shared.of_layer(stack, index), layer, cached, caching=cache is not None)
+        x, carried, observed = run(block_params, x, choices)
         filled.append(carried)
         all_observed.append(jax.tree.map(lambda leaf: leaf[None], keep(observed)))
     layers = carried if isinstance(cache, PagedCache) else tuple(filled)
@@ -137,13 +155,20 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
     config = shared.config
     # The cache is carried, not scanned over: each block writes its new slots in place, and nothing is copied.
     carried = cache.pages if isinstance(cache, PagedCache) else None if cache is None else _by_kind(cache.layers)
+    if cache is None and config.reading_layers:  # the last keys and values of each kind, for those that read them
+        rows, length = shared.positions.shape
+        carried = _of_one_layer(init_cache(rows, length, config=replace(config, cache_dtype="compute")).layers)
     all_observed = []
     for run in layer_runs(config):
         (x, carried), observed = _run(params, run, shared, (x, carried), router_choices, cache, keep)
         all_observed.append(observed)
     if isinstance(cache, Cache) and not isinstance(cache.layers, dict):
         carried = carried["blocks"]
-    return x, carried, _joined(all_observed)
+    return x, None if cache is None else carried, _joined(all_observed)
+
+
+def _of_one_layer(layers) -> dict:
+    return {name: of_layer(entry, 0) for name, entry in layers.items()}
 
 
 def _by_kind(layers) -> dict:
@@ -166,18 +191,24 @@ def _run(params, run: Run, shared, carry, router_choices, cache, keep):
             # Where all layers are of one kind, the program knows it; else each reads its own from an array.
             kind = (each[j][0] if len(set(each[j])) == 1 else one[j] for each, one in zip(kinds, own, strict=True))
             chosen = None if choices is None or place.routed is None else choices[place.routed]
+            layer = run.start + number * run.period + j
+            reads, cached = not place.caches, None
             if isinstance(cache, PagedCache):
-                layer = run.start + number * run.period + j
                 cached = PagedBlock(carried, cache.table, layer * cache.pages_per_layer(config.layers))
-            else:
-                cached = None
+            elif cache is None and reads:
+                cached = carried[place.cache], None, ()
             if isinstance(cache, Cache):
                 at = place.first_cached + number * place.caches
                 context = [(_by_kind(part.layers)[place.cache], part.positions) for part in cache.context]
                 context = [(None if pair is None else of_layer(pair, at), seen) for pair, seen in context]
                 cached = carried[place.cache], at, _readable(context, config)
-            x, filled, shown = run_block(shared, Layer(*kind), cached)(block, x, chosen)
-            carried = carried | {place.cache: filled} if isinstance(cache, Cache) else filled
+            kind = Layer(*kind, reads, config.reading_layers > 0)
+            call = run_block(shared.of_layer(place.stack, layer), kind, cached, caching=cache is not None)
+            x, filled, shown = call(block, x, chosen)
+            if isinstance(carried, dict):
+                carried = carried if reads else carried | {place.cache: filled}
+            else:
+                carried = filled
             observed.append(keep(shown))
         return (x, carried), _joined([jax.tree.map(lambda leaf: leaf[None], one) for one in observed])
 

@@ -1,4 +1,4 @@
-"""Sizes of layers that are not plain attention over heads of their own, see latent.py and delta.py."""
+"""Sizes of what some layers have instead of attention over heads of their own, or beside it."""
 
 from __future__ import annotations
 
@@ -67,3 +67,37 @@ class DeltaConfig:
     def mixed_width(self) -> int:
         """Entries of one key head that the convolution goes over: a query, a key, and the values that share them."""
         return 2 * self.key_width + self.values_per_key * self.value_width
+
+
+@dataclass(frozen=True)
+class GlobalConfig:
+    """Attention of the layers that are not windowed, where its heads are others than those of windowed layers.
+
+    Attributes:
+      head_width: of one head.
+      kv_heads: key/value heads.
+      values_are_keys: one projection makes both, which differ in norm and rotation alone.
+    """
+
+    head_width: Count
+    kv_heads: Count
+    values_are_keys: bool = False
+
+    def __post_init__(self):
+        require_ranges(self, "model.global_heads")
+
+
+@dataclass(frozen=True)
+class PerLayerConfig:
+    """Embeddings of a token for every layer: of the token itself, and projected from its embedding.
+
+    Attributes:
+      width: of each.
+      vocabulary_size: symbols that have them.
+    """
+
+    width: Count
+    vocabulary_size: Count
+
+    def __post_init__(self):
+        require_ranges(self, "model.per_layer")

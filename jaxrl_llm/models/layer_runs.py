@@ -21,7 +21,7 @@ class Place:
       routed: its number among those with experts; None without.
       cache: what its cache is among, see `TransformerConfig.caches`.
       first_cached: its number there in the first period.
-      caches: layers of a period that are there.
+      caches: layers of a period that are there; 0 for a layer that reads what another one has written.
     """
 
     stack: str
@@ -71,7 +71,7 @@ def layer_runs(config: TransformerConfig) -> list[Run]:
     """The layers of a model, in as few loops as they allow."""
     names, routed_from = config.stack_of_layer, 0
     seen = dict.fromkeys(config.stacks, 0)
-    cached_in = {layer: (name, i) for name, layers in config.caches.items() for i, layer in enumerate(layers)}
+    cached_in = cache_of_layer(config)
     runs = []
     for start, period, repeats in periods(names):
         places, inside, in_cache = [], dict.fromkeys(seen, 0), [cached_in[start + j][0] for j in range(period)]
@@ -80,9 +80,8 @@ def layer_runs(config: TransformerConfig) -> list[Run]:
             stack = names[start + j]
             cache, number = cached_in[start + j]
             has_experts = config.experts is not None and stack != "dense_blocks"
-            places.append(
-                Place(stack, inside[stack], routed if has_experts else None, cache, number, in_cache.count(cache))
-            )
+            caches = 0 if "reading" in stack else in_cache.count(cache)
+            places.append(Place(stack, inside[stack], routed if has_experts else None, cache, number, caches))
             inside[stack] += 1
             routed += has_experts
         stacks = {stack: (seen[stack], count) for stack, count in inside.items() if count}
@@ -90,6 +89,14 @@ def layer_runs(config: TransformerConfig) -> list[Run]:
         seen = {stack: first + inside[stack] * repeats for stack, first in seen.items()}
         routed_from += routed * repeats
     return runs
+
+
+def cache_of_layer(config: TransformerConfig) -> list[tuple[str, int]]:
+    """(one of `TransformerConfig.caches`, number in there) of what each layer reads."""
+    places = {layer: (name, i) for name, layers in config.caches.items() for i, layer in enumerate(layers)}
+    last = {name: (name, len(layers) - 1) for name, layers in config.caches.items()}
+    kinds = [stack.replace("reading_", "") for stack in config.stack_of_layer]
+    return [places.get(layer) or last[kind] for layer, kind in enumerate(kinds)]
 
 
 def periods(names: Sequence[str]) -> list[tuple[int, int, int]]:

@@ -13,8 +13,10 @@ from jaxrl_llm.models.transformer_specs import transformer_specs
 
 # The axes of our leaves, one letter each: layer l, expert e, vocabulary v, width d, key/value head k, slot s (the
 # queries of a key/value head, then its key, then its value), group g (its queries alone), head width h, gate or up c,
-# hidden width m, expert that is chosen x, a single number z, latent width r, head n, token of a convolution w.
+# hidden width m, expert that is chosen x, a single number z, latent width r, head n, token of a convolution w,
+# layer that is no axis of a stack q, width of a layer's embedding p.
 LEAF_AXES = {"embedding": "vd", "unembedding": "vd", "final_norm": "d"}
+LEAF_AXES |= {"per_layer_embedding": "vqp", "per_layer_projection": "dqp", "per_layer_norm": "p"}
 BLOCK_AXES = {
     "attention_norm": "ld",
     "attention_post_norm": "ld",
@@ -32,6 +34,10 @@ BLOCK_AXES = {
     "attention_out": "lkghd",
     "attention_out_bias": "ld",
     "sinks": "lkg",
+    "per_layer_gate": "ldp",
+    "per_layer_up": "lpd",
+    "per_layer_post_norm": "ld",
+    "layer_scale": "lz",
     "delta_in": "ldkh",
     "delta_gates": "ldkg",
     "delta_conv": "lkhzw",
@@ -209,12 +215,17 @@ def checkpoint_layout(config: TransformerConfig, architecture: str) -> Layout:
         own |= LATENT_AXES if config.latent is not None else {}
         axes |= {f"{stack}/{name}": letters for name, letters in own.items()}
         mlp = _experts(naming) if routed else _mlp(naming, "mlp", "", _dense_width(shapes, stack))
-        heads = _delta(config, naming) if stack == "delta_blocks" else _attention(config, naming)
+        heads = _delta(config, naming) if stack == "delta_blocks" else _attention(config, stack, naming)
         heads = heads if config.latent is None else _latent(config)
-        block = [*_norms(config, naming), *heads, *mlp]
+        block = [*_norms(config, naming), *heads, *mlp, *_PER_LAYER]
         parts += [
             replace(part, tensor=f"model.layers.{{l}}.{part.tensor}", leaf=f"{stack}/{part.leaf}") for part in block
         ]
+    parts += [
+        Part("model.embed_tokens_per_layer.weight", "per_layer_embedding", ("v", "qp")),
+        Part("model.per_layer_model_projection.weight", "per_layer_projection", ("qp", "d")),
+        Part("model.per_layer_projection_norm.weight", "per_layer_norm", ("p",)),
+    ]
     parts += [Part("model.norm.weight", "final_norm", ("d",)), Part("lm_head.weight", "unembedding", ("v", "d"))]
     # What a model does not have, its checkpoint does not have either.
     present = tuple(part for part in parts if part.leaf in shapes)
@@ -223,6 +234,14 @@ def checkpoint_layout(config: TransformerConfig, architecture: str) -> Layout:
 
 def _dense_width(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
     return shapes[f"{stack}/gate_up"][-1]
+
+
+_PER_LAYER = [
+    Part("per_layer_input_gate.weight", "per_layer_gate", ("p", "d")),
+    Part("per_layer_projection.weight", "per_layer_up", ("d", "p")),
+    Part("post_per_layer_input_norm.weight", "per_layer_post_norm", ("d",)),
+    Part("layer_scalar", "layer_scale", ("z",)),
+]
 
 
 def _norms(config: TransformerConfig, naming: Naming) -> list[Part]:
@@ -245,10 +264,12 @@ def _norms(config: TransformerConfig, naming: Naming) -> list[Part]:
     ]
 
 
-def _attention(config: TransformerConfig, naming: Naming) -> list[Part]:
+def _attention(whole: TransformerConfig, stack: str, naming: Naming) -> list[Part]:
     # Queries, key and value as (start, size) in our fused projection.
-    group, parts, first = config.fused_slots - 2, [], 0
-    for name, slots in {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}.items():
+    config, slots_there = whole.of_stack(stack), whole.slots_of(stack)
+    group, parts, first = config.queries_per_kv * (2 if config.attention_gate else 1), [], 0
+    kinds = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}
+    for name, slots in {name: slots for name, slots in kinds.items() if slots[0] < slots_there}.items():
         tensor = "self_attn.qkv_proj." if naming.fused_qkv else f"self_attn.{name}_proj."
         row = first if naming.fused_qkv else 0
         parts.append(Part(f"{tensor}weight", "qkv", ("ksh", "d"), {"s": slots}, row))
@@ -347,7 +368,7 @@ def _all_experts(theirs: str) -> list[Part]:
 
 # Where the text part of a vision-language checkpoint may lie, in files of different ages.
 _TEXT = re.compile(r"^(?:model\.language_model|language_model\.model)\.")
-_OTHER_PARTS = re.compile(r"^(?:model\.)?(?:visual|vision_tower|multi_modal_projector|mtp)\.")
+_OTHER_PARTS = re.compile(r"^(?:model\.)?(?:visual|vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector|mtp)\.")
 
 
 def text_names(names: Iterable[str]) -> dict[str, str]:

@@ -8,13 +8,14 @@ from typing import Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
-from jaxrl_llm.models.layer_kinds import DeltaConfig, LatentConfig
+from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig, LatentConfig, PerLayerConfig
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.ranges import Count, Positive, require_ranges
 
 # Names of the stacks of blocks in the parameters, see `TransformerConfig.stacks`.
-STACKS = ("dense_blocks", "delta_blocks", "blocks")
+# Blocks that read have no keys and values of their own.
+STACKS = ("dense_blocks", "delta_blocks", "global_blocks", "reading_blocks", "global_reading_blocks", "blocks")
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 CacheLayout = Literal["auto", "contiguous", "paged"]
 CachePrecision = Literal["compute", "int8"]
@@ -57,6 +58,12 @@ class TransformerConfig:
       latent: keys and values are projections of a latent vector; then `head_width` is what is rotated, and there are as
         many key/value heads as heads.
       delta: some layers are gated delta-nets, which remember a state instead of keys and values.
+      global_heads: layers without a window have other heads.
+      reading_layers: last layers that attend to the keys and values of the last layer of their kind before them.
+      reading_mlp_width: hidden width of the MLP of these; None has `mlp_width`.
+      per_layer: every layer adds something of embeddings of its own.
+      layer_scales: the residual stream is multiplied by a number behind each layer, which does not learn.
+      value_norm: RMSNorm without gains on values.
       experts: replaces the MLP of every block by a mixture of experts.
       rope_base: base of the rotary angles.
       rope_scaling: stretches the angles beyond the context of pre-training.
@@ -107,6 +114,12 @@ class TransformerConfig:
     activation_limit: Positive = 7.0
     latent: LatentConfig | None = None
     delta: DeltaConfig | None = None
+    global_heads: GlobalConfig | None = None
+    reading_layers: int = 0
+    reading_mlp_width: Count | None = None
+    per_layer: PerLayerConfig | None = None
+    layer_scales: bool = False
+    value_norm: bool = False
     experts: ExpertsConfig | None = None
     rope_base: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -167,9 +180,10 @@ class TransformerConfig:
                 f"model.attention is {self.attention!r}, which has no soft cap, but model.attention_cap is "
                 f"{self.attention_cap}; use auto, plain or splash"
             )
-        if self.delta is not None and self.cache_layout == "paged":
+        if self.of_several_kinds and self.cache_layout == "paged":
             raise ValueError(
-                "model.cache_layout is 'paged', which does not serve a model with model.delta; use auto or contiguous"
+                "model.cache_layout is 'paged', which does not serve a model with model.delta or model.global_heads; "
+                "use auto or contiguous"
             )
         special = "attention_sinks" if self.attention_sinks else "latent" if self.latent is not None else None
         if special and (self.attention not in ("auto", "plain") or self.cache_layout == "paged"):
@@ -214,6 +228,13 @@ class TransformerConfig:
             )
 
     def _check_patterns(self):
+        if self.global_heads is None and self.reading_layers:
+            raise ValueError(f"model.reading_layers is {self.reading_layers}, which needs model.global_heads; set both")
+        if self.global_heads is not None and not {"blocks", "global_blocks"} <= set(self.stacks):
+            raise ValueError(
+                f"model.reading_layers is {self.reading_layers} of {self.layers} layers; before them there must be a "
+                "layer with a window and one without"
+            )
         patterns = {"window_pattern": self.window_pattern, "rope_pattern": self.rope_pattern}
         if self.delta is not None:
             patterns["delta.pattern"] = self.delta.pattern
@@ -255,11 +276,6 @@ class TransformerConfig:
         return self.heads // self.kv_heads
 
     @property
-    def fused_slots(self) -> int:
-        """Vectors of a key/value head in the fused projection: queries, each with its gate behind it, key and value."""
-        return (2 if self.attention_gate else 1) * self.queries_per_kv + 2
-
-    @property
     def score_scale(self) -> float:
         """Factor on the attention scores."""
         width = self.head_size + (0 if self.latent is None else self.latent.plain_width)
@@ -269,6 +285,11 @@ class TransformerConfig:
     def plain_attention(self) -> bool:
         """Whether no kernel serves this model."""
         return self.attention_sinks or self.latent is not None
+
+    @property
+    def of_several_kinds(self) -> bool:
+        """Whether layers differ in what they remember."""
+        return self.delta is not None or self.global_heads is not None
 
     @property
     def cached_sizes(self) -> tuple[int, int, int]:
@@ -282,6 +303,10 @@ class TransformerConfig:
         """The stack of blocks in the parameters that each layer belongs to."""
         if self.delta is not None:
             return tuple("delta_blocks" if recurrent else "blocks" for recurrent in self.recurrent)
+        if self.global_heads is not None:
+            read = self.layers - self.reading_layers
+            kinds = ["" if windowed else "global_" for windowed in self.windowed]
+            return tuple(f"{kind}{'reading_' * (i >= read)}blocks" for i, kind in enumerate(kinds))
         dense = 0 if self.experts is None else self.experts.dense_layers
         return ("dense_blocks",) * dense + ("blocks",) * (self.layers - dense)
 
@@ -292,8 +317,27 @@ class TransformerConfig:
 
     @property
     def caches(self) -> dict[str, tuple[int, ...]]:
-        """The layers whose caches are of one shape."""
-        return _places(["delta_blocks" if stack == "delta_blocks" else "blocks" for stack in self.stack_of_layer])
+        """The layers whose caches are of one shape; those that read have none."""
+        alike = ["blocks" if stack == "dense_blocks" else stack for stack in self.stack_of_layer]
+        return {name: layers for name, layers in _places(alike).items() if "reading" not in name}
+
+    def of_stack(self, stack: str) -> TransformerConfig:
+        """The sizes of one stack of blocks as those of a model."""
+        if self.global_heads is None:
+            return self
+        changed: dict[str, Any] = {"global_heads": None, "reading_layers": 0}
+        if stack.startswith("global_"):
+            changed |= {"head_width": self.global_heads.head_width, "kv_heads": self.global_heads.kv_heads}
+        if "reading" in stack:
+            changed["mlp_width"] = self.reading_mlp_width or self.mlp_width
+        return replace(self, **changed)
+
+    def slots_of(self, stack: str) -> int:
+        """Vectors of a key/value head in the fused projection: queries, each with its gate behind it, key and value."""
+        own = self.of_stack(stack)
+        queries = (2 if self.attention_gate else 1) * own.queries_per_kv
+        shared = self.global_heads is not None and self.global_heads.values_are_keys and stack.startswith("global_")
+        return queries + (0 if "reading" in stack else 1 if shared else 2)
 
     @property
     def windowed(self) -> tuple[bool, ...]:

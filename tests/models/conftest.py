@@ -69,6 +69,7 @@ EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 
 GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7}
 VISION_GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0}
 SIGHT = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+GEMMA4 = {"head_dim": 10, "global_head_dim": 14, "sliding_window": WINDOW}
 # The text part of vision-language models: (class, options of the text part, options of the rest).
 VISION_LANGUAGE = {
     "gemma3 with vision": (
@@ -169,6 +170,25 @@ CASES = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
             },
         },
+    ),
+    "gemma4 with shared keys and embeddings": (
+        "Gemma4",
+        GEMMA4
+        | {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 5,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma4 whose values are keys": (
+        "Gemma4",
+        GEMMA4
+        | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     ),
     "phi3 partly rotated": (
         "Phi3",
@@ -273,7 +293,7 @@ CASES = {
 
 
 # Families whose own config is that of what sees, too.
-TEXT_PARTS = ("Gemma3", "Qwen3_5", "Qwen3_5Moe")
+TEXT_PARTS = ("Gemma3", "Gemma4", "Qwen3_5", "Qwen3_5Moe")
 # Options that devices are divided over.
 DIVIDED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 DIVIDED += ("shared_expert_intermediate_size",)
@@ -324,10 +344,12 @@ def torch_model(case: str, **sizes):
                 bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
         for name, weight in model.named_parameters():
             # Some store what their gains are above one. Gemma scales its embedding up: a large one would let every
-            # token predict itself. And what is recurrent magnifies the last bits of large weights.
+            # token predict itself. And what is recurrent magnifies the last bits of large weights, as do the queries
+            # of Ministral, which grow.
             gain, recurrent = "norm" in name, family.startswith(("Qwen3Next", "Qwen3_5"))
-            offset = gain and not (("Gemma" in family or recurrent) and "linear_attn" not in name)
-            spread = 0.3 if gain else 0.1 if "Gemma" in family and "embed" in name else 0.3 if recurrent else 0.5
+            magnified = recurrent or family.startswith("Ministral3")
+            offset = gain and not ((family[:7] in ("GemmaFo", "Gemma2F", "Gemma3F") or recurrent) and "linear_attn" not in name)
+            spread = 0.3 if gain else 0.1 if "Gemma" in family and "embed" in name else 0.3 if magnified else 0.5
             weight.copy_(offset + spread * torch.randn(weight.shape, generator=generator))
     return model
 
@@ -390,6 +412,7 @@ def architectures() -> set[str]:
 
 # The cases between which everything differs that a cache and a loop over layers can see.
 FEW = ("llama", "qwen2 partly windowed, yarn rope", "gemma3", "smollm3 windowed", "gpt_oss", "glm4_moe", "deepseek_v3", "qwen3_next")
+FEW += ("gemma4 with shared keys and embeddings",)
 
 
 @pytest.fixture(

@@ -173,7 +173,7 @@ def _packed(kind, weight, rng, bits=4, group=8):
         extra = {"g_idx": of_input.astype(np.int32), "bias": np.zeros(outputs, np.float16)}
     words, packed_zeros = _packed_words(numbers, bits, axis, order), _packed_words(zeros, bits, 1, order)
     meant = (numbers - (zeros + (kind != "awq"))[of_input]) * scales[of_input].astype(np.float32)
-    return {"qweight": words, "qzeros": packed_zeros, "scales": scales} | extra, meant.T
+    return {"qweight": words, "qzeros": packed_zeros, "scales": scales} | extra, np.ascontiguousarray(meant.T)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_weights_of_few_bits_are_read_as_what_they_mean(kind, described, make_ch
     box = (slice(1, 2), slice(3, 29), slice(0, 2), slice(1, 3), slice(2, 7))
     read = leaf_slice(layout, "blocks/qkv", box, stored, np.float32)
     np.testing.assert_array_equal(read, np.asarray(load_model(plain)[1]["blocks"]["qkv"])[box])
-    rewritten(directory, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith(("scales", "weight_scale_inv")))))
-    if kind != "fp8":
+    if kind != "fp8":  # which safetensors.numpy does not read
+        rewritten(directory, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("scales"))))
         with pytest.raises(ValueError, match=r"packed weights lack .*scales; copy all files"):
             load_model(directory)
     edited(directory, quantization_config={"quant_method": "awq", "bits": 3})
