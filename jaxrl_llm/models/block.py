@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.models.adapters import plain_matrix
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend
 from jaxrl_llm.models.cache import KeysAndValues, of_layer, remembered, stored_at
 from jaxrl_llm.models.delta import delta_mixed
@@ -230,7 +231,7 @@ def _mlp(params, config: TransformerConfig, x, choices):
         router = params["router"] if experts.scores == "sigmoid" else params["router"].astype(dtype)
         routing = route(normed, router, experts, choices, **biases)
         names = ["gate_up", "down"] + ["gate_up_bias", "down_bias"] * config.mlp_bias
-        matrices = {name: params[name].astype(dtype) for name in names}
+        matrices = {name: plain_matrix(params[name], dtype) for name in names}
         added = expert_mlp(normed, routing, gated=gated, ragged=experts.ragged, **matrices)
         if experts.shared_width is not None:
             shared = _dense_mlp(params, "shared_", normed, gated)
@@ -261,6 +262,7 @@ def _block(params, shared: Shared, x, layer: Layer, choices, cached):
 def _of_layer_embeddings(params, shared: Shared, x):
     """What the token's embedding for this layer adds, behind a gate that is computed from the residual stream."""
     config = shared.config
+    assert shared.per_layer is not None
     gated = gated_activation(config)(project(x, params["per_layer_gate"]), shared.per_layer)
     added = project(gated, params["per_layer_up"])
     return rms_norm(added, params["per_layer_post_norm"], config.norm_epsilon, config.norm_offset)

@@ -170,7 +170,10 @@ def replaced_row(cache: Cache, slot: Array | int, source: Cache, row: Array | in
         if not isinstance(entry, Recurrent):
             return entry
         number = row * _remembering(given) // count
-        return Recurrent(*(put(leaf, new, axis, number) for leaf, new, axis in zip(entry, given, (-4, -5), strict=True)))
+        return Recurrent(
+            put(entry.inputs, given.inputs, entry.inputs.ndim - 4, number),
+            put(entry.state, given.state, entry.state.ndim - 5, number),
+        )
 
     layers = jax.tree.map(started, cache.layers, source.layers, is_leaf=_is_entry)
     nothing = jnp.full((1, cache.positions.shape[1]), -1, jnp.int32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,12 @@ from jaxrl_llm.models.attention import AttentionKind, KeyValues, attention_in_us
 from jaxrl_llm.models.block import Layer, Shared, rms_norm, run_block
 from jaxrl_llm.models.cache import Cache, KeysAndValues, init_cache, of_layer, replaced_row, taken_rows
 from jaxrl_llm.models.latent import latent_values
+from jaxrl_llm.models.layer_runs import Run, cache_of_layer, layer_runs
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
 from jaxrl_llm.models.projection import TURNED_FROM, project, turned
 from jaxrl_llm.models.rotary import rotary_angles
-from jaxrl_llm.models.layer_runs import Run, cache_of_layer, layer_runs
 from jaxrl_llm.models.transformer_config import TransformerConfig, require_in_context
 from jaxrl_llm.models.transformer_specs import transformer_specs
 from jaxrl_llm.parallel.backend import backend_in_use
@@ -83,7 +84,8 @@ def observed_forward(
         turns = jnp.floor(jnp.maximum(positions, 0) / (scaling.original_positions or 1))
         growth = 1.0 + scaling.query_growth * jnp.log1p(turns)
     kind = attention_path(config, queries=tokens.shape[1], keys=seen.shape[1] + before)
-    shared = Shared(config, angles, local, growth, positions, seen, used, kind, _layer_embeddings(params, tokens, x, config))
+    per_layer = _layer_embeddings(params, tokens, x, config)
+    shared = Shared(config, angles, local, growth, positions, seen, used, kind, per_layer)
 
     keep = lambda observed: {name: observed[name] for name in names if name in observed}  # noqa: E731
     embedded = x[None]
@@ -113,10 +115,12 @@ def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
     config = shared.config
     filled: list = []
     all_observed, routed = [], 0
-    carried = cache.pages if isinstance(cache, PagedCache) else None
+    carried: Any = cache.pages if isinstance(cache, PagedCache) else None
     kinds = zip(config.stack_of_layer, config.windowed, config.rotated, strict=True)
     source = [config.caches[name][number] for name, number in cache_of_layer(config)]
-    for index, (block_params, (stack, *kind)) in enumerate(zip(unstack(params, config)["blocks"], kinds, strict=True)):
+    for index, (block_params, (stack, windowed, rotated)) in enumerate(
+        zip(unstack(params, config)["blocks"], kinds, strict=True)
+    ):
         choices = None
         if "router" in block_params:
             choices = None if router_choices is None else router_choices[routed]
@@ -129,7 +133,7 @@ def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
             cached = filled[source[index]] if reads else cache.layers[index], None, _readable(context, config)
         elif reads:
             cached = filled[source[index]], None, ()
-        layer = Layer(*kind, reads, config.reading_layers > 0)
+        layer = Layer(windowed, rotated, reads, config.reading_layers > 0)
         run = run_block(shared.of_layer(stack, index), layer, cached, caching=cache is not None)
         x, carried, observed = run(block_params, x, choices)
         filled.append(carried)
@@ -154,10 +158,12 @@ def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
 def _scanned_blocks(params, shared, x, router_choices, cache, keep):
     config = shared.config
     # The cache is carried, not scanned over: each block writes its new slots in place, and nothing is copied.
-    carried = cache.pages if isinstance(cache, PagedCache) else None if cache is None else _by_kind(cache.layers)
+    carried: Any = cache.pages if isinstance(cache, PagedCache) else None
+    carried = _by_kind(cache.layers) if isinstance(cache, Cache) else carried
     if cache is None and config.reading_layers:  # the last keys and values of each kind, for those that read them
         rows, length = shared.positions.shape
-        carried = _of_one_layer(init_cache(rows, length, config=replace(config, cache_dtype="compute")).layers)
+        empty = init_cache(rows, length, config=replace(config, cache_dtype="compute")).layers
+        carried = {name: jax.tree.map(lambda leaf: leaf[0], entry) for name, entry in empty.items()}
     all_observed = []
     for run in layer_runs(config):
         (x, carried), observed = _run(params, run, shared, (x, carried), router_choices, cache, keep)
@@ -167,11 +173,7 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
     return x, None if cache is None else carried, _joined(all_observed)
 
 
-def _of_one_layer(layers) -> dict:
-    return {name: of_layer(entry, 0) for name, entry in layers.items()}
-
-
-def _by_kind(layers) -> dict:
+def _by_kind(layers: Any) -> Any:
     """Layers of a cache by the names of `TransformerConfig.caches`."""
     return layers if isinstance(layers, dict) else {"blocks": layers}
 
@@ -182,14 +184,17 @@ def _run(params, run: Run, shared, carry, router_choices, cache, keep):
     kinds = [run.every(values) for values in (config.windowed, config.rotated)]
 
     def body(carry, xs):
-        x, carried = carry
+        x: Array = carry[0]
+        carried: Any = carry[1]
         blocks, number, choices, own = xs
         observed = []
         for j, place in enumerate(run.places):
             block = jax.tree.map(lambda leaf, at=place.in_stack: leaf[at], blocks[place.stack])
             block = _where_they_lie(block, config, place.stack)
             # Where all layers are of one kind, the program knows it; else each reads its own from an array.
-            kind = (each[j][0] if len(set(each[j])) == 1 else one[j] for each, one in zip(kinds, own, strict=True))
+            windowed, rotated = (
+                each[j][0] if len(set(each[j])) == 1 else one[j] for each, one in zip(kinds, own, strict=True)
+            )
             chosen = None if choices is None or place.routed is None else choices[place.routed]
             layer = run.start + number * run.period + j
             reads, cached = not place.caches, None
@@ -202,18 +207,18 @@ def _run(params, run: Run, shared, carry, router_choices, cache, keep):
                 context = [(_by_kind(part.layers)[place.cache], part.positions) for part in cache.context]
                 context = [(None if pair is None else of_layer(pair, at), seen) for pair, seen in context]
                 cached = carried[place.cache], at, _readable(context, config)
-            kind = Layer(*kind, reads, config.reading_layers > 0)
+            kind = Layer(windowed, rotated, reads, config.reading_layers > 0)
             call = run_block(shared.of_layer(place.stack, layer), kind, cached, caching=cache is not None)
             x, filled, shown = call(block, x, chosen)
-            if isinstance(carried, dict):
-                carried = carried if reads else carried | {place.cache: filled}
-            else:
-                carried = filled
+            # Those that read have written nothing.
+            carried = filled if not isinstance(carried, dict) else carried | ({} if reads else {place.cache: filled})
             observed.append(keep(shown))
         return (x, carried), _joined([jax.tree.map(lambda leaf: leaf[None], one) for one in observed])
 
     choices = None if router_choices is None or not run.routed else run.cut(router_choices, run.routed)
-    blocks = {stack: jax.tree.map(partial(run.cut, layers=layers), params[stack]) for stack, layers in run.stacks.items()}
+    blocks = {
+        stack: jax.tree.map(partial(run.cut, layers=layers), params[stack]) for stack, layers in run.stacks.items()
+    }
     own = [jnp.asarray(values).T for values in kinds]
     carry, observed = jax.lax.scan(body, carry, (blocks, jnp.arange(run.repeats), choices, own))
     return carry, {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in observed.items()}

@@ -124,7 +124,7 @@ def _gemma4_fields(source: Json) -> dict[str, Any]:
             "reading_mlp_width": 2 * source["intermediate_size"] if double else None,
             "per_layer": PerLayerConfig(per_layer, source["vocab_size_per_layer_input"]) if per_layer else None,
         }
-        | windows(source | {"layer_types": kinds}, lambda layer: False)
+        | windows({**source, "layer_types": kinds}, lambda layer: False)
     )
 
 

@@ -323,7 +323,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
     "DeepseekV3ForCausalLM": Family(
         "deepseek_v3",
         "DeepSeek-V3 and R1, Moonlight: latent attention with its narrow cache, groups of experts; weights in fp8 are "
-        "refused",
+        "read",
         _deepseek_v3_fields,
         _deepseek_v3_json,
         _DEEPSEEK

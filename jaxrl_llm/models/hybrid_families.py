@@ -56,9 +56,7 @@ def _qwen3_5_json(config: TransformerConfig) -> dict[str, Any]:
         "linear_key_head_dim": delta.key_width,
         "linear_value_head_dim": delta.value_width,
         "linear_conv_kernel_dim": delta.kernel,
-        "layer_types": [
-            "linear_attention" if recurrent else "full_attention" for recurrent in config.recurrent
-        ],
+        "layer_types": ["linear_attention" if recurrent else "full_attention" for recurrent in config.recurrent],
         "partial_rotary_factor": config.rope_fraction,
     }
 

@@ -8,7 +8,7 @@ Reference: DeepSeek-V3 (arXiv 2412.19437) section 3.3, GPTQ (arXiv 2210.17323), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,24 +65,29 @@ def unpacked(stored: Mapping[str, StoredTensor], source: Mapping[str, Any], pack
         block = tuple(described.get("weight_block_size") or ())
         names = [name.removesuffix(_SCALES) for name in stored if name.endswith(_SCALES)]
         found = {name: _parts(stored, name, ("weight", _SCALES[1:])) for name in names}
-        whole = {f"{name}.weight": Fp8Tensor(*parts, block) for name, parts in found.items()}
+        whole = {f"{name}.weight": Fp8Tensor(block, *parts) for name, parts in found.items()}
         left = {name: x for name, x in stored.items() if not name.endswith((_SCALES, *_OF_INPUTS))}
         return left | whole
     ends = ("qweight", "qzeros", "scales")
-    bits, group = described.get("bits", described.get("w_bit")), described.get("group_size", 128)
+    bits, group = int(described.get("bits") or described.get("w_bit") or 4), described.get("group_size", 128)
     offset = int(packing == "gptq" and described.get("checkpoint_format", "gptq") == "gptq")
     names = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
     whole = {
         f"{name}.weight": PackedTensor(
-            *_parts(stored, name, ends), stored.get(f"{name}.g_idx"), packing == "awq", bits, group, offset
+            packing == "awq", bits, group, offset, stored.get(f"{name}.g_idx"), *_parts(stored, name, ends)
         )
         for name in names
     }
     parts = {f"{name}.{end}" for name in names for end in (*ends, "g_idx")}
     left = {name: x for name, x in stored.items() if name not in parts}
-    # GPTQ files hold biases of zeros where the model has none.
-    empty = {f"{name}.bias" for name in names if f"{name}.bias" in left and not np.any(left[f"{name}.bias"].read((...,)))}
-    return {name: x for name, x in left.items() if name not in empty} | whole
+    return left | whole
+
+
+def without_empty_biases(stored: Mapping[str, Any], expected: Collection[str]) -> dict[str, Any]:
+    """Stored tensors without the biases of zeros that GPTQ files hold where the model has none."""
+    stray = [name for name in stored if name.endswith(".bias") and name not in expected]
+    empty = {name for name in stray if not np.any(stored[name].read((...,)))}
+    return {name: tensor for name, tensor in stored.items() if name not in empty}
 
 
 def _parts(stored: Mapping[str, StoredTensor], name: str, ends: tuple[str, ...]) -> list[StoredTensor]:
@@ -100,15 +105,19 @@ class Fp8Tensor:
     """float8 numbers that are multiplied by the scale of their block, or by one for all.
 
     Attributes:
+      block: (R, C); empty where one number scales all.
       values: [outputs, inputs].
-      scales: [ceil(outputs / R), ceil(inputs / C)], or a single number.
-      block: (R, C); empty for a single number.
+      scales: [ceil(outputs / R), ceil(inputs / C)], or that number.
     """
 
+    block: tuple[int, ...]
     values: StoredTensor
     scales: StoredTensor
-    block: tuple[int, ...]
-    dtype = "F32"
+
+    @property
+    def dtype(self) -> str:
+        """Of what is read."""
+        return "F32"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,9 +130,10 @@ class Fp8Tensor:
         if not self.block:
             return values * self.scales.read((...,)).astype(np.float32).reshape(())
         bounds = _bounds(ranges, self.shape)
-        spans = [slice(start // size, -(-stop // size)) for (start, stop), size in zip(bounds, self.block, strict=True)]
+        sizes = list(zip(bounds, self.block, strict=True))
+        spans = [slice(start // size, -(-stop // size)) for (start, stop), size in sizes]
         scales = self.scales.read(tuple(spans)).astype(np.float32)
-        at = [np.arange(*bound) // size - span.start for bound, size, span in zip(bounds, self.block, spans, strict=True)]
+        at = [np.arange(*bound) // size - span.start for (bound, size), span in zip(sizes, spans, strict=True)]
         return values * scales[np.ix_(*at)]
 
 
@@ -132,25 +142,29 @@ class PackedTensor:
     """A matrix of few bits, several numbers in a word of 32.
 
     Attributes:
-      words: [inputs / n, outputs] of GPTQ, [inputs, outputs / n] of AWQ.
-      zeros: [groups, outputs / n].
-      scales: [groups, outputs].
-      groups: of each input; None where `group` of them follow one another.
       awq: the layout.
       bits: of a number; n = 32 / bits.
       group: inputs in a group; -1 has all in one.
       offset: what is added to the zeros.
+      groups: of each input; None where `group` of them follow one another.
+      words: [inputs / n, outputs] of GPTQ, [inputs, outputs / n] of AWQ.
+      zeros: [groups, outputs / n].
+      scales: [groups, outputs].
     """
 
-    words: StoredTensor
-    zeros: StoredTensor
-    scales: StoredTensor
-    groups: StoredTensor | None
     awq: bool
     bits: int
     group: int
     offset: int
-    dtype = "F32"
+    groups: StoredTensor | None
+    words: StoredTensor
+    zeros: StoredTensor
+    scales: StoredTensor
+
+    @property
+    def dtype(self) -> str:
+        """Of what is read."""
+        return "F32"
 
     @property
     def shape(self) -> tuple[int, int]:

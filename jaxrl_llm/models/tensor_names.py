@@ -368,7 +368,8 @@ def _all_experts(theirs: str) -> list[Part]:
 
 # Where the text part of a vision-language checkpoint may lie, in files of different ages.
 _TEXT = re.compile(r"^(?:model\.language_model|language_model\.model)\.")
-_OTHER_PARTS = re.compile(r"^(?:model\.)?(?:visual|vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector|mtp)\.")
+_OTHERS = "visual|vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector|mtp"
+_OTHER_PARTS = re.compile(rf"^(?:model\.)?(?:{_OTHERS})\.")
 
 
 def text_names(names: Iterable[str]) -> dict[str, str]:

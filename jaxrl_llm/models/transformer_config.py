@@ -238,7 +238,7 @@ class TransformerConfig:
         patterns = {"window_pattern": self.window_pattern, "rope_pattern": self.rope_pattern}
         if self.delta is not None:
             patterns["delta.pattern"] = self.delta.pattern
-            if self.experts is not None and self.experts.dense_layers or "blocks" not in self.stacks:
+            if (self.experts is not None and self.experts.dense_layers) or "blocks" not in self.stacks:
                 raise ValueError(
                     f"model.delta.pattern is {self.delta.pattern} for {self.layers} layers: there must be a layer of "
                     "attention among them, and model.experts.dense_layers must be 0"

@@ -121,9 +121,7 @@ def _attention(whole: TransformerConfig, stack: str, layers: int) -> dict[str, P
         if "reading" not in stack:
             block["key_norm"] = gain((layers, *kv, c.head_size), ("layer", *named, None))
     if c.qkv_bias:
-        block["qkv_bias"] = bias(
-            (layers, c.kv_heads, slots, c.head_size), ("layer", "kv_heads", None, None)
-        )
+        block["qkv_bias"] = bias((layers, c.kv_heads, slots, c.head_size), ("layer", "kv_heads", None, None))
     if c.attention_out_bias:
         block["attention_out_bias"] = bias((layers, c.width), ("layer", None))
     if c.attention_sinks:

@@ -19,7 +19,7 @@ from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.families import config_from_json, is_vision_language, text_part
 from jaxrl_llm.models.imported import is_imported, read_imported
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.packed import packing_of, unpacked, with_experts_apart
+from jaxrl_llm.models.packed import packing_of, unpacked, with_experts_apart, without_empty_biases
 from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
@@ -123,6 +123,8 @@ def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layo
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
     stored = unpacked(stored, source, packing_of(source, architecture))
     layout = checkpoint_layout(config, architecture)
+    if source.get("quantization_config"):
+        stored = without_empty_biases(stored, layout.tensors())
     if not any(part.holds_experts for part in layout.parts):
         stored = with_experts_apart(stored)
     if source.get("num_nextn_predict_layers"):

@@ -70,6 +70,14 @@ GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7}
 VISION_GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0}
 SIGHT = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
 GEMMA4 = {"head_dim": 10, "global_head_dim": 14, "sliding_window": WINDOW}
+SEEN_BY_QWEN = {
+    "depth": 1,
+    "hidden_size": 8,
+    "intermediate_size": 6,
+    "num_heads": 2,
+    "out_hidden_size": 36,
+    "patch_size": 4,
+}
 # The text part of vision-language models: (class, options of the text part, options of the rest).
 VISION_LANGUAGE = {
     "gemma3 with vision": (
@@ -86,15 +94,7 @@ VISION_LANGUAGE = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 1]},
         },
         {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 8,
-                "intermediate_size": 6,
-                "num_heads": 2,
-                "out_hidden_size": 36,
-                "patch_size": 4,
-                "fullatt_block_indexes": [0],
-            },
+            "vision_config": SEEN_BY_QWEN | {"fullatt_block_indexes": [0]},
         },
     ),
     "qwen3 with vision": (
@@ -104,17 +104,29 @@ VISION_LANGUAGE = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 2, 1]},
         },
         {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 8,
-                "intermediate_size": 6,
-                "num_heads": 2,
-                "out_hidden_size": 36,
-                "patch_size": 4,
-                "num_position_embeddings": 4,
-                "deepstack_visual_indexes": [0],
-            },
+            "vision_config": SEEN_BY_QWEN | {"num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
             "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_5 with vision": (
+        "Qwen3_5",
+        DELTA | {"rope_parameters": DELTA["rope_parameters"] | {"mrope_section": [1, 1, 0]}},
+        {"vision_config": SEEN_BY_QWEN | {"num_position_embeddings": 4}},
+    ),
+    "qwen3_5_moe with vision": (
+        "Qwen3_5Moe",
+        DELTA | EXPERTS | {"shared_expert_intermediate_size": 7},
+        {"vision_config": SEEN_BY_QWEN | {"num_position_embeddings": 4}, "tie_word_embeddings": True},
+    ),
+    "gemma4 with vision": (
+        "Gemma4",
+        GEMMA4
+        | {"hidden_size_per_layer_input": 0}
+        | {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        {
+            "vision_config": SIGHT | {"head_dim": 4, "num_key_value_heads": 2},
+            "image_token_id": 36,
+            "audio_token_id": 35,
         },
     ),
     "mistral3": (
@@ -282,7 +294,9 @@ CASES = {
     ),
     "qwen3_5_moe": (
         "Qwen3_5Moe",
-        DELTA | EXPERTS | {"shared_expert_intermediate_size": 7, "linear_num_key_heads": 6, "tie_word_embeddings": True},
+        DELTA
+        | EXPERTS
+        | {"shared_expert_intermediate_size": 7, "linear_num_key_heads": 6, "tie_word_embeddings": True},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3_moe": (
@@ -334,7 +348,7 @@ def torch_model(case: str, **sizes):
     family, config = their_config(case, **sizes)
     model = getattr(transformers, family)(config).eval()
     model.set_attn_implementation("eager")
-    if hasattr(config, "num_experts_per_tok"):
+    if hasattr(config.get_text_config(), "num_experts_per_tok"):
         # Their grouped product takes no odd sizes.
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(len(case))
@@ -348,7 +362,8 @@ def torch_model(case: str, **sizes):
             # of Ministral, which grow.
             gain, recurrent = "norm" in name, family.startswith(("Qwen3Next", "Qwen3_5"))
             magnified = recurrent or family.startswith("Ministral3")
-            offset = gain and not ((family[:7] in ("GemmaFo", "Gemma2F", "Gemma3F") or recurrent) and "linear_attn" not in name)
+            from_one = family[:7] in ("GemmaFo", "Gemma2F", "Gemma3F") or (recurrent and "linear_attn" not in name)
+            offset = gain and not from_one
             spread = 0.3 if gain else 0.1 if "Gemma" in family and "embed" in name else 0.3 if magnified else 0.5
             weight.copy_(offset + spread * torch.randn(weight.shape, generator=generator))
     return model
@@ -411,7 +426,16 @@ def architectures() -> set[str]:
 
 
 # The cases between which everything differs that a cache and a loop over layers can see.
-FEW = ("llama", "qwen2 partly windowed, yarn rope", "gemma3", "smollm3 windowed", "gpt_oss", "glm4_moe", "deepseek_v3", "qwen3_next")
+FEW = (
+    "llama",
+    "qwen2 partly windowed, yarn rope",
+    "gemma3",
+    "smollm3 windowed",
+    "gpt_oss",
+    "glm4_moe",
+    "deepseek_v3",
+    "qwen3_next",
+)
 FEW += ("gemma4 with shared keys and embeddings",)
 
 

@@ -29,7 +29,7 @@ from jaxrl_llm.models import (
     parameter_count,
     transformer,
 )
-from jaxrl_llm.models.adapters import OF_EXPERTS, TARGETS
+from jaxrl_llm.models.adapters import TARGETS
 from jaxrl_llm.models.families import VISION_LANGUAGE
 from jaxrl_llm.rollout import generate
 
@@ -316,8 +316,7 @@ def test_a_config_survives_the_way_out_and_back(name):
 
 def test_adapters_start_as_the_model_and_merge_into_it(thorough, batch):
     model, params = thorough.model, thorough.params
-    blocks = params["blocks"]
-    targets = tuple(name for name in TARGETS if name in blocks and not ("router" in blocks and name in OF_EXPERTS))
+    targets = tuple(name for name in TARGETS if any(name in params[stack] for stack in model.config.stacks))
     config = LoraConfig(rank=2, alpha=4.0, targets=targets)
     adapted = jax.jit(partial(add_adapters, config=config))(params, key=jax.random.key(0))
     changed = {stack for stack in model.config.stacks for leaf in adapted[stack].values() if isinstance(leaf, LowRank)}

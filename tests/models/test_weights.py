@@ -263,6 +263,10 @@ def test_adapters_go_out_as_peft_has_them_and_come_back(case, make_checkpoint, t
     checkpoint = make_checkpoint(case)
     config, source, blocks = checkpoint.model.config, checkpoint.directory, checkpoint.params["blocks"]
     targets = tuple(name for name in TARGETS if name in blocks and not ("router" in blocks and name in OF_EXPERTS))
+    if "router" in blocks:
+        of_experts = add_adapters(checkpoint.params, LoraConfig(1, 1.0, targets=("down",)), jax.random.key(0))
+        with pytest.raises(ValueError, match="the experts have adapters, which PEFT has no place for"):
+            save_adapters(tmp_path / "no", of_experts, config, LoraConfig(1, 1.0), source=source)
     lora = LoraConfig(rank=2, alpha=3.0, targets=targets, rank_stabilised=case == "glm4_moe")
     rng = np.random.default_rng(0)
     drawn = jax.eval_shape(lambda params: add_adapters(params, lora, jax.random.key(0)), checkpoint.params)
