@@ -361,7 +361,7 @@ def torch_model(case: str, **sizes):
             # token predict itself. And what is recurrent magnifies the last bits of large weights, as do the queries
             # of Ministral, which grow.
             gain, recurrent = "norm" in name, family.startswith(("Qwen3Next", "Qwen3_5"))
-            magnified = recurrent or family.startswith("Ministral3")
+            magnified = recurrent or family.startswith(("Ministral3", "Gemma4"))
             from_one = family[:7] in ("GemmaFo", "Gemma2F", "Gemma3F") or (recurrent and "linear_attn" not in name)
             offset = gain and not from_one
             spread = 0.3 if gain else 0.1 if "Gemma" in family and "embed" in name else 0.3 if magnified else 0.5
