@@ -336,6 +336,11 @@ def their_config(case: str, *, even: bool = False, **sizes):
     given = SIZES | options | sizes
     if family == "Qwen3_5Moe":  # all its MLPs are experts
         del given["intermediate_size"]
+    rope = given.get("rope_parameters") or {}
+    if "short_factor" in rope:  # one factor for each frequency
+        size = int(given["hidden_size"] // given["num_attention_heads"] * rope["partial_rotary_factor"])
+        factors = {name: np.linspace(*rope[name], size // 2).tolist() for name in ("short_factor", "long_factor")}
+        given["rope_parameters"] = rope | factors
     return f"{family}ForCausalLM", getattr(transformers, kind)(**given)
 
 
@@ -413,7 +418,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("checkpoint_with_tokenizer", cases, indirect=True)
 
 
-@pytest.fixture(params=[case for case in CASES if "longrope" not in case])
+@pytest.fixture(params=CASES)
 def plain_case(request) -> str:
     """Each case whose options fit other sizes, too."""
     return request.param
