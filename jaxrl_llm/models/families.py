@@ -198,6 +198,8 @@ def config_to_json(
             **family.json(config),
             **stored,
         }
+        if written.get("rope_scaling", {}) is None:  # rope_parameters say it all, and some families read one of them
+            del written["rope_scaling"]
         if "hidden_activation" in family.defaults:
             written["hidden_activation"] = written["hidden_act"]
         if _says(written, config):

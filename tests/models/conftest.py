@@ -328,7 +328,13 @@ def their_config(case: str, *, even: bool = False, **sizes):
     family, options = CASES[case]
     if even:
         options = {key: value + value % 2 if key in DIVIDED else value for key, value in options.items()}
-    if sizes:  # a pattern over layers is that of the family then
+    if "vocab_size_per_layer_input" in options and "vocab_size" in sizes:
+        sizes |= {"vocab_size_per_layer_input": sizes["vocab_size"]}
+    if "num_hidden_layers" in sizes:  # a pattern over layers is that of the family then
+        if family == "Gemma4":  # whose last layers need both kinds before them
+            layers = sizes["num_hidden_layers"]
+            sizes |= {"layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]}
+            sizes |= {"num_kv_shared_layers": min(options.get("num_kv_shared_layers", 0), max(layers - 3, 0))}
         options = {key: value for key, value in options.items() if key not in ("layer_types", "no_rope_layers")}
     if "num_key_value_heads" in sizes and family == "DeepseekV3":
         sizes |= {"num_key_value_heads": sizes["num_attention_heads"]}

@@ -35,6 +35,7 @@ from jaxrl_llm.models import (
 from jaxrl_llm.models.adapters import OF_EXPERTS, TARGETS
 from jaxrl_llm.models.checkpoint_files import INDEX, stored_tensors
 from jaxrl_llm.models.export import shard_plan
+from jaxrl_llm.models.families import text_part
 from jaxrl_llm.models.tensor_names import leaves
 from jaxrl_llm.models.weights import leaf_slice, stored_model
 
@@ -63,9 +64,14 @@ def from_pretrained(directory):
     # The text part of a vision-language model is written as a model of its own where there is no original.
     (name,) = json.loads((directory / "config.json").read_text())["architectures"]
     model = getattr(transformers, name).from_pretrained(directory, attn_implementation="eager")
-    if hasattr(model.config, "num_experts_per_tok"):
+    if hasattr(model.config.get_text_config(), "num_experts_per_tok"):
         model.set_experts_implementation("eager")
     return model
+
+
+def text_class(checkpoint) -> str:
+    """Of the text part of a vision-language model."""
+    return text_part(json.loads((checkpoint.directory / "config.json").read_text()))[0]
 
 
 def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(checkpoint, batch, tmp_path):
@@ -80,7 +86,10 @@ def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(ch
     assert [file.name for file in sorted((tmp_path / "one").iterdir())] == ["config.json", "model.safetensors"]
     for name in ("many", "one"):
         theirs = from_pretrained(tmp_path / name)
-        np.testing.assert_array_equal(logits_of(theirs, batch)[batch.mask], before[batch.mask])
+        # Where two families can say a config, one's own file may name the other, whose products have other shapes.
+        exact = name == "many" or type(theirs).__name__ in (type(checkpoint.theirs).__name__, text_class(checkpoint))
+        error = np.abs(logits_of(theirs, batch) - before)[batch.mask].max()
+        assert error == 0 if exact else error < 1e-4
         model, params = load_model(tmp_path / name, **checkpoint.execution)
         assert model.config == checkpoint.model.config
         same(params, checkpoint.params)
