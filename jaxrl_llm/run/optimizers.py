@@ -16,6 +16,7 @@ from jaxrl_llm import schedules
 from jaxrl_llm.config import TrainingConfig
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import nearest
+from jaxrl_llm.models.transformer_config import STACKS
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, user_function
 from jaxrl_llm.signatures import signature
 
@@ -33,6 +34,8 @@ _MATRICES = {
     "query_up": ((-3,), (-2, -1)),
     "latent_down": ((-2,), (-1,)),
     "latent_up": ((-3,), (-2, -1)),
+    "delta_in": ((-3,), (-2, -1)),
+    "delta_out": ((-4, -3, -2), (-1,)),
 }
 # Parameters that take part in a choice alone.
 _NOT_LEARNED = ("selection_bias",)
@@ -177,7 +180,7 @@ def muon_matrices(params: PyTree) -> PyTree:
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
-        inside = len(path) > 1 and str(getattr(path[-2], "key", "")) in ("blocks", "dense_blocks")
+        inside = len(path) > 1 and str(getattr(path[-2], "key", "")) in STACKS
         if not inside or name not in _MATRICES:
             return None
         inputs, outputs = (tuple(leaf.ndim + axis for axis in axes) for axes in _MATRICES[name])
