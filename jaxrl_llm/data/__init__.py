@@ -12,7 +12,7 @@ from jaxrl_llm.data.hf_tokenizer import (
     with_chat,
     with_prompt_format,
 )
-from jaxrl_llm.data.jsonl import Fields, JsonlDataSet, fields_of, jsonl_data_sets
+from jaxrl_llm.data.jsonl import Fields, ProblemSet, fields_of, problem_sets
 from jaxrl_llm.data.pipeline import (
     Batches,
     EvaluationBatch,
@@ -34,7 +34,7 @@ __all__ = [
     "Fields",
     "HuggingFaceTokenizer",
     "Item",
-    "JsonlDataSet",
+    "ProblemSet",
     "PromptBatch",
     "SupervisedBatch",
     "Task",
@@ -44,8 +44,8 @@ __all__ = [
     "evaluation_batches",
     "fields_of",
     "fingerprint",
-    "jsonl_data_sets",
     "load_tokenizer",
+    "problem_sets",
     "prompt_batches",
     "reference_response",
     "require_embedding",

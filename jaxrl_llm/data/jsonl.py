@@ -1,6 +1,7 @@
-"""Data sets of the user's own: a local JSONL or JSON file -> records of the pipeline, with splits that never overlap.
+"""Data sets of the user's own: rows of files -> records of the pipeline, with splits that never overlap.
 
-Every line is read and checked before anything is trained on; what is wrong is named by file and line.
+Every row is read and checked before anything is trained on; what is wrong is named by file and line, and what is left
+out is counted by its reason. Any format of `row_files` is read the same way.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
-from jaxrl_llm.data.json_files import elements, place
+from jaxrl_llm.data.row_files import SPLITS, Row, rows_of, stored
+from jaxrl_llm.data.row_templates import column_value, holds
 from jaxrl_llm.data.tasks.items import record, require_choice, split_of
 
-SPLITS = ("train", "validation", "test")
 AnswerFrom = Literal["text", "hashes", "boxed", "marked"]
 _ANSWERS: Mapping[str, Callable[[str], str | None]] = {
     "text": str.strip,
@@ -31,7 +32,8 @@ _MOST_PROBLEMS = 5
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a line hold what. A dotted name goes into nested objects.
+    """Which columns of a row hold what. A dotted name goes into nested objects; `prompt`, `answer` and `response` may
+    also be templates of jinja2, made of several columns: "{{ question }} {{ options | join(', ') }}".
 
     Attributes:
       prompt: text of the prompt; None where `messages` holds it.
@@ -75,24 +77,50 @@ FORMATS: Mapping[str, Fields] = {
 
 
 @dataclass(frozen=True)
-class JsonlDataSet(Sequence[dict[str, Any]]):
-    """Records of one split, read by index as from `DataSet`.
-
-    A record has `item_id` (number of its line, from 0), `body` (text of the prompt), `answer` and `response` (reference
-    completion), "" where there is none, `messages` (the prompt's conversation, where the file has one) and `raw` (the
-    line's object, whose fields are columns for rewards).
+class Refining:
+    """Which rows of a data set become problems; what is left out is counted.
 
     Attributes:
-      path: the file.
+      where: conditions on the columns that rows have to meet, expressions of jinja2 such as "level|int < 3"; `body`,
+        `answer` and `response` are columns, too.
+      limit: training problems at most, the first ones; None takes all.
+      duplicates: "keep", or "drop" for prompts that an earlier row of the split has.
+      overlap: of splits: "error", "drop" for prompts of a split that stand in one that is measured on, or "keep".
+      unusable: rows without a prompt or an answer that can be read: "error", or "drop".
+    """
+
+    where: tuple[str, ...] = ()
+    limit: int | None = None
+    duplicates: Literal["keep", "drop"] = "keep"
+    overlap: Literal["error", "drop", "keep"] = "error"
+    unusable: Literal["error", "drop"] = "error"
+
+
+@dataclass(frozen=True)
+class ProblemSet(Sequence[dict[str, Any]]):
+    """Records of one split, read by index as from `DataSet`.
+
+    A record has `item_id` (number of its row, from 0), `body` (text of the prompt), `answer` and `response` (reference
+    completion), "" where there is none, `messages` (the prompt's conversation, where the rows have one), `raw` (the
+    row, whose columns are there for rewards), in a mixture `data_source` (name of its source), and `prefix` (solved
+    examples before the prompt) where there are any.
+
+    Attributes:
+      path: where they come from.
       split: "train", "validation" or "test".
       records: the records.
-      fingerprint: hash over the file's content, how it was read, and the split, for checkpoints.
+      fingerprint: hash over the content, how it was read, and the split, for checkpoints.
+      dropped: rows that were left out, by reason.
+      weights: of a mixture: name of a source -> its share of the prompts of a step, up to a factor; empty where all
+        records come equally often.
     """
 
     path: str
     split: str
     records: tuple[dict[str, Any], ...]
     fingerprint: str
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -124,36 +152,46 @@ def fields_of(format: str, **changes: Any) -> Fields:
     return replace(FORMATS[format], **changes)
 
 
-def jsonl_data_sets(
+def problem_sets(
     path: str | Path,
     fields: Fields,
     *,
     validation_path: str | Path | None = None,
     test_path: str | Path | None = None,
-) -> dict[str, JsonlDataSet]:
-    """The three splits of a user's files.
+    refining: Refining = Refining(),
+) -> dict[str, ProblemSet]:
+    """The three splits of a user's data.
 
-    A split with a file of its own is that file. One without is cut out of `path` by the hash of the prompt (8 of 10
-    train, 1 validation, 1 test), so that it stays the same when lines are added or moved, and equal prompts share a
-    split.
+    A split with a path of its own is that; one that the data set of `path` has by name is taken from there. Any other
+    is cut out of `path` by the hash of the prompt (8 of 10 train, 1 validation, 1 test), so that it stays the same when
+    rows are added or moved, and equal prompts share a split.
 
     Args:
-      path: training data, and whatever has no file of its own.
-      fields: which fields hold what.
-      validation_path: file of the validation split.
-      test_path: file of the test split.
+      path: training data, and whatever has no path of its own; see `row_files`.
+      fields: which columns hold what.
+      validation_path: of the validation split.
+      test_path: of the test split.
+      refining: which rows are taken.
 
     Raises:
-      ValueError: for a file that is missing, lines that cannot be used (named), a split without any line, or a prompt
+      ValueError: for data that are missing, rows that cannot be used (named), a split without any row, or a prompt
         that stands in two splits.
     """
-    own = {"validation": validation_path, "test": test_path}
-    files = {"train": Path(path)} | {split: Path(file) for split, file in own.items() if file is not None}
-    read = {split: read_records(file, fields) for split, file in files.items()}
-    cut = [split for split in SPLITS if split not in files]
+    found, named = stored(path)
+    read = {"train": _kept(f"{path}", *found.rows(named or "train"), fields, refining)}
+    places = {"train": str(path)}
+    for split, own in (("validation", validation_path), ("test", test_path)):
+        if own is not None:
+            other, of_it = stored(own)
+            read[split] = _kept(str(own), *other.rows(of_it or split), fields, refining)
+            places[split] = str(own)
+        elif named is None and (name := found.own(split)):
+            read[split] = _kept(f"{path}@{name}", *found.rows(name), fields, refining)
+            places[split] = f"{path}@{name}"
+    cut = [split for split in SPLITS if split not in read]
     sets = {}
     for split in SPLITS:
-        file, (records, digest) = files.get(split, files["train"]), read.get(split, read["train"])
+        file, (records, digest, dropped) = places.get(split, places["train"]), read.get(split, read["train"])
         if split in cut:
             records = [each for each in records if split_of(_prompt_key(each)) == split]
         elif split == "train":
@@ -162,65 +200,143 @@ def jsonl_data_sets(
             raise ValueError(
                 f"no line of {file} falls into the {split} split, which is cut out of it by hash; add lines, or name a "
                 f"file of its own for this split"
+                if not dropped
+                else f"no row of {file} is left for the {split} split: {sum(dropped.values())} were left out "
+                f"({', '.join(dropped)}); take conditions out, or give more rows"
             )
-        print_of = json.dumps([digest, asdict(fields), split, cut if split in cut or split == "train" else []])
-        sets[split] = JsonlDataSet(str(file), split, tuple(records), hashlib.sha256(print_of.encode()).hexdigest())
-    _require_disjoint(sets)
-    return sets
+        print_of = [digest, asdict(fields), split, cut if split in cut or split == "train" else []]
+        if refining != Refining():
+            print_of.append(asdict(refining))
+        fingerprint = hashlib.sha256(json.dumps(print_of).encode()).hexdigest()
+        of_file = dropped if split not in cut else {}
+        sets[split] = ProblemSet(file, split, tuple(records), fingerprint, dict(of_file))
+    return _limited(_disjoint(_distinct(sets, refining), refining), refining)
+
+
+def _kept(
+    path: str, rows: Sequence[Row], digest: str, fields: Fields, refining: Refining
+) -> tuple[list[dict[str, Any]], str, dict[str, int]]:
+    """(records of the rows that are taken, hash of them all, what was left out by reason)."""
+    records, problems = _records(rows, fields)
+    if refining.unusable == "error":
+        _require_usable(path, records, problems)
+    dropped = {"no prompt or answer that can be read": len(problems)} if problems else {}
+    for condition in refining.where:
+        met = []
+        for each in records:
+            try:
+                if holds(condition, each | each["raw"]):
+                    met.append(each)
+            except ValueError as error:
+                raise ValueError(f"row {each['item_id'] + 1} of {path}: the condition {error}") from None
+        if len(met) < len(records):
+            dropped[f"not {condition}"] = len(records) - len(met)
+        records = met
+    return records, digest, dropped
+
+
+def _distinct(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, ProblemSet]:
+    if refining.duplicates == "keep":
+        return sets
+    return {
+        split: _left(one, "duplicate prompt", {_prompt_key(each): each["item_id"] for each in reversed(one.records)})
+        for split, one in sets.items()
+    }
+
+
+def _left(one: ProblemSet, reason: str, first: Mapping[str, int]) -> ProblemSet:
+    """Without records whose prompt another record stands for; `first` says which."""
+    kept = tuple(each for each in one.records if first.get(_prompt_key(each), each["item_id"]) == each["item_id"])
+    gone = len(one.records) - len(kept)
+    return replace(one, records=kept, dropped=one.dropped | {reason: gone}) if gone else one
+
+
+def _disjoint(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, ProblemSet]:
+    if refining.overlap == "keep":
+        return sets
+    if refining.overlap == "error":
+        _require_disjoint(sets)
+        return sets
+    found, measured = dict(sets), {}
+    for split in reversed(SPLITS):
+        found[split] = _left(sets[split], "prompt of another split", measured)
+        measured |= dict.fromkeys(map(_prompt_key, sets[split].records), -1)
+        if not found[split].records:
+            raise ValueError(f"every prompt of {sets[split].path} ({split}) stands in another split; give others")
+    return found
+
+
+def _limited(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, ProblemSet]:
+    train, limit = sets["train"], refining.limit
+    if limit is None or len(train) <= limit:
+        return sets
+    dropped = train.dropped | {f"beyond the limit of {limit}": len(train) - limit}
+    return sets | {"train": replace(train, records=train.records[:limit], dropped=dropped)}
 
 
 def read_records(
-    file: Path, fields: Fields, *, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
+    file: str | Path, fields: Fields, *, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
 ) -> tuple[list[dict[str, Any]], str]:
-    """All records of a file, and the hash of its content.
+    """All records of a data set, and the hash of its content.
 
     Args:
-      file: a JSONL file, or a JSON file that is one list.
-      fields: which fields hold what.
-      prepare: from a line's object to the one that `fields` are read of; `raw` of the record is the line's.
+      file: see `row_files`.
+      fields: which columns hold what.
+      prepare: from a row to the one that `fields` are read of; `raw` of the record is the row itself.
 
     Raises:
-      ValueError: for a file that is missing or empty, and lines that cannot be used, named.
+      ValueError: for data that are missing or empty, and rows that cannot be used, named.
     """
-    file = file.expanduser()
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"data file {file} cannot be read: {error.strerror}; give the path of a JSONL file") from error
+    rows, digest = rows_of(file)
+    records, problems = _records(rows, fields, prepare)
+    _require_usable(str(file), records, problems)
+    return records, digest
+
+
+def _records(
+    rows: Sequence[Row], fields: Fields, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(records, what is wrong with the other rows)."""
     records, problems = [], []
-    numbered = list(elements(file, content))
     if (
         prepare is None
         and fields.messages is None
         and fields.answer == "answer"
-        and not any(_has(element, fields.answer) for _, element in numbered)
+        and not any(_has(row.columns, fields.answer) for row in rows)
     ):
         fields = replace(fields, answer=None)
-    for number, element in numbered:
+    for number, where, element in rows:
         try:
             prepared = prepare(element) if prepare is not None and isinstance(element, dict) else element
-            records.append(_record(prepared, fields) | {"item_id": number - 1, "raw": element})
+            records.append(record(_record(prepared, fields) | {"item_id": number - 1, "raw": element}, number - 1))
         except ValueError as error:
-            problems.append(f"{place(content)} {number}: {error}")
+            problems.append(f"{where}: {error}")
+    return records, problems
+
+
+def _require_usable(path: str, records: Sequence[Any], problems: Sequence[str]) -> None:
+    """Raises ValueError where rows cannot be used, or there are none."""
     if problems:
         more = len(problems) - _MOST_PROBLEMS
-        shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise ValueError(f"{file} has {len(problems)} lines that cannot be used; repair them: " + "; ".join(shown))
+        shown = [*problems[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+        raise ValueError(
+            f"{path} has {len(problems)} lines that cannot be used; repair them: {'; '.join(shown)} "
+            "(data.unusable=drop leaves such lines out)"
+        )
     if not records:
-        raise ValueError(f"data file {file} holds no line; give a file with one JSON object a line")
-    return [record(each, each["item_id"]) for each in records], hashlib.sha256(content).hexdigest()
+        raise ValueError(f"data file {path} holds no line; give a file with one row or more")
 
 
 def _record(element: Any, fields: Fields) -> dict[str, Any]:
-    """A line's object as a record without its number."""
+    """A row as a record without its number."""
     if isinstance(element, ValueError):
-        raise ValueError(f"no JSON: {element}")
+        raise element
     if not isinstance(element, dict):
         raise ValueError(f"holds a {type(element).__name__}, not an object with fields")
     if fields.messages is None:
         prompt, said = {"body": _text(element, fields.prompt)}, ""
     else:
-        prompt, said = _conversation(_found(element, fields.messages), fields.messages)
+        prompt, said = _conversation(column_value(element, fields.messages), fields.messages)
     written = said if fields.answer is None else _text(element, fields.answer)
     answer = _ANSWERS[fields.answer_from](written)
     answerless = fields.answer is None and (fields.messages is None or not said)
@@ -254,8 +370,8 @@ def _conversation(turns: Any, name: str) -> tuple[dict[str, Any], str]:
 
 
 def _text(element: Mapping[str, Any], name: str | None) -> str:
-    """A field that holds text, or a number as it is written."""
-    value = _found(element, name or "")
+    """A column that holds text, or a number as it is written; or a template of several."""
+    value = column_value(element, name or "")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"field {name!r} holds {json.dumps(value)[:60]}, not text or a number")
     if not str(value).strip():
@@ -265,19 +381,9 @@ def _text(element: Mapping[str, Any], name: str | None) -> str:
 
 def _has(element: Any, name: str | None) -> bool:
     try:
-        return name is not None and isinstance(element, Mapping) and _found(element, name) is not None
+        return name is not None and isinstance(element, Mapping) and column_value(element, name) is not None
     except ValueError:
         return False
-
-
-def _found(element: Mapping[str, Any], name: str) -> Any:
-    """The value of a field; a name with dots goes into nested objects unless a field has just this name."""
-    if name in element:
-        return element[name]
-    outer, dot, inner = name.partition(".")
-    if dot and isinstance(element.get(outer), dict):
-        return _found(element[outer], inner)
-    raise ValueError(f"there is no field {name!r}; its fields are {sorted(element)}")
 
 
 def _prompt_key(item: Mapping[str, Any]) -> str:
@@ -285,7 +391,7 @@ def _prompt_key(item: Mapping[str, Any]) -> str:
     return json.dumps(item["messages"], sort_keys=True) if "messages" in item else item["body"]
 
 
-def _require_disjoint(sets: Mapping[str, JsonlDataSet]) -> None:
+def _require_disjoint(sets: Mapping[str, ProblemSet]) -> None:
     seen: dict[str, tuple[str, int]] = {}
     for split in SPLITS:
         held = {_prompt_key(item): (split, item["item_id"] + 1) for item in sets[split].records}

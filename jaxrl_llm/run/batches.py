@@ -9,7 +9,7 @@ import jax
 
 from jaxrl_llm import data
 from jaxrl_llm.config import Config
-from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
+from jaxrl_llm.data import Batches, DataSet, ProblemSet
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.tasks.items import record
 from jaxrl_llm.evaluation import Grader, benchmark_grader, file_grader, function_grader, task_grader
@@ -34,7 +34,7 @@ def prompt_widths(config: Config) -> tuple[int, ...]:
     return tuple(sorted({*(rollout.prompt_buckets or ()), rollout.max_prompt_tokens}))
 
 
-def grader(parts: Parts, *held_out: DataSet | JsonlDataSet) -> Grader:
+def grader(parts: Parts, *held_out: DataSet | ProblemSet) -> Grader:
     """How evaluation grades problems of these sets.
 
     Raises:

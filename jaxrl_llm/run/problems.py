@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxrl_llm import data
 from jaxrl_llm.config import Config
-from jaxrl_llm.data import DataSet, DataSpec, Item, JsonlDataSet
+from jaxrl_llm.data import DataSet, DataSpec, Item, ProblemSet
 from jaxrl_llm.data.json_files import elements
 from jaxrl_llm.data.jsonl import SPLITS
 from jaxrl_llm.training.reading import columns_of
@@ -33,7 +33,7 @@ def columns(config: Config) -> frozenset[str]:
     return columns_of([{"raw": first}] if isinstance(first, dict) else [])
 
 
-def data_sets(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, DataSet | JsonlDataSet]:
+def data_sets(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, DataSet | ProblemSet]:
     """The problems of splits, by name; generated ones are written on first use, and those of `splits` alone.
 
     Raises:
@@ -42,7 +42,7 @@ def data_sets(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, DataS
     task, own = config.task, config.data
     if own.path is not None:
         fields = data.fields_of(own.format, **own.fields)
-        sets = data.jsonl_data_sets(own.path, fields, validation_path=own.validation_path, test_path=own.test_path)
+        sets = data.problem_sets(own.path, fields, validation_path=own.validation_path, test_path=own.test_path)
         return {split: sets[split] for split in splits}
     if task is None:
         raise ValueError("this config has no problems; name a built-in task in section task, or a file in data.path")

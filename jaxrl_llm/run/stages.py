@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxrl_llm.config import Config
-from jaxrl_llm.data import DataSet, JsonlDataSet
+from jaxrl_llm.data import DataSet, ProblemSet
 from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
@@ -123,7 +123,7 @@ class Run:
     console: Console
     meta: dict[str, Any]
     watch: CompilationWatch
-    data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
+    data: dict[str, DataSet | ProblemSet] = field(default_factory=dict)
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
     report: LiveReport | None = None

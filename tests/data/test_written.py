@@ -50,7 +50,7 @@ def write(path, lines):
 @pytest.fixture
 def batch(tmp_path):
     def make(kind, lines=None, **changes):
-        groups = judged_groups(write(tmp_path / "judged.jsonl", lines or LINES[kind]), kind)
+        groups = judged_groups(write(tmp_path / "judged.jsonl", lines or LINES[kind]), kind)[0]
         return written_batches(groups, kind, TOKENIZER, **(SIZES | changes))
 
     return make
