@@ -87,7 +87,8 @@ def _dataclasses(hint: Any) -> list[type]:
 def _keys(kind: type) -> Iterator[tuple[str, str, str, str]]:
     """(key, type, default, meaning) of a dataclass's attributes that are not sections themselves."""
     hints, meanings = get_type_hints(kind), {} if kind is not Config else dict(TOP)
-    meanings |= attributes_of(inspect.getdoc(kind) or "")
+    for base in reversed(kind.__mro__):
+        meanings |= attributes_of(inspect.getdoc(base) or "")
     for one in fields(kind):
         inner = _dataclasses(hints[one.name])
         if inner:

@@ -89,10 +89,10 @@ class Config:
                     f"stage {stage.get('name', '')!r} sets {of_run[0]}, which all stages of a run share; set it beside "
                     "section stages"
                 )
-        if self.task is not None and self.data.path is not None:
+        if self.task is not None and (self.data.path is not None or self.data.sources):
             raise ValueError(
-                "task and data.path are both set; name a built-in task in section task, or a file of your own in "
-                "data.path"
+                f"task and data.{'sources' if self.data.sources else 'path'} are both set; name a built-in task in "
+                "section task, a file of your own in data.path, or make each of them one of data.sources"
             )
         if self.training.bfloat16_update != "nearest" and self.model.parameter_dtype != "bfloat16":
             raise ValueError(
@@ -113,7 +113,7 @@ class Config:
     @property
     def has_problems(self) -> bool:
         """Whether there are problems to train on and to be measured on."""
-        return self.task is not None or self.data.path is not None
+        return self.task is not None or self.data.path is not None or bool(self.data.sources)
 
     @property
     def directory(self) -> Path:

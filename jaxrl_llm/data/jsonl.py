@@ -1,23 +1,22 @@
-"""Data sets of the user's own: rows of files -> records of the pipeline, with splits that never overlap.
+"""Rows of the user's own -> records of the pipeline: which columns hold what.
 
-Every row is read and checked before anything is trained on; what is wrong is named by file and line, and what is left
-out is counted by its reason. Any format of `row_files` is read the same way.
+Every row is read and checked before anything is trained on; what is wrong is named by file and line. Any format of
+`row_files` is read the same way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
-from jaxrl_llm.data.row_files import SPLITS, Row, rows_of, stored
-from jaxrl_llm.data.row_templates import column_value, holds
-from jaxrl_llm.data.tasks.items import record, require_choice, split_of
+from jaxrl_llm.data.row_files import Row, rows_of
+from jaxrl_llm.data.row_templates import column_value
+from jaxrl_llm.data.tasks.items import record, require_choice
 
 AnswerFrom = Literal["text", "hashes", "boxed", "marked"]
 _ANSWERS: Mapping[str, Callable[[str], str | None]] = {
@@ -76,62 +75,6 @@ FORMATS: Mapping[str, Fields] = {
 }
 
 
-@dataclass(frozen=True)
-class Refining:
-    """Which rows of a data set become problems; what is left out is counted.
-
-    Attributes:
-      where: conditions on the columns that rows have to meet, expressions of jinja2 such as "level|int < 3"; `body`,
-        `answer` and `response` are columns, too.
-      limit: training problems at most, the first ones; None takes all.
-      duplicates: "keep", or "drop" for prompts that an earlier row of the split has.
-      overlap: of splits: "error", "drop" for prompts of a split that stand in one that is measured on, or "keep".
-      unusable: rows without a prompt or an answer that can be read: "error", or "drop".
-    """
-
-    where: tuple[str, ...] = ()
-    limit: int | None = None
-    duplicates: Literal["keep", "drop"] = "keep"
-    overlap: Literal["error", "drop", "keep"] = "error"
-    unusable: Literal["error", "drop"] = "error"
-
-
-@dataclass(frozen=True)
-class ProblemSet(Sequence[dict[str, Any]]):
-    """Records of one split, read by index as from `DataSet`.
-
-    A record has `item_id` (number of its row, from 0), `body` (text of the prompt), `answer` and `response` (reference
-    completion), "" where there is none, `messages` (the prompt's conversation, where the rows have one), `raw` (the
-    row, whose columns are there for rewards), in a mixture `data_source` (name of its source), and `prefix` (solved
-    examples before the prompt) where there are any.
-
-    Attributes:
-      path: where they come from.
-      split: "train", "validation" or "test".
-      records: the records.
-      fingerprint: hash over the content, how it was read, and the split, for checkpoints.
-      dropped: rows that were left out, by reason.
-      weights: of a mixture: name of a source -> its share of the prompts of a step, up to a factor; empty where all
-        records come equally often.
-    """
-
-    path: str
-    split: str
-    records: tuple[dict[str, Any], ...]
-    fingerprint: str
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.records[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [self.records[index] for index in indices]
-
-
 def fields_of(format: str, **changes: Any) -> Fields:
     """The fields of a named format, with changes.
 
@@ -152,128 +95,6 @@ def fields_of(format: str, **changes: Any) -> Fields:
     return replace(FORMATS[format], **changes)
 
 
-def problem_sets(
-    path: str | Path,
-    fields: Fields,
-    *,
-    validation_path: str | Path | None = None,
-    test_path: str | Path | None = None,
-    refining: Refining = Refining(),
-) -> dict[str, ProblemSet]:
-    """The three splits of a user's data.
-
-    A split with a path of its own is that; one that the data set of `path` has by name is taken from there. Any other
-    is cut out of `path` by the hash of the prompt (8 of 10 train, 1 validation, 1 test), so that it stays the same when
-    rows are added or moved, and equal prompts share a split.
-
-    Args:
-      path: training data, and whatever has no path of its own; see `row_files`.
-      fields: which columns hold what.
-      validation_path: of the validation split.
-      test_path: of the test split.
-      refining: which rows are taken.
-
-    Raises:
-      ValueError: for data that are missing, rows that cannot be used (named), a split without any row, or a prompt
-        that stands in two splits.
-    """
-    found, named = stored(path)
-    read = {"train": _kept(f"{path}", *found.rows(named or "train"), fields, refining)}
-    places = {"train": str(path)}
-    for split, own in (("validation", validation_path), ("test", test_path)):
-        if own is not None:
-            other, of_it = stored(own)
-            read[split] = _kept(str(own), *other.rows(of_it or split), fields, refining)
-            places[split] = str(own)
-        elif named is None and (name := found.own(split)):
-            read[split] = _kept(f"{path}@{name}", *found.rows(name), fields, refining)
-            places[split] = f"{path}@{name}"
-    cut = [split for split in SPLITS if split not in read]
-    sets = {}
-    for split in SPLITS:
-        file, (records, digest, dropped) = places.get(split, places["train"]), read.get(split, read["train"])
-        if split in cut:
-            records = [each for each in records if split_of(_prompt_key(each)) == split]
-        elif split == "train":
-            records = [each for each in records if split_of(_prompt_key(each)) not in cut]
-        if not records:
-            raise ValueError(
-                f"no line of {file} falls into the {split} split, which is cut out of it by hash; add lines, or name a "
-                f"file of its own for this split"
-                if not dropped
-                else f"no row of {file} is left for the {split} split: {sum(dropped.values())} were left out "
-                f"({', '.join(dropped)}); take conditions out, or give more rows"
-            )
-        print_of = [digest, asdict(fields), split, cut if split in cut or split == "train" else []]
-        if refining != Refining():
-            print_of.append(asdict(refining))
-        fingerprint = hashlib.sha256(json.dumps(print_of).encode()).hexdigest()
-        of_file = dropped if split not in cut else {}
-        sets[split] = ProblemSet(file, split, tuple(records), fingerprint, dict(of_file))
-    return _limited(_disjoint(_distinct(sets, refining), refining), refining)
-
-
-def _kept(
-    path: str, rows: Sequence[Row], digest: str, fields: Fields, refining: Refining
-) -> tuple[list[dict[str, Any]], str, dict[str, int]]:
-    """(records of the rows that are taken, hash of them all, what was left out by reason)."""
-    records, problems = _records(rows, fields)
-    if refining.unusable == "error":
-        _require_usable(path, records, problems)
-    dropped = {"no prompt or answer that can be read": len(problems)} if problems else {}
-    for condition in refining.where:
-        met = []
-        for each in records:
-            try:
-                if holds(condition, each | each["raw"]):
-                    met.append(each)
-            except ValueError as error:
-                raise ValueError(f"row {each['item_id'] + 1} of {path}: the condition {error}") from None
-        if len(met) < len(records):
-            dropped[f"not {condition}"] = len(records) - len(met)
-        records = met
-    return records, digest, dropped
-
-
-def _distinct(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, ProblemSet]:
-    if refining.duplicates == "keep":
-        return sets
-    return {
-        split: _left(one, "duplicate prompt", {_prompt_key(each): each["item_id"] for each in reversed(one.records)})
-        for split, one in sets.items()
-    }
-
-
-def _left(one: ProblemSet, reason: str, first: Mapping[str, int]) -> ProblemSet:
-    """Without records whose prompt another record stands for; `first` says which."""
-    kept = tuple(each for each in one.records if first.get(_prompt_key(each), each["item_id"]) == each["item_id"])
-    gone = len(one.records) - len(kept)
-    return replace(one, records=kept, dropped=one.dropped | {reason: gone}) if gone else one
-
-
-def _disjoint(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, ProblemSet]:
-    if refining.overlap == "keep":
-        return sets
-    if refining.overlap == "error":
-        _require_disjoint(sets)
-        return sets
-    found, measured = dict(sets), {}
-    for split in reversed(SPLITS):
-        found[split] = _left(sets[split], "prompt of another split", measured)
-        measured |= dict.fromkeys(map(_prompt_key, sets[split].records), -1)
-        if not found[split].records:
-            raise ValueError(f"every prompt of {sets[split].path} ({split}) stands in another split; give others")
-    return found
-
-
-def _limited(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, ProblemSet]:
-    train, limit = sets["train"], refining.limit
-    if limit is None or len(train) <= limit:
-        return sets
-    dropped = train.dropped | {f"beyond the limit of {limit}": len(train) - limit}
-    return sets | {"train": replace(train, records=train.records[:limit], dropped=dropped)}
-
-
 def read_records(
     file: str | Path, fields: Fields, *, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
 ) -> tuple[list[dict[str, Any]], str]:
@@ -288,12 +109,12 @@ def read_records(
       ValueError: for data that are missing or empty, and rows that cannot be used, named.
     """
     rows, digest = rows_of(file)
-    records, problems = _records(rows, fields, prepare)
-    _require_usable(str(file), records, problems)
+    records, problems = records_of(rows, fields, prepare)
+    require_usable(str(file), records, problems)
     return records, digest
 
 
-def _records(
+def records_of(
     rows: Sequence[Row], fields: Fields, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """(records, what is wrong with the other rows)."""
@@ -314,7 +135,7 @@ def _records(
     return records, problems
 
 
-def _require_usable(path: str, records: Sequence[Any], problems: Sequence[str]) -> None:
+def require_usable(path: str, records: Sequence[Any], problems: Sequence[str]) -> None:
     """Raises ValueError where rows cannot be used, or there are none."""
     if problems:
         more = len(problems) - _MOST_PROBLEMS
@@ -384,21 +205,3 @@ def _has(element: Any, name: str | None) -> bool:
         return name is not None and isinstance(element, Mapping) and column_value(element, name) is not None
     except ValueError:
         return False
-
-
-def _prompt_key(item: Mapping[str, Any]) -> str:
-    """What makes two prompts the same: the text, or the whole conversation."""
-    return json.dumps(item["messages"], sort_keys=True) if "messages" in item else item["body"]
-
-
-def _require_disjoint(sets: Mapping[str, ProblemSet]) -> None:
-    seen: dict[str, tuple[str, int]] = {}
-    for split in SPLITS:
-        held = {_prompt_key(item): (split, item["item_id"] + 1) for item in sets[split].records}
-        for key in held.keys() & seen.keys():
-            other, line = seen[key]
-            raise ValueError(
-                f"the prompt {key[:80]!r} stands in line {line} of {sets[other].path} ({other}) and in line "
-                f"{held[key][1]} of {sets[split].path} ({split}); splits must not overlap: take it out of one"
-            )
-        seen |= held

@@ -104,6 +104,22 @@ def rows_of(path: str | Path) -> tuple[list[Row], str]:
     return found.rows(split or "train")
 
 
+def first_row(path: str | Path) -> Any:
+    """The columns of the first row that a path names; of a JSONL file, no other line is parsed.
+
+    Raises:
+      ValueError: as for `rows_of`, or where there is none.
+    """
+    file = Path(path).expanduser()
+    if _FORMATS.get(file.suffix.lower(), _json) is _json and file.is_file():
+        rows: Iterable[Row] = _json(file, file.read_bytes())
+    else:
+        rows = rows_of(path)[0]
+    for row in rows:
+        return row.columns
+    raise ValueError(f"{path} holds no line; give one row or more")
+
+
 def row_objects(path: str | Path, what: str) -> tuple[list[tuple[str, Mapping[str, Any]]], str]:
     """((where it stands, columns) of every row that a path names, a hash of them).
 

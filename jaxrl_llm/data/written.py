@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxrl_llm.data.encoding import Tokenizer
-from jaxrl_llm.data.pipeline import Batches, shuffled_batches
+from jaxrl_llm.data.order import Batches, shuffled_batches
 from jaxrl_llm.data.row_files import row_objects
 from jaxrl_llm.data.row_templates import column_value
 
