@@ -138,7 +138,7 @@ def row_objects(path: str | Path, what: str) -> tuple[list[tuple[str, Mapping[st
     for row in rows:
         where = f"{path}, {row.where}"
         if isinstance(row.columns, ValueError):
-            raise ValueError(f"{where} is {row.columns}")
+            raise ValueError(f"{where}: {row.columns}")
         if not isinstance(row.columns, Mapping):
             raise ValueError(f"{where} holds a {type(row.columns).__name__}, not an object")
         objects.append((where, row.columns))
@@ -205,7 +205,7 @@ def _csv(file: Path, content: bytes) -> list[Row]:
         rows = []
         for cells in reader:
             if cells:
-                wrong = ValueError(f"it has {len(cells)} cells, but the first line names {len(names)} columns")
+                wrong = ValueError(f"{len(cells)} cells, but the first line names {len(names)} columns")
                 columns = dict(zip(names, cells, strict=True)) if len(cells) == len(names) else wrong
                 rows.append(Row(len(rows) + 1, f"line {reader.line_num}", columns))
         return rows

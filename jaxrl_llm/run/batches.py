@@ -40,11 +40,19 @@ def grader(parts: Parts, *held_out: DataSet | ProblemSet) -> Grader:
     Raises:
       ValueError: where their reference answers cannot be graded so.
     """
-    if parts.config.evaluation.grader is not None:
-        return named_grader(parts.config.evaluation.grader, [each for split in held_out for each in split])
+    config, records = parts.config, [each for split in held_out for each in split]
+    if config.evaluation.grader is not None:
+        return named_grader(config.evaluation.grader, records)
     if parts.task is not None:
         return task_grader(parts.task)
-    return file_grader(parts.config.data.verifier, [each for split in held_out for each in split])
+    if not config.data.sources:
+        return file_grader(config.data.verifier, records)
+    graders: dict[str, Grader] = {}
+    for name, one in config.data.sources.items():
+        own = [each for each in records if each["data_source"] == name]
+        made = None if one.task is None else data.tasks.task(one.task.name, **one.task.options)
+        graders[name] = file_grader(one.verifier, own) if made is None else task_grader(made)
+    return lambda record, completion: graders[record["data_source"]](record, completion)
 
 
 def named_grader(name: str, records: Sequence[Any]) -> Grader:

@@ -66,6 +66,8 @@ def _source(
     config: Config, own: RowsConfig, task: TaskConfig | None, splits: Sequence[str], overlap: Any
 ) -> Mapping[str, Any]:
     """The splits of one source."""
+    if task is not None and config.task is None:
+        _require_single_answers(task)
     if own.path is not None:
         fields, where = data.fields_of(own.format, **own.fields), own.where
         where = (where,) if isinstance(where, str) else tuple(where)
@@ -81,6 +83,17 @@ def _source(
             )
             for split in splits
         }
+        if config.task is None:  # the run knows no task that would write the reference completions
+            made = data.tasks.task(task.name, **task.options)
+            sets = {
+                split: data.ProblemSet(
+                    one.directory,
+                    split,
+                    tuple({**each, "response": made.response(each).removesuffix("<eos>")} for each in one),
+                    one.fingerprint,
+                )
+                for split, one in sets.items()
+            }
     else:
         raise ValueError("this config has no problems; name a built-in task in section task, or a file in data.path")
     shots = config.data.few_shot
@@ -97,6 +110,25 @@ def _source(
     if shots.path is not None:
         given = data.read_records(shots.path, data.fields_of(own.format, **own.fields))[0]
     return data.with_examples(sets, shots.examples, shown, given)
+
+
+def _require_single_answers(task: TaskConfig) -> None:
+    """Raises ValueError for a task of a mixture that is a conversation."""
+    made = data.tasks.task(task.name, **task.options)
+    if made.environment is not None or made.segments is not None:
+        raise ValueError(
+            f"data.sources has the task {task.name!r}, which is answered in turns, and a mixture is not; train on it "
+            "in a stage of its own, with section task"
+        )
+
+
+def left_out(sets: Mapping[str, Any]) -> list[str]:
+    """What was left out of each split and why, a line each."""
+    return [
+        f"{split}: {len(one)} problems; left out " + ", ".join(f"{count:,} ({why})" for why, count in dropped.items())
+        for split, one in sets.items()
+        if (dropped := getattr(one, "dropped", {}))
+    ]
 
 
 def own_data(stage: Any, last: Any, data: dict[str, Any]) -> dict[str, Any]:

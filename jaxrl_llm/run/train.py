@@ -38,7 +38,7 @@ from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 from jaxrl_llm.run.live_report import reporting_of
 from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.overview import summary_of, units
-from jaxrl_llm.run.problems import data_sets, fingerprint_of, own_data
+from jaxrl_llm.run.problems import data_sets, fingerprint_of, left_out, own_data
 from jaxrl_llm.run.restored import require_branch
 from jaxrl_llm.run.resuming import clear_the_way, step_to_go_on_from
 from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
@@ -192,6 +192,8 @@ def _train(
             config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption
         )
         run.report, run.trace = report, tracing
+        for line in left_out(data):
+            _saying(console)(line)
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with attended(interruption):
@@ -322,6 +324,7 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
     config, place = run.config, parts.step.composition.resources.placement
     if grade is None:
         return lambda params, split, problems, what: {}
+    by = "data_source" if parts.config.data.sources else None
     evaluate = make_evaluate(
         parts.model,
         grade,
@@ -337,7 +340,8 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
         rules=place.rules,
         environment=parts.environment,
         call=run.parts.call,
-        columns=("level",) if parts.task is not None else (),
+        columns=("data_source",) if by is not None else ("level",) if parts.task is not None else (),
+        by=by,
     )
 
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:

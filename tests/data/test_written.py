@@ -161,7 +161,7 @@ def test_a_line_that_cannot_be_used_is_named_by_file_and_line(tmp_path, kind, li
     ("content", "message"),
     [
         ("", "holds no line"),
-        ("{", "line 1 is no JSON"),
+        ("{", "line 1: no JSON"),
         ("3\n", "line 1 holds a int, not an object"),
     ],
 )
