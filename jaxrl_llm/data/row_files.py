@@ -272,6 +272,7 @@ def _prepared(path: str, name: str) -> Stored:
     """A data set that tensorflow-datasets prepared, read without the code that made it."""
     from tensorflow_datasets.core import read_only_builder as reader  # takes a while to import
 
+    builder: Any
     directory, under = Path(name).expanduser(), os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     try:
         if directory.is_dir():

@@ -171,7 +171,7 @@ def _left(one: ProblemSet, reason: str, first: Mapping[str, int]) -> ProblemSet:
     """Without records whose prompt another record stands for; `first` says which."""
     kept = tuple(each for each in one.records if first.get(prompt_key(each), each["item_id"]) == each["item_id"])
     gone = len(one.records) - len(kept)
-    return replace(one, records=kept, dropped=one.dropped | {reason: gone}) if gone else one
+    return replace(one, records=kept, dropped={**one.dropped, reason: gone}) if gone else one
 
 
 def _disjoint(sets: dict[str, ProblemSet], overlap: str) -> dict[str, ProblemSet]:
@@ -193,7 +193,7 @@ def _limited(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, Probl
     train, limit = sets["train"], refining.limit
     if limit is None or len(train) <= limit:
         return sets
-    dropped = train.dropped | {f"beyond the limit of {limit}": len(train) - limit}
+    dropped = {**train.dropped, f"beyond the limit of {limit}": len(train) - limit}
     return sets | {"train": replace(train, records=train.records[:limit], dropped=dropped)}
 
 
@@ -234,13 +234,13 @@ def mixture(
     """
     sets = {}
     for split in next(iter(parts.values())):
-        records, dropped, prints = [], {}, [list(weights)]
+        records, dropped, prints = [], {}, []
         for place, (name, part) in enumerate(parts.items()):
             one: Any = part[split]
             records += [{**each, "item_id": each["item_id"] * len(parts) + place, "data_source": name} for each in one]
             dropped |= {f"{name}: {reason}": count for reason, count in getattr(one, "dropped", {}).items()}
             prints.append([name, one.fingerprint])
-        fingerprint = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
+        fingerprint = hashlib.sha256(json.dumps([list(weights), prints]).encode()).hexdigest()
         path = f"a mixture of {', '.join(parts)}"
         sets[split] = ProblemSet(path, split, tuple(records), fingerprint, dropped, tuple(parts), tuple(weights))
     return _disjoint(sets, overlap)

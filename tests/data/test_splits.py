@@ -103,10 +103,10 @@ def test_every_step_has_the_shares_of_the_weights(tmp_path, make):
     parts = {"small": sets(tmp_path, 30), "large": sets(tmp_path, 200, 1000), "third": sets(tmp_path, 40, 500)}
     train = mixture(parts, [4.0, 3.0, 1.0])["train"]
     made = batches(train, make=make)
-    of = [Counter(item["data_source"] for item in made[step].items) for step in range(40)]
+    of = [Counter(item["data_source"] for item in made[step].items) for step in range(12)]
     assert all(count == {"small": 4, "large": 3, "third": 1} for count in of)
     # Of a source, no problem comes again before all have come.
-    small = [item["item_id"] for step in range(40) for item in made[step].items if item["data_source"] == "small"]
+    small = [item["item_id"] for step in range(12) for item in made[step].items if item["data_source"] == "small"]
     size = len(parts["small"]["train"])
     assert len(set(small[:size])) == size
     assert small[size : 2 * size] != small[:size]
