@@ -122,13 +122,21 @@ def _require_single_answers(task: TaskConfig) -> None:
         )
 
 
-def left_out(sets: Mapping[str, Any]) -> list[str]:
-    """What was left out of each split and why, a line each."""
-    return [
+def left_out(sets: Mapping[str, Any], prompts: Mapping[str, Any], max_prompt_tokens: int) -> list[str]:
+    """What was left out of each split and why, a line each.
+
+    Args:
+      sets: problems by split.
+      prompts: batches of prompts by stage.
+      max_prompt_tokens: their limit.
+    """
+    lines = [
         f"{split}: {len(one)} problems; left out " + ", ".join(f"{count:,} ({why})" for why, count in dropped.items())
         for split, one in sets.items()
         if (dropped := getattr(one, "dropped", {}))
     ]
+    long = max((one.dropped for one in prompts.values()), default=0)
+    return [*lines, *([f"dropped {long} prompts longer than {max_prompt_tokens} tokens"] if long else [])]
 
 
 def own_data(stage: Any, last: Any, data: dict[str, Any]) -> dict[str, Any]:

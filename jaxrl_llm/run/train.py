@@ -192,10 +192,8 @@ def _train(
             config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption
         )
         run.report, run.trace = report, tracing
-        for line in left_out(data):
+        for line in left_out(data, prompts, config.rollout.max_prompt_tokens):
             _saying(console)(line)
-        if dropped := max((one.dropped for one in prompts.values()), default=0):
-            console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with attended(interruption):
             return _run(run, stages, prompts, rows, newest, grade)
 
