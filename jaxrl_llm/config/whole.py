@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.addresses import is_address, working_directory
 from jaxrl_llm.config.errors import FREE, PLACEMENT
 from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, TaskConfig, WarmStartConfig
 from jaxrl_llm.config.method import AdapterConfig, NetworkConfig, RolloutConfig, TrainingConfig
@@ -78,11 +79,6 @@ class Config:
 
     def __post_init__(self):
         require_ranges(self, "")
-        if "://" in (self.run_dir or ""):
-            raise ValueError(
-                f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "
-                "mounted directory, and copy it to the bucket when the run is over"
-            )
         for stage in self.stages:
             if of_run := [name for name in _OF_THE_RUN if name in stage]:
                 raise ValueError(
@@ -117,5 +113,10 @@ class Config:
 
     @property
     def directory(self) -> Path:
-        """Where the run is written."""
-        return Path(self.run_dir or f"runs/{self.name}")
+        """Where the run works on this machine; of a run at an address, the copy that is brought there."""
+        return working_directory(self.place) if is_address(self.place) else Path(self.place)
+
+    @property
+    def place(self) -> str:
+        """Where the run is found: a directory, or an address."""
+        return self.run_dir or f"runs/{self.name}"

@@ -20,8 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jaxrl_llm.addresses import is_address
 from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
+from jaxrl_llm.reporting.mirror import local_copy
 from jaxrl_llm.run.digests import Digest, bits, by_path, changed, digests, text_digest
 from jaxrl_llm.run.failures import passing
 from jaxrl_llm.run.retention import METRIC, preserved
@@ -148,7 +150,7 @@ def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
     Raises:
       CheckpointError: when no checkpoint is there.
     """
-    path = Path(path)
+    path = at_hand(path)
     if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent, int(path.name)
     folder = path if path.name == "checkpoints" else path / "checkpoints"
@@ -158,6 +160,12 @@ def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
             "for example runs/demo or runs/demo/checkpoints/120"
         )
     return folder, None
+
+
+def at_hand(path: str | Path) -> Path:
+    """A path on this machine: of a run, or one of its checkpoints, at an address, that of the copy, made anew."""
+    run, inside, step = str(path).rstrip("/").partition("/checkpoints")
+    return local_copy(run) / (inside + step).lstrip("/") if is_address(run) else Path(path)
 
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:

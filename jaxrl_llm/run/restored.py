@@ -168,7 +168,8 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
     Raises:
       ValueError: when there is no model, or an option that a run decides by itself.
     """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    path = checkpoints.at_hand(path)
+    if path.is_dir() and not (path / "config.json").is_file():
         if dtype is not None or chat:
             raise ValueError(
                 f"{path} is a run, whose config says its dtypes and prompts; leave out "

@@ -24,6 +24,7 @@ from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.reporting.metric_alarms import Alarms
+from jaxrl_llm.reporting.mirror import Mirror
 from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
@@ -113,6 +114,7 @@ class Run:
       stopping: the run ends at the end of this step; the same on all processes.
       trace: of some steps, for a profile.
       report: the page about it, refreshed when a checkpoint is saved.
+      mirror: brings the run to its address; None where it is a local directory.
       mark, charged_to: since when, and to which part, time is being charged.
     """
 
@@ -128,6 +130,7 @@ class Run:
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
     report: LiveReport | None = None
     trace: StepTrace | None = None
+    mirror: Mirror | None = None
     interruption: Interruption = field(kw_only=True)
     stopping: bool = False
     skipped_in_a_row: int = 0
@@ -163,6 +166,8 @@ class Run:
         checkpoints.save(self.manager, global_step, kept, self.meta, trained=trained, metric=metric)
         if self.report is not None:
             self.report.refresh()
+        if self.mirror is not None:
+            self.mirror.push_later()
 
     def taken(self, stage: Stage) -> Callable[..., Any]:
         """The function that takes a step of a stage, which traces those that are asked for."""
@@ -172,7 +177,7 @@ class Run:
     def stopped(self, global_step: int) -> Stopped:
         """What a run ends with that was asked to stop and is saved."""
         return Stopped(
-            f"stopped at step {global_step}; go on with: jaxrl train --resume {self.config.directory}",
+            f"stopped at step {global_step}; go on with: jaxrl train --resume {self.config.place}",
             self.interruption.number or signal.SIGTERM,
         )
 
@@ -348,8 +353,7 @@ def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, 
         raise run.stopped(global_step)
     what = "the function" if isinstance(error, RewardError) else "what the engine lacks"
     raise type(error)(
-        f"{error}. The state before step {done} is saved: mend {what} and run "
-        f"jaxrl train --resume {run.config.directory}"
+        f"{error}. The state before step {done} is saved: mend {what} and run jaxrl train --resume {run.config.place}"
     ) from error
 
 

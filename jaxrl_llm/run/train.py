@@ -25,12 +25,13 @@ from jaxrl_llm.evaluation.record_files import fresh_records
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
+from jaxrl_llm.reporting.mirror import Mirror
 from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
-from jaxrl_llm.run.directories import require_shared, run_directory
+from jaxrl_llm.run.directories import mirrored, require_shared, run_directory
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.failures import named
 from jaxrl_llm.run.host_processes import attentive, guarded_functions
@@ -92,14 +93,16 @@ def train(
         lambda: checkpoints.latest_step(folder),
         grace,
         config.faults.stalled_after_medians,
+        place=config.place,
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(named(config.directory, interruption.way_on))
+        mirror = stack.enter_context(mirrored(config, resume, say))
         if resume and hosts.is_main():
             stack.enter_context(owned(config.directory, say=say))
         while True:
             try:
-                return _train(config, resume, exact, console, interruption, steps_traced)
+                return _train(config, resume, exact, console, interruption, steps_traced, mirror)
             except checkpoints.Damaged as error:
                 if exact or not resume or error.directory != folder:  # it is of the run that init_from names
                     raise
@@ -117,7 +120,13 @@ def _saying(console: Console) -> Callable[[str], None]:
 
 
 def _train(
-    config: Config, resume: bool, exact: bool, console: Console, interruption: Interruption, tracing: StepTrace | None
+    config: Config,
+    resume: bool,
+    exact: bool,
+    console: Console,
+    interruption: Interruption,
+    tracing: StepTrace | None,
+    mirror: Mirror | None,
 ) -> dict[str, Any]:
     started = time.monotonic()
     stages = [Stage(**described) for described in staged(config)]
@@ -191,7 +200,7 @@ def _train(
         run = Run(
             config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption
         )
-        run.report, run.trace = report, tracing
+        run.report, run.trace, run.mirror = report, tracing, mirror
         for line in left_out(data, prompts, config.rollout.max_prompt_tokens):
             _saying(console)(line)
         with attended(interruption):
@@ -367,5 +376,5 @@ def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
         )
     page = None if run.report is None else run.report.refresh(now=True)
     told = "" if page is None else f"; report: {page}"
-    _saying(run.console)(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}{told}")
+    _saying(run.console)(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.place}{told}")
     return summary
