@@ -15,7 +15,7 @@ from jaxrl_llm.addresses import is_address
 from jaxrl_llm.config import Config
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import RunDirectory
-from jaxrl_llm.reporting.mirror import Mirror
+from jaxrl_llm.reporting.mirror import Mirror, local_copy
 from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.reporting.run_directory import require_empty
 from jaxrl_llm.run.failures import PassingError, storage_fault
@@ -117,3 +117,9 @@ def require_shared(path: Path) -> None:
                 "that all hosts share"
             )
         time.sleep(0.1)
+
+
+def at_hand(path: str | Path) -> Path:
+    """A path on this machine: of a run, or one of its checkpoints, at an address, that of the copy, made anew."""
+    run, inside, step = str(path).rstrip("/").partition("/checkpoints")
+    return local_copy(run) / (inside + step).lstrip("/") if is_address(run) else Path(path)

@@ -20,8 +20,8 @@ from jaxrl_llm.experience import FACTS, Method
 from jaxrl_llm.fields import TEXT
 from jaxrl_llm.run.batches import grader as run_grader
 from jaxrl_llm.run.batches import named_grader
-from jaxrl_llm.run.checkpoints import at_hand
 from jaxrl_llm.run.configured import configured_environment
+from jaxrl_llm.run.directories import at_hand
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.recipes import reward_terms
 from jaxrl_llm.run.restored import Policy, checkpoint_params, restored_policy, restored_run

@@ -30,6 +30,7 @@ from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
+from jaxrl_llm.run.frozen import Frozen, frozen_networks, written_once
 from jaxrl_llm.run.interruption import Abandoned, Interruption
 from jaxrl_llm.run.live_report import LiveReport
 from jaxrl_llm.run.nonfinite import TrainingError, looked_at
@@ -114,6 +115,7 @@ class Run:
       stopping: the run ends at the end of this step; the same on all processes.
       trace: of some steps, for a profile.
       report: the page about it, refreshed when a checkpoint is saved.
+      frozen: what was written once of networks that a stage does not change, by stage and network.
       mirror: brings the run to its address; None where it is a local directory.
       mark, charged_to: since when, and to which part, time is being charged.
     """
@@ -131,6 +133,7 @@ class Run:
     report: LiveReport | None = None
     trace: StepTrace | None = None
     mirror: Mirror | None = None
+    frozen: dict[tuple[str, str], Frozen] = field(default_factory=dict)
     interruption: Interruption = field(kw_only=True)
     stopping: bool = False
     skipped_in_a_row: int = 0
@@ -163,7 +166,9 @@ class Run:
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
         kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
         trained, metric = self.parts.model.trained, self.meta.get("metric")
-        checkpoints.save(self.manager, global_step, kept, self.meta, trained=trained, metric=metric)
+        still = {*frozen_networks(self.parts.step.composition, kept.networks), *self.waiting_networks}
+        apart = written_once(self.frozen, self.manager.directory, stage, kept, still)
+        checkpoints.save(self.manager, global_step, kept, self.meta, trained=trained, metric=metric, frozen=apart)
         if self.report is not None:
             self.report.refresh()
         if self.mirror is not None:
