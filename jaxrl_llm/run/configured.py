@@ -14,13 +14,13 @@ from jaxtyping import PyTree
 from jaxrl_llm import advantages, losses, rewards, schedules
 from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
+from jaxrl_llm.endpoints import Endpoint
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout import plans
-from jaxrl_llm.rollout.engine_http import Engine
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.hand_over import External, disk_hand_over
 from jaxrl_llm.rollout.host_environments import HostEnvironment
@@ -70,20 +70,25 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     """What makes another sequence of a row, by the name of the view.
 
     Beside the hyper-parameters of a function that reads text, `max_prompt_tokens`, `max_completion_tokens` and
-    `deadline_s` may stand (`View`).
+    `deadline_s` may stand, and of one whose completions a network writes, `written_by` and `temperature` (`View`).
     """
     made = {}
     for view, entry in entries.items():
         name, hyper = entry_of(entry, f"views.{view}")
-        calling = {key: hyper.pop(key) for key in _OF_VIEWS if key in hyper}
+        known = (*_OF_VIEWS, "written_by", "temperature") if "written_by" in hyper else _OF_VIEWS
+        calling = {key: hyper.pop(key) for key in known if key in hyper}
         function = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
-        made[view] = View(function, name=view, **calling)
-        if calling and not made[view].on_host:
-            raise RecipeError(f"views.{view}.{next(iter(calling))} is of views that read text, and {name} does not")
+        try:
+            made[view] = View(function, name=view, **calling)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"views.{view}: {error}") from error
+        of_text = [key for key in calling if key in (_OF_VIEWS if not made[view].written_by else _OF_VIEWS[1:])]
+        if of_text and not made[view].on_host:
+            raise RecipeError(f"views.{view}.{of_text[0]} is of views that read text, and {name} does not")
     return made
 
 
-_OF_VIEWS = ("max_prompt_tokens", "max_completion_tokens", "deadline_s")
+_OF_VIEWS = ("max_completion_tokens", "max_prompt_tokens", "deadline_s")
 
 
 def configured_networks(
@@ -235,7 +240,7 @@ def external_engine(config: EngineConfig | None, model: Model, source: Path | No
     """The engine that a config describes; None without one."""
     if config is None:
         return None
-    engine = Engine(
+    engine = Endpoint(
         config.url,
         config.model,
         timeout_s=config.timeout_s,
