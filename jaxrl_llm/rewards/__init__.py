@@ -7,7 +7,7 @@ from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.guarded import Guarded
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.intrinsic.answer_likelihood import answer_likelihood
-from jaxrl_llm.rewards.intrinsic.confidence import (
+from jaxrl_llm.rewards.intrinsic.certainty import (
     negative_entropy,
     sequence_likelihood,
     token_mean,

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrl_llm.ranges import Count, Natural, Positive, Share, ranged
-from jaxrl_llm.rewards.judges.asked import Judge, judge_of, parsed_object
+from jaxrl_llm.rewards.judges.asked import Judge, is_number, judge_of, parsed_object
 
 RATING = (
     "Rate the answer to the problem below from {lowest} (worst) to {highest} (best).\n\n"
@@ -76,7 +76,7 @@ def judge_rating(
         if votes > 1 or system:
             raise ValueError("votes and system are of a judge behind an endpoint; leave them out for judge.network")
         return written_verdict(judge, questions, partial(stated_rating, lowest=lowest, highest=highest))
-    asked = _judge(judge, votes)
+    asked = asked_judge(judge, votes)
     rating = partial(_rating, lowest=lowest, highest=highest)
 
     def judged(prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> list[float | None]:
@@ -105,10 +105,10 @@ def stated_rating(verdict_text: Sequence[str | None], *, lowest: int = 1, highes
 
 
 def _rating(text: str, *, lowest: int, highest: int) -> float | None:
-    found = (parsed_object(text) or {}).get("rating")
+    found: Any = (parsed_object(text) or {}).get("rating")
     if found is None and text.strip().isdecimal() and len(text.strip()) < 10:
         found = int(text)
-    return float(found) if _is_number(found) and lowest <= found <= highest else None
+    return float(found) if is_number(found) and lowest <= found <= highest else None
 
 
 def written_verdict(judge: Mapping[str, Any], questions: Callable[..., list[str]], parse: Callable[..., Any]) -> Any:
@@ -198,7 +198,7 @@ def judge_rubric(
     Reference: OpenRubrics (2510.07743); RuscaRL (2508.16949).
     Certainty: recalled
     """
-    asked = _judge(judge, votes)
+    asked = asked_judge(judge, votes)
     require_fields(template, {"prompt", "completion", "criterion"})
 
     def met(text: str) -> bool | None:
@@ -233,13 +233,13 @@ def require_rubric(rubric: Any, row: int) -> list[tuple[str, float]]:
     """
     entries = rubric if isinstance(rubric, Sequence) and not isinstance(rubric, str) else None
     for entry in entries or [None]:
-        good = isinstance(entry, Mapping) and isinstance(entry.get("criterion"), str)
-        if not good or not _is_number(entry.get("points")):
+        described = entry if isinstance(entry, Mapping) else {}
+        if not isinstance(described.get("criterion"), str) or not is_number(described.get("points")):
             raise ValueError(
                 f"the rubric of row {row} holds {str(entry)[:80]!r}; it must be a list of "
                 '{"criterion": text, "points": number}'
             )
-    return [(entry["criterion"], float(entry["points"])) for entry in entries or ()]
+    return [(str(entry["criterion"]), float(entry["points"])) for entry in entries or () if entry is not None]
 
 
 @ranged
@@ -311,17 +311,13 @@ def require_fields(template: str, known: set[str]) -> None:
         ) from None
 
 
-def _judge(described: Mapping[str, Any] | Judge, votes: int) -> Judge:
+def asked_judge(described: Mapping[str, Any] | Judge, votes: int) -> Judge:
     asked = described if isinstance(described, Judge) else judge_of(described, "judge")
     if votes > 1 and asked.temperature == 0:
         raise ValueError(
             f"votes is {votes}, but judge.temperature 0 gives the same each time; raise it, or take 1 vote"
         )
     return asked
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _mean(values: Sequence[Any]) -> float | None:

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jaxrl_llm.ranges import ranged
-from jaxrl_llm.rewards.judges.asked import Judge, parsed_object
-from jaxrl_llm.rewards.judges.ratings import _is_number, _judge, require_fields
+from jaxrl_llm.rewards.judges.asked import Judge, is_number, parsed_object
+from jaxrl_llm.rewards.judges.ratings import asked_judge, require_fields
 
 Scheme = Literal["single_elimination", "round_robin", "anchor", "swiss"]
 # (pairs of one round) -> (points of the first, points of the second) of each.
@@ -160,14 +160,14 @@ def judge_tournament(
     """
     if scheme not in get_args(Scheme):
         raise ValueError(f"scheme is {scheme!r}; it must be one of {', '.join(get_args(Scheme))}")
-    asked = _judge(judge, 1)
+    asked = asked_judge(judge, 1)
     require_fields(template, {"prompt", "first", "second"})
 
     def points(text: str) -> tuple[float, float]:
         found = parsed_object(text) or {}
-        both = found.get("first"), found.get("second")
-        readable = all(_is_number(one) and 0 <= one <= 10 for one in both)
-        return (float(both[0]), float(both[1])) if readable else (5.0, 5.0)  # type: ignore[arg-type]
+        one, two = found.get("first"), found.get("second")
+        readable = is_number(one) and is_number(two) and 0 <= one <= 10 and 0 <= two <= 10
+        return (float(one), float(two)) if readable else (5.0, 5.0)
 
     def judged(prompts: Sequence[str], completions: Sequence[str], group: Sequence[int]) -> list[float | None]:
         members: dict[int, list[int]] = defaultdict(list)
