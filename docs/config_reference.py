@@ -36,7 +36,7 @@ TOP = {
     "rewards": "reward functions, with `weight` beside their hyper-parameters; the first is the verifier",
     "credit": "`name: function`, in order; what becomes of rewards",
     "seed": "of everything that is random",
-    "run_dir": "where the run is written; left out, `runs/NAME`",
+    "run_dir": "where the run is written, a directory or an address (s3://, gs://, ...); left out, `runs/NAME`",
     "environment": "options of the task's environment, or `python: module:function` and its keyword arguments",
     "views": "functions that make another sequence of a row, by name",
     "source": "where rows come from: `sampler`, `replay`, `demonstrations`, `solved_answers`, `pairs`, `labels`, ...",

@@ -26,7 +26,6 @@ from jaxrl_llm.evaluation.record_files import fresh_records
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
-from jaxrl_llm.reporting.mirror import Mirror
 from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
@@ -102,7 +101,7 @@ def train(
             stack.enter_context(owned(config.directory, say=say))
         while True:
             try:
-                return _train(config, resume, exact, console, interruption, steps_traced, mirror)
+                return _train(config, resume, exact, console, interruption, trace=steps_traced, mirror=mirror)
             except checkpoints.Damaged as error:
                 if exact or not resume or error.directory != folder:  # it is of the run that init_from names
                     raise
@@ -120,14 +119,9 @@ def _saying(console: Console) -> Callable[[str], None]:
 
 
 def _train(
-    config: Config,
-    resume: bool,
-    exact: bool,
-    console: Console,
-    interruption: Interruption,
-    tracing: StepTrace | None,
-    mirror: Mirror | None,
+    config: Config, resume: bool, exact: bool, console: Console, interruption: Interruption, **shared: Any
 ) -> dict[str, Any]:
+    """`shared` is what all stages have beside the rest: attributes of `Run`."""
     started = time.monotonic()
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
@@ -198,9 +192,20 @@ def _train(
         interruption.opened = True
         ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
         run = Run(
-            config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption
+            config,
+            ready,
+            directory,
+            manager,
+            console,
+            meta,
+            watch,
+            data,
+            sets,
+            mark=started,
+            interruption=interruption,
+            **shared,
         )
-        run.report, run.trace, run.mirror = report, tracing, mirror
+        run.report = report
         for line in left_out(data, prompts, config.rollout.max_prompt_tokens):
             _saying(console)(line)
         with attended(interruption):
