@@ -191,21 +191,8 @@ def _train(
     ):
         interruption.opened = True
         ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
-        run = Run(
-            config,
-            ready,
-            directory,
-            manager,
-            console,
-            meta,
-            watch,
-            data,
-            sets,
-            mark=started,
-            interruption=interruption,
-            **shared,
-        )
-        run.report = report
+        opened = (config, ready, directory, manager, console, meta, watch, data, sets)
+        run = Run(*opened, mark=started, interruption=interruption, report=report, **shared)
         for line in left_out(data, prompts, config.rollout.max_prompt_tokens):
             _saying(console)(line)
         with attended(interruption):
