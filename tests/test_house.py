@@ -38,13 +38,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocator": set(),
     "addresses": set(),
     "parallel": set(),
+    "sandbox": set(),
     **{room: {"experience", "ranges", "statistics"} for room in ARITHMETIC},
-    "rewards": {"endpoints", "experience", "ranges", "statistics"},
+    "rewards": {"endpoints", "experience", "ranges", "sandbox", "statistics"},
     "data": {"experience", "ranges"},
     "models": {"experience", "parallel", "ranges"},
     "hub": {"data", "models"},
-    "rollout": {*FIELDS, "data", "endpoints", "models", "parallel", "ranges", "rewards", "selection"},
-    "evaluation": {*FIELDS, "ranges", "data", "models", "parallel", "rewards", "rollout"},
+    "rollout": {*FIELDS, "data", "endpoints", "models", "parallel", "ranges", "rewards", "sandbox", "selection"},
+    "evaluation": {*FIELDS, "ranges", "data", "models", "parallel", "rewards", "rollout", "sandbox"},
     "reporting": {"addresses", "compilation_cache", "evaluation"},
     "config": {"addresses", "models", "parallel", "ranges", "rollout"},
     "training": {*METHODS, "data", "models", "parallel", "rollout"},
@@ -72,6 +73,9 @@ OTHER_IMPORTS = {
     ("rewards.verifiers.latex_answers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.numbers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.text_answers", "data"): "reads text on the host, with the grammar of the task",
+    ("rewards.verifiers.text_formats", "data"): "reads text on the host, between tags",
+    ("rewards.verifiers.text_similarity", "data"): "reads text on the host, with the grammar of final answers",
+    ("rewards.verifiers.tool_calls", "data"): "reads text on the host, between tags",
 }
 # What is longer, and how long it may be.
 LONG_MODULES: dict[str, int] = {}

@@ -25,7 +25,19 @@ from jaxrl_llm.advantages.group_relative.risk import group_quantile, mixed_value
 from jaxrl_llm.advantages.group_relative.shifted_baselines import log_mean_exp_baseline, shifted_mean_baseline
 from jaxrl_llm.advantages.group_relative.solved_groups import solved_group_length_penalty
 from jaxrl_llm.advantages.group_relative.win_rates import score_win_rate, win_rate
-from jaxrl_llm.advantages.process.turn_credit import taken_turns, turn_leave_one_out, turn_mixed_normalized
+from jaxrl_llm.advantages.process.step_credit import (
+    information_gain,
+    judged_thoughts,
+    merged_transitions,
+    min_form_advantages,
+    min_form_returns,
+)
+from jaxrl_llm.advantages.process.turn_credit import (
+    outcome_and_turn_centred,
+    taken_turns,
+    turn_leave_one_out,
+    turn_mixed_normalized,
+)
 from jaxrl_llm.advantages.reinforce.baselines import raw_rewards, reward_minus_baseline, running_mean_baseline
 from jaxrl_llm.advantages.reinforce.filters import sigma_filtered
 from jaxrl_llm.advantages.reinforce.signed import signed_correctness
@@ -34,6 +46,7 @@ from jaxrl_llm.advantages.shaping.confidence import confidence_shaped, low_proba
 from jaxrl_llm.advantages.shaping.effective_rank import effective_rank, rank_bonus, rank_dynamics, rank_shaped
 from jaxrl_llm.advantages.shaping.entropy_steering import entropy_mixed_advantages, steered_advantages
 from jaxrl_llm.advantages.shaping.sharpening import novelty_sharpened
+from jaxrl_llm.advantages.shaping.solve_rate import solve_rate_weighted
 from jaxrl_llm.advantages.value_based.gae import (
     discounted_returns,
     gae,
@@ -65,6 +78,8 @@ __all__ = [
     "generalized_advantages",
     "group_normalized",
     "group_quantile",
+    "information_gain",
+    "judged_thoughts",
     "kl_penalized_rewards",
     "leave_one_out",
     "length_weighted_baseline",
@@ -72,8 +87,12 @@ __all__ = [
     "log_mean_exp_baseline",
     "low_probability_confidence",
     "max_at_k_weights",
+    "merged_transitions",
+    "min_form_advantages",
+    "min_form_returns",
     "mixed_value_at_risk",
     "novelty_sharpened",
+    "outcome_and_turn_centred",
     "outcome_token_rewards",
     "pass_at_k_normalized",
     "pool_centred",
@@ -91,6 +110,7 @@ __all__ = [
     "sigma_filtered",
     "signed_correctness",
     "soft_minimum",
+    "solve_rate_weighted",
     "solved_group_length_penalty",
     "steered_advantages",
     "taken_turns",

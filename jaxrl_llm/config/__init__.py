@@ -12,7 +12,14 @@ from jaxrl_llm.config.inputs import (
     TaskConfig,
     WarmStartConfig,
 )
-from jaxrl_llm.config.method import AdapterConfig, EngineConfig, NetworkConfig, RolloutConfig, TrainingConfig
+from jaxrl_llm.config.method import (
+    AdapterConfig,
+    EngineConfig,
+    NetworkConfig,
+    RolloutConfig,
+    StopWhenConfig,
+    TrainingConfig,
+)
 from jaxrl_llm.config.operation import (
     AboutConfig,
     CheckpointConfig,
@@ -55,6 +62,7 @@ __all__ = [
     "RolloutConfig",
     "RowsConfig",
     "SourceConfig",
+    "StopWhenConfig",
     "TaskConfig",
     "TrainingConfig",
     "WarmStartConfig",

@@ -166,8 +166,9 @@ def judge_tournament(
     def points(text: str) -> tuple[float, float]:
         found = parsed_object(text) or {}
         one, two = found.get("first"), found.get("second")
-        readable = is_number(one) and is_number(two) and 0 <= one <= 10 and 0 <= two <= 10
-        return (float(one), float(two)) if readable else (5.0, 5.0)
+        if not (is_number(one) and is_number(two) and 0 <= one <= 10 and 0 <= two <= 10):
+            return 5.0, 5.0
+        return float(one), float(two)
 
     def judged(prompts: Sequence[str], completions: Sequence[str], group: Sequence[int]) -> list[float | None]:
         members: dict[int, list[int]] = defaultdict(list)

@@ -14,6 +14,11 @@ answer, so that listing candidates earns nothing. What is read, and what is not:
     units        words and symbols behind, left out (cm, km/h, m^2, °); one letter alone that is no unit is a variable
                  (2x, 5i), and so no number
     words        five, XII and 三 are no numbers
+    expressions  3!, !3, |3|, 3i and 3 i are none: an answer is finished; beside words ! is punctuation (it is 3!)
+    negations    "not 3", "isn't 3", "never 3" are none, nor is what stands behind !=, <=, >= or another sign of no
+                 equality
+    equations    the number behind the last equals sign (x = 3); where bare numbers stand on both sides they agree to
+                 a hundredth (1/3 = 0.33), so that 2 = 3 is none
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from functools import cache
 from typing import Literal
 
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
+from jaxrl_llm.ranges import NonNegative, ranged
 
 Extraction = Literal["any", "marked", "boxed", "hashes", "last"]
 
@@ -33,10 +39,10 @@ Extraction = Literal["any", "marked", "boxed", "hashes", "last"]
 _MOST_DIGITS = 400
 _LARGEST_EXPONENT = 400
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,133}(?!\d)|\d{1,2}(?:,\d{2}){1,200},\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _TEN_TO = r"\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*(?P<braced>[-+]?\d+)\s*\}|(?P<bare>[-+]?\d+))"
 _POWER = rf"(?:{_TEN_TO}|[eE](?P<e>[-+]?\d+))"
-_LATEX_FRACTION = r"\\[dt]?frac\s*(?:\{\s*(?P<over>-?\d+)\s*\}\s*\{\s*(?P<under>-?\d+)\s*\}|(?P<o>\d)(?P<u>\d))"
+_LATEX_FRACTION = r"\\[dt]?frac\s*(?:\{\s*(?P<over>-?\d+)\s*\}\s*\{\s*(?P<under>-?\d+)\s*\}|(?P<o>\d)\s*(?P<u>\d))"
 _SCALES = {
     "hundred": 100,
     "thousand": 10**3,
@@ -63,27 +69,39 @@ _NUMBER = re.compile(
     r"(?P<percent>\s*\\?%|\s+(?i:per\s?cent|pct)\b)?"
 )
 # What may be taken out of an answer without changing its number.
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|[~\u00a0\u202f])(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|,\\!|\\!,|[~\u00a0\u202f])(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"\\[!,;: ]|\\q?quad\b|[~\u00a0\u202f]")
 _WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*\{?\s*\\circ\s*\}?|\\circ\b|°|\*\*|`")
+_DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*(?:\{\s*)?\\circ\s*\}?|\\circ\b|°|\*\*|`")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)")
 # Beside the number these make it part of an expression, or say that it is only a bound.
-_OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞‰]|[-]\s*\Z")
+_OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞‰|]|[-]\s*\Z")
+# What an answer is said not to be; and signs that hold an equals sign and say something else.
+_NEGATED = re.compile(r"\b(?i:not|never|nor|neither|cannot)\b|(?i:n['’]t)\b")
+_UNEQUAL = re.compile(r"[!<>≠/~]=|=[<>]|≠")
+# A bare number of an equation, and how far two of them may be apart.
+_BARE = re.compile(r"[-\d.,/\s]+")
+_AGREEMENT = Fraction(1, 100)
 # Behind it: a scale that is not known, or a letter that is a variable and no unit.
-_UNKNOWN = re.compile(r"\s*(?i:[a-z]*illions?)\b|(?:\s?[xyz]|[a-zA-Z](?<![mgslhLVWJNdCF]))(?![A-Za-z0-9/^.°])")
+_UNKNOWN = re.compile(r"\s*(?i:[a-z]*illions?)\b|(?:\s?[xyzi]|[a-zA-Z](?<![mgslhLVWJNdCF]))(?![A-Za-z0-9/^.°])")
 
 
+@ranged
 def number_match(
     completions: Sequence[str],
     answers: Sequence[str],
     *,
     extraction: Extraction = "any",
-    percent: Literal["unit", "hundredth"] = "unit",
+    percent: Literal["unit", "hundredth", "either"] = "unit",
+    tags: tuple[str, str] | None = None,
+    rtol: NonNegative = 0.0,
+    atol: NonNegative = 0.0,
 ) -> list[float]:
-    r"""1 where the completion's final number equals the reference answer as a rational number, else 0.
+    r"""1 where the completion's final number is the reference answer, else 0.
 
-        r = [ number(completion) = number(answer) ]
+        r = [ |number(completion) - number(answer)| <= atol + rtol * |number(answer)| ]
+
+    of exact rational numbers: without tolerances 0.3333333 is not 1/3.
 
     Args:
       completions: decoded completions.
@@ -91,7 +109,10 @@ def number_match(
       extraction: where a completion's number stands: "boxed" in the last \boxed{}, "hashes" behind the last `####`,
         "marked" behind the last mark of either kind, "last" the last number of the text, "any" the last mark, and
         where there is no mark the last number.
-      percent: "unit" takes 50% for 50, as word problems do that ask for a percentage; "hundredth" takes it for 1/2.
+      percent: "unit" takes 50% for 50, as word problems do that ask for a percentage; "hundredth" takes it for 1/2;
+        "either" lets it be both where one side alone has the sign.
+      tags: around an answer, such as ("<answer>", "</answer>"): a third kind of mark; None for none.
+      rtol, atol: tolerances, for references that are rounded decimals.
 
     Returns:
       One reward a row, 0 or 1. A completion without a number, with several in the marked place, or with a mark that is
@@ -104,20 +125,46 @@ def number_match(
     [1.0, 1.0, 0.0]
     """
     read = _extractor(extraction)
-    if percent not in ("unit", "hundredth"):
-        raise ValueError(f"percent is {percent!r}; it must be 'unit' or 'hundredth'")
+    if percent not in ("unit", "hundredth", "either"):
+        raise ValueError(f"percent is {percent!r}; it must be 'unit', 'hundredth' or 'either'")
+    absolute, relative = Fraction(atol), Fraction(rtol)
     rewards = []
     for row, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
         marked = marked_answer(answer)
-        wanted = parsed_number(answer if marked is None else marked, percent=percent)
-        if wanted is None:
+        reference = answer if marked is None else marked
+        if parsed_number(reference) is None:
             raise ValueError(
                 f"the reference answer of row {row} is {answer[:80]!r}, which is no number; use number_match for data "
                 "whose answers are numbers, or say where the number stands in the data's answer field"
             )
-        said = read(completion)
-        rewards.append(float(said is not None and parsed_number(said, percent=percent) == wanted))
+        said = _tagged(completion, tags) if tags and extraction in ("any", "marked") else None
+        said = read(completion) if said is None else said
+        same = False
+        for mine, theirs in _readings(said or "", reference, percent):
+            same |= mine is not None and theirs is not None and abs(mine - theirs) <= absolute + relative * abs(theirs)
+        rewards.append(float(same))
     return rewards
+
+
+def _readings(said: str, reference: str, percent: str) -> list[tuple[Fraction | None, Fraction | None]]:
+    """The pairs of numbers of which one has to agree: with percent signs for units, for hundredths, or for either."""
+    both = [(parsed_number(said, percent=kind), parsed_number(reference, percent=kind)) for kind in _PERCENT]
+    if percent != "either":
+        return [both[_PERCENT.index(percent)]]
+    has_sign = [unit != hundredth for unit, hundredth in zip(*both, strict=True)]
+    return both if has_sign[0] != has_sign[1] else both[:1]
+
+
+_PERCENT = ("unit", "hundredth")
+
+
+def _tagged(text: str, tags: tuple[str, str]) -> str | None:
+    """What stands between the last closed pair of tags, where no other mark stands behind it."""
+    closing = text.rfind(tags[1])
+    opening = text.rfind(tags[0], 0, max(closing, 0))
+    if closing < 0 or opening < 0 or marked_answer(text[closing:]) is not None:
+        return None
+    return text[opening + len(tags[0]) : closing].strip()
 
 
 def extract_number(text: str, *, extraction: Extraction = "any") -> str | None:
@@ -143,7 +190,21 @@ def parsed_number(text: str, *, percent: Literal["unit", "hundredth"] = "unit") 
     (Fraction(-3, 2), None)
     """
     boxed = in_last_box(text)
-    plain = _plain(text if boxed is None else boxed).rpartition("=")[2].strip()
+    *sides, plain = (side.strip() for side in _plain(text if boxed is None else boxed).split("="))
+    if sides and _UNEQUAL.search(text if boxed is None else boxed):
+        return None
+    value = _only_number(plain, percent)
+    if value is not None and _BARE.fullmatch(plain):
+        bare = [
+            number for side in sides if _BARE.fullmatch(side) and (number := _only_number(side, percent)) is not None
+        ]
+        if any(abs(number - value) > _AGREEMENT * max(abs(number), abs(value)) for number in bare):
+            return None
+    return value
+
+
+def _only_number(plain: str, percent: str) -> Fraction | None:
+    """The one number of a text without typography and equals signs; None where it holds none, several, or more."""
     found = list(_NUMBER.finditer(plain))
     if len(found) != 1:
         return None
@@ -152,9 +213,11 @@ def parsed_number(text: str, *, percent: Literal["unit", "hundredth"] = "unit") 
     beside = re.sub(r"(?<=[A-Za-z])\d\b", "", before + "|" + after)
     if (
         _UNKNOWN.match(after)
+        or _NEGATED.search(before)
         or _OPERATORS.search(before)
         or _OPERATORS.search(after)
         or any(character.isdigit() for character in beside)
+        or ("!" in beside and not any(character.isalpha() for character in before))
     ):
         return None
     return _value(found[0], percent)
