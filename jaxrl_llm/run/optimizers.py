@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jaxtyping import Array, PyTree
@@ -290,3 +291,12 @@ def skipping_non_finite(inner: optax.GradientTransformation) -> optax.GradientTr
         return steps, jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def learning_rates(training: TrainingConfig, steps: int, state: Any) -> np.ndarray:
+    """The rate of the last update of each step that is left of `steps`, the count of updates being the optimiser's."""
+    counts = [int(leaf) for leaf in jax.tree.leaves(state.networks["policy"].optimizer_state) if leaf.shape == ()]
+    updates = training.epochs_per_batch * training.minibatches_per_epoch
+    left = np.arange(1, max(steps - int(state.step), 0) + 1)
+    rates = jax.jit(learning_rate(training))(max(counts, default=0) + left * updates - 1)  # one program, not many
+    return np.broadcast_to(np.asarray(rates), left.shape)
