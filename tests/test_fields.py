@@ -31,8 +31,8 @@ from jaxrl_llm.fields import (
 from jaxrl_llm.signatures import names
 
 PACKAGE = Path(jaxrl_llm.__file__).parent
-NETWORKS = ("policy", "reference", "proxy", "teacher", "reward", *HEADS, *(f"{head}_target" for head in HEADS))
-VIEWS = ("answer", "mismatch")
+NETWORKS = ("policy", "reference", "proxy", "teacher", "reward", "process", "progress", *HEADS, *(f"{head}_target" for head in HEADS))
+VIEWS = ("answer", "mismatch", "plain")
 
 # ---- what public functions ask for ----------------------------------------------------------------------------------
 
@@ -58,6 +58,8 @@ HELPERS = {
 OF_ONE_FUNCTION = {
     *("conciseness", "difficulty", "high", "internal_confidence", "low", "middle", "patterns", "potentials", "quality"),
     *("reference_rewards", "stated_confidence", "step_match", "test_passes"),
+    *("continuations", "contributions", "drawn_turns", "durations", "grounded", "milestones", "successes", "trained"),
+    "turn_factors",
 }
 ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewards, schedules, selection)}
 

@@ -115,6 +115,9 @@ METHODS = {
     "Steps": ("clip_delta", "pbrs", "verpo"),
     "Votes": ("ttrl", "ttrv", "empo", "evol_rl", "trapo"),
     "Certainty": ("intuitor", "entropy_minimisation", "urlvr"),
+    "Likelihood": ("jepo", "likelihood_rewards", "rlp", "rlpr", "rmt"),
+    "Step models": ("process_reward_model", "spa_rl"),
+    "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
 }
 # Textbook knowledge, without a paper on arXiv to point to.

@@ -13,6 +13,7 @@ from jaxrl_llm.selection.bandits import bandit
 from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantages
 from jaxrl_llm.selection.knapsack import knapsack_rollouts, mixed_probability, rollout_value, rollouts_for_signal
 from jaxrl_llm.selection.rehearsed import cycled_rows, near_perfect_groups
+from jaxrl_llm.selection.spread import drawn_turns, spread_filter
 from jaxrl_llm.selection.steered import steered_batch
 from jaxrl_llm.selection.subsets import (
     balanced_groups,
@@ -34,6 +35,7 @@ __all__ = [
     "best_and_random",
     "complete_samples",
     "cycled_rows",
+    "drawn_turns",
     "extreme_rewards",
     "extreme_samples",
     "finished_prompts",
@@ -50,6 +52,7 @@ __all__ = [
     "rollout_value",
     "rollouts_for_signal",
     "row_uniforms",
+    "spread_filter",
     "squared_correlation",
     "steered_batch",
 ]
