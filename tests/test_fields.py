@@ -31,7 +31,8 @@ from jaxrl_llm.fields import (
 from jaxrl_llm.signatures import names
 
 PACKAGE = Path(jaxrl_llm.__file__).parent
-NETWORKS = ("policy", "reference", "proxy", "teacher", "reward", "process", "progress", *HEADS, *(f"{head}_target" for head in HEADS))
+NETWORKS = ("policy", "reference", "proxy", "teacher", "reward", "process", "progress")
+NETWORKS = (*NETWORKS, *HEADS, *(f"{head}_target" for head in HEADS))
 VIEWS = ("answer", "mismatch", "plain")
 
 # ---- what public functions ask for ----------------------------------------------------------------------------------

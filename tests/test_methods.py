@@ -154,6 +154,7 @@ UNSOLVED = {"sorting"}
 JUDGED: dict[str, Any] = {
     "pairs": lambda one, other: {"chosen": str(one + other), "rejected": str(one)},
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
+    "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
 }
 
 

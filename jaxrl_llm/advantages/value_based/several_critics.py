@@ -46,7 +46,7 @@ def quantile_mean(old_values: Float[Array, "B T N"], *, lower_share: PositiveSha
 def bin_mean(old_values: Float[Array, "B T N"], *, low: float, high: float, form: Bins = "gaussian") -> Array:
     """The value that logits over bins stand for.
 
-        V = sum_k softmax(v)_k * centre_k
+        V = sum_k s_k * centre_k,   s = softmax(v)
 
     Args:
       old_values: logits that `categorical_value` trains.
@@ -157,7 +157,7 @@ def reach_aware(
 
     with V = 0 behind the last token of a completion that ended, and the critics' value there of one that was cut. Such
     states are only ever bootstrapped from and never learned; what one critic makes up there flows into all targets.
-    `"[advantages, returns, metric/cut_spread]": reach_aware`; `several_values` trains all critics on the returns.
+    `"[advantages, value_targets, metric/cut_spread]": reach_aware` fills all; `several_values` trains the critics.
 
     Args:
       rewards: total reward of each row, given on its last token where there are no `token_rewards`.

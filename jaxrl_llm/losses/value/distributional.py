@@ -74,7 +74,7 @@ def categorical_value(
 ) -> Loss:
     """Regression of a value as classification: cross-entropy between a spread of the return over bins and the outputs.
 
-        x = -sum_k p_k * log softmax(v)_k
+        x = -sum_k p_k * log s_k,   s = softmax(v)
 
         gaussian   N bins of width w from low to high; p_k is the mass in bin k of a normal distribution around R, with
                    deviation ratio * w, cut off at both ends
