@@ -1,4 +1,4 @@
-"""The data of a stage, and which prompts a step gets: in order, or as a selection with memory has chosen them before."""
+"""The data of a stage, and which prompts a step gets: in order, or as a selection with memory has chosen them."""
 
 from __future__ import annotations
 
