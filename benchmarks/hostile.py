@@ -1,0 +1,285 @@
+"""Random damage to what users hand over: each input is taken, or refused in one short paragraph of ours, in bounds.
+
+    python benchmarks/hostile.py [configs] [models] [templates] [jsonl] [--count N] [--seed N]
+
+Inputs are shipped or well-formed ones with mutated values, types, names, nesting and bytes. A case fails by an error
+that is none of the package's own sentences (a traceback), a message of more than 2,000 characters, more than five
+seconds of CPU, or more than one gigabyte of memory. Exit status 1 where one fails; `--only N` runs one case alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import linecache
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LONGEST_MESSAGE = 2000
+MOST_SECONDS = 5.0
+MOST_BYTES = 2**30
+
+
+class Case(NamedTuple):
+    """One input: what it is called, and what takes or refuses it."""
+
+    name: str
+    run: Callable[[], Any]
+
+
+class Outcome(NamedTuple):
+    name: str
+    kind: str  # taken, refused, or what failed
+    seconds: float
+    message: str
+
+
+# ---- judging --------------------------------------------------------------------------------------------------------
+
+
+def own(error: BaseException) -> bool:
+    """Whether an error is a sentence of the package: raised by a `raise` of its own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    innermost = frames[-1]
+    package = str(ROOT / "jaxrl_llm")
+    raised = (linecache.getline(innermost.filename, innermost.lineno or 0)).strip().startswith("raise")
+    return isinstance(error, (ValueError, OSError)) and innermost.filename.startswith(package) and raised
+
+
+def judged(case: Case) -> Outcome:
+    """What becomes of one input."""
+
+    def hangs(*_: Any) -> None:
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(60)
+    start, message = time.process_time(), ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            case.run()
+        kind = "taken"
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        kind = "refused" if own(error) else "traceback"
+        if kind == "traceback":
+            message += "\n" + "".join(traceback.format_exception(error)[-3:])
+        elif len(str(error)) > LONGEST_MESSAGE:
+            kind = "long message"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    seconds = time.process_time() - start
+    return Outcome(case.name, "slow" if seconds > MOST_SECONDS else kind, seconds, message)
+
+
+# ---- mutations ------------------------------------------------------------------------------------------------------
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 1.5, -0.5, 1e-9, 1e308, float("inf"), float("-inf"), float("nan")),
+    *(2**31, 2**63, 2**64, 10**30, -(10**30), 10**9, 10**12),
+    *("", " ", "x", "1", "1e3", "nan", "²", "٣", "none", "auto", "a b", "module:function", "os:getcwd", "::", "../..", "/"),
+    *("\x00", "\ud800".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "é" * 50, "{body}", "{}", "{x!z}"),
+    *("a" * 5000, "%s%n", "!!python/object:os.system", [], {}, [[]], [{}], [None], {"": None}, {"a": {"b": {"c": []}}}),
+    *([1, 2, 3], ["a", "b"], [1e400], {"x": 1}, {"python": 3}, {"python": "os:getcwd"}, {"name": []}, [[1], [2]]),
+    *([0] * 300, {str(i): i for i in range(300)}, {"temperature": "high"}, {"grpo": 3}, {"extends": "x"}),
+)
+
+
+def paths(tree: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where values stand in nested mappings and lists."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in inner:
+        yield (*here, key)
+        yield from paths(value, (*here, key))
+
+
+def strange(random_: random.Random, tree: Any) -> Any:
+    """A value that hardly fits, or one from elsewhere in the tree."""
+    if random_.random() < 0.25 and (known := list(paths(tree))):
+        return copy.deepcopy(at(tree, random_.choice(known)))
+    if random_.random() < 0.03:
+        return nested(random_.choice((30, 48, 60, 90)))
+    return copy.deepcopy(random_.choice(VALUES))
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+def at(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def mutated(random_: random.Random, tree: Any, names: tuple[str, ...] = ()) -> Any:
+    """The tree with one to three changes of values, names or nesting."""
+    tree = copy.deepcopy(tree)
+    for _ in range(random_.choice((1, 1, 1, 2, 3))):
+        known = list(paths(tree))
+        if not known:
+            return tree
+        *above, key = random_.choice(known)
+        holder = at(tree, tuple(above))
+        change = random_.random()
+        if change < 0.6:
+            holder[key] = strange(random_, tree)
+        elif change < 0.7:
+            del holder[key]
+        elif change < 0.8:
+            holder[key] = random_.choice(([holder[key]], {str(key): holder[key]}, {"name": holder[key]}, [holder[key]] * 2))
+        elif isinstance(holder, dict):
+            value = holder.pop(key) if change < 0.9 else strange(random_, tree)
+            written = random_.choice((f"{key}x", str(key)[:-1], str(key).upper(), *names[:0], *random_.sample(names, min(3, len(names))))) or "x"
+            holder[written] = value
+    return tree
+
+
+def damaged(random_: random.Random, content: bytes) -> bytes:
+    """The bytes with one to four cuts, insertions, swaps or copies."""
+    for _ in range(random_.randint(1, 4)):
+        place = random_.randrange(len(content) + 1)
+        span = random_.choice((1, 1, 3, 20, 200))
+        change = random_.randrange(6)
+        if change == 0:
+            content = content[:place] + content[place + span :]
+        elif change == 1:
+            content = content[:place] + random_.choice(TOKENS) + content[place:]
+        elif change == 2:
+            content = content[:place] + bytes([random_.randrange(256)]) + content[place + 1 :]
+        elif change == 3:
+            content = content[:place] + content[place : place + span] * 2 + content[place + span :]
+        elif change == 4:
+            content = content[: max(place, 1)]
+        else:
+            other = random_.randrange(len(content) + 1)
+            content = content[:place] + content[other : other + span] + content[place:]
+    return content
+
+
+TOKENS = (
+    *(b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\t", b"\r", b"\n", b"\n\n", b"  ", b": ", b"- ", b"? ", b"# ", b"---\n", b"...\n"),
+    *(b"&a ", b"*a ", b"<<: *a\n", b"{", b"}", b"[", b"]", b'"', b"'", b"| \n", b"> \n", b"%YAML 1.3\n", b"!!binary ", b"@", b"`"),
+    *(b"!!python/object/apply:os.system [ls]", b"!!set ", b"!!int ", b"!!float ", b"!!timestamp ", b"!x ", b"1:2:3", b"2024-13-45"),
+    *(b"0x", b"1_000", b".inf", b".nan", b"9" * 5000, b"[" * 3000, b"{" * 3000, b"- " * 3000, b"a: " * 50, b"extends: 3\n"),
+    *(b"extends: [demo.yaml]\n", b"extends: ../x.yaml\n", b"\xe2\x80\xa8", b"\xc2\x85", b"\xed\xa0\x80", b"&a [*a]\n", b"x: &a [*a, *a]\n"),
+)
+
+
+# ---- configs --------------------------------------------------------------------------------------------------------
+
+
+def configs(random_: random.Random, folder: Path) -> Callable[[int], Case]:
+    """Shipped configs, changed as text, as a tree, or by overrides."""
+    import yaml
+
+    from jaxrl_llm.commands.arguments import loaded_config
+    from jaxrl_llm.config import read_tree
+    from jaxrl_llm.run.setup import parts
+    from jaxrl_llm.run.staged import last_stage
+
+    shipped = sorted((ROOT / "configs").rglob("*.yaml"))
+    trees = [read_tree(path) for path in shipped]
+    names = tuple({str(key) for tree in trees for path in paths(tree) for key in path if isinstance(key, str)})
+    file = folder / "fuzzed.yaml"
+    shutil.copytree(ROOT / "configs", folder / "configs")
+
+    def case(number: int) -> Case:
+        chosen = random_.randrange(len(shipped))
+        way, overrides = random_.random(), []
+        if way < 0.25:
+            content = damaged(random_, shipped[chosen].read_bytes())
+            written = folder / "configs" / shipped[chosen].relative_to(ROOT / "configs").parent / "fuzzed.yaml"
+        else:
+            tree = mutated(random_, trees[chosen], names) if way < 0.8 else trees[chosen]
+            content = yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "replace")
+            written = file
+            if way >= 0.8:
+                path = list(random_.choice(list(paths(tree))))
+                if random_.random() < 0.3:
+                    path.append(random_.choice(names))
+                value = yaml.safe_dump(strange(random_, tree), default_flow_style=True).removesuffix("\n...\n")
+                overrides = [f"{'.'.join(map(str, path))}={value}"]
+
+        def run() -> None:
+            written.write_bytes(content)
+            parts(last_stage(loaded_config([str(written), *overrides])))
+
+        return Case(f"configs {number}: {shipped[chosen].name} {overrides}", run)
+
+    return case
+
+
+KINDS: dict[str, tuple[Callable[[random.Random, Path], Callable[[int], Case]], int]] = {"configs": (configs, 10_000)}
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def outcomes(kind: str, count: int, seed: int, only: int | None = None) -> Iterator[Outcome]:
+    """What becomes of `count` inputs of a kind, one after the other; each depends on seed and number alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_ = random.Random()
+        made = KINDS[kind][0](random_, Path(folder))
+        for number in range(count) if only is None else [only]:
+            random_.seed(f"{seed} {kind} {number}")
+            yield judged(made(number))
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("kinds", nargs="*", default=[], help=f"of {', '.join(KINDS)}; all by default")
+    parser.add_argument("--count", type=int, help="inputs of each kind (default: " + ", ".join(f"{n} {k}" for k, (_, n) in KINDS.items()) + ")")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="one input alone, with its message")
+    parser.add_argument("--messages", type=Path, help="a file for all messages, one JSON object a line")
+    options = parser.parse_args(arguments)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    status = 0
+    for kind in options.kinds or KINDS:
+        found, worst, shown = Counter(), Outcome("", "", 0.0, ""), Counter()
+        for outcome in outcomes(kind, options.count or KINDS[kind][1], options.seed, options.only):
+            found[outcome.kind] += 1
+            worst = max(worst, outcome, key=lambda each: each.seconds)
+            if options.messages:
+                with options.messages.open("a") as out:
+                    out.write(json.dumps(outcome._asdict()) + "\n")
+            if options.only is not None:
+                print(outcome.kind, outcome.message)
+            elif outcome.kind not in ("taken", "refused"):
+                status = 1
+                place = outcome.message.rpartition("File ")[2][:120]
+                shown[place] += 1
+                if shown[place] == 1:
+                    print(f"{outcome.name}\n  {outcome.kind}: {outcome.message[:3000]}", flush=True)
+        memory = peak_bytes()
+        status |= memory > MOST_BYTES
+        print(f"{kind}: {dict(found)}; slowest {worst.seconds:.2f} s ({worst.name[:80]}); peak memory {memory / 2**20:.0f} MiB")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
