@@ -34,11 +34,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"experience", "fields"},
     "ranges": {"bounds"},
     "statistics": set(),
+    "worker_process": set(),
     "compilation_cache": set(),
     "allocator": set(),
     "parallel": set(),
     **{room: {"experience", "ranges", "statistics"} for room in ARITHMETIC},
-    "data": {"bounds", "experience", "ranges"},
+    "data": {"bounds", "experience", "ranges", "worker_process"},
     "models": {"bounds", "experience", "parallel", "ranges"},
     "hub": {"data", "models"},
     "rollout": {*FIELDS, "data", "models", "parallel", "ranges", "rewards", "selection"},
@@ -55,6 +56,7 @@ ENTRANCES = {"cli", "commands", "__main__"}  # import everything, and only each 
 # (module, room that it imports): why.
 OTHER_IMPORTS = {
     ("rewards.verifiers.latex_answers", "data"): "reads text on the host, with the grammar of final answers",
+    ("rewards.verifiers.latex_answers", "worker_process"): "a computer algebra system may never return",
     ("rewards.verifiers.numbers", "data"): "reads text on the host, with the grammar of final answers",
     ("rewards.verifiers.text_answers", "data"): "reads text on the host, with the grammar of the task",
 }

@@ -181,6 +181,8 @@ def user_function(path: str, where: str) -> Callable:
       RecipeError: where there is none.
     """
     module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise RecipeError(f"{where} names python: {shown(path)}; write it as module:function")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -192,6 +194,8 @@ def user_function(path: str, where: str) -> Callable:
         ) from error
     except AttributeError:
         raise RecipeError(f"{where} names python: {path!r}, but {module_name!r} has no {attribute!r}") from None
+    except Exception as error:  # of the user's module
+        raise RecipeError(f"{where} names python: {path!r}, but importing {module_name!r} failed: {error!r}") from error
     if not callable(function):
         raise RecipeError(f"{where} names python: {path!r}, which is not a function")
     return function

@@ -64,7 +64,7 @@ def task(name: str, **options: Any) -> Task:
       ValueError: for an unknown name or option (with the nearest known one), or an option's value that cannot be.
     """
     if name not in names():
-        raise ValueError(f"there is no task {name!r}; {_nearest(name, names())}")
+        raise ValueError(f"there is no task {shown(name)}; {_nearest(name, names())}")
     family = globals()[name].task
     known = tuple(inspect.signature(family).parameters)
     for option in options:

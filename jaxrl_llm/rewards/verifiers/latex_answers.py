@@ -6,23 +6,16 @@ ended and started anew where one comparison takes too long.
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
-import json
-import select
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrl_llm.data.final_answer import marked_answer
 from jaxrl_llm.ranges import Positive, ranged
 from jaxrl_llm.rewards.verifiers.numbers import parsed_number
+from jaxrl_llm.worker_process import Worker
 
-_START_SECONDS = 60.0
-_worker: subprocess.Popen[str] | None = None
-_one_at_a_time = threading.Lock()
+_WORKER = Worker(Path(__file__).with_name("latex_worker.py"))
 
 
 @ranged
@@ -70,49 +63,5 @@ def _same_number(said: str, wanted: str) -> bool:
 
 def _compared(answer: str, said: str, seconds: float) -> bool | None:
     """What the process says; False where it takes too long or dies of it."""
-    with _one_at_a_time:
-        process = _running()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps([answer, said]) + "\n")
-            process.stdin.flush()
-            line = _line(process, seconds)
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            _end()
-            return False
-        return json.loads(line)
-
-
-def _running() -> subprocess.Popen[str]:
-    global _worker
-    if _worker is None or _worker.poll() is not None:
-        _end()
-        # -P: modules beside the file, such as numbers, must not hide those of the standard library.
-        _worker = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("latex_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        if not _line(_worker, _START_SECONDS):
-            _end()
-            raise ValueError("latex_match could not start math-verify; try: python -c 'import math_verify'")
-    return _worker
-
-
-def _line(process: subprocess.Popen[str], seconds: float) -> str:
-    """The next line that it prints; "" where it takes longer, or is gone."""
-    assert process.stdout is not None
-    return process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else ""
-
-
-@atexit.register
-def _end() -> None:
-    global _worker
-    if _worker is not None:
-        _worker.kill()
-        _worker.communicate()
-        _worker = None
+    told = _WORKER.ask([answer, said], seconds)
+    return False if told is None else told[0]
