@@ -141,7 +141,10 @@ def mutated(random_: random.Random, tree: Any, names: tuple[str, ...] = ()) -> A
         *above, key = random_.choice(known)
         holder = at(tree, tuple(above))
         change = random_.random()
-        if change < 0.6:
+        number = isinstance(holder[key], int | float) and not isinstance(holder[key], bool)
+        if number and change < 0.4:
+            holder[key] = random_.choice((holder[key] + 1, holder[key] * 2, holder[key] // 2, holder[key] / 3, -holder[key]))
+        elif change < 0.6:
             holder[key] = strange(random_, tree)
         elif change < 0.7:
             del holder[key]
@@ -229,7 +232,140 @@ def configs(random_: random.Random, folder: Path) -> Callable[[int], Case]:
     return case
 
 
-KINDS: dict[str, tuple[Callable[[random.Random, Path], Callable[[int], Case]], int]] = {"configs": (configs, 10_000)}
+# ---- lines of JSON --------------------------------------------------------------------------------------------------
+
+
+def lines_of_json(random_: random.Random, folder: Path) -> Callable[[int], Case]:
+    """Files of problems and of judged completions: mutated records, damaged bytes, and files that are none."""
+    from jaxrl_llm.data.jsonl import fields_of, jsonl_data_sets
+    from jaxrl_llm.data.written import judged_groups
+
+    turn = {"role": "user", "content": "What is 2+3?"}
+    records = {
+        "prompt": {"prompt": "What is 2+3?", "answer": "5", "level": 1, "source": {"name": "x"}},
+        "gsm8k": {"question": "What is 2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
+        "messages": {"messages": [turn, {"role": "assistant", "content": "It is \\\\boxed{5}."}], "answer": "5"},
+        "pairs": {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "rankings": {"prompt": "a", "completions": ["b", "c", "d"]},
+        "ratings": {"prompt": "a", "completion": "b", "rating": 3.5},
+        "labels": {"prompt": "a", "completion": "b", "label": True},
+        "steps": {"prompt": "a", "steps": ["b", "c"], "labels": [1, 0]},
+    }
+    whole: tuple[Callable[[bytes], bytes], ...] = (
+        lambda lines: b"[" * 100_000,
+        lambda lines: b'{"a":' * 100_000,
+        lambda lines: b"{bad}\n" * 1_000_000,
+        lambda lines: lines.decode("utf-8", "replace").encode("utf-16"),
+        lambda lines: b"\xef\xbb\xbf" + lines,
+        lambda lines: b'{"prompt": "' + b"x" * 20_000_000 + b'", "answer": "5"}',
+        lambda lines: b'{"prompt": "\\ud800", "answer": "5"}\n' + lines,
+        lambda lines: b'{"prompt": "a", "prompt": "b", "answer": "5"}\n' + lines,
+        lambda lines: b'{"prompt": "a", "answer": NaN}\n' + lines,
+        lambda lines: b'{"prompt": "a", "answer": ' + b"9" * 10_000 + b"}\n" + lines,
+        lambda lines: b'{"prompt": "a", "answer": 1e999}\n' + lines,
+        lambda lines: b"\x00" * 1_000_000,
+        lambda lines: b"\n" * 5_000_000,
+        lambda lines: b"[" + b",".join(lines.strip().split(b"\n")) + b"]",
+        lambda lines: b"",
+    )
+    file = folder / "lines.jsonl"
+
+    def case(number: int) -> Case:
+        kind = random_.choice(list(records))
+        made = [copy.deepcopy(records[kind]) for _ in range(40)]
+        for place, record in enumerate(made):
+            for key, value in record.items():
+                if isinstance(value, str) and key in ("prompt", "question"):
+                    record[key] = f"{value} {place}"
+                elif kind == "messages" and key == "messages":
+                    value[0]["content"] = f"{value[0]['content']} {place}"
+        for _ in range(random_.choice((0, 1, 1, 3, 40))):
+            place = random_.randrange(len(made))
+            made[place] = mutated(random_, made[place], ("prompt", "answer", "messages", "role", "content", "label"))
+        content = b"\n".join(json.dumps(record).encode() for record in made) + b"\n"
+        way = random_.random()
+        if way < 0.3:
+            content = damaged(random_, content)
+        elif way < 0.5:
+            content = random_.choice(whole)(content)
+        special = random_.random()
+
+        def run() -> None:
+            if file.is_dir():
+                file.rmdir()
+            file.unlink(missing_ok=True)
+            if special < 0.02:
+                os.mkfifo(file)
+            elif special < 0.03:
+                file.mkdir()
+            elif special < 0.04:
+                file.symlink_to("/dev/zero")
+            else:
+                file.write_bytes(content)
+            if kind in ("prompt", "gsm8k", "messages"):
+                jsonl_data_sets(file, fields_of(kind))
+            else:
+                judged_groups(file, kind)  # type: ignore[arg-type]
+
+        return Case(f"jsonl {number}: {kind}", run)
+
+    return case
+
+
+# ---- chat templates -------------------------------------------------------------------------------------------------
+
+PIECES = (
+    *("{{ messages[0].content }}", "{{ bos_token }}", "{% for message in messages %}{{ message.role }}{% endfor %}", "text\n"),
+    *("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "{% for i in range(10**9) %}{% endfor %}"),
+    "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s | length }}",
+    "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = n.l + n.l %}{% endfor %}",
+    *("{{ 'a' | indent(1000000000, true) }}", "{{ 'a' | center(1000000000) }}", "{{ 'a' * 10000000000 }}", "{{ [0] * 10000000000 }}"),
+    *("{{ messages | tojson(indent=1000000000) }}", "{{ '%1000000000d' % 1 }}", "{{ '{:1000000000}'.format(1) }}", "{{ 'a'.ljust(10**10) }}"),
+    *("{{ 9 ** (9 ** 9) }}", "{{ 2 ** 2 ** 2 ** 2 ** 2 ** 2 ** 2 }}", "{{ strftime_now('%1000000000d') }}", "{{ lipsum(n=100000) }}"),
+    *("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ " + "[" * 5000 + "]" * 5000 + " }}", "{{ " + "-" * 5000 + "1 }}", "{{ " + "1+" * 5000 + "1 }}"),
+    *("{% if 1 %}" * 500 + "{% endif %}" * 500, "{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "{{ a" + ".b" * 5000 + " }}", "{{ a" + "|e" * 5000 + " }}"),
+    *("{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}", "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}"),
+    *("{% include 'x' %}", "{% extends 'x' %}", "{% import 'x' as y %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ self }}"),
+    *("{{ messages.append(1) }}", "{{ raise_exception('a' * 100000) }}", "{{ cycler.__init__.__globals__ }}", "{{ 1 // 0 }}", "{{ none.x.y }}"),
+    *("{{ 'a' | replace('', 'b' * 100000) | replace('', 'b' * 100000) }}", "{{ (range(99999) | list) | tojson }}", "{{ range(99999) | join('x' * 99999) }}"),
+    *("{{ 'a' | batch(10**9, 'x') | list }}", "{{ range(9) | slice(10**9) | list }}", "{{ ('a' * 100000) | wordwrap(1) }}", "{{ ('<' * 100000) | striptags }}"),
+    *("{{ ('http://' * 50000) | urlize }}", "{{ messages | map(attribute='role') | list | string }}", "{{ '\\ud800' }}", "{#", "{%", "{{", "{% raw %}", "{% generation %}"),
+    *("{{ '" + "a" * 100_000 + "' }}", "{{ " + "9" * 10_000 + " }}", "{% set x = 'a' %}" * 5000, "\x00", "{{ strftime_now('\x00') }}", "{{ strftime_now(3) }}"),
+)
+
+
+def templates(random_: random.Random, folder: Path) -> Callable[[int], Case]:
+    """Chat templates put together of harmless and hostile pieces, and damaged ones of the usual kind."""
+    from jaxrl_llm.data.chat import ChatTemplate, rewrites_history
+
+    usual = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] | trim + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+
+    def case(number: int) -> Case:
+        if random_.random() < 0.3:
+            source = damaged(random_, usual.encode()).decode("utf-8", "replace")
+        else:
+            source = "".join(random_.choice(PIECES) for _ in range(random_.choice((1, 1, 2, 3))))
+        options = mutated(random_, {"enable_thinking": False, "a": [1]}) if random_.random() < 0.3 else {}
+
+        def run() -> None:
+            template = ChatTemplate(source, {"eos_token": "</s>", "bos_token": "<s>"}, options)
+            template.rendered([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+            rewrites_history(template)
+
+        return Case(f"templates {number}: {source[:60]!r}", run)
+
+    return case
+
+
+KINDS: dict[str, tuple[Callable[[random.Random, Path], Callable[[int], Case]], int]] = {
+    "configs": (configs, 10_000),
+    "templates": (templates, 200),
+    "jsonl": (lines_of_json, 200),
+}
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -246,7 +382,8 @@ def outcomes(kind: str, count: int, seed: int, only: int | None = None) -> Itera
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Of this process, or of the largest that it started."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -11,6 +12,7 @@ from typing import Any
 
 LONGEST_SHOWN = 200
 LONGEST_MESSAGE = 1500
+MOST_LEVELS = 100
 
 
 def shown(value: Any, most: int = LONGEST_SHOWN) -> str:
@@ -34,35 +36,51 @@ def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
     return f"{text[:kept]}...{text[-kept:]} ({len(text):,} characters)"
 
 
-def file_bytes(path: Path, most: int) -> bytes:
+def file_bytes(path: Path, most: int | None = None) -> bytes:
     """What a regular file holds; a pipe or a device, which may never end, is not read.
 
     Raises:
       OSError: as `open` does.
       ValueError: for what is no regular file, or one of more than `most` bytes.
     """
+    if "\0" in str(path):
+        raise ValueError(f"{shown(str(path))} is no path: it holds a NUL character")
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         status = os.fstat(file.fileno())
         if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(21, "it is a directory", str(path))
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is no regular file, but a pipe, socket or device; give a file")
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"{path} holds {status.st_size:,} bytes, more than the {most:,} that are read of such a file")
-    return content
+        if most is not None and status.st_size > most:
+            raise ValueError(f"{path} holds {status.st_size:,} bytes; at most {most:,} are read of such a file")
+        return file.read()
 
 
-def parsed_json(text: bytes | str, **hooks: Callable[..., Any]) -> Any:
-    """JSON in UTF-8, with or without a byte order mark; `hooks` as for `json.loads`.
+def parsed_json(text: bytes | str, *, most_levels: int = MOST_LEVELS, **hooks: Callable[..., Any]) -> Any:
+    """JSON in UTF-8, with or without a byte order mark.
+
+    Args:
+      text: the JSON.
+      most_levels: of lists and objects within each other.
+      hooks: as for `json.loads`.
 
     Raises:
-      ValueError: for anything else, deep nesting included, in a short sentence.
+      ValueError: for anything else, in a short sentence.
     """
     try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, **hooks)
+        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, **hooks)
     except UnicodeDecodeError as error:
-        utf16 = " (it looks like UTF-16)" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise ValueError(f"byte {error.start} is no UTF-8{utf16}; save the text as UTF-8") from None
+        other = ", and looks like UTF-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ValueError(f"byte {error.start} is no UTF-8{other}; save the text as UTF-8") from None
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(f"it has more than {most_levels} levels of nesting") from None
+    opening = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(text.count(one) for one in opening) > most_levels and _deeper(value, most_levels):  # type: ignore[arg-type]
+        raise ValueError(f"it has more than {most_levels} levels of nesting")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    return levels == 0 or any(_deeper(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value))

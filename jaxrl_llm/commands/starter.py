@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.data.json_files import contents, elements
 from jaxrl_llm.data.jsonl import fields_of, read_records
 from jaxrl_llm.rewards.verifiers.numbers import parsed_number
 
@@ -101,13 +102,9 @@ def write_starter(options: argparse.Namespace) -> None:
 
 def _keys(data: Path) -> tuple[set[str], Mapping[str, Any]]:
     """The names of the first lines' fields, and the first line."""
-    try:
-        with data.expanduser().open() as lines:
-            found = [json.loads(line) for line in itertools.islice(lines, 20) if line.strip()]
-    except OSError as error:
-        raise ValueError(f"data file {data} cannot be read: {error.strerror}; give the path of a JSONL file") from error
-    except ValueError as error:
-        raise ValueError(f"{data} is not one JSON object a line: {error}") from error
+    found = [element for _, element in itertools.islice(elements(data, contents(data, "data file")), 20)]
+    if error := next((element for element in found if isinstance(element, ValueError)), None):
+        raise ValueError(f"{data} is not one JSON object a line: {error}")
     if not found or not all(isinstance(line, dict) for line in found):
         raise ValueError(f"{data} is not one JSON object a line")
     return set(found[0]).intersection(*found), found[0]

@@ -15,10 +15,12 @@ from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
 from jaxrl_llm.config.method import NetworkConfig
 from jaxrl_llm.config.whole import Config
-from jaxrl_llm.config.yaml_text import MOST_BYTES, MOST_LEVELS, require_plain, yaml_values
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.yaml_text import MOST_BYTES, MOST_LEVELS, yaml_values
 
 _MOST_BASES = 20
+_LONGEST_KEY = 200
+_LARGEST = 2**63
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any) -> Config:
@@ -102,7 +104,7 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"config {path} is no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
     except ValueError as error:
         raise ConfigError(f"config {error}") from None
-    tree = yaml_values(text, f"config {path}")
+    tree = _values(text, f"config {path}")
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} holds {type(tree).__name__}, not a mapping of sections")
     if (base := tree.pop("extends", None)) is not None:
@@ -112,6 +114,13 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
             raise ConfigError(f"config {path} stands in a chain of more than {_MOST_BASES} files; shorten the chain")
         tree = _merged(_read_tree(path.parent / base, (*below, path)), tree)
     return tree
+
+
+def _values(text: str, where: str) -> Any:
+    try:
+        return yaml_values(text, where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _merged(under: Mapping, over: Mapping) -> dict:
@@ -124,14 +133,20 @@ def _merged(under: Mapping, over: Mapping) -> dict:
 
 def _copied(tree: Any, key: str = "", level: int = 0) -> Any:
     if level > MOST_LEVELS:
-        raise ConfigError(f"config key {key} goes on for more than {MOST_LEVELS} levels; nest it less")
+        raise ConfigError(f"config key {shown(key)} goes on for more than {MOST_LEVELS} levels; nest it less")
     if isinstance(tree, Mapping):
+        for name in tree:
+            if len(str(name)) > _LONGEST_KEY:
+                raise ConfigError(f"config key {shown(name)} under {key or 'the file'} is no key; shorten it")
         return {
             str(name): _copied(value, f"{key}.{name}" if key else str(name), level + 1) for name, value in tree.items()
         }
     if isinstance(tree, list | tuple):
         return [_copied(value, f"{key}.{place}", level + 1) for place, value in enumerate(tree)]
-    require_plain(tree, key)
+    if isinstance(tree, int) and not -_LARGEST <= tree < _LARGEST:
+        raise ConfigError(f"config key {key} is {shown(tree, 60)}, which is beyond 64 bits; give a smaller number")
+    if isinstance(tree, str) and ("\0" in tree or any("\ud800" <= character <= "\udfff" for character in tree)):
+        raise ConfigError(f"config key {key} is {shown(tree)}, with characters that are none; take them out")
     return tree
 
 
@@ -152,7 +167,7 @@ def _assign(tree: dict[str, Any], override: str) -> None:
             f"override {shown(override)} sets one entry of the list {'.'.join(sections)}; give the key in it that changes, "
             "or the whole list"
         )
-    inner[last] = yaml_values(text, f"the value of override {shown(override)}")
+    inner[last] = _values(text, f"the value of override {shown(override)}")
 
 
 def _inside(tree: Any, section: str, following: str, override: str) -> Any:

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxrl_llm.bounds import shortened, shown
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
-from jaxrl_llm.data.json_files import elements, place
+from jaxrl_llm.data.json_files import contents, elements, place
 from jaxrl_llm.data.tasks.items import record, require_choice, split_of
 
 SPLITS = ("train", "validation", "test")
@@ -26,7 +27,7 @@ _ANSWERS: Mapping[str, Callable[[str], str | None]] = {
     "marked": marked_answer,
 }
 _CALCULATIONS = re.compile(r"<<[^<>]*>>")
-_MOST_PROBLEMS = 5
+_MOST_SHOWN, _MOST_PROBLEMS = 5, 20
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,16 @@ def read_records(
     Raises:
       ValueError: for a file that is missing or empty, and lines that cannot be used, named.
     """
-    file = file.expanduser()
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"data file {file} cannot be read: {error.strerror}; give the path of a JSONL file") from error
-    records, problems = [], []
-    numbered = list(elements(file, content))
+    content = contents(file, "data file")
+    numbered: list[tuple[int, Any]] = []
+    problems: list[tuple[int, ValueError]] = []
+    for number, element in elements(file, content):
+        if isinstance(element, ValueError):
+            problems.append((number, ValueError(f"no JSON: {element}")))
+        else:
+            numbered.append((number, element))
+        if len(problems) == _MOST_PROBLEMS:
+            raise _unusable(file, content, problems)
     if (
         prepare is None
         and fields.messages is None
@@ -196,25 +200,33 @@ def read_records(
         and not any(_has(element, fields.answer) for _, element in numbered)
     ):
         fields = replace(fields, answer=None)
+    records = []
     for number, element in numbered:
         try:
             prepared = prepare(element) if prepare is not None and isinstance(element, dict) else element
             records.append(_record(prepared, fields) | {"item_id": number - 1, "raw": element})
         except ValueError as error:
-            problems.append(f"{place(content)} {number}: {error}")
+            problems.append((number, error))
+        if len(problems) == _MOST_PROBLEMS:
+            break
     if problems:
-        more = len(problems) - _MOST_PROBLEMS
-        shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise ValueError(f"{file} has {len(problems)} lines that cannot be used; repair them: " + "; ".join(shown))
+        raise _unusable(file, content, problems)
     if not records:
         raise ValueError(f"data file {file} holds no line; give a file with one JSON object a line")
     return [record(each, each["item_id"]) for each in records], hashlib.sha256(content).hexdigest()
 
 
+def _unusable(file: Path, content: bytes, problems: Sequence[tuple[int, ValueError]]) -> ValueError:
+    """What is wrong with a file; of many lines the first ones, and at least how many there are."""
+    told = [f"{place(content)} {number}: {shortened(str(error), 240)}" for number, error in sorted(problems, key=lambda p: p[0])]
+    more = len(told) - _MOST_SHOWN
+    first = told[:_MOST_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+    count = f"{len(told)} lines or more" if len(told) >= _MOST_PROBLEMS else f"{len(told)} lines"
+    return ValueError(f"{file} has {count} that cannot be used; repair them: " + "; ".join(first))
+
+
 def _record(element: Any, fields: Fields) -> dict[str, Any]:
     """A line's object as a record without its number."""
-    if isinstance(element, ValueError):
-        raise ValueError(f"no JSON: {element}")
     if not isinstance(element, dict):
         raise ValueError(f"holds a {type(element).__name__}, not an object with fields")
     if fields.messages is None:
@@ -277,7 +289,7 @@ def _found(element: Mapping[str, Any], name: str) -> Any:
     outer, dot, inner = name.partition(".")
     if dot and isinstance(element.get(outer), dict):
         return _found(element[outer], inner)
-    raise ValueError(f"there is no field {name!r}; its fields are {sorted(element)}")
+    raise ValueError(f"there is no field {name!r}; its fields are {shown(sorted(map(str, element)))}")
 
 
 def _prompt_key(item: Mapping[str, Any]) -> str:

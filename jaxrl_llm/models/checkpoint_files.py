@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -12,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.bounds import file_bytes, parsed_json, shortened, shown
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PRECISIONS = ("BF16", "F32", "F16")
+_MOST_BYTES = 2**26  # of a file of settings
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist; give a directory with {path.name}, as transformers' save_pretrained writes it"
         )
     try:
-        read = json.loads(path.read_text())
-    except ValueError as error:
+        read = parsed_json(file_bytes(path, _MOST_BYTES))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
     if not isinstance(read, dict):
         raise ValueError(f"{path} holds {type(read).__name__}, not an object of fields; copy the file again")

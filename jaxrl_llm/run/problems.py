@@ -10,7 +10,7 @@ from typing import Any
 from jaxrl_llm import data
 from jaxrl_llm.config import Config
 from jaxrl_llm.data import DataSet, DataSpec, Item, JsonlDataSet
-from jaxrl_llm.data.json_files import elements
+from jaxrl_llm.data.json_files import contents, elements
 from jaxrl_llm.data.jsonl import SPLITS
 from jaxrl_llm.training.reading import columns_of
 
@@ -26,9 +26,8 @@ def columns(config: Config) -> frozenset[str]:
     if config.data.path is None:
         return frozenset() if config.task is None else columns_of([dict.fromkeys(Item.__dataclass_fields__)])
     try:
-        content = Path(config.data.path).expanduser().read_bytes()
-        _, first = next(iter(elements(Path(config.data.path), content)))
-    except (OSError, ValueError, StopIteration):  # said when the data are read
+        _, first = next(iter(elements(Path(config.data.path), contents(Path(config.data.path), "data.path"))))
+    except (ValueError, StopIteration):  # said when the data are read
         return frozenset()
     return columns_of([{"raw": first}] if isinstance(first, dict) else [])
 

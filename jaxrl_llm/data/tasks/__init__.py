@@ -1,6 +1,7 @@
 """Synthetic tasks with exact verifiers: one module a family, looked up by its name.
 
->>> from jaxrl_llm.data import tasks
+>>> from jaxrl_llm.bounds import shown
+from jaxrl_llm.data import tasks
 >>> tasks.task("addition", scratchpad=True).generate(level=2, count=1, seed=0)[0].task
 'addition'
 """

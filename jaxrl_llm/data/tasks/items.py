@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any, NamedTuple
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.experience import Source
 
 SPLITS = ("train", "validation", "test", "extrapolation")

@@ -1,4 +1,4 @@
-"""YAML of a config: plain values of bounded number and depth, checked while they are read."""
+"""YAML that users wrote: plain values of bounded number and depth, checked while they are read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 import yaml
 
 from jaxrl_llm.bounds import shortened, shown
-from jaxrl_llm.config.errors import ConfigError
 
 MOST_BYTES = 1_000_000
 MOST_LEVELS = 50
 MOST_VALUES = 50_000  # with what aliases repeat
-_LARGEST = 2**63
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,7 +61,7 @@ def yaml_values(text: str, where: str) -> Any:
       where: what it is called in messages.
 
     Raises:
-      ConfigError: for what is no YAML, tags, keys that stand twice, aliases inside of what they name, more than 50
+      ValueError: for what is no YAML, tags, keys that stand twice, aliases inside of what they name, more than 50
         levels or 50,000 values.
     """
     loader = None
@@ -71,21 +69,9 @@ def yaml_values(text: str, where: str) -> Any:
         loader = _Loader(text)
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {shortened(str(error), 600)}") from None
+        raise ValueError(f"{where} is not valid YAML: {shortened(str(error), 600)}") from None
     except (ValueError, OverflowError) as error:  # of Python's own numbers
-        raise ConfigError(f"{where} holds a number that cannot be read: {shortened(str(error))}") from None
+        raise ValueError(f"{where} holds a number that cannot be read: {shortened(str(error))}") from None
     finally:
         if loader is not None:
             loader.dispose()
-
-
-def require_plain(value: Any, key: str) -> None:
-    """Refuse a single value that no field can hold.
-
-    Raises:
-      ConfigError: for an integer beyond 64 bits, or text with characters that no file can hold.
-    """
-    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
-        raise ConfigError(f"config key {key} is {shown(value, 60)}, which is beyond 64 bits; give a smaller number")
-    if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
-        raise ConfigError(f"config key {key} is {shown(value)}, with characters that are none; take them out")
