@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -60,6 +59,11 @@ def own(error: BaseException) -> bool:
     return isinstance(error, (ValueError, OSError)) and innermost.filename.startswith(package) and raised
 
 
+def computed() -> float:
+    """Seconds of computing of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
+
+
 def judged(case: Case) -> Outcome:
     """What becomes of one input."""
 
@@ -68,7 +72,7 @@ def judged(case: Case) -> Outcome:
 
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(60)
-    start, message = time.process_time(), ""
+    start, message = computed(), ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -84,7 +88,7 @@ def judged(case: Case) -> Outcome:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    seconds = time.process_time() - start
+    seconds = computed() - start
     return Outcome(case.name, "slow" if seconds > MOST_SECONDS else kind, seconds, message)
 
 
@@ -93,7 +97,24 @@ def judged(case: Case) -> Outcome:
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 1.5, -0.5, 1e-9, 1e308, float("inf"), float("-inf"), float("nan")),
     *(2**31, 2**63, 2**64, 10**30, -(10**30), 10**9, 10**12),
-    *("", " ", "x", "1", "1e3", "nan", "²", "٣", "none", "auto", "a b", "module:function", "os:getcwd", "::", "../..", "/"),
+    *(
+        "",
+        " ",
+        "x",
+        "1",
+        "1e3",
+        "nan",
+        "²",
+        "٣",
+        "none",
+        "auto",
+        "a b",
+        "module:function",
+        "os:getcwd",
+        "::",
+        "../..",
+        "/",
+    ),
     *("\x00", "\ud800".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "é" * 50, "{body}", "{}", "{x!z}"),
     *("a" * 5000, "%s%n", "!!python/object:os.system", [], {}, [[]], [{}], [None], {"": None}, {"a": {"b": {"c": []}}}),
     *([1, 2, 3], ["a", "b"], [1e400], {"x": 1}, {"python": 3}, {"python": "os:getcwd"}, {"name": []}, [[1], [2]]),
@@ -143,16 +164,25 @@ def mutated(random_: random.Random, tree: Any, names: tuple[str, ...] = ()) -> A
         change = random_.random()
         number = isinstance(holder[key], int | float) and not isinstance(holder[key], bool)
         if number and change < 0.4:
-            holder[key] = random_.choice((holder[key] + 1, holder[key] * 2, holder[key] // 2, holder[key] / 3, -holder[key]))
+            holder[key] = random_.choice(
+                (holder[key] + 1, holder[key] * 2, holder[key] // 2, holder[key] / 3, -holder[key])
+            )
         elif change < 0.6:
             holder[key] = strange(random_, tree)
         elif change < 0.7:
             del holder[key]
         elif change < 0.8:
-            holder[key] = random_.choice(([holder[key]], {str(key): holder[key]}, {"name": holder[key]}, [holder[key]] * 2))
+            holder[key] = random_.choice(
+                ([holder[key]], {str(key): holder[key]}, {"name": holder[key]}, [holder[key]] * 2)
+            )
         elif isinstance(holder, dict):
             value = holder.pop(key) if change < 0.9 else strange(random_, tree)
-            written = random_.choice((f"{key}x", str(key)[:-1], str(key).upper(), *names[:0], *random_.sample(names, min(3, len(names))))) or "x"
+            written = (
+                random_.choice(
+                    (f"{key}x", str(key)[:-1], str(key).upper(), *names[:0], *random_.sample(names, min(3, len(names))))
+                )
+                or "x"
+            )
             holder[written] = value
     return tree
 
@@ -180,11 +210,70 @@ def damaged(random_: random.Random, content: bytes) -> bytes:
 
 
 TOKENS = (
-    *(b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\t", b"\r", b"\n", b"\n\n", b"  ", b": ", b"- ", b"? ", b"# ", b"---\n", b"...\n"),
-    *(b"&a ", b"*a ", b"<<: *a\n", b"{", b"}", b"[", b"]", b'"', b"'", b"| \n", b"> \n", b"%YAML 1.3\n", b"!!binary ", b"@", b"`"),
-    *(b"!!python/object/apply:os.system [ls]", b"!!set ", b"!!int ", b"!!float ", b"!!timestamp ", b"!x ", b"1:2:3", b"2024-13-45"),
-    *(b"0x", b"1_000", b".inf", b".nan", b"9" * 5000, b"[" * 3000, b"{" * 3000, b"- " * 3000, b"a: " * 50, b"extends: 3\n"),
-    *(b"extends: [demo.yaml]\n", b"extends: ../x.yaml\n", b"\xe2\x80\xa8", b"\xc2\x85", b"\xed\xa0\x80", b"&a [*a]\n", b"x: &a [*a, *a]\n"),
+    *(
+        b"\x00",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\t",
+        b"\r",
+        b"\n",
+        b"\n\n",
+        b"  ",
+        b": ",
+        b"- ",
+        b"? ",
+        b"# ",
+        b"---\n",
+        b"...\n",
+    ),
+    *(
+        b"&a ",
+        b"*a ",
+        b"<<: *a\n",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b"'",
+        b"| \n",
+        b"> \n",
+        b"%YAML 1.3\n",
+        b"!!binary ",
+        b"@",
+        b"`",
+    ),
+    *(
+        b"!!python/object/apply:os.system [ls]",
+        b"!!set ",
+        b"!!int ",
+        b"!!float ",
+        b"!!timestamp ",
+        b"!x ",
+        b"1:2:3",
+        b"2024-13-45",
+    ),
+    *(
+        b"0x",
+        b"1_000",
+        b".inf",
+        b".nan",
+        b"9" * 5000,
+        b"[" * 3000,
+        b"{" * 3000,
+        b"- " * 3000,
+        b"a: " * 50,
+        b"extends: 3\n",
+    ),
+    *(
+        b"extends: [demo.yaml]\n",
+        b"extends: ../x.yaml\n",
+        b"\xe2\x80\xa8",
+        b"\xc2\x85",
+        b"\xed\xa0\x80",
+        b"&a [*a]\n",
+        b"x: &a [*a, *a]\n",
+    ),
 )
 
 
@@ -315,23 +404,96 @@ def lines_of_json(random_: random.Random, folder: Path) -> Callable[[int], Case]
 # ---- chat templates -------------------------------------------------------------------------------------------------
 
 PIECES = (
-    *("{{ messages[0].content }}", "{{ bos_token }}", "{% for message in messages %}{{ message.role }}{% endfor %}", "text\n"),
-    *("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "{% for i in range(10**9) %}{% endfor %}"),
+    *(
+        "{{ messages[0].content }}",
+        "{{ bos_token }}",
+        "{% for message in messages %}{{ message.role }}{% endfor %}",
+        "text\n",
+    ),
+    *(
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ),
     "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s | length }}",
     "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
     "{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = n.l + n.l %}{% endfor %}",
-    *("{{ 'a' | indent(1000000000, true) }}", "{{ 'a' | center(1000000000) }}", "{{ 'a' * 10000000000 }}", "{{ [0] * 10000000000 }}"),
-    *("{{ messages | tojson(indent=1000000000) }}", "{{ '%1000000000d' % 1 }}", "{{ '{:1000000000}'.format(1) }}", "{{ 'a'.ljust(10**10) }}"),
-    *("{{ 9 ** (9 ** 9) }}", "{{ 2 ** 2 ** 2 ** 2 ** 2 ** 2 ** 2 }}", "{{ strftime_now('%1000000000d') }}", "{{ lipsum(n=100000) }}"),
-    *("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ " + "[" * 5000 + "]" * 5000 + " }}", "{{ " + "-" * 5000 + "1 }}", "{{ " + "1+" * 5000 + "1 }}"),
-    *("{% if 1 %}" * 500 + "{% endif %}" * 500, "{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "{{ a" + ".b" * 5000 + " }}", "{{ a" + "|e" * 5000 + " }}"),
-    *("{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}", "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}"),
-    *("{% include 'x' %}", "{% extends 'x' %}", "{% import 'x' as y %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ self }}"),
-    *("{{ messages.append(1) }}", "{{ raise_exception('a' * 100000) }}", "{{ cycler.__init__.__globals__ }}", "{{ 1 // 0 }}", "{{ none.x.y }}"),
-    *("{{ 'a' | replace('', 'b' * 100000) | replace('', 'b' * 100000) }}", "{{ (range(99999) | list) | tojson }}", "{{ range(99999) | join('x' * 99999) }}"),
-    *("{{ 'a' | batch(10**9, 'x') | list }}", "{{ range(9) | slice(10**9) | list }}", "{{ ('a' * 100000) | wordwrap(1) }}", "{{ ('<' * 100000) | striptags }}"),
-    *("{{ ('http://' * 50000) | urlize }}", "{{ messages | map(attribute='role') | list | string }}", "{{ '\\ud800' }}", "{#", "{%", "{{", "{% raw %}", "{% generation %}"),
-    *("{{ '" + "a" * 100_000 + "' }}", "{{ " + "9" * 10_000 + " }}", "{% set x = 'a' %}" * 5000, "\x00", "{{ strftime_now('\x00') }}", "{{ strftime_now(3) }}"),
+    *(
+        "{{ 'a' | indent(1000000000, true) }}",
+        "{{ 'a' | center(1000000000) }}",
+        "{{ 'a' * 10000000000 }}",
+        "{{ [0] * 10000000000 }}",
+    ),
+    *(
+        "{{ messages | tojson(indent=1000000000) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ 'a'.ljust(10**10) }}",
+    ),
+    *(
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 2 ** 2 ** 2 ** 2 ** 2 ** 2 ** 2 }}",
+        "{{ strftime_now('%1000000000d') }}",
+        "{{ lipsum(n=100000) }}",
+    ),
+    *(
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ " + "[" * 5000 + "]" * 5000 + " }}",
+        "{{ " + "-" * 5000 + "1 }}",
+        "{{ " + "1+" * 5000 + "1 }}",
+    ),
+    *(
+        "{% if 1 %}" * 500 + "{% endif %}" * 500,
+        "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+        "{{ a" + ".b" * 5000 + " }}",
+        "{{ a" + "|e" * 5000 + " }}",
+    ),
+    *(
+        "{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    ),
+    *(
+        "{% include 'x' %}",
+        "{% extends 'x' %}",
+        "{% import 'x' as y %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ self }}",
+    ),
+    *(
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('a' * 100000) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ 1 // 0 }}",
+        "{{ none.x.y }}",
+    ),
+    *(
+        "{{ 'a' | replace('', 'b' * 100000) | replace('', 'b' * 100000) }}",
+        "{{ (range(99999) | list) | tojson }}",
+        "{{ range(99999) | join('x' * 99999) }}",
+    ),
+    *(
+        "{{ 'a' | batch(10**9, 'x') | list }}",
+        "{{ range(9) | slice(10**9) | list }}",
+        "{{ ('a' * 100000) | wordwrap(1) }}",
+        "{{ ('<' * 100000) | striptags }}",
+    ),
+    *(
+        "{{ ('http://' * 50000) | urlize }}",
+        "{{ messages | map(attribute='role') | list | string }}",
+        "{{ '\\ud800' }}",
+        "{#",
+        "{%",
+        "{{",
+        "{% raw %}",
+        "{% generation %}",
+    ),
+    *(
+        "{{ '" + "a" * 100_000 + "' }}",
+        "{{ " + "9" * 10_000 + " }}",
+        "{% set x = 'a' %}" * 5000,
+        "\x00",
+        "{{ strftime_now('\x00') }}",
+        "{{ strftime_now(3) }}",
+    ),
 )
 
 
@@ -361,8 +523,113 @@ def templates(random_: random.Random, folder: Path) -> Callable[[int], Case]:
     return case
 
 
+# ---- model directories ----------------------------------------------------------------------------------------------
+
+
+def models(random_: random.Random, folder: Path) -> Callable[[int], Case]:
+    """Tiny models of every family with mutated config.json, index, tokenizer settings, weights and special files."""
+    import jax
+    import numpy as np
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    from jaxrl_llm.data import load_tokenizer, with_chat
+    from jaxrl_llm.data.jsonl import SPLITS  # noqa: F401  # imported before any case is timed
+    from jaxrl_llm.models.families import FAMILIES, config_from_json
+    from jaxrl_llm.models.tensor_names import checkpoint_layout
+    from jaxrl_llm.models.weights import load_model
+
+    small = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "head_dim": 8}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    small |= {"max_position_embeddings": 64, "torch_dtype": "float32", "layer_types": None, "rope_scaling": None}
+    small |= {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
+    small |= {"topk_group": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "kv_lora_rank": 8}
+    small |= {"q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_shared_experts": 1}
+    small |= {"first_k_dense_replace": 1, "sliding_window": 8, "eos_token_id": 1}
+    known = {}
+    for architecture in FAMILIES:
+        described = small | {"architectures": [architecture]}
+        shapes = checkpoint_layout(config_from_json(described), architecture).tensors()
+        known[architecture] = described, {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(11)} | {"<unk>": 11}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    settings = {
+        "eos_token": "w1",
+        "pad_token": {"content": "w2"},
+        "added_tokens_decoder": {"1": {"content": "w1", "special": True, "lstrip": False}},
+        "chat_template": "{% for m in messages %}{{ m.content }} w1 {% endfor %}{% if add_generation_prompt %}w3 {% endif %}",
+    }
+    here = folder / "model"
+
+    def case(number: int) -> Case:
+        architecture = random_.choice(list(known))
+        described, tensors = copy.deepcopy(known[architecture])
+        files = {
+            "config.json": described,
+            "tokenizer_config.json": settings,
+            "special_tokens_map.json": {"eos_token": "w1"},
+            "generation_config.json": {"eos_token_id": [1], "pad_token_id": 2},
+            "model.safetensors.index.json": {"metadata": {}, "weight_map": dict.fromkeys(tensors, "a.safetensors")},
+            "tokenizer.json": json.loads(words.to_str()),
+        }
+        indexed = random_.random() < 0.5
+        if not indexed:
+            del files["model.safetensors.index.json"]
+        chosen = "config.json" if random_.random() < 0.5 else random_.choice(list(files))
+        way = random_.random()
+        if way < 0.75:
+            files[chosen] = mutated(random_, files[chosen])
+        if chosen == "config.json" and random_.random() < 0.2:
+            files[chosen][random_.choice(list(small))] = random_.choice((10**9, 10**6, 0, -1, 1.5, "2", [2], None))
+        weights = "a.safetensors" if indexed else "model.safetensors"
+        if random_.random() < 0.2:
+            name = random_.choice(list(tensors))
+            tensors[name] = random_.choice(
+                (
+                    tensors[name] * np.nan,
+                    tensors[name] * np.inf,
+                    tensors[name][:0],
+                    tensors[name].astype(np.int64),
+                    tensors[name][None],
+                )
+            )
+        special, strict = random_.random(), random_.random() < 0.5
+        cut = random_.random()
+
+        def run() -> None:
+            shutil.rmtree(here, ignore_errors=True)
+            here.mkdir()
+            for name, value in files.items():
+                content = json.dumps(value).encode()
+                (here / name).write_bytes(damaged(random_, content) if way >= 0.75 and name == chosen else content)
+            save_file(tensors, here / weights)
+            if cut < 0.1:
+                content = (here / weights).read_bytes()
+                (here / weights).write_bytes(damaged(random_, content[:600]) + content[600:])
+            if special < 0.08:
+                name = random_.choice([*files, weights])
+                (here / name).unlink()
+                random_.choice((os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: None))(
+                    here / name
+                )
+            elif special < 0.1:
+                (here / chosen).write_bytes(b'{"a":' * 100_000)
+            model, params = load_model(here, strict=strict)
+            jax.block_until_ready(params)
+            tokenizer = load_tokenizer(here)
+            tokenizer.token_bytes()
+            with_chat(tokenizer, rewritten_history="allow").prompt_ids({"body": "w4 w5"})
+
+        return Case(f"models {number}: {architecture} {chosen}", run)
+
+    return case
+
+
 KINDS: dict[str, tuple[Callable[[random.Random, Path], Callable[[int], Case]], int]] = {
     "configs": (configs, 10_000),
+    "models": (models, 300),
     "templates": (templates, 200),
     "jsonl": (lines_of_json, 200),
 }
@@ -389,7 +656,11 @@ def peak_bytes() -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("kinds", nargs="*", default=[], help=f"of {', '.join(KINDS)}; all by default")
-    parser.add_argument("--count", type=int, help="inputs of each kind (default: " + ", ".join(f"{n} {k}" for k, (_, n) in KINDS.items()) + ")")
+    parser.add_argument(
+        "--count",
+        type=int,
+        help="inputs of each kind (default: " + ", ".join(f"{n} {k}" for k, (_, n) in KINDS.items()) + ")",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one input alone, with its message")
     parser.add_argument("--messages", type=Path, help="a file for all messages, one JSON object a line")
@@ -414,7 +685,9 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"{outcome.name}\n  {outcome.kind}: {outcome.message[:3000]}", flush=True)
         memory = peak_bytes()
         status |= memory > MOST_BYTES
-        print(f"{kind}: {dict(found)}; slowest {worst.seconds:.2f} s ({worst.name[:80]}); peak memory {memory / 2**20:.0f} MiB")
+        print(
+            f"{kind}: {dict(found)}; slowest {worst.seconds:.2f} s ({worst.name[:80]}); peak memory {memory / 2**20:.0f} MiB"
+        )
     return status
 
 

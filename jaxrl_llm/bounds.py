@@ -83,4 +83,6 @@ def parsed_json(text: bytes | str, *, most_levels: int = MOST_LEVELS, **hooks: C
 def _deeper(value: Any, levels: int) -> bool:
     if not isinstance(value, (dict, list)):
         return False
-    return levels == 0 or any(_deeper(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value))
+    return levels == 0 or any(
+        _deeper(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value)
+    )

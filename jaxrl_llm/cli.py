@@ -313,6 +313,7 @@ def _add_model_files(command: Command) -> None:
         "out", nargs="?", metavar="OUT", help="new directory that model.path takes, for fast restores"
     )
     imported.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the parameters (default: as stored)")
+    imported.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite")
 
     export = command(
         "export", "model_files:show_export", "Write a run's policy as a directory that transformers loads."

@@ -97,6 +97,7 @@ class PretrainedConfig:
       path: a local directory, or owner/name of a repository (needs the extra hf).
       revision: branch, tag or commit of a repository.
       attention, layer_loop, parameter_dtype, compute_dtype: as for a model that is described by its shape.
+      strict: refuse weights that are NaN or infinite; without it they are warned of.
     """
 
     path: str = field(metadata=FREE)
@@ -105,6 +106,7 @@ class PretrainedConfig:
     layer_loop: LayerLoop = "auto"
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
+    strict: bool = field(default=False, metadata=FREE)
 
     @property
     def execution(self) -> dict[str, Any]:

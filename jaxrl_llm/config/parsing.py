@@ -180,7 +180,9 @@ def _inside(tree: Any, section: str, following: str, override: str) -> Any:
         place = int(section) if section.isdigit() else next((i for i, all_ in enumerate(named) if section in all_), -1)
         if not 0 <= place < len(tree):
             known = ", ".join(names[0] for names in named if names) or "no entry with a name"
-            raise ConfigError(f"override {shown(override)} names {section!r}, which is not in that list; it has {known}")
+            raise ConfigError(
+                f"override {shown(override)} names {section!r}, which is not in that list; it has {known}"
+            )
         if tree[place] in (section, following):
             tree[place] = {tree[place]: {}}
         tree = tree[place]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.bounds import shown
+from jaxrl_llm.bounds import file_bytes, shown
 from jaxrl_llm.data.extras import imported
 from jaxrl_llm.data.json_files import json_object
 from jaxrl_llm.data.template_worker import MOST_BYTES, SECONDS
@@ -24,6 +24,7 @@ Message = Mapping[str, Any]
 _WORKER = Worker(Path(__file__).with_name("template_worker.py"))
 # Of the clock: only a machine that stands still takes so long.
 _PATIENCE = 60.0
+_MOST_BYTES = 2**20  # of a template
 
 # A prompt that holds today's date would be another prompt when a run is resumed tomorrow.
 FIXED_DATE = datetime.date(2024, 7, 26)
@@ -101,15 +102,18 @@ def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str
     """
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file_bytes(file, _MOST_BYTES).decode("utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read as text: {error}; copy the model's files again") from None
     entry = tokenizer_config.get("chat_template") or json_object(directory / "chat_template.json").get("chat_template")
     if isinstance(entry, list) and all(
-        isinstance(each, dict) and {"name", "template"} <= each.keys() for each in entry
+        isinstance(each, dict) and all(isinstance(each.get(key), str) for key in ("name", "template")) for each in entry
     ):
         named = {each["name"]: each["template"] for each in entry}
         if "default" not in named:
             raise ValueError(
-                f"tokenizer_config.json in {directory} has the chat templates {sorted(named)}, but none is named "
+                f"tokenizer_config.json in {directory} has the chat templates {shown(sorted(named))}, but none is named "
                 "'default'; save the one that is meant as chat_template.jinja in this directory"
             )
         entry = named["default"]

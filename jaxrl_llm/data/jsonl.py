@@ -218,7 +218,10 @@ def read_records(
 
 def _unusable(file: Path, content: bytes, problems: Sequence[tuple[int, ValueError]]) -> ValueError:
     """What is wrong with a file; of many lines the first ones, and at least how many there are."""
-    told = [f"{place(content)} {number}: {shortened(str(error), 240)}" for number, error in sorted(problems, key=lambda p: p[0])]
+    told = [
+        f"{place(content)} {number}: {shortened(str(error), 240)}"
+        for number, error in sorted(problems, key=lambda p: p[0])
+    ]
     more = len(told) - _MOST_SHOWN
     first = told[:_MOST_SHOWN] + ([f"and {more} more"] if more > 0 else [])
     count = f"{len(told)} lines or more" if len(told) >= _MOST_PROBLEMS else f"{len(told)} lines"

@@ -15,7 +15,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-SECONDS = 2.0
+SECONDS = 1.0
 MOST_BYTES = 2**29
 LONGEST_TEXT = 10_000_000
 

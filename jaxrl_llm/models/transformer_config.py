@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
+from jaxrl_llm.models.json_types import MOST_LAYERS
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
-from jaxrl_llm.ranges import Count, Positive, require_ranges
+from jaxrl_llm.ranges import Count, Positive, Range, require_ranges
 
 # Names of the stacks of blocks in the parameters, see `TransformerConfig.stacks`.
 STACKS = ("dense_blocks", "blocks")
@@ -116,7 +117,7 @@ class TransformerConfig:
 
     vocabulary_size: Count
     width: Count = 128
-    layers: Count = 4
+    layers: Annotated[int, Range(1, MOST_LAYERS)] = 4
     heads: Count = 4
     kv_heads: Count = 2
     head_width: Count | None = None

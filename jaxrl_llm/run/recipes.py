@@ -61,7 +61,9 @@ def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] 
     terms = []
     for entry in entries:
         if not isinstance(entry, Mapping) or len(entry) != 1:
-            raise RecipeError(f"credit entry {shown(entry)} must be one `field: method`, e.g. advantages: group_normalized")
+            raise RecipeError(
+                f"credit entry {shown(entry)} must be one `field: method`, e.g. advantages: group_normalized"
+            )
         ((field, inner),) = entry.items()
         name, hyper = entry_of(inner, f"credit.{field}")
         label = hyper.pop("name", None)
@@ -141,7 +143,9 @@ def method(
     if "reads" in hyper:
         other = hyper.pop("reads")
         if not isinstance(other, Mapping):
-            raise RecipeError(f"{where}.{name}.reads is {shown(other)}; write {{a name of the function: the name to read}}")
+            raise RecipeError(
+                f"{where}.{name}.reads is {shown(other)}; write {{a name of the function: the name to read}}"
+            )
     function = user_function(name, where) if ":" in name else _public_function(name, rooms, where)
     read = signature(function)
     for key in hyper:

@@ -98,10 +98,11 @@ class Parts:
             return params if lies is None else jax.device_put(params, lies)
         if self.directory is None:
             return jax.jit(self.model.init, out_shardings=lies)(key)
+        strict = isinstance(self.config.model, PretrainedConfig) and self.config.model.strict
         if adapters is None:
-            return weights.load_params(self.directory, self.model.config, sharding=lies)
+            return weights.load_params(self.directory, self.model.config, sharding=lies, strict=strict)
         base = None if c.mesh is None else parameter_shardings(transformer(self.model.config), c.mesh, c.rules)
-        params = weights.load_params(self.directory, self.model.config, sharding=base)
+        params = weights.load_params(self.directory, self.model.config, sharding=base, strict=strict)
         adapted = add_adapters(params, adapters, key, quantise=adapters.int8)
         return adapted if lies is None else jax.device_put(adapted, lies)
 
