@@ -36,6 +36,15 @@ def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
     return f"{text[:kept]}...{text[-kept:]} ({len(text):,} characters)"
 
 
+def natural(text: str) -> int | None:
+    """The integer that up to 18 ASCII digits write; None for any other text, also where `str.isdigit` holds.
+
+    >>> natural("12"), natural("²"), natural("-1")
+    (12, None, None)
+    """
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
 def file_bytes(path: Path, most: int | None = None) -> bytes:
     """What a regular file holds; a pipe or a device, which may never end, is not read.
 

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pydantic
 
-from jaxrl_llm.bounds import file_bytes, shown
+from jaxrl_llm.bounds import file_bytes, natural, shown
 from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
 from jaxrl_llm.config.method import NetworkConfig
@@ -44,7 +44,8 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         _assign(values, override)
     if isinstance(values.get("init_from"), str):
         path, _, step = values["init_from"].rpartition("@")
-        branch = {"path": path, "step": int(step)} if path and step.isdigit() else {"path": values["init_from"]}
+        taken = natural(step) if path else None
+        branch = {"path": values["init_from"]} if taken is None else {"path": path, "step": taken}
         values["init_from"] = branch
     if values.get("mesh") == "auto":
         values["mesh"] = {}
@@ -164,8 +165,8 @@ def _assign(tree: dict[str, Any], override: str) -> None:
             )
     if isinstance(inner, list):
         raise ConfigError(
-            f"override {shown(override)} sets one entry of the list {'.'.join(sections)}; give the key in it that changes, "
-            "or the whole list"
+            f"override {shown(override)} sets one entry of the list {'.'.join(sections)}; give the key in it that "
+            "changes, or the whole list"
         )
     inner[last] = _values(text, f"the value of override {shown(override)}")
 
@@ -177,7 +178,9 @@ def _inside(tree: Any, section: str, following: str, override: str) -> Any:
     """
     if isinstance(tree, list):
         named = [_names_of(entry) for entry in tree]
-        place = int(section) if section.isdigit() else next((i for i, all_ in enumerate(named) if section in all_), -1)
+        place = natural(section)
+        if place is None:
+            place = next((i for i, all_ in enumerate(named) if section in all_), -1)
         if not 0 <= place < len(tree):
             known = ", ".join(names[0] for names in named if names) or "no entry with a name"
             raise ConfigError(

@@ -113,8 +113,8 @@ def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str
         named = {each["name"]: each["template"] for each in entry}
         if "default" not in named:
             raise ValueError(
-                f"tokenizer_config.json in {directory} has the chat templates {shown(sorted(named))}, but none is named "
-                "'default'; save the one that is meant as chat_template.jinja in this directory"
+                f"tokenizer_config.json in {directory} has the chat templates {shown(sorted(named))}, but none is "
+                "named 'default'; save the one that is meant as chat_template.jinja in this directory"
             )
         entry = named["default"]
     if entry is not None and not isinstance(entry, str):

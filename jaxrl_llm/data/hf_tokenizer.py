@@ -206,8 +206,8 @@ def _backend(directory: Path) -> Any:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ValueError(
-            f"{file} is no file of the `tokenizers` library: {shortened(str(error), 300)}; it may be cut off, or of a newer version: "
-            "copy it again, or upgrade tokenizers"
+            f"{file} is no file of the `tokenizers` library: {shortened(str(error), 300)}; it may be cut off, or of a newer "
+            "version: copy it again, or upgrade tokenizers"
         ) from error
     # Some files ask for either; here nothing is ever cut, and rows are filled by the pipeline.
     backend.no_truncation()
@@ -220,8 +220,8 @@ def _add_tokens(backend: Any, config: Mapping[str, Any], directory: Path) -> Non
     written = config.get("added_tokens_decoder") or {}
     if not isinstance(written, dict):
         raise ValueError(
-            f"added_tokens_decoder of tokenizer_config.json in {directory} is a {type(written).__name__}, not an object "
-            "of tokens by id; copy the file again"
+            f"added_tokens_decoder of tokenizer_config.json in {directory} is a {type(written).__name__}, not an "
+            "object of tokens by id; copy the file again"
         )
     for id, entry in written.items():
         if not (_ID.fullmatch(id) and _is_token(entry)):
@@ -238,8 +238,8 @@ def _add_tokens(backend: Any, config: Mapping[str, Any], directory: Path) -> Non
         found = backend.token_to_id(entry["content"])
         if found != id:
             raise ValueError(
-                f"tokenizer_config.json in {directory} gives the added token {shown(entry['content'])} the id {id}, but "
-                f"with tokenizer.json it has the id {found}; the files belong to different tokenizers: copy both again"
+                f"tokenizer_config.json in {directory} gives the added token {shown(entry['content'])} the id {id}, "
+                f"but with tokenizer.json it has the id {found}; the files belong to different tokenizers: copy both again"
             )
 
 
@@ -265,8 +265,8 @@ def _recognise(backend: Any, special: Mapping[str, str], directory: Path) -> Non
     for name in ("bos_token", "eos_token", "pad_token"):
         if name in special and backend.token_to_id(special[name]) is None:
             raise ValueError(
-                f"{name} is {shown(special[name])} in {directory}, but tokenizer.json has no such token; the files belong "
-                "to different tokenizers: copy them again, or name a token that there is"
+                f"{name} is {shown(special[name])} in {directory}, but tokenizer.json has no such token; the files "
+                "belong to different tokenizers: copy them again, or name a token that there is"
             )
     backend.add_special_tokens([text for text in special.values() if backend.token_to_id(text) is not None])
 
@@ -284,8 +284,8 @@ def _eos_ids(
             or backend.id_to_token(id) is None
         ):
             raise ValueError(
-                f"eos_token_id is {shown(named)} in the generation_config.json or config.json of {directory}, but {shown(id)} is "
-                "the id of no token; name ids of tokenizer.json"
+                f"eos_token_id is {shown(named)} in the generation_config.json or config.json of {directory}, but "
+                f"{shown(id)} is the id of no token; name ids of tokenizer.json"
             )
     first = [backend.token_to_id(special["eos_token"])] if "eos_token" in special else []
     ids = tuple(dict.fromkeys([*first, *listed]))

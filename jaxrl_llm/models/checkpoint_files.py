@@ -109,8 +109,8 @@ def _indexed(directory: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{directory / INDEX} has no weight_map of tensor names to files; copy the file again")
     if wrong := [name for name, file in weight_map.items() if not isinstance(file, str) or not 0 < len(file) < 256]:
         raise ValueError(
-            f"{directory / INDEX} lists {shown(wrong[0])} in {shown(weight_map[wrong[0]])}, which is no name of a file; "
-            "copy the file again"
+            f"{directory / INDEX} lists {shown(wrong[0])} in {shown(weight_map[wrong[0]])}, which is no name of a "
+            "file; copy the file again"
         )
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import PyTree
 
 from jaxrl_llm import advantages, losses, rewards, schedules
+from jaxrl_llm.bounds import natural
 from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.hub import model_directory
@@ -138,7 +139,7 @@ def configured_networks(
 def is_run(path: str) -> bool:
     """Whether a path is a run directory, or one of its checkpoints."""
     here = Path(path)
-    return (here / "checkpoints").is_dir() or (here.name.isdigit() and (here / "state").is_dir())
+    return (here / "checkpoints").is_dir() or (natural(here.name) is not None and (here / "state").is_dir())
 
 
 def _head(name: str, section: NetworkConfig) -> HeadConfig | None:

@@ -14,6 +14,12 @@ answer, so that listing candidates earns nothing. What is read, and what is not:
     units        words and symbols behind, left out (cm, km/h, m^2, °); one letter alone that is no unit is a variable
                  (2x, 5i), and so no number
     words        five, XII and 三 are no numbers
+    expressions  3!, !3, |3|, 3i and 3 i are none: an answer is finished; ! behind the last number of a text that marks
+                 no answer is punctuation
+    negations    "not 3", "isn't 3", "never 3" are none, nor is what stands behind !=, <=, >= or another sign of no
+                 equality
+    equations    the number behind the last equals sign (x = 3); where bare numbers stand on both sides they agree to
+                 a hundredth (1/3 = 0.33), so that 2 = 3 is none
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ Extraction = Literal["any", "marked", "boxed", "hashes", "last"]
 _MOST_DIGITS = 400
 _LARGEST_EXPONENT = 400
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,133}(?!\d)|\d{1,2}(?:,\d{2}){1,200},\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _TEN_TO = r"\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*(?P<braced>[-+]?\d+)\s*\}|(?P<bare>[-+]?\d+))"
 _POWER = rf"(?:{_TEN_TO}|[eE](?P<e>[-+]?\d+))"
 _LATEX_FRACTION = r"\\[dt]?frac\s*(?:\{\s*(?P<over>-?\d+)\s*\}\s*\{\s*(?P<under>-?\d+)\s*\}|(?P<o>\d)(?P<u>\d))"
@@ -66,12 +72,18 @@ _NUMBER = re.compile(
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|[~\u00a0\u202f])(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"\\[!,;: ]|\\q?quad\b|[~\u00a0\u202f]")
 _WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*\{?\s*\\circ\s*\}?|\\circ\b|°|\*\*|`")
+_DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*(?:\{\s*)?\\circ\s*\}?|\\circ\b|°|\*\*|`")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)")
 # Beside the number these make it part of an expression, or say that it is only a bound.
-_OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞‰]|[-]\s*\Z")
+_OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞‰!|]|[-]\s*\Z")
+# What an answer is said not to be; and signs that hold an equals sign and say something else.
+_NEGATED = re.compile(r"\b(?i:not|never|nor|neither|cannot)\b|(?i:n['’]t)\b")
+_UNEQUAL = re.compile(r"[!<>≠/~]=|=[<>]|≠")
+# A bare number of an equation, and how far two of them may be apart.
+_BARE = re.compile(r"[-\d.,/\s]+")
+_AGREEMENT = Fraction(1, 100)
 # Behind it: a scale that is not known, or a letter that is a variable and no unit.
-_UNKNOWN = re.compile(r"\s*(?i:[a-z]*illions?)\b|(?:\s?[xyz]|[a-zA-Z](?<![mgslhLVWJNdCF]))(?![A-Za-z0-9/^.°])")
+_UNKNOWN = re.compile(r"\s*(?i:[a-z]*illions?)\b|(?:\s?[xyzi]|[a-zA-Z](?<![mgslhLVWJNdCF]))(?![A-Za-z0-9/^.°])")
 
 
 def number_match(
@@ -143,7 +155,21 @@ def parsed_number(text: str, *, percent: Literal["unit", "hundredth"] = "unit") 
     (Fraction(-3, 2), None)
     """
     boxed = in_last_box(text)
-    plain = _plain(text if boxed is None else boxed).rpartition("=")[2].strip()
+    *sides, plain = (side.strip() for side in _plain(text if boxed is None else boxed).split("="))
+    if sides and _UNEQUAL.search(text if boxed is None else boxed):
+        return None
+    value = _only_number(plain, percent)
+    if value is not None and _BARE.fullmatch(plain):
+        bare = [
+            number for side in sides if _BARE.fullmatch(side) and (number := _only_number(side, percent)) is not None
+        ]
+        if any(abs(number - value) > _AGREEMENT * max(abs(number), abs(value)) for number in bare):
+            return None
+    return value
+
+
+def _only_number(plain: str, percent: str) -> Fraction | None:
+    """The one number of a text without typography and equals signs; None where it holds none, several, or more."""
     found = list(_NUMBER.finditer(plain))
     if len(found) != 1:
         return None
@@ -152,6 +178,7 @@ def parsed_number(text: str, *, percent: Literal["unit", "hundredth"] = "unit") 
     beside = re.sub(r"(?<=[A-Za-z])\d\b", "", before + "|" + after)
     if (
         _UNKNOWN.match(after)
+        or _NEGATED.search(before)
         or _OPERATORS.search(before)
         or _OPERATORS.search(after)
         or any(character.isdigit() for character in beside)
