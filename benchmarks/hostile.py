@@ -414,7 +414,7 @@ PIECES = (
         "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
         "{% for i in range(10**9) %}{% endfor %}",
     ),
-    "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s | length }}",
+    "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
     "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
     "{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = n.l + n.l %}{% endfor %}",
     *(
@@ -559,7 +559,8 @@ def models(random_: random.Random, folder: Path) -> Callable[[int], Case]:
         "eos_token": "w1",
         "pad_token": {"content": "w2"},
         "added_tokens_decoder": {"1": {"content": "w1", "special": True, "lstrip": False}},
-        "chat_template": "{% for m in messages %}{{ m.content }} w1 {% endfor %}{% if add_generation_prompt %}w3 {% endif %}",
+        "chat_template": "{% for m in messages %}{{ m.content }} w1 {% endfor %}"
+        "{% if add_generation_prompt %}w3 {% endif %}",
     }
     here = folder / "model"
 
@@ -686,7 +687,8 @@ def main(arguments: list[str] | None = None) -> int:
         memory = peak_bytes()
         status |= memory > MOST_BYTES
         print(
-            f"{kind}: {dict(found)}; slowest {worst.seconds:.2f} s ({worst.name[:80]}); peak memory {memory / 2**20:.0f} MiB"
+            f"{kind}: {dict(found)}; slowest {worst.seconds:.2f} s ({worst.name[:80]}); "
+            f"peak memory {memory / 2**20:.0f} MiB"
         )
     return status
 

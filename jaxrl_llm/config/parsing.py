@@ -168,7 +168,7 @@ def _assign(tree: dict[str, Any], override: str) -> None:
             f"override {shown(override)} sets one entry of the list {'.'.join(sections)}; give the key in it that "
             "changes, or the whole list"
         )
-    inner[last] = _values(text, f"the value of override {shown(override)}")
+    inner[last] = _values(text, f"override {shown(override)} has a value that")
 
 
 def _inside(tree: Any, section: str, following: str, override: str) -> Any:

@@ -206,8 +206,8 @@ def _backend(directory: Path) -> Any:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ValueError(
-            f"{file} is no file of the `tokenizers` library: {shortened(str(error), 300)}; it may be cut off, or of a newer "
-            "version: copy it again, or upgrade tokenizers"
+            f"{file} is no file of the `tokenizers` library: {shortened(str(error), 300)}; it may be cut off, or of a "
+            "newer version: copy it again, or upgrade tokenizers"
         ) from error
     # Some files ask for either; here nothing is ever cut, and rows are filled by the pipeline.
     backend.no_truncation()
@@ -239,7 +239,8 @@ def _add_tokens(backend: Any, config: Mapping[str, Any], directory: Path) -> Non
         if found != id:
             raise ValueError(
                 f"tokenizer_config.json in {directory} gives the added token {shown(entry['content'])} the id {id}, "
-                f"but with tokenizer.json it has the id {found}; the files belong to different tokenizers: copy both again"
+                f"but with tokenizer.json it has the id {found}; the files belong to different tokenizers: copy both "
+                "again"
             )
 
 

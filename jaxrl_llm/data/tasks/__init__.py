@@ -1,7 +1,6 @@
 """Synthetic tasks with exact verifiers: one module a family, looked up by its name.
 
->>> from jaxrl_llm.bounds import shown
-from jaxrl_llm.data import tasks
+>>> from jaxrl_llm.data import tasks
 >>> tasks.task("addition", scratchpad=True).generate(level=2, count=1, seed=0)[0].task
 'addition'
 """
@@ -13,6 +12,7 @@ import inspect
 from types import ModuleType
 from typing import Any
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.tasks import (
     addition,
     calculator,

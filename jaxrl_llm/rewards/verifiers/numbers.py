@@ -14,8 +14,7 @@ answer, so that listing candidates earns nothing. What is read, and what is not:
     units        words and symbols behind, left out (cm, km/h, m^2, °); one letter alone that is no unit is a variable
                  (2x, 5i), and so no number
     words        five, XII and 三 are no numbers
-    expressions  3!, !3, |3|, 3i and 3 i are none: an answer is finished; ! behind the last number of a text that marks
-                 no answer is punctuation
+    expressions  3!, !3, |3|, 3i and 3 i are none: an answer is finished; beside words ! is punctuation (it is 3!)
     negations    "not 3", "isn't 3", "never 3" are none, nor is what stands behind !=, <=, >= or another sign of no
                  equality
     equations    the number behind the last equals sign (x = 3); where bare numbers stand on both sides they agree to
@@ -75,7 +74,7 @@ _WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}
 _DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*(?:\{\s*)?\\circ\s*\}?|\\circ\b|°|\*\*|`")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)")
 # Beside the number these make it part of an expression, or say that it is only a bound.
-_OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞‰!|]|[-]\s*\Z")
+_OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞‰|]|[-]\s*\Z")
 # What an answer is said not to be; and signs that hold an equals sign and say something else.
 _NEGATED = re.compile(r"\b(?i:not|never|nor|neither|cannot)\b|(?i:n['’]t)\b")
 _UNEQUAL = re.compile(r"[!<>≠/~]=|=[<>]|≠")
@@ -182,6 +181,7 @@ def _only_number(plain: str, percent: str) -> Fraction | None:
         or _OPERATORS.search(before)
         or _OPERATORS.search(after)
         or any(character.isdigit() for character in beside)
+        or ("!" in beside and not any(character.isalpha() for character in before))
     ):
         return None
     return _value(found[0], percent)
