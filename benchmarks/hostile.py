@@ -70,8 +70,9 @@ def judged(case: Case) -> Outcome:
     def hangs(*_: Any) -> None:
         raise TimeoutError("hangs")
 
-    before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(60)
+    before = [(each, signal.signal(each, hangs)) for each in (signal.SIGALRM, signal.SIGPROF)]
+    signal.setitimer(signal.ITIMER_PROF, 4 * MOST_SECONDS)
+    signal.alarm(600)  # of the clock, for what waits
     start, message = computed(), ""
     try:
         with warnings.catch_warnings():
@@ -86,8 +87,10 @@ def judged(case: Case) -> Outcome:
         elif len(str(error)) > LONGEST_MESSAGE:
             kind = "long message"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for each, handler in before:
+            signal.signal(each, handler)
     seconds = computed() - start
     return Outcome(case.name, "slow" if seconds > MOST_SECONDS else kind, seconds, message)
 

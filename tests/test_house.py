@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shipped": set(),
     "fields": {"experience", "shipped"},
     "signatures": {"experience", "fields"},
-    "terms": {"experience", "fields", "signatures"},
+    "terms": {"experience", "fields", "ranges", "signatures"},
     "rows": {"experience", "fields"},
     "ranges": {"bounds"},
     "statistics": set(),

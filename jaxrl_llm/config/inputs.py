@@ -11,7 +11,7 @@ import pydantic
 from jaxrl_llm.config.errors import FREE
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.transformer_config import LayerLoop, Precision, TransformerConfig
-from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, require_ranges
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Range, Share, require_ranges
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class TaskConfig:
     name: str
     levels: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    train_items: Count = 8192
-    validation_items: Count = 256
-    test_items: Count = 512
+    train_items: Annotated[int, Range(1, 10**7)] = 8192
+    validation_items: Annotated[int, Range(1, 10**7)] = 256
+    test_items: Annotated[int, Range(1, 10**7)] = 512
     seed: Natural = 0
 
     def __post_init__(self):

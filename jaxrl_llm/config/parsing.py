@@ -42,6 +42,7 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
     values: dict[str, Any] = _copied(tree)
     for override in overrides:
         _assign(values, override)
+    values = _copied(values) if overrides else values
     if isinstance(values.get("init_from"), str):
         path, _, step = values["init_from"].rpartition("@")
         taken = natural(step) if path else None

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import optax
+import pydantic
 from jaxtyping import PyTree
 
 from jaxrl_llm import advantages, losses, rewards, schedules
-from jaxrl_llm.bounds import natural
+from jaxrl_llm.bounds import natural, shown
 from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.hub import model_directory
@@ -150,9 +151,11 @@ def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
     if section.head == "scalar":
         return HeadConfig(outputs=1)
     try:
-        return HeadConfig(**section.head)
-    except TypeError as error:
-        raise ValueError(f"networks.{name}.head is {section.head!r}: {error}") from None
+        return pydantic.TypeAdapter(HeadConfig).validate_python(section.head)
+    except pydantic.ValidationError as error:
+        said, where = error.errors()[0]["msg"].removeprefix("Value error, "), error.errors()[0]["loc"]
+        told = ".".join(map(str, ("head", *where)))
+        raise ValueError(f"networks.{name}.{told} of {shown(section.head)}: {said}") from None
 
 
 def head_optimizer(section: NetworkConfig, b1: float, b2: float) -> optax.GradientTransformation:

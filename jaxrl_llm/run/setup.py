@@ -23,6 +23,7 @@ from jaxrl_llm.models import weights
 from jaxrl_llm.models.adapters import add_adapters, lora
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.parallel import changed_rules
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
@@ -44,6 +45,8 @@ from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, re
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update, make_train_step
 from jaxrl_llm.training.segments import parameter_shardings
+
+_MOST_PARAMETERS = 10**14
 
 
 @dataclass(frozen=True)
@@ -302,7 +305,12 @@ def _policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Toke
                 f"model.vocabulary_size is {config.model.vocabulary_size}, but the tokenizer has "
                 f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
             )
-        return None, tokenizer, transformer(replace(config.model.for_context(context), remat=config.training.remat))
+        model = transformer(replace(config.model.for_context(context), remat=config.training.remat))
+        if (count := parameter_count(model.specs)) > _MOST_PARAMETERS:
+            raise ValueError(
+                f"section model describes {count:,} parameters, more than {_MOST_PARAMETERS:,}; lower sizes"
+            )
+        return None, tokenizer, model
     directory = model_directory(config.model.path, revision=config.model.revision, weights=not planned)
     described = weights.load_config(directory, context_tokens=context, **config.model.execution)
     model = transformer(replace(described, remat=config.training.remat))

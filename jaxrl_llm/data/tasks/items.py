@@ -260,6 +260,13 @@ def require_int(name: str, value: Any, low: int | None = None, high: int | None 
     return value
 
 
+def require_share(name: str, value: Any, high: float = 1.0) -> float:
+    """The value, if it is a number within [0, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}; it must lie in [0, {high:g}]")
+    return value
+
+
 def require_choice(name: str, value: Any, choices: tuple) -> Any:
     """The value, if it is one of the choices."""
     if isinstance(value, bool) or value not in choices:
