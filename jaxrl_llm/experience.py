@@ -33,6 +33,7 @@ class KeyUse(IntEnum):
     ENVIRONMENT = 6
     PLAN = 7
     SELECTION = 8
+    VIEW = 9
 
 
 class Source(IntEnum):

@@ -11,6 +11,7 @@ Names of what networks say follow rules and need no row of their own (`score_nam
     <network>_<view>_logprobs      the same by another network
     <network>_over_vocabulary      the functional that a loss carries, of the policy's whole distribution and that of
                                    another network, the reference where none is named
+    <view>_text                    in a reading: what a network wrote as the completion of a view
     metric/<name>                  filled by credit, a number to be logged
 """
 
@@ -254,6 +255,11 @@ def provided_by(*providers: str) -> frozenset[str]:
 
 
 TEXT = provided_by("text")
+
+
+def is_written_text(name: str) -> bool:
+    """Whether a name is that of texts which a network writes (`<view>_text`)."""
+    return name.endswith("_text")
 
 
 def kind_of(name: str) -> Kind:

@@ -8,13 +8,14 @@ never computed for its own sake.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from typing import Any
 
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import TEXT
+from jaxrl_llm.fields import TEXT, is_written_text
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ _PER_ROW = frozenset(name for name in TEXT if f"{name}s" in TEXT)
 
 
 def on_host(function: Callable | Method) -> bool:
-    """Whether a function is a reading: it names text, takes `**kwargs`, is `async def`, or was marked by `reading`."""
+    """Whether a function is a reading: it names text (`completions`, `verdict_text`, ...), takes `**kwargs`, is
+    `async def`, or was marked by `reading`."""
     target = function
     while isinstance(target, partial):
         target = target.func
@@ -129,12 +131,32 @@ def on_host(function: Callable | Method) -> bool:
         return False
     marked = getattr(target, "_reads_on_host", False) or inspect.iscoroutinefunction(target)
     read = signature(function)
-    return bool(marked or read.anything or names(function) & TEXT)
+    return bool(marked or read.anything or any(name in TEXT or is_written_text(name) for name in names(function)))
 
 
 def per_row(function: Callable) -> bool:
     """Whether a reading is called for one row at a time: it names text in the singular."""
     return bool(names(function) & _PER_ROW)
+
+
+def declared_widths(function: Callable) -> tuple[int, ...]:
+    """Sizes behind the row that the return annotation of a function names; () for one number a row, or no annotation.
+
+    A size is a number or the name of a keyword:
+
+    >>> def counts(completions, *, buckets=8) -> 'Float[np.ndarray, "B buckets"]': ...
+    >>> declared_widths(partial(counts, buckets=4))
+    (4,)
+    """
+    declared = inspect.signature(function)
+    found = re.search(r"""["']B ([\w ]+)["']""", str(declared.return_annotation))
+    if found is None:
+        return ()
+    sizes = []
+    for size in found[1].split():
+        parameter = declared.parameters.get(size)
+        sizes.append(int(size) if parameter is None else int(parameter.default))
+    return tuple(sizes)
 
 
 def reading(function: Callable) -> Callable:

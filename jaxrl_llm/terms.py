@@ -113,15 +113,19 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class View:
-    """A function that makes another sequence of each row, whose tokens networks score.
+    """A function that makes another sequence of each row, whose tokens networks score, or write.
 
     Attributes:
       function: of named data, returns `Sequences`. One that names text runs on the host and returns a pair (prompt,
         completion) a row, as texts or lists of token ids, or None for a row that has none: its mask is 0 throughout.
+        Of a view that is written it returns the prompt alone.
       max_prompt_tokens: width of the prompts of a view on the host; None is room for a row's prompt and completion.
       max_completion_tokens: width of what is scored there; None is that of a row's completion.
       name: set by the composition.
       deadline_s: of a view on the host, as for `Reward`; no sequence could stand for one that failed.
+      written_by: the network that completes the prompts, as the step finds it ("policy" too); None for a view whose
+        function gives the completion. Readings get its texts as `<view>_text`.
+      temperature: that it writes at; 0 is greedy.
     """
 
     function: Callable[..., Any]
@@ -129,11 +133,22 @@ class View:
     max_completion_tokens: int | None = None
     name: str = ""
     deadline_s: float | None = None
+    written_by: str | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"views.{self.name}: temperature is {self.temperature}; it must be at least 0 (greedy)")
 
     @property
     def on_host(self) -> bool:
         """Whether it is a reading."""
         return on_host(self.function)
+
+    @property
+    def stored(self) -> bool:
+        """Whether rows hold its sequences, because they cannot be made again of the row."""
+        return self.on_host or self.written_by is not None
 
     @property
     def value_on_failure(self) -> None:

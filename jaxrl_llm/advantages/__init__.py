@@ -10,8 +10,6 @@ from jaxrl_llm.advantages.group_relative.agreement import (
     batch_normalized_accuracy,
     consistency_blended,
     local_share,
-    majority_match,
-    paired_majority_match,
 )
 from jaxrl_llm.advantages.group_relative.best_of_k import max_at_k_weights, pass_at_k_normalized, top_margin
 from jaxrl_llm.advantages.group_relative.beta_normalized import beta_normalized, beta_normalized_components
@@ -73,12 +71,10 @@ __all__ = [
     "local_share",
     "log_mean_exp_baseline",
     "low_probability_confidence",
-    "majority_match",
     "max_at_k_weights",
     "mixed_value_at_risk",
     "novelty_sharpened",
     "outcome_token_rewards",
-    "paired_majority_match",
     "pass_at_k_normalized",
     "pool_centred",
     "rank_bonus",

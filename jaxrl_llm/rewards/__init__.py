@@ -7,8 +7,31 @@ from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.guarded import Guarded
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.intrinsic.answer_likelihood import answer_likelihood
+from jaxrl_llm.rewards.intrinsic.confidence import (
+    negative_entropy,
+    sequence_likelihood,
+    token_mean,
+    vocabulary_certainty,
+)
+from jaxrl_llm.rewards.intrinsic.exploration import count_bonus, coverage_gains, elliptical_bonus
+from jaxrl_llm.rewards.intrinsic.novelty import (
+    leverage_bonus,
+    majority_novelty,
+    mean_hidden,
+    nearness_to_success,
+    ngram_counts,
+)
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
 from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
+from jaxrl_llm.rewards.intrinsic.trusted_prompts import known_share, trusted_trajectories
+from jaxrl_llm.rewards.intrinsic.votes import (
+    answer_frequency,
+    collective_match,
+    labelled_or_voted,
+    majority_match,
+    paired_majority_match,
+    semantic_entropy,
+)
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
@@ -30,6 +53,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
     paired_answer_ids,
 )
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
+from jaxrl_llm.rewards.verifiers.lexical_diversity import lexical_diversity
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
 from jaxrl_llm.rewards.verifiers.stated_confidence import stated_confidence
 from jaxrl_llm.rewards.verifiers.text_answers import (
@@ -40,12 +64,14 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
     exact_match,
     extract_answer,
 )
+from jaxrl_llm.rewards.verifiers.voted_answers import voted_answer
 
 __all__ = [
     "Guarded",
     "RewardError",
     "answer_after_thought",
     "answer_format",
+    "answer_frequency",
     "answer_ids",
     "answer_likelihood",
     "answer_order_share",
@@ -54,31 +80,52 @@ __all__ = [
     "answer_span",
     "calibrated_correctness",
     "checked_host_reward",
+    "collective_match",
     "column_share",
     "consistent_accuracy",
+    "count_bonus",
     "countdown",
+    "coverage_gains",
+    "elliptical_bonus",
     "episode_reward",
     "exact_answer",
     "exact_match",
     "extract_answer",
     "extract_number",
+    "known_share",
+    "labelled_or_voted",
     "latex_match",
     "learned_reward",
+    "leverage_bonus",
+    "lexical_diversity",
+    "majority_match",
+    "majority_novelty",
+    "mean_hidden",
+    "nearness_to_success",
+    "negative_entropy",
+    "ngram_counts",
     "normalized_turn_rewards",
     "number_match",
     "paired_answer_ids",
+    "paired_majority_match",
     "parsed_number",
     "perplexity_ranks",
     "reasoning_perplexity",
     "reference_progress",
     "relative_length_rewards",
     "self_correction_rewards",
+    "semantic_entropy",
     "separated_turns",
+    "sequence_likelihood",
     "soft_overlong",
     "stated_confidence",
     "thought_length",
     "thought_mask",
+    "token_mean",
     "truncation_zero",
+    "trusted_trajectories",
     "turn_end_rewards",
+    "vocabulary_certainty",
+    "voted_answer",
     "weighted_sum",
 ]

@@ -72,20 +72,25 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     """What makes another sequence of a row, by the name of the view.
 
     Beside the hyper-parameters of a function that reads text, `max_prompt_tokens`, `max_completion_tokens` and
-    `deadline_s` may stand (`View`).
+    `deadline_s` may stand, and of one whose completions a network writes, `written_by` and `temperature` (`View`).
     """
     made = {}
     for view, entry in entries.items():
         name, hyper = entry_of(entry, f"views.{view}")
-        calling = {key: hyper.pop(key) for key in _OF_VIEWS if key in hyper}
+        known = (*_OF_VIEWS, "written_by", "temperature") if "written_by" in hyper else _OF_VIEWS
+        calling = {key: hyper.pop(key) for key in known if key in hyper}
         function = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
-        made[view] = View(function, name=view, **calling)
-        if calling and not made[view].on_host:
-            raise RecipeError(f"views.{view}.{next(iter(calling))} is of views that read text, and {name} does not")
+        try:
+            made[view] = View(function, name=view, **calling)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"views.{view}: {error}") from error
+        of_text = [key for key in calling if key in (_OF_VIEWS if not made[view].written_by else _OF_VIEWS[1:])]
+        if of_text and not made[view].on_host:
+            raise RecipeError(f"views.{view}.{of_text[0]} is of views that read text, and {name} does not")
     return made
 
 
-_OF_VIEWS = ("max_prompt_tokens", "max_completion_tokens", "deadline_s")
+_OF_VIEWS = ("max_completion_tokens", "max_prompt_tokens", "deadline_s")
 
 
 def configured_networks(

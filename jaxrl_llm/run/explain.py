@@ -19,6 +19,7 @@ from jaxrl_llm.run.batches import prompt_columns, prompts_handed
 from jaxrl_llm.run.prompt_lengths import width_shares
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.signatures import signature
+from jaxrl_llm.terms import View
 from jaxrl_llm.training.collect import prepared
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.initial import initial_state
@@ -55,7 +56,7 @@ def stages(step: Composition) -> list[dict[str, Any]]:
     ]
     asked = {step.view_of(name) for name in (*step.wanted, *step.named)} - {""}
     rows += [
-        entry("views", view.name, view.function, f"{view.name}_tokens", "host" if view.on_host else "program")
+        entry("views", view.name, view.function, _of_view(view), "host" if view.on_host else "program")
         for view in step.views.values()
         if view.name in asked
     ]
@@ -94,6 +95,10 @@ def hyper_parameters(step: Composition) -> list[dict[str, Any]]:
             source = "given" if keyword in given else "default"
             rows.append({"function": name, "keyword": keyword, "value": str(value), "from": source})
     return rows
+
+
+def _of_view(view: View) -> str:
+    return f"{view.name}_text, by {view.written_by}" if view.written_by else f"{view.name}_tokens"
 
 
 def _source(step: Composition) -> str:

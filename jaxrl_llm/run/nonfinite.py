@@ -53,7 +53,7 @@ def diagnosis(bad: Sequence[str], metrics: Mapping[str, float], blamed: Mapping[
 def looked_at(run: Any, metrics: Mapping[str, Any], done: int, offset: int, stage: str, rows: Any) -> dict[str, float]:
     """Metrics of a step as floats, of one whose update was skipped without those that are not finite.
 
-    An update whose gradient is not finite was skipped by the optimiser; it is told of, and its batch written.
+    An update whose loss or gradient is not finite was skipped by the optimiser; it is told of, and its batch written.
 
     Args:
       run: `stages.Run`.
@@ -71,9 +71,8 @@ def looked_at(run: Any, metrics: Mapping[str, Any], done: int, offset: int, stag
     if not bad:
         run.skipped_in_a_row = 0
         return shown
-    skipped = any(name.startswith("gradient_norm") for name in bad) and not any(
-        name.startswith("parameter_norm") for name in bad
-    )
+    skipped = any(name == "loss" or name.startswith("gradient_norm") for name in bad)
+    skipped &= not any(name.startswith("parameter_norm") for name in bad)
     run.skipped_in_a_row += skipped
     run.meta["skipped_updates"] = run.meta.get("skipped_updates", 0) + skipped
     held = hosts.host_copy(rows.known())

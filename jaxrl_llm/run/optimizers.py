@@ -285,16 +285,18 @@ def stochastically_rounded(x: Array, key: Array) -> Array:
     return jnp.where(jnp.isfinite(x), kept, x).astype(jnp.bfloat16)
 
 
-def skipping_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimiser, but a gradient whose norm is not finite changes neither parameters nor state.
+def skipping_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimiser, but where the loss or the norm of the gradient is not finite, neither parameters nor state change.
 
-    The state is that of the inner optimiser, whose steps are the same bit for bit wherever gradients are finite.
+    The loss is what `update` is told as `value`. The state is that of the inner optimiser, whose steps are the same bit
+    for bit wherever numbers are finite.
     """
+    informed = optax.with_extra_args_support(inner)
 
-    def update(updates: PyTree, state: Any, params: PyTree = None):
-        finite = jnp.isfinite(optax.tree.norm(_wide(updates)))
-        steps, after = inner.update(updates, state, params)
+    def update(updates: PyTree, state: Any, params: PyTree = None, *, value: Any = 0.0, **extra: Any):
+        finite = jnp.isfinite(optax.tree.norm(_wide(updates))) & jnp.isfinite(value)
+        steps, after = informed.update(updates, state, params, value=value, **extra)
         steps = jax.tree.map(lambda step: jnp.where(finite, step, jnp.zeros_like(step)), steps)
         return steps, jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)

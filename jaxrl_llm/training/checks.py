@@ -22,6 +22,7 @@ from jaxrl_llm.rollout.capabilities import ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.signatures import missing, names, required
+from jaxrl_llm.terms import View
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY
 from jaxrl_llm.training.segments import OFFLOADABLE
@@ -76,7 +77,7 @@ def _check_names(c: Composition) -> None:
     by_network |= provided_by("network") | c.view_masks
     learner = provided_by("learner") | {"router_choices"}
     learner |= {name for name in c.named if compared_with(name) in c.networks}
-    text = provided_by("text") | {"items"} | c.resources.columns
+    text = provided_by("text") | {"items"} | c.resources.columns | c.written_texts
     available = available_before_rewards(c)
     # What stands for a name that is spelled wrongly, beside what is there.
     scored = frozenset(by_network - learner)
@@ -88,6 +89,8 @@ def _check_names(c: Composition) -> None:
         _require_names(view.function, f"view {name!r}", available | later | (text if view.on_host else frozenset()))
         if view.on_host and (c.resources.decode is None or c.resources.encode is None):
             raise ValueError(f"view {name!r} reads and writes text, so make_train_step needs decode= and encode=")
+        if view.written_by is not None:
+            _check_writer(c, view)
     for term in c.rewards:
         read = text if term.on_host else text - c.resources.columns
         _require_names(term.function, f"reward {term.name!r}", available | read, scored - {"logprobs", "entropy"})
@@ -137,6 +140,17 @@ def _check_names(c: Composition) -> None:
         if term.coefficient_changes:
             metrics = provided_by("metrics") - ({"alignment"} if not c.update.alignment_every_steps else set())
             _require_names(term.coefficient, f"coefficient of {term.name!r}", available | metrics, heads)
+
+
+def _check_writer(c: Composition, view: View) -> None:
+    """Raises ValueError for a view that its network cannot write."""
+    where = f"views.{view.name}.written_by is {view.written_by!r}"
+    if view.written_by not in (POLICY, *c.networks):
+        raise ValueError(f"{where}; {nearest(str(view.written_by), [POLICY, *c.resources.networks])}")
+    if view.written_by in c.networks and c.networks[view.written_by].head is not None:
+        raise ValueError(f"{where}, which has a head in the place of a vocabulary; name a network that writes tokens")
+    if c.rollout is None:
+        raise ValueError(f"{where}, but nothing is sampled in this step; a view is written beside a rollout")
 
 
 def _require_names(function: Any, what: str, available: frozenset[str], scored: frozenset[str] = frozenset()) -> None:
@@ -323,7 +337,7 @@ def replayed_fields(c: Composition) -> dict[str, str]:
         made = {n for term in c.credit for n in term.names} | provided_by("rewards")
         made |= provided_by("environment") if c.rollout is not None and c.rollout.environment is not None else set()
         view = c.views.get(c.view_of(name))
-        gone = c.plan.provides | provided_by("network") | ({name} if view is not None and view.on_host else set())
+        gone = c.plan.provides | provided_by("network") | ({name} if view is not None and view.stored else set())
         if name in gone or (name in made and kind not in ("row", "token", "either")):
             loss = next(t.name for t in c.losses if name in required([t.function]))
             raise ValueError(

@@ -148,7 +148,8 @@ class Composition:
     def networks(self) -> dict[str, Network]:
         """Networks beside the policy that something names, each after the one that it is made from."""
         given = self.resources
-        return networks_named(self.named, given.networks, self.views, given.critic)
+        writers = {view.written_by for view in self.views.values() if view.written_by}
+        return networks_named(self.named, given.networks, self.views, given.critic, writers)
 
     @cached_property
     def wanted(self) -> frozenset[str]:
@@ -157,7 +158,8 @@ class Composition:
         # A name of the table that credit may fill is a network's where one of that name is there.
         other = (FIELDS.keys() - provided_by("credit")) | filled
         by_rule = {name for name in self.named - other if self.score(name) is not None and self.before(name)}
-        brought = provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"} | self.view_masks
+        brought = provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"}
+        brought |= self.view_masks | self.written_texts
         return frozenset(by_rule) | (self.named & brought)
 
     @property
@@ -165,10 +167,17 @@ class Composition:
         """Names of the masks of views."""
         return frozenset(f"{view}_mask" for view in self.views)
 
+    @property
+    def written_texts(self) -> frozenset[str]:
+        """Names of the texts that networks write."""
+        return frozenset(f"{name}_text" for name, view in self.views.items() if view.written_by)
+
     def view_of(self, name: str) -> str:
         """The view that a name is about; "" for another name."""
         found = self.score(name)
-        return found.view if found is not None else next((v for v in self.views if name == f"{v}_mask"), "")
+        if found is not None:
+            return found.view
+        return next((view for view in self.views if name in (f"{view}_mask", f"{view}_text")), "")
 
     def score(self, name: str) -> Any:
         """What a rule-made name asks for; None for another name."""

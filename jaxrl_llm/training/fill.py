@@ -25,6 +25,7 @@ from jaxrl_llm.training.networks import POLICY
 from jaxrl_llm.training.reading import reading_part, view_part
 from jaxrl_llm.training.scores import over_vocabulary, viewed
 from jaxrl_llm.training.segments import Traced, Work
+from jaxrl_llm.training.written_views import write_part
 
 
 def reward_parts(c: Composition, key: str) -> list[Any]:
@@ -114,9 +115,13 @@ def rewarded(c: Composition) -> str:
 
 
 def _read_views(c: Composition, names: Collection[str], key: str, read: Collection[str] = ()) -> list[Any]:
-    """Parts that make the sequences of views on the host which names ask for, but those that were read before."""
-    asked = dict.fromkeys(view for name in sorted(names) if (view := c.view_of(name)) and view not in read)
-    return [view_part(c.views[view], key, c.samples) for view in asked if c.views[view].on_host]
+    """Parts that make the sequences which rows hold and names ask for, but those that were made before."""
+    parts: list[Any] = []
+    for name in dict.fromkeys(view for name in sorted(names) if (view := c.view_of(name)) and view not in read):
+        view = c.views[name]
+        parts += [view_part(view, key, c.samples)] if view.on_host else []
+        parts += [write_part(c, view, key)] if view.written_by else []
+    return parts
 
 
 def _viewed(c: Composition, wanted: Collection[str], key: str, state: TrainState, work: Work) -> Work:

@@ -270,7 +270,8 @@ def make_learn(c: Composition) -> Callable[..., tuple[TrainState, dict[str, Arra
             grads, (sums, (peaks, drift)) = gradient(objective, specs, trained, state, batch, coefficients)
             after, states_after = {}, {}
             for name in trained:
-                deltas, states_after[name] = optimizers[name].update(grads[name], states[name], trained[name])
+                told = (grads[name], states[name], trained[name])
+                deltas, states_after[name] = optimizers[name].update(*told, value=sums["loss"][0])
                 after[name] = optax.apply_updates(trained[name], deltas)
                 # The norm after the update: what a checkpoint would hold is looked at before it is written.
                 label = "" if name == POLICY else f"/{name}"
@@ -293,10 +294,10 @@ def make_learn(c: Composition) -> Callable[..., tuple[TrainState, dict[str, Arra
     return learn
 
 
-def _optimizers(c: Composition) -> dict[str, optax.GradientTransformation]:
-    """The optimiser of each network that learns."""
+def _optimizers(c: Composition) -> dict[str, optax.GradientTransformationExtraArgs]:
+    """The optimiser of each network that learns; those that read it are told the loss as `value`."""
     own = {name: network.optimizer for name, network in c.networks.items() if network.optimizer is not None}
-    return {POLICY: c.optimizer} | own
+    return {name: optax.with_extra_args_support(made) for name, made in ({POLICY: c.optimizer} | own).items()}
 
 
 def gradient(

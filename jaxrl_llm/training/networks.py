@@ -101,9 +101,13 @@ def default_network(name: str, critic: optax.GradientTransformation | None) -> N
 
 
 def networks_named(
-    wanted: Collection[str], given: Mapping[str, Network], views: Collection[str], critic: Any
+    wanted: Collection[str],
+    given: Mapping[str, Network],
+    views: Collection[str],
+    critic: Any,
+    writers: Collection[str] = (),
 ) -> dict[str, Network]:
-    """The networks, beside the policy, that a collection of data names asks for.
+    """The networks, beside the policy, that a collection of data names asks for, and those that write views.
 
     A network that is described and that nothing names is not there; what another one is made from, is.
     """
@@ -113,7 +117,7 @@ def networks_named(
             known[name] = network
     asked = {s.network for name in wanted if (s := score_named(name, [POLICY, *known], views)) is not None}
     asked |= {other for name in wanted if (other := compared_with(name)) is not None}
-    asked |= {"reference"} if "kl_reference_per_token" in wanted else set()
+    asked |= {*writers, *(["reference"] if "kl_reference_per_token" in wanted else [])}
     made: dict[str, Network] = {}
     asked |= {one for name in asked & known.keys() for one in _made_from(name, known)}
     for name in sorted(asked & known.keys(), key=_order):

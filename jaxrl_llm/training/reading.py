@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxrl_llm.experience import Experience, TrainState
-from jaxrl_llm.fields import FIELDS, TEXT, absent_value, kind_of
+from jaxrl_llm.fields import FIELDS, TEXT, absent_value, is_written_text, kind_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rewards.host import Reading, RewardError, answered
-from jaxrl_llm.signatures import names, per_row, signature
+from jaxrl_llm.signatures import declared_widths, names, per_row, signature
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.segments import Host, Work
 
@@ -77,11 +77,12 @@ def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence
 
     def shapes(state: TrainState, work: Work) -> Work:
         count, width = work[key].tokens.shape
-        by_kind = {"token": (count, width)}
         made = {}
         for term in terms:
             for field_name in outputs[term.name]:
-                shape = by_kind.get(kind_of(field_name), (count,))
+                kind = kind_of(field_name)
+                behind = declared_widths(term.function) if kind == "vector" else ()
+                shape = (count, width) if kind == "token" else (count, *behind)
                 made[field_name] = jax.ShapeDtypeStruct(shape, _dtype(field_name))
         return {key: work[key].filled(**made)}
 
@@ -109,7 +110,7 @@ def view_part(view: View, key: str, samples: int) -> Host:
     def read(state: TrainState, work: Work, context: Context) -> Work:
         rows = work[key]
         assert context.encode is not None  # `checked` has seen to it
-        entry = partial(_pair, context.encode, widths(rows))
+        entry = partial(_prompt if view.written_by else _pair, context.encode, widths(rows))
         packed = partial(_packed, widths(rows))
         return {key: rows.filled(**_read_by_all([view], {}, rows, state, work, context, samples, entry, packed))}
 
@@ -135,6 +136,15 @@ def _pair(encode: Callable[[str], list[int]], widths: tuple[int, int], entry: An
     if not prompt:
         raise ValueError("the prompt has no tokens; a completion is scored behind one token at least")
     return prompt, completion
+
+
+def _prompt(encode: Callable[[str], list[int]], widths: tuple[int, int], entry: Any) -> tuple[list[int], list[int]]:
+    """The prompt of a view that is written; the one token behind it says that the row has one."""
+    if not isinstance(entry, str) and not (isinstance(entry, Sequence) and all(isinstance(one, int) for one in entry)):
+        raise ValueError(
+            f"a view that a network writes returns a prompt a row, a text or a list of token ids, not {entry!r}"
+        )
+    return _pair(encode, widths, (entry, [0]))
 
 
 def _packed(widths: tuple[int, int], values: Sequence[Any], present: Sequence[int], count: int) -> dict[str, Any]:
@@ -164,6 +174,7 @@ def _read_by_all(
 ) -> dict[str, Any]:
     """Values by name, whole, and placed where rows are. All processes call it. `entry`, `packed`: of a view."""
     wanted = frozenset().union(*(names(term.function) for term in terms)) - TEXT
+    wanted |= {f"{name[:-5]}_{part}" for name in wanted if is_written_text(name) for part in ("tokens", "length")}
     read = {name: rows[name] for name in {*_ALWAYS, *wanted} if name in rows}
     placement = rows.weight.sharding if isinstance(rows.weight, jax.Array) else None
     prompt_ids = work["prompts"].prompt_id if work.get("prompts") is not None else None
@@ -212,6 +223,8 @@ def read_values(
     text: dict[str, Any] = {}
     # What is neither text nor an array of the rows is a column of the data.
     asked_for = frozenset().union(*(names(term.function) for term in terms)) - TEXT - rows.keys() - {"step"}
+    written = {name for name in asked_for if is_written_text(name) and f"{name[:-5]}_tokens" in rows}
+    asked_for -= written
     needed = frozenset().union(*(signature(term.function).required for term in terms)) & asked_for
     if reads_items(terms) or needed:
         items = context.required_items()
@@ -227,6 +240,9 @@ def read_values(
     if context.decode is not None:
         decode, tokens, length = context.decode, rows["tokens"], rows["length"]
         text["completions"] = [decode(tokens[row, : length[row]].tolist()) for row in present]
+        for name in written:
+            tokens, length = rows[f"{name[:-5]}_tokens"], rows[f"{name[:-5]}_length"]
+            text[name] = [decode(tokens[row, : length[row]].tolist()) if length[row] else None for row in present]
     arrays = {name: value[present] for name, value in rows.items()}
     found: dict[str, np.ndarray] = {}
     for term in terms:

@@ -46,7 +46,7 @@ def sequences(c: Composition, rows: Experience, view: str) -> tuple[Plain, Float
     if not view:
         own = Plain(rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length, rows.support, rows.router_choices)
         return own, rows.mask
-    if c.views[view].on_host:
+    if c.views[view].stored:
         read = {name: rows[f"{view}_{name}"] for name in ("prompt_tokens", "prompt_length", "tokens", "length", "mask")}
         made = Sequences(**read)
     else:

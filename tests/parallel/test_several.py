@@ -42,12 +42,13 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
     import optax
     from reward_functions import even_share, first_letter, second_vowel, vowel_share
 
-    from jaxrl_llm.advantages import group_normalized, majority_match
+    from jaxrl_llm.advantages import group_normalized
     from jaxrl_llm.experience import Prompts
     from jaxrl_llm.losses import clipped_surrogate, kl_estimate
     from jaxrl_llm.models.model import Model
     from jaxrl_llm.parallel import hosts, make_mesh
     from jaxrl_llm.parallel.start import initialise, place_of_this_process
+    from jaxrl_llm.rewards import majority_match
     from jaxrl_llm.rollout import plans
     from jaxrl_llm.rows import Replay
     from jaxrl_llm.run import checkpoints

@@ -33,7 +33,7 @@ def composed(model, plan, **changed):
         "rewards": [rewards.answer_present],
         "credit": [
             ("answer_id", rewards.paired_answer_ids),
-            ("rewards", advantages.paired_majority_match),
+            ("rewards", rewards.paired_majority_match),
             ("advantages", advantages.leave_one_out),
         ],
         "losses": [losses.policy_gradient],

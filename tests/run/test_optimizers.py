@@ -152,6 +152,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_others_are_taken_as_e
         steps, after = jax.jit(guarded.update)(broken, state, params)
         assert not np.asarray(steps["down"]).any()
         jax.tree.map(np.testing.assert_array_equal, after, state)
+        steps, after = jax.jit(guarded.update)(gradient, state, params, value=jnp.float32(wrong))
+        assert not np.asarray(steps["down"]).any()
+        jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def test_a_warm_up_longer_than_the_run_is_told():

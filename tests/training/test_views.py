@@ -5,15 +5,17 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from jaxrl_llm import advantages, losses, rewards
-from jaxrl_llm.experience import Loss
+from jaxrl_llm.experience import Loss, Sequences
+from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.rewards.host import RewardError
 from jaxrl_llm.rollout.sampled import Rollout
-from jaxrl_llm.rows import Replay
+from jaxrl_llm.rows import Replay, Written
 from jaxrl_llm.training import Network, Resources, Update, View, make_train_step
 
 VIEW = partial(rewards.answer_after_thought, mark_id=5, opening_ids=(7,), closing_ids=(6, 2))
@@ -205,3 +207,101 @@ def test_a_view_of_text_needs_an_encoder_and_does_not_know_replayed_rows(bigram)
     rollout = Rollout(samples_per_prompt=2, max_completion_tokens=4, eos_ids=(2,), pad_id=0)
     with pytest.raises(ValueError, match=r"loss 'imitate' names 'verdict_logprobs', .* replayed rows do not have"):
         judged(bigram, all_at_once, source=[rollout, Replay(0.5, 2, 4, 4, 2)], losses=[imitate])
+
+
+# ---- views that a network writes ------------------------------------------------------------------------------------
+
+
+def length_of(verdict_text):
+    """Per batch: how many tokens were written, and nothing where no prompt was made."""
+    return [None if text is None else float(len(text.split())) for text in verdict_text]
+
+
+def ask_in_the_program(tokens):
+    ones = jnp.ones(tokens.shape[0], jnp.int32)
+    return Sequences(tokens[:, :1], ones, tokens[:, :0], 0 * ones, jnp.zeros((tokens.shape[0], 0)))
+
+
+def ask_by_text(completion):
+    first = completion.split()[0]
+    return None if int(first) % 2 == 0 else first
+
+
+@pytest.mark.parametrize("view", [ask_in_the_program, ask_by_text])
+def test_a_network_may_write_a_view_and_readings_get_its_text(bigram, make_prompts, view):
+    found = []
+    for size in (None, 2):
+        step = judged(
+            bigram,
+            None,
+            rewards=[length_of],
+            resources=Resources(
+                decode=decode,
+                encode=encode,
+                views={"verdict": View(view, max_completion_tokens=3, written_by="judge", temperature=0.0)},
+                networks={"judge": Network(copy_every=1)},
+            ),
+            update=Update(sequences_per_microbatch=size),
+        )
+        state = step.init(jax.random.key(0))
+        best = np.asarray(state.params["scores"]).argmax(-1)
+        _, metrics, rows = step.run(state, make_prompts(4), ITEMS)
+        found.append(np.asarray(rows["verdict_tokens"]))
+    np.testing.assert_array_equal(*found)
+    expected = np.zeros_like(found[0])
+    asked = np.zeros(len(expected), bool)
+    for row, first in enumerate(np.asarray(rows.tokens)[:, 0]):
+        asked[row] = view is ask_in_the_program or first % 2 == 1
+        token = first
+        for place in range(3 * asked[row]):
+            expected[row, place] = token = best[token]
+            if token == 2:
+                break
+    np.testing.assert_array_equal(found[0], expected)
+    assert asked.any()
+    np.testing.assert_array_equal(rows["verdict_length"], (expected > 0).sum(1))
+    np.testing.assert_array_equal(rows["rewards"], (expected > 0).sum(1))
+    np.testing.assert_array_equal(rows.weight, asked)
+
+
+def test_samples_of_a_prompt_are_judged_by_different_draws_and_the_policy_may_learn_what_it_writes(
+    bigram, make_prompts
+):
+    def same_for_all(items):
+        return [[3] for _ in items]
+
+    def imitate(verdict_logprobs, verdict_mask):
+        return Loss(-(verdict_logprobs * verdict_mask).sum(), verdict_mask.sum())
+
+    view = View(same_for_all, max_completion_tokens=4, written_by="policy")
+    resources = Resources(decode=decode, encode=encode, views={"verdict": view})
+    step = judged(bigram, None, rewards=[length_of], losses=[losses.policy_gradient, imitate], resources=resources)
+    drawn = []
+    for _ in range(2):
+        state, metrics, rows = step.run(step.init(jax.random.key(0)), make_prompts(4), ITEMS)
+        drawn.append(np.asarray(rows["verdict_tokens"]))
+    np.testing.assert_array_equal(*drawn)
+    assert len(np.unique(drawn[0], axis=0)) > 1
+    assert np.isfinite(metrics["loss/imitate"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"written_by": "jugde"}, "views.verdict.written_by is 'jugde'"),
+        ({"written_by": "grade"}, "has a head in the place of a vocabulary"),
+        ({"written_by": "judge", "temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
+        ({"written_by": "judge", "source": Written(8, 2)}, "nothing is sampled in this step"),
+    ],
+)
+def test_who_may_not_write_a_view(bigram, changed, message):
+    source = {name: changed[name] for name in ("source",) if name in changed}
+    networks = {"judge": Network(), "grade": Network(head=HeadConfig(), optimizer=optax.sgd(0.1))}
+
+    def built():
+        views = {"verdict": View(ask_by_text, **{name: value for name, value in changed.items() if name != "source"})}
+        resources = Resources(decode=decode, encode=encode, views=views, networks=networks)
+        return judged(bigram, None, rewards=[length_of], resources=resources, **source)
+
+    with pytest.raises(ValueError, match=message):
+        built()

@@ -13,7 +13,6 @@ from jaxrl_llm.advantages.group_relative.group_baselines import group_normalized
 from jaxrl_llm.ranges import NonNegative, ranged
 from jaxrl_llm.statistics import (
     group_leader,
-    group_max,
     group_mean,
     group_size,
     group_std,
@@ -48,74 +47,6 @@ def answer_entropy(answer_id: Int[Array, "B"], group: Int[Array, "B"], weight: F
     share = jnp.where(weight > 0, alike / jnp.where(together > 0, together, 1.0), 1.0)
     # + 0.0, since the mean of -log2(1) is -0.
     return present(group_mean(-jnp.log2(share), group, weight) + 0.0, weight)
-
-
-def majority_match(answer_id: Int[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, "B"]:
-    """1 where the row's answer is the one that most samples of its group arrive at, else 0: a reward without labels.
-
-    Of answers with equally many samples the one with the lowest id counts, which from `rewards.answer_ids` is the one
-    that was sampled first. A row without an answer neither votes nor matches.
-
-    Args:
-      answer_id: the same number for the same extracted answer of a prompt; negative for none.
-      group: id of the group each row belongs to.
-      weight: weight of each row, and of its vote; 0 is absent.
-
-    Returns:
-      One reward a row, 0 or 1; 0 in absent rows and in groups without an answer.
-
-    >>> majority_match(jnp.array([0, 1, 1, -1, -1]), jnp.zeros(5, jnp.int32), jnp.ones(5)).tolist()
-    [0.0, 1.0, 1.0, 0.0, 0.0]
-
-    Reference: TTRL (2504.16084), SPINE (2511.17938).
-    Certainty: verified
-    """
-    chex.assert_rank([answer_id, group, weight], 1)
-    chex.assert_equal_shape([answer_id, group, weight])
-    return _agrees(answer_id, weight, _majorities(answer_id, group, weight)[group])
-
-
-def paired_majority_match(
-    answer_id: Int[Array, "B"], group: Int[Array, "B"], paired_group: Int[Array, "B"], weight: Float[Array, "B"]
-) -> Float[Array, "B"]:
-    """1 where the row's answer is the one that most samples of the paired group arrive at, else 0.
-
-    The pair are two wordings of one problem, and each is the other's label: an answer that has nothing to do with the
-    problem has to win both votes before it is rewarded. Votes are counted as in `majority_match`.
-
-    Args:
-      answer_id: the same number for the same extracted answer, in both groups of a pair; negative for none. From
-        `rewards.paired_answer_ids`; texts that a reading returns are told apart within each group alone.
-      group: id of the group each row belongs to.
-      paired_group: id of the group of the same problem in other words; negative for none.
-      weight: weight of each row, and of its vote; 0 is absent.
-
-    Returns:
-      One reward a row, 0 or 1; 0 in absent rows, and where the paired group has no answer.
-
-    Reference: Co-Reward (2508.00410).
-    Certainty: verified
-    """
-    chex.assert_rank([answer_id, group, paired_group, weight], 1)
-    chex.assert_equal_shape([answer_id, group, paired_group, weight])
-    pair = paired_group.astype(jnp.int32)
-    label = _majorities(answer_id, group, weight)[jnp.maximum(pair, 0)]
-    return jnp.where(pair >= 0, _agrees(answer_id, weight, label), 0.0)
-
-
-def _majorities(answer_id: Int[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]) -> Int[Array, "B"]:
-    """Of each group id the answer that most of its rows arrive at, and the lowest of several; the largest integer where
-    it has none."""
-    voting = jnp.where((weight > 0) & (answer_id >= 0), weight.astype(jnp.float32), 0.0)
-    votes = group_sum(jnp.ones(len(group), jnp.float32), subgroup_ids(group, answer_id), voting)
-    leads = (voting > 0) & (votes == group_max(votes, group, voting))
-    # Ids are compared as integers: float32 would merge large ones.
-    largest = jnp.iinfo(answer_id.dtype).max
-    return jax.ops.segment_min(jnp.where(leads, answer_id, largest), group, num_segments=len(group))
-
-
-def _agrees(answer_id: Int[Array, "B"], weight: Float[Array, "B"], label: Int[Array, "B"]) -> Float[Array, "B"]:
-    return jnp.where((weight > 0) & (answer_id >= 0) & (answer_id == label), 1.0, 0.0)
 
 
 @ranged

@@ -14,6 +14,7 @@ from jaxrl_llm.rollout.plans.plan import Plan, Request, plain
 from jaxrl_llm.rollout.plans.refilled_groups import refill
 from jaxrl_llm.rollout.plans.resumed_completions import from_the_start, highest_entropy, last_share, resume
 from jaxrl_llm.rollout.plans.rollout_budget import budget
+from jaxrl_llm.rollout.plans.voted_samples import voted
 
 __all__ = [
     "Plan",
@@ -31,4 +32,5 @@ __all__ = [
     "prefixes",
     "refill",
     "resume",
+    "voted",
 ]

@@ -1,0 +1,95 @@
+"""Views that a network writes: a prompt is made of each row, and a network of the step completes it, as a judge does.
+
+The tokens are drawn by the key of the run, the step, the view, the row's prompt and its number among the rows of that
+prompt, so they depend neither on the other rows nor on the mesh.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
+from jaxrl_llm.parallel.rules import constrain_rows, decoding, laid_out, layout
+from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
+from jaxrl_llm.rollout.generation import generate
+from jaxrl_llm.signatures import call
+from jaxrl_llm.terms import View
+from jaxrl_llm.training.composition import Composition
+from jaxrl_llm.training.networks import POLICY, current
+from jaxrl_llm.training.segments import Traced, Work
+
+PARTS = ("prompt_tokens", "prompt_length", "tokens", "length", "mask")
+
+
+def write_part(c: Composition, view: View, key: str) -> Traced:
+    """The part that has a network complete the prompts of a view.
+
+    Args:
+      c: what the step is composed of.
+      view: with `written_by`; where it reads text, its prompts are in the rows already.
+      key: entry of work that holds the rows.
+    """
+
+    def write(state: TrainState, work: Work) -> Work:
+        rows: Experience = work[key]
+        if view.on_host:
+            made = {name: rows[f"{view.name}_{name}"] for name in PARTS}
+            asked = made["length"] > 0
+        else:
+            returned = call(view.function, rows.known())
+            made = {name: getattr(returned, name) for name in PARTS}
+            asked = made["prompt_length"] > 0
+        nothing = jnp.zeros((rows.tokens.shape[0], 0), jnp.int32)
+        lengths = jnp.maximum(made["prompt_length"], 1)
+        prompts = Prompts(made["prompt_tokens"], lengths, rows.prompt_id, nothing, jnp.zeros_like(lengths))
+        written = _written(c, view, state, rows, prompts, asked & (rows.weight > 0))
+        fields = {name: made[name] for name in PARTS[:2]} | {name: getattr(written, name) for name in PARTS[2:]}
+        own = {name: value for name, value in rows.fields.items() if not name.startswith(f"{view.name}_")}
+        return {key: replace(rows, fields=own).filled(**{f"{view.name}_{n}": x for n, x in fields.items()})}
+
+    return Traced("write", write)
+
+
+def _written(c: Composition, view: View, state: TrainState, rows: Experience, prompts: Prompts, asked: Array) -> Any:
+    r, place = c.rollout, c.resources.placement
+    assert r is not None  # `checked` has seen to it
+    network = c.networks.get(view.written_by or POLICY)
+    model = c.model if network is None or network.model is None else network.model
+    params = current(c.model, c.networks, state, view.written_by or POLICY)
+    rules = decoding(place.rules, gathered=place.gather_for_rollout)
+    with layout(place.mesh, rules):
+        weights = weights_for_decoding(model, params) if place.gather_for_rollout else params
+    key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.VIEW), zlib.crc32(view.name.encode()) % 2**31)
+    complete = partial(
+        generate,
+        model,
+        weights,
+        key=key,
+        step=state.step,
+        samples_per_prompt=1,
+        max_completion_tokens=view.max_completion_tokens or rows.tokens.shape[1],
+        eos_ids=r.eos_ids,
+        pad_id=r.pad_id,
+        slots=r.slots,
+        constrain=partial(constrain_rows, name="decoded_rows"),
+    )
+    complete = laid_out(complete, place.mesh, rules)
+    written = complete(
+        prompts, temperature=view.temperature, first_sample=_number_of_its_prompt(rows.prompt_id), active=asked
+    )
+    return constrain_rows(replace(written, mask=written.mask * written.weight[:, None]))
+
+
+def _number_of_its_prompt(prompt_id: Int[Array, "B"]) -> Int[Array, "B"]:
+    """How many rows in front of each one are of the same prompt."""
+    order = jnp.argsort(prompt_id, stable=True)
+    in_order = prompt_id[order]
+    place = jnp.arange(len(order)) - jnp.searchsorted(in_order, in_order)
+    return jnp.zeros_like(prompt_id).at[order].set(place.astype(prompt_id.dtype))
