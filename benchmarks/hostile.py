@@ -294,8 +294,8 @@ def configs(random_: random.Random, folder: Path) -> Callable[[int], Case]:
 
     shipped = sorted((ROOT / "configs").rglob("*.yaml"))
     trees = [read_tree(path) for path in shipped]
-    names = tuple({str(key) for tree in trees for path in paths(tree) for key in path if isinstance(key, str)})
-    file = folder / "fuzzed.yaml"
+    names = tuple(sorted({key for tree in trees for path in paths(tree) for key in path if isinstance(key, str)}))
+    file, dumper = folder / "fuzzed.yaml", getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     shutil.copytree(ROOT / "configs", folder / "configs")
 
     def case(number: int) -> Case:
@@ -306,7 +306,7 @@ def configs(random_: random.Random, folder: Path) -> Callable[[int], Case]:
             written = folder / "configs" / shipped[chosen].relative_to(ROOT / "configs").parent / "fuzzed.yaml"
         else:
             tree = mutated(random_, trees[chosen], names) if way < 0.8 else trees[chosen]
-            content = yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "replace")
+            content = yaml.dump(tree, Dumper=dumper, allow_unicode=True).encode("utf-8", "replace")
             written = file
             if way >= 0.8:
                 path = list(random_.choice(list(paths(tree))))

@@ -145,6 +145,7 @@ def test_dates_are_text_and_overrides_are_read_the_same_way(tmp_path, micro_conf
         (["model.width=1000000000000"], "section model describes .* parameters"),
         (["rewards=[{python: ':'}]"], "write it as module:function"),
         (["rewards=[{python: '.a:b'}]"], "write it as module:function"),
+        (["training.schedule={python: 'os:getcwd'}"], "takes no data and returned .*; it must return a function"),
     ],
 )
 def test_values_of_the_wrong_type_are_refused_when_a_step_is_built(micro_config, overrides, message):
@@ -368,10 +369,14 @@ def test_a_template_that_asks_for_too_much_is_refused_and_the_next_one_rendered(
 
 # ---- patterns -------------------------------------------------------------------------------------------------------
 
-UNITS = (" ", "1", "a", "\\", "{", "}", "(", ",", "-", "*", "/", "^", "<", "=", "11,", "1 ", "1/", "\\text{", "\\frac{")
+UNITS = (" ", "1", "a", "\\", "{", "(", "-", "/", "^", "<", "=", "11,", "1 ", "\\text{", "\\frac{")
 STARTS = ("", "1 ^", "answer", "\\frac", "a")
 # Looked for at one place alone.
-MATCHED = {"jaxrl_llm.rewards.verifiers.numbers._UNKNOWN"}
+MATCHED = {
+    "jaxrl_llm.rewards.verifiers.numbers._UNKNOWN",
+    "jaxrl_llm.commands.evaluate_checkpoint._REQUIREMENT",
+    "jaxrl_llm.hub._REPOSITORY",
+}
 
 
 def patterns():
@@ -390,19 +395,20 @@ def seconds(function, text: str) -> float:
 
 def test_no_pattern_is_quadratic():
     """Of four times the text a linear pattern takes four times as long, and a quadratic one sixteen times."""
-    searched = {pattern: place for place, pattern in patterns()}
-    assert len(searched) > 20
-    for pattern, place in searched.items():
+    known, slow = {pattern: place for place, pattern in patterns()}, []
+    assert len(known) > 20
+    for pattern, place in known.items():
+        search = pattern.match if place in MATCHED else lambda text, pattern=pattern: [*pattern.finditer(text)]
         for start in STARTS:
             for unit in UNITS:
-                once = place in MATCHED
-                found = (lambda text: pattern.match(text)) if once else (lambda text: [*pattern.finditer(text)])  # noqa: B023
-                short, long = (start + unit * (size // len(unit)) + "!" for size in (1000, 4000))
-                if seconds(found, short) * 8 + 0.004 < seconds(found, long):  # a busy machine may stall once
-                    assert min(seconds(found, long) for _ in range(3)) < 0.02, (place, long[:20])
+                short, long = (start + unit * (size // len(unit)) + "!" for size in (500, 2000))
+                grows = seconds(search, short) * 8 + 0.001 < seconds(search, long)
+                if grows and min(seconds(search, long) for _ in range(3)) > 0.004:  # a busy machine may stall once
+                    slow.append((place, long[:12]))
+    assert slow == []
 
 
 def test_answers_are_read_in_linear_time():
-    for text in ("1 ^" + " " * 25_000, "11," * 9000, "3=" * 9000 + "3", "1 million " * 3000, "\\boxed{" * 5000 + "1"):
+    for text in ("1 ^" + " " * 25_000, "11," * 3000, "3=" * 3000 + "3", "1 million " * 1000, "\\boxed{" * 5000 + "1"):
         assert seconds(parsed_number, text) < 1, text[:20]
         assert seconds(extract_number, text) < 1, text[:20]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -67,9 +68,14 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         values["model"] = model_defaults | {k: v for k, v in values["model"].items() if (k, v) != ("path", None)}
     _known_keys(values, Config, "")
     try:
-        return pydantic.TypeAdapter(Config).validate_python(values)
+        return _adapter().validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explained(problem) for problem in error.errors())) from None
+
+
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter[Config]:
+    return pydantic.TypeAdapter(Config)
 
 
 def _with_origin(network: Any) -> Any:

@@ -163,6 +163,8 @@ def method(
         raise RecipeError(f"{where}.{name} needs {required[0]}; add {name}: {{{required[0]}: ...}}")
     try:
         made = function(**bound) if not (read.required or read.optional) else partial(function, **bound)
+        if made is None or isinstance(made, str | bytes | list | dict):
+            raise RecipeError(f"{where}.{name} takes no data and returned {shown(made)}; it must return a function")
         if other:
             return renamed(made, **other)
     except ValueError as error:
