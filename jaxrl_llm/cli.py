@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl_llm import __version__
+from jaxrl_llm.bounds import shortened
 from jaxrl_llm.commands.evaluation_options import add_eval, add_report
 from jaxrl_llm.commands.output import Lasting, unwrapped
 from jaxrl_llm.shipped import config_path
@@ -112,7 +113,7 @@ def _failed(error: BaseException, options: argparse.Namespace, status: int) -> t
         if _others() is None:
             raise error
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
     return status, str(error)
 
 

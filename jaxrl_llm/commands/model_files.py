@@ -20,6 +20,7 @@ from jaxrl_llm.models import attention_path, load_model, parameter_count, save_a
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.families import is_vision_language
 from jaxrl_llm.models.transformer_config import Precision
+from jaxrl_llm.ranges import Positive, require_range
 from jaxrl_llm.run.restored import restored_policy, restored_run
 
 
@@ -41,6 +42,7 @@ def show_export(options: argparse.Namespace) -> None:
 def show_score(options: argparse.Namespace) -> None:
     """`jaxrl score`: a line of JSON for each line of the file."""
     require_positive(options, "batch")
+    require_range(Positive, options.temperature, "--temperature")
     enable_compilation_cache()
     lines = score_file(
         options.path, options.file, temperature=options.temperature, batch=options.batch, dtype=options.dtype
