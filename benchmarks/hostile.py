@@ -658,7 +658,7 @@ def peak_bytes() -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("kinds", nargs="*", default=[], help=f"of {', '.join(KINDS)}; all by default")
     parser.add_argument(
         "--count",

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def file_bytes(path: Path, most: int | None = None) -> bytes:
         return file.read()
 
 
-def parsed_json(text: bytes | str, *, most_levels: int = MOST_LEVELS, **hooks: Callable[..., Any]) -> Any:
+def parsed_json(text: bytes | str, *, most_levels: int = MOST_LEVELS, **hooks: Any) -> Any:
     """JSON in UTF-8, with or without a byte order mark.
 
     Args:

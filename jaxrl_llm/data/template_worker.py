@@ -24,6 +24,7 @@ LONGEST_TEXT = 10_000_000
 def environment() -> Any:
     """jinja2's sandbox with the settings and the helper functions that `transformers` gives it."""
     import jinja2
+    import jinja2.nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
