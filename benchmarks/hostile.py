@@ -370,7 +370,7 @@ def lines_of_json(random_: random.Random, folder: Path) -> Callable[[int], Case]
                 if isinstance(value, str) and key in ("prompt", "question"):
                     record[key] = f"{value} {place}"
                 elif kind == "messages" and key == "messages":
-                    value[0]["content"] = f"{value[0]['content']} {place}"
+                    record[key] = [{"role": "user", "content": f"What is {place}+3?"}, *value[1:]]
         for _ in range(random_.choice((0, 1, 1, 3, 40))):
             place = random_.randrange(len(made))
             made[place] = mutated(random_, made[place], ("prompt", "answer", "messages", "role", "content", "label"))

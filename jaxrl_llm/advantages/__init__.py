@@ -25,6 +25,13 @@ from jaxrl_llm.advantages.group_relative.risk import group_quantile, mixed_value
 from jaxrl_llm.advantages.group_relative.shifted_baselines import log_mean_exp_baseline, shifted_mean_baseline
 from jaxrl_llm.advantages.group_relative.solved_groups import solved_group_length_penalty
 from jaxrl_llm.advantages.group_relative.win_rates import score_win_rate, win_rate
+from jaxrl_llm.advantages.process.step_credit import (
+    information_gain,
+    judged_thoughts,
+    merged_transitions,
+    min_form_advantages,
+    min_form_returns,
+)
 from jaxrl_llm.advantages.process.turn_credit import taken_turns, turn_leave_one_out, turn_mixed_normalized
 from jaxrl_llm.advantages.reinforce.baselines import raw_rewards, reward_minus_baseline, running_mean_baseline
 from jaxrl_llm.advantages.reinforce.filters import sigma_filtered
@@ -65,6 +72,8 @@ __all__ = [
     "generalized_advantages",
     "group_normalized",
     "group_quantile",
+    "information_gain",
+    "judged_thoughts",
     "kl_penalized_rewards",
     "leave_one_out",
     "length_weighted_baseline",
@@ -72,6 +81,9 @@ __all__ = [
     "log_mean_exp_baseline",
     "low_probability_confidence",
     "max_at_k_weights",
+    "merged_transitions",
+    "min_form_advantages",
+    "min_form_returns",
     "mixed_value_at_risk",
     "novelty_sharpened",
     "outcome_token_rewards",

@@ -7,7 +7,7 @@ from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.guarded import Guarded
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
 from jaxrl_llm.rewards.intrinsic.answer_likelihood import answer_likelihood
-from jaxrl_llm.rewards.intrinsic.confidence import (
+from jaxrl_llm.rewards.intrinsic.certainty import (
     negative_entropy,
     sequence_likelihood,
     token_mean,
@@ -32,7 +32,11 @@ from jaxrl_llm.rewards.intrinsic.votes import (
     paired_majority_match,
     semantic_entropy,
 )
+from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
+from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
+from jaxrl_llm.rewards.judges.tournaments import judge_tournament
+from jaxrl_llm.rewards.process.step_borders import step_borders
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
     normalized_turn_rewards,
@@ -68,6 +72,8 @@ from jaxrl_llm.rewards.verifiers.voted_answers import voted_answer
 
 __all__ = [
     "Guarded",
+    "Judge",
+    "JudgeError",
     "RewardError",
     "answer_after_thought",
     "answer_format",
@@ -90,8 +96,12 @@ __all__ = [
     "episode_reward",
     "exact_answer",
     "exact_match",
+    "expected_rating",
     "extract_answer",
     "extract_number",
+    "judge_rating",
+    "judge_rubric",
+    "judge_tournament",
     "known_share",
     "labelled_or_voted",
     "latex_match",
@@ -119,6 +129,8 @@ __all__ = [
     "sequence_likelihood",
     "soft_overlong",
     "stated_confidence",
+    "stated_rating",
+    "step_borders",
     "thought_length",
     "thought_mask",
     "token_mean",

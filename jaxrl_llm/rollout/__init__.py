@@ -1,7 +1,7 @@
 """Prompts -> Experience: sampling, cached decoding, teacher-forced scoring, environments."""
 
+from jaxrl_llm.endpoints import Endpoint, EndpointError
 from jaxrl_llm.rollout.controls import Controls
-from jaxrl_llm.rollout.engine_http import Engine, EngineError
 from jaxrl_llm.rollout.environment_checks import require_environment
 from jaxrl_llm.rollout.environments import (
     Environment,
@@ -41,8 +41,8 @@ from jaxrl_llm.rollout.turns import generate_turns
 __all__ = [
     "Controls",
     "Drawn",
-    "Engine",
-    "EngineError",
+    "Endpoint",
+    "EndpointError",
     "Environment",
     "EnvironmentFailure",
     "Episodes",

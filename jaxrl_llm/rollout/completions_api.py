@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_llm.bounds import natural
-from jaxrl_llm.rollout.engine_http import Engine, EngineError, answer
+from jaxrl_llm.endpoints import Endpoint, EndpointError, answer
 
 TOKEN_ID = "token_id:"
 
@@ -31,7 +31,7 @@ class Completion(NamedTuple):
 
 
 def completion(
-    engine: Engine,
+    engine: Endpoint,
     prompt: Sequence[int],
     *,
     seed: int,
@@ -47,7 +47,7 @@ def completion(
     and top-p) is said in the request, so that the distribution is softmax(logits / temperature) over the vocabulary.
 
     Raises:
-      EngineError: see `answer` and `checked_completion`.
+      EndpointError: see `answer` and `checked_completion`.
     """
     body = {
         "model": engine.model,
@@ -92,13 +92,14 @@ def checked_completion(
     """The one completion of an answer, or what is wrong with it.
 
     Raises:
-      EngineError: for another number of choices than one; ids or log-probabilities that are missing, of another number
-        or impossible; another prompt than the one that was sent; a completion that neither ended nor reached the limit.
+      EndpointError: for another number of choices than one; ids or log-probabilities that are missing, of another
+        number or impossible; another prompt than the one that was sent; a completion that neither ended nor reached the
+        limit.
     """
     choices = found.get("choices") if isinstance(found, Mapping) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
         count = f"{len(choices)} choices" if isinstance(choices, list) else "no list of choices"
-        raise EngineError(
+        raise EndpointError(
             f"{where} has {count}, where one was asked for; leave n out of rollout.engine.request, and check that the "
             "address is that of the engine itself"
         )
@@ -106,49 +107,49 @@ def checked_completion(
     described = choice.get("logprobs")
     logprobs = described.get("token_logprobs") if isinstance(described, Mapping) else None
     if not isinstance(described, Mapping) or not isinstance(logprobs, list):
-        raise EngineError(
+        raise EndpointError(
             f"{where} has no log-probabilities (logprobs.token_logprobs); training needs one for each token, so use an "
             "engine whose /v1/completions returns them (vLLM: --max-logprobs at least 1)"
         )
     tokens = _token_ids(choice, described, where)
     if len(logprobs) != len(tokens):
-        raise EngineError(
+        raise EndpointError(
             f"{where} has {len(logprobs)} log-probabilities for {len(tokens)} tokens; each token needs its own, so "
             "turn off what changes tokens after sampling (echo, trimmed stop tokens, merged pieces)"
         )
     for position, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary_size:
-            raise EngineError(
+            raise EndpointError(
                 f"{where} has token {token!r} at position {position}, but the policy's ids are 0 to "
                 f"{vocabulary_size - 1}; the engine serves another model or tokenizer, or pads its vocabulary"
             )
         number = isinstance(logprob, int | float) and not isinstance(logprob, bool)
         if not number or not math.isfinite(logprob) or logprob > 1e-3:
-            raise EngineError(
+            raise EndpointError(
                 f"{where} has log-probability {logprob!r} at position {position}; it must be finite and at most 0, so "
                 "check the engine's log for overflow (NaN scores) and its logprobs mode"
             )
     sent = choice.get("prompt_token_ids")
     if sent is not None and list(sent) != list(prompt):
-        raise EngineError(
+        raise EndpointError(
             f"{where} says that its prompt had {len(sent)} tokens ({str(sent[:8])[1:-1]} ...), but {len(prompt)} were "
             f"sent ({str(list(prompt)[:8])[1:-1]} ...); turn off special tokens or truncation that the engine adds"
         )
     ends = [position for position, token in enumerate(tokens) if token in set(eos_ids)]
     ended = bool(ends) and ends[0] == len(tokens) - 1
     if ends and not ended:
-        raise EngineError(
+        raise EndpointError(
             f"{where} goes on for {len(tokens) - 1 - ends[0]} tokens after end of sequence; leave ignore_eos out of "
             "rollout.engine.request"
         )
     if not ended and len(tokens) != max_completion_tokens:
-        raise EngineError(
+        raise EndpointError(
             f"{where} stops after {len(tokens)} of at most {max_completion_tokens} tokens without end of sequence "
             f"{tuple(eos_ids)} (finish_reason {choice.get('finish_reason')!r}); raise the engine's context length, and "
             "let it return the token it stops at"
         )
     if len(tokens) > max_completion_tokens:
-        raise EngineError(
+        raise EndpointError(
             f"{where} has {len(tokens)} tokens, more than the {max_completion_tokens} that were asked for; use an "
             "engine that obeys max_tokens"
         )
@@ -165,7 +166,7 @@ def _token_ids(choice: Mapping[str, Any], described: Mapping[str, Any], where: s
     for ids in (choice.get("token_ids"), described.get("token_ids"), named):
         if isinstance(ids, list) and ids:
             return ids
-    raise EngineError(
+    raise EndpointError(
         f"{where} has no token ids; text cannot be encoded again without changing tokens, so use an engine that knows "
         "return_token_ids or return_tokens_as_token_ids"
     )

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxrl_llm.endpoints import Endpoint, EndpointError
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.completions_api import Completion, completion
-from jaxrl_llm.rollout.engine_http import Engine, EngineError
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.rollout.sampling import row_keys
 
@@ -34,7 +34,7 @@ class LogprobGap(NamedTuple):
 
 
 def engine_generate(
-    engine: Engine,
+    engine: Endpoint,
     prompts: Prompts,
     key: Array,
     step: int,
@@ -72,7 +72,7 @@ def engine_generate(
 
     Raises:
       ValueError: for sizes below 1 or a temperature that is not above 0.
-      EngineError: a request that failed, or an answer that cannot be learned from.
+      EndpointError: a request that failed, or an answer that cannot be learned from.
     """
     if samples_per_prompt < 1 or max_completion_tokens < 1:
         raise ValueError(
@@ -178,7 +178,7 @@ def _scored(model: Model, temperature: float) -> Callable[[PyTree, Experience], 
 
 
 def probe(
-    engine: Engine,
+    engine: Endpoint,
     model: Model,
     params: PyTree,
     prompts: Prompts,
@@ -205,7 +205,7 @@ def probe(
       The differences.
 
     Raises:
-      EngineError: (a ValueError) above a bound, or as `engine_generate`.
+      EndpointError: (a ValueError) above a bound, or as `engine_generate`.
     """
     rows = engine_generate(
         engine,
@@ -226,7 +226,7 @@ def probe(
         hint = (
             f" Ours before temperature differ by {raw.mean:.4g} only, so the mode it is." if raw.mean <= bound else ""
         )
-        raise EngineError(
+        raise EndpointError(
             f"the log-probabilities of {engine.url} ({engine.model}) differ from ours by {gap.mean:.4g} on average and "
             f"{gap.largest:.4g} at most, in nats over {gap.tokens} sampled tokens at temperature {temperature:g}; the "
             f"bounds are {bound:g} (rollout.engine.probe_bound) and {largest_bound:g} "

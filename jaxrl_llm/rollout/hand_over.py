@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxrl_llm.endpoints import Endpoint, EndpointError, answer
 from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.families import config_to_json
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer_config import TransformerConfig
-from jaxrl_llm.rollout.engine_http import Engine, EngineError, answer
 from jaxrl_llm.rollout.external import engine_generate, probe
 
 
@@ -39,7 +39,7 @@ class External:
       handed: the step whose policy the engine holds; empty before the first batch.
     """
 
-    engine: Engine
+    engine: Endpoint
     hand_over: Callable[[PyTree, int], None] | None = None
     every_steps: int = 1
     probe_prompts: int = 8
@@ -84,7 +84,7 @@ def engine_rows(
         bounds: dict[str, Any] = {"bound": external.probe_bound, "largest_bound": external.probe_largest_bound}
         try:
             probe(external.engine, model, state.params, few, key, **sizes, **bounds)
-        except EngineError:
+        except EndpointError:
             handed.clear()  # it is asked again when the step is tried again
             raise
     rows = engine_generate(
@@ -101,7 +101,7 @@ def engine_rows(
 
 
 def disk_hand_over(
-    engine: Engine,
+    engine: Endpoint,
     model: Model,
     directory: str | Path,
     *,
@@ -144,7 +144,7 @@ def disk_hand_over(
         for called, content in ((path, _placed(body, str(target))), *((another, {}) for another in then)):
             said = answer(engine, called, content, what=f"the weights of step {step}")
             if isinstance(said, Mapping) and said.get("success") is False:
-                raise EngineError(
+                raise EndpointError(
                     f"{engine.address(called)} could not take {target}: {str(said.get('message'))[:300]!r}; the engine "
                     "must see rollout.engine.weights_directory under the same path and serve the same architecture"
                 )

@@ -16,13 +16,13 @@ from jaxrl_llm import advantages, losses, rewards, schedules
 from jaxrl_llm.bounds import natural, shown
 from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
+from jaxrl_llm.endpoints import Endpoint
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout import plans
-from jaxrl_llm.rollout.engine_http import Engine
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.hand_over import External, disk_hand_over
 from jaxrl_llm.rollout.host_environments import HostEnvironment
@@ -244,7 +244,7 @@ def external_engine(config: EngineConfig | None, model: Model, source: Path | No
     """The engine that a config describes; None without one."""
     if config is None:
         return None
-    engine = Engine(
+    engine = Endpoint(
         config.url,
         config.model,
         timeout_s=config.timeout_s,

@@ -51,9 +51,16 @@ def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None)
         calling = _calling(hyper, f"rewards.{name}")
         process = {key: hyper.pop(key) for key in _PROCESS if key in hyper}
         function = method(name, hyper, (rewards,), "rewards", sizes)
+        if hasattr(function, "written_view"):
+            function = renamed(function, verdict_text=f"{verdict_of(label or _label(name))}_text")
         function = _in_process(function, name, label or _label(name), f"rewards.{name}", **process)
         terms.append(Reward(function, _number(weight, f"rewards.{name}.weight"), label or _label(name), **calling))
     return tuple(terms)
+
+
+def verdict_of(reward: str) -> str:
+    """The view in which a network of the run writes its verdict for a reward of this name."""
+    return f"{reward}_verdict"
 
 
 def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] | None = None) -> tuple[Fill, ...]:

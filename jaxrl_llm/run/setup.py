@@ -41,8 +41,9 @@ from jaxrl_llm.run.configured import (
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
 from jaxrl_llm.run.problems import columns, data_sets
-from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms
+from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms, verdict_of
 from jaxrl_llm.run.sources import Feed
+from jaxrl_llm.terms import Reward, View
 from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update, make_train_step
 from jaxrl_llm.training.segments import parameter_shardings
 
@@ -174,6 +175,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         mesh, reason = like.step.composition.resources.placement.mesh, like.mesh_reason
     rewards, credit = reward_terms(config.rewards, sizes), credit_terms(config.credit, sizes)
     losses, views = loss_terms(config.losses, sizes), configured_views(config.views, sizes)
+    views |= verdict_views(rewards)
     if not isinstance(tokenizer, CharacterTokenizer):
         _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses, *views.values())])
     b1, b2 = training.adam_b1, training.adam_b2
@@ -214,6 +216,12 @@ def _update(training: TrainingConfig) -> Update:
         alignment_every_steps=training.alignment_every_steps,
         alignment_learning_rate=training.learning_rate,
     )
+
+
+def verdict_views(rewards: Sequence[Reward]) -> dict[str, View]:
+    """What networks of the run write for rewards that are their verdicts, by the name of the view."""
+    asked = {verdict_of(t.name): getattr(t.function, "written_view", None) for t in rewards}
+    return {name: View(**described, name=name) for name, described in asked.items() if described}
 
 
 def run_sizes(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from rich.console import Console
 
 from jaxrl_llm.config import Config
 from jaxrl_llm.data import DataSet, JsonlDataSet
+from jaxrl_llm.endpoints import EndpointError
 from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
-from jaxrl_llm.rollout.engine_http import EngineError
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.interruption import Abandoned, Interruption
@@ -232,7 +232,7 @@ def run_stage(
             written = None if data.written is None else run.placed(data.written(index))
             try:
                 new_state, metrics, rows = take(state, run.placed(prompts), items, written, call=run.parts.call)
-            except (RewardError, EngineError, Abandoned) as error:
+            except (RewardError, EndpointError, Abandoned) as error:
                 if unread is not None:
                     report(*unread)
                 _leave(run, error, offset + index, done, stage.name, state)

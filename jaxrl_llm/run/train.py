@@ -20,13 +20,13 @@ from rich.console import Console
 
 from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
+from jaxrl_llm.endpoints import require_model
 from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
 from jaxrl_llm.evaluation.record_files import fresh_records
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
 from jaxrl_llm.reporting.ownership import owned
-from jaxrl_llm.rollout.engine_http import require_model
 from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
@@ -77,7 +77,7 @@ def train(
       CheckpointError: resuming with another config or other data, or without a good checkpoint.
       TrainingError: when a number stops being finite.
       RewardError: when a reward function fails; the state before the failed step is saved.
-      EngineError: when an external engine fails; the state before the failed step is saved.
+      EndpointError: when an external engine fails; the state before the failed step is saved.
       StorageError: when the run directory cannot be written any more.
       PassingError: when storage or a device fails in a way that may pass; the run may be started again.
       Stopped: after SIGTERM, SIGINT or SIGHUP; the state is saved.

@@ -260,6 +260,8 @@ def read_values(
         context.numbers[f"seconds/{term.name}"] = answers.seconds
         if answers.failures or term.value_on_failure is not None:
             context.numbers[f"failures/{term.name}"] = float(answers.failures)
+        for name, value in getattr(term.function, "report", dict)().items():
+            context.numbers[f"judge/{term.name}/{name}"] = value
         for name, values in answers.values.items():
             if packed is not None:
                 found |= {f"{name}_{part}": array for part, array in packed(values, present, count).items()}

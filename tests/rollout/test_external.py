@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.endpoints import answer, require_model
 from jaxrl_llm.experience import Experience, Prompts, Source
-from jaxrl_llm.rollout import Engine, EngineError, engine_generate, generate, probe
+from jaxrl_llm.rollout import Endpoint, EndpointError, engine_generate, generate, probe
 from jaxrl_llm.rollout.completions_api import checked_completion
-from jaxrl_llm.rollout.engine_http import answer, require_model
 from jaxrl_llm.rollout.external import request_seeds
 
 VOCABULARY, EOS, PAD, STEPS, SAMPLES, STEP = 8, (1, 2), 0, 6, 3, 5
@@ -59,8 +59,8 @@ def served(rows: Experience):
     return lambda body: found[body["seed"]]
 
 
-def engine_of(server, **changes) -> Engine:
-    return Engine(**{"url": server.url, "model": "policy", "timeout_s": 20.0, "retry_wait_s": 0.0, **changes})
+def engine_of(server, **changes) -> Endpoint:
+    return Endpoint(**{"url": server.url, "model": "policy", "timeout_s": 20.0, "retry_wait_s": 0.0, **changes})
 
 
 def sampled(engine, temperature=1.0, samples=SAMPLES) -> Experience:
@@ -111,7 +111,7 @@ def test_the_key_of_an_account_is_sent(serve, expected, monkeypatch):
     sampled(engine_of(server, api_key_variable="ENGINE_KEY", concurrency=1))
     assert all(headers["Authorization"] == "Bearer secret" for _, _, headers in server.seen)
     with pytest.raises(ValueError, match=r"api_key_variable is 'NO_SUCH_KEY', which is not set"):
-        Engine("http://localhost", "policy", api_key_variable="NO_SUCH_KEY")
+        Endpoint("http://localhost", "policy", api_key_variable="NO_SUCH_KEY")
 
 
 # ---- probe ----------------------------------------------------------------------------------------------------------
@@ -160,10 +160,10 @@ def test_the_probe_refuses_other_weights(serve, model, params):
 
 def test_the_probe_names_log_probabilities_before_temperature(serve, model, params):
     with pytest.raises(
-        EngineError, match=r"processed_logprobs.*Ours before temperature differ by .* so the mode it is"
+        EndpointError, match=r"processed_logprobs.*Ours before temperature differ by .* so the mode it is"
     ):
         probed(serve(sampler(model, params, reported=1.0)), model, params)
-    with pytest.raises(EngineError) as error:
+    with pytest.raises(EndpointError) as error:
         probed(serve(sampler(model, params, temperature=2.0)), model, params)
     assert "so the mode it is" not in str(error.value)
 
@@ -177,7 +177,7 @@ def test_one_token_alone_is_enough_to_refuse(serve, model, params):
         return found
 
     server.spoil = spoil
-    with pytest.raises(EngineError, match=r"and 1 at most.*and 0.9 \(rollout.engine.probe_largest_bound\)"):
+    with pytest.raises(EndpointError, match=r"and 1 at most.*and 0.9 \(rollout.engine.probe_largest_bound\)"):
         probed(server, model, params, bound=0.5, largest_bound=0.9)
 
 
@@ -222,7 +222,7 @@ BAD_ANSWERS = {
 def test_an_answer_that_cannot_be_learned_from(serve, expected, name):
     server = serve(served(expected))
     server.spoil, message = BAD_ANSWERS[name]
-    with pytest.raises(EngineError, match=message) as error:
+    with pytest.raises(EndpointError, match=message) as error:
         sampled(engine_of(server, concurrency=1))
     assert server.url in str(error.value)
     assert "the request for prompt 7, sample 0 of step 5" in str(error.value)
@@ -239,13 +239,13 @@ def test_lengths_and_ends():
     assert checked([4, 5, 2]) == ([4, 5, 2], [-1.0] * 3, True)
     assert checked([4, 5, 6, 7]).ended is False
     assert checked([4, 5, 6, 1]).ended is True
-    with pytest.raises(EngineError, match=r"goes on for 2 tokens after end of sequence.*ignore_eos"):
+    with pytest.raises(EndpointError, match=r"goes on for 2 tokens after end of sequence.*ignore_eos"):
         checked([4, 1, 5, 1])
-    with pytest.raises(EngineError, match=r"stops after 2 of at most 4 .*'length'.*context length"):
+    with pytest.raises(EndpointError, match=r"stops after 2 of at most 4 .*'length'.*context length"):
         checked([4, 5], finish_reason="length")
-    with pytest.raises(EngineError, match=r"has 5 tokens, more than the 4"):
+    with pytest.raises(EndpointError, match=r"has 5 tokens, more than the 4"):
         checked([4, 5, 6, 7, 1])
-    with pytest.raises(EngineError, match=r"has no token ids"):
+    with pytest.raises(EndpointError, match=r"has no token ids"):
         checked([])
 
 
@@ -256,11 +256,11 @@ def test_passing_errors_are_tried_again_and_others_are_not(serve, expected):
     np.testing.assert_array_equal(rows.tokens, expected.tokens)
     assert len(server.seen) == 2 + 2 * SAMPLES
     server.statuses = [503] * 99
-    with pytest.raises(EngineError, match=r"answered the request for prompt 7, .* with HTTP 503: .*status 503"):
+    with pytest.raises(EndpointError, match=r"answered the request for prompt 7, .* with HTTP 503: .*status 503"):
         sampled(engine_of(server, retries=1, concurrency=1))
-    for status, remedy in ((400, "sizes in section rollout"), (401, "api_key_variable"), (404, "engine.model")):
+    for status, remedy in ((400, "the sizes asked for"), (401, "api_key_variable"), (404, "engine.model")):
         server.statuses, before = [status], len(server.seen)
-        with pytest.raises(EngineError, match=rf"HTTP {status}: .*status {status}.*{remedy}"):
+        with pytest.raises(EndpointError, match=rf"HTTP {status}: .*status {status}.*{remedy}"):
             answer(engine_of(server), "/v1/completions", {"seed": 0}, what="a request")
         assert len(server.seen) == before + 1
 
@@ -269,7 +269,7 @@ def test_an_engine_that_dribbles_meets_the_deadline_too(serve, expected):
     server = serve(served(expected))
     server.seconds = 0.6  # in pieces, each of which comes in time
     with pytest.raises(
-        EngineError, match=r"did not answer the request .* within 0.2 s; raise rollout.engine.timeout_s"
+        EndpointError, match=r"did not answer the request .* within 0.2 s; raise rollout.engine.timeout_s"
     ):
         sampled(engine_of(server, timeout_s=0.2, concurrency=1))
 
@@ -278,16 +278,14 @@ def test_an_engine_that_is_not_there(serve, expected):
     server = serve(served(expected))
     url = server.url
     server.server.server_close()
-    with pytest.raises(
-        EngineError, match=rf"{url}/v1/models could not be reached for .* in 2 attempts.*start the engine"
-    ):
-        require_model(Engine(url, "policy", retries=1, retry_wait_s=0.0))
+    with pytest.raises(EndpointError, match=rf"{url}/v1/models could not be reached for .* in 2 attempts.*start it"):
+        require_model(Endpoint(url, "policy", retries=1, retry_wait_s=0.0))
 
 
 def test_the_model_must_be_served(serve, expected):
     server = serve(served(expected))
     require_model(engine_of(server, url=server.url + "/v1/"))
-    with pytest.raises(EngineError, match=r"rollout.engine.model is 'another', but .* serves 'policy'"):
+    with pytest.raises(EndpointError, match=r"rollout.engine.model is 'another', but .* serves 'policy'"):
         require_model(engine_of(server, model="another"))
 
 
@@ -302,7 +300,7 @@ def test_the_model_must_be_served(serve, expected):
 )
 def test_an_engine_that_cannot_be_asked(changes, message):
     with pytest.raises(ValueError, match=message):
-        Engine(**{"url": "http://localhost:8000", "model": "policy", **changes})
+        Endpoint(**{"url": "http://localhost:8000", "model": "policy", **changes})
 
 
 def test_sizes_and_temperature_are_checked(serve, expected):

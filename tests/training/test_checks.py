@@ -13,7 +13,7 @@ from jaxrl_llm import advantages, losses
 from jaxrl_llm.experience import Selection
 from jaxrl_llm.models import ExpertsConfig, TransformerConfig, transformer
 from jaxrl_llm.parallel import make_mesh
-from jaxrl_llm.rollout import Controls, Engine, HostEnvironment, plans
+from jaxrl_llm.rollout import Controls, Endpoint, HostEnvironment, plans
 from jaxrl_llm.rollout.capabilities import CAPABILITIES, ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.hand_over import External
@@ -25,7 +25,7 @@ ROLLOUT = Rollout(samples_per_prompt=2, max_completion_tokens=6, eos_ids=(2,), p
 TURNS = dict(max_turns=2, max_turn_tokens=2, max_observation_tokens=1, end_of_turn_ids=(2,))
 INSIDE = Environment(lambda start, key: 0, lambda *turn: None, **TURNS)
 IN_PYTHON = HostEnvironment(lambda item: 0, lambda *turn: None, workers=1, **TURNS)
-ENGINE = External(Engine("http://localhost:1", "policy"))
+ENGINE = External(Endpoint("http://localhost:1", "policy"))
 TEXT = Resources(decode=str, encode=lambda text: [])
 EXPERTS = transformer(
     TransformerConfig(vocabulary_size=16, width=16, layers=1, heads=2, kv_heads=1, experts=ExpertsConfig(2, 1))

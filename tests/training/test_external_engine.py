@@ -22,7 +22,7 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import KeyUse, Prompts
 from jaxrl_llm.losses import importance_weight
 from jaxrl_llm.models import load_model
-from jaxrl_llm.rollout import Engine, EngineError, generate, plans
+from jaxrl_llm.rollout import Endpoint, EndpointError, generate, plans
 from jaxrl_llm.rollout.external import request_seeds
 from jaxrl_llm.rollout.hand_over import External, disk_hand_over
 from jaxrl_llm.run.explain import stages
@@ -81,7 +81,7 @@ def served(serve, bigram, make_prompts):
     table = TableEngine(bigram, prompts, jax.random.fold_in(key, KeyUse.ROLLOUT))
     server = serve(table)
     external = External(
-        Engine(server.url, "policy", timeout_s=30.0, retries=0), table.hand_over, probe_prompts=2, probe_bound=1e-4
+        Endpoint(server.url, "policy", timeout_s=30.0, retries=0), table.hand_over, probe_prompts=2, probe_bound=1e-4
     )
     return SimpleNamespace(prompts=prompts, key=key, table=table, server=server, external=external)
 
@@ -153,7 +153,7 @@ def test_the_probe_speaks_before_the_first_update_and_again(served, bigram):
     step = composed(bigram, engine=external)
     state = step.init(served.key)
     for _ in range(2):
-        with pytest.raises(EngineError, match=r"weights were not handed over"):
+        with pytest.raises(EndpointError, match=r"weights were not handed over"):
             step.run(state, served.prompts)
     assert not state.params["scores"].is_deleted(), "no update was made"
 
@@ -171,7 +171,7 @@ WIDTHS = {"max_completion_tokens": 5, "pad_id": 0}
     ],
 )
 def test_what_an_engine_does_not_do_is_refused(bigram, plan, capability):
-    external = External(Engine("http://localhost:1", "policy"))
+    external = External(Endpoint("http://localhost:1", "policy"))
     with pytest.raises(ValueError, match=rf"rollout.plan needs .* \({capability}\), which rollout.engine does not"):
         composed(bigram, engine=external, plan=plan)
 
@@ -180,7 +180,7 @@ def test_a_greedy_baseline_is_refused(bigram):
     credit = [("advantages", lambda rewards, baseline_rewards: rewards - baseline_rewards)]
     message = r"the greedy baseline \('baseline_rewards'\) needs .* \(temperatures\), which rollout.engine does not"
     with pytest.raises(ValueError, match=message):
-        composed(bigram, engine=External(Engine("http://localhost:1", "policy")), credit=credit)
+        composed(bigram, engine=External(Endpoint("http://localhost:1", "policy")), credit=credit)
 
 
 # ---- a whole run ----------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_weights_go_through_the_disk(serve, model, tmp_path):
         read.append(load_model(body["args"][0]["path"])[1])
 
     server.routes = {"/load": load, "/flush": lambda body: {"success": True}}
-    engine = Engine(server.url, "policy", retries=0)
+    engine = Endpoint(server.url, "policy", retries=0)
     body = {"method": "reload", "args": [{"path": "{directory}"}]}
     hand_over = disk_hand_over(engine, model, tmp_path / "out", path="/load", body=body, then=("/flush",))
     (tmp_path / "out" / "policy-notes").mkdir(parents=True)
@@ -272,13 +272,13 @@ def test_weights_go_through_the_disk(serve, model, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["policy-00000004", "policy-notes"]
     assert [path for path, _, _ in server.seen] == ["/load", "/flush"] * 3
     server.routes["/flush"] = lambda body: {"success": False, "message": "busy"}
-    with pytest.raises(EngineError, match=r"/flush could not take .*policy-00000005: 'busy'"):
+    with pytest.raises(EndpointError, match=r"/flush could not take .*policy-00000005: 'busy'"):
         hand_over(params, 5)
 
 
 def test_a_model_of_ones_own_is_not_exported(bigram, tmp_path):
     with pytest.raises(ValueError, match=r"weights_directory is set, but a model of one's own cannot be exported"):
-        disk_hand_over(Engine("http://localhost:1", "policy"), bigram, tmp_path, path="/load", body={})
+        disk_hand_over(Endpoint("http://localhost:1", "policy"), bigram, tmp_path, path="/load", body={})
 
 
 @pytest.mark.slow
@@ -292,7 +292,9 @@ def test_a_run_hands_its_weights_over_and_is_resumed_after_the_engine_failed(run
         return run_config.engine.load(body)
 
     server.routes["/update_weights_from_disk"] = broken
-    with pytest.raises(EngineError, match=r"could not take .*'out of memory'.* The state before step 2 is saved: mend"):
+    with pytest.raises(
+        EndpointError, match=r"could not take .*'out of memory'.* The state before step 2 is saved: mend"
+    ):
         train(config, console=shown)
     server.routes["/update_weights_from_disk"] = run_config.engine.load
     train(config, resume=True, console=shown)
@@ -312,7 +314,7 @@ def test_a_run_hands_its_weights_over_and_is_resumed_after_the_engine_failed(run
 
 def test_a_run_does_not_start_without_the_engine(run_config):
     run_config.tree["rollout"]["engine"]["model"] = "another"
-    with pytest.raises(EngineError, match=r"rollout.engine.model is 'another', but .* serves 'policy'"):
+    with pytest.raises(EndpointError, match=r"rollout.engine.model is 'another', but .* serves 'policy'"):
         train(parse_config(run_config.tree), console=Console(file=io.StringIO()))
     assert not Path(run_config.tree["run_dir"]).exists()
 

@@ -12,7 +12,7 @@ from jaxrl_llm.advantages import group_normalized
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.losses import clipped_surrogate
 from jaxrl_llm.rewards import episode_reward
-from jaxrl_llm.rollout import Engine, HostEnvironment, plans
+from jaxrl_llm.rollout import Endpoint, HostEnvironment, plans
 from jaxrl_llm.rollout.hand_over import External
 from jaxrl_llm.training import Resources, Rollout, make_train_step
 from jaxrl_llm.training.reading import item_numbers
@@ -135,7 +135,7 @@ def test_a_round_of_conversations_is_about_its_own_items(make_bigram):
     "sampling, message",
     [
         ({"off_policy_steps": 1}, r"off_policy_steps needs .*\(ahead\), which the environment in Python"),
-        ({"engine": External(Engine("http://localhost:1", "policy"))}, r"\(conversations\), which rollout.engine"),
+        ({"engine": External(Endpoint("http://localhost:1", "policy"))}, r"\(conversations\), which rollout.engine"),
     ],
 )
 def test_what_an_environment_in_python_cannot_go_with(make_bigram, sampling, message):
@@ -156,7 +156,7 @@ def test_a_temperature_of_its_own_is_not_left_out_in_silence(make_bigram, place)
     inner = plans.plain(samples_per_prompt=SAMPLES)
     plan = plans.mixed_temperature(inner, samples_per_prompt=SAMPLES, prompt_share=0.5, temperature=1.5)
     where = (
-        {"engine": External(Engine("http://localhost:1", "policy"))}
+        {"engine": External(Endpoint("http://localhost:1", "policy"))}
         if place == "an engine"
         else {"environment": talking([])}
     )

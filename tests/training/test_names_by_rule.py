@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.experience import Sequences
-from jaxrl_llm.rollout import Engine
+from jaxrl_llm.rollout import Endpoint
 from jaxrl_llm.rollout.controls import Controls
 from jaxrl_llm.rollout.hand_over import External
 from jaxrl_llm.training import Network, Resources, Rollout, make_train_step
@@ -64,7 +64,7 @@ def test_a_view_is_made_of_what_credit_has_filled(bigram, make_prompts):
 
 
 def test_an_engine_samples_the_whole_vocabulary(bigram):
-    engine = External(Engine("http://localhost:1", "policy"))
+    engine = External(Endpoint("http://localhost:1", "policy"))
     sampled = {"engine": engine, "truncation": Controls(top_k=4)}
     with pytest.raises(ValueError, match=r"which rollout\.engine does not offer; leave rollout\.truncation out"):
         composed(bigram, sampled=sampled.items())

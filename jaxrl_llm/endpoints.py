@@ -1,4 +1,7 @@
-"""Where an engine in another process is, and one exchange with it: a deadline, retries, errors that say what to do."""
+"""Where a model in another process is, and one exchange with it: a deadline, retries, errors that say what to do.
+
+Sampling engines (`rollout.engine`) and judges are asked through it.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ _PASSING = frozenset({429, 500, 502, 503, 504})
 _EXCERPT = 300
 
 
-class EngineError(ValueError):
-    """An engine did not answer, or not with what training needs; the message names request, address and remedy."""
+class EndpointError(ValueError):
+    """An endpoint did not answer, or not with what is needed; the message names request, address and remedy."""
 
 
 @dataclass(frozen=True)
-class Engine:
-    """Where an engine is and how it is asked.
+class Endpoint:
+    """Where a model is served and how it is asked.
 
     Attributes:
       url: its root, such as http://localhost:8000; an ending /v1 is dropped.
@@ -33,7 +36,8 @@ class Engine:
       retries: further attempts after a failed connection or a passing HTTP status.
       retry_wait_s: pause before the first of them in seconds; each next one is twice as long.
       api_key_variable: environment variable that holds the key; None sends none.
-      request: further fields of every request, for what one engine alone understands.
+      request: further fields of every request, for what one server alone understands.
+      where: the section of the config that describes it, for messages.
     """
 
     url: str
@@ -44,19 +48,20 @@ class Engine:
     retry_wait_s: float = 0.5
     api_key_variable: str | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
+    where: str = "rollout.engine"
 
     def __post_init__(self):
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"rollout.engine.url is {self.url!r}; write its root, such as http://localhost:8000")
+            raise ValueError(f"{self.where}.url is {self.url!r}; write its root, such as http://localhost:8000")
         for name, least in (("concurrency", 1), ("retries", 0), ("retry_wait_s", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"rollout.engine.{name} is {getattr(self, name)}; it must be at least {least}")
+                raise ValueError(f"{self.where}.{name} is {getattr(self, name)}; it must be at least {least}")
         if not self.timeout_s > 0:
-            raise ValueError(f"rollout.engine.timeout_s is {self.timeout_s}; it must be above 0")
+            raise ValueError(f"{self.where}.timeout_s is {self.timeout_s}; it must be above 0")
         if self.api_key_variable and self.api_key_variable not in os.environ:
             raise ValueError(
-                f"rollout.engine.api_key_variable is {self.api_key_variable!r}, which is not set in the environment; "
+                f"{self.where}.api_key_variable is {self.api_key_variable!r}, which is not set in the environment; "
                 "export it, or leave the field out"
             )
 
@@ -65,11 +70,11 @@ class Engine:
         return f"{self.url.rstrip('/').removesuffix('/v1')}/{path.lstrip('/')}"
 
 
-def answer(engine: Engine, path: str, body: Mapping[str, Any] | None = None, *, what: str) -> Any:
+def answer(engine: Endpoint, path: str, body: Mapping[str, Any] | None = None, *, what: str) -> Any:
     """The JSON that an engine answers: to a POST of `body`, or a GET without one. None where the answer is empty.
 
     Raises:
-      EngineError: no connection or a passing HTTP status after all attempts, another HTTP status, no answer within
+      EndpointError: no connection or a passing HTTP status after all attempts, another HTTP status, no answer within
         `timeout_s`, or no JSON.
     """
     address, wait = engine.address(path), engine.retry_wait_s
@@ -78,52 +83,52 @@ def answer(engine: Engine, path: str, body: Mapping[str, Any] | None = None, *, 
         try:
             status, content = _exchanged(engine, address, body)
         except TimeoutError:
-            raise EngineError(
-                f"{address} did not answer {what} within {engine.timeout_s:g} s; raise rollout.engine.timeout_s, or "
-                "lower rollout.engine.concurrency where requests wait for each other"
+            raise EndpointError(
+                f"{address} did not answer {what} within {engine.timeout_s:g} s; raise {engine.where}.timeout_s, or "
+                f"lower {engine.where}.concurrency where requests wait for each other"
             ) from None
         except (OSError, http.client.HTTPException) as error:
             if last:
-                raise EngineError(
+                raise EndpointError(
                     f"{address} could not be reached for {what} in {engine.retries + 1} attempts "
-                    f"({type(error).__name__}: {error}); start the engine, or correct rollout.engine.url"
+                    f"({type(error).__name__}: {error}); start it, or correct {engine.where}.url"
                 ) from None
         else:
             if status == http.HTTPStatus.OK:
-                return _json(content, address, what)
+                return _json(engine, content, address, what)
             if last or status not in _PASSING:
-                raise EngineError(
+                raise EndpointError(
                     f"{address} answered {what} with HTTP {status}: {content[:_EXCERPT].decode(errors='replace')!r}; "
-                    f"{_remedy(status)}"
+                    f"{_remedy(engine, status)}"
                 )
         time.sleep(wait)
         wait *= 2
     raise AssertionError("the last attempt returns or raises")
 
 
-def _json(content: bytes, address: str, what: str) -> Any:
+def _json(engine: Endpoint, content: bytes, address: str, what: str) -> Any:
     if not content.strip():
         return None
     try:
         return json.loads(content)
     except ValueError:
-        raise EngineError(
+        raise EndpointError(
             f"{address} answered {what} with no JSON: {content[:_EXCERPT].decode(errors='replace')!r}; check that "
-            "rollout.engine.url is the engine's"
+            f"{engine.where}.url is the server's"
         ) from None
 
 
-def _remedy(status: int) -> str:
+def _remedy(engine: Endpoint, status: int) -> str:
     if status in (401, 403):
-        return "set rollout.engine.api_key_variable"
+        return f"set {engine.where}.api_key_variable"
     if status == 404:
-        return "check rollout.engine.model, and that the engine was started with this address enabled"
+        return f"check {engine.where}.model, and that the server was started with this address enabled"
     if status in _PASSING:
-        return "the engine's log says why; lower rollout.engine.concurrency where it is overloaded"
-    return "check the sizes in section rollout against the engine's limits, and rollout.engine.request"
+        return f"the server's log says why; lower {engine.where}.concurrency where it is overloaded"
+    return f"check the sizes asked for against the server's limits, and {engine.where}.request"
 
 
-def _exchanged(engine: Engine, address: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
+def _exchanged(engine: Endpoint, address: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
     """Status and content of one exchange, within the deadline as a whole and not only between two bytes."""
     until = time.monotonic() + engine.timeout_s
 
@@ -158,13 +163,13 @@ def _exchanged(engine: Engine, address: str, body: Mapping[str, Any] | None) -> 
         connection.close()
 
 
-def require_model(engine: Engine) -> None:
-    """Raise EngineError unless the engine is there and serves the model."""
+def require_model(engine: Endpoint) -> None:
+    """Raise EndpointError unless the engine is there and serves the model."""
     listed = answer(engine, "/v1/models", what="the list of its models")
     entries = listed.get("data", []) if isinstance(listed, Mapping) else []
     names = [entry.get("id") for entry in entries if isinstance(entry, Mapping)]
     if engine.model not in names:
-        raise EngineError(
-            f"rollout.engine.model is {engine.model!r}, but {engine.address('/v1/models')} serves "
+        raise EndpointError(
+            f"{engine.where}.model is {engine.model!r}, but {engine.address('/v1/models')} serves "
             f"{', '.join(map(repr, names)) or 'no model'}; name one of them"
         )

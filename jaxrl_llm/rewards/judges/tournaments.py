@@ -1,0 +1,196 @@
+"""Ranking the samples of a group by matches between pairs of them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from jaxrl_llm.ranges import ranged
+from jaxrl_llm.rewards.judges.asked import Judge, is_number, parsed_object
+from jaxrl_llm.rewards.judges.ratings import asked_judge, require_fields
+
+Scheme = Literal["single_elimination", "round_robin", "anchor", "swiss"]
+# (pairs of one round) -> (points of the first, points of the second) of each.
+Play = Callable[[Sequence[tuple[int, int]]], list[tuple[float, float]]]
+MATCH = (
+    "Compare two answers to the problem below and give each points from 0 (worst) to 10 (best).\n\n"
+    "Problem:\n{prompt}\n\nFirst answer:\n{first}\n\nSecond answer:\n{second}\n\n"
+    'Reply with a JSON object and nothing else: {{"first": <points>, "second": <points>}}'
+)
+
+
+def tournament_rewards(size: int, play: Play, *, scheme: Scheme = "single_elimination") -> tuple[list[float], int]:
+    """(reward in [0, 1] of each of `size` samples, number of matches).
+
+        round_robin         everybody plays everybody; win 1, tie 1/2; reward (m - rank) / (m - 1), m the last rank
+        anchor              everybody plays sample 0, and is ranked by its points there
+        single_elimination  an anchor round seeds a bracket; reward 1 - position / (size - 1)
+        swiss               ceil(log2 size) rounds of players with like points; ties are broken by the opponents' points
+
+    In the bracket seeds 1 and 2 meet last where size is a power of two; an odd last player advances and stands first in
+    the next round; the player who stands first wins a tie.
+
+    Args:
+      size: samples of a group, at least 2.
+      play: plays the matches of a round.
+      scheme: as above.
+
+    Raises:
+      ValueError: for fewer than two samples, or an unknown scheme.
+
+    Reference: ArenaRL (2601.06487).
+    Certainty: verified
+    """
+    if size < 2:
+        raise ValueError(f"a tournament has {size} players; sample at least 2 completions of a prompt")
+    if scheme not in get_args(Scheme):
+        raise ValueError(f"scheme is {scheme!r}; it must be one of {', '.join(get_args(Scheme))}")
+    played = 0
+
+    def counted(pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+        nonlocal played
+        played += len(pairs)
+        return play(pairs)
+
+    if scheme == "round_robin":
+        pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
+        points = np.zeros(size)
+        for (i, j), (one, two) in zip(pairs, counted(pairs), strict=True):
+            points[i] += (one > two) + (one == two) / 2
+            points[j] += (two > one) + (one == two) / 2
+        return _by_rank(points), played
+    if scheme == "swiss":
+        return _swiss(size, counted), played
+    anchored = counted([(0, other) for other in range(1, size)])
+    points = np.array([np.mean([one for one, _ in anchored]), *(two for _, two in anchored)])
+    if scheme == "anchor":
+        return _by_rank(points), played
+    order = _bracket(points, counted)
+    return [1 - order.index(player) / (size - 1) for player in range(size)], played
+
+
+def _by_rank(points: np.ndarray) -> list[float]:
+    rank = 1 + (points[None] > points[:, None]).sum(1)
+    last = int(rank.max())
+    return [0.0] * len(points) if last == 1 else [float((last - r) / (last - 1)) for r in rank]
+
+
+def _bracket(first: np.ndarray, play: Play) -> list[int]:
+    """Players in their final order."""
+    points: dict[int, list[float]] = {player: [float(value)] for player, value in enumerate(first)}
+    mean = lambda player: float(np.mean(points[player]))  # noqa: E731
+    seeds = sorted(points, key=lambda player: -mean(player))
+    places, size = [0], 1
+    while size < len(seeds):
+        size *= 2
+        places = [place for i in places for place in (i, size - 1 - i)]
+    players = [seeds[place] for place in places if place < len(seeds)]
+    out: list[list[int]] = []
+    while len(players) > 1:
+        pairs = list(zip(players[::2], players[1::2], strict=False))
+        winners, losers = [], []
+        for (i, j), (one, two) in zip(pairs, play(pairs), strict=True):
+            points[i].append(one)
+            points[j].append(two)
+            winners.append(i if one >= two else j)
+            losers.append(j if one >= two else i)
+        players = ([players[-1]] if len(players) % 2 else []) + winners
+        out.append(losers)
+    return players + [player for losers in reversed(out) for player in sorted(losers, key=lambda p: -mean(p))]
+
+
+def _swiss(size: int, play: Play) -> list[float]:
+    points, met = np.zeros(size), defaultdict(set)
+    for _ in range(math.ceil(math.log2(size))):
+        waiting = sorted(range(size), key=lambda player: -points[player])
+        pairs = []
+        while len(waiting) > 1:
+            one = waiting.pop(0)
+            place = next((n for n, other in enumerate(waiting) if other not in met[one]), 0)
+            pairs.append((one, waiting.pop(place)))
+        if waiting:  # it is left over, and wins
+            points[waiting[0]] += 1
+        for (i, j), (one, two) in zip(pairs, play(pairs), strict=True):
+            points[i] += (one > two) + (one == two) / 2
+            points[j] += (two > one) + (one == two) / 2
+            met[i].add(j)
+            met[j].add(i)
+    opponents = np.array([sum(points[other] for other in met[player]) for player in range(size)])
+    return _by_rank(points + opponents / (1 + size * size))
+
+
+def preference_of(first_wins: float, swapped_first_wins: float) -> float:
+    """P(A beats B) from both orders of presentation: ( P(first wins | A, B) + 1 - P(first wins | B, A) ) / 2.
+
+    >>> preference_of(0.8, 0.3)
+    0.75
+
+    Reference: LLM as a judge (2306.05685).
+    Certainty: recalled
+    """
+    return (first_wins + 1 - swapped_first_wins) / 2
+
+
+@ranged
+def judge_tournament(
+    *, judge: Mapping[str, Any] | Judge, scheme: Scheme = "single_elimination", template: str = MATCH
+) -> Callable[..., list[float | None]]:
+    """A judge compares samples of the same prompt in pairs; the reward is the place in the tournament.
+
+    Each match is asked for in both orders, and the points of both are added; an answer that cannot be read counts 5 for
+    both sides. Matches of one round, of all groups, are asked for at once.
+
+    Args:
+      judge: as in `judge_rating`.
+      scheme: as in `tournament_rewards`.
+      template: question, with {prompt}, {first}, {second}.
+
+    Returns:
+      A reading of (prompts, completions, group). A sample without another one in its group has no reward.
+
+    Raises:
+      ValueError: for an unknown scheme, or a template with other fields.
+
+    Reference: ArenaRL (2601.06487).
+    Certainty: verified
+    """
+    if scheme not in get_args(Scheme):
+        raise ValueError(f"scheme is {scheme!r}; it must be one of {', '.join(get_args(Scheme))}")
+    asked = asked_judge(judge, 1)
+    require_fields(template, {"prompt", "first", "second"})
+
+    def points(text: str) -> tuple[float, float]:
+        found = parsed_object(text) or {}
+        one, two = found.get("first"), found.get("second")
+        if not (is_number(one) and is_number(two) and 0 <= one <= 10 and 0 <= two <= 10):
+            return 5.0, 5.0
+        return float(one), float(two)
+
+    def judged(prompts: Sequence[str], completions: Sequence[str], group: Sequence[int]) -> list[float | None]:
+        members: dict[int, list[int]] = defaultdict(list)
+        for row, number in enumerate(group):
+            members[int(number)].append(row)
+
+        def play(rows: Sequence[int], pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+            questions = [
+                template.format(prompt=prompts[rows[0]], first=completions[rows[i]], second=completions[rows[j]])
+                for pair in pairs
+                for i, j in (pair, pair[::-1])
+            ]
+            said = [one for (one,) in asked.ask_all(questions, points)]
+            return [(a[0] + b[1], a[1] + b[0]) for a, b in zip(said[::2], said[1::2], strict=True)]
+
+        rewards: list[float | None] = [None] * len(completions)
+        for rows in members.values():
+            if len(rows) > 1:
+                found, _ = tournament_rewards(len(rows), lambda pairs, rows=rows: play(rows, pairs), scheme=scheme)
+                for row, reward in zip(rows, found, strict=True):
+                    rewards[row] = reward
+        return rewards
+
+    judged.report = asked.report  # type: ignore[attr-defined]
+    return judged
