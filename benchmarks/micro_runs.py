@@ -49,7 +49,7 @@ from rich.table import Table
 CHECKOUT = Path(__file__).parents[1]
 sys.path.insert(0, str(CHECKOUT))  # the package beside this file, whatever is installed
 CONFIGS = CHECKOUT / "configs"
-OTHERS = ("demo", "countdown", "grid", "calculator", "self_correction")
+OTHERS = ("demo", "lengths", "competing_rewards", "countdown", "grid", "calculator", "self_correction")
 STEPS, LEARNING_RATE = 3, 0.002
 
 
@@ -68,6 +68,7 @@ class Micro(NamedTuple):
 
 MICRO = {
     "addition": Micro({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
+    "chain": Micro({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
     "calculator": Micro({"levels": [1]}, 15, 32, turn=16, warm_start=240),
     "countdown": Micro({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8, warm_start=80),
     "grid": Micro({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
@@ -122,7 +123,7 @@ def _number(path: Path) -> int:
 
 def recipes() -> dict[str, Path]:
     """Everything that is run, by name; a config that has the name of a method's recipe is told apart."""
-    found = {path.stem: path for path in sorted((CONFIGS / "methods").glob("*.yaml"))}
+    found = {path.stem: path for path in sorted((CONFIGS / "methods").rglob("*.yaml"))}
     found = {name: path for name, path in found.items() if config_tree(path).get("about", {}).get("paper")}
     return found | {f"configs/{name}": CONFIGS / f"{name}.yaml" for name in OTHERS}
 

@@ -27,6 +27,7 @@ ROOMS = (
     "data",
     "evaluation",
     "parallel",
+    "sandbox",
 )
 
 

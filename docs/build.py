@@ -1,7 +1,7 @@
 """Writes the generated pages of docs/: python docs/build.py. Tests hold that they are up to date.
 
-docs/methods.md comes from docstrings and recipes; `reference` has docs/fields.md and the tables
-of docs/engine.md and docs/models.md.
+docs/methods.md comes from docstrings and recipes; `gallery` has docs/gallery.md, `reference` has docs/fields.md and the
+tables of docs/engine.md and docs/models.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import api
 import config_reference
+import gallery
 import reference
 import yaml
 from blocks import escaped, markdown, markdown_table
@@ -39,7 +40,7 @@ INTRODUCTION = """\
 Every published method that a recipe can name, written by `python docs/build.py` from the docstrings and from
 `configs/methods/`; do not edit it. `jaxrl methods` shows the same in a terminal, and `jaxrl train NAME` trains with a
 shipped recipe. A method is one function: its positional parameters are data that the step provides, its keyword-only
-parameters are the hyper-parameters of a recipe's entry.
+parameters are the hyper-parameters of a recipe's entry. [gallery.md](gallery.md) shows what each recipe moves.
 
 **Certainty.** *verified*: the formula was read in running code or checked against it. *recalled*: from knowledge of
 the paper, without code at hand. *reconstructed*: from abstracts and second-hand descriptions; the text says what may
@@ -70,7 +71,7 @@ def method_section(entry: dict[str, Any], used: Sequence[dict[str, Any]]) -> str
     """One function: what it is, its formulas, its reference, what it needs, and the recipes that name it."""
     described = catalogue.described(entry["name"])
     function = getattr(catalogue.ROOMS[entry["room"]], entry["name"])
-    code = frozenset(inspect.signature(function).parameters) - {"alpha", "beta", "gamma", "lam", "eps", "mask"}
+    code = frozenset(inspect.signature(function).parameters) - gallery.GREEK
     parts = [f"#### {entry['name']}"]
     for paragraph in catalogue.paragraphs(described["doc"]):
         try:
@@ -95,7 +96,8 @@ def method_section(entry: dict[str, Any], used: Sequence[dict[str, Any]]) -> str
 
 def recipe_link(name: str) -> str:
     """A link to a recipe's file."""
-    return f"[{name}](../configs/methods/{name}.yaml)"
+    path = shipped.recipe_path(name).relative_to(shipped.recipe_directory())
+    return f"[{name}](../configs/methods/{path})"
 
 
 def one_line(value: Any) -> str:
@@ -179,8 +181,10 @@ def main() -> int:
         reference.MODELS_PAGE: reference.models_page,
     }
     pages |= {config_reference.CONFIG_PAGE: config_reference.config_page, api.API_PAGE: api.api_page}
-    for path, made in pages.items():
-        path.write_text(made())
+    pages |= {gallery.GALLERY_PAGE: gallery.gallery_page}
+    written = {path: made() for path, made in pages.items()} | gallery.drawings()
+    for path, text in written.items():
+        path.write_text(text)
         print(path)
     return 0
 

@@ -44,6 +44,7 @@ TOP = {
     "task": "a built-in task",
     "networks": "networks beside the policy, by name",
     "about": "what the recipe stands for; shown by `jaxrl methods`",
+    "shows": "what a user should see move, by metric: `{correct_share: rises, completion_tokens: falls}`",
 }
 
 

@@ -58,9 +58,11 @@ _HELPERS = re.compile(
     r"predicted_entropy_change|row_uniforms|row_weight|soft_minimum|taken_turns|token_share|weighted_sum"
 )
 # Stand for the sizes that a run fills keywords with.
-_SIZES = dict.fromkeys(
-    ("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step", "total_steps"), 2
-)
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step"), 2),
+    **dict.fromkeys(("total_steps", "seed", "prompt_ids"), 2),
+    "reward_names": (),
+}
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 
 
@@ -141,12 +143,14 @@ def _entry(name: str, room: str, function: Any) -> dict[str, Any]:
 
 
 def recipes() -> list[dict[str, Any]]:
-    """One entry a recipe of a published method: name, paper, arxiv, stage, certainty, functions, needs.
+    """One entry a recipe of a published method: name, family (its folder), task, shows, paper, arxiv, stage,
+    certainty, functions, needs.
 
     Raises:
       ValueError: for a recipe that names what does not exist, with its file.
     """
-    return [_recipe(file, tree) for file in _recipe_files() if (tree := read_tree(file)).get("about", {}).get("paper")]
+    trees = {file: read_tree(file) for file in shipped.method_files()}
+    return [_recipe(file, tree) for file, tree in trees.items() if tree.get("about", {}).get("paper")]
 
 
 def recipes_with(function: str) -> list[str]:
@@ -237,10 +241,6 @@ def needs(functions: Iterable[Any], provided: Iterable[str] = ()) -> list[str]:
     return [need for need in EVERY_NEED if need in found]
 
 
-def _recipe_files() -> list[Path]:
-    return sorted(shipped.recipe_directory().glob("*.yaml"))
-
-
 def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
     about = tree["about"]
     functions: list[Any] = []
@@ -262,6 +262,9 @@ def _recipe(file: Path, tree: dict[str, Any]) -> dict[str, Any]:
     asked = {*needs(functions, filled), *(need for part in parts for need in _config_needs(part))}
     return {
         "name": file.stem,
+        "family": file.parent.relative_to(shipped.recipe_directory()).as_posix(),
+        "task": (tree.get("task") or {}).get("name", ""),
+        "shows": tree.get("shows") or {},
         "paper": str(about["paper"]),
         "arxiv": str(about.get("arxiv") or ""),
         "stage": str(about.get("stage") or ""),

@@ -27,14 +27,18 @@ def recipe_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "configs" / "methods"
 
 
+def method_files() -> list[Path]:
+    """The recipes of published methods, which lie in folders by family, and what they extend."""
+    return sorted(recipe_directory().rglob("*.yaml"), key=lambda file: file.stem)
+
+
 def recipe_path(name: str) -> Path:
     """The file of a shipped recipe: of a published method, or another one such as demo.
 
     Raises:
       ValueError: for an unknown name, with the nearest known one.
     """
-    folder = recipe_directory()
-    files = {file.stem: file for place in (folder.parent, folder) for file in place.glob("*.yaml")}
+    files = {file.stem: file for file in (*recipe_directory().parent.glob("*.yaml"), *method_files())}
     if name not in files:
         raise ValueError(f"there is no recipe {name!r}; {nearest(name, files)} (or give the path of a YAML file)")
     return files[name]

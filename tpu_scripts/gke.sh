@@ -15,7 +15,9 @@
 #   --project P, --location R (of the cluster), and --cluster C (but for create, setup and --whole-cluster)
 # create:   --zone Z of the TPUs, --tpu v4|v5e|v5p|v6e|tpu7x, --topology 4x4 or 2x2x4, --slices N (default 1)
 # run:      --tpu, --topology, --slices and --spot as created, --image, --bucket B: gs://B is /mnt/jaxrl in the pods,
-#           --max-restarts N (default 20), --grace SECONDS between SIGTERM and the end (default 30)
+#           --max-restarts N (default 20), --grace SECONDS between SIGTERM and the end (default 30),
+#           --in-place: a process that ended with status 75 is started again in its pod, without new pods (Kubernetes
+#           1.35 or later; kubelet waits longer each time, up to 5 minutes, and --max-restarts does not count it)
 # resume:   a preempted host needs none: the JobSet starts all hosts again by itself, up to --max-restarts times.
 #           A JobSet that failed is deleted and submitted again, which needs --yes-delete NAME.
 #
@@ -24,7 +26,8 @@
 #
 # What it costs (create): a node pool costs while it has nodes, and the cluster has a fee of its own.
 #   (nothing said)            on demand: the full price until the cluster is deleted, idle or not
-#   --spot                    cheaper by a half or more, and taken away at any time; GKE gives pods 15 s to save
+#   --spot                    cheaper by a half or more, and taken away at any time; GKE gives pods 15 s to save, or
+#                             with --grace 120 (at most; GKE 1.35 or later) 105 s, which `run --grace 105` makes use of
 #   --reservation R           reserved capacity
 #   --flex                    Flex-start: waits for cheaper capacity, up to 7 days of it; implies --autoscale
 #   --autoscale               nodes only while a run needs them
@@ -34,10 +37,12 @@ set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-JOBSET=https://github.com/kubernetes-sigs/jobset/releases/download/v0.10.1/manifests.yaml
+JOBSET=https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml
 PLACE='project= location= cluster='
 SLICE='tpu= topology= slices='
-RUN="$SLICE image= bucket= max-restarts= grace= spot"
+RUN="$SLICE image= bucket= max-restarts= grace= spot in-place"
+# Of the time that a Spot node has, the system's own pods get so many seconds, after the others.
+SYSTEM_SECONDS=15
 
 kube() { run kubectl "--context=gke_${PROJECT}_${LOCATION}_$CLUSTER" "$@"; }
 
@@ -49,15 +54,29 @@ check_slice() {
   machine_type "$TPU" >/dev/null
   HOSTS=$(hosts_of "$TOPOLOGY")
   SLICES=${SLICES:-1}
+  ((SLICES == 1 || HOSTS > 1)) ||
+    die "--slices is $SLICES, but $TOPOLOGY is one host: GKE joins slices of several hosts only; take a larger topology"
+}
+
+# policies: the workload policies that `create` has made for the cluster, with their regions.
+policies() {
+  asked gcloud compute resource-policies list "--project=$PROJECT" "--filter=name ~ ^$CLUSTER-[0-9x]+\$" \
+    '--format=value(name,region.basename())' || true
 }
 
 verb_create() {
-  options "$PLACE $SLICE zone= spot reservation= flex autoscale" "$@"
+  options "$PLACE $SLICE zone= spot reservation= flex autoscale grace=" "$@"
   CLUSTER=${CLUSTER:-$NAME}
   check_slice
   need zone
+  need_number grace
   one_of spot reservation flex
-  local place=("--cluster=$CLUSTER" "--location=$LOCATION" "--project=$PROJECT") slice pool policy words
+  if [[ -n $GRACE ]]; then
+    [[ -n $SPOT ]] || die "--grace goes with --spot; other nodes give pods what \`gke.sh run --grace\` asks for"
+    ((GRACE > SYSTEM_SECONDS && GRACE <= 120)) ||
+      die "--grace is $GRACE; a Spot node has at most 120 s, of which the system's pods get $SYSTEM_SECONDS"
+  fi
+  local place=("--cluster=$CLUSTER" "--location=$LOCATION" "--project=$PROJECT") slice pool policy words system
   if asked gcloud container clusters describe "$CLUSTER" "${place[@]:1}" '--format=value(status)' >/dev/null; then
     say "the cluster $CLUSTER exists already"
   else
@@ -75,7 +94,7 @@ verb_create() {
       fi
       words+=("--placement-policy=$policy")
     fi
-  else
+  elif ((HOSTS > 1)); then # of a pool of single hosts the machine type says it all
     words+=("--tpu-topology=$TOPOLOGY")
   fi
   if [[ -n $AUTOSCALE || -n $FLEX ]]; then
@@ -86,6 +105,13 @@ verb_create() {
   [[ -z $SPOT ]] || words+=(--spot)
   [[ -z $FLEX ]] || words+=(--flex-start --reservation-affinity=none)
   [[ -z $RESERVATION ]] || words+=(--reservation-affinity=specific "--reservation=$RESERVATION")
+  if [[ -n $GRACE ]]; then
+    system=$(mktemp -t node-XXXXXX)
+    printf 'kubeletConfig:\n  shutdownGracePeriodSeconds: %s\n  shutdownGracePeriodCriticalPodsSeconds: %s\n' \
+      "$GRACE" "$SYSTEM_SECONDS" >"$system"
+    words+=("--system-config-from-file=$system")
+    if ((DRY_RUN)); then cat "$system"; fi
+  fi
   for ((slice = 0; slice < SLICES; slice++)); do
     pool=$TPU-$TOPOLOGY-$slice
     if asked gcloud container node-pools describe "$pool" "${place[@]}" '--format=value(status)' >/dev/null; then
@@ -94,12 +120,14 @@ verb_create() {
       run gcloud container node-pools create "$pool" "${place[@]}" "${words[@]}"
     fi
   done
+  [[ -z $GRACE ]] || rm -f "$system"
 }
 
 verb_setup() {
   options "$PLACE image= bucket=" "$@"
   CLUSTER=${CLUSTER:-$NAME}
   need project location image bucket
+  tools gcloud kubectl docker
   local number subject
   run gcloud container clusters get-credentials "$CLUSTER" "--location=$LOCATION" "--project=$PROJECT"
   kube apply --server-side -f "$JOBSET"
@@ -124,16 +152,25 @@ check_run() {
 }
 
 submit() {
-  local manifest selector='' accelerator=tpu-$TPU-slice
+  local manifest selector='' accelerator=tpu-$TPU-slice chips=4 second='' rule='' policy='' rules=''
   case $TPU in
     v4) accelerator=tpu-v4-podslice ;;
     v5e) accelerator=tpu-v5-lite-podslice ;;
-    tpu7x) accelerator=tpu7x ;;
+    tpu7x)
+      accelerator=tpu7x chips=2
+      second='- {<<: *jaxrl, name: jaxrl-2}'
+      rule='- {action: FailJob, onExitCodes: {containerName: jaxrl-2, operator: In, values: [1, 2, 137]}}'
+      ;;
   esac
+  if [[ -n $IN_PLACE ]]; then
+    policy='restartPolicy: Never' # but for:
+    rules="restartPolicyRules: [{action: Restart, exitCodes: {operator: In, values: [$LOST_STATUS, 134]}}]"
+  fi
   [[ -z $SPOT ]] || selector='cloud.google.com/gke-spot: "true"'
   manifest=$(mktemp -t jobset-XXXXXX)
   filled "$REPOSITORY/tpu_scripts/jobset.yaml" "NAME=$NAME" "MAX_RESTARTS=${MAX_RESTARTS:-20}" "SLICES=$SLICES" \
     "HOSTS=$HOSTS" "GRACE=${GRACE:-30}" "ACCELERATOR=$accelerator" "TOPOLOGY=$TOPOLOGY" "SPOT_SELECTOR=$selector" \
+    "CHIPS=$chips" "SECOND_CONTAINER=$second" "SECOND_RULE=$rule" "RESTART_POLICY=$policy" "RESTART_RULES=$rules" \
     "IMAGE=$IMAGE" "WORDS=$(yaml_list "${COMMAND[@]}")" "BUCKET=$BUCKET" >"$manifest"
   if ((DRY_RUN)); then cat "$manifest"; fi
   kube apply -f "$manifest"
@@ -222,8 +259,14 @@ verb_delete() {
       '--format=value(status)' >/dev/null; then
       run gcloud container clusters delete "$NAME" "--location=$LOCATION" "--project=$PROJECT" --quiet
     else
-      say "there is no cluster $NAME in $LOCATION; nothing to do"
+      say "there is no cluster $NAME in $LOCATION; its workload policies are looked for"
     fi
+    local policy region found
+    found=$(policies)
+    while read -r policy region; do
+      [[ -z $policy ]] ||
+        run gcloud compute resource-policies delete "$policy" "--region=$region" "--project=$PROJECT" --quiet
+    done <<<"$found"
     return
   fi
   confirm_delete "the JobSet $NAME; the run directory stays"

@@ -25,8 +25,15 @@ while kill -0 "$child" 2>/dev/null; do
 done
 
 # 143: stopped by a signal, saved (--stopped-status). 75, or 134 from jax: another process was lost or never came.
+# A run that dies within 10 minutes of its start 5 times in a row stays out.
 if ((!for_good)) && [[ $status =~ ^(143|75|134)$ ]]; then
-  echo "+ scontrol requeue $SLURM_JOB_ID"
-  scontrol requeue "$SLURM_JOB_ID"
+  deaths=${SLURM_SUBMIT_DIR:-.}/.slurm_job.$SLURM_JOB_ID.deaths
+  if ((SECONDS < 600)); then echo "status $status after $SECONDS s" >>"$deaths"; else rm -f "$deaths"; fi
+  if [[ -f $deaths ]] && (($(wc -l <"$deaths") >= 5)); then
+    echo "error: the run has died 5 times in a row within 10 minutes (the last with status $status); not put back" >&2
+  else
+    echo "+ scontrol requeue $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
 fi
 exit "$status"

@@ -33,7 +33,10 @@
 # logs:     --worker I (default 0), --tail N (the last N lines only; default: all, followed)
 # stop:     --wait SECONDS for the save (default 600)
 # resume:   takes what create, setup and run take. A TPU that was taken away is deleted and asked for again, which
-#           needs --yes-delete NAME. --watch SECONDS looks again every so often, until the run has finished.
+#           needs --yes-delete NAME. --watch SECONDS looks again every so often, until the run has finished; what fails
+#           on the way (no capacity within --wait, a preemption during set-up, ssh) is tried again, ever more slowly.
+#           It ends when the run has bad input, has failed for good or was out of memory, was stopped by `tpu.sh stop`,
+#           has died 5 times in a row within 10 minutes, or could not be set up 10 times in a row on a TPU that costs.
 #           Give `jaxrl train CONFIG run_dir=DIR/... --resume-if-started`: it starts the run or goes on with it.
 # All:      --dry-run prints the commands and runs none; --help.
 #
@@ -55,10 +58,13 @@ place() {
   WHERE=("--zone=$ZONE")
   [[ -z $PROJECT ]] || WHERE+=("--project=$PROJECT")
   GROUP=0
+  local state='' size=''
   if [[ -n ${TYPE:-} ]]; then
     if [[ $TYPE == tpu7x ]]; then GROUP=1; fi
-  elif [[ -z $(queued_state) && -n $(group_size) ]]; then
-    GROUP=1
+  else
+    state=$(queued_state)
+    [[ -n $state ]] || size=$(group_size)
+    [[ -z $size ]] || GROUP=1
   fi
 }
 
@@ -277,6 +283,7 @@ verb_create() {
 set_up() {
   local archive line changed
   poll "${WAIT:-3600}" "$NAME is ready" is_ready
+  [[ -z ${WATCHED:-} ]] || echo ready >"$WATCHED"
   archive=${TMPDIR:-/tmp}/$CHECKOUT.tar.gz
   changed=$(asked git -C "$REPOSITORY" status --porcelain || true)
   [[ -z $changed ]] || say "# only what is committed is copied; not these: $changed"
@@ -332,21 +339,32 @@ verb_stop() {
   say "the run has stopped; $NAME still costs until: $(delete_line)"
 }
 
-# run_state: what worker 0 says of its run; "unknown" where it does not answer.
+# run_state: what the workers say of the run: that it runs, if it runs on any; else the worst that any says;
+# "unknown" where one does not answer.
 run_state() {
-  local first words state
-  if ((GROUP)); then
-    read -r first _ <<<"$(group_members)"
-    words=(gcloud compute ssh "$first")
+  local member words said='' status=0 pattern
+  local command
+  command=--command=$(worker status)
+  if ((!GROUP)); then
+    words=(gcloud compute tpus queued-resources ssh "$NAME" --node=all --worker=all "$command" "${WHERE[@]}")
+    say "? $(quoted "${words[@]}")" >&2
+    ((DRY_RUN)) || said=$("${words[@]}") || status=$?
   else
-    words=(gcloud compute tpus queued-resources ssh "$NAME" --node=0 --worker=0)
+    while read -r member _; do
+      [[ -n $member ]] || continue
+      words=(gcloud compute ssh "$member" "$command" "${WHERE[@]}")
+      say "? $(quoted "${words[@]}")" >&2
+      said+=$("${words[@]}" </dev/null)$'\n' || status=$?
+    done <<<"$(group_members)"
   fi
-  words+=("--command=$(worker status)" "${WHERE[@]}")
-  say "? $(quoted "${words[@]}")" >&2
-  if ((!DRY_RUN)); then
-    state=$("${words[@]}") || state=unknown
-    echo "$state"
+  if ((status)); then
+    echo unknown
+    return
   fi
+  for pattern in running 'finished 137' 'finished [12],' stopped 'finished [^0]' 'not started' 'finished 0'; do
+    if grep -m 1 -oE "$pattern.*" <<<"$said"; then return; fi
+  done
+  echo unknown
 }
 
 delete_tpu() {
@@ -357,9 +375,20 @@ delete_tpu() {
   fi
 }
 
-# bring_back: the run is there, or is brought back; FINISHED is 1 when there is nothing more to do.
+# What `bring_back` ends with, where it does not fail: the run is there, has finished, was started, or was started
+# although it had died at once before.
+THERE=0 FINISHED=10 STARTED=11 DIED=12 FOR_GOOD=13
+AT_ONCE_SECONDS=600 MOST_DEATHS=5 MOST_FAILURES=10 MOST_PAUSE=3600
+
+for_good() {
+  printf 'error: %s\n' "$*" >&2
+  exit "$FOR_GOOD"
+}
+
+# bring_back: the run is there, or is brought back. LOOKS and DEATHS count the looks at it, and how often in a row it
+# has died at once.
 bring_back() {
-  local state now
+  local state now outcome=$STARTED log="its log says why: tpu.sh logs $NAME --zone $ZONE"
   state=$(tpu_state)
   say "# $NAME: $state"
   case $state in
@@ -367,14 +396,25 @@ bring_back() {
       now=$(run_state)
       say "# the run: $now"
       case $now in
-        running | unknown) return ;;
-        'finished 0')
-          FINISHED=1
-          return
-          ;;
+        running* | unknown) return "$THERE" ;;
+        'finished 0'*) return "$FINISHED" ;;
         # Bad input, or a number that is not finite: the same command would end the same way.
-        'finished 1' | 'finished 2')
-          die "the run ended with status ${now#finished }; its log says why: tpu.sh logs $NAME --zone $ZONE"
+        'finished 1,'* | 'finished 2,'*) for_good "the run ended with status ${now:9:1}; $log" ;;
+        'finished 137'*)
+          for_good "a process of the run was killed (status 137), most likely for want of host memory; it would end the" \
+            "same way again. Make the batch or the data smaller, or take hosts with more memory; $log"
+          ;;
+        stopped*)
+          ((!LOOKS)) || for_good "the run was stopped by tpu.sh stop; nothing is watched any more, and $NAME still costs" \
+            "until: $(delete_line)"
+          ;;
+        finished*)
+          if [[ $now =~ after\ ([0-9]+)\ s && ${BASH_REMATCH[1]} -lt $AT_ONCE_SECONDS ]]; then
+            outcome=$DIED
+            ((DEATHS + 1 < MOST_DEATHS)) ||
+              for_good "the run has died $MOST_DEATHS times in a row within $AT_ONCE_SECONDS s (the last: $now); $log." \
+                "$NAME still costs until: $(delete_line)"
+          fi
           ;;
       esac
       ;;
@@ -387,6 +427,7 @@ bring_back() {
   esac
   set_up
   on_workers all "$(worker start "${COMMAND[@]}")"
+  return "$outcome"
 }
 
 verb_resume() {
@@ -396,15 +437,37 @@ verb_resume() {
   need_command
   [[ -z $WATCH ]] || confirm_delete "$NAME whenever it was taken away, to ask for it again"
   place
-  FINISHED=0
-  bring_back
-  while [[ -n $WATCH ]] && ((!FINISHED && !DRY_RUN)); do
-    sleep "$WATCH"
-    bring_back
+  local status failures=0 pause
+  LOOKS=0 DEATHS=0 WATCHED=$(mktemp)
+  while :; do
+    : >"$WATCHED"
+    set +e # `attempt` obeys it where it is no condition
+    attempt bring_back
+    status=$?
+    set -e
+    case $status in
+      "$FINISHED") say "the run has finished; $NAME still costs until: $(delete_line)" && break ;;
+      "$FOR_GOOD") exit 2 ;;
+      "$THERE") failures=0 ;;
+      "$STARTED") failures=0 DEATHS=0 ;;
+      "$DIED") failures=0 DEATHS=$((DEATHS + 1)) ;;
+      *)
+        [[ -n $WATCH ]] || exit "$status"
+        failures=$((failures + 1))
+        if [[ -s $WATCHED ]] && ((failures >= MOST_FAILURES)); then
+          die "$NAME is there, but the run could not be brought back $failures times in a row; what failed is above." \
+            "It costs until: $(delete_line)"
+        fi
+        ;;
+    esac
+    if [[ -z $WATCH ]] || ((DRY_RUN)); then break; fi
+    LOOKS=$((LOOKS + 1))
+    pause=$((WATCH << (failures + DEATHS < 12 ? failures + DEATHS : 12)))
+    pause=$((pause < MOST_PAUSE ? pause : WATCH > MOST_PAUSE ? WATCH : MOST_PAUSE))
+    say "# looking again in $pause s"
+    nap "$pause"
   done
-  if ((FINISHED)); then
-    say "the run has finished; $NAME still costs until: $(delete_line)"
-  fi
+  rm -f "$WATCHED"
 }
 
 verb_delete() {
@@ -412,7 +475,9 @@ verb_delete() {
   need zone
   confirm_delete "the TPU $NAME and everything on its disks"
   place
-  if [[ $(tpu_state) == ABSENT ]] && ((!DRY_RUN)); then
+  local state
+  state=$(tpu_state)
+  if [[ $state == ABSENT ]] && ((!DRY_RUN)); then
     say "there is no $NAME in $ZONE; nothing to do"
     return
   fi

@@ -12,11 +12,14 @@
 #   xpk.sh delete CLUSTER --yes-delete CLUSTER   delete the cluster
 #
 # Where:    --project P, --zone Z, and --cluster C (but for create, setup and delete)
-#           --type T as xpk names it (v5litepod-16, v5p-64, v6e-16, tpu7x-2x2x4), --slices N (default 1)
+#           --type T as xpk names it (v5litepod-16, v5p-64, v6e-16, tpu7x-2x2x4), --slices N (default 1; several need
+#           a type of several hosts)
 # run:      --image I, --max-restarts N (default 20), --grace SECONDS between SIGTERM and the end (default 30),
 #           --storage S: a storage that was attached to the cluster with `xpk storage attach`; the run directory must
 #           lie in it, since all hosts and every restart must see it
-# resume:   a preempted host needs none: the JobSet starts all hosts again, up to --max-restarts times
+# resume:   a preempted host needs none: the JobSet starts all hosts again, up to --max-restarts times. xpk counts every
+#           status from 127 on as one to start again after, so that a run out of host memory (137) uses them up
+# delete:   xpk leaves its workload policies of tpu7x (...-placement-policy), which other clusters may use; they are free
 #
 # To `jaxrl train` the script adds --resume-if-started and --stopped-status 143: without the first a restart would
 # refuse the run directory; without the second a preempted run would count as a finished one.
@@ -40,12 +43,26 @@ place() {
   WHERE=("--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE")
 }
 
+# check_type: several slices are joined only where each has several hosts of four chips.
+check_type() {
+  need type
+  need_number slices
+  local count=0
+  case $TYPE in
+    v5litepod-* | v6e-*) count=${TYPE##*-} ;;
+    v4-* | v5p-*) count=$((${TYPE##*-} / 2)) ;; # named by their cores, of which a chip has two
+    *-*x*) count=$(chips "${TYPE##*-}") ;;
+    tpu7x-*) count=$((${TYPE##*-} / 2)) ;;
+  esac
+  ((${SLICES:-1} == 1 || count > 4)) ||
+    die "--slices is $SLICES, but $TYPE is one host: GKE joins slices of several hosts only; take a larger type"
+}
+
 verb_create() {
   options "$PLACE type= slices= on-demand spot reservation= flex" "$@"
   CLUSTER=${CLUSTER:-$NAME}
   place
-  need type
-  need_number slices
+  check_type
   one_of on-demand spot reservation flex
   local words=("--tpu-type=$TYPE" "--num-slices=${SLICES:-1}")
   if [[ -n $SPOT ]]; then
@@ -71,7 +88,8 @@ verb_setup() {
 check_run() {
   place
   need type image
-  need_number slices max-restarts grace
+  check_type
+  need_number max-restarts grace
   need_command
   restartable
 }

@@ -32,7 +32,12 @@ from jaxrl_llm.advantages.process.step_credit import (
     min_form_advantages,
     min_form_returns,
 )
-from jaxrl_llm.advantages.process.turn_credit import taken_turns, turn_leave_one_out, turn_mixed_normalized
+from jaxrl_llm.advantages.process.turn_credit import (
+    outcome_and_turn_centred,
+    taken_turns,
+    turn_leave_one_out,
+    turn_mixed_normalized,
+)
 from jaxrl_llm.advantages.reinforce.baselines import raw_rewards, reward_minus_baseline, running_mean_baseline
 from jaxrl_llm.advantages.reinforce.filters import sigma_filtered
 from jaxrl_llm.advantages.reinforce.signed import signed_correctness
@@ -41,6 +46,7 @@ from jaxrl_llm.advantages.shaping.confidence import confidence_shaped, low_proba
 from jaxrl_llm.advantages.shaping.effective_rank import effective_rank, rank_bonus, rank_dynamics, rank_shaped
 from jaxrl_llm.advantages.shaping.entropy_steering import entropy_mixed_advantages, steered_advantages
 from jaxrl_llm.advantages.shaping.sharpening import novelty_sharpened
+from jaxrl_llm.advantages.shaping.solve_rate import solve_rate_weighted
 from jaxrl_llm.advantages.value_based.gae import (
     discounted_returns,
     gae,
@@ -86,6 +92,7 @@ __all__ = [
     "min_form_returns",
     "mixed_value_at_risk",
     "novelty_sharpened",
+    "outcome_and_turn_centred",
     "outcome_token_rewards",
     "pass_at_k_normalized",
     "pool_centred",
@@ -103,6 +110,7 @@ __all__ = [
     "sigma_filtered",
     "signed_correctness",
     "soft_minimum",
+    "solve_rate_weighted",
     "solved_group_length_penalty",
     "steered_advantages",
     "taken_turns",

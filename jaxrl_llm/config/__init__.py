@@ -2,7 +2,14 @@
 
 from jaxrl_llm.config.errors import FREE, PLACEMENT, ConfigError
 from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, PretrainedConfig, TaskConfig, WarmStartConfig
-from jaxrl_llm.config.method import AdapterConfig, EngineConfig, NetworkConfig, RolloutConfig, TrainingConfig
+from jaxrl_llm.config.method import (
+    AdapterConfig,
+    EngineConfig,
+    NetworkConfig,
+    RolloutConfig,
+    StopWhenConfig,
+    TrainingConfig,
+)
 from jaxrl_llm.config.operation import (
     AboutConfig,
     CheckpointConfig,
@@ -42,6 +49,7 @@ __all__ = [
     "PretrainedConfig",
     "ReportingConfig",
     "RolloutConfig",
+    "StopWhenConfig",
     "TaskConfig",
     "TrainingConfig",
     "WarmStartConfig",

@@ -135,6 +135,29 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class StopWhenConfig:
+    """Ends a stage before its last step: when a number has not become better for long enough.
+
+    The number is read whenever a step writes it, evaluations on the validation split included, and the stage ends with
+    the step after the one that decided it.
+
+    Attributes:
+      metric: a name of metrics.jsonl, such as reward, or validation/pass@1 (see evaluation.every_steps).
+      best_is: "highest" or "lowest".
+      patience: readings in a row that may pass without a better one.
+      min_delta: by how much a better one must differ from the best so far.
+    """
+
+    metric: str
+    best_is: Literal["highest", "lowest"] = "highest"
+    patience: Count = 5
+    min_delta: NonNegative = 0.0
+
+    def __post_init__(self):
+        require_ranges(self, "training.stop_when")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Reinforcement: how many steps, how a batch is cut, the optimiser, and what saves memory.
 
@@ -160,6 +183,7 @@ class TrainingConfig:
         products wait in the host's memory).
       offload: what is kept in the host's memory between its uses: optimizer, reference.
       max_gradient_norm: gradients of a larger global norm are scaled to it; null scales none.
+      stop_when: ends the stage before `steps`, see `StopWhenConfig`; null runs all of them.
       freeze_policy_steps: first steps in which only other networks learn.
       alignment_every_steps: steps between two measurements of `alignment`, which takes three more gradients; 0 never
         measures it.
@@ -182,6 +206,7 @@ class TrainingConfig:
     remat: Rematerialisation = field(default="none", metadata=PLACEMENT)
     offload: tuple[Literal["optimizer", "reference"], ...] = field(default=(), metadata=PLACEMENT)
     max_gradient_norm: Positive | None = 1.0
+    stop_when: StopWhenConfig | None = None
     freeze_policy_steps: Natural = 0
     alignment_every_steps: Natural = 0
 

@@ -19,7 +19,7 @@ class EvaluationConfig:
       samples_per_problem: sampled completions for each problem; pass@k needs k of them.
       k: the k of pass@k and maj@k.
       temperature: of the sampled completions.
-      sequences_per_batch: completions decoded together.
+      sequences_per_batch: completions decoded together; null takes as many as fit a device, at most 1152.
       grader: what judges completions: number, text, math, choice, code, or module:function of your own, see
         `jaxrl_llm.evaluation.function_grader`; None takes the task's verifier, or data.verifier for a file.
       every_steps: evaluate on the validation split every so many steps; 0 only before and after.
@@ -29,7 +29,7 @@ class EvaluationConfig:
     samples_per_problem: Count = 8
     k: tuple[Count, ...] = (1, 8)
     temperature: NonNegative = 1.0
-    sequences_per_batch: Count = field(default=1152, metadata=PLACEMENT)
+    sequences_per_batch: Count | None = field(default=None, metadata=PLACEMENT)
     every_steps: Natural = 0
     grader: str | None = None
 
@@ -53,6 +53,9 @@ class CheckpointConfig:
       keep_best: the best that are kept beside them, by `best_metric`.
       best_metric: of the newest evaluation on the validation split (see evaluation.every_steps).
       best_is: "highest" or "lowest".
+      local_dir: a directory on a disk, or in the memory (/dev/shm/...), of each host, where each process keeps the
+        parts of the state that its devices hold, for a restart on the same hosts; null for none.
+      local_every_steps: steps between two of those.
     """
 
     every_steps: Count = 20
@@ -61,9 +64,16 @@ class CheckpointConfig:
     keep_best: Natural = 0
     best_metric: str = "validation/pass@1"
     best_is: Literal["highest", "lowest"] = "highest"
+    local_dir: str | None = None
+    local_every_steps: Count = 1
 
     def __post_init__(self):
         require_ranges(self, "checkpoints")
+        if self.local_dir is not None and self.local_every_steps >= self.every_steps:
+            raise ValueError(
+                f"checkpoints.local_every_steps is {self.local_every_steps}, but checkpoints.every_steps is "
+                f"{self.every_steps}; local checkpoints are those between the others, so choose fewer"
+            )
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,9 @@ class MeshConfig:
         """Sizes by mesh axis, of those that are named."""
         named = {axis: getattr(self, "slices" if axis == "slice" else axis) for axis in AXES}
         return {axis: size for axis, size in named.items() if size is not None}
+
+
+Direction = Literal["rises", "falls", "holds"]  # of a metric while a recipe trains; "holds": it does not fall away
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jaxrl_llm.config.method import AdapterConfig, NetworkConfig, RolloutConfig,
 from jaxrl_llm.config.operation import (
     AboutConfig,
     CheckpointConfig,
+    Direction,
     EvaluationConfig,
     FaultsConfig,
     MeshConfig,
@@ -37,6 +38,7 @@ _OF_THE_RUN = (
     "faults",
     "reporting",
     "about",
+    "shows",
 )
 
 
@@ -48,7 +50,7 @@ class Config:
 
     `environment` holds options of the environment that answers the turns of a task such as grid; or
     `python: "module:function"` and the keyword arguments of that function, which is called with the tokenizer and
-    returns an environment of the user's own.
+    returns an environment of the user's own; `executor`: process, sandbox or thread says where that is called.
     """
 
     name: str = field(metadata=FREE)
@@ -61,6 +63,7 @@ class Config:
     init_from: BranchConfig | None = None
     run_dir: str | None = field(default=None, metadata=FREE)
     about: AboutConfig = field(default=AboutConfig(), metadata=FREE)
+    shows: dict[str, Direction] = field(default_factory=dict, metadata=FREE)
     data: DataConfig = field(default_factory=DataConfig)
     environment: dict[str, Any] = field(default_factory=dict)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)

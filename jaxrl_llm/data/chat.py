@@ -1,11 +1,13 @@
 """Chat templates: messages -> text, rendered in a sandbox, and whether a template keeps what was said before.
 
 A template is a program that came with a model's files. It runs in jinja2's immutable sandbox, with the settings and
-the helper functions that `transformers` gives it, in a process of bounded time and memory (`template_worker`).
+the helper functions that `transformers` gives it, in a process of bounded time and memory
+(`jaxrl_llm.sandbox.template_rendering`).
 """
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -16,12 +18,13 @@ from typing import Any
 from jaxrl_llm.bounds import file_bytes, shown
 from jaxrl_llm.data.extras import imported
 from jaxrl_llm.data.json_files import json_object
-from jaxrl_llm.data.template_worker import MOST_BYTES, SECONDS
-from jaxrl_llm.worker_process import Worker
+from jaxrl_llm.sandbox import Workers
+from jaxrl_llm.sandbox.template_rendering import MOST_BYTES, SECONDS
 
 Message = Mapping[str, Any]
 
-_WORKER = Worker(Path(__file__).with_name("template_worker.py"))
+_WORKERS = Workers({"rendered": "jaxrl_llm.sandbox.template_rendering:rendered"}, memory_bytes=MOST_BYTES)
+atexit.register(_WORKERS.close)
 # Of the clock: only a machine that stands still takes so long.
 _PATIENCE = 60.0
 _MOST_BYTES = 2**20  # of a template
@@ -73,23 +76,21 @@ class ChatTemplate:
         given = variables | {"messages": said, "add_generation_prompt": add_generation_prompt}
         if importlib.util.find_spec("jinja2") is None:
             imported("jinja2")
-        try:
-            answer = _WORKER.ask({"source": self.source, "variables": given, "date": self.date.toordinal()}, _PATIENCE)
-        except (TypeError, RecursionError) as error:
-            raise ValueError(f"the conversation or an option of the chat template is no plain data: {error}") from None
-        if answer is not None and "text" in answer[0]:
-            return answer[0]["text"]
-        if answer is not None and "line" in answer[0]:
+        (told,) = _WORKERS("rendered", [(self.source, given, self.date)], _PATIENCE)
+        answer = told.value or {}
+        if "text" in answer:
+            return answer["text"]
+        if "line" in answer:
             raise ValueError(
-                f"the chat template is no valid jinja2 template: {answer[0]['error']} in line {answer[0]['line']}; "
+                f"the chat template is no valid jinja2 template: {answer['error']} in line {answer['line']}; "
                 "repair the template, or copy the model's files again"
             )
-        too_much = f"it takes more than {SECONDS:g} seconds of computing, or {MOST_BYTES:,} bytes of memory"
+        much = f"it takes more than {SECONDS:g} seconds of computing, or {MOST_BYTES:,} bytes of memory"
         roles = shown([message.get("role") for message in said])
         raise ValueError(
             f"the chat template failed on a conversation with the roles {roles}: "
-            f"{too_much if answer is None else answer[0]['error']}; change the conversation (some templates know no "
-            "system role, or want user and assistant in turns), or use another template"
+            f"{answer.get('error') or (much if told.ended else told.error)}; change the conversation "
+            "(some templates know no system role, or want user and assistant in turns), or use another template"
         )
 
 

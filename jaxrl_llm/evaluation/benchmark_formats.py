@@ -21,8 +21,9 @@ from jaxrl_llm.data.final_answer import marked_answer
 from jaxrl_llm.data.jsonl import Fields, fields_of, read_records
 from jaxrl_llm.data.tasks.items import answered
 from jaxrl_llm.evaluation.grading import Grader, file_grader
-from jaxrl_llm.evaluation.unit_tests import code_grader
 from jaxrl_llm.rewards import latex_match
+from jaxrl_llm.rewards.verifiers.unit_tests import code_of, recorded_tests, unit_tests
+from jaxrl_llm.sandbox import require_isolation
 
 Format = Literal["prompt", "messages", "gsm8k", "math", "aime", "choice", "code"]
 _FIELDS: Mapping[str, Fields] = {
@@ -57,7 +58,7 @@ def read_problems(path: str | Path, format: str = "prompt", fields: Mapping[str,
 
 
 def benchmark_grader(name: str, records: list[dict]) -> Grader:
-    """The shipped grader of a name: number, text, math, choice or code.
+    """The shipped grader of a name: number, text, math, choice, code or code_unisolated.
 
     Raises:
       ValueError: for an unknown name, or records that it cannot grade.
@@ -68,12 +69,18 @@ def benchmark_grader(name: str, records: list[dict]) -> Grader:
         return choice_grader()
     if name == "math":
         return math_grader()
-    if name == "code":
-        if lacking := [each for each in records if not {"test", "test_list"} & each.get("raw", {}).keys()]:
-            raise ValueError(f"item {lacking[0]['item_id']} has no unit tests; grader code reads `test` or `test_list`")
-        return code_grader()
+    if name in ("code", "code_unisolated"):
+        if lacking := [each for each in records if not recorded_tests(each)]:
+            raise ValueError(
+                f"item {lacking[0]['item_id']} has no unit tests; grader {name} reads `test`, `test_list`, "
+                "`test_cases` or `input_output`"
+            )
+        if name == "code":
+            require_isolation(remedy="Grader code_unisolated runs it with limits alone")
+        return code_grader(allow_unisolated=name == "code_unisolated")
     raise ValueError(
-        f"grader is {name!r}; known are number, text, math, choice and code, or module:function for one of your own"
+        f"grader is {name!r}; known are number, text, math, choice, code and code_unisolated, or module:function for "
+        "one of your own"
     )
 
 
@@ -108,6 +115,24 @@ def math_grader() -> Grader:
     def grade(record: Mapping[str, Any], completion: str) -> tuple[bool, str | None]:
         right = latex_match([completion], [record["answer"]])[0] >= 1.0
         return right, record["answer"] if right else marked_answer(completion)
+
+    return grade
+
+
+def code_grader(*, seconds: float = 10.0, allow_unisolated: bool = False) -> Grader:
+    """Grades code by the unit tests of the record, all of which have to pass in the sandbox (see `unit_tests`).
+
+    Where a completion does not define `entry_point`, it goes on behind the prompt, as a base model writes it.
+    """
+
+    def grade(record: Mapping[str, Any], completion: str) -> tuple[bool, str | None]:
+        line, code = record.get("raw", {}), code_of(completion)
+        entry = line.get("entry_point")
+        if entry and f"def {entry}" not in code:
+            code = str(line.get("prompt", record["body"])) + completion
+        calling = {"mode": "all", "seconds": seconds, "allow_unisolated": allow_unisolated}
+        right = unit_tests([f"```python\n{code}\n```"], [record], **calling) == [1.0]
+        return right, "passes" if right else "fails"
 
     return grade
 

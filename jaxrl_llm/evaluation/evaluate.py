@@ -75,6 +75,7 @@ def make_records(
     overlong: Literal["error", "drop"] = "error",
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = RULES,
+    gather: bool = True,
     environment: Environment | HostEnvironment | None = None,
     call: Caller | None = None,
     rewards: Mapping[str, Callable[..., Any]] | None = None,
@@ -92,6 +93,7 @@ def make_records(
       temperature: of the samples.
       overlong: a prompt that is too long is an error, or is left out.
       mesh, rules: where rows and parameters lie. Over several processes all call it, and get the same.
+      gather: parameters that are sharded over `fsdp` are gathered once a batch; else once a token.
       environment: what answers the turns of a conversation, and says whether it was solved.
       call: that of an environment in Python (`opened`); without it one is opened for each evaluation.
       rewards: further functions that every sample gets a number from; of arrays of the rows, or of text.
@@ -105,7 +107,9 @@ def make_records(
     rows, rewards = 1 + samples_per_problem, dict(rewards or {})
     in_program = {name: function for name, function in rewards.items() if not on_host(function)}
     readings = [Reading(function, name) for name, function in rewards.items() if name not in in_program]
-    decode = _decoder(model, tokenizer, rows, max_completion_tokens, temperature, mesh, rules, environment, in_program)
+    decode = decoding_program(
+        model, tokenizer, rows, max_completion_tokens, temperature, mesh, rules, gather, environment, in_program
+    )
 
     def records(params: PyTree, items: Sequence[dict[str, Any]], key: Array, done: int = 0):
         batches = evaluation_batches(
@@ -124,7 +128,9 @@ def make_records(
                 ready = stack.enter_context(opened(environment))
             for batch in batches[done:]:
                 placed = batch._replace(prompts=hosts.placed_rows(batch.prompts, mesh, rules))
-                drawn = Drawn(*hosts.host_copy(tuple(decode(params, placed, key, ready))))
+                python = isinstance(environment, HostEnvironment)
+                inputs = (placed, key, ready) if python else (placed.prompts, placed.weight, key)
+                drawn = Drawn(*hosts.host_copy(tuple(decode(params, *inputs))))
                 of = [given.get(item["item_id"], item) | {"item_id": item["item_id"]} for item in batch.items]
                 yield graded(batch, of, drawn)
 
@@ -224,7 +230,7 @@ def column(item: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _decoder(
+def decoding_program(
     model: Model,
     tokenizer: Tokenizer,
     rows: int,
@@ -232,10 +238,12 @@ def _decoder(
     temperature: float,
     mesh: jax.sharding.Mesh | None,
     rules: Rules,
+    gather: bool,
     environment: Environment | HostEnvironment | None,
     rewards: Mapping[str, Callable[..., Any]],
 ) -> Callable[..., Drawn]:
-    """(parameters, batch, key, caller of an environment) -> what is drawn, `rows` completions a problem."""
+    """(parameters, prompts, weights of problems, key) -> what is drawn, `rows` completions a problem, in one program;
+    with an environment in Python (parameters, batch, key, its caller), in several."""
     sizes: dict[str, Any] = {
         "samples_per_prompt": rows,
         "max_completion_tokens": max_completion_tokens,
@@ -269,13 +277,12 @@ def _decoder(
         return in_python
 
     def sampled(params: PyTree, prompts: Prompts, counted: Array, key: Array) -> Drawn:
-        given = (model, weights_for_decoding(model, params), prompts, key, 0)
+        given = (model, weights_for_decoding(model, params) if gather else params, prompts, key, 0)
         if environment is not None:
             return facts(generate_turns(*given, environment, **sizes, constrain=constrain_rows), counted)
         return facts(generate(*given, **sizes, constrain=constrain_rows), counted)
 
-    program = jax.jit(laid_out(sampled, mesh, decoding(rules)))
-    return lambda params, batch, key, call: program(params, batch.prompts, batch.weight, key)
+    return jax.jit(laid_out(sampled, mesh, decoding(rules, gathered=gather)))
 
 
 def _sample(item: Mapping[str, Any], text: str, grade: Grader, drawn: Drawn, row: int) -> dict[str, Any]:

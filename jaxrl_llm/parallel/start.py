@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,8 @@ from jaxrl_llm.bounds import natural
 from jaxrl_llm.parallel.peers import Peers, Place
 from jaxrl_llm.parallel.roll_call import call_roll
 
+# What decides which numbers a process computes, and what it writes into a checkpoint that the others write too.
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "ml_dtypes")
 # What a launcher sets for each of several processes, whether or not jax recognises it.
 _LAUNCHED = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
 
@@ -121,8 +124,7 @@ def initialise(
 
     Args:
       place: of this process.
-      config: as a tree; it must be the same on every process, and so must the versions of Python, jax and this package,
-        and this package's source.
+      config: as a tree; it must be the same on every process, and so must all else that is in `facts`.
       seconds: how long to wait for the others, at the roll call and again in jax.
       decide: called on process 0; what it returns is `decided` of every process's `Peers`.
       heartbeat_seconds: after which jax itself takes a silent process for lost, should word of it not come.
@@ -152,13 +154,23 @@ def initialise(
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, str]:
-    """What must be the same on all processes of a run: versions, source, and each key of the config."""
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib")}
+    """What must be the same on all processes of a run: source, versions, and each key of the config.
+
+    Versions are those of Python, jax, jaxlib, libtpu, flax, optax, orbax, numpy and ml_dtypes; "not installed" is one.
+    """
+    versions = {"Python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
     package = Path(__file__).parents[1]
     source = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         source.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return {"jaxrl_llm's source": source.hexdigest()[:12]} | versions | dict(_flat(config, ""))
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _flat(tree: Any, prefix: str):

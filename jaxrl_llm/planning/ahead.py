@@ -163,24 +163,26 @@ def main() -> None:
 
 
 def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
-    """The programs of a step, compiled.
+    """The programs of a run, compiled: those of a step of its last stage, the evaluation, those of earlier stages.
 
     Returns:
       mesh: sizes of its axes. mesh_reason: why. state_bytes: of the state on a device.
       programs: name, memory, what takes it, seconds to compile, kernels, whether it fits.
-      phases: flops, bytes, collectives, seconds_on_network, memory and its largest buffers.
+      phases: of a step: flops, bytes, collectives, seconds_on_network, memory and its largest buffers.
     """
 
     from jaxrl_llm.config import parse_config
     from jaxrl_llm.parallel.backend import planned_for
-    from jaxrl_llm.run.explain import programs_with_inputs
+    from jaxrl_llm.run.explain import evaluation_program, programs_with_inputs
     from jaxrl_llm.run.machine import Target
     from jaxrl_llm.run.setup import parts
+    from jaxrl_llm.run.staged import earlier_stages, last_stage
 
     machine, config = topology(name), parse_config(tree)
     devices = described_devices(machine)
+    target, last = Target(devices, int(machine.chip.bytes)), last_stage(config)
     with planned_for(machine.chip.platform):
-        built = parts(config, Target(devices, int(machine.chip.bytes)))
+        built = parts(last, target)
         mesh = built.step.composition.resources.placement.mesh
         assert mesh is not None
         programs = programs_with_inputs(built)
@@ -192,15 +194,25 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
             "programs": [],
             "phases": {},
         }
-        c = built.step.composition
-        steps = _decode_steps(config, 1 if c.rollout is None else c.plan.most_rounds)
-        for label, program, given in programs:
+        evaluation = evaluation_program(built, machine.chip.bytes)
+        queue = [(result, last, built, held, one) for one in programs]
+        # What they do is no part of a step, so their phases are not kept.
+        others: dict[str, Any] = {"programs": result["programs"], "phases": {}}
+        queue += [] if evaluation is None else [(others, last, built, held, evaluation)]
+        for stage, one in earlier_stages(config):
+            before = parts(one, target, like=built)
+            for program in programs_with_inputs(before):
+                state = _bytes_on_device(program.inputs[0])
+                queue.append((others, one, before, state, program._replace(name=f"{stage}: {program.name}")))
+        for into, of, made, state, (label, program, given) in queue:
+            c = made.step.composition
             print(f"compiling {label} for {machine.described()}", flush=True)
             directory = scratch / re.sub(r"\W", "_", label)
             with kernels_for(devices[0]):
                 lowered = program.lower(*given)
             compiled_one = _compiled(lowered, directory, machine)
-            _add_program(result, label, compiled_one, directory, machine, held, steps)
+            steps = _decode_steps(of, 1 if c.rollout is None else c.plan.most_rounds)
+            _add_program(into, label, compiled_one, directory, machine, state, steps)
             print(f"compiled {label} in {result['programs'][-1]['compile_seconds']:.0f} s", flush=True)
     return result
 

@@ -23,6 +23,7 @@ from jaxrl_llm.planning.ahead import PHASES
 from jaxrl_llm.planning.hlo import Cost
 from jaxrl_llm.planning.topologies import Topology
 from jaxrl_llm.rollout.decoding import cache_stages
+from jaxrl_llm.run.evaluation_batch import decoding_bytes, evaluation_batch
 from jaxrl_llm.training.networks import POLICY
 from jaxrl_llm.training.segments import is_offloaded, placed_state
 
@@ -32,12 +33,16 @@ class Estimate:
     """Of one device.
 
     Attributes:
-      memory: phase -> what takes memory in it -> bytes; all that a device holds at once.
+      memory: phase of a step, or "evaluation" -> what takes memory in it -> bytes; all that a device holds at once.
       costs: phase -> what the device does in it.
+      state: what takes memory all the time -> bytes.
+      offloaded: bytes of the state that wait in the memory of the device's host.
     """
 
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
+    state: dict[str, float] = field(default_factory=dict)
+    offloaded: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -64,7 +69,7 @@ def estimate(
     at = _Sizes(config, model, sizes, topology)
     others = {name: one.model for name, one in composition.networks.items() if one.model is not None}
     held, away = _state_bytes(config, {POLICY: model} | others, state, at)
-    result = Estimate()
+    result = Estimate(state=held, offloaded=away)
     weights = _weights(model, at, decoding(at.rules, gathered=config.mesh.gather_for_rollout))
     cache = at.cache_bytes
     loose = at.one_layer * at.compute if not config.mesh.gather_for_rollout else 0.0
@@ -73,12 +78,16 @@ def estimate(
     width = at.tokens / at.sequence * at.rows
     block = width * at.compute * (4 * at.width + (3 * at.mlp + 3 * at.heads) / at.tensor * (at.served + at.beside))
     block += at.scores
-    result.memory["prefill"] = held | {"weights for sampling": weights + loose, "cache": cache}
-    result.memory["decode"] = held | {
-        "weights for sampling": weights + loose,
-        "cache": cache,
-        "scores of a token": 3 * 4.0 * at.decoded * at.vocabulary / at.vocabulary_parts,
-    }
+    if config.has_problems:
+        rows = 1 + config.evaluation.samples_per_problem
+        together = evaluation_batch(config, model, at.mesh, at.rules, device_bytes=topology.chip.bytes)
+        sampled = (model, max(1, together // rows), rows, at.prompt, at.completion, at.mesh.shape, at.rules)
+        result.memory["evaluation"] = held | decoding_bytes(*sampled, gathered=config.mesh.gather_for_rollout)
+    if composition.rollout is not None:
+        result.memory["prefill"] = held | {"weights for sampling": weights + loose, "cache": cache}
+        result.memory["decode"] = result.memory["prefill"] | {
+            "scores of a token": 3 * 4.0 * at.decoded * at.vocabulary / at.vocabulary_parts
+        }
     if composition.with_reference:
         result.memory["reference"] = held | {
             "one block": block + 2 * at.one_layer * at.compute,
@@ -252,7 +261,8 @@ def _costs(config: Config, composition: Any, at: _Sizes, weights: float) -> dict
     block = at.rows * at.tokens / at.sequence * at.compute
     layer_traffic = 3 * at.one_layer * at.compute + block * (16 * at.width + 6 * at.mlp * at.served / at.tensor)
     update.bytes = pieces * at.layers * layer_traffic * (2.5 + 0.5 * recomputed) + 8 * at.learned_bytes
-    result = {"prefill": prefill, "decode": decode, "update": update}
+    result = {"prefill": prefill, "decode": decode} if composition.rollout is not None else {}
+    result["update"] = update
     reference = Cost(flops=forward, bytes=at.microbatches * at.layers * layer_traffic)
     if composition.with_reference:
         result["reference"] = reference

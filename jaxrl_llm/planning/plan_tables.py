@@ -29,7 +29,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]
     ]
     title = (
         f"{result['config']} on {result['topology']} ({result['machine']}), mesh {written_mesh(result['mesh'])}: "
-        f"{result['method']}; of each device, for one step"
+        f"{result['method']}; of each device, for one step; memory: the most that is in use at once in a phase"
     )
     shown: list[tuple[str, Sequence[dict[str, str]]]] = []
     if result["layouts"]:
@@ -52,7 +52,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]
     if result["programs"]:
         shown.append(
             (
-                f"programs; a device has {size(result['device_bytes'])}",
+                f"programs, as each is reserved: all phases, with gaps; a device has {size(result['device_bytes'])}",
                 [
                     {
                         "program": each["program"],
@@ -60,13 +60,14 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]
                         "state": size(each["state_bytes"]),
                         "temporaries": size(each["temporary_bytes"]),
                         "fits": "yes" if each["fits"] else "NO",
-                        "compiled in": "refused" if each["refused"] else f"{each['compile_seconds']:.0f} s",
+                        "compiled in": _compiled_in(each),
                         "kernels": ", ".join(sorted(each["kernels"])),
                     }
                     for each in result["programs"]
                 ],
             )
         )
+    shown.append(("besides", _besides(result)))
     fullest = max(result["phases"], key=lambda each: each["memory_bytes"])
     shown.append(
         (
@@ -89,6 +90,34 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]
             )
         )
     return [(name, rows) for name, rows in shown if rows]
+
+
+def _compiled_in(program: Mapping[str, Any]) -> str:
+    seconds = program["compile_seconds"]
+    return "refused" if program["refused"] else "estimated" if seconds is None else f"{seconds:.0f} s"
+
+
+def _besides(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What a run needs beside its devices, and how long a token takes."""
+    checkpoint, host, token = result["checkpoint"], result["host"], result["token_seconds"]
+    has = f" of {host['has_bytes'] / GIB:.0f}" if host["has_bytes"] else ""
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in host["memory"].items())
+    rows = [
+        {
+            "what": "a checkpoint",
+            "needs": f"{checkpoint['bytes'] / GIB:.2f} GiB, {checkpoint['host_bytes'] / GIB:.2f} of each host",
+            "note": f"{checkpoint['seconds']:.1f} s at {checkpoint['rate'] / 1e9:g} GB/s a host, beside the steps",
+        },
+        {
+            "what": f"memory of a host ({host['hosts']})",
+            "needs": f"{host['memory_bytes'] / GIB:.2f}{has} GiB",
+            "note": parts,
+        },
+    ]
+    if token is not None:
+        note = "of decoding, all completions of a step together, at the peak rates"
+        rows.append({"what": "a token", "needs": f"{1e3 * token:.2f} ms", "note": note})
+    return rows
 
 
 def _short(origin: str) -> str:

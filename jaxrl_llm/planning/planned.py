@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +16,12 @@ from jaxrl_llm.parallel.backend import planned_for
 from jaxrl_llm.parallel.mesh import axis_product_error
 from jaxrl_llm.planning.estimate import Estimate, estimate
 from jaxrl_llm.planning.topologies import Topology
-from jaxrl_llm.run.explain import abstract_inputs
+from jaxrl_llm.run.checkpoints import written_networks
+from jaxrl_llm.run.explain import abstract_inputs, state_bytes
 from jaxrl_llm.run.machine import Target, demand
 from jaxrl_llm.run.setup import Parts, parts
+from jaxrl_llm.run.staged import earlier_stages, last_stage
+from jaxrl_llm.training.networks import POLICY
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class Planned:
       machine: it is planned for.
       parts: of the config, composed for one device.
       state: as shapes.
+      earlier: the stages before the last one, by name.
     """
 
     config: Config
     machine: Topology
     parts: Parts
     state: Any
+    earlier: Mapping[str, Planned] = field(default_factory=dict)
 
     @property
     def model(self) -> Model:
@@ -43,9 +48,26 @@ class Planned:
         return self.parts.model
 
     def estimated(self, sizes: Mapping[str, int], config: Config | None = None) -> Estimate:
-        """Memory and work on a mesh of these sizes."""
-        c = self.parts.step.composition
-        return estimate(config or self.config, self.model, c, self.state, sizes, self.machine)
+        """Memory and work on a mesh of these sizes; of earlier stages their memory."""
+        c, config = self.parts.step.composition, config or self.config
+        if c.rollout is None and c.written is not None:  # rows come as they are
+            rollout, training = replace(config.rollout, samples_per_prompt=1), config.training
+            training = replace(training, prompts_per_step=c.written.rows)
+            config = replace(config, rollout=rollout, training=training)
+        found = estimate(config, self.model, c, self.state, sizes, self.machine)
+        for name, one in self.earlier.items():
+            before = one.estimated(sizes)
+            found.memory |= {f"{name}: {phase}": before.memory[phase] for phase in before.costs}
+        return found
+
+    @property
+    def written_bytes(self) -> int:
+        """Of a checkpoint."""
+        networks = written_networks(self.parts, self.state)
+        if (trained := self.model.trained) is not None:
+            policy = networks[POLICY]
+            networks[POLICY] = replace(policy, params=trained.split(policy.params)[0])
+        return state_bytes(replace(self.state, networks=networks))
 
 
 def planned(config: Config, machine: Topology) -> Planned:
@@ -54,13 +76,17 @@ def planned(config: Config, machine: Topology) -> Planned:
     Raises:
       ValueError: for a config that cannot be composed, or a model that does not describe its parameters.
     """
-    with planned_for(machine.chip.platform):
+
+    def one(config: Config, like: Parts | None = None, **more: Any) -> Planned:
         plain = replace(config, mesh=MeshConfig(), training=replace(config.training, offload=()))
-        built = parts(plain, Target(jax.local_devices(backend="cpu")[:1], int(machine.chip.bytes)))
+        built = parts(plain, Target(jax.local_devices(backend="cpu")[:1], int(machine.chip.bytes)), like)
         if built.model.specs is None:
             raise ValueError("the model has no specs, so that nothing is known of its parameters; give it some to plan")
-        state, _ = abstract_inputs(built)
-    return Planned(config, machine, built, state)
+        return Planned(config, machine, built, abstract_inputs(built)[0], **more)
+
+    with planned_for(machine.chip.platform):
+        last = one(last_stage(config))
+        return replace(last, earlier={name: one(stage, last.parts) for name, stage in earlier_stages(config)})
 
 
 def mesh_sizes(plan: Planned) -> tuple[dict[str, int], str]:

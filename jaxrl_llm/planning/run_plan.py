@@ -16,6 +16,8 @@ from jaxrl_llm.planning.suggestions import suggestions
 from jaxrl_llm.planning.topologies import GIB, Topology, topology
 from jaxrl_llm.run.machine import demand
 
+STORAGE_BYTES = 1e9  # a second that a host writes to a bucket: a round number
+
 
 def plan(
     config: Config,
@@ -71,12 +73,14 @@ def plan(
     result |= {"method": "estimated" if measured is None else "compiled", "note": why_not or ""}
     result |= _from_estimate(guess, machine) if measured is None else _from_compiler(measured, machine)
     result["estimate"] = {
-        phase: {"memory_bytes": sum(held.values()), "sent_bytes": sum(guess.costs[phase].collectives.values())}
-        for phase, held in guess.memory.items()
+        phase: {"memory_bytes": sum(guess.memory[phase].values()), "sent_bytes": sum(cost.collectives.values())}
+        for phase, cost in guess.costs.items()
     }
+    result |= _beside(known, guess, result["phases"])
     result["step_seconds"] = sum(phase["seconds"] for phase in result["phases"])
     result["memory_bytes"] = max(each["memory_bytes"] for each in result["phases"] + result["programs"])
     result["fits"] = result["memory_bytes"] <= machine.chip.bytes and all(p["fits"] for p in result["programs"])
+    result["fits"] = result["fits"] and result["host"]["fits"]
     result["suggestions"] = [] if result["fits"] else suggestions(known, sizes, result["memory_bytes"])
     return result
 
@@ -85,6 +89,13 @@ def refusal(result: Mapping[str, Any]) -> str | None:
     """What to say of a plan that does not fit: the numbers, and a way out."""
     if result["fits"]:
         return None
+    host = result["host"]
+    if not host["fits"]:
+        return (
+            f"the plan does not fit: a host of {result['topology']} needs {host['memory_bytes'] / GIB:.1f} GiB of "
+            f"memory of its own and has {host['has_bytes'] / GIB:.1f}; keep less in it (training.offload), or take "
+            "more hosts"
+        )
     needs, has = result["memory_bytes"] / GIB, result["device_bytes"] / GIB
     way = "; or ".join(each["change"] for each in result["suggestions"][:2])
     return (
@@ -120,7 +131,60 @@ def _from_estimate(guess: Estimate, machine: Topology) -> dict[str, Any]:
         largest = [{"bytes": size, "value": name} for name, size in sorted(held.items(), key=lambda pair: -pair[1])]
         known = vars(cost) | {"memory_bytes": sum(held.values()), "largest": largest[:6]}
         phases.append(_roofline(phase, known, machine))
-    return {"phases": phases, "programs": []}
+    state = sum(guess.state.values())
+    programs = [
+        {
+            "program": name,
+            "memory_bytes": sum(held.values()),
+            "state_bytes": state,
+            "temporary_bytes": sum(held.values()) - state,
+            "other_bytes": 0.0,
+            "fits": sum(held.values()) <= machine.chip.bytes,
+            "compile_seconds": None,
+            "refused": False,
+            "kernels": {},
+            "largest": [{"bytes": size, "value": part} for part, size in sorted(held.items(), key=lambda p: -p[1])[:6]],
+        }
+        for name, held in guess.memory.items()
+        if name not in guess.costs
+    ]
+    return {"phases": phases, "programs": programs}
+
+
+def _beside(plan: Planned, guess: Estimate, phases: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run needs besides its devices: checkpoints, the hosts' memory; and how long a token takes.
+
+    Returns:
+      token_seconds: of decoding, for all completions that are decoded together; None where nothing is.
+      checkpoint: bytes, those of a host, and seconds at `STORAGE_BYTES` a second of each host, which all write.
+      host: what takes memory of a host -> bytes at most, their sum, what it has (0: not known), and whether it fits.
+    """
+    config, machine = plan.config, plan.machine
+    hosts = max(1, (config.mesh.devices or machine.devices) // machine.devices_in_host)
+    decode = next((phase["seconds"] for phase in phases if phase["phase"] == "decode"), None)
+    sequences = config.training.prompts_per_step * config.rollout.samples_per_prompt
+    runs = math.ceil(sequences / (config.rollout.slots or sequences))
+    written = plan.written_bytes
+    parts = {"checkpoint while it is written": written / hosts, "kept there": guess.offloaded * machine.devices_in_host}
+    if plan.parts.directory is not None:
+        parts["parameters while they are read"] = guess.state.get("parameters", 0.0) * machine.devices_in_host
+    total = sum(parts.values())
+    return {
+        "token_seconds": None if decode is None else decode / runs / max(1, config.rollout.max_completion_tokens - 1),
+        "checkpoint": {
+            "bytes": written,
+            "host_bytes": written / hosts,
+            "seconds": written / hosts / STORAGE_BYTES,
+            "rate": STORAGE_BYTES,
+        },
+        "host": {
+            "hosts": hosts,
+            "memory": {name: size for name, size in parts.items() if size},
+            "memory_bytes": total,
+            "has_bytes": machine.chip.host_bytes,
+            "fits": not machine.chip.host_bytes or total <= machine.chip.host_bytes,
+        },
+    }
 
 
 def _from_compiler(measured: Mapping[str, Any], machine: Topology) -> dict[str, Any]:

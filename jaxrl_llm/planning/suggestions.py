@@ -60,6 +60,9 @@ def _changes(config: Config, plan: Planned, sizes: Mapping[str, int]) -> Iterato
     """Single changes from the cheapest on: (what to write, the config with it, the mesh with it)."""
     training, rollout = config.training, config.rollout
     now = dict(sizes)
+    if config.evaluation.sequences_per_batch is not None:
+        chosen = replace(config, evaluation=replace(config.evaluation, sequences_per_batch=None))
+        yield "evaluation.sequences_per_batch=null", chosen, now
 
     def trained(**values: Any) -> Config:
         return replace(config, training=replace(training, **values))

@@ -28,6 +28,7 @@ class Chip:
       slow: bytes a second of a device's share of the network between slices or hosts, in one direction.
       cores: devices in one chip.
       platform: that compiles for it.
+      host_bytes: memory of the machine that four chips are in; 0 where it is not known.
     """
 
     name: str
@@ -40,16 +41,17 @@ class Chip:
     slow: float
     cores: int = 1
     platform: Literal["tpu", "gpu", "cpu"] = "tpu"
+    host_bytes: float = 0
 
 
 # TPU rates: cloud.google.com/tpu/docs; links: "How to scale your model" (jax-ml.github.io/scaling-book). A chip of
-# tpu7x is two devices, which share its links.
+# tpu7x is two devices, which share its links. Hosts: machine types with four chips, as GKE's pages list them.
 TPUS = {
-    "v4": Chip("v4", 30.75 * GIB, 275e12, 1.228e12, 45e9, 3, 4, 6e9),
-    "v5e": Chip("v5e", 15.75 * GIB, 197e12, 0.819e12, 45e9, 2, 16, 6e9),
-    "v5p": Chip("v5p", 95.74 * GIB, 459e12, 2.765e12, 90e9, 3, 4, 6e9),
-    "v6e": Chip("v6e", 31.25 * GIB, 918e12, 1.64e12, 90e9, 2, 16, 12e9),
-    "tpu7x": Chip("tpu7x", 94.75 * GIB, 1153e12, 3.69e12, 50e9, 3, 4, 6e9, cores=2),
+    "v4": Chip("v4", 30.75 * GIB, 275e12, 1.228e12, 45e9, 3, 4, 6e9, host_bytes=407e9),
+    "v5e": Chip("v5e", 15.75 * GIB, 197e12, 0.819e12, 45e9, 2, 16, 6e9, host_bytes=192e9),
+    "v5p": Chip("v5p", 95.74 * GIB, 459e12, 2.765e12, 90e9, 3, 4, 6e9, host_bytes=448e9),
+    "v6e": Chip("v6e", 31.25 * GIB, 918e12, 1.64e12, 90e9, 2, 16, 12e9, host_bytes=720e9),
+    "tpu7x": Chip("tpu7x", 94.75 * GIB, 1153e12, 3.69e12, 50e9, 3, 4, 6e9, cores=2, host_bytes=960e9),
 }
 # NVIDIA's data sheets, dense bfloat16; between hosts 400 Gb/s a GPU (B200: 800).
 GPUS = {
@@ -93,6 +95,11 @@ class Topology:
     def devices_in_slice(self) -> int:
         """Of them, in one slice or host."""
         return math.prod(self.shape) * self.chip.cores
+
+    @property
+    def devices_in_host(self) -> int:
+        """Devices that one machine has: of TPUs at most four chips."""
+        return min(self.devices_in_slice, 4 * self.chip.cores) if self.chip.platform == "tpu" else self.devices_in_slice
 
     @property
     def compiler_name(self) -> str:

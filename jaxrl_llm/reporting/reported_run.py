@@ -227,6 +227,10 @@ def facts(run: ReportedRun) -> dict[str, str]:
     seconds, tokens = summary.get("seconds", {}), summary.get("completion_tokens_sampled", 0)
     sampling = sum(value for name, value in seconds.items() if name not in ("total", "set-up", "warm start"))
     facts["time"] = f"{seconds.get('total', 0):,.0f} s"
+    if goodput := summary.get("goodput"):
+        starts = f", {goodput['starts']} starts" if goodput["starts"] > 1 else ""
+        of = f"{goodput['useful_seconds']:,.0f} of {goodput['paid_seconds']:,.0f} s{starts}"
+        facts["goodput"] = f"{goodput['share']:.0%}: {of}"
     facts["tokens sampled in training"] = f"{tokens:,}"
     if sampling:
         facts["tokens a second, with updates and evaluations"] = f"{tokens / sampling:,.0f}"

@@ -3,6 +3,7 @@
     config.yaml      the config as the run used it
     metrics.jsonl    one JSON object a line: {"step": global step, name: number, ...}
     samples.jsonl    one JSON object a line: {"step": global step, ...} with whatever describes a sample
+    starts.jsonl     how long each start of the run has lived, written as it goes
     summary.json     the result, written once and whole
     tensorboard/     the numbers of metrics.jsonl as TensorBoard events
 
@@ -30,6 +31,7 @@ from jaxrl_llm.reporting.ownership import FILE
 
 _LOG = logging.getLogger(__name__)
 RECORD_FILES = ("metrics.jsonl", "samples.jsonl")
+STARTS = "starts.jsonl"
 
 
 class RunDirectory:
@@ -104,6 +106,11 @@ class RunDirectory:
         self._append("samples.jsonl", records)
         for logger in self._loggers:
             logger.call("samples", int(step), [{n: v for n, v in record.items() if n != "step"} for record in records])
+
+    def write_start(self, record: Mapping[str, Any]) -> None:
+        """Append a line to starts.jsonl, which no resumption takes back."""
+        with (self.path / STARTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""

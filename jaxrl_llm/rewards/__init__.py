@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from jaxrl_llm.rewards.combination.consistency import consistent_accuracy
+from jaxrl_llm.rewards.combination.columns import reward_column
+from jaxrl_llm.rewards.combination.gates import (
+    concise_correctness,
+    gated_sum,
+    length_conciseness,
+    outcome_gated_sum,
+    trusted_sum,
+)
+from jaxrl_llm.rewards.combination.sums import annealed_sum, blended_rewards, ensemble_score, floored_sum, robust_score
 from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.guarded import Guarded
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
@@ -36,29 +44,55 @@ from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
+from jaxrl_llm.rewards.process.rare_tests import weighted_tests
 from jaxrl_llm.rewards.process.step_borders import step_borders
+from jaxrl_llm.rewards.process.step_shaping import accumulated_potentials, clipped_delta, potential_shaped
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
     normalized_turn_rewards,
     reference_progress,
     self_correction_rewards,
     separated_turns,
+    turn_count,
     turn_end_rewards,
 )
-from jaxrl_llm.rewards.shaping.calibration import calibrated_correctness
+from jaxrl_llm.rewards.shaping.bounded import (
+    clipped_rewards,
+    percentile_bounded,
+    reference_bounded,
+    running_normalized,
+    whitened_rewards,
+)
+from jaxrl_llm.rewards.shaping.calibration import (
+    calibrated_correctness,
+    proper_score,
+    step_calibration,
+)
+from jaxrl_llm.rewards.shaping.correct_length import (
+    cosine_length,
+    length_band_bonus,
+    repetition_penalty,
+    shortest_right_bonus,
+    target_length,
+)
 from jaxrl_llm.rewards.shaping.length_limit import soft_overlong, truncation_zero
+from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
+from jaxrl_llm.rewards.shaping.similarity_scale import sharpened_scores, stretched_scores
 from jaxrl_llm.rewards.verifiers.answers import (
     answer_format,
     answer_ids,
     answer_present,
     answer_span,
+    answer_token_tests,
     exact_answer,
     paired_answer_ids,
 )
+from jaxrl_llm.rewards.verifiers.boxes import box_match, span_overlap, vector_closeness
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
 from jaxrl_llm.rewards.verifiers.lexical_diversity import lexical_diversity
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
+from jaxrl_llm.rewards.verifiers.reasoning_phrases import reasoning_patterns
 from jaxrl_llm.rewards.verifiers.stated_confidence import stated_confidence
 from jaxrl_llm.rewards.verifiers.text_answers import (
     answer_order_share,
@@ -67,7 +101,12 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
     countdown,
     exact_match,
     extract_answer,
+    item_numbers,
 )
+from jaxrl_llm.rewards.verifiers.text_formats import instructions_kept, pattern_match, schema_match, tag_format
+from jaxrl_llm.rewards.verifiers.text_similarity import choice_match, relative_error, text_similarity, word_match
+from jaxrl_llm.rewards.verifiers.tool_calls import tool_calls_match
+from jaxrl_llm.rewards.verifiers.unit_tests import unit_tests
 from jaxrl_llm.rewards.verifiers.voted_answers import voted_answer
 
 __all__ = [
@@ -75,6 +114,8 @@ __all__ = [
     "Judge",
     "JudgeError",
     "RewardError",
+    "accumulated_potentials",
+    "annealed_sum",
     "answer_after_thought",
     "answer_format",
     "answer_frequency",
@@ -84,21 +125,34 @@ __all__ = [
     "answer_position_share",
     "answer_present",
     "answer_span",
+    "answer_token_tests",
+    "blended_rewards",
+    "box_match",
     "calibrated_correctness",
     "checked_host_reward",
+    "choice_match",
+    "clipped_delta",
+    "clipped_rewards",
     "collective_match",
     "column_share",
-    "consistent_accuracy",
+    "concise_correctness",
+    "cosine_length",
     "count_bonus",
     "countdown",
     "coverage_gains",
     "elliptical_bonus",
+    "ensemble_score",
     "episode_reward",
     "exact_answer",
     "exact_match",
     "expected_rating",
     "extract_answer",
     "extract_number",
+    "flipped_rewards",
+    "floored_sum",
+    "gated_sum",
+    "instructions_kept",
+    "item_numbers",
     "judge_rating",
     "judge_rubric",
     "judge_tournament",
@@ -106,6 +160,8 @@ __all__ = [
     "labelled_or_voted",
     "latex_match",
     "learned_reward",
+    "length_band_bonus",
+    "length_conciseness",
     "leverage_bonus",
     "lexical_diversity",
     "majority_match",
@@ -116,28 +172,58 @@ __all__ = [
     "ngram_counts",
     "normalized_turn_rewards",
     "number_match",
+    "outcome_gated_sum",
     "paired_answer_ids",
     "paired_majority_match",
     "parsed_number",
+    "pattern_calibrated",
+    "pattern_match",
+    "percentile_bounded",
     "perplexity_ranks",
+    "potential_shaped",
+    "proper_score",
+    "reasoning_patterns",
     "reasoning_perplexity",
+    "reference_bounded",
     "reference_progress",
+    "relative_error",
     "relative_length_rewards",
+    "repetition_penalty",
+    "reward_column",
+    "robust_score",
+    "running_normalized",
+    "schema_match",
     "self_correction_rewards",
     "semantic_entropy",
     "separated_turns",
     "sequence_likelihood",
+    "sharpened_scores",
+    "shortest_right_bonus",
     "soft_overlong",
+    "span_overlap",
     "stated_confidence",
     "stated_rating",
     "step_borders",
+    "step_calibration",
+    "stretched_scores",
+    "tag_format",
+    "target_length",
+    "text_similarity",
     "thought_length",
     "thought_mask",
     "token_mean",
+    "tool_calls_match",
     "truncation_zero",
+    "trusted_sum",
     "trusted_trajectories",
+    "turn_count",
     "turn_end_rewards",
+    "unit_tests",
+    "vector_closeness",
     "vocabulary_certainty",
     "voted_answer",
     "weighted_sum",
+    "weighted_tests",
+    "whitened_rewards",
+    "word_match",
 ]

@@ -30,8 +30,9 @@ class HostEnvironment(NamedTuple):
       max_observation_tokens: tokens of an observation at most.
       end_of_turn_ids: each ends a turn and belongs to it, end of sequence included.
       deadline_seconds: of one call of `reset` or `step`.
-      workers: calls at once.
-      executor: "thread" or "process" (see `jaxrl_llm.rollout.host_calls.caller`).
+      workers: calls at once; None is 8 threads, or one process a core.
+      executor: "thread", "process" or "sandbox" (see `jaxrl_llm.rollout.host_calls.caller`). None is "process" where a
+        config names the environment and its functions pickle, else "thread".
       on_failure: what becomes of a call of `step` that raises, hangs or returns something else: "error" ends the run
         with a message, "observation" answers the policy with `failure_observation`.
       failure_observation: what the policy then reads.
@@ -46,8 +47,8 @@ class HostEnvironment(NamedTuple):
     max_observation_tokens: int = 0
     end_of_turn_ids: tuple[int, ...] = ()
     deadline_seconds: float = 10.0
-    workers: int = 8
-    executor: Executor = "thread"
+    workers: int | None = None
+    executor: Executor | None = None
     on_failure: Literal["error", "observation"] = "error"
     failure_observation: str = "<o>ERR</o>"
     failure_reward: float = 0.0

@@ -118,8 +118,7 @@ def save(
     Raises:
       CheckpointError: when that step exists already (orbax would skip it in silence).
     """
-    if trained is not None:
-        state = _with_params(state, trained.split(state.params)[0])
+    state = learned_part(state, trained)
     # Written in the background, while the caller goes on to change it.
     meta = copy.deepcopy(dict(meta)) | {_DIGESTS: digests(state)}
     meta |= {_OWN: text_digest(meta)}
@@ -212,16 +211,13 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
       CheckpointError: when structure, shapes or dtypes differ; orbax alone would cast dtypes in silence.
       Damaged: when it is not what was written.
     """
-    frozen = None
-    if trained is not None:
-        part, frozen = trained.split(like.params)
-        like = _with_params(like, part)
+    whole, like = like, learned_part(like, trained)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     require_same(stored_shapes(directory, step), abstract, f"{directory}/{step}")
     with _read_whole(directory, step), ocp.CheckpointManager(Path(directory).resolve()) as manager:
         state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
     _require_written(directory, step, state)
-    return state if trained is None else _with_params(state, trained.join(state.params, frozen))
+    return with_frozen_part(state, whole, trained)
 
 
 @contextlib.contextmanager
@@ -271,6 +267,16 @@ def _with_params(state: Any, params: PyTree) -> Any:
     """The state with other parameters of the policy."""
     policy = replace(state.networks["policy"], params=params)
     return replace(state, networks={**state.networks, "policy": policy})
+
+
+def learned_part(state: Any, trained: Trained | None) -> Any:
+    """The state as it is written: of the policy's parameters only what learns."""
+    return state if trained is None else _with_params(state, trained.split(state.params)[0])
+
+
+def with_frozen_part(state: Any, like: Any, trained: Trained | None) -> Any:
+    """A state that was read, with what is frozen of the parameters of `like`."""
+    return state if trained is None else _with_params(state, trained.join(state.params, trained.split(like.params)[1]))
 
 
 def written_networks(parts: Any, state: Any) -> dict[str, Any]:

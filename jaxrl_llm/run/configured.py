@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.hand_over import External, disk_hand_over
+from jaxrl_llm.rollout.host_calls import can_be_sent
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
@@ -199,7 +201,8 @@ def configured_environment(
 
     Args:
       options: section environment: options of the task's environment, or `python: "module:function"` and the keyword
-        arguments of that function, which is called with the tokenizer and returns an environment.
+        arguments of that function, which is called with the tokenizer and returns an environment. `executor` says
+        where one in Python is called, unless the function names it; by default in processes, where it pickles.
       task: the task of the run, or None.
       tokenizer: of the policy.
 
@@ -211,6 +214,8 @@ def configured_environment(
         if ":" not in path:
             raise ValueError(f"environment.python is {path!r}; write it as module:function")
         function, given = user_function(path, "environment"), {k: v for k, v in options.items() if k != "python"}
+        own = "executor" in inspect.signature(function).parameters
+        executor = None if own else given.pop("executor", None)
         try:
             made = function(tokenizer, **given)
         except TypeError as error:
@@ -223,7 +228,7 @@ def configured_environment(
                 f"environment.python: {path!r} returned a {type(made).__name__}; it must return an Environment or a "
                 "HostEnvironment of jaxrl_llm.rollout"
             )
-        return made
+        return _executed(made, executor)
     if task is None or task.environment is None:
         if options:
             raise ValueError(
@@ -238,6 +243,20 @@ def configured_environment(
             "text in environment.python"
         )
     return task_environment(task, **options)
+
+
+def _executed(environment: AnyEnvironment, executor: str | None) -> AnyEnvironment:
+    """One in Python is called as asked, or in processes where its functions can be sent there."""
+    if not isinstance(environment, HostEnvironment):
+        if executor is not None:
+            raise ValueError(
+                f"environment.executor is {executor!r}, but this environment is no HostEnvironment; leave it out"
+            )
+        return environment
+    chosen = executor or environment.executor
+    if chosen is None and can_be_sent({"reset": environment.reset, "step": environment.step}):
+        chosen = "process"
+    return environment._replace(executor=chosen)
 
 
 def external_engine(config: EngineConfig | None, model: Model, source: Path | None) -> External | None:

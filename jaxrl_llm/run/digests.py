@@ -88,15 +88,16 @@ def bits(leaf: Any) -> Any:
 def _own_parts(leaf: Any) -> Iterable[tuple[str, Any]]:
     """(box, array) of the parts that this process writes: of each, its first replica."""
     if not isinstance(leaf, jax.Array):
-        return [(_box((slice(None),) * leaf.ndim, leaf.shape), leaf)] if hosts.is_main() else []
+        return [(box_of((slice(None),) * leaf.ndim, leaf.shape), leaf)] if hosts.is_main() else []
     return [
-        (_box(shard.index, leaf.shape), np.asarray(shard.data))
+        (box_of(shard.index, leaf.shape), np.asarray(shard.data))
         for shard in leaf.addressable_shards
         if shard.replica_id == 0
     ]
 
 
-def _box(index: Sequence[slice], shape: Sequence[int]) -> str:
+def box_of(index: Sequence[slice], shape: Sequence[int]) -> str:
+    """A part of an array as "start:stop,start:stop", one range an axis."""
     ranges = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return ",".join(f"{start}:{stop}" for start, stop, _ in ranges)
 

@@ -32,6 +32,12 @@ class Unwritten(RunDirectory):
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         pass
 
+    def write_samples(self, step: int, samples: Any) -> None:
+        pass
+
+    def write_start(self, record: Mapping[str, Any]) -> None:
+        pass
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         pass
 

@@ -22,12 +22,14 @@ from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.batches import grader as run_grader
 from jaxrl_llm.run.batches import named_grader
 from jaxrl_llm.run.configured import configured_environment
+from jaxrl_llm.run.evaluation_batch import fitting_batch
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.recipes import reward_terms
 from jaxrl_llm.run.restored import Policy, checkpoint_params, restored_policy, restored_run
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import spread
 from jaxrl_llm.signatures import missing
+from jaxrl_llm.training import Placement
 
 # What a reward can be computed of after sampling alone: no other network's scores, no method with memory.
 _OF_SAMPLING = frozenset(FACTS) - {"router_choices", "support"}
@@ -95,7 +97,7 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
       one: its description.
       of: the model.
       reference: path of a policy that the samples are scored under.
-      batch: completions decoded together; None for the run's, or as many as fit a batch of 1152.
+      batch: completions decoded together; None for the run's, or as many as fit the device.
 
     Raises:
       ValueError: for anything that can be known before sampling: files, columns, names, sizes.
@@ -116,8 +118,17 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
             column(item, name)
     temperature = one.temperature or (config.evaluation.temperature if config is not None else 1.0)
     limits = _limits(one, policy)
-    size = batch or (config.evaluation.sequences_per_batch if config is not None else 1152)
-    place = None if built is None else built.step.composition.resources.placement
+    place = Placement() if built is None else built.step.composition.resources.placement
+    size = batch or (config.evaluation.sequences_per_batch if config is not None else None)
+    size = size or fitting_batch(
+        policy.model,
+        rows=1 + one.samples_per_problem,
+        prompt=limits[0],
+        completion=limits[1],
+        mesh=place.mesh,
+        rules=place.rules,
+        gathered=place.gather_for_rollout,
+    )
     records = make_records(
         policy.model,
         grade,
@@ -134,7 +145,9 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
         reference=None if reference is None else _scored(reference, policy, temperature),
         columns=one.by,
         answers_encoded=one.data is None,
-        **({} if place is None else {"mesh": place.mesh, "rules": place.rules}),
+        mesh=place.mesh,
+        rules=place.rules,
+        gather=place.gather_for_rollout,
     )
     ignored = {"k", "problems", "samples"}
     settings = {name: value for name, value in asdict(one).items() if name not in ignored}

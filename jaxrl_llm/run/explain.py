@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.evaluation.evaluate import decoding_program
 from jaxrl_llm.experience import FACTS, Experience, Method, Prompts, TrainState
 from jaxrl_llm.fields import FIELDS, provided_by
 from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rows import written_rows
 from jaxrl_llm.run.batches import prompt_columns, prompts_handed
+from jaxrl_llm.run.evaluation_batch import evaluation_batch
 from jaxrl_llm.run.prompt_lengths import width_shares
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.signatures import signature
@@ -196,9 +198,19 @@ def trace(parts: Parts) -> Experience:
     Raises:
       ValueError: from whatever part of the step refuses its input.
     """
+    return _traced(parts)[-1]
+
+
+def metric_names(parts: Parts) -> set[str]:
+    """Names of what every step of a run writes to metrics.jsonl."""
+    return {*_traced(parts)[1], "learning_rate", "seconds", "tokens_per_second"}
+
+
+def _traced(parts: Parts) -> Any:
+    """(state, metrics, rows) after one step, as shapes."""
     state, work = abstract_inputs(parts)
     (*_, (program, before)) = shapes(parts.step.segments, state, work)
-    return jax.eval_shape(program.run, state, before)[-1]
+    return jax.eval_shape(program.run, state, before)
 
 
 def explanation(parts: Parts) -> dict[str, Any]:
@@ -233,8 +245,13 @@ def sizes(parts: Parts, state: TrainState) -> dict[str, int]:
         "completion_tokens_per_step_at_most": rows * rollout.max_completion_tokens,
         "prompt_tokens_per_step_at_most": rows * rollout.max_prompt_tokens,
         "updates_per_step": training.epochs_per_batch * training.minibatches_per_epoch,
-        "state_bytes": sum(_bytes(leaf) for leaf in jax.tree.leaves(state)),
+        "state_bytes": state_bytes(state),
     }
+
+
+def state_bytes(state: TrainState) -> int:
+    """Of all arrays of a state, each counted once."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
 
 
 class Program(NamedTuple):
@@ -252,6 +269,45 @@ def programs_with_inputs(parts: Parts) -> list[Program]:
     if len(found) == 1:
         return [Program("whole step", found[0][0].run, (state, found[0][1]))]
     return [Program(program.name, program.run, (state, given)) for program, given in found]
+
+
+def evaluation_program(parts: Parts, device_bytes: float | None = None) -> Program | None:
+    """The program that an evaluation of a run decodes with, at the widest prompts.
+
+    Args:
+      parts: of the run.
+      device_bytes: memory of a device, which decides how many completions are decoded together.
+
+    Returns:
+      None where nothing is evaluated, or with an environment in Python, which decodes turn by turn.
+    """
+    config, place = parts.config, parts.step.composition.resources.placement
+    if not config.has_problems or isinstance(parts.environment, HostEnvironment):
+        return None
+    rows, rollout = 1 + config.evaluation.samples_per_problem, config.rollout
+    together = evaluation_batch(config, parts.model, place.mesh, place.rules, device_bytes=device_bytes)
+    problems = max(1, together // rows)
+    program = decoding_program(
+        parts.model,
+        parts.tokenizer,
+        rows,
+        rollout.max_completion_tokens,
+        config.evaluation.temperature,
+        place.mesh,
+        place.rules,
+        place.gather_for_rollout,
+        parts.environment,
+        {},
+    )
+
+    def inputs() -> tuple[Prompts, Any, Any]:
+        number = jnp.zeros(problems, jnp.int32)
+        prompt, answer = ((problems, width) for width in (rollout.max_prompt_tokens, rollout.max_completion_tokens))
+        prompts = Prompts(jnp.zeros(prompt, jnp.int32), number, number, jnp.zeros(answer, jnp.int32), number)
+        return prompts, jnp.zeros(problems), jax.random.key(0)
+
+    params = abstract_inputs(parts)[0].networks[POLICY].params
+    return Program(f"evaluation of {problems} x {rows}", program, (params, *jax.eval_shape(inputs)))
 
 
 def _shapes(experience: Experience) -> dict[str, str]:

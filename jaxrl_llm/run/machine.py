@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,9 @@ def chosen_mesh(config: Config, model: Model, target: Target | None = None) -> t
     asked = config.mesh
     chosen = asked.devices if target is None else target.devices[: asked.devices]
     if asked.sizes:
-        mesh, reason = make_mesh(chosen, asked.sizes), "as the config says"
+        there = jax.devices() if chosen is None else chosen
+        sizes, reason = (asked.sizes, "as the config says") if isinstance(there, int) else on_slices(asked.sizes, there)
+        mesh = make_mesh(chosen, sizes)
     else:
         devices = list(make_mesh(chosen).devices.flat)
         memory = None if target is None else target.device_bytes
@@ -62,6 +64,17 @@ def chosen_mesh(config: Config, model: Model, target: Target | None = None) -> t
     if model.specs is not None and (whole := kept_whole(model.specs, mesh, changed_rules(asked.rules))):
         reason += "; not divided and kept whole: " + ", ".join(f"{name} {size}" for name, size in whole.items())
     return mesh, reason
+
+
+def on_slices(sizes: Mapping[str, int], devices: Sequence[Any]) -> tuple[Mapping[str, int], str]:
+    """(sizes, why): those of the config, with fewer slices where fewer are there than it says, each of them whole.
+
+    Slices are replicas, so that a run goes on with any number of them; each device takes more rows.
+    """
+    wanted, there = sizes.get("slice", 1), len({getattr(device, "slice_index", 0) for device in devices})
+    if there < wanted and math.prod(sizes.values()) // wanted * there == len(devices):
+        return {**sizes, "slice": there}, f"as the config says, on {there} of its {wanted} slices, which are there"
+    return sizes, "as the config says"
 
 
 def demand(config: Config, model: Model) -> Demand:

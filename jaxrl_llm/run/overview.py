@@ -10,6 +10,7 @@ import jax
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, layout
 from jaxrl_llm.reporting.machine_report import package_versions
+from jaxrl_llm.run.goodput import goodput
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import Run
 
@@ -54,6 +55,8 @@ def units(built: Parts) -> list[tuple[str, int | float | str, str]]:
 def summary_of(run: Run, after: dict[str, float]) -> dict[str, Any]:
     """What is written to summary.json."""
     run.charge()
+    if run.lifetime is not None:
+        run.lifetime.mark(now=True)
     seconds = dict(run.meta["seconds"])
     seconds["total"] = sum(seconds.values())
     return {
@@ -61,11 +64,13 @@ def summary_of(run: Run, after: dict[str, float]) -> dict[str, Any]:
         "before": run.meta["before"],
         "after": after,
         "seconds": seconds,
+        "goodput": goodput(run.config.directory, run.meta["seconds"], run.meta.get("compilation_seconds", 0.0)),
         # Linux counts kibibytes.
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "completion_tokens_sampled": run.meta["tokens"],
         "warm_start_steps": run.meta["warm_start_steps"],
-        "steps": run.config.training.steps,
+        "steps": run.meta["stage_step"],
+        "early_stopping": run.meta.get("early_stopping", {}),
         "skipped_updates": run.meta.get("skipped_updates", 0),
         "compilations": run.watch.count,
         "compilation_seconds": run.watch.seconds,

@@ -12,6 +12,7 @@ from jaxrl_llm.data import DataSpec
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.tasks.items import record
 from jaxrl_llm.run.batches import prompt_widths, prompts_handed
+from jaxrl_llm.run.evaluation_batch import evaluation_batch
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import spread
@@ -51,7 +52,9 @@ def width_shares(parts: Parts) -> list[dict[str, Any]]:
     """
     config, rollout = parts.config, parts.config.rollout
     samples = 1 + config.evaluation.samples_per_problem
-    evaluated = min(config.evaluation.problems, max(1, config.evaluation.sequences_per_batch // samples))
+    place = parts.step.composition.resources.placement
+    evaluated = evaluation_batch(config, parts.model, place.mesh, place.rules) // samples
+    evaluated = min(config.evaluation.problems, max(1, evaluated))
     stages = [
         ("training", "train", prompt_widths(config), prompts_handed(parts)),
         ("evaluation", "test", buckets(rollout.max_prompt_tokens), evaluated),

@@ -87,18 +87,19 @@ def _in_process(
     function: Any, name: str, label: str, where: str, executor: str | None = None, memory_gib: float | None = None
 ) -> Any:
     """A reading of the user's own, to be called in a process of its own where it pickles; anything else as it is."""
-    if executor not in (None, "process", "thread"):
-        raise RecipeError(f"{where}.executor is {shown(executor)}; it must be 'process' or 'thread'")
+    if executor not in (None, "process", "sandbox", "thread"):
+        raise RecipeError(f"{where}.executor is {shown(executor)}; it must be 'process', 'sandbox' or 'thread'")
     if ":" not in name or not on_host(function) or executor == "thread":
-        if executor == "process" or memory_gib is not None:
+        if executor in ("process", "sandbox") or memory_gib is not None:
             raise RecipeError(f"{where} is no function of your own that reads text; leave executor and memory_gib out")
         return function
     if memory_gib is not None and not _number(memory_gib, f"{where}.memory_gib") > 0:
         raise RecipeError(f"{where}.memory_gib is {memory_gib}; it must be above 0")
     try:
-        return rewards.Guarded(function, label, None if memory_gib is None else int(float(memory_gib) * 2**30))
+        memory = None if memory_gib is None else int(float(memory_gib) * 2**30)
+        return rewards.Guarded(function, label, memory, isolated=executor == "sandbox")
     except Exception as error:  # pickle raises what it likes
-        if executor == "process":
+        if executor is not None:
             raise RecipeError(f"{where} cannot be called in a process: {error}; use executor: thread") from error
         return function
 

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.config import Config
+from jaxrl_llm.experience import TrainState
+from jaxrl_llm.models.model import Trained
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting.run_directory import last_step
 from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run.local_checkpoints import LocalCheckpoints, local_checkpoints, run_id
+from jaxrl_llm.run.stages import Run
 
 
 def step_to_go_on_from(config: Config, *, exact: bool, first_saved: bool, say: Callable[[str], Any]) -> int | None:
@@ -55,3 +59,35 @@ def clear_the_way(config: Config, newest: int | None, say: Callable[[str], Any])
         for moved in integrity.set_aside(config.directory / "checkpoints", -1 if newest is None else newest):
             say(f"damaged checkpoint moved to {moved}")
     hosts.meet("damaged checkpoints are out of the way")
+
+
+def with_local(
+    config: Config, mesh: Any, newest: int | None, meta: dict[str, Any], say: Callable[[str], Any]
+) -> tuple[LocalCheckpoints | None, int | None, dict[str, Any]]:
+    """(checkpoints of this host, the step that the run goes on from, its meta). All processes must call it.
+
+    Args:
+      config: of the run.
+      mesh: that its state lies on.
+      newest: step of the checkpoint on the storage; None begins the run anew.
+      meta: of that checkpoint, or of the run that begins.
+      say: is told where every host has a later one.
+    """
+    if config.checkpoints.local_dir is None:
+        return None, newest, meta
+    meta = meta | {"run_id": run_id(meta)}
+    local = local_checkpoints(config.checkpoints.local_dir, meta["run_id"], meta["config_hash"], mesh, say)
+    later = None if newest is None else local.agreed(newest)
+    if later is None:
+        return local, newest, meta
+    say(f"going on from the local checkpoint of step {later}; the storage has step {newest}")
+    return local, later, local.meta(later) | {"placement": meta["placement"]}
+
+
+def restored_state(run: Run, step: int, like: TrainState, trained: Trained | None) -> TrainState:
+    """The state of a step: from the storage, or from this host where only that has it."""
+    folder = run.config.directory / "checkpoints"
+    if run.local is None or step in checkpoints.steps(folder):
+        return checkpoints.restore(folder, step, like, trained=trained)
+    state = run.local.restore(step, checkpoints.learned_part(like, trained))
+    return checkpoints.with_frozen_part(state, like, trained)

@@ -173,7 +173,9 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         mesh, reason = chosen_mesh(config, model, target)
     else:
         mesh, reason = like.step.composition.resources.placement.mesh, like.mesh_reason
-    rewards, credit = reward_terms(config.rewards, sizes), credit_terms(config.credit, sizes)
+    rewards = reward_terms(config.rewards, sizes)
+    sizes["reward_names"] = tuple(term.name for term in rewards)
+    credit = credit_terms(config.credit, sizes)
     losses, views = loss_terms(config.losses, sizes), configured_views(config.views, sizes)
     views |= verdict_views(rewards)
     if not isinstance(tokenizer, CharacterTokenizer):

@@ -47,7 +47,7 @@ def staged(config: Config) -> list[dict[str, Any]]:
     named = named or ["reinforcement" if main.step.composition.rollout is not None else "training"]
     if warm.steps:
         probe = {"probes": ("pass@1",), "stop_at_accuracy": warm.stop_at_accuracy, "first_saved": False}
-        built = parts(_warm_start(configs[0]), like=main)
+        built = parts(warm_start(configs[0]), like=main)
         found.append(
             {"name": "warm start", "parts": built, "steps": warm.steps, "probe_every_steps": warm.probe_every_steps}
             | probe
@@ -60,7 +60,14 @@ def staged(config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def _warm_start(config: Config) -> Config:
+def earlier_stages(config: Config) -> list[tuple[str, Config]]:
+    """(name, config) of the stages before the last one."""
+    configs = _stage_configs(config)
+    warm = [("warm start", warm_start(configs[0]))] if config.warm_start.steps else []
+    return warm + list(zip(_stage_names(config), configs[:-1], strict=False))
+
+
+def warm_start(config: Config) -> Config:
     """Supervised steps on reference completions, as a stage."""
     warm, training = config.warm_start, config.training
     rollout = replace(
@@ -94,6 +101,7 @@ def _warm_start(config: Config) -> Config:
         max_gradient_norm=1.0,
         offload=(),
         freeze_policy_steps=0,
+        stop_when=None,
         alignment_every_steps=0,
     )
     return replace(

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -27,16 +26,18 @@ from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, early_stopping
 from jaxrl_llm.run.compilation import CompilationWatch
+from jaxrl_llm.run.goodput import SET_UP, Lifetime
 from jaxrl_llm.run.interruption import Abandoned, Interruption
 from jaxrl_llm.run.live_report import LiveReport
+from jaxrl_llm.run.local_checkpoints import LocalCheckpoints
 from jaxrl_llm.run.nonfinite import TrainingError, looked_at
 from jaxrl_llm.run.optimizers import learning_rate
+from jaxrl_llm.run.prompt_choices import batch_of, choices_of, next_choices
 from jaxrl_llm.run.samples import spread, write_samples
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.step_trace import StepTrace
-from jaxrl_llm.training.collect import SELECTION
 
 WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 
@@ -113,6 +114,9 @@ class Run:
       stopping: the run ends at the end of this step; the same on all processes.
       trace: of some steps, for a profile.
       report: the page about it, refreshed when a checkpoint is saved.
+      local: checkpoints of this host between those on the storage; None for none.
+      lifetime: of this start; None leaves it uncounted.
+      compiled: seconds of compilation that were charged.
       mark, charged_to: since when, and to which part, time is being charged.
     """
 
@@ -128,11 +132,14 @@ class Run:
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
     report: LiveReport | None = None
     trace: StepTrace | None = None
+    local: LocalCheckpoints | None = None
+    lifetime: Lifetime | None = None
     interruption: Interruption = field(kw_only=True)
     stopping: bool = False
     skipped_in_a_row: int = 0
     mark: float = 0.0
-    charged_to: str = "set-up"
+    charged_to: str = SET_UP
+    compiled: float = 0.0
 
     @contextmanager
     def timed(self, what: str):
@@ -151,18 +158,44 @@ class Run:
         """Add the time since the last call to the part that it belongs to."""
         seconds, now = self.meta["seconds"], time.monotonic()
         seconds[self.charged_to] = seconds.get(self.charged_to, 0.0) + now - self.mark
-        self.mark = now
+        if self.charged_to != SET_UP:
+            compiling = self.watch.seconds - self.compiled
+            self.meta["compilation_seconds"] = self.meta.get("compilation_seconds", 0.0) + compiling
+        self.mark, self.compiled = now, self.watch.seconds
 
-    def save(self, global_step: int, stage: str, state: TrainState) -> None:
-        """Write a checkpoint whose step is counted over all stages."""
+    def _kept(self, stage: str, state: TrainState) -> TrainState:
+        """What a checkpoint holds of a state, with the meta and the records on the disk that go with it."""
         self.directory.sync()
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
-        kept = replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
+        return replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
+
+    def save_locally(self, global_step: int, stage: str, state: TrainState) -> None:
+        """Write a checkpoint of this host."""
+        assert self.local is not None
+        kept = checkpoints.learned_part(self._kept(stage, state), self.parts.model.trained)
+        self.local.save(global_step, kept, self.meta)
+
+    def save(self, global_step: int, stage: str, state: TrainState) -> None:
+        """Write a checkpoint whose step is counted over all stages."""
+        kept = self._kept(stage, state)
         trained, metric = self.parts.model.trained, self.meta.get("metric")
         checkpoints.save(self.manager, global_step, kept, self.meta, trained=trained, metric=metric)
         if self.report is not None:
             self.report.refresh()
+
+    def due(self, done: int, ends: bool) -> Callable[[int, str, TrainState], None] | None:
+        """What saves the state after a step of a stage; None where it is not saved."""
+        kept = self.config.checkpoints
+        if done % kept.every_steps == 0 or self.stopping or ends:
+            return self.save
+        return self.save_locally if self.local is not None and done % kept.local_every_steps == 0 else None
+
+    def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write what a step has measured, and that the run is alive."""
+        self.directory.write_metrics(step, metrics)
+        if self.lifetime is not None:
+            self.lifetime.mark()
 
     def taken(self, stage: Stage) -> Callable[..., Any]:
         """The function that takes a step of a stage, which traces those that are asked for."""
@@ -209,17 +242,17 @@ def run_stage(
                 tokens = shown["completion_tokens"] * counted
                 run.meta["tokens"] += round(tokens)
                 shown["tokens_per_second"] = tokens / seconds
-            run.directory.write_metrics(offset + done, {"stage": stage.name} | shown)
-            for text in alarms.new(shown):
-                progress.message(f"alarm at step {done} of the {stage.name}: {text}")
+            run.write_metrics(offset + done, {"stage": stage.name} | shown)
+            for text in _remarks(run, stage, alarms, done, shown):
+                progress.message(text)
             if stage.samples:
                 write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
         alarms, unread = Alarms(), None
         widths: set[int] = set()
-        choices = _choices(state)
-        for index in range(first, stage.steps):
+        choices = choices_of(state)
+        for index in range(first, first if early_stopping.over(run.meta, stage.name, first) else stage.steps):
             done = index + 1
             prompts, items = _prompts(run, stage, data, index, choices)
             width = 0 if prompts is None else prompts.tokens.shape[1]
@@ -236,7 +269,7 @@ def run_stage(
                 if unread is not None:
                     report(*unread)
                 _leave(run, error, offset + index, done, stage.name, state)
-            choices = _next_choices(choices, new_state)
+            choices = next_choices(choices, new_state)
             if unread is not None:
                 report(*unread)
             state, unread = new_state, (done, metrics, rows, items)
@@ -252,15 +285,15 @@ def run_stage(
                 run.watch.expect_none(progress.message)
             run.interruption.step_done(f"step {done + 1} of the {stage.name}")
             run.stopping = hosts.agreed_stop(run.interruption.asked)
-            ends = reached or done == stage.steps
+            ends = reached or done == stage.steps or early_stopping.over(run.meta, stage.name, done)
             if ends and not last:
                 break
-            if done % run.config.checkpoints.every_steps == 0 or run.stopping or ends:
+            if (save := run.due(done, ends)) is not None:
                 report(*unread)
                 unread = None
                 run.watch.allow()  # on a mesh, orbax compiles how it cuts arrays, in a resumed run here
                 if not run.skipped_in_a_row or ends or run.manager.latest_step() is None:
-                    run.save(offset + done, stage.name, state)
+                    save(offset + done, stage.name, state)
                 if done >= first + 2:
                     run.watch.expect_none(progress.message)
                 if ends:
@@ -273,6 +306,12 @@ def run_stage(
         run.watch.allow()
     run.meta["steps_before"] = offset + int(state.step)
     return state
+
+
+def _remarks(run: Run, stage: Stage, alarms: Alarms, done: int, shown: dict[str, float]) -> list[str]:
+    """What there is to say of the numbers of a step: alarms, and that they end the stage."""
+    said = early_stopping.note(run.meta, stage.name, stage.parts.config.training.stop_when, done, shown)
+    return [f"alarm at step {done} of the {stage.name}: {text}" for text in alarms.new(shown)] + [said] * bool(said)
 
 
 def _probed(run: Run, stage: Stage, state: TrainState, measure: Callable) -> dict[str, float]:
@@ -289,32 +328,9 @@ def _prompts(run: Run, stage: Stage, data: StageData, index: int, choices: list[
     """(prompts of a step, records behind its rows); one step off-policy the prompts are those of the next step."""
     if data.prompts is None:
         return None, []
-    now = _batch(data.prompts, index, choices, 0)
+    now = batch_of(data.prompts, index, choices, 0)
     ahead = bool(stage.parts.step.priming)
-    return (_batch(data.prompts, index, choices, 1) if ahead else now).prompts, now.items
-
-
-def _batch(prompts: Any, index: int, choices: list[Any], later: int) -> Any:
-    return prompts.chosen(np.asarray(choices[later])) if choices else prompts[index + later]
-
-
-def first_batch(prompts: Any, state: TrainState) -> Any:
-    """The prompts of a state's first step, and their records."""
-    return _batch(prompts, int(state.step), _choices(state), 0)
-
-
-def _choices(state: TrainState) -> list[Any]:
-    """The choices of prompts that wait in a state: those of its step and of the one behind it; none without."""
-    held = state.memory.get(SELECTION)
-    return [] if held is None else [np.asarray(choice) for choice in held["choices"]]
-
-
-def _next_choices(choices: list[Any], state: TrainState) -> list[Any]:
-    """After a step: the choice made in it is read when it is needed, when the step is over."""
-    if not choices:
-        return choices
-    # The state will be used up by the next step; what was chosen has to outlive it.
-    return [choices[1], jnp.copy(state.memory[SELECTION]["choices"][1])]
+    return (batch_of(data.prompts, index, choices, 1) if ahead else now).prompts, now.items
 
 
 def stage_data(stage: Stage, prompts: Any, written: Callable[[int], Experience] | None, stored: Any) -> StageData:

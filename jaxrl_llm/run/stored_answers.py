@@ -21,6 +21,7 @@ from jaxrl_llm import data
 from jaxrl_llm.experience import Experience, KeyUse, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rows import written_rows
+from jaxrl_llm.run.evaluation_batch import evaluation_batch
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.selection import cycled_rows, near_perfect_groups
 from jaxrl_llm.terms import Update
@@ -105,10 +106,11 @@ def stored_answers(
     split = jax.jit(lambda *rows: near_perfect_groups(*rows, attempts=attempts, min_correct=min_correct))
     stored: list[dict[str, np.ndarray]] = []
     explored: list[np.ndarray] = []
+    together = evaluation_batch(config, parts.model, place.mesh, place.rules)
     batches = data.evaluation_batches(
         source,
         parts.tokenizer,
-        prompts_per_batch=max(1, min(len(source), config.evaluation.sequences_per_batch // samples)),
+        prompts_per_batch=max(1, min(len(source), together // samples)),
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_answer_tokens=config.rollout.max_completion_tokens,
         overlong=config.data.overlong_prompts,

@@ -31,20 +31,24 @@ from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import require_shared, run_directory
-from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.early_stopping import require_metric
+from jaxrl_llm.run.evaluation_batch import evaluation_batch
+from jaxrl_llm.run.explain import metric_names, trace
 from jaxrl_llm.run.failures import named
+from jaxrl_llm.run.goodput import Lifetime
 from jaxrl_llm.run.host_processes import attentive, guarded_functions
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 from jaxrl_llm.run.live_report import reporting_of
 from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.overview import summary_of, units
 from jaxrl_llm.run.problems import data_sets, fingerprint_of, own_data
+from jaxrl_llm.run.prompt_choices import first_batch
 from jaxrl_llm.run.restored import require_branch
-from jaxrl_llm.run.resuming import clear_the_way, step_to_go_on_from
+from jaxrl_llm.run.resuming import clear_the_way, restored_state, step_to_go_on_from, with_local
 from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
-from jaxrl_llm.run.stages import Run, Stage, Stopped, first_batch, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.stages import Run, Stage, Stopped, run_stage, spread, stage_data, written_of
 from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 from jaxrl_llm.training.initial import initial_state
@@ -123,7 +127,7 @@ def _train(
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
     for stage in stages:
-        trace(stage.parts)
+        _require_traced(stage)
     report, logging = reporting_of(config, console)
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
@@ -150,6 +154,8 @@ def _train(
         meta["placement"] = placement_tree(config)
     elif config.init_from is not None:
         require_branch(stages[0].parts)
+    mesh = built.step.composition.resources.placement.mesh
+    local, newest, meta = with_local(config, mesh, newest, meta, _saying(console))
     data = data_sets(built.config) if built.config.has_problems else {}
     sets = {stage.name: own_data(stage, stages[-1], data) for stage in stages}
     for stage in stages:
@@ -158,13 +164,7 @@ def _train(
     grade = grader(built, *held_out) if held_out else None
     if grade is None and any(stage.stop_at_accuracy is not None for stage in stages):
         raise ValueError("warm_start.stop_at_accuracy is set, but the data has no reference answers; leave it out")
-    fingerprint = fingerprint_of(stages, sets, data)
-    if meta.setdefault("data", fingerprint) != fingerprint:
-        changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
-        raise checkpoints.CheckpointError(
-            f"run {config.directory} was started with other files: {', '.join(changed)} changed since (its data was "
-            f"{meta['data']}, and is now {fingerprint}); restore them, or start a new run"
-        )
+    _require_same_data(config, meta, fingerprint_of(stages, sets, data))
     prompts = {stage.name: prompt_batches(stage.parts, sets[stage.name]["train"]) for stage in stages if stage.samples}
     # What does not fit speaks now, not after the stages before.
     rows = {stage.name: written_of(stage.parts, sets[stage.name]) for stage in stages}
@@ -191,11 +191,32 @@ def _train(
         run = Run(
             config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption
         )
-        run.report, run.trace = report, tracing
+        run.report, run.trace, run.local = report, tracing, local
+        run.lifetime = Lifetime(directory, started)
         if dropped := max((one.dropped for one in prompts.values()), default=0):
             console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
         with attended(interruption):
-            return _run(run, stages, prompts, rows, newest, grade)
+            summary = _run(run, stages, prompts, rows, newest, grade)
+        if local is not None:
+            local.close(finished=True)
+        return summary
+
+
+def _require_same_data(config: Config, meta: dict[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a run would go on with other files; notes those of a new run."""
+    if meta.setdefault("data", fingerprint) != fingerprint:
+        changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
+        raise checkpoints.CheckpointError(
+            f"run {config.directory} was started with other files: {', '.join(changed)} changed since (its data was "
+            f"{meta['data']}, and is now {fingerprint}); restore them, or start a new run"
+        )
+
+
+def _require_traced(stage: Stage) -> None:
+    """Raises ValueError for sizes that cannot work, and for an early end by a number that the steps do not report."""
+    trace(stage.parts)
+    if stage.parts.config.training.stop_when is not None:
+        require_metric(stage.name, stage.parts.config, metric_names(stage.parts))
 
 
 def _manager(config: Config) -> Any:
@@ -250,9 +271,8 @@ def _run(
             state = stage.parts.step.prime(state, run.placed(begin_with.prompts), begin_with.items, call)
         if not fresh:
             kept = checkpoints.written_networks(stage.parts, state) | run.waiting_networks
-            folder, trained = config.directory / "checkpoints", stage.parts.model.trained
             assert newest is not None
-            restored = checkpoints.restore(folder, newest, replace(state, networks=kept), trained=trained)
+            restored = restored_state(run, newest, replace(state, networks=kept), stage.parts.model.trained)
             run.waiting_networks = {name: restored.networks.pop(name) for name in run.waiting_networks}
             state = replace(restored, networks={**state.networks, **restored.networks})
             newest = None
@@ -330,11 +350,12 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
         k=config.evaluation.k,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_completion_tokens=config.rollout.max_completion_tokens,
-        sequences_per_batch=config.evaluation.sequences_per_batch,
+        sequences_per_batch=evaluation_batch(config, parts.model, place.mesh, place.rules),
         temperature=config.evaluation.temperature,
         overlong=config.data.overlong_prompts,
         mesh=place.mesh,
         rules=place.rules,
+        gather=place.gather_for_rollout,
         environment=parts.environment,
         call=run.parts.call,
         columns=("level",) if parts.task is not None else (),

@@ -9,7 +9,6 @@ import pytest
 from jaxrl_llm.evaluation import Grade, GraderError, benchmark_grader, function_grader, read_problems
 from jaxrl_llm.evaluation.benchmark_formats import choice_grader
 from jaxrl_llm.evaluation.grading import require_columns
-from jaxrl_llm.evaluation.unit_tests import code_of, passes_tests
 
 RECORD = {"item_id": 3, "body": "2+2?", "answer": "4", "raw": {"source": "school"}}
 
@@ -158,26 +157,5 @@ def test_lines_that_cannot_be_used_are_named(tmp_path):
         read_problems(file, "choice")
     with pytest.raises(ValueError, match="line 1: there are no unit tests"):
         read_problems(file, "code")
-    with pytest.raises(ValueError, match="known are number, text, math, choice and code"):
+    with pytest.raises(ValueError, match="known are number, text, math, choice, code and code_uniso"):
         benchmark_grader("numbr", [])
-
-
-@pytest.mark.parametrize(
-    ("program", "passes"),
-    [
-        ("x = 1", True),
-        ("x = 2", False),
-        ("import sys; sys.exit(0)", False),
-        ("while True: pass", False),
-        ("x = 'a' * 10**10", False),
-        ("x = (", False),
-        ("print(open('/dev/stdin').read()); raise SystemExit", False),
-    ],
-)
-def test_code_passes_only_if_its_tests_run_to_the_end(program, passes):
-    assert passes_tests(program, "assert x == 1", seconds=2.0) == passes
-
-
-def test_the_last_block_is_the_code():
-    assert code_of("```\na\n```\nbetter:\n```python\nb\n```") == "b\n"
-    assert code_of("```python\ncut off") == "cut off"

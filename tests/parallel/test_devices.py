@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,16 @@ import pytest
 
 import jaxrl_llm
 from jaxrl_llm.advantages import group_normalized
+from jaxrl_llm.evaluation.evaluate import decoding_program
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.losses import clipped_surrogate
 from jaxrl_llm.models import TransformerConfig, abstract, transformer
 from jaxrl_llm.parallel import make_mesh, replicate, row_constraint
+from jaxrl_llm.parallel.rules import RULES
 from jaxrl_llm.rollout import generate
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.training import Placement, Resources, Rollout, Update, make_train_step
+from jaxrl_llm.training.segments import parameter_shardings
 
 PROMPTS, SAMPLES, STEPS, UPDATES = 8, 4, 7, 3
 MODEL = transformer(TransformerConfig(vocabulary_size=9, width=16, layers=1, heads=2, kv_heads=1))
@@ -80,6 +84,15 @@ def facts(mesh) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in found.items()}
 
 
+def placed_by_evaluation(mesh, gather: bool) -> int:
+    """How many arrays a program of an evaluation asks the compiler to place."""
+    tokenizer = SimpleNamespace(eos_ids=(1,), pad_id=1)
+    program = decoding_program(MODEL, tokenizer, SAMPLES, STEPS, 1.0, mesh, RULES, gather, None, {})
+    params = jax.device_put(initial_params(), parameter_shardings(MODEL, mesh, RULES))
+    traced = jax.make_jaxpr(program)(params, prompts_of(0), jnp.ones(PROMPTS), jax.random.key(0))
+    return str(traced).count("sharding_constraint[")
+
+
 def facts_of_many_devices() -> dict[str, np.ndarray]:
     """What only a mesh of several devices can show."""
     mesh = make_mesh()
@@ -109,6 +122,9 @@ def facts_of_many_devices() -> dict[str, np.ndarray]:
     cache = lambda rows: f"f32[{rows},1,{STEPS},8]"  # noqa: E731
     return {
         "devices": np.asarray(mesh.size),
+        "placed in evaluation": np.asarray(
+            [placed_by_evaluation(make_mesh(8, {"fsdp": 8}), gather) for gather in (True, False)]
+        ),
         "two devices": np.asarray(make_mesh(2).size),
         "six": np.asarray(placed["six"]),
         "constraints": np.asarray(str(jax.make_jaxpr(constrain)(rows)).count("sharding_constraint[")),
@@ -179,6 +195,12 @@ def test_the_cache_of_a_device_holds_its_own_rows_only(one_and_eight):
     _, eight = one_and_eight
     assert eight["whole caches"] == 0
     assert eight["split caches"] > 0
+
+
+def test_an_evaluation_gathers_weights_at_once_only_where_it_may(one_and_eight):
+    _, eight = one_and_eight
+    at_once, as_they_lie = eight["placed in evaluation"]
+    assert at_once - as_they_lie == len(jax.tree.leaves(MODEL.specs))
 
 
 def test_rows_that_do_not_divide_are_left_where_they_are(one_and_eight):

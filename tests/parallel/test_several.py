@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -405,6 +406,28 @@ def test_kill_of_one_ends_the_other_and_the_run_goes_on(alone, configs, tmp_path
     ), (status, said)
     finished(2, tmp_path / "more", "--resume", directory)
     assert_same_run(directory, alone["on the host"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replaced", [False, True])
+def test_both_go_on_from_their_hosts_or_neither_does(alone, configs, tmp_path, replaced):
+    directory, config = tmp_path / "run", configs["on the host"]
+    local = ["checkpoints.local_dir=" + str(tmp_path / "local"), "checkpoints.local_every_steps=1"]
+    commands = train(2, config, f"run_dir={directory}", *local)
+    with launched(commands, tmp_path / "logs", share(2, REWARD_SECONDS="1")) as run:
+        until_step(run, directory, WARM + 4)
+        for process in run.processes:
+            process.kill()
+        run.ended(30)
+    assert [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()] == [WARM]
+    if replaced:  # a new host has none of its own
+        shutil.rmtree(next((tmp_path / "local").glob("*/process-1")))
+    with launched(train(2, "--resume", directory), tmp_path / "more", share(2)) as run:
+        run.succeeded()
+        told = "going on from the local checkpoint of step" in " ".join(run.said()[0].split())
+    assert told != replaced
+    assert_same_run(directory, alone["on the host"])
+    assert json.loads((directory / "summary.json").read_text())["goodput"]["starts"] == 2
 
 
 @pytest.mark.slow

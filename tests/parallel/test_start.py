@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -260,7 +261,24 @@ def test_a_port_that_is_taken():
 def test_facts_name_versions_source_and_every_key():
     told = facts({"a": {"b": 1, "c": {}}, "d": [1, 2]})
     assert {"a.b": "1", "a.c": "{}", "d": "[1, 2]"}.items() <= told.items()
-    assert {"jax", "jaxlib", "jaxrl_llm's source"} <= set(told)
+    assert {"Python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxrl_llm's source"} <= set(told)
+    assert "not installed" not in {told["Python"], told["jax"], told["flax"], told["optax"], told["orbax-checkpoint"]}
+
+
+@pytest.mark.parametrize("package", ["flax", "optax", "orbax-checkpoint", "libtpu", "Python"])
+def test_a_process_with_another_version_of_a_package_is_named(monkeypatch, package):
+    here = facts({})
+    if package == "Python":
+        monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    else:
+        version = metadata.version
+        monkeypatch.setattr(metadata, "version", lambda name: "0.0.1" if name == package else version(name))
+    there = facts({})
+    errors = roll(free_port(), 2, {"process": 0, "facts": here}, {"process": 1, "facts": there}, seconds=20)
+    for error in errors:
+        assert isinstance(error, Disagreement)
+        assert f"{package} is {here[package]}" in str(error) or f"but {here[package]}" in str(error)
+        assert there[package] in str(error)
 
 
 # ---- the command line ----

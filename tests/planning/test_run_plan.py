@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -11,7 +12,9 @@ from jaxrl_llm.cli import main
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.models import TransformerConfig, save_model, transformer
+from jaxrl_llm.parallel.rules import RULES
 from jaxrl_llm.planning.topologies import topology
+from jaxrl_llm.run.evaluation_batch import decoding_bytes, fitting_batch
 
 PLANS = Path(__file__).parents[2] / "configs" / "plans"
 
@@ -37,21 +40,64 @@ def planned(capsys, name, machine, *overrides):
 
 
 def test_an_8b_model_on_64_chips(capsys):
-    status, output = planned(capsys, "qwen3_8b.yaml", "v5e:8x8")
+    status, output = planned(capsys, "qwen3_8b.yaml", "v5e:8x8", "warm_start={steps: 10, sequences_per_step: 8}")
     result = json.loads(output.out)
-    assert status == 0
+    assert status == 0, output.err
     assert result["devices"] == 64
-    assert {"prefill", "decode", "update"} <= {phase["phase"] for phase in result["phases"]}
+    phases = {phase["phase"]: phase for phase in result["phases"]}
+    assert {"prefill", "decode", "update"} <= set(phases)
     assert all(0 < phase["memory_bytes"] <= result["device_bytes"] for phase in result["phases"])
     # A prompt of 1,024 tokens costs two operations a weight and token, and attention on top.
-    prefill = next(phase for phase in result["phases"] if phase["phase"] == "prefill")
-    assert prefill["flops"] > 0
+    assert phases["prefill"]["flops"] > 0
+    assert result["token_seconds"] == pytest.approx(phases["decode"]["seconds"] / 8191)
+    # What a run does beside its steps. The batch of the evaluation is chosen to fit; 1152 would need 23.7 GiB.
+    programs = {program["program"]: program for program in result["programs"]}
+    assert 10 * 2**30 < programs["evaluation"]["memory_bytes"] <= result["device_bytes"]
+    assert programs["warm start: update"]["memory_bytes"] > 0
+    # Policy and reference in bfloat16, moments in float32 and bfloat16.
+    assert result["checkpoint"]["bytes"] == pytest.approx((2 + 2 + 4 + 2) * 8.19e9, rel=0.01)
+    assert result["checkpoint"]["host_bytes"] == pytest.approx(result["checkpoint"]["bytes"] / 16)
+    assert result["host"]["memory_bytes"] >= result["checkpoint"]["host_bytes"]
+
+
+def test_an_evaluation_that_does_not_fit_is_refused(capsys, tmp_path):
+    status, output = planned(capsys, "../demo.yaml", "cpu:1", "evaluation.sequences_per_batch=90000000")
+    assert status == 1
+    assert "try evaluation.sequences_per_batch=null" in output.err
+    programs = {program["program"]: program["fits"] for program in json.loads(output.out)["programs"]}
+    assert not programs["evaluation"]
+
+
+def test_the_batch_of_an_evaluation_follows_the_memory():
+    shape = TransformerConfig(vocabulary_size=100, width=64, layers=2, heads=4, kv_heads=2)
+    sizes = {"rows": 9, "prompt": 100, "completion": 1000}
+    one = sum(decoding_bytes(transformer(shape), 1, 9, 100, 1000, {}, RULES).values())
+    found = [fitting_batch(transformer(shape), device_bytes=factor * one, **sizes) for factor in (1, 4, 40, 1000)]
+    assert found[0] == 9  # never less than one problem
+    assert found[0] < found[1] < found[2] < found[3] == 1152
+    # Over eight devices there is room for more, but only for what they share evenly.
+    mesh = SimpleNamespace(shape={"data": 8})
+    assert fitting_batch(transformer(shape), device_bytes=4 * one, mesh=mesh, **sizes) >= 4 * found[1]
+
+
+def test_a_supervised_run_has_no_phases_of_sampling(capsys, tmp_path):
+    path = tmp_path / "sft.yaml"
+    tree = {
+        "name": "sft",
+        "task": {"name": "addition", "levels": [1]},
+        "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 32},
+        "source": [{"demonstrations": {"sequences_per_step": 8}}],
+        "losses": ["negative_log_likelihood"],
+    }
+    path.write_text(yaml.safe_dump(tree))
+    assert main(["plan", str(path), "--topology", "cpu:1", "--estimate", "--json"]) == 0
+    assert [phase["phase"] for phase in json.loads(capsys.readouterr().out)["phases"]] == ["update"]
 
 
 def test_what_does_not_fit_is_refused_with_a_way_out(capsys):
     status, output = planned(capsys, "llama3_70b.yaml", "v5e:2x2", "mesh.fsdp=4", "mesh.tensor=1")
-    assert status != 0
-    assert "GiB" in output.err
+    assert status == 1
+    assert "a host of v5e:2x2 needs" in output.err  # 70 billion parameters with their moments, written by one host
 
 
 def test_networks_and_a_batch_that_waits_take_memory(capsys, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from functools import partial
@@ -13,6 +12,7 @@ import pytest
 
 from jaxrl_llm.rewards import Guarded, RewardError
 from jaxrl_llm.rewards.host import Reading, answered
+from jaxrl_llm.sandbox import facilities, missing
 
 FUNCTIONS = """
 import asyncio, os, subprocess, sys, time
@@ -76,6 +76,9 @@ async def judged(completion):
     await asyncio.sleep(0.01)
     return len(completion)
 
+def evaluates(completions):
+    return [eval(text) for text in completions]
+
 def returns_text(completions):
     return "no list"
 """
@@ -98,6 +101,12 @@ def ask(functions, tmp_path):
     """(name, reading's options) -> answers; all processes end with the test."""
     made: list[Guarded] = []
 
+    def waiting():
+        children = psutil.Process().children(recursive=True)
+        return {child.pid for child in children if "jaxrl_llm.sandbox" in " ".join(child.cmdline())}
+
+    before = waiting()
+
     def call(name, *, texts=TEXTS, memory=None, most_failed=1.0, stop=lambda: None, **options):
         guarded = Guarded(getattr(functions, name), name, memory, most_failed, tmp_path / "host", stop)
         made.append(guarded)
@@ -108,10 +117,7 @@ def ask(functions, tmp_path):
     yield call
     for guarded in made:
         guarded.close()
-    me = os.getpid()
-    assert [
-        child for child in psutil.Process(me).children(recursive=True) if "guarded" in " ".join(child.cmdline())
-    ] == []
+    assert waiting() <= before
 
 
 def log(folder: Path, name: str) -> str:
@@ -125,8 +131,8 @@ def test_a_function_is_called_as_in_this_process(functions, tmp_path):
         found = answered(Reading(guarded, "lengths"), data, rows=3, names=["rewards"])
         assert found.values == {"rewards": [2.0, 6.0, 4.0]}
         assert found.failures == 0
-    process = guarded._process
-    assert process is not None
+    assert guarded._workers is not None
+    (process,) = guarded._workers._processes
     guarded.close()
     assert process.process.returncode is not None
     assert guarded(completions=["abc"]) == [6.0]
@@ -213,6 +219,26 @@ def test_a_run_that_wants_to_stop_does_not_wait(ask):
     with pytest.raises(Stop):
         ask("hangs", stop=stop)
     assert time.monotonic() < asked_at + 20
+
+
+@pytest.mark.slow
+def test_in_a_sandbox_a_function_runs_what_a_model_wrote(functions, tmp_path, monkeypatch):
+    if missing(facilities()):
+        pytest.skip("this system isolates no code")
+    monkeypatch.setenv("A_SECRET", "xyzzy")
+    (tmp_path / "secret").write_text("xyzzy")
+    told = {
+        "1 + 1": 2.0,
+        f"len(open({str(tmp_path / 'secret')!r}).read())": -1.0,
+        "len(__import__('os').environ['A_SECRET'])": -1.0,
+        "__import__('socket').socket().fileno()": -1.0,
+    }
+    guarded = Guarded(functions.evaluates, "evaluates", isolated=True)
+    reading = Reading(guarded, "evaluates", value_on_failure=-1.0)
+    found = answered(reading, {"completions": [*told]}, rows=len(told), names=["rewards"])
+    guarded.close()
+    assert found.values == {"rewards": [*told.values()]}
+    assert found.failures == 3
 
 
 def test_functions_of_the_main_script_are_refused():

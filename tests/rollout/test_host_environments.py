@@ -21,6 +21,7 @@ from jaxrl_llm.rollout import (
     host_step,
     opened,
 )
+from jaxrl_llm.sandbox import facilities, missing
 
 TOKENIZER = CharacterTokenizer()
 ITEMS = [{"body": "one", "answer": "1"}, {"body": "two", "answer": "2"}, {"body": "three", "answer": "3"}]
@@ -157,12 +158,34 @@ def test_processes_that_hang_or_die_are_replaced(processes):
     made = host_step(environment, [{"turns": n} for n in range(6)], texts, call)
     assert [step.failure for step in made if not step.failure] == ["", ""]
     assert "not returned after 1 s" in made[0].failure
-    assert "ended its process with code 3" in made[2].failure
+    assert "ended its process, which ended with status 3" in made[2].failure
     assert "no such file" in made[3].failure
     assert "returned what does not pickle" in made[4].failure
     assert [step.state["turns"] for step in made] == [0, 2, 2, 3, 4, 6]
     # All workers are there again.
     assert [step.failure for step in host_step(environment, [{"turns": 0}] * 3, ["a"] * 3, call)] == [""] * 3
+
+
+def reads(state, text):
+    """A turn that is a path: what the file says."""
+    with open(text) as file:
+        return state, file.read(8), 0.0, True
+
+
+@pytest.mark.slow
+def test_in_a_sandbox_an_environment_reads_no_files(tmp_path):
+    if missing(facilities()):
+        pytest.skip("this system isolates no code")
+    (tmp_path / "secret").write_text("xyzzy")
+    turns = [str(tmp_path / "secret"), os.__file__]
+    environment = ENVIRONMENT._replace(
+        executor="sandbox", step=reads, workers=1, deadline_seconds=5.0, on_failure="observation"
+    )
+    with opened(environment) as call:
+        assert host_started(environment, ITEMS[:1], call).states == ({"item": "one", "turns": 0},)
+        refused, read = host_step(environment, [1, 0], turns, call)
+    assert refused.failure.startswith("raised FileNotFoundError") or "PermissionError" in refused.failure
+    assert (read.failure, read.observation) == ("", 'r"""OS r')
 
 
 def test_what_does_not_pickle_is_refused_before_a_process_starts():

@@ -1,6 +1,7 @@
 """What is built from a config before compute is spent."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,8 +12,11 @@ import pytest
 from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Selection, Sequences, Source
+from jaxrl_llm.rollout import Environment
 from jaxrl_llm.run.batches import demonstration_batches, encoded, prompt_batches
+from jaxrl_llm.run.configured import configured_environment
 from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.machine import on_slices
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.setup import parts
 
@@ -216,3 +220,45 @@ def test_a_selection_chooses_the_prompts_of_a_step(micro_config, monkeypatch):
     batches = prompt_batches(built, data_sets(built.config)["train"])
     chosen = batches.chosen(np.arange(44, 48))
     assert [item["item_id"] for item in chosen.items] == [44, 45, 46, 47]
+
+
+def test_an_environment_in_python_is_called_in_processes_where_its_functions_can_be_sent_there(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs" / "examples"))
+    import own_environment
+
+    def made(**options):
+        return configured_environment({"python": "own_environment:guessing", **options}, None, CharacterTokenizer())
+
+    assert made().executor == "process"
+    assert [made(executor=how).executor for how in ("thread", "sandbox")] == ["thread", "sandbox"]
+    monkeypatch.setattr(own_environment, "step", lambda state, text: (state, text, 0.0, True))
+    assert made().executor is None
+    inside = {"python": "jaxrl_llm.rollout.tasks:task_environment", "executor": "process"}
+    monkeypatch.setattr(
+        "jaxrl_llm.rollout.tasks.task_environment", lambda tokenizer: Environment(None, None, 1, 1, 1, (1,))
+    )
+    with pytest.raises(ValueError, match=r"environment\.executor is 'process', but this environment is no HostEnv"):
+        configured_environment(inside, None, CharacterTokenizer())
+
+
+@pytest.mark.parametrize(
+    "there, sizes, taken",
+    [
+        ([0, 0, 1, 1], {"slice": 2, "fsdp": 2}, 2),
+        ([1, 1], {"slice": 2, "fsdp": 2}, 1),
+        ([0, 0, 2, 2, 3, 3], {"slice": 4, "fsdp": 2}, 3),
+        ([0, 0, 1], {"slice": 2, "fsdp": 2}, 2),  # a slice that is not whole: refused when the mesh is made
+        ([0] * 8, {"slice": 2, "fsdp": 4}, 2),  # virtual devices have no slices
+    ],
+)
+def test_a_run_goes_on_with_the_slices_that_are_there(there, sizes, taken):
+    found, reason = on_slices(sizes, [SimpleNamespace(slice_index=index) for index in there])
+    assert found == sizes | {"slice": taken}
+    assert ("slices" in reason) == (taken < sizes["slice"])
+
+
+def test_a_config_of_two_slices_on_one(micro_config):
+    built = parts(parse_config(micro_config, ["mesh.slices=2"], vocabulary_size=VOCABULARY))
+    assert built.step.composition.resources.placement.mesh is None
+    with pytest.raises(ValueError, match=r"mesh.slices 2 x mesh.fsdp 2 is 4, but there are 1 devices"):
+        parts(parse_config(micro_config, ["mesh.slices=2", "mesh.fsdp=2"], vocabulary_size=VOCABULARY))

@@ -28,8 +28,8 @@ from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.train import train
+from jaxrl_llm.shipped import recipe_path
 
-FOLDER = Path(__file__).parents[2] / "configs" / "methods"
 MICRO = {
     "task": {"name": "addition", "levels": [1], "options": {"scratchpad": False}, "train_items": 64}
     | {"validation_items": 4, "test_items": 4},
@@ -66,7 +66,7 @@ def micro(files, data_directory):
     """A recipe for a micro model that reads its file."""
 
     def make(name: str, kind: str, *overrides: str) -> Config:
-        tree = read_tree(FOLDER / f"{name}.yaml") | MICRO | {"data": {"directory": data_directory}}
+        tree = read_tree(recipe_path(name)) | MICRO | {"data": {"directory": data_directory}}
         tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
         tree["training"] |= {"learning_rate": 0.01, "warmup_steps": 0}
         tree["source"] = {kind: {"file": str(files[kind]), "groups_per_step": 8}}
@@ -152,8 +152,22 @@ def test_a_reward_model_learns_from_pairs_and_the_policy_from_its_scores(micro, 
     np.testing.assert_allclose(optax.tree.norm(params), scored[-1]["parameter_norm/reward"], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_three_reward_models_learn_and_the_policy_from_what_they_agree_on(micro, tmp_path):
+    config = micro("rm_ensemble", "pairs")
+    models, policy = config.stages
+    models["training"]["steps"], policy["training"] = 20, {"steps": 3, "prompts_per_step": 8}
+    networks = {name: replace(one, learning_rate=0.005) for name, one in config.networks.items()}
+    seen = whole_run(replace(config, stages=(models, policy), networks=networks), tmp_path / "run")
+    for name in ("first", "second", "third"):
+        assert seen["reward models"][-1][f"loss/{name}_pairs"] < seen["reward models"][0][f"loss/{name}_pairs"]
+    for step in seen["reinforcement"]:
+        assert len({step[f"reward/{name}"] for name in ("one", "two", "three")}) == 3  # each has a head of its own
+        assert step["gradient_norm"] > 0
+
+
 def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(data_directory, tmp_path):
-    tree = read_tree(FOLDER / "light_r1.yaml") | {"data": {"directory": data_directory}, "model": MICRO["model"]}
+    tree = read_tree(recipe_path("light_r1")) | {"data": {"directory": data_directory}, "model": MICRO["model"]}
     tree["task"] = MICRO["task"] | {"levels": [4], "train_items": 64}
     tree["rollout"] |= {"samples_per_prompt": 4, "max_completion_tokens": 9}
     tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
@@ -196,7 +210,7 @@ def teacher(tmp_path_factory) -> Path:
 
 def student(data_directory: str, *overrides: str) -> tuple[Parts, Any]:
     """(a micro student of the teacher, its prompts by step)."""
-    tree = read_tree(FOLDER / "on_policy_distillation.yaml") | MICRO | {"data": {"directory": data_directory}}
+    tree = read_tree(recipe_path("on_policy_distillation")) | MICRO | {"data": {"directory": data_directory}}
     tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
     tree["training"] |= {"prompts_per_step": 16, "learning_rate": 0.02, "warmup_steps": 0, "schedule": "constant"}
     built = parts(parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size))

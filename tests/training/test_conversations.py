@@ -286,7 +286,8 @@ def test_evaluation_opens_an_environment_in_python_by_itself(config_of):
     config = config_of("guess")
     built = parts(config)
     heard = []
-    environment = built.environment._replace(reset=lambda item: heard.append(item) or built.environment.reset(item))
+    reset = built.environment.reset
+    environment = built.environment._replace(reset=lambda item: heard.append(item) or reset(item), executor="thread")
     evaluate = make_evaluate(
         built.model,
         task_grader(built.task),

@@ -123,6 +123,50 @@ def turn_mixed_normalized(
     return _on_tokens(mixed, turn, mask, weight)
 
 
+@ranged
+def outcome_and_turn_centred(
+    turn_rewards: Float[Array, "B S"],
+    correct: Float[Array, "B"],
+    turn: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    group: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    *,
+    gamma: Share = 0.9,
+    beta: NonNegative = 1.0,
+) -> Float[Array, "B T"]:
+    """The outcome, discounted by the turns that it took, and each turn's own reward, both beside those of the group.
+
+        A_{i,s} = o_i * gamma^{n_i} - mean_j o_j * gamma^{n_j} + beta * (r_{i,s} - mean_{j,k} r_{j,k})
+
+    with n_i the turns of row i, and the last mean over all turns of the group. Neither part is divided by a deviation.
+
+    Args:
+      turn_rewards: r of each turn, as of `weighted_tests`.
+      correct: o, 1 for a won episode.
+      turn: index of the turn that each token belongs to.
+      mask: non-zero on tokens that count; a turn without any was not taken.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      gamma: what an outcome keeps for each turn; our choice.
+      beta: weight of the turns' part; our choice.
+
+    Returns:
+      One advantage a token, the same on all tokens of a turn; 0 outside the mask and in absent rows.
+
+    Reference: VeRPO (2601.03525).
+    Certainty: recalled
+    """
+    chex.assert_rank([turn_rewards, correct, turn, mask, group, weight], [2, 1, 2, 2, 1, 1])
+    chex.assert_equal_shape([turn, mask])
+    there, taken = weight.astype(jnp.float32), taken_turns(turn, mask, turn_rewards.shape[1])
+    rewards, count = jnp.where(taken, turn_rewards.astype(jnp.float32), 0.0), taken.sum(axis=1).astype(jnp.float32)
+    mean = group_mean(rewards.sum(axis=1) / jnp.maximum(count, 1.0), group, there * count)
+    outcome = correct.astype(jnp.float32) * gamma**count
+    each = (outcome - group_mean(outcome, group, there))[:, None] + beta * (rewards - mean[:, None])
+    return _on_tokens(each, turn, mask, weight)
+
+
 def _on_tokens(
     per_turn: Float[Array, "B S"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
 ) -> Float[Array, "B T"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.ranges import ranged
 
 Reduce = Literal["mean", "sum"]
-Likelihood = Literal["mean_log_probability", "log_probability", "probability"]
+Likelihood = Literal["mean_log_probability", "log_probability", "probability", "mean_probability"]
 
 
 def vocabulary_certainty(log_probabilities: Float[Array, "B C V"], tokens: Int[Array, "B C"]) -> Float[Array, "B C"]:
@@ -87,6 +87,7 @@ def sequence_likelihood(
         mean_log_probability   mean_t log p(y_t)
         log_probability        sum_t log p(y_t)
         probability            exp(sum_t log p(y_t)), which in the end favours very short completions
+        mean_probability       exp(mean_t log p(y_t)), of a token
 
     Args:
       old_logprobs: log-probability of each token under the policy before the update.
@@ -104,8 +105,8 @@ def sequence_likelihood(
     """
     if form not in get_args(Likelihood):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(Likelihood))}")
-    value = _over_tokens(old_logprobs, mask, "mean" if form == "mean_log_probability" else "sum")
-    return jnp.exp(value) if form == "probability" else value
+    value = _over_tokens(old_logprobs, mask, "mean" if form.startswith("mean") else "sum")
+    return jnp.exp(value) if form in ("probability", "mean_probability") else value
 
 
 def _over_tokens(values: Array, mask: Array, reduce: str) -> Array:

@@ -79,15 +79,15 @@ def reference_progress(
         return jnp.zeros((tokens.shape[0], max_turns), jnp.float32)
     reference_turn = separated_turns(demonstration_tokens, demonstration_length, separator_id=separator_id)
     inside = _inside(tokens, length)
-    size = _sum_per_turn(inside, turn, max_turns)
-    reference_size = _sum_per_turn(_inside(demonstration_tokens, demonstration_length), reference_turn, max_turns)
+    size = tokens_per_turn(inside, turn, max_turns)
+    reference_size = tokens_per_turn(_inside(demonstration_tokens, demonstration_length), reference_turn, max_turns)
     first, reference_first = (jnp.cumsum(count, axis=1) - count for count in (size, reference_size))
     # Each token is compared with the reference's token at the same place of the same turn.
     shift = jnp.take_along_axis(reference_first - first, jnp.clip(turn, 0, max_turns - 1), axis=1)
     position = jnp.arange(tokens.shape[1])[None, :] + shift
     at = jnp.clip(position, 0, demonstration_tokens.shape[1] - 1)
     same = jnp.take_along_axis(demonstration_tokens, at, axis=1) == tokens
-    equal = _sum_per_turn(inside & same, turn, max_turns) == size
+    equal = tokens_per_turn(inside & same, turn, max_turns) == size
     return (equal & (size == reference_size) & (size > 0)).astype(jnp.float32)
 
 
@@ -114,6 +114,18 @@ def episode_reward(turn_rewards: Float[Array, "B S"], *, turn: int | None = None
     if not -turns <= turn < turns:
         raise ValueError(f"turn is {turn}, but episodes have up to {turns} turns; use a number from 0 to {turns - 1}")
     return turn_rewards[:, turn].astype(jnp.float32)
+
+
+def turn_count(turns: Int[Array, "B"]) -> Float[Array, "B"]:
+    """The turns that were taken, as a reward with a weight: a price on tools, or a bonus that can be farmed.
+
+    Args:
+      turns: turns that were taken.
+
+    Returns:
+      One number a row, float32.
+    """
+    return turns.astype(jnp.float32)
 
 
 @ranged
@@ -277,7 +289,7 @@ def _inside(tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "
     return jnp.arange(tokens.shape[1])[None, :] < length[:, None]
 
 
-def _sum_per_turn(counted: Bool[Array, "B T"], turn: Int[Array, "B T"], turns: int) -> Int[Array, "B S"]:
+def tokens_per_turn(counted: Bool[Array, "B T"], turn: Int[Array, "B T"], turns: int) -> Int[Array, "B S"]:
     """How many tokens count in each of the first `turns` turns of a row."""
     count = jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=turns))
     return count(counted.astype(jnp.int32), turn.astype(jnp.int32))

@@ -206,12 +206,46 @@ def exact_answer(
     chex.assert_equal_shape_prefix([tokens, length, answer_tokens, answer_length], 1)
     if 0 in (tokens.shape[1], answer_tokens.shape[1]):
         return jnp.zeros(tokens.shape[0], jnp.float32)
+    tests = answer_token_tests(
+        tokens, length, answer_tokens, answer_length, open_id=open_id, close_id=close_id, space_ids=space_ids
+    )
+    _, size, found = answer_span(tokens, length, open_id=open_id, close_id=close_id, space_ids=space_ids)
+    return (found & (size == answer_length) & (tests != 0).all(axis=1)).astype(jnp.float32)
+
+
+@ranged
+def answer_token_tests(
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    answer_tokens: Int[Array, "B A"],
+    answer_length: Int[Array, "B"],
+    *,
+    open_id: Natural = ANSWER_ID,
+    close_id: Natural = ANSWER_END_ID,
+    space_ids: tuple[Natural, ...] = SPACE_IDS,
+) -> Float[Array, "B A"]:
+    """Each token of the reference answer as a test of its own, for `weighted_tests`.
+
+        p_j = [ token j of the answer == answer_tokens_j ]
+
+    Args:
+      tokens: completion tokens, right-padded.
+      length: completion tokens including end of sequence.
+      answer_tokens: reference answer, right-padded.
+      answer_length: tokens in each reference answer.
+      open_id: id of the tag that opens an answer.
+      close_id: id of the tag that closes it.
+      space_ids: ids that are stripped at both ends of the completion's answer.
+
+    Returns:
+      0 or 1 for each token, NaN behind the reference answer. A completion without a closed answer passes none.
+    """
     first, size, found = answer_span(tokens, length, open_id=open_id, close_id=close_id, space_ids=space_ids)
     offset = jnp.arange(answer_tokens.shape[1])[None, :]
     position = jnp.minimum(first[:, None] + offset, tokens.shape[1] - 1)
     same = jnp.take_along_axis(tokens, position, axis=1) == answer_tokens
-    equal = jnp.all(same | (offset >= answer_length[:, None]), axis=1)
-    return (found & (size == answer_length) & equal).astype(jnp.float32)
+    passed = same & (offset < size[:, None]) & found[:, None]
+    return jnp.where(offset < answer_length[:, None], passed.astype(jnp.float32), jnp.nan)
 
 
 @ranged

@@ -6,16 +6,17 @@ ended and started anew where one comparison takes too long.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxrl_llm.data.final_answer import marked_answer
 from jaxrl_llm.ranges import Positive, ranged
 from jaxrl_llm.rewards.verifiers.numbers import parsed_number
-from jaxrl_llm.worker_process import Worker
+from jaxrl_llm.sandbox import Workers
 
-_WORKER = Worker(Path(__file__).with_name("latex_worker.py"))
+_workers = Workers({"equal": "jaxrl_llm.sandbox.latex_equality:equal"}, memory_bytes=2 << 30)
+atexit.register(_workers.close)
 
 
 @ranged
@@ -62,6 +63,6 @@ def _same_number(said: str, wanted: str) -> bool:
 
 
 def _compared(answer: str, said: str, seconds: float) -> bool | None:
-    """What the process says; False where it takes too long or dies of it."""
-    told = _WORKER.ask([answer, said], seconds)
-    return False if told is None else told[0]
+    """What the process says; False where it takes too long or fails."""
+    (found,) = _workers("equal", [(answer, said)], seconds)
+    return False if found.late or found.error is not None else found.value

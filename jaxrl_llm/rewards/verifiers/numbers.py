@@ -31,6 +31,7 @@ from functools import cache
 from typing import Literal
 
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
+from jaxrl_llm.ranges import NonNegative, ranged
 
 Extraction = Literal["any", "marked", "boxed", "hashes", "last"]
 
@@ -41,7 +42,7 @@ _LARGEST_EXPONENT = 400
 _DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,133}(?!\d)|\d{1,2}(?:,\d{2}){1,200},\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _TEN_TO = r"\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*(?P<braced>[-+]?\d+)\s*\}|(?P<bare>[-+]?\d+))"
 _POWER = rf"(?:{_TEN_TO}|[eE](?P<e>[-+]?\d+))"
-_LATEX_FRACTION = r"\\[dt]?frac\s*(?:\{\s*(?P<over>-?\d+)\s*\}\s*\{\s*(?P<under>-?\d+)\s*\}|(?P<o>\d)(?P<u>\d))"
+_LATEX_FRACTION = r"\\[dt]?frac\s*(?:\{\s*(?P<over>-?\d+)\s*\}\s*\{\s*(?P<under>-?\d+)\s*\}|(?P<o>\d)\s*(?P<u>\d))"
 _SCALES = {
     "hundred": 100,
     "thousand": 10**3,
@@ -68,7 +69,7 @@ _NUMBER = re.compile(
     r"(?P<percent>\s*\\?%|\s+(?i:per\s?cent|pct)\b)?"
 )
 # What may be taken out of an answer without changing its number.
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|[~\u00a0\u202f])(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|,\\!|\\!,|[~\u00a0\u202f])(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"\\[!,;: ]|\\q?quad\b|[~\u00a0\u202f]")
 _WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*(?:\{\s*)?\\circ\s*\}?|\\circ\b|°|\*\*|`")
@@ -85,16 +86,22 @@ _AGREEMENT = Fraction(1, 100)
 _UNKNOWN = re.compile(r"\s*(?i:[a-z]*illions?)\b|(?:\s?[xyzi]|[a-zA-Z](?<![mgslhLVWJNdCF]))(?![A-Za-z0-9/^.°])")
 
 
+@ranged
 def number_match(
     completions: Sequence[str],
     answers: Sequence[str],
     *,
     extraction: Extraction = "any",
-    percent: Literal["unit", "hundredth"] = "unit",
+    percent: Literal["unit", "hundredth", "either"] = "unit",
+    tags: tuple[str, str] | None = None,
+    rtol: NonNegative = 0.0,
+    atol: NonNegative = 0.0,
 ) -> list[float]:
-    r"""1 where the completion's final number equals the reference answer as a rational number, else 0.
+    r"""1 where the completion's final number is the reference answer, else 0.
 
-        r = [ number(completion) = number(answer) ]
+        r = [ |number(completion) - number(answer)| <= atol + rtol * |number(answer)| ]
+
+    of exact rational numbers: without tolerances 0.3333333 is not 1/3.
 
     Args:
       completions: decoded completions.
@@ -102,7 +109,10 @@ def number_match(
       extraction: where a completion's number stands: "boxed" in the last \boxed{}, "hashes" behind the last `####`,
         "marked" behind the last mark of either kind, "last" the last number of the text, "any" the last mark, and
         where there is no mark the last number.
-      percent: "unit" takes 50% for 50, as word problems do that ask for a percentage; "hundredth" takes it for 1/2.
+      percent: "unit" takes 50% for 50, as word problems do that ask for a percentage; "hundredth" takes it for 1/2;
+        "either" lets it be both where one side alone has the sign.
+      tags: around an answer, such as ("<answer>", "</answer>"): a third kind of mark; None for none.
+      rtol, atol: tolerances, for references that are rounded decimals.
 
     Returns:
       One reward a row, 0 or 1. A completion without a number, with several in the marked place, or with a mark that is
@@ -115,20 +125,46 @@ def number_match(
     [1.0, 1.0, 0.0]
     """
     read = _extractor(extraction)
-    if percent not in ("unit", "hundredth"):
-        raise ValueError(f"percent is {percent!r}; it must be 'unit' or 'hundredth'")
+    if percent not in ("unit", "hundredth", "either"):
+        raise ValueError(f"percent is {percent!r}; it must be 'unit', 'hundredth' or 'either'")
+    absolute, relative = Fraction(atol), Fraction(rtol)
     rewards = []
     for row, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
         marked = marked_answer(answer)
-        wanted = parsed_number(answer if marked is None else marked, percent=percent)
-        if wanted is None:
+        reference = answer if marked is None else marked
+        if parsed_number(reference) is None:
             raise ValueError(
                 f"the reference answer of row {row} is {answer[:80]!r}, which is no number; use number_match for data "
                 "whose answers are numbers, or say where the number stands in the data's answer field"
             )
-        said = read(completion)
-        rewards.append(float(said is not None and parsed_number(said, percent=percent) == wanted))
+        said = _tagged(completion, tags) if tags and extraction in ("any", "marked") else None
+        said = read(completion) if said is None else said
+        same = False
+        for mine, theirs in _readings(said or "", reference, percent):
+            same |= mine is not None and theirs is not None and abs(mine - theirs) <= absolute + relative * abs(theirs)
+        rewards.append(float(same))
     return rewards
+
+
+def _readings(said: str, reference: str, percent: str) -> list[tuple[Fraction | None, Fraction | None]]:
+    """The pairs of numbers of which one has to agree: with percent signs for units, for hundredths, or for either."""
+    both = [(parsed_number(said, percent=kind), parsed_number(reference, percent=kind)) for kind in _PERCENT]
+    if percent != "either":
+        return [both[_PERCENT.index(percent)]]
+    has_sign = [unit != hundredth for unit, hundredth in zip(*both, strict=True)]
+    return both if has_sign[0] != has_sign[1] else both[:1]
+
+
+_PERCENT = ("unit", "hundredth")
+
+
+def _tagged(text: str, tags: tuple[str, str]) -> str | None:
+    """What stands between the last closed pair of tags, where no other mark stands behind it."""
+    closing = text.rfind(tags[1])
+    opening = text.rfind(tags[0], 0, max(closing, 0))
+    if closing < 0 or opening < 0 or marked_answer(text[closing:]) is not None:
+        return None
+    return text[opening + len(tags[0]) : closing].strip()
 
 
 def extract_number(text: str, *, extraction: Extraction = "any") -> str | None:

@@ -27,17 +27,21 @@ def extract_answer(text: str, *, open_tag: str = "<a>", close_tag: str = "</a>")
     return None if closing < 0 else text[start:closing].strip(" \n")
 
 
-def exact_match(completions: Sequence[str], answers: Sequence[str]) -> list[float]:
+def exact_match(
+    completions: Sequence[str], answers: Sequence[str], *, open_tag: str = "<a>", close_tag: str = "</a>"
+) -> list[float]:
     """1 where the completion's answer equals the reference answer character by character, else 0.
 
     Args:
       completions: decoded completions.
       answers: reference answers.
+      open_tag, close_tag: around the answer, such as `<answer>` and `</answer>`.
 
     Returns:
       One reward a row, 0 or 1.
     """
-    return [float(extract_answer(text) == answer) for text, answer in zip(completions, answers, strict=True)]
+    said = [extract_answer(text, open_tag=open_tag, close_tag=close_tag) for text in completions]
+    return [float(one == answer) for one, answer in zip(said, answers, strict=True)]
 
 
 def countdown(completions: Sequence[str], prompts: Sequence[str]) -> list[float]:
@@ -132,3 +136,25 @@ def _order_share(found: Sequence[str], wanted: Sequence[str]) -> float:
     ranks = [places[element].pop(0) for element in found]
     pairs = [ranks[i] < ranks[j] for j in range(len(ranks)) for i in range(j)]
     return sum(pairs) / len(pairs) if pairs else 1.0
+
+
+def item_numbers(item: Mapping[str, Any], *, field: str, values: Mapping[str, tuple[float, ...]]) -> Any:
+    """Numbers that go with what a record says in a field, such as percentiles of a data set (`percentile_bounded`).
+
+    Args:
+      item: a record of the data.
+      field: of the record, such as "task" or "level".
+      values: what it says, as text -> numbers, one for each name that is filled.
+
+    Returns:
+      The numbers, as a tuple; one number alone.
+
+    Raises:
+      ValueError: for a record that says something else.
+
+    >>> item_numbers({"level": 2}, field="level", values={"2": (0.1, 0.5, 0.9)})
+    (0.1, 0.5, 0.9)
+    """
+    if (said := str(item.get(field))) not in values:
+        raise ValueError(f"values has no numbers for {field} {said!r}; it has {', '.join(values)}")
+    return values[said] if len(values[said]) > 1 else values[said][0]

@@ -211,7 +211,7 @@ def test_more_samples_vote_than_learn():
     prompts = Prompts(*(jnp.zeros(shape, jnp.int32) for shape in ((3, 4), (3,), (3,), (3, 2), (3,))))
     (request,) = plan.requests(None, None, prompts)
     assert (request.samples_per_prompt, plan.drawn, plan.samples) == (6, 6, 2)
-    with pytest.raises(ValueError, match=r"samples_voted is 1, but rollout\.samples_per_prompt 2 of them learn"):
+    with pytest.raises(ValueError, match=r"samples_voted is 1, but rollout[.]samples_per_prompt 2 of them learn"):
         voted(plain(samples_per_prompt=2), samples_per_prompt=2, samples_voted=1)
 
 

@@ -230,7 +230,7 @@ def test_a_judge_that_is_down_over_budget_or_no_chat_endpoint(served):
         down(completions=["x"], **one)
     server = served(by_length)
     poor = rewards.judge_rating(judge=server.described(budget=20, concurrency=1))
-    with pytest.raises(rewards.JudgeError, match=r"judge\.budget is 20 tokens, and 30 are used up after 2 calls"):
+    with pytest.raises(rewards.JudgeError, match=r"judge[.]budget is 20 tokens, and 30 are used up after 2 calls"):
         poor(completions=["x", "xy", "xyz"], **ROWS)
     other = rewards.judge_rating(judge=served(lambda body: {"result": 3}).described())
     with pytest.raises(EndpointError, match="without choices"):

@@ -34,20 +34,19 @@ def test_the_same_mathematics(completion, answer, reward):
 
 def test_a_comparison_that_takes_too_long_is_ended_and_the_next_one_answered():
     assert latex_match([r"\boxed{y}"], ["x"]) == [0.0]  # the process is there
-    process, started = latex_answers._WORKER._process, time.monotonic()
+    (process,), started = latex_answers._workers._processes, time.monotonic()
     endless = r"\boxed{\sum_{k=1}^{10^{9}} \frac{\sin(k^{k})}{\cos(k!)+7^{7^{7^{7}}}}}"
     assert latex_match([endless], [r"9^{9^{9^{9}}}"], seconds=0.2) == [0.0]
     assert time.monotonic() - started < 5
     assert latex_match([r"\boxed{1/x}"], [r"\frac{1}{x}"]) == [1.0]
-    assert latex_answers._WORKER._process is not process
+    assert latex_answers._workers._processes != [process]
 
 
 def test_a_process_that_dies_is_started_again():
     latex_match([r"\boxed{y}"], ["x"])
-    process = latex_answers._WORKER._process
-    assert process is not None
-    process.kill()
-    process.wait()
+    (process,) = latex_answers._workers._processes
+    process.process.kill()
+    process.process.wait()
     assert latex_match([r"\boxed{1/x}"], [r"\frac{1}{x}"]) == [1.0]
 
 

@@ -21,13 +21,14 @@ SAME = {
     r"72^\circ; 72°; €72; 72 €; \boxed{72}; 8*9 = 72",
     Fraction(-5, 2): "-2.5; -5/2; -\\frac{5}{2}; -\\dfrac52; -2\\frac{1}{2}; -2 1/2; \u22122.5; -$2.50; $-2.50; "
     r"\frac{-5}{2}; - 2.5; x = -2.5; \tfrac{5}{-2}",
-    Fraction(1234567): "1,234,567; 1234567; 1{,}234{,}567; 1\\,234\\,567; 1\u00a0234\u00a0567; 1,234,567.0",
+    Fraction(1234567): "1,234,567; 1234567; 1{,}234{,}567; 1,\\!234,\\!567; 1\\,234\\,567; 1\u00a0234\u00a0567; "
+    "1,234,567.0",
     Fraction(3_000_000): "3 million; 3e6; 3 \\cdot 10^6; 3,000 thousand; 3\u00d710^6; 3 Millions; "
     "3-million; 3 MILLION; 3M; $3M; 3mn; 30 lakh; 3 thousand thousands; 3 million dollars; 30,00,000; ३०,००,०००",
     Fraction(-7): "–7; —7; ‒7; ‐7; －7; ﹣7; −７; is –7; –$7",
     Fraction(20_000): "20k; 20K; $20k; 20 thousand dollars; 2 hundred hundreds",
     Fraction(24): "2 dozen; 2 Dozens; 24 hours; 24h; 24 per day; US$24; 24 USD; ₹24; 24 mi/h; 24 a day; 24 K; 24 a.m.",
-    Fraction(1, 2): r"0.5; .5; 1/2; \frac12; 5e-1; 0.50; ½; ٠٫٥",
+    Fraction(1, 2): r"0.5; .5; 1/2; \frac12; \frac 1 2; 5e-1; 0.50; ½; ٠٫٥",
     Fraction(3, 2): "1½; 1 1/2; 1 ½",
 }
 NONE = (
@@ -116,6 +117,33 @@ def test_a_percent_sign_is_a_unit_or_a_hundredth():
     assert number_match(texts, ["50"] * 5) == [1.0, 1.0, 1.0, 1.0, 0.0]
     assert number_match(texts, ["50%"] * 5) == [1.0, 1.0, 1.0, 1.0, 0.0]
     assert number_match(texts, ["0.5"] * 5, percent="hundredth") == [1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+def test_a_percent_sign_is_both_where_one_side_has_it():
+    answers = ["0.5", "50", "50%", "50%", "0%"]
+    assert number_match(["50%", "50%", "50%", "0.5%", "0"], answers, percent="either") == [1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+def test_tolerances():
+    texts, answers = ["0.3333333", "0.333", "50%", "50"], ["1/3", "1/3", "50", "50%"]
+    assert number_match(texts, answers) == [0.0, 0.0, 1.0, 1.0]
+    assert number_match(texts, answers, rtol=1e-6, percent="hundredth") == [1.0, 0.0, 0.0, 0.0]
+    assert number_match(["9.5", "-0.5", ""], ["9", "0", "0"], atol=0.5) == [1.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match=r"rtol is -1.*at least 0"):
+        number_match([], [], rtol=-1)
+
+
+def test_tags_are_a_mark_like_the_others():
+    texts = [
+        "<answer> 7 </answer> or 9",
+        "<answer>7</answer> #### 8",
+        r"\boxed{} 5",
+        "<answer>7",
+        "9 </answer> <answer>",
+    ]
+    said = [number_match(texts, [answer] * 5, tags=("<answer>", "</answer>")) for answer in "7859"]
+    assert said == [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5, [0, 0, 0, 0, 1]]
+    assert number_match(["<a>1</a> 2"] * 2, ["1", "2"], tags=("<a>", "</a>"), extraction="last") == [0, 1]
 
 
 def test_references_may_be_solutions():

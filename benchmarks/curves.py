@@ -1,0 +1,218 @@
+"""Small runs of recipes: what a user should see move, measured. docs/gallery.md shows the curves.
+
+    python benchmarks/curves.py                       # every recipe whose curve is missing or of an older recipe
+    python benchmarks/curves.py grpo dler --seeds 3   # these
+
+A recipe is run as `jaxrl train` runs it, with its own functions and hyper-parameters, on its own task, but small: the
+model, the length of the problems and the batch are those of `SMALL`, so that a run takes about a minute on one core.
+All seeds and recipes of a task start from one warm-started policy, which is kept in the cache of the user. What is
+written, docs/curves/NAME.json, is the mean of each metric over `BINS` parts of the run, for each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxrl_llm import shipped
+from jaxrl_llm.compilation_cache import compilation_cache_directory
+from jaxrl_llm.config import parse_config, read_tree
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.run.train import train
+
+CURVES = Path(__file__).parents[1] / "docs" / "curves"
+STEPS, SEQUENCES, BINS, SEEDS = 60, 256, 20, 3
+
+MODEL = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2}
+WARM = {"steps": 600, "sequences_per_step": 64, "learning_rate": 3e-3, "warmup_steps": 20, "probe_every_steps": 20}
+# By task: its problems, the longest prompt and completion, and where the warm start ends.
+SMALL: dict[str, dict[str, Any]] = {
+    "addition": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.42},
+    "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 14, "completion": (44, 32), "stop": 0.5},
+    "countdown": {"task": {"levels": [3]}, "prompt": 16, "stop": 0.25},
+    "grid": {"task": {"levels": [1, 2, 3]}, "prompt": 30, "stop": 0.4},
+    "self_correction": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.3},
+}
+EVALUATION = {"problems": 64, "samples_per_problem": 8, "k": [1, 8], "sequences_per_batch": 512}
+# What else is drawn beside what a recipe says that it shows.
+ALWAYS = ("correct_share",)
+
+
+def digest(tree: dict[str, Any]) -> str:
+    """Sixteen hex digits over what a recipe computes: its texts are left out."""
+    kept = {name: value for name, value in tree.items() if name not in ("about", "name", "shows")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) -> dict[str, Any]:
+    """The same recipe, with the small model and batch of its task."""
+    tree = json.loads(json.dumps(tree))
+    rollout, training, size = tree["rollout"], tree["training"], SMALL[tree["task"]["name"]]
+    own_levels = tree["task"]["levels"] if len(tree["task"]["levels"]) > 1 and "completion" not in size else None
+    tree["task"] |= {"train_items": 4000, "validation_items": 64, "test_items": 64} | size["task"]
+    if tree["task"]["name"] == "addition" and own_levels:  # recipes whose effect needs several levels
+        tree["task"]["levels"] = own_levels
+    else:
+        rollout["max_prompt_tokens"] = size["prompt"]
+    longest, shorter = size.get("completion", (None, None))
+    if rollout["max_completion_tokens"] == longest:
+        rollout["max_completion_tokens"] = shorter
+    training["prompts_per_step"] = max(1, sequences // rollout["samples_per_prompt"])
+    training |= {"warmup_steps": 5, "steps": steps}
+    for entry in tree.get("source", []) if isinstance(tree.get("source"), list) else []:
+        for hyper in entry.values() if isinstance(entry, dict) else ():
+            if "sequences_per_step" in hyper:
+                hyper["sequences_per_step"] = 32
+    for stage in tree.get("stages", []):
+        stage.setdefault("training", {}).setdefault("steps", steps // len(tree["stages"]))
+    warm = WARM | {"stop_at_accuracy": size["stop"]} if tree["warm_start"]["steps"] else tree["warm_start"]
+    if tree["warm_start"].get("stop_at_accuracy", 0.42) == 0.65:  # without labels the start has to be right mostly
+        warm["stop_at_accuracy"] = 0.65
+    evaluated = any(metric.startswith("validation/") for metric in tree.get("shows", {}))
+    return tree | {
+        "model": MODEL,
+        "warm_start": warm,
+        "evaluation": EVALUATION | {"every_steps": max(1, steps // 3) if evaluated else 0},
+        "checkpoints": {"every_steps": 100_000, "keep": 1},
+        "reporting": {"samples_every_steps": 0, "report": False, "loggers": []},
+    }
+
+
+def warm_started(tree: dict[str, Any], cache: Path) -> dict[str, Any]:
+    """The config that goes on from its warm start, which is made where it is not kept yet."""
+    if not tree["warm_start"]["steps"]:
+        return tree
+    names = ("task", "model", "warm_start", "seed")
+    first = {name: tree[name] for name in names if name in tree} | {"about": {}, "name": "warm start"}
+    sizes = {name: tree["rollout"][name] for name in ("max_prompt_tokens", "max_completion_tokens")}
+    run = cache / f"{tree['task']['name']}-{digest(first | sizes)}"
+    if not (run / "summary.json").exists():
+        made = run.with_name(f"{run.name}.{os.getpid()}")  # several processes may want it at once
+        plain = {"rollout": {"samples_per_prompt": 8} | sizes, "training": {"steps": 0, "prompts_per_step": 8}}
+        plain |= {"rewards": tree["rewards"] or ["exact_answer"], "losses": ["policy_gradient"]}
+        plain |= {"credit": [{"advantages": "group_normalized"}], "environment": tree.get("environment", {})}
+        others = {name: tree[name] for name in ("evaluation", "reporting")}
+        ran(first | plain | others, made)
+        try:
+            made.rename(run)
+        except OSError:
+            shutil.rmtree(made)
+    return tree | {"warm_start": {"steps": 0}, "init_from": {"path": str(run)}}
+
+
+def ran(tree: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's steps."""
+    config = parse_config(tree | {"run_dir": str(directory)}, vocabulary_size=CharacterTokenizer().vocabulary_size)
+    train(config, console=Console(quiet=True))
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def binned(lines: list[dict[str, Any]], metric: str, bins: int = BINS) -> list[float | None]:
+    """Means of a metric over equal parts of a run; None where a part does not have it."""
+    parts = np.array_split(np.arange(len(lines)), bins)
+    values = [[lines[i][metric] for i in part if metric in lines[i]] for part in parts]
+    return [float(f"{np.mean(found):.4g}") if found else None for found in values]
+
+
+def change(seeds: list[list[float | None]]) -> tuple[float, float]:
+    """(mean over the first fifth of the runs, over the last) of the curves of a metric."""
+    known = [[value for value in seed if value is not None] for seed in seeds]
+    parts = [(seed[: max(1, len(seed) // 5)], seed[-max(1, len(seed) // 5) :]) for seed in known]
+    return float(np.mean([np.mean(first) for first, _ in parts])), float(np.mean([np.mean(last) for _, last in parts]))
+
+
+def agrees(seeds: list[list[float | None]], direction: str) -> bool:
+    """Whether the curves of a metric go where a recipe says; what holds keeps three quarters of what it was."""
+    first, last = change(seeds)
+    return {"rises": last > first, "falls": last < first, "holds": last >= 0.75 * first}[direction]
+
+
+def measured(name: str, seeds: int, cache: Path, *, steps: int = STEPS, sequences: int = SEQUENCES) -> dict[str, Any]:
+    """The curves of a recipe.
+
+    Returns:
+      recipe, digest, steps, sequences, metrics: name -> for each seed the means of `BINS` parts of its run.
+    """
+    tree = small(read_tree(shipped.recipe_path(name)), steps, sequences)
+    start, runs = warm_started(tree, cache), []
+    for seed in range(seeds):
+        directory = cache / "runs" / f"{name}-{seed}"
+        shutil.rmtree(directory, ignore_errors=True)
+        runs.append(ran(start | {"seed": seed}, directory))
+    return recorded(name, runs, sequences)
+
+
+def recorded(name: str, runs: list[list[dict[str, Any]]], sequences: int) -> dict[str, Any]:
+    """What `measured` returns, from the metrics of runs."""
+    whole = read_tree(shipped.recipe_path(name))
+    shows = whole.get("shows", {})
+    metrics = [one for one in dict.fromkeys((*shows, *ALWAYS)) if any(one in line for line in runs[0])]
+    if missing := [one for one in shows if one not in metrics]:
+        raise ValueError(f"it shows {missing[0]}, which its steps do not report; they report {sorted(runs[0][-1])}")
+    return {
+        "recipe": name,
+        "digest": digest(whole),
+        "steps": len(runs[0]),
+        "sequences": sequences,
+        "metrics": {metric: [binned(lines, metric) for lines in runs] for metric in metrics},
+    }
+
+
+def cache_directory() -> Path:
+    """Where warm-started policies are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm" / "curves"
+
+
+def stale(name: str) -> bool:
+    """Whether the curve of a recipe is missing, or of a recipe that has changed since."""
+    path = CURVES / f"{name}.json"
+    return not path.exists() or json.loads(path.read_text())["digest"] != digest(read_tree(shipped.recipe_path(name)))
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="recipes; without any, all whose curves are missing or stale")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--output", type=Path, default=CURVES)
+    options = parser.parse_args(given)
+    from jaxrl_llm import catalogue
+
+    if directory := compilation_cache_directory():
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+    names = options.names or [one["name"] for one in catalogue.recipes() if stale(one["name"])]
+    options.output.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for name in names:
+        began = time.process_time()
+        try:
+            found = measured(name, options.seeds, cache_directory(), steps=options.steps)
+        except Exception as error:  # a recipe that needs a file or a checkpoint of the user's own
+            print(f"{name}: not measured: {str(error).splitlines()[0][:300]}", flush=True)
+            failed += 1
+            continue
+        finally:
+            jax.clear_caches()
+        (options.output / f"{name}.json").write_text(json.dumps(found) + "\n")
+        moved = {
+            metric: f"{change(seeds)[0]:.4g} -> {change(seeds)[1]:.4g}" for metric, seeds in found["metrics"].items()
+        }
+        print(f"{name}: {time.process_time() - began:.0f} s of CPU, {moved}", flush=True)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

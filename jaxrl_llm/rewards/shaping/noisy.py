@@ -1,0 +1,72 @@
+"""Rewards that are wrong on purpose, and what repairs them where a reward model is unsure."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.ranges import Natural, NonNegative, Share, ranged
+
+
+@ranged
+def flipped_rewards(
+    rewards: Float[Array, "B"], prompt_id: Int[Array, "B"], *, share: Share, seed: Natural
+) -> Float[Array, "B"]:
+    """Rewards in [0, 1], turned round for a share of the prompts: a study of how much noise learning bears.
+
+        r <- 1 - r where u(prompt, seed) < share
+
+    A prompt is flipped for all of its samples and in every epoch, or not at all.
+
+    Args:
+      rewards: rewards before; NaN does not apply and stays.
+      prompt_id: id of the prompt.
+      share: of the prompts that are flipped, in expectation; 0.4 still learns, 0.5 is no signal.
+      seed: of the choice; that of the run where none is given.
+
+    Returns:
+      One reward a row, float32.
+
+    Reference: noisy rewards (2505.22653).
+    Certainty: verified
+    """
+    chex.assert_rank([rewards, prompt_id], 1)
+    chex.assert_equal_shape([rewards, prompt_id])
+    bits = prompt_id.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) ^ jnp.uint32((seed * 0x85EBCA6B + 1) % 2**32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    uniform = (bits >> 8).astype(jnp.float32) / 2**24
+    r = rewards.astype(jnp.float32)
+    return jnp.where(uniform < share, 1 - r, r)
+
+
+@ranged
+def pattern_calibrated(
+    rewards: Float[Array, "B"],
+    patterns: Float[Array, "B"],
+    *,
+    threshold: float = 0.5,
+    coefficient: NonNegative = 0.1,
+) -> Float[Array, "B"]:
+    """A reward model's score, raised where it is low and the completion reasons: it may have missed something.
+
+        r <- min(1, r + coefficient * p) where r < threshold
+
+    Args:
+      rewards: r, scores in [0, 1]; NaN does not apply and stays.
+      patterns: p in [0, 1], as of `reasoning_patterns`; NaN raises nothing.
+      threshold: below which a score is raised.
+      coefficient: by how much at most.
+
+    Returns:
+      One reward a row, float32.
+
+    Reference: reasoning-pattern reward (2505.22653).
+    Certainty: verified
+    """
+    chex.assert_rank([rewards, patterns], 1)
+    chex.assert_equal_shape([rewards, patterns])
+    r, p = rewards.astype(jnp.float32), patterns.astype(jnp.float32)
+    raised = jnp.minimum(1.0, r + coefficient * jnp.where(jnp.isnan(p), 0.0, p))
+    return jnp.where(r < threshold, jnp.maximum(r, raised), r)

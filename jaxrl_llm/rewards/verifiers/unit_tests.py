@@ -1,0 +1,201 @@
+"""Code in completions, verified by unit tests in a sandbox."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jaxrl_llm.ranges import Count, Positive, ranged
+from jaxrl_llm.sandbox import Limits, Outcome, Program, run_programs
+
+Mode = Literal["fraction", "all", "prefix"]
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+@ranged
+def unit_tests(
+    completions: Sequence[str],
+    items: Sequence[Mapping[str, Any]],
+    *,
+    mode: Mode | None = None,
+    most_tests: Count | None = None,
+    seconds: Positive = 5.0,
+    memory_gib: Positive = 1.0,
+    no_code: float = 0.0,
+    does_not_compile: float = 0.0,
+    allow_unisolated: bool = False,
+) -> list[float | None]:
+    """The tests that the code of a completion passes, each run in a sandbox.
+
+        status per test in {pass, fail, error, timeout, forbidden}
+        fraction: passed / number of tests
+        all:      1 iff every test passes
+        prefix:   tests passed before the first failure / number of tests
+
+    A case of input and output passes iff output and expectation, outer blanks removed, have the same number of lines
+    and agree line by line, each line stripped. What is expected never reaches the process of the program. Tests that
+    are code run behind the program in its own process, so that a program which sets out to deceive them can.
+
+    Args:
+      completions: decoded completions; the code is the last fenced block.
+      items: records with one of these, at the top, in `raw`, or as JSON text:
+        `test` (Python; with `entry_point`, a function that its `check` is called with, as HumanEval), `test_list`
+        (lines of Python, with `test_setup_code`, as MBPP), `test_cases` (a list of `{input, output}`, with `fn_name`
+        for a call), `input_output` (`{inputs, outputs}`, with `fn_name` for calls).
+      mode: None is "fraction" for cases of input and output, "all" for tests that are code.
+      most_tests: the first so many are run; None runs all.
+      seconds: that a test may take.
+      memory_gib: that it may use.
+      no_code: reward of a completion without a fenced block.
+      does_not_compile: reward of code that is no Python.
+      allow_unisolated: run it where the system cannot isolate it.
+
+    Returns:
+      One reward a row; None for a record without tests, or where the sandbox itself has failed.
+
+    Raises:
+      SandboxError: where the system cannot isolate code, unless that is allowed.
+      ValueError: for an unknown mode, or tests in another form.
+
+    >>> item = {"test_cases": [{"input": "2", "output": "4"}, {"input": "3", "output": "9"}]}
+    >>> unit_tests(["```python\\nprint(int(input()) * 2)\\n```"], [item], allow_unisolated=True)
+    [0.5]
+
+    Reference: code reward of open-r1 (the fraction on cases of input and output); the other modes are common practice.
+    Certainty: verified
+    """
+    if mode not in (None, "fraction", "all", "prefix"):
+        raise ValueError(f"mode is {mode!r}; it must be fraction, all or prefix")
+    tests = [recorded_tests(item)[:most_tests] for item in items]
+    codes = [blocks[-1] if (blocks := _BLOCK.findall(text)) else None for text in completions]
+    asked = [
+        (row, test)
+        for row, (code, own) in enumerate(zip(codes, tests, strict=True))
+        if code is not None
+        for test in own
+    ]
+    limits = Limits(seconds, int(memory_gib * 2**30))
+    programs = [test.program(str(codes[row])) for row, test in asked]
+    outcomes = run_programs(programs, limits=limits, allow_unisolated=allow_unisolated)
+    found: list[list[Outcome | None]] = [[] for _ in tests]
+    for (row, test), outcome in zip(asked, outcomes, strict=True):
+        found[row].append(None if outcome is None else test.judged(outcome))
+
+    def reward(row: int) -> float | None:
+        if not tests[row]:
+            return None
+        if codes[row] is None:
+            return no_code
+        judged = [outcome for outcome in found[row] if outcome is not None]
+        if len(judged) < len(tests[row]):
+            return None
+        if judged[0].detail.startswith("does not compile"):
+            return does_not_compile
+        usual: Mode = "all" if tests[row][0].code is not None else "fraction"
+        return passed_share([outcome.verdict for outcome in judged], mode=mode or usual)
+
+    return [reward(row) for row in range(len(tests))]
+
+
+def code_of(completion: str) -> str:
+    """The code of a completion: its last fenced block, or all of it where there is none.
+
+    >>> code_of("Here it is:\\n```python\\nx = 1\\n```\\nDone.")
+    'x = 1\\n'
+    """
+    blocks = _BLOCK.findall(completion)
+    return blocks[-1] if blocks else completion
+
+
+def passed_share(statuses: Sequence[str], *, mode: Mode) -> float:
+    """What the statuses of all tests of a program are worth.
+
+    >>> [passed_share(["pass", "pass", "fail", "pass"], mode=mode) for mode in ("fraction", "all", "prefix")]
+    [0.75, 0.0, 0.5]
+    """
+    passed = [status == "pass" for status in statuses]
+    if mode == "all":
+        return float(all(passed))
+    return (sum(passed) if mode == "fraction" else [*passed, False].index(False)) / len(passed)
+
+
+def same_lines(output: str, expected: str) -> bool:
+    """Whether two texts have as many lines, and the same ones without the blanks around them.
+
+    >>> same_lines("1 \\n2\\n", "1\\n2"), same_lines("1", "1\\n2")
+    (True, False)
+    """
+    lines = [[line.strip() for line in text.strip().split("\n")] for text in (output, expected)]
+    return lines[0] == lines[1]
+
+
+class UnitTest(NamedTuple):
+    """One test of a program: code behind it, or input and what is expected of it.
+
+    Attributes:
+      code: Python; None for a case.
+      input: standard input, or arguments of the call.
+      expected: standard output, or value of the call.
+      function: that is called; None for standard input.
+    """
+
+    code: str | None = None
+    input: Any = ""
+    expected: Any = None
+    function: str | None = None
+
+    def program(self, source: str) -> Program:
+        if self.function is not None:
+            return Program(source, call=(self.function, self.input))
+        return Program(source, self.input, self.code)
+
+    def judged(self, outcome: Outcome) -> Outcome:
+        if self.code is not None or outcome.verdict != "pass":
+            return outcome
+        called = self.function is not None
+        right = outcome.value == self.expected if called else same_lines(outcome.stdout, self.expected)
+        return outcome if right else outcome._replace(verdict="fail", detail="another output than expected")
+
+
+def recorded_tests(item: Mapping[str, Any]) -> list[UnitTest]:
+    """The tests of a record, in any of the forms of `unit_tests`; none where it has none.
+
+    Raises:
+      ValueError: for tests in another form.
+    """
+    line = {**item, **(item.get("raw") or {})}
+    line |= _parsed(line.get("verification_info")) or {}
+    if line.get("test_list"):
+        setup = line.get("test_setup_code") or ""
+        return [UnitTest(f"{setup}\n{test}") for test in _parsed(line["test_list"])]
+    if line.get("test"):
+        entry = line.get("entry_point")
+        return [UnitTest(f"{line['test']}\n\ncheck({entry})" if entry else line["test"])]
+    cases = _parsed(line.get("test_cases")) or []
+    if pairs := _parsed(line.get("input_output")):
+        both = zip(pairs.get("inputs", ()), pairs.get("outputs", ()), strict=True)
+        cases = [{"input": given, "output": wanted, "fn_name": pairs.get("fn_name")} for given, wanted in both]
+    return [_case(case) for case in cases]
+
+
+def _case(case: Any) -> UnitTest:
+    if not isinstance(case, Mapping) or not {"input", "output"} <= case.keys():
+        raise ValueError(f"a test case is {str(case)[:80]}; it must have `input` and `output`")
+    given, wanted, function = case["input"], case["output"], case.get("fn_name")
+    if function is not None:  # text has an argument a line, in JSON
+        given = [json.loads(line) for line in given.splitlines() if line] if isinstance(given, str) else list(given)
+        return UnitTest(None, given, json.loads(wanted) if isinstance(wanted, str) else wanted, function)
+    texts = ("\n".join(map(str, each)) if isinstance(each, list) else str(each) for each in (given, wanted))
+    return UnitTest(None, *texts)
+
+
+def _parsed(value: Any) -> Any:
+    """Tests as JSON text, as many data sets have them, or as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError(f"the tests of a record are the text {value[:80]!r}, which is no JSON") from None

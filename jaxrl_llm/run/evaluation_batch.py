@@ -1,0 +1,154 @@
+"""How many completions an evaluation decodes at once: as many as fit beside the state of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.config import Config
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.parameters import ParameterSpec
+from jaxrl_llm.parallel.auto import memory_of
+from jaxrl_llm.parallel.rules import AXES, RULES, Rules, axes_of, decoding
+from jaxrl_llm.run.machine import demand
+
+MOST = 1152  # completions: more make no device busier
+ROOM = 0.9  # of a device's memory
+
+
+def evaluation_batch(
+    config: Config, model: Model, mesh: Any = None, rules: Rules = RULES, *, device_bytes: float | None = None
+) -> int:
+    """`evaluation.sequences_per_batch`, or where it is null as many completions as fit a device beside the state.
+
+    Args:
+      config: of the run.
+      model: the policy.
+      mesh: that rows and parameters lie on; None for one device.
+      rules: where they lie on it.
+      device_bytes: memory of a device; None asks the first one of the mesh.
+    """
+    if config.evaluation.sequences_per_batch is not None:
+        return config.evaluation.sequences_per_batch
+    return fitting_batch(
+        model,
+        rows=1 + config.evaluation.samples_per_problem,
+        prompt=config.rollout.max_prompt_tokens,
+        completion=config.rollout.max_completion_tokens,
+        mesh=mesh,
+        rules=rules,
+        gathered=config.mesh.gather_for_rollout,
+        state_bytes=demand(config, model).state_bytes,
+        device_bytes=device_bytes,
+    )
+
+
+def fitting_batch(
+    model: Model,
+    *,
+    rows: int,
+    prompt: int,
+    completion: int,
+    mesh: Any = None,
+    rules: Rules = RULES,
+    gathered: bool = True,
+    state_bytes: float | None = None,
+    device_bytes: float | None = None,
+) -> int:
+    """Completions that fit a device: whole problems of `rows` each, at least one, at most 1152 completions.
+
+    Args:
+      model: what decodes; where it does not describe its parameters or its cache, 1152 are taken.
+      rows: completions of a problem.
+      prompt, completion: tokens, at most.
+      mesh, rules, device_bytes: as for `evaluation_batch`.
+      gathered: see `decoding_bytes`.
+      state_bytes: of all that is held meanwhile, over all devices; None for the parameters alone.
+    """
+    most = max(1, MOST // rows)
+    if model.specs is None or not hasattr(model.config, "cached_sizes"):
+        return most * rows
+    room = ROOM * (device_bytes or memory_of(jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]))
+    shape = {} if mesh is None else mesh.shape
+    stored = whole_bytes(model)
+    room -= held_bytes(model, shape, rules) / stored * (state_bytes or stored)
+    for problems in range(most, 1, -1):
+        needs = decoding_bytes(model, problems, rows, prompt, completion, shape, rules, gathered=gathered)
+        if sum(needs.values()) <= room:
+            return problems * rows
+    return rows
+
+
+def decoding_bytes(
+    model: Model,
+    problems: int,
+    rows: int,
+    prompt: int,
+    completion: int,
+    shape: Mapping[str, int],
+    rules: Rules,
+    *,
+    gathered: bool = True,
+) -> dict[str, float]:
+    """What decoding takes of a device beside the state, by name.
+
+    Args:
+      model: what decodes.
+      problems: decoded together.
+      rows: completions of each.
+      prompt, completion: tokens, at most.
+      shape: of the mesh: axis -> size.
+      rules: the table of the update.
+      gathered: weights are gathered once (`mesh.gather_for_rollout`), instead of a layer at a time.
+    """
+    c, at = model.config, decoding(rules, gathered=gathered)
+    decoded, prompts = (math.ceil(n / _parts("decoded_rows", n, shape, at)) for n in (problems * rows, problems))
+    heads, key, value = c.cached_sizes
+    split = _parts("kv_heads", heads, shape, at) if c.latent is None else 1
+    width = jnp.dtype(c.compute_dtype).itemsize
+    token = c.layers * heads * (key + value) / split * (1 if c.cache_dtype == "int8" else width)
+    if gathered:
+        weights = held_bytes(model, shape, at, width)
+    else:  # they lie in the state; the layer that is computed with is gathered
+        weights = held_bytes(model, shape, decoding(rules), width) / c.layers
+    return {
+        "weights for sampling": weights,
+        "cache": token * (decoded * completion + prompts * prompt),
+        "scores of a token": 3 * 4.0 * decoded * c.vocabulary_size / _parts("vocabulary", c.vocabulary_size, shape, at),
+    }
+
+
+def held_bytes(model: Model, shape: Mapping[str, int], rules: Rules, width: int | None = None) -> float:
+    """Bytes of the parameters on a device, in their own dtypes or `width` bytes each."""
+    mesh = _mesh(shape)
+    total = 0.0
+    for leaf in _leaves(model):
+        axes = axes_of(leaf.axes, leaf.shape, mesh, rules)
+        parts = math.prod(mesh.shape[axis] for part in axes for axis in part)
+        total += math.prod(leaf.shape) / parts * (width or jnp.dtype(leaf.dtype).itemsize)
+    return total
+
+
+def whole_bytes(model: Model) -> float:
+    """Bytes of the parameters."""
+    return held_bytes(model, {}, RULES)
+
+
+def _leaves(model: Model) -> list[ParameterSpec]:
+    return jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))
+
+
+def _mesh(shape: Mapping[str, int]) -> Any:
+    return SimpleNamespace(shape={axis: shape.get(axis, 1) for axis in AXES})
+
+
+def _parts(name: str, size: int, shape: Mapping[str, int], rules: Rules) -> int:
+    """Into how many parts the mesh cuts a dimension of this size."""
+    mesh = _mesh(shape)
+    (axes,) = axes_of((name,), (size,), mesh, rules)
+    return math.prod(mesh.shape[axis] for axis in axes)

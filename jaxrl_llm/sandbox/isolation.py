@@ -1,0 +1,335 @@
+"""What the kernel offers to keep code away from files, network and other processes, entered from within a process.
+
+    namespaces   a root of its own with Python alone in it, a network without interfaces, processes that see only theirs
+    landlock     files other than those listed are refused; signals reach no process outside
+    seccomp      system calls that ordinary programs do not need (sockets, ptrace, mounts, ...) end the process
+    user         started by root, code runs as a user that owns nothing, so that a bound on processes binds
+
+All of it is asked of the kernel directly; it needs no privilege where user namespaces are allowed, and no package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import math
+import os
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from jaxrl_llm.sandbox.system_calls import call, checked, filtered, libc, prctl
+
+FOLDER = "/box"  # the one place that code in a root of its own may write to
+_NEW_NAMESPACES = 1 << 17 | 1 << 26 | 1 << 27 | 1 << 29 | 1 << 30  # mounts, host name, IPC, processes, network
+_NEW_USER = 1 << 28
+_READ_ONLY, _NO_SUID, _NO_DEV = 1, 2, 4  # of mount and of mount_setattr
+_BIND, _RECURSIVE, _PRIVATE, _AT_RECURSIVE = 1 << 12, 1 << 14, 1 << 18, 0x8000
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+
+
+class SandboxError(ValueError):
+    """There is not the isolation that was asked for, or it could not be set up."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one run of a program may use.
+
+    Attributes:
+      seconds: from its start to its end; of each process's CPU, too.
+      memory_bytes: address space of each process, and memory of all together.
+      file_bytes: of each file; all together may have four times as many where there are namespaces.
+      output_bytes: of standard output, and of standard error.
+      processes: processes and threads at once.
+    """
+
+    seconds: float = 5.0
+    memory_bytes: int = 1 << 30
+    file_bytes: int = 16 << 20
+    output_bytes: int = 1 << 20
+    processes: int = 16
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}; it must be above 0 and finite")
+
+
+# ---- what there is --------------------------------------------------------------------------------------------------
+
+# What code that a model wrote must be kept from, and what keeps it: one of these sets of facilities is enough.
+_KEEPS = {
+    "your files": ({"namespaces"}, {"landlock"}),
+    "the network": ({"namespaces"}, {"seccomp"}),
+    "other processes": ({"namespaces"}, {"landlock signals", "seccomp"}, {"user", "seccomp"}),
+}
+
+
+def missing(found: Collection[str]) -> list[str]:
+    """What these facilities do not keep code from.
+
+    >>> missing({"landlock", "seccomp"})
+    ['other processes']
+    """
+    return [what for what, sets in _KEEPS.items() if not any(each <= {*found} for each in sets)]
+
+
+@functools.cache
+def facilities() -> frozenset[str]:
+    """What works here: some of namespaces, landlock, landlock signals, seccomp, user.
+
+    Each is tried in a process that ends at once. It is called where no other thread runs.
+    """
+    tries: dict[tuple[str, ...], Callable[[], object]] = {
+        ("namespaces", "user"): lambda: entered({"namespaces", "user"}),
+        ("namespaces",): lambda: entered({"namespaces"}),
+        ("landlock", "landlock signals"): lambda: _landlocked(readable(), "/", signals=True),
+        ("landlock",): lambda: _landlocked(readable(), "/", signals=False),
+        ("seccomp",): filtered,
+        ("user",): _as_nobody,
+    }
+    found = set[str]()
+    for names, attempt in tries.items():
+        if sys.platform == "linux" and not {*names} <= found and _works(attempt):
+            found |= {*names}
+    return frozenset(found)
+
+
+def _works(attempt: Callable[[], object]) -> bool:
+    child = os.fork()
+    if child == 0:
+        try:
+            attempt()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def readable() -> list[str]:
+    """Files and folders that a Python program needs: the interpreter, its packages, the system's libraries."""
+    paths = [*_SYSTEM, *(os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, sys.exec_prefix))]
+    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+
+
+# ---- entering -------------------------------------------------------------------------------------------------------
+
+
+def entered(
+    using: Collection[str],
+    limits: Limits | None = None,
+    *,
+    folder: str = FOLDER,
+    report: int | None = None,
+    lasting: bool = False,
+) -> str:
+    """Go on in a child of this process that is isolated; this process waits for it and ends as it does.
+
+    Args:
+      using: facilities.
+      limits: of each process; None sets none.
+      folder: that may be written to, where there are no namespaces; with them it is a new one in memory.
+      lasting: it serves more than one call, so that its CPU seconds and address space are not bounded here.
+      report: file descriptor to which {"status": wait status of the child} is written as a line of JSON.
+
+    Returns:
+      The folder that may be written to.
+
+    Raises:
+      OSError: where the kernel refuses a facility.
+    """
+    parents = [os.getppid(), os.getpid()]
+    if "namespaces" in using:
+        _new_namespaces(as_root="user" in using)
+        _in_child(None)
+        folder = FOLDER
+        _own_root(limits or Limits(), 0 if "user" not in using else _nobody(parents[1]))
+    _in_child(report, first="namespaces" in using)
+    os.chdir(folder if os.path.isdir(folder) else "/")
+    if limits is not None:
+        # Of a user namespace and of a user of their own processes are counted from none.
+        beside = 0 if {"namespaces", "user"} & {*using} else _tasks_of(os.getuid())
+        _limited(limits, beside, lasting=lasting)
+    if "user" in using:
+        if folder != FOLDER:
+            os.chown(folder, _nobody(parents[1]), -1)
+        _as_nobody(_nobody(parents[1]))
+    if sys.platform == "linux":
+        prctl(38, 1)  # no new privileges
+    if "landlock" in using:
+        _landlocked(readable(), folder, signals="landlock signals" in using)
+    if "namespaces" in using and "user" not in using:
+        _without_capabilities()
+    if "seccomp" in using:
+        # The kernel counts no processes of root.
+        filtered(parents, forks="user" in using or os.getuid() != 0)
+    return folder
+
+
+def die_with_parent() -> None:
+    """Linux kills this process when the thread that has started it is gone, whatever it is doing."""
+    if sys.platform == "linux":
+        libc.prctl(1, signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """On Linux, processes below this one whose parents end become its children, and not those of process 1."""
+    if sys.platform == "linux":
+        libc.prctl(36, 1)
+
+
+def _in_child(report: int | None, *, first: bool = False) -> None:
+    """Fork; the parent, which may be the first process of a namespace, ends as the child does; the child returns."""
+    child = os.fork()
+    if child == 0:
+        die_with_parent()
+        return
+    try:
+        if sys.platform == "linux":
+            prctl(4, 0)  # nobody of the same user traces it
+        pid = None
+        while pid != child:  # orphans come to the first process of a namespace
+            pid, status = os.wait()
+        if first and os.getpid() == 1:
+            with contextlib.suppress(OSError):
+                os.kill(-1, signal.SIGKILL)  # nobody else is to write a report
+        if report is not None:
+            os.write(report, b"\n" + json.dumps({"status": status}).encode() + b"\n")
+        code = os.waitstatus_to_exitcode(status)
+        os._exit(code if code >= 0 else 128 - code)
+    except BaseException:
+        os._exit(70)
+
+
+def _tasks_of(user: int) -> int:
+    """Processes and threads of a user."""
+    found = 0
+    for pid in os.listdir("/proc") if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and os.stat(f"/proc/{pid}").st_uid == user:
+                found += len(os.listdir(f"/proc/{pid}/task"))
+    return found
+
+
+def _limited(limits: Limits, beside: int, *, lasting: bool) -> None:
+    for name, value in {
+        **({} if lasting else {"AS": limits.memory_bytes, "CPU": math.ceil(limits.seconds)}),
+        "FSIZE": limits.file_bytes,
+        **({"NPROC": limits.processes + beside} if sys.platform == "linux" else {}),
+        "NOFILE": 256,
+        "CORE": 0,
+        "MEMLOCK": 1 << 16,
+        "MSGQUEUE": 1 << 16,
+    }.items():
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS has not all of them
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value + (name == "CPU")))
+
+
+# ---- users and namespaces -------------------------------------------------------------------------------------------
+
+
+def _nobody(number: int) -> int:
+    """An id that owns nothing, another one for each run, as processes are counted by user."""
+    return 1 << 30 | number
+
+
+def _as_nobody(user: int = _nobody(0)) -> None:
+    if os.getuid() != 0:
+        raise PermissionError("only root becomes another user")
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    if not os.access(os.__file__, os.R_OK):
+        raise PermissionError("Python lies where only root reads it")
+
+
+def _new_namespaces(*, as_root: bool) -> None:
+    user, group = os.getuid(), os.getgid()
+    checked("unshare", libc.unshare(_NEW_NAMESPACES | (0 if as_root else _NEW_USER)))
+    if not as_root:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+
+
+def _own_root(limits: Limits, owner: int) -> None:
+    """A root with Python alone in it, read-only, and one folder in memory that `owner` may write to (0: this user)."""
+    paths = readable()
+    _mount("none", "/", "", _RECURSIVE | _PRIVATE)
+    _mount("tmpfs", "/tmp", "tmpfs", _NO_SUID | _NO_DEV, "size=1m,mode=755")
+    os.mkdir("/tmp/before")
+    call("pivot_root", b"/tmp", b"/tmp/before")
+    os.chdir("/")
+    for path in (*paths, *_DEVICES):
+        before = f"/before{path}"
+        if os.path.islink(before):
+            os.symlink(os.readlink(before), path)
+        elif os.path.exists(before) and not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if os.path.isdir(before):
+                os.mkdir(path)
+            else:
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+            _mount(before, path, "", _BIND | _RECURSIVE)
+            if path in paths:
+                _set_attributes(path, _READ_ONLY | _NO_SUID | _NO_DEV, _AT_RECURSIVE)
+    os.mkdir(FOLDER)
+    if not os.path.exists("/tmp"):
+        os.symlink(FOLDER, "/tmp")
+    checked("umount", libc.umount2(b"/before", 2))  # lazily, with all that is mounted below
+    os.rmdir("/before")
+    _set_attributes("/", _READ_ONLY | _NO_SUID | _NO_DEV, 0)
+    whose = f",uid={owner},gid={owner}" if owner else ""
+    options = f"size={4 * limits.file_bytes},nr_inodes=4096,mode=700{whose}"
+    _mount("tmpfs", FOLDER, "tmpfs", _NO_SUID | _NO_DEV, options)
+
+
+def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    given = (source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags), options.encode() or None)
+    checked(f"mount {target}", libc.mount(*given))
+
+
+def _set_attributes(path: str, attributes: int, flags: int) -> None:
+    wanted = struct.pack("QQQQ", attributes, 0, 0, 0)
+    call("mount_setattr", -100, path.encode(), flags, wanted, len(wanted))
+
+
+def _without_capabilities() -> None:
+    header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    call("capset", header, nothing)
+
+
+# ---- landlock -------------------------------------------------------------------------------------------------------
+
+_READ = 1 | 1 << 2 | 1 << 3  # execute, read a file, list a folder
+_READ_WRITE_FILE = 1 << 1 | 1 << 2
+
+
+def _landlocked(paths: Sequence[str], folder: str, *, signals: bool) -> None:
+    """Files outside of these paths (to read) and the folder (to write) are refused from now on."""
+    version = call("landlock_create_ruleset", None, 0, 1)
+    if signals and version < 6:
+        raise OSError("this landlock has no scope of signals")
+    every = (1 << 13) - 1 | (1 << 13 if version > 1 else 0) | (1 << 14 if version > 2 else 0)
+    every |= 1 << 15 if version > 4 else 0
+    network, scoped = 3 if version > 3 else 0, 3 if signals else 0
+    attributes = struct.pack("QQQ", every, network, scoped)[: 24 if version > 5 else 16 if version > 3 else 8]
+    rules = call("landlock_create_ruleset", attributes, len(attributes), 0)
+    writable = every & ~(1 | 1 << 6 | 1 << 11 | 1 << 15)  # all but executing, devices and their controls
+    given = [*((path, _READ) for path in paths), *((path, _READ_WRITE_FILE) for path in _DEVICES), (folder, writable)]
+    for path, rights in given:
+        if os.path.exists(path):
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            allowed = rights if os.path.isdir(path) else rights & (_READ_WRITE_FILE | 1 | 1 << 14)
+            call("landlock_add_rule", rules, 1, struct.pack("=Qi", allowed & every, place), 0)
+            os.close(place)
+    prctl(38, 1)
+    call("landlock_restrict_self", rules, 0)
+    os.close(rules)
