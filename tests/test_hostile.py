@@ -374,6 +374,7 @@ STARTS = ("", "1 ^", "answer", "\\frac", "a")
 # Looked for at one place alone.
 MATCHED = {
     "jaxrl_llm.rewards.verifiers.numbers._UNKNOWN",
+    "jaxrl_llm.rewards.verifiers.text_similarity._NEXT",
     "jaxrl_llm.commands.evaluate_checkpoint._REQUIREMENT",
     "jaxrl_llm.hub._REPOSITORY",
 }
