@@ -12,6 +12,7 @@ from jaxrl_llm.bounds import file_bytes, parsed_json, shown
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MOST_BYTES = 2**26  # of a file of settings
+_MOST_BAD = 20  # lines before the first good one
 
 
 def json_object(file: Path) -> dict[str, Any]:
@@ -96,9 +97,14 @@ def elements(file: Path, content: bytes) -> Iterator[tuple[int, Any]]:
         yield from enumerate(values, start=1)
         return
     # At newlines only: other line separators of Unicode may stand inside of a text.
+    bad, good = 0, False
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            yield number, _parsed_or_error(line)
+            value = _parsed_or_error(line)
+            good, bad = good or not isinstance(value, ValueError), bad + 1
+            if not good and bad == _MOST_BAD:
+                raise ValueError(f"data file {file} is no JSONL: none of its first {bad} lines is JSON: {value}")
+            yield number, value
 
 
 def place(content: bytes) -> str:
@@ -114,7 +120,7 @@ def _parsed_or_error(text: bytes) -> Any:
     try:
         return _parsed(text)
     except ValueError as error:
-        return error
+        return ValueError(str(error))  # a new one, which keeps no frames alive: there may be a million
 
 
 def _parsed(text: bytes) -> Any:
