@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import linecache
+import math
 import os
 import random
 import resource
@@ -556,6 +557,8 @@ def models(random_: random.Random, folder: Path) -> Callable[[int], Case]:
         try:
             shapes = checkpoint_layout(config_from_json(described), architecture).tensors()
         except ValueError:  # a family of more kinds of layers than two
+            continue
+        if sum(map(math.prod, shapes.values())) > 1_000_000:  # its defaults are large
             continue
         known[architecture] = described, {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(11)} | {"<unk>": 11}, unk_token="<unk>"))
