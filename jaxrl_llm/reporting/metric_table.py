@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
@@ -45,7 +45,7 @@ class Panel(NamedTuple):
     """
 
     title: str
-    metrics: tuple
+    metrics: tuple[Any, ...]
     text: str
     log: bool = False
     apart: bool = False
