@@ -60,6 +60,8 @@ def digest(tree: dict[str, Any]) -> str:
 def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) -> dict[str, Any]:
     """The same recipe, with the small model and batch of its task."""
     tree = json.loads(json.dumps(tree))
+    if tree["task"]["name"] not in SMALL:
+        raise ValueError(f"SMALL has no size for problems of {tree['task']['name']}; add one")
     rollout, training, size = tree["rollout"], tree["training"], SMALL[tree["task"]["name"]]
     own_levels = tree["task"]["levels"] if len(tree["task"]["levels"]) > 1 and "completion" not in size else None
     tree["task"] |= {"train_items": 4000, "validation_items": 64, "test_items": 64} | size["task"]

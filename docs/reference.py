@@ -28,16 +28,17 @@ BEGIN_FAMILIES, END_FAMILIES = "<!-- families: written by docs/build.py -->", "<
 REFUSED_MODELS: list[tuple[str, dict[str, Any], str]] = [
     (
         "LlamaForCausalLM",
-        {"quantization_config": {"quant_method": "fp8"}},
-        "weights in fewer bits learn nothing and would have to be unpacked; of gpt-oss MXFP4 is",
+        {"quantization_config": {"quant_method": "compressed-tensors"}},
+        "weights in fewer bits than fp8, gptq, awq and the MXFP4 of gpt-oss have, which are read",
     ),
     ("LlamaForCausalLM", {"hidden_act": "relu2"}, "activations other than silu and the gelus"),
-    ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "proportional"}}, "kinds that no supported family has"),
+    ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "axial"}}, "kinds that no supported family has"),
     ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "a token would see what comes after it"),
     ("Gemma2ForCausalLM", {"layer_types": ["chunked_attention"]}, "layers other than full and sliding attention"),
     ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}, "blocks without experts between others; first ones may be so"),
     ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}, "likewise"),
     ("DeepseekV3ForCausalLM", {"attention_bias": True}, "latent attention has no biases here"),
+    ("Gemma4ForCausalLM", {"enable_moe_block": True}, "experts beside the MLP"),
     ("GptOssForCausalLM", {"swiglu_alpha": 1.0}, "one gain of the clamped SwiGLU"),
 ]
 BEGIN, END = "<!-- capabilities: written by docs/build.py -->", "<!-- end of capabilities -->"

@@ -11,13 +11,14 @@ from typing import Any
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.reporting.figures import write_figures
+from jaxrl_llm.reporting.mirror import local_copy
 from jaxrl_llm.reporting.report import write_report
 from jaxrl_llm.reporting.reported_run import read_run
 
 
 def show_report_file(options: argparse.Namespace) -> None:
     """Write the report, or its charts, and say where they are."""
-    paths = [Path(path) for path in options.runs]
+    paths = [local_copy(path) for path in options.runs]
     names = [path.name or str(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
