@@ -103,7 +103,7 @@ def _curves(axes: Any, panel: Panel, of: Sequence[tuple[str, dict[str, Any]]]) -
             axes.plot(
                 steps, np.nanmean(values, 0), dash, color=colour, label=label, marker="." if len(steps) < 5 else ""
             )
-    first, *others = panel.metrics
+    first, *others = list(panel.metrics)
     row = described(first)
     axes.set(xlabel="step", ylabel=((row and row.unit) or panel.title) if others else first)
 

@@ -103,7 +103,8 @@ def binary_classifier(
 ) -> Loss:
     """BCO on single answers: the log-ratio to the reference is the logit of a classifier of good and bad.
 
-        good   x = -log sigmoid(beta * rho - d);   bad   x = -log sigmoid(-(beta * rho - d))
+        good   -log sigmoid(beta * rho - d)
+        bad    -log sigmoid(d - beta * rho)
 
     averaged over answers, with d the running mean of beta * rho that `running_shift` fills in.
 
