@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jaxtyping import Array, PyTree
@@ -14,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxrl_llm import schedules
 from jaxrl_llm.config import TrainingConfig
-from jaxrl_llm.experience import Method
+from jaxrl_llm.experience import Method, TrainState
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, user_function
 from jaxrl_llm.signatures import signature
@@ -86,6 +87,16 @@ def learning_rate(training: TrainingConfig) -> optax.Schedule:
             raise RecipeError(f"training.schedule names {name}, which is no function of step alone")
         after = lambda count: peak * factor(step=count)  # noqa: E731
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def learning_rates(training: TrainingConfig, state: TrainState, steps: int) -> np.ndarray:
+    """The rate of the last update of each step that is left, the count of updates being the optimiser's own."""
+    counts = [int(leaf) for leaf in jax.tree.leaves(state.networks["policy"].optimizer_state) if leaf.shape == ()]
+    updates = training.epochs_per_batch * training.minibatches_per_epoch
+    left = np.arange(1, max(steps - int(state.step), 0) + 1)
+    # one program, not one an operation
+    rates = jax.jit(learning_rate(training))(max(counts, default=0) + left * updates - 1)
+    return np.broadcast_to(np.asarray(rates), left.shape)
 
 
 def long_warmup(training: TrainingConfig) -> str:

@@ -33,7 +33,7 @@ from jaxrl_llm.run.interruption import Abandoned, Interruption
 from jaxrl_llm.run.live_report import LiveReport
 from jaxrl_llm.run.local_checkpoints import LocalCheckpoints
 from jaxrl_llm.run.nonfinite import TrainingError, looked_at
-from jaxrl_llm.run.optimizers import learning_rate
+from jaxrl_llm.run.optimizers import learning_rates
 from jaxrl_llm.run.prompt_choices import batch_of, choices_of, next_choices
 from jaxrl_llm.run.samples import spread, write_samples
 from jaxrl_llm.run.setup import Parts
@@ -231,7 +231,7 @@ def run_stage(
     offset, first, take = run.meta["steps_before"], int(state.step), run.taken(stage)
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
     with _progress(run, stage, counted) as progress, run.timed(stage.name):
-        rates, mark = _learning_rates(stage, state), time.monotonic()
+        rates, mark = learning_rates(stage.parts.config.training, state, stage.steps), time.monotonic()
 
         def report(done: int, metrics: dict[str, Any], rows: Experience, items: list) -> None:
             nonlocal mark
@@ -367,18 +367,6 @@ def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, 
         f"{error}. The state before step {done} is saved: mend {what} and run "
         f"jaxrl train --resume {run.config.directory}"
     ) from error
-
-
-def _learning_rates(stage: Stage, state: TrainState) -> np.ndarray:
-    """The rate of the last update of each step that is left, the count of updates being the optimiser's own."""
-    training = stage.parts.config.training
-    counts = [int(leaf) for leaf in jax.tree.leaves(state.networks["policy"].optimizer_state) if leaf.shape == ()]
-    updates = training.epochs_per_batch * training.minibatches_per_epoch
-    left = np.arange(1, max(stage.steps - int(state.step), 0) + 1)
-    rates = jax.jit(learning_rate(training))(
-        max(counts, default=0) + left * updates - 1
-    )  # one program, not one an operation
-    return np.broadcast_to(np.asarray(rates), left.shape)
 
 
 def _progress(run: Run, stage: Stage, counted: int) -> Progress:
