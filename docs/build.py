@@ -1,7 +1,7 @@
 """Writes the generated pages of docs/: python docs/build.py. Tests hold that they are up to date.
 
-docs/methods.md comes from docstrings and recipes; `gallery` has docs/gallery.md, `reference` has docs/fields.md and the
-tables of docs/engine.md and docs/models.md.
+docs/methods.md comes from docstrings and recipes; `gallery` has docs/gallery.md, `reference` has docs/fields.md,
+docs/metrics.md, docs/formats.md and the tables of docs/engine.md and docs/models.md.
 """
 
 from __future__ import annotations
@@ -179,6 +179,8 @@ def main() -> int:
         reference.FIELDS_PAGE: reference.fields_page,
         reference.ENGINE_PAGE: reference.engine_page,
         reference.MODELS_PAGE: reference.models_page,
+        reference.METRICS_PAGE: reference.metrics_page,
+        reference.FORMATS_PAGE: reference.formats_page,
     }
     pages |= {config_reference.CONFIG_PAGE: config_reference.config_page, api.API_PAGE: api.api_page}
     pages |= {gallery.GALLERY_PAGE: gallery.gallery_page}

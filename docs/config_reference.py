@@ -36,7 +36,7 @@ TOP = {
     "rewards": "reward functions, with `weight` beside their hyper-parameters; the first is the verifier",
     "credit": "`name: function`, in order; what becomes of rewards",
     "seed": "of everything that is random",
-    "run_dir": "where the run is written; left out, `runs/NAME`",
+    "run_dir": "where the run is written, a directory or an address (s3://, gs://, ...); left out, `runs/NAME`",
     "environment": "options of the task's environment, or `python: module:function` and its keyword arguments",
     "views": "functions that make another sequence of a row, by name",
     "source": "where rows come from: `sampler`, `replay`, `demonstrations`, `solved_answers`, `pairs`, `labels`, ...",
@@ -88,7 +88,8 @@ def _dataclasses(hint: Any) -> list[type]:
 def _keys(kind: type) -> Iterator[tuple[str, str, str, str]]:
     """(key, type, default, meaning) of a dataclass's attributes that are not sections themselves."""
     hints, meanings = get_type_hints(kind), {} if kind is not Config else dict(TOP)
-    meanings |= attributes_of(inspect.getdoc(kind) or "")
+    for base in reversed(kind.__mro__):
+        meanings |= attributes_of(inspect.getdoc(base) or "")
     for one in fields(kind):
         inner = _dataclasses(hints[one.name])
         if inner:

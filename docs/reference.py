@@ -1,4 +1,4 @@
-"""Writes docs/fields.md, capabilities in docs/engine.md and families in docs/models.md. Run by docs/build.py."""
+"""Writes docs/fields.md, docs/metrics.md, docs/formats.md, and the tables of docs/engine.md and docs/models.md."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ from pathlib import Path
 
 from blocks import escaped, markdown_table
 
+from jaxrl_llm.data import jsonl, written
+from jaxrl_llm.evaluation import benchmark_formats
 from jaxrl_llm.fields import FIELDS, PROVIDERS, Field
 from jaxrl_llm.models.families import FAMILIES, VISION_LANGUAGE
+from jaxrl_llm.reporting import file_columns, metric_table
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.capabilities import CAPABILITIES, ROWS, SAMPLERS
 from jaxrl_llm.training import checks
 
 DOCS = Path(__file__).parent
 FIELDS_PAGE, ENGINE_PAGE, MODELS_PAGE = DOCS / "fields.md", DOCS / "engine.md", DOCS / "models.md"
+METRICS_PAGE, FORMATS_PAGE = DOCS / "metrics.md", DOCS / "formats.md"
 BEGIN_FAMILIES, END_FAMILIES = "<!-- families: written by docs/build.py -->", "<!-- end of families -->"
 # What is refused in a config.json of an architecture that is supported: (architecture, fields, why).
 REFUSED_MODELS: list[tuple[str, dict[str, Any], str]] = [
     (
         "LlamaForCausalLM",
-        {"quantization_config": {"quant_method": "fp8"}},
-        "weights in fewer bits learn nothing and would have to be unpacked; of gpt-oss MXFP4 is",
+        {"quantization_config": {"quant_method": "compressed-tensors"}},
+        "weights in fewer bits than fp8, gptq, awq and the MXFP4 of gpt-oss have, which are read",
     ),
     ("LlamaForCausalLM", {"hidden_act": "relu2"}, "activations other than silu and the gelus"),
-    ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "proportional"}}, "kinds that no supported family has"),
+    ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "axial"}}, "kinds that no supported family has"),
     ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "a token would see what comes after it"),
     ("Gemma2ForCausalLM", {"layer_types": ["chunked_attention"]}, "layers other than full and sliding attention"),
     ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}, "blocks without experts between others; first ones may be so"),
     ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}, "likewise"),
     ("DeepseekV3ForCausalLM", {"attention_bias": True}, "latent attention has no biases here"),
+    ("Gemma4ForCausalLM", {"enable_moe_block": True}, "experts beside the MLP"),
     ("GptOssForCausalLM", {"swiglu_alpha": 1.0}, "one gain of the clamped SwiGLU"),
 ]
 BEGIN, END = "<!-- capabilities: written by docs/build.py -->", "<!-- end of capabilities -->"
@@ -64,6 +69,24 @@ be left out; of values, `value` may), `VIEW` a key of section `views`.
 | `old_` in front | of a network that learns, in a loss: as the step found it. In a fill every network is so |
 
 An entry of `credit` may fill a name that is in no table, as long as something after it reads it.
+"""
+METRICS_INTRODUCTION = """\
+# Metrics
+
+Every number that a run writes into `metrics.jsonl`, written by `python docs/build.py` from
+`jaxrl_llm/reporting/metric_table.py`; do not edit it. [The report](report.md) draws one chart a section and unit; a
+number of your own (`metric/NAME` in `credit`, or of a loss) is drawn, too.
+
+`<...>` stands for a name that the run chooses. *Sampled rows* are all rows that were asked for, those included that
+credit leaves out later; *trained tokens* are those whose mask is 1. Besides numbers a line has `step`, counted over all
+stages, and `stage`.
+"""
+FORMATS_INTRODUCTION = """\
+# File formats
+
+What is read and written, made by `python docs/build.py` of what is said beside the code that does it; do not edit it.
+Files are UTF-8 with one JSON object a line; a `.json` file may be one list of them. `jaxrl init FILE` looks at a file
+and writes a config that fits it.
 """
 TITLES = {
     "rollout": "Facts of sampling",
@@ -131,6 +154,68 @@ def fields_page() -> str:
             about = PROVIDERS[provider][0].upper() + PROVIDERS[provider][1:]
             table = markdown_table(["name", "shape", "meaning", "fillable", "absent"], rows)
             parts.append(f"## {title}\n\n{escaped(about)}.\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def metrics_page() -> str:
+    """The whole of docs/metrics.md."""
+    parts = [METRICS_INTRODUCTION.strip()]
+    for panel in metric_table.PANELS:
+        rows = [[f"`{m.name}`", _text(m.meaning), m.unit, m.over] for m in panel.metrics]
+        table = markdown_table(["name", "meaning", "unit", "averages over"], rows)
+        parts.append(f"## {panel.title}\n\n{escaped(panel.text)}\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _text(meaning: str) -> str:
+    """A meaning as Markdown; what it writes as code or a link stays so."""
+    return meaning if "`" in meaning or "](" in meaning else escaped(meaning)
+
+
+def _described_attributes(kind: type) -> list[list[str]]:
+    """Rows (name, meaning) of the attributes that a docstring describes."""
+    text = inspect.getdoc(kind) or ""
+    found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", text.partition("Attributes:")[2], re.M)
+    return [[f"`{name}`", escaped(" ".join(meaning.split()))] for name, meaning in found]
+
+
+def _lines_said(text: str | None) -> list[list[str]]:
+    """Rows (name, line of the file) of an indented block of `name   {...}`."""
+    found = re.findall(r"^ *(\w+) {2,}(\{.*\})(?: {2,}(\w+))?$", text or "", re.M)
+    return [[f"`{name}`", f"`{line}`", f"`{grader}`" if grader else ""] for name, line, grader in found]
+
+
+def formats_page() -> str:
+    """The whole of docs/formats.md."""
+    benchmarks = _lines_said(benchmark_formats.__doc__)
+    judged = _lines_said(written.judged_groups.__doc__)
+    told = [[*row[:2], ", ".join(f"`{name}`" for name in sorted(written.PROVIDES[row[0][1:-1]]))] for row in judged]
+    said = [
+        [f"`{name}`", ", ".join(f"`{field}: {value}`" for field, value in vars(fields).items() if value is not None)]
+        for name, fields in jsonl.FORMATS.items()
+    ]
+    files = [
+        (f"## {name[0].upper() + name[1:] if ' ' in name else f'`{name}`'}", list(keys.items()))
+        for name, keys in file_columns.FILES.items()
+    ]
+    parts = [
+        FORMATS_INTRODUCTION.strip(),
+        "## Problems to train on\n\n`data.path` with `data.format`, which is short for these fields; each can be set "
+        "in `data.fields`. All other fields of a line are columns for [rewards](how_to/reward.md) and graders.",
+        markdown_table(["format", "fields"], said),
+        markdown_table(["field", "meaning"], _described_attributes(jsonl.Fields)),
+        'A line of `messages` holds a conversation: `{"role": "user", "content": ...}` in their order, rendered with '
+        "the model's chat template. Demonstrations (`source: demonstrations`, a supervised stage) are the `response` "
+        "of a line, or the last turn of its assistant.",
+        "## Problems to evaluate on\n\n`jaxrl eval --data FILE --format NAME`:",
+        markdown_table(["format", "a line", "grader"], benchmarks),
+        "## Completions that were judged\n\nFiles of the [sources](engine.md#source) of these names. Lines of a file "
+        "have equally many completions; the prompt is a text.",
+        markdown_table(["source", "a line", "its rows know"], told),
+        "## `metrics.jsonl`\n\n[Metrics](metrics.md).",
+    ]
+    for title, keys in files:
+        parts += [title, markdown_table(["key", "meaning"], [[f"`{key}`", meaning] for key, meaning in keys])]
     return "\n\n".join(parts) + "\n"
 
 

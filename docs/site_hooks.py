@@ -1,7 +1,8 @@
-"""What the site needs beside its pages: recipes as files of it, links to them, and formulas as MathML."""
+"""What the site needs beside its pages: recipes as files, notebooks as pages, links to them, formulas as MathML."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,25 @@ FORMULA = re.compile(r"^```math\n(?P<block>.*?)\n```$|\$`(?P<inline>.*?)`\$", re
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Recipes become files of the site."""
+    """Recipes become files of the site, and notebooks pages."""
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_page(path)))
     return files
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook as Markdown: its text, its code, and below each piece of code what it has printed."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        for output in cell.get("outputs", ()):
+            text = "".join(output.get("text") or output["data"]["text/plain"]).rstrip()
+            parts.append(f"```text\n{text}\n```")
+    parts.insert(1, f"This page is a notebook: [{path.name}]({path.name}) runs in Jupyter.")
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -28,6 +44,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     out = r"\.\./" * (depth + 1)
     markdown = re.sub(rf"\]\({out}configs/", f"]({'../' * depth}configs/", markdown)
     markdown = re.sub(rf"\[([^\]]+)\]\({out}[^)]*\)", r"\1", markdown)
+    markdown = re.sub(r"(notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
     found = list(FORMULA.finditer(markdown))
     page.meta["mathml"] = mathml([(m["block"] or m["inline"], m["block"] is not None) for m in found])
     numbers = iter(range(len(found)))

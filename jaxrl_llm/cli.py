@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl_llm import __version__
+from jaxrl_llm.commands.data_options import add_data
 from jaxrl_llm.commands.evaluation_options import add_eval, add_report
 from jaxrl_llm.commands.output import Lasting, unwrapped
 from jaxrl_llm.shipped import config_path
@@ -146,7 +147,7 @@ _EXAMPLES = {
         "eval runs/demo --data mine.jsonl --grader my_module:grade --out mine",
     ),
     "compare": ("compare evals/before evals/after", "compare runs/demo/evaluations/before runs/demo/evaluations/after"),
-    "report": ("report runs/demo", "report runs/seed0 runs/seed1 runs/other --out compared.html"),
+    "report": ("report runs/seed0 runs/seed1 --out compared.html", "report runs/demo --figures figures --format pdf"),
     "sample": ("sample runs/demo --prompt 'A:12+34' -n 4", "sample MODEL_DIR --chat --prompts prompts.jsonl --jsonl"),
     "score": ("score runs/demo --file lines.jsonl", "score MODEL_DIR --file lines.jsonl --dtype bfloat16"),
     "import": ("import MODEL_DIR", "import Qwen/Qwen3-0.6B models/qwen3 --dtype bfloat16"),
@@ -163,6 +164,7 @@ _EXAMPLES = {
         "plan configs/plans/qwen3_8b.yaml --topology v5p-256",
         "plan demo --topology cpu:8 --search training.prompts_per_step=64",
     ),
+    "data": ("data mine.yaml", "data mine.yaml data.limit=100 --split test --count 5"),
     "doctor": ("doctor", "doctor --json"),
 }
 
@@ -195,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     for add in (
-        _add_starter,
+        add_data,
         _add_train,
         add_eval,
         add_report,
@@ -342,13 +344,6 @@ def _add_state(command: Command, commands_of: Callable) -> None:
     convert.add_argument("--only", metavar="NETWORK", help="its parameters alone, for reading; such as policy")
     replay = command("replay", "state:show_replay", "Which rows of a step that failed make which number not finite.")
     replay.add_argument("file", metavar="FILE", help="RUN/failed/step_N.npz")
-
-
-def _add_starter(command: Command) -> None:
-    starter = command("init", "starter:write_starter", "A commented config for a file of problems.", json_output=False)
-    starter.add_argument("data", metavar="FILE", help="JSONL, one problem a line")
-    starter.add_argument("--model", metavar="DIR", help="the model's directory, or its name on the hub")
-    starter.add_argument("--out", default="mine.yaml", metavar="YAML", help="what is written (default mine.yaml)")
 
 
 def _add_lists(command: Command) -> None:

@@ -123,6 +123,7 @@ _ROWS: Any = (
     ("demonstration_length", "row", "data", "real tokens of the reference completion"),
     ("paraphrase_tokens", "prompt", "data", "the problem in other words, left-padded"),
     ("paraphrase_length", "row", "data", "real tokens of that"),
+    ("source_id", "row", "data", "number of the source of a mixture that the prompt is of, -1 for none", -1.0),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
     ("turns", "row", "environment", "turns that were taken"),

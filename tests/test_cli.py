@@ -225,7 +225,7 @@ def test_a_config_that_does_not_exist(refused, micro_yaml):
         ("training.steps=ten", "config key training.steps is 'ten': input should be a valid integer"),
         ("rewards=[exact_anser]", "rewards names 'exact_anser', which does not exist; did you mean 'exact_answer'?"),
         ("training.sequences_per_microbatch=3", "choose a divisor"),
-        ("run_dir=gs://bucket/run", "give a local or mounted directory"),
+        ("run_dir=nowhere://bucket/run", "cannot be reached: Protocol not known: nowhere"),
         ("data.directory=taken/data", "taken/data"),
         ("run_dir=taken/run", "taken/run"),
     ],

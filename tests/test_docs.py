@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from latex2mathml.converter import convert
@@ -161,7 +162,13 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
 @pytest.mark.parametrize(
-    ("module", "page", "name"), [("config_reference", "config_page", "config"), ("api", "api_page", "api")]
+    ("module", "page", "name"),
+    [
+        ("config_reference", "config_page", "config"),
+        ("api", "api_page", "api"),
+        ("reference", "metrics_page", "metrics"),
+        ("reference", "formats_page", "formats"),
+    ],
 )
 def test_generated_references_are_up_to_date(build, module, page, name):
     assert getattr(getattr(build, module), page)() == (DOCS / f"{name}.md").read_text(), "run python docs/build.py"
@@ -188,7 +195,8 @@ def test_every_link_leads_somewhere(page):
 
 def test_every_page_is_in_the_navigation():
     named = re.findall(r"[\w/]+\.md", (DOCS.parent / "mkdocs.yml").read_text())
-    assert sorted(named) == PAGES
+    notebooks = [f"notebooks/{path.stem}.md" for path in (DOCS / "notebooks").glob("*.ipynb")]
+    assert sorted(named) == sorted([*PAGES, *notebooks])
 
 
 @pytest.mark.parametrize("page", ["loss.md", "loop.md", "reward.md"])
@@ -198,6 +206,8 @@ def test_the_python_of_the_how_to_pages_runs(page):
         exec(compile(block, page, "exec"), shared)
     if page == "loop.md":
         assert int(shared["state"].step) == 3
+    if page == "reward.md":
+        assert shared["agreement"](["a", "a", "b", "a"], np.array([0, 0, 0, 1])) == [0.5, 0.5, 0.0, 0.0]
 
 
 def test_the_configs_of_the_page_on_rewards_are_composed(tmp_path, monkeypatch):

@@ -17,6 +17,13 @@ def test_the_researchers_loop_runs_and_prints_three_steps(capsys):
     assert all("nan" not in line for line in lines)
 
 
+def test_the_first_two_commands_stay():
+    assert re.findall(r"```bash\n(.*?)\n```", README, re.S)[:2] == [
+        "pip install . && jaxrl train configs/demo.yaml",
+        "pip install -e '.[test]' && pytest -n auto --dist loadfile -m 'not slow'",
+    ]
+
+
 def test_the_readmes_commands_are_commands():
     mentioned = set(re.findall(r"^jaxrl (\w+)", README, re.M))
     known = set(_parser()._subparsers._group_actions[0].choices)

@@ -67,3 +67,5 @@ def add_report(command: Command) -> None:
     report = command("report", "reports:show_report_file", "One HTML file about a run, or several beside each other.")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directories; those of several seeds are averaged")
     report.add_argument("--out", metavar="FILE", help="default: report.html in the run, or here for several")
+    report.add_argument("--figures", metavar="DIR", help="write the charts into files instead (extra plot)")
+    report.add_argument("--format", default="svg", choices=["svg", "pdf", "png"], help="of --figures; default: svg")

@@ -63,9 +63,7 @@ def model_card(config: Config, source: Path, place: str) -> str:
         steps=config.training.steps,
         prompts=config.training.prompts_per_step,
         samples=config.rollout.samples_per_prompt,
-        data=f"`{config.data.path}`"
-        if config.data.path
-        else f"the built-in task {config.task.name if config.task else ''}",
+        data=_data(config),
         paper=f" The method is that of {about.paper}." if getattr(about, "paper", "") else "",
         rewards=_named(config.rewards),
         credit=_named(config.credit),
@@ -74,6 +72,14 @@ def model_card(config: Config, source: Path, place: str) -> str:
         results=_results(source.parent.parent / "summary.json"),
         place=place,
         config=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
+    )
+
+
+def _data(config: Config) -> str:
+    """What it was trained on."""
+    sources = [(one.path, one.task) for one in config.data.sources.values()] or [(config.data.path, config.task)]
+    return ", ".join(
+        f"`{path}`" if path else f"the built-in task {task.name if task else ''}" for path, task in sources
     )
 
 

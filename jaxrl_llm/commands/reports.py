@@ -1,4 +1,4 @@
-"""`jaxrl report`: one HTML file about runs."""
+"""`jaxrl report`: one HTML file about runs, or its charts as files for papers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from typing import Any
 
 from jaxrl_llm.config import load_config
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.reporting.figures import write_figures
+from jaxrl_llm.reporting.mirror import local_copy
 from jaxrl_llm.reporting.report import write_report
 from jaxrl_llm.reporting.reported_run import read_run
 
 
 def show_report_file(options: argparse.Namespace) -> None:
-    """Write the report and say where it is."""
-    paths = [Path(path) for path in options.runs]
+    """Write the report, or its charts, and say where they are."""
+    paths = [local_copy(path) for path in options.runs]
     names = [path.name or str(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     runs = [read_run(path, name=name, changed=changed_settings(path)) for path, name in zip(paths, names, strict=True)]
+    if options.figures:
+        files = [str(file) for file in write_figures(runs, options.figures, options.format)]
+        print(json.dumps({"figures": files}) if options.json else "\n".join(files))
+        return
     out = options.out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     written = write_report(runs, out)
     size = written.stat().st_size

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
+from jaxrl_llm.addresses import is_address
 from jaxrl_llm.allocator import give_back_after_compiling
 from jaxrl_llm.commands.arguments import loaded_config
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.config import ConfigError, as_tree
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.start import initialise, place_of_this_process
+from jaxrl_llm.reporting.mirror import Mirror, local_copy
 from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.run.train import train
 
@@ -24,7 +25,7 @@ def start_training(options: argparse.Namespace) -> None:
     """Train, and print the summary where JSON was asked for."""
     words = list(options.config)
     if options.resume:
-        stored = Path(options.resume) / "config.yaml"
+        stored = local_copy(options.resume) / "config.yaml"
         if not stored.is_file():
             raise ConfigError(f"--resume {options.resume}: there is no config.yaml in it; give the directory of a run")
         if words and "=" not in words[0]:
@@ -33,7 +34,8 @@ def start_training(options: argparse.Namespace) -> None:
     config = loaded_config(words)
 
     def decide() -> dict[str, bool]:
-        started = (config.directory / "config.yaml").is_file()
+        at_address = is_address(config.place)
+        started = Mirror(config.place).started() if at_address else (config.directory / "config.yaml").is_file()
         return {"resume": bool(options.resume) or (options.resume_if_started and started)}
 
     place = place_of_this_process(

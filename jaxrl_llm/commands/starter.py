@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.data.jsonl import fields_of, read_records
+from jaxrl_llm.data.row_files import rows_of
 from jaxrl_llm.rewards.verifiers.numbers import parsed_number
 
 _PROMPTS = ("prompt", "problem", "question", "instruction", "input", "query", "body")
@@ -68,7 +68,7 @@ def write_starter(options: argparse.Namespace) -> None:
     Raises:
       ValueError: for a file that cannot be read, lines without a prompt, or an output that is there already.
     """
-    data, out = Path(options.data), Path(options.out)
+    data, out = options.data, Path(options.out)
     if out.exists():
         raise ValueError(f"{out} is there already; give another file with --out")
     keys, first = _keys(data)
@@ -78,7 +78,7 @@ def write_starter(options: argparse.Namespace) -> None:
     (rewards, prompt_format), (tokens, why) = _reward(records_seen), _prompt_tokens(records_seen, options.model)
     spare = sorted(keys - {*_used(format, fields)})
     text = TEXT.format(
-        data=json.dumps(str(data)),
+        data=json.dumps(data),
         out=out,
         count=len(records),
         looked_at=len(records_seen),
@@ -99,21 +99,15 @@ def write_starter(options: argparse.Namespace) -> None:
     print(f"wrote {out}; next: jaxrl explain {out}")
 
 
-def _keys(data: Path) -> tuple[set[str], Mapping[str, Any]]:
-    """The names of the first lines' fields, and the first line."""
-    try:
-        with data.expanduser().open() as lines:
-            found = [json.loads(line) for line in itertools.islice(lines, 20) if line.strip()]
-    except OSError as error:
-        raise ValueError(f"data file {data} cannot be read: {error.strerror}; give the path of a JSONL file") from error
-    except ValueError as error:
-        raise ValueError(f"{data} is not one JSON object a line: {error}") from error
+def _keys(data: str) -> tuple[set[str], Mapping[str, Any]]:
+    """The names of the first rows' columns, and the first row."""
+    found = [row.columns for row in rows_of(data)[0][:20]]
     if not found or not all(isinstance(line, dict) for line in found):
-        raise ValueError(f"{data} is not one JSON object a line")
+        raise ValueError(f"{data} is not one JSON object a line, and has no rows of another known format")
     return set(found[0]).intersection(*found), found[0]
 
 
-def _format(keys: set[str], first: Mapping[str, Any], data: Path) -> tuple[str, dict[str, Any]]:
+def _format(keys: set[str], first: Mapping[str, Any], data: str) -> tuple[str, dict[str, Any]]:
     """(data.format, data.fields) that fit the names of a file."""
     if "messages" in keys:
         return "messages", {} if "answer" in keys else {"answer": None}

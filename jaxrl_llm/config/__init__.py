@@ -1,7 +1,17 @@
 """Configuration: typed frozen dataclasses, read from YAML, with dotted overrides and errors that suggest a remedy."""
 
 from jaxrl_llm.config.errors import FREE, PLACEMENT, ConfigError
-from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, PretrainedConfig, TaskConfig, WarmStartConfig
+from jaxrl_llm.config.inputs import (
+    BranchConfig,
+    DataConfig,
+    FewShotConfig,
+    ModelConfig,
+    PretrainedConfig,
+    RowsConfig,
+    SourceConfig,
+    TaskConfig,
+    WarmStartConfig,
+)
 from jaxrl_llm.config.method import (
     AdapterConfig,
     EngineConfig,
@@ -43,12 +53,15 @@ __all__ = [
     "EngineConfig",
     "EvaluationConfig",
     "FaultsConfig",
+    "FewShotConfig",
     "MeshConfig",
     "ModelConfig",
     "NetworkConfig",
     "PretrainedConfig",
     "ReportingConfig",
     "RolloutConfig",
+    "RowsConfig",
+    "SourceConfig",
     "StopWhenConfig",
     "TaskConfig",
     "TrainingConfig",

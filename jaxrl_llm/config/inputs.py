@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ import pydantic
 from jaxrl_llm.config.errors import FREE
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.transformer_config import LayerLoop, Precision, TransformerConfig
-from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, require_ranges
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, Share, require_ranges
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,83 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """A data set of the user's own, what prompts look like, and what to do with those that do not fit.
+class RowsConfig:
+    """Rows of the user's own, and which of them become problems.
 
     Attributes:
-      path: a JSONL or JSON file; takes the place of section task.
-      validation_path, test_path: files of these splits; None cuts a tenth of `path` out by hash.
-      format: what the fields of a line are called, see `jaxrl_llm.data.jsonl.FORMATS`.
-      fields: changes to them, such as {prompt: problem, answer: solution, answer_from: boxed}.
+      path: a JSONL, JSON, CSV, TSV or Parquet file, a directory of such files or one that Hugging Face's `save_to_disk`
+        wrote, tfds:NAME (prepared by tensorflow-datasets), or hf:OWNER/NAME (of the hub); see
+        `jaxrl_llm.data.row_files`. Takes the place of section task.
+      validation_path, test_path: of these splits. None takes the splits that `path` has by name, or cuts a tenth out of
+        it by hash.
+      format: what the columns of a row are called, see `jaxrl_llm.data.jsonl.FORMATS`.
+      fields: changes to them, such as {prompt: problem, answer: solution, answer_from: boxed}. Also templates of jinja2
+        made of several columns, such as {prompt: "{{ question }} {{ options|join(', ') }}"}.
       verifier: how evaluation grades a file's problems: "number" compares the final number, "text" the final answer.
+      where: conditions on the columns that rows have to meet, such as "level|int < 3", one or a list.
+      limit: training problems at most, the first ones.
+      duplicates: "keep", or "drop" for prompts that an earlier row of the split has.
+      unusable: rows without a prompt or an answer that can be read are an "error"; "drop" leaves them out and counts.
+    """
+
+    path: str | None = field(default=None, metadata=FREE)
+    validation_path: str | None = field(default=None, metadata=FREE)
+    test_path: str | None = field(default=None, metadata=FREE)
+    format: Literal["gsm8k", "prompt", "messages"] = "prompt"
+    fields: dict[str, Any] = field(default_factory=dict)
+    verifier: Literal["number", "text"] = "number"
+    where: str | tuple[str, ...] = ()
+    limit: Count | None = None
+    duplicates: Literal["keep", "drop"] = "keep"
+    unusable: Literal["error", "drop"] = "error"
+
+
+# Of `RowsConfig`: says something about a path.
+_OF_A_PATH = ("validation_path", "test_path", "fields", "where", "limit")
+
+
+@dataclass(frozen=True)
+class SourceConfig(RowsConfig):
+    """One source of a mixture: rows of the user's own, or a built-in task.
+
+    Attributes:
+      task: a built-in task, answered in one completion, in place of `path`.
+      weight: its share of the prompts of a step, relative to the weights of the others; left out in all of them, all
+        problems come equally often.
+    """
+
+    task: TaskConfig | None = None
+    weight: Positive | None = None
+
+
+@dataclass(frozen=True)
+class FewShotConfig:
+    """Solved problems before every prompt, the same before all.
+
+    Attributes:
+      examples: how many.
+      path: where they come from, rows that are read as those of `data`, of which the first are taken; None takes
+        training problems, the first by the hash of their prompts, which are not trained on then.
+      template: text of an example, a template of jinja2: `prompt` is the text in data.prompt_format, `answer` and
+        `response` are the reference answer and completion (the answer where there is none), and the columns are there.
+    """
+
+    examples: Natural = 0
+    path: str | None = field(default=None, metadata=FREE)
+    template: str = "{{ prompt }}\n{{ response }}\n\n"
+
+    def __post_init__(self):
+        require_ranges(self, "data.few_shot")
+
+
+@dataclass(frozen=True)
+class DataConfig(RowsConfig):
+    """A data set of the user's own or a mixture, what prompts look like, and what to do with those that do not fit.
+
+    Attributes:
+      sources: a mixture, by name, in place of `path` and of section task. Metrics are told for each source.
+      overlap: a prompt that stands in two splits is an "error", or is taken out of training, "drop", and counted.
+      few_shot: solved problems before every prompt.
       prompts: with a checkpoint's tokenizer: "chat" renders its chat template, "plain" the prompt format alone.
       prompt_format: text of the prompt (of the last user message in a chat) with `{body}` where the problem goes.
       system_prompt: first message of a chat.
@@ -61,12 +130,9 @@ class DataConfig:
         takes them in a new order each epoch.
     """
 
-    path: str | None = field(default=None, metadata=FREE)
-    validation_path: str | None = field(default=None, metadata=FREE)
-    test_path: str | None = field(default=None, metadata=FREE)
-    format: Literal["gsm8k", "prompt", "messages"] = "prompt"
-    fields: dict[str, Any] = field(default_factory=dict)
-    verifier: Literal["number", "text"] = "number"
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    overlap: Literal["error", "drop"] = "error"
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     prompts: Literal["chat", "plain"] = "plain"
     prompt_format: str = "{body}"
     system_prompt: str | None = None
@@ -77,16 +143,44 @@ class DataConfig:
     selection: Any = None
 
     def __post_init__(self):
+        require_ranges(self, "data")
         if self.path is None:
-            for name in ("validation_path", "test_path", "fields"):
-                if getattr(self, name):
-                    raise ValueError(f"data.{name} is {getattr(self, name)!r}, but data.path is not set; set it too")
+            for name in _OF_A_PATH:
+                if value := getattr(self, name):
+                    remedy = (
+                        "set it in each of data.sources" if self.sources else "but data.path is not set; set it too"
+                    )
+                    raise ValueError(f"data.{name} is {value!r}, {remedy}")
+        self._check_sources()
         for name in ("system_prompt", "template_options"):
             if self.prompts == "plain" and getattr(self, name):
                 raise ValueError(
                     f"data.{name} is {getattr(self, name)!r}, but data.prompts is 'plain', which has no chat template; "
                     "set data.prompts to chat, or write the text into data.prompt_format"
                 )
+
+    def _check_sources(self) -> None:
+        for name, one in self.sources.items():
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"data.sources has a source {name!r}; a name is made of letters, digits, _, - and .")
+            if (one.path is None) == (one.task is None):
+                found = "neither path nor task" if one.path is None else "path and task"
+                raise ValueError(f"data.sources.{name} has {found}; give one of the two")
+            if one.task is not None and (said := [key for key in _OF_A_PATH if getattr(one, key)]):
+                raise ValueError(
+                    f"data.sources.{name}.{said[0]} is set, but a task has no rows of a file; leave it out"
+                )
+            require_ranges(one, f"data.sources.{name}")
+        if self.sources and self.path is not None:
+            raise ValueError("data.path and data.sources are both set; make the file one of the sources")
+        weighted = [name for name, one in self.sources.items() if one.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            missing = next(name for name in self.sources if name not in weighted)
+            raise ValueError(f"data.sources.{missing} has no weight, but {weighted[0]} has; give all a weight, or none")
+        if weighted and self.selection is not None:
+            raise ValueError(
+                f"data.selection chooses prompts, and so do the weights of data.sources ({weighted[0]}); leave one out"
+            )
 
 
 @dataclass(frozen=True)

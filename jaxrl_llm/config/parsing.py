@@ -13,7 +13,6 @@ import yaml
 
 from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
-from jaxrl_llm.config.method import NetworkConfig
 from jaxrl_llm.config.whole import Config
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
@@ -195,9 +194,10 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
             section = MODEL_KINDS[model_kind(value)]
         if section is not None and value is not None:
             _known_keys(value, section, f"{prefix}{key}.")
-        if prefix == "" and key == "networks" and isinstance(value, dict):
-            for name, network in value.items():
-                _known_keys(network or {}, NetworkConfig, f"networks.{name}.")
+        named = [t for t in get_args(hints[key]) if is_dataclass(t)] if get_origin(hints[key]) is dict else []
+        if named and isinstance(value, dict):
+            for name, inner in value.items():
+                _known_keys(inner or {}, named[0], f"{prefix}{key}.{name}.")
 
 
 def _refuse_shape(tree: Mapping[str, Any]) -> None:

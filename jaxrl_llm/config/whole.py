@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.addresses import is_address, working_directory
 from jaxrl_llm.config.errors import FREE, PLACEMENT
 from jaxrl_llm.config.inputs import BranchConfig, DataConfig, ModelConfig, TaskConfig, WarmStartConfig
 from jaxrl_llm.config.method import AdapterConfig, NetworkConfig, RolloutConfig, TrainingConfig
@@ -81,21 +82,16 @@ class Config:
 
     def __post_init__(self):
         require_ranges(self, "")
-        if "://" in (self.run_dir or ""):
-            raise ValueError(
-                f"run_dir is {self.run_dir!r}, an address, but a run is written to local files; give a local or "
-                "mounted directory, and copy it to the bucket when the run is over"
-            )
         for stage in self.stages:
             if of_run := [name for name in _OF_THE_RUN if name in stage]:
                 raise ValueError(
                     f"stage {stage.get('name', '')!r} sets {of_run[0]}, which all stages of a run share; set it beside "
                     "section stages"
                 )
-        if self.task is not None and self.data.path is not None:
+        if self.task is not None and (self.data.path is not None or self.data.sources):
             raise ValueError(
-                "task and data.path are both set; name a built-in task in section task, or a file of your own in "
-                "data.path"
+                f"task and data.{'sources' if self.data.sources else 'path'} are both set; name a built-in task in "
+                "section task, a file of your own in data.path, or make each of them one of data.sources"
             )
         if self.training.bfloat16_update != "nearest" and self.model.parameter_dtype != "bfloat16":
             raise ValueError(
@@ -116,9 +112,14 @@ class Config:
     @property
     def has_problems(self) -> bool:
         """Whether there are problems to train on and to be measured on."""
-        return self.task is not None or self.data.path is not None
+        return self.task is not None or self.data.path is not None or bool(self.data.sources)
 
     @property
     def directory(self) -> Path:
-        """Where the run is written."""
-        return Path(self.run_dir or f"runs/{self.name}")
+        """Where the run works on this machine; of a run at an address, the copy that is brought there."""
+        return working_directory(self.place) if is_address(self.place) else Path(self.place)
+
+    @property
+    def place(self) -> str:
+        """Where the run is found: a directory, or an address."""
+        return self.run_dir or f"runs/{self.name}"

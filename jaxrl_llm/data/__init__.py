@@ -12,9 +12,9 @@ from jaxrl_llm.data.hf_tokenizer import (
     with_chat,
     with_prompt_format,
 )
-from jaxrl_llm.data.jsonl import Fields, JsonlDataSet, fields_of, jsonl_data_sets
+from jaxrl_llm.data.jsonl import Fields, fields_of, read_records
+from jaxrl_llm.data.order import Batches
 from jaxrl_llm.data.pipeline import (
-    Batches,
     EvaluationBatch,
     PromptBatch,
     SupervisedBatch,
@@ -22,6 +22,7 @@ from jaxrl_llm.data.pipeline import (
     prompt_batches,
     supervised_batches,
 )
+from jaxrl_llm.data.splits import ProblemSet, Refining, mixture, problem_sets, with_examples
 from jaxrl_llm.data.tasks import Item, Task, reference_response, split_of
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
 
@@ -34,8 +35,9 @@ __all__ = [
     "Fields",
     "HuggingFaceTokenizer",
     "Item",
-    "JsonlDataSet",
+    "ProblemSet",
     "PromptBatch",
+    "Refining",
     "SupervisedBatch",
     "Task",
     "Tokenizer",
@@ -44,14 +46,17 @@ __all__ = [
     "evaluation_batches",
     "fields_of",
     "fingerprint",
-    "jsonl_data_sets",
     "load_tokenizer",
+    "mixture",
+    "problem_sets",
     "prompt_batches",
+    "read_records",
     "reference_response",
     "require_embedding",
     "split_of",
     "supervised_batches",
     "tasks",
     "with_chat",
+    "with_examples",
     "with_prompt_format",
 ]

@@ -1,13 +1,15 @@
-"""Packages of the `hf` extra, imported where they are used, so that the rest of the library does without them."""
+"""Packages of the extras, imported where they are used, so that the rest of the library does without them."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
+_FOR = {"hf": "Hugging Face files", "parquet": "Parquet and Arrow files", "datasets": "data sets of the hub"}
 
-def imported(module: str) -> Any:
-    """A module of the `hf` extra.
+
+def imported(module: str, extra: str = "hf") -> Any:
+    """A module of an extra.
 
     Raises:
       ValueError: if it is not installed; says how to install it.
@@ -16,6 +18,6 @@ def imported(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"package {module.partition('.')[0]!r} is needed for Hugging Face files but is not installed ({error}); "
-            "install it with: pip install 'jaxrl_llm[hf]'"
+            f"package {module.partition('.')[0]!r} is needed for {_FOR[extra]} but is not installed ({error}); "
+            f"install it with: pip install 'jaxrl_llm[{extra}]'"
         ) from error

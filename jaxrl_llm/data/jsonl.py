@@ -1,11 +1,11 @@
-"""Data sets of the user's own: a local JSONL or JSON file -> records of the pipeline, with splits that never overlap.
+"""Rows of the user's own -> records of the pipeline: which columns hold what.
 
-Every line is read and checked before anything is trained on; what is wrong is named by file and line.
+Every row is read and checked before anything is trained on; what is wrong is named by file and line. Any format of
+`row_files` is read the same way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
-from jaxrl_llm.data.json_files import elements, place
-from jaxrl_llm.data.tasks.items import record, require_choice, split_of
+from jaxrl_llm.data.row_files import Row, rows_of
+from jaxrl_llm.data.row_templates import column_value
+from jaxrl_llm.data.tasks.items import record, require_choice
 
-SPLITS = ("train", "validation", "test")
 AnswerFrom = Literal["text", "hashes", "boxed", "marked"]
 _ANSWERS: Mapping[str, Callable[[str], str | None]] = {
     "text": str.strip,
@@ -31,7 +31,8 @@ _MOST_PROBLEMS = 5
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a line hold what. A dotted name goes into nested objects.
+    """Which columns of a row hold what. A dotted name goes into nested objects; `prompt`, `answer` and `response` may
+    also be templates of jinja2, made of several columns: "{{ question }} {{ options | join(', ') }}".
 
     Attributes:
       prompt: text of the prompt; None where `messages` holds it.
@@ -74,36 +75,6 @@ FORMATS: Mapping[str, Fields] = {
 }
 
 
-@dataclass(frozen=True)
-class JsonlDataSet(Sequence[dict[str, Any]]):
-    """Records of one split, read by index as from `DataSet`.
-
-    A record has `item_id` (number of its line, from 0), `body` (text of the prompt), `answer` and `response` (reference
-    completion), "" where there is none, `messages` (the prompt's conversation, where the file has one) and `raw` (the
-    line's object, whose fields are columns for rewards).
-
-    Attributes:
-      path: the file.
-      split: "train", "validation" or "test".
-      records: the records.
-      fingerprint: hash over the file's content, how it was read, and the split, for checkpoints.
-    """
-
-    path: str
-    split: str
-    records: tuple[dict[str, Any], ...]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.records[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [self.records[index] for index in indices]
-
-
 def fields_of(format: str, **changes: Any) -> Fields:
     """The fields of a named format, with changes.
 
@@ -124,103 +95,69 @@ def fields_of(format: str, **changes: Any) -> Fields:
     return replace(FORMATS[format], **changes)
 
 
-def jsonl_data_sets(
-    path: str | Path,
-    fields: Fields,
-    *,
-    validation_path: str | Path | None = None,
-    test_path: str | Path | None = None,
-) -> dict[str, JsonlDataSet]:
-    """The three splits of a user's files.
-
-    A split with a file of its own is that file. One without is cut out of `path` by the hash of the prompt (8 of 10
-    train, 1 validation, 1 test), so that it stays the same when lines are added or moved, and equal prompts share a
-    split.
-
-    Args:
-      path: training data, and whatever has no file of its own.
-      fields: which fields hold what.
-      validation_path: file of the validation split.
-      test_path: file of the test split.
-
-    Raises:
-      ValueError: for a file that is missing, lines that cannot be used (named), a split without any line, or a prompt
-        that stands in two splits.
-    """
-    own = {"validation": validation_path, "test": test_path}
-    files = {"train": Path(path)} | {split: Path(file) for split, file in own.items() if file is not None}
-    read = {split: read_records(file, fields) for split, file in files.items()}
-    cut = [split for split in SPLITS if split not in files]
-    sets = {}
-    for split in SPLITS:
-        file, (records, digest) = files.get(split, files["train"]), read.get(split, read["train"])
-        if split in cut:
-            records = [each for each in records if split_of(_prompt_key(each)) == split]
-        elif split == "train":
-            records = [each for each in records if split_of(_prompt_key(each)) not in cut]
-        if not records:
-            raise ValueError(
-                f"no line of {file} falls into the {split} split, which is cut out of it by hash; add lines, or name a "
-                f"file of its own for this split"
-            )
-        print_of = json.dumps([digest, asdict(fields), split, cut if split in cut or split == "train" else []])
-        sets[split] = JsonlDataSet(str(file), split, tuple(records), hashlib.sha256(print_of.encode()).hexdigest())
-    _require_disjoint(sets)
-    return sets
-
-
 def read_records(
-    file: Path, fields: Fields, *, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
+    file: str | Path, fields: Fields, *, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
 ) -> tuple[list[dict[str, Any]], str]:
-    """All records of a file, and the hash of its content.
+    """All records of a data set, and the hash of its content.
 
     Args:
-      file: a JSONL file, or a JSON file that is one list.
-      fields: which fields hold what.
-      prepare: from a line's object to the one that `fields` are read of; `raw` of the record is the line's.
+      file: see `row_files`.
+      fields: which columns hold what.
+      prepare: from a row to the one that `fields` are read of; `raw` of the record is the row itself.
 
     Raises:
-      ValueError: for a file that is missing or empty, and lines that cannot be used, named.
+      ValueError: for data that are missing or empty, and rows that cannot be used, named.
     """
-    file = file.expanduser()
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"data file {file} cannot be read: {error.strerror}; give the path of a JSONL file") from error
+    rows, digest = rows_of(file)
+    records, problems = records_of(rows, fields, prepare)
+    require_usable(str(file), records, problems)
+    return records, digest
+
+
+def records_of(
+    rows: Sequence[Row], fields: Fields, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(records, what is wrong with the other rows)."""
     records, problems = [], []
-    numbered = list(elements(file, content))
     if (
         prepare is None
         and fields.messages is None
         and fields.answer == "answer"
-        and not any(_has(element, fields.answer) for _, element in numbered)
+        and not any(_has(row.columns, fields.answer) for row in rows)
     ):
         fields = replace(fields, answer=None)
-    for number, element in numbered:
+    for number, where, element in rows:
         try:
             prepared = prepare(element) if prepare is not None and isinstance(element, dict) else element
-            records.append(_record(prepared, fields) | {"item_id": number - 1, "raw": element})
+            records.append(record(_record(prepared, fields) | {"item_id": number - 1, "raw": element}, number - 1))
         except ValueError as error:
-            problems.append(f"{place(content)} {number}: {error}")
+            problems.append(f"{where}: {error}")
+    return records, problems
+
+
+def require_usable(path: str, records: Sequence[Any], problems: Sequence[str]) -> None:
+    """Raises ValueError where rows cannot be used, or there are none."""
     if problems:
         more = len(problems) - _MOST_PROBLEMS
-        shown = problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise ValueError(f"{file} has {len(problems)} lines that cannot be used; repair them: " + "; ".join(shown))
+        shown = [*problems[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+        raise ValueError(
+            f"{path} has {len(problems)} lines that cannot be used; repair them: {'; '.join(shown)} "
+            "(data.unusable=drop leaves such lines out)"
+        )
     if not records:
-        raise ValueError(f"data file {file} holds no line; give a file with one JSON object a line")
-    return [record(each, each["item_id"]) for each in records], hashlib.sha256(content).hexdigest()
+        raise ValueError(f"data file {path} holds no line; give a file with one row or more")
 
 
 def _record(element: Any, fields: Fields) -> dict[str, Any]:
-    """A line's object as a record without its number."""
+    """A row as a record without its number."""
     if isinstance(element, ValueError):
-        raise ValueError(f"no JSON: {element}")
+        raise element
     if not isinstance(element, dict):
         raise ValueError(f"holds a {type(element).__name__}, not an object with fields")
     if fields.messages is None:
         prompt, said = {"body": _text(element, fields.prompt)}, ""
     else:
-        prompt, said = _conversation(_found(element, fields.messages), fields.messages)
+        prompt, said = _conversation(column_value(element, fields.messages), fields.messages)
     written = said if fields.answer is None else _text(element, fields.answer)
     answer = _ANSWERS[fields.answer_from](written)
     answerless = fields.answer is None and (fields.messages is None or not said)
@@ -254,8 +191,8 @@ def _conversation(turns: Any, name: str) -> tuple[dict[str, Any], str]:
 
 
 def _text(element: Mapping[str, Any], name: str | None) -> str:
-    """A field that holds text, or a number as it is written."""
-    value = _found(element, name or "")
+    """A column that holds text, or a number as it is written; or a template of several."""
+    value = column_value(element, name or "")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"field {name!r} holds {json.dumps(value)[:60]}, not text or a number")
     if not str(value).strip():
@@ -265,34 +202,6 @@ def _text(element: Mapping[str, Any], name: str | None) -> str:
 
 def _has(element: Any, name: str | None) -> bool:
     try:
-        return name is not None and isinstance(element, Mapping) and _found(element, name) is not None
+        return name is not None and isinstance(element, Mapping) and column_value(element, name) is not None
     except ValueError:
         return False
-
-
-def _found(element: Mapping[str, Any], name: str) -> Any:
-    """The value of a field; a name with dots goes into nested objects unless a field has just this name."""
-    if name in element:
-        return element[name]
-    outer, dot, inner = name.partition(".")
-    if dot and isinstance(element.get(outer), dict):
-        return _found(element[outer], inner)
-    raise ValueError(f"there is no field {name!r}; its fields are {sorted(element)}")
-
-
-def _prompt_key(item: Mapping[str, Any]) -> str:
-    """What makes two prompts the same: the text, or the whole conversation."""
-    return json.dumps(item["messages"], sort_keys=True) if "messages" in item else item["body"]
-
-
-def _require_disjoint(sets: Mapping[str, JsonlDataSet]) -> None:
-    seen: dict[str, tuple[str, int]] = {}
-    for split in SPLITS:
-        held = {_prompt_key(item): (split, item["item_id"] + 1) for item in sets[split].records}
-        for key in held.keys() & seen.keys():
-            other, line = seen[key]
-            raise ValueError(
-                f"the prompt {key[:80]!r} stands in line {line} of {sets[other].path} ({other}) and in line "
-                f"{held[key][1]} of {sets[split].path} ({split}); splits must not overlap: take it out of one"
-            )
-        seen |= held

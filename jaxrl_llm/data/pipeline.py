@@ -6,9 +6,10 @@ Everything is encoded and checked before the first batch is made, so a prompt th
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,10 +24,9 @@ from jaxrl_llm.data.encoding import (
     padded_arrays,
     padded_prompts,
 )
+from jaxrl_llm.data.order import Batches, mixed_batches, require_positive, shuffled_batches
 from jaxrl_llm.data.tasks.items import Segment, reference_response
 from jaxrl_llm.experience import Prompts, Source
-
-Batch = TypeVar("Batch")
 
 
 class PromptBatch(NamedTuple):
@@ -84,33 +84,6 @@ class SupervisedBatch(NamedTuple):
     turn: np.ndarray
 
 
-@dataclass(frozen=True)
-class Batches(Generic[Batch]):
-    """Batches by step, without end: `batches[step]` is the same whatever was read before.
-
-    Each epoch has its own order. Rows that do not fill a whole batch at the end of an epoch wait for another epoch, so
-    that no step holds the same prompt twice.
-
-    Attributes:
-      dataset: the grain pipeline.
-      steps_per_epoch: batches in one pass over the data.
-      kept: items in the data.
-      dropped: items left out because they are too long.
-      chosen: (numbers of items) -> a batch of those, in their order; None where items are not numbered.
-    """
-
-    dataset: Any
-    steps_per_epoch: int
-    kept: int
-    dropped: int
-    chosen: Callable[[Sequence[int]], Batch] | None = None
-
-    def __getitem__(self, step: int) -> Batch:
-        if step < 0:
-            raise IndexError(f"step is {step}; steps count from 0")
-        return self.dataset[int(step)]
-
-
 def prompt_batches(
     source: Sequence[Any],
     tokenizer: Tokenizer,
@@ -134,7 +107,8 @@ def prompt_batches(
     What stands around a body in the prompt is the tokenizer's affair.
 
     Args:
-      source: `DataSet`, or any sequence of `Item`s or of mappings with `body` and `answer`.
+      source: `DataSet`, `ProblemSet`, or any sequence of `Item`s or of mappings with `body` and `answer`. Of a mixture,
+        prompts have a `source_id`, and come in the shares of its weights.
       tokenizer: turns text into ids.
       prompts_per_step: rows in a batch.
       max_prompt_tokens: width of the prompts.
@@ -166,57 +140,84 @@ def prompt_batches(
         )
     written: dict[int, Row] = {}
     if max_demonstration_tokens is not None:
-        completion = completion_ids(tokenizer, scratchpad)
         together = (max_prompt_tokens, max_demonstration_tokens)
-        fitting, _ = encoded_rows(source, tokenizer, completion, "completion", together, overlong)
+        fitting, _ = encoded_rows(
+            source, tokenizer, completion_ids(tokenizer, scratchpad), "completion", together, overlong
+        )
         written = {row.item["item_id"]: row for row in fitting}
         kept = [row for row in rows if row.item["item_id"] in written]
         rows, dropped = kept, dropped + len(rows) - len(kept)
 
     number_of = {id(row): number for number, row in enumerate(rows)}
+    sources = tuple(getattr(source, "sources", ()))
 
     def batch(chosen: Sequence[Row], repeat: np.ndarray | None = None) -> PromptBatch:
         said = {column: [found[row.item["item_id"]] for row in chosen] for column, found in others.items()}
         width = _width([*chosen, *(row for each in said.values() for row in each)], max_prompt_tokens, widths)
         prompts = padded_prompts(chosen, tokenizer.pad_id, (width, max_answer_tokens))
+        more: dict[str, Any] = {}
         for column, again in said.items():
             arrays = padded_arrays(again, tokenizer.pad_id, (width, max_answer_tokens))
-            more = {f"{column}_tokens": arrays["tokens"], f"{column}_length": arrays["length"]}
-            prompts = dataclasses.replace(prompts, fields={**prompts.fields, **more})
+            more |= {f"{column}_tokens": arrays["tokens"], f"{column}_length": arrays["length"]}
         if max_demonstration_tokens is not None:
             completions = [written[row.item["item_id"]] for row in chosen]
             arrays = padded_arrays(completions, tokenizer.pad_id, (width, max_demonstration_tokens))
-            written_fields = {
+            more |= {
                 "demonstration_tokens": arrays["answer_tokens"],
                 "demonstration_length": arrays["answer_length"],
             }
-            prompts = dataclasses.replace(prompts, fields={**prompts.fields, **written_fields})
         if repeat is not None:
-            prompts = dataclasses.replace(prompts, fields={**prompts.fields, "repeat": repeat})
+            more["repeat"] = repeat
+        if sources:
+            more["source_id"] = np.array([sources.index(row.item["data_source"]) for row in chosen], np.int32)
         if numbered:
-            number = np.array([number_of[id(row)] for row in chosen], np.int32)
-            prompts = dataclasses.replace(prompts, fields={**prompts.fields, "item": number})
+            more["item"] = np.array([number_of[id(row)] for row in chosen], np.int32)
+        prompts = dataclasses.replace(prompts, fields={**prompts.fields, **more})
         return PromptBatch(prompts, [row.item for row in chosen])
 
-    def several(pairs: Sequence[tuple[Row, int]]) -> PromptBatch:
-        return batch([row for row, _ in pairs], np.array([copy for _, copy in pairs], np.int32))
-
     def by_number(numbers: Sequence[int]) -> PromptBatch:
-        seen: dict[int, int] = {}
-        pairs = []
-        for number in map(int, numbers):
-            pairs.append((rows[number], seen.get(number, 0)))
-            seen[number] = seen.get(number, 0) + 1
-        return several(pairs)
+        return _counted(batch, [rows[int(number)] for number in numbers])
 
-    _require_positive("prompts_per_step", prompts_per_step)
-    if rows and len(rows) < prompts_per_step:
-        copies = -(-prompts_per_step // len(rows))
-        pairs = [(row, copy) for copy in range(copies) for row in rows]
-        batches = shuffled_batches(pairs, dropped, several, "prompts_per_step", prompts_per_step, seed)
-    else:
-        batches = shuffled_batches(rows, dropped, batch, "prompts_per_step", prompts_per_step, seed)
+    batches = _in_order(source, rows, dropped, batch, prompts_per_step, seed)
     return dataclasses.replace(batches, kept=len(rows), chosen=by_number if numbered else None)
+
+
+def _in_order(
+    source: Any, rows: list[Row], dropped: int, batch: Callable[..., PromptBatch], prompts_per_step: int, seed: int
+) -> Batches[PromptBatch]:
+    """The batches of a mixture with weights, of few rows, or of many."""
+    several, name = partial(_counted, batch), "prompts_per_step"
+    require_positive(name, prompts_per_step)
+    if getattr(source, "weights", ()):
+        return mixed_batches(_pools(source, rows), dropped, several, name, prompts_per_step, seed)
+    if rows and len(rows) < prompts_per_step:
+        copies = rows * -(-prompts_per_step // len(rows))
+        return shuffled_batches(copies, dropped, several, name, prompts_per_step, seed)
+    return shuffled_batches(rows, dropped, batch, name, prompts_per_step, seed)
+
+
+def _counted(batch: Callable[..., PromptBatch], chosen: Sequence[Row]) -> PromptBatch:
+    """A batch of rows that may be the same: each copy has its number."""
+    seen: Counter[int] = Counter()
+    copies = []
+    for row in chosen:
+        copies.append(seen[id(row)])
+        seen[id(row)] += 1
+    return batch(chosen, np.array(copies, np.int32))
+
+
+def _pools(source: Any, rows: Sequence[Row]) -> dict[str, tuple[list[Row], float]]:
+    """The rows of each source of a mixture with its weight.
+
+    Raises:
+      ValueError: where no row of one is left.
+    """
+    pools = {}
+    for name, weight in zip(source.sources, source.weights, strict=True):
+        pools[name] = ([row for row in rows if row.item["data_source"] == name], weight)
+        if not pools[name][0]:
+            raise ValueError(f"no prompt of source {name} fits; raise the limits, or leave the source out")
+    return pools
 
 
 def _in_other_words(
@@ -319,6 +320,8 @@ def supervised_batches(
             turn=facts[2],
         )
 
+    if getattr(source, "weights", ()):
+        return mixed_batches(_pools(source, rows), dropped, batch, "sequences_per_step", sequences_per_step, seed)
     return shuffled_batches(rows, dropped, batch, "sequences_per_step", sequences_per_step, seed)
 
 
@@ -338,7 +341,7 @@ def evaluation_batches(
     """
     limits = (max_prompt_tokens, max_answer_tokens)
     rows, _ = encoded_rows(items, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
-    _require_positive("prompts_per_batch", prompts_per_batch)
+    require_positive("prompts_per_batch", prompts_per_batch)
     batches = []
     for start in range(0, len(rows), prompts_per_batch):
         real = rows[start : start + prompts_per_batch]
@@ -364,35 +367,3 @@ def _reference(item: Record, scratchpad: bool) -> str:
             "field that holds one as 'response', or skip the supervised steps"
         )
     return item["response"]
-
-
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-def shuffled_batches(
-    rows: list[Any], dropped: int, batch: Callable[[Sequence[Any]], Batch], size_name: str, size: int, seed: int
-) -> Batches[Batch]:
-    """Batches of rows by step, in a new order each epoch.
-
-    Args:
-      rows: what is batched.
-      dropped: what was left out before.
-      batch: rows -> a batch.
-      size_name, size: rows of a batch, and what messages call that.
-      seed: of the orders.
-
-    Raises:
-      ValueError: for fewer rows than a batch holds.
-    """
-    _require_positive(size_name, size)
-    if len(rows) < size:
-        raise ValueError(
-            f"{size_name} is {size}, but the source has only {len(rows)} items that fit; a step never holds the same "
-            f"prompt twice, so lower {size_name} or generate more items"
-        )
-    import grain  # takes a while to import
-
-    epochs = grain.MapDataset.source(rows).seed(seed).shuffle().batch(size, drop_remainder=True, batch_fn=batch)
-    return Batches(epochs.repeat(), steps_per_epoch=len(epochs), kept=len(rows), dropped=dropped)

@@ -58,7 +58,7 @@ class PlainPrompts:
                 f"the record is a conversation of {len(item['messages'])} messages, which a plain prompt "
                 "format cannot hold; use the chat template, or map a single prompt field"
             )
-        return [*encoder.prefix_ids, *encoder.encode(self.format.replace(PLACE, item["body"]))]
+        return [*encoder.prefix_ids, *encoder.encode(formatted(self.format, item["body"], item))]
 
     def completion_ids(self, encoder: Encoder, item: Record, text: str) -> list[int]:
         """Tokens of a completion with its end of sequence. It is encoded alone, as it is sampled."""
@@ -92,7 +92,7 @@ class ChatPrompts:
         """The conversation of a record, up to the turn of the assistant that is to come."""
         given: list[Message] = list(item.get("messages") or [{"role": "user", "content": item["body"]}])
         if given[-1]["role"] == "user":
-            given[-1] = {**given[-1], "content": self.format.replace(PLACE, given[-1]["content"])}
+            given[-1] = {**given[-1], "content": formatted(self.format, given[-1]["content"], item)}
         if self.system_prompt is not None and given[0]["role"] != "system":
             given.insert(0, {"role": "system", "content": self.system_prompt})
         return given
@@ -164,6 +164,11 @@ def require_turn(prompts: ChatPrompts, encoder: Encoder) -> None:
             "the answer is known, so the policy would have to sample this header; add "
             f"{{% if add_generation_prompt %}} with {header!r} to the template"
         )
+
+
+def formatted(format: str, body: str, item: Record) -> str:
+    """A body in its format, behind the record's solved examples where it has some."""
+    return item.get("prefix", "") + format.replace(PLACE, body)
 
 
 def require_place(name: str, text: str) -> None:

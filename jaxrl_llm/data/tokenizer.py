@@ -89,8 +89,8 @@ class CharacterTokenizer:
         return (self.eos_id,)
 
     def prompt_ids(self, item: Mapping[str, Any]) -> list[int]:
-        """Tokens of a record's prompt: begin of sequence, body, newline."""
-        return [self.bos_id, *self.encode(item["body"] + "\n")]
+        """Tokens of a record's prompt: begin of sequence, solved examples where it has some, body, newline."""
+        return [self.bos_id, *self.encode(item.get("prefix", "") + item["body"] + "\n")]
 
     def completion_ids(self, item: Mapping[str, Any], text: str) -> list[int]:
         """Tokens of a completion and end of sequence; the same for every record."""

@@ -1,10 +1,12 @@
 """Completions that somebody wrote and judged: pairs, rankings, ratings, labels of rows or of their steps, from a file.
 
-Each line becomes a group of completions of one prompt with the fields that say how they were judged.
+Each row becomes a group of completions of one prompt with the fields that say how they were judged.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxrl_llm.data.encoding import Tokenizer
-from jaxrl_llm.data.json_files import json_objects
-from jaxrl_llm.data.pipeline import Batches, shuffled_batches
+from jaxrl_llm.data.order import Batches, shuffled_batches
+from jaxrl_llm.data.row_files import row_objects
+from jaxrl_llm.data.row_templates import column_value
 
 Kind = Literal["pairs", "rankings", "ratings", "labels", "steps"]
 # Names that rows of each kind know, see `jaxrl_llm.fields`.
@@ -66,6 +69,9 @@ def _is_text(value: Any, what: str, where: str) -> str:
 
 
 def _number(value: Any, what: str, where: str) -> float:
+    if isinstance(value, str):  # a cell of a CSV file
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
         raise ValueError(f"{where} has {what} {value!r}; it must be a finite number")
     return float(value)
@@ -101,6 +107,8 @@ def _rating(record: Mapping[str, Any], where: str) -> list[Judged]:
 
 def _label(record: Mapping[str, Any], where: str) -> list[Judged]:
     prompt, text, value = _text(record, "prompt", where), _text(record, "completion", where), record.get("label")
+    if isinstance(value, str):  # a cell of a CSV file
+        value = {"true": 1, "1": 1, "false": 0, "0": 0}.get(value.lower(), value)
     if value not in (0, 1):
         raise ValueError(f"{where} has label {value!r}; it must be true or false, 1 or 0")
     return [Judged(prompt, text, float(value))]
@@ -128,8 +136,10 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any], str], list[Judged]]] = {
 }
 
 
-def judged_groups(path: str | Path, kind: Kind) -> list[list[Judged]]:
-    """The groups of a JSONL (or JSON) file, a line each.
+def judged_groups(
+    path: str | Path, kind: Kind, columns: Mapping[str, str] | None = None
+) -> tuple[list[list[Judged]], str]:
+    """(the groups of a data set, a row each; a hash of it). `row_files` says what may be read.
 
         pairs      {"prompt": ..., "chosen": ..., "rejected": ...}
         rankings   {"prompt": ..., "completions": [best, ..., worst]}
@@ -137,19 +147,41 @@ def judged_groups(path: str | Path, kind: Kind) -> list[list[Judged]]:
         labels     {"prompt": ..., "completion": ..., "label": true}
         steps      {"prompt": ..., "steps": ["...", "..."], "labels": [1, 0]}
 
+    Args:
+      path: of the data set.
+      kind: of its rows.
+      columns: name above -> the column that holds it, or a template of several, where they are called otherwise.
+
     Raises:
-      ValueError: for a file that cannot be read, or a line that cannot be used, by file and line; groups of different
-        sizes.
+      ValueError: for what cannot be read, or a row that cannot be used, by file and line; groups of different sizes.
     """
     if kind not in _READERS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(_READERS)}")
+    objects, digest = row_objects(path, "source file")
     groups = [
-        [row._replace(where=where) for row in _READERS[kind](record, where)]
-        for where, record in json_objects(Path(path), "source file")
+        [row._replace(where=where) for row in _READERS[kind](_called(record, columns or {}, where), where)]
+        for where, record in objects
     ]
     if len(sizes := {len(group) for group in groups}) > 1:
         raise ValueError(f"{path} has groups of {sorted(sizes)} completions; give each line equally many")
-    return groups
+    return groups, digest
+
+
+def _called(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    """A row whose columns have the names that its kind wants. Lists that a cell of text holds as JSON are lists."""
+    try:
+        named = {name: column_value(record, column) for name, column in columns.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    listed = {name: _listed(record[name]) for name in ("completions", "steps", "labels") if name in record}
+    return {**record, **listed, **named}
+
+
+def _listed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    except ValueError:
+        return value
 
 
 def written_batches(
@@ -166,7 +198,7 @@ def written_batches(
     """Batches of whole groups, in a new order each epoch.
 
     Args:
-      groups: from `judged_groups`.
+      groups: from `judged_groups`, the first of what it returns.
       kind: of the file.
       tokenizer: text -> ids.
       groups_per_step: in a batch.

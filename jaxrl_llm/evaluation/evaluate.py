@@ -159,7 +159,14 @@ def make_records(
 
 
 def make_evaluate(
-    model: Model, grade: Grader, tokenizer: Tokenizer, *, samples_per_problem: int, k: Sequence[int], **settings: Any
+    model: Model,
+    grade: Grader,
+    tokenizer: Tokenizer,
+    *,
+    samples_per_problem: int,
+    k: Sequence[int],
+    by: str | None = None,
+    **settings: Any,
 ) -> Callable[..., dict[str, float]]:
     """Build evaluate(params, items, key, write=None) -> metrics; a decoding program for each width that is needed.
 
@@ -171,6 +178,7 @@ def make_evaluate(
     Args:
       model, grade, tokenizer, samples_per_problem: as for `make_records`.
       k: of pass@k and maj@k.
+      by: one of `columns`, by whose values accuracies are told, too: `source/VALUE/pass@1`; None for none.
       **settings: the other settings of `make_records`.
 
     `write` is called with the records of each batch.
@@ -190,8 +198,12 @@ def make_evaluate(
             if write is not None:
                 write(batch)
         samples = [each for record in records for each in record["samples"]]
+        found = accuracies(records, k)
+        values = [] if by is None else [record["columns"][by] for record in records]
+        parts = {f"source/{value}/": np.array([one == value for one in values]) for value in dict.fromkeys(values)}
         return {
-            **{name: float(np.mean(values)) for name, values in accuracies(records, k).items()},
+            **{name: float(np.mean(of)) for name, of in found.items()},
+            **{part + name: float(np.mean(of[own])) for part, own in parts.items() for name, of in found.items()},
             **episode_means(records),
             "completion_tokens": float(np.mean([each["tokens"] for each in samples])),
             "truncated_share": float(np.mean([each["truncated"] for each in samples])),

@@ -29,6 +29,7 @@ from jaxrl_llm.models.heads import (
 from jaxrl_llm.models.imported import save_imported
 from jaxrl_llm.models.int8 import Quantised, dequantised, quantised
 from jaxrl_llm.models.laws import check_model
+from jaxrl_llm.models.layer_kinds import DeltaConfig, LatentConfig
 from jaxrl_llm.models.linen import from_linen
 from jaxrl_llm.models.logprobs import (
     TokenStatistics,
@@ -45,8 +46,10 @@ from jaxrl_llm.models.weights import load_config, load_model, load_params
 
 __all__ = [
     "FAMILIES",
+    "DeltaConfig",
     "ExpertsConfig",
     "HeadConfig",
+    "LatentConfig",
     "LoraConfig",
     "LowRank",
     "Model",

@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from jaxrl_llm.models.adapters import TARGETS, LoraConfig, LowRank
 from jaxrl_llm.models.checkpoint_files import StoredTensor, read_json, stored_tensors
 from jaxrl_llm.models.families import text_part
-from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout
+from jaxrl_llm.models.tensor_names import Layout, Part, checkpoint_layout, leaves
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,6 +46,8 @@ def save_adapters(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty; export to a new directory")
     layout = checkpoint_layout(config, text_part(read_json(source / "config.json"))[0])
+    if any("e" in layout.axes[path] and isinstance(leaf, LowRank) for path, leaf in leaves(params).items()):
+        raise ValueError("the experts have adapters, which PEFT has no place for; export the merged weights instead")
     tensors: dict[str, np.ndarray] = {}
     for part, node in _adapted(layout, params):
         box = layout.ranges(part)

@@ -5,7 +5,8 @@ A matrix W of every block is replaced by a node that holds W, which is frozen, a
     W + scale * down @ up,    down: [inputs, rank],    up: [rank, outputs], zero at the start
 
 Our blocks hold fused matrices (query, key and value in one, gate and up in one), and a fused matrix gets one adapter:
-its parts share `down`, so that rank r here is at least as expressive as rank r / 3 (or r / 2) on each part.
+its parts share `down`, so that rank r here is at least as expressive as rank r / 3 (or r / 2) on each part. Each expert
+of a mixture has an adapter of its own; while a layer is computed, the sums of its experts and theirs are in memory.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from jaxrl_llm.models.transformer_config import STACKS
 
 # The matrices of a block that can have an adapter, and how many input axes each has.
 TARGETS = {"qkv": 1, "attention_out": 3, "gate_up": 1, "down": 1}
-# Further ones of some models: latent attention, and the MLP beside experts.
-TARGETS |= dict.fromkeys(("query_down", "query_up", "latent_down", "shared_gate_up", "shared_down"), 1)
+# Further ones of some models: latent attention, the MLP beside experts, and gated delta-nets.
+TARGETS |= dict.fromkeys(("query_down", "query_up", "latent_down", "shared_gate_up", "shared_down", "delta_in"), 1)
+TARGETS |= {"delta_out": 3}
 _USUAL = ("qkv", "attention_out", "gate_up", "down")
-# A mixture of experts has one of these for every expert, and they go through products of their own.
+# A mixture of experts has one of these for every expert.
 OF_EXPERTS = ("gate_up", "down")
 
 
@@ -43,8 +45,8 @@ class LoraConfig:
       rank: columns of `down` and rows of `up`.
       alpha: the adapter's part is scaled by alpha / rank.
       targets: matrices of each block: qkv (one adapter for the fused query, key and value projections), attention_out,
-        gate_up (one for both), down; query_down, query_up and latent_down of latent attention; shared_gate_up and
-        shared_down of the MLP beside experts.
+        gate_up (one for both), down, of the MLP or of every expert; query_down, query_up and latent_down of latent
+        attention; shared_gate_up and shared_down of the MLP beside experts; delta_in and delta_out of gated delta-nets.
       rank_stabilised: scaled by alpha / sqrt(rank) instead (rsLoRA), with which learning does not slow down as the
         rank grows.
 
@@ -82,7 +84,7 @@ class LowRank:
     """A matrix with its adapter, in the place of the matrix. A stack of layers is indexed and scanned over like one.
 
     Attributes:
-      base: [L, *I, *O], frozen; an array or in int8.
+      base: [L, *I, *O], frozen; an array or in int8. Of experts [L, E, *I, *O], and E in the others likewise.
       down: [L, *I, rank].
       up: [L, rank, *O].
       scale: factor on their product.
@@ -94,9 +96,9 @@ class LowRank:
     scale: float = struct.field(pytree_node=False)
 
 
-def _others(blocks: Mapping[str, Any]) -> list[str]:
-    """What can have an adapter in blocks with experts."""
-    return [name for name in TARGETS if name in blocks and name not in OF_EXPERTS]
+def _stacked(blocks: Mapping[str, Any], target: str) -> int:
+    """Axes of a matrix before its inputs: layers, and where each expert has one, experts."""
+    return 2 if "router" in blocks and target in OF_EXPERTS else 1
 
 
 def adapter_specs(blocks: Mapping[str, Any], config: LoraConfig) -> dict[str, dict[str, ParameterSpec]]:
@@ -109,27 +111,25 @@ def adapter_specs(blocks: Mapping[str, Any], config: LoraConfig) -> dict[str, di
       config: rank and targets are read.
 
     Raises:
-      ValueError: for a target that these blocks do not have, or that belongs to experts.
+      ValueError: for a target that these blocks do not have.
     """
     specs = {}
     for target in config.targets:
-        if "router" in blocks and target in OF_EXPERTS:
-            raise ValueError(
-                f"lora.targets names {target!r}, but the blocks of this model are mixtures of experts, whose own "
-                f"matrices take no adapters; use lora.targets [{', '.join(_others(blocks))}]"
-            )
         leaf = blocks.get(target)
         if leaf is None or isinstance(leaf, LowRank):
             state = "the blocks do not have" if leaf is None else "has an adapter already (see merged)"
             raise ValueError(f"lora.targets names {target!r}, which {state}; they have {', '.join(sorted(blocks))}")
-        layers, *sizes = leaf.shape
         axes = getattr(leaf, "axes", (None,) * len(leaf.shape))
-        count = TARGETS[target]
-        scale = math.prod(sizes[:count]) ** -0.5
+        first = _stacked(blocks, target)
+        last = first + TARGETS[target]
+        scale = math.prod(leaf.shape[first:last]) ** -0.5
         specs[target] = {
-            "down": ParameterSpec((layers, *sizes[:count], config.rank), (*axes[: count + 1], None), scale),
+            "down": ParameterSpec((*leaf.shape[:last], config.rank), (*axes[:last], None), scale),
             "up": ParameterSpec(
-                (layers, config.rank, *sizes[count:]), (axes[0], None, *axes[count + 1 :]), 0.0, fill=0.0
+                (*leaf.shape[:first], config.rank, *leaf.shape[last:]),
+                (*axes[:first], None, *axes[last:]),
+                0.0,
+                fill=0.0,
             ),
         }
     return specs
@@ -152,24 +152,29 @@ def add_adapters(params: PyTree, config: LoraConfig, key: Array, *, quantise: bo
 
 
 def _adapters_of(tree: PyTree, config: LoraConfig) -> dict[str, dict]:
-    """Specs of adapters in each stack of blocks; first blocks may lack what the others have."""
-    found = {"blocks": adapter_specs(tree["blocks"], config)}
-    for stack in STACKS:
-        if stack in tree and stack not in found:
-            there = tuple(name for name in config.targets if name in tree[stack])
-            found[stack] = adapter_specs(tree[stack], replace(config, targets=there)) if there else {}
+    """Specs of adapters in each stack of blocks; one may lack what others have."""
+    stacks = [stack for stack in STACKS if stack in tree]
+    everywhere = {name: leaf for stack in stacks for name, leaf in tree[stack].items()}
+    adapter_specs(everywhere, config)  # what no stack has is said here
+    found = {}
+    for stack in stacks:
+        there = tuple(name for name in config.targets if name in tree[stack])
+        found[stack] = adapter_specs(tree[stack], replace(config, targets=there)) if there else {}
     return found
 
 
 def _with_adapters(tree: PyTree, adapters: Mapping[str, Any], scale: float, stored: Callable | None) -> PyTree:
     """`tree` holds arrays or specs, and `adapters` too."""
 
-    def node(name: str, leaf: Any, adapter: Mapping[str, Any]) -> Any:
-        base = leaf if stored is None else stored(leaf, inputs=TARGETS[name])
+    def node(name: str, leaf: Any, adapter: Mapping[str, Any], first: int) -> Any:
+        base = leaf if stored is None else stored(leaf, inputs=TARGETS[name], stacked=first)
         return LowRank(base, **adapter, scale=scale)
 
     stacks = {
-        stack: {name: node(name, leaf, own[name]) if name in own else leaf for name, leaf in tree[stack].items()}
+        stack: {
+            name: node(name, leaf, own[name], _stacked(tree[stack], name)) if name in own else leaf
+            for name, leaf in tree[stack].items()
+        }
         for stack, own in adapters.items()
     }
     return tree | stacks
@@ -209,10 +214,16 @@ def _merged(node: LowRank | Quantised) -> Float[Array, "L ..."]:
     if isinstance(node, Quantised):
         return dequantised(node)
     base = dequantised(node.base) if isinstance(node.base, Quantised) else node.base
-    layers, rank = node.up.shape[:2]
-    down, up = node.down.reshape(layers, -1, rank), node.up.reshape(layers, rank, -1)
+    rank, stacked = node.down.shape[-1], node.down.ndim + node.up.ndim - 2 - base.ndim
+    first = node.up.shape[:stacked]
+    down, up = node.down.reshape(*first, -1, rank), node.up.reshape(*first, rank, -1)
     change = jnp.matmul(down, up, precision="highest", preferred_element_type=jnp.float32).reshape(base.shape)
     return (base.astype(jnp.float32) + node.scale * change).astype(base.dtype)
+
+
+def plain_matrix(node: Array | LowRank | Quantised, dtype: Any) -> Array:
+    """Matrices of one layer as an array of this dtype, whatever they are stored as."""
+    return (_merged(node) if isinstance(node, LowRank | Quantised) else node).astype(dtype)
 
 
 def _mapped(function: Callable, params: PyTree) -> PyTree:

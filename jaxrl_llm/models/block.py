@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.models.adapters import plain_matrix
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend
-from jaxrl_llm.models.cache import KeysAndValues, of_layer, remembered
+from jaxrl_llm.models.cache import KeysAndValues, of_layer, remembered, stored_at
+from jaxrl_llm.models.delta import delta_mixed
 from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.latent import NORM_EPSILON, latent_mixed, latent_queries_and_keys, latent_values
 from jaxrl_llm.models.paged import PagedBlock, paged_attention, written
@@ -40,6 +42,7 @@ class Shared(NamedTuple):
       seen: of the keys, [B, S].
       used: tokens written into the cache before this call.
       kind: the attention path.
+      per_layer: embeddings of a layer, or of all with a leading axis; None without.
     """
 
     config: TransformerConfig
@@ -50,6 +53,12 @@ class Shared(NamedTuple):
     seen: Int[Array, "B S"]
     used: Int[Array, ""]
     kind: AttentionKind
+    per_layer: Float[Array, "... B T P"] | None = None
+
+    def of_layer(self, stack: str, layer: Array | int) -> Shared:
+        """What one block reads."""
+        per_layer = None if self.per_layer is None else self.per_layer[layer]
+        return self._replace(config=self.config.of_stack(stack), per_layer=per_layer)
 
 
 class Layer(NamedTuple):
@@ -58,10 +67,14 @@ class Layer(NamedTuple):
     Attributes:
       windowed: attends to the window alone.
       rotated: queries and keys are rotated.
+      reads: attends to what another layer has written, which is handed over as its cache.
+      lends: hands out its keys and values where there is no cache.
     """
 
     windowed: bool | Array
     rotated: bool | Array
+    reads: bool = False
+    lends: bool = False
 
 
 def rms_norm(
@@ -94,11 +107,11 @@ def _rotated(shared: Shared, layer: Layer, x: Float[Array, "B T K G H"]) -> Floa
     return turned if layer.rotated is True else jnp.where(layer.rotated, turned, x)
 
 
-def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, KeysAndValues]:
-    """Queries, and keys and values as a cache holds them."""
+def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Array | None, Any]:
+    """Queries, their gates, and keys and values as a cache holds them; None for a layer that reads those of another."""
     config, dtype = shared.config, x.dtype
     x = norm(x, params["attention_norm"]) if config.pre_norms else x
-    rotated = partial(_rotated, shared, layer)
+    rotated, gates = partial(_rotated, shared, layer), None
     if config.latent is not None:
         of_latents = partial(rms_norm, epsilon=NORM_EPSILON)
         queries, keys = latent_queries_and_keys(params, x, config.latent, of_latents, rotated)
@@ -107,28 +120,35 @@ def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Ke
         projected = project(x, params["qkv"])
         if config.qkv_bias:
             projected = projected + params["qkv_bias"].astype(dtype)
-        queries, keys, values = projected[..., :-2, :], projected[..., -2:-1, :], projected[..., -1, :]
-        if config.qk_norm:
-            queries, keys = (
-                _head_norm(queries, params["query_norm"], norm),
-                _head_norm(keys, params["key_norm"], norm),
-            )
-        queries, keys = rotated(queries), rotated(keys)[..., 0, :]
+        asked = config.queries_per_kv * (2 if config.attention_gate else 1)
+        # Where one projection makes keys and values, the last slot is both.
+        queries, keys, values = projected[..., :asked, :], projected[..., asked : asked + 1, :], projected[..., -1, :]
+        if config.attention_gate:
+            queries, gates = queries[..., ::2, :], queries[..., 1::2, :]
+        queries = rotated(_head_norm(queries, params["query_norm"], norm) if config.qk_norm else queries)
+        if not layer.reads:
+            keys = rotated(_head_norm(keys, params["key_norm"], norm) if config.qk_norm else keys)[..., 0, :]
+        if config.value_norm:
+            values = rms_norm(values, jnp.ones((), jnp.float32), config.norm_epsilon)
     if shared.growth is not None:
         queries = queries * shared.growth[..., None, None, None].astype(dtype)
+    if layer.reads:
+        return constrain(queries, "rows", "positions", "kv_heads"), gates, None
     # Each device holds the queries of its own positions; the keys and values of all are gathered (context parallelism).
     new = KeysAndValues(
         constrain(keys.transpose(0, 2, 3, 1), "rows", "kv_heads", None, None),
         constrain(values.swapaxes(1, 2), "rows", "kv_heads", None),
     )
-    return constrain(queries, "rows", "positions", "kv_heads"), new
+    return constrain(queries, "rows", "positions", "kv_heads"), gates, new
 
 
 def _attention(params, shared: Shared, x, layer: Layer, cached):
     """What attention adds to the residual stream, and the filled cache of this block."""
     config, dtype, latent = shared.config, x.dtype, shared.config.latent
     norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    queries, new = _projected(params, shared, x, layer, norm)
+    if "delta_in" in params:
+        return _delta(params, shared, norm(x, params["attention_norm"]), cached)
+    queries, gates, new = _projected(params, shared, x, layer, norm)
     scores = {
         "scale": config.score_scale,
         "window": config.window,
@@ -136,11 +156,16 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
         "cap": config.attention_cap,
     }
     filled, context = None, ()
+    if layer.reads:
+        stored, index, context = cached
+        new = of_layer(stored, index)
+    elif cached is None and layer.lends:
+        filled = new
     if isinstance(cached, PagedBlock):
         filled = written(cached, shared.positions, new)
         attended = paged_attention(queries, cached._replace(pages=filled), shared.positions, **scores)
     else:
-        if cached is not None:
+        if cached is not None and not layer.reads:
             stored, index, context = cached
             filled = remembered(stored, index, new, shared.used, shared.seen.shape[1])
             # A pass that fills its whole cache has just computed what the cache holds.
@@ -150,10 +175,21 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
         sinks = params["sinks"] if config.attention_sinks else None
         attended = attend(queries, own, shared.positions, context, **scores, sinks=sinks, kind=shared.kind)
     attended = attended if latent is None else latent_mixed(params, attended, latent)
+    attended = attended if gates is None else attended * jax.nn.sigmoid(gates)
     added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
     if config.attention_out_bias:
         added = added + params["attention_out_bias"].astype(dtype)
     return norm(added, params["attention_post_norm"]) if config.post_norms else added, filled
+
+
+def _delta(params, shared: Shared, x, cached):
+    """The same of a gated delta-net layer, which attends to nothing."""
+    config = shared.config
+    assert config.delta is not None
+    stored, index, _ = (None, None, ()) if cached is None else cached
+    before = None if stored is None else of_layer(stored, index)
+    added, after = delta_mixed(params, x, shared.positions, before, config.delta, epsilon=config.norm_epsilon)
+    return added, None if stored is None else stored_at(stored, index, after)
 
 
 def gated_activation(config: TransformerConfig) -> Callable[[Array, Array], Array]:
@@ -195,7 +231,7 @@ def _mlp(params, config: TransformerConfig, x, choices):
         router = params["router"] if experts.scores == "sigmoid" else params["router"].astype(dtype)
         routing = route(normed, router, experts, choices, **biases)
         names = ["gate_up", "down"] + ["gate_up_bias", "down_bias"] * config.mlp_bias
-        matrices = {name: params[name].astype(dtype) for name in names}
+        matrices = {name: plain_matrix(params[name], dtype) for name in names}
         added = expert_mlp(normed, routing, gated=gated, ragged=experts.ragged, **matrices)
         if experts.shared_width is not None:
             shared = _dense_mlp(params, "shared_", normed, gated)
@@ -216,13 +252,26 @@ def _block(params, shared: Shared, x, layer: Layer, choices, cached):
     x = constrain(x + scaled(added), "rows", "positions", None)
     added, observed = _mlp(params, shared.config, x, choices)
     x = constrain(x + scaled(added), "rows", "positions", None)
+    if shared.per_layer is not None:
+        x = x + _of_layer_embeddings(params, shared, x)
+    if "layer_scale" in params:
+        x = x * jax.lax.stop_gradient(params["layer_scale"]).astype(x.dtype)
     return x, filled, observed | {"hidden_states": x}
 
 
-def run_block(shared: Shared, layer: Layer, cached):
-    """`_block` as a function of what is differentiated; without a cache it keeps what the config says."""
+def _of_layer_embeddings(params, shared: Shared, x):
+    """What the token's embedding for this layer adds, behind a gate that is computed from the residual stream."""
+    config = shared.config
+    assert shared.per_layer is not None
+    gated = gated_activation(config)(project(x, params["per_layer_gate"]), shared.per_layer)
+    added = project(gated, params["per_layer_up"])
+    return rms_norm(added, params["per_layer_post_norm"], config.norm_epsilon, config.norm_offset)
+
+
+def run_block(shared: Shared, layer: Layer, cached, *, caching: bool):
+    """`_block` as a function of what is differentiated; where nothing is cached it keeps what the config says."""
 
     def run(params, x, choices):
         return _block(params, shared, x, layer, choices, cached)
 
-    return run if cached is not None else rematerialised(run, shared.config.remat)
+    return run if caching else rematerialised(run, shared.config.remat)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxrl_llm.models.layer_kinds import DeltaConfig
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
 # The largest magnitude of int8 that a vector and its negative share.
@@ -38,11 +39,25 @@ class KeysAndValues(NamedTuple):
     values: Array | Rounded
 
 
+class Recurrent(NamedTuple):
+    """What a gated delta-net layer remembers of each row. While there is no room for tokens it may have fewer rows,
+    as a `Segment` may.
+
+    Attributes:
+      inputs: of the convolution for the last tokens, [B, T, K, C].
+      state: [B, K, G, H, W], float32.
+    """
+
+    inputs: Array
+    state: Array
+
+
 class Segment(NamedTuple):
     """Keys and values that are read and no longer written, head-major.
 
     Attributes:
-      layers: a tuple with one `KeysAndValues` a block when unrolled, one with a leading layer axis when scanned.
+      layers: a tuple with one `KeysAndValues` a block when unrolled, one with a leading layer axis when scanned, or one
+        for each of `TransformerConfig.caches` where these are several. None for layers without keys and values.
       positions: position of the token in each slot, -1 where the slot is empty or padding.
     """
 
@@ -54,7 +69,7 @@ class Cache(NamedTuple):
     """Keys and values seen so far.
 
     Attributes:
-      layers: as of a `Segment` with one row a sequence: what is being written.
+      layers: as of a `Segment` with one row a sequence: what is being written, `Recurrent` included.
       positions: as of a `Segment`.
       used: tokens written so far, the same number for all rows: those of a shorter row are padding. Slot `used % S` is
         the next, so that S slots serve longer runs of tokens as long as no row needs more than its last S.
@@ -70,21 +85,48 @@ class Cache(NamedTuple):
 
 def init_cache(rows: int, slots: int, *, config: TransformerConfig) -> Cache:
     """An empty cache for `slots` tokens a row."""
-    heads, key_size, value_size = config.cached_sizes
 
     def stored(*shape: int, vector: int) -> Array | Rounded:
-        shape = (rows, heads, *shape) if config.unrolled else (config.layers, rows, heads, *shape)
         if config.cache_dtype == "compute":
             return jnp.zeros(shape, config.compute_dtype)
         scales = list(shape)
         scales[vector] = 1
         return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros(scales, jnp.float32))
 
-    def pair() -> KeysAndValues:
-        return KeysAndValues(stored(key_size, slots, vector=-2), stored(slots, value_size, vector=-1))
+    def empty(kind: str, *stacked: int) -> KeysAndValues | Recurrent:
+        if kind == "delta_blocks" and config.delta is not None:
+            return empty_state(rows, config.delta, config.compute_dtype, *stacked)
+        heads, key_size, value_size = config.of_stack(kind).cached_sizes
+        first = *stacked, rows, heads
+        return KeysAndValues(stored(*first, key_size, slots, vector=-2), stored(*first, slots, value_size, vector=-1))
 
-    layers = tuple(pair() for _ in range(config.layers)) if config.unrolled else pair()
+    caches = config.caches
+    if config.unrolled:
+        kinds = {layer: kind for kind, numbers in caches.items() for layer in numbers}
+        layers = tuple(empty(kinds[layer]) if layer in kinds else None for layer in range(config.layers))
+    else:
+        layers = {kind: empty(kind, len(numbers)) for kind, numbers in caches.items()}
+        layers = layers["blocks"] if len(layers) == 1 else layers
     return Cache(layers, jnp.full((rows, slots), -1, jnp.int32), jnp.int32(0))
+
+
+def empty_state(rows: int, delta: DeltaConfig, dtype: Any, *stacked: int) -> Recurrent:
+    """What rows remember at their start; `stacked` axes come first."""
+    heads = (delta.key_heads, delta.values_per_key)
+    return Recurrent(
+        jnp.zeros((*stacked, rows, delta.kernel - 1, delta.key_heads, delta.mixed_width), dtype),
+        jnp.zeros((*stacked, rows, *heads, delta.key_width, delta.value_width), jnp.float32),
+    )
+
+
+def _is_entry(node: Any) -> bool:
+    return isinstance(node, KeysAndValues | Recurrent)
+
+
+def _written(cache: Cache) -> Segment:
+    """What a cache holds of keys and values."""
+    keep = lambda entry: None if isinstance(entry, Recurrent) else entry  # noqa: E731
+    return Segment(jax.tree.map(keep, cache.layers, is_leaf=_is_entry), cache.positions)
 
 
 def expand_cache(cache: Cache, samples: int, extra_slots: int) -> Cache:
@@ -92,9 +134,11 @@ def expand_cache(cache: Cache, samples: int, extra_slots: int) -> Cache:
 
     What was written becomes context that those rows share: nothing is copied, and one prefill serves a whole group.
     """
-    rows = cache.positions.shape[0] * samples
-    written = () if cache.positions.shape[1] == 0 else (Segment(cache.layers, cache.positions),)
-    return _empty(cache, rows, extra_slots)._replace(context=(*cache.context, *written))
+    count = cache.positions.shape[0]
+    written = () if cache.positions.shape[1] == 0 else (_written(cache),)
+    # Without room for tokens nothing is recurrent, and rows of one prompt go on sharing its state.
+    rows = jnp.arange(count * samples) // samples if extra_slots else None
+    return _empty(cache, count * samples, extra_slots, rows)._replace(context=(*cache.context, *written))
 
 
 def taken_rows(cache: Cache, rows: Int[Array, "D"], extra_slots: int) -> Cache:
@@ -105,41 +149,63 @@ def taken_rows(cache: Cache, rows: Int[Array, "D"], extra_slots: int) -> Cache:
         jax.tree.map(lambda leaf, part=part: _rows(leaf, part, rows * part.positions.shape[0] // count), part)
         for part in frozen.context
     )
-    return _empty(cache, rows.shape[0], extra_slots)._replace(context=context)
+    return _empty(cache, rows.shape[0], extra_slots, rows)._replace(context=context)
 
 
 def replaced_row(cache: Cache, slot: Array | int, source: Cache, row: Array | int) -> Cache:
     """A cache from `taken_rows(source, ...)` in which one row starts anew from another row of the source."""
     count = source.positions.shape[0]
+
+    def put(leaf, new, axis, number):
+        one = jax.lax.dynamic_slice_in_dim(new, number, 1, axis)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, one, slot, axis)
+
     context = []
     for part, given in zip(cache.context, expand_cache(source, 1, 0).context, strict=True):
         number = row * given.positions.shape[0] // count
-
-        def copied(leaf, new, part=part, number=number):
-            axis = _row_axis(leaf, part)
-            one = jax.lax.dynamic_slice_in_dim(new, number, 1, axis)
-            return jax.lax.dynamic_update_slice_in_dim(leaf, one, slot, axis)
-
+        copied = lambda leaf, new, part=part, number=number: put(leaf, new, _row_axis(leaf, part), number)  # noqa: E731
         context.append(jax.tree.map(copied, part, given))
-    nothing = jnp.full((1, cache.positions.shape[1]), -1, jnp.int32)
-    positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, nothing, slot, 0)
-    return cache._replace(positions=positions, context=tuple(context))
 
-
-def _empty(cache: Cache, rows: int, slots: int) -> Cache:
-    """Without context, for as many rows and slots."""
-
-    def zeros(pair: KeysAndValues) -> KeysAndValues:
-        def like(leaf, *shape):
-            return jnp.zeros((*leaf.shape[:-4], rows, leaf.shape[-3], *shape), leaf.dtype)
-
-        return KeysAndValues(
-            jax.tree.map(lambda leaf: like(leaf, leaf.shape[-2], slots), pair.keys),
-            jax.tree.map(lambda leaf: like(leaf, slots, leaf.shape[-1]), pair.values),
+    def started(entry, given):
+        if not isinstance(entry, Recurrent):
+            return entry
+        number = row * _remembering(given) // count
+        return Recurrent(
+            put(entry.inputs, given.inputs, entry.inputs.ndim - 4, number),
+            put(entry.state, given.state, entry.state.ndim - 5, number),
         )
 
-    layers = jax.tree.map(zeros, cache.layers, is_leaf=lambda node: isinstance(node, KeysAndValues))
-    return Cache(layers, jnp.full((rows, slots), -1, jnp.int32), jnp.int32(0))
+    layers = jax.tree.map(started, cache.layers, source.layers, is_leaf=_is_entry)
+    nothing = jnp.full((1, cache.positions.shape[1]), -1, jnp.int32)
+    positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, nothing, slot, 0)
+    return cache._replace(layers=layers, positions=positions, context=tuple(context))
+
+
+def _remembering(entry: Recurrent) -> int:
+    """Rows that have a state of their own."""
+    return entry.state.shape[-5]
+
+
+def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | None) -> Cache:
+    """Without context, for so many rows and slots, which go on from the states of the given rows of the cache."""
+
+    def fresh(entry: KeysAndValues | Recurrent) -> KeysAndValues | Recurrent:
+        if isinstance(entry, Recurrent):
+            if rows is None:
+                return entry
+            number = rows * _remembering(entry) // cache.positions.shape[0]
+            return Recurrent(*(jnp.take(leaf, number, axis=axis) for leaf, axis in zip(entry, (-4, -5), strict=True)))
+
+        def like(leaf, *shape):
+            return jnp.zeros((*leaf.shape[:-4], count, leaf.shape[-3], *shape), leaf.dtype)
+
+        return KeysAndValues(
+            jax.tree.map(lambda leaf: like(leaf, leaf.shape[-2], slots), entry.keys),
+            jax.tree.map(lambda leaf: like(leaf, slots, leaf.shape[-1]), entry.values),
+        )
+
+    layers = jax.tree.map(fresh, cache.layers, is_leaf=_is_entry)
+    return Cache(layers, jnp.full((count, slots), -1, jnp.int32), jnp.int32(0))
 
 
 def _row_axis(leaf: Array, part: Segment) -> int:
@@ -150,9 +216,16 @@ def _rows(leaf: Array, part: Segment, rows: Int[Array, "D"]) -> Array:
     return jnp.take(leaf, rows, axis=_row_axis(leaf, part))
 
 
-def of_layer(stored: KeysAndValues, layer: Array | None) -> KeysAndValues:
+def of_layer(stored: PyTree, layer: Array | None) -> PyTree:
     """Those of one block: entry `layer` of stacked leaves, or the leaves as they are where it is None."""
     return stored if layer is None else jax.tree.map(lambda leaf: leaf[layer], stored)
+
+
+def stored_at(stored: PyTree, layer: Array | None, new: PyTree) -> PyTree:
+    """The inverse of `of_layer`: stacked leaves with a new entry `layer`, or what is new."""
+    if layer is None:
+        return new
+    return jax.tree.map(lambda leaf, x: jax.lax.dynamic_update_index_in_dim(leaf, x, layer, 0), stored, new)
 
 
 def remembered(

@@ -6,7 +6,9 @@ One forward serves every family; what they differ in is in `TransformerConfig`.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +16,15 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attention_in_use
 from jaxrl_llm.models.block import Layer, Shared, rms_norm, run_block
-from jaxrl_llm.models.cache import Cache, init_cache, of_layer, replaced_row, taken_rows
+from jaxrl_llm.models.cache import Cache, KeysAndValues, init_cache, of_layer, replaced_row, taken_rows
 from jaxrl_llm.models.latent import latent_values
+from jaxrl_llm.models.layer_runs import Run, cache_of_layer, layer_runs
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
-from jaxrl_llm.models.projection import TURNED_FROM, turned
+from jaxrl_llm.models.projection import TURNED_FROM, project, turned
 from jaxrl_llm.models.rotary import rotary_angles
-from jaxrl_llm.models.transformer_config import LatentConfig, TransformerConfig, require_in_context
+from jaxrl_llm.models.transformer_config import TransformerConfig, require_in_context
 from jaxrl_llm.models.transformer_specs import transformer_specs
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ANY, ambient_layout, constrain
@@ -72,7 +75,8 @@ def observed_forward(
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used % cache.positions.shape[1]))
         before = sum(part.positions.shape[1] for part in cache.context)
     require_in_context(config, seen.shape[1] + before)
-    angles = rotary_angles(positions, config.rotary_size, config.rope_base, scaling)
+    everywhere = config.of_stack("global_blocks")
+    angles = rotary_angles(positions, everywhere.rotary_size, config.rope_base, scaling)
     local, growth = angles, None
     if config.local_rope_base is not None:
         local = rotary_angles(positions, config.rotary_size, config.local_rope_base)
@@ -80,7 +84,8 @@ def observed_forward(
         turns = jnp.floor(jnp.maximum(positions, 0) / (scaling.original_positions or 1))
         growth = 1.0 + scaling.query_growth * jnp.log1p(turns)
     kind = attention_path(config, queries=tokens.shape[1], keys=seen.shape[1] + before)
-    shared = Shared(config, angles, local, growth, positions, seen, used, kind)
+    per_layer = _layer_embeddings(params, tokens, x, config)
+    shared = Shared(config, angles, local, growth, positions, seen, used, kind, per_layer)
 
     keep = lambda observed: {name: observed[name] for name in names if name in observed}  # noqa: E731
     embedded = x[None]
@@ -96,40 +101,52 @@ def observed_forward(
     return hidden, cache, observed
 
 
-def _cached(cache: Cache | PagedCache | None, carried, layer: Array | int, config: TransformerConfig):
-    """What one block is given of the cache; `carried` is what the blocks before it have filled."""
-    if cache is None:
+def _layer_embeddings(params, tokens, x, config: TransformerConfig) -> Float[Array, "L B T P"] | None:
+    """For every layer, a token's own embedding and one that is projected from `x`, together over sqrt(2)."""
+    if config.per_layer is None:
         return None
-    if isinstance(cache, PagedCache):
-        return PagedBlock(carried, cache.table, layer * cache.pages_per_layer(config.layers))
-    if isinstance(layer, int):
-        return cache.layers[layer], None, _context(cache, layer, config.latent)
-    return carried, layer, _context(cache, layer, config.latent)
-
-
-def _context(cache: Cache, layer: Array | int, latent: LatentConfig | None) -> tuple[KeyValues, ...]:
-    """What one block may read of what was written before."""
-    index = (lambda layers: layers[layer]) if isinstance(layer, int) else partial(of_layer, layer=layer)
-    readable = lambda pair: pair if latent is None else latent_values(pair, latent.rank)  # noqa: E731
-    parts = [(readable(index(part.layers)), part.positions) for part in cache.context]
-    return tuple(KeyValues(pair.keys, pair.values, seen) for pair, seen in parts)
+    own = params["per_layer_embedding"].astype(x.dtype)[tokens] * jnp.asarray(config.per_layer.width**0.5, x.dtype)
+    projected = project(x, params["per_layer_projection"]) * jnp.asarray(config.width**-0.5, x.dtype)
+    projected = rms_norm(projected, params["per_layer_norm"], config.norm_epsilon, config.norm_offset)
+    return jnp.moveaxis((projected + own) * jnp.asarray(2**-0.5, x.dtype), 2, 0)
 
 
 def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
     config = shared.config
-    filled, all_observed = [], []
-    carried = cache.pages if isinstance(cache, PagedCache) else None
-    kinds = zip(config.windowed, config.rotated, strict=True)
-    for index, (block_params, kind) in enumerate(zip(unstack(params, config)["blocks"], kinds, strict=True)):
+    filled: list = []
+    all_observed, routed = [], 0
+    carried: Any = cache.pages if isinstance(cache, PagedCache) else None
+    kinds = zip(config.stack_of_layer, config.windowed, config.rotated, strict=True)
+    source = [config.caches[name][number] for name, number in cache_of_layer(config)]
+    for index, (block_params, (stack, windowed, rotated)) in enumerate(
+        zip(unstack(params, config)["blocks"], kinds, strict=True)
+    ):
         choices = None
-        if router_choices is not None and "router" in block_params:
-            choices = router_choices[index - config.stacks["blocks"].start]
-        cached = _cached(cache, carried, index, config)
-        x, carried, observed = run_block(shared, Layer(*kind), cached)(block_params, x, choices)
+        if "router" in block_params:
+            choices = None if router_choices is None else router_choices[routed]
+            routed += 1
+        cached, reads = None, source[index] != index
+        if isinstance(cache, PagedCache):
+            cached = PagedBlock(carried, cache.table, index * cache.pages_per_layer(config.layers))
+        elif cache is not None:
+            context = [(part.layers[source[index]], part.positions) for part in cache.context]
+            cached = filled[source[index]] if reads else cache.layers[index], None, _readable(context, config)
+        elif reads:
+            cached = filled[source[index]], None, ()
+        layer = Layer(windowed, rotated, reads, config.reading_layers > 0)
+        run = run_block(shared.of_layer(stack, index), layer, cached, caching=cache is not None)
+        x, carried, observed = run(block_params, x, choices)
         filled.append(carried)
         all_observed.append(jax.tree.map(lambda leaf: leaf[None], keep(observed)))
     layers = carried if isinstance(cache, PagedCache) else tuple(filled)
     return x, layers, _joined(all_observed)
+
+
+def _readable(context: Sequence[tuple[KeysAndValues | None, Array]], config: TransformerConfig):
+    """What one block may read of what was written before."""
+    latent = config.latent
+    pairs = [(pair if latent is None else latent_values(pair, latent.rank), seen) for pair, seen in context if pair]
+    return tuple(KeyValues(pair.keys, pair.values, seen) for pair, seen in pairs)
 
 
 def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
@@ -141,26 +158,70 @@ def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
 def _scanned_blocks(params, shared, x, router_choices, cache, keep):
     config = shared.config
     # The cache is carried, not scanned over: each block writes its new slots in place, and nothing is copied.
-    layers = cache.pages if isinstance(cache, PagedCache) else None if cache is None else cache.layers
+    carried: Any = cache.pages if isinstance(cache, PagedCache) else None
+    carried = _by_kind(cache.layers) if isinstance(cache, Cache) else carried
+    if cache is None and config.reading_layers:  # the last keys and values of each kind, for those that read them
+        rows, length = shared.positions.shape
+        empty = init_cache(rows, length, config=replace(config, cache_dtype="compute")).layers
+        carried = {name: jax.tree.map(lambda leaf: leaf[0], entry) for name, entry in empty.items()}
     all_observed = []
-    for stack, numbers in config.stacks.items():
-        kinds = [values[numbers.start : numbers.stop] for values in (config.windowed, config.rotated)]
-
-        def body(carry, xs, stack=stack, kinds=kinds):
-            x, layers = carry
-            block_params, number, choices, *own = xs
-            block_params = _where_they_lie(block_params, config, stack)
-            # Where all layers are of one kind, the program knows it; else each reads its own from an array.
-            layer = Layer(*(all_[0] if len(set(all_)) == 1 else one for all_, one in zip(kinds, own, strict=True)))
-            cached = _cached(cache, layers, number, config)
-            x, layers, observed = run_block(shared, layer, cached)(block_params, x, choices)
-            return (x, layers), keep(observed)
-
-        choices = router_choices if stack == "blocks" else None
-        xs = (params[stack], jnp.arange(numbers.start, numbers.stop), choices, *map(jnp.asarray, kinds))
-        (x, layers), observed = jax.lax.scan(body, (x, layers), xs)
+    for run in layer_runs(config):
+        (x, carried), observed = _run(params, run, shared, (x, carried), router_choices, cache, keep)
         all_observed.append(observed)
-    return x, layers, _joined(all_observed)
+    if isinstance(cache, Cache) and not isinstance(cache.layers, dict):
+        carried = carried["blocks"]
+    return x, None if cache is None else carried, _joined(all_observed)
+
+
+def _by_kind(layers: Any) -> Any:
+    """Layers of a cache by the names of `TransformerConfig.caches`."""
+    return layers if isinstance(layers, dict) else {"blocks": layers}
+
+
+def _run(params, run: Run, shared, carry, router_choices, cache, keep):
+    """One scan over layers of which every `run.period` are alike."""
+    config = shared.config
+    kinds = [run.every(values) for values in (config.windowed, config.rotated)]
+
+    def body(carry, xs):
+        x: Array = carry[0]
+        carried: Any = carry[1]
+        blocks, number, choices, own = xs
+        observed = []
+        for j, place in enumerate(run.places):
+            block = jax.tree.map(lambda leaf, at=place.in_stack: leaf[at], blocks[place.stack])
+            block = _where_they_lie(block, config, place.stack)
+            # Where all layers are of one kind, the program knows it; else each reads its own from an array.
+            windowed, rotated = (
+                each[j][0] if len(set(each[j])) == 1 else one[j] for each, one in zip(kinds, own, strict=True)
+            )
+            chosen = None if choices is None or place.routed is None else choices[place.routed]
+            layer = run.start + number * run.period + j
+            reads, cached = not place.caches, None
+            if isinstance(cache, PagedCache):
+                cached = PagedBlock(carried, cache.table, layer * cache.pages_per_layer(config.layers))
+            elif cache is None and reads:
+                cached = carried[place.cache], None, ()
+            if isinstance(cache, Cache):
+                at = place.first_cached + number * place.caches
+                context = [(_by_kind(part.layers)[place.cache], part.positions) for part in cache.context]
+                context = [(None if pair is None else of_layer(pair, at), seen) for pair, seen in context]
+                cached = carried[place.cache], at, _readable(context, config)
+            kind = Layer(windowed, rotated, reads, config.reading_layers > 0)
+            call = run_block(shared.of_layer(place.stack, layer), kind, cached, caching=cache is not None)
+            x, filled, shown = call(block, x, chosen)
+            # Those that read have written nothing.
+            carried = filled if not isinstance(carried, dict) else carried | ({} if reads else {place.cache: filled})
+            observed.append(keep(shown))
+        return (x, carried), _joined([jax.tree.map(lambda leaf: leaf[None], one) for one in observed])
+
+    choices = None if router_choices is None or not run.routed else run.cut(router_choices, run.routed)
+    blocks = {
+        stack: jax.tree.map(partial(run.cut, layers=layers), params[stack]) for stack, layers in run.stacks.items()
+    }
+    own = [jnp.asarray(values).T for values in kinds]
+    carry, observed = jax.lax.scan(body, carry, (blocks, jnp.arange(run.repeats), choices, own))
+    return carry, {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in observed.items()}
 
 
 def _where_they_lie(block_params, config: TransformerConfig, stack: str):
@@ -218,11 +279,12 @@ def unstack(params: PyTree, config: TransformerConfig) -> PyTree:
     """Split stacked blocks into a tuple when they are unrolled, so that a decode loop does not slice at every token."""
     if not config.unrolled or isinstance(params["blocks"], tuple):
         return params
-    blocks = tuple(
-        jax.tree.map(lambda leaf: leaf[index], params[stack])  # noqa: B023
-        for stack, numbers in config.stacks.items()
-        for index in range(len(numbers))
-    )
+    blocks = {
+        layer: jax.tree.map(lambda leaf, index=index: leaf[index], params[stack])
+        for stack, layers in config.stacks.items()
+        for index, layer in enumerate(layers)
+    }
+    blocks = tuple(blocks[layer] for layer in range(config.layers))
     return {name: leaf for name, leaf in params.items() if name not in config.stacks} | {"blocks": blocks}
 
 
@@ -234,7 +296,7 @@ def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
         return params
 
     def laid_out(block):
-        inputs = {"qkv": 1, "query_up": 1, "attention_out": 3} | (
+        inputs = {"qkv": 1, "query_up": 1, "attention_out": 3, "delta_in": 1, "delta_out": 3} | (
             {} if "router" in block else {"gate_up": 1, "down": 1}
         )
         large = {

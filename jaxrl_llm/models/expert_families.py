@@ -7,8 +7,9 @@ from typing import Any
 
 from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.models.family import Family, Json, layer_types, llama_fields, refuse, windows
+from jaxrl_llm.models.layer_kinds import LatentConfig
 from jaxrl_llm.models.rope_fields import rope_json
-from jaxrl_llm.models.transformer_config import LatentConfig, TransformerConfig
+from jaxrl_llm.models.transformer_config import TransformerConfig
 
 
 def _experts(config: TransformerConfig) -> ExpertsConfig:
@@ -30,7 +31,8 @@ def _mixtral_json(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _require_experts_everywhere(source: Json) -> None:
+def require_experts_everywhere(source: Json) -> None:
+    """Raise ValueError where some blocks have none."""
     refuse(source, "mlp_only_layers", "blocks without experts between others")
     if source["decoder_sparse_step"] != 1:
         raise ValueError(
@@ -39,12 +41,14 @@ def _require_experts_everywhere(source: Json) -> None:
         )
 
 
-def _qwen_experts(source: Json, **own: Any) -> ExpertsConfig:
+def qwen_experts(source: Json, **own: Any) -> ExpertsConfig:
+    """As all Qwen models write them; `own` fields beside."""
     count = source.get("num_local_experts") or source["num_experts"]
     return ExpertsConfig(count, source["num_experts_per_tok"], bool(source["norm_topk_prob"]), **own)
 
 
-def _qwen_experts_json(config: TransformerConfig) -> dict[str, Any]:
+def qwen_experts_json(config: TransformerConfig) -> dict[str, Any]:
+    """The reverse of `qwen_experts`."""
     experts = _experts(config)
     return {
         "num_experts": experts.count,
@@ -59,32 +63,32 @@ def _qwen_experts_json(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _qwen3_moe_fields(source: Json) -> dict[str, Any]:
-    _require_experts_everywhere(source)
+    require_experts_everywhere(source)
     local = windows(source, lambda layer: True) if source.get("use_sliding_window") else {}
-    own = {"qk_norm": True, "experts": _qwen_experts(source), "mlp_width": source["moe_intermediate_size"]}
+    own = {"qk_norm": True, "experts": qwen_experts(source), "mlp_width": source["moe_intermediate_size"]}
     return llama_fields(source) | {"mlp_bias": False} | own | local
 
 
 def _qwen3_moe_json(config: TransformerConfig) -> dict[str, Any]:
-    return {"attention_bias": config.qkv_bias} | _qwen_experts_json(config)
+    return {"attention_bias": config.qkv_bias} | qwen_experts_json(config)
 
 
 def _qwen2_moe_fields(source: Json) -> dict[str, Any]:
-    _require_experts_everywhere(source)
+    require_experts_everywhere(source)
     below = source["max_window_layers"]
     local = windows(source, lambda layer: layer % 2 == 0 and layer < below) if source.get("use_sliding_window") else {}
     shared = {"shared_width": source["shared_expert_intermediate_size"], "shared_gate": True}
     return {
         "qk_norm": False,
         "qkv_bias": bool(source["qkv_bias"]),
-        "experts": _qwen_experts(source, **shared),
+        "experts": qwen_experts(source, **shared),
         "mlp_width": source["moe_intermediate_size"],
     } | local
 
 
 def _qwen2_moe_json(config: TransformerConfig) -> dict[str, Any]:
     own = {"qkv_bias": config.qkv_bias, "shared_expert_intermediate_size": _experts(config).shared_width}
-    return _qwen_experts_json(config) | own | {"layer_types": layer_types(config)}
+    return qwen_experts_json(config) | own | {"layer_types": layer_types(config)}
 
 
 def _gpt_oss_fields(source: Json) -> dict[str, Any]:
@@ -319,7 +323,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
     "DeepseekV3ForCausalLM": Family(
         "deepseek_v3",
         "DeepSeek-V3 and R1, Moonlight: latent attention with its narrow cache, groups of experts; weights in fp8 are "
-        "refused",
+        "read",
         _deepseek_v3_fields,
         _deepseek_v3_json,
         _DEEPSEEK

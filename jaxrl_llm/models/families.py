@@ -7,11 +7,13 @@ from typing import Any
 
 from jaxrl_llm.models.dense_families import DENSE_FAMILIES
 from jaxrl_llm.models.expert_families import EXPERT_FAMILIES
-from jaxrl_llm.models.family import Family, Json, refuse
+from jaxrl_llm.models.family import Family, Json
+from jaxrl_llm.models.hybrid_families import HYBRID_FAMILIES
+from jaxrl_llm.models.packed import packing_of
 from jaxrl_llm.models.rope_fields import rope_fields, rope_json
 from jaxrl_llm.models.transformer_config import Activation, TransformerConfig
 
-FAMILIES: dict[str, Family] = DENSE_FAMILIES | EXPERT_FAMILIES
+FAMILIES: dict[str, Family] = DENSE_FAMILIES | EXPERT_FAMILIES | HYBRID_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ VISION_LANGUAGE: dict[str, TextPart] = {
         {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "max_window_layers": 80, "rope_theta": 1_000_000.0},
     ),
     "Qwen3VLForConditionalGeneration": TextPart({"qwen3_vl_text": "Qwen3ForCausalLM"}, {"rope_theta": 500_000.0}),
+    "Qwen3_5ForConditionalGeneration": TextPart({"qwen3_5_text": "Qwen3_5ForCausalLM"}),
+    "Qwen3_5MoeForConditionalGeneration": TextPart({"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}),
+    "Gemma4ForConditionalGeneration": TextPart({"gemma4_text": "Gemma4ForCausalLM"}),
     "Mistral3ForConditionalGeneration": TextPart(
         {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
     ),
@@ -97,12 +102,6 @@ def text_part(source: Json) -> tuple[str, Json]:
     return part.text[kind], {**part.defaults, **nested, **outer}
 
 
-def is_mxfp4(source: Json, architecture: str) -> bool:
-    """Whether the weights of a checkpoint are in MXFP4, which is read for gpt-oss."""
-    method = (source.get("quantization_config") or {}).get("quant_method")
-    return architecture == "GptOssForCausalLM" and method == "mxfp4"
-
-
 def config_from_json(source: Json, *, context_tokens: int | None = None, **execution: Any) -> TransformerConfig:
     """The `TransformerConfig` that a `config.json` describes.
 
@@ -125,8 +124,7 @@ def config_from_json(source: Json, *, context_tokens: int | None = None, **execu
     architecture, source = text_part(source)
     family = FAMILIES[architecture]
     source = _complete(source, family)
-    if not is_mxfp4(source, architecture):
-        refuse(source, "quantization_config", "quantised weights")
+    packing_of(source, architecture)
     # Old and new checkpoints differ in the name of the activation; Gemma has both, of which the second counts.
     activation = source.get("hidden_activation") or source["hidden_act"]
     if activation not in _ACTIVATIONS:
@@ -200,6 +198,8 @@ def config_to_json(
             **family.json(config),
             **stored,
         }
+        if written.get("rope_scaling", {}) is None:  # rope_parameters say it all, and some families read one of them
+            del written["rope_scaling"]
         if "hidden_activation" in family.defaults:
             written["hidden_activation"] = written["hidden_act"]
         if _says(written, config):
@@ -234,6 +234,7 @@ def _differences(config: TransformerConfig, other: TransformerConfig) -> list[st
             head_width=config.head_size,
             mlp_width=config.mlp_size,
             query_scale=round(config.score_scale, 12),
+            delta=None if config.delta is None else replace(config.delta, pattern=config.recurrent),
         )
 
     config, other = plain(config), plain(other)

@@ -29,12 +29,12 @@ class Quantised:
     dtype: str = struct.field(pytree_node=False, default="float32")
 
 
-def input_axes(inputs: int) -> tuple[int, ...]:
+def input_axes(inputs: int, stacked: int = 1) -> tuple[int, ...]:
     """The axes of a stacked matrix [L, *I, *O] that are summed over in a product: as many as it has inputs."""
-    return tuple(range(1, inputs + 1))
+    return tuple(range(stacked, stacked + inputs))
 
 
-def quantised(weights: Float[Array, "L ..."], *, inputs: int) -> Quantised:
+def quantised(weights: Float[Array, "L ..."], *, inputs: int, stacked: int = 1) -> Quantised:
     """Round to the nearest of 255 values: scale = max |w| / 127 over the inputs of each output.
 
     The error of a weight is at most scale / 2; on normal weights it is 0.7 % of their size.
@@ -42,9 +42,10 @@ def quantised(weights: Float[Array, "L ..."], *, inputs: int) -> Quantised:
     Args:
       weights: stacked over layers, [L, *I, *O].
       inputs: how many axes I there are.
+      stacked: how many axes L there are: layers, and experts of a layer.
     """
     wide = weights.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=input_axes(inputs), keepdims=True)
+    largest = jnp.max(jnp.abs(wide), axis=input_axes(inputs, stacked), keepdims=True)
     scale = jnp.where(largest > 0, largest, 1.0) / LARGEST
     values = jnp.clip(jnp.round(wide / scale), -LARGEST, LARGEST).astype(jnp.int8)
     return Quantised(values, scale, weights.dtype.name)
@@ -55,9 +56,9 @@ def dequantised(weights: Quantised) -> Float[Array, "..."]:
     return (weights.values.astype(jnp.float32) * weights.scale).astype(weights.dtype)
 
 
-def quantised_spec(spec: ParameterSpec, *, inputs: int) -> Any:
+def quantised_spec(spec: ParameterSpec, *, inputs: int, stacked: int = 1) -> Any:
     """What `quantised` makes of a parameter, before it exists."""
-    summed = input_axes(inputs)
+    summed = input_axes(inputs, stacked)
     one = lambda sizes, instead: tuple(instead if i in summed else size for i, size in enumerate(sizes))  # noqa: E731
     return Quantised(
         values=ParameterSpec(spec.shape, spec.axes, 0.0, jnp.int8, fill=0.0),  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.models.cache import KeysAndValues, Rounded
+from jaxrl_llm.models.layer_kinds import LatentConfig
 from jaxrl_llm.models.projection import project
-from jaxrl_llm.models.transformer_config import LatentConfig
 
 # The norms of latents have an epsilon of their own, whatever the model's.
 NORM_EPSILON = 1e-6

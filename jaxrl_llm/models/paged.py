@@ -64,7 +64,7 @@ def in_pages(config: TransformerConfig) -> bool:
     """Whether rows that are decoded side by side keep their keys and values in pages."""
     if config.cache_layout != "auto":
         return config.cache_layout == "paged"
-    if config.plain_attention:
+    if config.plain_attention or config.of_several_kinds:
         return False
     serves = paged_kind(queries=1, head_size=config.head_size, dtype=config.compute_dtype) == "kernel"
     return serves and config.cache_dtype == "compute"

@@ -11,7 +11,7 @@ from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
 DEFAULT_BASE = 10_000.0
-KINDS = {"linear", "dynamic", "llama3", "yarn", "longrope"}
+KINDS = {"linear", "dynamic", "llama3", "yarn", "longrope", "proportional"}
 # "mrope" gives text, which has no rows and columns, the angles of plain positions; "su" is what longrope was called.
 _OTHER_NAMES = {"mrope": "default", "su": "longrope"}
 
@@ -76,6 +76,8 @@ def _scaling(written: Mapping[str, Any], source: Mapping[str, Any]) -> RopeScali
     context = longest if kind == "dynamic" else context or longest
     if factor is None and kind in ("yarn", "longrope") and context and longest:
         factor = longest / context
+    if kind == "proportional":
+        return RopeScaling(kind, float(factor or 1.0), turning=float(written.get("partial_rotary_factor") or 1.0))
     if factor is None:
         raise ValueError(f"config.json has rope_scaling {dict(written)} without factor; add it")
     if kind == "linear":

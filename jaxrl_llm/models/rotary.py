@@ -13,7 +13,7 @@ from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import shards
 from jaxrl_llm.ranges import Count, Positive, Range, require_ranges
 
-RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class RopeScaling:
       kind: "linear" divides every frequency by `factor` (position interpolation, arXiv 2306.15595); "dynamic" changes
         nothing up to the old context, beyond which it would depend on the length and is refused; "llama3" divides the
         slow ones and leaves the fast ones (arXiv 2407.21783); "yarn" does so along a ramp over dimensions and scales
-        the scores (arXiv 2309.00071); "longrope" divides each by a number of its own (arXiv 2402.13753).
+        the scores (arXiv 2309.00071); "longrope" divides each by a number of its own (arXiv 2402.13753);
+        "proportional" divides every one by `factor`, and only the first ones turn at all.
       factor: new context / old context.
-      original_positions: the old context in tokens; all but linear.
+      original_positions: the old context in tokens; all but linear and proportional.
       low_frequency: waves with fewer turns than this in the old context are divided; llama3 only.
       high_frequency: waves with more turns than this are left alone; llama3 only.
       beta_slow: turns in the old context below which a dimension is divided; yarn only.
@@ -37,6 +38,7 @@ class RopeScaling:
       short: what longrope divides each frequency by, in a run whose sequences all fit into the old context.
       long: the same in a run that goes beyond it.
       extended: whether the run goes beyond it; None where nobody has said how long its sequences are.
+      turning: share of the frequencies that are not zero; proportional only.
       query_growth: a query at position p is multiplied by 1 + query_growth * log(1 + floor(p / original_positions)).
     """
 
@@ -52,6 +54,7 @@ class RopeScaling:
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
     extended: bool | None = None
+    turning: float = 1.0
     query_growth: float = 0.0
 
     def __post_init__(self):
@@ -59,7 +62,7 @@ class RopeScaling:
             known = ", ".join(get_args(RopeKind))
             raise ValueError(f"model.rope_scaling.kind is {self.kind!r}; it must be one of {known}")
         require_ranges(self, "model.rope_scaling")
-        if self.kind != "linear" and (self.original_positions or 0) < 1:
+        if self.kind not in ("linear", "proportional") and (self.original_positions or 0) < 1:
             raise ValueError(
                 f"model.rope_scaling.original_positions is {self.original_positions}, which {self.kind} needs; set it "
                 "to the context length of pre-training"
@@ -100,6 +103,8 @@ def rotary_frequencies(size: int, base: float, scaling: RopeScaling | None = Non
     slow = frequencies / scaling.factor
     if scaling.kind == "linear":
         return slow
+    if scaling.kind == "proportional":
+        return jnp.where(jnp.arange(size // 2) < int(scaling.turning * size // 2), slow, 0.0)
     if scaling.kind == "llama3":
         turns = frequencies * (scaling.original_positions or 0) / (2 * math.pi)
         kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)

@@ -13,8 +13,10 @@ from jaxrl_llm.models.transformer_specs import transformer_specs
 
 # The axes of our leaves, one letter each: layer l, expert e, vocabulary v, width d, key/value head k, slot s (the
 # queries of a key/value head, then its key, then its value), group g (its queries alone), head width h, gate or up c,
-# hidden width m, expert that is chosen x, a single number z, latent width r, head n.
+# hidden width m, expert that is chosen x, a single number z, latent width r, head n, token of a convolution w,
+# layer that is no axis of a stack q, width of a layer's embedding p.
 LEAF_AXES = {"embedding": "vd", "unembedding": "vd", "final_norm": "d"}
+LEAF_AXES |= {"per_layer_embedding": "vqp", "per_layer_projection": "dqp", "per_layer_norm": "p"}
 BLOCK_AXES = {
     "attention_norm": "ld",
     "attention_post_norm": "ld",
@@ -32,6 +34,17 @@ BLOCK_AXES = {
     "attention_out": "lkghd",
     "attention_out_bias": "ld",
     "sinks": "lkg",
+    "per_layer_gate": "ldp",
+    "per_layer_up": "lpd",
+    "per_layer_post_norm": "ld",
+    "layer_scale": "lz",
+    "delta_in": "ldkh",
+    "delta_gates": "ldkg",
+    "delta_conv": "lkhzw",
+    "delta_decay": "lkg",
+    "delta_rate": "lkg",
+    "delta_norm": "lh",
+    "delta_out": "lkghd",
     "router": "ldx",
     "router_bias": "lx",
     "selection_bias": "lx",
@@ -59,6 +72,7 @@ class Naming:
     Attributes:
       fused_qkv: queries, keys and values are one tensor.
       fused_gate_up: gate and up are one tensor.
+      fused_delta: so is what gated delta-net layers make of a token, by key head.
       norms: names of norms, by ours.
       router: of experts.
       experts: of one expert, or without {e} of all of them.
@@ -68,6 +82,7 @@ class Naming:
 
     fused_qkv: bool = False
     fused_gate_up: bool = False
+    fused_delta: bool = False
     norms: Mapping[str, str] = field(default_factory=dict)
     router: str = "mlp.gate"
     experts: str = "mlp.experts.{e}"
@@ -81,6 +96,7 @@ _NAMING = {
         router="block_sparse_moe.gate", experts="block_sparse_moe.experts.{e}", matrices=("w1", "w3", "w2")
     ),
     "GptOssForCausalLM": Naming(router="mlp.router", experts="mlp.experts"),
+    "Qwen3NextForCausalLM": Naming(fused_delta=True),
     "Glm4MoeForCausalLM": Naming(shared="mlp.shared_experts"),
     "DeepseekV3ForCausalLM": Naming(shared="mlp.shared_experts"),
     "Glm4ForCausalLM": Naming(
@@ -126,13 +142,13 @@ class Layout:
       parts: as many as needed to fill every leaf exactly once.
       axes: letters of each leaf's dimensions.
       shapes: of our leaves.
-      first_layers: number of the first layer of each stack of blocks.
+      layers: numbers of the layers of each stack of blocks.
     """
 
     parts: tuple[Part, ...]
     axes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
-    first_layers: Mapping[str, int]
+    layers: Mapping[str, tuple[int, ...]]
 
     def ranges(self, part: Part) -> dict[str, tuple[int, int]]:
         """(start, size) of every axis of the part's box."""
@@ -146,7 +162,8 @@ class Layout:
 
     def name(self, part: Part, layer: int, expert: int) -> str:
         """Of the tensor for one layer of a stack and one expert."""
-        return part.tensor.format(l=layer + self.first_layers.get(part.leaf.split("/")[0], 0), e=expert)
+        numbers = self.layers.get(part.leaf.split("/")[0])
+        return part.tensor.format(l=layer if numbers is None else numbers[layer], e=expert)
 
     def names(self, part: Part) -> Iterator[tuple[str, int, int]]:
         """(tensor name, layer of its stack, expert) of every tensor that the part stands for."""
@@ -198,20 +215,33 @@ def checkpoint_layout(config: TransformerConfig, architecture: str) -> Layout:
         own |= LATENT_AXES if config.latent is not None else {}
         axes |= {f"{stack}/{name}": letters for name, letters in own.items()}
         mlp = _experts(naming) if routed else _mlp(naming, "mlp", "", _dense_width(shapes, stack))
-        heads = _attention(config, naming) if config.latent is None else _latent(config)
-        block = [*_norms(config, naming), *heads, *mlp]
+        heads = _delta(config, naming) if stack == "delta_blocks" else _attention(config, stack, naming)
+        heads = heads if config.latent is None else _latent(config)
+        block = [*_norms(config, naming), *heads, *mlp, *_PER_LAYER]
         parts += [
             replace(part, tensor=f"model.layers.{{l}}.{part.tensor}", leaf=f"{stack}/{part.leaf}") for part in block
         ]
+    parts += [
+        Part("model.embed_tokens_per_layer.weight", "per_layer_embedding", ("v", "qp")),
+        Part("model.per_layer_model_projection.weight", "per_layer_projection", ("qp", "d")),
+        Part("model.per_layer_projection_norm.weight", "per_layer_norm", ("p",)),
+    ]
     parts += [Part("model.norm.weight", "final_norm", ("d",)), Part("lm_head.weight", "unembedding", ("v", "d"))]
     # What a model does not have, its checkpoint does not have either.
     present = tuple(part for part in parts if part.leaf in shapes)
-    first_layers = {stack: layers.start for stack, layers in config.stacks.items()}
-    return Layout(present, {path: axes[path] for path in shapes}, shapes, first_layers)
+    return Layout(present, {path: axes[path] for path in shapes}, shapes, config.stacks)
 
 
 def _dense_width(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
     return shapes[f"{stack}/gate_up"][-1]
+
+
+_PER_LAYER = [
+    Part("per_layer_input_gate.weight", "per_layer_gate", ("p", "d")),
+    Part("per_layer_projection.weight", "per_layer_up", ("d", "p")),
+    Part("post_per_layer_input_norm.weight", "per_layer_post_norm", ("d",)),
+    Part("layer_scalar", "layer_scale", ("z",)),
+]
 
 
 def _norms(config: TransformerConfig, naming: Naming) -> list[Part]:
@@ -234,10 +264,12 @@ def _norms(config: TransformerConfig, naming: Naming) -> list[Part]:
     ]
 
 
-def _attention(config: TransformerConfig, naming: Naming) -> list[Part]:
+def _attention(whole: TransformerConfig, stack: str, naming: Naming) -> list[Part]:
     # Queries, key and value as (start, size) in our fused projection.
-    group, parts, first = config.queries_per_kv, [], 0
-    for name, slots in {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}.items():
+    config, slots_there = whole.of_stack(stack), whole.slots_of(stack)
+    group, parts, first = config.queries_per_kv * (2 if config.attention_gate else 1), [], 0
+    kinds = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}
+    for name, slots in {name: slots for name, slots in kinds.items() if slots[0] < slots_there}.items():
         tensor = "self_attn.qkv_proj." if naming.fused_qkv else f"self_attn.{name}_proj."
         row = first if naming.fused_qkv else 0
         parts.append(Part(f"{tensor}weight", "qkv", ("ksh", "d"), {"s": slots}, row))
@@ -249,6 +281,39 @@ def _attention(config: TransformerConfig, naming: Naming) -> list[Part]:
         Part("self_attn.o_proj.bias", "attention_out_bias", ("d",)),
         Part("self_attn.sinks", "sinks", ("kg",)),
     ]
+
+
+def _delta(config: TransformerConfig, naming: Naming) -> list[Part]:
+    """In one key head: query, key, its values, their gates; strengths of its values, then their rates."""
+    delta = config.delta
+    assert delta is not None
+    key, group, values = delta.key_width, delta.values_per_key, delta.values_per_key * delta.value_width
+    boxes = [(0, key), (key, key), (2 * key, values)]
+    rows = [delta.key_heads * start for start, _ in boxes]
+    parts = [
+        Part("conv1d.weight", "delta_conv", ("kh", "z", "w"), {"h": box}, row)
+        for box, row in zip(boxes, rows, strict=True)
+    ]
+    if naming.fused_delta:
+        parts += [
+            Part("in_proj_qkvz.weight", "delta_in", ("kh", "d")),
+            Part("in_proj_ba.weight", "delta_gates", ("kg", "d")),
+        ]
+    else:
+        named = [("qkv", box, row) for box, row in zip(boxes, rows, strict=True)]
+        named.append(("z", (delta.mixed_width, values), 0))
+        parts += [Part(f"in_proj_{name}.weight", "delta_in", ("kh", "d"), {"h": box}, row) for name, box, row in named]
+        parts += [
+            Part(f"in_proj_{name}.weight", "delta_gates", ("kg", "d"), {"g": (start, group)})
+            for name, start in (("b", 0), ("a", group))
+        ]
+    parts += [
+        Part("A_log", "delta_decay", ("kg",)),
+        Part("dt_bias", "delta_rate", ("kg",)),
+        Part("norm.weight", "delta_norm", ("h",)),
+        Part("out_proj.weight", "delta_out", ("d", "kgh")),
+    ]
+    return [replace(part, tensor=f"linear_attn.{part.tensor}") for part in parts]
 
 
 def _latent(config: TransformerConfig) -> list[Part]:
@@ -303,7 +368,8 @@ def _all_experts(theirs: str) -> list[Part]:
 
 # Where the text part of a vision-language checkpoint may lie, in files of different ages.
 _TEXT = re.compile(r"^(?:model\.language_model|language_model\.model)\.")
-_OTHER_PARTS = re.compile(r"^(?:model\.)?(?:visual|vision_tower|multi_modal_projector)\.")
+_OTHERS = "visual|vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector|mtp"
+_OTHER_PARTS = re.compile(rf"^(?:model\.)?(?:{_OTHERS})\.")
 
 
 def text_names(names: Iterable[str]) -> dict[str, str]:

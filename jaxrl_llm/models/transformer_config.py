@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
+from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig, LatentConfig, PerLayerConfig
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.ranges import Count, Positive, require_ranges
 
 # Names of the stacks of blocks in the parameters, see `TransformerConfig.stacks`.
-STACKS = ("dense_blocks", "blocks")
+# Blocks that read have no keys and values of their own.
+STACKS = ("dense_blocks", "delta_blocks", "global_blocks", "reading_blocks", "global_reading_blocks", "blocks")
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 CacheLayout = Literal["auto", "contiguous", "paged"]
 CachePrecision = Literal["compute", "int8"]
@@ -38,28 +40,6 @@ _CHOICES: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class LatentConfig:
-    """Sizes of latent attention, see latent.py.
-
-    Attributes:
-      rank: width of the latent vector, of which keys and values are projections.
-      rope_width: width of the key that all heads share and that is rotated, and of that part of each query.
-      plain_width: width of the part of each query and key that is not rotated.
-      value_width: of one head's values.
-      query_rank: width that queries are projected from; None projects them from the residual stream.
-    """
-
-    rank: Count
-    rope_width: Count
-    plain_width: Count
-    value_width: Count
-    query_rank: Count | None = None
-
-    def __post_init__(self):
-        require_ranges(self, "model.latent")
-
-
-@dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and switches of a decoder-only transformer.
 
@@ -77,6 +57,13 @@ class TransformerConfig:
       activation_limit: of clamped_swiglu.
       latent: keys and values are projections of a latent vector; then `head_width` is what is rotated, and there are as
         many key/value heads as heads.
+      delta: some layers are gated delta-nets, which remember a state instead of keys and values.
+      global_heads: layers without a window have other heads.
+      reading_layers: last layers that attend to the keys and values of the last layer of their kind before them.
+      reading_mlp_width: hidden width of the MLP of these; None has `mlp_width`.
+      per_layer: every layer adds something of embeddings of its own.
+      layer_scales: the residual stream is multiplied by a number behind each layer, which does not learn.
+      value_norm: RMSNorm without gains on values.
       experts: replaces the MLP of every block by a mixture of experts.
       rope_base: base of the rotary angles.
       rope_scaling: stretches the angles beyond the context of pre-training.
@@ -91,6 +78,7 @@ class TransformerConfig:
       qkv_bias: the query, key and value projections have biases.
       attention_out_bias: the output projection of the attention has a bias.
       query_scale: factor on the attention scores; None gives 1 / sqrt(head_width).
+      attention_gate: what a head attends to is multiplied by the sigmoid of a projection of the token.
       attention_sinks: each query head has a learned score that takes part in the softmax and has no value.
       attention_cap: scores s become cap * tanh(s / cap) before the softmax.
       logits_cap: the same for the scores of the vocabulary.
@@ -125,6 +113,13 @@ class TransformerConfig:
     activation: Activation = "silu"
     activation_limit: Positive = 7.0
     latent: LatentConfig | None = None
+    delta: DeltaConfig | None = None
+    global_heads: GlobalConfig | None = None
+    reading_layers: int = 0
+    reading_mlp_width: Count | None = None
+    per_layer: PerLayerConfig | None = None
+    layer_scales: bool = False
+    value_norm: bool = False
     experts: ExpertsConfig | None = None
     rope_base: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -139,6 +134,7 @@ class TransformerConfig:
     qkv_bias: bool = False
     attention_out_bias: bool = False
     query_scale: Positive | None = None
+    attention_gate: bool = False
     attention_sinks: bool = False
     attention_cap: Positive | None = None
     logits_cap: Positive | None = None
@@ -184,6 +180,11 @@ class TransformerConfig:
                 f"model.attention is {self.attention!r}, which has no soft cap, but model.attention_cap is "
                 f"{self.attention_cap}; use auto, plain or splash"
             )
+        if self.of_several_kinds and self.cache_layout == "paged":
+            raise ValueError(
+                "model.cache_layout is 'paged', which does not serve a model with model.delta or model.global_heads; "
+                "use auto or contiguous"
+            )
         special = "attention_sinks" if self.attention_sinks else "latent" if self.latent is not None else None
         if special and (self.attention not in ("auto", "plain") or self.cache_layout == "paged"):
             raise ValueError(
@@ -203,7 +204,7 @@ class TransformerConfig:
                     raise ValueError(
                         f"model.{name} is {getattr(self, name)}, but with model.latent it must be {needed}"
                     )
-            for name in ("qk_norm", "qkv_bias", "attention_sinks"):
+            for name in ("qk_norm", "qkv_bias", "attention_sinks", "attention_gate"):
                 if getattr(self, name):
                     raise ValueError(f"model.{name} is true, which latent attention does not have; set it to false")
         if self.heads % self.kv_heads:
@@ -227,8 +228,22 @@ class TransformerConfig:
             )
 
     def _check_patterns(self):
-        for name in ("window_pattern", "rope_pattern"):
-            pattern = getattr(self, name)
+        if self.global_heads is None and self.reading_layers:
+            raise ValueError(f"model.reading_layers is {self.reading_layers}, which needs model.global_heads; set both")
+        if self.global_heads is not None and not {"blocks", "global_blocks"} <= set(self.stacks):
+            raise ValueError(
+                f"model.reading_layers is {self.reading_layers} of {self.layers} layers; before them there must be a "
+                "layer with a window and one without"
+            )
+        patterns = {"window_pattern": self.window_pattern, "rope_pattern": self.rope_pattern}
+        if self.delta is not None:
+            patterns["delta.pattern"] = self.delta.pattern
+            if (self.experts is not None and self.experts.dense_layers) or "blocks" not in self.stacks:
+                raise ValueError(
+                    f"model.delta.pattern is {self.delta.pattern} for {self.layers} layers: there must be a layer of "
+                    "attention among them, and model.experts.dense_layers must be 0"
+                )
+        for name, pattern in patterns.items():
             if not pattern:
                 raise ValueError(f"model.{name} is empty; give one boolean a layer, or a pattern that repeats")
             if len(pattern) > self.layers:
@@ -272,6 +287,11 @@ class TransformerConfig:
         return self.attention_sinks or self.latent is not None
 
     @property
+    def of_several_kinds(self) -> bool:
+        """Whether layers differ in what they remember."""
+        return self.delta is not None or self.global_heads is not None
+
+    @property
     def cached_sizes(self) -> tuple[int, int, int]:
         """(key/value heads, width of a key, width of a value) that a cache holds; latent keys hold the values."""
         if self.latent is None:
@@ -279,11 +299,45 @@ class TransformerConfig:
         return 1, self.latent.rank + self.latent.rope_width, 0
 
     @property
-    def stacks(self) -> dict[str, range]:
-        """The layers of each stack of blocks in the parameters: first those without experts, where a model has both."""
+    def stack_of_layer(self) -> tuple[str, ...]:
+        """The stack of blocks in the parameters that each layer belongs to."""
+        if self.delta is not None:
+            return tuple("delta_blocks" if recurrent else "blocks" for recurrent in self.recurrent)
+        if self.global_heads is not None:
+            read = self.layers - self.reading_layers
+            kinds = ["" if windowed else "global_" for windowed in self.windowed]
+            return tuple(f"{kind}{'reading_' * (i >= read)}blocks" for i, kind in enumerate(kinds))
         dense = 0 if self.experts is None else self.experts.dense_layers
-        first = {"dense_blocks": range(dense)} if dense else {}
-        return first | {"blocks": range(dense, self.layers)}
+        return ("dense_blocks",) * dense + ("blocks",) * (self.layers - dense)
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """The layers of each stack, in the order of the stacks' first layers."""
+        return _places(self.stack_of_layer)
+
+    @property
+    def caches(self) -> dict[str, tuple[int, ...]]:
+        """The layers whose caches are of one shape; those that read have none."""
+        alike = ["blocks" if stack == "dense_blocks" else stack for stack in self.stack_of_layer]
+        return {name: layers for name, layers in _places(alike).items() if "reading" not in name}
+
+    def of_stack(self, stack: str) -> TransformerConfig:
+        """The sizes of one stack of blocks as those of a model."""
+        if self.global_heads is None:
+            return self
+        changed: dict[str, Any] = {"global_heads": None, "reading_layers": 0}
+        if stack.startswith("global_"):
+            changed |= {"head_width": self.global_heads.head_width, "kv_heads": self.global_heads.kv_heads}
+        if "reading" in stack:
+            changed["mlp_width"] = self.reading_mlp_width or self.mlp_width
+        return replace(self, **changed)
+
+    def slots_of(self, stack: str) -> int:
+        """Vectors of a key/value head in the fused projection: queries, each with its gate behind it, key and value."""
+        own = self.of_stack(stack)
+        queries = (2 if self.attention_gate else 1) * own.queries_per_kv
+        shared = self.global_heads is not None and self.global_heads.values_are_keys and stack.startswith("global_")
+        return queries + (0 if "reading" in stack else 1 if shared else 2)
 
     @property
     def windowed(self) -> tuple[bool, ...]:
@@ -294,6 +348,11 @@ class TransformerConfig:
     def rotated(self) -> tuple[bool, ...]:
         """Whether the queries and keys of each layer are rotated."""
         return self._in_every_layer(self.rope_pattern)
+
+    @property
+    def recurrent(self) -> tuple[bool, ...]:
+        """Whether each layer is a gated delta-net."""
+        return self._in_every_layer((False,) if self.delta is None else self.delta.pattern)
 
     def _in_every_layer(self, pattern: tuple[bool, ...]) -> tuple[bool, ...]:
         return tuple(pattern[layer % len(pattern)] for layer in range(self.layers))
@@ -320,6 +379,11 @@ class TransformerConfig:
     def unrolled(self) -> bool:
         """Whether blocks are written out one after the other."""
         return self.layer_loop == "unrolled" or (self.layer_loop == "auto" and backend_in_use() == "cpu")
+
+
+def _places(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Where each name stands."""
+    return {name: tuple(i for i, other in enumerate(names) if other == name) for name in dict.fromkeys(names)}
 
 
 def require_in_context(config: TransformerConfig, tokens: int) -> None:

@@ -21,7 +21,9 @@ def transformer_specs(config: TransformerConfig) -> dict:
     gain = partial(spec, scale=0.0, fill=1.0 - c.norm_offset)
     into = c.width**-0.5
     stacks = {
-        name: _attention(c, len(layers)) | _mlp(c, len(layers), routed=c.experts is not None and name == "blocks")
+        name: (_delta(c, len(layers)) if name == "delta_blocks" else _attention(c, name, len(layers)))
+        | _mlp(c.of_stack(name), len(layers), routed=c.experts is not None and name != "dense_blocks")
+        | _per_layer(c, len(layers))
         for name, layers in c.stacks.items()
     }
     specs = {
@@ -29,6 +31,15 @@ def transformer_specs(config: TransformerConfig) -> dict:
         **stacks,
         "final_norm": gain((c.width,), (None,)),
     }
+    if c.per_layer is not None:
+        width = c.per_layer.width
+        specs |= {
+            "per_layer_embedding": spec(
+                (c.per_layer.vocabulary_size, c.layers, width), ("vocabulary", None, "embed"), width**-0.5
+            ),
+            "per_layer_projection": spec((c.width, c.layers, width), ("embed", None, None), into),
+            "per_layer_norm": gain((width,), (None,)),
+        }
     if not c.tie_embeddings:
         specs["unembedding"] = spec((c.vocabulary_size, c.width), ("vocabulary", "embed"), into)
     return specs
@@ -51,9 +62,23 @@ def _norms(c: TransformerConfig, layers: int, part: str) -> dict[str, ParameterS
     return {name: gain((layers, c.width), ("layer", None)) for name in names}
 
 
-def _fused(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+def _per_layer(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+    """What a layer makes of its embeddings, and the number behind it."""
+    spec, gain, _ = _makers(c)
+    block = {"layer_scale": spec((layers, 1), ("layer", None), 0.0)} if c.layer_scales else {}
+    if c.per_layer is None:
+        return block
+    width = c.per_layer.width
+    return block | {
+        "per_layer_gate": spec((layers, c.width, width), ("layer", "embed", None), c.width**-0.5),
+        "per_layer_up": spec((layers, width, c.width), ("layer", None, "embed"), _out_scale(c) * width**-0.5),
+        "per_layer_post_norm": gain((layers, c.width), ("layer", None)),
+    }
+
+
+def _fused(c: TransformerConfig, slots: int, layers: int) -> dict[str, ParameterSpec]:
     spec = _makers(c)[0]
-    shape = (layers, c.width, c.kv_heads, c.queries_per_kv + 2, c.head_size)
+    shape = (layers, c.width, c.kv_heads, slots, c.head_size)
     return {"qkv": spec(shape, ("layer", "embed", "kv_heads", None, None), c.width**-0.5)}
 
 
@@ -78,9 +103,10 @@ def _latent(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
     }
 
 
-def _attention(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+def _attention(whole: TransformerConfig, stack: str, layers: int) -> dict[str, ParameterSpec]:
+    c, slots = whole.of_stack(stack), whole.slots_of(stack)
     spec, gain, bias = _makers(c)
-    block = _norms(c, layers, "attention") | (_fused(c, layers) if c.latent is None else _latent(c, layers))
+    block = _norms(c, layers, "attention") | (_fused(c, slots, layers) if c.latent is None else _latent(c, layers))
     value_width = c.head_size if c.latent is None else c.latent.value_width
     block["attention_out"] = spec(
         (layers, c.kv_heads, c.queries_per_kv, value_width, c.width),
@@ -92,16 +118,43 @@ def _attention(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
         kv, group = ((c.kv_heads,), (c.queries_per_kv,)) if everywhere else ((), ())
         named = ("kv_heads",) * everywhere
         block["query_norm"] = gain((layers, *kv, *group, c.head_size), ("layer", *named, *(None,) * (everywhere + 1)))
-        block["key_norm"] = gain((layers, *kv, c.head_size), ("layer", *named, None))
+        if "reading" not in stack:
+            block["key_norm"] = gain((layers, *kv, c.head_size), ("layer", *named, None))
     if c.qkv_bias:
-        block["qkv_bias"] = bias(
-            (layers, c.kv_heads, c.queries_per_kv + 2, c.head_size), ("layer", "kv_heads", None, None)
-        )
+        block["qkv_bias"] = bias((layers, c.kv_heads, slots, c.head_size), ("layer", "kv_heads", None, None))
     if c.attention_out_bias:
         block["attention_out_bias"] = bias((layers, c.width), ("layer", None))
     if c.attention_sinks:
         block["sinks"] = bias((layers, c.kv_heads, c.queries_per_kv), ("layer", "kv_heads", None))
     return block
+
+
+def _delta(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
+    """One product makes queries, keys, values and gates of a key head, another one the two numbers of each value."""
+    spec, _, _ = _makers(c)
+    delta = c.delta
+    assert delta is not None
+    heads, group, width = delta.key_heads, delta.values_per_key, delta.value_width
+    split = ("layer", "embed", "kv_heads", None)
+    constant = partial(spec, (layers, heads, group), ("layer", "kv_heads", None), 0.0)
+    return _norms(c, layers, "attention") | {
+        "delta_in": spec((layers, c.width, heads, delta.mixed_width + group * width), split, c.width**-0.5),
+        "delta_gates": spec((layers, c.width, heads, 2 * group), split, c.width**-0.5),
+        "delta_conv": spec(
+            (layers, heads, delta.mixed_width, 1, delta.kernel),
+            ("layer", "kv_heads", None, None, None),
+            delta.kernel**-0.5,
+        ),
+        # e^-softplus(0): half of what is remembered is left after each token.
+        "delta_decay": constant(fill=0.0),
+        "delta_rate": constant(fill=0.0),
+        "delta_norm": spec((layers, width), ("layer", None), 0.0),
+        "delta_out": spec(
+            (layers, heads, group, width, c.width),
+            ("layer", "kv_heads", None, None, "embed"),
+            _out_scale(c) * (delta.value_heads * width) ** -0.5,
+        ),
+    }
 
 
 def _mlp(c: TransformerConfig, layers: int, *, routed: bool) -> dict[str, ParameterSpec]:

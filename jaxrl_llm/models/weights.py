@@ -16,10 +16,10 @@ from jaxtyping import PyTree
 
 from jaxrl_llm.models.checkpoint_files import StoredTensor, check_tensors, read_json, stored_tensors
 from jaxrl_llm.models.decoder import transformer
-from jaxrl_llm.models.families import config_from_json, is_mxfp4, is_vision_language, text_part
+from jaxrl_llm.models.families import config_from_json, is_vision_language, text_part
 from jaxrl_llm.models.imported import is_imported, read_imported
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.mxfp4 import with_mxfp4
+from jaxrl_llm.models.packed import packing_of, unpacked, with_experts_apart, without_empty_biases
 from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
@@ -119,12 +119,18 @@ def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layo
     architecture, source = text_part(described)
     if is_vision_language(described):
         stored = {ours: stored[theirs] for ours, theirs in text_names(stored).items()}
-    if is_mxfp4(source, architecture):
-        stored = with_mxfp4(stored)
+    # Parts that predict further tokens at once, which nothing here does.
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
+    stored = unpacked(stored, source, packing_of(source, architecture))
+    layout = checkpoint_layout(config, architecture)
+    if source.get("quantization_config"):
+        stored = without_empty_biases(stored, layout.tensors())
+    if not any(part.holds_experts for part in layout.parts):
+        stored = with_experts_apart(stored)
     if source.get("num_nextn_predict_layers"):
-        # Layers behind the last one predict further tokens at once, which nothing here does.
+        # The same as layers behind the last one.
         stored = {name: tensor for name, tensor in stored.items() if (layer_of(name) or 0) < config.layers}
-    return checkpoint_layout(config, architecture), stored
+    return layout, stored
 
 
 def _per_leaf(layout: Layout, sharding: Sharding | PyTree | None) -> dict[str, Sharding]:

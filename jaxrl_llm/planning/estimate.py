@@ -86,7 +86,8 @@ def estimate(
     if composition.rollout is not None:
         result.memory["prefill"] = held | {"weights for sampling": weights + loose, "cache": cache}
         result.memory["decode"] = result.memory["prefill"] | {
-            "scores of a token": 3 * 4.0 * at.decoded * at.vocabulary / at.vocabulary_parts
+            "cache before it grows": at.token_in_cache * at.decoded * at.grown,
+            "scores of a token": 3 * 4.0 * at.decoded * at.vocabulary / at.vocabulary_parts,
         }
     if composition.with_reference:
         result.memory["reference"] = held | {
@@ -150,6 +151,7 @@ class _Sizes:
         self.cache_bytes = self.token_in_cache * (self.decoded * self.completion + self.prompts * self.prompt)
         # Of a cache that grows, a step reads what there is of it.
         stages = (self.completion,) if config.rollout.slots else cache_stages(self.completion)
+        self.grown = sum(stages[:-1])
         reads = sum(room * sum(stages[: place + 1]) for place, room in enumerate(stages)) / self.completion
         self.cache_bytes_read = self.token_in_cache * (self.decoded * reads + self.prompts * self.prompt)
         leaves = jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))

@@ -13,6 +13,7 @@ import csv
 import importlib.util
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,7 +119,10 @@ class MLflow:
         self._mlflow = importlib.import_module("mlflow")
         held = directory / "mlflow_run"
         if "tracking_uri" in options:
-            self._mlflow.set_tracking_uri(options.pop("tracking_uri"))
+            place = str(options.pop("tracking_uri"))
+            if place.startswith("file:"):  # asked for by name; MLflow wants that said in its own way, too
+                os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            self._mlflow.set_tracking_uri(place)
         if "experiment" in options:
             self._mlflow.set_experiment(options.pop("experiment"))
         known = {"run_id": held.read_text()} if held.is_file() else {"run_name": config.get("name", directory.name)}

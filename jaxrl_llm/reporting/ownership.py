@@ -13,8 +13,10 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,11 @@ def owned(directory: Path, *, say: Callable[[str], Any] = print, beat: float = B
             time.sleep(3 * beat)
             if _said(path) != held:
                 raise OwnedError(_refusal(directory, _said(path)))
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        mine = _me()
         stop = threading.Event()
         _write(file, mine | {"beat": 0})
-        beating = threading.Thread(target=_beat, args=(file, mine, stop, beat), name="owner", daemon=True)
+        tell = partial(_write, file)
+        beating = threading.Thread(target=_beat, args=(tell, mine, stop, beat), name="owner", daemon=True)
         beating.start()
         try:
             yield
@@ -63,6 +66,57 @@ def owned(directory: Path, *, say: Callable[[str], Any] = print, beat: float = B
                 os.ftruncate(file, 0)
     finally:
         os.close(file)
+
+
+@contextlib.contextmanager
+def owned_place(fs: Any, name: str, where: str, *, say: Callable[[str], Any], beat: float) -> Iterator[None]:
+    """Own what lies at an address for the length of a block, by heartbeats alone: such storage has no locks.
+
+    Two processes that begin within the same moment are told apart by which one wrote last.
+
+    Args:
+      fs: a file system of fsspec.
+      name: of the object that its owner rewrites.
+      where: what people call the address.
+      say, beat: as for `owned`.
+
+    Raises:
+      OwnedError: when another process has it, saying which.
+    """
+
+    def said() -> dict[str, Any]:
+        try:
+            found = json.loads(fs.cat_file(name))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write(text: dict[str, Any]) -> None:
+        fs.pipe_file(name, json.dumps(text).encode() + b"\n")
+
+    if held := said():
+        say(f"{where} was left by {_who(held)} without a word; waiting {3 * beat:g} s whether it still lives")
+        time.sleep(3 * beat)
+        if (found := said()) != held:
+            raise OwnedError(_refusal(where, found))
+    mine, stop = _me(), threading.Event()
+    write(mine | {"beat": 0})
+    if {**(found := said()), "beat": 0} != mine | {"beat": 0}:
+        raise OwnedError(_refusal(where, found))
+    beating = threading.Thread(target=_beat, args=(write, mine, stop, beat), name="owner", daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beating.join()
+        with contextlib.suppress(Exception):
+            fs.rm_file(name)
+
+
+def _me() -> dict[str, Any]:
+    now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "token": uuid.uuid4().hex}
 
 
 def _lock(file: int) -> bool | None:
@@ -76,12 +130,12 @@ def _lock(file: int) -> bool | None:
     return True
 
 
-def _beat(file: int, mine: dict[str, Any], stop: threading.Event, seconds: float) -> None:
+def _beat(write: Callable[[dict[str, Any]], None], mine: dict[str, Any], stop: threading.Event, seconds: float) -> None:
     count = 0
     while not stop.wait(seconds):
         count += 1
-        with contextlib.suppress(OSError):  # a full disk is noticed by whoever writes the run
-            _write(file, mine | {"beat": count})
+        with contextlib.suppress(Exception):  # storage that fails is noticed by whoever writes the run
+            write(mine | {"beat": count})
 
 
 def _write(file: int, said: dict[str, Any]) -> None:
@@ -102,7 +156,7 @@ def _who(held: dict[str, Any]) -> str:
     return f"process {held.get('pid', '?')} on {held.get('host', '?')}, running since {held.get('since', '?')}"
 
 
-def _refusal(directory: Path, held: dict[str, Any]) -> str:
+def _refusal(directory: Path | str, held: dict[str, Any]) -> str:
     return (
         f"run directory {directory} belongs to {_who(held)}; wait for it, stop it (kill {held.get('pid', 'PID')}), or "
         "give another run_dir"

@@ -1,25 +1,25 @@
 """The report of one run or several: one HTML file that holds everything, for a browser without a network.
 
-Plotly draws (its library travels in the file, compressed), jinja2 fills the page in. Needs the extra `report`.
+Plotly draws: its basic bundle (plotly.js-basic-dist-min of npm, whose licence is beside it) travels in the file,
+compressed. jinja2 fills the page in. Needs the extra `report`.
 """
 
 from __future__ import annotations
 
 import base64
-import gzip
 import importlib
 import json
 import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from jaxrl_llm.reporting.loggers import flattened
 from jaxrl_llm.reporting.metric_alarms import alarms
-from jaxrl_llm.reporting.panels import panels
+from jaxrl_llm.reporting.metric_table import panels
 from jaxrl_llm.reporting.reported_run import (
     ReportedRun,
     facts,
@@ -33,6 +33,8 @@ from jaxrl_llm.reporting.reported_run import (
 
 MOST_SAMPLES = 300
 PER_SEED = ("seed", "run_dir", "name")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")  # of Okabe and Ito
+FigureFormat = Literal["svg", "pdf", "png"]
 
 
 def write_report(runs: Sequence[ReportedRun], out: str | Path) -> Path:
@@ -66,12 +68,12 @@ def write_report(runs: Sequence[ReportedRun], out: str | Path) -> Path:
 def rendered(runs: Sequence[ReportedRun]) -> str:
     """The page as text."""
     jinja2 = _package("jinja2")
-    groups = _groups(runs)
+    groups = groups_of(runs)
     drawn = panels(list(dict.fromkeys(name for run in runs for name in series(run))))
     data = {
         "runs": [
             {"name": run.name, "group": groups[i], "series": series(run, from_last_stage=len(runs) > 1)}
-            | {"stages": stages(run)}
+            | {"stages": stages(run) if len(runs) == 1 else []}  # steps of several count from their last stage
             for i, run in enumerate(runs)
         ],
         "groups": list(dict.fromkeys(groups)),
@@ -91,6 +93,7 @@ def rendered(runs: Sequence[ReportedRun]) -> str:
         panels=drawn,
         data=_script(data),
         plotly=_plotly(),
+        colours=COLOURS,
         different=different_settings(runs),
         configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) for run in runs],
         facts=[(run.name, facts(run)) for run in runs],
@@ -107,7 +110,7 @@ def different_settings(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def _groups(runs: Sequence[ReportedRun]) -> list[str]:
+def groups_of(runs: Sequence[ReportedRun]) -> list[str]:
     """The name of the group of each run: runs that differ in the seed alone share one."""
     keys = [
         json.dumps({n: v for n, v in run.config.items() if n not in PER_SEED}, sort_keys=True, default=str)
@@ -138,8 +141,7 @@ def _finite(value: Any) -> Any:
 @cache
 def _plotly() -> str:
     """The drawing library, compressed, in letters."""
-    file = Path(_package("plotly").__file__).parent / "package_data" / "plotly.min.js"
-    return base64.b64encode(gzip.compress(file.read_bytes(), 6, mtime=0)).decode()
+    return base64.b64encode(Path(__file__).with_name("plotly-basic.min.js.gz").read_bytes()).decode()
 
 
 def _package(name: str) -> Any:

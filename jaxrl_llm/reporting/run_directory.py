@@ -272,7 +272,7 @@ def _local(path: str | os.PathLike) -> Path:
     if re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(path)):
         raise ValueError(
             f"run_dir={os.fspath(path)!r} is an address, but records are appended to local files: give a local or "
-            "mounted directory, and copy it to the bucket when the run is over."
+            "mounted directory, and a `Mirror` of it brings them to the address."
         )
     return Path(path)
 

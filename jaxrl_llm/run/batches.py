@@ -9,7 +9,7 @@ import jax
 
 from jaxrl_llm import data
 from jaxrl_llm.config import Config
-from jaxrl_llm.data import Batches, DataSet, JsonlDataSet
+from jaxrl_llm.data import Batches, DataSet, ProblemSet
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.tasks.items import record
 from jaxrl_llm.evaluation import Grader, benchmark_grader, file_grader, function_grader, task_grader
@@ -34,17 +34,25 @@ def prompt_widths(config: Config) -> tuple[int, ...]:
     return tuple(sorted({*(rollout.prompt_buckets or ()), rollout.max_prompt_tokens}))
 
 
-def grader(parts: Parts, *held_out: DataSet | JsonlDataSet) -> Grader:
+def grader(parts: Parts, *held_out: DataSet | ProblemSet) -> Grader:
     """How evaluation grades problems of these sets.
 
     Raises:
       ValueError: where their reference answers cannot be graded so.
     """
-    if parts.config.evaluation.grader is not None:
-        return named_grader(parts.config.evaluation.grader, [each for split in held_out for each in split])
+    config, records = parts.config, [each for split in held_out for each in split]
+    if config.evaluation.grader is not None:
+        return named_grader(config.evaluation.grader, records)
     if parts.task is not None:
         return task_grader(parts.task)
-    return file_grader(parts.config.data.verifier, [each for split in held_out for each in split])
+    if not config.data.sources:
+        return file_grader(config.data.verifier, records)
+    graders: dict[str, Grader] = {}
+    for name, one in config.data.sources.items():
+        own = [each for each in records if each["data_source"] == name]
+        made = None if one.task is None else data.tasks.task(one.task.name, **one.task.options)
+        graders[name] = file_grader(one.verifier, own) if made is None else task_grader(made)
+    return lambda record, completion: graders[record["data_source"]](record, completion)
 
 
 def named_grader(name: str, records: Sequence[Any]) -> Grader:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +19,11 @@ from jaxtyping import PyTree
 
 from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
+from jaxrl_llm.run import frozen as frozen_parts
 from jaxrl_llm.run.digests import Digest, bits, by_path, changed, digests, text_digest
-from jaxrl_llm.run.failures import passing
+from jaxrl_llm.run.directories import at_hand
+from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
+from jaxrl_llm.run.frozen import Frozen
 from jaxrl_llm.run.retention import METRIC, preserved
 
 
@@ -103,6 +103,7 @@ def save(
     *,
     trained: Trained | None = None,
     metric: float | None = None,
+    frozen: Mapping[str, Frozen] | None = None,
 ) -> None:
     """Write state and meta as one step; a kill at any moment leaves the previous step whole.
 
@@ -113,13 +114,20 @@ def save(
       meta: plain data beside it.
       trained: of the model; where it is given, of `state.params` only what learns is written.
       metric: that the best steps are chosen by; None where it is not known.
+      frozen: networks whose parameters were written once (`frozen.written`), and are named alone.
 
     Raises:
       CheckpointError: when that step exists already (orbax would skip it in silence).
     """
     state = learned_part(state, trained)
+    apart = dict(frozen or {})
+    state = frozen_parts.without(state, apart) if apart else state
+    recorded = digests(state)
+    for one in apart.values():
+        recorded |= one.digests
     # Written in the background, while the caller goes on to change it.
-    meta = copy.deepcopy(dict(meta)) | {_DIGESTS: digests(state)}
+    meta = copy.deepcopy(dict(meta)) | {_DIGESTS: recorded}
+    meta |= {frozen_parts.KEY: {name: one.name for name, one in apart.items()}} if apart else {}
     meta |= {_OWN: text_digest(meta)}
     written = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     if not manager.save(step, args=written, metrics=None if metric is None else {METRIC: metric}):
@@ -147,7 +155,7 @@ def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
     Raises:
       CheckpointError: when no checkpoint is there.
     """
-    path = Path(path)
+    path = at_hand(path)
     if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent, int(path.name)
     folder = path if path.name == "checkpoints" else path / "checkpoints"
@@ -166,7 +174,7 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
       Damaged: when it is not there or not what was written.
     """
     meta = _whole_meta(directory, step)
-    return {name: value for name, value in meta.items() if name not in (_DIGESTS, _OWN)}
+    return {name: value for name, value in meta.items() if name not in (_DIGESTS, _OWN, frozen_parts.KEY)}
 
 
 def read_digests(directory: Path, step: int) -> dict[str, Digest] | None:
@@ -213,8 +221,12 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
     whole, like = like, learned_part(like, trained)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     require_same(stored_shapes(directory, step), abstract, f"{directory}/{step}")
+    apart = _apart(directory, step)
+    item = frozen_parts.without(abstract, apart) if apart else abstract
     with _read_whole(directory, step), ocp.CheckpointManager(Path(directory).resolve()) as manager:
-        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(item)))["state"]
+        read = {name: frozen_parts.restored(path, like.networks[name].params) for name, path in apart.items()}
+    state = frozen_parts.joined(state, read) if apart else state
     _require_written(directory, step, state)
     return with_frozen_part(state, whole, trained)
 
@@ -231,23 +243,6 @@ def _read_whole(directory: Path, step: int) -> Iterator[None]:
             raise Damaged(directory, step, f"it cannot be restored ({in_short(error)})") from None
 
 
-@contextlib.contextmanager
-def without_loose_ends() -> Iterator[None]:
-    """Of a read that fails, others of orbax's are left, which the interpreter would report with a traceback each."""
-    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    failed = False
-    try:
-        yield
-    except Exception:
-        failed = True
-        raise
-    finally:
-        if failed:
-            time.sleep(0.1)  # they are still ending
-            gc.collect()
-        sys.unraisablehook = before
-
-
 def _require_written(directory: Path, step: int, restored: PyTree) -> None:
     """Raises Damaged unless the arrays that this process has whole are what was written."""
     if recorded := read_digests(directory, step):
@@ -255,11 +250,6 @@ def _require_written(directory: Path, step: int, restored: PyTree) -> None:
         whole = {path: np.asarray(leaf) for path, leaf in here.items() if getattr(leaf, "is_fully_addressable", True)}
         if bad := changed(whole, recorded):
             raise Damaged(directory, step, f"array {bad[0]} is not what was written")
-
-
-def in_short(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _with_params(state: Any, params: PyTree) -> Any:
@@ -321,15 +311,19 @@ def restore_part(directory: Path, step: int, like: PyTree, *, network: str = "po
       CheckpointError: as for `restore_params`.
     """
     abstract = {"networks": {network: {part: jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}}}
-    held = stored_shapes(directory, step)["networks"]
+    held = stored_shapes(directory, step, f"networks/{network}/{part}/")["networks"]
     if network not in held:
         raise CheckpointError(f"checkpoint {directory}/{step} holds no network {network!r}; it has {', '.join(held)}")
     require_same({"networks": {network: {part: held[network][part]}}}, abstract, f"{directory}/{step}")
     arguments = ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )
+    apart = _apart(directory, step) if part == "params" else {}
     with _read_whole(directory, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        restored = reader.restore(_state_path(directory, step), args=arguments)
+        if network in apart:
+            restored = {"networks": {network: {part: frozen_parts.restored(apart[network], like)}}}
+        else:
+            restored = reader.restore(_state_path(directory, step), args=arguments)
     _require_written(directory, step, restored)
     return restored["networks"][network][part]
 
@@ -338,8 +332,19 @@ def _state_path(directory: Path, step: int) -> Path:
     return Path(directory).resolve() / str(step) / "state"
 
 
-def stored_shapes(directory: Path, step: int) -> PyTree:
+def _apart(directory: Path, step: int) -> dict[str, Path]:
+    """Where the parameters of networks lie that a step names alone."""
+    named = _whole_meta(directory, step).get(frozen_parts.KEY, {})
+    return {network: frozen_parts.folder(directory, name) for network, name in named.items()}
+
+
+def stored_shapes(directory: Path, step: int, within: str = "") -> PyTree:
     """Shapes and dtypes of a written state, as plain dictionaries and lists.
+
+    Args:
+      directory: the checkpoints directory.
+      step: one of its steps.
+      within: what is outside of this path may be left out.
 
     Raises:
       CheckpointError: when there is none.
@@ -349,17 +354,21 @@ def stored_shapes(directory: Path, step: int) -> PyTree:
         raise CheckpointError(f"checkpoint {directory} has no step {step}; there is {latest_step(directory)}")
     if not path.is_dir():
         raise Damaged(directory, step, "its state is missing")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.metadata(path).item_metadata.tree
+    tree = frozen_parts.shapes(path)
+    for network, folder in _apart(directory, step).items():
+        below = f"networks/{network}/params/"
+        if below.startswith(within) or within.startswith(below):
+            if not folder.is_dir():
+                raise Damaged(
+                    directory, step, f"parameters of {network}, which it shares with others, are gone: {folder}"
+                )
+            tree["networks"][network]["params"] = frozen_parts.shapes(folder)
+    return tree
 
 
 def stored_arrays(directory: Path, step: int, shapes: PyTree) -> PyTree:
     """Arrays of a written state on the host, as NumPy's; of `shapes`, from `stored_shapes`, placeholders are left."""
-    arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(
-            _state_path(directory, step), args=ocp.args.PyTreeRestore(item=shapes, restore_args=arguments)
-        )
+    return frozen_parts.all_arrays(_state_path(directory, step), _apart(directory, step), shapes)
 
 
 def require_same(stored: PyTree, wanted: PyTree, where: str) -> None:

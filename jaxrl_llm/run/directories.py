@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxrl_llm.addresses import is_address
+from jaxrl_llm.config import Config
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import RunDirectory
+from jaxrl_llm.reporting.mirror import Mirror, local_copy
 from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.reporting.run_directory import require_empty
-from jaxrl_llm.run.failures import storage_fault
+from jaxrl_llm.run.failures import PassingError, storage_fault
 
 _SECONDS = 10.0  # in which a file of one host is seen by another
 
@@ -46,6 +49,37 @@ class Unwritten(RunDirectory):
 
     def close(self) -> None:
         pass
+
+
+@contextmanager
+def mirrored(config: Config, resume: bool, say: Callable[[str], Any]) -> Iterator[Mirror | None]:
+    """Own the address of a run for the length of a block; None where it is a local directory.
+
+    Raises:
+      ValueError: where several processes would write to an address, a new run to one that is not empty, or there is
+        nothing to resume.
+      OwnedError: when another process has it.
+      PassingError: when the address cannot be written at the end.
+    """
+    if not is_address(config.place):
+        yield None
+        return
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"run_dir={config.place!r} is an address, which one process can write a run to; several need a directory "
+            "that they share: mount the bucket (gcsfuse, mountpoint-s3) and give the path"
+        )
+    mirror = Mirror(config.place, config.directory, say)
+    if resume:
+        mirror.fetch()
+    elif mirror.there() or config.directory.exists():
+        what = "is not empty" if mirror.there() else f"has a working copy in {config.directory}"
+        raise ValueError(f"run_dir={config.place!r} {what}: resume that run, or remove it, or give another run_dir")
+    try:
+        with mirror.kept():
+            yield mirror
+    except ConnectionError as error:
+        raise PassingError(str(error)) from error
 
 
 @contextmanager
@@ -89,3 +123,9 @@ def require_shared(path: Path) -> None:
                 "that all hosts share"
             )
         time.sleep(0.1)
+
+
+def at_hand(path: str | Path) -> Path:
+    """A path on this machine: of a run, or one of its checkpoints, at an address, that of the copy, made anew."""
+    run, inside, step = str(path).rstrip("/").partition("/checkpoints")
+    return local_copy(run) / (inside + step).lstrip("/") if is_address(run) else Path(path)

@@ -15,6 +15,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import ParameterSpec
 from jaxrl_llm.parallel.auto import memory_of
 from jaxrl_llm.parallel.rules import AXES, RULES, Rules, axes_of, decoding
+from jaxrl_llm.rollout.decoding import cache_stages
 from jaxrl_llm.run.machine import demand
 
 MOST = 1152  # completions: more make no device busier
@@ -119,6 +120,8 @@ def decoding_bytes(
     return {
         "weights for sampling": weights,
         "cache": token * (decoded * completion + prompts * prompt),
+        # It grows in stages: while the last one is made, the one before it is there too.
+        "cache before it grows": token * decoded * sum(cache_stages(completion)[:-1]),
         "scores of a token": 3 * 4.0 * decoded * c.vocabulary_size / _parts("vocabulary", c.vocabulary_size, shape, at),
     }
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -100,3 +103,25 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@contextlib.contextmanager
+def without_loose_ends() -> Iterator[None]:
+    """Of a read that fails, others of orbax's are left, which the interpreter would report with a traceback each."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    failed = False
+    try:
+        yield
+    except Exception:
+        failed = True
+        raise
+    finally:
+        if failed:
+            time.sleep(0.1)  # they are still ending
+            gc.collect()
+        sys.unraisablehook = before
+
+
+def in_short(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -20,7 +20,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.checkpoints import CheckpointError, Damaged
 from jaxrl_llm.run.digests import Digest, by_path, changed
-from jaxrl_llm.run.failures import passing
+from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
 
 _BYTES = 1 << 30  # of arrays that are read at once
 ASIDE = "damaged"  # where checkpoints that a run cannot go on from are moved to, beside `checkpoints`
@@ -65,7 +65,7 @@ def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, 
     """
     started = time.monotonic()
     try:
-        with checkpoints.without_loose_ends():
+        with without_loose_ends():
             recorded = checkpoints.read_digests(directory, step)
             damage, wanted = _compared(directory, step, recorded, within, share)
     except Damaged as error:
@@ -75,7 +75,7 @@ def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, 
     except Exception as error:
         if passing(error):
             raise
-        return Verified(step, f"it cannot be read ({checkpoints.in_short(error)})")
+        return Verified(step, f"it cannot be read ({in_short(error)})")
     if damage is not None:
         return Verified(step, damage)
     size = sum(_size(digest) for digest in wanted.values())
@@ -86,7 +86,7 @@ def _compared(
     directory: Path, step: int, recorded: Mapping[str, Digest] | None, within: str, share: tuple[int, int]
 ) -> tuple[str | None, dict[str, Digest]]:
     """(what is wrong, what was read), as for `verified`."""
-    tree = checkpoints.stored_shapes(directory, step)
+    tree = checkpoints.stored_shapes(directory, step, within)
     there = {path: leaf for path, leaf in by_path(tree).items() if path.startswith(within)}
     wanted = recorded or {path: Digest(str(leaf.dtype), leaf.shape, {}) for path, leaf in there.items()}
     wanted = {path: digest for path, digest in wanted.items() if path.startswith(within)}

@@ -38,7 +38,7 @@ class Interruption:
     """What has been asked of a run, and how it gets on.
 
     Attributes:
-      directory: of the run.
+      directory: of the run, on this machine.
       say: tells people.
       saved: () -> the last step that was saved; None for none.
       grace: seconds between the first signal and the end, whatever is under way; None waits for the end of the step.
@@ -47,6 +47,7 @@ class Interruption:
       number: the first signal; None before one.
       doing: what the run does, for messages.
       opened: the run directory is there.
+      place: where people find the run, if not in `directory`.
     """
 
     directory: Path
@@ -58,6 +59,7 @@ class Interruption:
     number: int | None = None
     doing: str = "set-up"
     opened: bool = False
+    place: str = ""
     _asked_at: float = 0.0
     _again: float | None = None
     _steps: list[float] = field(default_factory=list)
@@ -110,14 +112,16 @@ class Interruption:
     def way_on(self) -> str:
         """Where the run is saved, and how it goes on."""
         if self.opened and not (self.directory / "config.yaml").is_file():
-            return f"put it back, and go on with: jaxrl train --resume {self.directory}"
+            return f"put it back, and go on with: jaxrl train --resume {self.place or self.directory}"
         try:
             step = self.saved()
         except OSError:
             step = None
         if step is None:
-            return f"no checkpoint yet; start again with another run_dir, or remove {self.directory}"
-        return f"the last good checkpoint is step {step}; go on with: jaxrl train --resume {self.directory}"
+            return f"no checkpoint yet; start again with another run_dir, or remove {self.place or self.directory}"
+        return (
+            f"the last good checkpoint is step {step}; go on with: jaxrl train --resume {self.place or self.directory}"
+        )
 
     def watch(self, pipe: int, stop: threading.Event) -> None:
         """The life of the thread."""

@@ -25,18 +25,17 @@ class LiveReport:
     """report.html of a run: refreshed now and then, written at the end; the run goes on where it cannot be written.
 
     Args:
-      config: of the run; `reporting.report` None writes where plotly and jinja2 are installed.
+      config: of the run; `reporting.report` None writes where jinja2 is installed.
       tell: shows a line to people.
       clock: seconds.
     """
 
     def __init__(self, config: Config, tell: Callable[[str], Any], clock: Callable[[], float] = time.monotonic):
         wanted = config.reporting.report
-        there = all(importlib.util.find_spec(name) for name in ("plotly", "jinja2"))
+        there = importlib.util.find_spec("jinja2") is not None
         if wanted and not there:
             raise ValueError(
-                "reporting.report is true, but plotly or jinja2 is missing; install the extra: "
-                "pip install 'jaxrl_llm[report]'"
+                "reporting.report is true, but jinja2 is missing; install the extra: pip install 'jaxrl_llm[report]'"
             )
         self.path = config.directory if there and wanted is not False and hosts.is_main() else None
         self._tell, self._clock, self._next = tell, clock, clock() + _SECONDS

@@ -15,8 +15,9 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxrl_llm import schedules
 from jaxrl_llm.config import TrainingConfig
-from jaxrl_llm.experience import Method, TrainState
+from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import nearest
+from jaxrl_llm.models.transformer_config import STACKS
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, user_function
 from jaxrl_llm.signatures import signature
 
@@ -34,6 +35,8 @@ _MATRICES = {
     "query_up": ((-3,), (-2, -1)),
     "latent_down": ((-2,), (-1,)),
     "latent_up": ((-3,), (-2, -1)),
+    "delta_in": ((-3,), (-2, -1)),
+    "delta_out": ((-4, -3, -2), (-1,)),
 }
 # Parameters that take part in a choice alone.
 _NOT_LEARNED = ("selection_bias",)
@@ -87,16 +90,6 @@ def learning_rate(training: TrainingConfig) -> optax.Schedule:
             raise RecipeError(f"training.schedule names {name}, which is no function of step alone")
         after = lambda count: peak * factor(step=count)  # noqa: E731
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
-
-
-def learning_rates(training: TrainingConfig, state: TrainState, steps: int) -> np.ndarray:
-    """The rate of the last update of each step that is left, the count of updates being the optimiser's own."""
-    counts = [int(leaf) for leaf in jax.tree.leaves(state.networks["policy"].optimizer_state) if leaf.shape == ()]
-    updates = training.epochs_per_batch * training.minibatches_per_epoch
-    left = np.arange(1, max(steps - int(state.step), 0) + 1)
-    # one program, not one an operation
-    rates = jax.jit(learning_rate(training))(max(counts, default=0) + left * updates - 1)
-    return np.broadcast_to(np.asarray(rates), left.shape)
 
 
 def long_warmup(training: TrainingConfig) -> str:
@@ -188,7 +181,7 @@ def muon_matrices(params: PyTree) -> PyTree:
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
-        inside = len(path) > 1 and str(getattr(path[-2], "key", "")) in ("blocks", "dense_blocks")
+        inside = len(path) > 1 and str(getattr(path[-2], "key", "")) in STACKS
         if not inside or name not in _MATRICES:
             return None
         inputs, outputs = (tuple(leaf.ndim + axis for axis in axes) for axes in _MATRICES[name])
@@ -298,3 +291,12 @@ def skipping_non_finite(inner: optax.GradientTransformation) -> optax.GradientTr
         return steps, jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def learning_rates(training: TrainingConfig, steps: int, state: Any) -> np.ndarray:
+    """The rate of the last update of each step that is left of `steps`, the count of updates being the optimiser's."""
+    counts = [int(leaf) for leaf in jax.tree.leaves(state.networks["policy"].optimizer_state) if leaf.shape == ()]
+    updates = training.epochs_per_batch * training.minibatches_per_epoch
+    left = np.arange(1, max(steps - int(state.step), 0) + 1)
+    rates = jax.jit(learning_rate(training))(max(counts, default=0) + left * updates - 1)  # one program, not many
+    return np.broadcast_to(np.asarray(rates), left.shape)

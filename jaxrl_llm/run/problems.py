@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxrl_llm import data
-from jaxrl_llm.config import Config
-from jaxrl_llm.data import DataSet, DataSpec, Item, JsonlDataSet
-from jaxrl_llm.data.json_files import elements
-from jaxrl_llm.data.jsonl import SPLITS
+from jaxrl_llm.config import Config, RowsConfig, TaskConfig
+from jaxrl_llm.data import DataSet, DataSpec, Item, ProblemSet
+from jaxrl_llm.data.row_files import SPLITS, first_row
+from jaxrl_llm.data.row_templates import rendered
 from jaxrl_llm.training.reading import columns_of
 
 
@@ -22,37 +24,119 @@ def data_directory(config: Config) -> Path:
 
 
 def columns(config: Config) -> frozenset[str]:
-    """What readings may ask of a record by name: its own fields, and those of the first line of a file."""
-    if config.data.path is None:
+    """What readings may ask of a record by name: its own fields, and those of the first row of each of its sources."""
+    own = config.data
+    if own.path is None and not own.sources:
         return frozenset() if config.task is None else columns_of([dict.fromkeys(Item.__dataclass_fields__)])
-    try:
-        content = Path(config.data.path).expanduser().read_bytes()
-        _, first = next(iter(elements(Path(config.data.path), content)))
-    except (OSError, ValueError, StopIteration):  # said when the data are read
-        return frozenset()
-    return columns_of([{"raw": first}] if isinstance(first, dict) else [])
+    found: dict[str, Any] = {"data_source": None} if own.sources else {}
+    for one in own.sources.values() or [own]:
+        if one.path is None:
+            found |= dict.fromkeys(Item.__dataclass_fields__)
+            continue
+        with contextlib.suppress(OSError, ValueError):  # said when the data are read
+            first = first_row(one.path)
+            found |= first if isinstance(first, dict) else {}
+    return columns_of([{"raw": found}])
 
 
-def data_sets(config: Config, splits: Sequence[str] = SPLITS) -> dict[str, DataSet | JsonlDataSet]:
+def data_sets(
+    config: Config, splits: Sequence[str] = SPLITS, *, overlap: Literal["error", "drop", "keep"] | None = None
+) -> dict[str, DataSet | ProblemSet]:
     """The problems of splits, by name; generated ones are written on first use, and those of `splits` alone.
 
+    Args:
+      config: of a run or a stage.
+      splits: of "train", "validation" and "test".
+      overlap: of splits, in place of `data.overlap`.
+
     Raises:
-      ValueError: for a file that cannot be used, or a config without problems.
+      ValueError: for data that cannot be used, or a config without problems.
     """
-    task, own = config.task, config.data
+    own, overlap = config.data, overlap or config.data.overlap
+    read = SPLITS if own.sources or own.few_shot.examples else splits
+    if own.sources:
+        parts = {name: _source(config, one, one.task, read, overlap) for name, one in own.sources.items()}
+        sets: Any = data.mixture(parts, [one.weight for one in own.sources.values() if one.weight], overlap=overlap)
+    else:
+        sets = _source(config, own, config.task, read, overlap)
+    return {split: sets[split] for split in splits}
+
+
+def _source(
+    config: Config, own: RowsConfig, task: TaskConfig | None, splits: Sequence[str], overlap: Any
+) -> Mapping[str, Any]:
+    """The splits of one source."""
+    if task is not None and config.task is None:
+        _require_single_answers(task)
     if own.path is not None:
-        fields = data.fields_of(own.format, **own.fields)
-        sets = data.jsonl_data_sets(own.path, fields, validation_path=own.validation_path, test_path=own.test_path)
-        return {split: sets[split] for split in splits}
-    if task is None:
+        fields, where = data.fields_of(own.format, **own.fields), own.where
+        where = (where,) if isinstance(where, str) else tuple(where)
+        refining = data.Refining(where, own.limit, own.duplicates, overlap, own.unusable)
+        paths = {"validation_path": own.validation_path, "test_path": own.test_path}
+        sets: Mapping[str, Any] = data.problem_sets(own.path, fields, refining=refining, **paths)
+    elif task is not None:
+        counts = {"train": task.train_items, "validation": task.validation_items, "test": task.test_items}
+        sets = {
+            split: data.data_set(
+                DataSpec(task.name, task.levels, split, counts[split], task.seed, task.options),
+                str(data_directory(config)),
+            )
+            for split in splits
+        }
+        if config.task is None:  # the run knows no task that would write the reference completions
+            made = data.tasks.task(task.name, **task.options)
+            sets = {
+                split: data.ProblemSet(
+                    one.directory,
+                    split,
+                    tuple({**each, "response": made.response(each).removesuffix("<eos>")} for each in one),
+                    one.fingerprint,
+                )
+                for split, one in sets.items()
+            }
+    else:
         raise ValueError("this config has no problems; name a built-in task in section task, or a file in data.path")
-    counts = {"train": task.train_items, "validation": task.validation_items, "test": task.test_items}
-    return {
-        split: data.data_set(
-            DataSpec(task.name, task.levels, split, counts[split], task.seed, task.options), str(data_directory(config))
+    shots = config.data.few_shot
+    if not shots.examples:
+        return sets
+
+    def shown(record: Mapping[str, Any]) -> str:
+        prompt = config.data.prompt_format.replace("{body}", record["body"])
+        response = record.get("response") or record["answer"]
+        own_columns = {**record.get("raw", {}), "prompt": prompt, "answer": record["answer"], "response": response}
+        return rendered(shots.template, own_columns)
+
+    given = None
+    if shots.path is not None:
+        given = data.read_records(shots.path, data.fields_of(own.format, **own.fields))[0]
+    return data.with_examples(sets, shots.examples, shown, given)
+
+
+def _require_single_answers(task: TaskConfig) -> None:
+    """Raises ValueError for a task of a mixture that is a conversation."""
+    made = data.tasks.task(task.name, **task.options)
+    if made.environment is not None or made.segments is not None:
+        raise ValueError(
+            f"data.sources has the task {task.name!r}, which is answered in turns, and a mixture is not; train on it "
+            "in a stage of its own, with section task"
         )
-        for split in splits
-    }
+
+
+def left_out(sets: Mapping[str, Any], prompts: Mapping[str, Any], max_prompt_tokens: int) -> list[str]:
+    """What was left out of each split and why, a line each.
+
+    Args:
+      sets: problems by split.
+      prompts: batches of prompts by stage.
+      max_prompt_tokens: their limit.
+    """
+    lines = [
+        f"{split}: {len(one)} problems; left out " + ", ".join(f"{count:,} ({why})" for why, count in dropped.items())
+        for split, one in sets.items()
+        if (dropped := getattr(one, "dropped", {}))
+    ]
+    long = max((one.dropped for one in prompts.values()), default=0)
+    return [*lines, *([f"dropped {long} prompts longer than {max_prompt_tokens} tokens"] if long else [])]
 
 
 def own_data(stage: Any, last: Any, data: dict[str, Any]) -> dict[str, Any]:
@@ -60,12 +144,7 @@ def own_data(stage: Any, last: Any, data: dict[str, Any]) -> dict[str, Any]:
     own, common = stage.parts.config, last.parts.config
     if not own.has_problems:
         return {}
-    same = (own.task, own.data.path, own.data.fields, own.data.format) == (
-        common.task,
-        common.data.path,
-        common.data.fields,
-        common.data.format,
-    )
+    same = own.task == common.task and replace(own.data, selection=None) == replace(common.data, selection=None)
     return data if same else data_sets(own)
 
 

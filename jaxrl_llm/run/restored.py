@@ -20,6 +20,7 @@ from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run.directories import at_hand
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.initial import initial_state
@@ -168,7 +169,8 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
     Raises:
       ValueError: when there is no model, or an option that a run decides by itself.
     """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    path = at_hand(path)
+    if path.is_dir() and not (path / "config.json").is_file():
         if dtype is not None or chat:
             raise ValueError(
                 f"{path} is a run, whose config says its dtypes and prompts; leave out "

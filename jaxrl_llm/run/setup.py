@@ -133,7 +133,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     """
     task = None if config.task is None else data.tasks.task(config.task.name, **config.task.options)
     if like is None:
-        directory, tokenizer, model = _policy(config, planned=target is not None)
+        directory, tokenizer, model = described_policy(config, planned=target is not None)
         if config.lora is not None:
             model = lora(model, config.lora, quantise=config.lora.int8)
     else:
@@ -197,6 +197,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
             critic=skipping_non_finite(head_optimizer(NetworkConfig(), b1, b2)),
             views=views,
             columns=columns(config),
+            sources=tuple(config.data.sources),
             placement=Placement(
                 mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
             ),
@@ -270,7 +271,7 @@ def _require_problems(config: Config, feeds: Sequence[Feed]) -> None:
     """Raises ValueError where something is made of problems and there are none."""
     if not config.has_problems and any(feed.file is None for feed in feeds):
         raise ValueError(
-            "task and data.path are both missing; name a built-in task in section task, a file of your own in "
+            "task, data.path and data.sources are missing; name a built-in task in section task, a file of your own in "
             "data.path, or a source that reads a file"
         )
 
@@ -301,8 +302,8 @@ def _context_tokens(config: Config) -> int:
     return config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
 
 
-def _policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Tokenizer, Model]:
-    """(checkpoint directory or None, tokenizer, model)."""
+def described_policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Tokenizer, Model]:
+    """(checkpoint directory or None, tokenizer, model) of a config; no weights are read."""
     context = _context_tokens(config)
     if not isinstance(config.model, PretrainedConfig):
         tokenizer = CharacterTokenizer()

@@ -10,10 +10,8 @@ Keywords that are named like a size of the run are filled from it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -134,8 +132,15 @@ def _check_multiple(name: str, count: int, group: int, key: str = "sequences_per
         )
 
 
-def _judged(kind: Kind, file: str, groups_per_step: int, beside: bool, sizes: Mapping[str, Any]) -> Feed:
-    groups = judged_groups(file, kind)
+def _judged(
+    kind: Kind,
+    file: str,
+    columns: Mapping[str, str] | None,
+    groups_per_step: int,
+    beside: bool,
+    sizes: Mapping[str, Any],
+) -> Feed:
+    groups, digest = judged_groups(file, kind, columns)
     per_group = len(groups[0])
     count, samples = groups_per_step * per_group, sizes["samples_per_prompt"]
     if beside and per_group > 1 and per_group != samples:
@@ -173,8 +178,7 @@ def _judged(kind: Kind, file: str, groups_per_step: int, beside: bool, sizes: Ma
 
         return at
 
-    digest = hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:16]
-    return Feed(Written(count, per_group, PROVIDES[kind]), rows, file=digest)
+    return Feed(Written(count, per_group, PROVIDES[kind]), rows, file=digest[:16])
 
 
 def _of_kind(kind: Kind) -> Callable[..., Feed]:
@@ -189,6 +193,7 @@ def _of_kind(kind: Kind) -> Callable[..., Feed]:
         max_completion_tokens: int,
         seed: int,
         overlong_prompts: str,
+        columns: dict[str, str] | None = None,
     ) -> Feed:
         sizes = {
             "samples_per_prompt": samples_per_prompt,
@@ -198,10 +203,13 @@ def _of_kind(kind: Kind) -> Callable[..., Feed]:
             "seed": seed,
             "overlong_prompts": overlong_prompts,
         }
-        return _judged(kind, file, groups_per_step, beside, sizes)
+        return _judged(kind, file, columns, groups_per_step, beside, sizes)
 
     read.__name__ = read.__qualname__ = kind
-    read.__doc__ = f"The {kind} of a file, `groups_per_step` of them a step; `data.written` has the format of a line."
+    read.__doc__ = (
+        f"The {kind} of a data set, `groups_per_step` of them a step. `data.row_files` says what `file` may be, "
+        "`data.written` what a row holds; `columns` maps these names to others."
+    )
     return read
 
 

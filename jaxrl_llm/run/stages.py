@@ -14,20 +14,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from jaxrl_llm.config import Config
-from jaxrl_llm.data import DataSet, JsonlDataSet
+from jaxrl_llm.data import DataSet, ProblemSet
 from jaxrl_llm.endpoints import EndpointError
 from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.reporting.metric_alarms import Alarms
+from jaxrl_llm.reporting.mirror import Mirror
 from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.run import checkpoints, early_stopping
 from jaxrl_llm.run.compilation import CompilationWatch
+from jaxrl_llm.run.frozen import Frozen, frozen_networks, written_once
 from jaxrl_llm.run.goodput import SET_UP, Lifetime
 from jaxrl_llm.run.interruption import Abandoned, Interruption
 from jaxrl_llm.run.live_report import LiveReport
@@ -114,6 +115,7 @@ class Run:
       stopping: the run ends at the end of this step; the same on all processes.
       trace: of some steps, for a profile.
       report: the page about it, refreshed when a checkpoint is saved.
+      mirror, frozen: brings the run to its address; networks that were written once, by stage and name.
       local: checkpoints of this host between those on the storage; None for none.
       lifetime: of this start; None leaves it uncounted.
       compiled: seconds of compilation that were charged.
@@ -127,11 +129,13 @@ class Run:
     console: Console
     meta: dict[str, Any]
     watch: CompilationWatch
-    data: dict[str, DataSet | JsonlDataSet] = field(default_factory=dict)
+    data: dict[str, DataSet | ProblemSet] = field(default_factory=dict)
     sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     waiting_networks: dict[str, NetworkState] = field(default_factory=dict)
     report: LiveReport | None = None
     trace: StepTrace | None = None
+    mirror: Mirror | None = None
+    frozen: dict[tuple[str, str], Frozen] = field(default_factory=dict)
     local: LocalCheckpoints | None = None
     lifetime: Lifetime | None = None
     interruption: Interruption = field(kw_only=True)
@@ -179,10 +183,14 @@ class Run:
     def save(self, global_step: int, stage: str, state: TrainState) -> None:
         """Write a checkpoint whose step is counted over all stages."""
         kept = self._kept(stage, state)
-        trained, metric = self.parts.model.trained, self.meta.get("metric")
-        checkpoints.save(self.manager, global_step, kept, self.meta, trained=trained, metric=metric)
+        saved: dict[str, Any] = {"trained": self.parts.model.trained, "metric": self.meta.get("metric")}
+        still = {*frozen_networks(self.parts.step.composition, kept.networks), *self.waiting_networks}
+        saved["frozen"] = written_once(self.frozen, self.manager.directory, stage, kept, still)
+        checkpoints.save(self.manager, global_step, kept, self.meta, **saved)
         if self.report is not None:
             self.report.refresh()
+        if self.mirror is not None:
+            self.mirror.push_later()
 
     def due(self, done: int, ends: bool) -> Callable[[int, str, TrainState], None] | None:
         """What saves the state after a step of a stage; None where it is not saved."""
@@ -205,7 +213,7 @@ class Run:
     def stopped(self, global_step: int) -> Stopped:
         """What a run ends with that was asked to stop and is saved."""
         return Stopped(
-            f"stopped at step {global_step}; go on with: jaxrl train --resume {self.config.directory}",
+            f"stopped at step {global_step}; go on with: jaxrl train --resume {self.config.place}",
             self.interruption.number or signal.SIGTERM,
         )
 
@@ -231,7 +239,7 @@ def run_stage(
     offset, first, take = run.meta["steps_before"], int(state.step), run.taken(stage)
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
     with _progress(run, stage, counted) as progress, run.timed(stage.name):
-        rates, mark = learning_rates(stage.parts.config.training, state, stage.steps), time.monotonic()
+        rates, mark = learning_rates(stage.parts.config.training, stage.steps, state), time.monotonic()
 
         def report(done: int, metrics: dict[str, Any], rows: Experience, items: list) -> None:
             nonlocal mark
@@ -364,8 +372,7 @@ def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, 
         raise run.stopped(global_step)
     what = "the function" if isinstance(error, RewardError) else "what the engine lacks"
     raise type(error)(
-        f"{error}. The state before step {done} is saved: mend {what} and run "
-        f"jaxrl train --resume {run.config.directory}"
+        f"{error}. The state before step {done} is saved: mend {what} and run jaxrl train --resume {run.config.place}"
     ) from error
 
 

@@ -6,16 +6,21 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, frozen
 
 
 def prune(directory: Path, *, keep: int, keep_every_steps: int | None = None, within: Sequence[int] = ()) -> list[int]:
-    """Delete steps beside the newest `keep`, multiples of `keep_every_steps`, and those of `within`; returns them."""
+    """Delete steps beside the newest `keep`, multiples of `keep_every_steps`, and those of `within`; returns them.
+
+    Frozen parameters that no step names any more go with them.
+    """
     there = checkpoints.steps(directory)
     kept = {*there[-keep:], *within, *(step for step in there if keep_every_steps and step % keep_every_steps == 0)}
     gone = [step for step in there if step not in kept]
     for step in gone:
         shutil.rmtree(Path(directory) / str(step))
+    for folder in frozen.unneeded(directory, checkpoints.steps(directory)):
+        shutil.rmtree(folder)
     return gone
 
 

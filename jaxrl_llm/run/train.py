@@ -30,7 +30,7 @@ from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.run import checkpoints, integrity
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
-from jaxrl_llm.run.directories import require_shared, run_directory
+from jaxrl_llm.run.directories import mirrored, require_shared, run_directory
 from jaxrl_llm.run.early_stopping import require_metric
 from jaxrl_llm.run.evaluation_batch import evaluation_batch
 from jaxrl_llm.run.explain import metric_names, trace
@@ -41,7 +41,7 @@ from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 from jaxrl_llm.run.live_report import reporting_of
 from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.overview import summary_of, units
-from jaxrl_llm.run.problems import data_sets, fingerprint_of, own_data
+from jaxrl_llm.run.problems import data_sets, fingerprint_of, left_out, own_data
 from jaxrl_llm.run.prompt_choices import first_batch
 from jaxrl_llm.run.restored import require_branch
 from jaxrl_llm.run.resuming import clear_the_way, restored_state, step_to_go_on_from, with_local
@@ -96,14 +96,16 @@ def train(
         lambda: checkpoints.latest_step(folder),
         grace,
         config.faults.stalled_after_medians,
+        place=config.place,
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(named(config.directory, interruption.way_on))
+        mirror = stack.enter_context(mirrored(config, resume, say))
         if resume and hosts.is_main():
             stack.enter_context(owned(config.directory, say=say))
         while True:
             try:
-                return _train(config, resume, exact, console, interruption, steps_traced)
+                return _train(config, resume, exact, console, interruption, trace=steps_traced, mirror=mirror)
             except checkpoints.Damaged as error:
                 if exact or not resume or error.directory != folder:  # it is of the run that init_from names
                     raise
@@ -121,8 +123,9 @@ def _saying(console: Console) -> Callable[[str], None]:
 
 
 def _train(
-    config: Config, resume: bool, exact: bool, console: Console, interruption: Interruption, tracing: StepTrace | None
+    config: Config, resume: bool, exact: bool, console: Console, interruption: Interruption, **shared: Any
 ) -> dict[str, Any]:
+    """`shared` is what all stages have beside the rest: attributes of `Run`."""
     started = time.monotonic()
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
@@ -188,13 +191,11 @@ def _train(
     ):
         interruption.opened = True
         ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
-        run = Run(
-            config, ready, directory, manager, console, meta, watch, data, sets, mark=started, interruption=interruption
-        )
-        run.report, run.trace, run.local = report, tracing, local
+        opened = (config, ready, directory, manager, console, meta, watch, data, sets)
+        run = Run(*opened, mark=started, interruption=interruption, report=report, local=local, **shared)
         run.lifetime = Lifetime(directory, started)
-        if dropped := max((one.dropped for one in prompts.values()), default=0):
-            console.print(f"dropped {dropped} prompts longer than {config.rollout.max_prompt_tokens} tokens")
+        for line in left_out(data, prompts, config.rollout.max_prompt_tokens):
+            _saying(console)(line)
         with attended(interruption):
             summary = _run(run, stages, prompts, rows, newest, grade)
         if local is not None:
@@ -342,6 +343,7 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
     config, place = run.config, parts.step.composition.resources.placement
     if grade is None:
         return lambda params, split, problems, what: {}
+    by = "data_source" if parts.config.data.sources else None
     evaluate = make_evaluate(
         parts.model,
         grade,
@@ -358,7 +360,8 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
         gather=place.gather_for_rollout,
         environment=parts.environment,
         call=run.parts.call,
-        columns=("level",) if parts.task is not None else (),
+        columns=("data_source",) if by is not None else ("level",) if parts.task is not None else (),
+        by=by,
     )
 
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:
@@ -386,5 +389,5 @@ def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
         )
     page = None if run.report is None else run.report.refresh(now=True)
     told = "" if page is None else f"; report: {page}"
-    _saying(run.console)(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.directory}{told}")
+    _saying(run.console)(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.place}{told}")
     return summary

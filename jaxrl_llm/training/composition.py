@@ -33,6 +33,7 @@ class Resources:
       critic: optimiser of networks with a head that a name alone brings along.
       views: functions that make another sequence of a row, by name; a `View` says more of how one is called.
       columns: of the data, beside what the table names: readings may name them.
+      sources: names of the sources of a mixture of data, for metrics of each.
       placement: devices.
     """
 
@@ -42,6 +43,7 @@ class Resources:
     critic: optax.GradientTransformation | None = None
     views: Mapping[str, View | Callable[..., Any]] = field(default_factory=dict)
     columns: frozenset[str] = frozenset()
+    sources: tuple[str, ...] = ()
     placement: Placement = field(default_factory=Placement)
 
 

@@ -61,6 +61,24 @@ def reward_metrics(
     return metrics
 
 
+def source_metrics(rows: Experience, weight: Float[Array, "B"], names: Sequence[str]) -> dict[str, Float[Array, ""]]:
+    """Of each source of a mixture: its share of the rows, and the means of its rewards, right answers and lengths.
+
+    Args:
+      rows: a batch after credit, with `source_id`.
+      weight: of each row as it was sampled.
+      names: of the sources, by their numbers.
+    """
+    metrics, means = {}, {"completion_tokens": written_by_policy(rows).sum(-1)}
+    if "rewards" in rows:
+        means |= {"reward": rows["rewards"], "correct_share": rows["correct"]}
+    for number, name in enumerate(names):
+        own = weight * (rows["source_id"] == number)
+        metrics[f"source/{name}/share"] = own.sum() / jnp.maximum(weight.sum(), 1.0)
+        metrics |= {f"source/{name}/{what}": _mean_and_std(value, own)[0] for what, value in means.items()}
+    return metrics
+
+
 def _mean_and_std(x: Float[Array, "B"], weight: Float[Array, "B"]) -> tuple[Array, Array]:
     count = jnp.maximum(weight.sum(), 1.0)
     mean = (x * weight).sum() / count
@@ -120,6 +138,8 @@ def step_metrics(c: Composition, state: TrainState, rows: Experience, work: Work
     if c.rollout is None:
         return {}
     metrics = experience_metrics(rows, work["sampled"], [t.name for t in c.rewards]) | work["report"]
+    if c.resources.sources and "source_id" in rows:
+        metrics |= source_metrics(rows, work["sampled"], c.resources.sources)
     if c.rollout.engine is not None:
         metrics |= engine_metrics(rows)
     if c.rollout.off_policy_steps:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from jaxrl_llm.data import CharacterTokenizer, encode_prompts, fields_of, jsonl_data_sets, prompt_batches, split_of
+from jaxrl_llm.data import CharacterTokenizer, encode_prompts, fields_of, problem_sets, prompt_batches, split_of
 from jaxrl_llm.data.json_files import elements
 from jaxrl_llm.data.jsonl import FORMATS, Fields
 
@@ -30,7 +30,7 @@ def write(file, objects):
 
 def test_the_format_of_gsm8k(tmp_path):
     files = [write(tmp_path / name, [each]) for name, each in zip("abc", [GSM8K, *lines(2)], strict=True)]
-    sets = jsonl_data_sets(files[0], fields_of("gsm8k"), validation_path=files[1], test_path=files[2])
+    sets = problem_sets(files[0], fields_of("gsm8k"), validation_path=files[1], test_path=files[2])
     (item,) = sets["train"]
     assert (item["body"], item["answer"], item["item_id"]) == (GSM8K["question"], "72", 0)
     assert item["response"] == "She sold 48/2 = 24 clips in May.\nAltogether 48+24 = 72.\n#### 72"
@@ -40,19 +40,19 @@ def test_the_format_of_gsm8k(tmp_path):
 
 
 def test_splits_are_cut_by_hash_and_never_overlap(tmp_path):
-    sets = jsonl_data_sets(write(tmp_path / "a", lines(300)), fields_of("gsm8k"))
+    sets = problem_sets(write(tmp_path / "a", lines(300)), fields_of("gsm8k"))
     bodies = {split: [item["body"] for item in part] for split, part in sets.items()}
     assert sum(map(len, bodies.values())) == len({body for part in bodies.values() for body in part}) == 300
     assert all(split_of(body) == split for split, part in bodies.items() for body in part)
     assert len(bodies["train"]) > 200
     # A line keeps its split and its number wherever others are added behind it.
-    longer = jsonl_data_sets(write(tmp_path / "b", lines(400)), fields_of("gsm8k"))
+    longer = problem_sets(write(tmp_path / "b", lines(400)), fields_of("gsm8k"))
     assert all(longer[split].records[: len(part)] == part.records for split, part in sets.items())
 
 
 def test_a_split_with_a_file_of_its_own_is_not_cut_out_of_the_training_file(tmp_path):
     train, test = write(tmp_path / "train", lines(200)), write(tmp_path / "test", lines(5, start=1000))
-    sets = jsonl_data_sets(train, fields_of("gsm8k"), test_path=test)
+    sets = problem_sets(train, fields_of("gsm8k"), test_path=test)
     assert [item["item_id"] for item in sets["test"]] == [0, 1, 2, 3, 4]
     assert len(sets["train"]) + len(sets["validation"]) == 200
     assert {split_of(item["body"]) for item in sets["train"]} == {"train", "test"}
@@ -61,7 +61,7 @@ def test_a_split_with_a_file_of_its_own_is_not_cut_out_of_the_training_file(tmp_
 
 
 def test_equal_prompts_in_one_file_share_a_split(tmp_path):
-    sets = jsonl_data_sets(write(tmp_path / "a", lines(100) + lines(100)), fields_of("gsm8k"))
+    sets = problem_sets(write(tmp_path / "a", lines(100) + lines(100)), fields_of("gsm8k"))
     counts = Counter(item["body"] for part in sets.values() for item in part)
     assert set(counts.values()) == {2}
     ids = [item["item_id"] for part in sets.values() for item in part]
@@ -71,24 +71,24 @@ def test_equal_prompts_in_one_file_share_a_split(tmp_path):
 def test_a_prompt_in_two_files_is_refused(tmp_path):
     train, test = write(tmp_path / "train", lines(100)), write(tmp_path / "test", lines(3, start=97))
     with pytest.raises(ValueError, match=r"in line \d+ of .*train \(train\) and in line \d of .*test \(test\); splits"):
-        jsonl_data_sets(train, fields_of("gsm8k"), validation_path=write(tmp_path / "v", lines(1, 500)), test_path=test)
+        problem_sets(train, fields_of("gsm8k"), validation_path=write(tmp_path / "v", lines(1, 500)), test_path=test)
 
 
 def test_a_split_that_stays_empty_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no line of .* falls into the \w+ split"):
-        jsonl_data_sets(write(tmp_path / "a", lines(1)), fields_of("gsm8k"))
+        problem_sets(write(tmp_path / "a", lines(1)), fields_of("gsm8k"))
 
 
 def test_fingerprints_follow_content_reading_and_split(tmp_path):
     file = write(tmp_path / "a", lines(100))
-    sets = jsonl_data_sets(file, fields_of("gsm8k"))
+    sets = problem_sets(file, fields_of("gsm8k"))
     prints = {part.fingerprint for part in sets.values()}
     assert len(prints) == 3
-    again = jsonl_data_sets(write(tmp_path / "other name", lines(100)), fields_of("gsm8k"))
+    again = problem_sets(write(tmp_path / "other name", lines(100)), fields_of("gsm8k"))
     assert {part.fingerprint for part in again.values()} == prints
-    kept = jsonl_data_sets(file, fields_of("gsm8k", calculations="keep"))
-    own = jsonl_data_sets(file, fields_of("gsm8k"), test_path=write(tmp_path / "t", lines(5, start=200)))
-    changed = jsonl_data_sets(write(file, [*lines(99), GSM8K]), fields_of("gsm8k"))
+    kept = problem_sets(file, fields_of("gsm8k", calculations="keep"))
+    own = problem_sets(file, fields_of("gsm8k"), test_path=write(tmp_path / "t", lines(5, start=200)))
+    changed = problem_sets(write(file, [*lines(99), GSM8K]), fields_of("gsm8k"))
     for other in (kept, own, changed):
         assert other["train"].fingerprint not in prints
 
@@ -100,18 +100,18 @@ def test_fields_are_mapped(tmp_path):
     ]
     file = write(tmp_path / "a", objects)
     fields = fields_of("prompt", prompt="data.problem", answer="solution", response="solution", answer_from="boxed")
-    item = jsonl_data_sets(file, fields)["train"][0]
+    item = problem_sets(file, fields)["train"][0]
     number = item["item_id"]
     assert (item["body"], item["answer"]) == (f"{number}?", str(number))
     assert (item["response"], item["raw"]["level"], item["level"]) == (objects[number]["solution"], "Level 5", 0)
     # A number is taken as it is written.
-    assert jsonl_data_sets(file, fields_of("prompt", prompt="data.problem"))["train"][0]["answer"] == str(number)
-    assert jsonl_data_sets(file, fields_of("prompt", prompt="data.problem"))["train"][0]["response"] == ""
+    assert problem_sets(file, fields_of("prompt", prompt="data.problem"))["train"][0]["answer"] == str(number)
+    assert problem_sets(file, fields_of("prompt", prompt="data.problem"))["train"][0]["response"] == ""
 
 
 def test_a_field_whose_name_has_a_dot(tmp_path):
     objects = [{"a.b": f"{n}?", "answer": 0.5} for n in range(60)]
-    item = jsonl_data_sets(write(tmp_path / "a", objects), fields_of("prompt", prompt="a.b"))["train"][0]
+    item = problem_sets(write(tmp_path / "a", objects), fields_of("prompt", prompt="a.b"))["train"][0]
     assert (item["body"], item["answer"]) == (f"{item['item_id']}?", "0.5")
 
 
@@ -121,7 +121,7 @@ def test_conversations(tmp_path):
         {"messages": [asked[0], {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"#### {n}"}]}
         for n in range(60)
     ]
-    item = jsonl_data_sets(write(tmp_path / "a", objects), fields_of("messages", answer=None, answer_from="hashes"))[
+    item = problem_sets(write(tmp_path / "a", objects), fields_of("messages", answer=None, answer_from="hashes"))[
         "train"
     ][0]
     number = item["item_id"]
@@ -129,7 +129,7 @@ def test_conversations(tmp_path):
     assert item["messages"] == objects[number]["messages"][:2]
     # Without a last turn of the assistant the answer stands in its own field.
     objects = [{"messages": [asked[0], {"role": "user", "content": f"{n}?"}], "answer": "x"} for n in range(60)]
-    item = jsonl_data_sets(write(tmp_path / "b", objects), fields_of("messages"))["train"][0]
+    item = problem_sets(write(tmp_path / "b", objects), fields_of("messages"))["train"][0]
     assert (item["answer"], item["response"]) == ("x", "")
 
 
@@ -138,8 +138,8 @@ def test_json_lists_blank_lines_and_byte_order_marks(tmp_path):
     text = "\n\n".join(map(json.dumps, objects))
     (tmp_path / "lines").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     (tmp_path / "list.json").write_text(" \n" + json.dumps(objects, indent=1))
-    from_lines = jsonl_data_sets(tmp_path / "lines", fields_of("gsm8k"))
-    from_list = jsonl_data_sets(tmp_path / "list.json", fields_of("gsm8k"))
+    from_lines = problem_sets(tmp_path / "lines", fields_of("gsm8k"))
+    from_list = problem_sets(tmp_path / "list.json", fields_of("gsm8k"))
     for split, part in from_list.items():
         assert [item["body"] for item in part] == [item["body"] for item in from_lines[split]]
         # Numbers are those of the lines, blank ones counted.
@@ -177,7 +177,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
     raw = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "a").write_bytes(good + b"\n" + raw + b"\n" + good)
     with pytest.raises(ValueError, match="1 lines that cannot be used; repair them: " + message):
-        jsonl_data_sets(tmp_path / "a", fields_of("gsm8k"))
+        problem_sets(tmp_path / "a", fields_of("gsm8k"))
 
 
 @pytest.mark.parametrize(
@@ -194,23 +194,23 @@ def test_bad_lines_are_named(tmp_path, line, message):
 def test_bad_conversations_are_named(tmp_path, messages, message):
     write(tmp_path / "a", [{"messages": messages, "answer": "5"}])
     with pytest.raises(ValueError, match=r"line 1: .*" + message):
-        jsonl_data_sets(tmp_path / "a", fields_of("messages"))
+        problem_sets(tmp_path / "a", fields_of("messages"))
 
 
 def test_answers_may_be_left_out_of_all_lines(tmp_path):
     lines = [{"prompt": f"say {i}", "hard": i} for i in range(40)]
     write(tmp_path / "a", lines)
     for fields in (fields_of("prompt"), fields_of("prompt", answer=None)):
-        train = jsonl_data_sets(tmp_path / "a", fields)["train"]
+        train = problem_sets(tmp_path / "a", fields)["train"]
         assert {record["answer"] for record in train} == {""}
         assert train[0]["raw"]["hard"] == train[0]["item_id"]
     with pytest.raises(ValueError, match="line 1: there is no field 'solution'"):
-        jsonl_data_sets(tmp_path / "a", fields_of("prompt", answer="solution"))
+        problem_sets(tmp_path / "a", fields_of("prompt", answer="solution"))
     write(tmp_path / "b", [*lines, {"prompt": "a", "answer": "5"}])
     with pytest.raises(
         ValueError, match="40 lines that cannot be used; repair them: line 1: there is no field 'answer'"
     ):
-        jsonl_data_sets(tmp_path / "b", fields_of("prompt"))
+        problem_sets(tmp_path / "b", fields_of("prompt"))
 
 
 def test_a_pair_of_surrogates_is_a_character(tmp_path):
@@ -221,23 +221,23 @@ def test_a_pair_of_surrogates_is_a_character(tmp_path):
 def test_many_bad_lines_are_counted(tmp_path):
     (tmp_path / "a").write_text("x\n" * 8)
     with pytest.raises(ValueError, match=r"8 lines that cannot be used.*line 1: .*line 5: .*and 3 more"):
-        jsonl_data_sets(tmp_path / "a", fields_of("gsm8k"))
+        problem_sets(tmp_path / "a", fields_of("gsm8k"))
 
 
 def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="nowhere cannot be read: No such file"):
-        jsonl_data_sets(tmp_path / "nowhere", fields_of("gsm8k"))
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        jsonl_data_sets(tmp_path, fields_of("gsm8k"))
+        problem_sets(tmp_path / "nowhere", fields_of("gsm8k"))
+    with pytest.raises(ValueError, match=r"is a directory without any file of \.jsonl"):
+        problem_sets(tmp_path, fields_of("gsm8k"))
     (tmp_path / "empty").write_text("\n \n")
     with pytest.raises(ValueError, match="holds no line"):
-        jsonl_data_sets(tmp_path / "empty", fields_of("gsm8k"))
+        problem_sets(tmp_path / "empty", fields_of("gsm8k"))
     (tmp_path / "list").write_text('[{"question": "a"},')
     with pytest.raises(ValueError, match="list is no JSON"):
-        jsonl_data_sets(tmp_path / "list", fields_of("gsm8k"))
+        problem_sets(tmp_path / "list", fields_of("gsm8k"))
     (tmp_path / "list").write_text("[1]")
     with pytest.raises(ValueError, match="element 1: holds a int"):
-        jsonl_data_sets(tmp_path / "list", fields_of("gsm8k"))
+        problem_sets(tmp_path / "list", fields_of("gsm8k"))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_formats_can_be_built_and_changed():
 
 def test_the_pipeline_takes_the_records(tmp_path):
     # The built-in tokenizer does for texts in its alphabet.
-    part = jsonl_data_sets(write(tmp_path / "a", lines(100)), fields_of("gsm8k"))["train"]
+    part = problem_sets(write(tmp_path / "a", lines(100)), fields_of("gsm8k"))["train"]
     limits = {"max_prompt_tokens": 20, "max_answer_tokens": 3}
     batch = prompt_batches(part, CharacterTokenizer(), prompts_per_step=4, seed=0, **limits)[0]
     for row, item in enumerate(batch.items):

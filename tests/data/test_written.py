@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from jaxrl_llm.data import CharacterTokenizer
@@ -50,10 +52,35 @@ def write(path, lines):
 @pytest.fixture
 def batch(tmp_path):
     def make(kind, lines=None, **changes):
-        groups = judged_groups(write(tmp_path / "judged.jsonl", lines or LINES[kind]), kind)
+        groups = judged_groups(write(tmp_path / "judged.jsonl", lines or LINES[kind]), kind)[0]
         return written_batches(groups, kind, TOKENIZER, **(SIZES | changes))
 
     return make
+
+
+def test_rows_of_any_format_and_columns_of_other_names(tmp_path):
+    pairs, _ = judged_groups(write(tmp_path / "a.jsonl", LINES["pairs"]), "pairs")
+    table = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in LINES["pairs"]]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "b.parquet")
+    columns = {"prompt": "{{ q }}", "chosen": "good", "rejected": "bad"}
+    found, digest = judged_groups(tmp_path / "b.parquet", "pairs", columns)
+    assert [[row[:3] for row in group] for group in found] == [[row[:3] for row in group] for group in pairs]
+    assert len(digest) == 64
+    with pytest.raises(ValueError, match=r"b.parquet, row 1: there is no field 'worse'"):
+        judged_groups(tmp_path / "b.parquet", "pairs", columns | {"rejected": "worse"})
+    for kind in ("rankings", "ratings", "labels", "steps"):  # cells are text
+        lines = LINES[kind]
+        with (tmp_path / "c.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, lines[0])
+            writer.writeheader()
+            for line in lines:
+                writer.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in line.items()})
+        of_csv, of_json = tmp_path / "c.csv", write(tmp_path / "c.jsonl", lines)
+        found, wanted = (
+            [[row._replace(where="") for row in group] for group in judged_groups(path, kind)[0]]
+            for path in (of_csv, of_json)
+        )
+        assert found == wanted
 
 
 def texts(batch):
@@ -161,7 +188,7 @@ def test_a_line_that_cannot_be_used_is_named_by_file_and_line(tmp_path, kind, li
     ("content", "message"),
     [
         ("", "holds no line"),
-        ("{", "line 1 is no JSON"),
+        ("{", "line 1: no JSON"),
         ("3\n", "line 1 holds a int, not an object"),
     ],
 )

@@ -56,9 +56,28 @@ DEEPSEEK = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
+DELTA = {
+    "head_dim": 10,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "full_attention_interval": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.4},
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 11}
 GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7}
 VISION_GEMMA = {"head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0}
 SIGHT = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+GEMMA4 = {"head_dim": 10, "global_head_dim": 14, "sliding_window": WINDOW}
+SEEN_BY_QWEN = {
+    "depth": 1,
+    "hidden_size": 8,
+    "intermediate_size": 6,
+    "num_heads": 2,
+    "out_hidden_size": 36,
+    "patch_size": 4,
+}
 # The text part of vision-language models: (class, options of the text part, options of the rest).
 VISION_LANGUAGE = {
     "gemma3 with vision": (
@@ -75,15 +94,7 @@ VISION_LANGUAGE = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 1]},
         },
         {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 8,
-                "intermediate_size": 6,
-                "num_heads": 2,
-                "out_hidden_size": 36,
-                "patch_size": 4,
-                "fullatt_block_indexes": [0],
-            },
+            "vision_config": SEEN_BY_QWEN | {"fullatt_block_indexes": [0]},
         },
     ),
     "qwen3 with vision": (
@@ -93,17 +104,29 @@ VISION_LANGUAGE = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 2, 1]},
         },
         {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 8,
-                "intermediate_size": 6,
-                "num_heads": 2,
-                "out_hidden_size": 36,
-                "patch_size": 4,
-                "num_position_embeddings": 4,
-                "deepstack_visual_indexes": [0],
-            },
+            "vision_config": SEEN_BY_QWEN | {"num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
             "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_5 with vision": (
+        "Qwen3_5",
+        DELTA | {"rope_parameters": DELTA["rope_parameters"] | {"mrope_section": [1, 1, 0]}},
+        {"vision_config": SEEN_BY_QWEN | {"num_position_embeddings": 4}},
+    ),
+    "qwen3_5_moe with vision": (
+        "Qwen3_5Moe",
+        DELTA | EXPERTS | {"shared_expert_intermediate_size": 7},
+        {"vision_config": SEEN_BY_QWEN | {"num_position_embeddings": 4}, "tie_word_embeddings": True},
+    ),
+    "gemma4 with vision": (
+        "Gemma4",
+        GEMMA4
+        | {"hidden_size_per_layer_input": 0}
+        | {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        {
+            "vision_config": SIGHT | {"head_dim": 4, "num_key_value_heads": 2},
+            "image_token_id": 36,
+            "audio_token_id": 35,
         },
     ),
     "mistral3": (
@@ -159,6 +182,25 @@ CASES = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
             },
         },
+    ),
+    "gemma4 with shared keys and embeddings": (
+        "Gemma4",
+        GEMMA4
+        | {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 5,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma4 whose values are keys": (
+        "Gemma4",
+        GEMMA4
+        | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     ),
     "phi3 partly rotated": (
         "Phi3",
@@ -244,6 +286,18 @@ CASES = {
             "norm_topk_prob": False,
         },
     ),
+    "qwen3_next": ("Qwen3Next", DELTA | EXPERTS | {"shared_expert_intermediate_size": 7, "num_hidden_layers": 5}),
+    "qwen3_5": (
+        "Qwen3_5",
+        DELTA
+        | {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "linear_conv_kernel_dim": 3},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        DELTA
+        | EXPERTS
+        | {"shared_expert_intermediate_size": 7, "linear_num_key_heads": 6, "tie_word_embeddings": True},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -252,6 +306,8 @@ CASES = {
 }
 
 
+# Families whose own config is that of what sees, too.
+TEXT_PARTS = ("Gemma3", "Gemma4", "Qwen3_5", "Qwen3_5Moe")
 # Options that devices are divided over.
 DIVIDED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 DIVIDED += ("shared_expert_intermediate_size",)
@@ -272,12 +328,26 @@ def their_config(case: str, *, even: bool = False, **sizes):
     family, options = CASES[case]
     if even:
         options = {key: value + value % 2 if key in DIVIDED else value for key, value in options.items()}
-    if sizes:  # a pattern over layers is that of the family then
+    if "vocab_size_per_layer_input" in options and "vocab_size" in sizes:
+        sizes |= {"vocab_size_per_layer_input": sizes["vocab_size"]}
+    if "num_hidden_layers" in sizes:  # a pattern over layers is that of the family then
+        if family == "Gemma4":  # whose last layers need both kinds before them
+            layers = sizes["num_hidden_layers"]
+            sizes |= {"layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]}
+            sizes |= {"num_kv_shared_layers": min(options.get("num_kv_shared_layers", 0), max(layers - 3, 0))}
         options = {key: value for key, value in options.items() if key not in ("layer_types", "no_rope_layers")}
     if "num_key_value_heads" in sizes and family == "DeepseekV3":
         sizes |= {"num_key_value_heads": sizes["num_attention_heads"]}
-    kind = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    return f"{family}ForCausalLM", getattr(transformers, kind)(**(SIZES | options | sizes))
+    kind = f"{family}TextConfig" if family in TEXT_PARTS else f"{family}Config"
+    given = SIZES | options | sizes
+    if family == "Qwen3_5Moe":  # all its MLPs are experts
+        del given["intermediate_size"]
+    rope = given.get("rope_parameters") or {}
+    if "short_factor" in rope:  # one factor for each frequency
+        size = int(given["hidden_size"] // given["num_attention_heads"] * rope["partial_rotary_factor"])
+        factors = {name: np.linspace(*rope[name], size // 2).tolist() for name in ("short_factor", "long_factor")}
+        given["rope_parameters"] = rope | factors
+    return f"{family}ForCausalLM", getattr(transformers, kind)(**given)
 
 
 def torch_model(case: str, **sizes):
@@ -289,7 +359,7 @@ def torch_model(case: str, **sizes):
     family, config = their_config(case, **sizes)
     model = getattr(transformers, family)(config).eval()
     model.set_attn_implementation("eager")
-    if hasattr(config, "num_experts_per_tok"):
+    if hasattr(config.get_text_config(), "num_experts_per_tok"):
         # Their grouped product takes no odd sizes.
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(len(case))
@@ -298,11 +368,15 @@ def torch_model(case: str, **sizes):
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
         for name, weight in model.named_parameters():
-            gemma, gain = "Gemma" in family, "norm" in name
-            # Gemma stores what its gains are above one, and scales its embedding up: a large one would let every
-            # token predict itself.
-            spread = 0.3 if gain else 0.1 if gemma and "embed" in name else 0.5
-            weight.copy_((gain and not gemma) + spread * torch.randn(weight.shape, generator=generator))
+            # Some store what their gains are above one. Gemma scales its embedding up: a large one would let every
+            # token predict itself. And what is recurrent magnifies the last bits of large weights, as do the queries
+            # of Ministral, which grow.
+            gain, recurrent = "norm" in name, family.startswith(("Qwen3Next", "Qwen3_5"))
+            magnified = recurrent or family.startswith(("Ministral3", "Gemma4"))
+            from_one = family[:7] in ("GemmaFo", "Gemma2F", "Gemma3F") or (recurrent and "linear_attn" not in name)
+            offset = gain and not from_one
+            spread = 0.3 if gain else 0.1 if "Gemma" in family and "embed" in name else 0.3 if magnified else 0.5
+            weight.copy_(offset + spread * torch.randn(weight.shape, generator=generator))
     return model
 
 
@@ -350,7 +424,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("checkpoint_with_tokenizer", cases, indirect=True)
 
 
-@pytest.fixture(params=[case for case in CASES if "longrope" not in case])
+@pytest.fixture(params=CASES)
 def plain_case(request) -> str:
     """Each case whose options fit other sizes, too."""
     return request.param
@@ -363,7 +437,17 @@ def architectures() -> set[str]:
 
 
 # The cases between which everything differs that a cache and a loop over layers can see.
-FEW = ("llama", "qwen2 partly windowed, yarn rope", "gemma3", "smollm3 windowed", "gpt_oss", "glm4_moe", "deepseek_v3")
+FEW = (
+    "llama",
+    "qwen2 partly windowed, yarn rope",
+    "gemma3",
+    "smollm3 windowed",
+    "gpt_oss",
+    "glm4_moe",
+    "deepseek_v3",
+    "qwen3_next",
+)
+FEW += ("gemma4 with shared keys and embeddings",)
 
 
 @pytest.fixture(

@@ -28,7 +28,7 @@ from jaxrl_llm.models import (
     transformer,
     without_adapters,
 )
-from jaxrl_llm.models.adapters import TARGETS, adapter_specs, join, split
+from jaxrl_llm.models.adapters import OF_EXPERTS, TARGETS, adapter_specs, join, split
 
 VOCABULARY, ROWS, WIDTH = 19, 2, 7
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, WIDTH)), jnp.int32)
@@ -59,7 +59,8 @@ def adapted(quantise=False, learned=True, config=LORA, **more):
     """What `add_adapters` gives, with an `up` that is random where something was learned."""
     blocks = dict(base_params(**more)["blocks"])
     for seed, (name, shapes) in enumerate(adapter_specs(blocks, config).items()):
-        base = quantised(blocks[name], inputs=TARGETS[name]) if quantise else blocks[name]
+        stacked = 2 if name in OF_EXPERTS and "router" in blocks else 1
+        base = quantised(blocks[name], inputs=TARGETS[name], stacked=stacked) if quantise else blocks[name]
         pair = random(abstract(shapes), seed)
         up = pair["up"] if learned else jnp.zeros(pair["up"].shape)
         blocks[name] = LowRank(base, pair["down"], up, config.scale)
@@ -291,10 +292,24 @@ def test_a_config_that_cannot_work_is_refused(config, message):
         LoraConfig(**config)
 
 
-@pytest.mark.parametrize("target", ["gate_up", "down"])
-def test_matrices_of_experts_are_refused_by_name(target):
-    with pytest.raises(ValueError, match=f"lora.targets names '{target}', .* mixtures of experts"):
-        lora(base_model(experts=EXPERTS), LoraConfig(2, 1.0, targets=("qkv", target)))
+@pytest.mark.parametrize("quantise", [False, True])
+def test_every_expert_has_an_adapter_of_its_own(quantise):
+    with_experts = {"experts": EXPERTS}
+    params = adapted(quantise, **with_experts)
+    assert params["blocks"]["gate_up"].down.shape == (2, 4, 16, 3)
+    np.testing.assert_allclose(
+        hidden_of(merged(params), **with_experts), hidden_of(params, **with_experts), rtol=1e-5, atol=1e-5
+    )
+    base, start = base_params(**with_experts), adapted(learned=False, **with_experts)
+    np.testing.assert_array_equal(hidden_of(start, **with_experts), hidden_of(base, **with_experts))
+    # Each one alone, by its formula.
+    node, whole = params["blocks"]["down"], merged(params)["blocks"]["down"]
+    stored = dequantised(node.base) if quantise else node.base
+    change = np.einsum("leir,lero->leio", np.asarray(node.down, np.float64), np.asarray(node.up, np.float64))
+    np.testing.assert_allclose(whole, stored + 5.0 / 3 * change, rtol=1e-5, atol=1e-5)
+    adapted_model = lora(base_model(**with_experts), LORA, quantise=quantise)
+    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
+    assert shapes(abstract(adapted_model.specs)) == shapes(params)
 
 
 def test_adapters_are_not_stacked_on_adapters():

@@ -57,7 +57,7 @@ def on_eight_devices(directories: str, out: str) -> None:
 
 @pytest.mark.slow
 def test_eight_devices_say_what_one_says(every_case, make_checkpoint, tmp_path):
-    checkpoints = {case: make_checkpoint(case, even=True) for case in every_case if "longrope" not in case}
+    checkpoints = {case: make_checkpoint(case, even=True) for case in every_case}
     root = str(Path(jaxrl_llm.__file__).parent.parent)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -29,7 +29,7 @@ from jaxrl_llm.models import (
     parameter_count,
     transformer,
 )
-from jaxrl_llm.models.adapters import OF_EXPERTS, TARGETS
+from jaxrl_llm.models.adapters import TARGETS
 from jaxrl_llm.models.families import VISION_LANGUAGE
 from jaxrl_llm.rollout import generate
 
@@ -69,10 +69,12 @@ def test_logits_and_every_hidden_state_equal_those_of_transformers(checkpoint, b
     hidden, _, seen = checkpoint.observe(params, batch.tokens, batch.positions, None, names=NAMES)
     states = seen["hidden_states"]
     assert states.shape == (model.config.layers + 1, *hidden.shape)
-    assert relative_error(model.logits(params, hidden)[batch.mask], theirs.logits.numpy()[batch.mask]) < 2e-5
+    # A state that is written and read at every token rounds more than attention does.
+    bound = 2e-5 if model.config.delta is None else 5e-5
+    assert relative_error(model.logits(params, hidden)[batch.mask], theirs.logits.numpy()[batch.mask]) < bound
     # Their last state is after the final norm, as our `hidden` is.
     for ours, state in zip([*states[:-1], hidden], theirs.hidden_states, strict=True):
-        assert relative_error(ours[batch.mask], state.numpy()[batch.mask]) < 2e-5
+        assert relative_error(ours[batch.mask], state.numpy()[batch.mask]) < bound
 
 
 def their_greedy_tokens(checkpoint, batch):
@@ -126,7 +128,8 @@ def test_a_greedy_continuation_of_32_tokens_is_the_same(case, make_checkpoint, b
     np.testing.assert_array_equal(ours(checkpoint.params), their_greedy_tokens(checkpoint, batch))
 
 
-@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
+# Every case decodes through a loop over layers in the test of greedy text.
+@pytest.mark.parametrize("layer_loop", ["unrolled", pytest.param("scanned", marks=pytest.mark.slow)])
 def test_cached_decoding_equals_the_whole_forward(thorough, batch, layer_loop):
     model, _ = load_model(thorough.directory, **thorough.execution, layer_loop=layer_loop)
     apply, params = jax.jit(model.apply), thorough.params
@@ -151,7 +154,7 @@ def test_scanned_blocks_show_what_unrolled_blocks_show(thorough, batch):
     for ours, other in zip(scanned["hidden_states"], unrolled["hidden_states"], strict=True):
         assert relative_error(ours[batch.mask], other[batch.mask]) < 1e-5
     for name in routed:
-        assert scanned[name].shape[0] == len(model.config.stacks["blocks"])
+        assert scanned[name].shape[0] == model.config.layers - model.config.experts.dense_layers
         np.testing.assert_allclose(scanned[name][:, batch.mask], unrolled[name][:, batch.mask], rtol=1e-4, atol=1e-6)
 
 
@@ -198,11 +201,11 @@ def test_gradients_equal_those_of_autograd(thorough, batch, tmp_path):
             weight.data.copy_(value)
     expected = load_params(tmp_path, model.config)
     for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
-        if path[-1].key == "selection_bias":  # it has a part in a choice alone, and there is no parameter of theirs
+        if path[-1].key in ("selection_bias", "layer_scale"):  # these do not learn, and are no parameters of theirs
             assert not leaf.any()
             continue
         assert np.abs(other).max() > 1e-3, path
-        assert relative_error(leaf, other) < 1e-4, path
+        assert relative_error(leaf, other) < (2e-4 if model.config.of_several_kinds else 1e-4), path
 
 
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "vocab_size": 151_936, "rope_theta": 1e6}
@@ -289,7 +292,7 @@ def published(name: str) -> dict:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_real_shapes_have_the_published_number_of_parameters(name):
-    model = transformer(config_from_json(published(name)))
+    model = transformer(config_from_json(published(name), layer_loop="scanned"))  # one block is traced, not all
     assert parameter_count(model.specs) == PUBLISHED[name][0]
     hidden, _ = jax.eval_shape(
         model.apply,
@@ -314,10 +317,18 @@ def test_a_config_survives_the_way_out_and_back(name):
 
 def test_adapters_start_as_the_model_and_merge_into_it(thorough, batch):
     model, params = thorough.model, thorough.params
-    blocks = params["blocks"]
-    targets = tuple(name for name in TARGETS if name in blocks and not ("router" in blocks and name in OF_EXPERTS))
+    targets = tuple(name for name in TARGETS if any(name in params[stack] for stack in model.config.stacks))
     config = LoraConfig(rank=2, alpha=4.0, targets=targets)
-    adapted = jax.jit(partial(add_adapters, config=config))(params, key=jax.random.key(0))
+    shapes = jax.eval_shape(partial(add_adapters, config=config), params, key=jax.random.key(0))
+    rng = np.random.default_rng(0)  # numpy compiles nothing
+
+    def started(node, leaf):
+        if not isinstance(node, LowRank):
+            return leaf
+        down, up = rng.standard_normal(node.down.shape).astype(np.float32), jnp.zeros(node.up.shape)
+        return LowRank(leaf, jnp.asarray(down * 0.1), up, node.scale)
+
+    adapted = jax.tree.map(started, shapes, params, is_leaf=lambda node: isinstance(node, LowRank))
     changed = {stack for stack in model.config.stacks for leaf in adapted[stack].values() if isinstance(leaf, LowRank)}
     assert changed == set(model.config.stacks)
     arguments = (batch.tokens, batch.positions, None)
@@ -338,6 +349,10 @@ def sized(architecture, vocabulary, width, hidden, layers, heads, kv_heads=None,
 
 GEMMA3_27B = {"head_dim": 128, "query_pre_attn_scalar": 168, "num_attention_heads": 32, "num_key_value_heads": 16}
 GEMMA3_27B |= {"hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62}
+# Beside these each layer has one number that transformers does not count.
+GEMMA4_E2B = {"num_kv_shared_layers": 20, "use_double_wide_mlp": True}
+GEMMA4_E2B |= {"layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7}
+GEMMA4_31B = {"num_global_key_value_heads": 4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
 MOONLIGHT = {"n_routed_experts": 64, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}
 MOONLIGHT |= {"q_lora_rank": None, "moe_intermediate_size": 1408, "first_k_dense_replace": 1}
 GLM45 = {"head_dim": 128, "use_qk_norm": True, "attention_bias": True, "n_routed_experts": 160}
@@ -359,6 +374,11 @@ GLM45 |= {"moe_intermediate_size": 1536, "first_k_dense_replace": 3}
         (20_914_757_184, sized("GptOssForCausalLM", 201_088, 2880, 2880, 24, 64, num_local_experts=32)),
         (352_797_829_024, sized("Glm4MoeForCausalLM", 151_552, 5120, 12_288, 92, 96, **GLM45)),
         (671_026_419_200, sized("DeepseekV3ForCausalLM", 129_280, 7168, 18_432, 61, 128)),
+        (8_953_803_264, sized("Qwen3_5ForCausalLM", 248_320, 4096, 12_288, 32, 16)),
+        (34_660_610_688, sized("Qwen3_5MoeForCausalLM", 248_320, 2048, 512, 40, 16)),
+        (4_628_569_344 + 35, sized("Gemma4ForCausalLM", 262_144, 1536, 6144, 35, 8, 1, **GEMMA4_E2B)),
+        (30_697_345_280 + 60, sized("Gemma4ForCausalLM", 262_144, 5376, 21_504, 60, 32, 16, **GEMMA4_31B)),
+        (79_674_391_296, sized("Qwen3NextForCausalLM", 151_936, 2048, 5120, 48, 16)),
         (15_960_110_208, sized("DeepseekV3ForCausalLM", 163_840, 2048, 11_264, 27, 16, **MOONLIGHT)),
     ],
 )

@@ -68,7 +68,7 @@ def test_three_steps_of_grpo_and_an_export(checkpoint_with_tokenizer, tmp_path):
     assert len(losses) == 3
     assert all(np.isfinite(line["loss"]) for line in losses)
     # What sampled is what is trained.
-    assert max(line["sampler_gap_max"] for line in losses) < 1e-3  # of random models that are very sure of themselves
+    assert max(line["sampler_gap_max"] for line in losses) < 1e-4
     assert max(line["sampler_gap_mean"] for line in losses) < 5e-5
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
     (named,) = json.loads((tmp_path / "exported" / "config.json").read_text())["architectures"]

@@ -35,6 +35,7 @@ from jaxrl_llm.models import (
 from jaxrl_llm.models.adapters import OF_EXPERTS, TARGETS
 from jaxrl_llm.models.checkpoint_files import INDEX, stored_tensors
 from jaxrl_llm.models.export import shard_plan
+from jaxrl_llm.models.families import text_part
 from jaxrl_llm.models.tensor_names import leaves
 from jaxrl_llm.models.weights import leaf_slice, stored_model
 
@@ -63,9 +64,14 @@ def from_pretrained(directory):
     # The text part of a vision-language model is written as a model of its own where there is no original.
     (name,) = json.loads((directory / "config.json").read_text())["architectures"]
     model = getattr(transformers, name).from_pretrained(directory, attn_implementation="eager")
-    if hasattr(model.config, "num_experts_per_tok"):
+    if hasattr(model.config.get_text_config(), "num_experts_per_tok"):
         model.set_experts_implementation("eager")
     return model
+
+
+def text_class(checkpoint) -> str:
+    """Of the text part of a vision-language model."""
+    return text_part(json.loads((checkpoint.directory / "config.json").read_text()))[0]
 
 
 def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(checkpoint, batch, tmp_path):
@@ -80,7 +86,10 @@ def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(ch
     assert [file.name for file in sorted((tmp_path / "one").iterdir())] == ["config.json", "model.safetensors"]
     for name in ("many", "one"):
         theirs = from_pretrained(tmp_path / name)
-        np.testing.assert_array_equal(logits_of(theirs, batch)[batch.mask], before[batch.mask])
+        # Where two families can say a config, one's own file may name the other, whose products have other shapes.
+        exact = name == "many" or type(theirs).__name__ in (type(checkpoint.theirs).__name__, text_class(checkpoint))
+        error = np.abs(logits_of(theirs, batch) - before)[batch.mask].max()
+        assert error == 0 if exact else error < 1e-4
         model, params = load_model(tmp_path / name, **checkpoint.execution)
         assert model.config == checkpoint.model.config
         same(params, checkpoint.params)
@@ -142,6 +151,95 @@ def test_weights_in_mxfp4_are_read_block_by_block_and_written_as_they_are_meant(
         load_model(directory)
 
 
+def _packed_words(numbers, bits, axis, order):
+    """Integers as words of 32 bits along an axis, number `order[i]` of each word in its i-th place from below."""
+    count = 32 // bits
+    numbers = np.moveaxis(np.asarray(numbers, np.uint32), axis, -1)
+    words = np.zeros((*numbers.shape[:-1], numbers.shape[-1] // count), np.uint32)
+    for place, number in enumerate(order):
+        words |= numbers[..., number::count] << np.uint32(place * bits)
+    return np.ascontiguousarray(np.moveaxis(words, -1, axis)).view(np.int32)
+
+
+def _packed(kind, weight, rng, bits=4, group=8):
+    """(tensors by the end of their names, what they mean) for a matrix [outputs, inputs]."""
+    outputs, inputs = weight.shape
+    if kind == "fp8":
+        import ml_dtypes
+
+        values = weight.astype(ml_dtypes.float8_e4m3fn)
+        scales = rng.uniform(0.5, 2, (-(-outputs // 7), -(-inputs // 5))).astype(np.float32)
+        wide = np.kron(scales, np.ones((7, 5), np.float32))[:outputs, :inputs]
+        return {"weight": values, "weight_scale_inv": scales}, values.astype(np.float32) * wide
+    numbers = rng.integers(0, 2**bits, (inputs, outputs))
+    zeros = rng.integers(0, 2**bits - 1, (inputs // group, outputs))
+    scales = rng.uniform(0.1, 1, zeros.shape).astype(np.float16)
+    of_input = np.arange(inputs) // group
+    order, axis = ([0, 2, 4, 6, 1, 3, 5, 7], 1) if kind == "awq" else (range(32 // bits), 0)
+    extra = {}
+    if kind == "gptq with an order of its own":
+        of_input = rng.permutation(of_input)
+        extra = {"g_idx": of_input.astype(np.int32), "bias": np.zeros(outputs, np.float16)}
+    words, packed_zeros = _packed_words(numbers, bits, axis, order), _packed_words(zeros, bits, 1, order)
+    meant = (numbers - (zeros + (kind != "awq"))[of_input]) * scales[of_input].astype(np.float32)
+    return {"qweight": words, "qzeros": packed_zeros, "scales": scales} | extra, np.ascontiguousarray(meant.T)
+
+
+@pytest.mark.parametrize(
+    "kind, described",
+    [
+        ("fp8", {"quant_method": "fp8", "weight_block_size": [7, 5]}),
+        ("awq", {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}),
+        ("gptq", {"quant_method": "gptq", "bits": 8, "group_size": 8}),
+        ("gptq with an order of its own", {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True}),
+    ],
+)
+def test_weights_of_few_bits_are_read_as_what_they_mean(kind, described, make_checkpoint, tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+    directory, rng = copied(make_checkpoint("llama", **sizes).directory, tmp_path / "model"), np.random.default_rng(0)
+    plain = copied(directory, tmp_path / "plain")
+    meant = {}
+
+    def pack(tensors):
+        for name in [name for name in tensors if "_proj." in name]:
+            weight, module = tensors.pop(name), name.removesuffix(".weight")
+            parts, meant[name] = _packed(kind, weight, rng, described.get("bits", 4))
+            tensors.update({f"{module}.{end}": part for end, part in parts.items()})
+
+    rewritten(directory, pack)
+    rewritten(plain, lambda tensors: tensors.update({name: x.astype(np.float32) for name, x in meant.items()}))
+    edited(directory, quantization_config=described)
+    same(load_model(directory)[1], load_model(plain)[1])
+    layout, stored = stored_model(directory, load_model(plain)[0].config)
+    box = (slice(1, 2), slice(3, 29), slice(0, 2), slice(1, 3), slice(2, 7))
+    read = leaf_slice(layout, "blocks/qkv", box, stored, np.float32)
+    np.testing.assert_array_equal(read, np.asarray(load_model(plain)[1]["blocks"]["qkv"])[box])
+    if kind != "fp8":  # which safetensors.numpy does not read
+        rewritten(directory, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("scales"))))
+        with pytest.raises(ValueError, match=r"packed weights lack .*scales; copy all files"):
+            load_model(directory)
+    edited(directory, quantization_config={"quant_method": "awq", "bits": 3})
+    with pytest.raises(ValueError, match="quant_method 'awq', bits 3: read are fp8"):
+        load_model(directory)
+
+
+def test_experts_in_one_tensor_are_read_as_those_in_many(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint("qwen3_5_moe")
+    directory = copied(checkpoint.directory, tmp_path / "model")
+
+    def join(tensors):
+        for layer in range(3):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            one = lambda expert, part: tensors.pop(f"{prefix}.{expert}.{part}_proj.weight")  # noqa: B023, E731
+            both = [np.concatenate([one(expert, "gate"), one(expert, "up")]) for expert in range(5)]
+            tensors[f"{prefix}.gate_up_proj"] = np.stack(both)
+            tensors[f"{prefix}.down_proj"] = np.stack([one(expert, "down") for expert in range(5)])
+        tensors["mtp.fc.weight"] = np.ones((2, 2), np.float32)
+
+    rewritten(directory, join)
+    same(load_model(directory)[1], checkpoint.params)
+
+
 def test_layers_that_predict_further_tokens_are_passed_over(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint("glm4_moe")
     directory = copied(checkpoint.directory, tmp_path / "model")
@@ -174,6 +272,10 @@ def test_adapters_go_out_as_peft_has_them_and_come_back(case, make_checkpoint, t
     checkpoint = make_checkpoint(case)
     config, source, blocks = checkpoint.model.config, checkpoint.directory, checkpoint.params["blocks"]
     targets = tuple(name for name in TARGETS if name in blocks and not ("router" in blocks and name in OF_EXPERTS))
+    if "router" in blocks:
+        of_experts = add_adapters(checkpoint.params, LoraConfig(1, 1.0, targets=("down",)), jax.random.key(0))
+        with pytest.raises(ValueError, match="the experts have adapters, which PEFT has no place for"):
+            save_adapters(tmp_path / "no", of_experts, config, LoraConfig(1, 1.0), source=source)
     lora = LoraConfig(rank=2, alpha=3.0, targets=targets, rank_stabilised=case == "glm4_moe")
     rng = np.random.default_rng(0)
     drawn = jax.eval_shape(lambda params: add_adapters(params, lora, jax.random.key(0)), checkpoint.params)

@@ -426,7 +426,12 @@ def test_both_go_on_from_their_hosts_or_neither_does(alone, configs, tmp_path, r
         run.succeeded()
         told = "going on from the local checkpoint of step" in " ".join(run.said()[0].split())
     assert told != replaced
-    assert_same_run(directory, alone["on the host"])
+    # One process and two round the last digit of an entropy apart now and then: completions and rewards are compared.
+    names = ("step", "completion", "reward")
+    lines = [read_records(path / "samples.jsonl") for path in (directory, alone["on the host"])]
+    assert [[line[n] for n in names] for line in lines[0]] == [[line[n] for n in names] for line in lines[1]]
+    expected = params_of(alone["on the host"])
+    assert all(relative(value, expected[name]) < 1e-5 for name, value in params_of(directory).items())
     assert json.loads((directory / "summary.json").read_text())["goodput"]["starts"] == 2
 
 

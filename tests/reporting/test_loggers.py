@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -107,20 +108,48 @@ def test_trackers_get_the_numbers_and_a_resumed_run_goes_on(tmp_path, monkeypatc
     assert package.calls[-1][0] in ("finish", "end_run")
 
 
+def kept_by_wandb(place):
+    runs = sorted((place / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    names = {file.name.removesuffix(".wandb").split("-")[-1] for file in runs}
+    assert len(names) == 1  # both parts are of one run
+    return b"".join(file.read_bytes() for file in runs)
+
+
+def kept_by_mlflow(place):
+    mlflow = importlib.import_module("mlflow")
+    run = mlflow.MlflowClient().get_run((place / "run" / "mlflow_run").read_text())
+    assert run.data.params["training.steps"] == "2"
+    return repr(mlflow.MlflowClient().get_metric_history(run.info.run_id, "pass_at_1")).encode() + b"pass@1"
+
+
+def kept_by_trackio(place):
+    return b"".join(file.read_bytes() for file in (place / "trackio").rglob("*") if file.is_file())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "options"), [("wandb", {"mode": "offline"}), ("mlflow", {"tracking_uri": "file://{place}/mlruns"})]
+    ("name", "options", "kept"),
+    [
+        ("wandb", {"mode": "offline"}, kept_by_wandb),
+        ("mlflow", {"tracking_uri": "file://{place}/mlruns"}, kept_by_mlflow),
+        ("trackio", {}, kept_by_trackio),
+    ],
 )
-def test_the_packages_themselves_work_offline(tmp_path, monkeypatch, name, options):
-    pytest.importorskip(name)
+def test_the_packages_themselves_work_offline(tmp_path, monkeypatch, name, options, kept):
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip(name)
     given = {key: value.format(place=tmp_path) for key, value in options.items()}
     said = []
     for resume_step in (None, 1):
         with opened(tmp_path / "run", (name, given), warn=said.append, resume_step=resume_step) as run:
-            run.write_metrics(1 if resume_step is None else 2, {"pass@1": 0.5})
+            run.write_metrics(1 if resume_step is None else 2, {"pass@1": 0.5 + 0.015625 * bool(resume_step)})
             run.write_samples(1, [{"prompt": "p", "reward": 1.0}])
     assert said == []
+    until = time.monotonic() + 30  # a process of wandb's own may still be writing
+    while not all(part in kept(tmp_path) for part in (b"pass@1", b"0.5", b"0.515625")):
+        assert time.monotonic() < until, kept(tmp_path)
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

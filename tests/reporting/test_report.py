@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
+import jaxrl_llm
 from jaxrl_llm import cli
 from jaxrl_llm.reporting import RunDirectory
+from jaxrl_llm.reporting.figures import smoothed
+from jaxrl_llm.reporting.file_columns import COMPLETION, FILES
 from jaxrl_llm.reporting.metric_alarms import alarms
-from jaxrl_llm.reporting.panels import panels
+from jaxrl_llm.reporting.metric_table import described, panels
 from jaxrl_llm.reporting.report import different_settings, rendered, write_report
 from jaxrl_llm.reporting.reported_run import headline, headlines, read_run, series
 
@@ -77,9 +82,69 @@ def test_every_metric_has_its_panel_and_none_is_drawn_twice(run):
     assert sorted(names) == sorted(series(run))
     by_title = {panel.title: panel.metrics for panel in drawn}
     assert by_title["Rewards apart"] == ("reward/exact", "reward/length")
+    assert by_title["Validation"] == ("validation/pass@1",)
+    assert (by_title["Advantages and ratios"], by_title["ratio_max"]) == (("advantage_abs_per_token",), ("ratio_max",))
     assert by_title["Reward"] == ("reward",)
     assert by_title["my_own_number"] == ("my_own_number",)
-    assert "Memory" not in by_title
+    assert "Throughput" not in by_title
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("loss", "loss"),
+        ("loss/dpo", "loss/<loss>"),
+        ("reward/a_std", "reward/<reward>_std"),
+        ("reward/a", "reward/<reward>"),
+        ("seconds", "seconds"),
+        ("seconds/judge", "seconds/<function>"),
+        ("validation/pass@8", "validation/pass@<k>"),
+        ("validation/problems", "validation/<name>"),
+        ("my_own_number", None),
+    ],
+)
+def test_a_number_is_described_by_its_own_row_before_a_form_of_names(name, row):
+    found = described(name)
+    assert (found and found.name) == row
+
+
+def written_names():
+    """Names of the numbers that losses and plans of the package write, read in their source."""
+    for room, form in (("losses", "{}/a_loss"), ("rollout/plans", "{}")):
+        for path in (Path(jaxrl_llm.__file__).parent / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                target = node.targets[0] if isinstance(node, ast.Assign) else None
+                named = ast.unparse(target).split("[")[0] if target is not None else getattr(node, "arg", None)
+                if named == "metrics" and isinstance(target, ast.Subscript):
+                    yield form.format(target.slice.value)
+                elif named in ("metrics", "reports") and isinstance(node, ast.Assign | ast.keyword):
+                    for each in ast.walk(node.value):
+                        keys = each.keys if isinstance(each, ast.Dict) else getattr(each, "elts", ())
+                        strings = [key.value for key in keys if isinstance(key, ast.Constant)]
+                        yield from map(form.format, [value for value in strings if isinstance(value, str)])
+
+
+def test_what_a_run_writes_is_in_the_table(finished_run):
+    names = {*series(read_run(finished_run.directory)), *written_names()}
+    assert {"rounds", "clip_share/a_loss", "dual_clip_share/a_loss", "margin/a_loss", "learning_rate"} <= names
+    assert not {name for name in names if described(name) is None}, "describe them in reporting/metric_table.py"
+
+
+def test_what_files_hold_is_in_their_tables(finished_run):
+    def keys(name):
+        lines = (finished_run.directory / name).read_text().splitlines()
+        return {key for line in lines for key in json.loads(line)}
+
+    known = {name: set(columns) for name, columns in FILES.items()}
+    rewards = {name.removeprefix("reward/") for name in keys("metrics.jsonl") if name.startswith("reward/")}
+    assert keys("samples.jsonl") - rewards == known["samples.jsonl"] - {"<reward>"}
+    assert json.loads((finished_run.directory / "summary.json").read_text()).keys() == known["summary.json"]
+    problems = "evaluations/after/problems.jsonl"
+    assert keys(problems) == known["problems.jsonl"] - {"episodes"}
+    line = json.loads((finished_run.directory / problems).read_text().splitlines()[0])
+    drawn = {key for each in (line["greedy"], *line["samples"]) for key in each}
+    assert drawn >= {"completion", "correct", "answer", "tokens", "truncated", "logprob"}
+    assert drawn <= COMPLETION.keys()
 
 
 def test_the_page_holds_the_numbers_and_no_text_becomes_markup(run):
@@ -127,6 +192,7 @@ def test_seeds_share_a_curve_and_what_differs_is_listed(tmp_path):
     assert data["groups"] == ["seed0 and 2 more seeds", "other"]
     assert [row[0] for row in different_settings(runs)] == ["name", "seed", "training.learning_rate"]
     assert data["runs"][0]["series"]["reward"][0][:2] == [-19, -18]  # the last stage starts at step 21
+    assert not any(one["stages"] for one in data["runs"])
     rows = {row["name"]: row for row in headlines(runs, ["a", "a", "a", "b"])[0][1]}
     assert rows["greedy"]["interval"] == [0.5, 0.5]
 
@@ -166,7 +232,7 @@ def said(capsys, *arguments):
 
 
 def test_a_trained_run_is_reported_with_what_was_set(capsys, finished_run, tmp_path):
-    assert (finished_run.directory / "report.html").stat().st_size > 1e6  # written at the end of training
+    assert (finished_run.directory / "report.html").stat().st_size > 5e5  # written at the end of training
     status, out, err = said(capsys, "report", finished_run.directory, "--out", tmp_path / "page.html")
     assert (status, err) == (0, "")
     assert str(tmp_path / "page.html") in out
@@ -183,10 +249,39 @@ def test_what_cannot_be_reported_says_why(capsys, tmp_path, monkeypatch):
     with RunDirectory(tmp_path / "empty", {"name": "empty"}):
         pass
     assert "has no metrics yet" in said(capsys, "report", run, tmp_path / "empty")[2]
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    from jaxrl_llm.reporting import report
+    assert "no figures can be written" in said(capsys, "report", run, "--figures", run / "config.yaml" / "x")[2]
+    for package, asked in (("jinja2", ()), ("matplotlib.figure", ("--figures", tmp_path / "figures"))):
+        monkeypatch.setitem(sys.modules, package, None)
+        status, _, err = said(capsys, "report", run, *asked)
+        assert status == 2
+        assert "install it with pip install 'jaxrl_llm[" in err
+    assert not (tmp_path / "figures").exists()
 
-    report._plotly.cache_clear()
-    status, _, err = said(capsys, "report", run)
-    assert status == 2
-    assert "needs the package plotly; install it with pip install 'jaxrl_llm[report]'" in err
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_every_chart_is_a_file_for_papers(capsys, tmp_path, form, start):
+    paths = [made_run(tmp_path / f"seed{seed}", seed=seed) for seed in range(2 if form == "svg" else 1)]
+    asked = [*paths, "--figures", tmp_path / "figures", "--format", form]
+    others = {"sampler_gap_max": 1e-6, "reward/exact": 1.0, "reward/length": 0.5} if form == "svg" else {}
+    for path in paths:
+        written(path / "metrics.jsonl", [{"step": step, "loss": 0.5, **others} for step in range(1, 30)])
+    status, out, err = said(capsys, "report", *asked)
+    assert (status, err) == (0, "")
+    files = [Path(line) for line in out.split()]
+    assert sorted(files) == sorted((tmp_path / "figures").iterdir())
+    assert all(file.read_bytes().startswith(start) for file in files)
+    if form == "svg":
+        named = ["rewards_apart", "loss", "sampler_and_trainer", "pass_k", "time_by_part"]
+        assert [file.stem for file in files] == named
+        assert ">reward/exact</text>" in files[0].read_text()
+
+
+def test_a_smoothed_curve_starts_unbiased_and_keeps_gaps():
+    values = smoothed([1.0, None, 3.0, *[3.0] * 40], 0.5)
+    assert values[0] == 1.0
+    assert math.isnan(values[1])
+    assert values[2] == pytest.approx(1.0 / 3 + 3.0 * 2 / 3)
+    assert list(smoothed([1.0, 5.0])) == [1.0, 5.0]

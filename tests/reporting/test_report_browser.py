@@ -60,6 +60,17 @@ def opened(browser, page, width, **media):
         time.sleep(0.05)
 
 
+def test_it_opens_with_little_work(browser, page):
+    # Processor time of the page's thread: seconds by the clock depend on what else the machine does.
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    opened(browser, page, 1440)
+    time.sleep(0.5)
+    metrics = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    browser.execute_cdp_cmd("Performance.disable", {})
+    assert {each["name"]: each["value"] for each in metrics}["TaskDuration"] < 1.0
+    assert page.stat().st_size < 2e6
+
+
 @pytest.mark.parametrize("width", [360, 768, 1440])
 def test_everything_is_drawn_and_fits_the_screen(browser, page, width):
     opened(browser, page, width)
@@ -73,6 +84,10 @@ def test_everything_is_drawn_and_fits_the_screen(browser, page, width):
     assert len(drawn) > 15
     assert all(drawn)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    offered = {each.get_attribute("data-title") for each in browser.find_elements("css selector", ".modebar-btn")}
+    assert offered == {"Download plot", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}  # nothing leaves the page
+    constant = browser.execute_script("return new Set(averaged(data.groups[0], 'correct_share', 0.8).mean).size")
+    assert constant == 1
     assert browser.get_log("browser") == []
 
 
@@ -111,4 +126,7 @@ def test_print_and_darkness(browser, page):
     assert paper.startswith(b"%PDF")
     assert len(paper) > 50_000
     assert browser.execute_script("return charts.every(c => c.dataset.drawn)")
+    width = "return Math.max(...charts.map(c => c.querySelector('.main-svg').clientWidth))"
+    assert browser.execute_script(f"dispatchEvent(new Event('beforeprint')); {width}") == 310  # two fit on a page
+    assert browser.execute_script(f"dispatchEvent(new Event('afterprint')); {width}") > 310
     assert browser.get_log("browser") == []

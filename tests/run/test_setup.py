@@ -12,9 +12,11 @@ import pytest
 from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Selection, Sequences, Source
+from jaxrl_llm.reporting import RunDirectory
 from jaxrl_llm.rollout import Environment
 from jaxrl_llm.run.batches import demonstration_batches, encoded, prompt_batches
 from jaxrl_llm.run.configured import configured_environment
+from jaxrl_llm.run.directories import Unwritten
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.machine import on_slices
 from jaxrl_llm.run.problems import data_sets
@@ -262,3 +264,10 @@ def test_a_config_of_two_slices_on_one(micro_config):
     assert built.step.composition.resources.placement.mesh is None
     with pytest.raises(ValueError, match=r"mesh.slices 2 x mesh.fsdp 2 is 4, but there are 1 devices"):
         parts(parse_config(micro_config, ["mesh.slices=2", "mesh.fsdp=2"], vocabulary_size=VOCABULARY))
+
+
+def test_what_a_process_that_does_not_write_is_handed_goes_nowhere(tmp_path):
+    given = {"write_metrics": (1, {"loss": 1.0}), "write_samples": (1, [{"text": "a"}])}
+    for name in [*(name for name in dir(RunDirectory) if name.startswith("write")), "sync", "close"]:
+        getattr(Unwritten(tmp_path), name)(*given.get(name, () if name in ("sync", "close") else ({},)))
+    assert list(tmp_path.iterdir()) == []

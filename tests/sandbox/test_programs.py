@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import socket
@@ -106,6 +107,14 @@ def test_a_tool_tells_the_policy_what_it_has_printed():
     assert python_tool("print(2 ** 10)") == "1024\n"
     assert python_tool("print('a' * 100)\n1 / 0", most_characters=40).endswith("division by zero\n")
     assert "\n...\n" in python_tool("print('a' * 100)", most_characters=40)
+
+
+def test_the_environment_with_a_tool_answers_code_by_what_it_prints(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs" / "examples"))
+    example = importlib.import_module("python_tool")
+    state = example.reset({"answer": "42"})
+    assert example.step(state, "So\n```python\nprint(6 * 7)\n```\n") == (state, "\nOutput:\n42\n\n", 0.0, False)
+    assert example.step(state, "It is #### 42") == (state, "", 1.0, True)
 
 
 # ---- hostile programs -----------------------------------------------------------------------------------------------

@@ -51,11 +51,13 @@ TASKS = {
         "rollout": {"max_prompt_tokens": 10, "max_completion_tokens": 15},
     },
 }
+TASKS["guess_in_jax"] = TASKS["guess"] | {"environment": {"python": "own_environment_in_jax:guessing", "max_turns": 3}}
 MEASURED = {
     "grid": {"goal", "optimality"},
     "calculator": {"right", "tool_calls_per_episode", "tool_errors_per_episode", "tool_faults_per_episode"},
     "self_correction": {"first_right", "second_right", "delta", "wrong_to_right", "right_to_wrong"},
     "guess": {"failures_per_episode"},
+    "guess_in_jax": {"guesses_per_episode"},
 }
 STOPPED = {f"stopped_by_{way}" for way in ("answer", "environment", "turn_limit", "token_limit")}
 
@@ -79,7 +81,11 @@ def config_of(data_directory):
             "data": {"directory": data_directory},
             "model": {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1},
             "environment": dict(chosen["environment"]),
-            "warm_start": {"steps": 0 if name == "guess" else 30, "sequences_per_step": 12, "learning_rate": 0.02},
+            "warm_start": {
+                "steps": 0 if name.startswith("guess") else 30,
+                "sequences_per_step": 12,
+                "learning_rate": 0.02,
+            },
             "rollout": {"samples_per_prompt": 4} | chosen["rollout"],
             "rewards": ["episode_reward"],
             "credit": [{"advantages": "turn_leave_one_out"}],

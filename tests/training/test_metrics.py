@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxrl_llm.experience import Source
-from jaxrl_llm.training.metrics import constant_group_share, experience_metrics, reward_metrics
+from jaxrl_llm.training.metrics import constant_group_share, experience_metrics, reward_metrics, source_metrics
 
 
 def test_constant_groups_are_counted_among_those_that_are_there():
@@ -48,6 +48,17 @@ def test_rewards_are_seen_apart(rows):
     metrics = experience_metrics(scored, rows.weight, ["exact"])
     assert metrics["reward/exact"] == metrics["reward"]
     assert metrics["reward/exact_std"] == metrics["reward_std"] == pytest.approx(rewards.std())
+
+
+def test_sources_are_seen_apart(rows):
+    rewards = jnp.asarray([1.0, 1, 0, 1, 0, 0, 1, 1])
+    scored = rows.filled(rewards=rewards, correct=rewards * 0, source_id=jnp.asarray([0, 0, 0, 0, 1, 1, -1, 1]))
+    found = source_metrics(scored, jnp.ones(8).at[5].set(0), ["a", "b", "c"])
+    numbers = {name: [float(found[f"source/{one}/{name}"]) for one in "abc"] for name in ("share", "reward")}
+    assert numbers["share"] == pytest.approx([4 / 7, 2 / 7, 0])
+    assert numbers["reward"] == pytest.approx([3 / 4, 1 / 2, 0])
+    assert found["source/a/completion_tokens"] == pytest.approx(float(rows.length[:4].mean()))
+    assert found["source/a/correct_share"] == 0
 
 
 def test_what_a_tool_answers_is_no_token_of_the_policy(rows):

@@ -70,12 +70,16 @@ def min_form_advantages(
 ) -> Float[Array, "B T"]:
     """PURE: advantages from step rewards in the min form, with a leave-one-out baseline and a verifier at the end.
 
-        r*_k = softmax(-r / temperature)_k r_k,  o_i = sum_k r*_ik
-        token   r*_k -= tokens_k * sum_{j != i} o_j / sum_{j != i} length_j
-        step    r*_k -= mean_{j != i} o_j / steps_j
-        A_t = sum_{t' >= t} of r* (at the last token of each step) and c (v_i - mean_{j != i} v_j) (at the last token)
+        p_k = r_k exp(-r_k / temperature) / sum_j exp(-r_j / temperature)
+        o_i = sum_k p_k
 
-    with v_i = correct_i - 1.
+    of which the baseline is taken, over the other rows of the group:
+
+        token   p_k - tokens_k (sum_{j != i} o_j) / (sum_{j != i} length_j)
+        step    p_k - mean_{j != i} o_j / steps_j
+
+    It stands at the last token of each step; at the last token of the row c (v_i - mean_{j != i} v_j) joins it, and the
+    advantage of a token is the sum of what stands there and behind it, with v_i = correct_i - 1.
 
     Args:
       turn_rewards: score of each step, in [-1, 1].

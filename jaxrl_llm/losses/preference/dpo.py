@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, get_args
 
 import chex
@@ -13,9 +14,11 @@ from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import row_weight
 from jaxrl_llm.losses.preference.pairs import pairs_of
 from jaxrl_llm.losses.ratio import on_mask
-from jaxrl_llm.ranges import Positive, Range, ranged
+from jaxrl_llm.ranges import NonNegative, Positive, Range, Share, ranged
 
-Link = Literal["logistic", "robust", "hinge", "square"]
+Link = Literal["logistic", "robust", "hinge", "square", "exo", "discopop"]
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"]
+_SMOOTHED = ("logistic", "robust", "exo")
 
 
 @ranged
@@ -25,25 +28,40 @@ def dpo(
     group: Int[Array, "B"],
     preferred: Float[Array, "B"],
     mask: Float[Array, "B T"],
+    pair_weight: Float[Array, "B"] | None = None,
     *,
     beta: Positive = 0.1,
     label_smoothing: Annotated[float, Range(0, 0.5, open=")")] = 0.0,
     link: Link = "logistic",
     length_normalised: bool = False,
+    divergence: Divergence = "reverse_kl",
+    alpha: float = 0.5,
+    length_penalty: NonNegative = 0.0,
+    surplus: Share = 1.0,
+    gate_temperature: Positive = 0.05,
 ) -> Loss:
     """DPO: the better answer of a pair gains on the reference, the worse one loses.
 
-    With rho = sum_t(log pi - log pi_reference) of an answer and z = beta * (rho_better - rho_worse), for each pair
+    With rho = sum_t(log pi - log pi_reference) of an answer, s = rho and
+    z = beta * (s_better - s_worse) + length_penalty * (length_better - length_worse), for each pair
 
         logistic   x = -(1 - e) * log sigmoid(z) - e * log sigmoid(-z)
         robust     x = (-(1 - e) * log sigmoid(z) + e * log sigmoid(-z)) / (1 - 2 * e)
         hinge      x = max(0, 1 - z)
-        square     x = (rho_better - rho_worse - 1 / (2 * beta))^2
+        square     x = (s_better - s_worse - 1 / (2 * beta))^2
+        exo        x = KL([q, 1 - q] || [1 - e, e]),  q = sigmoid(z)
+        discopop   x = -(1 - g) * log sigmoid(z) + g * exp(-z),  g = sigmoid(z / gate_temperature)
 
     averaged over pairs. e is `label_smoothing`: above 0, logistic is conservative DPO, whose best margin is finite;
     robust takes e for the share of labels that are flipped and is an estimate of the loss on true ones that is right on
-    average (it may be negative). hinge is that of SLiC and RSO; square is IPO, whose authors train it on mean
-    log-ratios. Where the policy is the reference, a logistic pair costs log 2.
+    average (it may be negative); exo needs it above 0 (1e-3). hinge is that of SLiC and RSO; square is IPO, whose
+    authors train it on mean log-ratios. Where the policy is the reference, a logistic pair costs log 2.
+
+    Another divergence from the reference than the reverse KL has another score:
+
+        forward_kl       s = 1 - exp(-rho)
+        jensen_shannon   s = log 2 + log sigmoid(rho)
+        alpha            s = (exp((alpha - 1) rho) - 1) / (alpha - 1);  alpha -> 1 is the reverse, 0 the forward KL
 
     Args:
       logprobs: log-probability of each token under the current policy.
@@ -51,48 +69,104 @@ def dpo(
       group: id of the group each row belongs to; naming it keeps groups whole.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       mask: 0 on tokens that do not count, the row's weight on those that do.
+      pair_weight: factor of each row; a pair has the product of both, and is counted once whatever it is (WPO:
+        `off_policy_weight`).
       beta: units of reward a nat; small values let the policy go far.
-      label_smoothing: share of labels taken for wrong, below 1/2; of logistic and robust alone.
+      label_smoothing: share of labels taken for wrong, below 1/2; of logistic, robust and exo alone.
       link: from margin to loss.
-      length_normalised: rho is a mean over the tokens of an answer; beta is then some 10 to 50 times larger.
+      length_normalised: s is divided by the tokens of an answer; beta is then some 10 to 50 times larger.
+      divergence: as above.
+      alpha: of the divergence "alpha".
+      length_penalty: of a token, in units of z: pairs that are won by length count less (R-DPO, 0.01 to 0.05).
+      surplus: how much the tokens behind the length that both answers have count (LD-DPO, 0.5); 1 counts them in full.
+      gate_temperature: of discopop.
 
     Returns:
       The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` (pairs whose better answer has
-      the larger rho) and `margin` (z, or the gap of rho for square).
+      the larger s) and `margin` (z, or the gap of s for square).
 
     Raises:
-      ValueError: for an unknown link, a beta that is not positive, or a smoothing outside [0, 1/2), or that the link
-        has no use for.
+      ValueError: for an unknown link or divergence, numbers out of range, or a smoothing that the link has no use for.
 
     Reference: DPO (2305.18290); robust: (2403.00409); hinge: SLiC-HF (2305.10425), RSO (2309.06657); square: IPO
-      (2310.12036).
+      (2310.12036); exo: (2402.00856); discopop: (2406.08414); divergences: f-DPO (2309.16240); R-DPO (2403.19159);
+      LD-DPO (2409.06411); WPO (2406.11827).
     Certainty: verified
     """
     chex.assert_rank([logprobs, reference_logprobs, mask, group, preferred], [2, 2, 2, 1, 1])
     chex.assert_equal_shape([logprobs, reference_logprobs, mask])
-    if link not in get_args(Link):
-        raise ValueError(f"link is {link!r}; it must be one of {', '.join(get_args(Link))}")
-    if label_smoothing and link not in ("logistic", "robust"):
+    for name, value, known in (("link", link, Link), ("divergence", divergence, Divergence)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(known))}")
+    if label_smoothing and link not in _SMOOTHED:
         raise ValueError(f"label_smoothing is {label_smoothing}, which link {link!r} has no use for; leave it out")
+    if link == "exo" and not label_smoothing:
+        raise ValueError("link 'exo' has no finite value at label_smoothing 0; set it above 0, such as 1e-3")
     mask = mask.astype(jnp.float32)
     pairs = pairs_of(preferred, row_weight(mask), group)
-    rho = (on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))).sum(-1)
-    if length_normalised:
-        rho = rho / jnp.maximum((mask > 0).sum(-1), 1)
-    gap = pairs.gap(rho)
-    z = gap if link == "square" else beta * gap
-    match link:
-        case "hinge":
-            loss = jnp.maximum(0.0, 1 - z)
-        case "square":
-            loss = (gap - 1 / (2 * beta)) ** 2
-        case "robust":
-            right, wrong = -jax.nn.log_sigmoid(z), -jax.nn.log_sigmoid(-z)
-            loss = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-        case _:
-            loss = smoothed_logistic(z, label_smoothing)
+    ratios = on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))
+    length = (mask > 0).sum(-1).astype(jnp.float32)
+    if surplus < 1:
+        gap = pairs.of_both(surplus_sums(ratios, mask, surplus))
+    else:
+        score = score_of(ratios.sum(-1), divergence, alpha)
+        gap = pairs.gap(score / jnp.maximum(length, 1) if length_normalised else score)
+    z = gap if link == "square" else beta * gap + length_penalty * pairs.gap(length)
+    loss = linked(z, link, beta=beta, label_smoothing=label_smoothing, gate_temperature=gate_temperature)
+    if pair_weight is not None:
+        factor = jax.lax.stop_gradient(jnp.where(row_weight(mask) > 0, pair_weight.astype(jnp.float32), 0.0))
+        loss = loss * factor[:, None] * factor[None, :]
     metrics = {"preferred_share": (pairs.total(gap > 0), pairs.count), "margin": (pairs.total(z), pairs.count)}
     return Loss(pairs.total(loss), pairs.count, metrics)
+
+
+def linked(
+    z: Float[Array, "*B"], link: Link, *, beta: float, label_smoothing: float, gate_temperature: float
+) -> Float[Array, "*B"]:
+    """The loss of margins z by one of the links of `dpo`; of square, z is the gap of scores."""
+    e = label_smoothing
+    right, wrong = -jax.nn.log_sigmoid(z), -jax.nn.log_sigmoid(-z)
+    match link:
+        case "hinge":
+            return jnp.maximum(0.0, 1 - z)
+        case "square":
+            return (z - 1 / (2 * beta)) ** 2
+        case "robust":
+            return ((1 - e) * right - e * wrong) / (1 - 2 * e)
+        case "exo":
+            q = jax.nn.sigmoid(z)
+            return q * (-right - math.log1p(-e)) + (1 - q) * (-wrong - math.log(e))
+        case "discopop":
+            gate = jax.nn.sigmoid(z / gate_temperature)
+            return (1 - gate) * right + gate * jnp.exp(-z)
+        case _:
+            return smoothed_logistic(z, e)
+
+
+def score_of(rho: Float[Array, "B"], divergence: Divergence, alpha: float) -> Float[Array, "B"]:
+    """The implicit reward over beta, f'(exp(rho)) up to a constant, under a divergence from the reference."""
+    if divergence == "forward_kl" or (divergence == "alpha" and alpha == 0):
+        return 1 - jnp.exp(jnp.minimum(-rho, _LARGEST))
+    if divergence == "jensen_shannon":
+        return math.log(2) + jax.nn.log_sigmoid(rho)
+    if divergence == "alpha" and abs(alpha - 1) >= 1e-6:
+        return (jnp.exp(jnp.minimum((alpha - 1) * rho, _LARGEST)) - 1) / (alpha - 1)
+    return rho
+
+
+_LARGEST = 80.0  # exponent in float32
+
+
+def surplus_sums(ratios: Float[Array, "B T"], mask: Float[Array, "B T"], surplus: float) -> Float[Array, "B B"]:
+    """Sums of each row, with what lies behind the length that row and column both have weighted by `surplus`."""
+    counted = mask > 0
+    place = jnp.cumsum(counted, axis=1)
+    length = place[:, -1]
+    along = jnp.cumsum(jnp.where(counted, ratios, 0.0), axis=1)
+    common = jnp.minimum(length[:, None], length[None, :])
+    # The sum up to the token that is the n-th to count.
+    upto = jax.vmap(lambda p, s, n: jnp.where(n > 0, s[jnp.searchsorted(p, n)], 0.0))(place, along, common)
+    return upto + surplus * (along[:, -1:] - upto)
 
 
 def smoothed_logistic(z: Float[Array, "*B"], label_smoothing: float) -> Float[Array, "*B"]:

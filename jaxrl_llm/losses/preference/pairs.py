@@ -23,6 +23,10 @@ class Pairs(NamedTuple):
         """Score of the better answer less that of the worse one, 0 (with zero gradient) where the two are no pair."""
         return jnp.where(self.share > 0, scores[:, None] - scores[None, :], 0.0)
 
+    def of_both(self, scores: Float[Array, "B B"]) -> Float[Array, "B B"]:
+        """The same for scores that a row has in the company of another one: S_ij less S_ji."""
+        return jnp.where(self.share > 0, scores - scores.T, 0.0)
+
     def total(self, values: Float[Array, "B B"]) -> Float[Array, ""]:
         """Sum over the pairs, each with its weight."""
         return jnp.where(self.share > 0, self.share * values, 0.0).sum()

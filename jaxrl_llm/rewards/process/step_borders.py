@@ -33,8 +33,8 @@ def step_borders(
         blank_line      with an empty line
         sentence        with . ! ? in front of a blank
         closing_tag     with a tag such as </t>
-        tool_call       with </tool_call> or </call>
-        thought_switch  a step begins with words such as "Wait" or "Alternatively"
+        tool_call       with the closing tag of a call
+        thought_switch  a step begins with a word of doubt such as wait or alternatively
 
     A token belongs to the step in which its first byte lies, so a border within a token is one behind it. Text behind
     the last border is a step of its own; a completion without a border is one step.

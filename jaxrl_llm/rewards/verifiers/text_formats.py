@@ -19,8 +19,8 @@ def tag_format(
     completions: Sequence[str],
     *,
     grammar: Grammar = "think_answer",
-    think: tuple[str, str] = ("<think>", "</think>"),
-    answer: tuple[str, str] = ("<answer>", "</answer>"),
+    think_tags: tuple[str, str] = ("<think>", "</think>"),
+    answer_tags: tuple[str, str] = ("<answer>", "</answer>"),
 ) -> list[float]:
     """Whether the tags of thought and answer stand where they should.
 
@@ -34,8 +34,8 @@ def tag_format(
     Args:
       completions: decoded completions.
       grammar: which of the three.
-      think: tags around the thought; `<t>` and `</t>` in the built-in tasks.
-      answer: tags around the answer; `<a>` and `</a>` there.
+      think_tags: around the thought; `<t>` and `</t>` in the built-in tasks.
+      answer_tags: around the answer; `<a>` and `</a>` there.
 
     Returns:
       One number a row in [0, 1].
@@ -51,19 +51,20 @@ def tag_format(
     """
     if grammar not in get_args(Grammar):
         raise ValueError(f"grammar is {grammar!r}; it must be one of {', '.join(get_args(Grammar))}")
-    tags = (*think, *answer)
+    tags = (*think_tags, *answer_tags)
+    opened, closed, answered, ended = tags
 
     def verdict(text: str) -> float:
         if grammar == "think":
-            return float(text.startswith(think[0]) and text.count(think[0]) == 1 and think[1] in text)
+            return float(text.startswith(opened) and text.count(opened) == 1 and closed in text)
         if grammar == "tags":
-            lines = (f"{think[0]}\n", f"\n{think[1]}\n", f"\n{answer[0]}\n", f"\n{answer[1]}")
+            lines = (f"{opened}\n", f"\n{closed}\n", f"\n{answered}\n", f"\n{ended}")
             return sum(text.count(line) == 1 for line in lines) / 4
         text = text.strip()
-        if any(text.count(tag) != 1 for tag in tags) or not text.startswith(tags[0]) or not text.endswith(tags[3]):
+        if any(text.count(tag) != 1 for tag in tags) or not text.startswith(opened) or not text.endswith(ended):
             return 0.0
         places = [text.index(tag) for tag in tags]
-        between = text[places[1] + len(tags[1]) : places[2]]
+        between = text[places[1] + len(closed) : places[2]]
         return float(places == sorted(places) and not between.strip())
 
     return [verdict(text) for text in completions]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 
 import pytest
 
 from jaxrl_llm import rewards
+from jaxrl_llm.fields import TEXT
 from jaxrl_llm.rewards.verifiers.text_formats import INSTRUCTIONS
 
 THINK = "<think>\na\n</think>\n<answer>\n4\n</answer>"
-BUILT_IN = {"think": ("<t>", "</t>"), "answer": ("<a>", "</a>")}
+BUILT_IN = {"think_tags": ("<t>", "</t>"), "answer_tags": ("<a>", "</a>")}
 CALL = {"name": "search", "parameters": {"q": "a", "k": 5}}
 BOX = {"width": 100, "height": 120}
 NEAR = {"completions": ["[20, 30, 40, 60]"], "answers": ["[25, 25, 45, 50]"]}
@@ -375,6 +377,15 @@ def test_an_example(function, given, expected):
 def test_an_instruction(name, value, good, bad):
     assert INSTRUCTIONS[name](good, value)
     assert not INSTRUCTIONS[name](bad, value)
+
+
+def test_no_hyper_parameter_has_the_name_of_a_text():
+    """What names a text in the singular is called for each row."""
+    for name in rewards.__all__:
+        function = getattr(rewards, name)
+        if inspect.isfunction(function) and name != "checked_host_reward":
+            parameters = inspect.signature(function).parameters.values()
+            assert not TEXT & {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}, name
 
 
 def test_every_instruction_is_tested():

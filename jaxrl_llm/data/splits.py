@@ -1,0 +1,287 @@
+"""The problems of a run: splits that never overlap, of one data set or a weighted mixture of several.
+
+What is left out is counted by its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxrl_llm.data.jsonl import Fields, records_of, require_usable
+from jaxrl_llm.data.row_files import SPLITS, Row, stored
+from jaxrl_llm.data.row_templates import holds
+from jaxrl_llm.data.tasks.items import split_of
+
+
+@dataclass(frozen=True)
+class Refining:
+    """Which rows of a data set become problems; what is left out is counted.
+
+    Attributes:
+      where: conditions on the columns that rows have to meet, expressions of jinja2 such as "level|int < 3"; `body`,
+        `answer` and `response` are columns, too.
+      limit: training problems at most, the first ones; None takes all.
+      duplicates: "keep", or "drop" for prompts that an earlier row of the split has.
+      overlap: of splits: "error", "drop" for prompts of a split that stand in one that is measured on, or "keep".
+      unusable: rows without a prompt or an answer that can be read: "error", or "drop".
+    """
+
+    where: tuple[str, ...] = ()
+    limit: int | None = None
+    duplicates: Literal["keep", "drop"] = "keep"
+    overlap: Literal["error", "drop", "keep"] = "error"
+    unusable: Literal["error", "drop"] = "error"
+
+
+@dataclass(frozen=True)
+class ProblemSet(Sequence[dict[str, Any]]):
+    """Records of one split, read by index as from `DataSet`.
+
+    A record has `item_id` (number of its row, from 0), `body` (text of the prompt), `answer` and `response` (reference
+    completion), "" where there is none, `messages` (the prompt's conversation, where the rows have one), `raw` (the
+    row, whose columns are there for rewards), in a mixture `data_source` (name of its source), and `prefix` (solved
+    examples before the prompt) where there are any.
+
+    Attributes:
+      path: where they come from.
+      split: "train", "validation" or "test".
+      records: the records.
+      fingerprint: hash over the content, how it was read, and the split, for checkpoints.
+      dropped: rows that were left out, by reason.
+      sources: names of the sources of a mixture.
+      weights: their shares of the prompts of a step, up to a factor; empty where all records come equally often.
+    """
+
+    path: str
+    split: str
+    records: tuple[dict[str, Any], ...]
+    fingerprint: str
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.records[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self.records[index] for index in indices]
+
+
+def problem_sets(
+    path: str | Path,
+    fields: Fields,
+    *,
+    validation_path: str | Path | None = None,
+    test_path: str | Path | None = None,
+    refining: Refining = Refining(),
+) -> dict[str, ProblemSet]:
+    """The three splits of a user's data.
+
+    A split with a path of its own is that; one that the data set of `path` has by name is taken from there. Any other
+    is cut out of `path` by the hash of the prompt (8 of 10 train, 1 validation, 1 test), so that it stays the same when
+    rows are added or moved, and equal prompts share a split.
+
+    Args:
+      path: training data, and whatever has no path of its own; see `row_files`.
+      fields: which columns hold what.
+      validation_path: of the validation split.
+      test_path: of the test split.
+      refining: which rows are taken.
+
+    Raises:
+      ValueError: for data that are missing, rows that cannot be used (named), a split without any row, or a prompt
+        that stands in two splits.
+    """
+    found, named = stored(path)
+    read = {"train": _kept(f"{path}", *found.rows(named or "train"), fields, refining)}
+    places = {"train": str(path)}
+    for split, own in (("validation", validation_path), ("test", test_path)):
+        if own is not None:
+            other, of_it = stored(own)
+            read[split] = _kept(str(own), *other.rows(of_it or split), fields, refining)
+            places[split] = str(own)
+        elif named is None and (name := found.own(split)):
+            read[split] = _kept(f"{path}@{name}", *found.rows(name), fields, refining)
+            places[split] = f"{path}@{name}"
+    cut = [split for split in SPLITS if split not in read]
+    sets = {}
+    for split in SPLITS:
+        file, (records, digest, dropped) = places.get(split, places["train"]), read.get(split, read["train"])
+        if split in cut:
+            records = [each for each in records if split_of(prompt_key(each)) == split]
+        elif split == "train":
+            records = [each for each in records if split_of(prompt_key(each)) not in cut]
+        if not records:
+            raise ValueError(
+                f"no line of {file} falls into the {split} split, which is cut out of it by hash; add lines, or name a "
+                f"file of its own for this split"
+                if not dropped
+                else f"no row of {file} is left for the {split} split: {sum(dropped.values())} were left out "
+                f"({', '.join(dropped)}); take conditions out, or give more rows"
+            )
+        print_of = [digest, asdict(fields), split, cut if split in cut or split == "train" else []]
+        if refining != Refining():
+            print_of.append(asdict(refining))
+        fingerprint = hashlib.sha256(json.dumps(print_of).encode()).hexdigest()
+        of_file = dropped if split not in cut else {}
+        sets[split] = ProblemSet(file, split, tuple(records), fingerprint, dict(of_file))
+    return _limited(_disjoint(_distinct(sets, refining), refining.overlap), refining)
+
+
+def _kept(
+    path: str, rows: Sequence[Row], digest: str, fields: Fields, refining: Refining
+) -> tuple[list[dict[str, Any]], str, dict[str, int]]:
+    """(records of the rows that are taken, hash of them all, what was left out by reason)."""
+    records, problems = records_of(rows, fields)
+    if refining.unusable == "error":
+        require_usable(path, records, problems)
+    dropped = {"no prompt or answer that can be read": len(problems)} if problems else {}
+    for condition in refining.where:
+        met = []
+        for each in records:
+            try:
+                if holds(condition, each | each["raw"]):
+                    met.append(each)
+            except ValueError as error:
+                raise ValueError(f"row {each['item_id'] + 1} of {path}: the condition {error}") from None
+        if len(met) < len(records):
+            dropped[f"not {condition}"] = len(records) - len(met)
+        records = met
+    return records, digest, dropped
+
+
+def _distinct(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, ProblemSet]:
+    if refining.duplicates == "keep":
+        return sets
+    return {
+        split: _left(one, "duplicate prompt", {prompt_key(each): each["item_id"] for each in reversed(one.records)})
+        for split, one in sets.items()
+    }
+
+
+def _left(one: ProblemSet, reason: str, first: Mapping[str, int]) -> ProblemSet:
+    """Without records whose prompt another record stands for; `first` says which."""
+    kept = tuple(each for each in one.records if first.get(prompt_key(each), each["item_id"]) == each["item_id"])
+    gone = len(one.records) - len(kept)
+    return replace(one, records=kept, dropped={**one.dropped, reason: gone}) if gone else one
+
+
+def _disjoint(sets: dict[str, ProblemSet], overlap: str) -> dict[str, ProblemSet]:
+    if overlap == "keep":
+        return sets
+    if overlap == "error":
+        _require_disjoint(sets)
+        return sets
+    found, measured = dict(sets), {}
+    for split in sorted(sets, key=SPLITS.index, reverse=True):
+        found[split] = _left(sets[split], "prompt of another split", measured)
+        measured |= dict.fromkeys(map(prompt_key, sets[split].records), -1)
+        if not found[split].records:
+            raise ValueError(f"every prompt of {sets[split].path} ({split}) stands in another split; give others")
+    return found
+
+
+def _limited(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, ProblemSet]:
+    train, limit = sets["train"], refining.limit
+    if limit is None or len(train) <= limit:
+        return sets
+    dropped = {**train.dropped, f"beyond the limit of {limit}": len(train) - limit}
+    return sets | {"train": replace(train, records=train.records[:limit], dropped=dropped)}
+
+
+def _require_disjoint(sets: Mapping[str, ProblemSet]) -> None:
+    seen: dict[str, str] = {}
+    for split in filter(sets.__contains__, SPLITS):
+        held = {prompt_key(item): _place(item, sets[split]) for item in sets[split].records}
+        for key in held.keys() & seen.keys():
+            raise ValueError(
+                f"the prompt {key[:80]!r} stands in {seen[key]} and in {held[key]}; splits must not overlap: take it "
+                "out of one, or set data.overlap to drop, which takes it out of training"
+            )
+        seen |= held
+
+
+def _place(item: Mapping[str, Any], of: ProblemSet) -> str:
+    where = f"source {item['data_source']}" if "data_source" in item else f"line {item['item_id'] + 1} of {of.path}"
+    return f"{where} ({of.split})"
+
+
+def mixture(
+    parts: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]],
+    weights: Sequence[float] = (),
+    *,
+    overlap: Literal["error", "drop", "keep"] = "error",
+) -> dict[str, ProblemSet]:
+    """Several sources as one, whose records say where they come from (`data_source`).
+
+    The id of a record follows from its own in its source and from the number of sources, not from their sizes.
+
+    Args:
+      parts: name of a source -> its splits, the same of each; `ProblemSet`s or `DataSet`s.
+      weights: of the sources in training, in their order; empty takes all records equally often.
+      overlap: of the splits of different sources, as of `Refining`.
+
+    Raises:
+      ValueError: for splits that overlap.
+    """
+    sets = {}
+    for split in next(iter(parts.values())):
+        records, dropped, prints = [], {}, []
+        for place, (name, part) in enumerate(parts.items()):
+            one: Any = part[split]
+            records += [{**each, "item_id": each["item_id"] * len(parts) + place, "data_source": name} for each in one]
+            dropped |= {f"{name}: {reason}": count for reason, count in getattr(one, "dropped", {}).items()}
+            prints.append([name, one.fingerprint])
+        fingerprint = hashlib.sha256(json.dumps([list(weights), prints]).encode()).hexdigest()
+        path = f"a mixture of {', '.join(parts)}"
+        sets[split] = ProblemSet(path, split, tuple(records), fingerprint, dropped, tuple(parts), tuple(weights))
+    return _disjoint(sets, overlap)
+
+
+def with_examples(
+    sets: Mapping[str, Sequence[dict[str, Any]]],
+    count: int,
+    shown: Callable[[Mapping[str, Any]], str],
+    given: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, ProblemSet]:
+    """Problems with solved ones before their prompts, the same before all.
+
+    Args:
+      sets: splits, with a training split unless examples are given.
+      count: of the examples: training problems, the first by the hash of their prompts, which are not trained on then.
+      shown: record -> text of an example.
+      given: records of which the first are the examples instead.
+
+    Raises:
+      ValueError: for fewer than `count`.
+    """
+    of = list(sets["train"] if given is None else given)
+    if len(of) < count + (given is None):
+        raise ValueError(f"data.few_shot.examples is {count}, but there are only {len(of)} problems to take them from")
+    if given is None:
+        of.sort(key=lambda each: hashlib.sha256(prompt_key(each).encode()).digest())
+    prefix, keys, found = "".join(map(shown, of[:count])), {prompt_key(each) for each in of[:count]}, {}
+    for split, one in sets.items():
+        records = tuple({**each, "prefix": prefix} for each in one if prompt_key(each) not in keys)
+        gone = len(one) - len(records)
+        if gone and split != "train":
+            raise ValueError(f"{gone} problems of the {split} split are among the examples of data.few_shot.path")
+        known: Any = one
+        dropped = dict(getattr(one, "dropped", {})) | ({"shown as an example": gone} if gone else {})
+        fingerprint = hashlib.sha256(f"{known.fingerprint} {prefix}".encode()).hexdigest()
+        path = getattr(one, "path", "") or getattr(one, "directory", "")
+        found[split] = ProblemSet(path, split, records, fingerprint, dropped)
+    return found
+
+
+def prompt_key(item: Mapping[str, Any]) -> str:
+    """What makes two prompts the same: the text, or the whole conversation."""
+    return json.dumps(item["messages"], sort_keys=True) if "messages" in item else item["body"]

@@ -1,0 +1,178 @@
+"""Gated delta-net layers: a matrix a head that remembers, instead of keys and values of all tokens.
+
+    S_t = e^(g_t) S_(t-1) + k_t (beta_t (v_t - (e^(g_t) S_(t-1))^T k_t))^T,    o_t = S_t^T q_t
+
+Queries, keys and values go through a short convolution over the tokens of their row before. Padding changes neither
+the state nor what the convolution sees, wherever it stands: the tokens of a row are moved together first.
+
+Reference: Gated Delta Networks (arXiv 2412.06464); in chunks as in DeltaNet (arXiv 2406.06484).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.models.cache import Recurrent, empty_state
+from jaxrl_llm.models.layer_kinds import DeltaConfig
+from jaxrl_llm.models.projection import project
+from jaxrl_llm.parallel.rules import constrain
+
+# Tokens of a chunk, within which the state is not written out.
+CHUNK = 64
+_NORM_EPSILON = 1e-6
+# A state is a sum over all tokens before: its products are float32 on every machine.
+_product = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
+
+def delta_mixed(
+    params: Mapping[str, Any],
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    before: Recurrent | None,
+    delta: DeltaConfig,
+    *,
+    epsilon: float,
+) -> tuple[Float[Array, "B T D"], Recurrent]:
+    """What the layer adds to the residual stream, and what it remembers afterwards.
+
+    Args:
+      params: of the block.
+      x: normed input.
+      positions: -1 for padding.
+      before: what was remembered; None at the start of rows.
+      delta: sizes.
+      epsilon: of the norm of its outputs.
+    """
+    dtype, (rows, length, _) = x.dtype, x.shape
+    x, real = constrain(x, "rows", None, None), positions >= 0
+    order = None
+    if length > 1:
+        order = jnp.argsort(~real, axis=1, stable=True)
+        x, real = jnp.take_along_axis(x, order[..., None], axis=1), jnp.take_along_axis(real, order, axis=1)
+    x = jnp.where(real[..., None], x, 0)
+    mixed, gate = jnp.split(project(x, params["delta_in"]), [delta.mixed_width], axis=-1)
+    before = empty_state(rows, delta, dtype) if before is None else before
+    seen = jnp.concatenate([before.inputs, mixed.astype(before.inputs.dtype)], axis=1)
+    last = real.sum(axis=1)[:, None] + jnp.arange(delta.kernel - 1)
+    inputs = jnp.take_along_axis(seen, last[..., None, None], axis=1)
+
+    kernel, wide = params["delta_conv"][:, :, 0].astype(jnp.float32), seen.astype(jnp.float32)
+    mixed = jax.nn.silu(sum(wide[:, i : i + length] * kernel[..., i] for i in range(delta.kernel)))
+    queries, keys, values = jnp.split(mixed, [delta.key_width, 2 * delta.key_width], axis=-1)
+    queries, keys = _unit(queries) * delta.key_width**-0.5, _unit(keys)
+    values = values.reshape(*values.shape[:-1], delta.values_per_key, delta.value_width)
+    strength, rate = jnp.split(project(x, params["delta_gates"]).astype(jnp.float32), 2, axis=-1)
+    pace = jnp.exp(params["delta_decay"].astype(jnp.float32))
+    decay = -pace * jax.nn.softplus(rate + params["delta_rate"].astype(jnp.float32))
+    real = real[..., None, None]
+    arguments = queries, keys, values, jnp.where(real, decay, 0.0), jnp.where(real, jax.nn.sigmoid(strength), 0.0)
+    out, state = (recurrent_delta if length == 1 else chunked_delta)(*arguments, before.state)
+
+    gain, gate = params["delta_norm"].astype(jnp.float32), gate.reshape(out.shape).astype(jnp.float32)
+    out = out * jax.lax.rsqrt(jnp.mean(jnp.square(out), axis=-1, keepdims=True) + epsilon) * gain * jax.nn.silu(gate)
+    added = project(out.astype(dtype), params["delta_out"], inputs=3)
+    if order is not None:
+        added = jnp.take_along_axis(added, jnp.argsort(order, axis=1)[..., None], axis=1)
+    return constrain(added, "rows", "positions", None), Recurrent(inputs, state)
+
+
+def _unit(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + _NORM_EPSILON)
+
+
+def recurrent_delta(
+    queries: Float[Array, "B T K H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K G W"],
+    decay: Float[Array, "B T K G"],
+    strength: Float[Array, "B T K G"],
+    state: Float[Array, "B K G H W"],
+) -> tuple[Float[Array, "B T K G W"], Float[Array, "B K G H W"]]:
+    """(o, the last state) token by token: the definition.
+
+    Args:
+      queries, keys: q and k, float32 like the rest; G values share one.
+      values: v.
+      decay: g, at most 0.
+      strength: beta, in [0, 1]; with 0, and decay 0, a token changes nothing.
+      state: S before.
+    """
+
+    def step(state, token):
+        query, key, value, decay, strength = token
+        state = state * jnp.exp(decay)[..., None, None]
+        key, query = key[:, :, None, :, None], query[:, :, None, :, None]
+        correction = strength[..., None] * (value - jnp.sum(state * key, axis=-2))
+        state = state + key * correction[..., None, :]
+        return state, jnp.sum(state * query, axis=-2)
+
+    tokens = queries, keys, values, decay, strength
+    if queries.shape[1] == 1:
+        state, out = step(state, tuple(x[:, 0] for x in tokens))
+        return out[:, None], state
+    state, out = jax.lax.scan(step, state, tuple(x.swapaxes(0, 1) for x in tokens))
+    return out.swapaxes(0, 1), state
+
+
+def chunked_delta(
+    queries: Float[Array, "B T K H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K G W"],
+    decay: Float[Array, "B T K G"],
+    strength: Float[Array, "B T K G"],
+    state: Float[Array, "B K G H W"],
+    *,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B T K G W"], Float[Array, "B K G H W"]]:
+    """The same in products of matrices, the state written once a chunk.
+
+    Within a chunk the corrections u_i = beta_i (v_i - what the state says of k_i) solve a triangular system, with
+    c the running sum of the decay:
+
+        u_i + sum_(j < i) beta_i e^(c_i - c_j) (k_i . k_j) u_j = beta_i (v_i - e^(c_i) S^T k_i)
+
+    Args:
+      queries, keys, values, decay, strength, state: as for `recurrent_delta`.
+      chunk: tokens of a chunk.
+    """
+    batch, length = queries.shape[:2]
+    chunk = min(chunk, length)
+    count = -(-length // chunk)
+
+    def cut(x: Array, heads: int) -> Array:
+        """[B, T, heads, ...] as [N, B, heads, C, ...]; what is added at the end changes nothing."""
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2)])
+        x = jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x, 2, 2 + heads)
+
+    queries, keys = cut(queries, 1), cut(keys, 1)
+    values, decay, strength = cut(values, 2), cut(decay, 2), cut(strength, 2)
+    total = jnp.cumsum(decay, axis=-1)
+    earlier = jnp.tril(jnp.ones((chunk, chunk), bool))
+    between = jnp.exp(jnp.where(earlier, total[..., :, None] - total[..., None, :], -jnp.inf))
+    alike = _product("nbkih,nbkjh->nbkij", keys, keys)[:, :, :, None] * between * strength[..., None]
+    read = _product("nbkih,nbkjh->nbkij", queries, keys)[:, :, :, None] * between
+    known = (strength * jnp.exp(total))[..., None] * keys[:, :, :, None]
+    right = jnp.concatenate([strength[..., None] * values, known], axis=-1)
+    # The diagonal is not read.
+    solved = jax.lax.linalg.triangular_solve(alike, right, left_side=True, lower=True, unit_diagonal=True)
+    fresh, known = jnp.split(solved, [values.shape[-1]], axis=-1)
+
+    def over(state, part):
+        queries, keys, total, read, fresh, known = part
+        correction = fresh - _product("bkgih,bkghw->bkgiw", known, state)
+        asked = jnp.exp(total)[..., None] * queries[:, :, None]
+        out = _product("bkgih,bkghw->bkgiw", asked, state) + _product("bkgij,bkgjw->bkgiw", read, correction)
+        left = jnp.exp(total[..., -1:] - total)[..., None] * keys[:, :, None]
+        state = state * jnp.exp(total[..., -1])[..., None, None] + _product("bkgih,bkgiw->bkghw", left, correction)
+        return state, out
+
+    state, out = jax.lax.scan(over, state, (queries, keys, total, read, fresh, known))
+    out = jnp.moveaxis(jnp.moveaxis(out, 4, 2), 0, 1)
+    return out.reshape(batch, count * chunk, *out.shape[3:])[:, :length], state

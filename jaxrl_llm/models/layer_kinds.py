@@ -1,0 +1,103 @@
+"""Sizes of what some layers have instead of attention over heads of their own, or beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxrl_llm.ranges import Count, require_ranges
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Sizes of latent attention, see latent.py.
+
+    Attributes:
+      rank: width of the latent vector, of which keys and values are projections.
+      rope_width: width of the key that all heads share and that is rotated, and of that part of each query.
+      plain_width: width of the part of each query and key that is not rotated.
+      value_width: of one head's values.
+      query_rank: width that queries are projected from; None projects them from the residual stream.
+    """
+
+    rank: Count
+    rope_width: Count
+    plain_width: Count
+    value_width: Count
+    query_rank: Count | None = None
+
+    def __post_init__(self):
+        require_ranges(self, "model.latent")
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Sizes of gated delta-net layers, see delta.py, and which layers are such.
+
+    Attributes:
+      key_heads: heads of queries and keys.
+      value_heads: heads of values, each with a state of its own; a multiple of `key_heads`.
+      key_width: of one query or key.
+      value_width: of one value.
+      kernel: tokens that the convolution before them sees, the own one included.
+      pattern: which layers are such, repeated over the layers; the others are attention.
+    """
+
+    key_heads: Count
+    value_heads: Count
+    key_width: Count
+    value_width: Count
+    kernel: Count = 4
+    pattern: tuple[bool, ...] = (True, True, True, False)
+
+    def __post_init__(self):
+        require_ranges(self, "model.delta")
+        if self.value_heads % self.key_heads:
+            raise ValueError(
+                f"model.delta.value_heads is {self.value_heads}, which key_heads {self.key_heads} does not divide"
+            )
+        if not self.pattern:
+            raise ValueError("model.delta.pattern is empty; give one boolean a layer, or a pattern that repeats")
+
+    @property
+    def values_per_key(self) -> int:
+        """Value heads that share one head of queries and keys."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def mixed_width(self) -> int:
+        """Entries of one key head that the convolution goes over: a query, a key, and the values that share them."""
+        return 2 * self.key_width + self.values_per_key * self.value_width
+
+
+@dataclass(frozen=True)
+class GlobalConfig:
+    """Attention of the layers that are not windowed, where its heads are others than those of windowed layers.
+
+    Attributes:
+      head_width: of one head.
+      kv_heads: key/value heads.
+      values_are_keys: one projection makes both, which differ in norm and rotation alone.
+    """
+
+    head_width: Count
+    kv_heads: Count
+    values_are_keys: bool = False
+
+    def __post_init__(self):
+        require_ranges(self, "model.global_heads")
+
+
+@dataclass(frozen=True)
+class PerLayerConfig:
+    """Embeddings of a token for every layer: of the token itself, and projected from its embedding.
+
+    Attributes:
+      width: of each.
+      vocabulary_size: symbols that have them.
+    """
+
+    width: Count
+    vocabulary_size: Count
+
+    def __post_init__(self):
+        require_ranges(self, "model.per_layer")

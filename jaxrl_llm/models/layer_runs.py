@@ -1,0 +1,122 @@
+"""Layers that a loop can go over: runs of blocks that are alike, or of which every so many are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array
+
+from jaxrl_llm.models.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """One layer of a period.
+
+    Attributes:
+      stack: of its parameters.
+      in_stack: its number among the layers of the period that are of this stack.
+      routed: its number among those with experts; None without.
+      cache: what its cache is among, see `TransformerConfig.caches`.
+      first_cached: its number there in the first period.
+      caches: layers of a period that are there; 0 for a layer that reads what another one has written.
+    """
+
+    stack: str
+    in_stack: int
+    routed: int | None
+    cache: str
+    first_cached: int
+    caches: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """`repeats` periods of layers, one after the other.
+
+    Attributes:
+      start: number of the first layer.
+      repeats: how often the period stands there.
+      places: the layers of a period.
+      stacks: (first, number in a period) of the layers in each stack of parameters.
+      routed: the same among the layers with experts; None where no layer has any.
+    """
+
+    start: int
+    repeats: int
+    places: tuple[Place, ...]
+    stacks: dict[str, tuple[int, int]]
+    routed: tuple[int, int] | None
+
+    @property
+    def period(self) -> int:
+        """Layers of a period."""
+        return len(self.places)
+
+    def every(self, values: Sequence[Any]) -> list[list[Any]]:
+        """Of values for all layers those of each place."""
+        return [list(values[self.start + j :: self.period][: self.repeats]) for j in range(self.period)]
+
+    def cut(self, leaf: Array, layers: tuple[int, int]) -> Array:
+        """Of a stacked leaf what belongs to this run, one entry a period."""
+        first, count = layers
+        rows = self.repeats * count
+        leaf = leaf if (first, rows) == (0, leaf.shape[0]) else leaf[first : first + rows]
+        return leaf.reshape(self.repeats, count, *leaf.shape[1:])
+
+
+def layer_runs(config: TransformerConfig) -> list[Run]:
+    """The layers of a model, in as few loops as they allow."""
+    names, routed_from = config.stack_of_layer, 0
+    seen = dict.fromkeys(config.stacks, 0)
+    cached_in = cache_of_layer(config)
+    runs = []
+    for start, period, repeats in periods(names):
+        places, inside, in_cache = [], dict.fromkeys(seen, 0), [cached_in[start + j][0] for j in range(period)]
+        routed = 0
+        for j in range(period):
+            stack = names[start + j]
+            cache, number = cached_in[start + j]
+            has_experts = config.experts is not None and stack != "dense_blocks"
+            caches = 0 if "reading" in stack else in_cache.count(cache)
+            places.append(Place(stack, inside[stack], routed if has_experts else None, cache, number, caches))
+            inside[stack] += 1
+            routed += has_experts
+        stacks = {stack: (seen[stack], count) for stack, count in inside.items() if count}
+        runs.append(Run(start, repeats, tuple(places), stacks, (routed_from, routed) if routed else None))
+        seen = {stack: first + inside[stack] * repeats for stack, first in seen.items()}
+        routed_from += routed * repeats
+    return runs
+
+
+def cache_of_layer(config: TransformerConfig) -> list[tuple[str, int]]:
+    """(one of `TransformerConfig.caches`, number in there) of what each layer reads."""
+    places = {layer: (name, i) for name, layers in config.caches.items() for i, layer in enumerate(layers)}
+    last = {name: (name, len(layers) - 1) for name, layers in config.caches.items()}
+    kinds = [stack.replace("reading_", "") for stack in config.stack_of_layer]
+    return [places.get(layer) or last[kind] for layer, kind in enumerate(kinds)]
+
+
+def periods(names: Sequence[str]) -> list[tuple[int, int, int]]:
+    """(start, period, repeats) of stretches that follow one another, each as long as can be.
+
+    >>> periods("aaabaaabaa"), periods("aaabbb")
+    ([(0, 4, 2), (8, 1, 2)], [(0, 1, 3), (3, 1, 3)])
+    """
+    found, start = [], 0
+    while start < len(names):
+        best = (1, 1)
+        for period in range(1, (len(names) - start) // 2 + 1):
+            repeats = 1
+            while all(
+                start + repeats * period + j < len(names) and names[start + j] == names[start + repeats * period + j]
+                for j in range(period)
+            ):
+                repeats += 1
+            if repeats > 1 and repeats * period > best[0] * best[1]:
+                best = (period, repeats)
+        found.append((start, *best))
+        start += best[0] * best[1]
+    return found

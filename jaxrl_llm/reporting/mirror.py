@@ -1,0 +1,235 @@
+"""A run directory at an address of fsspec (`s3://`, `gs://`, `az://`, `memory://`, ...), kept as a copy of a local one.
+
+A run works in a directory of this machine: records are appended there, and orbax writes checkpoints there. What is
+whole goes to the address, in the background after each checkpoint and once more at the end. Records go before
+checkpoints, and the meta of a checkpoint after its arrays, so that whatever is there at any moment can be gone on from.
+Storage without appending, renaming or locks is enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.addresses import is_address, working_directory
+from jaxrl_llm.reporting.ownership import FILE, owned_place
+
+_STATE, _COPY = ".mirror.json", ".copy"  # what was sent, here; which working copy the address was written from, there
+_META = "meta/metadata"  # a checkpoint is whole when this is there
+
+
+class Mirror:
+    """An address and the local directory that it is a copy of.
+
+    Args:
+      address: of a run directory.
+      directory: the local one; `working_directory` of the address where left out.
+      say: is told when the address cannot be written to during a run.
+
+    Raises:
+      ValueError: for an address that fsspec has no package for, naming it.
+    """
+
+    def __init__(self, address: str, directory: Path | None = None, say: Callable[[str], Any] = print):
+        import fsspec
+
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(address, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"{address} cannot be reached: {error}; install what fsspec needs for it (gcsfs for gs://, s3fs for "
+                "s3://, adlfs for az://), or give a local directory"
+            ) from None
+        self.address, self.say = address.rstrip("/"), say
+        self.root = self.root.rstrip("/")
+        self.directory = working_directory(address) if directory is None else directory
+        self._at_work = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def there(self) -> dict[str, int]:
+        """Size of each file at the address by its name, without checkpoints whose meta is not there.
+
+        Raises:
+          ValueError: where the address cannot be reached.
+        """
+        try:
+            found = self.fs.find(self.root, detail=True)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # of the storage's own kinds
+            raise ValueError(
+                f"{self.address} cannot be reached: {_short(error)}; mend that, or give another place"
+            ) from error
+        sizes = {name[len(self.root) + 1 :]: int(info["size"]) for name, info in found.items()}
+        whole = {name.removesuffix(_META) for name in sizes if name.endswith(_META)}
+        return {
+            name: size
+            for name, size in sizes.items()
+            if name not in (FILE, _COPY) and (_step(name) is None or _step(name) in whole)
+        }
+
+    def started(self) -> bool:
+        """Whether a run is at the address."""
+        return "config.yaml" in self.there()
+
+    def fetch(self) -> None:
+        """Make the local directory what is at the address, unless the address was written from this very directory.
+
+        Then what is here is as new or newer, and nothing is fetched.
+
+        Raises:
+          ValueError: where there is no run.
+        """
+        there, sent = self.there(), {}
+        if "config.yaml" not in there and (self.directory / "config.yaml").is_file():
+            return  # it could not be brought there yet
+        if "config.yaml" not in there:
+            raise ValueError(f"{self.address} holds no run (there is no config.yaml); give the address of a run")
+        state = self._state()
+        with contextlib.suppress(FileNotFoundError):
+            if state["copy"] and self.fs.cat_file(f"{self.root}/{_COPY}").decode() == state["copy"]:
+                return
+        for name in self._local():
+            if name not in there:
+                (self.directory / name).unlink(missing_ok=True)
+        self._remove_empty()
+        for name, size in there.items():
+            file = self.directory / name
+            if not (file.is_file() and state["sent"].get(name) == _stamp(file) and file.stat().st_size == size):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(f"{self.root}/{name}", str(file.with_name(f".{file.name}.part")))
+                file.with_name(f".{file.name}.part").replace(file)
+            sent[name] = _stamp(file)
+        self._remember({"copy": "", "sent": sent})
+
+    def push(self) -> None:
+        """Bring what has changed to the address, and take away there what is gone here.
+
+        Raises:
+          OSError and others of the storage's: where it cannot be written; the next call goes on.
+        """
+        with self._at_work:
+            state = self._state()
+            if not state["copy"]:
+                state["copy"] = uuid.uuid4().hex
+                self._remember(state)
+                self.fs.makedirs(self.root, exist_ok=True)
+            names = self._local()
+            for name in names:
+                stamp = _stamp(self.directory / name)
+                if stamp is None or stamp == state["sent"].get(name):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # retention may have deleted it meanwhile
+                    self.fs.put_file(str(self.directory / name), f"{self.root}/{name}")
+                    state["sent"][name] = stamp
+            self.fs.pipe_file(f"{self.root}/{_COPY}", state["copy"].encode())
+            for name in sorted(state["sent"].keys() - set(names), key=lambda each: not each.endswith(_META)):
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.rm_file(f"{self.root}/{name}")
+                del state["sent"][name]
+            self._remember(state)
+
+    def push_later(self) -> None:
+        """`push` in the background, unless one is under way; where it fails that is said, and the next one goes on."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+
+        def work() -> None:
+            try:
+                self.push()
+            except Exception as error:
+                self.say(f"{self.address} cannot be written now ({_short(error)}); the run goes on, and tries again")
+
+        self._thread = threading.Thread(target=work, name="mirror", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def kept(self, *, beat: float = 15.0) -> Iterator[None]:
+        """Own the address for the length of a block, and bring everything there at its end, however it ends.
+
+        Raises:
+          OwnedError: when another process has it.
+          ConnectionError: where the address cannot be written at the end; what is here is whole.
+        """
+        self.fs.makedirs(self.root, exist_ok=True)
+        with owned_place(self.fs, f"{self.root}/{FILE}", self.address, say=self.say, beat=beat):
+            try:
+                yield
+            finally:
+                if self._thread is not None:
+                    self._thread.join()
+                try:
+                    self.push()
+                except Exception as error:
+                    raise ConnectionError(
+                        f"{self.address} cannot be written ({_short(error)}); the run is whole in {self.directory}: "
+                        f"jaxrl train --resume {self.address} on this machine brings it there"
+                    ) from error
+
+    def _local(self) -> list[str]:
+        """Names of local files in the order in which they are brought: records, arrays of checkpoints, their metas."""
+        found = []
+        for folder, folders, files in os.walk(self.directory):
+            folders[:] = [name for name in folders if "orbax-checkpoint-tmp" not in name]
+            at = Path(folder).relative_to(self.directory)
+            found += [(at / name).as_posix() for name in files if not name.startswith(".") or at != Path()]
+        return sorted(found, key=lambda name: (_step(name) is not None, name.endswith(_META), name))
+
+    def _remove_empty(self) -> None:
+        for folder, _, _ in os.walk(self.directory, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.directory / _STATE).read_text())
+        except (OSError, ValueError):
+            return {"copy": "", "sent": {}}
+
+    def _remember(self, state: dict[str, Any]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        part = self.directory / f"{_STATE}.part"
+        part.write_text(json.dumps(state))
+        part.replace(self.directory / _STATE)
+
+
+def local_copy(path: str | os.PathLike) -> Path:
+    """A local path as it is; of an address, the local directory with what is there now.
+
+    Raises:
+      ValueError: where there is no run.
+    """
+    if not is_address(path):
+        return Path(path)
+    mirror = Mirror(os.fspath(path))
+    mirror.fetch()
+    return mirror.directory
+
+
+def _step(name: str) -> str | None:
+    """The folder of a checkpoint that a file belongs to; None for another file.
+
+    >>> _step("checkpoints/20/state/d/1"), _step("metrics.jsonl")
+    ('checkpoints/20/', None)
+    """
+    folder, _, rest = name.partition("/")
+    step, inside, _ = rest.partition("/")
+    return f"{folder}/{step}/" if folder == "checkpoints" and inside and step.isdecimal() else None
+
+
+def _stamp(file: Path) -> list[int] | None:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -1,0 +1,159 @@
+"""A run at an address: what is there at any moment can be gone on from, by this machine or another."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import fsspec
+import pytest
+
+from jaxrl_llm import cli
+from jaxrl_llm.addresses import is_address, working_directory
+from jaxrl_llm.reporting.mirror import Mirror, local_copy
+from jaxrl_llm.reporting.ownership import OwnedError, owned_place
+
+
+@pytest.fixture
+def address():
+    memory = fsspec.filesystem("memory")
+    yield "memory://bucket/runs/demo"
+    if memory.exists("/bucket"):
+        memory.rm("/bucket", recursive=True)
+
+
+def write(directory, files):
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+
+
+def files(directory):
+    kept = [path for path in directory.rglob("*") if path.is_file() and path.name != ".mirror.json"]
+    return {path.relative_to(directory).as_posix(): path.read_text() for path in kept}
+
+
+RUN = {"config.yaml": "name: demo", "metrics.jsonl": '{"step": 1}\n', ".owner": "me"}
+CHECKPOINT = {"checkpoints/1/state/d/0": "arrays", "checkpoints/1/meta/metadata": "{}"}
+
+
+def test_another_machine_gets_what_was_brought_there(tmp_path, address):
+    here, there = Mirror(address, tmp_path / "here"), Mirror(address, tmp_path / "there")
+    write(here.directory, RUN | CHECKPOINT | {"checkpoints/2.orbax-checkpoint-tmp/state/d/0": "half"})
+    here.push()
+    there.fetch()
+    assert files(there.directory) == {n: t for n, t in (RUN | CHECKPOINT).items() if n != ".owner"}
+    # Records that grew, a checkpoint that retention deleted, and one that is new.
+    write(here.directory, {"metrics.jsonl": '{"step": 1}\n{"step": 2}\n', "checkpoints/2/meta/metadata": "{}"})
+    shutil.rmtree(here.directory / "checkpoints" / "1")
+    here.push()
+    write(there.directory, {"checkpoints/7/meta/metadata": "of a run that went another way"})
+    there.fetch()
+    assert files(there.directory).keys() == {"config.yaml", "metrics.jsonl", "checkpoints/2/meta/metadata"}
+    assert files(there.directory)["metrics.jsonl"].count("\n") == 2
+
+
+def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypatch):
+    here, there = Mirror(address, tmp_path / "here"), Mirror(address, tmp_path / "there")
+    write(here.directory, RUN | CHECKPOINT | {"checkpoints/2/state/d/0": "a", "checkpoints/2/meta/metadata": "{}"})
+    put, sent = here.fs.put_file, []
+
+    def broken(source, target, **settings):
+        sent.append(target.partition("/demo/")[2])
+        if target.endswith("2/meta/metadata"):
+            raise ConnectionError("the line is down")
+        return put(source, target, **settings)
+
+    monkeypatch.setattr(here.fs, "put_file", broken)
+    said = []
+    here.say = said.append
+    here.push_later()
+    here._thread.join()
+    assert re.search(r"demo cannot be written now \(ConnectionError: the line is down\); the run goes on", said[0])
+    # Records first, arrays, then the metas: another machine finds the checkpoint before.
+    assert sent[:2] == ["config.yaml", "metrics.jsonl"]
+    assert sent[2].endswith("d/0")
+    assert all(name.endswith("meta/metadata") for name in sent[4:])
+    there.fetch()
+    assert {name.split("/")[1] for name in files(there.directory) if "/" in name} == {"1"}
+    monkeypatch.setattr(here.fs, "put_file", put)
+    here.push()
+    there.fetch()
+    assert "checkpoints/2/meta/metadata" in files(there.directory)
+
+
+def test_what_could_not_be_brought_at_the_end_is_brought_by_the_next_start(tmp_path, address, monkeypatch):
+    mirror = Mirror(address, tmp_path / "here")
+    write(mirror.directory, RUN)
+    mirror.push()
+    put = mirror.fs.put_file
+
+    def broken(*_, **__):
+        raise OSError("503 Slow Down")
+
+    def trained():
+        with mirror.kept():
+            write(mirror.directory, CHECKPOINT)
+            monkeypatch.setattr(mirror.fs, "put_file", broken)
+
+    with pytest.raises(ConnectionError, match=r"503 Slow Down.*; the run is whole in .*here"):
+        trained()
+    monkeypatch.setattr(mirror.fs, "put_file", put)
+    again = Mirror(address, tmp_path / "here")
+    again.fetch()  # it was written from here, so what is here is newer
+    assert files(again.directory).keys() >= CHECKPOINT.keys()
+    with again.kept():
+        pass
+    other = Mirror(address, tmp_path / "other")
+    other.fetch()
+    assert files(other.directory).keys() >= CHECKPOINT.keys()
+
+
+def test_an_address_has_one_owner(address):
+    memory, name, said = fsspec.filesystem("memory"), "/bucket/.owner", []
+    with owned_place(memory, name, address, say=said.append, beat=0.02):
+        with (
+            pytest.raises(OwnedError, match=r"run directory memory://bucket/runs/demo belongs to process \d+ on"),
+            owned_place(memory, name, address, say=said.append, beat=0.02),
+        ):
+            pass
+        assert "without a word; waiting" in said[0]
+    assert not memory.exists(name)
+    memory.pipe_file(name, json.dumps({"host": "gone", "pid": 1, "beat": 7}).encode())
+    with owned_place(memory, name, address, say=said.append, beat=0.02):
+        assert b'"gone"' not in memory.cat_file(name)
+
+
+def test_what_is_no_run_is_refused(tmp_path, address, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert working_directory(address) == tmp_path / "jaxrl_llm/runs/memory/bucket/runs/demo"
+    assert local_copy(tmp_path) == tmp_path
+    assert not is_address(tmp_path)
+    with pytest.raises(ValueError, match="memory://bucket/runs/demo holds no run"):
+        local_copy(address)
+    with pytest.raises(ValueError, match="nowhere://a cannot be reached: Protocol not known: nowhere"):
+        Mirror("nowhere://a")
+
+
+@pytest.mark.slow
+def test_a_run_at_an_address_goes_on_on_another_machine(tmp_path, address, micro_config, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
+    tree = micro_config | {"warm_start": {"steps": 0}, "run_dir": address, "evaluation": {"problems": 4, "k": [1]}}
+    (tmp_path / "micro.json").write_text(json.dumps(tree))  # JSON is YAML
+    config = str(tmp_path / "micro.json")
+    assert cli.main(["train", config, "training.steps=3", "checkpoints.every_steps=2"]) == 0
+    assert "run directory: memory://bucket/runs/demo" in capsys.readouterr().out
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+    assert cli.main(["train", config, "training.steps=3"]) == 2
+    assert "is not empty: resume that run" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", address, "training.steps=5", "checkpoints.every_steps=2"]) == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "third"))
+    capsys.readouterr()
+    assert cli.main(["ckpt", "verify", address, "--json"]) == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)] == [3, 4, 5]
+    run = working_directory(address)
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+    assert (
+        cli.main(["eval", f"{address}/checkpoints/4", "--problems", "4", "--k", "1", "--out", str(tmp_path / "o")]) == 0
+    )
