@@ -29,12 +29,14 @@ def return_functional(
     """What each sample adds to a functional of its group's returns, minus the mean over the group.
 
         mean            u = r
-        lower_tail      u = min(r - q, 0) / share, with q the ceil(share * n)-th smallest return
-        upper_tail      u = max(r - q, 0) / share, with q the ceil(share * n)-th largest
-        exponential     u = exp(beta * r) / (beta * mean exp(beta * r))
-        mean_variance   u = r - lam * (r - mean)^2
+        lower_tail      u = min(r - q, 0) / share
+        upper_tail      u = max(r - Q, 0) / share
+        exponential     u = exp(beta * r) / (beta * e)
+        mean_variance   u = r - lam * (r - m)^2
         set_point       u = -|r - target|
-        A = u - mean u
+
+    and then A = u - mean u, over the n samples of a group: q is the return at place ceil(share * n) from below, Q that
+    from above, e the mean of exp(beta * r) and m that of r.
 
     lower_tail raises the conditional value at risk: a policy under it prefers what is safe. Of share * n <= 1 returns
     the tail has no difference: take n >= 2 / share samples.

@@ -148,7 +148,7 @@ def reach_aware(
     kappa: NonNegative = 1.0,
     gamma: Share = 1.0,
     lam: Share = 0.95,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B"]]:
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, ""]]:
     """Generalised advantages in which a completion that was cut off is worth what the most pessimistic critic says.
 
         least        V = min_k V_k
@@ -172,7 +172,7 @@ def reach_aware(
       gamma, lam: as of `gae`.
 
     Returns:
-      (advantages, returns, deviation of the critics behind each row's last token: NaN where it ended).
+      (advantages, returns, mean deviation of the critics behind completions that were cut, 0 where none was).
 
     Raises:
       ValueError: for an unknown form.
@@ -195,4 +195,5 @@ def reach_aware(
     advantages, returns = generalized_advantages(
         placed + gamma * behind, pessimistic(old_values), counted, gamma=gamma, lam=lam
     )
-    return advantages, returns, jnp.where(cut, value_scores.astype(jnp.float32).std(axis=-1), jnp.nan)
+    spread = jnp.where(cut, value_scores.astype(jnp.float32).std(axis=-1), 0.0)
+    return advantages, returns, spread.sum() / jnp.maximum(cut.sum(), 1)
