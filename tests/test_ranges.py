@@ -80,7 +80,9 @@ def test_every_number_of_a_config_is_refused_outside_of_its_range(key, annotatio
     needed = [f"{key.rpartition('.')[0]}.{name}={value}" for name, value in NEEDED.get(section, {}).items()]
     needed += ["model.rope_scaling.kind=yarn", "model.rope_scaling.factor=2"] * (section == "rope_scaling")
     needed += ["model.experts.count=2", "model.experts.per_token=1"] * (section == "experts")
-    needed += [f"data.sources.one.{'task.name=addition' if '.task.' in key else 'path=rows'}"] * (".sources." in key)
+    if ".sources." in key:
+        task = ["data.sources.one.task.name=addition", "data.sources.one.task.levels=[2]"]
+        needed += task if ".task." in key else ["data.sources.one.path=rows.jsonl"]
     for number in outside(range_of(annotation)):
         written = {math.inf: ".inf", math.nan: ".nan"}.get(number, str(number))
         written = f"[{written}]" if "tuple" in str(annotation) else written
