@@ -193,6 +193,7 @@ def progress_attribution(
     return jnp.where(taken, given, 0.0)
 
 
+@ranged
 def added_span_rewards(
     turn_rewards: Float[Array, "B S"],
     turn: Int[Array, "B T"],
