@@ -12,10 +12,8 @@ from jaxrl_llm.selection.allocation import next_rollouts, reward_half_width, rol
 from jaxrl_llm.selection.bandits import bandit
 from jaxrl_llm.selection.curricula import competence, easy_to_hard, growing_difficulty, has_plateaued, stage_slots
 from jaxrl_llm.selection.domains import deficit_shares, domain_aware, share_counts
-from jaxrl_llm.selection.pass_rates import by_pass_rate, informativeness, kept_by_two_maps, most_variable
-from jaxrl_llm.selection.topology import path_value, success_potential, topology_aware, topology_value, turn_keys
-from jaxrl_llm.selection.variance_sampling import distinct_pairs, variance_aware
 from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantages
+from jaxrl_llm.selection.informative_prompts import by_pass_rate, informativeness, kept_by_two_maps, most_variable
 from jaxrl_llm.selection.knapsack import knapsack_rollouts, mixed_probability, rollout_value, rollouts_for_signal
 from jaxrl_llm.selection.rehearsed import cycled_rows, near_perfect_groups
 from jaxrl_llm.selection.steered import steered_batch
@@ -30,6 +28,8 @@ from jaxrl_llm.selection.subsets import (
     row_uniforms,
     squared_correlation,
 )
+from jaxrl_llm.selection.topology import path_value, success_potential, topology_aware, topology_value, turn_keys
+from jaxrl_llm.selection.variance_sampling import distinct_pairs, variance_aware
 
 __all__ = [
     "Method",

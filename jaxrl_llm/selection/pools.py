@@ -1,9 +1,9 @@
 """Items by kind, and how items are drawn: what all selections with memory share.
 
-One meaning for all. Random numbers belong to an item's record and not to its place, so that prompts in another order are
-chosen alike. Where items are taken by turns, those that were learned from least often come first, in random order: an
-epoch ends when all of them had their turn. Ties are decided by a number made of the record. The choices of the step under way are
-not counted yet, so two steps that follow one another may share items.
+One meaning for all. Random numbers belong to an item's record and not to its place, so that prompts in another order
+are chosen alike. Where items are taken by turns, those that were learned from least often come first, in random order:
+an epoch ends when all of them had their turn. Ties are decided by a number made of the record. The choices of the step
+under way are not counted yet, so two steps that follow one another may share items.
 """
 
 from __future__ import annotations
@@ -86,7 +86,12 @@ def item_uniforms(key: Array, ids: np.ndarray) -> Float[Array, "I"]:
 
 
 def items_by_turns(
-    of_slot: Int[Array, "N"], of_item: Array, visits: Int[Array, "I"], key: Array, ids: np.ndarray, kinds: int
+    of_slot: Int[Array, "N"],
+    of_item: Array | np.ndarray,
+    visits: Int[Array, "I"],
+    key: Array,
+    ids: np.ndarray,
+    kinds: int,
 ) -> Int[Array, "N"]:
     """An item of each slot's kind: those learned from least often first, in random order, round and round.
 

@@ -47,8 +47,8 @@ def distinct_pairs(
 
 
 class Values(NamedTuple):
-    """What `variance_aware` remembers: the value of each item by its last visits (NaN for none), the values that prompts
-    are drawn by, visits, and the steps made."""
+    """What `variance_aware` remembers: the value of each item by its last visits (NaN for none), the values that
+    prompts are drawn by, visits, and the steps made."""
 
     latest: Float[Array, "I"]
     used: Float[Array, "I"]
@@ -71,8 +71,8 @@ def variance_aware(
         value_i = variance p_i (1 - p_i) + diversity distinct_pairs_i,    P_i = value_i / sum_j value_j
 
     floor(weighted_share N) prompts of a step are drawn with replacement by P; the others come by turns. Both kinds
-    alternate. The paper samples every prompt again at each refresh; here a value is that of the prompt's last visit, and
-    prompts without one count as the mean of the others. Where all values are 0 the draw is even.
+    alternate. The paper samples every prompt again at each refresh; here a value is that of the prompt's last visit,
+    and prompts without one count as the mean of the others. Where all values are 0 the draw is even.
 
     Args:
       records: of the data, one an item; filled from the run.

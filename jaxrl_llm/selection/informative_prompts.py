@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -42,8 +41,9 @@ def informativeness(
         mixed       1 - p^G - (1 - p)^G         chance that a group holds right and wrong samples
         band        1[low < p < high]           a filter; both ends are left out
 
-    `band` is RIF-RFT with low 0 (solved at least once), AceReason's late stage with high 1 (failed at least once), Guru's
-    filter with 0.1 and 0.9, Light-R1's with 0.2 and 0.625. NaN, a prompt without a rate, is worth what the best rate is.
+    `band` is RIF-RFT with low 0 (solved at least once), AceReason's late stage with high 1 (failed at least once),
+    Guru's filter with 0.1 and 0.9, Light-R1's with 0.2 and 0.625. NaN, a prompt without a rate, is worth what the best
+    rate is.
 
     Args:
       success: p.
@@ -133,8 +133,8 @@ def by_pass_rate(
       A `Selection`.
 
     Raises:
-      ValueError: as for `informativeness`; for a column that records do not have, a rate outside [0, 1] there, or a rate
-        of 0 without a column.
+      ValueError: as for `informativeness`; for a column that records do not have, a number outside [0, 1] there, or a
+        rate of 0 without a column.
 
     Reference: RIF-RFT (2507.05386); Guru (2506.14965); Light-R1 (2503.10460); AceReason-Nemotron 1.1 (2506.13284).
     Certainty: reconstructed
