@@ -104,6 +104,12 @@ METHODS = {
     "RLCR": ("rlcr",),
     "CURE": ("cure",),
     "SEC": ("sec",),
+    "Curricula": ("competence", "craft_gui", "curr_reft", "medcco", "power_law_replay", "qweb", "sari"),
+    "DADS": ("dads",),
+    "VAS": ("variance_aware_sampling",),
+    "Pass rates": ("acereason", "guru", "learnability", "rif_rft"),
+    "One-shot RLVR": ("one_shot_rlvr",),
+    "TopoCurate": ("topocurate",),
     "Co-Reward": ("co_reward",),
     "Verifiers": ("exact_match_f1", "format_think", "gui_g1", "light_if", "numeric_match", "ton"),
     "Gates": ("crm", "g_ra", "p_grpo", "sophia_trust", "videorft"),
@@ -119,6 +125,7 @@ METHODS = {
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
+WITHOUT_ARXIV |= {"competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",
     "policy loss",
@@ -340,15 +347,19 @@ def a_stage_trains(built: Parts, start: Any) -> None:
         assert np.abs(state.networks[name].params["head"]["weight"]).max() > 0
 
 
-# Arithmetic of rewards between the same losses: what it computes is in tests/rewards/test_cards.py.
-REWARDS_ALONE = {
+# Arithmetic of rewards, or a choice of prompts, between the same losses: what it computes is in tests/rewards/
+# test_cards.py and tests/selection/test_curricula_cards.py.
+NOT_TRACED = {
     name
-    for family in ("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps")
+    for family in (
+        *("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps"),
+        *("Curricula", "DADS", "VAS", "Pass rates", "One-shot RLVR", "TopoCurate"),
+    )
     for name in METHODS[family]
 } - {"clip_delta", "videorft"}
 
 
-@pytest.mark.parametrize("name", sorted(REWARDS_ALONE))
+@pytest.mark.parametrize("name", sorted(NOT_TRACED))
 def test_a_recipe_is_composed(name, micro):
     """Every name that it asks for is provided."""
     for built in stages_of(micro(name)):
@@ -359,7 +370,7 @@ def test_a_recipe_is_composed(name, micro):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in REWARDS_ALONE else name
+        pytest.param(name, marks=pytest.mark.slow) if name in NOT_TRACED else name
         for name in RECIPES
         if name not in AMONG_THE_FAST
     ],
