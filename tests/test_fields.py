@@ -21,6 +21,7 @@ from jaxrl_llm.fields import (
     Score,
     absent_value,
     check_shape,
+    is_written_text,
     kind_of,
     nearest,
     need_of,
@@ -31,7 +32,17 @@ from jaxrl_llm.fields import (
 from jaxrl_llm.signatures import names
 
 PACKAGE = Path(jaxrl_llm.__file__).parent
-NETWORKS = ("policy", "reference", "proxy", "teacher", "reward", *HEADS, *(f"{head}_target" for head in HEADS))
+NETWORKS = (
+    "policy",
+    "reference",
+    "proxy",
+    "teacher",
+    "reward",
+    "previous",
+    "guide",
+    *HEADS,
+    *(f"{head}_target" for head in HEADS),
+)
 VIEWS = ("answer", "mismatch")
 
 # ---- what public functions ask for ----------------------------------------------------------------------------------
@@ -57,7 +68,13 @@ HELPERS = {
 # What an entry of credit fills for one function alone, whose docstring says what it is.
 OF_ONE_FUNCTION = {
     *("conciseness", "difficulty", "high", "internal_confidence", "low", "middle", "patterns", "potentials", "quality"),
-    *("reference_rewards", "stated_confidence", "step_match", "test_passes"),
+    *("reference_rewards", "stated_confidence", "step_match", "test_passes", "rating_probs", "rubric"),
+    # votes and embeddings
+    *("agrees", "embedding", "labelled", "token_certainty", "voter"),
+    # of steps and turns
+    *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),
+    # of pairs
+    *("calibration", "log_collision", "pair_weight", "reward_shift", "win_share"),
 }
 ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewards, schedules, selection)}
 
@@ -65,7 +82,7 @@ ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewa
 def is_known(name: str) -> bool:
     """Whether the table or a rule says what a name means."""
     by_rule = score_named(name, NETWORKS, VIEWS) is not None or name in {f"{view}_mask" for view in VIEWS}
-    return name in FIELDS or by_rule or name in OF_ONE_FUNCTION
+    return name in FIELDS or by_rule or name in OF_ONE_FUNCTION or is_written_text(name)
 
 
 def unknown_names(function) -> set[str]:

@@ -102,8 +102,9 @@ def answered(reading: Reading, data: Mapping[str, Any], *, rows: int, names: Seq
 
 
 def called_by_row(function: Callable[..., Any]) -> bool:
-    """Whether a function is called for one row at a time: it names text in the singular."""
-    return bool(_ONE_ROW & set(inspect.signature(function).parameters))
+    """Whether a function is called for one row at a time: it names text in the singular as data."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name in _ONE_ROW for p in parameters if p.kind is not p.KEYWORD_ONLY)
 
 
 def _part(returned: Any, name: str, place: int, names: Sequence[str]) -> Any:

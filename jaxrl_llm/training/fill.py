@@ -203,8 +203,13 @@ def _kept(term: Fill, rows: Experience, filled: dict[str, Any], work: Work) -> W
         if name.startswith(METRIC):
             report[name] = _logged(name, jnp.asarray(array, jnp.float32), term, rows)
         else:
-            rows = _with(rows, name, array, term)
+            rows = _with(_rated(rows, array) if name == "rewards" else rows, name, array, term)
     return {"rows": rows, "report": report}
+
+
+def _rated(rows: Experience, rewards: Array) -> Experience:
+    """Rows of which those that no reward applies to (NaN) are absent."""
+    return replace(rows, weight=jnp.where(jnp.isnan(rewards), 0.0, rows.weight))
 
 
 def _logged(name: str, array: Array, term: Fill, rows: Experience) -> Array:
@@ -224,6 +229,8 @@ def _with(rows: Experience, name: str, array: Any, term: Fill) -> Experience:
     """Rows that know a name; a number of a row that may be one of its tokens is that of each of them."""
     array = jax.lax.stop_gradient(jnp.asarray(array))
     check_shape(array, name, term.name, rows)
+    if name == "rewards":
+        array = jnp.where(jnp.isnan(array), 0.0, array)
     if kind_of(name) == "either" and name in FIELDS and array.ndim == 1:
         array = jnp.where(rows.mask > 0, array[:, None], 0.0)
     return rows.filled(**{name: array})

@@ -339,3 +339,11 @@ def test_an_entry_may_fill_numbers_that_are_logged(bigram, make_prompts):
 def test_what_is_logged_is_a_number_or_one_a_row(bigram, rows):
     with pytest.raises(ValueError, match=r"metric/wide .* returned shape \(8, 6\); what is logged is one number"):
         credited(bigram, rows, Fill("metric/wide", lambda tokens: tokens, "wide"))
+
+
+def test_rows_whose_filled_reward_does_not_apply_are_absent(bigram, rows):
+    count = rows.tokens.shape[0]
+    some = jnp.arange(count, dtype=jnp.float32).at[1].set(jnp.nan)
+    after = credited(bigram, rows, ("rewards", lambda tokens: some)).rows
+    np.testing.assert_array_equal(after["rewards"], jnp.nan_to_num(some))
+    np.testing.assert_array_equal(after.weight, jnp.asarray(rows.weight).at[1].set(0.0))

@@ -79,7 +79,8 @@ def dno(
 ) -> Loss:
     """DNO: log-ratios to the policy of the last round are regressed on win rates, pair by pair of a group.
 
-        p = sigmoid(r_1 - r_2),  z = eta * (gap(log pi) - gap(log pi_previous))
+        p = sigmoid(r_1 - r_2)
+        z = eta * (gap(log pi) - gap(log pi_previous))
         x = -p log sigmoid(z) - (1 - p) log sigmoid(-z)
 
     averaged over the pairs of each group. Its best policy is proportional to pi_previous * exp(r / eta).
@@ -221,7 +222,8 @@ def token_guided(
 ) -> Loss:
     """TGDPO: DPO whose tokens count by what a token-level reward model says of them.
 
-        g_t = beta * (log pi_guide - log pi_reference),  rho_t = log pi - log pi_reference
+        g_t = beta * (log pi_guide - log pi_reference)
+        rho_t = log pi - log pi_reference
         x = -log sigmoid( beta sum_t (1 + alpha g_t) rho_t [better] - beta sum_t (1 - alpha g_t) rho_t [worse] )
 
     averaged over pairs. Tokens of the worse answer that the guide likes are pushed down less. Weights may be negative.

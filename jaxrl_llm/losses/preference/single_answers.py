@@ -103,7 +103,8 @@ def binary_classifier(
 ) -> Loss:
     """BCO on single answers: the log-ratio to the reference is the logit of a classifier of good and bad.
 
-        good   x = -log sigmoid(beta * rho - d);   bad   x = -log sigmoid(-(beta * rho - d))
+        good   x = -log sigmoid(beta * rho - d)
+        bad    x = -log sigmoid(-(beta * rho - d))
 
     averaged over answers, with d the running mean of beta * rho that `running_shift` fills in.
 
@@ -137,7 +138,8 @@ def binary_classifier(
 def running_shift(*, beta: Positive = 0.1) -> Method:
     """The running mean of beta * rho over all answers so far, this batch included: the shift of `binary_classifier`.
 
-        d <- d + (mean of the batch - d) * n / (N + n),   N <- N + n
+        d <- d + (mean of the batch - d) * n / (N + n)
+        N <- N + n
 
     Args:
       beta: that of the loss.

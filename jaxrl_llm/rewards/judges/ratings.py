@@ -64,7 +64,7 @@ def judge_rating(
     """
     if lowest >= highest:
         raise ValueError(f"highest is {highest}, but lowest {lowest}; ratings need a range")
-    require_fields(template, {"prompt", "completion", "answer", "lowest", "highest"})
+    require_fields(template, prompt="", completion="", answer="", lowest="", highest="")
 
     def questions(prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> list[str]:
         return [
@@ -199,7 +199,7 @@ def judge_rubric(
     Certainty: recalled
     """
     asked = asked_judge(judge, votes)
-    require_fields(template, {"prompt", "completion", "criterion"})
+    require_fields(template, prompt="", completion="", criterion="")
 
     def met(text: str) -> bool | None:
         found = (parsed_object(text) or {}).get("met")
@@ -300,10 +300,10 @@ def consistent_criteria(
     return rate, rate >= least_rate
 
 
-def require_fields(template: str, known: set[str]) -> None:
+def require_fields(template: str, **known: str) -> None:
     """Raises ValueError for a template that has fields other than these."""
     try:
-        template.format(**dict.fromkeys(known, ""))
+        template.format(**known)
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
             f"template cannot be filled ({type(error).__name__}: {error}); it may name {', '.join(sorted(known))} in "

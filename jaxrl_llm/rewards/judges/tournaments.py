@@ -161,7 +161,7 @@ def judge_tournament(
     if scheme not in get_args(Scheme):
         raise ValueError(f"scheme is {scheme!r}; it must be one of {', '.join(get_args(Scheme))}")
     asked = asked_judge(judge, 1)
-    require_fields(template, {"prompt", "first", "second"})
+    require_fields(template, prompt="", first="", second="")
 
     def points(text: str) -> tuple[float, float]:
         found = parsed_object(text) or {}

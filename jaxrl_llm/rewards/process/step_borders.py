@@ -32,7 +32,7 @@ def step_borders(
         line            a step ends with a line
         blank_line      with an empty line
         sentence        with . ! ? in front of a blank
-        closing_tag     with a tag such as </t>
+        closing_tag     with any closing tag
         tool_call       with the closing tag of a call
         thought_switch  a step begins with a word of doubt such as wait or alternatively
 
