@@ -110,6 +110,7 @@ METHODS = {
     "Pass rates": ("acereason", "guru", "learnability", "rif_rft"),
     "One-shot RLVR": ("one_shot_rlvr",),
     "TopoCurate": ("topocurate",),
+    "Templates": ("ppe", "prompt_augmentation", "re2"),
     "Co-Reward": ("co_reward",),
     "Verifiers": ("exact_match_f1", "format_think", "gui_g1", "light_if", "numeric_match", "ton"),
     "Gates": ("crm", "g_ra", "p_grpo", "sophia_trust", "videorft"),
@@ -137,6 +138,7 @@ STAGES = {
     "sampling",
     "multi-turn",
     "preference loss",
+    "prompt",
     "reward",
     "reward model",
 }
@@ -193,6 +195,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
     if tree.get("data", {}).get("selection"):  # several arms
         chosen, longest_prompt = {**chosen, "levels": [1, 2]}, longest_prompt + 2
+    for text in tree.get("data", {}).get("templates", {}).values():
+        longest_prompt = max(longest_prompt, len(text) + 10 * text.count("{body}"))
     rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
     rollout |= {"max_completion_tokens": longest + hint}
     if "environment" in tree:
@@ -353,7 +357,7 @@ NOT_TRACED = {
     name
     for family in (
         *("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps"),
-        *("Curricula", "DADS", "VAS", "Pass rates", "One-shot RLVR", "TopoCurate"),
+        *("Curricula", "DADS", "VAS", "Pass rates", "One-shot RLVR", "TopoCurate", "Templates"),
     )
     for name in METHODS[family]
 } - {"clip_delta", "videorft"}
