@@ -104,7 +104,16 @@ METHODS = {
     "RLCR": ("rlcr",),
     "CURE": ("cure",),
     "SEC": ("sec",),
-    "Curricula": ("competence", "craft_gui", "curr_reft", "medcco", "power_law_replay", "qweb", "sari"),
+    "Curricula": (
+        "annealed_hints",
+        "competence",
+        "craft_gui",
+        "curr_reft",
+        "medcco",
+        "power_law_replay",
+        "qweb",
+        "sari",
+    ),
     "DADS": ("dads",),
     "VAS": ("variance_aware_sampling",),
     "Pass rates": ("acereason", "guru", "learnability", "rif_rft"),
@@ -126,7 +135,7 @@ METHODS = {
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
-WITHOUT_ARXIV |= {"competence", "learnability", "power_law_replay"}
+WITHOUT_ARXIV |= {"annealed_hints", "competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",
     "policy loss",

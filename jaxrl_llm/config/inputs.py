@@ -119,9 +119,10 @@ class DataConfig(RowsConfig):
       sources: a mixture, by name, in place of `path` and of section task. Metrics are told for each source.
       overlap: a prompt that stands in two splits is an "error", or is taken out of training, "drop", and counted.
       few_shot: solved problems before every prompt.
-      templates: several wordings of every prompt, name -> text with `{body}`, as often as it is to be read. Training
-        has each problem once in every one of them, as problems of their own, and metrics for each; a selection may tell
-        them apart (bandit: {arms: template}). Evaluations have the first.
+      templates: several wordings of every prompt, name -> text with `{body}`, as often as it is to be read, and columns
+        of the row as in jinja2, such as `{body} Hint: {{ hint }}`. Training has each problem once in every one of them,
+        as problems of their own, and metrics for each; a selection may tell them apart (bandit: {arms: template}).
+        Evaluations have the first.
       prompts: with a checkpoint's tokenizer: "chat" renders its chat template, "plain" the prompt format alone.
       prompt_format: text of the prompt (of the last user message in a chat) with `{body}` where the problem goes.
       system_prompt: first message of a chat.

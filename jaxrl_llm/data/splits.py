@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from jaxrl_llm.data.jsonl import Fields, records_of, require_usable
 from jaxrl_llm.data.prompts import require_place
 from jaxrl_llm.data.row_files import SPLITS, Row, stored
-from jaxrl_llm.data.row_templates import holds
+from jaxrl_llm.data.row_templates import holds, is_template, rendered
 from jaxrl_llm.data.tasks.items import split_of
 
 
@@ -292,10 +292,11 @@ def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapp
 
     Args:
       sets: splits.
-      templates: name -> text with `{body}` where the prompt goes, as often as it is to be read.
+      templates: name -> text with `{body}` where the prompt goes, as often as it is to be read, and columns of the
+        record as in jinja2, such as a hint.
 
     Raises:
-      ValueError: for a text without a place for the prompt.
+      ValueError: for a text without a place for the prompt, or a column that a record does not have.
     """
     for name, text in templates.items():
         require_place(f"data.templates.{name}", text)
@@ -307,7 +308,9 @@ def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapp
         for each in one:
             for place, name in enumerate(names):
                 own = {"item_id": each["item_id"] * len(templates) + place, "template": name}
-                own |= {"wording": templates[name]} | ({} if sources else {"data_source": name})
+                text = templates[name]
+                wording = rendered(text, {**each, **each.get("raw", {})}) if is_template(text) else text
+                own |= {"wording": wording} | ({} if sources else {"data_source": name})
                 records.append({**each, **own})
         fingerprint = hashlib.sha256(f"{known.fingerprint} {json.dumps(list(templates.items()))}".encode()).hexdigest()
         path = getattr(one, "path", "") or getattr(one, "directory", "")

@@ -42,6 +42,8 @@ def test_a_prompt_comes_once_in_every_template_and_evaluations_have_the_first(tm
     batch = prompt_batches(train, TOKENIZER, prompts_per_step=8, max_prompt_tokens=64, max_answer_tokens=8, seed=0)[0]
     told = [train.sources[number] for number in np.asarray(batch.prompts.fields["source_id"])]
     assert told == [item["template"] for item in batch.items]
+    hinted = with_templates(given, {"plain": "{body}", "hint": "{body} of level {{ level }}"})["train"][1]
+    assert TOKENIZER.decode(TOKENIZER.prompt_ids(hinted)) == f"<bos>{one['body']} of level {one['raw']['level']}\n"
     with pytest.raises(ValueError, match=r"data.templates.empty 'no place' has no place for the prompt"):
         with_templates(given, {"empty": "no place"})
 
