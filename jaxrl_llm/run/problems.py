@@ -61,8 +61,10 @@ def data_sets(
         sets: Any = data.mixture(parts, [one.weight for one in own.sources.values() if one.weight], overlap=overlap)
     else:
         sets = _source(config, own, config.task, read, overlap)
-    found = {split: sets[split] for split in splits}
-    return data.with_templates(found, own.templates) if own.templates else found
+    found: Any = {split: sets[split] for split in splits}
+    if own.templates:
+        found = data.with_templates(found, own.templates)
+    return found
 
 
 def _source(
