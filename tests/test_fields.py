@@ -40,10 +40,12 @@ NETWORKS = (
     "reward",
     "previous",
     "guide",
+    "process",
+    "progress",
     *HEADS,
     *(f"{head}_target" for head in HEADS),
 )
-VIEWS = ("answer", "mismatch")
+VIEWS = ("answer", "mismatch", "plain")
 
 # ---- what public functions ask for ----------------------------------------------------------------------------------
 
@@ -78,6 +80,8 @@ OF_ONE_FUNCTION = {
     *("reference_rewards", "stated_confidence", "step_match", "test_passes", "rating_probs", "rubric"),
     # votes and embeddings
     *("agrees", "embedding", "labelled", "token_certainty", "voter"),
+    *("continuations", "contributions", "drawn_turns", "durations", "grounded", "milestones", "successes", "trained"),
+    "turn_factors",
     # of steps and turns
     *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),
     # of pairs

@@ -39,7 +39,7 @@ RECIPES = sorted(FILES.keys() - {"base"})
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble"}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -131,6 +131,9 @@ METHODS = {
     "Steps": ("clip_delta", "pbrs", "verpo"),
     "Votes": ("ttrl", "ttrv", "empo", "evol_rl", "trapo"),
     "Certainty": ("intuitor", "entropy_minimisation", "urlvr"),
+    "Likelihood": ("jepo", "likelihood_rewards", "rlp", "rlpr", "rmt"),
+    "Step models": ("process_reward_model", "spa_rl"),
+    "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
@@ -169,6 +172,7 @@ UNSOLVED = {"sorting"}
 JUDGED: dict[str, Any] = {
     "pairs": lambda one, other: {"chosen": str(one + other), "rejected": str(one)},
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
+    "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
 }
 
 
@@ -361,15 +365,15 @@ def a_stage_trains(built: Parts, start: Any) -> None:
 
 
 # Arithmetic of rewards, or a choice of prompts, between the same losses: what it computes is in tests/rewards/
-# test_cards.py and tests/selection/test_curricula_cards.py.
+# test_cards.py, tests/selection/test_curricula_cards.py and the tests of its family.
 NOT_TRACED = {
     name
     for family in (
-        *("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps"),
+        *("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps", "Likelihood", "Distributions"),
         *("Curricula", "DADS", "VAS", "Pass rates", "One-shot RLVR", "TopoCurate", "Templates"),
     )
     for name in METHODS[family]
-} - {"clip_delta", "videorft"}
+} - {"clip_delta", "videorft", "rlp", "slim"}
 
 
 @pytest.mark.parametrize("name", sorted(NOT_TRACED))
@@ -404,7 +408,7 @@ def a_stage_is_traced(built: Parts) -> None:
         assert count == c.plan.samples * (4 + c.plan.extra_groups(4))
         assert rows["rewards"].shape == rows["correct"].shape == (count,)
     for term in c.credit:
-        for filled in term.names:
+        for filled in (name for name in term.names if not name.startswith("metric/")):
             assert rows[filled].shape[0] == count
     # A loss names what the policy that learns says, or what the rows know.
     known = set(rows.known()) | {"logprobs", "entropy", "values", "over_vocabulary", *c.learning}

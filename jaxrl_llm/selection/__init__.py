@@ -16,6 +16,7 @@ from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantag
 from jaxrl_llm.selection.informative_prompts import by_pass_rate, informativeness, kept_by_two_maps, most_variable
 from jaxrl_llm.selection.knapsack import knapsack_rollouts, mixed_probability, rollout_value, rollouts_for_signal
 from jaxrl_llm.selection.rehearsed import cycled_rows, near_perfect_groups
+from jaxrl_llm.selection.spread import drawn_turns, spread_filter
 from jaxrl_llm.selection.steered import steered_batch
 from jaxrl_llm.selection.subsets import (
     balanced_groups,
@@ -44,6 +45,7 @@ __all__ = [
     "deficit_shares",
     "distinct_pairs",
     "domain_aware",
+    "drawn_turns",
     "easy_to_hard",
     "extreme_rewards",
     "extreme_samples",
@@ -68,6 +70,7 @@ __all__ = [
     "rollouts_for_signal",
     "row_uniforms",
     "share_counts",
+    "spread_filter",
     "squared_correlation",
     "stage_slots",
     "steered_batch",
