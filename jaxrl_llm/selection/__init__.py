@@ -10,6 +10,7 @@ from jaxrl_llm.experience import Method
 from jaxrl_llm.selection.adaptive_sampling import balanced_samples, finished_prompts
 from jaxrl_llm.selection.allocation import next_rollouts, reward_half_width, rollout_priority
 from jaxrl_llm.selection.bandits import bandit
+from jaxrl_llm.selection.fresh_pairs import acceptance_probability, best_and_worst, rejection_sampled
 from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantages
 from jaxrl_llm.selection.knapsack import knapsack_rollouts, mixed_probability, rollout_value, rollouts_for_signal
 from jaxrl_llm.selection.rehearsed import cycled_rows, near_perfect_groups
@@ -28,10 +29,12 @@ from jaxrl_llm.selection.subsets import (
 
 __all__ = [
     "Method",
+    "acceptance_probability",
     "balanced_groups",
     "balanced_samples",
     "bandit",
     "best_and_random",
+    "best_and_worst",
     "complete_samples",
     "cycled_rows",
     "extreme_rewards",
@@ -44,6 +47,7 @@ __all__ = [
     "nonconstant_groups",
     "nonzero_advantages",
     "one_success_one_failure",
+    "rejection_sampled",
     "resampled",
     "reward_half_width",
     "rollout_priority",
