@@ -152,6 +152,10 @@ _EXAMPLES = {
     "score": ("score runs/demo --file lines.jsonl", "score MODEL_DIR --file lines.jsonl --dtype bfloat16"),
     "import": ("import MODEL_DIR", "import Qwen/Qwen3-0.6B models/qwen3 --dtype bfloat16"),
     "export": ("export runs/demo exported", "export runs/demo/checkpoints/120 exported --dtype bfloat16"),
+    "merge": (
+        "merge runs/a runs/b --out merged --weights 0.7,0.3",
+        "merge runs/dpo --base MODEL_DIR --method task --weights 1.5 --out further",
+    ),
     "ckpt list": ("ckpt list runs/demo", "ckpt list runs/demo --json"),
     "ckpt verify": ("ckpt verify runs/demo", "ckpt verify runs/demo/checkpoints/120"),
     "ckpt prune": ("ckpt prune runs/demo --keep 2", "ckpt prune runs/demo --keep 1 --keep-every 100"),
@@ -203,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         add_report,
         _add_sample,
         _add_model_files,
+        _add_merge,
         _add_lists,
         _add_previews,
     ):
@@ -323,6 +328,27 @@ def _add_model_files(command: Command) -> None:
     export.add_argument("out", metavar="DIR", help="new directory")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
     export.add_argument("--adapters", action="store_true", help="the adapters of section lora alone, for PEFT")
+
+
+def _add_merge(command: Command) -> None:
+    merge = command(
+        "merge", "merge_models:show_merge", "One model out of several of one architecture, for transformers to load."
+    )
+    merge.add_argument("models", nargs="+", metavar="MODEL", help="runs, checkpoints or Hugging Face model directories")
+    merge.add_argument("--out", required=True, metavar="DIR", help="new directory")
+    merge.add_argument(
+        "--method",
+        choices=["average", "slerp", "task", "ties", "dare"],
+        default="average",
+        help="average; slerp (an arc between two); or changes from --base: task (scaled and added; above 1 "
+        "extrapolates), ties (without those that contradict), dare (a random part of them, made larger)",
+    )
+    merge.add_argument(
+        "--weights", metavar="W,W", help="one a model (default equal, or 1); of slerp t, of ties the scale of the sum"
+    )
+    merge.add_argument("--base", metavar="MODEL", help="what the models were fine-tuned from")
+    merge.add_argument("--share", type=float, help="of a tensor's changes: kept by ties (0.2), dropped by dare (0.9)")
+    merge.add_argument("--seed", type=int, default=0, help="of what dare drops (default 0)")
 
 
 def _add_state(command: Command, commands_of: Callable) -> None:

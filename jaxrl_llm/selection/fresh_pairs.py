@@ -71,8 +71,8 @@ def rejection_sampled(
 
         kept where u < exp((r - max r of the group) / beta),   u uniform
 
-    The best sample is always kept. What is kept is distributed like pi * exp(r / beta); beta near 0 is best-of-n, a large
-    beta keeps all. Before `best_and_worst`, pairs come from the policy that the loss has as its optimum at this beta.
+    The best sample is always kept. What is kept is distributed like pi * exp(r / beta); beta near 0 is best-of-n, a
+    large beta keeps all. Before `best_and_worst`, pairs come from the policy that the loss has as its optimum.
 
     Args:
       rewards: score of each row.
