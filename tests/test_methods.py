@@ -39,7 +39,7 @@ RECIPES = sorted(FILES.keys() - {"base"})
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble"}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "unpacked_ppo"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -101,6 +101,8 @@ METHODS = {
     "No reference": ("simpo", "alphapo", "cpo", "orpo"),
     "KTO": ("kto", "bco"),
     "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
+    "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce"),
+    "RL against reward models": ("cooper", "unpacked_ppo"),
     "Self-play": ("sppo", "inpo", "dno", "nash_md"),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
@@ -158,6 +160,8 @@ UNSOLVED = {"sorting"}
 JUDGED: dict[str, Any] = {
     "pairs": lambda one, other: {"chosen": str(one + other), "rejected": str(one)},
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
+    "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
+    "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other},
 }
 
 
@@ -358,10 +362,18 @@ PREFERENCES_ALONE = {
     name
     for family in ("DPO", "Noisy pairs", "Links", "Anchored", "Likelihood beside", "No reference", "Fresh pairs")
     for name in METHODS[family]
-} - {"dpo", "online_dpo"} | {"sppo", "dno"}
-PREFERENCE_LOSSES = {"anchored_preference", "dno", "dpo", "odds_ratio", "optimal_transport", "preferred_likelihood"} | {
-    *("sample_log_ratio", "simpo")
-}
+} - {"dpo", "online_dpo"} | {"sppo", "dno", *METHODS["Reward models"]}
+PREFERENCE_LOSSES = {
+    "outcome_cross_entropy",
+    "ranked_answers",
+    "rating_regression",
+    "anchored_preference",
+    "dno",
+    "dpo",
+    "odds_ratio",
+    "optimal_transport",
+    "preferred_likelihood",
+} | {*("sample_log_ratio", "simpo")}
 COMPOSED_ALONE = REWARDS_ALONE | PREFERENCES_ALONE
 
 
