@@ -157,7 +157,7 @@ def test_an_override_does_not_change_the_tree_it_is_applied_to(micro_config, par
         ("task.levels=3", r"task\.levels is 3: "),
         ("task.levels=[]", "task.levels is empty"),
         ("training=3", "config section training is 3; it must be a mapping"),
-        ("model.layers=0", "model.layers is 0; it must be at least 1"),
+        ("model.layers=0", "model.layers is 0; it must lie in"),
         ("model.kv_heads=3", "model.heads is 2, which model.kv_heads 3 does not divide"),
         ("training.prompts_per_step=0", r"training\.prompts_per_step is 0; it must be at least 1"),
         ("training.learning_rate=-1", r"training\.learning_rate is -1.*; it must be at least 0"),
