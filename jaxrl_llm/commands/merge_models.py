@@ -60,12 +60,14 @@ def merge_models(
     """
     require_package("safetensors", "hf", "writing safetensors files")
     _require_options(paths, method, weights, base, share)
-    read = {path: _read(path) for path in dict.fromkeys([*paths, *([base] if base else [])])}
+    read = {path: _read(path) for path in {*paths, *([] if base is None else [base])}}
     model, _, source = read[paths[0]]
     for path, (_, params, _) in read.items():
         if _shapes(params) != _shapes(read[paths[0]][1]):
             raise ValueError(f"{path} has other parameters than {paths[0]}; merge models of one architecture")
-    merged = _merged([read[path][1] for path in paths], base and read[base][1], method, weights, share, seed)
+    merged = _merged(
+        [read[path][1] for path in paths], None if base is None else read[base][1], method, weights, share, seed
+    )
     files = save_model(out, merged, model.config, source=source)
     return {
         "models": ", ".join(paths),
@@ -83,7 +85,7 @@ def _merged(trees: list[PyTree], base: PyTree, method: Method, weights: Any, sha
         case "average":
             return merging.averaged(trees, weights)
         case "slerp":
-            return merging.spherical(*trees, 0.5 if weights is None else weights[0])
+            return merging.spherical(trees[0], trees[1], 0.5 if weights is None else weights[0])
         case "ties":
             scale = 1.0 if weights is None else weights[0]
             return merging.elected(base, trees, density=0.2 if share is None else share, scale=scale)

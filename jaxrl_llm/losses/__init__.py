@@ -32,7 +32,7 @@ from jaxrl_llm.losses.preference.dpo import dpo
 from jaxrl_llm.losses.preference.kto import kto, mismatched_completions, mismatched_kl
 from jaxrl_llm.losses.preference.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
 from jaxrl_llm.losses.preference.reference_free import odds_ratio, simpo
-from jaxrl_llm.losses.preference.reward_models import (
+from jaxrl_llm.losses.preference.reward_model_losses import (
     outcome_cross_entropy,
     ranked_answers,
     rating_regression,
