@@ -39,7 +39,7 @@ RECIPES = sorted(FILES.keys() - {"base"})
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model"}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -93,8 +93,17 @@ METHODS = {
     "Reinforce-Ada": ("reinforce_ada",),
     "Knapsack RL": ("knapsack_rl",),
     "SCoRe": ("score",),
-    "DPO": ("dpo",),
-    "KTO": ("kto",),
+    "DPO": ("dpo", "dpo_norm", "r_dpo", "ld_dpo"),
+    "Noisy pairs": ("cdpo", "robust_dpo"),
+    "Links": ("slic_hinge", "ipo", "exo", "discopop", "f_dpo", "aot"),
+    "Anchored": ("nca", "apo_zero"),
+    "Likelihood beside": ("rpo", "vpo", "mpo"),
+    "No reference": ("simpo", "alphapo", "cpo", "orpo"),
+    "KTO": ("kto", "bco"),
+    "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
+    "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce"),
+    "RL against reward models": ("cooper", "unpacked_ppo"),
+    "Self-play": ("sppo", "inpo", "dno", "nash_md"),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
@@ -173,6 +182,8 @@ JUDGED: dict[str, Any] = {
     "pairs": lambda one, other: {"chosen": str(one + other), "rejected": str(one)},
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
+    "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
+    "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other},
 }
 
 
@@ -374,20 +385,41 @@ NOT_TRACED = {
     )
     for name in METHODS[family]
 } - {"clip_delta", "videorft", "rlp", "slim"}
+# Losses on the same rows: what they compute is in tests/losses/preference/test_preference_cards.py.
+PREFERENCES_ALONE = {
+    name
+    for family in ("DPO", "Noisy pairs", "Links", "Anchored", "Likelihood beside", "No reference", "Fresh pairs")
+    for name in METHODS[family]
+} - {"dpo", "online_dpo"} | {"sppo", "dno", *METHODS["Reward models"]}
+PREFERENCE_LOSSES = {
+    "outcome_cross_entropy",
+    "ranked_answers",
+    "rating_regression",
+    "anchored_preference",
+    "dno",
+    "dpo",
+    "odds_ratio",
+    "optimal_transport",
+    "preferred_likelihood",
+} | {*("sample_log_ratio", "simpo")}
+COMPOSED_ALONE = NOT_TRACED | PREFERENCES_ALONE
 
 
-@pytest.mark.parametrize("name", sorted(NOT_TRACED))
+@pytest.mark.parametrize("name", sorted(COMPOSED_ALONE))
 def test_a_recipe_is_composed(name, micro):
     """Every name that it asks for is provided."""
     for built in stages_of(micro(name)):
         c = built.step.composition
-        assert "advantages" in {name for term in c.credit for name in term.names}
+        if name in NOT_TRACED:
+            assert "advantages" in {name for term in c.credit for name in term.names}
+        else:
+            assert {term.name for term in c.losses} <= PREFERENCE_LOSSES
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in NOT_TRACED else name
+        pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED_ALONE else name
         for name in RECIPES
         if name not in AMONG_THE_FAST
     ],
@@ -410,6 +442,9 @@ def a_stage_is_traced(built: Parts) -> None:
     for term in c.credit:
         for filled in (name for name in term.names if not name.startswith("metric/")):
             assert rows[filled].shape[0] == count
+        for filled in term.names:
+            if not filled.startswith("metric/"):
+                assert rows[filled].shape[0] == count
     # A loss names what the policy that learns says, or what the rows know.
     known = set(rows.known()) | {"logprobs", "entropy", "values", "over_vocabulary", *c.learning}
     beside = c.written.provides | {"written_mask"} if c.written else set()
