@@ -15,6 +15,7 @@ from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
 from jaxrl_llm.config.whole import Config
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.shipped import recipe_path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any) -> Config:
@@ -74,8 +75,10 @@ def _with_origin(network: Any) -> Any:
 def read_tree(path: Path) -> dict[str, Any]:
     """A YAML file with its `extends` merged underneath: mappings merge, lists and scalars are replaced.
 
+    `extends` is a path, from the directory of the file, or the name of a shipped recipe.
+
     Raises:
-      ConfigError: for a missing file, broken YAML, or files that extend each other in a circle.
+      ConfigError: for a missing file or recipe, broken YAML, or files that extend each other in a circle.
     """
     return _read_tree(path, ())
 
@@ -99,8 +102,22 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} holds {type(tree).__name__}, not a mapping of sections")
     if base := tree.pop("extends", None):
-        tree = _merged(_read_tree(path.parent / base, (*below, path)), tree)
+        tree = _merged(_read_tree(_base_path(path, base), (*below, path)), tree)
     return tree
+
+
+def _base_path(path: Path, base: Any) -> Path:
+    """The file that `extends` means: one beside the file, or where it is a bare word the name of a shipped recipe."""
+    if not isinstance(base, str):
+        raise ConfigError(
+            f"config {path}: extends is {base!r}; give the path of one YAML file, or the name of a recipe"
+        )
+    if not base.isidentifier() or (path.parent / base).exists():
+        return path.parent / base
+    try:
+        return recipe_path(base)
+    except ValueError as error:
+        raise ConfigError(f"config {path} extends {base!r}: {error}") from None
 
 
 def _merged(under: Mapping, over: Mapping) -> dict:
