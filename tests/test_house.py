@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {*FIELDS, "data", "endpoints", "models", "parallel", "ranges", "rewards", "sandbox", "selection"},
     "evaluation": {*FIELDS, "ranges", "data", "models", "parallel", "rewards", "rollout", "sandbox"},
     "reporting": {"addresses", "compilation_cache", "evaluation"},
-    "config": {"addresses", "models", "parallel", "ranges", "rollout"},
+    "config": {"addresses", "models", "parallel", "ranges", "rollout", "shipped"},
     "training": {*METHODS, "data", "models", "parallel", "rollout"},
     "run": {
         *METHODS,
