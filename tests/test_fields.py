@@ -60,11 +60,18 @@ HELPERS = {
         "balanced_samples",
         "cycled_rows",
         "finished_prompts",
+        "informativeness",
+        "kept_by_two_maps",
         "knapsack_rollouts",
         "mixed_probability",
+        "path_value",
         "rollout_value",
         "rollouts_for_signal",
+        "share_counts",
         "squared_correlation",
+        "stage_slots",
+        "success_potential",
+        "topology_value",
     },
 }
 # What an entry of credit fills for one function alone, whose docstring says what it is.

@@ -60,6 +60,7 @@ from jaxrl_llm.advantages.value_based.gae import (
     outcome_token_rewards,
     reinforce_plus_plus,
 )
+from jaxrl_llm.advantages.value_based.learned_rewards import implicit_token_rewards, missing_end_penalty
 from jaxrl_llm.advantages.value_based.several_critics import bin_mean, critic_per_reward, quantile_mean, reach_aware
 from jaxrl_llm.advantages.value_based.twin_critic import soft_minimum, twin_baseline_normalized
 from jaxrl_llm.experience import Method
@@ -85,6 +86,7 @@ __all__ = [
     "generalized_advantages",
     "group_normalized",
     "group_quantile",
+    "implicit_token_rewards",
     "information_gain",
     "jensen_bound",
     "judged_thoughts",
@@ -99,6 +101,7 @@ __all__ = [
     "merged_transitions",
     "min_form_advantages",
     "min_form_returns",
+    "missing_end_penalty",
     "mixed_value_at_risk",
     "novelty_sharpened",
     "outcome_and_turn_centred",

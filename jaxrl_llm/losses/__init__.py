@@ -32,6 +32,13 @@ from jaxrl_llm.losses.preference.dpo import dpo
 from jaxrl_llm.losses.preference.kto import kto, mismatched_completions, mismatched_kl
 from jaxrl_llm.losses.preference.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
 from jaxrl_llm.losses.preference.reference_free import odds_ratio, simpo
+from jaxrl_llm.losses.preference.reward_model_losses import (
+    outcome_cross_entropy,
+    ranked_answers,
+    rating_regression,
+    verdict_ranking,
+    weak_labels,
+)
 from jaxrl_llm.losses.preference.self_play import dno, inpo, nash_md, optimal_transport, token_guided
 from jaxrl_llm.losses.preference.single_answers import (
     anchored_preference,
@@ -115,6 +122,7 @@ __all__ = [
     "off_policy_weight",
     "on_mask",
     "optimal_transport",
+    "outcome_cross_entropy",
     "outcome_label_likelihood",
     "outcome_token_weight",
     "pairwise_surrogate",
@@ -125,6 +133,8 @@ __all__ = [
     "protected_surrogate",
     "quantile_value",
     "random_policy_valuation",
+    "ranked_answers",
+    "rating_regression",
     "rehearsal_divergence",
     "renyi",
     "return_decomposition",
@@ -144,5 +154,7 @@ __all__ = [
     "token_reward_cross_entropy",
     "token_share",
     "twin_huber_value",
+    "verdict_ranking",
+    "weak_labels",
     "weighted_answer_likelihood",
 ]

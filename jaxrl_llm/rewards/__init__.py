@@ -50,6 +50,7 @@ from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
+from jaxrl_llm.rewards.judges.verdict_tokens import unbiased_comparison, verdict_score
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
 from jaxrl_llm.rewards.process.step_borders import step_borders
 from jaxrl_llm.rewards.process.step_scores import (
@@ -243,8 +244,10 @@ __all__ = [
     "trusted_trajectories",
     "turn_count",
     "turn_end_rewards",
+    "unbiased_comparison",
     "unit_tests",
     "vector_closeness",
+    "verdict_score",
     "vocabulary_certainty",
     "voted_answer",
     "weighted_sum",
