@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl_llm import __version__
+from jaxrl_llm.bounds import shortened
 from jaxrl_llm.commands.data_options import add_data
 from jaxrl_llm.commands.evaluation_options import add_eval, add_report
 from jaxrl_llm.commands.output import Lasting, unwrapped
@@ -113,7 +114,7 @@ def _failed(error: BaseException, options: argparse.Namespace, status: int) -> t
         if _others() is None:
             raise error
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
     return status, str(error)
 
 
@@ -315,6 +316,7 @@ def _add_model_files(command: Command) -> None:
         "out", nargs="?", metavar="OUT", help="new directory that model.path takes, for fast restores"
     )
     imported.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the parameters (default: as stored)")
+    imported.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite")
 
     export = command(
         "export", "model_files:show_export", "Write a run's policy as a directory that transformers loads."

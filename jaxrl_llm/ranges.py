@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
+from jaxrl_llm.bounds import shown
+
 
 @dataclass(frozen=True)
 class Range:
@@ -30,7 +32,10 @@ class Range:
     open: str = ""
 
     def __contains__(self, value: Real) -> bool:
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond every float
+            return False
         above = number > self.least if "(" in self.open else number >= self.least
         below = number < self.most if ")" in self.open else number <= self.most
         return above and below and math.isfinite(number)
@@ -78,8 +83,8 @@ def require_range(annotation: Any, value: Any, where: str) -> None:
         if number not in named:
             several = isinstance(value, (list, tuple, Mapping))
             said = str(named) if not math.isfinite(number) else str(named).replace("finite and ", "")
-            shown = list(value) if isinstance(value, tuple) else value
-            raise ValueError(f"{where} is {shown}; {'its numbers' if several else 'it'} must {said}")
+            given = list(value) if isinstance(value, tuple) else value
+            raise ValueError(f"{where} is {shown(given)}; {'its numbers' if several else 'it'} must {said}")
 
 
 def ranged(function: F) -> F:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import TEXT, compared_with
+from jaxrl_llm.ranges import Count, Natural, NonNegative, require_ranges
 from jaxrl_llm.signatures import name_of, names, on_host, required
 
 
@@ -172,12 +173,15 @@ class Update:
       alignment_learning_rate: the step size that it is measured for.
     """
 
-    epochs_per_batch: int = 1
-    minibatches_per_epoch: int = 1
-    sequences_per_microbatch: int | None = None
-    freeze_policy_steps: int = 0
-    alignment_every_steps: int = 0
-    alignment_learning_rate: float = 1e-4
+    epochs_per_batch: Count = 1
+    minibatches_per_epoch: Count = 1
+    sequences_per_microbatch: Count | None = None
+    freeze_policy_steps: Natural = 0
+    alignment_every_steps: Natural = 0
+    alignment_learning_rate: NonNegative = 1e-4
+
+    def __post_init__(self):
+        require_ranges(self, "update")
 
 
 def reward_term(term: Reward | Callable[..., Any] | tuple[Callable[..., Any], float]) -> Reward:

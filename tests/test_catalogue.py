@@ -133,15 +133,15 @@ def test_needs_follow_from_what_functions_name():
     assert needs["dapo"] == {"several rounds"}
     assert "value model" in needs["ppo"]
     assert {"twin values", "memory", "entropy", "reference"} <= needs["safe"]
-    assert needs["dph_f"] == {"stored answers"}
+    assert needs["dph_f"] == {"host", "stored answers"}
     assert {"demonstrations", "entropy"} == needs["rl_plus"]
-    assert {"vocabulary", "reference"} == needs["vocabulary_js"]
+    assert {"vocabulary", "reference", "host"} == needs["vocabulary_js"]
     assert "hidden states" in needs["verl"]
     assert "token reward model" in needs["oreal"]
     assert "turns" in needs["mapo"]
     assert "replay" in needs["remix"]
     assert "host" in needs["stable_reinforce"]
-    assert {"extra samples", "memory"} == needs["aepo"]
+    assert {"extra samples", "memory", "host"} == needs["aepo"]
 
 
 def test_what_a_recipe_fills_in_by_itself_is_no_need():
@@ -176,6 +176,9 @@ def test_a_recipe_is_read_with_its_base_and_described_whole(folder):
         "certainty": "recalled",
         "functions": ["exact_answer", "group_normalized", "clipped_surrogate", "divergence", "adaptive_kl"],
         "needs": ["reference", "vocabulary", "memory"],
+        "family": ".",
+        "task": "addition",
+        "shows": {},
     }
     whole = catalogue.described_recipe("mine")
     assert whole["yaml"] == RECIPE

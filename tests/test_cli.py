@@ -254,7 +254,7 @@ def test_overrides_that_cannot_be(refused, micro_yaml, tmp_path, monkeypatch, ov
         (["eval", "{run}", "--problems", "13"], "--problems is 13, but the test split has 12 problems"),
         (["sample", "{tmp}", "--prompt", "A:1+2"], "holds no checkpoint"),
         (["sample", "{run}", "--prompt", "A:1+2", "-n", "0"], "--samples is 0; it must be at least 1"),
-        (["sample", "{run}", "--prompt", "A:1+2", "--temperature", "-1"], "temperature is -1.0; it must be 0"),
+        (["sample", "{run}", "--prompt", "A:1+2", "--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
         (["sample", "{run}", "--prompt", "A:123456+1"], "does not fit: its prompt has 12 tokens"),
         (["sample", "{run}", "--prompt", "π"], "character 'π' at position 0"),
         (["tasks", "adition"], "there is no task 'adition'; did you mean 'addition'?"),

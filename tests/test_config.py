@@ -158,7 +158,7 @@ def test_an_override_does_not_change_the_tree_it_is_applied_to(micro_config, par
         ("task.levels=3", r"task\.levels is 3: "),
         ("task.levels=[]", "task.levels is empty"),
         ("training=3", "config section training is 3; it must be a mapping"),
-        ("model.layers=0", "model.layers is 0; it must be at least 1"),
+        ("model.layers=0", "model.layers is 0; it must lie in"),
         ("model.kv_heads=3", "model.heads is 2, which model.kv_heads 3 does not divide"),
         ("training.prompts_per_step=0", r"training\.prompts_per_step is 0; it must be at least 1"),
         ("training.learning_rate=-1", r"training\.learning_rate is -1.*; it must be at least 0"),
@@ -242,13 +242,12 @@ def test_a_circle_of_files_is_refused(tmp_path):
         ("empty.yaml", "empty.yaml holds NoneType, not a mapping"),
         ("orphan.yaml", "nowhere.yaml does not exist"),
         ("misspelt.yaml", r"misspelt.yaml extends 'dmeo': there is no recipe 'dmeo'; did you mean 'demo'\?"),
-        ("several.yaml", r"several.yaml: extends is \['a', 'b'\]; give the path of one YAML file"),
         ("", "cannot be read: Is a directory; give the path of a YAML file"),
     ],
 )
 def test_files_that_are_no_configs_are_refused(tmp_path, name, message):
     write(tmp_path, demo="{}", broken="a: [", listed="- a", empty="", orphan={"extends": "nowhere.yaml"})
-    write(tmp_path, misspelt={"extends": "dmeo"}, several={"extends": ["a", "b"]})
+    write(tmp_path, misspelt={"extends": "dmeo"})
     with pytest.raises(ConfigError, match=message):
         read_tree(tmp_path / name)
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_llm import catalogue
 
-MEASURED = ("grpo", "psr", "nsr", "copo", "pass_at_k")
+MEASURED = ("grpo", "psr", "nsr", "copo", "pass_at_k", "vocabulary_js")
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,10 @@ NEEDED = {
     "init_from": {"path": "runs/demo"},
     "engine": {"url": "u", "model": "m", "reload_every_steps": 0},
     "lora": {"rank": 2, "alpha": 2.0},
+    "stop_when": {"metric": "reward"},
+    "delta": {"key_heads": 2, "value_heads": 2, "key_width": 4, "value_width": 4},
+    "per_layer": {"width": 4, "vocabulary_size": 40},
+    "global_heads": {"head_width": 4, "kv_heads": 1},
 }
 
 
@@ -76,11 +80,15 @@ def test_every_number_of_a_config_is_refused_outside_of_its_range(key, annotatio
     needed = [f"{key.rpartition('.')[0]}.{name}={value}" for name, value in NEEDED.get(section, {}).items()]
     needed += ["model.rope_scaling.kind=yarn", "model.rope_scaling.factor=2"] * (section == "rope_scaling")
     needed += ["model.experts.count=2", "model.experts.per_token=1"] * (section == "experts")
+    if ".sources." in key:
+        task = ["data.sources.one.task.name=addition", "data.sources.one.task.levels=[2]"]
+        needed += task if ".task." in key else ["data.sources.one.path=rows.jsonl"]
     for number in outside(range_of(annotation)):
         written = {math.inf: ".inf", math.nan: ".nan"}.get(number, str(number))
         written = f"[{written}]" if "tuple" in str(annotation) else written
+        override = f"{key}={written}".replace("data.sources.", "data.sources.one.")
         with pytest.raises(ConfigError, match=rf"{key.split('.')[-1]}.* is .*(must|finite)"):
-            parse_config(micro_config, [*needed, f"{key}={written}"], vocabulary_size=VOCABULARY)
+            parse_config(micro_config, [*needed, override], vocabulary_size=VOCABULARY)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def reset(item: Mapping[str, Any]) -> int:
 def step(number: int, turn: str) -> tuple[int, str, float, bool]:
     """(next state, observation, reward of the turn, whether the episode is over)."""
     guess = turn.removesuffix("<n>").removesuffix("<eos>")
-    if not guess.isdigit():
+    if not (guess.isascii() and guess.isdigit()):
         return number, "<o>?</o>", 0.0, turn.endswith("<eos>")
     if int(guess) == number:
         return number, "", 1.0, True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import operator
 import re
 import sys
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from jaxrl_llm.bounds import natural, shown
 from jaxrl_llm.commands.arguments import require_positive
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.evaluation import measured
@@ -34,7 +36,7 @@ from jaxrl_llm.run.evaluated import Prepared, evaluated, prepared
 from jaxrl_llm.run.setup import opened_parts
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
-_REQUIREMENT = re.compile(r"\s*(.+?)\s*(>=|<=|==|>|<)\s*([-+.\deE]+)\s*")
+_REQUIREMENT = re.compile(r"([^<>=]+)(>=|<=|==|>|<)([^<>=]+)")
 _COUNTS = ("completion_tokens", "problems", "samples_per_problem", "distinct_answers", "answer_entropy")
 _PLAIN = (*_COUNTS, "negative_logprob", "kl_reference", "score")
 # Options of the command that are keys of an evaluation, too.
@@ -122,12 +124,7 @@ def _evaluations(options: argparse.Namespace) -> dict[str, Evaluation]:
     require_positive(options, "samples", "problems", "batch")
     given = {name: getattr(options, name) for name in _KEYS if getattr(options, name) is not None}
     if options.k is not None:
-        try:
-            given["k"] = sorted({int(k) for k in options.k.split(",")})
-        except ValueError:
-            raise ValueError(
-                f"--k is {options.k!r}; give whole numbers separated by commas, for example 1,8,32"
-            ) from None
+        given["k"] = _numbers(options.k)
     for name, value in (("by", options.by), ("levels", options.levels)):
         if value is not None:
             given[name] = [part.strip() for part in value.split(",")]
@@ -140,6 +137,14 @@ def _evaluations(options: argparse.Namespace) -> dict[str, Evaluation]:
     return {"": evaluation_of(given, "jaxrl eval")}
 
 
+def _numbers(text: str) -> list[int]:
+    """Whole numbers separated by commas, in order."""
+    found = [natural(part.strip()) for part in text.split(",")]
+    if None in found:
+        raise ValueError(f"--k is {shown(text)}; give whole numbers separated by commas, for example 1,8,32")
+    return sorted({number for number in found if number is not None})
+
+
 # ---- requirements ---------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +153,9 @@ def _requirement(text: str, evaluations: Mapping[str, Evaluation]) -> tuple[str,
     match = _REQUIREMENT.fullmatch(text)
     try:
         assert match is not None
-        name, sign, number = match[1], match[2], float(match[3])
+        name, sign, number = match[1].strip(), match[2], float(match[3])
+        assert name
+        assert math.isfinite(number)
     except (AssertionError, ValueError):
         raise ValueError(
             f"--require is {text!r}; write a metric, >=, <=, >, < or ==, and a number: 'pass@1>=0.9'"
@@ -271,7 +278,7 @@ def compare_evaluations(options: argparse.Namespace) -> None:
             f"{options.first} has the evaluations {', '.join(sides[0])} and {options.second} has "
             f"{', '.join(sides[1])}; compare two of the same suite, or name single evaluations in them"
         )
-    ks = None if options.k is None else sorted(int(k) for k in options.k.split(",") if k.strip().isdigit())
+    ks = None if options.k is None else _numbers(options.k)
     found: dict[str, Any] = {
         name: compared(read_problem_records(path), read_problem_records(sides[1][name]), ks)
         for name, path in sides[0].items()

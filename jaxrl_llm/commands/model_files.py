@@ -20,12 +20,17 @@ from jaxrl_llm.models import attention_path, load_model, parameter_count, save_a
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.families import is_vision_language
 from jaxrl_llm.models.transformer_config import Precision
+from jaxrl_llm.ranges import Positive, require_range
 from jaxrl_llm.run.restored import restored_policy, restored_run
 
 
 def show_import(options: argparse.Namespace) -> None:
     """`jaxrl import`."""
-    show_report(options, import_model(options.path, options.out, dtype=options.dtype), f"import of {options.path}")
+    show_report(
+        options,
+        import_model(options.path, options.out, dtype=options.dtype, strict=options.strict),
+        f"import of {options.path}",
+    )
 
 
 def show_export(options: argparse.Namespace) -> None:
@@ -37,6 +42,7 @@ def show_export(options: argparse.Namespace) -> None:
 def show_score(options: argparse.Namespace) -> None:
     """`jaxrl score`: a line of JSON for each line of the file."""
     require_positive(options, "batch")
+    require_range(Positive, options.temperature, "--temperature")
     enable_compilation_cache()
     lines = score_file(
         options.path, options.file, temperature=options.temperature, batch=options.batch, dtype=options.dtype
@@ -45,7 +51,7 @@ def show_score(options: argparse.Namespace) -> None:
         print(json.dumps(line))
 
 
-def import_model(directory: str, out: str | None, *, dtype: str | None = None) -> dict[str, Any]:
+def import_model(directory: str, out: str | None, *, dtype: str | None = None, strict: bool = False) -> dict[str, Any]:
     """Read a checkpoint whole, check it, and write it in orbax's layout where `out` is given.
 
     Returns:
@@ -56,7 +62,7 @@ def import_model(directory: str, out: str | None, *, dtype: str | None = None) -
     """
     found = hub.model_directory(directory)
     execution = {} if dtype is None else {"parameter_dtype": dtype, "compute_dtype": dtype}
-    model, params = load_model(found, **execution)
+    model, params = load_model(found, strict=strict, **execution)
     tokenizer = data.load_tokenizer(found)
     data.require_embedding(tokenizer, model.vocabulary_size)
     config = model.config

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_llm.bounds import file_bytes
 from jaxrl_llm.commands.arguments import require_positive
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.data import HuggingFaceTokenizer
@@ -20,6 +21,7 @@ from jaxrl_llm.data.buckets import bucket_of, buckets
 from jaxrl_llm.data.encoding import Row, padded_prompts
 from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.data.prompts import ChatPrompts
+from jaxrl_llm.ranges import NonNegative, require_range
 from jaxrl_llm.rollout import Controls, Drawn, make_stream, stop_automaton
 from jaxrl_llm.run.restored import Policy, restored_policy
 
@@ -65,6 +67,7 @@ def sample(options: argparse.Namespace) -> None:
       ValueError: for options that contradict each other, and prompts that cannot be read or do not fit.
     """
     require_positive(options, "samples", "max_tokens", "batch")
+    require_range(NonNegative, options.temperature, "--temperature")
     enable_compilation_cache()
     if options.chat and options.token_ids:
         raise ValueError("--chat and --token-ids are both given, but token ids are a prompt already; drop one of them")
@@ -314,7 +317,7 @@ def _file_lines(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
     if file.suffix in (".json", ".jsonl"):
         return json_objects(file, "--prompts")
     try:
-        return _text_lines(str(file), file.expanduser().read_text(encoding="utf-8"))
+        return _text_lines(str(file), file_bytes(file.expanduser()).decode("utf-8"))
     except OSError as error:
         raise ValueError(f"--prompts {file} cannot be read: {error.strerror}; give the path of a file") from None
     except UnicodeDecodeError as error:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from jaxrl_llm.bounds import shortened
+
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names the field, the value and the remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(shortened(message))
 
 
 # Of a field that decides no number of a run: it may be another when the run is resumed.

@@ -12,7 +12,7 @@ import pydantic
 from jaxrl_llm.config.errors import FREE
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.transformer_config import LayerLoop, Precision, TransformerConfig
-from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, Share, require_ranges
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, Range, Share, require_ranges
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class TaskConfig:
     name: str
     levels: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    train_items: Count = 8192
-    validation_items: Count = 256
-    test_items: Count = 512
+    train_items: Annotated[int, Range(1, 10**7)] = 8192
+    validation_items: Annotated[int, Range(1, 10**7)] = 256
+    test_items: Annotated[int, Range(1, 10**7)] = 512
     seed: Natural = 0
 
     def __post_init__(self):
@@ -191,6 +191,7 @@ class PretrainedConfig:
       path: a local directory, or owner/name of a repository (needs the extra hf).
       revision: branch, tag or commit of a repository.
       attention, layer_loop, parameter_dtype, compute_dtype: as for a model that is described by its shape.
+      strict: refuse weights that are NaN or infinite; without it they are warned of.
     """
 
     path: str = field(metadata=FREE)
@@ -199,6 +200,7 @@ class PretrainedConfig:
     layer_loop: LayerLoop = "auto"
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
+    strict: bool = field(default=False, metadata=FREE)
 
     @property
     def execution(self) -> dict[str, Any]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pydantic
-import yaml
 
+from jaxrl_llm.bounds import file_bytes, natural, shown
 from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
 from jaxrl_llm.config.whole import Config
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.shipped import recipe_path
+from jaxrl_llm.yaml_text import MOST_BYTES, MOST_LEVELS, yaml_values
+
+_MOST_BASES = 20
+_LONGEST_KEY = 200
+_LARGEST = 2**63
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any) -> Config:
@@ -37,9 +43,11 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
     values: dict[str, Any] = _copied(tree)
     for override in overrides:
         _assign(values, override)
+    values = _copied(values) if overrides else values
     if isinstance(values.get("init_from"), str):
         path, _, step = values["init_from"].rpartition("@")
-        branch = {"path": path, "step": int(step)} if path and step.isdigit() else {"path": values["init_from"]}
+        taken = natural(step) if path else None
+        branch = {"path": values["init_from"]} if taken is None else {"path": path, "step": taken}
         values["init_from"] = branch
     if values.get("mesh") == "auto":
         values["mesh"] = {}
@@ -60,9 +68,14 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         values["model"] = model_defaults | {k: v for k, v in values["model"].items() if (k, v) != ("path", None)}
     _known_keys(values, Config, "")
     try:
-        return pydantic.TypeAdapter(Config).validate_python(values)
+        return _adapter().validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explained(problem) for problem in error.errors())) from None
+
+
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter[Config]:
+    return pydantic.TypeAdapter(Config)
 
 
 def _with_origin(network: Any) -> Any:
@@ -90,34 +103,46 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
             f"config {path} extends itself through {' -> '.join(p.name for p in below)}; break the circle"
         )
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = file_bytes(path, MOST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a YAML file"
         raise ConfigError(f"config {path} does not exist{hint}") from None
     except OSError as error:
         raise ConfigError(f"config {path} cannot be read: {error.strerror}; give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path} is no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except ValueError as error:
+        raise ConfigError(f"config {error}") from None
+    tree = _values(text, f"config {path}")
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} holds {type(tree).__name__}, not a mapping of sections")
-    if base := tree.pop("extends", None):
+    if (base := tree.pop("extends", None)) is not None:
+        if not isinstance(base, str) or not base or "\0" in base:
+            raise ConfigError(
+                f"config {path} has extends {shown(base)}; it must be the path of one YAML file, or a recipe's name"
+            )
+        if len(below) >= _MOST_BASES:
+            raise ConfigError(f"config {path} stands in a chain of more than {_MOST_BASES} files; shorten the chain")
         tree = _merged(_read_tree(_base_path(path, base), (*below, path)), tree)
     return tree
 
 
-def _base_path(path: Path, base: Any) -> Path:
+def _base_path(path: Path, base: str) -> Path:
     """The file that `extends` means: one beside the file, or where it is a bare word the name of a shipped recipe."""
-    if not isinstance(base, str):
-        raise ConfigError(
-            f"config {path}: extends is {base!r}; give the path of one YAML file, or the name of a recipe"
-        )
     if not base.isidentifier() or (path.parent / base).exists():
         return path.parent / base
     try:
         return recipe_path(base)
     except ValueError as error:
         raise ConfigError(f"config {path} extends {base!r}: {error}") from None
+
+
+def _values(text: str, where: str) -> Any:
+    try:
+        return yaml_values(text, where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _merged(under: Mapping, over: Mapping) -> dict:
@@ -128,33 +153,43 @@ def _merged(under: Mapping, over: Mapping) -> dict:
     return merged
 
 
-def _copied(tree: Any) -> Any:
+def _copied(tree: Any, key: str = "", level: int = 0) -> Any:
+    if level > MOST_LEVELS:
+        raise ConfigError(f"config key {shown(key)} goes on for more than {MOST_LEVELS} levels; nest it less")
     if isinstance(tree, Mapping):
-        return {str(key): _copied(value) for key, value in tree.items()}
-    return [_copied(value) for value in tree] if isinstance(tree, list | tuple) else tree
+        for name in tree:
+            if len(str(name)) > _LONGEST_KEY:
+                raise ConfigError(f"config key {shown(name)} under {key or 'the file'} is no key; shorten it")
+        return {
+            str(name): _copied(value, f"{key}.{name}" if key else str(name), level + 1) for name, value in tree.items()
+        }
+    if isinstance(tree, list | tuple):
+        return [_copied(value, f"{key}.{place}", level + 1) for place, value in enumerate(tree)]
+    if isinstance(tree, int) and not -_LARGEST <= tree < _LARGEST:
+        raise ConfigError(f"config key {key} is {shown(tree, 60)}, which is beyond 64 bits; give a smaller number")
+    if isinstance(tree, str) and ("\0" in tree or any("\ud800" <= character <= "\udfff" for character in tree)):
+        raise ConfigError(f"config key {key} is {shown(tree)}, with characters that are none; take them out")
+    return tree
 
 
 def _assign(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ConfigError(f"override {override!r} is not an assignment; write section.key=value")
+        raise ConfigError(f"override {shown(override)} is not an assignment; write section.key=value")
     *sections, last = path.split(".")
     inner: Any = tree
     for section, following in zip(sections, [*sections, last][1:], strict=True):
         inner = _inside(inner, section, following, override)
         if not isinstance(inner, dict | list):
             raise ConfigError(
-                f"override {override!r} goes through {section!r}, which is not a section; replace it whole"
+                f"override {shown(override)} goes through {section!r}, which is not a section; replace it whole"
             )
     if isinstance(inner, list):
         raise ConfigError(
-            f"override {override!r} sets one entry of the list {'.'.join(sections)}; give the key in it that changes, "
-            "or the whole list"
+            f"override {shown(override)} sets one entry of the list {'.'.join(sections)}; give the key in it that "
+            "changes, or the whole list"
         )
-    try:
-        inner[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r} has a value that is not valid YAML: {error}") from None
+    inner[last] = _values(text, f"override {shown(override)} has a value that")
 
 
 def _inside(tree: Any, section: str, following: str, override: str) -> Any:
@@ -164,10 +199,14 @@ def _inside(tree: Any, section: str, following: str, override: str) -> Any:
     """
     if isinstance(tree, list):
         named = [_names_of(entry) for entry in tree]
-        place = int(section) if section.isdigit() else next((i for i, all_ in enumerate(named) if section in all_), -1)
+        place = natural(section)
+        if place is None:
+            place = next((i for i, all_ in enumerate(named) if section in all_), -1)
         if not 0 <= place < len(tree):
             known = ", ".join(names[0] for names in named if names) or "no entry with a name"
-            raise ConfigError(f"override {override!r} names {section!r}, which is not in that list; it has {known}")
+            raise ConfigError(
+                f"override {shown(override)} names {section!r}, which is not in that list; it has {known}"
+            )
         if tree[place] in (section, following):
             tree[place] = {tree[place]: {}}
         tree = tree[place]
@@ -197,14 +236,14 @@ def _names_of(entry: Any) -> list[str]:
 def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
     """Refuse unknown keys with the nearest known one, and name missing ones, before types are looked at."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"config section {prefix.rstrip('.') or 'the file'} is {tree!r}; it must be a mapping")
+        raise ConfigError(f"config section {prefix.rstrip('.') or 'the file'} is {shown(tree)}; it must be a mapping")
     known = {f.name: f for f in fields(kind)}
     hints = get_type_hints(kind)
     for key, value in tree.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"config key {prefix}{key} (value {value!r}) does not exist; {hint}")
+            raise ConfigError(f"config key {prefix}{key} (value {shown(value)}) does not exist; {hint}")
         kinds = () if get_origin(hints[key]) is dict else (hints[key], *get_args(hints[key]))
         section = next((t for t in kinds if is_dataclass(t)), None)
         if prefix == "" and key == "model" and isinstance(value, dict):
@@ -233,7 +272,7 @@ def _explained(problem: Mapping[str, Any]) -> str:
         return f"config key {where} is missing; add it"
     if problem["type"] == "value_error":
         return f"config: {problem['msg'].removeprefix('Value error, ')}"
-    return f"config key {where} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"config key {where} is {shown(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def as_tree(config: Config) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jaxrl_llm.addresses import is_address, working_directory
 from jaxrl_llm.config.errors import FREE, PLACEMENT
@@ -23,8 +23,9 @@ from jaxrl_llm.config.operation import (
     ReportingConfig,
 )
 from jaxrl_llm.models.transformer_config import TransformerConfig
-from jaxrl_llm.ranges import Natural, require_ranges
+from jaxrl_llm.ranges import Range, require_ranges
 
+_MOST_TOKENS = 2**40  # of a step
 # What a stage cannot have of its own.
 _OF_THE_RUN = (
     "model",
@@ -59,7 +60,7 @@ class Config:
     rewards: tuple[Any, ...] = ()
     credit: tuple[dict[str, Any], ...] = ()
     task: TaskConfig | None = None
-    seed: Natural = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     init_from: BranchConfig | None = None
     run_dir: str | None = field(default=None, metadata=FREE)
     about: AboutConfig = field(default=AboutConfig(), metadata=FREE)
@@ -82,6 +83,13 @@ class Config:
 
     def __post_init__(self):
         require_ranges(self, "")
+        sizes = self.rollout
+        tokens = sizes.samples_per_prompt * (sizes.max_prompt_tokens + sizes.max_completion_tokens)
+        if (step := tokens * self.training.prompts_per_step) > _MOST_TOKENS:
+            raise ValueError(
+                f"a step has {step:,} tokens (training.prompts_per_step times rollout.samples_per_prompt times the "
+                f"longest sequence), more than {_MOST_TOKENS:,}; lower one of them"
+            )
         for stage in self.stages:
             if of_run := [name for name in _OF_THE_RUN if name in stage]:
                 raise ValueError(

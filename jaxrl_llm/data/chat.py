@@ -1,23 +1,33 @@
 """Chat templates: messages -> text, rendered in a sandbox, and whether a template keeps what was said before.
 
 A template is a program that came with a model's files. It runs in jinja2's immutable sandbox, with the settings and
-the helper functions that `transformers` gives it.
+the helper functions that `transformers` gives it, in a process of bounded time and memory
+(`jaxrl_llm.sandbox.template_rendering`).
 """
 
 from __future__ import annotations
 
+import atexit
 import datetime
-import functools
-import json
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from jaxrl_llm.bounds import file_bytes, shown
 from jaxrl_llm.data.extras import imported
 from jaxrl_llm.data.json_files import json_object
+from jaxrl_llm.sandbox import Workers
+from jaxrl_llm.sandbox.template_rendering import MOST_BYTES, SECONDS
 
 Message = Mapping[str, Any]
+
+_WORKERS = Workers({"rendered": "jaxrl_llm.sandbox.template_rendering:rendered"}, memory_bytes=MOST_BYTES)
+atexit.register(_WORKERS.close)
+# Of the clock: only a machine that stands still takes so long.
+_PATIENCE = 60.0
+_MOST_BYTES = 2**20  # of a template
 
 # A prompt that holds today's date would be another prompt when a run is resumed tomorrow.
 FIXED_DATE = datetime.date(2024, 7, 26)
@@ -58,27 +68,30 @@ class ChatTemplate:
           add_generation_prompt: end with the header after which the assistant speaks.
 
         Raises:
-          ValueError: if the template is no valid template, refuses the messages, or tries what the sandbox forbids.
+          ValueError: if the template is no valid template, refuses the messages, tries what the sandbox forbids, or
+            needs more time or memory than a template may.
         """
-        template = _compiled(self.source)
         variables = {"tools": None, "documents": None} | dict(self.special_tokens) | dict(self.options)
         said = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        try:
-            return template.render(
-                variables
-                | {
-                    "messages": said,
-                    "add_generation_prompt": add_generation_prompt,
-                    "strftime_now": self.date.strftime,
-                }
-            )
-        except Exception as error:
-            roles = [message.get("role") for message in said]
+        given = variables | {"messages": said, "add_generation_prompt": add_generation_prompt}
+        if importlib.util.find_spec("jinja2") is None:
+            imported("jinja2")
+        (told,) = _WORKERS("rendered", [(self.source, given, self.date)], _PATIENCE)
+        answer = told.value or {}
+        if "text" in answer:
+            return answer["text"]
+        if "line" in answer:
             raise ValueError(
-                f"the chat template failed on a conversation with the roles {roles}: {type(error).__name__}: {error}; "
-                "change the conversation (some templates know no system role, or want user and assistant in turns), "
-                "or use another template"
-            ) from error
+                f"the chat template is no valid jinja2 template: {answer['error']} in line {answer['line']}; "
+                "repair the template, or copy the model's files again"
+            )
+        much = f"it takes more than {SECONDS:g} seconds of computing, or {MOST_BYTES:,} bytes of memory"
+        roles = shown([message.get("role") for message in said])
+        raise ValueError(
+            f"the chat template failed on a conversation with the roles {roles}: "
+            f"{answer.get('error') or (much if told.ended else told.error)}; change the conversation "
+            "(some templates know no system role, or want user and assistant in turns), or use another template"
+        )
 
 
 def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
@@ -90,16 +103,19 @@ def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str
     """
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file_bytes(file, _MOST_BYTES).decode("utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read as text: {error}; copy the model's files again") from None
     entry = tokenizer_config.get("chat_template") or json_object(directory / "chat_template.json").get("chat_template")
     if isinstance(entry, list) and all(
-        isinstance(each, dict) and {"name", "template"} <= each.keys() for each in entry
+        isinstance(each, dict) and all(isinstance(each.get(key), str) for key in ("name", "template")) for each in entry
     ):
         named = {each["name"]: each["template"] for each in entry}
         if "default" not in named:
             raise ValueError(
-                f"tokenizer_config.json in {directory} has the chat templates {sorted(named)}, but none is named "
-                "'default'; save the one that is meant as chat_template.jinja in this directory"
+                f"tokenizer_config.json in {directory} has the chat templates {shown(sorted(named))}, but none is "
+                "named 'default'; save the one that is meant as chat_template.jinja in this directory"
             )
         entry = named["default"]
     if entry is not None and not isinstance(entry, str):
@@ -150,51 +166,3 @@ def require_kept_history(template: ChatTemplate) -> None:
             "over several turns would score tokens that the policy never saw; use a template that keeps earlier turns "
             "as they are, or train on single turns"
         )
-
-
-@functools.lru_cache(maxsize=1)
-def _environment() -> Any:
-    jinja2 = imported("jinja2")
-    sandbox, extension = imported("jinja2.sandbox"), imported("jinja2.ext")
-
-    class Generation(extension.Extension):
-        """`{% generation %}` marks what an assistant said; here it is a plain block, since masks come from lengths."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def as_json(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # jinja2's own filter escapes HTML, which no tokenizer has seen.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, extension.loopcontrols]
-    )
-    environment.filters["tojson"] = as_json
-    environment.globals["raise_exception"] = refuse
-    return environment
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> Any:
-    environment, jinja2 = _environment(), imported("jinja2")
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"the chat template is no valid jinja2 template: {error.message} in line {error.lineno}; repair the "
-            "template, or copy the model's files again"
-        ) from error

@@ -8,17 +8,23 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxrl_llm.bounds import shortened, shown
 from jaxrl_llm.data.chat import FIXED_DATE, ChatTemplate, require_kept_history, template_source
 from jaxrl_llm.data.extras import imported
 from jaxrl_llm.data.json_files import json_object
 from jaxrl_llm.data.prompts import PLACE, ChatPrompts, PlainPrompts, PromptFormat, require_turn
 from jaxrl_llm.data.token_bytes import token_bytes
+
+_MOST_TOKENS = 2**24
+_ID = re.compile(r"[0-9]{1,9}")
+_OF_TOKENS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +113,9 @@ def load_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
     _recognise(backend, special, directory)
     generation = {} | json_object(directory / "config.json") | json_object(directory / "generation_config.json")
     eos_ids = _eos_ids(backend, special, generation, directory)
+    largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= _MOST_TOKENS:
+        raise ValueError(f"the tokenizer in {directory} has the id {largest:,}, beyond {_MOST_TOKENS:,}; copy it again")
     return HuggingFaceTokenizer(
         path=str(directory),
         backend=backend,
@@ -193,10 +202,12 @@ def _backend(directory: Path) -> Any:
     tokenizers = imported("tokenizers")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception, and where it breaks down BaseException
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise ValueError(
-            f"{file} is no file of the `tokenizers` library: {error}; it may be cut off, or of a newer version: "
-            "copy it again, or upgrade tokenizers"
+            f"{file} is no file of the `tokenizers` library: {shortened(str(error), 300)}; it may be cut off, or of a "
+            "newer version: copy it again, or upgrade tokenizers"
         ) from error
     # Some files ask for either; here nothing is ever cut, and rows are filled by the pipeline.
     backend.no_truncation()
@@ -206,18 +217,38 @@ def _backend(directory: Path) -> Any:
 
 def _add_tokens(backend: Any, config: Mapping[str, Any], directory: Path) -> None:
     """Add the tokens that only tokenizer_config.json knows, and hold both files against each other."""
-    entries = {int(id): dict(entry) for id, entry in (config.get("added_tokens_decoder") or {}).items()}
+    written = config.get("added_tokens_decoder") or {}
+    if not isinstance(written, dict):
+        raise ValueError(
+            f"added_tokens_decoder of tokenizer_config.json in {directory} is a {type(written).__name__}, not an "
+            "object of tokens by id; copy the file again"
+        )
+    for id, entry in written.items():
+        if not (_ID.fullmatch(id) and _is_token(entry)):
+            raise ValueError(
+                f"tokenizer_config.json in {directory} has the added token {shown(id)}: {shown(entry)}; it must be an "
+                'id and an object with the text "content" and flags; copy the file again'
+            )
+    entries = {int(id): entry for id, entry in written.items()}
     added_token = imported("tokenizers").AddedToken
     for _, entry in sorted(entries.items()):
         if backend.token_to_id(entry["content"]) is None:
-            backend.add_tokens([added_token(**entry)])
+            backend.add_tokens([added_token(**{key: entry[key] for key in _OF_TOKENS if key in entry})])
     for id, entry in sorted(entries.items()):
         found = backend.token_to_id(entry["content"])
         if found != id:
             raise ValueError(
-                f"tokenizer_config.json in {directory} gives the added token {entry['content']!r} the id {id}, but "
-                f"with tokenizer.json it has the id {found}; the files belong to different tokenizers: copy both again"
+                f"tokenizer_config.json in {directory} gives the added token {shown(entry['content'])} the id {id}, "
+                f"but with tokenizer.json it has the id {found}; the files belong to different tokenizers: copy both "
+                "again"
             )
+
+
+def _is_token(entry: Any) -> bool:
+    flags = (
+        {key: value for key, value in entry.items() if key in _OF_TOKENS[1:]} if isinstance(entry, dict) else {"": 0}
+    )
+    return all(isinstance(flag, bool) for flag in flags.values()) and isinstance(entry.get("content"), str)
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -235,8 +266,8 @@ def _recognise(backend: Any, special: Mapping[str, str], directory: Path) -> Non
     for name in ("bos_token", "eos_token", "pad_token"):
         if name in special and backend.token_to_id(special[name]) is None:
             raise ValueError(
-                f"{name} is {special[name]!r} in {directory}, but tokenizer.json has no such token; the files belong "
-                "to different tokenizers: copy them again, or name a token that there is"
+                f"{name} is {shown(special[name])} in {directory}, but tokenizer.json has no such token; the files "
+                "belong to different tokenizers: copy them again, or name a token that there is"
             )
     backend.add_special_tokens([text for text in special.values() if backend.token_to_id(text) is not None])
 
@@ -247,10 +278,15 @@ def _eos_ids(
     named = generation.get("eos_token_id")
     listed = named if isinstance(named, list) else [] if named is None else [named]
     for id in listed:
-        if isinstance(id, bool) or not isinstance(id, int) or id < 0 or backend.id_to_token(id) is None:
+        if (
+            isinstance(id, bool)
+            or not isinstance(id, int)
+            or not 0 <= id < _MOST_TOKENS
+            or backend.id_to_token(id) is None
+        ):
             raise ValueError(
-                f"eos_token_id is {named!r} in the generation_config.json or config.json of {directory}, but {id!r} is "
-                "the id of no token; name ids of tokenizer.json"
+                f"eos_token_id is {shown(named)} in the generation_config.json or config.json of {directory}, but "
+                f"{shown(id)} is the id of no token; name ids of tokenizer.json"
             )
     first = [backend.token_to_id(special["eos_token"])] if "eos_token" in special else []
     ids = tuple(dict.fromkeys([*first, *listed]))
@@ -267,7 +303,7 @@ def _pad_id(backend: Any, special: Mapping[str, str], generation: Mapping[str, A
         return backend.token_to_id(special["pad_token"])
     named = generation.get("pad_token_id")
     # Some models write -1 or null for "none".
-    if isinstance(named, int) and named >= 0 and backend.id_to_token(named) is not None:
+    if isinstance(named, int) and 0 <= named < _MOST_TOKENS and backend.id_to_token(named) is not None:
         return named
     return eos_ids[0]
 

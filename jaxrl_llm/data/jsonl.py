@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxrl_llm.bounds import shortened
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
 from jaxrl_llm.data.row_files import Row, rows_of
 from jaxrl_llm.data.row_templates import column_value
@@ -143,7 +144,10 @@ def require_usable(path: str, records: Sequence[Any], problems: Sequence[str]) -
     """Raises ValueError where rows cannot be used, or there are none."""
     if problems:
         more = len(problems) - _MOST_PROBLEMS
-        shown = [*problems[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+        shown = [
+            *(shortened(each, 240) for each in problems[:_MOST_PROBLEMS]),
+            *([f"and {more} more"] if more > 0 else []),
+        ]
         raise ValueError(
             f"{path} has {len(problems)} lines that cannot be used; repair them: {'; '.join(shown)} "
             "(data.unusable=drop leaves such lines out)"

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrl_llm.data.extras import imported
-from jaxrl_llm.data.json_files import elements, json_object, place
+from jaxrl_llm.data.json_files import contents, elements, json_object, place
 
 SPLITS = ("train", "validation", "test")
 _CALLED = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -112,7 +112,7 @@ def first_row(path: str | Path) -> Any:
     """
     file = Path(path).expanduser()
     if _FORMATS.get(file.suffix.lower(), _json) is _json and file.is_file():
-        rows: Iterable[Row] = _json(file, file.read_bytes())
+        rows: Iterable[Row] = _json(file, contents(file, "data file"))
     else:
         rows = rows_of(path)[0]
     for row in rows:
@@ -167,10 +167,7 @@ def _read(files: Sequence[Path]) -> tuple[list[Row], str]:
     rows: list[Row] = []
     digests = []
     for file in files:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"data file {file} cannot be read: {error.strerror}; give the path of a file") from error
+        content = contents(file, "data file")
         before = rows[-1].number if rows else 0
         name = f"{file.name}, " if len(files) > 1 else ""
         found = _FORMATS.get(file.suffix.lower(), _json)(file, content)

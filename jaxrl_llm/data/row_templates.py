@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.extras import imported
 
 
@@ -50,7 +51,7 @@ def column_value(columns: Mapping[str, Any], name: str) -> Any:
     outer, dot, inner = name.partition(".")
     if dot and isinstance(columns.get(outer), Mapping):
         return column_value(columns[outer], inner)
-    raise ValueError(f"there is no field {name!r}; its fields are {sorted(columns)}")
+    raise ValueError(f"there is no field {name!r}; its fields are {shown(sorted(map(str, columns)))}")
 
 
 def holds(condition: str, columns: Mapping[str, Any]) -> bool:

@@ -13,11 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.encoding import Tokenizer
 from jaxrl_llm.data.order import Batches, shuffled_batches
 from jaxrl_llm.data.row_files import row_objects
 from jaxrl_llm.data.row_templates import column_value
 
+_LARGEST = float(np.finfo(np.float32).max)
 Kind = Literal["pairs", "rankings", "ratings", "labels", "steps"]
 # Names that rows of each kind know, see `jaxrl_llm.fields`.
 PROVIDES: Mapping[str, frozenset[str]] = {
@@ -65,22 +67,24 @@ def _text(record: Mapping[str, Any], key: str, where: str) -> str:
 def _is_text(value: Any, what: str, where: str) -> str:
     if isinstance(value, str):
         return value
-    raise ValueError(f"{where} has {what} {value!r}, which is no text; write it in quotes")
+    raise ValueError(f"{where} has {what} {shown(value)}, which is no text; write it in quotes")
 
 
 def _number(value: Any, what: str, where: str) -> float:
     if isinstance(value, str):  # a cell of a CSV file
         with contextlib.suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise ValueError(f"{where} has {what} {value!r}; it must be a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+        raise ValueError(f"{where} has {what} {shown(value)}; it must be a finite number")
     return float(value)
 
 
 def _distinct(texts: Sequence[str], where: str) -> None:
-    for place, text in enumerate(texts):
-        if text in texts[:place]:
+    seen: set[str] = set()
+    for text in texts:
+        if text in seen:
             raise ValueError(f"{where} has two equal completions {text[:40]!r}, of which none is better; leave one out")
+        seen.add(text)
 
 
 def _pair(record: Mapping[str, Any], where: str) -> list[Judged]:
@@ -93,7 +97,7 @@ def _ranking(record: Mapping[str, Any], where: str) -> list[Judged]:
     texts = record.get("completions")
     if not isinstance(texts, Sequence) or isinstance(texts, str) or len(texts) < 2:
         raise ValueError(
-            f"{where} has completions {texts!r}; a ranking is a list of at least two texts, the best first"
+            f"{where} has completions {shown(texts)}; a ranking is a list of at least two texts, the best first"
         )
     prompt, texts = _text(record, "prompt", where), [_is_text(text, "completion", where) for text in texts]
     _distinct(texts, where)
@@ -110,14 +114,14 @@ def _label(record: Mapping[str, Any], where: str) -> list[Judged]:
     if isinstance(value, str):  # a cell of a CSV file
         value = {"true": 1, "1": 1, "false": 0, "0": 0}.get(value.lower(), value)
     if value not in (0, 1):
-        raise ValueError(f"{where} has label {value!r}; it must be true or false, 1 or 0")
+        raise ValueError(f"{where} has label {shown(value)}; it must be true or false, 1 or 0")
     return [Judged(prompt, text, float(value))]
 
 
 def _steps(record: Mapping[str, Any], where: str) -> list[Judged]:
     prompt, steps, labels = _text(record, "prompt", where), record.get("steps"), record.get("labels")
     if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
-        raise ValueError(f"{where} has {steps!r} as steps and {labels!r} as labels; give lists of one length")
+        raise ValueError(f"{where} has {shown(steps)} as steps and {shown(labels)} as labels; give lists of one length")
     if "" in steps:
         raise ValueError(f"{where} has an empty step, which has no last token to be labelled; leave it out")
     pairs = tuple(

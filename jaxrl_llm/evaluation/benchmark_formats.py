@@ -31,7 +31,7 @@ _FIELDS: Mapping[str, Fields] = {
     "aime": Fields(prompt="problem"),
 }
 GRADERS = {"math": "math", "choice": "choice", "code": "code"}
-_NAMED = re.compile(r"(?:answer|choice|option)(?:\s+is)?\s*:?\s*\(?\**([A-J])\b", re.IGNORECASE)
+_NAMED = re.compile(r"(?:answer|choice|option)(?:\s+is)?\s*(?::\s*)?\(?\**([A-J])\b", re.IGNORECASE)
 _ALONE = re.compile(r"(?<![\w'])\(?([A-J])(?:[).:,}\s]|$)")
 
 

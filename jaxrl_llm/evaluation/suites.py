@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-import yaml
 
+from jaxrl_llm.bounds import file_bytes
 from jaxrl_llm.evaluation.benchmark_formats import Format
 from jaxrl_llm.evaluation.evaluate import require_k
+from jaxrl_llm.yaml_text import MOST_BYTES, yaml_values
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ def read_suite(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     """
     file = Path(path)
     try:
-        tree = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = yaml_values(file_bytes(file, MOST_BYTES).decode("utf-8-sig"), f"--suite {path}")
+    except (OSError, ValueError) as error:
         raise ValueError(f"--suite {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("evaluations"), dict) or not tree["evaluations"]:
         raise ValueError(f"--suite {path} names no evaluations; write `evaluations:` with one entry for each, by name")

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_llm.bounds import file_bytes, parsed_json, shortened, shown
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PRECISIONS = ("BF16", "F32", "F16")
+_MOST_BYTES = 2**26  # of a file of settings
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,13 @@ def read_json(path: Path) -> dict[str, Any]:
       FileNotFoundError: where there is no such file.
       ValueError: where it is something else.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; give a directory with {path.name}, as transformers' save_pretrained writes it"
         )
     try:
-        read = json.loads(path.read_text())
-    except ValueError as error:
+        read = parsed_json(file_bytes(path, _MOST_BYTES))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
     if not isinstance(read, dict):
         raise ValueError(f"{path} holds {type(read).__name__}, not an object of fields; copy the file again")
@@ -112,7 +115,7 @@ def stored_tensors(directory: str | Path) -> dict[str, StoredTensor]:
         raise FileNotFoundError(f"{directory} holds no {SINGLE} and no {INDEX}; give a directory with weights")
     if len(files) > 1:
         raise ValueError(
-            f"{directory} holds {', '.join(file.name for file in files)} but no {INDEX} that says which tensors are "
+            f"{directory} holds {_few([file.name for file in files])} but no {INDEX} that says which tensors are "
             "where; copy the index too"
         )
     return _opened(files[0])
@@ -122,13 +125,18 @@ def _indexed(directory: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise ValueError(f"{directory / INDEX} has no weight_map of tensor names to files; copy the file again")
+    if wrong := [name for name, file in weight_map.items() if not isinstance(file, str) or not 0 < len(file) < 256]:
+        raise ValueError(
+            f"{directory / INDEX} lists {shown(wrong[0])} in {shown(weight_map[wrong[0]])}, which is no name of a "
+            "file; copy the file again"
+        )
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{directory / INDEX} names files outside its directory: {', '.join(outside)}; refused")
+        raise ValueError(f"{directory / INDEX} names files outside its directory: {_few(outside)}; refused")
     _refuse_pickles(Path(name) for name in names)
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise FileNotFoundError(
-            f"{directory / INDEX} names {', '.join(missing)}, which {directory} does not hold; copy all files"
+            f"{directory / INDEX} names {_few(missing)}, which {directory} does not hold; copy all files"
         )
     shards = {name: _opened(directory / name) for name in names}
     listed = {(tensor, file) for tensor, file in weight_map.items()}
@@ -136,7 +144,7 @@ def _indexed(directory: Path) -> dict[str, StoredTensor]:
     if listed != there:
         wrong = [f"{tensor} (listed in {file}, not there)" for tensor, file in sorted(listed - there)]
         wrong += [f"{tensor} (in {file}, not listed)" for tensor, file in sorted(there - listed)]
-        raise ValueError(f"{directory / INDEX} does not fit its files: {', '.join(wrong)}; copy index and files again")
+        raise ValueError(f"{directory / INDEX} does not fit its files: {_few(wrong)}; copy index and files again")
     return {tensor: shards[file][tensor] for tensor, file in weight_map.items()}
 
 
@@ -145,11 +153,13 @@ def _opened(path: Path) -> dict[str, StoredTensor]:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError("reading a checkpoint needs safetensors; pip install 'jaxrl_llm[hf]'") from None
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; copy the file again")
     try:
         handle: Any = safe_open(path, framework="np")
         described = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is cut off or damaged ({error}); copy the file again") from None
+        raise ValueError(f"{path} is cut off or damaged ({shortened(str(error), 300)}); copy the file again") from None
     return {
         name: StoredTensor(path, name, tuple(tensor.get_shape()), tensor.get_dtype(), handle)
         for name, tensor in described.items()
@@ -162,6 +172,12 @@ def _refuse_pickles(paths: Iterable[Path]) -> None:
             f"{', '.join(pickles)}: pickle files are not read, because reading one runs the code inside; convert the "
             "model to safetensors (transformers' save_pretrained does)"
         )
+
+
+def _few(names: Sequence[str], most: int = 10) -> str:
+    """The first of many names, and how many more there are."""
+    told = ", ".join(shortened(name, 120) for name in names[:most])
+    return told + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_tensors(
@@ -192,7 +208,7 @@ def check_tensors(
             f"{name} ({stored[name].dtype})" for name in both if stored[name].dtype not in _PRECISIONS
         ],
     }
-    if found := [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]:
+    if found := [f"{len(names)} {kind}: {_few(names)}" for kind, names in problems.items() if names]:
         raise ValueError(
             f"the tensors do not fit config.json: {'; '.join(found)}. Take config.json and weights of one and the "
             "same model; a head of its own (lm_head.weight) goes with tie_word_embeddings false"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import map_parts
-from jaxrl_llm.ranges import Positive, require_ranges
+from jaxrl_llm.ranges import Count, Natural, Positive, Range, require_ranges
 
 ExpertProduct = Literal["auto", "ragged", "dense"]
 RouterScores = Literal["softmax", "sigmoid"]
@@ -42,19 +42,19 @@ class ExpertsConfig:
         every token, one expert at a time; "auto" is dense on CPU, where a ragged product is computed densely anyway.
     """
 
-    count: int
-    per_token: int
+    count: Annotated[int, Range(1, 100_000)]
+    per_token: Count
     normalise: bool = True
     scores: RouterScores = "softmax"
     router_bias: bool = False
     selection_bias: bool = False
-    groups: int = 1
-    groups_per_token: int = 1
+    groups: Count = 1
+    groups_per_token: Count = 1
     scale: Positive = 1.0
-    shared_width: int | None = None
+    shared_width: Count | None = None
     shared_gate: bool = False
-    dense_layers: int = 0
-    dense_width: int | None = None
+    dense_layers: Natural = 0
+    dense_width: Count | None = None
     product: ExpertProduct = "auto"
 
     def __post_init__(self):

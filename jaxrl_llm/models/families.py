@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.models.dense_families import DENSE_FAMILIES
 from jaxrl_llm.models.expert_families import EXPERT_FAMILIES
 from jaxrl_llm.models.family import Family, Json
 from jaxrl_llm.models.hybrid_families import HYBRID_FAMILIES
+from jaxrl_llm.models.json_types import require_types
 from jaxrl_llm.models.packed import packing_of
 from jaxrl_llm.models.rope_fields import rope_fields, rope_json
 from jaxrl_llm.models.transformer_config import Activation, TransformerConfig
@@ -53,6 +55,11 @@ _ACTIVATIONS: dict[str, Activation] = {
 # How a model computes, as opposed to what it is: two configs that differ in these alone are one model.
 _EXECUTION = ("attention", "layer_loop", "parameter_dtype", "compute_dtype")
 _PRECISIONS = ("float32", "bfloat16")
+# Fields in which null says "none", or "as another field has it".
+_NULL = frozenset(
+    {"sliding_window", "head_dim", "num_key_value_heads", "q_lora_rank", "rope_scaling", "rope_parameters"}
+    | {"attn_logit_softcapping", "final_logit_softcapping", "hidden_activation", "layer_types", "max_window_layers"}
+)
 
 
 def architecture_of(source: Json) -> str:
@@ -61,6 +68,7 @@ def architecture_of(source: Json) -> str:
     Raises:
       ValueError: for any other, listing the supported ones.
     """
+    require_types(source)
     named = source.get("architectures") or []
     by_type = {family.model_type: architecture for architecture, family in FAMILIES.items()}
     found = [name for name in named if name in FAMILIES or name in VISION_LANGUAGE] or (
@@ -68,7 +76,7 @@ def architecture_of(source: Json) -> str:
     )
     if not found:
         raise ValueError(
-            f"config.json names the architecture {', '.join(named) or source.get('model_type')!r}, which is not "
+            f"config.json names the architecture {shown(', '.join(named) or source.get('model_type'))}, which is not "
             f"supported; supported are {', '.join([*FAMILIES, *VISION_LANGUAGE])}"
         )
     return found[0]
@@ -145,9 +153,19 @@ def config_from_json(source: Json, *, context_tokens: int | None = None, **execu
         "parameter_dtype": precision,
         "compute_dtype": precision,
     }
-    own = family.fields(source)
-    rope = rope_fields(source, local="window" in own, read=family.rope)
-    config = TransformerConfig(**(common | rope | own | execution))
+    try:
+        own = family.fields(source)
+        rope = rope_fields(source, local="window" in own, read=family.rope)
+        config = TransformerConfig(**(common | rope | own | execution))
+    except KeyError as error:
+        raise ValueError(
+            f"config.json of a {family.model_type} lacks {error}; copy the file of the model again"
+        ) from None
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"config.json of a {family.model_type} says something that is no model ({error}); copy the file of the "
+            "model again"
+        ) from None
     return config if context_tokens is None else config.for_context(context_tokens)
 
 
@@ -247,7 +265,11 @@ def _complete(source: Json, family: Family) -> dict[str, Any]:
     defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False} | dict(family.defaults)
     if source.get("rope_scaling"):
         defaults.pop("rope_parameters", None)
-    complete = defaults | dict(source)
+    # Where a number must be, null says no more than nothing.
+    said = {
+        key: value for key, value in source.items() if value is not None or defaults.get(key) is None or key in _NULL
+    }
+    complete = defaults | said
     needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     if missing := [key for key in needed if complete.get(key) is None]:
         raise ValueError(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from jaxrl_llm.ranges import Count, require_ranges
+from jaxrl_llm.models.json_types import MOST_LAYERS
+from jaxrl_llm.ranges import Count, Range, require_ranges
+
+Layers = Annotated[int, Range(1, MOST_LAYERS)]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class RopeScaling:
             known = ", ".join(get_args(RopeKind))
             raise ValueError(f"model.rope_scaling.kind is {self.kind!r}; it must be one of {known}")
         require_ranges(self, "model.rope_scaling")
-        if self.kind not in ("linear", "proportional") and (self.original_positions or 0) < 1:
+        if self.kind not in ("linear", "proportional") and (self.original_positions or 0) < 2:
             raise ValueError(
                 f"model.rope_scaling.original_positions is {self.original_positions}, which {self.kind} needs; set it "
                 "to the context length of pre-training"

@@ -110,6 +110,9 @@ _NAMING = {
 }
 
 
+_MOST_TENSORS = 500_000
+
+
 @dataclass(frozen=True)
 class Part:
     """One tensor of a checkpoint, or some rows of it, as a box in one of our leaves.
@@ -173,11 +176,17 @@ class Layout:
                 yield self.name(part, layer, expert), layer, expert
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the checkpoint, in the order of the table."""
+        """Name and shape of every tensor of the checkpoint, in the order of the table.
+
+        Raises:
+          ValueError: for more than any model has.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
             rows, *rest = self.part_shape(part)
             for name, _, _ in self.names(part):
+                if len(shapes) >= _MOST_TENSORS:
+                    raise ValueError(f"config.json describes more than {_MOST_TENSORS:,} tensors; copy the file again")
                 shapes[name] = (max(rows + part.first_row, shapes.get(name, (0,))[0]), *rest)
         return shapes
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
-from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig, LatentConfig, PerLayerConfig
+from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig, LatentConfig, Layers, PerLayerConfig
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.ranges import Count, Positive, require_ranges
@@ -104,7 +104,7 @@ class TransformerConfig:
 
     vocabulary_size: Count
     width: Count = 128
-    layers: Count = 4
+    layers: Layers = 4
     heads: Count = 4
     kv_heads: Count = 2
     head_width: Count | None = None

@@ -25,16 +25,18 @@ from jaxrl_llm.models.transformer_config import TransformerConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_COMPARED_AT_ONCE = 4096
+_NUMBERS_AT_ONCE = 2**22
+_EXPONENT = 0x7F80  # of bfloat16; all of its bits are set in NaN and infinities, and in nothing else
 
 
 def load_model(
-    directory: str | Path, *, sharding: Sharding | PyTree | None = None, **execution: Any
+    directory: str | Path, *, sharding: Sharding | PyTree | None = None, strict: bool = False, **execution: Any
 ) -> tuple[Model, PyTree]:
     """The model and the parameters of a checkpoint directory.
 
     Args:
       directory: config.json and safetensors files.
-      sharding: as for `load_params`.
+      sharding, strict: as for `load_params`.
       execution: how to compute: attention, layer_loop, parameter_dtype, compute_dtype, context_tokens (see
         `config_from_json`).
 
@@ -43,7 +45,7 @@ def load_model(
       ValueError: for anything that does not fit, naming it.
     """
     model = transformer(load_config(directory, **execution))
-    return model, load_params(directory, model.config, sharding=sharding)
+    return model, load_params(directory, model.config, sharding=sharding, strict=strict)
 
 
 def load_config(directory: str | Path, **execution: Any) -> TransformerConfig:
@@ -68,7 +70,11 @@ def load_config(directory: str | Path, **execution: Any) -> TransformerConfig:
 
 
 def load_params(
-    directory: str | Path, config: TransformerConfig, *, sharding: Sharding | PyTree | None = None
+    directory: str | Path,
+    config: TransformerConfig,
+    *,
+    sharding: Sharding | PyTree | None = None,
+    strict: bool = False,
 ) -> PyTree:
     """Parameters as `transformer_specs` describes them, in the config's `parameter_dtype`.
 
@@ -79,6 +85,7 @@ def load_params(
       directory: config.json and safetensors files, or what `save_imported` wrote.
       config: of the model.
       sharding: of every leaf, or a tree with one for each; None puts all on the first device.
+      strict: weights that are NaN or infinite are an error; without it they are warned of.
 
     Raises:
       FileNotFoundError: for a path or file that is not there.
@@ -93,6 +100,7 @@ def load_params(
         _check_tied(stored)
     shardings = _per_leaf(layout, sharding)
     loaded: dict[str, Any] = {}
+    not_finite: list[str] = []
     for path, shape in layout.shapes.items():
         slices: dict[tuple, np.ndarray] = {}
 
@@ -103,6 +111,8 @@ def load_params(
             key = tuple((part.start, part.stop) for part in index)
             if key not in slices:
                 slices[key] = leaf_slice(layout, path, index, stored, dtype)
+                if not _finite(slices[key]):
+                    not_finite.append(path)
             return slices[key]
 
         *above, name = path.split("/")
@@ -110,6 +120,11 @@ def load_params(
         for section in above:
             tree = tree.setdefault(section, {})
         tree[name] = jax.make_array_from_callback(shape, shardings[path], read, dtype=dtype)
+    if not_finite:
+        told = f"{directory} holds weights that are NaN or infinite, in {', '.join(dict.fromkeys(not_finite))}"
+        if strict:
+            raise ValueError(f"{told}; copy the files again, or load it without strict")
+        warnings.warn(f"{told}; what it computes will be NaN", stacklevel=2)
     return loaded
 
 
@@ -131,6 +146,17 @@ def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layo
         # The same as layers behind the last one.
         stored = {name: tensor for name, tensor in stored.items() if (layer_of(name) or 0) < config.layers}
     return layout, stored
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether an array of float32 or bfloat16 holds neither NaN nor infinities."""
+    flat = array.reshape(-1)
+    flat = flat.view(np.uint16) if array.dtype.itemsize == 2 else flat
+    for start in range(0, flat.size, _NUMBERS_AT_ONCE):
+        part = flat[start : start + _NUMBERS_AT_ONCE]
+        if not (np.isfinite(part) if array.dtype.itemsize == 4 else part & _EXPONENT != _EXPONENT).all():
+            return False
+    return True
 
 
 def _per_leaf(layout: Layout, sharding: Sharding | PyTree | None) -> dict[str, Sharding]:

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.bounds import natural
 from jaxrl_llm.parallel.peers import Peers, Place
 from jaxrl_llm.parallel.roll_call import call_roll
 
@@ -62,7 +63,7 @@ def _flagged(coordinator: str | None, processes: int | None, process: int | None
         absent = " and ".join(flag for flag, value in given.items() if value is None)
         raise ValueError(f"{there} came without {absent}; each process needs all three")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not 0 < (natural(port) or 0) < 65536:
         raise ValueError(f"--coordinator is {coordinator!r}; write it as HOST:PORT, the address of process 0")
     if processes < 1 or not 0 <= process < processes:
         raise ValueError(f"--process-id is {process}, --processes {processes}; they go from 0 to {processes - 1}")

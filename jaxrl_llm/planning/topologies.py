@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxrl_llm.bounds import natural
+
 GIB = 2**30
 
 
@@ -155,7 +157,7 @@ def topology(name: str) -> Topology:
     kind, mark, rest = base.partition(":") if ":" in base else base.rpartition("-")
     if kind == "gpu" and mark == ":":
         return _gpus(name, rest, slices)
-    if kind == "cpu" and mark == ":" and rest.isdigit() and int(rest) > 0 and slices == 1:
+    if kind == "cpu" and mark == ":" and natural(rest) and slices == 1:
         return Topology(name, CPU, (int(rest),))
     chip = TPUS.get(kind)
     if chip is None or slices < 1:
@@ -163,7 +165,7 @@ def topology(name: str) -> Topology:
     if mark == "-":
         return Topology(name, chip, _shape_of_type(name, chip, rest), slices)
     sizes = rest.split("x")
-    if not all(size.isdigit() and int(size) > 0 for size in sizes) or len(sizes) != chip.dimensions:
+    if not all(natural(size) for size in sizes) or len(sizes) != chip.dimensions:
         example = "x".join(["4"] * chip.dimensions)
         raise ValueError(
             f"topology {name!r}: a slice of {chip.name} has {chip.dimensions} dimensions, such as "
@@ -173,7 +175,7 @@ def topology(name: str) -> Topology:
 
 
 def _shape_of_type(name: str, chip: Chip, rest: str) -> tuple[int, ...]:
-    count = int(rest) if rest.isdigit() else 0
+    count = natural(rest) or 0
     if chip.dimensions == 2:
         if count not in _FLAT:
             raise ValueError(
@@ -197,7 +199,7 @@ def _shape_of_type(name: str, chip: Chip, rest: str) -> tuple[int, ...]:
 def _gpus(name: str, rest: str, slices: int) -> Topology:
     *counts, kind = rest.split("x")
     chip = {each.upper(): chip for each, chip in GPUS.items()}.get(kind.upper())
-    if chip is None or slices != 1 or len(counts) not in (1, 2) or not all(c.isdigit() and int(c) > 0 for c in counts):
+    if chip is None or slices != 1 or len(counts) not in (1, 2) or not all(natural(c) for c in counts):
         raise _unknown(name, kind)
     hosts, each = (1, *map(int, counts))[-2:]
     if hosts == 1 and each > 8 and each % 8 == 0:

@@ -103,8 +103,9 @@ def _curves(axes: Any, panel: Panel, of: Sequence[tuple[str, dict[str, Any]]]) -
             axes.plot(
                 steps, np.nanmean(values, 0), dash, color=colour, label=label, marker="." if len(steps) < 5 else ""
             )
-    row = described(panel.metrics[0])
-    axes.set(xlabel="step", ylabel=panel.metrics[0] if len(panel.metrics) == 1 else (row and row.unit) or panel.title)
+    first, *others = list(panel.metrics)
+    row = described(first)
+    axes.set(xlabel="step", ylabel=((row and row.unit) or panel.title) if others else first)
 
 
 def smoothed(values: Sequence[float | None], weight: float = SMOOTHING) -> np.ndarray:

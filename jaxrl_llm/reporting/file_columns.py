@@ -36,6 +36,8 @@ FILES: Mapping[str, Mapping[str, str]] = {
         "before": "the last table, before training: accuracies on the test split, `problems`, `samples_per_problem`",
         "after": "the same after training",
         "seconds": "wall time by part, and `total`",
+        "goodput": "share of the seconds of all starts that the result is made of, and what became of the others",
+        "early_stopping": "of each stage with `training.stop_when`: what it has read, and whether it ended the stage",
         "peak_memory_bytes": "of the process on the host",
         "completion_tokens_sampled": "tokens that the policy wrote in training",
         "warm_start_steps": "steps of the warm start",

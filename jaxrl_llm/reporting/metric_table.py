@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
@@ -45,7 +45,7 @@ class Panel(NamedTuple):
     """
 
     title: str
-    metrics: tuple
+    metrics: tuple[Any, ...]
     text: str
     log: bool = False
     apart: bool = False
@@ -230,6 +230,9 @@ PANELS = (
         (
             Metric("preferred_share/<loss>", "share", "pairs", "Pairs that the model orders as they were judged."),
             Metric("margin/<loss>", "", "pairs", "Implicit reward of the preferred answer minus that of the other."),
+            Metric(
+                "log_odds_ratio/<loss>", "nats", "pairs", "Log-odds of the preferred answer minus those of the other."
+            ),
             Metric("score_gap/<loss>", "", "pairs", "Score of the preferred answer minus that of the other."),
             Metric("desirable_log_ratio/<loss>", "nats", "desirable rows", "log pi - log pi_ref of the completion."),
             Metric("undesirable_log_ratio/<loss>", "nats", "undesirable rows", "The same of undesirable ones."),

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxrl_llm.bounds import natural
 from jaxrl_llm.endpoints import Endpoint, EndpointError, answer
 
 TOKEN_ID = "token_id:"
@@ -160,7 +161,8 @@ def _token_ids(choice: Mapping[str, Any], described: Mapping[str, Any], where: s
     written = described.get("tokens")
     named = None
     if isinstance(written, list) and all(isinstance(t, str) and t.startswith(TOKEN_ID) for t in written):
-        named = [int(t[len(TOKEN_ID) :]) if t[len(TOKEN_ID) :].isdecimal() else t for t in written]
+        ids = [natural(t[len(TOKEN_ID) :]) for t in written]
+        named = [t if id is None else id for t, id in zip(written, ids, strict=True)]
     for ids in (choice.get("token_ids"), described.get("token_ids"), named):
         if isinstance(ids, list) and ids:
             return ids

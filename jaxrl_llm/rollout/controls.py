@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.ranges import Count, Natural, Positive, PositiveShare, Share, require_ranges
 from jaxrl_llm.rollout.stop import StopAutomaton
 
 
@@ -39,26 +40,17 @@ class Controls:
     References: nucleus sampling (1904.09751), min-p (2407.01082), repetition penalty of CTRL (1909.05858).
     """
 
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_k: Count | None = None
+    top_p: PositiveShare = 1.0
+    min_p: Share = 0.0
+    repetition_penalty: Positive = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_ids: tuple[int, ...] | None = None
-    min_completion_tokens: int = 0
+    min_completion_tokens: Natural = 0
     stop: StopAutomaton | None = None
 
     def __post_init__(self):
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or None to keep all tokens")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1], where 1 keeps all tokens")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1], where 0 keeps all tokens")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0, where 1 is none")
-        if self.min_completion_tokens < 0:
-            raise ValueError(f"min_completion_tokens is {self.min_completion_tokens}; it must be at least 0")
+        require_ranges(self, "")
         if self.allowed_ids is not None and not self.allowed_ids:
             raise ValueError("allowed_ids is empty, so nothing could be sampled; give ids, or None to allow all")
 

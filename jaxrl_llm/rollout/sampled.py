@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxrl_llm.experience import Selection
+from jaxrl_llm.ranges import Count, Natural, require_ranges
 from jaxrl_llm.rollout.controls import Controls
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.hand_over import External
@@ -36,15 +37,15 @@ class Rollout:
       selection: what chooses the prompts of a step; None where the caller does. Needs `prompts_per_step`.
     """
 
-    samples_per_prompt: int
-    max_completion_tokens: int
-    eos_ids: Sequence[int]
-    pad_id: int
+    samples_per_prompt: Count
+    max_completion_tokens: Count
+    eos_ids: Sequence[Natural]
+    pad_id: Natural
     temperature: float = 1.0
     plan: Plan | None = None
-    prompts_per_step: int | None = None
+    prompts_per_step: Count | None = None
     replay_router: bool = False
-    slots: int | None = None
+    slots: Count | None = None
     truncation: Controls | None = None
     off_policy_steps: int = 0
     environment: Environment | HostEnvironment | None = None
@@ -64,3 +65,4 @@ class Rollout:
                 f"rollout.temperature is {self.temperature}; training samples need a temperature above 0 "
                 "(greedy decoding is for evaluation)"
             )
+        require_ranges(self, "rollout")

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jaxrl_llm.bounds import natural
 from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
 from jaxrl_llm.run import frozen as frozen_parts
@@ -141,7 +142,7 @@ def steps(directory: Path) -> list[int]:
     """Steps under a checkpoints directory that were written to their end, whatever became of them since."""
     directory = Path(directory)
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    return sorted(int(name) for name in names if str(natural(name)) == name)
 
 
 def latest_step(directory: Path) -> int | None:
@@ -156,7 +157,7 @@ def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
       CheckpointError: when no checkpoint is there.
     """
     path = at_hand(path)
-    if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
+    if natural(path.name) is not None and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent, int(path.name)
     folder = path if path.name == "checkpoints" else path / "checkpoints"
     if not steps(folder):

@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import optax
+import pydantic
 from jaxtyping import PyTree
 
 from jaxrl_llm import advantages, losses, rewards, schedules
+from jaxrl_llm.bounds import natural, shown
 from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.endpoints import Endpoint
@@ -145,7 +147,7 @@ def configured_networks(
 def is_run(path: str) -> bool:
     """Whether a path is a run directory, or one of its checkpoints."""
     here = Path(path)
-    return (here / "checkpoints").is_dir() or (here.name.isdigit() and (here / "state").is_dir())
+    return (here / "checkpoints").is_dir() or (natural(here.name) is not None and (here / "state").is_dir())
 
 
 def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
@@ -156,9 +158,11 @@ def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
     if section.head == "scalar":
         return HeadConfig(outputs=1)
     try:
-        return HeadConfig(**section.head)
-    except TypeError as error:
-        raise ValueError(f"networks.{name}.head is {section.head!r}: {error}") from None
+        return pydantic.TypeAdapter(HeadConfig).validate_python(section.head)
+    except pydantic.ValidationError as error:
+        said, where = error.errors()[0]["msg"].removeprefix("Value error, "), error.errors()[0]["loc"]
+        told = ".".join(map(str, ("head", *where)))
+        raise ValueError(f"networks.{name}.{told} of {shown(section.head)}: {said}") from None
 
 
 def head_optimizer(section: NetworkConfig, b1: float, b2: float) -> optax.GradientTransformation:

@@ -18,6 +18,7 @@ from jaxrl_llm.evaluation.evaluate import column
 from jaxrl_llm.evaluation.suites import Evaluation
 from jaxrl_llm.experience import FACTS, Method
 from jaxrl_llm.fields import TEXT
+from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.batches import grader as run_grader
 from jaxrl_llm.run.batches import named_grader
 from jaxrl_llm.run.configured import configured_environment
@@ -83,7 +84,7 @@ def evaluated(path: str, *, every: bool = False, chat: bool = False) -> Evaluate
             raise ConfigError(f"{path} is a run, whose config says what prompts look like; leave --chat out")
         built, policy = restored_run(path)
         folder = policy.source.parent
-        steps = sorted(int(each.name) for each in folder.iterdir() if each.name.isdigit()) if every else []
+        steps = checkpoints.steps(folder) if every else []
         named = [(f"{step}", lambda step=step: checkpoint_params(built, folder, step)) for step in steps]
         return Evaluated(policy, built, named or [(policy.source.name, lambda: policy.params)])
     if every:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxrl_llm import schedules
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.config import TrainingConfig
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import nearest
@@ -128,6 +130,8 @@ def named_optimizer(entry: Any, rate: float | optax.Schedule, decay: float, wher
     for key in hyper:
         if key not in declared:
             raise RecipeError(f"{where}.{name}.{key} is not a hyper-parameter of {name}; {nearest(key, declared)}")
+        if ":" not in name and not _may_hold(declared[key], hyper[key]):
+            raise RecipeError(f"{where}.{name}.{key} is {shown(hyper[key])}; it must be a number")
     if decay and "weight_decay" not in hyper:
         if "weight_decay" not in declared:
             raise RecipeError(f"training.weight_decay is {decay}, but {name} takes none; leave it out")
@@ -139,6 +143,15 @@ def named_optimizer(entry: Any, rate: float | optax.Schedule, decay: float, wher
     if not isinstance(made, optax.GradientTransformation):
         raise RecipeError(f"{where}.{name} returned a {type(made).__name__}; it must be an optax optimiser")
     return made
+
+
+def _may_hold(parameter: inspect.Parameter, value: Any) -> bool:
+    """Whether a hyper-parameter of optax may be given as text, a list or a mapping, where it is."""
+    said = f"{parameter.name} {parameter.annotation}".lower()
+    plain = not isinstance(value, str | list | Mapping)
+    return (
+        plain or isinstance(parameter.default, str) or any(word in said for word in ("dtype", "str", "any", "sequence"))
+    )
 
 
 def _takes_a_rate(function: Any) -> bool:

@@ -1,14 +1,27 @@
-"""Which prompts a step gets: in order, or as a selection with memory has chosen them in the steps before."""
+"""The data of a stage, and which prompts a step gets: in order, or as a selection with memory has chosen them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.experience import TrainState
+from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.training.collect import SELECTION
+
+
+class StageData:
+    """The rows of a stage by step.
+
+    Attributes:
+      prompts: batches of prompts; None where all rows are written.
+      written: rows that are handed to a step, by step; None where there are none.
+    """
+
+    def __init__(self, prompts: Any, written: Callable[[int], Experience] | None):
+        self.prompts, self.written = prompts, written
 
 
 def batch_of(prompts: Any, index: int, choices: list[Any], later: int) -> Any:

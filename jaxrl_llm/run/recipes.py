@@ -19,6 +19,7 @@ from typing import Any, Optional
 import pydantic
 
 from jaxrl_llm import advantages, losses, rewards, schedules, selection
+from jaxrl_llm.bounds import shortened, shown
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.ranges import Positive, require_range
 from jaxrl_llm.signatures import on_host, renamed, signature
@@ -30,6 +31,9 @@ COEFFICIENT_ROOMS = (schedules, losses, advantages)
 
 class RecipeError(ValueError):
     """A recipe entry that names nothing, or gives it what it cannot take."""
+
+    def __init__(self, message: str):
+        super().__init__(shortened(message))
 
 
 # Beside the hyper-parameters of a reward or a fill: how it is called, where it is a reading.
@@ -64,7 +68,9 @@ def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] 
     terms = []
     for entry in entries:
         if not isinstance(entry, Mapping) or len(entry) != 1:
-            raise RecipeError(f"credit entry {entry!r} must be one `field: method`, e.g. advantages: group_normalized")
+            raise RecipeError(
+                f"credit entry {shown(entry)} must be one `field: method`, e.g. advantages: group_normalized"
+            )
         ((field, inner),) = entry.items()
         name, hyper = entry_of(inner, f"credit.{field}")
         label = hyper.pop("name", None)
@@ -82,7 +88,7 @@ def _in_process(
 ) -> Any:
     """A reading of the user's own, to be called in a process of its own where it pickles; anything else as it is."""
     if executor not in (None, "process", "sandbox", "thread"):
-        raise RecipeError(f"{where}.executor is {executor!r}; it must be 'process', 'sandbox' or 'thread'")
+        raise RecipeError(f"{where}.executor is {shown(executor)}; it must be 'process', 'sandbox' or 'thread'")
     if ":" not in name or not on_host(function) or executor == "thread":
         if executor in ("process", "sandbox") or memory_gib is not None:
             raise RecipeError(f"{where} is no function of your own that reads text; leave executor and memory_gib out")
@@ -145,7 +151,9 @@ def method(
     if "reads" in hyper:
         other = hyper.pop("reads")
         if not isinstance(other, Mapping):
-            raise RecipeError(f"{where}.{name}.reads is {other!r}; write {{a name of the function: the name to read}}")
+            raise RecipeError(
+                f"{where}.{name}.reads is {shown(other)}; write {{a name of the function: the name to read}}"
+            )
     function = user_function(name, where) if ":" in name else _public_function(name, rooms, where)
     read = signature(function)
     for key in hyper:
@@ -163,6 +171,8 @@ def method(
         raise RecipeError(f"{where}.{name} needs {required[0]}; add {name}: {{{required[0]}: ...}}")
     try:
         made = function(**bound) if not (read.required or read.optional) else partial(function, **bound)
+        if made is None or isinstance(made, str | bytes | list | dict):
+            raise RecipeError(f"{where}.{name} takes no data and returned {shown(made)}; it must return a function")
         if other:
             return renamed(made, **other)
     except ValueError as error:
@@ -175,7 +185,7 @@ def _public_function(name: str, rooms: Sequence[ModuleType], where: str) -> Call
         if name in room.__all__ and inspect.isfunction(getattr(room, name)):
             return getattr(room, name)
     known = [n for room in rooms for n in room.__all__ if inspect.isfunction(getattr(room, n))]
-    raise RecipeError(f"{where} names {name!r}, which does not exist; {nearest(name, known)}")
+    raise RecipeError(f"{where} names {shown(name)}, which does not exist; {nearest(name, known)}")
 
 
 def user_function(path: str, where: str) -> Callable:
@@ -185,6 +195,8 @@ def user_function(path: str, where: str) -> Callable:
       RecipeError: where there is none.
     """
     module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise RecipeError(f"{where} names python: {shown(path)}; write it as module:function")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -196,6 +208,8 @@ def user_function(path: str, where: str) -> Callable:
         ) from error
     except AttributeError:
         raise RecipeError(f"{where} names python: {path!r}, but {module_name!r} has no {attribute!r}") from None
+    except Exception as error:  # of the user's module
+        raise RecipeError(f"{where} names python: {path!r}, but importing {module_name!r} failed: {error!r}") from error
     if not callable(function):
         raise RecipeError(f"{where} names python: {path!r}, which is not a function")
     return function
@@ -216,7 +230,7 @@ def entry_of(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
         if hyper is None or isinstance(hyper, Mapping):
             return str(name), dict(hyper or {})
     raise RecipeError(
-        f"{where} entry {entry!r} is neither a name, nor {{name: {{hyper-parameters}}}}, nor {{python: ...}}"
+        f"{where} entry {shown(entry)} is neither a name, nor {{name: {{hyper-parameters}}}}, nor {{python: ...}}"
     )
 
 
@@ -228,7 +242,7 @@ def _number(value: Any, where: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise RecipeError(f"{where} is {value!r}; it must be a number") from None
+        raise RecipeError(f"{where} is {shown(value)}; it must be a number") from None
     if not math.isfinite(number):
         raise RecipeError(f"{where} is {number}; it must be finite")
     return number
@@ -254,7 +268,7 @@ def _checked(annotation: Any, value: Any, where: str) -> Any:
         require_range(annotation, typed, where)
         return typed
     except pydantic.ValidationError as error:
-        raise RecipeError(f"{where} is {value!r}: {error.errors()[0]['msg'].lower()}") from None
+        raise RecipeError(f"{where} is {shown(value)}: {error.errors()[0]['msg'].lower()}") from None
     except pydantic.errors.PydanticSchemaGenerationError:
         return value
     except ValueError as error:

@@ -23,6 +23,7 @@ from jaxrl_llm.models import weights
 from jaxrl_llm.models.adapters import add_adapters, lora
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.parallel import changed_rules
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
@@ -45,6 +46,8 @@ from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.terms import Reward, View
 from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update, make_train_step
 from jaxrl_llm.training.segments import parameter_shardings
+
+_MOST_PARAMETERS = 10**14
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,11 @@ class Parts:
             return params if lies is None else jax.device_put(params, lies)
         if self.directory is None:
             return jax.jit(self.model.init, out_shardings=lies)(key)
+        strict = isinstance(self.config.model, PretrainedConfig) and self.config.model.strict
         if adapters is None:
-            return weights.load_params(self.directory, self.model.config, sharding=lies)
+            return weights.load_params(self.directory, self.model.config, sharding=lies, strict=strict)
         base = None if c.mesh is None else parameter_shardings(transformer(self.model.config), c.mesh, c.rules)
-        params = weights.load_params(self.directory, self.model.config, sharding=base)
+        params = weights.load_params(self.directory, self.model.config, sharding=base, strict=strict)
         adapted = add_adapters(params, adapters, key, quantise=adapters.int8)
         return adapted if lies is None else jax.device_put(adapted, lies)
 
@@ -312,7 +316,12 @@ def described_policy(config: Config, *, planned: bool = False) -> tuple[Path | N
                 f"model.vocabulary_size is {config.model.vocabulary_size}, but the tokenizer has "
                 f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
             )
-        return None, tokenizer, transformer(replace(config.model.for_context(context), remat=config.training.remat))
+        model = transformer(replace(config.model.for_context(context), remat=config.training.remat))
+        if (count := parameter_count(model.specs)) > _MOST_PARAMETERS:
+            raise ValueError(
+                f"section model describes {count:,} parameters, more than {_MOST_PARAMETERS:,}; lower sizes"
+            )
+        return None, tokenizer, model
     directory = model_directory(config.model.path, revision=config.model.revision, weights=not planned)
     described = weights.load_config(directory, context_tokens=context, **config.model.execution)
     model = transformer(replace(described, remat=config.training.remat))

@@ -35,7 +35,7 @@ from jaxrl_llm.run.live_report import LiveReport
 from jaxrl_llm.run.local_checkpoints import LocalCheckpoints
 from jaxrl_llm.run.nonfinite import TrainingError, looked_at
 from jaxrl_llm.run.optimizers import learning_rates
-from jaxrl_llm.run.prompt_choices import batch_of, choices_of, next_choices
+from jaxrl_llm.run.prompt_choices import StageData, batch_of, choices_of, next_choices
 from jaxrl_llm.run.samples import spread, write_samples
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.step_trace import StepTrace
@@ -81,18 +81,6 @@ class Stage:
     def samples(self) -> bool:
         """Whether the policy is sampled in it."""
         return self.parts.step.composition.rollout is not None
-
-
-class StageData:
-    """The rows of a stage by step.
-
-    Attributes:
-      prompts: batches of prompts; None where all rows are written.
-      written: rows that are handed to a step, by step; None where there are none.
-    """
-
-    def __init__(self, prompts: Any, written: Callable[[int], Experience] | None):
-        self.prompts, self.written = prompts, written
 
 
 @dataclass

@@ -21,6 +21,7 @@ from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
 from jaxrl_llm.fields import HEADS, compared_with, nearest, score_named
 from jaxrl_llm.models.heads import Backbone, HeadConfig, from_policy
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.ranges import Count, Natural, Positive, Share, require_ranges
 
 POLICY = "policy"
 GIVEN = "given"
@@ -54,24 +55,19 @@ class Network:
     says: Literal["token", "first"] = "token"
     backbone: Backbone = "own"
     optimizer: optax.GradientTransformation | None = None
-    decay: float | None = None
-    copy_every: int = 0
-    copy_at: tuple[int, ...] = ()
+    decay: Share | None = None
+    copy_every: Natural = 0
+    copy_at: tuple[Count, ...] = ()
     snapshot: bool = False
-    temperature: float | None = None
+    temperature: Positive | None = None
     always_origin: bool = False
 
     def __post_init__(self):
         if self.backbone not in ("own", "shared"):
             raise ValueError(f"networks: backbone is {self.backbone!r}; it must be 'own' or 'shared'")
-        if self.decay is not None and not 0 <= self.decay <= 1:
-            raise ValueError(
-                f"networks: decay is {self.decay}; it is the share that is kept at each step and must lie in [0, 1]"
-            )
+        require_ranges(self, "networks")
         if self.optimizer is not None and self.moves:
             raise ValueError("networks: a network that learns cannot follow another one too; leave one of them out")
-        if self.copy_every < 0:
-            raise ValueError(f"networks: copy_every is {self.copy_every}; it must be at least 0")
         if self.origin == GIVEN and self.model is None:
             raise ValueError("networks: a network whose parameters are given needs its model")
 

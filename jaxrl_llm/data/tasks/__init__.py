@@ -12,6 +12,7 @@ import inspect
 from types import ModuleType
 from typing import Any
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.tasks import (
     addition,
     calculator,
@@ -64,7 +65,7 @@ def task(name: str, **options: Any) -> Task:
       ValueError: for an unknown name or option (with the nearest known one), or an option's value that cannot be.
     """
     if name not in names():
-        raise ValueError(f"there is no task {name!r}; {_nearest(name, names())}")
+        raise ValueError(f"there is no task {shown(name)}; {_nearest(name, names())}")
     family = globals()[name].task
     known = tuple(inspect.signature(family).parameters)
     for option in options:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any, NamedTuple
 
-from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, tagged
+from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, require_share, tagged
 
 ERROR = "ERR"
 MOST_DIGITS, LARGEST_RESULT = 7, 10**9
@@ -133,8 +133,7 @@ def task(*, fault_probability: float = 0.0) -> Task:
       fault_probability: share of the calls that return ERR once although they are fine, 0 to 1; two in an episode at
         most.
     """
-    if isinstance(fault_probability, bool) or not 0 <= fault_probability <= 1:
-        raise ValueError(f"fault_probability is {fault_probability!r}; it is a share and must lie in [0, 1]")
+    require_share("fault_probability", fault_probability)
 
     def draw(rng: Random, level: int) -> Item | None:
         numbers = [rng.randint(10, 99) if rng.random() < 0.5 else rng.randint(100, 999) for _ in range(level + 1)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-from jaxrl_llm.data.tasks.items import Item, Segment, Task, observed, require_choice, require_int, tagged
+from jaxrl_llm.data.tasks.items import Item, Segment, Task, observed, require_choice, require_int, require_share, tagged
 
 MOVES = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 View = Literal["full", "blind"]
@@ -178,8 +178,7 @@ def task(*, size: int = 5, wall_probability: float = 0.2, view: str = "full") ->
       view: the prompt shows the whole grid ("full"), or its size alone ("blind").
     """
     require_int("size", size, low=3, high=7)
-    if isinstance(wall_probability, bool) or not 0 <= wall_probability <= 0.3:
-        raise ValueError(f"wall_probability is {wall_probability!r}; it must lie in [0, 0.3]")
+    require_share("wall_probability", wall_probability, high=0.3)
     require_choice("view", view, ("full", "blind"))
 
     def draw(rng: Random, level: int) -> Item | None:

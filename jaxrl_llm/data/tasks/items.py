@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any, NamedTuple
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.experience import Source
 
 SPLITS = ("train", "validation", "test", "extrapolation")
@@ -245,24 +246,31 @@ def equality(item: Item, answer: str | None) -> float:
 def require_bool(name: str, value: Any) -> bool:
     """The value, if it is true or false."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be true or false")
+        raise ValueError(f"{name} is {shown(value)}; it must be true or false")
     return value
 
 
 def require_int(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """The value, if it is an integer within [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r} of type {type(value).__name__}; it must be an integer")
+        raise ValueError(f"{name} is {shown(value)} of type {type(value).__name__}; it must be an integer")
     if (low is not None and value < low) or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} is {value}; it must be {wanted}")
     return value
 
 
+def require_share(name: str, value: Any, high: float = 1.0) -> float:
+    """The value, if it is a number within [0, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}; it must lie in [0, {high:g}]")
+    return value
+
+
 def require_choice(name: str, value: Any, choices: tuple) -> Any:
     """The value, if it is one of the choices."""
     if isinstance(value, bool) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, choices))}")
     return value
 
 
@@ -270,5 +278,5 @@ def require_subset(name: str, value: Any, characters: str) -> str:
     """The value in alphabet order, if it is a string of distinct characters out of those given."""
     known = isinstance(value, str) and len(value) > 0 and set(value) <= set(characters)
     if not known or len(set(value)) != len(value):
-        raise ValueError(f"{name} is {value!r}; it must be a string of distinct characters out of {characters!r}")
+        raise ValueError(f"{name} is {shown(value)}; it must be a string of distinct characters out of {characters!r}")
     return "".join(character for character in characters if character in value)

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from jaxrl_llm.data.tasks import addition, chain, corruption, deduction
-from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, require_choice, tagged
+from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, require_choice, require_share, tagged
 
 REVISE = "<r>\n"
 PROBLEMS = {
@@ -55,8 +55,7 @@ def task(
       problem_options: options of the other family.
     """
     require_choice("problem", problem, tuple(PROBLEMS))
-    if isinstance(corrupted, bool) or not 0 <= corrupted <= 1:
-        raise ValueError(f"corrupted is {corrupted!r}; it is a share and must lie in [0, 1]")
+    require_share("corrupted", corrupted)
     if problem_options is not None and not isinstance(problem_options, Mapping):
         raise ValueError(f"problem_options is {problem_options!r}; it must map options of {problem} to their values")
     family, wrong_attempt = PROBLEMS[problem]

@@ -127,6 +127,7 @@ def written_verdict(judge: Mapping[str, Any], questions: Callable[..., list[str]
     return parse
 
 
+@ranged
 def expected_rating(
     rating_probs: Float[Array, "B K"], *, lowest: float = 1.0, highest: float = 5.0
 ) -> Float[Array, "B"]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxrl_llm.ranges import Positive, ranged
 
-_NUMBER = re.compile(r"(\d*\.?\d+)\s*(%?)")
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)")
 
 
 @ranged

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from jaxrl_llm.data.tasks import countdown as countdown_task
+from jaxrl_llm.ranges import ranged
 
 
 def extract_answer(text: str, *, open_tag: str = "<a>", close_tag: str = "</a>") -> str | None:
@@ -138,6 +139,7 @@ def _order_share(found: Sequence[str], wanted: Sequence[str]) -> float:
     return sum(pairs) / len(pairs) if pairs else 1.0
 
 
+@ranged
 def item_numbers(item: Mapping[str, Any], *, field: str, values: Mapping[str, tuple[float, ...]]) -> Any:
     """Numbers that go with what a record says in a field, such as percentiles of a data set (`percentile_bounded`).
 

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 from jaxrl_llm.data.tasks.items import tagged
+from jaxrl_llm.ranges import ranged
 
 Grammar = Literal["think", "think_answer", "tags"]
 Where = Literal["search", "whole"]
@@ -102,6 +103,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"pattern is {pattern!r}, which is no regular expression: {error}") from None
 
 
+@ranged
 def schema_match(
     completions: Sequence[str],
     *,

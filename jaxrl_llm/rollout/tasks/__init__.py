@@ -5,7 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import pydantic
+
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.tasks.items import Task
+from jaxrl_llm.ranges import require_range
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.tasks.calculator_environment import calculator_tool
 from jaxrl_llm.rollout.tasks.grid_environment import grid_navigation
@@ -37,4 +41,11 @@ def task_environment(task: Task, **options: Any) -> Environment:
         if option not in known:
             where = "is an option of the task" if option in settled else "is unknown"
             raise ValueError(f"option {option!r} of the environment {name} {where}; it takes {', '.join(known)}")
+        annotation = inspect.signature(_ENVIRONMENTS[name], eval_str=True).parameters[option].annotation
+        try:
+            options[option] = pydantic.TypeAdapter(annotation).validate_python(options[option])
+        except pydantic.ValidationError as error:
+            said = error.errors()[0]["msg"].lower()
+            raise ValueError(f"environment.{option} is {shown(options[option])}: {said}") from None
+        require_range(annotation, options[option], f"environment.{option}")
     return _ENVIRONMENTS[name](**settled, **options)

@@ -1,0 +1,96 @@
+"""Bounds on what others wrote: regular files of a bounded size, JSON of a bounded depth, and values cut in messages."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+LONGEST_SHOWN = 200
+LONGEST_MESSAGE = 1500
+MOST_LEVELS = 100
+
+
+def shown(value: Any, most: int = LONGEST_SHOWN) -> str:
+    """`repr` for a message, at most about `most` characters long: the middle of a longer one is left out.
+
+    >>> shown("a" * 10_000, 20)
+    "'aaaaaaa...aaaaaaa' (10,002 characters)"
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; a value that holds itself too deeply
+        text = f"a {type(value).__name__} that is too large to be shown"
+    return shortened(text, most)
+
+
+def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """The text, without its middle where it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    kept = (most - 3) // 2
+    return f"{text[:kept]}...{text[-kept:]} ({len(text):,} characters)"
+
+
+def natural(text: str) -> int | None:
+    """The integer that up to 18 ASCII digits write; None for any other text, also where `str.isdigit` holds.
+
+    >>> natural("12"), natural("²"), natural("-1")
+    (12, None, None)
+    """
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
+def file_bytes(path: Path, most: int | None = None) -> bytes:
+    """What a regular file holds; a pipe or a device, which may never end, is not read.
+
+    Raises:
+      OSError: as `open` does.
+      ValueError: for what is no regular file, or one of more than `most` bytes.
+    """
+    if "\0" in str(path):
+        raise ValueError(f"{shown(str(path))} is no path: it holds a NUL character")
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is no regular file, but a pipe, socket or device; give a file")
+        if most is not None and status.st_size > most:
+            raise ValueError(f"{path} holds {status.st_size:,} bytes; at most {most:,} are read of such a file")
+        return file.read()
+
+
+def parsed_json(text: bytes | str, *, most_levels: int = MOST_LEVELS, **hooks: Any) -> Any:
+    """JSON in UTF-8, with or without a byte order mark.
+
+    Args:
+      text: the JSON.
+      most_levels: of lists and objects within each other.
+      hooks: as for `json.loads`.
+
+    Raises:
+      ValueError: for anything else, in a short sentence.
+    """
+    try:
+        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, **hooks)
+    except UnicodeDecodeError as error:
+        other = ", and looks like UTF-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ValueError(f"byte {error.start} is no UTF-8{other}; save the text as UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"it has more than {most_levels} levels of nesting") from None
+    opening = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(text.count(one) for one in opening) > most_levels and _deeper(value, most_levels):  # type: ignore[arg-type]
+        raise ValueError(f"it has more than {most_levels} levels of nesting")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    return levels == 0 or any(
+        _deeper(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value)
+    )
