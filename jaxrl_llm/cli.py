@@ -16,6 +16,7 @@ from jaxrl_llm import __version__
 from jaxrl_llm.bounds import shortened
 from jaxrl_llm.commands.data_options import add_data
 from jaxrl_llm.commands.evaluation_options import add_eval, add_report
+from jaxrl_llm.commands.model_options import add_merge, add_model_files
 from jaxrl_llm.commands.output import Lasting, unwrapped
 from jaxrl_llm.shipped import config_path
 
@@ -153,6 +154,10 @@ _EXAMPLES = {
     "score": ("score runs/demo --file lines.jsonl", "score MODEL_DIR --file lines.jsonl --dtype bfloat16"),
     "import": ("import MODEL_DIR", "import Qwen/Qwen3-0.6B models/qwen3 --dtype bfloat16"),
     "export": ("export runs/demo exported", "export runs/demo/checkpoints/120 exported --dtype bfloat16"),
+    "merge": (
+        "merge runs/a runs/b --out merged --weights 0.7,0.3",
+        "merge runs/dpo --base MODEL_DIR --method task --weights 1.5 --out further",
+    ),
     "ckpt list": ("ckpt list runs/demo", "ckpt list runs/demo --json"),
     "ckpt verify": ("ckpt verify runs/demo", "ckpt verify runs/demo/checkpoints/120"),
     "ckpt prune": ("ckpt prune runs/demo --keep 2", "ckpt prune runs/demo --keep 1 --keep-every 100"),
@@ -203,7 +208,8 @@ def _parser() -> argparse.ArgumentParser:
         add_eval,
         add_report,
         _add_sample,
-        _add_model_files,
+        add_model_files,
+        add_merge,
         _add_lists,
         _add_previews,
     ):
@@ -294,37 +300,6 @@ def _add_sample(command: Command) -> None:
     sample.add_argument("--batch", type=int, default=8, help="prompts sampled together (default 8)")
     sample.add_argument("--jsonl", action="store_true", help="print a line of JSON for each completion, batch by batch")
     sample.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
-
-
-def _add_model_files(command: Command) -> None:
-    score = command(
-        "score", "model_files:show_score", "Log-probabilities of given texts or token ids, as JSON.", json_output=False
-    )
-    score.add_argument("path", metavar="MODEL", help="a run, a checkpoint, or a Hugging Face model directory")
-    score.add_argument(
-        "--file", required=True, metavar="JSONL", help="lines with prompt and completion, text, or tokens"
-    )
-    score.add_argument("--temperature", type=float, default=1.0, help="of the softmax (default 1)")
-    score.add_argument("--batch", type=int, default=8, help="sequences scored together")
-    score.add_argument("--dtype", choices=["float32", "bfloat16"], help="of a model directory (default: as stored)")
-
-    imported = command(
-        "import", "model_files:show_import", "Check a Hugging Face model directory, and write it in orbax's layout."
-    )
-    imported.add_argument("path", metavar="DIR", help="a directory, or owner/name of a repository")
-    imported.add_argument(
-        "out", nargs="?", metavar="OUT", help="new directory that model.path takes, for fast restores"
-    )
-    imported.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the parameters (default: as stored)")
-    imported.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite")
-
-    export = command(
-        "export", "model_files:show_export", "Write a run's policy as a directory that transformers loads."
-    )
-    export.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
-    export.add_argument("out", metavar="DIR", help="new directory")
-    export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
-    export.add_argument("--adapters", action="store_true", help="the adapters of section lora alone, for PEFT")
 
 
 def _add_state(command: Command, commands_of: Callable) -> None:

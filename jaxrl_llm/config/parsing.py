@@ -118,18 +118,18 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} holds {type(tree).__name__}, not a mapping of sections")
     if (base := tree.pop("extends", None)) is not None:
-        if not isinstance(base, str) or not base or "\0" in base:
-            raise ConfigError(
-                f"config {path} has extends {shown(base)}; it must be the path of one YAML file, or a recipe's name"
-            )
         if len(below) >= _MOST_BASES:
             raise ConfigError(f"config {path} stands in a chain of more than {_MOST_BASES} files; shorten the chain")
         tree = _merged(_read_tree(_base_path(path, base), (*below, path)), tree)
     return tree
 
 
-def _base_path(path: Path, base: str) -> Path:
+def _base_path(path: Path, base: Any) -> Path:
     """The file that `extends` means: one beside the file, or where it is a bare word the name of a shipped recipe."""
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise ConfigError(
+            f"config {path} has extends {shown(base)}; it must be the path of one YAML file, or the name of a recipe"
+        )
     if not base.isidentifier() or (path.parent / base).exists():
         return path.parent / base
     try:

@@ -18,6 +18,8 @@ from jaxrl_llm.evaluation.grading import (
 )
 from jaxrl_llm.evaluation.intervals import mean_intervals, sign_test
 from jaxrl_llm.evaluation.measures import measured
+from jaxrl_llm.evaluation.objective_volume import hypervolume, hypervolume_factor
+from jaxrl_llm.evaluation.overoptimisation import overoptimisation_fit, performance_gap_recovered, preference_metrics
 from jaxrl_llm.evaluation.pass_rates import mean_pass_at_k, pass_at_k
 from jaxrl_llm.evaluation.reliability import (
     accuracy_at_coverage,
@@ -48,6 +50,8 @@ __all__ = [
     "expected_calibration_error",
     "file_grader",
     "function_grader",
+    "hypervolume",
+    "hypervolume_factor",
     "majority_at_k",
     "make_evaluate",
     "make_records",
@@ -57,7 +61,10 @@ __all__ = [
     "mean_pass_at_k",
     "measured",
     "number_grader",
+    "overoptimisation_fit",
     "pass_at_k",
+    "performance_gap_recovered",
+    "preference_metrics",
     "read_problems",
     "reliability_curve",
     "sign_test",

@@ -38,6 +38,7 @@ from jaxrl_llm.models.logprobs import (
     scaled_log_softmax,
     token_statistics,
 )
+from jaxrl_llm.models.merging import averaged, dropped_and_rescaled, elected, spherical, task_arithmetic
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, abstract, initialise, logical_axes, parameter_count
 from jaxrl_llm.models.rotary import RopeScaling
@@ -65,10 +66,13 @@ __all__ = [
     "attend",
     "attention_in_use",
     "attention_path",
+    "averaged",
     "check_model",
     "config_from_json",
     "config_to_json",
     "dequantised",
+    "dropped_and_rescaled",
+    "elected",
     "entropy_of",
     "forward",
     "from_functions",
@@ -96,6 +100,8 @@ __all__ = [
     "save_model",
     "scaled_log_softmax",
     "sequence_reward",
+    "spherical",
+    "task_arithmetic",
     "token_outputs",
     "token_statistics",
     "transformer",

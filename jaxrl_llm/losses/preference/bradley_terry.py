@@ -14,6 +14,7 @@ from jaxrl_llm.losses.preference.pairs import pairs_of
 from jaxrl_llm.ranges import NonNegative, Range, ranged
 
 Centring = Literal["sum", "each"]
+MarginUse = Literal["shift", "weight"]
 
 
 @ranged
@@ -27,13 +28,14 @@ def bradley_terry(
     label_smoothing: Annotated[float, Range(0, 0.5, open=")")] = 0.0,
     centring: NonNegative = 0.0,
     form: Centring = "sum",
+    margin_use: MarginUse = "shift",
 ) -> Loss:
     """Bradley-Terry: the log-odds that an answer is the better one are the difference of two scores.
 
-        z = s_better - s_worse - margin
+        z = s_better - s_worse - margin            with margin_use "shift", else without
         x = -(1 - e) * log sigmoid(z) - e * log sigmoid(-z) + centring * c
 
-    averaged over pairs, with e = `label_smoothing` and
+    averaged over pairs (with "weight", margin * x is), with e = `label_smoothing` and
 
         sum    c = (s_better + s_worse)^2
         each   c = (s_better^2 + s_worse^2) / 2
@@ -50,29 +52,36 @@ def bradley_terry(
       label_smoothing: share of labels taken for wrong, below 1/2.
       centring: strength of the pull of scores towards 0, such as 0.01.
       form: of that pull.
+      margin_use: a shift of z, or the weight of the pair (scaled Bradley-Terry of HelpSteer2-Preference), which is then
+        as if the pair stood that often in the data, but is counted once.
 
     Returns:
       The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` (pairs whose better answer has
       the higher score; a tie has not) and `score_gap`.
 
     Raises:
-      ValueError: for an unknown form, a smoothing outside [0, 1/2), or a negative centring.
+      ValueError: for an unknown form or use of the margin, a smoothing outside [0, 1/2), or a negative centring.
 
     Reference: Bradley-Terry reward models as in InstructGPT (2203.02155); margin: Llama 2 (2307.09288); centring by
-      the sum: (2312.09244).
+      the sum: (2312.09244); weight: HelpSteer2-Preference (2410.01257); on answers of one policy against another's:
+      POLAR (2507.05197).
     Certainty: verified
     """
     chex.assert_rank([reward_scores, group, preferred, weight], 1)
     chex.assert_equal_shape([reward_scores, group, preferred, weight])
     if form not in get_args(Centring):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(Centring))}")
+    if margin_use not in get_args(MarginUse):
+        raise ValueError(f"margin_use is {margin_use!r}; it must be one of {', '.join(get_args(MarginUse))}")
     pairs = pairs_of(preferred, weight, group)
     scores = jnp.where(weight > 0, reward_scores.astype(jnp.float32), 0.0)
     gap = pairs.gap(scores)
-    z = gap if margin is None else gap - margin.astype(jnp.float32)[:, None]
+    z = gap if margin is None or margin_use == "weight" else gap - margin.astype(jnp.float32)[:, None]
     loss = smoothed_logistic(jnp.where(pairs.share > 0, z, 0.0), label_smoothing)
     if centring:
         better, worse = scores[:, None], scores[None, :]
         loss = loss + centring * ((better + worse) ** 2 if form == "sum" else (better**2 + worse**2) / 2)
+    if margin is not None and margin_use == "weight":
+        loss = loss * margin.astype(jnp.float32)[:, None]
     metrics = {"preferred_share": (pairs.total(gap > 0), pairs.count), "score_gap": (pairs.total(gap), pairs.count)}
     return Loss(pairs.total(loss), pairs.count, metrics)

@@ -223,30 +223,40 @@ def sample_log_ratio(
     reference_logprobs: Float[Array, "B T"],
     calibration: Float[Array, "B"],
     mask: Float[Array, "B T"],
+    *,
+    sign: Literal["optimism", "pessimism"] = "optimism",
 ) -> Loss:
-    """The mean log-ratio of calibration samples: with a coefficient above 0 optimism, below 0 pessimism.
+    """The mean log-ratio of calibration samples, which the policy leaves (optimism) or is held to (pessimism).
 
-        loss = mean over calibration rows of sum_t(log pi - log pi_reference)
+        loss = s * mean over calibration rows of sum_t(log pi - log pi_reference),   s = 1 or, for pessimism, -1
 
-    Beside `dpo`: VPO has the coefficient +alpha * beta on samples of the reference (online: the policy explores) and
-    -alpha * beta on better answers (offline); XPO alpha on the sample of the reference of each pair.
+    Beside `dpo`: VPO has the coefficient alpha * beta, with optimism on samples of the reference (online: the policy
+    explores) and pessimism on better answers (offline); XPO alpha, with optimism on the sample of the reference of each
+    pair.
 
     Args:
       logprobs: log-probability of each token under the current policy.
       reference_logprobs: under the reference; it is constant and shifts the value alone.
       calibration: 1 on rows that are samples of that kind.
       mask: 0 on tokens that do not count, the row's weight on those that do.
+      sign: as above.
 
     Returns:
       The loss; its count is the (weighted) number of those rows.
+
+    Raises:
+      ValueError: for an unknown sign.
 
     Reference: VPO (2405.19320); XPO (2405.21046).
     Certainty: recalled
     """
     chex.assert_rank([logprobs, reference_logprobs, calibration, mask], [2, 2, 1, 2])
+    if sign not in ("optimism", "pessimism"):
+        raise ValueError(f"sign is {sign!r}; it must be one of optimism, pessimism")
     mask = jnp.where((calibration > 0)[:, None], mask.astype(jnp.float32), 0.0)
     ratio = on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))
-    return Loss((mask * ratio).sum(), row_weight(mask).sum())
+    total = (mask * ratio).sum()
+    return Loss(total if sign == "optimism" else -total, row_weight(mask).sum())
 
 
 def off_policy_weight(

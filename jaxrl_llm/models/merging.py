@@ -1,0 +1,183 @@
+"""Models of one architecture as points: means, arcs and sums of changes of their parameters, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jaxrl_llm.ranges import Range, ShareBelowOne, ranged
+
+
+def averaged(trees: Sequence[PyTree], weights: Sequence[float] | None = None, *, normalised: bool = True) -> PyTree:
+    """The weighted mean of several models, tensor by tensor.
+
+        theta = sum_i w_i theta_i / sum_i w_i
+
+    Args:
+      trees: parameters, of one structure.
+      weights: one a tree; None weighs all alike.
+      normalised: divide by the sum of the weights.
+
+    Raises:
+      ValueError: for trees that differ in structure or shape, another number of weights, or weights that sum to 0.
+
+    Reference: model soups (2203.05482).
+    Certainty: recalled
+    """
+    given = _numbers("weights", weights, trees)
+    total = sum(given) if normalised else 1.0
+    if total == 0:
+        raise ValueError(f"weights {given} sum to 0, by which nothing can be divided; change one, or normalised=False")
+    return _combined(lambda *xs: sum(w / total * x for w, x in zip(given, xs, strict=True)), *trees)
+
+
+def spherical(first: PyTree, second: PyTree, t: float = 0.5) -> PyTree:
+    """Between two models along an arc, tensor by tensor (slerp).
+
+        c = <a, b> / (|a| |b|),   W = arccos c
+        theta = sin((1 - t) W) / sin W * a + sin(t W) / sin W * b
+
+    on the tensors as they are; between two of equal norm it keeps the norm, which a mean shrinks. The straight line
+    (1 - t) a + t b where |c| > 0.9995, or one of them is zero. t = 0 gives the first, 1 the second.
+
+    Raises:
+      ValueError: for trees that differ in structure or shape.
+
+    Reference: slerp, Shoemake (1985).
+    Certainty: recalled
+    """
+
+    def arc(a: Array, b: Array) -> Array:
+        norms = jnp.linalg.norm(a.ravel()) * jnp.linalg.norm(b.ravel())
+        cosine = jnp.where(norms > 1e-12, jnp.vdot(a, b) / jnp.maximum(norms, 1e-12), 1.0)
+        straight = jnp.abs(cosine) > 0.9995
+        angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
+        one = jnp.where(straight, 1 - t, jnp.sin((1 - t) * angle) / jnp.sin(angle))
+        return one * a + jnp.where(straight, t, jnp.sin(t * angle) / jnp.sin(angle)) * b
+
+    return _combined(arc, first, second)
+
+
+def task_arithmetic(base: PyTree, tuned: Sequence[PyTree], scales: Sequence[float] | None = None) -> PyTree:
+    """A model and the changes that fine-tuning made to it, scaled and added.
+
+        theta = theta_0 + sum_i lambda_i (theta_i - theta_0)
+
+    With one tuned model and a lambda above 1 it extrapolates: a little preference training, carried further (ExPO, 1.5
+    in HelpSteer2-Preference); with a negative one it takes back what was learned.
+
+    Args:
+      base: theta_0.
+      tuned: models fine-tuned from it.
+      scales: lambda, one a model; None is 1 each.
+
+    Raises:
+      ValueError: for trees that differ in structure or shape, or another number of scales.
+
+    Reference: task arithmetic (2212.04089); ExPO (2404.16792).
+    Certainty: recalled
+    """
+    given = _numbers("scales", scales, tuned)
+    return _combined(lambda b, *xs: b + sum(s * (x - b) for s, x in zip(given, xs, strict=True)), base, *tuned)
+
+
+@ranged
+def dropped_and_rescaled(base: PyTree, tuned: PyTree, *, share: ShareBelowOne = 0.9, seed: int = 0) -> PyTree:
+    """A tuned model of which a random share of the changes is dropped and the rest made larger (DARE).
+
+        theta = theta_0 + keep / (1 - share) * (theta - theta_0),   keep ~ Bernoulli(1 - share)
+
+    On average it is the tuned model. Several such models are then merged by `task_arithmetic` or `elected`: their
+    changes meet in few places.
+
+    Args:
+      base: theta_0.
+      tuned: theta.
+      share: that is dropped; 0 drops nothing.
+      seed: of the choice; models that are to be merged take different ones.
+
+    Raises:
+      ValueError: for trees that differ in structure or shape, or a share outside [0, 1).
+
+    Reference: DARE (2311.03099).
+    Certainty: recalled
+    """
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(base))))
+
+    def thinned(b: Array, x: Array) -> Array:
+        keep = jax.random.bernoulli(next(keys), 1 - share, b.shape)
+        return b + jnp.where(keep, (x - b) / (1 - share), 0.0)
+
+    return _combined(thinned, base, tuned)
+
+
+@ranged
+def elected(
+    base: PyTree,
+    tuned: Sequence[PyTree],
+    *,
+    density: Annotated[float, Range(0, 1, open="(")] = 0.2,
+    scale: float = 1.0,
+) -> PyTree:
+    """The changes of several models without those that contradict each other (TIES).
+
+    Of each model's changes d_i to a tensor the share `density` of largest size stays; the sign of each entry is that of
+    the sum over models; the mean is over those that have it:
+
+        theta = theta_0 + scale * mean over { i : sign d_i = sign sum_j d_j } of d_i
+
+    Args:
+      base: theta_0.
+      tuned: models fine-tuned from it.
+      density: share of a tensor's entries that a model keeps, at least one of them; equal sizes stay together.
+      scale: of the merged change.
+
+    Raises:
+      ValueError: for trees that differ in structure or shape, or a density outside (0, 1].
+
+    Reference: TIES (2306.01708).
+    Certainty: recalled
+    """
+
+    def merged(b: Array, *xs: Array) -> Array:
+        changes = jnp.stack([x - b for x in xs])
+        size = jnp.abs(changes.reshape(len(xs), -1))
+        kept = max(1, round(density * size.shape[1]))
+        least = jnp.sort(size, axis=1)[:, size.shape[1] - kept].reshape(-1, *[1] * b.ndim)
+        changes = jnp.where(jnp.abs(changes) >= least, changes, 0.0)
+        agree = (jnp.sign(changes) == jnp.sign(changes.sum(0))) & (changes != 0)
+        return b + scale * jnp.where(agree, changes, 0.0).sum(0) / jnp.maximum(agree.sum(0), 1)
+
+    return _combined(merged, base, *tuned)
+
+
+def _combined(function: Any, *trees: PyTree) -> PyTree:
+    """A function of the tensors of several trees in float32, back in the dtypes of the first."""
+    first = jax.tree.structure(trees[0])
+    for place, tree in enumerate(trees[1:], 1):
+        if jax.tree.structure(tree) != first:
+            raise ValueError(f"model {place} has other parameters than model 0; merge models of one architecture")
+    for path, *leaves in zip(*_paths(trees), strict=True):
+        if len(shapes := {tuple(leaf.shape) for leaf in leaves}) > 1:
+            raise ValueError(f"{path} has the shapes {sorted(shapes)}; merge models of one architecture")
+
+    def each(*xs: Array) -> Array:
+        return function(*(jnp.asarray(x, jnp.float32) for x in xs)).astype(jnp.asarray(xs[0]).dtype)
+
+    return jax.tree.map(each, *trees)
+
+
+def _paths(trees: Sequence[PyTree]) -> list[list[Any]]:
+    named = jax.tree_util.tree_leaves_with_path(trees[0])
+    return [[jax.tree_util.keystr(path) for path, _ in named], *(jax.tree.leaves(tree) for tree in trees)]
+
+
+def _numbers(name: str, given: Sequence[float] | None, trees: Sequence[PyTree]) -> list[float]:
+    numbers = [1.0] * len(trees) if given is None else [float(number) for number in given]
+    if len(numbers) != len(trees) or not trees:
+        raise ValueError(f"{name} has {len(numbers)} numbers for {len(trees)} models; give one each")
+    return numbers

@@ -1,0 +1,109 @@
+"""Pairs out of a group of fresh samples: who is the better and who the worse answer, for the field `preferred`."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
+from jaxrl_llm.selection.subsets import row_uniforms
+from jaxrl_llm.statistics import group_max, group_min, group_rank, group_size
+
+
+@ranged
+def best_and_worst(
+    rewards: Float[Array, "B"],
+    group: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    *,
+    count: Count = 1,
+    least_gap: NonNegative = 0.0,
+) -> Float[Array, "B"]:
+    """The best samples of a group against its worst: the pairs of online and iterative preference losses.
+
+        preferred = 1 for the `count` highest rewards, 0 for the `count` lowest, -1 between
+
+    Of equal rewards the first row is the better one. A group makes no pair where best and worst are at most `least_gap`
+    apart, so equal rewards never do; with count 1 that is the margin of the pair, with a verifier's 0 and 1 a right and
+    a wrong answer. All pairs of a group are those of count G // 2.
+
+    Args:
+      rewards: score of each row, of a reward model, a judge or a verifier; NaN makes no pair.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      count: better answers, and worse ones, of a group; at most half of it counts.
+      least_gap: in units of reward.
+
+    Returns:
+      One entry a row, for the field `preferred`; -1 in absent rows.
+
+    Raises:
+      ValueError: for a count below 1, or a negative gap.
+
+    Reference: online DPO (2402.04792); iterative reasoning preference optimisation (2404.19733).
+    Certainty: verified
+    """
+    chex.assert_equal_shape([rewards, group, weight])
+    r = rewards.astype(jnp.float32)
+    present = (weight > 0) & ~jnp.isnan(r)
+    r = jnp.where(present, r, 0.0)
+    rank = group_rank(-r, group, present)  # 0 for the best
+    size = group_size(group, present)
+    most = jnp.minimum(count, size // 2)
+    apart = group_max(r, group, present) - group_min(r, group, present) > least_gap
+    better, worse = rank < most, rank >= size - most
+    return jnp.where(present & apart & (better | worse), jnp.where(better, 1.0, 0.0), -1.0)
+
+
+@ranged
+def rejection_sampled(
+    rewards: Float[Array, "B"],
+    group: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    step: Int[Array, ""],
+    prompt_id: Int[Array, "B"],
+    sample: Int[Array, "B"],
+    *,
+    beta: Positive = 0.5,
+) -> Float[Array, "B"]:
+    """Weights that keep samples as if the policy were already tilted by its rewards: RSO, one pass.
+
+        kept where u < exp((r - max r of the group) / beta),   u uniform
+
+    The best sample is always kept. What is kept is distributed like pi * exp(r / beta); beta near 0 is best-of-n, a
+    large beta keeps all. Before `best_and_worst`, pairs come from the policy that the loss has as its optimum.
+
+    Args:
+      rewards: score of each row.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      step: of training, part of the address of u.
+      prompt_id: stable id of the prompt.
+      sample: number of the sample within its group.
+      beta: units of reward, that of the preference loss.
+
+    Returns:
+      The new weight of each row.
+
+    Reference: RSO (2309.06657).
+    Certainty: recalled
+    """
+    chex.assert_equal_shape([rewards, group, weight, prompt_id, sample])
+    accepted = row_uniforms(step, prompt_id, sample) < acceptance_probability(rewards, group, weight, beta=beta)
+    return jnp.where(accepted, weight, 0.0)
+
+
+@ranged
+def acceptance_probability(
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, beta: Positive = 0.5
+) -> Float[Array, "B"]:
+    """exp((r - max r of the group) / beta), how likely `rejection_sampled` keeps a row; 0 in absent rows.
+
+    Reference: RSO (2309.06657).
+    Certainty: recalled
+    """
+    present = (weight > 0) & ~jnp.isnan(rewards)
+    r = jnp.where(present, rewards.astype(jnp.float32), 0.0)
+    below = jnp.where(present, r - group_max(r, group, present), 0.0)
+    return jnp.where(present, jnp.exp(below / beta), 0.0)
