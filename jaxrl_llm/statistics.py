@@ -11,7 +11,7 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def present(values: Float[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, "B"]:
@@ -149,6 +149,40 @@ def sampled_entropy(
     surprise = jnp.where(counts > 0, -old_logprobs.astype(jnp.float32), 0.0)
     total = counts.sum()
     return (counts * surprise).sum() / jnp.where(total > 0, total, 1.0)
+
+
+def behind_tokens(
+    values: Float[Array, "B T"], scores: Float[Array, "B"], length: Int[Array, "B"]
+) -> Float[Array, "B T"]:
+    """What a head says behind each token, of what it says before each token and behind the last one.
+
+    >>> behind_tokens(jnp.array([[1.0, 2.0, 9.0]]), jnp.array([3.0]), jnp.array([2])).tolist()
+    [[2.0, 3.0, 3.0]]
+    """
+    chex.assert_rank([values, scores, length], [2, 1, 1])
+    following = jnp.concatenate([values[:, 1:], scores[:, None]], axis=1)
+    last = jnp.arange(values.shape[1]) >= (length - 1)[:, None]
+    return jnp.where(last, scores[:, None], following).astype(jnp.float32)
+
+
+def at_turns(
+    values: Float[Array, "B T"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], turns: int, *, end: bool = True
+) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+    """Each turn's entry at its last token that counts, or its first, and whether it has one; 0 where it has none.
+
+    >>> found, taken = at_turns(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[0, 0, 1]]), jnp.ones((1, 3)), 3)
+    >>> found.tolist(), taken.tolist()
+    ([[2.0, 3.0, 0.0]], [[True, True, False]])
+    """
+    chex.assert_rank([values, turn, mask], 2)
+    counted = (mask > 0) & (turn >= 0) & (turn < turns)
+    ids = jnp.where(counted, turn, turns).astype(jnp.int32)
+    place = jnp.arange(turn.shape[1])
+    chosen = jax.ops.segment_max if end else jax.ops.segment_min
+    at = jax.vmap(lambda row: chosen(place, row, num_segments=turns + 1))(ids)[:, :turns]
+    taken = (at >= 0) & (at < turn.shape[1])
+    found = jnp.take_along_axis(values.astype(jnp.float32), jnp.clip(at, 0, turn.shape[1] - 1), axis=1)
+    return jnp.where(taken, found, 0.0), taken
 
 
 def _check(values, group, weight):

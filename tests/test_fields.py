@@ -40,10 +40,12 @@ NETWORKS = (
     "reward",
     "previous",
     "guide",
+    "process",
+    "progress",
     *HEADS,
     *(f"{head}_target" for head in HEADS),
 )
-VIEWS = ("answer", "mismatch", "yes", "no")
+VIEWS = ("answer", "mismatch", "plain", "yes", "no")
 
 # ---- what public functions ask for ----------------------------------------------------------------------------------
 
@@ -58,11 +60,18 @@ HELPERS = {
         "balanced_samples",
         "cycled_rows",
         "finished_prompts",
+        "informativeness",
+        "kept_by_two_maps",
         "knapsack_rollouts",
         "mixed_probability",
+        "path_value",
         "rollout_value",
         "rollouts_for_signal",
+        "share_counts",
         "squared_correlation",
+        "stage_slots",
+        "success_potential",
+        "topology_value",
     },
 }
 # What an entry of credit fills for one function alone, whose docstring says what it is.
@@ -71,6 +80,8 @@ OF_ONE_FUNCTION = {
     *("reference_rewards", "stated_confidence", "step_match", "test_passes", "rating_probs", "rubric"),
     # votes and embeddings
     *("agrees", "embedding", "labelled", "token_certainty", "voter"),
+    *("continuations", "contributions", "drawn_turns", "durations", "grounded", "milestones", "successes", "trained"),
+    "turn_factors",
     # of steps and turns
     *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),
     # of pairs

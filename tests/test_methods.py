@@ -39,7 +39,7 @@ RECIPES = sorted(FILES.keys() - {"base"})
 AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "unpacked_ppo"}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -113,6 +113,22 @@ METHODS = {
     "RLCR": ("rlcr",),
     "CURE": ("cure",),
     "SEC": ("sec",),
+    "Curricula": (
+        "annealed_hints",
+        "competence",
+        "craft_gui",
+        "curr_reft",
+        "medcco",
+        "power_law_replay",
+        "qweb",
+        "sari",
+    ),
+    "DADS": ("dads",),
+    "VAS": ("variance_aware_sampling",),
+    "Pass rates": ("acereason", "guru", "learnability", "rif_rft"),
+    "One-shot RLVR": ("one_shot_rlvr",),
+    "TopoCurate": ("topocurate",),
+    "Templates": ("ppe", "prompt_augmentation", "re2"),
     "Co-Reward": ("co_reward",),
     "Verifiers": ("exact_match_f1", "format_think", "gui_g1", "light_if", "numeric_match", "ton"),
     "Gates": ("crm", "g_ra", "p_grpo", "sophia_trust", "videorft"),
@@ -124,10 +140,14 @@ METHODS = {
     "Steps": ("clip_delta", "pbrs", "verpo"),
     "Votes": ("ttrl", "ttrv", "empo", "evol_rl", "trapo"),
     "Certainty": ("intuitor", "entropy_minimisation", "urlvr"),
+    "Likelihood": ("jepo", "likelihood_rewards", "rlp", "rlpr", "rmt"),
+    "Step models": ("process_reward_model", "spa_rl"),
+    "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
+WITHOUT_ARXIV |= {"annealed_hints", "competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",
     "policy loss",
@@ -139,6 +159,7 @@ STAGES = {
     "sampling",
     "multi-turn",
     "preference loss",
+    "prompt",
     "reward",
     "reward model",
 }
@@ -160,6 +181,7 @@ UNSOLVED = {"sorting"}
 JUDGED: dict[str, Any] = {
     "pairs": lambda one, other: {"chosen": str(one + other), "rejected": str(one)},
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
+    "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
     "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other},
 }
@@ -197,6 +219,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
     if tree.get("data", {}).get("selection"):  # several arms
         chosen, longest_prompt = {**chosen, "levels": [1, 2]}, longest_prompt + 2
+    for text in tree.get("data", {}).get("templates", {}).values():
+        longest_prompt = max(longest_prompt, len(text) + 10 * text.count("{body}"))
     rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
     rollout |= {"max_completion_tokens": longest + hint}
     if "environment" in tree:
@@ -351,12 +375,16 @@ def a_stage_trains(built: Parts, start: Any) -> None:
         assert np.abs(state.networks[name].params["head"]["weight"]).max() > 0
 
 
-# Arithmetic of rewards between the same losses: what it computes is in tests/rewards/test_cards.py.
-REWARDS_ALONE = {
+# Arithmetic of rewards, or a choice of prompts, between the same losses: what it computes is in tests/rewards/
+# test_cards.py, tests/selection/test_curricula_cards.py and the tests of its family.
+NOT_TRACED = {
     name
-    for family in ("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps")
+    for family in (
+        *("Verifiers", "Gates", "Lengths", "Scales", "Confidence", "Noise", "Steps", "Likelihood", "Distributions"),
+        *("Curricula", "DADS", "VAS", "Pass rates", "One-shot RLVR", "TopoCurate", "Templates"),
+    )
     for name in METHODS[family]
-} - {"clip_delta", "videorft"}
+} - {"clip_delta", "videorft", "rlp", "slim"}
 # Losses on the same rows: what they compute is in tests/losses/preference/test_preference_cards.py.
 PREFERENCES_ALONE = {
     name
@@ -374,7 +402,7 @@ PREFERENCE_LOSSES = {
     "optimal_transport",
     "preferred_likelihood",
 } | {*("sample_log_ratio", "simpo")}
-COMPOSED_ALONE = REWARDS_ALONE | PREFERENCES_ALONE
+COMPOSED_ALONE = NOT_TRACED | PREFERENCES_ALONE
 
 
 @pytest.mark.parametrize("name", sorted(COMPOSED_ALONE))
@@ -382,7 +410,7 @@ def test_a_recipe_is_composed(name, micro):
     """Every name that it asks for is provided."""
     for built in stages_of(micro(name)):
         c = built.step.composition
-        if name in REWARDS_ALONE:
+        if name in NOT_TRACED:
             assert "advantages" in {name for term in c.credit for name in term.names}
         else:
             assert {term.name for term in c.losses} <= PREFERENCE_LOSSES
@@ -412,6 +440,8 @@ def a_stage_is_traced(built: Parts) -> None:
         assert count == c.plan.samples * (4 + c.plan.extra_groups(4))
         assert rows["rewards"].shape == rows["correct"].shape == (count,)
     for term in c.credit:
+        for filled in (name for name in term.names if not name.startswith("metric/")):
+            assert rows[filled].shape[0] == count
         for filled in term.names:
             if not filled.startswith("metric/"):
                 assert rows[filled].shape[0] == count

@@ -20,11 +20,14 @@ from jaxrl_llm.advantages.group_relative.group_baselines import (
     leave_one_out,
     length_weighted_baseline,
 )
+from jaxrl_llm.advantages.group_relative.jensen_bound import jensen_bound
 from jaxrl_llm.advantages.group_relative.pool_centred import pool_centred
+from jaxrl_llm.advantages.group_relative.return_functionals import return_functional
 from jaxrl_llm.advantages.group_relative.risk import group_quantile, mixed_value_at_risk, tracked_mixed_value_at_risk
 from jaxrl_llm.advantages.group_relative.shifted_baselines import log_mean_exp_baseline, shifted_mean_baseline
 from jaxrl_llm.advantages.group_relative.solved_groups import solved_group_length_penalty
 from jaxrl_llm.advantages.group_relative.win_rates import score_win_rate, win_rate
+from jaxrl_llm.advantages.process.latent_rewards import latent_rewards
 from jaxrl_llm.advantages.process.step_credit import (
     information_gain,
     judged_thoughts,
@@ -38,6 +41,7 @@ from jaxrl_llm.advantages.process.turn_credit import (
     turn_leave_one_out,
     turn_mixed_normalized,
 )
+from jaxrl_llm.advantages.process.turn_values import running_stock, turn_advantages
 from jaxrl_llm.advantages.reinforce.baselines import raw_rewards, reward_minus_baseline, running_mean_baseline
 from jaxrl_llm.advantages.reinforce.filters import sigma_filtered
 from jaxrl_llm.advantages.reinforce.signed import signed_correctness
@@ -57,6 +61,7 @@ from jaxrl_llm.advantages.value_based.gae import (
     reinforce_plus_plus,
 )
 from jaxrl_llm.advantages.value_based.learned_rewards import implicit_token_rewards, missing_end_penalty
+from jaxrl_llm.advantages.value_based.several_critics import bin_mean, critic_per_reward, quantile_mean, reach_aware
 from jaxrl_llm.advantages.value_based.twin_critic import soft_minimum, twin_baseline_normalized
 from jaxrl_llm.experience import Method
 
@@ -66,10 +71,12 @@ __all__ = [
     "batch_normalized_accuracy",
     "beta_normalized",
     "beta_normalized_components",
+    "bin_mean",
     "budget_advantages",
     "budget_rewards",
     "confidence_shaped",
     "consistency_blended",
+    "critic_per_reward",
     "decoupled_normalized",
     "discounted_returns",
     "effective_rank",
@@ -81,8 +88,10 @@ __all__ = [
     "group_quantile",
     "implicit_token_rewards",
     "information_gain",
+    "jensen_bound",
     "judged_thoughts",
     "kl_penalized_rewards",
+    "latent_rewards",
     "leave_one_out",
     "length_weighted_baseline",
     "local_share",
@@ -99,14 +108,18 @@ __all__ = [
     "outcome_token_rewards",
     "pass_at_k_normalized",
     "pool_centred",
+    "quantile_mean",
     "rank_bonus",
     "rank_dynamics",
     "rank_shaped",
     "raw_rewards",
+    "reach_aware",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "return_functional",
     "reward_minus_baseline",
     "running_mean_baseline",
+    "running_stock",
     "sample_budgets",
     "score_win_rate",
     "shifted_mean_baseline",
@@ -119,6 +132,7 @@ __all__ = [
     "taken_turns",
     "top_margin",
     "tracked_mixed_value_at_risk",
+    "turn_advantages",
     "turn_leave_one_out",
     "turn_mixed_normalized",
     "twin_baseline_normalized",

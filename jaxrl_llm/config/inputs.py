@@ -119,6 +119,10 @@ class DataConfig(RowsConfig):
       sources: a mixture, by name, in place of `path` and of section task. Metrics are told for each source.
       overlap: a prompt that stands in two splits is an "error", or is taken out of training, "drop", and counted.
       few_shot: solved problems before every prompt.
+      templates: several wordings of every prompt, name -> text with `{body}`, as often as it is to be read, and columns
+        of the row as in jinja2, such as `{body} Hint: {{ hint }}`. Training has each problem once in every one of them,
+        as problems of their own, and metrics for each; a selection may tell them apart (bandit: {arms: template}).
+        Evaluations have the first.
       prompts: with a checkpoint's tokenizer: "chat" renders its chat template, "plain" the prompt format alone.
       prompt_format: text of the prompt (of the last user message in a chat) with `{body}` where the problem goes.
       system_prompt: first message of a chat.
@@ -133,6 +137,7 @@ class DataConfig(RowsConfig):
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     overlap: Literal["error", "drop"] = "error"
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    templates: dict[str, str] = field(default_factory=dict)
     prompts: Literal["chat", "plain"] = "plain"
     prompt_format: str = "{body}"
     system_prompt: str | None = None
@@ -160,9 +165,10 @@ class DataConfig(RowsConfig):
                 )
 
     def _check_sources(self) -> None:
-        for name, one in self.sources.items():
+        for kind, name in [("source", name) for name in self.sources] + [("template", name) for name in self.templates]:
             if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"data.sources has a source {name!r}; a name is made of letters, digits, _, - and .")
+                raise ValueError(f"data.{kind}s has a {kind} {name!r}; a name is made of letters, digits, _, - and .")
+        for name, one in self.sources.items():
             if (one.path is None) == (one.task is None):
                 found = "neither path nor task" if one.path is None else "path and task"
                 raise ValueError(f"data.sources.{name} has {found}; give one of the two")

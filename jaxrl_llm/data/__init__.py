@@ -22,7 +22,7 @@ from jaxrl_llm.data.pipeline import (
     prompt_batches,
     supervised_batches,
 )
-from jaxrl_llm.data.splits import ProblemSet, Refining, mixture, problem_sets, with_examples
+from jaxrl_llm.data.splits import ProblemSet, Refining, mixture, problem_sets, with_examples, with_templates
 from jaxrl_llm.data.tasks import Item, Task, reference_response, split_of
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
 
@@ -59,4 +59,5 @@ __all__ = [
     "with_chat",
     "with_examples",
     "with_prompt_format",
+    "with_templates",
 ]

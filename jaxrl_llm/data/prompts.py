@@ -167,8 +167,8 @@ def require_turn(prompts: ChatPrompts, encoder: Encoder) -> None:
 
 
 def formatted(format: str, body: str, item: Record) -> str:
-    """A body in its format, behind the record's solved examples where it has some."""
-    return item.get("prefix", "") + format.replace(PLACE, body)
+    """A body in its template and format, behind the record's solved examples, where the record has any."""
+    return item.get("prefix", "") + format.replace(PLACE, item.get("wording", PLACE).replace(PLACE, body))
 
 
 def require_place(name: str, text: str) -> None:

@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from jaxrl_llm.data.jsonl import Fields, records_of, require_usable
+from jaxrl_llm.data.prompts import require_place
 from jaxrl_llm.data.row_files import SPLITS, Row, stored
-from jaxrl_llm.data.row_templates import holds
+from jaxrl_llm.data.row_templates import holds, is_template, rendered
 from jaxrl_llm.data.tasks.items import split_of
 
 
@@ -44,8 +45,9 @@ class ProblemSet(Sequence[dict[str, Any]]):
 
     A record has `item_id` (number of its row, from 0), `body` (text of the prompt), `answer` and `response` (reference
     completion), "" where there is none, `messages` (the prompt's conversation, where the rows have one), `raw` (the
-    row, whose columns are there for rewards), in a mixture `data_source` (name of its source), and `prefix` (solved
-    examples before the prompt) where there are any.
+    row, whose columns are there for rewards), in a mixture `data_source` (name of its source), `prefix` (solved
+    examples before the prompt) where there are any, and with several templates `template` (name of its own) and
+    `wording` (its text).
 
     Attributes:
       path: where they come from.
@@ -279,6 +281,42 @@ def with_examples(
         fingerprint = hashlib.sha256(f"{known.fingerprint} {prefix}".encode()).hexdigest()
         path = getattr(one, "path", "") or getattr(one, "directory", "")
         found[split] = ProblemSet(path, split, records, fingerprint, dropped)
+    return found
+
+
+def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapping[str, str]) -> dict[str, ProblemSet]:
+    """Each training problem once in every template, as problems of their own; others in the first template alone.
+
+    So an epoch shows a prompt in all templates, and the samples of a group share one. Where the problems are no
+    mixture, the template is the `data_source` too, and metrics are told for each.
+
+    Args:
+      sets: splits.
+      templates: name -> text with `{body}` where the prompt goes, as often as it is to be read, and columns of the
+        record as in jinja2, such as a hint.
+
+    Raises:
+      ValueError: for a text without a place for the prompt, or a column that a record does not have.
+    """
+    for name, text in templates.items():
+        require_place(f"data.templates.{name}", text)
+    first, found = next(iter(templates)), {}
+    for split, one in sets.items():
+        names = list(templates) if split == "train" else [first]
+        records, known = [], cast(Any, one)
+        sources = getattr(one, "sources", ())
+        for each in one:
+            for place, name in enumerate(names):
+                own = {"item_id": each["item_id"] * len(templates) + place, "template": name}
+                text = templates[name]
+                wording = rendered(text, {**each, **each.get("raw", {})}) if is_template(text) else text
+                own |= {"wording": wording} | ({} if sources else {"data_source": name})
+                records.append({**each, **own})
+        fingerprint = hashlib.sha256(f"{known.fingerprint} {json.dumps(list(templates.items()))}".encode()).hexdigest()
+        path = getattr(one, "path", "") or getattr(one, "directory", "")
+        more = {"dropped": getattr(one, "dropped", {}), "weights": getattr(one, "weights", ())}
+        sources = sources or (tuple(names) if split == "train" else ())
+        found[split] = ProblemSet(path, split, tuple(records), fingerprint, **more, sources=sources)
     return found
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from jaxrl_llm.data.prompts import PLACE, formatted
+
 CONTROLS = (
     "<pad>",
     "<bos>",
@@ -90,7 +92,7 @@ class CharacterTokenizer:
 
     def prompt_ids(self, item: Mapping[str, Any]) -> list[int]:
         """Tokens of a record's prompt: begin of sequence, solved examples where it has some, body, newline."""
-        return [self.bos_id, *self.encode(item.get("prefix", "") + item["body"] + "\n")]
+        return [self.bos_id, *self.encode(formatted(PLACE, item["body"], item) + "\n")]
 
     def completion_ids(self, item: Mapping[str, Any], text: str) -> list[int]:
         """Tokens of a completion and end of sequence; the same for every record."""

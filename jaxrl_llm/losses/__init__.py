@@ -55,13 +55,15 @@ from jaxrl_llm.losses.regularisers.entropy_history import entropy_history, entro
 from jaxrl_llm.losses.regularisers.routing import router_balance
 from jaxrl_llm.losses.supervised.likelihood import negative_log_likelihood
 from jaxrl_llm.losses.supervised.negative_aware import negative_aware_likelihood
-from jaxrl_llm.losses.supervised.reference_answers import weighted_answer_likelihood
+from jaxrl_llm.losses.supervised.reference_answers import answer_likelihood_gradient, weighted_answer_likelihood
 from jaxrl_llm.losses.supervised.written_tokens import external_surrogate, rehearsal_divergence, stored_likelihood
 from jaxrl_llm.losses.token_weights.correction import importance_weight, negative_sequence_mask
 from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights, predicted_entropy_change
 from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_kl, forking_mask, forking_tokens
 from jaxrl_llm.losses.value.clipped_value import clipped_value
+from jaxrl_llm.losses.value.distributional import categorical_value, quantile_value, several_values
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
+from jaxrl_llm.losses.value.step_models import outcome_label_likelihood, return_decomposition, step_label_likelihood
 
 __all__ = [
     "GENERATORS",
@@ -70,9 +72,11 @@ __all__ = [
     "Loss",
     "aggregate",
     "anchored_preference",
+    "answer_likelihood_gradient",
     "binary_classifier",
     "blended_surrogate",
     "bradley_terry",
+    "categorical_value",
     "cispo",
     "clipped_surrogate",
     "clipped_value",
@@ -119,6 +123,7 @@ __all__ = [
     "on_mask",
     "optimal_transport",
     "outcome_cross_entropy",
+    "outcome_label_likelihood",
     "outcome_token_weight",
     "pairwise_surrogate",
     "pessimistic_surrogate",
@@ -126,18 +131,22 @@ __all__ = [
     "predicted_entropy_change",
     "preferred_likelihood",
     "protected_surrogate",
+    "quantile_value",
     "random_policy_valuation",
     "ranked_answers",
     "rating_regression",
     "rehearsal_divergence",
     "renyi",
+    "return_decomposition",
     "router_balance",
     "row_weight",
     "running_shift",
     "sample_log_ratio",
     "sapo",
     "sequence_clipped_surrogate",
+    "several_values",
     "simpo",
+    "step_label_likelihood",
     "stored_likelihood",
     "success_cloning",
     "teacher_reverse_kl",

@@ -22,6 +22,7 @@ from jaxrl_llm.rewards.intrinsic.certainty import (
     vocabulary_certainty,
 )
 from jaxrl_llm.rewards.intrinsic.exploration import count_bonus, coverage_gains, elliptical_bonus
+from jaxrl_llm.rewards.intrinsic.likelihood_gains import likelihood_gain
 from jaxrl_llm.rewards.intrinsic.novelty import (
     leverage_bonus,
     majority_novelty,
@@ -30,7 +31,12 @@ from jaxrl_llm.rewards.intrinsic.novelty import (
     ngram_counts,
 )
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
-from jaxrl_llm.rewards.intrinsic.thoughts import answer_after_thought, thought_length, thought_mask
+from jaxrl_llm.rewards.intrinsic.thoughts import (
+    answer_after_thought,
+    answer_without_thought,
+    thought_length,
+    thought_mask,
+)
 from jaxrl_llm.rewards.intrinsic.trusted_prompts import known_share, trusted_trajectories
 from jaxrl_llm.rewards.intrinsic.votes import (
     answer_frequency,
@@ -47,6 +53,15 @@ from jaxrl_llm.rewards.judges.tournaments import judge_tournament
 from jaxrl_llm.rewards.judges.verdict_tokens import unbiased_comparison, verdict_score
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
 from jaxrl_llm.rewards.process.step_borders import step_borders
+from jaxrl_llm.rewards.process.step_scores import (
+    added_span_rewards,
+    aggregated_steps,
+    continuation_labels,
+    duration_weights,
+    milestone_reward,
+    progress_attribution,
+    step_end_scores,
+)
 from jaxrl_llm.rewards.process.step_shaping import accumulated_potentials, clipped_delta, potential_shaped
 from jaxrl_llm.rewards.process.turn_rewards import (
     episode_reward,
@@ -76,7 +91,7 @@ from jaxrl_llm.rewards.shaping.correct_length import (
     shortest_right_bonus,
     target_length,
 )
-from jaxrl_llm.rewards.shaping.length_limit import soft_overlong, truncation_zero
+from jaxrl_llm.rewards.shaping.length_limit import shrinking_budget_length, soft_overlong, truncation_zero
 from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
 from jaxrl_llm.rewards.shaping.similarity_scale import sharpened_scores, stretched_scores
@@ -116,6 +131,8 @@ __all__ = [
     "JudgeError",
     "RewardError",
     "accumulated_potentials",
+    "added_span_rewards",
+    "aggregated_steps",
     "annealed_sum",
     "answer_after_thought",
     "answer_format",
@@ -127,6 +144,7 @@ __all__ = [
     "answer_present",
     "answer_span",
     "answer_token_tests",
+    "answer_without_thought",
     "blended_rewards",
     "box_match",
     "calibrated_correctness",
@@ -137,10 +155,12 @@ __all__ = [
     "collective_match",
     "column_share",
     "concise_correctness",
+    "continuation_labels",
     "cosine_length",
     "count_bonus",
     "countdown",
     "coverage_gains",
+    "duration_weights",
     "elliptical_bonus",
     "ensemble_score",
     "episode_reward",
@@ -165,9 +185,11 @@ __all__ = [
     "length_conciseness",
     "leverage_bonus",
     "lexical_diversity",
+    "likelihood_gain",
     "majority_match",
     "majority_novelty",
     "mean_hidden",
+    "milestone_reward",
     "nearness_to_success",
     "negative_entropy",
     "ngram_counts",
@@ -182,6 +204,7 @@ __all__ = [
     "percentile_bounded",
     "perplexity_ranks",
     "potential_shaped",
+    "progress_attribution",
     "proper_score",
     "reasoning_patterns",
     "reasoning_perplexity",
@@ -200,12 +223,14 @@ __all__ = [
     "sequence_likelihood",
     "sharpened_scores",
     "shortest_right_bonus",
+    "shrinking_budget_length",
     "soft_overlong",
     "span_overlap",
     "stated_confidence",
     "stated_rating",
     "step_borders",
     "step_calibration",
+    "step_end_scores",
     "stretched_scores",
     "tag_format",
     "target_length",

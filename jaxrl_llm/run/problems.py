@@ -26,9 +26,11 @@ def data_directory(config: Config) -> Path:
 def columns(config: Config) -> frozenset[str]:
     """What readings may ask of a record by name: its own fields, and those of the first row of each of its sources."""
     own = config.data
+    found: dict[str, Any] = {"template": None} if own.templates else {}
+    found |= {"data_source": None} if own.sources or own.templates else {}
     if own.path is None and not own.sources:
-        return frozenset() if config.task is None else columns_of([dict.fromkeys(Item.__dataclass_fields__)])
-    found: dict[str, Any] = {"data_source": None} if own.sources else {}
+        known = found | dict.fromkeys(Item.__dataclass_fields__)
+        return frozenset() if config.task is None else columns_of([known])
     for one in own.sources.values() or [own]:
         if one.path is None:
             found |= dict.fromkeys(Item.__dataclass_fields__)
@@ -59,7 +61,10 @@ def data_sets(
         sets: Any = data.mixture(parts, [one.weight for one in own.sources.values() if one.weight], overlap=overlap)
     else:
         sets = _source(config, own, config.task, read, overlap)
-    return {split: sets[split] for split in splits}
+    found: Any = {split: sets[split] for split in splits}
+    if own.templates:
+        found = data.with_templates(found, own.templates)
+    return found
 
 
 def _source(

@@ -201,7 +201,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
             critic=skipping_non_finite(head_optimizer(NetworkConfig(), b1, b2)),
             views=views,
             columns=columns(config),
-            sources=tuple(config.data.sources),
+            sources=tuple(config.data.sources or config.data.templates),
             placement=Placement(
                 mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
             ),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Selection
 from jaxrl_llm.ranges import Positive, PositiveShare, ranged
+from jaxrl_llm.selection.pools import Records, items_by_turns, means_of, pool, visited
 
 
 class Arms(NamedTuple):
@@ -30,7 +29,7 @@ class Arms(NamedTuple):
 @ranged
 def bandit(
     *,
-    records: Sequence[Mapping[str, Any]],
+    records: Records,
     arms: str | tuple[str, ...] = "level",
     temperature: Positive = 1.0,
     rate: PositiveShare = 0.5,
@@ -64,9 +63,8 @@ def bandit(
     Reference: SEC, self-evolving curriculum (2505.14970).
     Certainty: verified
     """
-    of_item, kinds = _arms(records, (arms,) if isinstance(arms, str) else tuple(arms))
-    size = np.bincount(of_item, minlength=len(kinds)).astype(np.int32)
-    start = (np.cumsum(size) - size).astype(np.int32)
+    sorted_items = pool(records, arms, name="arms")
+    of_item, kinds = sorted_items.of_item, sorted_items.kinds
 
     def init() -> Arms:
         return Arms(jnp.zeros(len(kinds), jnp.float32), jnp.zeros(len(of_item), jnp.int32))
@@ -74,11 +72,7 @@ def bandit(
     def choose(memory: Arms, key: Array, count: int) -> Int[Array, "N"]:
         of_arm, of_order = jax.random.split(key)
         drawn = jax.random.categorical(of_arm, memory.value / temperature, shape=(count,))
-        # How many slots before this one have drawn the same arm.
-        number = jnp.tril(drawn[:, None] == drawn[None, :], -1).sum(axis=1)
-        order = jnp.lexsort((jax.random.uniform(of_order, memory.visits.shape), memory.visits, jnp.asarray(of_item)))
-        place = jnp.asarray(start)[drawn] + number % jnp.asarray(size)[drawn]
-        return order[place].astype(jnp.int32)
+        return items_by_turns(drawn, of_item, memory.visits, of_order, sorted_items.ids, len(kinds))
 
     def update(
         memory: Arms,
@@ -94,12 +88,11 @@ def bandit(
         value = moved_values(
             memory.value, jnp.asarray(of_item)[item], signal, there, rate=rate, decay_unsampled=decay_unsampled
         )
-        seen = jnp.zeros_like(memory.visits).at[item].max((weight > 0).astype(jnp.int32))
-        return Arms(value, memory.visits + seen)
+        return Arms(value, visited(memory.visits, item, weight))
 
     def report(memory: Arms) -> dict[str, Array]:
         chance = jax.nn.softmax(memory.value / temperature)
-        labels = ["-".join(map(str, kind)) for kind in kinds]
+        labels = sorted_items.labels
         told = {f"value/{label}": memory.value[k] for k, label in enumerate(labels)}
         return told | {f"chance/{label}": chance[k] for k, label in enumerate(labels)}
 
@@ -128,26 +121,6 @@ def moved_values(
     """
     chex.assert_rank([value, arm, signal, there], 1)
     chex.assert_equal_shape([arm, signal, there])
-    total = jax.ops.segment_sum(jnp.where(there, signal, 0.0), arm, num_segments=len(value))
-    count = jax.ops.segment_sum(there.astype(jnp.float32), arm, num_segments=len(value))
-    moved = (1.0 - rate) * value + rate * total / jnp.maximum(count, 1.0)
-    return moved if decay_unsampled else jnp.where(count > 0, moved, value)
-
-
-def _arms(records: Sequence[Mapping[str, Any]], columns: tuple[str, ...]) -> tuple[np.ndarray, list[Any]]:
-    """(number of each record's arm, the arms in order)."""
-    for column in columns:
-        if lacking := next((record for record in records if column not in record), None):
-            raise ValueError(
-                f"arms is {', '.join(columns)}, but a record has no {column!r}; its columns are "
-                f"{', '.join(sorted(lacking))}"
-            )
-    found = [tuple(record[column] for column in columns) for record in records]
-    kinds = sorted(set(found))
-    if len(kinds) < 2:
-        raise ValueError(
-            f"arms is {', '.join(columns)}, but all {len(found)} records are of one kind, {kinds}; a bandit needs two, "
-            "so mix several levels, or name another column"
-        )
-    numbers = {kind: number for number, kind in enumerate(kinds)}
-    return np.array([numbers[kind] for kind in found], np.int32), kinds
+    mean, met = means_of(signal, arm, there, len(value))
+    moved = (1.0 - rate) * value + rate * mean
+    return moved if decay_unsampled else jnp.where(met, moved, value)

@@ -18,9 +18,34 @@ from jaxrl_llm.data import (
     prompt_batches,
     supervised_batches,
     with_examples,
+    with_templates,
 )
 
 TOKENIZER = CharacterTokenizer()
+
+
+def test_a_prompt_comes_once_in_every_template_and_evaluations_have_the_first(tmp_path):
+    given = sets(tmp_path)
+    texts = {"plain": "{body}", "twice": "Q: {body}\nRead the question again: {body}\nA:"}
+    found = with_templates(given, texts)
+    train, test = found["train"], found["test"]
+    assert (len(train), len(test)) == (2 * len(given["train"]), len(given["test"]))
+    assert len({each["item_id"] for each in train}) == len(train)
+    assert {each["template"] for each in test} == {"plain"}
+    assert train.sources == ("plain", "twice")
+    one, other = train[0], train[1]
+    assert one["body"] == other["body"]
+    assert TOKENIZER.decode(TOKENIZER.prompt_ids(one)) == f"<bos>{one['body']}\n"
+    question = f"Q: {one['body']}\nRead the question again: {one['body']}\nA:"
+    assert TOKENIZER.decode(TOKENIZER.prompt_ids(other)) == f"<bos>{question}\n"
+    assert train.fingerprint != with_templates(given, {"plain": "{body}", "other": "{body}."})["train"].fingerprint
+    batch = prompt_batches(train, TOKENIZER, prompts_per_step=8, max_prompt_tokens=64, max_answer_tokens=8, seed=0)[0]
+    told = [train.sources[number] for number in np.asarray(batch.prompts.fields["source_id"])]
+    assert told == [item["template"] for item in batch.items]
+    hinted = with_templates(given, {"plain": "{body}", "hint": "{body} of level {{ level }}"})["train"][1]
+    assert TOKENIZER.decode(TOKENIZER.prompt_ids(hinted)) == f"<bos>{one['body']} of level {one['raw']['level']}\n"
+    with pytest.raises(ValueError, match=r"data.templates.empty 'no place' has no place for the prompt"):
+        with_templates(given, {"empty": "no place"})
 
 
 def rows(count, start=0):

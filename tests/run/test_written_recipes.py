@@ -46,6 +46,8 @@ def answered(count: int = 32) -> list[tuple[str, str, str]]:
 def lines(kind: str) -> list[dict[str, Any]]:
     if kind == "pairs":
         return [{"prompt": p, "chosen": right, "rejected": wrong} for p, right, wrong in answered()]
+    if kind == "steps":
+        return [{"prompt": p, "steps": [right, wrong], "labels": [1, 0]} for p, right, wrong in answered()]
     return [
         {"prompt": p, "completion": text, "label": label}
         for p, right, wrong in answered()
@@ -56,9 +58,9 @@ def lines(kind: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("judged")
-    for kind in ("pairs", "labels"):
+    for kind in ("pairs", "labels", "steps"):
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(kind)))
-    return {kind: folder / f"{kind}.jsonl" for kind in ("pairs", "labels")}
+    return {kind: folder / f"{kind}.jsonl" for kind in ("pairs", "labels", "steps")}
 
 
 @pytest.fixture
@@ -164,6 +166,21 @@ def test_three_reward_models_learn_and_the_policy_from_what_they_agree_on(micro,
     for step in seen["reinforcement"]:
         assert len({step[f"reward/{name}"] for name in ("one", "two", "three")}) == 3  # each has a head of its own
         assert step["gradient_norm"] > 0
+
+
+@pytest.mark.slow
+def test_a_process_reward_model_learns_from_labelled_steps_and_the_policy_from_its_worst_one(micro, tmp_path):
+    config = micro("process_reward_model", "steps", "rollout.max_completion_tokens=14")
+    model, policy = config.stages
+    model["training"]["steps"], policy["training"] = 20, {"steps": 3, "prompts_per_step": 8}
+    networks = {"process": replace(config.networks["process"], learning_rate=0.005)}
+    seen = whole_run(replace(config, stages=(model, policy), networks=networks), tmp_path / "run")
+    scored = [one["loss/step_label_likelihood"] for one in seen["process reward model"]]
+    np.testing.assert_allclose(scored[0], np.log(2), atol=0.15)
+    assert np.mean(scored[-4:]) < scored[0] - 0.1
+    for step in seen["reinforcement"]:
+        assert step["gradient_norm"] > 0
+        assert "gradient_norm/process" not in step
 
 
 def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(data_directory, tmp_path):

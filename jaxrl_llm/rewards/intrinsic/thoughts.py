@@ -97,6 +97,50 @@ def answer_after_thought(
     chex.assert_rank(given, [2, 1, 2, 1, 2, 1])
     chex.assert_equal_shape_prefix(given, 1)
     thought = thought_length(tokens, length, mark_id=mark_id)
+    ids = opening_ids or (), closing_ids or ()
+    return _answer_behind(prompt_tokens, prompt_length, tokens, thought, answer_tokens, answer_length, *ids)
+
+
+@ranged
+def answer_without_thought(
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    answer_tokens: Int[Array, "B A"],
+    answer_length: Int[Array, "B"],
+    *,
+    thought_ids: tuple[Natural, ...],
+    closing_ids: tuple[Natural, ...] | None = None,
+) -> Sequences:
+    """The reference answer behind an empty thought: a view that says what a sampled thought adds.
+
+    Args:
+      prompt_tokens: prompt tokens, left-padded.
+      prompt_length: real tokens of each prompt.
+      answer_tokens: reference answer, right-padded.
+      answer_length: tokens in each reference answer.
+      thought_ids: what stands between prompt and answer, such as the mark that ends a thought; it is not scored.
+      closing_ids: tokens behind the answer, as in `answer_after_thought`; None for none.
+
+    Returns:
+      `Sequences`.
+
+    Raises:
+      ValueError: without `thought_ids`: an answer right behind a prompt is no text of the policy's.
+
+    Reference: RLPR (2506.18254).
+    Certainty: verified
+    """
+    chex.assert_rank([prompt_tokens, prompt_length, answer_tokens, answer_length], [2, 1, 2, 1])
+    if not thought_ids:
+        raise ValueError("thought_ids is empty; give at least the mark that ends a thought")
+    count = prompt_tokens.shape[0]
+    tokens = jnp.broadcast_to(jnp.asarray(thought_ids, prompt_tokens.dtype), (count, len(thought_ids)))
+    thought = jnp.full((count,), len(thought_ids), jnp.int32)
+    closing = closing_ids or ()
+    return _answer_behind(prompt_tokens, prompt_length, tokens, thought, answer_tokens, answer_length, (), closing)
+
+
+def _answer_behind(prompt_tokens, prompt_length, tokens, thought, answer_tokens, answer_length, opening, closing):
     # Prompts are left-padded and thoughts are not, so each row is read at places of its own.
     behind, width = prompt_tokens.shape[1], prompt_tokens.shape[1] + tokens.shape[1]
     place = jnp.arange(width)[None, :] - (width - prompt_length - thought)[:, None]
@@ -106,7 +150,7 @@ def answer_after_thought(
     at = jnp.where(place < prompt_length[:, None], of_prompt, of_thought)
     context = jnp.where(place >= 0, jnp.take_along_axis(both, jnp.clip(at, 0, width - 1), axis=1), 0)
 
-    count, opening, closing = tokens.shape[0], opening_ids or (), closing_ids or ()
+    count = tokens.shape[0]
     before = jnp.broadcast_to(jnp.asarray(opening, answer_tokens.dtype), (count, len(opening)))
     after = jnp.broadcast_to(jnp.asarray(closing, answer_tokens.dtype), (count, len(closing)))
     size = answer_length + len(opening) + len(closing)

@@ -1,0 +1,171 @@
+"""Losses of value heads with several outputs: quantiles or bins of the distribution of returns, or several critics."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr
+from jaxtyping import Array, Float
+
+from jaxrl_llm.experience import Loss
+from jaxrl_llm.losses.aggregation import Aggregation, aggregate
+from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
+
+Bins = Literal["gaussian", "two_hot"]
+
+
+@ranged
+def quantile_value(
+    values: Float[Array, "B T N"],
+    returns: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    *,
+    kappa: NonNegative = 1.0,
+    aggregation: Aggregation = "token_mean",
+    max_completion_tokens: Count | None = None,
+) -> Loss:
+    """Each output of a value head learns a quantile of the returns, at the levels (i + 1/2) / N.
+
+        x = mean_i |tau_i - 1[u_i < 0]| * huber(u_i) / kappa,   u_i = R - v_i
+        huber(u) = u^2 / 2 where |u| <= kappa, else kappa * (|u| - kappa / 2)
+
+    kappa = 0 takes |u| for huber(u) / kappa: exact quantiles, with gradients that do not vanish. The mean of the
+    outputs is a value (`quantile_mean`).
+
+    Args:
+      values: the current value model at each token, a network with `head: {outputs: N}`.
+      returns: R.
+      mask: 0 on tokens that do not count, the row's weight on those that do.
+      kappa: where the error turns from square to linear, in units of reward.
+      aggregation: how token losses are averaged.
+      max_completion_tokens: the constant of the modes that divide by one.
+
+    Returns:
+      The loss as a sum and a count.
+
+    Reference: distributional reinforcement learning with quantile regression (1710.10044).
+    Certainty: recalled
+    """
+    v, target = _several(values, returns, mask)
+    levels = (jnp.arange(v.shape[-1]) + 0.5) / v.shape[-1]
+    u = target - v
+    size = jnp.abs(u)
+    if kappa:
+        size = jnp.where(size <= kappa, 0.5 * jnp.square(u) / kappa, size - 0.5 * kappa)
+    each = (jnp.abs(levels - (u < 0)) * size).mean(axis=-1)
+    return aggregate(each, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
+
+
+@ranged
+def categorical_value(
+    values: Float[Array, "B T N"],
+    returns: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    *,
+    low: float,
+    high: float,
+    form: Bins = "gaussian",
+    ratio: Positive = 0.75,
+    aggregation: Aggregation = "token_mean",
+    max_completion_tokens: Count | None = None,
+) -> Loss:
+    """Regression of a value as classification: cross-entropy between a spread of the return over bins and the outputs.
+
+        x = -sum_k p_k * log s_k,   s = softmax(v)
+
+        gaussian   N bins of width w from low to high; p_k is the mass in bin k of a normal distribution around R, with
+                   deviation ratio * w, cut off at both ends
+        two_hot    N points from low to high; R is split between its two neighbours, so that its mean is R
+
+    with R clipped to [low, high]. `bin_mean` makes a value of the outputs.
+
+    Args:
+      values: logits of the current value model at each token, a network with `head: {outputs: N}`.
+      returns: R.
+      mask: 0 on tokens that do not count, the row's weight on those that do.
+      low, high: range of the returns.
+      form: as above.
+      ratio: of the gaussian.
+      aggregation: how token losses are averaged.
+      max_completion_tokens: the constant of the modes that divide by one.
+
+    Returns:
+      The loss as a sum and a count.
+
+    Raises:
+      ValueError: for an unknown form, or a range without width.
+
+    Reference: HL-Gauss, Stop regressing (2403.03950).
+    Certainty: recalled
+    """
+    v, target = _several(values, returns, mask)
+    share = bin_shares(target[..., 0], count=v.shape[-1], low=low, high=high, form=form, ratio=ratio)
+    each = -(share * jax.nn.log_softmax(v, axis=-1)).sum(axis=-1)
+    return aggregate(each, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
+
+
+def bin_shares(
+    returns: Float[Array, "*B"], *, count: int, low: float, high: float, form: Bins = "gaussian", ratio: float = 0.75
+) -> Float[Array, "*B N"]:
+    """The share of each of `count` bins in a return, as `categorical_value` describes.
+
+    >>> bin_shares(jnp.array([0.25]), count=3, low=0.0, high=1.0, form="two_hot").tolist()
+    [[0.5, 0.5, 0.0]]
+    """
+    if form not in get_args(Bins):
+        raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(Bins))}")
+    if not low < high or count < 2:
+        raise ValueError(f"{count} bins from {low:g} to {high:g}; there must be 2 at least, and low below high")
+    y = jnp.clip(returns.astype(jnp.float32), low, high)[..., None]
+    if form == "two_hot":
+        width = (high - low) / (count - 1)
+        return jnp.maximum(1 - jnp.abs(y - jnp.linspace(low, high, count)) / width, 0.0)
+    width = (high - low) / count
+    mass = jnp.diff(ndtr((jnp.linspace(low, high, count + 1) - y) / (ratio * width)), axis=-1)
+    return mass / mass.sum(axis=-1, keepdims=True)
+
+
+@ranged
+def several_values(
+    values: Float[Array, "B T K"],
+    returns: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    *,
+    aggregation: Aggregation = "token_mean",
+    max_completion_tokens: Count | None = None,
+) -> Loss:
+    """Squared error of several critics, averaged over them, each on returns of its own or all on the same.
+
+        x = mean_k 0.5 * (v_k - R_k)^2
+
+    Args:
+      values: the current critics at each token, a network with `head: {outputs: K}`.
+      returns: R, [B, T] or one a critic, [B, T, K]: `reads: {returns: channel_returns}`.
+      mask: 0 on tokens that do not count, the row's weight on those that do.
+      aggregation: how token losses are averaged.
+      max_completion_tokens: the constant of the modes that divide by one.
+
+    Returns:
+      The loss as a sum and a count.
+
+    Reference: SLIM (2402.00823), RAVL (2402.12527).
+    Certainty: reconstructed
+    """
+    v, target = _several(values, returns, mask)
+    each = 0.5 * jnp.square(v - target).mean(axis=-1)
+    return aggregate(each, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
+
+
+def _several(values, returns, mask):
+    """Values [B, T, N] and constant returns [B, T, 1 or N] in float32, 0 where nothing counts."""
+    chex.assert_rank([values, returns, mask], [3, {2, 3}, 2])
+    chex.assert_equal_shape_prefix([values, returns, mask], 2)
+    counted = (mask > 0)[..., None]
+    target = returns if returns.ndim == 3 else returns[..., None]
+    if target.shape[-1] not in (1, values.shape[-1]):
+        raise ValueError(f"returns of {target.shape[-1]} critics, but the head has {values.shape[-1]} outputs")
+    found = (jnp.where(counted, x.astype(jnp.float32), 0.0) for x in (values, jax.lax.stop_gradient(target)))
+    return tuple(found)

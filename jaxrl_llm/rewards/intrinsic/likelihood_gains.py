@@ -1,0 +1,56 @@
+"""What a sampled thought adds to the likelihood of the text behind it."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrl_llm.ranges import ranged
+from jaxrl_llm.rewards.intrinsic.answer_likelihood import LikelihoodForm, answer_likelihood
+
+
+@ranged
+def likelihood_gain(
+    answer_logprobs: Float[Array, "B A"],
+    answer_mask: Float[Array, "B A"],
+    plain_logprobs: Float[Array, "B A"],
+    plain_mask: Float[Array, "B A"],
+    *,
+    form: LikelihoodForm = "mean_probability",
+    low: float | None = 0.0,
+    high: float | None = 1.0,
+    without_answer: float = 0.0,
+) -> Float[Array, "B"]:
+    """How much likelier the reference answer is behind the sampled thought than behind none.
+
+        r = clip(f(answer) - f(plain), low, high)
+
+    with f a form of `answer_likelihood`. RLPR is the mean probability, clipped to [0, 1], of one policy. RLP is the
+    log-probability, not clipped, of the text that follows, and what is taken off is said by a slow copy of the policy:
+    `reads: {plain_logprobs: proxy_plain_logprobs}` with a network `proxy` that has a `decay`. Its mean over thoughts is
+    the drop of the cross-entropy that thinking brings.
+
+    Args:
+      answer_logprobs: log-probability of each token of the view `answer_after_thought`.
+      answer_mask: 1 on its tokens; 0 all along a row whose thought was cut off.
+      plain_logprobs: of the view `answer_without_thought`.
+      plain_mask: 1 on its tokens.
+      form: of the likelihood.
+      low, high: bounds; None is none.
+      without_answer: reward of a row whose thought was cut off.
+
+    Returns:
+      One reward a row, float32.
+
+    Raises:
+      ValueError: for an unknown form.
+
+    Reference: RLPR (2506.18254), RLP (2510.01265).
+    Certainty: verified
+    """
+    chex.assert_rank([answer_logprobs, answer_mask, plain_logprobs, plain_mask], 2)
+    base = answer_likelihood(plain_logprobs, plain_mask, form=form)
+    gain = answer_likelihood(answer_logprobs, answer_mask, form=form) - base
+    gain = jnp.clip(gain, low, high) if low is not None or high is not None else gain
+    return jnp.where((answer_mask > 0).any(axis=1), gain, without_answer)

@@ -1,0 +1,145 @@
+"""Items by kind, and how items are drawn: what all selections with memory share.
+
+One meaning for all. Random numbers belong to an item's record and not to its place, so that prompts in another order
+are chosen alike. Where items are taken by turns, those that were learned from least often come first, in random order:
+an epoch ends when all of them had their turn. Ties are decided by a number made of the record. The choices of the step
+under way are not counted yet, so two steps that follow one another may share items.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+Records = Sequence[Mapping[str, Any]]
+
+
+class Pool(NamedTuple):
+    """Items by kind.
+
+    Attributes:
+      of_item: number of each item's kind.
+      kinds: values of the columns, in order.
+      ids: a number for each record, the same wherever it stands.
+    """
+
+    of_item: np.ndarray
+    kinds: list[tuple[Any, ...]]
+    ids: np.ndarray
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the kinds in metrics."""
+        return ["-".join(map(str, kind)) for kind in self.kinds]
+
+
+def column(records: Records, name: str, asks: str) -> list[Any]:
+    """A column of all records.
+
+    Raises:
+      ValueError: where a record does not have it.
+    """
+    if lacking := next((record for record in records if name not in record), None):
+        raise ValueError(f"{asks}, but a record has no {name!r}; its columns are {', '.join(sorted(lacking))}")
+    return [record[name] for record in records]
+
+
+def record_ids(records: Records) -> np.ndarray:
+    """A number for each record, made of its content."""
+    return np.array([zlib.crc32(repr(sorted(record.items())).encode()) for record in records], np.uint32)
+
+
+def pool(records: Records, columns: str | tuple[str, ...], *, name: str) -> Pool:
+    """Items by the values of one column or of several.
+
+    Args:
+      records: of the data, one an item.
+      columns: whose values are the kinds.
+      name: of the hyper-parameter, for errors.
+
+    Raises:
+      ValueError: for a column that a record does not have, or a single kind.
+    """
+    columns = (columns,) if isinstance(columns, str) else tuple(columns)
+    asks = f"{name} is {', '.join(columns)}"
+    found = list(zip(*(column(records, one, asks) for one in columns), strict=True))
+    kinds = sorted(set(found))
+    if len(kinds) < 2:
+        raise ValueError(
+            f"{asks}, but all {len(found)} records are of one kind, {kinds}; it needs two, so mix several levels, or "
+            "name another column"
+        )
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    return Pool(np.array([numbers[kind] for kind in found], np.int32), kinds, record_ids(records))
+
+
+def item_uniforms(key: Array, ids: np.ndarray) -> Float[Array, "I"]:
+    """A random number in [0, 1) for each item, which goes with its record."""
+    return jax.vmap(lambda one: jax.random.uniform(jax.random.fold_in(key, one)))(jnp.asarray(ids))
+
+
+def items_by_turns(
+    of_slot: Int[Array, "N"],
+    of_item: Array | np.ndarray,
+    visits: Int[Array, "I"],
+    key: Array,
+    ids: np.ndarray,
+    kinds: int,
+) -> Int[Array, "N"]:
+    """An item of each slot's kind: those learned from least often first, in random order, round and round.
+
+    Args:
+      of_slot: kind that each slot asks for; it has items.
+      of_item: kind of each item.
+      visits: steps in which each item was learned from.
+      key: random key.
+      ids: of the records.
+      kinds: how many there are.
+    """
+    of_item = jnp.asarray(of_item)
+    size = jax.ops.segment_sum(jnp.ones_like(of_item), of_item, num_segments=kinds)
+    start = jnp.cumsum(size) - size
+    # How many slots before this one ask for the same kind.
+    number = jnp.tril(of_slot[:, None] == of_slot[None, :], -1).sum(axis=1)
+    order = jnp.lexsort((item_uniforms(key, ids), visits, of_item))
+    return order[start[of_slot] + number % size[of_slot]].astype(jnp.int32)
+
+
+def wanted_items(wanted: Bool[Array, "I"], visits: Int[Array, "I"], key: Array, count: int, ids: np.ndarray) -> Array:
+    """`count` items of those that are wanted, by turns; of all where none is."""
+    kept = wanted | ~jnp.any(wanted)
+    return items_by_turns(jnp.ones(count, jnp.int32), kept.astype(jnp.int32), visits, key, ids, 2)
+
+
+def items_by_weight(weights: Float[Array, "I"], key: Array, count: int, ids: np.ndarray) -> Int[Array, "N"]:
+    """`count` items drawn with replacement in proportion to their weights; evenly where all weights are 0."""
+    chex.assert_rank(weights, 1)
+    weights = jnp.where(jnp.any(weights > 0), weights, 1.0)
+    order = np.argsort(ids, kind="stable")
+    total = jnp.cumsum(weights[order])
+    drawn = jax.random.uniform(key, (count,)) * total[-1]
+    last = jnp.max(jnp.where(weights[order] > 0, jnp.arange(len(ids)), 0))
+    return jnp.asarray(order)[jnp.minimum(jnp.searchsorted(total, drawn, side="right"), last)].astype(jnp.int32)
+
+
+def visited(visits: Int[Array, "I"], item: Int[Array, "B"], weight: Float[Array, "B"]) -> Int[Array, "I"]:
+    """Visits after a step: one more for each item that has a row."""
+    return visits + jnp.zeros_like(visits).at[item].max((weight > 0).astype(jnp.int32))
+
+
+def means_of(
+    values: Float[Array, "B"], number: Int[Array, "B"], there: Array, count: int
+) -> tuple[Float[Array, "K"], Bool[Array, "K"]]:
+    """(mean of the rows of each number, whether it has any)."""
+    chex.assert_equal_shape([values, number, there])
+    there = there > 0
+    total = jax.ops.segment_sum(jnp.where(there, values.astype(jnp.float32), 0.0), number, num_segments=count)
+    rows = jax.ops.segment_sum(there.astype(jnp.float32), number, num_segments=count)
+    return total / jnp.maximum(rows, 1.0), rows > 0
