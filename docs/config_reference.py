@@ -19,9 +19,10 @@ INTRODUCTION = """\
 # Every key of a config
 
 Written by `python docs/build.py` from the dataclasses of `jaxrl_llm/config/`; do not edit it. A config is a YAML file.
-`extends: other.yaml` takes another one as its base: mappings merge, lists and single values are replaced. Any key can
-be set on the command line, `section.key=value`, with a YAML value; an entry of a list is named by number, `name` or
-function: `losses.clipped_surrogate.clip_high=0.3`, `stages.rl.training.steps=50`.
+`extends: other.yaml` takes another one as its base, a path from the file's directory or the name of a shipped recipe
+(`extends: demo`): mappings merge, lists and single values are replaced. Any key can be set on the command line,
+`section.key=value`, with a YAML value; an entry of a list is named by number, `name` or function:
+`losses.clipped_surrogate.clip_high=0.3`, `stages.rl.training.steps=50`.
 
 What the lists `rewards`, `credit`, `losses`, `source`, `rollout.plan`, `views` and `data.selection` may hold are
 functions: [methods](methods.md) has them all with their hyper-parameters, [the engine](engine.md) explains how they go

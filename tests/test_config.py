@@ -30,6 +30,7 @@ from jaxrl_llm.models import TransformerConfig, save_model, transformer
 from jaxrl_llm.run.checkpoints import config_hash
 from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.staged import last_stage, staged
+from jaxrl_llm.shipped import recipe_path
 
 ROOT = Path(__file__).parents[1]
 # qwen3_gsm8k needs a checkpoint and a data file: tests/test_pretrained.py runs it with both.
@@ -216,6 +217,13 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path):
     }
 
 
+def test_a_shipped_recipe_is_extended_by_its_name_unless_a_file_is_called_so(tmp_path):
+    write(tmp_path, mine={"extends": "demo", "name": "mine"})
+    assert read_tree(tmp_path / "mine.yaml") == read_tree(recipe_path("demo")) | {"name": "mine"}
+    (tmp_path / "demo").write_text("model: {width: 8}")
+    assert read_tree(tmp_path / "mine.yaml") == {"name": "mine", "model": {"width": 8}}
+
+
 def test_a_circle_of_files_is_refused(tmp_path):
     write(tmp_path, one={"extends": "two.yaml"}, two={"extends": "three.yaml"}, three={"extends": "one.yaml"})
     with pytest.raises(
@@ -233,11 +241,14 @@ def test_a_circle_of_files_is_refused(tmp_path):
         ("listed.yaml", "listed.yaml holds list, not a mapping"),
         ("empty.yaml", "empty.yaml holds NoneType, not a mapping"),
         ("orphan.yaml", "nowhere.yaml does not exist"),
+        ("misspelt.yaml", r"misspelt.yaml extends 'dmeo': there is no recipe 'dmeo'; did you mean 'demo'\?"),
+        ("several.yaml", r"several.yaml: extends is \['a', 'b'\]; give the path of one YAML file"),
         ("", "cannot be read: Is a directory; give the path of a YAML file"),
     ],
 )
 def test_files_that_are_no_configs_are_refused(tmp_path, name, message):
     write(tmp_path, demo="{}", broken="a: [", listed="- a", empty="", orphan={"extends": "nowhere.yaml"})
+    write(tmp_path, misspelt={"extends": "dmeo"}, several={"extends": ["a", "b"]})
     with pytest.raises(ConfigError, match=message):
         read_tree(tmp_path / name)
 

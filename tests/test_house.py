@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sandbox",
     },
     "reporting": {"addresses", "compilation_cache", "evaluation"},
-    "config": {"addresses", "bounds", "yaml_text", "models", "parallel", "ranges", "rollout"},
+    "config": {"addresses", "bounds", "yaml_text", "models", "parallel", "ranges", "rollout", "shipped"},
     "training": {*METHODS, "data", "models", "parallel", "rollout"},
     "run": {
         *METHODS,

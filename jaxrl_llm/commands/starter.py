@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.data.chat import template_source
+from jaxrl_llm.data.json_files import json_object
 from jaxrl_llm.data.jsonl import fields_of, read_records
 from jaxrl_llm.data.row_files import rows_of
 from jaxrl_llm.rewards.verifiers.numbers import parsed_number
@@ -86,7 +88,7 @@ def write_starter(options: argparse.Namespace) -> None:
         model=json.dumps(options.model) if options.model else "DIR",
         format=format,
         fields=f"\n  fields: {json.dumps(fields)}" if fields else "",
-        prompts="chat" if format == "messages" or options.model else "plain",
+        prompts="chat" if format == "messages" or _has_template(options.model) else "plain",
         prompt_format=json.dumps(prompt_format),
         prompt_tokens=tokens,
         why_prompt_tokens=why,
@@ -149,6 +151,13 @@ def _reward(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return "  - latex_match              # answers are LaTeX; needs pip install 'jaxrl_llm[math]'", boxed
     text = "  - exact_match              # the text between <a> and </a> is the answer"
     return text, "{body}\nWrite the answer as <a>answer</a>."
+
+
+def _has_template(model: str | None) -> bool:
+    """Whether the model, as far as it is here, has a chat template; a name of the hub is taken for a chat model."""
+    if model is None or not Path(model).is_dir():
+        return model is not None
+    return template_source(Path(model), json_object(Path(model) / "tokenizer_config.json")) is not None
 
 
 def _prompt_tokens(records: Sequence[Mapping[str, Any]], model: str | None) -> tuple[int, str]:

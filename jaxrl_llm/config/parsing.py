@@ -16,6 +16,7 @@ from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
 from jaxrl_llm.config.whole import Config
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.shipped import recipe_path
 from jaxrl_llm.yaml_text import MOST_BYTES, MOST_LEVELS, yaml_values
 
 _MOST_BASES = 20
@@ -87,8 +88,10 @@ def _with_origin(network: Any) -> Any:
 def read_tree(path: Path) -> dict[str, Any]:
     """A YAML file with its `extends` merged underneath: mappings merge, lists and scalars are replaced.
 
+    `extends` is a path, from the directory of the file, or the name of a shipped recipe.
+
     Raises:
-      ConfigError: for a missing file, broken YAML, or files that extend each other in a circle.
+      ConfigError: for a missing file or recipe, broken YAML, or files that extend each other in a circle.
     """
     return _read_tree(path, ())
 
@@ -115,12 +118,24 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} holds {type(tree).__name__}, not a mapping of sections")
     if (base := tree.pop("extends", None)) is not None:
-        if not isinstance(base, str) or not base or "\0" in base:
-            raise ConfigError(f"config {path} has extends {shown(base)}; it must be the path of one YAML file")
         if len(below) >= _MOST_BASES:
             raise ConfigError(f"config {path} stands in a chain of more than {_MOST_BASES} files; shorten the chain")
-        tree = _merged(_read_tree(path.parent / base, (*below, path)), tree)
+        tree = _merged(_read_tree(_base_path(path, base), (*below, path)), tree)
     return tree
+
+
+def _base_path(path: Path, base: Any) -> Path:
+    """The file that `extends` means: one beside the file, or where it is a bare word the name of a shipped recipe."""
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise ConfigError(
+            f"config {path} has extends {shown(base)}; it must be the path of one YAML file, or the name of a recipe"
+        )
+    if not base.isidentifier() or (path.parent / base).exists():
+        return path.parent / base
+    try:
+        return recipe_path(base)
+    except ValueError as error:
+        raise ConfigError(f"config {path} extends {base!r}: {error}") from None
 
 
 def _values(text: str, where: str) -> Any:

@@ -96,6 +96,10 @@ def fields_of(format: str, **changes: Any) -> Fields:
     return replace(FORMATS[format], **changes)
 
 
+# What the pipeline reads of a record: a column of the file that is called so stays in `raw`.
+_READ_OF_RECORDS = frozenset({"body", "messages", "prefix", "item_id", "raw", "data_source"})
+
+
 def read_records(
     file: str | Path, fields: Fields, *, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
 ) -> tuple[list[dict[str, Any]], str]:
@@ -130,7 +134,7 @@ def records_of(
     for number, where, element in rows:
         try:
             prepared = prepare(element) if prepare is not None and isinstance(element, dict) else element
-            records.append(record(_record(prepared, fields) | {"item_id": number - 1, "raw": element}, number - 1))
+            records.append(_with_columns(_record(prepared, fields), element, number - 1))
         except ValueError as error:
             problems.append(f"{where}: {error}")
     return records, problems
@@ -174,6 +178,12 @@ def _record(element: Any, fields: Fields) -> dict[str, Any]:
     if fields.calculations == "remove":
         response = _CALCULATIONS.sub("", response)
     return prompt | {"answer": answer or "", "response": response, "raw": element}
+
+
+def _with_columns(read: dict[str, Any], row: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A whole record: what was read of a row, and its further columns by their names, which hide defaults (`level`)."""
+    own = {name: value for name, value in row.items() if name not in _READ_OF_RECORDS and name not in read}
+    return record(read | {"item_id": number, "raw": row}, number) | own
 
 
 def _conversation(turns: Any, name: str) -> tuple[dict[str, Any], str]:

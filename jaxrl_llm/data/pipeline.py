@@ -363,7 +363,7 @@ def _reference(item: Record, scratchpad: bool) -> str:
         return reference_response(item, scratchpad).removesuffix("<eos>")
     if not item["response"]:
         raise ValueError(
-            "the record has no reference completion to learn from; map the data's "
-            "field that holds one as 'response', or skip the supervised steps"
+            "the record has no reference completion to learn from; name the column that holds one "
+            "(data.fields={response: COLUMN}), or skip the supervised steps (warm_start.steps=0)"
         )
     return item["response"]

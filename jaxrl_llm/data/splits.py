@@ -44,10 +44,10 @@ class ProblemSet(Sequence[dict[str, Any]]):
     """Records of one split, read by index as from `DataSet`.
 
     A record has `item_id` (number of its row, from 0), `body` (text of the prompt), `answer` and `response` (reference
-    completion), "" where there is none, `messages` (the prompt's conversation, where the rows have one), `raw` (the
-    row, whose columns are there for rewards), in a mixture `data_source` (name of its source), `prefix` (solved
-    examples before the prompt) where there are any, and with several templates `template` (name of its own) and
-    `wording` (its text).
+    completion), "" where there is none, `messages` (the prompt's conversation, where the rows have one), the further
+    columns of the row by their names, `raw` (the row as it is), in a mixture `data_source` (name of its source),
+    `prefix` (solved examples before the prompt) where there are any, and with several templates `template` (name of its
+    own) and `wording` (its text).
 
     Attributes:
       path: where they come from.
@@ -123,8 +123,8 @@ def problem_sets(
             records = [each for each in records if split_of(prompt_key(each)) not in cut]
         if not records:
             raise ValueError(
-                f"no line of {file} falls into the {split} split, which is cut out of it by hash; add lines, or name a "
-                f"file of its own for this split"
+                f"no line of {file} falls into the {split} split, which is cut out of it by the hash of prompts, equal "
+                "ones into one split; add lines, or name a file of its own for this split"
                 if not dropped
                 else f"no row of {file} is left for the {split} split: {sum(dropped.values())} were left out "
                 f"({', '.join(dropped)}); take conditions out, or give more rows"

@@ -327,7 +327,8 @@ def _rewards(
     data = text | {name: value[own.start : own.stop] for name, value in arrays.items()}
     found = {name: value[own.start : own.stop].tolist() for name, value in drawn.rewards.items()}
     for reading in readings:
-        asked = {name: data[name] for name in names(reading.function) if name in data}
+        columns = {name: [value] * len(texts) for name, value in ({**(item.get("raw") or {}), **item}).items()}
+        asked = {name: value for name, value in (columns | data).items() if name in names(reading.function)}
         values = answered(reading, asked, rows=len(texts), names=[reading.name]).values[reading.name]
         found[reading.name] = [None if value is None else float(value) for value in values]
     return {name: [None if v is None or np.isnan(v) else v for v in values] for name, values in found.items()}

@@ -31,6 +31,7 @@ from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import spread
 from jaxrl_llm.signatures import missing
 from jaxrl_llm.training import Placement
+from jaxrl_llm.training.reading import columns_of
 
 # What a reward can be computed of after sampling alone: no other network's scores, no method with memory.
 _OF_SAMPLING = frozenset(FACTS) - {"router_choices", "support"}
@@ -143,7 +144,7 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
         overlong=config.data.overlong_prompts if config is not None and own else "error",
         environment=environment,
         call=built.call if built is not None and own else None,
-        rewards=_rewards(one, built, answers=one.data is None),
+        rewards=_rewards(one, built, items),
         reference=None if reference is None else _scored(reference, policy, temperature),
         columns=one.by,
         answers_encoded=one.data is None,
@@ -213,13 +214,15 @@ def _limits(one: Evaluation, policy: Policy) -> tuple[int, int]:
     return one.max_prompt_tokens or policy.max_prompt_tokens or min(room or 1024, 1024), completion
 
 
-def _rewards(one: Evaluation, built: Parts | None, *, answers: bool) -> dict[str, Any]:
-    """Rewards by name: those that are asked for, or those of the run that samples alone decide."""
-    known = (_OF_SAMPLING if answers else _OF_SAMPLING - {"answer_tokens", "answer_length"}) | TEXT
+def _rewards(one: Evaluation, built: Parts | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rewards by name: those that are asked for, or those of the run that samples and columns of every item decide."""
+    arrays = _OF_SAMPLING if one.data is None else _OF_SAMPLING - {"answer_tokens", "answer_length"}
+    text = TEXT.union(set.intersection(*({*columns_of([item])} for item in items)) if items else ())
     if one.rewards is not None:
         sizes = {"max_completion_tokens": one.max_completion_tokens, "samples_per_prompt": one.samples_per_problem}
         terms = reward_terms(one.rewards, {name: size for name, size in sizes.items() if size is not None})
         for term in terms:
+            known = arrays | text if term.on_host else arrays
             if lacking := missing(term.function, known):
                 raise ConfigError(
                     f"reward {term.name!r} reads {lacking[0]!r}, which an evaluation does not have; it has "
@@ -227,7 +230,12 @@ def _rewards(one: Evaluation, built: Parts | None, *, answers: bool) -> dict[str
                 )
     else:
         own = [] if built is None else built.step.composition.rewards
-        terms = [t for t in own if not isinstance(t.function, Method) and not missing(t.function, known)]
+        terms = [
+            term
+            for term in own
+            if not isinstance(term.function, Method)
+            and not missing(term.function, arrays | text if term.on_host else arrays)
+        ]
     return {term.name: term.function for term in terms}
 
 

@@ -143,13 +143,15 @@ def test_a_suite_evaluates_each_and_requirements_set_the_status(place, finished_
 
 
 def test_the_divergence_from_itself_is_zero_and_rewards_are_named(place, finished_run):
-    extra = ("--reference", finished_run.directory, "--reward", "number_match", "--problems", "4")
+    (place / "own_reward.py").write_text("def odd(completions, kind):\n    return [float(k == 'odd') for k in kind]\n")
+    extra = ("--reference", finished_run.directory, "--reward", "number_match", "--reward", "own_reward:odd")
     status, out, err = said("eval", finished_run.directory, *OWN, *extra, "--json")
     assert status == 0, err
     found = json.loads(out)
     assert found["kl_reference"] == pytest.approx(0, abs=1e-3)
     assert 0 <= found["reward/number_match"] <= 1
     assert "best_by_number_match@2" in found
+    assert found["reward/odd"] == 0.5  # a column of the file
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,16 @@ def test_format_fields_and_reward_fit_the_file(written, line, format, fields, re
         assert "columns of the file are parameters of your own: hardness" in text
 
 
+@pytest.mark.parametrize(
+    ("files", "prompts"), [(None, "chat"), ({}, "plain"), ({"chat_template": "{{ messages }}"}, "chat")]
+)
+def test_a_base_model_has_plain_prompts(tmp_path, written, files, prompts):
+    if files is not None:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(files))
+    assert written([{"prompt": "3 + 4?", "answer": "7"}])[0].data.prompts == prompts
+
+
 def test_the_longest_prompt_fits(written):
     config, _ = written([{"prompt": "x" * 900, "answer": "1"}])
     assert config.rollout.max_prompt_tokens == 384

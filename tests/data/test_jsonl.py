@@ -95,7 +95,10 @@ def test_fingerprints_follow_content_reading_and_split(tmp_path):
 
 def test_fields_are_mapped(tmp_path):
     objects = [
-        {"data": {"problem": f"{n}?"}, "solution": rf"so \boxed{{{n}}}", "level": "Level 5", "answer": n}
+        {
+            **{"data": {"problem": f"{n}?"}, "solution": rf"so \boxed{{{n}}}", "level": "Level 5", "answer": n},
+            **{"hardness": n, "prefix": "x", "item_id": "a", "messages": 0},
+        }
         for n in range(60)
     ]
     file = write(tmp_path / "a", objects)
@@ -103,7 +106,10 @@ def test_fields_are_mapped(tmp_path):
     item = problem_sets(file, fields)["train"][0]
     number = item["item_id"]
     assert (item["body"], item["answer"]) == (f"{number}?", str(number))
-    assert (item["response"], item["raw"]["level"], item["level"]) == (objects[number]["solution"], "Level 5", 0)
+    assert (item["response"], item["raw"]) == (objects[number]["solution"], objects[number])
+    # Further columns are there by their names, but for those that the pipeline would read as its own.
+    assert (item["level"], item["hardness"]) == ("Level 5", number)
+    assert not {"prefix", "messages"} & item.keys()
     # A number is taken as it is written.
     assert problem_sets(file, fields_of("prompt", prompt="data.problem"))["train"][0]["answer"] == str(number)
     assert problem_sets(file, fields_of("prompt", prompt="data.problem"))["train"][0]["response"] == ""
