@@ -45,7 +45,7 @@ NETWORKS = (
     *HEADS,
     *(f"{head}_target" for head in HEADS),
 )
-VIEWS = ("answer", "mismatch", "plain")
+VIEWS = ("answer", "mismatch", "plain", "yes", "no")
 
 # ---- what public functions ask for ----------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ HELPERS = {
     "advantages": {"rank_bonus", "soft_minimum"},
     "losses": {"aggregate", "generator", "mean_log_ratio", "pessimistic_surrogate", "renyi", "token_share"},
     "rewards": {"checked_host_reward", "extract_answer", "extract_number", "parsed_number"},
-    "schedules": {"gradient_alignment"},
+    "schedules": {"gradient_alignment", "influence_weights"},
     "selection": {
         # called by plans and selections with counts and shares of earlier rows
         "balanced_samples",
@@ -86,6 +86,7 @@ OF_ONE_FUNCTION = {
     *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),
     # of pairs
     *("calibration", "log_collision", "pair_weight", "reward_shift", "win_share"),
+    *("first_share", "swapped_share", "weak_share"),
 }
 ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewards, schedules, selection)}
 

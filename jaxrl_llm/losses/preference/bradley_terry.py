@@ -32,10 +32,11 @@ def bradley_terry(
 ) -> Loss:
     """Bradley-Terry: the log-odds that an answer is the better one are the difference of two scores.
 
-        z = s_better - s_worse - margin            with margin_use "shift", else without
+        z = s_better - s_worse - margin
         x = -(1 - e) * log sigmoid(z) - e * log sigmoid(-z) + centring * c
 
-    averaged over pairs (with "weight", margin * x is), with e = `label_smoothing` and
+    averaged over pairs (with margin_use "weight", z has no margin and margin * x is averaged), with
+    e = `label_smoothing` and
 
         sum    c = (s_better + s_worse)^2
         each   c = (s_better^2 + s_worse^2) / 2

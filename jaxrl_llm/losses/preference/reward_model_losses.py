@@ -186,9 +186,10 @@ def verdict_ranking(
 ) -> Loss:
     """A generative reward model whose score is the probability that it says yes.
 
-        r = P(yes),   x = -log sigmoid(r_better - r_worse) - c * mean(log P(yes | better), log P(no | worse))
+        x = -log sigmoid(r_better - r_worse) - c * (log p_yes + log p_no) / 2
 
-    averaged over pairs. Views `yes` and `no` put the verdict behind a question on the answer.
+    averaged over pairs, with r the probability of yes, p_yes that behind the better answer and p_no that of no behind
+    the worse one. Views `yes` and `no` put the verdict behind a question on the answer.
 
     Args:
       yes_logprobs, no_logprobs: log-probability of each token of the verdict.

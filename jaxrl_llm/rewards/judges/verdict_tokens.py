@@ -59,7 +59,7 @@ def verdict_score(
 def unbiased_comparison(first_share: Float[Array, "B"], swapped_share: Float[Array, "B"]) -> Float[Array, "B"]:
     """The reward of an answer against an anchor, free of the judge's taste for one of the two places.
 
-        p = (P(first | answer, anchor) + 1 - P(first | anchor, answer)) / 2,   r = p - 1/2
+        r = (first_share + 1 - swapped_share) / 2 - 1/2
 
     A constant taste cancels; swapping the two gives -r; an answer that is its anchor gets 0.
 
