@@ -85,7 +85,8 @@ OF_ONE_FUNCTION = {
     # of steps and turns
     *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),
     # of pairs
-    *("calibration", "log_collision", "pair_weight", "reward_shift", "win_share"),
+    *("calibration", "first_share", "log_collision", "pair_weight", "reward_shift", "swapped_share", "weak_share"),
+    "win_share",
     *("first_share", "swapped_share", "weak_share"),
 }
 ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewards, schedules, selection)}

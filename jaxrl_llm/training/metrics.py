@@ -119,7 +119,8 @@ def experience_metrics(
         metrics |= reward_metrics(experience["reward_components"], weight, rewards)
     if "reference_logprobs" in experience:
         metrics["kl_reference_per_token"] = token_mean(experience.behaviour_logprobs - experience["reference_logprobs"])
-    if "old_values" in experience and "returns" in experience:
+    told = [jnp.shape(experience[name]) for name in ("old_values", "returns") if name in experience]
+    if len(told) == 2 and told[0] == told[1]:  # of a head with several outputs, nothing is explained
         metrics["value_explained_variance"] = explained_variance(experience["old_values"], experience["returns"], mask)
     if "advantages" in experience:
         metrics["advantage_abs_per_token"] = token_mean(jnp.abs(experience["advantages"]))
