@@ -87,7 +87,6 @@ OF_ONE_FUNCTION = {
     # of pairs
     *("calibration", "first_share", "log_collision", "pair_weight", "reward_shift", "swapped_share", "weak_share"),
     "win_share",
-    *("first_share", "swapped_share", "weak_share"),
 }
 ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewards, schedules, selection)}
 
