@@ -49,8 +49,9 @@ def test_damaged_inputs_are_taken_or_refused(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FULL)
 def test_many_damaged_inputs_are_taken_or_refused(kind):
+    before = HOSTILE.peak_bytes()  # of whatever this process has run
     assert bad(kind, FULL[kind], seed=2) == []
-    assert HOSTILE.peak_bytes() < HOSTILE.MOST_BYTES
+    assert HOSTILE.peak_bytes() - before < HOSTILE.MOST_BYTES
 
 
 def test_a_foreign_error_a_long_message_and_a_hang_are_found():
@@ -148,9 +149,9 @@ def test_dates_are_text_and_overrides_are_read_the_same_way(tmp_path, micro_conf
     ],
 )
 def test_values_of_the_wrong_type_are_refused_when_a_step_is_built(micro_config, overrides, message):
-    micro_config["task"] = {"name": "addition", "levels": [1]}
+    tree = micro_config | {"task": {"name": "addition", "levels": [1]}}
     with pytest.raises(ValueError, match=message):
-        parts(parse_config(micro_config, overrides, vocabulary_size=100))
+        parts(parse_config(tree, overrides, vocabulary_size=100))
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_the_config_of_the_run_says_what_was_run(run, files):
         ("model.width=64", "model.width is 64, but model.path is"),
         ("model.revision=main", "revision is 'main', but"),
         ("data.path=/nowhere.jsonl", "data file /nowhere.jsonl cannot be read"),
-        ("data.path=null", "task and data.path are both missing"),
+        ("data.path=null", "task, data.path and data.sources are missing"),
         ("task={name: addition, levels: [1]}", "task and data.path are both set"),
         ("rewards=[exact_answer]", "exact_answer looks for token ids of the built-in tokenizer .*open_id"),
         ("data.fields={answer_from: boxed}", "holds no answer"),

@@ -23,7 +23,7 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
     if any(len(point) != len(origin) for point in points):
         raise ValueError(f"points {points} and reference {list(reference)} must have one number an objective each")
     inside = [np.asarray(point, np.float64) - origin for point in points]
-    return _volume(np.array([point for point in inside if (point > 0).all()]).reshape(-1, len(origin)))
+    return float(_volume(np.array([point for point in inside if (point > 0).all()]).reshape(-1, len(origin))))
 
 
 def hypervolume_factor(

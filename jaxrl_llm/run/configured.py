@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxrl_llm.bounds import natural, shown
 from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.endpoints import Endpoint
+from jaxrl_llm.fields import nearest
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.decoder import transformer
@@ -157,6 +159,9 @@ def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
         return HeadConfig(outputs=HEADS[name]) if name in HEADS else None
     if section.head == "scalar":
         return HeadConfig(outputs=1)
+    known = [field.name for field in dataclasses.fields(HeadConfig)]
+    if isinstance(section.head, Mapping) and (unknown := sorted(set(map(str, section.head)) - set(known))):
+        raise ValueError(f"networks.{name}.head is {shown(section.head)}; {nearest(unknown[0], known)}")
     try:
         return pydantic.TypeAdapter(HeadConfig).validate_python(section.head)
     except pydantic.ValidationError as error:

@@ -77,6 +77,7 @@ def informativeness(
     return values[rule]()
 
 
+@ranged
 def kept_by_two_maps(
     strong: Float[Array, "*N"], weak: Float[Array, "*N"], *, low: float = 0.1, high: float = 0.9
 ) -> Bool[Array, "*N"]:

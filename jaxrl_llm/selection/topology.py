@@ -18,6 +18,7 @@ from jaxrl_llm.selection.pools import Records, items_by_weight, means_of, record
 from jaxrl_llm.statistics import group_leader, group_max, group_min, group_size, group_sum, subgroup_ids
 
 
+@ranged
 def turn_keys(
     tokens: Int[Array, "B T"], turn: Int[Array, "B T"], length: Int[Array, "B"], *, turns: Count
 ) -> Int[Array, "B S"]:

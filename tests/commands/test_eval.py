@@ -170,7 +170,7 @@ def test_the_divergence_from_itself_is_zero_and_rewards_are_named(place, finishe
         (["--require", "pass@1"], "--require is 'pass@1'; write a metric"),
         (["--require", "pass@4>0.5"], "pass@4 is not measured with k [1, 8]; add it to --k"),
         (["--suite", "absent.yaml"], "--suite absent.yaml cannot be read"),
-        (["--suite", "problems.jsonl"], "--suite problems.jsonl cannot be read as YAML: expected"),
+        (["--suite", "problems.jsonl"], "--suite problems.jsonl cannot be read as YAML: "),
         (["--data", "problems.jsonl", "--out", "problems.jsonl"], "--out problems.jsonl cannot be used"),
         (["--reward", "nubmer_match"], "did you mean 'number_match'?"),
         (["--reward", "learned_reward"], "reads 'reward_scores', which an evaluation does not have"),

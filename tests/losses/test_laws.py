@@ -107,7 +107,18 @@ def likelihood(logprobs, mask):
     return losses.stored_likelihood(logprobs, mask)
 
 
+def several_outputs(function):
+    """A loss of a value head with two outputs, which differ by a constant."""
+
+    def two(values, returns, mask):
+        return function(jnp.stack([values, values + 0.5], axis=-1), returns, mask)
+
+    return two
+
+
 CASES = exported_losses() | {
+    "quantile_value": several_outputs(losses.quantile_value),
+    "several_values": several_outputs(losses.several_values),
     "external_surrogate/mixed_sources": mixed_sources,
     "external_surrogate/clipped": variant(
         losses.external_surrogate,

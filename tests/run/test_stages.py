@@ -277,7 +277,7 @@ def test_a_file_of_pairs_is_enough(without_problems, tmp_path):
 def test_what_needs_problems_says_so(without_problems, tmp_path, changes):
     done = train(without_problems(**changes))
     assert done.status == 2
-    assert "task and data.path are both missing" in done.err
+    assert "task, data.path and data.sources are missing" in done.err
     assert not (tmp_path / "run").exists()
 
 

@@ -204,7 +204,7 @@ def test_what_goes_together_is_composed(bigram):
         ([], {}, "source is empty; a step needs rows"),
         (STORE, {}, "source is a replay store alone; .* name one too"),
         (replace(ROLLOUT, eos_ids=(2, 16)), {}, r"rollout.eos_ids is \(2, 16\), but the model's symbols are 0 to 15"),
-        (replace(ROLLOUT, pad_id=-1), {}, r"rollout.pad_id is -1, but the model's symbols"),
+        (replace(ROLLOUT, pad_id=99), {}, r"rollout.pad_id is 99, but the model's symbols"),
         (replace(ROLLOUT, environment=IN_PYTHON), {"resources": Resources(decode=str)}, "needs decode= and encode="),
         (replace(ROLLOUT, replay_router=True), {}, "replay_router is true, but the model is no mixture of experts"),
         (ROLLOUT, {"losses": [losses.router_balance]}, "'router_balance' names 'router_choices', but the model is no"),

@@ -54,7 +54,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(name for name in __all__ if _is_family(globals()[name])))
 
 
-def task(name: str, **options: Any) -> Task:
+def task(name: str, /, **options: Any) -> Task:
     """The task of a family with its options settled.
 
     Args:

@@ -10,9 +10,8 @@ from jaxrl_llm.advantages import (
     consistency_blended,
     group_normalized,
     local_share,
-    majority_match,
-    paired_majority_match,
 )
+from jaxrl_llm.rewards import majority_match, paired_majority_match
 from jaxrl_llm.statistics import subgroup_ids
 
 ANSWER = jnp.array([0, 0, 1, 2, 2, 2])
