@@ -36,7 +36,7 @@ VOCABULARY = CharacterTokenizer().vocabulary_size
 FILES = {path.stem: path for path in shipped.method_files()}
 RECIPES = sorted(FILES.keys() - {"base"})
 # One of each kind; the others are trained by the slow tests.
-AMONG_THE_FAST = ["dapo", "dph_f", "grpo", "ppo", "reinforce_ada", "rloo", "score", "top_k_kl"]
+AMONG_THE_FAST = ["dapo", "grpo", "ppo", "score", "top_k_kl"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
 TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo"}

@@ -231,6 +231,7 @@ def test_what_cannot_work_is_said_before_anything_is_computed(files, change, mes
     assert not (files.root / "never").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoint_has_changed_is_not_resumed(files, tmp_path):
     import shutil
 

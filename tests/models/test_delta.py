@@ -105,6 +105,7 @@ def test_slots_and_prefixes_change_nothing(layer_loop, prefixed):
     np.testing.assert_allclose(ours.behaviour_logprobs, expected.behaviour_logprobs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @BOTH_LOOPS
 def test_what_was_sampled_is_what_is_trained_with_one_pass_over_a_prompt_or_one_a_sample(layer_loop):
     model, rows = model_of(layer_loop), whole(layer_loop)

@@ -208,7 +208,7 @@ def test_processes_that_slurm_started(alone, tmp_path):
     assert json.loads((tmp_path / "out").read_text())["rewards"] == alone["rewards"]
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigterm_to_one_stops_all_at_one_step(tmp_path, asked):
     with processes(tmp_path, commands(tmp_path, 2, 1, "loop")) as started:
         until_looping(started, tmp_path)
@@ -219,7 +219,7 @@ def test_sigterm_to_one_stops_all_at_one_step(tmp_path, asked):
     assert len(steps) == 1, results
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_is_killed_ends_the_other_with_a_message(tmp_path, victim):
     with processes(tmp_path, commands(tmp_path, 2, 1, "loop")) as started:
         until_looping(started, tmp_path)
@@ -233,7 +233,7 @@ def test_a_process_that_is_killed_ends_the_other_with_a_message(tmp_path, victim
     ), (status, log)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_fails_ends_the_other_with_its_status_and_reason(tmp_path, failing):
     with processes(tmp_path, commands(tmp_path, 2, 1, f"{failing} fails")) as started:
         results = ended(started, tmp_path, 60)

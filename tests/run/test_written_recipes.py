@@ -183,6 +183,7 @@ def test_a_process_reward_model_learns_from_labelled_steps_and_the_policy_from_i
         assert "gradient_norm/process" not in step
 
 
+@pytest.mark.slow
 def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(data_directory, tmp_path):
     tree = read_tree(recipe_path("light_r1")) | {"data": {"directory": data_directory}, "model": MICRO["model"]}
     tree["task"] = MICRO["task"] | {"levels": [4], "train_items": 64}
@@ -234,6 +235,7 @@ def student(data_directory: str, *overrides: str) -> tuple[Parts, Any]:
     return built, prompt_batches(built, data_sets(built.config)["train"])
 
 
+@pytest.mark.slow
 def test_a_student_comes_near_a_larger_teacher(data_directory, teacher):
     built, prompts = student(data_directory, f"networks.teacher.path={teacher}")
     state, seen = built.step.init(jax.random.key(0), None, built.given()), []
