@@ -178,7 +178,7 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
             )
         return restored_run(path)[1]
     directory = hub.model_directory(path)
-    execution = {} if dtype is None else {"parameter_dtype": dtype, "compute_dtype": dtype}
+    execution: dict[str, Any] = {} if dtype is None else {"parameter_dtype": dtype, "compute_dtype": dtype}
     model, params = weights.load_model(directory, **execution)
     tokenizer = data.load_tokenizer(directory)
     data.require_embedding(tokenizer, model.vocabulary_size)
