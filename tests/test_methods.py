@@ -405,6 +405,7 @@ PREFERENCE_LOSSES = {
     "optimal_transport",
     "preferred_likelihood",
 } | {*("sample_log_ratio", "simpo")}
+# Of the others the fast tests trace every third.
 COMPOSED_ALONE = NOT_TRACED | PREFERENCES_ALONE
 
 
@@ -422,8 +423,8 @@ def test_a_recipe_is_composed(name, micro):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED_ALONE else name
-        for name in RECIPES
+        pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED_ALONE or number % 3 else name
+        for number, name in enumerate(RECIPES)
         if name not in AMONG_THE_FAST
     ],
 )

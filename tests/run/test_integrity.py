@@ -219,9 +219,9 @@ def wrong_states(copied: Path, flips: int) -> tuple[int, int]:
 
 
 def test_a_flipped_bit_is_never_restored(copied):
-    wrong, noticed = wrong_states(copied, 12)
+    wrong, noticed = wrong_states(copied, 6)
     assert wrong == 0
-    assert noticed >= 3  # of 12, each of which is noticed with probability 3/4: names of files are random
+    assert noticed >= 1  # of 6, each of which is noticed with probability 3/4: names of files are random
 
 
 @pytest.mark.slow

@@ -158,14 +158,15 @@ def test_stages_follow_one_another(whole):
 
 def test_each_stage_goes_on_from_the_one_before(whole):
     states = {step: arrays(whole, step) for step in checkpoint_steps(whole)}
-    judge = [name for name in states[9] if "'judge'" in name and "'params'" in name]
+    # Where a stage never changes it, it lies beside the checkpoints, which name its digest.
+    digests = {step: checkpoints.read_digests(whole / "checkpoints", step) or {} for step in (0, 3, 6, 9)}
+    judge = [name for name in digests[9] if "judge" in name and "params" in name]
     policy = [name for name in states[9] if "'policy'" in name and "'params'" in name]
     assert judge
     assert policy
     for name in judge:  # learned in the first stage, carried through the second, and read by the third
-        np.testing.assert_array_equal(states[3][name], states[6][name])
-        np.testing.assert_array_equal(states[3][name], states[9][name])
-    assert any((states[0][name] != states[3][name]).any() for name in judge)
+        assert digests[3][name] == digests[6][name] == digests[9][name]
+    assert any(digests[0][name] != digests[3][name] for name in judge)
     for name in policy:  # which only the other stages move
         np.testing.assert_array_equal(states[0][name], states[3][name])
     assert all((states[3][name] != states[6][name]).any() for name in policy)
