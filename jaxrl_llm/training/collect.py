@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
+from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import constrain_rows, decoding, laid_out, layout
 from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
 from jaxrl_llm.rollout.environment_checks import require_environment
@@ -30,7 +32,7 @@ from jaxrl_llm.rows import check_widths, empty_store, joined, remembered, replay
 from jaxrl_llm.training.checks import checked_split, replayed_fields
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.reading import item_numbers
-from jaxrl_llm.training.segments import Host, Repeat, Traced, Work
+from jaxrl_llm.training.segments import Host, Placement, Repeat, Traced, Work
 
 PLAN, SELECTION = "rollout:plan", "selection"
 
@@ -116,12 +118,17 @@ def _decoded_rows(rows):
     return constrain_rows(rows, name="decoded_rows")
 
 
+def sampling_layout(place: Placement, model: Model, params: PyTree) -> tuple[Any, PyTree]:
+    """The table by which sampling is laid out on the mesh, and parameters as it reads them."""
+    rules = decoding(place.rules, gathered=place.gather_for_rollout)
+    with layout(place.mesh, rules):
+        return rules, weights_for_decoding(model, params) if place.gather_for_rollout else params
+
+
 def _sampler(c: Composition, state: TrainState) -> Any:
     """Request -> rows, on the mesh as sampling lays it out."""
     r, place = _rollout(c), c.resources.placement
-    rules = decoding(place.rules, gathered=place.gather_for_rollout)
-    with layout(place.mesh, rules):
-        weights = weights_for_decoding(c.model, state.params) if place.gather_for_rollout else state.params
+    rules, weights = sampling_layout(place, c.model, state.params)
     sizes: dict[str, Any] = {
         "max_completion_tokens": r.max_completion_tokens,
         "eos_ids": r.eos_ids,

@@ -1,7 +1,7 @@
 """Views that a network writes: a prompt is made of each row, and a network of the step completes it, as a judge does.
 
-The tokens are drawn by the key of the run, the step, the view, the row's prompt and its number among the rows of that
-prompt, so they depend neither on the other rows nor on the mesh.
+The tokens are drawn by the key of the run, the step, the view, the row's prompt and its sample number, so they depend
+neither on the other rows nor on the mesh.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
-from jaxrl_llm.parallel.rules import constrain_rows, decoding, laid_out, layout
-from jaxrl_llm.rollout.decoding_weights import weights_for_decoding
+from jaxrl_llm.parallel.rules import constrain_rows, laid_out
 from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.signatures import call
 from jaxrl_llm.terms import View
+from jaxrl_llm.training.collect import sampling_layout
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import POLICY, current
 from jaxrl_llm.training.segments import Traced, Work
@@ -63,9 +63,7 @@ def _written(c: Composition, view: View, state: TrainState, rows: Experience, pr
     network = c.networks.get(view.written_by or POLICY)
     model = c.model if network is None or network.model is None else network.model
     params = current(c.model, c.networks, state, view.written_by or POLICY)
-    rules = decoding(place.rules, gathered=place.gather_for_rollout)
-    with layout(place.mesh, rules):
-        weights = weights_for_decoding(model, params) if place.gather_for_rollout else params
+    rules, weights = sampling_layout(place, model, params)
     key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.VIEW), zlib.crc32(view.name.encode()) % 2**31)
     complete = partial(
         generate,
@@ -81,15 +79,5 @@ def _written(c: Composition, view: View, state: TrainState, rows: Experience, pr
         constrain=partial(constrain_rows, name="decoded_rows"),
     )
     complete = laid_out(complete, place.mesh, rules)
-    written = complete(
-        prompts, temperature=view.temperature, first_sample=_number_of_its_prompt(rows.prompt_id), active=asked
-    )
+    written = complete(prompts, temperature=view.temperature, first_sample=rows.sample, active=asked)
     return constrain_rows(replace(written, mask=written.mask * written.weight[:, None]))
-
-
-def _number_of_its_prompt(prompt_id: Int[Array, "B"]) -> Int[Array, "B"]:
-    """How many rows in front of each one are of the same prompt."""
-    order = jnp.argsort(prompt_id, stable=True)
-    in_order = prompt_id[order]
-    place = jnp.arange(len(order)) - jnp.searchsorted(in_order, in_order)
-    return jnp.zeros_like(prompt_id).at[order].set(place.astype(prompt_id.dtype))

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.advantages.group_relative.group_baselines import group_normalized
-from jaxrl_llm.advantages.process.turn_credit import _on_tokens, taken_turns
+from jaxrl_llm.advantages.process.turn_credit import on_tokens, taken_turns
+from jaxrl_llm.advantages.value_based.gae import generalized_advantages
 from jaxrl_llm.ranges import NonNegative, Positive, Share, ranged
 from jaxrl_llm.statistics import group_mean, group_std, group_sum
 
@@ -43,7 +44,7 @@ def min_form_returns(
     chex.assert_rank([turn_rewards, turn, mask, weight], [2, 2, 2, 1])
     taken = taken_turns(turn, mask, turn_rewards.shape[1])
     rewards = jnp.where(taken, turn_rewards.astype(jnp.float32), jnp.inf)
-    return _on_tokens(jnp.where(taken, jax.lax.cummin(rewards, axis=1, reverse=True), 0.0), turn, mask, weight)
+    return on_tokens(jnp.where(taken, jax.lax.cummin(rewards, axis=1, reverse=True), 0.0), turn, mask, weight)
 
 
 def min_form_rewards(
@@ -121,7 +122,7 @@ def min_form_advantages(
         others = jnp.maximum(_others(there, group, there), 1.0)
         shaped = shaped - jnp.where(taken, (_others(outcome / steps, group, there) / others)[:, None], 0.0)
     to_go = jnp.cumsum(shaped[:, ::-1], axis=1)[:, ::-1]
-    advantages = _on_tokens(jnp.where(taken, to_go, 0.0), turn, mask, weight)
+    advantages = on_tokens(jnp.where(taken, to_go, 0.0), turn, mask, weight)
     if correct is None or verifier_coefficient == 0:
         return advantages
     verdict = (correct.astype(jnp.float32) - 1.0) * there
@@ -180,7 +181,7 @@ def merged_transitions(
     same = (keys[:, None] == keys[None]).all(-1) & there[None]
     values = jnp.broadcast_to(advantages[:, None], (rows, turns)).ravel()
     mean = jnp.where(same, jnp.where(there, values, 0.0)[None], 0.0).sum(1) / jnp.maximum(same.sum(1), 1)
-    return _on_tokens(jnp.where(there, mean, 0.0).reshape(rows, turns), turn, mask, weight)
+    return on_tokens(jnp.where(there, mean, 0.0).reshape(rows, turns), turn, mask, weight)
 
 
 @ranged
@@ -226,7 +227,7 @@ def judged_thoughts(
     fine = turn_labels > 0
     inside = jnp.where(fine, z[:, None], (z - alpha * accuracy)[:, None])
     value = jnp.where(right[:, None], inside, jnp.where(fine, 0.0, z[:, None]))
-    return _on_tokens(value, turn, mask, weight)
+    return on_tokens(value, turn, mask, weight)
 
 
 @ranged
@@ -285,9 +286,5 @@ def information_gain(
     outcome = group_normalized(rewards, group, weight, eps=eps)
     z = jnp.where(last, outcome[:, None], jnp.where(taken, z, 0.0))
 
-    def back(later: Array, now: Array) -> tuple[Array, Array]:
-        value = now + gamma * later
-        return value, value
-
-    _, to_go = jax.lax.scan(back, jnp.zeros(rows), z.T, reverse=True)
-    return _on_tokens(jnp.where(taken, to_go.T, 0.0), turn, mask, weight)
+    to_go, _ = generalized_advantages(z, jnp.zeros_like(z), taken, gamma=gamma, lam=1.0)
+    return on_tokens(to_go, turn, mask, weight)

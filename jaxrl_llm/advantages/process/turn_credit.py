@@ -55,7 +55,7 @@ def turn_leave_one_out(
     taken = taken_turns(turn, mask, turns) & (weight > 0)[:, None]
     counts = jnp.where(taken, weight.astype(jnp.float32)[:, None], 0.0)
     advantages = jax.vmap(leave_one_out, in_axes=(1, None, 1), out_axes=1)(turn_rewards, group, counts)
-    return _on_tokens(advantages, turn, mask, weight)
+    return on_tokens(advantages, turn, mask, weight)
 
 
 @ranged
@@ -120,7 +120,7 @@ def turn_mixed_normalized(
     same_turn = group[:, None] * turns + jnp.arange(turns)
     together = jnp.broadcast_to(group[:, None] if scope == "group" else jnp.zeros((1, 1), jnp.int32), (rows, turns))
     mixed = jnp.where(taken, alpha * z(returns, same_turn) + (1 - alpha) * z(rewards, together), 0.0)
-    return _on_tokens(mixed, turn, mask, weight)
+    return on_tokens(mixed, turn, mask, weight)
 
 
 @ranged
@@ -164,10 +164,10 @@ def outcome_and_turn_centred(
     mean = group_mean(rewards.sum(axis=1) / jnp.maximum(count, 1.0), group, there * count)
     outcome = correct.astype(jnp.float32) * gamma**count
     each = (outcome - group_mean(outcome, group, there))[:, None] + beta * (rewards - mean[:, None])
-    return _on_tokens(each, turn, mask, weight)
+    return on_tokens(each, turn, mask, weight)
 
 
-def _on_tokens(
+def on_tokens(
     per_turn: Float[Array, "B S"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
 ) -> Float[Array, "B T"]:
     """A number of each turn on its tokens. A turn beyond the last one has none, like all that does not count."""

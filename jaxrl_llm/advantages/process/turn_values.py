@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.advantages.process.turn_credit import _on_tokens
+from jaxrl_llm.advantages.process.turn_credit import on_tokens
 from jaxrl_llm.advantages.value_based.gae import generalized_advantages
 from jaxrl_llm.ranges import PositiveShare, Share, ranged
 from jaxrl_llm.statistics import at_turns, token_weights
@@ -50,7 +50,7 @@ def turn_advantages(
     values, taken = at_turns(old_values, turn, token_weights(mask, weight), turn_rewards.shape[1], end=False)
     rewards = jnp.where(taken, turn_rewards.astype(jnp.float32), 0.0)
     found = generalized_advantages(rewards, values, taken.astype(jnp.float32), gamma=gamma, lam=lam)
-    advantages, returns = (_on_tokens(each, turn, mask, weight) for each in found)
+    advantages, returns = (on_tokens(each, turn, mask, weight) for each in found)
     return advantages, returns
 
 

@@ -72,6 +72,7 @@ class Judge:
     attempts: int = 2
     counts: Counts = field(default_factory=Counts)
     _known: dict[str, str] = field(default_factory=dict, repr=False)
+    _opened: sqlite3.Connection | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self):
@@ -160,8 +161,7 @@ class Judge:
 
     def _recalled(self, key: str) -> str | None:
         if key not in self._known and self.cache is not None:
-            with self._database() as database:
-                row = database.execute("SELECT content FROM answers WHERE question = ?", (key,)).fetchone()
+            row = self._database().execute("SELECT content FROM answers WHERE question = ?", (key,)).fetchone()
             if row is not None:
                 self._known[key] = row[0]
         return self._known.get(key)
@@ -169,15 +169,16 @@ class Judge:
     def _keep(self, key: str, content: str) -> None:
         self._known[key] = content
         if self.cache is not None:
-            with self._database() as database:
-                database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, content))
+            self._database().execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, content))
 
     def _database(self) -> sqlite3.Connection:
+        """The cache, opened once; whoever calls holds the lock."""
         assert self.cache is not None
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(self.cache, timeout=60, isolation_level=None)
-        database.execute("CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, content TEXT)")
-        return database
+        if self._opened is None:
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            self._opened = sqlite3.connect(self.cache, timeout=60, isolation_level=None, check_same_thread=False)
+            self._opened.execute("CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, content TEXT)")
+        return self._opened
 
 
 def judge_of(described: Mapping[str, Any], where: str) -> Judge:

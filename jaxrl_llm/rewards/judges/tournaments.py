@@ -123,18 +123,6 @@ def _swiss(size: int, play: Play) -> list[float]:
     return _by_rank(points + opponents / (1 + size * size))
 
 
-def preference_of(first_wins: float, swapped_first_wins: float) -> float:
-    """P(A beats B) from both orders of presentation: ( P(first wins | A, B) + 1 - P(first wins | B, A) ) / 2.
-
-    >>> preference_of(0.8, 0.3)
-    0.75
-
-    Reference: LLM as a judge (2306.05685).
-    Certainty: recalled
-    """
-    return (first_wins + 1 - swapped_first_wins) / 2
-
-
 @ranged
 def judge_tournament(
     *, judge: Mapping[str, Any] | Judge, scheme: Scheme = "single_elimination", template: str = MATCH

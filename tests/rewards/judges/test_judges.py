@@ -18,7 +18,7 @@ from jaxrl_llm.advantages import group_normalized
 from jaxrl_llm.endpoints import EndpointError
 from jaxrl_llm.rewards.judges.asked import is_refusal, judge_of, parsed_object
 from jaxrl_llm.rewards.judges.ratings import consistent_criteria, rubric_score, shown_criteria, shown_share
-from jaxrl_llm.rewards.judges.tournaments import preference_of, tournament_rewards
+from jaxrl_llm.rewards.judges.tournaments import tournament_rewards
 from jaxrl_llm.run.recipes import reward_terms
 from jaxrl_llm.run.setup import verdict_views
 
@@ -97,7 +97,8 @@ ROWS = {"prompts": ["2+2?"] * 3, "answers": ["4"] * 3}
 def test_worked_examples():
     probs = jnp.array([[0.05, 0.1, 0.2, 0.4, 0.05], [0.0] * 5])
     np.testing.assert_allclose(rewards.expected_rating(probs), [0.59375, np.nan], rtol=1e-6)
-    assert [round(preference_of(a, b), 6) for a, b in ((0.8, 0.3), (0.9, 0.8))] == [0.75, 0.55]
+    compared = rewards.unbiased_comparison(jnp.array([0.8, 0.9]), jnp.array([0.3, 0.8]))
+    np.testing.assert_allclose(compared + 0.5, [0.75, 0.55], rtol=1e-6)
     assert rubric_score([1, 0, 1, 1], [5, 3, 2, -4]) == 0.3
     assert rubric_score([0, 1], [5, -4], clip=True) == 0.0
     assert rubric_score([1], [-4]) == 0.0
