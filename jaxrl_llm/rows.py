@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import FACTS, Experience, KeyUse, Source
 from jaxrl_llm.fields import absent_value
+from jaxrl_llm.statistics import group_leader, group_sum
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,41 @@ class Replay:
     def groups(self) -> int:
         """Groups that are replayed in a step."""
         return round(self.share / (1 - self.share) * self.prompts_per_step)
+
+
+@dataclass(frozen=True)
+class Hardest:
+    """A source of demonstrations for prompts that no sample solved: kept until there are enough, then learned from.
+
+    Attributes:
+      rows: demonstrations that learn together, a multiple of `rows_per_group`.
+      capacity: demonstrations that wait at most; the oldest are dropped.
+      rows_per_group: samples of a prompt, of those that they learn beside.
+      max_prompt_tokens, max_answer_tokens: widths of the stored prompts and reference answers.
+    """
+
+    rows: int
+    capacity: int
+    rows_per_group: int
+    max_prompt_tokens: int
+    max_answer_tokens: int
+
+    def __post_init__(self):
+        if self.rows < 1 or self.rows % self.rows_per_group:
+            raise ValueError(
+                f"source.hardest.sequences_per_pass is {self.rows}, which rollout.samples_per_prompt "
+                f"{self.rows_per_group} does not divide; written rows learn in groups of that size, so take a multiple"
+            )
+        if self.capacity < self.rows:
+            raise ValueError(
+                f"source.hardest.capacity is {self.capacity}, less than the {self.rows} demonstrations that learn "
+                "together; raise it"
+            )
+
+    @property
+    def groups(self) -> int:
+        """Groups that join a batch."""
+        return self.rows // self.rows_per_group
 
 
 def empty_rows(rows: int, prompt_width: int, answer_width: int, width: int) -> Experience:
@@ -222,6 +258,51 @@ def replayed(store: Experience, key: Array, step: Array, replay: Replay, samples
         there &= step < replay.until_step
     source = jnp.where(batch.source == Source.SAMPLED, Source.REPLAYED, batch.source).astype(jnp.int8)
     return replace(batch, weight=jnp.where(there, batch.weight, 0.0), source=source)
+
+
+def empty_demonstrations(hardest: Hardest, width: int) -> Experience:
+    """The store of `asked_for` before the first step; every array is its own buffer."""
+    empty = empty_rows(hardest.capacity, hardest.max_prompt_tokens, hardest.max_answer_tokens, width)
+    return jax.tree.map(jnp.copy, empty.filled(written_mask=jnp.zeros((hardest.capacity, width), jnp.float32)))
+
+
+def asked_for(store: Experience, rows: Experience, hardest: Hardest) -> tuple[Experience, Experience]:
+    """(the store after a step, demonstrations that learn in it): ReLIFT's interleaving.
+
+    The demonstration of every prompt of which no sample has a reward above 0 goes to the front of the store. Where it
+    holds `hardest.rows` then, as many from the front are learned from and leave it; else the rows have weight 0.
+
+    Args:
+      store: of weight 1 where it holds something, the newest first.
+      rows: of this step, with rewards and demonstrations.
+      hardest: sizes.
+
+    Reference: ReLIFT (2506.07527).
+    Certainty: verified
+    """
+    there = (rows.weight > 0).astype(jnp.float32)
+    solved = group_sum((rows["rewards"] > 0).astype(jnp.float32), rows.group, there)
+    asked = (group_leader(rows.group, there) > 0) & (solved == 0) & (rows["demonstration_length"] > 0)
+    given = written_rows(
+        rows.prompt_tokens,
+        rows.prompt_length,
+        rows.prompt_id,
+        rows["demonstration_tokens"],
+        rows["demonstration_length"],
+        answer_width=store.answer_tokens.shape[1],
+    )
+    given = replace(given, weight=asked.astype(jnp.float32))
+    both = {name: jnp.concatenate([given[name].astype(x.dtype), x]) for name, x in store.known().items()}
+    order = jnp.argsort(both["weight"] == 0, stable=True)
+    both = {name: x[order] for name, x in both.items()}
+    enough = both["weight"][hardest.rows - 1] > 0
+    learned = store.filled(**{name: x[: hardest.rows] for name, x in both.items()})
+    first = jnp.where(enough, hardest.rows, 0)
+    # What is read behind the end is of weight 0: the rows that were not asked for are there.
+    kept = {name: jnp.roll(x, -first, axis=0)[: hardest.capacity] for name, x in both.items()}
+    gone = jnp.arange(hardest.capacity) >= len(order) - first
+    kept["weight"] = jnp.where(gone, 0.0, kept["weight"])
+    return store.filled(**kept), replace(learned, weight=jnp.where(enough, learned.weight, 0.0))
 
 
 def joined(sampled: Experience, other: Experience, samples_per_prompt: int) -> Experience:

@@ -144,10 +144,23 @@ METHODS = {
     "Step models": ("process_reward_model", "spa_rl"),
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
+    "GKD": ("gkd",),
+    "DistiLLM": ("distillm",),
+    "MiniLLM": ("minillm",),
+    "Sequence-level distillation": ("sequence_distillation",),
+    "Several teachers": ("several_teachers",),
+    "Self-distillation": ("self_distillation",),
+    "KEPO": ("kepo",),
+    "ReFT": ("reft",),
+    "ReLIFT": ("relift",),
+    "Supervised beside": ("supervised_beside", "srft"),
+    "Self-training": ("raft", "rest", "b_star"),
+    "Continual": ("continual",),
+    "DLER, difficulty-aware": ("difficulty_aware_dler",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
-WITHOUT_ARXIV |= {"annealed_hints", "competence", "learnability", "power_law_replay"}
+WITHOUT_ARXIV |= {"supervised_beside", "annealed_hints", "competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",
     "policy loss",
@@ -156,7 +169,9 @@ STAGES = {
     "baseline",
     "curriculum",
     "distillation",
+    "hybrid",
     "sampling",
+    "self-training",
     "multi-turn",
     "preference loss",
     "prompt",
@@ -238,6 +253,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         for name, hyper in source.items() if isinstance(source, dict) else ():
             if "sequences_per_step" in hyper:
                 hyper["sequences_per_step"] = samples * cuts
+            if name == "hardest":
+                hyper["sequences_per_pass"] = samples * cuts
             if name == "solved_answers":  # the micro policy solves few prompts reliably
                 hyper |= {"attempts": 1, "min_correct": 1}
             if name in JUDGED:

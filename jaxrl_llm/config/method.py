@@ -167,6 +167,12 @@ class TrainingConfig:
       epochs_per_batch: passes over a batch.
       minibatches_per_epoch: optimiser updates a pass.
       sequences_per_microbatch: completions differentiated at once; None takes a whole minibatch.
+      packing: rows share bins as wide as one row in scoring and in the update, so that little of it is padding: numbers
+        of bins, as shares of the rows, of which a batch takes the smallest that holds it. True takes a quarter, three
+        eighths, a half and three quarters. Losses and gradients are those of rows that are not packed.
+      completion_buckets: widths that completions are trimmed to in scoring and in the update; a batch (or microbatch)
+        takes the smallest that holds its longest. True takes powers of two. Each of them, as each share of `packing`,
+        is compiled as a branch of the update.
       learning_rate: peak.
       warmup_steps: linear rise, in optimiser updates.
       schedule: after the rise: constant, cosine to a tenth of the peak, or a function of `step` that returns a share of
@@ -194,6 +200,8 @@ class TrainingConfig:
     epochs_per_batch: Count = 1
     minibatches_per_epoch: Count = 1
     sequences_per_microbatch: Count | None = field(default=None, metadata=PLACEMENT)
+    packing: bool | tuple[PositiveShare, ...] = field(default=False, metadata=PLACEMENT)
+    completion_buckets: bool | tuple[Count, ...] = field(default=False, metadata=PLACEMENT)
     learning_rate: NonNegative = 1e-4
     warmup_steps: Natural = 0
     schedule: str | dict[str, Any] = "constant"

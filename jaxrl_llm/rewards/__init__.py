@@ -31,6 +31,7 @@ from jaxrl_llm.rewards.intrinsic.novelty import (
     ngram_counts,
 )
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
+from jaxrl_llm.rewards.intrinsic.privileged import answer_in_prompt, own_prompt
 from jaxrl_llm.rewards.intrinsic.thoughts import (
     answer_after_thought,
     answer_without_thought,
@@ -91,6 +92,7 @@ from jaxrl_llm.rewards.shaping.correct_length import (
     shortest_right_bonus,
     target_length,
 )
+from jaxrl_llm.rewards.shaping.difficulty import difficulty_truncation, rewarded_mask
 from jaxrl_llm.rewards.shaping.length_limit import shrinking_budget_length, soft_overlong, truncation_zero
 from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
@@ -138,6 +140,7 @@ __all__ = [
     "answer_format",
     "answer_frequency",
     "answer_ids",
+    "answer_in_prompt",
     "answer_likelihood",
     "answer_order_share",
     "answer_position_share",
@@ -160,6 +163,7 @@ __all__ = [
     "count_bonus",
     "countdown",
     "coverage_gains",
+    "difficulty_truncation",
     "duration_weights",
     "elliptical_bonus",
     "ensemble_score",
@@ -196,6 +200,7 @@ __all__ = [
     "normalized_turn_rewards",
     "number_match",
     "outcome_gated_sum",
+    "own_prompt",
     "paired_answer_ids",
     "paired_majority_match",
     "parsed_number",
@@ -214,6 +219,7 @@ __all__ = [
     "relative_length_rewards",
     "repetition_penalty",
     "reward_column",
+    "rewarded_mask",
     "robust_score",
     "running_normalized",
     "schema_match",

@@ -3,6 +3,7 @@
     source: sampler                                                   prompts are completed by the policy (the default)
     source: [sampler, {replay: {share: 0.4}}]                         and rows of earlier steps learn again beside them
     source: [sampler, {demonstrations: {sequences_per_step: 64}}]     and so do reference completions
+    source: [sampler, {hardest: {sequences_per_pass: 32}}]            and those of prompts that no sample solved
     source: {pairs: {file: pairs.jsonl, groups_per_step: 32}}         all rows are read from a file
 
 Keywords that are named like a size of the run are filled from it.
@@ -20,7 +21,7 @@ from jaxrl_llm.data import Tokenizer
 from jaxrl_llm.data.written import PROVIDES, Kind, judged_groups, written_batches
 from jaxrl_llm.experience import Experience
 from jaxrl_llm.ranges import Count, Natural, OpenShare, ranged
-from jaxrl_llm.rows import Replay, Written, written_rows
+from jaxrl_llm.rows import Hardest, Replay, Written, written_rows
 
 
 class Feed(NamedTuple):
@@ -33,7 +34,7 @@ class Feed(NamedTuple):
       file: a hash of the file that its rows are read from; None where they are made of the problems of the data.
     """
 
-    source: Written | Replay | None = None
+    source: Written | Replay | Hardest | None = None
     rows: Callable[[Any, Mapping[str, Any]], Callable[[int], Experience]] | None = None
     stored: Any = None
     file: str | None = None
@@ -97,6 +98,28 @@ def _beside(parts: Sequence[Any], width: int, *, marked: bool) -> Experience:
     held_out = jnp.repeat(jnp.arange(len(parts), dtype=jnp.float32), arrays[-1].shape[0] // len(parts))
     rows = replace(written_rows(*arrays, answer_width=width, trained=trained), weight=1.0 - held_out)
     return rows.filled(validation=held_out) if marked else rows
+
+
+@ranged
+def hardest(
+    *,
+    sequences_per_pass: Count,
+    samples_per_prompt: Count,
+    max_prompt_tokens: Count,
+    max_completion_tokens: Count,
+    capacity: Count | None = None,
+) -> Feed:
+    """Reference completions of prompts that no sample solved: kept, the newest first, until there are enough of them.
+
+    Args:
+      sequences_per_pass: demonstrations that learn beside the samples of a step, once so many wait; a multiple of
+        samples_per_prompt. Their loss reads `written_mask`.
+      samples_per_prompt: rows of a group.
+      max_prompt_tokens, max_completion_tokens: of the run.
+      capacity: demonstrations that wait at most; None is four times as many as learn together.
+    """
+    room = 4 * sequences_per_pass if capacity is None else capacity
+    return Feed(Hardest(sequences_per_pass, room, samples_per_prompt, max_prompt_tokens, max_completion_tokens))
 
 
 @ranged
@@ -219,6 +242,7 @@ labels, steps = _of_kind("labels"), _of_kind("steps")
 __all__ = [
     "Feed",
     "demonstrations",
+    "hardest",
     "labels",
     "pairs",
     "rankings",

@@ -28,6 +28,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
 from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run.across_stages import measure_across
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import mirrored, require_shared, run_directory
@@ -281,6 +282,8 @@ def _run(
             run.save(run.meta["steps_before"], stage.name, state)
         data = stage_data(stage, batches, rows[stage.name], stored)
         state = run_stage(run, stage, state, data, measure, last=number == len(stages) - 1)
+        if config.evaluation.across_stages and stage.first_saved:
+            measure_across(run, stages, stage, state.params, partial(_measured_on, run, key))
         held = {name: one.params for name, one in (run.waiting_networks | state.networks).items()}
         if not stage.first_saved:
             run.meta["warm_start_steps"] = int(state.step)
@@ -338,8 +341,19 @@ def _stored(run: Run, stage: Stage, params: Any, key: Any, fresh: bool) -> Store
     return stored
 
 
-def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callable[..., dict[str, float]]:
-    """(params, split, problems, what the time is charged to) -> accuracies; none without problems."""
+def _measured_on(run: Run, key: Any, stage: Stage) -> Callable[..., dict[str, float]]:
+    """`_measured` on the problems of a stage."""
+    data = run.sets[stage.name]
+    return _measured(run, stage.parts, grader(stage.parts, data["validation"]), key, data)
+
+
+def _measured(
+    run: Run, parts: Parts, grade: Grader | None, key: Any, sets: Mapping[str, Any] | None = None
+) -> Callable[..., dict[str, float]]:
+    """(params, split, problems, what the time is charged to) -> accuracies; none without problems.
+
+    They are of the problems that the run is measured on, or of `sets`.
+    """
     config, place = run.config, parts.step.composition.resources.placement
     if grade is None:
         return lambda params, split, problems, what: {}
@@ -366,7 +380,7 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
 
     def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:
         with run.timed(what):
-            data = run.data[split]
+            data = (run.data if sets is None else sets)[split]
             items = [data[i] for i in spread(len(data), problems)]
             write = None
             if split == "test" and hosts.is_main():  # before and after, for the report and `jaxrl compare`

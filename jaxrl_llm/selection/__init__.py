@@ -15,6 +15,7 @@ from jaxrl_llm.selection.domains import deficit_shares, domain_aware, share_coun
 from jaxrl_llm.selection.fresh_pairs import acceptance_probability, best_and_worst, rejection_sampled
 from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantages
 from jaxrl_llm.selection.informative_prompts import by_pass_rate, informativeness, kept_by_two_maps, most_variable
+from jaxrl_llm.selection.kept_samples import balance_score, best_setting, kept_samples
 from jaxrl_llm.selection.knapsack import knapsack_rollouts, mixed_probability, rollout_value, rollouts_for_signal
 from jaxrl_llm.selection.rehearsed import cycled_rows, near_perfect_groups
 from jaxrl_llm.selection.spread import drawn_turns, spread_filter
@@ -36,11 +37,13 @@ from jaxrl_llm.selection.variance_sampling import distinct_pairs, variance_aware
 __all__ = [
     "Method",
     "acceptance_probability",
+    "balance_score",
     "balanced_groups",
     "balanced_samples",
     "bandit",
     "best_and_random",
     "best_and_worst",
+    "best_setting",
     "by_pass_rate",
     "competence",
     "complete_samples",
@@ -57,6 +60,7 @@ __all__ = [
     "has_plateaued",
     "informativeness",
     "kept_by_two_maps",
+    "kept_samples",
     "knapsack_rollouts",
     "mixed_probability",
     "most_variable",

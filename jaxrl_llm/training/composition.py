@@ -14,7 +14,7 @@ from jaxrl_llm.fields import FIELDS, provided_by, score_named
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
 from jaxrl_llm.rollout.sampled import Rollout
-from jaxrl_llm.rows import Replay, Written
+from jaxrl_llm.rows import Hardest, Replay, Written
 from jaxrl_llm.signatures import names, required
 from jaxrl_llm.terms import Fill, LossTerm, Reward, Update, View, fill_term, listed, loss_term, reward_term
 from jaxrl_llm.training.networks import POLICY, Network, has_copy, networks_named
@@ -47,7 +47,7 @@ class Resources:
     placement: Placement = field(default_factory=Placement)
 
 
-Source = Rollout | Written | Replay
+Source = Rollout | Written | Replay | Hardest
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class Composition:
         return next((source for source in self.sources if isinstance(source, Replay)), None)
 
     @cached_property
+    def hardest(self) -> Hardest | None:
+        """The store of demonstrations of prompts that are not solved."""
+        return next((source for source in self.sources if isinstance(source, Hardest)), None)
+
+    @cached_property
     def plan(self) -> Plan:
         """How completions are asked for, with a greedy baseline where something names its rewards."""
         assert self.rollout is not None
@@ -117,7 +122,7 @@ class Composition:
         """Groups that learn beside those that were sampled in the step."""
         if self.rollout is None:
             return 0
-        return (self.written.groups if self.written else 0) + (self.replay.groups if self.replay else 0)
+        return sum(source.groups for source in (self.written, self.replay, self.hardest) if source is not None)
 
     # ---- names ------------------------------------------------------------------------------------------------------
 
@@ -140,6 +145,8 @@ class Composition:
         asked = required(self.functions)
         if self.rollout is not None and self.rollout.plan is not None:
             asked |= self.rollout.plan.reads
+        if self.hardest is not None:
+            asked |= {"demonstration_tokens", "demonstration_length"}
         if "kl_reference_per_token" in asked:
             asked |= {"reference_logprobs"}
         if self.rollout is not None and self.rollout.engine is not None:
