@@ -145,6 +145,7 @@ METHODS = {
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
     "GKD": ("gkd",),
+    "Knowledge distillation": ("logit_distillation",),
     "DistiLLM": ("distillm",),
     "MiniLLM": ("minillm",),
     "Sequence-level distillation": ("sequence_distillation",),
@@ -199,7 +200,18 @@ JUDGED: dict[str, Any] = {
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
     "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other},
+    "distributions": lambda one, other: likely(str(one + other)),
 }
+
+
+def likely(text: str) -> dict[str, Any]:
+    """A completion whose tokens a teacher is nearly sure of."""
+    ids = CharacterTokenizer().completion_ids({"body": "", "item_id": 0}, text)
+    return {
+        "completion": text,
+        "top_tokens": [[i, (i + 1) % 9] for i in ids],
+        "top_logprobs": [[-0.1, -3.0]] * len(ids),
+    }
 
 
 def judged_file(kind: str, directory: str) -> str:

@@ -251,6 +251,7 @@ class NetworkConfig:
       temperature: of its log-probabilities; None is that of the rollout.
       always_origin: it is its origin at every moment: the policy at another temperature.
       parameter_dtype, compute_dtype: of one that is read from a directory of Hugging Face.
+      int8: the matrices of one that is read from a path are kept in int8: a quarter of float32's memory.
     """
 
     origin: str = "policy"
@@ -270,9 +271,15 @@ class NetworkConfig:
     always_origin: bool = False
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
+    int8: bool = False
 
     def __post_init__(self):
         require_ranges(self, "networks.*")
+        if self.int8 and (self.path is None or self.head is not None or self.learns):
+            raise ValueError(
+                "networks.*.int8 is true, but only a network that is read from a path, has no head and does not learn "
+                "can be kept in int8; name its path, or leave int8 out"
+            )
 
 
 @dataclass(frozen=True)

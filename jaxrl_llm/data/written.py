@@ -20,7 +20,7 @@ from jaxrl_llm.data.row_files import row_objects
 from jaxrl_llm.data.row_templates import column_value
 
 _LARGEST = float(np.finfo(np.float32).max)
-Kind = Literal["pairs", "rankings", "ratings", "labels", "steps"]
+Kind = Literal["pairs", "rankings", "ratings", "labels", "steps", "distributions"]
 # Names that rows of each kind know, see `jaxrl_llm.fields`.
 PROVIDES: Mapping[str, frozenset[str]] = {
     "pairs": frozenset({"preferred"}),
@@ -28,6 +28,7 @@ PROVIDES: Mapping[str, frozenset[str]] = {
     "ratings": frozenset({"rating"}),
     "labels": frozenset({"preferred"}),
     "steps": frozenset({"step_labels"}),
+    "distributions": frozenset({"top_tokens", "top_logprobs"}),
 }
 
 
@@ -40,6 +41,7 @@ class Judged(NamedTuple):
       value: preferred (1 or 0), rank (0 is best), or rating.
       steps: texts of its steps with the label of each; empty for other kinds.
       where: its file and line.
+      top: for each token of the completion the ids of likely tokens and their log-probabilities; empty for other kinds.
     """
 
     prompt: str
@@ -47,6 +49,7 @@ class Judged(NamedTuple):
     value: float
     steps: tuple[tuple[str, float], ...] = ()
     where: str = ""
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class WrittenBatch(NamedTuple):
@@ -131,12 +134,36 @@ def _steps(record: Mapping[str, Any], where: str) -> list[Judged]:
     return [Judged(prompt, "".join(step for step, _ in pairs), 0.0, pairs)]
 
 
+def _distributions(record: Mapping[str, Any], where: str) -> list[Judged]:
+    prompt, text = _text(record, "prompt", where), _text(record, "completion", where)
+    tokens, logprobs = record.get("top_tokens"), record.get("top_logprobs")
+    if not (isinstance(tokens, list) and isinstance(logprobs, list) and len(tokens) == len(logprobs) and tokens):
+        raise ValueError(
+            f"{where} has {shown(tokens)} as top_tokens and {shown(logprobs)} as top_logprobs; give a list of ids and "
+            "one of log-probabilities for each token of the completion, end of sequence included"
+        )
+    top = []
+    for place, (ids, values) in enumerate(zip(tokens, logprobs, strict=True)):
+        if not (isinstance(ids, list) and isinstance(values, list) and len(ids) == len(values) and ids):
+            raise ValueError(f"{where} has {shown(ids)} and {shown(values)} at token {place}; give lists of one length")
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids) or len(set(ids)) < len(ids):
+            raise ValueError(f"{where} has top_tokens {shown(ids)} at token {place}; give different ids, 0 or above")
+        known = [_number(value, "log-probability", where) for value in values]
+        if max(known) > 0 or sum(np.exp(known)) > 1.001:
+            raise ValueError(
+                f"{where} has log-probabilities {shown(values)} at token {place}, which sum to more than 1"
+            )
+        top.append(tuple(zip(ids, known, strict=True)))
+    return [Judged(prompt, text, 0.0, top=tuple(top), where=where)]
+
+
 _READERS: Mapping[str, Callable[[Mapping[str, Any], str], list[Judged]]] = {
     "pairs": _pair,
     "rankings": _ranking,
     "ratings": _rating,
     "labels": _label,
     "steps": _steps,
+    "distributions": _distributions,
 }
 
 
@@ -150,6 +177,7 @@ def judged_groups(
         ratings    {"prompt": ..., "completion": ..., "rating": 3.5}
         labels     {"prompt": ..., "completion": ..., "label": true}
         steps      {"prompt": ..., "steps": ["...", "..."], "labels": [1, 0]}
+        distributions  {"prompt": ..., "completion": ..., "top_tokens": [[5, 7], ...], "top_logprobs": [[-0.1, -2], ..]}
 
     Args:
       path: of the data set.
@@ -177,8 +205,11 @@ def _called(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -
         named = {name: column_value(record, column) for name, column in columns.items()}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    listed = {name: _listed(record[name]) for name in ("completions", "steps", "labels") if name in record}
+    listed = {name: _listed(record[name]) for name in _LISTS if name in record}
     return {**record, **listed, **named}
+
+
+_LISTS = ("completions", "steps", "labels", "top_tokens", "top_logprobs")
 
 
 def _listed(value: Any) -> Any:
@@ -227,6 +258,7 @@ def written_batches(
                 f"limits are {max_prompt_tokens} and {max_completion_tokens}; raise them, or set data.overlong_prompts "
                 "to drop"
             )
+    most = most_likely(groups)
     name = "step_labels" if kind == "steps" else {"rankings": "rank", "ratings": "rating"}.get(kind, "preferred")
 
     def batch(chosen: Sequence[Any]) -> WrittenBatch:
@@ -241,23 +273,49 @@ def written_batches(
             if kind == "steps":
                 for end, label in value:
                     values[place, min(end, len(completion)) - 1] = label
-            else:
+            elif kind != "distributions":
                 values[place] = value
+        fields = {name: values}
+        if kind == "distributions":
+            fields = _distribution_arrays([row[2] for row in rows], most, max_completion_tokens)
         return WrittenBatch(
             prompt_tokens,
             np.array([len(row[0]) for row in rows], np.int32),
             np.array([row[3] for row in rows], np.int32),
             tokens,
             np.array([len(row[1]) for row in rows], np.int32),
-            {name: values},
+            fields,
         )
 
     return shuffled_batches(kept, dropped, batch, "groups_per_step", groups_per_step, seed)
 
 
+def most_likely(groups: Sequence[Sequence[Judged]]) -> int:
+    """Tokens of the longest stored distribution; 0 where there is none."""
+    return max((len(place) for group in groups for row in group for place in row.top), default=0)
+
+
+def _distribution_arrays(rows: Sequence[Any], most: int, width: int) -> dict[str, np.ndarray]:
+    """Stored distributions as `top_tokens` and `top_logprobs`, [B, T, most]."""
+    tokens = np.full((len(rows), width, most), -1, np.int32)
+    logprobs = np.zeros((len(rows), width, most), np.float32)
+    for number, places in enumerate(rows):
+        for place, likely in enumerate(places):
+            tokens[number, place, : len(likely)] = [token for token, _ in likely]
+            logprobs[number, place, : len(likely)] = [value for _, value in likely]
+    return {"top_tokens": tokens, "top_logprobs": logprobs}
+
+
 def _encoded(row: Judged, number: int, tokenizer: Tokenizer) -> tuple[list[int], list[int], Any, int]:
     item = {"body": row.prompt, "item_id": number}
     completion = list(tokenizer.completion_ids(item, row.text))
+    if row.top and len(row.top) != len(completion):
+        raise ValueError(
+            f"{row.where} has distributions of {len(row.top)} tokens, but its completion has {len(completion)}, end of "
+            "sequence included; both must be of the policy's tokenizer"
+        )
+    if row.top:
+        return list(tokenizer.prompt_ids(item)), completion, row.top, number
     if not row.steps:
         return list(tokenizer.prompt_ids(item)), completion, row.value, number
     ends, text = [], ""

@@ -159,9 +159,8 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
         if c.written is None:
             return None
         width, count = rollout.max_completion_tokens, c.written.rows
-        known = {
-            name: jnp.zeros((count, width) if FIELDS[name].kind == "token" else count) for name in c.written.provides
-        }
+        shapes = {"token": (count, width), "vector": (count, width, c.written.top)}
+        known = {name: jnp.zeros(shapes.get(FIELDS[name].kind, (count,))) for name in c.written.provides}
         return written_rows(
             jnp.zeros((count, rollout.max_prompt_tokens), jnp.int32),
             jnp.ones(count, jnp.int32),

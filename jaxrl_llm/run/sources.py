@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxrl_llm.data import Tokenizer
-from jaxrl_llm.data.written import PROVIDES, Kind, judged_groups, written_batches
+from jaxrl_llm.data.written import PROVIDES, Kind, judged_groups, most_likely, written_batches
 from jaxrl_llm.experience import Experience
 from jaxrl_llm.ranges import Count, Natural, OpenShare, ranged
 from jaxrl_llm.rows import Hardest, Replay, Written, written_rows
@@ -201,7 +201,7 @@ def _judged(
 
         return at
 
-    return Feed(Written(count, per_group, PROVIDES[kind]), rows, file=digest[:16])
+    return Feed(Written(count, per_group, PROVIDES[kind], most_likely(groups)), rows, file=digest[:16])
 
 
 def _of_kind(kind: Kind) -> Callable[..., Feed]:
@@ -237,11 +237,12 @@ def _of_kind(kind: Kind) -> Callable[..., Feed]:
 
 
 pairs, rankings, ratings = _of_kind("pairs"), _of_kind("rankings"), _of_kind("ratings")
-labels, steps = _of_kind("labels"), _of_kind("steps")
+labels, steps, distributions = _of_kind("labels"), _of_kind("steps"), _of_kind("distributions")
 
 __all__ = [
     "Feed",
     "demonstrations",
+    "distributions",
     "hardest",
     "labels",
     "pairs",

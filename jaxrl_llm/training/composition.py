@@ -12,12 +12,13 @@ import optax
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import FIELDS, provided_by, score_named
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.stored_distributions import stored_distributions
 from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rows import Hardest, Replay, Written
 from jaxrl_llm.signatures import names, required
 from jaxrl_llm.terms import Fill, LossTerm, Reward, Update, View, fill_term, listed, loss_term, reward_term
-from jaxrl_llm.training.networks import POLICY, Network, has_copy, networks_named
+from jaxrl_llm.training.networks import FILE, POLICY, ROWS, Network, has_copy, networks_named
 from jaxrl_llm.training.segments import Placement
 
 
@@ -158,7 +159,10 @@ class Composition:
         """Networks beside the policy that something names, each after the one that it is made from."""
         given = self.resources
         writers = {view.written_by for view in self.views.values() if view.written_by}
-        return networks_named(self.named, given.networks, self.views, given.critic, writers)
+        known = dict(given.networks)
+        if self.written is not None and "top_tokens" in self.written.provides:
+            known[FILE] = Network(origin=ROWS, model=stored_distributions(self.model.vocabulary_size))
+        return networks_named(self.named, known, self.views, given.critic, writers)
 
     @cached_property
     def wanted(self) -> frozenset[str]:

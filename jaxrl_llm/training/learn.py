@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Loss, NetworkState, TrainState
 from jaxrl_llm.fields import Score, compared_with
+from jaxrl_llm.models.stored_distributions import as_states
 from jaxrl_llm.parallel.placement import constrained_like
 from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.rows import minibatch_rows
@@ -26,12 +27,13 @@ from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.metrics import drift_of, learn_metrics
 from jaxrl_llm.training.networks import (
     POLICY,
+    ROWS,
     current,
     frozen_part,
     trainable_part,
     whole,
 )
-from jaxrl_llm.training.passes import Plain, Size, at_smallest_size, scored
+from jaxrl_llm.training.passes import Compared, Plain, Size, at_smallest_size, scored
 from jaxrl_llm.training.scores import of_head, sequences
 
 # What the routers of a mixture of experts did, for each token of prompt and completion.
@@ -146,10 +148,12 @@ class Objective:
         """(hidden states, statistics of tokens, what routers did) of the policy that learns."""
         c = self.c
         with_router = bool(self.wanted.intersection(ROUTER))
-        others = tuple(
-            (c.networks[n].model or c.model, current(c.model, c.networks, state, n), tuple(functionals.values()))
-            for n, functionals in self.compared.items()
-        )
+        others = []
+        for name, functionals in self.compared.items():
+            network = c.networks[name]
+            says = as_states(rows["top_tokens"], rows["top_logprobs"]) if network.origin == ROWS else None
+            params = current(c.model, c.networks, state, name)
+            others.append(Compared(network.model or c.model, params, tuple(functionals.values()), says))
         # The experts that sampled a token are those that learn from it.
         said = scored(
             c.model,
@@ -158,7 +162,7 @@ class Objective:
             size,
             temperature=c.temperature,
             entropy="entropy" in self.wanted,
-            others=others,
+            others=tuple(others),
             router_choices=rows.router_choices,
             samples_per_prompt=self.samples,
             names=ROUTER if with_router else (),

@@ -53,6 +53,21 @@ class Scored(NamedTuple):
     observed: dict[str, Array]
 
 
+class Compared(NamedTuple):
+    """A network whose whole distributions the policy's are compared with.
+
+    Attributes:
+      model, params: of the network.
+      functionals: as in `models.logprobs.Other`.
+      says: states [B, T, E] that its `logits` takes; None has them computed.
+    """
+
+    model: Model
+    params: PyTree
+    functionals: tuple[Callable, ...]
+    says: Array | None = None
+
+
 def at_smallest_size(update: Update, rows: Experience, function: Callable[[Experience, Size], PyTree]) -> PyTree:
     """`function(rows, size)` at the smallest size of the update that holds the rows.
 
@@ -135,7 +150,7 @@ def scored(
     *,
     temperature: float,
     entropy: bool = False,
-    others: tuple[tuple[Model, PyTree, tuple[Callable, ...]], ...] = (),
+    others: tuple[Compared, ...] = (),
     router_choices: Array | None = None,
     samples_per_prompt: int = 1,
     names: tuple[str, ...] = (),
@@ -147,16 +162,16 @@ def scored(
       source: rows.
       size: that holds them.
       temperature, entropy: as in `token_statistics`.
-      others: (model, parameters, functionals) of networks that whole distributions are compared with.
+      others: networks that whole distributions are compared with.
       router_choices: of prompt and completion tokens, taken again.
       samples_per_prompt: rows that follow one another and have the same prompt.
       names: what else the model shows.
     """
     given: dict[str, Any] = {"samples_per_prompt": samples_per_prompt}
     compared = []
-    for other, weights, functionals in others:
-        says = jax.lax.stop_gradient(hidden_of(other, weights, source, size, **given)[0])
-        compared.append(Other(other, weights, says, functionals))
+    for other, weights, functionals, known in others:
+        says = hidden_of(other, weights, source, size, **given)[0] if known is None else _laid_out(known, source, size)
+        compared.append(Other(other, weights, jax.lax.stop_gradient(says), functionals))
     hidden, observed = hidden_of(model, params, source, size, **given, router_choices=router_choices, names=names)
     tokens, support = _targets(source, size)
     options = {"temperature": temperature, "entropy": entropy, "others": tuple(compared), "support": support}
@@ -173,13 +188,18 @@ def _targets(source: Plain, size: Size) -> tuple[Array, Array | None]:
     if not isinstance(size, Bins):
         cut = slice(None, size)
         return source.tokens[:, cut], None if source.support is None else source.support[:, cut]
-    prompt_width = source.prompt_tokens.shape[1]
     # The state of a token predicts the next one; that of the last predicts nothing that is read.
     following = jnp.pad(jnp.concatenate([source.prompt_tokens, source.tokens], axis=1)[:, 1:], [(0, 0), (0, 1)])
-    if source.support is None:
-        return size.put(following), None
-    around = [(0, 0), (prompt_width - 1, 1), (0, 0)]
-    return size.put(following), size.put(jnp.pad(source.support, around, constant_values=-1), fill=-1)
+    support = None if source.support is None else _laid_out(source.support, source, size, fill=-1)
+    return size.put(following), support
+
+
+def _laid_out(x: Array, source: Plain, size: Size, fill: int = 0) -> Array:
+    """What belongs to each completion token, [B, T, E], where the state is that predicts it."""
+    if not isinstance(size, Bins):
+        return x[:, :size]
+    around = [(0, 0), (source.prompt_tokens.shape[1] - 1, 1), (0, 0)]
+    return size.put(jnp.pad(x, around, constant_values=fill), fill=fill)
 
 
 def _predicting(x: Array, source: Plain) -> Array:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.config import NetworkConfig
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.data.written import judged_groups, written_batches
 from jaxrl_llm.evaluation.comparison import continual
 from jaxrl_llm.losses import aligned_gradients, binary_logit_divergence, skewed_divergence
+from jaxrl_llm.models.adapters import in_int8, stored_in_int8
+from jaxrl_llm.models.decoder import TransformerConfig, transformer
 from jaxrl_llm.models.merging import balanced_initialisation, selected
+from jaxrl_llm.models.stored_distributions import as_states, stored_distributions
 from jaxrl_llm.rewards import answer_in_prompt, difficulty_truncation, rewarded_mask
 from jaxrl_llm.rows import Hardest, asked_for, empty_demonstrations, empty_rows
 from jaxrl_llm.schedules import imitation_by_entropy, success_by_entropy
@@ -139,6 +147,55 @@ def test_demonstrations_of_unsolved_prompts_wait_until_there_are_enough():
         store, learned = run(store, failed([31, 32, 33, 34], [0] * 8))
     assert held(learned) == [31, 32, 33]
     assert len(held(store)) <= 6
+
+
+def test_a_network_in_int8_says_nearly_the_same():
+    model = transformer(TransformerConfig(vocabulary_size=11, width=32, layers=1, heads=2, kv_heads=1))
+    params, ids = model.init(jax.random.key(0)), jnp.arange(8)[None]
+    small = in_int8(model)
+    stored = stored_in_int8(params)
+    assert jax.tree.structure(jax.eval_shape(small.init, jax.random.key(0))) == jax.tree.structure(stored)
+    assert stored["blocks"]["down"].values.dtype == jnp.int8
+    ours, theirs = (m.apply(p, ids, ids, None)[0] for m, p in ((small, stored), (model, params)))
+    assert 0 < float(jnp.abs(ours - theirs).max()) < 0.05
+    with pytest.raises(ValueError, match=r"networks.*int8 is true, but only a network that is read from a path"):
+        NetworkConfig(int8=True)
+
+
+def line(**changes):
+    known = {"prompt": "A:1+1", "completion": "2", "top_tokens": [[3, 4], [2]], "top_logprobs": [[-0.1, -3.0], [-0.2]]}
+    return known | changes
+
+
+def test_distributions_of_a_file_are_arrays(tmp_path):
+    file, tokenizer = tmp_path / "top.jsonl", CharacterTokenizer()
+    file.write_text(json.dumps(line()) + "\n")
+    groups, _ = judged_groups(file, "distributions")
+    sizes = {"groups_per_step": 1, "max_prompt_tokens": 8, "max_completion_tokens": 3, "seed": 0}
+    batch = written_batches(groups, "distributions", tokenizer, **sizes)[0]
+    assert batch.fields["top_tokens"].tolist() == [[[3, 4], [2, -1], [-1, -1]]]
+    assert batch.fields["top_logprobs"][0, 1].tolist() == [pytest.approx(-0.2), 0]
+    logits = stored_distributions(8).logits({}, as_states(*(jnp.asarray(x) for x in batch.fields.values()))[0])
+    assert float(jax.nn.softmax(logits)[1, 2]) == pytest.approx(np.exp(-0.2), rel=1e-5)
+    np.testing.assert_allclose(jax.nn.softmax(logits)[2], 1 / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_tokens": [[3, 4]]}, "give a list of ids and one of log-probabilities for each token"),
+        ({"top_tokens": [[3], [2]]}, "at token 0; give lists of one length"),
+        ({"top_tokens": [[3, 3], [2]]}, "give different ids, 0 or above"),
+        ({"top_logprobs": [[-0.1, -0.2], [-0.2]]}, "which sum to more than 1"),
+        ({"completion": "22"}, "has distributions of 2 tokens, but its completion has 3"),
+    ],
+)
+def test_distributions_that_cannot_be_are_refused(tmp_path, changes, message):
+    file = tmp_path / "top.jsonl"
+    file.write_text(json.dumps(line(**changes)) + "\n")
+    sizes = {"groups_per_step": 1, "max_prompt_tokens": 8, "max_completion_tokens": 3, "seed": 0}
+    with pytest.raises(ValueError, match=message):
+        written_batches(judged_groups(file, "distributions")[0], "distributions", CharacterTokenizer(), **sizes)
 
 
 @pytest.mark.parametrize(
