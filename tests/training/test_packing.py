@@ -95,29 +95,23 @@ def test_packed_and_trimmed_rows_have_the_losses_and_gradients_of_padded_ones(sh
 
 
 def test_the_smallest_size_is_taken(short):
-    sizes = []
-
     def seen(rows, size):
-        sizes.append(size)
-        return jnp.zeros(len(sizes))[-1] + (6 if size is None else size if isinstance(size, int) else len(size.token))
+        whole = 100
+        return jnp.float32(whole if size is None else size if isinstance(size, int) else len(size.token))
 
-    def taken(update, rows):
-        sizes.clear()
-        return int(at_smallest_size(update, rows, seen))
+    def taken(update, **changes):
+        return float(at_smallest_size(update, replace(short, **changes), seen))
 
-    assert [
-        taken(Update(completion_buckets=(2, 4)), replace(short, length=short.length.at[0].set(n))) for n in (1, 4, 5)
-    ] == [4, 4, 6]
-    packing = Update(packing=(0.25, 0.5, 0.75))
+    buckets, packing = Update(completion_buckets=(2, 4)), Update(packing=(0.25, 0.5, 0.75))
+    assert [taken(buckets, length=short.length.at[0].set(n)) for n in (1, 4, 5)] == [4, 4, 100]
     # 31 tokens in bins of 10: four; with every row full, eight rows are their own bins.
-    assert taken(packing, short) == 4
-    assert taken(packing, replace(short, length=jnp.full(8, 6), prompt_length=jnp.full(8, 4))) == 6 + 0 * len(sizes)
-    assert sizes[-1] is None
+    assert taken(packing) == 4
+    assert taken(packing, length=jnp.full(8, 6), prompt_length=jnp.full(8, 4)) == 100
 
 
 def test_scores_of_networks_are_packed_too(short):
     model = transformer(TransformerConfig(**PLAIN))
-    rows = short.filled(**{})
+    rows = short
     wanted = {"old_logprobs", "old_entropy", "hidden"}
 
     def said(update):
