@@ -477,7 +477,8 @@ def a_stage_is_traced(built: Parts) -> None:
             assert rows[filled].shape[0] == count
     # A loss names what the policy that learns says, or what the rows know.
     known = set(rows.known()) | {"logprobs", "entropy", "values", "over_vocabulary", *c.learning}
-    beside = c.written.provides | {"written_mask"} if c.written else set()
+    beside = (c.written.provides if c.written else set()) | ({"written_mask"} if c.written or c.hardest else set())
+    beside |= {f"{name}_over_vocabulary" for name in c.networks}
     for term in c.losses:
         wanted = set(signature(term.function).required) - known - beside
         assert all(c.score(one) is not None or one.startswith("router") for one in wanted), wanted
