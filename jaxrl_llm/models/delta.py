@@ -93,12 +93,13 @@ def _where(condition: Array | None, x: Array) -> Array:
     return x if condition is None else jnp.where(condition, x, 0.0)
 
 
-def _own_taps(tap: Float[Array, "B T M"], segments: Int[Array, "B T"] | None, behind: int) -> Float[Array, "B T M"]:
+def _own_taps(tap: Float[Array, "B T *M"], segments: Int[Array, "B T"] | None, behind: int) -> Float[Array, "B T *M"]:
     """What the convolution sees so many tokens behind each, and zero where that is of another sequence."""
     if segments is None or behind == 0:
         return tap
     before = jnp.pad(segments, [(0, 0), (behind, 0)], constant_values=-1)[:, : segments.shape[1]]
-    return jnp.where((before == segments)[..., None], tap, 0.0)
+    own = (before == segments).reshape(*segments.shape, *[1] * (tap.ndim - 2))
+    return jnp.where(own, tap, 0.0)
 
 
 def _unit(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:

@@ -10,7 +10,7 @@ from typing import Any
 import optax
 
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import FIELDS, provided_by, score_named
+from jaxrl_llm.fields import FIELDS, compared_with, provided_by, score_named
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.stored_distributions import stored_distributions
 from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
@@ -207,7 +207,7 @@ class Composition:
     def learning(self) -> frozenset[str]:
         """Networks whose parameters the losses change."""
         read = required([t.function for t in self.losses])
-        policy = read & provided_by("learner")
+        policy = read & provided_by("learner") or [name for name in read if compared_with(name) is not None]
         views = {s.view for name in read if (s := self.score(name)) and s.network == POLICY and not s.as_found}
         heads = {
             s.network

@@ -30,7 +30,7 @@ MODELS = {
     "plain": PLAIN,
     "window, sinks": PLAIN | {"window": 3, "attention_sinks": True},
     "xla": PLAIN | {"attention": "xla"},
-    "latent": PLAIN | {"latent": LatentConfig(rank=8, plain_width=8, rope_width=4, value_width=8)},
+    "latent": PLAIN | {"kv_heads": 2, "latent": LatentConfig(rank=8, plain_width=8, rope_width=4, value_width=8)},
     "delta": PLAIN | {"layers": 2, "delta": DeltaConfig(2, 2, 4, 4, kernel=3, pattern=(True, False))},
     "experts": PLAIN | {"experts": ExpertsConfig(4, 2)},
 }
