@@ -47,6 +47,14 @@ from jaxrl_llm.rewards.intrinsic.votes import (
     semantic_entropy,
 )
 from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
+from jaxrl_llm.rewards.judges.opponents import (
+    attribute_reward,
+    closer_than_opponent,
+    critique_reward,
+    ranking_agreement,
+    verdict_agreement,
+    verdict_question,
+)
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
@@ -145,6 +153,7 @@ __all__ = [
     "answer_span",
     "answer_token_tests",
     "answer_without_thought",
+    "attribute_reward",
     "blended_rewards",
     "box_match",
     "calibrated_correctness",
@@ -152,6 +161,7 @@ __all__ = [
     "choice_match",
     "clipped_delta",
     "clipped_rewards",
+    "closer_than_opponent",
     "collective_match",
     "column_share",
     "concise_correctness",
@@ -160,6 +170,7 @@ __all__ = [
     "count_bonus",
     "countdown",
     "coverage_gains",
+    "critique_reward",
     "duration_weights",
     "elliptical_bonus",
     "ensemble_score",
@@ -206,6 +217,7 @@ __all__ = [
     "potential_shaped",
     "progress_attribution",
     "proper_score",
+    "ranking_agreement",
     "reasoning_patterns",
     "reasoning_perplexity",
     "reference_bounded",
@@ -247,6 +259,8 @@ __all__ = [
     "unbiased_comparison",
     "unit_tests",
     "vector_closeness",
+    "verdict_agreement",
+    "verdict_question",
     "verdict_score",
     "vocabulary_certainty",
     "voted_answer",

@@ -42,7 +42,7 @@ LINES = {
         {"prompt": "A:2+2", "steps": ["4"], "labels": [0]},
     ],
     "verdicts": [
-        {"prompt": "A:1+2", "first": "3", "second": "4", "better": "first", "rationale": "{1"},
+        {"prompt": "A:1+2", "first": "3", "second": "4", "better": "first", "rationale": "~1"},
         {"prompt": "A:2+2", "first": "5", "second": "4", "better": "B"},
     ],
 }
@@ -338,7 +338,7 @@ def test_a_verdict_is_a_question_and_what_a_judge_should_write(tmp_path):
     asked = Asked(question="{prompt}|{first}|{second}", verdict="{rationale} {verdict}", both_orders=True)
     groups = judged_groups(write(tmp_path / "a.jsonl", LINES["verdicts"]), "verdicts", asked=asked).groups
     assert [[(row.prompt, row.text) for row in group] for group in groups] == [
-        [("A:1+2|3|4", "{1 A"), ("A:1+2|4|3", "{1 B")],
+        [("A:1+2|3|4", "~1 A"), ("A:1+2|4|3", "~1 B")],
         [("A:2+2|5|4", "B"), ("A:2+2|4|5", "A")],
     ]
     with pytest.raises(ValueError, match=r"source.verdicts.question is 'which\?', without \{prompt\}"):

@@ -292,6 +292,10 @@ def test_samples_of_a_prompt_are_judged_by_different_draws_and_the_policy_may_le
         ({"written_by": "grade"}, "has a head in the place of a vocabulary"),
         ({"written_by": "judge", "temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
         ({"written_by": "judge", "source": Written(8, 2)}, "nothing is sampled in this step"),
+        ({"written_by": "judge", "mixed_with": "jugde"}, "views.verdict.mixed_with is 'jugde'"),
+        ({"written_by": "judge", "mixed_with": "judge"}, "mixed_with is 'judge', but written_by 'judge'; name another"),
+        ({"mixed_with": "judge"}, "mixed_with is 'judge', but written_by None"),
+        ({"written_by": "judge", "mixed_with": "policy", "share": 1.5}, "verdict.share is 1.5; it must lie in"),
     ],
 )
 def test_who_may_not_write_a_view(bigram, changed, message):
@@ -305,3 +309,28 @@ def test_who_may_not_write_a_view(bigram, changed, message):
 
     with pytest.raises(ValueError, match=message):
         built()
+
+
+def test_a_mixture_of_two_networks_writes_what_the_product_of_their_distributions_says(bigram, make_prompts):
+    """Greedily: with all weight on one of them it writes what that one writes, and between what the sum of scores says."""
+    seen = {}
+    for share in (0.0, 0.5, 1.0):
+        view = View(ask_in_the_program, written_by="judge", mixed_with="other", share=share, temperature=0.0)
+        networks = {"judge": Network(copy_every=1), "other": Network(copy_every=1)}
+        resources = Resources(decode=decode, encode=encode, views={"verdict": view}, networks=networks)
+        step = judged(bigram, None, rewards=[length_of], resources=resources)
+        other = {"scores": jax.random.normal(jax.random.key(5), step.init(jax.random.key(0)).params["scores"].shape)}
+        state = step.init(jax.random.key(0), None, {"other": other})
+        own = np.asarray(state.params["scores"], np.float64)
+        mixed = [log_softmax(scores) for scores in (own, np.asarray(other["scores"], np.float64))]
+        best = ((1 - share) * mixed[0] + share * mixed[1]).argmax(-1)
+        _, _, rows = step.run(state, make_prompts(4), ITEMS)
+        written = np.asarray(rows["verdict_tokens"])
+        first = np.asarray(rows.tokens)[:, 0]
+        np.testing.assert_array_equal(written[:, 0], best[first])
+        seen[share] = written
+    assert (seen[0.0] != seen[1.0]).any()
+
+
+def log_softmax(scores):
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
