@@ -140,7 +140,7 @@ def written_batches(
     kept, dropped = [], 0
     wrong = np.random.default_rng(seed).random(len(groups)) < flipped
     for number, group in enumerate(groups):
-        rows = [_encoded(_flipped(row) if wrong[number] else row, number, tokenizer) for row in group]
+        rows = [encoded_completion(_flipped(row) if wrong[number] else row, number, tokenizer) for row in group]
         longest = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
         if longest[0] <= max_prompt_tokens and longest[1] <= max_completion_tokens:
             kept.append(rows)
@@ -190,9 +190,14 @@ def _flipped(row: Judged) -> Judged:
     return row._replace(values={**row.values, "preferred": 1.0 - row.values["preferred"]})
 
 
-def _encoded(
+def encoded_completion(
     row: Judged, number: int, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int], Mapping[str, Any], list[tuple[int, float]], int]:
+    """(prompt, completion, values, (end, label) of each step, number) of a row as token ids.
+
+    Raises:
+      ValueError: for a prompt that the tokenizer has no place for, by file and line.
+    """
     item: dict[str, Any] = {"body": row.prompt, "item_id": number}
     if not isinstance(row.prompt, str):
         item = {"body": row.prompt[-1]["content"], "messages": list(row.prompt), "item_id": number}

@@ -312,7 +312,7 @@ def test_who_may_not_write_a_view(bigram, changed, message):
 
 
 def test_a_mixture_of_two_networks_writes_what_the_product_of_their_distributions_says(bigram, make_prompts):
-    """Greedily: with all weight on one of them it writes what that one writes, and between what the sum of scores says."""
+    """Greedily: with all weight on one of them what that one writes, and between what the sum of both scores says."""
     seen = {}
     for share in (0.0, 0.5, 1.0):
         view = View(ask_in_the_program, written_by="judge", mixed_with="other", share=share, temperature=0.0)
