@@ -174,8 +174,8 @@ def test_a_constant_on_both_sides_changes_losses_of_a_gap_alone_not_at_all(plain
 
 def test_a_pair_that_is_wrong_by_fifty_is_still_pushed_with_a_finite_slope():
     """Unless the loss is made to give up on it. In bfloat16 tests/losses/test_laws.py has it."""
-    push = jnp.where(DATA["preferred"][:, None] == 1, -50.0, -0.01) * jnp.ones_like(DATA["logprobs"])
-    scores = jnp.where(DATA["preferred"] == 1, -50.0, 50.0)
+    push = jnp.where(DATA["preferred"][:, None] == 1, -50.0, -0.01) * jnp.ones(MASK.shape, jnp.float32)
+    scores = jnp.where(DATA["preferred"] == 1, -50.0, 50.0).astype(jnp.float32)
     gives_up = ("anchored", "robust", "forward_kl", "jensen", "alpha", "exo", "transport")
     for name, (value, slope) in all_values(DATA | {"logprobs": push, "reward_scores": scores}).items():
         assert np.isfinite(value), name
