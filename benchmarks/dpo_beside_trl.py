@@ -51,12 +51,12 @@ def pairs(count: int, seed: int) -> list[dict[str, str]]:
 
 def write_model(directory: Path) -> None:
     """A Qwen3 of random weights, and a tokenizer of one token a letter."""
-    vocabulary = {token: number for number, token in enumerate(["<eos>", *LETTERS])}
+    vocabulary = {token: number for number, token in enumerate(["<eos>", "<unk>", *LETTERS])}
 
     config = TransformerConfig(len(vocabulary), width=32, layers=2, heads=2, kv_heads=1, head_width=16)
     model = transformer(config)
     save_model(directory, model.init(jax.random.key(0)), config, dtype="float32")
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<eos>"])

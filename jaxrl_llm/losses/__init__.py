@@ -74,7 +74,7 @@ from jaxrl_llm.losses.supervised.written_tokens import external_surrogate, rehea
 from jaxrl_llm.losses.token_weights.correction import importance_weight, negative_sequence_mask
 from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights, predicted_entropy_change
 from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_kl, forking_mask, forking_tokens
-from jaxrl_llm.losses.token_weights.masked_parts import answer_part, rewarded_part
+from jaxrl_llm.losses.token_weights.masked_parts import answer_part, over_mask, rewarded_part
 from jaxrl_llm.losses.value.clipped_value import clipped_value
 from jaxrl_llm.losses.value.distributional import categorical_value, quantile_value, several_values
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
@@ -148,6 +148,7 @@ __all__ = [
     "outcome_cross_entropy",
     "outcome_label_likelihood",
     "outcome_token_weight",
+    "over_mask",
     "pairwise_surrogate",
     "pessimistic_surrogate",
     "policy_gradient",

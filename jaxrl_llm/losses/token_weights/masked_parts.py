@@ -68,3 +68,17 @@ def rewarded_part(
     """
     chex.assert_equal_shape([rewards, weight])
     return jnp.where(mask > 0, jnp.where(rewards >= least, weight.astype(jnp.float32), 0.0)[:, None], 0.0)
+
+
+def over_mask(values: Float[Array, "B"], mask: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """A number of each row on all of its tokens that count, such as an advantage on those of a view; 0 elsewhere.
+
+    >>> over_mask(jnp.array([2.0]), jnp.array([[1.0, 0.0]])).tolist()
+    [[2.0, 0.0]]
+
+    Args:
+      values: one a row.
+      mask: non-zero on tokens that count.
+    """
+    chex.assert_rank([values, mask], [1, 2])
+    return jnp.where(mask > 0, values.astype(jnp.float32)[:, None], 0.0)

@@ -79,14 +79,14 @@ def verdict_question(
 
 
 def verdict_agreement(
-    verdict_text: Sequence[str | None], correct: Sequence[float], *, yes: str = "yes", no: str = "no"
+    verdict_text: Sequence[str | None], correct: Sequence[float], *, right: str = "yes", wrong: str = "no"
 ) -> list[float | None]:
     """What a verdict on a completion earns: 1 where it says what the verifier says.
 
     Args:
       verdict_text: what a network wrote as the view `verdict`; None was not asked.
       correct: 1 where the first reward, the verifier, found the completion right.
-      yes, no: what a verdict begins with; anything else earns 0.
+      right, wrong: what a verdict begins with; anything else earns 0.
 
     Returns:
       One reward a row, for a field such as `verdict_reward`; None where nothing was asked.
@@ -94,7 +94,7 @@ def verdict_agreement(
     Reference: SPARK (2509.22624), point-wise.
     Certainty: verified
     """
-    expected = [yes if right > 0 else no for right in correct]
+    expected = [right if one > 0 else wrong for one in correct]
     return [
         None if text is None else float(text.strip().startswith(word))
         for text, word in zip(verdict_text, expected, strict=True)
