@@ -150,6 +150,23 @@ def latest_step(directory: Path) -> int | None:
     return max(steps(directory), default=None)
 
 
+def is_step(path: Path) -> bool:
+    """Whether a path names one checkpoint of a run that is here, which may be gone itself."""
+    return natural(path.name) is not None and path.parent.name == "checkpoints" and path.parent.is_dir()
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run or names a checkpoint of one, and no model directory."""
+    return is_step(path) or (path.is_dir() and not (path / "config.json").is_file())
+
+
+def require_step(directory: Path, step: int) -> None:
+    """Raises CheckpointError unless a step is there, with those that are."""
+    if step not in (there := steps(directory)):
+        held = f"there are {', '.join(map(str, there))}" if there else "there is none"
+        raise CheckpointError(f"{directory} holds no checkpoint of step {step}; {held}")
+
+
 def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
     """(checkpoints directory, step) that a path names; a run directory names no step.
 
@@ -157,7 +174,8 @@ def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
       CheckpointError: when no checkpoint is there.
     """
     path = at_hand(path)
-    if natural(path.name) is not None and path.parent.name == "checkpoints" and path.is_dir():
+    if is_step(path):
+        require_step(path.parent, int(path.name))
         return path.parent, int(path.name)
     folder = path if path.name == "checkpoints" else path / "checkpoints"
     if not steps(folder):
@@ -351,8 +369,7 @@ def stored_shapes(directory: Path, step: int, within: str = "") -> PyTree:
       CheckpointError: when there is none.
     """
     path = _state_path(directory, step)
-    if not path.parent.is_dir():
-        raise CheckpointError(f"checkpoint {directory} has no step {step}; there is {latest_step(directory)}")
+    require_step(directory, step)
     if not path.is_dir():
         raise Damaged(directory, step, "its state is missing")
     tree = frozen_parts.shapes(path)

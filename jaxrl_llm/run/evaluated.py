@@ -79,7 +79,7 @@ def evaluated(path: str, *, every: bool = False, chat: bool = False) -> Evaluate
       ValueError: where there is no model, or `every` of one without checkpoints.
     """
     path = str(at_hand(path))
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    if checkpoints.is_run(Path(path)):
         if chat:
             raise ConfigError(f"{path} is a run, whose config says what prompts look like; leave --chat out")
         built, policy = restored_run(path)

@@ -171,7 +171,7 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
       ValueError: when there is no model, or an option that a run decides by itself.
     """
     path = at_hand(path)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if checkpoints.is_run(path):
         if dtype is not None or chat:
             raise ValueError(
                 f"{path} is a run, whose config says its dtypes and prompts; leave out "
