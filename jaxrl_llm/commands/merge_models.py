@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from jaxrl_llm.commands.arguments import require_package
 from jaxrl_llm.commands.tables import show_report
 from jaxrl_llm.models import merging, save_model
-from jaxrl_llm.run.checkpoints import is_run
+from jaxrl_llm.run.directories import is_run
 from jaxrl_llm.run.restored import restored_policy, restored_run
 
 Method = Literal["average", "slerp", "task", "ties", "dare"]

@@ -22,7 +22,7 @@ from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
 from jaxrl_llm.run import frozen as frozen_parts
 from jaxrl_llm.run.digests import Digest, bits, by_path, changed, digests, text_digest
-from jaxrl_llm.run.directories import at_hand
+from jaxrl_llm.run.directories import at_hand, is_step
 from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
 from jaxrl_llm.run.frozen import Frozen
 from jaxrl_llm.run.retention import METRIC, preserved
@@ -148,16 +148,6 @@ def steps(directory: Path) -> list[int]:
 def latest_step(directory: Path) -> int | None:
     """Newest complete step under a checkpoints directory, None when there is none."""
     return max(steps(directory), default=None)
-
-
-def is_step(path: Path) -> bool:
-    """Whether a path names one checkpoint of a run that is here, which may be gone itself."""
-    return natural(path.name) is not None and path.parent.name == "checkpoints" and path.parent.is_dir()
-
-
-def is_run(path: Path) -> bool:
-    """Whether a path is a run or names a checkpoint of one, and no model directory."""
-    return is_step(path) or (path.is_dir() and not (path / "config.json").is_file())
 
 
 def require_step(directory: Path, step: int) -> None:

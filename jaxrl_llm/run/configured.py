@@ -32,7 +32,7 @@ from jaxrl_llm.rollout.host_calls import can_be_sent
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run.directories import is_step
 from jaxrl_llm.run.optimizers import clipping, named_optimizer, skipping_non_finite
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
 from jaxrl_llm.terms import View
@@ -150,7 +150,7 @@ def configured_networks(
 def is_run(path: str) -> bool:
     """Whether a path is a run directory, or one of its checkpoints."""
     here = Path(path)
-    return (here / "checkpoints").is_dir() or checkpoints.is_step(here)
+    return (here / "checkpoints").is_dir() or is_step(here)
 
 
 def _head(name: str, section: NetworkConfig) -> HeadConfig | None:

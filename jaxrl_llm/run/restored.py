@@ -21,7 +21,7 @@ from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.run import checkpoints, integrity
-from jaxrl_llm.run.directories import at_hand
+from jaxrl_llm.run.directories import at_hand, is_run
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.initial import initial_state
@@ -171,7 +171,7 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
       ValueError: when there is no model, or an option that a run decides by itself.
     """
     path = at_hand(path)
-    if checkpoints.is_run(path):
+    if is_run(path):
         if dtype is not None or chat:
             raise ValueError(
                 f"{path} is a run, whose config says its dtypes and prompts; leave out "
