@@ -42,10 +42,11 @@ STEPS, SEQUENCES, BINS, SEEDS = 60, 256, 20, 3
 
 MODEL = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2}
 WARM = {"steps": 600, "sequences_per_step": 64, "learning_rate": 3e-3, "warmup_steps": 20, "probe_every_steps": 20}
-# By task: its problems, the longest prompt and completion, and where the warm start ends.
+# By task: its problems, the longest prompt, limits of completions and what they become (a limit that cuts long thoughts
+# has to cut some of these), and where the warm start ends.
 SMALL: dict[str, dict[str, Any]] = {
     "addition": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.42},
-    "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 14, "completion": (44, 32), "stop": 0.5},
+    "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 14, "completion": {44: 32, 30: 24}, "stop": 0.5},
     "countdown": {"task": {"levels": [3]}, "prompt": 16, "stop": 0.25},
     "grid": {"task": {"levels": [1, 2, 3]}, "prompt": 30, "stop": 0.4},
     "self_correction": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.3},
@@ -75,9 +76,9 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
         tree["task"]["levels"] = own_levels
     else:
         rollout["max_prompt_tokens"] = size["prompt"]
-    longest, shorter = size.get("completion", (None, None))
-    if rollout["max_completion_tokens"] == longest:
-        rollout["max_completion_tokens"] = shorter
+    for part in (rollout, *(stage["rollout"] for stage in tree.get("stages", []) if "rollout" in stage)):
+        if (limit := part.get("max_completion_tokens")) in size.get("completion", {}):
+            part["max_completion_tokens"] = size["completion"][limit]
     training["prompts_per_step"] = max(1, sequences // rollout["samples_per_prompt"])
     training |= {"warmup_steps": 5, "steps": steps}
     for entry in tree.get("source", []) if isinstance(tree.get("source"), list) else []:
@@ -147,7 +148,8 @@ def judged(run: Path, kind: str) -> Path:
     records = [each for batch in ready.records(subject.policy.params, ready.items, jax.random.key(0)) for each in batch]
     lines = []
     for record in records:
-        first = {each["correct"]: each["completion"] for each in reversed(record["samples"])}
+        whole = [each for each in record["samples"] if not each["truncated"]]
+        first = {each["correct"]: each["completion"] for each in reversed(whole)}
         if len(first) == 2:
             prompt, of_both = {"prompt": record["prompt"]}, [(first[True], 1.0), (first[False], 0.0)]
             lines += {

@@ -153,8 +153,8 @@ def latest_step(directory: Path) -> int | None:
 def require_step(directory: Path, step: int) -> None:
     """Raises CheckpointError unless a step is there, with those that are."""
     if step not in (there := steps(directory)):
-        held = f"there are {', '.join(map(str, there))}" if there else "there is none"
-        raise CheckpointError(f"{directory} holds no checkpoint of step {step}; {held}")
+        held = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(f"{directory} holds no checkpoint of step {step}; there are {held}")
 
 
 def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
@@ -385,7 +385,6 @@ def require_same(stored: PyTree, wanted: PyTree, where: str) -> None:
     Raises:
       CheckpointError: for the first leaf that differs.
     """
-
     here, there = by_path(wanted), by_path(stored)
     for path in sorted(here.keys() ^ there.keys()):
         side = "lacks" if path in here else "has a surplus"
