@@ -128,7 +128,8 @@ def supplied(tree: dict[str, Any], start: dict[str, Any], cache: Path) -> dict[s
     if teacher.get("path") == "teacher":
         warm = tree["warm_start"] | {"stop_at_accuracy": TEACHER_STOP, "steps": 3000}
         made = warm_started(tree | {"warm_start": warm, "networks": {}}, cache)
-        start = start | {"networks": tree["networks"] | {"teacher": teacher | {"path": made["init_from"]["path"]}}}
+        found = teacher | {"path": made["init_from"]["path"], "of": "policy"}
+        start = start | {"networks": tree["networks"] | {"teacher": found}}
     sources = start.get("source")
     for kind, entry in sources.items() if isinstance(sources, dict) else ():
         if kind in ("pairs", "labels", "ratings"):

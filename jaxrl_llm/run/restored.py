@@ -154,7 +154,9 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
         like = jax.eval_shape(partial(initial_state, built.step.composition), jax.random.key(0)).networks[name].params
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
-        raise checkpoints.CheckpointError(f"run {path} has no network {name!r}; it has {known}")
+        raise checkpoints.CheckpointError(
+            f"run {path} has no network {name!r}; it has {known}: name the one that is meant with `of`"
+        )
     params = checkpoints.restore_params(folder, step, like, network=name)
     return network.model or built.model, network, params
 
