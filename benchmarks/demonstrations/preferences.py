@@ -40,7 +40,7 @@ VOCABULARY = 2 + LETTERS
 WORTH = np.random.default_rng(7).permutation(np.linspace(-1, 1, LETTERS)).astype(np.float32)
 BEST = 2 + int(WORTH.argmax())
 MODEL = models.transformer(models.TransformerConfig(VOCABULARY, width=32, layers=2, heads=2, kv_heads=2))
-PROMPTS, SAMPLES, STEPS = 8, 16, 240
+PROMPTS, SAMPLES, STEPS = 8, 16, 200
 PAIRS_A_STEP = 64
 
 
@@ -95,6 +95,19 @@ def labelled(rng: np.random.Generator, count: int, flipped: float, taste: float 
 PLANTED = 2 + int(WORTH.argmin())
 
 
+def of_unit_deviation(params: Any) -> Any:
+    """A reward model whose scores on texts at random have the deviation 1, by its last layer."""
+    tokens = texts(np.random.default_rng(5), 512)
+    hidden, _ = MODEL.apply(
+        params["backbone"],
+        jnp.concatenate([jnp.full((512, 1), EOS, jnp.int32), jnp.asarray(tokens)], 1),
+        jnp.broadcast_to(jnp.arange(LENGTH + 1), (512, LENGTH + 1)),
+        None,
+    )
+    deviation = np.asarray(hidden[:, -1] @ params["head"]["weight"]).std()
+    return params | {"head": {**params["head"], "weight": params["head"]["weight"] / deviation}}
+
+
 @cache
 def reward_step(batch: int, learns: bool) -> Any:
     network = Network(head=models.HeadConfig(), optimizer=optax.adamw(1e-3 if learns else 0.0, weight_decay=0.0))
@@ -102,7 +115,7 @@ def reward_step(batch: int, learns: bool) -> Any:
         MODEL,
         optax.sgd(0.0),
         source=Written(2 * batch, 2, frozenset({"preferred"})),
-        losses=[losses.bradley_terry],
+        losses=[partial(losses.bradley_terry, centring=0.01)],
         resources=Resources(networks={"reward": network}),
     )
 
@@ -117,7 +130,7 @@ def reward_model(seed: int, tokens: np.ndarray, better: np.ndarray, passes: int 
             chosen = order[start : start + PAIRS_A_STEP]
             both = np.stack([tokens[2 * chosen], tokens[2 * chosen + 1]], 1).reshape(-1, LENGTH)
             state, _ = step(state, written=pair_rows(both, better[chosen]))
-    return jax.tree.map(np.asarray, state.networks["reward"].params)
+    return of_unit_deviation(jax.tree.map(np.asarray, state.networks["reward"].params))
 
 
 def accuracy(params: Any, tokens: np.ndarray, better: np.ndarray) -> float:
@@ -157,17 +170,34 @@ def moved(old_logprobs: Any, reference_logprobs: Any, mask: Any) -> Any:
     return ((old_logprobs - reference_logprobs) * mask).sum(1)
 
 
-def normalised(params: Any) -> tuple[float, float]:
-    """Mean and deviation of a reward model's scores on texts at random."""
-    tokens = texts(np.random.default_rng(5), 512)
-    hidden, _ = MODEL.apply(
-        params["backbone"],
-        jnp.concatenate([jnp.full((512, 1), EOS, jnp.int32), jnp.asarray(tokens)], 1),
-        jnp.broadcast_to(jnp.arange(LENGTH + 1), (512, LENGTH + 1)),
-        None,
+@cache
+def reinforcement(names: tuple[str, ...], form: str, learns: bool) -> Any:
+    """The step of a policy gradient against reward models of these names, joined by `ensemble_score`."""
+    scored = [Reward(renamed(learned_reward, reward_scores=f"{name}_scores"), 1.0, name=name) for name in names]
+    joined = partial(rewards.ensemble_score, heads=names, reward_names=("gold", *names), form=form)
+    credit: list[Any] = [
+        Fill("rewards", joined, "joined"),
+        ("metric/proxy", lambda rewards: rewards),
+        ("metric/kl", moved),
+        ("metric/planted", lambda tokens: (tokens == PLANTED).mean(1)),
+        ("advantages", advantages.group_normalized),
+    ]
+    terms: list[Any] = [losses.policy_gradient]
+    if learns:
+        by_gold = renamed(selection.best_and_worst, rewards="gold_score")
+        credit += [("gold_score", lambda tokens, length: gold(tokens, length))]
+        credit += [("preferred", partial(by_gold, count=4))]
+        terms += [renamed(partial(losses.bradley_terry, centring=0.01), reward_scores=f"{names[0]}_scores")]
+    optimizer = optax.adam(3e-4) if learns else None
+    return make_train_step(
+        MODEL,
+        optax.adam(1e-3),
+        source=Rollout(SAMPLES, LENGTH, eos_ids=(EOS,), pad_id=PAD, prompts_per_step=PROMPTS),
+        rewards=[Reward(gold, 0.0, name="gold"), *scored],
+        credit=credit,
+        losses=terms,
+        resources=Resources(networks={n: Network(head=models.HeadConfig(), optimizer=optimizer) for n in names}),
     )
-    scores = np.asarray(hidden[:, -1] @ params["head"]["weight"])[:, 0]
-    return float(scores.mean()), float(scores.std())
 
 
 def reinforced(
@@ -178,51 +208,19 @@ def reinforced(
     Args:
       seed: of policy and samples.
       given: parameters of reward models by name.
-      form: how they are joined (`ensemble_score`).
-      learns: the (only) reward model goes on learning, from the best and the worst sample of a group by gold.
+      form: how they are joined.
+      learns: the (only) reward model goes on learning, from the best and the worst samples of a group by gold.
       steps: of training.
     """
-    scales = {name: normalised(params) for name, params in given.items()}
-    scored = [
-        Reward(
-            renamed(partial(learned_reward, shift=shift, scale=scale), reward_scores=f"{name}_scores"), 1.0, name=name
-        )
-        for name, (shift, scale) in scales.items()
-    ]
-    names = ("gold", *given)
-    credit: list[Any] = [
-        Fill("rewards", partial(rewards.ensemble_score, heads=tuple(given), reward_names=names, form=form), "joined"),
-        ("metric/proxy", lambda rewards: rewards),
-        ("metric/kl", moved),
-        ("metric/planted", lambda tokens: (tokens == PLANTED).mean(1)),
-        ("advantages", advantages.group_normalized),
-    ]
-    terms: list[Any] = [losses.policy_gradient]
-    optimizer = optax.adam(3e-4) if learns else None
-    if learns:
-        by_gold = renamed(selection.best_and_worst, rewards="gold_score")
-        credit += [
-            ("gold_score", lambda tokens, length: gold(tokens, length)),
-            ("preferred", partial(by_gold, count=4)),
-        ]
-        terms += [renamed(losses.bradley_terry, reward_scores=f"{next(iter(given))}_scores")]
-    step = make_train_step(
-        MODEL,
-        optax.adam(1e-3),
-        source=Rollout(SAMPLES, LENGTH, eos_ids=(EOS,), pad_id=PAD, prompts_per_step=PROMPTS),
-        rewards=[Reward(gold, 0.0, name="gold"), *scored],
-        credit=credit,
-        losses=terms,
-        resources=Resources(networks={n: Network(head=models.HeadConfig(), optimizer=optimizer) for n in given}),
-    )
+    step = reinforcement(tuple(given), form, learns)
     state = step.init(jax.random.key(seed + 50), None, given)
     number = jnp.arange(PROMPTS, dtype=jnp.int32)
     nothing = jnp.zeros((PROMPTS, 1), jnp.int32)
     prompts = Prompts(nothing + EOS, number * 0 + 1, number, nothing, number * 0)
+    told = {"gold": "reward/gold", "proxy": "metric/proxy", "kl": "metric/kl", "planted": "metric/planted"}
     seen = []
     for _ in range(steps):
         state, metrics = step(state, prompts)
-        told = {"gold": "reward/gold", "proxy": "metric/proxy", "kl": "metric/kl", "planted": "metric/planted"}
         seen.append({name: float(metrics[key]) for name, key in told.items()})
     return seen
 
@@ -244,7 +242,6 @@ def hump(seeds: int) -> dict[str, Any]:
         found = {f"r{n}": reward_model(10 * seed + n, tokens, better, passes=2) for n in range(5)}
         runs = {
             "one model": reinforced(seed, {"r0": found["r0"]}),
-            "mean of five": reinforced(seed, found, form="mean"),
             "worst of five": reinforced(seed, found, form="least"),
         }
         for label, seen in runs.items():

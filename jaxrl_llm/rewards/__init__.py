@@ -47,7 +47,10 @@ from jaxrl_llm.rewards.intrinsic.votes import (
     semantic_entropy,
 )
 from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
-from jaxrl_llm.rewards.judges.opponents import (
+from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
+from jaxrl_llm.rewards.judges.reward_models import learned_reward
+from jaxrl_llm.rewards.judges.tournaments import judge_tournament
+from jaxrl_llm.rewards.judges.verdict_rewards import (
     attribute_reward,
     closer_than_opponent,
     critique_reward,
@@ -55,9 +58,6 @@ from jaxrl_llm.rewards.judges.opponents import (
     verdict_agreement,
     verdict_question,
 )
-from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
-from jaxrl_llm.rewards.judges.reward_models import learned_reward
-from jaxrl_llm.rewards.judges.tournaments import judge_tournament
 from jaxrl_llm.rewards.judges.verdict_tokens import unbiased_comparison, verdict_score
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
 from jaxrl_llm.rewards.process.step_borders import step_borders

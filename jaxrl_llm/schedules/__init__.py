@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.schedules.annealing import annealed_share, two_phase_decay
+from jaxrl_llm.schedules.bilevel import implicit_gradient
 from jaxrl_llm.schedules.controllers import adaptive_kl, entropy_gated_kl
-from jaxrl_llm.schedules.implicit_gradient import implicit_gradient
 from jaxrl_llm.schedules.learning_rates import linear_decay, stable_then_decay
 from jaxrl_llm.schedules.mixing import adaptive_mixing, gradient_alignment, mixing_weight
 from jaxrl_llm.schedules.objectives import influence_weights
