@@ -69,8 +69,8 @@ def hypervolume_guided(
     """
     if len(reference) != len(objectives) or not 1 <= len(objectives) <= 3:
         raise ValueError(
-            f"objectives are {list(objectives)} and reference {list(reference)}; give one number an objective, of which "
-            "there are one to three"
+            f"objectives are {list(objectives)} and reference {list(reference)}; give one number an objective, "
+            "of which there are one to three"
         )
     origin = jnp.asarray(reference, jnp.float32)
 
