@@ -99,6 +99,14 @@ class Interruption:
         if left <= 0 or expected > left:
             raise Abandoned
 
+    def give_up_now(self) -> None:
+        """Raises Abandoned once a stop was asked for: where all that was computed since is computed again anyway.
+
+        Several processes would have to agree on it, and do so at the end of a step.
+        """
+        if self.number is not None and hosts.peers() is None:
+            raise Abandoned
+
     def handle(self, number: int, frame: Any) -> None:
         """A signal, in the main thread."""
         if self.number is not None:

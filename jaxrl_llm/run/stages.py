@@ -247,6 +247,7 @@ def run_stage(
 
         alarms, unread = Alarms(), None
         widths: set[int] = set()
+        stop = run.interruption.give_up_the_step
         choices = choices_of(state)
         for index in range(first, first if early_stopping.over(run.meta, stage.name, first) else stage.steps):
             done = index + 1
@@ -260,7 +261,9 @@ def run_stage(
             widths.add(width)
             written = None if data.written is None else run.placed(data.written(index))
             try:
-                new_state, metrics, rows = take(state, run.placed(prompts), items, written, call=run.parts.call)
+                new_state, metrics, rows = take(
+                    state, run.placed(prompts), items, written, call=run.parts.call, stop=stop
+                )
             except (RewardError, EndpointError, Abandoned) as error:
                 if unread is not None:
                     report(*unread)
