@@ -13,6 +13,7 @@ What has been done is kept in `--work DIRECTORY`: with `--seconds` it is done in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -75,9 +76,13 @@ def started(words: Sequence[str], processes: int, log: Path, programs: Path) -> 
     return made
 
 
-def half_written(run: Path) -> set[str]:
+def half_written(run: Path) -> set[tuple[str, int]]:
     """Checkpoints that are being written, or were when the run was killed."""
-    return {path.name for path in (run / "checkpoints").glob("*orbax-checkpoint-tmp*")}
+    found = set()
+    for path in (run / "checkpoints").glob("*orbax-checkpoint-tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # it may be finished meanwhile
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def lines(run: Path) -> int:
@@ -171,13 +176,14 @@ def lived(words: list[str], processes: int, folder: Path, tally: Tally, most: in
         with tempfile.TemporaryDirectory() as empty:
             cold = phase == "compile" and begun is not None
             made = started(words, processes, log, Path(empty) if cold else folder / "programs")
+            left = half_written(run)
             statuses = ended(made, begun, draw.uniform(0, longest))
         if statuses == [0] * processes:
             return ""
         if -9 not in statuses:
             return f"ended with {statuses}: {log.read_text()[-2000:]}"
         tally.kills[phase] = tally.kills.get(phase, 0) + 1
-        tally.half_written += bool(half_written(run))
+        tally.half_written += bool(half_written(run) - left)
         tally.write(folder / "tally.json")
     return None
 
