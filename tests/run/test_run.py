@@ -189,15 +189,22 @@ def terminated_after(step: int, *arguments: str):
 
 @pytest.fixture(scope="module")
 def interrupted_run(finished_run, micro_yaml, tmp_path_factory):
-    """The same run stopped in the warm start, killed while it learns, and resumed with two steps more."""
+    """The same run stopped in the warm start, killed while it learns, damaged, and resumed with two steps more."""
     directory = tmp_path_factory.mktemp("interrupted") / "run"
     draw = random.Random(20).randrange
     in_warm_start, learning = draw(2, WARM - 2), WARM + draw(3, 6)
     stopped = terminated_after(in_warm_start, "train", str(micro_yaml), f"run_dir={directory}")
     lines = len(records(directory))
     killed = killed_after(learning, "train", "--resume", str(directory))
-    status = cli.main(["train", "--resume", str(directory), f"training.steps={STEPS + 2}"])
+    damaged = checkpoints.latest_step(directory / "checkpoints")
+    for path in (directory / "checkpoints" / str(damaged)).glob("state/**/d/*"):
+        path.write_bytes(path.read_bytes()[:-20])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        refused = cli.main(["train", "--resume", str(directory), "--exact"])
+        status = cli.main(["train", "--resume", str(directory), f"training.steps={STEPS + 2}"])
     told = dict(stopped=stopped, killed=killed, lines=lines, signalled_at=in_warm_start, status=status)
+    told |= dict(damaged=damaged, refused=(refused, err.getvalue()), shown=" ".join(out.getvalue().split()))
     return SimpleNamespace(directory=directory, **told)
 
 
@@ -214,6 +221,22 @@ def test_a_killed_run_ends_and_a_terminated_one_stops(interrupted_run):
     # Metrics are read one step late, and the step that runs is finished.
     assert interrupted_run.signalled_at <= int(stopped[1]) <= interrupted_run.signalled_at + 2
     assert interrupted_run.lines == int(stopped[1])
+
+
+@pytest.mark.fault(
+    "storage",
+    "the newest checkpoint is damaged",
+    "it is named and moved to `RUN/damaged/`; the run goes on from the one before it with the same numbers",
+)
+def test_a_run_goes_on_from_the_newest_good_checkpoint(interrupted_run):
+    status, said = interrupted_run.refused
+    assert status == 2
+    assert "--exact" in said
+    assert f"checkpoint {interrupted_run.damaged} is damaged: it cannot be read" in interrupted_run.shown
+    assert re.search(r"checkpoint \d+ is verified", interrupted_run.shown)
+    moved = interrupted_run.directory / "damaged" / str(interrupted_run.damaged)
+    assert f"damaged checkpoint moved to {moved}" in interrupted_run.shown
+    assert moved.is_dir()
 
 
 def test_every_number_of_a_resumed_run_is_that_of_one_that_was_never_stopped(finished_run, interrupted_run):
