@@ -173,7 +173,24 @@ def same(found, expected) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), found, expected)
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+# One of each way in which a checkpoint is looked at; the others are slow.
+FAST = {
+    "data: a byte in the middle",
+    "data: gone",
+    "manifest: of another step",
+    "tree: not JSON",
+    "meta: gone",
+    "meta: a number changed",
+    "meta: nested deeply",
+    "state: of another step",
+    "step: an empty directory",
+    "step: a file",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in FAST else [pytest.mark.slow]) for kind in DAMAGE]
+)
 def test_damage_is_named_and_the_checkpoint_before_it_is_taken(copied, kind):
     DAMAGE[kind](copied / "8")
     said: list[str] = []
