@@ -70,6 +70,7 @@ def started(words: Sequence[str], processes: int, log: Path, programs: Path) -> 
     made = []
     for number in range(processes):
         several = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process-id", str(number)]
+        several += ["--start-timeout", "40"]  # one that was killed at once is not waited for longer
         command = [sys.executable, "-m", "jaxrl_llm", "train", *words, *(several if processes > 1 else [])]
         with log.open("ab") as out:
             made.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
