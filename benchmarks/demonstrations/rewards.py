@@ -106,10 +106,10 @@ START = jnp.array([0.4, 0.0, 0.0])
 
 def cycle(seeds: int, steps: int) -> dict[str, Any]:
     """Entropy of a policy over rock, paper and scissors under SPO and under Bradley-Terry rewards."""
-    prompts, samples = 64, 8
+    prompts, samples = 32, 8
     group = jnp.repeat(jnp.arange(prompts), samples)
     number, weight = jnp.tile(jnp.arange(samples), prompts), jnp.ones(prompts * samples)
-    optimizer = optax.sgd(0.05)
+    optimizer = optax.sgd(0.3)
 
     better, worse = (jnp.array(x) for x in zip(*((i, j) for i in range(3) for j in range(3) if i != j), strict=True))
     rows, pairs = jnp.stack([better, worse], 1).ravel(), jnp.repeat(jnp.arange(6), 2)
@@ -124,7 +124,7 @@ def cycle(seeds: int, steps: int) -> dict[str, Any]:
             total, count = losses.bradley_terry(scores[rows], pairs, preferred, share, centring=1e-3)[:2]
             return total / count
 
-        return jax.lax.scan(lambda x, _: (x - 2.0 * jax.grad(loss)(x), None), jnp.zeros(3), None, length=200)[0]
+        return jax.lax.scan(lambda x, _: (x - 4.0 * jax.grad(loss)(x), None), jnp.zeros(3), None, length=60)[0]
 
     def rewards_of(kind: str, logits: Any, actions: Any, scores: Any) -> Any:
         if kind == "SPO":
@@ -152,13 +152,13 @@ def cycle(seeds: int, steps: int) -> dict[str, Any]:
             p = jax.nn.softmax(logits)
             return (logits, held), -(p * jnp.log(p)).sum()
 
-        _, entropy = jax.jit(lambda: jax.lax.scan(update, (START, optimizer.init(START)), jnp.arange(2000)))()
-        return np.asarray(entropy)[::50].tolist()
+        _, entropy = jax.jit(lambda: jax.lax.scan(update, (START, optimizer.init(START)), jnp.arange(600)))()
+        return np.asarray(entropy)[::20].tolist()
 
     del steps
     kinds = ("SPO", "Bradley-Terry, fitted once", "Bradley-Terry, refitted")
     panels = {"entropy, nats": {kind: [run(kind, seed) for seed in range(seeds)] for kind in kinds}}
-    return {"x": list(range(0, 2000, 50)), "xlabel": "update", "panels": panels}
+    return {"x": list(range(0, 600, 20)), "xlabel": "update", "panels": panels}
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*DEMONSTRATIONS, []], help="which; without any, all")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="of the runs that train")
+    parser.add_argument("--steps", type=int, default=60, help="of the runs that train")
     parser.add_argument("--output", type=Path, default=OUT)
     options = parser.parse_args(given)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -296,6 +296,7 @@ PANELS = (
             Metric("prompts_unfinished", "count", OF_STEP, "Prompts that `adaptive` has given up."),
             Metric("voted_reward", "reward", DRAWN, "Mean reward of all samples that have voted (`voted`)."),
             Metric("resumed_tokens", "tokens", "rows of branches", "Tokens taken from earlier completions (`resume`)."),
+            Metric("shown_tokens", "tokens", DRAWN, "Tokens of criteria that a prompt shows (`scaffolded`)."),
             Metric("extra_temperature", "", OF_STEP, "The second temperature of `mixed_temperature`."),
             Metric("staleness_steps", "steps", ROWS, "Updates since the policy that has sampled."),
             Metric("alignment", "", OF_STEP, "Fall of the validation loss as the supervised share grows (AMFT)."),
