@@ -151,8 +151,7 @@ METHODS = {
     "Step models": ("process_reward_model", "spa_rl"),
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
-    "Judges": ("llm_judge", "generative_judge", "tp_grpo", "sotopia"),
-    "Scaffolds": ("rusca",),
+    "Judges": ("llm_judge", "tp_grpo", "sotopia"),
     "Detectors": ("t2i_hacking",),
     "Embeddings": ("vlm_rm",),
 }
