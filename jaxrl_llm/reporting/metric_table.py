@@ -320,6 +320,15 @@ PANELS = (
         "Sampled tokens a second, updates included.",
     ),
     Panel(
+        "Memory",
+        (
+            Metric("host_memory_gib", "GiB", OF_STEP, "Resident memory of the process after the step."),
+            Metric("device_memory_gib", "GiB", "the fullest device of the host", "In use after the step."),
+            Metric("device_peak_memory_gib", "GiB", "the fullest device of the host", "Most that was ever in use."),
+        ),
+        "Of the process on the host, and of devices that tell it (a CPU is the host).",
+    ),
+    Panel(
         "Numbers of the recipe",
         (
             Metric("metric/<name>", "", "rows that know it", "What an entry `metric/<name>` of `credit` fills."),
@@ -335,6 +344,8 @@ PANELS = (
     ),
 )
 METRICS = tuple(metric for panel in PANELS for metric in panel.metrics)
+# What a clock or the machine says, which is another number when a step is taken again.
+OF_MACHINE = ("seconds", "tokens_per_second", "host_memory_gib", "device_memory_gib", "device_peak_memory_gib")
 
 
 def described(name: str) -> Metric | None:

@@ -15,7 +15,7 @@ import pydantic
 from jaxtyping import PyTree
 
 from jaxrl_llm import advantages, losses, rewards, schedules
-from jaxrl_llm.bounds import natural, shown
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.endpoints import Endpoint
@@ -32,6 +32,7 @@ from jaxrl_llm.rollout.host_calls import can_be_sent
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
+from jaxrl_llm.run.directories import is_step
 from jaxrl_llm.run.optimizers import clipping, named_optimizer, skipping_non_finite
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
 from jaxrl_llm.terms import View
@@ -149,7 +150,7 @@ def configured_networks(
 def is_run(path: str) -> bool:
     """Whether a path is a run directory, or one of its checkpoints."""
     here = Path(path)
-    return (here / "checkpoints").is_dir() or (natural(here.name) is not None and (here / "state").is_dir())
+    return (here / "checkpoints").is_dir() or is_step(here)
 
 
 def _head(name: str, section: NetworkConfig) -> HeadConfig | None:

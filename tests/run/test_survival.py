@@ -23,6 +23,7 @@ from jaxrl_llm import cli
 from jaxrl_llm.commands.output import Lasting
 from jaxrl_llm.reporting import RunDirectory, ownership
 from jaxrl_llm.reporting.metric_alarms import Alarms
+from jaxrl_llm.reporting.metric_table import OF_MACHINE
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints, failures
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
@@ -44,7 +45,7 @@ def cut(checkpoint: Path) -> None:
 def numbers(run: Path) -> list[dict]:
     """The metrics of a run, without what a clock says."""
     records = read_records(run / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in records]
+    return [{k: v for k, v in line.items() if k not in OF_MACHINE} for line in records]
 
 
 def refused(capsys, *arguments: str, status: int = 2) -> str:
