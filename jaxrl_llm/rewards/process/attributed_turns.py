@@ -72,7 +72,7 @@ def subgoal_rewards(
 ) -> Float[Array, "B S"]:
     """Rewards of turns with a bonus for each subgoal that the turn reaches.
 
-        r'_s = r_s + coefficient * sum_k hit_sk,   of each subgoal k the first hit of an episode alone, where `once`
+        u_s = r_s + coefficient * sum_k hit_sk,   of each subgoal k the first hit of an episode alone, where `once`
 
     Args:
       hits: 1 where turn s reaches subgoal k, in the eyes of a judge or of the task; without the last axis, of one
