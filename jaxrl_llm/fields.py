@@ -218,14 +218,7 @@ _NEEDS = {
     "rank": "judged rows",
     "step_labels": "judged rows",
     "router_probabilities": "experts",
-    "completions": "host",
-    "prompts": "host",
-    "answers": "host",
-    "items": "host",
-    "completion": "host",
-    "prompt": "host",
-    "answer": "host",
-    "item": "host",
+    **dict.fromkeys(("completions", "prompts", "answers", "items", "completion", "prompt", "answer", "item"), "host"),
 }
 FIELDS: dict[str, Field] = {row[0]: Field(*row)._replace(need=_NEEDS.get(row[0], "")) for row in _ROWS}
 # Columns of the data whose texts are further prompts of the same problem: `<column>_tokens` and `<column>_length`.
