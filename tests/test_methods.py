@@ -39,14 +39,8 @@ RECIPES = sorted(FILES.keys() - {"base"})
 AMONG_THE_FAST = ["grpo", "ppo", "score"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {
-    "llm_judge",
-    "light_r1",
-    "reward_model_then_rl",
-    "rm_ensemble",
-    "process_reward_model",
-    "unpacked_ppo",
-}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo", "rto"}
+TRAINED_ELSEWHERE |= {"llm_judge"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -108,9 +102,16 @@ METHODS = {
     "No reference": ("simpo", "alphapo", "cpo", "orpo"),
     "KTO": ("kto", "bco"),
     "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
-    "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce"),
-    "RL against reward models": ("cooper", "unpacked_ppo"),
-    "Self-play": ("sppo", "inpo", "dno", "nash_md"),
+    "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce", "multi_attribute"),
+    "Weak-to-strong": ("weak_to_strong",),
+    "Two answers at once": ("pit_gap_model", "goal_conditioned"),
+    "RL against reward models": ("cooper", "unpacked_ppo", "rto"),
+    "Self-play": ("sppo", "inpo", "dno"),
+    "Opponents": ("nash_md", "xpo", "online_vpo"),
+    "PRefLexOR": ("preflexor",),
+    "Scored text": ("phf_conditional", "phf_unlikelihood", "phf_awr"),
+    "Judges of their own": ("spark", "urpo"),
+    "KEPO": ("kepo",),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
@@ -194,7 +195,7 @@ JUDGED: dict[str, Any] = {
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
-    "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other},
+    "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other, "helpfulness": other},
 }
 
 
@@ -404,7 +405,8 @@ PREFERENCES_ALONE = {
     name
     for family in ("DPO", "Noisy pairs", "Links", "Anchored", "Likelihood beside", "No reference", "Fresh pairs")
     for name in METHODS[family]
-} - {"dpo", "online_dpo"} | {"sppo", "dno", *METHODS["Reward models"]}
+} - {"dpo", "online_dpo"} | {"sppo", "dno", "preflexor", "weak_to_strong", *METHODS["Reward models"]}
+PREFERENCES_ALONE |= {*METHODS["Scored text"]}
 PREFERENCE_LOSSES = {
     "outcome_cross_entropy",
     "ranked_answers",
@@ -415,7 +417,8 @@ PREFERENCE_LOSSES = {
     "odds_ratio",
     "optimal_transport",
     "preferred_likelihood",
-} | {*("sample_log_ratio", "simpo")}
+} | {*("sample_log_ratio", "simpo", "weak_labels", "negative_log_likelihood", "unlikelihood")}
+PREFERENCE_LOSSES |= {"advantage_weighted_likelihood"}
 # Of the others the fast tests trace every sixth.
 COMPOSED_ALONE = NOT_TRACED | PREFERENCES_ALONE
 

@@ -51,6 +51,14 @@ from jaxrl_llm.rewards.judges.judged_turns import judge_turns
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
+from jaxrl_llm.rewards.judges.verdict_rewards import (
+    attribute_reward,
+    closer_than_opponent,
+    critique_reward,
+    ranking_agreement,
+    verdict_agreement,
+    verdict_question,
+)
 from jaxrl_llm.rewards.judges.verdict_tokens import judged_example, unbiased_comparison, verdict_score
 from jaxrl_llm.rewards.judges.written_rubrics import contrastive_rubrics
 from jaxrl_llm.rewards.process.attributed_turns import attributed_turns, subgoal_rewards
@@ -149,6 +157,7 @@ __all__ = [
     "answer_span",
     "answer_token_tests",
     "answer_without_thought",
+    "attribute_reward",
     "attributed_turns",
     "blended_rewards",
     "box_match",
@@ -157,6 +166,7 @@ __all__ = [
     "choice_match",
     "clipped_delta",
     "clipped_rewards",
+    "closer_than_opponent",
     "collective_match",
     "column_share",
     "concise_correctness",
@@ -166,6 +176,7 @@ __all__ = [
     "count_bonus",
     "countdown",
     "coverage_gains",
+    "critique_reward",
     "duration_weights",
     "elliptical_bonus",
     "ensemble_score",
@@ -215,6 +226,7 @@ __all__ = [
     "progress_attribution",
     "projected_similarity",
     "proper_score",
+    "ranking_agreement",
     "reasoning_patterns",
     "reasoning_perplexity",
     "reference_bounded",
@@ -257,6 +269,8 @@ __all__ = [
     "unbiased_comparison",
     "unit_tests",
     "vector_closeness",
+    "verdict_agreement",
+    "verdict_question",
     "verdict_score",
     "vocabulary_certainty",
     "voted_answer",

@@ -77,12 +77,13 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     """What makes another sequence of a row, by the name of the view.
 
     Beside the hyper-parameters of a function that reads text, `max_prompt_tokens`, `max_completion_tokens` and
-    `deadline_s` may stand, and of one whose completions a network writes, `written_by` and `temperature` (`View`).
+    `deadline_s` may stand, and of one whose completions a network writes, `written_by`, `temperature`, `mixed_with` and
+    `share` (`View`).
     """
     made = {}
     for view, entry in entries.items():
         name, hyper = entry_of(entry, f"views.{view}")
-        known = (*_OF_VIEWS, "written_by", "temperature") if "written_by" in hyper else _OF_VIEWS
+        known = (*_OF_VIEWS, *_OF_WRITTEN) if "written_by" in hyper else _OF_VIEWS
         calling = {key: hyper.pop(key) for key in known if key in hyper}
         function = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
         try:
@@ -96,6 +97,7 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
 
 
 _OF_VIEWS = ("max_completion_tokens", "max_prompt_tokens", "deadline_s")
+_OF_WRITTEN = ("written_by", "temperature", "mixed_with", "share")
 
 
 def configured_networks(

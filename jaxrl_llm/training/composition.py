@@ -154,7 +154,7 @@ class Composition:
     def networks(self) -> dict[str, Network]:
         """Networks beside the policy that something names, each after the one that it is made from."""
         given = self.resources
-        writers = {view.written_by for view in self.views.values() if view.written_by}
+        writers = {name for view in self.views.values() for name in view.writers}
         return networks_named(self.named, given.networks, self.views, given.critic, writers)
 
     @cached_property
