@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from jaxrl_llm.reporting.metric_table import OF_MACHINE
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints, integrity
 
@@ -134,7 +135,7 @@ def numbers(run: Path) -> dict[str, object]:
     summary = json.loads((run / "summary.json").read_text())
     return {
         "metrics": [
-            {name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")}
+            {name: value for name, value in line.items() if name not in OF_MACHINE}
             for line in read_records(run / "metrics.jsonl")
         ],
         "samples": read_records(run / "samples.jsonl"),

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxrl_llm.addresses import is_address
+from jaxrl_llm.bounds import natural
 from jaxrl_llm.config import Config
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import RunDirectory
@@ -163,3 +164,13 @@ def at_hand(path: str | Path) -> Path:
     """A path on this machine: of a run, or one of its checkpoints, at an address, that of the copy, made anew."""
     run, inside, step = str(path).rstrip("/").partition("/checkpoints")
     return local_copy(run) / (inside + step).lstrip("/") if is_address(run) else Path(path)
+
+
+def is_step(path: Path) -> bool:
+    """Whether a path names one checkpoint of a run that is here, which may be gone itself."""
+    return natural(path.name) is not None and path.parent.name == "checkpoints" and path.parent.is_dir()
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run or names a checkpoint of one, and no model directory."""
+    return is_step(path) or (path.is_dir() and not (path / "config.json").is_file())

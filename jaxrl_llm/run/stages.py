@@ -22,6 +22,7 @@ from jaxrl_llm.endpoints import EndpointError
 from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
+from jaxrl_llm.reporting.machine_report import memory_in_use
 from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.mirror import Mirror
 from jaxrl_llm.reporting.progress import COLUMNS
@@ -233,7 +234,7 @@ def run_stage(
             nonlocal mark
             shown = looked_at(run, jax.device_get(metrics), done, offset, stage.name, rows)
             seconds, mark = time.monotonic() - mark, time.monotonic()
-            shown |= {"learning_rate": float(rates[done - first - 1]), "seconds": seconds}
+            shown |= {"learning_rate": float(rates[done - first - 1]), "seconds": seconds} | memory_in_use()
             if stage.samples and "completion_tokens" in shown:
                 tokens = shown["completion_tokens"] * counted
                 run.meta["tokens"] += round(tokens)

@@ -194,7 +194,8 @@ def _train(
         opened = (config, ready, directory, manager, console, meta, watch, data, sets)
         run = Run(*opened, mark=started, interruption=interruption, report=report, local=local, **shared)
         run.lifetime = Lifetime(directory, started)
-        for line in left_out(data, prompts, config.rollout.max_prompt_tokens):
+        files = {stage.name: feed.dropped for stage in stages for feed in stage.parts.feeds if feed.dropped}
+        for line in left_out(data, prompts, config.rollout.max_prompt_tokens, files):
             _saying(console)(line)
         with attended(interruption):
             summary = _run(run, stages, prompts, rows, newest, grade)

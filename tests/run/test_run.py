@@ -26,6 +26,7 @@ import jaxrl_llm
 from jaxrl_llm import cli
 from jaxrl_llm.config import load_config
 from jaxrl_llm.reporting import RunDirectory
+from jaxrl_llm.reporting.metric_table import OF_MACHINE
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.digests import text_digest
@@ -38,12 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 WARM, STEPS = 10, 8
 
 
-# What the clock says is another each time.
-TIMED = ("seconds", "tokens_per_second")
-
-
 def records(directory, name="metrics.jsonl"):
-    return [{k: v for k, v in one.items() if k not in TIMED} for one in read_records(directory / name)]
+    return [{k: v for k, v in one.items() if k not in OF_MACHINE} for one in read_records(directory / name)]
 
 
 def stored_state(directory: Path, step: int):
@@ -83,6 +80,7 @@ def test_what_one_looks_for_in_the_metrics_is_there(finished_run):
         assert line["reward_std"] >= 0
         assert line["tokens_per_second"] == pytest.approx(16 * line["completion_tokens"] / line["seconds"])
         assert line["learning_rate"] == pytest.approx(0.003)
+        assert 0.05 < line["host_memory_gib"] < 1000
     warm = [line["learning_rate"] for line in lines[:WARM]]
     assert warm == pytest.approx([0.0, 0.01, *[0.02] * 8])
     assert "answer_format ≥ 1" in finished_run.shown

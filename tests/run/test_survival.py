@@ -770,6 +770,12 @@ RUNS = {
         "may be exploiting the reward",
         5,
     ),
+    "silent": ([{"reward/format_std": 0.0, "reward/right_std": 0.1}] * 25, "every completion of 20 steps: format;", 20),
+    "verifier": (
+        [{"reward": 0.01 * n, "correct_share": 0.5 - 0.01 * max(0, n - 20)} for n in range(40)],
+        "while correct_share, what the first reward accepts, has fallen (50.0% to 44.5%)",
+        31,
+    ),
     "good": ([{"reward": 0.1 * n, "entropy_per_token": 1.0, "constant_group_share": 0.9} for n in range(30)], None, 0),
 }  # fmt: skip
 
