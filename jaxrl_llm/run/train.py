@@ -372,15 +372,7 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
             write = None
             if split == "test" and hosts.is_main():  # before and after, for the report and `jaxrl compare`
                 write = fresh_records(run.config.directory / "evaluations" / what.rpartition(" ")[2])
-            # Before and after the steps it is repeated whole, between them with the steps since the last checkpoint.
-            during, stopping = what == "evaluation during", run.interruption
-            stop = stopping.give_up_the_step if during else stopping.give_up_now
-
-            def heard(batch: list[dict[str, Any]]) -> None:
-                if write is not None:
-                    write(batch)
-                stop()
-
+            heard = run.interruption.hearing(write, during=what == "evaluation during")
             return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE), heard)
 
     return measure
