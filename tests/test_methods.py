@@ -41,6 +41,7 @@ AMONG_THE_FAST = ["grpo", "ppo", "score"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
 TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo", "rto"}
+TRAINED_ELSEWHERE |= {"llm_judge"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -63,7 +64,7 @@ METHODS = {
     "StableReinforce": ("stable_reinforce",),
     "RiskPO": ("riskpo",),
     "Lp-Reg": ("lp_reg",),
-    "MAPO": ("mapo",),
+    "MAPO": ("mapo", "mapo_batch"),
     "ProGRPO": ("progrpo",),
     "GRPO-lambda": ("grpo_lambda",),
     "DLER": ("dler",),
@@ -153,9 +154,13 @@ METHODS = {
     "Step models": ("process_reward_model", "spa_rl"),
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
+    "Judges": ("llm_judge", "tp_grpo", "sotopia"),
+    "Detectors": ("t2i_hacking",),
+    "Embeddings": ("vlm_rm",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
+WITHOUT_ARXIV |= {"t2i_hacking"}
 WITHOUT_ARXIV |= {"annealed_hints", "competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",

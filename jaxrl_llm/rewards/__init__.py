@@ -48,6 +48,7 @@ from jaxrl_llm.rewards.intrinsic.votes import (
     semantic_entropy,
 )
 from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
+from jaxrl_llm.rewards.judges.judged_turns import judge_turns
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
@@ -59,7 +60,9 @@ from jaxrl_llm.rewards.judges.verdict_rewards import (
     verdict_agreement,
     verdict_question,
 )
-from jaxrl_llm.rewards.judges.verdict_tokens import unbiased_comparison, verdict_score
+from jaxrl_llm.rewards.judges.verdict_tokens import judged_example, unbiased_comparison, verdict_score
+from jaxrl_llm.rewards.judges.written_rubrics import contrastive_rubrics
+from jaxrl_llm.rewards.process.attributed_turns import attributed_turns, subgoal_rewards
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
 from jaxrl_llm.rewards.process.step_borders import step_borders
 from jaxrl_llm.rewards.process.step_scores import (
@@ -102,6 +105,7 @@ from jaxrl_llm.rewards.shaping.correct_length import (
 )
 from jaxrl_llm.rewards.shaping.length_limit import shrinking_budget_length, soft_overlong, truncation_zero
 from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
+from jaxrl_llm.rewards.shaping.projected_similarity import projected_similarity
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
 from jaxrl_llm.rewards.shaping.similarity_scale import sharpened_scores, stretched_scores
 from jaxrl_llm.rewards.verifiers.answers import (
@@ -155,6 +159,7 @@ __all__ = [
     "answer_token_tests",
     "answer_without_thought",
     "attribute_reward",
+    "attributed_turns",
     "blended_rewards",
     "box_match",
     "calibrated_correctness",
@@ -167,6 +172,7 @@ __all__ = [
     "column_share",
     "concise_correctness",
     "continuation_labels",
+    "contrastive_rubrics",
     "cosine_length",
     "count_bonus",
     "countdown",
@@ -191,6 +197,8 @@ __all__ = [
     "judge_rating",
     "judge_rubric",
     "judge_tournament",
+    "judge_turns",
+    "judged_example",
     "known_share",
     "labelled_or_voted",
     "latex_match",
@@ -219,6 +227,7 @@ __all__ = [
     "perplexity_ranks",
     "potential_shaped",
     "progress_attribution",
+    "projected_similarity",
     "proper_score",
     "ranking_agreement",
     "reasoning_patterns",
@@ -247,6 +256,7 @@ __all__ = [
     "step_calibration",
     "step_end_scores",
     "stretched_scores",
+    "subgoal_rewards",
     "tag_format",
     "target_length",
     "text_similarity",

@@ -372,7 +372,8 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
             write = None
             if split == "test" and hosts.is_main():  # before and after, for the report and `jaxrl compare`
                 write = fresh_records(run.config.directory / "evaluations" / what.rpartition(" ")[2])
-            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE), write)
+            heard = run.interruption.hearing(write, during=what == "evaluation during")
+            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE), heard)
 
     return measure
 
