@@ -18,6 +18,7 @@ from jaxrl_llm import data, selection
 from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
 from jaxrl_llm.data.buckets import buckets
+from jaxrl_llm.data.scripts import token_scripts
 from jaxrl_llm.experience import KeyUse, Method
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
@@ -205,6 +206,8 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
             views=views,
             columns=columns(config),
             sources=tuple(config.data.sources or config.data.templates),
+            diagnostics=config.reporting.diagnostics,
+            scripts=token_scripts(tokenizer.token_bytes()) if like is None else like.step.composition.resources.scripts,
             placement=Placement(
                 mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
             ),

@@ -11,14 +11,14 @@ import pytest
 
 from jaxrl_llm.config import NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.data.written import judged_groups, written_batches
+from jaxrl_llm.data.top_tokens import likely_batches, likely_rows
 from jaxrl_llm.evaluation.comparison import continual
 from jaxrl_llm.losses import aligned_gradients, binary_logit_divergence, skewed_divergence
 from jaxrl_llm.models.adapters import in_int8, stored_in_int8
 from jaxrl_llm.models.decoder import TransformerConfig, transformer
 from jaxrl_llm.models.merging import balanced_initialisation, selected
 from jaxrl_llm.models.stored_distributions import as_states, stored_distributions
-from jaxrl_llm.rewards import answer_in_prompt, difficulty_truncation, rewarded_mask
+from jaxrl_llm.rewards import answer_in_prompt, difficulty_truncation
 from jaxrl_llm.rows import Hardest, asked_for, empty_demonstrations, empty_rows
 from jaxrl_llm.schedules import imitation_by_entropy, success_by_entropy
 from jaxrl_llm.selection import balance_score, best_setting, kept_samples
@@ -74,7 +74,6 @@ def test_limits_are_tighter_where_a_prompt_is_solved():
     given = rewards, length, PAIRS, ONES
     assert difficulty_truncation(*given, max_completion_tokens=10).tolist() == [1, 0, 0, 1, 0, 0]
     assert difficulty_truncation(*given, max_completion_tokens=10, least_share=1.0).tolist() == rewards.tolist()
-    assert rewarded_mask(jnp.array([1.0, 0.5]), jnp.ones((2, 2)), jnp.array([0.5, 1])).tolist() == [[0.5, 0.5], [0, 0]]
 
 
 def test_a_teacher_sees_the_answer_in_the_prompt():
@@ -162,6 +161,9 @@ def test_a_network_in_int8_says_nearly_the_same():
         NetworkConfig(int8=True)
 
 
+LIMITS = {"max_prompt_tokens": 8, "max_completion_tokens": 3, "seed": 0}
+
+
 def line(**changes):
     known = {"prompt": "A:1+1", "completion": "2", "top_tokens": [[3, 4], [2]], "top_logprobs": [[-0.1, -3.0], [-0.2]]}
     return known | changes
@@ -170,12 +172,10 @@ def line(**changes):
 def test_distributions_of_a_file_are_arrays(tmp_path):
     file, tokenizer = tmp_path / "top.jsonl", CharacterTokenizer()
     file.write_text(json.dumps(line()) + "\n")
-    groups, _ = judged_groups(file, "distributions")
-    sizes = {"groups_per_step": 1, "max_prompt_tokens": 8, "max_completion_tokens": 3, "seed": 0}
-    batch = written_batches(groups, "distributions", tokenizer, **sizes)[0]
-    assert batch.fields["top_tokens"].tolist() == [[[3, 4], [2, -1], [-1, -1]]]
-    assert batch.fields["top_logprobs"][0, 1].tolist() == [pytest.approx(-0.2), 0]
-    logits = stored_distributions(8).logits({}, as_states(*(jnp.asarray(x) for x in batch.fields.values()))[0])
+    batch = likely_batches(likely_rows(file)[0], tokenizer, sequences_per_step=1, **LIMITS)[0]
+    assert batch.top_tokens.tolist() == [[[3, 4], [2, -1], [-1, -1]]]
+    assert batch.top_logprobs[0, 1].tolist() == [pytest.approx(-0.2), 0]
+    logits = stored_distributions(8).logits({}, as_states(*(jnp.asarray(x) for x in batch[5:]))[0])
     assert float(jax.nn.softmax(logits)[1, 2]) == pytest.approx(np.exp(-0.2), rel=1e-5)
     np.testing.assert_allclose(jax.nn.softmax(logits)[2], 1 / 8, rtol=1e-5)
 
@@ -186,16 +186,15 @@ def test_distributions_of_a_file_are_arrays(tmp_path):
         ({"top_tokens": [[3, 4]]}, "give a list of ids and one of log-probabilities for each token"),
         ({"top_tokens": [[3], [2]]}, "at token 0; give lists of one length"),
         ({"top_tokens": [[3, 3], [2]]}, "give different ids, 0 or above"),
-        ({"top_logprobs": [[-0.1, -0.2], [-0.2]]}, "which sum to more than 1"),
+        ({"top_logprobs": [[-0.1, -0.2], [-0.2]]}, "whose probabilities sum to more than 1"),
         ({"completion": "22"}, "has distributions of 2 tokens, but its completion has 3"),
     ],
 )
 def test_distributions_that_cannot_be_are_refused(tmp_path, changes, message):
     file = tmp_path / "top.jsonl"
     file.write_text(json.dumps(line(**changes)) + "\n")
-    sizes = {"groups_per_step": 1, "max_prompt_tokens": 8, "max_completion_tokens": 3, "seed": 0}
     with pytest.raises(ValueError, match=message):
-        written_batches(judged_groups(file, "distributions")[0], "distributions", CharacterTokenizer(), **sizes)
+        likely_batches(likely_rows(file)[0], CharacterTokenizer(), sequences_per_step=1, **LIMITS)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rewards whose length limit depends on how hard a prompt is for the policy, and masks that follow rewards."""
+"""Rewards whose length limit depends on how hard a prompt is for the policy."""
 
 from __future__ import annotations
 
@@ -49,24 +49,3 @@ def difficulty_truncation(
     easy = jnp.clip((rate - easy_from) / (1 - easy_from), 0.0, 1.0)
     limit = max_completion_tokens * (1 - (1 - least_share) * easy)
     return jnp.where(length <= limit, rewards.astype(jnp.float32), 0.0)
-
-
-def rewarded_mask(
-    rewards: Float[Array, "B"], mask: Float[Array, "B T"], weight: Float[Array, "B"], *, threshold: float = 1.0
-) -> Float[Array, "B T"]:
-    """The mask of rows whose reward reaches a threshold, with their weights; 0 in the others.
-
-    Read by a divergence from a teacher (`reads: {mask: NAME}`), it distils on trajectories that are worth it alone:
-    where none is, the loss is 0.
-
-    Args:
-      rewards: total reward of each row.
-      mask: 1 on tokens that are trained on.
-      weight: weight of each row; 0 is absent.
-      threshold: least reward.
-
-    Reference: KEPO (2602.00400).
-    Certainty: verified
-    """
-    chex.assert_rank([rewards, mask, weight], [1, 2, 1])
-    return mask * jnp.where(rewards >= threshold, weight, 0.0)[:, None]
