@@ -21,8 +21,9 @@ def kept_samples(
 ) -> Float[Array, "B"]:
     """The weight of the best samples of each prompt; the others are absent.
 
-    A sample is kept whose reward exceeds the threshold, if fewer than `keep` of its group have a larger one. With `negative_log_likelihood` this is RAFT (keep 1), STaR and rejection-sampling fine-tuning (threshold 0.5 of a
-    reward of 0 or 1), and ReST (a threshold that grows from stage to stage). Of equal rewards the first sample is kept.
+    A sample is kept whose reward exceeds the threshold, if fewer than `keep` of its group have a larger one. With
+    `negative_log_likelihood` this is RAFT (keep 1), STaR and rejection-sampling fine-tuning (threshold 0.5 of a reward
+    of 0 or 1), and ReST (a threshold that grows from stage to stage). Of equal rewards the first sample is kept.
 
     Args:
       rewards: total reward of each row.

@@ -28,7 +28,8 @@ def answer_in_prompt(
 ) -> Sequences:
     """The same completion behind a prompt that tells the reference answer: what a privileged teacher sees of a row.
 
-    The new prompt is the old one without its last `behind_tokens` tokens, then `before`, the answer, and those last tokens.
+    The new prompt is the old one without its last `behind_tokens` tokens, then `before`, the answer, and those last
+    tokens.
 
     `<network>_<view>_logprobs` are then of the tokens that the policy drew without knowing the answer.
 
