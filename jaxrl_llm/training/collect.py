@@ -29,9 +29,7 @@ from jaxrl_llm.rollout.plans.plan import concatenated, request_rows
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rollout.turns import generate_turns
 from jaxrl_llm.rows import (
-    asked_for,
     check_widths,
-    empty_demonstrations,
     empty_store,
     joined,
     remembered,
@@ -41,6 +39,7 @@ from jaxrl_llm.training.checks import checked_split, replayed_fields
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.reading import item_numbers
 from jaxrl_llm.training.segments import Host, Placement, Repeat, Traced, Work
+from jaxrl_llm.training.waiting_demonstrations import asked_for, empty_demonstrations
 
 PLAN, SELECTION = "rollout:plan", "selection"
 

@@ -19,9 +19,10 @@ from jaxrl_llm.models.decoder import TransformerConfig, transformer
 from jaxrl_llm.models.merging import balanced_initialisation, selected
 from jaxrl_llm.models.stored_distributions import as_states, stored_distributions
 from jaxrl_llm.rewards import answer_in_prompt, difficulty_truncation
-from jaxrl_llm.rows import Hardest, asked_for, empty_demonstrations, empty_rows
+from jaxrl_llm.rows import Hardest, empty_rows
 from jaxrl_llm.schedules import imitation_by_entropy, success_by_entropy
 from jaxrl_llm.selection import balance_score, best_setting, kept_samples
+from jaxrl_llm.training.waiting_demonstrations import asked_for, empty_demonstrations
 
 ONES = jnp.ones(6)
 PAIRS = jnp.array([0, 0, 0, 1, 1, 1])
