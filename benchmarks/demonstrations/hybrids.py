@@ -192,8 +192,8 @@ def distillation(seed: int, *, steps: int = 150, goal: float = 0.8) -> dict[str,
 def relift(seed: int, *, steps: int = 100) -> dict[str, Any]:
     """Accuracy on sums of three digits, of which no sample is right at first, and the demonstrations that it took."""
     every, groups, samples = 10, 16, 8
-    sums, hard = (Problems("addition", levels, (11, 35), seed=seed) for levels in ([1, 2, 3], [3]))
-    easy, model = Problems("addition", [1, 2], (11, 35), seed=seed), model_of(2, 64)
+    sums, hard = (Problems("addition", levels, (11, 35), seed=seed) for levels in ([2, 3], [3]))
+    easy, model = Problems("addition", [2], (11, 35), seed=seed), model_of(2, 64)
     first = supervised(model, 2e-3)
     start = until(
         first, first.init(jax.random.key(seed)), easy.demonstrations(), easy.accuracy(model), 0.6, 500, 20
