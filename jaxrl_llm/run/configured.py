@@ -22,6 +22,7 @@ from jaxrl_llm.endpoints import Endpoint
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
+from jaxrl_llm.models.adapters import in_int8, stored_in_int8
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
@@ -129,6 +130,9 @@ def configured_networks(
                     f"networks.{name}.path is {section.path!r}, a checkpoint of that kind holds no head; leave "
                     f"networks.{name}.head out, or train the head in a stage or a run and name that"
                 )
+        if section.int8:
+            assert model is not None  # it has a path
+            model = in_int8(model)
         learns = section.learns if section.learns is not None else head is not None and section.path is None
         made[name] = Network(
             origin=GIVEN if section.path is not None else section.origin,
@@ -198,7 +202,8 @@ def given_networks(
             params = restored_network(directory, sections[name].of or name)[2]
         else:
             params = weights.load_params(directory, network.model.config)
-        found[name] = jax.tree.map(jax.numpy.asarray, params)
+        params = jax.tree.map(jax.numpy.asarray, params)
+        found[name] = stored_in_int8(params) if sections[name].int8 else params
     return found
 
 
