@@ -35,7 +35,12 @@ _PLAN_NEEDS = {
     "prefixes": "prefixes",
     "greedy_baseline": "greedy sample",
     "paraphrased": "paraphrases",
+    "demonstration_prefix": "demonstrations",
+    "helped": "privileged prompts",
+    "under_view": "privileged prompts",
+    "purified": "environment",
 }
+_TWO_ROUNDS = ("resume", "demonstration_prefix", "helped")
 EVERY_NEED = (
     *every_need(),
     *(
@@ -288,7 +293,9 @@ def _config_needs(tree: dict[str, Any]) -> set[str]:
     for plan in _plan_entries(tree):
         name = _named(plan)
         found |= {_PLAN_NEEDS[name]} if name in _PLAN_NEEDS else set()
-        found |= {"several rounds"} if name in ("refill", "adaptive") else {"branches"} if name == "resume" else set()
+        found |= (
+            {"several rounds"} if name in ("refill", "adaptive") else {"branches"} if name in _TWO_ROUNDS else set()
+        )
     return found | ({"stages"} if tree.get("stages") else set())
 
 

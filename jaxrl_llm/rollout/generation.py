@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.controls import Controls
-from jaxrl_llm.rollout.decoding import Drawing, Written, begin, cache_stages, decode, feed
+from jaxrl_llm.rollout.decoding import Decoding, Drawing, Written, begin, cache_stages, decode, feed
 from jaxrl_llm.rollout.sampling import row_keys
 
 
@@ -34,12 +36,24 @@ class Prefixes:
     source: Int[Array, "B F"]
 
 
+class Pause(NamedTuple):
+    """Where completions are looked at before they go on, from the same cache.
+
+    Attributes:
+      tokens: behind which they are.
+      goes_on: what is known of the rows by then, by name -> whether each goes on.
+    """
+
+    tokens: int
+    goes_on: Callable[[dict[str, Array]], Bool[Array, "B"]]
+
+
 def generate(
     model: Model,
     params: PyTree,
     prompts: Prompts,
     key: Array,
-    step: Array | int,
+    step: Int[Array, "N"] | Array | int,
     *,
     samples_per_prompt: int,
     max_completion_tokens: int,
@@ -50,6 +64,8 @@ def generate(
     first_sample: int | Int[Array, "N"] = 0,
     prompt_of: Int[Array, "B"] | None = None,
     active: Bool[Array, "N"] | None = None,
+    pause: Pause | None = None,
+    limit: Int[Array, "N"] | None = None,
     slots: int | None = None,
     record_router: bool = False,
     controls: Controls | None = None,
@@ -68,7 +84,7 @@ def generate(
       params: its parameters.
       prompts: N left-padded prompts.
       key: the run's key.
-      step: training step, folded into every row's key.
+      step: training step, folded into every row's key; one number, or one a prompt.
       samples_per_prompt: G; rows are prompt-major, B = N * G.
       max_completion_tokens: T, end of sequence and prefix included.
       eos_ids: each ends a completion and belongs to it.
@@ -80,6 +96,9 @@ def generate(
       prompt_of: prompt of each row, in ascending order, for groups of different sizes; B is its length then, and
         `samples_per_prompt` the largest number of samples of a prompt.
       active: prompts that are sampled; the rows of the others are empty and have weight 0. None samples all.
+      pause: where completions are looked at before they go on. Rows then know `abandoned`: 1 where they did not.
+      limit: tokens at which the completions of each prompt stop for now, prefix included; None is
+        `max_completion_tokens` for all.
       slots: rows that are decoded at a time; a slot whose row has ended goes on with the next row that waits. None
         decodes all rows side by side.
       controls: what may be sampled; None samples from the policy's own distribution, as training must. With controls
@@ -98,6 +117,7 @@ def generate(
     count, rows = prompts.tokens.shape[0], prompts.tokens.shape[0] * samples_per_prompt
     rows = rows if prompt_of is None else prompt_of.shape[0]
     _check(model, samples_per_prompt, max_completion_tokens, temperature, slots, prompt_of, record_router)
+    _check_pause(pause, max_completion_tokens, slots)
     if controls is not None:
         controls.check(model.vocabulary_size, max_completion_tokens)
     if prefixes is not None:
@@ -114,7 +134,7 @@ def generate(
     drawing = Drawing(
         model=model,
         params=params if model.for_decoding is None else model.for_decoding(params),
-        keys=row_keys(key, step, per_row.prompt_id, sample),
+        keys=row_keys(key, step[number] if jnp.ndim(step) else step, per_row.prompt_id, sample),
         temperature=jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples_per_prompt,))[place],
         prompt_length=per_row.length,
         controls=controls,
@@ -124,8 +144,8 @@ def generate(
         some_greedy=not (isinstance(temperature, float | int) and temperature > 0),
     )
     given = 0 if prefixes is None else prefixes.tokens.shape[1] + 1
-    stages = cache_stages(max_completion_tokens) if slots is None else ()
-    room = stages[0] if stages else 0
+    stages = cache_stages(max_completion_tokens) if slots is None and pause is None else ()
+    room = stages[0] if stages else 0 if pause is None else max_completion_tokens
     state = begin(
         drawing,
         prompts,
@@ -145,13 +165,38 @@ def generate(
         over = (prefixes.length > 0) & jnp.isin(last, jnp.asarray(list(eos_ids), jnp.int32))
         if room:
             state = replace(state, cache=model.expand_cache(state.cache, 1, room))
-    limit = jnp.full(rows, max_completion_tokens, jnp.int32)
+    most = jnp.full(count, max_completion_tokens, jnp.int32)
+    limit = (most if limit is None else jnp.minimum(most, limit))[number]
     slots = None if slots is None else min(slots, rows)
+    running, looked_at = there & ~over, {}
+    if pause is not None:
+        facts = partial(experience_of, per_row=per_row, sample=sample, group=number)
+        state, early, goes_on = _looked_at(drawing, state, pause, running, limit, tuple(eos_ids), facts)
+        looked_at = {"abandoned": (running & ~early & ~goes_on & (state.written.length < limit)).astype(jnp.float32)}
+        over, running = over | early, running & ~early & goes_on
     state, stopped = decode(
-        drawing, state, active=there & ~over, limit=limit, end_ids=tuple(eos_ids), slots=slots, stages=stages
+        drawing, state, active=running, limit=limit, end_ids=tuple(eos_ids), slots=slots, stages=stages
     )
     ours = experience_of(state.written, per_row, sample=sample, group=number, ended=stopped | over | ~there)
+    ours = ours.filled(**looked_at)
     return ours if active is None else replace(ours, weight=there.astype(jnp.float32))
+
+
+def _looked_at(
+    drawing: Drawing,
+    state: Decoding,
+    pause: Pause,
+    running: Bool[Array, "B"],
+    limit: Int[Array, "B"],
+    end_ids: tuple[int, ...],
+    facts: Callable[..., Experience],
+) -> tuple[Decoding, Bool[Array, "B"], Bool[Array, "B"]]:
+    """(rows at the pause with nothing pending, which of them have ended, which go on)."""
+    rows = running.shape[0]
+    state, ended = decode(drawing, state, active=running, limit=jnp.minimum(limit, pause.tokens), end_ids=end_ids)
+    nothing = jnp.zeros((rows, 0), jnp.int32)
+    state = feed(drawing, state, nothing, jnp.zeros(rows, jnp.int32), nothing)
+    return state, ended, pause.goes_on(facts(state.written, ended=ended).known())
 
 
 def experience_of(
@@ -215,6 +260,21 @@ def _support(model: Model, controls: Controls | None) -> int:
     if controls is None or controls.top_k is None:
         raise ValueError("record_support keeps at most top_k tokens; give controls with top_k")
     return min(controls.top_k, model.vocabulary_size)
+
+
+def _check_pause(pause: Pause | None, max_completion_tokens: int, slots: int | None) -> None:
+    if pause is None:
+        return
+    if not 0 < pause.tokens < max_completion_tokens:
+        raise ValueError(
+            f"completions are looked at after {pause.tokens} tokens, but they have 1 to max_completion_tokens "
+            f"{max_completion_tokens}; look earlier"
+        )
+    if slots is not None:
+        raise ValueError(
+            f"rollout.slots is {slots}, but completions that are looked at before they go on are decoded side by side; "
+            "leave slots out"
+        )
 
 
 def _check_prefixes(prefixes: Prefixes, rows: int, max_completion_tokens: int) -> None:

@@ -226,7 +226,7 @@ class Composition:
         r = self.rollout
         if r is None or r.engine is not None:
             return False
-        exact = "one_temperature" not in self.plan.lacks
+        exact = not {"one_temperature", "one_context"} & self.plan.lacks
         exact &= getattr(self.model.config, "cache_dtype", "compute") == "compute"
         told = any("behaviour_logprobs" in names(t.function) for t in (*self.credit, *self.losses))
         return exact and not (r.off_policy_steps and told)
