@@ -255,6 +255,7 @@ def every_plan() -> dict[str, tuple[plans.Plan, tuple[str, ...]]]:
             pad_id=0,
             tokens_per_step=4,
         ),
+        "tree_search": plans.tree_search(plain, samples_per_prompt=4, pad_id=0, encode=lambda text: [1], step_end="a"),
         "early_abort": plans.early_abort(plain, lost=plans.mean_entropy_above, after_tokens=4),
         "greedy_baseline": plans.greedy_baseline(plain, temperature=1.0),
     }

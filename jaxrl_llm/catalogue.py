@@ -39,6 +39,7 @@ _PLAN_NEEDS = {
     "helped": "privileged prompts",
     "under_view": "privileged prompts",
     "purified": "environment",
+    "tree_search": "value model",
 }
 _TWO_ROUNDS = ("resume", "demonstration_prefix", "helped")
 EVERY_NEED = (
@@ -294,7 +295,11 @@ def _config_needs(tree: dict[str, Any]) -> set[str]:
         name = _named(plan)
         found |= {_PLAN_NEEDS[name]} if name in _PLAN_NEEDS else set()
         found |= (
-            {"several rounds"} if name in ("refill", "adaptive") else {"branches"} if name in _TWO_ROUNDS else set()
+            {"several rounds"}
+            if name in ("refill", "adaptive", "tree_search")
+            else {"branches"}
+            if name in _TWO_ROUNDS
+            else set()
         )
     return found | ({"stages"} if tree.get("stages") else set())
 

@@ -35,7 +35,7 @@ from jaxrl_llm.data.tasks.items import record
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.reporting.figures import INCHES, STYLE
 from jaxrl_llm.reporting.report import COLOURS
-from jaxrl_llm.rewards.verifiers.answers import extract_answer
+from jaxrl_llm.rewards.verifiers.text_answers import extract_answer
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.rows import Written, demonstrations

@@ -270,6 +270,8 @@ PANELS = (
             Metric("purified_turns", "turns", "episodes", "Failed turns that were taken out (`purified`)."),
             Metric("abandoned_share", "share", "sampled rows", "Share that was given up (`early_abort`)."),
             Metric("waiting_share", "share", DRAWN, "Share that waits for the next step (`partial_rollouts`)."),
+            Metric("tree_nodes", "count", "prompts", "Steps that the tree of a prompt has (`tree_search`)."),
+            Metric("tree_solved", "share", "prompts", "Share whose tree holds a right answer (`tree_search`)."),
             Metric("resumed_tokens", "tokens", "rows of branches", "Tokens taken from earlier completions (`resume`)."),
             Metric("extra_temperature", "", OF_STEP, "The second temperature of `mixed_temperature`."),
             Metric("staleness_steps", "steps", ROWS, "Updates since the policy that has sampled."),

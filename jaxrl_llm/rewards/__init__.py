@@ -48,7 +48,7 @@ from jaxrl_llm.rewards.intrinsic.votes import (
 )
 from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
-from jaxrl_llm.rewards.judges.reward_models import learned_reward
+from jaxrl_llm.rewards.judges.reward_models import learned_reward, step_value
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
 from jaxrl_llm.rewards.judges.verdict_tokens import unbiased_comparison, verdict_score
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
@@ -231,6 +231,7 @@ __all__ = [
     "step_borders",
     "step_calibration",
     "step_end_scores",
+    "step_value",
     "stretched_scores",
     "tag_format",
     "target_length",

@@ -66,6 +66,7 @@ def generate(
     active: Bool[Array, "N"] | None = None,
     pause: Pause | None = None,
     limit: Int[Array, "N"] | None = None,
+    stop_ids: tuple[int, ...] = (),
     slots: int | None = None,
     record_router: bool = False,
     controls: Controls | None = None,
@@ -99,6 +100,7 @@ def generate(
       pause: where completions are looked at before they go on. Rows then know `abandoned`: 1 where they did not.
       limit: tokens at which the completions of each prompt stop for now, prefix included; None is
         `max_completion_tokens` for all.
+      stop_ids: tokens at which completions stop for now; such a row is not `truncated`.
       slots: rows that are decoded at a time; a slot whose row has ended goes on with the next row that waits. None
         decodes all rows side by side.
       controls: what may be sampled; None samples from the policy's own distribution, as training must. With controls
@@ -168,15 +170,13 @@ def generate(
     most = jnp.full(count, max_completion_tokens, jnp.int32)
     limit = (most if limit is None else jnp.minimum(most, limit))[number]
     slots = None if slots is None else min(slots, rows)
-    running, looked_at = there & ~over, {}
+    running, looked_at, ends = there & ~over, {}, (*eos_ids, *stop_ids)
     if pause is not None:
         facts = partial(experience_of, per_row=per_row, sample=sample, group=number)
-        state, early, goes_on = _looked_at(drawing, state, pause, running, limit, tuple(eos_ids), facts)
+        state, early, goes_on = _looked_at(drawing, state, pause, running, limit, ends, facts)
         looked_at = {"abandoned": (running & ~early & ~goes_on & (state.written.length < limit)).astype(jnp.float32)}
         over, running = over | early, running & ~early & goes_on
-    state, stopped = decode(
-        drawing, state, active=running, limit=limit, end_ids=tuple(eos_ids), slots=slots, stages=stages
-    )
+    state, stopped = decode(drawing, state, active=running, limit=limit, end_ids=ends, slots=slots, stages=stages)
     ours = experience_of(state.written, per_row, sample=sample, group=number, ended=stopped | over | ~there)
     ours = ours.filled(**looked_at)
     return ours if active is None else replace(ours, weight=there.astype(jnp.float32))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.fields import FIELDS
 from jaxrl_llm.rollout.generation import Prefixes
 
 
@@ -71,7 +72,7 @@ def compacted(rows: Experience, keep: Bool[Array, "B T"], pad_id: int) -> Experi
     fill = {"tokens": pad_id, "source": Source.PAD}
 
     def moved(name: str, value: Array) -> Array:
-        if value.shape[:2] != (count, width) or value.ndim != 2 or name in _OF_PROMPTS:
+        if value.shape != (count, width) or not of_tokens(name):
             return value
         there = jnp.take_along_axis(value, order, axis=1)
         return jnp.where(inside, there, jnp.asarray(fill.get(name, 0), value.dtype))
@@ -79,8 +80,10 @@ def compacted(rows: Experience, keep: Bool[Array, "B T"], pad_id: int) -> Experi
     return rows.filled(**{name: moved(name, value) for name, value in rows.known().items()} | {"length": length})
 
 
-# Arrays that may be as wide as completions, and are not about them.
-_OF_PROMPTS = frozenset({"prompt_tokens", "answer_tokens", "turn_rewards", "demonstration_tokens"})
+def of_tokens(name: str) -> bool:
+    """Whether an array of this name has an entry for each token of a completion, if it is as wide."""
+    field = FIELDS.get(name)
+    return field is None or (field.kind in ("token", "either") and field.provider != "data")
 
 
 def asked_as(prompts: Prompts, view: str) -> Prompts:

@@ -174,6 +174,7 @@ def _sampler(c: Composition, state: TrainState) -> Any:
             samples_per_prompt=request.samples_per_prompt,
             temperature=r.temperature if request.temperature is None else request.temperature,
             limit=request.limit,
+            stop_ids=request.stop_ids,
             prefixes=request.prefixes,
             pause=request.pause,
             first_sample=request.first_sample,

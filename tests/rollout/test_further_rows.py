@@ -10,18 +10,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm import advantages, losses, models
+from jaxrl_llm import advantages, losses, models, rewards
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.generation import Pause, Prefixes, generate
 from jaxrl_llm.rollout.plans.abandoned_rows import Outcomes
 from jaxrl_llm.rollout.plans.demonstration_prefixes import cosine_share, most_uncertain, prefix_length
 from jaxrl_llm.rollout.plans.purified_conversations import repaired_turns, without_turns
+from jaxrl_llm.rollout.plans.tree_search import Tree, backed_up, selected, tree_targets
 from jaxrl_llm.rollout.rewriting import compacted
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rows import empty_rows
 from jaxrl_llm.selection import guided_pairs
-from jaxrl_llm.training import make_train_step
+from jaxrl_llm.training import Network, Resources, make_train_step
 
 WIDTH, SAMPLES, EOS = 8, 4, 2
 
@@ -364,3 +365,64 @@ def test_completions_of_two_steps_are_those_of_one(model):
         make_train_step(
             model, optax.sgd(0.0), source=source, losses=[losses.clipped_surrogate], **options | {"rewards": [read]}
         )
+
+
+def test_a_tree_grows_where_its_bounds_are_highest_and_teaches_both_networks(model):
+    plan = plans.tree_search(
+        plans.plain(samples_per_prompt=2),
+        samples_per_prompt=2,
+        pad_id=0,
+        encode=lambda text: [5],
+        step_end=";",
+        rounds=4,
+        children=3,
+    )
+    process = Network(head=models.HeadConfig(), backbone="own", optimizer=optax.sgd(0.1))
+    step = make_train_step(
+        model,
+        optax.sgd(0.1),
+        source=Rollout(2, WIDTH, eos_ids=(EOS,), pad_id=0, plan=plan),
+        rewards=[odd_second, (rewards.step_value, 0.0)],
+        losses=[partial(losses.success_cloning, scale_by_advantage=False), losses.step_label_likelihood],
+        resources=Resources(networks={"process": process}),
+    )
+    state, metrics, rows = step.run(step.init(jax.random.key(0)), prompts())
+    there = np.asarray(rows.weight) > 0
+    assert there.any()
+    assert 3 <= metrics["tree_nodes"] <= 12
+    last = np.take_along_axis(np.asarray(rows.tokens), np.asarray(rows.length)[:, None] - 1, axis=1)[:, 0]
+    assert (last[there] != 5).all()  # what learns has ended
+    labels = np.asarray(rows["step_labels"])[there]
+    solved = np.asarray(rows["correct"])[there] >= 1
+    ends = np.asarray(rows.tokens)[there] == 5
+    for row in np.flatnonzero(solved):
+        known = np.flatnonzero(~np.isnan(labels[row]))
+        assert known[-1] == np.asarray(rows.length)[there][row] - 1
+        assert labels[row][known[-1]] == 1
+        np.testing.assert_array_equal(known[:-1], np.flatnonzero(ends[row]))
+        assert (np.diff(labels[row][known]) > 0).all()
+    assert np.isfinite(metrics["loss"])
+    with pytest.raises(ValueError, match="which is 2 tokens"):
+        plans.tree_search(plans.plain(samples_per_prompt=2), samples_per_prompt=2, pad_id=0,
+                          encode=lambda text: [5, 6], step_end=";;")  # fmt: skip
+
+
+def test_the_search_goes_down_and_back():
+    rows = empty_rows(4, 1, 1, 2)
+    rows = jax.tree.map(lambda x: x[None], rows)
+    parent = jnp.array([[-1, 0, 0, -1, 1]])
+    tree = Tree(rows, parent, jnp.array([[0.0, 0.2, 0.9, 0, 0.5]]), jnp.array([[4.0, 1, 3, 0, 0]]),
+                jnp.array([[False, False, False, True, False]]), jnp.int32(2))  # fmt: skip
+    assert selected(tree, 0.0).tolist() == [2]
+    assert selected(tree, 3.0).tolist() == [4]  # little visited, and below it what was never
+    after = backed_up(tree, jnp.array([0]))
+    np.testing.assert_allclose(after.value[0, 0], 0.725)
+    np.testing.assert_array_equal(after.visits, [[5, 1, 3, 0, 0]])
+    shut = backed_up(tree._replace(closed=tree.closed.at[0, 4].set(True)), jnp.array([1]))
+    np.testing.assert_array_equal(shut.closed, [[False, True, False, True, True]])
+    same = backed_up(tree, jnp.array([-1]))
+    np.testing.assert_array_equal(same.visits, tree.visits)
+    assert np.isnan(tree_targets(jnp.array([-1, 0, 0]), jnp.zeros(3, bool))).all()
+    chain = tree_targets(jnp.array([-1, 0, 1, 2]), jnp.arange(4) == 3)
+    np.testing.assert_allclose(chain[1:], [1 / 3, 2 / 3, 1], rtol=1e-6)
+    assert np.isnan(tree_targets(jnp.array([-1, 0, 0, -1]), jnp.arange(4) == 1)[3])  # it is not there

@@ -25,6 +25,7 @@ from jaxrl_llm.rollout.plans.resumed_completions import (
     resume,
 )
 from jaxrl_llm.rollout.plans.rollout_budget import budget
+from jaxrl_llm.rollout.plans.tree_search import tree_search
 from jaxrl_llm.rollout.plans.voted_samples import voted
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "purified",
     "refill",
     "resume",
+    "tree_search",
     "turns_answered",
     "turns_below",
     "under_view",

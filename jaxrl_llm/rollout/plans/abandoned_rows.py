@@ -15,7 +15,7 @@ from jaxrl_llm.experience import Experience, KeyUse, Prompts
 from jaxrl_llm.ranges import Count, Natural, PositiveShare, ranged
 from jaxrl_llm.rollout.generation import Pause
 from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
-from jaxrl_llm.rollout.rewriting import row_draws
+from jaxrl_llm.rollout.rewriting import of_tokens, row_draws
 from jaxrl_llm.signatures import call
 
 
@@ -94,7 +94,8 @@ def early_abort(
     def looked_lost(rows: Experience) -> Bool[Array, "B"]:
         """As at the pause: what was drawn later is not read."""
         seen = jnp.arange(rows.tokens.shape[1]) < after_tokens
-        cut = {name: jnp.where(seen, value, 0) for name, value in rows.known().items() if name in _TOKENS}
+        there = {name: value for name, value in rows.known().items() if value.shape == rows.tokens.shape}
+        cut = {name: jnp.where(seen, value, 0) for name, value in there.items() if of_tokens(name)}
         known = rows.known() | cut | {"length": jnp.minimum(rows.length, after_tokens)}
         return call(lost, known) & (rows.length > after_tokens)
 
@@ -128,9 +129,6 @@ def early_abort(
         needs=inner.needs | {"pauses"},
         lacks=inner.lacks | {"one_round"},
     )
-
-
-_TOKENS = frozenset({"tokens", "mask", "source", "behaviour_logprobs", "behaviour_entropy"})
 
 
 def mean_entropy_above(

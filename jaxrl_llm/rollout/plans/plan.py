@@ -36,6 +36,7 @@ class Request(NamedTuple):
       active: prompts that are sampled; the rows of the others have weight 0. None samples all.
       prompt_of: prompt of each row, in ascending order, for groups of different sizes.
       prefixes: what completions start with.
+      stop_ids: tokens at which completions stop for now, beside the ends of sequence.
       limit: tokens at which the completions of each prompt stop for now; None writes them to their end.
       begun: steps since the completions of each prompt were begun, whose random numbers they have; None is 0.
       pause: where completions are looked at before they go on; None looks at none.
@@ -50,6 +51,7 @@ class Request(NamedTuple):
     active: Bool[Array, "N"] | None = None
     prompt_of: Int[Array, "B"] | None = None
     prefixes: Prefixes | None = None
+    stop_ids: tuple[int, ...] = ()
     limit: Int[Array, "N"] | None = None
     begun: Int[Array, "N"] | None = None
     pause: Pause | None = None
