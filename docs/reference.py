@@ -99,7 +99,7 @@ TITLES = {
     "greedy_baseline": "Plans: greedy_baseline",
     "mixed_temperature": "Plans: mixed_temperature",
     "paraphrased": "Plans: paraphrased",
-    "further": "Plans of two rounds",
+    "further": "Plans of several rounds",
     "adaptive": "Plans: adaptive",
     "written": "Written rows",
     "held out": "Written rows of the validation split",
@@ -256,6 +256,9 @@ def every_plan() -> dict[str, tuple[plans.Plan, tuple[str, ...]]]:
             tokens_per_step=4,
         ),
         "tree_search": plans.tree_search(plain, samples_per_prompt=4, pad_id=0, encode=lambda text: [1], step_end="a"),
+        "parallel_threads": plans.parallel_threads(
+            plain, samples_per_prompt=12, branches=8, max_completion_tokens=8, pad_id=0, encode=lambda text: [ord(text)]
+        ),
         "early_abort": plans.early_abort(plain, lost=plans.mean_entropy_above, after_tokens=4),
         "greedy_baseline": plans.greedy_baseline(plain, temperature=1.0),
     }

@@ -41,7 +41,7 @@ _PLAN_NEEDS = {
     "purified": "environment",
     "tree_search": "value model",
 }
-_TWO_ROUNDS = ("resume", "demonstration_prefix", "helped")
+_TWO_ROUNDS = ("resume", "parallel_threads", "demonstration_prefix", "helped")
 EVERY_NEED = (
     *every_need(),
     *(

@@ -140,6 +140,7 @@ METHODS = {
     "CLEANER": ("cleaner",),
     "Agent-RLVR": ("agent_rlvr",),
     "Early abort": ("early_abort",),
+    "ThreadWeaver": ("threadweaver",),
     "ReST-MCTS*": ("rest_mcts",),
     "Partial rollouts": ("partial_rollouts",),
     "Metacognitive reuse": ("metacognitive_reuse",),
@@ -189,6 +190,7 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "sorting": ({"levels": [3]}, 15, 12),
+    "two_chains": ({"levels": [1], "options": {"parallel_share": 0.5}}, 10, 28),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 # Too hard for so small a policy: its recipes reward more than right answers.
@@ -253,6 +255,7 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         for hyper in tried.values() if isinstance(tried, dict) else ():
             hyper |= {"branches": min(hyper["branches"], samples - 1)} if "branches" in hyper else {}
             hyper |= {"tokens_per_step": rollout["max_completion_tokens"] - 1} if "tokens_per_step" in hyper else {}
+            hyper |= {"branches": 2, "threads": 1} if "threads" in hyper else {}
             hyper |= {"after_tokens": 2} if "after_tokens" in hyper else {}
     sources = tree.get("source", ["sampler"])
     tree["source"] = sources if isinstance(sources, list) else [sources]
@@ -328,6 +331,7 @@ def policy(micro) -> Any:
         "grid": "meow_tea_taro_grpo",
         "self_correction": "score",
         "sorting": "verpo",
+        "two_chains": "threadweaver",
     }
 
     def chosen(recipe: str) -> str:

@@ -272,6 +272,7 @@ PANELS = (
             Metric("waiting_share", "share", DRAWN, "Share that waits for the next step (`partial_rollouts`)."),
             Metric("tree_nodes", "count", "prompts", "Steps that the tree of a prompt has (`tree_search`)."),
             Metric("tree_solved", "share", "prompts", "Share whose tree holds a right answer (`tree_search`)."),
+            Metric("forked_share", "share", ROWS, "Share of texts with threads (`parallel_threads`)."),
             Metric("resumed_tokens", "tokens", "rows of branches", "Tokens taken from earlier completions (`resume`)."),
             Metric("extra_temperature", "", OF_STEP, "The second temperature of `mixed_temperature`."),
             Metric("staleness_steps", "steps", ROWS, "Updates since the policy that has sampled."),

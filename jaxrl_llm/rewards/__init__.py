@@ -93,6 +93,7 @@ from jaxrl_llm.rewards.shaping.correct_length import (
 )
 from jaxrl_llm.rewards.shaping.length_limit import shrinking_budget_length, soft_overlong, truncation_zero
 from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
+from jaxrl_llm.rewards.shaping.parallel_paths import accelerated, longest_path, with_threads
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
 from jaxrl_llm.rewards.shaping.similarity_scale import sharpened_scores, stretched_scores
 from jaxrl_llm.rewards.verifiers.answers import (
@@ -130,6 +131,7 @@ __all__ = [
     "Judge",
     "JudgeError",
     "RewardError",
+    "accelerated",
     "accumulated_potentials",
     "added_span_rewards",
     "aggregated_steps",
@@ -186,6 +188,7 @@ __all__ = [
     "leverage_bonus",
     "lexical_diversity",
     "likelihood_gain",
+    "longest_path",
     "majority_match",
     "majority_novelty",
     "mean_hidden",
@@ -254,5 +257,6 @@ __all__ = [
     "weighted_sum",
     "weighted_tests",
     "whitened_rewards",
+    "with_threads",
     "word_match",
 ]

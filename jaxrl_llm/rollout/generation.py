@@ -65,7 +65,7 @@ def generate(
     prompt_of: Int[Array, "B"] | None = None,
     active: Bool[Array, "N"] | None = None,
     pause: Pause | None = None,
-    limit: Int[Array, "N"] | None = None,
+    limit: Int[Array, "B"] | None = None,
     stop_ids: tuple[int, ...] = (),
     slots: int | None = None,
     record_router: bool = False,
@@ -98,8 +98,7 @@ def generate(
         `samples_per_prompt` the largest number of samples of a prompt.
       active: prompts that are sampled; the rows of the others are empty and have weight 0. None samples all.
       pause: where completions are looked at before they go on. Rows then know `abandoned`: 1 where they did not.
-      limit: tokens at which the completions of each prompt stop for now, prefix included; None is
-        `max_completion_tokens` for all.
+      limit: tokens at which each completion stops for now, prefix included; None is `max_completion_tokens` for all.
       stop_ids: tokens at which completions stop for now; such a row is not `truncated`.
       slots: rows that are decoded at a time; a slot whose row has ended goes on with the next row that waits. None
         decodes all rows side by side.
@@ -167,8 +166,8 @@ def generate(
         over = (prefixes.length > 0) & jnp.isin(last, jnp.asarray(list(eos_ids), jnp.int32))
         if room:
             state = replace(state, cache=model.expand_cache(state.cache, 1, room))
-    most = jnp.full(count, max_completion_tokens, jnp.int32)
-    limit = (most if limit is None else jnp.minimum(most, limit))[number]
+    most = jnp.full(rows, max_completion_tokens, jnp.int32)
+    limit = most if limit is None else jnp.minimum(most, limit)
     slots = None if slots is None else min(slots, rows)
     running, looked_at, ends = there & ~over, {}, (*eos_ids, *stop_ids)
     if pause is not None:

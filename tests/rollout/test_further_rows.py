@@ -12,6 +12,7 @@ import pytest
 
 from jaxrl_llm import advantages, losses, models, rewards
 from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.rewards.shaping.parallel_paths import inside_threads
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.generation import Pause, Prefixes, generate
 from jaxrl_llm.rollout.plans.abandoned_rows import Outcomes
@@ -438,3 +439,88 @@ def test_the_search_goes_down_and_back():
     chain = tree_targets(jnp.array([-1, 0, 1, 2]), jnp.arange(4) == 3)
     np.testing.assert_allclose(chain[1:], [1 / 3, 2 / 3, 1], rtol=1e-6)
     assert np.isnan(tree_targets(jnp.array([-1, 0, 0, -1]), jnp.arange(4) == 1)[3])  # it is not there
+
+
+CODES = {"~": 3, "'": 4, ":": 5, "#": 6, "_": 7, "&": 8, "1": 9, "2": 10}
+
+
+def test_threads_stand_behind_the_text_before_them_and_are_learned_once(model):
+    wide, encode = 16, lambda text: [CODES[text]]
+    plan = plans.parallel_threads(
+        plans.plain(samples_per_prompt=2),
+        samples_per_prompt=6,
+        branches=4,
+        threads=2,
+        max_completion_tokens=wide,
+        pad_id=0,
+        encode=encode,
+    )
+    likely = np.full((16, 16), -8.0)
+    for now, following in ((3, 4), (4, 4), (4, 5), (9, 11), (10, 12), (11, 7), (12, 12), (12, 7), (8, 13), (13, EOS)):
+        likely[now, following] = 0.0
+    likely[[4, 5], 3] = 0.0  # the prompts 4 and 5 open a block, the prompt 3 does not
+    likely[3, 4] = 2.0
+    step = make_train_step(
+        model,
+        optax.sgd(0.0),
+        source=Rollout(6, wide, eos_ids=(EOS,), pad_id=0, plan=plan),
+        rewards=[lambda tokens, length: (tokens[jnp.arange(len(length)), length - 1] == EOS).astype(jnp.float32)],
+        credit=[("advantages", advantages.group_normalized), (("weight", "advantages"), rewards.with_threads)],
+        losses=[losses.clipped_surrogate],
+    )
+    state = step.init(jax.random.key(0), {"scores": jnp.asarray(likely)})
+    _, metrics, rows = step.run(state, prompts())
+    tokens, mask = (np.asarray(x).reshape(3, 2, 3, wide) for x in (rows.tokens, rows.mask))
+    there = np.asarray(rows["thread_weight"]).reshape(3, 2, 3) > 0
+    np.testing.assert_array_equal(np.asarray(rows["trajectory"]), np.repeat(np.arange(6) * 3, 3))
+    forked = 0
+    for whole, own, threads in zip(
+        tokens.reshape(6, 3, wide), mask.reshape(6, 3, wide), there.reshape(6, 3), strict=True
+    ):
+        text = [int(x) for x in whole[0] if x]
+        count = int(threads[1:].sum())
+        if not count:
+            continue
+        forked += 1
+        before = text.index(5) + 1
+        bodies = []
+        for number in range(1, count + 1):
+            row = [int(x) for x in whole[number] if x]
+            assert row[:before] == text[:before]
+            assert row[before : before + 2] == [6, 8 + number]
+            bodies += row[before:]
+            np.testing.assert_array_equal(own[number][: before + 2], 0)
+            np.testing.assert_array_equal(own[number][before + 2 : len(row)], 1)
+        assert text[before : before + len(bodies)] == bodies
+        assert text[before + len(bodies)] == 8
+        np.testing.assert_array_equal(own[0][:before], 1)
+        np.testing.assert_array_equal(own[0][before : before + len(bodies) + 1], 0)
+        assert own[0][before + len(bodies) + 1 : len(text)].all()
+    assert forked
+    np.testing.assert_allclose(metrics["forked_share"], forked / 6, rtol=1e-6)
+    assert metrics["sampler_gap_max"] < 1e-5
+    with pytest.raises(ValueError, match="six different texts of one token each"):
+        plans.parallel_threads(plans.plain(samples_per_prompt=2), samples_per_prompt=6, branches=4,
+                               max_completion_tokens=8, pad_id=0, encode=encode, tags=("~", "~"))  # fmt: skip
+    with pytest.raises(ValueError, match="branches is 3 of"):
+        plans.parallel_threads(plans.plain(samples_per_prompt=3), samples_per_prompt=6, branches=3,
+                               max_completion_tokens=8, pad_id=0, encode=encode)  # fmt: skip
+
+
+def test_longest_paths_and_what_they_are_worth():
+    # x x P o T x x /T T x x x /T /P x
+    said = jnp.array(
+        [[11, 11, 3, 4, 6, 11, 11, 7, 6, 11, 11, 11, 7, 8, 11, 0], [7, 6, 8, 11, 3, 6, 11, 6, 11] + [0] * 7]
+    )
+    body, path = inside_threads(said, jnp.array([15, 9]), (3, 6, 7, 8))
+    assert path.tolist() == [13, 9]
+    np.testing.assert_array_equal(np.flatnonzero(body[0]), [5, 6, 9, 10, 11])
+    np.testing.assert_array_equal(np.flatnonzero(body[1]), [6, 7, 8])  # open at the end; a tag inside is a token
+    worth = rewards.accelerated(jnp.array([1.0, 1, 0, 1]), jnp.array([50, 85, 50, 95]), jnp.full(4, 95), jnp.ones(4))
+    np.testing.assert_allclose(worth, [1.1, 1.052632, 0, 1], rtol=1e-6)
+    weight, shared = rewards.with_threads(
+        jnp.array([2.0, 0, 0, -1.0, 0, 0]), jnp.array([1.0, 0, 0, 0, 0, 0]), jnp.array([0, 0, 0, 3, 3, 3]),
+        jnp.array([0.0, 1, 0, 0, 1, 1]),
+    )  # fmt: skip
+    np.testing.assert_array_equal(weight, [1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(shared, [2, 2, 2, -1, -1, -1])

@@ -13,6 +13,7 @@ from jaxrl_llm.rollout.plans.given_prefixes import prefixes
 from jaxrl_llm.rollout.plans.greedy_baselines import greedy_baseline
 from jaxrl_llm.rollout.plans.helped_rows import helped, under_view
 from jaxrl_llm.rollout.plans.mixed_temperatures import mixed_temperature
+from jaxrl_llm.rollout.plans.parallel_threads import parallel_threads
 from jaxrl_llm.rollout.plans.paraphrases import paraphrased
 from jaxrl_llm.rollout.plans.plan import Plan, Request, plain
 from jaxrl_llm.rollout.plans.purified_conversations import purified, turns_answered, turns_below
@@ -44,6 +45,7 @@ __all__ = [
     "last_share",
     "mean_entropy_above",
     "mixed_temperature",
+    "parallel_threads",
     "paraphrased",
     "partial_rollouts",
     "plain",

@@ -79,7 +79,7 @@ def partial_rollouts(
         held = Prefixes(begun.tokens[:, :width], jnp.where(begun.weight > 0, begun.length, 0), begun.source[:, :width])
         blank = Prefixes(jnp.full_like(held.tokens, pad_id), jnp.zeros(count, jnp.int32), jnp.zeros_like(held.source))
         number = jnp.broadcast_to(jnp.asarray(numbers_before(prompts, samples_per_prompt), jnp.int32), nothing.shape)
-        short = jnp.full(prompts_per_step, tokens_per_step, jnp.int32)
+        short = jnp.full(count, tokens_per_step, jnp.int32)
         request = Request(
             asked,
             samples_per_prompt,

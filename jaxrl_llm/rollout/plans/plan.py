@@ -37,7 +37,7 @@ class Request(NamedTuple):
       prompt_of: prompt of each row, in ascending order, for groups of different sizes.
       prefixes: what completions start with.
       stop_ids: tokens at which completions stop for now, beside the ends of sequence.
-      limit: tokens at which the completions of each prompt stop for now; None writes them to their end.
+      limit: tokens at which each completion stops for now; None writes them to their end.
       begun: steps since the completions of each prompt were begun, whose random numbers they have; None is 0.
       pause: where completions are looked at before they go on; None looks at none.
       fields: what all rows of the request know beside the rest, by name: one number for all.
@@ -52,7 +52,7 @@ class Request(NamedTuple):
     prompt_of: Int[Array, "B"] | None = None
     prefixes: Prefixes | None = None
     stop_ids: tuple[int, ...] = ()
-    limit: Int[Array, "N"] | None = None
+    limit: Int[Array, "B"] | None = None
     begun: Int[Array, "N"] | None = None
     pause: Pause | None = None
     fields: Mapping[str, Any] = {}
