@@ -445,7 +445,7 @@ CODES = {"~": 3, "'": 4, ":": 5, "#": 6, "_": 7, "&": 8, "1": 9, "2": 10}
 
 
 def test_threads_stand_behind_the_text_before_them_and_are_learned_once(model):
-    wide, encode = 16, lambda text: [CODES[text]]
+    wide, encode = 24, lambda text: [CODES[text]]
     plan = plans.parallel_threads(
         plans.plain(samples_per_prompt=2),
         samples_per_prompt=6,

@@ -46,9 +46,10 @@ def parallel_threads(
     block sees all of them. A trajectory is a row of its whole text, on which the tokens outside of threads are trained,
     and one row of each thread, on which its own are: every drawn token is learned once, behind what it was drawn
     behind, with neither a mask nor positions of a special kind. Rows of threads have weight 0 until `with_threads`
-    gives them the advantage of their trajectory, so statistics and metrics are of whole texts. A completion has one block at
-    most; one that opens none is an ordinary row. The text that begins threads ends any completion for the moment, so it
-    has no other use.
+    gives them the advantage of their trajectory, so statistics and metrics are of whole texts.
+
+    Each thread has an equal share of what is left of the completion. A completion has one block at most; one that opens none is an ordinary row. The text that begins threads ends any
+    completion for the moment, so it has no other use.
 
     Args:
       inner: the plain plan of the trajectories.
@@ -96,7 +97,9 @@ def parallel_threads(
         at = jnp.max(jnp.where(inside & (rows.tokens == opening), place, -1), axis=1)
         last = jnp.take_along_axis(rows.tokens, jnp.maximum(rows.length - 1, 0)[:, None], axis=1)[:, 0]
         marks = (inside & (place > at[:, None]) & (rows.tokens == mark)).sum(1)
-        return jnp.where((at >= 0) & (last == begin) & ~rows.truncated, jnp.minimum(marks, threads), 0)
+        opened = (at >= 0) & (last == begin) & ~rows.truncated
+        fits = (width - 2 - rows.length) // jnp.maximum(jnp.minimum(marks, threads), 1) > label.shape[1]
+        return jnp.where(opened & fits, jnp.minimum(marks, threads), 0)
 
     def requests(memory: Any, carry: Progress, prompts: Prompts) -> tuple[Request, ...]:
         before = numbers_before(prompts, whole * (2 + threads))
@@ -112,7 +115,8 @@ def parallel_threads(
             tokens, length = pieced(pieces, width - 1, pad_id)
             length = jnp.where(there, length, 0)
             prefixes = Prefixes(tokens, length, _given(length, width - 1))
-            limit = jnp.where(there, width, 0)
+            room = (width - 2 - rows.length) // jnp.maximum(count, 1)
+            limit = jnp.where(there, each(rows.length + room), 0)
             asked = Request(prompts, whole * threads, first_sample=before + whole, prefixes=prefixes)
             return (asked._replace(limit=limit, stop_ids=(end,)),)
         tokens, source, length = joined_text(rows, carry.bodies, count)
