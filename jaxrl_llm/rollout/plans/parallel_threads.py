@@ -48,8 +48,8 @@ def parallel_threads(
     behind, with neither a mask nor positions of a special kind. Rows of threads have weight 0 until `with_threads`
     gives them the advantage of their trajectory, so statistics and metrics are of whole texts.
 
-    Each thread has an equal share of what is left of the completion. A completion has one block at most; one that opens none is an ordinary row. The text that begins threads ends any
-    completion for the moment, so it has no other use.
+    Each thread has an equal share of what is left of the completion. A completion has one block at most; one that opens
+    none is an ordinary row. The text that begins threads ends any completion for the moment, so it has no other use.
 
     Args:
       inner: the plain plan of the trajectories.
