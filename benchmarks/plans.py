@@ -1,6 +1,7 @@
 """Whole steps compiled for TPU pods that are not there: what they need, as the table of docs/plans.md.
 
-python benchmarks/plans.py            # needs libtpu; about six minutes on two cores
+python benchmarks/plans.py               # needs libtpu; about twenty minutes on two cores
+python benchmarks/plans.py gemma3_27b    # one of them
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ PLANS = (
     ("plans/qwen3_8b.yaml", ("mesh.tensor=4",), "v5p-64"),
     ("plans/llama3_70b.yaml", (), "v5p-256"),
     ("plans/qwen3_30b_a3b.yaml", (), "v6e-64"),
+    ("plans/gemma3_27b.yaml", (), "v5p-64"),
+    ("plans/gemma4_31b.yaml", (), "v5p-64"),
+    ("plans/olmo3_32b.yaml", (), "v5p-64"),
+    ("plans/gpt_oss_20b.yaml", (), "v6e-64"),
+    ("plans/qwen3_5_9b.yaml", (), "v6e-64"),
+    ("plans/qwen3_5_35b_a3b.yaml", (), "v6e-64"),
+    ("plans/qwen3_next_80b_a3b.yaml", (), "v5p-128"),
+    ("plans/glm4_5.yaml", (), "v5p-256"),
+    ("plans/deepseek_v3.yaml", (), "v5p-512"),
 )
 
 
@@ -50,10 +60,13 @@ def rows_of(found: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
 def main(words: list[str] | None = None) -> list[dict[str, Any]]:
     """Compile all plans and print two tables and the versions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="of configs, without .yaml; all where none is given")
     parser.add_argument("--json", type=Path, help="also write the plans to this file")
     options = parser.parse_args(words)
     plans, first, second = [], [], []
     for name, overrides, machine in PLANS:
+        if options.names and Path(name).stem not in options.names:
+            continue
         config = load_config(CONFIGS / name, list(overrides), vocabulary_size=CharacterTokenizer().vocabulary_size)
         found = plan(config, machine, report=lambda line: print(line, file=sys.stderr))
         if found["method"] != "compiled":

@@ -40,6 +40,7 @@ _PLAN_NEEDS = {
     "under_view": "privileged prompts",
     "purified": "environment",
     "tree_search": "value model",
+    "scaffolded": "scaffolds",
 }
 _TWO_ROUNDS = ("resume", "parallel_threads", "demonstration_prefix", "helped")
 EVERY_NEED = (

@@ -127,6 +127,8 @@ _ROWS: Any = (
     ("paraphrase_length", "row", "data", "real tokens of that"),
     ("privileged_tokens", "prompt", "data", "the prompt with what sampling alone is told, left-padded"),
     ("privileged_length", "row", "data", "real tokens of that"),
+    ("scaffold_tokens", "prompt", "data", "the prompt with the criteria of its rubric, left-padded"),
+    ("scaffold_length", "row", "data", "real tokens of that"),
     ("source_id", "row", "data", "number of the source of a mixture that the prompt is of, -1 for none", -1.0),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
@@ -217,6 +219,8 @@ _NEEDS = {
     "branch": "branches",
     "trajectory": "branches",
     "thread_weight": "branches",
+    "scaffold_tokens": "scaffolds",
+    "scaffold_length": "scaffolds",
     "source": "demonstrations",
     "written_mask": "demonstrations",
     "stored_logprobs": "stored answers",
@@ -226,14 +230,7 @@ _NEEDS = {
     "rank": "judged rows",
     "step_labels": "judged rows",
     "router_probabilities": "experts",
-    "completions": "host",
-    "prompts": "host",
-    "answers": "host",
-    "items": "host",
-    "completion": "host",
-    "prompt": "host",
-    "answer": "host",
-    "item": "host",
+    **dict.fromkeys(("completions", "prompts", "answers", "items", "completion", "prompt", "answer", "item"), "host"),
 }
 FIELDS: dict[str, Field] = {row[0]: Field(*row)._replace(need=_NEEDS.get(row[0], "")) for row in _ROWS}
 # Columns of the data whose texts are further prompts of the same problem: `<column>_tokens` and `<column>_length`.

@@ -36,16 +36,12 @@ VOCABULARY = CharacterTokenizer().vocabulary_size
 FILES = {path.stem: path for path in shipped.method_files()}
 RECIPES = sorted(FILES.keys() - {"base"})
 # One of each kind; the others are trained by the slow tests.
-AMONG_THE_FAST = ["dapo", "grpo", "ppo", "score", "top_k_kl"]
+AMONG_THE_FAST = ["grpo", "ppo", "score"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"agent_rlvr", "compose", "expo", "metacognitive_reuse"} | {
-    "light_r1",
-    "reward_model_then_rl",
-    "rm_ensemble",
-    "process_reward_model",
-    "unpacked_ppo",
-}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo", "rto"}
+TRAINED_ELSEWHERE |= {"llm_judge"}
+TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo", "metacognitive_reuse"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -68,7 +64,7 @@ METHODS = {
     "StableReinforce": ("stable_reinforce",),
     "RiskPO": ("riskpo",),
     "Lp-Reg": ("lp_reg",),
-    "MAPO": ("mapo",),
+    "MAPO": ("mapo", "mapo_batch"),
     "ProGRPO": ("progrpo",),
     "GRPO-lambda": ("grpo_lambda",),
     "DLER": ("dler",),
@@ -107,9 +103,16 @@ METHODS = {
     "No reference": ("simpo", "alphapo", "cpo", "orpo"),
     "KTO": ("kto", "bco"),
     "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
-    "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce"),
-    "RL against reward models": ("cooper", "unpacked_ppo"),
-    "Self-play": ("sppo", "inpo", "dno", "nash_md"),
+    "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce", "multi_attribute"),
+    "Weak-to-strong": ("weak_to_strong",),
+    "Two answers at once": ("pit_gap_model", "goal_conditioned"),
+    "RL against reward models": ("cooper", "unpacked_ppo", "rto"),
+    "Self-play": ("sppo", "inpo", "dno"),
+    "Opponents": ("nash_md", "xpo", "online_vpo"),
+    "PRefLexOR": ("preflexor",),
+    "Scored text": ("phf_conditional", "phf_unlikelihood", "phf_awr"),
+    "Judges of their own": ("spark", "urpo"),
+    "KEPO": ("kepo",),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
@@ -161,9 +164,13 @@ METHODS = {
     "Step models": ("process_reward_model", "spa_rl"),
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
+    "Judges": ("llm_judge", "tp_grpo", "sotopia"),
+    "Detectors": ("t2i_hacking",),
+    "Embeddings": ("vlm_rm",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
+WITHOUT_ARXIV |= {"t2i_hacking"}
 WITHOUT_ARXIV |= {"r3l", "annealed_hints", "competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",
@@ -202,7 +209,7 @@ JUDGED: dict[str, Any] = {
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
-    "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other},
+    "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other, "helpfulness": other},
 }
 
 
@@ -419,7 +426,8 @@ PREFERENCES_ALONE = {
     name
     for family in ("DPO", "Noisy pairs", "Links", "Anchored", "Likelihood beside", "No reference", "Fresh pairs")
     for name in METHODS[family]
-} - {"dpo", "online_dpo"} | {"sppo", "dno", *METHODS["Reward models"]}
+} - {"dpo", "online_dpo"} | {"sppo", "dno", "preflexor", "weak_to_strong", *METHODS["Reward models"]}
+PREFERENCES_ALONE |= {*METHODS["Scored text"]}
 PREFERENCE_LOSSES = {
     "outcome_cross_entropy",
     "ranked_answers",
@@ -430,8 +438,9 @@ PREFERENCE_LOSSES = {
     "odds_ratio",
     "optimal_transport",
     "preferred_likelihood",
-} | {*("sample_log_ratio", "simpo")}
-# Of the others the fast tests trace every third.
+} | {*("sample_log_ratio", "simpo", "weak_labels", "negative_log_likelihood", "unlikelihood")}
+PREFERENCE_LOSSES |= {"advantage_weighted_likelihood"}
+# Of the others the fast tests trace every sixth.
 COMPOSED_ALONE = NOT_TRACED | PREFERENCES_ALONE
 
 
@@ -449,7 +458,7 @@ def test_a_recipe_is_composed(name, micro):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED_ALONE or number % 3 else name
+        pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED_ALONE or number % 6 else name
         for number, name in enumerate(RECIPES)
         if name not in AMONG_THE_FAST
     ],

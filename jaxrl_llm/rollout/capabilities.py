@@ -9,7 +9,7 @@ CAPABILITIES = {
     "one_group_a_prompt": "one group of each prompt",
     "equal_groups": "groups of one size",
     "drawn_by_policy": "tokens that the policy drew",
-    "one_context": "tokens that stand behind what they were drawn behind",
+    "own_prompt": "tokens that learn behind what they were drawn behind",
     "prompts_of_step": "rows of the prompts that the step was handed",
     "any_number": "completions of which any number of a prompt can be asked for",
     # of samplers
@@ -32,7 +32,7 @@ CAPABILITIES = {
     "one_process": "a run of one process",
 }
 ROWS = frozenset(
-    {"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy", "one_context"}
+    {"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy", "own_prompt"}
     | {"any_number", "prompts_of_step"}
 )
 SAMPLERS = {

@@ -1,7 +1,7 @@
 """Rows rewritten: tokens kept, left out or put in front, and prompts asked in another form.
 
 What a row says is its text and where each token came from, so a rewritten row is scored like any other: by the policy,
-behind its own prompt. What it was drawn with no longer fits it, which `plans` say as `one_context`.
+behind its own prompt. What it was drawn with no longer fits it, which `plans` say as `own_prompt`.
 """
 
 from __future__ import annotations

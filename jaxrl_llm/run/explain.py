@@ -100,7 +100,7 @@ def hyper_parameters(step: Composition) -> list[dict[str, Any]]:
 
 
 def _of_view(view: View) -> str:
-    return f"{view.name}_text, by {view.written_by}" if view.written_by else f"{view.name}_tokens"
+    return f"{view.name}_text, by {' and '.join(view.writers)}" if view.writers else f"{view.name}_tokens"
 
 
 def _source(step: Composition) -> str:

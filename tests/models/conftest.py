@@ -310,7 +310,7 @@ CASES = {
 TEXT_PARTS = ("Gemma3", "Gemma4", "Qwen3_5", "Qwen3_5Moe")
 # Options that devices are divided over.
 DIVIDED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
-DIVIDED += ("shared_expert_intermediate_size",)
+DIVIDED += ("shared_expert_intermediate_size", "num_global_key_value_heads")
 
 
 def their_config(case: str, *, even: bool = False, **sizes):

@@ -26,6 +26,7 @@ from jaxrl_llm.rollout.plans.resumed_completions import (
     resume,
 )
 from jaxrl_llm.rollout.plans.rollout_budget import budget
+from jaxrl_llm.rollout.plans.scaffolds import scaffolded
 from jaxrl_llm.rollout.plans.tree_search import tree_search
 from jaxrl_llm.rollout.plans.voted_samples import voted
 
@@ -53,6 +54,7 @@ __all__ = [
     "purified",
     "refill",
     "resume",
+    "scaffolded",
     "tree_search",
     "turns_answered",
     "turns_below",

@@ -90,7 +90,7 @@ def helped(
         provides=frozenset({"written_mask"} if learned == "written" else ()),
         reports=frozenset({"helped_share"}),
         needs={"active_prompts"} if prompts == "failed" else set(),
-        lacks={"drawn_by_policy", "one_context"},
+        lacks={"drawn_by_policy", "own_prompt"},
     )
 
 
@@ -134,5 +134,5 @@ def under_view(inner: Plan, *, view: str = "privileged") -> Plan:
         requests=requests,
         result=result,
         reads=inner.reads | {f"{view}_tokens", f"{view}_length"},
-        lacks=inner.lacks | {"drawn_by_policy", "one_context"},
+        lacks=inner.lacks | {"drawn_by_policy", "own_prompt"},
     )

@@ -68,7 +68,7 @@ def purified(
         unrolled=True,
         reports=inner.reports | {"purified_turns"},
         needs=inner.needs | {"conversations"},
-        lacks=inner.lacks | {"one_round", "drawn_by_policy", "one_context"},
+        lacks=inner.lacks | {"one_round", "drawn_by_policy", "own_prompt"},
     )
 
 

@@ -116,7 +116,7 @@ def resume(
         reads=(names(choose) & provided_by("data")) | ({f"{view}_tokens", f"{view}_length"} if view else set()),
         reports=frozenset({"resumed_tokens"}),
         needs={"prefixes"} | ({"demonstrations"} if "demonstration_tokens" in names(choose) else set()),
-        lacks=lacks if hint_is_learned else lacks | {"one_context", "drawn_by_policy"},
+        lacks=lacks if hint_is_learned else lacks | {"own_prompt", "drawn_by_policy"},
     )
 
 
