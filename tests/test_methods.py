@@ -17,6 +17,7 @@ import pytest
 from jaxrl_llm import shipped
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.fields import compared_with
 from jaxrl_llm.losses import negative_log_likelihood
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.export import save_model
@@ -113,6 +114,7 @@ METHODS = {
     "Scored text": ("phf_conditional", "phf_unlikelihood", "phf_awr"),
     "Judges of their own": ("spark", "urpo"),
     "KEPO": ("kepo",),
+    "Dynamic reward weighting": ("drw_hypervolume",),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
@@ -486,7 +488,7 @@ def a_stage_is_traced(built: Parts) -> None:
     beside = c.written.provides | {"written_mask"} if c.written else set()
     for term in c.losses:
         wanted = set(signature(term.function).required) - known - beside
-        assert all(c.score(one) is not None or one.startswith("router") for one in wanted), wanted
+        assert all(c.score(one) or compared_with(one) or one.startswith("router") for one in wanted), wanted
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -41,7 +41,6 @@ WORTH = np.random.default_rng(7).permutation(np.linspace(-1, 1, LETTERS)).astype
 BEST = 2 + int(WORTH.argmax())
 MODEL = models.transformer(models.TransformerConfig(VOCABULARY, width=32, layers=2, heads=2, kv_heads=2))
 PROMPTS, SAMPLES, STEPS = 8, 16, 200
-PAIRS_A_STEP = 64
 
 
 def gold(tokens: Any, length: Any) -> Any:
@@ -110,7 +109,8 @@ def of_unit_deviation(params: Any) -> Any:
 
 @cache
 def reward_step(batch: int, learns: bool) -> Any:
-    network = Network(head=models.HeadConfig(), optimizer=optax.adamw(1e-3 if learns else 0.0, weight_decay=0.0))
+    rate = (lambda step: 3e-3 / (1 + step / 100)) if learns else 0.0
+    network = Network(head=models.HeadConfig(), optimizer=optax.adam(rate))
     return make_train_step(
         MODEL,
         optax.sgd(0.0),
@@ -120,14 +120,14 @@ def reward_step(batch: int, learns: bool) -> Any:
     )
 
 
-def reward_model(seed: int, tokens: np.ndarray, better: np.ndarray, passes: int = 1) -> Any:
+def reward_model(seed: int, tokens: np.ndarray, better: np.ndarray, *, passes: int = 1, batch: int = 64) -> Any:
     """Parameters of a reward model after some passes over pairs in an order of its own."""
-    step, rng = reward_step(PAIRS_A_STEP, True), np.random.default_rng(seed + 1000)
+    step, rng = reward_step(batch, True), np.random.default_rng(seed + 1000)
     state = step.init(jax.random.key(seed))
     for _ in range(passes):
         order = rng.permutation(len(better))
-        for start in range(0, len(order) - PAIRS_A_STEP + 1, PAIRS_A_STEP):
-            chosen = order[start : start + PAIRS_A_STEP]
+        for start in range(0, len(order) - batch + 1, batch):
+            chosen = order[start : start + batch]
             both = np.stack([tokens[2 * chosen], tokens[2 * chosen + 1]], 1).reshape(-1, LENGTH)
             state, _ = step(state, written=pair_rows(both, better[chosen]))
     return of_unit_deviation(jax.tree.map(np.asarray, state.networks["reward"].params))
@@ -145,7 +145,7 @@ def accuracy(params: Any, tokens: np.ndarray, better: np.ndarray) -> float:
 
 def ceiling(seeds: int) -> dict[str, Any]:
     """Accuracy on held-out pairs, with flipped and with true labels, by the number of training pairs."""
-    sizes = (512, 2048, 8192, 32768)
+    sizes = (2048, 8192, 32768, 131072)
     panels: dict[str, Any] = {"on flipped labels": {}, "on true labels": {}}
     for flipped in (0.0, 0.25):
         for seed in range(seeds):
@@ -155,7 +155,7 @@ def ceiling(seeds: int) -> dict[str, Any]:
             test, true = labelled(held, 4000, 0.0)
             noisy = true ^ (held.random(4000) < flipped)
             for size in sizes:
-                params = reward_model(seed, tokens[: 2 * size], better[:size])
+                params = reward_model(seed, tokens[: 2 * size], better[:size], batch=256)
                 for name, labels in (("on flipped labels", noisy), ("on true labels", true)):
                     line = panels[name].setdefault(f"{flipped:.0%} flipped", [[] for _ in range(seeds)])
                     line[seed].append(accuracy(params, test, labels))
@@ -239,7 +239,7 @@ def hump(seeds: int) -> dict[str, Any]:
     fits: dict[str, list[Any]] = {}
     for seed in range(seeds):
         tokens, better = labelled(np.random.default_rng(seed), 1024, 0.25)
-        found = {f"r{n}": reward_model(10 * seed + n, tokens, better, passes=2) for n in range(5)}
+        found = {f"r{n}": reward_model(10 * seed + n, tokens, better, passes=4) for n in range(5)}
         runs = {
             "one model": reinforced(seed, {"r0": found["r0"]}),
             "worst of five": reinforced(seed, found, form="least"),

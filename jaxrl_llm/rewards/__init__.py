@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxrl_llm.rewards.combination.columns import reward_column
+from jaxrl_llm.rewards.combination.dominated_volume import dominated_volume, hypervolume_guided
 from jaxrl_llm.rewards.combination.gates import (
     concise_correctness,
     gated_sum,
@@ -179,6 +180,7 @@ __all__ = [
     "countdown",
     "coverage_gains",
     "critique_reward",
+    "dominated_volume",
     "duration_weights",
     "elliptical_bonus",
     "ensemble_score",
@@ -191,6 +193,7 @@ __all__ = [
     "flipped_rewards",
     "floored_sum",
     "gated_sum",
+    "hypervolume_guided",
     "instructions_kept",
     "item_numbers",
     "judge_rating",

@@ -159,8 +159,10 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
         if c.written is None:
             return None
         width, count = rollout.max_completion_tokens, c.written.rows
+        several = {name: (numbers,) for name, numbers in c.written.widths}
         known = {
-            name: jnp.zeros((count, width) if FIELDS[name].kind == "token" else count) for name in c.written.provides
+            name: jnp.zeros((count, *((width,) if FIELDS[name].kind == "token" else several.get(name, ()))))
+            for name in c.written.provides
         }
         return written_rows(
             jnp.zeros((count, rollout.max_prompt_tokens), jnp.int32),

@@ -193,7 +193,9 @@ def _judged(
         return at
 
     margin = any("margin" in row.values for group in groups for row in group)
-    source = Written(count, per_group, PROVIDES[kind] | ({"margin"} if margin else set()))
+    attributes = asked.get("attributes", ())
+    widths = (("rating", len(attributes)),) if attributes else ()
+    source = Written(count, per_group, PROVIDES[kind] | ({"margin"} if margin else set()), widths)
     left_out = {**dropped, **({"too long": batches.dropped} if batches.dropped else {})}
     return Feed(source, rows, file=digest[:16], dropped=left_out)
 
