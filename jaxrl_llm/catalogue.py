@@ -69,6 +69,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step"), 2),
     **dict.fromkeys(("total_steps", "seed", "prompt_ids"), 2),
     "reward_names": (),
+    "encode": lambda text: [ord(symbol) for symbol in text],
 }
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 
