@@ -118,11 +118,7 @@ def generate(
     count, rows = prompts.tokens.shape[0], prompts.tokens.shape[0] * samples_per_prompt
     rows = rows if prompt_of is None else prompt_of.shape[0]
     _check(model, samples_per_prompt, max_completion_tokens, temperature, slots, prompt_of, record_router)
-    _check_pause(pause, max_completion_tokens, slots)
-    if controls is not None:
-        controls.check(model.vocabulary_size, max_completion_tokens)
-    if prefixes is not None:
-        _check_prefixes(prefixes, rows, max_completion_tokens)
+    _check_rest(model, rows, max_completion_tokens, slots, pause, controls, prefixes)
     if prompt_of is None:
         number = jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples_per_prompt)
         place = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), count)
@@ -135,7 +131,7 @@ def generate(
     drawing = Drawing(
         model=model,
         params=params if model.for_decoding is None else model.for_decoding(params),
-        keys=row_keys(key, step[number] if jnp.ndim(step) else step, per_row.prompt_id, sample),
+        keys=row_keys(key, jnp.asarray(step)[number] if jnp.ndim(step) else step, per_row.prompt_id, sample),
         temperature=jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples_per_prompt,))[place],
         prompt_length=per_row.length,
         controls=controls,
@@ -160,25 +156,27 @@ def generate(
     there = jnp.ones(rows, bool) if active is None else active[number]
     over = jnp.zeros(rows, bool)
     if prefixes is not None:
-        state = feed(drawing, state, prefixes.tokens, prefixes.length, prefixes.source)
-        last = jnp.take_along_axis(prefixes.tokens, jnp.maximum(prefixes.length - 1, 0)[:, None], axis=1)[:, 0]
-        # A prefix may be a whole completion.
-        over = (prefixes.length > 0) & jnp.isin(last, jnp.asarray(list(eos_ids), jnp.int32))
-        if room:
-            state = replace(state, cache=model.expand_cache(state.cache, 1, room))
+        state, over = _read(drawing, state, prefixes)
+        state = replace(state, cache=model.expand_cache(state.cache, 1, room)) if room else state
     most = jnp.full(rows, max_completion_tokens, jnp.int32)
     limit = most if limit is None else jnp.minimum(most, limit)
     slots = None if slots is None else min(slots, rows)
     running, looked_at, ends = there & ~over, {}, (*eos_ids, *stop_ids)
     if pause is not None:
         facts = partial(experience_of, per_row=per_row, sample=sample, group=number)
-        state, early, goes_on = _looked_at(drawing, state, pause, running, limit, ends, facts)
-        looked_at = {"abandoned": (running & ~early & ~goes_on & (state.written.length < limit)).astype(jnp.float32)}
-        over, running = over | early, running & ~early & goes_on
+        state, early, running, gone = _looked_at(drawing, state, pause, running, limit, ends, facts)
+        over, looked_at = over | early, {"abandoned": gone.astype(jnp.float32)}
     state, stopped = decode(drawing, state, active=running, limit=limit, end_ids=ends, slots=slots, stages=stages)
     ours = experience_of(state.written, per_row, sample=sample, group=number, ended=stopped | over | ~there)
     ours = ours.filled(**looked_at)
     return ours if active is None else replace(ours, weight=there.astype(jnp.float32))
+
+
+def _read(drawing: Drawing, state: Decoding, prefixes: Prefixes) -> tuple[Decoding, Bool[Array, "B"]]:
+    """(rows that start with their prefixes, which of these are whole completions)."""
+    state = feed(drawing, state, prefixes.tokens, prefixes.length, prefixes.source)
+    last = jnp.take_along_axis(prefixes.tokens, jnp.maximum(prefixes.length - 1, 0)[:, None], axis=1)[:, 0]
+    return state, (prefixes.length > 0) & jnp.isin(last, jnp.asarray(drawing.eos_ids, jnp.int32))
 
 
 def _looked_at(
@@ -189,13 +187,14 @@ def _looked_at(
     limit: Int[Array, "B"],
     end_ids: tuple[int, ...],
     facts: Callable[..., Experience],
-) -> tuple[Decoding, Bool[Array, "B"], Bool[Array, "B"]]:
-    """(rows at the pause with nothing pending, which of them have ended, which go on)."""
+) -> tuple[Decoding, Bool[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
+    """(rows at the pause with nothing pending, which of them have ended, which go on, which are given up)."""
     rows = running.shape[0]
     state, ended = decode(drawing, state, active=running, limit=jnp.minimum(limit, pause.tokens), end_ids=end_ids)
     nothing = jnp.zeros((rows, 0), jnp.int32)
     state = feed(drawing, state, nothing, jnp.zeros(rows, jnp.int32), nothing)
-    return state, ended, pause.goes_on(facts(state.written, ended=ended).known())
+    goes_on, under_way = pause.goes_on(facts(state.written, ended=ended).known()), running & ~ended
+    return state, ended, under_way & goes_on, under_way & ~goes_on & (state.written.length < limit)
 
 
 def experience_of(
@@ -261,15 +260,25 @@ def _support(model: Model, controls: Controls | None) -> int:
     return min(controls.top_k, model.vocabulary_size)
 
 
-def _check_pause(pause: Pause | None, max_completion_tokens: int, slots: int | None) -> None:
-    if pause is None:
-        return
-    if not 0 < pause.tokens < max_completion_tokens:
+def _check_rest(
+    model: Model,
+    rows: int,
+    max_completion_tokens: int,
+    slots: int | None,
+    pause: Pause | None,
+    controls: Controls | None,
+    prefixes: Prefixes | None,
+) -> None:
+    if controls is not None:
+        controls.check(model.vocabulary_size, max_completion_tokens)
+    if prefixes is not None:
+        _check_prefixes(prefixes, rows, max_completion_tokens)
+    if pause is not None and not 0 < pause.tokens < max_completion_tokens:
         raise ValueError(
             f"completions are looked at after {pause.tokens} tokens, but they have 1 to max_completion_tokens "
             f"{max_completion_tokens}; look earlier"
         )
-    if slots is not None:
+    if pause is not None and slots is not None:
         raise ValueError(
             f"rollout.slots is {slots}, but completions that are looked at before they go on are decoded side by side; "
             "leave slots out"

@@ -18,7 +18,7 @@ from jaxrl_llm.rollout.generation import Pause, Prefixes, generate
 from jaxrl_llm.rollout.plans.abandoned_rows import Outcomes
 from jaxrl_llm.rollout.plans.demonstration_prefixes import cosine_share, most_uncertain, prefix_length
 from jaxrl_llm.rollout.plans.purified_conversations import repaired_turns, without_turns
-from jaxrl_llm.rollout.plans.tree_search import Tree, backed_up, selected, tree_targets
+from jaxrl_llm.rollout.plans.step_trees import Tree, backed_up, selected, tree_targets
 from jaxrl_llm.rollout.rewriting import compacted
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rows import empty_rows

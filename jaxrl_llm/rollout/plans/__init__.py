@@ -9,11 +9,11 @@ from jaxrl_llm.rollout.plans.adaptive_samples import adaptive
 from jaxrl_llm.rollout.plans.continued_rows import partial_rollouts
 from jaxrl_llm.rollout.plans.demonstration_prefixes import demonstration_prefix
 from jaxrl_llm.rollout.plans.demonstrations_in_groups import demonstration_in_group
+from jaxrl_llm.rollout.plans.forked_rows import parallel_threads
 from jaxrl_llm.rollout.plans.given_prefixes import prefixes
 from jaxrl_llm.rollout.plans.greedy_baselines import greedy_baseline
 from jaxrl_llm.rollout.plans.helped_rows import helped, under_view
 from jaxrl_llm.rollout.plans.mixed_temperatures import mixed_temperature
-from jaxrl_llm.rollout.plans.parallel_threads import parallel_threads
 from jaxrl_llm.rollout.plans.paraphrases import paraphrased
 from jaxrl_llm.rollout.plans.plan import Plan, Request, plain
 from jaxrl_llm.rollout.plans.purified_conversations import purified, turns_answered, turns_below
@@ -27,7 +27,7 @@ from jaxrl_llm.rollout.plans.resumed_completions import (
 )
 from jaxrl_llm.rollout.plans.rollout_budget import budget
 from jaxrl_llm.rollout.plans.scaffolds import scaffolded
-from jaxrl_llm.rollout.plans.tree_search import tree_search
+from jaxrl_llm.rollout.plans.step_trees import tree_search
 from jaxrl_llm.rollout.plans.voted_samples import voted
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -118,63 +119,12 @@ def tree_search(
         )
         return (asked,)
 
-    def merge(tree: Tree, rows: Experience) -> Tree:
-        count = tree.parent.shape[0]
-        leaf = selected(tree, exploration)
-        split = lambda x: x.reshape(count, children, *x.shape[1:])  # noqa: E731
-        first = tree.round * children
-        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, split(new), first, 1)  # noqa: E731
-        new = jax.tree.map(split, rows)
-        last = jnp.take_along_axis(new.tokens, jnp.maximum(new.length - 1, 0)[..., None], axis=2)[..., 0]
-        same = (new.tokens[:, :, None] == new.tokens[:, None]).all(-1) & (new.length[:, :, None] == new.length[:, None])
-        repeated = (same & jnp.tril(jnp.ones((children, children), bool), -1)).any(-1)
-        there = (new.weight > 0) & ~repeated
-        value = jnp.clip(new["reward_components"][..., -1], 0.0, 1.0)
-        ended = new.truncated | (last != ids[0])
-        at = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), 1 + first, 1)  # noqa: E731
-        parent = at(tree.parent, jnp.where(there, leaf[:, None], -1))
-        best = there & (jnp.arange(children) == jnp.argmax(jnp.where(there, value, -1.0), axis=1)[:, None])
-        grown = tree._replace(
-            rows=jax.tree.map(put, tree.rows, rows),
-            parent=parent,
-            value=at(tree.value, value),
-            visits=at(tree.visits, best),
-            closed=at(tree.closed, ended | ~there),
-            round=tree.round + 1,
-        )
-        return backed_up(grown, jnp.where(tree.closed[:, 0], -1, leaf))
-
-    def result(tree: Tree) -> tuple[Experience, dict[str, Array]]:
-        count = tree.parent.shape[0]
-        there = tree.parent[:, 1:] >= 0
-        last = jnp.take_along_axis(tree.rows.tokens, jnp.maximum(tree.rows.length - 1, 0)[..., None], axis=2)[..., 0]
-        ended = there & (tree.rows.truncated | (last != ids[0]))
-        right = ended & (tree.rows["correct"] >= 1)
-        targets = jax.vmap(tree_targets)(tree.parent, jnp.pad(right, ((0, 0), (1, 0))))
-        labels = jax.vmap(_labels)(tree.parent, targets, tree.rows.length, tree.rows.tokens)
-        order = jnp.argsort(-(ended * 2.0 + tree.value[:, 1:]), axis=1, stable=True)[:, :samples_per_prompt]
-
-        def chosen(x: Array) -> Array:
-            index = order.reshape(*order.shape, *[1] * (x.ndim - 2))
-            return jnp.take_along_axis(x, index, axis=1).reshape(-1, *x.shape[2:])
-
-        rows, weight = jax.tree.map(chosen, tree.rows), chosen(ended).astype(jnp.float32)
-        rows = replace(
-            rows,
-            group=jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples_per_prompt),
-            weight=weight,
-            mask=rows.mask * weight[:, None],
-            prompt_length=jnp.maximum(rows.prompt_length, 1),
-        )
-        told = {"tree_nodes": there.sum() / count, "tree_solved": right.any(1).mean()}
-        return rows.filled(step_labels=chosen(labels)), told
-
     return inner._replace(
         init=init,
         requests=requests,
-        merge=merge,
+        merge=partial(_grown, children, ids[0], exploration),
         unfinished=lambda tree: (tree.round < rounds) & ~tree.closed[:, 0].all(),
-        result=result,
+        result=partial(_learned, samples_per_prompt, ids[0]),
         drawn=children,
         most_rounds=rounds,
         reads_rewards=True,
@@ -183,6 +133,61 @@ def tree_search(
         needs=inner.needs | {"prefixes", "active_prompts", "numbered_samples", "pauses"},
         lacks=inner.lacks | {"one_round"},
     )
+
+
+def _grown(children: int, step_end: int, exploration: float, tree: Tree, rows: Experience) -> Tree:
+    """The trees with the children that were drawn for their leaves."""
+    count, first = tree.parent.shape[0], tree.round * children
+    leaf = selected(tree, exploration)
+    new = jax.tree.map(lambda x: x.reshape(count, children, *x.shape[1:]), rows)
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, 1)  # noqa: E731
+    at = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), 1 + first, 1)  # noqa: E731
+    same = (new.tokens[:, :, None] == new.tokens[:, None]).all(-1) & (new.length[:, :, None] == new.length[:, None])
+    repeated = (same & jnp.tril(jnp.ones((children, children), bool), -1)).any(-1)
+    there = (new.weight > 0) & ~repeated
+    value = jnp.clip(new["reward_components"][..., -1], 0.0, 1.0)
+    best = there & (jnp.arange(children) == jnp.argmax(jnp.where(there, value, -1.0), axis=1)[:, None])
+    grown = tree._replace(
+        rows=jax.tree.map(put, tree.rows, new),
+        parent=at(tree.parent, jnp.where(there, leaf[:, None], -1)),
+        value=at(tree.value, value),
+        visits=at(tree.visits, best),
+        closed=at(tree.closed, _ended(new, step_end) | ~there),
+        round=tree.round + 1,
+    )
+    return backed_up(grown, jnp.where(tree.closed[:, 0], -1, leaf))
+
+
+def _learned(samples: int, step_end: int, tree: Tree) -> tuple[Experience, dict[str, Array]]:
+    """The rows that finished trees teach, and what is reported of them."""
+    count = tree.parent.shape[0]
+    there = tree.parent[:, 1:] >= 0
+    ended = there & _ended(tree.rows, step_end)
+    right = ended & (tree.rows["correct"] >= 1)
+    targets = jax.vmap(tree_targets)(tree.parent, jnp.pad(right, ((0, 0), (1, 0))))
+    labels = jax.vmap(_labels)(tree.parent, targets, tree.rows.length, tree.rows.tokens)
+    order = jnp.argsort(-(ended * 2.0 + tree.value[:, 1:]), axis=1, stable=True)[:, :samples]
+
+    def chosen(x: Array) -> Array:
+        index = order.reshape(*order.shape, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=1).reshape(-1, *x.shape[2:])
+
+    rows, weight = jax.tree.map(chosen, tree.rows), chosen(ended).astype(jnp.float32)
+    rows = replace(
+        rows,
+        group=jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples),
+        weight=weight,
+        mask=rows.mask * weight[:, None],
+        prompt_length=jnp.maximum(rows.prompt_length, 1),
+    )
+    told = {"tree_nodes": there.sum() / count, "tree_solved": right.any(1).mean()}
+    return rows.filled(step_labels=chosen(labels)), told
+
+
+def _ended(rows: Experience, step_end: int) -> Bool[Array, "N M"]:
+    """Whether each node is a whole completion: cut off, or not ended by a step."""
+    last = jnp.take_along_axis(rows.tokens, jnp.maximum(rows.length - 1, 0)[..., None], axis=2)[..., 0]
+    return rows.truncated | (last != step_end)
 
 
 def upper_bound(
