@@ -41,6 +41,7 @@ from jaxrl_llm.models.logprobs import (
 from jaxrl_llm.models.merging import averaged, dropped_and_rescaled, elected, spherical, task_arithmetic
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, abstract, initialise, logical_axes, parameter_count
+from jaxrl_llm.models.reward_models import load_reward_model, save_reward_model
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.weights import load_config, load_model, load_params
@@ -87,6 +88,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_params",
+    "load_reward_model",
     "logical_axes",
     "lora",
     "merged",
@@ -98,6 +100,7 @@ __all__ = [
     "save_adapters",
     "save_imported",
     "save_model",
+    "save_reward_model",
     "scaled_log_softmax",
     "sequence_reward",
     "spherical",

@@ -133,7 +133,7 @@ def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTre
     wanted, adapters = jax.eval_shape(built.model.init, key), built.config.lora
     if jax.tree.structure(params) != jax.tree.structure(wanted):
         params = params if source.model.trained is None else source.model.trained.merged(params)
-        params = params if adapters is None else add_adapters(params, adapters, key, quantise=adapters.int8)
+        params = params if adapters is None else add_adapters(params, adapters, key, bits=adapters.bits)
     if jax.tree.structure(params) != jax.tree.structure(wanted):
         return params
     return jax.tree.map(lambda x, like: x if x.shape != like.shape else x.astype(like.dtype), params, wanted)
