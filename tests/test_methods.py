@@ -36,7 +36,7 @@ VOCABULARY = CharacterTokenizer().vocabulary_size
 FILES = {path.stem: path for path in shipped.method_files()}
 RECIPES = sorted(FILES.keys() - {"base"})
 # One of each kind; the others are trained by the slow tests.
-AMONG_THE_FAST = ["dapo", "grpo", "ppo", "score", "top_k_kl"]
+AMONG_THE_FAST = ["grpo", "ppo", "score"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
 TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo"}
@@ -405,7 +405,7 @@ PREFERENCE_LOSSES = {
     "optimal_transport",
     "preferred_likelihood",
 } | {*("sample_log_ratio", "simpo")}
-# Of the others the fast tests trace every third.
+# Of the others the fast tests trace every sixth.
 COMPOSED_ALONE = NOT_TRACED | PREFERENCES_ALONE
 
 
@@ -423,7 +423,7 @@ def test_a_recipe_is_composed(name, micro):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED_ALONE or number % 3 else name
+        pytest.param(name, marks=pytest.mark.slow) if name in COMPOSED_ALONE or number % 6 else name
         for number, name in enumerate(RECIPES)
         if name not in AMONG_THE_FAST
     ],
