@@ -25,7 +25,7 @@ from jaxrl_llm.run.directories import at_hand
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.initial import initial_state
-from jaxrl_llm.training.networks import POLICY, Network
+from jaxrl_llm.training.networks import POLICY, Network, given_shapes
 from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
 
@@ -151,7 +151,9 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
         network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
     elif name in built.step.composition.networks:
         network = built.step.composition.networks[name]
-        like = jax.eval_shape(partial(initial_state, built.step.composition), jax.random.key(0)).networks[name].params
+        c = built.step.composition
+        state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))
+        like = state.networks[name].params
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
         raise checkpoints.CheckpointError(f"run {path} has no network {name!r}; it has {known}")

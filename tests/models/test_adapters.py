@@ -231,7 +231,7 @@ def test_adapters_are_drawn_by_path_and_the_base_is_left_alone():
 def test_what_was_merged_is_exported_and_read_again(tmp_path):
     # No family has biases on all three projections, a norm on queries and no bias on the output.
     model = base_model(qkv_bias=False)
-    params = adapted(True, qkv_bias=False)
+    params = adapted(8, qkv_bias=False)
     save_model(tmp_path / "merged", merged(params), model.config)
     read = load_params(tmp_path / "merged", model.config)
     jax.tree.map(np.testing.assert_array_equal, read, merged(params))
@@ -288,7 +288,7 @@ def test_an_output_whose_weights_are_all_zero_stays_zero():
 
 
 def test_an_int8_base_is_close_and_a_quarter_of_the_size():
-    params = adapted(True, learned=False)
+    params = adapted(8, learned=False)
     node = params["blocks"]["qkv"]
     assert isinstance(node.base, Quantised)
     assert node.base.values.nbytes * 4 == base_params()["blocks"]["qkv"].nbytes

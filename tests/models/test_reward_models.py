@@ -139,9 +139,9 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
         as_reward_model({"architectures": ["GraniteForCausalLM"]}, None)
 
 
-def micro(micro_config, networks: dict, tmp_path) -> list[str]:
-    """Arguments of a run of one step whose reward is a network's score."""
-    tree = micro_config | {"networks": networks, "rewards": ["learned_reward"]}
+def micro(micro_config, tmp_path, **changes) -> list[str]:
+    """Arguments of a run of one step."""
+    tree = micro_config | changes
     tree |= {"training": micro_config["training"] | {"steps": 1}, "warm_start": {"steps": 0}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     return ["train", str(tmp_path / "config.yaml"), f"run_dir={tmp_path / 'run'}"]
@@ -155,7 +155,8 @@ def test_a_directory_rewards_a_run_and_is_exported_again(micro_config, tmp_path)
     model = transformer(shape)
     params = from_policy(model, model.init(jax.random.key(0)), jax.random.key(1), HeadConfig())
     save_reward_model(tmp_path / "given", params, shape, pad_id=PAD)
-    assert main(micro(micro_config, {"reward": {"path": str(tmp_path / "given")}}, tmp_path)) == 0
+    networks = {"reward": {"path": str(tmp_path / "given")}}
+    assert main(micro(micro_config, tmp_path, rewards=["learned_reward"], networks=networks)) == 0
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["reward"])
     assert line["reward"] != 0
@@ -165,14 +166,16 @@ def test_a_directory_rewards_a_run_and_is_exported_again(micro_config, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_network_of_a_run_is_loaded_by_transformers(micro_config, tmp_path):
+def test_what_a_run_trains_is_loaded_by_transformers(micro_config, tmp_path):
     import transformers
 
-    assert main(micro(micro_config, {"reward": {"head": "scalar", "learns": False}}, tmp_path)) == 0
+    method = {"credit": [{"returns": "gae_returns"}, {"advantages": "gae"}], "networks": {}}
+    losses = ["clipped_surrogate", "clipped_value"]
+    assert main(micro(micro_config, tmp_path, **method, losses=losses)) == 0
     run = tmp_path / "run"
-    assert main(["export", str(run), str(tmp_path / "out"), "--network", "reward"]) == 0
+    assert main(["export", str(run), str(tmp_path / "out"), "--network", "value"]) == 0
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
-    model, _, params = restored_network(run, "reward")
+    model, _, params = restored_network(run, "value")
     tokens, mask, positions = batch("right")
     tokens = np.where(mask, 3 + tokens % 9, theirs.config.pad_token_id)
     expected = their_scores(theirs, tokens, mask, positions)
