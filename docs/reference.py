@@ -209,7 +209,11 @@ def formats_page() -> str:
         "## Problems to evaluate on\n\n`jaxrl eval --data FILE --format NAME`:",
         markdown_table(["format", "a line", "grader"], benchmarks),
         "## Completions that were judged\n\nFiles of the [sources](engine.md#source) of these names. Lines of a file "
-        "have equally many completions; the prompt is a text.",
+        "have equally many completions. A prompt is a text, or messages; so are completions, of which the last message "
+        "counts. Without a prompt it is what the completions of a line begin with. Every line may have a `weight`, "
+        "pairs a `margin`. Columns of TRL (`chosen`, `completions` of labelled steps), UltraFeedback (`score_chosen`) "
+        "and HelpSteer (`response`, `preference_strength`) are recognised; `columns` names others. Ties and equal "
+        "sides are errors, or with `unusable: drop` left out and counted.",
         markdown_table(["source", "a line", "its rows know"], told),
         "## `metrics.jsonl`\n\n[Metrics](metrics.md).",
     ]

@@ -35,6 +35,7 @@ _PLAN_NEEDS = {
     "prefixes": "prefixes",
     "greedy_baseline": "greedy sample",
     "paraphrased": "paraphrases",
+    "scaffolded": "scaffolds",
 }
 EVERY_NEED = (
     *every_need(),

@@ -123,6 +123,8 @@ _ROWS: Any = (
     ("demonstration_length", "row", "data", "real tokens of the reference completion"),
     ("paraphrase_tokens", "prompt", "data", "the problem in other words, left-padded"),
     ("paraphrase_length", "row", "data", "real tokens of that"),
+    ("scaffold_tokens", "prompt", "data", "the prompt with the criteria of its rubric, left-padded"),
+    ("scaffold_length", "row", "data", "real tokens of that"),
     ("source_id", "row", "data", "number of the source of a mixture that the prompt is of, -1 for none", -1.0),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
@@ -205,6 +207,8 @@ _NEEDS = {
     "paraphrase_tokens": "paraphrases",
     "paraphrase_length": "paraphrases",
     "paired_group": "paraphrases",
+    "scaffold_tokens": "scaffolds",
+    "scaffold_length": "scaffolds",
     "source": "demonstrations",
     "written_mask": "demonstrations",
     "stored_logprobs": "stored answers",
@@ -214,14 +218,7 @@ _NEEDS = {
     "rank": "judged rows",
     "step_labels": "judged rows",
     "router_probabilities": "experts",
-    "completions": "host",
-    "prompts": "host",
-    "answers": "host",
-    "items": "host",
-    "completion": "host",
-    "prompt": "host",
-    "answer": "host",
-    "item": "host",
+    **dict.fromkeys(("completions", "prompts", "answers", "items", "completion", "prompt", "answer", "item"), "host"),
 }
 FIELDS: dict[str, Field] = {row[0]: Field(*row)._replace(need=_NEEDS.get(row[0], "")) for row in _ROWS}
 # Columns of the data whose texts are further prompts of the same problem: `<column>_tokens` and `<column>_length`.

@@ -26,11 +26,13 @@ class Written:
       rows_per_group: that follow one another and belong together, such as the two of a pair; beside a rollout, its
         samples of a prompt.
       provides: names that these rows know beside the facts, such as `stored_logprobs` or `preferred`.
+      widths: (name, numbers a row) of those that have several, such as the ratings of attributes.
     """
 
     rows: int
     rows_per_group: int = 1
     provides: frozenset[str] = frozenset()
+    widths: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
         if self.rows < 1 or self.rows % self.rows_per_group:

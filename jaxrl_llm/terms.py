@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import TEXT, compared_with
-from jaxrl_llm.ranges import Count, Natural, NonNegative, require_ranges
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, require_ranges
 from jaxrl_llm.signatures import name_of, names, on_host, required
 
 
@@ -126,6 +126,8 @@ class View:
       written_by: the network that completes the prompts, as the step finds it ("policy" too); None for a view whose
         function gives the completion. Readings get its texts as `<view>_text`.
       temperature: that it writes at; 0 is greedy.
+      mixed_with: a second network: tokens are drawn from the normalised product of both distributions.
+      share: exponent of the second one in it; 0 leaves the first alone.
     """
 
     function: Callable[..., Any]
@@ -135,10 +137,23 @@ class View:
     deadline_s: float | None = None
     written_by: str | None = None
     temperature: float = 1.0
+    mixed_with: str | None = None
+    share: Share = 0.5
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"views.{self.name}: temperature is {self.temperature}; it must be at least 0 (greedy)")
+        require_ranges(self, f"views.{self.name}")
+        if self.mixed_with is not None and self.written_by in (None, self.mixed_with):
+            raise ValueError(
+                f"views.{self.name}: mixed_with is {self.mixed_with!r}, but written_by {self.written_by!r}; name "
+                "another network there, which it is mixed with"
+            )
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The networks that write its completions."""
+        return tuple(name for name in (self.written_by, self.mixed_with) if name)
 
     @property
     def on_host(self) -> bool:

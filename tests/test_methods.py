@@ -17,6 +17,7 @@ import pytest
 from jaxrl_llm import shipped
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.fields import compared_with
 from jaxrl_llm.losses import negative_log_likelihood
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.export import save_model
@@ -39,7 +40,8 @@ RECIPES = sorted(FILES.keys() - {"base"})
 AMONG_THE_FAST = ["grpo", "ppo", "score"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo"}
+TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo", "rto"}
+TRAINED_ELSEWHERE |= {"llm_judge"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -62,7 +64,7 @@ METHODS = {
     "StableReinforce": ("stable_reinforce",),
     "RiskPO": ("riskpo",),
     "Lp-Reg": ("lp_reg",),
-    "MAPO": ("mapo",),
+    "MAPO": ("mapo", "mapo_batch"),
     "ProGRPO": ("progrpo",),
     "GRPO-lambda": ("grpo_lambda",),
     "DLER": ("dler",),
@@ -101,9 +103,17 @@ METHODS = {
     "No reference": ("simpo", "alphapo", "cpo", "orpo"),
     "KTO": ("kto", "bco"),
     "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
-    "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce"),
-    "RL against reward models": ("cooper", "unpacked_ppo"),
-    "Self-play": ("sppo", "inpo", "dno", "nash_md"),
+    "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce", "multi_attribute"),
+    "Weak-to-strong": ("weak_to_strong",),
+    "Two answers at once": ("pit_gap_model", "goal_conditioned"),
+    "RL against reward models": ("cooper", "unpacked_ppo", "rto"),
+    "Self-play": ("sppo", "inpo", "dno"),
+    "Opponents": ("nash_md", "xpo", "online_vpo"),
+    "PRefLexOR": ("preflexor",),
+    "Scored text": ("phf_conditional", "phf_unlikelihood", "phf_awr"),
+    "Judges of their own": ("spark", "urpo"),
+    "KEPO": ("kepo",),
+    "Dynamic reward weighting": ("drw_hypervolume",),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
@@ -144,9 +154,13 @@ METHODS = {
     "Step models": ("process_reward_model", "spa_rl"),
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
+    "Judges": ("llm_judge", "tp_grpo", "sotopia"),
+    "Detectors": ("t2i_hacking",),
+    "Embeddings": ("vlm_rm",),
 }
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
+WITHOUT_ARXIV |= {"t2i_hacking"}
 WITHOUT_ARXIV |= {"annealed_hints", "competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",
@@ -183,7 +197,7 @@ JUDGED: dict[str, Any] = {
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
-    "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other},
+    "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other, "helpfulness": other},
 }
 
 
@@ -393,7 +407,8 @@ PREFERENCES_ALONE = {
     name
     for family in ("DPO", "Noisy pairs", "Links", "Anchored", "Likelihood beside", "No reference", "Fresh pairs")
     for name in METHODS[family]
-} - {"dpo", "online_dpo"} | {"sppo", "dno", *METHODS["Reward models"]}
+} - {"dpo", "online_dpo"} | {"sppo", "dno", "preflexor", "weak_to_strong", *METHODS["Reward models"]}
+PREFERENCES_ALONE |= {*METHODS["Scored text"]}
 PREFERENCE_LOSSES = {
     "outcome_cross_entropy",
     "ranked_answers",
@@ -404,7 +419,8 @@ PREFERENCE_LOSSES = {
     "odds_ratio",
     "optimal_transport",
     "preferred_likelihood",
-} | {*("sample_log_ratio", "simpo")}
+} | {*("sample_log_ratio", "simpo", "weak_labels", "negative_log_likelihood", "unlikelihood")}
+PREFERENCE_LOSSES |= {"advantage_weighted_likelihood"}
 # Of the others the fast tests trace every sixth.
 COMPOSED_ALONE = NOT_TRACED | PREFERENCES_ALONE
 
@@ -451,7 +467,7 @@ def a_stage_is_traced(built: Parts) -> None:
     beside = c.written.provides | {"written_mask"} if c.written else set()
     for term in c.losses:
         wanted = set(signature(term.function).required) - known - beside
-        assert all(c.score(one) is not None or one.startswith("router") for one in wanted), wanted
+        assert all(c.score(one) or compared_with(one) or one.startswith("router") for one in wanted), wanted
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from jaxrl_llm.commands.arguments import require_package
 from jaxrl_llm.commands.tables import show_report
 from jaxrl_llm.models import merging, save_model
+from jaxrl_llm.run.directories import is_run
 from jaxrl_llm.run.restored import restored_policy, restored_run
 
 Method = Literal["average", "slerp", "task", "ties", "dare"]
@@ -120,7 +121,7 @@ def _require_options(paths: Sequence[str], method: str, weights: Any, base: str 
 
 def _read(path: str) -> tuple[Any, PyTree, Path | None]:
     """(model, parameters with adapters merged, where its tokenizer is) of a run or a model directory."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    if is_run(Path(path)):
         built, policy = restored_run(path)
         source = built.directory
     else:

@@ -108,6 +108,8 @@ class ReportingConfig:
         its own, or `python: module:function`; see `jaxrl_llm.reporting.loggers`.
       samples_shown: completions shown in the terminal each time that samples are written.
       report: report.html, refreshed during the run and written at its end; None where the extra `report` is installed.
+      diagnostics: each step also measures how its rewards go with each other, with the length and with the KL
+        divergence, and how many completions are duplicates, empty, repetitive or in a foreign script.
     """
 
     samples_every_steps: Natural = 10
@@ -115,6 +117,7 @@ class ReportingConfig:
     report: bool | None = None
     loggers: tuple[Any, ...] = ("tensorboard",)
     samples_shown: Natural = 0
+    diagnostics: bool = True
 
     def __post_init__(self):
         require_ranges(self, "reporting")

@@ -9,6 +9,7 @@ CAPABILITIES = {
     "one_group_a_prompt": "one group of each prompt",
     "equal_groups": "groups of one size",
     "drawn_by_policy": "tokens that the policy drew",
+    "own_prompt": "rows that learn with the prompt that they were drawn from",
     "any_number": "completions of which any number of a prompt can be asked for",
     # of samplers
     "active_prompts": "sampling of some prompts alone",
@@ -29,7 +30,8 @@ CAPABILITIES = {
     "one_process": "a run of one process",
 }
 ROWS = frozenset(
-    {"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy", "any_number"}
+    {"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy", "own_prompt"}
+    | {"any_number"}
 )
 SAMPLERS = {
     "the sampler": frozenset(

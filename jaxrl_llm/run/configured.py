@@ -15,7 +15,7 @@ import pydantic
 from jaxtyping import PyTree
 
 from jaxrl_llm import advantages, losses, rewards, schedules
-from jaxrl_llm.bounds import natural, shown
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.config import EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer, load_tokenizer
 from jaxrl_llm.endpoints import Endpoint
@@ -32,6 +32,7 @@ from jaxrl_llm.rollout.host_calls import can_be_sent
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
+from jaxrl_llm.run.directories import is_step
 from jaxrl_llm.run.optimizers import clipping, named_optimizer, skipping_non_finite
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
 from jaxrl_llm.terms import View
@@ -76,12 +77,13 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     """What makes another sequence of a row, by the name of the view.
 
     Beside the hyper-parameters of a function that reads text, `max_prompt_tokens`, `max_completion_tokens` and
-    `deadline_s` may stand, and of one whose completions a network writes, `written_by` and `temperature` (`View`).
+    `deadline_s` may stand, and of one whose completions a network writes, `written_by`, `temperature`, `mixed_with` and
+    `share` (`View`).
     """
     made = {}
     for view, entry in entries.items():
         name, hyper = entry_of(entry, f"views.{view}")
-        known = (*_OF_VIEWS, "written_by", "temperature") if "written_by" in hyper else _OF_VIEWS
+        known = (*_OF_VIEWS, *_OF_WRITTEN) if "written_by" in hyper else _OF_VIEWS
         calling = {key: hyper.pop(key) for key in known if key in hyper}
         function = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
         try:
@@ -95,6 +97,7 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
 
 
 _OF_VIEWS = ("max_completion_tokens", "max_prompt_tokens", "deadline_s")
+_OF_WRITTEN = ("written_by", "temperature", "mixed_with", "share")
 
 
 def configured_networks(
@@ -182,7 +185,7 @@ def require_tokens_of_policy(paths: Mapping[str, Path], tokenizer: Tokenizer) ->
 def is_run(path: str) -> bool:
     """Whether a path is a run directory, or one of its checkpoints."""
     here = Path(path)
-    return (here / "checkpoints").is_dir() or (natural(here.name) is not None and (here / "state").is_dir())
+    return (here / "checkpoints").is_dir() or is_step(here)
 
 
 def _head(name: str, section: NetworkConfig) -> HeadConfig | None:

@@ -21,7 +21,7 @@ from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.run import checkpoints, integrity
-from jaxrl_llm.run.directories import at_hand
+from jaxrl_llm.run.directories import at_hand, is_run
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.initial import initial_state
@@ -156,7 +156,9 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
         like = state.networks[name].params
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
-        raise checkpoints.CheckpointError(f"run {path} has no network {name!r}; it has {known}")
+        raise checkpoints.CheckpointError(
+            f"run {path} has no network {name!r}; it has {known}: name the one that is meant with `of`"
+        )
     params = checkpoints.restore_params(folder, step, like, network=name)
     return network.model or built.model, network, params
 
@@ -173,7 +175,7 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
       ValueError: when there is no model, or an option that a run decides by itself.
     """
     path = at_hand(path)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if is_run(path):
         if dtype is not None or chat:
             raise ValueError(
                 f"{path} is a run, whose config says its dtypes and prompts; leave out "

@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 from jaxrl_llm import data, selection
 from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig, TrainingConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
+from jaxrl_llm.data.scripts import token_scripts
 from jaxrl_llm.experience import KeyUse, Method
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import weights
@@ -204,6 +205,8 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
             views=views,
             columns=columns(config),
             sources=tuple(config.data.sources or config.data.templates),
+            diagnostics=config.reporting.diagnostics,
+            scripts=token_scripts(tokenizer.token_bytes()) if like is None else like.step.composition.resources.scripts,
             placement=Placement(
                 mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
             ),

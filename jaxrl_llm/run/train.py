@@ -194,7 +194,8 @@ def _train(
         opened = (config, ready, directory, manager, console, meta, watch, data, sets)
         run = Run(*opened, mark=started, interruption=interruption, report=report, local=local, **shared)
         run.lifetime = Lifetime(directory, started)
-        for line in left_out(data, prompts, config.rollout.max_prompt_tokens):
+        files = {stage.name: feed.dropped for stage in stages for feed in stage.parts.feeds if feed.dropped}
+        for line in left_out(data, prompts, config.rollout.max_prompt_tokens, files):
             _saying(console)(line)
         with attended(interruption):
             summary = _run(run, stages, prompts, rows, newest, grade)
@@ -371,7 +372,8 @@ def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callabl
             write = None
             if split == "test" and hosts.is_main():  # before and after, for the report and `jaxrl compare`
                 write = fresh_records(run.config.directory / "evaluations" / what.rpartition(" ")[2])
-            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE), write)
+            heard = run.interruption.hearing(write, during=what == "evaluation during")
+            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE), heard)
 
     return measure
 

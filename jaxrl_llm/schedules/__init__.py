@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.schedules.annealing import annealed_share, two_phase_decay
+from jaxrl_llm.schedules.bilevel import implicit_gradient
 from jaxrl_llm.schedules.controllers import adaptive_kl, entropy_gated_kl
 from jaxrl_llm.schedules.learning_rates import linear_decay, stable_then_decay
 from jaxrl_llm.schedules.mixing import adaptive_mixing, gradient_alignment, mixing_weight
@@ -21,6 +22,7 @@ __all__ = [
     "annealed_share",
     "entropy_gated_kl",
     "gradient_alignment",
+    "implicit_gradient",
     "influence_weights",
     "linear_decay",
     "mixing_weight",

@@ -143,14 +143,17 @@ def _check_names(c: Composition) -> None:
 
 
 def _check_writer(c: Composition, view: View) -> None:
-    """Raises ValueError for a view that its network cannot write."""
-    where = f"views.{view.name}.written_by is {view.written_by!r}"
-    if view.written_by not in (POLICY, *c.networks):
-        raise ValueError(f"{where}; {nearest(str(view.written_by), [POLICY, *c.resources.networks])}")
-    if view.written_by in c.networks and c.networks[view.written_by].head is not None:
-        raise ValueError(f"{where}, which has a head in the place of a vocabulary; name a network that writes tokens")
-    if c.rollout is None:
-        raise ValueError(f"{where}, but nothing is sampled in this step; a view is written beside a rollout")
+    """Raises ValueError for a view that its networks cannot write."""
+    for key, name in (("written_by", view.written_by), ("mixed_with", view.mixed_with)):
+        where = f"views.{view.name}.{key} is {name!r}"
+        if name is not None and name not in (POLICY, *c.networks):
+            raise ValueError(f"{where}; {nearest(str(name), [POLICY, *c.resources.networks])}")
+        if name in c.networks and c.networks[name].head is not None:
+            raise ValueError(
+                f"{where}, which has a head in the place of a vocabulary; name a network that writes tokens"
+            )
+        if name is not None and c.rollout is None:
+            raise ValueError(f"{where}, but nothing is sampled in this step; a view is written beside a rollout")
 
 
 def _require_names(function: Any, what: str, available: frozenset[str], scored: frozenset[str] = frozenset()) -> None:

@@ -34,6 +34,8 @@ class Resources:
       views: functions that make another sequence of a row, by name; a `View` says more of how one is called.
       columns: of the data, beside what the table names: readings may name them.
       sources: names of the sources of a mixture of data, for metrics of each.
+      diagnostics: each step also measures what its rewards say of each other, and degenerate completions.
+      scripts: of each token of the vocabulary (`data.token_scripts`), for the share of completions in a foreign one.
       placement: devices.
     """
 
@@ -44,6 +46,8 @@ class Resources:
     views: Mapping[str, View | Callable[..., Any]] = field(default_factory=dict)
     columns: frozenset[str] = frozenset()
     sources: tuple[str, ...] = ()
+    diagnostics: bool = False
+    scripts: Any = None
     placement: Placement = field(default_factory=Placement)
 
 
@@ -150,7 +154,7 @@ class Composition:
     def networks(self) -> dict[str, Network]:
         """Networks beside the policy that something names, each after the one that it is made from."""
         given = self.resources
-        writers = {view.written_by for view in self.views.values() if view.written_by}
+        writers = {name for view in self.views.values() for name in view.writers}
         return networks_named(self.named, given.networks, self.views, given.critic, writers)
 
     @cached_property
@@ -226,7 +230,7 @@ class Composition:
         r = self.rollout
         if r is None or r.engine is not None:
             return False
-        exact = "one_temperature" not in self.plan.lacks
+        exact = not self.plan.lacks & {"one_temperature", "own_prompt"}
         exact &= getattr(self.model.config, "cache_dtype", "compute") == "compute"
         told = any("behaviour_logprobs" in names(t.function) for t in (*self.credit, *self.losses))
         return exact and not (r.off_policy_steps and told)

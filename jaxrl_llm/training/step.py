@@ -122,9 +122,16 @@ class TrainStep:
         items: Sequence[Mapping[str, Any]] | None = None,
         written: Experience | None = None,
         call: Any = None,
+        stop: Callable[[], None] | None = None,
     ) -> tuple[TrainState, dict[str, Any], Experience]:
-        """The same with the rows of the step; `call`, from `opened(environment)`, keeps an environment open."""
+        """The same with the rows of the step.
+
+        `call`, from `opened(environment)`, keeps an environment open. `stop` is called before each program and each
+        call of the host; what it raises leaves the given state as it was.
+        """
         context = self._context(items, call)
+        if stop is not None:
+            context.stop = stop
         state, metrics, rows = run(self.segments, state, given_work(prompts, written), context)
         return state, metrics | context.numbers, rows
 

@@ -179,7 +179,9 @@ def alone(tmp_path_factory) -> dict:
     return json.loads((directory / "out").read_text())
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+# The fast form: steps of two processes in test_several.py, and threads in test_start.py and test_peers.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_the_numbers_do_not_depend_on_the_number_of_processes(alone, tmp_path, count):
     with processes(tmp_path, commands(tmp_path, count, 4 // count, "numbers")) as started:
         results = ended(started, tmp_path)
@@ -192,6 +194,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(alone, tmp_path, c
     assert several["mean"] == pytest.approx(alone["mean"], rel=1e-6)  # a sum in another order
 
 
+@pytest.mark.slow
 def test_processes_that_slurm_started(alone, tmp_path):
     port = str(free_port())
     job = {
@@ -208,7 +211,8 @@ def test_processes_that_slurm_started(alone, tmp_path):
     assert json.loads((tmp_path / "out").read_text())["rewards"] == alone["rewards"]
 
 
-@pytest.mark.parametrize("asked", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
 def test_sigterm_to_one_stops_all_at_one_step(tmp_path, asked):
     with processes(tmp_path, commands(tmp_path, 2, 1, "loop")) as started:
         until_looping(started, tmp_path)
@@ -233,7 +237,8 @@ def test_a_process_that_is_killed_ends_the_other_with_a_message(tmp_path, victim
     ), (status, log)
 
 
-@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails_ends_the_other_with_its_status_and_reason(tmp_path, failing):
     with processes(tmp_path, commands(tmp_path, 2, 1, f"{failing} fails")) as started:
         results = ended(started, tmp_path, 60)
@@ -243,6 +248,7 @@ def test_a_process_that_fails_ends_the_other_with_its_status_and_reason(tmp_path
     assert "ended with status 1: reward is nan at step 10" in log
 
 
+@pytest.mark.slow
 def test_the_command_refuses_processes_with_different_configs(tmp_path, micro_yaml):
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--start-timeout", "60"]
     train = [sys.executable, "-m", "jaxrl_llm.cli", "train", str(micro_yaml), f"run_dir={tmp_path}/run"]

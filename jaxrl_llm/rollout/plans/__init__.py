@@ -14,6 +14,7 @@ from jaxrl_llm.rollout.plans.plan import Plan, Request, plain
 from jaxrl_llm.rollout.plans.refilled_groups import refill
 from jaxrl_llm.rollout.plans.resumed_completions import from_the_start, highest_entropy, last_share, resume
 from jaxrl_llm.rollout.plans.rollout_budget import budget
+from jaxrl_llm.rollout.plans.scaffolds import scaffolded
 from jaxrl_llm.rollout.plans.voted_samples import voted
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "prefixes",
     "refill",
     "resume",
+    "scaffolded",
     "voted",
 ]
