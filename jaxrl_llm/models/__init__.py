@@ -41,8 +41,8 @@ from jaxrl_llm.models.logprobs import (
 from jaxrl_llm.models.merging import averaged, dropped_and_rescaled, elected, spherical, task_arithmetic
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, abstract, initialise, logical_axes, parameter_count
-from jaxrl_llm.models.reward_models import load_reward_model, save_reward_model
 from jaxrl_llm.models.rotary import RopeScaling
+from jaxrl_llm.models.sequence_classifiers import load_reward_model, save_reward_model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.weights import load_config, load_model, load_params
 

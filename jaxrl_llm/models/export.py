@@ -23,7 +23,8 @@ from jaxrl_llm.models.checkpoint_files import INDEX, SINGLE, StoredTensor, read_
 from jaxrl_llm.models.families import as_reward_model, config_to_json, is_vision_language, text_part
 from jaxrl_llm.models.int4 import QuantisedInGroups
 from jaxrl_llm.models.int8 import Quantised
-from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
+from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves
+from jaxrl_llm.models.text_tensors import text_names
 from jaxrl_llm.models.transformer_config import Precision, TransformerConfig
 
 SCORE = "score.weight"  # of a reward model

@@ -20,7 +20,8 @@ from jaxrl_llm.models.families import config_from_json, is_reward_model, is_visi
 from jaxrl_llm.models.imported import is_imported, read_imported
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.packed import packing_of, unpacked, with_experts_apart, without_empty_biases
-from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
+from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves
+from jaxrl_llm.models.text_tensors import text_names
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -53,7 +54,7 @@ def load_config(directory: str | Path, *, scores: bool = False, **execution: Any
 
     Args:
       directory: that holds config.json.
-      scores: it is a reward model, whose backbone is described (see reward_models.py).
+      scores: it is a reward model, whose backbone is described (see sequence_classifiers.py).
       execution: as for `config_from_json`.
 
     Raises:

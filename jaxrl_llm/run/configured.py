@@ -21,7 +21,7 @@ from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer, load_tokenizer
 from jaxrl_llm.endpoints import Endpoint
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.hub import model_directory
-from jaxrl_llm.models import reward_models, weights
+from jaxrl_llm.models import sequence_classifiers, weights
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
@@ -122,7 +122,7 @@ def configured_networks(
         elif section.path is not None:
             directory = model_directory(section.path)
             execution = {"parameter_dtype": section.parameter_dtype, "compute_dtype": section.compute_dtype}
-            scores = reward_models.holds_reward_model(directory)
+            scores = sequence_classifiers.holds_reward_model(directory)
             described = weights.load_config(directory, scores=scores, context_tokens=context_tokens, **execution)
             model, paths[name] = transformer(described), directory
             if scores and head not in (None, HeadConfig()):
@@ -230,7 +230,7 @@ def given_networks(
 
             params = restored_network(directory, sections[name].of or name)[2]
         elif network.head is not None:
-            params = reward_models.load_reward_params(directory, network.model.config)
+            params = sequence_classifiers.load_reward_params(directory, network.model.config)
         else:
             params = weights.load_params(directory, network.model.config)
         found[name] = jax.tree.map(jax.numpy.asarray, params)
