@@ -38,7 +38,15 @@ from jaxrl_llm.models.logprobs import (
     scaled_log_softmax,
     token_statistics,
 )
-from jaxrl_llm.models.merging import averaged, dropped_and_rescaled, elected, spherical, task_arithmetic
+from jaxrl_llm.models.merging import (
+    averaged,
+    balanced_initialisation,
+    dropped_and_rescaled,
+    elected,
+    selected,
+    spherical,
+    task_arithmetic,
+)
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, abstract, initialise, logical_axes, parameter_count
 from jaxrl_llm.models.rotary import RopeScaling
@@ -68,6 +76,7 @@ __all__ = [
     "attention_in_use",
     "attention_path",
     "averaged",
+    "balanced_initialisation",
     "check_model",
     "config_from_json",
     "config_to_json",
@@ -102,6 +111,7 @@ __all__ = [
     "save_model",
     "save_reward_model",
     "scaled_log_softmax",
+    "selected",
     "sequence_reward",
     "spherical",
     "task_arithmetic",

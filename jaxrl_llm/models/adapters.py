@@ -188,6 +188,37 @@ def _with_adapters(tree: PyTree, adapters: Mapping[str, Any], scale: float, stor
     return tree | stacks
 
 
+def stored_in_int8(params: PyTree, *, stored: Callable = quantised) -> PyTree:
+    """Parameters whose matrices of blocks are in int8; tables and norms stay as they are.
+
+    Args:
+      params: stacked blocks, as `transformer_specs` describes; or its specs.
+      stored: (matrix, inputs, stacked) -> what stands for it: `quantised`, or `quantised_spec` for specs.
+    """
+
+    def node(stack: Mapping[str, Any], name: str, leaf: Any) -> Any:
+        if name not in TARGETS or isinstance(leaf, LowRank | Quantised):
+            return leaf
+        return stored(leaf, inputs=TARGETS[name], stacked=_stacked(stack, name))
+
+    stacks = {name: params[name] for name in STACKS if name in params}
+    return params | {
+        at: {name: node(stack, name, leaf) for name, leaf in stack.items()} for at, stack in stacks.items()
+    }
+
+
+def in_int8(model: Model) -> Model:
+    """The same model with its matrices in int8 (`stored_in_int8`), for a network that does not learn.
+
+    Raises:
+      ValueError: for a model whose parameters have no stacked blocks.
+    """
+    if not isinstance(model.specs, Mapping) or not isinstance(model.specs.get("blocks"), Mapping):
+        raise ValueError("int8 is set, but the parameters of this model have no stacked blocks; leave it out")
+    specs = stored_in_int8(model.specs, stored=quantised_spec)
+    return model._replace(init=lambda key: stored_in_int8(model.init(key)), specs=specs)
+
+
 def split(params: PyTree) -> tuple[dict[str, Any], PyTree]:
     """(adapters alone, all the rest): what learns, as a tree of {"down", "up"} where the matrices were, and what does
     not, with nodes whose adapter is None. No array is copied."""

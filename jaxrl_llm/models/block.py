@@ -43,6 +43,7 @@ class Shared(NamedTuple):
       used: tokens written into the cache before this call.
       kind: the attention path.
       per_layer: embeddings of a layer, or of all with a leading axis; None without.
+      segments: of packed rows, the sequence that each token belongs to, [B, T]; None where a row is one sequence.
     """
 
     config: TransformerConfig
@@ -54,6 +55,7 @@ class Shared(NamedTuple):
     used: Int[Array, ""]
     kind: AttentionKind
     per_layer: Float[Array, "... B T P"] | None = None
+    segments: Int[Array, "B T"] | None = None
 
     def of_layer(self, stack: str, layer: Array | int) -> Shared:
         """What one block reads."""
@@ -173,7 +175,8 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
         new = new if latent is None else latent_values(new, latent.rank)
         own = KeyValues(new.keys, new.values, shared.seen)
         sinks = params["sinks"] if config.attention_sinks else None
-        attended = attend(queries, own, shared.positions, context, **scores, sinks=sinks, kind=shared.kind)
+        scores |= {"sinks": sinks, "kind": shared.kind, "segments": shared.segments}
+        attended = attend(queries, own, shared.positions, context, **scores)
     attended = attended if latent is None else latent_mixed(params, attended, latent)
     attended = attended if gates is None else attended * jax.nn.sigmoid(gates)
     added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
@@ -188,7 +191,8 @@ def _delta(params, shared: Shared, x, cached):
     assert config.delta is not None
     stored, index, _ = (None, None, ()) if cached is None else cached
     before = None if stored is None else of_layer(stored, index)
-    added, after = delta_mixed(params, x, shared.positions, before, config.delta, epsilon=config.norm_epsilon)
+    given = params, x, shared.positions, before, config.delta
+    added, after = delta_mixed(*given, epsilon=config.norm_epsilon, segments=shared.segments)
     return added, None if stored is None else stored_at(stored, index, after)
 
 

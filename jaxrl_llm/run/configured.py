@@ -22,6 +22,7 @@ from jaxrl_llm.endpoints import Endpoint
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.hub import model_directory
 from jaxrl_llm.models import sequence_classifiers, weights
+from jaxrl_llm.models.adapters import in_int8, stored_in_int8
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
@@ -137,6 +138,9 @@ def configured_networks(
                     "a stage or a run and name that"
                 )
             head = HeadConfig() if scores else None
+        if section.int8:
+            assert model is not None  # it has a path
+            model = in_int8(model)
         learns = section.learns if section.learns is not None else head is not None and section.path is None
         made[name] = Network(
             origin=GIVEN if section.path is not None else section.origin,
@@ -233,7 +237,11 @@ def given_networks(
             params = sequence_classifiers.load_reward_params(directory, network.model.config)
         else:
             params = weights.load_params(directory, network.model.config)
-        found[name] = jax.tree.map(jax.numpy.asarray, params)
+        params = jax.tree.map(jax.numpy.asarray, params)
+        if sections[name].int8:
+            backbone = stored_in_int8(params if network.head is None else params["backbone"])
+            params = backbone if network.head is None else {**params, "backbone": backbone}
+        found[name] = params
     return found
 
 

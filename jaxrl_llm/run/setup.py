@@ -15,8 +15,9 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data, selection
-from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig, TrainingConfig
+from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
+from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.scripts import token_scripts
 from jaxrl_llm.experience import KeyUse, Method
 from jaxrl_llm.hub import model_directory
@@ -50,6 +51,8 @@ from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update,
 from jaxrl_llm.training.segments import parameter_shardings
 
 _MOST_PARAMETERS = 10**14
+# Numbers of bins for packed rows, as shares of the rows, where a config names none.
+_PACKING = (0.25, 0.375, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         rewards=rewards,
         credit=credit,
         losses=losses,
-        update=_update(training),
+        update=_update(config),
         resources=Resources(
             decode=tokenizer.decode,
             encode=tokenizer.encode,
@@ -215,8 +218,17 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     return Parts(config, task, tokenizer, model, directory, step, reason, feeds, paths)
 
 
-def _update(training: TrainingConfig) -> Update:
+def _update(config: Config) -> Update:
+    training = config.training
+    shares, widths = training.packing, training.completion_buckets
+    if (limit := config.rollout.max_completion_tokens) < max((widths if isinstance(widths, tuple) else ()), default=0):
+        raise ValueError(
+            f"training.completion_buckets holds {max(widths)}, but completions have at most "  # type: ignore[arg-type]
+            f"rollout.max_completion_tokens {limit}; take it out, or raise the limit"
+        )
     return Update(
+        packing=_PACKING if shares is True else shares or (),
+        completion_buckets=buckets(limit)[:-1] if widths is True else widths or (),
         epochs_per_batch=training.epochs_per_batch,
         minibatches_per_epoch=training.minibatches_per_epoch,
         sequences_per_microbatch=training.sequences_per_microbatch,
