@@ -39,7 +39,6 @@ REFUSED_MODELS: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}, "blocks without experts between others; first ones may be so"),
     ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}, "likewise"),
     ("DeepseekV3ForCausalLM", {"attention_bias": True}, "latent attention has no biases here"),
-    ("Gemma4ForCausalLM", {"enable_moe_block": True}, "experts beside the MLP"),
     ("GptOssForCausalLM", {"swiglu_alpha": 1.0}, "one gain of the clamped SwiGLU"),
 ]
 BEGIN, END = "<!-- capabilities: written by docs/build.py -->", "<!-- end of capabilities -->"

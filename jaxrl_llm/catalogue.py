@@ -28,7 +28,12 @@ _SECTION_NEEDS = {
     ("views",): "views",
     ("data", "selection"): "choice of prompts",
 }
-_SOURCE_NEEDS = {"replay": "replay", "solved_answers": "stored answers", "demonstrations": "demonstrations"}
+_SOURCE_NEEDS = {
+    "replay": "replay",
+    "solved_answers": "stored answers",
+    "demonstrations": "demonstrations",
+    "hardest": "demonstrations",
+}
 _PLAN_NEEDS = {
     "demonstration_in_group": "demonstrations",
     "mixed_temperature": "extra samples",

@@ -166,6 +166,19 @@ METHODS = {
     "Step models": ("process_reward_model", "spa_rl"),
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
+    "GKD": ("gkd",),
+    "Knowledge distillation": ("logit_distillation",),
+    "DistiLLM": ("distillm",),
+    "MiniLLM": ("minillm",),
+    "Sequence-level distillation": ("sequence_distillation",),
+    "Several teachers": ("several_teachers",),
+    "Self-distillation": ("self_distillation",),
+    "ReFT": ("reft",),
+    "ReLIFT": ("relift",),
+    "Supervised beside": ("supervised_beside", "srft"),
+    "Self-training": ("raft", "rest", "b_star"),
+    "Continual": ("continual",),
+    "DLER, difficulty-aware": ("difficulty_aware_dler",),
     "Judges": ("llm_judge", "tp_grpo", "sotopia"),
     "Detectors": ("t2i_hacking",),
     "Embeddings": ("vlm_rm",),
@@ -173,7 +186,8 @@ METHODS = {
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
 WITHOUT_ARXIV |= {"t2i_hacking"}
-WITHOUT_ARXIV |= {"r3l", "annealed_hints", "competence", "learnability", "power_law_replay"}
+WITHOUT_ARXIV |= {"r3l"}
+WITHOUT_ARXIV |= {"supervised_beside", "annealed_hints", "competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",
     "policy loss",
@@ -182,7 +196,9 @@ STAGES = {
     "baseline",
     "curriculum",
     "distillation",
+    "hybrid",
     "sampling",
+    "self-training",
     "multi-turn",
     "preference loss",
     "prompt",
@@ -212,7 +228,18 @@ JUDGED: dict[str, Any] = {
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
     "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other, "helpfulness": other},
+    "distributions": lambda one, other: likely(str(one + other)),
 }
+
+
+def likely(text: str) -> dict[str, Any]:
+    """A completion whose tokens a teacher is nearly sure of."""
+    ids = CharacterTokenizer().completion_ids({"body": "", "item_id": 0}, text)
+    return {
+        "completion": text,
+        "top_tokens": [[i, (i + 1) % 9] for i in ids],
+        "top_logprobs": [[-0.1, -3.0]] * len(ids),
+    }
 
 
 def judged_file(kind: str, directory: str) -> str:
@@ -272,9 +299,13 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         for name, hyper in source.items() if isinstance(source, dict) else ():
             if "sequences_per_step" in hyper:
                 hyper["sequences_per_step"] = samples * cuts
+            if name == "hardest":
+                hyper["sequences_per_pass"] = samples * cuts
             if name == "solved_answers":  # the micro policy solves few prompts reliably
                 hyper |= {"attempts": 1, "min_correct": 1}
-            if name in JUDGED:
+            if name == "distributions":
+                hyper |= {"sequences_per_step": samples * cuts, "file": judged_file(name, data_directory)}
+            elif name in JUDGED:
                 hyper |= {"groups_per_step": samples * cuts, "file": judged_file(name, data_directory)}
     for network in tree.get("networks", {}).values():
         if "path" in network:
@@ -485,7 +516,8 @@ def a_stage_is_traced(built: Parts) -> None:
             assert rows[filled].shape[0] == count
     # A loss names what the policy that learns says, or what the rows know.
     known = set(rows.known()) | {"logprobs", "entropy", "values", "over_vocabulary", *c.learning}
-    beside = c.written.provides | {"written_mask"} if c.written else set()
+    beside = (c.written.provides if c.written else set()) | ({"written_mask"} if c.written or c.hardest else set())
+    beside |= {f"{name}_over_vocabulary" for name in c.networks}
     for term in c.losses:
         wanted = set(signature(term.function).required) - known - beside
         assert all(c.score(one) or compared_with(one) or one.startswith("router") for one in wanted), wanted

@@ -32,6 +32,7 @@ from jaxrl_llm.rewards.intrinsic.novelty import (
     ngram_counts,
 )
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
+from jaxrl_llm.rewards.intrinsic.privileged import answer_in_prompt, own_prompt
 from jaxrl_llm.rewards.intrinsic.thoughts import (
     answer_after_thought,
     answer_without_thought,
@@ -103,6 +104,7 @@ from jaxrl_llm.rewards.shaping.correct_length import (
     shortest_right_bonus,
     target_length,
 )
+from jaxrl_llm.rewards.shaping.difficulty import difficulty_truncation
 from jaxrl_llm.rewards.shaping.length_limit import shrinking_budget_length, soft_overlong, truncation_zero
 from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
 from jaxrl_llm.rewards.shaping.parallel_paths import accelerated, longest_path, with_threads
@@ -153,6 +155,7 @@ __all__ = [
     "answer_format",
     "answer_frequency",
     "answer_ids",
+    "answer_in_prompt",
     "answer_likelihood",
     "answer_order_share",
     "answer_position_share",
@@ -180,6 +183,7 @@ __all__ = [
     "countdown",
     "coverage_gains",
     "critique_reward",
+    "difficulty_truncation",
     "dominated_volume",
     "duration_weights",
     "elliptical_bonus",
@@ -221,6 +225,7 @@ __all__ = [
     "normalized_turn_rewards",
     "number_match",
     "outcome_gated_sum",
+    "own_prompt",
     "paired_answer_ids",
     "paired_majority_match",
     "parsed_number",
