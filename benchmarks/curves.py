@@ -46,6 +46,7 @@ WARM = {"steps": 600, "sequences_per_step": 64, "learning_rate": 3e-3, "warmup_s
 # has to cut some of these), and where the warm start ends.
 SMALL: dict[str, dict[str, Any]] = {
     "addition": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.42},
+    "calculator": {"task": {"levels": [1, 2]}, "prompt": 15, "stop": 0.4},
     "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 14, "completion": {44: 32, 30: 24}, "stop": 0.5},
     "countdown": {"task": {"levels": [3]}, "prompt": 16, "stop": 0.25},
     "grid": {"task": {"levels": [1, 2, 3]}, "prompt": 30, "stop": 0.4},

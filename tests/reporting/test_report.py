@@ -22,7 +22,7 @@ from jaxrl_llm.reporting.machine_report import memory_in_use
 from jaxrl_llm.reporting.metric_alarms import alarms
 from jaxrl_llm.reporting.metric_table import described, panels
 from jaxrl_llm.reporting.report import different_settings, rendered, write_report
-from jaxrl_llm.reporting.reported_run import headline, headlines, read_run, series
+from jaxrl_llm.reporting.reported_run import ReportedRun, headline, headlines, kl_curves, read_run, series
 
 NASTY = "</script><script>document.title='taken'</script><!-- <img src=x onerror=\"document.title='taken'\">"
 
@@ -90,6 +90,15 @@ def test_every_metric_has_its_panel_and_none_is_drawn_twice(run):
     assert by_title["Reward"] == ("reward",)
     assert by_title["my_own_number"] == ("my_own_number",)
     assert "Throughput" not in by_title
+
+
+def test_the_reward_is_drawn_against_the_divergence():
+    kl = [{"kl_reference_per_token": 0.1 * step} if step else {} for step in range(3)]
+    lines = [one | {"step": step, "reward": step, "correct_share": 1 - step} for step, one in enumerate(kl)]
+    found = kl_curves(ReportedRun("one", Path(), {}, lines, [], {}))
+    assert [curve["name"] for curve in found] == ["one, reward", "one, correct_share"]
+    assert found[1] == {"name": "one, correct_share", "kl": [0.1, 0.2], "value": [0, -1]}
+    assert kl_curves(ReportedRun("one", Path(), {}, lines[:2], [], {})) == []
 
 
 @pytest.mark.parametrize(
