@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxrl_llm.config.errors import FREE, PLACEMENT
-from jaxrl_llm.models.adapters import LoraConfig
+from jaxrl_llm.models.adapters import Bits, LoraConfig
 from jaxrl_llm.models.transformer_config import Precision, Rematerialisation
 from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Share, ShareBelowOne, require_ranges
 from jaxrl_llm.rollout.controls import Controls
@@ -288,6 +288,18 @@ class AdapterConfig(LoraConfig):
 
     Attributes:
       int8: the matrices under the adapters are stored in int8.
+      int4: they are stored in four bits, with a scale for every 64 inputs.
     """
 
     int8: bool = False
+    int4: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.int8 and self.int4:
+            raise ValueError("lora.int8 and lora.int4 are both true; choose one")
+
+    @property
+    def bits(self) -> Bits:
+        """Of the matrices under the adapters; 0 leaves them as they are."""
+        return 8 if self.int8 else 4 if self.int4 else 0

@@ -50,6 +50,7 @@ from jaxrl_llm.models.merging import (
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, abstract, initialise, logical_axes, parameter_count
 from jaxrl_llm.models.rotary import RopeScaling
+from jaxrl_llm.models.sequence_classifiers import load_reward_model, save_reward_model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.weights import load_config, load_model, load_params
 
@@ -96,6 +97,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_params",
+    "load_reward_model",
     "logical_axes",
     "lora",
     "merged",
@@ -107,6 +109,7 @@ __all__ = [
     "save_adapters",
     "save_imported",
     "save_model",
+    "save_reward_model",
     "scaled_log_softmax",
     "selected",
     "sequence_reward",

@@ -231,15 +231,22 @@ def _mlp(params, config: TransformerConfig, x, choices):
     else:
         experts, dtype = config.experts, x.dtype
         assert experts is not None
-        biases = {"bias": params.get("router_bias"), "selection_bias": params.get("selection_bias")}
+        asked, served = normed, normed
+        if experts.own_norms:
+            asked = rms_norm(x, params["router_gain"] * config.width**-0.5, config.norm_epsilon)
+            served = norm(x, params["experts_norm"])
+        given = {"bias": "router_bias", "selection_bias": "selection_bias", "factor": "expert_factor"}
         router = params["router"] if experts.scores == "sigmoid" else params["router"].astype(dtype)
-        routing = route(normed, router, experts, choices, **biases)
+        routing = route(asked, router, experts, choices, **{name: params.get(leaf) for name, leaf in given.items()})
         names = ["gate_up", "down"] + ["gate_up_bias", "down_bias"] * config.mlp_bias
         matrices = {name: plain_matrix(params[name], dtype) for name in names}
-        added = expert_mlp(normed, routing, gated=gated, ragged=experts.ragged, **matrices)
+        added = expert_mlp(served, routing, gated=gated, ragged=experts.ragged, **matrices)
+        if experts.own_norms:
+            added = norm(added, params["experts_post_norm"])
         if experts.shared_width is not None:
             shared = _dense_mlp(params, "shared_", normed, gated)
             gate = jax.nn.sigmoid(project(normed, params["shared_gate"])) if experts.shared_gate else None
+            shared = norm(shared, params["shared_post_norm"]) if experts.own_norms else shared
             added = added + (shared if gate is None else gate * shared)
         observed = {"router_choices": routing.choices, "router_probabilities": routing.probabilities}
     return norm(added, params["mlp_post_norm"]) if config.post_norms else added, observed

@@ -39,6 +39,7 @@ from jaxrl_llm.run.configured import (
     external_engine,
     given_networks,
     head_optimizer,
+    require_tokens_of_policy,
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
@@ -111,7 +112,7 @@ class Parts:
             return weights.load_params(self.directory, self.model.config, sharding=lies, strict=strict)
         base = None if c.mesh is None else parameter_shardings(transformer(self.model.config), c.mesh, c.rules)
         params = weights.load_params(self.directory, self.model.config, sharding=base, strict=strict)
-        adapted = add_adapters(params, adapters, key, quantise=adapters.int8)
+        adapted = add_adapters(params, adapters, key, bits=adapters.bits)
         return adapted if lies is None else jax.device_put(adapted, lies)
 
     def given(self) -> dict[str, PyTree]:
@@ -143,7 +144,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     if like is None:
         directory, tokenizer, model = described_policy(config, planned=target is not None)
         if config.lora is not None:
-            model = lora(model, config.lora, quantise=config.lora.int8)
+            model = lora(model, config.lora, bits=config.lora.bits)
     else:
         directory, tokenizer, model = like.directory, like.tokenizer, like.model
     training, rollout = config.training, config.rollout
@@ -190,6 +191,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     networks, paths = configured_networks(
         config.networks, b1, b2, snapshot=snapshot, context_tokens=_context_tokens(config)
     )
+    require_tokens_of_policy(paths, tokenizer)
     step = make_train_step(
         model,
         skipping_non_finite(optimizer(config.training, seed=config.seed)),

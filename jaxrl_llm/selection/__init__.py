@@ -13,7 +13,7 @@ from jaxrl_llm.selection.bandits import bandit
 from jaxrl_llm.selection.best_samples import balance_score, best_setting, kept_samples
 from jaxrl_llm.selection.curricula import competence, easy_to_hard, growing_difficulty, has_plateaued, stage_slots
 from jaxrl_llm.selection.domains import deficit_shares, domain_aware, share_counts
-from jaxrl_llm.selection.fresh_pairs import acceptance_probability, best_and_worst, rejection_sampled
+from jaxrl_llm.selection.fresh_pairs import acceptance_probability, best_and_worst, guided_pairs, rejection_sampled
 from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantages
 from jaxrl_llm.selection.informative_prompts import by_pass_rate, informativeness, kept_by_two_maps, most_variable
 from jaxrl_llm.selection.knapsack import knapsack_rollouts, mixed_probability, rollout_value, rollouts_for_signal
@@ -57,6 +57,7 @@ __all__ = [
     "extreme_samples",
     "finished_prompts",
     "growing_difficulty",
+    "guided_pairs",
     "has_plateaued",
     "informativeness",
     "kept_by_two_maps",

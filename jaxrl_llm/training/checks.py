@@ -214,6 +214,9 @@ def _check_capabilities(c: Composition) -> None:
             require(repr(name), frozenset({"whole_vocabulary"}), "rollout.truncation", frozenset())
     for name in joined:
         require(name, frozenset({"equal_groups"}), "rollout.plan", rows)
+    reading = [f"reading {term.name!r}" for term in (*c.rewards, *c.credit, *c.views.values()) if term.on_host]
+    for name in [*reading, *(["data.selection"] if r.selection is not None else [])]:
+        require(name, frozenset({"prompts_of_step"}), "rollout.plan", rows)
     whole = [term.name for term in c.losses if "group" in names(term.function)]
     if whole and (c.update.minibatches_per_epoch > 1 or c.update.sequences_per_microbatch is not None):
         require(
