@@ -178,6 +178,7 @@ METHODS = {
     "Supervised beside": ("supervised_beside", "srft"),
     "Self-training": ("raft", "rest", "b_star"),
     "Continual": ("continual",),
+    "Priming": ("priming",),
     "DLER, difficulty-aware": ("difficulty_aware_dler",),
     "Judges": ("llm_judge", "tp_grpo", "sotopia"),
     "Detectors": ("t2i_hacking",),
