@@ -296,6 +296,16 @@ def plotted(figures: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         plt.close(figure)
 
 
+def table_of(seeds: dict[str, dict[str, Any]]) -> Table:
+    """What each seed came to: of a curve its last value."""
+    names = [key for key in next(iter(seeds.values())) if key != "every"]
+    table = Table("seed", *names)
+    for seed, one in seeds.items():
+        told = [one[key][-1] if isinstance(one[key], list) else one[key] for key in names]
+        table.add_row(seed, *[f"{value:.3g}" if isinstance(value, float) else str(value) for value in told])
+    return table
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Parse the command line, run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -320,13 +330,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(kept, indent=1) + "\n")
-        table = Table(
-            "seed", *[key for key, value in of["0" if "0" in of else next(iter(of))].items() if key != "every"]
-        )
-        for seed, one in of.items():
-            told = [value[-1] if isinstance(value, list) else value for key, value in one.items() if key != "every"]
-            table.add_row(seed, *[f"{v:.3g}" if isinstance(v, float) else str(v) for v in told])
-        console.print(table)
+        if of:
+            console.print(table_of(of))
     if options.plot:
         plotted({name: [*of.values()] for name, of in kept.items() if of}, options.plot)
     return kept
