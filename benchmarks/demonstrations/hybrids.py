@@ -141,10 +141,10 @@ def first_at(curve_of: Sequence[float], goal: float, every: int) -> int | None:
 # ---- a teacher of four layers, a student of two ----------------------------------------------------------------------
 
 
-def distillation(seed: int, *, steps: int = 120, goal: float = 0.8) -> dict[str, Any]:
+def distillation(seed: int, *, steps: int = 120, goal: float = 0.5) -> dict[str, Any]:
     """Accuracy of a student by step: distilled on its own samples, and taught by samples of the same teacher."""
     every, sums = 10, Problems("addition", [2], (9, 25), seed=seed)
-    large, small = model_of(4, 64), model_of(2, 32)
+    large, small = model_of(4, 64), model_of(2, 48)
     teach = supervised(large, 2e-3)
     of_teacher, of_student = sums.accuracy(large), sums.accuracy(small)
     teacher = until(teach, teach.init(jax.random.key(seed)), sums.demonstrations(), of_teacher, 0.97, 700, 50).params
@@ -163,7 +163,7 @@ def distillation(seed: int, *, steps: int = 120, goal: float = 0.8) -> dict[str,
         same = (r.prompt_tokens, r.prompt_length, r.prompt_id, r.tokens, r.length)
         return {"written": written_rows(*same, answer_width=1, alone=True)}
 
-    by_texts = supervised(small, 1e-3)
+    by_texts = supervised(small, 3e-3)
     found["supervised on the teacher's texts"] = curve(
         by_texts, by_texts.init(jax.random.key(0), start), lesson, of_student, steps, every
     )
@@ -173,7 +173,7 @@ def distillation(seed: int, *, steps: int = 120, goal: float = 0.8) -> dict[str,
         )
         step = make_train_step(
             small,
-            adam(1e-3),
+            adam(3e-3),
             source=Rollout(1, max_completion_tokens=sums.completion, **SAMPLING),
             rewards=[rewards.exact_answer],
             losses=[compared],
@@ -235,8 +235,8 @@ def relift(seed: int, *, steps: int = 80) -> dict[str, Any]:
 def forgetting(seed: int, *, steps: int = 80, goal: float = 0.8) -> dict[str, Any]:
     """Accuracy on chains and on sums, while sums alone are learned, after both were."""
     every, width = 5, (14, 32)
-    old = Problems("chain", [2], width, seed=seed, direct_share=0.0)
-    new, model = Problems("addition", [2], width, seed=seed), model_of(2, 64)
+    old = Problems("chain", [2], width, seed=seed, count=2000, direct_share=0.0)
+    new, model = Problems("addition", [2], width, seed=seed, count=2000), model_of(2, 64)
     of_old, of_new = old.accuracy(model), new.accuracy(model)
     first = supervised(model, 2e-3)
     state = until(first, first.init(jax.random.key(seed)), old.demonstrations(), of_old, 0.9, 600, 20)
