@@ -40,6 +40,7 @@ AMONG_THE_FAST = ["dapo", "grpo", "ppo", "score", "top_k_kl"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
 TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo"}
+TRAINED_ELSEWHERE |= {"math_shepherd"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -63,6 +64,7 @@ METHODS = {
     "RiskPO": ("riskpo",),
     "Lp-Reg": ("lp_reg",),
     "MAPO": ("mapo",),
+    "Credit of steps": ("igpo", "lare", "math_shepherd", "salt", "thought_process", "tree_rl", "vine_ppo"),
     "ProGRPO": ("progrpo",),
     "GRPO-lambda": ("grpo_lambda",),
     "DLER": ("dler",),

@@ -261,6 +261,7 @@ PANELS = (
             Metric("prompts_unfinished", "count", OF_STEP, "Prompts that `adaptive` has given up."),
             Metric("voted_reward", "reward", DRAWN, "Mean reward of all samples that have voted (`voted`)."),
             Metric("resumed_tokens", "tokens", "rows of branches", "Tokens taken from earlier completions (`resume`)."),
+            Metric("continued_tokens", "tokens", "completions", "Tokens drawn from behind steps (`continued_steps`)."),
             Metric("extra_temperature", "", OF_STEP, "The second temperature of `mixed_temperature`."),
             Metric("staleness_steps", "steps", ROWS, "Updates since the policy that has sampled."),
             Metric("alignment", "", OF_STEP, "Fall of the validation loss as the supervised share grows (AMFT)."),

@@ -38,6 +38,7 @@ from jaxrl_llm.rewards.intrinsic.thoughts import (
     thought_mask,
 )
 from jaxrl_llm.rewards.intrinsic.trusted_prompts import known_share, trusted_trajectories
+from jaxrl_llm.rewards.intrinsic.turn_answers import answer_after_turns
 from jaxrl_llm.rewards.intrinsic.votes import (
     answer_frequency,
     collective_match,
@@ -47,6 +48,7 @@ from jaxrl_llm.rewards.intrinsic.votes import (
     semantic_entropy,
 )
 from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
+from jaxrl_llm.rewards.judges.judged_steps import judge_steps
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
 from jaxrl_llm.rewards.judges.reward_models import learned_reward
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
@@ -58,6 +60,7 @@ from jaxrl_llm.rewards.process.step_scores import (
     aggregated_steps,
     continuation_labels,
     duration_weights,
+    labels_at_ends,
     milestone_reward,
     progress_attribution,
     step_end_scores,
@@ -72,6 +75,7 @@ from jaxrl_llm.rewards.process.turn_rewards import (
     turn_count,
     turn_end_rewards,
 )
+from jaxrl_llm.rewards.process.turn_tokens import transition_ids, turn_marks
 from jaxrl_llm.rewards.shaping.bounded import (
     clipped_rewards,
     percentile_bounded,
@@ -135,6 +139,7 @@ __all__ = [
     "aggregated_steps",
     "annealed_sum",
     "answer_after_thought",
+    "answer_after_turns",
     "answer_format",
     "answer_frequency",
     "answer_ids",
@@ -176,9 +181,11 @@ __all__ = [
     "item_numbers",
     "judge_rating",
     "judge_rubric",
+    "judge_steps",
     "judge_tournament",
     "known_share",
     "labelled_or_voted",
+    "labels_at_ends",
     "latex_match",
     "learned_reward",
     "length_band_bonus",
@@ -239,11 +246,13 @@ __all__ = [
     "thought_mask",
     "token_mean",
     "tool_calls_match",
+    "transition_ids",
     "truncation_zero",
     "trusted_sum",
     "trusted_trajectories",
     "turn_count",
     "turn_end_rewards",
+    "turn_marks",
     "unbiased_comparison",
     "unit_tests",
     "vector_closeness",

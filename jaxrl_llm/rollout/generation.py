@@ -8,7 +8,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -16,22 +15,8 @@ from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.controls import Controls
 from jaxrl_llm.rollout.decoding import Drawing, Written, begin, cache_stages, decode, feed
+from jaxrl_llm.rollout.prefixes import Prefixes, begin_shared, can_share, own_prefix
 from jaxrl_llm.rollout.sampling import row_keys
-
-
-@struct.dataclass
-class Prefixes:
-    """What completions start with: own earlier tokens, a demonstration, a hint. One row a sample.
-
-    Attributes:
-      tokens: right-padded.
-      length: how many of them each row gets; 0 for a row that starts afresh.
-      source: a `Source` for each of them; what is SAMPLED is trained on.
-    """
-
-    tokens: Int[Array, "B F"]
-    length: Int[Array, "B"]
-    source: Int[Array, "B F"]
 
 
 def generate(
@@ -101,7 +86,7 @@ def generate(
     if controls is not None:
         controls.check(model.vocabulary_size, max_completion_tokens)
     if prefixes is not None:
-        _check_prefixes(prefixes, rows, max_completion_tokens)
+        _check_prefixes(prefixes, rows, count if prompt_of is None else 1, max_completion_tokens)
     if prompt_of is None:
         number = jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples_per_prompt)
         place = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), count)
@@ -123,28 +108,28 @@ def generate(
         support=_support(model, controls) if record_support else 0,
         some_greedy=not (isinstance(temperature, float | int) and temperature > 0),
     )
-    given = 0 if prefixes is None else prefixes.tokens.shape[1] + 1
     stages = cache_stages(max_completion_tokens) if slots is None else ()
     room = stages[0] if stages else 0
-    state = begin(
-        drawing,
-        prompts,
-        per_row,
-        None if prompt_of is None else number,
-        max_completion_tokens=max_completion_tokens,
-        slots=given or room,
-        pad_id=pad_id,
-        constrain=constrain,
-    )
+    sizes = {"max_completion_tokens": max_completion_tokens, "pad_id": pad_id, "constrain": constrain}
     there = jnp.ones(rows, bool) if active is None else active[number]
     over = jnp.zeros(rows, bool)
+    shared = prefixes is not None and prefixes.tokens.shape[0] < rows
+    if shared and can_share(drawing) and slots is None and prompt_of is None and not isinstance(temperature, Array):
+        state = begin_shared(drawing, prompts, per_row, prefixes, room=room, **sizes)
+    else:
+        if shared:
+            prefixes = jax.tree.map(lambda x: jnp.repeat(x, rows // x.shape[0], axis=0), prefixes)
+        given = 0 if prefixes is None else prefixes.tokens.shape[1] + 1
+        of_rows = None if prompt_of is None else number
+        state = begin(drawing, prompts, per_row, of_rows, slots=given or room, **sizes)
+        if prefixes is not None:
+            state = feed(drawing, state, prefixes.tokens, prefixes.length, prefixes.source)
+            if room:
+                state = replace(state, cache=model.expand_cache(state.cache, 1, room))
     if prefixes is not None:
-        state = feed(drawing, state, prefixes.tokens, prefixes.length, prefixes.source)
-        last = jnp.take_along_axis(prefixes.tokens, jnp.maximum(prefixes.length - 1, 0)[:, None], axis=1)[:, 0]
         # A prefix may be a whole completion.
+        last = prefixes.tokens[own_prefix(prefixes), jnp.maximum(prefixes.length - 1, 0)]
         over = (prefixes.length > 0) & jnp.isin(last, jnp.asarray(list(eos_ids), jnp.int32))
-        if room:
-            state = replace(state, cache=model.expand_cache(state.cache, 1, room))
     limit = jnp.full(rows, max_completion_tokens, jnp.int32)
     slots = None if slots is None else min(slots, rows)
     state, stopped = decode(
@@ -217,9 +202,13 @@ def _support(model: Model, controls: Controls | None) -> int:
     return min(controls.top_k, model.vocabulary_size)
 
 
-def _check_prefixes(prefixes: Prefixes, rows: int, max_completion_tokens: int) -> None:
-    if prefixes.tokens.shape[0] != rows:
-        raise ValueError(f"prefixes.tokens has {prefixes.tokens.shape[0]} rows, but there are {rows} completions")
+def _check_prefixes(prefixes: Prefixes, rows: int, count: int, max_completion_tokens: int) -> None:
+    given = prefixes.tokens.shape[0]
+    if prefixes.length.shape[0] != rows or rows % given or given % count:
+        raise ValueError(
+            f"prefixes.tokens has {given} rows and prefixes.length {prefixes.length.shape[0]}, but there are {rows} "
+            f"completions of {count} prompts; give one of each a completion, or tokens that equally many share"
+        )
     if prefixes.tokens.shape[1] > max_completion_tokens:
         raise ValueError(
             f"prefixes.tokens is {prefixes.tokens.shape[1]} tokens wide, more than rollout.max_completion_tokens "

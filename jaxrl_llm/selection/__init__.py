@@ -12,6 +12,7 @@ from jaxrl_llm.selection.allocation import next_rollouts, reward_half_width, rol
 from jaxrl_llm.selection.bandits import bandit
 from jaxrl_llm.selection.curricula import competence, easy_to_hard, growing_difficulty, has_plateaued, stage_slots
 from jaxrl_llm.selection.domains import deficit_shares, domain_aware, share_counts
+from jaxrl_llm.selection.entropy_tiers import by_entropy
 from jaxrl_llm.selection.fresh_pairs import acceptance_probability, best_and_worst, rejection_sampled
 from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantages
 from jaxrl_llm.selection.informative_prompts import by_pass_rate, informativeness, kept_by_two_maps, most_variable
@@ -41,6 +42,7 @@ __all__ = [
     "bandit",
     "best_and_random",
     "best_and_worst",
+    "by_entropy",
     "by_pass_rate",
     "competence",
     "complete_samples",

@@ -5,6 +5,7 @@ run (samples_per_prompt, max_completion_tokens, temperature, pad_id, encode) are
 """
 
 from jaxrl_llm.rollout.plans.adaptive_samples import adaptive
+from jaxrl_llm.rollout.plans.continued_steps import continued_steps
 from jaxrl_llm.rollout.plans.demonstrations_in_groups import demonstration_in_group
 from jaxrl_llm.rollout.plans.given_prefixes import prefixes
 from jaxrl_llm.rollout.plans.greedy_baselines import greedy_baseline
@@ -21,6 +22,7 @@ __all__ = [
     "Request",
     "adaptive",
     "budget",
+    "continued_steps",
     "demonstration_in_group",
     "from_the_start",
     "greedy_baseline",

@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.fields import provided_by
 from jaxrl_llm.ranges import Count, Natural, ShareBelowOne, ranged
-from jaxrl_llm.rollout.generation import Prefixes
 from jaxrl_llm.rollout.plans.plan import (
     Plan,
     Request,
@@ -22,6 +21,7 @@ from jaxrl_llm.rollout.plans.plan import (
     numbers_before,
     require_inside,
 )
+from jaxrl_llm.rollout.prefixes import Prefixes
 from jaxrl_llm.signatures import call, names
 
 

@@ -280,3 +280,24 @@ def test_a_network_of_the_run_may_be_the_judge():
     assert "2+2?" in question
     assert term.function(opinion_verdict_text=['{"rating": 5}', "prose"]) == [1.0, None]
     assert partial(rewards.stated_rating, lowest=0)(verdict_text=["0"]) == [0.0]
+
+
+def test_a_judge_labels_each_step(served):
+    """One question a completion; an answer with another number of labels is none."""
+
+    class Letters:
+        def token_bytes(self):
+            return [None, *(bytes([65 + n]) for n in range(26))]
+
+    def reply(body):
+        text = body["messages"][-1]["content"]
+        return '{"reasons": ["", ""], "labels": [1, 0]}' if "1. AB\n2. C" in text else '{"labels": [1]}'
+
+    server = served(reply)
+    read = rewards.judge_steps(judge=server.described(), tokenizer=Letters(), max_turns=3)
+    tokens, turn = np.array([[1, 2, 3, 0], [4, 5, 6, 7], [0, 0, 0, 0]]), np.array([[0, 0, 1, 1], [0, 1, 2, 3], [0] * 4])
+    found = read(["p"] * 3, ["a"] * 3, tokens, np.array([3, 4, 0]), turn)
+    np.testing.assert_array_equal(found, [[1, 0, np.nan], [np.nan] * 3, [np.nan] * 3])
+    assert len(server.asked) == 2
+    with pytest.raises(ValueError, match="template cannot be filled"):
+        rewards.judge_steps(judge=server.described(), tokenizer=Letters(), max_turns=3, template="{step}")
