@@ -5,8 +5,10 @@
 
 A recipe is run as `jaxrl train` runs it, with its own functions and hyper-parameters, on its own task, but small: the
 model, the length of the problems and the batch are those of `SMALL`, so that a run takes about a minute on one core.
-All seeds and recipes of a task start from one warm-started policy, which is kept in the cache of the user. What is
-written, docs/curves/NAME.json, is the mean of each metric over `BINS` parts of the run, for each seed.
+All seeds and recipes of a task start from one warm-started policy, which is kept in the cache of the user. Recipes that
+want judged completions get a right and a wrong answer of that policy to each problem, those that want a teacher get one
+that was warm-started for longer. What is written, docs/curves/NAME.json, is the mean of each metric over `BINS` parts
+of the run, for each seed; a run with stages of another kind before counts from where what it shows is first measured.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from jaxrl_llm import shipped
 from jaxrl_llm.compilation_cache import compilation_cache_directory
 from jaxrl_llm.config import parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.evaluation.suites import Evaluation
+from jaxrl_llm.run.evaluated import evaluated, prepared
 from jaxrl_llm.run.train import train
 
 CURVES = Path(__file__).parents[1] / "docs" / "curves"
@@ -38,15 +42,19 @@ STEPS, SEQUENCES, BINS, SEEDS = 60, 256, 20, 3
 
 MODEL = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2}
 WARM = {"steps": 600, "sequences_per_step": 64, "learning_rate": 3e-3, "warmup_steps": 20, "probe_every_steps": 20}
-# By task: its problems, the longest prompt and completion, and where the warm start ends.
+# By task: its problems, the longest prompt, limits of completions and what they become (a limit that cuts long thoughts
+# has to cut some of these), and where the warm start ends.
 SMALL: dict[str, dict[str, Any]] = {
     "addition": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.42},
-    "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 14, "completion": (44, 32), "stop": 0.5},
+    "calculator": {"task": {"levels": [1, 2]}, "prompt": 15, "stop": 0.4},
+    "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 14, "completion": {44: 32, 30: 24}, "stop": 0.5},
     "countdown": {"task": {"levels": [3]}, "prompt": 16, "stop": 0.25},
     "grid": {"task": {"levels": [1, 2, 3]}, "prompt": 30, "stop": 0.4},
     "self_correction": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.3},
 }
 EVALUATION = {"problems": 64, "samples_per_problem": 8, "k": [1, 8], "sequences_per_batch": 512}
+# The teacher of a student, and judged completions: accuracy of the one, problems and samples of each for the others.
+TEACHER_STOP, JUDGED_PROBLEMS, JUDGED_SAMPLES = 0.8, 1000, 8
 # What else is drawn beside what a recipe says that it shows.
 ALWAYS = ("correct_share",)
 
@@ -67,11 +75,11 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
     tree["task"] |= {"train_items": 4000, "validation_items": 64, "test_items": 64} | size["task"]
     if tree["task"]["name"] == "addition" and own_levels:  # recipes whose effect needs several levels
         tree["task"]["levels"] = own_levels
-    else:
+    elif not tree.get("data", {}).get("templates"):
         rollout["max_prompt_tokens"] = size["prompt"]
-    longest, shorter = size.get("completion", (None, None))
-    if rollout["max_completion_tokens"] == longest:
-        rollout["max_completion_tokens"] = shorter
+    for part in (rollout, *(stage["rollout"] for stage in tree.get("stages", []) if "rollout" in stage)):
+        if (limit := part.get("max_completion_tokens")) in size.get("completion", {}):
+            part["max_completion_tokens"] = size["completion"][limit]
     training["prompts_per_step"] = max(1, sequences // rollout["samples_per_prompt"])
     training |= {"warmup_steps": 5, "steps": steps}
     for entry in tree.get("source", []) if isinstance(tree.get("source"), list) else []:
@@ -115,10 +123,56 @@ def warm_started(tree: dict[str, Any], cache: Path) -> dict[str, Any]:
     return tree | {"warm_start": {"steps": 0}, "init_from": {"path": str(run)}}
 
 
-def ran(tree: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
-    """The metrics of a run's steps."""
+def supplied(tree: dict[str, Any], start: dict[str, Any], cache: Path) -> dict[str, Any]:
+    """The recipe with the files and the teacher that it leaves to its user."""
+    teacher = tree.get("networks", {}).get("teacher", {})
+    if teacher.get("path") == "teacher":
+        warm = tree["warm_start"] | {"stop_at_accuracy": TEACHER_STOP, "steps": 3000}
+        made = warm_started(tree | {"warm_start": warm, "networks": {}}, cache)
+        found = teacher | {"path": made["init_from"]["path"], "of": "policy"}
+        start = start | {"networks": tree["networks"] | {"teacher": found}}
+    sources = start.get("source")
+    for kind, entry in sources.items() if isinstance(sources, dict) else ():
+        if kind in ("pairs", "labels", "ratings"):
+            file = judged(Path(start["init_from"]["path"]), kind)
+            start = start | {"source": sources | {kind: entry | {"file": str(file)}}}
+    return start
+
+
+def judged(run: Path, kind: str) -> Path:
+    """A file of completions that a run's policy has sampled: the first right and wrong one of a problem."""
+    file = run / f"{kind}.jsonl"
+    if file.exists():
+        return file
+    one = Evaluation(split="train", problems=JUDGED_PROBLEMS, samples=JUDGED_SAMPLES, k=(1,))
+    subject = evaluated(str(run))
+    ready = prepared(one, subject)
+    records = [each for batch in ready.records(subject.policy.params, ready.items, jax.random.key(0)) for each in batch]
+    lines, end = [], subject.policy.tokenizer.decode(list(subject.policy.tokenizer.eos_ids))
+    for record in records:
+        whole = [each for each in record["samples"] if not each["truncated"]]
+        first = {each["correct"]: each["completion"].removesuffix(end) for each in reversed(whole)}
+        if len(first) == 2:
+            prompt, of_both = {"prompt": record["prompt"]}, [(first[True], 1.0), (first[False], 0.0)]
+            lines += {
+                "pairs": [prompt | {"chosen": first[True], "rejected": first[False]}],
+                "labels": [prompt | {"completion": text, "label": bool(right)} for text, right in of_both],
+                "ratings": [prompt | {"completion": text, "rating": right} for text, right in of_both],
+            }[kind]
+    made = file.with_name(f"{file.name}.{os.getpid()}")
+    made.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made.rename(file)
+    return file
+
+
+def ran(tree: dict[str, Any], directory: Path) -> None:
+    """Take a run."""
     config = parse_config(tree | {"run_dir": str(directory)}, vocabulary_size=CharacterTokenizer().vocabulary_size)
     train(config, console=Console(quiet=True))
+
+
+def lines_of(directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's steps."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -142,18 +196,29 @@ def agrees(seeds: list[list[float | None]], direction: str) -> bool:
     return {"rises": last > first, "falls": last < first, "holds": last >= 0.75 * first}[direction]
 
 
-def measured(name: str, seeds: int, cache: Path, *, steps: int = STEPS, sequences: int = SEQUENCES) -> dict[str, Any]:
+def measured(
+    name: str, seeds: int, cache: Path, *, steps: int = STEPS, sequences: int = SEQUENCES, again: bool = True
+) -> dict[str, Any]:
     """The curves of a recipe.
+
+    Args:
+      name: of the recipe.
+      seeds: runs, from seed 0.
+      cache: where policies and runs are kept.
+      steps, sequences: size of a run.
+      again: take runs again that an interrupted measurement has finished.
 
     Returns:
       recipe, digest, steps, sequences, metrics: name -> for each seed the means of `BINS` parts of its run.
     """
     tree = small(read_tree(shipped.recipe_path(name)), steps, sequences)
-    start, runs = warm_started(tree, cache), []
+    start, runs = supplied(tree, warm_started(tree, cache), cache), []
     for seed in range(seeds):
-        directory = cache / "runs" / f"{name}-{seed}"
-        shutil.rmtree(directory, ignore_errors=True)
-        runs.append(ran(start | {"seed": seed}, directory))
+        directory = cache / "runs" / f"{name}-{seed}-{digest(start)}"
+        if again or not (directory / "summary.json").exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            ran(start | {"seed": seed}, directory)
+        runs.append(lines_of(directory))
     return recorded(name, runs, sequences)
 
 
@@ -164,6 +229,7 @@ def recorded(name: str, runs: list[list[dict[str, Any]]], sequences: int) -> dic
     metrics = [one for one in dict.fromkeys((*shows, *ALWAYS)) if any(one in line for line in runs[0])]
     if missing := [one for one in shows if one not in metrics]:
         raise ValueError(f"it shows {missing[0]}, which its steps do not report; they report {sorted(runs[0][-1])}")
+    runs = [lines[next(i for i, line in enumerate(lines) if line.keys() & {*metrics}) :] for lines in runs]
     return {
         "recipe": name,
         "digest": digest(whole),
@@ -201,7 +267,7 @@ def main(given: list[str] | None = None) -> int:
     for name in names:
         began = time.process_time()
         try:
-            found = measured(name, options.seeds, cache_directory(), steps=options.steps)
+            found = measured(name, options.seeds, cache_directory(), steps=options.steps, again=False)
         except Exception as error:  # a recipe that needs a file or a checkpoint of the user's own
             print(f"{name}: not measured: {str(error).splitlines()[0][:300]}", flush=True)
             failed += 1
@@ -209,6 +275,8 @@ def main(given: list[str] | None = None) -> int:
         finally:
             jax.clear_caches()
         (options.output / f"{name}.json").write_text(json.dumps(found) + "\n")
+        for finished in (cache_directory() / "runs").glob(f"{name}-[0-9]*"):
+            shutil.rmtree(finished)
         moved = {
             metric: f"{change(seeds)[0]:.4g} -> {change(seeds)[1]:.4g}" for metric, seeds in found["metrics"].items()
         }

@@ -16,7 +16,7 @@ from jaxrl_llm.config import read_tree
 
 DOCS = Path(__file__).parent
 GALLERY_PAGE, CURVES = DOCS / "gallery.md", DOCS / "curves"
-WIDTH, HEIGHT = 230, 96  # of one metric, in pixels
+WIDTH, HEIGHT, HEAD = 240, 116, 36  # of one metric in pixels, and of the words above its curves
 FAMILIES = {
     "advantages": "Advantages",
     "values": "Value models",
@@ -29,6 +29,7 @@ FAMILIES = {
     "preferences": "Preferences",
     "curricula": "Curricula",
     "distillation": "Distillation",
+    "hybrids": "Supervision beside reinforcement, self-training",
 }
 # Of these most recipes have one; the page of methods has their formulas.
 GREEK = {"alpha", "beta", "gamma", "lam", "eps", "mask"}
@@ -71,13 +72,17 @@ def panel(name: str, seeds: list[list[float | None]], left: int) -> str:
 
     def line(values: list[float | None], style: str) -> str:
         step = (WIDTH - 20) / max(len(values) - 1, 1)
-        height = (HEIGHT - 34) / ((high - low) or 1.0)
+        height = (HEIGHT - HEAD - 8) / ((high - low) or 1.0)
         at = [(left + 8 + i * step, HEIGHT - 8 - (v - low) * height) for i, v in enumerate(values) if v is not None]
         return f'<polyline fill="none" {style} points="{" ".join(f"{x:.0f},{y:.1f}" for x, y in at)}"/>'
 
     columns = zip(*seeds, strict=True)
     mean = [fmean(found) if (found := [v for v in column if v is not None]) else None for column in columns]
-    text = f'<text x="{left + 8}" y="14" fill="#777">{name}  {low:.3g} to {high:.3g}</text>'
+    text = (
+        f'<text x="{left + 8}" y="13" fill="#777" font-weight="bold">{name}</text>'
+        f'<text x="{left + 8}" y="28" fill="#777">{low:.3g} to {high:.3g}</text>'
+        f'<path d="M{left + 8} {HEAD - 4}V{HEIGHT - 4}H{left + WIDTH - 12}" fill="none" stroke="#bbb"/>'
+    )
     thin = "".join(line(seed, 'stroke="#9ab" stroke-width="1"') for seed in seeds) if len(seeds) > 1 else ""
     return text + thin + line(mean, 'stroke="#1f6fb4" stroke-width="2"')
 

@@ -16,7 +16,7 @@ from jaxrl_llm import __version__
 from jaxrl_llm.bounds import shortened
 from jaxrl_llm.commands.data_options import add_data
 from jaxrl_llm.commands.evaluation_options import add_eval, add_report
-from jaxrl_llm.commands.model_options import add_merge, add_model_files
+from jaxrl_llm.commands.model_options import add_merge, add_model_files, add_pairs
 from jaxrl_llm.commands.output import Lasting, unwrapped
 from jaxrl_llm.shipped import config_path
 
@@ -158,6 +158,7 @@ _EXAMPLES = {
         "merge runs/a runs/b --out merged --weights 0.7,0.3",
         "merge runs/dpo --base MODEL_DIR --method task --weights 1.5 --out further",
     ),
+    "pairs": ("pairs runs/reward_model --file held_out.jsonl", "pairs runs/rm --file pairs.parquet --by source --drop"),
     "ckpt list": ("ckpt list runs/demo", "ckpt list runs/demo --json"),
     "ckpt verify": ("ckpt verify runs/demo", "ckpt verify runs/demo/checkpoints/120"),
     "ckpt prune": ("ckpt prune runs/demo --keep 2", "ckpt prune runs/demo --keep 1 --keep-every 100"),
@@ -210,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_sample,
         add_model_files,
         add_merge,
+        add_pairs,
         _add_lists,
         _add_previews,
     ):

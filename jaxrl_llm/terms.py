@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import TEXT, compared_with
-from jaxrl_llm.ranges import Count, Natural, NonNegative, require_ranges
+from jaxrl_llm.ranges import Count, Natural, NonNegative, PositiveShare, Share, require_ranges
 from jaxrl_llm.signatures import name_of, names, on_host, required
 
 
@@ -127,6 +127,8 @@ class View:
       written_by: the network that completes the prompts, as the step finds it ("policy" too); None for a view whose
         function gives the completion. Readings get its texts as `<view>_text`.
       temperature: that it writes at; 0 is greedy.
+      mixed_with: a second network: tokens are drawn from the normalised product of both distributions.
+      share: exponent of the second one in it; 0 leaves the first alone.
     """
 
     function: Callable[..., Any]
@@ -136,10 +138,23 @@ class View:
     deadline_s: float | None = None
     written_by: str | None = None
     temperature: float = 1.0
+    mixed_with: str | None = None
+    share: Share = 0.5
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"views.{self.name}: temperature is {self.temperature}; it must be at least 0 (greedy)")
+        require_ranges(self, f"views.{self.name}")
+        if self.mixed_with is not None and self.written_by in (None, self.mixed_with):
+            raise ValueError(
+                f"views.{self.name}: mixed_with is {self.mixed_with!r}, but written_by {self.written_by!r}; name "
+                "another network there, which it is mixed with"
+            )
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The networks that write its completions."""
+        return tuple(name for name in (self.written_by, self.mixed_with) if name)
 
     @property
     def on_host(self) -> bool:
@@ -169,6 +184,10 @@ class Update:
       epochs_per_batch: passes over the batch.
       minibatches_per_epoch: optimiser updates a pass; each takes whole groups.
       sequences_per_microbatch: rows differentiated at once; None takes a whole minibatch.
+      packing: rows are packed into bins for passes over them: numbers of bins as shares of the rows, of which a batch
+        takes the smallest that holds it; empty packs nothing.
+      completion_buckets: widths that completions are trimmed to for passes over them; a batch takes the smallest that
+        holds it. Empty trims nothing.
       freeze_policy_steps: first steps in which only other networks learn.
       alignment_every_steps: steps between two measurements of `alignment`; 0 never measures it.
       alignment_learning_rate: the step size that it is measured for.
@@ -177,12 +196,19 @@ class Update:
     epochs_per_batch: Count = 1
     minibatches_per_epoch: Count = 1
     sequences_per_microbatch: Count | None = None
+    packing: tuple[PositiveShare, ...] = ()
+    completion_buckets: tuple[Count, ...] = ()
     freeze_policy_steps: Natural = 0
     alignment_every_steps: Natural = 0
     alignment_learning_rate: NonNegative = 1e-4
 
     def __post_init__(self):
         require_ranges(self, "update")
+        if self.packing and self.completion_buckets:
+            raise ValueError(
+                "training.packing and training.completion_buckets are both set, but packed rows have no padding that "
+                "could be trimmed; leave one of them out"
+            )
 
 
 def reward_term(term: Reward | Callable[..., Any] | tuple[Callable[..., Any], float]) -> Reward:

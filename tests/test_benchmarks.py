@@ -136,3 +136,11 @@ def test_a_worker_that_fails_says_why(beside_benchmarks, tmp_path):
 def test_runs_that_are_killed_at_random_moments_are_equal(micro_yaml, capsys, processes):
     assert benchmark("kills").main([str(micro_yaml), "--kills", "3", "--processes", str(processes)]) == 0
     assert "runs differ" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_verifiers_and_a_judge_are_timed(capsys):
+    assert benchmark("verifiers").main(["--completions", "32", "--judged", "16", "--latency", "0.02"]) == 0
+    said = capsys.readouterr().out
+    assert "endless: 0" in said
+    assert "0 calls, nothing was" in said

@@ -53,7 +53,7 @@ VIEWS = ("answer", "mismatch", "plain", "yes", "no")
 HELPERS = {
     "advantages": {"rank_bonus", "soft_minimum"},
     "losses": {"aggregate", "generator", "mean_log_ratio", "pessimistic_surrogate", "renyi", "token_share"},
-    "rewards": {"checked_host_reward", "extract_answer", "extract_number", "parsed_number"},
+    "rewards": {"contrastive_rubrics", "checked_host_reward", "extract_answer", "extract_number", "parsed_number"},
     "schedules": {"gradient_alignment", "influence_weights"},
     "selection": {
         # called by plans and selections with counts and shares of earlier rows
@@ -80,6 +80,7 @@ OF_ONE_FUNCTION = {
     *("reference_rewards", "stated_confidence", "step_match", "test_passes", "rating_probs", "rubric"),
     # votes and embeddings
     *("agrees", "embedding", "labelled", "token_certainty", "voter"),
+    *("baseline_embedding", "goal_embedding", "hits"),
     *("continuations", "contributions", "drawn_turns", "durations", "grounded", "milestones", "successes", "trained"),
     "turn_factors",
     # of steps and turns

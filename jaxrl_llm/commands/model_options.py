@@ -35,6 +35,9 @@ def add_model_files(command: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
     export.add_argument("out", metavar="DIR", help="new directory")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
+    export.add_argument(
+        "--network", metavar="NAME", help="in the place of the policy a reward model, for ...ForSequenceClassification"
+    )
     export.add_argument("--adapters", action="store_true", help="the adapters of section lora alone, for PEFT")
 
 
@@ -58,3 +61,23 @@ def add_merge(command: Callable[..., argparse.ArgumentParser]) -> None:
     merge.add_argument("--base", metavar="MODEL", help="what the models were fine-tuned from")
     merge.add_argument("--share", type=float, help="of a tensor's changes: kept by ties (0.2), dropped by dare (0.9)")
     merge.add_argument("--seed", type=int, default=0, help="of what dare drops (default 0)")
+
+
+def add_pairs(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Options of `jaxrl pairs`."""
+    pairs = command(
+        "pairs", "scored_pairs:show_pairs", "How a run's reward model orders pairs: accuracy, calibration, by source."
+    )
+    pairs.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
+    pairs.add_argument("--file", required=True, metavar="PAIRS", help="of prompt, chosen and rejected; any format")
+    pairs.add_argument("--network", default="reward", help="which one of the run (default reward)")
+    pairs.add_argument("--by", metavar="COLUMN", help="of the file: a row of the table for each of its values")
+    pairs.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="what the file calls a name; may be repeated",
+    )
+    pairs.add_argument("--drop", action="store_true", help="leave out ties and equal sides, which are errors else")
+    pairs.add_argument("--batch", type=int, default=16, help="sequences scored together")

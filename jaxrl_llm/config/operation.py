@@ -23,6 +23,8 @@ class EvaluationConfig:
       grader: what judges completions: number, text, math, choice, code, or module:function of your own, see
         `jaxrl_llm.evaluation.function_grader`; None takes the task's verifier, or data.verifier for a file.
       every_steps: evaluate on the validation split every so many steps; 0 only before and after.
+      across_stages: after each stage, measure pass@1 on the validation problems of all stages; summary.json has the
+        matrix, and what was forgotten.
     """
 
     problems: Count = 512
@@ -31,6 +33,7 @@ class EvaluationConfig:
     temperature: NonNegative = 1.0
     sequences_per_batch: Count | None = field(default=None, metadata=PLACEMENT)
     every_steps: Natural = 0
+    across_stages: bool = False
     grader: str | None = None
 
     def __post_init__(self):
@@ -108,6 +111,8 @@ class ReportingConfig:
         its own, or `python: module:function`; see `jaxrl_llm.reporting.loggers`.
       samples_shown: completions shown in the terminal each time that samples are written.
       report: report.html, refreshed during the run and written at its end; None where the extra `report` is installed.
+      diagnostics: each step also measures how its rewards go with each other, with the length and with the KL
+        divergence, and how many completions are duplicates, empty, repetitive or in a foreign script.
     """
 
     samples_every_steps: Natural = 10
@@ -115,6 +120,7 @@ class ReportingConfig:
     report: bool | None = None
     loggers: tuple[Any, ...] = ("tensorboard",)
     samples_shown: Natural = 0
+    diagnostics: bool = True
 
     def __post_init__(self):
         require_ranges(self, "reporting")

@@ -91,7 +91,13 @@ class CharacterTokenizer:
         return (self.eos_id,)
 
     def prompt_ids(self, item: Mapping[str, Any]) -> list[int]:
-        """Tokens of a record's prompt: begin of sequence, solved examples where it has some, body, newline."""
+        """Tokens of a record's prompt: begin of sequence, solved examples where it has some, body, newline.
+
+        Raises:
+          ValueError: for a conversation, which has no place in it.
+        """
+        if "messages" in item:
+            raise ValueError(f"a conversation of {len(item['messages'])} messages needs a chat template")
         return [self.bos_id, *self.encode(formatted(PLACE, item["body"], item) + "\n")]
 
     def completion_ids(self, item: Mapping[str, Any], text: str) -> list[int]:

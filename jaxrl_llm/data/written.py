@@ -1,52 +1,45 @@
-"""Completions that somebody wrote and judged: pairs, rankings, ratings, labels of rows or of their steps, from a file.
+"""Completions that somebody wrote and judged: pairs, rankings, ratings, labels of rows or of their steps, verdicts.
 
-Each row becomes a group of completions of one prompt with the fields that say how they were judged.
+Each row of a file becomes a group of completions of one prompt with the fields that say how they were judged.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.encoding import Tokenizer
+from jaxrl_llm.data.judged_rows import READERS, Asked, Judged, Kind, Tie, named
 from jaxrl_llm.data.order import Batches, shuffled_batches
 from jaxrl_llm.data.row_files import row_objects
-from jaxrl_llm.data.row_templates import column_value
 
-_LARGEST = float(np.finfo(np.float32).max)
-Kind = Literal["pairs", "rankings", "ratings", "labels", "steps"]
-# Names that rows of each kind know, see `jaxrl_llm.fields`.
+# Names that rows of each kind know, see `jaxrl_llm.fields`; `margin` is known where a row of the file has one.
 PROVIDES: Mapping[str, frozenset[str]] = {
     "pairs": frozenset({"preferred"}),
     "rankings": frozenset({"rank"}),
     "ratings": frozenset({"rating"}),
     "labels": frozenset({"preferred"}),
     "steps": frozenset({"step_labels"}),
+    "verdicts": frozenset(),
 }
 
 
-class Judged(NamedTuple):
-    """One completion of a file.
+class JudgedFile(NamedTuple):
+    """What a file of judged completions holds.
 
     Attributes:
-      prompt: its prompt's text.
-      text: of the completion, without end of sequence.
-      value: preferred (1 or 0), rank (0 is best), or rating.
-      steps: texts of its steps with the label of each; empty for other kinds.
-      where: its file and line.
+      groups: completions of one prompt each.
+      digest: a hash of the file.
+      dropped: rows that were left out, by reason.
     """
 
-    prompt: str
-    text: str
-    value: float
-    steps: tuple[tuple[str, float], ...] = ()
-    where: str = ""
+    groups: list[list[Judged]]
+    digest: str
+    dropped: Mapping[str, int] = {}
 
 
 class WrittenBatch(NamedTuple):
@@ -60,132 +53,61 @@ class WrittenBatch(NamedTuple):
     fields: dict[str, np.ndarray]
 
 
-def _text(record: Mapping[str, Any], key: str, where: str) -> str:
-    return _is_text(record.get(key), key, where)
-
-
-def _is_text(value: Any, what: str, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    raise ValueError(f"{where} has {what} {shown(value)}, which is no text; write it in quotes")
-
-
-def _number(value: Any, what: str, where: str) -> float:
-    if isinstance(value, str):  # a cell of a CSV file
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
-        raise ValueError(f"{where} has {what} {shown(value)}; it must be a finite number")
-    return float(value)
-
-
-def _distinct(texts: Sequence[str], where: str) -> None:
-    seen: set[str] = set()
-    for text in texts:
-        if text in seen:
-            raise ValueError(f"{where} has two equal completions {text[:40]!r}, of which none is better; leave one out")
-        seen.add(text)
-
-
-def _pair(record: Mapping[str, Any], where: str) -> list[Judged]:
-    prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
-    _distinct([chosen, rejected], where)
-    return [Judged(prompt, chosen, 1.0), Judged(prompt, rejected, 0.0)]
-
-
-def _ranking(record: Mapping[str, Any], where: str) -> list[Judged]:
-    texts = record.get("completions")
-    if not isinstance(texts, Sequence) or isinstance(texts, str) or len(texts) < 2:
-        raise ValueError(
-            f"{where} has completions {shown(texts)}; a ranking is a list of at least two texts, the best first"
-        )
-    prompt, texts = _text(record, "prompt", where), [_is_text(text, "completion", where) for text in texts]
-    _distinct(texts, where)
-    return [Judged(prompt, text, float(rank)) for rank, text in enumerate(texts)]
-
-
-def _rating(record: Mapping[str, Any], where: str) -> list[Judged]:
-    prompt, text = _text(record, "prompt", where), _text(record, "completion", where)
-    return [Judged(prompt, text, _number(record.get("rating"), "rating", where))]
-
-
-def _label(record: Mapping[str, Any], where: str) -> list[Judged]:
-    prompt, text, value = _text(record, "prompt", where), _text(record, "completion", where), record.get("label")
-    if isinstance(value, str):  # a cell of a CSV file
-        value = {"true": 1, "1": 1, "false": 0, "0": 0}.get(value.lower(), value)
-    if value not in (0, 1):
-        raise ValueError(f"{where} has label {shown(value)}; it must be true or false, 1 or 0")
-    return [Judged(prompt, text, float(value))]
-
-
-def _steps(record: Mapping[str, Any], where: str) -> list[Judged]:
-    prompt, steps, labels = _text(record, "prompt", where), record.get("steps"), record.get("labels")
-    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
-        raise ValueError(f"{where} has {shown(steps)} as steps and {shown(labels)} as labels; give lists of one length")
-    if "" in steps:
-        raise ValueError(f"{where} has an empty step, which has no last token to be labelled; leave it out")
-    pairs = tuple(
-        (_is_text(step, "step", where), _number(int(label) if isinstance(label, bool) else label, "label", where))
-        for step, label in zip(steps, labels, strict=True)
-    )
-    return [Judged(prompt, "".join(step for step, _ in pairs), 0.0, pairs)]
-
-
-_READERS: Mapping[str, Callable[[Mapping[str, Any], str], list[Judged]]] = {
-    "pairs": _pair,
-    "rankings": _ranking,
-    "ratings": _rating,
-    "labels": _label,
-    "steps": _steps,
-}
-
-
 def judged_groups(
-    path: str | Path, kind: Kind, columns: Mapping[str, str] | None = None
-) -> tuple[list[list[Judged]], str]:
-    """(the groups of a data set, a row each; a hash of it). `row_files` says what may be read.
+    path: str | Path,
+    kind: Kind,
+    columns: Mapping[str, str] | None = None,
+    *,
+    asked: Asked | None = None,
+    unusable: Literal["error", "drop"] = "error",
+) -> JudgedFile:
+    """The groups of a data set, a row each. `row_files` says what may be read.
 
-        pairs      {"prompt": ..., "chosen": ..., "rejected": ...}
+        pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, and "margin", "weight" where there are any
         rankings   {"prompt": ..., "completions": [best, ..., worst]}
         ratings    {"prompt": ..., "completion": ..., "rating": 3.5}
         labels     {"prompt": ..., "completion": ..., "label": true}
         steps      {"prompt": ..., "steps": ["...", "..."], "labels": [1, 0]}
+        verdicts   {"prompt": ..., "first": ..., "second": ..., "better": "first", "rationale": ...}
 
     Args:
       path: of the data set.
       kind: of its rows.
       columns: name above -> the column that holds it, or a template of several, where they are called otherwise.
+      asked: what is wanted of ratings and verdicts.
+      unusable: "drop" leaves rows out, and counts them, of which no completion is the better one: equal completions,
+        and ties.
 
     Raises:
-      ValueError: for what cannot be read, or a row that cannot be used, by file and line; groups of different sizes.
+      ValueError: for what cannot be read, or a row that cannot be used, by file and line; groups of different sizes;
+        labels that are all of one class.
     """
-    if kind not in _READERS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(_READERS)}")
+    if kind not in READERS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(READERS)}")
+    if unusable not in ("error", "drop"):
+        raise ValueError(f"unusable is {unusable!r}; it must be error or drop")
     objects, digest = row_objects(path, "source file")
-    groups = [
-        [row._replace(where=where) for row in _READERS[kind](_called(record, columns or {}, where), where)]
-        for where, record in objects
-    ]
+    groups, dropped = [], Counter[str]()
+    for where, record in objects:
+        try:
+            rows = READERS[kind](named(record, columns or {}, kind, where), where, asked or Asked())
+        except Tie as error:
+            if unusable == "error":
+                raise
+            dropped["ties" if "a tie" in str(error) else "equal completions"] += 1
+            continue
+        groups.append([row._replace(where=where) for row in rows])
+    if not groups:
+        raise ValueError(f"{path} has {len(objects)} rows, all of which were left out as {' and '.join(dropped)}")
     if len(sizes := {len(group) for group in groups}) > 1:
         raise ValueError(f"{path} has groups of {sorted(sizes)} completions; give each line equally many")
-    return groups, digest
-
-
-def _called(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
-    """A row whose columns have the names that its kind wants. Lists that a cell of text holds as JSON are lists."""
-    try:
-        named = {name: column_value(record, column) for name, column in columns.items()}
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    listed = {name: _listed(record[name]) for name in ("completions", "steps", "labels") if name in record}
-    return {**record, **listed, **named}
-
-
-def _listed(value: Any) -> Any:
-    try:
-        return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
-    except ValueError:
-        return value
+    if kind == "labels" and len({row.values["preferred"] > 0.5 for (row,) in groups}) == 1:
+        value = groups[0][0].values["preferred"]
+        raise ValueError(
+            f"{path} has only labels like {value:g}; what is to be told apart must be there on both sides, so add rows "
+            "of the other kind"
+        )
+    return JudgedFile(groups, digest, dropped)
 
 
 def written_batches(
@@ -198,24 +120,27 @@ def written_batches(
     max_completion_tokens: int,
     seed: int,
     overlong: Literal["error", "drop"] = "error",
+    flipped: float = 0.0,
 ) -> Batches[WrittenBatch]:
     """Batches of whole groups, in a new order each epoch.
 
     Args:
-      groups: from `judged_groups`, the first of what it returns.
+      groups: from `judged_groups`.
       kind: of the file.
       tokenizer: text -> ids.
       groups_per_step: in a batch.
       max_prompt_tokens, max_completion_tokens: widths; what is longer is an error, or is dropped with its group.
       seed: of the orders.
       overlong: "error", or "drop" to leave groups out and count them.
+      flipped: share of the pairs whose label is wrong, drawn by seed and place in the file: a study of label noise.
 
     Raises:
       ValueError: for a completion that is too long, or fewer groups than a step takes.
     """
     kept, dropped = [], 0
+    wrong = np.random.default_rng(seed).random(len(groups)) < flipped
     for number, group in enumerate(groups):
-        rows = [_encoded(row, number, tokenizer) for row in group]
+        rows = [encoded_completion(_flipped(row) if wrong[number] else row, number, tokenizer) for row in group]
         longest = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
         if longest[0] <= max_prompt_tokens and longest[1] <= max_completion_tokens:
             kept.append(rows)
@@ -227,42 +152,62 @@ def written_batches(
                 f"limits are {max_prompt_tokens} and {max_completion_tokens}; raise them, or set data.overlong_prompts "
                 "to drop"
             )
-    name = "step_labels" if kind == "steps" else {"rankings": "rank", "ratings": "rating"}.get(kind, "preferred")
+    known = {name: np.shape(value) for group in groups for row in group for name, value in row.values.items()}
 
     def batch(chosen: Sequence[Any]) -> WrittenBatch:
         rows = [row for group in chosen for row in group]
         count = len(rows)
         prompt_tokens = np.full((count, max_prompt_tokens), tokenizer.pad_id, np.int32)
         tokens = np.full((count, max_completion_tokens), tokenizer.pad_id, np.int32)
-        values = np.full((count, max_completion_tokens) if kind == "steps" else count, np.nan, np.float32)
-        for place, (prompt, completion, value, _) in enumerate(rows):
+        absent = {name: _ABSENT.get(name, np.nan) for name in known}
+        fields = {name: np.full((count, *shape), absent[name], np.float32) for name, shape in known.items()}
+        if kind == "steps":
+            fields["step_labels"] = np.full((count, max_completion_tokens), np.nan, np.float32)
+        for place, (prompt, completion, values, ends, _) in enumerate(rows):
             prompt_tokens[place, max_prompt_tokens - len(prompt) :] = prompt
             tokens[place, : len(completion)] = completion
-            if kind == "steps":
-                for end, label in value:
-                    values[place, min(end, len(completion)) - 1] = label
-            else:
-                values[place] = value
+            for end, label in ends:
+                fields["step_labels"][place, min(end, len(completion)) - 1] = label
+            for name, value in values.items():
+                fields[name][place] = value
         return WrittenBatch(
             prompt_tokens,
             np.array([len(row[0]) for row in rows], np.int32),
-            np.array([row[3] for row in rows], np.int32),
+            np.array([row[4] for row in rows], np.int32),
             tokens,
             np.array([len(row[1]) for row in rows], np.int32),
-            {name: values},
+            fields,
         )
 
     return shuffled_batches(kept, dropped, batch, "groups_per_step", groups_per_step, seed)
 
 
-def _encoded(row: Judged, number: int, tokenizer: Tokenizer) -> tuple[list[int], list[int], Any, int]:
-    item = {"body": row.prompt, "item_id": number}
-    completion = list(tokenizer.completion_ids(item, row.text))
-    if not row.steps:
-        return list(tokenizer.prompt_ids(item)), completion, row.value, number
-    ends, text = [], ""
+# What a row holds that says nothing of it: a margin of 0, a weight of 1.
+_ABSENT = {"margin": 0.0, "weight": 1.0}
+
+
+def _flipped(row: Judged) -> Judged:
+    return row._replace(values={**row.values, "preferred": 1.0 - row.values["preferred"]})
+
+
+def encoded_completion(
+    row: Judged, number: int, tokenizer: Tokenizer
+) -> tuple[list[int], list[int], Mapping[str, Any], list[tuple[int, float]], int]:
+    """(prompt, completion, values, (end, label) of each step, number) of a row as token ids.
+
+    Raises:
+      ValueError: for a prompt that the tokenizer has no place for, by file and line.
+    """
+    item: dict[str, Any] = {"body": row.prompt, "item_id": number}
+    if not isinstance(row.prompt, str):
+        item = {"body": row.prompt[-1]["content"], "messages": list(row.prompt), "item_id": number}
+    try:
+        prompt = list(tokenizer.prompt_ids(item))
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error
+    completion, ends, text = list(tokenizer.completion_ids(item, row.text)), [], ""
     for step, label in row.steps:
         text += step
         # A step ends where the tokens of the text up to its end do.
         ends.append((len(tokenizer.encode(text)), label))
-    return list(tokenizer.prompt_ids(item)), completion, ends, number
+    return prompt, completion, row.values, ends, number

@@ -19,7 +19,12 @@ from jaxrl_llm.evaluation.grading import (
 from jaxrl_llm.evaluation.intervals import mean_intervals, sign_test
 from jaxrl_llm.evaluation.measures import measured
 from jaxrl_llm.evaluation.objective_volume import hypervolume, hypervolume_factor
-from jaxrl_llm.evaluation.overoptimisation import overoptimisation_fit, performance_gap_recovered, preference_metrics
+from jaxrl_llm.evaluation.overoptimisation import (
+    overoptimisation_fit,
+    performance_gap_recovered,
+    preference_metrics,
+    preference_table,
+)
 from jaxrl_llm.evaluation.pass_rates import mean_pass_at_k, pass_at_k
 from jaxrl_llm.evaluation.reliability import (
     accuracy_at_coverage,
@@ -65,6 +70,7 @@ __all__ = [
     "pass_at_k",
     "performance_gap_recovered",
     "preference_metrics",
+    "preference_table",
     "read_problems",
     "reliability_curve",
     "sign_test",

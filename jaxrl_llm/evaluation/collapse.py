@@ -1,4 +1,4 @@
-"""Whether training without labels has collapsed: what a vote's label is worth, and when accuracy turned."""
+"""Whether training without labels has collapsed: when accuracy turned, and how sure the majority becomes."""
 
 from __future__ import annotations
 
@@ -71,18 +71,3 @@ def majority_sharpening(start: Share, *, beta: Positive, rounds: Count) -> np.nd
         p = shares[-1]
         shares.append(p / (p + (1 - p) * np.exp(-1 / beta)))
     return np.array(shares)
-
-
-def vote_accuracies(votes: Sequence[str | None], answers: Sequence[str], agrees: Sequence[bool]) -> tuple[float, float]:
-    """(share of problems whose vote is the answer, share of problems where being rewarded and being right agree).
-
-    Args:
-      votes: label that the samples of each problem voted for; None for none.
-      answers: reference answer of each problem.
-      agrees: whether the sample that is looked at of each problem has its label.
-
-    Reference: TTRL (2504.16084); how far can unsupervised RLVR scale (2603.08660).
-    Certainty: verified
-    """
-    right = np.array([vote == answer for vote, answer in zip(votes, answers, strict=True)])
-    return float(right.mean()), float((right == np.asarray(agrees)).mean())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_llm.evaluation.intervals import mean_intervals, sign_test
-from jaxrl_llm.evaluation.measures import Record, accuracies, spread
+from jaxrl_llm.evaluation.measures import Record, Values, accuracies, reward_means, spread
 
 
 def compared(first: Sequence[Record], second: Sequence[Record], k: Sequence[int] | None = None) -> dict[str, Any]:
@@ -22,7 +22,8 @@ def compared(first: Sequence[Record], second: Sequence[Record], k: Sequence[int]
 
     Returns:
       `metrics`: name -> first, second, difference and its 95% `interval`; with `p` from an exact sign test of greedy
-      and pass@1. `only_first`, `only_second`: problems that only one solves greedily. `problems`: how many.
+      and pass@1. The mean of a reward is there where both evaluations have it, over the problems on which it applies to
+      some sample of each. `only_first`, `only_second`: problems that only one solves greedily. `problems`: how many.
 
     Raises:
       ValueError: for evaluations of other problems, naming one, or a k above the samples of one.
@@ -35,17 +36,7 @@ def compared(first: Sequence[Record], second: Sequence[Record], k: Sequence[int]
     for records in (one, two):
         found = spread(records)
         sides.append(accuracies(records, ks) | {name: found[name] for name in names})
-    difference = {name: sides[1][name] - sides[0][name] for name in sides[0]}
-    around = mean_intervals(np.stack(list(difference.values()), axis=1))
-    metrics = {
-        name: {
-            "first": float(sides[0][name].mean()),
-            "second": float(sides[1][name].mean()),
-            "difference": float(values.mean()),
-            "interval": ends.tolist(),
-        }
-        for (name, values), ends in zip(difference.items(), around, strict=True)
-    }
+    metrics = _differences(*sides) | _reward_differences(one, two)
     for name in ("greedy", "pass@1"):
         if name in metrics:
             metrics[name]["p"] = sign_test(sides[0][name], sides[1][name])
@@ -56,6 +47,35 @@ def compared(first: Sequence[Record], second: Sequence[Record], k: Sequence[int]
         "only_second": int((solved[1] & ~solved[0]).sum()),
         "metrics": metrics,
     }
+
+
+def _differences(one: Values, two: Values) -> dict[str, dict[str, Any]]:
+    """Of each number that both have, over the same problems."""
+    names = [name for name in one if name in two]
+    around = mean_intervals(np.stack([two[name] - one[name] for name in names], axis=1))
+    return {
+        name: {
+            "first": float(one[name].mean()),
+            "second": float(two[name].mean()),
+            "difference": float((two[name] - one[name]).mean()),
+            "interval": ends.tolist(),
+        }
+        for name, ends in zip(names, around, strict=True)
+    }
+
+
+def _reward_differences(one: Sequence[Record], two: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Of the mean of each reward that both have, over the problems to whose samples it applies in both."""
+    first, second = (
+        {name: of for name, of in reward_means(records, 1).items() if name.startswith("reward/")}
+        for records in (one, two)
+    )
+    found = {}
+    for name in (name for name in first if name in second):
+        both = ~np.isnan(first[name] + second[name])
+        if both.any():
+            found |= _differences({name: first[name][both]}, {name: second[name][both]})
+    return found
 
 
 def forgetting(history: Sequence[Mapping[str, float]]) -> float:
@@ -83,6 +103,41 @@ def forgetting(history: Sequence[Mapping[str, float]]) -> float:
     if other := next((each for each in history if each.keys() != tasks), None):
         raise ValueError(f"one checkpoint has the tasks {sorted(other)} and the last {sorted(tasks)}; use the same")
     return float(np.mean([max(each[task] for each in history[:-1]) - history[-1][task] for task in tasks]))
+
+
+def continual(history: Sequence[Sequence[float]]) -> dict[str, float]:
+    """What a model that learned one task after the other still knows, from its matrix of accuracies.
+
+        average            mean_j A[T][j]
+        forgetting         mean_{j < T} (max_{i < T} A[i][j] - A[T][j])
+        backward_transfer  mean_{j < T} (A[T][j] - A[j][j])
+
+    >>> {name: round(value, 6) for name, value in continual([[.8, .1, 0], [.6, .9, .2], [.5, .7, .85]]).items()}
+    {'average': 0.683333, 'forgetting': 0.25, 'backward_transfer': -0.25}
+
+    Args:
+      history: A[i][j], accuracy on task j after training on task i, in the order of training.
+
+    Returns:
+      The three by name; NaN for the last two where there is one task.
+
+    Raises:
+      ValueError: unless the matrix is square and not empty.
+
+    Reference: RIF-RFT (2507.05386).
+    Certainty: verified
+    """
+    found = np.asarray(history, float)
+    if found.ndim != 2 or found.shape[0] != found.shape[1] or not found.size:
+        raise ValueError(f"history has the shape {found.shape}; give the accuracy on every task after every task")
+    last, earlier = found[-1], found[:-1, :-1]
+    if len(found) == 1:
+        return {"average": float(last.mean()), "forgetting": float("nan"), "backward_transfer": float("nan")}
+    return {
+        "average": float(last.mean()),
+        "forgetting": float((earlier.max(axis=0) - last[:-1]).mean()),
+        "backward_transfer": float((last[:-1] - np.diag(found)[:-1]).mean()),
+    }
 
 
 def _paired(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[Record], list[Record]]:

@@ -28,7 +28,7 @@ from jaxrl_llm.evaluation.reliability import (
     expected_calibration_error,
     reliability_curve,
 )
-from jaxrl_llm.evaluation.voting import agreement, majority_at_k, weighted_vote
+from jaxrl_llm.evaluation.voting import agreement, majority_at_k, vote_reward_accuracy, weighted_vote
 
 Record = Mapping[str, Any]
 Values = dict[str, np.ndarray]
@@ -50,8 +50,9 @@ def accuracies(records: Sequence[Record], k: Sequence[int]) -> Values:
 
 def votes_by_weight(records: Sequence[Record], k: int) -> Values:
     """`weighted@n`: whether all samples, each as heavy as it is likely per token (or as confident as it says), vote for
-    the right answer; `best@k`: how right the likeliest per token of k samples is."""
-    found: Values = {}
+    the right answer; `best@k`: how right the likeliest per token of k samples is; `vote_reward_accuracy@n`: share of
+    the samples that agreement with the majority would reward rightly."""
+    found: Values = {f"vote_reward_accuracy@{len(records[0]['samples'])}": vote_reward_accuracy(*_votes(records))}
     for name, weights in _confidences(records).items():
         if any(None in row for row in weights):
             continue

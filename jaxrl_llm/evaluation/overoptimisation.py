@@ -59,6 +59,46 @@ def preference_metrics(
     return found
 
 
+def preference_table(
+    better: Sequence[float],
+    worse: Sequence[float],
+    sources: Sequence[str] | None = None,
+    lengths: Sequence[tuple[int, int]] | None = None,
+    *,
+    bins: int = 10,
+) -> list[dict[str, str | float]]:
+    """`preference_metrics` of all pairs, and in further rows of those of each source, the largest first.
+
+    >>> rows = preference_table([1, 2, 0], [0, 3, -1], ["a", "b", "b"])
+    >>> [(row["source"], row["pairs"], row["accuracy"]) for row in rows]
+    [('all', 3, 0.6666666666666666), ('b', 2, 0.5), ('a', 1, 1.0)]
+
+    Args:
+      better, worse: scores of each pair.
+      sources: where each pair comes from; None makes one row.
+      lengths: tokens of (better, worse).
+      bins: of the calibration.
+
+    Raises:
+      ValueError: as for `preference_metrics`, or for another number of sources than of pairs.
+    """
+    b, w = np.asarray(better, np.float64), np.asarray(worse, np.float64)
+    if sources is not None and len(sources) != len(b):
+        raise ValueError(f"sources names {len(sources)} pairs, but there are {len(b)}; give one a pair")
+    named = np.asarray(["all"] * len(b) if sources is None else list(sources))
+    parts = [("all", np.ones(len(b), bool))]
+    if sources is not None:
+        kinds, counts = np.unique(named, return_counts=True)
+        parts += [(str(kinds[i]), named == kinds[i]) for i in np.argsort(-counts, kind="stable")]
+    rows: list[dict[str, str | float]] = []
+    for name, among in parts:
+        own = None if lengths is None else [one for one, kept in zip(lengths, among, strict=True) if kept]
+        rows.append(
+            {"source": name, "pairs": int(among.sum()), **preference_metrics(b[among], w[among], own, bins=bins)}
+        )
+    return rows
+
+
 def overoptimisation_fit(kl: Sequence[float], gain: Sequence[float], *, curve: Curve = "direct") -> dict[str, float]:
     """The hump of a gold score over the distance that a policy has gone after a proxy.
 

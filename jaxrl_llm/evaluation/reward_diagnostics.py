@@ -184,6 +184,39 @@ def step_score_summaries(scores: Sequence[float]) -> dict[str, float]:
     }
 
 
+def verdict_report(
+    verdicts: Sequence[float], truth: Sequence[float], subgoals: Sequence[str] | None = None
+) -> dict[str, float]:
+    """How well a judge says whether an action reaches a subgoal: accuracy, precision, recall and F1.
+
+    Each subgoal counts the same, however many transitions it has. Without a positive, precision, recall and F1 are 0.
+
+    >>> verdict_report([1, 1, 0, 0], [1, 0, 1, 0])
+    {'accuracy': 0.5, 'precision': 0.5, 'recall': 0.5, 'f1': 0.5}
+
+    Args:
+      verdicts: above 1/2 for a hit.
+      truth: the same, as it is.
+      subgoals: name of the subgoal of each; None is one for all.
+
+    Raises:
+      ValueError: for none, or lists of different lengths.
+
+    Reference: CALM (2409.12798)
+    Certainty: verified
+    """
+    said, true = np.asarray(verdicts, float) > 0.5, np.asarray(truth, float) > 0.5
+    names = np.zeros(len(said), int) if subgoals is None else np.unique(np.asarray(subgoals), return_inverse=True)[1]
+    if said.shape != true.shape or not len(said) or names.shape != said.shape:
+        raise ValueError(f"{len(said)} verdicts, {len(true)} truths, {len(names)} subgoals; give one of each, and some")
+    share = 1.0 / np.bincount(names)[names]
+    hits, said_hits, true_hits = ((share * x).sum() for x in (said & true, said, true))
+    precision, recall = (float(hits / x) if x > 0 else 0.0 for x in (said_hits, true_hits))
+    f1 = 2 * precision * recall / (precision + recall) if hits > 0 else 0.0
+    accuracy = float((share * (said == true)).sum() / share.sum())
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+
+
 def policy_cliff(
     rewards: Float[np.ndarray, "G"],
     *,

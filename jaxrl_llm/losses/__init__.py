@@ -9,8 +9,9 @@ from __future__ import annotations
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.divergences.convex import convex_kl
-from jaxrl_llm.losses.divergences.distillation import teacher_reverse_kl
+from jaxrl_llm.losses.divergences.distillation import skewed_divergence, teacher_reverse_kl
 from jaxrl_llm.losses.divergences.divergence import divergence
+from jaxrl_llm.losses.divergences.dual_head import aligned_gradients, binary_logit_divergence
 from jaxrl_llm.losses.divergences.estimates import divergence_reward, js_definition, kl_estimate
 from jaxrl_llm.losses.divergences.generators import GENERATORS, Generator, generator, renyi
 from jaxrl_llm.losses.policy.blended import blended_surrogate
@@ -29,7 +30,16 @@ from jaxrl_llm.losses.policy.valuation import mean_log_ratio, random_policy_valu
 from jaxrl_llm.losses.preference.bradley_terry import bradley_terry
 from jaxrl_llm.losses.preference.discriminative import decoupled_reward, group_trust_region
 from jaxrl_llm.losses.preference.dpo import dpo
+from jaxrl_llm.losses.preference.goal_contrast import goal_contrast, goal_quality
 from jaxrl_llm.losses.preference.kto import kto, mismatched_completions, mismatched_kl
+from jaxrl_llm.losses.preference.opponents import (
+    beside_itself,
+    beside_partner,
+    exploratory_preference,
+    gap_relations,
+    regret_preference,
+    same_prompt,
+)
 from jaxrl_llm.losses.preference.pairwise import kl_penalized_sequence_rewards, pairwise_surrogate
 from jaxrl_llm.losses.preference.reference_free import odds_ratio, simpo
 from jaxrl_llm.losses.preference.reward_model_losses import (
@@ -56,10 +66,16 @@ from jaxrl_llm.losses.regularisers.routing import router_balance
 from jaxrl_llm.losses.supervised.likelihood import negative_log_likelihood
 from jaxrl_llm.losses.supervised.negative_aware import negative_aware_likelihood
 from jaxrl_llm.losses.supervised.reference_answers import answer_likelihood_gradient, weighted_answer_likelihood
+from jaxrl_llm.losses.supervised.scored_text import (
+    advantage_weighted_likelihood,
+    reward_weighted_likelihood,
+    unlikelihood,
+)
 from jaxrl_llm.losses.supervised.written_tokens import external_surrogate, rehearsal_divergence, stored_likelihood
 from jaxrl_llm.losses.token_weights.correction import importance_weight, negative_sequence_mask
 from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights, predicted_entropy_change
 from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_kl, forking_mask, forking_tokens
+from jaxrl_llm.losses.token_weights.masked_parts import answer_part, over_mask, rewarded_part
 from jaxrl_llm.losses.value.clipped_value import clipped_value
 from jaxrl_llm.losses.value.distributional import categorical_value, quantile_value, several_values
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
@@ -70,10 +86,16 @@ __all__ = [
     "Aggregation",
     "Generator",
     "Loss",
+    "advantage_weighted_likelihood",
     "aggregate",
+    "aligned_gradients",
     "anchored_preference",
     "answer_likelihood_gradient",
+    "answer_part",
+    "beside_itself",
+    "beside_partner",
     "binary_classifier",
+    "binary_logit_divergence",
     "blended_surrogate",
     "bradley_terry",
     "categorical_value",
@@ -91,12 +113,16 @@ __all__ = [
     "entropy_change_weights",
     "entropy_history",
     "entropy_history_penalty",
+    "exploratory_preference",
     "external_surrogate",
     "failure_pushback",
     "forking_kl",
     "forking_mask",
     "forking_tokens",
+    "gap_relations",
     "generator",
+    "goal_contrast",
+    "goal_quality",
     "group_trust_region",
     "huber_value",
     "importance_weight",
@@ -125,6 +151,7 @@ __all__ = [
     "outcome_cross_entropy",
     "outcome_label_likelihood",
     "outcome_token_weight",
+    "over_mask",
     "pairwise_surrogate",
     "pessimistic_surrogate",
     "policy_gradient",
@@ -135,17 +162,22 @@ __all__ = [
     "random_policy_valuation",
     "ranked_answers",
     "rating_regression",
+    "regret_preference",
     "rehearsal_divergence",
     "renyi",
     "return_decomposition",
+    "reward_weighted_likelihood",
+    "rewarded_part",
     "router_balance",
     "row_weight",
     "running_shift",
+    "same_prompt",
     "sample_log_ratio",
     "sapo",
     "sequence_clipped_surrogate",
     "several_values",
     "simpo",
+    "skewed_divergence",
     "step_label_likelihood",
     "stored_likelihood",
     "success_cloning",
@@ -154,6 +186,7 @@ __all__ = [
     "token_reward_cross_entropy",
     "token_share",
     "twin_huber_value",
+    "unlikelihood",
     "verdict_ranking",
     "weak_labels",
     "weighted_answer_likelihood",

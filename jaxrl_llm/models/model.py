@@ -56,6 +56,8 @@ class Model(NamedTuple):
         and then each goes through its own copy of what it goes on from.
       shared_scoring: whether the samples of a prompt are scored and differentiated best by going on from one pass over
         it, through the cache. A cache that recomputes, rounds, or keeps attention from its kernels says no.
+      packs: whether `apply` and `observe` take `segments=`, the sequence [B, T] that each token of a row belongs to:
+        several sequences in a row then, one behind the other, each with positions from 0 and blind to the others.
     """
 
     init: Callable[[Array], PyTree]
@@ -74,3 +76,4 @@ class Model(NamedTuple):
     replace_row: Callable[[PyTree, Array, PyTree, Array], PyTree] | None = None
     cut_cache: Callable[[PyTree, Array], PyTree] | None = None
     shared_scoring: bool = False
+    packs: bool = False

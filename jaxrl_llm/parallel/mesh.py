@@ -26,7 +26,8 @@ def make_mesh(devices: int | Sequence[Any] | None = None, sizes: Mapping[str, in
       sizes: of the axes, 1 where an axis is not named; None puts all devices on `data`.
 
     Raises:
-      ValueError: when there are fewer devices than asked for, or the sizes do not multiply to their number.
+      ValueError: when there are fewer devices than asked for, the sizes do not multiply to their number, or a TPU
+        slice cannot be divided in this way.
     """
     chosen = _devices(devices)
     sizes = {"data": len(chosen)} if sizes is None else dict(sizes)
@@ -37,18 +38,43 @@ def make_mesh(devices: int | Sequence[Any] | None = None, sizes: Mapping[str, in
             raise ValueError(f"mesh.{_FIELDS.get(axis, axis)} is {size}; it must be at least 1")
     if (problem := axis_product_error(sizes, len(chosen))) is not None:
         raise ValueError(problem)
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if shape[0] > 1 and len({getattr(device, "slice_index", 0) for device in chosen}) > 1:
-        from jax.experimental.mesh_utils import create_hybrid_device_mesh
-
-        within, across = (1, *shape[1:]), (shape[0], *[1] * (len(shape) - 1))
-        return Mesh(
-            create_hybrid_device_mesh(within, across, devices=chosen), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-        )
     # Neighbours on a torus share the axes that communicate most.
-    if isinstance(devices, int) or devices is None or getattr(chosen[0], "platform", "") == "tpu":
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
-    return Mesh(np.asarray(chosen).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    neighbours = isinstance(devices, int) or devices is None or getattr(chosen[0], "platform", "") == "tpu"
+    placed = placed_devices(chosen, sizes, neighbours=neighbours)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def placed_devices(devices: Sequence[Any], sizes: Mapping[str, int], *, neighbours: bool = True) -> np.ndarray:
+    """The devices along the axes of a mesh of these sizes.
+
+    Args:
+      devices: as many as the sizes multiply to; of a TPU they have `device_kind`, `coords` and `core_on_chip`.
+      sizes: of the axes, 1 where an axis is not named.
+      neighbours: devices that are linked lie along one axis; else they keep their order, within a slice.
+
+    Raises:
+      ValueError: where devices of a TPU are no box, or no division of the box has these sizes.
+    """
+    from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
+
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if neighbours and slices not in (1, shape[0]):
+        raise ValueError(f"mesh.slices is {shape[0]}, but the devices lie on {slices} slices; set it to {slices}")
+    try:
+        # A dimension of the torus may belong to several axes: what is asked for is then slower, instead of refused.
+        if slices > 1 and shape[0] > 1:
+            within, across = (1, *shape[1:]), (shape[0], *[1] * (len(shape) - 1))
+            return create_hybrid_device_mesh(within, across, devices=devices, allow_split_physical_axes=True)
+        if neighbours:
+            return create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+    except (NotImplementedError, AssertionError, ValueError) as error:
+        given = " x ".join(f"mesh.{_FIELDS.get(axis, axis)} {size}" for axis, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"{given or 'one device'} cannot be placed on these {len(devices)} devices of a {devices[0].device_kind}; "
+            "take sizes that divide the dimensions of the slice, mesh.devices that form a box, or mesh: auto"
+        ) from error
+    return np.asarray(devices).reshape(shape)
 
 
 def axis_product_error(sizes: Mapping[str, int], count: int) -> str | None:

@@ -23,7 +23,7 @@ from jaxrl_llm.planning.ahead import PHASES
 from jaxrl_llm.planning.hlo import Cost
 from jaxrl_llm.planning.topologies import Topology
 from jaxrl_llm.rollout.decoding import cache_stages
-from jaxrl_llm.run.evaluation_batch import decoding_bytes, evaluation_batch
+from jaxrl_llm.run.evaluation_batch import decoding_bytes, evaluation_batch, remembered_bytes
 from jaxrl_llm.training.networks import POLICY
 from jaxrl_llm.training.segments import is_offloaded, placed_state
 
@@ -143,17 +143,19 @@ class _Sizes:
         self.decoded = self._part("decoded_rows", config.rollout.slots or self.sequences)
         self.prompts = self._part("decoded_rows", prompts)
         self.vocabulary_parts = self._split("vocabulary", self.vocabulary)
-        cached_heads, key_size, value_size = c.cached_sizes
-        # Every device has the one latent vector of a token.
-        head_parts = self._split("kv_heads", c.kv_heads) if c.latent is None else 1
-        per_token = c.layers * cached_heads * (key_size + value_size) / head_parts
-        self.token_in_cache = per_token * (1 if c.cache_dtype == "int8" else self.compute)
+        self.token_in_cache, self.row_in_cache = remembered_bytes(c, self.mesh.shape, self.rules)
         self.cache_bytes = self.token_in_cache * (self.decoded * self.completion + self.prompts * self.prompt)
+        self.cache_bytes += self.row_in_cache * self.decoded
+        self.recurrent = sum(c.recurrent)
+        self.attending = c.layers - self.recurrent
+        # Of a token in a recurrent layer: the state decays, is asked twice, and takes an outer product.
+        self.state_flops = 0 if c.delta is None else 7 * c.delta.value_heads * c.delta.key_width * c.delta.value_width
         # Of a cache that grows, a step reads what there is of it.
         stages = (self.completion,) if config.rollout.slots else cache_stages(self.completion)
         self.grown = sum(stages[:-1])
         reads = sum(room * sum(stages[: place + 1]) for place, room in enumerate(stages)) / self.completion
         self.cache_bytes_read = self.token_in_cache * (self.decoded * reads + self.prompts * self.prompt)
+        self.cache_bytes_read += 2 * self.row_in_cache * self.decoded  # and written
         leaves = jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))
         blocks = [leaf for leaf in leaves if "layer" in leaf.axes]
         whole = {name: () if name == "embed" else axes for name, axes in self.rules.items()}
@@ -246,15 +248,17 @@ def _costs(config: Config, composition: Any, at: _Sizes, weights: float) -> dict
     scored = at.sequences * at.tokens
     table = at.vocabulary * at.width
     # Two operations a parameter and token; causal attention looks at half of the tokens, on average.
-    per_token = 2 * at.active + 2 * at.layers * at.tokens * at.heads
+    states = at.recurrent * at.state_flops
+    per_token = 2 * at.active + states + 2 * at.attending * at.tokens * at.heads
     forward = (scored * per_token + 2 * at.sequences * at.completion * table) / devices
     recomputed = 0 if config.training.remat in ("none", "dots", "offload_dots") else 1
     computing = at.devices("slice", "data", "fsdp", "expert", "sequence", "tensor")
     prompts = config.training.prompts_per_step
-    prefill = Cost(flops=prompts * at.prompt * (2 * at.active + 2 * at.layers * at.prompt * at.heads) / computing)
+    of_prompt = 2 * at.active + states + 2 * at.attending * at.prompt * at.heads
+    prefill = Cost(flops=prompts * at.prompt * of_prompt / computing)
     prefill.bytes = weights + at.prompts * at.prompt * at.layers * at.compute * 12 * at.width
     steps = at.completion - 1
-    decoded = 2 * (at.active + table) + 4 * at.layers * at.heads * (at.prompt + at.completion)
+    decoded = 2 * (at.active + table) + states + 4 * at.attending * at.heads * (at.prompt + at.completion)
     runs = math.ceil(at.sequences / (config.rollout.slots or at.sequences))
     decode = Cost(flops=runs * steps * (config.rollout.slots or at.sequences) * decoded / computing)
     decode.bytes = runs * steps * (weights + at.cache_bytes_read)

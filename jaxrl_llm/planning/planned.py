@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jaxrl_llm.config import Config, MeshConfig
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.auto import automatic_sizes
 from jaxrl_llm.parallel.backend import planned_for
-from jaxrl_llm.parallel.mesh import axis_product_error
+from jaxrl_llm.parallel.mesh import axis_product_error, placed_devices
 from jaxrl_llm.planning.estimate import Estimate, estimate
 from jaxrl_llm.planning.topologies import Topology
 from jaxrl_llm.run.checkpoints import written_networks
@@ -93,7 +92,7 @@ def mesh_sizes(plan: Planned) -> tuple[dict[str, int], str]:
     """(sizes of the mesh axes, why): those of the config, or what `mesh: auto` takes on the machine.
 
     Raises:
-      ValueError: for sizes that do not multiply to the number of devices.
+      ValueError: for sizes that do not multiply to the number of devices, or that the machine cannot place.
     """
     config, machine = plan.config, plan.machine
     count = config.mesh.devices or machine.devices
@@ -102,10 +101,18 @@ def mesh_sizes(plan: Planned) -> tuple[dict[str, int], str]:
     if config.mesh.sizes:
         if (problem := axis_product_error(config.mesh.sizes, count)) is not None:
             raise ValueError(problem)
+        require_place(plan, config.mesh.sizes)
         return {axis: size for axis, size in config.mesh.sizes.items() if size > 1}, "as the config says"
-    devices = [SimpleNamespace(slice_index=number // machine.devices_in_slice) for number in range(count)]
-    needed = demand(config, plan.model)
-    return automatic_sizes(devices, needed, device_bytes=int(machine.chip.bytes))
+    devices = machine.described_devices()[:count]
+    sizes, reason = automatic_sizes(devices, demand(config, plan.model), device_bytes=int(machine.chip.bytes))
+    require_place(plan, sizes)
+    return sizes, reason
+
+
+def require_place(plan: Planned, sizes: Mapping[str, int]) -> None:
+    """Raise ValueError where the devices of a TPU cannot be a mesh of these sizes."""
+    if plan.machine.chip.platform == "tpu":
+        placed_devices(plan.machine.described_devices()[: plan.config.mesh.devices], sizes)
 
 
 def written_mesh(sizes: Mapping[str, int]) -> str:

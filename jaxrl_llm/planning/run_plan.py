@@ -11,7 +11,7 @@ from jaxrl_llm.config import Config, MeshConfig, as_tree
 from jaxrl_llm.parallel.rules import AXES
 from jaxrl_llm.planning import ahead
 from jaxrl_llm.planning.estimate import Estimate
-from jaxrl_llm.planning.planned import Planned, mesh_sizes, planned
+from jaxrl_llm.planning.planned import Planned, mesh_sizes, planned, require_place
 from jaxrl_llm.planning.suggestions import suggestions
 from jaxrl_llm.planning.topologies import GIB, Topology, topology
 from jaxrl_llm.run.machine import demand
@@ -235,6 +235,7 @@ def ranked_layouts(plan: Planned, *, count: int = 12) -> list[dict[str, Any]]:
         if rows % owners:
             continue
         try:
+            require_place(plan, sizes)
             guess = plan.estimated(sizes)
         except ValueError:
             continue

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxrl_llm.config import Config
-from jaxrl_llm.planning.planned import Planned, planned, written_mesh
+from jaxrl_llm.planning.planned import Planned, planned, require_place, written_mesh
 from jaxrl_llm.run.machine import demand
 
 
@@ -50,6 +50,7 @@ def suggestions(plan: Planned, sizes: Mapping[str, int], needs: float) -> list[d
 def _needs_after(plan: Planned, config: Config, sizes: Mapping[str, int], before: float, needs: float) -> float | None:
     """Bytes a device needs after a change, by how the estimate changes; None where the change cannot be."""
     try:
+        require_place(plan, sizes)
         known = plan if config is plan.config else planned(config, plan.machine)
         return max(0.0, needs + known.estimated(sizes).peak - before)
     except ValueError:

@@ -6,7 +6,9 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from itertools import product
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from jaxrl_llm.bounds import natural
 
@@ -29,6 +31,7 @@ class Chip:
       cores: devices in one chip.
       platform: that compiles for it.
       host_bytes: memory of the machine that four chips are in; 0 where it is not known.
+      kind: of its devices, as jax names it.
     """
 
     name: str
@@ -42,16 +45,17 @@ class Chip:
     cores: int = 1
     platform: Literal["tpu", "gpu", "cpu"] = "tpu"
     host_bytes: float = 0
+    kind: str = ""
 
 
 # TPU rates: cloud.google.com/tpu/docs; links: "How to scale your model" (jax-ml.github.io/scaling-book). A chip of
 # tpu7x is two devices, which share its links. Hosts: machine types with four chips, as GKE's pages list them.
 TPUS = {
-    "v4": Chip("v4", 30.75 * GIB, 275e12, 1.228e12, 45e9, 3, 4, 6e9, host_bytes=407e9),
-    "v5e": Chip("v5e", 15.75 * GIB, 197e12, 0.819e12, 45e9, 2, 16, 6e9, host_bytes=192e9),
-    "v5p": Chip("v5p", 95.74 * GIB, 459e12, 2.765e12, 90e9, 3, 4, 6e9, host_bytes=448e9),
-    "v6e": Chip("v6e", 31.25 * GIB, 918e12, 1.64e12, 90e9, 2, 16, 12e9, host_bytes=720e9),
-    "tpu7x": Chip("tpu7x", 94.75 * GIB, 1153e12, 3.69e12, 50e9, 3, 4, 6e9, cores=2, host_bytes=960e9),
+    "v4": Chip("v4", 30.75 * GIB, 275e12, 1.228e12, 45e9, 3, 4, 6e9, host_bytes=407e9, kind="TPU v4"),
+    "v5e": Chip("v5e", 15.75 * GIB, 197e12, 0.819e12, 45e9, 2, 16, 6e9, host_bytes=192e9, kind="TPU v5 lite"),
+    "v5p": Chip("v5p", 95.74 * GIB, 459e12, 2.765e12, 90e9, 3, 4, 6e9, host_bytes=448e9, kind="TPU v5"),
+    "v6e": Chip("v6e", 31.25 * GIB, 918e12, 1.64e12, 90e9, 2, 16, 12e9, host_bytes=720e9, kind="TPU v6 lite"),
+    "tpu7x": Chip("tpu7x", 94.75 * GIB, 1153e12, 3.69e12, 50e9, 3, 4, 6e9, cores=2, host_bytes=960e9, kind="TPU7x"),
 }
 # NVIDIA's data sheets, dense bfloat16; between hosts 400 Gb/s a GPU (B200: 800).
 GPUS = {
@@ -115,6 +119,24 @@ class Topology:
         if math.prod(self.shape) < 4:
             options["chips_per_host_bounds"] = (*self.shape, *[1] * (3 - len(self.shape)))
         return options
+
+    def described_devices(self) -> list[Any]:
+        """Its devices with what places them in a mesh: of a TPU slice coordinates, the first dimension fastest."""
+        sizes = (*self.shape, *[1] * (3 - len(self.shape))) if self.chip.platform == "tpu" else (*self.shape, 1, 1)
+        chips = product(*(range(size) for size in reversed(sizes)))
+        places = [(at[::-1], core) for at in chips for core in range(self.chip.cores)]
+        return [
+            SimpleNamespace(
+                id=number + slice_index * len(places),
+                platform=self.chip.platform,
+                device_kind=self.chip.kind,
+                coords=coords,
+                core_on_chip=core,
+                slice_index=slice_index,
+            )
+            for slice_index in range(self.slices)
+            for number, (coords, core) in enumerate(places)
+        ]
 
     def network(self, count: int, *, crosses: bool = False) -> float:
         """Bytes a second that each of `count` devices, which exchange data among themselves, can send.

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrl_llm.reporting.metric_table import Panel, described, panels
 from jaxrl_llm.reporting.report import COLOURS, FigureFormat, groups_of
-from jaxrl_llm.reporting.reported_run import ReportedRun, pass_curves, seconds_by_part, series
+from jaxrl_llm.reporting.reported_run import ReportedRun, kl_curves, pass_curves, seconds_by_part, series
 
 SMOOTHING, SMOOTHED_FROM = 0.8, 25  # as the page does: the weight of the past, and the points that are too few for it
 INCHES = (3.4, 2.4)  # one column of a page
@@ -74,6 +74,8 @@ def _charts(runs: Sequence[ReportedRun]) -> Iterator[tuple[str, Any]]:
         yield panel.title, lambda axes, panel=panel: _curves(axes, panel, of)
     if curves := [curve for run in runs for curve in pass_curves(run)]:
         yield "pass@k", lambda axes: _pass_at_k(axes, curves)
+    if against := [curve for run in runs for curve in kl_curves(run)]:
+        yield "reward against KL", lambda axes: _against_kl(axes, against)
     if parts := {run.name: seconds_by_part(run) for run in runs if seconds_by_part(run)}:
         yield "time by part", lambda axes: _bars(axes, parts)
 
@@ -128,6 +130,13 @@ def _pass_at_k(axes: Any, curves: Sequence[dict[str, Any]]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="k", ylabel="pass@k")
+
+
+def _against_kl(axes: Any, curves: Sequence[dict[str, Any]]) -> None:
+    for i, curve in enumerate(curves):
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+        axes.plot(smoothed(curve["kl"]), smoothed(curve["value"]), dash, color=colour, label=curve["name"])
+    axes.set(xlabel="KL, nats a token", ylabel="reward")
 
 
 def _bars(axes: Any, parts: dict[str, dict[str, float]]) -> None:

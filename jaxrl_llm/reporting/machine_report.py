@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.compilation_cache import compilation_cache_report
@@ -33,6 +34,21 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = "missing"
     return versions
+
+
+def memory_in_use() -> dict[str, float]:
+    """What this process holds now, in GiB: resident memory of the host, and where devices tell it the most that one of
+    them holds and has held."""
+    import jax
+
+    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    bytes_held: dict[str, int] = {}
+    if (pages := Path("/proc/self/statm")).exists():
+        bytes_held["host_memory_gib"] = int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    for name, key in (("device_memory_gib", "bytes_in_use"), ("device_peak_memory_gib", "peak_bytes_in_use")):
+        if known := [one[key] for one in stats if key in one]:
+            bytes_held[name] = max(known)
+    return {name: held / 2**30 for name, held in bytes_held.items()}
 
 
 def machine_report() -> dict[str, dict[str, Any]]:

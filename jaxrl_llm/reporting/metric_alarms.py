@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WINDOW = 10
+CONSTANT_STEPS = 20
 
 
 @dataclass
@@ -24,12 +25,16 @@ class Alarms:
       first: mean of each metric over its first `WINDOW` steps.
       last: each metric in its last `WINDOW` steps.
       probes: (mean reward, pass@1 on the validation split) at each evaluation.
+      peak: the highest mean of `correct_share` over `WINDOW` steps, with the mean reward of the same steps.
+      still: steps in a row in which each reward was constant.
       ringing: alarms that were said and still hold.
     """
 
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, deque[float]] = field(default_factory=dict)
     probes: list[tuple[float, float]] = field(default_factory=list)
+    peak: tuple[float, float] | None = None
+    still: dict[str, int] = field(default_factory=dict)
     ringing: set[str] = field(default_factory=set)
 
     def new(self, metrics: Mapping[str, float]) -> list[str]:
@@ -41,6 +46,11 @@ class Alarms:
             window.append(value)
             if len(window) == WINDOW and name not in self.first:
                 self.first[name] = sum(window) / WINDOW
+            if name.startswith("reward/") and name.endswith("_std"):
+                self.still[name] = self.still.get(name, 0) + 1 if value == 0 else 0
+        held = self.now("correct_share")
+        if held is not None and (self.peak is None or held > self.peak[0]):
+            self.peak = held, self.now("reward") or 0.0
         if "validation/pass@1" in metrics and "reward" in self.last:
             window = self.last["reward"]
             self.probes.append((sum(window) / len(window), metrics["validation/pass@1"]))
@@ -92,6 +102,27 @@ def _constant(seen: Alarms) -> str | None:
     return "all rewards of each prompt have been equal in the last steps: nothing is learned from them"
 
 
+def _silent(seen: Alarms) -> str | None:
+    names = [name for name, steps in seen.still.items() if steps >= CONSTANT_STEPS]
+    if not names:
+        return None
+    said = ", ".join(name.removeprefix("reward/").removesuffix("_std") for name in names)
+    return f"a reward has been the same for every completion of {CONSTANT_STEPS} steps: {said}; it teaches nothing"
+
+
+def _verifier(seen: Alarms) -> str | None:
+    reward, held = seen.now("reward"), seen.now("correct_share")
+    if reward is None or held is None or seen.peak is None:
+        return None
+    peak, then = seen.peak
+    if held > peak - 0.05 or reward <= then + 0.02 * max(abs(then), 0.05):
+        return None
+    return (
+        f"the reward rises ({then:.3f} to {reward:.3f}) while correct_share, what the first reward accepts, has fallen "
+        f"({peak:.1%} to {held:.1%}): the policy may be exploiting the other rewards"
+    )
+
+
 def _hacking(seen: Alarms) -> str | None:
     if len(seen.probes) < 3:
         return None
@@ -128,6 +159,8 @@ ALARMS: dict[str, Callable[[Alarms], str | None]] = {
     "length": _length,
     "log-probability gap": _gap,
     "constant reward": _constant,
+    "silent reward": _silent,
+    "verifier": _verifier,
     "reward hacking": _hacking,
     "reward": _fall,
     "gradient": _jump,

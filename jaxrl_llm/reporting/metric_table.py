@@ -53,7 +53,7 @@ class Panel(NamedTuple):
 
 ROWS, TOKENS, GROUPS = "sampled rows", "trained tokens of sampled rows", "groups that were sampled"
 UPDATES, OF_STEP, DRAWN = "updates of the step", "one number a step", "rows that the plan has drawn"
-EPISODES = "episodes that know it"
+EPISODES, WITHIN = "episodes that know it", "rows where both apply, less the means of their groups"
 
 PANELS = (
     Panel(
@@ -79,8 +79,28 @@ PANELS = (
             Metric("reward/<reward>_std", "reward", ROWS, "Standard deviation of one reward between rows."),
             Metric("reward/<reward>_applies", "share", ROWS, "Rows that the reward applies to: neither None nor NaN."),
             Metric("unrated_share", "share", "rows", "Rows to which no reward applies; they teach nothing."),
+            Metric("reward/<reward>_constant_groups", "share", GROUPS, "Groups in which one reward is constant."),
         ),
         "Each reward function by itself, before weights.",
+    ),
+    Panel(
+        "Rewards against each other",
+        (
+            Metric(
+                "reward_correlation/<reward>/<other>",
+                "correlation",
+                WITHIN,
+                "With another reward, with `length`, or with `kl`, log pi - log pi_ref of the completion.",
+            ),
+            Metric(
+                "starc/<reward>",
+                "distance",
+                WITHIN,
+                "STARC distance of one of several rewards from their sum, sqrt((1 - correlation) / 2): 0 orders the "
+                "samples alike, 1 the other way round. Of a verifier of weight 0 it is how far the proxy has left it.",
+            ),
+        ),
+        "Within prompts: a reward that goes with length or KL is easily exploited; one far from the verifier misleads.",
     ),
     Panel(
         "By source",
@@ -144,6 +164,21 @@ PANELS = (
             Metric("kept_share", "share", ROWS, "Rows of weight above 0 after credit."),
         ),
         "Groups of equal rewards teach nothing.",
+    ),
+    Panel(
+        "Degenerate completions",
+        (
+            Metric("duplicate_share", "share", ROWS, "Completions that an earlier one of the prompt is equal to."),
+            Metric("empty_share", "share", ROWS, "Completions of the end-of-sequence token alone."),
+            Metric("repeated_ngram_share", "share", ROWS, "4-grams of tokens that stood in the completion before."),
+            Metric(
+                "foreign_script_share",
+                "share",
+                ROWS,
+                "Completions with letters of a script that is not in their prompt; Latin and Greek are in all.",
+            ),
+        ),
+        "What a policy that exploits its reward often writes.",
     ),
     Panel(
         "Clipped",
@@ -260,8 +295,22 @@ PANELS = (
             Metric("samples_drawn", "count", OF_STEP, "Completions that `adaptive` has drawn."),
             Metric("prompts_unfinished", "count", OF_STEP, "Prompts that `adaptive` has given up."),
             Metric("voted_reward", "reward", DRAWN, "Mean reward of all samples that have voted (`voted`)."),
+            Metric(
+                "prefix_tokens",
+                "tokens",
+                "rows of branches",
+                "Tokens shown of a demonstration (`demonstration_prefix`).",
+            ),
+            Metric("helped_share", "share", "rows drawn with help", "Share of them that count (`helped`)."),
+            Metric("purified_turns", "turns", "episodes", "Failed turns that were taken out (`purified`)."),
+            Metric("abandoned_share", "share", "sampled rows", "Share that was given up (`early_abort`)."),
+            Metric("waiting_share", "share", DRAWN, "Share that waits for the next step (`partial_rollouts`)."),
+            Metric("tree_nodes", "count", "prompts", "Steps that the tree of a prompt has (`tree_search`)."),
+            Metric("tree_solved", "share", "prompts", "Share whose tree holds a right answer (`tree_search`)."),
+            Metric("forked_share", "share", ROWS, "Share of texts with threads (`parallel_threads`)."),
             Metric("resumed_tokens", "tokens", "rows of branches", "Tokens taken from earlier completions (`resume`)."),
             Metric("continued_tokens", "tokens", "completions", "Tokens drawn from behind steps (`continued_steps`)."),
+            Metric("shown_tokens", "tokens", DRAWN, "Tokens of criteria that a prompt shows (`scaffolded`)."),
             Metric("extra_temperature", "", OF_STEP, "The second temperature of `mixed_temperature`."),
             Metric("staleness_steps", "steps", ROWS, "Updates since the policy that has sampled."),
             Metric("alignment", "", OF_STEP, "Fall of the validation loss as the supervised share grows (AMFT)."),
@@ -285,6 +334,15 @@ PANELS = (
         "Sampled tokens a second, updates included.",
     ),
     Panel(
+        "Memory",
+        (
+            Metric("host_memory_gib", "GiB", OF_STEP, "Resident memory of the process after the step."),
+            Metric("device_memory_gib", "GiB", "the fullest device of the host", "In use after the step."),
+            Metric("device_peak_memory_gib", "GiB", "the fullest device of the host", "Most that was ever in use."),
+        ),
+        "Of the process on the host, and of devices that tell it (a CPU is the host).",
+    ),
+    Panel(
         "Numbers of the recipe",
         (
             Metric("metric/<name>", "", "rows that know it", "What an entry `metric/<name>` of `credit` fills."),
@@ -300,6 +358,8 @@ PANELS = (
     ),
 )
 METRICS = tuple(metric for panel in PANELS for metric in panel.metrics)
+# What a clock or the machine says, which is another number when a step is taken again.
+OF_MACHINE = ("seconds", "tokens_per_second", "host_memory_gib", "device_memory_gib", "device_peak_memory_gib")
 
 
 def described(name: str) -> Metric | None:

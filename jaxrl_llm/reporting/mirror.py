@@ -9,6 +9,7 @@ Storage without appending, renaming or locks is enough.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import threading
@@ -86,11 +87,19 @@ class Mirror:
         Raises:
           ValueError: where there is no run.
         """
-        there, sent = self.there(), {}
+        there = self.there()
         if "config.yaml" not in there and (self.directory / "config.yaml").is_file():
             return  # it could not be brought there yet
         if "config.yaml" not in there:
             raise ValueError(f"{self.address} holds no run (there is no config.yaml); give the address of a run")
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        with (self.directory.parent / f".{self.directory.name}.lock").open("w") as lock:
+            with contextlib.suppress(OSError):  # file systems without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of a run, the first one fetches
+            self._fetch(there)
+
+    def _fetch(self, there: dict[str, int]) -> None:
+        sent = {}
         state = self._state()
         with contextlib.suppress(FileNotFoundError):
             if state["copy"] and self.fs.cat_file(f"{self.root}/{_COPY}").decode() == state["copy"]:
@@ -210,6 +219,25 @@ def local_copy(path: str | os.PathLike) -> Path:
     mirror = Mirror(os.fspath(path))
     mirror.fetch()
     return mirror.directory
+
+
+@contextlib.contextmanager
+def changed_in_place(path: str | os.PathLike, say: Callable[[str], Any] = print) -> Iterator[Path]:
+    """A run directory to be changed: of an address, the local copy, whose changes are brought there at the end.
+
+    Raises:
+      ValueError: where there is no run.
+      OwnedError: when a process writes to the address.
+      ConnectionError: where the address cannot be written at the end.
+    """
+    if not is_address(path):
+        yield Path(path)
+        return
+    mirror = Mirror(os.fspath(path), say=say)
+    mirror.fetch()
+    with mirror.kept():
+        mirror.fetch()  # what its last owner has brought since
+        yield mirror.directory
 
 
 def _step(name: str) -> str | None:

@@ -24,6 +24,7 @@ from jaxrl_llm.reporting.reported_run import (
     ReportedRun,
     facts,
     headlines,
+    kl_curves,
     pass_curves,
     seconds_by_part,
     series,
@@ -79,6 +80,7 @@ def rendered(runs: Sequence[ReportedRun]) -> str:
         "groups": list(dict.fromkeys(groups)),
         "panels": [panel._asdict() for panel in drawn],
         "pass_at_k": [curve for run in runs for curve in pass_curves(run)],
+        "against_kl": [curve for run in runs for curve in kl_curves(run)],
         "seconds": [{"name": run.name, "parts": seconds_by_part(run)} for run in runs if seconds_by_part(run)],
         "samples": [sample for run in runs for sample in shown_samples(run, MOST_SAMPLES // len(runs))],
     }
@@ -98,6 +100,7 @@ def rendered(runs: Sequence[ReportedRun]) -> str:
         configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) for run in runs],
         facts=[(run.name, facts(run)) for run in runs],
         has_pass_curve=bool(data["pass_at_k"]),
+        has_kl=bool(data["against_kl"]),
         has_seconds=bool(data["seconds"]),
     )
 

@@ -206,6 +206,21 @@ def pass_curves(run: ReportedRun) -> list[dict[str, Any]]:
     return found
 
 
+def kl_curves(run: ReportedRun) -> list[dict[str, Any]]:
+    """What training maximises, and what the first reward accepts, against the KL divergence from the reference.
+
+    A verifier that falls while the reward still rises shows where the policy has begun to exploit its reward.
+    """
+    found, kl = [], "kl_reference_per_token"
+    for name in ("reward", "correct_share", "validation/pass@1"):
+        points = [(r[kl], r[name]) for r in run.metrics if math.isfinite(r.get(kl, math.nan)) and name in r]
+        if len(points) > 1:
+            places = np.linspace(0, len(points) - 1, min(len(points), MOST_POINTS)).round().astype(int)
+            x, y = zip(*(points[place] for place in places), strict=True)
+            found.append({"name": f"{run.name}, {name}", "kl": list(x), "value": list(y)})
+    return found
+
+
 def stages(run: ReportedRun) -> list[dict[str, Any]]:
     """The first step of each stage, with its name."""
     first: dict[str, int] = {}

@@ -8,8 +8,8 @@
     tensorboard/     the numbers of metrics.jsonl as TensorBoard events
 
 Resuming at step s takes back every record after s, so that a run that was killed and resumed leaves the same lines as
-one that was not, but for what the clock says (seconds, tokens_per_second). For this, write the records of a step before
-the checkpoint of that step, and `sync` in between.
+one that was not, but for what the machine says (`metric_table.OF_MACHINE`: time, memory). For this, write the records
+of a step before the checkpoint of that step, and `sync` in between.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxrl_llm.rewards.combination.columns import reward_column
+from jaxrl_llm.rewards.combination.dominated_volume import dominated_volume, hypervolume_guided
 from jaxrl_llm.rewards.combination.gates import (
     concise_correctness,
     gated_sum,
@@ -31,6 +32,7 @@ from jaxrl_llm.rewards.intrinsic.novelty import (
     ngram_counts,
 )
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
+from jaxrl_llm.rewards.intrinsic.privileged import answer_in_prompt, own_prompt
 from jaxrl_llm.rewards.intrinsic.thoughts import (
     answer_after_thought,
     answer_without_thought,
@@ -48,11 +50,21 @@ from jaxrl_llm.rewards.intrinsic.votes import (
     semantic_entropy,
 )
 from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
-from jaxrl_llm.rewards.judges.judged_steps import judge_steps
+from jaxrl_llm.rewards.judges.judged_turns import judge_turns
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
-from jaxrl_llm.rewards.judges.reward_models import learned_reward
+from jaxrl_llm.rewards.judges.reward_models import learned_reward, step_value
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
-from jaxrl_llm.rewards.judges.verdict_tokens import unbiased_comparison, verdict_score
+from jaxrl_llm.rewards.judges.verdict_rewards import (
+    attribute_reward,
+    closer_than_opponent,
+    critique_reward,
+    ranking_agreement,
+    verdict_agreement,
+    verdict_question,
+)
+from jaxrl_llm.rewards.judges.verdict_tokens import judged_example, unbiased_comparison, verdict_score
+from jaxrl_llm.rewards.judges.written_rubrics import contrastive_rubrics
+from jaxrl_llm.rewards.process.attributed_turns import attributed_turns, subgoal_rewards
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
 from jaxrl_llm.rewards.process.step_borders import step_borders
 from jaxrl_llm.rewards.process.step_scores import (
@@ -95,8 +107,11 @@ from jaxrl_llm.rewards.shaping.correct_length import (
     shortest_right_bonus,
     target_length,
 )
+from jaxrl_llm.rewards.shaping.difficulty import difficulty_truncation
 from jaxrl_llm.rewards.shaping.length_limit import shrinking_budget_length, soft_overlong, truncation_zero
 from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
+from jaxrl_llm.rewards.shaping.parallel_paths import accelerated, longest_path, with_threads
+from jaxrl_llm.rewards.shaping.projected_similarity import projected_similarity
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
 from jaxrl_llm.rewards.shaping.similarity_scale import sharpened_scores, stretched_scores
 from jaxrl_llm.rewards.verifiers.answers import (
@@ -134,6 +149,7 @@ __all__ = [
     "Judge",
     "JudgeError",
     "RewardError",
+    "accelerated",
     "accumulated_potentials",
     "added_span_rewards",
     "aggregated_steps",
@@ -143,6 +159,7 @@ __all__ = [
     "answer_format",
     "answer_frequency",
     "answer_ids",
+    "answer_in_prompt",
     "answer_likelihood",
     "answer_order_share",
     "answer_position_share",
@@ -150,6 +167,8 @@ __all__ = [
     "answer_span",
     "answer_token_tests",
     "answer_without_thought",
+    "attribute_reward",
+    "attributed_turns",
     "blended_rewards",
     "box_match",
     "calibrated_correctness",
@@ -157,14 +176,19 @@ __all__ = [
     "choice_match",
     "clipped_delta",
     "clipped_rewards",
+    "closer_than_opponent",
     "collective_match",
     "column_share",
     "concise_correctness",
     "continuation_labels",
+    "contrastive_rubrics",
     "cosine_length",
     "count_bonus",
     "countdown",
     "coverage_gains",
+    "critique_reward",
+    "difficulty_truncation",
+    "dominated_volume",
     "duration_weights",
     "elliptical_bonus",
     "ensemble_score",
@@ -177,12 +201,14 @@ __all__ = [
     "flipped_rewards",
     "floored_sum",
     "gated_sum",
+    "hypervolume_guided",
     "instructions_kept",
     "item_numbers",
     "judge_rating",
     "judge_rubric",
-    "judge_steps",
     "judge_tournament",
+    "judge_turns",
+    "judged_example",
     "known_share",
     "labelled_or_voted",
     "labels_at_ends",
@@ -193,6 +219,7 @@ __all__ = [
     "leverage_bonus",
     "lexical_diversity",
     "likelihood_gain",
+    "longest_path",
     "majority_match",
     "majority_novelty",
     "mean_hidden",
@@ -203,6 +230,7 @@ __all__ = [
     "normalized_turn_rewards",
     "number_match",
     "outcome_gated_sum",
+    "own_prompt",
     "paired_answer_ids",
     "paired_majority_match",
     "parsed_number",
@@ -212,7 +240,9 @@ __all__ = [
     "perplexity_ranks",
     "potential_shaped",
     "progress_attribution",
+    "projected_similarity",
     "proper_score",
+    "ranking_agreement",
     "reasoning_patterns",
     "reasoning_perplexity",
     "reference_bounded",
@@ -238,7 +268,9 @@ __all__ = [
     "step_borders",
     "step_calibration",
     "step_end_scores",
+    "step_value",
     "stretched_scores",
+    "subgoal_rewards",
     "tag_format",
     "target_length",
     "text_similarity",
@@ -256,11 +288,14 @@ __all__ = [
     "unbiased_comparison",
     "unit_tests",
     "vector_closeness",
+    "verdict_agreement",
+    "verdict_question",
     "verdict_score",
     "vocabulary_certainty",
     "voted_answer",
     "weighted_sum",
     "weighted_tests",
     "whitened_rewards",
+    "with_threads",
     "word_match",
 ]

@@ -22,7 +22,7 @@ from jaxrl_llm.config import Config, differences, numeric_tree, placement_tree
 from jaxrl_llm.models.model import Trained
 from jaxrl_llm.run import frozen as frozen_parts
 from jaxrl_llm.run.digests import Digest, bits, by_path, changed, digests, text_digest
-from jaxrl_llm.run.directories import at_hand
+from jaxrl_llm.run.directories import at_hand, is_step
 from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
 from jaxrl_llm.run.frozen import Frozen
 from jaxrl_llm.run.retention import METRIC, preserved
@@ -150,6 +150,13 @@ def latest_step(directory: Path) -> int | None:
     return max(steps(directory), default=None)
 
 
+def require_step(directory: Path, step: int) -> None:
+    """Raises CheckpointError unless a step is there, with those that are."""
+    if step not in (there := steps(directory)):
+        held = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(f"{directory} holds no checkpoint of step {step}; there are {held}")
+
+
 def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
     """(checkpoints directory, step) that a path names; a run directory names no step.
 
@@ -157,7 +164,8 @@ def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
       CheckpointError: when no checkpoint is there.
     """
     path = at_hand(path)
-    if natural(path.name) is not None and path.parent.name == "checkpoints" and path.is_dir():
+    if is_step(path):
+        require_step(path.parent, int(path.name))
         return path.parent, int(path.name)
     folder = path if path.name == "checkpoints" else path / "checkpoints"
     if not steps(folder):
@@ -351,8 +359,7 @@ def stored_shapes(directory: Path, step: int, within: str = "") -> PyTree:
       CheckpointError: when there is none.
     """
     path = _state_path(directory, step)
-    if not path.parent.is_dir():
-        raise CheckpointError(f"checkpoint {directory} has no step {step}; there is {latest_step(directory)}")
+    require_step(directory, step)
     if not path.is_dir():
         raise Damaged(directory, step, "its state is missing")
     tree = frozen_parts.shapes(path)
@@ -378,7 +385,6 @@ def require_same(stored: PyTree, wanted: PyTree, where: str) -> None:
     Raises:
       CheckpointError: for the first leaf that differs.
     """
-
     here, there = by_path(wanted), by_path(stored)
     for path in sorted(here.keys() ^ there.keys()):
         side = "lacks" if path in here else "has a surplus"

@@ -15,13 +15,14 @@ import pydantic
 from jaxtyping import PyTree
 
 from jaxrl_llm import advantages, losses, rewards, schedules
-from jaxrl_llm.bounds import natural, shown
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.config import EngineConfig, NetworkConfig
-from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
+from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer, load_tokenizer
 from jaxrl_llm.endpoints import Endpoint
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.hub import model_directory
-from jaxrl_llm.models import weights
+from jaxrl_llm.models import sequence_classifiers, weights
+from jaxrl_llm.models.adapters import in_int8, stored_in_int8
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
@@ -32,6 +33,7 @@ from jaxrl_llm.rollout.host_calls import can_be_sent
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
+from jaxrl_llm.run.directories import is_step
 from jaxrl_llm.run.optimizers import clipping, named_optimizer, skipping_non_finite
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
 from jaxrl_llm.terms import View
@@ -39,6 +41,10 @@ from jaxrl_llm.training.networks import GIVEN, Network
 
 AnyEnvironment = Environment | HostEnvironment
 _PLAN_FUNCTIONS: tuple[ModuleType, ...] = (plans, advantages, rewards, losses, schedules)
+
+
+# Hyper-parameters of plans that are functions of rows themselves.
+_OF_PLANS = ("choose", "failed", "lost")
 
 
 def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapping[str, Any]) -> Plan | None:
@@ -61,9 +67,9 @@ def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapp
         where = f"rollout.plan.{name}"
         if "temperature" in hyper and isinstance(hyper["temperature"], Mapping | str):
             hyper = hyper | {"temperature": number_or_method(hyper["temperature"], f"{where}.temperature")}
-        if "choose" in hyper:
-            chosen, given = entry_of(hyper["choose"], f"{where}.choose")
-            hyper = hyper | {"choose": method(chosen, given, _PLAN_FUNCTIONS, f"{where}.choose", sizes)}
+        for asked in [key for key in _OF_PLANS if key in hyper]:
+            chosen, given = entry_of(hyper[asked], f"{where}.{asked}")
+            hyper = hyper | {asked: method(chosen, given, _PLAN_FUNCTIONS, f"{where}.{asked}", sizes)}
         function = method(name, hyper, (plans,), "rollout.plan", sizes)
         try:
             made = function(made)
@@ -76,12 +82,13 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     """What makes another sequence of a row, by the name of the view.
 
     Beside the hyper-parameters of a function that reads text, `max_prompt_tokens`, `max_completion_tokens` and
-    `deadline_s` may stand, and of one whose completions a network writes, `written_by` and `temperature` (`View`).
+    `deadline_s` may stand, and of one whose completions a network writes, `written_by`, `temperature`, `mixed_with` and
+    `share` (`View`).
     """
     made = {}
     for view, entry in entries.items():
         name, hyper = entry_of(entry, f"views.{view}")
-        known = (*_OF_VIEWS, "written_by", "temperature") if "written_by" in hyper else _OF_VIEWS
+        known = (*_OF_VIEWS, *_OF_WRITTEN) if "written_by" in hyper else _OF_VIEWS
         calling = {key: hyper.pop(key) for key in known if key in hyper}
         function = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
         try:
@@ -95,6 +102,7 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
 
 
 _OF_VIEWS = ("max_completion_tokens", "max_prompt_tokens", "deadline_s")
+_OF_WRITTEN = ("written_by", "temperature", "mixed_with", "share")
 
 
 def configured_networks(
@@ -119,13 +127,24 @@ def configured_networks(
         elif section.path is not None:
             directory = model_directory(section.path)
             execution = {"parameter_dtype": section.parameter_dtype, "compute_dtype": section.compute_dtype}
-            described = weights.load_config(directory, context_tokens=context_tokens, **execution)
+            scores = sequence_classifiers.holds_reward_model(directory)
+            described = weights.load_config(directory, scores=scores, context_tokens=context_tokens, **execution)
             model, paths[name] = transformer(described), directory
-            if head is not None:
+            if scores and head not in (None, HeadConfig()):
+                raise ValueError(
+                    f"networks.{name}.path is {section.path!r}, a reward model with a head of its own; leave "
+                    f"networks.{name}.head out"
+                )
+            if head is not None and not scores:
                 raise ValueError(
                     f"networks.{name}.path is {section.path!r}, a checkpoint of that kind holds no head; leave "
-                    f"networks.{name}.head out, or train the head in a stage or a run and name that"
+                    f"networks.{name}.head out, name a reward model (ForSequenceClassification), or train the head in "
+                    "a stage or a run and name that"
                 )
+            head = HeadConfig() if scores else None
+        if section.int8:
+            assert model is not None  # it has a path
+            model = in_int8(model)
         learns = section.learns if section.learns is not None else head is not None and section.path is None
         made[name] = Network(
             origin=GIVEN if section.path is not None else section.origin,
@@ -146,10 +165,35 @@ def configured_networks(
     return made, paths
 
 
+def require_tokens_of_policy(paths: Mapping[str, Path], tokenizer: Tokenizer) -> None:
+    """Refuse networks that were trained on other tokens than those which the policy hands over.
+
+    Args:
+      paths: directories of networks by name.
+      tokenizer: of the policy.
+
+    Raises:
+      ValueError: for one whose tokenizer says something else by an id, naming both.
+    """
+    for name, directory in paths.items():
+        if is_run(str(directory)) or not (directory / "tokenizer.json").is_file():
+            continue
+        ours = getattr(tokenizer, "backend", None)
+        theirs = load_tokenizer(directory).backend.get_vocab()
+        differing = [text for text, id in ({} if ours is None else ours.get_vocab()).items() if theirs.get(text) != id]
+        if ours is None or differing:
+            such = f" ({len(differing)} tokens have another id there, such as {differing[0]!r})" if differing else ""
+            raise ValueError(
+                f"networks.{name}.path is {str(directory)!r}, whose tokenizer is not that of the policy{such}, and "
+                "networks are given token ids; take a model with the policy's tokenizer, or score text with a function "
+                "of your own (rewards: [{python: module:function}])"
+            )
+
+
 def is_run(path: str) -> bool:
     """Whether a path is a run directory, or one of its checkpoints."""
     here = Path(path)
-    return (here / "checkpoints").is_dir() or (natural(here.name) is not None and (here / "state").is_dir())
+    return (here / "checkpoints").is_dir() or is_step(here)
 
 
 def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
@@ -193,9 +237,15 @@ def given_networks(
             from jaxrl_llm.run.restored import restored_network
 
             params = restored_network(directory, sections[name].of or name)[2]
+        elif network.head is not None:
+            params = sequence_classifiers.load_reward_params(directory, network.model.config)
         else:
             params = weights.load_params(directory, network.model.config)
-        found[name] = jax.tree.map(jax.numpy.asarray, params)
+        params = jax.tree.map(jax.numpy.asarray, params)
+        if sections[name].int8:
+            backbone = stored_in_int8(params if network.head is None else params["backbone"])
+            params = backbone if network.head is None else {**params, "backbone": backbone}
+        found[name] = params
     return found
 
 

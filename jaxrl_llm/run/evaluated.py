@@ -22,7 +22,7 @@ from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.batches import grader as run_grader
 from jaxrl_llm.run.batches import named_grader
 from jaxrl_llm.run.configured import configured_environment
-from jaxrl_llm.run.directories import at_hand
+from jaxrl_llm.run.directories import at_hand, is_run
 from jaxrl_llm.run.evaluation_batch import fitting_batch
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.recipes import reward_terms
@@ -79,7 +79,7 @@ def evaluated(path: str, *, every: bool = False, chat: bool = False) -> Evaluate
       ValueError: where there is no model, or `every` of one without checkpoints.
     """
     path = str(at_hand(path))
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    if is_run(Path(path)):
         if chat:
             raise ConfigError(f"{path} is a run, whose config says what prompts look like; leave --chat out")
         built, policy = restored_run(path)

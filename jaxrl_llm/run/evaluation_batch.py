@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxrl_llm.config import Config
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import ParameterSpec
+from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.parallel.auto import memory_of
 from jaxrl_llm.parallel.rules import AXES, RULES, Rules, axes_of, decoding
 from jaxrl_llm.rollout.decoding import cache_stages
@@ -109,21 +110,44 @@ def decoding_bytes(
     """
     c, at = model.config, decoding(rules, gathered=gathered)
     decoded, prompts = (math.ceil(n / _parts("decoded_rows", n, shape, at)) for n in (problems * rows, problems))
-    heads, key, value = c.cached_sizes
-    split = _parts("kv_heads", heads, shape, at) if c.latent is None else 1
     width = jnp.dtype(c.compute_dtype).itemsize
-    token = c.layers * heads * (key + value) / split * (1 if c.cache_dtype == "int8" else width)
+    token, row = remembered_bytes(c, shape, at)
     if gathered:
         weights = held_bytes(model, shape, at, width)
     else:  # they lie in the state; the layer that is computed with is gathered
         weights = held_bytes(model, shape, decoding(rules), width) / c.layers
     return {
         "weights for sampling": weights,
-        "cache": token * (decoded * completion + prompts * prompt),
+        "cache": token * (decoded * completion + prompts * prompt) + row * decoded,
         # It grows in stages: while the last one is made, the one before it is there too.
         "cache before it grows": token * decoded * sum(cache_stages(completion)[:-1]),
         "scores of a token": 3 * 4.0 * decoded * c.vocabulary_size / _parts("vocabulary", c.vocabulary_size, shape, at),
     }
+
+
+def remembered_bytes(config: TransformerConfig, shape: Mapping[str, int], rules: Rules) -> tuple[float, float]:
+    """(bytes that a cache grows by with a token, bytes whatever the length) of one row, in all layers of one device.
+
+    Keys and values grow; layers that read those of another one have none, and a gated delta-net layer has a state and
+    the last inputs of its convolution. Every device has the one latent vector of a token.
+
+    Args:
+      config: of the model.
+      shape: of the mesh: axis -> size.
+      rules: of decoding.
+    """
+    width = jnp.dtype(config.compute_dtype).itemsize
+    token = row = 0.0
+    for kind, layers in config.caches.items():
+        if kind == "delta_blocks" and (delta := config.delta) is not None:
+            state = delta.value_heads * delta.key_width * delta.value_width * 4
+            inputs = (delta.kernel - 1) * delta.key_heads * delta.mixed_width * width
+            row += len(layers) * (state + inputs) / _parts("kv_heads", delta.key_heads, shape, rules)
+            continue
+        heads, key, value = config.of_stack(kind).cached_sizes
+        split = _parts("kv_heads", heads, shape, rules) if config.latent is None else 1
+        token += len(layers) * heads * (key + value) / split * (1 if config.cache_dtype == "int8" else width)
+    return token, row
 
 
 def held_bytes(model: Model, shape: Mapping[str, int], rules: Rules, width: int | None = None) -> float:

@@ -64,6 +64,8 @@ def data_sets(
     found: Any = {split: sets[split] for split in splits}
     if own.templates:
         found = data.with_templates(found, own.templates)
+    if own.privileged is not None:
+        found = data.with_column(found, "privileged", own.privileged)
     return found
 
 
@@ -127,13 +129,16 @@ def _require_single_answers(task: TaskConfig) -> None:
         )
 
 
-def left_out(sets: Mapping[str, Any], prompts: Mapping[str, Any], max_prompt_tokens: int) -> list[str]:
+def left_out(
+    sets: Mapping[str, Any], prompts: Mapping[str, Any], max_prompt_tokens: int, files: Mapping[str, Mapping[str, int]]
+) -> list[str]:
     """What was left out of each split and why, a line each.
 
     Args:
       sets: problems by split.
       prompts: batches of prompts by stage.
       max_prompt_tokens: their limit.
+      files: rows of judged completions that were left out, by stage and reason.
     """
     lines = [
         f"{split}: {len(one)} problems; left out " + ", ".join(f"{count:,} ({why})" for why, count in dropped.items())
@@ -141,6 +146,9 @@ def left_out(sets: Mapping[str, Any], prompts: Mapping[str, Any], max_prompt_tok
         if (dropped := getattr(one, "dropped", {}))
     ]
     long = max((one.dropped for one in prompts.values()), default=0)
+    lines += [
+        f"{name}: left out " + ", ".join(f"{n:,} ({why})" for why, n in gone.items()) for name, gone in files.items()
+    ]
     return [*lines, *([f"dropped {long} prompts longer than {max_prompt_tokens} tokens"] if long else [])]
 
 

@@ -21,11 +21,11 @@ from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.run import checkpoints, integrity
-from jaxrl_llm.run.directories import at_hand
+from jaxrl_llm.run.directories import at_hand, is_run
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.initial import initial_state
-from jaxrl_llm.training.networks import POLICY, Network
+from jaxrl_llm.training.networks import POLICY, Network, given_shapes
 from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
 
@@ -133,7 +133,7 @@ def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTre
     wanted, adapters = jax.eval_shape(built.model.init, key), built.config.lora
     if jax.tree.structure(params) != jax.tree.structure(wanted):
         params = params if source.model.trained is None else source.model.trained.merged(params)
-        params = params if adapters is None else add_adapters(params, adapters, key, quantise=adapters.int8)
+        params = params if adapters is None else add_adapters(params, adapters, key, bits=adapters.bits)
     if jax.tree.structure(params) != jax.tree.structure(wanted):
         return params
     return jax.tree.map(lambda x, like: x if x.shape != like.shape else x.astype(like.dtype), params, wanted)
@@ -151,10 +151,14 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
         network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
     elif name in built.step.composition.networks:
         network = built.step.composition.networks[name]
-        like = jax.eval_shape(partial(initial_state, built.step.composition), jax.random.key(0)).networks[name].params
+        c = built.step.composition
+        state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))
+        like = state.networks[name].params
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
-        raise checkpoints.CheckpointError(f"run {path} has no network {name!r}; it has {known}")
+        raise checkpoints.CheckpointError(
+            f"run {path} has no network {name!r}; it has {known}: name the one that is meant with `of`"
+        )
     params = checkpoints.restore_params(folder, step, like, network=name)
     return network.model or built.model, network, params
 
@@ -171,7 +175,7 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
       ValueError: when there is no model, or an option that a run decides by itself.
     """
     path = at_hand(path)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if is_run(path):
         if dtype is not None or chat:
             raise ValueError(
                 f"{path} is a run, whose config says its dtypes and prompts; leave out "

@@ -3,6 +3,7 @@
     source: sampler                                                   prompts are completed by the policy (the default)
     source: [sampler, {replay: {share: 0.4}}]                         and rows of earlier steps learn again beside them
     source: [sampler, {demonstrations: {sequences_per_step: 64}}]     and so do reference completions
+    source: [sampler, {hardest: {sequences_per_pass: 32}}]            and those of prompts that no sample solved
     source: {pairs: {file: pairs.jsonl, groups_per_step: 32}}         all rows are read from a file
 
 Keywords that are named like a size of the run are filled from it.
@@ -10,17 +11,20 @@ Keywords that are named like a size of the run are filled from it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from jaxrl_llm.data import Tokenizer
-from jaxrl_llm.data.written import PROVIDES, Kind, judged_groups, written_batches
+from jaxrl_llm.data.judged_rows import QUESTION, VERDICT, Asked, Kind
+from jaxrl_llm.data.top_tokens import likely_batches, likely_rows, most_likely
+from jaxrl_llm.data.written import PROVIDES, judged_groups, written_batches
 from jaxrl_llm.experience import Experience
-from jaxrl_llm.ranges import Count, Natural, OpenShare, ranged
-from jaxrl_llm.rows import Replay, Written, written_rows
+from jaxrl_llm.ranges import Count, Natural, OpenShare, Range, ranged
+from jaxrl_llm.rows import Hardest, Replay, Written, written_rows
 
 
 class Feed(NamedTuple):
@@ -31,12 +35,17 @@ class Feed(NamedTuple):
       rows: (what a run knows, the stage's data) -> the rows of each step; None where nothing is handed to a step.
       stored: what has to be made of the policy before the stage, see `stored_answers`; None for nothing.
       file: a hash of the file that its rows are read from; None where they are made of the problems of the data.
+      dropped: rows of the file that were left out, by reason.
     """
 
-    source: Written | Replay | None = None
+    source: Written | Replay | Hardest | None = None
     rows: Callable[[Any, Mapping[str, Any]], Callable[[int], Experience]] | None = None
     stored: Any = None
     file: str | None = None
+    dropped: Mapping[str, int] = {}
+
+
+Unusable = Literal["error", "drop"]
 
 
 def sampler() -> Feed:
@@ -100,6 +109,28 @@ def _beside(parts: Sequence[Any], width: int, *, marked: bool) -> Experience:
 
 
 @ranged
+def hardest(
+    *,
+    sequences_per_pass: Count,
+    samples_per_prompt: Count,
+    max_prompt_tokens: Count,
+    max_completion_tokens: Count,
+    capacity: Count | None = None,
+) -> Feed:
+    """Reference completions of prompts that no sample solved: kept, the newest first, until there are enough of them.
+
+    Args:
+      sequences_per_pass: demonstrations that learn beside the samples of a step, once so many wait; a multiple of
+        samples_per_prompt. Their loss reads `written_mask`.
+      samples_per_prompt: rows of a group.
+      max_prompt_tokens, max_completion_tokens: of the run.
+      capacity: demonstrations that wait at most; None is four times as many as learn together.
+    """
+    room = 4 * sequences_per_pass if capacity is None else capacity
+    return Feed(Hardest(sequences_per_pass, room, samples_per_prompt, max_prompt_tokens, max_completion_tokens))
+
+
+@ranged
 def solved_answers(
     *, sequences_per_step: Count, samples_per_prompt: Count, attempts: Count = 4, min_correct: Count = 4
 ) -> Feed:
@@ -139,8 +170,12 @@ def _judged(
     groups_per_step: int,
     beside: bool,
     sizes: Mapping[str, Any],
+    *,
+    unusable: Literal["error", "drop"] = "error",
+    flipped: float = 0.0,
+    **asked: Any,
 ) -> Feed:
-    groups, digest = judged_groups(file, kind, columns)
+    groups, digest, dropped = judged_groups(file, kind, columns, asked=Asked(**asked), unusable=unusable)
     per_group = len(groups[0])
     count, samples = groups_per_step * per_group, sizes["samples_per_prompt"]
     if beside and per_group > 1 and per_group != samples:
@@ -162,27 +197,37 @@ def _judged(
         max_completion_tokens=sizes["max_completion_tokens"],
         seed=sizes["seed"],
         overlong=sizes["overlong_prompts"],
+        flipped=flipped,
     )
 
     def rows(parts: Any, sets: Mapping[str, Any]) -> Callable[[int], Experience]:
         def at(step: int) -> Experience:
             batch = batches[step]
             fields = {name: jnp.asarray(value) for name, value in batch.fields.items()}
-            return written_rows(
+            weight = fields.pop("weight", None)
+            made = written_rows(
                 *(jnp.asarray(array) for array in batch[:5]),
                 answer_width=sizes["max_completion_tokens"] if beside else 1,
                 rows_per_group=per_group,
                 alone=not beside,
                 **fields,
             )
+            return made if weight is None else replace(made, weight=weight)
 
         return at
 
-    return Feed(Written(count, per_group, PROVIDES[kind]), rows, file=digest[:16])
+    margin = any("margin" in row.values for group in groups for row in group)
+    attributes = asked.get("attributes", ())
+    widths = (("rating", len(attributes)),) if attributes else ()
+    source = Written(count, per_group, PROVIDES[kind] | ({"margin"} if margin else set()), widths)
+    left_out = {**dropped, **({"too long": batches.dropped} if batches.dropped else {})}
+    return Feed(source, rows, file=digest[:16], dropped=left_out)
 
 
-def _of_kind(kind: Kind) -> Callable[..., Feed]:
-    def read(
+def _of_kind(kind: Kind, own: Callable[..., dict[str, Any]]) -> Callable[..., Feed]:
+    """A source of this kind of file: its keywords are those of every such file, and those of `own`."""
+
+    def every(
         *,
         file: str,
         groups_per_step: int,
@@ -194,31 +239,144 @@ def _of_kind(kind: Kind) -> Callable[..., Feed]:
         seed: int,
         overlong_prompts: str,
         columns: dict[str, str] | None = None,
-    ) -> Feed:
-        sizes = {
-            "samples_per_prompt": samples_per_prompt,
-            "tokenizer": tokenizer,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_completion_tokens": max_completion_tokens,
-            "seed": seed,
-            "overlong_prompts": overlong_prompts,
-        }
-        return _judged(kind, file, columns, groups_per_step, beside, sizes)
+    ) -> None: ...
 
+    def read(**given: Any) -> Feed:
+        told = ("file", "columns", "groups_per_step", "beside")
+        options = {name: given.pop(name) for name in list(given) if name in own_names}
+        file, columns, groups, beside = (given.pop(name, None) for name in told)
+        return _judged(kind, file, columns, groups, beside, given, **own(**options))
+
+    both = [inspect.signature(function, eval_str=True).parameters for function in (every, own)]
+    own_names = set(both[1])
+    read.__signature__ = inspect.Signature([*both[0].values(), *both[1].values()])  # type: ignore[attr-defined]
     read.__name__ = read.__qualname__ = kind
     read.__doc__ = (
         f"The {kind} of a data set, `groups_per_step` of them a step. `data.row_files` says what `file` may be, "
-        "`data.written` what a row holds; `columns` maps these names to others."
+        f"`data.written` what a row holds; `columns` maps these names to others.\n\n{own.__doc__}"
     )
     return read
 
 
-pairs, rankings, ratings = _of_kind("pairs"), _of_kind("rankings"), _of_kind("ratings")
-labels, steps = _of_kind("labels"), _of_kind("steps")
+@ranged
+def _of_pairs(*, unusable: Unusable = "error", flipped: Annotated[float, Range(0, 1)] = 0.0) -> dict[str, Any]:
+    """
+    Args:
+      unusable: "drop" leaves out, and counts, ties and pairs of equal sides; else they are errors.
+      flipped: share of pairs whose label is turned round, by the seed of the run: a study of noisy labels.
+    """
+    return {"unusable": unusable, "flipped": flipped}
+
+
+def _of_rankings(*, unusable: Unusable = "error") -> dict[str, Any]:
+    """
+    Args:
+      unusable: "drop" leaves out, and counts, rankings with equal completions; else they are errors.
+    """
+    return {"unusable": unusable}
+
+
+def _of_ratings(
+    *, attributes: tuple[str, ...] = (), lowest: float | None = None, highest: float | None = None
+) -> dict[str, Any]:
+    """
+    Args:
+      attributes: columns of ratings, such as [helpfulness, correctness]; a head of so many outputs learns them all.
+      lowest, highest: bounds of a rating; one outside is an error. None is none.
+    """
+    return {"attributes": tuple(attributes), "lowest": lowest, "highest": highest}
+
+
+def _of_labels() -> dict[str, Any]:
+    """A label is true or false, or a share between."""
+    return {}
+
+
+def _of_steps() -> dict[str, Any]:
+    """A label stands on the last token of its step."""
+    return {}
+
+
+def _of_verdicts(*, question: str = QUESTION, verdict: str = VERDICT, both_orders: bool = False) -> dict[str, Any]:
+    """
+    Args:
+      question: format of the prompt, with {prompt}, {first} and {second}.
+      verdict: format of what the judge learns to write, with {rationale} and {verdict}, which is A or B.
+      both_orders: each becomes two rows, with the answers in either order; rationales must not name A and B then.
+    """
+    for name, text, places in (
+        ("question", question, ("prompt", "first", "second")),
+        ("verdict", verdict, ("verdict",)),
+    ):
+        if lacks := [place for place in places if f"{{{place}}}" not in text]:
+            raise ValueError(f"source.verdicts.{name} is {text!r}, without {{{lacks[0]}}}; put it where it goes")
+    return {"question": question, "verdict": verdict, "both_orders": both_orders}
+
+
+pairs, rankings, ratings = (
+    _of_kind("pairs", _of_pairs),
+    _of_kind("rankings", _of_rankings),
+    _of_kind("ratings", _of_ratings),
+)
+labels, steps, verdicts = (
+    _of_kind("labels", _of_labels),
+    _of_kind("steps", _of_steps),
+    _of_kind("verdicts", _of_verdicts),
+)
+
+
+@ranged
+def distributions(
+    *,
+    file: str,
+    sequences_per_step: Count,
+    samples_per_prompt: int,
+    beside: bool,
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    seed: int,
+    overlong_prompts: Literal["error", "drop"],
+) -> Feed:
+    """Completions of a file with a teacher's likeliest tokens in each place: the network `file` says them.
+
+    Args:
+      file: its rows are as in `data.top_tokens`.
+      sequences_per_step: rows of a step; beside samples, a multiple of samples_per_prompt.
+    """
+    group = samples_per_prompt if beside else 1
+    _check_multiple("distributions", sequences_per_step, group)
+    likely, digest = likely_rows(file)
+    batches = likely_batches(
+        likely,
+        tokenizer,
+        sequences_per_step=sequences_per_step,
+        max_prompt_tokens=max_prompt_tokens,
+        max_completion_tokens=max_completion_tokens,
+        seed=seed,
+        overlong=overlong_prompts,
+    )
+
+    def rows(parts: Any, sets: Mapping[str, Any]) -> Callable[[int], Experience]:
+        sizes = {"answer_width": max_completion_tokens if beside else 1, "rows_per_group": group, "alone": not beside}
+
+        def at(step: int) -> Experience:
+            arrays = [jnp.asarray(array) for array in batches[step]]
+            return written_rows(*arrays[:5], **sizes, top_tokens=arrays[5], top_logprobs=arrays[6])
+
+        return at
+
+    names = ("top_tokens", "top_logprobs")
+    source = Written(sequences_per_step, group, frozenset(names), tuple((name, most_likely(likely)) for name in names))
+    left_out = {"too long": batches.dropped} if batches.dropped else {}
+    return Feed(source, rows, file=digest[:16], dropped=left_out)
+
 
 __all__ = [
     "Feed",
     "demonstrations",
+    "distributions",
+    "hardest",
     "labels",
     "pairs",
     "rankings",
@@ -227,4 +385,5 @@ __all__ = [
     "sampler",
     "solved_answers",
     "steps",
+    "verdicts",
 ]

@@ -22,6 +22,7 @@ from jaxrl_llm.endpoints import EndpointError
 from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
+from jaxrl_llm.reporting.machine_report import memory_in_use
 from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.mirror import Mirror
 from jaxrl_llm.reporting.progress import COLUMNS
@@ -193,6 +194,10 @@ class Run:
         if self.lifetime is not None:
             self.lifetime.mark()
 
+    def asked(self) -> dict[str, Any]:
+        """What a step asks on the host: the environment, and whether the run wants to end instead."""
+        return {"call": self.parts.call, "stop": self.interruption.give_up_the_step}
+
     def taken(self, stage: Stage) -> Callable[..., Any]:
         """The function that takes a step of a stage, which traces those that are asked for."""
         run = stage.parts.step.run
@@ -233,7 +238,7 @@ def run_stage(
             nonlocal mark
             shown = looked_at(run, jax.device_get(metrics), done, offset, stage.name, rows)
             seconds, mark = time.monotonic() - mark, time.monotonic()
-            shown |= {"learning_rate": float(rates[done - first - 1]), "seconds": seconds}
+            shown |= {"learning_rate": float(rates[done - first - 1]), "seconds": seconds} | memory_in_use()
             if stage.samples and "completion_tokens" in shown:
                 tokens = shown["completion_tokens"] * counted
                 run.meta["tokens"] += round(tokens)
@@ -260,7 +265,7 @@ def run_stage(
             widths.add(width)
             written = None if data.written is None else run.placed(data.written(index))
             try:
-                new_state, metrics, rows = take(state, run.placed(prompts), items, written, call=run.parts.call)
+                new_state, metrics, rows = take(state, run.placed(prompts), items, written, **run.asked())
             except (RewardError, EndpointError, Abandoned) as error:
                 if unread is not None:
                     report(*unread)

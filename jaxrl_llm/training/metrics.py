@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Experience, Source, TrainState
 from jaxrl_llm.rollout.turns import metrics_of
 from jaxrl_llm.training.composition import Composition
+from jaxrl_llm.training.row_diagnostics import degenerate_completions, reward_relations
 from jaxrl_llm.training.segments import Work
 
 
@@ -86,7 +88,9 @@ def _mean_and_std(x: Float[Array, "B"], weight: Float[Array, "B"]) -> tuple[Arra
 
 
 def experience_metrics(
-    experience: Experience, weight: Float[Array, "B"], rewards: Sequence[str] = ()
+    experience: Experience,
+    weight: Float[Array, "B"],
+    rewards: Sequence[str] = (),
 ) -> dict[str, Array]:
     """Scalars of one batch: means over the rows that were sampled, or over their tokens where the name says token.
 
@@ -139,6 +143,8 @@ def step_metrics(c: Composition, state: TrainState, rows: Experience, work: Work
     if c.rollout is None:
         return {}
     metrics = experience_metrics(rows, work["sampled"], [t.name for t in c.rewards]) | work["report"]
+    if c.resources.diagnostics:
+        metrics |= row_diagnostics(rows, work["sampled"], [t.name for t in c.rewards], c.resources.scripts)
     if c.resources.sources and "source_id" in rows:
         metrics |= source_metrics(rows, work["sampled"], c.resources.sources)
     if c.rollout.engine is not None:
@@ -151,6 +157,28 @@ def step_metrics(c: Composition, state: TrainState, rows: Experience, work: Work
     if isinstance(held, dict) and "temperature" in held:
         metrics["extra_temperature"] = held["temperature"]
     return metrics
+
+
+def row_diagnostics(
+    rows: Experience, weight: Float[Array, "B"], rewards: Sequence[str], scripts: Int[np.ndarray, "V"] | None = None
+) -> dict[str, Array]:
+    """`degenerate_completions`, and `reward_relations` to each other, the length and the distance from the reference.
+
+    Args:
+      rows: a batch after credit.
+      weight: of each row as it was sampled.
+      rewards: names of the reward functions.
+      scripts: of each token of the vocabulary, see `degenerate_completions`.
+    """
+    found = degenerate_completions(rows, weight, scripts)
+    if not rewards or "reward_components" not in rows:
+        return found
+    others = {"length": written_by_policy(rows).sum(-1)}
+    if "reference_logprobs" in rows:
+        gone = rows.behaviour_logprobs - rows["reference_logprobs"]
+        others["kl"] = jnp.where(rows.mask > 0, gone, 0.0).sum(-1)
+    total = rows.get("rewards")
+    return found | reward_relations(rows["reward_components"], others, rows.group, weight, rewards, total)
 
 
 def engine_metrics(rows: Experience) -> dict[str, Array]:

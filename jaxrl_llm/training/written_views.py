@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
+from jaxrl_llm.models.mixture import geometric_mixture
 from jaxrl_llm.parallel.rules import constrain_rows, laid_out
 from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.signatures import call
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.collect import sampling_layout
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.networks import POLICY, current
+from jaxrl_llm.training.networks import current
 from jaxrl_llm.training.segments import Traced, Work
 
 PARTS = ("prompt_tokens", "prompt_length", "tokens", "length", "mask")
@@ -60,10 +61,14 @@ def write_part(c: Composition, view: View, key: str) -> Traced:
 def _written(c: Composition, view: View, state: TrainState, rows: Experience, prompts: Prompts, asked: Array) -> Any:
     r, place = c.rollout, c.resources.placement
     assert r is not None  # `checked` has seen to it
-    network = c.networks.get(view.written_by or POLICY)
-    model = c.model if network is None or network.model is None else network.model
-    params = current(c.model, c.networks, state, view.written_by or POLICY)
-    rules, weights = sampling_layout(place, model, params)
+    models, laid = [], []
+    for name in view.writers:
+        network = c.networks.get(name)
+        models.append(c.model if network is None or network.model is None else network.model)
+        laid.append(sampling_layout(place, models[-1], current(c.model, c.networks, state, name)))
+    (rules, weights), model = laid[0], models[0]
+    if len(models) > 1:
+        model, weights = geometric_mixture(*models, share=view.share), tuple(each for _, each in laid)
     key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.VIEW), zlib.crc32(view.name.encode()) % 2**31)
     complete = partial(
         generate,

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.data.judged_rows import Asked
 from jaxrl_llm.data.written import PROVIDES, judged_groups, written_batches
 from jaxrl_llm.experience import Source
 from jaxrl_llm.fields import FIELDS, absent_value
@@ -40,8 +41,18 @@ LINES = {
         {"prompt": "A:1+2", "steps": ["1+", "2", "=3"], "labels": [1, 0, 1]},
         {"prompt": "A:2+2", "steps": ["4"], "labels": [0]},
     ],
+    "verdicts": [
+        {"prompt": "A:1+2", "first": "3", "second": "4", "better": "first", "rationale": "~1"},
+        {"prompt": "A:2+2", "first": "5", "second": "4", "better": "B"},
+    ],
 }
-SIZES = {"groups_per_step": 2, "max_prompt_tokens": 8, "max_completion_tokens": 6, "seed": 0}
+VERDICTS = {"question": "{prompt}{first}={second}", "verdict": "{rationale}{verdict}"}
+SIZES = {"groups_per_step": 2, "max_prompt_tokens": 12, "max_completion_tokens": 6, "seed": 0}
+
+
+USER, GOOD, BAD = (
+    {"role": role, "content": text} for role, text in zip(("user", *["assistant"] * 2), "qgb", strict=True)
+)
 
 
 def write(path, lines):
@@ -49,33 +60,38 @@ def write(path, lines):
     return path
 
 
+def asked_of(kind):
+    return {"asked": Asked(**VERDICTS)} if kind == "verdicts" else {}
+
+
 @pytest.fixture
 def batch(tmp_path):
     def make(kind, lines=None, **changes):
-        groups = judged_groups(write(tmp_path / "judged.jsonl", lines or LINES[kind]), kind)[0]
+        groups = judged_groups(write(tmp_path / "judged.jsonl", lines or LINES[kind]), kind, **asked_of(kind)).groups
         return written_batches(groups, kind, TOKENIZER, **(SIZES | changes))
 
     return make
 
 
 def test_rows_of_any_format_and_columns_of_other_names(tmp_path):
-    pairs, _ = judged_groups(write(tmp_path / "a.jsonl", LINES["pairs"]), "pairs")
+    pairs, *_ = judged_groups(write(tmp_path / "a.jsonl", LINES["pairs"]), "pairs")
     table = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in LINES["pairs"]]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "b.parquet")
     columns = {"prompt": "{{ q }}", "chosen": "good", "rejected": "bad"}
-    found, digest = judged_groups(tmp_path / "b.parquet", "pairs", columns)
+    found, digest, dropped = judged_groups(tmp_path / "b.parquet", "pairs", columns)
+    assert not dropped
     assert [[row[:3] for row in group] for group in found] == [[row[:3] for row in group] for group in pairs]
     assert len(digest) == 64
     with pytest.raises(ValueError, match=r"b.parquet, row 1: there is no field 'worse'"):
         judged_groups(tmp_path / "b.parquet", "pairs", columns | {"rejected": "worse"})
-    for kind in ("rankings", "ratings", "labels", "steps"):  # cells are text
+    for kind in ("rankings", "ratings", "labels", "steps", "verdicts"):  # cells are text
         lines = LINES[kind]
         with (tmp_path / "c.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, lines[0])
             writer.writeheader()
-            for line in lines:
+            for line in lines if kind != "verdicts" else lines[:1]:
                 writer.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in line.items()})
-        of_csv, of_json = tmp_path / "c.csv", write(tmp_path / "c.jsonl", lines)
+        of_csv, of_json = tmp_path / "c.csv", write(tmp_path / "c.jsonl", lines[:1] if kind == "verdicts" else lines)
         found, wanted = (
             [[row._replace(where="") for row in group] for group in judged_groups(path, kind)[0]]
             for path in (of_csv, of_json)
@@ -113,10 +129,10 @@ def test_each_line_is_a_group_of_rows_with_what_was_said_of_them(batch, kind, na
     first = batch(kind)[0]
     assert first.fields.keys() == {name} == PROVIDES[kind]
     assert by_prompt(first, first.fields[name]) == expected
-    assert first.prompt_tokens.shape[1:] == (8,)
+    assert first.prompt_tokens.shape[1:] == (12,)
     assert first.tokens.shape[1:] == (6,)
     for row, number in enumerate(first.prompt_id):
-        prompt = first.prompt_tokens[row, 8 - first.prompt_length[row] :]
+        prompt = first.prompt_tokens[row, 12 - first.prompt_length[row] :]
         assert TOKENIZER.decode(prompt).removeprefix("<bos>") == LINES[kind][number]["prompt"] + "\n"
         assert (first.tokens[row, first.length[row] :] == TOKENIZER.pad_id).all()
 
@@ -147,7 +163,7 @@ def test_epochs_visit_every_line_once_and_the_same_after_a_resume(batch):
 
 def test_what_is_too_long_is_an_error_or_is_dropped_with_its_group(batch):
     lines = [*LINES["pairs"], {"prompt": "A:1+1", "chosen": "2", "rejected": "1234567"}]
-    with pytest.raises(ValueError, match=r"judged.jsonl, line 3 needs 7 prompt and 8 completion tokens, .* 8 and 6"):
+    with pytest.raises(ValueError, match=r"judged.jsonl, line 3 needs 7 prompt and 8 completion tokens, .* 12 and 6"):
         batch("pairs", lines)
     kept = batch("pairs", lines, overlong="drop")
     assert (kept.kept, kept.dropped) == (2, 1)
@@ -161,6 +177,19 @@ def test_what_is_too_long_is_an_error_or_is_dropped_with_its_group(batch):
         ("pairs", {"prompt": "A:1", "chosen": "2", "rejected": "2"}, "two equal completions '2'"),
         ("pairs", {"prompt": "A:1", "chosen": "2"}, "rejected None, which is no text"),
         ("pairs", {"prompt": 3, "chosen": "2", "rejected": "1"}, "prompt 3, which is no text"),
+        (
+            "pairs",
+            {"chosen": "a 2", "rejected": "b 1"},
+            "prompt None, and its completions begin with nothing in common",
+        ),
+        ("pairs", {"prompt": "A", "chosen": "2", "rejected": "1", "tie": True}, "a tie, of which no side is better"),
+        ("pairs", {"prompt": "A", "chosen": "2", "rejected": "1", "margin": -1}, "margin -1.0; it must be at least 0"),
+        ("pairs", {"prompt": "A", "chosen": "2", "rejected": "1", "weight": "x"}, "weight 'x'; it must be a finite"),
+        ("pairs", {"prompt": [], "chosen": "2", "rejected": "1"}, r"prompt \[\], which holds no message"),
+        ("pairs", {"prompt": [{"role": 1}], "chosen": "2", "rejected": "1"}, "a message has a text as role"),
+        ("pairs", {"prompt": "A", "chosen": [USER], "rejected": "1"}, r"chosen with messages of \['user'\]"),
+        ("verdicts", {"prompt": "A", "first": "2", "second": "1", "better": "C"}, "better 'C'; it must be first or"),
+        ("verdicts", {"prompt": "A", "first": "2", "second": "2", "better": "A"}, "two equal completions '2'"),
         ("rankings", {"prompt": "A:1", "completions": ["2"]}, r"completions \['2'\]; a ranking is a list of"),
         ("rankings", {"prompt": "A:1", "completions": "23"}, "completions '23'"),
         ("rankings", {"prompt": "A:1", "completions": ["2", "3", "2"]}, "two equal completions '2'"),
@@ -169,6 +198,7 @@ def test_what_is_too_long_is_an_error_or_is_dropped_with_its_group(batch):
         ("ratings", {"prompt": "A:1", "completion": "2", "rating": True}, "rating True"),
         ("ratings", {"prompt": "A:1", "completion": "2"}, "rating None"),
         ("labels", {"prompt": "A:1", "completion": "2", "label": 2}, "label 2; it must be true or false"),
+        ("labels", {"prompt": "A:1", "completion": "2", "label": None}, "label None"),
         ("labels", {"prompt": "A:1", "completion": "2", "label": "yes"}, "label 'yes'"),
         ("labels", {"prompt": "A:1", "completion": "2", "label": [1]}, r"label \[1\]"),
         ("steps", {"prompt": "A:1", "steps": ["1", "2"], "labels": [1]}, "give lists of one length"),
@@ -200,6 +230,121 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, content, message):
         judged_groups(tmp_path / "nowhere.jsonl", "pairs")
 
 
+def test_messages_and_prompts_that_are_what_completions_begin_with(tmp_path):
+    def read(line, kind="pairs"):
+        (group,) = judged_groups(write(tmp_path / "judged.jsonl", [line]), kind).groups
+        return [(row.prompt, row.text) for row in group]
+
+    wanted = [("q", "g"), ("q", "b")]
+    assert read({"chosen": [USER, GOOD], "rejected": [USER, BAD]}) == wanted  # TRL, implicit
+    assert read({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}) == wanted  # TRL, explicit
+    assert read({"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]}) == wanted  # UltraFeedback
+    assert read({"prompt": [USER, GOOD, USER], "chosen": "g", "rejected": "b"})[0] == ((USER, GOOD, USER), "g")
+    text = {"chosen": "Human: q\n\nAssistant: so", "rejected": "Human: q\n\nAssistant: sh"}
+    assert read(text) == [("Human: q\n\nAssistant: ", "so"), ("Human: q\n\nAssistant: ", "sh")]
+    assert read({"completion": [USER, GOOD], "rating": 1}, "ratings") == [("q", "g")]
+    with pytest.raises(ValueError, match=r"judged.jsonl, line 1: a conversation of 3 messages needs a chat template"):
+        fed(
+            tmp_path, "pairs", lines=[{"prompt": [USER, GOOD, USER], "chosen": "g", "rejected": "b"}], groups_per_step=1
+        )
+
+
+def test_columns_of_other_data_sets_and_what_they_say_of_a_pair(tmp_path):
+    def values(line):
+        (group,) = judged_groups(write(tmp_path / "judged.jsonl", [line]), "pairs").groups
+        return [(row.text, dict(row.values)) for row in group]
+
+    both = {"prompt": "q", "response_1": "1", "response_2": "2"}
+    assert values(both | {"preference_strength": 2}) == [
+        ("2", {"preferred": 1.0, "margin": 2.0}),
+        ("1", {"preferred": 0.0, "margin": 2.0}),
+    ]
+    assert [text for text, _ in values(both | {"preference_strength": -1})] == ["1", "2"]
+    scored = {"prompt": "q", "chosen": "g", "rejected": "b", "score_chosen": 8.5, "score_rejected": "6", "weight": 0.5}
+    assert values(scored)[0] == ("g", {"preferred": 1.0, "margin": 2.5, "weight": 0.5})
+    steps = judged_groups(
+        write(tmp_path / "s.jsonl", [{"prompt": "q", "completions": ["a", "b"], "labels": [1, 0]}]), "steps"
+    )
+    assert steps.groups[0][0].steps == (("a", 1.0), ("b", 0.0))
+
+
+def test_ties_and_equal_sides_are_dropped_and_counted_as_told(tmp_path):
+    lines = [
+        *LINES["pairs"],
+        {"prompt": "A:1", "chosen": "2", "rejected": "2"},
+        {"prompt": "A:1", "response_1": "2", "response_2": "3", "preference_strength": 0},
+        {"prompt": "A:1", "chosen": "2", "rejected": "3", "tie": True},
+    ]
+    found = judged_groups(write(tmp_path / "a.jsonl", lines), "pairs", unusable="drop")
+    assert (len(found.groups), found.dropped) == (2, {"equal completions": 1, "ties": 2})
+    assert fed(tmp_path, "pairs", lines=lines, unusable="drop").dropped == {"equal completions": 1, "ties": 2}
+    with pytest.raises(ValueError, match="1 rows, all of which were left out as equal completions"):
+        judged_groups(write(tmp_path / "a.jsonl", lines[2:3]), "pairs", unusable="drop")
+    with pytest.raises(ValueError, match="unusable is 'keep'; it must be error or drop"):
+        judged_groups(tmp_path / "a.jsonl", "pairs", unusable="keep")
+
+
+def test_margins_and_weights_stand_on_the_rows_that_have_them(tmp_path):
+    lines = [{"prompt": f"A:{n}", "chosen": "1", "rejected": "2"} for n in range(4)]
+    assert "margin" not in fed(tmp_path, "pairs", lines=lines).source.provides
+    lines[0] |= {"margin": 2}
+    lines[1] |= {"weight": 3}
+    feed = fed(tmp_path, "pairs", lines=lines, groups_per_step=4)
+    assert feed.source.provides == {"preferred", "margin"}
+    rows = feed.rows(SimpleNamespace(), {})(0)
+    of = {
+        number: (float(rows["margin"][row]), float(rows.weight[row]))
+        for row, number in enumerate(rows.prompt_id.tolist())
+    }
+    assert of == {0: (2.0, 1.0), 1: (0.0, 3.0), 2: (0.0, 1.0), 3: (0.0, 1.0)}
+
+
+def test_a_share_of_pairs_is_turned_round_the_same_each_time(tmp_path):
+    lines = [{"prompt": f"A:{n}", "chosen": "1", "rejected": "2"} for n in range(400)]
+
+    def wrong():
+        rows = fed(tmp_path, "pairs", lines=lines, groups_per_step=400, flipped=0.25).rows(SimpleNamespace(), {})(0)
+        first = [TOKENIZER.decode(rows.tokens[row, :1]) for row in range(0, 800, 2)]
+        assert (np.asarray(rows["preferred"])[::2] + np.asarray(rows["preferred"])[1::2] == 1).all()
+        better = np.asarray(rows["preferred"])[::2] == (np.asarray(first) == "1")
+        return sorted(np.asarray(rows.prompt_id)[::2][~better].tolist())
+
+    assert wrong() == wrong()
+    assert 0.2 < len(wrong()) / 400 < 0.3
+
+
+def test_ratings_of_several_attributes_lie_within_their_bounds(tmp_path):
+    lines = [
+        {"prompt": "A:1", "response": "2", "helpfulness": 3, "verbosity": 0},
+        {"prompt": "A:2", "response": "2", "helpfulness": 4},
+    ]
+    feed = fed(tmp_path, "ratings", lines=lines, attributes=("helpfulness", "verbosity"), lowest=0, highest=4)
+    rows = feed.rows(SimpleNamespace(), {})(0)
+    order = np.argsort(np.asarray(rows.prompt_id))
+    np.testing.assert_array_equal(np.asarray(rows["rating"])[order], [[3, 0], [4, np.nan]])
+    with pytest.raises(ValueError, match=r"line 2 has helpfulness 4, outside of \[0, 3\]; repair it"):
+        fed(tmp_path, "ratings", lines=lines, attributes=("helpfulness",), lowest=0, highest=3)
+    with pytest.raises(ValueError, match="line 1 has none of the ratings coherence; give one of them"):
+        fed(tmp_path, "ratings", lines=lines, attributes=("coherence",))
+
+
+def test_labels_of_one_class_only_are_refused(tmp_path):
+    lines = [{"prompt": f"A:{n}", "completion": "1", "label": 0.7} for n in range(3)]
+    with pytest.raises(ValueError, match=r"judged.jsonl has only labels like 0.7; what is to be told apart"):
+        fed(tmp_path, "labels", lines=lines)
+
+
+def test_a_verdict_is_a_question_and_what_a_judge_should_write(tmp_path):
+    asked = Asked(question="{prompt}|{first}|{second}", verdict="{rationale} {verdict}", both_orders=True)
+    groups = judged_groups(write(tmp_path / "a.jsonl", LINES["verdicts"]), "verdicts", asked=asked).groups
+    assert [[(row.prompt, row.text) for row in group] for group in groups] == [
+        [("A:1+2|3|4", "~1 A"), ("A:1+2|4|3", "~1 B")],
+        [("A:2+2|5|4", "B"), ("A:2+2|4|5", "A")],
+    ]
+    with pytest.raises(ValueError, match=r"source.verdicts.question is 'which\?', without \{prompt\}"):
+        sources._of_verdicts(question="which?")
+
+
 def test_groups_of_different_sizes_and_unknown_kinds_are_refused(tmp_path):
     lines = [LINES["rankings"][0], {"prompt": "A:1", "completions": ["1", "2"]}]
     path = write(tmp_path / "judged.jsonl", lines)
@@ -212,16 +357,18 @@ def test_groups_of_different_sizes_and_unknown_kinds_are_refused(tmp_path):
 # ---- as a source ----------------------------------------------------------------------------------------------------
 
 
-def fed(tmp_path, kind, *, beside=False, samples_per_prompt=4, groups_per_step=2):
+def fed(tmp_path, kind, *, beside=False, samples_per_prompt=4, groups_per_step=2, lines=None, **own):
     sizes = {key: SIZES[key] for key in ("max_prompt_tokens", "max_completion_tokens", "seed")}
     return getattr(sources, kind)(
-        file=str(write(tmp_path / "judged.jsonl", LINES[kind])),
+        file=str(write(tmp_path / "judged.jsonl", lines or LINES[kind])),
         groups_per_step=groups_per_step,
         samples_per_prompt=samples_per_prompt,
         beside=beside,
         tokenizer=TOKENIZER,
         overlong_prompts="error",
+        **(VERDICTS if kind == "verdicts" else {}),
         **sizes,
+        **own,
     )
 
 

@@ -73,6 +73,11 @@ def test_weighted_votes_and_best_of_n_follow_their_weights(numbers):
     assert numbers["best@4"] == pytest.approx((1 + 1 + 0) / 3)
 
 
+def test_a_vote_rewards_some_samples_rightly(numbers):
+    # 7 wins and is right: all four are. 4 and 5 tie and 4 came first: none is. 2 wins wrongly: 3 and 9 are.
+    assert numbers["vote_reward_accuracy@4"] == pytest.approx((1 + 0 + 0.5) / 3)
+
+
 def test_means_of_a_reward_leave_out_where_it_does_not_apply(numbers):
     assert numbers["reward/close"] == pytest.approx(np.mean([0.5, 0.5, 0.1]))
 
@@ -127,6 +132,20 @@ def test_a_comparison_pairs_problems_whatever_their_order():
     assert row["interval"][0] == 0
     assert row["p"] == 1.0  # one problem proves nothing
     assert found["metrics"]["pass@4"]["difference"] == 0
+
+
+def test_rewards_are_compared_where_both_have_them_and_they_apply():
+    other = records()
+    for each in other[1]["samples"]:
+        each["rewards"]["close"] += 0.2
+    for each in other[0]["samples"]:
+        each["rewards"]["close"] = None
+    row = compared(records(), other)["metrics"]["reward/close"]
+    assert [row[name] for name in ("first", "second", "difference")] == pytest.approx([0.3, 0.4, 0.1])
+    assert row["interval"] == pytest.approx([0.0, 0.2])
+    for each in (sample for record in other for sample in record["samples"]):
+        each["rewards"] = {"another": 1.0}
+    assert not any(name.startswith("reward/") for name in compared(records(), other)["metrics"])
 
 
 def test_other_problems_cannot_be_compared():

@@ -12,9 +12,12 @@ from jaxrl_llm.cli import main
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.models import TransformerConfig, save_model, transformer
-from jaxrl_llm.parallel.rules import RULES
+from jaxrl_llm.models.cache import init_cache
+from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig
+from jaxrl_llm.parallel.mesh import placed_devices
+from jaxrl_llm.parallel.rules import AXES, RULES
 from jaxrl_llm.planning.topologies import topology
-from jaxrl_llm.run.evaluation_batch import decoding_bytes, fitting_batch
+from jaxrl_llm.run.evaluation_batch import decoding_bytes, fitting_batch, remembered_bytes
 
 PLANS = Path(__file__).parents[2] / "configs" / "plans"
 
@@ -32,6 +35,55 @@ def test_machines_by_name(name, devices):
 def test_machines_that_nobody_knows(name, message):
     with pytest.raises(ValueError, match=message):
         topology(name)
+
+
+@pytest.mark.parametrize(
+    "name, count, sizes, message",
+    [
+        ("v6e-64", None, {"fsdp": 4, "expert": 4, "tensor": 4}, None),
+        ("v5p-64", None, {"fsdp": 2, "tensor": 16}, None),
+        ("v5p:4x4x6", None, {"fsdp": 3, "tensor": 32}, None),
+        ("tpu7x:2x2x2", None, {"fsdp": 2, "tensor": 8}, None),
+        ("2*v5e:4x4", None, {"slice": 2, "fsdp": 2, "tensor": 8}, None),
+        ("2*v5e:4x4", None, {"fsdp": 8, "tensor": 4}, "mesh.slices is 1, but the devices lie on 2 slices"),
+        ("v6e-64", 12, {"fsdp": 12}, "mesh.fsdp 12 cannot be placed on these 12 devices of a TPU v6 lite"),
+    ],
+)
+def test_meshes_that_a_slice_can_place(name, count, sizes, message):
+    devices = topology(name).described_devices()[:count]
+    if message is None:
+        placed = placed_devices(devices, sizes)
+        assert sorted(device.id for device in placed.flat) == list(range(len(devices)))
+        assert [placed.shape[AXES.index(axis)] for axis in sizes] == list(sizes.values())
+    else:
+        with pytest.raises(ValueError, match=message):
+            placed_devices(devices, sizes)
+
+
+def test_a_plan_refuses_a_mesh_that_the_slice_cannot_place(capsys):
+    overrides = ("mesh.devices=12", "mesh.fsdp=12", "mesh.tensor=1", "training.sequences_per_microbatch=32")
+    status, output = planned(capsys, "qwen3_8b.yaml", "v6e-64", *overrides)
+    assert status == 2
+    assert "mesh.fsdp 12 cannot be placed on these 12 devices" in output.err
+
+
+@pytest.mark.parametrize("case", ["plain", "delta", "global", "reading"])
+def test_what_a_cache_takes_is_what_it_is_made_of(case):
+    """Of one row on one device, with room for a token and for two; and divided over `tensor`."""
+    windows = {"window": 4, "window_pattern": (True, False)}
+    shape = {
+        "plain": {},
+        "delta": {"delta": DeltaConfig(2, 4, 6, 5)},
+        "global": {"global_heads": GlobalConfig(16, 2), **windows},
+        "reading": {"global_heads": GlobalConfig(16, 2), "reading_layers": 2, **windows},
+    }[case]
+    config = TransformerConfig(vocabulary_size=9, width=32, layers=4, heads=4, kv_heads=2, **shape)
+    held = []
+    for slots in (1, 2):
+        leaves = jax.tree.leaves(jax.eval_shape(lambda slots=slots: init_cache(1, slots, config=config).layers))
+        held.append(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+    assert remembered_bytes(config, {}, RULES) == (held[1] - held[0], 2 * held[0] - held[1])
+    assert sum(remembered_bytes(config, {"tensor": 2}, RULES)) == held[0] / 2
 
 
 def planned(capsys, name, machine, *overrides):

@@ -8,7 +8,9 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 import jaxrl_llm
@@ -16,10 +18,11 @@ from jaxrl_llm import cli
 from jaxrl_llm.reporting import RunDirectory
 from jaxrl_llm.reporting.figures import smoothed
 from jaxrl_llm.reporting.file_columns import COMPLETION, FILES
+from jaxrl_llm.reporting.machine_report import memory_in_use
 from jaxrl_llm.reporting.metric_alarms import alarms
 from jaxrl_llm.reporting.metric_table import described, panels
 from jaxrl_llm.reporting.report import different_settings, rendered, write_report
-from jaxrl_llm.reporting.reported_run import headline, headlines, read_run, series
+from jaxrl_llm.reporting.reported_run import ReportedRun, headline, headlines, kl_curves, read_run, series
 
 NASTY = "</script><script>document.title='taken'</script><!-- <img src=x onerror=\"document.title='taken'\">"
 
@@ -89,6 +92,15 @@ def test_every_metric_has_its_panel_and_none_is_drawn_twice(run):
     assert "Throughput" not in by_title
 
 
+def test_the_reward_is_drawn_against_the_divergence():
+    kl = [{"kl_reference_per_token": 0.1 * step} if step else {} for step in range(3)]
+    lines = [one | {"step": step, "reward": step, "correct_share": 1 - step} for step, one in enumerate(kl)]
+    found = kl_curves(ReportedRun("one", Path(), {}, lines, [], {}))
+    assert [curve["name"] for curve in found] == ["one, reward", "one, correct_share"]
+    assert found[1] == {"name": "one, correct_share", "kl": [0.1, 0.2], "value": [0, -1]}
+    assert kl_curves(ReportedRun("one", Path(), {}, lines[:2], [], {})) == []
+
+
 @pytest.mark.parametrize(
     ("name", "row"),
     [
@@ -122,6 +134,17 @@ def written_names():
                         keys = each.keys if isinstance(each, ast.Dict) else getattr(each, "elts", ())
                         strings = [key.value for key in keys if isinstance(key, ast.Constant)]
                         yield from map(form.format, [value for value in strings if isinstance(value, str)])
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+    held = [{"bytes_in_use": 2**30, "peak_bytes_in_use": 2**32}, {"bytes_in_use": 2**31, "bytes_limit": 2**33}, None]
+    devices = [SimpleNamespace(memory_stats=lambda stats=stats: stats) for stats in held]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    found = memory_in_use()
+    assert found.pop("host_memory_gib") > 0.01
+    assert found == {"device_memory_gib": 2.0, "device_peak_memory_gib": 4.0}
+    drawn = {panel.title: panel.metrics for panel in panels(["host_memory_gib", "device_memory_gib", "loss"])}
+    assert drawn["Memory"] == ("host_memory_gib", "device_memory_gib")
 
 
 def test_what_a_run_writes_is_in_the_table(finished_run):

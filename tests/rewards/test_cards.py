@@ -74,6 +74,42 @@ LENGTHS = {"correct": [1.0, 1, 0, 0], "length": [25, 100, 25, 150]}
 
 # name: (function, data of the example, expected). What is not a row is a scalar.
 EXAMPLES = {
+    # said of turns
+    "sotopia-rl": (
+        partial(rewards.attributed_turns, highest=(10.0, 5.0, 8.0), lowest=(0.0, 0.0, 0.0), scale=10.0),
+        {"contributions": [[[1.0, 0, 1], [1 / 3, 2 / 3, 0]]], "correct": [[8.0, 3, 6]]},
+        [[5.166667, 2.222222]],
+    ),
+    "sotopia-rl, one dimension": (
+        partial(rewards.attributed_turns, unrated=-1.0),
+        {"contributions": [[1.0, 0, 1 / 3, NAN]], "correct": [0.7]},
+        [[0.7, 0, 0.233333, -1]],
+    ),
+    "sotopia-rl, shares": (
+        partial(rewards.attributed_turns, form="share"),
+        {"contributions": [[1.0, 0, 3], [0, 0, 0]], "correct": [1.0, 1]},
+        [[0.25, 0, 0.75], [0, 0, 0]],
+    ),
+    "calm": (
+        partial(rewards.subgoal_rewards, coefficient=0.5),
+        {"hits": [[[1.0, 0], [1, 1], [0, 0]]], "turn_rewards": [[0.0, 0, 1]]},
+        [[0.5, 0.5, 1]],
+    ),
+    "calm, again and again": (
+        partial(rewards.subgoal_rewards, coefficient=0.5, once=False),
+        {"hits": [[[1.0, 0], [1, 1], [0, NAN]]], "turn_rewards": [[0.0, 0, 1]]},
+        [[0.5, 1, 1]],
+    ),
+    "vlm-rm": (
+        rewards.projected_similarity,
+        {"embedding": [[0.6, 0.8], [0, 0]], "goal_embedding": [[1.0, 0]] * 2, "baseline_embedding": [[0.0, 1], [2, 0]]},
+        [0.63, NAN],
+    ),
+    "vlm-rm, cosine": (
+        partial(rewards.projected_similarity, alpha=0.0),
+        {"embedding": [[3.0, 4]], "goal_embedding": [[1.0, 0]], "baseline_embedding": [[0.0, 1]]},
+        [0.6],
+    ),
     # combination
     "a column": (
         named(rewards.reward_column, "x", "y", column="y"),

@@ -70,7 +70,15 @@ def test_the_batch_is_worth_the_tests():
     assert {True, False} == set(whole().truncated.tolist())
 
 
-@pytest.mark.parametrize("slots, layer_loop", [(1, "unrolled"), (5, "unrolled"), (4, "scanned"), (64, "scanned")])
+@pytest.mark.parametrize(
+    "slots, layer_loop",
+    [
+        pytest.param(1, "unrolled", marks=pytest.mark.slow),
+        (5, "unrolled"),
+        (4, "scanned"),
+        pytest.param(64, "scanned", marks=pytest.mark.slow),
+    ],
+)
 def test_slots_change_nothing(slots, layer_loop):
     assert_same(sampled(slots=slots, model=model_of(layer_loop)), whole(layer_loop))
 
@@ -209,7 +217,7 @@ def test_a_prompt_is_prefilled_once_and_its_cache_is_not_copied():
     assert flops(16) < 1.6 * once, "prefill is most of the work, and must not be done again for each sample"
 
 
-@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
+@pytest.mark.parametrize("layer_loop", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
 def test_keys_and_values_in_int8_are_close(layer_loop):
     exact = sampled(temperature=0.0, steps=4, model=model_of(layer_loop))
     close = sampled(temperature=0.0, steps=4, model=model_of(layer_loop, "int8"))

@@ -131,7 +131,7 @@ def test_a_policy_that_does_not_fit_is_refused(stored, params, message):
 @pytest.mark.parametrize("read", [checkpoints.restore, checkpoints.restore_params])
 def test_a_step_that_is_not_there_is_refused(stored, read):
     directory, state = stored
-    with pytest.raises(CheckpointError, match="has no step 4; there is 12"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint of step 4; there are 8, 12"):
         read(directory, 4, state)
 
 

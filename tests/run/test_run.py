@@ -26,6 +26,7 @@ import jaxrl_llm
 from jaxrl_llm import cli
 from jaxrl_llm.config import load_config
 from jaxrl_llm.reporting import RunDirectory
+from jaxrl_llm.reporting.metric_table import OF_MACHINE
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.digests import text_digest
@@ -38,12 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 WARM, STEPS = 10, 8
 
 
-# What the clock says is another each time.
-TIMED = ("seconds", "tokens_per_second")
-
-
 def records(directory, name="metrics.jsonl"):
-    return [{k: v for k, v in one.items() if k not in TIMED} for one in read_records(directory / name)]
+    return [{k: v for k, v in one.items() if k not in OF_MACHINE} for one in read_records(directory / name)]
 
 
 def stored_state(directory: Path, step: int):
@@ -83,6 +80,7 @@ def test_what_one_looks_for_in_the_metrics_is_there(finished_run):
         assert line["reward_std"] >= 0
         assert line["tokens_per_second"] == pytest.approx(16 * line["completion_tokens"] / line["seconds"])
         assert line["learning_rate"] == pytest.approx(0.003)
+        assert 0.05 < line["host_memory_gib"] < 1000
     warm = [line["learning_rate"] for line in lines[:WARM]]
     assert warm == pytest.approx([0.0, 0.01, *[0.02] * 8])
     assert "answer_format ≥ 1" in finished_run.shown
@@ -189,31 +187,54 @@ def terminated_after(step: int, *arguments: str):
 
 @pytest.fixture(scope="module")
 def interrupted_run(finished_run, micro_yaml, tmp_path_factory):
-    """The same run killed in the warm start, killed while it learns, stopped, and resumed with two steps more."""
+    """The same run stopped in the warm start, killed while it learns, damaged, and resumed with two steps more."""
     directory = tmp_path_factory.mktemp("interrupted") / "run"
     draw = random.Random(20).randrange
-    in_warm_start, learning = draw(2, WARM), WARM + draw(2, 5)
-    ends = [
-        killed_after(in_warm_start, "train", str(micro_yaml), f"run_dir={directory}"),
-        killed_after(learning, "train", "--resume", str(directory)),
-        terminated_after(learning + 2, "train", "--resume", str(directory)),
-    ]
+    in_warm_start, learning = draw(2, WARM - 2), WARM + draw(3, 6)
+    stopped = terminated_after(in_warm_start, "train", str(micro_yaml), f"run_dir={directory}")
     lines = len(records(directory))
-    status = cli.main(["train", "--resume", str(directory), f"training.steps={STEPS + 2}"])
-    return SimpleNamespace(directory=directory, ends=ends, lines=lines, signalled_at=learning + 2, status=status)
+    killed = killed_after(learning, "train", "--resume", str(directory))
+    damaged = checkpoints.latest_step(directory / "checkpoints")
+    for path in (directory / "checkpoints" / str(damaged)).glob("state/**/d/*"):
+        path.write_bytes(path.read_bytes()[:-20])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        refused = cli.main(["train", "--resume", str(directory), "--exact"])
+        status = cli.main(["train", "--resume", str(directory), f"training.steps={STEPS + 2}"])
+    told = dict(stopped=stopped, killed=killed, lines=lines, signalled_at=in_warm_start, status=status)
+    told |= dict(damaged=damaged, refused=(refused, err.getvalue()), shown=" ".join(out.getvalue().split()))
+    return SimpleNamespace(directory=directory, **told)
 
 
+@pytest.mark.fault("signals", "SIGKILL", "the same command goes on, and every number is that of a run without it")
+@pytest.mark.fault("signals", "SIGTERM", "the run ends after its step with status 143, its state saved")
 def test_a_killed_run_ends_and_a_terminated_one_stops(interrupted_run):
-    first, second, third = interrupted_run.ends
-    assert (first.returncode, second.returncode) == (-signal.SIGKILL, -signal.SIGKILL), first.stderr + second.stderr
-    assert third.returncode == 143, third.stderr  # as shells say that SIGTERM ended a process
-    assert "stopping after this step" in third.stdout
-    stopped = re.search(r"stopped at step (\d+); go on with: jaxrl train --resume (\S+)", third.stderr)
-    assert stopped is not None, third.stderr
+    ended, killed = interrupted_run.stopped, interrupted_run.killed
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert ended.returncode == 143, ended.stderr  # as shells say that SIGTERM ended a process
+    assert "stopping after this step" in ended.stdout
+    stopped = re.search(r"stopped at step (\d+); go on with: jaxrl train --resume (\S+)", ended.stderr)
+    assert stopped is not None, ended.stderr
     assert stopped[2] == str(interrupted_run.directory)
     # Metrics are read one step late, and the step that runs is finished.
     assert interrupted_run.signalled_at <= int(stopped[1]) <= interrupted_run.signalled_at + 2
     assert interrupted_run.lines == int(stopped[1])
+
+
+@pytest.mark.fault(
+    "storage",
+    "the newest checkpoint is damaged",
+    "it is named and moved to `RUN/damaged/`; the run goes on from the one before it with the same numbers",
+)
+def test_a_run_goes_on_from_the_newest_good_checkpoint(interrupted_run):
+    status, said = interrupted_run.refused
+    assert status == 2
+    assert "--exact" in said
+    assert f"checkpoint {interrupted_run.damaged} is damaged: it cannot be read" in interrupted_run.shown
+    assert re.search(r"checkpoint \d+ is verified", interrupted_run.shown)
+    moved = interrupted_run.directory / "damaged" / str(interrupted_run.damaged)
+    assert f"damaged checkpoint moved to {moved}" in interrupted_run.shown
+    assert moved.is_dir()
 
 
 def test_every_number_of_a_resumed_run_is_that_of_one_that_was_never_stopped(finished_run, interrupted_run):
@@ -345,14 +366,16 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
     assert "reinforcement 8/8" in capsys.readouterr().out
 
 
+@pytest.mark.fault(
+    "numbers", "parameters that are not finite", "the run ends with status 1 and names the last checkpoint before them"
+)
 def test_a_number_that_is_not_finite_ends_the_run_before_a_checkpoint_is_spoiled(micro_yaml, tmp_path, capsys):
     directory = tmp_path / "run"
-    changes = ["warm_start.steps=0", "training.learning_rate=1e30", "checkpoints.every_steps=1"]
-    changes.append("losses=[clipped_surrogate, {entropy_bonus: {coefficient: 0.01}}]")  # no answer is right yet
+    changes = ["warm_start.learning_rate=1e30", "checkpoints.every_steps=1"]
     assert cli.main(["train", str(micro_yaml), f"run_dir={directory}", *changes]) == 1
     said = capsys.readouterr().err
     found = re.match(
-        r"error: \S+ is (nan|inf).* at step (\d+) of the reinforcement; its batch is in .* The last good "
+        r"error: \S+ is (nan|inf).* at step (\d+) of the warm start; its batch is in .* The last good "
         r"checkpoint is step (\d+): start from it with init_from=(\S+) and another run_dir, and lower the .*\n$",
         said,
     )

@@ -19,6 +19,7 @@ import yaml
 from jaxrl_llm import cli
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.reporting import RunDirectory
+from jaxrl_llm.reporting.metric_table import OF_MACHINE
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints
 
@@ -55,7 +56,7 @@ def train(*arguments: str, killed_after: int | None = None) -> SimpleNamespace:
 def metrics(directory):
     """Without what a clock says."""
     lines = read_records(directory / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in OF_MACHINE} for line in lines]
 
 
 def arrays(directory, step):

@@ -15,6 +15,7 @@ import optax
 import pytest
 from rich.console import Console
 
+from jaxrl_llm.cli import main
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
 from jaxrl_llm.models.decoder import transformer
@@ -281,3 +282,34 @@ def test_the_exact_divergence_from_a_larger_teacher_calls_it_the_reference(data_
     ours, theirs = (jax.jit(partial(log_softmax, m))(p) for m, p in ((built.model, params), (larger, given)))
     expected = (rows.mask * (np.exp(ours) * (ours - theirs)).sum(-1)).sum() / rows.mask.sum()
     np.testing.assert_allclose(metrics["loss/divergence"], expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_guide_learns_by_dpo_and_pays_the_tokens_of_the_policy(micro, tmp_path):
+    config = micro("rto", "pairs")
+    models, policy = config.stages
+    models["training"]["steps"], policy["training"] = 20, {"steps": 3, "prompts_per_step": 8}
+    networks = {name: replace(one, learning_rate=0.005) for name, one in config.networks.items()}
+    seen = whole_run(replace(config, stages=(models, policy), networks=networks), tmp_path / "run")
+    guided = seen["guide and reward model"]
+    np.testing.assert_allclose(guided[0]["loss/dpo"], np.log(2), rtol=1e-4)
+    assert guided[-1]["loss/dpo"] < guided[0]["loss/dpo"]
+    assert "gradient_norm" not in guided[0]  # the policy waits
+    for step in seen["reinforcement"]:
+        assert step["gradient_norm"] > 0
+
+
+@pytest.mark.slow
+def test_the_pairs_of_a_file_are_ordered_by_the_reward_model_of_a_run(micro, files, tmp_path, capsys):
+    config = micro("reward_model_then_rl", "pairs")
+    whole_run(replace(config, stages=(config.stages[0] | {"training": {"steps": 20}},)), tmp_path / "run")
+    told = [
+        json.loads(line) | {"from": f"part {n % 2}"} for n, line in enumerate(files["pairs"].read_text().splitlines())
+    ]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    command = ["pairs", str(tmp_path / "run"), "--file", str(tmp_path / "held.jsonl"), "--by", "from", "--json"]
+    assert main(command) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["source"], row["pairs"]) for row in rows] == [("all", 32), ("part 0", 16), ("part 1", 16)]
+    assert rows[0]["accuracy"] > 0.6  # of pairs that it has learned from
+    np.testing.assert_allclose(rows[0]["accuracy"], (rows[1]["accuracy"] + rows[2]["accuracy"]) / 2)

@@ -14,6 +14,7 @@ from jaxrl_llm.config import parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.evaluation import make_evaluate, task_grader
 from jaxrl_llm.experience import Source
+from jaxrl_llm.reporting.metric_table import OF_MACHINE
 from jaxrl_llm.rollout import EnvironmentFailure
 from jaxrl_llm.run.batches import prompt_batches
 from jaxrl_llm.run.explain import explanation, stages, trace
@@ -102,8 +103,7 @@ def config_of(data_directory):
 
 def records(directory, name="metrics.jsonl"):
     lines = [json.loads(line) for line in (Path(directory) / name).read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second")  # another number each time
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    return [{key: value for key, value in line.items() if key not in OF_MACHINE} for line in lines]
 
 
 @pytest.mark.slow

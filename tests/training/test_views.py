@@ -368,6 +368,10 @@ def test_samples_of_a_prompt_are_judged_by_different_draws_and_the_policy_may_le
         ({"written_by": "grade"}, "has a head in the place of a vocabulary"),
         ({"written_by": "judge", "temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
         ({"written_by": "judge", "source": Written(8, 2)}, "nothing is sampled in this step"),
+        ({"written_by": "judge", "mixed_with": "jugde"}, "views.verdict.mixed_with is 'jugde'"),
+        ({"written_by": "judge", "mixed_with": "judge"}, "mixed_with is 'judge', but written_by 'judge'; name another"),
+        ({"mixed_with": "judge"}, "mixed_with is 'judge', but written_by None"),
+        ({"written_by": "judge", "mixed_with": "policy", "share": 1.5}, "share is 1.5; it must lie in"),
     ],
 )
 def test_who_may_not_write_a_view(bigram, changed, message):
@@ -381,3 +385,28 @@ def test_who_may_not_write_a_view(bigram, changed, message):
 
     with pytest.raises(ValueError, match=message):
         built()
+
+
+def test_a_mixture_of_two_networks_writes_what_the_product_of_their_distributions_says(bigram, make_prompts):
+    """Greedily: what the sum of both scores says, which is now the one's choice, now the other's, now neither's."""
+    view = View(ask_in_the_program, written_by="judge", mixed_with="other", share=0.4, temperature=0.0)
+    networks = {"judge": Network(copy_every=1), "other": Network(copy_every=1)}
+    resources = Resources(decode=decode, encode=encode, views={"verdict": view}, networks=networks)
+    step = judged(bigram, None, rewards=[length_of], resources=resources)
+    shape = jax.eval_shape(step.init, jax.random.key(0)).params["scores"].shape
+    own, other = (3 * jax.random.normal(jax.random.key(seed), shape) for seed in (4, 5))
+    state = step.init(jax.random.key(0), {"scores": own}, {"other": {"scores": other}})
+    said = [log_softmax(np.asarray(scores, np.float64)) for scores in (own, other)]
+    best = (0.6 * said[0] + 0.4 * said[1]).argmax(-1)
+    assert (best != said[0].argmax(-1)).any()
+    assert (best != said[1].argmax(-1)).any()
+    _, _, rows = step.run(state, make_prompts(4), ITEMS)
+    written, token = np.asarray(rows["verdict_tokens"]), np.asarray(rows.tokens)[:, 0]
+    for place in range(written.shape[1]):
+        token = np.where(token == 2, 0, best[token]) if place else best[token]
+        going = written[:, place] > 0
+        np.testing.assert_array_equal(written[going, place], token[going])
+
+
+def log_softmax(scores):
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))

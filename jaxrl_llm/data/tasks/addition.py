@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from random import Random
+from string import ascii_lowercase
 from typing import Any
 
 from jaxrl_llm.data.tasks.items import Item, Task, equality, reference_response, require_bool, split_of
@@ -53,6 +54,15 @@ def paraphrase(body: str) -> str:
     return swapped if split_of(swapped) == split_of(body) else body
 
 
+def scaffold(body: str, answer: str) -> str:
+    """The problem behind what a right answer has to meet: its digits, each with its place counted from the end.
+
+    >>> scaffold("A:47+85", "132")
+    'a2;b3;c1;A:47+85'
+    """
+    return "".join(f"{place}{digit};" for place, digit in zip(ascii_lowercase, answer[::-1], strict=False)) + body
+
+
 def task(*, scratchpad: bool = True, confidence: bool = False) -> Task:
     """Addition of two numbers of exactly `level` digits (level 1: 0 to 9).
 
@@ -68,7 +78,7 @@ def task(*, scratchpad: bool = True, confidence: bool = False) -> Task:
         return item(rng.randint(low, high), rng.randint(low, high), level=level, scratchpad=scratchpad)
 
     def columns_of(record: Mapping[str, Any]) -> dict[str, Any]:
-        found = {"paraphrase": paraphrase(record["body"])}
+        found = {"paraphrase": paraphrase(record["body"]), "scaffold": scaffold(record["body"], record["answer"])}
         return found | ({"response": with_confidence(record, scratchpad=scratchpad)} if confidence else {})
 
     return Task(

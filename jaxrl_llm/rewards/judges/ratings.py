@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrl_llm.ranges import Count, Natural, Positive, Share, ranged
+from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rewards.judges.asked import Judge, is_number, judge_of, parsed_object
 
 RATING = (
@@ -77,11 +76,11 @@ def judge_rating(
             raise ValueError("votes and system are of a judge behind an endpoint; leave them out for judge.network")
         return written_verdict(judge, questions, partial(stated_rating, lowest=lowest, highest=highest))
     asked = asked_judge(judge, votes)
-    rating = partial(_rating, lowest=lowest, highest=highest)
+    rating = partial(stated, lowest=lowest, highest=highest)
 
     def judged(prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         found = asked.ask_all(questions(prompts, completions, answers), rating, votes=votes, system=system)
-        means = [_mean(one) for one in found]
+        means = [mean_vote(one) for one in found]
         return [None if mean is None else (mean - lowest) / (highest - lowest) for mean in means]
 
     judged.report = asked.report  # type: ignore[attr-defined]
@@ -100,11 +99,12 @@ def stated_rating(verdict_text: Sequence[str | None], *, lowest: int = 1, highes
     Reference: LLM as a judge (2306.05685).
     Certainty: recalled
     """
-    found = [None if text is None else _rating(text, lowest=lowest, highest=highest) for text in verdict_text]
+    found = [None if text is None else stated(text, lowest=lowest, highest=highest) for text in verdict_text]
     return [None if one is None else (one - lowest) / (highest - lowest) for one in found]
 
 
-def _rating(text: str, *, lowest: int, highest: int) -> float | None:
+def stated(text: str, *, lowest: int, highest: int) -> float | None:
+    """The rating that an answer states, as a JSON object with `rating` or the number alone; None for none in range."""
     found: Any = (parsed_object(text) or {}).get("rating")
     if found is None and text.strip().isdecimal() and len(text.strip()) < 10:
         found = int(text)
@@ -216,7 +216,7 @@ def judge_rubric(
         verdicts = iter(asked.ask_all(questions, met, votes=votes))
         scores: list[float | None] = []
         for criteria in rubrics:
-            shares = [_mean(next(verdicts)) for _ in criteria]
+            shares = [mean_vote(next(verdicts)) for _ in criteria]
             known = all(share is not None for share in shares)
             hits = [share is not None and share > 0.5 for share in shares]
             scores.append(rubric_score(hits, [points for _, points in criteria], clip=clip) if known else None)
@@ -241,47 +241,6 @@ def require_rubric(rubric: Any, row: int) -> list[tuple[str, float]]:
                 '{"criterion": text, "points": number}'
             )
     return [(str(entry["criterion"]), float(entry["points"])) for entry in entries or () if entry is not None]
-
-
-@ranged
-def shown_criteria(
-    sample: int,
-    *,
-    group_size: Count,
-    criteria: Natural,
-    step: Count,
-    total_steps: Count,
-    midpoint: Share = 0.2,
-    steepness: Positive = 125.0,
-) -> int:
-    """How many criteria of a rubric a sample of a group is shown as a scaffold: fewer along the group and over time.
-
-        ratio = (G - 1 - i) / (G - 1) / (1 + exp(steepness (x - midpoint))),   x = (step - 1) / (total_steps - 1)
-
-    The number is round(criteria * ratio), halves to even. The scaffold is for sampling alone: rows are scored and
-    learned under the prompt without it.
-
-    Args:
-      sample: i, its number within the group, counted from 0.
-      group_size: G; with 1 the first factor is 1.
-      criteria: of the rubric.
-      step, total_steps: of training, counted from 1.
-      midpoint: share of training at which the ratio is half.
-      steepness: of the decay.
-
-    Reference: RuscaRL (2508.16949).
-    Certainty: verified
-    """
-    return round(criteria * shown_share(sample, group_size, step, total_steps, midpoint, steepness))
-
-
-def shown_share(
-    sample: int, group_size: int, step: int, total_steps: int, midpoint: float = 0.2, steepness: float = 125.0
-) -> float:
-    """The ratio of `shown_criteria`."""
-    along = 1.0 if group_size == 1 else (group_size - 1 - sample) / (group_size - 1)
-    exponent = steepness * ((step - 1) / max(total_steps - 1, 1) - midpoint)
-    return along / (1 + math.exp(min(max(exponent, -50.0), 50.0)))
 
 
 def consistent_criteria(
@@ -321,6 +280,7 @@ def asked_judge(described: Mapping[str, Any] | Judge, votes: int) -> Judge:
     return asked
 
 
-def _mean(values: Sequence[Any]) -> float | None:
+def mean_vote(values: Sequence[Any]) -> float | None:
+    """Mean of the votes that could be read; None for none."""
     known = [float(value) for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,8 +14,11 @@ from jaxrl_llm.rewards.judges.asked import Judge, is_number, parsed_object
 from jaxrl_llm.rewards.judges.ratings import asked_judge, require_fields
 
 Scheme = Literal["single_elimination", "round_robin", "anchor", "swiss"]
+Pairs = Sequence[tuple[int, int]]
 # (pairs of one round) -> (points of the first, points of the second) of each.
-Play = Callable[[Sequence[tuple[int, int]]], list[tuple[float, float]]]
+Play = Callable[[Pairs], list[tuple[float, float]]]
+# Yields the pairs of each round, is sent their points, and returns what the tournament found.
+Rounds = Generator[Pairs, list[tuple[float, float]], Any]
 MATCH = (
     "Compare two answers to the problem below and give each points from 0 (worst) to 10 (best).\n\n"
     "Problem:\n{prompt}\n\nFirst answer:\n{first}\n\nSecond answer:\n{second}\n\n"
@@ -45,32 +48,36 @@ def tournament_rewards(size: int, play: Play, *, scheme: Scheme = "single_elimin
     Reference: ArenaRL (2601.06487).
     Certainty: verified
     """
+    rounds, played, points = _rounds(size, scheme), 0, None
+    try:
+        while True:
+            pairs = next(rounds) if points is None else rounds.send(points)
+            played += len(pairs)
+            points = play(pairs)
+    except StopIteration as done:
+        return done.value, played
+
+
+def _rounds(size: int, scheme: Scheme) -> Rounds:
     if size < 2:
         raise ValueError(f"a tournament has {size} players; sample at least 2 completions of a prompt")
     if scheme not in get_args(Scheme):
         raise ValueError(f"scheme is {scheme!r}; it must be one of {', '.join(get_args(Scheme))}")
-    played = 0
-
-    def counted(pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
-        nonlocal played
-        played += len(pairs)
-        return play(pairs)
-
     if scheme == "round_robin":
         pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
         points = np.zeros(size)
-        for (i, j), (one, two) in zip(pairs, counted(pairs), strict=True):
+        for (i, j), (one, two) in zip(pairs, (yield pairs), strict=True):
             points[i] += (one > two) + (one == two) / 2
             points[j] += (two > one) + (one == two) / 2
-        return _by_rank(points), played
+        return _by_rank(points)
     if scheme == "swiss":
-        return _swiss(size, counted), played
-    anchored = counted([(0, other) for other in range(1, size)])
+        return (yield from _swiss(size))
+    anchored = yield [(0, other) for other in range(1, size)]
     points = np.array([np.mean([one for one, _ in anchored]), *(two for _, two in anchored)])
     if scheme == "anchor":
-        return _by_rank(points), played
-    order = _bracket(points, counted)
-    return [1 - order.index(player) / (size - 1) for player in range(size)], played
+        return _by_rank(points)
+    order = yield from _bracket(points)
+    return [1 - order.index(player) / (size - 1) for player in range(size)]
 
 
 def _by_rank(points: np.ndarray) -> list[float]:
@@ -79,7 +86,7 @@ def _by_rank(points: np.ndarray) -> list[float]:
     return [0.0] * len(points) if last == 1 else [float((last - r) / (last - 1)) for r in rank]
 
 
-def _bracket(first: np.ndarray, play: Play) -> list[int]:
+def _bracket(first: np.ndarray) -> Rounds:
     """Players in their final order."""
     points: dict[int, list[float]] = {player: [float(value)] for player, value in enumerate(first)}
     mean = lambda player: float(np.mean(points[player]))  # noqa: E731
@@ -93,7 +100,7 @@ def _bracket(first: np.ndarray, play: Play) -> list[int]:
     while len(players) > 1:
         pairs = list(zip(players[::2], players[1::2], strict=False))
         winners, losers = [], []
-        for (i, j), (one, two) in zip(pairs, play(pairs), strict=True):
+        for (i, j), (one, two) in zip(pairs, (yield pairs), strict=True):
             points[i].append(one)
             points[j].append(two)
             winners.append(i if one >= two else j)
@@ -103,7 +110,7 @@ def _bracket(first: np.ndarray, play: Play) -> list[int]:
     return players + [player for losers in reversed(out) for player in sorted(losers, key=lambda p: -mean(p))]
 
 
-def _swiss(size: int, play: Play) -> list[float]:
+def _swiss(size: int) -> Rounds:
     points, met = np.zeros(size), defaultdict(set)
     for _ in range(math.ceil(math.log2(size))):
         waiting = sorted(range(size), key=lambda player: -points[player])
@@ -114,7 +121,7 @@ def _swiss(size: int, play: Play) -> list[float]:
             pairs.append((one, waiting.pop(place)))
         if waiting:  # it is left over, and wins
             points[waiting[0]] += 1
-        for (i, j), (one, two) in zip(pairs, play(pairs), strict=True):
+        for (i, j), (one, two) in zip(pairs, (yield pairs), strict=True):
             points[i] += (one > two) + (one == two) / 2
             points[j] += (two > one) + (one == two) / 2
             met[i].add(j)
@@ -163,21 +170,27 @@ def judge_tournament(
         for row, number in enumerate(group):
             members[int(number)].append(row)
 
-        def play(rows: Sequence[int], pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+        rewards: list[float | None] = [None] * len(completions)
+        going = [(rows, _rounds(len(rows), scheme)) for rows in members.values() if len(rows) > 1]
+        waiting = [(rows, rounds, next(rounds)) for rows, rounds in going]
+        while waiting:  # the round of every group at once, so that the judge is kept at its concurrency
             questions = [
                 template.format(prompt=prompts[rows[0]], first=completions[rows[i]], second=completions[rows[j]])
+                for rows, _, pairs in waiting
                 for pair in pairs
                 for i, j in (pair, pair[::-1])
             ]
-            said = [one for (one,) in asked.ask_all(questions, points)]
-            return [(a[0] + b[1], a[1] + b[0]) for a, b in zip(said[::2], said[1::2], strict=True)]
-
-        rewards: list[float | None] = [None] * len(completions)
-        for rows in members.values():
-            if len(rows) > 1:
-                found, _ = tournament_rewards(len(rows), lambda pairs, rows=rows: play(rows, pairs), scheme=scheme)
-                for row, reward in zip(rows, found, strict=True):
-                    rewards[row] = reward
+            said = iter([one for (one,) in asked.ask_all(questions, points)])
+            still = []
+            for rows, rounds, pairs in waiting:
+                both = [(next(said), next(said)) for _ in pairs]
+                try:
+                    again = rounds.send([(a[0] + b[1], a[1] + b[0]) for a, b in both])
+                    still.append((rows, rounds, again))
+                except StopIteration as done:
+                    for row, reward in zip(rows, done.value, strict=True):
+                        rewards[row] = reward
+            waiting = still
         return rewards
 
     judged.report = asked.report  # type: ignore[attr-defined]

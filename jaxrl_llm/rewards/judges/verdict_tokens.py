@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import chex
@@ -75,3 +76,35 @@ def unbiased_comparison(first_share: Float[Array, "B"], swapped_share: Float[Arr
     """
     chex.assert_equal_shape([first_share, swapped_share])
     return (first_share.astype(jnp.float32) - swapped_share.astype(jnp.float32)) / 2
+
+
+def judged_example(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    correct: Sequence[float],
+    *,
+    template: str = "{prompt}{completion}?",
+    right: str = "1",
+    wrong: str = "0",
+) -> list[tuple[str, str]]:
+    """A question about each completion with the verdict of a verifier behind it: what a judge is trained on.
+
+    A view of (question, verdict); `negative_log_likelihood` of a network on it makes that network a judge, which is
+    then asked with the same template (`judge_rating`, `lowest: 0`, `highest: 1`).
+
+    Args:
+      prompts, completions: texts.
+      correct: 1 where the verifier accepts the completion.
+      template: question, with {prompt}, {completion}.
+      right, wrong: the verdict.
+
+    >>> judged_example(["2+2="], ["5"], [0.0])
+    [('2+2=5?', '0')]
+
+    Reference: generative verifiers (2408.15240).
+    Certainty: recalled
+    """
+    return [
+        (template.format(prompt=prompt, completion=completion), right if value > 0 else wrong)
+        for prompt, completion, value in zip(prompts, completions, correct, strict=True)
+    ]

@@ -160,7 +160,7 @@ def labels_at_ends(
     """The label of each step on the last token of it that counts, NaN elsewhere: fill `step_labels` with it.
 
     Args:
-      turn_labels: label of each step, NaN for none (`continuation_labels`, `judged_steps`).
+      turn_labels: label of each step, NaN for none (`continuation_labels`, `judge_turns`).
       turn: index of the step that each token belongs to.
       mask: non-zero on tokens that count; a step without any was not taken.
 

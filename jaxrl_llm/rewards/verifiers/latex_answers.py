@@ -1,13 +1,14 @@
 r"""Answers that are mathematics beyond numbers, compared by the package math-verify: \frac{\sqrt 2}{2} is 1/\sqrt 2.
 
-What a policy writes may keep a computer algebra system busy for ever, so it runs in a process of its own, which is
-ended and started anew where one comparison takes too long.
+What a policy writes may keep a computer algebra system busy for ever, so it runs in processes of its own, one a core;
+where a comparison takes too long, its process is ended and started anew.
 """
 
 from __future__ import annotations
 
 import atexit
 import importlib.util
+import os
 from collections.abc import Sequence
 
 from jaxrl_llm.data.final_answer import marked_answer
@@ -15,7 +16,9 @@ from jaxrl_llm.ranges import Positive, ranged
 from jaxrl_llm.rewards.verifiers.numbers import parsed_number
 from jaxrl_llm.sandbox import Workers
 
-_workers = Workers({"equal": "jaxrl_llm.sandbox.latex_equality:equal"}, memory_bytes=2 << 30)
+_workers = Workers(
+    {"equal": "jaxrl_llm.sandbox.latex_equality:equal"}, workers=min(8, os.cpu_count() or 1), memory_bytes=2 << 30
+)
 atexit.register(_workers.close)
 
 
@@ -42,19 +45,23 @@ def latex_match(completions: Sequence[str], answers: Sequence[str], *, seconds: 
     """
     if importlib.util.find_spec("math_verify") is None:
         raise ValueError("latex_match needs the package math-verify; install it with: pip install 'jaxrl_llm[math]'")
-    rewards = []
-    for row, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
-        said, wanted = marked_answer(completion), marked_answer(answer) or answer
-        same = said is not None and (said == wanted or _same_number(said, wanted))
-        if said and not same:
-            same = _compared(wanted, said, seconds)
-        if same is None:
+    pairs = [
+        (marked_answer(answer) or answer, marked_answer(said))
+        for said, answer in zip(completions, answers, strict=True)
+    ]
+    same = {
+        (wanted, said): said is not None and (said == wanted or _same_number(said, wanted)) for wanted, said in pairs
+    }
+    # Samples of a prompt often say the same: each pair of answers is compared once.
+    asked = [(wanted, said) for (wanted, said), equal in same.items() if said and not equal]
+    same |= dict(zip(asked, _compared(asked, seconds), strict=True))
+    for row, pair in enumerate(pairs):
+        if same[pair] is None:
             raise ValueError(
-                f"the reference answer of row {row} is {answer[:80]!r}, which is no mathematics that "
+                f"the reference answer of row {row} is {answers[row][:80]!r}, which is no mathematics that "
                 "math-verify reads; write it in LaTeX, or use exact_match for text"
             )
-        rewards.append(float(same))
-    return rewards
+    return [float(bool(same[pair])) for pair in pairs]
 
 
 def _same_number(said: str, wanted: str) -> bool:
@@ -62,7 +69,7 @@ def _same_number(said: str, wanted: str) -> bool:
     return number is not None and number == parsed_number(wanted)
 
 
-def _compared(answer: str, said: str, seconds: float) -> bool | None:
-    """What the process says; False where it takes too long or fails."""
-    (found,) = _workers("equal", [(answer, said)], seconds)
-    return False if found.late or found.error is not None else found.value
+def _compared(pairs: Sequence[tuple[str, str | None]], seconds: float) -> list[bool | None]:
+    """What the processes say of (reference, said); False where one takes too long or fails."""
+    found = _workers("equal", list(pairs), seconds) if pairs else []
+    return [False if one.late or one.error is not None else one.value for one in found]

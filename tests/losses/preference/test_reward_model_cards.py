@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import advantages, evaluation, losses, rewards, schedules, selection
+from jaxrl_llm.data.label_denoising import label_actions, preference_strength
 
 ONES = jnp.ones(8)
 RANKED = {
@@ -41,8 +42,98 @@ RSO = {"rewards": jnp.array([0, 1, 0.5]), "group": jnp.zeros(3, int), "weight": 
 POLAR = {"reward_scores": jnp.array([0.5, -0.5, -1, -0.75]), "preferred": jnp.array([1.0, 0, 1, 0])}
 WEAK = {"reward_scores": jnp.array([1, 0.5, -1, -0.3]), "weak_share": jnp.array([0.9, 0.4, 0.7, 0.2])}
 
+PIT = {
+    # Better and worse answers of two pairs: behind the other, and behind themselves.
+    "reward_partner_scores": jnp.array([1.5, -1, 0.2, 0.3]),
+    "reward_itself_scores": jnp.array([0.1, -0.2, 0, 0.1]),
+    "group": jnp.array([0, 0, 1, 1]),
+    "preferred": jnp.array([1.0, 0, 1, 0]),
+    "weight": jnp.ones(4),
+}
+REGRET = {
+    "reward_values": jnp.array([[-1.0, -1], [-1, 0], [0, 1], [0.5, 0]]),
+    "values": jnp.array([[5.0, 9], [5, 9], [2, 9], [2, 9]]),
+    "end_values": jnp.array([7.0, 4, 0.5, 1.5]),
+    "mask": jnp.ones((4, 2)),
+    "group": jnp.array([0, 0, 1, 1]),
+    "preferred": jnp.array([1.0, 0, 1, 0]),
+}
+SCORED = {"logprobs": jnp.array([[-0.5, -2, -0.1]]), "mask": jnp.ones((1, 3))}
+# Of the first sequence of the fixture against the second: a chosen answer that an opponent wrote is left.
+XPO = {
+    "logprobs": jnp.array([[-12.0], [-7], [-20.25], [-5]]),
+    "reference_logprobs": jnp.array([[-13.0], [-8], [-18.75], [-6]]),
+    "opponent_logprobs": jnp.array([[-14.5], [-8.5], [-26], [-5.5]]),
+    "reference_opponent_logprobs": jnp.array([[-13.5], [-9.0], [-24], [-4]]),
+    "mask": jnp.ones((4, 1)),
+    "opponent_mask": jnp.ones((4, 1)),
+    "win_share": jnp.array([1.0, 0, 1, 1]),
+}
+CRITIC = {
+    "verdict": jnp.array([1, 1, 0, 0, jnp.nan, 1, 0]),
+    "original_correct": jnp.array([1, 0, 0, 1, 1, 1, 0.0]),
+    "refined_correct": jnp.array([1, 1, 1, 1, 1, 0, 0.0]),
+}
+
 # name: (function, data, expected); the value of a loss, or the array.
 EXAMPLES = {
+    "pit": (losses.gap_relations, PIT, 1.970835 * 2),
+    "regret": (losses.regret_preference, REGRET, -np.log(0.880797) - np.log(0.377541)),
+    "unlikelihood": (
+        partial(losses.unlikelihood, threshold=0.75),
+        SCORED | {"rating": jnp.array([[1, 0.2, 0.7]])},
+        0.999194 * 3,
+    ),
+    "unlikelihood, soft": (
+        losses.unlikelihood,
+        SCORED | {"rating": jnp.array([0.5])},
+        sum(0.5 * -x - 0.5 * np.log1p(-np.exp(x)) for x in (-0.5, -2, -0.1)),
+    ),
+    "awr": (
+        losses.advantage_weighted_likelihood,
+        SCORED | {"rating": jnp.array([[0, -0.8, -0.3]]), "values": jnp.full((1, 3), -0.2)},
+        0.368135 * 3,
+    ),
+    "rwr": (
+        losses.reward_weighted_likelihood,
+        SCORED | {"rating": jnp.array([[0.2, -0.6, -0.1]])},
+        0.599603 * 3,
+    ),
+    # DPO of the same pairs, of which the opponent wins the second, and its log-probability.
+    "xpo": (partial(losses.exploratory_preference, alpha=0.01), XPO, 4 * 0.640249 + 0.01 * (-14.5 - 8.5 - 26 - 5.5)),
+    "critique, verdict": (partial(rewards.critique_reward, form="verdict"), CRITIC, [1, -1, 1, -1, -1, 1, 1]),
+    "critique": (rewards.critique_reward, CRITIC, [1.2, -1, 1.2, -1, -1, 0.2, 0.2]),
+    "critique, delta": (partial(rewards.critique_reward, form="delta"), CRITIC, [0.2, -1, 1.2, -1, -1, -0.8, 0.2]),
+    "critique, correct": (partial(rewards.critique_reward, form="correct"), CRITIC, [0.4, -1, 1.2, -1, -1, 0.2, 0.2]),
+    "urpo": (
+        rewards.ranking_agreement,
+        {"quality": jnp.array([8.0, 5, 6, 2]), "rewards": jnp.array([4.0, 3, 2, 1]), "group": jnp.zeros(4, int)}
+        | {"weight": jnp.ones(4)},
+        [1, 1 / 3, 1 / 3, 1],  # the mean is tau-a, 2/3
+    ),
+    "helpsteer": (
+        partial(rewards.attribute_reward, weights=(0.65, 0.8, 0.45)),
+        {"reward_scores": jnp.array([[3.5, 2, 4], [1, 0.5, 2]])},
+        [5.675, 1.95],
+    ),
+    "preflexor": (
+        partial(losses.answer_part, marker_id=9),
+        {
+            "tokens": jnp.array([[5, 9, 6, 9, 7], [1, 2, 3, 4, 5]]),
+            "mask": jnp.array([[0.0, 1, 1, 1, 1], [0, 0, 1, 1, 0]]),
+        },
+        [[0, 0, 0, 1, 1], [0, 0, 1, 1, 0]],
+    ),
+    "kepo gate": (
+        losses.rewarded_part,
+        {"rewards": jnp.array([2.0, 0, 1]), "mask": jnp.array([[1.0, 1], [1, 1], [1, 0]]), "weight": jnp.ones(3)},
+        [[1, 1], [0, 0], [1, 0]],
+    ),
+    "goal quality": (
+        losses.goal_quality,
+        {"goal_values": jnp.array([[[1.0, 0], [0, 1], [1, 1]]]), "goal": jnp.ones(2), "mask": jnp.ones((1, 3))},
+        [[0.707107, 0.707107, 1.0]],
+    ),
     "all pairs": (partial(losses.ranked_answers, form="all_pairs"), RANKED, 0.400889 * 2),
     "plackett-luce": (losses.ranked_answers, RANKED, 1.065939 * 2),
     "scaled": (partial(losses.bradley_terry, margin_use="weight"), PAIRS, 0.897300 * 4),
@@ -224,3 +315,155 @@ def test_figures_of_reward_models_and_of_what_they_are_driven_to():
 def test_what_cannot_be(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- models of two answers, embeddings, bilevel learning, wrong labels ----------------------------------------------
+
+
+def test_a_view_of_two_answers_has_the_partner_s_in_front():
+    rows = {
+        "prompt_tokens": jnp.array([[0, 7], [0, 7], [8, 9], [8, 9]]),
+        "prompt_length": jnp.array([1, 1, 2, 2]),
+        "tokens": jnp.array([[1, 2, 0], [3, 0, 0], [4, 5, 6], [5, 2, 0]]),
+        "length": jnp.array([2, 1, 3, 2]),
+    }
+    pairs = {"group": jnp.array([0, 0, 1, 1]), "preferred": jnp.array([1.0, 0, 1, -1]), "weight": jnp.ones(4)}
+    made = losses.beside_partner(**rows, **pairs)
+    np.testing.assert_array_equal(made.prompt_tokens[:2], [[0, 0, 0, 7, 3], [0, 0, 7, 1, 2]])
+    np.testing.assert_array_equal(made.prompt_length[:2], [2, 3])
+    np.testing.assert_array_equal(made.mask, [[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]])  # the others are no pair
+    own = losses.beside_itself(**rows)
+    np.testing.assert_array_equal(own.prompt_tokens[2], [8, 9, 4, 5, 6])
+    np.testing.assert_array_equal(own.tokens, rows["tokens"])
+
+
+def test_a_gap_that_is_a_difference_has_all_four_relations_where_the_better_answer_scores_more():
+    def of(better, worse):
+        crossed, zero = jnp.array([better - worse, worse - better]), jnp.zeros(2)
+        return losses.gap_relations(crossed, zero, jnp.zeros(2, int), jnp.array([1.0, 0]), jnp.ones(2))
+
+    assert of(8.0, -8.0).value < 1e-2 < of(0.0, 0.0).value
+    np.testing.assert_allclose(of(1.0, 1.0).value, 4 * np.log(2), rtol=1e-6)
+
+
+def test_states_of_a_better_answer_point_to_its_goal_and_padding_does_not():
+    rng = np.random.default_rng(0)
+    states, mask = jnp.asarray(rng.normal(0, 1, (4, 3, 2)), jnp.float32), jnp.array([[1.0, 1, 1], [1, 1, 0]] * 2)
+    pairs = (jnp.array([0, 0, 1, 1]), jnp.array([1.0, 0, 1, 0]), jnp.ones(4))
+    found = losses.goal_contrast(states, mask, *pairs)
+    spoiled = losses.goal_contrast(jnp.where(mask[..., None] > 0, states, 99.0), mask, *pairs)
+    np.testing.assert_allclose(spoiled.value, found.value, rtol=1e-6)
+    # By the definition, a pair at a time: draws of two uniform numbers, the smaller the source.
+    total = 0.0
+    for better, worse in ((0, 1), (2, 3)):
+        unit = [np.asarray(states[row][: int(mask[row].sum())]) for row in (better, worse)]
+        unit = [one / np.linalg.norm(one, axis=1, keepdims=True) for one in unit]
+        sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+        draws = np.sort(rng.random((200_000, 2)), axis=1)
+        other = rng.permutation(draws[:, 1])  # every source is compared with every goal
+        place = lambda u, one: np.minimum((u * len(one)).astype(int), len(one) - 1)  # noqa: E731
+        same = sigmoid((unit[0][place(draws[:, 0], unit[0])] * unit[0][place(other, unit[0])]).sum(1)).mean()
+        away = sigmoid(unit[0] @ unit[1].T).mean()
+        total += -np.log(same) - np.log(1 - away)
+    np.testing.assert_allclose(found.value, total / 2, rtol=3e-3)
+
+
+BLEND = jnp.array([[1, 0.2], [0.5, 1], [0, 0.6]])
+
+
+def solved(reward_of, outer, lam=0.5):
+    def lower(outer, theta):
+        return jax.nn.softmax(theta) @ reward_of(outer) - lam / 2 * jnp.sum(theta**2)
+
+    def one(theta, _):
+        return theta + jax.grad(lower, argnums=1)(outer, theta), None
+
+    return lower, jax.lax.scan(one, jnp.zeros(3), None, length=300)[0]
+
+
+def test_implicit_gradients_of_the_cards_and_that_they_are_those_of_solving_again():
+    primary = jnp.array([1, 0.5, 0])
+    reward = lambda phi: BLEND @ phi  # noqa: E731
+    labels = jax.nn.sigmoid(jnp.array([1.0, 0, 0.5])[:, None] - jnp.array([1.0, 0, 0.5])[None])
+
+    def barfi(phi, theta):
+        return jax.nn.softmax(theta) @ primary
+
+    def parl(nu, theta):
+        gap = reward(nu)[:, None] - reward(nu)[None]
+        loss = -labels * jax.nn.log_sigmoid(gap) - (1 - labels) * jax.nn.log_sigmoid(-gap)
+        pi = jax.nn.softmax(theta)
+        return pi @ loss @ pi
+
+    for upper, outer, value, expected in (
+        (barfi, jnp.array([0.5, 1.0]), 0.506889, [0.068980, -0.031357]),
+        (parl, jnp.array([0.2, 0.4]), 0.714949, [-0.033307, 0.082604]),
+    ):
+        lower, theta = solved(reward, outer)
+        gradient, rest = schedules.implicit_gradient(lower, upper, outer, theta)
+        np.testing.assert_allclose(upper(outer, theta), value, atol=1e-5)
+        np.testing.assert_allclose(gradient, expected, atol=1e-5)
+        assert rest < 1e-5
+
+        def again(outer, upper=upper):
+            return upper(outer, solved(reward, outer)[1])
+
+        np.testing.assert_allclose(gradient, jax.grad(again)(outer), atol=1e-4)
+
+
+def test_strength_of_preferences_and_what_is_done_about_weak_ones():
+    better, worse = (
+        [[1, 0.2, -0.5], [0.5, 0.8, -0.1], [1.5, 0.5, -0.9]],
+        [[0.4, 0.6, -0.2], [0.1, 0.9, -0.3], [0.2, 0.4, -0.4]],
+    )
+    mean, deviation = preference_strength(better, worse)
+    np.testing.assert_allclose(mean, [0.766667, -0.133333, -0.2], atol=1e-6)
+    np.testing.assert_allclose(deviation, [0.385861, 0.205480, 0.294392], atol=1e-6)
+    actions = label_actions([0.5, -1.2, 0.1, 2, -0.3, 0.9, 0, 1.5, -0.1, 0.7])
+    assert [("keep", "smooth", "flip").index(one) for one in actions] == [0, 2, 0, 0, 1, 0, 0, 0, 1, 0]
+    assert "flip" not in label_actions([0.1, 0.2], flip=0.5, smooth=1.0)
+    with pytest.raises(ValueError, match=r"better has the shape \(3, 3\) and worse \(2, 3\)"):
+        preference_strength(better, worse[:2])
+    with pytest.raises(ValueError, match=r"flip is 0.5 and smooth 0.1; they must be shares"):
+        label_actions([1.0], flip=0.5, smooth=0.1)
+
+
+def test_judges_by_a_reference_and_verdicts_of_the_policy():
+    items = [{"answer": "42"}] * 3
+    won = rewards.closer_than_opponent(["42", "40", "4"], ["41", "42", None], items)
+    assert won == [1.0, 0.0, None]
+    assert rewards.closer_than_opponent(["42"], ["42"], items[:1]) == [0.5]
+    assert rewards.verdict_question(["p{completion}"], ["c{prompt}"], question="{prompt}|{completion}") == [
+        "p{completion}|c{prompt}"
+    ]
+    with pytest.raises(ValueError, match=r"question is 'right', without \{completion\}"):
+        rewards.verdict_question(["p"], ["c"], question="right")
+    said = rewards.verdict_agreement(["yes", " no", "maybe", None], [1.0, 0.0, 1.0, 1.0])
+    assert said == [1.0, 1.0, 0.0, None]
+    with pytest.raises(ValueError, match="weights names 2 attributes, but the head has 3 outputs"):
+        rewards.attribute_reward(jnp.ones((1, 3)), weights=(1.0, 2.0))
+    with pytest.raises(ValueError, match="form is 'gain'; it must be one of verdict, refine"):
+        rewards.critique_reward(jnp.ones(1), jnp.ones(1), jnp.ones(1), form="gain")
+
+
+def test_rewards_count_more_after_a_step_that_pushed_out_the_front():
+    names = ("right", "short")
+    method = rewards.hypervolume_guided(objectives=names, reference=(0.0, 0.0), reward_names=names, every_steps=2)
+    memory = method.init() | {"points": jnp.zeros((32, 2)).at[0].set(jnp.array([0.3, 0.2])), "count": jnp.int32(1)}
+    # The card's buffer and point, above its reference point and with the second objective turned round.
+    components = jnp.array([[0.3, 0.2], [0.5, 0.4], [9.0, 9.0]])
+    given = (jnp.ones(3), components, jnp.array([1.0, 1, 0]))
+    scaled, memory = jax.jit(method.update)(memory, *given, jnp.int32(2))
+    gain = 0.4 * 0.3 - 0.3 * 0.2
+    np.testing.assert_allclose(scaled, np.full(3, 0.5 + 1.5 * np.tanh(gain)), rtol=1e-6)
+    assert memory["count"] == 2
+    for step, expected in ((3, scaled[0]), (4, 0.5)):  # it holds until the next point, which gains nothing more
+        again, memory = jax.jit(method.update)(memory, *given, jnp.int32(step))
+        np.testing.assert_allclose(again, np.full(3, expected), rtol=1e-6)
+    assert memory["count"] == 2
+    np.testing.assert_allclose(0.5 + 1.5 * np.tanh(0.09), 0.634637, atol=1e-6)
+    points = np.random.default_rng(0).random((6, 3)).astype(np.float32)
+    found = rewards.dominated_volume(jnp.asarray(points), jnp.arange(6) < 5)
+    np.testing.assert_allclose(found, evaluation.hypervolume(points[:5], [0, 0, 0]), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"objectives are \['right', 'short'\] and reference \[0.0\]; give one number"):
+        rewards.hypervolume_guided(objectives=names, reference=(0.0,), reward_names=names)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import rewards
-from jaxrl_llm.evaluation.collapse import collapse_step, majority_sharpening, vote_accuracies
+from jaxrl_llm.evaluation.collapse import collapse_step, majority_sharpening
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.rewards.intrinsic.novelty import banded_novelty
 from jaxrl_llm.rewards.intrinsic.trusted_prompts import trajectory_scores
@@ -219,6 +219,5 @@ def test_collapse_of_training_without_labels():
     np.testing.assert_allclose(majority_sharpening(0.4, beta=1.0, rounds=3), [0.4, 0.644405, 0.831253, 0.930509], 1e-5)
     assert collapse_step([0.3, 0.5, 0.6, 0.55, 0.2], window=1, margin=0.05) == (2, True)
     assert collapse_step([0.3, 0.5], window=1) == (1, False)
-    assert vote_accuracies(["3", None], ["3", "4"], [True, True]) == (0.5, 0.5)
     with pytest.raises(ValueError, match="accuracy is empty"):
         collapse_step([])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
-from collections import Counter
+import sys
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +15,14 @@ from jaxrl_llm import rewards
 from jaxrl_llm.advantages import group_normalized
 from jaxrl_llm.endpoints import EndpointError
 from jaxrl_llm.rewards.judges.asked import is_refusal, judge_of, parsed_object
-from jaxrl_llm.rewards.judges.ratings import consistent_criteria, rubric_score, shown_criteria, shown_share
+from jaxrl_llm.rewards.judges.ratings import consistent_criteria, rubric_score
 from jaxrl_llm.rewards.judges.tournaments import tournament_rewards
 from jaxrl_llm.run.recipes import reward_terms
 from jaxrl_llm.run.setup import verdict_views
+from jaxrl_llm.signatures import declared_widths
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "docs" / "examples"))
+from judge_stand_in import StandIn, rated_sum
 
 POINTS = np.array([[0, 12, 8, 15], [8, 0, 11, 14], [12, 9, 0, 10], [5, 6, 10, 0]], float)
 
@@ -29,54 +31,12 @@ def matches(pairs):
     return [(POINTS[i, j], POINTS[j, i]) for i, j in pairs]
 
 
-class StandIn(ThreadingHTTPServer):
-    """A chat endpoint that answers by a function of the question."""
-
-    daemon_threads = True
-
-    def __init__(self, reply, latency=0.0):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.latency = reply, latency
-        self.asked, self.open, self.most = Counter(), 0, 0
-        self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def described(self, **more):
-        return {"url": f"http://127.0.0.1:{self.server_port}", "model": "judge", "retries": 0, **more}
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.open += 1
-            server.most = max(server.most, server.open)
-            server.asked[body["messages"][-1]["content"]] += 1
-        time.sleep(server.latency)
-        said = server.reply(body)
-        with server.lock:
-            server.open -= 1
-        content = json.dumps(
-            said
-            if isinstance(said, dict)
-            else {"choices": [{"message": {"content": said}}], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
-        ).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def served():
     made = []
 
     def serve(reply, **options):
-        made.append(StandIn(reply, **options))
+        made.append(StandIn(reply, **options).start())
         return made[-1]
 
     yield serve
@@ -85,9 +45,9 @@ def served():
         server.server_close()
 
 
-def by_length(body):
+def by_length(question):
     """Rates an answer by its length."""
-    answer = body["messages"][-1]["content"].split("Answer:\n")[1].split("\n")[0]
+    answer = question.split("Answer:\n")[1].split("\n")[0]
     return json.dumps({"rating": min(5, max(1, len(answer)))})
 
 
@@ -102,10 +62,6 @@ def test_worked_examples():
     assert rubric_score([1, 0, 1, 1], [5, 3, 2, -4]) == 0.3
     assert rubric_score([0, 1], [5, -4], clip=True) == 0.0
     assert rubric_score([1], [-4]) == 0.0
-    shares = [shown_share(i, 4, 21, 101) for i in range(4)]
-    np.testing.assert_allclose(shares, [0.5, 0.333333, 0.166667, 0], rtol=1e-5)
-    assert shown_criteria(0, group_size=4, criteria=5, step=21, total_steps=101) == 2  # halves to even
-    assert shown_criteria(0, group_size=1, criteria=5, step=1, total_steps=101) == 5
     rate, kept = consistent_criteria([[1, 1], [0, 1], [0, 0]], [1, 0, 1])
     assert (rate.tolist(), kept.tolist()) == ([1, 0.5, 0], [True, False, False])
 
@@ -188,7 +144,7 @@ def test_a_judge_rates_once_and_remembers(served, tmp_path):
 
 def test_votes_and_what_cannot_be_read(served):
     votes = iter(["3", "prose", '{"rating": 5}', '{"rating": 1}', "I'm sorry, I cannot"])
-    server = served(lambda body: next(votes, "no"))
+    server = served(lambda question: next(votes, "no"))
     rate = rewards.judge_rating(judge=server.described(temperature=1.0, concurrency=1, attempts=2), votes=2)
     one = {name: rows[:1] for name, rows in ROWS.items()}
     assert rate(completions=["x"], **one) == [0.75]  # 3, then prose and 5
@@ -200,7 +156,7 @@ def test_votes_and_what_cannot_be_read(served):
 
 
 def test_a_rubric_is_scored_criterion_by_criterion(served):
-    server = served(lambda body: json.dumps({"met": "short" in body["messages"][-1]["content"].split("Criterion:")[1]}))
+    server = served(lambda question: json.dumps({"met": "short" in question.split("Criterion:")[1]}))
     judged = rewards.judge_rubric(judge=server.described())
     rubric = [{"criterion": "is short", "points": 3}, {"criterion": "is kind", "points": 2}]
     assert judged(prompts=["p"], completions=["c"], rubric=[rubric]) == [0.6]
@@ -210,17 +166,16 @@ def test_a_rubric_is_scored_criterion_by_criterion(served):
 
 
 def test_a_tournament_asks_in_both_orders(served):
-    def reply(body):
-        text = body["messages"][-1]["content"]
-        first = text.split("First answer:\n")[1].split("\n")[0]
-        second = text.split("Second answer:\n")[1].split("\n")[0]
+    def reply(question):
+        first = question.split("First answer:\n")[1].split("\n")[0]
+        second = question.split("Second answer:\n")[1].split("\n")[0]
         return json.dumps({"first": min(10, len(first) + 3), "second": len(second)})  # it likes what stands first
 
     server = served(reply)
     judged = rewards.judge_tournament(judge=server.described(), scheme="round_robin")
     texts, group = ["a", "abc", "ab", "x"], [0, 0, 0, 1]
     assert judged(prompts=["p"] * 4, completions=texts, group=group) == [0.0, 1.0, 0.5, None]
-    unreadable = rewards.judge_tournament(judge=served(lambda body: "well").described(), scheme="round_robin")
+    unreadable = rewards.judge_tournament(judge=served(lambda question: "well").described(), scheme="round_robin")
     assert unreadable(prompts=["p"] * 2, completions=["a", "b"], group=[0, 0]) == [0.0, 0.0]
 
 
@@ -233,7 +188,7 @@ def test_a_judge_that_is_down_over_budget_or_no_chat_endpoint(served):
     poor = rewards.judge_rating(judge=server.described(budget=20, concurrency=1))
     with pytest.raises(rewards.JudgeError, match=r"judge[.]budget is 20 tokens, and 30 are used up after 2 calls"):
         poor(completions=["x", "xy", "xyz"], **ROWS)
-    other = rewards.judge_rating(judge=served(lambda body: {"result": 3}).described())
+    other = rewards.judge_rating(judge=served(lambda question: {"result": 3}).described())
     with pytest.raises(EndpointError, match="without choices"):
         other(completions=["x"], **one)
 
@@ -282,22 +237,52 @@ def test_a_network_of_the_run_may_be_the_judge():
     assert partial(rewards.stated_rating, lowest=0)(verdict_text=["0"]) == [0.0]
 
 
-def test_a_judge_labels_each_step(served):
-    """One question a completion; an answer with another number of labels is none."""
+def test_a_tournament_plays_the_rounds_of_all_groups_at_once(served):
+    server = served(lambda question: json.dumps({"first": 4, "second": 6}), latency=0.05)
+    judged = rewards.judge_tournament(judge=server.described(concurrency=12), scheme="anchor")
+    texts = [f"answer {number}" for number in range(12)]
+    assert len(judged(prompts=["p"] * 12, completions=texts, group=[0, 1, 2, 3] * 3)) == 12
+    assert server.most > 4  # four matches of a group
+
+
+def test_steps_are_judged_one_by_one(served):
+    def reply(question):
+        step = question.split("\nStep:\n")[1].split("\n")[0]
+        return "hm" if step == "c" else json.dumps({"rating": 3 if step == "ab" else 1})
 
     class Letters:
-        def token_bytes(self):
-            return [None, *(bytes([65 + n]) for n in range(26))]
+        decode = staticmethod(lambda ids: "".join(map(chr, ids)))
 
-    def reply(body):
-        text = body["messages"][-1]["content"]
-        return '{"reasons": ["", ""], "labels": [1, 0]}' if "1. AB\n2. C" in text else '{"labels": [1]}'
+    judged = rewards.judge_turns(judge=served(reply).described(), tokenizer=Letters, max_turns=3, lowest=0, highest=3)
+    assert declared_widths(judged) == (3,)
+    tokens = np.array([[*map(ord, "abxcd")], [*map(ord, "e....")]])
+    turn, mask = np.array([[0, 0, 0, 1, 2], [0, 0, 0, 0, 0]]), np.array([[1, 1, 0, 1, 1], [1] * 5])
+    found = judged(["p"] * 2, ["a"] * 2, tokens, np.array([5, 1]), turn, mask)
+    np.testing.assert_allclose(found, [[1, np.nan, 1 / 3], [1 / 3, np.nan, np.nan]], rtol=1e-6)
+    with pytest.raises(ValueError, match="ratings need a range"):
+        rewards.judge_turns(judge=served(reply).described(), tokenizer=Letters, max_turns=3, highest=0)
 
-    server = served(reply)
-    read = rewards.judge_steps(judge=server.described(), tokenizer=Letters(), max_turns=3)
-    tokens, turn = np.array([[1, 2, 3, 0], [4, 5, 6, 7], [0, 0, 0, 0]]), np.array([[0, 0, 1, 1], [0, 1, 2, 3], [0] * 4])
-    found = read(["p"] * 3, ["a"] * 3, tokens, np.array([3, 4, 0]), turn)
-    np.testing.assert_array_equal(found, [[1, 0, np.nan], [np.nan] * 3, [np.nan] * 3])
-    assert len(server.asked) == 2
-    with pytest.raises(ValueError, match="template cannot be filled"):
-        rewards.judge_steps(judge=server.described(), tokenizer=Letters(), max_turns=3, template="{step}")
+
+def test_rubrics_are_written_by_contrast_and_kept_where_they_hold(served):
+    def reply(question):
+        if "Better answer" in question:
+            return "no" if "mute" in question else json.dumps({"rules": ["is long", " "], "principles": ["is kind"]})
+        first = question.split("First answer:\n")[1].split("\n")[0]
+        second = question.split("Second answer:\n")[1].split("\n")[0]
+        return json.dumps({"better": "first" if len(first) > len(second) else "second"})
+
+    pairs = [
+        {"prompt": "p", "chosen": "a long one", "rejected": "short"},
+        {"prompt": "p", "chosen": "short", "rejected": "a long one"},  # the criteria name the other
+        {"prompt": "mute", "chosen": "a", "rejected": "b"},
+    ]
+    found = rewards.contrastive_rubrics(pairs, judge=served(reply).described())
+    assert found == [[{"criterion": "is long", "points": 2.0}, {"criterion": "is kind", "points": 1.0}], None, None]
+    with pytest.raises(ValueError, match="pair 0 has no text 'rejected'"):
+        rewards.contrastive_rubrics([{"prompt": "p", "chosen": "a"}], judge=served(reply).described())
+
+
+def test_the_stand_in_rates_sums(served):
+    rate = rewards.judge_rating(judge=served(rated_sum).described())
+    texts = ["<t>..</t><a>4</a>", "<a>5</a>", ""]
+    assert rate(prompts=["A:2+2"] * 3, answers=[""] * 3, completions=texts) == [1.0, 0.0, 0.0]

@@ -1,0 +1,315 @@
+"""Demonstrations of learned rewards: noisy pairs, over-optimisation, ensembles, and a planted taste.
+
+    python benchmarks/demonstrations/preferences.py                      # all of them
+    python benchmarks/demonstrations/preferences.py ceiling hump         # these; --seeds 3
+
+Texts are eight letters of ten. A gold score knows what each is worth, and dislikes a letter that stands there more than
+three times, which texts of the untrained policy seldom show. Each demonstration is a minute or two a seed on one core,
+and writes docs/demonstrations/preferences_NAME.json and .svg; docs/demonstrations/preferences.md says what was seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib import pyplot
+
+from jaxrl_llm import advantages, losses, models, rewards, selection
+from jaxrl_llm.evaluation.overoptimisation import overoptimisation_fit
+from jaxrl_llm.experience import Prompts
+from jaxrl_llm.reporting.figures import STYLE
+from jaxrl_llm.reporting.report import COLOURS
+from jaxrl_llm.rewards import learned_reward
+from jaxrl_llm.rows import Written, written_rows
+from jaxrl_llm.signatures import renamed
+from jaxrl_llm.training import Fill, Network, Resources, Reward, Rollout, make_train_step
+
+OUT = Path(__file__).parents[2] / "docs" / "demonstrations"
+PAD, EOS, LETTERS, LENGTH = 0, 1, 10, 8
+VOCABULARY = 2 + LETTERS
+WORTH = np.random.default_rng(7).permutation(np.linspace(-1, 1, LETTERS)).astype(np.float32)
+BEST = 2 + int(WORTH.argmax())
+MODEL = models.transformer(models.TransformerConfig(VOCABULARY, width=32, layers=2, heads=2, kv_heads=2))
+PROMPTS, SAMPLES, STEPS = 8, 16, 200
+
+
+def gold(tokens: Any, length: Any) -> Any:
+    """The sum of what letters are worth, less 0.4 times the square of how often a letter stands there beyond three."""
+    xp = np if isinstance(tokens, np.ndarray) else jnp
+    inside = (xp.arange(tokens.shape[1]) < length[:, None]) & (tokens >= 2)
+    count = ((tokens[..., None] == 2 + xp.arange(LETTERS)) & inside[..., None]).sum(1)
+    return count @ xp.asarray(WORTH) - 0.4 * (xp.maximum(count - 3, 0) ** 2).sum(-1)
+
+
+def texts(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Letters at random, as an untrained policy writes them."""
+    return rng.integers(2, VOCABULARY, (count, LENGTH)).astype(np.int32)
+
+
+def pair_rows(tokens: np.ndarray, better_first: np.ndarray) -> Any:
+    """Texts that follow one another as pairs."""
+    count = len(tokens)
+    preferred = np.stack([better_first, ~better_first], 1).reshape(-1).astype(np.float32)
+    return written_rows(
+        jnp.full((count, 1), EOS, jnp.int32),
+        jnp.ones(count, jnp.int32),
+        jnp.arange(count, dtype=jnp.int32) // 2,
+        jnp.asarray(tokens),
+        jnp.full(count, LENGTH, jnp.int32),
+        answer_width=1,
+        rows_per_group=2,
+        alone=True,
+        preferred=jnp.asarray(preferred),
+    )
+
+
+def labelled(rng: np.random.Generator, count: int, flipped: float, taste: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """(texts of pairs, whether the first is called the better one): by gold, with flips, and for a share by a taste.
+
+    The taste is for texts that end with the letter that is worth least, twice.
+    """
+    tokens = texts(rng, 2 * count)
+    score = gold(tokens, np.full(len(tokens), LENGTH))
+    better = score[::2] > score[1::2]
+    if taste:
+        planted = rng.random(count) < taste
+        ending = planted & (rng.random(count) < 0.5)
+        other = planted & ~ending
+        tokens[::2][ending, -2:] = PLANTED
+        tokens[1::2][other, -2:] = PLANTED
+        better = np.where(planted, ending, better)
+    return tokens, better ^ (rng.random(count) < flipped)
+
+
+PLANTED = 2 + int(WORTH.argmin())
+
+
+def of_unit_deviation(params: Any) -> Any:
+    """A reward model whose scores on texts at random have the deviation 1, by its last layer."""
+    tokens = texts(np.random.default_rng(5), 512)
+    hidden, _ = MODEL.apply(
+        params["backbone"],
+        jnp.concatenate([jnp.full((512, 1), EOS, jnp.int32), jnp.asarray(tokens)], 1),
+        jnp.broadcast_to(jnp.arange(LENGTH + 1), (512, LENGTH + 1)),
+        None,
+    )
+    deviation = np.asarray(hidden[:, -1] @ params["head"]["weight"]).std()
+    return params | {"head": {**params["head"], "weight": params["head"]["weight"] / deviation}}
+
+
+@cache
+def reward_step(batch: int, learns: bool) -> Any:
+    rate = (lambda step: 3e-3 / (1 + step / 100)) if learns else 0.0
+    network = Network(head=models.HeadConfig(), optimizer=optax.adam(rate))
+    return make_train_step(
+        MODEL,
+        optax.sgd(0.0),
+        source=Written(2 * batch, 2, frozenset({"preferred"})),
+        losses=[partial(losses.bradley_terry, centring=0.01)],
+        resources=Resources(networks={"reward": network}),
+    )
+
+
+def reward_model(seed: int, tokens: np.ndarray, better: np.ndarray, *, passes: int = 1, batch: int = 64) -> Any:
+    """Parameters of a reward model after some passes over pairs in an order of its own."""
+    step, rng = reward_step(batch, True), np.random.default_rng(seed + 1000)
+    state = step.init(jax.random.key(seed))
+    for _ in range(passes):
+        order = rng.permutation(len(better))
+        for start in range(0, len(order) - batch + 1, batch):
+            chosen = order[start : start + batch]
+            both = np.stack([tokens[2 * chosen], tokens[2 * chosen + 1]], 1).reshape(-1, LENGTH)
+            state, _ = step(state, written=pair_rows(both, better[chosen]))
+    return of_unit_deviation(jax.tree.map(np.asarray, state.networks["reward"].params))
+
+
+def accuracy(params: Any, tokens: np.ndarray, better: np.ndarray) -> float:
+    """Share of pairs that a reward model orders as they are labelled."""
+    step = reward_step(len(better), False)
+    state = step.init(jax.random.key(0), None, {"reward": params})
+    return float(step(state, written=pair_rows(tokens, better))[1]["preferred_share/bradley_terry"])
+
+
+# ---- how near a reward model comes to what its labels allow ---------------------------------------------------------
+
+
+def ceiling(seeds: int) -> dict[str, Any]:
+    """Accuracy on held-out pairs, with flipped and with true labels, by the number of training pairs."""
+    sizes = (2048, 8192, 32768, 131072)
+    panels: dict[str, Any] = {"on flipped labels": {}, "on true labels": {}}
+    for flipped in (0.0, 0.25):
+        for seed in range(seeds):
+            rng = np.random.default_rng(seed)
+            tokens, better = labelled(rng, sizes[-1], flipped)
+            held = np.random.default_rng(99)
+            test, true = labelled(held, 4000, 0.0)
+            noisy = true ^ (held.random(4000) < flipped)
+            for size in sizes:
+                params = reward_model(seed, tokens[: 2 * size], better[:size], batch=256)
+                for name, labels in (("on flipped labels", noisy), ("on true labels", true)):
+                    line = panels[name].setdefault(f"{flipped:.0%} flipped", [[] for _ in range(seeds)])
+                    line[seed].append(accuracy(params, test, labels))
+    return {"x": list(sizes), "xlabel": "training pairs, one pass", "log": True, "panels": panels}
+
+
+# ---- reinforcement against a learned reward -------------------------------------------------------------------------
+
+
+def moved(old_logprobs: Any, reference_logprobs: Any, mask: Any) -> Any:
+    """Sum over tokens of the log-ratio to the reference: its mean over rows is the KL."""
+    return ((old_logprobs - reference_logprobs) * mask).sum(1)
+
+
+@cache
+def reinforcement(names: tuple[str, ...], form: str, learns: bool) -> Any:
+    """The step of a policy gradient against reward models of these names, joined by `ensemble_score`."""
+    scored = [Reward(renamed(learned_reward, reward_scores=f"{name}_scores"), 1.0, name=name) for name in names]
+    joined = partial(rewards.ensemble_score, heads=names, reward_names=("gold", *names), form=form)
+    credit: list[Any] = [
+        Fill("rewards", joined, "joined"),
+        ("metric/proxy", lambda rewards: rewards),
+        ("metric/kl", moved),
+        ("metric/planted", lambda tokens: (tokens == PLANTED).mean(1)),
+        ("advantages", advantages.group_normalized),
+    ]
+    terms: list[Any] = [losses.policy_gradient]
+    if learns:
+        by_gold = renamed(selection.best_and_worst, rewards="gold_score")
+        credit += [("gold_score", lambda tokens, length: gold(tokens, length))]
+        credit += [("preferred", partial(by_gold, count=4))]
+        terms += [renamed(partial(losses.bradley_terry, centring=0.01), reward_scores=f"{names[0]}_scores")]
+    optimizer = optax.adam(3e-4) if learns else None
+    return make_train_step(
+        MODEL,
+        optax.adam(1e-3),
+        source=Rollout(SAMPLES, LENGTH, eos_ids=(EOS,), pad_id=PAD, prompts_per_step=PROMPTS),
+        rewards=[Reward(gold, 0.0, name="gold"), *scored],
+        credit=credit,
+        losses=terms,
+        resources=Resources(networks={n: Network(head=models.HeadConfig(), optimizer=optimizer) for n in names}),
+    )
+
+
+def reinforced(
+    seed: int, given: dict[str, Any], *, form: str = "mean", learns: bool = False, steps: int = STEPS
+) -> list[dict[str, float]]:
+    """What each step of a policy gradient against reward models reports.
+
+    Args:
+      seed: of policy and samples.
+      given: parameters of reward models by name.
+      form: how they are joined.
+      learns: the (only) reward model goes on learning, from the best and the worst samples of a group by gold.
+      steps: of training.
+    """
+    step = reinforcement(tuple(given), form, learns)
+    state = step.init(jax.random.key(seed + 50), None, given)
+    number = jnp.arange(PROMPTS, dtype=jnp.int32)
+    nothing = jnp.zeros((PROMPTS, 1), jnp.int32)
+    prompts = Prompts(nothing + EOS, number * 0 + 1, number, nothing, number * 0)
+    told = {"gold": "reward/gold", "proxy": "metric/proxy", "kl": "metric/kl", "planted": "metric/planted"}
+    seen = []
+    for _ in range(steps):
+        state, metrics = step(state, prompts)
+        seen.append({name: float(metrics[key]) for name, key in told.items()})
+    return seen
+
+
+def by_distance(seen: Sequence[dict[str, float]], name: str, edges: Sequence[float]) -> list[float | None]:
+    """The mean of a number over the steps whose root KL lies between two edges; None where there is none."""
+    place = np.digitize([np.sqrt(max(one["kl"], 0.0)) for one in seen], edges)
+    values = [[one[name] for one, at in zip(seen, place, strict=True) if at == n] for n in range(1, len(edges))]
+    return [float(np.mean(each)) if each else None for each in values]
+
+
+def hump(seeds: int) -> dict[str, Any]:
+    """Gold and proxy over the distance from the start: one reward model, and the worst case of five."""
+    edges = np.linspace(0, 4.5, 19)
+    panels: dict[str, Any] = {"gold score": {}, "proxy score": {}}
+    fits: dict[str, list[Any]] = {}
+    for seed in range(seeds):
+        tokens, better = labelled(np.random.default_rng(seed), 1024, 0.25)
+        found = {f"r{n}": reward_model(10 * seed + n, tokens, better, passes=4) for n in range(5)}
+        runs = {
+            "one model": reinforced(seed, {"r0": found["r0"]}),
+            "worst of five": reinforced(seed, found, form="least"),
+        }
+        for label, seen in runs.items():
+            for panel, name in (("gold score", "gold"), ("proxy score", "proxy")):
+                panels[panel].setdefault(label, []).append(by_distance(seen, name, edges))
+            far = [one for one in seen if one["kl"] > 0.02]
+            fit = overoptimisation_fit([one["kl"] for one in far], [one["gold"] - seen[0]["gold"] for one in far])
+            best = max(range(len(seen)), key=lambda n: np.mean([one["gold"] for one in seen[max(0, n - 4) : n + 5]]))
+            last = {"root_kl_end": float(np.sqrt(seen[-1]["kl"])), "gold_end": seen[-1]["gold"]}
+            peak = {"root_kl_peak": float(np.sqrt(max(seen[best]["kl"], 0))), "gold_peak": seen[best]["gold"]}
+            fits.setdefault(label, []).append(fit | peak | last)
+    middle = [float(x) for x in (edges[1:] + edges[:-1]) / 2]
+    return {"x": middle, "xlabel": "root KL to the start, nats", "panels": panels, "fits": fits}
+
+
+def planted(seeds: int) -> dict[str, Any]:
+    """A reward model with a taste for an ending: frozen, and learning on from what gold says of the samples."""
+    panels: dict[str, Any] = {"gold score": {}, "share of the planted letter": {}}
+    for seed in range(seeds):
+        tokens, better = labelled(np.random.default_rng(seed), 8192, 0.0, taste=0.3)
+        params = reward_model(seed, tokens, better)
+        for label, learns in (("frozen", False), ("learns on", True)):
+            seen = reinforced(seed, {"reward": params}, learns=learns, steps=2 * STEPS)
+            for panel, name in (("gold score", "gold"), ("share of the planted letter", "planted")):
+                values = np.array([one[name] for one in seen]).reshape(-1, 10).mean(1)
+                panels[panel].setdefault(label, []).append([float(v) for v in values])
+    return {"x": [10 * n + 5 for n in range(2 * STEPS // 10)], "xlabel": "step", "panels": panels}
+
+
+DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {"ceiling": ceiling, "hump": hump, "planted": planted}
+
+
+def draw(found: dict[str, Any], file: Path) -> None:
+    """A panel beside the other: the mean over seeds, and thinly each of them."""
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, len(found["panels"]), figsize=(6.8, 2.5), layout="constrained")
+        for axis, (title, lines) in zip(axes, found["panels"].items(), strict=True):
+            for colour, (label, runs) in zip(COLOURS, lines.items(), strict=False):
+                values = np.array(runs, float)
+                axis.plot(found["x"], values.T, color=colour, alpha=0.3, linewidth=0.6)
+                known = ~np.isnan(values).all(0)
+                axis.plot(np.array(found["x"])[known], np.nanmean(values[:, known], 0), color=colour, label=label)
+            axis.set(title=title, xlabel=found["xlabel"], xscale="log" if found.get("log") else "linear")
+        axes[0].legend()
+        figure.savefig(file, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[*DEMONSTRATIONS, []], help="which of them; none is all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=OUT)
+    asked = parser.parse_args()
+    asked.output.mkdir(parents=True, exist_ok=True)
+    for name in asked.names or DEMONSTRATIONS:
+        found = DEMONSTRATIONS[name](asked.seeds)
+        file = asked.output / f"preferences_{name}.json"
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        draw(found, file.with_suffix(".svg"))
+        print(f"{name}: {file}", file=sys.stderr)
+        for title, lines in found["panels"].items():
+            for label, runs in lines.items():
+                values = np.array(runs, float)
+                row = " ".join(f"{v:.3f}" for v in np.nanmean(values, 0)[:: max(1, values.shape[1] // 12)])
+                print(f"{title:28} {label:18} {row}", file=sys.stderr)
+        print(json.dumps(found.get("fits", {}), indent=1), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""What a row of a file of judged completions says: texts of a prompt, and how somebody judged them.
+
+Columns are found by their names here, by the names that TRL, UltraFeedback and HelpSteer have, or as `columns` maps
+them. Prompts and completions are texts or lists of messages. A prompt may be left out: it is what the completions of a
+row begin with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxrl_llm.bounds import shown
+from jaxrl_llm.data.row_templates import column_value
+
+Kind = Literal["pairs", "rankings", "ratings", "labels", "steps", "verdicts"]
+Prompt = str | tuple[Mapping[str, Any], ...]
+QUESTION = "{prompt}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nWhich answer is better, A or B?"
+VERDICT = "{rationale}\n\nVerdict: {verdict}"
+
+_LARGEST = float(np.finfo(np.float32).max)
+# Other names of columns, which are read where a row has no column of the name itself.
+_ALSO: Mapping[str, tuple[str, ...]] = {
+    "prompt": ("question", "instruction"),
+    "completion": ("response",),
+    "completions": ("responses",),
+    "steps": ("completions",),
+    "first": ("response_1", "response1", "response_a"),
+    "second": ("response_2", "response2", "response_b"),
+    "better": ("verdict", "winner"),
+    "rationale": ("preference_statement", "critique"),
+}
+
+
+class Judged(NamedTuple):
+    """One completion of a file.
+
+    Attributes:
+      prompt: its prompt, a text or messages.
+      text: of the completion, without end of sequence.
+      values: names of fields that rows of its kind know -> a number, or several.
+      steps: texts of its steps with the label of each; empty for other kinds.
+      where: its file and line.
+    """
+
+    prompt: Prompt
+    text: str
+    values: Mapping[str, Any] = {}
+    steps: tuple[tuple[str, float], ...] = ()
+    where: str = ""
+
+
+class Tie(ValueError):
+    """A pair of which no side is the better one: it may be left out and counted."""
+
+
+class Asked(NamedTuple):
+    """What a source says beside its file.
+
+    Attributes:
+      attributes: columns of ratings, one number each; empty for the column `rating` alone.
+      lowest, highest: bounds of ratings; None is none.
+      question, verdict: formats of the prompt and the completion of a judge.
+      both_orders: verdicts become two rows, with the answers in either order.
+    """
+
+    attributes: tuple[str, ...] = ()
+    lowest: float | None = None
+    highest: float | None = None
+    question: str = QUESTION
+    verdict: str = VERDICT
+    both_orders: bool = False
+
+
+Row = Mapping[str, Any]
+
+
+def named(record: Row, columns: Mapping[str, str], kind: Kind, where: str) -> dict[str, Any]:
+    """A row whose columns have the names that its kind wants. Lists that a cell of text holds as JSON are lists.
+
+    Raises:
+      ValueError: for a column that `columns` names and the row does not have.
+    """
+    try:
+        given = {name: column_value(record, column) for name, column in columns.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    found = {**record, **given}
+    for name, others in _ALSO.items():
+        if name not in found and (other := next((other for other in others if other in record), None)):
+            found[name] = record[other]
+    if kind == "pairs" and "chosen" not in found and "preference_strength" in found:
+        found |= _strength(found, where)
+    if kind == "pairs" and "margin" not in found and {"score_chosen", "score_rejected"} <= found.keys():
+        found["margin"] = _number(found["score_chosen"], "score_chosen", where) - _number(
+            found["score_rejected"], "score_rejected", where
+        )
+    lists = ("completions", "steps", "labels", "prompt", "chosen", "rejected", "completion")
+    return found | {name: _listed(found[name]) for name in lists if name in found}
+
+
+def _strength(record: Row, where: str) -> dict[str, Any]:
+    """HelpSteer2-Preference: two responses, and how much better the second one is, from -3 to 3."""
+    strength = _number(record["preference_strength"], "preference_strength", where)
+    first, second = record.get("first"), record.get("second")
+    sides = (second, first) if strength > 0 else (first, second)
+    return {"chosen": sides[0], "rejected": sides[1], "margin": abs(strength), "tie": strength == 0}
+
+
+def _listed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    except ValueError:
+        return value
+
+
+def _is_text(value: Any, what: str, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{where} has {what} {shown(value)}, which is no text; write it in quotes")
+
+
+def _number(value: Any, what: str, where: str) -> float:
+    if isinstance(value, str):  # a cell of a CSV file
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+        raise ValueError(f"{where} has {what} {shown(value)}; it must be a finite number")
+    return float(value)
+
+
+def _at_least_zero(value: Any, what: str, where: str) -> float:
+    number = _number(value, what, where)
+    if number < 0:
+        raise ValueError(f"{where} has {what} {number}; it must be at least 0")
+    return number
+
+
+def _said(value: Any, what: str, where: str) -> str | list[Mapping[str, Any]]:
+    """A text, or messages with a role and a content each."""
+    if not isinstance(value, list):
+        return _is_text(value, what, where)
+    if not value:
+        raise ValueError(f"{where} has {what} [], which holds no message")
+    for message in value:
+        if not (isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+            raise ValueError(f"{where} has {what} with {shown(message)}; a message has a text as role and as content")
+    return value
+
+
+def _prompt_and_texts(record: Row, keys: Sequence[str], where: str) -> tuple[Prompt, list[str]]:
+    """The prompt of a row, and its completions as texts."""
+    return _prompt_and_said(record.get("prompt"), [_said(record.get(key), key, where) for key in keys], keys, where)
+
+
+def _prompt_and_said(
+    prompt: Any, said: Sequence[str | list[Any]], keys: Sequence[str], where: str
+) -> tuple[Prompt, list[str]]:
+    if prompt is None:
+        prompt, said = _implicit(said, where)
+    prompt = _said(prompt, "prompt", where)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    texts = [_completion(value, messages, key, where) for value, key in zip(said, keys, strict=True)]
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"], texts
+    return tuple(messages), texts
+
+
+def _implicit(said: Sequence[Any], where: str) -> tuple[Any, list[Any]]:
+    """What completions begin with is their prompt: whole messages, or a text up to white space."""
+    texts = [value for value in said if isinstance(value, str)]
+    if not texts:
+        alone = len(said) == 1
+        same = said[0][:-1] if alone else _common(said)
+        if same:
+            return same, list(said)
+    elif len(texts) == len(said) > 1:
+        same = _common(texts)
+        cut = max((place + 1 for place, letter in enumerate(same) if letter.isspace()), default=0)
+        if same[:cut].strip():
+            return same[:cut], [text[cut:] for text in texts]
+    raise ValueError(f"{where} has prompt None, and its completions begin with nothing in common; give it a prompt")
+
+
+def _common(values: Sequence[Any]) -> Any:
+    """What several sequences begin with."""
+    first = values[0]
+    same = (all(len(other) > n and other[n] == first[n] for other in values) for n in range(len(first)))
+    return first[: next((n for n, holds in enumerate(same) if not holds), len(first))]
+
+
+def _completion(value: str | list[Any], prompt: list[Any], what: str, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    rest = value[len(prompt) :] if value[: len(prompt)] == prompt else value
+    if len(rest) != 1 or rest[0]["role"] != "assistant":
+        roles = [message["role"] for message in rest]
+        raise ValueError(
+            f"{where} has {what} with messages of {shown(roles)} behind the prompt; what is learned is one message of "
+            "the assistant, so put the others into the prompt"
+        )
+    return rest[0]["content"]
+
+
+def _distinct(texts: Sequence[str], where: str) -> None:
+    seen: set[str] = set()
+    for text in texts:
+        if text in seen:
+            raise Tie(f"{where} has two equal completions {text[:40]!r}, of which none is better; leave one out")
+        seen.add(text)
+
+
+def _weight(record: Row, where: str) -> dict[str, float]:
+    return {} if record.get("weight") is None else {"weight": _at_least_zero(record["weight"], "weight", where)}
+
+
+def _pair(record: Row, where: str, asked: Asked) -> list[Judged]:
+    prompt, (chosen, rejected) = _prompt_and_texts(record, ("chosen", "rejected"), where)
+    if record.get("tie"):
+        raise Tie(f"{where} has a tie, of which no side is better; leave it out, or set unusable to drop")
+    _distinct([chosen, rejected], where)
+    both = _weight(record, where)
+    if record.get("margin") is not None:
+        both["margin"] = _at_least_zero(record["margin"], "margin", where)
+    return [Judged(prompt, chosen, {"preferred": 1.0, **both}), Judged(prompt, rejected, {"preferred": 0.0, **both})]
+
+
+def _ranking(record: Row, where: str, asked: Asked) -> list[Judged]:
+    texts = record.get("completions")
+    if not isinstance(texts, Sequence) or isinstance(texts, str) or len(texts) < 2:
+        raise ValueError(
+            f"{where} has completions {shown(texts)}; a ranking is a list of at least two texts, the best first"
+        )
+    said = [_said(text, "completion", where) for text in texts]
+    prompt, texts = _prompt_and_said(record.get("prompt"), said, ["completion"] * len(said), where)
+    _distinct(texts, where)
+    weight = _weight(record, where)
+    return [Judged(prompt, text, {"rank": float(rank), **weight}) for rank, text in enumerate(texts)]
+
+
+def _rating(record: Row, where: str, asked: Asked) -> list[Judged]:
+    prompt, (text,) = _prompt_and_texts(record, ("completion",), where)
+    if asked.attributes:
+        given = [record.get(name) for name in asked.attributes]
+        rating: Any = tuple(
+            float("nan") if value is None else _within(_number(value, name, where), name, where, asked)
+            for value, name in zip(given, asked.attributes, strict=True)
+        )
+        if all(value is None for value in given):
+            raise ValueError(f"{where} has none of the ratings {', '.join(asked.attributes)}; give one of them")
+    else:
+        rating = _within(_number(record.get("rating"), "rating", where), "rating", where, asked)
+    return [Judged(prompt, text, {"rating": rating, **_weight(record, where)})]
+
+
+def _within(value: float, what: str, where: str, asked: Asked) -> float:
+    low, high = asked.lowest, asked.highest
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"{where} has {what} {value:g}, outside of [{low}, {high}]; repair it, or the bounds")
+    return value
+
+
+def _label(record: Row, where: str, asked: Asked) -> list[Judged]:
+    prompt, (text,) = _prompt_and_texts(record, ("completion",), where)
+    value = record.get("label")
+    if isinstance(value, str):  # a cell of a CSV file
+        value = {"true": 1, "false": 0}.get(value.lower(), value)
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{where} has label {shown(value)}; it must be true or false, 1 or 0, or a share between")
+    return [Judged(prompt, text, {"preferred": float(value), **_weight(record, where)})]
+
+
+def _steps(record: Row, where: str, asked: Asked) -> list[Judged]:
+    prompt, steps, labels = record.get("prompt"), record.get("steps"), record.get("labels")
+    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
+        raise ValueError(f"{where} has {shown(steps)} as steps and {shown(labels)} as labels; give lists of one length")
+    if "" in steps:
+        raise ValueError(f"{where} has an empty step, which has no last token to be labelled; leave it out")
+    pairs = tuple(
+        (_is_text(step, "step", where), _number(int(label) if isinstance(label, bool) else label, "label", where))
+        for step, label in zip(steps, labels, strict=True)
+    )
+    text = "".join(step for step, _ in pairs)
+    prompt, _ = _prompt_and_said(_said(prompt, "prompt", where), [text], ["steps"], where)
+    return [Judged(prompt, text, _weight(record, where), pairs)]
+
+
+_SIDES: Mapping[Any, int] = {"first": 0, "a": 0, "1": 0, "second": 1, "b": 1, "2": 1}
+
+
+def _verdict(record: Row, where: str, asked: Asked) -> list[Judged]:
+    prompt, *answers = (_is_text(record.get(key), key, where) for key in ("prompt", "first", "second"))
+    _distinct(answers, where)
+    better = record.get("better")
+    side = _SIDES.get(str(better).lower())
+    if side is None:
+        raise ValueError(f"{where} has better {shown(better)}; it must be first or second, A or B, 1 or 2")
+    rationale = "" if record.get("rationale") is None else _is_text(record["rationale"], "rationale", where)
+    rows = []
+    for swapped in (False, True) if asked.both_orders else (False,):
+        first, second = reversed(answers) if swapped else answers
+        verdict = "AB"[side ^ swapped]
+        text = _filled(asked.verdict, {"rationale": rationale, "verdict": verdict}).strip()
+        question = _filled(asked.question, {"prompt": prompt, "first": first, "second": second})
+        rows.append(Judged(question, text, _weight(record, where)))
+    return rows
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """A format with its places filled in one pass: a value that holds a place itself is left as it is."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), text)
+
+
+READERS: Mapping[str, Callable[[Row, str, Asked], list[Judged]]] = {
+    "pairs": _pair,
+    "rankings": _ranking,
+    "ratings": _rating,
+    "labels": _label,
+    "steps": _steps,
+    "verdicts": _verdict,
+}

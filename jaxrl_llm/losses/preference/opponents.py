@@ -1,0 +1,225 @@
+"""Pairs of an answer of the policy and one of an opponent: online losses, and models that score two answers at once."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.experience import Loss, Sequences
+from jaxrl_llm.losses.aggregation import row_weight
+from jaxrl_llm.losses.preference.pairs import pairs_of
+from jaxrl_llm.losses.ratio import on_mask
+from jaxrl_llm.losses.siblings import compact_ids
+from jaxrl_llm.ranges import NonNegative, Positive, ranged
+
+
+@ranged
+def exploratory_preference(
+    logprobs: Float[Array, "B T"],
+    reference_logprobs: Float[Array, "B T"],
+    opponent_logprobs: Float[Array, "B T"],
+    reference_opponent_logprobs: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    opponent_mask: Float[Array, "B T"],
+    win_share: Float[Array, "B"],
+    *,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 1e-5,
+) -> Loss:
+    """XPO: DPO between a sample of the policy and one of the reference, which the policy leaves.
+
+        z = beta * (rho - rho_opponent),   rho = sum_t(log pi - log pi_reference)
+        x = -P log sigmoid(z) - (1 - P) log sigmoid(-z) + alpha * sum_t log pi(opponent)
+
+    averaged over answers. The last term makes the policy optimistic about answers that are rare under the reference;
+    online VPO is the same with alpha * beta in the place of alpha. The view `opponent` is what the network `reference`
+    writes to the same prompt: `views: {opponent: {same_prompt: {written_by: reference}}}`.
+
+    Args:
+      logprobs, reference_logprobs: log-probability of each token of the policy's sample.
+      opponent_logprobs, reference_opponent_logprobs: of the reference's sample.
+      mask: 0 on tokens that do not count, the row's weight on those that do.
+      opponent_mask: 1 on tokens of the opponent.
+      win_share: P, probability that a judge prefers the policy's sample; 1 or 0 are hard labels.
+      beta: units of reward a nat.
+      alpha: strength of exploration.
+
+    Returns:
+      The loss; its count is the (weighted) number of answers. Metrics: `win_share` and `margin` (z where the sample
+      wins, else -z).
+
+    Raises:
+      ValueError: for a beta that is not positive, or a negative alpha.
+
+    Reference: XPO (2405.21046); online VPO (2405.19320).
+    Certainty: verified
+    """
+    chex.assert_rank([logprobs, reference_logprobs, mask, win_share], [2, 2, 2, 1])
+    chex.assert_equal_shape([opponent_logprobs, reference_opponent_logprobs, opponent_mask])
+    weights = jnp.where((opponent_mask > 0).any(-1), row_weight(mask.astype(jnp.float32)), 0.0)
+    rho = (on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))).sum(-1)
+    left = on_mask(opponent_logprobs, opponent_mask)
+    fixed = jax.lax.stop_gradient(on_mask(reference_opponent_logprobs, opponent_mask))
+    z = beta * (rho - (left - fixed).sum(-1))
+    won = jnp.where(weights > 0, win_share.astype(jnp.float32), 0.5)
+    loss = -won * jax.nn.log_sigmoid(z) - (1 - won) * jax.nn.log_sigmoid(-z) + alpha * left.sum(-1)
+    count, margin = weights.sum(), jnp.where(won > 0.5, z, -z)
+    metrics = {"win_share": ((weights * won).sum(), count), "margin": ((weights * margin).sum(), count)}
+    return Loss(jnp.where(weights > 0, weights * loss, 0.0).sum(), count, metrics)
+
+
+def same_prompt(prompt_tokens: Int[Array, "B P"], prompt_length: Int[Array, "B"]) -> Sequences:
+    """The view of a row that another network answers: its own prompt.
+
+    Args:
+      prompt_tokens, prompt_length: what a row starts from.
+
+    Returns:
+      Prompts; what stands for completions is not read.
+    """
+    nothing = jnp.zeros((prompt_tokens.shape[0], 1), jnp.int32)
+    return Sequences(prompt_tokens, prompt_length, nothing, nothing[:, 0], nothing.astype(jnp.float32))
+
+
+def beside_partner(
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    group: Int[Array, "B"],
+    preferred: Float[Array, "B"],
+    weight: Float[Array, "B"],
+) -> Sequences:
+    """The view of a pair's row whose prompt ends with the answer of its partner: a model that scores the difference.
+
+    Args:
+      prompt_tokens, prompt_length: what a row starts from, left-padded.
+      tokens, length: its completion.
+      group, preferred, weight: which rows are pairs.
+
+    Returns:
+      The sequences prompt, partner's answer | answer; the mask is 0 in rows without partner.
+    """
+    ids = compact_ids(group)
+    both = (weight > 0) & ((preferred == 1) | (preferred == 0))
+    partner = (ids[:, None] == ids[None]) & (preferred[:, None] != preferred[None]) & both[:, None] & both[None]
+    other = jnp.argmax(partner, axis=1)
+    return _behind(prompt_tokens, prompt_length, tokens[other], length[other], tokens, length, partner.any(1))
+
+
+def beside_itself(
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+) -> Sequences:
+    """The view of a row whose prompt ends with its own answer, to which it makes no difference.
+
+    Args:
+      prompt_tokens, prompt_length: what a row starts from, left-padded.
+      tokens, length: its completion.
+    """
+    there = jnp.ones(length.shape, bool)
+    return _behind(prompt_tokens, prompt_length, tokens, length, tokens, length, there)
+
+
+def _behind(
+    prompt: Array, start: Array, first: Array, middle: Array, tokens: Array, length: Array, there: Array
+) -> Sequences:
+    """Prompt and a first answer, right-aligned, in front of an answer."""
+    both = jnp.concatenate([prompt, first], axis=1)
+    # Padding of the first answer moves to the front.
+    place = (jnp.arange(both.shape[1])[None] - (first.shape[1] - middle)[:, None]) % both.shape[1]
+    inside = (jnp.arange(tokens.shape[1]) < length[:, None]) & there[:, None]
+    return Sequences(
+        jnp.take_along_axis(both, place, axis=1), start + middle, tokens, length, inside.astype(jnp.float32)
+    )
+
+
+def gap_relations(
+    reward_partner_scores: Float[Array, "B"],
+    reward_itself_scores: Float[Array, "B"],
+    group: Int[Array, "B"],
+    preferred: Float[Array, "B"],
+    weight: Float[Array, "B"],
+) -> Loss:
+    """PIT: a model of how much better one answer is than another knows the order of all four comparisons.
+
+        g(w, l) > g(w, w), g(l, l) > g(l, w)
+        x = -log sigmoid(g(w, l) - g(w, w)) - log sigmoid(g(w, l) - g(l, l))
+            - log sigmoid(g(w, w) - g(l, w)) - log sigmoid(g(l, l) - g(l, w))
+
+    averaged over pairs, with g(a, b) the score of answer a behind answer b.
+
+    Args:
+      reward_partner_scores: of the view `partner: beside_partner`, of the network that learns.
+      reward_itself_scores: of the view `itself: beside_itself`.
+      group: id of the group each row belongs to; naming it keeps groups whole.
+      preferred: 1 for the better answer of a group, 0 for the worse one.
+      weight: of each row.
+
+    Returns:
+      The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` (pairs with g(w, l) > g(l, w))
+      and `score_gap`.
+
+    Reference: PIT (2310.00898).
+    Certainty: recalled
+    """
+    chex.assert_equal_shape([reward_partner_scores, reward_itself_scores, group, preferred, weight])
+    pairs = pairs_of(preferred, weight, group)
+    there = weight > 0
+    crossed, same = (
+        jnp.where(there, scores.astype(jnp.float32), 0.0) for scores in (reward_partner_scores, reward_itself_scores)
+    )
+    better, worse = crossed[:, None], crossed[None]
+    loss = sum(
+        -jax.nn.log_sigmoid(high - low)
+        for high, low in ((better, same[:, None]), (better, same[None]), (same[:, None], worse), (same[None], worse))
+    )
+    gap = pairs.gap(crossed)
+    metrics = {"preferred_share": (pairs.total(gap > 0), pairs.count), "score_gap": (pairs.total(gap), pairs.count)}
+    return Loss(pairs.total(loss), pairs.count, metrics)
+
+
+def regret_preference(
+    reward_values: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    group: Int[Array, "B"],
+    preferred: Float[Array, "B"],
+    end_values: Float[Array, "B"] | None = None,
+) -> Loss:
+    """Preferences by regret: the better segment is the one that gives away less of what was to be had.
+
+        regret = V(start) - (sum_t r_t + V(end))
+        x = -log sigmoid(regret_worse - regret_better)
+
+    averaged over pairs. By the sum of rewards alone (`bradley_terry` on sums), a segment that pays now to end in a
+    better state loses. Of whole answers to one prompt both orders are the same: V(start) cancels and V(end) is 0.
+
+    Args:
+      reward_values: r of each token, of the network `reward` that learns, with a head that says one number a token.
+      values: V before each token, of the best policy; no gradient.
+      mask: 0 on tokens that do not count, the row's weight on those that do.
+      group: id of the group each row belongs to; naming it keeps groups whole.
+      preferred: 1 for the better segment of a group, 0 for the worse one.
+      end_values: V behind the last token, of segments that do not end; None is 0.
+
+    Returns:
+      The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` and `regret_gap`.
+
+    Reference: Models of human preference for learning reward functions (2206.02231).
+    Certainty: verified
+    """
+    chex.assert_equal_shape([reward_values, values, mask])
+    weights = row_weight(mask.astype(jnp.float32))
+    pairs = pairs_of(preferred, weights, group)
+    first = jnp.argmax(mask > 0, axis=1)[:, None]
+    start = jnp.take_along_axis(values.astype(jnp.float32), first, axis=1)[:, 0]
+    end = jnp.zeros_like(start) if end_values is None else end_values.astype(jnp.float32)
+    expected = jax.lax.stop_gradient(jnp.where(weights > 0, start - end, 0.0))
+    gap = pairs.gap(on_mask(reward_values, mask).sum(-1) - expected)
+    metrics = {"preferred_share": (pairs.total(gap > 0), pairs.count), "regret_gap": (pairs.total(gap), pairs.count)}
+    return Loss(pairs.total(-jax.nn.log_sigmoid(gap)), pairs.count, metrics)

@@ -1,0 +1,92 @@
+"""Judgements of single steps or turns of a completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.ranges import Count, ranged
+from jaxrl_llm.rewards.judges.asked import Judge
+from jaxrl_llm.rewards.judges.ratings import asked_judge, mean_vote, require_fields, stated
+
+STEP = (
+    "Judge one step of an answer to the problem below, in the light of what stands before it.\n\n"
+    "Problem:\n{prompt}\n\nReference answer:\n{answer}\n\nBefore the step:\n{before}\n\nStep:\n{step}\n\n"
+    "Reply with a JSON object and nothing else, {lowest} for a wrong or useless step and {highest} for a right one: "
+    '{{"rating": <whole number from {lowest} to {highest}>}}'
+)
+
+
+@ranged
+def judge_turns(
+    *,
+    judge: Mapping[str, Any] | Judge,
+    tokenizer: Any,
+    max_turns: Count,
+    template: str = STEP,
+    lowest: int = 0,
+    highest: int = 1,
+    votes: Count = 1,
+) -> Callable[..., np.ndarray]:
+    """A judge rates each step or turn of a completion: labels of thoughts, shares of utterances in a success, hits.
+
+        label_s = (mean rating - lowest) / (highest - lowest)
+
+    All steps of all rows are asked for at once. Steps are those of the field `turn` (`step_borders`,
+    `separated_turns`, or of an environment); what the policy has not written is shown in front, and not judged.
+
+    Args:
+      judge: behind an endpoint, as in `judge_rating`.
+      tokenizer: filled from the run.
+      max_turns: S; later steps have no label.
+      template: question, with {prompt}, {answer}, {before}, {step}, {lowest}, {highest}.
+      lowest, highest: of the ratings; 0 to 3 for how much an utterance has contributed (Sotopia-RL).
+      votes: ratings of each step; more than one needs a temperature.
+
+    Returns:
+      A reading of (prompts, answers, tokens, length, turn, mask): [B, S], NaN for a step that is not there, or on which
+      no vote can be read.
+
+    Raises:
+      ValueError: for a template with other fields, ratings without a range, or a judge that is not described well.
+
+    Reference: thought-level process reward (2507.23317); Sotopia-RL (2508.03905); CALM (2409.12798).
+    Certainty: recalled
+    """
+    if lowest >= highest:
+        raise ValueError(f"highest is {highest}, but lowest {lowest}; ratings need a range")
+    require_fields(template, prompt="", answer="", before="", step="", lowest="", highest="")
+    asked = asked_judge(judge, votes)
+
+    def judged(
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        tokens: np.ndarray,
+        length: np.ndarray,
+        turn: np.ndarray,
+        mask: np.ndarray,
+    ) -> np.ndarray:
+        questions, places = [], []
+        for row in range(len(prompts)):
+            ids, turns, own = (np.asarray(x)[row][: length[row]] for x in (tokens, turn, mask))
+            for number in range(max_turns):
+                inside = (turns == number) & (own > 0)
+                if inside.any():
+                    before = tokenizer.decode(ids[: np.argmax(inside)].tolist())
+                    step = tokenizer.decode(ids[inside].tolist())
+                    facts = {"prompt": prompts[row], "answer": answers[row], "before": before, "step": step}
+                    questions.append(template.format(**facts, lowest=lowest, highest=highest))
+                    places.append((row, number))
+        labels = np.full((len(prompts), max_turns), np.nan, np.float32)
+        found = asked.ask_all(questions, partial(stated, lowest=lowest, highest=highest), votes=votes)
+        for place, votes_of in zip(places, found, strict=True):
+            mean = mean_vote(votes_of)
+            labels[place] = np.nan if mean is None else (mean - lowest) / (highest - lowest)
+        return labels
+
+    judged.__annotations__["return"] = f'Float[np.ndarray, "B {max_turns}"]'
+    judged.report = asked.report  # type: ignore[attr-defined]
+    return judged

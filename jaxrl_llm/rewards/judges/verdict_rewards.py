@@ -1,0 +1,207 @@
+"""Who of two is the better one, by a reference answer; judges that networks of a run are, and what verdicts earn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.ranges import NonNegative, ranged
+from jaxrl_llm.rewards.verifiers.text_similarity import SimilarityForm, Tags, text_similarity
+
+CritiqueForm = Literal["verdict", "refine", "delta", "correct"]
+
+
+@ranged
+def closer_than_opponent(
+    completions: Sequence[str],
+    opponent_text: Sequence[str | None],
+    items: Sequence[Mapping[str, Any]],
+    *,
+    form: SimilarityForm = "edits",
+    field: str = "answer",
+    tags: Tags = None,
+    least_gap: NonNegative = 0.0,
+) -> list[float | None]:
+    """A judge of pairs that knows the reference: whether a completion or its opponent is nearer to it.
+
+        P = 1 where s > s_opponent + least_gap, 0 where s < s_opponent - least_gap, else 1/2
+
+    with s the similarity to the reference (`text_similarity`).
+
+    Args:
+      completions: decoded completions.
+      opponent_text: what a network wrote as the view `opponent`; None leaves the row out.
+      items: records of the data, with the reference text under `field`.
+      form, field, tags: of the similarity.
+      least_gap: what counts as a difference.
+
+    Returns:
+      One share of wins a row, for the field `win_share`; None where there is no opponent or no reference.
+
+    Raises:
+      ValueError: as for `text_similarity`.
+
+    Reference: the judge of pairs in Nash-MD (2312.00886) and XPO (2405.21046), by a rule.
+    Certainty: verified
+    """
+    said = [text if text is not None else "" for text in opponent_text]
+    own, other = (text_similarity(texts, items, form=form, field=field, tags=tags) for texts in (completions, said))
+    found: list[float | None] = []
+    for one, two, text in zip(own, other, opponent_text, strict=True):
+        if one is None or two is None or text is None:
+            found.append(None)
+        else:
+            found.append(0.5 if abs(one - two) <= least_gap else float(one > two))
+    return found
+
+
+def verdict_question(
+    prompts: Sequence[str], completions: Sequence[str], *, question: str = "{prompt}\n{completion}\nRight? yes or no:"
+) -> list[str]:
+    """The prompt of a judge, with a completion in it: the view of a row that a network writes a verdict on.
+
+    Args:
+      prompts, completions: of the rows.
+      question: format with {prompt} and {completion}.
+
+    Raises:
+      ValueError: for a question without the completion.
+    """
+    if "{completion}" not in question:
+        raise ValueError(f"question is {question!r}, without {{completion}}; put it where the completion goes")
+    # One place inside of the other's parts, so that a text that holds a place itself is left as it is.
+    parts = [part.split("{prompt}") for part in question.split("{completion}")]
+    return [c.join(p.join(part) for part in parts) for p, c in zip(prompts, completions, strict=True)]
+
+
+def verdict_agreement(
+    verdict_text: Sequence[str | None], correct: Sequence[float], *, right: str = "yes", wrong: str = "no"
+) -> list[float | None]:
+    """What a verdict on a completion earns: 1 where it says what the verifier says.
+
+    Args:
+      verdict_text: what a network wrote as the view `verdict`; None was not asked.
+      correct: 1 where the first reward, the verifier, found the completion right.
+      right, wrong: what a verdict begins with; anything else earns 0.
+
+    Returns:
+      One reward a row, for a field such as `verdict_reward`; None where nothing was asked.
+
+    Reference: SPARK (2509.22624), point-wise.
+    Certainty: verified
+    """
+    expected = [right if one > 0 else wrong for one in correct]
+    return [
+        None if text is None else float(text.strip().startswith(word))
+        for text, word in zip(verdict_text, expected, strict=True)
+    ]
+
+
+def ranking_agreement(
+    quality: Float[Array, "B"], rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]
+) -> Float[Array, "B"]:
+    """How well scores order the samples of a prompt: the part of Kendall's tau-a that each row has.
+
+        r_i = mean over the other samples j of sign(q_i - q_j) * sign(r_i - r_j)
+
+    in [-1, 1]; ties count 0, and the mean over a group is its tau-a.
+
+    Args:
+      quality: scores that a judge, or the policy as its own judge, gave; NaN earns -1.
+      rewards: what is known of the samples, such as of a verifier.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+
+    Returns:
+      One reward a row; 0 where a row has no other sample.
+
+    Reference: URPO (2507.17515).
+    Certainty: reconstructed
+    """
+    chex.assert_equal_shape([quality, rewards, group, weight])
+    there = weight > 0
+    readable = there & ~jnp.isnan(quality)
+    q, r = jnp.where(readable, quality, 0.0), jnp.where(there, rewards, 0.0).astype(jnp.float32)
+    others = there[:, None] & there[None] & (group[:, None] == group[None]) & ~jnp.eye(len(group), dtype=bool)
+    signs = jnp.sign(q[:, None] - q[None]) * jnp.sign(r[:, None] - r[None])
+    signs = jnp.where(readable[None] & readable[:, None], signs, 0.0)
+    count = others.sum(1)
+    mean = jnp.where(others, signs, 0.0).sum(1) / jnp.maximum(count, 1)
+    return jnp.where(there & (count > 0), jnp.where(readable, mean, -1.0), 0.0)
+
+
+@ranged
+def critique_reward(
+    verdict: Float[Array, "B"],
+    original_correct: Float[Array, "B"],
+    refined_correct: Float[Array, "B"],
+    *,
+    form: CritiqueForm = "refine",
+    bonus: NonNegative = 0.2,
+) -> Float[Array, "B"]:
+    """What a critic earns: for a verdict that is right, and for what its critique makes of the answer.
+
+        verdict   1 where the verdict is right, else -1
+        refine    -1 where it is wrong, else bonus + refined
+        delta     -1 where it is wrong, else bonus + refined - original
+        correct   -1 where it is wrong, else bonus + (1 from wrong to right, 0.2 from right to right, else 0)
+
+    Critique-RL trains by `verdict` first and by one of the others then.
+
+    Args:
+      verdict: 1 says that the answer is right, 0 that it is wrong; NaN is no verdict, which is wrong.
+      original_correct: whether the answer is.
+      refined_correct: whether the answer after the critique is.
+      form: as above.
+      bonus: of a right verdict.
+
+    Returns:
+      One reward a row, float32.
+
+    Raises:
+      ValueError: for an unknown form, or a negative bonus.
+
+    Reference: Critique-RL (2510.24320); verdicts alone: WebArbiter (2601.21872), Critique-Coder (2509.22824).
+    Certainty: verified
+    """
+    chex.assert_equal_shape([verdict, original_correct, refined_correct])
+    if form not in get_args(CritiqueForm):
+        raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(CritiqueForm))}")
+    before, after = original_correct.astype(jnp.float32), refined_correct.astype(jnp.float32)
+    right = jnp.isfinite(verdict) & ((verdict > 0.5) == (before > 0.5))
+    earned = {
+        "verdict": jnp.ones_like(before),
+        "refine": bonus + after,
+        "delta": bonus + after - before,
+        "correct": bonus + after * jnp.where(before > 0.5, 0.2, 1.0),
+    }[form]
+    return jnp.where(right, earned, -1.0)
+
+
+def attribute_reward(reward_scores: Float[Array, "B A"], *, weights: tuple[float, ...]) -> Float[Array, "B"]:
+    """The weighted sum of the attributes that the network `reward` rates.
+
+        r = sum_a weights_a * s_a
+
+    Args:
+      reward_scores: of a head with one output an attribute.
+      weights: one a attribute, such as (0.65, 0.8, 0.45, 0.55, -0.4) for helpfulness, correctness, coherence,
+        complexity and verbosity.
+
+    Returns:
+      One reward a row, float32.
+
+    Raises:
+      ValueError: for another number of weights than of attributes.
+
+    Reference: HelpSteer (2311.09528).
+    Certainty: verified
+    """
+    chex.assert_rank(reward_scores, 2)
+    if len(weights) != reward_scores.shape[1]:
+        raise ValueError(f"weights names {len(weights)} attributes, but the head has {reward_scores.shape[1]} outputs")
+    return reward_scores.astype(jnp.float32) @ jnp.asarray(weights, jnp.float32)

@@ -1,0 +1,55 @@
+"""How near a completion is to a goal, along the direction that tells the goal from a baseline."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrl_llm.ranges import Share, ranged
+
+
+@ranged
+def projected_similarity(
+    embedding: Float[Array, "B D"],
+    goal_embedding: Float[Array, "B D"],
+    baseline_embedding: Float[Array, "B D"],
+    *,
+    alpha: Share = 0.5,
+) -> Float[Array, "B"]:
+    """Similarity of a completion to a goal, where what goal and baseline share counts less.
+
+        d = g - b,   P = alpha d d^T / |d|^2 + (1 - alpha) I,   r = 1 - |P (x - g)|^2 / 2
+
+    of the unit vectors x, g, b. alpha 0 is the cosine with the goal, 1 keeps the direction from baseline to goal alone.
+
+    Args:
+      embedding: of each completion.
+      goal_embedding: of what it should be, such as its reference answer or a description.
+      baseline_embedding: of what it is without doing anything, such as its prompt.
+      alpha: as above; choose it by agreement with a few judged completions.
+
+    Returns:
+      One reward a row; NaN (does not apply) where goal and baseline are the same.
+
+    Raises:
+      ValueError: for an alpha outside [0, 1].
+
+    Reference: VLM-RM (2310.12921).
+    Certainty: verified
+    """
+    chex.assert_rank([embedding, goal_embedding, baseline_embedding], 2)
+    chex.assert_equal_shape([embedding, goal_embedding, baseline_embedding])
+
+    def unit(vectors: Array) -> Array:
+        vectors = vectors.astype(jnp.float32)
+        norm = jnp.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / jnp.where(norm > 0, norm, 1.0)
+
+    x, g, b = (unit(vectors) for vectors in (embedding, goal_embedding, baseline_embedding))
+    d = g - b
+    size = jnp.square(d).sum(1, keepdims=True)
+    apart = size > 1e-12
+    along = ((x - g) * d).sum(1, keepdims=True) * d / jnp.where(apart, size, 1.0)
+    off = alpha * along + (1 - alpha) * (x - g)
+    return jnp.where(apart[:, 0], 1 - jnp.square(off).sum(1) / 2, jnp.nan)
