@@ -53,6 +53,8 @@ class Model(NamedTuple):
         is decoded in slots.
       shared_scoring: whether the samples of a prompt are scored and differentiated best by going on from one pass over
         it, through the cache. A cache that recomputes, rounds, or keeps attention from its kernels says no.
+      packs: whether `apply` and `observe` take `segments=`, the sequence [B, T] that each token of a row belongs to:
+        several sequences in a row then, one behind the other, each with positions from 0 and blind to the others.
     """
 
     init: Callable[[Array], PyTree]
@@ -70,3 +72,4 @@ class Model(NamedTuple):
     take_rows: Callable[[PyTree, Array, int], PyTree] | None = None
     replace_row: Callable[[PyTree, Array, PyTree, Array], PyTree] | None = None
     shared_scoring: bool = False
+    packs: bool = False

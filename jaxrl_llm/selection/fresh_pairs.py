@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -54,6 +55,45 @@ def best_and_worst(
     apart = group_max(r, group, present) - group_min(r, group, present) > least_gap
     better, worse = rank < most, rank >= size - most
     return jnp.where(present & apart & (better | worse), jnp.where(better, 1.0, 0.0), -1.0)
+
+
+def guided_pairs(
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], branch: Float[Array, "B"]
+) -> Float[Array, "B"]:
+    """One pair a prompt out of plain and guided attempts: a success with guidance against a failure without.
+
+        preferred = 1 for the first guided success, else the first plain one;
+                    0 for the first plain failure, else the first guided one;   -1 elsewhere
+
+    A prompt without both makes no pair. The two stand behind the plain prompt, so a preference loss teaches what
+    guidance brought about without showing the guidance.
+
+    Args:
+      rewards: a success has at least 1.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      branch: 1 for guided attempts.
+
+    Returns:
+      One entry a row, for the field `preferred`; -1 in rows that make no pair.
+
+    Reference: Agent-RLVR (2506.11425).
+    Certainty: reconstructed
+    """
+    chex.assert_equal_shape([rewards, group, weight, branch])
+    there, place, count = weight > 0, jnp.arange(len(group)), len(group)
+    passed = rewards >= 1
+
+    def first(eligible, guided_first):
+        late = count * ((branch > 0) != guided_first)
+        order = jnp.where(there & eligible, place + late, 4 * count)
+        least = jax.ops.segment_min(order, group, num_segments=count)[group]
+        return (order == least) & (order < 4 * count), least < 4 * count
+
+    better, any_better = first(passed, True)
+    worse, any_worse = first(~passed, False)
+    pair = any_better & any_worse
+    return jnp.where(pair & better, 1.0, jnp.where(pair & worse, 0.0, -1.0))
 
 
 @ranged
