@@ -146,3 +146,16 @@ def test_verifiers_and_a_judge_are_timed(capsys):
     said = capsys.readouterr().out
     assert "endless: 0" in said
     assert "0 calls, nothing was" in said
+
+
+@pytest.mark.slow
+def test_packing_and_trimming_are_timed_beside_padding(tmp_path):
+    written = tmp_path / "packing.json"
+    sizes = {"rows": 4, "prompt": 16, "width": 16, "model-width": 16, "layers": 1, "batches": 2}
+    figures = benchmark("packing").main(
+        [part for name, value in sizes.items() for part in (f"--{name}", str(value))] + ["--json", str(written)]
+    )
+    assert json.loads(written.read_text()) == figures
+    for name, one in figures.items():
+        assert one["ratio"] > 0
+        assert one["loss"][name] == pytest.approx(one["loss"]["padded"], rel=1e-5)
