@@ -42,6 +42,7 @@ AMONG_THE_FAST = ["grpo", "ppo", "score"]
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
 TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo", "rto"}
 TRAINED_ELSEWHERE |= {"llm_judge"}
+TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo", "metacognitive_reuse"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -117,7 +118,7 @@ METHODS = {
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
-    "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
+    "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_budget", "meow_tea_taro_grpo"),
     "VeriFree": ("verifree",),
     "NOVER": ("nover",),
     "RLCR": ("rlcr",),
@@ -138,6 +139,17 @@ METHODS = {
     "Pass rates": ("acereason", "guru", "learnability", "rif_rft"),
     "One-shot RLVR": ("one_shot_rlvr",),
     "TopoCurate": ("topocurate",),
+    "Prefix-RFT": ("prefix_rft",),
+    "ExPO": ("expo",),
+    "R3L": ("r3l",),
+    "CLEANER": ("cleaner",),
+    "Agent-RLVR": ("agent_rlvr",),
+    "Early abort": ("early_abort",),
+    "ThreadWeaver": ("threadweaver",),
+    "ReST-MCTS*": ("rest_mcts",),
+    "Partial rollouts": ("partial_rollouts",),
+    "Metacognitive reuse": ("metacognitive_reuse",),
+    "Composition": ("compose",),
     "Templates": ("ppe", "prompt_augmentation", "re2"),
     "Co-Reward": ("co_reward",),
     "Verifiers": ("exact_match_f1", "format_think", "gui_g1", "light_if", "numeric_match", "ton"),
@@ -174,6 +186,7 @@ METHODS = {
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
 WITHOUT_ARXIV |= {"t2i_hacking"}
+WITHOUT_ARXIV |= {"r3l"}
 WITHOUT_ARXIV |= {"supervised_beside", "annealed_hints", "competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",
@@ -198,9 +211,11 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "addition": ({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
     "calculator": ({"levels": [1]}, 15, 64),
     "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
+    "composition": ({"levels": [1]}, 14, 28),
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "sorting": ({"levels": [3]}, 15, 12),
+    "two_chains": ({"levels": [1], "options": {"parallel_share": 0.5}}, 10, 28),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 # Too hard for so small a policy: its recipes reward more than right answers.
@@ -259,6 +274,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
     if tree.get("data", {}).get("selection"):  # several arms
         chosen, longest_prompt = {**chosen, "levels": [1, 2]}, longest_prompt + 2
+    told = [stage["data"].get("privileged", "") for stage in tree.get("stages", []) if "data" in stage]
+    longest_prompt += max((40 for text in told if text), default=0)
     for text in tree.get("data", {}).get("templates", {}).values():
         longest_prompt = max(longest_prompt, len(text) + 10 * text.count("{body}"))
     rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
@@ -270,8 +287,12 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         training["freeze_policy_steps"] = 1
     if training.get("alignment_every_steps"):
         training["alignment_every_steps"] = 2
-    if isinstance(plan, dict) and "resume" in plan:
-        plan["resume"]["branches"] = samples - 1
+    for tried in [plan, *(stage.get("rollout", {}).get("plan") or {} for stage in tree.get("stages", []))]:
+        for hyper in tried.values() if isinstance(tried, dict) else ():
+            hyper |= {"branches": min(hyper["branches"], samples - 1)} if "branches" in hyper else {}
+            hyper |= {"tokens_per_step": rollout["max_completion_tokens"] - 1} if "tokens_per_step" in hyper else {}
+            hyper |= {"branches": 2, "threads": 1} if "threads" in hyper else {}
+            hyper |= {"after_tokens": 2} if "after_tokens" in hyper else {}
     sources = tree.get("source", ["sampler"])
     tree["source"] = sources if isinstance(sources, list) else [sources]
     for source in tree["source"]:
@@ -350,6 +371,7 @@ def policy(micro) -> Any:
         "grid": "meow_tea_taro_grpo",
         "self_correction": "score",
         "sorting": "verpo",
+        "two_chains": "threadweaver",
     }
 
     def chosen(recipe: str) -> str:

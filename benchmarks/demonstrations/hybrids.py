@@ -40,7 +40,7 @@ from jaxrl_llm.training import Network, Resources, Rollout, make_train_step
 
 TOKENIZER = data.CharacterTokenizer()
 SAMPLING = {"eos_ids": TOKENIZER.eos_ids, "pad_id": TOKENIZER.pad_id}
-HELD_OUT = 256
+HELD_OUT, BATCH = 256, 32
 
 
 def model_of(layers: int, width: int) -> Any:
@@ -69,7 +69,7 @@ class Problems:
         self.seed = seed
         self.held_out = self.prompts(held_out, len(held_out))[0].prompts
 
-    def prompts(self, items: Sequence[Any] | None = None, size: int = 64) -> Any:
+    def prompts(self, items: Sequence[Any] | None = None, size: int = BATCH) -> Any:
         """Batches of prompts, with their demonstrations."""
         return data.prompt_batches(
             self.train if items is None else items,
@@ -81,7 +81,7 @@ class Problems:
             seed=self.seed,
         )
 
-    def demonstrations(self, size: int = 64) -> Callable[[int], Any]:
+    def demonstrations(self, size: int = BATCH) -> Callable[[int], Any]:
         """step -> rows of reference completions."""
         batches = data.supervised_batches(
             self.train,
@@ -107,7 +107,7 @@ class Problems:
         return lambda params: float(right(params))
 
 
-def supervised(model: Any, rate: float, rows: int = 64) -> Any:
+def supervised(model: Any, rate: float, rows: int = BATCH) -> Any:
     """A step that learns from written completions."""
     return make_train_step(model, adam(rate), source=Written(rows), losses=[losses.negative_log_likelihood])
 
@@ -141,10 +141,10 @@ def first_at(curve_of: Sequence[float], goal: float, every: int) -> int | None:
 # ---- a teacher of four layers, a student of two ----------------------------------------------------------------------
 
 
-def distillation(seed: int, *, steps: int = 150, goal: float = 0.8) -> dict[str, Any]:
+def distillation(seed: int, *, steps: int = 120, goal: float = 0.8) -> dict[str, Any]:
     """Accuracy of a student by step: distilled on its own samples, and taught by samples of the same teacher."""
     every, sums = 10, Problems("addition", [2], (9, 25), seed=seed)
-    large, small = model_of(4, 96), model_of(2, 48)
+    large, small = model_of(4, 64), model_of(2, 32)
     teach = supervised(large, 2e-3)
     of_teacher, of_student = sums.accuracy(large), sums.accuracy(small)
     teacher = until(teach, teach.init(jax.random.key(seed)), sums.demonstrations(), of_teacher, 0.97, 700, 50).params
@@ -189,18 +189,18 @@ def distillation(seed: int, *, steps: int = 150, goal: float = 0.8) -> dict[str,
 # ---- ReLIFT ----------------------------------------------------------------------------------------------------------
 
 
-def relift(seed: int, *, steps: int = 100) -> dict[str, Any]:
+def relift(seed: int, *, steps: int = 80) -> dict[str, Any]:
     """Accuracy on sums of three digits, of which no sample is right at first, and the demonstrations that it took."""
-    every, groups, samples = 10, 16, 8
-    sums, hard = (Problems("addition", levels, (11, 35), seed=seed) for levels in ([1, 2, 3], [3]))
-    easy, model = Problems("addition", [1, 2], (11, 35), seed=seed), model_of(2, 64)
+    every, groups, samples = 10, 8, 8
+    sums, hard = (Problems("addition", levels, (11, 35), seed=seed) for levels in ([2, 3], [3]))
+    easy, model = Problems("addition", [2], (11, 35), seed=seed), model_of(2, 64)
     first = supervised(model, 2e-3)
     start = until(
         first, first.init(jax.random.key(seed)), easy.demonstrations(), easy.accuracy(model), 0.6, 500, 20
     ).params
     prompts, of_hard = sums.prompts(size=groups), hard.accuracy(model)
     sampler = Rollout(samples, max_completion_tokens=35, prompts_per_step=groups, **SAMPLING)
-    store = Hardest(32, 128, samples, 11, 35)
+    store = Hardest(16, 64, samples, 11, 35)
     sampled = {
         "rewards": [rewards.exact_answer],
         "credit": [("advantages", partial(advantages.group_normalized, scale="none"))],
@@ -232,7 +232,7 @@ def relift(seed: int, *, steps: int = 100) -> dict[str, Any]:
 # ---- forgetting ------------------------------------------------------------------------------------------------------
 
 
-def forgetting(seed: int, *, steps: int = 100, goal: float = 0.8) -> dict[str, Any]:
+def forgetting(seed: int, *, steps: int = 80, goal: float = 0.8) -> dict[str, Any]:
     """Accuracy on chains and on sums, while sums alone are learned, after both were."""
     every, width = 5, (14, 32)
     old = Problems("chain", [2], width, seed=seed, direct_share=0.0)
@@ -244,7 +244,7 @@ def forgetting(seed: int, *, steps: int = 100, goal: float = 0.8) -> dict[str, A
     mixed = lambda number: sums(number) if number % 2 else chains(number)  # noqa: E731
     start = until(first, state, mixed, lambda p: of_new(p) if of_old(p) >= 0.9 else 0.0, 0.4, 600, 10).params
     measure = lambda params: (of_old(params), of_new(params))  # noqa: E731
-    prompts = new.prompts(size=24)
+    prompts = new.prompts(size=12)
     reinforced = make_train_step(
         model,
         adam(1e-3),

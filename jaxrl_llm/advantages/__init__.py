@@ -24,7 +24,11 @@ from jaxrl_llm.advantages.group_relative.jensen_bound import jensen_bound
 from jaxrl_llm.advantages.group_relative.pool_centred import pool_centred
 from jaxrl_llm.advantages.group_relative.return_functionals import return_functional
 from jaxrl_llm.advantages.group_relative.risk import group_quantile, mixed_value_at_risk, tracked_mixed_value_at_risk
-from jaxrl_llm.advantages.group_relative.shifted_baselines import log_mean_exp_baseline, shifted_mean_baseline
+from jaxrl_llm.advantages.group_relative.shifted_baselines import (
+    amplified_gains,
+    log_mean_exp_baseline,
+    shifted_mean_baseline,
+)
 from jaxrl_llm.advantages.group_relative.solved_groups import solved_group_length_penalty
 from jaxrl_llm.advantages.group_relative.win_rates import score_win_rate, win_rate
 from jaxrl_llm.advantages.process.latent_rewards import latent_rewards
@@ -67,6 +71,7 @@ from jaxrl_llm.experience import Method
 
 __all__ = [
     "Method",
+    "amplified_gains",
     "answer_entropy",
     "batch_normalized_accuracy",
     "beta_normalized",

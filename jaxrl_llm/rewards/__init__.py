@@ -51,7 +51,7 @@ from jaxrl_llm.rewards.intrinsic.votes import (
 from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
 from jaxrl_llm.rewards.judges.judged_turns import judge_turns
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
-from jaxrl_llm.rewards.judges.reward_models import learned_reward
+from jaxrl_llm.rewards.judges.reward_models import learned_reward, step_value
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
 from jaxrl_llm.rewards.judges.verdict_rewards import (
     attribute_reward,
@@ -107,6 +107,7 @@ from jaxrl_llm.rewards.shaping.correct_length import (
 from jaxrl_llm.rewards.shaping.difficulty import difficulty_truncation
 from jaxrl_llm.rewards.shaping.length_limit import shrinking_budget_length, soft_overlong, truncation_zero
 from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
+from jaxrl_llm.rewards.shaping.parallel_paths import accelerated, longest_path, with_threads
 from jaxrl_llm.rewards.shaping.projected_similarity import projected_similarity
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
 from jaxrl_llm.rewards.shaping.similarity_scale import sharpened_scores, stretched_scores
@@ -145,6 +146,7 @@ __all__ = [
     "Judge",
     "JudgeError",
     "RewardError",
+    "accelerated",
     "accumulated_potentials",
     "added_span_rewards",
     "aggregated_steps",
@@ -212,6 +214,7 @@ __all__ = [
     "leverage_bonus",
     "lexical_diversity",
     "likelihood_gain",
+    "longest_path",
     "majority_match",
     "majority_novelty",
     "mean_hidden",
@@ -260,6 +263,7 @@ __all__ = [
     "step_borders",
     "step_calibration",
     "step_end_scores",
+    "step_value",
     "stretched_scores",
     "subgoal_rewards",
     "tag_format",
@@ -285,5 +289,6 @@ __all__ = [
     "weighted_sum",
     "weighted_tests",
     "whitened_rewards",
+    "with_threads",
     "word_match",
 ]

@@ -43,6 +43,10 @@ AnyEnvironment = Environment | HostEnvironment
 _PLAN_FUNCTIONS: tuple[ModuleType, ...] = (plans, advantages, rewards, losses, schedules)
 
 
+# Hyper-parameters of plans that are functions of rows themselves.
+_OF_PLANS = ("choose", "failed", "lost")
+
+
 def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapping[str, Any]) -> Plan | None:
     """The plan that section rollout.plan describes, from the inside out; None for none.
 
@@ -63,9 +67,9 @@ def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapp
         where = f"rollout.plan.{name}"
         if "temperature" in hyper and isinstance(hyper["temperature"], Mapping | str):
             hyper = hyper | {"temperature": number_or_method(hyper["temperature"], f"{where}.temperature")}
-        if "choose" in hyper:
-            chosen, given = entry_of(hyper["choose"], f"{where}.choose")
-            hyper = hyper | {"choose": method(chosen, given, _PLAN_FUNCTIONS, f"{where}.choose", sizes)}
+        for asked in [key for key in _OF_PLANS if key in hyper]:
+            chosen, given = entry_of(hyper[asked], f"{where}.{asked}")
+            hyper = hyper | {asked: method(chosen, given, _PLAN_FUNCTIONS, f"{where}.{asked}", sizes)}
         function = method(name, hyper, (plans,), "rollout.plan", sizes)
         try:
             made = function(made)

@@ -214,6 +214,9 @@ def _check_capabilities(c: Composition) -> None:
             require(repr(name), frozenset({"whole_vocabulary"}), "rollout.truncation", frozenset())
     for name in joined:
         require(name, frozenset({"equal_groups"}), "rollout.plan", rows)
+    reading = [f"reading {term.name!r}" for term in (*c.rewards, *c.credit, *c.views.values()) if term.on_host]
+    for name in [*reading, *(["data.selection"] if r.selection is not None else [])]:
+        require(name, frozenset({"prompts_of_step"}), "rollout.plan", rows)
     whole = [term.name for term in c.losses if "group" in names(term.function)]
     if whole and (c.update.minibatches_per_epoch > 1 or c.update.sequences_per_microbatch is not None):
         require(
@@ -289,10 +292,13 @@ def _check_rest(c: Composition) -> None:
                 "that of the matrices they stand for; leave it out, or use copy_every"
             )
         other = network.model
-        if other is not None and network.head is None and other.vocabulary_size != c.model.vocabulary_size:
+        if other is not None and other.vocabulary_size != c.model.vocabulary_size:
+            text = (
+                "" if network.head is None else "; a reward model of another tokenizer is asked by text (judge_rating)"
+            )
             raise ValueError(
                 f"networks.{name} has {other.vocabulary_size} symbols, but the policy has {c.model.vocabulary_size}; a "
-                "network that scores the policy's tokens needs its vocabulary"
+                f"network that scores the policy's tokens needs its vocabulary{text}"
             )
     if unknown := sorted(place.offload - set(OFFLOADABLE)):
         raise ValueError(f"training.offload names {unknown[0]!r}; it can name {', '.join(OFFLOADABLE)}")

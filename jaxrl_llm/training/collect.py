@@ -57,7 +57,9 @@ def collected(c: Composition, rewards: Sequence[Any], *, ahead: bool = False) ->
     scored = list(rewards) if plan.reads_rewards else []
     body = [draw, *scored, Traced("plan", lambda state, work: {"carry": plan.merge(work["carry"], work["drawn"])})]
     start: Any = Traced("plan", partial(_first_carry, c, draw, scored, ahead))
-    if plan.most_rounds == 1 and isinstance(draw, Host):  # nothing to compute, and so no program of its own
+    if (
+        plan.most_rounds == 1 and not plan.unrolled and isinstance(draw, Host)
+    ):  # nothing to compute, and so no program of its own
         start = Host("plan", lambda state, work, context: {"carry": None}, lambda state, work: {"carry": None})
     if plan.most_rounds == 1 or plan.unrolled:
         rounds = body * plan.most_rounds
@@ -74,7 +76,7 @@ def collected(c: Composition, rewards: Sequence[Any], *, ahead: bool = False) ->
 
 def _first_carry(c: Composition, draw: Any, rewards: Sequence[Any], ahead: bool, state: TrainState, work: Work) -> Work:
     prompts, plan = work["prompts"], c.plan
-    if plan.most_rounds == 1:
+    if plan.most_rounds == 1 and not plan.unrolled:
         groups = prompts.tokens.shape[0]
         checked_split(c, groups + c.plan.extra_groups(groups))
         return {"carry": None}
@@ -164,7 +166,6 @@ def _sampler(c: Composition, state: TrainState) -> Any:
         c.model,
         weights,
         key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
-        step=state.step,
         record_router=r.replay_router,
         slots=r.slots,
         controls=r.truncation,
@@ -176,9 +177,13 @@ def _sampler(c: Composition, state: TrainState) -> Any:
     def one(request: Request) -> Experience:
         return complete(
             request.prompts,
+            step=state.step if request.begun is None else state.step - request.begun,
             samples_per_prompt=request.samples_per_prompt,
             temperature=r.temperature if request.temperature is None else request.temperature,
+            limit=request.limit,
+            stop_ids=request.stop_ids,
             prefixes=request.prefixes,
+            pause=request.pause,
             first_sample=request.first_sample,
             prompt_of=request.prompt_of,
             active=request.active,

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ def numbers() -> dict:
     assert rows.tolist() == number.tolist()
     rewards = hosts.gathered_rows(rows, np.tanh(x).sum(-1), ROWS)
     placed = hosts.global_rows(lambda rows: rewards[rows], ROWS, sharding)
+    whole = NamedSharding(mesh, P())
     mean = jax.jit(lambda x, r: jnp.mean(x.sum(-1) * r), out_shardings=NamedSharding(mesh, P()))(batch["x"], placed)
     return {
         "built": sorted(np.concatenate(asked).tolist()),
@@ -86,7 +88,27 @@ def numbers() -> dict:
         "rewards": rewards.tolist(),
         "owned of copies": hosts.own_rows(everywhere)[0].tolist(),
         "mean": float(mean),
+        "choices": choices(batch, whole),
     }
+
+
+def choices(batch: dict, whole: Any) -> list[list[int]]:
+    """Items that a bandit chooses in three steps, learning from the rows of all processes."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrl_llm.parallel import hosts
+    from jaxrl_llm.selection import bandit
+
+    made = bandit(records=[{"level": number % 3} for number in range(ROWS)], temperature=0.1)
+    memory, chosen = jax.jit(made.init, out_shardings=whole)(), []
+    ones = jnp.ones((ROWS, 5))
+    for step in range(3):
+        choose = jax.jit(lambda memory, key: made.choose(memory, key, 4), out_shardings=whole)
+        chosen.append(hosts.host_copy(choose(memory, jax.random.key(step))).tolist())
+        learn = lambda memory, number, x: made.update(memory, number, x, ones, ones[:, 0])  # noqa: E731
+        memory = jax.jit(learn, out_shardings=whole)(memory, batch["number"], batch["x"])
+    return chosen
 
 
 def loop(process: int, part: str, out: str) -> None:
@@ -189,7 +211,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(alone, tmp_path, c
     several = json.loads((tmp_path / "out").read_text())
     assert alone["built"] == alone["owned of copies"] == list(range(ROWS))
     assert (alone["owned"], several["owned"], len(several["built"])) == (ROWS, ROWS // count, ROWS // count)
-    for name in ("batch", "rewards"):
+    for name in ("batch", "rewards", "choices"):
         assert several[name] == alone[name], name
     assert several["mean"] == pytest.approx(alone["mean"], rel=1e-6)  # a sum in another order
 

@@ -285,7 +285,9 @@ def test_a_guide_learns_by_dpo_and_pays_the_tokens_of_the_policy(micro, tmp_path
 @pytest.mark.slow
 def test_the_pairs_of_a_file_are_ordered_by_the_reward_model_of_a_run(micro, files, tmp_path, capsys):
     config = micro("reward_model_then_rl", "pairs")
-    whole_run(replace(config, stages=(config.stages[0] | {"training": {"steps": 20}},)), tmp_path / "run")
+    networks = {name: replace(one, learning_rate=0.005) for name, one in config.networks.items()}
+    stage = config.stages[0] | {"training": {"steps": 30}}
+    whole_run(replace(config, stages=(stage,), networks=networks), tmp_path / "run")
     told = [
         json.loads(line) | {"from": f"part {n % 2}"} for n, line in enumerate(files["pairs"].read_text().splitlines())
     ]
