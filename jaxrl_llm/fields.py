@@ -50,8 +50,7 @@ class Field(NamedTuple):
     need: str = ""
 
 
-# What an entry of credit fills under such a name is logged: a number, or a row's, of which the mean over rows that
-# count and know it is taken.
+# What credit fills under such a name is logged: one number, or the mean of a row's over rows that count and know it.
 METRIC = "metric/"
 # Who provides names, and what a user has to do where nothing does.
 PROVIDERS = {

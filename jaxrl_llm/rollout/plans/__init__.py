@@ -7,7 +7,6 @@ run (samples_per_prompt, max_completion_tokens, temperature, pad_id, encode) are
 from jaxrl_llm.rollout.plans.abandoned_rows import early_abort, mean_entropy_above
 from jaxrl_llm.rollout.plans.adaptive_samples import adaptive
 from jaxrl_llm.rollout.plans.continued_rows import partial_rollouts
-from jaxrl_llm.rollout.plans.continued_steps import continued_steps
 from jaxrl_llm.rollout.plans.demonstration_prefixes import demonstration_prefix
 from jaxrl_llm.rollout.plans.demonstrations_in_groups import demonstration_in_group
 from jaxrl_llm.rollout.plans.forked_rows import parallel_threads
@@ -28,6 +27,7 @@ from jaxrl_llm.rollout.plans.resumed_completions import (
 )
 from jaxrl_llm.rollout.plans.rollout_budget import budget
 from jaxrl_llm.rollout.plans.scaffolds import scaffolded
+from jaxrl_llm.rollout.plans.step_continuations import continued_steps
 from jaxrl_llm.rollout.plans.step_trees import tree_search
 from jaxrl_llm.rollout.plans.voted_samples import voted
 
