@@ -129,7 +129,7 @@ def supplied(tree: dict[str, Any], start: dict[str, Any], cache: Path) -> dict[s
     if teacher.get("path") == "teacher":
         warm = tree["warm_start"] | {"stop_at_accuracy": TEACHER_STOP, "steps": 3000}
         made = warm_started(tree | {"warm_start": warm, "networks": {}}, cache)
-        found = teacher | {"path": made["init_from"]["path"], "of": "policy"}
+        found = teacher | {"path": made["init_from"]["path"]}
         start = start | {"networks": tree["networks"] | {"teacher": found}}
     sources = start.get("source")
     for kind, entry in sources.items() if isinstance(sources, dict) else ():
