@@ -190,7 +190,7 @@ def distillation(seed: int, *, steps: int = 120, goal: float = 0.5) -> dict[str,
 
 
 def relift(seed: int, *, steps: int = 80) -> dict[str, Any]:
-    """Accuracy on sums of three digits, of which one in ten samples is right at first, and the demonstrations it took."""
+    """Accuracy on sums of three digits, of which a tenth is right at first, and the demonstrations it took."""
     every, groups, samples = 10, 8, 8
     sums, hard = (Problems("addition", levels, (11, 35), seed=seed) for levels in ([2, 3], [3]))
     model = model_of(2, 64)
