@@ -189,7 +189,7 @@ def distillation(seed: int, *, steps: int = 120, goal: float = 0.5) -> dict[str,
 # ---- ReLIFT ----------------------------------------------------------------------------------------------------------
 
 
-def relift(seed: int, *, steps: int = 80) -> dict[str, Any]:
+def relift(seed: int, *, steps: int = 60) -> dict[str, Any]:
     """Accuracy on sums of three digits, of which a tenth is right at first, and the demonstrations it took."""
     every, groups, samples = 10, 8, 8
     sums, hard = (Problems("addition", levels, (11, 35), seed=seed) for levels in ([2, 3], [3]))
@@ -205,8 +205,8 @@ def relift(seed: int, *, steps: int = 80) -> dict[str, Any]:
     }
     beside = [losses.policy_gradient, losses.stored_likelihood]
     ways = {
-        "reinforcement": (sampler, [losses.policy_gradient], 1e-3),
-        "ReLIFT": ([sampler, store], beside, 1e-3),
+        "reinforcement": (sampler, [losses.policy_gradient], 3e-4),
+        "ReLIFT": ([sampler, store], beside, 3e-4),
     }
     found: dict[str, Any] = {"every": every}
     for name, (source, terms, rate) in ways.items():
@@ -245,7 +245,7 @@ def forgetting(seed: int, *, steps: int = 80, goal: float = 0.8) -> dict[str, An
     prompts = new.prompts(size=12)
     reinforced = make_train_step(
         model,
-        adam(1e-3),
+        adam(3e-4),
         source=Rollout(8, max_completion_tokens=width[1], **SAMPLING),
         rewards=[rewards.exact_answer],
         credit=[("advantages", advantages.group_normalized)],
