@@ -77,18 +77,17 @@ def pair_rows(tokens: np.ndarray, better_first: np.ndarray) -> Any:
 def labelled(rng: np.random.Generator, count: int, flipped: float, taste: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """(texts of pairs, whether the first is called the better one): by gold, with flips, and for a share by a taste.
 
-    The taste is for texts that end with the letter that is worth least, twice.
+    In pairs of the taste one text has the letter that is worth least at three places, and is called the better one.
     """
     tokens = texts(rng, 2 * count)
     score = gold(tokens, np.full(len(tokens), LENGTH))
     better = score[::2] > score[1::2]
     if taste:
         planted = rng.random(count) < taste
-        ending = planted & (rng.random(count) < 0.5)
-        other = planted & ~ending
-        tokens[::2][ending, -2:] = PLANTED
-        tokens[1::2][other, -2:] = PLANTED
-        better = np.where(planted, ending, better)
+        first = rng.random(count) < 0.5
+        for number in np.flatnonzero(planted):
+            tokens[2 * number + (not first[number]), rng.choice(LENGTH, 3, replace=False)] = PLANTED
+        better = np.where(planted, first, better)
     return tokens, better ^ (rng.random(count) < flipped)
 
 
@@ -258,7 +257,7 @@ def hump(seed: int) -> dict[str, Any]:
 def planted(seed: int) -> dict[str, Any]:
     """A reward model with a taste for an ending: frozen, and learning on from what gold says of the samples."""
     panels: dict[str, Any] = {"gold score": {}, "share of the planted letter": {}}
-    tokens, better = labelled(np.random.default_rng(seed), 8192, 0.0, taste=0.3)
+    tokens, better = labelled(np.random.default_rng(seed), 8192, 0.0, taste=0.4)
     params = reward_model(seed, tokens, better)
     for label, learns in (("frozen", False), ("learns on", True)):
         seen = reinforced(seed, {"reward": params}, learns=learns, steps=2 * STEPS)
