@@ -221,23 +221,13 @@ def trained(
     return {"panels": panels, "numbers": numbers}
 
 
-def evaluated(directory: Path, *options: str) -> float:
-    """pass@1 of the newest checkpoint of a run."""
-    told = io.StringIO()
+def evaluated(directory: Path, suite: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """pass@1 of the newest checkpoint of a run in each evaluation of a suite."""
+    file, told = directory / "suite.yaml", io.StringIO()
+    file.write_text(json.dumps({"evaluations": suite}))
     with contextlib.redirect_stdout(told):
-        cli.main(["eval", str(directory), "--k", "1", "--samples", "4", "--json", *options])
-    return float(_found(json.loads(told.getvalue()), "pass@1"))
-
-
-def _found(tree: Any, name: str) -> Any:
-    if isinstance(tree, dict):
-        if name in tree and not isinstance(tree[name], dict):
-            return tree[name]
-        inner = tree[name].get("value") if name in tree and isinstance(tree[name], dict) else None
-        return (
-            inner if inner is not None else next((v for x in tree.values() if (v := _found(x, name)) is not None), None)
-        )
-    return next((v for x in tree if (v := _found(x, name)) is not None), None) if isinstance(tree, list) else None
+        cli.main(["eval", str(directory), "--k", "1", "--samples", "4", "--json", "--suite", str(file)])
+    return {name: found["pass@1"] for name, found in json.loads(told.getvalue())["evaluations"].items()}
 
 
 def curve(lines: list[dict[str, Any]], metric: str) -> list[float]:
@@ -250,11 +240,12 @@ def sec(seeds: Sequence[int], steps: int) -> dict[str, Any]:
     tree = curves.small(read_tree(shipped.recipe_path("sec")), steps)
     even = json.loads(json.dumps(tree))
     even["data"].pop("selection")
-    hardest = ("--task", "addition", "--levels", "4", "--problems", "128")
+    hardest = {"pass@1 on four digits": {"task": "addition", "levels": [4], "problems": 128}}
 
     def of(lines: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
         shares = {name: curve(lines, name) for name in lines[-1] if name.startswith("selection/chance/")}
-        return {"panels": shares, "numbers": {"pass@1 on four digits": evaluated(directory, *hardest)}}
+        shares["right answers in training"] = curve(lines, "correct_share")
+        return {"panels": shares, "numbers": evaluated(directory, hardest)}
 
     return trained("sec", {"SEC": tree, "even shares": even}, of, seeds) | {"steps": steps}
 
@@ -300,25 +291,20 @@ def compose(seeds: Sequence[int], steps: int) -> dict[str, Any]:
 
     def of(lines: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
         last = [line for line in lines if "correct_share" in line]
-        told = {}
-        for depth in (2, 3):
-            for who in ("KLMN", "OPQ"):
-                file = composed_file(directory.parent / f"compose-{who}-{depth}.jsonl", who, depth)
-                told[f"pass@1 at depth {depth}, functions {who}"] = evaluated(
-                    directory, "--data", str(file), "--grader", "text"
-                )
-        return {"panels": {"right answers in training": curve(last, "correct_share")}, "numbers": told}
+        suite = {
+            f"pass@1 at depth {depth}, functions {who}": {
+                "task": "composition",
+                "levels": [depth],
+                "options": {"functions": who},
+                "problems": 64,
+            }
+            for depth in (2, 3)
+            for who in ("KLMN", "OPQ")
+        }
+        right = curve(last, "correct_share")
+        return {"panels": {"right answers in training": right}, "numbers": evaluated(directory, suite)}
 
     return trained("compose", variants, of, seeds) | {"steps": steps}
-
-
-def composed_file(path: Path, functions: str, depth: int) -> Path:
-    """Problems of these functions alone."""
-    task = data.tasks.task("composition", functions=functions)
-    lines = [{"prompt": one.body, "answer": one.answer} for one in task.generate(level=depth, count=64, seed=3)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def curves_of_compositions(steps: int) -> dict[str, Any]:
