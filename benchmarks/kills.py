@@ -157,6 +157,7 @@ def whole_run(words: list[str], processes: int, folder: Path, tally: Tally) -> d
         tally.set_up_seconds = time.monotonic() - began
         statuses = ended(made)
         assert statuses == [0] * processes, f"{statuses}: {log.read_text()[-2000:]}"
+        tally.write(folder / "tally.json")
     return numbers(folder / "whole")
 
 

@@ -127,9 +127,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         ("batches", 6),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--only", nargs="+", choices=BARS, default=[*BARS])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    figures = {what: compared(what, options) for what in BARS}
+    figures = {what: compared(what, options) for what in options.only}
     table = Table("", "padded, tokens/s", "so, tokens/s", "ratio", "bar", "share of T that is real")
     for what, one in figures.items():
         rates = one["tokens_per_second"]

@@ -141,6 +141,8 @@ def test_dates_are_text_and_overrides_are_read_the_same_way(tmp_path, micro_conf
             "environment.max_turn_tokens is 0; it must be at least",
         ),
         (["task.name=grid", "environment={task: 1}"], "option 'task' of the environment grid_navigation is unknown"),
+        (["credit=[{advantages: {group_normalized: {reads: {rewards: 1.0}}}}]"], r"reads is \{'rewards': 1.0\}; write"),
+        (["credit=[{advantages: {group_normalized: {reads: {rewards: {a: b}}}}}]"], "the name to read"),
         (["training.optimizer={sgd: {momentum: x}}"], "training.optimizer.sgd.momentum is 'x'; it must be a number"),
         (["networks={value: {head: {outputs: x}}}"], "networks.value.head.outputs .*: .*integer"),
         (["networks={value: {head: {layers: 3}}}"], "networks.value.head"),

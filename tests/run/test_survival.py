@@ -349,7 +349,7 @@ def test_an_evaluation_is_given_up_between_its_batches(micro_yaml, tmp_path):
 
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr("jaxrl_llm.run.train.fresh_records", lambda path: write_and_ask)
+        patch.setattr("jaxrl_llm.run.measured.fresh_records", lambda path: write_and_ask)
         status = cli.main(["train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", "warm_start.steps=0"])
     assert (status, err.getvalue().count("\n")) == (143, 1)
     assert err.getvalue().startswith("stopped; no checkpoint yet; start again with another run_dir")
