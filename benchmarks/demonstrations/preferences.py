@@ -31,6 +31,7 @@ from jaxrl_llm.reporting.figures import STYLE
 from jaxrl_llm.reporting.report import COLOURS
 from jaxrl_llm.rewards import learned_reward
 from jaxrl_llm.rows import Written, written_rows
+from jaxrl_llm.schedules import implicit_gradient
 from jaxrl_llm.signatures import renamed
 from jaxrl_llm.training import Fill, Network, Resources, Reward, Rollout, make_train_step
 
@@ -271,7 +272,52 @@ def planted(seeds: int) -> dict[str, Any]:
     return {"x": [10 * n + 5 for n in range(2 * STEPS // 10)], "xlabel": "step", "panels": panels}
 
 
-DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {"ceiling": ceiling, "hump": hump, "planted": planted}
+# ---- a blend of rewards that is learned -----------------------------------------------------------------------------
+
+# What three arms earn: by the reward that is meant, and by an auxiliary one whose best arm is another.
+PRIMARY, AUXILIARY = jnp.array([1.0, 0.5, 0.0]), jnp.array([0.2, 1.0, 0.6])
+
+
+def bilevel(seeds: int) -> dict[str, Any]:
+    """The weight of a misleading reward under the implicit gradient, and what the policy earns of what is meant.
+
+    Everything is exact, so there is nothing that a seed would change: the first weights are drawn by it.
+    """
+    decay, pull, outer_steps = 0.05, 0.5, 200
+
+    def lower(phi: Any, theta: Any) -> Any:
+        return jax.nn.softmax(theta) @ (phi[0] * PRIMARY + phi[1] * AUXILIARY) - pull / 2 * jnp.sum(theta**2)
+
+    def upper(phi: Any, theta: Any) -> Any:
+        return jax.nn.softmax(theta) @ PRIMARY
+
+    def solved(phi: Any, theta: Any) -> Any:
+        up = jax.grad(lower, argnums=1)
+        return jax.lax.scan(lambda x, _: (x + up(phi, x), None), theta, None, length=200)[0]
+
+    def one(carry: Any, _: Any) -> Any:
+        phi, theta, learns = carry
+        theta = solved(phi, theta)
+        told = {"earned of what is meant": upper(phi, theta), "weight of the other reward": phi[1]}
+        gradient, _rest = implicit_gradient(lower, upper, phi, theta)
+        return (phi + learns * (gradient - decay * phi), theta, learns), told
+
+    panels: dict[str, Any] = {}
+    for seed in range(seeds):
+        start = jnp.array([0.5, 1.0]) if seed == 0 else jax.random.uniform(jax.random.key(seed), (2,), minval=0.2)
+        for label, learns in (("fixed blend", 0.0), ("learned blend", 1.0)):
+            told = jax.lax.scan(one, (start, jnp.zeros(3), learns), None, length=outer_steps)[1]
+            for panel, values in told.items():
+                panels.setdefault(panel, {}).setdefault(label, []).append([float(v) for v in values])
+    return {"x": list(range(outer_steps)), "xlabel": "outer step", "panels": panels}
+
+
+DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "ceiling": ceiling,
+    "hump": hump,
+    "planted": planted,
+    "bilevel": bilevel,
+}
 
 
 def draw(found: dict[str, Any], file: Path) -> None:

@@ -63,7 +63,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
     given -= {"support", "router_choices"}
     r = c.rollout
     if r is not None:
-        given |= provided_by("data") | c.plan.provides - provided_by("greedy_baseline", "adaptive")
+        given |= provided_by("data") | c.plan.provides - provided_by("greedy_baseline", "adaptive", "continued_steps")
         if r.environment is not None:
             given |= provided_by("environment")
         if r.engine is not None:
@@ -292,10 +292,13 @@ def _check_rest(c: Composition) -> None:
                 "that of the matrices they stand for; leave it out, or use copy_every"
             )
         other = network.model
-        if other is not None and network.head is None and other.vocabulary_size != c.model.vocabulary_size:
+        if other is not None and other.vocabulary_size != c.model.vocabulary_size:
+            text = (
+                "" if network.head is None else "; a reward model of another tokenizer is asked by text (judge_rating)"
+            )
             raise ValueError(
                 f"networks.{name} has {other.vocabulary_size} symbols, but the policy has {c.model.vocabulary_size}; a "
-                "network that scores the policy's tokens needs its vocabulary"
+                f"network that scores the policy's tokens needs its vocabulary{text}"
             )
     if unknown := sorted(place.offload - set(OFFLOADABLE)):
         raise ValueError(f"training.offload names {unknown[0]!r}; it can name {', '.join(OFFLOADABLE)}")

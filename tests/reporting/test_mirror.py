@@ -38,12 +38,14 @@ RUN = {"config.yaml": "name: demo", "metrics.jsonl": '{"step": 1}\n', ".owner": 
 CHECKPOINT = {"checkpoints/1/state/d/0": "arrays", "checkpoints/1/meta/metadata": "{}"}
 
 
+@pytest.mark.parametrize("kind", ["objects", "folders"])
 @pytest.mark.fault(
     "address",
     "the machine is lost",
     "another one goes on from the last checkpoint that arrived",
 )
-def test_another_machine_gets_what_was_brought_there(tmp_path, address):
+def test_another_machine_gets_what_was_brought_there(tmp_path, address, kind):
+    address = address if kind == "objects" else f"file://{tmp_path}/bucket/run"
     here, there = Mirror(address, tmp_path / "here"), Mirror(address, tmp_path / "there")
     write(here.directory, RUN | CHECKPOINT | {"checkpoints/2.orbax-checkpoint-tmp/state/d/0": "half"})
     here.push()

@@ -188,6 +188,21 @@ EXAMPLES = {
     "online pair": (selection.best_and_worst, GROUPED, [-1, 1, 0, -1]),
     "two of each": (partial(selection.best_and_worst, count=9), GROUPED, [0, 1, 0, 1]),
     "gap": (partial(selection.best_and_worst, least_gap=1.2), GROUPED, [-1, -1, -1, -1]),
+    "threshold": (
+        selection.by_threshold,
+        {"rewards": jnp.array([6.0, 3, 5, 5]), "group": jnp.zeros(4, int), "weight": jnp.ones(4)},
+        [1, 0, 1, 1],
+    ),
+    "no good answer": (
+        selection.by_threshold,
+        {"rewards": jnp.array([4.0, 3, jnp.nan]), "group": jnp.zeros(3, int), "weight": jnp.ones(3)},
+        [-1, -1, -1],
+    ),
+    "margins": (
+        selection.reward_gap,
+        GROUPED | {"preferred": jnp.array([-1.0, 1, 0, 1])},
+        [1.1, 1.1, 1.1, 1.1],
+    ),
     "rso": (partial(selection.acceptance_probability, beta=0.5), RSO, [0.135335, 1, 0.367879]),
 }
 
