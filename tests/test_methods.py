@@ -180,6 +180,7 @@ METHODS = {
     "Supervised beside": ("supervised_beside", "srft"),
     "Self-training": ("raft", "rest", "b_star"),
     "Continual": ("continual",),
+    "Priming": ("priming",),
     "DLER, difficulty-aware": ("difficulty_aware_dler",),
     "Judges": ("llm_judge", "tp_grpo", "sotopia"),
     "Detectors": ("t2i_hacking",),
@@ -221,7 +222,7 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 # Too hard for so small a policy: its recipes reward more than right answers.
-UNSOLVED = {"sorting"}
+UNSOLVED = {"sorting", "two_chains"}
 
 # What somebody wrote and judged: the lines of a file, by the kind of the source.
 JUDGED: dict[str, Any] = {

@@ -123,6 +123,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
     exact_answer,
     paired_answer_ids,
 )
+from jaxrl_llm.rewards.verifiers.behaviours import behaviour_counts
 from jaxrl_llm.rewards.verifiers.boxes import box_match, span_overlap, vector_closeness
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
 from jaxrl_llm.rewards.verifiers.lexical_diversity import lexical_diversity
@@ -169,6 +170,7 @@ __all__ = [
     "answer_without_thought",
     "attribute_reward",
     "attributed_turns",
+    "behaviour_counts",
     "blended_rewards",
     "box_match",
     "calibrated_correctness",
