@@ -43,6 +43,7 @@ AMONG_THE_FAST = ["grpo", "ppo", "score"]
 TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo", "rto"}
 TRAINED_ELSEWHERE |= {"llm_judge"}
 TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo", "metacognitive_reuse"}
+TRAINED_ELSEWHERE |= {"math_shepherd"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -66,6 +67,7 @@ METHODS = {
     "RiskPO": ("riskpo",),
     "Lp-Reg": ("lp_reg",),
     "MAPO": ("mapo", "mapo_batch"),
+    "Credit of steps": ("igpo", "lare", "math_shepherd", "salt", "thought_process", "tree_rl", "vine_ppo"),
     "ProGRPO": ("progrpo",),
     "GRPO-lambda": ("grpo_lambda",),
     "DLER": ("dler",),
@@ -178,6 +180,7 @@ METHODS = {
     "Supervised beside": ("supervised_beside", "srft"),
     "Self-training": ("raft", "rest", "b_star"),
     "Continual": ("continual",),
+    "Priming": ("priming",),
     "DLER, difficulty-aware": ("difficulty_aware_dler",),
     "Judges": ("llm_judge", "tp_grpo", "sotopia"),
     "Detectors": ("t2i_hacking",),
@@ -219,7 +222,7 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 # Too hard for so small a policy: its recipes reward more than right answers.
-UNSOLVED = {"sorting"}
+UNSOLVED = {"sorting", "two_chains"}
 
 # What somebody wrote and judged: the lines of a file, by the kind of the source.
 JUDGED: dict[str, Any] = {

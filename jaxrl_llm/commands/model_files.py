@@ -138,6 +138,9 @@ def export_reward_model(path: str, out: str, name: str, *, dtype: Precision | No
     """
     require_package("safetensors", "hf", "writing safetensors files")
     built, policy = restored_run(path)
+    section = built.config.networks.get(name)
+    if section is not None and section.path is not None and not section.learns:
+        raise ValueError(f"network {name!r} is read from {section.path} and does not learn: it lies there as it is")
     model, network, params = restored_network(path, name)
     if network.head is None:
         raise ValueError(f"--network is {name!r}, which has no head that scores; name one with a head, such as reward")
@@ -148,7 +151,6 @@ def export_reward_model(path: str, out: str, name: str, *, dtype: Precision | No
             f"network {name!r} has a backbone of adapters, which transformers has no reward model of; train it in a "
             "run without section lora"
         )
-    section = built.config.networks.get(name)
     named = None if section is None or section.path is None or is_run(section.path) else section.path
     source = built.directory if network.model is None else named and hub.model_directory(named)
     tokenizer = policy.tokenizer

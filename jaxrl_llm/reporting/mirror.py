@@ -134,8 +134,7 @@ class Mirror:
                 stamp = _stamp(self.directory / name)
                 if stamp is None or stamp == state["sent"].get(name):
                     continue
-                with contextlib.suppress(FileNotFoundError):  # retention may have deleted it meanwhile
-                    self.fs.put_file(str(self.directory / name), f"{self.root}/{name}")
+                if self._put(name):
                     state["sent"][name] = stamp
             self.fs.pipe_file(f"{self.root}/{_COPY}", state["copy"].encode())
             for name in sorted(state["sent"].keys() - set(names), key=lambda each: not each.endswith(_META)):
@@ -143,6 +142,18 @@ class Mirror:
                     self.fs.rm_file(f"{self.root}/{name}")
                 del state["sent"][name]
             self._remember(state)
+
+    def _put(self, name: str) -> bool:
+        """Whether a file was brought; retention may have deleted it meanwhile."""
+        file, target = self.directory / name, f"{self.root}/{name}"
+        try:
+            self.fs.put_file(str(file), target)
+        except FileNotFoundError:
+            if not file.is_file():
+                return False
+            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)  # where folders are no part of a name
+            self.fs.put_file(str(file), target)
+        return True
 
     def push_later(self) -> None:
         """`push` in the background, unless one is under way; where it fails that is said, and the next one goes on."""

@@ -327,14 +327,16 @@ def their_config(case: str, *, even: bool = False, **sizes):
     if even:
         sizes |= {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
         sizes |= {"vocab_size": 64}
+    evened = lambda options: {key: value + value % 2 if key in DIVIDED else value for key, value in options.items()}  # noqa: E731
     if case in VISION_LANGUAGE:
         family, text, rest = VISION_LANGUAGE[case]
+        text = evened(text) if even else text
         tokens = IMAGE_TOKENS if "Qwen" in family else {}
         whole = {"text_config": SIZES | text | sizes} | tokens | rest
         return f"{family}ForConditionalGeneration", getattr(transformers, f"{family}Config")(**whole)
     family, options = CASES[case]
     if even:
-        options = {key: value + value % 2 if key in DIVIDED else value for key, value in options.items()}
+        options = evened(options)
     if "vocab_size_per_layer_input" in options and "vocab_size" in sizes:
         sizes |= {"vocab_size_per_layer_input": sizes["vocab_size"]}
     if "num_hidden_layers" in sizes:  # a pattern over layers is that of the family then

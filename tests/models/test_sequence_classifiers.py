@@ -148,7 +148,7 @@ def micro(micro_config, tmp_path, **changes) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_directory_rewards_a_run_and_is_exported_again(micro_config, tmp_path):
+def test_a_directory_rewards_a_run_and_stays_as_it_is(micro_config, tmp_path, capsys):
     shape = TransformerConfig(
         vocabulary_size=CharacterTokenizer().vocabulary_size, width=24, layers=2, heads=3, kv_heads=1
     )
@@ -160,9 +160,8 @@ def test_a_directory_rewards_a_run_and_is_exported_again(micro_config, tmp_path)
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["reward"])
     assert line["reward"] != 0
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--network", "reward"]) == 0
-    again = load_reward_model(tmp_path / "out")[1]
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--network", "reward"]) == 2
+    assert "does not learn: it lies there as it is" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -38,12 +38,14 @@ RUN = {"config.yaml": "name: demo", "metrics.jsonl": '{"step": 1}\n', ".owner": 
 CHECKPOINT = {"checkpoints/1/state/d/0": "arrays", "checkpoints/1/meta/metadata": "{}"}
 
 
+@pytest.mark.parametrize("kind", ["objects", "folders"])
 @pytest.mark.fault(
     "address",
     "the machine is lost",
     "another one goes on from the last checkpoint that arrived",
 )
-def test_another_machine_gets_what_was_brought_there(tmp_path, address):
+def test_another_machine_gets_what_was_brought_there(tmp_path, address, kind):
+    address = address if kind == "objects" else f"file://{tmp_path}/bucket/run"
     here, there = Mirror(address, tmp_path / "here"), Mirror(address, tmp_path / "there")
     write(here.directory, RUN | CHECKPOINT | {"checkpoints/2.orbax-checkpoint-tmp/state/d/0": "half"})
     here.push()
@@ -144,7 +146,7 @@ def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, m
 
 @pytest.mark.fault(
     "address",
-    "two processes",
+    "two processes are started on it",
     "the owner rewrites an object every 15 seconds; whoever comes waits 45 seconds to see whether it lives. "
     "Of two that start within the same moment, the one that wrote last has it",
 )
