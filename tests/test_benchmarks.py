@@ -144,3 +144,12 @@ def test_verifiers_and_a_judge_are_timed(capsys):
     said = capsys.readouterr().out
     assert "endless: 0" in said
     assert "0 calls, nothing was" in said
+
+
+@pytest.mark.slow
+def test_the_demonstrations_of_rewards_that_train_nothing_run(tmp_path):
+    demonstrations = benchmark("demonstrations/rewards")
+    assert demonstrations.main(["tournament", "cycle", "--seeds", "1", "--output", str(tmp_path)]) == 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".svg"}
+    entropy = json.loads((tmp_path / "cycle.json").read_text())["panels"]["entropy, nats"]
+    assert entropy["SPO"][0][-1] > entropy["Bradley-Terry, fitted once"][0][-1]

@@ -152,7 +152,9 @@ METHODS = {
     "Step models": ("process_reward_model", "spa_rl"),
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
-    "Judges": ("llm_judge", "tp_grpo", "sotopia"),
+    "Judges": ("llm_judge", "generative_judge", "tp_grpo", "sotopia"),
+    "Scaffolds": ("rusca",),
+    "Tool calls": ("toolrl",),
     "Detectors": ("t2i_hacking",),
     "Embeddings": ("vlm_rm",),
 }
@@ -183,11 +185,12 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
+    "function_calls": ({"levels": [1]}, 8, 20),
     "sorting": ({"levels": [3]}, 15, 12),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 # Too hard for so small a policy: its recipes reward more than right answers.
-UNSOLVED = {"sorting"}
+UNSOLVED = {"sorting", "function_calls"}
 
 # What somebody wrote and judged: the lines of a file, by the kind of the source.
 JUDGED: dict[str, Any] = {
@@ -317,6 +320,7 @@ def policy(micro) -> Any:
         "countdown": "psr",
         "grid": "meow_tea_taro_grpo",
         "self_correction": "score",
+        "function_calls": "toolrl",
         "sorting": "verpo",
     }
 
