@@ -152,7 +152,7 @@ METHODS = {
     "Step models": ("process_reward_model", "spa_rl"),
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
-    "Judges": ("llm_judge", "generative_judge", "tp_grpo", "sotopia"),
+    "Judges": ("llm_judge", "tp_grpo", "sotopia"),
     "Scaffolds": ("rusca",),
     "Tool calls": ("toolrl",),
     "Detectors": ("t2i_hacking",),
@@ -185,7 +185,7 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
-    "function_calls": ({"levels": [1]}, 8, 20),
+    "function_calls": ({"levels": [1]}, 9, 22),
     "sorting": ({"levels": [3]}, 15, 12),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
@@ -234,7 +234,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
     if tree.get("data", {}).get("selection"):  # several arms
         chosen, longest_prompt = {**chosen, "levels": [1, 2]}, longest_prompt + 2
-    for text in tree.get("data", {}).get("templates", {}).values():
+    shown = [part.get("data", {}).get("templates", {}) for part in (tree, *tree.get("stages", []))]
+    for text in (text for templates in shown for text in templates.values()):
         longest_prompt = max(longest_prompt, len(text) + 10 * text.count("{body}"))
     rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
     rollout |= {"max_completion_tokens": longest + hint}
