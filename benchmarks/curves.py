@@ -75,7 +75,7 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
     tree["task"] |= {"train_items": 4000, "validation_items": 64, "test_items": 64} | size["task"]
     if tree["task"]["name"] == "addition" and own_levels:  # recipes whose effect needs several levels
         tree["task"]["levels"] = own_levels
-    else:
+    elif not tree.get("data", {}).get("templates"):
         rollout["max_prompt_tokens"] = size["prompt"]
     for part in (rollout, *(stage["rollout"] for stage in tree.get("stages", []) if "rollout" in stage)):
         if (limit := part.get("max_completion_tokens")) in size.get("completion", {}):
@@ -129,7 +129,7 @@ def supplied(tree: dict[str, Any], start: dict[str, Any], cache: Path) -> dict[s
     if teacher.get("path") == "teacher":
         warm = tree["warm_start"] | {"stop_at_accuracy": TEACHER_STOP, "steps": 3000}
         made = warm_started(tree | {"warm_start": warm, "networks": {}}, cache)
-        found = teacher | {"path": made["init_from"]["path"], "of": "policy"}
+        found = teacher | {"path": made["init_from"]["path"]}
         start = start | {"networks": tree["networks"] | {"teacher": found}}
     sources = start.get("source")
     for kind, entry in sources.items() if isinstance(sources, dict) else ():
@@ -148,10 +148,10 @@ def judged(run: Path, kind: str) -> Path:
     subject = evaluated(str(run))
     ready = prepared(one, subject)
     records = [each for batch in ready.records(subject.policy.params, ready.items, jax.random.key(0)) for each in batch]
-    lines = []
+    lines, end = [], subject.policy.tokenizer.decode(list(subject.policy.tokenizer.eos_ids))
     for record in records:
         whole = [each for each in record["samples"] if not each["truncated"]]
-        first = {each["correct"]: each["completion"] for each in reversed(whole)}
+        first = {each["correct"]: each["completion"].removesuffix(end) for each in reversed(whole)}
         if len(first) == 2:
             prompt, of_both = {"prompt": record["prompt"]}, [(first[True], 1.0), (first[False], 0.0)]
             lines += {
@@ -165,10 +165,14 @@ def judged(run: Path, kind: str) -> Path:
     return file
 
 
-def ran(tree: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
-    """The metrics of a run's steps."""
+def ran(tree: dict[str, Any], directory: Path) -> None:
+    """Take a run."""
     config = parse_config(tree | {"run_dir": str(directory)}, vocabulary_size=CharacterTokenizer().vocabulary_size)
     train(config, console=Console(quiet=True))
+
+
+def lines_of(directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's steps."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -192,8 +196,17 @@ def agrees(seeds: list[list[float | None]], direction: str) -> bool:
     return {"rises": last > first, "falls": last < first, "holds": last >= 0.75 * first}[direction]
 
 
-def measured(name: str, seeds: int, cache: Path, *, steps: int = STEPS, sequences: int = SEQUENCES) -> dict[str, Any]:
+def measured(
+    name: str, seeds: int, cache: Path, *, steps: int = STEPS, sequences: int = SEQUENCES, again: bool = True
+) -> dict[str, Any]:
     """The curves of a recipe.
+
+    Args:
+      name: of the recipe.
+      seeds: runs, from seed 0.
+      cache: where policies and runs are kept.
+      steps, sequences: size of a run.
+      again: take runs again that an interrupted measurement has finished.
 
     Returns:
       recipe, digest, steps, sequences, metrics: name -> for each seed the means of `BINS` parts of its run.
@@ -201,9 +214,11 @@ def measured(name: str, seeds: int, cache: Path, *, steps: int = STEPS, sequence
     tree = small(read_tree(shipped.recipe_path(name)), steps, sequences)
     start, runs = supplied(tree, warm_started(tree, cache), cache), []
     for seed in range(seeds):
-        directory = cache / "runs" / f"{name}-{seed}"
-        shutil.rmtree(directory, ignore_errors=True)
-        runs.append(ran(start | {"seed": seed}, directory))
+        directory = cache / "runs" / f"{name}-{seed}-{digest(start)}"
+        if again or not (directory / "summary.json").exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            ran(start | {"seed": seed}, directory)
+        runs.append(lines_of(directory))
     return recorded(name, runs, sequences)
 
 
@@ -252,7 +267,7 @@ def main(given: list[str] | None = None) -> int:
     for name in names:
         began = time.process_time()
         try:
-            found = measured(name, options.seeds, cache_directory(), steps=options.steps)
+            found = measured(name, options.seeds, cache_directory(), steps=options.steps, again=False)
         except Exception as error:  # a recipe that needs a file or a checkpoint of the user's own
             print(f"{name}: not measured: {str(error).splitlines()[0][:300]}", flush=True)
             failed += 1
@@ -260,6 +275,8 @@ def main(given: list[str] | None = None) -> int:
         finally:
             jax.clear_caches()
         (options.output / f"{name}.json").write_text(json.dumps(found) + "\n")
+        for finished in (cache_directory() / "runs").glob(f"{name}-[0-9]*"):
+            shutil.rmtree(finished)
         moved = {
             metric: f"{change(seeds)[0]:.4g} -> {change(seeds)[1]:.4g}" for metric, seeds in found["metrics"].items()
         }

@@ -1,15 +1,19 @@
 """A run that is killed again and again ends with the numbers of one that was not.
 
-    python benchmarks/kills.py --kills 50 [--processes 2] [CONFIG [section.key=value ...]]
+    python benchmarks/kills.py --kills 50 [--processes 2] [--work DIRECTORY] [CONFIG [section.key=value ...]]
 
-SIGKILL comes at random moments of a run: while it starts, compiles, steps, and writes checkpoints in the background.
-Each time the same command goes on with it. Metrics, samples, and every array of the last checkpoint are compared with
-those of a run without kills, bit for bit. Exit status 1 where something differs.
+SIGKILL comes in each phase of a run in turn, at a random moment of it: while it starts, while it compiles (with an
+empty store of programs), between steps, and while a checkpoint is written in the background. Each time the same command
+goes on with it. Metrics, samples, and every array of the last checkpoint are compared with those of a run without
+kills, bit for bit. Exit status 1 where something differs.
+
+What has been done is kept in `--work DIRECTORY`: with `--seconds` it is done in portions, each of which goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -18,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from jaxrl_llm.reporting.metric_table import OF_MACHINE
@@ -26,35 +32,97 @@ from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints, integrity
 
 ROOT = Path(__file__).parents[1]
-SMALL = [
-    *("warm_start.steps=10", "training.steps=10", "checkpoints.every_steps=2", "evaluation.problems=16"),
-    *("evaluation.every_steps=4", "reporting.samples_every_steps=3", "task.train_items=256"),
-]
+PHASES = ("start", "compile", "step", "write")
+SET_UP = b"sequences per update"  # is printed when the set-up is over, and what comes next is compiled
+SECONDS_OF_COMPILING, SECONDS_OF_A_STEP, SECONDS_OF_A_WRITE = 4.0, 0.2, 0.1
 
 
-def started(words: list[str], processes: int, log: Path) -> list[subprocess.Popen]:
-    """The processes of one start of the run."""
+@dataclass
+class Tally:
+    """What has been done: kills by phase, those that left a checkpoint half-written, lives, and those that differ."""
+
+    kills: dict[str, int] = field(default_factory=dict)
+    half_written: int = 0
+    lives: int = 0
+    different: list[str] = field(default_factory=list)
+    set_up_seconds: float = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self.kills.values())
+
+    def write(self, file: Path) -> None:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self)))
+        part.replace(file)
+
+
+def started(words: Sequence[str], processes: int, log: Path, programs: Path) -> list[subprocess.Popen]:
+    """The processes of one start of the run, which keep their programs in a folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     made = []
     for number in range(processes):
         several = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process-id", str(number)]
+        several += ["--start-timeout", "40"]  # one that was killed at once is not waited for longer
         command = [sys.executable, "-m", "jaxrl_llm", "train", *words, *(several if processes > 1 else [])]
         with log.open("ab") as out:
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
             made.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
     return made
 
 
-def ended(processes: list[subprocess.Popen], seconds: float | None) -> list[int]:
-    """Exit statuses; after so many seconds one of the processes is killed."""
-    until = None if seconds is None else time.monotonic() + seconds
+def half_written(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or were when the run was killed."""
+    found = set()
+    for path in (run / "checkpoints").glob("*orbax-checkpoint-tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # it may be finished meanwhile
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def lines(run: Path) -> int:
+    """How many steps are on record."""
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+def event(phase: str, run: Path, log: Path, draw: random.Random) -> Callable[[], bool]:
+    """() -> whether the phase has begun, in which a run that is started now is to be killed."""
+    if phase == "compile":
+        said = log.stat().st_size if log.is_file() else 0
+        return lambda: log.is_file() and SET_UP in log.read_bytes()[said:]
+    if phase == "step":
+        least = lines(run) + draw.randint(1, 4)
+        return lambda: lines(run) >= least
+    if phase == "write":
+        seen, number = half_written(run), draw.randint(1, 2)
+
+        def written() -> bool:
+            seen.update(half_written(run))
+            return len(seen) - before >= number and bool(half_written(run))
+
+        before = len(seen)
+        return written
+    return lambda: True
+
+
+def ended(processes: list[subprocess.Popen], begun: Callable[[], bool] | None = None, delay: float = 0.0) -> list[int]:
+    """Exit statuses; so many seconds after a phase has begun one of the processes is killed."""
+    until = None
     while any(process.poll() is None for process in processes):
-        if until is not None and time.monotonic() > until:
-            random.choice(processes).kill()
-            until = None
-        time.sleep(0.02)
+        if begun is not None and until is None and begun():
+            until = time.monotonic() + delay
+        if begun is not None and until is not None and time.monotonic() >= until:
+            random.choice([process for process in processes if process.poll() is None] or processes).kill()
+            begun = None
+        time.sleep(0.002)
     return [process.returncode for process in processes]
 
 
@@ -76,47 +144,90 @@ def numbers(run: Path) -> dict[str, object]:
     }
 
 
+def whole_run(words: list[str], processes: int, folder: Path, tally: Tally) -> dict[str, object]:
+    """Numbers of a run without kills; the second start of one tells how long the set-up takes."""
+    for name in ("warm", "whole"):  # the first fills the store of programs
+        run, log = folder / name, folder / f"{name}.log"
+        if (run / "summary.json").is_file():
+            continue
+        begun, began = event("compile", run, log, random.Random()), time.monotonic()
+        made = started([*words, f"run_dir={run}", "--resume-if-started"], processes, log, folder / "programs")
+        while not begun() and any(process.poll() is None for process in made):
+            time.sleep(0.02)
+        tally.set_up_seconds = time.monotonic() - began
+        statuses = ended(made)
+        assert statuses == [0] * processes, f"{statuses}: {log.read_text()[-2000:]}"
+        tally.write(folder / "tally.json")
+    return numbers(folder / "whole")
+
+
+def lived(words: list[str], processes: int, folder: Path, tally: Tally, most: int, until: float) -> str | None:
+    """Kill and start a run until it is done; "", what it ended with that was no kill, or None where time is over."""
+    run, log, draw = folder / f"killed{tally.lives}", folder / "killed.log", random.Random()
+    words = [*words, f"run_dir={run}", "--resume-if-started"]
+    while time.monotonic() < until:
+        draw.seed(f"{tally.count} {tally.lives}")
+        phase, begun = PHASES[tally.count % len(PHASES)], None
+        longest = {
+            "start": tally.set_up_seconds,
+            "compile": SECONDS_OF_COMPILING,
+            "step": SECONDS_OF_A_STEP,
+            "write": SECONDS_OF_A_WRITE,
+        }[phase]
+        if tally.count < most:
+            begun = event(phase, run, log, draw)
+        with tempfile.TemporaryDirectory() as empty:
+            cold = phase == "compile" and begun is not None
+            made = started(words, processes, log, Path(empty) if cold else folder / "programs")
+            left = half_written(run)
+            statuses = ended(made, begun, draw.uniform(0, longest))
+        if statuses == [0] * processes:
+            return ""
+        if -9 not in statuses:
+            return f"ended with {statuses}: {log.read_text()[-2000:]}"
+        tally.kills[phase] = tally.kills.get(phase, 0) + 1
+        tally.half_written += bool(half_written(run) - left)
+        tally.write(folder / "tally.json")
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "words", nargs="*", metavar="CONFIG [key=value ...]", default=[str(ROOT / "configs" / "demo.yaml"), *SMALL]
-    )
+    own = [str(ROOT / "benchmarks" / "kills.yaml")]
+    parser.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]", default=own)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="where a command that was broken off goes on")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of a portion; 1 start more may end in it")
     options = parser.parse_args(arguments)
-    random.seed(options.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        run = lambda name: [*options.words, f"run_dir={folder}/{name}", "--resume-if-started"]  # noqa: E731
-        ended(started(run("warm"), options.processes, log), None)  # fills the store of compiled programs
-        began = time.monotonic()
-        statuses = ended(started(run("whole"), options.processes, log), None)
-        whole, expected = time.monotonic() - began, numbers(Path(folder) / "whole")
-        assert statuses == [0] * options.processes, statuses
-        kills = lives = wrong = 0
-        while kills < options.kills:
-            lives += 1
-            words, done = run(f"killed{lives}"), False
-            while not done:
-                left = kills < options.kills
-                made = started(words, options.processes, log)
-                statuses = ended(made, random.uniform(0.2, 1.2) * whole if left else None)
-                killed = -9 in statuses
-                kills += killed
-                done = statuses == [0] * options.processes
-                if not done and not killed:
-                    print(f"ended with {statuses}: {log.read_text()[-2000:]}")
-                    return 1
-            found = numbers(Path(folder) / f"killed{lives}")
+    until = time.monotonic() + options.seconds
+    with tempfile.TemporaryDirectory() as kept:
+        folder = (options.work or Path(kept)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "tally.json"
+        tally = Tally(**json.loads(file.read_text())) if file.is_file() else Tally()
+        expected = whole_run(options.words, options.processes, folder, tally)
+        while tally.count < options.kills:
+            failed = lived(options.words, options.processes, folder, tally, options.kills, until)
+            if failed is None:
+                print(f"{tally.count} kills so far; the same command with --work {folder} goes on")
+                return 0
+            if failed:
+                print(failed)
+                return 1
+            found = numbers(folder / f"killed{tally.lives}")
             differ = [name for name in expected if found[name] != expected[name]]
-            wrong += bool(differ)
-            print(
-                f"run {lives}: after {kills} kills {'differs in ' + ', '.join(differ) if differ else 'is equal'}",
-                flush=True,
-            )
-        print(f"{kills} kills over {lives} runs of {options.processes} processes: {wrong} runs differ")
-    return int(wrong > 0)
+            tally.different += [f"run {tally.lives}: {', '.join(differ)}"] * bool(differ)
+            said = f"differs in {', '.join(differ)}" if differ else "is equal"
+            print(f"run {tally.lives}: after {tally.count} kills {said}", flush=True)
+            tally.lives += 1
+            tally.write(file)
+        by_phase = ", ".join(f"{phase} {count}" for phase, count in Counter(tally.kills).items())
+        print(
+            f"{tally.count} kills ({by_phase}; {tally.half_written} left a checkpoint half-written) over "
+            f"{tally.lives} runs of {options.processes} processes: {len(tally.different)} runs differ"
+        )
+    return int(bool(tally.different))
 
 
 if __name__ == "__main__":

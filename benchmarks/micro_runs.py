@@ -313,13 +313,23 @@ def differing_arrays(kind: str, old: list[str], new: list[str]) -> list[Differen
     return [("last checkpoint", kind, *only)]
 
 
+def lasting(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics without what a clock or the machine says, which is never the same."""
+    from jaxrl_llm.reporting.metric_table import OF_MACHINE
+
+    return [
+        {name: value for name, value in line.items() if name not in OF_MACHINE and not name.startswith("seconds/")}
+        for line in lines
+    ]
+
+
 def compared(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     """Every difference of two micro-runs of a recipe."""
     if "failed" in old or "failed" in new:
         of = [one.get("failed", "ran").strip().splitlines()[-1][:120] for one in (old, new)]
         return [("run", "failed", *of)]
     return [
-        *differing_rows(METRICS, old["metrics"], new["metrics"]),
+        *differing_rows(METRICS, lasting(old["metrics"]), lasting(new["metrics"])),
         *differing_rows(SAMPLES, old["samples"], new["samples"]),
         *differing(SUMMARY, old["summary"], new["summary"]),
         *differing_arrays("policy", old["policy"], new["policy"]),

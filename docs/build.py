@@ -1,7 +1,8 @@
 """Writes the generated pages of docs/: python docs/build.py. Tests hold that they are up to date.
 
 docs/methods.md comes from docstrings and recipes; `gallery` has docs/gallery.md, `reference` has docs/fields.md,
-docs/metrics.md, docs/formats.md and the tables of docs/engine.md and docs/models.md.
+docs/metrics.md, docs/formats.md and the tables of docs/engine.md and docs/models.md; `faults` has
+those of docs/survival.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import api
 import config_reference
+import faults
 import gallery
 import reference
 import yaml
@@ -183,7 +185,7 @@ def main() -> int:
         reference.FORMATS_PAGE: reference.formats_page,
     }
     pages |= {config_reference.CONFIG_PAGE: config_reference.config_page, api.API_PAGE: api.api_page}
-    pages |= {gallery.GALLERY_PAGE: gallery.gallery_page}
+    pages |= {gallery.GALLERY_PAGE: gallery.gallery_page, faults.SURVIVAL_PAGE: faults.survival_page}
     written = {path: made() for path, made in pages.items()} | gallery.drawings()
     for path, text in written.items():
         path.write_text(text)

@@ -29,6 +29,7 @@ FAMILIES = {
     "preferences": "Preferences",
     "curricula": "Curricula",
     "distillation": "Distillation",
+    "hybrids": "Supervision beside reinforcement, self-training",
 }
 # Of these most recipes have one; the page of methods has their formulas.
 GREEK = {"alpha", "beta", "gamma", "lam", "eps", "mask"}

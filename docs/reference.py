@@ -11,6 +11,7 @@ from pathlib import Path
 
 from blocks import escaped, markdown_table
 
+from jaxrl_llm import rewards
 from jaxrl_llm.data import jsonl, written
 from jaxrl_llm.evaluation import benchmark_formats
 from jaxrl_llm.fields import FIELDS, PROVIDERS, Field
@@ -18,6 +19,7 @@ from jaxrl_llm.models.families import FAMILIES, VISION_LANGUAGE
 from jaxrl_llm.reporting import file_columns, metric_table
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.capabilities import CAPABILITIES, ROWS, SAMPLERS
+from jaxrl_llm.rollout.plans import further_rows
 from jaxrl_llm.training import checks
 
 DOCS = Path(__file__).parent
@@ -38,7 +40,6 @@ REFUSED_MODELS: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen3MoeForCausalLM", {"mlp_only_layers": [1]}, "blocks without experts between others; first ones may be so"),
     ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}, "likewise"),
     ("DeepseekV3ForCausalLM", {"attention_bias": True}, "latent attention has no biases here"),
-    ("Gemma4ForCausalLM", {"enable_moe_block": True}, "experts beside the MLP"),
     ("GptOssForCausalLM", {"swiglu_alpha": 1.0}, "one gain of the clamped SwiGLU"),
 ]
 BEGIN, END = "<!-- capabilities: written by docs/build.py -->", "<!-- end of capabilities -->"
@@ -96,8 +97,10 @@ TITLES = {
     "environment": "Conversations",
     "engine": "Engines",
     "greedy_baseline": "Plans: greedy_baseline",
+    "continued_steps": "Plans: continued_steps",
     "mixed_temperature": "Plans: mixed_temperature",
     "paraphrased": "Plans: paraphrased",
+    "further": "Plans of several rounds",
     "adaptive": "Plans: adaptive",
     "written": "Written rows",
     "held out": "Written rows of the validation split",
@@ -125,6 +128,11 @@ REFUSED = (
         "minibatches or microbatches, with a loss that names `group`",
         "a plan with groups of different sizes",
         ("equal_groups",),
+    ),
+    (
+        "a reading; `data.selection`",
+        "a plan that finishes the rows of the step before",
+        ("prompts_of_step",),
     ),
     ("an environment", "`rollout.engine`", ("conversations",)),
     ("`rollout.engine`; an environment in Python", "several processes", ("one_process",)),
@@ -237,6 +245,29 @@ def every_plan() -> dict[str, tuple[plans.Plan, tuple[str, ...]]]:
         "mixed_temperature": plans.mixed_temperature(plain, samples_per_prompt=4, prompt_share=0.5, temperature=1.2),
         "paraphrased": plans.paraphrased(plain),
         "resume": plans.resume(plain, choose=plans.last_share, samples_per_prompt=6, branches=2, encode=None, **sizes),
+        "continued_steps": plans.continued_steps(
+            plain, choose=rewards.separated_turns, samples_per_prompt=4, max_turns=2
+        ),
+        "demonstration_prefix": plans.demonstration_prefix(
+            plain, samples_per_prompt=6, branches=2, total_steps=1, **sizes
+        ),
+        "helped": plans.helped(plain, samples_per_prompt=6, branches=2, prompts="failed"),
+        "under_view": plans.under_view(plain),
+        "purified": plans.purified(plain, failed=plans.turns_below, pad_id=0),
+        "partial_rollouts": plans.partial_rollouts(
+            plain,
+            samples_per_prompt=4,
+            prompts_per_step=1,
+            max_prompt_tokens=2,
+            max_completion_tokens=8,
+            pad_id=0,
+            tokens_per_step=4,
+        ),
+        "tree_search": plans.tree_search(plain, samples_per_prompt=4, pad_id=0, encode=lambda text: [1], step_end="a"),
+        "parallel_threads": plans.parallel_threads(
+            plain, samples_per_prompt=12, branches=8, max_completion_tokens=8, pad_id=0, encode=lambda text: [ord(text)]
+        ),
+        "early_abort": plans.early_abort(plain, lost=plans.mean_entropy_above, after_tokens=4),
         "greedy_baseline": plans.greedy_baseline(plain, temperature=1.0),
     }
     inside = {name: _needs_inside(getattr(plans, name)) for name in made}
@@ -244,7 +275,9 @@ def every_plan() -> dict[str, tuple[plans.Plan, tuple[str, ...]]]:
 
 
 def _needs_inside(function) -> tuple[str, ...]:
-    found = re.search(r"require_inside\(\"\w+\", inner,([^)]*)\)", inspect.getsource(function))
+    source = inspect.getsource(function)
+    source = source if "further(" not in source else inspect.getsource(further_rows)
+    found = re.search(r"require_inside\((?:\"\w+\"|name), inner,([^)]*)\)", source)
     return tuple(re.findall(r"\w+", found[1])) if found else ()
 
 

@@ -28,15 +28,26 @@ _SECTION_NEEDS = {
     ("views",): "views",
     ("data", "selection"): "choice of prompts",
 }
-_SOURCE_NEEDS = {"replay": "replay", "solved_answers": "stored answers", "demonstrations": "demonstrations"}
+_SOURCE_NEEDS = {
+    "replay": "replay",
+    "solved_answers": "stored answers",
+    "demonstrations": "demonstrations",
+    "hardest": "demonstrations",
+}
 _PLAN_NEEDS = {
     "demonstration_in_group": "demonstrations",
     "mixed_temperature": "extra samples",
     "prefixes": "prefixes",
     "greedy_baseline": "greedy sample",
     "paraphrased": "paraphrases",
+    "demonstration_prefix": "demonstrations",
+    "helped": "privileged prompts",
+    "under_view": "privileged prompts",
+    "purified": "environment",
+    "tree_search": "value model",
     "scaffolded": "scaffolds",
 }
+_TWO_ROUNDS = ("resume", "parallel_threads", "demonstration_prefix", "helped")
 EVERY_NEED = (
     *every_need(),
     *(
@@ -63,6 +74,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step"), 2),
     **dict.fromkeys(("total_steps", "seed", "prompt_ids"), 2),
     "reward_names": (),
+    "encode": lambda text: [ord(symbol) for symbol in text],
 }
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 
@@ -289,7 +301,13 @@ def _config_needs(tree: dict[str, Any]) -> set[str]:
     for plan in _plan_entries(tree):
         name = _named(plan)
         found |= {_PLAN_NEEDS[name]} if name in _PLAN_NEEDS else set()
-        found |= {"several rounds"} if name in ("refill", "adaptive") else {"branches"} if name == "resume" else set()
+        found |= (
+            {"several rounds"}
+            if name in ("refill", "adaptive", "tree_search")
+            else {"branches"}
+            if name in _TWO_ROUNDS
+            else set()
+        )
     return found | ({"stages"} if tree.get("stages") else set())
 
 

@@ -50,8 +50,7 @@ class Field(NamedTuple):
     need: str = ""
 
 
-# What an entry of credit fills under such a name is logged: a number, or a row's, of which the mean over rows that
-# count and know it is taken.
+# What credit fills under such a name is logged: one number, or the mean of a row's over rows that count and know it.
 METRIC = "metric/"
 # Who provides names, and what a user has to do where nothing does.
 PROVIDERS = {
@@ -66,8 +65,10 @@ PROVIDERS = {
     "held out": "written rows of the validation split provide it (source: {demonstrations: {validation: true}})",
     "greedy_baseline": "the plan greedy_baseline provides it",
     "paraphrased": "the plan paraphrased provides it",
+    "further": "a plan of several rounds provides it (resume, helped, demonstration_prefix, parallel_threads)",
     "mixed_temperature": "groups at another temperature provide it (rollout.plan: mixed_temperature)",
     "adaptive": "the plan adaptive provides it",
+    "continued_steps": "the plan continued_steps provides it",
     "network": "a network provides it",
     "head": "a critic provides it: a network with a head, which networks may configure",
     "learner": "losses alone can name it: it is of the network that learns",
@@ -110,6 +111,7 @@ _ROWS: Any = (
     ("answer_id", "row", "credit", "equal where answers are equal, -1 for none", -1.0, True),
     ("budget", "row", "credit", "tokens that a row is allowed", 0.0, True),
     ("answer_weight", "row", "credit", "factor of the loss on the reference answer of a row", 0.0, True),
+    ("longest_path", "row", "credit", "tokens of the longest path through a text with threads", 0.0, True),
     ("well_formed", "row", "credit", "1 where an answer can be read", 0.0, True),
     ("confidence", "row", "credit", "stated probability of the answer; NaN for none", float("nan"), True),
     ("perplexity", "row", "credit", "of the reference answer after the thought; infinite for none", 0.0, True),
@@ -117,12 +119,15 @@ _ROWS: Any = (
     ("tempered_logprobs", "token", "credit", "log-probabilities at another temperature", 0.0, True),
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
     ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0 is none", 0.0, True),
+    ("position_entropy", "row", "credit", "entropy of what follows the prompt in the data", float("nan"), True),
     ("kl_anchor", "row", "credit", "how far the policy has moved on average, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
     ("demonstration_length", "row", "data", "real tokens of the reference completion"),
     ("paraphrase_tokens", "prompt", "data", "the problem in other words, left-padded"),
     ("paraphrase_length", "row", "data", "real tokens of that"),
+    ("privileged_tokens", "prompt", "data", "the prompt with what sampling alone is told, left-padded"),
+    ("privileged_length", "row", "data", "real tokens of that"),
     ("scaffold_tokens", "prompt", "data", "the prompt with the criteria of its rubric, left-padded"),
     ("scaffold_length", "row", "data", "real tokens of that"),
     ("source_id", "row", "data", "number of the source of a mixture that the prompt is of, -1 for none", -1.0),
@@ -134,19 +139,26 @@ _ROWS: Any = (
     # engines, plans, written rows
     ("staleness", "row", "engine", "steps between the policy that sampled a row and the one that learns from it"),
     ("baseline_rewards", "row", "greedy_baseline", "reward of the prompt's greedy completion"),
+    ("branch", "row", "further", "1 for rows that were drawn after others of their group, in a second round"),
+    ("trajectory", "row", "further", "row of the whole text that a row belongs to"),
+    ("thread_weight", "row", "further", "1 for rows of threads that are there"),
     ("paired_group", "row", "paraphrased", "group of the same problem in other words, -1 for none", -1.0),
     ("extra", "row", "mixed_temperature", "whether the row was drawn at the other temperature"),
+    ("successes", "vector", "continued_steps", "right continuations from behind each step"),
+    ("continuations", "vector", "continued_steps", "continuations from behind each step"),
     ("label", "row", "adaptive", "1 where the reward is above the threshold"),
     ("pool_mean", "row", "adaptive", "mean label of all samples of the prompt"),
     ("pool_count", "row", "adaptive", "samples of the prompt"),
     ("written_mask", "token", "written", "1 on tokens that were written and are learned from; in a loss, times weight"),
     ("stored_logprobs", "token", "written", "log-probabilities of the policy that wrote a stored answer"),
     ("validation", "row", "held out", "1 on rows that are only measured on"),
+    ("top_tokens", "token", "written", "likeliest tokens of a stored distribution, in each place; -1 for fewer"),
+    ("top_logprobs", "token", "written", "their log-probabilities"),
     ("preferred", "row", "written", "1 for a pair's better row, 0 for the other; a label of a single row", -1.0, True),
     ("rating", "row", "written", "number that somebody gave the row", float("nan")),
     ("margin", "row", "written", "how much better the preferred row of a pair is said to be", 0.0, True),
     ("rank", "row", "written", "place of the row in its group, 0 is best", -1.0),
-    ("step_labels", "token", "written", "label of each step, on its last token; NaN elsewhere", float("nan")),
+    ("step_labels", "token", "written", "label of each step, on its last token; NaN elsewhere", float("nan"), True),
     # what networks say, beside the rules
     ("hidden", "vector", "network", "the policy's hidden state that predicts each token, as the step found it"),
     ("prompt_logprobs", "prompt", "network", "log-probability of each prompt token after the first"),
@@ -200,25 +212,17 @@ _NEEDS = {
     "preferences": "preferences",
     "answer_id": "answer ids",
     "budget": "budgets",
-    "alignment": "meta-gradient",
-    "validation_gradient": "meta-gradient",
-    "demonstration_tokens": "demonstrations",
-    "demonstration_length": "demonstrations",
-    "paraphrase_tokens": "paraphrases",
-    "paraphrase_length": "paraphrases",
-    "paired_group": "paraphrases",
-    "scaffold_tokens": "scaffolds",
-    "scaffold_length": "scaffolds",
-    "source": "demonstrations",
-    "written_mask": "demonstrations",
+    "privileged_tokens": "privileged prompts",
+    "branch": "branches",
     "stored_logprobs": "stored answers",
-    "preferred": "judged rows",
-    "rating": "judged rows",
-    "margin": "judged rows",
-    "rank": "judged rows",
-    "step_labels": "judged rows",
     "router_probabilities": "experts",
     **dict.fromkeys(("completions", "prompts", "answers", "items", "completion", "prompt", "answer", "item"), "host"),
+    **dict.fromkeys(("demonstration_tokens", "demonstration_length", "source", "written_mask"), "demonstrations"),
+    **dict.fromkeys(("paraphrase_tokens", "paraphrase_length", "paired_group"), "paraphrases"),
+    **dict.fromkeys(("scaffold_tokens", "scaffold_length"), "scaffolds"),
+    **dict.fromkeys(("top_tokens", "top_logprobs"), "stored distributions"),
+    **dict.fromkeys(("alignment", "validation_gradient"), "meta-gradient"),
+    **dict.fromkeys(("preferred", "rating", "margin", "rank", "step_labels"), "judged rows"),
 }
 FIELDS: dict[str, Field] = {row[0]: Field(*row)._replace(need=_NEEDS.get(row[0], "")) for row in _ROWS}
 # Columns of the data whose texts are further prompts of the same problem: `<column>_tokens` and `<column>_length`.

@@ -26,11 +26,13 @@ class Written:
       rows_per_group: that follow one another and belong together, such as the two of a pair; beside a rollout, its
         samples of a prompt.
       provides: names that these rows know beside the facts, such as `stored_logprobs` or `preferred`.
+      widths: (name, numbers a row, or a token) of those that have several, such as the ratings of attributes.
     """
 
     rows: int
     rows_per_group: int = 1
     provides: frozenset[str] = frozenset()
+    widths: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
         if self.rows < 1 or self.rows % self.rows_per_group:
@@ -80,6 +82,41 @@ class Replay:
     def groups(self) -> int:
         """Groups that are replayed in a step."""
         return round(self.share / (1 - self.share) * self.prompts_per_step)
+
+
+@dataclass(frozen=True)
+class Hardest:
+    """A source of demonstrations for prompts that no sample solved: kept until there are enough, then learned from.
+
+    Attributes:
+      rows: demonstrations that learn together, a multiple of `rows_per_group`.
+      capacity: demonstrations that wait at most; the oldest are dropped.
+      rows_per_group: samples of a prompt, of those that they learn beside.
+      max_prompt_tokens, max_answer_tokens: widths of the stored prompts and reference answers.
+    """
+
+    rows: int
+    capacity: int
+    rows_per_group: int
+    max_prompt_tokens: int
+    max_answer_tokens: int
+
+    def __post_init__(self):
+        if self.rows < 1 or self.rows % self.rows_per_group:
+            raise ValueError(
+                f"source.hardest.sequences_per_pass is {self.rows}, which rollout.samples_per_prompt "
+                f"{self.rows_per_group} does not divide; written rows learn in groups of that size, so take a multiple"
+            )
+        if self.capacity < self.rows:
+            raise ValueError(
+                f"source.hardest.capacity is {self.capacity}, less than the {self.rows} demonstrations that learn "
+                "together; raise it"
+            )
+
+    @property
+    def groups(self) -> int:
+        """Groups that join a batch."""
+        return self.rows // self.rows_per_group
 
 
 def empty_rows(rows: int, prompt_width: int, answer_width: int, width: int) -> Experience:

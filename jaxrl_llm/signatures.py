@@ -76,7 +76,7 @@ def call(function: Callable | Method, provided: Mapping[str, Any], memory: Any =
     return function(**data)
 
 
-def renamed(function: Callable | Method, **other: str) -> Any:
+def renamed(function: Callable | Method, /, **other: str) -> Any:
     """The function, reading data of other names: renamed(kl_estimate, reference_logprobs="teacher_logprobs").
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import TEXT, compared_with
-from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, require_ranges
+from jaxrl_llm.ranges import Count, Natural, NonNegative, PositiveShare, Share, require_ranges
 from jaxrl_llm.signatures import name_of, names, on_host, required
 
 
@@ -116,9 +116,10 @@ class View:
     """A function that makes another sequence of each row, whose tokens networks score, or write.
 
     Attributes:
-      function: of named data, returns `Sequences`. One that names text runs on the host and returns a pair (prompt,
-        completion) a row, as texts or lists of token ids, or None for a row that has none: its mask is 0 throughout.
-        Of a view that is written it returns the prompt alone.
+      function: of named data, returns `Sequences`, or `Branches` for several sequences that go on from the row. One
+        that names text runs on the host and returns a pair (prompt, completion) a row, as texts or lists of token ids,
+        or None for a row that has none: its mask is 0 throughout. Of a view that is written it returns the prompt
+        alone.
       max_prompt_tokens: width of the prompts of a view on the host; None is room for a row's prompt and completion.
       max_completion_tokens: width of what is scored there; None is that of a row's completion.
       name: set by the composition.
@@ -183,6 +184,10 @@ class Update:
       epochs_per_batch: passes over the batch.
       minibatches_per_epoch: optimiser updates a pass; each takes whole groups.
       sequences_per_microbatch: rows differentiated at once; None takes a whole minibatch.
+      packing: rows are packed into bins for passes over them: numbers of bins as shares of the rows, of which a batch
+        takes the smallest that holds it; empty packs nothing.
+      completion_buckets: widths that completions are trimmed to for passes over them; a batch takes the smallest that
+        holds it. Empty trims nothing.
       freeze_policy_steps: first steps in which only other networks learn.
       alignment_every_steps: steps between two measurements of `alignment`; 0 never measures it.
       alignment_learning_rate: the step size that it is measured for.
@@ -191,12 +196,19 @@ class Update:
     epochs_per_batch: Count = 1
     minibatches_per_epoch: Count = 1
     sequences_per_microbatch: Count | None = None
+    packing: tuple[PositiveShare, ...] = ()
+    completion_buckets: tuple[Count, ...] = ()
     freeze_policy_steps: Natural = 0
     alignment_every_steps: Natural = 0
     alignment_learning_rate: NonNegative = 1e-4
 
     def __post_init__(self):
         require_ranges(self, "update")
+        if self.packing and self.completion_buckets:
+            raise ValueError(
+                "training.packing and training.completion_buckets are both set, but packed rows have no padding that "
+                "could be trimmed; leave one of them out"
+            )
 
 
 def reward_term(term: Reward | Callable[..., Any] | tuple[Callable[..., Any], float]) -> Reward:

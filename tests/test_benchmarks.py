@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 def benchmark(name: str):
     """A benchmark as a module; the folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -133,8 +135,8 @@ def test_a_worker_that_fails_says_why(beside_benchmarks, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_runs_that_are_killed_at_random_moments_are_equal(micro_yaml, capsys, processes):
-    assert benchmark("kills").main([str(micro_yaml), "--kills", "3", "--processes", str(processes)]) == 0
+def test_runs_that_are_killed_in_each_phase_are_equal(micro_yaml, capsys, processes):
+    assert benchmark("kills").main([str(micro_yaml), "--kills", "4", "--processes", str(processes)]) == 0
     assert "runs differ" in capsys.readouterr().out
 
 
@@ -153,3 +155,16 @@ def test_the_demonstrations_of_rewards_that_train_nothing_run(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".svg"}
     entropy = json.loads((tmp_path / "cycle.json").read_text())["panels"]["entropy, nats"]
     assert entropy["SPO"][0][-1] > entropy["Bradley-Terry, fitted once"][0][-1]
+
+
+@pytest.mark.slow
+def test_packing_and_trimming_are_timed_beside_padding(tmp_path):
+    written = tmp_path / "packing.json"
+    sizes = {"rows": 4, "prompt": 16, "width": 16, "model-width": 16, "layers": 1, "batches": 2}
+    figures = benchmark("packing").main(
+        [part for name, value in sizes.items() for part in (f"--{name}", str(value))] + ["--json", str(written)]
+    )
+    assert json.loads(written.read_text()) == figures
+    for name, one in figures.items():
+        assert one["ratio"] > 0
+        assert one["loss"][name] == pytest.approx(one["loss"]["padded"], rel=1e-5)

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrl_llm import catalogue
+from jaxrl_llm import catalogue, shipped
+from jaxrl_llm.config import read_tree
 
-MEASURED = ("grpo", "psr", "nsr", "copo", "pass_at_k", "vocabulary_js")
+MEASURED = ("grpo", "psr", "nsr", "copo", "pass_at_k", "vocabulary_js", "ppo", "mapo", "epo", "dler")
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +62,17 @@ def test_a_curve_is_the_mean_of_parts_of_a_run(curves):
     lines = [{"reward": float(i)} for i in range(40)]
     assert curves.binned(lines, "reward", bins=4) == [4.5, 14.5, 24.5, 34.5]
     assert curves.binned(lines[:20] + [{}] * 20, "reward", bins=2) == [9.5, None]
+
+
+def test_a_curve_starts_where_what_a_recipe_shows_is_first_measured(curves):
+    reinforced = [{"loss": 1.0, "truncated_share": 0.5 - 0.01 * i, "correct_share": 0.5} for i in range(40)]
+    found = curves.recorded("dler", [[{"loss": 2.0}] * 10 + reinforced], 256)
+    assert found["steps"] == 40
+    assert found["metrics"]["truncated_share"][0][0] == 0.495
+
+
+def test_small_problems_have_thoughts_that_their_limits_cut(curves):
+    tree = curves.small(read_tree(shipped.recipe_path("dler")))
+    assert tree["task"]["levels"] == [2, 3, 4]
+    assert tree["rollout"]["max_completion_tokens"] == 32
+    assert tree["stages"][1]["rollout"]["max_completion_tokens"] == 24  # a thought of four steps has 29 tokens

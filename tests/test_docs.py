@@ -33,7 +33,7 @@ def beside_each_other():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(DOCS))
         yield
-        for name in ("api", "blocks", "config_reference", "formulas", "reference"):
+        for name in ("api", "blocks", "config_reference", "faults", "formulas", "reference"):
             sys.modules.pop(name, None)
 
 
@@ -168,6 +168,7 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
         ("api", "api_page", "api"),
         ("reference", "metrics_page", "metrics"),
         ("reference", "formats_page", "formats"),
+        ("faults", "survival_page", "survival"),
     ],
 )
 def test_generated_references_are_up_to_date(build, module, page, name):

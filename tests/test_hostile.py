@@ -16,7 +16,7 @@ import pytest
 import jaxrl_llm
 from jaxrl_llm.bounds import file_bytes, natural, parsed_json, shown
 from jaxrl_llm.config import ConfigError, load_config, parse_config
-from jaxrl_llm.data import fields_of, load_tokenizer, problem_sets
+from jaxrl_llm.data import fields_of, load_tokenizer, problem_sets, tasks
 from jaxrl_llm.data.chat import ChatTemplate
 from jaxrl_llm.data.written import judged_groups
 from jaxrl_llm.evaluation.suites import read_suite
@@ -24,6 +24,7 @@ from jaxrl_llm.models.families import FAMILIES, config_from_json
 from jaxrl_llm.models.weights import load_model
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, parsed_number
 from jaxrl_llm.run.setup import parts
+from jaxrl_llm.signatures import renamed
 from jaxrl_llm.terms import Update
 from jaxrl_llm.training import Network, Rollout
 from tests.test_benchmarks import benchmark
@@ -139,6 +140,9 @@ def test_dates_are_text_and_overrides_are_read_the_same_way(tmp_path, micro_conf
             ["task.name=grid", "environment={max_turn_tokens: 0}"],
             "environment.max_turn_tokens is 0; it must be at least",
         ),
+        (["task.name=grid", "environment={task: 1}"], "option 'task' of the environment grid_navigation is unknown"),
+        (["credit=[{advantages: {group_normalized: {reads: {rewards: 1.0}}}}]"], r"reads is \{'rewards': 1.0\}; write"),
+        (["credit=[{advantages: {group_normalized: {reads: {rewards: {a: b}}}}}]"], "the name to read"),
         (["training.optimizer={sgd: {momentum: x}}"], "training.optimizer.sgd.momentum is 'x'; it must be a number"),
         (["networks={value: {head: {outputs: x}}}"], "networks.value.head.outputs .*: .*integer"),
         (["networks={value: {head: {layers: 3}}}"], "networks.value.head"),
@@ -157,6 +161,10 @@ def test_values_of_the_wrong_type_are_refused_when_a_step_is_built(micro_config,
 @pytest.mark.parametrize(
     ("made", "message"),
     [
+        # Options that are called like a parameter of what takes them.
+        (lambda: fields_of("prompt", **{"format": "x"}), "there is no field 'format' to map"),
+        (lambda: renamed(parsed_number, **{"function": "x"}), "reads no 'function'"),
+        (lambda: tasks.task("addition", **{"name": "x"}), "task 'addition' has no option 'name'"),
         (lambda: Update(epochs_per_batch=0), "update.epochs_per_batch is 0"),
         (lambda: Update(sequences_per_microbatch=-1), "update.sequences_per_microbatch is -1"),
         (lambda: Update(alignment_learning_rate=float("nan")), "update.alignment_learning_rate is nan"),

@@ -17,6 +17,7 @@ import pytest
 from jaxrl_llm import shipped
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.fields import compared_with
 from jaxrl_llm.losses import negative_log_likelihood
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.export import save_model
@@ -41,6 +42,8 @@ AMONG_THE_FAST = ["grpo", "ppo", "score"]
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
 TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo", "rto"}
 TRAINED_ELSEWHERE |= {"llm_judge"}
+TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo", "metacognitive_reuse"}
+TRAINED_ELSEWHERE |= {"math_shepherd"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -64,6 +67,7 @@ METHODS = {
     "RiskPO": ("riskpo",),
     "Lp-Reg": ("lp_reg",),
     "MAPO": ("mapo", "mapo_batch"),
+    "Credit of steps": ("igpo", "lare", "math_shepherd", "salt", "thought_process", "tree_rl", "vine_ppo"),
     "ProGRPO": ("progrpo",),
     "GRPO-lambda": ("grpo_lambda",),
     "DLER": ("dler",),
@@ -112,10 +116,11 @@ METHODS = {
     "Scored text": ("phf_conditional", "phf_unlikelihood", "phf_awr"),
     "Judges of their own": ("spark", "urpo"),
     "KEPO": ("kepo",),
+    "Dynamic reward weighting": ("drw_hypervolume",),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
-    "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_grpo"),
+    "Meow-Tea-Taro": ("meow_tea_taro", "meow_tea_taro_budget", "meow_tea_taro_grpo"),
     "VeriFree": ("verifree",),
     "NOVER": ("nover",),
     "RLCR": ("rlcr",),
@@ -136,6 +141,17 @@ METHODS = {
     "Pass rates": ("acereason", "guru", "learnability", "rif_rft"),
     "One-shot RLVR": ("one_shot_rlvr",),
     "TopoCurate": ("topocurate",),
+    "Prefix-RFT": ("prefix_rft",),
+    "ExPO": ("expo",),
+    "R3L": ("r3l",),
+    "CLEANER": ("cleaner",),
+    "Agent-RLVR": ("agent_rlvr",),
+    "Early abort": ("early_abort",),
+    "ThreadWeaver": ("threadweaver",),
+    "ReST-MCTS*": ("rest_mcts",),
+    "Partial rollouts": ("partial_rollouts",),
+    "Metacognitive reuse": ("metacognitive_reuse",),
+    "Composition": ("compose",),
     "Templates": ("ppe", "prompt_augmentation", "re2"),
     "Co-Reward": ("co_reward",),
     "Verifiers": ("exact_match_f1", "format_think", "gui_g1", "light_if", "numeric_match", "ton"),
@@ -152,6 +168,20 @@ METHODS = {
     "Step models": ("process_reward_model", "spa_rl"),
     "Distributions": ("hl_gauss", "quantile_critic", "reach_aware", "return_functional", "slim"),
     "Bonuses": ("multirole", "rep_exp", "srpo"),
+    "GKD": ("gkd",),
+    "Knowledge distillation": ("logit_distillation",),
+    "DistiLLM": ("distillm",),
+    "MiniLLM": ("minillm",),
+    "Sequence-level distillation": ("sequence_distillation",),
+    "Several teachers": ("several_teachers",),
+    "Self-distillation": ("self_distillation",),
+    "ReFT": ("reft",),
+    "ReLIFT": ("relift",),
+    "Supervised beside": ("supervised_beside", "srft"),
+    "Self-training": ("raft", "rest", "b_star"),
+    "Continual": ("continual",),
+    "Priming": ("priming",),
+    "DLER, difficulty-aware": ("difficulty_aware_dler",),
     "Judges": ("llm_judge", "tp_grpo", "sotopia"),
     "Scaffolds": ("rusca",),
     "Tool calls": ("toolrl",),
@@ -161,7 +191,8 @@ METHODS = {
 # Textbook knowledge, without a paper on arXiv to point to.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
 WITHOUT_ARXIV |= {"t2i_hacking"}
-WITHOUT_ARXIV |= {"annealed_hints", "competence", "learnability", "power_law_replay"}
+WITHOUT_ARXIV |= {"r3l"}
+WITHOUT_ARXIV |= {"supervised_beside", "annealed_hints", "competence", "learnability", "power_law_replay"}
 STAGES = {
     "advantage",
     "policy loss",
@@ -170,7 +201,9 @@ STAGES = {
     "baseline",
     "curriculum",
     "distillation",
+    "hybrid",
     "sampling",
+    "self-training",
     "multi-turn",
     "preference loss",
     "prompt",
@@ -183,14 +216,16 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "addition": ({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
     "calculator": ({"levels": [1]}, 15, 64),
     "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
+    "composition": ({"levels": [1]}, 14, 28),
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "function_calls": ({"levels": [1]}, 9, 22),
     "sorting": ({"levels": [3]}, 15, 12),
+    "two_chains": ({"levels": [1], "options": {"parallel_share": 0.5}}, 10, 28),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 # Too hard for so small a policy: its recipes reward more than right answers.
-UNSOLVED = {"sorting", "function_calls"}
+UNSOLVED = {"sorting", "function_calls", "two_chains"}
 
 # What somebody wrote and judged: the lines of a file, by the kind of the source.
 JUDGED: dict[str, Any] = {
@@ -199,7 +234,18 @@ JUDGED: dict[str, Any] = {
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
     "ratings": lambda one, other: {"completion": str(one + other % 2), "rating": 4.0 - other, "helpfulness": other},
+    "distributions": lambda one, other: likely(str(one + other)),
 }
+
+
+def likely(text: str) -> dict[str, Any]:
+    """A completion whose tokens a teacher is nearly sure of."""
+    ids = CharacterTokenizer().completion_ids({"body": "", "item_id": 0}, text)
+    return {
+        "completion": text,
+        "top_tokens": [[i, (i + 1) % 9] for i in ids],
+        "top_logprobs": [[-0.1, -3.0]] * len(ids),
+    }
 
 
 def judged_file(kind: str, directory: str) -> str:
@@ -235,6 +281,8 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
     if tree.get("data", {}).get("selection"):  # several arms
         chosen, longest_prompt = {**chosen, "levels": [1, 2]}, longest_prompt + 2
     shown = [part.get("data", {}).get("templates", {}) for part in (tree, *tree.get("stages", []))]
+    told = [stage["data"].get("privileged", "") for stage in tree.get("stages", []) if "data" in stage]
+    longest_prompt += max((40 for text in told if text), default=0)
     for text in (text for templates in shown for text in templates.values()):
         longest_prompt = max(longest_prompt, len(text) + 10 * text.count("{body}"))
     rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
@@ -246,17 +294,25 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         training["freeze_policy_steps"] = 1
     if training.get("alignment_every_steps"):
         training["alignment_every_steps"] = 2
-    if isinstance(plan, dict) and "resume" in plan:
-        plan["resume"]["branches"] = samples - 1
+    for tried in [plan, *(stage.get("rollout", {}).get("plan") or {} for stage in tree.get("stages", []))]:
+        for hyper in tried.values() if isinstance(tried, dict) else ():
+            hyper |= {"branches": min(hyper["branches"], samples - 1)} if "branches" in hyper else {}
+            hyper |= {"tokens_per_step": rollout["max_completion_tokens"] - 1} if "tokens_per_step" in hyper else {}
+            hyper |= {"branches": 2, "threads": 1} if "threads" in hyper else {}
+            hyper |= {"after_tokens": 2} if "after_tokens" in hyper else {}
     sources = tree.get("source", ["sampler"])
     tree["source"] = sources if isinstance(sources, list) else [sources]
     for source in tree["source"]:
         for name, hyper in source.items() if isinstance(source, dict) else ():
             if "sequences_per_step" in hyper:
                 hyper["sequences_per_step"] = samples * cuts
+            if name == "hardest":
+                hyper["sequences_per_pass"] = samples * cuts
             if name == "solved_answers":  # the micro policy solves few prompts reliably
                 hyper |= {"attempts": 1, "min_correct": 1}
-            if name in JUDGED:
+            if name == "distributions":
+                hyper |= {"sequences_per_step": samples * cuts, "file": judged_file(name, data_directory)}
+            elif name in JUDGED:
                 hyper |= {"groups_per_step": samples * cuts, "file": judged_file(name, data_directory)}
     for network in tree.get("networks", {}).values():
         if "path" in network:
@@ -323,6 +379,7 @@ def policy(micro) -> Any:
         "self_correction": "score",
         "function_calls": "toolrl",
         "sorting": "verpo",
+        "two_chains": "threadweaver",
     }
 
     def chosen(recipe: str) -> str:
@@ -467,10 +524,11 @@ def a_stage_is_traced(built: Parts) -> None:
             assert rows[filled].shape[0] == count
     # A loss names what the policy that learns says, or what the rows know.
     known = set(rows.known()) | {"logprobs", "entropy", "values", "over_vocabulary", *c.learning}
-    beside = c.written.provides | {"written_mask"} if c.written else set()
+    beside = (c.written.provides if c.written else set()) | ({"written_mask"} if c.written or c.hardest else set())
+    beside |= {f"{name}_over_vocabulary" for name in c.networks}
     for term in c.losses:
         wanted = set(signature(term.function).required) - known - beside
-        assert all(c.score(one) is not None or one.startswith("router") for one in wanted), wanted
+        assert all(c.score(one) or compared_with(one) or one.startswith("router") for one in wanted), wanted
 
 
 @pytest.mark.parametrize("name", RECIPES)

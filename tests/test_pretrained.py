@@ -211,14 +211,18 @@ def test_the_config_of_the_run_says_what_was_run(run, files):
     [
         ("model.path=/nowhere/at/all", "'/nowhere/at/all' does not exist"),
         ("model.width=64", "model.width is 64, but model.path is"),
-        ("model.revision=main", "revision is 'main', but"),
-        ("data.path=/nowhere.jsonl", "data file /nowhere.jsonl cannot be read"),
+        pytest.param("model.revision=main", "revision is 'main', but", marks=pytest.mark.slow),
+        pytest.param("data.path=/nowhere.jsonl", "data file /nowhere.jsonl cannot be read", marks=pytest.mark.slow),
         ("data.path=null", "task, data.path and data.sources are missing"),
         ("task={name: addition, levels: [1]}", "task and data.path are both set"),
         ("rewards=[exact_answer]", "exact_answer looks for token ids of the built-in tokenizer .*open_id"),
-        ("data.fields={answer_from: boxed}", "holds no answer"),
-        ("data.fields={qwestion: x}", "there is no field 'qwestion' to map"),
-        ("data.fields={answer: question, answer_from: text}", "data.verifier is 'number', but the answer of item"),
+        pytest.param("data.fields={answer_from: boxed}", "holds no answer", marks=pytest.mark.slow),
+        pytest.param("data.fields={qwestion: x}", "there is no field 'qwestion' to map", marks=pytest.mark.slow),
+        pytest.param(
+            "data.fields={answer: question, answer_from: text}",
+            "data.verifier is 'number', but the answer of item",
+            marks=pytest.mark.slow,
+        ),
         ("data.prompts=plain", "data.template_options is .* no chat template; set"),
         ("rollout.max_prompt_tokens=8", "no item is left"),
     ],
@@ -268,6 +272,7 @@ def test_data_of_the_users_own_trains_a_model_described_by_its_shape(tmp_path):
     assert out["tokenizer"].startswith("none")
 
 
+@pytest.mark.slow
 def test_eval_reads_a_model_directory_with_problems_of_a_file(files, tmp_path):
     arguments = ["eval", files.checkpoint, "--data", files.data, "--format", "gsm8k", "--k", "1,2"]
     arguments += ["--max-tokens", "5", "--problems", "3", "--json"]

@@ -142,7 +142,15 @@ def read_back(line: str) -> list[str]:
 # ---- every script ----
 
 
-@pytest.mark.parametrize("path", sorted([*SCRIPTS.glob("*.sh"), *ROOT.glob(".ci/run")]), ids=lambda path: path.name)
+SHELL = sorted([*SCRIPTS.glob("*.sh"), *ROOT.glob(".ci/run")])
+# The largest takes as long as all others.
+LONG_TO_CHECK = ("tpu.sh", "gke.sh", "xpk.sh", "slurm.sh")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name in LONG_TO_CHECK)) for path in SHELL],
+)
 def test_shellcheck_finds_nothing(path):
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
@@ -164,7 +172,8 @@ def test_help_names_every_verb_and_what_it_costs(stage, script):
     assert stage.all_calls == []
 
 
-@pytest.mark.parametrize("script", LAUNCHERS)
+# All launchers read their words in common.sh.
+@pytest.mark.parametrize("script", [LAUNCHERS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHERS[1:])])
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -244,7 +253,13 @@ def required() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("name, option", required())
+@pytest.mark.parametrize(
+    "name, option",
+    [
+        pytest.param(*one, marks=[] if one[0].split()[1] in ("create", "run") else [pytest.mark.slow])
+        for one in required()
+    ],
+)
 def test_a_missing_argument_is_named(stage, name, option):
     script, verb = name.split()
     words = list(COMMANDS[name])
@@ -555,7 +570,7 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("answers, starts, said", slow_ones(PASSING, "deaths that are not in a row"))
+@pytest.mark.parametrize("answers, starts, said", slow_ones(PASSING, *PASSING.keys() - {"a question that fails"}))
 def test_what_passes_does_not_end_the_watch(stage, answers, starts, said):
     for pattern, replies in [*answers, ("queued-resources describe", ["ACTIVE"]), ("tpu-vm list", ["READY"])]:
         stage.answer(pattern, *replies)
@@ -581,7 +596,7 @@ ENDING = {
 }
 
 
-@pytest.mark.parametrize("says, starts, why", slow_ones(ENDING, "no set-up"))
+@pytest.mark.parametrize("says, starts, why", slow_ones(ENDING, "no set-up", "dies at once", "failed"))
 def test_what_would_go_on_for_ever_ends_the_watch(stage, says, starts, why):
     stage.answer("queued-resources describe", "ACTIVE")
     stage.answer("tpu-vm list", "READY")
@@ -1108,6 +1123,7 @@ def test_a_worker_mounts_again_and_starts_nothing_on_the_local_disk(worker, tmp_
     assert not list(directory.iterdir())
 
 
+@pytest.mark.slow
 def test_a_worker_waits_for_a_bounded_time(worker, tmp_path):
     ready = tmp_path / "ready"
     worker("start", "bash", "-c", f"trap '' TERM; touch '{ready}'; sleep 4")

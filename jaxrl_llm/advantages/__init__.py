@@ -24,9 +24,14 @@ from jaxrl_llm.advantages.group_relative.jensen_bound import jensen_bound
 from jaxrl_llm.advantages.group_relative.pool_centred import pool_centred
 from jaxrl_llm.advantages.group_relative.return_functionals import return_functional
 from jaxrl_llm.advantages.group_relative.risk import group_quantile, mixed_value_at_risk, tracked_mixed_value_at_risk
-from jaxrl_llm.advantages.group_relative.shifted_baselines import log_mean_exp_baseline, shifted_mean_baseline
+from jaxrl_llm.advantages.group_relative.shifted_baselines import (
+    amplified_gains,
+    log_mean_exp_baseline,
+    shifted_mean_baseline,
+)
 from jaxrl_llm.advantages.group_relative.solved_groups import solved_group_length_penalty
 from jaxrl_llm.advantages.group_relative.win_rates import score_win_rate, win_rate
+from jaxrl_llm.advantages.process.continuations import step_value_gains, tree_advantages
 from jaxrl_llm.advantages.process.latent_rewards import latent_rewards
 from jaxrl_llm.advantages.process.step_credit import (
     information_gain,
@@ -67,6 +72,7 @@ from jaxrl_llm.experience import Method
 
 __all__ = [
     "Method",
+    "amplified_gains",
     "answer_entropy",
     "batch_normalized_accuracy",
     "beta_normalized",
@@ -129,9 +135,11 @@ __all__ = [
     "solve_rate_weighted",
     "solved_group_length_penalty",
     "steered_advantages",
+    "step_value_gains",
     "taken_turns",
     "top_margin",
     "tracked_mixed_value_at_risk",
+    "tree_advantages",
     "turn_advantages",
     "turn_leave_one_out",
     "turn_mixed_normalized",

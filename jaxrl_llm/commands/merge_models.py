@@ -17,7 +17,7 @@ from jaxrl_llm.models import merging, save_model
 from jaxrl_llm.run.directories import is_run
 from jaxrl_llm.run.restored import restored_policy, restored_run
 
-Method = Literal["average", "slerp", "task", "ties", "dare"]
+Method = Literal["average", "slerp", "task", "ties", "dare", "select"]
 
 
 def show_merge(options: argparse.Namespace) -> None:
@@ -50,10 +50,10 @@ def merge_models(
     Args:
       paths: runs, checkpoints or model directories, of one architecture.
       out: new directory.
-      method: average and slerp take no base; task, ties and dare scale changes from `base`.
-      weights: one a model; of slerp, t alone; of ties, the scale of the merged change alone.
+      method: average and slerp take no base; task, ties, dare and select scale changes from `base`.
+      weights: one a model; of slerp, t alone; of ties and select, the scale of the merged change alone.
       base: what the models were fine-tuned from.
-      share: ties keeps that share of each tensor's changes (0.2), dare drops it (0.9).
+      share: ties and select keep that share of each tensor's changes (0.2), dare drops it (0.9).
       seed: of what dare drops.
 
     Raises:
@@ -90,6 +90,9 @@ def _merged(trees: list[PyTree], base: PyTree, method: Method, weights: Any, sha
         case "ties":
             scale = 1.0 if weights is None else weights[0]
             return merging.elected(base, trees, density=0.2 if share is None else share, scale=scale)
+        case "select":
+            scale = 1.0 if weights is None else weights[0]
+            return merging.selected(base, trees[0], density=0.2 if share is None else share, scale=scale)
         case "dare":
             dropped = 0.9 if share is None else share
             trees = [
@@ -106,13 +109,15 @@ def _require_options(paths: Sequence[str], method: str, weights: Any, base: str 
         raise ValueError(f"--base is given, which --method {method} has no use for; leave it out")
     if method not in ("average", "slerp") and base is None:
         raise ValueError(f"--method {method} scales changes from a base model; give it with --base")
-    if share is not None and method not in ("ties", "dare"):
+    if share is not None and method not in ("ties", "dare", "select"):
         raise ValueError(f"--share is given, which --method {method} has no use for; leave it out")
     if method == "slerp" and len(paths) != 2:
         raise ValueError(f"--method slerp is between two models, and {len(paths)} are given")
+    if method == "select" and len(paths) != 1:
+        raise ValueError(f"--method select keeps the largest changes of one model, and {len(paths)} are given")
     if method == "average" and len(paths) < 2:
         raise ValueError("--method average has one model; give two or more")
-    wanted = 1 if method in ("slerp", "ties") else len(paths)
+    wanted = 1 if method in ("slerp", "ties", "select") else len(paths)
     if weights is not None and len(weights) != wanted:
         raise ValueError(
             f"--weights has {len(weights)} numbers; --method {method} of {len(paths)} models takes {wanted}"

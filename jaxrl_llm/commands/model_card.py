@@ -29,9 +29,9 @@ completions each, on {data}.{paper}
 | checkpoint | step {step} |
 {results}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{place}")
+model = {auto}.from_pretrained("{place}")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 
@@ -42,17 +42,21 @@ What it was not evaluated on is not known. The whole config:
 """
 
 
-def model_card(config: Config, source: Path, place: str) -> str:
+def model_card(config: Config, source: Path, place: str, *, scores: bool = False) -> str:
     """The text of README.md.
 
     Args:
       config: of the run.
       source: the checkpoint.
       place: the exported directory.
+      scores: it is a reward model.
     """
     tree = as_tree(config)
     base = (tree.get("model") or {}).get("path")
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": f"text-{'classification' if scores else 'generation'}",
+    }
     head |= {"tags": ["reinforcement-learning", "jaxrl_llm"]} | ({"base_model": base} if base else {})
     about = config.about
     return CARD.format(
@@ -71,6 +75,7 @@ def model_card(config: Config, source: Path, place: str) -> str:
         step=source.name,
         results=_results(source.parent.parent / "summary.json"),
         place=place,
+        auto="AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM",
         config=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
     )
 

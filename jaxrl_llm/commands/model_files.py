@@ -16,12 +16,21 @@ from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.config import Config
 from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.evaluation import make_score
-from jaxrl_llm.models import attention_path, load_model, parameter_count, save_adapters, save_imported, save_model
+from jaxrl_llm.models import (
+    attention_path,
+    load_model,
+    parameter_count,
+    save_adapters,
+    save_imported,
+    save_model,
+    save_reward_model,
+)
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.families import is_vision_language
 from jaxrl_llm.models.transformer_config import Precision
 from jaxrl_llm.ranges import Positive, require_range
-from jaxrl_llm.run.restored import restored_policy, restored_run
+from jaxrl_llm.run.configured import is_run
+from jaxrl_llm.run.restored import restored_network, restored_policy, restored_run
 
 
 def show_import(options: argparse.Namespace) -> None:
@@ -35,7 +44,12 @@ def show_import(options: argparse.Namespace) -> None:
 
 def show_export(options: argparse.Namespace) -> None:
     """`jaxrl export`."""
-    report = export_run(options.path, options.out, dtype=options.dtype, adapters=options.adapters)
+    if options.network is not None:
+        if options.adapters:
+            raise ValueError("--network and --adapters are both given, but adapters are of the policy; drop one")
+        report = export_reward_model(options.path, options.out, options.network, dtype=options.dtype)
+    else:
+        report = export_run(options.path, options.out, dtype=options.dtype, adapters=options.adapters)
     show_report(options, report, f"export of {options.path}")
 
 
@@ -116,8 +130,44 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None, adapters:
     }
 
 
-def _with_card(config: Config, source: Path, out: str) -> list[str]:
-    (Path(out) / "README.md").write_text(model_card(config, Path(source), out))
+def export_reward_model(path: str, out: str, name: str, *, dtype: Precision | None = None) -> dict[str, Any]:
+    """Write a network of a run that scores sequences as a directory that `AutoModelForSequenceClassification` loads.
+
+    Raises:
+      ValueError: for a network without a head, or on adapters, and for what `save_reward_model` refuses.
+    """
+    require_package("safetensors", "hf", "writing safetensors files")
+    built, policy = restored_run(path)
+    section = built.config.networks.get(name)
+    if section is not None and section.path is not None and not section.learns:
+        raise ValueError(f"network {name!r} is read from {section.path} and does not learn: it lies there as it is")
+    model, network, params = restored_network(path, name)
+    if network.head is None:
+        raise ValueError(f"--network is {name!r}, which has no head that scores; name one with a head, such as reward")
+    if "backbone" not in params:
+        params = params | {"backbone": policy.params}
+    if model.trained is not None and network.model is None:
+        raise ValueError(
+            f"network {name!r} has a backbone of adapters, which transformers has no reward model of; train it in a "
+            "run without section lora"
+        )
+    named = None if section is None or section.path is None or is_run(section.path) else section.path
+    source = built.directory if network.model is None else named and hub.model_directory(named)
+    tokenizer = policy.tokenizer
+    pad = tokenizer.pad_id if tokenizer.pad_id not in tokenizer.eos_ids else None
+    files = save_reward_model(out, params, model.config, source=source, dtype=dtype, pad_id=pad)
+    report = {
+        "checkpoint": str(policy.source),
+        "network": name,
+        "written to": out,
+        "files": [file.name for file in files] + _with_card(built.config, policy.source, out, scores=True),
+    }
+    note = "padding and the end of sequence are one token, so that transformers scores the token before the end"
+    return report if pad is not None else report | {"note": note}
+
+
+def _with_card(config: Config, source: Path, out: str, *, scores: bool = False) -> list[str]:
+    (Path(out) / "README.md").write_text(model_card(config, Path(source), out, scores=scores))
     return ["README.md"]
 
 

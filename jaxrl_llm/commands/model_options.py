@@ -35,6 +35,9 @@ def add_model_files(command: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("path", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints")
     export.add_argument("out", metavar="DIR", help="new directory")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the stored tensors (default: the run's)")
+    export.add_argument(
+        "--network", metavar="NAME", help="in the place of the policy a reward model, for ...ForSequenceClassification"
+    )
     export.add_argument("--adapters", action="store_true", help="the adapters of section lora alone, for PEFT")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 from jaxrl_llm.commands.arguments import require_positive
 from jaxrl_llm.commands.tables import show
+from jaxrl_llm.reporting.mirror import changed_in_place
 from jaxrl_llm.run import checkpoints, integrity, tidying
 from jaxrl_llm.run.replay import replayed
 
@@ -51,10 +54,11 @@ def show_checkpoints(options: argparse.Namespace) -> int:
 def prune_checkpoints(options: argparse.Namespace) -> None:
     """`jaxrl ckpt prune`: delete all but the newest good ones, and those that are kept for ever."""
     require_positive(options, "keep", "keep_every")
-    folder, _ = checkpoints.checkpoints_of(options.path)
-    good = integrity.newest_good(folder)
-    assert good is not None  # there are some
-    gone = tidying.prune(folder, keep=options.keep, keep_every_steps=options.keep_every, within=[good])
+    with changed_in_place(options.path, partial(print, file=sys.stderr)) as path:
+        folder, _ = checkpoints.checkpoints_of(path)
+        good = integrity.newest_good(folder)
+        assert good is not None  # there are some
+        gone = tidying.prune(folder, keep=options.keep, keep_every_steps=options.keep_every, within=[good])
     show(options, [{"deleted": step} for step in gone], f"{len(gone)} checkpoints deleted from {folder}")
 
 

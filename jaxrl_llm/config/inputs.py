@@ -123,6 +123,8 @@ class DataConfig(RowsConfig):
         of the row as in jinja2, such as `{body} Hint: {{ hint }}`. Training has each problem once in every one of them,
         as problems of their own, and metrics for each; a selection may tell them apart (bandit: {arms: template}).
         Evaluations have the first.
+      privileged: what the prompt of a training problem is for plans that sample behind more than is learned behind
+        (`helped`, `under_view`): text with `{body}`, and columns of the row, such as `{body}={{ answer }}`.
       prompts: with a checkpoint's tokenizer: "chat" renders its chat template, "plain" the prompt format alone.
       prompt_format: text of the prompt (of the last user message in a chat) with `{body}` where the problem goes.
       system_prompt: first message of a chat.
@@ -138,6 +140,7 @@ class DataConfig(RowsConfig):
     overlap: Literal["error", "drop"] = "error"
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     templates: dict[str, str] = field(default_factory=dict)
+    privileged: str | None = None
     prompts: Literal["chat", "plain"] = "plain"
     prompt_format: str = "{body}"
     system_prompt: str | None = None

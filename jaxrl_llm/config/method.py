@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxrl_llm.config.errors import FREE, PLACEMENT
-from jaxrl_llm.models.adapters import LoraConfig
+from jaxrl_llm.models.adapters import Bits, LoraConfig
 from jaxrl_llm.models.transformer_config import Precision, Rematerialisation
 from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Share, ShareBelowOne, require_ranges
 from jaxrl_llm.rollout.controls import Controls
@@ -167,6 +167,12 @@ class TrainingConfig:
       epochs_per_batch: passes over a batch.
       minibatches_per_epoch: optimiser updates a pass.
       sequences_per_microbatch: completions differentiated at once; None takes a whole minibatch.
+      packing: rows share bins as wide as one row in scoring and in the update, so that little of it is padding: numbers
+        of bins, as shares of the rows, of which a batch takes the smallest that holds it. True takes a quarter, three
+        eighths, a half and three quarters. Losses and gradients are those of rows that are not packed.
+      completion_buckets: widths that completions are trimmed to in scoring and in the update; a batch (or microbatch)
+        takes the smallest that holds its longest. True takes powers of two. Each of them, as each share of `packing`,
+        is compiled as a branch of the update.
       learning_rate: peak.
       warmup_steps: linear rise, in optimiser updates.
       schedule: after the rise: constant, cosine to a tenth of the peak, or a function of `step` that returns a share of
@@ -194,6 +200,8 @@ class TrainingConfig:
     epochs_per_batch: Count = 1
     minibatches_per_epoch: Count = 1
     sequences_per_microbatch: Count | None = field(default=None, metadata=PLACEMENT)
+    packing: bool | tuple[PositiveShare, ...] = field(default=False, metadata=PLACEMENT)
+    completion_buckets: bool | tuple[Count, ...] = field(default=False, metadata=PLACEMENT)
     learning_rate: NonNegative = 1e-4
     warmup_steps: Natural = 0
     schedule: str | dict[str, Any] = "constant"
@@ -243,6 +251,7 @@ class NetworkConfig:
       temperature: of its log-probabilities; None is that of the rollout.
       always_origin: it is its origin at every moment: the policy at another temperature.
       parameter_dtype, compute_dtype: of one that is read from a directory of Hugging Face.
+      int8: the matrices of one that is read from a path are kept in int8: a quarter of float32's memory.
     """
 
     origin: str = "policy"
@@ -262,9 +271,15 @@ class NetworkConfig:
     always_origin: bool = False
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
+    int8: bool = False
 
     def __post_init__(self):
         require_ranges(self, "networks.*")
+        if self.int8 and (self.path is None or self.head is not None or self.learns):
+            raise ValueError(
+                "networks.*.int8 is true, but only a network that is read from a path, has no head and does not learn "
+                "can be kept in int8; name its path, or leave int8 out"
+            )
 
 
 @dataclass(frozen=True)
@@ -273,6 +288,18 @@ class AdapterConfig(LoraConfig):
 
     Attributes:
       int8: the matrices under the adapters are stored in int8.
+      int4: they are stored in four bits, with a scale for every 64 inputs.
     """
 
     int8: bool = False
+    int4: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.int8 and self.int4:
+            raise ValueError("lora.int8 and lora.int4 are both true; choose one")
+
+    @property
+    def bits(self) -> Bits:
+        """Of the matrices under the adapters; 0 leaves them as they are."""
+        return 8 if self.int8 else 4 if self.int4 else 0

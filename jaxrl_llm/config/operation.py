@@ -23,6 +23,8 @@ class EvaluationConfig:
       grader: what judges completions: number, text, math, choice, code, or module:function of your own, see
         `jaxrl_llm.evaluation.function_grader`; None takes the task's verifier, or data.verifier for a file.
       every_steps: evaluate on the validation split every so many steps; 0 only before and after.
+      across_stages: after each stage, measure pass@1 on the validation problems of all stages; summary.json has the
+        matrix, and what was forgotten.
     """
 
     problems: Count = 512
@@ -31,6 +33,7 @@ class EvaluationConfig:
     temperature: NonNegative = 1.0
     sequences_per_batch: Count | None = field(default=None, metadata=PLACEMENT)
     every_steps: Natural = 0
+    across_stages: bool = False
     grader: str | None = None
 
     def __post_init__(self):

@@ -22,7 +22,15 @@ from jaxrl_llm.data.pipeline import (
     prompt_batches,
     supervised_batches,
 )
-from jaxrl_llm.data.splits import ProblemSet, Refining, mixture, problem_sets, with_examples, with_templates
+from jaxrl_llm.data.splits import (
+    ProblemSet,
+    Refining,
+    mixture,
+    problem_sets,
+    with_column,
+    with_examples,
+    with_templates,
+)
 from jaxrl_llm.data.tasks import Item, Task, reference_response, split_of
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
 
@@ -57,6 +65,7 @@ __all__ = [
     "supervised_batches",
     "tasks",
     "with_chat",
+    "with_column",
     "with_examples",
     "with_prompt_format",
     "with_templates",

@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_FOR = {"hf": "Hugging Face files", "parquet": "Parquet and Arrow files", "datasets": "data sets of the hub"}
+_FOR = {
+    "hf": "Hugging Face files",
+    "parquet": "Parquet and Arrow files",
+    "datasets": "data sets of the hub",
+    "textworld": "TextWorld",
+}
 
 
 def imported(module: str, extra: str = "hf") -> Any:

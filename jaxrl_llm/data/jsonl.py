@@ -76,7 +76,7 @@ FORMATS: Mapping[str, Fields] = {
 }
 
 
-def fields_of(format: str, **changes: Any) -> Fields:
+def fields_of(format: str, /, **changes: Any) -> Fields:
     """The fields of a named format, with changes.
 
     Args:

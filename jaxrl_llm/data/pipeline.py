@@ -230,7 +230,8 @@ def _in_other_words(
         if not text:
             raise ValueError(
                 f"item {row.item['item_id']} ({row.item['body'][:80]!r}) has no {column!r}, which the step reads; add "
-                "the column to the data, or choose a task that has it (addition has paraphrases and scaffolds)"
+                "the column to the data, write it as a template (data.privileged), or choose a task that has it "
+                "(addition has paraphrases and scaffolds)"
             )
         told.append({**row.item, "body": text})
     fitting, _ = encoded_rows(told, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)

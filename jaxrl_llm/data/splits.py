@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from jaxrl_llm.data.jsonl import Fields, records_of, require_usable
-from jaxrl_llm.data.prompts import require_place
+from jaxrl_llm.data.prompts import PLACE, require_place
 from jaxrl_llm.data.row_files import SPLITS, Row, stored
 from jaxrl_llm.data.row_templates import holds, is_template, rendered
 from jaxrl_llm.data.tasks.items import split_of
@@ -317,6 +317,35 @@ def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapp
         more = {"dropped": getattr(one, "dropped", {}), "weights": getattr(one, "weights", ())}
         sources = sources or (tuple(names) if split == "train" else ())
         found[split] = ProblemSet(path, split, tuple(records), fingerprint, **more, sources=sources)
+    return found
+
+
+def with_column(sets: Mapping[str, Sequence[dict[str, Any]]], name: str, text: str) -> dict[str, ProblemSet]:
+    """Problems with one more column: a text of their prompts and other columns.
+
+    Args:
+      sets: splits.
+      name: of the column.
+      text: with `{body}` where the prompt goes, and columns of the record as in jinja2.
+
+    Raises:
+      ValueError: for a text without a place for the prompt, or a column that a record does not have.
+    """
+    require_place(f"data.{name}", text)
+    found = {}
+    for split, one in sets.items():
+        known, records = cast(Any, one), []
+        for each in one:
+            if "body" not in each:
+                raise ValueError(
+                    f"data.{name} is {text!r}, but conversations have no one prompt to put there; leave it out"
+                )
+            made = rendered(text, {**each, **each.get("raw", {})}) if is_template(text) else text
+            records.append({**each, name: made.replace(PLACE, each["body"])})
+        fingerprint = hashlib.sha256(f"{known.fingerprint} {name} {text}".encode()).hexdigest()
+        path = getattr(one, "path", "") or getattr(one, "directory", "")
+        more = {key: getattr(one, key) for key in ("dropped", "weights", "sources") if hasattr(one, key)}
+        found[split] = ProblemSet(path, split, tuple(records), fingerprint, **more)
     return found
 
 

@@ -160,7 +160,9 @@ def written_batches(
         prompt_tokens = np.full((count, max_prompt_tokens), tokenizer.pad_id, np.int32)
         tokens = np.full((count, max_completion_tokens), tokenizer.pad_id, np.int32)
         absent = {name: _ABSENT.get(name, np.nan) for name in known}
-        fields = {name: np.full((count, *shape), absent[name], np.float32) for name, shape in known.items()}
+        fields: dict[str, np.ndarray] = {
+            name: np.full((count, *shape), absent[name], np.float32) for name, shape in known.items()
+        }
         if kind == "steps":
             fields["step_labels"] = np.full((count, max_completion_tokens), np.nan, np.float32)
         for place, (prompt, completion, values, ends, _) in enumerate(rows):

@@ -94,7 +94,11 @@ def preference_table(
     for name, among in parts:
         own = None if lengths is None else [one for one, kept in zip(lengths, among, strict=True) if kept]
         rows.append(
-            {"source": name, "pairs": int(among.sum()), **preference_metrics(b[among], w[among], own, bins=bins)}
+            {
+                "source": name,
+                "pairs": int(among.sum()),
+                **preference_metrics(b[among].tolist(), w[among].tolist(), own, bins=bins),
+            }
         )
     return rows
 

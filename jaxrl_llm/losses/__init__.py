@@ -9,8 +9,9 @@ from __future__ import annotations
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.divergences.convex import convex_kl
-from jaxrl_llm.losses.divergences.distillation import teacher_reverse_kl
+from jaxrl_llm.losses.divergences.distillation import skewed_divergence, teacher_reverse_kl
 from jaxrl_llm.losses.divergences.divergence import divergence
+from jaxrl_llm.losses.divergences.dual_head import aligned_gradients, binary_logit_divergence
 from jaxrl_llm.losses.divergences.estimates import divergence_reward, js_definition, kl_estimate
 from jaxrl_llm.losses.divergences.generators import GENERATORS, Generator, generator, renyi
 from jaxrl_llm.losses.policy.blended import blended_surrogate
@@ -87,12 +88,14 @@ __all__ = [
     "Loss",
     "advantage_weighted_likelihood",
     "aggregate",
+    "aligned_gradients",
     "anchored_preference",
     "answer_likelihood_gradient",
     "answer_part",
     "beside_itself",
     "beside_partner",
     "binary_classifier",
+    "binary_logit_divergence",
     "blended_surrogate",
     "bradley_terry",
     "categorical_value",
@@ -174,6 +177,7 @@ __all__ = [
     "sequence_clipped_surrogate",
     "several_values",
     "simpo",
+    "skewed_divergence",
     "step_label_likelihood",
     "stored_likelihood",
     "success_cloning",

@@ -38,10 +38,19 @@ from jaxrl_llm.models.logprobs import (
     scaled_log_softmax,
     token_statistics,
 )
-from jaxrl_llm.models.merging import averaged, dropped_and_rescaled, elected, spherical, task_arithmetic
+from jaxrl_llm.models.merging import (
+    averaged,
+    balanced_initialisation,
+    dropped_and_rescaled,
+    elected,
+    selected,
+    spherical,
+    task_arithmetic,
+)
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, abstract, initialise, logical_axes, parameter_count
 from jaxrl_llm.models.rotary import RopeScaling
+from jaxrl_llm.models.sequence_classifiers import load_reward_model, save_reward_model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.weights import load_config, load_model, load_params
 
@@ -67,6 +76,7 @@ __all__ = [
     "attention_in_use",
     "attention_path",
     "averaged",
+    "balanced_initialisation",
     "check_model",
     "config_from_json",
     "config_to_json",
@@ -87,6 +97,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_params",
+    "load_reward_model",
     "logical_axes",
     "lora",
     "merged",
@@ -98,7 +109,9 @@ __all__ = [
     "save_adapters",
     "save_imported",
     "save_model",
+    "save_reward_model",
     "scaled_log_softmax",
+    "selected",
     "sequence_reward",
     "spherical",
     "task_arithmetic",

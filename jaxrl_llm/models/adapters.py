@@ -15,13 +15,14 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, PyTree
 
+from jaxrl_llm.models.int4 import QuantisedInGroups, dequantised_groups, quantised_in_groups, quantised_in_groups_spec
 from jaxrl_llm.models.int8 import Quantised, dequantised, quantised, quantised_spec
 from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, initialise
@@ -35,6 +36,13 @@ TARGETS |= {"delta_out": 3}
 _USUAL = ("qkv", "attention_out", "gate_up", "down")
 # A mixture of experts has one of these for every expert.
 OF_EXPERTS = ("gate_up", "down")
+Bits = Literal[0, 4, 8]
+# How matrices under adapters are stored: (arrays, specs).
+_STORED: Mapping[Bits, tuple[Callable | None, Callable | None]] = {
+    0: (None, None),
+    4: (quantised_in_groups, quantised_in_groups_spec),
+    8: (quantised, quantised_spec),
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class LowRank:
     """A matrix with its adapter, in the place of the matrix. A stack of layers is indexed and scanned over like one.
 
     Attributes:
-      base: [L, *I, *O], frozen; an array or in int8. Of experts [L, E, *I, *O], and E in the others likewise.
+      base: [L, *I, *O], frozen; an array, in int8 or in int4. Of experts [L, E, *I, *O], and E in the others likewise.
       down: [L, *I, rank].
       up: [L, rank, *O].
       scale: factor on their product.
@@ -135,20 +143,20 @@ def adapter_specs(blocks: Mapping[str, Any], config: LoraConfig) -> dict[str, di
     return specs
 
 
-def add_adapters(params: PyTree, config: LoraConfig, key: Array, *, quantise: bool = False) -> PyTree:
+def add_adapters(params: PyTree, config: LoraConfig, key: Array, *, bits: Bits = 0) -> PyTree:
     """Parameters with adapters in their blocks; the model computes what it did before.
 
     Args:
       params: stacked blocks, as `transformer_specs` describes.
       config: rank, alpha and targets.
       key: each `down` is drawn with a key addressed by its path.
-      quantise: store the matrices under the adapters in int8, which changes what the model computes a little.
+      bits: of the matrices under the adapters, 8 or 4, which changes what the model computes; 0 leaves them be.
 
     Raises:
       ValueError: for a target that these parameters do not have.
     """
     drawn = initialise(_adapters_of(params, config), key)
-    return _with_adapters(params, drawn, config.scale, quantised if quantise else None)
+    return _with_adapters(params, drawn, config.scale, _STORED[bits][0])
 
 
 def _adapters_of(tree: PyTree, config: LoraConfig) -> dict[str, dict]:
@@ -180,6 +188,37 @@ def _with_adapters(tree: PyTree, adapters: Mapping[str, Any], scale: float, stor
     return tree | stacks
 
 
+def stored_in_int8(params: PyTree, *, stored: Callable = quantised) -> PyTree:
+    """Parameters whose matrices of blocks are in int8; tables and norms stay as they are.
+
+    Args:
+      params: stacked blocks, as `transformer_specs` describes; or its specs.
+      stored: (matrix, inputs, stacked) -> what stands for it: `quantised`, or `quantised_spec` for specs.
+    """
+
+    def node(stack: Mapping[str, Any], name: str, leaf: Any) -> Any:
+        if name not in TARGETS or isinstance(leaf, LowRank | Quantised):
+            return leaf
+        return stored(leaf, inputs=TARGETS[name], stacked=_stacked(stack, name))
+
+    stacks = {name: params[name] for name in STACKS if name in params}
+    return params | {
+        at: {name: node(stack, name, leaf) for name, leaf in stack.items()} for at, stack in stacks.items()
+    }
+
+
+def in_int8(model: Model) -> Model:
+    """The same model with its matrices in int8 (`stored_in_int8`), for a network that does not learn.
+
+    Raises:
+      ValueError: for a model whose parameters have no stacked blocks.
+    """
+    if not isinstance(model.specs, Mapping) or not isinstance(model.specs.get("blocks"), Mapping):
+        raise ValueError("int8 is set, but the parameters of this model have no stacked blocks; leave it out")
+    specs = stored_in_int8(model.specs, stored=quantised_spec)
+    return model._replace(init=lambda key: stored_in_int8(model.init(key)), specs=specs)
+
+
 def split(params: PyTree) -> tuple[dict[str, Any], PyTree]:
     """(adapters alone, all the rest): what learns, as a tree of {"down", "up"} where the matrices were, and what does
     not, with nodes whose adapter is None. No array is copied."""
@@ -206,14 +245,14 @@ def without_adapters(params: PyTree) -> PyTree:
 
 
 def merged(params: PyTree) -> PyTree:
-    """Plain parameters that compute the same: base + scale * down @ up, in the dtype of the base, out of int8."""
+    """Plain parameters that compute the same: base + scale * down @ up, in the dtype of the base, whatever its bits."""
     return _mapped(_merged, params)
 
 
-def _merged(node: LowRank | Quantised) -> Float[Array, "L ..."]:
-    if isinstance(node, Quantised):
-        return dequantised(node)
-    base = dequantised(node.base) if isinstance(node.base, Quantised) else node.base
+def _merged(node: LowRank | Quantised | QuantisedInGroups) -> Float[Array, "L ..."]:
+    if not isinstance(node, LowRank):
+        return _wide(node)
+    base = _wide(node.base)
     rank, stacked = node.down.shape[-1], node.down.ndim + node.up.ndim - 2 - base.ndim
     first = node.up.shape[:stacked]
     down, up = node.down.reshape(*first, -1, rank), node.up.reshape(*first, rank, -1)
@@ -221,24 +260,31 @@ def _merged(node: LowRank | Quantised) -> Float[Array, "L ..."]:
     return (base.astype(jnp.float32) + node.scale * change).astype(base.dtype)
 
 
-def plain_matrix(node: Array | LowRank | Quantised, dtype: Any) -> Array:
+def _wide(node: Any) -> Array:
+    """What is stored in few bits as the matrix that it stands for; an array as it is."""
+    if isinstance(node, QuantisedInGroups):
+        return dequantised_groups(node)
+    return dequantised(node) if isinstance(node, Quantised) else node
+
+
+def plain_matrix(node: Array | LowRank | Quantised | QuantisedInGroups, dtype: Any) -> Array:
     """Matrices of one layer as an array of this dtype, whatever they are stored as."""
-    return (_merged(node) if isinstance(node, LowRank | Quantised) else node).astype(dtype)
+    return (_merged(node) if isinstance(node, LowRank | Quantised | QuantisedInGroups) else node).astype(dtype)
 
 
 def _mapped(function: Callable, params: PyTree) -> PyTree:
     """Apply to nodes that are more than an array."""
-    special = lambda leaf: isinstance(leaf, LowRank | Quantised)  # noqa: E731
+    special = lambda leaf: isinstance(leaf, LowRank | Quantised | QuantisedInGroups)  # noqa: E731
     return jax.tree.map(lambda leaf: function(leaf) if special(leaf) else leaf, params, is_leaf=special)
 
 
-def lora(model: Model, config: LoraConfig, *, quantise: bool = False) -> Model:
+def lora(model: Model, config: LoraConfig, *, bits: Bits = 0) -> Model:
     """The same model with adapters, which are all that training changes.
 
     Args:
       model: a transformer.
       config: rank, alpha and targets.
-      quantise: store the matrices under the adapters in int8 (as QLoRA, 2305.14314, does in four bits).
+      bits: of the matrices under the adapters, 8, or 4 as in QLoRA (2305.14314); 0 leaves them as they are.
 
     Raises:
       ValueError: for a model whose parameters have no such blocks.
@@ -254,7 +300,7 @@ def lora(model: Model, config: LoraConfig, *, quantise: bool = False) -> Model:
         raise ValueError("lora is set, but the parameters of this model have no stacked blocks; adapt a transformer")
     adapters = _adapters_of(model.specs, config)
     return model._replace(
-        init=lambda key: add_adapters(model.init(key), config, key, quantise=quantise),
-        specs=_with_adapters(model.specs, adapters, config.scale, quantised_spec if quantise else None),
+        init=lambda key: add_adapters(model.init(key), config, key, bits=bits),
+        specs=_with_adapters(model.specs, adapters, config.scale, _STORED[bits][1]),
         trained=Trained(split, join, reference=without_adapters, merged=merged),
     )

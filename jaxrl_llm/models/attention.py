@@ -3,7 +3,8 @@
 The plain path is the definition and serves every shape. The others serve whole sequences (training, scoring and the
 prefill of a rollout), where queries and keys are the same tokens; a decode step has few queries and is always plain.
 They take "may attend to" from the order of slots and so expect a row's positions to be consecutive, with padding (-1)
-before or after; the plain path looks at the positions themselves.
+before or after; the plain path looks at the positions themselves. Several sequences may be packed into one row, one
+behind the other: they are told apart by `segments`, on every path, and a token attends to its own segment alone.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def attend(
     cap: float | None = None,
     sinks: Float[Array, "K G"] | None = None,
     kind: AttentionKind = "plain",
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal softmax attention with G query heads to each key/value head; scores and softmax in float32.
 
@@ -110,6 +112,8 @@ def attend(
       cap: scores s become cap * tanh(s / cap).
       sinks: a score for each query head that takes part in the softmax and has no value; on the plain path alone.
       kind: the path, from `attention_in_use`.
+      segments: number of the sequence that each token of a packed row belongs to; None where a row is one sequence.
+        Keys are those of the queries then, without a context.
 
     Returns:
       the mean value under softmax(scores), one for each query head.
@@ -119,12 +123,12 @@ def attend(
         parts = []
         for part in (*context, new):
             seen = jnp.repeat(part.seen, positions.shape[0] // part.seen.shape[0], axis=0)
-            parts.append((part, visible(positions, seen, window, windowed)))
+            parts.append((part, _of_segment(visible(positions, seen, window, windowed), segments)))
         return plain_attention(queries, parts, scale=scale, cap=cap, sinks=sinks)
     if kind == "splash":
-        path = partial(splash_attention, scale=scale, cap=cap)
+        path = partial(splash_attention, scale=scale, cap=cap, segments=segments)
     else:
-        path = partial(library_attention, scale=scale, kind=kind)
+        path = partial(library_attention, scale=scale, kind=kind, segments=segments)
     arrays = (queries, new.keys.swapaxes(-1, -2), new.values, new.seen)
     if window is None or isinstance(windowed, bool):
         return path(*arrays, window=window if windowed else None)
@@ -141,6 +145,11 @@ def visible(
         return allowed
     near = seen[:, None, :] > positions[:, :, None] - window
     return allowed & (near if windowed is True else near | ~windowed)
+
+
+def _of_segment(allowed: Bool[Array, "B T S"], segments: Int[Array, "B T"] | None) -> Bool[Array, "B T S"]:
+    """What may be attended to within the sequence of each token."""
+    return allowed if segments is None else allowed & (segments[:, :, None] == segments[:, None, :])
 
 
 def plain_attention(
@@ -219,12 +228,24 @@ def library_attention(
     scale: float,
     window: int | None,
     kind: Literal["xla", "cudnn"],
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """The same through `jax.nn.dot_product_attention`.
 
-    It describes padding by lengths alone, so each row is turned until its first real token stands at the front.
+    It describes padding by lengths alone, so each row is turned until its first real token stands at the front. Packed
+    rows have a mask of all pairs instead.
     """
     rows, length, kv_heads, group, size = queries.shape
+    if segments is not None:
+        attended = jax.nn.dot_product_attention(
+            queries.reshape(rows, length, kv_heads * group, size),
+            keys.swapaxes(1, 2),
+            values.swapaxes(1, 2),
+            mask=_of_segment(visible(seen, seen, window, True), segments)[:, None],
+            scale=scale,
+            implementation=kind,
+        )
+        return attended.reshape(queries.shape)
     real = seen >= 0
     first = jnp.argmax(real, axis=1)[:, None]
     # A row of padding alone counts as one token: kernels divide by the sum of a row's weights.
@@ -257,15 +278,17 @@ def splash_attention(
     scale: float,
     window: int | None,
     cap: float | None,
+    segments: Int[Array, "B T"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T K G H"]:
     """The same through the splash attention kernel, padded to whole blocks.
 
-    Padding is a segment of its own. The kernel cannot be partitioned by the compiler: on a mesh it is split by hand,
-    over rows, over heads, and over the positions of queries, each device with the keys and values of all positions.
+    Padding is a segment of its own, and so is each sequence of a packed row. The kernel cannot be partitioned by the
+    compiler: on a mesh it is split by hand, over rows, over heads, and over the positions of queries, each device with
+    the keys and values of all positions.
 
     Args:
-      queries, keys, values, seen, scale, window, cap: as for `attend`, T queries and T keys.
+      queries, keys, values, seen, scale, window, cap, segments: as for `attend`, T queries and T keys.
       interpret: run the kernel in Pallas' interpreter, for tests without a TPU.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -278,7 +301,8 @@ def splash_attention(
     extra = [(0, 0), (0, 0), (0, padded - length), (0, 0)]
     heads_first = (queries * scale).astype(queries.dtype).reshape(rows, length, kv_heads * group, size).swapaxes(1, 2)
     padded_queries, padded_keys, padded_values = (jnp.pad(x, extra) for x in (heads_first, keys, values))
-    segment = jnp.pad((seen >= 0).astype(jnp.int32), [(0, 0), (0, padded - length)])
+    of_sequence = 1 if segments is None else segments + 1
+    segment = jnp.pad(jnp.where(seen >= 0, of_sequence, 0).astype(jnp.int32), [(0, 0), (0, padded - length)])
 
     shape = (padded, padded)
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)

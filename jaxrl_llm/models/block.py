@@ -43,6 +43,7 @@ class Shared(NamedTuple):
       used: tokens written into the cache before this call.
       kind: the attention path.
       per_layer: embeddings of a layer, or of all with a leading axis; None without.
+      segments: of packed rows, the sequence that each token belongs to, [B, T]; None where a row is one sequence.
     """
 
     config: TransformerConfig
@@ -54,6 +55,7 @@ class Shared(NamedTuple):
     used: Int[Array, ""]
     kind: AttentionKind
     per_layer: Float[Array, "... B T P"] | None = None
+    segments: Int[Array, "B T"] | None = None
 
     def of_layer(self, stack: str, layer: Array | int) -> Shared:
         """What one block reads."""
@@ -173,7 +175,8 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
         new = new if latent is None else latent_values(new, latent.rank)
         own = KeyValues(new.keys, new.values, shared.seen)
         sinks = params["sinks"] if config.attention_sinks else None
-        attended = attend(queries, own, shared.positions, context, **scores, sinks=sinks, kind=shared.kind)
+        scores |= {"sinks": sinks, "kind": shared.kind, "segments": shared.segments}
+        attended = attend(queries, own, shared.positions, context, **scores)
     attended = attended if latent is None else latent_mixed(params, attended, latent)
     attended = attended if gates is None else attended * jax.nn.sigmoid(gates)
     added = project(checkpoint_name(attended, ATTENDED), params["attention_out"], inputs=3)
@@ -188,7 +191,8 @@ def _delta(params, shared: Shared, x, cached):
     assert config.delta is not None
     stored, index, _ = (None, None, ()) if cached is None else cached
     before = None if stored is None else of_layer(stored, index)
-    added, after = delta_mixed(params, x, shared.positions, before, config.delta, epsilon=config.norm_epsilon)
+    given = params, x, shared.positions, before, config.delta
+    added, after = delta_mixed(*given, epsilon=config.norm_epsilon, segments=shared.segments)
     return added, None if stored is None else stored_at(stored, index, after)
 
 
@@ -227,15 +231,22 @@ def _mlp(params, config: TransformerConfig, x, choices):
     else:
         experts, dtype = config.experts, x.dtype
         assert experts is not None
-        biases = {"bias": params.get("router_bias"), "selection_bias": params.get("selection_bias")}
+        asked, served = normed, normed
+        if experts.own_norms:
+            asked = rms_norm(x, params["router_gain"] * config.width**-0.5, config.norm_epsilon)
+            served = norm(x, params["experts_norm"])
+        given = {"bias": "router_bias", "selection_bias": "selection_bias", "factor": "expert_factor"}
         router = params["router"] if experts.scores == "sigmoid" else params["router"].astype(dtype)
-        routing = route(normed, router, experts, choices, **biases)
+        routing = route(asked, router, experts, choices, **{name: params.get(leaf) for name, leaf in given.items()})
         names = ["gate_up", "down"] + ["gate_up_bias", "down_bias"] * config.mlp_bias
         matrices = {name: plain_matrix(params[name], dtype) for name in names}
-        added = expert_mlp(normed, routing, gated=gated, ragged=experts.ragged, **matrices)
+        added = expert_mlp(served, routing, gated=gated, ragged=experts.ragged, **matrices)
+        if experts.own_norms:
+            added = norm(added, params["experts_post_norm"])
         if experts.shared_width is not None:
             shared = _dense_mlp(params, "shared_", normed, gated)
             gate = jax.nn.sigmoid(project(normed, params["shared_gate"])) if experts.shared_gate else None
+            shared = norm(shared, params["shared_post_norm"]) if experts.own_norms else shared
             added = added + (shared if gate is None else gate * shared)
         observed = {"router_choices": routing.choices, "router_probabilities": routing.probabilities}
     return norm(added, params["mlp_post_norm"]) if config.post_norms else added, observed

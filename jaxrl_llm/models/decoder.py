@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attention_in_use
 from jaxrl_llm.models.block import Layer, Shared, rms_norm, run_block
-from jaxrl_llm.models.cache import Cache, KeysAndValues, init_cache, of_layer, replaced_row, taken_rows
+from jaxrl_llm.models.cache import Cache, KeysAndValues, cut_cache, init_cache, of_layer, replaced_row, taken_rows
 from jaxrl_llm.models.latent import latent_values
 from jaxrl_llm.models.layer_runs import Run, cache_of_layer, layer_runs
 from jaxrl_llm.models.model import Model
@@ -42,11 +42,12 @@ def observed_forward(
     config: TransformerConfig,
     names: Collection[str] = (),
     router_choices: Int[Array, "L B T k"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | PagedCache | None, dict[str, Array]]:
     """`forward`, and what happened inside.
 
     Args:
-      params, tokens, positions, cache, config, router_choices: as for `forward`.
+      params, tokens, positions, cache, config, router_choices, segments: as for `forward`.
       names: what to return: "hidden_states" [L + 1, B, T, D], the embedded tokens and the residual stream after each
         block, before the final norm; "router_choices" [L, B, T, k] and "router_probabilities" [L, B, T, E] of the L
         blocks that have experts.
@@ -55,7 +56,7 @@ def observed_forward(
       hidden states, the filled cache, and what was asked for by name.
 
     Raises:
-      ValueError: for a name that this model does not have.
+      ValueError: for a name that this model does not have, or packed rows that go on from a cache.
     """
     known = OBSERVABLE if config.experts is not None else OBSERVABLE[:1]
     if unknown := sorted(set(names) - set(known)):
@@ -63,6 +64,8 @@ def observed_forward(
     if router_choices is not None and config.experts is None:
         raise ValueError("router_choices were given to a model without experts; leave them out, or set model.experts")
 
+    if segments is not None and cache is not None:
+        raise ValueError("segments were given with a cache, which remembers one sequence a row; leave one of them out")
     table = constrain(params["embedding"].astype(config.compute_dtype), "vocabulary", None)
     tokens, positions = (constrain(x, "rows", "positions") for x in (tokens, positions))
     x = constrain(table[tokens], "rows", "positions", None)
@@ -85,7 +88,7 @@ def observed_forward(
         growth = 1.0 + scaling.query_growth * jnp.log1p(turns)
     kind = attention_path(config, queries=tokens.shape[1], keys=seen.shape[1] + before)
     per_layer = _layer_embeddings(params, tokens, x, config)
-    shared = Shared(config, angles, local, growth, positions, seen, used, kind, per_layer)
+    shared = Shared(config, angles, local, growth, positions, seen, used, kind, per_layer, segments)
 
     keep = lambda observed: {name: observed[name] for name in names if name in observed}  # noqa: E731
     embedded = x[None]
@@ -246,6 +249,7 @@ def forward(
     *,
     config: TransformerConfig,
     router_choices: Int[Array, "L B T k"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | PagedCache | None]:
     """Hidden states after the final norm; the cached and the uncached pass are this one function.
 
@@ -256,11 +260,14 @@ def forward(
       cache: None, or a cache whose next T slots are filled with this call's keys and values.
       config: sizes and switches.
       router_choices: experts recorded by an earlier `observed_forward`, taken again instead of the router's.
+      segments: number of the sequence that each token belongs to, where rows hold several sequences one behind the
+        other (packed rows); their positions start at 0 in each. None where a row is one sequence.
 
     Returns:
       hidden states in the compute dtype, and the filled cache (None when none was given).
     """
-    return observed_forward(params, tokens, positions, cache, config=config, router_choices=router_choices)[:2]
+    given = {"config": config, "router_choices": router_choices, "segments": segments}
+    return observed_forward(params, tokens, positions, cache, **given)[:2]
 
 
 def attention_path(config: TransformerConfig, *, queries: int, keys: int | None = None) -> AttentionKind:
@@ -348,9 +355,11 @@ def transformer(config: TransformerConfig) -> Model:
         shared_scoring=_shared_scoring(config),
         take_rows=taken_rows,
         replace_row=replaced_row,
+        cut_cache=None if config.delta is not None or in_pages(config) else cut_cache,
         specs=specs,
         vocabulary_size=config.vocabulary_size,
         config=config,
         observe=partial(observed_forward, config=config),
         routed=config.experts is not None,
+        packs=True,
     )

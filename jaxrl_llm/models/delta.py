@@ -38,6 +38,7 @@ def delta_mixed(
     delta: DeltaConfig,
     *,
     epsilon: float,
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Recurrent]:
     """What the layer adds to the residual stream, and what it remembers afterwards.
 
@@ -48,6 +49,7 @@ def delta_mixed(
       before: what was remembered; None at the start of rows.
       delta: sizes.
       epsilon: of the norm of its outputs.
+      segments: of packed rows, the sequence that each token belongs to: state and convolution start anew in each.
     """
     dtype, (rows, length, _) = x.dtype, x.shape
     x, real = constrain(x, "rows", None, None), positions >= 0
@@ -55,6 +57,7 @@ def delta_mixed(
     if length > 1:
         order = jnp.argsort(~real, axis=1, stable=True)
         x, real = jnp.take_along_axis(x, order[..., None], axis=1), jnp.take_along_axis(real, order, axis=1)
+        segments = None if segments is None else jnp.take_along_axis(segments, order, axis=1)
     x = jnp.where(real[..., None], x, 0)
     mixed, gate = jnp.split(project(x, params["delta_in"]), [delta.mixed_width], axis=-1)
     before = empty_state(rows, delta, dtype) if before is None else before
@@ -63,7 +66,8 @@ def delta_mixed(
     inputs = jnp.take_along_axis(seen, last[..., None, None], axis=1)
 
     kernel, wide = params["delta_conv"][:, :, 0].astype(jnp.float32), seen.astype(jnp.float32)
-    mixed = jax.nn.silu(sum(wide[:, i : i + length] * kernel[..., i] for i in range(delta.kernel)))
+    taps = (_own_taps(wide[:, i : i + length], segments, delta.kernel - 1 - i) for i in range(delta.kernel))
+    mixed = jax.nn.silu(sum(tap * kernel[..., i] for i, tap in enumerate(taps)))
     queries, keys, values = jnp.split(mixed, [delta.key_width, 2 * delta.key_width], axis=-1)
     queries, keys = _unit(queries) * delta.key_width**-0.5, _unit(keys)
     values = values.reshape(*values.shape[:-1], delta.values_per_key, delta.value_width)
@@ -72,7 +76,10 @@ def delta_mixed(
     decay = -pace * jax.nn.softplus(rate + params["delta_rate"].astype(jnp.float32))
     real = real[..., None, None]
     arguments = queries, keys, values, jnp.where(real, decay, 0.0), jnp.where(real, jax.nn.sigmoid(strength), 0.0)
-    out, state = (recurrent_delta if length == 1 else chunked_delta)(*arguments, before.state)
+    if length == 1:
+        out, state = recurrent_delta(*arguments, before.state)
+    else:
+        out, state = chunked_delta(*arguments, before.state, segments=segments)
 
     gain, gate = params["delta_norm"].astype(jnp.float32), gate.reshape(out.shape).astype(jnp.float32)
     out = out * jax.lax.rsqrt(jnp.mean(jnp.square(out), axis=-1, keepdims=True) + epsilon) * gain * jax.nn.silu(gate)
@@ -80,6 +87,19 @@ def delta_mixed(
     if order is not None:
         added = jnp.take_along_axis(added, jnp.argsort(order, axis=1)[..., None], axis=1)
     return constrain(added, "rows", "positions", None), Recurrent(inputs, state)
+
+
+def _where(condition: Array | None, x: Array) -> Array:
+    return x if condition is None else jnp.where(condition, x, 0.0)
+
+
+def _own_taps(tap: Float[Array, "B T *M"], segments: Int[Array, "B T"] | None, behind: int) -> Float[Array, "B T *M"]:
+    """What the convolution sees so many tokens behind each, and zero where that is of another sequence."""
+    if segments is None or behind == 0:
+        return tap
+    before = jnp.pad(segments, [(0, 0), (behind, 0)], constant_values=-1)[:, : segments.shape[1]]
+    own = (before == segments).reshape(*segments.shape, *[1] * (tap.ndim - 2))
+    return jnp.where(own, tap, 0.0)
 
 
 def _unit(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
@@ -129,6 +149,7 @@ def chunked_delta(
     state: Float[Array, "B K G H W"],
     *,
     chunk: int = CHUNK,
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T K G W"], Float[Array, "B K G H W"]]:
     """The same in products of matrices, the state written once a chunk.
 
@@ -140,6 +161,8 @@ def chunked_delta(
     Args:
       queries, keys, values, decay, strength, state: as for `recurrent_delta`.
       chunk: tokens of a chunk.
+      segments: the sequence that each token belongs to, where a row holds several: S is 0 at the start of each. None
+        where a row is one sequence that `state` belongs to.
     """
     batch, length = queries.shape[:2]
     chunk = min(chunk, length)
@@ -155,24 +178,33 @@ def chunked_delta(
     values, decay, strength = cut(values, 2), cut(decay, 2), cut(strength, 2)
     total = jnp.cumsum(decay, axis=-1)
     earlier = jnp.tril(jnp.ones((chunk, chunk), bool))
+    goes_on = left_over = None
+    if segments is not None:
+        # The state belongs to the sequence of the last token before the chunk: of other sequences nothing is read.
+        own = jnp.pad(segments, [(0, 0), (0, count * chunk - length)], mode="edge")
+        own = own.reshape(batch, count, chunk).swapaxes(0, 1)[:, :, None, None]
+        before = jnp.concatenate([own[:1, ..., :1], own[:-1, ..., -1:]])
+        goes_on, left_over = own == before, own == own[..., -1:]
+        earlier = earlier & (own[..., :, None] == own[..., None, :])
     between = jnp.exp(jnp.where(earlier, total[..., :, None] - total[..., None, :], -jnp.inf))
     alike = _product("nbkih,nbkjh->nbkij", keys, keys)[:, :, :, None] * between * strength[..., None]
     read = _product("nbkih,nbkjh->nbkij", queries, keys)[:, :, :, None] * between
-    known = (strength * jnp.exp(total))[..., None] * keys[:, :, :, None]
+    known = _where(goes_on, strength * jnp.exp(total))[..., None] * keys[:, :, :, None]
     right = jnp.concatenate([strength[..., None] * values, known], axis=-1)
     # The diagonal is not read.
     solved = jax.lax.linalg.triangular_solve(alike, right, left_side=True, lower=True, unit_diagonal=True)
     fresh, known = jnp.split(solved, [values.shape[-1]], axis=-1)
 
     def over(state, part):
-        queries, keys, total, read, fresh, known = part
+        queries, keys, total, read, fresh, known, goes_on, left_over = part
         correction = fresh - _product("bkgih,bkghw->bkgiw", known, state)
-        asked = jnp.exp(total)[..., None] * queries[:, :, None]
+        asked = _where(goes_on, jnp.exp(total))[..., None] * queries[:, :, None]
         out = _product("bkgih,bkghw->bkgiw", asked, state) + _product("bkgij,bkgjw->bkgiw", read, correction)
-        left = jnp.exp(total[..., -1:] - total)[..., None] * keys[:, :, None]
-        state = state * jnp.exp(total[..., -1])[..., None, None] + _product("bkgih,bkgiw->bkghw", left, correction)
+        left = _where(left_over, jnp.exp(total[..., -1:] - total))[..., None] * keys[:, :, None]
+        kept = _where(goes_on, jnp.exp(total))[..., -1]
+        state = state * kept[..., None, None] + _product("bkgih,bkgiw->bkghw", left, correction)
         return state, out
 
-    state, out = jax.lax.scan(over, state, (queries, keys, total, read, fresh, known))
+    state, out = jax.lax.scan(over, state, (queries, keys, total, read, fresh, known, goes_on, left_over))
     out = jnp.moveaxis(jnp.moveaxis(out, 4, 2), 0, 1)
     return out.reshape(batch, count * chunk, *out.shape[3:])[:, :length], state

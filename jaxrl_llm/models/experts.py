@@ -36,6 +36,8 @@ class ExpertsConfig:
       scale: factor on the weights.
       shared_width: hidden width of an MLP that serves every token beside its experts; None has none.
       shared_gate: its answer is multiplied by the sigmoid of a projection of the token.
+      own_norms: what serves every token and the experts have norms of their own, before and after, beside those of the
+        block; the router has one too, and a factor for each expert on its weight.
       dense_layers: first blocks that have an MLP instead of experts.
       dense_width: hidden width of that MLP.
       product: "ragged" sorts tokens by expert and computes only what is chosen; "dense" computes every expert for
@@ -53,6 +55,7 @@ class ExpertsConfig:
     scale: Positive = 1.0
     shared_width: Count | None = None
     shared_gate: bool = False
+    own_norms: bool = False
     dense_layers: Natural = 0
     dense_width: Count | None = None
     product: ExpertProduct = "auto"
@@ -83,6 +86,11 @@ class ExpertsConfig:
         if self.shared_gate and self.shared_width is None:
             raise ValueError(
                 "model.experts.shared_gate is true, but shared_width is not set; set it, or leave both out"
+            )
+        if self.own_norms and (self.shared_width is None or self.dense_layers):
+            raise ValueError(
+                "model.experts.own_norms is true, which needs shared_width, and dense_layers 0; set them, or leave it "
+                "out"
             )
         if self.dense_layers < 0 or (self.dense_layers > 0) != (self.dense_width is not None):
             raise ValueError(
@@ -118,6 +126,7 @@ def route(
     *,
     bias: Float[Array, "E"] | None = None,
     selection_bias: Float[Array, "E"] | None = None,
+    factor: Float[Array, "E"] | None = None,
 ) -> Routing:
     """Pick the `per_token` best experts, or weigh those that are given.
 
@@ -129,6 +138,7 @@ def route(
         training differentiates through the path that sampling took.
       bias: of the projection.
       selection_bias: added where experts are chosen; it has no gradient.
+      factor: of each expert, on its weight.
     """
     chex.assert_rank([x, router], [3, 2])
     sigmoid = experts.scores == "sigmoid"
@@ -147,6 +157,8 @@ def route(
         over_sum = lambda: weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)  # noqa: E731
         chosen = jnp.take_along_axis(scores, choices, axis=-1)
         weights = over_sum() if sigmoid else jax.nn.softmax(chosen, axis=-1)
+    if factor is not None:
+        weights = weights * factor.astype(jnp.float32)[choices]
     probabilities = found / (found.sum(axis=-1, keepdims=True) + 1e-20) if sigmoid else found
     return Routing(probabilities, choices, weights if experts.scale == 1.0 else weights * experts.scale)
 

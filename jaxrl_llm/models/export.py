@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.models.adapters import LowRank
 from jaxrl_llm.models.checkpoint_files import INDEX, SINGLE, StoredTensor, read_json, stored_tensors
-from jaxrl_llm.models.families import config_to_json, is_vision_language, text_part
+from jaxrl_llm.models.families import as_reward_model, config_to_json, is_vision_language, text_part
+from jaxrl_llm.models.int4 import QuantisedInGroups
 from jaxrl_llm.models.int8 import Quantised
-from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
+from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves
+from jaxrl_llm.models.text_tensors import text_names
 from jaxrl_llm.models.transformer_config import Precision, TransformerConfig
 
+SCORE = "score.weight"  # of a reward model
 # What else belongs to a model and is copied as it is.
 COPIED = (
     "generation_config.json",
@@ -48,6 +52,8 @@ def save_model(
     source: str | Path | None = None,
     dtype: Precision | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    score: Array | None = None,
+    pad_id: int | None = None,
 ) -> list[Path]:
     """Write config.json, safetensors files with their index, and the files that came with the model.
 
@@ -62,6 +68,8 @@ def save_model(
         generation_config.json are copied. None writes a config.json of a family that fits.
       dtype: of the stored tensors; None takes the config's `parameter_dtype`.
       max_shard_bytes: size of one file, unless a single tensor is larger.
+      score: of a reward model, what multiplies hidden states [1, D]; the scores of the vocabulary are then left out.
+      pad_id: of a reward model, see `families.as_reward_model`.
 
     Returns:
       the files written; empty in other processes than the first.
@@ -76,6 +84,9 @@ def save_model(
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
     original = None if source is None else read_json(Path(source) / "config.json")
     described = config_to_json(config, original=original)
+    if score is not None:
+        described, config = as_reward_model(described, pad_id), replace(config, tie_embeddings=True)
+        params = {name: leaf for name, leaf in params.items() if name != "unembedding"}
     stored_as = dtype or config.parameter_dtype
     for part in (described, described.get("text_config")):
         for key in ("dtype", "torch_dtype"):
@@ -83,8 +94,10 @@ def save_model(
                 part[key] = stored_as
     layout = checkpoint_layout(config, text_part(described)[0])
     given = leaves(params)
-    if special := sorted(path for path, leaf in given.items() if isinstance(leaf, LowRank | Quantised)):
-        raise ValueError(f"the parameters at {', '.join(special)} have adapters or are in int8; give merged(params)")
+    if special := sorted(
+        path for path, leaf in given.items() if isinstance(leaf, LowRank | Quantised | QuantisedInGroups)
+    ):
+        raise ValueError(f"the parameters at {', '.join(special)} have adapters or few bits; give merged(params)")
     shapes = {path: tuple(leaf.shape) for path, leaf in given.items()}
     if shapes != dict(layout.shapes):
         wrong = sorted(path for path in {*shapes, *layout.shapes} if shapes.get(path) != layout.shapes.get(path))
@@ -100,6 +113,8 @@ def save_model(
             if (Path(source or "") / name).is_file():
                 shutil.copyfile(Path(source or "") / name, partial / name)
     named, carried = carried_tensors(source) if source is not None and is_vision_language(described) else (str, {})
+    if score is not None:
+        carried = {SCORE: Held(np.asarray(jax.device_get(score), jnp.dtype(stored_as)))}
     _write_shards(partial, layout, given, jnp.dtype(stored_as), max_shard_bytes, writes, named, carried)
     if not writes:
         return []
@@ -107,6 +122,22 @@ def save_model(
         directory.rmdir()
     partial.rename(directory)
     return sorted(directory.iterdir())
+
+
+@dataclass(frozen=True)
+class Held:
+    """An array in the place of a tensor of a checkpoint."""
+
+    array: np.ndarray
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return self.array.nbytes
+
+    def read(self, ranges: tuple[Any, ...]) -> np.ndarray:
+        """A box of it."""
+        return self.array[ranges]
 
 
 def carried_tensors(source: str | Path) -> tuple[Callable[[str], str], dict[str, StoredTensor]]:
@@ -145,7 +176,7 @@ def _write_shards(
     max_shard_bytes: int,
     writes: bool,
     named: Callable[[str], str],
-    carried: Mapping[str, StoredTensor],
+    carried: Mapping[str, StoredTensor | Held],
 ) -> None:
     """Write our tensors under the names that they have in the checkpoint, and those that are carried as they are."""
     from safetensors.numpy import save_file

@@ -45,6 +45,15 @@ VISION_LANGUAGE: dict[str, TextPart] = {
         {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
     ),
 }
+# Reward models: the class of transformers with a score in the place of a vocabulary -> the family of its backbone.
+REWARD_MODELS: dict[str, str] = {
+    f"{name}ForSequenceClassification": f"{name.replace('Text', '')}ForCausalLM"
+    for name in (
+        *("Llama", "Qwen2", "Qwen3", "Mistral", "Ministral3", "Gemma", "Gemma2", "Gemma3Text", "Phi3", "SeedOss"),
+        *("SmolLM3", "Olmo2", "Olmo3", "Glm4", "Mixtral", "Qwen2Moe", "Qwen3Moe", "GptOss", "DeepseekV3"),
+        *("Qwen3Next", "Qwen3_5Text"),
+    )
+}
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -71,7 +80,7 @@ def architecture_of(source: Json) -> str:
     require_types(source)
     named = source.get("architectures") or []
     by_type = {family.model_type: architecture for architecture, family in FAMILIES.items()}
-    found = [name for name in named if name in FAMILIES or name in VISION_LANGUAGE] or (
+    found = [name for name in named if name in FAMILIES or name in VISION_LANGUAGE or name in REWARD_MODELS] or (
         [by_type[source["model_type"]]] if not named and source.get("model_type") in by_type else []
     )
     if not found:
@@ -87,13 +96,43 @@ def is_vision_language(source: Json) -> bool:
     return architecture_of(source) in VISION_LANGUAGE
 
 
+def is_reward_model(source: Json) -> bool:
+    """Whether a `config.json` describes a model that scores texts and writes none."""
+    return architecture_of(source) in REWARD_MODELS
+
+
+def as_reward_model(source: Json, pad_id: int | None) -> dict[str, Any]:
+    """The `config.json` of a reward model with the backbone that a `config.json` describes.
+
+    Args:
+      source: of the backbone, or of a reward model already.
+      pad_id: of padding, behind which the scored token is not looked for; None keeps what the file says.
+
+    Raises:
+      ValueError: for a family of which `transformers` has no such class.
+    """
+    architecture = architecture_of(source)
+    by_family = {family: name for name, family in REWARD_MODELS.items()}
+    named = architecture if architecture in REWARD_MODELS else by_family.get(architecture)
+    if named is None:
+        raise ValueError(
+            f"transformers has no reward model (ForSequenceClassification) of {architecture}; it has those of "
+            f"{', '.join(by_family)}"
+        )
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1}
+    return {**source, "architectures": [named], **labels} | ({} if pad_id is None else {"pad_token_id": pad_id})
+
+
 def text_part(source: Json) -> tuple[str, Json]:
-    """(architecture, `config.json`) of what reads text: the file as it is, or the part of a vision-language checkpoint.
+    """(architecture, `config.json`) of what reads text: the file as it is, the part of a vision-language checkpoint,
+    or the backbone of a reward model.
 
     Raises:
       ValueError: for an unknown architecture.
     """
     architecture = architecture_of(source)
+    if architecture in REWARD_MODELS:  # which has an embedding and no scores of the vocabulary
+        return REWARD_MODELS[architecture], {**source, "tie_word_embeddings": True}
     if architecture not in VISION_LANGUAGE:
         return architecture, source
     part = VISION_LANGUAGE[architecture]
@@ -196,7 +235,7 @@ def config_to_json(
             described["text_config"] = dict(original["text_config"])
         return described
     for architecture, family in FAMILIES.items():
-        if (config.experts is not None) != family.experts:
+        if family.experts not in (None, config.experts is not None):
             continue
         written = {
             "architectures": [architecture],

@@ -21,7 +21,7 @@ class Family:
       fields: config.json -> the fields of `TransformerConfig` that are the family's own.
       json: the reverse.
       defaults: what a missing key of `config.json` means.
-      experts: its blocks are mixtures of experts.
+      experts: its blocks are mixtures of experts; None where they may be.
       rope: keys of rotary positions that it reads and others do not, see `rope_fields`.
     """
 
@@ -30,7 +30,7 @@ class Family:
     fields: Callable[[Json], dict[str, Any]]
     json: Callable[[TransformerConfig], dict[str, Any]]
     defaults: Json
-    experts: bool = False
+    experts: bool | None = False
     rope: tuple[str, ...] = ()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxrl_llm.models.expert_families import qwen_experts, qwen_experts_json, require_experts_everywhere
+from jaxrl_llm.models.experts import ExpertsConfig
 from jaxrl_llm.models.family import Family, Json, layer_types, llama_fields, refuse, shortest_pattern, windows
 from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig, PerLayerConfig
 from jaxrl_llm.models.transformer_config import TransformerConfig
@@ -69,7 +70,7 @@ def _qwen3_5_moe_json(config: TransformerConfig) -> dict[str, Any]:
 def _gemma4_fields(source: Json) -> dict[str, Any]:
     if source.get("use_bidirectional_attention") != "vision":  # which says nothing of text
         refuse(source, "use_bidirectional_attention", "attention to later tokens")
-    refuse(source, "enable_moe_block", "experts beside the MLP of Gemma 4")
+    experts = _gemma4_experts(source)
     layers = source["num_hidden_layers"]
     kinds = list(source.get("layer_types") or ["sliding_attention"] * layers)
     if not source.get("layer_types"):
@@ -90,12 +91,28 @@ def _gemma4_fields(source: Json) -> dict[str, Any]:
             "embedding_scale": source["hidden_size"] ** 0.5,
             "layer_scales": True,
             "mlp_bias": False,
+            "experts": experts,
+            "mlp_width": source["intermediate_size"] if experts is None else source["moe_intermediate_size"],
             "global_heads": wide,
             "reading_layers": reading,
             "reading_mlp_width": 2 * source["intermediate_size"] if double else None,
             "per_layer": PerLayerConfig(per_layer, source["vocab_size_per_layer_input"]) if per_layer else None,
         }
         | windows({**source, "layer_types": kinds}, lambda layer: False)
+    )
+
+
+def _gemma4_experts(source: Json) -> ExpertsConfig | None:
+    """Experts beside the MLP, which serves every token."""
+    if not source.get("enable_moe_block"):
+        return None
+    if source.get("use_double_wide_mlp") and source.get("num_kv_shared_layers"):
+        raise ValueError("config.json has enable_moe_block and use_double_wide_mlp; one of them is supported at a time")
+    return ExpertsConfig(
+        source["num_experts"],
+        source["top_k_experts"],
+        shared_width=source["intermediate_size"],
+        own_norms=True,
     )
 
 
@@ -118,10 +135,14 @@ def _gemma4_global(source: Json, kinds: list[str]) -> GlobalConfig:
 
 
 def _gemma4_json(config: TransformerConfig) -> dict[str, Any]:
-    wide, per_layer = config.global_heads, config.per_layer
+    wide, per_layer, experts = config.global_heads, config.per_layer, config.experts
     if wide is None or config.rope_scaling is None:
         return {}
-    return {
+    mixture: dict[str, Any] = {"enable_moe_block": experts is not None}
+    if experts is not None:
+        mixture |= {"num_experts": experts.count, "top_k_experts": experts.per_token}
+        mixture |= {"moe_intermediate_size": config.mlp_size, "intermediate_size": experts.shared_width}
+    return mixture | {
         "attention_bias": config.qkv_bias,
         "final_logit_softcapping": config.logits_cap,
         "sliding_window": config.window,
@@ -193,8 +214,8 @@ HYBRID_FAMILIES: dict[str, Family] = {
     ),
     "Gemma4ForCausalLM": Family(
         "gemma4_text",
-        "Gemma 4 without experts: embeddings for every layer, layers that share keys and values, wider global heads, "
-        "values that are keys",
+        "Gemma 4: embeddings for every layer, layers that share keys and values, wider global heads, values that are "
+        "keys, experts beside the MLP",
         _gemma4_fields,
         _gemma4_json,
         {
@@ -220,5 +241,6 @@ HYBRID_FAMILIES: dict[str, Family] = {
                 },
             },
         },
+        experts=None,
     ),
 }

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.models.adapters import LowRank
+from jaxrl_llm.models.int4 import QuantisedInGroups, dequantised_groups
 from jaxrl_llm.models.int8 import Quantised
 from jaxrl_llm.parallel.rules import shards
 
@@ -28,7 +29,7 @@ class Turned(NamedTuple):
     values: Array
 
 
-Weights = Array | Quantised | LowRank | Turned
+Weights = Array | Quantised | QuantisedInGroups | LowRank | Turned
 TURNED_FROM = 2**20
 
 
@@ -46,7 +47,8 @@ def project(x: Float[Array, "*B *I"], weights: Weights, *, inputs: int = 1) -> F
 
     Args:
       x: any leading axes, then the input axes.
-      weights: [*I, *O], or these `Turned`; or in int8, whose product is scaled at its end; or with an adapter,
+      weights: [*I, *O], or these `Turned`; in int4, made wide for the product; in int8, whose product is scaled at its
+        end; or with an adapter,
         x @ base + (scale * (x @ down)) @ up, so that their sum is never in memory.
       inputs: how many input axes there are.
     """
@@ -56,6 +58,7 @@ def project(x: Float[Array, "*B *I"], weights: Weights, *, inputs: int = 1) -> F
     if isinstance(weights, Quantised):
         product = project(x, weights.values, inputs=inputs).astype(jnp.float32)
         return (product * weights.scale.reshape(weights.scale.shape[inputs:])).astype(x.dtype)
+    weights = dequantised_groups(weights) if isinstance(weights, QuantisedInGroups) else weights
     rows = math.prod(x.shape[-inputs:])
     if isinstance(weights, Turned):
         values = weights.values.astype(x.dtype)

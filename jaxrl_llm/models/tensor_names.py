@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,11 @@ BLOCK_AXES = {
     "delta_rate": "lkg",
     "delta_norm": "lh",
     "delta_out": "lkghd",
+    "experts_norm": "ld",
+    "experts_post_norm": "ld",
+    "shared_post_norm": "ld",
+    "router_gain": "ld",
+    "expert_factor": "lx",
     "router": "ldx",
     "router_bias": "lx",
     "selection_bias": "lx",
@@ -76,6 +81,7 @@ class Naming:
       norms: names of norms, by ours.
       router: of experts.
       experts: of one expert, or without {e} of all of them.
+      outputs_first: tensors of all experts have outputs before inputs, and all of the gate before all of the rest.
       matrices: of gate, up and down of an expert.
       shared: of the MLP beside the experts.
     """
@@ -86,6 +92,7 @@ class Naming:
     norms: Mapping[str, str] = field(default_factory=dict)
     router: str = "mlp.gate"
     experts: str = "mlp.experts.{e}"
+    outputs_first: bool = False
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_expert"
 
@@ -96,6 +103,17 @@ _NAMING = {
         router="block_sparse_moe.gate", experts="block_sparse_moe.experts.{e}", matrices=("w1", "w3", "w2")
     ),
     "GptOssForCausalLM": Naming(router="mlp.router", experts="mlp.experts"),
+    "Gemma4ForCausalLM": Naming(
+        norms={
+            "experts_norm": "pre_feedforward_layernorm_2",
+            "experts_post_norm": "post_feedforward_layernorm_2",
+            "shared_post_norm": "post_feedforward_layernorm_1",
+        },
+        router="router.proj",
+        experts="experts",
+        outputs_first=True,
+        shared="mlp",
+    ),
     "Qwen3NextForCausalLM": Naming(fused_delta=True),
     "Glm4MoeForCausalLM": Naming(shared="mlp.shared_experts"),
     "DeepseekV3ForCausalLM": Naming(shared="mlp.shared_experts"),
@@ -359,36 +377,21 @@ def _experts(naming: Naming) -> list[Part]:
         Part(f"{naming.router}.weight", "router", ("x", "d")),
         Part(f"{naming.router}.bias", "router_bias", ("x",)),
         Part(f"{naming.router}.e_score_correction_bias", "selection_bias", ("x",)),
-        *(_mlp(naming, naming.experts, "", 0) if "{e}" in naming.experts else _all_experts(naming.experts)),
+        Part("router.scale", "router_gain", ("d",)),
+        Part("router.per_expert_scale", "expert_factor", ("x",)),
+        *(_mlp(naming, naming.experts, "", 0) if "{e}" in naming.experts else _all_experts(naming)),
         *_mlp(naming, naming.shared, "shared_", 0),
         Part(f"{naming.shared}_gate.weight", "shared_gate", ("z", "d")),
     ]
 
 
-def _all_experts(theirs: str) -> list[Part]:
-    """All experts in one tensor, inputs first, gate and up in turn."""
+def _all_experts(naming: Naming) -> list[Part]:
+    """All experts in one tensor: inputs first, gate and up in turn, or outputs first, the gate before up."""
+    theirs = naming.experts
+    first = naming.outputs_first
     return [
-        Part(f"{theirs}.gate_up_proj", "gate_up", ("e", "d", "mc")),
+        Part(f"{theirs}.gate_up_proj", "gate_up", ("e", "cm", "d") if first else ("e", "d", "mc")),
         Part(f"{theirs}.gate_up_proj_bias", "gate_up_bias", ("e", "mc")),
-        Part(f"{theirs}.down_proj", "down", ("e", "m", "d")),
+        Part(f"{theirs}.down_proj", "down", ("e", "d", "m") if first else ("e", "m", "d")),
         Part(f"{theirs}.down_proj_bias", "down_bias", ("e", "d")),
     ]
-
-
-# Where the text part of a vision-language checkpoint may lie, in files of different ages.
-_TEXT = re.compile(r"^(?:model\.language_model|language_model\.model)\.")
-_OTHERS = "visual|vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector|mtp"
-_OTHER_PARTS = re.compile(rf"^(?:model\.)?(?:{_OTHERS})\.")
-
-
-def text_names(names: Iterable[str]) -> dict[str, str]:
-    """What the tensors of a text model are called among those of a vision-language checkpoint, by our names.
-
-    >>> text_names(["visual.blocks.0.weight", "model.language_model.norm.weight", "language_model.lm_head.weight"])
-    {'model.norm.weight': 'model.language_model.norm.weight', 'lm_head.weight': 'language_model.lm_head.weight'}
-    """
-    return {
-        _TEXT.sub("model.", name).removeprefix("language_model."): name
-        for name in names
-        if not _OTHER_PARTS.match(name)
-    }

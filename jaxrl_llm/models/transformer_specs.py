@@ -158,7 +158,7 @@ def _delta(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
 
 
 def _mlp(c: TransformerConfig, layers: int, *, routed: bool) -> dict[str, ParameterSpec]:
-    spec, _, bias = _makers(c)
+    spec, gain, bias = _makers(c)
     into, out = c.width**-0.5, _out_scale(c)
     experts = c.experts if routed else None
     width = c.mlp_size if c.experts is None or routed else (c.experts.dense_width or 0)
@@ -186,6 +186,10 @@ def _mlp(c: TransformerConfig, layers: int, *, routed: bool) -> dict[str, Parame
     if experts.selection_bias:
         # Small differences of it decide which experts are chosen.
         block["selection_bias"] = bias((layers, experts.count), ("layer", None), dtype=jnp.float32)
+    if experts.own_norms:
+        named = ("experts_norm", "experts_post_norm", "shared_post_norm", "router_gain")
+        block |= {name: gain((layers, c.width), ("layer", None)) for name in named}
+        block["expert_factor"] = spec((layers, experts.count), ("layer", None), 0.0)
     if experts.shared_width is not None:
         block |= gated("shared_", experts.shared_width, (), ())
     if experts.shared_gate:

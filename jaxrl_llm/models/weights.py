@@ -16,11 +16,12 @@ from jaxtyping import PyTree
 
 from jaxrl_llm.models.checkpoint_files import StoredTensor, check_tensors, read_json, stored_tensors
 from jaxrl_llm.models.decoder import transformer
-from jaxrl_llm.models.families import config_from_json, is_vision_language, text_part
+from jaxrl_llm.models.families import config_from_json, is_reward_model, is_vision_language, text_part
 from jaxrl_llm.models.imported import is_imported, read_imported
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.packed import packing_of, unpacked, with_experts_apart, without_empty_biases
-from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves, text_names
+from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves
+from jaxrl_llm.models.text_tensors import text_names
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -48,8 +49,18 @@ def load_model(
     return model, load_params(directory, model.config, sharding=sharding, strict=strict)
 
 
-def load_config(directory: str | Path, **execution: Any) -> TransformerConfig:
-    """The config of a checkpoint directory; `execution` as for `config_from_json`."""
+def load_config(directory: str | Path, *, scores: bool = False, **execution: Any) -> TransformerConfig:
+    """The config of a checkpoint directory.
+
+    Args:
+      directory: that holds config.json.
+      scores: it is a reward model, whose backbone is described (see sequence_classifiers.py).
+      execution: as for `config_from_json`.
+
+    Raises:
+      FileNotFoundError: for a path that is not there.
+      ValueError: for a config that is not supported, or a model of the other kind.
+    """
     directory = Path(directory)
     if not directory.exists():
         raise FileNotFoundError(
@@ -60,6 +71,13 @@ def load_config(directory: str | Path, **execution: Any) -> TransformerConfig:
         config = config_from_json(described, **execution)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+    if is_reward_model(described) != scores:
+        raise ValueError(
+            f"{directory} is no reward model: config.json names {described.get('architectures')}, which has no head"
+            if scores
+            else f"{directory} is a reward model ({described['architectures'][0]}), which scores texts and writes "
+            "none; name it as a network: networks.reward.path"
+        )
     if is_vision_language(described):
         warnings.warn(
             f"{directory} is a vision-language checkpoint: its text part is read, images are not; the rest is carried "
@@ -134,8 +152,9 @@ def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layo
     architecture, source = text_part(described)
     if is_vision_language(described):
         stored = {ours: stored[theirs] for ours, theirs in text_names(stored).items()}
-    # Parts that predict further tokens at once, which nothing here does.
-    stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
+    # Parts that predict further tokens at once, which nothing here does; and the head of a reward model.
+    apart = ("mtp.", "score.") if is_reward_model(described) else "mtp."
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(apart)}
     stored = unpacked(stored, source, packing_of(source, architecture))
     layout = checkpoint_layout(config, architecture)
     if source.get("quantization_config"):

@@ -9,6 +9,7 @@ Storage without appending, renaming or locks is enough.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import threading
@@ -86,11 +87,19 @@ class Mirror:
         Raises:
           ValueError: where there is no run.
         """
-        there, sent = self.there(), {}
+        there = self.there()
         if "config.yaml" not in there and (self.directory / "config.yaml").is_file():
             return  # it could not be brought there yet
         if "config.yaml" not in there:
             raise ValueError(f"{self.address} holds no run (there is no config.yaml); give the address of a run")
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        with (self.directory.parent / f".{self.directory.name}.lock").open("w") as lock:
+            with contextlib.suppress(OSError):  # file systems without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of a run, the first one fetches
+            self._fetch(there)
+
+    def _fetch(self, there: dict[str, int]) -> None:
+        sent = {}
         state = self._state()
         with contextlib.suppress(FileNotFoundError):
             if state["copy"] and self.fs.cat_file(f"{self.root}/{_COPY}").decode() == state["copy"]:
@@ -125,8 +134,7 @@ class Mirror:
                 stamp = _stamp(self.directory / name)
                 if stamp is None or stamp == state["sent"].get(name):
                     continue
-                with contextlib.suppress(FileNotFoundError):  # retention may have deleted it meanwhile
-                    self.fs.put_file(str(self.directory / name), f"{self.root}/{name}")
+                if self._put(name):
                     state["sent"][name] = stamp
             self.fs.pipe_file(f"{self.root}/{_COPY}", state["copy"].encode())
             for name in sorted(state["sent"].keys() - set(names), key=lambda each: not each.endswith(_META)):
@@ -134,6 +142,18 @@ class Mirror:
                     self.fs.rm_file(f"{self.root}/{name}")
                 del state["sent"][name]
             self._remember(state)
+
+    def _put(self, name: str) -> bool:
+        """Whether a file was brought; retention may have deleted it meanwhile."""
+        file, target = self.directory / name, f"{self.root}/{name}"
+        try:
+            self.fs.put_file(str(file), target)
+        except FileNotFoundError:
+            if not file.is_file():
+                return False
+            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)  # where folders are no part of a name
+            self.fs.put_file(str(file), target)
+        return True
 
     def push_later(self) -> None:
         """`push` in the background, unless one is under way; where it fails that is said, and the next one goes on."""
@@ -210,6 +230,25 @@ def local_copy(path: str | os.PathLike) -> Path:
     mirror = Mirror(os.fspath(path))
     mirror.fetch()
     return mirror.directory
+
+
+@contextlib.contextmanager
+def changed_in_place(path: str | os.PathLike, say: Callable[[str], Any] = print) -> Iterator[Path]:
+    """A run directory to be changed: of an address, the local copy, whose changes are brought there at the end.
+
+    Raises:
+      ValueError: where there is no run.
+      OwnedError: when a process writes to the address.
+      ConnectionError: where the address cannot be written at the end.
+    """
+    if not is_address(path):
+        yield Path(path)
+        return
+    mirror = Mirror(os.fspath(path), say=say)
+    mirror.fetch()
+    with mirror.kept():
+        mirror.fetch()  # what its last owner has brought since
+        yield mirror.directory
 
 
 def _step(name: str) -> str | None:

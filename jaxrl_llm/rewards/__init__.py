@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxrl_llm.rewards.combination.columns import reward_column
+from jaxrl_llm.rewards.combination.dominated_volume import dominated_volume, hypervolume_guided
 from jaxrl_llm.rewards.combination.gates import (
     concise_correctness,
     gated_sum,
@@ -31,6 +32,7 @@ from jaxrl_llm.rewards.intrinsic.novelty import (
     ngram_counts,
 )
 from jaxrl_llm.rewards.intrinsic.perplexity import perplexity_ranks, reasoning_perplexity
+from jaxrl_llm.rewards.intrinsic.privileged import answer_in_prompt, own_prompt
 from jaxrl_llm.rewards.intrinsic.thoughts import (
     answer_after_thought,
     answer_without_thought,
@@ -38,6 +40,7 @@ from jaxrl_llm.rewards.intrinsic.thoughts import (
     thought_mask,
 )
 from jaxrl_llm.rewards.intrinsic.trusted_prompts import known_share, trusted_trajectories
+from jaxrl_llm.rewards.intrinsic.turn_answers import answer_after_turns
 from jaxrl_llm.rewards.intrinsic.votes import (
     answer_frequency,
     collective_match,
@@ -49,7 +52,7 @@ from jaxrl_llm.rewards.intrinsic.votes import (
 from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
 from jaxrl_llm.rewards.judges.judged_turns import judge_turns
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
-from jaxrl_llm.rewards.judges.reward_models import learned_reward
+from jaxrl_llm.rewards.judges.reward_models import learned_reward, step_value
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
 from jaxrl_llm.rewards.judges.verdict_rewards import (
     attribute_reward,
@@ -69,6 +72,7 @@ from jaxrl_llm.rewards.process.step_scores import (
     aggregated_steps,
     continuation_labels,
     duration_weights,
+    labels_at_ends,
     milestone_reward,
     progress_attribution,
     step_end_scores,
@@ -83,6 +87,7 @@ from jaxrl_llm.rewards.process.turn_rewards import (
     turn_count,
     turn_end_rewards,
 )
+from jaxrl_llm.rewards.process.turn_tokens import transition_ids, turn_marks
 from jaxrl_llm.rewards.shaping.bounded import (
     clipped_rewards,
     percentile_bounded,
@@ -102,8 +107,10 @@ from jaxrl_llm.rewards.shaping.correct_length import (
     shortest_right_bonus,
     target_length,
 )
+from jaxrl_llm.rewards.shaping.difficulty import difficulty_truncation
 from jaxrl_llm.rewards.shaping.length_limit import shrinking_budget_length, soft_overlong, truncation_zero
 from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
+from jaxrl_llm.rewards.shaping.parallel_paths import accelerated, longest_path, with_threads
 from jaxrl_llm.rewards.shaping.projected_similarity import projected_similarity
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
 from jaxrl_llm.rewards.shaping.similarity_scale import sharpened_scores, stretched_scores
@@ -116,6 +123,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
     exact_answer,
     paired_answer_ids,
 )
+from jaxrl_llm.rewards.verifiers.behaviours import behaviour_counts
 from jaxrl_llm.rewards.verifiers.boxes import box_match, span_overlap, vector_closeness
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
 from jaxrl_llm.rewards.verifiers.lexical_diversity import lexical_diversity
@@ -142,14 +150,17 @@ __all__ = [
     "Judge",
     "JudgeError",
     "RewardError",
+    "accelerated",
     "accumulated_potentials",
     "added_span_rewards",
     "aggregated_steps",
     "annealed_sum",
     "answer_after_thought",
+    "answer_after_turns",
     "answer_format",
     "answer_frequency",
     "answer_ids",
+    "answer_in_prompt",
     "answer_likelihood",
     "answer_order_share",
     "answer_position_share",
@@ -159,6 +170,7 @@ __all__ = [
     "answer_without_thought",
     "attribute_reward",
     "attributed_turns",
+    "behaviour_counts",
     "blended_rewards",
     "box_match",
     "calibrated_correctness",
@@ -177,6 +189,8 @@ __all__ = [
     "countdown",
     "coverage_gains",
     "critique_reward",
+    "difficulty_truncation",
+    "dominated_volume",
     "duration_weights",
     "elliptical_bonus",
     "ensemble_score",
@@ -189,6 +203,7 @@ __all__ = [
     "flipped_rewards",
     "floored_sum",
     "gated_sum",
+    "hypervolume_guided",
     "instructions_kept",
     "item_numbers",
     "judge_rating",
@@ -198,6 +213,7 @@ __all__ = [
     "judged_example",
     "known_share",
     "labelled_or_voted",
+    "labels_at_ends",
     "latex_match",
     "learned_reward",
     "length_band_bonus",
@@ -205,6 +221,7 @@ __all__ = [
     "leverage_bonus",
     "lexical_diversity",
     "likelihood_gain",
+    "longest_path",
     "majority_match",
     "majority_novelty",
     "mean_hidden",
@@ -215,6 +232,7 @@ __all__ = [
     "normalized_turn_rewards",
     "number_match",
     "outcome_gated_sum",
+    "own_prompt",
     "paired_answer_ids",
     "paired_majority_match",
     "parsed_number",
@@ -252,6 +270,7 @@ __all__ = [
     "step_borders",
     "step_calibration",
     "step_end_scores",
+    "step_value",
     "stretched_scores",
     "subgoal_rewards",
     "tag_format",
@@ -261,11 +280,13 @@ __all__ = [
     "thought_mask",
     "token_mean",
     "tool_calls_match",
+    "transition_ids",
     "truncation_zero",
     "trusted_sum",
     "trusted_trajectories",
     "turn_count",
     "turn_end_rewards",
+    "turn_marks",
     "unbiased_comparison",
     "unit_tests",
     "vector_closeness",
@@ -277,5 +298,6 @@ __all__ = [
     "weighted_sum",
     "weighted_tests",
     "whitened_rewards",
+    "with_threads",
     "word_match",
 ]

@@ -9,13 +9,15 @@ CAPABILITIES = {
     "one_group_a_prompt": "one group of each prompt",
     "equal_groups": "groups of one size",
     "drawn_by_policy": "tokens that the policy drew",
-    "own_prompt": "rows that learn with the prompt that they were drawn from",
+    "own_prompt": "tokens that learn behind what they were drawn behind",
+    "prompts_of_step": "rows of the prompts that the step was handed",
     "any_number": "completions of which any number of a prompt can be asked for",
     # of samplers
     "active_prompts": "sampling of some prompts alone",
     "numbered_samples": "samples numbered from where the last round ended",
     "uneven_groups": "groups of different sizes",
     "prefixes": "completions that start with given tokens",
+    "pauses": "completions that are looked at, or wait, before they go on",
     "temperatures": "a temperature for each sample number",
     "demonstrations": "reference completions of the prompts",
     "router_record": "a record of the experts that served each token",
@@ -31,12 +33,12 @@ CAPABILITIES = {
 }
 ROWS = frozenset(
     {"one_round", "one_temperature", "one_group_a_prompt", "equal_groups", "drawn_by_policy", "own_prompt"}
-    | {"any_number"}
+    | {"any_number", "prompts_of_step"}
 )
 SAMPLERS = {
     "the sampler": frozenset(
         {"active_prompts", "numbered_samples", "uneven_groups", "prefixes", "temperatures", "demonstrations"}
-        | {"router_record", "slots", "truncation", "ahead"}
+        | {"pauses", "router_record", "slots", "truncation", "ahead"}
     ),
     "the environment inside the program": frozenset(
         {"active_prompts", "numbered_samples", "temperatures", "demonstrations", "conversations", "ahead"}

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.controls import Controls
-from jaxrl_llm.rollout.decoding import Drawing, Written, begin, cache_stages, decode, feed
+from jaxrl_llm.rollout.decoding import Decoding, Drawing, Written, begin, cache_stages, decode, feed
+from jaxrl_llm.rollout.prefixes import Prefixes, begin_shared, can_share, own_prefix
 from jaxrl_llm.rollout.sampling import row_keys
 
 
-@struct.dataclass
-class Prefixes:
-    """What completions start with: own earlier tokens, a demonstration, a hint. One row a sample.
+class Pause(NamedTuple):
+    """Where completions are looked at before they go on, from the same cache.
 
     Attributes:
-      tokens: right-padded.
-      length: how many of them each row gets; 0 for a row that starts afresh.
-      source: a `Source` for each of them; what is SAMPLED is trained on.
+      tokens: behind which they are.
+      goes_on: what is known of the rows by then, by name -> whether each goes on.
     """
 
-    tokens: Int[Array, "B F"]
-    length: Int[Array, "B"]
-    source: Int[Array, "B F"]
+    tokens: int
+    goes_on: Callable[[dict[str, Array]], Bool[Array, "B"]]
 
 
 def generate(
@@ -39,7 +38,7 @@ def generate(
     params: PyTree,
     prompts: Prompts,
     key: Array,
-    step: Array | int,
+    step: Int[Array, "N"] | Array | int,
     *,
     samples_per_prompt: int,
     max_completion_tokens: int,
@@ -50,6 +49,9 @@ def generate(
     first_sample: int | Int[Array, "N"] = 0,
     prompt_of: Int[Array, "B"] | None = None,
     active: Bool[Array, "N"] | None = None,
+    pause: Pause | None = None,
+    limit: Int[Array, "B"] | None = None,
+    stop_ids: tuple[int, ...] = (),
     slots: int | None = None,
     record_router: bool = False,
     controls: Controls | None = None,
@@ -68,7 +70,7 @@ def generate(
       params: its parameters.
       prompts: N left-padded prompts.
       key: the run's key.
-      step: training step, folded into every row's key.
+      step: training step, folded into every row's key; one number, or one a prompt.
       samples_per_prompt: G; rows are prompt-major, B = N * G.
       max_completion_tokens: T, end of sequence and prefix included.
       eos_ids: each ends a completion and belongs to it.
@@ -80,6 +82,9 @@ def generate(
       prompt_of: prompt of each row, in ascending order, for groups of different sizes; B is its length then, and
         `samples_per_prompt` the largest number of samples of a prompt.
       active: prompts that are sampled; the rows of the others are empty and have weight 0. None samples all.
+      pause: where completions are looked at before they go on. Rows then know `abandoned`: 1 where they did not.
+      limit: tokens at which each completion stops for now, prefix included; None is `max_completion_tokens` for all.
+      stop_ids: tokens at which completions stop for now; such a row is not `truncated`.
       slots: rows that are decoded at a time; a slot whose row has ended goes on with the next row that waits. None
         decodes all rows side by side.
       controls: what may be sampled; None samples from the policy's own distribution, as training must. With controls
@@ -98,10 +103,7 @@ def generate(
     count, rows = prompts.tokens.shape[0], prompts.tokens.shape[0] * samples_per_prompt
     rows = rows if prompt_of is None else prompt_of.shape[0]
     _check(model, samples_per_prompt, max_completion_tokens, temperature, slots, prompt_of, record_router)
-    if controls is not None:
-        controls.check(model.vocabulary_size, max_completion_tokens)
-    if prefixes is not None:
-        _check_prefixes(prefixes, rows, max_completion_tokens)
+    _check_rest(model, rows, count if prompt_of is None else 1, max_completion_tokens, slots, pause, controls, prefixes)
     if prompt_of is None:
         number = jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples_per_prompt)
         place = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), count)
@@ -114,7 +116,7 @@ def generate(
     drawing = Drawing(
         model=model,
         params=params if model.for_decoding is None else model.for_decoding(params),
-        keys=row_keys(key, step, per_row.prompt_id, sample),
+        keys=row_keys(key, jnp.asarray(step)[number] if jnp.ndim(step) else step, per_row.prompt_id, sample),
         temperature=jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples_per_prompt,))[place],
         prompt_length=per_row.length,
         controls=controls,
@@ -123,35 +125,70 @@ def generate(
         support=_support(model, controls) if record_support else 0,
         some_greedy=not (isinstance(temperature, float | int) and temperature > 0),
     )
-    given = 0 if prefixes is None else prefixes.tokens.shape[1] + 1
-    stages = cache_stages(max_completion_tokens) if slots is None else ()
-    room = stages[0] if stages else 0
-    state = begin(
-        drawing,
-        prompts,
-        per_row,
-        None if prompt_of is None else number,
-        max_completion_tokens=max_completion_tokens,
-        slots=given or room,
-        pad_id=pad_id,
-        constrain=constrain,
-    )
+    stages = cache_stages(max_completion_tokens) if slots is None and pause is None else ()
+    room = stages[0] if stages else 0 if pause is None else max_completion_tokens
+    sizes = {"max_completion_tokens": max_completion_tokens, "pad_id": pad_id, "constrain": constrain}
     there = jnp.ones(rows, bool) if active is None else active[number]
-    over = jnp.zeros(rows, bool)
-    if prefixes is not None:
-        state = feed(drawing, state, prefixes.tokens, prefixes.length, prefixes.source)
-        last = jnp.take_along_axis(prefixes.tokens, jnp.maximum(prefixes.length - 1, 0)[:, None], axis=1)[:, 0]
-        # A prefix may be a whole completion.
-        over = (prefixes.length > 0) & jnp.isin(last, jnp.asarray(list(eos_ids), jnp.int32))
-        if room:
-            state = replace(state, cache=model.expand_cache(state.cache, 1, room))
-    limit = jnp.full(rows, max_completion_tokens, jnp.int32)
+    shares = slots is None and prompt_of is None and not isinstance(temperature, Array) and can_share(drawing)
+    of_rows = None if prompt_of is None else number
+    state, over = _started(drawing, prompts, per_row, of_rows, prefixes, shares=shares, room=room, **sizes)
+    most = jnp.full(rows, max_completion_tokens, jnp.int32)
+    limit = most if limit is None else jnp.minimum(most, limit)
     slots = None if slots is None else min(slots, rows)
-    state, stopped = decode(
-        drawing, state, active=there & ~over, limit=limit, end_ids=tuple(eos_ids), slots=slots, stages=stages
-    )
+    running, looked_at, ends = there & ~over, {}, (*eos_ids, *stop_ids)
+    if pause is not None:
+        facts = partial(experience_of, per_row=per_row, sample=sample, group=number)
+        state, early, running, gone = _looked_at(drawing, state, pause, running, limit, ends, facts)
+        over, looked_at = over | early, {"abandoned": gone.astype(jnp.float32)}
+    state, stopped = decode(drawing, state, active=running, limit=limit, end_ids=ends, slots=slots, stages=stages)
     ours = experience_of(state.written, per_row, sample=sample, group=number, ended=stopped | over | ~there)
+    ours = ours.filled(**looked_at)
     return ours if active is None else replace(ours, weight=there.astype(jnp.float32))
+
+
+def _started(
+    drawing: Drawing,
+    prompts: Prompts,
+    per_row: Prompts,
+    of_rows: Int[Array, "B"] | None,
+    prefixes: Prefixes | None,
+    *,
+    shares: bool,
+    room: int,
+    **sizes: Any,
+) -> tuple[Decoding, Bool[Array, "B"]]:
+    """(rows that start with their prefixes, which of these are whole completions)."""
+    rows = per_row.length.shape[0]
+    if prefixes is None:
+        return begin(drawing, prompts, per_row, of_rows, slots=room, **sizes), jnp.zeros(rows, bool)
+    prefixes = jax.tree.map(jnp.asarray, prefixes)
+    if prefixes.tokens.shape[0] < rows and shares:
+        state = begin_shared(drawing, prompts, per_row, prefixes, room=room, **sizes)
+    else:
+        each = jax.tree.map(lambda x: jnp.repeat(x, rows // x.shape[0], axis=0), prefixes)
+        state = begin(drawing, prompts, per_row, of_rows, slots=each.tokens.shape[1] + 1, **sizes)
+        state = feed(drawing, state, each.tokens, each.length, each.source)
+        state = replace(state, cache=drawing.model.expand_cache(state.cache, 1, room)) if room else state
+    last = prefixes.tokens[own_prefix(prefixes), jnp.maximum(prefixes.length - 1, 0)]
+    return state, (prefixes.length > 0) & jnp.isin(last, jnp.asarray(drawing.eos_ids, jnp.int32))
+
+
+def _looked_at(
+    drawing: Drawing,
+    state: Decoding,
+    pause: Pause,
+    running: Bool[Array, "B"],
+    limit: Int[Array, "B"],
+    end_ids: tuple[int, ...],
+    facts: Callable[..., Experience],
+) -> tuple[Decoding, Bool[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
+    """(rows at the pause with nothing pending, which of them have ended, which go on, which are given up)."""
+    rows = running.shape[0]
+    state, ended = decode(drawing, state, active=running, limit=jnp.minimum(limit, pause.tokens), end_ids=end_ids)
+    nothing = jnp.zeros((rows, 0), jnp.int32)
+    state = feed(drawing, state, nothing, jnp.zeros(rows, jnp.int32), nothing)
+    goes_on, under_way = pause.goes_on(facts(state.written, ended=ended).known()), running & ~ended
+    return state, ended, under_way & goes_on, under_way & ~goes_on & (state.written.length < limit)
 
 
 def experience_of(
@@ -217,9 +254,39 @@ def _support(model: Model, controls: Controls | None) -> int:
     return min(controls.top_k, model.vocabulary_size)
 
 
-def _check_prefixes(prefixes: Prefixes, rows: int, max_completion_tokens: int) -> None:
-    if prefixes.tokens.shape[0] != rows:
-        raise ValueError(f"prefixes.tokens has {prefixes.tokens.shape[0]} rows, but there are {rows} completions")
+def _check_rest(
+    model: Model,
+    rows: int,
+    count: int,
+    max_completion_tokens: int,
+    slots: int | None,
+    pause: Pause | None,
+    controls: Controls | None,
+    prefixes: Prefixes | None,
+) -> None:
+    if controls is not None:
+        controls.check(model.vocabulary_size, max_completion_tokens)
+    if prefixes is not None:
+        _check_prefixes(prefixes, rows, count, max_completion_tokens)
+    if pause is not None and not 0 < pause.tokens < max_completion_tokens:
+        raise ValueError(
+            f"completions are looked at after {pause.tokens} tokens, but they have 1 to max_completion_tokens "
+            f"{max_completion_tokens}; look earlier"
+        )
+    if pause is not None and slots is not None:
+        raise ValueError(
+            f"rollout.slots is {slots}, but completions that are looked at before they go on are decoded side by side; "
+            "leave slots out"
+        )
+
+
+def _check_prefixes(prefixes: Prefixes, rows: int, count: int, max_completion_tokens: int) -> None:
+    given = prefixes.tokens.shape[0]
+    if prefixes.length.shape[0] != rows or rows % given or given % count:
+        raise ValueError(
+            f"prefixes.tokens has {given} rows and prefixes.length {prefixes.length.shape[0]}, but there are {rows} "
+            f"completions of {count} prompts; give one of each a completion, or tokens that equally many share"
+        )
     if prefixes.tokens.shape[1] > max_completion_tokens:
         raise ValueError(
             f"prefixes.tokens is {prefixes.tokens.shape[1]} tokens wide, more than rollout.max_completion_tokens "

@@ -12,12 +12,23 @@ from jaxrl_llm.parallel.rules import constrain
 BLOCK = 256
 
 
-def row_keys(key: Array, step: Array | int, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Array:
+def row_keys(
+    key: Array, step: Int[Array, "B"] | Array | int, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]
+) -> Array:
     """One key a row from (run key, step, prompt id, sample number).
 
     A row's key does not depend on the other rows, so neither do its tokens: batch size, order, devices and hosts
     change nothing.
+
+    Args:
+      key: of the run.
+      step: one number, or one a row, of rows that were begun in different steps.
+      prompt_id: of each row's prompt.
+      sample: number of the row within its group.
     """
+    if jnp.ndim(step):
+        of = lambda at, p, s: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, at), p), s)  # noqa: E731
+        return jax.vmap(of)(step, prompt_id, sample)
     at_step = jax.random.fold_in(key, step)
     return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(at_step, p), s))(prompt_id, sample)
 

@@ -17,11 +17,12 @@ from jaxtyping import PyTree
 from jaxrl_llm import advantages, losses, rewards, schedules
 from jaxrl_llm.bounds import shown
 from jaxrl_llm.config import EngineConfig, NetworkConfig
-from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
+from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer, load_tokenizer
 from jaxrl_llm.endpoints import Endpoint
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.hub import model_directory
-from jaxrl_llm.models import weights
+from jaxrl_llm.models import sequence_classifiers, weights
+from jaxrl_llm.models.adapters import in_int8, stored_in_int8
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
@@ -40,6 +41,10 @@ from jaxrl_llm.training.networks import GIVEN, Network
 
 AnyEnvironment = Environment | HostEnvironment
 _PLAN_FUNCTIONS: tuple[ModuleType, ...] = (plans, advantages, rewards, losses, schedules)
+
+
+# Hyper-parameters of plans that are functions of rows themselves.
+_OF_PLANS = ("choose", "failed", "lost")
 
 
 def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapping[str, Any]) -> Plan | None:
@@ -62,9 +67,9 @@ def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapp
         where = f"rollout.plan.{name}"
         if "temperature" in hyper and isinstance(hyper["temperature"], Mapping | str):
             hyper = hyper | {"temperature": number_or_method(hyper["temperature"], f"{where}.temperature")}
-        if "choose" in hyper:
-            chosen, given = entry_of(hyper["choose"], f"{where}.choose")
-            hyper = hyper | {"choose": method(chosen, given, _PLAN_FUNCTIONS, f"{where}.choose", sizes)}
+        for asked in [key for key in _OF_PLANS if key in hyper]:
+            chosen, given = entry_of(hyper[asked], f"{where}.{asked}")
+            hyper = hyper | {asked: method(chosen, given, _PLAN_FUNCTIONS, f"{where}.{asked}", sizes)}
         function = method(name, hyper, (plans,), "rollout.plan", sizes)
         try:
             made = function(made)
@@ -122,13 +127,24 @@ def configured_networks(
         elif section.path is not None:
             directory = model_directory(section.path)
             execution = {"parameter_dtype": section.parameter_dtype, "compute_dtype": section.compute_dtype}
-            described = weights.load_config(directory, context_tokens=context_tokens, **execution)
+            scores = sequence_classifiers.holds_reward_model(directory)
+            described = weights.load_config(directory, scores=scores, context_tokens=context_tokens, **execution)
             model, paths[name] = transformer(described), directory
-            if head is not None:
+            if scores and head not in (None, HeadConfig()):
+                raise ValueError(
+                    f"networks.{name}.path is {section.path!r}, a reward model with a head of its own; leave "
+                    f"networks.{name}.head out"
+                )
+            if head is not None and not scores:
                 raise ValueError(
                     f"networks.{name}.path is {section.path!r}, a checkpoint of that kind holds no head; leave "
-                    f"networks.{name}.head out, or train the head in a stage or a run and name that"
+                    f"networks.{name}.head out, name a reward model (ForSequenceClassification), or train the head in "
+                    "a stage or a run and name that"
                 )
+            head = HeadConfig() if scores else None
+        if section.int8:
+            assert model is not None  # it has a path
+            model = in_int8(model)
         learns = section.learns if section.learns is not None else head is not None and section.path is None
         made[name] = Network(
             origin=GIVEN if section.path is not None else section.origin,
@@ -147,6 +163,31 @@ def configured_networks(
     if snapshot and "reference" not in made:
         made["reference"] = Network(snapshot=True)
     return made, paths
+
+
+def require_tokens_of_policy(paths: Mapping[str, Path], tokenizer: Tokenizer) -> None:
+    """Refuse networks that were trained on other tokens than those which the policy hands over.
+
+    Args:
+      paths: directories of networks by name.
+      tokenizer: of the policy.
+
+    Raises:
+      ValueError: for one whose tokenizer says something else by an id, naming both.
+    """
+    for name, directory in paths.items():
+        if is_run(str(directory)) or not (directory / "tokenizer.json").is_file():
+            continue
+        ours = getattr(tokenizer, "backend", None)
+        theirs = load_tokenizer(directory).backend.get_vocab()
+        differing = [text for text, id in ({} if ours is None else ours.get_vocab()).items() if theirs.get(text) != id]
+        if ours is None or differing:
+            such = f" ({len(differing)} tokens have another id there, such as {differing[0]!r})" if differing else ""
+            raise ValueError(
+                f"networks.{name}.path is {str(directory)!r}, whose tokenizer is not that of the policy{such}, and "
+                "networks are given token ids; take a model with the policy's tokenizer, or score text with a function "
+                "of your own (rewards: [{python: module:function}])"
+            )
 
 
 def is_run(path: str) -> bool:
@@ -196,9 +237,15 @@ def given_networks(
             from jaxrl_llm.run.restored import restored_network
 
             params = restored_network(directory, sections[name].of or name)[2]
+        elif network.head is not None:
+            params = sequence_classifiers.load_reward_params(directory, network.model.config)
         else:
             params = weights.load_params(directory, network.model.config)
-        found[name] = jax.tree.map(jax.numpy.asarray, params)
+        params = jax.tree.map(jax.numpy.asarray, params)
+        if sections[name].int8:
+            backbone = stored_in_int8(params if network.head is None else params["backbone"])
+            params = backbone if network.head is None else {**params, "backbone": backbone}
+        found[name] = params
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -56,20 +57,23 @@ class Unwritten(RunDirectory):
 def mirrored(config: Config, resume: bool, say: Callable[[str], Any]) -> Iterator[Mirror | None]:
     """Own the address of a run for the length of a block; None where it is a local directory.
 
+    Of several processes, all write checkpoints to the working copy, and process 0 alone brings them to the address; the
+    others get None.
+
     Raises:
-      ValueError: where several processes would write to an address, a new run to one that is not empty, or there is
-        nothing to resume.
+      ValueError: where the processes do not share the working copy, a new run would be written to a place that is not
+        empty, or there is nothing to resume.
       OwnedError: when another process has it.
       PassingError: when the address cannot be written at the end.
     """
     if not is_address(config.place):
         yield None
         return
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"run_dir={config.place!r} is an address, which one process can write a run to; several need a directory "
-            "that they share: mount the bucket (gcsfuse, mountpoint-s3) and give the path"
-        )
+    _require_one_working_copy(config)
+    if not hosts.is_main():
+        hosts.meet("the run is fetched")
+        yield None
+        return
     mirror = Mirror(config.place, config.directory, say)
     if resume:
         mirror.fetch()
@@ -78,9 +82,32 @@ def mirrored(config: Config, resume: bool, say: Callable[[str], Any]) -> Iterato
         raise ValueError(f"run_dir={config.place!r} {what}: resume that run, or remove it, or give another run_dir")
     try:
         with mirror.kept():
+            hosts.meet("the run is fetched")
             yield mirror
     except ConnectionError as error:
         raise PassingError(str(error)) from error
+
+
+def _require_one_working_copy(config: Config) -> None:
+    """Raises ValueError unless all processes see one disk where the run at an address works. All must call it."""
+    if jax.process_count() == 1:
+        return
+    here = config.directory
+    mark = here.parent / f".{here.name}.{hosts.said_by_all(uuid.uuid4().hex)[0]}"
+    if hosts.is_main():
+        here.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    hosts.meet("the working copy is marked")
+    seen = _seen(mark)
+    missing = [number for number, said in enumerate(hosts.said_by_all("yes" if seen else "no")) if said == "no"]
+    if hosts.is_main():
+        mark.unlink(missing_ok=True)
+    if missing:
+        raise ValueError(
+            f"run_dir={config.place!r} is an address: the processes of a run write its checkpoints to {here}, which "
+            f"process {', '.join(map(str, missing))} does not share with process 0; let XDG_CACHE_HOME name a "
+            "directory that all hosts share, or mount the bucket (gcsfuse, mountpoint-s3) and give the path"
+        )
 
 
 @contextmanager
@@ -116,14 +143,21 @@ def run_directory(
 
 def require_shared(path: Path) -> None:
     """Raises ValueError unless what lies at this path, as the process that writes sees it, is seen by this one."""
+    if not _seen(path):
+        raise ValueError(
+            f"process {jax.process_index()} does not see {path}, which process 0 does; give a run_dir on a disk "
+            "that all hosts share"
+        )
+
+
+def _seen(path: Path) -> bool:
+    """Whether a path is there; network file systems may say for a while that it is not."""
     until = time.monotonic() + _SECONDS
-    while not path.exists():  # network file systems may say for a while that it is not there
+    while not path.exists():
         if jax.process_count() == 1 or time.monotonic() > until:
-            raise ValueError(
-                f"process {jax.process_index()} does not see {path}, which process 0 does; give a run_dir on a disk "
-                "that all hosts share"
-            )
+            return False
         time.sleep(0.1)
+    return True
 
 
 def at_hand(path: str | Path) -> Path:

@@ -159,9 +159,9 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
         if c.written is None:
             return None
         width, count = rollout.max_completion_tokens, c.written.rows
-        known = {
-            name: jnp.zeros((count, width) if FIELDS[name].kind == "token" else count) for name in c.written.provides
-        }
+        several = {name: (numbers,) for name, numbers in c.written.widths}
+        per_row = {name: (width,) if FIELDS[name].kind == "token" else () for name in c.written.provides}
+        known = {name: jnp.zeros((count, *shape, *several.get(name, ()))) for name, shape in per_row.items()}
         return written_rows(
             jnp.zeros((count, rollout.max_prompt_tokens), jnp.int32),
             jnp.ones(count, jnp.int32),

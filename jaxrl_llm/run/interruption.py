@@ -99,6 +99,23 @@ class Interruption:
         if left <= 0 or expected > left:
             raise Abandoned
 
+    def hearing(self, write: Callable[[Any], Any] | None, *, during: bool) -> Callable[[Any], None]:
+        """What an evaluation calls with each of its batches: writes it, and gives the rest up where the run is to end.
+
+        Before and after the steps it is repeated whole, so it ends at once; `during` them, when the step would be given
+        up. Several processes would have to agree, and do so at the end of a step.
+        """
+
+        def heard(batch: Any) -> None:
+            if write is not None:
+                write(batch)
+            if during:
+                self.give_up_the_step()
+            elif self.asked and hosts.peers() is None:
+                raise Abandoned
+
+        return heard
+
     def handle(self, number: int, frame: Any) -> None:
         """A signal, in the main thread."""
         if self.number is not None:

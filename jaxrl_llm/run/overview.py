@@ -10,6 +10,7 @@ import jax
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, layout
 from jaxrl_llm.reporting.machine_report import package_versions
+from jaxrl_llm.run.across_stages import across_summary
 from jaxrl_llm.run.goodput import goodput
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import Run
@@ -70,6 +71,7 @@ def summary_of(run: Run, after: dict[str, float]) -> dict[str, Any]:
         "completion_tokens_sampled": run.meta["tokens"],
         "warm_start_steps": run.meta["warm_start_steps"],
         "steps": run.meta["stage_step"],
+        **across_summary(run.meta),
         "early_stopping": run.meta.get("early_stopping", {}),
         "skipped_updates": run.meta.get("skipped_updates", 0),
         "compilations": run.watch.count,

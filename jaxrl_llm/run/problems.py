@@ -64,6 +64,8 @@ def data_sets(
     found: Any = {split: sets[split] for split in splits}
     if own.templates:
         found = data.with_templates(found, own.templates)
+    if own.privileged is not None:
+        found = data.with_column(found, "privileged", own.privileged)
     return found
 
 

@@ -150,7 +150,8 @@ def method(
     hyper, other = dict(hyper), {}
     if "reads" in hyper:
         other = hyper.pop("reads")
-        if not isinstance(other, Mapping):
+        pairs = other.items() if isinstance(other, Mapping) else [(other, None)]
+        if not all(isinstance(word, str) and word.isidentifier() for pair in pairs for word in pair):
             raise RecipeError(
                 f"{where}.{name}.reads is {shown(other)}; write {{a name of the function: the name to read}}"
             )

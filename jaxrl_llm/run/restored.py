@@ -25,7 +25,7 @@ from jaxrl_llm.run.directories import at_hand, is_run
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.initial import initial_state
-from jaxrl_llm.training.networks import POLICY, Network
+from jaxrl_llm.training.networks import POLICY, Network, given_shapes
 from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
 
@@ -133,7 +133,7 @@ def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTre
     wanted, adapters = jax.eval_shape(built.model.init, key), built.config.lora
     if jax.tree.structure(params) != jax.tree.structure(wanted):
         params = params if source.model.trained is None else source.model.trained.merged(params)
-        params = params if adapters is None else add_adapters(params, adapters, key, quantise=adapters.int8)
+        params = params if adapters is None else add_adapters(params, adapters, key, bits=adapters.bits)
     if jax.tree.structure(params) != jax.tree.structure(wanted):
         return params
     return jax.tree.map(lambda x, like: x if x.shape != like.shape else x.astype(like.dtype), params, wanted)
@@ -151,7 +151,9 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
         network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
     elif name in built.step.composition.networks:
         network = built.step.composition.networks[name]
-        like = jax.eval_shape(partial(initial_state, built.step.composition), jax.random.key(0)).networks[name].params
+        c = built.step.composition
+        state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))
+        like = state.networks[name].params
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
         raise checkpoints.CheckpointError(

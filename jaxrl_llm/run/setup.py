@@ -15,8 +15,9 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data, selection
-from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig, TrainingConfig
+from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
+from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.scripts import token_scripts
 from jaxrl_llm.experience import KeyUse, Method
 from jaxrl_llm.hub import model_directory
@@ -38,6 +39,7 @@ from jaxrl_llm.run.configured import (
     external_engine,
     given_networks,
     head_optimizer,
+    require_tokens_of_policy,
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
@@ -49,6 +51,8 @@ from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update,
 from jaxrl_llm.training.segments import parameter_shardings
 
 _MOST_PARAMETERS = 10**14
+# Numbers of bins for packed rows, as shares of the rows, where a config names none.
+_PACKING = (0.25, 0.375, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Parts:
             return weights.load_params(self.directory, self.model.config, sharding=lies, strict=strict)
         base = None if c.mesh is None else parameter_shardings(transformer(self.model.config), c.mesh, c.rules)
         params = weights.load_params(self.directory, self.model.config, sharding=base, strict=strict)
-        adapted = add_adapters(params, adapters, key, quantise=adapters.int8)
+        adapted = add_adapters(params, adapters, key, bits=adapters.bits)
         return adapted if lies is None else jax.device_put(adapted, lies)
 
     def given(self) -> dict[str, PyTree]:
@@ -140,7 +144,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     if like is None:
         directory, tokenizer, model = described_policy(config, planned=target is not None)
         if config.lora is not None:
-            model = lora(model, config.lora, quantise=config.lora.int8)
+            model = lora(model, config.lora, bits=config.lora.bits)
     else:
         directory, tokenizer, model = like.directory, like.tokenizer, like.model
     training, rollout = config.training, config.rollout
@@ -187,6 +191,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     networks, paths = configured_networks(
         config.networks, b1, b2, snapshot=snapshot, context_tokens=_context_tokens(config)
     )
+    require_tokens_of_policy(paths, tokenizer)
     step = make_train_step(
         model,
         skipping_non_finite(optimizer(config.training, seed=config.seed)),
@@ -194,7 +199,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         rewards=rewards,
         credit=credit,
         losses=losses,
-        update=_update(training),
+        update=_update(config),
         resources=Resources(
             decode=tokenizer.decode,
             encode=tokenizer.encode,
@@ -213,8 +218,17 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     return Parts(config, task, tokenizer, model, directory, step, reason, feeds, paths)
 
 
-def _update(training: TrainingConfig) -> Update:
+def _update(config: Config) -> Update:
+    training = config.training
+    shares, widths = training.packing, training.completion_buckets
+    if (limit := config.rollout.max_completion_tokens) < max((widths if isinstance(widths, tuple) else ()), default=0):
+        raise ValueError(
+            f"training.completion_buckets holds {max(widths)}, but completions have at most "  # type: ignore[arg-type]
+            f"rollout.max_completion_tokens {limit}; take it out, or raise the limit"
+        )
     return Update(
+        packing=_PACKING if shares is True else shares or (),
+        completion_buckets=buckets(limit)[:-1] if widths is True else widths or (),
         epochs_per_batch=training.epochs_per_batch,
         minibatches_per_epoch=training.minibatches_per_epoch,
         sequences_per_microbatch=training.sequences_per_microbatch,

@@ -3,6 +3,7 @@
     source: sampler                                                   prompts are completed by the policy (the default)
     source: [sampler, {replay: {share: 0.4}}]                         and rows of earlier steps learn again beside them
     source: [sampler, {demonstrations: {sequences_per_step: 64}}]     and so do reference completions
+    source: [sampler, {hardest: {sequences_per_pass: 32}}]            and those of prompts that no sample solved
     source: {pairs: {file: pairs.jsonl, groups_per_step: 32}}         all rows are read from a file
 
 Keywords that are named like a size of the run are filled from it.
@@ -19,10 +20,11 @@ import jax.numpy as jnp
 
 from jaxrl_llm.data import Tokenizer
 from jaxrl_llm.data.judged_rows import QUESTION, VERDICT, Asked, Kind
+from jaxrl_llm.data.top_tokens import likely_batches, likely_rows, most_likely
 from jaxrl_llm.data.written import PROVIDES, judged_groups, written_batches
 from jaxrl_llm.experience import Experience
 from jaxrl_llm.ranges import Count, Natural, OpenShare, Range, ranged
-from jaxrl_llm.rows import Replay, Written, written_rows
+from jaxrl_llm.rows import Hardest, Replay, Written, written_rows
 
 
 class Feed(NamedTuple):
@@ -36,7 +38,7 @@ class Feed(NamedTuple):
       dropped: rows of the file that were left out, by reason.
     """
 
-    source: Written | Replay | None = None
+    source: Written | Replay | Hardest | None = None
     rows: Callable[[Any, Mapping[str, Any]], Callable[[int], Experience]] | None = None
     stored: Any = None
     file: str | None = None
@@ -104,6 +106,28 @@ def _beside(parts: Sequence[Any], width: int, *, marked: bool) -> Experience:
     held_out = jnp.repeat(jnp.arange(len(parts), dtype=jnp.float32), arrays[-1].shape[0] // len(parts))
     rows = replace(written_rows(*arrays, answer_width=width, trained=trained), weight=1.0 - held_out)
     return rows.filled(validation=held_out) if marked else rows
+
+
+@ranged
+def hardest(
+    *,
+    sequences_per_pass: Count,
+    samples_per_prompt: Count,
+    max_prompt_tokens: Count,
+    max_completion_tokens: Count,
+    capacity: Count | None = None,
+) -> Feed:
+    """Reference completions of prompts that no sample solved: kept, the newest first, until there are enough of them.
+
+    Args:
+      sequences_per_pass: demonstrations that learn beside the samples of a step, once so many wait; a multiple of
+        samples_per_prompt. Their loss reads `written_mask`.
+      samples_per_prompt: rows of a group.
+      max_prompt_tokens, max_completion_tokens: of the run.
+      capacity: demonstrations that wait at most; None is four times as many as learn together.
+    """
+    room = 4 * sequences_per_pass if capacity is None else capacity
+    return Feed(Hardest(sequences_per_pass, room, samples_per_prompt, max_prompt_tokens, max_completion_tokens))
 
 
 @ranged
@@ -193,7 +217,9 @@ def _judged(
         return at
 
     margin = any("margin" in row.values for group in groups for row in group)
-    source = Written(count, per_group, PROVIDES[kind] | ({"margin"} if margin else set()))
+    attributes = asked.get("attributes", ())
+    widths = (("rating", len(attributes)),) if attributes else ()
+    source = Written(count, per_group, PROVIDES[kind] | ({"margin"} if margin else set()), widths)
     left_out = {**dropped, **({"too long": batches.dropped} if batches.dropped else {})}
     return Feed(source, rows, file=digest[:16], dropped=left_out)
 
@@ -298,9 +324,59 @@ labels, steps, verdicts = (
     _of_kind("verdicts", _of_verdicts),
 )
 
+
+@ranged
+def distributions(
+    *,
+    file: str,
+    sequences_per_step: Count,
+    samples_per_prompt: int,
+    beside: bool,
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    seed: int,
+    overlong_prompts: Literal["error", "drop"],
+) -> Feed:
+    """Completions of a file with a teacher's likeliest tokens in each place: the network `file` says them.
+
+    Args:
+      file: its rows are as in `data.top_tokens`.
+      sequences_per_step: rows of a step; beside samples, a multiple of samples_per_prompt.
+    """
+    group = samples_per_prompt if beside else 1
+    _check_multiple("distributions", sequences_per_step, group)
+    likely, digest = likely_rows(file)
+    batches = likely_batches(
+        likely,
+        tokenizer,
+        sequences_per_step=sequences_per_step,
+        max_prompt_tokens=max_prompt_tokens,
+        max_completion_tokens=max_completion_tokens,
+        seed=seed,
+        overlong=overlong_prompts,
+    )
+
+    def rows(parts: Any, sets: Mapping[str, Any]) -> Callable[[int], Experience]:
+        sizes = {"answer_width": max_completion_tokens if beside else 1, "rows_per_group": group, "alone": not beside}
+
+        def at(step: int) -> Experience:
+            arrays = [jnp.asarray(array) for array in batches[step]]
+            return written_rows(*arrays[:5], **sizes, top_tokens=arrays[5], top_logprobs=arrays[6])
+
+        return at
+
+    names = ("top_tokens", "top_logprobs")
+    source = Written(sequences_per_step, group, frozenset(names), tuple((name, most_likely(likely)) for name in names))
+    left_out = {"too long": batches.dropped} if batches.dropped else {}
+    return Feed(source, rows, file=digest[:16], dropped=left_out)
+
+
 __all__ = [
     "Feed",
     "demonstrations",
+    "distributions",
+    "hardest",
     "labels",
     "pairs",
     "rankings",

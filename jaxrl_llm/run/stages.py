@@ -194,6 +194,10 @@ class Run:
         if self.lifetime is not None:
             self.lifetime.mark()
 
+    def asked(self) -> dict[str, Any]:
+        """What a step asks on the host: the environment, and whether the run wants to end instead."""
+        return {"call": self.parts.call, "stop": self.interruption.give_up_the_step}
+
     def taken(self, stage: Stage) -> Callable[..., Any]:
         """The function that takes a step of a stage, which traces those that are asked for."""
         run = stage.parts.step.run
@@ -261,7 +265,7 @@ def run_stage(
             widths.add(width)
             written = None if data.written is None else run.placed(data.written(index))
             try:
-                new_state, metrics, rows = take(state, run.placed(prompts), items, written, call=run.parts.call)
+                new_state, metrics, rows = take(state, run.placed(prompts), items, written, **run.asked())
             except (RewardError, EndpointError, Abandoned) as error:
                 if unread is not None:
                     report(*unread)

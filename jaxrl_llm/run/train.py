@@ -21,24 +21,24 @@ from rich.console import Console
 from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.endpoints import require_model
-from jaxrl_llm.evaluation import COUNTED, Grader, make_evaluate
-from jaxrl_llm.evaluation.record_files import fresh_records
-from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
+from jaxrl_llm.evaluation import COUNTED, Grader
+from jaxrl_llm.experience import NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
 from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run.across_stages import measure_across
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import mirrored, require_shared, run_directory
 from jaxrl_llm.run.early_stopping import require_metric
-from jaxrl_llm.run.evaluation_batch import evaluation_batch
 from jaxrl_llm.run.explain import metric_names, trace
 from jaxrl_llm.run.failures import named
 from jaxrl_llm.run.goodput import Lifetime
 from jaxrl_llm.run.host_processes import attentive, guarded_functions
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 from jaxrl_llm.run.live_report import reporting_of
+from jaxrl_llm.run.measured import measured_by, measured_on
 from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.overview import summary_of, units
 from jaxrl_llm.run.problems import data_sets, fingerprint_of, left_out, own_data
@@ -48,7 +48,7 @@ from jaxrl_llm.run.resuming import clear_the_way, restored_state, step_to_go_on_
 from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
-from jaxrl_llm.run.stages import Run, Stage, Stopped, run_stage, spread, stage_data, written_of
+from jaxrl_llm.run.stages import Run, Stage, Stopped, run_stage, stage_data, written_of
 from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.run.stored_answers import FILE, StoredAnswers, stored_answers
 from jaxrl_llm.training.initial import initial_state
@@ -242,7 +242,7 @@ def _run(
 ) -> dict[str, Any]:
     """All stages that are left, from the one whose state was saved."""
     config, key, call = run.config, jax.random.key(run.config.seed), run.parts.call
-    measure = _measured(run, stages[-1].parts, grade, key)
+    measure = measured_by(run, stages[-1].parts, grade, key)
     names = [stage.name for stage in stages]
     begin = names.index(run.meta["stage"])
     state, held = _before(stages[:begin], key)
@@ -282,6 +282,8 @@ def _run(
             run.save(run.meta["steps_before"], stage.name, state)
         data = stage_data(stage, batches, rows[stage.name], stored)
         state = run_stage(run, stage, state, data, measure, last=number == len(stages) - 1)
+        if config.evaluation.across_stages and stage.first_saved:
+            measure_across(run, stages, stage, state.params, partial(measured_on, run, key))
         held = {name: one.params for name, one in (run.waiting_networks | state.networks).items()}
         if not stage.first_saved:
             run.meta["warm_start_steps"] = int(state.step)
@@ -337,44 +339,6 @@ def _stored(run: Run, stage: Stage, params: Any, key: Any, fresh: bool) -> Store
         run.meta["stored_answers"] = stored.fingerprint
     run.console.print(f"{len(stored)} answers stored, {len(stored.explored)} prompts explored")
     return stored
-
-
-def _measured(run: Run, parts: Parts, grade: Grader | None, key: Any) -> Callable[..., dict[str, float]]:
-    """(params, split, problems, what the time is charged to) -> accuracies; none without problems."""
-    config, place = run.config, parts.step.composition.resources.placement
-    if grade is None:
-        return lambda params, split, problems, what: {}
-    by = "data_source" if parts.config.data.sources else None
-    evaluate = make_evaluate(
-        parts.model,
-        grade,
-        parts.tokenizer,
-        samples_per_problem=config.evaluation.samples_per_problem,
-        k=config.evaluation.k,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        max_completion_tokens=config.rollout.max_completion_tokens,
-        sequences_per_batch=evaluation_batch(config, parts.model, place.mesh, place.rules),
-        temperature=config.evaluation.temperature,
-        overlong=config.data.overlong_prompts,
-        mesh=place.mesh,
-        rules=place.rules,
-        gather=place.gather_for_rollout,
-        environment=parts.environment,
-        call=run.parts.call,
-        columns=("data_source",) if by is not None else ("level",) if parts.task is not None else (),
-        by=by,
-    )
-
-    def measure(params: Any, split: str, problems: int, what: str) -> dict[str, float]:
-        with run.timed(what):
-            data = run.data[split]
-            items = [data[i] for i in spread(len(data), problems)]
-            write = None
-            if split == "test" and hosts.is_main():  # before and after, for the report and `jaxrl compare`
-                write = fresh_records(run.config.directory / "evaluations" / what.rpartition(" ")[2])
-            return evaluate(params, items, jax.random.fold_in(key, KeyUse.EVALUATE), write)
-
-    return measure
 
 
 def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:

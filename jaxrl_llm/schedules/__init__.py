@@ -11,7 +11,13 @@ from jaxrl_llm.schedules.annealing import annealed_share, two_phase_decay
 from jaxrl_llm.schedules.bilevel import implicit_gradient
 from jaxrl_llm.schedules.controllers import adaptive_kl, entropy_gated_kl
 from jaxrl_llm.schedules.learning_rates import linear_decay, stable_then_decay
-from jaxrl_llm.schedules.mixing import adaptive_mixing, gradient_alignment, mixing_weight
+from jaxrl_llm.schedules.mixing import (
+    adaptive_mixing,
+    gradient_alignment,
+    imitation_by_entropy,
+    mixing_weight,
+    success_by_entropy,
+)
 from jaxrl_llm.schedules.objectives import influence_weights
 from jaxrl_llm.schedules.temperatures import steering_temperature, temperature_controller
 
@@ -22,12 +28,14 @@ __all__ = [
     "annealed_share",
     "entropy_gated_kl",
     "gradient_alignment",
+    "imitation_by_entropy",
     "implicit_gradient",
     "influence_weights",
     "linear_decay",
     "mixing_weight",
     "stable_then_decay",
     "steering_temperature",
+    "success_by_entropy",
     "temperature_controller",
     "two_phase_decay",
 ]

@@ -160,6 +160,38 @@ def adaptive_mixing(
     return Method(init, update)
 
 
+@ranged
+def imitation_by_entropy(entropy_per_token: Float[Array, ""], *, scale: NonNegative = 0.5) -> Float[Array, ""]:
+    """The coefficient of a supervised loss beside reinforcement: small while the policy is undecided.
+
+        scale * exp(-H)
+
+    Args:
+      entropy_per_token: H, mean entropy of the samples in nats.
+      scale: coefficient of a policy that is certain.
+
+    Reference: SRFT (2506.19767).
+    Certainty: recalled
+    """
+    return scale * jnp.exp(-entropy_per_token)
+
+
+@ranged
+def success_by_entropy(entropy_per_token: Float[Array, ""], *, scale: NonNegative = 0.1) -> Float[Array, ""]:
+    """The coefficient of a likelihood of the policy's own right answers: larger while it is undecided.
+
+        scale * exp(H)
+
+    Args:
+      entropy_per_token: H, mean entropy of the samples in nats.
+      scale: coefficient of a policy that is certain.
+
+    Reference: SRFT (2506.19767).
+    Certainty: recalled
+    """
+    return scale * jnp.exp(entropy_per_token)
+
+
 def _check(low: float, high: float, sign: str) -> None:
     if not 0 <= low <= high <= 1:
         raise ValueError(f"low is {low} and high is {high}; they bound a share and must satisfy 0 <= low <= high <= 1")

@@ -10,9 +10,18 @@ from jaxrl_llm.experience import Method
 from jaxrl_llm.selection.adaptive_sampling import balanced_samples, finished_prompts
 from jaxrl_llm.selection.allocation import next_rollouts, reward_half_width, rollout_priority
 from jaxrl_llm.selection.bandits import bandit
+from jaxrl_llm.selection.best_samples import balance_score, best_setting, kept_samples
 from jaxrl_llm.selection.curricula import competence, easy_to_hard, growing_difficulty, has_plateaued, stage_slots
 from jaxrl_llm.selection.domains import deficit_shares, domain_aware, share_counts
-from jaxrl_llm.selection.fresh_pairs import acceptance_probability, best_and_worst, rejection_sampled
+from jaxrl_llm.selection.entropy_tiers import by_entropy
+from jaxrl_llm.selection.fresh_pairs import (
+    acceptance_probability,
+    best_and_worst,
+    by_threshold,
+    guided_pairs,
+    rejection_sampled,
+    reward_gap,
+)
 from jaxrl_llm.selection.informative import nonconstant_groups, nonzero_advantages
 from jaxrl_llm.selection.informative_prompts import by_pass_rate, informativeness, kept_by_two_maps, most_variable
 from jaxrl_llm.selection.knapsack import knapsack_rollouts, mixed_probability, rollout_value, rollouts_for_signal
@@ -36,12 +45,16 @@ from jaxrl_llm.selection.variance_sampling import distinct_pairs, variance_aware
 __all__ = [
     "Method",
     "acceptance_probability",
+    "balance_score",
     "balanced_groups",
     "balanced_samples",
     "bandit",
     "best_and_random",
     "best_and_worst",
+    "best_setting",
+    "by_entropy",
     "by_pass_rate",
+    "by_threshold",
     "competence",
     "complete_samples",
     "cycled_rows",
@@ -54,9 +67,11 @@ __all__ = [
     "extreme_samples",
     "finished_prompts",
     "growing_difficulty",
+    "guided_pairs",
     "has_plateaued",
     "informativeness",
     "kept_by_two_maps",
+    "kept_samples",
     "knapsack_rollouts",
     "mixed_probability",
     "most_variable",
@@ -68,6 +83,7 @@ __all__ = [
     "path_value",
     "rejection_sampled",
     "resampled",
+    "reward_gap",
     "reward_half_width",
     "rollout_priority",
     "rollout_value",

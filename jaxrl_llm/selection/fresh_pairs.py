@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
 from jaxrl_llm.selection.subsets import row_uniforms
-from jaxrl_llm.statistics import group_max, group_min, group_rank, group_size
+from jaxrl_llm.statistics import group_max, group_mean, group_min, group_rank, group_size
 
 
 @ranged
@@ -54,6 +55,113 @@ def best_and_worst(
     apart = group_max(r, group, present) - group_min(r, group, present) > least_gap
     better, worse = rank < most, rank >= size - most
     return jnp.where(present & apart & (better | worse), jnp.where(better, 1.0, 0.0), -1.0)
+
+
+def guided_pairs(
+    rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], branch: Float[Array, "B"]
+) -> Float[Array, "B"]:
+    """One pair a prompt out of plain and guided attempts: a success with guidance against a failure without.
+
+        preferred = 1 for the first guided success, else the first plain one;
+                    0 for the first plain failure, else the first guided one;   -1 elsewhere
+
+    A prompt without both makes no pair. The two stand behind the plain prompt, so a preference loss teaches what
+    guidance brought about without showing the guidance.
+
+    Args:
+      rewards: a success has at least 1.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      branch: 1 for guided attempts.
+
+    Returns:
+      One entry a row, for the field `preferred`; -1 in rows that make no pair.
+
+    Reference: Agent-RLVR (2506.11425).
+    Certainty: reconstructed
+    """
+    chex.assert_equal_shape([rewards, group, weight, branch])
+    there, place, count = weight > 0, jnp.arange(len(group)), len(group)
+    passed = rewards >= 1
+
+    def first(eligible, guided_first):
+        late = count * ((branch > 0) != guided_first)
+        order = jnp.where(there & eligible, place + late, 4 * count)
+        least = jax.ops.segment_min(order, group, num_segments=count)[group]
+        return (order == least) & (order < 4 * count), least < 4 * count
+
+    better, any_better = first(passed, True)
+    worse, any_worse = first(~passed, False)
+    pair = any_better & any_worse
+    return jnp.where(pair & better, 1.0, jnp.where(pair & worse, 0.0, -1.0))
+
+
+@ranged
+def by_threshold(
+    rewards: Float[Array, "B"],
+    group: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    *,
+    least: float = 5.0,
+    least_gap: NonNegative = 1.0,
+) -> Float[Array, "B"]:
+    """Samples that are good by themselves against those that are clearly worse than all of these.
+
+        preferred = 1 where r >= least,  0 where r <= (smallest reward of those) - least_gap,  -1 between
+
+    Every pair of a better and a worse answer of the group has at least that gap, so a group of 6, 5, 5, 3 of which 5 is
+    good makes three pairs; the filter of DNO on an additive scale of 6 points would also take 6 against 5.
+
+    Args:
+      rewards: score of each row; NaN makes no pair.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      least: score of a good answer.
+      least_gap: in units of reward.
+
+    Returns:
+      One entry a row, for the field `preferred`; -1 in absent rows.
+
+    Raises:
+      ValueError: for a negative gap.
+
+    Reference: DNO (2404.03715).
+    Certainty: reconstructed
+    """
+    chex.assert_equal_shape([rewards, group, weight])
+    r = rewards.astype(jnp.float32)
+    present = (weight > 0) & ~jnp.isnan(r)
+    good = present & (r >= least)
+    lowest = group_min(jnp.where(good, r, 0.0), group, good.astype(jnp.float32))
+    some = group_size(group, good.astype(jnp.float32)) > 0
+    bad = present & some & ~good & (r <= lowest - least_gap)
+    return jnp.where(good, 1.0, jnp.where(bad, 0.0, -1.0))
+
+
+def reward_gap(
+    rewards: Float[Array, "B"], group: Int[Array, "B"], preferred: Float[Array, "B"], weight: Float[Array, "B"]
+) -> Float[Array, "B"]:
+    """How much better the better answers of a group are than its worse ones: the margin of fresh pairs.
+
+        margin = mean reward of the better answers - mean reward of the worse ones
+
+    Args:
+      rewards: score of each row.
+      group: id of the group each row belongs to.
+      preferred: 1 for a better answer, 0 for a worse one.
+      weight: weight of each row; 0 is absent.
+
+    Returns:
+      One entry a row, for the field `margin`, the same in a group; 0 where it has no pair.
+
+    Reference: Secrets of RLHF II, adaptive margins (2401.06080), of rewards.
+    Certainty: recalled
+    """
+    chex.assert_equal_shape([rewards, group, preferred, weight])
+    r, known = jnp.nan_to_num(rewards.astype(jnp.float32)), (weight > 0) & ~jnp.isnan(rewards)
+    better, worse = ((known & (preferred == kind)).astype(jnp.float32) for kind in (1, 0))
+    both = (group_size(group, better) > 0) & (group_size(group, worse) > 0)
+    return jnp.where(both, group_mean(r, group, better) - group_mean(r, group, worse), 0.0)
 
 
 @ranged

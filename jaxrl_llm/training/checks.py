@@ -42,6 +42,11 @@ def checked(c: Composition) -> Composition:
         raise ValueError("source is empty; a step needs rows: a Rollout, Written or Replay")
     if c.rollout is None and c.replay is not None:
         raise ValueError("source is a replay store alone; it keeps rows that a Rollout has sampled, so name one too")
+    if c.hardest is not None and (c.rollout is None or not c.rewards or not any(t.on_written for t in c.losses)):
+        raise ValueError(
+            "source.hardest keeps demonstrations of prompts that no sample solves, so it needs a sampler, rewards, and "
+            "a loss on written completions, such as stored_likelihood; add what is missing"
+        )
     for kind, terms in (("reward", c.rewards), ("loss", c.losses)):
         seen = [term.name for term in terms]
         if twice := {name for name in seen if seen.count(name) > 1}:
@@ -58,7 +63,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
     given -= {"support", "router_choices"}
     r = c.rollout
     if r is not None:
-        given |= provided_by("data") | c.plan.provides - provided_by("greedy_baseline", "adaptive")
+        given |= provided_by("data") | c.plan.provides - provided_by("greedy_baseline", "adaptive", "continued_steps")
         if r.environment is not None:
             given |= provided_by("environment")
         if r.engine is not None:
@@ -68,7 +73,9 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
         if r.truncation is not None:
             given |= {"support"}
     if c.written is not None:
-        given |= c.written.provides | {"written_mask"}
+        given |= c.written.provides
+    if c.written is not None or c.hardest is not None:
+        given |= {"written_mask"}
     return frozenset(given)
 
 
@@ -191,7 +198,8 @@ def _check_capabilities(c: Composition) -> None:
     ):
         if wanted:
             require(name, frozenset({capability}), sampler, offers)
-    joined = [name for name, source in (("written rows", c.written), ("replay", c.replay)) if source is not None]
+    others = (("written rows", c.written), ("replay", c.replay), ("source.hardest", c.hardest))
+    joined = [name for name, source in others if source is not None]
     if r.replay_router:
         require("rollout.replay_router", frozenset({"drawn_by_policy"}), "rollout.plan", rows)
         for name in joined:
@@ -206,6 +214,9 @@ def _check_capabilities(c: Composition) -> None:
             require(repr(name), frozenset({"whole_vocabulary"}), "rollout.truncation", frozenset())
     for name in joined:
         require(name, frozenset({"equal_groups"}), "rollout.plan", rows)
+    reading = [f"reading {term.name!r}" for term in (*c.rewards, *c.credit, *c.views.values()) if term.on_host]
+    for name in [*reading, *(["data.selection"] if r.selection is not None else [])]:
+        require(name, frozenset({"prompts_of_step"}), "rollout.plan", rows)
     whole = [term.name for term in c.losses if "group" in names(term.function)]
     if whole and (c.update.minibatches_per_epoch > 1 or c.update.sequences_per_microbatch is not None):
         require(
@@ -253,6 +264,13 @@ def _check_rest(c: Composition) -> None:
         if r.prompts_per_step is not None:
             groups = r.prompts_per_step + c.plan.extra_groups(r.prompts_per_step)
             checked_split(c, groups)
+    others = {name: network.model for name, network in c.networks.items() if network.model is not None}
+    for name, model in ({"the policy": c.model} | others).items():
+        if update.packing and not model.packs:
+            raise ValueError(
+                f"training.packing is set, but the model of {name} takes no segments (Model.packs), so it could not "
+                "tell packed rows apart; leave it out, or use training.completion_buckets"
+            )
     if c.replay is not None:
         replayed_fields(c)
     if r is not None and c.written is not None and c.written.rows_per_group != c.samples:
@@ -274,10 +292,13 @@ def _check_rest(c: Composition) -> None:
                 "that of the matrices they stand for; leave it out, or use copy_every"
             )
         other = network.model
-        if other is not None and network.head is None and other.vocabulary_size != c.model.vocabulary_size:
+        if other is not None and other.vocabulary_size != c.model.vocabulary_size:
+            text = (
+                "" if network.head is None else "; a reward model of another tokenizer is asked by text (judge_rating)"
+            )
             raise ValueError(
                 f"networks.{name} has {other.vocabulary_size} symbols, but the policy has {c.model.vocabulary_size}; a "
-                "network that scores the policy's tokens needs its vocabulary"
+                f"network that scores the policy's tokens needs its vocabulary{text}"
             )
     if unknown := sorted(place.offload - set(OFFLOADABLE)):
         raise ValueError(f"training.offload names {unknown[0]!r}; it can name {', '.join(OFFLOADABLE)}")

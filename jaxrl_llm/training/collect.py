@@ -28,11 +28,18 @@ from jaxrl_llm.rollout.plans import Request
 from jaxrl_llm.rollout.plans.plan import concatenated, request_rows
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rollout.turns import generate_turns
-from jaxrl_llm.rows import check_widths, empty_store, joined, remembered, replayed
+from jaxrl_llm.rows import (
+    check_widths,
+    empty_store,
+    joined,
+    remembered,
+    replayed,
+)
 from jaxrl_llm.training.checks import checked_split, replayed_fields
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.reading import item_numbers
 from jaxrl_llm.training.segments import Host, Placement, Repeat, Traced, Work
+from jaxrl_llm.training.waiting_demonstrations import asked_for, empty_demonstrations
 
 PLAN, SELECTION = "rollout:plan", "selection"
 
@@ -50,7 +57,9 @@ def collected(c: Composition, rewards: Sequence[Any], *, ahead: bool = False) ->
     scored = list(rewards) if plan.reads_rewards else []
     body = [draw, *scored, Traced("plan", lambda state, work: {"carry": plan.merge(work["carry"], work["drawn"])})]
     start: Any = Traced("plan", partial(_first_carry, c, draw, scored, ahead))
-    if plan.most_rounds == 1 and isinstance(draw, Host):  # nothing to compute, and so no program of its own
+    if (
+        plan.most_rounds == 1 and not plan.unrolled and isinstance(draw, Host)
+    ):  # nothing to compute, and so no program of its own
         start = Host("plan", lambda state, work, context: {"carry": None}, lambda state, work: {"carry": None})
     if plan.most_rounds == 1 or plan.unrolled:
         rounds = body * plan.most_rounds
@@ -67,7 +76,7 @@ def collected(c: Composition, rewards: Sequence[Any], *, ahead: bool = False) ->
 
 def _first_carry(c: Composition, draw: Any, rewards: Sequence[Any], ahead: bool, state: TrainState, work: Work) -> Work:
     prompts, plan = work["prompts"], c.plan
-    if plan.most_rounds == 1:
+    if plan.most_rounds == 1 and not plan.unrolled:
         groups = prompts.tokens.shape[0]
         checked_split(c, groups + c.plan.extra_groups(groups))
         return {"carry": None}
@@ -157,7 +166,6 @@ def _sampler(c: Composition, state: TrainState) -> Any:
         c.model,
         weights,
         key=jax.random.fold_in(state.key, KeyUse.ROLLOUT),
-        step=state.step,
         record_router=r.replay_router,
         slots=r.slots,
         controls=r.truncation,
@@ -169,9 +177,13 @@ def _sampler(c: Composition, state: TrainState) -> Any:
     def one(request: Request) -> Experience:
         return complete(
             request.prompts,
+            step=state.step if request.begun is None else state.step - request.begun,
             samples_per_prompt=request.samples_per_prompt,
             temperature=r.temperature if request.temperature is None else request.temperature,
+            limit=request.limit,
+            stop_ids=request.stop_ids,
             prefixes=request.prefixes,
+            pause=request.pause,
             first_sample=request.first_sample,
             prompt_of=request.prompt_of,
             active=request.active,
@@ -283,15 +295,15 @@ def _handed(c: Composition, work: Work) -> Experience:
     return rows
 
 
-def join(c: Composition, state: TrainState, rows: Experience, work: Work, viewed: Any) -> tuple[Experience, dict]:
-    """The batch with rows of other origin behind it, and the store of the state with this batch in it.
+def join(c: Composition, state: TrainState, rows: Experience, work: Work, viewed: Any) -> tuple[Experience, dict, dict]:
+    """(the batch with rows of other origin behind it, the store of the state with this batch in it, numbers).
 
     Args:
       c, state, work: of the step.
       rows: those that were sampled, after credit.
       viewed: rows -> rows with what networks say of them before the update.
     """
-    store, parts = dict(state.store), []
+    store, parts, numbers = dict(state.store), [], {}
     if c.replay is not None:
         again = replayed(store["replay"], state.key, state.step, c.replay, c.samples)
         parts.append(viewed(again))
@@ -300,17 +312,25 @@ def join(c: Composition, state: TrainState, rows: Experience, work: Work, viewed
         written = _handed(c, work)
         check_widths(rows, written)
         parts.append(written)
+    if c.hardest is not None:
+        store["hardest"], asked = asked_for(store["hardest"], rows, c.hardest)
+        parts.append(asked)
+        numbers["demonstrations/learned"] = asked.weight.sum()
+        numbers["demonstrations/waiting"] = store["hardest"].weight.sum()
     batch = rows
     for part in parts:
         batch = joined(batch, part, c.samples)
-    return (constrain_rows(batch) if parts else batch), store
+    return (constrain_rows(batch) if parts else batch), store, numbers
 
 
 def first_store(c: Composition) -> dict[str, Experience]:
     """What is kept between steps before the first one."""
-    if c.replay is None:
-        return {}
-    return {"replay": empty_store(c.replay, c.samples, _rollout(c).max_completion_tokens, replayed_fields(c))}
+    store = {}
+    if c.replay is not None:
+        store["replay"] = empty_store(c.replay, c.samples, _rollout(c).max_completion_tokens, replayed_fields(c))
+    if c.hardest is not None:
+        store["hardest"] = empty_demonstrations(c.hardest, _rollout(c).max_completion_tokens)
+    return store
 
 
 # ---- which prompts --------------------------------------------------------------------------------------------------

@@ -10,14 +10,15 @@ from typing import Any
 import optax
 
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import FIELDS, provided_by, score_named
+from jaxrl_llm.fields import FIELDS, compared_with, provided_by, score_named
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.stored_distributions import stored_distributions
 from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
 from jaxrl_llm.rollout.sampled import Rollout
-from jaxrl_llm.rows import Replay, Written
+from jaxrl_llm.rows import Hardest, Replay, Written
 from jaxrl_llm.signatures import names, required
 from jaxrl_llm.terms import Fill, LossTerm, Reward, Update, View, fill_term, listed, loss_term, reward_term
-from jaxrl_llm.training.networks import POLICY, Network, has_copy, networks_named
+from jaxrl_llm.training.networks import FILE, POLICY, ROWS, Network, has_copy, networks_named
 from jaxrl_llm.training.segments import Placement
 
 
@@ -51,7 +52,7 @@ class Resources:
     placement: Placement = field(default_factory=Placement)
 
 
-Source = Rollout | Written | Replay
+Source = Rollout | Written | Replay | Hardest
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ class Composition:
         return next((source for source in self.sources if isinstance(source, Replay)), None)
 
     @cached_property
+    def hardest(self) -> Hardest | None:
+        """The store of demonstrations of prompts that are not solved."""
+        return next((source for source in self.sources if isinstance(source, Hardest)), None)
+
+    @cached_property
     def plan(self) -> Plan:
         """How completions are asked for, with a greedy baseline where something names its rewards."""
         assert self.rollout is not None
@@ -121,7 +127,7 @@ class Composition:
         """Groups that learn beside those that were sampled in the step."""
         if self.rollout is None:
             return 0
-        return (self.written.groups if self.written else 0) + (self.replay.groups if self.replay else 0)
+        return sum(source.groups for source in (self.written, self.replay, self.hardest) if source is not None)
 
     # ---- names ------------------------------------------------------------------------------------------------------
 
@@ -144,6 +150,8 @@ class Composition:
         asked = required(self.functions)
         if self.rollout is not None and self.rollout.plan is not None:
             asked |= self.rollout.plan.reads
+        if self.hardest is not None:
+            asked |= {"demonstration_tokens", "demonstration_length"}
         if "kl_reference_per_token" in asked:
             asked |= {"reference_logprobs"}
         if self.rollout is not None and self.rollout.engine is not None:
@@ -155,7 +163,10 @@ class Composition:
         """Networks beside the policy that something names, each after the one that it is made from."""
         given = self.resources
         writers = {name for view in self.views.values() for name in view.writers}
-        return networks_named(self.named, given.networks, self.views, given.critic, writers)
+        known = dict(given.networks)
+        if self.written is not None and "top_tokens" in self.written.provides:
+            known[FILE] = Network(origin=ROWS, model=stored_distributions(self.model.vocabulary_size))
+        return networks_named(self.named, known, self.views, given.critic, writers)
 
     @cached_property
     def wanted(self) -> frozenset[str]:
@@ -200,7 +211,7 @@ class Composition:
     def learning(self) -> frozenset[str]:
         """Networks whose parameters the losses change."""
         read = required([t.function for t in self.losses])
-        policy = read & provided_by("learner")
+        policy = read & provided_by("learner") or [name for name in read if compared_with(name) is not None]
         views = {s.view for name in read if (s := self.score(name)) and s.network == POLICY and not s.as_found}
         heads = {
             s.network

@@ -163,9 +163,16 @@ def credit_parts(c: Composition) -> list[Any]:
     score(known)
     parts.append(Traced("credit", _absent_rows))
     return [
-        Traced("credit", lambda state, work: {"sampled": work["rows"].weight, "memory": dict(state.memory)}),
+        Traced("credit", lambda state, work: {"sampled": _sampled(work["rows"]), "memory": dict(state.memory)}),
         *parts,
     ]
+
+
+def _sampled(rows: Experience) -> Array:
+    """Weight of each row as it was sampled; rows that a plan has written for supervised losses alone are none."""
+    if "written_mask" not in rows:
+        return rows.weight
+    return jnp.where((rows["written_mask"] > 0).any(1) & ~(rows.mask > 0).any(1), 0.0, rows.weight)
 
 
 def _by_vocabulary(c: Composition, state: TrainState, work: Work) -> Work:

@@ -17,11 +17,9 @@ from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Loss, NetworkState, TrainState
 from jaxrl_llm.fields import Score, compared_with
-from jaxrl_llm.models.logprobs import Other, token_statistics
-from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.stored_distributions import as_states
 from jaxrl_llm.parallel.placement import constrained_like
 from jaxrl_llm.parallel.rules import constrain_rows
-from jaxrl_llm.rollout.hidden_states import observed_hidden
 from jaxrl_llm.rows import minibatch_rows
 from jaxrl_llm.signatures import call, required
 from jaxrl_llm.terms import LossTerm
@@ -29,12 +27,14 @@ from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.metrics import drift_of, learn_metrics
 from jaxrl_llm.training.networks import (
     POLICY,
+    ROWS,
     current,
     frozen_part,
     trainable_part,
     whole,
 )
-from jaxrl_llm.training.scores import Plain, of_head, sequences
+from jaxrl_llm.training.passes import Compared, Plain, Size, at_smallest_size, scored
+from jaxrl_llm.training.scores import of_head, sequences
 
 # What the routers of a mixture of experts did, for each token of prompt and completion.
 ROUTER = ("router_choices", "router_probabilities")
@@ -115,7 +115,9 @@ class Objective:
         per_row = found.quantity == "scores" or network.says == "first"
         return (*source.tokens.shape[: 1 if per_row else 2], *outputs)
 
-    def value(self, trained: PyTree, state: TrainState, rows: Experience, counts: Any, factors: Any) -> Any:
+    def value(
+        self, trained: PyTree, state: TrainState, rows: Experience, counts: Any, factors: Any, size: Size = None
+    ) -> Any:
         """(weighted sum, what to log); `trained` holds what learns of each network by name."""
         c, wanted = self.c, self.wanted
         frozen = frozen_part(c.model, state.params)
@@ -124,9 +126,9 @@ class Objective:
         learner: dict[str, Any] = {}
         hidden = statistics = None
         if POLICY in trained:
-            hidden, statistics, observed = self._of_policy(policy, state, rows)
+            hidden, statistics, observed = self._of_policy(policy, state, rows, size)
             learner["logprobs"] = statistics.logprobs
-        learner |= self._of_networks(trained, state, rows, hidden, frozen)
+        learner |= self._of_networks(trained, state, rows, hidden, frozen, size)
         if statistics is not None:
             learner |= observed
             if "entropy" in wanted:
@@ -142,44 +144,39 @@ class Objective:
         drift = ({}, {}) if statistics is None or c.rollout is None else drift_of(statistics.logprobs, rows)
         return jnp.asarray(total), (sums, drift)
 
-    def _of_policy(self, policy: PyTree, state: TrainState, rows: Experience) -> Any:
+    def _of_policy(self, policy: PyTree, state: TrainState, rows: Experience, size: Size) -> Any:
         """(hidden states, statistics of tokens, what routers did) of the policy that learns."""
-        c, others = self.c, []
+        c = self.c
         with_router = bool(self.wanted.intersection(ROUTER))
-
-        def hidden_of(model: Model, params: PyTree, routes: Array | None = None, observed: tuple[str, ...] = ()):
-            return observed_hidden(
-                model,
-                params,
-                rows.prompt_tokens,
-                rows.prompt_length,
-                rows.tokens,
-                rows.length,
-                router_choices=routes,
-                samples_per_prompt=self.samples,
-                names=observed,
-            )
-
+        others = []
         for name, functionals in self.compared.items():
-            other, model = current(c.model, c.networks, state, name), c.networks[name].model or c.model
-            says = jax.lax.stop_gradient(hidden_of(model, other)[0])
-            others.append(Other(model, other, says, tuple(functionals.values())))
+            network = c.networks[name]
+            says = as_states(rows["top_tokens"], rows["top_logprobs"]) if network.origin == ROWS else None
+            params = current(c.model, c.networks, state, name)
+            others.append(Compared(network.model or c.model, params, tuple(functionals.values()), says))
         # The experts that sampled a token are those that learn from it.
-        hidden, observed = hidden_of(c.model, policy, rows.router_choices, ROUTER if with_router else ())
-        statistics = token_statistics(
+        said = scored(
             c.model,
             policy,
-            hidden,
-            rows.tokens,
+            sequences(c, rows, "")[0],
+            size,
             temperature=c.temperature,
             entropy="entropy" in self.wanted,
             others=tuple(others),
-            support=rows.support,
+            router_choices=rows.router_choices,
+            samples_per_prompt=self.samples,
+            names=ROUTER if with_router else (),
         )
-        return hidden, statistics, observed
+        return said.hidden, said.statistics, said.observed
 
     def _of_networks(
-        self, trained: PyTree, state: TrainState, rows: Experience, hidden: Array | None, frozen: PyTree
+        self,
+        trained: PyTree,
+        state: TrainState,
+        rows: Experience,
+        hidden: Callable[[], Array] | None,
+        frozen: PyTree,
+        size: Size,
     ) -> dict[str, Array]:
         """What networks that learn say: heads of rows and views, and the policy of views."""
         c, learner = self.c, {}
@@ -197,25 +194,20 @@ class Objective:
                     mask,
                     {s.quantity for s in together.values()},
                     policy=state.params,
-                    policy_hidden=None if view else hidden,
+                    policy_hidden=None if view or hidden is None or network.backbone == "own" else hidden(),
                     frozen=frozen if network.model is None else None,
+                    size=None if view else size,
                 )
                 learner |= {name: said[s.quantity] for name, s in together.items()}
                 continue
             own = network_name == POLICY
             model = c.model if network is None or network.model is None else network.model
             params = state.params if own else trained[network_name]
-            state_of, _ = observed_hidden(model, params, *source[:4])
-            scored = token_statistics(
-                model,
-                params,
-                state_of,
-                source.tokens,
-                temperature=c.temperature,
-                entropy=any(s.quantity == "entropy" for s in together.values()),
-            )
+            entropy = any(s.quantity == "entropy" for s in together.values())
+            plain = source._replace(support=None)
+            said = scored(model, params, plain, None if view else size, temperature=c.temperature, entropy=entropy)
             for name, s in together.items():
-                learner[name] = scored.logprobs if s.quantity == "logprobs" else scored.entropy
+                learner[name] = said.statistics.logprobs if s.quantity == "logprobs" else said.statistics.entropy
         return learner
 
 
@@ -310,8 +302,11 @@ def gradient(
     slope = jax.grad(objective.value, has_aux=True)
 
     def differentiate(trained, rows):
-        grads, aux = slope(trained, state, rows, counts, factors)
-        return _like_parameters(specs, grads), aux
+        def at(rows: Experience, size: Size) -> Any:
+            grads, aux = slope(trained, state, rows, counts, factors, size)
+            return _like_parameters(specs, grads), aux
+
+        return at_smallest_size(objective.c.update, rows, at)
 
     if pieces == 1:
         return differentiate(trained, rows)

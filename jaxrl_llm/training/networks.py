@@ -25,6 +25,10 @@ from jaxrl_llm.ranges import Count, Natural, Positive, Share, require_ranges
 
 POLICY = "policy"
 GIVEN = "given"
+# Of a network that has no parameters: the rows hold what it says.
+ROWS = "rows"
+# The network that stands for the distributions of a file.
+FILE = "file"
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Network:
 
     Attributes:
       origin: "policy" copies the policy that the step starts from; the name of another network copies that one; "given"
-        takes parameters that are handed to `TrainStep.init`.
+        takes parameters that are handed to `TrainStep.init`; "rows" has none, and rows hold its distributions.
       model: its functions; None has those of its origin. Needed where it is given.
       head: numbers instead of log-probabilities over the vocabulary.
       says: of a head's values, one a token ("token"), or the one at the first token of a row that is trained on.
@@ -133,7 +137,7 @@ def _made_from(name: str, known: Mapping[str, Network]) -> list[str]:
       ValueError: where one of them is not there, or they are made from each other.
     """
     chain = [name]
-    while (origin := known[chain[-1]].origin) not in (POLICY, GIVEN):
+    while (origin := known[chain[-1]].origin) not in (POLICY, GIVEN, ROWS):
         if origin not in known:
             raise ValueError(f"networks.{chain[-1]}.origin is {origin!r}; {nearest(origin, [POLICY, GIVEN, *known])}")
         if origin in chain:
@@ -170,7 +174,7 @@ def whole(model: Model, trainable: PyTree, frozen: PyTree) -> PyTree:
 
 def has_copy(model: Model, network: Network) -> bool:
     """Whether the state holds parameters for a network. A policy with adapters can have its base as a reference."""
-    if network.always_origin:
+    if network.always_origin or network.origin == ROWS:
         return False
     plain_copy = network.origin == POLICY and network.head is None and network.optimizer is None
     return not plain_copy or model.trained is None or network.snapshot or network.moves
@@ -247,6 +251,8 @@ def current(model: Model, networks: Mapping[str, Network], state: TrainState, na
     if name == POLICY:
         return state.params
     network = networks[name]
+    if network.origin == ROWS:
+        return {}
     if network.always_origin:
         return current(model, networks, state, network.origin)
     if network.origin == POLICY and network.head is None and model.trained is not None and network.model is None:

@@ -36,6 +36,7 @@ class Context:
       items: one dictionary a prompt of the whole batch (body, answer, ...), on every process; None without them.
       decode, encode: token ids -> text, and back.
       call: calls the functions of an environment in Python, while it is open.
+      stop: raises what the caller wants to end with instead of going on; called before each program and host call.
       numbers: seconds and failures of readings, by metric.
     """
 
@@ -43,6 +44,7 @@ class Context:
     decode: Callable[[Sequence[int]], str] | None = None
     encode: Callable[[str], list[int]] | None = None
     call: Any = None
+    stop: Callable[[], None] = lambda: None
     numbers: dict[str, float] = field(default_factory=dict)
 
     def required_items(self) -> Sequence[Mapping[str, Any]]:

@@ -9,39 +9,41 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxrl_llm.experience import Experience, Sequences, TrainState
+from jaxrl_llm.experience import Branches, Experience, Sequences, TrainState
 from jaxrl_llm.fields import Score, provided_by
 from jaxrl_llm.models.heads import at_first, at_last, head_outputs
 from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import constrain_rows, map_shards, shards
-from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
+from jaxrl_llm.rollout.hidden_states import branched_hidden, predicting_hidden, prompt_hidden
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
 from jaxrl_llm.terms import Fill
 from jaxrl_llm.training.composition import Composition
 from jaxrl_llm.training.networks import Network, current, frozen_part, whole
+from jaxrl_llm.training.passes import Plain, Size, at_smallest_size, hidden_of, in_rows
+from jaxrl_llm.training.passes import scored as scored_by
 from jaxrl_llm.training.segments import in_device_memory
 
 
-class Plain(NamedTuple):
-    """What is scored of a row: itself, or what a view made of it."""
-
-    prompt_tokens: Array
-    prompt_length: Array
-    tokens: Array
-    length: Array
-    support: Array | None
-    router_choices: Array | None
-
-
 def sequences(c: Composition, rows: Experience, view: str) -> tuple[Plain, Float[Array, "B T"]]:
+    """(what is scored, mask of its tokens) of the rows themselves, view "", or of a view with one sequence a row."""
+    made, mask = scored_of(c, rows, view)
+    if isinstance(made, Branches):
+        raise ValueError(
+            f"view {view!r} makes several sequences of a row, of which log-probabilities and entropy before the update "
+            "are known, and nothing else; name those, or make a view of one sequence"
+        )
+    return made, mask
+
+
+def scored_of(c: Composition, rows: Experience, view: str) -> tuple[Plain | Branches, Float[Array, "B ..."]]:
     """(what is scored, mask of its tokens) of the rows themselves, view "", or of a view."""
     if not view:
         own = Plain(rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length, rows.support, rows.router_choices)
@@ -51,6 +53,8 @@ def sequences(c: Composition, rows: Experience, view: str) -> tuple[Plain, Float
         made = Sequences(**read)
     else:
         made = call(c.views[view].function, rows.known())
+        if isinstance(made, Branches):
+            return made, made.mask
     own = Plain(made.prompt_tokens, made.prompt_length, made.tokens, made.length, None, None)
     return own, made.mask
 
@@ -119,14 +123,19 @@ def viewed(
     whole_groups = not at_once or (together and at_once % c.samples == 0)
     samples = c.samples if rows_are_groups and whole_groups else 1
 
-    def scored(rows: Experience) -> Experience:
-        values = _of_policy(c, state, rows, wanted, own_samples=own_samples)
+    recorded = {"old_logprobs", "old_entropy"} if own_samples else set()
+    own = [found.view for name, found in asked.items() if name not in recorded] + [""] * ("hidden" in special)
+
+    def said(rows: Experience, size: Size) -> dict[str, Array]:
+        values = _of_policy(c, state, rows, wanted, size, own_samples=own_samples)
         for name, found in asked.items():
             if name not in values and name not in rows:
-                values |= _scores(c, state, rows, found, asked, samples)
-        return rows.filled(**{name: values[name] for name in (*asked, *sorted(special)) if name in values})
+                values |= _scores(c, state, rows, found, asked, samples, size)
+        return {name: values[name] for name in (*asked, *sorted(special)) if name in values}
 
-    recorded = {"old_logprobs", "old_entropy"} if own_samples else set()
+    def scored(rows: Experience) -> Experience:
+        return rows.filled(**(at_smallest_size(c.update, rows, said) if "" in own else said(rows, None)))
+
     rows = by_microbatch(scored, rows, at_once, together=together) if wanted - recorded else scored(rows)
     if c.rollout is not None and c.rollout.engine is not None:
         # An engine does not say the entropy of what it draws from; that of the policy stands for it.
@@ -135,7 +144,7 @@ def viewed(
 
 
 def _of_policy(
-    c: Composition, state: TrainState, rows: Experience, wanted: frozenset[str], *, own_samples: bool
+    c: Composition, state: TrainState, rows: Experience, wanted: frozenset[str], size: Size, *, own_samples: bool
 ) -> dict[str, Array]:
     """What is wanted of the policy and its own rows, in one pass."""
     model, params, values = c.model, state.params, {}
@@ -147,37 +156,40 @@ def _of_policy(
         values |= {name: v for name, v in (("prompt_logprobs", logprobs), ("prompt_mask", mask)) if name in wanted}
     for view in c.views:
         if f"{view}_mask" in wanted:
-            values[f"{view}_mask"] = sequences(c, rows, view)[1]
+            values[f"{view}_mask"] = scored_of(c, rows, view)[1]
     names = {"hidden", "old_logprobs", "old_entropy", "logprobs", "entropy"} & wanted - values.keys()
-    if names:
-        hidden = hidden_states(model, params, rows, replayed=True)
-        if "hidden" in names:
-            values["hidden"] = hidden
-        if names - {"hidden"}:
-            scored = token_statistics(
-                model,
-                params,
-                hidden,
-                rows.tokens,
-                temperature=c.temperature,
-                entropy=bool(names & {"old_entropy", "entropy"}),
-                support=rows.support,
-            )
-            inside = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
-            for name in names - {"hidden"}:
-                value: Any = scored.entropy if name.endswith("entropy") else scored.logprobs
-                values[name] = jnp.where(inside, value, 0.0)
+    source, routes = sequences(c, rows, "")[0], rows.router_choices
+    if names == {"hidden"}:
+        values["hidden"] = in_rows(hidden_of(model, params, source, size, router_choices=routes)[0], source, size)
+    elif names:
+        entropy = bool(names & {"old_entropy", "entropy"})
+        options = {"temperature": c.temperature, "entropy": entropy, "router_choices": routes}
+        scored = scored_by(model, params, source, size, **options)
+        inside = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
+        for name in names:
+            if name == "hidden":
+                values["hidden"] = scored.hidden()
+                continue
+            value: Any = scored.statistics.entropy if name.endswith("entropy") else scored.statistics.logprobs
+            values[name] = jnp.where(inside, value, 0.0)
     return values
 
 
 def _scores(
-    c: Composition, state: TrainState, rows: Experience, found: Score, asked: Mapping[str, Score], samples: int
+    c: Composition,
+    state: TrainState,
+    rows: Experience,
+    found: Score,
+    asked: Mapping[str, Score],
+    samples: int,
+    size: Size,
 ) -> dict[str, Array]:
-    """Everything that is asked of the network and the view of one name, in one pass."""
+    """Everything that is asked of the network and the view of one name, in one pass; a view has its whole width."""
+    size = None if found.view else size
     together = {name: s for name, s in asked.items() if (s.network, s.view) == (found.network, found.view)}
     network = c.networks.get(found.network)
-    source, mask = sequences(c, rows, found.view)
     if network is not None and (made_from := owner(c, found.network)).head is not None:
+        source, mask = sequences(c, rows, found.view)
         said = of_head(
             made_from,
             made_from.model or c.model,
@@ -187,26 +199,26 @@ def _scores(
             {s.quantity for s in together.values()},
             policy=state.params,
             frozen=frozen_part(c.model, state.params) if made_from.model is None else None,
+            size=size,
         )
         return {name: said[s.quantity] for name, s in together.items()}
     model = c.model if network is None or network.model is None else network.model
     temperature = c.temperature if network is None or network.temperature is None else network.temperature
     with jax.named_scope(found.network):
         params = current(c.model, c.networks, state, found.network)
-        shared = samples if not found.view else 1
-        hidden = predicting_hidden(model, params, *source[:4], samples_per_prompt=shared)
-        scored = token_statistics(
-            model,
-            params,
-            hidden,
-            source.tokens,
-            temperature=temperature,
-            entropy=any(s.quantity == "entropy" for s in together.values()),
-            support=source.support,
-        )
-    return {
-        n: scored.logprobs if s.quantity == "logprobs" else jnp.asarray(scored.entropy) for n, s in together.items()
-    }
+        entropy = any(s.quantity == "entropy" for s in together.values())
+        source, _ = scored_of(c, rows, found.view)
+        shape = source.tokens.shape
+        if isinstance(source, Branches):
+            own = rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length
+            hidden, tokens = branched_hidden(model, params, *own, source), source.tokens.reshape(-1, shape[-1])
+            scored = token_statistics(model, params, hidden, tokens, temperature=temperature, entropy=entropy)
+        else:
+            options = {"temperature": temperature, "entropy": entropy}
+            options |= {"samples_per_prompt": 1 if found.view else samples}
+            scored = scored_by(model, params, source, size, **options).statistics
+    said = {n: scored.logprobs if s.quantity == "logprobs" else scored.entropy for n, s in together.items()}
+    return {name: jnp.asarray(value).reshape(shape) for name, value in said.items()}
 
 
 def owner(c: Composition, name: str) -> Network:
@@ -226,6 +238,7 @@ def of_head(
     policy: PyTree,
     policy_hidden: Float[Array, "B T D"] | None = None,
     frozen: PyTree = None,
+    size: Size = None,
 ) -> dict[str, Array]:
     """What a network with a head says of sequences, by quantity.
 
@@ -242,6 +255,7 @@ def of_head(
       policy: the policy's parameters, for a head that shares its backbone.
       policy_hidden: its hidden states of these sequences, where they are known.
       frozen: of the policy's parameters, which a head with a backbone of its own reads too.
+      size: that holds the sequences.
     """
     assert network.head is not None
     own = "backbone" in params
@@ -250,7 +264,7 @@ def of_head(
     if "values" in quantities:
         hidden = None if own else policy_hidden
         if hidden is None:
-            hidden = predicting_hidden(model, backbone, *source[:4])
+            hidden = in_rows(hidden_of(model, backbone, source, size)[0], source, size)
         values = head_outputs(params["head"], hidden)
         if network.says == "first":
             values = at_first(values, mask)

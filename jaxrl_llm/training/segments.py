@@ -137,9 +137,13 @@ def programs(segments: Sequence[Segment]) -> tuple[Program, ...]:
 
 
 def run(segments: Sequence[Segment], state: TrainState, work: Work, context: Any) -> Any:
-    """Run a step: (state, numbers, rows) where it ends in `Learn`, else its work."""
+    """Run a step: (state, numbers, rows) where it ends in `Learn`, else its work.
+
+    Until the program that ends the step, the state is whole: `context.stop` may raise before each segment.
+    """
     result: Any = None
     for segment in segments:
+        context.stop()
         if isinstance(segment, Loop):
             more: Any = True
             while more:

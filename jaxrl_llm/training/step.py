@@ -60,13 +60,14 @@ def learned(c: Composition, state: TrainState, work: Work) -> tuple[TrainState, 
     if c.rollout is None:
         checked_split(c, rows.tokens.shape[0] // c.samples)
     metrics = step_metrics(c, state, rows, work)
-    batch, store = join(c, state, rows, work, partial(viewed, c, state, wanted=c.wanted, own_samples=False))
+    batch, store, joined = join(c, state, rows, work, partial(viewed, c, state, wanted=c.wanted, own_samples=False))
     if c.update.alignment_every_steps:
         metrics["alignment"] = measured_alignment(c, state, batch)
     factors, memory = coefficients(c, rows, metrics, memory, state.step)
     memory, told = kept_in_mind(c, state, memory, rows)
     new, numbers = make_learn(c)(in_use(c, state), batch, factors, joined=c.joined_groups)
     new = replace(moved(c.model, c.networks, new), memory=memory, store=store)
+    numbers |= joined
     numbers |= {f"coefficient/{t.name}": f for t, f in zip(c.losses, factors, strict=True) if t.coefficient_changes}
     new = put_back(new, c.placed)
     if c.rollout is not None and c.rollout.off_policy_steps:
@@ -122,9 +123,16 @@ class TrainStep:
         items: Sequence[Mapping[str, Any]] | None = None,
         written: Experience | None = None,
         call: Any = None,
+        stop: Callable[[], None] | None = None,
     ) -> tuple[TrainState, dict[str, Any], Experience]:
-        """The same with the rows of the step; `call`, from `opened(environment)`, keeps an environment open."""
+        """The same with the rows of the step.
+
+        `call`, from `opened(environment)`, keeps an environment open. `stop` is called before each program and each
+        call of the host; what it raises leaves the given state as it was.
+        """
         context = self._context(items, call)
+        if stop is not None:
+            context.stop = stop
         state, metrics, rows = run(self.segments, state, given_work(prompts, written), context)
         return state, metrics | context.numbers, rows
 

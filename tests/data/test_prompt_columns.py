@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxrl_llm.data import CharacterTokenizer, prompt_batches, tasks
+from jaxrl_llm.data import CharacterTokenizer, ProblemSet, prompt_batches, tasks, with_column
 from jaxrl_llm.data.tasks.addition import paraphrase
 from jaxrl_llm.data.tasks.items import split_of
 
@@ -72,3 +72,17 @@ def test_the_paraphrase_of_a_sum_has_its_answer_and_its_split():
         swapped += other != item.body
     assert 30 < swapped < 50
     assert paraphrase(paraphrase("A:47+85")) == "A:47+85"
+
+
+def test_a_column_is_written_as_a_template():
+    records = ({"body": "A:1+2", "answer": "3", "raw": {"hint": "2+1"}}, {"body": "A:4+5", "answer": "9", "hint": "no"})
+    sets = {"train": ProblemSet("file", "train", records, "print")}
+    made = with_column(sets, "privileged", "{body}={{ answer }} {{ hint }}")["train"]
+    assert [one["privileged"] for one in made] == ["A:1+2=3 2+1", "A:4+5=9 no"]
+    assert made.fingerprint != with_column(sets, "privileged", "{body}")["train"].fingerprint
+    for text, message in (("{{ answer }}", "has no place for the prompt"), ("{body}{{ hand }}", "fails with")):
+        with pytest.raises(ValueError, match=message):
+            with_column(sets, "privileged", text)
+    talks = {"train": ProblemSet("file", "train", ({"messages": [], "answer": "3"},), "print")}
+    with pytest.raises(ValueError, match="conversations have no one prompt"):
+        with_column(talks, "privileged", "{body}")

@@ -202,6 +202,13 @@ CASES = {
         | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
         | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     ),
+    "gemma4 with experts": (
+        "Gemma4",
+        GEMMA4
+        | {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 11}
+        | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    ),
     "phi3 partly rotated": (
         "Phi3",
         {
@@ -320,14 +327,16 @@ def their_config(case: str, *, even: bool = False, **sizes):
     if even:
         sizes |= {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
         sizes |= {"vocab_size": 64}
+    evened = lambda options: {key: value + value % 2 if key in DIVIDED else value for key, value in options.items()}  # noqa: E731
     if case in VISION_LANGUAGE:
         family, text, rest = VISION_LANGUAGE[case]
+        text = evened(text) if even else text
         tokens = IMAGE_TOKENS if "Qwen" in family else {}
         whole = {"text_config": SIZES | text | sizes} | tokens | rest
         return f"{family}ForConditionalGeneration", getattr(transformers, f"{family}Config")(**whole)
     family, options = CASES[case]
     if even:
-        options = {key: value + value % 2 if key in DIVIDED else value for key, value in options.items()}
+        options = evened(options)
     if "vocab_size_per_layer_input" in options and "vocab_size" in sizes:
         sizes |= {"vocab_size_per_layer_input": sizes["vocab_size"]}
     if "num_hidden_layers" in sizes:  # a pattern over layers is that of the family then
@@ -359,7 +368,7 @@ def torch_model(case: str, **sizes):
     family, config = their_config(case, **sizes)
     model = getattr(transformers, family)(config).eval()
     model.set_attn_implementation("eager")
-    if hasattr(config.get_text_config(), "num_experts_per_tok"):
+    if any(getattr(config.get_text_config(), name, None) for name in ("num_experts_per_tok", "top_k_experts")):
         # Their grouped product takes no odd sizes.
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(len(case))
@@ -443,11 +452,12 @@ FEW = (
     "gemma3",
     "smollm3 windowed",
     "gpt_oss",
-    "glm4_moe",
     "deepseek_v3",
     "qwen3_next",
 )
 FEW += ("gemma4 with shared keys and embeddings",)
+# One of each family, and two that see.
+ONE_EACH = {*{family: case for case, (family, _) in reversed(CASES.items())}.values(), *list(VISION_LANGUAGE)[:2]}
 
 
 @pytest.fixture(
@@ -459,9 +469,14 @@ def thorough(request, make_checkpoint) -> SimpleNamespace:
     return make_checkpoint(request.param)
 
 
-@pytest.fixture(scope="session", params=[*CASES, *VISION_LANGUAGE])
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(case, marks=[] if case in ONE_EACH else pytest.mark.slow) for case in (*CASES, *VISION_LANGUAGE)
+    ],
+)
 def checkpoint(request, make_checkpoint) -> SimpleNamespace:
-    """The checkpoint of every case in turn."""
+    """The checkpoint of one case of each family, and of all of them in the slow suite."""
     return make_checkpoint(request.param)
 
 

@@ -58,6 +58,29 @@ def test_whole_sequences_attend_as_defined(kind, cap, window):
     )
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kind", ["plain", "xla", "splash"])
+def test_packed_sequences_attend_to_themselves_alone(kind, window):
+    # Sequences of 5, 4 and 2 tokens in one row, behind them two empty slots.
+    lengths, empty = (5, 4, 2), 2
+    queries, keys, values = (x[:1] for x in inputs(sum(lengths) + empty))
+    positions = np.r_[tuple(np.arange(n) for n in lengths)], [-1] * empty
+    positions = jnp.asarray(np.concatenate(positions))[None]
+    segments = jnp.asarray(np.repeat(np.arange(4), (*lengths, empty)))[None]
+    if kind == "splash":
+        scaled = queries, keys, values, positions
+        ours = splash_attention(*scaled, scale=SCALE, window=window, cap=None, segments=segments, interpret=True)
+    else:
+        ours = attended(queries, keys, values, positions, scale=SCALE, window=window, kind=kind, segments=segments)
+    start = 0
+    for length in lengths:
+        own = slice(start, start + length)
+        alone = queries[:, own], keys[:, :, own], values[:, :, own]
+        theirs = expected(*alone, np.arange(length)[None], window, None)
+        np.testing.assert_allclose(np.asarray(ours)[:, own], theirs, rtol=2e-5, atol=2e-5)
+        start += length
+
+
 @pytest.mark.parametrize("kind", ["plain", "xla"])
 @pytest.mark.parametrize("windowed", [True, False])
 def test_a_layer_may_learn_its_kind_from_an_array(kind, windowed):

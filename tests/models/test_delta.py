@@ -64,6 +64,24 @@ def test_chunks_say_what_tokens_say_one_by_one(length, chunk):
         assert np.abs(one - other).max() < 1e-5 * max(1.0, np.abs(other).max())
 
 
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_a_packed_sequence_starts_with_nothing_remembered(chunk):
+    rng, lengths = np.random.default_rng(5), (5, 1, 7)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal((1, 13, *shape)), jnp.float32)  # noqa: E731
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    tokens = unit(normal(2, 6)), unit(normal(2, 6)), normal(2, 3, 4)
+    tokens = *tokens, -jax.nn.softplus(normal(2, 3)), jax.nn.sigmoid(normal(2, 3))
+    segments = jnp.asarray(np.repeat([4, 9, 2], lengths))[None]
+    ours, state = chunked_delta(*tokens, jnp.zeros((1, 2, 3, 6, 4)), chunk=chunk, segments=segments)
+    start = 0
+    for length in lengths:
+        alone = (x[:, start : start + length] for x in tokens)
+        theirs, last = recurrent_delta(*alone, jnp.zeros((1, 2, 3, 6, 4)))
+        np.testing.assert_allclose(ours[:, start : start + length], theirs, atol=1e-5)
+        start += length
+    np.testing.assert_allclose(state, last, atol=1e-5)
+
+
 def test_padding_changes_neither_outputs_nor_state_wherever_it_stands():
     block = jax.tree.map(lambda leaf: leaf[0], params()["delta_blocks"])
     run = jax.jit(lambda x, positions: delta_mixed(block, x, positions, None, DELTA, epsilon=1e-6))

@@ -90,19 +90,19 @@ def their_greedy_tokens(checkpoint, batch):
     )[:, batch.tokens.shape[1] :].numpy()
 
 
-def test_every_token_of_their_greedy_text_is_our_best_one(checkpoint, batch):
+def test_every_token_of_their_greedy_text_is_our_best_one(thorough, batch):
     """Through the cache, with layers that are scanned over: what we would say is then the same, token by token."""
-    expected = their_greedy_tokens(checkpoint, batch)
-    model, _ = load_model(checkpoint.directory, **checkpoint.execution, layer_loop="scanned")
+    expected = their_greedy_tokens(thorough, batch)
+    model, _ = load_model(thorough.directory, **thorough.execution, layer_loop="scanned")
 
     @jax.jit
     def best(params, tokens, positions, cache):
         hidden, cache = model.apply(params, tokens, positions, cache)
         return hidden, model.logits(params, hidden[:, -1]).argmax(axis=-1), cache
 
-    params, width = checkpoint.params, batch.tokens.shape[1]
+    params, width = thorough.params, batch.tokens.shape[1]
     hidden, said, cache = best(params, batch.tokens, batch.positions, model.init_cache(3, width + 32))
-    whole = checkpoint.observe(params, batch.tokens, batch.positions, None, names=NAMES)[0]
+    whole = thorough.observe(params, batch.tokens, batch.positions, None, names=NAMES)[0]
     assert relative_error(hidden[batch.mask], whole[batch.mask]) < 1e-5
     ours = [said]
     for step in range(31):

@@ -54,7 +54,7 @@ def prompts_of(step: int) -> Prompts:
     )
 
 
-def composed(mesh, *, described=DENSE, networks=False, offload=frozenset()):
+def composed(mesh, *, described=DENSE, networks=False, offload=frozenset(), **update):
     model = transformer(TransformerConfig(**described))
     if networks:
         return of_several_networks(model, Placement(mesh, offload=offload))
@@ -65,7 +65,7 @@ def composed(mesh, *, described=DENSE, networks=False, offload=frozenset()):
         rewards=[even_share],
         credit=[("advantages", group_normalized)],
         losses=[clipped_surrogate, (divergence(samples="vocabulary", generator="reverse_kl"), 0.05)],
-        update=Update(minibatches_per_epoch=2, sequences_per_microbatch=8),
+        update=Update(minibatches_per_epoch=2, sequences_per_microbatch=8, **update),
         resources=Resources(placement=Placement(mesh)),
     )
 
@@ -129,6 +129,8 @@ def main(path: str) -> None:
         described = DENSE | {"experts": ExpertsConfig(4, 2, product=product)}
         add(f"one {product}", None, described=described)
         add(name, make_mesh(8, sizes), described=described)
+    add("packed, 2 x 2 x 2", make_mesh(8, {"fsdp": 2, "sequence": 2, "tensor": 2}), packing=(0.5, 0.75))
+    add("trimmed, 4 x 2", make_mesh(8, {"fsdp": 4, "tensor": 2}), completion_buckets=(2, 4, 6))
     add("one networks", None, networks=True)
     for name, (sizes, offload) in OF_SEVERAL_NETWORKS.items():
         add(name, make_mesh(8, sizes), networks=True, offload=offload)

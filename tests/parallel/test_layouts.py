@@ -18,6 +18,8 @@ CASES = [
     ("8 x 1", "one", 1 / 8),
     ("2 x 4", "one", 1 / 8),
     ("2 x 2 x 2", "one", 1 / 8),
+    ("packed, 2 x 2 x 2", "one", 1 / 8),
+    ("trimmed, 4 x 2", "one", 1 / 8),
     ("4 experts x 2", "one ragged", 1 / 8),
     ("2 x 2 experts x 2", "one dense", 1 / 4),
     ("networks, 4 x 2", "one networks", 1 / 8),

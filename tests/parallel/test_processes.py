@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ def numbers() -> dict:
     assert rows.tolist() == number.tolist()
     rewards = hosts.gathered_rows(rows, np.tanh(x).sum(-1), ROWS)
     placed = hosts.global_rows(lambda rows: rewards[rows], ROWS, sharding)
+    whole = NamedSharding(mesh, P())
     mean = jax.jit(lambda x, r: jnp.mean(x.sum(-1) * r), out_shardings=NamedSharding(mesh, P()))(batch["x"], placed)
     return {
         "built": sorted(np.concatenate(asked).tolist()),
@@ -86,7 +88,27 @@ def numbers() -> dict:
         "rewards": rewards.tolist(),
         "owned of copies": hosts.own_rows(everywhere)[0].tolist(),
         "mean": float(mean),
+        "choices": choices(batch, whole),
     }
+
+
+def choices(batch: dict, whole: Any) -> list[list[int]]:
+    """Items that a bandit chooses in three steps, learning from the rows of all processes."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrl_llm.parallel import hosts
+    from jaxrl_llm.selection import bandit
+
+    made = bandit(records=[{"level": number % 3} for number in range(ROWS)], temperature=0.1)
+    memory, chosen = jax.jit(made.init, out_shardings=whole)(), []
+    ones = jnp.ones((ROWS, 5))
+    for step in range(3):
+        choose = jax.jit(lambda memory, key: made.choose(memory, key, 4), out_shardings=whole)
+        chosen.append(hosts.host_copy(choose(memory, jax.random.key(step))).tolist())
+        learn = lambda memory, number, x: made.update(memory, number, x, ones, ones[:, 0])  # noqa: E731
+        memory = jax.jit(learn, out_shardings=whole)(memory, batch["number"], batch["x"])
+    return chosen
 
 
 def loop(process: int, part: str, out: str) -> None:
@@ -179,7 +201,9 @@ def alone(tmp_path_factory) -> dict:
     return json.loads((directory / "out").read_text())
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+# The fast form: steps of two processes in test_several.py, and threads in test_start.py and test_peers.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_the_numbers_do_not_depend_on_the_number_of_processes(alone, tmp_path, count):
     with processes(tmp_path, commands(tmp_path, count, 4 // count, "numbers")) as started:
         results = ended(started, tmp_path)
@@ -187,11 +211,12 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(alone, tmp_path, c
     several = json.loads((tmp_path / "out").read_text())
     assert alone["built"] == alone["owned of copies"] == list(range(ROWS))
     assert (alone["owned"], several["owned"], len(several["built"])) == (ROWS, ROWS // count, ROWS // count)
-    for name in ("batch", "rewards"):
+    for name in ("batch", "rewards", "choices"):
         assert several[name] == alone[name], name
     assert several["mean"] == pytest.approx(alone["mean"], rel=1e-6)  # a sum in another order
 
 
+@pytest.mark.slow
 def test_processes_that_slurm_started(alone, tmp_path):
     port = str(free_port())
     job = {
@@ -208,7 +233,8 @@ def test_processes_that_slurm_started(alone, tmp_path):
     assert json.loads((tmp_path / "out").read_text())["rewards"] == alone["rewards"]
 
 
-@pytest.mark.parametrize("asked", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
 def test_sigterm_to_one_stops_all_at_one_step(tmp_path, asked):
     with processes(tmp_path, commands(tmp_path, 2, 1, "loop")) as started:
         until_looping(started, tmp_path)
@@ -233,7 +259,8 @@ def test_a_process_that_is_killed_ends_the_other_with_a_message(tmp_path, victim
     ), (status, log)
 
 
-@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails_ends_the_other_with_its_status_and_reason(tmp_path, failing):
     with processes(tmp_path, commands(tmp_path, 2, 1, f"{failing} fails")) as started:
         results = ended(started, tmp_path, 60)
@@ -243,6 +270,7 @@ def test_a_process_that_fails_ends_the_other_with_its_status_and_reason(tmp_path
     assert "ended with status 1: reward is nan at step 10" in log
 
 
+@pytest.mark.slow
 def test_the_command_refuses_processes_with_different_configs(tmp_path, micro_yaml):
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--start-timeout", "60"]
     train = [sys.executable, "-m", "jaxrl_llm.cli", "train", str(micro_yaml), f"run_dir={tmp_path}/run"]

@@ -436,6 +436,28 @@ def test_both_go_on_from_their_hosts_or_neither_does(alone, configs, tmp_path, r
 
 
 @pytest.mark.slow
+@pytest.mark.fault("address", "a run of two processes at an address goes on on other machines", "with the same numbers")
+def test_two_processes_write_to_an_address_and_go_on_elsewhere(alone, configs, tmp_path):
+    address, config = f"file://{tmp_path}/bucket/run", configs["in the program"]
+    first, second = ({"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("first", "second"))
+    words = [config, f"run_dir={address}", f"training.steps={STEPS - 1}", "checkpoints.every_steps=1"]
+    with launched(train(2, *words), tmp_path / "logs", share(2, **first)) as run:
+        run.succeeded()
+    shutil.rmtree(tmp_path / "first")  # these machines are gone
+    commands = train(2, "--resume", address, f"training.steps={STEPS}")
+    with launched(commands, tmp_path / "more", share(2, **second)) as run:
+        run.succeeded()
+    assert_same_run(tmp_path / "bucket" / "run", alone["in the program"])
+    commands = train(2, config, f"run_dir=file://{tmp_path}/other")
+    apart = [share(2, **machine)[number] for number, machine in enumerate((first, second))]
+    with launched(commands, tmp_path / "apart", apart) as run:
+        assert run.ended() == [2, 2], run.said()
+        said = "which process 1 does not share with process 0; let XDG_CACHE_HOME name a directory"
+        assert all(said in text for text in run.said())
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_process_ends_all_with_the_state_saved(configs, tmp_path):
     directory = tmp_path / "run"
     commands = train(2, configs["on the host"], f"run_dir={directory}")

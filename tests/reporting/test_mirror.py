@@ -11,7 +11,7 @@ import pytest
 
 from jaxrl_llm import cli
 from jaxrl_llm.addresses import is_address, working_directory
-from jaxrl_llm.reporting.mirror import Mirror, local_copy
+from jaxrl_llm.reporting.mirror import Mirror, changed_in_place, local_copy
 from jaxrl_llm.reporting.ownership import OwnedError, owned_place
 
 
@@ -38,7 +38,14 @@ RUN = {"config.yaml": "name: demo", "metrics.jsonl": '{"step": 1}\n', ".owner": 
 CHECKPOINT = {"checkpoints/1/state/d/0": "arrays", "checkpoints/1/meta/metadata": "{}"}
 
 
-def test_another_machine_gets_what_was_brought_there(tmp_path, address):
+@pytest.mark.parametrize("kind", ["objects", "folders"])
+@pytest.mark.fault(
+    "address",
+    "the machine is lost",
+    "another one goes on from the last checkpoint that arrived",
+)
+def test_another_machine_gets_what_was_brought_there(tmp_path, address, kind):
+    address = address if kind == "objects" else f"file://{tmp_path}/bucket/run"
     here, there = Mirror(address, tmp_path / "here"), Mirror(address, tmp_path / "there")
     write(here.directory, RUN | CHECKPOINT | {"checkpoints/2.orbax-checkpoint-tmp/state/d/0": "half"})
     here.push()
@@ -54,6 +61,11 @@ def test_another_machine_gets_what_was_brought_there(tmp_path, address):
     assert files(there.directory)["metrics.jsonl"].count("\n") == 2
 
 
+@pytest.mark.fault(
+    "address",
+    "the address cannot be written during a run",
+    "said once for each try; the run goes on, and what is half there is not taken",
+)
 def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypatch):
     here, there = Mirror(address, tmp_path / "here"), Mirror(address, tmp_path / "there")
     write(here.directory, RUN | CHECKPOINT | {"checkpoints/2/state/d/0": "a", "checkpoints/2/meta/metadata": "{}"})
@@ -83,6 +95,11 @@ def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypat
     assert "checkpoints/2/meta/metadata" in files(there.directory)
 
 
+@pytest.mark.fault(
+    "address",
+    "or at its end",
+    "status 75; the run is whole here, and the next `--resume` on this machine brings it there",
+)
 def test_what_could_not_be_brought_at_the_end_is_brought_by_the_next_start(tmp_path, address, monkeypatch):
     mirror = Mirror(address, tmp_path / "here")
     write(mirror.directory, RUN)
@@ -110,6 +127,29 @@ def test_what_could_not_be_brought_at_the_end_is_brought_by_the_next_start(tmp_p
     assert files(other.directory).keys() >= CHECKPOINT.keys()
 
 
+def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, monkeypatch):
+    here = Mirror(address, tmp_path / "here")
+    write(here.directory, RUN | CHECKPOINT | {"checkpoints/2/meta/metadata": "{}"})
+    here.push()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with changed_in_place(address) as run:
+        assert run == working_directory(address)
+        shutil.rmtree(run / "checkpoints" / "1")
+    assert {name for name in here.there() if "/" in name} == {"checkpoints/2/meta/metadata"}
+    here.fetch()  # the machine of the run has an older copy now
+    assert "checkpoints/1/meta/metadata" not in files(here.directory)
+    with pytest.raises(ValueError, match="holds no run"), changed_in_place(f"{address}-other"):
+        pass
+    with changed_in_place(tmp_path) as run:
+        assert run == tmp_path
+
+
+@pytest.mark.fault(
+    "address",
+    "two processes are started on it",
+    "the owner rewrites an object every 15 seconds; whoever comes waits 45 seconds to see whether it lives. "
+    "Of two that start within the same moment, the one that wrote last has it",
+)
 def test_an_address_has_one_owner(address):
     memory, name, said = fsspec.filesystem("memory"), "/bucket/.owner", []
     with owned_place(memory, name, address, say=said.append, beat=0.02):
@@ -152,6 +192,9 @@ def test_a_run_at_an_address_goes_on_on_another_machine(tmp_path, address, micro
     capsys.readouterr()
     assert cli.main(["ckpt", "verify", address, "--json"]) == 0
     assert [row["step"] for row in json.loads(capsys.readouterr().out)] == [3, 4, 5]
+    assert cli.main(["ckpt", "prune", address, "--keep", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"deleted": 3}]
+    assert not fsspec.filesystem("memory").exists("/bucket/runs/demo/checkpoints/3")
     run = working_directory(address)
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
     assert (

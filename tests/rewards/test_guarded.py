@@ -155,11 +155,103 @@ FAULTS = {
 }
 
 
-FAST = {"exits", "hangs", "dies_of_one", "one_exits"}  # a process takes a second or two to start
-
-
+# A process takes a second or two to start: most cases are slow.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in FAULTS]
+    "name",
+    [
+        pytest.param(
+            "raises",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault(
+                    "functions",
+                    "raises",
+                    "the row, found by calling rows alone, fails; the traceback is in `RUN/host/NAME.log`",
+                ),
+            ],
+        ),
+        pytest.param("exits", marks=[pytest.mark.fault("functions", "`sys.exit`", "the same")]),
+        pytest.param(
+            "interrupts",
+            marks=[pytest.mark.slow, pytest.mark.fault("functions", "`KeyboardInterrupt` of its own", "the same")],
+        ),
+        pytest.param(
+            "hangs",
+            marks=[
+                pytest.mark.fault(
+                    "functions",
+                    "hangs",
+                    "its process is killed at `deadline_s` (default 300 s), all rows of the call fail",
+                )
+            ],
+        ),
+        pytest.param(
+            "spins",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault("functions", "an endless loop that keeps the interpreter", "the same"),
+            ],
+        ),
+        pytest.param(
+            "dies",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault(
+                    "functions",
+                    "ends its process (`os._exit`)",
+                    "the call is repeated with half of the rows, until the row is found",
+                ),
+            ],
+        ),
+        pytest.param(
+            "dies_of_one",
+            marks=[
+                pytest.mark.fault(
+                    "functions",
+                    "crashes at one row (SIGSEGV)",
+                    "the same: that row fails, the others have their values",
+                )
+            ],
+        ),
+        pytest.param(
+            "eats",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault(
+                    "functions",
+                    "needs more memory than `memory_gib` (default: half of what is free)",
+                    "its process is killed, all rows of the call fail",
+                ),
+            ],
+        ),
+        pytest.param(
+            "one_exits",
+            marks=[pytest.mark.fault("functions", "`sys.exit`, in a function of one row", "that row fails")],
+        ),
+        pytest.param(
+            "one_hangs",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault("functions", "hangs, in a function of one row", "that row fails at its deadline"),
+            ],
+        ),
+        pytest.param(
+            "judged",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault("functions", "`SystemExit` in an `async` function", "that row fails"),
+            ],
+        ),
+        pytest.param(
+            "returns_text",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault(
+                    "functions", "returns no list of numbers", "an error, with or without `value_on_failure`"
+                ),
+            ],
+        ),
+    ],
 )
 def test_a_fault_is_a_sentence_or_a_counted_failure(ask, tmp_path, name):
     options, said, failures, logged = FAULTS[name]
@@ -178,12 +270,14 @@ def test_a_fault_is_a_sentence_or_a_counted_failure(ask, tmp_path, name):
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.fault("functions", "floods standard output", "goes to `RUN/host/NAME.log`, which is cut at 16 MiB")
 @pytest.mark.slow
 def test_a_flood_of_output_is_cut(ask, tmp_path):
     assert ask("floods").values == {"rewards": [1.0] * 3}
     assert (tmp_path / "host" / "floods.log").stat().st_size < 40 << 20
 
 
+@pytest.mark.fault("functions", "starts processes", "they end with its own, daemons included")
 @pytest.mark.slow
 def test_what_a_function_has_started_ends_with_it(ask, tmp_path):
     with pytest.raises(RewardError, match="deadline"):
@@ -197,6 +291,11 @@ def test_what_a_function_has_started_ends_with_it(ask, tmp_path):
         pytest.fail("the process that the function has started lives on")
 
 
+@pytest.mark.fault(
+    "functions",
+    "fails for more than `faults.most_failed_share` of the rows",
+    "the run ends, with `value_on_failure` as well",
+)
 def test_too_many_failures_are_an_error(ask):
     assert ask("one_exits", value_on_failure=0.0, most_failed=0.4).failures == 1
     with pytest.raises(
@@ -221,6 +320,11 @@ def test_a_run_that_wants_to_stop_does_not_wait(ask):
     assert time.monotonic() < asked_at + 20
 
 
+@pytest.mark.fault(
+    "functions",
+    "runs what a model wrote, with `executor: sandbox`",
+    "files, environment variables and the network are out of its reach",
+)
 @pytest.mark.slow
 def test_in_a_sandbox_a_function_runs_what_a_model_wrote(functions, tmp_path, monkeypatch):
     if missing(facilities()):

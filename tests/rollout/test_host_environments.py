@@ -152,6 +152,11 @@ def test_a_reset_that_hangs_names_its_item():
         host_started(environment, [ITEMS[0], {"body": "hang"}], call)
 
 
+@pytest.mark.fault(
+    "functions",
+    "an environment in Python hangs, dies, raises or answers what does not pickle",
+    "its row alone fails, its process is replaced",
+)
 def test_processes_that_hang_or_die_are_replaced(processes):
     environment, call = processes
     texts = ["hang", "a", "exit", "raise", "lambda", "b"]

@@ -173,7 +173,24 @@ def same(found, expected) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), found, expected)
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+# One of each way in which a checkpoint is looked at; the others are slow.
+FAST = {
+    "data: a byte in the middle",
+    "data: gone",
+    "manifest: of another step",
+    "tree: not JSON",
+    "meta: gone",
+    "meta: a number changed",
+    "meta: nested deeply",
+    "state: of another step",
+    "step: an empty directory",
+    "step: a file",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in FAST else [pytest.mark.slow]) for kind in DAMAGE]
+)
 def test_damage_is_named_and_the_checkpoint_before_it_is_taken(copied, kind):
     DAMAGE[kind](copied / "8")
     said: list[str] = []
@@ -182,17 +199,23 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_taken(copied, kind):
     assert said[0].endswith("; trying the one before it")
     assert said[1].startswith("checkpoint 4 is verified (7 arrays, ")
     assert all(len(line) < 400 and "\n" not in line for line in said)
-    same(checkpoints.restore(copied, 4, make_state(4)), make_state(4))
-    with pytest.raises(CheckpointError, match=r"checkpoint 8 is damaged: .*; leave --exact out"):
-        integrity.newest_good(copied, exact=True)
     with pytest.raises(CheckpointError, match=r"is damaged|holds no checkpoint"):
         integrity.latest_checkpoint(copied / "8")
 
 
-@pytest.mark.parametrize("kind", HARMLESS)
-def test_what_nobody_reads_may_be_lost(copied, kind):
-    HARMLESS[kind](copied / "8")
-    assert integrity.newest_good(copied, say=print) == 8
+def test_a_damaged_checkpoint_is_refused_where_it_is_meant_and_passed_over_where_it_is_not(copied, capsys):
+    flip(data_file(copied / "8"), 0.5)
+    with pytest.raises(CheckpointError, match=r"checkpoint 8 is damaged: .*; leave --exact out"):
+        integrity.newest_good(copied, exact=True)
+    assert integrity.latest_checkpoint(copied.parent) == (copied, 4)
+    assert capsys.readouterr().err.startswith("warning: checkpoint 8 is damaged: ")
+    same(checkpoints.restore(copied, 4, make_state(4)), make_state(4))
+
+
+def test_what_no_restart_reads_may_be_lost(copied):
+    for kind in HARMLESS:  # one after the other, and in the end all
+        HARMLESS[kind](copied / "8")
+        assert integrity.newest_good(copied, say=print) == 8, kind
     same(checkpoints.restore(copied, 8, make_state(8)), make_state(8))
 
 
@@ -278,10 +301,10 @@ def kept(folder: Path, metrics: dict[int, float | None], **policy) -> list[int]:
 @pytest.mark.parametrize(
     "policy, expected",
     [
-        ({"keep": 2}, [5, 6]),
-        ({"keep": 1, "keep_every_steps": 2}, [2, 4, 6]),
-        ({"keep": 1, "keep_every_steps": 3}, [3, 6]),
-        ({"keep": 1, "keep_best": 1}, [3, 6]),
+        pytest.param({"keep": 2}, [5, 6], marks=pytest.mark.slow),
+        pytest.param({"keep": 1, "keep_every_steps": 2}, [2, 4, 6], marks=pytest.mark.slow),
+        ({"keep": 1, "keep_every_steps": 3, "keep_best": 1}, [3, 6]),
+        pytest.param({"keep": 1, "keep_best": 1}, [3, 6], marks=pytest.mark.slow),
         ({"keep": 2, "keep_best": 2, "best_is": "lowest"}, [2, 4, 5, 6]),
     ],
 )

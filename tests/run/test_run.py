@@ -171,47 +171,82 @@ def killed_after(step: int, *arguments: str):
     )
 
 
-def terminated_after(step: int, *arguments: str):
-    """The same in this process with SIGTERM, which a run answers by stopping in good order."""
+@pytest.fixture(scope="module")
+def interrupted_run(finished_run, micro_yaml, tmp_path_factory):
+    """The same run as a kill would leave it, its newest checkpoint damaged, resumed with two steps more.
 
-    def write_and_ask(self, at, metrics):
-        write(self, at, metrics)
-        if at == step:
+    What a kill leaves is what is on the disk: a copy of it, made while a checkpoint may be under way. The run itself is
+    stopped by SIGTERM at the same step.
+    """
+    folder = tmp_path_factory.mktemp("interrupted")
+    directory, at = folder / "left", WARM + random.Random(20).randrange(3, 6)
+
+    def write_copy_and_ask(self, step, metrics):
+        write(self, step, metrics)
+        if step == at:
+            with contextlib.suppress(shutil.Error):  # of files that a thread takes away meanwhile
+                shutil.copytree(self.path, directory)
             os.kill(os.getpid(), signal.SIGTERM)
 
     write, out, err = RunDirectory.write_metrics, io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(RunDirectory, "write_metrics", write_and_ask)
-        return SimpleNamespace(returncode=cli.main(arguments), stdout=out.getvalue(), stderr=err.getvalue())
+        patch.setattr(RunDirectory, "write_metrics", write_copy_and_ask)
+        status = cli.main(["train", str(micro_yaml), f"run_dir={folder / 'run'}"])
+    stopped = SimpleNamespace(directory=folder / "run", at=at, status=status, out=out.getvalue(), err=err.getvalue())
+    damaged = checkpoints.latest_step(directory / "checkpoints")
+    for path in (directory / "checkpoints" / str(damaged)).glob("state/**/d/*"):
+        path.write_bytes(path.read_bytes()[:-20])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        refused = cli.main(["train", "--resume", str(directory), "--exact"])
+        status = cli.main(["train", "--resume", str(directory), f"training.steps={STEPS + 2}"])
+    told = dict(refused=(refused, err.getvalue()), shown=" ".join(out.getvalue().split()), status=status)
+    return SimpleNamespace(directory=directory, stopped=stopped, damaged=damaged, **told)
 
 
-@pytest.fixture(scope="module")
-def interrupted_run(finished_run, micro_yaml, tmp_path_factory):
-    """The same run killed in the warm start, killed while it learns, stopped, and resumed with two steps more."""
-    directory = tmp_path_factory.mktemp("interrupted") / "run"
-    draw = random.Random(20).randrange
-    in_warm_start, learning = draw(2, WARM), WARM + draw(2, 5)
-    ends = [
-        killed_after(in_warm_start, "train", str(micro_yaml), f"run_dir={directory}"),
-        killed_after(learning, "train", "--resume", str(directory)),
-        terminated_after(learning + 2, "train", "--resume", str(directory)),
-    ]
-    lines = len(records(directory))
-    status = cli.main(["train", "--resume", str(directory), f"training.steps={STEPS + 2}"])
-    return SimpleNamespace(directory=directory, ends=ends, lines=lines, signalled_at=learning + 2, status=status)
-
-
-def test_a_killed_run_ends_and_a_terminated_one_stops(interrupted_run):
-    first, second, third = interrupted_run.ends
-    assert (first.returncode, second.returncode) == (-signal.SIGKILL, -signal.SIGKILL), first.stderr + second.stderr
-    assert third.returncode == 143, third.stderr  # as shells say that SIGTERM ended a process
-    assert "stopping after this step" in third.stdout
-    stopped = re.search(r"stopped at step (\d+); go on with: jaxrl train --resume (\S+)", third.stderr)
-    assert stopped is not None, third.stderr
-    assert stopped[2] == str(interrupted_run.directory)
+@pytest.mark.fault("signals", "SIGTERM", "the run ends after its step with status 143, its state saved")
+def test_a_terminated_run_stops(interrupted_run):
+    ended = interrupted_run.stopped
+    assert ended.status == 143, ended.err  # as shells say that SIGTERM ended a process
+    assert "stopping after this step" in ended.out
+    stopped = re.search(r"stopped at step (\d+); go on with: jaxrl train --resume (\S+)", ended.err)
+    assert stopped is not None, ended.err
+    assert stopped[2] == str(ended.directory)
     # Metrics are read one step late, and the step that runs is finished.
-    assert interrupted_run.signalled_at <= int(stopped[1]) <= interrupted_run.signalled_at + 2
-    assert interrupted_run.lines == int(stopped[1])
+    assert ended.at <= int(stopped[1]) <= ended.at + 2
+    assert len(records(ended.directory)) == int(stopped[1])
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "signals", "SIGKILL", "`--resume` goes on from the last checkpoint, and every number is that of a run without it"
+)
+def test_a_run_that_is_killed_is_that_of_one_that_was_not(finished_run, micro_yaml, tmp_path):
+    run = tmp_path / "run"
+    for step, words in (4, [str(micro_yaml), f"run_dir={run}"]), (WARM + 4, ["--resume", str(run)]):
+        killed = killed_after(step, "train", *words)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    assert records(run) == records(finished_run.directory)
+    expected, found = (stored_state(one, WARM + STEPS) for one in (finished_run.directory, run))
+    for name in expected:
+        np.testing.assert_array_equal(expected[name], found[name], err_msg=name)
+
+
+@pytest.mark.fault(
+    "storage",
+    "the newest checkpoint is damaged",
+    "it is named and moved to `RUN/damaged/`; the run goes on from the one before it with the same numbers",
+)
+def test_a_run_goes_on_from_the_newest_good_checkpoint(interrupted_run):
+    status, said = interrupted_run.refused
+    assert status == 2
+    assert "--exact" in said
+    assert f"checkpoint {interrupted_run.damaged} is damaged: it cannot be read" in interrupted_run.shown
+    assert re.search(r"checkpoint \d+ is verified", interrupted_run.shown)
+    moved = interrupted_run.directory / "damaged" / str(interrupted_run.damaged)
+    assert f"damaged checkpoint moved to {moved}" in interrupted_run.shown
+    assert moved.is_dir()
 
 
 def test_every_number_of_a_resumed_run_is_that_of_one_that_was_never_stopped(finished_run, interrupted_run):
@@ -343,14 +378,16 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
     assert "reinforcement 8/8" in capsys.readouterr().out
 
 
+@pytest.mark.fault(
+    "numbers", "parameters that are not finite", "the run ends with status 1 and names the last checkpoint before them"
+)
 def test_a_number_that_is_not_finite_ends_the_run_before_a_checkpoint_is_spoiled(micro_yaml, tmp_path, capsys):
     directory = tmp_path / "run"
-    changes = ["warm_start.steps=0", "training.learning_rate=1e30", "checkpoints.every_steps=1"]
-    changes.append("losses=[clipped_surrogate, {entropy_bonus: {coefficient: 0.01}}]")  # no answer is right yet
+    changes = ["warm_start.learning_rate=1e30", "checkpoints.every_steps=1"]
     assert cli.main(["train", str(micro_yaml), f"run_dir={directory}", *changes]) == 1
     said = capsys.readouterr().err
     found = re.match(
-        r"error: \S+ is (nan|inf).* at step (\d+) of the reinforcement; its batch is in .* The last good "
+        r"error: \S+ is (nan|inf).* at step (\d+) of the warm start; its batch is in .* The last good "
         r"checkpoint is step (\d+): start from it with init_from=(\S+) and another run_dir, and lower the .*\n$",
         said,
     )

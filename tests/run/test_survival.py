@@ -16,17 +16,23 @@ import threading
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import jaxrl_llm
-from jaxrl_llm import cli
+from jaxrl_llm import advantages, cli, losses
 from jaxrl_llm.commands.output import Lasting
+from jaxrl_llm.config import Config, load_config
+from jaxrl_llm.experience import Prompts
 from jaxrl_llm.reporting import RunDirectory, ownership
 from jaxrl_llm.reporting.metric_alarms import Alarms
-from jaxrl_llm.reporting.metric_table import OF_MACHINE
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints, failures
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
+from jaxrl_llm.run.resuming import step_to_go_on_from
+from jaxrl_llm.training import Resources, Rollout, make_train_step
 
 ROOT = Path(jaxrl_llm.__file__).parents[1]
 STEPS = 18
@@ -42,10 +48,9 @@ def cut(checkpoint: Path) -> None:
         path.write_bytes(path.read_bytes()[:-20])
 
 
-def numbers(run: Path) -> list[dict]:
-    """The metrics of a run, without what a clock says."""
-    records = read_records(run / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in OF_MACHINE} for line in records]
+def config_of(run: Path) -> Config:
+    """The config of a run that was copied."""
+    return load_config(run / "config.yaml", [f"run_dir={run}"])
 
 
 def refused(capsys, *arguments: str, status: int = 2) -> str:
@@ -59,18 +64,6 @@ def refused(capsys, *arguments: str, status: int = 2) -> str:
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_from_the_newest_good_checkpoint_and_repeats_its_numbers(finished_run, copied, capsys):
-    cut(copied / "checkpoints" / "18")
-    assert "--exact" in refused(capsys, "train", "--resume", str(copied), "--exact")
-    assert cli.main(["train", "--resume", str(copied)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint 18 is damaged: it cannot be read" in shown
-    assert "checkpoint 16 is verified" in shown
-    assert f"damaged checkpoint moved to {copied}/damaged/18" in shown
-    assert numbers(copied) == numbers(finished_run.directory)
-    assert checkpoints.latest_step(copied / "checkpoints") == STEPS
-
-
 @pytest.mark.slow
 def test_what_orbax_notes_beside_the_arrays_may_be_damaged_as_well(copied, capsys):
     (notes,) = (copied / "checkpoints" / "18").glob("state/array_metadatas/*")
@@ -81,6 +74,7 @@ def test_what_orbax_notes_beside_the_arrays_may_be_damaged_as_well(copied, capsy
     assert "is damaged: it cannot be restored (KeyError: 'write_shape'); trying the one before it" in shown
 
 
+@pytest.mark.slow
 def test_evaluation_takes_the_newest_good_checkpoint(copied, capsys):
     cut(copied / "checkpoints" / "18")
     assert cli.main(["sample", str(copied), "--prompt", "A:1+2", "--json"]) == 0
@@ -89,27 +83,35 @@ def test_evaluation_takes_the_newest_good_checkpoint(copied, capsys):
     assert "take" in refused(capsys, "sample", str(copied / "checkpoints" / "18"), "--prompt", "A:1+2")
 
 
-@pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/*"])
-def test_records_are_not_erased_where_checkpoints_are_gone(copied, capsys, gone):
+@pytest.mark.fault(
+    "storage", "`checkpoints/` is gone, records are there", "refused with status 2: going on would erase the records"
+)
+def test_records_are_not_erased_where_checkpoints_are_gone(copied, capsys):
     shutil.rmtree(copied / "checkpoints")
-    if gone != "checkpoints":
-        (copied / "checkpoints").mkdir()
     before = (copied / "metrics.jsonl").read_bytes()
     said = refused(capsys, "train", "--resume", str(copied))
+    (copied / "checkpoints").mkdir()  # an empty one says the same
+    with pytest.raises(checkpoints.CheckpointError, match="but no checkpoint in checkpoints/"):
+        step_to_go_on_from(config_of(copied), exact=False, first_saved=True, say=print)
     assert f"has records up to step {STEPS}, but no checkpoint in checkpoints/" in said
     assert "restore the checkpoints from a copy, or start a new run with another run_dir" in said
     assert (copied / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("left, said", [(10, "ends at step 10"), (0, "has no records"), (None, "has no records")])
-def test_records_that_were_lost_are_told_of_and_the_rest_is_kept(copied, capsys, left, said):
-    file = copied / "metrics.jsonl"
+@pytest.mark.fault(
+    "storage", "records are cut, emptied or gone, checkpoints are there", "said aloud; what there is is kept"
+)
+def test_records_that_were_lost_are_told_of_and_the_rest_is_kept(copied):
+    file, config = copied / "metrics.jsonl", config_of(copied)
     lines = file.read_text().splitlines(keepends=True)
-    file.unlink() if left is None else file.write_text("".join(lines[:left]))
-    assert cli.main(["train", "--resume", str(copied)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert f"metrics.jsonl {said}, but the checkpoint is of step 18" in shown
-    assert len(read_records(file)) == (left or 0)
+    for left, said in ((0, "has no records"), (None, "has no records"), (10, "ends at step 10")):
+        file.unlink() if left is None else file.write_text("".join(lines[:left]))
+        told: list[str] = []
+        assert step_to_go_on_from(config, exact=False, first_saved=True, say=told.append) == STEPS
+        assert f"metrics.jsonl {said}, but the checkpoint is of step 18" in told[-1]
+    with RunDirectory(copied, {}, resume_step=STEPS):
+        pass
+    assert len(read_records(file)) == 10
 
 
 # ---- one owner ------------------------------------------------------------------------------------------------------
@@ -133,6 +135,9 @@ def other_owner(copied):
     process.wait()
 
 
+@pytest.mark.fault(
+    "storage", "a second process is started on the run", "refused: who has it, on which host, since when"
+)
 def test_a_run_that_goes_on_is_not_started_twice(copied, other_owner, capsys):
     said = refused(capsys, "train", "--resume", str(copied))
     assert f"belongs to process {other_owner.pid} on " in said
@@ -144,6 +149,7 @@ def test_a_run_that_goes_on_is_not_started_twice(copied, other_owner, capsys):
     assert (copied / ownership.FILE).read_text() == ""
 
 
+@pytest.mark.fault("storage", "the file system has no locks", "a file that the owner rewrites says whether it lives")
 def test_without_locks_a_heartbeat_says_who_lives(copied, other_owner, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -163,6 +169,8 @@ def test_without_locks_a_heartbeat_says_who_lives(copied, other_owner, monkeypat
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
+# Of a run that ends in its first steps: no other program is compiled.
+EARLY = ["warm_start.steps=4", "warm_start.probe_every_steps=0", "checkpoints.every_steps=1"]
 # A run of four steps without a warm start.
 SHORT = ["warm_start.steps=0", "training.steps=4", "evaluation.problems=2", "evaluation.every_steps=0"]
 SHORT += ["losses=[clipped_surrogate]", "checkpoints.every_steps=1"]
@@ -185,23 +193,39 @@ def signalled(numbers: list[int], *arguments: str, at: int = 2) -> tuple[int, st
 
 
 @pytest.mark.parametrize(
-    "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda value: str(value)
+    "number, status",
+    [
+        pytest.param(
+            signal.SIGINT,
+            130,
+            id="SIGINT",
+            marks=[pytest.mark.slow, pytest.mark.fault("signals", "Ctrl-C (SIGINT)", "as SIGTERM, with status 130")],
+        ),
+        pytest.param(
+            signal.SIGHUP,
+            129,
+            id="SIGHUP",
+            marks=[pytest.mark.slow, pytest.mark.fault("signals", "SIGHUP", "as SIGTERM, with status 129")],
+        ),
+    ],
 )
 def test_a_signal_stops_a_run_in_good_order(micro_yaml, tmp_path, number, status):
-    found, _, err = signalled([number], "train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *SHORT)
+    found, _, err = signalled([number], "train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *EARLY)
     assert found == status
     assert err == f"stopped at step 3; go on with: jaxrl train --resume {tmp_path / 'run'}\n"
     assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 3
 
 
+@pytest.mark.fault("signals", "a second Ctrl-C", "the run ends at once with status 130; the last checkpoint is named")
 def test_a_second_signal_ends_it_at_once_in_one_line(micro_yaml, tmp_path):
-    status, _, err = signalled([signal.SIGINT] * 2, "train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *SHORT)
+    status, _, err = signalled([signal.SIGINT] * 2, "train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *EARLY)
     assert status == 130
     assert err.strip().count("\n") == 0
     assert "stopped at once; the last good checkpoint is step " in err
     assert f"go on with: jaxrl train --resume {tmp_path / 'run'}" in err
 
 
+@pytest.mark.fault("signals", "SIGHUP under `nohup`", "nothing: a signal that is ignored stays so")
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -213,6 +237,7 @@ def test_what_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.fault("signals", "Ctrl-C before the first step, or in another command", "one line, status 130")
 @pytest.mark.parametrize("command", ["eval", "sample", "explain", "export", "train"])
 def test_ctrl_c_before_the_steps_is_one_line(finished_run, micro_yaml, tmp_path, monkeypatch, capsys, command):
     def interrupted(*_, **__):
@@ -250,6 +275,11 @@ def ends(monkeypatch, tmp_path):
     return seen, done
 
 
+@pytest.mark.fault(
+    "signals",
+    "SIGTERM with `--grace`, while a program of the device takes longer",
+    "when the time is over the run ends with status 143 and names the last checkpoint",
+)
 def test_the_grace_period_ends_a_step_that_does_not(ends, tmp_path):
     seen, done = ends
     interruption = Interruption(tmp_path, lambda text: None, lambda: 40, grace=0.1, doing="step 41 of the training")
@@ -264,6 +294,11 @@ def test_the_grace_period_ends_a_step_that_does_not(ends, tmp_path):
     )
 
 
+@pytest.mark.fault(
+    "signals",
+    "SIGTERM with `--grace`, in a step that the median says will take longer than half of it",
+    "the step is given up before its next program or call of the host, and the state before it is saved",
+)
 def test_a_step_that_would_outlast_half_of_the_grace_period_is_given_up(tmp_path):
     for grace, given_up in ((None, False), (1000.0, False), (10.0, True)):
         interruption = Interruption(tmp_path, lambda text: None, lambda: 40, grace=grace)
@@ -274,6 +309,57 @@ def test_a_step_that_would_outlast_half_of_the_grace_period_is_given_up(tmp_path
             interruption.give_up_the_step()
 
 
+def test_a_step_of_several_programs_is_given_up_between_them_and_keeps_its_state(make_bigram):
+    """Until the last program, which the state is given to, nothing is lost."""
+    rows, calls = Rollout(samples_per_prompt=2, max_completion_tokens=2, eos_ids=(), pad_id=0), []
+    step = make_train_step(
+        make_bigram(6),
+        optax.sgd(0.1),
+        source=rows,
+        rewards=[lambda completions: [float(len(text)) for text in completions]],
+        credit=[("advantages", advantages.group_normalized)],
+        losses=[losses.clipped_surrogate],
+        resources=Resources(decode=lambda ids: "a" * int(ids[0])),
+    )
+    number = jnp.arange(2)
+    prompts = Prompts(number[:, None], number * 0 + 1, number, number[:, None] * 0, number * 0)
+    state, items = step.init(jax.random.key(0)), [{}, {}]
+    assert len(step.segments) > 2
+    for most in range(len(step.segments)):
+
+        def stop(most=most):
+            calls.append(most)
+            if calls.count(most) > most:
+                raise Abandoned
+
+        with pytest.raises(Abandoned):
+            step.run(state, prompts, items, stop=stop)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    step.run(state, prompts, items, stop=lambda: None)
+
+
+@pytest.mark.fault(
+    "signals",
+    "SIGTERM during an evaluation before or after the steps",
+    "given up between two of its batches; `--resume` repeats it",
+)
+def test_an_evaluation_is_given_up_between_its_batches(micro_yaml, tmp_path):
+    def write_and_ask(records):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr("jaxrl_llm.run.measured.fresh_records", lambda path: write_and_ask)
+        status = cli.main(["train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", "warm_start.steps=0"])
+    assert (status, err.getvalue().count("\n")) == (143, 1)
+    assert err.getvalue().startswith("stopped; no checkpoint yet; start again with another run_dir")
+
+
+@pytest.mark.fault(
+    "signals",
+    "a step takes `faults.stalled_after_medians` times the median",
+    "status 75; where every thread was is in `RUN/stalled.txt`",
+)
 def test_the_watchdog_ends_a_run_that_stands_still(ends, tmp_path):
     seen, done = ends
     interruption = Interruption(tmp_path, lambda text: None, lambda: None, stalled_after=3, least=0.05)
@@ -319,6 +405,9 @@ def ending(tmp_path, monkeypatch):
     return written
 
 
+@pytest.mark.fault(
+    "functions", "a reward calls `sys.exit`, without `value_on_failure`", "status 1, the state before the step is saved"
+)
 @pytest.mark.slow
 def test_a_reward_that_exits_ends_the_run_with_its_state_saved(micro_yaml, tmp_path, ending, capsys):
     words = [word.replace(", OPTIONS", "") for word in ending("sys.exit(0)")]
@@ -343,6 +432,11 @@ def test_failures_are_counted_and_too_many_end_the_run(micro_yaml, tmp_path, end
     assert [line["failures/ending"] for line in lines] == [0, 0, 0, 16]
 
 
+@pytest.mark.fault(
+    "signals",
+    "SIGTERM with `--grace`, while a function of the user's hangs",
+    "the call is given up, the state before the step is saved, status 143",
+)
 @pytest.mark.slow
 def test_a_stop_that_cannot_wait_gives_the_step_up(micro_yaml, tmp_path, ending, capsys):
     words = [word.replace(", OPTIONS", "") for word in ending("os.kill(os.getppid(), 15) or time.sleep(60)")]
@@ -357,6 +451,8 @@ def test_a_stop_that_cannot_wait_gives_the_step_up(micro_yaml, tmp_path, ending,
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("signals", "nobody reads standard output any more", "`jaxrl train` goes on in silence")
+@pytest.mark.slow
 def test_a_run_whose_output_closes_goes_on_in_silence(micro_yaml, tmp_path):
     read, write = os.pipe()
     os.close(read)
@@ -378,6 +474,18 @@ def test_a_lasting_stream_takes_everything():
     stream.flush()
 
 
+def test_a_closed_pipe_has_a_status_of_its_own(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    replaced: list[int] = []
+    monkeypatch.setattr(os, "dup2", lambda old, new: replaced.append(new))  # the output of the tests stays
+    with contextlib.suppress(BrokenPipeError), open(write, "w") as closed, contextlib.redirect_stdout(closed):
+        assert cli.main(["tasks", "--json"]) == 141
+    assert replaced == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("signals", "nobody reads a table that is printed", "the command ends in silence, status 141")
 def test_a_table_that_nobody_reads_ends_without_a_word():
     read, write = os.pipe()
     os.close(read)
@@ -395,7 +503,26 @@ def test_a_table_that_nobody_reads_ends_without_a_word():
 # ---- disks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 1), (errno.EIO, 75)], ids=["ENOSPC", "EIO"])
+@pytest.mark.parametrize(
+    "number, status",
+    [
+        pytest.param(
+            errno.ENOSPC,
+            1,
+            id="ENOSPC",
+            marks=pytest.mark.fault("storage", "the disk is full", "one sentence, the last checkpoint, status 1"),
+        ),
+        pytest.param(
+            errno.EIO,
+            75,
+            id="EIO",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault("storage", "the disk fails (EIO)", "the same, with the restartable status 75"),
+            ],
+        ),
+    ],
+)
 def test_a_disk_that_fails_is_one_sentence_with_the_way_on(micro_yaml, tmp_path, monkeypatch, capsys, number, status):
     def write_until(self, step, metrics):
         if step == 3:
@@ -404,12 +531,31 @@ def test_a_disk_that_fails_is_one_sentence_with_the_way_on(micro_yaml, tmp_path,
 
     write = RunDirectory.write_metrics
     monkeypatch.setattr(RunDirectory, "write_metrics", write_until)
-    said = refused(capsys, "train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *SHORT, status=status)
+    said = refused(capsys, "train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *EARLY, status=status)
     assert ("metrics.jsonl: the disk is full" if status == 1 else "Input/output error") in said
     assert f"the last good checkpoint is step 2; go on with: jaxrl train --resume {tmp_path / 'run'}" in said
 
 
-@pytest.mark.parametrize("happens", ["moved", "deleted"])
+@pytest.mark.parametrize(
+    "happens",
+    [
+        pytest.param(
+            "moved",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault(
+                    "storage",
+                    "the run directory is moved",
+                    "status 1; it says to put it back and go on with `--resume`",
+                ),
+            ],
+        ),
+        pytest.param(
+            "deleted",
+            marks=[pytest.mark.slow, pytest.mark.fault("storage", "the run directory is deleted", "the same")],
+        ),
+    ],
+)
 def test_a_run_directory_that_is_gone_is_one_sentence(micro_yaml, tmp_path, monkeypatch, capsys, happens):
     run = tmp_path / "run"
 
@@ -421,7 +567,7 @@ def test_a_run_directory_that_is_gone_is_one_sentence(micro_yaml, tmp_path, monk
 
     write = RunDirectory.write_metrics
     monkeypatch.setattr(RunDirectory, "write_metrics", write_and_lose)
-    said = refused(capsys, "train", str(micro_yaml), f"run_dir={run}", *SHORT, status=1)
+    said = refused(capsys, "train", str(micro_yaml), f"run_dir={run}", *EARLY, status=1)
     assert f"run {run} cannot be written: {run}" in said  # its records, or a checkpoint on its way to the disk
     assert f"it was moved or deleted; put it back, and go on with: jaxrl train --resume {run}" in said
 
@@ -438,6 +584,11 @@ DISKS = {
 }
 
 
+@pytest.mark.fault(
+    "storage",
+    "quota used up, read-only, no permission, too many open files, a stale handle",
+    "what is the matter is said; 75 where it may pass, else 1",
+)
 @pytest.mark.parametrize("number", DISKS, ids=errno.errorcode.get)
 def test_what_is_the_matter_with_a_disk_is_said(tmp_path, number):
     clause = DISKS[number]
@@ -458,6 +609,9 @@ class JaxRuntimeError(RuntimeError):
     """As jax's own is called."""
 
 
+@pytest.mark.fault(
+    "storage", "`UNAVAILABLE`, `INTERNAL`, `DATA_LOSS` of a device or of storage", "status 75: it may be started again"
+)
 @pytest.mark.parametrize(
     "error, passes, clause",
     [
@@ -496,6 +650,7 @@ def test_the_first_cause_of_a_chain_is_named(tmp_path):
         close()
 
 
+@pytest.mark.fault("storage", "the name of a path is too long", "refused in one sentence, status 2")
 @pytest.mark.parametrize("command", ["train", "export"])
 def test_a_path_that_is_too_long_is_one_sentence(finished_run, micro_yaml, tmp_path, capsys, command):
     name = str(tmp_path / ("n" * 300))
@@ -535,6 +690,11 @@ def breaking(tmp_path, monkeypatch, micro_yaml):
     return ["train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *words]
 
 
+@pytest.mark.fault(
+    "numbers",
+    "gradients that are not finite, one after the other",
+    "more than `faults.most_skipped_updates` end the run, status 1; the batch is in `RUN/failed/` for `jaxrl replay`",
+)
 @pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(breaking, tmp_path, capsys):
     said = refused(capsys, *breaking, "faults.most_skipped_updates=2", status=1)
@@ -556,7 +716,27 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(breaki
     assert "with the policy of checkpoint 0" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("in_gradient", [True, False])
+@pytest.mark.parametrize(
+    "in_gradient",
+    [
+        pytest.param(
+            True,
+            marks=[
+                pytest.mark.slow,  # tests/run/test_optimizers.py has the fast form
+                pytest.mark.fault(
+                    "numbers", "a gradient that is not finite", "the update is skipped, counted, and changes nothing"
+                ),
+            ],
+        ),
+        pytest.param(
+            False,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.fault("numbers", "a loss that is not finite, its gradient being so", "the same"),
+            ],
+        ),
+    ],
+)
 def test_a_few_skipped_updates_are_counted_and_change_nothing(in_gradient, breaking, tmp_path, capsys):
     words = [word.replace("breaking'}", f"breaking', in_gradient: {str(in_gradient).lower()}}}") for word in breaking]
     assert cli.main([*words, "training.steps=2", "faults.most_skipped_updates=2"]) == 0
@@ -600,6 +780,11 @@ RUNS = {
 }  # fmt: skip
 
 
+@pytest.mark.fault(
+    "numbers",
+    "divergence, entropy, length, cut completions, log-probability gap, constant rewards, reward hacking",
+    "an alarm, said once while it lasts; the run goes on",
+)
 @pytest.mark.parametrize("kind", RUNS)
 def test_alarms_ring_once(kind):
     steps, said, at = RUNS[kind]

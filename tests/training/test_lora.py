@@ -80,10 +80,10 @@ def sizes(tree):
     return sorted(leaf.shape for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["float32", "int8"])
+@pytest.fixture(scope="module", params=[0, 8, pytest.param(4, marks=pytest.mark.slow)])
 def trained(request, model, make_prompts):
     """Three steps of a policy with adapters: states on the host, metrics, where the arrays of a state lie."""
-    adapted = lora(model, LORA, quantise=request.param)
+    adapted = lora(model, LORA, bits=request.param)
     step = composed(adapted, update=Update(sequences_per_microbatch=4))
     state = step.init(jax.random.key(0))
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(replace(state, key=None))]
@@ -168,7 +168,7 @@ class TestStep:
     def test_critics_share_the_base(self, model, make_prompts):
         def with_critic(backbone):
             return composed(
-                lora(model, LORA, quantise=True),
+                lora(model, LORA, bits=8),
                 credit=[
                     ("returns", advantages.gae_returns),
                     ("advantages", advantages.gae),
@@ -205,7 +205,7 @@ class TestStep:
     def test_supervised_steps_lower_the_loss_through_the_adapters(self, model, rows):
         written = Written(rows=8)
         step = make_train_step(
-            lora(model, LORA, quantise=True),
+            lora(model, LORA, bits=8),
             optax.adam(0.03),
             source=written,
             losses=[losses.negative_log_likelihood],
@@ -354,7 +354,7 @@ def test_int8_and_adapters_make_the_state_small(lora_run):
     [
         ({"alpha": 4}, "config key lora.rank is missing"),
         ({"rank": 0, "alpha": 4}, "lora.rank is 0"),
-        ({"rank": 2, "alpha": 4, "int4": True}, r"config key lora.int4 .* did you mean lora.int8"),
+        ({"rank": 2, "alpha": 4, "int9": True}, r"config key lora.int9 .* did you mean lora.int"),
         ({"rank": 2, "alpha": 4, "targets": ["up"]}, "lora.targets names 'up'"),
     ],
 )

@@ -250,6 +250,9 @@ def test_a_network_with_other_symbols_cannot_score_the_policys(bigram, make_bigr
     networks = {"teacher": Network(origin=GIVEN, model=make_bigram(12))}
     with pytest.raises(ValueError, match=r"networks\.teacher has 12 symbols, but the policy has 16"):
         composed(bigram, networks, losses=[say(["teacher_logprobs"])])
+    networks = {"reward": Network(origin=GIVEN, model=make_bigram(12), head=HeadConfig())}
+    with pytest.raises(ValueError, match=r"networks\.reward has 12 symbols.*another tokenizer is asked by text"):
+        composed(bigram, networks, losses=[say(["reward_scores"])])
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.ranges import Positive, ranged
-from jaxrl_llm.statistics import group_max, group_mean, present
+from jaxrl_llm.statistics import group_max, group_mean, group_size, present
 
 
 @ranged
@@ -65,3 +65,36 @@ def log_mean_exp_baseline(
     mean = group_mean(jnp.exp(present(below_best, weight) / temperature), group, weight)
     soft_maximum = temperature * jnp.log(jnp.where(mean > 0, mean, 1.0))
     return present(below_best - soft_maximum, weight)
+
+
+@ranged
+def amplified_gains(
+    rewards: Float[Array, "B"],
+    group: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    *,
+    factor: Positive = 3.0,
+    most: float = 1.0,
+) -> Float[Array, "B"]:
+    """Successes count in full, gains are amplified, losses are not: R3L's positive amplification.
+
+        A = 1 where r >= most,   factor (r - b) where r >= b,   r - b elsewhere;   b = mean_group, 0 of a single row
+
+    So all successes learn, even where the whole group succeeds.
+
+    Args:
+      rewards: total reward of each row.
+      group: id of the group each row belongs to.
+      weight: weight of each row; 0 is absent.
+      factor: of gains.
+      most: reward of a success.
+
+    Returns:
+      One advantage a row, 0 in absent rows.
+
+    Reference: R3L.
+    Certainty: verified
+    """
+    r = rewards.astype(jnp.float32)
+    gain = r - jnp.where(group_size(group, weight) > 1, group_mean(r, group, weight), 0.0)
+    return present(jnp.where(r >= most, 1.0, jnp.where(gain >= 0, factor * gain, gain)), weight)

@@ -23,6 +23,7 @@ from jaxrl_llm.data.tasks import (
     grid,
     self_correction,
     sorting,
+    two_chains,
 )
 from jaxrl_llm.data.tasks import string_functions as composition  # training/ has a composition of its own
 from jaxrl_llm.data.tasks.items import SPLITS, Item, Segment, Task, generate, record, reference_response, split_of
@@ -48,6 +49,7 @@ __all__ = [
     "sorting",
     "split_of",
     "task",
+    "two_chains",
 ]
 
 

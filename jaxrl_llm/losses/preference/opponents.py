@@ -174,10 +174,9 @@ def gap_relations(
         jnp.where(there, scores.astype(jnp.float32), 0.0) for scores in (reward_partner_scores, reward_itself_scores)
     )
     better, worse = crossed[:, None], crossed[None]
-    loss = sum(
-        -jax.nn.log_sigmoid(high - low)
-        for high, low in ((better, same[:, None]), (better, same[None]), (same[:, None], worse), (same[None], worse))
-    )
+    one, other = same[:, None], same[None]
+    order = ((better, one), (better, other), (one, worse), (other, worse))
+    loss = -jnp.stack([jax.nn.log_sigmoid(high - low + jnp.zeros_like(pairs.share)) for high, low in order]).sum(0)
     gap = pairs.gap(crossed)
     metrics = {"preferred_share": (pairs.total(gap > 0), pairs.count), "score_gap": (pairs.total(gap), pairs.count)}
     return Loss(pairs.total(loss), pairs.count, metrics)

@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rollout.capabilities import ROWS, require
-from jaxrl_llm.rollout.generation import Prefixes
+from jaxrl_llm.rollout.generation import Pause
+from jaxrl_llm.rollout.prefixes import Prefixes
 
 
 class Request(NamedTuple):
@@ -36,6 +37,10 @@ class Request(NamedTuple):
       active: prompts that are sampled; the rows of the others have weight 0. None samples all.
       prompt_of: prompt of each row, in ascending order, for groups of different sizes.
       prefixes: what completions start with.
+      stop_ids: tokens at which completions stop for now, beside the ends of sequence.
+      limit: tokens at which each completion stops for now; None writes them to their end.
+      begun: steps since the completions of each prompt were begun, whose random numbers they have; None is 0.
+      pause: where completions are looked at before they go on; None looks at none.
       fields: what all rows of the request know beside the rest, by name: one number for all.
     """
 
@@ -47,6 +52,10 @@ class Request(NamedTuple):
     active: Bool[Array, "N"] | None = None
     prompt_of: Int[Array, "B"] | None = None
     prefixes: Prefixes | None = None
+    stop_ids: tuple[int, ...] = ()
+    limit: Int[Array, "B"] | None = None
+    begun: Int[Array, "N"] | None = None
+    pause: Pause | None = None
     fields: Mapping[str, Any] = {}
 
 
@@ -69,7 +78,8 @@ class Plan(NamedTuple):
       samples: rows of a prompt that learn.
       drawn: rows of a prompt that the first request samples.
       most_rounds: rounds at most. 1 is no loop.
-      unrolled: there are exactly `most_rounds` rounds, which may ask for different numbers of rows.
+      unrolled: there are exactly `most_rounds` rounds, which may ask for different numbers of rows. `init` is called
+        without the rows of a round then, of one round too.
       prompts_per_group: prompts that a step is handed for each group that it learns from.
       reads_rewards: `merge` reads rewards.
       reads: names of the data that it reads of the prompts (`Prompts.fields`).

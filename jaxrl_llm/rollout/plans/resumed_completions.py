@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.experience import Experience, Source
 from jaxrl_llm.fields import provided_by
 from jaxrl_llm.ranges import Count, Natural, ShareBelowOne, ranged
-from jaxrl_llm.rollout.generation import Prefixes
-from jaxrl_llm.rollout.plans.plan import (
-    Plan,
-    Request,
-    concatenated,
-    finished,
-    first_requests,
-    numbers_before,
-    require_inside,
-)
+from jaxrl_llm.rollout.plans.further_rows import Beginning, Given, further, origins
+from jaxrl_llm.rollout.plans.plan import Plan
+from jaxrl_llm.rollout.rewriting import asked_as, beginnings, behind_prompts_of, compacted
 from jaxrl_llm.signatures import call, names
 
 
@@ -36,13 +30,20 @@ def resume(
     branches: Count,
     encode: Callable[[str], Sequence[int]] | None,
     hint: str = "",
+    view: str | None = None,
     trained_prefix: bool = False,
+    trained_origin: bool = True,
+    hint_is_learned: bool = True,
 ) -> Plan:
     """Two rounds: completions as `inner` draws them, then `branches` of each prompt that go on from some of them.
 
     Branch j of a prompt goes on from its j-th completion (counted round and round, where there are more branches than
     completions), cut at the position that `choose` gives; at position 0 it starts afresh. All are rows of one group. A
     branch continues the randomness of its own sample number, so it differs from the completion that it was cut from.
+
+    With `trained_origin: false` the tokens that a branch kept are trained on in neither of the two: both have them, so
+    they made no difference (pivotal credit). With `hint_is_learned: false` the branch is learned without the help that
+    it was drawn with (context distillation): its hint is taken out, and it stands behind the plain prompt.
 
     Args:
       inner: how the first completions are drawn; it draws `samples_per_prompt - branches` of them.
@@ -53,116 +54,70 @@ def resume(
       branches: how many of them are branches.
       encode: text -> token ids, for a hint; may be None without one.
       hint: text that is placed behind what is kept; never trained on.
+      view: column of the data with the form in which branches are asked, such as `privileged`; None asks as before.
       trained_prefix: the policy's own tokens before the position are trained on in the branch too.
+      trained_origin: they are trained on in the completion that the branch was cut from.
+      hint_is_learned: the hint and the view stay in the row that is learned.
 
     Raises:
-      ValueError: for no branches, nothing that they could go on from, or a hint that cannot be encoded.
+      ValueError: for no branches, nothing that they could go on from, a hint that cannot be encoded, or help that is
+        taken out where there is none.
+
+    Reference: CURE (2508.11016), R3L.
     """
     drawn = samples_per_prompt - branches
-    _check(inner, samples_per_prompt, branches, hint, encode)
+    if hint and encode is None:
+        raise ValueError(f"resume.hint is {hint!r}, but there is no encode= (text -> token ids) to make tokens of it")
+    if not hint_is_learned and not hint and view is None:
+        raise ValueError("resume.hint_is_learned is false, but there is no hint and no view to learn without; give one")
+    if view is not None and hint_is_learned:
+        raise ValueError(f"resume.view is {view!r}, which rows are never learned behind; set hint_is_learned to false")
     behind = tuple(encode(hint)) if hint and encode is not None else ()
     own = Source.SAMPLED if trained_prefix else Source.HINT
 
-    class Progress(NamedTuple):
-        key: Array
-        rows: Experience | None = None
-        branched: Experience | None = None
+    def position(given: Given) -> Int[Array, "B"]:
+        chosen = call(choose, given.rows.known() | {"key": given.key})
+        return jnp.clip(chosen, 0, max_completion_tokens - 2 - len(behind))
 
-    def requests(memory: Any, carry: Progress | None, prompts: Prompts) -> tuple[Request, ...]:
-        if carry is None or carry.rows is None:
-            before = numbers_before(prompts, branches)
-            asked = first_requests(inner, memory, prompts)
-            return tuple(request._replace(first_sample=request.first_sample + before) for request in asked)
-        kept = carry.rows
-        provided = kept.known() | {"key": carry.key}
-        position = jnp.clip(call(choose, provided), 0, max_completion_tokens - 2 - len(behind))
-        groups = kept.tokens.shape[0] // drawn
-        origin = jnp.arange(branches) % drawn
-        first = lambda x: x.reshape(groups, drawn, *x.shape[1:])[:, origin].reshape(-1, *x.shape[1:])  # noqa: E731
-        tokens, length = first(kept.tokens), jnp.minimum(first(position), first(kept.length))
-        source = jnp.where(first(kept.source) == Source.SAMPLED, own, first(kept.source))
-        prefixes = _with_hint(tokens, length, source, behind, pad_id)
-        number = numbers_before(prompts, samples_per_prompt) + drawn
-        return (Request(prompts, branches, first_sample=number, prefixes=prefixes),)
+    def begin(given: Given) -> Beginning:
+        first = partial(origins, drawn=drawn, branches=branches)
+        tokens, length = first(given.rows.tokens), jnp.minimum(first(position(given)), first(given.rows.length))
+        source = first(given.rows.source)
+        source = jnp.where(source == Source.SAMPLED, own, source)
+        said = jnp.tile(jnp.asarray(behind, jnp.int32), (tokens.shape[0], 1))
+        prefixes = beginnings(tokens, length, source, said, jnp.full_like(length, len(behind)), pad_id)
+        return Beginning(given.prompts if view is None else asked_as(given.prompts, view), prefixes)
 
-    def merge(carry: Progress, rows: Experience) -> Progress:
-        if carry.rows is None:
-            return carry._replace(rows=finished(inner, rows)[0])
-        return carry._replace(branched=rows)
+    def finish(given: Given, more: Experience) -> tuple[Experience, Experience]:
+        rows, place = given.rows, jnp.arange(given.rows.tokens.shape[1])
+        cut = position(given)
+        if not hint_is_learned:
+            kept = origins(jnp.minimum(cut, rows.length), drawn, branches)[:, None]
+            helped = (place >= kept) & (place < kept + len(behind))
+            like = jax.tree.map(lambda x: origins(x, drawn, branches), rows)
+            more = behind_prompts_of(compacted(more, ~helped, pad_id), like)
+        if not trained_origin:
+            # Origins that have no branch keep all of their tokens.
+            number = jnp.arange(rows.tokens.shape[0]) % drawn
+            shared = jnp.where(number < branches, cut, 0)
+            rows = replace(rows, mask=jnp.where(place < shared[:, None], 0.0, rows.mask))
+        return rows, more
 
-    def result(carry: Progress) -> tuple[Experience, dict[str, Array]]:
-        assert carry.rows is not None  # both rounds are over
-        assert carry.branched is not None
-        count = carry.branched.tokens.shape[0]
-        first = carry.rows.filled(branch=jnp.zeros(carry.rows.tokens.shape[0], jnp.float32))
-        both = concatenated(first, carry.branched.filled(branch=jnp.ones(count, jnp.float32)))
-        order = _group_order(count // branches, drawn, branches)
-        rows = jax.tree.map(lambda x: x[order], both)
-        return rows, {"resumed_tokens": _share(rows)}
-
-    return inner._replace(
-        init=lambda memory, key, prompts, rows: Progress(key),
-        requests=requests,
-        merge=merge,
-        result=result,
-        samples=samples_per_prompt,
-        most_rounds=2,
-        unrolled=True,
-        reads_rewards=inner.reads_rewards or bool(names(choose) & provided_by("rewards")),
-        provides=inner.provides | {"branch"},
+    lacks = frozenset() if trained_prefix else frozenset({"drawn_by_policy"})
+    return further(
+        inner,
+        name="resume",
+        branches=branches,
+        samples_per_prompt=samples_per_prompt,
+        begin=begin,
+        finish=finish,
+        report=lambda rows: {"resumed_tokens": _share(rows)},
+        reads_rewards=bool(names(choose) & provided_by("rewards")),
+        reads=(names(choose) & provided_by("data")) | ({f"{view}_tokens", f"{view}_length"} if view else set()),
         reports=frozenset({"resumed_tokens"}),
-        needs=inner.needs | {"prefixes", "numbered_samples"},
-        lacks=inner.lacks | {"one_round"} | (frozenset() if trained_prefix else frozenset({"drawn_by_policy"})),
+        needs={"prefixes"} | ({"demonstrations"} if "demonstration_tokens" in names(choose) else set()),
+        lacks=lacks if hint_is_learned else lacks | {"own_prompt", "drawn_by_policy"},
     )
-
-
-def _check(
-    inner: Plan, samples_per_prompt: int, branches: int, hint: str, encode: Callable[[str], Sequence[int]] | None
-) -> None:
-    drawn = samples_per_prompt - branches
-    require_inside("resume", inner, "one_round", "equal_groups", "one_group_a_prompt")
-    if not 0 < branches < samples_per_prompt:
-        raise ValueError(
-            f"resume.branches is {branches} of rollout.samples_per_prompt {samples_per_prompt}; there must be a branch "
-            "and a completion that it goes on from"
-        )
-    if inner.samples != drawn:
-        raise ValueError(
-            f"resume.branches is {branches}, but the plan inside of it draws {inner.samples} completions of a prompt, "
-            f"not {drawn}"
-        )
-    if inner.provides:
-        raise ValueError(
-            f"resume is made around a plan whose rows know {sorted(inner.provides)[0]!r}, which branches do not; leave "
-            "one of the two out"
-        )
-    if hint and encode is None:
-        raise ValueError(f"resume.hint is {hint!r}, but there is no encode= (text -> token ids) to make tokens of it")
-
-
-def _with_hint(
-    tokens: Int[Array, "B T"], length: Int[Array, "B"], source: Int[Array, "B T"], hint: tuple[int, ...], pad_id: int
-) -> Prefixes:
-    """What is kept of each row, with the hint behind it."""
-    width = tokens.shape[1] - 1
-    place = jnp.arange(width)
-    inside = place < length[:, None]
-    kept = jnp.where(inside, tokens[:, :width], pad_id)
-    origin = jnp.where(inside, source[:, :width], Source.PAD)
-    if not hint:
-        return Prefixes(kept, length, origin.astype(jnp.int8))
-    at = place - length[:, None]
-    within = (at >= 0) & (at < len(hint))
-    said = jnp.asarray(hint, jnp.int32)[jnp.clip(at, 0, len(hint) - 1)]
-    origin = jnp.where(within, Source.HINT, origin).astype(jnp.int8)
-    return Prefixes(jnp.where(within, said, kept), length + len(hint), origin)
-
-
-def _group_order(groups: int, drawn: int, branches: int) -> Int[Array, "B"]:
-    """Rows of both rounds, those of a group one after the other: its first samples, then its branches."""
-    number = jnp.arange(groups * (drawn + branches))
-    place, group = number % (drawn + branches), number // (drawn + branches)
-    return jnp.where(place < drawn, group * drawn + place, groups * drawn + group * branches + place - drawn)
 
 
 def _share(rows: Experience) -> Float[Array, ""]:
@@ -240,6 +195,24 @@ def last_share(length: Int[Array, "B"], *, kept: ShareBelowOne = 0.5) -> Int[Arr
       ValueError: for a share outside of [0, 1).
     """
     return jnp.floor(length * kept).astype(jnp.int32)
+
+
+def first_departure(
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    demonstration_tokens: Int[Array, "B D"],
+    demonstration_length: Int[Array, "B"],
+    correct: Float[Array, "B"],
+) -> Int[Array, "B"]:
+    """The tokens before a wrong completion first leaves the reference completion; a right one is started anew.
+
+    Stands for a reflection that says from where to try again.
+    """
+    width = min(tokens.shape[1], demonstration_tokens.shape[1])
+    place = jnp.arange(width)
+    same = (tokens[:, :width] == demonstration_tokens[:, :width]) & (place < length[:, None])
+    common = jnp.cumprod(same & (place < demonstration_length[:, None]), axis=1).sum(1)
+    return jnp.where(correct >= 1, 0, common).astype(jnp.int32)
 
 
 def from_the_start(length: Int[Array, "B"]) -> Int[Array, "B"]:

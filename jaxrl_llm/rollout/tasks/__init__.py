@@ -20,7 +20,7 @@ __all__ = ["calculator_tool", "grid_navigation", "task_environment", "two_attemp
 _ENVIRONMENTS = {function.__name__: function for function in (calculator_tool, grid_navigation, two_attempts)}
 
 
-def task_environment(task: Task, **options: Any) -> Environment:
+def task_environment(task: Task, /, **options: Any) -> Environment:
     """The environment that answers the turns of a task.
 
     Args:

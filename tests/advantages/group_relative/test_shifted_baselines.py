@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages import group_normalized, log_mean_exp_baseline, shifted_mean_baseline
+from jaxrl_llm.advantages import amplified_gains, group_normalized, log_mean_exp_baseline, shifted_mean_baseline
 
 REWARDS = jnp.array([1.0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 1, 1])
 GROUP = jnp.repeat(jnp.arange(3), 4)
@@ -25,6 +25,12 @@ def test_worked_example_of_opmd():
 def test_worked_example_of_asymre():
     expected = [[0.6, -0.4, -0.4, 0.6], [-0.15, -0.15, 0.85, -0.15], [0.1] * 4]
     np.testing.assert_allclose(shifted_mean_baseline(REWARDS, GROUP, WEIGHT).reshape(3, 4), expected, **DIGITS)
+
+
+def test_worked_example_of_r3l():
+    rewards = jnp.array([1.0, 0, 0, 0.5, 0.6, 0.2, 0.1, 0.3, 1.0])
+    found = amplified_gains(rewards, jnp.array([0] * 4 + [1] * 4 + [2]), jnp.ones(9))
+    np.testing.assert_allclose(found, [1, -0.375, -0.375, 0.375, 0.9, -0.1, -0.2, 0, 1], atol=1e-6)
 
 
 def test_the_temperature_runs_from_the_best_answer_to_the_mean():

@@ -101,6 +101,16 @@ def given(name, data):
     return {key: data[key] for key in (*needs.required, *needs.optional) if key in data}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled():
+    """These tests wait for the compiler, and for next to nothing else."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
 @jax.jit
 def _every(cases):
     found = {}

@@ -188,6 +188,21 @@ EXAMPLES = {
     "online pair": (selection.best_and_worst, GROUPED, [-1, 1, 0, -1]),
     "two of each": (partial(selection.best_and_worst, count=9), GROUPED, [0, 1, 0, 1]),
     "gap": (partial(selection.best_and_worst, least_gap=1.2), GROUPED, [-1, -1, -1, -1]),
+    "threshold": (
+        selection.by_threshold,
+        {"rewards": jnp.array([6.0, 3, 5, 5]), "group": jnp.zeros(4, int), "weight": jnp.ones(4)},
+        [1, 0, 1, 1],
+    ),
+    "no good answer": (
+        selection.by_threshold,
+        {"rewards": jnp.array([4.0, 3, jnp.nan]), "group": jnp.zeros(3, int), "weight": jnp.ones(3)},
+        [-1, -1, -1],
+    ),
+    "margins": (
+        selection.reward_gap,
+        GROUPED | {"preferred": jnp.array([-1.0, 1, 0, 1])},
+        [1.1, 1.1, 1.1, 1.1],
+    ),
     "rso": (partial(selection.acceptance_probability, beta=0.5), RSO, [0.135335, 1, 0.367879]),
 }
 
@@ -444,3 +459,26 @@ def test_judges_by_a_reference_and_verdicts_of_the_policy():
         rewards.attribute_reward(jnp.ones((1, 3)), weights=(1.0, 2.0))
     with pytest.raises(ValueError, match="form is 'gain'; it must be one of verdict, refine"):
         rewards.critique_reward(jnp.ones(1), jnp.ones(1), jnp.ones(1), form="gain")
+
+
+def test_rewards_count_more_after_a_step_that_pushed_out_the_front():
+    names = ("right", "short")
+    method = rewards.hypervolume_guided(objectives=names, reference=(0.0, 0.0), reward_names=names, every_steps=2)
+    memory = method.init() | {"points": jnp.zeros((32, 2)).at[0].set(jnp.array([0.3, 0.2])), "count": jnp.int32(1)}
+    # The card's buffer and point, above its reference point and with the second objective turned round.
+    components = jnp.array([[0.3, 0.2], [0.5, 0.4], [9.0, 9.0]])
+    given = (jnp.ones(3), components, jnp.array([1.0, 1, 0]))
+    scaled, memory = jax.jit(method.update)(memory, *given, jnp.int32(2))
+    gain = 0.4 * 0.3 - 0.3 * 0.2
+    np.testing.assert_allclose(scaled, np.full(3, 0.5 + 1.5 * np.tanh(gain)), rtol=1e-6)
+    assert memory["count"] == 2
+    for step, expected in ((3, scaled[0]), (4, 0.5)):  # it holds until the next point, which gains nothing more
+        again, memory = jax.jit(method.update)(memory, *given, jnp.int32(step))
+        np.testing.assert_allclose(again, np.full(3, expected), rtol=1e-6)
+    assert memory["count"] == 2
+    np.testing.assert_allclose(0.5 + 1.5 * np.tanh(0.09), 0.634637, atol=1e-6)
+    points = np.random.default_rng(0).random((6, 3)).astype(np.float32)
+    found = rewards.dominated_volume(jnp.asarray(points), jnp.arange(6) < 5)
+    np.testing.assert_allclose(found, evaluation.hypervolume(points[:5], [0, 0, 0]), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"objectives are \['right', 'short'\] and reference \[0.0\]; give one number"):
+        rewards.hypervolume_guided(objectives=names, reference=(0.0,), reward_names=names)

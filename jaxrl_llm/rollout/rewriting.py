@@ -1,0 +1,106 @@
+"""Rows rewritten: tokens kept, left out or put in front, and prompts asked in another form.
+
+What a row says is its text and where each token came from, so a rewritten row is scored like any other: by the policy,
+behind its own prompt. What it was drawn with no longer fits it, which `plans` say as `own_prompt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.fields import FIELDS
+from jaxrl_llm.rollout.prefixes import Prefixes
+
+
+def beginnings(
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    source: Int[Array, "B T"],
+    behind: Int[Array, "B H"],
+    behind_length: Int[Array, "B"],
+    pad_id: int,
+) -> Prefixes:
+    """The first `length` tokens of each row, and a hint behind them.
+
+    Args:
+      tokens, source: of completions.
+      length: how many of them are kept.
+      behind: the hint of each row, right-padded.
+      behind_length: its tokens; what exceeds the width T - 1 is left out.
+      pad_id: fills the rest.
+    """
+    width = tokens.shape[1] - 1
+    place = jnp.arange(width)
+    inside = place < length[:, None]
+    at = place - length[:, None]
+    within = (at >= 0) & (at < behind_length[:, None])
+    kept = jnp.where(inside, tokens[:, :width], pad_id)
+    origin = jnp.where(inside, source[:, :width], Source.PAD)
+    if behind.shape[1]:
+        said = jnp.take_along_axis(behind, jnp.clip(at, 0, behind.shape[1] - 1), axis=1)
+        kept, origin = jnp.where(within, said, kept), jnp.where(within, Source.HINT, origin)
+    total = jnp.minimum(length + behind_length, width)
+    return Prefixes(kept, total, origin.astype(jnp.int8))
+
+
+def compacted(rows: Experience, keep: Bool[Array, "B T"], pad_id: int) -> Experience:
+    """Completions without the tokens that are not kept; those behind them move up, with all that is known of them.
+
+    Arrays of shape [B, T] that rows know move along (what is known of a token), others stay.
+
+    Args:
+      rows: completions.
+      keep: 1 on tokens that stay; nothing behind the end of a row does.
+      pad_id: fills the rest.
+
+    >>> from jaxrl_llm.rows import empty_rows
+    >>> rows = empty_rows(1, 1, 1, 4).filled(tokens=jnp.array([[5, 6, 7, 8]]), length=jnp.array([4]))
+    >>> made = compacted(rows, jnp.array([[True, False, True, True]]), 0)
+    >>> made.tokens.tolist(), made.length.tolist()
+    ([[5, 7, 8, 0]], [3])
+    """
+    count, width = rows.tokens.shape
+    keep = keep & (jnp.arange(width) < rows.length[:, None])
+    order = jnp.argsort(~keep, axis=1, stable=True)
+    length = keep.sum(1).astype(jnp.int32)
+    inside = jnp.arange(width) < length[:, None]
+    fill = {"tokens": pad_id, "source": Source.PAD}
+
+    def moved(name: str, value: Array) -> Array:
+        if value.shape != (count, width) or not of_tokens(name):
+            return value
+        there = jnp.take_along_axis(value, order, axis=1)
+        return jnp.where(inside, there, jnp.asarray(fill.get(name, 0), value.dtype))
+
+    return rows.filled(**{name: moved(name, value) for name, value in rows.known().items()} | {"length": length})
+
+
+def of_tokens(name: str) -> bool:
+    """Whether an array of this name has an entry for each token of a completion, if it is as wide."""
+    field = FIELDS.get(name)
+    return field is None or (field.kind in ("token", "either") and field.provider != "data")
+
+
+def asked_as(prompts: Prompts, view: str) -> Prompts:
+    """The same prompts in the form that a column of the data gives them."""
+    return replace(prompts, tokens=prompts.fields[f"{view}_tokens"], length=prompts.fields[f"{view}_length"])
+
+
+def behind_prompts_of(rows: Experience, other: Experience) -> Experience:
+    """Rows behind the prompts of others, row by row: what was drawn behind one prompt is learned behind another.
+
+    Its tokens are no longer those that the policy would draw there, and have `Source.REPLAYED`.
+    """
+    source = jnp.where(rows.source == Source.SAMPLED, Source.REPLAYED, rows.source).astype(jnp.int8)
+    return replace(rows, prompt_tokens=other.prompt_tokens, prompt_length=other.prompt_length, source=source)
+
+
+def row_draws(key: Array, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Float[Array, "B"]:
+    """A number in [0, 1) for each row, addressed by its prompt and its number."""
+    draw = lambda p, s: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, p), s))  # noqa: E731
+    return jax.vmap(draw)(prompt_id, sample)
