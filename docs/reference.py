@@ -11,6 +11,7 @@ from pathlib import Path
 
 from blocks import escaped, markdown_table
 
+from jaxrl_llm import rewards
 from jaxrl_llm.data import jsonl, written
 from jaxrl_llm.evaluation import benchmark_formats
 from jaxrl_llm.fields import FIELDS, PROVIDERS, Field
@@ -96,6 +97,7 @@ TITLES = {
     "environment": "Conversations",
     "engine": "Engines",
     "greedy_baseline": "Plans: greedy_baseline",
+    "continued_steps": "Plans: continued_steps",
     "mixed_temperature": "Plans: mixed_temperature",
     "paraphrased": "Plans: paraphrased",
     "further": "Plans of several rounds",
@@ -243,6 +245,9 @@ def every_plan() -> dict[str, tuple[plans.Plan, tuple[str, ...]]]:
         "mixed_temperature": plans.mixed_temperature(plain, samples_per_prompt=4, prompt_share=0.5, temperature=1.2),
         "paraphrased": plans.paraphrased(plain),
         "resume": plans.resume(plain, choose=plans.last_share, samples_per_prompt=6, branches=2, encode=None, **sizes),
+        "continued_steps": plans.continued_steps(
+            plain, choose=rewards.separated_turns, samples_per_prompt=4, max_turns=2
+        ),
         "demonstration_prefix": plans.demonstration_prefix(
             plain, samples_per_prompt=6, branches=2, total_steps=1, **sizes
         ),

@@ -161,6 +161,24 @@ class Sequences:
 
 
 @struct.dataclass
+class Branches:
+    """What a view makes of rows where Q sequences go on from different places of each row's own completion.
+
+    They are scored in one pass over the row, which all of them share, and one over what follows.
+
+    Attributes:
+      kept: tokens of the completion that each goes on from.
+      tokens, length: what is scored behind them, right-padded.
+      mask: 1 on scored tokens that count.
+    """
+
+    kept: Int[Array, "B Q"]
+    tokens: Int[Array, "B Q A"]
+    length: Int[Array, "B Q"]
+    mask: Float[Array, "B Q A"]
+
+
+@struct.dataclass
 class NetworkState:
     """Parameters of one network.
 

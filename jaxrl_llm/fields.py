@@ -50,8 +50,7 @@ class Field(NamedTuple):
     need: str = ""
 
 
-# What an entry of credit fills under such a name is logged: a number, or a row's, of which the mean over rows that
-# count and know it is taken.
+# What credit fills under such a name is logged: one number, or the mean of a row's over rows that count and know it.
 METRIC = "metric/"
 # Who provides names, and what a user has to do where nothing does.
 PROVIDERS = {
@@ -69,6 +68,7 @@ PROVIDERS = {
     "further": "a plan of several rounds provides it (resume, helped, demonstration_prefix, parallel_threads)",
     "mixed_temperature": "groups at another temperature provide it (rollout.plan: mixed_temperature)",
     "adaptive": "the plan adaptive provides it",
+    "continued_steps": "the plan continued_steps provides it",
     "network": "a network provides it",
     "head": "a critic provides it: a network with a head, which networks may configure",
     "learner": "losses alone can name it: it is of the network that learns",
@@ -119,6 +119,7 @@ _ROWS: Any = (
     ("tempered_logprobs", "token", "credit", "log-probabilities at another temperature", 0.0, True),
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
     ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0 is none", 0.0, True),
+    ("position_entropy", "row", "credit", "entropy of what follows the prompt in the data", float("nan"), True),
     ("kl_anchor", "row", "credit", "how far the policy has moved on average, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
@@ -143,6 +144,8 @@ _ROWS: Any = (
     ("thread_weight", "row", "further", "1 for rows of threads that are there"),
     ("paired_group", "row", "paraphrased", "group of the same problem in other words, -1 for none", -1.0),
     ("extra", "row", "mixed_temperature", "whether the row was drawn at the other temperature"),
+    ("successes", "vector", "continued_steps", "right continuations from behind each step"),
+    ("continuations", "vector", "continued_steps", "continuations from behind each step"),
     ("label", "row", "adaptive", "1 where the reward is above the threshold"),
     ("pool_mean", "row", "adaptive", "mean label of all samples of the prompt"),
     ("pool_count", "row", "adaptive", "samples of the prompt"),
@@ -155,7 +158,7 @@ _ROWS: Any = (
     ("rating", "row", "written", "number that somebody gave the row", float("nan")),
     ("margin", "row", "written", "how much better the preferred row of a pair is said to be", 0.0, True),
     ("rank", "row", "written", "place of the row in its group, 0 is best", -1.0),
-    ("step_labels", "token", "written", "label of each step, on its last token; NaN elsewhere", float("nan")),
+    ("step_labels", "token", "written", "label of each step, on its last token; NaN elsewhere", float("nan"), True),
     # what networks say, beside the rules
     ("hidden", "vector", "network", "the policy's hidden state that predicts each token, as the step found it"),
     ("prompt_logprobs", "prompt", "network", "log-probability of each prompt token after the first"),

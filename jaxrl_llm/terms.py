@@ -116,9 +116,10 @@ class View:
     """A function that makes another sequence of each row, whose tokens networks score, or write.
 
     Attributes:
-      function: of named data, returns `Sequences`. One that names text runs on the host and returns a pair (prompt,
-        completion) a row, as texts or lists of token ids, or None for a row that has none: its mask is 0 throughout.
-        Of a view that is written it returns the prompt alone.
+      function: of named data, returns `Sequences`, or `Branches` for several sequences that go on from the row. One
+        that names text runs on the host and returns a pair (prompt, completion) a row, as texts or lists of token ids,
+        or None for a row that has none: its mask is 0 throughout. Of a view that is written it returns the prompt
+        alone.
       max_prompt_tokens: width of the prompts of a view on the host; None is room for a row's prompt and completion.
       max_completion_tokens: width of what is scored there; None is that of a row's completion.
       name: set by the composition.

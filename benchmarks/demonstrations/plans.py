@@ -1,9 +1,9 @@
 """Demonstrations of curricula and rollout plans: what papers claim, tried on small problems, three seeds each.
 
     python benchmarks/demonstrations/plans.py                 # all of them
-    python benchmarks/demonstrations/plans.py unsolved sec    # these; --seeds 3 --steps 60
+    python benchmarks/demonstrations/plans.py unsolved sec    # these; --seeds 0 1 2 --steps 60
 
-A run takes a minute or two on one core. Each writes docs/demonstrations/NAME.json and NAME.svg and prints its table;
+They were not run yet. Each writes docs/demonstrations/NAME.json and NAME.svg and prints its table;
 docs/demonstrations/plans.md says what was seen.
 """
 
@@ -164,7 +164,7 @@ class Bench:
         return seen
 
 
-def unsolved(seeds: int, steps: int) -> dict[str, Any]:
+def unsolved(seeds: Sequence[int], steps: int) -> dict[str, Any]:
     """Countdown problems that the policy never solves: GRPO, prefixes of demonstrations, explanations."""
     every = max(1, steps // 12)
     sizes = {"samples_per_prompt": SAMPLES, "max_completion_tokens": COMPLETION, "pad_id": 0}
@@ -183,7 +183,7 @@ def unsolved(seeds: int, steps: int) -> dict[str, Any]:
         "self-explanation": (explained, SAMPLES + 1, [(sums, likelihood[1])]),
     }
     panels: Panels = {"pass@1": {}, "solved in 16 samples": {}}
-    for seed in range(seeds):
+    for seed in seeds:
         bench = Bench(seed, 600)
         for name, (plan, samples, extra) in variants.items():
             seen = np.array(bench.trained(plan, samples, extra, steps, every))
@@ -201,11 +201,11 @@ def trained(
     name: str,
     variants: dict[str, dict[str, Any]],
     of: Callable[[list[dict[str, Any]], Path], dict[str, Any]],
-    seeds: int,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
     """Runs of each variant and seed, and what `of` reads of their metrics and directories."""
     cache, panels, numbers = curves.cache_directory(), {}, {}
-    for seed in range(seeds):
+    for seed in seeds:
         for variant, tree in variants.items():
             start = curves.warm_started(tree, cache)
             directory = cache / "demonstrations" / f"{name}-{variant.replace(' ', '-')}-{seed}"
@@ -221,23 +221,13 @@ def trained(
     return {"panels": panels, "numbers": numbers}
 
 
-def evaluated(directory: Path, *options: str) -> float:
-    """pass@1 of the newest checkpoint of a run."""
-    told = io.StringIO()
+def evaluated(directory: Path, suite: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """pass@1 of the newest checkpoint of a run in each evaluation of a suite."""
+    file, told = directory / "suite.yaml", io.StringIO()
+    file.write_text(json.dumps({"evaluations": suite}))
     with contextlib.redirect_stdout(told):
-        cli.main(["eval", str(directory), "--k", "1", "--samples", "4", "--json", *options])
-    return float(_found(json.loads(told.getvalue()), "pass@1"))
-
-
-def _found(tree: Any, name: str) -> Any:
-    if isinstance(tree, dict):
-        if name in tree and not isinstance(tree[name], dict):
-            return tree[name]
-        inner = tree[name].get("value") if name in tree and isinstance(tree[name], dict) else None
-        return (
-            inner if inner is not None else next((v for x in tree.values() if (v := _found(x, name)) is not None), None)
-        )
-    return next((v for x in tree if (v := _found(x, name)) is not None), None) if isinstance(tree, list) else None
+        cli.main(["eval", str(directory), "--k", "1", "--samples", "4", "--json", "--suite", str(file)])
+    return {name: found["pass@1"] for name, found in json.loads(told.getvalue())["evaluations"].items()}
 
 
 def curve(lines: list[dict[str, Any]], metric: str) -> list[float]:
@@ -245,21 +235,22 @@ def curve(lines: list[dict[str, Any]], metric: str) -> list[float]:
     return [float("nan") if value is None else value for value in curves.binned(lines, metric)]
 
 
-def sec(seeds: int, steps: int) -> dict[str, Any]:
+def sec(seeds: Sequence[int], steps: int) -> dict[str, Any]:
     """Shares of the arms of SEC over the run, and the hardest level in the end against even shares."""
     tree = curves.small(read_tree(shipped.recipe_path("sec")), steps)
     even = json.loads(json.dumps(tree))
     even["data"].pop("selection")
-    hardest = ("--task", "addition", "--levels", "4", "--problems", "128")
+    hardest = {"pass@1 on four digits": {"task": "addition", "levels": [4], "problems": 128}}
 
     def of(lines: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
         shares = {name: curve(lines, name) for name in lines[-1] if name.startswith("selection/chance/")}
-        return {"panels": shares, "numbers": {"pass@1 on four digits": evaluated(directory, *hardest)}}
+        shares["right answers in training"] = curve(lines, "correct_share")
+        return {"panels": shares, "numbers": evaluated(directory, hardest)}
 
     return trained("sec", {"SEC": tree, "even shares": even}, of, seeds) | {"steps": steps}
 
 
-def one_prompt(seeds: int, steps: int) -> dict[str, Any]:
+def one_prompt(seeds: Sequence[int], steps: int) -> dict[str, Any]:
     """Held-out accuracy while one prompt alone is trained on."""
     tree = curves.small(read_tree(shipped.recipe_path("one_shot_rlvr")), steps)
     tree["evaluation"] |= {"every_steps": max(1, steps // 6)}
@@ -271,7 +262,7 @@ def one_prompt(seeds: int, steps: int) -> dict[str, Any]:
     return trained("one_prompt", {"one prompt": tree}, of, seeds) | {"steps": steps}
 
 
-def faults(seeds: int, steps: int) -> dict[str, Any]:
+def faults(seeds: Sequence[int], steps: int) -> dict[str, Any]:
     """A calculator that fails in one call of five: errors an episode and accuracy, with CLEANER and without."""
     tree = read_tree(shipped.recipe_path("cleaner"))
     tree["task"] |= {"train_items": 2000, "validation_items": 64, "test_items": 64, "levels": [1]}
@@ -291,7 +282,7 @@ def faults(seeds: int, steps: int) -> dict[str, Any]:
     return trained("faults", {"CLEANER": tree, "without": plain}, of, seeds) | {"steps": steps}
 
 
-def compose(seeds: int, steps: int) -> dict[str, Any]:
+def compose(seeds: Sequence[int], steps: int) -> dict[str, Any]:
     """Compositions of three functions that were trained in none, after RL on one and on two of other functions."""
     tree = curves_of_compositions(steps)
     variants = {f"RL on depth {depth}": json.loads(json.dumps(tree)) for depth in (1, 2)}
@@ -300,25 +291,20 @@ def compose(seeds: int, steps: int) -> dict[str, Any]:
 
     def of(lines: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
         last = [line for line in lines if "correct_share" in line]
-        told = {}
-        for depth in (2, 3):
-            for who in ("KLMN", "OPQ"):
-                file = composed_file(directory.parent / f"compose-{who}-{depth}.jsonl", who, depth)
-                told[f"pass@1 at depth {depth}, functions {who}"] = evaluated(
-                    directory, "--data", str(file), "--grader", "text"
-                )
-        return {"panels": {"right answers in training": curve(last, "correct_share")}, "numbers": told}
+        suite = {
+            f"pass@1 at depth {depth}, functions {who}": {
+                "task": "composition",
+                "levels": [depth],
+                "options": {"functions": who},
+                "problems": 64,
+            }
+            for depth in (2, 3)
+            for who in ("KLMN", "OPQ")
+        }
+        right = curve(last, "correct_share")
+        return {"panels": {"right answers in training": right}, "numbers": evaluated(directory, suite)}
 
     return trained("compose", variants, of, seeds) | {"steps": steps}
-
-
-def composed_file(path: Path, functions: str, depth: int) -> Path:
-    """Problems of these functions alone."""
-    task = data.tasks.task("composition", functions=functions)
-    lines = [{"prompt": one.body, "answer": one.answer} for one in task.generate(level=depth, count=64, seed=3)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def curves_of_compositions(steps: int) -> dict[str, Any]:
@@ -369,17 +355,29 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The same with the curves and numbers of further seeds."""
+    for part in ("panels", "numbers"):
+        for panel, of in found.get(part, {}).items():
+            for variant, values in of.items():
+                before.setdefault(part, {}).setdefault(panel, {}).setdefault(variant, []).extend(values)
+    return before
+
+
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*DEMONSTRATIONS, []], help="which; without any, all")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--add", action="store_true", help="to what earlier seeds have left")
     parser.add_argument("--steps", type=int, default=60, help="of the runs that train")
     parser.add_argument("--output", type=Path, default=OUT)
     options = parser.parse_args(given)
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.names or DEMONSTRATIONS:
-        found = DEMONSTRATIONS[name](options.seeds, options.steps)
-        (options.output / f"{name}.json").write_text(json.dumps(found) + "\n")
+        found, file = DEMONSTRATIONS[name](options.seeds, options.steps), options.output / f"{name}.json"
+        if options.add and file.exists():
+            found = added(json.loads(file.read_text()), found)
+        file.write_text(json.dumps(found) + "\n")
         drawn(found, options.output / f"{name}.svg")
         print(f"{name}\n{table(found)}\n", flush=True)
     return 0

@@ -31,6 +31,7 @@ from jaxrl_llm.advantages.group_relative.shifted_baselines import (
 )
 from jaxrl_llm.advantages.group_relative.solved_groups import solved_group_length_penalty
 from jaxrl_llm.advantages.group_relative.win_rates import score_win_rate, win_rate
+from jaxrl_llm.advantages.process.continuations import step_value_gains, tree_advantages
 from jaxrl_llm.advantages.process.latent_rewards import latent_rewards
 from jaxrl_llm.advantages.process.step_credit import (
     information_gain,
@@ -134,9 +135,11 @@ __all__ = [
     "solve_rate_weighted",
     "solved_group_length_penalty",
     "steered_advantages",
+    "step_value_gains",
     "taken_turns",
     "top_margin",
     "tracked_mixed_value_at_risk",
+    "tree_advantages",
     "turn_advantages",
     "turn_leave_one_out",
     "turn_mixed_normalized",

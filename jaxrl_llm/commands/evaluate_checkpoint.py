@@ -297,7 +297,7 @@ def compare_evaluations(options: argparse.Namespace) -> None:
             console.print(f"forgetting of pass@1, mean over evaluations: {each:+.1%}")
             continue
         table = Table(title=f"{name or 'difference'}: {each['problems']} problems")
-        for heading in ("metric", "first", "second", "second - first", "95% interval", "p"):
+        for heading in ("metric", "first", "second", "difference", "95% interval", "p"):
             table.add_column(heading, justify="left" if heading == "metric" else "right")
         for metric, row in each["metrics"].items():
             low, high = (_form(metric, end) for end in row["interval"])

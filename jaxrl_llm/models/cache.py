@@ -181,6 +181,20 @@ def replaced_row(cache: Cache, slot: Array | int, source: Cache, row: Array | in
     return cache._replace(layers=layers, positions=positions, context=tuple(context))
 
 
+def cut_cache(cache: Cache, length: Int[Array, "B"]) -> Cache:
+    """A cache whose rows have seen their first `length` tokens alone, however far the context that they share goes on.
+
+    Keys and values stay one copy for all rows that share them; what each may look at is its own. It is for a cache
+    right after `expand_cache`, and not for layers that are recurrent: their state is that behind the last token.
+    """
+
+    def cut(part: Segment) -> Segment:
+        seen = jnp.repeat(part.positions, length.shape[0] // part.positions.shape[0], axis=0)
+        return part._replace(positions=jnp.where(seen < length[:, None], seen, -1))
+
+    return cache._replace(context=tuple(cut(part) for part in cache.context))
+
+
 def _remembering(entry: Recurrent) -> int:
     """Rows that have a state of their own."""
     return entry.state.shape[-5]

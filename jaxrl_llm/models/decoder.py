@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attention_in_use
 from jaxrl_llm.models.block import Layer, Shared, rms_norm, run_block
-from jaxrl_llm.models.cache import Cache, KeysAndValues, init_cache, of_layer, replaced_row, taken_rows
+from jaxrl_llm.models.cache import Cache, KeysAndValues, cut_cache, init_cache, of_layer, replaced_row, taken_rows
 from jaxrl_llm.models.latent import latent_values
 from jaxrl_llm.models.layer_runs import Run, cache_of_layer, layer_runs
 from jaxrl_llm.models.model import Model
@@ -355,6 +355,7 @@ def transformer(config: TransformerConfig) -> Model:
         shared_scoring=_shared_scoring(config),
         take_rows=taken_rows,
         replace_row=replaced_row,
+        cut_cache=None if config.delta is not None or in_pages(config) else cut_cache,
         specs=specs,
         vocabulary_size=config.vocabulary_size,
         config=config,

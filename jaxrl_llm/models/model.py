@@ -51,6 +51,9 @@ class Model(NamedTuple):
       replace_row: (cache, slot, source, row) -> one row of what `take_rows(source, ...)` gave starts anew from another
         row of the source. Slots are used in turn then (see `Cache`). None where that is not offered, and then nothing
         is decoded in slots.
+      cut_cache: (cache, length [B]) -> the cache right after `expand_cache` whose rows have seen their first `length`
+        tokens alone, so that samples go on from different places of what they share. None where that is not offered,
+        and then each goes through its own copy of what it goes on from.
       shared_scoring: whether the samples of a prompt are scored and differentiated best by going on from one pass over
         it, through the cache. A cache that recomputes, rounds, or keeps attention from its kernels says no.
       packs: whether `apply` and `observe` take `segments=`, the sequence [B, T] that each token of a row belongs to:
@@ -71,5 +74,6 @@ class Model(NamedTuple):
     for_decoding: Callable[[PyTree], PyTree] | None = None
     take_rows: Callable[[PyTree, Array, int], PyTree] | None = None
     replace_row: Callable[[PyTree, Array, PyTree, Array], PyTree] | None = None
+    cut_cache: Callable[[PyTree, Array], PyTree] | None = None
     shared_scoring: bool = False
     packs: bool = False

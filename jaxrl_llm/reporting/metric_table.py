@@ -309,6 +309,7 @@ PANELS = (
             Metric("tree_solved", "share", "prompts", "Share whose tree holds a right answer (`tree_search`)."),
             Metric("forked_share", "share", ROWS, "Share of texts with threads (`parallel_threads`)."),
             Metric("resumed_tokens", "tokens", "rows of branches", "Tokens taken from earlier completions (`resume`)."),
+            Metric("continued_tokens", "tokens", "completions", "Tokens drawn from behind steps (`continued_steps`)."),
             Metric("shown_tokens", "tokens", DRAWN, "Tokens of criteria that a prompt shows (`scaffolded`)."),
             Metric("extra_temperature", "", OF_STEP, "The second temperature of `mixed_temperature`."),
             Metric("staleness_steps", "steps", ROWS, "Updates since the policy that has sampled."),

@@ -40,6 +40,7 @@ from jaxrl_llm.rewards.intrinsic.thoughts import (
     thought_mask,
 )
 from jaxrl_llm.rewards.intrinsic.trusted_prompts import known_share, trusted_trajectories
+from jaxrl_llm.rewards.intrinsic.turn_answers import answer_after_turns
 from jaxrl_llm.rewards.intrinsic.votes import (
     answer_frequency,
     collective_match,
@@ -71,6 +72,7 @@ from jaxrl_llm.rewards.process.step_scores import (
     aggregated_steps,
     continuation_labels,
     duration_weights,
+    labels_at_ends,
     milestone_reward,
     progress_attribution,
     step_end_scores,
@@ -85,6 +87,7 @@ from jaxrl_llm.rewards.process.turn_rewards import (
     turn_count,
     turn_end_rewards,
 )
+from jaxrl_llm.rewards.process.turn_tokens import transition_ids, turn_marks
 from jaxrl_llm.rewards.shaping.bounded import (
     clipped_rewards,
     percentile_bounded,
@@ -120,6 +123,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
     exact_answer,
     paired_answer_ids,
 )
+from jaxrl_llm.rewards.verifiers.behaviours import behaviour_counts
 from jaxrl_llm.rewards.verifiers.boxes import box_match, span_overlap, vector_closeness
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
 from jaxrl_llm.rewards.verifiers.lexical_diversity import lexical_diversity
@@ -152,6 +156,7 @@ __all__ = [
     "aggregated_steps",
     "annealed_sum",
     "answer_after_thought",
+    "answer_after_turns",
     "answer_format",
     "answer_frequency",
     "answer_ids",
@@ -165,6 +170,7 @@ __all__ = [
     "answer_without_thought",
     "attribute_reward",
     "attributed_turns",
+    "behaviour_counts",
     "blended_rewards",
     "box_match",
     "calibrated_correctness",
@@ -207,6 +213,7 @@ __all__ = [
     "judged_example",
     "known_share",
     "labelled_or_voted",
+    "labels_at_ends",
     "latex_match",
     "learned_reward",
     "length_band_bonus",
@@ -273,11 +280,13 @@ __all__ = [
     "thought_mask",
     "token_mean",
     "tool_calls_match",
+    "transition_ids",
     "truncation_zero",
     "trusted_sum",
     "trusted_trajectories",
     "turn_count",
     "turn_end_rewards",
+    "turn_marks",
     "unbiased_comparison",
     "unit_tests",
     "vector_closeness",

@@ -19,7 +19,7 @@ from jaxrl_llm.rollout.environments import (
     started,
 )
 from jaxrl_llm.rollout.external import engine_generate, probe
-from jaxrl_llm.rollout.generation import Prefixes, generate
+from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.rollout.host_conversations import HostTurns, host_generate_turns, host_turns
 from jaxrl_llm.rollout.host_environments import (
@@ -33,6 +33,7 @@ from jaxrl_llm.rollout.host_environments import (
     opened,
 )
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
+from jaxrl_llm.rollout.prefixes import Prefixes
 from jaxrl_llm.rollout.sampling import row_keys, sampled_tokens
 from jaxrl_llm.rollout.stop import StopAutomaton, stop_automaton
 from jaxrl_llm.rollout.stream import Drawn, make_stream

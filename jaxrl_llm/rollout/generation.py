@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -18,22 +17,8 @@ from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.controls import Controls
 from jaxrl_llm.rollout.decoding import Decoding, Drawing, Written, begin, cache_stages, decode, feed
+from jaxrl_llm.rollout.prefixes import Prefixes, begin_shared, can_share, own_prefix
 from jaxrl_llm.rollout.sampling import row_keys
-
-
-@struct.dataclass
-class Prefixes:
-    """What completions start with: own earlier tokens, a demonstration, a hint. One row a sample.
-
-    Attributes:
-      tokens: right-padded.
-      length: how many of them each row gets; 0 for a row that starts afresh.
-      source: a `Source` for each of them; what is SAMPLED is trained on.
-    """
-
-    tokens: Int[Array, "B F"]
-    length: Int[Array, "B"]
-    source: Int[Array, "B F"]
 
 
 class Pause(NamedTuple):
@@ -118,7 +103,7 @@ def generate(
     count, rows = prompts.tokens.shape[0], prompts.tokens.shape[0] * samples_per_prompt
     rows = rows if prompt_of is None else prompt_of.shape[0]
     _check(model, samples_per_prompt, max_completion_tokens, temperature, slots, prompt_of, record_router)
-    _check_rest(model, rows, max_completion_tokens, slots, pause, controls, prefixes)
+    _check_rest(model, rows, count if prompt_of is None else 1, max_completion_tokens, slots, pause, controls, prefixes)
     if prompt_of is None:
         number = jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples_per_prompt)
         place = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), count)
@@ -140,24 +125,13 @@ def generate(
         support=_support(model, controls) if record_support else 0,
         some_greedy=not (isinstance(temperature, float | int) and temperature > 0),
     )
-    given = 0 if prefixes is None else prefixes.tokens.shape[1] + 1
     stages = cache_stages(max_completion_tokens) if slots is None and pause is None else ()
     room = stages[0] if stages else 0 if pause is None else max_completion_tokens
-    state = begin(
-        drawing,
-        prompts,
-        per_row,
-        None if prompt_of is None else number,
-        max_completion_tokens=max_completion_tokens,
-        slots=given or room,
-        pad_id=pad_id,
-        constrain=constrain,
-    )
+    sizes = {"max_completion_tokens": max_completion_tokens, "pad_id": pad_id, "constrain": constrain}
     there = jnp.ones(rows, bool) if active is None else active[number]
-    over = jnp.zeros(rows, bool)
-    if prefixes is not None:
-        state, over = _read(drawing, state, prefixes)
-        state = replace(state, cache=model.expand_cache(state.cache, 1, room)) if room else state
+    shares = slots is None and prompt_of is None and not isinstance(temperature, Array) and can_share(drawing)
+    of_rows = None if prompt_of is None else number
+    state, over = _started(drawing, prompts, per_row, of_rows, prefixes, shares=shares, room=room, **sizes)
     most = jnp.full(rows, max_completion_tokens, jnp.int32)
     limit = most if limit is None else jnp.minimum(most, limit)
     slots = None if slots is None else min(slots, rows)
@@ -172,10 +146,30 @@ def generate(
     return ours if active is None else replace(ours, weight=there.astype(jnp.float32))
 
 
-def _read(drawing: Drawing, state: Decoding, prefixes: Prefixes) -> tuple[Decoding, Bool[Array, "B"]]:
+def _started(
+    drawing: Drawing,
+    prompts: Prompts,
+    per_row: Prompts,
+    of_rows: Int[Array, "B"] | None,
+    prefixes: Prefixes | None,
+    *,
+    shares: bool,
+    room: int,
+    **sizes: Any,
+) -> tuple[Decoding, Bool[Array, "B"]]:
     """(rows that start with their prefixes, which of these are whole completions)."""
-    state = feed(drawing, state, prefixes.tokens, prefixes.length, prefixes.source)
-    last = jnp.take_along_axis(prefixes.tokens, jnp.maximum(prefixes.length - 1, 0)[:, None], axis=1)[:, 0]
+    rows = per_row.length.shape[0]
+    if prefixes is None:
+        return begin(drawing, prompts, per_row, of_rows, slots=room, **sizes), jnp.zeros(rows, bool)
+    prefixes = jax.tree.map(jnp.asarray, prefixes)
+    if prefixes.tokens.shape[0] < rows and shares:
+        state = begin_shared(drawing, prompts, per_row, prefixes, room=room, **sizes)
+    else:
+        each = jax.tree.map(lambda x: jnp.repeat(x, rows // x.shape[0], axis=0), prefixes)
+        state = begin(drawing, prompts, per_row, of_rows, slots=each.tokens.shape[1] + 1, **sizes)
+        state = feed(drawing, state, each.tokens, each.length, each.source)
+        state = replace(state, cache=drawing.model.expand_cache(state.cache, 1, room)) if room else state
+    last = prefixes.tokens[own_prefix(prefixes), jnp.maximum(prefixes.length - 1, 0)]
     return state, (prefixes.length > 0) & jnp.isin(last, jnp.asarray(drawing.eos_ids, jnp.int32))
 
 
@@ -263,6 +257,7 @@ def _support(model: Model, controls: Controls | None) -> int:
 def _check_rest(
     model: Model,
     rows: int,
+    count: int,
     max_completion_tokens: int,
     slots: int | None,
     pause: Pause | None,
@@ -272,7 +267,7 @@ def _check_rest(
     if controls is not None:
         controls.check(model.vocabulary_size, max_completion_tokens)
     if prefixes is not None:
-        _check_prefixes(prefixes, rows, max_completion_tokens)
+        _check_prefixes(prefixes, rows, count, max_completion_tokens)
     if pause is not None and not 0 < pause.tokens < max_completion_tokens:
         raise ValueError(
             f"completions are looked at after {pause.tokens} tokens, but they have 1 to max_completion_tokens "
@@ -285,9 +280,13 @@ def _check_rest(
         )
 
 
-def _check_prefixes(prefixes: Prefixes, rows: int, max_completion_tokens: int) -> None:
-    if prefixes.tokens.shape[0] != rows:
-        raise ValueError(f"prefixes.tokens has {prefixes.tokens.shape[0]} rows, but there are {rows} completions")
+def _check_prefixes(prefixes: Prefixes, rows: int, count: int, max_completion_tokens: int) -> None:
+    given = prefixes.tokens.shape[0]
+    if prefixes.length.shape[0] != rows or rows % given or given % count:
+        raise ValueError(
+            f"prefixes.tokens has {given} rows and prefixes.length {prefixes.length.shape[0]}, but there are {rows} "
+            f"completions of {count} prompts; give one of each a completion, or tokens that equally many share"
+        )
     if prefixes.tokens.shape[1] > max_completion_tokens:
         raise ValueError(
             f"prefixes.tokens is {prefixes.tokens.shape[1]} tokens wide, more than rollout.max_completion_tokens "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxrl_llm.experience import Branches
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 
@@ -94,6 +95,54 @@ def _continued_hidden(
     positions = completion_positions(jnp.repeat(prompt_length, samples), length, before.shape[1])
     hidden, _ = model.apply(params, before, positions, model.expand_cache(cache, samples, before.shape[1]))
     return jnp.concatenate([last, hidden], axis=1)
+
+
+def branched_hidden(
+    model: Model,
+    params: PyTree,
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    branches: Branches,
+) -> Float[Array, "B*Q A D"]:
+    """Hidden state that predicts each token of sequences that go on from different places of the same rows.
+
+    A row is gone through once, whatever the number of its branches: they read its keys and values where these lie, each
+    up to its own place. A model that does not offer that (`Model.cut_cache`) goes through each branch as a whole.
+
+    Args:
+      model, params: the network.
+      prompt_tokens, prompt_length, tokens, length: of the rows, as in `Experience`.
+      branches: what follows.
+    """
+    count = branches.kept.shape[1]
+    kept, end, ends = (x.reshape(-1, *x.shape[2:]) for x in (branches.kept, branches.length, branches.tokens))
+    start = jnp.repeat(prompt_length, count) + kept
+    if model.cut_cache is None:
+        (rows, width), after = tokens.shape, ends.shape[1]
+        place = jnp.arange(width + after)
+        own = jnp.pad(jnp.repeat(tokens, count, axis=0), ((0, 0), (0, after)))
+        behind = jnp.take_along_axis(ends, jnp.clip(place - kept[:, None], 0, after - 1), axis=1)
+        whole = jnp.where(place < kept[:, None], own, behind)
+        prompts, real = jnp.repeat(prompt_tokens, count, axis=0), jnp.repeat(prompt_length, count, axis=0)
+        hidden = predicting_hidden(model, params, prompts, real, whole, kept + end)
+        at = jnp.minimum(kept[:, None] + jnp.arange(after), width + after - 1)
+        return jnp.take_along_axis(hidden, at[..., None], axis=1)
+    rows, prompt_width, width = tokens.shape[0], prompt_tokens.shape[1], tokens.shape[1]
+    positions = jnp.concatenate(
+        [prompt_positions(prompt_length, prompt_width), completion_positions(prompt_length, length, width)], axis=1
+    )
+    both = jnp.concatenate([prompt_tokens, tokens], axis=1)
+    hidden, cache = model.apply(params, both, positions, model.init_cache(rows, prompt_width + width))
+    first = jnp.take_along_axis(hidden, prompt_width - 1 + branches.kept[..., None], axis=1)
+    first = first.reshape(rows * count, 1, -1)
+    before = ends[:, :-1]
+    if before.shape[1] == 0:
+        return first
+    cache = model.cut_cache(model.expand_cache(cache, count, before.shape[1]), start)
+    hidden, _ = model.apply(params, before, completion_positions(start, end, before.shape[1]), cache)
+    return jnp.concatenate([first, hidden], axis=1)
 
 
 def prompt_hidden(

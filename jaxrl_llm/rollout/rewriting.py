@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.fields import FIELDS
-from jaxrl_llm.rollout.generation import Prefixes
+from jaxrl_llm.rollout.prefixes import Prefixes
 
 
 def beginnings(

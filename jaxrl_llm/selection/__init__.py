@@ -13,6 +13,7 @@ from jaxrl_llm.selection.bandits import bandit
 from jaxrl_llm.selection.best_samples import balance_score, best_setting, kept_samples
 from jaxrl_llm.selection.curricula import competence, easy_to_hard, growing_difficulty, has_plateaued, stage_slots
 from jaxrl_llm.selection.domains import deficit_shares, domain_aware, share_counts
+from jaxrl_llm.selection.entropy_tiers import by_entropy
 from jaxrl_llm.selection.fresh_pairs import (
     acceptance_probability,
     best_and_worst,
@@ -51,6 +52,7 @@ __all__ = [
     "best_and_random",
     "best_and_worst",
     "best_setting",
+    "by_entropy",
     "by_pass_rate",
     "by_threshold",
     "competence",

@@ -63,7 +63,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
     given -= {"support", "router_choices"}
     r = c.rollout
     if r is not None:
-        given |= provided_by("data") | c.plan.provides - provided_by("greedy_baseline", "adaptive")
+        given |= provided_by("data") | c.plan.provides - provided_by("greedy_baseline", "adaptive", "continued_steps")
         if r.environment is not None:
             given |= provided_by("environment")
         if r.engine is not None:

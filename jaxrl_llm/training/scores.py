@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxrl_llm.experience import Experience, Sequences, TrainState
+from jaxrl_llm.experience import Branches, Experience, Sequences, TrainState
 from jaxrl_llm.fields import Score, provided_by
 from jaxrl_llm.models.heads import at_first, at_last, head_outputs
 from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import constrain_rows, map_shards, shards
-from jaxrl_llm.rollout.hidden_states import predicting_hidden, prompt_hidden
+from jaxrl_llm.rollout.hidden_states import branched_hidden, predicting_hidden, prompt_hidden
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
 from jaxrl_llm.terms import Fill
@@ -33,6 +33,17 @@ from jaxrl_llm.training.segments import in_device_memory
 
 
 def sequences(c: Composition, rows: Experience, view: str) -> tuple[Plain, Float[Array, "B T"]]:
+    """(what is scored, mask of its tokens) of the rows themselves, view "", or of a view with one sequence a row."""
+    made, mask = scored_of(c, rows, view)
+    if isinstance(made, Branches):
+        raise ValueError(
+            f"view {view!r} makes several sequences of a row, of which log-probabilities and entropy before the update "
+            "are known, and nothing else; name those, or make a view of one sequence"
+        )
+    return made, mask
+
+
+def scored_of(c: Composition, rows: Experience, view: str) -> tuple[Plain | Branches, Float[Array, "B ..."]]:
     """(what is scored, mask of its tokens) of the rows themselves, view "", or of a view."""
     if not view:
         own = Plain(rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length, rows.support, rows.router_choices)
@@ -42,6 +53,8 @@ def sequences(c: Composition, rows: Experience, view: str) -> tuple[Plain, Float
         made = Sequences(**read)
     else:
         made = call(c.views[view].function, rows.known())
+        if isinstance(made, Branches):
+            return made, made.mask
     own = Plain(made.prompt_tokens, made.prompt_length, made.tokens, made.length, None, None)
     return own, made.mask
 
@@ -143,7 +156,7 @@ def _of_policy(
         values |= {name: v for name, v in (("prompt_logprobs", logprobs), ("prompt_mask", mask)) if name in wanted}
     for view in c.views:
         if f"{view}_mask" in wanted:
-            values[f"{view}_mask"] = sequences(c, rows, view)[1]
+            values[f"{view}_mask"] = scored_of(c, rows, view)[1]
     names = {"hidden", "old_logprobs", "old_entropy", "logprobs", "entropy"} & wanted - values.keys()
     source, routes = sequences(c, rows, "")[0], rows.router_choices
     if names == {"hidden"}:
@@ -175,8 +188,8 @@ def _scores(
     size = None if found.view else size
     together = {name: s for name, s in asked.items() if (s.network, s.view) == (found.network, found.view)}
     network = c.networks.get(found.network)
-    source, mask = sequences(c, rows, found.view)
     if network is not None and (made_from := owner(c, found.network)).head is not None:
+        source, mask = sequences(c, rows, found.view)
         said = of_head(
             made_from,
             made_from.model or c.model,
@@ -194,11 +207,18 @@ def _scores(
     with jax.named_scope(found.network):
         params = current(c.model, c.networks, state, found.network)
         entropy = any(s.quantity == "entropy" for s in together.values())
-        options = {"temperature": temperature, "entropy": entropy, "samples_per_prompt": 1 if found.view else samples}
-        scored = scored_by(model, params, source, size, **options).statistics
-    return {
-        n: scored.logprobs if s.quantity == "logprobs" else jnp.asarray(scored.entropy) for n, s in together.items()
-    }
+        source, _ = scored_of(c, rows, found.view)
+        shape = source.tokens.shape
+        if isinstance(source, Branches):
+            own = rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length
+            hidden, tokens = branched_hidden(model, params, *own, source), source.tokens.reshape(-1, shape[-1])
+            scored = token_statistics(model, params, hidden, tokens, temperature=temperature, entropy=entropy)
+        else:
+            options = {"temperature": temperature, "entropy": entropy}
+            options |= {"samples_per_prompt": 1 if found.view else samples}
+            scored = scored_by(model, params, source, size, **options).statistics
+    said = {n: scored.logprobs if s.quantity == "logprobs" else scored.entropy for n, s in together.items()}
+    return {name: jnp.asarray(value).reshape(shape) for name, value in said.items()}
 
 
 def owner(c: Composition, name: str) -> Network:

@@ -115,7 +115,7 @@ def test_every_checkpoint_of_a_run_and_two_of_them_compared(place, finished_run)
     row = json.loads(out)["metrics"]["pass@1"]
     assert row["first"] == found[str(steps[0])]["pass@1"]
     assert row["second"] - row["first"] == pytest.approx(row["difference"])
-    assert "second - first" in said("compare", first, last)[1]
+    assert "95% interval" in said("compare", first, last)[1]
     assert "best" in said("eval", finished_run.directory, *OWN, "--all", "--out", "all")[1]
 
 

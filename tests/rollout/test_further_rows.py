@@ -161,6 +161,7 @@ def test_a_view_samples_and_another_is_scored(model):
     assert metrics["ratio_max"] < 1 + 1e-5  # old log-probabilities are those behind the plain prompt
 
 
+@pytest.mark.slow
 def test_pivotal_credit_and_hints_that_are_not_learned(model):
     options = {"samples_per_prompt": SAMPLES, "max_completion_tokens": WIDTH, "pad_id": 0, "branches": 2}
     made = partial(plans.resume, inside(2), choose=plans.last_share, **options)
@@ -257,6 +258,7 @@ def same_rows(one: Experience, other: Experience):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_look_at_rows_changes_no_bit_and_computes_nothing_again(attending):
     params = attending.init(jax.random.key(1))
     counted, calls = calls_counted(attending)
@@ -290,6 +292,7 @@ def test_a_prefix_is_read_in_one_pass_and_goes_on_to_the_same_row(attending):
     assert sorted(calls) == [1] * (WIDTH - 1 - kept) + [2, kept + 1]
 
 
+@pytest.mark.slow
 def test_what_looks_lost_is_given_up_where_that_is_cheaper(model):
     look = partial(
         plans.early_abort, plans.plain(samples_per_prompt=SAMPLES), lost=lambda tokens: tokens[:, 1] % 2 == 0

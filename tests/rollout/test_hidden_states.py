@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.experience import Branches
 from jaxrl_llm.models import ExpertsConfig, TransformerConfig, transformer
 from jaxrl_llm.models.logprobs import token_statistics
-from jaxrl_llm.rollout.hidden_states import predicting_hidden
+from jaxrl_llm.rollout.hidden_states import branched_hidden, predicting_hidden
 
 VOCABULARY, SAMPLES, PROMPT, WIDTH = 17, 3, 5, 6
 SIZES = dict(vocabulary_size=VOCABULARY, width=16, layers=2, heads=4, kv_heads=2, layer_loop="unrolled")
@@ -73,3 +74,29 @@ def test_recorded_experts_are_replayed_on_whole_rows():
         for samples in (SAMPLES, 1)
     )
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_branches_of_a_row_are_scored_in_one_pass_over_it():
+    model, count = transformer(TransformerConfig(**SIZES, window=4)), 3
+    params, given = model.init(jax.random.key(0)), rows(WIDTH)
+    length = np.asarray(given[3])
+    rng = np.random.default_rng(1)
+    kept = np.stack([np.zeros_like(length), length // 2, length], axis=1)
+    ends = rng.integers(0, VOCABULARY, (6, count, 4))
+    made = Branches(
+        *(jnp.asarray(x, jnp.int32) for x in (kept, ends, rng.integers(1, 5, (6, count)))), jnp.ones(ends.shape)
+    )
+    seen = []
+
+    def counted(params, tokens, positions, cache):
+        seen.append(tokens.shape)
+        return model.apply(params, tokens, positions, cache)
+
+    shared = model._replace(apply=counted)
+    ours, theirs = (
+        jax.jit(lambda p, one=one: branched_hidden(one, p, *given, made))(params).reshape(6, count, 4, -1)
+        for one in (shared, model._replace(cut_cache=None))
+    )
+    inside = np.arange(4) < np.asarray(made.length)[..., None]
+    np.testing.assert_allclose(ours[inside], theirs[inside], atol=2e-5)
+    assert seen == [(6, PROMPT + WIDTH), (6 * count, 3)]  # the rows once, and what follows

@@ -185,6 +185,23 @@ def test_a_process_reward_model_learns_from_labelled_steps_and_the_policy_from_i
 
 
 @pytest.mark.slow
+def test_a_process_reward_model_learns_from_continuations_that_nobody_labelled(micro, tmp_path):
+    config = micro("math_shepherd", "steps", "rollout.max_completion_tokens=14")
+    model, policy = config.stages
+    model["training"], policy["training"] = {"steps": 20, "prompts_per_step": 8}, {"steps": 3, "prompts_per_step": 8}
+    networks = {"process": replace(config.networks["process"], learning_rate=0.005)}
+    seen = whole_run(replace(config, stages=(model, policy), networks=networks), tmp_path / "run")
+    scored = [one["loss/step_label_likelihood"] for one in seen["process reward model"]]
+    assert np.mean(scored[-4:]) < scored[0] - 0.1  # nearly all fails at the start, which is soon known
+    for step in seen["process reward model"]:
+        assert step["continued_tokens"] >= 0
+        assert "gradient_norm" not in step  # the policy waits
+    for step in seen["reinforcement"]:
+        assert np.isfinite(step["loss"])
+        assert "gradient_norm/process" not in step
+
+
+@pytest.mark.slow
 def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(data_directory, tmp_path):
     tree = read_tree(recipe_path("light_r1")) | {"data": {"directory": data_directory}, "model": MICRO["model"]}
     tree["task"] = MICRO["task"] | {"levels": [4], "train_items": 64}

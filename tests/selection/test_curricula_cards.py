@@ -275,3 +275,21 @@ def test_draws_by_weight_are_in_proportion_and_even_without_weights():
 def test_what_cannot_be_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_places_of_low_entropy_come_first_and_of_high_entropy_later():
+    records = [{"body": str(number)} for number in range(9)]
+    made = selection.by_entropy(records=records, total_steps=10, first=(1.0, 0.0, 0.0), last=(0.0, 0.0, 1.0))
+    memory, weight = made.init(), jnp.ones(9)
+    memory = made.update(memory, jnp.arange(9), jnp.arange(9, dtype=jnp.float32).at[4].set(NAN), weight)
+    assert bool(jnp.isnan(memory.entropy[4]))
+    again = made.update(memory, jnp.arange(9), jnp.arange(9, dtype=jnp.float32)[::-1], weight)
+    np.testing.assert_array_equal(again.entropy, [0, 1, 2, 3, 4, 5, 6, 7, 8])  # the first reading stays
+    for steps, expected in ((0, {0, 1, 2}), (3, {0, 1, 2}), (7, {6, 7, 8}), (10, {6, 7, 8})):
+        chosen = made.choose(again._replace(steps=jnp.int32(steps)), jax.random.key(1), 12)
+        assert set(chosen.tolist()) == expected
+    np.testing.assert_allclose(made.report(again._replace(steps=jnp.int32(5)))["hardest_tier"], 0.5)
+    with pytest.raises(ValueError, match="first has 3 chances, last 2"):
+        selection.by_entropy(records=records, total_steps=10, last=(0.5, 0.5))
+    with pytest.raises(ValueError, match=r"until is 0\.2, but hold 0\.3"):
+        selection.by_entropy(records=records, total_steps=10, until=0.2)

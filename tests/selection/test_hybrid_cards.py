@@ -18,7 +18,7 @@ from jaxrl_llm.models.adapters import in_int8, stored_in_int8
 from jaxrl_llm.models.decoder import TransformerConfig, transformer
 from jaxrl_llm.models.merging import balanced_initialisation, selected
 from jaxrl_llm.models.stored_distributions import as_states, stored_distributions
-from jaxrl_llm.rewards import answer_in_prompt, difficulty_truncation
+from jaxrl_llm.rewards import answer_in_prompt, behaviour_counts, difficulty_truncation
 from jaxrl_llm.rows import Hardest, empty_rows
 from jaxrl_llm.schedules import imitation_by_entropy, success_by_entropy
 from jaxrl_llm.selection import balance_score, best_setting, kept_samples
@@ -58,6 +58,10 @@ def test_worked_examples():
     np.testing.assert_allclose(selected(base, changes, density=1.0)["x"], changes["x"])
     instruct, distilled = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
     np.testing.assert_allclose(balanced_initialisation(instruct, distilled, jnp.zeros(2)), [0.4, 0.4], atol=1e-7)
+
+    scratch = "12-6=6;6*3=18;no;12*3=36;36-6=30;yes"
+    kinds = ("step", "backtracking", "verification")
+    assert [behaviour_counts([scratch, ""], behaviour=kind) for kind in kinds] == [[4, 0], [1, 0], [1, 0]]
 
     found = continual([[0.8, 0.1, 0], [0.6, 0.9, 0.2], [0.5, 0.7, 0.85]])
     assert {n: round(v, 6) for n, v in found.items()} == {
@@ -206,6 +210,7 @@ def test_distributions_that_cannot_be_are_refused(tmp_path, changes, message):
         (lambda: hardest(capacity=1), "capacity is 1, less than the 2 demonstrations"),
         (lambda: continual([[0.1, 0.2]]), r"history has the shape \(1, 2\)"),
         (lambda: selected({"x": ONES}, {"x": ONES}, density=0.0), "density is 0.0"),
+        (lambda: behaviour_counts([""], behaviour="hope"), "behaviour is 'hope'; it must be one of step, backtracking"),
         (lambda: skewed_divergence(skew=1.0), "skew is 1.0"),
         (lambda: skewed_divergence(generator="skewed"), "generator is 'skewed', which is not a known divergence"),
     ],

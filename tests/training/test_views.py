@@ -17,6 +17,9 @@ from jaxrl_llm.rewards.host import RewardError
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rows import Replay, Written
 from jaxrl_llm.training import Network, Resources, Update, View, make_train_step
+from jaxrl_llm.training.scores import viewed
+from jaxrl_llm.training.segments import shapes
+from jaxrl_llm.training.step import given_work
 
 VIEW = partial(rewards.answer_after_thought, mark_id=5, opening_ids=(7,), closing_ids=(6, 2))
 
@@ -98,6 +101,79 @@ def test_nover_scores_with_a_proxy_that_follows_slowly(bigram, make_prompts):
         proxy = 0.9 * proxy + 0.1 * np.asarray(state.params["scores"])
         np.testing.assert_allclose(state.networks["proxy"].params["scores"], proxy, rtol=1e-5)
     assert metrics["gradient_norm"] > 0
+
+
+# ---- views of several sequences a row -------------------------------------------------------------------------------
+
+
+def a_token_a_turn(tokens):
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+
+def igpo(model, **changed):
+    view = partial(rewards.answer_after_turns, max_turns=3, opening_ids=(7,), closing_ids=(2,))
+    given = {
+        "source": Rollout(samples_per_prompt=4, max_completion_tokens=6, eos_ids=(2,), pad_id=0),
+        "rewards": [lambda tokens: (tokens[:, 0] % 2).astype(jnp.float32)],
+        "credit": [
+            ("turn", a_token_a_turn),
+            ("turn_answer_logprobs", partial(rewards.answer_likelihood, form="mean_log_probability")),
+            ("advantages", advantages.information_gain),
+        ],
+        "losses": [losses.policy_gradient],
+        "resources": Resources(views={"answer": view}),
+    }
+    return make_train_step(model, optax.sgd(0.5), **(given | changed))
+
+
+def test_the_answer_is_scored_behind_every_turn(bigram, make_prompts):
+    step, prompts = igpo(bigram), make_prompts(4)
+    state = step.init(jax.random.key(0))
+    said = np.asarray(jax.nn.log_softmax(np.asarray(state.params["scores"]), axis=-1))
+    rows = step.run(state, prompts)[2]
+    tokens, length = np.asarray(rows.tokens), np.asarray(rows.length)
+    last = np.repeat([row[-1] for row in np.asarray(prompts.tokens)], 4)
+    assert rows["answer_logprobs"].shape == (16, 4, 4)  # behind 0 to 3 turns; 7, answer of one of two tokens, 2
+    for row in range(16):
+        before = [last[row], *tokens[row, :3]][: length[row] + 1]
+        expected = [np.mean([said[token, 7], said[7, 5], said[5, 2]]) for token in before]
+        np.testing.assert_allclose(rows["turn_answer_logprobs"][row, : len(expected)], expected, rtol=1e-5)
+        np.testing.assert_array_equal(rows["turn_answer_logprobs"][row, len(expected) :], 0)  # not taken
+    assert np.abs(rows["advantages"]).max() > 0
+
+
+def test_several_sequences_a_row_are_scored_before_the_update_alone(bigram, make_prompts, traced):
+    def loss(logprobs, answer_logprobs, mask):
+        return Loss((logprobs * mask).sum() + answer_logprobs.sum(), mask.sum())
+
+    step = igpo(bigram, credit=[("turn", a_token_a_turn), ("advantages", advantages.leave_one_out)], losses=[loss])
+    with pytest.raises(ValueError, match="view 'answer' makes several sequences of a row"):
+        traced(step, make_prompts(4))
+
+
+def test_the_likelihood_of_an_answer_adds_at_most_its_own_forward_pass(model, make_prompts):
+    """Operations of the program; what loops do counts once, and is the same in both."""
+
+    def operations(step):
+        state = jax.eval_shape(step.init, jax.random.key(0))
+        ((program, work),) = shapes(step.segments, state, given_work(make_prompts(4), None))
+        lowered = jax.jit(program.run).lower(state, work)
+        _, _, rows = jax.eval_shape(program.run, state, work)
+        bare = rows.replace(fields={"turn": rows["turn"]})
+        score = lambda state, rows: viewed(step.composition, state, rows, {"answer_logprobs"}, own_samples=True)  # noqa: E731
+        alone = jax.jit(score).lower(state, bare).cost_analysis()["flops"]
+        return lowered.cost_analysis()["flops"], alone
+
+    plain = [
+        ("turn", a_token_a_turn),
+        ("metric/turns", lambda turn: turn.max()),
+        ("advantages", advantages.leave_one_out),
+    ]
+    with_view = [*plain, ("metric/likelihood", lambda answer_logprobs: answer_logprobs.mean())]
+    without, (whole, alone) = operations(igpo(model, credit=plain))[0], operations(igpo(model, credit=with_view))
+    assert 0 < whole - without < 1.1 * alone
+    apart = operations(igpo(model._replace(cut_cache=None), credit=with_view))[1]
+    assert alone < 0.5 * apart  # four sequences of 14 tokens a row, instead of one of 10 and four of 3
 
 
 # ---- views that read text -------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ LikelihoodForm = Literal["probability", "mean_probability", "log_probability", "
 
 @ranged
 def answer_likelihood(
-    answer_logprobs: Float[Array, "B A"],
-    answer_mask: Float[Array, "B A"],
+    answer_logprobs: Float[Array, "*B A"],
+    answer_mask: Float[Array, "*B A"],
     *,
     form: LikelihoodForm = "probability",
     without_answer: float = 0.0,
-) -> Float[Array, "B"]:
+) -> Float[Array, "*B"]:
     """How likely the reference answer is after the sampled thought.
 
         probability            r = exp(sum_t l_t)
@@ -39,7 +39,7 @@ def answer_likelihood(
       without_answer: reward of such a row. In the two logarithmic forms 0 is the highest reward, so give a low one.
 
     Returns:
-      One reward a row, float32.
+      One reward a row, float32; of a view of several sequences a row (`answer_after_turns`), one for each.
 
     Raises:
       ValueError: for an unknown form.
@@ -47,21 +47,21 @@ def answer_likelihood(
     Reference: VeriFree (2505.21493), likelihood-based rewards (2602.03979).
     Certainty: verified
     """
-    chex.assert_rank([answer_logprobs, answer_mask], 2)
+    chex.assert_rank([answer_logprobs, answer_mask], {2, 3})
     chex.assert_equal_shape([answer_logprobs, answer_mask])
     if form not in get_args(LikelihoodForm):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(LikelihoodForm))}")
     counted = answer_mask > 0
     logprobs = jnp.where(counted, answer_logprobs.astype(jnp.float32), 0.0)
-    tokens = counted.sum(axis=1)
+    tokens = counted.sum(axis=-1)
     most = jnp.maximum(tokens, 1)
     match form:
         case "probability":
-            value = jnp.exp(logprobs.sum(axis=1))
+            value = jnp.exp(logprobs.sum(axis=-1))
         case "mean_probability":
-            value = jnp.where(counted, jnp.exp(logprobs), 0.0).sum(axis=1) / most
+            value = jnp.where(counted, jnp.exp(logprobs), 0.0).sum(axis=-1) / most
         case "log_probability":
-            value = logprobs.sum(axis=1)
+            value = logprobs.sum(axis=-1)
         case "mean_log_probability":
-            value = logprobs.sum(axis=1) / most
+            value = logprobs.sum(axis=-1) / most
     return jnp.where(tokens > 0, value, without_answer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import chex
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Sequences
 from jaxrl_llm.ranges import Natural, ranged
@@ -150,7 +150,16 @@ def _answer_behind(prompt_tokens, prompt_length, tokens, thought, answer_tokens,
     at = jnp.where(place < prompt_length[:, None], of_prompt, of_thought)
     context = jnp.where(place >= 0, jnp.take_along_axis(both, jnp.clip(at, 0, width - 1), axis=1), 0)
 
-    count = tokens.shape[0]
+    scored, size, inside = framed_answers(answer_tokens, answer_length, opening, closing)
+    mask = (inside & (thought > 0)[:, None]).astype(jnp.float32)
+    return Sequences(context, (prompt_length + thought).astype(jnp.int32), scored, size, mask)
+
+
+def framed_answers(
+    answer_tokens: Int[Array, "B A"], answer_length: Int[Array, "B"], opening: tuple[int, ...], closing: tuple[int, ...]
+) -> tuple[Int[Array, "B F"], Int[Array, "B"], Bool[Array, "B F"]]:
+    """(tokens, how many, which of the places hold one) of answers between an opening and a closing."""
+    count = answer_tokens.shape[0]
     before = jnp.broadcast_to(jnp.asarray(opening, answer_tokens.dtype), (count, len(opening)))
     after = jnp.broadcast_to(jnp.asarray(closing, answer_tokens.dtype), (count, len(closing)))
     size = answer_length + len(opening) + len(closing)
@@ -163,5 +172,4 @@ def _answer_behind(prompt_tokens, prompt_length, tokens, thought, answer_tokens,
     inside = place < size[:, None]
     at = jnp.where(inside, place + shift, place)
     scored = jnp.where(inside, jnp.take_along_axis(parts, jnp.clip(at, 0, parts.shape[1] - 1), axis=1), 0)
-    mask = (inside & (thought > 0)[:, None]).astype(jnp.float32)
-    return Sequences(context, (prompt_length + thought).astype(jnp.int32), scored, size.astype(jnp.int32), mask)
+    return scored, size.astype(jnp.int32), inside

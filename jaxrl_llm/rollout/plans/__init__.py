@@ -27,6 +27,7 @@ from jaxrl_llm.rollout.plans.resumed_completions import (
 )
 from jaxrl_llm.rollout.plans.rollout_budget import budget
 from jaxrl_llm.rollout.plans.scaffolds import scaffolded
+from jaxrl_llm.rollout.plans.step_continuations import continued_steps
 from jaxrl_llm.rollout.plans.step_trees import tree_search
 from jaxrl_llm.rollout.plans.voted_samples import voted
 
@@ -35,6 +36,7 @@ __all__ = [
     "Request",
     "adaptive",
     "budget",
+    "continued_steps",
     "demonstration_in_group",
     "demonstration_prefix",
     "early_abort",

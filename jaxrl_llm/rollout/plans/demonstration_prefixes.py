@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Experience, Source
 from jaxrl_llm.ranges import Count, Natural, PositiveShare, Share, ranged
-from jaxrl_llm.rollout.generation import Prefixes
 from jaxrl_llm.rollout.plans.demonstrations_in_groups import fitted
 from jaxrl_llm.rollout.plans.further_rows import Beginning, Given, further
 from jaxrl_llm.rollout.plans.plan import Plan
+from jaxrl_llm.rollout.prefixes import Prefixes
 from jaxrl_llm.rollout.rewriting import row_draws
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.ranges import Count, Natural, ranged
-from jaxrl_llm.rollout.generation import Prefixes
 from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
+from jaxrl_llm.rollout.prefixes import Prefixes
 
 
 @ranged

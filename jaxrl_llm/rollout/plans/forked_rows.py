@@ -13,7 +13,6 @@ from jaxtyping import Array, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.ranges import Count, Natural, ranged
-from jaxrl_llm.rollout.generation import Prefixes
 from jaxrl_llm.rollout.plans.plan import (
     Plan,
     Request,
@@ -23,6 +22,7 @@ from jaxrl_llm.rollout.plans.plan import (
     numbers_before,
     require_inside,
 )
+from jaxrl_llm.rollout.prefixes import Prefixes
 
 TAGS = ("~", "'", ":", "#", "_", "&")
 

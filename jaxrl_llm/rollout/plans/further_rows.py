@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxrl_llm.experience import Experience, Prompts
-from jaxrl_llm.rollout.generation import Prefixes
 from jaxrl_llm.rollout.plans.plan import (
     Plan,
     Request,
@@ -24,6 +23,7 @@ from jaxrl_llm.rollout.plans.plan import (
     numbers_before,
     require_inside,
 )
+from jaxrl_llm.rollout.prefixes import Prefixes
 
 
 class Given(NamedTuple):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.ranges import Count, Natural, ranged
-from jaxrl_llm.rollout.generation import Prefixes
 from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
+from jaxrl_llm.rollout.prefixes import Prefixes
 
 
 @ranged

@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rollout.capabilities import ROWS, require
-from jaxrl_llm.rollout.generation import Pause, Prefixes
+from jaxrl_llm.rollout.generation import Pause
+from jaxrl_llm.rollout.prefixes import Prefixes
 
 
 class Request(NamedTuple):

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.ranges import Count, Natural, NonNegative, ranged
-from jaxrl_llm.rollout.generation import Prefixes
 from jaxrl_llm.rollout.plans.plan import Plan, Request, first_requests, numbers_before, require_inside
+from jaxrl_llm.rollout.prefixes import Prefixes
 
 
 class Tree(NamedTuple):

@@ -20,6 +20,16 @@ TOKENS_OF_STEPS = [[0, 0, 1, -1], [0, 1, 1, 1]]
 COUNTED = [[1.0, 1, 1, 0], [1, 1, 1, 1]]
 TWO = {"turn_rewards": [[0.5, -0.2], [0.4, 0.3]], "turn": TOKENS_OF_STEPS, "mask": COUNTED, "correct": [0.0, 1]}
 ONE_A_TURN = [[0, 1, 2]]
+# Three of four rows begin with 3, two of these go on with 4; the mean reward is 1/2.
+TREE = {
+    "tokens": [[3, 4, 5], [3, 4, 6], [3, 7, 5], [8, 4, 5]],
+    "length": [3, 3, 3, 3],
+    "rewards": [1.0, 0, 0, 1],
+    "mask": [[1.0] * 3] * 4,
+}
+GLOBAL = [[-1 / 6, 0, 0.5], [-1 / 6, 0, -0.5], [-1 / 6, -0.5, -0.5], [0.5, 0.5, 0.5]]
+LOCAL = [[-1 / 6, 1 / 6, 0.5], [-1 / 6, 1 / 6, -0.5], [-1 / 6, -1 / 3, -1 / 3], [0.5, 0.5, 0.5]]
+THROUGH = [[3, 2, 1], [3, 2, 1], [3, 1, 1], [1, 1, 1]]
 
 EXAMPLES = {
     "pure, strict": (
@@ -58,6 +68,29 @@ EXAMPLES = {
         },
         [[0.707106, 0.707106, 0.207106], [0, -0.707106, 0]],
     ),
+    "vine": (
+        advantages.step_value_gains,
+        {
+            "turn_labels": [[0.75, 0.25, 1.0], [0.5, NAN, 0.0]],
+            "correct": [1.0, 0],
+            "turn": ONE_A_TURN * 2,
+            "mask": [[1.0] * 3] * 2,
+        },
+        [[0.25, -0.5, 0.75], [0, 0, -0.5]],
+    ),
+    "vine, pivotal": (
+        partial(advantages.step_value_gains, least=0.5),
+        {
+            "turn_labels": [[0.75, 0.25, 1.0], [0.5, 0.5, 0.0]],
+            "correct": [1.0, 0],
+            "turn": ONE_A_TURN * 2,
+            "mask": [[1.0] * 3] * 2,
+        },
+        [[0, -0.5, 0.75], [0, 0, -0.5]],
+    ),
+    "tree, global": (partial(advantages.tree_advantages, form="global"), TREE, GLOBAL),
+    "tree, local": (partial(advantages.tree_advantages, form="local"), TREE, LOCAL),
+    "tree": (advantages.tree_advantages, TREE, (np.array(GLOBAL) + LOCAL) / np.sqrt(THROUGH)),
     "igpo": (
         advantages.information_gain,
         {
@@ -92,6 +125,22 @@ def test_worked_examples_in_one_program():
     for name, (_, _, expected) in EXAMPLES.items():
         np.testing.assert_allclose(found[name][:-1], expected, rtol=2e-5, atol=2e-6, err_msg=name)
         assert not np.asarray(found[name][-1]).any(), name
+
+
+def test_states_and_actions_are_known_by_their_tokens():
+    """Move 7 is answered by 9 from the start, and from elsewhere, too: only with a history is the place another."""
+    tokens, turn = jnp.array([[7, 9, 7, 9], [7, 9, 7, 9], [8, 9, 7, 9]]), jnp.array([[0, 0, 1, 1]] * 3)
+    source, length = jnp.array([[1, 3, 1, 3]] * 3), jnp.array([4, 3, 4])
+    state, action = rewards.transition_ids(tokens, turn, source, length, max_turns=3)
+    np.testing.assert_array_equal(state[:, 0], 0)
+    assert state[0, 1] == state[1, 1] == state[2, 1] != 0
+    assert action[0, 0] == action[0, 1] == action[2, 1] != action[2, 0]
+    assert state[0, 2] != state[1, 2] == 0  # the second row was not answered
+    longer, _ = rewards.transition_ids(tokens, turn, source, length, max_turns=3, history=1)
+    assert longer[0, 1] == longer[1, 1] != longer[2, 1]
+    marks = rewards.turn_marks(tokens, turn, length, mark_ids=(9, 8), max_turns=3)
+    np.testing.assert_array_equal(marks[1], [[1, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(marks[2], [[1, 1], [1, 0], [0, 0]])
 
 
 def test_rewards_in_the_min_form_add_up_to_about_the_least():

@@ -1,0 +1,319 @@
+"""Credit inside a completion, shown on small runs with three seeds; docs/credit.md says what each shows.
+
+    python benchmarks/demonstrations/credit.py            # all that is not measured yet
+    python benchmarks/demonstrations/credit.py turns      # these
+
+gains          whether IGPO's gains find the call of the tool that brings the answer, before anything is learned
+contributions  what SPA-RL and LaRe hold each move in the grid to contribute, against what it does
+filler         a process reward model that overrates needless steps, under the sum and under the min form
+turns          EPO and MAPO against GRPO, on the grid
+likelihood     a reward without a verifier against the verifier, on modular chains
+
+Arms of one demonstration start from one warm-started policy and differ in what stands here alone. What is measured is
+written to docs/demonstrations/credit.json, with a plot of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm import rewards, shipped
+from jaxrl_llm.compilation_cache import compilation_cache_directory
+from jaxrl_llm.config import read_tree
+from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.experience import Source
+from jaxrl_llm.statistics import at_turns
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "demonstrations"
+COLOURS = ("#1f6fb4", "#d1603d", "#3d9970", "#8e5ea2")
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+curves = _module(ROOT / "benchmarks" / "curves.py")
+curves.SMALL["calculator"] = {"task": {"levels": [1, 2]}, "prompt": 15, "stop": 0.3}
+ID = CharacterTokenizer().id
+# Finished runs of the cache are read instead of run again, for a demonstration that was interrupted.
+KEEP = "--keep" in sys.argv
+
+
+# ---- what recipes name as python: -----------------------------------------------------------------------------------
+
+
+def gain_auroc(turn_answer_logprobs, tokens, turn, source, length, answer_tokens, answer_length, weight):
+    """How well the gain of a call tells whether the tool returned the answer: area under the ROC curve over all calls.
+
+    P(gain of a call that did > gain of one that did not) + P(both are equal) / 2.
+    """
+    said = jnp.exp(turn_answer_logprobs)
+    gains, turns = said[:, 1:] - said[:, :-1], said.shape[1] - 1
+    width = tokens.shape[1]
+    inside = (jnp.arange(width) < length[:, None]) & (source == Source.OBSERVATION)
+    mine = inside[:, None, :] & (turn[:, None, :] == jnp.arange(turns)[None, :, None])
+    first, count = jnp.argmax(mine, axis=2), mine.sum(axis=2)
+    place = jnp.arange(answer_tokens.shape[1])
+    returned = jnp.take_along_axis(
+        jnp.broadcast_to(tokens[:, None], (*first.shape, width)),
+        jnp.minimum(first[..., None] + 1 + place, width - 1),
+        2,
+    )
+    same = (returned == answer_tokens[:, None]) | (place >= answer_length[:, None])[:, None]
+    brought = (same.all(axis=2) & (count == answer_length[:, None] + 2)).ravel()
+    called = ((count > 0) & (weight > 0)[:, None]).ravel()
+    yes, no, gain = called & brought, called & ~brought, gains.ravel()
+    pairs = (yes[:, None] & no[None]).astype(jnp.float32)
+    above = (gain[:, None] > gain[None]) + 0.5 * (gain[:, None] == gain[None])
+    return (pairs * above).sum() / pairs.sum()
+
+
+def contribution_correlations(contributions, turn_rewards, turn, mask, weight, solved):
+    """Pearson correlation over the moves of a batch with what each adds to the return, and with its progress alone."""
+    moves = contributions.shape[1]
+    taken = at_turns(mask, turn, mask, moves)[1] & (weight > 0)[:, None]
+    place = jnp.arange(moves)
+    last = taken & (place == jnp.where(taken, place, -1).max(axis=1, keepdims=True))
+    added = turn_rewards[:, :moves]
+    count = taken.sum()
+
+    def correlation(x, y):
+        x, y = (jnp.where(taken, z - jnp.where(taken, z, 0.0).sum() / count, 0.0) for z in (x, y))
+        return (x * y).sum() / jnp.sqrt((x * x).sum() * (y * y).sum() + 1e-12)
+
+    return correlation(contributions, added), correlation(contributions, added - solved[:, None] * last)
+
+
+def grid_factors(tokens, turn, length, answer_tokens, *, turns=10, size=4):
+    """Factors of each move that somebody has written down: what the grid answered, the letter, and by how much nearer
+    to the goal it led if there were no walls."""
+    inside = jnp.arange(tokens.shape[1]) < length[:, None]
+    before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+
+    def behind(mark, letters):
+        found = inside & (before == ID(mark))
+        named = tokens[..., None] == jnp.asarray([ID(letter) for letter in letters])
+        mine = found[:, None, :] & (turn[:, None, :] == jnp.arange(turns)[None, :, None])
+        return jnp.einsum("bst,btk->bsk", mine.astype(jnp.float32), named.astype(jnp.float32))
+
+    answer, move = behind("<o>", ".x!"), behind("<a>", "UDLR")
+    step = (answer[..., 0] + answer[..., 2])[..., None] * (move @ jnp.array([[-1.0, 0], [1, 0], [0, -1], [0, 1]]))
+
+    def cell(letter):
+        at = jnp.argmax(answer_tokens == ID(letter), axis=1)
+        return jnp.stack([at // (size + 1), at % (size + 1)], axis=1).astype(jnp.float32)[:, None]
+
+    after = cell("S") + jnp.cumsum(step, axis=1)
+    left = lambda places: jnp.abs(cell("G") - places).sum(axis=2, keepdims=True)  # noqa: E731
+    return jnp.concatenate([answer, move, left(after - step) - left(after)], axis=2)
+
+
+def overrated(tokens, length, turn, demonstration_tokens, demonstration_length, *, max_turns=10, filler=0.6):
+    """A process reward model that finds every step fine: 1 for a right column, `filler` for all else."""
+    right = rewards.reference_progress(
+        tokens, length, turn, demonstration_tokens, demonstration_length, max_turns=max_turns
+    )
+    return jnp.where(right > 0, 1.0, filler)
+
+
+def steps_taken(turn, length):
+    inside = jnp.arange(turn.shape[1]) < length[:, None]
+    return jnp.where(inside, turn + 1, 0).max(axis=1).astype(jnp.float32)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def trained(
+    name: str, arms: dict[str, dict[str, Any]], metrics: tuple[str, ...], seeds: int, *, steps: int = curves.STEPS
+) -> dict[str, Any]:
+    """Curves of recipes, {arm: {metric: [a list of means a seed]}}; the first arm says where all start."""
+    cache, found = curves.cache_directory(), {}
+    trees = {arm: curves.small(tree, steps) for arm, tree in arms.items()}
+    first = next(iter(trees.values()))
+    start = curves.warm_started(first | {"rewards": _verifier(first)}, cache)
+    for arm, tree in trees.items():
+        tree = tree | {key: start[key] for key in ("warm_start", "init_from")}
+        runs = []
+        for seed in range(seeds):
+            jax.clear_caches()
+            began, directory = time.perf_counter(), cache / "runs" / f"{name}-{arm.replace(' ', '_')}-{seed}"
+            if not (KEEP and (directory / "summary.json").exists()):
+                shutil.rmtree(directory, ignore_errors=True)
+                curves.ran(tree | {"seed": seed}, directory)
+            runs.append(curves.lines_of(directory))
+            shown = {
+                metric: [round(line[metric], 3) for line in (runs[-1][0], runs[-1][-1])]
+                for metric in metrics
+                if metric in runs[-1][0]
+            }
+            print(f"{name}, {arm}, seed {seed}: {shown}, {time.perf_counter() - began:.0f} s", flush=True)
+        found[arm] = {metric: [curves.binned(lines, metric) for lines in runs] for metric in metrics}
+    return found
+
+
+def _verifier(tree: dict[str, Any]) -> list[Any]:
+    return ["episode_reward"] if "environment" in tree else ["exact_answer"]
+
+
+def recipe(name: str, **changes: Any) -> dict[str, Any]:
+    """A shipped recipe with other entries."""
+    return copy.deepcopy(read_tree(shipped.recipe_path(name))) | changes
+
+
+def likelihood(seeds: int) -> dict[str, Any]:
+    """VeriFree, and the same estimator with the verifier's 0 and 1."""
+    free = recipe("verifree")
+    verified = {key: value for key, value in free.items() if key not in ("views", "shows")} | {
+        "rewards": ["exact_answer"],
+        "credit": [{"advantages": "leave_one_out"}],
+        "losses": [{"policy_gradient": {"aggregation": "seq_mean_token_sum"}}],
+    }
+    return trained("likelihood", {"verifier": verified, "likelihood": free}, ("correct_share",), seeds)
+
+
+def turns(seeds: int) -> dict[str, Any]:
+    """GRPO, EPO and MAPO on the grid."""
+    grpo = recipe("mapo")
+    grpo = grpo | {"credit": [{"advantages": "group_normalized"}], "environment": {}}
+    arms = {"GRPO": grpo, "EPO": recipe("epo"), "MAPO": recipe("mapo")}
+    arms["MAPO's reward, GRPO"] = recipe("mapo") | {"credit": [{"advantages": "group_normalized"}]}
+    return trained("turns", arms, ("correct_share", "entropy_per_token"), seeds)
+
+
+def gains(seeds: int) -> dict[str, Any]:
+    """IGPO, whose first step is that of the policy that it starts from."""
+    igpo = recipe("igpo")
+    igpo["credit"] = [*igpo["credit"], {"metric/gain_auroc": {"python": "credit:gain_auroc"}}]
+    return trained("gains", {"IGPO": igpo}, ("correct_share", "metric/gain_auroc"), seeds, steps=6)
+
+
+def contributions(seeds: int) -> dict[str, Any]:
+    """A network that reads the text, and a small one that reads factors; both are told the return alone."""
+    measured = {"[metric/with_return, metric/with_progress]": {"python": "credit:contribution_correlations"}}
+    text = recipe("spa_rl", environment={"potential": True})
+    text["credit"] = [text["credit"][0], measured, *text["credit"][1:]]
+    factors = recipe("spa_rl", environment={"potential": True})
+    factors["networks"] = {"value": factors["networks"]["value"]}
+    factors["losses"] = factors["losses"][:2]
+    factors["credit"] = [
+        {"turn_factors": {"python": "credit:grid_factors"}},
+        {"contributions": {"latent_rewards": {"factors": 8, "width": 64, "learning_rate": 3.0e-3}}},
+        measured,
+        *factors["credit"][1:],
+    ]
+    return trained(
+        "contributions", {"SPA-RL": text, "LaRe": factors}, ("metric/with_return", "metric/with_progress"), seeds
+    )
+
+
+def filler(seeds: int) -> dict[str, Any]:
+    """The same scores of steps, added up or in the min form; the verifier is only watched."""
+    tree = read_tree(shipped.recipe_path("clip_delta"))
+    scored = [{"turn": "separated_turns"}, {"turn_rewards": {"python": "credit:overrated"}}]
+    measured = {"metric/steps": {"python": "credit:steps_taken"}}
+    shared = {
+        "rewards": [{"exact_answer": {"weight": 0.0}}],
+        "losses": [{"clipped_surrogate": {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "seq_mean_token_mean"}}],
+        "rollout": tree["rollout"] | {"max_completion_tokens": 40},
+    }
+    sums = {"turn_mixed_normalized": {"alpha": 1.0, "gamma": 1.0}}
+    least = {"min_form_advantages": {"verifier_coefficient": 0.0}}
+    arms = {
+        name: recipe("clip_delta", **shared, credit=[*scored, measured, {"advantages": advantages}])
+        for name, advantages in (("sum", sums), ("min form", least))
+    }
+    return trained("filler", arms, ("metric/steps", "correct_share", "completion_tokens"), seeds)
+
+
+DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "gains": gains,
+    "contributions": contributions,
+    "filler": filler,
+    "turns": turns,
+    "likelihood": likelihood,
+}
+
+
+# ---- plots ----------------------------------------------------------------------------------------------------------
+
+
+def plot(found: dict[str, Any]) -> str:
+    """One panel a metric, one colour an arm: thin lines are seeds, thick ones their mean."""
+    arms, metrics = list(found), list(next(iter(found.values())))
+    width, height = 340, 200
+    parts = []
+    for place, metric in enumerate(metrics):
+        known = [v for arm in arms for seed in found[arm][metric] for v in seed if v is not None]
+        low, high, left = min(known), max(known), width * place
+        parts.append(f'<text x="{left + 10}" y="16" fill="#777">{metric}, {low:.3g} to {high:.3g}</text>')
+        for colour, arm in zip(COLOURS, arms, strict=False):
+            seeds = found[arm][metric]
+            mean = [fmean(x) if (x := [v for v in one if v is not None]) else None for one in zip(*seeds, strict=True)]
+            for values, style in [
+                *((seed, 'stroke-width="1" opacity="0.35"') for seed in seeds),
+                (mean, 'stroke-width="2"'),
+            ]:
+                points = [
+                    f"{left + 10 + i * (width - 30) / max(len(values) - 1, 1):.0f},"
+                    f"{height - 30 - (v - low) * (height - 60) / ((high - low) or 1.0):.1f}"
+                    for i, v in enumerate(values)
+                    if v is not None
+                ]
+                parts.append(f'<polyline fill="none" stroke="{colour}" {style} points="{" ".join(points)}"/>')
+    for place, (colour, arm) in enumerate(zip(COLOURS, arms, strict=False)):
+        parts.append(f'<text x="{10 + 160 * place}" y="{height - 8}" fill="{colour}">{arm}</text>')
+    size = f'width="{max(width * len(metrics), 160 * len(arms))}" height="{height}"'
+    font = 'font-family="sans-serif" font-size="11"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{"".join(parts)}</svg>\n'
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(DEMONSTRATIONS)}; without any, what is not measured")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--keep", action="store_true", help="read runs that an interrupted call has finished")
+    options = parser.parse_args(given)
+    if unknown := [name for name in options.names if name not in DEMONSTRATIONS]:
+        parser.error(f"{unknown[0]} is no demonstration; there are {', '.join(DEMONSTRATIONS)}")
+    if directory := compilation_cache_directory():
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "credit.json"
+    for name in options.names or DEMONSTRATIONS:
+        results = json.loads(file.read_text()) if file.exists() else {}
+        if not options.names and name in results:
+            continue
+        found = DEMONSTRATIONS[name](options.seeds)
+        results = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(results | {name: found}, indent=1) + "\n")
+        if any(isinstance(seed, list) for arm in found.values() for metric in arm.values() for seed in metric):
+            (options.output / f"credit_{name}.svg").write_text(plot(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""The reference answer behind each turn of a conversation: a view of several sequences a row."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxrl_llm.experience import Branches
+from jaxrl_llm.ranges import Count, Natural, ranged
+from jaxrl_llm.rewards.intrinsic.thoughts import framed_answers
+
+
+@ranged
+def answer_after_turns(
+    turn: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    answer_tokens: Int[Array, "B A"],
+    answer_length: Int[Array, "B"],
+    *,
+    max_turns: Count,
+    opening_ids: tuple[Natural, ...] | None = None,
+    closing_ids: tuple[Natural, ...] | None = None,
+) -> Branches:
+    """The reference answer right behind the prompt, and behind each turn or step, what answered it included.
+
+    All are scored in one pass over the row. `answer_likelihood` makes one number of each.
+
+    Args:
+      turn: index of the turn that each token belongs to, not falling along a row.
+      length: completion tokens, observations included.
+      answer_tokens: reference answer, right-padded.
+      answer_length: tokens in each reference answer.
+      max_turns: S, turns behind which it is scored.
+      opening_ids: tokens in front of the answer, such as the tag that opens it, which are scored; None for none.
+      closing_ids: tokens behind it, such as the tag that closes it; None for none.
+
+    Returns:
+      `Branches`: S + 1 sequences a row, after 0 to S turns. The mask is 0 for turns that were not taken.
+
+    Reference: IGPO (2510.14967).
+    Certainty: verified
+    """
+    chex.assert_rank([turn, length, answer_tokens, answer_length], [2, 1, 2, 1])
+    chex.assert_equal_shape_prefix([turn, length, answer_tokens, answer_length], 1)
+    count = max_turns + 1
+    number = jnp.arange(count)
+    inside = jnp.arange(turn.shape[1]) < length[:, None]
+    earlier = inside[:, None, :] & (turn[:, None, :] < number[None, :, None])
+    taken = jnp.where(inside, turn, -1).max(axis=1, initial=-1) + 1
+    scored, size, held = framed_answers(answer_tokens, answer_length, opening_ids or (), closing_ids or ())
+    mask = held[:, None, :] & (number[None, :] <= taken[:, None])[..., None]
+    every = lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], count, *x.shape[1:]))  # noqa: E731
+    return Branches(earlier.sum(axis=2).astype(jnp.int32), every(scored), every(size), mask.astype(jnp.float32))

@@ -1,0 +1,109 @@
+"""What the tokens of turns say by themselves: which turns are alike, and which marks they hold."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.experience import Source
+from jaxrl_llm.ranges import Count, Natural, ranged
+
+_FACTOR, _OFFSET = 0x01000193, 0x811C9DC5  # FNV-1a
+
+
+@ranged
+def transition_ids(
+    tokens: Int[Array, "B T"],
+    turn: Int[Array, "B T"],
+    source: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    max_turns: Count,
+    history: Natural = 0,
+) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+    """Numbers of the states in front of turns, and of their actions, equal where their tokens are equal.
+
+    The state is what answered the turn before (0 in front of the first), with `history` together with that many
+    (state, action) pairs in front of it; the action is what the policy wrote. `"[state_id, action_id]":
+    transition_ids` fills what `merged_transitions` reads.
+
+    Args:
+      tokens: completion tokens.
+      turn: index of the turn that each token belongs to.
+      source: a `Source` for each token; observations answer a turn.
+      length: completion tokens, observations included.
+      max_turns: S.
+      history: earlier turns that a state remembers.
+
+    Returns:
+      (state_id, action_id), hashes of 31 bits, which differ for different tokens but for one pair in 2^31.
+
+    Reference: SALT (2510.20022).
+    Certainty: recalled
+    """
+    chex.assert_rank([tokens, turn, source, length], [2, 2, 2, 1])
+    inside = jnp.arange(tokens.shape[1]) < length[:, None]
+    seen = inside & (source == Source.OBSERVATION)
+    action, answer = (_hashed(tokens, turn, which, max_turns) for which in (inside & ~seen, seen))
+    state = jnp.concatenate([jnp.zeros_like(answer[:, :1]), answer[:, :-1]], axis=1)
+    remembered, pair = state, _mixed(state, action)
+    for _ in range(history):
+        pair = jnp.concatenate([jnp.zeros_like(pair[:, :1]), pair[:, :-1]], axis=1)
+        remembered = _mixed(remembered, pair)
+    return tuple((x >> 1).astype(jnp.int32) for x in (remembered, action))  # type: ignore[return-value]
+
+
+def _mixed(a: Array, b: Array) -> Array:
+    return ((a ^ b) * jnp.uint32(_FACTOR)) ^ (b >> 7)
+
+
+def _hashed(tokens: Int[Array, "B T"], turn: Int[Array, "B T"], counts: Bool[Array, "B T"], turns: int) -> Array:
+    """A hash of the tokens that count of each turn, in their order; 0 of none."""
+
+    def more(carry, column):
+        token, number, here = column
+        place = (here & (number >= 0) & (number < turns))[:, None] & (jnp.arange(turns) == number[:, None])
+        started = jnp.where(carry == 0, jnp.uint32(_OFFSET), carry)
+        after = (started ^ (token[:, None].astype(jnp.uint32) + 1)) * jnp.uint32(_FACTOR)
+        return jnp.where(place, after ^ (after >> 15), carry), None
+
+    nothing = jnp.zeros((tokens.shape[0], turns), jnp.uint32)
+    return jax.lax.scan(more, nothing, (tokens.T, turn.T, counts.T))[0]
+
+
+@ranged
+def turn_marks(
+    tokens: Int[Array, "B T"],
+    turn: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    mark_ids: tuple[Natural, ...],
+    max_turns: Count,
+) -> Float[Array, "B S D"]:
+    """How often each of some tokens stands in each turn, what answers it included: factors for `latent_rewards`.
+
+    Args:
+      tokens: completion tokens.
+      turn: index of the turn that each token belongs to.
+      length: completion tokens, observations included.
+      mark_ids: D ids of tokens, such as the flags by which an environment says what an action did.
+      max_turns: S.
+
+    Returns:
+      D counts a turn, float32; 0 for turns that were not taken.
+
+    Raises:
+      ValueError: without ids.
+
+    Reference: LaRe (2412.11120).
+    Certainty: reconstructed
+    """
+    chex.assert_rank([tokens, turn, length], [2, 2, 1])
+    if not mark_ids:
+        raise ValueError("mark_ids is empty; give the ids of the tokens that are counted")
+    inside = jnp.arange(tokens.shape[1]) < length[:, None]
+    mine = inside[..., None] & (turn[..., None] == jnp.arange(max_turns))
+    marked = tokens[..., None] == jnp.asarray(mark_ids)
+    return jnp.einsum("bts,btd->bsd", mine.astype(jnp.float32), marked.astype(jnp.float32))

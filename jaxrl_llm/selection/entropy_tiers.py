@@ -1,0 +1,117 @@
+"""Prompts, or places of a text, by how uncertain the policy is about what follows there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.experience import Selection
+from jaxrl_llm.ranges import Count, Share, ranged
+from jaxrl_llm.selection.pools import Records, items_by_turns, means_of, record_ids, visited
+
+
+class Tiers(NamedTuple):
+    """What is known of the places.
+
+    Attributes:
+      entropy: of what follows each, as it was first met; NaN where it was not yet.
+      visits: steps in which each was learned from.
+      steps: taken.
+    """
+
+    entropy: Float[Array, "I"]
+    visits: Int[Array, "I"]
+    steps: Int[Array, ""]
+
+
+def tier_chances(
+    progress: Float[Array, ""], first: tuple[float, ...], last: tuple[float, ...], hold: float, until: float
+) -> Float[Array, "K"]:
+    """Chances of tiers: `first` until a share `hold` of the run is over, `last` from `until` on, linear between.
+
+    >>> tier_chances(jnp.float32(0.5), (0.6, 0.3, 0.1), (0.1, 0.3, 0.6), 0.3, 0.7).round(3).tolist()
+    [0.3500000238418579, 0.30000001192092896, 0.3500000238418579]
+    """
+    share = jnp.clip((progress - hold) / max(until - hold, 1e-9), 0.0, 1.0)
+    mixed = (1.0 - share) * jnp.asarray(first) + share * jnp.asarray(last)
+    return mixed / mixed.sum()
+
+
+def tiers_of(entropy: Float[Array, "I"], tiers: int) -> Int[Array, "I"]:
+    """Tiers of equal size in the order of entropy, the least first; what is not known lies in the middle.
+
+    >>> tiers_of(jnp.array([0.1, jnp.nan, 2.0]), 3).tolist()
+    [0, 1, 2]
+    """
+    known = ~jnp.isnan(entropy)
+    middle = jnp.where(known.any(), jnp.nanmedian(entropy), 0.0)
+    rank = jnp.argsort(jnp.argsort(jnp.where(known, entropy, middle), stable=True), stable=True)
+    return (rank * tiers // len(entropy)).astype(jnp.int32)
+
+
+@ranged
+def by_entropy(
+    *,
+    records: Records,
+    total_steps: Count,
+    first: tuple[Share, ...] = (0.6, 0.3, 0.1),
+    last: tuple[Share, ...] = (0.1, 0.3, 0.6),
+    hold: Share = 0.3,
+    until: Share = 0.7,
+) -> Selection:
+    """Places of low entropy first, of high entropy later.
+
+        P = first until `hold` of the run, last from `until` on, linear between
+
+    of tiers of equal size, ordered by the entropy of what follows. A step draws a tier for each prompt, and within it
+    those that were learned from least often come first. The entropy is that of `position_entropy`, which an entry of
+    credit fills, where a prompt is first met: the base policy's is not known of all places before. Boundaries of tiers
+    and both tables of chances are ours.
+
+    Args:
+      records: of the data, one an item; filled from the run.
+      total_steps: of the run; filled from it.
+      first, last: chances of the tiers at the start and at the end, the lowest entropy first.
+      hold, until: shares of the run between which chances change.
+
+    Returns:
+      A `Selection`. It reports the chance of the highest tier.
+
+    Raises:
+      ValueError: for tables of different lengths, fewer prompts than tiers, or `until` below `hold`.
+
+    Reference: RMT (2509.24375).
+    Certainty: verified
+    """
+    count, ids = len(first), record_ids(records)
+    if len(last) != count or not 0 < count <= len(ids) or sum(first) <= 0 or sum(last) <= 0:
+        raise ValueError(
+            f"first has {count} chances, last {len(last)}, for {len(ids)} prompts; give equally many, not all 0, and "
+            "not more than there are prompts"
+        )
+    if until < hold:
+        raise ValueError(f"until is {until}, but hold {hold}; chances change from hold to until, so it must be larger")
+
+    def chances(memory: Tiers) -> Float[Array, "K"]:
+        return tier_chances(memory.steps / total_steps, first, last, hold, until)
+
+    def init() -> Tiers:
+        return Tiers(jnp.full(len(ids), jnp.nan, jnp.float32), jnp.zeros(len(ids), jnp.int32), jnp.int32(0))
+
+    def choose(memory: Tiers, key: Array, number: int) -> Int[Array, "N"]:
+        of_tier, of_order = jax.random.split(key)
+        drawn = jax.random.categorical(of_tier, jnp.log(chances(memory)), shape=(number,))
+        return items_by_turns(drawn, tiers_of(memory.entropy, count), memory.visits, of_order, ids, count)
+
+    def update(
+        memory: Tiers, item: Int[Array, "B"], position_entropy: Float[Array, "B"], weight: Float[Array, "B"]
+    ) -> Tiers:
+        there = (weight > 0) & ~jnp.isnan(position_entropy)
+        mean, met = means_of(position_entropy, item, there, len(ids))
+        entropy = jnp.where(jnp.isnan(memory.entropy) & met, mean, memory.entropy)
+        return Tiers(entropy, visited(memory.visits, item, weight), memory.steps + 1)
+
+    return Selection(init, choose, update, lambda memory: {"hardest_tier": chances(memory)[-1]})
