@@ -39,8 +39,16 @@ RECIPES = sorted(FILES.keys() - {"base"})
 # One of each kind; the others are trained by the slow tests.
 AMONG_THE_FAST = ["grpo", "ppo", "score"]
 
-# Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py.
-TRAINED_ELSEWHERE = {"light_r1", "reward_model_then_rl", "rm_ensemble", "process_reward_model", "unpacked_ppo", "rto"}
+# Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py and test_across_stages.py.
+TRAINED_ELSEWHERE = {
+    "continual",
+    "light_r1",
+    "reward_model_then_rl",
+    "rm_ensemble",
+    "process_reward_model",
+    "unpacked_ppo",
+    "rto",
+}
 TRAINED_ELSEWHERE |= {"llm_judge"}
 TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo", "metacognitive_reuse"}
 TRAINED_ELSEWHERE |= {"math_shepherd"}
