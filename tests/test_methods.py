@@ -218,7 +218,7 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "sorting": ({"levels": [3]}, 15, 12),
-    "two_chains": ({"levels": [1], "options": {"parallel_share": 0.5}}, 10, 28),
+    "two_chains": ({"levels": [1], "options": {"parallel_share": 0.5}}, 12, 30),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 # Too hard for so small a policy: its recipes reward more than right answers.
