@@ -3,7 +3,7 @@
     python benchmarks/demonstrations/plans.py                 # all of them
     python benchmarks/demonstrations/plans.py unsolved sec    # these; --seeds 0 1 2 --steps 60
 
-They were not run yet. Each writes docs/demonstrations/NAME.json and NAME.svg and prints its table;
+Each writes docs/demonstrations/NAME.json and NAME.svg and prints its table;
 docs/demonstrations/plans.md says what was seen.
 """
 
