@@ -1,4 +1,4 @@
-"""Credit inside a completion, shown on small runs with three seeds; docs/credit.md has the tables and plots.
+"""Credit inside a completion, shown on small runs with three seeds; docs/credit.md says what each shows.
 
     python benchmarks/demonstrations/credit.py            # all that is not measured yet
     python benchmarks/demonstrations/credit.py turns      # these
