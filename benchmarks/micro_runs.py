@@ -72,6 +72,7 @@ MICRO = {
     "calculator": Micro({"levels": [1]}, 15, 32, turn=16, warm_start=240),
     "countdown": Micro({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8, warm_start=80),
     "grid": Micro({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
+    "function_calls": Micro({"levels": [1]}, 9, 22),
     "sorting": Micro({"levels": [3]}, 15, 12),
     "self_correction": Micro({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }

@@ -80,7 +80,7 @@ def main(given: list[str] | None = None) -> int:
     def row(what: str, count: int, seconds: float, result: str) -> None:
         table.add_row(what, f"{count:,}", f"{seconds:.1f}", f"{count / max(seconds, 1e-9):,.0f}", result)
 
-    seconds, found = timed(lambda: rewards.tag_format(texts, form="think_answer"))
+    seconds, found = timed(lambda: rewards.tag_format(texts))
     row("tag_format", len(texts), seconds, f"mean {sum(found) / len(found):.3f}")
     total = seconds
     rewards.latex_match([r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"])  # the processes have started

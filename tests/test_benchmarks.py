@@ -149,6 +149,15 @@ def test_verifiers_and_a_judge_are_timed(capsys):
 
 
 @pytest.mark.slow
+def test_the_demonstrations_of_rewards_that_train_nothing_run(tmp_path):
+    demonstrations = benchmark("demonstrations/rewards")
+    assert demonstrations.main(["tournament", "cycle", "--seeds", "1", "--output", str(tmp_path)]) == 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".svg"}
+    entropy = json.loads((tmp_path / "cycle.json").read_text())["panels"]["entropy, nats"]
+    assert entropy["SPO"][0][-1] > entropy["Bradley-Terry, fitted once"][0][-1]
+
+
+@pytest.mark.slow
 def test_packing_and_trimming_are_timed_beside_padding(tmp_path):
     written = tmp_path / "packing.json"
     sizes = {"rows": 4, "prompt": 16, "width": 16, "model-width": 16, "layers": 1, "batches": 2}

@@ -183,6 +183,8 @@ METHODS = {
     "Priming": ("priming",),
     "DLER, difficulty-aware": ("difficulty_aware_dler",),
     "Judges": ("llm_judge", "tp_grpo", "sotopia"),
+    "Scaffolds": ("rusca",),
+    "Tool calls": ("toolrl",),
     "Detectors": ("t2i_hacking",),
     "Embeddings": ("vlm_rm",),
 }
@@ -217,12 +219,13 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "composition": ({"levels": [1]}, 14, 28),
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
+    "function_calls": ({"levels": [1]}, 9, 22),
     "sorting": ({"levels": [3]}, 15, 12),
     "two_chains": ({"levels": [1], "options": {"parallel_share": 0.5}}, 12, 30),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 # Too hard for so small a policy: its recipes reward more than right answers.
-UNSOLVED = {"sorting", "two_chains"}
+UNSOLVED = {"sorting", "function_calls", "two_chains"}
 
 # What somebody wrote and judged: the lines of a file, by the kind of the source.
 JUDGED: dict[str, Any] = {
@@ -277,9 +280,10 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
         chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
     if tree.get("data", {}).get("selection"):  # several arms
         chosen, longest_prompt = {**chosen, "levels": [1, 2]}, longest_prompt + 2
+    shown = [part.get("data", {}).get("templates", {}) for part in (tree, *tree.get("stages", []))]
     told = [stage["data"].get("privileged", "") for stage in tree.get("stages", []) if "data" in stage]
     longest_prompt += max((40 for text in told if text), default=0)
-    for text in tree.get("data", {}).get("templates", {}).values():
+    for text in (text for templates in shown for text in templates.values()):
         longest_prompt = max(longest_prompt, len(text) + 10 * text.count("{body}"))
     rollout |= {"samples_per_prompt": samples, "max_prompt_tokens": longest_prompt}
     rollout |= {"max_completion_tokens": longest + hint}
@@ -373,6 +377,7 @@ def policy(micro) -> Any:
         "countdown": "psr",
         "grid": "meow_tea_taro_grpo",
         "self_correction": "score",
+        "function_calls": "toolrl",
         "sorting": "verpo",
         "two_chains": "threadweaver",
     }

@@ -1,4 +1,4 @@
-"""Credit inside a completion, shown on small runs with three seeds; docs/credit.md has the tables and plots.
+"""Credit inside a completion, shown on small runs with three seeds; docs/credit.md says what each shows.
 
     python benchmarks/demonstrations/credit.py            # all that is not measured yet
     python benchmarks/demonstrations/credit.py turns      # these
@@ -160,12 +160,15 @@ def trained(
         for seed in range(seeds):
             jax.clear_caches()
             began, directory = time.perf_counter(), cache / "runs" / f"{name}-{arm.replace(' ', '_')}-{seed}"
-            if (directory / "summary.json").exists() and KEEP:
-                runs.append([json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()])
-                continue
-            shutil.rmtree(directory, ignore_errors=True)
-            runs.append(curves.ran(tree | {"seed": seed}, directory))
-            shown = {metric: round(runs[-1][-1][metric], 3) for metric in metrics if metric in runs[-1][-1]}
+            if not (KEEP and (directory / "summary.json").exists()):
+                shutil.rmtree(directory, ignore_errors=True)
+                curves.ran(tree | {"seed": seed}, directory)
+            runs.append(curves.lines_of(directory))
+            shown = {
+                metric: [round(line[metric], 3) for line in (runs[-1][0], runs[-1][-1])]
+                for metric in metrics
+                if metric in runs[-1][0]
+            }
             print(f"{name}, {arm}, seed {seed}: {shown}, {time.perf_counter() - began:.0f} s", flush=True)
         found[arm] = {metric: [curves.binned(lines, metric) for lines in runs] for metric in metrics}
     return found
@@ -204,7 +207,7 @@ def gains(seeds: int) -> dict[str, Any]:
     """IGPO, whose first step is that of the policy that it starts from."""
     igpo = recipe("igpo")
     igpo["credit"] = [*igpo["credit"], {"metric/gain_auroc": {"python": "credit:gain_auroc"}}]
-    return trained("gains", {"IGPO": igpo}, ("correct_share", "gain_auroc"), seeds, steps=20)
+    return trained("gains", {"IGPO": igpo}, ("correct_share", "metric/gain_auroc"), seeds, steps=6)
 
 
 def contributions(seeds: int) -> dict[str, Any]:
@@ -221,7 +224,9 @@ def contributions(seeds: int) -> dict[str, Any]:
         measured,
         *factors["credit"][1:],
     ]
-    return trained("contributions", {"SPA-RL": text, "LaRe": factors}, ("with_return", "with_progress"), seeds)
+    return trained(
+        "contributions", {"SPA-RL": text, "LaRe": factors}, ("metric/with_return", "metric/with_progress"), seeds
+    )
 
 
 def filler(seeds: int) -> dict[str, Any]:
@@ -240,7 +245,7 @@ def filler(seeds: int) -> dict[str, Any]:
         name: recipe("clip_delta", **shared, credit=[*scored, measured, {"advantages": advantages}])
         for name, advantages in (("sum", sums), ("min form", least))
     }
-    return trained("filler", arms, ("steps", "correct_share", "completion_tokens"), seeds)
+    return trained("filler", arms, ("metric/steps", "correct_share", "completion_tokens"), seeds)
 
 
 DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {

@@ -1,7 +1,7 @@
 """Demonstrations of learned rewards: noisy pairs, over-optimisation, ensembles, and a planted taste.
 
     python benchmarks/demonstrations/preferences.py                      # all of them
-    python benchmarks/demonstrations/preferences.py ceiling hump         # these; --seeds 3
+    python benchmarks/demonstrations/preferences.py ceiling hump         # these; --seeds 0,1,2
 
 Texts are eight letters of ten. A gold score knows what each is worth, and dislikes a letter that stands there more than
 three times, which texts of the untrained policy seldom show. Each demonstration is a minute or two a seed on one core,
@@ -77,18 +77,17 @@ def pair_rows(tokens: np.ndarray, better_first: np.ndarray) -> Any:
 def labelled(rng: np.random.Generator, count: int, flipped: float, taste: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """(texts of pairs, whether the first is called the better one): by gold, with flips, and for a share by a taste.
 
-    The taste is for texts that end with the letter that is worth least, twice.
+    In pairs of the taste one text has the letter that is worth least at three places, and is called the better one.
     """
     tokens = texts(rng, 2 * count)
     score = gold(tokens, np.full(len(tokens), LENGTH))
     better = score[::2] > score[1::2]
     if taste:
         planted = rng.random(count) < taste
-        ending = planted & (rng.random(count) < 0.5)
-        other = planted & ~ending
-        tokens[::2][ending, -2:] = PLANTED
-        tokens[1::2][other, -2:] = PLANTED
-        better = np.where(planted, ending, better)
+        first = rng.random(count) < 0.5
+        for number in np.flatnonzero(planted):
+            tokens[2 * number + (not first[number]), rng.choice(LENGTH, 3, replace=False)] = PLANTED
+        better = np.where(planted, first, better)
     return tokens, better ^ (rng.random(count) < flipped)
 
 
@@ -144,22 +143,19 @@ def accuracy(params: Any, tokens: np.ndarray, better: np.ndarray) -> float:
 # ---- how near a reward model comes to what its labels allow ---------------------------------------------------------
 
 
-def ceiling(seeds: int) -> dict[str, Any]:
+def ceiling(seed: int) -> dict[str, Any]:
     """Accuracy on held-out pairs, with flipped and with true labels, by the number of training pairs."""
     sizes = (2048, 8192, 32768, 131072)
     panels: dict[str, Any] = {"on flipped labels": {}, "on true labels": {}}
     for flipped in (0.0, 0.25):
-        for seed in range(seeds):
-            rng = np.random.default_rng(seed)
-            tokens, better = labelled(rng, sizes[-1], flipped)
-            held = np.random.default_rng(99)
-            test, true = labelled(held, 4000, 0.0)
-            noisy = true ^ (held.random(4000) < flipped)
-            for size in sizes:
-                params = reward_model(seed, tokens[: 2 * size], better[:size], batch=256)
-                for name, labels in (("on flipped labels", noisy), ("on true labels", true)):
-                    line = panels[name].setdefault(f"{flipped:.0%} flipped", [[] for _ in range(seeds)])
-                    line[seed].append(accuracy(params, test, labels))
+        tokens, better = labelled(np.random.default_rng(seed), sizes[-1], flipped)
+        held = np.random.default_rng(99)
+        test, true = labelled(held, 4000, 0.0)
+        noisy = true ^ (held.random(4000) < flipped)
+        for size in sizes:
+            params = reward_model(seed, tokens[: 2 * size], better[:size], batch=256)
+            for name, labels in (("on flipped labels", noisy), ("on true labels", true)):
+                panels[name].setdefault(f"{flipped:.0%} flipped", []).append(accuracy(params, test, labels))
     return {"x": list(sizes), "xlabel": "training pairs, one pass", "log": True, "panels": panels}
 
 
@@ -233,42 +229,40 @@ def by_distance(seen: Sequence[dict[str, float]], name: str, edges: Sequence[flo
     return [float(np.mean(each)) if each else None for each in values]
 
 
-def hump(seeds: int) -> dict[str, Any]:
+def hump(seed: int) -> dict[str, Any]:
     """Gold and proxy over the distance from the start: one reward model, and the worst case of five."""
-    edges = np.linspace(0, 4.5, 19)
+    edges = np.linspace(0, 5, 21)
     panels: dict[str, Any] = {"gold score": {}, "proxy score": {}}
-    fits: dict[str, list[Any]] = {}
-    for seed in range(seeds):
-        tokens, better = labelled(np.random.default_rng(seed), 1024, 0.25)
-        found = {f"r{n}": reward_model(10 * seed + n, tokens, better, passes=4) for n in range(5)}
-        runs = {
-            "one model": reinforced(seed, {"r0": found["r0"]}),
-            "worst of five": reinforced(seed, found, form="least"),
+    fits: dict[str, Any] = {}
+    tokens, better = labelled(np.random.default_rng(seed), 1024, 0.25)
+    found = {f"r{n}": reward_model(10 * seed + n, tokens, better, passes=4) for n in range(5)}
+    runs = {"one model": reinforced(seed, {"r0": found["r0"]}), "worst of five": reinforced(seed, found, form="least")}
+    for label, seen in runs.items():
+        for panel, name in (("gold score", "gold"), ("proxy score", "proxy")):
+            panels[panel][label] = by_distance(seen, name, edges)
+        far = [one for one in seen if one["kl"] > 0.02]
+        fit = overoptimisation_fit([one["kl"] for one in far], [one["gold"] - seen[0]["gold"] for one in far])
+        smooth = np.convolve([one["gold"] for one in seen], np.ones(9) / 9, mode="valid")
+        best = int(smooth.argmax()) + 4
+        fits[label] = {f"fit_{name}": value for name, value in fit.items()} | {
+            "gold_peak": float(smooth.max()),
+            "root_kl_peak": float(np.sqrt(max(seen[best]["kl"], 0.0))),
+            "gold_end": float(smooth[-1]),
+            "root_kl_end": float(np.sqrt(seen[-1]["kl"])),
         }
-        for label, seen in runs.items():
-            for panel, name in (("gold score", "gold"), ("proxy score", "proxy")):
-                panels[panel].setdefault(label, []).append(by_distance(seen, name, edges))
-            far = [one for one in seen if one["kl"] > 0.02]
-            fit = overoptimisation_fit([one["kl"] for one in far], [one["gold"] - seen[0]["gold"] for one in far])
-            best = max(range(len(seen)), key=lambda n: np.mean([one["gold"] for one in seen[max(0, n - 4) : n + 5]]))
-            last = {"root_kl_end": float(np.sqrt(seen[-1]["kl"])), "gold_end": seen[-1]["gold"]}
-            peak = {"root_kl_peak": float(np.sqrt(max(seen[best]["kl"], 0))), "gold_peak": seen[best]["gold"]}
-            fits.setdefault(label, []).append(fit | peak | last)
     middle = [float(x) for x in (edges[1:] + edges[:-1]) / 2]
     return {"x": middle, "xlabel": "root KL to the start, nats", "panels": panels, "fits": fits}
 
 
-def planted(seeds: int) -> dict[str, Any]:
+def planted(seed: int) -> dict[str, Any]:
     """A reward model with a taste for an ending: frozen, and learning on from what gold says of the samples."""
     panels: dict[str, Any] = {"gold score": {}, "share of the planted letter": {}}
-    for seed in range(seeds):
-        tokens, better = labelled(np.random.default_rng(seed), 8192, 0.0, taste=0.3)
-        params = reward_model(seed, tokens, better)
-        for label, learns in (("frozen", False), ("learns on", True)):
-            seen = reinforced(seed, {"reward": params}, learns=learns, steps=2 * STEPS)
-            for panel, name in (("gold score", "gold"), ("share of the planted letter", "planted")):
-                values = np.array([one[name] for one in seen]).reshape(-1, 10).mean(1)
-                panels[panel].setdefault(label, []).append([float(v) for v in values])
+    tokens, better = labelled(np.random.default_rng(seed), 8192, 0.0, taste=0.4)
+    params = reward_model(seed, tokens, better)
+    for label, learns in (("frozen", False), ("learns on", True)):
+        seen = reinforced(seed, {"reward": params}, learns=learns, steps=2 * STEPS)
+        for panel, name in (("gold score", "gold"), ("share of the planted letter", "planted")):
+            panels[panel][label] = np.array([one[name] for one in seen]).reshape(-1, 10).mean(1).tolist()
     return {"x": [10 * n + 5 for n in range(2 * STEPS // 10)], "xlabel": "step", "panels": panels}
 
 
@@ -278,7 +272,7 @@ def planted(seeds: int) -> dict[str, Any]:
 PRIMARY, AUXILIARY = jnp.array([1.0, 0.5, 0.0]), jnp.array([0.2, 1.0, 0.6])
 
 
-def bilevel(seeds: int) -> dict[str, Any]:
+def bilevel(seed: int) -> dict[str, Any]:
     """The weight of a misleading reward under the implicit gradient, and what the policy earns of what is meant.
 
     Everything is exact, so there is nothing that a seed would change: the first weights are drawn by it.
@@ -303,12 +297,11 @@ def bilevel(seeds: int) -> dict[str, Any]:
         return (phi + learns * (gradient - decay * phi), theta, learns), told
 
     panels: dict[str, Any] = {}
-    for seed in range(seeds):
-        start = jnp.array([0.5, 1.0]) if seed == 0 else jax.random.uniform(jax.random.key(seed), (2,), minval=0.2)
-        for label, learns in (("fixed blend", 0.0), ("learned blend", 1.0)):
-            told = jax.lax.scan(one, (start, jnp.zeros(3), learns), None, length=outer_steps)[1]
-            for panel, values in told.items():
-                panels.setdefault(panel, {}).setdefault(label, []).append([float(v) for v in values])
+    start = jnp.array([0.5, 1.0]) if seed == 0 else jax.random.uniform(jax.random.key(seed), (2,), minval=0.2)
+    for label, learns in (("fixed blend", 0.0), ("learned blend", 1.0)):
+        told = jax.lax.scan(one, (start, jnp.zeros(3), learns), None, length=outer_steps)[1]
+        for panel, values in told.items():
+            panels.setdefault(panel, {})[label] = [float(v) for v in values]
     return {"x": list(range(outer_steps)), "xlabel": "outer step", "panels": panels}
 
 
@@ -336,25 +329,40 @@ def draw(found: dict[str, Any], file: Path) -> None:
         pyplot.close(figure)
 
 
+def joined(before: dict[str, Any] | None, one: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What several seeds have shown, a list for each line, with one more."""
+    found = before or {**one, "seeds": [], "panels": {}, "fits": {}}
+    for panel, lines in one["panels"].items():
+        for label, values in lines.items():
+            found["panels"].setdefault(panel, {}).setdefault(label, []).append(values)
+    for label, fit in one.get("fits", {}).items():
+        found["fits"].setdefault(label, []).append(fit)
+    return found | {"seeds": [*found["seeds"], seed]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*DEMONSTRATIONS, []], help="which of them; none is all")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", default="0,1,2", help="such as 0,1,2")
+    parser.add_argument("--add", action="store_true", help="to what the files hold of other seeds")
     parser.add_argument("--output", type=Path, default=OUT)
     asked = parser.parse_args()
     asked.output.mkdir(parents=True, exist_ok=True)
     for name in asked.names or DEMONSTRATIONS:
-        found = DEMONSTRATIONS[name](asked.seeds)
         file = asked.output / f"preferences_{name}.json"
-        file.write_text(json.dumps(found, indent=1) + "\n")
-        draw(found, file.with_suffix(".svg"))
-        print(f"{name}: {file}", file=sys.stderr)
+        found = json.loads(file.read_text()) if asked.add and file.exists() else None
+        for seed in map(int, asked.seeds.split(",")):
+            if found is None or seed not in found["seeds"]:
+                found = joined(found, DEMONSTRATIONS[name](seed), seed)
+            file.write_text(json.dumps(found) + "\n")
+            draw(found, file.with_suffix(".svg"))
+        assert found is not None
         for title, lines in found["panels"].items():
             for label, runs in lines.items():
                 values = np.array(runs, float)
                 row = " ".join(f"{v:.3f}" for v in np.nanmean(values, 0)[:: max(1, values.shape[1] // 12)])
-                print(f"{title:28} {label:18} {row}", file=sys.stderr)
-        print(json.dumps(found.get("fits", {}), indent=1), file=sys.stderr)
+                print(f"{name}, {title}, {label}: {row}", file=sys.stderr)
+        print(json.dumps(found["fits"]), file=sys.stderr)
 
 
 if __name__ == "__main__":

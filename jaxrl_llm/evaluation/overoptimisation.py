@@ -97,7 +97,7 @@ def preference_table(
             {
                 "source": name,
                 "pairs": int(among.sum()),
-                **preference_metrics(*(x[among].tolist() for x in (b, w)), own, bins=bins),
+                **preference_metrics(b[among].tolist(), w[among].tolist(), own, bins=bins),
             }
         )
     return rows

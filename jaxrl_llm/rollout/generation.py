@@ -103,7 +103,7 @@ def generate(
     count, rows = prompts.tokens.shape[0], prompts.tokens.shape[0] * samples_per_prompt
     rows = rows if prompt_of is None else prompt_of.shape[0]
     _check(model, samples_per_prompt, max_completion_tokens, temperature, slots, prompt_of, record_router)
-    _check_rest(rows, count if prompt_of is None else 1, max_completion_tokens, slots, pause, controls, prefixes)
+    _check_rest(model, rows, count if prompt_of is None else 1, max_completion_tokens, slots, pause, controls, prefixes)
     if prompt_of is None:
         number = jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples_per_prompt)
         place = jnp.tile(jnp.arange(samples_per_prompt, dtype=jnp.int32), count)
@@ -161,6 +161,7 @@ def _started(
     rows = per_row.length.shape[0]
     if prefixes is None:
         return begin(drawing, prompts, per_row, of_rows, slots=room, **sizes), jnp.zeros(rows, bool)
+    prefixes = jax.tree.map(jnp.asarray, prefixes)
     if prefixes.tokens.shape[0] < rows and shares:
         state = begin_shared(drawing, prompts, per_row, prefixes, room=room, **sizes)
     else:
@@ -254,6 +255,7 @@ def _support(model: Model, controls: Controls | None) -> int:
 
 
 def _check_rest(
+    model: Model,
     rows: int,
     count: int,
     max_completion_tokens: int,

@@ -125,8 +125,8 @@ def branched_hidden(
         own = jnp.pad(jnp.repeat(tokens, count, axis=0), ((0, 0), (0, after)))
         behind = jnp.take_along_axis(ends, jnp.clip(place - kept[:, None], 0, after - 1), axis=1)
         whole = jnp.where(place < kept[:, None], own, behind)
-        given = (jnp.repeat(x, count, axis=0) for x in (prompt_tokens, prompt_length))
-        hidden = predicting_hidden(model, params, *given, whole, kept + end)
+        prompts, real = jnp.repeat(prompt_tokens, count, axis=0), jnp.repeat(prompt_length, count, axis=0)
+        hidden = predicting_hidden(model, params, prompts, real, whole, kept + end)
         at = jnp.minimum(kept[:, None] + jnp.arange(after), width + after - 1)
         return jnp.take_along_axis(hidden, at[..., None], axis=1)
     rows, prompt_width, width = tokens.shape[0], prompt_tokens.shape[1], tokens.shape[1]

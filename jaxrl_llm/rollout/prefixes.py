@@ -82,6 +82,7 @@ def begin_shared(
         predicting = jnp.concatenate([jnp.repeat(hidden[:, -1:], of_prompt, axis=0), behind], axis=1)
         scale = jnp.where(drawing.temperature == 0, 1.0, drawing.temperature)[::samples]
         known = token_statistics(model, params, predicting[:, :-1], prefixes.tokens, temperature=scale, entropy=True)
+    assert model.cut_cache is not None  # `can_share` has seen to it
     cache = model.cut_cache(model.expand_cache(cache, samples, room), drawing.prompt_length + prefixes.length)
     inside = jnp.arange(max_completion_tokens) < prefixes.length[:, None]
 

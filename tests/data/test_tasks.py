@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from jaxrl_llm.data import CharacterTokenizer, reference_response, split_of, tasks
-from jaxrl_llm.data.tasks import addition, chain, composition, countdown, sorting
+from jaxrl_llm.data.tasks import addition, chain, composition, countdown, function_calls, sorting
 from jaxrl_llm.rewards import countdown as countdown_reward
 from jaxrl_llm.rewards import exact_match
 
@@ -26,6 +26,7 @@ VARIANTS = [
     ("deduction", {}, 0),
     ("deduction", {}, 2),
     ("deduction", {"domain": "uncertain"}, 4),
+    ("function_calls", {}, 2),
     ("sorting", {}, 5),
     ("sorting", {"scratchpad": True}, 12),
     ("sorting", {"operation": "reverse"}, 3),
@@ -36,7 +37,8 @@ EVERY = pytest.mark.parametrize(("name", "options", "level"), VARIANTS)
 
 def test_names_are_the_families():
     several_turns = ("calculator", "grid", "self_correction")
-    one_completion = ("addition", "chain", "composition", "countdown", "deduction", "sorting", "two_chains")
+    one_completion = ("addition", "chain", "composition", "countdown", "deduction", "function_calls")
+    one_completion += ("sorting", "two_chains")
     assert tasks.names() == tuple(sorted(several_turns + one_completion))
     assert [name for name in tasks.names() if tasks.task(name).segments] == list(several_turns)
 
@@ -54,6 +56,12 @@ def test_names_are_the_families():
             "F:V(T(U(aabch)))",
             "U(aabch)=abch;T(abch)=bahc;V(bahc)=ghaf",
             "ghaf",
+        ),
+        (
+            function_calls.item([(47, "+", 85), (3, "*", 4)]),
+            "C:47+85;3*4",
+            "",
+            "add(a=47, b=85)\nmul(a=3, b=4)",
         ),
         (sorting.item([5, 3, 9, 1]), "S:5 3 9 1", "", "1 3 5 9"),
         (sorting.item([5, 3, 9, 1], operation="reverse"), "R:5 3 9 1", "", "1 9 3 5"),

@@ -146,7 +146,7 @@ def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, m
 
 @pytest.mark.fault(
     "address",
-    "two processes",
+    "two processes are started on it",
     "the owner rewrites an object every 15 seconds; whoever comes waits 45 seconds to see whether it lives. "
     "Of two that start within the same moment, the one that wrote last has it",
 )

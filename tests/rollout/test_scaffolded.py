@@ -35,7 +35,7 @@ def test_criteria_are_shown_as_a_whole():
     assert shown == [[1, 6, 9, 7, 7, 9, 5], [1, 7, 7, 9, 5], [1, 5], [1, 5]]
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rows_learn_without_what_they_have_seen(make_bigram, trained):
     number = np.arange(3, dtype=np.int32)
     own = np.stack([number * 0, number * 0, number * 0 + 1, number + 3], axis=1)

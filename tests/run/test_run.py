@@ -218,7 +218,9 @@ def test_a_terminated_run_stops(interrupted_run):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("signals", "SIGKILL", "the same command goes on, and every number is that of a run without it")
+@pytest.mark.fault(
+    "signals", "SIGKILL", "`--resume` goes on from the last checkpoint, and every number is that of a run without it"
+)
 def test_a_run_that_is_killed_is_that_of_one_that_was_not(finished_run, micro_yaml, tmp_path):
     run = tmp_path / "run"
     for step, words in (4, [str(micro_yaml), f"run_dir={run}"]), (WARM + 4, ["--resume", str(run)]):

@@ -31,7 +31,12 @@ MODELS = {
     "window, sinks": PLAIN | {"window": 3, "attention_sinks": True},
     "xla": PLAIN | {"attention": "xla"},
     "latent": PLAIN
-    | {"kv_heads": 2, "head_width": 4, "latent": LatentConfig(rank=8, plain_width=8, rope_width=4, value_width=8)},
+    | {
+        "kv_heads": 2,
+        "head_width": 4,
+        "qk_norm": False,
+        "latent": LatentConfig(rank=8, plain_width=8, rope_width=4, value_width=8),
+    },
     "delta": PLAIN | {"layers": 2, "delta": DeltaConfig(2, 2, 4, 4, kernel=3, pattern=(True, False))},
     "experts": PLAIN | {"experts": ExpertsConfig(4, 2)},
 }

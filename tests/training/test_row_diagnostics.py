@@ -36,10 +36,11 @@ def test_correlations_and_distances_are_taken_within_prompts():
     x, y = rng.normal(size=(2, 3, 4))
     hidden = lambda z: jnp.array([*z.ravel(), 99.0, jnp.nan])[:, None]  # noqa: E731
     ids, there = jnp.array([0] * 4 + [1] * 4 + [2] * 4 + [0, 1]), jnp.array([1.0] * 12 + [0, 0])
-    rho, distance = within_groups(hidden(x), hidden(y), ids, there)
+    rho, distance = jax.jit(within_groups)(hidden(x), hidden(y), ids, there)
     assert float(distance[0]) == pytest.approx(starc_distance(x, y), abs=1e-6)
     assert float(distance[0]) == pytest.approx(np.sqrt((1 - float(rho[0])) / 2), abs=1e-5)
-    assert float(within_groups(jnp.full((6, 1), 0.1), jnp.full((6, 1), 0.7), group, weight)[1][0]) == 0
+    constant = jnp.full((14, 1), 0.1)
+    assert float(jax.jit(within_groups)(constant, 7 * constant, ids, there)[1][0]) == 0
 
 
 def test_degenerate_completions_are_counted(rows):
@@ -50,13 +51,14 @@ def test_degenerate_completions_are_counted(rows):
     changed = replace(rows, tokens=tokens, length=length, group=group, truncated=jnp.zeros(8).at[4].set(1))
     scripts = np.zeros(64, np.int32)
     scripts[26:28] = 3
-    found = degenerate_completions(changed, jnp.ones(8).at[2].set(0), scripts)
+    measured = jax.jit(lambda rows, weight: degenerate_completions(rows, weight, scripts))
+    found = measured(changed, jnp.ones(8).at[2].set(0))
     assert float(found["duplicate_share"]) == pytest.approx(1 / 7)  # row 3 of row 1; row 5 is of another prompt
     assert float(found["empty_share"]) == pytest.approx(1 / 7)  # row 4 was cut off
     assert float(found["foreign_script_share"]) == pytest.approx(2 / 7)
     own = replace(changed, prompt_tokens=jnp.full_like(rows.prompt_tokens, 27))
-    assert float(degenerate_completions(own, jnp.ones(8), scripts)["foreign_script_share"]) == 0
-    assert "foreign_script_share" not in degenerate_completions(changed, jnp.ones(8))
+    assert float(measured(own, jnp.ones(8))["foreign_script_share"]) == 0
+    assert "foreign_script_share" not in jax.eval_shape(degenerate_completions, changed, jnp.ones(8))
 
 
 def test_ngrams_that_come_again():

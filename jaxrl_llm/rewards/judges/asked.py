@@ -18,6 +18,8 @@ from jaxrl_llm.endpoints import Endpoint, EndpointError, answer
 # How a model says that it will not answer; looked for at the beginning of what it says.
 _REFUSALS = ("i can't", "i cannot", "i can not", "i'm sorry", "i am sorry", "i won't", "i'm unable", "i am unable")
 
+_SAVED_TOGETHER = 64  # answers: each time that the file is written, the disk is waited for
+
 
 class JudgeError(ValueError):
     """A judge cannot be asked any further; the message names the judge, the number and the remedy."""
@@ -72,6 +74,7 @@ class Judge:
     attempts: int = 2
     counts: Counts = field(default_factory=Counts)
     _known: dict[str, str] = field(default_factory=dict, repr=False)
+    _unsaved: list[tuple[str, str]] = field(default_factory=list, repr=False)
     _opened: sqlite3.Connection | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -108,8 +111,12 @@ class Judge:
                     break
             return None
 
-        with ThreadPoolExecutor(max(1, min(self.endpoint.concurrency, len(wanted)))) as pool:
-            found = dict(zip(wanted, pool.map(one, wanted), strict=True))
+        try:
+            with ThreadPoolExecutor(max(1, min(self.endpoint.concurrency, len(wanted)))) as pool:
+                found = dict(zip(wanted, pool.map(one, wanted), strict=True))
+        finally:
+            with self._lock:
+                self._save()
         return [[found[text, vote] for vote in range(votes)] for text in questions]
 
     def report(self) -> dict[str, float]:
@@ -169,7 +176,18 @@ class Judge:
     def _keep(self, key: str, content: str) -> None:
         self._known[key] = content
         if self.cache is not None:
-            self._database().execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, content))
+            self._unsaved.append((key, content))
+            if len(self._unsaved) >= _SAVED_TOGETHER:
+                self._save()
+
+    def _save(self) -> None:
+        """Write what is not in the file yet; whoever calls holds the lock, which the others wait for."""
+        if self._unsaved:
+            database = self._database()
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", self._unsaved)
+            database.execute("COMMIT")
+            self._unsaved.clear()
 
     def _database(self) -> sqlite3.Connection:
         """The cache, opened once; whoever calls holds the lock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ def tool_calls_match(
 
     Args:
       completions: decoded completions; calls stand between the last pair of tags, as a JSON list, as one object, or as
-        one object a line, each with `name` and `parameters` (or `arguments`).
+        one object a line, each with `name` and `parameters` (or `arguments`); or as Python writes a call, one a line.
       answers: reference calls in the same form; an empty text, or [], expects none.
       form: "coarse" gives scale where names and parameter names agree, "strict" where everything does, else -scale.
       tags: around the calls.
@@ -112,7 +113,7 @@ def _calls(text: str) -> list[dict[str, Any]] | None:
     """The calls of a text; None where they cannot be read."""
     try:
         read = _parsed(text.strip())
-    except (ValueError, RecursionError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
     calls = []
     for call in read if isinstance(read, list) else [read]:
@@ -131,4 +132,14 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [_of_line(line.strip()) for line in text.splitlines() if line.strip()]
+
+
+def _of_line(line: str) -> Any:
+    """A call as JSON, or as Python writes it: search(q="cats", k=3), whose arguments are constants with names."""
+    if line.startswith("{"):
+        return json.loads(line)
+    call = ast.parse(line, mode="eval").body
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise ValueError(line)
+    return {"name": call.func.id, "parameters": {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}}

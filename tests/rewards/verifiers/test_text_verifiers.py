@@ -320,6 +320,18 @@ EXAMPLES = [
         },
         [-3, 3],
     ),
+    # As Python writes calls; what is no call of a name with constants cannot be read.
+    (
+        rewards.tool_calls_match,
+        {
+            "completions": [
+                said(one) for one in ("f(q='a', k=3)", "f(k=5, q='a')", "f(1)", "f(q=g())", "x.f()", "f(" * 999)
+            ],
+            "answers": ["f(q='a', k=5)"] * 6,
+            **TOOLS,
+        },
+        [1.5, 3, -3, -3, -3, -3],
+    ),
     # Two calls of one name: each reference call takes the nearest that is left; order of parameters is nothing.
     (
         rewards.tool_calls_match,
