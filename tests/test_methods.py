@@ -229,7 +229,7 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "function_calls": ({"levels": [1]}, 9, 22),
     "sorting": ({"levels": [3]}, 15, 12),
-    "two_chains": ({"levels": [1], "options": {"parallel_share": 0.5}}, 10, 28),
+    "two_chains": ({"levels": [1], "options": {"parallel_share": 0.5}}, 12, 30),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 # Too hard for so small a policy: its recipes reward more than right answers.

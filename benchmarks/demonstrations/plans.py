@@ -3,7 +3,7 @@
     python benchmarks/demonstrations/plans.py                 # all of them
     python benchmarks/demonstrations/plans.py unsolved sec    # these; --seeds 0 1 2 --steps 60
 
-They were not run yet. Each writes docs/demonstrations/NAME.json and NAME.svg and prints its table;
+Each writes docs/demonstrations/NAME.json and NAME.svg and prints its table;
 docs/demonstrations/plans.md says what was seen.
 """
 
@@ -166,7 +166,7 @@ class Bench:
 
 def unsolved(seeds: Sequence[int], steps: int) -> dict[str, Any]:
     """Countdown problems that the policy never solves: GRPO, prefixes of demonstrations, explanations."""
-    every = max(1, steps // 12)
+    every = max(1, steps // 6)
     sizes = {"samples_per_prompt": SAMPLES, "max_completion_tokens": COMPLETION, "pad_id": 0}
     inside = plans.plain(samples_per_prompt=SAMPLES - 1)
     shown = plans.demonstration_prefix(inside, total_steps=steps, branches=1, **sizes)
@@ -184,7 +184,7 @@ def unsolved(seeds: Sequence[int], steps: int) -> dict[str, Any]:
     }
     panels: Panels = {"pass@1": {}, "solved in 16 samples": {}}
     for seed in seeds:
-        bench = Bench(seed, 600)
+        bench = Bench(seed, min(600, 20 * steps))
         for name, (plan, samples, extra) in variants.items():
             seen = np.array(bench.trained(plan, samples, extra, steps, every))
             jax.clear_caches()
