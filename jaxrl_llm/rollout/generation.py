@@ -161,7 +161,7 @@ def _started(
     rows = per_row.length.shape[0]
     if prefixes is None:
         return begin(drawing, prompts, per_row, of_rows, slots=room, **sizes), jnp.zeros(rows, bool)
-    prefixes = jax.tree.map(jnp.asarray, prefixes)
+    prefixes = Prefixes(*map(jnp.asarray, (prefixes.tokens, prefixes.length, prefixes.source)))
     if prefixes.tokens.shape[0] < rows and shares:
         state = begin_shared(drawing, prompts, per_row, prefixes, room=room, **sizes)
     else:

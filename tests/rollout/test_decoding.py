@@ -253,7 +253,10 @@ def plain_model():
             {"prefixes": Prefixes(np.ones((12, STEPS + 1)), np.ones(12), np.ones((12, STEPS + 1)))},
             "15 tokens wide, more",
         ),
-        ({"prefixes": Prefixes(np.ones((3, 2)), np.ones(3), np.ones((3, 2)))}, "3 rows and prefixes.length 3, but there are 12"),
+        (
+            {"prefixes": Prefixes(np.ones((3, 2)), np.ones(3), np.ones((3, 2)))},
+            "3 rows and prefixes.length 3, but there are 12",
+        ),
     ],
 )
 def test_bad_input(options, message):

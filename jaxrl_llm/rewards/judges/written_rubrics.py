@@ -90,10 +90,11 @@ def contrastive_rubrics(
 def _criteria(text: str) -> list[tuple[str, int]] | None:
     """(criterion, 0 for a rule and 1 for a principle) of what a judge wrote; None where there is none to read."""
     said = parsed_object(text) or {}
+    lists = [said.get("rules"), said.get("principles")]
     found = [
         (one.strip(), kind)
-        for kind, name in enumerate(("rules", "principles"))
-        for one in (said.get(name) if isinstance(said.get(name), list) else ())
+        for kind, listed in enumerate(lists)
+        for one in (listed if isinstance(listed, list) else ())
         if isinstance(one, str) and one.strip()
     ]
     return found or None

@@ -73,7 +73,10 @@ def partial_rollouts(
         first = lambda x: x[::samples_per_prompt]  # noqa: E731
         both = lambda new, old: jnp.concatenate([jnp.asarray(new), old])  # noqa: E731
         earlier = [first(getattr(begun, name)) for name in _PROMPT]
-        asked = Prompts(*[both(new, old) for new, old in zip(_parts(prompts), earlier, strict=True)])
+        texts, sizes, ids, answers, answer_sizes = (
+            both(new, old) for new, old in zip(_parts(prompts), earlier, strict=True)
+        )
+        asked = Prompts(texts, sizes, ids, answers, answer_sizes)
         nothing, there = jnp.zeros(prompts_per_step, jnp.int32), first(begun.weight) > 0
         width = max_completion_tokens - 1
         held = Prefixes(begun.tokens[:, :width], jnp.where(begun.weight > 0, begun.length, 0), begun.source[:, :width])
