@@ -53,15 +53,18 @@ def files(tmp_path_factory, data_directory):
     folder = tmp_path_factory.mktemp("files")
     judged = {
         "pairs": {"prompt": "A:1+2", "chosen": "3", "rejected": "4"},
-        "labels": {"prompt": "A:1+2", "completion": "3", "label": True},
-        "ratings": {"prompt": "A:1+2", "completion": "3", "rating": 3.0},
+        "ratings": {"prompt": "A:1+2", "completion": "3", "rating": 3.0, "helpfulness": 3, "verbosity": 1},
         "rankings": {"prompt": "A:1+2", "completions": ["3", "4"]},
         "steps": {"prompt": "A:1+2", "steps": ["1;", "3"], "labels": [1, 1]},
     }
-    for name, line in judged.items():
+    written = {"prompt": "A:1+2", "completion": "3", "top_tokens": [[4], [2]], "top_logprobs": [[-0.1], [-0.2]]}
+    for name, line in (judged | {"distributions": written}).items():
         (folder / f"{name}.jsonl").write_text(64 * f"{json.dumps(line)}\n")
+    labels = [{"prompt": "A:1+2", "completion": answer, "label": answer == "3"} for answer in ("3", "4")]
+    (folder / "labels.jsonl").write_text(32 * "".join(f"{json.dumps(line)}\n" for line in labels))
     teacher = TransformerConfig(vocabulary_size=VOCABULARY, width=8, layers=1, heads=1, kv_heads=1)
-    save_model(folder / "teacher", transformer(teacher).init(jax.random.key(0)), teacher)
+    for name in ("teacher", "elder"):
+        save_model(folder / name, transformer(teacher).init(jax.random.key(0)), teacher)
     return folder
 
 

@@ -42,19 +42,26 @@ NETWORKS = (
     "guide",
     "process",
     "progress",
+    "goal",
     *HEADS,
     *(f"{head}_target" for head in HEADS),
 )
-VIEWS = ("answer", "mismatch", "plain", "yes", "no")
+VIEWS = ("answer", "itself", "mismatch", "opponent", "partner", "plain", "yes", "no")
 
 # ---- what public functions ask for ----------------------------------------------------------------------------------
 
 # Public functions that other functions call, and no step: what they are handed has the names of mathematics.
 HELPERS = {
     "advantages": {"rank_bonus", "soft_minimum"},
-    "losses": {"aggregate", "generator", "mean_log_ratio", "pessimistic_surrogate", "renyi", "token_share"},
-    "rewards": {"contrastive_rubrics", "checked_host_reward", "extract_answer", "extract_number", "parsed_number"},
-    "schedules": {"gradient_alignment", "influence_weights"},
+    "losses": {
+        *("aggregate", "aligned_gradients", "binary_logit_divergence", "generator", "goal_quality", "mean_log_ratio"),
+        *("pessimistic_surrogate", "renyi", "token_share"),
+    },
+    "rewards": {
+        *("contrastive_rubrics", "checked_host_reward", "dominated_volume", "extract_answer", "extract_number"),
+        "parsed_number",
+    },
+    "schedules": {"gradient_alignment", "implicit_gradient", "influence_weights"},
     "selection": {
         # called by plans and selections with counts and shares of earlier rows
         "balanced_samples",
@@ -87,7 +94,7 @@ OF_ONE_FUNCTION = {
     *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),
     # of pairs
     *("calibration", "first_share", "log_collision", "pair_weight", "reward_shift", "swapped_share", "weak_share"),
-    "win_share",
+    *("end_values", "original_correct", "refined_correct", "verdict", "win_share"),
 }
 ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewards, schedules, selection)}
 

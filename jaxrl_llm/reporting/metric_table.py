@@ -269,6 +269,10 @@ PANELS = (
                 "log_odds_ratio/<loss>", "nats", "pairs", "Log-odds of the preferred answer minus those of the other."
             ),
             Metric("score_gap/<loss>", "", "pairs", "Score of the preferred answer minus that of the other."),
+            Metric("regret_gap/<loss>", "", "pairs", "Regret of the other segment minus that of the preferred one."),
+            Metric("same_goal/<loss>", "share", "pairs", "Chance that two preferred answers are of one goal."),
+            Metric("other_goal/<loss>", "share", "pairs", "The same of a preferred answer and one that was not."),
+            Metric("win_share/<loss>", "share", "answers", "Share of the policy's samples that beat their opponent."),
             Metric("desirable_log_ratio/<loss>", "nats", "desirable rows", "log pi - log pi_ref of the completion."),
             Metric("undesirable_log_ratio/<loss>", "nats", "undesirable rows", "The same of undesirable ones."),
             Metric("kl_anchor/<loss>", "nats", "judged rows", "The point from which KTO measures both."),

@@ -87,7 +87,7 @@ def balance_score(
       The score of each row's prompt.
 
     >>> rewards, correct = jnp.array([1.2, 1.1, 0.1, -0.2]), jnp.array([1, 1, 0, 0])
-    >>> balance_score(rewards, correct, jnp.zeros(4, int), jnp.ones(4))[0].round(6).item()
+    >>> round(float(balance_score(rewards, correct, jnp.zeros(4, int), jnp.ones(4))[0]), 6)
     0.166667
 
     Reference: B-STaR (2412.17256).

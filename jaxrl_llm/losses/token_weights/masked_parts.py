@@ -46,6 +46,7 @@ def answer_part(
     return jnp.where(answer, mask, 0.0)
 
 
+@ranged
 def rewarded_part(
     rewards: Float[Array, "B"], mask: Float[Array, "B T"], weight: Float[Array, "B"], *, least: float = 1.0
 ) -> Float[Array, "B T"]:

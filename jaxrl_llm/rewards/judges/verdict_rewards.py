@@ -182,6 +182,7 @@ def critique_reward(
     return jnp.where(right, earned, -1.0)
 
 
+@ranged
 def attribute_reward(reward_scores: Float[Array, "B A"], *, weights: tuple[float, ...]) -> Float[Array, "B"]:
     """The weighted sum of the attributes that the network `reward` rates.
 

@@ -131,6 +131,7 @@ def early_abort(
     )
 
 
+@ranged
 def mean_entropy_above(
     behaviour_entropy: Float[Array, "B T"], mask: Float[Array, "B T"], *, nats: float
 ) -> Bool[Array, "B"]:

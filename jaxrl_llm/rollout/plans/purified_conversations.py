@@ -110,6 +110,7 @@ def without_turns(rows: Experience, gone: Bool[Array, "B S"], pad_id: int) -> Ex
     return made.filled(turn=jnp.where(inside, made["turn"], last).astype(rows["turn"].dtype))
 
 
+@ranged
 def turns_below(turn_rewards: Float[Array, "B S"], *, reward: float = 0.0) -> Bool[Array, "B S"]:
     """Turns whose own reward is below a number, such as that of a call that failed."""
     return turn_rewards < reward
