@@ -288,7 +288,8 @@ def test_stages_of_a_cache_have_room_for_all_tokens(tokens):
     assert len(sizes) <= 4
 
 
-@pytest.mark.parametrize("layout", ["contiguous", pytest.param("paged", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "paged"])
 def test_a_cache_that_grows_in_stages_changes_nothing(monkeypatch, layout):
     config = TransformerConfig(9, width=16, layers=1, heads=2, kv_heads=1, cache_layout=layout)
     model = transformer(config)

@@ -265,6 +265,7 @@ def test_a_student_comes_near_a_larger_teacher(data_directory, teacher):
     assert "gradient_norm/teacher" not in seen[-1]
 
 
+@pytest.mark.slow
 def test_the_exact_divergence_from_a_larger_teacher_calls_it_the_reference(data_directory, teacher):
     built, prompts = student(
         data_directory, f"networks={{reference: {{path: {teacher}}}}}", "losses=[{divergence: {samples: vocabulary}}]"
