@@ -1,33 +1,42 @@
 """Demonstrations of rewards: what papers claim, tried with the functions of this library on small problems.
 
     python benchmarks/demonstrations/rewards.py                    # all of them
-    python benchmarks/demonstrations/rewards.py cycle --seeds 5    # one
+    python benchmarks/demonstrations/rewards.py tournament cycle   # these; --seeds 3 --steps 60
 
-Both are simulations of seconds. Each writes docs/demonstrations/NAME.json and NAME.svg and prints its table;
-docs/demonstrations/rewards.md says what was seen.
+`tournament` and `cycle` are simulations of seconds. The others train small policies on tasks of the library, a minute
+or two a run on one core, from warm starts that are kept (see curves.py). Each writes docs/demonstrations/NAME.json and
+NAME.svg and prints its table; docs/demonstrations/rewards.md says what was seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_llm import advantages, losses
+from jaxrl_llm import advantages, losses, shipped
+from jaxrl_llm.compilation_cache import compilation_cache_directory
+from jaxrl_llm.config import read_tree
 from jaxrl_llm.reporting.figures import INCHES, STYLE
 from jaxrl_llm.reporting.report import COLOURS
 from jaxrl_llm.rewards.judges.tournaments import tournament_rewards
 
 OUT = Path(__file__).parents[2] / "docs" / "demonstrations"
+Curves = dict[str, list[list[float | None]]]
 
 # ---- a noisy judge --------------------------------------------------------------------------------------------------
 
@@ -49,8 +58,9 @@ def rank_correlation(found: np.ndarray, truth: np.ndarray) -> float:
     return float((a * b).sum() / norm) if norm > 0 else 0.0
 
 
-def tournament(seeds: int) -> dict[str, Any]:
+def tournament(seeds: int, steps: int) -> dict[str, Any]:
     """Rank correlation with the truth of ratings and tournaments of one noisy judge, by its noise and its calls."""
+    del steps
     found: dict[str, list[Any]] = {}
     calls: dict[str, int] = {}
 
@@ -95,7 +105,7 @@ BEATS = jnp.array([[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]])  # rock, 
 START = jnp.array([0.4, 0.0, 0.0])
 
 
-def cycle(seeds: int) -> dict[str, Any]:
+def cycle(seeds: int, steps: int) -> dict[str, Any]:
     """Entropy of a policy over rock, paper and scissors under SPO and under Bradley-Terry rewards."""
     prompts, samples = 32, 8
     group = jnp.repeat(jnp.arange(prompts), samples)
@@ -146,12 +156,156 @@ def cycle(seeds: int) -> dict[str, Any]:
         _, entropy = jax.jit(lambda: jax.lax.scan(update, (START, optimizer.init(START)), jnp.arange(600)))()
         return np.asarray(entropy)[::20].tolist()
 
+    del steps
     kinds = ("SPO", "Bradley-Terry, fitted once", "Bradley-Terry, refitted")
     panels = {"entropy, nats": {kind: [run(kind, seed) for seed in range(seeds)] for kind in kinds}}
     return {"x": list(range(0, 600, 20)), "xlabel": "update", "panels": panels}
 
 
-DEMONSTRATIONS = {one.__name__: one for one in (tournament, cycle)}
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+CONFIDENCE = re.compile(r"<c>(\d{1,3})</c>")
+
+
+def round_confidence(completion: str) -> float:
+    """10 for a stated confidence that is a multiple of ten."""
+    found = CONFIDENCE.search(completion)
+    return 10.0 if found and int(found[1]) % 10 == 0 else 0.0
+
+
+def modest_confidence(completion: str) -> float:
+    """0.01 for a stated confidence of 0, less for a higher one, 0 for none."""
+    found = CONFIDENCE.search(completion)
+    return 0.01 * (1 - min(int(found[1]), 100) / 100) if found else 0.0
+
+
+def confidence_bins(confidence: Any, correct: Any, weight: Any) -> tuple[Any, ...]:
+    """Share of rows, confidence and correctness of ten bins, summed and over all rows: pooled, they give the ECE."""
+    known = (weight > 0) & ~jnp.isnan(confidence)
+    place = jnp.clip(jnp.floor(jnp.where(known, confidence, 0.0) * 10), 0, 9)
+    inside = (place[None] == jnp.arange(10)[:, None]) * known
+    sums = [(inside * jnp.where(known, x, 0.0)).mean(1) for x in (jnp.ones_like(correct), confidence, correct)]
+    return tuple(jnp.concatenate(sums))
+
+
+BINS = [f"metric/bin_{what}_{place}" for what in ("rows", "stated", "right") for place in range(10)]
+
+
+def pooled_ece(lines: Sequence[dict[str, Any]]) -> float:
+    """Expected calibration error of the rows of several steps."""
+    rows, stated, right = np.array([[line[name] for name in BINS] for line in lines]).mean(0).reshape(3, 10)
+    return float(np.abs(stated - right).sum() / max(rows.sum(), 1e-9))
+
+
+def trained(
+    name: str, variants: dict[str, dict[str, Any]], of: Callable[..., Curves], seeds: int, steps: int, **more: Any
+):
+    """Runs of each variant and seed; what `of` reads from their metrics, which are kept as they come."""
+    cache = curves.cache_directory()
+    panels: dict[str, dict[str, Any]] = {}
+    for variant, tree in variants.items():
+        start = curves.warm_started(tree, cache)
+        for seed in range(seeds):
+            directory = cache / "demonstrations" / f"{name}-{re.sub('[^a-z]+', '-', variant.lower())}-{seed}"
+            shutil.rmtree(directory, ignore_errors=True)
+            curves.ran(start | {"seed": seed}, directory)
+            lines = curves.lines_of(directory)
+            for panel, values in of(lines).items():
+                panels.setdefault(panel, {}).setdefault(variant, []).append(values)
+                print(
+                    name, variant, seed, panel, [round(v, 3) for v in values[:: max(1, len(values) // 5)]], flush=True
+                )
+    x = np.linspace(steps / (2 * curves.BINS), steps, curves.BINS).round(1).tolist()
+    return {"x": x, "xlabel": "step", "panels": panels} | more
+
+
+def recipe(name: str, steps: int, sequences: int = curves.SEQUENCES, **changes: Any) -> dict[str, Any]:
+    """A shipped recipe or config with changes, at the small size of curves.py."""
+    path = shipped.recipe_path(name)
+    return curves.small(read_tree(path) | changes, steps, sequences)
+
+
+def binned(lines: Sequence[dict[str, Any]], **names: str) -> Curves:
+    """Curves by the names of their panels, from metrics."""
+    return {panel: curves.binned(list(lines), metric) for panel, metric in names.items()}  # type: ignore[return-value]
+
+
+def scales(seeds: int, steps: int) -> dict[str, Any]:
+    """Three rewards of the scales 1, 10 and 0.01: their plain sum, normalised by group, and GDPO."""
+    here = {"task": {"name": "addition", "levels": [2], "options": {"confidence": True, "scratchpad": False}}}
+    rewards = ["exact_answer", *({"python": f"rewards:{one}"} for one in ("round_confidence", "modest_confidence"))]
+    tree = recipe("rlcr", steps, **here, rewards=rewards)
+    tree["rollout"] |= {"samples_per_prompt": 8, "temperature": 1.0, "max_completion_tokens": 16}
+    tree["training"]["prompts_per_step"] = 32
+    variants = {
+        "sum": tree | {"credit": [{"advantages": "group_normalized"}]},
+        "GDPO": tree | {"credit": [{"advantages": {"decoupled_normalized": {"scale": "batch"}}}]},
+    }
+    names = {
+        "right answers (scale 1)": "reward/exact_answer",
+        "multiples of ten (scale 10)": "reward/round_confidence",
+        "modesty (scale 0.01)": "reward/modest_confidence",
+    }
+    return trained("scales", variants, lambda lines: binned(lines, **names), seeds, steps)
+
+
+def confidence(seeds: int, steps: int) -> dict[str, Any]:
+    """Right answers alone, and right answers with the Brier score of the stated confidence (RLCR)."""
+    here = {"task": {"name": "addition", "levels": [1, 2, 3], "options": {"confidence": True, "scratchpad": False}}}
+    tree = recipe("rlcr", steps, **here)
+    tree["task"]["levels"] = [1, 2, 3]
+    tree["rollout"] |= {"max_prompt_tokens": 11, "max_completion_tokens": 16, "temperature": 1.0}
+    read = {"confidence": {"stated_confidence": {"opening": "<c>", "closing": "</c>", "scale": 100}}}
+    told = {f"[{', '.join(BINS)}]": {"python": "rewards:confidence_bins"}}
+    last = {"advantages": {"group_normalized": {"scale": "none"}}}
+    variants = {
+        "right answers": tree | {"credit": [read, told, last]},
+        "RLCR": tree | {"credit": [read, told, {"rewards": "calibrated_correctness"}, last]},
+    }
+
+    def of(lines: list[dict[str, Any]]) -> Curves:
+        parts = np.array_split(np.arange(len(lines)), curves.BINS)
+        ece = [pooled_ece([lines[i] for i in part]) for part in parts]
+        return binned(lines, **{"right answers": "correct_share"}) | {"expected calibration error": ece}  # type: ignore[return-value]
+
+    return trained("confidence", variants, of, seeds, steps)
+
+
+def farmed(seeds: int, steps: int) -> dict[str, Any]:
+    """+0.1 for each turn with a calculator, in a plain sum and behind the gate of G-RA, which `recipe` has."""
+    tree = recipe("g_ra", steps, 128)
+    paid = [{"episode_reward": {"weight": 1.0}}, {"answer_present": {"weight": 0.1}}, {"turn_count": {"weight": 0.1}}]
+    normalised = [{"advantages": "group_normalized"}]
+    variants = {
+        "plain sum": tree | {"rewards": paid, "credit": normalised},
+        "gate": tree,
+    }
+    names = {"right answers": "correct_share", "turns": "reward/turn_count"}
+    return trained("farmed", variants, lambda lines: binned(lines, **names), seeds, steps)
+
+
+def votes(seeds: int, steps: int) -> dict[str, Any]:
+    """The majority as the label (TTRL), and the majority with novelty (EVOL-RL), without any reference answer."""
+    variants = {}
+    for name, title in (("ttrl", "majority vote"), ("evol_rl", "EVOL-RL")):
+        tree = recipe(name, steps, 256)
+        tree["evaluation"] |= {"every_steps": max(1, steps // 10), "problems": 128}
+        tree["task"] |= {"validation_items": 128}
+        variants[title] = tree
+
+    def of(lines: list[dict[str, Any]]) -> Curves:
+        return {
+            name: [line[metric] for line in lines if metric in line]
+            for name, metric in (("pass@1", "validation/pass@1"), ("pass@8", "validation/pass@8"))
+        }
+
+    found = trained("votes", variants, of, seeds, steps)
+    count = len(next(iter(found["panels"]["pass@1"].values()))[0])
+    return found | {"x": np.linspace(steps / count, steps, count).tolist()}
+
+
+STEPS = {"scales": 40, "confidence": 60, "farmed": 40, "votes": 80}
+DEMONSTRATIONS = {one.__name__: one for one in (tournament, cycle, scales, confidence, votes, farmed)}
 
 
 def drawn(found: dict[str, Any], file: Path) -> None:
@@ -193,11 +347,14 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*DEMONSTRATIONS, []], help="which; without any, all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of the runs that train; without it as many as each shows")
     parser.add_argument("--output", type=Path, default=OUT)
     options = parser.parse_args(given)
     options.output.mkdir(parents=True, exist_ok=True)
+    if directory := compilation_cache_directory():
+        jax.config.update("jax_compilation_cache_dir", str(directory))
     for name in options.names or DEMONSTRATIONS:
-        found = DEMONSTRATIONS[name](options.seeds)
+        found = DEMONSTRATIONS[name](options.seeds, options.steps or STEPS.get(name, 0))
         (options.output / f"{name}.json").write_text(json.dumps(found) + "\n")
         drawn(found, options.output / f"{name}.svg")
         print(f"{name}\n{table(found)}\n", flush=True)
