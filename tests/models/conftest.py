@@ -411,6 +411,9 @@ def make_checkpoint(tmp_path_factory):
                 theirs=theirs,
                 directory=directory,
                 execution=execution,
+                # How far two orders of summation may be apart, as a share of the largest number: the last bit of each
+                # weight moves what the one says by up to 2.3e-5, and what the others say by a third of it at most.
+                rounding=5e-5 if case == "gemma4 with shared keys and embeddings" else 1e-5,
                 model=model,
                 params=params,
                 # Compiled once for all tests.
