@@ -251,9 +251,9 @@ def scales(seeds: int, steps: int) -> dict[str, Any]:
 
 def confidence(seeds: int, steps: int) -> dict[str, Any]:
     """Right answers alone, and right answers with the Brier score of the stated confidence (RLCR)."""
-    here = {"task": {"name": "addition", "levels": [1, 2, 3], "options": {"confidence": True, "scratchpad": False}}}
+    here = {"task": {"name": "addition", "levels": [2, 3], "options": {"confidence": True, "scratchpad": False}}}
     tree = recipe("rlcr", steps, **here)
-    tree["task"]["levels"] = [1, 2, 3]
+    tree["task"]["levels"] = [2, 3]
     tree["rollout"] |= {"max_prompt_tokens": 11, "max_completion_tokens": 16, "temperature": 1.0}
     read = {"confidence": {"stated_confidence": {"opening": "<c>", "closing": "</c>", "scale": 100}}}
     told = {f"[{', '.join(BINS)}]": {"python": "rewards:confidence_bins"}}
