@@ -72,11 +72,6 @@ def partial_rollouts(
             )
         first = lambda x: x[::samples_per_prompt]  # noqa: E731
         both = lambda new, old: jnp.concatenate([jnp.asarray(new), old])  # noqa: E731
-        earlier = [first(getattr(begun, name)) for name in _PROMPT]
-        texts, sizes, ids, answers, answer_sizes = (
-            both(new, old) for new, old in zip(_parts(prompts), earlier, strict=True)
-        )
-        asked = Prompts(texts, sizes, ids, answers, answer_sizes)
         nothing, there = jnp.zeros(prompts_per_step, jnp.int32), first(begun.weight) > 0
         width = max_completion_tokens - 1
         held = Prefixes(begun.tokens[:, :width], jnp.where(begun.weight > 0, begun.length, 0), begun.source[:, :width])
@@ -84,7 +79,7 @@ def partial_rollouts(
         number = jnp.broadcast_to(jnp.asarray(numbers_before(prompts, samples_per_prompt), jnp.int32), nothing.shape)
         short = jnp.full(count, tokens_per_step, jnp.int32)
         request = Request(
-            asked,
+            _followed_by(prompts, begun, samples_per_prompt),
             samples_per_prompt,
             first_sample=both(number, first(begun.sample)),
             active=both(jnp.ones(prompts_per_step, bool), there),
@@ -131,6 +126,15 @@ def partial_rollouts(
 
 _PROMPT = ("prompt_tokens", "prompt_length", "prompt_id", "answer_tokens", "answer_length")
 _KEPT = (*_PROMPT, "sample", "tokens", "length", "source", "behaviour_logprobs", "behaviour_entropy")
+
+
+def _followed_by(prompts: Prompts, begun: Experience, samples_per_prompt: int) -> Prompts:
+    """New prompts, and behind them those of the groups that were begun."""
+    tokens, length, prompt_id, answer_tokens, answer_length = (
+        jnp.concatenate([jnp.asarray(new), getattr(begun, name)[::samples_per_prompt]])
+        for new, name in zip(_parts(prompts), _PROMPT, strict=True)
+    )
+    return Prompts(tokens, length, prompt_id, answer_tokens, answer_length)
 
 
 def _parts(prompts: Prompts) -> tuple[Array, ...]:
