@@ -37,7 +37,7 @@ VOCABULARY = CharacterTokenizer().vocabulary_size
 FILES = {path.stem: path for path in shipped.method_files()}
 RECIPES = sorted(FILES.keys() - {"base"})
 # One of each kind; the others are trained by the slow tests.
-AMONG_THE_FAST = ["grpo", "ppo", "score"]
+AMONG_THE_FAST = ["grpo", "ppo"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py and test_across_stages.py.
 TRAINED_ELSEWHERE = {

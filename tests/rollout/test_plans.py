@@ -185,6 +185,7 @@ def test_prompts_are_sampled_until_they_have_enough_of_both_kinds(model, params,
     np.testing.assert_array_equal(rows.weight, np.ones(16))
 
 
+@pytest.mark.slow
 def test_rounds_in_slots_are_the_same(model, params):
     steps = (composed(model, in_rounds(), rollout=rollout) for rollout in ({}, {"slots": 3}))
     one, other = (one_step(step, params, make_prompts(8)) for step in steps)
@@ -258,6 +259,7 @@ def test_a_greedy_completion_starts_as_the_last_sample_does(model, params):
     np.testing.assert_array_equal(rows["advantages"], (rows["rewards"] - rows["baseline_rewards"])[:, None] * rows.mask)
 
 
+@pytest.mark.slow
 def test_prefixes_may_be_made_around_a_greedy_completion_too(model, params):
     inner = greedy_baseline(plain(samples_per_prompt=4), temperature=1.0)
     plan = prefixes(inner, texts=TEXTS, encode=encode, **WIDTHS)
@@ -273,6 +275,7 @@ def with_demonstrations(count):
     return make_prompts(count, demonstration_tokens=tokens, demonstration_length=np.full(count, 3, np.int32))
 
 
+@pytest.mark.slow
 def test_a_greedy_completion_beside_demonstrations(model, params):
     prompts = with_demonstrations(4)
     plan = demonstration_in_group(plain(samples_per_prompt=3), **WIDTHS)
@@ -287,6 +290,7 @@ def test_a_greedy_completion_beside_demonstrations(model, params):
     np.testing.assert_array_equal(rows["baseline_rewards"], np.repeat(even(greedy.tokens), 3))
 
 
+@pytest.mark.slow
 def test_groups_of_given_starts_are_refilled(model, params):
     prompts = make_prompts(8)
     plan = refilled(started(), samples=4, max_rounds=4)
@@ -301,6 +305,7 @@ def test_groups_of_given_starts_are_refilled(model, params):
     np.testing.assert_array_equal(rows.prompt_id, np.repeat(informative[:2], 4))
 
 
+@pytest.mark.slow
 def test_groups_with_a_greedy_completion_are_refilled(model, params):
     inner = greedy_baseline(plain(samples_per_prompt=2), temperature=1.0)
     credit = [("advantages", above_baseline)]
@@ -349,6 +354,7 @@ def test_a_branch_is_the_completion_that_goes_on_from_what_is_kept(model, params
     assert (count > 0).any()
 
 
+@pytest.mark.slow
 def test_branches_go_on_from_demonstrations_too(model, params):
     prompts = with_demonstrations(4)
     plan = resumed(partial(last_share, kept=0.5), demonstration_in_group(plain(samples_per_prompt=2), **WIDTHS))
@@ -381,6 +387,7 @@ def some_even(turn_rewards):
     return (turn_rewards.sum(1) >= 1).astype(jnp.float32)
 
 
+@pytest.mark.slow
 def test_groups_of_conversations_are_refilled(model, params):
     step = composed(model, refilled(max_rounds=4, metric="rewards"), 2, [some_even], {"environment": TALK})
     metrics, rows = one_step(step, params, make_prompts(8))
