@@ -180,20 +180,20 @@ def modest_confidence(completion: str) -> float:
 
 
 def confidence_bins(confidence: Any, correct: Any, weight: Any) -> tuple[Any, ...]:
-    """Share of rows, confidence and correctness of ten bins, summed and over all rows: pooled, they give the ECE."""
+    """Share of rows, confidence and correctness of five bins, summed and over all rows: pooled, they give the ECE."""
     known = (weight > 0) & ~jnp.isnan(confidence)
-    place = jnp.clip(jnp.floor(jnp.where(known, confidence, 0.0) * 10), 0, 9)
-    inside = (place[None] == jnp.arange(10)[:, None]) * known
+    place = jnp.clip(jnp.floor(jnp.where(known, confidence, 0.0) * 5), 0, 4)
+    inside = (place[None] == jnp.arange(5)[:, None]) * known
     sums = [(inside * jnp.where(known, x, 0.0)).mean(1) for x in (jnp.ones_like(correct), confidence, correct)]
     return tuple(jnp.concatenate(sums))
 
 
-BINS = [f"metric/bin_{what}_{place}" for what in ("rows", "stated", "right") for place in range(10)]
+BINS = [f"metric/{what}{place}" for what in ("n", "c", "r") for place in range(5)]  # rows, confidence, right
 
 
 def pooled_ece(lines: Sequence[dict[str, Any]]) -> float:
     """Expected calibration error of the rows of several steps."""
-    rows, stated, right = np.array([[line[name] for name in BINS] for line in lines]).mean(0).reshape(3, 10)
+    rows, stated, right = np.array([[line[name] for name in BINS] for line in lines]).mean(0).reshape(3, 5)
     return float(np.abs(stated - right).sum() / max(rows.sum(), 1e-9))
 
 
