@@ -22,19 +22,19 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import curves
 import jax
 import numpy as np
 import optax
+from charts import drawn
 
 from jaxrl_llm import advantages, cli, data, losses, models, rewards, shipped
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.data.tasks.countdown import reward as countdown_reward
 from jaxrl_llm.data.tasks.items import record
 from jaxrl_llm.experience import Prompts
-from jaxrl_llm.reporting.figures import INCHES, STYLE
-from jaxrl_llm.reporting.report import COLOURS
 from jaxrl_llm.rewards.verifiers.text_answers import extract_answer
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.generation import generate
@@ -319,26 +319,6 @@ def curves_of_compositions(steps: int) -> dict[str, Any]:
 
 
 DEMONSTRATIONS = {one.__name__: one for one in (unsolved, faults, sec, compose, one_prompt)}
-
-
-def drawn(found: dict[str, Any], file: Path) -> None:
-    """One chart a panel: the mean over seeds of each variant, the band from the lowest to the highest."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    panels = found["panels"]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(INCHES[0] * len(panels), INCHES[1]), layout="constrained")
-        for axes, (title, of) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-            for number, (variant, seeds) in enumerate(of.items()):
-                values, colour = np.array(seeds, float), COLOURS[number % len(COLOURS)]
-                steps = found.get("steps", values.shape[1])
-                x = found.get("x") or np.linspace(steps / values.shape[1] / 2, steps, values.shape[1]).round(1)
-                axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-                axes.plot(x, values.mean(0), color=colour, label=variant)
-            axes.set(title=title, xlabel="step")
-        axes.legend()
-        figure.savefig(file, metadata={"Date": None})
 
 
 def table(found: dict[str, Any]) -> str:

@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import curves
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from charts import drawn
 
 from jaxrl_llm import advantages, losses, shipped
 from jaxrl_llm.compilation_cache import compilation_cache_directory
 from jaxrl_llm.config import read_tree
-from jaxrl_llm.reporting.figures import INCHES, STYLE
-from jaxrl_llm.reporting.report import COLOURS
 from jaxrl_llm.rewards.judges.tournaments import tournament_rewards
 
 OUT = Path(__file__).parents[2] / "docs" / "demonstrations"
@@ -306,27 +306,6 @@ def votes(seeds: int, steps: int) -> dict[str, Any]:
 
 STEPS = {"scales": 40, "confidence": 180, "farmed": 40, "votes": 80}
 DEMONSTRATIONS = {one.__name__: one for one in (tournament, cycle, scales, confidence, votes, farmed)}
-
-
-def drawn(found: dict[str, Any], file: Path) -> None:
-    """One chart a panel: the mean over seeds of each variant, the band from the lowest to the highest."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    panels = found["panels"]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(INCHES[0] * len(panels), INCHES[1]), layout="constrained")
-        for axes, (title, by_variant) in zip(
-            np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
-        ):
-            for number, (variant, seeds) in enumerate(by_variant.items()):
-                values, colour = np.array(seeds, float), COLOURS[number % len(COLOURS)]
-                x = found["x"][: values.shape[1]]
-                axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-                axes.plot(x, values.mean(0), color=colour, label=variant)
-            axes.set(title=title, xlabel=found["xlabel"])
-        axes.legend()
-        figure.savefig(file, metadata={"Date": None})
 
 
 def table(found: dict[str, Any]) -> str:

@@ -91,13 +91,13 @@ def asked_as(prompts: Prompts, view: str) -> Prompts:
     return replace(prompts, tokens=prompts.fields[f"{view}_tokens"], length=prompts.fields[f"{view}_length"])
 
 
-def behind_prompts_of(rows: Experience, other: Experience) -> Experience:
-    """Rows behind the prompts of others, row by row: what was drawn behind one prompt is learned behind another.
+def behind_prompts(rows: Experience, tokens: Int[Array, "B P"], length: Int[Array, "B"]) -> Experience:
+    """Rows behind other prompts, row by row: what was drawn behind one prompt is learned behind another.
 
     Its tokens are no longer those that the policy would draw there, and have `Source.REPLAYED`.
     """
     source = jnp.where(rows.source == Source.SAMPLED, Source.REPLAYED, rows.source).astype(jnp.int8)
-    return replace(rows, prompt_tokens=other.prompt_tokens, prompt_length=other.prompt_length, source=source)
+    return replace(rows, prompt_tokens=tokens, prompt_length=length, source=source)
 
 
 def row_draws(key: Array, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Float[Array, "B"]:

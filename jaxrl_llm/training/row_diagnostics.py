@@ -104,13 +104,13 @@ def degenerate_completions(
     rows_there = jnp.maximum(weight.sum(), 1.0)
     mean = lambda x: (x * weight).sum() / rows_there  # noqa: E731
     there = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
-    earlier = jnp.tril(jnp.ones((len(weight), len(weight)), bool), -1) & (weight > 0)[None, :]
-    same = (rows.group[:, None] == rows.group[None, :]) & (rows.length[:, None] == rows.length[None, :])
-    for factor in (0x9E3779B1, 0x85EBCA6B):  # told apart by two 32-bit hashes
-        code = _hash(rows.tokens, there, factor)
-        same &= code[:, None] == code[None, :]
+    # Told apart by two 32-bit hashes. Sorted, equal rows stand side by side, and all but the first repeat one.
+    codes = [_hash(rows.tokens, there, factor) for factor in (0x9E3779B1, 0x85EBCA6B)]
+    keys = (*codes, rows.length, rows.group, weight <= 0)
+    order = jnp.lexsort(keys)
+    repeats = jnp.stack([key[order][1:] == key[order][:-1] for key in keys]).all(0)
     found = {
-        "duplicate_share": mean((same & earlier).any(1)),
+        "duplicate_share": mean(jnp.zeros(len(weight), bool).at[order[1:]].set(repeats)),
         "empty_share": mean((rows.length <= 1) & ~rows.truncated.astype(bool)),
         "repeated_ngram_share": mean(repeated_ngrams(rows.tokens, rows.length)),
     }

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.ranges import Count, Natural, ranged
+from jaxrl_llm.rollout.plans.further_rows import prompts_of
 from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
 from jaxrl_llm.rollout.prefixes import Prefixes
 from jaxrl_llm.rows import empty_rows
@@ -130,12 +131,5 @@ _KEPT = (*_PROMPT, "sample", "tokens", "length", "source", "behaviour_logprobs",
 
 def _followed_by(prompts: Prompts, begun: Experience, samples_per_prompt: int) -> Prompts:
     """New prompts, and behind them those of the groups that were begun."""
-    tokens, length, prompt_id, answer_tokens, answer_length = (
-        jnp.concatenate([jnp.asarray(new), getattr(begun, name)[::samples_per_prompt]])
-        for new, name in zip(_parts(prompts), _PROMPT, strict=True)
-    )
-    return Prompts(tokens, length, prompt_id, answer_tokens, answer_length)
-
-
-def _parts(prompts: Prompts) -> tuple[Array, ...]:
-    return prompts.tokens, prompts.length, prompts.prompt_id, prompts.answer_tokens, prompts.answer_length
+    both = (replace(one, fields={}) for one in (prompts, prompts_of(begun, samples_per_prompt)))
+    return jax.tree.map(lambda new, old: jnp.concatenate([jnp.asarray(new), old]), *both)

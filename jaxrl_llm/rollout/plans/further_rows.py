@@ -123,7 +123,7 @@ def further(
     def result(carry: Progress) -> tuple[Experience, dict[str, Array]]:
         assert carry.rows is not None  # both rounds are over
         assert carry.more is not None
-        first, more = finish(given(carry, _prompts_of(carry.rows, drawn)), carry.more)
+        first, more = finish(given(carry, prompts_of(carry.rows, drawn)), carry.more)
         first = first.filled(branch=jnp.zeros(first.tokens.shape[0], jnp.float32))
         both = concatenated(first, more.filled(branch=jnp.ones(more.tokens.shape[0], jnp.float32)))
         order = _group_order(more.tokens.shape[0] // branches, drawn, branches)
@@ -164,7 +164,7 @@ def origins(x: Array, drawn: int, branches: int) -> Array:
     return x.reshape(groups, drawn, *x.shape[1:])[:, jnp.arange(branches) % drawn].reshape(-1, *x.shape[1:])
 
 
-def _prompts_of(rows: Experience, drawn: int) -> Prompts:
+def prompts_of(rows: Experience, drawn: int) -> Prompts:
     """The prompts of rows, one for each group."""
     of = lambda x: x[::drawn]  # noqa: E731
     return Prompts(

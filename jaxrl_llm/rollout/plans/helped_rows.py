@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rollout.plans.further_rows import Beginning, Given, further, origins
 from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
-from jaxrl_llm.rollout.rewriting import asked_as, behind_prompts_of
+from jaxrl_llm.rollout.rewriting import asked_as, behind_prompts
 
 
 @ranged
@@ -66,7 +66,7 @@ def helped(
     def finish(given: Given, more: Experience) -> tuple[Experience, Experience]:
         rows = given.rows
         like = jax.tree.map(partial(origins, drawn=drawn, branches=branches), rows)
-        more = behind_prompts_of(more, like)
+        more = behind_prompts(more, like.prompt_tokens, like.prompt_length)
         if keep == "right":
             more = replace(more, weight=more.weight * (more["correct"] >= 1))
         if learned == "group":
@@ -127,8 +127,7 @@ def under_view(inner: Plan, *, view: str = "privileged") -> Plan:
         rows, report = inner.result(carry)
         fields = dict(rows.fields)
         tokens, length = fields.pop("plain_tokens"), fields.pop("plain_length")
-        source = jnp.where(rows.source == Source.SAMPLED, Source.REPLAYED, rows.source).astype(jnp.int8)
-        return replace(rows, prompt_tokens=tokens, prompt_length=length, source=source, fields=fields), report
+        return behind_prompts(replace(rows, fields=fields), tokens, length), report
 
     return inner._replace(
         requests=requests,

@@ -15,7 +15,7 @@ from jaxrl_llm.fields import provided_by
 from jaxrl_llm.ranges import Count, Natural, ShareBelowOne, ranged
 from jaxrl_llm.rollout.plans.further_rows import Beginning, Given, further, origins
 from jaxrl_llm.rollout.plans.plan import Plan
-from jaxrl_llm.rollout.rewriting import asked_as, beginnings, behind_prompts_of, compacted
+from jaxrl_llm.rollout.rewriting import asked_as, beginnings, behind_prompts, compacted
 from jaxrl_llm.signatures import call, names
 
 
@@ -95,7 +95,7 @@ def resume(
             kept = origins(jnp.minimum(cut, rows.length), drawn, branches)[:, None]
             helped = (place >= kept) & (place < kept + len(behind))
             like = jax.tree.map(lambda x: origins(x, drawn, branches), rows)
-            more = behind_prompts_of(compacted(more, ~helped, pad_id), like)
+            more = behind_prompts(compacted(more, ~helped, pad_id), like.prompt_tokens, like.prompt_length)
         if not trained_origin:
             # Origins that have no branch keep all of their tokens.
             number = jnp.arange(rows.tokens.shape[0]) % drawn

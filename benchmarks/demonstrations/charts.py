@@ -1,0 +1,33 @@
+"""Charts of demonstrations: curves of several variants and seeds, a chart for each panel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.reporting.figures import INCHES, STYLE
+from jaxrl_llm.reporting.report import COLOURS
+
+
+def drawn(found: dict[str, Any], file: Path) -> None:
+    """One chart a panel: the mean over seeds of each variant, the band from the lowest to the highest."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    panels = found["panels"]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(INCHES[0] * len(panels), INCHES[1]), layout="constrained")
+        for axes, (title, of) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            for number, (variant, seeds) in enumerate(of.items()):
+                values, colour = np.array(seeds, float), COLOURS[number % len(COLOURS)]
+                steps = found.get("steps", values.shape[1])
+                x = found.get("x", ())[: values.shape[1]] or np.linspace(
+                    steps / values.shape[1] / 2, steps, values.shape[1]
+                ).round(1)
+                axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+                axes.plot(x, values.mean(0), color=colour, label=variant)
+            axes.set(title=title, xlabel=found.get("xlabel", "step"))
+        axes.legend()
+        figure.savefig(file, metadata={"Date": None})
