@@ -74,7 +74,7 @@ MICRO = {
     "grid": Micro({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "function_calls": Micro({"levels": [1]}, 9, 22),
     "sorting": Micro({"levels": [3]}, 15, 12),
-    "bargaining": Micro({"levels": [2]}, 8, 40),
+    "bargaining": Micro({"levels": [2]}, 9, 40),
     "self_correction": Micro({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 

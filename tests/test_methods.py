@@ -49,7 +49,7 @@ TRAINED_ELSEWHERE = {
     "unpacked_ppo",
     "rto",
 }
-TRAINED_ELSEWHERE |= {"llm_judge", "thought_judge", "generative_judge"}
+TRAINED_ELSEWHERE |= {"llm_judge", "thought_judge", "generative_judge", "sotopia"}
 TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo", "metacognitive_reuse"}
 TRAINED_ELSEWHERE |= {"math_shepherd"}
 
@@ -221,7 +221,7 @@ STAGES = {
 # Micro tasks: (options of the task, longest prompt, longest completion).
 MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "addition": ({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
-    "bargaining": ({"levels": [2]}, 8, 40),
+    "bargaining": ({"levels": [2]}, 9, 40),
     "calculator": ({"levels": [1]}, 15, 64),
     "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
     "composition": ({"levels": [1]}, 14, 28),

@@ -272,12 +272,12 @@ def confidence(seeds: int, steps: int) -> dict[str, Any]:
 
 
 def farmed(seeds: int, steps: int) -> dict[str, Any]:
-    """+0.1 for each turn with a calculator, which grants ten: added, behind the answer, and not at all."""
+    """+0.1 for each turn with a calculator, which grants twelve: added, behind the answer, and not at all."""
     tree = recipe("g_ra", steps, 64)
-    tree["task"] |= {"levels": [1], "options": {"repeated": 0.5, "spare_calls": 9}}
+    tree["task"] |= {"levels": [1], "options": {"repeated": 0.5, "spare_calls": 11}}
     tree["environment"] |= {"error_penalty": 0.0, "most_operations": 1, "max_turn_tokens": 12}
-    tree["rollout"] |= {"max_completion_tokens": 192, "temperature": 1.0}
-    tree["warm_start"] |= {"stop_at_accuracy": 0.8}
+    tree["rollout"] |= {"max_completion_tokens": 208, "temperature": 1.0}
+    tree["warm_start"] |= {"stop_at_accuracy": 0.8, "sequences_per_step": 32, "probe_every_steps": 40}
     tree["training"] |= {"learning_rate": 1e-3}
     paid = [{"episode_reward": {"weight": 1.0}}, {"turn_count": {"weight": 0.1}}]
     watched = ["episode_reward", {"turn_count": {"weight": 0.0}}]

@@ -345,8 +345,8 @@ def test_a_copy_of_the_policy_learns_to_write_verdicts_and_the_policy_from_them(
     for step in seen["reinforcement"]:
         assert 0 <= step["reward/judge_rating"] <= 1
         assert step["reward"] == pytest.approx(step["reward/judge_rating"])  # the verifier has no weight
-        assert step["gradient_norm"] > 0
         assert "gradient_norm/critic" not in step
+    assert seen["judge"][-1]["gradient_norm/critic"] > 0
 
 
 @pytest.mark.slow
@@ -363,3 +363,23 @@ def test_a_judge_behind_an_endpoint_is_asked_about_each_step(data_directory, tmp
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.slow
+def test_shares_of_utterances_in_a_deal_are_learned_and_the_policy_from_them(data_directory, tmp_path):
+    task = MICRO["task"] | {"name": "bargaining", "levels": [2], "options": {}}
+    config = sums(
+        data_directory, "sotopia", "rollout.max_prompt_tokens=9", "rollout.max_completion_tokens=40", task=task
+    )
+    shares, policy = config.stages
+    shares["training"]["steps"] = 20
+    networks = {"utterance": replace(config.networks["utterance"], learning_rate=0.01)}
+    seen = whole_run(replace(config, stages=(shares, policy), networks=networks), tmp_path / "run")
+    losses = [one["loss/step_label_likelihood"] for one in seen["utterances"]]
+    np.testing.assert_allclose(losses[0], np.log(2), atol=0.15)
+    assert np.mean(losses[-4:]) < losses[0] - 0.1  # most utterances contribute nothing
+    assert "gradient_norm" not in seen["utterances"][-1]  # the policy waits
+    for step in seen["reinforcement"]:
+        assert step["gradient_norm"] > 0
+        assert "gradient_norm/utterance" not in step
+        assert 0 <= step["episode/own_share"] <= 1
