@@ -90,7 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training",
     },
     "planning": {*METHODS, "config", "models", "parallel", "rollout", "run", "training"},
-    "catalogue": {*METHODS, "config", "run", "shipped", "training"},
+    "catalogue": {*METHODS, "config", "data", "run", "shipped", "training"},
 }
 ENTRANCES = {"cli", "commands", "__main__"}  # import everything, and only each other imports them
 
