@@ -49,7 +49,7 @@ TRAINED_ELSEWHERE = {
     "unpacked_ppo",
     "rto",
 }
-TRAINED_ELSEWHERE |= {"llm_judge"}
+TRAINED_ELSEWHERE |= {"llm_judge", "thought_judge", "generative_judge", "sotopia"}
 TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo", "metacognitive_reuse"}
 TRAINED_ELSEWHERE |= {"math_shepherd"}
 
@@ -74,7 +74,7 @@ METHODS = {
     "StableReinforce": ("stable_reinforce",),
     "RiskPO": ("riskpo",),
     "Lp-Reg": ("lp_reg",),
-    "MAPO": ("mapo", "mapo_batch"),
+    "MAPO": ("mapo", "mapo_batch", "mapo_turn"),
     "Credit of steps": ("igpo", "lare", "math_shepherd", "salt", "thought_process", "tree_rl", "vine_ppo"),
     "ProGRPO": ("progrpo",),
     "GRPO-lambda": ("grpo_lambda",),
@@ -195,7 +195,7 @@ METHODS = {
     "Continual": ("continual",),
     "Priming": ("priming",),
     "DLER, difficulty-aware": ("difficulty_aware_dler",),
-    "Judges": ("llm_judge", "tp_grpo", "sotopia"),
+    "Judges": ("llm_judge", "tp_grpo", "sotopia", "generative_judge", "thought_judge", "calm"),
     "Scaffolds": ("rusca",),
     "Tool calls": ("toolrl",),
     "Detectors": ("t2i_hacking",),
@@ -226,6 +226,7 @@ STAGES = {
 # Micro tasks: (options of the task, longest prompt, longest completion).
 MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "addition": ({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
+    "bargaining": ({"levels": [2]}, 9, 40),
     "calculator": ({"levels": [1]}, 15, 64),
     "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
     "composition": ({"levels": [1]}, 14, 28),
@@ -386,6 +387,7 @@ def policy(micro) -> Any:
 
     first_of = {
         "addition": "base",
+        "bargaining": "mapo_turn",
         "calculator": "g_ra",
         "chain": "copo",
         "countdown": "psr",

@@ -316,7 +316,7 @@ def configured_environment(
         if options:
             raise ValueError(
                 f"environment.{next(iter(options))} is set, but nothing here takes turns; choose the task grid, "
-                "calculator or self_correction, or name an environment of your own in environment.python"
+                "calculator, bargaining or self_correction, or name an environment of your own in environment.python"
             )
         return None
     if not isinstance(tokenizer, CharacterTokenizer):

@@ -37,7 +37,7 @@ EVERY = pytest.mark.parametrize(("name", "options", "level"), VARIANTS)
 
 
 def test_names_are_the_families():
-    several_turns = ("calculator", "grid", "self_correction")
+    several_turns = ("bargaining", "calculator", "grid", "self_correction")
     one_completion = ("addition", "chain", "composition", "countdown", "deduction", "function_calls")
     one_completion += ("sorting", "two_chains")
     assert tasks.names() == tuple(sorted(several_turns + one_completion))
