@@ -116,7 +116,7 @@ METHODS = {
     "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
     "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce", "multi_attribute"),
     "Weak-to-strong": ("weak_to_strong",),
-    "Two answers at once": ("pit_gap_model", "goal_conditioned"),
+    "Two answers at once": ("pit_gap_model", "pit_improver", "goal_conditioned"),
     "RL against reward models": ("cooper", "unpacked_ppo", "rto"),
     "Self-play": ("sppo", "inpo", "dno"),
     "Opponents": ("nash_md", "xpo", "online_vpo"),
@@ -125,6 +125,11 @@ METHODS = {
     "Judges of their own": ("spark", "urpo"),
     "KEPO": ("kepo",),
     "Dynamic reward weighting": ("drw_hypervolume",),
+    "Bilevel": ("barfi", "parl"),
+    "Value-augmented sampling": ("value_augmented_sampling",),
+    "MOSS-RLHF": ("moss_contrastive", "meta_rm"),
+    "Judges that write": ("webarbiter", "rm_nlhf", "unified_thinking"),
+    "Regret": ("regret_preference",),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
@@ -286,10 +291,12 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
     chosen, longest_prompt, longest = MICRO[task]
     if tree["task"].get("options", {}).get("confidence"):
         chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
+    if tree["task"].get("options", {}).get("claims"):
+        chosen, longest_prompt = {**chosen, "options": {"claims": True}}, longest_prompt + 4
     if tree.get("data", {}).get("selection"):  # several arms
         chosen, longest_prompt = {**chosen, "levels": [1, 2]}, longest_prompt + 2
     shown = [part.get("data", {}).get("templates", {}) for part in (tree, *tree.get("stages", []))]
-    told = [stage["data"].get("privileged", "") for stage in tree.get("stages", []) if "data" in stage]
+    told = [stage.get("data", {}).get("privileged") or "" for stage in (tree, *tree.get("stages", []))]
     longest_prompt += max((40 for text in told if text), default=0)
     for text in (text for templates in shown for text in templates.values()):
         longest_prompt = max(longest_prompt, len(text) + 10 * text.count("{body}"))
@@ -394,6 +401,8 @@ def policy(micro) -> Any:
     def chosen(recipe: str) -> str:
         task = read_tree(FILES[recipe])["task"]
         # What completes a problem differently is learned from completions of its own.
+        if task.get("options", {}).get("claims"):
+            return "webarbiter"
         return "rlcr" if task.get("options", {}).get("confidence") else first_of[task["name"]]
 
     return lambda recipe: trained_on(chosen(recipe))

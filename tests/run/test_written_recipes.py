@@ -70,13 +70,14 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def micro(files, data_directory):
-    """A recipe for a micro model that reads its file."""
+    """A recipe for a micro model that reads its file, if it reads one."""
 
-    def make(name: str, kind: str, *overrides: str) -> Config:
+    def make(name: str, kind: str | None, *overrides: str) -> Config:
         tree = read_tree(recipe_path(name)) | MICRO | {"data": {"directory": data_directory}}
         tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
         tree["training"] |= {"learning_rate": 0.01, "warmup_steps": 0}
-        tree["source"] = {kind: {"file": str(files[kind]), "groups_per_step": 8}}
+        if kind is not None:
+            tree["source"] = {kind: {"file": str(files[kind]), "groups_per_step": 8}}
         tree["warm_start"] = {"steps": 0}
         tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
         return parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size)
@@ -190,7 +191,7 @@ def test_a_process_reward_model_learns_from_labelled_steps_and_the_policy_from_i
 
 @pytest.mark.slow
 def test_a_process_reward_model_learns_from_continuations_that_nobody_labelled(micro, tmp_path):
-    config = micro("math_shepherd", "steps", "rollout.max_completion_tokens=14")
+    config = micro("math_shepherd", None, "rollout.max_completion_tokens=14")
     model, policy = config.stages
     model["training"], policy["training"] = {"steps": 20, "prompts_per_step": 8}, {"steps": 3, "prompts_per_step": 8}
     networks = {"process": replace(config.networks["process"], learning_rate=0.005)}
