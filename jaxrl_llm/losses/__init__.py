@@ -50,6 +50,7 @@ from jaxrl_llm.losses.preference.reward_model_losses import (
     weak_labels,
 )
 from jaxrl_llm.losses.preference.self_play import dno, inpo, nash_md, optimal_transport, token_guided
+from jaxrl_llm.losses.preference.shifted_policies import embeddings_of_all, score_spread, sentence_contrast
 from jaxrl_llm.losses.preference.single_answers import (
     anchored_preference,
     binary_classifier,
@@ -108,6 +109,7 @@ __all__ = [
     "divergence_reward",
     "dno",
     "dpo",
+    "embeddings_of_all",
     "entropy_band",
     "entropy_bonus",
     "entropy_change_weights",
@@ -174,6 +176,8 @@ __all__ = [
     "same_prompt",
     "sample_log_ratio",
     "sapo",
+    "score_spread",
+    "sentence_contrast",
     "sequence_clipped_surrogate",
     "several_values",
     "simpo",
