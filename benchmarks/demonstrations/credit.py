@@ -246,10 +246,10 @@ def filler(seeds: int) -> dict[str, Any]:
         "rollout": tree["rollout"] | {"max_completion_tokens": 40},
     }
     sums = {"turn_mixed_normalized": {"alpha": 1.0, "gamma": 1.0}}
-    least = {"min_form_advantages": {"verifier_coefficient": 0.0}}
+    least, checked = ({"min_form_advantages": {"verifier_coefficient": one}} for one in (0.0, 1.0))
     arms = {
         name: recipe("clip_delta", **shared, credit=[*scored, measured, {"advantages": advantages}])
-        for name, advantages in (("sum", sums), ("min form", least))
+        for name, advantages in (("sum", sums), ("min form", least), ("min form and verifier", checked))
     }
     return trained("filler", arms, ("metric/steps", "correct_share", "completion_tokens"), seeds)
 

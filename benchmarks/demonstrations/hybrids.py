@@ -149,7 +149,7 @@ def distillation(seed: int, *, steps: int = 120, goal: float = 0.5) -> dict[str,
     of_teacher, of_student = sums.accuracy(large), sums.accuracy(small)
     teacher = until(teach, teach.init(jax.random.key(seed)), sums.demonstrations(), of_teacher, 0.97, 700, 50).params
     first = supervised(small, 2e-3)
-    start = until(first, first.init(jax.random.key(seed + 50)), sums.demonstrations(), of_student, 0.1, 300, 10).params
+    start = until(first, first.init(jax.random.key(seed + 50)), sums.demonstrations(), of_student, 0.3, 500, 10).params
     prompts = sums.prompts()
     found: dict[str, Any] = {"teacher": of_teacher(teacher)}
 
@@ -163,7 +163,7 @@ def distillation(seed: int, *, steps: int = 120, goal: float = 0.5) -> dict[str,
         same = (r.prompt_tokens, r.prompt_length, r.prompt_id, r.tokens, r.length)
         return {"written": written_rows(*same, answer_width=1, alone=True)}
 
-    by_texts = supervised(small, 3e-3)
+    by_texts = supervised(small, 1e-3)
     found["supervised on the teacher's texts"] = curve(
         by_texts, by_texts.init(jax.random.key(0), start), lesson, of_student, steps, every
     )
@@ -173,7 +173,7 @@ def distillation(seed: int, *, steps: int = 120, goal: float = 0.5) -> dict[str,
         )
         step = make_train_step(
             small,
-            adam(3e-3),
+            adam(1e-3),
             source=Rollout(1, max_completion_tokens=sums.completion, **SAMPLING),
             rewards=[rewards.exact_answer],
             losses=[compared],
@@ -190,13 +190,13 @@ def distillation(seed: int, *, steps: int = 120, goal: float = 0.5) -> dict[str,
 
 
 def relift(seed: int, *, steps: int = 60) -> dict[str, Any]:
-    """Accuracy on sums of three digits, of which a tenth is right at first, and the demonstrations it took."""
+    """Accuracy on sums of three digits, of which a third is right at first, and the demonstrations it took."""
     every, groups, samples = 10, 8, 8
     sums, hard = (Problems("addition", levels, (11, 35), seed=seed) for levels in ([2, 3], [3]))
     model = model_of(2, 64)
     prompts, of_hard = sums.prompts(size=groups), hard.accuracy(model)
     first = supervised(model, 2e-3)
-    start = until(first, first.init(jax.random.key(seed)), sums.demonstrations(), of_hard, 0.1, 600, 10).params
+    start = until(first, first.init(jax.random.key(seed)), sums.demonstrations(), of_hard, 0.33, 900, 10).params
     sampler = Rollout(samples, max_completion_tokens=35, prompts_per_step=groups, **SAMPLING)
     store = Hardest(16, 64, samples, 11, 35)
     sampled = {
