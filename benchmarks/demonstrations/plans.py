@@ -210,7 +210,8 @@ def trained(
             start = curves.warm_started(tree, cache)
             directory = cache / "demonstrations" / f"{name}-{variant.replace(' ', '-')}-{seed}"
             shutil.rmtree(directory, ignore_errors=True)
-            lines = curves.ran(start | {"seed": seed}, directory)
+            curves.ran(start | {"seed": seed}, directory)
+            lines = curves.lines_of(directory)
             jax.clear_caches()
             found = of(lines, directory)
             for panel, values in found["panels"].items():
