@@ -300,6 +300,7 @@ def table_of(seeds: dict[str, dict[str, Any]]) -> Table:
     table = Table("seed", *names)
     for seed, one in seeds.items():
         told = [one[key][-1] if isinstance(one[key], list) else one[key] for key in names]
+        told = [", ".join(map(str, value.values())) if isinstance(value, dict) else value for value in told]
         table.add_row(seed, *[f"{value:.3g}" if isinstance(value, float) else str(value) for value in told])
     return table
 
