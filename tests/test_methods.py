@@ -130,6 +130,7 @@ METHODS = {
     "MOSS-RLHF": ("moss_contrastive", "meta_rm"),
     "Judges that write": ("webarbiter", "rm_nlhf", "unified_thinking"),
     "Regret": ("regret_preference",),
+    "Robust values": ("riql",),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),

@@ -78,7 +78,12 @@ from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights
 from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_kl, forking_mask, forking_tokens
 from jaxrl_llm.losses.token_weights.masked_parts import answer_part, over_mask, rewarded_part
 from jaxrl_llm.losses.value.clipped_value import clipped_value
-from jaxrl_llm.losses.value.distributional import categorical_value, quantile_value, several_values
+from jaxrl_llm.losses.value.distributional import (
+    categorical_value,
+    expectile_value,
+    quantile_value,
+    several_values,
+)
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
 from jaxrl_llm.losses.value.step_models import outcome_label_likelihood, return_decomposition, step_label_likelihood
 
@@ -115,6 +120,7 @@ __all__ = [
     "entropy_change_weights",
     "entropy_history",
     "entropy_history_penalty",
+    "expectile_value",
     "exploratory_preference",
     "external_surrogate",
     "failure_pushback",
