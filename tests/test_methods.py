@@ -506,6 +506,16 @@ def a_stage_is_traced(built: Parts) -> None:
         assert all(c.score(one) or compared_with(one) or one.startswith("router") for one in wanted), wanted
 
 
+@pytest.mark.slow
+def test_steps_that_are_continued_may_be_read_from_text(micro, policy):
+    steps = "{continued_steps: {choose: {step_borders: {pattern: '[0-9]'}}, continuations: 2, max_turns: 3}}"
+    credit = "[{turn_labels: continuation_labels}, {advantages: step_value_gains}]"  # the plan knows `turn`
+    built = parts(micro("vine_ppo", f"rollout.plan={steps}", f"credit={credit}"))
+    _, seen = trained(built, policy("vine_ppo"), 3)
+    assert all(step["seconds/turn"] > 0 < step["continued_tokens"] for step in seen)
+    assert all(np.isfinite(step["loss"]) for step in seen)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_where_it_comes_from(name):
     tree = read_tree(FILES[name])

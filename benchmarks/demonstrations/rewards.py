@@ -312,7 +312,7 @@ def votes(seeds: int, steps: int) -> dict[str, Any]:
     return found | {"x": np.linspace(steps / count, steps, count).tolist()}
 
 
-STEPS = {"scales": 40, "confidence": 180, "farmed": 40, "votes": 80}
+STEPS = {"scales": 40, "confidence": 180, "farmed": 30, "votes": 80}
 DEMONSTRATIONS = {one.__name__: one for one in (tournament, cycle, scales, confidence, votes, farmed)}
 
 

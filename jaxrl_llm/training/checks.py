@@ -104,6 +104,12 @@ def _check_names(c: Composition) -> None:
         _require_views(c, term.function, f"reward {term.name!r}", available)
         if term.on_host and c.resources.decode is None and names(term.function) & text:
             raise ValueError(f"reward {term.name!r} reads text, so make_train_step needs decode= (token ids -> text)")
+    for name, function in () if c.rollout is None else c.plan.readings:
+        _require_names(function, f"{name!r} of rollout.plan", available | text)
+        if c.resources.decode is None and names(function) & text:
+            raise ValueError(
+                f"{name!r} of rollout.plan is read from text, so make_train_step needs decode= (token ids -> text)"
+            )
     if c.rewards:
         available |= provided_by("rewards")
     if c.rollout is not None:

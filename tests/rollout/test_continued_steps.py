@@ -15,6 +15,7 @@ from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.rollout import Prefixes, generate, plans
+from jaxrl_llm.signatures import on_host
 from jaxrl_llm.training import Network, Resources, Rollout, make_train_step
 
 EOS, RIGHT, WRONG, SURE, OPEN, START = 2, 6, 7, 4, 5, 9
@@ -67,7 +68,7 @@ def labelled(model, steps, *, form="soft", width=WIDTH, turns=3, decode=None):
         source=Rollout(samples_per_prompt=SAMPLES, max_completion_tokens=width, eos_ids=(EOS,), pad_id=0, plan=plan),
         rewards=[right],
         credit=[
-            *([] if decode else [("turn", steps)]),
+            *([] if on_host(steps) else [("turn", steps)]),
             ("turn_labels", partial(rewards.continuation_labels, form=form)),
             ("step_labels", rewards.labels_at_ends),
         ],
@@ -109,6 +110,8 @@ def test_steps_may_be_read_from_the_text_of_completions(make_bigram):
     np.testing.assert_array_equal(read["turn"][inside], rows["turn"][inside])
     assert metrics["continued_tokens"] == same["continued_tokens"]
     assert metrics["seconds/turn"] >= 0
+    with pytest.raises(ValueError, match=r"'turn' of rollout.plan is read from text, so make_train_step needs decode="):
+        labelled(chain(make_bigram), a_word_a_step)
 
 
 @pytest.mark.slow
