@@ -75,7 +75,7 @@ from jaxrl_llm.losses.supervised.written_tokens import external_surrogate, rehea
 from jaxrl_llm.losses.token_weights.correction import importance_weight, negative_sequence_mask
 from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights, predicted_entropy_change
 from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_kl, forking_mask, forking_tokens
-from jaxrl_llm.losses.token_weights.masked_parts import answer_part, over_mask, rewarded_part
+from jaxrl_llm.losses.token_weights.masked_parts import answer_part, demonstrated_part, over_mask, rewarded_part
 from jaxrl_llm.losses.value.clipped_value import clipped_value
 from jaxrl_llm.losses.value.distributional import categorical_value, quantile_value, several_values
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
@@ -104,6 +104,7 @@ __all__ = [
     "clipped_value",
     "convex_kl",
     "decoupled_reward",
+    "demonstrated_part",
     "divergence",
     "divergence_reward",
     "dno",
