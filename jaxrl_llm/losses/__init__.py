@@ -11,7 +11,11 @@ from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.divergences.convex import convex_kl
 from jaxrl_llm.losses.divergences.distillation import skewed_divergence, teacher_reverse_kl
 from jaxrl_llm.losses.divergences.divergence import divergence
-from jaxrl_llm.losses.divergences.dual_head import aligned_gradients, binary_logit_divergence
+from jaxrl_llm.losses.divergences.dual_head import (
+    aligned_gradients,
+    binary_logit_divergence,
+    dual_head_distillation,
+)
 from jaxrl_llm.losses.divergences.estimates import divergence_reward, js_definition, kl_estimate
 from jaxrl_llm.losses.divergences.generators import GENERATORS, Generator, generator, renyi
 from jaxrl_llm.losses.policy.blended import blended_surrogate
@@ -109,6 +113,7 @@ __all__ = [
     "divergence_reward",
     "dno",
     "dpo",
+    "dual_head_distillation",
     "entropy_band",
     "entropy_bonus",
     "entropy_change_weights",
