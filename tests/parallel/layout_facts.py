@@ -130,8 +130,8 @@ def facts(mesh, steps: int = STEPS, **options) -> dict[str, np.ndarray]:
     found["share"] = np.asarray(share)
     kinds = {name: jax.tree.leaves(one)[0].sharding.memory_kind for name, one in state.networks.items()}
     found["reference on the host"] = np.asarray(kinds.get("reference") == "pinned_host")
-    if "teacher" in state.networks:  # how much of a matrix [width, inner width] a device holds
-        held = state.networks["teacher"].params["blocks"]["gate"].addressable_shards[0].data.shape[-2:]
+    if "teacher" in state.networks:  # how much of a matrix [inner width, width] a device holds
+        held = state.networks["teacher"].params["blocks"]["down"].addressable_shards[0].data.shape[-2:]
         found["teacher"] = np.asarray(held)
     state = jax.device_get(state)
     for name in ("value", "reference"):

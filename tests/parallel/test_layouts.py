@@ -79,7 +79,7 @@ def test_ten_steps_are_those_of_one_device(facts, name, alone, share):
 
 
 def test_a_teacher_lies_by_a_table_of_its_own(facts):
-    assert of(facts, "teacher, 4 x 2")["teacher"].tolist() == [64, 16]
+    assert of(facts, "teacher, 4 x 2")["teacher"].tolist() == [16, 64]
 
 
 def test_the_steps_learned_something(facts):

@@ -13,6 +13,7 @@ from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.rollout.plans import annealed_hint, demonstration_in_group, greedy_baseline, plain
 from jaxrl_llm.rollout.plans.annealed_hints import binomial
 from jaxrl_llm.rollout.sampled import Rollout
+from jaxrl_llm.signatures import renamed
 from jaxrl_llm.training import make_train_step
 
 SAMPLES, WIDTH, PROMPTS = 3, 8, 6
@@ -33,7 +34,7 @@ def step_of(model, plan):
         source=Rollout(SAMPLES, WIDTH, eos_ids=(2,), pad_id=0, plan=plan),
         rewards=[lambda length: (length % 2).astype(jnp.float32)],
         credit=[("hint_mask", losses.demonstrated_part), ("advantages", advantages.group_normalized)],
-        losses=[losses.clipped_surrogate],
+        losses=[losses.clipped_surrogate, (renamed(losses.negative_log_likelihood, mask="hint_mask"), 0.001)],
     )
 
 
