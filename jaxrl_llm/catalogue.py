@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxrl_llm import advantages, losses, rewards, schedules, selection, shipped
 from jaxrl_llm.config import read_tree
+from jaxrl_llm.data.tokenizer import CharacterTokenizer
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import TEXT, compared_with, every_need, nearest, need_of
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
@@ -76,6 +77,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("total_steps", "seed", "prompt_ids"), 2),
     "reward_names": (),
     "encode": lambda text: [ord(symbol) for symbol in text],
+    "tokenizer": CharacterTokenizer(),
 }
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 

@@ -1,28 +1,41 @@
 """Compiled programs are kept between starts: the second start of a command reads what the first one compiled.
 
 `JAX_COMPILATION_CACHE_DIR` names another directory; `JAXRL_COMPILATION_CACHE=0` keeps nothing.
+
+jax writes a program in place and never again what is there, with or without `jax_compilation_cache_max_size`: a process
+that is killed leaves a part, which every later start would fail to read and compile anew. A start deletes such parts.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
 import platform
+import zlib
 from pathlib import Path
 from typing import Any
 
 _OFF = ("0", "false", "off", "no")
+_PROGRAMS, _CHECKED = "*-cache", ".checked"
+_ZLIB, _ZSTANDARD = b"\x78", b"\x28\xb5\x2f\xfd"  # what jax compresses programs with
+_BYTES = 1 << 24  # of a program that are held decompressed
 
 
 def enable_compilation_cache() -> None:
     """Keep programs that take half a second or longer to compile. Must come before the first one is compiled.
 
-    Nothing is changed where jax has a directory already, or where ours cannot be written.
+    Nothing is changed where jax has a directory already, or where ours cannot be written; parts of programs that a kill
+    has left are deleted in either.
     """
     import jax
 
     directory = compilation_cache_directory()
-    if directory is None or jax.config.values["jax_compilation_cache_dir"]:
+    if told := jax.config.values["jax_compilation_cache_dir"]:
+        _remove_parts_once(told)
+        return
+    if directory is None:
         return
     try:
         # Whoever can write here decides what this process runs.
@@ -33,6 +46,65 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        _remove_parts_once(str(directory))
+
+
+def remove_parts(directory: Path) -> list[str]:
+    """Delete programs that were not written to their end, and return their names.
+
+    Only those that were written since the last call are read. One that another process is writing at this moment may be
+    among them: that process goes on with what it has compiled.
+    """
+    mark, started = directory / _CHECKED, directory / f"{_CHECKED}.{os.getpid()}"
+    since = mark.stat().st_mtime_ns if mark.exists() else 0
+    started.touch()  # the time is that of the file system
+    removed = []
+    for file in directory.glob(_PROGRAMS):
+        with contextlib.suppress(FileNotFoundError):  # another start deletes it, too
+            if file.stat().st_mtime_ns >= since and not _whole(file.read_bytes()):
+                file.unlink()
+                removed.append(file.name)
+    started.replace(mark)
+    return removed
+
+
+@functools.cache
+def _remove_parts_once(directory: str) -> None:
+    if "://" not in directory:  # objects of storage are there whole or not at all
+        with contextlib.suppress(OSError):
+            remove_parts(Path(directory))
+
+
+def _whole(program: bytes) -> bool:
+    """Whether compressed data goes to its end; True as well where it is compressed in a way that is not known here."""
+    if program.startswith(_ZSTANDARD):
+        return _whole_zstandard(program)
+    if not program.startswith(_ZLIB):
+        return len(program) >= len(_ZSTANDARD)
+    reader = zlib.decompressobj()
+    try:
+        while program and not reader.eof:
+            reader.decompress(program, _BYTES)
+            program = reader.unconsumed_tail
+    except zlib.error:
+        return False
+    return reader.eof
+
+
+def _whole_zstandard(program: bytes) -> bool:
+    """Whether the blocks of a Zstandard frame, whose sizes stand before them, end where the data does.
+
+    Reference: Zstandard compression (RFC 8878), section 3.1.1. Certainty: recalled.
+    """
+    described = program[4] if len(program) > 4 else 0
+    one_segment, checksum = described >> 5 & 1, described >> 2 & 1
+    at = 5 + (not one_segment) + (0, 1, 2, 4)[described & 3] + (one_segment, 2, 4, 8)[described >> 6]
+    last = 0
+    while not last and at + 3 <= len(program):
+        header = int.from_bytes(program[at : at + 3], "little")
+        last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        at += 3 + (1 if kind == 1 else size)  # kind 1 is one byte, repeated
+    return bool(last) and at + 4 * checksum == len(program)
 
 
 def compilation_cache_directory() -> Path | None:
@@ -50,7 +122,7 @@ def compilation_cache_report() -> dict[str, Any]:
     directory = compilation_cache_directory()
     if directory is None:
         return {"directory": f"off (JAXRL_COMPILATION_CACHE={os.environ['JAXRL_COMPILATION_CACHE']})"}
-    files = [file.stat().st_size for file in directory.glob("*-cache")] if directory.is_dir() else []
+    files = [file.stat().st_size for file in directory.glob(_PROGRAMS)] if directory.is_dir() else []
     return {"directory": str(directory), "programs": len(files), "mebibytes": round(sum(files) / 2**20, 1)}
 
 

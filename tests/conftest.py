@@ -82,7 +82,7 @@ def pytest_sessionfinish(session):
     if hasattr(session.config, "workerinput") or directory is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     found = []
-    for path in directory.glob("*"):
+    for path in directory.glob("*-cache"):
         with contextlib.suppress(OSError):  # another run may tidy up, too
             found.append((path.stat().st_atime, path.stat().st_size, path))
     size = sum(size for _, size, _ in found)

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -13,7 +15,12 @@ import pytest
 
 import jaxrl_llm
 from jaxrl_llm import compilation_cache
-from jaxrl_llm.compilation_cache import compilation_cache_directory, compilation_cache_report, enable_compilation_cache
+from jaxrl_llm.compilation_cache import (
+    compilation_cache_directory,
+    compilation_cache_report,
+    enable_compilation_cache,
+    remove_parts,
+)
 
 ROOT = Path(jaxrl_llm.__file__).parents[1]
 VARIABLES = ("JAX_COMPILATION_CACHE_DIR", "JAXRL_COMPILATION_CACHE", "XDG_CACHE_HOME")
@@ -76,9 +83,44 @@ def test_the_report_counts_programs(unset, tmp_path):
     assert compilation_cache_report() == {"directory": str(tmp_path), "programs": 1, "mebibytes": 1.0}
 
 
+def zstandard_frame(*blocks: bytes, checksum: bool) -> bytes:
+    """A frame of raw blocks, the last but one of a byte that is repeated, without compression."""
+    size = sum(map(len, blocks))
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0b10100000 | checksum << 2]) + size.to_bytes(4, "little")
+    for number, block in enumerate(blocks, 1):
+        repeated = number == len(blocks) - 1
+        header = (number == len(blocks)) | repeated << 1 | len(block) << 3
+        frame += header.to_bytes(3, "little") + (block[:1] if repeated else block)
+    return frame + bytes(4 * checksum)
+
+
+def test_parts_of_programs_are_deleted_and_nothing_else_is(tmp_path):
+    whole = [zlib.compress(bytes(range(256)) * 300), zstandard_frame(b"raw", b"sss", b"end", checksum=True)]
+    whole += [zstandard_frame(b"raw", b"sss", b"end", checksum=False), b"compressed in a way that is not known"]
+    lengths = {(0, 0), *((number, length) for number in range(3) for length in range(1, len(whole[number])))}
+    for number, program in enumerate(whole):
+        (tmp_path / f"whole{number}-cache").write_bytes(program)
+    for number, length in lengths:
+        (tmp_path / f"part{number}-{length}-cache").write_bytes(whole[number][:length])
+    (tmp_path / "part-atime").write_bytes(b"")
+    assert len(remove_parts(tmp_path)) == len(lengths)
+    left = {".checked", "part-atime", *(f"whole{number}-cache" for number in range(4))}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_what_was_looked_at_is_not_read_again(tmp_path):
+    old, new = tmp_path / "old-cache", tmp_path / "new-cache"
+    old.write_bytes(zlib.compress(b"program"))
+    assert remove_parts(tmp_path) == []
+    for path, seconds in ((old, -60.0), (new, 0.0)):
+        path.write_bytes(b"\x78")
+        os.utime(path, (time.time() + seconds,) * 2)
+    assert remove_parts(tmp_path) == ["new-cache"]
+
+
 @pytest.mark.slow
-def test_the_second_start_reads_what_the_first_compiled(micro_yaml, tmp_path):
-    """Two processes of `jaxrl explain`, and what each compiled."""
+def test_the_next_start_reads_what_the_last_one_compiled_and_replaces_half_a_program(micro_yaml, tmp_path):
+    """Processes of `jaxrl explain`, and what each compiled."""
     code = (
         "import json, sys\n"
         "from jaxrl_llm import cli\n"
@@ -90,12 +132,15 @@ def test_the_second_start_reads_what_the_first_compiled(micro_yaml, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     found = []
-    for _ in range(2):
+    for start in range(4):
+        programs = list(tmp_path.glob("jaxrl_llm/compilation/*/*-cache"))
+        if start == 2:  # a kill has left a part of the largest
+            half = max(programs, key=lambda path: path.stat().st_size)
+            half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
         done = subprocess.run(
             [sys.executable, "-c", code, str(micro_yaml)], cwd=ROOT, env=environment, capture_output=True, check=True
         )
         found.append(json.loads(done.stderr.splitlines()[-1]))
-    (compiled, _), (again, read) = found
+    compiled = found[0][0]
     assert compiled > 0
-    assert (again, read) == (0, compiled)
-    assert list(tmp_path.glob("jaxrl_llm/compilation/*/*-cache"))
+    assert found == [[compiled, 0], [0, compiled], [1, compiled - 1], [0, compiled]]

@@ -44,6 +44,7 @@ NETWORKS = (
     "process",
     "progress",
     "goal",
+    "contrast",
     *HEADS,
     *(f"{head}_target" for head in HEADS),
 )
@@ -94,6 +95,7 @@ OF_ONE_FUNCTION = {
     # of steps and turns
     *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),
     # of pairs
+    *("candidates", "own_place"),
     *("calibration", "first_share", "log_collision", "pair_weight", "reward_shift", "swapped_share", "weak_share"),
     *("end_values", "original_correct", "refined_correct", "verdict", "win_share"),
 }

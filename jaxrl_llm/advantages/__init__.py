@@ -66,7 +66,13 @@ from jaxrl_llm.advantages.value_based.gae import (
     reinforce_plus_plus,
 )
 from jaxrl_llm.advantages.value_based.learned_rewards import implicit_token_rewards, missing_end_penalty
-from jaxrl_llm.advantages.value_based.several_critics import bin_mean, critic_per_reward, quantile_mean, reach_aware
+from jaxrl_llm.advantages.value_based.several_critics import (
+    bin_mean,
+    critic_per_reward,
+    critic_quantile,
+    quantile_mean,
+    reach_aware,
+)
 from jaxrl_llm.advantages.value_based.twin_critic import soft_minimum, twin_baseline_normalized
 from jaxrl_llm.experience import Method
 
@@ -83,6 +89,7 @@ __all__ = [
     "confidence_shaped",
     "consistency_blended",
     "critic_per_reward",
+    "critic_quantile",
     "decoupled_normalized",
     "discounted_returns",
     "effective_rank",

@@ -54,6 +54,7 @@ from jaxrl_llm.losses.preference.reward_model_losses import (
     weak_labels,
 )
 from jaxrl_llm.losses.preference.self_play import dno, inpo, nash_md, optimal_transport, token_guided
+from jaxrl_llm.losses.preference.shifted_policies import embeddings_of_all, score_spread, sentence_contrast
 from jaxrl_llm.losses.preference.single_answers import (
     anchored_preference,
     binary_classifier,
@@ -81,7 +82,12 @@ from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights
 from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_kl, forking_mask, forking_tokens
 from jaxrl_llm.losses.token_weights.masked_parts import answer_part, demonstrated_part, over_mask, rewarded_part
 from jaxrl_llm.losses.value.clipped_value import clipped_value
-from jaxrl_llm.losses.value.distributional import categorical_value, quantile_value, several_values
+from jaxrl_llm.losses.value.distributional import (
+    categorical_value,
+    expectile_value,
+    quantile_value,
+    several_values,
+)
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
 from jaxrl_llm.losses.value.step_models import outcome_label_likelihood, return_decomposition, step_label_likelihood
 
@@ -114,11 +120,13 @@ __all__ = [
     "dno",
     "dpo",
     "dual_head_distillation",
+    "embeddings_of_all",
     "entropy_band",
     "entropy_bonus",
     "entropy_change_weights",
     "entropy_history",
     "entropy_history_penalty",
+    "expectile_value",
     "exploratory_preference",
     "external_surrogate",
     "failure_pushback",
@@ -180,6 +188,8 @@ __all__ = [
     "same_prompt",
     "sample_log_ratio",
     "sapo",
+    "score_spread",
+    "sentence_contrast",
     "sequence_clipped_surrogate",
     "several_values",
     "simpo",

@@ -15,7 +15,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxrl_llm.addresses import is_address, working_directory
@@ -137,10 +137,15 @@ class Mirror:
                 if self._put(name):
                     state["sent"][name] = stamp
             self.fs.pipe_file(f"{self.root}/{_COPY}", state["copy"].encode())
-            for name in sorted(state["sent"].keys() - set(names), key=lambda each: not each.endswith(_META)):
+            gone = sorted(state["sent"].keys() - set(names), key=lambda each: not each.endswith(_META))
+            for name in gone:
                 with contextlib.suppress(FileNotFoundError):
                     self.fs.rm_file(f"{self.root}/{name}")
                 del state["sent"][name]
+            folders = {str(folder) for name in gone for folder in PurePosixPath(name).parents} - {"."}
+            for folder in sorted(folders, key=len, reverse=True):  # what is not empty, or no folder, stays
+                with contextlib.suppress(OSError, NotImplementedError):
+                    self.fs.rmdir(f"{self.root}/{folder}")
             self._remember(state)
 
     def _put(self, name: str) -> bool:

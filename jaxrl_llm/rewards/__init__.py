@@ -57,6 +57,7 @@ from jaxrl_llm.rewards.judges.tournaments import judge_tournament
 from jaxrl_llm.rewards.judges.verdict_rewards import (
     attribute_reward,
     closer_than_opponent,
+    critique_overlap,
     critique_reward,
     differing_answers,
     ranking_agreement,
@@ -191,6 +192,7 @@ __all__ = [
     "count_bonus",
     "countdown",
     "coverage_gains",
+    "critique_overlap",
     "critique_reward",
     "differing_answers",
     "difficulty_truncation",

@@ -15,6 +15,7 @@ from typing import Any
 from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.tasks import (
     addition,
+    bargaining,
     calculator,
     chain,
     countdown,
@@ -35,6 +36,7 @@ __all__ = [
     "Segment",
     "Task",
     "addition",
+    "bargaining",
     "calculator",
     "chain",
     "composition",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.ranges import NonNegative, ranged
 from jaxrl_llm.rewards.verifiers.text_answers import extract_answer
-from jaxrl_llm.rewards.verifiers.text_similarity import SimilarityForm, Tags, text_similarity
+from jaxrl_llm.rewards.verifiers.text_similarity import SimilarityForm, Tags, said, text_similarity
 
 CritiqueForm = Literal["verdict", "refine", "delta", "correct"]
 
@@ -49,8 +50,8 @@ def closer_than_opponent(
     Reference: the judge of pairs in Nash-MD (2312.00886) and XPO (2405.21046), by a rule.
     Certainty: verified
     """
-    said = [text if text is not None else "" for text in opponent_text]
-    own, other = (text_similarity(texts, items, form=form, field=field, tags=tags) for texts in (completions, said))
+    others = [text if text is not None else "" for text in opponent_text]
+    own, other = (text_similarity(texts, items, form=form, field=field, tags=tags) for texts in (completions, others))
     found: list[float | None] = []
     for one, two, text in zip(own, other, opponent_text, strict=True):
         if one is None or two is None or text is None:
@@ -210,6 +211,57 @@ def critique_reward(
         "correct": bonus + after * jnp.where(before > 0.5, 0.2, 1.0),
     }[form]
     return jnp.where(right, earned, -1.0)
+
+
+def critique_overlap(
+    completions: Sequence[str],
+    items: Sequence[Mapping[str, Any]],
+    *,
+    field: str = "think",
+    separator: str = ";",
+    tags: Tags = ("<t>", "</t>"),
+) -> list[float | None]:
+    """How far a critique says what a person's critique says: F1 of their arguments.
+
+        F1 = 2 * matches / (arguments of the critique + arguments of the person's),   0 where neither has one
+
+    Beside the reward of the verdict, with a weight such as 0.5, a right verdict for wrong reasons earns less. Arguments
+    are what stands between separators, and match where they are equal but for space and case; the paper has a model
+    extract and match them.
+
+    Args:
+      completions: decoded completions.
+      items: records of the data, with the person's critique under `field`.
+      field: of the critique; a record without it leaves the row out.
+      separator: between arguments.
+      tags: around the critique in a completion; None takes all of it. Without the tags there is no argument.
+
+    Returns:
+      One reward a row in [0, 1]; None where there is no critique to compare with.
+
+    Raises:
+      ValueError: for an empty separator.
+
+    Reference: RM-NLHF (2601.07349).
+    Certainty: reconstructed
+    """
+    if not separator:
+        raise ValueError("separator is empty; give what stands between arguments, such as ';'")
+
+    def arguments(text: str | None) -> Counter[str]:
+        parts = [" ".join(part.lower().split()) for part in (text or "").split(separator)]
+        return Counter(part for part in parts if part)
+
+    found: list[float | None] = []
+    for completion, item in zip(completions, items, strict=True):
+        if item.get(field) is None:
+            found.append(None)
+            continue
+        stated = arguments(said(completion, tags))
+        expected = arguments(str(item[field]))
+        count = stated.total() + expected.total()
+        found.append(2 * (stated & expected).total() / count if count else 0.0)
+    return found
 
 
 @ranged

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.ranges import Natural, NonNegative, Share, ranged
+from jaxrl_llm.token_codes import mixed_bits
 
 SpuriousForm = Literal["format", "random", "incorrect"]
 
@@ -39,9 +40,7 @@ def flipped_rewards(
     chex.assert_rank([rewards, prompt_id], 1)
     chex.assert_equal_shape([rewards, prompt_id])
     bits = prompt_id.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) ^ jnp.uint32((seed * 0x85EBCA6B + 1) % 2**32)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    uniform = (bits >> 8).astype(jnp.float32) / 2**24
+    uniform = (mixed_bits(bits) >> 8).astype(jnp.float32) / 2**24
     r = rewards.astype(jnp.float32)
     return jnp.where(uniform < share, 1 - r, r)
 
