@@ -50,7 +50,8 @@ def one_sided(
 ) -> Float[Array, "B ..."]:
     """Advantages of one side of a group, which were computed on all of it; the two sides add up to the whole.
 
-        negative  A 1[r < 1]        positive  A 1[r > 0]
+        negative  A 1[r < 1]
+        positive  A 1[r > 0]
 
     Args:
       advantages: A, of each row or of each token.
