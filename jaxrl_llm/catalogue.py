@@ -42,6 +42,7 @@ _PLAN_NEEDS = {
     "greedy_baseline": "greedy sample",
     "paraphrased": "paraphrases",
     "demonstration_prefix": "demonstrations",
+    "annealed_hint": "demonstrations",
     "helped": "privileged prompts",
     "under_view": "privileged prompts",
     "purified": "environment",

@@ -33,6 +33,7 @@ from jaxrl_llm.signatures import names
 
 PACKAGE = Path(jaxrl_llm.__file__).parent
 NETWORKS = (
+    "auxiliary",
     "policy",
     "reference",
     "proxy",

@@ -49,7 +49,7 @@ from jaxrl_llm.advantages.process.turn_credit import (
 from jaxrl_llm.advantages.process.turn_values import running_stock, turn_advantages
 from jaxrl_llm.advantages.reinforce.baselines import raw_rewards, reward_minus_baseline, running_mean_baseline
 from jaxrl_llm.advantages.reinforce.filters import sigma_filtered
-from jaxrl_llm.advantages.reinforce.signed import signed_correctness
+from jaxrl_llm.advantages.reinforce.signed import one_sided, signed_correctness
 from jaxrl_llm.advantages.reinforce.whitening import reinforce_plus_plus_baseline, whitened
 from jaxrl_llm.advantages.shaping.confidence import confidence_shaped, low_probability_confidence
 from jaxrl_llm.advantages.shaping.effective_rank import effective_rank, rank_bonus, rank_dynamics, rank_shaped
@@ -117,6 +117,7 @@ __all__ = [
     "missing_end_penalty",
     "mixed_value_at_risk",
     "novelty_sharpened",
+    "one_sided",
     "outcome_and_turn_centred",
     "outcome_token_rewards",
     "pass_at_k_normalized",
