@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, stored_states
 from jaxrl_llm.run.checkpoints import CheckpointError, Damaged
 from jaxrl_llm.run.digests import Digest, by_path, changed
 from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
@@ -86,7 +86,7 @@ def _compared(
     directory: Path, step: int, recorded: Mapping[str, Digest] | None, within: str, share: tuple[int, int]
 ) -> tuple[str | None, dict[str, Digest]]:
     """(what is wrong, what was read), as for `verified`."""
-    tree = checkpoints.stored_shapes(directory, step, within)
+    tree = stored_states.stored_shapes(directory, step, within)
     there = {path: leaf for path, leaf in by_path(tree).items() if path.startswith(within)}
     wanted = recorded or {path: Digest(str(leaf.dtype), leaf.shape, {}) for path, leaf in there.items()}
     wanted = {path: digest for path, digest in wanted.items() if path.startswith(within)}
@@ -113,7 +113,7 @@ def _arrays(directory: Path, step: int, tree: PyTree, wanted: Mapping[str, Diges
     for group in filter(None, groups):
         chosen = set(group)
         item = [leaf if path in chosen else ocp.PLACEHOLDER for path, leaf in zip(order, leaves, strict=True)]
-        read = checkpoints.stored_arrays(directory, step, structure.unflatten(item))
+        read = stored_states.stored_arrays(directory, step, structure.unflatten(item))
         yield {path: array for path, array in by_path(read).items() if path in chosen}
 
 

@@ -11,7 +11,7 @@ from jaxrl_llm.experience import TrainState
 from jaxrl_llm.models.model import Trained
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting.run_directory import last_step
-from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.local_checkpoints import LocalCheckpoints, local_checkpoints, run_id
 from jaxrl_llm.run.stages import Run
 
@@ -88,6 +88,6 @@ def restored_state(run: Run, step: int, like: TrainState, trained: Trained | Non
     """The state of a step: from the storage, or from this host where only that has it."""
     folder = run.config.directory / "checkpoints"
     if run.local is None or step in checkpoints.steps(folder):
-        return checkpoints.restore(folder, step, like, trained=trained)
+        return stored_states.restore(folder, step, like, trained=trained)
     state = run.local.restore(step, checkpoints.learned_part(like, trained))
     return checkpoints.with_frozen_part(state, like, trained)

@@ -26,7 +26,7 @@ from jaxrl_llm.experience import NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
 from jaxrl_llm.reporting.ownership import owned
-from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.across_stages import measure_across
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
@@ -294,7 +294,7 @@ def _run(
 def _with_optimizer_of(branch: BranchConfig, state: TrainState) -> TrainState:
     """The state with the policy's optimiser as another run has it."""
     at, policy = integrity.branch_checkpoint(branch.path, branch.step), state.networks["policy"]
-    held = checkpoints.restore_part(at.parent, int(at.name), policy.optimizer_state, part="optimizer_state")
+    held = stored_states.restore_part(at.parent, int(at.name), policy.optimizer_state, part="optimizer_state")
     return replace(state, networks={**state.networks, "policy": replace(policy, optimizer_state=held)})
 
 

@@ -52,7 +52,7 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
     from jaxrl_llm.rewards import majority_match
     from jaxrl_llm.rollout import plans
     from jaxrl_llm.rows import Replay
-    from jaxrl_llm.run import checkpoints
+    from jaxrl_llm.run import checkpoints, stored_states
     from jaxrl_llm.training import Placement, Resources, Rollout, make_train_step
 
     jax.config.update("jax_num_cpu_devices", devices)
@@ -127,7 +127,7 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
     with checkpoints.checkpoint_manager(Path(out), keep=1) as manager:
         checkpoints.save(manager, 1, state, {"step": 1})
         manager.wait_until_finished()
-    again = checkpoints.restore(Path(out), 1, state)
+    again = stored_states.restore(Path(out), 1, state)
     np.testing.assert_array_equal(hosts.host_copy(again.params["scores"]), found["scores"])
     assert hosts.from_main(7 if hosts.is_main() else None) == 7
     assert hosts.from_main(None) is None
