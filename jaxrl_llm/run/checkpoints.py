@@ -20,6 +20,7 @@ from jaxrl_llm.run import frozen as frozen_parts
 from jaxrl_llm.run.digests import Digest, digests, text_digest
 from jaxrl_llm.run.directories import at_hand, is_step
 from jaxrl_llm.run.frozen import Frozen
+from jaxrl_llm.run.private_disks import all_write, item_handlers
 from jaxrl_llm.run.retention import METRIC, preserved
 
 
@@ -73,6 +74,7 @@ def checkpoint_manager(
     keep_every_steps: int | None = None,
     keep_best: int = 0,
     best_is: str = "highest",
+    apart: bool = False,
 ) -> ocp.CheckpointManager:
     """A manager that writes in the background and keeps the newest steps, and some for ever.
 
@@ -82,11 +84,15 @@ def checkpoint_manager(
       keep_every_steps: multiples of this are kept for ever; None for none.
       keep_best: of the steps that were saved with a metric, how many of the best are kept.
       best_is: "highest" or "lowest" metric.
+      apart: each of several processes has such a directory on a disk of its own, for the arrays that it holds.
     """
     return ocp.CheckpointManager(
         Path(directory).resolve(),
+        item_handlers=item_handlers() if apart else None,
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=preserved(keep, keep_every_steps, keep_best, best_is), enable_async_checkpointing=True
+            preservation_policy=preserved(keep, keep_every_steps, keep_best, best_is),
+            enable_async_checkpointing=True,
+            multiprocessing_options=all_write(apart),
         ),
     )
 
@@ -100,6 +106,7 @@ def save(
     trained: Trained | None = None,
     metric: float | None = None,
     frozen: Mapping[str, Frozen] | None = None,
+    apart: bool = False,
 ) -> None:
     """Write state and meta as one step; a kill at any moment leaves the previous step whole.
 
@@ -111,21 +118,23 @@ def save(
       trained: of the model; where it is given, of `state.params` only what learns is written.
       metric: that the best steps are chosen by; None where it is not known.
       frozen: networks whose parameters were written once (`frozen.written`), and are named alone.
+      apart: as the manager was made.
 
     Raises:
       CheckpointError: when that step exists already (orbax would skip it in silence).
     """
     state = learned_part(state, trained)
-    apart = dict(frozen or {})
-    state = frozen_parts.without(state, apart) if apart else state
+    once = dict(frozen or {})
+    state = frozen_parts.without(state, once) if once else state
     recorded = digests(state)
-    for one in apart.values():
+    for one in once.values():
         recorded |= one.digests
     # Written in the background, while the caller goes on to change it.
     meta = copy.deepcopy(dict(meta)) | {_DIGESTS: recorded}
-    meta |= {frozen_parts.KEY: {name: one.name for name, one in apart.items()}} if apart else {}
+    meta |= {frozen_parts.KEY: {name: one.name for name, one in once.items()}} if once else {}
     meta |= {_OWN: text_digest(meta)}
-    written = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    tree = ocp.args.PyTreeSave(state) if apart else ocp.args.StandardSave(state)
+    written = ocp.args.Composite(state=tree, meta=ocp.args.JsonSave(meta))
     if not manager.save(step, args=written, metrics=None if metric is None else {METRIC: metric}):
         raise CheckpointError(
             f"checkpoint {step} in {manager.directory} exists already, so it was not written again; resume from it, or "

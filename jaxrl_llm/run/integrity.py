@@ -124,7 +124,9 @@ def _size(digest: Digest) -> int:
 Say = Callable[[str], Any]
 
 
-def newest_good(directory: Path, *, exact: bool = False, within: str = "", say: Say | None = None) -> int | None:
+def newest_good(
+    directory: Path, *, exact: bool = False, within: str = "", say: Say | None = None, apart: bool = False
+) -> int | None:
     """The newest step that is whole and what was written; None where there is no step. All processes must call it.
 
     Args:
@@ -132,12 +134,13 @@ def newest_good(directory: Path, *, exact: bool = False, within: str = "", say: 
       exact: the newest step, or none.
       within: as for `verified`.
       say: hears of every step that was looked at; None tells standard error of those that are damaged.
+      apart: each process has the directory on a disk of its own, and reads all of it.
 
     Raises:
       CheckpointError: when no step is good, or with `exact` when the newest one is not.
     """
     bad: list[str] = []
-    share = jax.process_index(), jax.process_count()
+    share = (0, 1) if apart else (jax.process_index(), jax.process_count())
     for step in _agreed(checkpoints.steps(directory)):
         found = verified(directory, step, within=within, share=share)
         found = found._replace(damage=hosts.first_failure(found.damage))
