@@ -50,6 +50,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "chain": {"task": {"levels": [2, 3, 4]}, "prompt": 14, "completion": {44: 32, 30: 24}, "stop": 0.5},
     "countdown": {"task": {"levels": [3]}, "prompt": 16, "stop": 0.25},
     "grid": {"task": {"levels": [1, 2, 3]}, "prompt": 30, "stop": 0.4},
+    "bargaining": {"task": {"levels": [2, 3]}, "prompt": 11, "stop": 0.4},
     "self_correction": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.3},
 }
 EVALUATION = {"problems": 64, "samples_per_problem": 8, "k": [1, 8], "sequences_per_batch": 512}

@@ -49,7 +49,7 @@ from rich.table import Table
 CHECKOUT = Path(__file__).parents[1]
 sys.path.insert(0, str(CHECKOUT))  # the package beside this file, whatever is installed
 CONFIGS = CHECKOUT / "configs"
-OTHERS = ("demo", "lengths", "competing_rewards", "countdown", "grid", "calculator", "self_correction")
+OTHERS = ("demo", "lengths", "competing_rewards", "countdown", "grid", "calculator", "bargaining", "self_correction")
 STEPS, LEARNING_RATE = 3, 0.002
 
 
@@ -74,6 +74,7 @@ MICRO = {
     "grid": Micro({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "function_calls": Micro({"levels": [1]}, 9, 22),
     "sorting": Micro({"levels": [3]}, 15, 12),
+    "bargaining": Micro({"levels": [2]}, 9, 40),
     "self_correction": Micro({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxrl_llm import advantages, losses, rewards, schedules, selection, shipped
 from jaxrl_llm.config import read_tree
+from jaxrl_llm.data.tokenizer import CharacterTokenizer
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import TEXT, every_need, nearest, need_of
 from jaxrl_llm.network_names import compared_with
@@ -42,6 +43,7 @@ _PLAN_NEEDS = {
     "greedy_baseline": "greedy sample",
     "paraphrased": "paraphrases",
     "demonstration_prefix": "demonstrations",
+    "annealed_hint": "demonstrations",
     "helped": "privileged prompts",
     "under_view": "privileged prompts",
     "purified": "environment",
@@ -76,6 +78,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("total_steps", "seed", "prompt_ids"), 2),
     "reward_names": (),
     "encode": lambda text: [ord(symbol) for symbol in text],
+    "tokenizer": CharacterTokenizer(),
 }
 _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_terms}
 

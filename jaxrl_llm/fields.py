@@ -50,8 +50,8 @@ PROVIDERS = {
     "rewards": "a function in rewards provides it, for credit and losses",
     "credit": "add an entry to credit that fills it",
     "data": "the data provides it",
-    "environment": "a task that is answered in turns provides it (grid, calculator, self_correction), or an entry of "
-    "credit that fills it",
+    "environment": "a task that is answered in turns provides it (grid, calculator, bargaining, self_correction), or "
+    "an entry of credit that fills it",
     "engine": "an external engine provides it (rollout.engine)",
     "written": "written rows provide it (source: demonstrations, solved_answers or a file)",
     "held out": "written rows of the validation split provide it (source: {demonstrations: {validation: true}})",

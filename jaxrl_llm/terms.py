@@ -130,6 +130,10 @@ class View:
       temperature: that it writes at; 0 is greedy.
       mixed_with: a second network: tokens are drawn from the normalised product of both distributions.
       share: exponent of the second one in it; 0 leaves the first alone.
+      guided_by: a network with a head of one number: the likeliest tokens are drawn the more often, the more it says
+        that they lead to (`models.mixture.value_guided`).
+      strength: of that, nats a unit of value.
+      candidates: tokens whose values are looked at.
     """
 
     function: Callable[..., Any]
@@ -141,6 +145,9 @@ class View:
     temperature: float = 1.0
     mixed_with: str | None = None
     share: Share = 0.5
+    guided_by: str | None = None
+    strength: NonNegative = 3.0
+    candidates: Count = 20
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -151,11 +158,21 @@ class View:
                 f"views.{self.name}: mixed_with is {self.mixed_with!r}, but written_by {self.written_by!r}; name "
                 "another network there, which it is mixed with"
             )
+        if self.guided_by is not None and (self.written_by is None or self.mixed_with is not None):
+            raise ValueError(
+                f"views.{self.name}: guided_by is {self.guided_by!r}, which guides what one network writes; name that "
+                "one as written_by, and leave mixed_with out"
+            )
 
     @property
     def writers(self) -> tuple[str, ...]:
         """The networks that write its completions."""
         return tuple(name for name in (self.written_by, self.mixed_with) if name)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """All networks that its completions need."""
+        return (*self.writers, *((self.guided_by,) if self.guided_by else ()))
 
     @property
     def on_host(self) -> bool:

@@ -16,6 +16,7 @@ from jaxrl_llm import cli
 from jaxrl_llm.commands.arguments import loaded_config
 from jaxrl_llm.data import tasks
 from jaxrl_llm.run import explain
+from jaxrl_llm.shipped import method_files
 
 
 @pytest.fixture
@@ -324,12 +325,13 @@ def test_lists_and_wrong_names_need_no_jax(tmp_path):
 
     assert [run("tasks")[0], run("methods")[0]] == [9, 9]  # made once
     assert [run("tasks")[0], run("methods")[0], run("methods", "--functions")[0]] == [0, 0, 0]
+    first = min(path.stem for path in method_files())
     for words, said in (
         (("tasks", "adition"), "did you mean 'addition'?"),
         (("methods", "grppo"), "did you mean 'grpo'?"),
         (("train", "grppo"), "there is no recipe 'grppo'; did you mean 'grpo'?"),
         (("explain", "configs/dmeo.yaml"), "did you mean configs/demo.yaml?"),
-        (("plan", "qqqq", "--topology", "cpu:8"), "there is no recipe 'qqqq'; known: aepo, "),
+        (("plan", "qqqq", "--topology", "cpu:8"), f"there is no recipe 'qqqq'; known: {first}, "),
     ):
         status, err = run(*words)
         assert status == 2, err

@@ -31,6 +31,7 @@ from jaxrl_llm.signatures import names
 
 PACKAGE = Path(jaxrl_llm.__file__).parent
 NETWORKS = (
+    "auxiliary",
     "policy",
     "reference",
     "proxy",
@@ -41,6 +42,7 @@ NETWORKS = (
     "process",
     "progress",
     "goal",
+    "contrast",
     *HEADS,
     *(f"{head}_target" for head in HEADS),
 )
@@ -91,6 +93,7 @@ OF_ONE_FUNCTION = {
     # of steps and turns
     *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),
     # of pairs
+    *("candidates", "own_place"),
     *("calibration", "first_share", "log_collision", "pair_weight", "reward_shift", "swapped_share", "weak_share"),
     *("end_values", "original_correct", "refined_correct", "verdict", "win_share"),
 }

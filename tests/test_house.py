@@ -22,7 +22,7 @@ MOST_CODE = 80  # lines of a function without blanks, comments and docstrings
 
 ARITHMETIC = ("advantages", "losses", "rewards", "schedules", "selection")
 FIELDS = {"experience", "fields", "network_names", "rows", "signatures", "terms"}
-METHODS = {*FIELDS, "bounds", "ranges", "statistics", *ARITHMETIC}
+METHODS = {*FIELDS, "bounds", "ranges", "statistics", "token_codes", *ARITHMETIC}
 # What each room may import; its own modules always. In the order of the flow: nobody imports what stands below.
 MAY_IMPORT: dict[str, set[str]] = {
     "bounds": set(),
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"experience", "fields"},
     "ranges": {"bounds"},
     "statistics": set(),
+    "token_codes": set(),
     "yaml_text": {"bounds"},
     "compilation_cache": set(),
     "endpoints": set(),
@@ -42,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "addresses": set(),
     "parallel": {"bounds"},
     "sandbox": set(),
-    **{room: {"experience", "ranges", "statistics"} for room in ARITHMETIC},
-    "rewards": {"endpoints", "experience", "ranges", "sandbox", "statistics"},
+    **{room: {"experience", "ranges", "statistics", "token_codes"} for room in ARITHMETIC},
+    "rewards": {"endpoints", "experience", "ranges", "sandbox", "statistics", "token_codes"},
     "data": {"bounds", "experience", "ranges", "sandbox"},
     "models": {"bounds", "experience", "parallel", "ranges"},
     "hub": {"data", "models"},
@@ -58,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "rewards",
         "sandbox",
         "selection",
+        "token_codes",
     },
     "evaluation": {
         *FIELDS,
@@ -89,7 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training",
     },
     "planning": {*METHODS, "config", "models", "parallel", "rollout", "run", "training"},
-    "catalogue": {*METHODS, "config", "run", "shipped", "training"},
+    "catalogue": {*METHODS, "config", "data", "run", "shipped", "training"},
 }
 ENTRANCES = {"cli", "commands", "__main__"}  # import everything, and only each other imports them
 

@@ -49,8 +49,9 @@ TRAINED_ELSEWHERE = {
     "unpacked_ppo",
     "rto",
 }
-TRAINED_ELSEWHERE |= {"llm_judge"}
-TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo", "metacognitive_reuse"}
+TRAINED_ELSEWHERE |= {"llm_judge", "thought_judge", "generative_judge", "sotopia"}
+TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo"}
+TRAINED_ELSEWHERE |= {"dsp", "metacognitive_reuse", "mobile_r1"}  # tests/run/test_hint_recipes.py
 TRAINED_ELSEWHERE |= {"math_shepherd"}
 
 # Every published method, and the recipes that stand for it.
@@ -74,7 +75,7 @@ METHODS = {
     "StableReinforce": ("stable_reinforce",),
     "RiskPO": ("riskpo",),
     "Lp-Reg": ("lp_reg",),
-    "MAPO": ("mapo", "mapo_batch"),
+    "MAPO": ("mapo", "mapo_batch", "mapo_turn"),
     "Credit of steps": ("igpo", "lare", "math_shepherd", "salt", "thought_process", "tree_rl", "vine_ppo"),
     "ProGRPO": ("progrpo",),
     "GRPO-lambda": ("grpo_lambda",),
@@ -116,7 +117,7 @@ METHODS = {
     "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
     "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce", "multi_attribute"),
     "Weak-to-strong": ("weak_to_strong",),
-    "Two answers at once": ("pit_gap_model", "goal_conditioned"),
+    "Two answers at once": ("pit_gap_model", "pit_improver", "goal_conditioned"),
     "RL against reward models": ("cooper", "unpacked_ppo", "rto"),
     "Self-play": ("sppo", "inpo", "dno"),
     "Opponents": ("nash_md", "xpo", "online_vpo"),
@@ -125,6 +126,12 @@ METHODS = {
     "Judges of their own": ("spark", "urpo"),
     "KEPO": ("kepo",),
     "Dynamic reward weighting": ("drw_hypervolume",),
+    "Bilevel": ("barfi", "parl"),
+    "Value-augmented sampling": ("value_augmented_sampling",),
+    "MOSS-RLHF": ("moss_contrastive", "meta_rm"),
+    "Judges that write": ("webarbiter", "rm_nlhf", "unified_thinking"),
+    "Regret": ("regret_preference",),
+    "Robust values": ("riql",),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
@@ -160,6 +167,12 @@ METHODS = {
     "Partial rollouts": ("partial_rollouts",),
     "Metacognitive reuse": ("metacognitive_reuse",),
     "Composition": ("compose",),
+    "Directional stimulus prompting": ("dsp",),
+    "UFT": ("uft",),
+    "Self-reinforcement": ("self_reinforcement",),
+    "Mobile-R1": ("mobile_r1",),
+    "Model-task alignment": ("model_task_alignment",),
+    "Dual-head distillation": ("dual_head",),
     "Templates": ("ppe", "prompt_augmentation", "re2"),
     "Co-Reward": ("co_reward",),
     "Verifiers": ("exact_match_f1", "format_think", "gui_g1", "light_if", "numeric_match", "ton"),
@@ -190,7 +203,7 @@ METHODS = {
     "Continual": ("continual",),
     "Priming": ("priming",),
     "DLER, difficulty-aware": ("difficulty_aware_dler",),
-    "Judges": ("llm_judge", "tp_grpo", "sotopia"),
+    "Judges": ("llm_judge", "tp_grpo", "sotopia", "generative_judge", "thought_judge", "calm"),
     "Scaffolds": ("rusca",),
     "Tool calls": ("toolrl",),
     "Detectors": ("t2i_hacking",),
@@ -221,9 +234,10 @@ STAGES = {
 # Micro tasks: (options of the task, longest prompt, longest completion).
 MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "addition": ({"levels": [1], "options": {"scratchpad": False}}, 7, 6),
+    "bargaining": ({"levels": [2]}, 9, 40),
     "calculator": ({"levels": [1]}, 15, 64),
     "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
-    "composition": ({"levels": [1]}, 14, 28),
+    "composition": ({"levels": [1]}, 14, 30),
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "function_calls": ({"levels": [1]}, 9, 22),
@@ -285,10 +299,12 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
     chosen, longest_prompt, longest = MICRO[task]
     if tree["task"].get("options", {}).get("confidence"):
         chosen, longest = {**chosen, "options": {**chosen["options"], "confidence": True}}, longest + 4
+    if tree["task"].get("options", {}).get("claims"):
+        chosen, longest_prompt = {**chosen, "options": {"claims": True}}, longest_prompt + 4
     if tree.get("data", {}).get("selection"):  # several arms
         chosen, longest_prompt = {**chosen, "levels": [1, 2]}, longest_prompt + 2
     shown = [part.get("data", {}).get("templates", {}) for part in (tree, *tree.get("stages", []))]
-    told = [stage["data"].get("privileged", "") for stage in tree.get("stages", []) if "data" in stage]
+    told = [stage.get("data", {}).get("privileged") or "" for stage in (tree, *tree.get("stages", []))]
     longest_prompt += max((40 for text in told if text), default=0)
     for text in (text for templates in shown for text in templates.values()):
         longest_prompt = max(longest_prompt, len(text) + 10 * text.count("{body}"))
@@ -307,6 +323,13 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
             hyper |= {"tokens_per_step": rollout["max_completion_tokens"] - 1} if "tokens_per_step" in hyper else {}
             hyper |= {"branches": 2, "threads": 1} if "threads" in hyper else {}
             hyper |= {"after_tokens": 2} if "after_tokens" in hyper else {}
+    stages = tree.get("stages", [])
+    for stage in stages:
+        if "train_items" in stage.get("task", {}):
+            stage["task"]["train_items"] = min(stage["task"]["train_items"], 64)
+    if any("think" in stage.get("data", {}).get("response", "") for stage in stages):  # demonstrations of a scratch
+        chosen = {**chosen, "options": {**chosen["options"], "scratchpad": True}}
+        rollout["max_completion_tokens"] += 8
     sources = tree.get("source", ["sampler"])
     tree["source"] = sources if isinstance(sources, list) else [sources]
     for source in tree["source"]:
@@ -379,6 +402,7 @@ def policy(micro) -> Any:
 
     first_of = {
         "addition": "base",
+        "bargaining": "mapo_turn",
         "calculator": "g_ra",
         "chain": "copo",
         "countdown": "psr",
@@ -392,6 +416,8 @@ def policy(micro) -> Any:
     def chosen(recipe: str) -> str:
         task = read_tree(FILES[recipe])["task"]
         # What completes a problem differently is learned from completions of its own.
+        if task.get("options", {}).get("claims"):
+            return "webarbiter"
         return "rlcr" if task.get("options", {}).get("confidence") else first_of[task["name"]]
 
     return lambda recipe: trained_on(chosen(recipe))
@@ -492,6 +518,16 @@ def a_stage_is_traced(built: Parts) -> None:
     for term in c.losses:
         wanted = set(signature(term.function).required) - known - beside
         assert all(c.score(one) or compared_with(one) or one.startswith("router") for one in wanted), wanted
+
+
+@pytest.mark.slow
+def test_steps_that_are_continued_may_be_read_from_text(micro, policy):
+    steps = "{continued_steps: {choose: {step_borders: {pattern: '[0-9]'}}, continuations: 2, max_turns: 3}}"
+    credit = "[{turn_labels: continuation_labels}, {advantages: step_value_gains}]"  # the plan knows `turn`
+    built = parts(micro("vine_ppo", f"rollout.plan={steps}", f"credit={credit}"))
+    _, seen = trained(built, policy("vine_ppo"), 3)
+    assert all(step["seconds/turn"] > 0 < step["continued_tokens"] for step in seen)
+    assert all(np.isfinite(step["loss"]) for step in seen)
 
 
 @pytest.mark.parametrize("name", RECIPES)

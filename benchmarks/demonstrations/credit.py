@@ -211,22 +211,28 @@ def gains(seeds: int) -> dict[str, Any]:
 
 
 def contributions(seeds: int) -> dict[str, Any]:
-    """A network that reads the text, and a small one that reads factors; both are told the return alone."""
+    """A network that reads the text, and a small one that reads factors; both are told the return alone.
+
+    The policy stays as it is, so that what a move contributes does.
+    """
+    steps, frozen = 60, {"freeze_policy_steps": 60}
     measured = {"[metric/with_return, metric/with_progress]": {"python": "credit:contribution_correlations"}}
     text = recipe("spa_rl", environment={"potential": True})
     text["credit"] = [text["credit"][0], measured, *text["credit"][1:]]
+    text["networks"]["progress"]["learning_rate"] = 3.0e-3
+    text["training"] = text["training"] | frozen
     factors = recipe("spa_rl", environment={"potential": True})
     factors["networks"] = {"value": factors["networks"]["value"]}
+    factors["training"] = factors["training"] | frozen
     factors["losses"] = factors["losses"][:2]
     factors["credit"] = [
         {"turn_factors": {"python": "credit:grid_factors"}},
-        {"contributions": {"latent_rewards": {"factors": 8, "width": 64, "learning_rate": 3.0e-3}}},
+        {"contributions": {"latent_rewards": {"factors": 8, "width": 64, "learning_rate": 3.0e-3, "updates": 32}}},
         measured,
         *factors["credit"][1:],
     ]
-    return trained(
-        "contributions", {"SPA-RL": text, "LaRe": factors}, ("metric/with_return", "metric/with_progress"), seeds
-    )
+    metrics = ("metric/with_return", "metric/with_progress")
+    return trained("contributions", {"LaRe": factors, "SPA-RL": text}, metrics, seeds, steps=steps)
 
 
 def filler(seeds: int) -> dict[str, Any]:

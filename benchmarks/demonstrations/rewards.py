@@ -272,13 +272,21 @@ def confidence(seeds: int, steps: int) -> dict[str, Any]:
 
 
 def farmed(seeds: int, steps: int) -> dict[str, Any]:
-    """+0.1 for each turn with a calculator, in a plain sum and behind the gate of G-RA, which `recipe` has."""
-    tree = recipe("g_ra", steps, 128)
-    paid = [{"episode_reward": {"weight": 1.0}}, {"answer_present": {"weight": 0.1}}, {"turn_count": {"weight": 0.1}}]
-    normalised = [{"advantages": "group_normalized"}]
+    """+0.1 for each turn with a calculator, which grants twelve: added, behind the answer, and not at all."""
+    tree = recipe("g_ra", steps, 64)
+    tree["task"] |= {"levels": [1], "options": {"repeated": 0.5, "spare_calls": 11}}
+    tree["environment"] |= {"error_penalty": 0.0, "most_operations": 1, "max_turn_tokens": 12}
+    tree["rollout"] |= {"max_completion_tokens": 208, "temperature": 1.0}
+    tree["warm_start"] |= {"stop_at_accuracy": 0.8, "sequences_per_step": 32, "probe_every_steps": 40}
+    tree["training"] |= {"learning_rate": 1e-3}
+    paid = [{"episode_reward": {"weight": 1.0}}, {"turn_count": {"weight": 0.1}}]
+    watched = ["episode_reward", {"turn_count": {"weight": 0.0}}]
+    gate = {"gated_sum": {"order": ["episode_reward", "turn_count"], "thresholds": [0.0], "weights": [1.0, 0.1]}}
+    normalised = {"advantages": "group_normalized"}
     variants = {
-        "plain sum": tree | {"rewards": paid, "credit": normalised},
-        "gate": tree,
+        "plain sum": tree | {"rewards": paid, "credit": [normalised]},
+        "gate": tree | {"rewards": paid, "credit": [{"rewards": gate}, normalised]},
+        "right answers alone": tree | {"rewards": watched, "credit": [normalised]},
     }
     names = {"right answers": "correct_share", "turns": "reward/turn_count"}
     return trained("farmed", variants, lambda lines: binned(lines, **names), seeds, steps)
@@ -304,7 +312,7 @@ def votes(seeds: int, steps: int) -> dict[str, Any]:
     return found | {"x": np.linspace(steps / count, steps, count).tolist()}
 
 
-STEPS = {"scales": 40, "confidence": 180, "farmed": 40, "votes": 80}
+STEPS = {"scales": 40, "confidence": 180, "farmed": 30, "votes": 80}
 DEMONSTRATIONS = {one.__name__: one for one in (tournament, cycle, scales, confidence, votes, farmed)}
 
 

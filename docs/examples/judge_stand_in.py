@@ -2,8 +2,9 @@
 
     python docs/examples/judge_stand_in.py --port 8000 --latency 0.05
 
-It answers the question of `judge_rating` about a sum such as A:47+85: 5 for the right answer, 1 for another. A judge of
-one's own is any function from the question to the text of an answer.
+It answers the question of `judge_rating` about a sum such as A:47+85: 5 for the right answer, else 1; and that of
+`judge_turns` about a step of it: 1 for a column or an answer that is right, 0 for another. A judge of one's own is a
+function from the question to the text of an answer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 SUM = re.compile(r"A:(\d+)\+(\d+)")
-ANSWER = re.compile(r"Answer:\n.*?<a>(\d+)</a>", re.DOTALL)
+ANSWER = re.compile(r"(?:Answer|Step):\n.*?<a>(\d+)</a>", re.DOTALL)
+COLUMN = re.compile(r"(\d)\+(\d)\+(\d)=(\d\d)")
 
 
 def rated_sum(question: str) -> str:
@@ -29,8 +31,16 @@ def rated_sum(question: str) -> str:
     '{"rating": 5}'
     """
     asked, said = SUM.search(question), ANSWER.search(question)
-    right = asked and said and int(asked[1]) + int(asked[2]) == int(said[1])
-    return json.dumps({"rating": 5 if right else 1})
+    before, is_step, step = question.partition("Before the step:")[2].partition("Step:\n")
+    column = COLUMN.search(step)
+    if asked and column:
+        place = before.count(";")
+        digits = [number[::-1].ljust(place + 1, "0")[place] for number in asked.groups()]
+        right = [column[1], column[2]] == digits and sum(map(int, column.groups()[:3])) == int(column[4])
+    else:
+        right = bool(asked and said) and int(asked[1]) + int(asked[2]) == int(said[1])
+    highest, lowest = (1, 0) if is_step else (5, 1)
+    return json.dumps({"rating": highest if right else lowest})
 
 
 class StandIn(ThreadingHTTPServer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, PyTree
@@ -58,6 +58,7 @@ class Model(NamedTuple):
         it, through the cache. A cache that recomputes, rounds, or keeps attention from its kernels says no.
       packs: whether `apply` and `observe` take `segments=`, the sequence [B, T] that each token of a row belongs to:
         several sequences in a row then, one behind the other, each with positions from 0 and blind to the others.
+      rules: changes to the run's table of where its arrays lie on the mesh (`own_layout`); None for none.
     """
 
     init: Callable[[Array], PyTree]
@@ -77,3 +78,4 @@ class Model(NamedTuple):
     cut_cache: Callable[[PyTree, Array], PyTree] | None = None
     shared_scoring: bool = False
     packs: bool = False
+    rules: Mapping[str, tuple[str, ...]] | None = None

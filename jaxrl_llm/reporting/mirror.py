@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxrl_llm.addresses import is_address, working_directory
@@ -174,6 +174,10 @@ class Mirror:
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(f"{self.root}/{name}")
             state["sent"].pop(name, None)
+        folders = {str(folder) for name in gone for folder in PurePosixPath(name).parents} - {"."}
+        for folder in sorted(folders, key=len, reverse=True):  # what is not empty, or no folder, stays
+            with contextlib.suppress(OSError, NotImplementedError):
+                self.fs.rmdir(f"{self.root}/{folder}")
 
     def _push_arrays(self, state: dict[str, Any], names: list[str], share: Share) -> None:
         """Of a process that has nothing but arrays; process 0 takes away what is gone."""

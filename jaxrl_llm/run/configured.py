@@ -26,6 +26,7 @@ from jaxrl_llm.models.adapters import in_int8, stored_in_int8
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.own_layout import in_own_layout
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.hand_over import External, disk_hand_over
@@ -82,8 +83,8 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     """What makes another sequence of a row, by the name of the view.
 
     Beside the hyper-parameters of a function that reads text, `max_prompt_tokens`, `max_completion_tokens` and
-    `deadline_s` may stand, and of one whose completions a network writes, `written_by`, `temperature`, `mixed_with` and
-    `share` (`View`).
+    `deadline_s` may stand, and of one whose completions a network writes, `written_by`, `temperature`, `mixed_with`,
+    `share`, `guided_by`, `strength` and `candidates` (`View`).
     """
     made = {}
     for view, entry in entries.items():
@@ -102,7 +103,7 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
 
 
 _OF_VIEWS = ("max_completion_tokens", "max_prompt_tokens", "deadline_s")
-_OF_WRITTEN = ("written_by", "temperature", "mixed_with", "share")
+_OF_WRITTEN = ("written_by", "temperature", "mixed_with", "share", "guided_by", "strength", "candidates")
 
 
 def configured_networks(
@@ -145,7 +146,12 @@ def configured_networks(
         if section.int8:
             assert model is not None  # it has a path
             model = in_int8(model)
+        if section.rules:
+            assert model is not None  # it has a path
+            model = in_own_layout(model, section.rules)
         learns = section.learns if section.learns is not None else head is not None and section.path is None
+        if section.learns is None and not learns:
+            _require_no_rate(name, section)
         made[name] = Network(
             origin=GIVEN if section.path is not None else section.origin,
             model=model,
@@ -165,29 +171,55 @@ def configured_networks(
     return made, paths
 
 
+def _require_no_rate(name: str, section: NetworkConfig) -> None:
+    """Raises ValueError where a network that does not learn is told how to."""
+    usual = {field.name: field.default for field in dataclasses.fields(NetworkConfig)}
+    for key in ("learning_rate", "optimizer"):
+        if (value := getattr(section, key)) != usual[key]:
+            why = "is read from a path" if section.path is not None else "has no head"
+            raise ValueError(
+                f"networks.{name}.{key} is {shown(value)}, but a network that {why} learns only where that is said; "
+                f"set networks.{name}.learns to true, or leave {key} out"
+            )
+
+
 def require_tokens_of_policy(paths: Mapping[str, Path], tokenizer: Tokenizer) -> None:
     """Refuse networks that were trained on other tokens than those which the policy hands over.
 
     Args:
-      paths: directories of networks by name.
+      paths: runs, or directories of Hugging Face, of networks by name.
       tokenizer: of the policy.
 
     Raises:
       ValueError: for one whose tokenizer says something else by an id, naming both.
     """
     for name, directory in paths.items():
-        if is_run(str(directory)) or not (directory / "tokenizer.json").is_file():
+        theirs: Any = None
+        if is_run(str(directory)):
+            from jaxrl_llm.run.restored import run_tokenizer  # which reads the config of that run
+
+            theirs = run_tokenizer(directory)
+        elif (directory / "tokenizer.json").is_file():
+            theirs = load_tokenizer(directory)
+        if theirs is None:
             continue
-        ours = getattr(tokenizer, "backend", None)
-        theirs = load_tokenizer(directory).backend.get_vocab()
-        differing = [text for text, id in ({} if ours is None else ours.get_vocab()).items() if theirs.get(text) != id]
-        if ours is None or differing:
+        ours, others = _ids(tokenizer), _ids(theirs)
+        kin = hasattr(tokenizer, "backend") == hasattr(theirs, "backend")
+        differing = [text for text, number in ours.items() if others.get(text) != number] if kin else []
+        if differing or not kin:
             such = f" ({len(differing)} tokens have another id there, such as {differing[0]!r})" if differing else ""
             raise ValueError(
                 f"networks.{name}.path is {str(directory)!r}, whose tokenizer is not that of the policy{such}, and "
                 "networks are given token ids; take a model with the policy's tokenizer, or score text with a function "
                 "of your own (rewards: [{python: module:function}])"
             )
+
+
+def _ids(tokenizer: Any) -> dict[str, int]:
+    """The id of every token."""
+    if hasattr(tokenizer, "backend"):
+        return tokenizer.backend.get_vocab()
+    return {text: number for number, text in enumerate(tokenizer.tokens)}
 
 
 def is_run(path: str) -> bool:
@@ -288,7 +320,7 @@ def configured_environment(
         if options:
             raise ValueError(
                 f"environment.{next(iter(options))} is set, but nothing here takes turns; choose the task grid, "
-                "calculator or self_correction, or name an environment of your own in environment.python"
+                "calculator, bargaining or self_correction, or name an environment of your own in environment.python"
             )
         return None
     if not isinstance(tokenizer, CharacterTokenizer):

@@ -20,6 +20,7 @@ from jaxrl_llm.config import TrainingConfig
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import nearest
 from jaxrl_llm.models.transformer_config import STACKS
+from jaxrl_llm.run import paired_updates
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, user_function
 from jaxrl_llm.signatures import signature
 
@@ -121,7 +122,7 @@ def named_optimizer(entry: Any, rate: float | optax.Schedule, decay: float, wher
     if ":" in name:
         factory = user_function(name, where)
     else:
-        homes = (optax, optax.contrib)
+        homes = (optax, optax.contrib, paired_updates)
         known = {n: f for home in homes for n, f in vars(home).items() if inspect.isfunction(f) and _takes_a_rate(f)}
         if name not in known:
             raise RecipeError(f"{where} names {name!r}, which is no optimiser of optax; {nearest(name, known)}")

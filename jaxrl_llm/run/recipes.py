@@ -25,7 +25,7 @@ from jaxrl_llm.ranges import Positive, require_range
 from jaxrl_llm.signatures import on_host, renamed, signature
 from jaxrl_llm.terms import Fill, LossTerm, Reward
 
-CREDIT_ROOMS = (advantages, selection, rewards, losses)
+CREDIT_ROOMS = (advantages, selection, rewards, losses, schedules)
 COEFFICIENT_ROOMS = (schedules, losses, advantages)
 
 

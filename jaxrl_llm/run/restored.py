@@ -22,7 +22,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.directories import at_hand, is_run
-from jaxrl_llm.run.setup import Parts, parts
+from jaxrl_llm.run.setup import Parts, described_policy, parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.networks import POLICY, Network, given_shapes
@@ -86,6 +86,13 @@ def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
     else:  # what adapters are added to is not in the checkpoint
         like = built.initial_params(jax.random.key(built.config.seed))
     return stored_states.restore_params(folder, step, like, trained=built.model.trained)
+
+
+def run_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a run directory or checkpoint; no parameters are read for it."""
+    folder = Path(path) if (Path(path) / "config.yaml").is_file() else Path(path).parent.parent
+    config = load_config(folder / "config.yaml", ["mesh=auto"], vocabulary_size=CharacterTokenizer().vocabulary_size)
+    return described_policy(config, planned=True)[1]
 
 
 def _parts_of(path: str | Path, network: str = POLICY) -> tuple[Parts, Path, int]:

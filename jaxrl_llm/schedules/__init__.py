@@ -1,14 +1,15 @@
 """Schedules: coefficients and temperatures that change with the steps, or follow what happened.
 
 A function of `step`, or a controller: a `Method` over the metrics of a batch. In a recipe it stands where a number
-would: `coefficient: {adaptive_kl: {...}}`.
+would: `coefficient: {adaptive_kl: {...}}`. One whose value is a field of rows stands in credit: `rewards:
+{implicit_blend: {...}}`.
 """
 
 from __future__ import annotations
 
 from jaxrl_llm.experience import Method
-from jaxrl_llm.schedules.annealing import annealed_share, two_phase_decay
-from jaxrl_llm.schedules.bilevel import implicit_gradient
+from jaxrl_llm.schedules.annealing import annealed_share, every_other, two_phase_decay
+from jaxrl_llm.schedules.bilevel import implicit_blend, implicit_gradient
 from jaxrl_llm.schedules.controllers import adaptive_kl, entropy_gated_kl
 from jaxrl_llm.schedules.learning_rates import linear_decay, stable_then_decay
 from jaxrl_llm.schedules.mixing import (
@@ -27,8 +28,10 @@ __all__ = [
     "adaptive_mixing",
     "annealed_share",
     "entropy_gated_kl",
+    "every_other",
     "gradient_alignment",
     "imitation_by_entropy",
+    "implicit_blend",
     "implicit_gradient",
     "influence_weights",
     "linear_decay",

@@ -77,3 +77,20 @@ def two_phase_decay(step: Int[Array, ""], *, total_steps: Count = 150, scale: No
     early = 1 - 0.2 * (1 - jnp.exp(-2 * e / half))
     late = 0.8 * jnp.exp(-3 * (e - half) / (total_steps - half))
     return scale * jnp.where(e <= half, early, late)
+
+
+@ranged
+def every_other(step: Int[Array, ""] | int, *, phase: Natural = 0, period: Count = 2) -> Float[Array, ""]:
+    """A coefficient that is 1 in one step of so many and 0 in the others: losses that take turns.
+
+    Args:
+      step: updates made so far.
+      phase: which one of them, from 0.
+      period: steps of a turn.
+
+    >>> [float(every_other(step, phase=1)) for step in range(4)]
+    [0.0, 1.0, 0.0, 1.0]
+
+    Certainty: verified
+    """
+    return (jnp.asarray(step) % period == phase).astype(jnp.float32)

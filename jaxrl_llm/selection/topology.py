@@ -16,6 +16,7 @@ from jaxrl_llm.experience import Selection
 from jaxrl_llm.ranges import Count, NonNegative, ranged
 from jaxrl_llm.selection.pools import Records, items_by_weight, means_of, record_ids
 from jaxrl_llm.statistics import group_leader, group_max, group_min, group_size, group_sum, subgroup_ids
+from jaxrl_llm.token_codes import token_codes
 
 
 @ranged
@@ -42,11 +43,8 @@ def turn_keys(
     slot = jnp.where(there, turn.astype(jnp.int32), turns)
     row = jnp.arange(rows)[:, None]
     start = jnp.full((rows, turns + 1), width).at[row, slot].min(jnp.broadcast_to(place, slot.shape))
-    mixed = tokens.astype(jnp.uint32) + jnp.uint32(1)
-    for factor, offset in ((0x9E3779B1, place[None] - start[row, slot]), (0x85EBCA6B, 0), (0xC2B2AE35, 0)):
-        mixed = (mixed + jnp.asarray(offset).astype(jnp.uint32) * jnp.uint32(0x27D4EB2F)) * jnp.uint32(factor)
-        mixed = mixed ^ (mixed >> 15)
-    total = jnp.zeros((rows, turns + 1), jnp.uint32).at[row, slot].add(mixed)[:, :turns]
+    codes = token_codes(tokens, place[None] - start[row, slot])
+    total = jnp.zeros((rows, turns + 1), jnp.uint32).at[row, slot].add(codes)[:, :turns]
     return jnp.where(start[:, :turns] < width, (total >> 1).astype(jnp.int32), -1)
 
 

@@ -95,6 +95,12 @@ def _check_names(c: Composition) -> None:
         _require_views(c, term.function, f"reward {term.name!r}", available)
         if term.on_host and c.resources.decode is None and names(term.function) & text:
             raise ValueError(f"reward {term.name!r} reads text, so make_train_step needs decode= (token ids -> text)")
+    for name, function in () if c.rollout is None else c.plan.readings:
+        _require_names(function, f"{name!r} of rollout.plan", available | text)
+        if c.resources.decode is None and names(function) & text:
+            raise ValueError(
+                f"{name!r} of rollout.plan is read from text, so make_train_step needs decode= (token ids -> text)"
+            )
     if c.rewards:
         available |= provided_by("rewards")
     if c.rollout is not None:
@@ -142,11 +148,15 @@ def _check_names(c: Composition) -> None:
 
 def _check_writer(c: Composition, view: View) -> None:
     """Raises ValueError for a view that its networks cannot write."""
-    for key, name in (("written_by", view.written_by), ("mixed_with", view.mixed_with)):
+    for key, name in (("written_by", view.written_by), ("mixed_with", view.mixed_with), ("guided_by", view.guided_by)):
         where = f"views.{view.name}.{key} is {name!r}"
         if name is not None and name not in (POLICY, *c.networks):
             raise ValueError(f"{where}; {nearest(str(name), [POLICY, *c.resources.networks])}")
-        if name in c.networks and c.networks[name].head is not None:
+        head = c.networks[name].head if name in c.networks else None
+        if key == "guided_by":
+            if name is not None and (head is None or head.outputs != 1):
+                raise ValueError(f"{where}, which has no head of one number; name a value or reward network")
+        elif head is not None:
             raise ValueError(
                 f"{where}, which has a head in the place of a vocabulary; name a network that writes tokens"
             )

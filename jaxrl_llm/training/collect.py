@@ -35,9 +35,10 @@ from jaxrl_llm.rows import (
     remembered,
     replayed,
 )
+from jaxrl_llm.terms import Fill
 from jaxrl_llm.training.checks import checked_split, replayed_fields
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.reading import item_numbers
+from jaxrl_llm.training.reading import item_numbers, reading_part
 from jaxrl_llm.training.segments import Host, Placement, Repeat, Traced, Work
 from jaxrl_llm.training.waiting_demonstrations import asked_for, empty_demonstrations
 
@@ -54,7 +55,7 @@ def collected(c: Composition, rewards: Sequence[Any], *, ahead: bool = False) ->
     """
     plan = c.plan
     draw = _draw(c, ahead)
-    scored = list(rewards) if plan.reads_rewards else []
+    scored = _readings(c) + (list(rewards) if plan.reads_rewards else [])
     body = [draw, *scored, Traced("plan", lambda state, work: {"carry": plan.merge(work["carry"], work["drawn"])})]
     start: Any = Traced("plan", partial(_first_carry, c, draw, scored, ahead))
     if (
@@ -72,6 +73,13 @@ def collected(c: Composition, rewards: Sequence[Any], *, ahead: bool = False) ->
         return {"rows": constrain_rows(rows), "report": {n: jnp.float32(v) for n, v in report.items()}}
 
     return [start, *rounds, Traced("plan", result)]
+
+
+def _readings(c: Composition) -> list[Any]:
+    """Parts that read what the plan wants to know of the texts of a round."""
+    terms = [Fill(name, function, name=name) for name, function in c.plan.readings]
+    names = {name: (name,) for name, _ in c.plan.readings}
+    return [reading_part("reading", terms, names, "drawn", c.samples)] if terms else []
 
 
 def _first_carry(c: Composition, draw: Any, rewards: Sequence[Any], ahead: bool, state: TrainState, work: Work) -> Work:

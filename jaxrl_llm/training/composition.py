@@ -163,7 +163,7 @@ class Composition:
     def networks(self) -> dict[str, Network]:
         """Networks beside the policy that something names, each after the one that it is made from."""
         given = self.resources
-        writers = {name for view in self.views.values() for name in view.writers}
+        writers = {name for view in self.views.values() for name in view.asked}
         known = dict(given.networks)
         if self.written is not None and "top_tokens" in self.written.provides:
             known[FILE] = Network(origin=ROWS, model=stored_distributions(self.model.vocabulary_size))

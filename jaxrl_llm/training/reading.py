@@ -290,6 +290,7 @@ def column(item: Mapping[str, Any], name: str) -> Any:
     return item[name] if name in item else (item.get("raw") or {}).get(name)
 
 
+_EXACT = 2**24  # from here on float32 holds neighbours as one number
 _OF_ITEMS = TEXT - {"completions", "completion"}
 _PLURAL = {"completion": "completions", "prompt": "prompts", "answer": "answers", "item": "items"}
 
@@ -351,4 +352,13 @@ def _spread(
                     f"{name!r} has shape {np.shape(value)} at row {row}, and {one} at another; give all rows one shape"
                 )
             whole[row] = value
-    return whole.astype(np.int32) if name.endswith("_id") else whole
+    if not name.endswith("_id"):
+        return whole
+    exact = (whole == np.round(whole)) & (np.abs(whole) < _EXACT)
+    if not exact.all() or (kind_of(name) == "row" and one):
+        row = int(np.argmin(exact.reshape(count, -1).all(axis=1)))
+        raise RewardError(
+            f"{name!r} is {whole[row]} at row {row}, and is compared by equality: return a text, or one whole number "
+            f"below {_EXACT}"
+        )
+    return whole.astype(np.int32)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Experience
+from jaxrl_llm.token_codes import SEEDS, ngram_codes, token_codes
 
 NGRAM = 4
 
@@ -105,7 +106,8 @@ def degenerate_completions(
     mean = lambda x: (x * weight).sum() / rows_there  # noqa: E731
     there = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
     # Told apart by two 32-bit hashes. Sorted, equal rows stand side by side, and all but the first repeat one.
-    codes = [_hash(rows.tokens, there, factor) for factor in (0x9E3779B1, 0x85EBCA6B)]
+    place = jnp.arange(rows.tokens.shape[1])
+    codes = [jnp.where(there, token_codes(rows.tokens, place, seed=seed), 0).sum(1, dtype=jnp.uint32) for seed in SEEDS]
     keys = (*codes, rows.length, rows.group, weight <= 0)
     order = jnp.lexsort(keys)
     repeats = jnp.stack([key[order][1:] == key[order][:-1] for key in keys]).all(0)
@@ -134,21 +136,12 @@ def repeated_ngrams(tokens: Int[Array, "B T"], length: Int[Array, "B"], *, ngram
     places = tokens.shape[1] - ngram + 1
     if places < 1:
         return jnp.zeros(tokens.shape[0], jnp.float32)
-    code = jnp.zeros((tokens.shape[0], places), jnp.uint32)
-    for k in range(ngram):
-        code = (code ^ tokens[:, k : k + places].astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
-        code = code ^ (code >> 15)
+    code = ngram_codes(tokens, ngram)
     count = jnp.maximum(length - ngram + 1, 0)
     last = jnp.uint32(0xFFFFFFFF)  # what is not there comes last
     code = jnp.sort(jnp.where(jnp.arange(places) < count[:, None], jnp.minimum(code, last - 1), last), axis=1)
     again = ((code[:, 1:] == code[:, :-1]) & (code[:, 1:] != last)).sum(1)
     return again / jnp.maximum(count, 1).astype(jnp.float32)
-
-
-def _hash(tokens: Int[Array, "B T"], there: Array, factor: int) -> Array:
-    powers = np.array([pow(factor, place + 1, 1 << 32) for place in range(tokens.shape[1])], np.uint32)
-    mixed = (tokens.astype(jnp.uint32) + 1) * jnp.uint32(factor)
-    return jnp.where(there, (mixed ^ (mixed >> 15)) * powers, 0).sum(1, dtype=jnp.uint32)
 
 
 def _scripts_in(tokens: Int[Array, "B T"], inside: Array, scripts: Int[np.ndarray, "V"]) -> Array:

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, KeyUse, Prompts, TrainState
-from jaxrl_llm.models.mixture import geometric_mixture
+from jaxrl_llm.models.mixture import geometric_mixture, value_guided
 from jaxrl_llm.parallel.rules import constrain_rows, laid_out
 from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.signatures import call
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.collect import sampling_layout
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.networks import current
+from jaxrl_llm.training.networks import current, frozen_part, whole
 from jaxrl_llm.training.segments import Traced, Work
 
 PARTS = ("prompt_tokens", "prompt_length", "tokens", "length", "mask")
@@ -69,6 +69,11 @@ def _written(c: Composition, view: View, state: TrainState, rows: Experience, pr
     (rules, weights), model = laid[0], models[0]
     if len(models) > 1:
         model, weights = geometric_mixture(*models, share=view.share), tuple(each for _, each in laid)
+    if view.guided_by is not None:
+        judge, params = _judge(c, view.guided_by, state)
+        backbone = sampling_layout(place, judge, params["backbone"])[1]
+        model = value_guided(model, judge, strength=view.strength, candidates=view.candidates)
+        weights = weights, {"head": params["head"], "backbone": backbone}
     key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.VIEW), zlib.crc32(view.name.encode()) % 2**31)
     complete = partial(
         generate,
@@ -86,3 +91,13 @@ def _written(c: Composition, view: View, state: TrainState, rows: Experience, pr
     complete = laid_out(complete, place.mesh, rules)
     written = complete(prompts, temperature=view.temperature, first_sample=rows.sample, active=asked)
     return constrain_rows(replace(written, mask=written.mask * written.weight[:, None]))
+
+
+def _judge(c: Composition, name: str, state: TrainState) -> tuple[Any, dict[str, Any]]:
+    """(model, whole parameters of backbone and head) of a network with a head."""
+    network, params = c.networks[name], current(c.model, c.networks, state, name)
+    if "backbone" not in params:
+        return c.model, {"head": params["head"], "backbone": state.params}
+    if network.model is not None:
+        return network.model, params
+    return c.model, params | {"backbone": whole(c.model, params["backbone"], frozen_part(c.model, state.params))}

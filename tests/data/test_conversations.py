@@ -13,7 +13,7 @@ import pytest
 
 from jaxrl_llm import losses
 from jaxrl_llm.data import CharacterTokenizer, DataSpec, split_of, supervised_batches, tasks
-from jaxrl_llm.data.tasks import addition, calculator, chain, corruption, grid, self_correction
+from jaxrl_llm.data.tasks import addition, bargaining, calculator, chain, corruption, grid, self_correction
 from jaxrl_llm.data.tasks.items import record
 from jaxrl_llm.experience import Source
 from jaxrl_llm.rows import Written, demonstrations
@@ -23,7 +23,9 @@ TOKENIZER = CharacterTokenizer()
 VARIANTS = [
     ("grid", {}, 4),
     ("grid", {"view": "blind", "size": 3}, 2),
+    ("bargaining", {}, 2),
     ("calculator", {"fault_probability": 0.3}, 3),
+    ("calculator", {"repeated": 0.5}, 1),
     ("self_correction", {"problem": "chain"}, 4),
     ("self_correction", {"problem": "deduction", "problem_options": {"scratchpad": False}}, 2),
 ]
@@ -236,6 +238,11 @@ def test_a_warm_start_does_not_learn_to_err_or_to_speak_for_the_environment(make
         (lambda: tasks.task("calculator", fault_probability=2), "fault_probability is 2"),
         (lambda: calculator.operations("T:3"), "must look like"),
         (lambda: tasks.task("self_correction", problem="sorting"), "problem is 'sorting'"),
+        (
+            lambda: tasks.task("calculator", repeated=0.5, fault_probability=0.1),
+            "repeated is 0.5 beside fault_prob.*set one",
+        ),
+        (lambda: bargaining.problem("21/40"), "'21/40' is no problem of bargaining; it must look like"),
         (lambda: tasks.task("self_correction", corrupted=-1), "corrupted is -1"),
         (lambda: tasks.task("self_correction", problem_options={"modulus": 7}), "addition takes other options"),
         (lambda: tasks.task("self_correction", problem_options=[1]), "must map options"),

@@ -18,6 +18,7 @@ VARIANTS = [
     ("addition", {"scratchpad": False}, 2),
     ("chain", {}, 3),
     ("chain", {"modulus": 13}, 5),
+    ("chain", {"claims": True}, 3),
     ("composition", {}, 2),
     ("composition", {"functions": "KLMNOPQ", "scratchpad": False}, 6),
     ("countdown", {}, 3),
@@ -36,7 +37,7 @@ EVERY = pytest.mark.parametrize(("name", "options", "level"), VARIANTS)
 
 
 def test_names_are_the_families():
-    several_turns = ("calculator", "grid", "self_correction")
+    several_turns = ("bargaining", "calculator", "grid", "self_correction")
     one_completion = ("addition", "chain", "composition", "countdown", "deduction", "function_calls")
     one_completion += ("sorting", "two_chains")
     assert tasks.names() == tuple(sorted(several_turns + one_completion))
@@ -130,7 +131,7 @@ def test_items_are_distinct_deterministic_and_extend_smaller_sets(name, options,
 def test_splits_are_disjoint_and_hold_their_own_hash(name, options, level):
     task = tasks.task(name, **options)
     bodies = {
-        split: {item.body for item in task.generate(level=level, count=60, split=split)}
+        split: {task.identity(item) for item in task.generate(level=level, count=60, split=split)}
         for split in ("train", "validation", "test")
     }
     assert all(split_of(body) == split for split, found in bodies.items() for body in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ import tokenizers
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from jaxrl_llm import shipped
 from jaxrl_llm.cli import main
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.models import (
@@ -195,6 +197,12 @@ def test_networks_read_the_tokens_of_the_policy(tmp_path):
         require_tokens_of_policy({"reward": tmp_path / "other"}, policy)
     with pytest.raises(ValueError, match="whose tokenizer is not that of the policy, and"):
         require_tokens_of_policy({"reward": tmp_path / "same"}, CharacterTokenizer())
+    run = tmp_path / "run"  # of a model that is described by its shape, with the built-in tokenizer
+    (run / "checkpoints" / "5").mkdir(parents=True)
+    shutil.copy(shipped.recipe_path("demo"), run / "config.yaml")
+    require_tokens_of_policy({"reward": run}, CharacterTokenizer())
+    with pytest.raises(ValueError, match=r"networks\.reward\.path is .*run.* is not that of the policy, and"):
+        require_tokens_of_policy({"reward": run}, policy)
 
 
 def test_every_class_is_one_of_transformers():

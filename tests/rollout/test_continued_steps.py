@@ -15,6 +15,7 @@ from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.rollout import Prefixes, generate, plans
+from jaxrl_llm.signatures import on_host
 from jaxrl_llm.training import Network, Resources, Rollout, make_train_step
 
 EOS, RIGHT, WRONG, SURE, OPEN, START = 2, 6, 7, 4, 5, 9
@@ -53,7 +54,7 @@ def prompts(count=2):
     return Prompts(jnp.full((count, 1), START), number * 0 + 1, number, number[:, None], number * 0 + 1)
 
 
-def labelled(model, steps, *, form="soft", width=WIDTH, turns=3):
+def labelled(model, steps, *, form="soft", width=WIDTH, turns=3, decode=None):
     plan = plans.continued_steps(
         plans.plain(samples_per_prompt=SAMPLES),
         choose=steps,
@@ -67,12 +68,12 @@ def labelled(model, steps, *, form="soft", width=WIDTH, turns=3):
         source=Rollout(samples_per_prompt=SAMPLES, max_completion_tokens=width, eos_ids=(EOS,), pad_id=0, plan=plan),
         rewards=[right],
         credit=[
-            ("turn", steps),
+            *([] if on_host(steps) else [("turn", steps)]),
             ("turn_labels", partial(rewards.continuation_labels, form=form)),
             ("step_labels", rewards.labels_at_ends),
         ],
         losses=[losses.step_label_likelihood],
-        resources=Resources(networks={"process": Network(head=HeadConfig(), optimizer=optax.sgd(1.0))}),
+        resources=Resources(networks={"process": Network(head=HeadConfig(), optimizer=optax.sgd(1.0))}, decode=decode),
     )
     state, metrics, rows = step.run(step.init(jax.random.key(0)), prompts())
     return state, metrics, jax.device_get(rows)
@@ -93,6 +94,24 @@ def test_labels_of_a_chain_are_its_chances(make_bigram):
     # Two tokens are drawn behind the first step, one behind the second, none behind the end.
     np.testing.assert_allclose(metrics["continued_tokens"], CONTINUATIONS * (2 + 1))
     assert float(jnp.abs(state.networks["process"].params["head"]["weight"]).sum()) > 0
+
+
+def test_steps_may_be_read_from_the_text_of_completions(make_bigram):
+    def a_word_a_step(completions, length):
+        assert [len(text.split()) for text in completions] == length.tolist()
+        return [np.arange(count) for count in length]
+
+    decode = lambda ids: " ".join(map(str, ids))  # noqa: E731
+    _, metrics, read = labelled(chain(make_bigram), a_word_a_step, decode=decode)
+    _, same, rows = labelled(chain(make_bigram), a_token_a_step)
+    for name in ("successes", "continuations", "turn_labels"):
+        np.testing.assert_array_equal(read[name], rows[name])
+    inside = np.arange(WIDTH) < read.length[:, None]
+    np.testing.assert_array_equal(read["turn"][inside], rows["turn"][inside])
+    assert metrics["continued_tokens"] == same["continued_tokens"]
+    assert metrics["seconds/turn"] >= 0
+    with pytest.raises(ValueError, match=r"'turn' of rollout.plan is read from text, so make_train_step needs decode="):
+        labelled(chain(make_bigram), a_word_a_step)
 
 
 @pytest.mark.slow

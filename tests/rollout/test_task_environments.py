@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.data import CharacterTokenizer, encode_prompts, tasks
-from jaxrl_llm.data.tasks import calculator, grid, self_correction
+from jaxrl_llm.data.tasks import bargaining, calculator, grid, self_correction
 from jaxrl_llm.data.tasks.items import record
 from jaxrl_llm.experience import Source
 from jaxrl_llm.rollout import StopReason, Turns, advanced, episode_metrics, replayed, require_environment, started
@@ -295,6 +295,67 @@ def test_the_request_to_revise_is_the_same_whatever_the_answer():
     agree(environment, [item] * 4, turns, self_correction.episode, self_correction.turn)
 
 
+# ---- bargaining -----------------------------------------------------------------------------------------------------
+
+BARGAINING = environment_of("bargaining")
+
+
+def says(text):
+    return f"<a>{text}</a><n>"
+
+
+def test_a_bargain_by_hand():
+    item = bargaining.item((2, 1), (4, 2), (1, 3))  # the pool is worth 10 to oneself, 5 to the partner
+    assert (item.body, item.answer) == ("D:21/42", "21/42/13")
+    # It wants 4 of 5, then 3.5, then 3: one of each kind is the nearest to nothing; at last the second kind is enough.
+    turns = [
+        [says("21"), says("20"), says("20")],
+        [says("21"), says(" y ")],
+        [says("y")],
+        [says("31"), says("7")],
+        ["<a>20</a><eos>"],
+    ]
+    seen, episodes = played(BARGAINING, [item] * 5, turns)
+    assert seen == [["<o>10</o>", "<o>10</o>"], ["<o>10</o>"], [], ["<o>00</o>", "<o>00</o>"], []]
+    np.testing.assert_allclose(
+        episodes.turn_rewards[:, :3], [[0, 0, 0.8], [0, 0.4, 0], [0] * 3, [0] * 3, [0] * 3], atol=1e-6
+    )
+    assert episodes.stop.tolist() == [StopReason.ENVIRONMENT] * 3 + [StopReason.RUNNING, StopReason.ANSWER]
+
+
+def random_bargaining_turn(rng):
+    pieces = ["<a>", "</a>", "<n>", "<eos>", "y", "0", "1", "2", "3", " ", "7"]
+    if rng.random() < 0.8:
+        return says(rng.choice(["y", *("".join(rng.choice("0012") for _ in range(n)) for n in (2, 3, 3, 4))]))
+    return "".join(rng.choice(pieces) for _ in range(rng.randint(1, 8)))
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_bargaining_in_the_program_is_bargaining_in_python(progress):
+    task = tasks.task("bargaining")
+    items = [item for level in (2, 3) for item in task.generate(level=level, count=14)]
+    items += task.generate(level=4, count=4, split="extrapolation")
+    rng = random.Random(5)
+    turns = [[random_bargaining_turn(rng) for _ in range(4)] for _ in items]
+    environment = task_environment(task, progress=progress)
+    agree(environment, items, turns, bargaining.episode, partial(bargaining.turn, progress=progress))
+
+
+def test_progress_adds_up_to_the_deal_and_reference_conversations_are_answered_as_they_say():
+    task = tasks.task("bargaining")
+    items = [item for level in (2, 3) for item in task.generate(level=level, count=8)]
+    said = [task.segments(record(item, 0)) for item in items]
+    turns = [[s.text for s in parts if s.source != Source.OBSERVATION] for parts in said]
+    found = [played(task_environment(task, progress=progress), items, turns) for progress in (False, True)]
+    (seen, plain), (_, paid) = found
+    assert seen == [[s.text for s in parts if s.source == Source.OBSERVATION] for parts in said]
+    np.testing.assert_allclose(plain.turn_rewards.sum(1), paid.turn_rewards.sum(1), atol=1e-6)
+    metrics = {name: float(a) / float(b) for name, (a, b) in episode_metrics(BARGAINING, plain, jnp.ones(16)).items()}
+    assert metrics["deal"] == 1
+    assert metrics["own_share"] > 0.3 < metrics["partner_share"]
+    assert set(plain.stop.tolist()) == {StopReason.ENVIRONMENT}
+
+
 # ---- all tasks ------------------------------------------------------------------------------------------------------
 
 TASKS = [
@@ -302,6 +363,7 @@ TASKS = [
     ("grid", {"size": 3, "view": "blind"}, 2),
     ("calculator", {}, 3),
     ("calculator", {"fault_probability": 0.4}, 2),
+    ("calculator", {"repeated": 0.5}, 1),
     ("self_correction", {}, 3),
     ("self_correction", {"problem": "chain"}, 2),
 ]
@@ -322,13 +384,18 @@ def test_reference_conversations_are_what_the_environment_says_and_earn_everythi
     assert set(episodes.stop.tolist()) <= {StopReason.ANSWER, StopReason.ENVIRONMENT}
 
 
-@pytest.mark.parametrize(("name", "options", "level"), [TASKS[0], TASKS[3], TASKS[4]])
+@pytest.mark.parametrize(("name", "options", "level"), [TASKS[0], TASKS[3], TASKS[5], ("bargaining", {}, 2)])
 def test_replay_to_a_turn_is_exact(name, options, level):
     task = tasks.task(name, **options)
     items = task.generate(level=level, count=6)
     environment = environment_of(name, **options)
     rng = random.Random(2)
-    wild = {"grid": random_grid_turn, "calculator": random_tool_turn, "self_correction": lambda rng: "<a>1</a><n>"}
+    wild = {
+        "bargaining": random_bargaining_turn,
+        "grid": random_grid_turn,
+        "calculator": random_tool_turn,
+        "self_correction": lambda rng: "<a>1</a><n>",
+    }
     texts = [[wild[name](rng) for _ in range(environment.max_turns)] for _ in items]
     columns = [padded([row[turn] for row in texts], environment.max_turn_tokens) for turn in range(len(texts[0]))]
     turns = Turns(*(jnp.stack(parts, axis=1) for parts in zip(*columns, strict=True)))

@@ -20,6 +20,7 @@ from jaxrl_llm.run.optimizers import (
     with_master,
     with_stochastic_rounding,
 )
+from jaxrl_llm.run.paired_updates import climb_then_descend
 from jaxrl_llm.run.recipes import RecipeError
 
 MODEL = transformer(TransformerConfig(vocabulary_size=11, width=16, layers=2, heads=2, kv_heads=1, mlp_width=24))
@@ -213,3 +214,28 @@ def test_any_optimiser_of_optax_and_a_schedule_may_be_named_with_hyper_parameter
 def test_optimisers_and_schedules_that_are_none(changes, message):
     with pytest.raises(RecipeError, match=message):
         optimizer(TrainingConfig(steps=4, **changes))
+
+
+def test_an_update_climbs_and_the_next_one_descends_from_before_it():
+    """MetaRM of the card: a linear reward, J of unlabelled answers and the Bradley-Terry loss of pairs."""
+    unlabelled = jnp.array([[[1.0, 1], [0, 0.5], [-1, 0]], [[0.2, 0], [0.4, 1], [1, -1]]])
+    apart = jnp.array([[1.0, -1], [0, 1]])  # chosen less rejected features
+
+    def spread(w):
+        r = unlabelled @ w
+        i, j = jnp.triu_indices(3, 1)
+        return (2 / 9 * jax.nn.sigmoid(jnp.abs(r[:, i] - r[:, j])).sum(1)).mean()
+
+    def ranking(w):
+        return -jax.nn.log_sigmoid(apart @ w).mean()
+
+    made = climb_then_descend(0.05, ascent=0.1, descent="sgd")
+    start = w = jnp.array([0.5, -0.25])
+    state = made.init(w)
+    for gradient, expected in ((spread, [0.513084, -0.254916]), (ranking, [0.507923, -0.243838])):
+        updates, state = made.update(jax.grad(gradient)(w), state, w)
+        w = optax.apply_updates(w, updates)
+        np.testing.assert_allclose(w, expected, atol=1e-6)
+    assert (w != start).all()
+    with pytest.raises(ValueError, match="ascent is 0; it must be above 0"):
+        climb_then_descend(0.1, ascent=0)

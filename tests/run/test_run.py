@@ -354,12 +354,12 @@ def judge(completions):
 def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, capsys):
     (tmp_path / "judging.py").write_text(JUDGING)
     calls = tmp_path / "calls"
-    calls.write_text("0 2")
+    calls.write_text("0 3")  # once before anything is compiled
     monkeypatch.syspath_prepend(tmp_path)
     directory = tmp_path / "run"
     changes = ["rewards=[{python: 'judging:judge'}]", "warm_start.steps=0", "losses=[clipped_surrogate]"]
 
-    # The third step fails while the checkpoint before it is on its way to the disk.
+    # The third step fails, the fourth call, while the checkpoint before it is on its way to the disk.
     said = refused(capsys, "train", str(micro_yaml), f"run_dir={directory}", *changes, status=1)
     assert "reward 'judge' raised LookupError: no such case at row 0 (completion '" in said
     assert "The state before step 3 is saved: mend the function and run jaxrl train --resume" in said
@@ -367,7 +367,7 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
     assert [line["step"] for line in records(directory)] == [1, 2]
 
     # The fourth step fails with no checkpoint of the third.
-    calls.write_text("0 1")
+    calls.write_text("0 2")
     assert "The state before step 4 is saved" in refused(capsys, "train", "--resume", str(directory), status=1)
     assert checkpoints.latest_step(directory / "checkpoints") == 3
     assert [line["step"] for line in records(directory)] == [1, 2, 3]

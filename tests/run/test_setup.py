@@ -158,6 +158,7 @@ def test_plans_are_made_from_the_inside_out(micro_config):
         ("source=[]", "source is empty"),
         ("source=[{replay: {share: 0.5}}]", "a replay store alone"),
         ("networks={value: {head: {widht: 3}}}", "networks.value.head is {'widht': 3}"),
+        ("networks={reference: {learning_rate: 0.1}}", r"networks.reference.learning_rate is 0.1, but .* has no head"),
         (
             "views={answer: {answer_after_thougth: {mark: x}}}",
             "views.answer names 'answer_after_thougth', which does not",

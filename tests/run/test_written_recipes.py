@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,9 @@ from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import written_of
 from jaxrl_llm.run.train import train
 from jaxrl_llm.shipped import recipe_path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
+from judge_stand_in import StandIn
 
 MICRO = {
     "task": {"name": "addition", "levels": [1], "options": {"scratchpad": False}, "train_items": 64}
@@ -66,13 +70,14 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def micro(files, data_directory):
-    """A recipe for a micro model that reads its file."""
+    """A recipe for a micro model that reads its file, if it reads one."""
 
-    def make(name: str, kind: str, *overrides: str) -> Config:
+    def make(name: str, kind: str | None, *overrides: str) -> Config:
         tree = read_tree(recipe_path(name)) | MICRO | {"data": {"directory": data_directory}}
         tree["rollout"] |= {"max_prompt_tokens": 7, "max_completion_tokens": 6}
         tree["training"] |= {"learning_rate": 0.01, "warmup_steps": 0}
-        tree["source"] = {kind: {"file": str(files[kind]), "groups_per_step": 8}}
+        if kind is not None:
+            tree["source"] = {kind: {"file": str(files[kind]), "groups_per_step": 8}}
         tree["warm_start"] = {"steps": 0}
         tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
         return parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size)
@@ -186,7 +191,7 @@ def test_a_process_reward_model_learns_from_labelled_steps_and_the_policy_from_i
 
 @pytest.mark.slow
 def test_a_process_reward_model_learns_from_continuations_that_nobody_labelled(micro, tmp_path):
-    config = micro("math_shepherd", "steps", "rollout.max_completion_tokens=14")
+    config = micro("math_shepherd", None, "rollout.max_completion_tokens=14")
     model, policy = config.stages
     model["training"], policy["training"] = {"steps": 20, "prompts_per_step": 8}, {"steps": 3, "prompts_per_step": 8}
     networks = {"process": replace(config.networks["process"], learning_rate=0.005)}
@@ -316,3 +321,66 @@ def test_the_pairs_of_a_file_are_ordered_by_the_reward_model_of_a_run(micro, fil
     assert [(row["source"], row["pairs"]) for row in rows] == [("all", 32), ("part 0", 16), ("part 1", 16)]
     assert rows[0]["accuracy"] > 0.6  # of pairs that it has learned from
     np.testing.assert_allclose(rows[0]["accuracy"], (rows[1]["accuracy"] + rows[2]["accuracy"]) / 2)
+
+
+def sums(data_directory: str, name: str, *overrides: str, **more: Any) -> Config:
+    """A recipe for a micro model that has learned to answer some sums."""
+    tree = read_tree(recipe_path(name)) | MICRO | {"data": {"directory": data_directory}} | more
+    tree["rollout"] |= {"samples_per_prompt": 4, "max_prompt_tokens": 7, "max_completion_tokens": 6}
+    tree["training"] |= {"prompts_per_step": 8, "learning_rate": 0.003, "warmup_steps": 0, "steps": 3}
+    tree["warm_start"] = {"steps": 60, "sequences_per_step": 32, "learning_rate": 0.02, "probe_every_steps": 0}
+    tree["evaluation"] = {"problems": 4, "samples_per_problem": 2, "k": [1, 2], "sequences_per_batch": 8}
+    return parse_config(tree, overrides, vocabulary_size=CharacterTokenizer().vocabulary_size)
+
+
+@pytest.mark.slow
+def test_a_copy_of_the_policy_learns_to_write_verdicts_and_the_policy_from_them(data_directory, tmp_path):
+    config = sums(data_directory, "generative_judge")
+    judge, policy = config.stages
+    judge["training"]["steps"], policy["training"] = 40, {"steps": 4, "prompts_per_step": 8}
+    networks = {"critic": replace(config.networks["critic"], learning_rate=0.02)}
+    seen = whole_run(replace(config, stages=(judge, policy), networks=networks), tmp_path / "run")
+    losses = [one["loss/negative_log_likelihood"] for one in seen["judge"]]
+    assert np.mean(losses[-5:]) < 0.7 < losses[0]  # of two verdicts, of all tokens
+    assert "gradient_norm" not in seen["judge"][-1]  # the policy waits
+    for step in seen["reinforcement"]:
+        assert 0 <= step["reward/judge_rating"] <= 1
+        assert step["reward"] == pytest.approx(step["reward/judge_rating"])  # the verifier has no weight
+        assert "gradient_norm/critic" not in step
+    assert seen["judge"][-1]["gradient_norm/critic"] > 0
+
+
+@pytest.mark.slow
+def test_a_judge_behind_an_endpoint_is_asked_about_each_step(data_directory, tmp_path):
+    server = StandIn().start()
+    try:
+        told = {"turn_labels": {"judge_turns": {"judge": server.described(), "max_turns": 2}}}
+        credit = [told if "turn_labels" in one else one for one in read_tree(recipe_path("thought_judge"))["credit"]]
+        seen = whole_run(sums(data_directory, "thought_judge", credit=credit), tmp_path / "run")
+        (steps,) = [lines for stage, lines in seen.items() if "reward/exact_answer" in lines[-1]]
+        assert all(step["judge/judge_turns/unreadable"] == 0 < step["judge/judge_turns/calls"] for step in steps)
+        assert all("Before the step:" in question for question in server.asked)
+        assert any(step["gradient_norm"] > 0 for step in steps)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.slow
+def test_shares_of_utterances_in_a_deal_are_learned_and_the_policy_from_them(data_directory, tmp_path):
+    task = MICRO["task"] | {"name": "bargaining", "levels": [2], "options": {}}
+    config = sums(
+        data_directory, "sotopia", "rollout.max_prompt_tokens=9", "rollout.max_completion_tokens=40", task=task
+    )
+    shares, policy = config.stages
+    shares["training"]["steps"] = 20
+    networks = {"utterance": replace(config.networks["utterance"], learning_rate=0.01)}
+    seen = whole_run(replace(config, stages=(shares, policy), networks=networks), tmp_path / "run")
+    losses = [one["loss/step_label_likelihood"] for one in seen["utterances"]]
+    np.testing.assert_allclose(losses[0], np.log(2), atol=0.15)
+    assert np.mean(losses[-4:]) < losses[0] - 0.1  # most utterances contribute nothing
+    assert "gradient_norm" not in seen["utterances"][-1]  # the policy waits
+    for step in seen["reinforcement"]:
+        assert step["gradient_norm"] > 0
+        assert "gradient_norm/utterance" not in step
+        assert 0 <= step["episode/own_share"] <= 1

@@ -283,7 +283,7 @@ def test_an_environment_that_does_not_fit_the_prompts_is_refused_before_anything
         trace(parts(config_of("grid", "rollout.max_completion_tokens=10")))
 
 
-@pytest.mark.parametrize("name", ["grid", "calculator", "self_correction"])
+@pytest.mark.parametrize("name", ["grid", "calculator", "bargaining", "self_correction"])
 def test_the_demos_compose(name):
     trace(parts(parse_config(read_tree(ROOT / "configs" / f"{name}.yaml"), vocabulary_size=VOCABULARY)))
 

@@ -205,6 +205,12 @@ def test_equal_answers_get_equal_ids(rows):
     )
 
 
+@pytest.mark.parametrize("answer", [3.5, 2**24, [1, 2], {"a": 1}])
+def test_answers_that_cannot_be_compared_are_refused(rows, answer):
+    with pytest.raises(RewardError, match=r"compared by equality: return a text, or one whole|must return one number"):
+        fill(rows, "answer_id", lambda completions: [answer] * len(completions))
+
+
 def test_a_reading_may_say_something_of_each_token_or_a_list_of_numbers(rows):
     def steps(completion):
         count = len(completion.split())

@@ -372,6 +372,10 @@ def test_samples_of_a_prompt_are_judged_by_different_draws_and_the_policy_may_le
         ({"written_by": "judge", "mixed_with": "judge"}, "mixed_with is 'judge', but written_by 'judge'; name another"),
         ({"mixed_with": "judge"}, "mixed_with is 'judge', but written_by None"),
         ({"written_by": "judge", "mixed_with": "policy", "share": 1.5}, "share is 1.5; it must lie in"),
+        ({"written_by": "judge", "guided_by": "valeu"}, "views.verdict.guided_by is 'valeu'"),
+        ({"written_by": "policy", "guided_by": "judge"}, "guided_by is 'judge', which has no head of one number"),
+        ({"guided_by": "grade"}, "guided_by is 'grade', which guides what one network writes"),
+        ({"written_by": "judge", "guided_by": "grade", "candidates": 0}, "candidates is 0"),
     ],
 )
 def test_who_may_not_write_a_view(bigram, changed, message):

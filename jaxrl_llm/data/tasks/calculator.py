@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any, NamedTuple
 
-from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, require_share, tagged
+from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, require_int, require_share, tagged
 
 ERROR = "ERR"
 MOST_DIGITS, LARGEST_RESULT = 7, 10**9
-# Calls that an item grants beyond its own operations; as many faults are injected at most, so that all can be made up.
-SPARE_CALLS = 2
+# Calls that an item grants beyond its own operations, and faults that are injected at most: all can be made up.
+SPARE_CALLS = MOST_FAULTS = 2
 
 _CALL = re.compile(rf"(-?[0-9]{{1,{MOST_DIGITS}}})([-+*])(-?[0-9]{{1,{MOST_DIGITS}}})")
 _BODY = re.compile(r"T:([0-9]+)((?:[-+*][0-9]+)+)")
@@ -72,7 +72,7 @@ class Tool(NamedTuple):
 def called(tool: Tool, call: str) -> tuple[Tool, str]:
     """The tool after a call, and what it returned. A call that a fault has just failed is served when repeated."""
     value = result(call)
-    spared = value == ERROR or call == tool.failed or tool.faults == SPARE_CALLS
+    spared = value == ERROR or call == tool.failed or tool.faults == MOST_FAULTS
     if not spared and fault(tool.item_id, tool.calls, tool.fault_probability):
         return tool._replace(calls=tool.calls + 1, faults=tool.faults + 1, failed=call), ERROR
     return tool._replace(calls=tool.calls + 1, failed=""), value
@@ -115,25 +115,37 @@ def episode(record: Mapping[str, Any], *, fault_probability: float = 0.0) -> Epi
     return Episode(record, Tool(record["item_id"], fault_probability))
 
 
-def turn(state: Episode, text: str, *, error_penalty: float = 0.0) -> tuple[Episode, str, float, bool]:
+def turn(
+    state: Episode, text: str, *, error_penalty: float = 0.0, spare_calls: int = SPARE_CALLS
+) -> tuple[Episode, str, float, bool]:
     """(state, observation, reward, whether the episode is over) after a turn's text, its end included."""
     answer = tagged(text, "<a>", "</a>")
     if answer is not None:
         return state, "", float(answer.strip(" \n") == state.record["answer"]), True
     tool, returned = called(state.tool, tagged(text, "<c>", "</c>") or "")
-    over = text.endswith("<eos>") or tool.calls > len(operations(state.record["body"])[1]) + SPARE_CALLS
+    over = text.endswith("<eos>") or tool.calls > len(operations(state.record["body"])[1]) + spare_calls
     reward = -error_penalty if returned == ERROR else 0.0
     return state._replace(tool=tool), f"<o>{returned}</o>", reward, over
 
 
-def task(*, fault_probability: float = 0.0) -> Task:
-    """`level` operations on integers of two and three digits, each done by a tool; at most level + 2 calls.
+def task(*, fault_probability: float = 0.0, repeated: float = 0.0, spare_calls: int = SPARE_CALLS) -> Task:
+    """`level` operations on integers of two and three digits, each done by a tool; at most level + `spare_calls` calls.
 
     Args:
       fault_probability: share of the calls that return ERR once although they are fine, 0 to 1; two in an episode at
         most.
+      repeated: probability with which a reference conversation makes a call once more, while there are calls to spare,
+        so that a policy that learns from it makes calls without need; without faults, which need these calls.
+      spare_calls: that an item grants beyond its own operations, at least 2.
     """
     require_share("fault_probability", fault_probability)
+    require_share("repeated", repeated)
+    require_int("spare_calls", spare_calls, low=SPARE_CALLS)
+    if repeated and fault_probability:
+        raise ValueError(
+            f"repeated is {repeated} beside fault_probability {fault_probability}, but an item has {spare_calls} calls "
+            "to spare for both; set one of them to 0"
+        )
 
     def draw(rng: Random, level: int) -> Item | None:
         numbers = [rng.randint(10, 99) if rng.random() < 0.5 else rng.randint(100, 999) for _ in range(level + 1)]
@@ -143,7 +155,7 @@ def task(*, fault_probability: float = 0.0) -> Task:
         """Every call with its result, repeated where a fault was injected, and the answer."""
         tool, parts = Tool(record["item_id"], fault_probability), []
         start, steps = operations(record["body"])
-        value = str(start)
+        value, rng, again = str(start), Random(record["body"]), 0
         for operator, operand in steps:
             call, returned = f"{value}{operator}{operand}", ERROR
             if result(call) == ERROR:
@@ -151,9 +163,15 @@ def task(*, fault_probability: float = 0.0) -> Task:
             while returned == ERROR:
                 tool, returned = called(tool, call)
                 parts += [Segment(f"<c>{call}</c><n>"), observed(f"<o>{returned}</o>")]
+            while again < spare_calls and rng.random() < repeated:
+                again, parts = again + 1, parts + parts[-2:]
             value = returned
         return (*parts, Segment(f"<a>{value}</a><eos>"))
 
+    # The draws follow from the options: those at their defaults leave them as they were.
+    further = ({"repeated": repeated} if repeated else {}) | (
+        {"spare_calls": spare_calls} if spare_calls != SPARE_CALLS else {}
+    )
     return Task(
         name="calculator",
         draw=draw,
@@ -161,9 +179,9 @@ def task(*, fault_probability: float = 0.0) -> Task:
         levels=(1, 2, 3),
         last_level=5,
         description="arithmetic with a calculator tool; the level is the number of operations",
-        options={"fault_probability": fault_probability},
+        options={"fault_probability": fault_probability} | further,
         scratchpad=False,
         reward="episode_reward",
         segments=segments,
-        environment=("calculator_tool", {"fault_probability": fault_probability}),
+        environment=("calculator_tool", {"fault_probability": fault_probability, "spare_calls": spare_calls}),
     )

@@ -184,10 +184,10 @@ def gap_relations(
 
 def regret_preference(
     reward_values: Float[Array, "B T"],
-    values: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     group: Int[Array, "B"],
     preferred: Float[Array, "B"],
+    values: Float[Array, "B T"] | None = None,
     end_values: Float[Array, "B"] | None = None,
 ) -> Loss:
     """Preferences by regret: the better segment is the one that gives away less of what was to be had.
@@ -200,10 +200,11 @@ def regret_preference(
 
     Args:
       reward_values: r of each token, of the network `reward` that learns, with a head that says one number a token.
-      values: V before each token, of the best policy; no gradient.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       group: id of the group each row belongs to; naming it keeps groups whole.
       preferred: 1 for the better segment of a group, 0 for the worse one.
+      values: V before each token, of the best policy; no gradient. None is 0, which of whole answers to one prompt
+        changes nothing.
       end_values: V behind the last token, of segments that do not end; None is 0.
 
     Returns:
@@ -212,6 +213,7 @@ def regret_preference(
     Reference: Models of human preference for learning reward functions (2206.02231).
     Certainty: verified
     """
+    values = jnp.zeros_like(mask) if values is None else values
     chex.assert_equal_shape([reward_values, values, mask])
     weights = row_weight(mask.astype(jnp.float32))
     pairs = pairs_of(preferred, weights, group)

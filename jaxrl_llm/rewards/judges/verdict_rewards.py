@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.ranges import NonNegative, ranged
-from jaxrl_llm.rewards.verifiers.text_similarity import SimilarityForm, Tags, text_similarity
+from jaxrl_llm.rewards.verifiers.text_answers import extract_answer
+from jaxrl_llm.rewards.verifiers.text_similarity import SimilarityForm, Tags, said, text_similarity
 
 CritiqueForm = Literal["verdict", "refine", "delta", "correct"]
 
@@ -48,8 +50,8 @@ def closer_than_opponent(
     Reference: the judge of pairs in Nash-MD (2312.00886) and XPO (2405.21046), by a rule.
     Certainty: verified
     """
-    said = [text if text is not None else "" for text in opponent_text]
-    own, other = (text_similarity(texts, items, form=form, field=field, tags=tags) for texts in (completions, said))
+    others = [text if text is not None else "" for text in opponent_text]
+    own, other = (text_similarity(texts, items, form=form, field=field, tags=tags) for texts in (completions, others))
     found: list[float | None] = []
     for one, two, text in zip(own, other, opponent_text, strict=True):
         if one is None or two is None or text is None:
@@ -57,6 +59,35 @@ def closer_than_opponent(
         else:
             found.append(0.5 if abs(one - two) <= least_gap else float(one > two))
     return found
+
+
+def differing_answers(completions: Sequence[str], opponent_text: Sequence[str | None]) -> dict[str, list[float]]:
+    """Pairs without labels: a newer model's answer against an older one's, where the two differ.
+
+        win_share = 1,   weight = 1[the completion has an answer, which is not the opponent's]
+
+    Nothing checks what is right, so a newer model's errors are reinforced as well: watch held-out accuracy.
+
+    Args:
+      completions: decoded completions of the newer model.
+      opponent_text: what the older one wrote as the view `opponent`; None makes no pair.
+
+    Returns:
+      `win_share` and `weight` of each row, for a loss of pairs such as `exploratory_preference` with alpha 0, which is
+      DPO.
+
+    >>> said = lambda answers: ["" if answer is None else f"<a>{answer}</a>" for answer in answers]
+    >>> differing_answers(said([4, 7, None, 2]), said([5, 7, 1, None]))["weight"]
+    [1.0, 0.0, 0.0, 1.0]
+
+    Reference: self-reinforcement (2405.04086).
+    Certainty: recalled
+    """
+    weight = []
+    for completion, text in zip(completions, opponent_text, strict=True):
+        own, other = (extract_answer(one or "") for one in (completion, text))
+        weight.append(float(bool(own) and text is not None and own != other))
+    return {"win_share": [1.0] * len(weight), "weight": weight}
 
 
 def verdict_question(
@@ -180,6 +211,57 @@ def critique_reward(
         "correct": bonus + after * jnp.where(before > 0.5, 0.2, 1.0),
     }[form]
     return jnp.where(right, earned, -1.0)
+
+
+def critique_overlap(
+    completions: Sequence[str],
+    items: Sequence[Mapping[str, Any]],
+    *,
+    field: str = "think",
+    separator: str = ";",
+    tags: Tags = ("<t>", "</t>"),
+) -> list[float | None]:
+    """How far a critique says what a person's critique says: F1 of their arguments.
+
+        F1 = 2 * matches / (arguments of the critique + arguments of the person's),   0 where neither has one
+
+    Beside the reward of the verdict, with a weight such as 0.5, a right verdict for wrong reasons earns less. Arguments
+    are what stands between separators, and match where they are equal but for space and case; the paper has a model
+    extract and match them.
+
+    Args:
+      completions: decoded completions.
+      items: records of the data, with the person's critique under `field`.
+      field: of the critique; a record without it leaves the row out.
+      separator: between arguments.
+      tags: around the critique in a completion; None takes all of it. Without the tags there is no argument.
+
+    Returns:
+      One reward a row in [0, 1]; None where there is no critique to compare with.
+
+    Raises:
+      ValueError: for an empty separator.
+
+    Reference: RM-NLHF (2601.07349).
+    Certainty: reconstructed
+    """
+    if not separator:
+        raise ValueError("separator is empty; give what stands between arguments, such as ';'")
+
+    def arguments(text: str | None) -> Counter[str]:
+        parts = [" ".join(part.lower().split()) for part in (text or "").split(separator)]
+        return Counter(part for part in parts if part)
+
+    found: list[float | None] = []
+    for completion, item in zip(completions, items, strict=True):
+        if item.get(field) is None:
+            found.append(None)
+            continue
+        stated = arguments(said(completion, tags))
+        expected = arguments(str(item[field]))
+        count = stated.total() + expected.total()
+        found.append(2 * (stated & expected).total() / count if count else 0.0)
+    return found
 
 
 @ranged

@@ -76,7 +76,7 @@ def subgoal_rewards(
 
     Args:
       hits: 1 where turn s reaches subgoal k, in the eyes of a judge or of the task; without the last axis, of one
-        subgoal. NaN is no hit.
+        subgoal. NaN is no hit, and turns that it does not reach have none.
       turn_rewards: r, the task's own.
       coefficient: of a hit; the outcome's reward over twice the number of subgoals keeps the outcome worth more.
       once: a subgoal pays at most once; without it hits can be farmed.
@@ -90,8 +90,10 @@ def subgoal_rewards(
     Reference: CALM (2409.12798).
     Certainty: recalled
     """
-    hit = (hits[..., None] if hits.ndim == 2 else hits) > 0
+    turns = turn_rewards.shape[1]
+    hit = ((hits[..., None] if hits.ndim == 2 else hits) > 0)[:, :turns]
     chex.assert_rank([hit, turn_rewards], [3, 2])
+    hit = jnp.pad(hit, ((0, 0), (0, turns - hit.shape[1]), (0, 0)))
     if once:
         hit = hit & (jnp.cumsum(hit, axis=1) == 1)
     return turn_rewards.astype(jnp.float32) + coefficient * hit.sum(-1)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, ranged
 from jaxrl_llm.statistics import group_min, group_sum
+from jaxrl_llm.token_codes import SEEDS, ngram_codes
 
 TargetForm = Literal["exact", "most", "released"]
 
@@ -83,13 +84,7 @@ def repetition_penalty(
     if places < 1:
         return jnp.zeros(tokens.shape[0], jnp.float32)
     there = jnp.arange(places)[None, :] < (length - ngram + 1)[:, None]
-    hashes = []
-    for factor in (0x9E3779B1, 0x85EBCA6B):
-        total = jnp.zeros((tokens.shape[0], places), jnp.uint32)
-        for k in range(ngram):
-            total = (total ^ tokens[:, k : k + places].astype(jnp.uint32)) * jnp.uint32(factor)
-            total = total ^ (total >> 15)
-        hashes.append(total)
+    hashes = [ngram_codes(tokens, ngram, seed=seed) for seed in SEEDS]
     # What is not there comes last, so that equal n-grams stand beside each other.
     order = jax.vmap(lambda *keys: jnp.lexsort(keys))(hashes[1], hashes[0], ~there)
     one, other, counted = (jnp.take_along_axis(value, order, axis=1) for value in (*hashes, there))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.ranges import Natural, ranged
+from jaxrl_llm.token_codes import SEEDS, token_codes
 
 # Ids of `jaxrl_llm.data.CharacterTokenizer`, written out because this arithmetic depends on no other room;
 # a test holds the two together.
@@ -126,13 +127,11 @@ def answer_ids(
     inside = (offset >= 0) & (offset < size[:, None])
 
     def same_hash(seed: int) -> Bool[Array, "B B"]:
-        place = _mixed(offset.astype(jnp.uint32) + jnp.uint32(seed))
-        total = jnp.where(inside, _mixed(place ^ tokens.astype(jnp.uint32)), jnp.uint32(0)).sum(
-            axis=1, dtype=jnp.uint32
-        )
+        codes = jnp.where(inside, token_codes(tokens, offset, seed=seed), jnp.uint32(0))
+        total = codes.sum(axis=1, dtype=jnp.uint32)
         return total[:, None] == total
 
-    same = same_hash(0x9E3779B9) & same_hash(0x3C6EF372) & (size[:, None] == size) & (group[:, None] == group) & found
+    same = same_hash(SEEDS[0]) & same_hash(SEEDS[1]) & (size[:, None] == size) & (group[:, None] == group) & found
     return jnp.where(found, jnp.argmax(same, axis=1), NO_ANSWER).astype(jnp.int32)
 
 
@@ -166,13 +165,6 @@ def paired_answer_ids(
     """
     pair = jnp.where(paired_group >= 0, jnp.minimum(group, paired_group), group)
     return answer_ids(tokens, length, pair, open_id=open_id, close_id=close_id, space_ids=space_ids)
-
-
-def _mixed(bits: Array) -> Array:
-    """32 bits, each a function of all the given ones (the finaliser of MurmurHash3)."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
 
 
 @ranged

@@ -83,6 +83,7 @@ class Plan(NamedTuple):
       prompts_per_group: prompts that a step is handed for each group that it learns from.
       reads_rewards: `merge` reads rewards.
       reads: names of the data that it reads of the prompts (`Prompts.fields`).
+      readings: (name, function of text) pairs: what rows of each round know before `merge`, beside rewards.
       provides: names that its rows know.
       reports: names of what it reports.
       lacks: what its rows are not, of `capabilities.ROWS`.
@@ -104,6 +105,7 @@ class Plan(NamedTuple):
     prompts_per_group: int = 1
     reads_rewards: bool = False
     reads: frozenset[str] = frozenset()
+    readings: tuple[tuple[str, Callable], ...] = ()
     provides: frozenset[str] = frozenset()
     reports: frozenset[str] = frozenset()
     lacks: frozenset[str] = frozenset()

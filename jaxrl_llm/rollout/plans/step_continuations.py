@@ -19,14 +19,14 @@ from jaxrl_llm.rollout.plans.plan import (
     require_inside,
 )
 from jaxrl_llm.rollout.prefixes import Prefixes
-from jaxrl_llm.signatures import call
+from jaxrl_llm.signatures import call, on_host
 
 
 @ranged
 def continued_steps(
     inner: Plan,
     *,
-    choose: Callable[..., Int[Array, "B T"]],
+    choose: Callable[..., Any],
     samples_per_prompt: Count,
     max_turns: Count,
     continuations: Count = 4,
@@ -41,8 +41,8 @@ def continued_steps(
 
     Args:
       inner: how the completions are drawn.
-      choose: names of rows (tokens, length, ...) -> the step that each token belongs to, such as `separated_turns`; the
-        same entry that fills `turn`.
+      choose: names of rows (tokens, length, ...) -> the step that each token belongs to, such as `separated_turns`, or
+        a reading of their text, such as `step_borders`. Rows know it as `turn`.
       samples_per_prompt: completions of a prompt, G. A prompt has G * S * K continuations.
       max_turns: S, steps that are continued.
       continuations: K, from behind each step.
@@ -55,6 +55,10 @@ def continued_steps(
     """
     require_inside("continued_steps", inner, "one_round", "equal_groups", "one_group_a_prompt")
     more = samples_per_prompt * max_turns * continuations
+    read = on_host(choose)
+
+    def steps(rows: Experience) -> Int[Array, "B T"]:
+        return jnp.asarray(rows["turn"] if read else call(choose, rows.known())).astype(jnp.int32)
 
     class Progress(NamedTuple):
         key: Array
@@ -67,7 +71,7 @@ def continued_steps(
             asked = first_requests(inner, memory, prompts)
             return tuple(request._replace(first_sample=request.first_sample + before) for request in asked)
         rows = carry.rows
-        kept = jnp.repeat(step_ends(_steps(choose, rows), rows.length, max_turns).ravel(), continuations)
+        kept = jnp.repeat(step_ends(steps(rows), rows.length, max_turns).ravel(), continuations)
         inside = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
         source = jnp.where(inside, jnp.where(rows.source == Source.SAMPLED, Source.HINT, rows.source), Source.PAD)
         prefixes = Prefixes(rows.tokens, kept, source.astype(jnp.int8))
@@ -83,14 +87,13 @@ def continued_steps(
         assert carry.rows is not None  # both rounds are over
         assert carry.continued is not None
         rows = carry.rows
-        turn = _steps(choose, rows)
+        turn = steps(rows)
         ends = step_ends(turn, rows.length, max_turns)
         taken = ends > jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
         right = carry.continued["correct"].reshape(*ends.shape, continuations).sum(axis=2)
         drawn = carry.continued.length.reshape(*ends.shape, continuations) - ends[..., None]
-        rows = rows.filled(
-            successes=jnp.where(taken, right, 0.0), continuations=jnp.where(taken, float(continuations), 0.0)
-        )
+        drawn_from = jnp.where(taken, float(continuations), 0.0)
+        rows = rows.filled(turn=turn, successes=jnp.where(taken, right, 0.0), continuations=drawn_from)
         return rows, {"continued_tokens": drawn.sum() / ends.shape[0]}
 
     return inner._replace(
@@ -101,15 +104,12 @@ def continued_steps(
         most_rounds=2,
         unrolled=True,
         reads_rewards=True,
-        provides=inner.provides | {"successes", "continuations"},
+        readings=(*inner.readings, *((("turn", choose),) if read else ())),
+        provides=inner.provides | {"turn", "successes", "continuations"},
         reports=inner.reports | {"continued_tokens"},
         needs=inner.needs | {"prefixes", "numbered_samples"},
         lacks=inner.lacks | {"one_round"},
     )
-
-
-def _steps(choose: Callable[..., Int[Array, "B T"]], rows: Experience) -> Int[Array, "B T"]:
-    return call(choose, rows.known())
 
 
 def step_ends(turn: Int[Array, "B T"], length: Int[Array, "B"], turns: int) -> Int[Array, "B S"]:

@@ -11,13 +11,16 @@ from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.tasks.items import Task
 from jaxrl_llm.ranges import require_range
 from jaxrl_llm.rollout.environments import Environment
+from jaxrl_llm.rollout.tasks.bargaining_environment import bargaining_partner
 from jaxrl_llm.rollout.tasks.calculator_environment import calculator_tool
 from jaxrl_llm.rollout.tasks.grid_environment import grid_navigation
 from jaxrl_llm.rollout.tasks.self_correction_environment import two_attempts
 
-__all__ = ["calculator_tool", "grid_navigation", "task_environment", "two_attempts"]
+__all__ = ["bargaining_partner", "calculator_tool", "grid_navigation", "task_environment", "two_attempts"]
 
-_ENVIRONMENTS = {function.__name__: function for function in (calculator_tool, grid_navigation, two_attempts)}
+_ENVIRONMENTS = {
+    function.__name__: function for function in (bargaining_partner, calculator_tool, grid_navigation, two_attempts)
+}
 
 
 def task_environment(task: Task, /, **options: Any) -> Environment:
@@ -33,7 +36,7 @@ def task_environment(task: Task, /, **options: Any) -> Environment:
     if task.environment is None:
         raise ValueError(
             f"task {task.name!r} is answered in one completion and has no environment; leave the turns out, or choose "
-            "grid, calculator or self_correction"
+            "grid, calculator, bargaining or self_correction"
         )
     name, settled = task.environment
     known = [p for p in inspect.signature(_ENVIRONMENTS[name]).parameters if p not in settled]

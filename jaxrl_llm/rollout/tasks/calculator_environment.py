@@ -7,11 +7,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxrl_llm.data.tasks.calculator import ERROR, LARGEST_RESULT, MOST_DIGITS, SPARE_CALLS
+from jaxrl_llm.data.tasks.calculator import ERROR, LARGEST_RESULT, MOST_DIGITS, MOST_FAULTS, SPARE_CALLS
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
 from jaxrl_llm.ranges import Count, NonNegative, Share, ranged
 from jaxrl_llm.rewards import exact_answer
 from jaxrl_llm.rollout.environments import Environment, Start, Step
+from jaxrl_llm.token_codes import mixed_bits
 
 _TOKENIZER = CharacterTokenizer()
 _ID = _TOKENIZER.id
@@ -54,20 +55,22 @@ def calculator_tool(
     most_operations: Count = 3,
     fault_probability: Share = 0.0,
     error_penalty: NonNegative = 0.0,
+    spare_calls: Count = SPARE_CALLS,
     max_turn_tokens: Count = 32,
 ) -> Environment:
     """A tool for one operation on two integers, then an answer.
 
     A turn with a closed answer ends the episode. Any other turn is a call: what stands between its last call tag and
     the next closing one is one of + - * between integers of at most seven digits, each with a minus or none. Anything
-    else, and a result beyond 10^9, returns `ERR`. An item of k operations grants k + 2 calls; one more, and a turn
-    that ends the sequence without an answer, ends the episode with nothing.
+    else, and a result beyond 10^9, returns `ERR`. An item of k operations grants k + `spare_calls` calls; one more, and
+    a turn that ends the sequence without an answer, ends the episode with nothing.
 
     Args:
       most_operations: k of the longest items, for the limit of turns.
       fault_probability: share of the calls that return ERR although they are fine; the call is served when it is
         repeated, and an episode has at most two such faults. They depend on the item and the number of the call alone.
       error_penalty: taken from the reward of a turn that returns ERR, for whatever reason (the paper's scale is 0.05).
+      spare_calls: that an item grants beyond its own operations.
       max_turn_tokens: tokens of a turn at most.
 
     Returns:
@@ -86,7 +89,7 @@ def calculator_tool(
             item=start.prompt_id.astype(jnp.int32),
             answer_tokens=start.answer_tokens,
             answer_length=start.answer_length,
-            most_calls=operators.sum().astype(jnp.int32) + SPARE_CALLS,
+            most_calls=operators.sum().astype(jnp.int32) + spare_calls,
             calls=nothing,
             errors=nothing,
             faults=nothing,
@@ -106,7 +109,7 @@ def calculator_tool(
         fine, value = result(call, size)
         repeated = jnp.all(call == state.failed)
         drawn = (fault_bits(state.item, state.calls) >> 8) < jnp.uint32(threshold)
-        fault = called & fine & ~repeated & (state.faults < SPARE_CALLS) & drawn
+        fault = called & fine & ~repeated & (state.faults < MOST_FAULTS) & drawn
         served = fine & ~fault
         error = called & ~served
         observation, length = observation_tokens(served, value)
@@ -133,7 +136,7 @@ def calculator_tool(
     return Environment(
         reset=reset,
         step=step,
-        max_turns=most_operations + SPARE_CALLS + 1,
+        max_turns=most_operations + spare_calls + 1,
         max_turn_tokens=max_turn_tokens,
         max_observation_tokens=RESULT_TOKENS,
         end_of_turn_ids=(_ID("<n>"), _TOKENIZER.eos_id),
@@ -208,14 +211,7 @@ def observation_tokens(served: Bool[Array, ""], value: Int[Array, ""]) -> tuple[
 
 def fault_bits(item: Int[Array, ""], call: Int[Array, ""]) -> Array:
     """32 bits addressed by the item and the number of the call."""
-    return _mixed(_mixed(item.astype(jnp.uint32) + 1) + call.astype(jnp.uint32))
-
-
-def _mixed(bits: Array) -> Array:
-    """The finaliser of MurmurHash3."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
+    return mixed_bits(mixed_bits(item.astype(jnp.uint32) + 1) + call.astype(jnp.uint32))
 
 
 def _span(tokens: Array, length: Array, opening: int, closing: int) -> tuple[Array, Array, Array]:

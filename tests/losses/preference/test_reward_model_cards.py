@@ -79,6 +79,28 @@ CRITIC = {
 EXAMPLES = {
     "pit": (losses.gap_relations, PIT, 1.970835 * 2),
     "regret": (losses.regret_preference, REGRET, -np.log(0.880797) - np.log(0.377541)),
+    # by the sums of rewards alone: -2 against -1, and 1 against 0.5
+    "regret, without values": (
+        losses.regret_preference,
+        {name: REGRET[name] for name in ("reward_values", "mask", "group", "preferred")},
+        -np.log(0.268941) - np.log(0.622459),
+    ),
+    "moss, contrast": (
+        partial(losses.sentence_contrast, temperature=0.5),
+        {"contrast_scores": jnp.array([[1.0, 0], [0, 1], [1, 1], [7, 7]]), "own_place": jnp.arange(4)}
+        | {"candidates": jnp.broadcast_to(jnp.array([[1, 0.2], [0.1, 1], [0.8, 1], [0, 0]]), (4, 4, 2))}
+        | {"weight": jnp.array([1.0, 1, 1, 0])},
+        0.662494 * 3,
+    ),
+    "moss, spread": (
+        losses.score_spread,
+        {
+            "reward_scores": jnp.array([[1.0, 1], [0, 0.5], [-1, 0], [0.2, 0], [0.4, 1], [1, -1]])
+            @ jnp.array([0.5, -0.25])
+        }
+        | {"mask": jnp.ones((6, 1)), "group": jnp.array([4, 4, 4, 1, 1, 1])},
+        0.416547 * 2,
+    ),
     "unlikelihood": (
         partial(losses.unlikelihood, threshold=0.75),
         SCORED | {"rating": jnp.array([[1, 0.2, 0.7]])},

@@ -112,6 +112,7 @@ def test_answers_are_parsed_strictly():
     for prose in ('The rating is {"rating": 4}', "4", "[4]", "", "{" * 3000):
         assert parsed_object(prose) is None
     assert is_refusal("I\u2019m sorry, but no")
+    assert rewards.stated_rating(["132=1", "1", "=1=0", "13=2"], lowest=0, highest=1, after="=") == [1, None, 0, None]
     assert rewards.stated_rating(['{"rating": 4}', "5", "7", "well, 4", '{"rating": true}', None]) == [
         0.75,
         1.0,
@@ -286,3 +287,16 @@ def test_the_stand_in_rates_sums(served):
     rate = rewards.judge_rating(judge=served(rated_sum).described())
     texts = ["<t>..</t><a>4</a>", "<a>5</a>", ""]
     assert rate(prompts=["A:2+2"] * 3, answers=[""] * 3, completions=texts) == [1.0, 0.0, 0.0]
+
+
+def test_a_critique_is_worth_what_a_person_says_too():
+    items = [{"think": "3+5=1; 1*2=2"}, {"think": "3+5=1;1*2=2"}, {"think": ""}, {}, {"think": "1"}]
+    said = ["<t>3+5=1;1*2=2;X</t><a>A</a>", "<t>3+5=1;a;b;c</t>", "<t></t>", "<t>1</t>", "1"]
+    # Of three arguments two are among the person's two: the card's 0.8; of four, one: 0.333333.
+    found = rewards.critique_overlap(said, items)
+    assert found[2:] == [0.0, None, 0.0]
+    np.testing.assert_allclose(found[:2], [0.8, 1 / 3])
+    assert rewards.critique_overlap(["1 "], items[4:], tags=None) == [1.0]
+    assert rewards.critique_overlap(["<t>1;1;1</t>"], items[4:]) == [0.5], "an argument that is repeated counts once"
+    with pytest.raises(ValueError, match="separator is empty"):
+        rewards.critique_overlap(said, items, separator="")

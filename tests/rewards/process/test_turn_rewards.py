@@ -1,5 +1,6 @@
 """Turns of a completion, compared with those of a reference."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from jaxrl_llm.advantages import generalized_advantages
 from jaxrl_llm.data import CharacterTokenizer, reference_response, tasks
 from jaxrl_llm.rewards import (
+    duration_weights,
     episode_reward,
     normalized_turn_rewards,
     reference_progress,
@@ -185,3 +187,23 @@ def test_an_attempt_that_was_not_made_is_not_fined():
 def test_options_that_cannot_be(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def probability_of_the_slow_arm(weighted, updates=500, actors=8, window=10):
+    """Of two arms of 1 and 10 ticks that pay 0.5 and 0.8, after REINFORCE on what finishes within a window."""
+    ticks, pays, rng, logit = np.array([1, 10]), np.array([0.5, 0.8]), np.random.default_rng(0), 0.0
+    weights, turn, mask = jax.jit(duration_weights), jnp.zeros((80, 1), jnp.int32), jnp.ones((80, 1))
+    for _ in range(updates):
+        share = 1 / (1 + np.exp(-logit))
+        arms = (rng.random((actors, window)) < share).astype(int)
+        there = (np.cumsum(ticks[arms], axis=1) <= window).ravel()
+        paid = (rng.random(arms.shape) < pays[arms]).ravel()
+        counted = there.astype(np.float32)
+        w = weights(ticks[arms].reshape(-1, 1).astype(np.float32), turn, mask, counted)[:, 0] if weighted else counted
+        logit += 0.15 * float((np.asarray(w) * paid * (arms.ravel() - share) * counted).sum() / max(counted.sum(), 1))
+    return 1 / (1 + np.exp(-logit))
+
+
+def test_what_takes_long_is_learned_where_durations_count():
+    assert probability_of_the_slow_arm(weighted=False) < 0.1
+    assert probability_of_the_slow_arm(weighted=True) > 0.9

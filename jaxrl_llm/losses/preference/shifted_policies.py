@@ -1,0 +1,109 @@
+"""Reward models for policies that move away from the pairs of their training: contrastive states, MetaRM's spread."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.experience import Loss
+from jaxrl_llm.losses.aggregation import row_weight
+from jaxrl_llm.ranges import Positive, ranged
+
+
+def embeddings_of_all(
+    contrast_scores: Float[Array, "B N"], weight: Float[Array, "B"]
+) -> tuple[Float[Array, "B B N"], Int[Array, "B"]]:
+    """(embeddings of all rows of a batch, which of them is its own) for each row: what `sentence_contrast` tells apart.
+
+    Every row holds all of them, so that a batch may be split.
+
+    Args:
+      contrast_scores: an embedding of each row behind its last token, of a network `contrast` with a head of N outputs.
+      weight: of each row; the embedding of an absent one is 0, and is no candidate.
+    """
+    chex.assert_rank([contrast_scores, weight], [2, 1])
+    there = jnp.where((weight > 0)[:, None], contrast_scores.astype(jnp.float32), 0.0)
+    return jnp.broadcast_to(there, (len(there), *there.shape)), jnp.arange(len(there), dtype=jnp.int32)
+
+
+@ranged
+def sentence_contrast(
+    contrast_scores: Float[Array, "B N"],
+    candidates: Float[Array, "B M N"],
+    own_place: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    *,
+    temperature: Positive = 0.05,
+) -> Loss:
+    """MOSS: the state behind an answer is told apart from those behind all others of the batch (InfoNCE).
+
+        x_i = -log( exp(cos(h_i, k_i) / t) / sum_j exp(cos(h_i, k_j) / t) )
+
+    averaged over answers, better and worse ones, beside Bradley-Terry: states that are far apart keep a reward model
+    from calling alike what it has not seen. With `backbone: shared` of this head and of the reward's both terms shape
+    the same states.
+
+    Args:
+      contrast_scores: h, of the network `contrast` that learns.
+      candidates: k, of every row of the batch as the step found it (`embeddings_of_all`), in the place of a second pass
+        with other dropout; 0 is no candidate. No gradient.
+      own_place: which candidate is the row's own.
+      weight: of each row.
+      temperature: t.
+
+    Returns:
+      The loss; its count is the (weighted) number of answers. Metric: `told_apart` (answers nearest to their own).
+
+    Raises:
+      ValueError: for a temperature that is not positive.
+
+    Reference: Secrets of RLHF II, MOSS-RLHF (2401.06080).
+    Certainty: recalled
+    """
+    chex.assert_rank([contrast_scores, candidates, own_place, weight], [2, 3, 1, 1])
+    weights = jnp.where(weight > 0, weight.astype(jnp.float32), 0.0)
+    own = jnp.where((weights > 0)[:, None], contrast_scores.astype(jnp.float32), 1.0)
+    fixed = jax.lax.stop_gradient(candidates.astype(jnp.float32))
+    there = jnp.square(fixed).sum(-1) > 0
+    norms = jnp.sqrt(jnp.maximum(jnp.square(fixed).sum(-1), 1e-12))
+    h = own / jnp.sqrt(jnp.maximum(jnp.square(own).sum(-1, keepdims=True), 1e-12))
+    scores = jnp.where(there, jnp.einsum("bn,bmn->bm", h, fixed) / norms / temperature, -jnp.inf)
+    scores = jnp.where((weights > 0)[:, None], scores, 0.0)
+    said = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), own_place[:, None], axis=1)[:, 0]
+    told = (scores.argmax(-1) == own_place).astype(jnp.float32)
+    count = weights.sum()
+    return Loss(-(weights * said).sum(), count, {"told_apart": ((weights * told).sum(), count)})
+
+
+def score_spread(reward_scores: Float[Array, "B"], mask: Float[Array, "B T"], group: Int[Array, "B"]) -> Loss:
+    """MetaRM: how far the rewards of a prompt's samples lie apart, which an update climbs before the next one learns.
+
+        J = 2 / K^2 * sum_{i<j} sigmoid(|r_i - r_j|)
+
+    averaged over prompts with K samples. A reward model is moved to where it tells samples of the present policy apart,
+    and learns from pairs there (optimiser `climb_then_descend`).
+
+    Args:
+      reward_scores: r, of the network `reward` that learns.
+      mask: non-zero on sampled tokens; written rows, whose mask is 0, are no samples.
+      group: id of the group each row belongs to.
+
+    Returns:
+      J; its count is the number of prompts with samples.
+
+    Reference: Secrets of RLHF II, MOSS-RLHF (2401.06080).
+    Certainty: recalled
+    """
+    chex.assert_equal_shape([reward_scores, group])
+    there = row_weight(mask.astype(jnp.float32)) > 0
+    r = jnp.where(there, reward_scores.astype(jnp.float32), 0.0)
+    both = there[:, None] & there[None] & (group[:, None] == group[None])
+    samples = both.sum(1)
+    apart = jax.nn.sigmoid(jnp.abs(r[:, None] - r[None]))
+    others = both & ~jnp.eye(len(r), dtype=bool)
+    # Both orders of a pair are there, so the sum over i < j is half of it.
+    each = jnp.where(others, apart, 0.0).sum(1) / jnp.maximum(samples, 1) ** 2
+    prompts = jnp.where(there, 1.0 / jnp.maximum(samples, 1), 0.0).sum()
+    return Loss(each.sum(), prompts)

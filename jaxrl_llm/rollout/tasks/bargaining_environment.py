@@ -1,0 +1,147 @@
+"""A partner to bargain with, inside the program (`jaxrl_llm.data.tasks.bargaining` says the same in Python)."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from jaxrl_llm.data.tasks.bargaining import (
+    ACCEPT,
+    CONCESSION,
+    FIRST_PERCENT,
+    LAST_PERCENT,
+    MOST_KINDS,
+    MOST_UNITS,
+    TURNS,
+)
+from jaxrl_llm.data.tokenizer import CharacterTokenizer
+from jaxrl_llm.ranges import Count, ranged
+from jaxrl_llm.rewards import answer_span
+from jaxrl_llm.rollout.environments import Environment, Start, Step
+
+_TOKENIZER = CharacterTokenizer()
+_ID = _TOKENIZER.id
+_ZERO = _ID("0")
+# Every way to take units, in the order of their digits.
+_WAYS = np.array(list(product(range(MOST_UNITS + 1), repeat=MOST_KINDS)), np.int32)
+
+
+class Bargain(NamedTuple):
+    """What is divided, and how far it has come. Kinds that there are not have no units.
+
+    Attributes:
+      kinds: how many there are.
+      pool: units of each kind.
+      own: worth of a unit to the policy.
+      partner: worth of a unit to the partner.
+      offer: units that the partner would leave to the policy.
+      taken: turns taken.
+      agreed: there is a deal, which is the offer.
+    """
+
+    kinds: Int[Array, ""]
+    pool: Int[Array, "K"]
+    own: Int[Array, "K"]
+    partner: Int[Array, "K"]
+    offer: Int[Array, "K"]
+    taken: Int[Array, ""]
+    agreed: Bool[Array, ""]
+
+
+@ranged
+def bargaining_partner(
+    *, progress: bool = False, max_turns: Count = TURNS, max_turn_tokens: Count = MOST_KINDS + 4
+) -> Environment:
+    """A partner who agrees to what leaves it enough, and else offers what is nearest to that.
+
+        r = share of the deal                                            at the deal, else 0
+        r = share of the offer behind the turn - that in front of it     with `progress`; the sum is the same
+
+    where a share is what units are worth to the policy of the whole pool. In turn s (from 0) the partner wants
+    max(80 - 10 s, 50) % of what the pool is worth to it. A turn asks for units, a digit a kind between answer tags, or
+    accepts the offer with `y`; the observation is the offer, nothing at the start. Anything else leaves the offer as it
+    is. Without a deal in `max_turns` turns, or with a turn that ends the sequence, nobody has anything.
+
+    Args:
+      progress: reward each turn for what the offer has become better.
+      max_turns: turns of an episode at most.
+      max_turn_tokens: tokens of a turn at most.
+
+    Returns:
+      The environment. Solved is a deal of at least half of the pool's worth. Its metrics are the share of episodes with
+      a deal, and of both sides' worth in deals.
+    """
+    ways = jnp.asarray(_WAYS)
+
+    def reset(start: Start, key: Array) -> Bargain:
+        del key
+        kinds = ((start.answer_length - 2) // 3).astype(jnp.int32)
+        place = jnp.arange(MOST_KINDS)
+
+        def part(number: int) -> Array:
+            digits = jnp.take(start.answer_tokens, number * (kinds + 1) + place, mode="clip") - _ZERO
+            return jnp.where(place < kinds, digits, 0).astype(jnp.int32)
+
+        nothing = jnp.zeros(MOST_KINDS, jnp.int32)
+        return Bargain(kinds, part(0), part(1), part(2), nothing, jnp.int32(0), jnp.bool_(False))
+
+    def step(state: Bargain, turn_tokens: Array, turn_length: Array, key: Array) -> Step:
+        del key
+        first, count, _ = answer_span(turn_tokens[None], turn_length[None])
+        place = jnp.arange(MOST_KINDS)
+        said = jnp.take(turn_tokens, first[0] + place, mode="clip")
+        digits = jnp.where(place < state.kinds, said - _ZERO, 0).astype(jnp.int32)
+        asks = (count[0] == state.kinds) & jnp.all((digits >= 0) & (digits <= state.pool))
+        accepts = (count[0] == 1) & (said[0] == _ID(ACCEPT))
+
+        percent = jnp.maximum(FIRST_PERCENT - CONCESSION * state.taken, LAST_PERCENT)
+        wants = percent * jnp.dot(state.pool, state.partner)
+        left = state.pool - digits
+        agrees = asks & (100 * jnp.dot(left, state.partner) >= wants)
+        possible = jnp.all(ways <= state.pool, axis=1) & (100 * (ways @ state.partner) >= wants)
+        far = jnp.where(possible, jnp.abs(ways - left).sum(axis=1), MOST_KINDS * MOST_UNITS + 1)
+        counter = state.pool - ways[jnp.argmin(far)]  # the first of the nearest
+        offer = jnp.where(agrees, digits, jnp.where(asks, counter, state.offer)).astype(jnp.int32)
+
+        ended = turn_tokens[jnp.maximum(turn_length - 1, 0)] == _TOKENIZER.eos_id
+        agreed = accepts | agrees
+        over = agreed | ended | (state.taken + 1 >= max_turns)
+        before, after = _share(state.offer, state.own, state.pool), _share(offer, state.own, state.pool)
+        got = jnp.where(agreed, after, 0.0)
+        reward = jnp.where(over, got, after) - before if progress else got
+        state = state._replace(offer=offer, taken=state.taken + 1, agreed=agreed)
+        seen = jnp.arange(MOST_KINDS + 2)
+        inner = jnp.take(offer, seen - 1, mode="clip") + _ZERO
+        closing = jnp.where(seen == state.kinds + 1, _ID("</o>"), _TOKENIZER.pad_id)
+        tokens = jnp.where(seen == 0, _ID("<o>"), jnp.where(seen <= state.kinds, inner, closing))
+        return Step(state, tokens.astype(jnp.int32), state.kinds + 2, reward.astype(jnp.float32), over)
+
+    def metrics(state: Bargain) -> dict[str, tuple[Array, Array]]:
+        deal = state.agreed.astype(jnp.float32)
+        own = _share(state.offer, state.own, state.pool)
+        partner = _share(state.pool - state.offer, state.partner, state.pool)
+        return {
+            "deal": (deal, jnp.float32(1.0)),
+            "own_share": (own * deal, deal),
+            "partner_share": (partner * deal, deal),
+        }
+
+    return Environment(
+        reset=reset,
+        step=step,
+        max_turns=max_turns,
+        max_turn_tokens=max_turn_tokens,
+        max_observation_tokens=MOST_KINDS + 2,
+        end_of_turn_ids=(_ID("<n>"), _TOKENIZER.eos_id),
+        metrics=metrics,
+        solved=lambda state: state.agreed & (_share(state.offer, state.own, state.pool) >= 0.5),
+    )
+
+
+def _share(units: Int[Array, "K"], values: Int[Array, "K"], pool: Int[Array, "K"]) -> Array:
+    """What units are worth of the pool."""
+    return jnp.dot(units, values) / jnp.maximum(jnp.dot(pool, values), 1)
