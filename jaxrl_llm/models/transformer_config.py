@@ -317,8 +317,14 @@ class TransformerConfig:
 
     @property
     def caches(self) -> dict[str, tuple[int, ...]]:
-        """The layers whose caches are of one shape; those that read have none."""
+        """The layers whose caches are of one shape and remember alike; those that read have none."""
         alike = ["blocks" if stack == "dense_blocks" else stack for stack in self.stack_of_layer]
+        kinds = {windowed for name, windowed in zip(alike, self.windowed, strict=True) if name == "blocks"}
+        if len(kinds) > 1:
+            alike = [
+                "windowed_blocks" if windowed and name == "blocks" else name
+                for name, windowed in zip(alike, self.windowed, strict=True)
+            ]
         return {name: layers for name, layers in _places(alike).items() if "reading" not in name}
 
     def of_stack(self, stack: str) -> TransformerConfig:
