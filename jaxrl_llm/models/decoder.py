@@ -33,8 +33,8 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
 from jaxrl_llm.models.projection import TURNED_FROM, project, turned
-from jaxrl_llm.models.rotary import rotary_angles
-from jaxrl_llm.models.transformer_config import TransformerConfig, require_in_context
+from jaxrl_llm.models.rotary import require_in_context, rotary_angles
+from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.transformer_specs import transformer_specs
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ANY, ambient_layout, constrain
@@ -88,7 +88,7 @@ def observed_forward(
         recent = None if cache.recent is None else _with_one_more(cache.recent, positions)
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used % cache.positions.shape[1]))
         before = sum(part.positions.shape[1] for part in cache.context)
-    require_in_context(config, seen.shape[1] + before)
+    require_in_context(config.rope_scaling, seen.shape[1] + before)
     everywhere = config.of_stack("global_blocks")
     angles = rotary_angles(positions, everywhere.rotary_size, config.rope_base, scaling)
     local, growth = angles, None

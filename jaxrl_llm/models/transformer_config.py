@@ -390,17 +390,3 @@ class TransformerConfig:
 def _places(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Where each name stands."""
     return {name: tuple(i for i, other in enumerate(names) if other == name) for name in dict.fromkeys(names)}
-
-
-def require_in_context(config: TransformerConfig, tokens: int) -> None:
-    """Refuse sequences beyond the old context where nobody has said how long they would be.
-
-    Raises:
-      ValueError: naming both lengths.
-    """
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.limit is not None and tokens > scaling.limit:
-        raise ValueError(
-            f"sequences of {tokens} tokens are longer than the {scaling.limit} up to which the rotary angles of this "
-            f"model ({scaling.kind}) are right; load it with context_tokens, the length of the longest sequence"
-        )
