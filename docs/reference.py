@@ -251,6 +251,7 @@ def every_plan() -> dict[str, tuple[plans.Plan, tuple[str, ...]]]:
         "demonstration_prefix": plans.demonstration_prefix(
             plain, samples_per_prompt=6, branches=2, total_steps=1, **sizes
         ),
+        "annealed_hint": plans.annealed_hint(plain, total_steps=1, **sizes),
         "helped": plans.helped(plain, samples_per_prompt=6, branches=2, prompts="failed"),
         "under_view": plans.under_view(plain),
         "purified": plans.purified(plain, failed=plans.turns_below, pad_id=0),

@@ -17,11 +17,11 @@ import pytest
 from jaxrl_llm import shipped
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.fields import compared_with
 from jaxrl_llm.losses import negative_log_likelihood
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.network_names import compared_with
 from jaxrl_llm.rows import Written, demonstrations
 from jaxrl_llm.run.batches import demonstration_batches, prompt_batches
 from jaxrl_llm.run.explain import trace
@@ -50,7 +50,8 @@ TRAINED_ELSEWHERE = {
     "rto",
 }
 TRAINED_ELSEWHERE |= {"llm_judge", "thought_judge", "generative_judge", "sotopia"}
-TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo", "metacognitive_reuse"}
+TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo"}
+TRAINED_ELSEWHERE |= {"dsp", "metacognitive_reuse", "mobile_r1"}  # tests/run/test_hint_recipes.py
 TRAINED_ELSEWHERE |= {"math_shepherd"}
 
 # Every published method, and the recipes that stand for it.
@@ -130,6 +131,7 @@ METHODS = {
     "MOSS-RLHF": ("moss_contrastive", "meta_rm"),
     "Judges that write": ("webarbiter", "rm_nlhf", "unified_thinking"),
     "Regret": ("regret_preference",),
+    "Robust values": ("riql",),
     "On-policy distillation": ("on_policy_distillation",),
     "Light-R1": ("light_r1",),
     "Bradley-Terry reward model": ("reward_model_then_rl",),
@@ -165,6 +167,12 @@ METHODS = {
     "Partial rollouts": ("partial_rollouts",),
     "Metacognitive reuse": ("metacognitive_reuse",),
     "Composition": ("compose",),
+    "Directional stimulus prompting": ("dsp",),
+    "UFT": ("uft",),
+    "Self-reinforcement": ("self_reinforcement",),
+    "Mobile-R1": ("mobile_r1",),
+    "Model-task alignment": ("model_task_alignment",),
+    "Dual-head distillation": ("dual_head",),
     "Templates": ("ppe", "prompt_augmentation", "re2"),
     "Co-Reward": ("co_reward",),
     "Verifiers": ("exact_match_f1", "format_think", "gui_g1", "light_if", "numeric_match", "ton"),
@@ -229,7 +237,7 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "bargaining": ({"levels": [2]}, 9, 40),
     "calculator": ({"levels": [1]}, 15, 64),
     "chain": ({"levels": [1], "options": {"direct_share": 0.5}}, 8, 12),
-    "composition": ({"levels": [1]}, 14, 28),
+    "composition": ({"levels": [1]}, 14, 30),
     "countdown": ({"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}, 12, 8),
     "grid": ({"levels": [1, 2], "options": {"size": 3}}, 22, 32),
     "function_calls": ({"levels": [1]}, 9, 22),
@@ -315,6 +323,13 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
             hyper |= {"tokens_per_step": rollout["max_completion_tokens"] - 1} if "tokens_per_step" in hyper else {}
             hyper |= {"branches": 2, "threads": 1} if "threads" in hyper else {}
             hyper |= {"after_tokens": 2} if "after_tokens" in hyper else {}
+    stages = tree.get("stages", [])
+    for stage in stages:
+        if "train_items" in stage.get("task", {}):
+            stage["task"]["train_items"] = min(stage["task"]["train_items"], 64)
+    if any("think" in stage.get("data", {}).get("response", "") for stage in stages):  # demonstrations of a scratch
+        chosen = {**chosen, "options": {**chosen["options"], "scratchpad": True}}
+        rollout["max_completion_tokens"] += 8
     sources = tree.get("source", ["sampler"])
     tree["source"] = sources if isinstance(sources, list) else [sources]
     for source in tree["source"]:

@@ -49,7 +49,7 @@ from jaxrl_llm.advantages.process.turn_credit import (
 from jaxrl_llm.advantages.process.turn_values import running_stock, turn_advantages
 from jaxrl_llm.advantages.reinforce.baselines import raw_rewards, reward_minus_baseline, running_mean_baseline
 from jaxrl_llm.advantages.reinforce.filters import sigma_filtered
-from jaxrl_llm.advantages.reinforce.signed import signed_correctness
+from jaxrl_llm.advantages.reinforce.signed import one_sided, signed_correctness
 from jaxrl_llm.advantages.reinforce.whitening import reinforce_plus_plus_baseline, whitened
 from jaxrl_llm.advantages.shaping.confidence import confidence_shaped, low_probability_confidence
 from jaxrl_llm.advantages.shaping.effective_rank import effective_rank, rank_bonus, rank_dynamics, rank_shaped
@@ -66,7 +66,13 @@ from jaxrl_llm.advantages.value_based.gae import (
     reinforce_plus_plus,
 )
 from jaxrl_llm.advantages.value_based.learned_rewards import implicit_token_rewards, missing_end_penalty
-from jaxrl_llm.advantages.value_based.several_critics import bin_mean, critic_per_reward, quantile_mean, reach_aware
+from jaxrl_llm.advantages.value_based.several_critics import (
+    bin_mean,
+    critic_per_reward,
+    critic_quantile,
+    quantile_mean,
+    reach_aware,
+)
 from jaxrl_llm.advantages.value_based.twin_critic import soft_minimum, twin_baseline_normalized
 from jaxrl_llm.experience import Method
 
@@ -83,6 +89,7 @@ __all__ = [
     "confidence_shaped",
     "consistency_blended",
     "critic_per_reward",
+    "critic_quantile",
     "decoupled_normalized",
     "discounted_returns",
     "effective_rank",
@@ -110,6 +117,7 @@ __all__ = [
     "missing_end_penalty",
     "mixed_value_at_risk",
     "novelty_sharpened",
+    "one_sided",
     "outcome_and_turn_centred",
     "outcome_token_rewards",
     "pass_at_k_normalized",

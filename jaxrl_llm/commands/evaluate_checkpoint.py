@@ -32,7 +32,7 @@ from jaxrl_llm.evaluation.record_files import (
     read_problem_records,
 )
 from jaxrl_llm.evaluation.suites import Evaluation, evaluation_of, read_suite
-from jaxrl_llm.run.evaluated import Prepared, evaluated, prepared
+from jaxrl_llm.run.evaluated import Prepared, evaluated, guided, prepared
 from jaxrl_llm.run.setup import opened_parts
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
@@ -52,6 +52,9 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     requirements = [_requirement(text, evaluations) for text in options.require]
     enable_compilation_cache()
     subject = evaluated(options.path, every=options.all, chat=options.chat)
+    if options.guided_by is not None:
+        how = {"strength": options.strength, "candidates": options.candidates}
+        subject = guided(subject, options.path, options.guided_by, **how)
     if subject.built is None:
         return _report(options, evaluations, requirements, subject)
     with opened_parts(subject.built) as ready:

@@ -39,6 +39,11 @@ def add_eval(command: Command) -> None:
     )
     how.add_argument("--prompt-format", metavar="TEXT", help="with {body} where the problem goes")
     how.add_argument("--chat", action="store_true", help="of a model directory: through its chat template")
+    how.add_argument("--guided-by", metavar="NETWORK", help="a value network of the run: likely tokens by their worth")
+    how.add_argument(
+        "--strength", type=float, default=3.0, metavar="X", help="of that, nats a unit of value (default 3)"
+    )
+    how.add_argument("--candidates", type=int, default=20, metavar="N", help="tokens whose worth is asked (default 20)")
     how.add_argument("--batch", type=int, metavar="N", help="completions decoded together; changes no completion")
     judged = evaluate.add_argument_group("judging")
     judged.add_argument("--grader", help="number, text, math, choice, code, or my_module:my_function")

@@ -81,3 +81,8 @@ def add_pairs(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     pairs.add_argument("--drop", action="store_true", help="leave out ties and equal sides, which are errors else")
     pairs.add_argument("--batch", type=int, default=16, help="sequences scored together")
+    cleaned = pairs.add_argument_group("wrong labels")
+    cleaned.add_argument("--cleaned", metavar="FILE", help="write the pairs, turned, smoothed and with margins")
+    cleaned.add_argument("--others", nargs="+", default=[], metavar="RUN", help="further runs whose scores count")
+    cleaned.add_argument("--flip", type=float, default=0.1, help="largest share that is turned (default 0.1)")
+    cleaned.add_argument("--smooth", type=float, default=0.3, help="share up to which pairs are smoothed (default 0.3)")

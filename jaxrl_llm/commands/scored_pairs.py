@@ -1,10 +1,12 @@
-"""`jaxrl pairs`: how a reward model of a run orders the pairs of a file, whole and by where they come from."""
+"""`jaxrl pairs`: how a reward model of a run orders the pairs of a file, and what several make of wrong labels."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ import numpy as np
 from jaxrl_llm.commands.arguments import require_positive
 from jaxrl_llm.commands.tables import show
 from jaxrl_llm.compilation_cache import enable_compilation_cache
+from jaxrl_llm.data.judged_rows import Judged
+from jaxrl_llm.data.label_denoising import Action, label_actions, preference_strength
 from jaxrl_llm.data.row_files import row_objects
 from jaxrl_llm.data.row_templates import column_value
 from jaxrl_llm.data.written import encoded_completion, judged_groups
@@ -26,13 +30,24 @@ def show_pairs(options: argparse.Namespace) -> None:
     require_positive(options, "batch")
     enable_compilation_cache()
     columns = dict(one.split("=", 1) for one in options.column)
+    unusable: Any = "drop" if options.drop else "error"
+    if options.cleaned is not None:
+        groups = judged_groups(options.file, "pairs", columns, unusable=unusable).groups
+        runs = [options.path, *options.others]
+        said = [scores_of(run, groups, network=options.network, batch=options.batch)[0] for run in runs]
+        lines, counts = cleaned_pairs(groups, said, flip=options.flip, smooth=options.smooth)
+        Path(options.cleaned).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        show(options, [counts], f"{options.file} by {len(runs)} reward models, in {options.cleaned}")
+        return
+    if options.others:
+        raise ValueError("--others names runs whose scores clean a file; add --cleaned FILE, or leave --others out")
     rows = scored_pairs(
         options.path,
         options.file,
         network=options.network,
         columns=columns,
         by=options.by,
-        unusable="drop" if options.drop else "error",
+        unusable=unusable,
         batch=options.batch,
     )
     show(options, rows, f"{options.network} of {options.path} on {options.file}", spare=("loss", "ties"))
@@ -62,11 +77,27 @@ def scored_pairs(
     Raises:
       ValueError: for a network that gives no score, or a file that cannot be read.
     """
+    groups = judged_groups(file, "pairs", columns, unusable=unusable).groups
+    said, lengths = scores_of(path, groups, network=network, batch=batch)
+    sources = None
+    if by is not None:
+        at = {where: str(column_value(record, by)) for where, record in row_objects(file, "--file")[0]}
+        sources = [at[group[0].where] for group in groups]
+    return preference_table(said[::2], said[1::2], sources, list(zip(lengths[::2], lengths[1::2], strict=True)))
+
+
+def scores_of(
+    path: str, groups: Sequence[Sequence[Judged]], *, network: str = "reward", batch: int = 16
+) -> tuple[list[float], list[int]]:
+    """(scores, completion tokens) of the rows of groups, one after the other, by a run's reward model.
+
+    Raises:
+      ValueError: for a network that gives no score.
+    """
     model, found, params = restored_network(path, network)
     if found.head is None or found.head.outputs != 1:
         raise ValueError(f"the network {network!r} of {path} has no head of one output, so it gives no score")
     built, policy = restored_run(path)
-    groups = judged_groups(file, "pairs", columns, unusable=unusable).groups
 
     @jax.jit
     def scores(params: Any, sequences: Plain, mask: Any) -> Any:
@@ -80,12 +111,36 @@ def scored_pairs(
         part = encoded[start : start + batch]
         sequences, mask = _padded([*part, *[part[-1]] * (batch - len(part))], widths, built.tokenizer.pad_id)
         said += [float(x) for x in np.asarray(scores(params, sequences, mask))[: len(part)]]
-    lengths = [len(completion) for _, completion in encoded]
-    sources = None
-    if by is not None:
-        at = {where: str(column_value(record, by)) for where, record in row_objects(file, "--file")[0]}
-        sources = [at[group[0].where] for group in groups]
-    return preference_table(said[::2], said[1::2], sources, list(zip(lengths[::2], lengths[1::2], strict=True)))
+    return said, [len(completion) for _, completion in encoded]
+
+
+def cleaned_pairs(
+    groups: Sequence[Sequence[Judged]], said: Sequence[Sequence[float]], *, flip: float, smooth: float
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """(lines of a file of pairs, how many were kept, smoothed and turned) after what several reward models say of them.
+
+    The strength of a pair is the mean gap of its scores. Those of the lowest strengths are turned where it is below 0;
+    the next ones are smoothed, written in both orders with weights 0.9 and 0.1; every line has its strength as margin.
+
+    Args:
+      groups: pairs, the better side first.
+      said: scores of their rows by model.
+      flip, smooth: shares of `label_actions`.
+    """
+    better, worse = ([list(one[side::2]) for one in said] for side in (0, 1))
+    strength = preference_strength(better, worse)[0]
+    actions = label_actions(list(strength), flip=flip, smooth=smooth)
+    lines = []
+    for (first, second), gap, action in zip(groups, strength, actions, strict=True):
+        sides = {"chosen": first.text, "rejected": second.text}
+        turned = {"chosen": second.text, "rejected": first.text}
+        prompt = first.prompt if isinstance(first.prompt, str) else list(first.prompt)
+        told = {"prompt": prompt, "margin": round(abs(float(gap)) if action == "flip" else max(float(gap), 0.0), 6)}
+        if action == "smooth":
+            lines += [told | sides | {"weight": 0.9}, {"prompt": prompt, "margin": 0.0} | turned | {"weight": 0.1}]
+        else:
+            lines.append(told | (turned if action == "flip" else sides) | {"weight": 1.0})
+    return lines, {"pairs": len(actions), **{name: actions.count(name) for name in get_args(Action)}}
 
 
 def _padded(encoded: Sequence[Any], widths: Sequence[int], pad_id: int) -> tuple[Plain, Any]:

@@ -112,6 +112,33 @@ class FewShotConfig:
 
 
 @dataclass(frozen=True)
+class HandbookConfig:
+    """Short instructions by name, such as behaviours that a model has found useful, of which each problem gets some.
+
+    They are the column `handbook` of every problem, for templates of prompts: `{{ handbook }}{body}`.
+
+    Attributes:
+      entries: name -> instruction.
+      path: further ones, a file whose rows have `name`, `instruction` and, for `by`, `tag`; a name counts once.
+      count: entries that a problem gets at most.
+      by: what chooses them: "similarity" the nearest by the cosine of word counts, "mention" those whose name stands in
+        the problem, or a column of the problem that their tag is equal to, such as domain.
+      line: text of an entry, with {name} and {instruction}.
+    """
+
+    entries: dict[str, str] = field(default_factory=dict)
+    path: str | None = field(default=None, metadata=FREE)
+    count: Count = 40
+    by: str = "similarity"
+    line: str = "{name}: {instruction}\n"
+
+    def __post_init__(self):
+        require_ranges(self, "data.handbook")
+        if not self.entries and self.path is None:
+            raise ValueError("data.handbook has neither entries nor a path; give one of them, or leave it out")
+
+
+@dataclass(frozen=True)
 class DataConfig(RowsConfig):
     """A data set of the user's own or a mixture, what prompts look like, and what to do with those that do not fit.
 
@@ -125,6 +152,9 @@ class DataConfig(RowsConfig):
         Evaluations have the first.
       privileged: what the prompt of a training problem is for plans that sample behind more than is learned behind
         (`helped`, `under_view`): text with `{body}`, and columns of the row, such as `{body}={{ answer }}`.
+      response: what a demonstration says, in the place of the reference completion: text with columns of the row, such
+        as `{{ think.split(';')[0] }}` for its first step alone.
+      handbook: instructions of which each problem gets some.
       prompts: with a checkpoint's tokenizer: "chat" renders its chat template, "plain" the prompt format alone.
       prompt_format: text of the prompt (of the last user message in a chat) with `{body}` where the problem goes.
       system_prompt: first message of a chat.
@@ -141,6 +171,8 @@ class DataConfig(RowsConfig):
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     templates: dict[str, str] = field(default_factory=dict)
     privileged: str | None = None
+    response: str | None = None
+    handbook: HandbookConfig | None = None
     prompts: Literal["chat", "plain"] = "plain"
     prompt_format: str = "{body}"
     system_prompt: str | None = None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jaxrl_llm.config.errors import FREE, PLACEMENT
 from jaxrl_llm.models.adapters import Bits, LoraConfig
 from jaxrl_llm.models.transformer_config import Precision, Rematerialisation
+from jaxrl_llm.parallel.rules import changed_rules
 from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Share, ShareBelowOne, require_ranges
 from jaxrl_llm.rollout.controls import Controls
 
@@ -252,6 +253,7 @@ class NetworkConfig:
       always_origin: it is its origin at every moment: the policy at another temperature.
       parameter_dtype, compute_dtype: of one that is read from a directory of Hugging Face.
       int8: the matrices of one that is read from a path are kept in int8: a quarter of float32's memory.
+      rules: of one that is read from a path: changes to the table of where its arrays lie on the mesh, as mesh.rules.
     """
 
     origin: str = "policy"
@@ -272,9 +274,19 @@ class NetworkConfig:
     parameter_dtype: Precision = "float32"
     compute_dtype: Precision = "float32"
     int8: bool = False
+    rules: dict[str, tuple[str, ...]] = field(default_factory=dict, metadata=PLACEMENT)
 
     def __post_init__(self):
         require_ranges(self, "networks.*")
+        if self.rules and self.path is None:
+            raise ValueError(
+                "networks.*.rules is set, but a network that is made from another one lies where that one does; name "
+                "its path, or leave rules out"
+            )
+        try:
+            changed_rules(self.rules)
+        except ValueError as error:
+            raise ValueError(str(error).replace("mesh.rules", "networks.*.rules")) from None
         if self.int8 and (self.path is None or self.head is not None or self.learns):
             raise ValueError(
                 "networks.*.int8 is true, but only a network that is read from a path, has no head and does not learn "

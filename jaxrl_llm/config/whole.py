@@ -52,6 +52,7 @@ class Config:
     `environment` holds options of the environment that answers the turns of a task such as grid; or
     `python: "module:function"` and the keyword arguments of that function, which is called with the tokenizer and
     returns an environment of the user's own; `executor`: process, sandbox or thread says where that is called.
+    null leaves it out, in a stage whose task is answered at once.
     """
 
     name: str = field(metadata=FREE)
@@ -66,7 +67,7 @@ class Config:
     about: AboutConfig = field(default=AboutConfig(), metadata=FREE)
     shows: dict[str, Direction] = field(default_factory=dict, metadata=FREE)
     data: DataConfig = field(default_factory=DataConfig)
-    environment: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] | None = field(default_factory=dict)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxrl_llm.data import tasks
 from jaxrl_llm.data.builder import DataSet, DataSpec, data_set, fingerprint
 from jaxrl_llm.data.encoding import Tokenizer, encode_prompts
+from jaxrl_llm.data.handbook import with_handbook
 from jaxrl_llm.data.hf_tokenizer import (
     HuggingFaceTokenizer,
     load_tokenizer,
@@ -67,6 +68,7 @@ __all__ = [
     "with_chat",
     "with_column",
     "with_examples",
+    "with_handbook",
     "with_prompt_format",
     "with_templates",
 ]

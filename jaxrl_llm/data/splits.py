@@ -320,29 +320,54 @@ def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapp
     return found
 
 
-def with_column(sets: Mapping[str, Sequence[dict[str, Any]]], name: str, text: str) -> dict[str, ProblemSet]:
+def with_column(
+    sets: Mapping[str, Sequence[dict[str, Any]]], name: str, text: str, *, of_prompt: bool = True
+) -> dict[str, ProblemSet]:
     """Problems with one more column: a text of their prompts and other columns.
 
     Args:
       sets: splits.
       name: of the column.
       text: with `{body}` where the prompt goes, and columns of the record as in jinja2.
+      of_prompt: the text must have a place for the prompt.
 
     Raises:
       ValueError: for a text without a place for the prompt, or a column that a record does not have.
     """
-    require_place(f"data.{name}", text)
+    if of_prompt:
+        require_place(f"data.{name}", text)
+
+    def made(each: Mapping[str, Any]) -> str:
+        own = rendered(text, {**each, **each.get("raw", {})}) if is_template(text) else text
+        return own.replace(PLACE, each["body"])
+
+    return with_made_column(sets, name, made, text)
+
+
+def with_made_column(
+    sets: Mapping[str, Sequence[dict[str, Any]]], name: str, made: Callable[[Mapping[str, Any]], str], described: str
+) -> dict[str, ProblemSet]:
+    """Problems with one more column, which a function makes of the others.
+
+    Args:
+      sets: splits.
+      name: of the column.
+      made: record -> text.
+      described: what the function does; equal descriptions make equal columns.
+
+    Raises:
+      ValueError: for conversations, which have no one prompt, or what `made` raises.
+    """
     found = {}
     for split, one in sets.items():
         known, records = cast(Any, one), []
         for each in one:
             if "body" not in each:
                 raise ValueError(
-                    f"data.{name} is {text!r}, but conversations have no one prompt to put there; leave it out"
+                    f"data.{name} is {described!r}, but conversations have no one prompt to put there; leave it out"
                 )
-            made = rendered(text, {**each, **each.get("raw", {})}) if is_template(text) else text
-            records.append({**each, name: made.replace(PLACE, each["body"])})
-        fingerprint = hashlib.sha256(f"{known.fingerprint} {name} {text}".encode()).hexdigest()
+            records.append({**each, name: made(each)})
+        fingerprint = hashlib.sha256(f"{known.fingerprint} {name} {described}".encode()).hexdigest()
         path = getattr(one, "path", "") or getattr(one, "directory", "")
         more = {key: getattr(one, key) for key in ("dropped", "weights", "sources") if hasattr(one, key)}
         found[split] = ProblemSet(path, split, tuple(records), fingerprint, **more)

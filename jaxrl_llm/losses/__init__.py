@@ -11,7 +11,11 @@ from jaxrl_llm.losses.aggregation import Aggregation, aggregate, row_weight
 from jaxrl_llm.losses.divergences.convex import convex_kl
 from jaxrl_llm.losses.divergences.distillation import skewed_divergence, teacher_reverse_kl
 from jaxrl_llm.losses.divergences.divergence import divergence
-from jaxrl_llm.losses.divergences.dual_head import aligned_gradients, binary_logit_divergence
+from jaxrl_llm.losses.divergences.dual_head import (
+    aligned_gradients,
+    binary_logit_divergence,
+    dual_head_distillation,
+)
 from jaxrl_llm.losses.divergences.estimates import divergence_reward, js_definition, kl_estimate
 from jaxrl_llm.losses.divergences.generators import GENERATORS, Generator, generator, renyi
 from jaxrl_llm.losses.policy.blended import blended_surrogate
@@ -76,9 +80,14 @@ from jaxrl_llm.losses.supervised.written_tokens import external_surrogate, rehea
 from jaxrl_llm.losses.token_weights.correction import importance_weight, negative_sequence_mask
 from jaxrl_llm.losses.token_weights.entropy_change import entropy_change_weights, predicted_entropy_change
 from jaxrl_llm.losses.token_weights.forking_tokens import entropy_band, forking_kl, forking_mask, forking_tokens
-from jaxrl_llm.losses.token_weights.masked_parts import answer_part, over_mask, rewarded_part
+from jaxrl_llm.losses.token_weights.masked_parts import answer_part, demonstrated_part, over_mask, rewarded_part
 from jaxrl_llm.losses.value.clipped_value import clipped_value
-from jaxrl_llm.losses.value.distributional import categorical_value, quantile_value, several_values
+from jaxrl_llm.losses.value.distributional import (
+    categorical_value,
+    expectile_value,
+    quantile_value,
+    several_values,
+)
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
 from jaxrl_llm.losses.value.step_models import outcome_label_likelihood, return_decomposition, step_label_likelihood
 
@@ -105,16 +114,19 @@ __all__ = [
     "clipped_value",
     "convex_kl",
     "decoupled_reward",
+    "demonstrated_part",
     "divergence",
     "divergence_reward",
     "dno",
     "dpo",
+    "dual_head_distillation",
     "embeddings_of_all",
     "entropy_band",
     "entropy_bonus",
     "entropy_change_weights",
     "entropy_history",
     "entropy_history_penalty",
+    "expectile_value",
     "exploratory_preference",
     "external_surrogate",
     "failure_pushback",

@@ -59,6 +59,7 @@ from jaxrl_llm.rewards.judges.verdict_rewards import (
     closer_than_opponent,
     critique_overlap,
     critique_reward,
+    differing_answers,
     ranking_agreement,
     verdict_agreement,
     verdict_question,
@@ -110,7 +111,7 @@ from jaxrl_llm.rewards.shaping.correct_length import (
 )
 from jaxrl_llm.rewards.shaping.difficulty import difficulty_truncation
 from jaxrl_llm.rewards.shaping.length_limit import shrinking_budget_length, soft_overlong, truncation_zero
-from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated
+from jaxrl_llm.rewards.shaping.noisy import flipped_rewards, pattern_calibrated, spurious_rewards
 from jaxrl_llm.rewards.shaping.parallel_paths import accelerated, longest_path, with_threads
 from jaxrl_llm.rewards.shaping.projected_similarity import projected_similarity
 from jaxrl_llm.rewards.shaping.relative_length import relative_length_rewards
@@ -126,6 +127,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
 )
 from jaxrl_llm.rewards.verifiers.behaviours import behaviour_counts
 from jaxrl_llm.rewards.verifiers.boxes import box_match, span_overlap, vector_closeness
+from jaxrl_llm.rewards.verifiers.keywords import keyword_rewards
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
 from jaxrl_llm.rewards.verifiers.lexical_diversity import lexical_diversity
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, number_match, parsed_number
@@ -143,6 +145,7 @@ from jaxrl_llm.rewards.verifiers.text_answers import (
 from jaxrl_llm.rewards.verifiers.text_formats import instructions_kept, pattern_match, schema_match, tag_format
 from jaxrl_llm.rewards.verifiers.text_similarity import choice_match, relative_error, text_similarity, word_match
 from jaxrl_llm.rewards.verifiers.tool_calls import tool_calls_match
+from jaxrl_llm.rewards.verifiers.turn_formats import turn_format_reward
 from jaxrl_llm.rewards.verifiers.unit_tests import unit_tests
 from jaxrl_llm.rewards.verifiers.voted_answers import voted_answer
 
@@ -191,6 +194,7 @@ __all__ = [
     "coverage_gains",
     "critique_overlap",
     "critique_reward",
+    "differing_answers",
     "difficulty_truncation",
     "dominated_volume",
     "duration_weights",
@@ -213,6 +217,7 @@ __all__ = [
     "judge_tournament",
     "judge_turns",
     "judged_example",
+    "keyword_rewards",
     "known_share",
     "labelled_or_voted",
     "labels_at_ends",
@@ -267,6 +272,7 @@ __all__ = [
     "shrinking_budget_length",
     "soft_overlong",
     "span_overlap",
+    "spurious_rewards",
     "stated_confidence",
     "stated_rating",
     "step_borders",
@@ -288,6 +294,7 @@ __all__ = [
     "trusted_trajectories",
     "turn_count",
     "turn_end_rewards",
+    "turn_format_reward",
     "turn_marks",
     "unbiased_comparison",
     "unit_tests",

@@ -86,18 +86,32 @@ def of_tokens(name: str) -> bool:
     return field is None or (field.kind in ("token", "either") and field.provider != "data")
 
 
-def asked_as(prompts: Prompts, view: str) -> Prompts:
-    """The same prompts in the form that a column of the data gives them."""
-    return replace(prompts, tokens=prompts.fields[f"{view}_tokens"], length=prompts.fields[f"{view}_length"])
+def asked_in_form(prompts: Prompts, tokens: Int[Array, "N P"], length: Int[Array, "N"]) -> Prompts:
+    """Prompts in another form, which tells more or less; rows drawn behind it know the form that they are learned in.
 
-
-def behind_prompts(rows: Experience, tokens: Int[Array, "B P"], length: Int[Array, "B"]) -> Experience:
-    """Rows behind other prompts, row by row: what was drawn behind one prompt is learned behind another.
-
-    Its tokens are no longer those that the policy would draw there, and have `Source.REPLAYED`.
+    See `as_learned`. A form that is a column of the data is that of `form_named`.
     """
-    source = jnp.where(rows.source == Source.SAMPLED, Source.REPLAYED, rows.source).astype(jnp.int8)
-    return replace(rows, prompt_tokens=tokens, prompt_length=length, source=source)
+    plain = {"plain_tokens": jnp.asarray(prompts.tokens), "plain_length": jnp.asarray(prompts.length)}
+    return replace(prompts, tokens=tokens, length=length, fields={**prompts.fields, **plain})
+
+
+def form_named(prompts: Prompts, view: str) -> tuple[Array, Array]:
+    """Tokens and lengths of the form of prompts that a column of the data gives."""
+    return prompts.fields[f"{view}_tokens"], prompts.fields[f"{view}_length"]
+
+
+def as_learned(rows: Experience, *, replayed: bool = True) -> Experience:
+    """Rows that were drawn behind the form of `asked_in_form`, behind the plain prompt: so they are learned.
+
+    Args:
+      rows: which know the plain form; afterwards they do not.
+      replayed: their tokens are no longer those that the policy would draw there, and have `Source.REPLAYED`;
+        `sampler_gap_mean` leaves those out.
+    """
+    fields = dict(rows.fields)
+    tokens, length = fields.pop("plain_tokens"), fields.pop("plain_length")
+    source = jnp.where(rows.source == Source.SAMPLED, Source.REPLAYED, rows.source) if replayed else rows.source
+    return replace(rows, prompt_tokens=tokens, prompt_length=length, source=source.astype(jnp.int8), fields=fields)
 
 
 def row_draws(key: Array, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Float[Array, "B"]:

@@ -26,6 +26,7 @@ from jaxrl_llm.models.adapters import in_int8, stored_in_int8
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.heads import HeadConfig
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.own_layout import in_own_layout
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.hand_over import External, disk_hand_over
@@ -145,6 +146,9 @@ def configured_networks(
         if section.int8:
             assert model is not None  # it has a path
             model = in_int8(model)
+        if section.rules:
+            assert model is not None  # it has a path
+            model = in_own_layout(model, section.rules)
         learns = section.learns if section.learns is not None else head is not None and section.path is None
         if section.learns is None and not learns:
             _require_no_rate(name, section)
@@ -225,7 +229,7 @@ def is_run(path: str) -> bool:
 
 
 def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
-    from jaxrl_llm.fields import HEADS
+    from jaxrl_llm.network_names import HEADS
 
     if section.head is None:
         return HeadConfig(outputs=HEADS[name]) if name in HEADS else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jaxrl_llm.evaluation.evaluate import column
 from jaxrl_llm.evaluation.suites import Evaluation
 from jaxrl_llm.experience import FACTS, Method
 from jaxrl_llm.fields import TEXT
+from jaxrl_llm.models.mixture import value_guided
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.batches import grader as run_grader
 from jaxrl_llm.run.batches import named_grader
@@ -26,7 +27,7 @@ from jaxrl_llm.run.directories import at_hand, is_run
 from jaxrl_llm.run.evaluation_batch import fitting_batch
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.recipes import reward_terms
-from jaxrl_llm.run.restored import Policy, checkpoint_params, restored_policy, restored_run
+from jaxrl_llm.run.restored import Policy, checkpoint_params, restored_network, restored_policy, restored_run
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import spread
 from jaxrl_llm.signatures import missing
@@ -44,11 +45,13 @@ class Evaluated(NamedTuple):
       policy: the model with the parameters of its newest (or the named) checkpoint.
       built: the parts of its run; None for a model directory.
       checkpoints: (label, what reads its parameters) of everything that is evaluated.
+      guidance: of its sampling by a value network (`guided`), as plain data.
     """
 
     policy: Policy
     built: Parts | None
     checkpoints: list[tuple[str, Callable[[], PyTree]]]
+    guidance: Mapping[str, Any] = {}
 
 
 class Prepared(NamedTuple):
@@ -91,6 +94,40 @@ def evaluated(path: str, *, every: bool = False, chat: bool = False) -> Evaluate
         raise ConfigError(f"--all evaluates the checkpoints of a run, but {path} is none; leave --all out")
     policy = restored_policy(path, chat=chat)
     return Evaluated(policy, None, [("model", lambda: policy.params)])
+
+
+def guided(of: Evaluated, path: str, network: str, *, strength: float, candidates: int) -> Evaluated:
+    """The same model, whose tokens are drawn by what a value network of its run says that they lead to.
+
+    Args:
+      of: one checkpoint of a run.
+      path: where it lies.
+      network: which one of the run, with a head of one number.
+      strength, candidates: of `models.mixture.value_guided`.
+
+    Raises:
+      ValueError: for a model directory, several checkpoints, a policy with adapters, or a network without such a head.
+    """
+    if of.built is None or len(of.checkpoints) > 1 or of.policy.model.trained is not None:
+        raise ConfigError(
+            f"--guided-by names a network of one checkpoint of a run without adapters, which {path} is not; name the "
+            "checkpoint that is meant, or leave --guided-by out"
+        )
+    judge, found, params = restored_network(at_hand(path), network)
+    if found.head is None or found.head.outputs != 1:
+        raise ConfigError(
+            f"--guided-by is {network!r}, which has no head of one number; name a value or reward network"
+        )
+    model = value_guided(of.policy.model, judge, strength=strength, candidates=candidates)
+    (label, read), *_ = of.checkpoints
+
+    def both() -> PyTree:
+        own = read()
+        return own, {"head": params["head"], "backbone": params.get("backbone", own)}
+
+    guidance = {"guided_by": network, "strength": strength, "candidates": candidates}
+    policy = replace(of.policy, model=model)
+    return of._replace(policy=policy, checkpoints=[(label, both)], guidance=guidance)
 
 
 def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, batch: int | None = None) -> Prepared:
@@ -155,6 +192,7 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
     ignored = {"k", "problems", "samples"}
     settings = {name: value for name, value in asdict(one).items() if name not in ignored}
     settings |= {"samples": one.samples_per_problem, "temperature": temperature, "reference": reference}
+    settings |= of.guidance
     settings |= {"max_prompt_tokens": limits[0], "max_completion_tokens": limits[1], "sequences_per_batch": size}
     return Prepared(items, records, settings, size)
 

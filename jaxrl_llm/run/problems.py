@@ -62,11 +62,23 @@ def data_sets(
     else:
         sets = _source(config, own, config.task, read, overlap)
     found: Any = {split: sets[split] for split in splits}
+    if (book := own.handbook) is not None:
+        found = data.with_handbook(found, book.entries, book.path, count=book.count, by=book.by, line=book.line)
     if own.templates:
         found = data.with_templates(found, own.templates)
     if own.privileged is not None:
         found = data.with_column(found, "privileged", own.privileged)
+    if own.response is not None:
+        _require_one_completion(config)
+        found = data.with_column(found, "response", own.response, of_prompt=False)
     return found
+
+
+def _require_one_completion(config: Config) -> None:
+    """Raises ValueError where demonstrations are conversations, whose turns no one text can stand for."""
+    task = config.task
+    if task is not None and data.tasks.task(task.name, **task.options).segments is not None:
+        raise ValueError(f"data.response is set, but {task.name} is answered in turns; leave it out")
 
 
 def _source(

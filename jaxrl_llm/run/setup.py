@@ -164,7 +164,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         slots=rollout.slots,
         truncation=rollout.truncation,
         off_policy_steps=rollout.off_policy_steps,
-        environment=configured_environment(config.environment, task, tokenizer),
+        environment=configured_environment(config.environment or {}, task, tokenizer),
         engine=external_engine(rollout.engine, model, directory),
         selection=_selection(config, sizes),
     )

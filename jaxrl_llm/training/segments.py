@@ -19,7 +19,7 @@ from jaxrl_llm.experience import TrainState
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.backend import compiler_options
 from jaxrl_llm.parallel.placement import shardings, state_shardings
-from jaxrl_llm.parallel.rules import RULES, Rules, laid_out
+from jaxrl_llm.parallel.rules import RULES, Rules, changed_rules, laid_out
 from jaxrl_llm.training.networks import POLICY
 
 Work = dict[str, Any]
@@ -254,7 +254,7 @@ def parameter_shardings(model: Model, mesh: Mesh, rules: Rules = RULES) -> PyTre
       ValueError: where the mesh does not divide what it has to.
     """
     if model.specs is not None:
-        return shardings(model.specs, mesh, rules)
+        return shardings(model.specs, mesh, changed_rules(model.rules, rules) if model.rules else rules)
     params = jax.eval_shape(model.init, jax.random.key(0))
     return jax.tree.map(lambda leaf: NamedSharding(mesh, P()), params)
 

@@ -7,6 +7,7 @@ import io
 import json
 
 import pytest
+import yaml
 
 from jaxrl_llm import cli
 
@@ -228,3 +229,27 @@ def test_a_config_names_a_grader_of_its_own(place, micro_config):
     grade = grader(built, [item])
     assert grade(item, "<a>33</a>") == (True, "3", None, 0.5)
     assert not grade(item, "<a>4</a>").right
+
+
+@pytest.mark.slow
+def test_a_value_network_of_the_run_guides_its_samples(place, micro_config):
+    method = {"credit": [{"returns": "gae_returns"}, {"advantages": "gae"}], "losses": ["clipped_value"]}
+    tree = micro_config | method | {"networks": {}, "warm_start": {"steps": 0}}
+    tree |= {"training": micro_config["training"] | {"steps": 2}}
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert said("train", "config.yaml", "run_dir=run")[0] == 0
+    answers = {}
+    for strength in ("0", "400"):
+        out = place / strength
+        how = ("--guided-by", "value", "--strength", strength, "--out", out)
+        status, _, err = said("eval", "run", *OWN, *how)
+        assert status == 0, err
+        answers[strength] = [json.loads(line)["samples"] for line in (out / "problems.jsonl").read_text().splitlines()]
+    assert said("eval", "run", *OWN, "--out", place / "plain")[0] == 0
+    plain = [json.loads(line)["samples"] for line in (place / "plain" / "problems.jsonl").read_text().splitlines()]
+    texts = {name: [[one["completion"] for one in row] for row in rows] for name, rows in answers.items()}
+    assert texts["0"] == [[one["completion"] for one in row] for row in plain]
+    assert texts["400"] != texts["0"]
+    status, _, err = said("eval", "run", *OWN, "--guided-by", "policy")
+    assert status != 0
+    assert "--guided-by is 'policy', which has no head of one number" in err

@@ -12,8 +12,10 @@ from jaxrl_llm.experience import Prompts
 from jaxrl_llm.losses import clipped_surrogate, clipped_value, divergence, kl_estimate
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.experts import ExpertsConfig
+from jaxrl_llm.models.own_layout import in_own_layout
 from jaxrl_llm.parallel import make_mesh
 from jaxrl_llm.rows import Replay
+from jaxrl_llm.signatures import renamed
 from jaxrl_llm.training import Network, Placement, Resources, Rollout, Update, make_train_step
 
 PROMPTS, SAMPLES, WIDTH, STEPS = 8, 4, 8, 10
@@ -38,6 +40,10 @@ OF_SEVERAL_NETWORKS = {
 }
 
 
+# The policy is split over both axes; the teacher keeps its width whole and splits its inner width over both.
+OF_TEACHER = {"embed": (), "mlp": ("tensor", "fsdp"), "vocabulary": ("fsdp",)}
+
+
 def even_share(tokens, mask):
     """Share of even tokens: a reward that any policy can raise."""
     return ((tokens % 2 == 0) * mask).sum(-1) / mask.sum(-1)
@@ -54,8 +60,10 @@ def prompts_of(step: int) -> Prompts:
     )
 
 
-def composed(mesh, *, described=DENSE, networks=False, offload=frozenset(), **update):
+def composed(mesh, *, described=DENSE, networks=False, offload=frozenset(), teacher=None, **update):
     model = transformer(TransformerConfig(**described))
+    if teacher is not None:
+        return of_a_teacher(model, Placement(mesh), teacher)
     if networks:
         return of_several_networks(model, Placement(mesh, offload=offload))
     return make_train_step(
@@ -67,6 +75,22 @@ def composed(mesh, *, described=DENSE, networks=False, offload=frozenset(), **up
         losses=[clipped_surrogate, (divergence(samples="vocabulary", generator="reverse_kl"), 0.05)],
         update=Update(minibatches_per_epoch=2, sequences_per_microbatch=8, **update),
         resources=Resources(placement=Placement(mesh)),
+    )
+
+
+def of_a_teacher(model, placement: Placement, rules: dict[str, tuple[str, ...]]):
+    """The distribution of a larger model on what the policy writes; the model lies by a table of its own."""
+    larger = transformer(TransformerConfig(**(DENSE | {"width": 64, "mlp_width": 128})))
+    return make_train_step(
+        model,
+        optax.adamw(1e-3),
+        source=Rollout(SAMPLES, max_completion_tokens=WIDTH, eos_ids=(1,), pad_id=1, prompts_per_step=PROMPTS),
+        rewards=[even_share],
+        losses=[renamed(divergence(samples="vocabulary"), over_vocabulary="teacher_over_vocabulary")],
+        update=Update(minibatches_per_epoch=2, sequences_per_microbatch=8),
+        resources=Resources(
+            networks={"teacher": Network(origin="given", model=in_own_layout(larger, rules))}, placement=placement
+        ),
     )
 
 
@@ -91,7 +115,8 @@ def of_several_networks(model, placement: Placement):
 def facts(mesh, steps: int = STEPS, **options) -> dict[str, np.ndarray]:
     """Tokens and rewards of every step, and the state after the last."""
     step = composed(mesh, **options)
-    state, found = step.init(jax.random.key(5)), {}
+    given = {name: one.model.init(jax.random.key(6)) for name, one in step.composition.networks.items() if one.model}
+    state, found = step.init(jax.random.key(5), None, given), {}
     found |= {f"before{jax.tree_util.keystr(p)}": x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
     found = {name: np.asarray(value) for name, value in found.items()}
     for number in range(steps):
@@ -105,6 +130,9 @@ def facts(mesh, steps: int = STEPS, **options) -> dict[str, np.ndarray]:
     found["share"] = np.asarray(share)
     kinds = {name: jax.tree.leaves(one)[0].sharding.memory_kind for name, one in state.networks.items()}
     found["reference on the host"] = np.asarray(kinds.get("reference") == "pinned_host")
+    if "teacher" in state.networks:  # how much of a matrix [inner width, width] a device holds
+        held = state.networks["teacher"].params["blocks"]["down"].addressable_shards[0].data.shape[-2:]
+        found["teacher"] = np.asarray(held)
     state = jax.device_get(state)
     for name in ("value", "reference"):
         held = state.networks[name].params if name in state.networks else {}
@@ -134,6 +162,8 @@ def main(path: str) -> None:
     add("one networks", None, networks=True)
     for name, (sizes, offload) in OF_SEVERAL_NETWORKS.items():
         add(name, make_mesh(8, sizes), networks=True, offload=offload)
+    add("one teacher", None, teacher={})
+    add("teacher, 4 x 2", make_mesh(8, {"fsdp": 4, "tensor": 2}), teacher=OF_TEACHER)
     np.savez(path, **everything)
 
 

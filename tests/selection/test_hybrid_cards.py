@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.advantages import group_normalized, one_sided
 from jaxrl_llm.config import NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.data.top_tokens import likely_batches, likely_rows
 from jaxrl_llm.evaluation.comparison import continual
-from jaxrl_llm.losses import aligned_gradients, binary_logit_divergence, skewed_divergence
+from jaxrl_llm.losses import aligned_gradients, binary_logit_divergence, dual_head_distillation, skewed_divergence
 from jaxrl_llm.models.adapters import in_int8, stored_in_int8
 from jaxrl_llm.models.decoder import TransformerConfig, transformer
 from jaxrl_llm.models.merging import balanced_initialisation, selected
+from jaxrl_llm.models.own_layout import in_own_layout
 from jaxrl_llm.models.stored_distributions import as_states, stored_distributions
-from jaxrl_llm.rewards import answer_in_prompt, behaviour_counts, difficulty_truncation
+from jaxrl_llm.rewards import answer_in_prompt, behaviour_counts, difficulty_truncation, spurious_rewards
 from jaxrl_llm.rows import Hardest, empty_rows
 from jaxrl_llm.schedules import imitation_by_entropy, success_by_entropy
 from jaxrl_llm.selection import balance_score, best_setting, kept_samples
@@ -164,6 +166,49 @@ def test_a_network_in_int8_says_nearly_the_same():
     assert 0 < float(jnp.abs(ours - theirs).max()) < 0.05
     with pytest.raises(ValueError, match=r"networks.*int8 is true, but only a network that is read from a path"):
         NetworkConfig(int8=True)
+
+
+def test_a_second_head_follows_the_likeliest_tokens_of_a_teacher():
+    auxiliary = jnp.array([[[1.0, 0, 7], [1, 0, 7]]])  # the third token is not among the teacher's
+    top, logprobs = jnp.array([[[0, 1], [0, -1]]]), jnp.array([[[3.0, 0], [1, 9]]])
+    loss = dual_head_distillation(auxiliary, top, logprobs, jnp.ones((1, 2)))
+    np.testing.assert_allclose(loss.numerator, 0.480458, atol=1e-6)  # and nothing at equal logits
+    assert float(loss.denominator) == 2
+    slope = jax.grad(lambda x: dual_head_distillation(x, top, logprobs, jnp.ones((1, 2))).numerator)(auxiliary)
+    assert slope[0, 0, 0] < 0
+    np.testing.assert_allclose(slope[0, 0, 1:], 0, atol=1e-6)
+    np.testing.assert_allclose(slope[0, 1], 0, atol=1e-6)
+
+
+def test_rewards_that_say_little_and_one_side_of_a_group():
+    r = jnp.array([1.0, 0, 0, 1, 0, 0])
+    whole = group_normalized(r, jnp.zeros(6, jnp.int32), jnp.ones(6))
+    negative, positive = (one_sided(whole, r, side=side) for side in ("negative", "positive"))
+    np.testing.assert_allclose(negative, [0, -0.645496, -0.645496, 0, -0.645496, -0.645496], atol=2e-6)
+    np.testing.assert_allclose(positive, [1.290992, 0, 0, 1.290992, 0, 0], atol=4e-6)
+    np.testing.assert_array_equal(negative + positive, whole)
+    ids = jnp.arange(400)
+    given = (ids % 2.0, (ids % 4 < 3) * 1.0, ids, ids % 5, 7)
+    well_formed, correct = given[1], given[0]
+    np.testing.assert_array_equal(spurious_rewards(*given, form="format", seed=0), well_formed)
+    np.testing.assert_array_equal(spurious_rewards(*given, form="incorrect", seed=0), well_formed * (1 - correct))
+    drawn = spurious_rewards(*given, seed=0)
+    assert not np.asarray(drawn)[np.asarray(well_formed) == 0].any()
+    assert 120 < float(drawn.sum()) < 180
+    np.testing.assert_array_equal(drawn[::-1], spurious_rewards(*(x[::-1] for x in given[:4]), 7, seed=0))
+    assert (np.asarray(drawn) != np.asarray(spurious_rewards(*given[:4], 8, seed=0))).any()
+    with pytest.raises(ValueError, match="form is 'coin'"):
+        spurious_rewards(*given, form="coin", seed=0)
+
+
+def test_a_table_of_its_own_names_axes_that_there_are():
+    model = transformer(TransformerConfig(vocabulary_size=11, width=8, layers=1, heads=2, kv_heads=1))
+    with pytest.raises(ValueError, match=r"names 'mlpp', which is no axis of an array; did you mean mlp"):
+        in_own_layout(model, {"mlpp": ["fsdp"]})
+    with pytest.raises(ValueError, match=r"networks.*rules is set, but a network that is made from another"):
+        NetworkConfig(rules={"mlp": ("fsdp",)})
+    with pytest.raises(ValueError, match=r"networks.*rules.mlp names 'fsdpp'"):
+        NetworkConfig(path="x", rules={"mlp": ("fsdpp",)})
 
 
 LIMITS = {"max_prompt_tokens": 8, "max_completion_tokens": 3, "seed": 0}

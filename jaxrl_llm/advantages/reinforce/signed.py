@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl_llm.ranges import NonNegative, ranged
 from jaxrl_llm.statistics import present
+
+Side = Literal["positive", "negative"]
 
 
 @ranged
@@ -39,3 +43,32 @@ def signed_correctness(
     """
     chex.assert_rank([correct, weight], 1)
     return present(jnp.where(correct > 0, positive, -negative), weight)
+
+
+def one_sided(
+    advantages: Float[Array, "B ..."], rewards: Float[Array, "B"], *, side: Side = "negative"
+) -> Float[Array, "B ..."]:
+    """Advantages of one side of a group, which were computed on all of it; the two sides add up to the whole.
+
+        negative  A 1[r < 1]
+        positive  A 1[r > 0]
+
+    Args:
+      advantages: A, of each row or of each token.
+      rewards: r, 0 or 1.
+      side: as above.
+
+    Raises:
+      ValueError: for an unknown side.
+
+    >>> one_sided(jnp.array([1.0, -0.5, -0.5]), jnp.array([1.0, 0.0, 0.0])).tolist()
+    [0.0, -0.5, -0.5]
+
+    Reference: model-task alignment (2508.21188).
+    Certainty: verified
+    """
+    if side not in get_args(Side):
+        raise ValueError(f"side is {side!r}; it must be one of {', '.join(get_args(Side))}")
+    chex.assert_equal_shape_prefix([advantages, rewards], 1)
+    counted = rewards < 1 if side == "negative" else rewards > 0
+    return jnp.where(counted.reshape(-1, *[1] * (advantages.ndim - 1)), advantages, 0.0)

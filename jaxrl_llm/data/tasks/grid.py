@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from random import Random
 from typing import Any, Literal, NamedTuple
 
@@ -158,25 +160,36 @@ def item(rows: Sequence[str], *, view: View = "full") -> Item:
     return Item(body, "", text, "grid", level, f"grid-{level}")
 
 
-def segments(record: Mapping[str, Any]) -> tuple[Segment, ...]:
-    """The shortest path as a conversation: a move a turn, each but the last answered by what lies around."""
+def segments(record: Mapping[str, Any], *, detours: float = 0.0) -> tuple[Segment, ...]:
+    """The shortest path as a conversation: a move a turn, each but the last answered by what lies around.
+
+    A share `detours` of them, by the hash of the grid, has one blocked move first, which is corrected and not learned.
+    """
     rows = record["answer"].split("/")
     place, parts = find(rows, "S"), []
+    erring = zlib.crc32(record["answer"].encode()) % 1000 < 1000 * detours
     for move in shortest_path(rows):
+        blocked = [other for other in MOVES if cell(rows, neighbour(place, other)) == "#"]
+        if erring and blocked:
+            parts += [Segment(f"<a>{blocked[0]}</a><n>", trained=False)]
+            parts += [observed(f"<o>{moved(rows, place, blocked[0]).observation}</o>")]
+            erring = False
         place, seen, _ = moved(rows, place, move)
         parts += [Segment(f"<a>{move}</a><n>"), observed(f"<o>{seen}</o>")]
     # The episode is over at the goal, so nobody reads the last observation.
     return tuple(parts[:-1])
 
 
-def task(*, size: int = 5, wall_probability: float = 0.2, view: str = "full") -> Task:
+def task(*, size: int = 5, wall_probability: float = 0.2, view: str = "full", detours: float = 0.0) -> Task:
     """Find the goal in a grid, one move a turn; the level is the length of the shortest path.
 
     Args:
       size: rows and columns, 3 to 7.
       wall_probability: of each cell, 0 to 0.3.
       view: the prompt shows the whole grid ("full"), or its size alone ("blind").
+      detours: share of the reference conversations that make a blocked move and correct it (Mobile-R1).
     """
+    require_share("detours", detours)
     require_int("size", size, low=3, high=7)
     require_share("wall_probability", wall_probability, high=0.3)
     require_choice("view", view, ("full", "blind"))
@@ -203,11 +216,12 @@ def task(*, size: int = 5, wall_probability: float = 0.2, view: str = "full") ->
         levels=tuple(range(1, 2 * size - 1)),
         last_level=2 * size,
         description="find the goal, one move a turn; the level is the length of the shortest path",
-        options={"size": size, "wall_probability": wall_probability, "view": view},
+        options={"size": size, "wall_probability": wall_probability, "view": view}
+        | ({"detours": detours} if detours else {}),
         scratchpad=False,
         reward="episode_reward",
         identity=lambda item: f"{item.answer}:{view}",
-        segments=segments,
+        segments=partial(segments, detours=detours),
         said=moves,
         environment=("grid_navigation", {"size": size}),
     )

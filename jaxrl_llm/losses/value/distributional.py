@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
-from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
+from jaxrl_llm.ranges import Count, NonNegative, Positive, PositiveShare, ranged
 
 Bins = Literal["gaussian", "two_hot"]
 
@@ -134,28 +134,72 @@ def several_values(
     returns: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     *,
+    delta: Positive | None = None,
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
     """Squared error of several critics, averaged over them, each on returns of its own or all on the same.
 
-        x = mean_k 0.5 * (v_k - R_k)^2
+        x = mean_k 0.5 * (v_k - R_k)^2,   or huber(v_k - R_k) / delta, which is |v_k - R_k| - delta / 2 beyond delta
+
+    With `delta`, and a low quantile of the critics as the value (`critic_quantile`), wrong rewards move it little.
 
     Args:
       values: the current critics at each token, a network with `head: {outputs: K}`.
       returns: R, [B, T] or one a critic, [B, T, K]: `reads: {returns: channel_returns}`.
       mask: 0 on tokens that do not count, the row's weight on those that do.
+      delta: where the error turns from square to linear, in units of reward; None is never.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
       The loss as a sum and a count.
 
-    Reference: SLIM (2402.00823), RAVL (2402.12527).
+    Reference: SLIM (2402.00823), RAVL (2402.12527); with delta RIQL (2310.12955).
     Certainty: reconstructed
     """
     v, target = _several(values, returns, mask)
-    each = 0.5 * jnp.square(v - target).mean(axis=-1)
+    if delta is None:
+        each = 0.5 * jnp.square(v - target).mean(axis=-1)
+    else:
+        size = jnp.abs(v - target)
+        each = jnp.where(size < delta, 0.5 * jnp.square(size) / delta, size - 0.5 * delta).mean(axis=-1)
+    return aggregate(each, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
+
+
+@ranged
+def expectile_value(
+    values: Float[Array, "B T"],
+    returns: Float[Array, "B T"],
+    mask: Float[Array, "B T"],
+    *,
+    expectile: PositiveShare = 0.7,
+    aggregation: Aggregation = "token_mean",
+    max_completion_tokens: Count | None = None,
+) -> Loss:
+    """A value between the mean and the best of the returns: errors from above count more than those from below.
+
+        x = |e - 1[u < 0]| * u^2,   u = R - v
+
+    Args:
+      values: the current value model at each token.
+      returns: R, such as a low quantile of several critics.
+      mask: 0 on tokens that do not count, the row's weight on those that do.
+      expectile: e; 0.5 is half of the squared error, nearer to 1 is nearer to the best.
+      aggregation: how token losses are averaged.
+      max_completion_tokens: the constant of the modes that divide by one.
+
+    Returns:
+      The loss as a sum and a count.
+
+    Reference: RIQL (2310.12955), implicit Q-learning (2110.06169).
+    Certainty: verified
+    """
+    chex.assert_rank([values, returns, mask], 2)
+    chex.assert_equal_shape([values, returns, mask])
+    v, target = (jnp.where(mask > 0, x.astype(jnp.float32), 0.0) for x in (values, jax.lax.stop_gradient(returns)))
+    u = target - v
+    each = jnp.where(u < 0, 1 - expectile, expectile) * jnp.square(u)
     return aggregate(each, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
 
 

@@ -35,6 +35,7 @@ def judge_rating(
     highest: int = 5,
     votes: Count = 1,
     system: str | None = None,
+    after: str = "",
 ) -> Callable[..., list[float | None]]:
     """A judge rates each completion; the reward is the mean of its votes, scaled to [0, 1].
 
@@ -51,6 +52,7 @@ def judge_rating(
       lowest, highest: of the ratings.
       votes: ratings of each completion; more than one needs a temperature.
       system: message in front.
+      after: as in `stated_rating`, for a judge that gives its reasons first.
 
     Returns:
       A reading of (prompts, completions, answers), or of what the network wrote.
@@ -74,9 +76,9 @@ def judge_rating(
     if isinstance(judge, Mapping) and "network" in judge:
         if votes > 1 or system:
             raise ValueError("votes and system are of a judge behind an endpoint; leave them out for judge.network")
-        return written_verdict(judge, questions, partial(stated_rating, lowest=lowest, highest=highest))
+        return written_verdict(judge, questions, partial(stated_rating, lowest=lowest, highest=highest, after=after))
     asked = asked_judge(judge, votes)
-    rating = partial(stated, lowest=lowest, highest=highest)
+    rating = partial(stated, lowest=lowest, highest=highest, after=after)
 
     def judged(prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         found = asked.ask_all(questions(prompts, completions, answers), rating, votes=votes, system=system)
@@ -87,7 +89,9 @@ def judge_rating(
     return judged
 
 
-def stated_rating(verdict_text: Sequence[str | None], *, lowest: int = 1, highest: int = 5) -> list[float | None]:
+def stated_rating(
+    verdict_text: Sequence[str | None], *, lowest: int = 1, highest: int = 5, after: str = ""
+) -> list[float | None]:
     """The rating that a network wrote, scaled to [0, 1]; None where there is none to read.
 
         r = (rating - lowest) / (highest - lowest)
@@ -95,16 +99,24 @@ def stated_rating(verdict_text: Sequence[str | None], *, lowest: int = 1, highes
     Args:
       verdict_text: what it wrote, as a JSON object with `rating`, or the number alone.
       lowest, highest: of the ratings.
+      after: a text that stands in front of the rating; what stands in front of its last place is not read, and without
+        it there is no rating.
 
     Reference: LLM as a judge (2306.05685).
     Certainty: recalled
     """
-    found = [None if text is None else stated(text, lowest=lowest, highest=highest) for text in verdict_text]
+    found = [
+        None if text is None else stated(text, lowest=lowest, highest=highest, after=after) for text in verdict_text
+    ]
     return [None if one is None else (one - lowest) / (highest - lowest) for one in found]
 
 
-def stated(text: str, *, lowest: int, highest: int) -> float | None:
+def stated(text: str, *, lowest: int, highest: int, after: str = "") -> float | None:
     """The rating that an answer states, as a JSON object with `rating` or the number alone; None for none in range."""
+    if after:
+        _, there, text = text.rpartition(after)
+        if not there:
+            return None
     found: Any = (parsed_object(text) or {}).get("rating")
     if found is None and text.strip().isdecimal() and len(text.strip()) < 10:
         found = int(text)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.ranges import NonNegative, ranged
+from jaxrl_llm.rewards.verifiers.text_answers import extract_answer
 from jaxrl_llm.rewards.verifiers.text_similarity import SimilarityForm, Tags, said, text_similarity
 
 CritiqueForm = Literal["verdict", "refine", "delta", "correct"]
@@ -58,6 +59,35 @@ def closer_than_opponent(
         else:
             found.append(0.5 if abs(one - two) <= least_gap else float(one > two))
     return found
+
+
+def differing_answers(completions: Sequence[str], opponent_text: Sequence[str | None]) -> dict[str, list[float]]:
+    """Pairs without labels: a newer model's answer against an older one's, where the two differ.
+
+        win_share = 1,   weight = 1[the completion has an answer, which is not the opponent's]
+
+    Nothing checks what is right, so a newer model's errors are reinforced as well: watch held-out accuracy.
+
+    Args:
+      completions: decoded completions of the newer model.
+      opponent_text: what the older one wrote as the view `opponent`; None makes no pair.
+
+    Returns:
+      `win_share` and `weight` of each row, for a loss of pairs such as `exploratory_preference` with alpha 0, which is
+      DPO.
+
+    >>> said = lambda answers: ["" if answer is None else f"<a>{answer}</a>" for answer in answers]
+    >>> differing_answers(said([4, 7, None, 2]), said([5, 7, 1, None]))["weight"]
+    [1.0, 0.0, 0.0, 1.0]
+
+    Reference: self-reinforcement (2405.04086).
+    Certainty: recalled
+    """
+    weight = []
+    for completion, text in zip(completions, opponent_text, strict=True):
+        own, other = (extract_answer(one or "") for one in (completion, text))
+        weight.append(float(bool(own) and text is not None and own != other))
+    return {"win_share": [1.0] * len(weight), "weight": weight}
 
 
 def verdict_question(

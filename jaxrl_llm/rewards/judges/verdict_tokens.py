@@ -82,6 +82,7 @@ def judged_example(
     prompts: Sequence[str],
     completions: Sequence[str],
     correct: Sequence[float],
+    answers: Sequence[str] | None = None,
     *,
     template: str = "{prompt}{completion}?",
     right: str = "1",
@@ -95,16 +96,21 @@ def judged_example(
     Args:
       prompts, completions: texts.
       correct: 1 where the verifier accepts the completion.
+      answers: reference answers.
       template: question, with {prompt}, {completion}.
-      right, wrong: the verdict.
+      right, wrong: the verdict; with {answer} in it the judge says first what it should have been (`judge_rating` reads
+        a rating behind such a reason with `after`).
 
     >>> judged_example(["2+2="], ["5"], [0.0])
     [('2+2=5?', '0')]
+    >>> judged_example(["2+2="], ["5"], [0.0], ["4"], wrong="{answer}=0")
+    [('2+2=5?', '4=0')]
 
     Reference: generative verifiers (2408.15240).
     Certainty: recalled
     """
+    known = [""] * len(prompts) if answers is None else answers
     return [
-        (template.format(prompt=prompt, completion=completion), right if value > 0 else wrong)
-        for prompt, completion, value in zip(prompts, completions, correct, strict=True)
+        (template.format(prompt=prompt, completion=completion), (right if value > 0 else wrong).format(answer=answer))
+        for prompt, completion, value, answer in zip(prompts, completions, correct, known, strict=True)
     ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, get_args
+
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.ranges import Natural, NonNegative, Share, ranged
 from jaxrl_llm.token_codes import mixed_bits
+
+SpuriousForm = Literal["format", "random", "incorrect"]
 
 
 @ranged
@@ -69,3 +74,51 @@ def pattern_calibrated(
     r, p = rewards.astype(jnp.float32), patterns.astype(jnp.float32)
     raised = jnp.minimum(1.0, r + coefficient * jnp.where(jnp.isnan(p), 0.0, p))
     return jnp.where(r < threshold, jnp.maximum(r, raised), r)
+
+
+@ranged
+def spurious_rewards(
+    correct: Float[Array, "B"],
+    well_formed: Float[Array, "B"],
+    prompt_id: Int[Array, "B"],
+    sample: Int[Array, "B"],
+    step: Int[Array, ""] | int,
+    *,
+    form: SpuriousForm = "random",
+    seed: Natural,
+) -> Float[Array, "B"]:
+    """Rewards that say little or the opposite of what is right: where they help as much as true ones, the model knew.
+
+        format     f
+        random     f 1[u >= 1/2]     u fresh for each sample
+        incorrect  f (1 - c)
+
+    Args:
+      correct: c, 1 for a right answer.
+      well_formed: f, 1 for a completion in the form that was asked for.
+      prompt_id, sample, step: which the random number belongs to.
+      form: as above.
+      seed: of the random numbers; that of the run where none is given.
+
+    Returns:
+      One reward a row, 0 or 1.
+
+    Raises:
+      ValueError: for an unknown form.
+
+    Reference: model-task alignment (2508.21188).
+    Certainty: verified
+    """
+    chex.assert_rank([correct, well_formed, prompt_id, sample], 1)
+    if form not in get_args(SpuriousForm):
+        raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(SpuriousForm))}")
+    uniform = jax.vmap(lambda *where: _uniform((step, *where), seed))(prompt_id, sample)
+    said = {"format": jnp.ones_like(uniform), "random": uniform >= 0.5, "incorrect": correct < 1}[form]
+    return jnp.where(well_formed > 0, said, 0.0).astype(jnp.float32)
+
+
+def _uniform(where: tuple[Any, ...], seed: int) -> Float[Array, ""]:
+    key = jax.random.key(seed)
+    for number in where:
+        key = jax.random.fold_in(key, number)
+    return jax.random.uniform(key)

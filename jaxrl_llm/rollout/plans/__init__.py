@@ -6,6 +6,7 @@ run (samples_per_prompt, max_completion_tokens, temperature, pad_id, encode) are
 
 from jaxrl_llm.rollout.plans.abandoned_rows import early_abort, mean_entropy_above
 from jaxrl_llm.rollout.plans.adaptive_samples import adaptive
+from jaxrl_llm.rollout.plans.annealed_hints import annealed_hint
 from jaxrl_llm.rollout.plans.continued_rows import partial_rollouts
 from jaxrl_llm.rollout.plans.demonstration_prefixes import demonstration_prefix
 from jaxrl_llm.rollout.plans.demonstrations_in_groups import demonstration_in_group
@@ -35,6 +36,7 @@ __all__ = [
     "Plan",
     "Request",
     "adaptive",
+    "annealed_hint",
     "budget",
     "continued_steps",
     "demonstration_in_group",

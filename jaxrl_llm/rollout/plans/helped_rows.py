@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.ranges import Count, ranged
-from jaxrl_llm.rollout.plans.further_rows import Beginning, Given, further, origins
+from jaxrl_llm.rollout.plans.further_rows import Beginning, Given, further
 from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
-from jaxrl_llm.rollout.rewriting import asked_as, behind_prompts
+from jaxrl_llm.rollout.rewriting import as_learned, asked_in_form, form_named
 
 
 @ranged
@@ -57,7 +55,7 @@ def helped(
     drawn = samples_per_prompt - branches
 
     def begin(given: Given) -> Beginning:
-        asked = asked_as(given.prompts, view)
+        asked = asked_in_form(given.prompts, *form_named(given.prompts, view))
         if prompts == "all":
             return Beginning(asked)
         right = given.rows["correct"] * (given.rows.weight > 0)
@@ -65,8 +63,7 @@ def helped(
 
     def finish(given: Given, more: Experience) -> tuple[Experience, Experience]:
         rows = given.rows
-        like = jax.tree.map(partial(origins, drawn=drawn, branches=branches), rows)
-        more = behind_prompts(more, like.prompt_tokens, like.prompt_length)
+        more = as_learned(more)
         if keep == "right":
             more = replace(more, weight=more.weight * (more["correct"] >= 1))
         if learned == "group":
@@ -119,15 +116,11 @@ def under_view(inner: Plan, *, view: str = "privileged") -> Plan:
     require_inside("under_view", inner, "one_round")
 
     def requests(memory: Any, carry: Any, prompts: Prompts) -> tuple[Request, ...]:
-        plain = {"plain_tokens": jnp.asarray(prompts.tokens), "plain_length": jnp.asarray(prompts.length)}
-        asked = asked_as(prompts, view)
-        return inner.requests(memory, carry, replace(asked, fields={**asked.fields, **plain}))
+        return inner.requests(memory, carry, asked_in_form(prompts, *form_named(prompts, view)))
 
     def result(carry: Any) -> tuple[Experience, dict[str, Array]]:
         rows, report = inner.result(carry)
-        fields = dict(rows.fields)
-        tokens, length = fields.pop("plain_tokens"), fields.pop("plain_length")
-        return behind_prompts(replace(rows, fields=fields), tokens, length), report
+        return as_learned(rows), report
 
     return inner._replace(
         requests=requests,

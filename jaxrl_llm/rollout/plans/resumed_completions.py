@@ -15,7 +15,7 @@ from jaxrl_llm.fields import provided_by
 from jaxrl_llm.ranges import Count, Natural, ShareBelowOne, ranged
 from jaxrl_llm.rollout.plans.further_rows import Beginning, Given, further, origins
 from jaxrl_llm.rollout.plans.plan import Plan
-from jaxrl_llm.rollout.rewriting import asked_as, beginnings, behind_prompts, compacted
+from jaxrl_llm.rollout.rewriting import as_learned, asked_in_form, beginnings, compacted, form_named
 from jaxrl_llm.signatures import call, names
 
 
@@ -86,7 +86,11 @@ def resume(
         source = jnp.where(source == Source.SAMPLED, own, source)
         said = jnp.tile(jnp.asarray(behind, jnp.int32), (tokens.shape[0], 1))
         prefixes = beginnings(tokens, length, source, said, jnp.full_like(length, len(behind)), pad_id)
-        return Beginning(given.prompts if view is None else asked_as(given.prompts, view), prefixes)
+        asked = given.prompts
+        if not hint_is_learned:
+            form = (asked.tokens, asked.length) if view is None else form_named(asked, view)
+            asked = asked_in_form(asked, *form)
+        return Beginning(asked, prefixes)
 
     def finish(given: Given, more: Experience) -> tuple[Experience, Experience]:
         rows, place = given.rows, jnp.arange(given.rows.tokens.shape[1])
@@ -94,8 +98,7 @@ def resume(
         if not hint_is_learned:
             kept = origins(jnp.minimum(cut, rows.length), drawn, branches)[:, None]
             helped = (place >= kept) & (place < kept + len(behind))
-            like = jax.tree.map(lambda x: origins(x, drawn, branches), rows)
-            more = behind_prompts(compacted(more, ~helped, pad_id), like.prompt_tokens, like.prompt_length)
+            more = as_learned(compacted(more, ~helped, pad_id))
         if not trained_origin:
             # Origins that have no branch keep all of their tokens.
             number = jnp.arange(rows.tokens.shape[0]) % drawn

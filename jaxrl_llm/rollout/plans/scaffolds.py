@@ -13,8 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.ranges import Count, Natural, Positive, Share, ranged
 from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
-
-_PLAIN = ("plain_prompt_tokens", "plain_prompt_length")
+from jaxrl_llm.rollout.rewriting import as_learned, asked_in_form
 
 
 @ranged
@@ -119,16 +118,15 @@ def scaffolded(
         )
         order = jnp.argsort(kept, axis=1, stable=True)  # what is left out comes first, where the padding is
         tokens = jnp.take_along_axis(jnp.where(kept, rows.fields["scaffold_tokens"], pad_id), order, axis=1)
-        plain = dict(zip(_PLAIN, (rows.tokens, rows.length), strict=True))
-        shown = replace(rows, tokens=tokens, length=kept.sum(1, dtype=jnp.int32), fields=rows.fields | plain)
+        shown = asked_in_form(rows, tokens, kept.sum(1, dtype=jnp.int32))
         return (Request(shown, 1, first_sample=first + sample),)
 
     def result(rows: Experience) -> tuple[Experience, dict[str, Array]]:
-        tokens, length = (rows[name] for name in _PLAIN)
-        fields = {name: value for name, value in rows.fields.items() if name not in _PLAIN}
-        report = {"shown_tokens": (rows.prompt_length - length).mean()}
-        own = {} if trained else {"prompt_tokens": tokens, "prompt_length": length}
-        return replace(rows, group=rows.group // samples_per_prompt, fields=fields, **own), report
+        learned = as_learned(rows, replayed=False)
+        report = {"shown_tokens": (rows.prompt_length - learned.prompt_length).mean()}
+        if trained:
+            learned = replace(learned, prompt_tokens=rows.prompt_tokens, prompt_length=rows.prompt_length)
+        return replace(learned, group=rows.group // samples_per_prompt), report
 
     return inner._replace(
         requests=requests,

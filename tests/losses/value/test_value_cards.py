@@ -152,6 +152,10 @@ EXAMPLES = {
         ([[100.0, 1], [300, -1]], [[[0.0, 0]]] * 2, [[1.0]] * 2, [1.0, 1]),
         [[0.5], [-0.5]],
     ),
+    # RIQL: heads 1, 2, 3 and a value of 1; then critics 0, 0, 5 against the target 1 + 0.5.
+    "riql, quantile": (partial(advantages.critic_quantile, level=0.25), ([[[3.0, 1, 2]]],), [[1.5]]),
+    "riql, value": (partial(losses.expectile_value, expectile=0.7), ([[1.0]], [[1.5]], [[1.0]]), 0.175),
+    "riql, critics": (partial(losses.several_values, delta=1.0), ([[[0.0, 0, 5]]], [[1.5]], [[1.0]]), 5 / 3),
     "several": (losses.several_values, ([[[1.0, 3]]], [[[0.0, 1]]], [[1.0]]), 1.25),
     "reach, cut": (
         lambda *given: advantages.reach_aware(*given, lam=1.0)[0],

@@ -112,6 +112,7 @@ def test_answers_are_parsed_strictly():
     for prose in ('The rating is {"rating": 4}', "4", "[4]", "", "{" * 3000):
         assert parsed_object(prose) is None
     assert is_refusal("I\u2019m sorry, but no")
+    assert rewards.stated_rating(["132=1", "1", "=1=0", "13=2"], lowest=0, highest=1, after="=") == [1, None, 0, None]
     assert rewards.stated_rating(['{"rating": 4}', "5", "7", "well, 4", '{"rating": true}', None]) == [
         0.75,
         1.0,

@@ -1,0 +1,43 @@
+"""Whether the turns of a conversation keep to a form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def turn_format_reward(
+    completions: Sequence[str],
+    *,
+    turn: str = r"<a>[^<>]+</a>(<n>|<eos>)?",
+    observation: str = r"<o>.*?</o>",
+) -> list[float]:
+    r"""How many turns of a conversation keep to a form, from -1 to 1: beside the score of a whole episode.
+
+        r = 2 mean_s [turn s matches] - 1,   0 without a turn
+
+    Args:
+      completions: decoded conversations.
+      turn: a regular expression that the whole text of a turn has to match.
+      observation: one that matches what an environment answers, which divides the turns.
+
+    Raises:
+      ValueError: for what is no regular expression.
+
+    >>> texts = ["<a>U</a><n><o>....#</o><a>L</a><n><o>...##</o>L<eos>", "<a>U</a><n>", ""]
+    >>> [round(reward, 6) for reward in turn_format_reward(texts)]
+    [0.333333, 1.0, 0.0]
+
+    Reference: Mobile-R1 (2506.20332).
+    Certainty: recalled
+    """
+    try:
+        form, between = re.compile(turn, re.S), re.compile(observation, re.S)
+    except re.error as error:
+        raise ValueError(f"turn_format_reward has a pattern that is no regular expression: {error}; mend it") from None
+    found = []
+    for completion in completions:
+        turns = [text for text in between.split(completion) if text]
+        right = sum(form.fullmatch(text) is not None for text in turns)
+        found.append(2.0 * right / len(turns) - 1.0 if turns else 0.0)
+    return found
