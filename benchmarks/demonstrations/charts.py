@@ -17,11 +17,13 @@ def drawn(found: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = found["panels"]
+    variants = list(dict.fromkeys(variant for of in panels.values() for variant in of))
+    fullest = max(len(of) for of in panels.values())
     with rc_context(STYLE):
         figure = Figure(figsize=(INCHES[0] * len(panels), INCHES[1]), layout="constrained")
         for axes, (title, of) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-            for number, (variant, seeds) in enumerate(of.items()):
-                values, colour = np.array(seeds, float), COLOURS[number % len(COLOURS)]
+            for variant, seeds in of.items():
+                values, colour = np.array(seeds, float), COLOURS[variants.index(variant) % len(COLOURS)]
                 steps = found.get("steps", values.shape[1])
                 x = found.get("x", ())[: values.shape[1]] or np.linspace(
                     steps / values.shape[1] / 2, steps, values.shape[1]
@@ -29,5 +31,7 @@ def drawn(found: dict[str, Any], file: Path) -> None:
                 axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
                 axes.plot(x, values.mean(0), color=colour, label=variant)
             axes.set(title=title, xlabel=found.get("xlabel", "step"))
-        axes.legend()
+            if len(of) == fullest:
+                last = axes
+        last.legend()
         figure.savefig(file, metadata={"Date": None})

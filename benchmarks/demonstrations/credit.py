@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import os
 import shutil
@@ -25,13 +24,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
+import curves
 import jax
 import jax.numpy as jnp
+from charts import drawn
 
 from jaxrl_llm import rewards, shipped
 from jaxrl_llm.compilation_cache import compilation_cache_directory
@@ -42,19 +44,8 @@ from jaxrl_llm.statistics import at_turns
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "demonstrations"
-COLOURS = ("#1f6fb4", "#d1603d", "#3d9970", "#8e5ea2")
 
 
-def _module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-curves = _module(ROOT / "benchmarks" / "curves.py")
 curves.SMALL["calculator"] = {"task": {"levels": [1, 2]}, "prompt": 15, "stop": 0.3}
 ID = CharacterTokenizer().id
 # Finished runs of the cache are read instead of run again, for a demonstration that was interrupted.
@@ -170,7 +161,8 @@ def trained(
                 if metric in runs[-1][0]
             }
             print(f"{name}, {arm}, seed {seed}: {shown}, {time.perf_counter() - began:.0f} s", flush=True)
-        found[arm] = {metric: [curves.binned(lines, metric) for lines in runs] for metric in metrics}
+        bins = min(curves.BINS, steps)
+        found[arm] = {metric: [curves.binned(lines, metric, bins) for lines in runs] for metric in metrics}
     return found
 
 
@@ -207,7 +199,7 @@ def gains(seeds: int) -> dict[str, Any]:
     """IGPO, whose first step is that of the policy that it starts from."""
     igpo = recipe("igpo")
     igpo["credit"] = [*igpo["credit"], {"metric/gain_auroc": {"python": "credit:gain_auroc"}}]
-    return trained("gains", {"IGPO": igpo}, ("correct_share", "metric/gain_auroc"), seeds, steps=6)
+    return trained("gains", {"IGPO": igpo}, ("correct_share", "metric/gain_auroc"), seeds, steps=STEPS["gains"])
 
 
 def contributions(seeds: int) -> dict[str, Any]:
@@ -215,7 +207,7 @@ def contributions(seeds: int) -> dict[str, Any]:
 
     The policy stays as it is, so that what a move contributes does.
     """
-    steps, frozen = 60, {"freeze_policy_steps": 60}
+    frozen = {"freeze_policy_steps": curves.STEPS}
     measured = {"[metric/with_return, metric/with_progress]": {"python": "credit:contribution_correlations"}}
     text = recipe("spa_rl", environment={"potential": True})
     text["credit"] = [text["credit"][0], measured, *text["credit"][1:]]
@@ -232,7 +224,7 @@ def contributions(seeds: int) -> dict[str, Any]:
         *factors["credit"][1:],
     ]
     metrics = ("metric/with_return", "metric/with_progress")
-    return trained("contributions", {"LaRe": factors, "SPA-RL": text}, metrics, seeds, steps=steps)
+    return trained("contributions", {"LaRe": factors, "SPA-RL": text}, metrics, seeds)
 
 
 def filler(seeds: int) -> dict[str, Any]:
@@ -254,6 +246,7 @@ def filler(seeds: int) -> dict[str, Any]:
     return trained("filler", arms, ("metric/steps", "correct_share", "completion_tokens"), seeds)
 
 
+STEPS = {"gains": 6}  # of others those of curves.py
 DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "gains": gains,
     "contributions": contributions,
@@ -261,39 +254,6 @@ DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "turns": turns,
     "likelihood": likelihood,
 }
-
-
-# ---- plots ----------------------------------------------------------------------------------------------------------
-
-
-def plot(found: dict[str, Any]) -> str:
-    """One panel a metric, one colour an arm: thin lines are seeds, thick ones their mean."""
-    arms, metrics = list(found), list(next(iter(found.values())))
-    width, height = 340, 200
-    parts = []
-    for place, metric in enumerate(metrics):
-        known = [v for arm in arms for seed in found[arm][metric] for v in seed if v is not None]
-        low, high, left = min(known), max(known), width * place
-        parts.append(f'<text x="{left + 10}" y="16" fill="#777">{metric}, {low:.3g} to {high:.3g}</text>')
-        for colour, arm in zip(COLOURS, arms, strict=False):
-            seeds = found[arm][metric]
-            mean = [fmean(x) if (x := [v for v in one if v is not None]) else None for one in zip(*seeds, strict=True)]
-            for values, style in [
-                *((seed, 'stroke-width="1" opacity="0.35"') for seed in seeds),
-                (mean, 'stroke-width="2"'),
-            ]:
-                points = [
-                    f"{left + 10 + i * (width - 30) / max(len(values) - 1, 1):.0f},"
-                    f"{height - 30 - (v - low) * (height - 60) / ((high - low) or 1.0):.1f}"
-                    for i, v in enumerate(values)
-                    if v is not None
-                ]
-                parts.append(f'<polyline fill="none" stroke="{colour}" {style} points="{" ".join(points)}"/>')
-    for place, (colour, arm) in enumerate(zip(COLOURS, arms, strict=False)):
-        parts.append(f'<text x="{10 + 160 * place}" y="{height - 8}" fill="{colour}">{arm}</text>')
-    size = f'width="{max(width * len(metrics), 160 * len(arms))}" height="{height}"'
-    font = 'font-family="sans-serif" font-size="11"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>{"".join(parts)}</svg>\n'
 
 
 def main(given: list[str] | None = None) -> int:
@@ -317,7 +277,8 @@ def main(given: list[str] | None = None) -> int:
         results = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps(results | {name: found}, indent=1) + "\n")
         if any(isinstance(seed, list) for arm in found.values() for metric in arm.values() for seed in metric):
-            (options.output / f"credit_{name}.svg").write_text(plot(found))
+            panels = {metric: {arm: of[metric] for arm, of in found.items()} for metric in next(iter(found.values()))}
+            drawn({"panels": panels, "steps": STEPS.get(name, curves.STEPS)}, options.output / f"credit_{name}.svg")
     return 0
 
 
