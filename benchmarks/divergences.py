@@ -30,12 +30,12 @@ from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.evaluation import make_evaluate
 from jaxrl_llm.run.batches import grader, prompt_batches
-from jaxrl_llm.run.checkpoints import restore_params
 from jaxrl_llm.run.integrity import latest_checkpoint
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.stages import spread
 from jaxrl_llm.run.stored_answers import StoredAnswers, stored_answers
+from jaxrl_llm.run.stored_states import restore_params
 from jaxrl_llm.run.train import train
 
 COUNTDOWN = Path(__file__).parents[1] / "configs" / "countdown.yaml"

@@ -15,7 +15,8 @@ from jaxrl_llm import advantages, losses, rewards, schedules, selection, shipped
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import TEXT, compared_with, every_need, nearest, need_of
+from jaxrl_llm.fields import TEXT, every_need, nearest, need_of
+from jaxrl_llm.network_names import compared_with
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
 from jaxrl_llm.signatures import signature
 

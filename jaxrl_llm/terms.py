@@ -9,7 +9,8 @@ from numbers import Real
 from typing import Any
 
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import TEXT, compared_with
+from jaxrl_llm.fields import TEXT
+from jaxrl_llm.network_names import compared_with
 from jaxrl_llm.ranges import Count, Natural, NonNegative, PositiveShare, Share, require_ranges
 from jaxrl_llm.signatures import name_of, names, on_host, required
 

@@ -16,9 +16,7 @@ from jaxrl_llm.catalogue import built
 from jaxrl_llm.experience import FACTS, Method
 from jaxrl_llm.fields import (
     FIELDS,
-    HEADS,
     PROVIDERS,
-    Score,
     absent_value,
     check_shape,
     is_written_text,
@@ -27,8 +25,8 @@ from jaxrl_llm.fields import (
     need_of,
     provided_by,
     remedy,
-    score_named,
 )
+from jaxrl_llm.network_names import HEADS, Score, score_named
 from jaxrl_llm.signatures import names
 
 PACKAGE = Path(jaxrl_llm.__file__).parent

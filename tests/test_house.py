@@ -21,16 +21,17 @@ MOST_LINES = 400  # of a module
 MOST_CODE = 80  # lines of a function without blanks, comments and docstrings
 
 ARITHMETIC = ("advantages", "losses", "rewards", "schedules", "selection")
-FIELDS = {"experience", "fields", "rows", "signatures", "terms"}
+FIELDS = {"experience", "fields", "network_names", "rows", "signatures", "terms"}
 METHODS = {*FIELDS, "bounds", "ranges", "statistics", "token_codes", *ARITHMETIC}
 # What each room may import; its own modules always. In the order of the flow: nobody imports what stands below.
 MAY_IMPORT: dict[str, set[str]] = {
     "bounds": set(),
     "experience": set(),
     "shipped": set(),
-    "fields": {"experience", "shipped"},
+    "network_names": set(),
+    "fields": {"experience", "network_names", "shipped"},
     "signatures": {"experience", "fields"},
-    "terms": {"experience", "fields", "ranges", "signatures"},
+    "terms": {"experience", "fields", "network_names", "ranges", "signatures"},
     "rows": {"experience", "fields"},
     "ranges": {"bounds"},
     "statistics": set(),

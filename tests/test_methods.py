@@ -17,11 +17,11 @@ import pytest
 from jaxrl_llm import shipped
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.fields import compared_with
 from jaxrl_llm.losses import negative_log_likelihood
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.network_names import compared_with
 from jaxrl_llm.rows import Written, demonstrations
 from jaxrl_llm.run.batches import demonstration_batches, prompt_batches
 from jaxrl_llm.run.explain import trace

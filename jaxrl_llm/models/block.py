@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.adapters import plain_matrix
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend
-from jaxrl_llm.models.cache import KeysAndValues, of_layer, remembered, stored_at
+from jaxrl_llm.models.cache import KeysAndValues, Recent, Windowed, of_layer, remembered, stored_at
 from jaxrl_llm.models.delta import delta_mixed
 from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.latent import NORM_EPSILON, latent_mixed, latent_queries_and_keys, latent_values
@@ -44,6 +44,7 @@ class Shared(NamedTuple):
       kind: the attention path.
       per_layer: embeddings of a layer, or of all with a leading axis; None without.
       segments: of packed rows, the sequence that each token belongs to, [B, T]; None where a row is one sequence.
+      recent: `seen` and `used` of layers that keep their window alone, [B, W]; None where none does.
     """
 
     config: TransformerConfig
@@ -56,6 +57,14 @@ class Shared(NamedTuple):
     kind: AttentionKind
     per_layer: Float[Array, "... B T P"] | None = None
     segments: Int[Array, "B T"] | None = None
+    recent: Recent | None = None
+
+    def where(self, stored: Any) -> tuple[Int[Array, "B S"], Int[Array, ""]]:
+        """(positions of the keys, tokens written before) of what one block has stored."""
+        if isinstance(stored, Windowed):
+            assert self.recent is not None
+            return self.recent
+        return self.seen, self.used
 
     def of_layer(self, stack: str, layer: Array | int) -> Shared:
         """What one block reads."""
@@ -157,10 +166,10 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
         "windowed": layer.windowed,
         "cap": config.attention_cap,
     }
-    filled, context = None, ()
+    filled, context, seen = None, (), shared.seen
     if layer.reads:
         stored, index, context = cached
-        new = of_layer(stored, index)
+        new, (seen, _) = of_layer(stored, index), shared.where(stored)
     elif cached is None and layer.lends:
         filled = new
     if isinstance(cached, PagedBlock):
@@ -169,11 +178,12 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
     else:
         if cached is not None and not layer.reads:
             stored, index, context = cached
-            filled = remembered(stored, index, new, shared.used, shared.seen.shape[1])
+            seen, used = shared.where(stored)
+            filled = remembered(stored, index, new, used, seen.shape[1])
             # A pass that fills its whole cache has just computed what the cache holds.
             new = new if shared.kind != "plain" else of_layer(filled, index)
         new = new if latent is None else latent_values(new, latent.rank)
-        own = KeyValues(new.keys, new.values, shared.seen)
+        own = KeyValues(new.keys, new.values, seen)
         sinks = params["sinks"] if config.attention_sinks else None
         scores |= {"sinks": sinks, "kind": shared.kind, "segments": shared.segments}
         attended = attend(queries, own, shared.positions, context, **scores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,17 @@ class KeysAndValues(NamedTuple):
     values: Array | Rounded
 
 
+class Windowed(NamedTuple):
+    """Keys and values of each row's last W tokens, of a layer that sees no others; slots are used in turn.
+
+    Attributes:
+      keys, values: as of `KeysAndValues`, with W slots.
+    """
+
+    keys: Array | Rounded
+    values: Array | Rounded
+
+
 class Recurrent(NamedTuple):
     """What a gated delta-net layer remembers of each row. While there is no room for tokens it may have fewer rows,
     as a `Segment` may.
@@ -52,12 +63,24 @@ class Recurrent(NamedTuple):
     state: Array
 
 
+class Recent(NamedTuple):
+    """Where the tokens of `Windowed` layers stand.
+
+    Attributes:
+      positions: of the token in each slot, -1 where it is empty.
+      used: tokens written so far; slot `used % W` is the next.
+    """
+
+    positions: Int[Array, "B W"]
+    used: Int[Array, ""]
+
+
 class Segment(NamedTuple):
     """Keys and values that are read and no longer written, head-major.
 
     Attributes:
       layers: a tuple with one `KeysAndValues` a block when unrolled, one with a leading layer axis when scanned, or one
-        for each of `TransformerConfig.caches` where these are several. None for layers without keys and values.
+        for each of `TransformerConfig.caches` where these are several. None for layers that add no keys and values.
       positions: position of the token in each slot, -1 where the slot is empty or padding.
     """
 
@@ -69,18 +92,20 @@ class Cache(NamedTuple):
     """Keys and values seen so far.
 
     Attributes:
-      layers: as of a `Segment` with one row a sequence: what is being written, `Recurrent` included.
+      layers: as of a `Segment` with one row a sequence: what is being written, `Recurrent` and `Windowed` included.
       positions: as of a `Segment`.
       used: tokens written so far, the same number for all rows: those of a shorter row are padding. Slot `used % S` is
         the next, so that S slots serve longer runs of tokens as long as no row needs more than its last S.
       context: what was written before. A segment may have fewer rows: row b of the cache goes on from row
         b // (B / N) of it, so that all samples of a prompt read one copy of its keys and values.
+      recent: of layers that are `Windowed`; None where none is.
     """
 
     layers: PyTree
     positions: Int[Array, "B S"]
     used: Int[Array, ""]
     context: tuple[Segment, ...] = ()
+    recent: Recent | None = None
 
 
 def init_cache(rows: int, slots: int, *, config: TransformerConfig) -> Cache:
@@ -120,12 +145,12 @@ def empty_state(rows: int, delta: DeltaConfig, dtype: Any, *stacked: int) -> Rec
 
 
 def _is_entry(node: Any) -> bool:
-    return isinstance(node, KeysAndValues | Recurrent)
+    return isinstance(node, KeysAndValues | Windowed | Recurrent)
 
 
 def _written(cache: Cache) -> Segment:
     """What a cache holds of keys and values."""
-    keep = lambda entry: None if isinstance(entry, Recurrent) else entry  # noqa: E731
+    keep = lambda entry: entry if isinstance(entry, KeysAndValues) else None  # noqa: E731
     return Segment(jax.tree.map(keep, cache.layers, is_leaf=_is_entry), cache.positions)
 
 
@@ -168,7 +193,7 @@ def replaced_row(cache: Cache, slot: Array | int, source: Cache, row: Array | in
 
     def started(entry, given):
         if not isinstance(entry, Recurrent):
-            return entry
+            return entry  # nothing of it is at the positions below
         number = row * _remembering(given) // count
         return Recurrent(
             put(entry.inputs, given.inputs, entry.inputs.ndim - 4, number),
@@ -176,9 +201,52 @@ def replaced_row(cache: Cache, slot: Array | int, source: Cache, row: Array | in
         )
 
     layers = jax.tree.map(started, cache.layers, source.layers, is_leaf=_is_entry)
-    nothing = jnp.full((1, cache.positions.shape[1]), -1, jnp.int32)
-    positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, nothing, slot, 0)
-    return cache._replace(layers=layers, positions=positions, context=tuple(context))
+
+    def nowhere(positions):
+        nothing = jnp.full((1, positions.shape[1]), -1, jnp.int32)
+        return jax.lax.dynamic_update_slice_in_dim(positions, nothing, slot, 0)
+
+    recent = None if cache.recent is None else cache.recent._replace(positions=nowhere(cache.recent.positions))
+    return cache._replace(layers=layers, positions=nowhere(cache.positions), context=tuple(context), recent=recent)
+
+
+def keep_window(cache: Cache, tokens: int, *, config: TransformerConfig) -> Cache:
+    """A cache whose windowed layers keep the last `window` tokens of what is written from here on, and no others.
+
+    It is for a cache right after `expand_cache` or `taken_rows` to which each row's tokens are added one at a time,
+    without padding between them. Its context stays whole. Nothing is changed where it would save nothing.
+
+    Args:
+      cache: with room for a first part of the tokens, or all.
+      tokens: how many a row gets at most, in all.
+      config: of the model.
+    """
+    window = config.window
+    if window is None or tokens <= window or not isinstance(cache, Cache) or not any(config.windowed):
+        return cache
+
+    def short(entry: KeysAndValues) -> Windowed:
+        def cut(leaf: Array, axis: int) -> Array:
+            shape = list(leaf.shape)
+            shape[axis] = window
+            return jnp.zeros(shape, leaf.dtype)
+
+        return Windowed(
+            jax.tree.map(lambda leaf: cut(leaf, -1), entry.keys), jax.tree.map(lambda leaf: cut(leaf, -2), entry.values)
+        )
+
+    def of_name(name: str, entry: Any) -> Any:
+        return short(entry) if config.windowed[config.caches[name][0]] and isinstance(entry, KeysAndValues) else entry
+
+    names = {layer: name for name, layers in config.caches.items() for layer in layers}
+    if config.unrolled:
+        layers = tuple(entry and of_name(names[layer], entry) for layer, entry in enumerate(cache.layers))
+    elif isinstance(cache.layers, dict):
+        layers = {name: of_name(name, entry) for name, entry in cache.layers.items()}
+    else:
+        layers = of_name("blocks", cache.layers)
+    nowhere = jnp.full((cache.positions.shape[0], window), -1, jnp.int32)
+    return cache._replace(layers=layers, recent=Recent(nowhere, jnp.int32(0)))
 
 
 def cut_cache(cache: Cache, length: Int[Array, "B"]) -> Cache:
@@ -203,12 +271,14 @@ def _remembering(entry: Recurrent) -> int:
 def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | None) -> Cache:
     """Without context, for so many rows and slots, which go on from the states of the given rows of the cache."""
 
-    def fresh(entry: KeysAndValues | Recurrent) -> KeysAndValues | Recurrent:
+    def fresh(entry: KeysAndValues | Windowed | Recurrent) -> KeysAndValues | Windowed | Recurrent:
         if isinstance(entry, Recurrent):
             if rows is None:
                 return entry
             number = rows * _remembering(entry) // cache.positions.shape[0]
             return Recurrent(*(jnp.take(leaf, number, axis=axis) for leaf, axis in zip(entry, (-4, -5), strict=True)))
+        if isinstance(entry, Windowed):
+            return jax.tree.map(lambda leaf: jnp.take(leaf, own, axis=leaf.ndim - 4), entry)
 
         def like(leaf, *shape):
             return jnp.zeros((*leaf.shape[:-4], count, leaf.shape[-3], *shape), leaf.dtype)
@@ -218,8 +288,10 @@ def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | None) -
             jax.tree.map(lambda leaf: like(leaf, slots, leaf.shape[-1]), entry.values),
         )
 
+    own = jnp.arange(count) * cache.positions.shape[0] // count if rows is None else rows
+    recent = None if cache.recent is None else cache.recent._replace(positions=cache.recent.positions[own])
     layers = jax.tree.map(fresh, cache.layers, is_leaf=_is_entry)
-    return Cache(layers, jnp.full((count, slots), -1, jnp.int32), jnp.int32(0))
+    return Cache(layers, jnp.full((count, slots), -1, jnp.int32), jnp.int32(0), recent=recent)
 
 
 def _row_axis(leaf: Array, part: Segment) -> int:
@@ -242,9 +314,10 @@ def stored_at(stored: PyTree, layer: Array | None, new: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, x: jax.lax.dynamic_update_index_in_dim(leaf, x, layer, 0), stored, new)
 
 
-def remembered(
-    stored: KeysAndValues, layer: Array | None, new: KeysAndValues, used: Int[Array, ""], slots: int
-) -> KeysAndValues:
+Entry = TypeVar("Entry", KeysAndValues, Windowed)
+
+
+def remembered(stored: Entry, layer: Array | None, new: KeysAndValues, used: Int[Array, ""], slots: int) -> Entry:
     """New keys and values written into the cache of one block, from slot `used % slots` on.
 
     Args:
@@ -267,7 +340,7 @@ def remembered(
         put = lambda into, part: jax.lax.dynamic_update_slice(into, part.astype(into.dtype), start)  # noqa: E731
         return jax.tree.map(put, old, update)
 
-    return KeysAndValues(write(stored.keys, new.keys, -1), write(stored.values, new.values, -2))
+    return type(stored)(write(stored.keys, new.keys, -1), write(stored.values, new.values, -2))
 
 
 def rounded(x: Float[Array, "..."], *, axis: int) -> Rounded:

@@ -16,15 +16,25 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attention_in_use
 from jaxrl_llm.models.block import Layer, Shared, rms_norm, run_block
-from jaxrl_llm.models.cache import Cache, KeysAndValues, cut_cache, init_cache, of_layer, replaced_row, taken_rows
+from jaxrl_llm.models.cache import (
+    Cache,
+    KeysAndValues,
+    Recent,
+    cut_cache,
+    init_cache,
+    keep_window,
+    of_layer,
+    replaced_row,
+    taken_rows,
+)
 from jaxrl_llm.models.latent import latent_values
 from jaxrl_llm.models.layer_runs import Run, cache_of_layer, layer_runs
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
 from jaxrl_llm.models.projection import TURNED_FROM, project, turned
-from jaxrl_llm.models.rotary import rotary_angles
-from jaxrl_llm.models.transformer_config import TransformerConfig, require_in_context
+from jaxrl_llm.models.rotary import require_in_context, rotary_angles
+from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.transformer_specs import transformer_specs
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ANY, ambient_layout, constrain
@@ -72,12 +82,13 @@ def observed_forward(
     scaling = config.rope_scaling
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    used, seen, before = jnp.int32(0), positions, 0
+    used, seen, before, recent = jnp.int32(0), positions, 0, None
     if isinstance(cache, Cache):
         used = cache.used
+        recent = None if cache.recent is None else _with_one_more(cache.recent, positions)
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, used % cache.positions.shape[1]))
         before = sum(part.positions.shape[1] for part in cache.context)
-    require_in_context(config, seen.shape[1] + before)
+    require_in_context(config.rope_scaling, seen.shape[1] + before)
     everywhere = config.of_stack("global_blocks")
     angles = rotary_angles(positions, everywhere.rotary_size, config.rope_base, scaling)
     local, growth = angles, None
@@ -88,7 +99,7 @@ def observed_forward(
         growth = 1.0 + scaling.query_growth * jnp.log1p(turns)
     kind = attention_path(config, queries=tokens.shape[1], keys=seen.shape[1] + before)
     per_layer = _layer_embeddings(params, tokens, x, config)
-    shared = Shared(config, angles, local, growth, positions, seen, used, kind, per_layer, segments)
+    shared = Shared(config, angles, local, growth, positions, seen, used, kind, per_layer, segments, recent)
 
     keep = lambda observed: {name: observed[name] for name in names if name in observed}  # noqa: E731
     embedded = x[None]
@@ -100,8 +111,20 @@ def observed_forward(
     if isinstance(cache, PagedCache):
         cache = cache._replace(pages=layers, length=jnp.maximum(cache.length, positions.max(axis=1) + 1))
     elif cache is not None:
-        cache = cache._replace(layers=layers, positions=seen, used=used + tokens.shape[1])
+        recent = None if recent is None else recent._replace(used=recent.used + 1)
+        cache = cache._replace(layers=layers, positions=seen, used=used + tokens.shape[1], recent=recent)
     return hidden, cache, observed
+
+
+def _with_one_more(recent: Recent, positions: Int[Array, "B T"]) -> Recent:
+    """Positions with those of this call, whose keys and values are written behind `used` tokens."""
+    if positions.shape[1] != 1:
+        raise ValueError(
+            f"{positions.shape[1]} tokens a row were given with a cache that keeps a window (`keep_window`), which "
+            "takes them one at a time"
+        )
+    at = recent.used % recent.positions.shape[1]
+    return recent._replace(positions=jax.lax.dynamic_update_slice(recent.positions, positions, (0, at)))
 
 
 def _layer_embeddings(params, tokens, x, config: TransformerConfig) -> Float[Array, "L B T P"] | None:
@@ -356,6 +379,7 @@ def transformer(config: TransformerConfig) -> Model:
         take_rows=taken_rows,
         replace_row=replaced_row,
         cut_cache=None if config.delta is not None or in_pages(config) else cut_cache,
+        keep_window=partial(keep_window, config=config),
         specs=specs,
         vocabulary_size=config.vocabulary_size,
         config=config,

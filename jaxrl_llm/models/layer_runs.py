@@ -73,7 +73,8 @@ def layer_runs(config: TransformerConfig) -> list[Run]:
     seen = dict.fromkeys(config.stacks, 0)
     cached_in = cache_of_layer(config)
     runs = []
-    for start, period, repeats in periods(names):
+    alike = [(name, cache) for name, (cache, _) in zip(names, cached_in, strict=True)]
+    for start, period, repeats in periods(alike):
         places, inside, in_cache = [], dict.fromkeys(seen, 0), [cached_in[start + j][0] for j in range(period)]
         routed = 0
         for j in range(period):
@@ -95,11 +96,12 @@ def cache_of_layer(config: TransformerConfig) -> list[tuple[str, int]]:
     """(one of `TransformerConfig.caches`, number in there) of what each layer reads."""
     places = {layer: (name, i) for name, layers in config.caches.items() for i, layer in enumerate(layers)}
     last = {name: (name, len(layers) - 1) for name, layers in config.caches.items()}
-    kinds = [stack.replace("reading_", "") for stack in config.stack_of_layer]
-    return [places.get(layer) or last[kind] for layer, kind in enumerate(kinds)]
+    return [
+        places.get(layer) or last[stack.replace("reading_", "")] for layer, stack in enumerate(config.stack_of_layer)
+    ]
 
 
-def periods(names: Sequence[str]) -> list[tuple[int, int, int]]:
+def periods(names: Sequence[Any]) -> list[tuple[int, int, int]]:
     """(start, period, repeats) of stretches that follow one another, each as long as can be.
 
     >>> periods("aaabaaabaa"), periods("aaabbb")

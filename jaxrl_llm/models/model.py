@@ -54,6 +54,9 @@ class Model(NamedTuple):
       cut_cache: (cache, length [B]) -> the cache right after `expand_cache` whose rows have seen their first `length`
         tokens alone, so that samples go on from different places of what they share. None where that is not offered,
         and then each goes through its own copy of what it goes on from.
+      keep_window: (cache, tokens) -> the cache right after `expand_cache` or `take_rows`, for rows to which `tokens` at
+        most are added, one at a time and without padding between them: it may forget what no later token sees. None
+        where it forgets nothing.
       shared_scoring: whether the samples of a prompt are scored and differentiated best by going on from one pass over
         it, through the cache. A cache that recomputes, rounds, or keeps attention from its kernels says no.
       packs: whether `apply` and `observe` take `segments=`, the sequence [B, T] that each token of a row belongs to:
@@ -76,6 +79,7 @@ class Model(NamedTuple):
     take_rows: Callable[[PyTree, Array, int], PyTree] | None = None
     replace_row: Callable[[PyTree, Array, PyTree, Array], PyTree] | None = None
     cut_cache: Callable[[PyTree, Array], PyTree] | None = None
+    keep_window: Callable[[PyTree, int], PyTree] | None = None
     shared_scoring: bool = False
     packs: bool = False
     rules: Mapping[str, tuple[str, ...]] | None = None

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.attention import KeyValues, attend
-from jaxrl_llm.models.cache import Cache, KeysAndValues, expand_cache
+from jaxrl_llm.models.cache import Cache, KeysAndValues, expand_cache, of_layer
+from jaxrl_llm.models.layer_runs import cache_of_layer
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ambient_layout
@@ -84,6 +85,9 @@ def expanded(cache: Cache | PagedCache, samples: int, extra_slots: int, *, confi
             )
         return longer(cache, extra_slots, config.layers) if extra_slots else cache
     if extra_slots and not cache.context and in_pages(config):
+        if isinstance(cache.layers, dict):
+            each = tuple(of_layer(cache.layers[name], jnp.int32(number)) for name, number in cache_of_layer(config))
+            cache = cache._replace(layers=each)
         return paged(cache, samples, extra_slots)
     return expand_cache(cache, samples, extra_slots)
 

@@ -175,3 +175,16 @@ def rotate(
     turned = [first * cos - second * sin, second * cos + first * sin]
     rest = [wide[..., size:]] if size < x.shape[-1] else []
     return jnp.concatenate(turned + rest, axis=-1).astype(x.dtype).reshape(shape)
+
+
+def require_in_context(scaling: RopeScaling | None, tokens: int) -> None:
+    """Refuse sequences beyond the old context where nobody has said how long they would be.
+
+    Raises:
+      ValueError: naming both lengths.
+    """
+    if scaling is not None and scaling.limit is not None and tokens > scaling.limit:
+        raise ValueError(
+            f"sequences of {tokens} tokens are longer than the {scaling.limit} up to which the rotary angles of this "
+            f"model ({scaling.kind}) are right; load it with context_tokens, the length of the longest sequence"
+        )

@@ -317,8 +317,14 @@ class TransformerConfig:
 
     @property
     def caches(self) -> dict[str, tuple[int, ...]]:
-        """The layers whose caches are of one shape; those that read have none."""
+        """The layers whose caches are of one shape and remember alike; those that read have none."""
         alike = ["blocks" if stack == "dense_blocks" else stack for stack in self.stack_of_layer]
+        kinds = {windowed for name, windowed in zip(alike, self.windowed, strict=True) if name == "blocks"}
+        if len(kinds) > 1:
+            alike = [
+                "windowed_blocks" if windowed and name == "blocks" else name
+                for name, windowed in zip(alike, self.windowed, strict=True)
+            ]
         return {name: layers for name, layers in _places(alike).items() if "reading" not in name}
 
     def of_stack(self, stack: str) -> TransformerConfig:
@@ -384,17 +390,3 @@ class TransformerConfig:
 def _places(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Where each name stands."""
     return {name: tuple(i for i, other in enumerate(names) if other == name) for name in dict.fromkeys(names)}
-
-
-def require_in_context(config: TransformerConfig, tokens: int) -> None:
-    """Refuse sequences beyond the old context where nobody has said how long they would be.
-
-    Raises:
-      ValueError: naming both lengths.
-    """
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.limit is not None and tokens > scaling.limit:
-        raise ValueError(
-            f"sequences of {tokens} tokens are longer than the {scaling.limit} up to which the rotary angles of this "
-            f"model ({scaling.kind}) are right; load it with context_tokens, the length of the longest sequence"
-        )

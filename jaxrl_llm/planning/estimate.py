@@ -86,7 +86,7 @@ def estimate(
     if composition.rollout is not None:
         result.memory["prefill"] = held | {"weights for sampling": weights + loose, "cache": cache}
         result.memory["decode"] = result.memory["prefill"] | {
-            "cache before it grows": at.token_in_cache * at.decoded * at.grown,
+            "cache before it grows": (at.held.token * at.grown + (at.held.window if at.grown else 0.0)) * at.decoded,
             "scores of a token": 3 * 4.0 * at.decoded * at.vocabulary / at.vocabulary_parts,
         }
     if composition.with_reference:
@@ -143,9 +143,9 @@ class _Sizes:
         self.decoded = self._part("decoded_rows", config.rollout.slots or self.sequences)
         self.prompts = self._part("decoded_rows", prompts)
         self.vocabulary_parts = self._split("vocabulary", self.vocabulary)
-        self.token_in_cache, self.row_in_cache = remembered_bytes(c, self.mesh.shape, self.rules)
-        self.cache_bytes = self.token_in_cache * (self.decoded * self.completion + self.prompts * self.prompt)
-        self.cache_bytes += self.row_in_cache * self.decoded
+        self.held = held = remembered_bytes(c, self.mesh.shape, self.rules, self.completion)
+        of_prompts = held.whole_token * self.prompts * self.prompt
+        self.cache_bytes = (held.token * self.completion + held.window + held.row) * self.decoded + of_prompts
         self.recurrent = sum(c.recurrent)
         self.attending = c.layers - self.recurrent
         # Of a token in a recurrent layer: the state decays, is asked twice, and takes an outer product.
@@ -154,8 +154,8 @@ class _Sizes:
         stages = (self.completion,) if config.rollout.slots else cache_stages(self.completion)
         self.grown = sum(stages[:-1])
         reads = sum(room * sum(stages[: place + 1]) for place, room in enumerate(stages)) / self.completion
-        self.cache_bytes_read = self.token_in_cache * (self.decoded * reads + self.prompts * self.prompt)
-        self.cache_bytes_read += 2 * self.row_in_cache * self.decoded  # and written
+        # What is there whatever the length of a row is written, too.
+        self.cache_bytes_read = (held.token * reads + held.window + 2 * held.row) * self.decoded + of_prompts
         leaves = jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))
         blocks = [leaf for leaf in leaves if "layer" in leaf.axes]
         whole = {name: () if name == "embed" else axes for name, axes in self.rules.items()}
@@ -290,7 +290,7 @@ def _communication(config: Config, at: _Sizes, costs: dict[str, Cost], weights: 
     activations = at.rows * at.tokens / sequence * at.width * at.compute
     summed = 2 * activations * (tensor - 1) / tensor
     exchanged = activations * (expert - 1) if at.served > 1 else 0.0
-    keys = at.token_in_cache / layers * at.rows * at.tokens * (sequence - 1) / sequence
+    keys = at.held.whole_token / layers * at.rows * at.tokens * (sequence - 1) / sequence
 
     def add(phase: str, kind: str, size: float, group: int, *, crosses: bool = False) -> None:
         if size > 0 and phase in costs:

@@ -4,6 +4,10 @@ A run works in a directory of this machine: records are appended there, and orba
 whole goes to the address, in the background after each checkpoint and once more at the end. Records go before
 checkpoints, and the meta of a checkpoint after its arrays, so that whatever is there at any moment can be gone on from.
 Storage without appending, renaming or locks is enough.
+
+Of several processes that share no disk each has a local directory of its own, with the arrays that its devices hold.
+Each brings those (`Share`); process 0 brings all else, and the meta of a checkpoint once all others have said that
+their arrays are there.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import fcntl
 import json
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -20,9 +25,11 @@ from typing import Any
 
 from jaxrl_llm.addresses import is_address, working_directory
 from jaxrl_llm.reporting.ownership import FILE, owned_place
+from jaxrl_llm.reporting.shares import BROUGHT, Share, is_of_one_process
 
 _STATE, _COPY = ".mirror.json", ".copy"  # what was sent, here; which working copy the address was written from, there
 _META = "meta/metadata"  # a checkpoint is whole when this is there
+_SAYS_SECONDS, _PATIENCE_SECONDS = 5.0, 60.0  # how often a process says that it goes on bringing, and is waited for
 
 
 class Mirror:
@@ -32,12 +39,19 @@ class Mirror:
       address: of a run directory.
       directory: the local one; `working_directory` of the address where left out.
       say: is told when the address cannot be written to during a run.
+      share: of this process, where several have a local directory each; None where one has all.
 
     Raises:
       ValueError: for an address that fsspec has no package for, naming it.
     """
 
-    def __init__(self, address: str, directory: Path | None = None, say: Callable[[str], Any] = print):
+    def __init__(
+        self,
+        address: str,
+        directory: Path | None = None,
+        say: Callable[[str], Any] = print,
+        share: Share | None = None,
+    ):
         import fsspec
 
         try:
@@ -47,7 +61,7 @@ class Mirror:
                 f"{address} cannot be reached: {error}; install what fsspec needs for it (gcsfs for gs://, s3fs for "
                 "s3://, adlfs for az://), or give a local directory"
             ) from None
-        self.address, self.say = address.rstrip("/"), say
+        self.address, self.say, self.share = address.rstrip("/"), say, share
         self.root = self.root.rstrip("/")
         self.directory = working_directory(address) if directory is None else directory
         self._at_work = threading.Lock()
@@ -72,7 +86,9 @@ class Mirror:
         return {
             name: size
             for name, size in sizes.items()
-            if name not in (FILE, _COPY) and (_step(name) is None or _step(name) in whole)
+            if name not in (FILE, _COPY)
+            and not name.startswith(BROUGHT)
+            and (_step(name) is None or _step(name) in whole)
         }
 
     def started(self) -> bool:
@@ -82,13 +98,13 @@ class Mirror:
     def fetch(self) -> None:
         """Make the local directory what is at the address, unless the address was written from this very directory.
 
-        Then what is here is as new or newer, and nothing is fetched.
+        Then what is here is as new or newer, and nothing is fetched; but a share is not the whole.
 
         Raises:
           ValueError: where there is no run.
         """
         there = self.there()
-        if "config.yaml" not in there and (self.directory / "config.yaml").is_file():
+        if "config.yaml" not in there and (self.directory / "config.yaml").is_file() and not self._state()["share"]:
             return  # it could not be brought there yet
         if "config.yaml" not in there:
             raise ValueError(f"{self.address} holds no run (there is no config.yaml); give the address of a run")
@@ -102,7 +118,11 @@ class Mirror:
         sent = {}
         state = self._state()
         with contextlib.suppress(FileNotFoundError):
-            if state["copy"] and self.fs.cat_file(f"{self.root}/{_COPY}").decode() == state["copy"]:
+            if (
+                state["copy"]
+                and not state["share"]
+                and self.fs.cat_file(f"{self.root}/{_COPY}").decode() == state["copy"]
+            ):
                 return
         for name in self._local():
             if name not in there:
@@ -115,7 +135,7 @@ class Mirror:
                 self.fs.get_file(f"{self.root}/{name}", str(file.with_name(f".{file.name}.part")))
                 file.with_name(f".{file.name}.part").replace(file)
             sent[name] = _stamp(file)
-        self._remember({"copy": "", "sent": sent})
+        self._remember({"copy": "", "sent": sent, "share": False})
 
     def push(self) -> None:
         """Bring what has changed to the address, and take away there what is gone here.
@@ -125,28 +145,71 @@ class Mirror:
         """
         with self._at_work:
             state = self._state()
-            if not state["copy"]:
-                state["copy"] = uuid.uuid4().hex
+            if not state["copy"] or (self.share is not None and not state["share"]):
+                state |= {"copy": state["copy"] or uuid.uuid4().hex, "share": self.share is not None}
                 self._remember(state)
                 self.fs.makedirs(self.root, exist_ok=True)
-            names = self._local()
-            for name in names:
-                stamp = _stamp(self.directory / name)
-                if stamp is None or stamp == state["sent"].get(name):
-                    continue
-                if self._put(name):
-                    state["sent"][name] = stamp
-            self.fs.pipe_file(f"{self.root}/{_COPY}", state["copy"].encode())
-            gone = sorted(state["sent"].keys() - set(names), key=lambda each: not each.endswith(_META))
-            for name in gone:
-                with contextlib.suppress(FileNotFoundError):
-                    self.fs.rm_file(f"{self.root}/{name}")
-                del state["sent"][name]
-            folders = {str(folder) for name in gone for folder in PurePosixPath(name).parents} - {"."}
-            for folder in sorted(folders, key=len, reverse=True):  # what is not empty, or no folder, stays
-                with contextlib.suppress(OSError, NotImplementedError):
-                    self.fs.rmdir(f"{self.root}/{folder}")
+            if self.share is None or self.share.is_main:
+                self._push_all(state, self._local())
+            else:
+                self._push_arrays(state, self._local(), self.share)
             self._remember(state)
+
+    def _push_all(self, state: dict[str, Any], names: list[str]) -> None:
+        """Of a process that has all, or all but the arrays of others."""
+        elsewhere = None if self.share is None else self.share.arrived(self.fs, self.root)
+        for name in names:
+            stamp = _stamp(self.directory / name)
+            if stamp is None or stamp == state["sent"].get(name):
+                continue
+            if name.endswith(_META) and elsewhere is not None and _step(name) not in elsewhere:
+                continue
+            if self._put(name):
+                state["sent"][name] = stamp
+        self.fs.pipe_file(f"{self.root}/{_COPY}", state["copy"].encode())
+        gone = state["sent"].keys() - set(names)
+        if self.share is not None:
+            gone |= self._left_by_others(names)
+        for name in sorted(gone, key=lambda each: not each.endswith(_META)):
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(f"{self.root}/{name}")
+            state["sent"].pop(name, None)
+        folders = {str(folder) for name in gone for folder in PurePosixPath(name).parents} - {"."}
+        for folder in sorted(folders, key=len, reverse=True):  # what is not empty, or no folder, stays
+            with contextlib.suppress(OSError, NotImplementedError):
+                self.fs.rmdir(f"{self.root}/{folder}")
+
+    def _push_arrays(self, state: dict[str, Any], names: list[str], share: Share) -> None:
+        """Of a process that has nothing but arrays; process 0 takes away what is gone."""
+        before, since = share.said_by(self.fs, self.root, share.process)["steps"], time.monotonic()
+        state["sent"] = {name: state["sent"][name] for name in names if name in state["sent"]}
+        for name in filter(is_of_one_process, names):
+            stamp = _stamp(self.directory / name)
+            if stamp is not None and stamp != state["sent"].get(name) and self._put(name):
+                state["sent"][name] = stamp
+            if time.monotonic() - since > _SAYS_SECONDS:
+                share.say(self.fs, self.root, before)
+                since = time.monotonic()
+        share.say(self.fs, self.root, _steps(names))
+
+    def _left_by_others(self, names: list[str]) -> set[str]:
+        """Files at the address of steps that retention has deleted here; others may be ahead with later ones."""
+        here = {_number(step) for step in _steps(names)}
+        there = [name[len(self.root) + 1 :] for name in self.fs.find(f"{self.root}/checkpoints")]
+        steps = {name: _number(step) for name in there if (step := _step(name))}
+        return {name for name, step in steps.items() if step not in here and step < max(here, default=0)}
+
+    def _wait_for_others(self, share: Share) -> None:
+        """Until the others have brought their arrays of the newest step, or have been silent for a while."""
+        newest = set(sorted(_steps(self._local()), key=_number)[-1:])
+        heard, since = None, time.monotonic()
+        while not newest <= share.arrived(self.fs, self.root):
+            said = [share.said_by(self.fs, self.root, other) for other in share.others]
+            if said != heard:
+                heard, since = said, time.monotonic()
+            elif time.monotonic() - since > _PATIENCE_SECONDS:
+                return
+            time.sleep(0.5)
 
     def _put(self, name: str) -> bool:
         """Whether a file was brought; retention may have deleted it meanwhile."""
@@ -178,18 +241,24 @@ class Mirror:
     def kept(self, *, beat: float = 15.0) -> Iterator[None]:
         """Own the address for the length of a block, and bring everything there at its end, however it ends.
 
+        Of several processes that have a share each, process 0 owns it, and waits for the others at the end.
+
         Raises:
           OwnedError: when another process has it.
           ConnectionError: where the address cannot be written at the end; what is here is whole.
         """
         self.fs.makedirs(self.root, exist_ok=True)
-        with owned_place(self.fs, f"{self.root}/{FILE}", self.address, say=self.say, beat=beat):
+        owner = self.share is None or self.share.is_main
+        place = self.fs, f"{self.root}/{FILE}", self.address
+        with owned_place(*place, say=self.say, beat=beat) if owner else contextlib.nullcontext():
             try:
                 yield
             finally:
                 if self._thread is not None:
                     self._thread.join()
                 try:
+                    if self.share is not None and owner:
+                        self._wait_for_others(self.share)
                     self.push()
                 except Exception as error:
                     raise ConnectionError(
@@ -213,9 +282,9 @@ class Mirror:
 
     def _state(self) -> dict[str, Any]:
         try:
-            return json.loads((self.directory / _STATE).read_text())
+            return {"share": False} | json.loads((self.directory / _STATE).read_text())
         except (OSError, ValueError):
-            return {"copy": "", "sent": {}}
+            return {"copy": "", "sent": {}, "share": False}
 
     def _remember(self, state: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -265,6 +334,16 @@ def _step(name: str) -> str | None:
     folder, _, rest = name.partition("/")
     step, inside, _ = rest.partition("/")
     return f"{folder}/{step}/" if folder == "checkpoints" and inside and step.isdecimal() else None
+
+
+def _steps(names: list[str]) -> list[str]:
+    """The folders of checkpoints that files belong to, once each."""
+    return sorted({step for name in names if (step := _step(name))})
+
+
+def _number(step: str) -> int:
+    """Of the folder of a checkpoint."""
+    return int(step.split("/")[1])
 
 
 def _stamp(file: Path) -> list[int] | None:

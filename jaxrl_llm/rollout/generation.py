@@ -140,6 +140,8 @@ def generate(
         facts = partial(experience_of, per_row=per_row, sample=sample, group=number)
         state, early, running, gone = _looked_at(drawing, state, pause, running, limit, ends, facts)
         over, looked_at = over | early, {"abandoned": gone.astype(jnp.float32)}
+    if model.keep_window is not None and pause is None and slots is None:
+        state = replace(state, cache=model.keep_window(state.cache, max_completion_tokens))
     state, stopped = decode(drawing, state, active=running, limit=limit, end_ids=ends, slots=slots, stages=stages)
     ours = experience_of(state.written, per_row, sample=sample, group=number, ended=stopped | over | ~there)
     ours = ours.filled(**looked_at)

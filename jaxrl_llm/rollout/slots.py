@@ -52,12 +52,14 @@ def in_slots(
     own = lambda row, tree: jax.tree.map(lambda x: x[row], tree)  # noqa: E731
     row = queue[jnp.minimum(jnp.arange(slots), rows - 1)]
     steps = whole.written.tokens.shape[1]
+    keep = model.keep_window
+    kept = (lambda cache: cache) if keep is None else (lambda cache: keep(cache, steps))
     loop = replace(
         whole,
         row=row,
         token=whole.token[row],
         running=jnp.arange(slots) < waiting,
-        cache=take_rows(whole.cache, row, steps),
+        cache=kept(take_rows(whole.cache, row, steps)),
         watch=own(row, whole.watch),
     )
 

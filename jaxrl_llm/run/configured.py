@@ -229,7 +229,7 @@ def is_run(path: str) -> bool:
 
 
 def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
-    from jaxrl_llm.fields import HEADS
+    from jaxrl_llm.network_names import HEADS
 
     if section.head is None:
         return HeadConfig(outputs=HEADS[name]) if name in HEADS else None

@@ -1,8 +1,13 @@
-"""The run directory of several processes: one writes its records, and all see it, because all write its checkpoints."""
+"""The run directory of several processes: one writes its records, all write its checkpoints.
+
+All see one directory; or, of a run at an address, each has one on a disk of its own.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +25,7 @@ from jaxrl_llm.reporting import RunDirectory
 from jaxrl_llm.reporting.mirror import Mirror, local_copy
 from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.reporting.run_directory import require_empty
+from jaxrl_llm.reporting.shares import Share
 from jaxrl_llm.run.failures import PassingError, storage_fault
 
 _SECONDS = 10.0  # in which a file of one host is seen by another
@@ -57,67 +63,87 @@ class Unwritten(RunDirectory):
 def mirrored(config: Config, resume: bool, say: Callable[[str], Any]) -> Iterator[Mirror | None]:
     """Own the address of a run for the length of a block; None where it is a local directory.
 
-    Of several processes, all write checkpoints to the working copy, and process 0 alone brings them to the address; the
-    others get None.
+    Of several processes that share a disk, all write checkpoints to one working copy, and process 0 alone brings them
+    to the address; the others get None. Where each has a disk of its own, each has a working copy and brings its share.
 
     Raises:
-      ValueError: where the processes do not share the working copy, a new run would be written to a place that is not
-        empty, or there is nothing to resume.
+      ValueError: where some of the processes share a working copy and others do not, a new run would be written to a
+        place that is not empty, or there is nothing to resume.
       OwnedError: when another process has it.
       PassingError: when the address cannot be written at the end.
     """
     if not is_address(config.place):
         yield None
         return
-    _require_one_working_copy(config)
-    if not hosts.is_main():
+    share = _share(config)
+    if share is None and not hosts.is_main():
+        hosts.first_failure(None)
         hosts.meet("the run is fetched")
         yield None
         return
-    mirror = Mirror(config.place, config.directory, say)
-    if resume:
+    mirror = Mirror(config.place, config.directory, say, share)
+    if problem := hosts.first_failure(None if resume else _in_the_way(mirror)):
+        raise ValueError(f"run_dir={config.place!r} {problem}: resume that run, or remove it, or give another run_dir")
+    if resume and hosts.is_main():
         mirror.fetch()
-    elif mirror.there() or config.directory.exists():
-        what = "is not empty" if mirror.there() else f"has a working copy in {config.directory}"
-        raise ValueError(f"run_dir={config.place!r} {what}: resume that run, or remove it, or give another run_dir")
     try:
         with mirror.kept():
             hosts.meet("the run is fetched")
+            if resume and not hosts.is_main():
+                mirror.fetch()
             yield mirror
     except ConnectionError as error:
         raise PassingError(str(error)) from error
 
 
-def _require_one_working_copy(config: Config) -> None:
-    """Raises ValueError unless all processes see one disk where the run at an address works. All must call it."""
+def _in_the_way(mirror: Mirror) -> str | None:
+    """What keeps a new run from an address, as this process sees it."""
+    if hosts.is_main() and mirror.there():
+        return "is not empty"
+    return f"has a working copy in {mirror.directory}" if mirror.directory.exists() else None
+
+
+def _share(config: Config) -> Share | None:
+    """What this process brings where each has a disk of its own; None where all have one. All must call it.
+
+    Raises:
+      ValueError: where some share a disk and others do not.
+    """
     if jax.process_count() == 1:
-        return
-    here = config.directory
-    mark = here.parent / f".{here.name}.{hosts.said_by_all(uuid.uuid4().hex)[0]}"
-    if hosts.is_main():
-        here.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    hosts.meet("the working copy is marked")
-    seen = _seen(mark)
-    missing = [number for number, said in enumerate(hosts.said_by_all("yes" if seen else "no")) if said == "no"]
-    if hosts.is_main():
-        mark.unlink(missing_ok=True)
-    if missing:
-        raise ValueError(
-            f"run_dir={config.place!r} is an address: the processes of a run write its checkpoints to {here}, which "
-            f"process {', '.join(map(str, missing))} does not share with process 0; let XDG_CACHE_HOME name a "
-            "directory that all hosts share, or mount the bucket (gcsfuse, mountpoint-s3) and give the path"
-        )
+        return None
+    here, own = config.directory, jax.process_index()
+    start = hosts.said_by_all(uuid.uuid4().hex)[0]
+    marks = [f".{here.name}.{start}.{number}" for number in range(jax.process_count())]
+    here.parent.mkdir(parents=True, exist_ok=True)
+    (here.parent / marks[own]).touch()
+    hosts.meet("working copies are marked")
+    until = time.monotonic() + _SECONDS
+    # A listing is fresher than what a network file system remembers of a name.
+    while not (there := set(marks) & set(os.listdir(here.parent))) >= set(marks) and time.monotonic() < until:
+        time.sleep(0.1)
+    seen = [json.loads(said) for said in hosts.said_by_all(json.dumps([mark in there for mark in marks]))]
+    (here.parent / marks[own]).unlink(missing_ok=True)
+    if all(map(all, seen)):
+        return None
+    if all(sum(of_one) == 1 for of_one in seen):
+        return Share(own, len(marks), start)
+    groups = sorted({", ".join(str(number) for number, one in enumerate(of_one) if one) for of_one in seen})
+    raise ValueError(
+        f"run_dir={config.place!r} is an address: its processes work in {here}, on one disk that all share or on a "
+        f"disk of each, but here share one: {'; '.join(groups)}. Let XDG_CACHE_HOME name a directory that all share, "
+        "or another one for each process"
+    )
 
 
 @contextmanager
 def run_directory(
-    path: Path, config: Mapping[str, Any], *, resume_step: int | None, **logging: Any
+    path: Path, config: Mapping[str, Any], *, resume_step: int | None, apart: bool = False, **logging: Any
 ) -> Iterator[RunDirectory]:
     """The records of a run: of the process that writes, or `Unwritten`. All processes must call it.
 
     Args:
       path, config, resume_step, **logging: as for `RunDirectory`.
+      apart: each process has such a directory on a disk of its own.
 
     Raises:
       ValueError: as `RunDirectory` does, or where the processes do not see the same directory.
@@ -137,7 +163,10 @@ def run_directory(
         opened = RunDirectory(path, config, resume_step=resume_step, **logging) if hosts.is_main() else Unwritten(path)
         directory = stack.enter_context(opened)
         hosts.meet("the run directory is open")
-        require_shared(path / "config.yaml")
+        if apart:
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            require_shared(path / "config.yaml")
         yield directory
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,22 +111,38 @@ def decoding_bytes(
     c, at = model.config, decoding(rules, gathered=gathered)
     decoded, prompts = (math.ceil(n / _parts("decoded_rows", n, shape, at)) for n in (problems * rows, problems))
     width = jnp.dtype(c.compute_dtype).itemsize
-    token, row = remembered_bytes(c, shape, at)
+    held, stages = remembered_bytes(c, shape, at, completion), cache_stages(completion)
     if gathered:
         weights = held_bytes(model, shape, at, width)
     else:  # they lie in the state; the layer that is computed with is gathered
         weights = held_bytes(model, shape, decoding(rules), width) / c.layers
     return {
         "weights for sampling": weights,
-        "cache": token * (decoded * completion + prompts * prompt) + row * decoded,
+        "cache": (held.token * completion + held.window + held.row) * decoded + held.whole_token * prompts * prompt,
         # It grows in stages: while the last one is made, the one before it is there too.
-        "cache before it grows": token * decoded * sum(cache_stages(completion)[:-1]),
+        "cache before it grows": (held.token * sum(stages[:-1]) + held.window * (len(stages) > 1)) * decoded,
         "scores of a token": 3 * 4.0 * decoded * c.vocabulary_size / _parts("vocabulary", c.vocabulary_size, shape, at),
     }
 
 
-def remembered_bytes(config: TransformerConfig, shape: Mapping[str, int], rules: Rules) -> tuple[float, float]:
-    """(bytes that a cache grows by with a token, bytes whatever the length) of one row, in all layers of one device.
+class Remembered(NamedTuple):
+    """Bytes of one row in a cache, in all layers of one device.
+
+    Attributes:
+      token: that it grows by with a token of a completion.
+      window: of windowed layers, which keep their window alone of a completion.
+      row: whatever the length.
+      whole_token: of a token of a prompt, which all layers keep.
+    """
+
+    token: float
+    window: float
+    row: float
+    whole_token: float
+
+
+def remembered_bytes(config: TransformerConfig, shape: Mapping[str, int], rules: Rules, completion: int) -> Remembered:
+    """What a cache holds of a row while a completion is sampled.
 
     Keys and values grow; layers that read those of another one have none, and a gated delta-net layer has a state and
     the last inputs of its convolution. Every device has the one latent vector of a token.
@@ -135,9 +151,10 @@ def remembered_bytes(config: TransformerConfig, shape: Mapping[str, int], rules:
       config: of the model.
       shape: of the mesh: axis -> size.
       rules: of decoding.
+      completion: tokens, at most.
     """
     width = jnp.dtype(config.compute_dtype).itemsize
-    token = row = 0.0
+    token = window = row = whole = 0.0
     for kind, layers in config.caches.items():
         if kind == "delta_blocks" and (delta := config.delta) is not None:
             state = delta.value_heads * delta.key_width * delta.value_width * 4
@@ -146,8 +163,13 @@ def remembered_bytes(config: TransformerConfig, shape: Mapping[str, int], rules:
             continue
         heads, key, value = config.of_stack(kind).cached_sizes
         split = _parts("kv_heads", heads, shape, rules) if config.latent is None else 1
-        token += len(layers) * heads * (key + value) / split * (1 if config.cache_dtype == "int8" else width)
-    return token, row
+        size = len(layers) * heads * (key + value) / split * (1 if config.cache_dtype == "int8" else width)
+        whole += size
+        if config.window is not None and config.windowed[layers[0]] and completion > config.window:
+            window += size * config.window
+        else:
+            token += size
+    return Remembered(token, window, row, whole)
 
 
 def held_bytes(model: Model, shape: Mapping[str, int], rules: Rules, width: int | None = None) -> float:

@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.run.digests import Digest, digests, text_digest
+from jaxrl_llm.run.private_disks import all_write, tree_handler
 
 FOLDER, KEY = "frozen", "frozen"  # beside the checkpoints directory; in the meta of a checkpoint
 
@@ -44,7 +45,13 @@ def frozen_networks(composition: Any, held: Iterable[str]) -> list[str]:
 
 
 def written_once(
-    done: dict[tuple[str, str], Frozen], directory: Path, stage: str, state: Any, networks: Iterable[str]
+    done: dict[tuple[str, str], Frozen],
+    directory: Path,
+    stage: str,
+    state: Any,
+    networks: Iterable[str],
+    *,
+    apart: bool = False,
 ) -> dict[str, Frozen]:
     """What was written of these networks of a state, at the first call of a stage; `done` remembers it."""
     found = {}
@@ -52,19 +59,29 @@ def written_once(
         if not jax.tree.leaves(state.networks[name].params):
             continue
         if (stage, name) not in done:
-            done[stage, name] = written(directory, name, state.networks[name].params)
+            done[stage, name] = written(directory, name, state.networks[name].params, apart=apart)
         found[name] = done[stage, name]
     return found
 
 
-def written(directory: Path, network: str, params: PyTree) -> Frozen:
-    """Write parameters of a network beside a checkpoints directory, unless they are there. All processes call it."""
+def written(directory: Path, network: str, params: PyTree, *, apart: bool = False) -> Frozen:
+    """Write parameters of a network beside a checkpoints directory, unless they are there. All processes call it.
+
+    What no checkpoint names is written again: of a run at an address, a part of it alone may have arrived.
+
+    Args:
+      directory: the checkpoints directory.
+      network, params: its name and what is written.
+      apart: each process has such a directory on a disk of its own, and writes the arrays that it holds.
+    """
     found = digests(_in_state(network, params))
     frozen = Frozen(text_digest(found), found)
     path = folder(directory, frozen.name)
-    if not hosts.from_main(int(path.is_dir())):  # orbax renames it when it is whole
-        with ocp.StandardCheckpointer() as writer:
-            writer.save(path, params, force=True)
+    there = path.is_dir() and path not in unneeded(directory, _steps(directory))
+    if not hosts.from_main(int(there)):
+        handler = tree_handler() if apart else ocp.PyTreeCheckpointHandler()
+        with ocp.Checkpointer(handler, multiprocessing_options=all_write(apart)) as writer:
+            writer.save(path, args=ocp.args.PyTreeSave(params), force=True)
     return frozen
 
 
@@ -131,6 +148,11 @@ def unneeded(directory: Path, steps: Iterable[int]) -> list[Path]:
         except (OSError, ValueError, AttributeError):
             return []
     return sorted(path for path in there.iterdir() if path.name not in named) if there.is_dir() else []
+
+
+def _steps(directory: Path) -> list[int]:
+    names = [path.name for path in Path(directory).iterdir()] if Path(directory).is_dir() else []
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def _in_state(network: str, params: PyTree) -> PyTree:

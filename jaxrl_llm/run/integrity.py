@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, stored_states
 from jaxrl_llm.run.checkpoints import CheckpointError, Damaged
 from jaxrl_llm.run.digests import Digest, by_path, changed
 from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
@@ -86,7 +86,7 @@ def _compared(
     directory: Path, step: int, recorded: Mapping[str, Digest] | None, within: str, share: tuple[int, int]
 ) -> tuple[str | None, dict[str, Digest]]:
     """(what is wrong, what was read), as for `verified`."""
-    tree = checkpoints.stored_shapes(directory, step, within)
+    tree = stored_states.stored_shapes(directory, step, within)
     there = {path: leaf for path, leaf in by_path(tree).items() if path.startswith(within)}
     wanted = recorded or {path: Digest(str(leaf.dtype), leaf.shape, {}) for path, leaf in there.items()}
     wanted = {path: digest for path, digest in wanted.items() if path.startswith(within)}
@@ -113,7 +113,7 @@ def _arrays(directory: Path, step: int, tree: PyTree, wanted: Mapping[str, Diges
     for group in filter(None, groups):
         chosen = set(group)
         item = [leaf if path in chosen else ocp.PLACEHOLDER for path, leaf in zip(order, leaves, strict=True)]
-        read = checkpoints.stored_arrays(directory, step, structure.unflatten(item))
+        read = stored_states.stored_arrays(directory, step, structure.unflatten(item))
         yield {path: array for path, array in by_path(read).items() if path in chosen}
 
 
@@ -124,7 +124,9 @@ def _size(digest: Digest) -> int:
 Say = Callable[[str], Any]
 
 
-def newest_good(directory: Path, *, exact: bool = False, within: str = "", say: Say | None = None) -> int | None:
+def newest_good(
+    directory: Path, *, exact: bool = False, within: str = "", say: Say | None = None, apart: bool = False
+) -> int | None:
     """The newest step that is whole and what was written; None where there is no step. All processes must call it.
 
     Args:
@@ -132,12 +134,13 @@ def newest_good(directory: Path, *, exact: bool = False, within: str = "", say: 
       exact: the newest step, or none.
       within: as for `verified`.
       say: hears of every step that was looked at; None tells standard error of those that are damaged.
+      apart: each process has the directory on a disk of its own, and reads all of it.
 
     Raises:
       CheckpointError: when no step is good, or with `exact` when the newest one is not.
     """
     bad: list[str] = []
-    share = jax.process_index(), jax.process_count()
+    share = (0, 1) if apart else (jax.process_index(), jax.process_count())
     for step in _agreed(checkpoints.steps(directory)):
         found = verified(directory, step, within=within, share=share)
         found = found._replace(damage=hosts.first_failure(found.damage))

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrl_llm.config import ConfigError, load_config
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.nonfinite import blamed_rows, not_finite, read_batch
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.training.learn import make_learn
@@ -42,7 +42,7 @@ def replayed(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if step is not None and step in checkpoints.steps(folder):
         if damage := integrity.verified(folder, step, within="networks/policy/params/").damage:
             raise checkpoints.Damaged(folder, step, damage)
-        params = checkpoints.restore_params(folder, step, params, trained=built.model.trained)
+        params = stored_states.restore_params(folder, step, params, trained=built.model.trained)
     else:
         step = None
     state = built.step.init(key, params, built.given())

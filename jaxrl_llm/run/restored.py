@@ -20,7 +20,7 @@ from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer_config import TransformerConfig
-from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.directories import at_hand, is_run
 from jaxrl_llm.run.setup import Parts, described_policy, parts
 from jaxrl_llm.run.staged import last_stage
@@ -85,7 +85,7 @@ def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
         like = abstract_like(shapes, one if mesh is None else parameter_shardings(built.model, mesh, rules))
     else:  # what adapters are added to is not in the checkpoint
         like = built.initial_params(jax.random.key(built.config.seed))
-    return checkpoints.restore_params(folder, step, like, trained=built.model.trained)
+    return stored_states.restore_params(folder, step, like, trained=built.model.trained)
 
 
 def run_tokenizer(path: str | Path) -> Tokenizer:
@@ -126,7 +126,7 @@ def require_branch(built: Parts) -> None:
     source, _, _ = _parts_of(where := _branch(built))
     key = jax.random.key(0)
     made = jax.eval_shape(partial(_converted, source, built), jax.eval_shape(source.model.init, key), key)
-    checkpoints.require_same(made, jax.eval_shape(built.model.init, key), f"{where} of init_from")
+    stored_states.require_same(made, jax.eval_shape(built.model.init, key), f"{where} of init_from")
 
 
 def _branch(built: Parts) -> Path:
@@ -166,7 +166,7 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
         raise checkpoints.CheckpointError(
             f"run {path} has no network {name!r}; it has {known}: name the one that is meant with `of`"
         )
-    params = checkpoints.restore_params(folder, step, like, network=name)
+    params = stored_states.restore_params(folder, step, like, network=name)
     return network.model or built.model, network, params
 
 

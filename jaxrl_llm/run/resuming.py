@@ -11,12 +11,14 @@ from jaxrl_llm.experience import TrainState
 from jaxrl_llm.models.model import Trained
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting.run_directory import last_step
-from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.local_checkpoints import LocalCheckpoints, local_checkpoints, run_id
 from jaxrl_llm.run.stages import Run
 
 
-def step_to_go_on_from(config: Config, *, exact: bool, first_saved: bool, say: Callable[[str], Any]) -> int | None:
+def step_to_go_on_from(
+    config: Config, *, exact: bool, first_saved: bool, say: Callable[[str], Any], apart: bool = False
+) -> int | None:
     """The step whose checkpoint a run goes on from; None begins it anew. All processes must call it.
 
     Args:
@@ -24,12 +26,13 @@ def step_to_go_on_from(config: Config, *, exact: bool, first_saved: bool, say: C
       exact: refuse to go on from an earlier checkpoint than the newest.
       first_saved: the run saves its first state before its first step.
       say: tells people what was found.
+      apart: each process has the run on a disk of its own.
 
     Raises:
       CheckpointError: when no checkpoint is good, or there is none although there are records of steps.
     """
     folder = config.directory / "checkpoints"
-    newest = integrity.newest_good(folder, exact=exact, say=say)
+    newest = integrity.newest_good(folder, exact=exact, say=say, apart=apart)
     recorded = last_step(config.directory / "metrics.jsonl")
     if newest is None:
         _require_no_records(folder, recorded, 0 if first_saved else config.checkpoints.every_steps)
@@ -53,9 +56,9 @@ def _require_no_records(folder: Path, recorded: int | None, first_save: int) -> 
     )
 
 
-def clear_the_way(config: Config, newest: int | None, say: Callable[[str], Any]) -> None:
-    """Move checkpoints that the run cannot go on from out of `checkpoints`. All processes must call it."""
-    if hosts.is_main():
+def clear_the_way(config: Config, newest: int | None, say: Callable[[str], Any], *, apart: bool = False) -> None:
+    """Move checkpoints that the run cannot go on from out of `checkpoints`, one or each (`apart`). All must call it."""
+    if hosts.is_main() or apart:
         for moved in integrity.set_aside(config.directory / "checkpoints", -1 if newest is None else newest):
             say(f"damaged checkpoint moved to {moved}")
     hosts.meet("damaged checkpoints are out of the way")
@@ -88,6 +91,6 @@ def restored_state(run: Run, step: int, like: TrainState, trained: Trained | Non
     """The state of a step: from the storage, or from this host where only that has it."""
     folder = run.config.directory / "checkpoints"
     if run.local is None or step in checkpoints.steps(folder):
-        return checkpoints.restore(folder, step, like, trained=trained)
+        return stored_states.restore(folder, step, like, trained=trained)
     state = run.local.restore(step, checkpoints.learned_part(like, trained))
     return checkpoints.with_frozen_part(state, like, trained)

@@ -134,6 +134,11 @@ class Run:
     charged_to: str = SET_UP
     compiled: float = 0.0
 
+    @property
+    def apart(self) -> bool:
+        """Whether each of several processes has the run directory on a disk of its own."""
+        return self.mirror is not None and self.mirror.share is not None
+
     @contextmanager
     def timed(self, what: str):
         """Charge the seconds of a block to `what`, and not to the block around it."""
@@ -173,8 +178,9 @@ class Run:
         """Write a checkpoint whose step is counted over all stages."""
         kept = self._kept(stage, state)
         saved: dict[str, Any] = {"trained": self.parts.model.trained, "metric": self.meta.get("metric")}
+        saved["apart"] = self.apart
         still = {*frozen_networks(self.parts.step.composition, kept.networks), *self.waiting_networks}
-        saved["frozen"] = written_once(self.frozen, self.manager.directory, stage, kept, still)
+        saved["frozen"] = written_once(self.frozen, self.manager.directory, stage, kept, still, apart=self.apart)
         checkpoints.save(self.manager, global_step, kept, self.meta, **saved)
         if self.report is not None:
             self.report.refresh()

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxrl_llm.run import checkpoints, frozen
+from jaxrl_llm.run import checkpoints, frozen, stored_states
 
 
 def prune(directory: Path, *, keep: int, keep_every_steps: int | None = None, within: Sequence[int] = ()) -> list[int]:
@@ -38,7 +38,7 @@ def converted(directory: Path, step: int, out: Path, *, network: str | None = No
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; give a new directory")
-    state = checkpoints.stored_arrays(directory, step, checkpoints.stored_shapes(directory, step))
+    state = stored_states.stored_arrays(directory, step, stored_states.stored_shapes(directory, step))
     if network is not None:
         if network not in state["networks"]:
             known = ", ".join(state["networks"])

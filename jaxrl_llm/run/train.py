@@ -26,7 +26,7 @@ from jaxrl_llm.experience import NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import results_table, units_table
 from jaxrl_llm.reporting.ownership import owned
-from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.across_stages import measure_across
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
@@ -110,7 +110,7 @@ def train(
                 if exact or not resume or error.directory != folder:  # it is of the run that init_from names
                     raise
                 say(f"{error}; trying the one before it")
-                clear_the_way(config, error.step - 1, say)
+                clear_the_way(config, error.step - 1, say, apart=mirror is not None and mirror.share is not None)
             except Abandoned:  # between steps
                 raise Stopped(f"stopped; {interruption.way_on()}", interruption.number or 15) from None
             except KeyboardInterrupt:
@@ -146,9 +146,10 @@ def _train(
         "stage": stages[0].name,
     }
     folder = config.directory / "checkpoints"
-    newest = None
+    newest, apart = None, shared["mirror"] is not None and shared["mirror"].share is not None
     if resume:
-        newest = step_to_go_on_from(config, exact=exact, first_saved=stages[0].first_saved, say=_saying(console))
+        asked = {"exact": exact, "first_saved": stages[0].first_saved, "apart": apart}
+        newest = step_to_go_on_from(config, **asked, say=_saying(console))
     if newest is not None:
         require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
@@ -181,18 +182,19 @@ def _train(
         if warning := long_warmup(stage.parts.config.training):
             _saying(console)(f"{stage.name}: {warning}")
     if resume:
-        clear_the_way(config, newest, _saying(console))
+        clear_the_way(config, newest, _saying(console), apart=apart)
+    opened = {"resume_step": first_step, "apart": apart, **logging}
     with (
-        run_directory(config.directory, as_tree(config), resume_step=first_step, **logging) as directory,
-        _manager(config) as manager,
+        run_directory(config.directory, as_tree(config), **opened) as directory,
+        _manager(config, apart) as manager,
         CompilationWatch() as watch,
         opened_parts(built) as ready,
         guarded_functions(config, [stage.parts.step.composition for stage in stages], interruption.give_up_the_step),
     ):
         interruption.opened = True
         ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
-        opened = (config, ready, directory, manager, console, meta, watch, data, sets)
-        run = Run(*opened, mark=started, interruption=interruption, report=report, local=local, **shared)
+        made = (config, ready, directory, manager, console, meta, watch, data, sets)
+        run = Run(*made, mark=started, interruption=interruption, report=report, local=local, **shared)
         run.lifetime = Lifetime(directory, started)
         files = {stage.name: feed.dropped for stage in stages for feed in stage.parts.feeds if feed.dropped}
         for line in left_out(data, prompts, config.rollout.max_prompt_tokens, files):
@@ -221,7 +223,7 @@ def _require_traced(stage: Stage) -> None:
         require_metric(stage.name, stage.parts.config, metric_names(stage.parts))
 
 
-def _manager(config: Config) -> Any:
+def _manager(config: Config, apart: bool) -> Any:
     kept = config.checkpoints
     return checkpoints.checkpoint_manager(
         config.directory / "checkpoints",
@@ -229,6 +231,7 @@ def _manager(config: Config) -> Any:
         keep_every_steps=kept.keep_every_steps,
         keep_best=kept.keep_best,
         best_is=kept.best_is,
+        apart=apart,
     )
 
 
@@ -294,7 +297,7 @@ def _run(
 def _with_optimizer_of(branch: BranchConfig, state: TrainState) -> TrainState:
     """The state with the policy's optimiser as another run has it."""
     at, policy = integrity.branch_checkpoint(branch.path, branch.step), state.networks["policy"]
-    held = checkpoints.restore_part(at.parent, int(at.name), policy.optimizer_state, part="optimizer_state")
+    held = stored_states.restore_part(at.parent, int(at.name), policy.optimizer_state, part="optimizer_state")
     return replace(state, networks={**state.networks, "policy": replace(policy, optimizer_state=held)})
 
 

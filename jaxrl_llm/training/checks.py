@@ -7,17 +7,8 @@ from typing import Any
 import jax
 
 from jaxrl_llm.experience import FACTS, Method
-from jaxrl_llm.fields import (
-    FACTS_READ_ONLY,
-    FIELDS,
-    METRIC,
-    compared_with,
-    fillable,
-    kind_of,
-    nearest,
-    provided_by,
-    remedy,
-)
+from jaxrl_llm.fields import FACTS_READ_ONLY, FIELDS, METRIC, fillable, kind_of, nearest, provided_by, remedy
+from jaxrl_llm.network_names import compared_with
 from jaxrl_llm.rollout.capabilities import ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rollout.sampled import Rollout

@@ -10,9 +10,10 @@ from typing import Any
 import optax
 
 from jaxrl_llm.experience import Method
-from jaxrl_llm.fields import FIELDS, compared_with, provided_by, score_named
+from jaxrl_llm.fields import FIELDS, provided_by
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.stored_distributions import stored_distributions
+from jaxrl_llm.network_names import compared_with, score_named
 from jaxrl_llm.rollout.plans import Plan, greedy_baseline, plain
 from jaxrl_llm.rollout.sampled import Rollout
 from jaxrl_llm.rows import Hardest, Replay, Written

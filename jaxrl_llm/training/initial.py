@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import TrainState
-from jaxrl_llm.fields import compared_with
+from jaxrl_llm.network_names import compared_with
 from jaxrl_llm.parallel.backend import options_of_one_run
 from jaxrl_llm.parallel.rules import laid_out
 from jaxrl_llm.training.collect import PLAN, SELECTION, first_choices, first_store

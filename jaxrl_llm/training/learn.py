@@ -16,8 +16,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Loss, NetworkState, TrainState
-from jaxrl_llm.fields import Score, compared_with
 from jaxrl_llm.models.stored_distributions import as_states
+from jaxrl_llm.network_names import Score, compared_with
 from jaxrl_llm.parallel.placement import constrained_like
 from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.rows import minibatch_rows

@@ -18,9 +18,10 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import KeyUse, NetworkState, TrainState
-from jaxrl_llm.fields import HEADS, compared_with, nearest, score_named
+from jaxrl_llm.fields import nearest
 from jaxrl_llm.models.heads import Backbone, HeadConfig, from_policy
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.network_names import HEADS, compared_with, score_named
 from jaxrl_llm.ranges import Count, Natural, Positive, Share, require_ranges
 
 POLICY = "policy"

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxrl_llm.experience import Branches, Experience, Sequences, TrainState
-from jaxrl_llm.fields import Score, provided_by
+from jaxrl_llm.fields import provided_by
 from jaxrl_llm.models.heads import at_first, at_last, head_outputs
 from jaxrl_llm.models.logprobs import positions_per_chunk, scaled_log_softmax, token_statistics
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.network_names import Score
 from jaxrl_llm.parallel.rules import constrain_rows, map_shards, shards
 from jaxrl_llm.rollout.hidden_states import branched_hidden, predicting_hidden, prompt_hidden
 from jaxrl_llm.rollout.positions import completion_positions, prompt_positions

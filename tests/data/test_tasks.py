@@ -31,6 +31,7 @@ VARIANTS = [
     ("sorting", {}, 5),
     ("sorting", {"scratchpad": True}, 12),
     ("sorting", {"operation": "reverse"}, 3),
+    ("grid_moves", {}, 3),
     ("two_chains", {}, 2),
 ]
 EVERY = pytest.mark.parametrize(("name", "options", "level"), VARIANTS)
@@ -39,7 +40,7 @@ EVERY = pytest.mark.parametrize(("name", "options", "level"), VARIANTS)
 def test_names_are_the_families():
     several_turns = ("bargaining", "calculator", "grid", "self_correction")
     one_completion = ("addition", "chain", "composition", "countdown", "deduction", "function_calls")
-    one_completion += ("sorting", "two_chains")
+    one_completion += ("grid_moves", "sorting", "two_chains")
     assert tasks.names() == tuple(sorted(several_turns + one_completion))
     assert [name for name in tasks.names() if tasks.task(name).segments] == list(several_turns)
 

@@ -52,7 +52,7 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
     from jaxrl_llm.rewards import majority_match
     from jaxrl_llm.rollout import plans
     from jaxrl_llm.rows import Replay
-    from jaxrl_llm.run import checkpoints
+    from jaxrl_llm.run import checkpoints, stored_states
     from jaxrl_llm.training import Placement, Resources, Rollout, make_train_step
 
     jax.config.update("jax_num_cpu_devices", devices)
@@ -127,7 +127,7 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
     with checkpoints.checkpoint_manager(Path(out), keep=1) as manager:
         checkpoints.save(manager, 1, state, {"step": 1})
         manager.wait_until_finished()
-    again = checkpoints.restore(Path(out), 1, state)
+    again = stored_states.restore(Path(out), 1, state)
     np.testing.assert_array_equal(hosts.host_copy(again.params["scores"]), found["scores"])
     assert hosts.from_main(7 if hosts.is_main() else None) == 7
     assert hosts.from_main(None) is None
@@ -451,13 +451,52 @@ def test_two_processes_write_to_an_address_and_go_on_elsewhere(alone, configs, t
     with launched(commands, tmp_path / "more", share(2, **second)) as run:
         run.succeeded()
     assert_same_run(tmp_path / "bucket" / "run", alone["in the program"])
-    commands = train(2, config, f"run_dir=file://{tmp_path}/other")
-    apart = [share(2, **machine)[number] for number, machine in enumerate((first, second))]
-    with launched(commands, tmp_path / "apart", apart) as run:
-        assert run.ended() == [2, 2], run.said()
-        said = "which process 1 does not share with process 0; let XDG_CACHE_HOME name a directory"
-        assert all(said in text for text in run.said())
-    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "address",
+    "the processes of a run share no disk",
+    "each brings the arrays of its devices; a checkpoint is taken when all have, and each process fetches it whole",
+)
+def test_processes_without_a_shared_disk_bring_their_arrays_and_go_on_elsewhere(alone, configs, tmp_path):
+    address, config = f"file://{tmp_path}/bucket/run", configs["in the program"]
+    kept = ["checkpoints.every_steps=1", "checkpoints.keep=2"]
+    # A reference that is written once beside the checkpoints, and has no weight.
+    words = [config, f"run_dir={address}", *kept, "losses=[clipped_surrogate, {kl_estimate: {coefficient: 0.0}}]"]
+
+    def apart(name: str) -> list[dict[str, str]]:
+        return [share(2, XDG_CACHE_HOME=str(tmp_path / f"{name}{number}"))[number] for number in range(2)]
+
+    with launched(train(2, *words, f"training.steps={STEPS - 1}"), tmp_path / "logs", apart("first")) as run:
+        run.succeeded()
+    bucket = tmp_path / "bucket" / "run"
+    there = (path.relative_to(bucket / "checkpoints") for path in (bucket / "checkpoints").rglob("*") if path.is_file())
+    assert {int(path.parts[0]) for path in there} == {WARM + STEPS - 2, WARM + STEPS - 1}
+    for number in range(2):
+        shutil.rmtree(tmp_path / f"first{number}")  # these machines are gone
+    commands = train(2, "--resume", address, f"training.steps={STEPS}")
+    with launched(commands, tmp_path / "more", apart("second")) as run:
+        run.succeeded()
+    assert list((bucket / "frozen").iterdir())
+    names = ("step", "completion", "reward")
+    lines = [read_records(path / "samples.jsonl") for path in (bucket, alone["in the program"])]
+    assert [[line[n] for n in names] for line in lines[0]] == [[line[n] for n in names] for line in lines[1]]
+    expected = params_of(alone["in the program"])
+    assert all(relative(value, expected[name]) < 1e-5 for name, value in params_of(bucket).items())
+    # One process alone reads it as any other.
+    with launched([[sys.executable, "-m", "jaxrl_llm.cli", "ckpt", "verify", address]], tmp_path / "verify") as run:
+        run.succeeded()
+
+
+@pytest.mark.slow
+def test_processes_of_which_some_share_a_disk_are_refused(configs, tmp_path):
+    commands = train(3, configs["on the host"], f"run_dir=file://{tmp_path}/bucket/run", "mesh={devices: 3, data: 3}")
+    homes = [{"XDG_CACHE_HOME": str(tmp_path / name), "JAX_NUM_CPU_DEVICES": "1"} for name in ("a", "a", "b")]
+    with launched(commands, tmp_path / "logs", homes) as run:
+        assert run.ended() == [2, 2, 2], run.said()
+        assert all("but here share one: 0, 1; 2. Let XDG_CACHE_HOME name" in text for text in run.said())
+    assert not (tmp_path / "bucket").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Plans from sizes: machines by name, what a run needs of them, and refusals."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from jaxrl_llm.cli import main
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.models import TransformerConfig, save_model, transformer
-from jaxrl_llm.models.cache import init_cache
+from jaxrl_llm.models.cache import init_cache, keep_window
 from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig
 from jaxrl_llm.parallel.mesh import placed_devices
 from jaxrl_llm.parallel.rules import AXES, RULES
@@ -78,12 +79,20 @@ def test_what_a_cache_takes_is_what_it_is_made_of(case):
         "reading": {"global_heads": GlobalConfig(16, 2), "reading_layers": 2, **windows},
     }[case]
     config = TransformerConfig(vocabulary_size=9, width=32, layers=4, heads=4, kv_heads=2, **shape)
-    held = []
-    for slots in (1, 2):
-        leaves = jax.tree.leaves(jax.eval_shape(lambda slots=slots: init_cache(1, slots, config=config).layers))
-        held.append(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
-    assert remembered_bytes(config, {}, RULES) == (held[1] - held[0], 2 * held[0] - held[1])
-    assert sum(remembered_bytes(config, {"tensor": 2}, RULES)) == held[0] / 2
+
+    def size(make) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make).layers))
+
+    held = [size(partial(init_cache, 1, slots, config=config)) for slots in (1, 2)]
+    token, row = held[1] - held[0], 2 * held[0] - held[1]
+    assert remembered_bytes(config, {}, RULES, 2) == (token, 0.0, row, token)
+    halved = remembered_bytes(config, {"tensor": 2}, RULES, 2)
+    assert halved.token + halved.row == held[0] / 2
+    # Of a completion longer than the window, layers that see it alone keep it alone.
+    kept = size(lambda: keep_window(init_cache(1, 10, config=config), 10, config=config))
+    found = remembered_bytes(config, {}, RULES, 10)
+    assert 10 * found.token + found.window + found.row == kept
+    assert (found.window > 0) == (config.window is not None)
 
 
 def planned(capsys, name, machine, *overrides):

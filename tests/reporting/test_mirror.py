@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import time
 
 import fsspec
 import pytest
 
 from jaxrl_llm import cli
 from jaxrl_llm.addresses import is_address, working_directory
+from jaxrl_llm.reporting import mirror as mirror_module
 from jaxrl_llm.reporting.mirror import Mirror, changed_in_place, local_copy
 from jaxrl_llm.reporting.ownership import OwnedError, owned_place
+from jaxrl_llm.reporting.shares import Share
 
 
 @pytest.fixture
@@ -200,3 +204,75 @@ def test_a_run_at_an_address_goes_on_on_another_machine(tmp_path, address, micro
     assert (
         cli.main(["eval", f"{address}/checkpoints/4", "--problems", "4", "--k", "1", "--out", str(tmp_path / "o")]) == 0
     )
+
+
+def checkpoint_of(step, process):
+    """What a process writes of a checkpoint: its chunk of an array, and what is said about all."""
+    said = {f"checkpoints/{step}/meta/metadata": "{}", f"checkpoints/{step}/state/w/.zarray": "{}"}
+    notes = {f"checkpoints/{step}/state/array_metadatas/process_{process}": "{}"}
+    return {f"checkpoints/{step}/state/w/0.{process}": f"{step} {process}"} | notes | said
+
+
+def shares(address, tmp_path, start):
+    return [Mirror(address, tmp_path / f"{start}{i}", share=Share(i, 2, start)) for i in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["objects", "folders"])
+def test_a_checkpoint_is_there_when_each_process_has_brought_its_arrays(tmp_path, address, kind):
+    address = address if kind == "objects" else f"file://{tmp_path}/bucket/run"
+    main, other = shares(address, tmp_path, "a")
+    write(main.directory, RUN | checkpoint_of(1, 0) | {"frozen/f/w/0.0": "f0", "frozen/f/w/.zarray": "{}"})
+    write(other.directory, checkpoint_of(1, 1) | {"frozen/f/w/0.1": "f1", "host/reward.log": "of this host"})
+    main.push()
+    assert not any(name.startswith("checkpoints") for name in main.there()), "the other's arrays are missing"
+    other.push()
+    main.push()
+    everything = RUN | checkpoint_of(1, 0) | checkpoint_of(1, 1)
+    everything |= {"frozen/f/w/0.0": "f0", "frozen/f/w/0.1": "f1", "frozen/f/w/.zarray": "{}"}
+    expected = {name: text for name, text in everything.items() if name != ".owner"}
+    # Each goes on with all of it: on another machine, or where it has its share.
+    for mirror in (Mirror(address, tmp_path / "new"), *shares(address, tmp_path, "a")):
+        mirror.fetch()
+        assert {n: t for n, t in files(mirror.directory).items() if n in expected or "checkpoints" in n} == expected
+    # Another start, which has nothing to do with what the first one has said; its retention deletes the first step.
+    again, beside = (Mirror(address, tmp_path / f"a{i}", share=Share(i, 2, "b")) for i in range(2))
+    for number, mirror in enumerate((again, beside)):
+        shutil.rmtree(mirror.directory / "checkpoints" / "1")
+        write(mirror.directory, checkpoint_of(2, number))
+    write(beside.directory, checkpoint_of(3, 1))  # ahead
+    again.push()
+    assert not any(name.endswith("meta/metadata") for name in again.there())
+    beside.push()
+    again.push()
+    assert {name.split("/")[1] for name in again.there() if name.startswith("checkpoints")} == {"2"}
+    left = again.fs.find(f"{again.root}/checkpoints")
+    assert any("/3/state" in name for name in left)
+    assert not any("/1/" in name for name in left)
+
+
+def test_at_the_end_process_0_waits_for_the_others_as_long_as_they_bring_something(tmp_path, address, monkeypatch):
+    monkeypatch.setattr(mirror_module, "_PATIENCE_SECONDS", 1.5)
+    main, other = shares(address, tmp_path, "a")
+    write(main.directory, RUN | checkpoint_of(1, 0))
+    write(other.directory, checkpoint_of(1, 1))
+
+    def late():
+        for _ in range(3):
+            time.sleep(0.7)
+            other.share.say(other.fs, other.root, [])
+        with other.kept():
+            pass
+
+    bringing = threading.Thread(target=late)
+    bringing.start()
+    with main.kept(beat=0.1):
+        pass
+    bringing.join()
+    assert "checkpoints/1/meta/metadata" in main.there()
+    # One that is lost is not waited for, and what it has not brought is not taken.
+    write(main.directory, checkpoint_of(2, 0))
+    began = time.monotonic()
+    with main.kept(beat=0.1):
+        pass
+    assert time.monotonic() - began < 10
+    assert not any(name.startswith("checkpoints/2") for name in main.there())

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxrl_llm.experience import NetworkState, TrainState
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, stored_states
 from jaxrl_llm.run.checkpoints import CheckpointError
 
 META = {"stage": "reinforcement", "seconds": {"set-up": 1.5}, "before": {"greedy": 0.25}}
@@ -53,7 +53,7 @@ def bits(tree):
 
 def test_a_state_comes_back_as_it_was(stored):
     directory, state = stored
-    found = checkpoints.restore(directory, 12, jax.tree.map(jnp.zeros_like, replace(state, key=jax.random.key(0))))
+    found = stored_states.restore(directory, 12, jax.tree.map(jnp.zeros_like, replace(state, key=jax.random.key(0))))
     assert jax.tree.structure(found) == jax.tree.structure(state)
     assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
     jax.tree.map(np.testing.assert_array_equal, bits(found), bits(state))
@@ -62,7 +62,7 @@ def test_a_state_comes_back_as_it_was(stored):
 
 def test_shapes_are_enough_to_restore(stored):
     directory, state = stored
-    found = checkpoints.restore(directory, 8, jax.eval_shape(lambda: make_state()))
+    found = stored_states.restore(directory, 8, jax.eval_shape(lambda: make_state()))
     assert found.step == 8
     jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
 
@@ -76,7 +76,7 @@ def test_the_newest_are_kept_and_the_meta_is_read_alone(stored):
 
 def test_the_policy_is_read_alone_whatever_else_there_is(stored):
     directory, state = stored
-    found = checkpoints.restore_params(directory, 12, jax.eval_shape(lambda: make_state()).params)
+    found = stored_states.restore_params(directory, 12, jax.eval_shape(lambda: make_state()).params)
     assert jax.tree.structure(found) == jax.tree.structure(state.params)
     jax.tree.map(np.testing.assert_array_equal, found, state.params)
 
@@ -111,7 +111,7 @@ def test_the_policy_is_read_alone_whatever_else_there_is(stored):
 def test_a_state_that_does_not_fit_is_refused(stored, change, message):
     directory, state = stored
     with pytest.raises(CheckpointError, match=message):
-        checkpoints.restore(directory, 12, change(state))
+        stored_states.restore(directory, 12, change(state))
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_a_state_that_does_not_fit_is_refused(stored, change, message):
 def test_a_policy_that_does_not_fit_is_refused(stored, params, message):
     directory, _ = stored
     with pytest.raises(CheckpointError, match=message):
-        checkpoints.restore_params(directory, 12, params)
+        stored_states.restore_params(directory, 12, params)
 
 
-@pytest.mark.parametrize("read", [checkpoints.restore, checkpoints.restore_params])
+@pytest.mark.parametrize("read", [stored_states.restore, stored_states.restore_params])
 def test_a_step_that_is_not_there_is_refused(stored, read):
     directory, state = stored
     with pytest.raises(CheckpointError, match="holds no checkpoint of step 4; there are 8, 12"):

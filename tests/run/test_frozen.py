@@ -17,7 +17,7 @@ from jaxrl_llm.config import parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.experience import NetworkState, TrainState
 from jaxrl_llm.reporting.metric_table import OF_MACHINE
-from jaxrl_llm.run import checkpoints, integrity, tidying
+from jaxrl_llm.run import checkpoints, integrity, stored_states, tidying
 from jaxrl_llm.run.frozen import frozen_networks, written_once
 from jaxrl_llm.run.setup import parts
 
@@ -64,15 +64,15 @@ def test_it_is_written_once_and_restored_with_every_checkpoint(run):
     assert "frozen" not in checkpoints.read_meta(folder, 8)
     for step, scale in ((4, 1), (8, 1), (12, 2)):
         wanted = make_state(step, jax.tree.map(lambda x, by=scale: x * by, REFERENCE))
-        same(checkpoints.restore(folder, step, jax.eval_shape(lambda: make_state(0))), wanted)
+        same(stored_states.restore(folder, step, jax.eval_shape(lambda: make_state(0))), wanted)
         same(
-            checkpoints.restore_params(folder, step, REFERENCE, network="reference"),
+            stored_states.restore_params(folder, step, REFERENCE, network="reference"),
             wanted.networks["reference"].params,
         )
         found = integrity.verified(folder, step)
         assert (found.damage, found.recorded, found.arrays) == (None, True, 6)
     with pytest.raises(checkpoints.CheckpointError, match="networks/reference/params/w"):
-        checkpoints.restore(folder, 8, make_state(8, {"w": jnp.zeros(3), "b": REFERENCE["b"]}))
+        stored_states.restore(folder, 8, make_state(8, {"w": jnp.zeros(3), "b": REFERENCE["b"]}))
 
 
 def test_damage_of_what_is_shared_is_named_and_the_policy_can_still_be_read(run):
@@ -89,16 +89,16 @@ def test_damage_of_what_is_shared_is_named_and_the_policy_can_still_be_read(run)
     shutil.rmtree(run / "frozen" / name)
     assert "parameters of reference, which it shares with others, are gone" in integrity.verified(folder, 8).damage
     with pytest.raises(checkpoints.Damaged):
-        checkpoints.restore(folder, 8, make_state(8))
+        stored_states.restore(folder, 8, make_state(8))
     assert integrity.verified(folder, 8, within="networks/policy/params/").damage is None
-    same(checkpoints.restore_params(folder, 8, make_state(0).params), make_state(8).params)
+    same(stored_states.restore_params(folder, 8, make_state(0).params), make_state(8).params)
 
 
 def test_prune_keeps_what_a_kept_checkpoint_needs(run):
     folder = run / "checkpoints"
     assert tidying.prune(folder, keep=1, within=[4]) == [8]
     assert len(list((run / "frozen").iterdir())) == 2
-    same(checkpoints.restore(folder, 4, make_state(0)), make_state(4))
+    same(stored_states.restore(folder, 4, make_state(0)), make_state(4))
     (folder / "4" / "meta" / "metadata").write_text("{")  # nobody knows any more what it needs
     assert tidying.prune(folder, keep=2) == []
     assert len(list((run / "frozen").iterdir())) == 2
@@ -110,9 +110,9 @@ def test_prune_keeps_what_a_kept_checkpoint_needs(run):
 def test_a_converted_checkpoint_stands_alone(run, tmp_path):
     tidying.converted(run / "checkpoints", 8, tmp_path / "out")
     assert not (tmp_path / "out" / "frozen").exists()
-    same(checkpoints.restore(tmp_path / "out" / "checkpoints", 8, make_state(0)), make_state(8))
+    same(stored_states.restore(tmp_path / "out" / "checkpoints", 8, make_state(0)), make_state(8))
     tidying.converted(run / "checkpoints", 8, tmp_path / "one", network="reference")
-    found = checkpoints.restore_params(tmp_path / "one" / "checkpoints", 8, REFERENCE, network="reference")
+    found = stored_states.restore_params(tmp_path / "one" / "checkpoints", 8, REFERENCE, network="reference")
     same(found, REFERENCE)
 
 

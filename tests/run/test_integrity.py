@@ -15,7 +15,7 @@ import pytest
 
 from jaxrl_llm import cli
 from jaxrl_llm.experience import NetworkState, TrainState
-from jaxrl_llm.run import checkpoints, integrity
+from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.checkpoints import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -209,14 +209,14 @@ def test_a_damaged_checkpoint_is_refused_where_it_is_meant_and_passed_over_where
         integrity.newest_good(copied, exact=True)
     assert integrity.latest_checkpoint(copied.parent) == (copied, 4)
     assert capsys.readouterr().err.startswith("warning: checkpoint 8 is damaged: ")
-    same(checkpoints.restore(copied, 4, make_state(4)), make_state(4))
+    same(stored_states.restore(copied, 4, make_state(4)), make_state(4))
 
 
 def test_what_no_restart_reads_may_be_lost(copied):
     for kind in HARMLESS:  # one after the other, and in the end all
         HARMLESS[kind](copied / "8")
         assert integrity.newest_good(copied, say=print) == 8, kind
-    same(checkpoints.restore(copied, 8, make_state(8)), make_state(8))
+    same(stored_states.restore(copied, 8, make_state(8)), make_state(8))
 
 
 def wrong_states(copied: Path, flips: int) -> tuple[int, int]:
@@ -231,7 +231,7 @@ def wrong_states(copied: Path, flips: int) -> tuple[int, int]:
         path.write_bytes(content)
         step = integrity.newest_good(copied, say=lambda text: None)
         try:
-            same(checkpoints.restore(copied, step, make_state(step)), make_state(step))
+            same(stored_states.restore(copied, step, make_state(step)), make_state(step))
             noticed += step == 4
         except checkpoints.Damaged:  # in what orbax notes beside the arrays: a run tries the one before it
             noticed += 1
@@ -283,7 +283,7 @@ def test_storage_that_does_not_answer_says_nothing_about_a_checkpoint(copied, mo
     def unreachable(*_):
         raise ValueError("UNAVAILABLE: Error reading gs://bucket: connection reset")
 
-    monkeypatch.setattr(checkpoints, "stored_shapes", unreachable)
+    monkeypatch.setattr(stored_states, "stored_shapes", unreachable)
     with pytest.raises(ValueError, match="UNAVAILABLE"):
         integrity.newest_good(copied)
 
@@ -338,10 +338,10 @@ def test_a_checkpoint_is_written_anew_with_digests(copied, tmp_path, capsys):
     (copied.parent / "config.yaml").write_text("name: x\n")
     jaxrl(capsys, "ckpt", "convert", str(copied.parent), str(tmp_path / "whole"))
     assert [row["state"] for row in jaxrl(capsys, "ckpt", "verify", str(tmp_path / "whole"))] == ["good"]
-    same(checkpoints.restore(tmp_path / "whole" / "checkpoints", 8, make_state(8)), make_state(8))
+    same(stored_states.restore(tmp_path / "whole" / "checkpoints", 8, make_state(8)), make_state(8))
     assert (tmp_path / "whole" / "config.yaml").is_file()
     jaxrl(capsys, "ckpt", "convert", str(copied.parent), str(tmp_path / "one"), "--only", "policy")
-    found = checkpoints.restore_params(tmp_path / "one" / "checkpoints", 8, make_state(8).params)
+    found = stored_states.restore_params(tmp_path / "one" / "checkpoints", 8, make_state(8).params)
     same(found, make_state(8).params)
     assert cli.main(["ckpt", "convert", str(copied.parent), str(tmp_path / "one")]) == 2
     assert "exists and is not empty" in capsys.readouterr().err

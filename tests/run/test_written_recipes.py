@@ -341,7 +341,7 @@ def test_a_copy_of_the_policy_learns_to_write_verdicts_and_the_policy_from_them(
     networks = {"critic": replace(config.networks["critic"], learning_rate=0.02)}
     seen = whole_run(replace(config, stages=(judge, policy), networks=networks), tmp_path / "run")
     losses = [one["loss/negative_log_likelihood"] for one in seen["judge"]]
-    assert np.mean(losses[-5:]) < 0.7 < losses[0]  # of two verdicts, of all tokens
+    assert np.mean(losses[-5:]) < 1.2 < losses[0] - 1  # a token of answer and verdict
     assert "gradient_norm" not in seen["judge"][-1]  # the policy waits
     for step in seen["reinforcement"]:
         assert 0 <= step["reward/judge_rating"] <= 1

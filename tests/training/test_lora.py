@@ -24,7 +24,7 @@ from jaxrl_llm.models.adapters import split
 from jaxrl_llm.reporting.metric_table import OF_MACHINE
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.rows import Written
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import stored_states
 from jaxrl_llm.run.checkpoints import CheckpointError
 from jaxrl_llm.run.explain import abstract_inputs
 from jaxrl_llm.run.setup import parts
@@ -305,8 +305,8 @@ def test_a_state_is_restored_on_the_base_that_it_is_given(lora_run):
     built = parts(lora_run)
     like, trained = built.step.init(jax.random.key(lora_run.seed)), built.model.trained
     folder = lora_run.directory / "checkpoints"
-    state = checkpoints.restore(folder, WARM + 1, like, trained=trained)
-    params = checkpoints.restore_params(folder, WARM + 1, like.params, trained=trained)
+    state = stored_states.restore(folder, WARM + 1, like, trained=trained)
+    params = stored_states.restore_params(folder, WARM + 1, like.params, trained=trained)
     assert same(host(state.params), host(params))
     for tree in (state.params, params):
         pairs = zip(jax.tree.leaves(split(tree)[1]), jax.tree.leaves(split(like.params)[1]), strict=True)
@@ -315,14 +315,14 @@ def test_a_state_is_restored_on_the_base_that_it_is_given(lora_run):
     other = parts(replace(lora_run, lora=replace(lora_run.lora, rank=3)))
     message = r"'networks/policy/params/blocks/\w+/(down|up)' as float32\[.*; use the config"
     with pytest.raises(CheckpointError, match=message):
-        checkpoints.restore_params(folder, WARM + 1, other.model.init(jax.random.key(0)), trained=trained)
+        stored_states.restore_params(folder, WARM + 1, other.model.init(jax.random.key(0)), trained=trained)
 
 
 def test_the_reference_after_a_warm_start_is_where_it_ended(lora_run):
     built = parts(lora_run)
     like = built.step.init(jax.random.key(lora_run.seed))
     folder, trained = lora_run.directory / "checkpoints", built.model.trained
-    first, last = (checkpoints.restore(folder, step, like, trained=trained) for step in (WARM, WARM + STEPS))
+    first, last = (stored_states.restore(folder, step, like, trained=trained) for step in (WARM, WARM + STEPS))
     assert same(last.networks["reference"].params, split(first.params)[0])
     assert same(reference_of(built.step, last), first.params)
     assert np.any(first.params["blocks"]["qkv"].up)

@@ -10,7 +10,7 @@ from jaxrl_llm.advantages import group_normalized
 from jaxrl_llm.losses import clipped_surrogate, kl_estimate
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.parallel import make_mesh
-from jaxrl_llm.run import checkpoints
+from jaxrl_llm.run import checkpoints, stored_states
 from jaxrl_llm.training import Network, Placement, Resources, Rollout, make_train_step
 
 # Programs of many sizes: minutes of compilation.
@@ -65,7 +65,7 @@ def test_offloaded_parts_wait_in_the_hosts_memory_and_change_no_number(make_prom
     with checkpoints.checkpoint_manager(tmp_path, keep=1) as manager:
         checkpoints.save(manager, 3, state, {})
         manager.wait_until_finished()
-    restored = checkpoints.restore(tmp_path, 3, offloaded.init(jax.random.key(0)))
+    restored = stored_states.restore(tmp_path, 3, offloaded.init(jax.random.key(0)))
     assert kinds(kept(restored)) == {"pinned_host"}
     ours, theirs = offloaded(restored, prompts)[0], offloaded(state, prompts)[0]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(ours.params), jax.device_get(theirs.params))

@@ -39,4 +39,6 @@ def task(*, size: int = 5, wall_probability: float = 0.2) -> Task:
         description="the next move in a grid, given those before; the level is the length of the path",
         options={"size": size, "wall_probability": wall_probability},
         scratchpad=False,
+        # One state of each grid, in the split of the grid: what `grid` is tested on is not trained on here.
+        identity=lambda item: f"{item.body.removeprefix('G:').split('<o>')[0]}:full",
     )

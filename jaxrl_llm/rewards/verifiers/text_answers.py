@@ -45,22 +45,25 @@ def exact_match(
     return [float(one == answer) for one, answer in zip(said, answers, strict=True)]
 
 
-def countdown(completions: Sequence[str], prompts: Sequence[str]) -> list[float]:
+def countdown(completions: Sequence[str | None], prompts: Sequence[str]) -> list[float | None]:
     """Countdown: 1 for an expression that reaches the target with each number once, 0.1 for a failing answer, else 0.
 
     The answer is parsed by a small grammar and evaluated exactly; it is never run as code.
 
     Args:
-      completions: decoded completions.
+      completions: decoded completions, or what a network wrote as a view of them (`reads: {completions: VIEW_text}`).
       prompts: bodies such as "C:3 6 12>30".
 
     Returns:
-      One reward a row: 1, 0.1 or 0.
+      One reward a row: 1, 0.1 or 0; None where nothing was written.
 
     Raises:
       ValueError: if a prompt is no Countdown problem.
     """
-    return [countdown_task.reward(body, extract_answer(text)) for text, body in zip(completions, prompts, strict=True)]
+    return [
+        None if text is None else countdown_task.reward(body, extract_answer(text))
+        for text, body in zip(completions, prompts, strict=True)
+    ]
 
 
 def answer_position_share(completions: Sequence[str], answers: Sequence[str]) -> list[float]:

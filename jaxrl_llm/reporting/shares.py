@@ -1,0 +1,66 @@
+"""What each of several processes brings to the address of a run, where they share no disk.
+
+Each writes the arrays that its devices hold to a directory of its own, brings those, and says which steps are there.
+Process 0 brings all else, and the meta of a checkpoint, without which it is not taken, after the arrays of all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+BROUGHT = ".brought-"  # and the number of a process: what it says
+# Chunks of arrays, in checkpoints and in what is written once beside them, and what orbax notes on those of a process.
+_PARTS = re.compile(r"(checkpoints/\d+/state|frozen/[^/]+)/(.+/[\d.]+|array_metadatas/[^/]+)")
+
+
+class Share(NamedTuple):
+    """What one process brings.
+
+    Attributes:
+      process, processes: its number, and how many there are; at least two.
+      start: tells this start of the run from others; the same for all processes.
+    """
+
+    process: int
+    processes: int
+    start: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it brings all but the arrays of others."""
+        return self.process == 0
+
+    @property
+    def others(self) -> range:
+        """The processes that bring nothing but arrays."""
+        return range(1, self.processes)
+
+    def say(self, fs: Any, root: str, steps: Collection[str]) -> None:
+        """That all arrays of these steps which this process has are there; or that it is still at work."""
+        said = {"start": self.start, "steps": list(steps), "at": time.time()}
+        fs.pipe_file(f"{root}/{BROUGHT}{self.process}", json.dumps(said).encode())
+
+    def said_by(self, fs: Any, root: str, process: int) -> dict[str, Any]:
+        """What a process has said since this start of the run."""
+        try:
+            said = json.loads(fs.cat_file(f"{root}/{BROUGHT}{process}"))
+        except FileNotFoundError:
+            said = {}
+        return said if said.get("start") == self.start else {"steps": []}
+
+    def arrived(self, fs: Any, root: str) -> set[str]:
+        """Steps whose arrays all others have brought."""
+        return set.intersection(*(set(self.said_by(fs, root, other)["steps"]) for other in self.others))
+
+
+def is_of_one_process(name: str) -> bool:
+    """Whether one process alone writes a file of a run.
+
+    >>> is_of_one_process("checkpoints/20/state/params.w/0.1"), is_of_one_process("checkpoints/20/state/_METADATA")
+    (True, False)
+    """
+    return _PARTS.fullmatch(name) is not None

@@ -1,0 +1,38 @@
+"""How orbax writes where each process has a disk of its own: each its arrays, and all that is said about them.
+
+One file a chunk of an array (zarr), instead of a database that process 0 merges out of those of all: what the processes
+have written, laid together in one directory, is the checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
+
+# Not in orbax's public names; without it random keys are not written.
+from orbax.checkpoint._src.metadata.array_metadata_store import Store
+
+
+def all_write(apart: bool) -> Any:
+    """Orbax's options for processes with a disk each (`apart`), or one that all share."""
+    return ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
+
+
+def item_handlers() -> dict[str, Any]:
+    """Of a manager of checkpoints whose processes have a disk each."""
+    return {"state": tree_handler(), "meta": ocp.JsonCheckpointHandler(multiprocessing_options=all_write(True))}
+
+
+def tree_handler() -> Any:
+    """What writes the arrays of a tree that this process holds, whether or not it is process 0."""
+    arrays = type_handlers.ArrayHandler(primary_host=None, array_metadata_store=Store(primary_host=None))
+    registry = type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (int, type_handlers.ScalarHandler()), (np.ndarray, type_handlers.NumpyHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, multiprocessing_options=all_write(True), type_handler_registry=registry
+    )
