@@ -49,7 +49,7 @@ def parsed(micro_config):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, data_directory):
-    """What shipped configs name and users have: files of judged answers, and a teacher, in the working directory."""
+    """What shipped configs name and users have: files of judged answers, and networks, in the working directory."""
     folder = tmp_path_factory.mktemp("files")
     judged = {
         "pairs": {"prompt": "A:1+2", "chosen": "3", "rejected": "4"},
@@ -63,7 +63,7 @@ def files(tmp_path_factory, data_directory):
     labels = [{"prompt": "A:1+2", "completion": answer, "label": answer == "3"} for answer in ("3", "4")]
     (folder / "labels.jsonl").write_text(32 * "".join(f"{json.dumps(line)}\n" for line in labels))
     teacher = TransformerConfig(vocabulary_size=VOCABULARY, width=8, layers=1, heads=1, kv_heads=1)
-    for name in ("teacher", "elder"):
+    for name in ("teacher", "elder", "base"):
         save_model(folder / name, transformer(teacher).init(jax.random.key(0)), teacher)
     return folder
 
@@ -76,7 +76,7 @@ def test_every_shipped_config_loads_and_composes(path, files, data_directory, mo
     for stage in staged(config):
         c, own = stage["parts"].step.composition, stage["parts"].config
         assert (len(c.rewards), len(c.losses)) == (len(own.rewards), len(own.losses))
-        assert stage["parts"].task is None or stage["parts"].task.name == config.task.name
+        assert stage["parts"].task is None or stage["parts"].task.name == own.task.name
 
 
 def test_configs_are_shipped():

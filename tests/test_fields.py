@@ -247,6 +247,7 @@ def test_a_remedy_names_who_would_provide_it(name, said):
 OTHER_SETS = {
     "rewards/host.py": "arithmetic knows no table; it is what `signatures.per_row` says",
     "rollout/plans/adaptive_samples.py": "what the plan declares that its rows know",
+    "rollout/plans/step_continuations.py": "what the plan declares that its rows know",
     "rollout/turns.py": "what the sampler of turns fills in",
     "run/explain.py": "facts that are left out of a line that is shown",
     "training/scores.py": "what one pass of the policy over its own rows gives",

@@ -88,6 +88,7 @@ def _shortened(needs: Sequence[str]) -> list[str]:
         "token reward model": "token reward",
         "meta-gradient": "meta",
         "demonstrations": "demos",
+        "stored distributions": "top tokens",
     }
     ends = " (model|states|answers|samples?|scores)$"
     return [words.get(need) or re.sub(ends, "", need) for need in needs]

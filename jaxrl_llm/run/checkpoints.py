@@ -20,7 +20,7 @@ from jaxrl_llm.run import frozen as frozen_parts
 from jaxrl_llm.run.digests import Digest, digests, text_digest
 from jaxrl_llm.run.directories import at_hand, is_step
 from jaxrl_llm.run.frozen import Frozen
-from jaxrl_llm.run.private_disks import all_write, item_handlers
+from jaxrl_llm.run.private_disks import all_write, directories_first, item_handlers
 from jaxrl_llm.run.retention import METRIC, preserved
 
 
@@ -92,6 +92,7 @@ def checkpoint_manager(
         options=ocp.CheckpointManagerOptions(
             preservation_policy=preserved(keep, keep_every_steps, keep_best, best_is),
             enable_async_checkpointing=True,
+            async_options=directories_first() if apart else None,
             multiprocessing_options=all_write(apart),
         ),
     )

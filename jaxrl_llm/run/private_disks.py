@@ -22,6 +22,14 @@ def all_write(apart: bool) -> Any:
     return ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
 
 
+def directories_first() -> Any:
+    """Orbax's options for processes with a disk each: directories are made before anything is written.
+
+    Made in the background, they are announced to all processes by the first that has made its own.
+    """
+    return ocp.options.AsyncOptions(create_directories_asynchronously=False)
+
+
 def item_handlers() -> dict[str, Any]:
     """Of a manager of checkpoints whose processes have a disk each."""
     return {"state": tree_handler(), "meta": ocp.JsonCheckpointHandler(multiprocessing_options=all_write(True))}

@@ -318,7 +318,10 @@ def params_of(directory: Path, step: int = WARM + STEPS) -> dict[str, np.ndarray
 def assert_same_run(ours: Path, theirs: Path) -> None:
     lines = [read_records(path / "samples.jsonl") for path in (ours, theirs)]
     assert len(lines[0]) == 16 * STEPS
+    tokens = [[line.pop("tokens", {}) for line in each] for each in lines]
     assert lines[0] == lines[1]  # every completion with its rewards
+    for one, other in zip(*tokens, strict=True):  # sums in another order; three decimals are written
+        assert one == {n: v if n == "text" else pytest.approx(v, abs=2.1e-3) for n, v in other.items()}
     metrics = [read_records(path / "metrics.jsonl") for path in (ours, theirs)]
     assert [line["step"] for line in metrics[0]] == list(range(1, WARM + STEPS + 1))
     for one, other in zip(*metrics, strict=True):
