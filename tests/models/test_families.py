@@ -66,8 +66,8 @@ def relative_error(ours, theirs) -> float:
 def moved_by_last_bits(params, draws=8):
     """Each weight larger or smaller by its last bit, in some ways: what a model makes of it is no fault of ours."""
     for seed in range(draws):
-        rng = np.random.default_rng(seed)
-        yield jax.tree.map(lambda leaf: leaf * (1 + 2.0**-23 * rng.choice(np.float32([-1, 1]), leaf.shape)), params)
+        sign = partial(np.random.default_rng(seed).choice, np.float32([-1, 1]))
+        yield jax.tree.map(lambda leaf, sign=sign: leaf * (1 + 2.0**-23 * sign(leaf.shape)), params)
 
 
 def test_logits_and_every_hidden_state_equal_those_of_transformers(checkpoint, batch):
