@@ -205,17 +205,14 @@ def gains(seeds: int) -> dict[str, Any]:
 def contributions(seeds: int) -> dict[str, Any]:
     """A network that reads the text, and a small one that reads factors; both are told the return alone.
 
-    The policy stays as it is, so that what a move contributes does.
+    Beside LaRe the policy stays as it is, so that what a move contributes does.
     """
-    frozen = {"freeze_policy_steps": curves.STEPS}
     measured = {"[metric/with_return, metric/with_progress]": {"python": "credit:contribution_correlations"}}
     text = recipe("spa_rl", environment={"potential": True})
     text["credit"] = [text["credit"][0], measured, *text["credit"][1:]]
-    text["networks"]["progress"]["learning_rate"] = 3.0e-3
-    text["training"] = text["training"] | frozen
     factors = recipe("spa_rl", environment={"potential": True})
     factors["networks"] = {"value": factors["networks"]["value"]}
-    factors["training"] = factors["training"] | frozen
+    factors["training"] = factors["training"] | {"freeze_policy_steps": curves.STEPS}
     factors["losses"] = factors["losses"][:2]
     factors["credit"] = [
         {"turn_factors": {"python": "credit:grid_factors"}},
