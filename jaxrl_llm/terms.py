@@ -153,6 +153,9 @@ class View:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"views.{self.name}: temperature is {self.temperature}; it must be at least 0 (greedy)")
         require_ranges(self, f"views.{self.name}")
+        for key in ("written_by", "mixed_with", "guided_by"):
+            if not isinstance(name := getattr(self, key), str | None):
+                raise ValueError(f"views.{self.name}.{key} is {name!r}, but it must be the name of a network")
         if self.mixed_with is not None and self.written_by in (None, self.mixed_with):
             raise ValueError(
                 f"views.{self.name}: mixed_with is {self.mixed_with!r}, but written_by {self.written_by!r}; name "

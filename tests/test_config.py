@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,17 @@ def test_every_shipped_config_loads_and_composes(path, files, data_directory, mo
         c, own = stage["parts"].step.composition, stage["parts"].config
         assert (len(c.rewards), len(c.losses)) == (len(own.rewards), len(own.losses))
         assert stage["parts"].task is None or stage["parts"].task.name == own.task.name
+
+
+@pytest.mark.parametrize(
+    "options", [{"written_by": []}, {"written_by": {"a": 1}}, {"mixed_with": [1]}, {"guided_by": 1}]
+)
+def test_a_view_is_written_by_networks_that_are_named(options):
+    key, value = next(iter(options.items()))
+    options = {"written_by": "reference"} | options
+    tree = read_tree(recipe_path("xpo")) | {"views": {"opponent": {"same_prompt": options}}}
+    with pytest.raises(ValueError, match=f"views.opponent.{key} is {re.escape(repr(value))}.*name of a network"):
+        staged(parse_config(tree, vocabulary_size=VOCABULARY))
 
 
 def test_configs_are_shipped():
