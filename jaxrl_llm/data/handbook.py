@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,34 +77,38 @@ def nearest_entries(query: Float[np.ndarray, "D"], entries: Float[np.ndarray, "N
     return [int(number) for number in order if sizes[number] > 0][:count]
 
 
-def chosen_entries(entries: Sequence[Entry], item: Mapping[str, Any], *, count: int, by: str) -> list[Entry]:
-    """The entries that a problem gets.
+def chooser(entries: Sequence[Entry], *, count: int, by: str) -> Callable[[Mapping[str, Any]], list[Entry]]:
+    """What chooses the entries that a problem gets, from its record.
 
     Args:
       entries: of a handbook.
-      item: record of the problem.
       count: of entries at most.
       by: "similarity" the nearest by the cosine of word counts; "mention" those whose name stands in the problem, in
         the order of the handbook; else the column of the record that their tag is equal to.
 
     Raises:
-      ValueError: for a column that the record does not have.
+      ValueError: when it is called, for a column that the record does not have.
 
     Reference: metacognitive reuse (2509.13237).
     Certainty: recalled
     """
-    body = item["body"]
     if by == "mention":
-        return [entry for entry in entries if entry.name in body][:count]
-    if by != "similarity":
+        return lambda item: [entry for entry in entries if entry.name in item["body"]][:count]
+    if by == "similarity":
+        texts = [_words(f"{entry.name} {entry.instruction}") for entry in entries]
+        known = {word: number for number, word in enumerate(sorted({word for text in texts for word in text}))}
+        vectors = np.stack([_counts(text, known) for text in texts])
+        return lambda item: [
+            entries[number] for number in nearest_entries(_counts(_words(item["body"]), known), vectors, count)
+        ]
+
+    def of_tag(item: Mapping[str, Any]) -> list[Entry]:
         columns = {**item, **item.get("raw", {})}
         if by not in columns:
             raise ValueError(f"data.handbook.by is {by!r}, which no column is called; they are {sorted(columns)}")
         return [entry for entry in entries if entry.tag == str(columns[by])][:count]
-    texts = [_words(f"{entry.name} {entry.instruction}") for entry in entries]
-    known = {word: number for number, word in enumerate(sorted({word for text in texts for word in text}))}
-    vectors = np.stack([_counts(text, known) for text in texts])
-    return [entries[number] for number in nearest_entries(_counts(_words(body), known), vectors, count)]
+
+    return of_tag
 
 
 def with_handbook(
@@ -122,18 +126,18 @@ def with_handbook(
       sets: splits.
       entries: name -> instruction.
       path: of a file with further ones.
-      count, by: as for `chosen_entries`.
+      count, by: as for `chooser`.
       line: text of an entry, with {name} and {instruction}.
 
     Raises:
-      ValueError: as for `read_handbook` and `chosen_entries`.
+      ValueError: as for `read_handbook` and `chooser`.
     """
     own = [Entry(name, instruction) for name, instruction in entries.items()]
     book = unique([*own, *(read_handbook(path) if path is not None else ())])
+    chosen = chooser(book, count=count, by=by)
 
     def text(item: Mapping[str, Any]) -> str:
-        chosen = chosen_entries(book, item, count=count, by=by)
-        return "".join(line.replace("{instruction}", e.instruction).replace("{name}", e.name) for e in chosen)
+        return "".join(line.replace("{instruction}", e.instruction).replace("{name}", e.name) for e in chosen(item))
 
     return with_made_column(sets, "handbook", text, f"{book} {count} {by} {line}")
 

@@ -278,7 +278,7 @@ def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | None) -
             number = rows * _remembering(entry) // cache.positions.shape[0]
             return Recurrent(*(jnp.take(leaf, number, axis=axis) for leaf, axis in zip(entry, (-4, -5), strict=True)))
         if isinstance(entry, Windowed):
-            return jax.tree.map(lambda leaf: jnp.take(leaf, own, axis=leaf.ndim - 4), entry)
+            return jax.tree.map(lambda leaf: of_rows(leaf, leaf.ndim - 4), entry)
 
         def like(leaf, *shape):
             return jnp.zeros((*leaf.shape[:-4], count, leaf.shape[-3], *shape), leaf.dtype)
@@ -288,8 +288,13 @@ def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | None) -
             jax.tree.map(lambda leaf: like(leaf, slots, leaf.shape[-1]), entry.values),
         )
 
-    own = jnp.arange(count) * cache.positions.shape[0] // count if rows is None else rows
-    recent = None if cache.recent is None else cache.recent._replace(positions=cache.recent.positions[own])
+    def of_rows(leaf: Array, axis: int) -> Array:
+        before = cache.positions.shape[0]
+        if rows is None and count == before:
+            return leaf  # a cache that grows goes on with its windows, which are not copied
+        return jnp.take(leaf, jnp.arange(count) * before // count if rows is None else rows, axis=axis)
+
+    recent = cache.recent and cache.recent._replace(positions=of_rows(cache.recent.positions, 0))
     layers = jax.tree.map(fresh, cache.layers, is_leaf=_is_entry)
     return Cache(layers, jnp.full((count, slots), -1, jnp.int32), jnp.int32(0), recent=recent)
 

@@ -67,6 +67,11 @@ class Mirror:
         self._at_work = threading.Lock()
         self._thread: threading.Thread | None = None
 
+    @property
+    def apart(self) -> bool:
+        """Whether each of several processes has a local directory of its own."""
+        return self.share is not None
+
     def there(self) -> dict[str, int]:
         """Size of each file at the address by its name, without checkpoints whose meta is not there.
 

@@ -137,7 +137,7 @@ class Run:
     @property
     def apart(self) -> bool:
         """Whether each of several processes has the run directory on a disk of its own."""
-        return self.mirror is not None and self.mirror.share is not None
+        return self.mirror is not None and self.mirror.apart
 
     @contextmanager
     def timed(self, what: str):

@@ -110,7 +110,7 @@ def train(
                 if exact or not resume or error.directory != folder:  # it is of the run that init_from names
                     raise
                 say(f"{error}; trying the one before it")
-                clear_the_way(config, error.step - 1, say, apart=mirror is not None and mirror.share is not None)
+                clear_the_way(config, error.step - 1, say, apart=mirror is not None and mirror.apart)
             except Abandoned:  # between steps
                 raise Stopped(f"stopped; {interruption.way_on()}", interruption.number or 15) from None
             except KeyboardInterrupt:
@@ -146,7 +146,7 @@ def _train(
         "stage": stages[0].name,
     }
     folder = config.directory / "checkpoints"
-    newest, apart = None, shared["mirror"] is not None and shared["mirror"].share is not None
+    newest, apart = None, shared["mirror"] is not None and shared["mirror"].apart
     if resume:
         asked = {"exact": exact, "first_saved": stages[0].first_saved, "apart": apart}
         newest = step_to_go_on_from(config, **asked, say=_saying(console))

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_llm.config import parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, ProblemSet, tasks, with_handbook
-from jaxrl_llm.data.handbook import Entry, chosen_entries, read_handbook, unique
+from jaxrl_llm.data.handbook import Entry, chooser, read_handbook, unique
 from jaxrl_llm.data.tasks import grid
 from jaxrl_llm.data.tasks.items import Source, record
 from jaxrl_llm.run.problems import data_sets
@@ -34,7 +34,7 @@ BOOK = (
     ],
 )
 def test_which_entries_a_problem_gets(by, item, count, expected):
-    found = [entry.name for entry in chosen_entries(BOOK, item, count=count, by=by)]
+    found = [entry.name for entry in chooser(BOOK, count=count, by=by)(item)]
     assert (sorted(found) if by == "similarity" else found) == (sorted(expected) if by == "similarity" else expected)
     assert by != "similarity" or not found or found[0] == expected[0]
 
@@ -53,7 +53,7 @@ def test_a_file_of_entries_in_which_a_name_counts_once(tmp_path):
     with pytest.raises(ValueError, match="row needs a text 'instruction'"):
         read_handbook(str(path))
     with pytest.raises(ValueError, match=r"data.handbook.by is 'subject', which no column is called"):
-        chosen_entries(BOOK, {"body": ""}, count=1, by="subject")
+        chooser(BOOK, count=1, by="subject")({"body": ""})
 
 
 def config(data_directory, **data):

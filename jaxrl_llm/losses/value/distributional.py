@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
+from jaxrl_llm.losses.value.huber import huber
 from jaxrl_llm.ranges import Count, NonNegative, Positive, PositiveShare, ranged
 
 Bins = Literal["gaussian", "two_hot"]
@@ -159,11 +160,8 @@ def several_values(
     Certainty: reconstructed
     """
     v, target = _several(values, returns, mask)
-    if delta is None:
-        each = 0.5 * jnp.square(v - target).mean(axis=-1)
-    else:
-        size = jnp.abs(v - target)
-        each = jnp.where(size < delta, 0.5 * jnp.square(size) / delta, size - 0.5 * delta).mean(axis=-1)
+    error = v - target
+    each = (0.5 * jnp.square(error) if delta is None else huber(error, delta) / delta).mean(axis=-1)
     return aggregate(each, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
 
 

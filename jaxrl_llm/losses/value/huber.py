@@ -57,7 +57,7 @@ def huber_value(
     v = on_mask(values, mask)
     old, target = (stop_gradient(on_mask(x, mask)) for x in (old_values, returns))
     near = jnp.clip(v, old - clip, old + clip)
-    per_token = 0.5 * (_huber(v - target, delta) + _huber(near - target, delta))
+    per_token = 0.5 * (huber(v - target, delta) + huber(near - target, delta))
     return aggregate(per_token, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
 
 
@@ -100,7 +100,7 @@ def twin_huber_value(
     return loss._replace(denominator=weight[:, 0].sum())
 
 
-def _huber(error: Array, delta: float) -> Array:
-    # e^2 / 2 of the clipped error plus the linear rest: no branch is infinite.
+def huber(error: Array, delta: float) -> Array:
+    """e^2 / 2 up to delta, and linear beyond: the clipped error and the rest, so that no branch is infinite."""
     inside = jnp.clip(error, -delta, delta)
     return 0.5 * jnp.square(inside) + delta * (jnp.abs(error) - jnp.abs(inside))
