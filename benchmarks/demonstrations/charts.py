@@ -28,9 +28,11 @@ def drawn(found: dict[str, Any], file: Path) -> None:
                 x = found.get("x", ())[: values.shape[1]] or np.linspace(
                     steps / values.shape[1] / 2, steps, values.shape[1]
                 ).round(1)
-                axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-                axes.plot(x, values.mean(0), color=colour, label=variant)
-            axes.set(title=title, xlabel=found.get("xlabel", "step"))
+                known = ~np.isnan(values).all(0)
+                x, values = np.asarray(x)[known], values[:, known]
+                axes.fill_between(x, np.nanmin(values, 0), np.nanmax(values, 0), color=colour, alpha=0.2, linewidth=0)
+                axes.plot(x, np.nanmean(values, 0), color=colour, label=variant)
+            axes.set(title=title, xlabel=found.get("xlabel", "step"), xscale="log" if found.get("log") else "linear")
             if len(of) == fullest:
                 last = axes
         last.legend()

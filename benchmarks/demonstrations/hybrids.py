@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
 import numpy as np
 import optax
+from charts import drawn
 from rich.console import Console
 from rich.table import Table
 
@@ -267,31 +270,20 @@ DEMONSTRATIONS = {"distillation": distillation, "relift": relift, "forgetting": 
 
 
 def plotted(figures: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """One SVG for each demonstration: a thin line for each seed, a thick one for the mean."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "jaxrl_llm", "font.size": 9}
+    """One SVG for each demonstration."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, seeds in figures.items():
-        figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-        curves = [key for key, value in seeds[0].items() if isinstance(value, list)]
-        for number, key in enumerate(curves):
-            values = np.asarray([seed[key] for seed in seeds], float)
-            parts = (
-                [("", values)] if values.ndim == 2 else [(", old task", values[..., 0]), (", new task", values[..., 1])]
-            )
-            for (part, lines), style in zip(parts, ("-", "--"), strict=False):
-                steps = np.arange(lines.shape[1]) * seeds[0]["every"]
-                for line in lines:
-                    axes.plot(steps, line, style, color=f"C{number}", alpha=0.25, linewidth=0.8)
-                axes.plot(steps, lines.mean(0), style, color=f"C{number}", label=f"{key}{part}")
-        axes.set(xlabel="steps", ylabel="accuracy", ylim=(0, 1))
-        axes.legend(fontsize=7)
-        figure.savefig(folder / f"hybrids_{name}.svg", metadata={"Date": None})
-        plt.close(figure)
+        lines = {
+            key: np.asarray([seed[key] for seed in seeds], float) for key in seeds[0] if isinstance(seeds[0][key], list)
+        }
+        of_pairs = next(iter(lines.values())).ndim == 3
+        panels = {
+            title: {key: (one[..., place] if of_pairs else one).tolist() for key, one in lines.items()}
+            for place, title in enumerate(("old task", "new task") if of_pairs else ("accuracy",))
+        }
+        points = next(iter(lines.values())).shape[1]
+        x = (np.arange(points) * seeds[0]["every"]).tolist()
+        drawn({"panels": panels, "x": x, "xlabel": "steps"}, folder / f"hybrids_{name}.svg")
 
 
 def table_of(seeds: dict[str, dict[str, Any]]) -> Table:

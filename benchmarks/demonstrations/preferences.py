@@ -18,17 +18,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib import pyplot
+from charts import drawn
 
 from jaxrl_llm import advantages, losses, models, rewards, selection
 from jaxrl_llm.evaluation.overoptimisation import overoptimisation_fit
 from jaxrl_llm.experience import Prompts
-from jaxrl_llm.reporting.figures import STYLE
-from jaxrl_llm.reporting.report import COLOURS
 from jaxrl_llm.rewards import learned_reward
 from jaxrl_llm.rows import Written, written_rows
 from jaxrl_llm.schedules import implicit_gradient
@@ -317,22 +317,6 @@ DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-def draw(found: dict[str, Any], file: Path) -> None:
-    """A panel beside the other: the mean over seeds, and thinly each of them."""
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, len(found["panels"]), figsize=(6.8, 2.5), layout="constrained")
-        for axis, (title, lines) in zip(axes, found["panels"].items(), strict=True):
-            for colour, (label, runs) in zip(COLOURS, lines.items(), strict=False):
-                values = np.array(runs, float)
-                axis.plot(found["x"], values.T, color=colour, alpha=0.3, linewidth=0.6)
-                known = ~np.isnan(values).all(0)
-                axis.plot(np.array(found["x"])[known], np.nanmean(values[:, known], 0), color=colour, label=label)
-            axis.set(title=title, xlabel=found["xlabel"], xscale="log" if found.get("log") else "linear")
-        axes[0].legend()
-        figure.savefig(file, metadata={"Date": None})
-        pyplot.close(figure)
-
-
 def joined(before: dict[str, Any] | None, one: dict[str, Any], seed: int) -> dict[str, Any]:
     """What several seeds have shown, a list for each line, with one more."""
     found = before or {**one, "seeds": [], "panels": {}, "fits": {}}
@@ -359,7 +343,7 @@ def main() -> None:
             if found is None or seed not in found["seeds"]:
                 found = joined(found, DEMONSTRATIONS[name](seed), seed)
             file.write_text(json.dumps(found) + "\n")
-            draw(found, file.with_suffix(".svg"))
+            drawn(found, file.with_suffix(".svg"))
         assert found is not None
         for title, lines in found["panels"].items():
             for label, runs in lines.items():
