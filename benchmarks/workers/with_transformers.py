@@ -1,4 +1,4 @@
-"""Transformers' generate and TRL's GRPOTrainer as workers of the benchmarks, in their fastest settings; on a GPU where there is one."""
+"""Transformers' generate and TRL's GRPOTrainer as workers of the benchmarks, in their fastest settings."""
 
 from __future__ import annotations
 
