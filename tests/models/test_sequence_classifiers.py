@@ -163,7 +163,7 @@ def test_a_directory_rewards_a_run_and_stays_as_it_is(micro_config, tmp_path, ca
     assert np.isfinite(line["reward"])
     assert line["reward"] != 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--network", "reward"]) == 2
-    assert "does not learn: it lies there as it is" in capsys.readouterr().err
+    assert "does not learn; use that directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow

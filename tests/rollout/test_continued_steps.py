@@ -202,5 +202,5 @@ def test_what_cannot_be_shared_out_is_refused():
     with pytest.raises(ValueError, match=r"prefixes.tokens has 3 rows .* 12 completions of 2 prompts"):
         jax.eval_shape(lambda: continued(MODEL, params, uneven))
     inner = plans.refill(plans.plain(samples_per_prompt=2), samples_per_prompt=2)
-    with pytest.raises(ValueError, match="continued_steps needs rows that come in one round"):
+    with pytest.raises(ValueError, match="continued_steps needs rows sampled in one round"):
         plans.continued_steps(inner, choose=one_step, samples_per_prompt=2, max_turns=2)

@@ -155,7 +155,7 @@ def test_experts_are_replayed_where_they_were_recorded(changed, joined, message)
 def test_a_function_of_whole_distributions_is_refused_where_sampling_is_truncated(bigram):
     cut = replace(ROLLOUT, truncation=TRUNCATION)
     exact = losses.divergence(samples="vocabulary", gradient="exact")
-    with pytest.raises(ValueError, match=r"needs tokens drawn from the whole vocabulary \(whole_vocabulary\), which"):
+    with pytest.raises(ValueError, match=r"needs tokens sampled from the whole vocabulary \(whole_vocabulary\), which"):
         compose(bigram, cut, losses=[losses.policy_gradient, exact])
     with pytest.raises(ValueError, match=r"'min_p_logprobs' needs .*\(whole_vocabulary\), which rollout.truncation"):
         compose(

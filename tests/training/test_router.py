@@ -173,7 +173,7 @@ def test_what_needs_experts_is_refused_without_them(prompts):
         plans.plain(samples_per_prompt=2), max_completion_tokens=5, pad_id=0
     )
     with pytest.raises(
-        ValueError, match=r"rollout.replay_router needs tokens that the policy drew \(drawn_by_policy\)"
+        ValueError, match=r"rollout.replay_router needs tokens that were all sampled by the policy \(drawn_by_policy\)"
     ):
         make_train_step(
             MODEL,

@@ -97,7 +97,7 @@ def test_bad_truncation(bigram):
         Rollout(truncation=Controls(top_p=0.9), **SIZES)
     with pytest.raises(
         ValueError,
-        match=r"needs tokens drawn from the whole vocabulary \(whole_vocabulary\), which rollout.truncation does not",
+        match=r"needs tokens sampled from the whole vocabulary \(whole_vocabulary\), which rollout.truncation does not",
     ):
         make_train_step(
             bigram,
