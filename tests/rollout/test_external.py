@@ -258,7 +258,7 @@ def test_passing_errors_are_tried_again_and_others_are_not(serve, expected):
     server.statuses = [503] * 99
     with pytest.raises(EndpointError, match=r"answered the request for prompt 7, .* with HTTP 503: .*status 503"):
         sampled(engine_of(server, retries=1, concurrency=1))
-    for status, remedy in ((400, "the sizes asked for"), (401, "api_key_variable"), (404, "engine.model")):
+    for status, remedy in ((400, "compare the requested sizes"), (401, "api_key_variable"), (404, "engine.model")):
         server.statuses, before = [status], len(server.seen)
         with pytest.raises(EndpointError, match=rf"HTTP {status}: .*status {status}.*{remedy}"):
             answer(engine_of(server), "/v1/completions", {"seed": 0}, what="a request")

@@ -84,7 +84,7 @@ def valued(values, mask):
         ({"rewards": [lambda advantages: advantages]}, "names 'advantages', .* add an entry to credit"),
         (
             {"rewards": [lambda logprobs: logprobs]},
-            r"names 'logprobs', .* losses alone can name it: .* did you mean '\w+_logprobs'\?",
+            r"names 'logprobs', .* only losses can read it: .* did you mean '\w+_logprobs'\?",
         ),
         ({"credit": [("advantages", lambda logprobs: logprobs)]}, r"did you mean '\w+_logprobs'\?"),
         ({"losses": [(losses.clipped_surrogate, lambda rewardz: 1.0)]}, "coefficient of 'clipped_surrogate' names"),

@@ -343,7 +343,7 @@ def test_where_the_engine_is_decides_no_numbers(run_config):
     "engine, message",
     [
         ({"url": None}, r"rollout.engine.url"),
-        ({"reload_path": None}, r"rollout.engine.reload_path is missing, so the engine would go on sampling"),
+        ({"reload_path": None}, r"rollout.engine.reload_path is missing, so the engine would keep sampling"),
         ({"weights_directory": None}, r"rollout.engine.weights_directory is missing"),
         ({"reload_every_steps": 0}, r"rollout.engine.weights_directory is .*reload_every_steps is 0"),
         ({"reload_every_steps": -1}, r"rollout.engine.reload_every_steps is -1; it must be at least 0"),

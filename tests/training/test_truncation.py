@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_renormalised_distribution(bigram, trained):
     [
         ({"top_k": 4}, "set rollout.renormalised to true"),
         ({"top_p": 0.9}, "set rollout.renormalised to true"),
-        ({"renormalised": True}, "nothing is truncated"),
+        ({"renormalised": True}, "sampling is not truncated"),
     ],
 )
 def test_truncation_must_be_asked_for(rollout, message):
