@@ -162,8 +162,8 @@ class View:
             )
         if self.guided_by is not None and (self.written_by is None or self.mixed_with is not None):
             raise ValueError(
-                f"views.{self.name}: guided_by is {self.guided_by!r}, which guides the generation of one network; name it "
-                "as written_by, and leave mixed_with out"
+                f"views.{self.name}: guided_by is {self.guided_by!r}, which guides the generation of one network; "
+                "name it as written_by, and leave mixed_with out"
             )
 
     @property

@@ -74,7 +74,7 @@ CONFIGS = {
     BOMB.encode(): "more than 50,000 values",
     b"a: " + b"[" * 3000: "more than 50 levels of nesting",
     b"- " * 3000: "more than 50 levels of nesting",
-    b"a: !!python/object/apply:os.system [ls]": "the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not supported",
+    b"a: !!python/object/apply:os.system [ls]": "the tag 'tag:yaml.org,2002:python/.*os.system' is not supported",
     b"a: !!binary aGk=": "the tag .* is not supported",
     b"a: 1\na: 2": "the key 'a' occurs twice",
     b"a: " + b"9" * 5000: "holds a number that cannot be read",

@@ -110,7 +110,7 @@ def test_steps_may_be_read_from_the_text_of_completions(make_bigram):
     np.testing.assert_array_equal(read["turn"][inside], rows["turn"][inside])
     assert metrics["continued_tokens"] == same["continued_tokens"]
     assert metrics["seconds/turn"] >= 0
-    with pytest.raises(ValueError, match=r"'turn' of rollout.plan is read from text, so make_train_step needs decode="):
+    with pytest.raises(ValueError, match=r"'turn' of rollout.plan reads text, so make_train_step needs decode="):
         labelled(chain(make_bigram), a_word_a_step)
 
 

@@ -156,7 +156,7 @@ def test_plans_are_made_from_the_inside_out(micro_config):
             "names demonstrations and solved_answers; a step is handed written rows of one source, so leave one",
         ),
         ("source=[]", "source is empty"),
-        ("source=[{replay: {share: 0.5}}]", "a replay store alone"),
+        ("source=[{replay: {share: 0.5}}]", "only a replay store"),
         ("networks={value: {head: {widht: 3}}}", "networks.value.head is {'widht': 3}"),
         ("networks={reference: {learning_rate: 0.1}}", r"networks.reference.learning_rate is 0.1, but .* has no head"),
         (

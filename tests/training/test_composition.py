@@ -98,7 +98,7 @@ def valued(values, mask):
         ({"losses": [losses.clipped_surrogate, losses.clipped_surrogate]}, "loss 'clipped_surrogate' is listed twice"),
         (
             {"credit": [("rewards", remembering()), ("rewards", remembering())]},
-            "credit entry 'rewards:update' is listed twice and remembers",
+            "credit entry 'rewards:update' is listed twice and has a memory",
         ),
         ({"rewards": [judge]}, "reward 'judge' reads text, so make_train_step needs decode="),
         ({"credit": [("advantages", judge)]}, "advantages 'judge' reads text, so make_train_step needs decode="),

@@ -159,7 +159,7 @@ def test_what_needs_experts_is_refused_without_them(prompts):
         rewards=[lambda tokens: (tokens == 3).sum(1)],
         credit=[("advantages", advantages.group_normalized)],
     )
-    with pytest.raises(ValueError, match=r"loss 'router_balance' names 'router_.*no mixture of experts"):
+    with pytest.raises(ValueError, match=r"loss 'router_balance' names 'router_.*not a mixture of experts"):
         make_train_step(plain, optax.sgd(0.1), source=Rollout(**SIZES), losses=[router_balance], **parts)
     with pytest.raises(ValueError, match=r"rollout.replay_router is true, but the model is no mixture"):
         make_train_step(

@@ -263,7 +263,7 @@ def test_another_network_may_judge_and_the_policy_may_learn_a_view_of_text(bigra
         (lambda completion: ("3 4 5", "6"), "3 tokens, but max_prompt_tokens is 2"),
         (lambda completion: ("3", "6 7 8"), "3 tokens, but max_completion_tokens is 2"),
         (lambda completion: ("", "6"), "the prompt has no tokens"),
-        (lambda completion: "3 4", "returns a pair"),
+        (lambda completion: "3 4", "must return one pair"),
         (lambda completions: [("3", "4")], "returned 1 values for 8 rows"),
     ],
 )
@@ -365,7 +365,7 @@ def test_samples_of_a_prompt_are_judged_by_different_draws_and_the_policy_may_le
     ("changed", "message"),
     [
         ({"written_by": "jugde"}, "views.verdict.written_by is 'jugde'"),
-        ({"written_by": "grade"}, "has a head in the place of a vocabulary"),
+        ({"written_by": "grade"}, "has a head instead of a vocabulary"),
         ({"written_by": "judge", "temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
         ({"written_by": "judge", "source": Written(8, 2)}, "nothing is sampled in this step"),
         ({"written_by": "judge", "mixed_with": "jugde"}, "views.verdict.mixed_with is 'jugde'"),
