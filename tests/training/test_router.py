@@ -161,7 +161,7 @@ def test_what_needs_experts_is_refused_without_them(prompts):
     )
     with pytest.raises(ValueError, match=r"loss 'router_balance' names 'router_.*not a mixture of experts"):
         make_train_step(plain, optax.sgd(0.1), source=Rollout(**SIZES), losses=[router_balance], **parts)
-    with pytest.raises(ValueError, match=r"rollout.replay_router is true, but the model is no mixture"):
+    with pytest.raises(ValueError, match=r"rollout.replay_router is true, but the model is not a mixture"):
         make_train_step(
             plain,
             optax.sgd(0.1),
