@@ -153,7 +153,7 @@ def test_the_probe_speaks_before_the_first_update_and_again(served, bigram):
     step = composed(bigram, engine=external)
     state = step.init(served.key)
     for _ in range(2):
-        with pytest.raises(EndpointError, match=r"weights were not handed over"):
+        with pytest.raises(EndpointError, match=r"weights were not loaded"):
             step.run(state, served.prompts)
     assert not state.params["scores"].is_deleted(), "no update was made"
 
@@ -277,7 +277,7 @@ def test_weights_go_through_the_disk(serve, model, tmp_path):
 
 
 def test_a_model_of_ones_own_is_not_exported(bigram, tmp_path):
-    with pytest.raises(ValueError, match=r"weights_directory is set, but a model of one's own cannot be exported"):
+    with pytest.raises(ValueError, match=r"weights_directory is set, but a custom model cannot be exported"):
         disk_hand_over(Endpoint("http://localhost:1", "policy"), bigram, tmp_path, path="/load", body={})
 
 
