@@ -307,7 +307,7 @@ def test_chats_that_cannot_be(jaxrl, chatting, tmp_path, line, message):
 
 def test_completions_that_fill_the_context(jaxrl, chatting):
     said = jaxrl("--prompt", "a", "--max-tokens", "64", policy=chatting, status=2)
-    assert "which leaves nothing of the model's context of 64 tokens for a prompt; set --max-tokens lower" in said
+    assert "which leaves no room for a prompt in the model's context of 64 tokens; set --max-tokens lower" in said
 
 
 def test_nothing_to_complete(jaxrl):
