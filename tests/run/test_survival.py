@@ -769,9 +769,9 @@ RUNS = {
     "divergence": ([{"kl_reference_per_token": 0.1}] * 10 + [{"kl_reference_per_token": 2.0}] * 10, "far from its", 13),
     "entropy": ([{"entropy_per_token": 1.0}] * 10 + [{"entropy_per_token": 0.01}] * 20, "entropy has collapsed", 20),
     "length": ([{"completion_tokens": 10.0}] * 10 + [{"completion_tokens": 50.0}] * 10, "have grown from 10", 15),
-    "cut": ([{"truncated_share": 0.8}] * 12, "80% of the completions are cut", 10),
+    "cut": ([{"truncated_share": 0.8}] * 12, "80% of the completions are truncated", 10),
     "gap": ([{"sampler_gap_mean": 0.3}] * 12, "sampler and trainer disagree", 10),
-    "constant": ([{"constant_group_share": 1.0}] * 12, "nothing is learned from them", 10),
+    "constant": ([{"constant_group_share": 1.0}] * 12, "they give no gradient", 10),
     "hacking": (
         [{"reward": r, **({} if p is None else {"validation/pass@1": p})} for r, p in
          [(0.1, 0.5), (0.3, None), (0.6, 0.4), (0.9, None), (1.0, 0.3), (1.0, None)]],
@@ -781,7 +781,7 @@ RUNS = {
     "silent": ([{"reward/format_std": 0.0, "reward/right_std": 0.1}] * 25, "every completion of 20 steps: format;", 20),
     "verifier": (
         [{"reward": 0.01 * n, "correct_share": 0.5 - 0.01 * max(0, n - 20)} for n in range(40)],
-        "while correct_share, what the first reward accepts, has fallen (50.0% to 44.5%)",
+        "while correct_share (completions accepted by the first reward) has fallen (50.0% to 44.5%)",
         31,
     ),
     "good": ([{"reward": 0.1 * n, "entropy_per_token": 1.0, "constant_group_share": 0.9} for n in range(30)], None, 0),

@@ -89,7 +89,7 @@ def valued(values, mask):
         ({"credit": [("advantages", lambda logprobs: logprobs)]}, r"did you mean '\w+_logprobs'\?"),
         ({"losses": [(losses.clipped_surrogate, lambda rewardz: 1.0)]}, "coefficient of 'clipped_surrogate' names"),
         ({"credit": [("advantage", advantages.group_normalized)]}, "fills 'advantage', .* did you mean 'advantages'"),
-        ({"credit": [("tokens", advantages.group_normalized)]}, "credit fills 'tokens', which it cannot"),
+        ({"credit": [("tokens", advantages.group_normalized)]}, "credit fills 'tokens', which credit may not fill"),
         (
             {"source": replace(ROLLOUT, samples_per_prompt=1)},
             "samples_per_prompt is 1, but 'group_normalized' compares the samples .* at least 2",
