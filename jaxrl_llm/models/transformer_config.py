@@ -72,7 +72,7 @@ class TransformerConfig:
       rope_interleaved: dimensions are rotated in pairs (2i, 2i + 1) instead of (i, i + half).
       window: tokens that a windowed layer sees, itself included.
       window_pattern: which layers are windowed, repeated over the layers; used where `window` is set.
-      local_rope_base: base of the rotary angles in windowed layers, which are then not scaled; None: as all others.
+      local_rope_base: base of the rotary angles in windowed layers, which are then not scaled; None: that of all others.
       qk_norm: RMSNorm on queries and keys before rotation.
       qk_norm_span: over each head by itself, or over all heads of a token together.
       qkv_bias: the query, key and value projections have biases.
@@ -228,13 +228,7 @@ class TransformerConfig:
             )
 
     def _check_patterns(self):
-        if self.global_heads is None and self.reading_layers:
-            raise ValueError(f"model.reading_layers is {self.reading_layers}, which needs model.global_heads; set both")
-        if self.global_heads is not None and not {"blocks", "global_blocks"} <= set(self.stacks):
-            raise ValueError(
-                f"model.reading_layers is {self.reading_layers} of {self.layers} layers; before them there must be a "
-                "layer with a window and one without"
-            )
+        self._check_global()
         patterns = {"window_pattern": self.window_pattern, "rope_pattern": self.rope_pattern}
         if self.delta is not None:
             patterns["delta.pattern"] = self.delta.pattern
@@ -254,6 +248,37 @@ class TransformerConfig:
                 f"model.window_pattern is {self.window_pattern}, which say something of windowed layers; set "
                 "model.window, or leave them out"
             )
+
+    def _check_global(self):
+        if self.global_heads is None and self.reading_layers:
+            raise ValueError(f"model.reading_layers is {self.reading_layers}, which needs model.global_heads; set both")
+        if self.reading_mlp_width is not None and not self.reading_layers:
+            raise ValueError(
+                f"model.reading_mlp_width is {self.reading_mlp_width}, which is the width of model.reading_layers, but "
+                "there are none; set both, or leave both out"
+            )
+        if self.global_heads is None:
+            return
+        if self.delta is not None:
+            raise ValueError("model.global_heads and model.delta are set, which both say what layers are; keep one")
+        if self.experts is not None and self.experts.dense_layers:
+            raise ValueError(
+                f"model.experts.dense_layers is {self.experts.dense_layers}, but with model.global_heads every layer "
+                "has experts; set it to 0, or leave global_heads out"
+            )
+        if not {"blocks", "global_blocks"} <= set(self.stacks):
+            raise ValueError(
+                f"model.global_heads is set, but of {self.layers} layers, the last {self.reading_layers} of which read "
+                f"(model.reading_layers), the others are all with a window or all without: model.window is "
+                f"{self.window} and model.window_pattern {self.window_pattern}; there must be one of each before those"
+            )
+        try:
+            self.of_stack("global_blocks")
+        except ValueError as error:
+            told = str(error)
+            for name in ("head_width", "kv_heads"):
+                told = told.replace(f"model.{name}", f"model.global_heads.{name}")
+            raise ValueError(f"in layers without a window, {told}") from None
 
     @property
     def head_size(self) -> int:
@@ -331,7 +356,7 @@ class TransformerConfig:
         """The sizes of one stack of blocks as those of a model."""
         if self.global_heads is None:
             return self
-        changed: dict[str, Any] = {"global_heads": None, "reading_layers": 0}
+        changed: dict[str, Any] = {"global_heads": None, "reading_layers": 0, "reading_mlp_width": None}
         if stack.startswith("global_"):
             changed |= {"head_width": self.global_heads.head_width, "kv_heads": self.global_heads.kv_heads}
         if "reading" in stack:

@@ -40,6 +40,7 @@ class Guarded:
       folder: where its output and its tracebacks are written, in NAME.log; None drops them.
       stop: raises what the run wants to end with instead of waiting for an answer.
       isolated: without files, network and environment, for a function that runs what a model wrote.
+      place: where people find `folder` in the end, if not there.
     """
 
     function: Callable[..., Any]
@@ -49,6 +50,7 @@ class Guarded:
     folder: Path | None = None
     stop: Callable[[], None] = lambda: None
     isolated: bool = False
+    place: str | None = None
     _workers: Workers | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -123,7 +125,11 @@ class Guarded:
         return found
 
     def _log(self) -> str:
-        return "" if self.folder is None else f"; its traceback and output are in {self.folder / self.name}.log"
+        return (
+            ""
+            if self.folder is None
+            else f"; its traceback and output are in {self.place or self.folder}/{self.name}.log"
+        )
 
     def close(self) -> None:
         """End its process and whatever that has started."""

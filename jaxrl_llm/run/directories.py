@@ -88,9 +88,11 @@ def mirrored(config: Config, resume: bool, say: Callable[[str], Any]) -> Iterato
         mirror.fetch()
     try:
         with mirror.kept():
+            if not resume and hosts.is_main():
+                mirror.begin()
             hosts.meet("the run is fetched")
-            if resume and not hosts.is_main():
-                mirror.fetch()
+            if not hosts.is_main():
+                mirror.fetch() if resume else mirror.begin()
             yield mirror
     except ConnectionError as error:
         raise PassingError(str(error)) from error
@@ -100,7 +102,7 @@ def _in_the_way(mirror: Mirror) -> str | None:
     """What keeps a new run from an address, as this process sees it."""
     if hosts.is_main() and mirror.there():
         return "is not empty"
-    return f"has a working copy in {mirror.directory}" if mirror.directory.exists() else None
+    return f"has a working copy in {mirror.directory}" if mirror.computed() else None
 
 
 def _share(config: Config) -> Share | None:

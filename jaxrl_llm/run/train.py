@@ -101,6 +101,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(named(config.directory, interruption.way_on))
         mirror = stack.enter_context(mirrored(config, resume, say))
+        interruption.brought = str if mirror is None else mirror.brought
         if resume and hosts.is_main():
             stack.enter_context(owned(config.directory, say=say))
         while True:
@@ -192,6 +193,8 @@ def _train(
         guarded_functions(config, [stage.parts.step.composition for stage in stages], interruption.give_up_the_step),
     ):
         interruption.opened = True
+        if (mirror := shared["mirror"]) is not None:
+            mirror.push_later()  # whoever comes after a kill finds that the run has begun
         ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
         made = (config, ready, directory, manager, console, meta, watch, data, sets)
         run = Run(*made, mark=started, interruption=interruption, report=report, local=local, **shared)
