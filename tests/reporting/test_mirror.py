@@ -158,7 +158,8 @@ def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, m
     "address",
     "two processes are started on it",
     "the owner rewrites an object every 15 seconds; whoever comes waits 45 seconds to see whether it lives, unless it "
-    "is known to have ended on the same machine. Of two that start within the same moment, the one that wrote last has it",
+    "is known to have ended on the same machine. Of two that start within the same moment, the one that wrote last has "
+    "it",
 )
 def test_an_address_has_one_owner(address):
     memory, name, said = fsspec.filesystem("memory"), "/bucket/.owner", []
