@@ -165,11 +165,71 @@ def ranking_agreement(
     return jnp.where(there & (count > 0), jnp.where(readable, mean, -1.0), 0.0)
 
 
+def stated_verdict(
+    completions: Sequence[str | None],
+    *,
+    right: str = "Y",
+    wrong: str = "N",
+    tags: tuple[str, str] | None = ("<a>", "</a>"),
+) -> list[float | None]:
+    """What a critique says of an answer: 1 for right, 0 for wrong, None where it does not say so exactly once.
+
+    Args:
+      completions: critiques; or what a network wrote, or the verdicts that are known
+        (`reads: {completions: answers}, tags: null`).
+      right, wrong: the two verdicts.
+      tags: around the verdict, once in the text; None takes the whole text.
+
+    Returns:
+      One verdict a row, for the field `verdict`, which is NaN for None.
+
+    >>> stated_verdict(["<t>1+1=2</t><a>Y</a>", "<a>N</a>", "<a>N</a><a>N</a>", "Y"])
+    [1.0, 0.0, None, None]
+
+    Reference: Critique-RL (2510.24320), Critique-Coder (2509.22824).
+    Certainty: verified
+    """
+    meaning = {right: 1.0, wrong: 0.0}
+    once = [text if text is None or tags is None or text.count(tags[0]) == 1 else None for text in completions]
+    return [None if text is None else meaning.get((said(text, tags) or "").strip()) for text in once]
+
+
+def right_verdict(
+    completions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    right: str = "Y",
+    wrong: str = "N",
+    tags: tuple[str, str] | None = ("<a>", "</a>"),
+) -> list[float | None]:
+    """Whether a critique's verdict is the one that is known.
+
+        r = 1[verdict = known verdict],   0 without a verdict
+
+    Args:
+      completions: critiques.
+      answers: the verdicts that are known.
+      right, wrong, tags: as in `stated_verdict`.
+
+    Returns:
+      One reward a row; None where what is known is no verdict, such as beside ordinary problems.
+
+    >>> right_verdict(["<a>Y</a>", "<a>Y</a>", "?", "<a>5</a>"], ["Y", "N", "N", "5"])
+    [1.0, 0.0, 0.0, None]
+
+    Reference: Critique-Coder (2509.22824).
+    Certainty: verified
+    """
+    found = stated_verdict(completions, right=right, wrong=wrong, tags=tags)
+    known = stated_verdict(answers, right=right, wrong=wrong, tags=None)
+    return [None if one is None else float(own == one) for own, one in zip(found, known, strict=True)]
+
+
 @ranged
 def critique_reward(
     verdict: Float[Array, "B"],
     original_correct: Float[Array, "B"],
-    refined_correct: Float[Array, "B"],
+    refined_correct: Float[Array, "B"] | None = None,
     *,
     form: CritiqueForm = "refine",
     bonus: NonNegative = 0.2,
@@ -186,7 +246,7 @@ def critique_reward(
     Args:
       verdict: 1 says that the answer is right, 0 that it is wrong; NaN is no verdict, which is wrong.
       original_correct: whether the answer is.
-      refined_correct: whether the answer after the critique is.
+      refined_correct: whether the answer after the critique is; `verdict` does not need it.
       form: as above.
       bonus: of a right verdict.
 
@@ -194,15 +254,18 @@ def critique_reward(
       One reward a row, float32.
 
     Raises:
-      ValueError: for an unknown form, or a negative bonus.
+      ValueError: for an unknown form, one that needs a refined answer where there is none, or a negative bonus.
 
     Reference: Critique-RL (2510.24320); verdicts alone: WebArbiter (2601.21872), Critique-Coder (2509.22824).
     Certainty: verified
     """
-    chex.assert_equal_shape([verdict, original_correct, refined_correct])
     if form not in get_args(CritiqueForm):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(CritiqueForm))}")
-    before, after = original_correct.astype(jnp.float32), refined_correct.astype(jnp.float32)
+    if refined_correct is None and form != "verdict":
+        raise ValueError(f"form is {form!r}, which needs refined_correct; fill it in front, or pay for verdicts alone")
+    refined = original_correct if refined_correct is None else refined_correct
+    chex.assert_equal_shape([verdict, original_correct, refined])
+    before, after = original_correct.astype(jnp.float32), refined.astype(jnp.float32)
     right = jnp.isfinite(verdict) & ((verdict > 0.5) == (before > 0.5))
     earned = {
         "verdict": jnp.ones_like(before),
