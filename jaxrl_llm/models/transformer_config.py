@@ -72,7 +72,7 @@ class TransformerConfig:
       rope_interleaved: dimensions are rotated in pairs (2i, 2i + 1) instead of (i, i + half).
       window: tokens that a windowed layer sees, itself included.
       window_pattern: which layers are windowed, repeated over the layers; used where `window` is set.
-      local_rope_base: base of the rotary angles in windowed layers, which are then not scaled; None: that of the others.
+      local_rope_base: base of the rotary angles in windowed layers, which are then not scaled; None: as the others.
       qk_norm: RMSNorm on queries and keys before rotation.
       qk_norm_span: over each head by itself, or over all heads of a token together.
       qkv_bias: the query, key and value projections have biases.
