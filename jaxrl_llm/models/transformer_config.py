@@ -8,7 +8,14 @@ from typing import Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
-from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig, LatentConfig, Layers, PerLayerConfig
+from jaxrl_llm.models.layer_kinds import (
+    DeltaConfig,
+    GlobalConfig,
+    LatentConfig,
+    Layers,
+    PerLayerConfig,
+    require_layer_kinds,
+)
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.ranges import Count, Positive, require_ranges
@@ -228,7 +235,7 @@ class TransformerConfig:
             )
 
     def _check_patterns(self):
-        self._check_global()
+        require_layer_kinds(self)
         patterns = {"window_pattern": self.window_pattern, "rope_pattern": self.rope_pattern}
         if self.delta is not None:
             patterns["delta.pattern"] = self.delta.pattern
@@ -248,37 +255,6 @@ class TransformerConfig:
                 f"model.window_pattern is {self.window_pattern}, which say something of windowed layers; set "
                 "model.window, or leave them out"
             )
-
-    def _check_global(self):
-        if self.global_heads is None and self.reading_layers:
-            raise ValueError(f"model.reading_layers is {self.reading_layers}, which needs model.global_heads; set both")
-        if self.reading_mlp_width is not None and not self.reading_layers:
-            raise ValueError(
-                f"model.reading_mlp_width is {self.reading_mlp_width}, which is the width of model.reading_layers, but "
-                "there are none; set both, or leave both out"
-            )
-        if self.global_heads is None:
-            return
-        if self.delta is not None:
-            raise ValueError("model.global_heads and model.delta are set, which both say what layers are; keep one")
-        if self.experts is not None and self.experts.dense_layers:
-            raise ValueError(
-                f"model.experts.dense_layers is {self.experts.dense_layers}, but with model.global_heads every layer "
-                "has experts; set it to 0, or leave global_heads out"
-            )
-        if not {"blocks", "global_blocks"} <= set(self.stacks):
-            raise ValueError(
-                f"model.global_heads is set, but of {self.layers} layers, the last {self.reading_layers} of which read "
-                f"(model.reading_layers), the others are all with a window or all without: model.window is "
-                f"{self.window} and model.window_pattern {self.window_pattern}; there must be one of each before those"
-            )
-        try:
-            self.of_stack("global_blocks")
-        except ValueError as error:
-            told = str(error)
-            for name in ("head_width", "kv_heads"):
-                told = told.replace(f"model.{name}", f"model.global_heads.{name}")
-            raise ValueError(f"in layers without a window, {told}") from None
 
     @property
     def head_size(self) -> int:

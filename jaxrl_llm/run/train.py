@@ -184,7 +184,7 @@ def _train(
             _saying(console)(f"{stage.name}: {warning}")
     if resume:
         clear_the_way(config, newest, _saying(console), apart=apart)
-    opened = {"resume_step": first_step, "apart": apart, **logging}
+    opened = {"resume_step": first_step, "mirror": shared["mirror"], **logging}
     with (
         run_directory(config.directory, as_tree(config), **opened) as directory,
         _manager(config, apart) as manager,
@@ -193,8 +193,6 @@ def _train(
         guarded_functions(config, [stage.parts.step.composition for stage in stages], interruption.give_up_the_step),
     ):
         interruption.opened = True
-        if (mirror := shared["mirror"]) is not None:
-            mirror.push_later()  # whoever comes after a kill finds that the run has begun
         ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
         made = (config, ready, directory, manager, console, meta, watch, data, sets)
         run = Run(*made, mark=started, interruption=interruption, report=report, local=local, **shared)
