@@ -62,7 +62,7 @@ class Answers(NamedTuple):
     """What a reading said.
 
     Attributes:
-      values: name -> one entry a row; None where it does not apply.
+      values: name -> one entry per row; None where it does not apply.
       seconds: that it took.
       failures: rows that got the value on failure.
     """
@@ -77,10 +77,10 @@ def answered(reading: Reading, data: Mapping[str, Any], *, rows: int, names: Seq
 
     Args:
       reading: what is called.
-      data: what it names, one entry a row: lists of text, arrays.
+      data: what it names, one entry per row: lists of text, arrays.
       rows: how many.
-      names: what its values become. A function of one name returns one entry a row, or {name: entries}; one of several
-        returns a tuple of entries or a dictionary of them. Called for single rows, it returns those of one row.
+      names: what its values become. A function of one name returns one entry per row, or {name: entries}; one of
+        several returns a tuple of entries or a dictionary of them. Called for single rows, it returns those of one row.
 
     Raises:
       RewardError: for an exception or a late call without a value on failure, another number of values than rows, a
@@ -217,7 +217,7 @@ def _told(reading: Reading, error: BaseException, data: Mapping[str, Any], row: 
 
 
 def _checked(reading: Reading, returned: Any, data: Mapping[str, Any], rows: int) -> list[Any]:
-    """One entry a row: a number, text, an array, or None; or what `entry` makes."""
+    """One entry per row: a number, text, an array, or None; or what `entry` makes."""
     values, called = _listed(returned), reading.name
     if values is None or len(values) != rows:
         what = f"a {type(returned).__name__}" if values is None else f"{len(values)} values"
@@ -264,13 +264,13 @@ def checked_host_reward(
     """Call `function(**data)` and return its B rewards as float32, or say what is wrong with them.
 
     Args:
-      function: returns one number a row, None or NaN where it does not apply; hyper-parameters are bound beforehand.
-      data: what the function names, such as completions, prompts, answers and items, one entry a row.
+      function: returns one number per row, None or NaN where it does not apply; hyper-parameters are bound beforehand.
+      data: what the function names, such as completions, prompts, answers and items, one entry per row.
       rows: number of rows B; None takes the length of the first entry of `data`.
       name: what messages call the function; None takes its own name.
 
     Returns:
-      One reward a row, [B] float32; NaN where it does not apply.
+      One reward per row, [B] float32; NaN where it does not apply.
 
     Raises:
       RewardError: for an exception in the function, another number of values than rows, a value that is no number, or
@@ -316,7 +316,7 @@ def _failing_row(reading: Reading, data: Mapping[str, Any], count: int) -> int |
 
 
 def by_row(value: Any, count: int) -> bool:
-    """Whether an argument has one entry a row."""
+    """Whether an argument has one entry per row."""
     return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes)) and len(value) == count
 
 

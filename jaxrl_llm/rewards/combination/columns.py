@@ -15,12 +15,12 @@ def reward_column(
     """One reward by its name, before weights: an entry of credit may give it to a function under a name of its own.
 
     Args:
-      reward_components: one column a reward function.
+      reward_components: one column per reward function.
       column: name of the reward function in the recipe.
       reward_names: names of the columns in their order; a run knows them.
 
     Returns:
-      One reward a row, float32; NaN where it does not apply.
+      One reward per row, float32; NaN where it does not apply.
 
     Raises:
       ValueError: for a name that no column has.

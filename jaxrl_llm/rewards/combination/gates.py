@@ -34,14 +34,14 @@ def gated_sum(
     The first reward is what the run is for, an outcome that the policy controls; those that can be farmed come last.
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply: it adds nothing and closes nothing.
+      reward_components: x, one column per reward function; NaN does not apply: it adds nothing and closes nothing.
       order: names of the rewards, the most important first.
       reward_names: names of the columns in their order; a run knows them.
       thresholds: of all rewards but the last, or one for each of them.
       weights: one factor a reward in `order`; None is 1 for each.
 
     Returns:
-      One reward a row, float32; NaN where none of them applies.
+      One reward per row, float32; NaN where none of them applies.
 
     Raises:
       ValueError: for a name that no column has, or another number of thresholds or weights.
@@ -86,7 +86,7 @@ def outcome_gated_sum(
     gated with 1/2; VideoRFT the gate `positive`, a similarity gated with 2, and the limit 1.
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply and is left out.
+      reward_components: x, one column per reward function; NaN does not apply and is left out.
       outcome: name of the reward o that says whether the answer is right.
       gated: factor of each reward that counts with the outcome.
       plain: factor of each reward that always counts, the outcome itself among them where it is to pay.
@@ -95,7 +95,7 @@ def outcome_gated_sum(
       limit: the most that a gated reward can add; None is none.
 
     Returns:
-      One reward a row, float32; NaN where none of them applies. Without an outcome nothing gated counts.
+      One reward per row, float32; NaN where none of them applies. Without an outcome nothing gated counts.
 
     Raises:
       ValueError: for a name that no column has, or an unknown gate.
@@ -138,7 +138,7 @@ def trusted_sum(
     none. Where nobody is right the trust is 1; where all o are at least 0.9, or all at most 0.1, it is 0.
 
     Args:
-      reward_components: one column a reward function.
+      reward_components: one column per reward function.
       group: id of the group each row belongs to.
       weight: 0 for absent rows.
       step: updates so far; late training depends on the outcome alone.
@@ -149,7 +149,7 @@ def trusted_sum(
       decay_steps: in which it falls to 1/e.
 
     Returns:
-      One reward a row, float32; NaN where neither applies.
+      One reward per row, float32; NaN where neither applies.
 
     Raises:
       ValueError: for a name that no column has.
@@ -203,7 +203,7 @@ def concise_correctness(
       coefficient: alpha; with more than 1/2 a short right answer can outweigh two.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: CRM (2511.09158).
     Certainty: recalled
@@ -230,7 +230,7 @@ def length_conciseness(
       least: score of a completion of that length.
 
     Returns:
-      One number a row in [least, 1], float32.
+      One number per row in [least, 1], float32.
 
     Reference: CRM (2511.09158).
     Certainty: reconstructed

@@ -32,14 +32,14 @@ def floored_sum(
     A penalty ten times the bonus teaches to avoid whatever may be penalised; floored, it is gentle.
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply and is left out.
+      reward_components: x, one column per reward function; NaN does not apply and is left out.
       weights: factor of each reward that counts, by name.
       reward_names: names of the columns in their order; a run knows them.
       floors: least value of a reward, by name; others have none.
       least, most: bounds of the sum; None is none.
 
     Returns:
-      One reward a row, float32; NaN where none applies.
+      One reward per row, float32; NaN where none applies.
 
     Raises:
       ValueError: for a name that no column has, or a floor without a weight.
@@ -71,7 +71,7 @@ def annealed_sum(
         r = sum_k ((1 - s) * first_k + s * last_k) * x_k
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply and is left out.
+      reward_components: x, one column per reward function; NaN does not apply and is left out.
       step: updates so far.
       first, last: factors at the two ends, by name; a name that one lacks has 0 there.
       total_steps: when the last weights are reached.
@@ -79,7 +79,7 @@ def annealed_sum(
       hold_steps: for which the first weights stay.
 
     Returns:
-      One reward a row, float32; NaN where none applies.
+      One reward per row, float32; NaN where none applies.
 
     Raises:
       ValueError: for a name that no column has, or a hold as long as the run.
@@ -104,7 +104,7 @@ def blended_rewards(rewards: Float[Array, "B"], quality: Float[Array, "B"], *, s
       share: of the score.
 
     Returns:
-      One reward a row, float32; NaN where the row has no reward.
+      One reward per row, float32; NaN where the row has no reward.
 
     Reference: adaptive semantic reward, ARMed (2508.12957), with a share of 1/2.
     Certainty: reconstructed
@@ -132,7 +132,7 @@ def ensemble_score(
         deviation   mean_k x_k - coefficient * std_k x_k
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply and is left out.
+      reward_components: x, one column per reward function; NaN does not apply and is left out.
       heads: names of the scorers.
       reward_names: names of the columns in their order; a run knows them.
       form: which of the four.
@@ -140,7 +140,7 @@ def ensemble_score(
       ddof: 1 for the unbiased variance, 0 for the population's, which best-of-n has.
 
     Returns:
-      One reward a row, float32; NaN where no scorer applies.
+      One reward per row, float32; NaN where no scorer applies.
 
     Raises:
       ValueError: for a name that no column has, or an unknown form.
@@ -175,14 +175,14 @@ def robust_score(
         r = alpha * x_s + (1 - alpha) * min_k x_k,   s = argmin_k deviation_k
 
     Args:
-      reward_components: one column a reward function; a head that is NaN in either does not apply and is left out.
+      reward_components: one column per reward function; a head that is NaN in either does not apply and is left out.
       means: names of the heads' scores x.
       deviations: names of their stated deviations, in the same order.
       reward_names: names of the columns in their order; a run knows them.
       alpha: trust in the surest head; 0 is the worst case. The first of equally sure heads counts.
 
     Returns:
-      One reward a row, float32; NaN where no head applies.
+      One reward per row, float32; NaN where no head applies.
 
     Raises:
       ValueError: for a name that no column has, or another number of deviations than of means.

@@ -19,14 +19,14 @@ def weighted_sum(reward_components: Float[Array, "B K"], *, weights: tuple[float
     NaN does not apply to the row and is left out of its sum; a row that none with a weight applies to gets NaN.
 
     Args:
-      reward_components: one column a reward function.
-      weights: one weight a column.
+      reward_components: one column per reward function.
+      weights: one weight per column.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
-      ValueError: if there is not one weight a column.
+      ValueError: if there is not one weight per column.
     """
     chex.assert_rank(reward_components, 2)
     if len(weights) != reward_components.shape[1]:

@@ -39,7 +39,7 @@ def answer_likelihood(
       without_answer: reward of such a row. In the two logarithmic forms 0 is the highest reward, so give a low one.
 
     Returns:
-      One reward a row, float32; of a view of several sequences a row (`answer_after_turns`), one for each.
+      One reward per row, float32; of a view of several sequences a row (`answer_after_turns`), one for each.
 
     Raises:
       ValueError: for an unknown form.

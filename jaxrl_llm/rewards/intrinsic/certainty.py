@@ -24,7 +24,7 @@ def vocabulary_certainty(log_probabilities: Float[Array, "B C V"], tokens: Int[A
       tokens: of the same positions; their values do not matter.
 
     Returns:
-      One number a token; its mean is the reward, see `token_mean`.
+      One number per token; its mean is the reward, see `token_mean`.
 
     Reference: Intuitor, self-certainty (2505.19590).
     Certainty: verified
@@ -43,7 +43,7 @@ def token_mean(token_certainty: Float[Array, "B T"], mask: Float[Array, "B T"]) 
       mask: non-zero on tokens that count.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: Intuitor, self-certainty (2505.19590).
     Certainty: verified
@@ -67,7 +67,7 @@ def negative_entropy(
       reduce: "mean" or "sum" over them.
 
     Returns:
-      One reward a row, at most 0; 0 in rows without tokens.
+      One reward per row, at most 0; 0 in rows without tokens.
 
     Raises:
       ValueError: for an unknown reduction.
@@ -95,7 +95,7 @@ def sequence_likelihood(
       form: as above.
 
     Returns:
-      One reward a row; of a row without tokens 0, and 1 as a probability.
+      One reward per row; of a row without tokens 0, and 1 as a probability.
 
     Raises:
       ValueError: for an unknown form.

@@ -29,7 +29,7 @@ def elliptical_bonus(
       ridge: 1 / ridge is the bonus of the first turn with a unit feature, and so sets the scale.
 
     Returns:
-      One bonus a turn; 0 where there is no turn.
+      One bonus per turn; 0 where there is no turn.
 
     Reference: E3B, global and episodic bonuses (2306.03236).
     Certainty: verified
@@ -114,7 +114,7 @@ def coverage_gains(
       element_weights: of the elements; None weighs all 1.
 
     Returns:
-      One gain a turn; their sum is what the conversation covers.
+      One gain per turn; their sum is what the conversation covers.
 
     Raises:
       ValueError: for another number of weights than elements.

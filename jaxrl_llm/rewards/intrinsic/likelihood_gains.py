@@ -41,7 +41,7 @@ def likelihood_gain(
       without_answer: reward of a row whose thought was cut off.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for an unknown form.

@@ -87,7 +87,7 @@ def majority_novelty(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One reward a row in [-1, 1]; 0 in absent rows.
+      One reward per row in [-1, 1]; 0 in absent rows.
 
     Reference: EVOL-RL (2509.15194).
     Certainty: verified
@@ -110,7 +110,7 @@ def banded_novelty(
       agrees, answer_id, group, weight: as in `majority_novelty`.
 
     Returns:
-      One reward a row in [-1, 1]; 0 in absent rows.
+      One reward per row in [-1, 1]; 0 in absent rows.
 
     Reference: EVOL-RL (2509.15194).
     Certainty: verified
@@ -165,7 +165,7 @@ def leverage_bonus(
     b lies in [0, 1). With leave_one_out S is without the row itself, which gives b / (1 - b).
 
     Args:
-      rewards: one a row.
+      rewards: one per row.
       embedding: of each completion (`mean_hidden`).
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
@@ -178,7 +178,7 @@ def leverage_bonus(
       seed: of the projection.
 
     Returns:
-      One reward a row; absent rows keep theirs.
+      One reward per row; absent rows keep theirs.
 
     Raises:
       ValueError: for directions below 1.
@@ -245,7 +245,7 @@ def nearness_to_success(
       steepness: of the squashing.
 
     Returns:
-      One reward a row in [0, 1]; 0 in absent rows.
+      One reward per row in [0, 1]; 0 in absent rows.
 
     Reference: SRPO, self-referential policy optimisation (2511.15605).
     Certainty: verified

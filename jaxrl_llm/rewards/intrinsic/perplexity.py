@@ -34,7 +34,7 @@ def reasoning_perplexity(
       mark_id: id of the token that ends a thought, as in `answer_after_thought`.
 
     Returns:
-      One number a row, at least 1; infinity where nothing of the answer counts: the thought was cut off.
+      One number per row, at least 1; infinity where nothing of the answer counts: the thought was cut off.
 
     Reference: NOVER (2505.16022).
     Certainty: verified
@@ -84,7 +84,7 @@ def perplexity_ranks(
       efficiency_weight: w_e.
 
     Returns:
-      One reward a row, float32; 0 for samples that are not valid. The only valid sample of a group has no bonus.
+      One reward per row, float32; 0 for samples that are not valid. The only valid sample of a group has no bonus.
 
     Reference: NOVER (2505.16022).
     Certainty: verified

@@ -20,7 +20,7 @@ def thought_length(tokens: Int[Array, "B T"], length: Int[Array, "B"], *, mark_i
       mark_id: id of the token that ends a thought: that of the tag that closes it, or of the one that opens an answer.
 
     Returns:
-      One count a row.
+      One count per row.
 
     >>> thought_length(jnp.array([[3, 9, 4, 5], [3, 9, 9, 4]]), jnp.array([4, 3]), mark_id=4).tolist()
     [3, 0]
@@ -47,7 +47,7 @@ def thought_mask(
       mark_id: id of the token that ends a thought, which belongs to it.
 
     Returns:
-      One mask a token; 0 all along a row without the mark.
+      One mask per token; 0 all along a row without the mark.
 
     Reference: VeriFree (2505.21493).
     Certainty: verified

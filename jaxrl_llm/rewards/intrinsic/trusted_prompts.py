@@ -118,7 +118,7 @@ def trajectory_scores(
       candidate: rows that are scored.
 
     Returns:
-      One score a row in [-1, 1]; a history that never moved has 0.
+      One score per row in [-1, 1]; a history that never moved has 0.
     """
     reference = trusted & (visits >= 2)
     epochs = history.shape[1]

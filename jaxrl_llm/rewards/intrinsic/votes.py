@@ -27,7 +27,7 @@ def majority_match(
       break_ties: as above.
 
     Returns:
-      One reward a row, 0 or 1; 0 in absent rows and in groups without an answer.
+      One reward per row, 0 or 1; 0 in absent rows and in groups without an answer.
 
     >>> majority_match(jnp.array([0, 1, 1, -1, -1]), jnp.zeros(5, jnp.int32), jnp.ones(5)).tolist()
     [0.0, 1.0, 1.0, 0.0, 0.0]
@@ -61,7 +61,7 @@ def paired_majority_match(
       weight: weight of each row, and of its vote; 0 is absent.
 
     Returns:
-      One reward a row, 0 or 1; 0 in absent rows, and where the paired group has no answer.
+      One reward per row, 0 or 1; 0 in absent rows, and where the paired group has no answer.
 
     Reference: Co-Reward (2508.00410).
     Certainty: verified
@@ -112,7 +112,7 @@ def collective_match(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One reward a row, 0 or 1; with one policy `majority_match`.
+      One reward per row, 0 or 1; with one policy `majority_match`.
 
     Reference: RLCCF (2508.12338).
     Certainty: recalled
@@ -183,7 +183,7 @@ def answer_frequency(
       entropy_weight: of H; TTRV has 0.75, EMPO none.
 
     Returns:
-      One reward a row, 0 in absent rows.
+      One reward per row, 0 in absent rows.
 
     Reference: EMPO (2504.05812); TTRV (2510.06783).
     Certainty: verified
@@ -207,7 +207,7 @@ def semantic_entropy(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One number a row, the same along a group; 0 in absent rows and in groups without an answer.
+      One number per row, the same along a group; 0 in absent rows and in groups without an answer.
 
     Reference: EMPO (2504.05812).
     Certainty: recalled

@@ -152,7 +152,7 @@ def expected_rating(
       lowest, highest: of the ratings.
 
     Returns:
-      One reward a row; NaN (does not apply) where the judge gave no rating any probability.
+      One reward per row; NaN (does not apply) where the judge gave no rating any probability.
 
     Reference: LLM as a judge (2306.05685).
     Certainty: recalled

@@ -35,12 +35,12 @@ def learned_reward(
     from the reference in the recipe, and a verifier of weight 0 in front where there is one: `correct` reports it.
 
     Args:
-      reward_scores: one number a completion, of a stage before this one or of a checkpoint.
+      reward_scores: one number per completion, of a stage before this one or of a checkpoint.
       shift, scale: mean and deviation of the scores on reference answers; a pair's scores have no zero of their own.
       limit: bound of the reward; None is none.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for a scale or limit that is not positive.

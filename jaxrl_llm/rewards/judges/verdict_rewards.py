@@ -120,7 +120,7 @@ def verdict_agreement(
       right, wrong: what a verdict begins with; anything else earns 0.
 
     Returns:
-      One reward a row, for a field such as `verdict_reward`; None where nothing was asked.
+      One reward per row, for a field such as `verdict_reward`; None where nothing was asked.
 
     Reference: SPARK (2509.22624), point-wise.
     Certainty: verified
@@ -148,7 +148,7 @@ def ranking_agreement(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One reward a row; 0 where a row has no other sample.
+      One reward per row; 0 where a row has no other sample.
 
     Reference: URPO (2507.17515).
     Certainty: reconstructed
@@ -191,7 +191,7 @@ def critique_reward(
       bonus: of a right verdict.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for an unknown form, or a negative bonus.
@@ -237,7 +237,7 @@ def critique_overlap(
       tags: around the critique in a completion; None takes all of it. Without the tags there is no argument.
 
     Returns:
-      One reward a row in [0, 1]; None where there is no critique to compare with.
+      One reward per row in [0, 1]; None where there is no critique to compare with.
 
     Raises:
       ValueError: for an empty separator.
@@ -271,12 +271,12 @@ def attribute_reward(reward_scores: Float[Array, "B A"], *, weights: tuple[float
         r = sum_a weights_a * s_a
 
     Args:
-      reward_scores: of a head with one output an attribute.
-      weights: one a attribute, such as (0.65, 0.8, 0.45, 0.55, -0.4) for helpfulness, correctness, coherence,
+      reward_scores: of a head with one output per attribute.
+      weights: one per attribute, such as (0.65, 0.8, 0.45, 0.55, -0.4) for helpfulness, correctness, coherence,
         complexity and verbosity.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for another number of weights than of attributes.

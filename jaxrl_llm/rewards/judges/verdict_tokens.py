@@ -36,7 +36,7 @@ def verdict_score(
       form: as above.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for an unknown form.
@@ -69,7 +69,7 @@ def unbiased_comparison(first_share: Float[Array, "B"], swapped_share: Float[Arr
       swapped_share: the same of (anchor, answer).
 
     Returns:
-      One reward a row in [-1/2, 1/2], float32.
+      One reward per row in [-1/2, 1/2], float32.
 
     Reference: Pairwise RL (2504.04950).
     Certainty: reconstructed

@@ -31,16 +31,16 @@ def attributed_turns(
         r_s = scale * mean_d (r_ds - lowest_d) / (highest_d - lowest_d)
 
     Args:
-      contributions: c in [0, 1], such as `judge_turns` with ratings 0 to 3 gives; one a turn, or one a turn and
+      contributions: c in [0, 1], such as `judge_turns` with ratings 0 to 3 gives; one per turn, or one per turn and
         dimension. Negative or NaN: unrated.
-      correct: e, the outcome; one a row, or one a row and dimension.
+      correct: e, the outcome; one per row, or one per row and dimension.
       form: as above.
       lowest, highest: of r_d over the whole data, frozen; one number, or one a dimension.
       scale: of the result (10 in the authors' code).
       unrated: reward of a turn that is unrated in some dimension (-1 in the authors' code, where it is left out).
 
     Returns:
-      One reward a turn, float32.
+      One reward per turn, float32.
 
     Raises:
       ValueError: for an unknown form, or a dimension whose highest is not above its lowest.
@@ -82,7 +82,7 @@ def subgoal_rewards(
       once: a subgoal pays at most once; without it hits can be farmed.
 
     Returns:
-      One reward a turn, float32.
+      One reward per turn, float32.
 
     Raises:
       ValueError: for a negative coefficient.

@@ -44,7 +44,7 @@ def weighted_tests(
       eps: added to the density.
 
     Returns:
-      One reward a row, or one a turn, float32; 0 where no test applies.
+      One reward per row, or one per turn, float32; 0 where no test applies.
 
     Reference: VeRPO (2601.03525).
     Certainty: recalled

@@ -46,7 +46,7 @@ def step_borders(
       before: of a pattern, whether a step begins with a match; else it ends with it.
 
     Returns:
-      A reading of (completions, tokens, length): one array of step numbers a row.
+      A reading of (completions, tokens, length): one array of step numbers per row.
 
     Raises:
       ValueError: for an unknown border, or a pattern that is no regular expression.

@@ -46,7 +46,7 @@ def step_end_scores(
       form: as above.
 
     Returns:
-      One number a step, float32; 0 for steps that were not taken.
+      One number per step, float32; 0 for steps that were not taken.
 
     Raises:
       ValueError: for an unknown form.
@@ -95,7 +95,7 @@ def aggregated_steps(
       without_steps: score of a row that took no step.
 
     Returns:
-      One score a row, float32.
+      One score per row, float32.
 
     Raises:
       ValueError: for an unknown form.
@@ -136,7 +136,7 @@ def continuation_labels(
       form: as above.
 
     Returns:
-      One label a step, float32; NaN where nothing was continued.
+      One label per step, float32; NaN where nothing was continued.
 
     Raises:
       ValueError: for an unknown form.
@@ -165,7 +165,7 @@ def labels_at_ends(
       mask: non-zero on tokens that count; a step without any was not taken.
 
     Returns:
-      One label a token, float32.
+      One label per token, float32.
 
     >>> labels_at_ends(jnp.array([[0.5, 1.0]]), jnp.array([[0, 0, 1]]), jnp.ones((1, 3))).tolist()
     [[nan, 0.5, 1.0]]
@@ -207,7 +207,7 @@ def progress_attribution(
       alpha, beta: weights.
 
     Returns:
-      One reward a turn, float32; 0 for turns that were not taken.
+      One reward per turn, float32; 0 for turns that were not taken.
 
     Reference: SPA-RL (2505.20732).
     Certainty: verified
@@ -245,7 +245,7 @@ def added_span_rewards(
       offset, scale: bring the model to its share of the reward.
 
     Returns:
-      One reward a token, float32.
+      One reward per token, float32.
 
     Reference: fine-grained human feedback (2306.01693).
     Certainty: verified
@@ -272,7 +272,7 @@ def duration_weights(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One weight a token, 0 outside the mask and in absent rows; 1 everywhere where all durations are 0.
+      One weight per token, 0 outside the mask and in absent rows; 1 everywhere where all durations are 0.
 
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: recalled
@@ -314,7 +314,7 @@ def milestone_reward(
       add_to_valid: whether milestones count beside a valid result.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: recalled

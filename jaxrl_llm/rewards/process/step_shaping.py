@@ -44,7 +44,7 @@ def clipped_delta(
       coefficient: factor of what the steps get, 0.02 to 1.
 
     Returns:
-      One reward a step, float32; 0 for steps that were not taken.
+      One reward per step, float32; 0 for steps that were not taken.
 
     Raises:
       ValueError: for an unknown delta.
@@ -90,7 +90,7 @@ def potential_shaped(
       gamma: discount of the return that the rewards are for.
 
     Returns:
-      One reward a turn, float32; 0 for turns that were not taken.
+      One reward per turn, float32; 0 for turns that were not taken.
 
     Raises:
       ValueError: if there is not one potential more than turns.

@@ -30,7 +30,7 @@ def separated_turns(
       separator_id: id of the token that ends a turn; by default the one that ends a step of a scratchpad.
 
     Returns:
-      One index a token, from 0; padding continues the last turn.
+      One index per token, from 0; padding continues the last turn.
 
     >>> separated_turns(jnp.array([[20, 87, 21, 22, 87]]), jnp.array([5])).tolist()
     [[0, 0, 1, 1, 1]]
@@ -68,7 +68,7 @@ def reference_progress(
       separator_id: id of the token that ends a turn of the reference.
 
     Returns:
-      One reward a turn; 0 for a turn that either of the two did not take.
+      One reward per turn; 0 for a turn that either of the two did not take.
 
     Raises:
       ValueError: for no turns.
@@ -102,7 +102,7 @@ def episode_reward(turn_rewards: Float[Array, "B S"], *, turn: int | None = None
       turn: number of the turn that counts alone, from 0; negative ones count from the last that an episode may have.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for a turn that no episode has.
@@ -123,7 +123,7 @@ def turn_count(turns: Int[Array, "B"]) -> Float[Array, "B"]:
       turns: turns that were taken.
 
     Returns:
-      One number a row, float32.
+      One number per row, float32.
     """
     return turns.astype(jnp.float32)
 
@@ -142,7 +142,7 @@ def normalized_turn_rewards(
       attainable: total of the scores that an episode can reach.
 
     Returns:
-      One reward a turn, float32.
+      One reward per turn, float32.
 
     Raises:
       ValueError: if nothing is attainable.
@@ -177,7 +177,7 @@ def turn_end_rewards(
       density: every turn on its own, or all at the end.
 
     Returns:
-      One reward a token, 0 elsewhere. The reward of a turn without a token that counts is given nowhere (dense).
+      One reward per token, 0 elsewhere. The reward of a turn without a token that counts is given nowhere (dense).
 
     Raises:
       ValueError: for an unknown density.
@@ -241,10 +241,10 @@ def self_correction_rewards(
       stage: which of the two.
       first_stage_steps: so many steps are of the first stage, before those of `stage`: both in one run.
       alpha: pay for progress, in the second stage.
-      kl_coefficient: beta, units of reward a nat; None takes 0.1 in the first stage and 0.01 in the second.
+      kl_coefficient: beta, units of reward per nat; None takes 0.1 in the first stage and 0.01 in the second.
 
     Returns:
-      One reward a turn; 0 for a turn that was not taken.
+      One reward per turn; 0 for a turn that was not taken.
 
     Raises:
       ValueError: for an unknown stage, other than two turns, or steps of the first stage that cannot be counted.

@@ -50,7 +50,7 @@ def reference_bounded(
       slope: of the sigmoids.
 
     Returns:
-      One reward a row, float32; NaN where the row has no reward, or no reference.
+      One reward per row, float32; NaN where the row has no reward, or no reference.
 
     Raises:
       ValueError: for an unknown form.
@@ -114,7 +114,7 @@ def percentile_bounded(
       slope: 3 in the paper.
 
     Returns:
-      One reward a row in [0, 1], float32; NaN where a score or a percentile is.
+      One reward per row in [0, 1], float32; NaN where a score or a percentile is.
 
     Reference: MedGRPO (2512.06581).
     Certainty: reconstructed
@@ -149,7 +149,7 @@ def whitened_rewards(
       eps: added to the variance.
 
     Returns:
-      One reward a row, float32, 0 in absent rows.
+      One reward per row, float32, 0 in absent rows.
 
     Raises:
       ValueError: for a mean that is kept without centring.
@@ -177,7 +177,7 @@ def clipped_rewards(rewards: Float[Array, "B"], *, least: float = -10.0, most: f
       least, most: the bounds.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for bounds the wrong way round.
@@ -203,7 +203,7 @@ def running_normalized(*, center: bool = True, limit: Positive | None = None) ->
       limit: bound of the result, 5 to 10; None is none.
 
     Returns:
-      A method that names `rewards` and `weight`: one reward a row, float32, 0 in absent rows. NaN stays NaN and is
+      A method that names `rewards` and `weight`: one reward per row, float32, 0 in absent rows. NaN stays NaN and is
       left out of the moments.
 
     Reference: PPO implementations with running moments (1707.06347).

@@ -43,7 +43,7 @@ def calibrated_correctness(
       offset: b; the least reward of a readable confidence is never below that of one that cannot be read.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for a negative weight.
@@ -77,7 +77,7 @@ def proper_score(
       eps: for `log`; ours.
 
     Returns:
-      One reward a row, float32; the least that the rule can give, -1 or log eps, where no confidence can be read.
+      One reward per row, float32; the least that the rule can give, -1 or log eps, where no confidence can be read.
 
     Raises:
       ValueError: for an unknown rule.
@@ -116,15 +116,15 @@ def step_calibration(
     values are proper, which absolute values are not. The form of the three terms is our choice.
 
     Args:
-      step_match: 1 for a step (or the whole completion, one number a row) that matches the reference, else 0.
+      step_match: 1 for a step (or the whole completion, one number per row) that matches the reference, else 0.
       stated_confidence: what the step says of itself, in [0, 1]; levels 1 to 5 are (level - 1) / 4.
       internal_confidence: of the policy's probabilities, in [0, 1].
       knowledge_weight, stated_weight, internal_weight: w_k, w_e, w_i.
       deviation: absolute or squared.
 
     Returns:
-      One reward a row, float32. A step that states nothing (NaN) has the worst deviation, 1; one whose match is NaN is
-      none; a row without steps gets NaN.
+      One reward per row, float32. A step that states nothing (NaN) has the worst deviation, 1; one whose match is NaN
+      is none; a row without steps gets NaN.
 
     Raises:
       ValueError: for an unknown deviation.

@@ -43,7 +43,7 @@ def cosine_length(
       exceeded: the reward of a completion of L tokens or more; None leaves the cosine.
 
     Returns:
-      One reward a row, float32; NaN where `correct` is.
+      One reward per row, float32; NaN where `correct` is.
 
     Reference: Demystifying long chain-of-thought (2502.03373).
     Certainty: verified
@@ -73,7 +73,7 @@ def repetition_penalty(
       penalty: of a completion that says nothing new.
 
     Returns:
-      One reward a row in [-penalty, 0]; 0 for fewer than n tokens. Two n-grams are told apart by two 32-bit hashes.
+      One reward per row in [-penalty, 0]; 0 for fewer than n tokens. Two n-grams are told apart by two 32-bit hashes.
 
     Reference: Demystifying long chain-of-thought (2502.03373).
     Certainty: verified
@@ -120,7 +120,7 @@ def target_length(
       delta: share of the reward at the budget itself, for `most`.
 
     Returns:
-      One reward a row, float32; NaN where `correct` is.
+      One reward per row, float32; NaN where `correct` is.
 
     Raises:
       ValueError: for an unknown form.
@@ -166,7 +166,7 @@ def length_band_bonus(
       bonus: what it pays.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for a band without a length.
@@ -210,7 +210,7 @@ def shortest_right_bonus(
       bonus: what it pays.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: Observe-R1 (2505.12432).
     Certainty: verified

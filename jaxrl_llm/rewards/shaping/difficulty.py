@@ -39,7 +39,7 @@ def difficulty_truncation(
       easy_from: share of right samples from which the limit shrinks.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: DLER, difficulty-aware (2510.15110).
     Certainty: reconstructed

@@ -32,7 +32,7 @@ def soft_overlong(
       factor: penalty at the limit.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: if the buffer is not within 1..max_completion_tokens, or the factor is negative.
@@ -61,7 +61,7 @@ def truncation_zero(rewards: Float[Array, "B"], truncated: Bool[Array, "B"]) -> 
       truncated: the completion reached its length limit before end of sequence.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: DLER (2510.15110)
     Certainty: verified
@@ -99,7 +99,7 @@ def shrinking_budget_length(
       most: the highest reward.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: RMT (2509.24375).
     Certainty: verified

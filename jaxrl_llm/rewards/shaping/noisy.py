@@ -32,7 +32,7 @@ def flipped_rewards(
       seed: of the choice; that of the run where none is given.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: noisy rewards (2505.22653).
     Certainty: verified
@@ -64,7 +64,7 @@ def pattern_calibrated(
       coefficient: by how much at most.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: reasoning-pattern reward (2505.22653).
     Certainty: verified
@@ -101,7 +101,7 @@ def spurious_rewards(
       seed: of the random numbers; that of the run where none is given.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
 
     Raises:
       ValueError: for an unknown form.

@@ -30,7 +30,7 @@ def projected_similarity(
       alpha: as above; choose it by agreement with a few judged completions.
 
     Returns:
-      One reward a row; NaN (does not apply) where goal and baseline are the same.
+      One reward per row; NaN (does not apply) where goal and baseline are the same.
 
     Raises:
       ValueError: for an alpha outside [0, 1].

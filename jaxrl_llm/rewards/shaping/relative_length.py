@@ -41,7 +41,7 @@ def relative_length_rewards(
       short_gain: factor of its positive part.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for a negative coefficient or gain.

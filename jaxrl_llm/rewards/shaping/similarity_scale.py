@@ -28,7 +28,7 @@ def stretched_scores(
       least_spread: below it the scores of a group stay as they are.
 
     Returns:
-      One score a row, float32; NaN where there was none.
+      One score per row, float32; NaN where there was none.
 
     Reference: adaptive semantic reward, ARMed (2508.12957).
     Certainty: reconstructed
@@ -57,7 +57,7 @@ def sharpened_scores(*, quantile: Share = 0.5, slope: Positive = 20.0, memory: C
       memory: scores that are remembered.
 
     Returns:
-      A method that names `quality` in [0, 1] and `weight`: one score a row, float32; NaN where there was none.
+      A method that names `quality` in [0, 1] and `weight`: one score per row, float32; NaN where there was none.
 
     Reference: adaptive semantic reward, ARMed (2508.12957).
     Certainty: reconstructed

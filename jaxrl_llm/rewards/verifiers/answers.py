@@ -82,7 +82,7 @@ def answer_present(
       close_id: id of the tag that closes it.
 
     Returns:
-      One flag a row, 0 or 1.
+      One flag per row, 0 or 1.
     """
     return answer_span(tokens, length, open_id=open_id, close_id=close_id)[2].astype(jnp.float32)
 
@@ -113,7 +113,7 @@ def answer_ids(
       space_ids: ids that are stripped at both ends of an answer.
 
     Returns:
-      One id a row: the lowest row of the group with this answer, or -1 in every row that has none. An answer of no
+      One id per row: the lowest row of the group with this answer, or -1 in every row that has none. An answer of no
       tokens is an answer.
 
     >>> tokens = jnp.array([[5, 20, 6], [5, 21, 6], [5, 20, 6], [5, 20, 0]])
@@ -158,7 +158,7 @@ def paired_answer_ids(
       space_ids: ids that are stripped at both ends of an answer.
 
     Returns:
-      One id a row, or -1 in every row that has no closed answer.
+      One id per row, or -1 in every row that has no closed answer.
 
     Reference: Co-Reward (2508.00410).
     Certainty: verified
@@ -192,7 +192,7 @@ def exact_answer(
       space_ids: ids that are stripped at both ends of the completion's answer.
 
     Returns:
-      One reward a row, 0 or 1. A completion without a closed answer gets 0.
+      One reward per row, 0 or 1. A completion without a closed answer gets 0.
     """
     chex.assert_rank([tokens, length, answer_tokens, answer_length], [2, 1, 2, 1])
     chex.assert_equal_shape_prefix([tokens, length, answer_tokens, answer_length], 1)
@@ -268,7 +268,7 @@ def answer_format(
       forbidden_ids: control tokens that may stand nowhere in the completion.
 
     Returns:
-      One flag a row, 0 or 1.
+      One flag per row, 0 or 1.
     """
     chex.assert_rank([tokens, length], [2, 1])
     chex.assert_equal_shape_prefix([tokens, length], 1)

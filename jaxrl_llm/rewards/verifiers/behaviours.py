@@ -31,7 +31,7 @@ def behaviour_counts(
       opening, closing: around the scratch.
 
     Returns:
-      One count a completion.
+      One count per completion.
 
     Raises:
       ValueError: for an unknown behaviour.

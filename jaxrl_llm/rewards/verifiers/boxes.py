@@ -39,7 +39,7 @@ def box_match(
       hit_weight, overlap_weight, closeness_weight: w_h, w_o, w_c.
 
     Returns:
-      One reward a row; 0 where there are no four numbers, or they are no box.
+      One reward per row; 0 where there are no four numbers, or they are no box.
 
     Raises:
       ValueError: for a reference that is no box.
@@ -83,7 +83,7 @@ def span_overlap(completions: Sequence[str], answers: Sequence[str], *, tags: Ta
       tags: as for `box_match`.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no span. Two equal points overlap fully.
+      One reward per row in [0, 1]; 0 where there is no span. Two equal points overlap fully.
 
     Raises:
       ValueError: for a reference that is no span.
@@ -122,7 +122,7 @@ def vector_closeness(
       tags: as for `box_match`.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there are more or fewer numbers.
+      One reward per row in [0, 1]; 0 where there are more or fewer numbers.
 
     Raises:
       ValueError: for a reference without a number.

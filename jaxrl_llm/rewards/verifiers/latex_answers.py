@@ -35,7 +35,7 @@ def latex_match(completions: Sequence[str], answers: Sequence[str], *, seconds: 
       seconds: that a comparison may take; a longer one counts as unequal.
 
     Returns:
-      One reward a row, 0 or 1. A completion without a mark gets 0.
+      One reward per row, 0 or 1. A completion without a mark gets 0.
 
     Raises:
       ValueError: without math-verify, or for a reference answer that is no mathematics it reads.

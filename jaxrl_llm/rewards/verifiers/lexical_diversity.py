@@ -55,7 +55,7 @@ def lexical_diversity(completions: Sequence[str]) -> list[float]:
       completions: decoded completions.
 
     Returns:
-      One reward a row in [0, 1].
+      One reward per row in [0, 1].
 
     Reference: MultiRole-R1 (2507.20187).
     Certainty: reconstructed

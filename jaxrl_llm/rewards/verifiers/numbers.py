@@ -115,8 +115,8 @@ def number_match(
       rtol, atol: tolerances, for references that are rounded decimals.
 
     Returns:
-      One reward a row, 0 or 1. A completion without a number, with several in the marked place, or with a mark that is
-      never closed or holds something else, gets 0.
+      One reward per row, 0 or 1. A completion without a number, with several in the marked place, or with a mark that
+      is never closed or holds something else, gets 0.
 
     Raises:
       ValueError: if a reference answer is no number, or an option is unknown.

@@ -40,7 +40,7 @@ def reasoning_patterns(
       penalised: a text that a completion must not go on with; "" for none.
 
     Returns:
-      One reward a row in [0, 1].
+      One reward per row in [0, 1].
 
     >>> reasoning_patterns(["Wait, so we need to add. Therefore 9. Alternatively let me check"])
     [0.25]

@@ -25,7 +25,7 @@ def stated_confidence(
       scale: the number that stands for certainty: 1 for shares, 100 for percent without the sign.
 
     Returns:
-      One number a row; None where there is no number, or it lies outside of [0, scale].
+      One number per row; None where there is no number, or it lies outside of [0, scale].
 
     Raises:
       ValueError: for a scale that is not above 0.

@@ -1,7 +1,7 @@
 """Verifiers on the host: from decoded text to rewards.
 
 A host reward names text among `completions` (decoded, control tokens included, without end of sequence and padding),
-`prompts` (bodies), `answers` (reference answers) and `items` (records of the data set), and returns one float a row.
+`prompts` (bodies), `answers` (reference answers) and `items` (records of the data set), and returns one float per row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def exact_match(
       open_tag, close_tag: around the answer, such as `<answer>` and `</answer>`.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
     """
     said = [extract_answer(text, open_tag=open_tag, close_tag=close_tag) for text in completions]
     return [float(one == answer) for one, answer in zip(said, answers, strict=True)]
@@ -55,7 +55,7 @@ def countdown(completions: Sequence[str | None], prompts: Sequence[str]) -> list
       prompts: bodies such as "C:3 6 12>30".
 
     Returns:
-      One reward a row: 1, 0.1 or 0; None where nothing was written.
+      One reward per row: 1, 0.1 or 0; None where nothing was written.
 
     Raises:
       ValueError: if a prompt is no Countdown problem.
@@ -76,7 +76,7 @@ def answer_position_share(completions: Sequence[str], answers: Sequence[str]) ->
       answers: reference answers.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no answer. Surplus elements cost as missing ones do.
+      One reward per row in [0, 1]; 0 where there is no answer. Surplus elements cost as missing ones do.
     """
     predictions = [extract_answer(text) for text in completions]
     return [
@@ -97,7 +97,7 @@ def answer_order_share(completions: Sequence[str], answers: Sequence[str]) -> li
       answers: reference answers.
 
     Returns:
-      One reward a row in [0, 1]; 0 where the answer is not a permutation of the reference.
+      One reward per row in [0, 1]; 0 where the answer is not a permutation of the reference.
     """
     predictions = [extract_answer(text) for text in completions]
     return [
@@ -116,7 +116,7 @@ def column_share(completions: Sequence[str], items: Sequence[Mapping[str, Any]])
       items: records with the reference scratch in `think`.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no closed think pair, 1 where both scratches are empty.
+      One reward per row in [0, 1]; 0 where there is no closed think pair, 1 where both scratches are empty.
     """
     rewards = []
     for text, item in zip(completions, items, strict=True):

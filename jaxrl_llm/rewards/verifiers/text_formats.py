@@ -39,7 +39,7 @@ def tag_format(
       answer_tags: around the answer; `<a>` and `</a>` there.
 
     Returns:
-      One number a row in [0, 1].
+      One number per row in [0, 1].
 
     Raises:
       ValueError: for an unknown grammar.
@@ -80,7 +80,7 @@ def pattern_match(completions: Sequence[str], *, pattern: str, where: Where = "s
       where: anywhere in the text, or the whole of it.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
 
     Raises:
       ValueError: for a pattern that is none, or an unknown place.
@@ -121,7 +121,7 @@ def schema_match(
       readable: reward of JSON that the schema does not allow.
 
     Returns:
-      One reward a row.
+      One reward per row.
 
     Raises:
       ValueError: for a schema that is none, or without jsonschema.
@@ -243,7 +243,7 @@ def instructions_kept(
       strict: 1 for all, else 0.
 
     Returns:
-      One reward a row in [0, 1]; None for a row without instructions.
+      One reward per row in [0, 1]; None for a row without instructions.
 
     Raises:
       ValueError: for an unknown instruction.

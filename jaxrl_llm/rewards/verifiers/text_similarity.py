@@ -56,7 +56,7 @@ def word_match(
       punctuation_to_space: punctuation parts words, and articles are kept, as for search agents.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no answer. Where both have no words, 1.
+      One reward per row in [0, 1]; 0 where there is no answer. Where both have no words, 1.
 
     Raises:
       ValueError: for an unknown form.
@@ -119,7 +119,7 @@ def text_similarity(
       tags: around the text that is compared; None takes the whole completion.
 
     Returns:
-      One reward a row; 0 where the tags are missing, None where the record has no reference.
+      One reward per row; 0 where the tags are missing, None where the record has no reference.
 
     Raises:
       ValueError: for an unknown form, or one whose package is missing.
@@ -190,7 +190,7 @@ def relative_error(
       eps: so that 0 may be an answer.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no number.
+      One reward per row in [0, 1]; 0 where there is no number.
 
     Raises:
       ValueError: for a reference answer that is no number.
@@ -228,7 +228,7 @@ def choice_match(
       options: letters that may be chosen.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
 
     Raises:
       ValueError: for a reference answer that is no option.

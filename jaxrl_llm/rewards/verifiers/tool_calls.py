@@ -43,7 +43,7 @@ def tool_calls_match(
       format_weight: for calls that can be read, where some are expected; else for a completion without any.
 
     Returns:
-      One reward a row.
+      One reward per row.
 
     Raises:
       ValueError: for an unknown form, or a reference that cannot be read.

@@ -53,7 +53,7 @@ def unit_tests(
       allow_unisolated: run it where the system cannot isolate it.
 
     Returns:
-      One reward a row; None for a record without tests, or where the sandbox itself has failed.
+      One reward per row; None for a record without tests, or where the sandbox itself has failed.
 
     Raises:
       SandboxError: where the system cannot isolate code, unless that is allowed.

@@ -22,7 +22,7 @@ def voted_answer(completions: Sequence[str], group: Sequence[int]) -> list[float
       group: id of the prompt of each.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
 
     >>> voted_answer(["<a>3</a>", "<a>5</a>", "", "<a>5 </a>"], [0, 0, 0, 0])
     [0.0, 1.0, 0.0, 1.0]
