@@ -109,9 +109,8 @@ def critic_per_reward(
         A = sum_c w_c * clip(z(A_c), -limit, limit)
 
     with A_c the generalised advantages of reward c and z(x) = (x - mean) / std over the tokens of the batch.
-    Multiplying a reward by a positive number changes nothing; one that never varies adds nothing.
-    `"[advantages, channel_returns]": {critic_per_reward: {weights: ...}}` fills both; `several_values` learns from the
-    second.
+    Multiplying a reward by a positive number changes nothing. `"[advantages, channel_returns]": {critic_per_reward:
+    {weights: ...}}` fills both; `several_values` learns from the second.
 
     Args:
       reward_components: one column per reward function, before weights; NaN counts as 0.
