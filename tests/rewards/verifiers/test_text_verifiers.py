@@ -435,7 +435,7 @@ def test_numbers_of_a_record():
     values = {"2": (0.1, 0.5), "3": (1.0,)}
     assert rewards.item_numbers({"level": 2}, field="level", values=values) == (0.1, 0.5)
     assert rewards.item_numbers({"level": "3"}, field="level", values=values) == 1.0
-    with pytest.raises(ValueError, match="no numbers for level .None., only for 2, 3"):
+    with pytest.raises(ValueError, match=r"no numbers for level .None., only for 2, 3"):
         rewards.item_numbers({}, field="level", values=values)
 
 
