@@ -351,6 +351,30 @@ def test_a_copy_of_the_policy_learns_to_write_verdicts_and_the_policy_from_them(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["critique_rl", "generator_and_critic"])
+def test_a_critic_is_paid_for_verdicts_and_for_what_its_critiques_are_good_for(name, data_directory, tmp_path):
+    task = MICRO["task"] | {"name": "chain", "levels": [1], "options": read_tree(recipe_path(name))["task"]["options"]}
+    config = sums(data_directory, name, "rollout.max_prompt_tokens=12", "rollout.max_completion_tokens=12", task=task)
+    first, *later = config.stages
+    first["training"]["steps"] = 60
+    for stage in later:
+        stage["training"] = {"steps": 3}
+    networks = {network: replace(one, learning_rate=0.01) for network, one in config.networks.items()}
+    forms, *paid = whole_run(replace(config, networks=networks), tmp_path / "run").values()
+    assert all(forms[-1][loss] < 0.7 * forms[0][loss] for loss in forms[0] if loss.startswith("loss/"))
+    for step in (step for stage in paid for step in stage):
+        assert step["gradient_norm"] > 0
+        assert 0 < step["metric/refined"] < 1
+    if name == "critique_rl":
+        assert "gradient_norm" not in forms[-1]  # the policy waits
+        for step, most in [(step, most) for stage, most in zip(paid, (1.0, 1.2), strict=True) for step in stage]:
+            assert -1 < step["reward"] < most
+        assert paid[0][0]["reward"] == pytest.approx(2 * paid[0][0]["correct_share"] - 1)
+    else:
+        assert all(-1 < step["metric/verdict"] < 1 and step["gradient_norm/critic"] > 0 for step in paid[0])
+
+
+@pytest.mark.slow
 def test_a_judge_behind_an_endpoint_is_asked_about_each_step(data_directory, tmp_path):
     server = StandIn().start()
     try:

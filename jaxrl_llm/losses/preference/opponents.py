@@ -100,7 +100,8 @@ def beside_partner(
       group, preferred, weight: as in `pairs_of`; they define the pairs.
 
     Returns:
-      The sequences prompt, partner's answer | answer; the mask is 0 in rows without partner.
+      The sequences prompt, partner's answer | answer; in rows without a partner the mask is 0 and the prompt empty,
+      which keeps networks from generating there.
     """
     ids = compact_ids(group)
     both = (weight > 0) & ((preferred == 1) | (preferred == 0))
@@ -137,7 +138,11 @@ def _behind(
     place = (jnp.arange(both.shape[1])[None] - (first.shape[1] - middle)[:, None]) % both.shape[1]
     inside = (jnp.arange(tokens.shape[1]) < length[:, None]) & there[:, None]
     return Sequences(
-        jnp.take_along_axis(both, place, axis=1), start + middle, tokens, length, inside.astype(jnp.float32)
+        jnp.take_along_axis(both, place, axis=1),
+        jnp.where(there, start + middle, 0),
+        tokens,
+        length,
+        inside.astype(jnp.float32),
     )
 
 

@@ -167,11 +167,71 @@ def ranking_agreement(
     return jnp.where(there & (count > 0), jnp.where(readable, mean, -1.0), 0.0)
 
 
+def stated_verdict(
+    completions: Sequence[str | None],
+    *,
+    right: str = "Y",
+    wrong: str = "N",
+    tags: tuple[str, str] | None = ("<a>", "</a>"),
+) -> list[float | None]:
+    """Verdict of a critique on an answer: 1 for right, 0 for wrong, None unless it states exactly one verdict.
+
+    Args:
+      completions: critiques; by `reads` also texts of another network or the reference verdicts (`reads: {completions:
+        answers}, tags: null`).
+      right, wrong: the two verdicts.
+      tags: around the verdict, once in the text; None takes the whole text.
+
+    Returns:
+      One verdict per row, for the field `verdict`, which is NaN for None.
+
+    >>> stated_verdict(["<t>1+1=2</t><a>Y</a>", "<a>N</a>", "<a>N</a><a>N</a>", "Y"])
+    [1.0, 0.0, None, None]
+
+    Reference: Critique-RL (2510.24320), Critique-Coder (2509.22824).
+    Certainty: verified
+    """
+    meaning = {right: 1.0, wrong: 0.0}
+    once = [text if text is None or tags is None or text.count(tags[0]) == 1 else None for text in completions]
+    return [None if text is None else meaning.get((said(text, tags) or "").strip()) for text in once]
+
+
+def right_verdict(
+    completions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    right: str = "Y",
+    wrong: str = "N",
+    tags: tuple[str, str] | None = ("<a>", "</a>"),
+) -> list[float | None]:
+    """Whether a critique's verdict equals the reference verdict.
+
+        r = 1[verdict = reference verdict],   0 without a verdict
+
+    Args:
+      completions: critiques.
+      answers: reference verdicts.
+      right, wrong, tags: as in `stated_verdict`.
+
+    Returns:
+      One reward per row; None where the reference is not a verdict, as in rows of ordinary problems.
+
+    >>> right_verdict(["<a>Y</a>", "<a>Y</a>", "?", "<a>5</a>"], ["Y", "N", "N", "5"])
+    [1.0, 0.0, 0.0, None]
+
+    Reference: Critique-Coder (2509.22824).
+    Certainty: verified
+    """
+    found = stated_verdict(completions, right=right, wrong=wrong, tags=tags)
+    known = stated_verdict(answers, right=right, wrong=wrong, tags=None)
+    return [None if one is None else float(own == one) for own, one in zip(found, known, strict=True)]
+
+
 @ranged
 def critique_reward(
     verdict: Float[Array, "B"],
     original_correct: Float[Array, "B"],
-    refined_correct: Float[Array, "B"],
+    refined_correct: Float[Array, "B"] | None = None,
     *,
     form: CritiqueForm = "refine",
     bonus: NonNegative = 0.2,
@@ -188,7 +248,7 @@ def critique_reward(
     Args:
       verdict: 1 says that the answer is right, 0 that it is wrong; NaN is a missing verdict, which counts as wrong.
       original_correct: 1 where the answer is right.
-      refined_correct: 1 where the refined answer is right.
+      refined_correct: 1 where the refined answer is right; not needed for `verdict`.
       form: as above.
       bonus: reward of a right verdict.
 
@@ -196,15 +256,18 @@ def critique_reward(
       One reward per row, float32.
 
     Raises:
-      ValueError: for an unknown form, or a negative bonus.
+      ValueError: for an unknown form, a missing `refined_correct`, or a negative bonus.
 
     Reference: Critique-RL (2510.24320); verdicts alone: WebArbiter (2601.21872), Critique-Coder (2509.22824).
     Certainty: verified
     """
-    chex.assert_equal_shape([verdict, original_correct, refined_correct])
     if form not in get_args(CritiqueForm):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(CritiqueForm))}")
-    before, after = original_correct.astype(jnp.float32), refined_correct.astype(jnp.float32)
+    if refined_correct is None and form != "verdict":
+        raise ValueError(f"form is {form!r}, which needs refined_correct; fill it first, or take form 'verdict'")
+    refined = original_correct if refined_correct is None else refined_correct
+    chex.assert_equal_shape([verdict, original_correct, refined])
+    before, after = original_correct.astype(jnp.float32), refined.astype(jnp.float32)
     right = jnp.isfinite(verdict) & ((verdict > 0.5) == (before > 0.5))
     earned = {
         "verdict": jnp.ones_like(before),
