@@ -29,6 +29,7 @@ from jaxrl_llm.reporting.ownership import FILE, owned_place
 from jaxrl_llm.reporting.shares import BROUGHT, Share
 
 _STATE, _COPY = ".mirror.json", ".copy"  # what was sent, here; which working copy the address was written from, there
+_PART = ".part-"  # and the number of a process: what it writes to a local folder before it is renamed
 _META = "meta/metadata"  # a checkpoint is whole when this is there
 _SAYS_SECONDS, _PATIENCE_SECONDS = 5.0, 60.0  # how often a process says that it goes on bringing, and is waited for
 
@@ -54,6 +55,7 @@ class Mirror:
         share: Share | None = None,
     ):
         import fsspec
+        from fsspec.implementations.local import LocalFileSystem
 
         try:
             self.fs, self.root = fsspec.core.url_to_fs(address, use_listings_cache=False)
@@ -63,7 +65,7 @@ class Mirror:
                 "s3://, adlfs for az://), or give a local directory"
             ) from None
         self.address, self.say, self.share = address.rstrip("/"), say, share
-        self.root = self.root.rstrip("/")
+        self.root, self._renames = self.root.rstrip("/"), isinstance(self.fs, LocalFileSystem)
         self.directory = working_directory(address) if directory is None else directory
         self._at_work = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -93,7 +95,7 @@ class Mirror:
             name: size
             for name, size in sizes.items()
             if name not in (FILE, _COPY)
-            and not name.startswith(BROUGHT)
+            and not name.startswith((BROUGHT, _PART))
             and (_step(name) is None or _step(name) in whole)
         }
 
@@ -232,13 +234,21 @@ class Mirror:
         """Whether a file was brought; retention may have deleted it meanwhile."""
         file, target = self.directory / name, f"{self.root}/{name}"
         try:
-            self.fs.put_file(str(file), target)
+            self._put_whole(file, target)
         except FileNotFoundError:
             if not file.is_file():
                 return False
             self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)  # where folders are no part of a name
-            self.fs.put_file(str(file), target)
+            self._put_whole(file, target)
         return True
+
+    def _put_whole(self, file: Path, target: str) -> None:
+        """An object is there whole or not at all, and so is a file that is renamed; a kill leaves half of another."""
+        if not self._renames:
+            return self.fs.put_file(str(file), target)
+        part = f"{self.root}/{_PART}{0 if self.share is None else self.share.process}"
+        self.fs.put_file(str(file), part)
+        os.replace(part, target)
 
     def brought(self, file: Path, *, seconds: float = 10.0) -> str:
         """Where people find one file of the run, which is brought now: here, if the storage does not take it in time.

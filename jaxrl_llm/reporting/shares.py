@@ -59,9 +59,9 @@ class Share(NamedTuple):
         """What a process has said since this start of the run."""
         try:
             said = json.loads(fs.cat_file(f"{root}/{BROUGHT}{process}"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a local file may be there half
             said = {}
-        return said if said.get("start") == self.start else {"steps": []}
+        return said if isinstance(said, dict) and said.get("start") == self.start else {"steps": []}
 
     def arrived(self, fs: Any, root: str) -> set[str]:
         """Steps whose arrays all others have brought."""
