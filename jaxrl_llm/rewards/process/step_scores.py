@@ -255,7 +255,12 @@ def added_span_rewards(
 
 
 def duration_weights(
-    durations: Float[Array, "B S"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
+    durations: Float[Array, "B S"],
+    turn: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    weight: Float[Array, "B"],
+    *,
+    whole_rows: bool = False,
 ) -> Float[Array, "B T"]:
     """Weights of actions by how long each took, for a batch in which slow ones are too rare.
 
@@ -263,13 +268,16 @@ def duration_weights(
 
     over the actions of the batch. Where rows are collected for a fixed time and what still runs is cancelled, the share
     of an action among those that finished is its probability over its duration; the weight undoes that. Where actors
-    start anew when they are done, or all wait for the slowest, it must be left out. Fill `token_weight` with it.
+    start anew when they are done, or all wait for the slowest, it must be left out. Fill `token_weight` with it, behind
+    `finished_in_window` where that time is simulated.
 
     Args:
-      durations: d of each action, in any unit.
+      durations: d of each action, in any unit, as an environment or a reading says.
       turn: index of the action that each token belongs to.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
+      whole_rows: what is cancelled is a row and not an action of it, so that d is the sum over a row's actions, and the
+        mean is over rows.
 
     Returns:
       One weight a token, 0 outside the mask and in absent rows; 1 everywhere where all durations are 0.
@@ -282,7 +290,11 @@ def duration_weights(
     counted = (mask > 0) & (weight > 0)[:, None] & (turn >= 0) & (turn < turns)
     taken = at_turns(mask, turn, counted.astype(jnp.float32), turns)[1]
     d = jnp.where(taken, durations.astype(jnp.float32), 0.0)
-    mean = d.sum() / jnp.maximum(taken.sum(), 1)
+    if whole_rows:
+        d, taken = jnp.broadcast_to(d.sum(axis=1, keepdims=True), d.shape), taken.any(axis=1, keepdims=True)
+        mean = (d[:, :1] * taken).sum() / jnp.maximum(taken.sum(), 1)
+    else:
+        mean = d.sum() / jnp.maximum(taken.sum(), 1)
     each = jnp.where(mean > 0, d / jnp.where(mean > 0, mean, 1.0), 1.0)
     at = jnp.clip(turn, 0, turns - 1).astype(jnp.int32)
     return jnp.where(counted, jnp.take_along_axis(each, at, axis=1), 0.0)

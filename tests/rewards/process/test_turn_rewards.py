@@ -204,6 +204,15 @@ def probability_of_the_slow_arm(weighted, updates=500, actors=8, window=10):
     return 1 / (1 + np.exp(-logit))
 
 
+def test_weights_of_actions_and_of_whole_rows():
+    weights = jax.jit(duration_weights, static_argnames="whole_rows")
+    durations, turn, mask = jnp.array([[1.0, 10], [4, 5]]), jnp.array([[0, 1], [0, 1]]), jnp.ones((2, 2))
+    np.testing.assert_allclose(weights(durations, turn, mask, jnp.ones(2)), [[0.2, 2], [0.8, 1]])  # of the card
+    np.testing.assert_allclose(weights(durations, turn, mask, jnp.ones(2), whole_rows=True), [[1.1] * 2, [0.9] * 2])
+    np.testing.assert_allclose(weights(durations, turn, mask, jnp.array([1, 0]), whole_rows=True), [[1, 1], [0, 0]])
+    np.testing.assert_allclose(weights(durations * 0, turn, mask, jnp.ones(2), whole_rows=True), 1)
+
+
 def test_what_takes_long_is_learned_where_durations_count():
     assert probability_of_the_slow_arm(weighted=False) < 0.1
     assert probability_of_the_slow_arm(weighted=True) > 0.9

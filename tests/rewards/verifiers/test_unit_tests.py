@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
+import numpy as np
 import pytest
 
-from jaxrl_llm.rewards import unit_tests
+from jaxrl_llm.rewards import graded_programs, milestone_reward, unit_tests
 from jaxrl_llm.rewards.verifiers.unit_tests import UnitTest, code_of, passed_share, recorded_tests, same_lines
 from jaxrl_llm.run.recipes import reward_terms
 from jaxrl_llm.sandbox import programs
+from jaxrl_llm.signatures import declared_widths
 
 DOUBLES = "print(2 * int(input()))"
 CASES = [{"input": "2", "output": "4"}, {"input": "3\n", "output": "6\n"}, {"input": "0", "output": "1"}]
@@ -84,6 +87,25 @@ def test_rewards_of_rows_in_one_go():
     found = unit_tests(completions, items, no_code=-0.5, does_not_compile=-1.0, allow_unisolated=True)
     assert found == pytest.approx(expected, nan_ok=True)
     assert unit_tests([block("def f(x): return 4")], [asserts], mode="prefix", allow_unisolated=True) == [0.5]
+
+
+def test_a_program_is_graded_timed_and_its_milestones_counted():
+    slow = "import time, sys\ntime.sleep(0.3)\nprint('model defined', file=sys.stderr)\n" + DOUBLES
+    programs = [block(slow), block("print('loaded')\nraise ValueError"), block("print("), DOUBLES]
+    grade = functools.partial(graded_programs, milestones=("loaded", "model .*ed"), allow_unisolated=True)
+    found = grade(programs, [{"test_cases": CASES[:2]}] * 4)
+    assert found["quality"] == [1.0, None, None, None]
+    assert found["milestones"] == [1, 1, 0, 0]
+    assert found["trained"] == [1, 0, 0, 0]
+    assert found["durations"].shape == (4, 1)
+    assert 0.6 < found["durations"][0, 0] < 10
+    assert found["durations"][3, 0] == 0 < found["durations"][1, 0] < found["durations"][0, 0]
+    assert declared_widths(grade) == (1,)
+    quality, milestones = np.array([1.0, np.nan, np.nan, np.nan]), np.array(found["milestones"])
+    np.testing.assert_allclose(milestone_reward(quality, milestones, np.array(found["trained"])), [1.1, -10, -10, -10])
+    assert grade([block(DOUBLES)], [{}])["quality"] == [None]
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression .* escape what is meant as it is"):
+        graded_programs([], [], trained="(")
 
 
 def test_a_sandbox_that_fails_judges_nobody(monkeypatch):
