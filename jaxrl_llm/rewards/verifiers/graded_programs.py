@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,15 +43,14 @@ def graded_programs(
       allow_unisolated: run them where the system cannot isolate them.
 
     Returns:
-      quality: share of the tests that are passed; None, and so NaN, where no test ended by itself.
+      quality: share of the tests that are passed; NaN where no test ended by itself, or the sandbox itself has failed.
       milestones: patterns that were found.
       trained: 1 or 0.
       durations: [B, 1] seconds of all tests of a row.
-      For a record without tests, or where the sandbox itself has failed, quality, milestones and trained are None.
 
     Raises:
       SandboxError: where the system cannot isolate code, unless that is allowed.
-      ValueError: for tests in another form, or a pattern that is none.
+      ValueError: for a record without tests, tests in another form, or a pattern that is none.
 
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: reconstructed
@@ -59,6 +59,8 @@ def graded_programs(
     limits = Limits(seconds, int(memory_gib * 2**30))
     tested = tested_programs(completions, items, most_tests=most_tests, limits=limits, unisolated=allow_unisolated)
     found: dict[str, list[Any]] = {"quality": [], "milestones": [], "trained": [], "durations": []}
+    if (bare := next((number for number, row in enumerate(tested) if not row.tests), None)) is not None:
+        raise ValueError(f"graded_programs: the record of row {bare} has no tests; it has {', '.join(items[bare])}")
     for row in tested:
         for name, value in _grades(row, patterns, milestones, trained).items():
             found[name].append(value)
@@ -70,13 +72,12 @@ def _grades(
 ) -> dict[str, Any]:
     outcomes = [outcome for outcome in row.outcomes if outcome is not None]
     took = {"durations": sum(outcome.seconds for outcome in outcomes)}
-    if not row.tests or len(outcomes) < len(row.outcomes):
-        return {"quality": None, "milestones": None, "trained": None, **took}
     ended = [outcome for outcome in outcomes if outcome.verdict in ("pass", "fail")]
     wrote = "\n".join(f"{outcome.stdout}\n{outcome.stderr}" for outcome in outcomes)
-    did = bool(ended) if trained is None else patterns[trained].search(wrote) is not None
+    judged = bool(ended) and len(outcomes) == len(row.outcomes)
+    did = judged if trained is None else patterns[trained].search(wrote) is not None
     return {
-        "quality": passed_share([outcome.verdict for outcome in outcomes], mode="fraction") if ended else None,
+        "quality": passed_share([outcome.verdict for outcome in outcomes], mode="fraction") if judged else math.nan,
         "milestones": float(sum(patterns[text].search(wrote) is not None for text in milestones)),
         "trained": float(did),
         **took,

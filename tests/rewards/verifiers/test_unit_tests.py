@@ -94,22 +94,24 @@ def test_a_program_is_graded_timed_and_its_milestones_counted():
     programs = [block(slow), block("print('loaded')\nraise ValueError"), block("print("), DOUBLES]
     grade = functools.partial(graded_programs, milestones=("loaded", "model .*ed"), allow_unisolated=True)
     found = grade(programs, [{"test_cases": CASES[:2]}] * 4)
-    assert found["quality"] == [1.0, None, None, None]
+    np.testing.assert_array_equal(found["quality"], [1.0, np.nan, np.nan, np.nan])
     assert found["milestones"] == [1, 1, 0, 0]
     assert found["trained"] == [1, 0, 0, 0]
     assert found["durations"].shape == (4, 1)
     assert 0.6 < found["durations"][0, 0] < 10
     assert found["durations"][3, 0] == 0 < found["durations"][1, 0] < found["durations"][0, 0]
     assert declared_widths(grade) == (1,)
-    quality, milestones = np.array([1.0, np.nan, np.nan, np.nan]), np.array(found["milestones"])
-    np.testing.assert_allclose(milestone_reward(quality, milestones, np.array(found["trained"])), [1.1, -10, -10, -10])
-    assert grade([block(DOUBLES)], [{}])["quality"] == [None]
+    graded = [np.array(found[name], np.float32) for name in ("quality", "milestones", "trained")]
+    np.testing.assert_allclose(milestone_reward(*graded), [1.1, -10, -10, -10])
+    with pytest.raises(ValueError, match="the record of row 0 has no tests; it has body"):
+        grade([block(DOUBLES)], [{"body": "x"}])
     with pytest.raises(ValueError, match=r"'\(' is no regular expression .* escape what is meant as it is"):
         graded_programs([], [], trained="(")
 
 
 def test_a_sandbox_that_fails_judges_nobody(monkeypatch):
     monkeypatch.setattr(programs, "_outcome", lambda told, program: None)
+    assert np.isnan(graded_programs([block(DOUBLES)], [{"test_cases": CASES}], allow_unisolated=True)["quality"]).all()
     assert unit_tests([block(DOUBLES)], [{"test_cases": CASES[:1]}], allow_unisolated=True) == [None]
 
 
