@@ -50,7 +50,7 @@ def complete_samples(weight: Float[Array, "B"], truncated: Bool[Array, "B"]) -> 
 
 @ranged
 def finished_in_window(
-    durations: Float[Array, "B S"],
+    durations: Float[Array, "B S"] | Float[Array, "B"],
     group: Int[Array, "B"],
     sample: Int[Array, "B"],
     weight: Float[Array, "B"],
@@ -66,7 +66,7 @@ def finished_in_window(
     they had not been drawn. Slow samples are lost more often; `duration_weights` undoes that.
 
     Args:
-      durations: d of each turn, in any unit.
+      durations: d of each turn, or of each row, in any unit.
       group: id of the group each row belongs to.
       sample: number of each row within its group.
       weight: weight of each row; 0 is absent and takes no time.
@@ -78,10 +78,10 @@ def finished_in_window(
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: reconstructed
     """
-    chex.assert_rank([durations, group, sample, weight], [2, 1, 1, 1])
+    chex.assert_rank([durations, group, sample, weight], [{1, 2}, 1, 1, 1])
     chex.assert_equal_shape([group, sample, weight])
     order = jnp.lexsort((sample, group))
-    took = jnp.where(weight > 0, durations.astype(jnp.float32).sum(axis=1), 0.0)[order]
+    took = jnp.where(weight > 0, durations.astype(jnp.float32).reshape(len(group), -1).sum(axis=1), 0.0)[order]
     until = jnp.cumsum(took)
     first = jax.ops.segment_min(until - took, group[order], num_segments=len(group))
     finished = jnp.zeros(len(group), bool).at[order].set(until - first[group[order]] <= window)

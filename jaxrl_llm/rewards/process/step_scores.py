@@ -255,10 +255,10 @@ def added_span_rewards(
 
 
 def duration_weights(
-    durations: Float[Array, "B S"],
-    turn: Int[Array, "B T"],
+    durations: Float[Array, "B S"] | Float[Array, "B"],
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
+    turn: Int[Array, "B T"] | None = None,
     *,
     whole_rows: bool = False,
 ) -> Float[Array, "B T"]:
@@ -272,10 +272,10 @@ def duration_weights(
     `finished_in_window` where that time is simulated.
 
     Args:
-      durations: d of each action, in any unit, as an environment or a reading says.
-      turn: index of the action that each token belongs to.
+      durations: d of each action, in any unit, as an environment or a reading says; [B] where a row is one action.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
+      turn: index of the action that each token belongs to; not read where a row is one action.
       whole_rows: what is cancelled is a row and not an action of it, so that d is the sum over a row's actions, and the
         mean is over rows.
 
@@ -285,7 +285,11 @@ def duration_weights(
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: recalled
     """
-    chex.assert_rank([durations, turn, mask, weight], [2, 2, 2, 1])
+    chex.assert_rank([durations, mask, weight], [{1, 2}, 2, 1])
+    if durations.ndim == 1:
+        durations, turn = durations[:, None], jnp.zeros(mask.shape, jnp.int32)
+    if turn is None:
+        raise ValueError(f"durations are of {durations.shape[1]} turns a row, so turn is needed; fill it in credit")
     turns = durations.shape[1]
     counted = (mask > 0) & (weight > 0)[:, None] & (turn >= 0) & (turn < turns)
     taken = at_turns(mask, turn, counted.astype(jnp.float32), turns)[1]

@@ -7,9 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from jaxrl_llm.ranges import Count, Positive, ranged
 from jaxrl_llm.rewards.verifiers.unit_tests import Tested, passed_share, tested_programs
 from jaxrl_llm.sandbox import Limits
@@ -26,7 +23,7 @@ def graded_programs(
     seconds: Positive = 5.0,
     memory_gib: Positive = 1.0,
     allow_unisolated: bool = False,
-) -> dict[str, list[Any] | Float[np.ndarray, "B 1"]]:
+) -> dict[str, list[float]]:
     """The score of a program, its partial credit and its seconds, for `milestone_reward` and `duration_weights`.
 
     An entry of credit fills all four names at once: `"[quality, milestones, trained, durations]": graded_programs`.
@@ -46,7 +43,7 @@ def graded_programs(
       quality: share of the tests that are passed; NaN where no test ended by itself, or the sandbox itself has failed.
       milestones: patterns that were found.
       trained: 1 or 0.
-      durations: [B, 1] seconds of all tests of a row.
+      durations: seconds of all tests of a row.
 
     Raises:
       SandboxError: where the system cannot isolate code, unless that is allowed.
@@ -58,20 +55,19 @@ def graded_programs(
     patterns = {text: _pattern(text) for text in (*milestones, *([] if trained is None else [trained]))}
     limits = Limits(seconds, int(memory_gib * 2**30))
     tested = tested_programs(completions, items, most_tests=most_tests, limits=limits, unisolated=allow_unisolated)
-    found: dict[str, list[Any]] = {"quality": [], "milestones": [], "trained": [], "durations": []}
+    found: dict[str, list[float]] = {"quality": [], "milestones": [], "trained": [], "durations": []}
     if (bare := next((number for number, row in enumerate(tested) if not row.tests), None)) is not None:
         raise ValueError(f"graded_programs: the record of row {bare} has no tests; it has {', '.join(items[bare])}")
     for row in tested:
         for name, value in _grades(row, patterns, milestones, trained).items():
             found[name].append(value)
-    return found | {"durations": np.asarray(found["durations"], np.float32)[:, None]}
+    return found
 
 
 def _grades(
     row: Tested, patterns: Mapping[str, re.Pattern[str]], milestones: tuple[str, ...], trained: str | None
-) -> dict[str, Any]:
+) -> dict[str, float]:
     outcomes = [outcome for outcome in row.outcomes if outcome is not None]
-    took = {"durations": sum(outcome.seconds for outcome in outcomes)}
     ended = [outcome for outcome in outcomes if outcome.verdict in ("pass", "fail")]
     wrote = "\n".join(f"{outcome.stdout}\n{outcome.stderr}" for outcome in outcomes)
     judged = bool(ended) and len(outcomes) == len(row.outcomes)
@@ -80,7 +76,7 @@ def _grades(
         "quality": passed_share([outcome.verdict for outcome in outcomes], mode="fraction") if judged else math.nan,
         "milestones": float(sum(patterns[text].search(wrote) is not None for text in milestones)),
         "trained": float(did),
-        **took,
+        "durations": sum(outcome.seconds for outcome in outcomes),
     }
 
 

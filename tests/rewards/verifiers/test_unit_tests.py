@@ -12,7 +12,6 @@ from jaxrl_llm.rewards import graded_programs, milestone_reward, unit_tests
 from jaxrl_llm.rewards.verifiers.unit_tests import UnitTest, code_of, passed_share, recorded_tests, same_lines
 from jaxrl_llm.run.recipes import reward_terms
 from jaxrl_llm.sandbox import programs
-from jaxrl_llm.signatures import declared_widths
 
 DOUBLES = "print(2 * int(input()))"
 CASES = [{"input": "2", "output": "4"}, {"input": "3\n", "output": "6\n"}, {"input": "0", "output": "1"}]
@@ -97,10 +96,9 @@ def test_a_program_is_graded_timed_and_its_milestones_counted():
     np.testing.assert_array_equal(found["quality"], [1.0, np.nan, np.nan, np.nan])
     assert found["milestones"] == [1, 1, 0, 0]
     assert found["trained"] == [1, 0, 0, 0]
-    assert found["durations"].shape == (4, 1)
-    assert 0.6 < found["durations"][0, 0] < 10
-    assert found["durations"][3, 0] == 0 < found["durations"][1, 0] < found["durations"][0, 0]
-    assert declared_widths(grade) == (1,)
+    slowest, failed, *others = found["durations"]
+    assert others[1] == 0 < failed < slowest < 10
+    assert slowest > 0.6
     graded = [np.array(found[name], np.float32) for name in ("quality", "milestones", "trained")]
     np.testing.assert_allclose(milestone_reward(*graded), [1.1, -10, -10, -10])
     with pytest.raises(ValueError, match="the record of row 0 has no tests; it has body"):
