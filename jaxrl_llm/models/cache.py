@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.layer_kinds import DeltaConfig
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.parallel.rules import ANY, constrain
 
 # The largest magnitude of int8 that a vector and its negative share.
 LARGEST = 127
@@ -270,9 +271,18 @@ def _remembering(entry: Recurrent) -> int:
 
 
 def _taken(leaf: Array, rows: Int[Array, "D"] | np.ndarray, axis: int) -> Array:
-    """Entries of one axis. All of them in their order, known before the program runs, are the array, without a copy."""
-    same = isinstance(rows, np.ndarray) and np.array_equal(rows, np.arange(leaf.shape[axis]))
-    return leaf if same else jnp.take(leaf, rows, axis=axis)
+    """Entries of one axis, spread over devices as rows are.
+
+    Where the rows are known before the program runs, and each entry is taken equally often and in order, nothing is
+    gathered: a gather over devices would hold all entries on each.
+    """
+    count = leaf.shape[axis]
+    often = len(rows) // count if isinstance(rows, np.ndarray) else 0
+    if often and np.array_equal(rows, np.repeat(np.arange(count), often)):
+        if often == 1:
+            return leaf
+        return constrain(jnp.repeat(leaf, often, axis=axis), *[ANY] * axis, "rows")
+    return jnp.take(leaf, rows, axis=axis)
 
 
 def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | np.ndarray | None) -> Cache:
@@ -288,7 +298,7 @@ def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | np.ndar
             if rows is None:
                 return entry
             number = rows * _remembering(entry) // before
-            return Recurrent(*(_taken(leaf, number, axis) for leaf, axis in zip(entry, (-4, -5), strict=True)))
+            return Recurrent(*(_taken(leaf, number, leaf.ndim + of) for leaf, of in zip(entry, (-4, -5), strict=True)))
         if isinstance(entry, Windowed):
             return jax.tree.map(lambda leaf: _taken(leaf, of_windows, leaf.ndim - 4), entry)
 
