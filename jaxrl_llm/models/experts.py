@@ -204,7 +204,8 @@ def expert_mlp(
 def _ragged(x, choices, weights, experts, gated):
     """Sort (token, expert) pairs by expert, so that each expert serves one run of rows.
 
-    Long batches are served in equal parts, which bounds memory. Gradients of the experts are summed over them in float32.
+    Long batches are served in equal parts, which bounds memory. Gradients of the experts are summed over the parts in
+    float32.
     """
     parts = -(-x.size * choices.shape[1] // PAIRS_AT_A_TIME)
     if parts <= 1:
