@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -32,8 +33,8 @@ ROOT = Path(__file__).parents[1]
 WORKERS = Path(__file__).parent / "workers"
 OURS, TRANSFORMERS, TUNIX = "jaxrl_llm", "transformers", "tunix"
 SCRIPTS = {OURS: "with_jaxrl_llm.py", TRANSFORMERS: "with_transformers.py", TUNIX: "with_tunix.py"}
-# A program that is read back from a store was not compiled.
-COMPILES = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+# A program that is read back from a store was not compiled; on a GPU the workers share the memory.
+COMPILES = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 # What the C library gives back to the system it must be given again page by page. That is a fifth of torch's update.
 KEEPS_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 ENVIRONMENTS = {OURS: COMPILES, TRANSFORMERS: KEEPS_MEMORY, TUNIX: COMPILES}
@@ -49,6 +50,7 @@ class Workload:
       samples: completions of each prompt.
       completion_tokens: of each completion; nothing ends earlier.
       clip, kl, learning_rate: of the training step.
+      dtype: of parameters, moments and products.
       settings: further ones of single workers.
     """
 
@@ -66,6 +68,7 @@ class Workload:
     clip: float = 0.2
     kl: float = 0.04
     learning_rate: float = 1e-5
+    dtype: str = "float32"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -80,7 +83,8 @@ class Workload:
             name: getattr(self, name) for name in ("width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
         }
         # Qwen3's base, and the only one that Tunix's Qwen3 has.
-        return TransformerConfig(vocabulary_size=self.vocabulary, rope_base=1e6, **sizes)
+        dtypes = {"parameter_dtype": self.dtype, "compute_dtype": self.dtype}
+        return TransformerConfig(vocabulary_size=self.vocabulary, rope_base=1e6, **sizes, **dtypes)
 
     def described(self) -> dict[str, Any]:
         """For workers, with the tokens of the prompts."""
@@ -99,6 +103,21 @@ WORKLOADS = {
         mlp_width=1536,
         completion_tokens=128,
         settings={"sequences_per_microbatch": 8},
+    ),
+    # For a GPU: Qwen3-0.6B, all in bfloat16.
+    "G1": Workload(
+        vocabulary=151_936,
+        width=1024,
+        layers=28,
+        heads=16,
+        kv_heads=8,
+        head_width=128,
+        mlp_width=3072,
+        prompts=16,
+        prompt_length=128,
+        completion_tokens=256,
+        dtype="bfloat16",
+        settings={"sequences_per_microbatch": 32, "trl_rows": 32},
     ),
     "tiny": Workload(
         vocabulary=64,
@@ -227,7 +246,7 @@ def workers(what: str, workload: Workload, pythons: Mapping[str, str]) -> Iterat
             stack.callback(made[project].close)
         known = {project: worker.ready.get("prompt_logprob") for project, worker in made.items()}
         numbers = [number for number in known.values() if number is not None]
-        if numbers and max(numbers) - min(numbers) > 1e-4:
+        if numbers and max(numbers) - min(numbers) > (1e-4 if workload.dtype == "float32" else 2e-2):
             raise RuntimeError(
                 f"the workers do not have the same weights: log-probabilities of the prompts are {known}"
             )
@@ -258,7 +277,7 @@ def machine() -> dict[str, Any]:
 
 def shown(console: Console, title: str, rows: Sequence[Mapping[str, str]], note: str = "") -> None:
     """A table; the first column names the rows."""
-    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left", box=SIMPLE_HEAD)
     for index, name in enumerate(rows[0]):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:

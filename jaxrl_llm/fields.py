@@ -106,6 +106,14 @@ _ROWS: Any = (
     ("longest_path", "row", "credit", "tokens of the longest path through a text with threads", 0.0, True),
     ("well_formed", "row", "credit", "1 where an answer can be read", 0.0, True),
     ("confidence", "row", "credit", "stated probability of the answer; NaN for none", float("nan"), True),
+    (
+        "verdict",
+        "row",
+        "credit",
+        "of a critique: 1 for right, 0 for wrong; NaN for neither",
+        float("nan"),
+        True,
+    ),
     ("perplexity", "row", "credit", "of the reference answer after the thought; infinite for none", 0.0, True),
     ("proxy_logprobs", "token", "credit", "log-probabilities under another distribution", 0.0, True),
     ("tempered_logprobs", "token", "credit", "log-probabilities at another temperature", 0.0, True),
@@ -174,7 +182,7 @@ _ROWS: Any = (
     ("entropy_per_token", "scalar", "metrics", "mean entropy of sampling"),
     ("kl_reference_per_token", "scalar", "metrics", "mean log-ratio of sampling to reference"),
     ("alignment", "scalar", "metrics", "whether the losses on written rows would lower a held-out loss faster"),
-    # text, on the host: a list with one entry a row; in the singular, the entry of one row
+    # text, on the host: a list with one entry per row; in the singular, the entry of one row
     ("completions", "row", "text", "decoded completions"),
     ("prompts", "row", "text", "problem texts"),
     ("answers", "row", "text", "reference answers"),
@@ -260,7 +268,7 @@ def is_written_text(name: str) -> bool:
 
 
 def kind_of(name: str) -> Kind:
-    """The shape of a name; an entry of credit may fill any other name with one entry a row."""
+    """The shape of a name; an entry of credit may fill any other name with one entry per row."""
     if name in FIELDS:
         return FIELDS[name].kind
     for end, kind in _ENDINGS.items():

@@ -134,9 +134,9 @@ def test_a_worker_that_fails_says_why(beside_benchmarks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [["1"], ["2"], ["2", "--apart"]])
 def test_runs_that_are_killed_in_each_phase_are_equal(micro_yaml, capsys, processes):
-    assert benchmark("kills").main([str(micro_yaml), "--kills", "4", "--processes", str(processes)]) == 0
+    assert benchmark("kills").main([str(micro_yaml), "--kills", "4", "--processes", *processes]) == 0
     assert "runs differ" in capsys.readouterr().out
 
 
@@ -168,3 +168,18 @@ def test_packing_and_trimming_are_timed_beside_padding(tmp_path):
     for name, one in figures.items():
         assert one["ratio"] > 0
         assert one["loss"][name] == pytest.approx(one["loss"]["padded"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_share_of_an_accelerators_limits_is_measured_in_its_smallest_form(tmp_path, capsys):
+    sizes = {"rows": 8, "prompt": 16, "completion": 12, "update-rows": 8, "update-completion": 24, "microbatch": 4}
+    few = sizes | {"side": 256, "copied": 2**20, "repetitions": 1}
+    written = tmp_path / "figures.json"
+    words = [word for name, size in few.items() for word in (f"--{name}", str(size))]
+    figures = benchmark("accelerator").main(["--size", "tiny", *words, "--json", str(written)])
+    assert json.loads(written.read_text())["decode"] == figures["decode"]
+    assert figures["decode"][0]["share"] > 0
+    assert 0 < figures["update"]["share"] < 2
+    exact = {one["dtype"]: one["largest"] for one in figures["gap"]}
+    assert exact["float32"] < 1e-5 < exact["bfloat16"]
+    assert "share of bandwidth" in capsys.readouterr().out

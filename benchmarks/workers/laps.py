@@ -41,7 +41,7 @@ def laps() -> Callable[..., dict[str, Any]]:
         if started is not None:
             facts["seconds"] = time.perf_counter() - started[0]
             facts["cpu_seconds"] = time.process_time() - started[1]
-        print(json.dumps(facts | {"peak_memory": peak_memory()}), file=answers, flush=True)
+        print(json.dumps({"peak_memory": peak_memory()} | facts), file=answers, flush=True)
         line = sys.stdin.readline()
         if not line:
             os._exit(0)

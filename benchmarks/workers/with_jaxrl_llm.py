@@ -25,10 +25,16 @@ from jaxrl_llm.rollout.sampling import row_keys
 what, workload, directory = job()
 give_back_after_compiling()  # as `jaxrl train` does on a CPU
 lap = laps()
-model, params = load_model(directory)
+model, params = load_model(directory, parameter_dtype=workload["dtype"], compute_dtype=workload["dtype"])
 config = model.config
 samples, completion_tokens = workload["samples"], workload["completion_tokens"]
 versions = {"jax": jax.__version__}
+
+
+def peak() -> dict[str, int]:
+    """The most memory of a device so far; nothing where its memory is the process's own."""
+    known = jax.local_devices()[0].memory_stats() or {}
+    return {"peak_memory": known["peak_bytes_in_use"]} if "peak_bytes_in_use" in known else {}
 
 
 def prompts_of(tokens: Any) -> Prompts:
@@ -60,7 +66,7 @@ def rollout() -> None:
             programs[length] = jax.jit(partial(generate, model, **settings))
         rows = jax.block_until_ready(programs[length](params, prompts, key, step))
         step += 1
-        request = lap(tokens=int(rows.length.sum()))
+        request = lap(tokens=int(rows.length.sum()), **peak())
 
 
 def step() -> None:
@@ -95,9 +101,8 @@ def step() -> None:
     del params  # the state has a copy of its own
     while True:
         state, metrics = jax.block_until_ready(taken(state, prompts))
-        lap(
-            tokens=len(prompts.length) * samples * completion_tokens, reported={k: float(v) for k, v in metrics.items()}
-        )
+        written, reported = len(prompts.length) * samples * completion_tokens, {k: float(v) for k, v in metrics.items()}
+        lap(tokens=written, reported=reported, **peak())
 
 
 def started(prompts: Prompts, samples: int, slots: int, key: Array, longest: int) -> tuple[Drawing, Decoding]:
@@ -195,11 +200,12 @@ def matrices() -> None:
         (config.width, 2 * config.mlp_size),
         (config.mlp_size, config.width),
     ] * config.layers + [(config.width, config.vocabulary_size)]
-    weights = [jnp.full(size, 1e-3, jnp.float32) for size in sizes]
+    dtype = jnp.dtype(workload["dtype"])
+    weights = [jnp.full(size, 1e-3, dtype) for size in sizes]
 
     @partial(jax.jit, static_argnames=("rows", "times"))
     def products(weights, rows, times):
-        inputs = {size: jnp.full((rows, size), 1e-3) for size in {size for size, _ in sizes}}
+        inputs = {size: jnp.full((rows, size), 1e-3, dtype) for size in {size for size, _ in sizes}}
 
         def once(_, total):
             # Each product depends on the last, as in a model, so that none is left out or moved.
@@ -207,11 +213,11 @@ def matrices() -> None:
                 total = total + ((inputs[size] + total) @ weight)[0, 0] * 1e-9
             return total
 
-        return jax.lax.fori_loop(0, times, once, jnp.float32(0.0))
+        return jax.lax.fori_loop(0, times, once, dtype.type(0.0))
 
     square = jax.jit(jnp.matmul)
     side = request["side"]
-    large = jnp.ones((side, side), jnp.float32)
+    large = jnp.ones((side, side), dtype)
 
     def rate(operations: float, call: Callable[[], Any]) -> float:
         jax.block_until_ready(call())

@@ -1,4 +1,4 @@
-"""Transformers' generate and TRL's GRPOTrainer as workers of the benchmarks, in their fastest settings on a CPU."""
+"""Transformers' generate and TRL's GRPOTrainer as workers of the benchmarks, in their fastest settings."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from laps import job, laps
 
 what, workload, directory = job()
 lap = laps()
-model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-prompts = torch.tensor(workload["prompt_tokens"])
+on_gpu = torch.cuda.is_available()
+model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, workload["dtype"]))
+model = model.to("cuda" if on_gpu else "cpu")
+prompts = torch.tensor(workload["prompt_tokens"], device=model.device)
 versions = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def prompt_logprob() -> float:
     """Mean log-probability of the prompts: all workers must agree on it, or their weights are not the same."""
     with torch.no_grad():
-        logprobs = model(prompts).logits[:, :-1].log_softmax(-1)
-    return logprobs.gather(-1, prompts[:, 1:, None]).mean().item()
+        logprobs = model(prompts).logits[:, :-1].float().log_softmax(-1)
+    return logprobs.gather(-1, prompts[:, 1:, None]).mean(dtype=torch.float32).item()
+
+
+def peak() -> dict[str, int]:
+    """The most memory of the GPU so far; nothing without one."""
+    return {"peak_memory": torch.cuda.max_memory_allocated()} if on_gpu else {}
 
 
 def rollout() -> None:
@@ -38,7 +45,9 @@ def rollout() -> None:
         with torch.inference_mode():
             length = request["completion_tokens"]
             tokens = model.generate(rows, attention_mask=mask, max_new_tokens=length, min_new_tokens=length)
-        request = lap(tokens=tokens[:, rows.shape[1] :].numel())
+            if on_gpu:
+                torch.cuda.synchronize()
+        request = lap(tokens=tokens[:, rows.shape[1] :].numel(), **peak())
 
 
 def step() -> None:
@@ -63,7 +72,9 @@ def step() -> None:
 
     class EachStep(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            lap(tokens=sum(lengths), reported=state.log_history[-1] if state.log_history else {})
+            if on_gpu:
+                torch.cuda.synchronize()
+            lap(tokens=sum(lengths), reported=state.log_history[-1] if state.log_history else {}, **peak())
             lengths.clear()
 
     rows = len(workload["prompt_tokens"]) * workload["samples"]
@@ -90,7 +101,7 @@ def step() -> None:
         save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not on_gpu,
         shuffle_dataset=False,
     )
     found = prompt_logprob()

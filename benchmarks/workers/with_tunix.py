@@ -20,6 +20,8 @@ from tunix.rl.rollout.base_rollout import CacheConfig, RolloutConfig
 from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
 what, workload, directory = job()
+if workload["dtype"] != "float32":
+    raise SystemExit(f"this worker computes in float32 on a CPU, not in {workload['dtype']}; leave Tunix out")
 lap = laps()
 mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 config = qwen3.ModelConfig(

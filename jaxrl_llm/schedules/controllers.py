@@ -34,7 +34,7 @@ def adaptive_kl(
         beta <- beta * (1 + clip(KL / target - 1, -error_limit, error_limit) * sequences_per_step / horizon)
 
     The batch that was measured still gets the old value, so the first step has `init`. The usual target of 6 is in nats
-    a sequence; with unit "token" the target is in nats a token and must be chosen accordingly.
+    a sequence; with unit "token" the target is in nats per token and must be chosen accordingly.
 
     Args:
       sequences_per_step: sequences that a step measures.
@@ -167,7 +167,7 @@ def entropy_gated_kl(
 
     Args:
       output: "coefficient", or the "penalty" itself.
-      base_threshold: threshold without adjustment, in nats a token.
+      base_threshold: threshold without adjustment, in nats per token.
       lowest_threshold: lower limit of the threshold.
       highest_threshold: upper limit.
       proportional, integral, derivative: gains of the controller, in nats a unit of reward.

@@ -88,7 +88,7 @@ def topology_value(
       error_branches, heterogeneity: factors.
 
     Returns:
-      One number a row, the same along a group; 0 in absent rows.
+      One number per row, the same along a group; 0 in absent rows.
 
     Raises:
       ValueError: for a negative factor.
@@ -143,7 +143,7 @@ def path_value(
       recovery, efficiency, rarity: factors.
 
     Returns:
-      One number a row; 0 in rows that fail or are absent.
+      One number per row; 0 in rows that fail or are absent.
 
     Raises:
       ValueError: for a negative factor.

@@ -51,7 +51,8 @@ def write_part(c: Composition, view: View, key: str) -> Traced:
         lengths = jnp.maximum(made["prompt_length"], 1)
         prompts = Prompts(made["prompt_tokens"], lengths, rows.prompt_id, nothing, jnp.zeros_like(lengths))
         written = _written(c, view, state, rows, prompts, asked & (rows.weight > 0))
-        fields = {name: made[name] for name in PARTS[:2]} | {name: getattr(written, name) for name in PARTS[2:]}
+        fields = {"prompt_tokens": made["prompt_tokens"], "prompt_length": lengths}
+        fields |= {name: getattr(written, name) for name in PARTS[2:]}
         own = {name: value for name, value in rows.fields.items() if not name.startswith(f"{view.name}_")}
         return {key: replace(rows, fields=own).filled(**{f"{view.name}_{n}": x for n, x in fields.items()})}
 

@@ -48,11 +48,11 @@ def kl_penalized_rewards(
       reference_logprobs: under the reference policy.
       mask: non-zero on tokens that count.
       token_rewards: reward of each token; they take the place of `rewards`.
-      kl_coefficients: of each row; they take the place of `kl_coefficient` (`adaptive_kl_of_rows` fills them in).
-      kl_coefficient: units of reward a nat.
+      kl_coefficients: of each row, instead of `kl_coefficient` (`adaptive_kl_of_rows` fills them).
+      kl_coefficient: units of reward per nat.
 
     Returns:
-      One reward a token, 0 outside the mask.
+      One reward per token, 0 outside the mask.
 
     Reference: Ziegler et al., Fine-tuning from human preferences (1909.08593).
     Certainty: verified
@@ -86,7 +86,7 @@ def generalized_advantages(
       token_rewards: rho, the reward of each token.
       values: V, value of the state before each token.
       mask: non-zero on tokens that count.
-      gamma: discount a token.
+      gamma: discount per token.
       lam: weight of longer returns; 1 is the whole return minus the value, 0 the one-step error.
 
     Returns:
@@ -135,11 +135,11 @@ def gae(
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
       token_rewards: reward of each token; they take the place of `rewards`.
-      gamma: discount a token.
+      gamma: discount per token.
       lam: weight of longer returns.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for gamma or lam outside [0, 1].
@@ -166,7 +166,7 @@ def gae_returns(
     """Lambda-returns, the targets of the value model; parameters and errors as for `gae`.
 
     Returns:
-      One target a token, 0 outside the mask and in absent rows.
+      One target per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for gamma or lam outside [0, 1].
@@ -197,10 +197,10 @@ def discounted_returns(
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
       token_rewards: reward of each token; they take the place of `rewards`.
-      gamma: discount a token.
+      gamma: discount per token.
 
     Returns:
-      One return a token, 0 outside the mask and in absent rows.
+      One return per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for gamma outside [0, 1].
@@ -225,18 +225,18 @@ def reinforce_plus_plus(
 ) -> Float[Array, "B T"]:
     """Discounted returns, whitened over the tokens of the batch: REINFORCE++.
 
-    The batch is the baseline, so groups of equal rewards still teach.
+    The baseline is the batch mean, so groups of equal rewards still have non-zero advantages.
 
     Args:
       rewards: total reward of each row, given on its last token where there are no `token_rewards`.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
       token_rewards: reward of each token, such as `kl_penalized_rewards`; they take the place of `rewards`.
-      gamma: discount a token.
+      gamma: discount per token.
       eps: added to the variance.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for gamma outside [0, 1].

@@ -1,4 +1,4 @@
-"""What the tokens of turns say by themselves: which turns are alike, and which marks they hold."""
+"""Features of turns from their tokens: hashes of states and actions, counts of marks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def transition_ids(
     max_turns: Count,
     history: Natural = 0,
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
-    """Numbers of the states in front of turns, and of their actions, equal where their tokens are equal.
+    """Integer ids of the state before each turn and of its action, equal where the tokens are equal.
 
-    The state is what answered the turn before (0 in front of the first), with `history` together with that many
-    (state, action) pairs in front of it; the action is what the policy wrote. `"[state_id, action_id]":
-    transition_ids` fills what `merged_transitions` reads.
+    The state is the observation after the previous turn (0 before the first), with `history` combined with that many
+    earlier (state, action) pairs; the action is the policy's tokens. `"[state_id, action_id]": transition_ids` fills
+    the inputs of `merged_transitions`.
 
     Args:
       tokens: completion tokens.
@@ -33,10 +33,10 @@ def transition_ids(
       source: a `Source` for each token; observations answer a turn.
       length: completion tokens, observations included.
       max_turns: S.
-      history: earlier turns that a state remembers.
+      history: earlier turns included in a state.
 
     Returns:
-      (state_id, action_id), hashes of 31 bits, which differ for different tokens but for one pair in 2^31.
+      (state_id, action_id), hashes of 31 bits; different tokens collide with probability 2^-31.
 
     Reference: SALT (2510.20022).
     Certainty: recalled
@@ -67,17 +67,17 @@ def turn_marks(
     mark_ids: tuple[Natural, ...],
     max_turns: Count,
 ) -> Float[Array, "B S D"]:
-    """How often each of some tokens stands in each turn, what answers it included: factors for `latent_rewards`.
+    """Counts of given tokens in each turn, observations included: factors for `latent_rewards`.
 
     Args:
       tokens: completion tokens.
       turn: index of the turn that each token belongs to.
       length: completion tokens, observations included.
-      mark_ids: D ids of tokens, such as the flags by which an environment says what an action did.
+      mark_ids: D token ids, such as the result flags of an environment.
       max_turns: S.
 
     Returns:
-      D counts a turn, float32; 0 for turns that were not taken.
+      D counts per turn, float32; 0 for turns that were not taken.
 
     Raises:
       ValueError: without ids.

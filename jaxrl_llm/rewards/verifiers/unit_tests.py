@@ -27,7 +27,7 @@ def unit_tests(
     does_not_compile: float = 0.0,
     allow_unisolated: bool = False,
 ) -> list[float | None]:
-    """The tests that the code of a completion passes, each run in a sandbox.
+    """Share of unit tests that the code of a completion passes, each run in a sandbox.
 
         status per test in {pass, fail, error, timeout, forbidden}
         fraction: passed / number of tests
@@ -35,8 +35,8 @@ def unit_tests(
         prefix:   tests passed before the first failure / number of tests
 
     A case of input and output passes iff output and expectation, outer blanks removed, have the same number of lines
-    and agree line by line, each line stripped. What is expected never reaches the process of the program. Tests that
-    are code run behind the program in its own process, so that a program which sets out to deceive them can.
+    and agree line by line, each line stripped. The expected output is not visible to the program's process. Tests that
+    are code run in the same process after the program, which can therefore deceive them.
 
     Args:
       completions: decoded completions; the code is the last fenced block.
@@ -45,19 +45,19 @@ def unit_tests(
         (lines of Python, with `test_setup_code`, as MBPP), `test_cases` (a list of `{input, output}`, with `fn_name`
         for a call), `input_output` (`{inputs, outputs}`, with `fn_name` for calls).
       mode: None is "fraction" for cases of input and output, "all" for tests that are code.
-      most_tests: the first so many are run; None runs all.
-      seconds: that a test may take.
-      memory_gib: that it may use.
+      most_tests: run only the first tests; None runs all.
+      seconds: time limit of a test.
+      memory_gib: memory limit of a test.
       no_code: reward of a completion without a fenced block.
-      does_not_compile: reward of code that is no Python.
-      allow_unisolated: run it where the system cannot isolate it.
+      does_not_compile: reward of code with a syntax error.
+      allow_unisolated: run code also where the system cannot isolate it.
 
     Returns:
-      One reward a row; None for a record without tests, or where the sandbox itself has failed.
+      One reward per row; None for a record without tests, or a failure of the sandbox itself.
 
     Raises:
-      SandboxError: where the system cannot isolate code, unless that is allowed.
-      ValueError: for an unknown mode, or tests in another form.
+      SandboxError: where the system cannot isolate code, without allow_unisolated. ValueError: for an unknown mode, or
+      tests in another form.
 
     >>> item = {"test_cases": [{"input": "2", "output": "4"}, {"input": "3", "output": "9"}]}
     >>> unit_tests(["```python\\nprint(int(input()) * 2)\\n```"], [item], allow_unisolated=True)
@@ -88,7 +88,7 @@ def unit_tests(
 
 
 def code_of(completion: str) -> str:
-    """The code of a completion: its last fenced block, or all of it where there is none.
+    """The code of a completion: its last fenced block, or all of it without one.
 
     >>> code_of("Here it is:\\n```python\\nx = 1\\n```\\nDone.")
     'x = 1\\n'
@@ -98,7 +98,7 @@ def code_of(completion: str) -> str:
 
 
 def passed_share(statuses: Sequence[str], *, mode: Mode) -> float:
-    """What the statuses of all tests of a program are worth.
+    """Reward of the statuses of all tests of a program.
 
     >>> [passed_share(["pass", "pass", "fail", "pass"], mode=mode) for mode in ("fraction", "all", "prefix")]
     [0.75, 0.0, 0.5]
@@ -110,7 +110,7 @@ def passed_share(statuses: Sequence[str], *, mode: Mode) -> float:
 
 
 def same_lines(output: str, expected: str) -> bool:
-    """Whether two texts have as many lines, and the same ones without the blanks around them.
+    """Whether two texts have the same number of lines and equal lines after stripping blanks.
 
     >>> same_lines("1 \\n2\\n", "1\\n2"), same_lines("1", "1\\n2")
     (True, False)
@@ -120,13 +120,13 @@ def same_lines(output: str, expected: str) -> bool:
 
 
 class UnitTest(NamedTuple):
-    """One test of a program: code behind it, or input and what is expected of it.
+    """One test of a program: code that runs after it, or input and expected output.
 
     Attributes:
       code: Python; None for a case.
       input: standard input, or arguments of the call.
       expected: standard output, or value of the call.
-      function: that is called; None for standard input.
+      function: function to call; None for standard input.
     """
 
     code: str | None = None
@@ -144,7 +144,7 @@ class UnitTest(NamedTuple):
             return outcome
         called = self.function is not None
         right = outcome.value == self.expected if called else same_lines(outcome.stdout, self.expected)
-        return outcome if right else outcome._replace(verdict="fail", detail="another output than expected")
+        return outcome if right else outcome._replace(verdict="fail", detail="output differs from the expected one")
 
 
 class Tested(NamedTuple):
@@ -182,7 +182,7 @@ def tested_programs(
 
 
 def recorded_tests(item: Mapping[str, Any]) -> list[UnitTest]:
-    """The tests of a record, in any of the forms of `unit_tests`; none where it has none.
+    """The tests of a record, in any of the forms of `unit_tests`; an empty list without tests.
 
     Raises:
       ValueError: for tests in another form.
@@ -206,7 +206,7 @@ def _case(case: Any) -> UnitTest:
     if not isinstance(case, Mapping) or not {"input", "output"} <= case.keys():
         raise ValueError(f"a test case is {str(case)[:80]}; it must have `input` and `output`")
     given, wanted, function = case["input"], case["output"], case.get("fn_name")
-    if function is not None:  # text has an argument a line, in JSON
+    if function is not None:  # text has one JSON argument per line
         given = [json.loads(line) for line in given.splitlines() if line] if isinstance(given, str) else list(given)
         return UnitTest(None, given, json.loads(wanted) if isinstance(wanted, str) else wanted, function)
     texts = ("\n".join(map(str, each)) if isinstance(each, list) else str(each) for each in (given, wanted))
@@ -214,10 +214,12 @@ def _case(case: Any) -> UnitTest:
 
 
 def _parsed(value: Any) -> Any:
-    """Tests as JSON text, as many data sets have them, or as they are."""
+    """Tests parsed from JSON text, or unchanged."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError:
-        raise ValueError(f"the tests of a record are the text {value[:80]!r}, which is no JSON") from None
+        raise ValueError(
+            f"the tests of a record are {value[:80]!r}, which is not JSON; store them as JSON text or a list"
+        ) from None

@@ -353,7 +353,7 @@ def test_rows_without_steps_and_constant_returns():
             lambda: advantages.return_functional(jnp.ones(1), jnp.zeros(1, int), jnp.ones(1), functional="x"),
             "functional",
         ),
-        (lambda: bin_shares(jnp.ones(1), count=1, low=0, high=1), "1 bins from 0 to 1"),
+        (lambda: bin_shares(jnp.ones(1), count=1, low=0, high=1), "head has 1 outputs"),
         (lambda: losses.several_values(jnp.ones((1, 1, 2)), jnp.ones((1, 1, 3)), jnp.ones((1, 1))), "returns of 3"),
     ],
 )

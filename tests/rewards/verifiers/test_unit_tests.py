@@ -118,7 +118,7 @@ def test_what_cannot_be_is_refused(monkeypatch):
         unit_tests([], [], mode="some")
     with pytest.raises(ValueError, match="a test case is 7; it must have `input` and `output`"):
         unit_tests(["x"], [{"test_cases": [7]}])
-    with pytest.raises(ValueError, match="are the text 'x', which is no JSON"):
+    with pytest.raises(ValueError, match="are 'x', which is not JSON"):
         unit_tests(["x"], [{"test_cases": "x"}])
     monkeypatch.setattr(programs, "facilities", lambda: frozenset({"landlock"}))
     with pytest.raises(ValueError, match=r"nothing keeps it from the network, other processes\. .* allow_unisolated"):
