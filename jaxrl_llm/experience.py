@@ -67,7 +67,7 @@ class Source(IntEnum):
 
 @struct.dataclass
 class Prompts:
-    """What a rollout starts from: one row a prompt, N rows.
+    """What a rollout starts from: one row per prompt, N rows.
 
     Attributes:
       tokens: left-padded prompt tokens.
@@ -75,7 +75,7 @@ class Prompts:
       prompt_id: stable id of the prompt in its data set; addresses the random keys and per-prompt statistics.
       answer_tokens: right-padded reference answer, for in-graph verifiers.
       answer_length: real tokens in each reference answer.
-      fields: further columns of the data by name, one entry a prompt; its rows have them under the same name.
+      fields: further columns of the data by name, one entry per prompt; its rows have them under the same name.
     """
 
     tokens: Int[Array, "N P"]
@@ -94,7 +94,7 @@ class Experience:
     names: what each means, its shape, and what provides it.
 
     Attributes:
-      prompt_tokens, prompt_length, prompt_id, answer_tokens, answer_length: as in `Prompts`, one row a sample.
+      prompt_tokens, prompt_length, prompt_id, answer_tokens, answer_length: as in `Prompts`, one row per sample.
       sample: number of the sample within its group.
       group: id of the group (the samples of one prompt); any integers in [0, B).
       weight: 1 for a row that counts, 0 for an absent one, fractions for a row that counts in part.
@@ -108,7 +108,7 @@ class Experience:
       router_choices: experts that served each token of prompt and completion; None where they are not recorded.
       support: tokens that each token was drawn from, -1 for fewer than S, where sampling is truncated: the trainer
         normalises over the same ones. None where it is the whole vocabulary.
-      fields: named arrays, one entry a row.
+      fields: named arrays, one entry per row.
     """
 
     prompt_tokens: Int[Array, "B P"]
@@ -163,7 +163,7 @@ FACTS = tuple(f.name for f in fields(Experience) if f.name != "fields")
 
 @struct.dataclass
 class Sequences:
-    """What a view makes of rows: sequences to be scored, one a row.
+    """What a view makes of rows: sequences to be scored, one per row.
 
     Attributes:
       prompt_tokens, prompt_length: what they start from, left-padded.

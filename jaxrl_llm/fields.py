@@ -120,6 +120,7 @@ _ROWS: Any = (
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
     ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0 is none", 0.0, True),
     ("position_entropy", "row", "credit", "entropy of what follows the prompt in the data", float("nan"), True),
+    ("kl_coefficients", "row", "credit", "units of reward that a nat of divergence costs a row", 0.0, True),
     ("kl_anchor", "row", "credit", "how far the policy has moved on average, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
@@ -133,6 +134,7 @@ _ROWS: Any = (
     ("source_id", "row", "data", "number of the source of a mixture that the prompt is of, -1 for none", -1.0),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
+    ("durations", "vector", "environment", "time that each turn took, as the environment says", 0.0, True),
     ("turns", "row", "environment", "turns that were taken"),
     ("stop", "row", "environment", "why the episode ended (rollout.StopReason)"),
     ("solved", "row", "environment", "1 where the environment says so"),
@@ -180,7 +182,7 @@ _ROWS: Any = (
     ("entropy_per_token", "scalar", "metrics", "mean entropy of sampling"),
     ("kl_reference_per_token", "scalar", "metrics", "mean log-ratio of sampling to reference"),
     ("alignment", "scalar", "metrics", "whether the losses on written rows would lower a held-out loss faster"),
-    # text, on the host: a list with one entry a row; in the singular, the entry of one row
+    # text, on the host: a list with one entry per row; in the singular, the entry of one row
     ("completions", "row", "text", "decoded completions"),
     ("prompts", "row", "text", "problem texts"),
     ("answers", "row", "text", "reference answers"),
@@ -203,6 +205,7 @@ _NEEDS = {
     "hidden": "hidden states",
     "turn": "turns",
     "turn_rewards": "turns",
+    "durations": "durations",
     "proxy_logprobs": "proxy",
     "prompt_logprobs": "prompt scores",
     "prompt_mask": "prompt scores",
@@ -265,7 +268,7 @@ def is_written_text(name: str) -> bool:
 
 
 def kind_of(name: str) -> Kind:
-    """The shape of a name; an entry of credit may fill any other name with one entry a row."""
+    """The shape of a name; an entry of credit may fill any other name with one entry per row."""
     if name in FIELDS:
         return FIELDS[name].kind
     for end, kind in _ENDINGS.items():

@@ -135,7 +135,7 @@ def test_kto_learns_from_a_file_of_labels(micro):
 def test_kto_scores_mismatched_completions_within_a_microbatch(micro):
     seen = learned(micro("kto", "labels", "training.sequences_per_microbatch=4"), 2)
     assert np.isfinite(seen[-1]["loss/kto"])
-    with pytest.raises(ValueError, match="mismatched_completions sees a single row"):
+    with pytest.raises(ValueError, match="mismatched_completions got a single row"):
         learned(micro("kto", "labels", "training.sequences_per_microbatch=1"), 1)
 
 
