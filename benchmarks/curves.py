@@ -77,7 +77,8 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
     if tree["task"]["name"] == "addition" and own_levels:  # recipes whose effect needs several levels
         tree["task"]["levels"] = own_levels
     elif not tree.get("data", {}).get("templates"):
-        rollout["max_prompt_tokens"] = size["prompt"]
+        asked = tree["task"].get("options", {}).keys() & {"claims", "attempts"}  # a question behind the problem
+        rollout["max_prompt_tokens"] = size["prompt"] + 4 * len(asked)
     for part in (rollout, *(stage["rollout"] for stage in tree.get("stages", []) if "rollout" in stage)):
         if (limit := part.get("max_completion_tokens")) in size.get("completion", {}):
             part["max_completion_tokens"] = size["completion"][limit]
@@ -132,11 +133,12 @@ def supplied(tree: dict[str, Any], start: dict[str, Any], cache: Path) -> dict[s
         made = warm_started(tree | {"warm_start": warm, "networks": {}}, cache)
         found = teacher | {"path": made["init_from"]["path"]}
         start = start | {"networks": tree["networks"] | {"teacher": found}}
-    sources = start.get("source")
-    for kind, entry in sources.items() if isinstance(sources, dict) else ():
-        if kind in ("pairs", "labels", "ratings"):
-            file = judged(Path(start["init_from"]["path"]), kind)
-            start = start | {"source": sources | {kind: entry | {"file": str(file)}}}
+    start = json.loads(json.dumps(start))
+    for part in (start, *start.get("stages", [])):
+        sources = part.get("source")
+        for kind, entry in sources.items() if isinstance(sources, dict) else ():
+            if kind in ("pairs", "labels", "ratings"):
+                entry["file"] = str(judged(Path(start["init_from"]["path"]), kind))
     return start
 
 

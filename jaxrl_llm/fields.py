@@ -115,6 +115,14 @@ _ROWS: Any = (
     ("well_formed", "row", "credit", "1 if an answer can be parsed", 0.0, True),
     ("confidence", "row", "credit", "stated probability of the answer; NaN for none", float("nan"), True),
     (
+        "verdict",
+        "row",
+        "credit",
+        "verdict of a critique: 1 for right, 0 for wrong; NaN for neither",
+        float("nan"),
+        True,
+    ),
+    (
         "perplexity",
         "row",
         "credit",
@@ -127,6 +135,7 @@ _ROWS: Any = (
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
     ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0: none", 0.0, True),
     ("position_entropy", "row", "credit", "entropy of the tokens after the prompt in the data", float("nan"), True),
+    ("kl_coefficients", "row", "credit", "cost of a nat of divergence per row, in units of reward", 0.0, True),
     ("kl_anchor", "row", "credit", "mean distance of the policy from an anchor, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
@@ -140,6 +149,7 @@ _ROWS: Any = (
     ("source_id", "row", "data", "index of the prompt's source in a mixture, -1 for none", -1.0),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
+    ("durations", "vector", "environment", "duration of each turn, as reported by the environment", 0.0, True),
     ("turns", "row", "environment", "number of turns taken"),
     ("stop", "row", "environment", "why the episode ended (rollout.StopReason)"),
     ("solved", "row", "environment", "1 if the environment reports success"),
@@ -227,6 +237,7 @@ _NEEDS = {
     "hidden": "hidden states",
     "turn": "turns",
     "turn_rewards": "turns",
+    "durations": "durations",
     "proxy_logprobs": "proxy",
     "prompt_logprobs": "prompt scores",
     "prompt_mask": "prompt scores",
@@ -289,7 +300,7 @@ def is_written_text(name: str) -> bool:
 
 
 def kind_of(name: str) -> Kind:
-    """The kind of a name; for names outside of the table, which credit may fill, "vector"."""
+    """The kind of a name; for names outside of the table by their ending, else "vector"."""
     if name in FIELDS:
         return FIELDS[name].kind
     for end, kind in _ENDINGS.items():

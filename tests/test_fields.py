@@ -88,14 +88,14 @@ OF_ONE_FUNCTION = {
     # votes and embeddings
     *("agrees", "embedding", "labelled", "token_certainty", "voter"),
     *("baseline_embedding", "goal_embedding", "hits"),
-    *("continuations", "contributions", "drawn_turns", "durations", "grounded", "milestones", "successes", "trained"),
+    *("continuations", "contributions", "drawn_turns", "grounded", "milestones", "successes", "trained"),
     "turn_factors",
     # of steps and turns
     *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),
     # of pairs
     *("candidates", "own_place"),
     *("calibration", "first_share", "log_collision", "pair_weight", "reward_shift", "swapped_share", "weak_share"),
-    *("end_values", "original_correct", "refined_correct", "verdict", "win_share"),
+    *("end_values", "original_correct", "refined_correct", "win_share"),
 }
 ROOMS = {room.__name__.split(".")[1]: room for room in (advantages, losses, rewards, schedules, selection)}
 
@@ -311,4 +311,4 @@ def test_shapes_that_do_not_fit_are_named(name, shape, right):
 def test_what_names_hold_in_rows_that_do_not_know_them():
     assert absent_value("preferred") == absent_value("answer_id") == -1
     assert absent_value("stated") == absent_value("rewards") == 0
-    assert all(absent_value(name) != absent_value(name) for name in ("rating", "confidence")), "no numbers"
+    assert all(absent_value(name) != absent_value(name) for name in ("rating", "confidence", "verdict")), "no numbers"

@@ -1,4 +1,4 @@
-"""Advantages: rewards -> one number a row or a token that says how much better than expected it was.
+"""Advantages: from rewards, one number per row or token, above 0 where the result is better than expected.
 
 Each is a pure function whose positional parameters are named after fields of `Experience`.
 """

@@ -1,6 +1,6 @@
-"""Losses: log-probabilities, entropies and values -> a sum and a count.
+"""Losses: from log-probabilities, entropies and values to a numerator and a denominator.
 
-Each is a pure function whose positional parameters are named after what the step provides; each returns a
+Each is a pure function whose positional parameters are named after fields that the step provides; each returns a
 `jaxrl_llm.experience.Loss`.
 """
 

@@ -1,7 +1,7 @@
 """From per-token losses to a sum and a count: the aggregation modes.
 
-Every mode reads one float mask that carries both facts: which tokens count (non-zero) and how much their row
-counts (the value). A row of weight 0 has an all-zero mask and is absent from every sum and every count.
+Every mode reads one float mask: non-zero entries mark the tokens that count, their value is the weight of the row. A
+row of weight 0 has an all-zero mask and is absent from every sum and every count.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from jaxrl_llm.ranges import NonNegative, Positive, ranged
 
 
 def on_mask(values: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """`values` in float32, exactly 0 (with zero gradient) on tokens that do not count, whatever they hold."""
+    """`values` in float32, exactly 0 (with zero gradient) outside the mask, even for non-finite values."""
     return jnp.where(mask > 0, values.astype(jnp.float32), 0.0)
 
 
@@ -59,6 +59,6 @@ def pessimistic_surrogate(
 
 
 def token_share(happened: Bool[Array, "B T"], mask: Float[Array, "B T"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum, count) of a yes-or-no fact over the tokens that count, as a metric of a `Loss`."""
+    """(sum, count) of a boolean over the tokens that count, as a metric of a `Loss`."""
     mask = mask.astype(jnp.float32)
     return jnp.where(happened, mask, 0.0).sum(), mask.sum()

@@ -61,6 +61,8 @@ from jaxrl_llm.rewards.judges.verdict_rewards import (
     critique_reward,
     differing_answers,
     ranking_agreement,
+    right_verdict,
+    stated_verdict,
     verdict_agreement,
     verdict_question,
 )
@@ -127,6 +129,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
 )
 from jaxrl_llm.rewards.verifiers.behaviours import behaviour_counts
 from jaxrl_llm.rewards.verifiers.boxes import box_match, span_overlap, vector_closeness
+from jaxrl_llm.rewards.verifiers.graded_programs import graded_programs
 from jaxrl_llm.rewards.verifiers.keywords import keyword_rewards
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
 from jaxrl_llm.rewards.verifiers.lexical_diversity import lexical_diversity
@@ -209,6 +212,7 @@ __all__ = [
     "flipped_rewards",
     "floored_sum",
     "gated_sum",
+    "graded_programs",
     "hypervolume_guided",
     "instructions_kept",
     "item_numbers",
@@ -260,6 +264,7 @@ __all__ = [
     "relative_length_rewards",
     "repetition_penalty",
     "reward_column",
+    "right_verdict",
     "robust_score",
     "running_normalized",
     "schema_match",
@@ -275,6 +280,7 @@ __all__ = [
     "spurious_rewards",
     "stated_confidence",
     "stated_rating",
+    "stated_verdict",
     "step_borders",
     "step_calibration",
     "step_end_scores",

@@ -1,7 +1,7 @@
-"""A user's function of text in a process of its own, so that whatever it does ends there, and not the run.
+"""A user's function of text in a separate process, so that its failures do not end the run.
 
-`sys.exit`, a crash, a hang, memory without bound and floods of output are failures of the rows that it was called for,
-like an exception. The process and all that it has started are killed together.
+`sys.exit`, a crash, a hang, memory without bound and floods of output are failures of the rows of that call, like an
+exception. The process and its child processes are killed together.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from jaxrl_llm.rewards.host import Answers, Reading, RewardError, answered, by_r
 from jaxrl_llm.sandbox import Returned, Workers
 from jaxrl_llm.sandbox.workers import BARE
 
-DEADLINE_SECONDS = 300.0  # of a call of a function that names no deadline
-_RESTARTS = 16  # that rows are looked for which end their process, in one call
-_AT_ONCE = 32  # calls for single rows
+DEADLINE_SECONDS = 300.0  # of a call without a deadline of its own
+_RESTARTS = 16  # restarts per call, to find the rows that end the process
+_AT_ONCE = 32  # calls for single rows in parallel
 
 
 class FunctionEnded(Exception):
-    """A function asked for the end of the process that it runs in."""
+    """A function tried to end the process that it runs in."""
 
 
 @dataclass(eq=False)
 class Guarded:
-    """A function that is called in another process; `rewards.host.answered` does so, and `signature` reads it as it is.
+    """A function that `rewards.host.answered` calls in another process; its signature is that of the function.
 
     Attributes:
-      function: it and what is bound to it pickle, so it is a top-level function of a module.
+      function: a top-level function of a module, since it and its bound arguments are pickled.
       name: for messages and files.
-      memory_bytes: that its process and those that it starts may use together; None takes half of what is free.
-      most_failed: share of the rows of a call that may get the value on failure; beyond it the call is an error.
-      folder: where its output and its tracebacks are written, in NAME.log; None drops them.
-      stop: raises what the run wants to end with instead of waiting for an answer.
-      isolated: without files, network and environment, for a function that runs what a model wrote.
+      memory_bytes: memory limit of its process and child processes together; None takes half of the free memory.
+      most_failed: largest share of the rows of a call that may fail; above it the call is an error.
+      folder: folder of NAME.log with its output and tracebacks; None drops them.
+      stop: called while waiting; raises to abort the wait.
+      isolated: no access to files, network and environment, for functions that run generated code.
+      place: where `folder` can be read after the run, if not there.
     """
 
     function: Callable[..., Any]
@@ -49,13 +50,14 @@ class Guarded:
     folder: Path | None = None
     stop: Callable[[], None] = lambda: None
     isolated: bool = False
+    place: str | None = None
     _workers: Workers | None = field(default=None, init=False)
 
     def __post_init__(self):
         functools.update_wrapper(self, self.function, updated=())
         self.__signature__ = inspect.signature(self.function)
         self.__name__, self._reads_on_host = self.name, True
-        Workers({self.name: self.function})  # raises for what does not pickle
+        Workers({self.name: self.function})  # raises if the function does not pickle
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function itself, in this process."""
@@ -65,10 +67,10 @@ class Guarded:
         """As `rewards.host.answered`.
 
         Raises:
-          RewardError: as there, and where the process ended or had to be ended, without a value on failure.
+          RewardError: as there, and where the process ended or was killed, without a value on failure.
         """
         started = time.monotonic()
-        if reading.entry is not None:  # of a view, which is made with what the run holds
+        if reading.entry is not None:  # of a view, which needs objects of the run
             return answered(replace(reading, function=self.function), data, rows=rows, names=names)
         asked = replace(reading, function=self.function, deadline_s=reading.deadline_s or DEADLINE_SECONDS)
         answers = self._answered(asked, dict(data), rows, tuple(names), [_RESTARTS])
@@ -85,7 +87,7 @@ class Guarded:
         found = self._asked(reading, data, rows, names)
         if found.error is None and not found.late:
             kind, answer = found.value
-            if kind == "late":  # rows were given up, whose threads may hang for ever
+            if kind == "late":  # threads of late rows may hang for ever
                 self.close()
             if kind == "error":
                 raise RewardError(f"{answer}{self._log()}")
@@ -95,7 +97,7 @@ class Guarded:
             late = f"took longer than its deadline of {reading.deadline_s:g} s; raise deadline_s, or give "
             told = found.error or f"{late}value_on_failure to go on"
             raise RewardError(f"reward {reading.name!r} {told}{self._log()}")
-        if rows > 1 and found.crashed and restarts[0] > 0:  # which of the rows was it?
+        if rows > 1 and found.crashed and restarts[0] > 0:  # bisect to find the failing rows
             half = rows // 2
             parts = [
                 self._answered(reading, _rows(data, rows, part), part.stop - part.start, names, restarts)
@@ -113,20 +115,21 @@ class Guarded:
             self._workers = Workers(asked, 1, self.memory_bytes, log, self.stop, bare, self.isolated)
         by_row = called_by_row(reading.function)
         assert reading.deadline_s is not None
-        # A call for all rows is ended here; of calls for single rows the process itself knows which are late.
+        # The deadline of a call for all rows is enforced here, that of single rows inside the process.
         bound = reading.deadline_s * (-(-rows // _AT_ONCE)) + 5.0 if by_row else reading.deadline_s
         told = replace(reading, function=None, tell=None, deadline_s=reading.deadline_s if by_row else None)
         try:
             (found,) = self._workers(self.name, [(told, data, rows, names)], bound)
-        except ValueError as error:  # it does not start
+        except ValueError as error:  # the process does not start
             raise RewardError(f"reward {reading.name!r}: {error}{self._log()}") from None
         return found
 
     def _log(self) -> str:
-        return "" if self.folder is None else f"; its traceback and output are in {self.folder / self.name}.log"
+        where = f"{self.place or self.folder}/{self.name}.log"
+        return "" if self.folder is None else f"; its traceback and output are in {where}"
 
     def close(self) -> None:
-        """End its process and whatever that has started."""
+        """End its process and the child processes."""
         if self._workers is not None:
             self._workers.close()
             self._workers = None
@@ -146,7 +149,7 @@ def _rows(data: Mapping[str, Any], count: int, part: slice) -> dict[str, Any]:
 def _guarded(
     function: Callable[..., Any], reading: Reading, data: dict[str, Any], rows: int, names: tuple[str, ...]
 ) -> tuple[str, Any]:
-    """("values" or "late", answers), or ("error", what is wrong)."""
+    """("values" or "late", answers), or ("error", message)."""
     late = [0]
 
     def tell(error: BaseException) -> None:
@@ -162,7 +165,7 @@ def _guarded(
 
 
 def _staying(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, of which a wish to end the process is an exception like any other."""
+    """The function, with attempts to end the process turned into `FunctionEnded`."""
     ending = (SystemExit, KeyboardInterrupt, GeneratorExit)
 
     @functools.wraps(function)

@@ -1,7 +1,7 @@
-"""Calling a user's function of text: what goes wrong in it is said in one sentence that names the row.
+"""Calls of a user's function of text, with one-sentence errors that name the row.
 
 A function is called once for all rows, or once a row where it names text in the singular (`completion`, `answer`); it
-may be `async def`. Calls for single rows run in parallel. None and NaN say that it does not apply to a row.
+may be `async def`. Calls for single rows run in parallel. None and NaN mean that it does not apply to a row.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _THREADS = 32
 
 
 class RewardError(ValueError):
-    """A function of text failed, or returned something that cannot be learned from."""
+    """A function of text failed, or returned an invalid value."""
 
 
 def _ignored(error: BaseException) -> None:
     pass
 
 
-# What a function may end with instead of a value; Ctrl-C is the user's.
+# Exceptions that count as failures of the function; Ctrl-C belongs to the user.
 _FAILURES = (Exception, SystemExit)
 
 
@@ -40,13 +40,13 @@ class Reading:
 
     Attributes:
       function: hyper-parameters are bound beforehand (`functools.partial`).
-      name: what messages call it.
+      name: its name in messages.
       deadline_s: seconds that one call may take; None waits.
-      value_on_failure: what a row gets where a call fails or takes too long; None raises.
+      value_on_failure: value of rows whose call fails or takes too long; None raises.
       constants: arguments that are the same for all rows.
-      entry: what makes of a row's entry what is learned from, raising ValueError for one that it cannot; None takes
-        numbers, text and arrays of finite numbers. An entry of None does not apply and is not handed to it.
-      tell: hears of each failure that becomes the value on failure, or an error.
+      entry: converts the entry of a row, raising ValueError for an invalid one; None accepts numbers, text and arrays
+        of finite numbers. Entries of None are not converted.
+      tell: called with each exception.
     """
 
     function: Callable[..., Any]
@@ -59,11 +59,11 @@ class Reading:
 
 
 class Answers(NamedTuple):
-    """What a reading said.
+    """Values of a reading.
 
     Attributes:
-      values: name -> one entry a row; None where it does not apply.
-      seconds: that it took.
+      values: name -> one entry per row; None where it does not apply.
+      seconds: duration of the call.
       failures: rows that got the value on failure.
     """
 
@@ -76,11 +76,11 @@ def answered(reading: Reading, data: Mapping[str, Any], *, rows: int, names: Seq
     """Call a reading on rows.
 
     Args:
-      reading: what is called.
-      data: what it names, one entry a row: lists of text, arrays.
-      rows: how many.
-      names: what its values become. A function of one name returns one entry a row, or {name: entries}; one of several
-        returns a tuple of entries or a dictionary of them. Called for single rows, it returns those of one row.
+      reading: the function to call.
+      data: its arguments, one entry per row: lists of text, arrays.
+      rows: number of rows.
+      names: fields that its values fill. A function of one name returns one entry per row, or {name: entries}; one of
+        several returns a tuple of entries or a dictionary of them. Called for single rows, it returns those of one row.
 
     Raises:
       RewardError: for an exception or a late call without a value on failure, another number of values than rows, a
@@ -108,8 +108,8 @@ def called_by_row(function: Callable[..., Any]) -> bool:
 
 
 def _part(returned: Any, name: str, place: int, names: Sequence[str]) -> Any:
-    """What belongs to one name of what a function returned."""
-    if isinstance(returned, Mapping):  # one that says none of the names is refused for what it is
+    """The part of a function's return value that belongs to one name."""
+    if isinstance(returned, Mapping):  # a mapping without any of the names is rejected later
         return returned.get(name) if returned.keys() & set(names) else returned
     if len(names) == 1 or returned is None:
         return returned
@@ -189,7 +189,7 @@ def _row_by_row(reading: Reading, data: Mapping[str, Any], rows: int) -> tuple[l
                     errors[row] = error
                     reading.tell(error)
                     if reading.value_on_failure is None:
-                        break  # the rest is called no more
+                        break  # skip the remaining rows
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     for row, error in errors.items():
@@ -217,7 +217,7 @@ def _told(reading: Reading, error: BaseException, data: Mapping[str, Any], row: 
 
 
 def _checked(reading: Reading, returned: Any, data: Mapping[str, Any], rows: int) -> list[Any]:
-    """One entry a row: a number, text, an array, or None; or what `entry` makes."""
+    """One entry per row: a number, text, an array, or None; or the result of `entry`."""
     values, called = _listed(returned), reading.name
     if values is None or len(values) != rows:
         what = f"a {type(returned).__name__}" if values is None else f"{len(values)} values"
@@ -261,16 +261,16 @@ def _value(value: Any, called: str, row: int, data: Mapping[str, Any]) -> Any:
 def checked_host_reward(
     function: Callable[..., Any], data: Mapping[str, Any], *, rows: int | None = None, name: str | None = None
 ) -> np.ndarray:
-    """Call `function(**data)` and return its B rewards as float32, or say what is wrong with them.
+    """Call `function(**data)` and return its B rewards as float32, or raise an error that describes the problem.
 
     Args:
-      function: returns one number a row, None or NaN where it does not apply; hyper-parameters are bound beforehand.
-      data: what the function names, such as completions, prompts, answers and items, one entry a row.
+      function: returns one number per row, None or NaN where it does not apply; hyper-parameters are bound beforehand.
+      data: arguments of the function, such as completions, prompts, answers and items, one entry per row.
       rows: number of rows B; None takes the length of the first entry of `data`.
-      name: what messages call the function; None takes its own name.
+      name: name of the function in messages; None takes its own.
 
     Returns:
-      One reward a row, [B] float32; NaN where it does not apply.
+      One reward per row, [B] float32; NaN where it does not apply.
 
     Raises:
       RewardError: for an exception in the function, another number of values than rows, a value that is no number, or
@@ -306,7 +306,7 @@ def _row(data: Mapping[str, Any], row: int, count: int) -> dict[str, Any]:
 
 
 def _failing_row(reading: Reading, data: Mapping[str, Any], count: int) -> int | None:
-    """The first row that fails on its own; the run ends here, so calling again costs little and tells much."""
+    """The first row that fails on its own; the run ends here, so the cost of repeated calls does not matter."""
     for row in range(count):
         try:
             _call(reading, _row(data, row, count))
@@ -316,7 +316,7 @@ def _failing_row(reading: Reading, data: Mapping[str, Any], count: int) -> int |
 
 
 def by_row(value: Any, count: int) -> bool:
-    """Whether an argument has one entry a row."""
+    """Whether an argument has one entry per row."""
     return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes)) and len(value) == count
 
 

@@ -59,6 +59,7 @@ class Step(NamedTuple):
       observation_length: number of tokens of the observation; not read if the episode is done.
       reward: of the turn.
       done: whether the episode is over.
+      duration: duration of the turn, in any unit; 0 if the environment reports none.
     """
 
     state: PyTree
@@ -66,6 +67,7 @@ class Step(NamedTuple):
     observation_length: Int[Array, ""]
     reward: Float[Array, ""]
     done: Bool[Array, ""]
+    duration: Float[Array, ""] | float = 0.0
 
 
 class Environment(NamedTuple):
@@ -105,6 +107,7 @@ class Episodes:
       keys: one key per episode, from (run key, step, prompt id, sample); the key of a turn is folded with its index.
       turns: turns taken.
       turn_rewards: reward of each turn, 0 for turns that were not taken.
+      durations: duration of each turn, 0 for turns that were not taken.
       stop: a `StopReason` for each episode.
     """
 
@@ -112,6 +115,7 @@ class Episodes:
     keys: Array
     turns: Int[Array, "B"]
     turn_rewards: Float[Array, "B S"]
+    durations: Float[Array, "B S"]
     stop: Int[Array, "B"]
 
 
@@ -152,6 +156,7 @@ def started(
         keys=keys,
         turns=jnp.zeros(rows, jnp.int32),
         turn_rewards=jnp.zeros((rows, environment.max_turns), jnp.float32),
+        durations=jnp.zeros((rows, environment.max_turns), jnp.float32),
         stop=jnp.full(rows, StopReason.RUNNING, jnp.int32),
     )
 
@@ -205,6 +210,7 @@ def advanced(
         state=jax.tree.map(lambda new, old: _chosen(active, new, old), made.state, episodes.state),
         turns=episodes.turns + active,
         turn_rewards=jnp.where(here, made.reward.astype(jnp.float32)[:, None], episodes.turn_rewards),
+        durations=jnp.where(here, made.duration.astype(jnp.float32)[:, None], episodes.durations),
         stop=jnp.where(active, stop, episodes.stop),
     )
     running = active & (episodes.stop == StopReason.RUNNING)

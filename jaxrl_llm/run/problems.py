@@ -29,16 +29,24 @@ def columns(config: Config) -> frozenset[str]:
     found: dict[str, Any] = {"template": None} if own.templates else {}
     found |= {"data_source": None} if own.sources or own.templates else {}
     if own.path is None and not own.sources:
-        known = found | dict.fromkeys(Item.__dataclass_fields__)
-        return frozenset() if config.task is None else columns_of([known])
+        return frozenset() if config.task is None else columns_of([found | _of_task(config.task)])
     for one in own.sources.values() or [own]:
         if one.path is None:
-            found |= dict.fromkeys(Item.__dataclass_fields__)
+            found |= _of_task(one.task)
             continue
         with contextlib.suppress(OSError, ValueError):  # reported when the data are read
             first = first_row(one.path)
             found |= first if isinstance(first, dict) else {}
     return columns_of([{"raw": found}])
+
+
+def _of_task(task: TaskConfig | None) -> dict[str, Any]:
+    """What the records of a built-in task hold, and the columns that it makes of them."""
+    found: dict[str, Any] = dict.fromkeys(Item.__dataclass_fields__)
+    made = None if task is None else data.tasks.task(task.name, **task.options)
+    if made is not None and made.columns is not None:
+        found |= made.columns(data.tasks.record(made.generate(level=made.levels[0], count=1)[0], 0))
+    return found
 
 
 def data_sets(

@@ -92,8 +92,8 @@ def implicit_blend(
 
     Args:
       primary: name of the reward function that is meant.
-      reward_names: names of the columns in their order; a run knows them.
-      initial: first weights, one a reward function; None is 1 for each.
+      reward_names: names of the columns in their order; filled from the run.
+      initial: first weights, one per reward function; None is 1 for each.
       form: as above.
       learning_rate: of the weights. Where they are slow a policy settles on what misleads it, and its samples, which
         are all alike by then, teach nothing more.

@@ -61,7 +61,7 @@ def mixing_weight(
     Args:
       weight: mu.
       alignment: `gradient_alignment`.
-      entropy: mean entropy of the policy, in nats a token.
+      entropy: mean entropy of the policy, in nats per token.
       target_entropy: entropy above which supervised learning is withdrawn.
       meta_rate: step along the alignment.
       entropy_rate: step a nat.
@@ -106,8 +106,8 @@ def adaptive_mixing(
     Args:
       part: which of the two terms this is the coefficient of.
       start: mu of the first step.
-      target_entropy: in nats a token; None measures the mean entropy of the first `target_steps` steps, during which mu
-        stays as it is.
+      target_entropy: in nats per token; None measures the mean entropy of the first `target_steps` steps, during which
+        mu stays as it is.
       target_steps: steps that the target is measured over.
       meta_rate, entropy_rate, low, high, sign: as in `mixing_weight`.
 

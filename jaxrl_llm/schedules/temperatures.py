@@ -34,7 +34,7 @@ def temperature_controller(*, target: NonNegative = 0.5, cold: Positive = 0.8, h
     Before the first step the entropy counts as 0, so the first temperature is `steering_temperature(0)`.
 
     Args:
-      target: entropy to hold, in nats a token (0.25 to 0.75 in the paper).
+      target: entropy to hold, in nats per token (0.25 to 0.75 in the paper).
       cold: temperature that lowers the entropy.
       hot: temperature that raises it.
 

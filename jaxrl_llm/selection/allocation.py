@@ -28,7 +28,7 @@ def reward_half_width(
       confidence: of the interval.
 
     Returns:
-      One number a row, in units of reward.
+      One number per row, in units of reward.
 
     Raises:
       ValueError: for a confidence outside (0, 1).
@@ -64,7 +64,7 @@ def rollout_priority(
       exploration: weight of the bonus for prompts with few rollouts.
 
     Returns:
-      One number a row, the same along a group; 0 in absent rows.
+      One number per row, the same along a group; 0 in absent rows.
 
     Raises:
       ValueError: for a confidence outside (0, 1) or a negative exploration.

@@ -37,7 +37,7 @@ def best_and_worst(
       least_gap: in units of reward.
 
     Returns:
-      One entry a row, for the field `preferred`; -1 in absent rows.
+      One entry per row, for the field `preferred`; -1 in absent rows.
 
     Raises:
       ValueError: for a count below 1, or a negative gap.
@@ -60,7 +60,7 @@ def best_and_worst(
 def guided_pairs(
     rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], branch: Float[Array, "B"]
 ) -> Float[Array, "B"]:
-    """One pair a prompt out of plain and guided attempts: a success with guidance against a failure without.
+    """One pair per prompt out of plain and guided attempts: a success with guidance against a failure without.
 
         preferred = 1 for the first guided success, else the first plain one;
                     0 for the first plain failure, else the first guided one;   -1 elsewhere
@@ -75,7 +75,7 @@ def guided_pairs(
       branch: 1 for guided attempts.
 
     Returns:
-      One entry a row, for the field `preferred`; -1 in rows that make no pair.
+      One entry per row, for the field `preferred`; -1 in rows that make no pair.
 
     Reference: Agent-RLVR (2506.11425).
     Certainty: reconstructed
@@ -120,7 +120,7 @@ def by_threshold(
       least_gap: in units of reward.
 
     Returns:
-      One entry a row, for the field `preferred`; -1 in absent rows.
+      One entry per row, for the field `preferred`; -1 in absent rows.
 
     Raises:
       ValueError: for a negative gap.
@@ -152,7 +152,7 @@ def reward_gap(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One entry a row, for the field `margin`, the same in a group; 0 where it has no pair.
+      One entry per row, for the field `margin`, the same in a group; 0 where it has no pair.
 
     Reference: Secrets of RLHF II, adaptive margins (2401.06080), of rewards.
     Certainty: recalled

@@ -26,7 +26,7 @@ def spread_filter(*, beta: NonNegative = 0.5, decay: ShareBelowOne = 0.99) -> Me
       decay: what the average keeps of its past at each batch.
 
     Returns:
-      A method that remembers e; its update gives one weight a row.
+      A method that remembers e; its update gives one weight per row.
 
     Raises:
       ValueError: for a decay outside [0, 1) or a negative beta.
@@ -73,7 +73,7 @@ def drawn_turns(
       count: turns that are drawn of each row.
 
     Returns:
-      One number a turn.
+      One number per turn.
 
     Reference: LaRe (2412.11120).
     Certainty: verified

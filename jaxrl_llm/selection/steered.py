@@ -21,7 +21,7 @@ def steered_batch(*, target: NonNegative = 0.5, cap: Natural = 60, threshold: fl
     its size. Then `steered_advantages` sets the advantage of the extra answers to 1.
 
     Args:
-      target: entropy to hold, in nats a token.
+      target: entropy to hold, in nats per token.
       cap: most answers that are exchanged.
       threshold: least advantage of an extra answer.
 

@@ -28,7 +28,7 @@ def distinct_pairs(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One number a row, the same along a group; 0 where there are no pairs.
+      One number per row, the same along a group; 0 where there are no pairs.
 
     Reference: VAS, MMR1 (2509.21268).
     Certainty: verified

@@ -72,7 +72,7 @@ def available_before_rewards(c: Composition) -> frozenset[str]:
 
 def _check_names(c: Composition) -> None:
     by_network = {name for name in c.named if c.score(name) is not None}
-    by_network |= provided_by("network") | c.view_masks
+    by_network |= provided_by("network") | c.view_masks | c.written_tokens
     learner = provided_by("learner") | {"router_choices"}
     learner |= {name for name in c.named if compared_with(name) in c.networks}
     text = provided_by("text") | {"items"} | c.resources.columns | c.written_texts
@@ -84,7 +84,9 @@ def _check_names(c: Composition) -> None:
     filled = frozenset(name for term in c.credit for name in term.names)
     later = filled | (provided_by("rewards") if c.rewards else frozenset())
     for name, view in c.views.items():
-        _require_names(view.function, f"view {name!r}", available | later | (text if view.on_host else frozenset()))
+        read = available | later | c.written_tokens | (text if view.on_host else frozenset())
+        _require_names(view.function, f"view {name!r}", read)
+        c.made_of(name)
         if view.on_host and (c.resources.decode is None or c.resources.encode is None):
             raise ValueError(f"view {name!r} reads and writes text, so make_train_step needs decode= and encode=")
         if view.written_by is not None:
@@ -173,7 +175,7 @@ def _require_views(c: Composition, function: Any, what: str, available: frozense
     """Raise ValueError if a view is requested before the fields that it is computed from are filled."""
     for name in sorted(required([function])):
         if view := c.view_of(name):
-            for lacking in sorted(c.views[view].needs - available):
+            for lacking in sorted(c.made_of(view) - available):
                 raise ValueError(
                     f"{what} names {name!r}, but view {view!r} is made of {lacking!r}, which comes later; put what "
                     "fills it in front"

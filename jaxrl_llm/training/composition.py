@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -178,7 +178,7 @@ class Composition:
         other = (FIELDS.keys() - provided_by("credit")) | filled
         by_rule = {name for name in self.named - other if self.score(name) is not None and self.before(name)}
         brought = provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"}
-        brought |= self.view_masks | self.written_texts
+        brought |= self.view_masks | self.written_texts | self.written_tokens
         return frozenset(by_rule) | (self.named & brought)
 
     @property
@@ -191,12 +191,39 @@ class Composition:
         """Names of the texts that networks generate."""
         return frozenset(f"{name}_text" for name, view in self.views.items() if view.written_by)
 
+    @property
+    def written_tokens(self) -> frozenset[str]:
+        """Names of the tokens that networks write, and of their lengths."""
+        written = [name for name, view in self.views.items() if view.written_by]
+        return frozenset(f"{name}_{part}" for name in written for part in ("tokens", "length")) - FIELDS.keys()
+
     def view_of(self, name: str) -> str:
         """The view that a name refers to; "" for any other name."""
         found = self.score(name)
         if found is not None:
             return found.view
-        return next((view for view in self.views if name in (f"{view}_mask", f"{view}_text")), "")
+        if name in self.view_masks | self.written_texts | self.written_tokens:
+            return name.rpartition("_")[0]
+        return ""
+
+    def made_of(self, view: str, behind: tuple[str, ...] = ()) -> frozenset[str]:
+        """Names of rows that a view is made of; of what other views hold, the names that those are made of.
+
+        Raises:
+          ValueError: for views that are made of each other.
+        """
+        if view in behind:
+            raise ValueError(f"views {', '.join(behind)} are made of each other; make one of them of the row alone")
+        found = self.views[view].needs - self.resources.columns
+        others = {name: other for name in found if (other := self.view_of(name))}
+        return (found - others.keys()).union(*(self.made_of(other, (*behind, view)) for other in others.values()))
+
+    def views_of(self, names: Collection[str]) -> tuple[str, ...]:
+        """The views that names are about, each behind those that it is made of."""
+        ordered: dict[str, None] = {}
+        for view in dict.fromkeys(view for name in sorted(names) if (view := self.view_of(name))):
+            ordered |= dict.fromkeys((*self.views_of(self.views[view].needs), view))
+        return tuple(ordered)
 
     def score(self, name: str) -> Any:
         """The meaning of a name that follows the rules of `network_names`; None for any other name."""

@@ -106,7 +106,7 @@ def _scored_early(c: Composition, key: str) -> frozenset[str]:
 def _ready(c: Composition, name: str, available: Collection[str]) -> bool:
     """Whether the sequence that a name scores can be made from the available names."""
     view = c.view_of(name)
-    return not view or c.views[view].needs <= set(available)
+    return not view or c.made_of(view) <= set(available)
 
 
 def rewarded(c: Composition) -> str:
@@ -117,8 +117,7 @@ def rewarded(c: Composition) -> str:
 def _read_views(c: Composition, names: Collection[str], key: str, read: Collection[str] = ()) -> list[Any]:
     """Parts that make the requested stored sequences (readings and written views) that do not exist yet."""
     parts: list[Any] = []
-    for name in dict.fromkeys(view for name in sorted(names) if (view := c.view_of(name)) and view not in read):
-        view = c.views[name]
+    for view in (c.views[name] for name in c.views_of(names) if name not in read):
         parts += [view_part(view, key, c.samples)] if view.on_host else []
         parts += [write_part(c, view, key)] if view.written_by else []
     return parts
@@ -137,13 +136,13 @@ def credit_parts(c: Composition) -> list[Any]:
     known = {*available_before_rewards(c), *provided_by("rewards"), *(FIELDS.keys() - set(coming))}
     pending = set(c.wanted)
     parts: list[Any] = []
-    read = set() if not c.rewards else {c.view_of(name) for name in _scored_early(c, rewarded(c))}
+    read = set(c.views_of(_scored_early(c, rewarded(c)))) if c.rewards else set()
 
     def score(available: Collection[str]) -> None:
         ready = {name for name in pending if _ready(c, name, available)}
         if ready:
             parts.extend(_read_views(c, ready, "rows", read))
-            read.update(c.view_of(name) for name in ready)
+            read.update(c.views_of(ready))
             parts.append(Traced("networks", partial(_viewed, c, frozenset(ready), "rows")))
             pending.difference_update(ready)
 

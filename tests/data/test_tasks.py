@@ -19,6 +19,7 @@ VARIANTS = [
     ("chain", {}, 3),
     ("chain", {"modulus": 13}, 5),
     ("chain", {"claims": True}, 3),
+    ("chain", {"attempts": 0.5}, 3),
     ("composition", {}, 2),
     ("composition", {"functions": "KLMNOPQ", "scratchpad": False}, 6),
     ("countdown", {}, 3),
@@ -264,3 +265,17 @@ def test_a_chain_may_leave_its_scratch_empty_in_a_share_of_the_problems():
     assert not any(item.think for item in drawn(direct_share=0.5, scratchpad=False))
     with pytest.raises(ValueError, match=r"direct_share is 1.5; it must lie in \[0, 1\]"):
         tasks.task("chain", direct_share=1.5)
+
+
+def test_a_critic_is_asked_about_results_of_which_half_are_right():
+    task = tasks.task("chain", attempts=0.5)
+    items = task.generate(level=3, count=200)
+    asked = [item for item in items if "?" in item.body]
+    assert 0.35 < len(asked) / len(items) < 0.65
+    assert 0.3 < sum(item.answer == "Y" for item in asked) / len(asked) < 0.7
+    for item in asked:
+        result = item.body.partition("?")[2]
+        assert (task.columns({"body": item.body})["solution"] == result) == (item.answer == "Y")
+        assert item.think.endswith("=" + task.columns({"body": item.body})["solution"])
+    with pytest.raises(ValueError, match=r"attempts is 0.5, but claims asks another question"):
+        tasks.task("chain", attempts=0.5, claims=True)

@@ -135,7 +135,7 @@ def test_kto_learns_from_a_file_of_labels(micro):
 def test_kto_scores_mismatched_completions_within_a_microbatch(micro):
     seen = learned(micro("kto", "labels", "training.sequences_per_microbatch=4"), 2)
     assert np.isfinite(seen[-1]["loss/kto"])
-    with pytest.raises(ValueError, match="mismatched_completions sees a single row"):
+    with pytest.raises(ValueError, match="mismatched_completions got a single row"):
         learned(micro("kto", "labels", "training.sequences_per_microbatch=1"), 1)
 
 
@@ -348,6 +348,31 @@ def test_a_copy_of_the_policy_learns_to_write_verdicts_and_the_policy_from_them(
         assert step["reward"] == pytest.approx(step["reward/judge_rating"])  # the verifier has no weight
         assert "gradient_norm/critic" not in step
     assert seen["judge"][-1]["gradient_norm/critic"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["critique_rl", "generator_and_critic"])
+def test_a_critic_is_paid_for_verdicts_and_for_what_its_critiques_are_good_for(name, data_directory, tmp_path):
+    task = MICRO["task"] | {"name": "chain", "levels": [1], "options": read_tree(recipe_path(name))["task"]["options"]}
+    config = sums(data_directory, name, "rollout.max_prompt_tokens=12", "rollout.max_completion_tokens=12", task=task)
+    first, *later = config.stages
+    first["training"]["steps"] = 60
+    for stage in later:
+        stage["training"] = {"steps": 3}
+    networks = {network: replace(one, learning_rate=0.01) for network, one in config.networks.items()}
+    seen = whole_run(replace(config, networks=networks), tmp_path / "run")
+    forms, *paid = (seen[stage["name"]] for stage in config.stages)
+    assert all(forms[-1][loss] < 0.7 * forms[0][loss] for loss in forms[0] if loss.startswith("loss/"))
+    for step in (step for stage in paid for step in stage):
+        assert step["gradient_norm"] > 0
+        assert 0 < step["metric/refined"] < 1
+    if name == "critique_rl":
+        assert "gradient_norm" not in forms[-1]  # the policy waits
+        for step, most in [(step, most) for stage, most in zip(paid, (1.0, 1.2), strict=True) for step in stage]:
+            assert -1 < step["reward"] < most
+        assert paid[0][0]["reward"] == pytest.approx(2 * paid[0][0]["correct_share"] - 1)
+    else:
+        assert all(-1 < step["metric/verdict"] < 1 and step["gradient_norm/critic"] > 0 for step in paid[0])
 
 
 @pytest.mark.slow

@@ -414,3 +414,44 @@ def test_a_mixture_of_two_networks_writes_what_the_product_of_their_distribution
 
 def log_softmax(scores):
     return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+def go_on_by_text(verdict_text):
+    return [None if text is None else text.split()[-1] for text in verdict_text]
+
+
+def go_on_in_the_program(verdict_tokens, verdict_length):
+    last = jnp.take_along_axis(verdict_tokens, jnp.maximum(verdict_length - 1, 0)[:, None], axis=1)
+    ones = jnp.ones(len(last), jnp.int32)
+    return Sequences(last, ones, last[:, :0], 0 * ones, jnp.zeros((len(last), 0)))
+
+
+@pytest.mark.parametrize("again", [go_on_by_text, go_on_in_the_program])
+def test_a_view_may_be_made_of_what_a_network_wrote_as_another(bigram, make_prompts, again):
+    written = {"max_completion_tokens": 3, "written_by": "policy", "temperature": 0.0}
+    # By name the second one comes first.
+    views = {"verdict": View(ask_in_the_program, **written), "again": View(again, **written)}
+    step = judged(
+        bigram,
+        None,
+        rewards=[lambda again_length: again_length * 1.0],
+        resources=Resources(decode=decode, encode=encode, views=views),
+    )
+    state = step.init(jax.random.key(0))
+    best = np.asarray(state.params["scores"]).argmax(-1)
+    _, _, rows = step.run(state, make_prompts(4), ITEMS)
+    for last, tokens in zip(np.asarray(rows["verdict_tokens"]), np.asarray(rows["again_tokens"]), strict=True):
+        assert tokens[0] == best[last[last > 0][-1]]
+    np.testing.assert_array_equal(rows["rewards"], (np.asarray(rows["again_tokens"]) > 0).sum(1))
+
+
+def test_views_that_are_made_of_each_other(bigram):
+    written = {"max_completion_tokens": 3, "written_by": "policy"}
+
+    def of_again(again_tokens, again_length):
+        return Sequences(again_tokens, again_length, again_tokens, again_length, again_tokens)
+
+    views = {"verdict": View(of_again, **written), "again": View(go_on_in_the_program, **written)}
+    resources = Resources(decode=decode, encode=encode, views=views)
+    with pytest.raises(ValueError, match="views verdict, again are made of each other; make one of them of the row"):
+        judged(bigram, None, rewards=[length_of], resources=resources)

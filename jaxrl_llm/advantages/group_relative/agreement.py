@@ -1,4 +1,4 @@
-"""Advantages for prompts whose samples agree: the batch steps in where the group has nothing to compare."""
+"""Advantages for prompts whose samples agree: a comparison over the batch replaces that within the group."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def answer_entropy(answer_id: Int[Array, "B"], group: Int[Array, "B"], weight: F
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One number a row, the same along a group; 0 in absent rows.
+      One number per row, the same along a group; 0 in absent rows.
 
     Reference: COPO, consistency-aware policy optimisation (2508.04138).
     Certainty: verified
@@ -59,7 +59,7 @@ def batch_normalized_accuracy(
     discount_disagreement: bool = False,
     eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
-    """The mean reward of a prompt among the prompts of the batch, as the advantage of all of its samples.
+    """The mean reward of a prompt, normalised over the prompts of the batch, as the advantage of all its samples.
 
         z = (accuracy - mean over prompts) / (unbiased deviation over prompts + eps)
 
@@ -75,7 +75,7 @@ def batch_normalized_accuracy(
       eps: added to the deviation.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for a discount without answers.
@@ -109,7 +109,7 @@ def local_share(
     sharpness: float = 1.0,
     threshold: float = 0.5,
 ) -> Float[Array, "B"]:
-    """How much a sample learns from its group rather than from the batch.
+    """Weight in [0, 1] of the advantage within the group; the advantage over the batch has the rest.
 
         w = sigmoid(sharpness * (H - threshold)),   H the `answer_entropy`
 
@@ -124,11 +124,11 @@ def local_share(
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       mode: where w is set to 0.
-      sharpness: slope, a bit (5 in the released script).
-      threshold: entropy at which group and batch count alike, in bits (1 in the released script).
+      sharpness: slope of the sigmoid, per bit (5 in the released script).
+      threshold: entropy at which both parts have weight 1/2, in bits (1 in the released script).
 
     Returns:
-      One share a row in [0, 1], 0 in absent rows.
+      One share per row in [0, 1], 0 in absent rows.
 
     Raises:
       ValueError: for an unknown mode.
@@ -164,13 +164,13 @@ def consistency_blended(
     discount_disagreement: bool = False,
     eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
-    """COPO: the advantage within the group and that within the batch, blended by how much the answers scatter.
+    """COPO: advantages within the group and over the batch, blended by the entropy of the group's answers.
 
         A = w * A_group + (1 - w) * A_batch
 
-    with w = `local_share`, A_group = `group_normalized`, A_batch = `batch_normalized_accuracy`. Part 'both' is for one
-    surrogate. The loss of the release clips each part by itself: `blended_surrogate`, with part 'local' in `advantages`
-    and part 'global' in `global_advantages`.
+    with w = `local_share`, A_group = `group_normalized`, A_batch = `batch_normalized_accuracy`. Part 'both' suits a
+    single surrogate. The released loss clips each part separately: `blended_surrogate`, with part 'local' in
+    `advantages` and part 'global' in `global_advantages`.
 
     Args:
       rewards: total reward of each row.
@@ -183,7 +183,7 @@ def consistency_blended(
       eps: added to the deviations.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for an unknown part or mode.

@@ -1,7 +1,7 @@
 """Credit for the best of k samples, so that training raises pass@k and not only pass@1.
 
-Every function counts the present rows of a group as its n samples; their weights play no other part. Where a group has
-fewer than k samples, k is their number.
+Every function counts the present rows of a group as its n samples; other values of their weights have no effect. Where
+a group has fewer than k samples, k is their number.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pass_at_k_normalized(
       k: size of the subsets.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for k below 1.
@@ -54,10 +54,10 @@ def pass_at_k_normalized(
     wrong = n - group_sum(solved.astype(jnp.float32), group, there)
     size = jnp.minimum(float(k), n)
     failing = _choose_ratio(wrong, n, size, k)
-    failing_with_me = _choose_ratio(wrong - 1, n - 1, size - 1, k - 1)
+    failing_with_row = _choose_ratio(wrong - 1, n - 1, size - 1, k - 1)
     variance = failing * (1 - failing)
     std = jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
-    advantages = jnp.where(solved, failing, failing - failing_with_me) / std
+    advantages = jnp.where(solved, failing, failing - failing_with_row) / std
     return present(jnp.where(variance > 0, advantages, 0.0), weight)
 
 
@@ -84,7 +84,7 @@ def max_at_k_weights(
       baseline: whether the bracket is subtracted; it lowers the variance and changes no expectation.
 
     Returns:
-      One weight a row, 0 in absent rows.
+      One weight per row, 0 in absent rows.
 
     Raises:
       ValueError: for k below 1.
@@ -125,7 +125,7 @@ def top_margin(
     scale: MarginScale = "group",
     eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
-    """Only the best sample of a group is rewarded, by its lead over the second: pass@k credit with k the group's size.
+    """The best sample of a group gets its lead over the second best, others 0: pass@k credit with k the group's size.
 
         A_best = (r_(1) - r_(2)) / (std_group + eps),   A = 0 elsewhere
 
@@ -137,12 +137,12 @@ def top_margin(
       eps: added to the unbiased deviation, in units of reward.
 
     Returns:
-      One advantage a row; 0 in absent rows and in groups of one.
+      One advantage per row; 0 in absent rows and in groups of one.
 
     Raises:
       ValueError: for an unknown scale.
 
-    Reference: Pass@k training (2508.10751).
+    Reference: Inference-time objectives (2503.19595), as implemented in verl.
     Certainty: verified
     """
     if scale not in get_args(MarginScale):

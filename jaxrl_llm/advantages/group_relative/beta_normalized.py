@@ -22,7 +22,7 @@ def beta_normalized(
     largest_reward: float = 1.0,
     largest_scale: Positive = 1e6,
 ) -> Float[Array, "B"]:
-    """Reward minus the mean of its group, divided by how common that mean is among the prompts of the batch: BNPO.
+    """Reward minus the mean of its group, divided by the Beta density of that mean over the prompts of the batch: BNPO.
 
     With rewards mapped to [0, 1], p the mean of a group, m and v the mean and the unbiased variance of p over prompts:
 
@@ -38,13 +38,13 @@ def beta_normalized(
       weight: weight of each row; 0 is absent.
       least_reward: reward that maps to 0.
       largest_reward: reward that maps to 1.
-      largest_scale: bound of the scale, which grows without limit towards success rates that are rare.
+      largest_scale: upper bound of 1 / BetaPDF, which is unbounded for rare success rates.
 
     Returns:
-      One advantage a row, 0 in absent rows and in groups of equal rewards.
+      One advantage per row, 0 in absent rows and in groups of equal rewards.
 
     Raises:
-      ValueError: for a range of rewards that is empty, or a bound that is not positive.
+      ValueError: for largest_reward <= least_reward, or a largest_scale that is not positive.
 
     Reference: BNPO (2506.02864).
     Certainty: verified
@@ -80,13 +80,13 @@ def beta_normalized_components(
     """Mean of `beta_normalized` over the reward components, each with a Beta density of its own.
 
     Args:
-      reward_components: one column a reward function, all within the same range.
+      reward_components: one column per reward function, all within the same range.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       least_reward, largest_reward, largest_scale: as in `beta_normalized`.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: as `beta_normalized`.

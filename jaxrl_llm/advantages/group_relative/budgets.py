@@ -1,4 +1,4 @@
-"""Token budgets: the samples of a prompt try several lengths, and each length has a reward of its own to reach."""
+"""Token budgets: the samples of a prompt have several target lengths, each with its own target reward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sample_budgets(
 ) -> Int[Array, "B"]:
     """The token budget of each sample: the samples of a prompt in equal blocks, one for each budget.
 
-    The prompt, or the start of the answer, announces it.
+    The prompt, or the prefilled start of the answer, states the budget.
 
     Args:
       sample: number of the sample within its group.
@@ -27,7 +27,7 @@ def sample_budgets(
       budgets: in tokens.
 
     Returns:
-      One budget a row.
+      One budget per row.
 
     Raises:
       ValueError: for no budgets, or samples that do not divide among them.
@@ -61,7 +61,7 @@ def budget_rewards(
     max_completion_tokens: Count,
     malformed_reward: float = -1.0,
 ) -> Float[Array, "B"]:
-    """HBPO's reward: right answers are paid for being short, up to their budget, and for keeping near to it.
+    """HBPO's reward: higher for short right answers and near the budget, bounded by the budget's target reward.
 
         min(4 cos(pi n / 2L) - |b - n| / L, 4 cos(pi b / 2L))    right, and n <= L
         0                                                        wrong or longer
@@ -78,7 +78,7 @@ def budget_rewards(
       malformed_reward: reward where `well_formed` is 0.
 
     Returns:
-      One reward a row.
+      One reward per row.
 
     Raises:
       ValueError: for a length limit below 1.
@@ -107,7 +107,7 @@ def budget_advantages(
     budget_coefficient: NonNegative = 1.0,
     eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
-    """HBPO: advantage within the prompt, plus how far the samples of a budget are from what the budget promises.
+    """HBPO: advantage within the prompt, plus the mean reward of the row's budget minus that budget's target reward.
 
         A = (r - mean_group) / (std_group + eps) + budget_coefficient * (m - budget_target)
         m = mean of r over the group's samples of the same budget
@@ -118,11 +118,11 @@ def budget_advantages(
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       max_completion_tokens: as for the rewards.
-      budget_coefficient: 1 is the method; 2 is what the released code adds where it sees the budgets.
+      budget_coefficient: 1 is the method; the released code adds the term twice, which is 2.
       eps: added to the deviation.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for a length limit below 1.

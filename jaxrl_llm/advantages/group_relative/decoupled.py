@@ -24,32 +24,32 @@ def decoupled_normalized(
     scale: DecoupledScale = "batch",
     eps: NonNegative = 1e-4,
 ) -> Float[Array, "B"]:
-    """Each reward in units of its own deviation in the group; then their sum in units of the batch's.
+    """Each reward is normalised within its group; their weighted sum is then normalised over the batch.
 
         a_k = (r_k - mean_group r_k) / (std_group r_k + eps)
         S = sum_k weights_k * a_k
         A = (S - mean_batch S) / (std_batch S + eps)
 
     Normalising the sum of the rewards, as GRPO does, can give equal advantages to answers that satisfy different
-    numbers of rewards; here they stay apart. A reward that is constant in a group adds exactly 0, and so does one that
-    is missing (NaN or infinite), which takes part in no mean. One reward is plain GRPO, without the step over the
-    batch.
+    numbers of rewards; here their advantages differ. A reward that is constant in a group adds exactly 0. A missing
+    reward (NaN or infinite) adds 0 and enters no mean or deviation. One reward is plain GRPO, without the normalisation
+    over the batch.
 
     `scale: none` followed by `whitened` is the released variant that whitens over tokens.
 
     Args:
-      reward_components: one column a reward function.
+      reward_components: one column per reward function.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      weights: one factor a column; 0 leaves a column out, None is 1 for each.
+      weights: one factor per column; 0 leaves a column out, None is 1 for each.
       scale: "none" leaves out the last line.
       eps: added to the unbiased deviations (1e-6 in the authors' other release).
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
-      ValueError: for an unknown scale, or if there is not one weight a column.
+      ValueError: for an unknown scale, or if there is not one weight per column.
 
     Reference: GDPO (2601.05242).
     Certainty: verified

@@ -40,7 +40,7 @@ def group_normalized(
       eps: added to the deviation, in units of reward (1e-4 in TRL).
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for an unknown scale.
@@ -74,7 +74,7 @@ def leave_one_out(rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Fl
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Reference: RLOO (2402.14740).
     Certainty: verified
@@ -103,7 +103,7 @@ def length_weighted_baseline(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Reference: OPO (2505.23585).
     Certainty: verified

@@ -1,4 +1,4 @@
-"""Advantages under a bound on the likelihood of the reference answer that all thoughts of a prompt make together."""
+"""Advantages from a lower bound on the reference answer's log-likelihood over all thoughts of a prompt."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def jensen_bound(
         A_i = log(mean_j p_j) - log(mean_{j != i} p_j)
         w_i = p_i / sum_j p_j
 
-    with p_i the probability of the reference answer behind thought i. The mean is below the logarithm, so the bound is
+    with p_i the probability of the reference answer after thought i. The mean is inside the logarithm, so the bound is
     tighter than mean_j log p_j, and the more so the larger the group. `"[advantages, answer_weight]": jensen_bound`
-    fills both: thoughts learn from A, the answers from `weighted_answer_likelihood`.
+    fills both: A trains the thoughts, `weighted_answer_likelihood` the answers.
 
     Args:
       answer_logprobs: log-probability of each token of the view `answer`.
@@ -42,7 +42,7 @@ def jensen_bound(
     total = jnp.where(counted, answer_logprobs.astype(jnp.float32), 0.0).sum(axis=1)
     together = (group[:, None] == group[None, :]) & known[None, :] & known[:, None]
     others = together & ~jnp.eye(len(group), dtype=bool)
-    # What does not count is a number far below: infinities would make NaN of differences.
+    # Excluded entries get a large negative number: a difference of infinities would be NaN.
     log_sum = lambda pairs: jax.nn.logsumexp(jnp.where(pairs, total[None, :], -1e30), axis=1)  # noqa: E731
     size, rest = together.sum(axis=1), others.sum(axis=1)
     every = log_sum(together)

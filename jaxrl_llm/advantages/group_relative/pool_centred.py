@@ -1,4 +1,4 @@
-"""Advantages against every sample that was drawn for a prompt, those that were not kept too."""
+"""Advantages relative to all samples drawn for a prompt, kept or not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pool_centred(
     scale: bool = False,
     eps: NonNegative = 1e-6,
 ) -> Float[Array, "B"]:
-    """Advantages against all samples that were drawn for the prompt, not only those that were kept.
+    """Label minus its mean over all samples drawn for the prompt, including those that were not kept.
 
         A = r - mu,   or with `scale`   (r - mu) / (max(s, eps) + eps),   s^2 = mu (1 - mu) c / (c - 1)
 
@@ -28,10 +28,13 @@ def pool_centred(
     Args:
       label: 1 for a right sample, 0 for a wrong one.
       pool_mean: mu, share of right ones among all samples of the prompt.
-      pool_count: c, how many those were.
+      pool_count: c, number of all samples drawn for the prompt.
       weight: weight of each row; 0 is absent.
       scale: divide by the unbiased deviation.
       eps: see the formula.
+
+    Returns:
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for a negative eps.

@@ -1,4 +1,4 @@
-"""Advantages for another functional of the returns of a prompt than their mean."""
+"""Advantages for functionals of a prompt's returns other than the mean."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def return_functional(
     and then A = u - mean u, over the n samples of a group: q is the return at place ceil(share * n) from below, Q that
     from above, e the mean of exp(beta * r) and m that of r.
 
-    lower_tail raises the conditional value at risk: a policy under it prefers what is safe. Of share * n <= 1 returns
-    the tail has no difference: take n >= 2 / share samples.
+    lower_tail raises the conditional value at risk: the policy becomes risk-averse. With share * n <= 1 the tail is one
+    return and every u is 0: take n >= 2 / share samples.
 
     Args:
       rewards: r.
@@ -52,7 +52,7 @@ def return_functional(
       target: the set point.
 
     Returns:
-      One advantage a row, float32, 0 in absent rows.
+      One advantage per row, float32, 0 in absent rows.
 
     Raises:
       ValueError: for an unknown functional.

@@ -1,7 +1,7 @@
-"""Risk-averse advantages: what counts is the lower tail of the scores on a bundle of prompts.
+"""Risk-averse advantages, from the lower tail of the scores on a bundle of prompts.
 
 The j-th samples of the prompts of a bundle are a *paper*, as in an exam: its score S is the sum of their rewards. A
-paper's advantage says where its score lies in the bundle's distribution, and is then shared out to its samples.
+paper's advantage depends on the place of its score in the bundle's distribution and is distributed over its samples.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jaxrl_llm.statistics import (
 
 PaperCredit = Literal["uniform", "std", "sum_mean", "score"]
 QuantileUse = Literal["tracked", "mix"]
-LEAST_STD = 1e-3  # a smaller deviation divides nothing
+LEAST_STD = 1e-3  # deviations up to this value are replaced by 1
 
 
 class Papers(NamedTuple):
-    """Scores of papers, one number a row: that of the row's own paper.
+    """Scores of papers, one number per row: that of the row's own paper.
 
     Attributes:
       score: S, the sum of the rewards of the paper's samples; a prompt that has no j-th sample adds its mean reward.
@@ -49,7 +49,7 @@ class Papers(NamedTuple):
 def group_quantile(
     values: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, level: Share
 ) -> Float[Array, "B"]:
-    """Quantile of the present rows of the row's group, linear between neighbours; weights play no other part."""
+    """Quantile of the present rows of the row's group, linear between neighbours; all weights above 0 count alike."""
     last = group_size(group, weight) - 1
     rank = group_rank(values, group, weight)
     there = (weight > 0).astype(jnp.float32)
@@ -154,13 +154,13 @@ def mixed_value_at_risk(
       prompts_per_bundle: prompts of a bundle; the last may have fewer.
       lower: level of the lower quantile.
       upper: level of the upper quantile (0.9 for easy prompts).
-      tail_weight: how much the worst papers count.
+      tail_weight: weight of CVaR relative to RVaR.
       natural_baseline: whether the term q_u - q_d is subtracted (off for hard prompts).
       normalize: whether a is divided by the deviation of the scores, taken as 1 where it is 0.
-      credit: how a paper's advantage is shared out ("std" for MATH, "sum_mean" for DAPO-Math).
+      credit: how a paper's advantage is distributed over its samples ("std" for MATH, "sum_mean" for DAPO-Math).
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for levels that are not 0 <= lower < upper <= 1, an unknown credit, an empty bundle or a negative
@@ -193,11 +193,11 @@ def tracked_mixed_value_at_risk(
 
         after each batch:  q <- q + learning_rate * (level - share of papers with S < q)
 
-    A bundle of a few papers says little about its quantiles. The first batch, which has no past, uses its own, and
-    their mean over its bundles is where tracking starts. In the released trainer the tracked values are stored after
-    they would have been used and never reach an advantage; here they do. Incomplete bundles have smaller scores and
-    would disturb the quantiles, so the prompts of a step should be a multiple of `prompts_per_bundle`. A bundle of
-    equal scores may lie far from tracked quantiles; its deviation, like any up to 1e-3, is taken as 1.
+    Quantiles of a few papers are noisy. The first batch uses its own quantiles, and tracking starts at their mean over
+    its bundles. In the released trainer the tracked values are stored after they would have been used and never reach
+    an advantage; here they do. Incomplete bundles have smaller scores and would disturb the quantiles, so the prompts
+    of a step should be a multiple of `prompts_per_bundle`. A bundle of equal scores may lie far from tracked quantiles;
+    its deviation, like any up to 1e-3, is taken as 1.
 
     Args:
       learning_rate: step of the tracking, in units of score.
@@ -205,7 +205,7 @@ def tracked_mixed_value_at_risk(
       prompts_per_bundle, lower, upper, tail_weight, natural_baseline, normalize, credit: as for `mixed_value_at_risk`.
 
     Returns:
-      A method that remembers two quantiles; its update gives one advantage a row, 0 in absent rows.
+      A method that remembers two quantiles; its update gives one advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: as `mixed_value_at_risk`, for an unknown use, or a learning rate that is not positive.

@@ -1,4 +1,4 @@
-"""Baselines that are not the mean of the group: on old samples they decide how much good and bad answers count."""
+"""Baselines other than the group's mean: on samples of an older policy they set the weight of good and bad answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shifted_mean_baseline(
       shift: added to the baseline, in units of reward.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Reference: Group-relative REINFORCE off-policy (2509.24203); AsymRE (2506.20520).
     Certainty: verified
@@ -53,7 +53,7 @@ def log_mean_exp_baseline(
       temperature: in units of reward.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for a temperature that is not positive.
@@ -76,21 +76,21 @@ def amplified_gains(
     factor: Positive = 3.0,
     most: float = 1.0,
 ) -> Float[Array, "B"]:
-    """Successes count in full, gains are amplified, losses are not: R3L's positive amplification.
+    """Advantage 1 for successes; gains over the group's mean are amplified, losses not: R3L's positive amplification.
 
         A = 1 where r >= most,   factor (r - b) where r >= b,   r - b elsewhere;   b = mean_group, 0 of a single row
 
-    So all successes learn, even where the whole group succeeds.
+    Successes are trained on even where the whole group succeeds.
 
     Args:
       rewards: total reward of each row.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      factor: of gains.
-      most: reward of a success.
+      factor: multiplies gains.
+      most: reward from which a row is a success.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Reference: R3L.
     Certainty: verified

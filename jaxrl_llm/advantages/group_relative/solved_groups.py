@@ -1,4 +1,4 @@
-"""Rewards that ask for short answers only of those who can already answer: credit functions that return `rewards`."""
+"""Length penalties for prompts that are solved often: credit functions that return `rewards`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def solved_group_length_penalty(
       alpha: the largest penalty, in [0, 1].
 
     Returns:
-      One reward a row, 0 in absent rows.
+      One reward per row, 0 in absent rows.
 
     Raises:
       ValueError: for a share, threshold or alpha outside [0, 1].
@@ -55,7 +55,7 @@ def solved_group_length_penalty(
     ratio = group_mean(right, group, weight)
     if threshold is None:
         leader = group_leader(group, weight)
-        # One entry a group, at its id; ids without rows sort last.
+        # One entry per group, at its id; ids without rows sort last.
         by_id = jax.ops.segment_max(jnp.where(leader > 0, ratio, -1.0), group, num_segments=len(group))
         by_id = jnp.maximum(by_id, -1.0)
         best_first = jnp.argsort(-by_id, stable=True)

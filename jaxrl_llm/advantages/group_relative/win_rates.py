@@ -17,17 +17,17 @@ def win_rate(
 
         r_i = mean_{j != i} Q_ij,   Q_ij = P(answer i beats answer j)
 
-    A cycle of preferences gives equal rewards, where one scalar score for each answer would have to break it.
+    A cycle of preferences gives equal rewards, which one scalar score per answer cannot represent.
 
     Args:
-      preferences: Q, a row's probability of beating the sample numbered s of its own group; its own column and those of
-        samples that the group lacks may hold anything.
+      preferences: Q, a row's probability of beating the sample numbered s of its own group; its own column and columns
+        of samples that the group lacks are ignored.
       sample: number of the sample within its group, in [0, S).
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One reward a row in [0, 1]; 1/2 where there is nobody to beat, 0 in absent rows.
+      One reward per row in [0, 1]; 1/2 where there is nobody to beat, 0 in absent rows.
 
     Reference: SPO, a minimaximalist approach (2401.04056).
     Certainty: recalled
@@ -52,7 +52,7 @@ def score_win_rate(
       temperature: in units of score; 0 compares by order.
 
     Returns:
-      One reward a row in [0, 1]; 1/2 where there is nobody to beat, 0 in absent rows.
+      One reward per row in [0, 1]; 1/2 where there is nobody to beat, 0 in absent rows.
 
     Raises:
       ValueError: for a negative temperature.

@@ -1,4 +1,4 @@
-"""Advantages out of what follows: continuations from behind each step, and trees of samples that share beginnings."""
+"""Advantages from continuations sampled after each step, and from trees of samples with shared prefixes."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def step_value_gains(
     *,
     least: Share = 0.0,
 ) -> Float[Array, "B T"]:
-    """What each step adds to the chance of success, as continuations estimate it; no value model is needed.
+    """Change of the success probability at each step, estimated by continuations instead of a value model.
 
         A_s = v_s - v_{s-1},   v_0 = mean_j correct_j over the group,   0 where |A_s| < least
 
-    v_s is the share of right continuations from behind step s, and the verdict itself behind the last: soft labels of
-    the plan `continued_steps`. With `least` pivotal steps alone are learned from.
+    v_s is the share of right continuations after step s, for the last step the verdict itself: soft labels of the plan
+    `continued_steps`. `least` keeps only pivotal steps.
 
     Args:
-      turn_labels: v of each step (`continuation_labels`); NaN where nothing was continued.
+      turn_labels: v of each step (`continuation_labels`); NaN where no continuation was sampled.
       correct: verdict on each row.
       turn: index of the step that each token belongs to.
       mask: non-zero on tokens that count; a step without any was not taken.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      least: the smallest change of the chance that counts, in [0, 1].
+      least: the smallest |A_s| that is kept, in [0, 1].
 
     Returns:
-      One advantage a token, the same on all tokens of a step; 0 outside the mask and in absent rows. A step without a
+      One advantage per token, the same on all tokens of a step; 0 outside the mask and in absent rows. A step without a
       label has 0, and the next one is measured from the last label before it.
 
     Reference: VinePPO (2410.01679); pivotal tokens, Phi-4 (2412.08905).
@@ -55,7 +55,7 @@ def step_value_gains(
     known = taken_turns(turn, mask, values.shape[1]) & ~jnp.isnan(values) & (weight > 0)[:, None]
     start = group_mean(present(correct, weight), group, weight)[:, None]
     values = jnp.concatenate([start, jnp.where(known, values, 0.0)], axis=1)
-    # The place of the last label up to each step; what stands in front of the first is the start.
+    # The index of the last label before each step; 0 is the start value.
     place = jnp.where(known, jnp.arange(1, values.shape[1])[None, :], 0)
     upto = jnp.concatenate([jnp.zeros_like(place[:, :1]), jax.lax.cummax(place, axis=1)[:, :-1]], axis=1)
     gains = values[:, 1:] - jnp.take_along_axis(values, upto, axis=1)
@@ -73,14 +73,14 @@ def tree_advantages(
     *,
     form: TreeForm = "both",
 ) -> Float[Array, "B T"]:
-    """Samples of a group as a tree: a token is worth the mean reward of all that go on from it.
+    """Samples of a group as a prefix tree: the value of a token is the mean reward of the rows that pass through it.
 
         V(n) = mean reward of the rows that begin with the tokens up to n
         global   A = V(n) - V(root)
         local    A = V(n) - V(parent)
         both     A = (2 V(n) - V(root) - V(parent)) / sqrt(rows through n)
 
-    with the parent the last node that more rows go through. Where rows share nothing but the prompt, `global` and
+    with the parent the last node before n that more rows pass through. Where rows share only the prompt, `global` and
     `local` are the reward minus the mean of the group. Branches come from the plan `resume`, or by chance.
 
     Args:
@@ -93,7 +93,7 @@ def tree_advantages(
       form: as above.
 
     Returns:
-      One advantage a token; 0 outside the mask and in absent rows.
+      One advantage per token; 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for an unknown form.

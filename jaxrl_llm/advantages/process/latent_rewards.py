@@ -1,4 +1,4 @@
-"""Rewards of turns that a small network learns out of named factors, of returns alone."""
+"""Turn rewards that a small network decodes from named factors, trained on returns alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mean_return_error(
     rewards: Float[Array, "B"],
     weight: Float[Array, "B"],
 ) -> Float[Array, ""]:
-    """mean over rows of (mean_s r_s - R / n)^2, r_s what is decoded of the factors of each of the n turns taken."""
+    """mean over rows of (mean_s r_s - R / n)^2, r_s the decoded reward of each of the n turns taken."""
     n = jnp.maximum(taken.sum(1), 1)
     there = jnp.where(taken.any(1), weight.astype(jnp.float32), 0.0)
     total = jnp.where(taken, decoded_factors(layers, jnp.where(taken[..., None], factors, 0.0)), 0.0).sum(1)
@@ -43,22 +43,22 @@ def mean_return_error(
 def latent_rewards(
     *, factors: Count, width: Count = 256, learning_rate: Positive = 3e-4, updates: Count = 4, seed: Natural = 0
 ) -> Method:
-    """LaRe: rewards of turns, decoded out of named factors by a small network that learns of whole returns.
+    """LaRe: turn rewards decoded from named factors by a small network that is trained on returns alone.
 
         r_s = decoder(z_s),   the decoder descends mean (sum_s r_s / n - R / n)^2
 
-    with three layers and ReLU between them. A function of yours fills `turn_factors`, z: [B, S, D] numbers that mean
-    something, such as the drop of a distance. Where a network reads the text itself, use `return_decomposition`.
+    with three layers and ReLU between them. Your function fills `turn_factors`, z [B, S, D], such as the drop of a
+    distance. Where a network reads the text itself, use `return_decomposition`.
 
     Args:
-      factors: D.
+      factors: D, the number of factors.
       width: of the two hidden layers.
       learning_rate: of Adam.
-      updates: steps of it on each batch, before the batch is decoded.
-      seed: of the first weights.
+      updates: Adam steps on each batch, taken before the batch is decoded.
+      seed: of the initial weights.
 
     Returns:
-      A method that remembers decoder and optimiser; its update gives one reward a turn, a constant for the policy's
+      A method that remembers decoder and optimiser; its update gives one reward per turn, a constant for the policy's
       gradient, 0 for turns that were not taken.
 
     Reference: LaRe (2412.11120).

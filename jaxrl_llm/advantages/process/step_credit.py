@@ -1,4 +1,4 @@
-"""Advantages of the steps of a completion, or of the turns of a conversation, from rewards of each of them.
+"""Advantages of the steps of a completion, or of the turns of a conversation, from their rewards.
 
 `turn` numbers steps and turns alike: an environment fills it, or a reading of borders (`rewards.step_borders`).
 """
@@ -25,7 +25,7 @@ Gain = Literal["probability", "log_probability"]
 def min_form_returns(
     turn_rewards: Float[Array, "B S"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
 ) -> Float[Array, "B T"]:
-    """The worst reward from each step on, in the place of the sum: filler that a reward model overrates pays nothing.
+    """The minimum of the rewards from each step on, in place of their sum: overrated filler steps add nothing.
 
         G_k = min_{j >= k} r_j
 
@@ -36,7 +36,7 @@ def min_form_returns(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One return a token, the same on all tokens of a step.
+      One return per token, the same on all tokens of a step.
 
     Reference: PURE (2504.15275).
     Certainty: verified
@@ -74,13 +74,13 @@ def min_form_advantages(
         p_k = r_k exp(-r_k / temperature) / sum_j exp(-r_j / temperature)
         o_i = sum_k p_k
 
-    of which the baseline is taken, over the other rows of the group:
+    The baseline uses the other rows of the group:
 
         token   p_k - tokens_k (sum_{j != i} o_j) / (sum_{j != i} length_j)
         step    p_k - mean_{j != i} o_j / steps_j
 
-    It stands at the last token of each step; at the last token of the row c (v_i - mean_{j != i} v_j) joins it, and the
-    advantage of a token is the sum of what stands there and behind it, with v_i = correct_i - 1.
+    The result is placed on the last token of each step, and c (v_i - mean_{j != i} v_j) with v_i = correct_i - 1 on the
+    last token of the row. The advantage of a token is the sum from that token to the end.
 
     Args:
       turn_rewards: score of each step, in [-1, 1].
@@ -88,13 +88,13 @@ def min_form_advantages(
       mask: non-zero on tokens that count.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      correct: the verifier's verdict; without it, or with coefficient 0, steps alone count.
+      correct: the verifier's verdict; without it, or with coefficient 0, only step rewards are used.
       temperature: of the softmax.
       baseline: as above, or none.
       verifier_coefficient: c.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows. A row that is alone in its group has no baseline.
+      One advantage per token, 0 outside the mask and in absent rows. A row that is alone in its group has no baseline.
 
     Raises:
       ValueError: for an unknown baseline.
@@ -149,8 +149,8 @@ def merged_transitions(
 
         A_e = mean of the trajectory advantages over all occurrences of e = (state, action, next state) in the group
 
-    Transitions that occur once keep their trajectory's. So the sum over all steps stays, what winners and losers share
-    gets about 0, and the step where they part gets the sign.
+    A transition that occurs once keeps its trajectory's advantage. The sum over all steps is unchanged; transitions
+    that successes and failures share get about 0, those where they part keep their sign.
 
     Args:
       advantages: of the trajectories (`group_normalized`, `leave_one_out`).
@@ -162,7 +162,7 @@ def merged_transitions(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One advantage a token, the same on all tokens of a turn. The state behind the last turn of a row is unlike others.
+      One advantage per token, the same on all tokens of a turn. The state after a row's last turn equals no other.
 
     Reference: SALT (2510.20022).
     Certainty: recalled
@@ -215,7 +215,7 @@ def judged_thoughts(
       eps: added to the deviation.
 
     Returns:
-      One advantage a token.
+      One advantage per token.
 
     Reference: thought-level process reward (2507.23317).
     Certainty: reconstructed
@@ -243,7 +243,7 @@ def information_gain(
     gamma: Share = 1.0,
     eps: NonNegative = 1e-6,
 ) -> Float[Array, "B T"]:
-    """IGPO: each turn is paid by how much likelier it makes the reference answer, the last one by the outcome.
+    """IGPO: each turn's reward is its gain in the reference answer's likelihood, the last turn's the outcome.
 
         g_s = e_{s+1} - e_s  for every turn but the last,   e = exp(L) (or L)
         A_s = sum_{k >= s} gamma^(k - s) z_k
@@ -258,11 +258,11 @@ def information_gain(
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       gain: in probabilities, or in log-probabilities.
-      gamma: discount a turn.
+      gamma: discount per turn.
       eps: added to the deviations.
 
     Returns:
-      One advantage a token, the same on all tokens of a turn.
+      One advantage per token, the same on all tokens of a turn.
 
     Raises:
       ValueError: for an unknown form of the gain.

@@ -44,7 +44,7 @@ def turn_leave_one_out(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One advantage a token, the same on all tokens of a turn; 0 outside the mask and in absent rows.
+      One advantage per token, the same on all tokens of a turn; 0 outside the mask and in absent rows.
 
     Reference: SCoRe (2409.12917).
     Certainty: verified
@@ -76,11 +76,11 @@ def turn_mixed_normalized(
         R_s = r_s + gamma * R_{s+1}
         A_s = alpha * z(R_s over the samples of the group at turn s) + (1 - alpha) * z(r_s over all turns in scope)
 
-    with z(x) = (x - mean) / (population std + eps). A turn that one sample alone reached has no comparison: the first
-    part is 0. With one turn and alpha = 1 it is GRPO with the population's deviation.
+    with z(x) = (x - mean) / (population std + eps). A turn reached by only one sample has first part 0. With one turn
+    and alpha = 1 it is GRPO with the population's deviation.
 
-    The paper's text was not at hand. Ours are the choice of z over the group for the second part (an early version says
-    batch: `scope`), the equal mixture, and discounting by 1; a published implementation may differ in each.
+    The paper's text was not at hand. Its first version normalises the second part over the batch, a later one (MICA)
+    over the group: `scope`. The equal mixture and gamma = 1 are our choices.
 
     Args:
       turn_rewards: r, the reward of each turn, such as the drop of a judged distance to the goal.
@@ -89,12 +89,12 @@ def turn_mixed_normalized(
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       alpha: share of the comparison of returns, in [0, 1].
-      gamma: discount a turn.
+      gamma: discount per turn.
       scope: turns that a turn's own reward is compared with.
       eps: added to the deviations, in units of reward.
 
     Returns:
-      One advantage a token, the same on all tokens of a turn; 0 outside the mask and in absent rows.
+      One advantage per token, the same on all tokens of a turn; 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for an unknown scope, or alpha or gamma outside [0, 1].
@@ -135,7 +135,7 @@ def outcome_and_turn_centred(
     gamma: Share = 0.9,
     beta: NonNegative = 1.0,
 ) -> Float[Array, "B T"]:
-    """The outcome, discounted by the turns that it took, and each turn's own reward, both beside those of the group.
+    """The outcome, discounted by the number of turns, plus the turn's reward, each minus its mean over the group.
 
         A_{i,s} = o_i * gamma^{n_i} - mean_j o_j * gamma^{n_j} + beta * (r_{i,s} - mean_{j,k} r_{j,k})
 
@@ -148,11 +148,11 @@ def outcome_and_turn_centred(
       mask: non-zero on tokens that count; a turn without any was not taken.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      gamma: what an outcome keeps for each turn; our choice.
+      gamma: discount of the outcome per turn; our choice.
       beta: weight of the turns' part; our choice.
 
     Returns:
-      One advantage a token, the same on all tokens of a turn; 0 outside the mask and in absent rows.
+      One advantage per token, the same on all tokens of a turn; 0 outside the mask and in absent rows.
 
     Reference: VeRPO (2601.03525).
     Certainty: recalled
@@ -170,7 +170,7 @@ def outcome_and_turn_centred(
 def on_tokens(
     per_turn: Float[Array, "B S"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
 ) -> Float[Array, "B T"]:
-    """A number of each turn on its tokens. A turn beyond the last one has none, like all that does not count."""
+    """The number of each turn on its tokens; 0 outside the mask, in absent rows and for turns >= S."""
     turns = per_turn.shape[1]
     inside = (mask > 0) & (turn >= 0) & (turn < turns)
     per_token = jnp.take_along_axis(per_turn, jnp.clip(turn, 0, turns - 1).astype(jnp.int32), axis=1)

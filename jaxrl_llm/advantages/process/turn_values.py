@@ -28,7 +28,7 @@ def turn_advantages(
 
         A_s = r_s + gamma * V_{s+1} - V_s + gamma * lam * A_{s+1},   R_s = A_s + V_s
 
-    over the turns that were taken, with V_s what the value model says before the first token of turn s. `"[advantages,
+    over the turns that were taken, with V_s the value model's output at the first token of turn s. `"[advantages,
     returns]": turn_advantages` fills both.
 
     Args:
@@ -37,7 +37,7 @@ def turn_advantages(
       turn: index of the turn that each token belongs to.
       mask: non-zero on tokens that count; a turn without any was not taken.
       weight: weight of each row; 0 is absent.
-      gamma: discount a turn.
+      gamma: discount per turn.
       lam: weight of longer returns.
 
     Returns:
@@ -58,7 +58,7 @@ def turn_advantages(
 def running_stock(
     turn_rewards: Float[Array, "B S"], *, start: float = 0.0, gamma: PositiveShare = 1.0
 ) -> Float[Array, "B S+1"]:
-    """What is still needed, or already had, in front of each turn and behind the last.
+    """The stock before each turn and after the last: the return still needed, or already collected.
 
         C_0 = start,   C_{s+1} = (C_s + r_s) / gamma
 
@@ -69,7 +69,7 @@ def running_stock(
     Args:
       turn_rewards: reward of each turn, 0 for those that were not taken.
       start: C_0.
-      gamma: discount a turn.
+      gamma: discount per turn.
 
     Returns:
       One stock more than turns, float32.

@@ -1,4 +1,4 @@
-"""REINFORCE with no baseline, with a running mean, and with a baseline that somebody else computed."""
+"""REINFORCE with no baseline, with a running mean, and with a precomputed baseline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def raw_rewards(rewards: Float[Array, "B"], weight: Float[Array, "B"]) -> Float[
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Reference: Williams, REINFORCE (1992).
     Certainty: verified
@@ -37,7 +37,7 @@ def reward_minus_baseline(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Reference: ReMax (2310.10505).
     Certainty: verified
@@ -52,13 +52,13 @@ def running_mean_baseline(*, decay: ShareBelowOne = 0.9) -> Method:
         A = r - b
         after the batch: s <- decay * s + (1 - decay) * mean(r),   m <- decay * m + (1 - decay),   b = s / m
 
-    Dividing by m removes the pull towards the initial 0. The first batch, which has no past, uses its own mean.
+    Dividing by m removes the bias towards the initial 0. The first batch uses its own mean.
 
     Args:
       decay: share of the past that is kept at each batch.
 
     Returns:
-      A method that remembers s and m; its update gives one advantage a row, 0 in absent rows.
+      A method that remembers s and m; its update gives one advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for a decay outside [0, 1).
@@ -75,7 +75,7 @@ def running_mean_baseline(*, decay: ShareBelowOne = 0.9) -> Method:
         mean = group_mean(rewards, whole_batch, weight)[0]
         past = memory["mass"] > 0
         baseline = jnp.where(past, memory["sum"] / jnp.where(past, memory["mass"], 1.0), mean)
-        # An empty batch says nothing about the mean reward.
+        # An empty batch leaves the memory unchanged.
         kept = jnp.where(jnp.any(weight > 0), decay, 1.0)
         memory = {"sum": kept * memory["sum"] + (1 - kept) * mean, "mass": kept * memory["mass"] + (1 - kept)}
         return present(rewards.astype(jnp.float32) - baseline, weight), memory

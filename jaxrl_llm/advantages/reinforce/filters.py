@@ -41,7 +41,7 @@ def sigma_filtered(
       limit: largest distance from the mean, in standard deviations.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for an unknown rule or a limit that is not positive.

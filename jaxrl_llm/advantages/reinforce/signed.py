@@ -1,4 +1,4 @@
-"""Advantages that are the sign of the answer: learn from right answers only, from wrong ones only, or unequally."""
+"""Advantages from correctness alone: train on right answers, on wrong ones, or on both with unequal weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def signed_correctness(
         NSR           positive 0, negative 1    entropy and pass@k for large k stay near those of the base model
         W-REINFORCE   positive 0.1, negative 1
 
-    Where one of the two is 0, `nonzero_advantages` takes the silent rows out of the averages.
+    Where one of the two is 0, `nonzero_advantages` removes rows of advantage 0 from the averages.
 
     Args:
       correct: 1 for a right answer, 0 for a wrong one.
@@ -33,7 +33,7 @@ def signed_correctness(
       negative: minus the advantage of a wrong answer.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for a negative number.
@@ -48,7 +48,7 @@ def signed_correctness(
 def one_sided(
     advantages: Float[Array, "B ..."], rewards: Float[Array, "B"], *, side: Side = "negative"
 ) -> Float[Array, "B ..."]:
-    """Advantages of one side of a group, which were computed on all of it; the two sides add up to the whole.
+    """Advantages of the right or of the wrong rows only, computed over the whole group; both sides sum to the whole.
 
         negative  A 1[r < 1]
         positive  A 1[r > 0]
@@ -57,6 +57,9 @@ def one_sided(
       advantages: A, of each row or of each token.
       rewards: r, 0 or 1.
       side: as above.
+
+    Returns:
+      Advantages of the same shape, 0 on the other side.
 
     Raises:
       ValueError: for an unknown side.

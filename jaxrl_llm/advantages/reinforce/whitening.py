@@ -36,7 +36,7 @@ def whitened(
       eps: added to the variance, in squared units of advantage.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Reference: PPO (1707.06347) as implemented for language models; REINFORCE++ (2501.03262).
     Certainty: verified
@@ -72,7 +72,7 @@ def reinforce_plus_plus_baseline(
       eps: added to the variance.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Reference: REINFORCE++ (2501.03262).
     Certainty: verified

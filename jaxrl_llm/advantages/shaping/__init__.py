@@ -1,1 +1,1 @@
-"""Advantages corrected by something else that is known of a completion."""
+"""Advantages modified by another property of a completion: confidence, entropy, rank, solve rate."""

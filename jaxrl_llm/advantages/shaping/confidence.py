@@ -1,4 +1,4 @@
-"""Advantages corrected by how confident the policy already was."""
+"""Advantages modified by the policy's confidence."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def confidence_shaped(
         A + alpha * (c(prompt) - c(answer)), unchanged in groups whose rewards are all 0
 
     with c(text) = exp(mean of the `share` lowest token log-probabilities). Of two correct answers the less confident
-    gets the larger advantage, which keeps the policy from settling on one.
+    gets the larger advantage, which preserves diversity.
 
     The paper's text was not at hand: the formula of c, alpha and the share are our reading of its abstract and of
     reviews.
@@ -69,7 +69,7 @@ def confidence_shaped(
       share: share of a text's tokens that its confidence is read from.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for a negative alpha, or a share outside (0, 1].

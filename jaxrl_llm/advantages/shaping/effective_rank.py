@@ -1,4 +1,4 @@
-"""A bonus from the geometry of hidden states: how many directions an answer uses, and how fast their number grows."""
+"""A bonus from the geometry of hidden states: the effective rank of an answer and its growth."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def rank_dynamics(
       stride: tokens between two prefixes.
 
     Returns:
-      Three numbers a row.
+      Three numbers per row.
 
     Raises:
       ValueError: for a stride below 1.
@@ -95,7 +95,7 @@ def rank_bonus(
         d(x) = clip((x - centre) / |centre|, -5, 5),   beta = sigmoid(gain * d(acceleration))
         bonus = beta * tanh(d(effective rank)) + (1 - beta) * tanh(d(velocity))
 
-    An answer whose rank speeds up is paid for breadth, another for progress.
+    Where the rank accelerates, the bonus depends on the rank, elsewhere on its velocity.
 
     Args:
       dynamics: `rank_dynamics` of each row.
@@ -103,7 +103,7 @@ def rank_bonus(
       gain: how sharply the acceleration decides.
 
     Returns:
-      One number a row in (-1, 1).
+      One number per row in (-1, 1).
 
     Reference: VERL, velocity-exploiting rank learning (2509.23808).
     Certainty: verified
@@ -119,7 +119,7 @@ def rank_bonus(
 def with_bounded_bonus(
     advantages: Float[Array, "B T"], bonus: Float[Array, "B T"], *, kappa: AboveOne = 2.0
 ) -> Float[Array, "B T"]:
-    """A + min(max(bonus, 0), |A| / kappa): a bonus that turns no advantage around.
+    """A + min(max(bonus, 0), |A| / kappa): a bonus that never flips the sign of an advantage.
 
     >>> with_bounded_bonus(jnp.array([[1.0, -1.0, 0.0]]), jnp.array([[0.25, 0.9, 0.3]])).tolist()
     [[1.25, -0.5, 0.0]]
@@ -138,7 +138,7 @@ def rank_shaped(
     start_at_first_batch: bool = True,
     scale_by_score: bool = False,
 ) -> Method:
-    """VERL: advantages with a bonus for answers that use, or open up, many directions of the hidden space.
+    """VERL: advantages with a bonus for answers whose hidden states have a high, or a growing, effective rank.
 
     The centres of `rank_bonus` are running means of the earlier batches, so the first batch is not shaped.
 
@@ -156,7 +156,7 @@ def rank_shaped(
 
     Returns:
       A method; its update takes the advantages, the `hidden` states, the rewards, the mask and the weight of the rows,
-      and gives one advantage a token, 0 outside the mask and in absent rows.
+      and gives one advantage per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for a rate outside [0, 1], a kappa not above 1, a stride below 1, or an unknown spread.
@@ -200,7 +200,7 @@ def rank_shaped(
         means = jnp.stack([group_mean(column, batch, weight)[0] for column in dynamics.T])
         score = (1 - rate) * memory["score"] + rate * group_mean(rewards, batch, weight)[0]
         after = {"centre": centre, "before": means, "batches": memory["batches"] + 1, "score": score}
-        # An empty batch leaves no trace.
+        # An empty batch leaves the memory unchanged.
         return shaped, jax.tree.map(lambda new, old: jnp.where(jnp.any(there), new, old), after, memory)
 
     return Method(init, update)

@@ -1,4 +1,4 @@
-"""Entropy held at a target by what is imitated: right answers drawn hotter, or colder, than the policy."""
+"""Entropy held at a target by imitating right answers sampled at a higher or a lower temperature."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def steered_advantages(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Reference: AEPO, arbitrary entropy policy optimization (2510.08141).
     Certainty: verified
@@ -45,7 +45,7 @@ def entropy_mixed_advantages(
     largest_gap: NonNegative = 0.1,
     log_ratio_limit: Positive = 20.0,
 ) -> Float[Array, "B T"]:
-    """AEPO without extra samples: the ordinary right answers stand in for those of another temperature.
+    """AEPO without extra samples: ordinary right answers, reweighted to the steering temperature.
 
         a0 = min(|target - H|, largest_gap) / share of right answers,   a = a0 / (a0 + 1)
         A <- (1 - a) * A + a * correct * pi_tempered / pi
@@ -60,12 +60,12 @@ def entropy_mixed_advantages(
       tempered_logprobs: under the same policy at the steering temperature.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
-      target: entropy to hold, in nats a token.
-      largest_gap: most that the distance from the target counts, in nats a token.
+      target: entropy to hold, in nats per token.
+      largest_gap: upper bound of |target - H|, in nats per token.
       log_ratio_limit: bound of the log-ratio before exp.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for a negative gap.

@@ -1,4 +1,4 @@
-"""Larger advantages for right answers that the policy hardly gives."""
+"""Larger advantages for right answers that are unlikely under the policy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def novelty_sharpened(
       cap: largest bonus in units of the advantage itself.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for a negative strength or cap.

@@ -24,14 +24,14 @@ def solve_rate_weighted(
         A * scale * d * (1 - d),   d the share of right answers in the group
 
     Args:
-      advantages: advantages before, one a token.
+      advantages: advantages before, one per token.
       correct: 1 for a right answer.
       group: id of the group each row belongs to.
       weight: 0 for absent rows.
       scale: the factor at d = 1/2 is a quarter of it, 1.8 in the paper.
 
     Returns:
-      One advantage a token; 0 for prompts that are always or never solved.
+      One advantage per token; 0 for prompts that are always or never solved.
 
     Reference: Observe-R1 (2505.12432).
     Certainty: verified

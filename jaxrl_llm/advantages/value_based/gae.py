@@ -34,6 +34,7 @@ def kl_penalized_rewards(
     reference_logprobs: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     token_rewards: Float[Array, "B T"] | None = None,
+    kl_coefficients: Float[Array, "B"] | None = None,
     *,
     kl_coefficient: NonNegative = 0.05,
 ) -> Float[Array, "B T"]:
@@ -47,10 +48,11 @@ def kl_penalized_rewards(
       reference_logprobs: under the reference policy.
       mask: non-zero on tokens that count.
       token_rewards: reward of each token; they take the place of `rewards`.
-      kl_coefficient: units of reward a nat.
+      kl_coefficients: of each row, instead of `kl_coefficient` (`adaptive_kl_of_rows` fills them).
+      kl_coefficient: units of reward per nat.
 
     Returns:
-      One reward a token, 0 outside the mask.
+      One reward per token, 0 outside the mask.
 
     Reference: Ziegler et al., Fine-tuning from human preferences (1909.08593).
     Certainty: verified
@@ -58,7 +60,8 @@ def kl_penalized_rewards(
     chex.assert_rank([old_logprobs, reference_logprobs, mask], 2)
     chex.assert_equal_shape([old_logprobs, reference_logprobs, mask])
     base = outcome_token_rewards(rewards, mask) if token_rewards is None else token_rewards.astype(jnp.float32)
-    penalty = kl_coefficient * (old_logprobs.astype(jnp.float32) - reference_logprobs.astype(jnp.float32))
+    factor = kl_coefficient if kl_coefficients is None else kl_coefficients.astype(jnp.float32)[:, None]
+    penalty = factor * (old_logprobs.astype(jnp.float32) - reference_logprobs.astype(jnp.float32))
     return jnp.where(mask > 0, base - penalty, 0.0)
 
 
@@ -83,7 +86,7 @@ def generalized_advantages(
       token_rewards: rho, the reward of each token.
       values: V, value of the state before each token.
       mask: non-zero on tokens that count.
-      gamma: discount a token.
+      gamma: discount per token.
       lam: weight of longer returns; 1 is the whole return minus the value, 0 the one-step error.
 
     Returns:
@@ -132,11 +135,11 @@ def gae(
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
       token_rewards: reward of each token; they take the place of `rewards`.
-      gamma: discount a token.
+      gamma: discount per token.
       lam: weight of longer returns.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for gamma or lam outside [0, 1].
@@ -163,7 +166,7 @@ def gae_returns(
     """Lambda-returns, the targets of the value model; parameters and errors as for `gae`.
 
     Returns:
-      One target a token, 0 outside the mask and in absent rows.
+      One target per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for gamma or lam outside [0, 1].
@@ -194,10 +197,10 @@ def discounted_returns(
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
       token_rewards: reward of each token; they take the place of `rewards`.
-      gamma: discount a token.
+      gamma: discount per token.
 
     Returns:
-      One return a token, 0 outside the mask and in absent rows.
+      One return per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for gamma outside [0, 1].
@@ -222,18 +225,18 @@ def reinforce_plus_plus(
 ) -> Float[Array, "B T"]:
     """Discounted returns, whitened over the tokens of the batch: REINFORCE++.
 
-    The batch is the baseline, so groups of equal rewards still teach.
+    The baseline is the batch mean, so groups of equal rewards still have non-zero advantages.
 
     Args:
       rewards: total reward of each row, given on its last token where there are no `token_rewards`.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
       token_rewards: reward of each token, such as `kl_penalized_rewards`; they take the place of `rewards`.
-      gamma: discount a token.
+      gamma: discount per token.
       eps: added to the variance.
 
     Returns:
-      One advantage a token, 0 outside the mask and in absent rows.
+      One advantage per token, 0 outside the mask and in absent rows.
 
     Raises:
       ValueError: for gamma outside [0, 1].

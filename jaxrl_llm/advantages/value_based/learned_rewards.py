@@ -27,13 +27,13 @@ def implicit_token_rewards(
     kl_coefficient: NonNegative = 0.01,
     reward_limit: Positive = 10.0,
 ) -> Float[Array, "B T"]:
-    """RTO: a model trained by DPO spreads credit over tokens, and the sequence's reward stays at the end.
+    """RTO: token rewards from a model trained by DPO, plus the sequence's reward on the last token.
 
         r_t = clip(beta * (log pi_guide - log pi_reference), -limit, limit)
               - kl_coefficient * (log pi_old - log pi_reference)
               + [t is last] * clip(reward, -reward_limit, reward_limit)
 
-    Without limit the first terms sum to the guide's implicit reward.
+    Without `limit` the first terms sum to the implicit reward of the guide.
 
     Args:
       rewards: of each row, of a reward model.
@@ -41,13 +41,13 @@ def implicit_token_rewards(
       old_logprobs: under the policy that sampled.
       reference_logprobs: under the reference.
       mask: non-zero on tokens that count.
-      beta: units of reward a nat.
+      beta: units of reward per nat.
       limit: bound of a token's dense reward.
-      kl_coefficient: units of reward a nat.
+      kl_coefficient: units of reward per nat.
       reward_limit: bound of the sequence's reward.
 
     Returns:
-      One reward a token, for `token_rewards`; 0 outside the mask.
+      One reward per token, for `token_rewards`; 0 outside the mask.
 
     Reference: RTO (2404.18922).
     Certainty: verified
@@ -68,7 +68,7 @@ def missing_end_penalty(
     penalty: NonNegative = 10.0,
     form: MissingEnd = "replace",
 ) -> Float[Array, "B"]:
-    """Rewards, and a penalty for completions without end of sequence, whose end a reward model was never shown.
+    """Rewards with a penalty for completions without end of sequence, on which reward models are not trained.
 
         replace   r, or -penalty where the completion reached its length limit
         subtract  r, or r - penalty there
@@ -80,7 +80,7 @@ def missing_end_penalty(
       form: as above.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for an unknown form, or a negative penalty.

@@ -1,4 +1,4 @@
-"""Values out of heads with several outputs, and advantages that several critics estimate."""
+"""Values from heads with several outputs, and advantages from several critics."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Pessimism = Literal["least", "deviations"]
 
 @ranged
 def quantile_mean(old_values: Float[Array, "B T N"], *, lower_share: PositiveShare = 1.0) -> Float[Array, "B T"]:
-    """The mean of a value head's quantiles, or of the worst of them: a value that fears bad outcomes.
+    """The mean of a value head's quantiles, or of the lowest of them: a risk-averse value.
 
         V = mean of the lowest lower_share * N outputs, the last of them in part
 
-    `critic_mean: quantile_mean` and `reads: {old_values: critic_mean}` hand it to `gae` and `gae_returns`.
+    `critic_mean: quantile_mean` and `reads: {old_values: critic_mean}` pass it to `gae` and `gae_returns`.
 
     Args:
       old_values: quantiles that `quantile_value` trains, in any order.
       lower_share: 1 is the mean, less is the conditional value at risk of that share.
 
     Returns:
-      One value a token, float32.
+      One value per token, float32.
 
     Reference: distributional dynamic programming (2501.13028), quantile regression (1710.10044).
     Certainty: recalled
@@ -44,17 +44,17 @@ def quantile_mean(old_values: Float[Array, "B T N"], *, lower_share: PositiveSha
 
 @ranged
 def critic_quantile(old_values: Float[Array, "B T K"], *, level: Share = 0.25) -> Float[Array, "B T"]:
-    """A low quantile of what several critics say of a token: a value that needs most of them to agree.
+    """A low quantile of several critics' values of a token: a pessimistic estimate.
 
     Between two critics it is interpolated linearly. `value_floor: critic_quantile` and `reads: {old_values:
-    value_floor}` hand it to `gae` and `gae_returns`.
+    value_floor}` pass it to `gae` and `gae_returns`.
 
     Args:
-      old_values: of critics that `several_values` trains, with heads that began differently.
+      old_values: of critics that `several_values` trains, with different initial heads.
       level: 0 is the lowest of them, 0.5 the median.
 
     Returns:
-      One value a token, float32.
+      One value per token, float32.
 
     Reference: RIQL (2310.12955).
     Certainty: verified
@@ -65,16 +65,16 @@ def critic_quantile(old_values: Float[Array, "B T K"], *, level: Share = 0.25) -
 
 @ranged
 def bin_mean(old_values: Float[Array, "B T N"], *, low: float, high: float, form: Bins = "gaussian") -> Array:
-    """The value that logits over bins stand for.
+    """The expected value of a categorical distribution over bins.
 
         V = sum_k s_k * centre_k,   s = softmax(v)
 
     Args:
       old_values: logits that `categorical_value` trains.
-      low, high, form: as there.
+      low, high, form: as in `categorical_value`.
 
     Returns:
-      One value a token, float32.
+      One value per token, float32.
 
     Raises:
       ValueError: for an unknown form.
@@ -109,19 +109,18 @@ def critic_per_reward(
         A = sum_c w_c * clip(z(A_c), -limit, limit)
 
     with A_c the generalised advantages of reward c and z(x) = (x - mean) / std over the tokens of the batch.
-    Multiplying a reward by a positive number changes nothing; one that never varies adds nothing.
-    `"[advantages, channel_returns]": {critic_per_reward: {weights: ...}}` fills both; `several_values` learns from the
-    second.
+    Multiplying a reward by a positive number changes nothing. `"[advantages, channel_returns]": {critic_per_reward:
+    {weights: ...}}` fills both; `several_values` learns from the second.
 
     Args:
-      reward_components: one column a reward function, before weights; NaN counts as 0.
-      old_values: one value a critic, in the order of `weights`.
+      reward_components: one column per reward function, before weights; NaN counts as 0.
+      old_values: one value per critic, in the order of `weights`.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
       weights: w of each reward, by its name.
       reward_names: filled from the run.
       gamma, lam: as of `gae`.
-      limit: bound of what is added, for rewards that are almost always 0.
+      limit: bound of |z(A_c)|, needed for rewards that are almost always 0.
 
     Returns:
       (advantages, returns of each critic), 0 outside the mask and in absent rows.
@@ -170,30 +169,30 @@ def reach_aware(
     gamma: Share = 1.0,
     lam: Share = 0.95,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, ""]]:
-    """Generalised advantages in which a completion that was cut off is worth what the most pessimistic critic says.
+    """Generalised advantages that bootstrap truncated completions from a pessimistic value of several critics.
 
         least        V = min_k V_k
         deviations   V = mean_k V_k - kappa * std_k V_k
         A_t = rho_t + gamma * V_{t+1} - V_t + gamma * lam * A_{t+1}
 
-    with V = 0 behind the last token of a completion that ended, and the critics' value there of one that was cut. Such
-    states are only ever bootstrapped from and never learned; what one critic makes up there flows into all targets.
-    `"[advantages, value_targets, metric/cut_spread]": reach_aware` fills all; `several_values` trains the critics.
+    with V = 0 after the last token of a completion that ended, and the critics' V after that of a truncated one. Such
+    states are bootstrapped from but never trained on, so one critic's error there enters all targets. `"[advantages,
+    value_targets, metric/cut_spread]": reach_aware` fills all; `several_values` trains the critics.
 
     Args:
       rewards: total reward of each row, given on its last token where there are no `token_rewards`.
       old_values: the critics at each token, before the update.
-      value_scores: the critics behind the last token.
+      value_scores: the critics after the last token.
       truncated: the completion reached its length limit.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
       token_rewards: reward of each token; they take the place of `rewards`.
-      form: of pessimism. With one critic it is ordinary GAE that bootstraps where it was cut.
+      form: of pessimism. With one critic it is GAE that bootstraps at truncation.
       kappa: how many deviations.
       gamma, lam: as of `gae`.
 
     Returns:
-      (advantages, returns, mean deviation of the critics behind completions that were cut, 0 where none was).
+      (advantages, returns, mean deviation of the critics after truncated completions, 0 without any).
 
     Raises:
       ValueError: for an unknown form.

@@ -1,4 +1,4 @@
-"""Advantages over the soft minimum of two critics, which do not share their over-estimates."""
+"""Advantages over the soft minimum of two critics, which reduces over-estimation."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def twin_baseline_normalized(
 
     Args:
       rewards: total reward of each row.
-      twin_target_values: what slowly moving copies of the two critics expect of each row.
+      twin_target_values: values of each row under the slowly updated copies of the two critics.
       weight: weight of each row; 0 is absent.
       temperature: of the soft minimum, in units of reward.
       eps: added to the unbiased deviation.
 
     Returns:
-      One advantage a row, 0 in absent rows.
+      One advantage per row, 0 in absent rows.
 
     Raises:
       ValueError: for a temperature that is not positive.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 from jaxrl_llm.data.tasks.items import Item, Task, equality, require_bool, require_choice
 from jaxrl_llm.ranges import Share, ranged
@@ -36,8 +39,41 @@ def judged(asked: Item, modulus: int, off: int, *, second: bool) -> Item:
     return replace(asked, body=f"{asked.body}?{first}|{other}", answer="AB"[second])
 
 
+def attempted(asked: Item, modulus: int, off: int) -> Item:
+    """A critic's question about a problem: whether the result that somebody got is right, Y or N.
+
+    >>> attempted(item(7, 3, [("+", 5)]), 7, 2).body, attempted(item(7, 3, [("+", 5)]), 7, 0).answer
+    ('M7:3+5?3', 'Y')
+    """
+    result = (int(asked.answer) + off) % modulus
+    return replace(asked, body=f"{asked.body}?{result}", answer="N" if off else "Y")
+
+
+def parsed(body: str) -> tuple[int, int, list[tuple[str, int]]]:
+    """(modulus, start, steps) of a problem, whatever is asked about it.
+
+    >>> parsed("M7:3+5*2?4")
+    (7, 3, [('+', 5), ('*', 2)])
+    """
+    modulus, _, rest = body.partition("?")[0].removeprefix("M").partition(":")
+    start, *steps = re.findall(r"[-+*]?[0-9]+", rest)
+    return int(modulus), int(start), [(step[0], int(step[1:])) for step in steps]
+
+
+def solution(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the problem itself comes to, where the question is another one."""
+    return {"solution": item(*parsed(record["body"])).answer}
+
+
 @ranged
-def task(*, modulus: int = 7, scratchpad: bool = True, direct_share: Share = 0.0, claims: bool = False) -> Task:
+def task(
+    *,
+    modulus: int = 7,
+    scratchpad: bool = True,
+    direct_share: Share = 0.0,
+    claims: bool = False,
+    attempts: Share = 0.0,
+) -> Task:
     """A chain of `level` operations out of + - *, each reduced modulo `modulus`. Guessing is right with 1/modulus.
 
     Args:
@@ -47,17 +83,25 @@ def task(*, modulus: int = 7, scratchpad: bool = True, direct_share: Share = 0.0
         learned from both kinds writes completions of very different lengths, and may choose.
       claims: a judge's question: two results are claimed behind the problem, of which one is right, and the answer is
         which one, A or B. Guessing is right with 1/2.
+      attempts: share of the problems that are a critic's question: behind them stands the result that somebody got,
+        right in half of them, and the answer is whether it is, Y or N. Column `solution` is that of the problem.
     """
     require_choice("modulus", modulus, (7, 11, 13))
     require_bool("scratchpad", scratchpad)
     require_bool("claims", claims)
+    if claims and attempts:
+        raise ValueError(f"attempts is {attempts}, but claims asks another question; leave one of them out")
 
     def draw(rng: Random, level: int) -> Item:
         start = rng.randrange(modulus)
         steps = [(rng.choice("+-*"), rng.randrange(modulus)) for _ in range(level)]
         direct = bool(direct_share) and rng.random() < direct_share
         made = item(modulus, start, steps, scratchpad=scratchpad and not direct)
-        return judged(made, modulus, rng.randrange(1, modulus), second=rng.random() < 0.5) if claims else made
+        if claims:
+            return judged(made, modulus, rng.randrange(1, modulus), second=rng.random() < 0.5)
+        if attempts and rng.random() < attempts:
+            return attempted(made, modulus, rng.randrange(1, modulus) if rng.random() < 0.5 else 0)
+        return made
 
     return Task(
         name="chain",
@@ -68,7 +112,9 @@ def task(*, modulus: int = 7, scratchpad: bool = True, direct_share: Share = 0.0
         description=f"operations modulo {modulus} from left to right; the level is the number of operations",
         # Options are part of the random stream: problems without claims stay as they were.
         options={"modulus": modulus, "scratchpad": scratchpad, "direct_share": direct_share}
-        | ({"claims": True} if claims else {}),
+        | ({"claims": True} if claims else {})
+        | ({"attempts": attempts} if attempts else {}),
         scratchpad=scratchpad,
         identity=lambda made: made.body.partition("?")[0],
+        columns=solution if attempts else None,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from random import Random
 from typing import NamedTuple
 
@@ -49,18 +48,12 @@ def modular_chain(body: str, step: int, change: int) -> Attempt:
     >>> modular_chain("M7:3+5*2-4", 0, 1)
     Attempt(think='3+5=2;2*2=4;4-4=0', answer='0')
     """
-    modulus, start, steps = _chain(body)
+    modulus, start, steps = chain.parsed(body)
     head = chain.item(modulus, start, steps[: step + 1])
     wrong = (int(head.answer) + change) % modulus
     kept = head.think.rpartition("=")[0] + f"={wrong}"
     tail = chain.item(modulus, wrong, steps[step + 1 :])
     return Attempt(";".join(part for part in (kept, tail.think) if part), tail.answer)
-
-
-def _chain(body: str) -> tuple[int, int, list[tuple[str, int]]]:
-    modulus, _, rest = body.removeprefix("M").partition(":")
-    start, *steps = re.findall(r"[-+*]?[0-9]+", rest)
-    return int(modulus), int(start), [(step[0], int(step[1:])) for step in steps]
 
 
 def random_addition(rng: Random, body: str, think: str, answer: str) -> Attempt:
@@ -73,7 +66,7 @@ def random_addition(rng: Random, body: str, think: str, answer: str) -> Attempt:
 def random_chain(rng: Random, body: str, think: str, answer: str) -> Attempt:
     """A step and a change at random, among those whose error reaches the answer: a factor 0 behind it hides it."""
     del think
-    modulus, _, steps = _chain(body)
+    modulus, _, steps = chain.parsed(body)
     while True:
         attempt = modular_chain(body, rng.randrange(len(steps)), rng.randrange(1, modulus))
         if attempt.answer != answer:

@@ -26,21 +26,21 @@ def convex_kl(
 
         x = share * kl(pi, reference) + (1 - share) * kl(pi, old)
 
-    The estimates are back-propagated as they are; `kl_estimate` says which gradient each has. To anneal the share, use
-    two terms, of share 1 and of share 0, with `annealed_share` as their coefficients.
+    The estimates are differentiated directly; `kl_estimate` states the gradient of each. To anneal the share, use two
+    terms, of share 1 and of share 0, with `annealed_share` as their coefficients.
 
     Args:
       logprobs: log-probability of each token under the current policy.
       reference_logprobs: under the reference policy.
       old_logprobs: under the policy that the update starts from.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      share: weight of the reference.
+      share: weight of the divergence from the reference.
       estimator: of both divergences.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
-      The loss in nats a token as a sum and a count.
+      The loss in nats per token as a sum and a count.
 
     Raises:
       ValueError: for a share outside [0, 1] or an unknown estimator.

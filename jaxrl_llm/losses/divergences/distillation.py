@@ -1,4 +1,4 @@
-"""On-policy distillation: a teacher judges every token of what the student itself has written."""
+"""On-policy distillation: a teacher scores every token of the student's own samples."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def teacher_reverse_kl(
         token   x_t = r_t * sg(d_t)
         rest    x_t = r_t * sg(d_t + d_{t+1} + ... + d_T)
 
-    token is the divergence of next-token distributions at the states that were visited: each token is paid for by the
-    teacher's surprise at it, and by nothing after it. rest is the divergence of whole completions, whose gradient looks
-    ahead to where a token leads; it is noisier. Its value is not the divergence: that is the metric.
+    token is the divergence of next-token distributions at the visited states: the signal of a token is its own d alone.
+    rest is the divergence of whole completions, whose gradient includes the effect of a token on later ones; it is
+    noisier. The loss value is not the divergence, which is the metric.
 
     The network `teacher` is described in section networks, and needs the policy's vocabulary. The exact sum over the
     vocabulary is `divergence: {samples: vocabulary}`, with the teacher under the name `reference`.
@@ -50,13 +50,13 @@ def teacher_reverse_kl(
       old_logprobs: under the policy that the update starts from.
       teacher_logprobs: under the teacher.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      horizon: what a token answers for.
+      horizon: 'token', or 'rest' for the sum of d from each token on.
       log_ratio_limit: bound of |log r| before exp, and of |d|.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
-      The loss as a sum and a count, with the metric `teacher_kl` (the mean of d, in nats a token).
+      The loss as a sum and a count, with the metric `teacher_kl` (the mean of d, in nats per token).
 
     Raises:
       ValueError: for an unknown horizon, or a limit that is not positive.
@@ -85,13 +85,13 @@ def skewed_divergence(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> VocabularyDivergence:
-    """A divergence between the teacher, or the policy, and a mixture of both, over the whole vocabulary.
+    """A divergence between teacher or policy and a mixture of both, over the whole vocabulary.
 
         forward_kl    KL(teacher || s teacher + (1 - s) policy)
         others        D_f(policy || s policy + (1 - s) teacher)
 
-    with s = `skew`, and the exact gradient, through the mixture too. The mixture keeps the ratio bounded: where one of
-    the two has no mass, neither value nor gradient explodes. Named for a teacher by `reads: {over_vocabulary:
+    with s = `skew`, and the exact gradient, through the mixture too. The mixture bounds the ratio, so value and
+    gradient stay finite where one of the two has no mass. Select the teacher by `reads: {over_vocabulary:
     teacher_over_vocabulary}`.
 
     Args:

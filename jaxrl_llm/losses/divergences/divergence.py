@@ -2,14 +2,14 @@
 
 The value of a divergence and its gradient are two questions. With u = policy / reference and D = E_reference[f(u)]:
 
-    samples      value        gradient                 what back-propagation must see
+    samples      value        gradient                 differentiated expression
     reference    f(u)         f'(u) u grad logprobs    the value itself (pathwise)
     policy       f(u) / u     f'(u) grad logprobs      f'(u), held fixed, times the score (score function)
     old policy   r f(u) / u   r f'(u) grad logprobs    the same through r = policy / old (importance corrected)
     none         sum over the vocabulary               the sum itself (exact)
 
 Back-propagating f(u) / u on samples of the policy gives the gradient of another divergence, the one whose generator g
-has g' = f' - f / u. Released code does so, so it is offered, by name: gradient='pathwise'.
+has g' = f' - f / u. Released code does so; it is available as gradient='pathwise'.
 
 A token-level divergence is the sum over positions of the divergence between next-token distributions, with the visited
 states held fixed. It equals the divergence between sequences only for a KL whose first argument generated the states;
@@ -61,7 +61,7 @@ def _finite(logprobs: Array) -> Array:
 
 
 def counted(mask: Array, *logprobs: Array) -> tuple[Array, ...]:
-    """The log-probabilities in float32, 0 outside the mask: what lies there reaches neither value nor gradient."""
+    """The log-probabilities in float32, 0 outside the mask, where inputs affect neither value nor gradient."""
     chex.assert_rank([mask, *logprobs], 2)
     chex.assert_equal_shape([mask, *logprobs])
     return tuple(_finite(jnp.where(mask > 0, x, 0.0)) for x in logprobs)
@@ -74,7 +74,7 @@ def _spread_over_row(row: Array, mask: Array) -> Array:
 
 
 def _sampled(f: Generator, gradient: str, on_policy_samples: bool, value_limit: float | None, lp, ref, old) -> Array:
-    """Value estimate of each sample, with the asked gradient with respect to `lp`."""
+    """Value estimate of each sample, with the chosen gradient with respect to `lp`."""
     log_u = lp - stop_gradient(ref)
     if gradient == "pathwise":
         value = f.value_over_u(log_u) if on_policy_samples else f.value(log_u)
@@ -109,7 +109,7 @@ class VocabularyDivergence:
 
 @jax.custom_jvp
 def _kept_and_rest(log_p: Array, index: Array, kept: Array) -> Array:
-    """Log-probabilities at `index`, and last that of all symbols where `kept` is false together."""
+    """Log-probabilities at `index`, followed by that of all symbols with `kept` false together."""
     rest = jax.nn.logsumexp(jnp.where(kept, LEAST_LOGPROB, log_p), axis=-1, keepdims=True)
     return jnp.concatenate([jnp.take_along_axis(log_p, index, axis=-1), rest], axis=-1)
 
@@ -118,8 +118,8 @@ def _kept_and_rest(log_p: Array, index: Array, kept: Array) -> Array:
 def _kept_and_rest_jvp(primals, tangents):
     log_p, index, kept = primals
     symbols = checkpoint_name(_kept_and_rest(log_p, index, kept), "top_k")
-    # The rest is everything less what was kept, so that the backward pass needs `index` but not `kept`, which would
-    # cost it the reference's scores. A symbol of the rest has a share of at most 1; the bound concerns the kept ones.
+    # The rest is the total minus the kept symbols, so that the backward pass needs `index` but not `kept`, which would
+    # require the reference's scores. A symbol of the rest has a share of at most 1; the bound concerns the kept ones.
     share_of_rest = lambda x: jnp.exp(jnp.minimum(x - symbols[..., -1:], 0.0))  # noqa: E731
     change = jnp.take_along_axis(tangents[0], index, axis=-1)
     of_all = jnp.sum(share_of_rest(log_p) * tangents[0], axis=-1, keepdims=True)
@@ -145,10 +145,11 @@ def _symbols(samples: str, k: int, log_p: Array, log_q: Array) -> tuple[Array, A
 def _summed(f: Generator, samples: str, k: int) -> Callable[[Array, Array], Array]:
     @jax.custom_jvp
     def divergence_of_symbols(log_p, log_q):
-        # No term is negative but by rounding. By `clamp`, and not `maximum`, all of it becomes one loop on a CPU.
+        # Terms are negative only by rounding. With `clamp`, unlike `maximum`, XLA fuses all of it into one loop on a
+        # CPU.
         return jax.lax.clamp(0.0, f.perspective(log_p, log_q), jnp.inf)
 
-    # Differentiation of the perspective would arrive at the slope as well, by several times as many operations.
+    # Differentiating the perspective gives the same slope with several times as many operations.
     @divergence_of_symbols.defjvp
     def divergence_of_symbols_jvp(primals, tangents):
         return divergence_of_symbols(*primals), f.slope(*primals) * tangents[0]
@@ -201,8 +202,8 @@ def _check(name: str, samples: str, gradient: str | None, level: str, k: int | N
         pathwise = gradient == "pathwise" or (gradient is None and GRADIENTS[samples][0] == "pathwise")
         if not pathwise:
             raise ValueError(
-                f"value_limit is {value_limit!r} with gradient={gradient!r} and samples={samples!r}; it clips only "
-                "what is back-propagated as it is, gradient='pathwise'"
+                f"value_limit is {value_limit!r} with gradient={gradient!r} and samples={samples!r}; it applies "
+                "to gradient='pathwise' only: leave it out, or use that gradient"
             )
 
 
@@ -221,40 +222,40 @@ def divergence(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Callable[..., Loss]:
-    r"""A loss that is a divergence between policy and reference, in value and in gradient.
+    r"""A divergence between policy and reference as a loss, with correct value and gradient.
 
     With u = policy / reference, r = policy / old and sg the stop-gradient, per token (or per row, at level 'sequence',
     with log u summed over the counted tokens of the row):
 
         policy, score_function         value f(u)/u,    gradient f'(u) grad logprobs
         policy, importance_corrected   value r f(u)/u,  gradient r f'(u) grad logprobs
-        policy, pathwise               value f(u)/u, back-propagated: the gradient of the divergence with generator
+        policy, pathwise               value f(u)/u, differentiated: the gradient of the divergence with generator
                                        g' = f' - f/u instead (reverse KL, written as k3, follows forward KL)
         reference, pathwise            value f(u),      gradient f'(u) u grad logprobs
         vocabulary, exact              sum_v reference_v f(u_v), differentiated as it is
         top_k, exact                   the same over the reference's k most probable symbols and one that stands for
                                        all others: a lower bound, since merging symbols cannot add divergence
 
-    `score_function` wants tokens drawn by the policy being differentiated (one update a batch); after that the policy
-    has moved and `importance_corrected` is right. The k symbols are the reference's because the reference does not
-    move: the objective is one smooth function of the parameters, where the policy's own k would jump as symbols change
-    places.
+    `score_function` requires tokens sampled by the policy being differentiated (one update per batch); for further
+    updates use `importance_corrected`. The k symbols are the reference's because the reference is fixed: the objective
+    is then a smooth function of the parameters, while with the policy's own k it would jump as ranks change.
 
     Rényi is not an f-divergence. Its order is `alpha`, and it exists over the vocabulary and top_k only.
 
-    Recipes: k3 back-propagated as released GRPO code does = reverse_kl, policy, pathwise; value of k3 with the gradient
-    of k2 = reverse_kl, policy, score_function; bias-corrected k3 = reverse_kl, policy, importance_corrected;
+    Recipes: k3 differentiated directly as in released GRPO code = reverse_kl, policy, pathwise; value of k3 with the
+    gradient of k2 = reverse_kl, policy, score_function; bias-corrected k3 = reverse_kl, policy, importance_corrected;
     DPH-F = forward_kl, reference, value_limit 10; DPH-JS = jensen_shannon, reference, with twice the coefficient;
     DPH-alpha of order a = alpha, reference, alpha = 1 - a.
 
     Args:
       generator: a name of `generators.generator`, or 'renyi'.
       direction: 'policy_to_reference' is D(policy || reference), 'reference_to_policy' D(reference || policy).
-      samples: who drew the tokens: 'policy', 'reference' (rehearsal of stored answers); nobody: 'vocabulary', 'top_k'.
+      samples: the distribution of the tokens, 'policy' or 'reference' (stored answers), or exact sums over symbols,
+        'vocabulary' or 'top_k'.
       gradient: one of the forms above; None takes the right one for `samples`.
       level: 'token' compares next-token distributions at the visited states, 'sequence' whole sequences. A row's value
-        is shared equally by its tokens, so aggregation='seq_mean_token_sum' averages sequences in nats a sequence and
-        'token_mean' in nats a token.
+        is shared equally by its tokens, so aggregation='seq_mean_token_sum' averages sequences in nats per sequence and
+        'token_mean' in nats per token.
       alpha: order of 'alpha' and 'renyi'.
       mixture: share of the first argument in the midpoint of 'jensen_shannon'.
       k: symbols kept by samples='top_k'; None keeps 64.
@@ -264,8 +265,8 @@ def divergence(
 
     Returns:
       A loss of (logprobs, reference_logprobs, mask), and old_logprobs when importance corrected; for 'vocabulary' and
-      'top_k' a loss of (over_vocabulary, mask) that carries the attribute `over_vocabulary`.
-      Beyond |log u| = 20 (5 for the chi-squares) a sample keeps the value and weight that it has there.
+      'top_k' a loss of (over_vocabulary, mask) that carries the attribute `over_vocabulary`. Beyond |log u| = 20 (5 for
+      the chi-squares) the value and weight of a sample are those at the bound.
 
     Raises:
       ValueError: options that are unknown or do not go together.

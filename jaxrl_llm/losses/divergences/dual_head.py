@@ -1,4 +1,4 @@
-"""Dual-head knowledge distillation: labels teach one head, a teacher's logits another, and the trunk hears both."""
+"""Dual-head knowledge distillation: one head for labels, one for a teacher's logits, with a shared trunk."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxrl_llm.ranges import Count, Positive, ranged
 def binary_logit_divergence(
     auxiliary_logits: Float[Array, "... C"], teacher_logits: Float[Array, "... C"], *, temperature: Positive = 2.0
 ) -> Float[Array, "..."]:
-    """How far logits are from a teacher's, each as an even chance of its own.
+    """Distance of logits from a teacher's, as a Bernoulli divergence of each difference from 1/2.
 
         T^2 sum_c KL(Bernoulli(1/2) || Bernoulli(sigmoid((z_c - z^teacher_c) / T)))
 
-    It is 0 at equal logits alone, and not where they differ by a constant. For a vocabulary, c goes over the teacher's
-    top k and the target.
+    It is 0 only at equal logits, not where they differ by a constant. For a vocabulary, c runs over the teacher's top k
+    tokens and the target.
 
     Args:
       auxiliary_logits: z, of the auxiliary head, which is dropped at inference.
@@ -52,15 +52,15 @@ def dual_head_distillation(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """A second vocabulary head against a teacher's likeliest tokens; labels teach the policy's own head beside it.
+    """Loss of a second vocabulary head on a teacher's most likely tokens; the policy's own head is trained on labels.
 
     The head is a network named `auxiliary` with one output for each token of the vocabulary and a shared backbone, so
-    its loss reaches the trunk and never the policy's own head. Each place sums `binary_logit_divergence` over the
-    tokens that a file has stored there; stored log-probabilities stand for logits, which they are up to a constant.
+    its gradient reaches the trunk but not the policy's own head. Each position sums `binary_logit_divergence` over the
+    tokens stored for it in the data file; stored log-probabilities equal logits up to a constant.
 
     Args:
       auxiliary_values: logits of the second head.
-      top_tokens: likeliest tokens of the teacher in each place; -1 for fewer.
+      top_tokens: most likely tokens of the teacher at each position; -1 pads.
       top_logprobs: their log-probabilities.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       temperature: of both.
@@ -75,14 +75,14 @@ def dual_head_distillation(
     chex.assert_rank([auxiliary_values, top_tokens, top_logprobs, mask], [3, 3, 3, 2])
     there = top_tokens >= 0
     own = jnp.take_along_axis(auxiliary_values, jnp.maximum(top_tokens, 0), axis=-1)
-    # Equal logits add nothing.
+    # Padding gets equal logits, which add 0.
     teacher = jnp.where(there, top_logprobs, jax.lax.stop_gradient(own))
     per_token = binary_logit_divergence(own, teacher, temperature=temperature)
     return aggregate(per_token, mask, aggregation=aggregation, max_completion_tokens=max_completion_tokens)
 
 
 def aligned_gradients(distillation: PyTree, cross_entropy: PyTree) -> PyTree:
-    """The sum of two gradients of shared parameters, the first without what works against the second.
+    """The sum of two gradients of shared parameters, the first without its component against the second.
 
         g_KD <- g_KD - min(0, <g_KD, g_CE>) / |g_CE|^2 g_CE,    g_KD + g_CE
 

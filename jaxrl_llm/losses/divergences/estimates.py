@@ -1,7 +1,7 @@
-"""Sampled estimates that stand alone: the k estimators of KL, a divergence as a reward, DPH-RL's second form.
+"""Sampled estimates: the k estimators of KL, a divergence as a reward, DPH-RL's second form.
 
-`divergence` is the family with its gradients; what is here is used as a metric, as a reward, or because a published
-method is written in this form.
+`divergence` is the family with its gradients; the functions here serve as metrics, as rewards, or for published methods
+written in this form.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def kl_estimate(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    r"""KL(policy || reference) estimated on tokens drawn by the policy, back-propagated as it is.
+    r"""KL(policy || reference) estimated on tokens sampled by the policy, differentiated directly.
 
     With d = logprobs - reference_logprobs:
 
@@ -54,7 +54,7 @@ def kl_estimate(
       aggregation, max_completion_tokens: as in `aggregate`.
 
     Returns:
-      The estimate in nats a token as (numerator, denominator).
+      The estimate in nats per token as (numerator, denominator).
 
     Raises:
       ValueError: for an unknown estimator.
@@ -89,23 +89,23 @@ def divergence_reward(
     alpha: float = 0.5,
     mixture: float = 0.5,
 ) -> Float[Array, "B T"]:
-    r"""A divergence as a reward for each token: -beta * f'(u), the score function moved into the return.
+    r"""A divergence as a reward for each token: -beta * f'(u), the score function as part of the return.
 
     A policy gradient on this reward descends beta * D_f(policy || reference) at the visited states; for reverse KL,
     f'(u) = log u is k1, and summed over the rest of the completion it descends the KL between sequences.
 
     Args:
-      old_logprobs: of the sampled tokens under the policy that drew them.
+      old_logprobs: of the sampled tokens under the policy that sampled them.
       reference_logprobs: of the same tokens under the reference.
       mask: 0 on tokens that do not count; the reward there is 0.
-      beta: strength, in units of reward a nat.
+      beta: strength, in units of reward per nat.
       generator, direction, alpha, mixture: as in `generators.generator`.
 
     Returns:
       The reward of each token, without gradient.
 
     Raises:
-      ValueError: for options that name no generator.
+      ValueError: for an unknown generator or options that do not fit it.
 
     Reference: f-divergences, derived; k1 in the reward as in PPO for language models (1909.08593)
     Certainty: verified
@@ -125,27 +125,28 @@ def js_definition(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    r"""One half of Jensen-Shannon by its definition: the KL to the midpoint of whoever drew the tokens.
+    r"""One half of Jensen-Shannon by its definition: KL to the midpoint from the distribution that sampled the tokens.
 
-    With M = (policy + reference) / 2 at the sampled token and k3(a, b) = b / a - 1 - log(b / a), back-propagated as is:
+    With M = (policy + reference) / 2 at the sampled token and k3(a, b) = b / a - 1 - log(b / a), differentiated
+    directly:
 
         reference   k3(reference, M)   KL(reference || M), in value and in gradient
         policy      k3(policy, M)      KL(policy || M) in value; its gradient is that of another divergence, as for any
-                                       sampled value back-propagated on tokens of the policy
+                                       sampled value differentiated on tokens of the policy
 
     The sum of both halves is twice the normalised Jensen-Shannon divergence. DPH-RL takes the first on stored answers
-    and the second on rollouts, the latter on one microbatch in ten (a coefficient of 0.1 in expectation). For the right
-    gradient of the whole use `divergence(generator='jensen_shannon')`.
+    and the second on rollouts, the latter on one microbatch in ten (a coefficient of 0.1 in expectation). For the
+    correct gradient of the whole use `divergence(generator='jensen_shannon')`.
 
     Args:
       logprobs: of the tokens under the current policy.
       reference_logprobs: of the same tokens under the reference.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      samples: who drew the tokens.
+      samples: the distribution that the tokens were sampled from.
       aggregation, max_completion_tokens: as in `aggregate`.
 
     Returns:
-      The half in nats a token as (numerator, denominator).
+      The half in nats per token as (numerator, denominator).
 
     Raises:
       ValueError: for another `samples`.

@@ -26,10 +26,10 @@ SQUARE_LOG_RATIO_LIMIT = 5.0  # u^2 and 1/u^2: a single sample would dominate th
 
 
 def clamped(log_u: Float[Array, "..."], limit: float) -> Float[Array, "..."]:
-    """log u within +-limit; the gradient passes, so beyond the limit it keeps the size it has there.
+    """log u within +-limit; straight-through, so beyond the limit the gradient is that at the limit.
 
-    A plain clip has no gradient outside: a policy that has dropped a token of the reference altogether would no longer
-    be pulled back to it.
+    A plain clip has no gradient outside: a policy with near-zero probability on a token of the reference would not be
+    pulled back.
     """
     return log_u + jax.lax.stop_gradient(jnp.clip(log_u, -limit, limit) - log_u)
 
@@ -39,7 +39,7 @@ class Generator:
     """A normalised generator f of D_f(policy || reference), u = policy / reference.
 
     Attributes:
-      name: the name it was asked for by.
+      name: its name in `generator`.
       perspective: (log p, log q) -> q * f(p / q), elementwise; finite for any finite arguments.
       slope: (log p, log q) -> p * f'(p / q), the derivative of the perspective by log p; finite likewise.
       conjugate: t -> f*(t) = sup_u (u t - f(u)), infinite outside its domain.
@@ -53,17 +53,17 @@ class Generator:
     limit: float = LOG_RATIO_LIMIT
 
     def value(self, log_u: Float[Array, "..."]) -> Float[Array, "..."]:
-        """f(u): what a sample of the reference contributes."""
+        """f(u), the value of a sample of the reference."""
         log_u = clamped(log_u, self.limit)
         return self.perspective(log_u, jnp.zeros_like(log_u))
 
     def value_over_u(self, log_u: Float[Array, "..."]) -> Float[Array, "..."]:
-        """f(u) / u: what a sample of the policy contributes."""
+        """f(u) / u, the value of a sample of the policy."""
         log_u = clamped(log_u, self.limit)
         return self.perspective(jnp.zeros_like(log_u), -log_u)
 
     def derivative(self, log_u: Float[Array, "..."]) -> Float[Array, "..."]:
-        """f'(u): the weight of the score function."""
+        """f'(u), the weight of the score function."""
         log_u = clamped(log_u, self.limit)
         return self.slope(jnp.zeros_like(log_u), -log_u)
 
@@ -135,7 +135,7 @@ def _alpha(alpha: float) -> Generator:
 
     def log_moment(p, q):
         log_u = p - q if 0 < alpha < 1 else clamped(p - q, min(LOG_RATIO_LIMIT, 2 * LOG_RATIO_LIMIT / power))
-        # p^a q^(1-a), counted from the larger of p and q: past the clamp it then keeps growing with that probability.
+        # p^a q^(1-a), written relative to the larger of p and q: past the clamp it still grows with that probability.
         return p + (alpha - 1) * log_u if alpha > 1 else q + alpha * log_u
 
     def perspective(p, q):
@@ -199,7 +199,7 @@ def _total_variation() -> Generator:
 
 def _jeffreys() -> Generator:
     def conjugate(t):
-        # W = W0(exp(1 - t)) through z = log W, the root of exp(z) + z = 1 - t; Newton's steps fall to it from above.
+        # W = W0(exp(1 - t)) through z = log W, the root of exp(z) + z = 1 - t; Newton's method converges from above.
         target = 1 - t
         z = jnp.where(target > 1, jnp.log(jnp.maximum(target, 1)), target)
         for _ in range(8):

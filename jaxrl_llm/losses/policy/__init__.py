@@ -1,1 +1,1 @@
-"""Policy losses: log-probabilities and advantages -> a gradient of the policy."""
+"""Policy losses: from log-probabilities and advantages to a gradient of the policy."""

@@ -31,8 +31,8 @@ def blended_surrogate(
         x = surrogate(A_local) + surrogate(A_global)
 
     The blend weights are inside the advantages (`consistency_blended`, part local and part global), since the surrogate
-    is proportional to them. While no ratio is clipped this is one surrogate of A_local + A_global; where one is, and
-    the two differ in sign, each is clipped on its own side.
+    is proportional to them. While no ratio is clipped this is one surrogate of A_local + A_global; where one is clipped
+    and the two differ in sign, each part has its own clip bound.
 
     Args:
       logprobs: log-probability of each token under the current policy.

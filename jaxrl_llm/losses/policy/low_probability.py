@@ -1,4 +1,4 @@
-"""Protection of rare but plausible tokens of bad answers, which a policy gradient would drive to extinction."""
+"""Protection of rare but plausible tokens of bad answers, whose probability a policy gradient would drive to 0."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def min_p_logprobs(
         kept symbols: p_v >= min_p * max_v p_v, renormalised; a token that is not kept has -1e4
 
     Args:
-      log_probabilities: log-softmax of a policy over the vocabulary, such as a chunk of the scoring pass holds.
+      log_probabilities: log-softmax of a policy over the vocabulary, such as one chunk of the scoring pass.
       tokens: the symbol to score at each position.
       min_p: share of the largest probability that a symbol must reach to be kept.
 
@@ -54,10 +54,10 @@ def lowest_token_proxy(
 ) -> Float[Array, "B T"]:
     """The proxy's log-probabilities, kept for the least probable tokens of bad answers only.
 
-    Of the n tokens of the batch with a negative advantage, the k = max(1, floor(share * n)) least probable keep theirs
-    (ties of the k-th all do); the others get -1e4, which `protected_surrogate` never protects. k = 1 keeps none, as in
-    the released code. That code counts over a microbatch of current probabilities; here it is the batch before the
-    update, so that any split trains on the same tokens.
+    Of the n tokens of the batch with a negative advantage, the k = max(1, floor(share * n)) least probable keep their
+    value (including all ties of the k-th); the others get -1e4, which `protected_surrogate` never protects. k = 1 keeps
+    none, as in the released code. That code counts over a microbatch of current probabilities; here it is the batch
+    before the update, so that any split trains on the same tokens.
 
     Args:
       proxy_logprobs: log-probability of each token under the proxy (`min_p_logprobs`).
@@ -104,15 +104,14 @@ def protected_surrogate(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """A loosely clipped surrogate that pulls a bad token back once it is rarer than a proxy of the old policy has it.
+    """A loosely clipped surrogate with a KL term on bad tokens whose probability fell below that of a proxy.
 
         x = max(-A * r, -A * clip(r, 1 - clip_low, 1 + clip_high))
         where A < 0 and log pi < log proxy:
             x = -A * r + kl_coefficient * (exp(d) - d - 1),   d = log proxy - log pi
 
     The added term is the k3 estimate of a KL from the proxy. As in the released code it is limited to `value_limit`,
-    beyond which it no longer pulls. Which tokens can be protected at all is decided once a batch, by
-    `lowest_token_proxy`.
+    beyond which it has no gradient. The tokens that can be protected are chosen once per batch by `lowest_token_proxy`.
 
     Args:
       logprobs: log-probability of each token under the current policy.

@@ -35,13 +35,13 @@ def mixed_policy_surrogate(
         x = max(-A * r, -A * clip(r, c - clip_low, c + clip_high))
 
     Fresh samples have c = 1, where it is PPO's surrogate. ReMix takes 40% of a batch from the last two policies and two
-    updates a batch, then goes on without replay from a switch step. That clip_low and clip_high are distances from c,
-    not shares of it, is second-hand.
+    updates per batch, and stops replay at a switch step. Reading clip_low and clip_high as distances from c, not shares
+    of it, rests on a second-hand source.
 
     Args:
       logprobs: log-probability of each token under the current policy.
       old_logprobs: under the policy that the update starts from.
-      behaviour_logprobs: under the policy that drew it.
+      behaviour_logprobs: under the policy that sampled it.
       advantages: advantage of each token.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       token_weight: a constant factor on each token's loss; None is 1.

@@ -1,4 +1,4 @@
-"""REINFORCE on old samples: which tokens keep their gradient, and with which weight."""
+"""REINFORCE on samples of an older policy, with a mask and a weight for each token's gradient."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def masked_policy_gradient(
               advantage  exp(A / advantage_temperature)
 
     one_side with the ratio has the gradient of PPO's clipped surrogate; all with neither is plain REINFORCE. The drift
-    penalty is not masked: it also pulls back the tokens that lost their gradient.
+    penalty is not masked: it also acts on tokens without a policy gradient.
 
     Args:
       logprobs: log-probability of each token under the current policy.

@@ -1,8 +1,8 @@
-"""Learning from outcomes: clone right answers, push back wrong ones, weigh tokens by a reward model that sees prefixes.
+"""Learning from outcomes: clone right answers, push back wrong ones, weigh tokens by a token reward model.
 
 The objective of OREAL is `success_cloning` + 0.5 * `failure_pushback` + 0.01 * `kl_estimate`, each averaged over its
-own tokens, with `outcome_token_weight` as `token_weight` and `one_success_one_failure` as the choice of rows. (The
-released code leaves the divergence out on right answers and divides it by the tokens of all.)
+own tokens, with `outcome_token_weight` as `token_weight` and `one_success_one_failure` as the selection of rows. (The
+released code omits the divergence on right answers but divides it by the number of all tokens.)
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def success_cloning(
       The loss as a sum and a count, both over right answers.
 
     Raises:
-      ValueError: where A is to scale and nothing provides it.
+      ValueError: for scale_by_advantage without advantages.
 
     Reference: OREAL (2502.06781).
     Certainty: verified
@@ -144,7 +144,7 @@ def outcome_token_weight(
     threshold: ShareBelowOne = 0.5,
     top_fraction: PositiveShare | None = None,
 ) -> Float[Array, "B T"]:
-    """How much each token says about the outcome, from a reward model's running opinion of the prefix.
+    """Weight of each token for the outcome, from a token reward model's mean output over the prefix.
 
         p_t = sigmoid(mean of z up to t),   u_t = p_t on right answers, 1 - p_t on wrong ones
 
@@ -160,7 +160,7 @@ def outcome_token_weight(
         released alternative).
 
     Returns:
-      One weight a token in [0, 1], without gradient; 0 outside the mask.
+      One weight per token in [0, 1], without gradient; 0 outside the mask.
 
     Raises:
       ValueError: for a threshold outside [0, 1) or a fraction outside (0, 1].

@@ -37,7 +37,7 @@ def sequence_clipped_surrogate(
     With d the log-ratio of a token and n the tokens of the row, the ratio s is
 
         geometric_mean   exp(sum_t d / n)
-        token            exp(lp - sg(lp) + sg(sum_t d / n)): the same value, but the gradient of a token carries only
+        token            exp(lp - sg(lp) + sg(sum_t d / n)): the same value, but the gradient of a token has only
                          its own advantage (GSPO-token)
         product          exp(sum_t d): the exact sequence ratio, as in the RLOO of TRL
 
@@ -67,7 +67,7 @@ def sequence_clipped_surrogate(
     """
     chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    # Bounded a token at a time as well, so that one token of probability 0 does not make the sum infinite.
+    # Also bounded per token, so that one token of probability 0 does not make the sum infinite.
     token_log_ratio = log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=1e4)
     total = token_log_ratio.sum(-1, keepdims=True)
     mean = total / jnp.maximum((mask > 0).sum(-1, keepdims=True), 1)

@@ -1,8 +1,8 @@
-"""Policy losses: how log-probabilities and advantages become a gradient of the policy.
+"""Policy losses on the token ratio.
 
-All are sums over tokens of -advantage * something(ratio), with ratio = pi / pi_old. They differ in what happens to the
-ratio far from 1: ignored (`policy_gradient`), clipped (`clipped_surrogate`), clipped once for the whole sequence
-(`losses.sequence_policy`), clipped as a weight without dropping gradients (`cispo`), or squashed (`sapo`).
+All are sums over tokens of -advantage * g(ratio), with ratio = pi / pi_old. They differ in g far from 1: the ratio is
+ignored (`policy_gradient`), clipped (`clipped_surrogate`), clipped once for the whole sequence
+(`sequence_clipped_surrogate`), clipped as a weight without dropping gradients (`cispo`), or squashed (`sapo`).
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ def clipped_surrogate(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """PPO's clipped surrogate: no gradient from tokens that have already moved far enough in the right direction.
+    """PPO's clipped surrogate: no gradient from tokens whose ratio passed the clip bound in the advantage's direction.
 
     With r = pi / pi_old of a token:
 
         x = max(-A * min(r, ratio_cap), -A * clip(r, 1 - clip_low, 1 + clip_high))
         where A < 0: x = min(x, -A * dual_clip)
 
-    clip_high > clip_low is DAPO's clip-higher. `dual_clip` and `ratio_cap` both bound the push away from a bad token
-    that has become likely.
+    clip_high > clip_low is DAPO's clip-higher. `dual_clip` and `ratio_cap` both bound the loss of a token with A < 0
+    and a large ratio.
 
     Args:
       logprobs: log-probability of each token under the current policy.
@@ -96,11 +96,10 @@ def clipped_surrogate(
       token_weight: a constant factor on each token's loss, such as an importance correction; None is 1.
       clip_low: how far the ratio may fall below 1.
       clip_high: how far it may rise above 1.
-      dual_clip: largest ratio that a negative advantage is charged for, above 1; None is no limit.
+      dual_clip: largest ratio that multiplies a negative advantage, above 1; None is no limit.
       ratio_cap: largest ratio of the unclipped branch (two-sided clipping), at least 1 + clip_high; None is none.
-      off_policy_threshold: leave out sequences with a negative advantage from which the policy has moved away by
-        more than this many nats a token, mean(log pi_old - log pi); None leaves out none (see
-        `negative_sequence_mask`).
+      off_policy_threshold: drop sequences with a negative advantage whose mean(log pi_old - log pi) exceeds this many
+        nats per token; None drops none (see `negative_sequence_mask`).
       log_ratio_limit: bound of |log r| before exp.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
@@ -110,7 +109,7 @@ def clipped_surrogate(
       `dual_clip_share`.
 
     Raises:
-      ValueError: for a negative clip range, or a bound that would cut inside it.
+      ValueError: for a negative clip range, or a ratio_cap below 1 + clip_high.
 
     Reference: PPO (1707.06347); dual clip (1912.09729); DAPO (2503.14476); two-sided clip: INTELLECT-2 (2505.07291);
       sequence mask: DeepSeek-V3.2 (2512.02556).
@@ -161,9 +160,9 @@ def cispo(
 
         x = -sg(clip(r, 1 - clip_low, 1 + clip_high)) * A * log pi
 
-    With its own range where A < 0 it is DISPO. With no ratio on good samples (clip_low = clip_high = 0) and one between
-    0 and 1 on bad ones (negative_clip_low 1, negative_clip_high 0) it is TOPR, which also holds up after many updates
-    on one batch: the push away from a bad sample fades as its probability does. TOPR's ratio is that of the sequence.
+    With its own range where A < 0 it is DISPO. With weight 1 where A >= 0 (clip_low = clip_high = 0) and a weight in
+    [0, 1] where A < 0 (negative_clip_low 1, negative_clip_high 0) it is TOPR, which stays stable over many updates on
+    one batch: the gradient of a bad sample vanishes with its probability. TOPR has level 'sequence'.
 
     Args:
       logprobs: log-probability of each token under the current policy.
@@ -181,8 +180,7 @@ def cispo(
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
-      The loss, with the metric `clip_share` (tokens whose weight was clipped; where both ends of a range are 0 there is
-      none to clip).
+      The loss, with the metric `clip_share` (tokens whose weight was clipped; ranges of width 0 are not counted).
 
     Raises:
       ValueError: for a negative clip range or an unknown level.
@@ -205,7 +203,7 @@ def cispo(
     low = jnp.where(negative, 1 - negative_low, 1 - clip_low)
     high = jnp.where(negative, 1 + negative_high, 1 + clip_high)
     weight = jnp.clip(ratio, low, high)
-    # A weight that is 1 whatever the ratio was never meant to follow it.
+    # A range of width 0 sets the weight to 1 by design, which is not clipping.
     metrics = {"clip_share": token_share((weight != ratio) & (low != high), mask)}
     if token_weight is not None:
         weight = weight * on_mask(token_weight, mask)

@@ -1,4 +1,4 @@
-"""Policy learning as regression on the value of the policy that acts at random."""
+"""Policy learning as regression on the value of the uniformly random policy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RandomPolicyValuation:
     """The loss that `random_policy_valuation` configures.
 
     Attributes:
-      scale, aggregation, max_completion_tokens: as there.
+      scale, aggregation, max_completion_tokens: as in `random_policy_valuation`.
       over_vocabulary: (log_p[..., V], log_q[..., V]) -> [...], evaluated inside the chunked pass over the vocabulary.
     """
 
@@ -55,7 +55,7 @@ class RandomPolicyValuation:
         chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask, over_vocabulary])
         following = jnp.pad(on_mask(over_vocabulary, mask)[:, 1:], ((0, 0), (0, 1)))
         target = jax.lax.stop_gradient(on_mask(advantages, mask) + self.scale * following)
-        # Far wider than any ratio of PPO: there is no exp here, only a square that must stay finite.
+        # A far wider bound than PPO's: without an exp only the square must stay finite.
         value = self.scale * log_ratio(logprobs, old_logprobs, mask, log_ratio_limit=1e4)
         averaged = {"aggregation": self.aggregation, "max_completion_tokens": self.max_completion_tokens}
         return aggregate(jnp.square(value - target), mask, **averaged)
@@ -75,11 +75,11 @@ def random_policy_valuation(
 
     A is the reward minus the mean of its group on every token (group_normalized, scale none; with scale group it is the
     variant for mathematics). c compares the current policy with the reference, so the reference must be the policy that
-    the update starts from: refresh it at every step. Where one update is made a batch, c is 0 and the gradient is that
-    of REINFORCE with A, times 2 * scale.
+    the update starts from: refresh it at every step. With one update per batch c is 0 and the gradient is that of
+    REINFORCE with A, times 2 * scale.
 
     Args:
-      scale: rho, units of value a nat.
+      scale: rho, units of value per nat.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
 

@@ -1,4 +1,4 @@
-"""Bradley-Terry reward models: the better answer of a pair shall have the higher score."""
+"""Bradley-Terry reward models: losses that give the better answer of a pair the higher score."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bradley_terry(
     form: Centring = "sum",
     margin_use: MarginUse = "shift",
 ) -> Loss:
-    """Bradley-Terry: the log-odds that an answer is the better one are the difference of two scores.
+    """Bradley-Terry: the log-odds that one answer is better than another are the difference of their scores.
 
         z = s_better - s_worse - margin
         x = -(1 - e) * log sigmoid(z) - e * log sigmoid(-z) + centring * c
@@ -41,24 +41,24 @@ def bradley_terry(
         sum    c = (s_better + s_worse)^2
         each   c = (s_better^2 + s_worse^2) / 2
 
-    A constant added to both scores of a prompt changes nothing, so scores say nothing across prompts unless centring
-    holds them near 0. One pass over the pairs is enough; more overfit.
+    A constant added to both scores of a prompt changes nothing, so scores of different prompts are not comparable
+    unless centring holds them near 0. Train for one epoch; more overfit.
 
     Args:
-      reward_scores: one number an answer, of the network that learns.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      reward_scores: one number per answer, of the network that is trained.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       weight: of each row.
       margin: how much better, on the row of the better answer, such as 1 to 3 for graded preferences; None is 0.
-      label_smoothing: share of labels taken for wrong, below 1/2.
-      centring: strength of the pull of scores towards 0, such as 0.01.
-      form: of that pull.
-      margin_use: a shift of z, or the weight of the pair (scaled Bradley-Terry of HelpSteer2-Preference), which is then
-        as if the pair stood that often in the data, but is counted once.
+      label_smoothing: assumed share of wrong labels, below 1/2.
+      centring: coefficient of the penalty that centres scores at 0, such as 0.01.
+      form: of that penalty.
+      margin_use: a shift of z, or the weight of the pair (scaled Bradley-Terry of HelpSteer2-Preference), which acts
+        like repeating the pair, but the pair is counted once.
 
     Returns:
       The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` (pairs whose better answer has
-      the higher score; a tie has not) and `score_gap`.
+      the higher score; ties excluded) and `score_gap`.
 
     Raises:
       ValueError: for an unknown form or use of the margin, a smoothing outside [0, 1/2), or a negative centring.

@@ -26,26 +26,26 @@ def decoupled_reward(
     temperature: Positive = 10.0,
     length_temperature: Positive | None = 0.1,
 ) -> Loss:
-    """DRPO: right answers against wrong ones, where shortness only decides between the right ones.
+    """DRPO: right answers against wrong ones, with a length preference among the right ones only.
 
         s_i = mean_t log pi of answer i
         omega_i = exp((1 - length_i / L) / length_temperature) over right answers, normalised within the prompt
         J = sum_right omega_i * s_i - temperature * log mean_wrong exp(s_j / temperature)
         loss = -mean over prompts of J
 
-    A prompt without both kinds adds 0 and counts as a prompt. A long right answer is raised less than a short one but
-    never pushed down. With length_temperature None all right answers count alike (DisCO with the log-likelihood score).
-    The objective comes with a trust region around the old policy, `group_trust_region`.
+    A prompt without both kinds adds 0 and counts as a prompt. A long right answer has a smaller positive gradient than
+    a short one, never a negative one. With length_temperature None all right answers have equal weight (DisCO with the
+    log-likelihood score). Use with the trust region around the old policy, `group_trust_region`.
 
     Args:
       logprobs: log-probability of each token under the current policy.
       correct: 1 for a right answer, 0 for a wrong one.
       length: completion tokens of each row.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       max_completion_tokens: L, fixed for a whole run (never the padded length of a bucket).
-      temperature: tau, in nats a token; small values attend to the most likely wrong answer alone.
-      length_temperature: small values attend to the shortest right answer alone; None is no preference.
+      temperature: tau, in nats per token; small values select the most likely wrong answer.
+      length_temperature: small values select the shortest right answer; None is no preference.
 
     Returns:
       The loss; its count is the (weighted) number of prompts.
@@ -69,14 +69,14 @@ def decoupled_reward(
         preference = (1 - length.astype(jnp.float32) / max_completion_tokens) / length_temperature
     omega = _normalised(preference, right, ids)
     raised = sibling_sum(omega * score, ids)
-    # Measured from the largest score, which cancels in value and in gradient.
+    # Subtract the largest score, which cancels in value and in gradient.
     highest = jax.lax.stop_gradient(sibling_max(jnp.where(wrong > 0, score, -jnp.inf), ids))
     highest = jnp.where(contrast, highest, 0.0)
     gap = jnp.where(contrast & (wrong > 0), score - highest, 0.0)
     mean_exp = sibling_sum(wrong * jnp.exp(gap / temperature), ids) / jnp.where(contrast, sibling_sum(wrong, ids), 1.0)
     lowered = highest + temperature * jnp.log(jnp.where(contrast, mean_exp, 1.0))
 
-    # Every row carries its group's objective, so each takes an equal share of it.
+    # Every row holds its group's objective, so each row gets an equal share of it.
     rows = sibling_sum((weights > 0).astype(jnp.float32), ids)
     share = jnp.where(weights > 0, mean_weight(weights, ids) / jnp.maximum(rows, 1.0), 0.0)
     objective = jnp.where(contrast, raised - lowered, 0.0)
@@ -100,14 +100,14 @@ def group_trust_region(
         loss = mean over tokens of sg(max(strength * (K - threshold), 0)) * K
 
     The release takes one K of the whole batch. Such a statistic of the current policy cannot be summed over parts of a
-    batch, so K is that of a prompt here; with one prompt the two agree, and with several this form is the stricter one.
+    batch, so K is per prompt here; with one prompt both agree, with several this form is stricter.
 
     Args:
       logprobs: log-probability of each token under the current policy.
       old_logprobs: under the policy that the update starts from.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      threshold: divergence that is free, in nats a token.
+      threshold: divergence without penalty, in nats per token.
       strength: slope of the coefficient.
       log_ratio_limit: bound of |log pi - log pi_old|.
 

@@ -40,7 +40,7 @@ def dpo(
     surplus: Share = 1.0,
     gate_temperature: Positive = 0.05,
 ) -> Loss:
-    """DPO: the better answer of a pair gains on the reference, the worse one loses.
+    """DPO: raises the log-ratio to the reference of the better answer of a pair and lowers that of the worse one.
 
     With rho = sum_t(log pi - log pi_reference) of an answer, s = rho and
     z = beta * (s_better - s_worse) + length_penalty * (length_better - length_worse), for each pair
@@ -52,12 +52,12 @@ def dpo(
         exo        x = KL([q, 1 - q] || [1 - e, e]),  q = sigmoid(z)
         discopop   x = -(1 - g) * log sigmoid(z) + g * exp(-z),  g = sigmoid(z / gate_temperature)
 
-    averaged over pairs. e is `label_smoothing`: above 0, logistic is conservative DPO, whose best margin is finite;
-    robust takes e for the share of labels that are flipped and is an estimate of the loss on true ones that is right on
-    average (it may be negative); exo needs it above 0 (1e-3). hinge is that of SLiC and RSO; square is IPO, whose
-    authors train it on mean log-ratios. Where the policy is the reference, a logistic pair costs log 2.
+    averaged over pairs. e is `label_smoothing`: above 0, logistic is conservative DPO, whose optimal margin is finite;
+    robust is an unbiased estimate of the loss on clean labels if a share e is flipped (it may be negative); exo needs e
+    above 0 (1e-3). hinge is that of SLiC and RSO; square is IPO, whose authors train it with `length_normalised`. Where
+    the policy equals the reference, the loss of a logistic pair is log 2.
 
-    Another divergence from the reference than the reverse KL has another score:
+    Other divergences from the reference than the reverse KL change the score:
 
         forward_kl       s = 1 - exp(-rho)
         jensen_shannon   s = log 2 + log sigmoid(rho)
@@ -66,27 +66,27 @@ def dpo(
     Args:
       logprobs: log-probability of each token under the current policy.
       reference_logprobs: under the reference.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      pair_weight: factor of each row; a pair has the product of both, and is counted once whatever it is (WPO:
-        `off_policy_weight`).
-      beta: units of reward a nat; small values let the policy go far.
-      label_smoothing: share of labels taken for wrong, below 1/2; of logistic, robust and exo alone.
+      pair_weight: factor of each row; a pair has the product of both and is counted once (WPO: `off_policy_weight`).
+      beta: units of reward per nat; smaller values allow a larger distance from the reference.
+      label_smoothing: assumed share of wrong labels, below 1/2; for logistic, robust and exo only.
       link: from margin to loss.
       length_normalised: s is divided by the tokens of an answer; beta is then some 10 to 50 times larger.
       divergence: as above.
       alpha: of the divergence "alpha".
-      length_penalty: of a token, in units of z: pairs that are won by length count less (R-DPO, 0.01 to 0.05).
-      surplus: how much the tokens behind the length that both answers have count (LD-DPO, 0.5); 1 counts them in full.
-      gate_temperature: of discopop.
+      length_penalty: per token, in units of z; lowers the gradient of pairs whose better answer is longer (R-DPO, 0.01
+        to 0.05).
+      surplus: weight of the tokens beyond the shorter answer's length (LD-DPO, 0.5); 1 is full weight.
+      gate_temperature: temperature of the gate g of discopop.
 
     Returns:
       The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` (pairs whose better answer has
       the larger s) and `margin` (z, or the gap of s for square).
 
     Raises:
-      ValueError: for an unknown link or divergence, numbers out of range, or a smoothing that the link has no use for.
+      ValueError: for an unknown link or divergence, numbers out of range, or a smoothing with a link that ignores it.
 
     Reference: DPO (2305.18290); robust: (2403.00409); hinge: SLiC-HF (2305.10425), RSO (2309.06657); square: IPO
       (2310.12036); exo: (2402.00856); discopop: (2406.08414); divergences: f-DPO (2309.16240); R-DPO (2403.19159);
@@ -99,9 +99,9 @@ def dpo(
         if value not in get_args(known):
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(known))}")
     if label_smoothing and link not in _SMOOTHED:
-        raise ValueError(f"label_smoothing is {label_smoothing}, which link {link!r} has no use for; leave it out")
+        raise ValueError(f"label_smoothing is {label_smoothing}, but link {link!r} does not use it; leave it out")
     if link == "exo" and not label_smoothing:
-        raise ValueError("link 'exo' has no finite value at label_smoothing 0; set it above 0, such as 1e-3")
+        raise ValueError("label_smoothing is 0, where link 'exo' is infinite; set it above 0, such as 1e-3")
     mask = mask.astype(jnp.float32)
     pairs = pairs_of(preferred, row_weight(mask), group)
     ratios = on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))
@@ -158,13 +158,13 @@ _LARGEST = 80.0  # exponent in float32
 
 
 def surplus_sums(ratios: Float[Array, "B T"], mask: Float[Array, "B T"], surplus: float) -> Float[Array, "B B"]:
-    """Sums of each row, with what lies behind the length that row and column both have weighted by `surplus`."""
+    """Sums of each row, with the tokens beyond the shorter length of row and column weighted by `surplus`."""
     counted = mask > 0
     place = jnp.cumsum(counted, axis=1)
     length = place[:, -1]
     along = jnp.cumsum(jnp.where(counted, ratios, 0.0), axis=1)
     common = jnp.minimum(length[:, None], length[None, :])
-    # The sum up to the token that is the n-th to count.
+    # The sum up to the n-th counted token.
     upto = jax.vmap(lambda p, s, n: jnp.where(n > 0, s[jnp.searchsorted(p, n)], 0.0))(place, along, common)
     return upto + surplus * (along[:, -1:] - upto)
 

@@ -1,4 +1,4 @@
-"""Hidden states of answers that lead to the same goal are alike: contrastive terms beside a reward model's loss."""
+"""Contrastive terms beside a reward model's loss: states of an answer are similar to its own final states."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ def goal_contrast(
     preferred: Float[Array, "B"],
     weight: Float[Array, "B"],
 ) -> Loss:
-    """Goal-conditioned: states on the way of a better answer point to where it goes, not to where the worse one goes.
+    """Goal-conditioned: states of a better answer are similar to its later states, not to those of the worse answer.
 
-        P+ = mean over pairs of the mean of sigmoid(cos(h_s, h_g)),  s and g of the better answer, s before g
-        P- = the same with s of the better answer and g of the worse one
-        x = -log P+ - log(1 - P-)
+        P+ = mean over pairs of the mean of sigmoid(cos(h_s, h_g)),  s and g of the better answer, s early and g late P-
+        = the same with s of the better answer and g of the worse one, both uniform x = -log P+ - log(1 - P-)
 
-    The means stand inside of the logarithms, one for each prompt. Positions are not drawn but averaged over: a source
-    has the density of the smaller of two uniform numbers, a goal that of the larger, as in the paper's draws.
+    The means are inside the logarithms, one for each prompt. Positions are averaged over instead of sampled: early has
+    the density of the smaller of two uniform numbers, late that of the larger, as in the paper's sampling.
 
     Args:
-      goal_values: an embedding of each token, of a network `goal` with a head of N outputs a token.
+      goal_values: an embedding of each token, of a network `goal` with a head of N outputs.
       mask: non-zero on tokens that count.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       weight: of each row.
 
@@ -38,7 +37,7 @@ def goal_contrast(
       The loss; its count is the (weighted) number of pairs. Metrics: `same_goal` (P+) and `other_goal` (P-).
 
     Reference: Goal-conditioned representations for reward models (2407.13887).
-    Certainty: verified, but that positions are averaged over and means are of a prompt
+    Certainty: verified, except that positions are averaged over and means are per prompt
     """
     chex.assert_rank([goal_values, mask, group, preferred, weight], [3, 2, 1, 1, 1])
     there = mask > 0
@@ -51,7 +50,7 @@ def goal_contrast(
     flat = jnp.where(there, 1 / length, 0.0)
     same = jnp.einsum("it,is,its->i", early, late, jax.nn.sigmoid(jnp.einsum("itn,isn->its", state, state)))
 
-    def against(worse: Array) -> Array:  # a row at a time: all pairs of tokens of all rows would not fit
+    def against(worse: Array) -> Array:  # one row at a time: all pairs of tokens of all rows would not fit in memory
         alike = jax.nn.sigmoid(jnp.einsum("itn,sn->its", state, state[worse]))
         return jnp.einsum("it,s,its->i", flat, flat[worse], alike)
 
@@ -68,12 +67,15 @@ def goal_contrast(
 def goal_quality(
     goal_values: Float[Array, "B T N"], goal: Float[Array, "N"], mask: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """How much each prefix points to a goal, cos(h_t, goal): the Q-value that samples are filtered or steered by.
+    """Similarity of each prefix to a goal, cos(h_t, goal): a Q-value for filtering or steering samples.
 
     Args:
       goal_values: an embedding of each token.
       goal: such as the mean embedding of the last tokens of better answers.
       mask: non-zero on tokens that count.
+
+    Returns:
+      One number per token in [-1, 1], 0 outside the mask.
 
     Reference: Goal-conditioned representations for reward models (2407.13887).
     Certainty: verified

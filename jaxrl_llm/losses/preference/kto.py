@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: single answers that somebody found good or bad, without partners."""
+"""Kahneman-Tversky optimisation: single answers labelled good or bad, without pairs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def kto(
     desirable_weight: NonNegative = 1.0,
     undesirable_weight: NonNegative = 1.0,
 ) -> Loss:
-    """KTO: a good answer gains and a bad one loses against what the policy has moved on average.
+    """KTO: raises good answers and lowers bad ones relative to the policy's mean log-ratio.
 
-    With rho = sum_t(log pi - log pi_reference) of an answer and z = sg(kl_anchor), what `mismatched_kl` fills in:
+    With rho = sum_t(log pi - log pi_reference) of an answer and z = sg(kl_anchor), filled by `mismatched_kl`:
 
         good   x = w_good * (1 - sigmoid(beta * (rho - z)))
         bad    x = w_bad * (1 - sigmoid(beta * (z - rho)))
 
-    averaged over answers. The slope is largest where rho is near z and goes to 0 on either side, so an answer with a
-    wrong label that the policy is sure about moves little. Keep w_good * n_good / (w_bad * n_bad) between 1 and 4/3.
+    averaged over answers. The gradient is largest where rho is near z and vanishes on either side, so a wrong label has
+    little effect where |rho - z| is large. Keep w_good * n_good / (w_bad * n_bad) between 1 and 4/3.
 
     Args:
       logprobs: log-probability of each token under the current policy.
@@ -41,7 +41,7 @@ def kto(
       preferred: 1 for a good answer, 0 for a bad one; any other number leaves the row out.
       kl_anchor: z of each row, in nats.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      beta: units of value a nat.
+      beta: units of value per nat.
       desirable_weight: w_good.
       undesirable_weight: w_bad.
 
@@ -81,16 +81,16 @@ def mismatched_completions(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
 ) -> Sequences:
-    """A view for KTO: each prompt with the completion of the row in front of it, the first with that of the last.
+    """A view for KTO: each prompt with the completion of the preceding row, the first with that of the last.
 
-    Rows are those that are scored at once: where `training.sequences_per_microbatch` is set, those of a microbatch.
+    The rotation is within the rows scored together: with `training.sequences_per_microbatch`, those of a microbatch.
 
     Args:
-      prompt_tokens, prompt_length: what a row starts from.
-      tokens, length: its completion.
+      prompt_tokens, prompt_length: prompt of each row.
+      tokens, length: completion of each row.
 
     Returns:
-      The mismatched sequences, one a row.
+      The mismatched sequences, one per row.
 
     Raises:
       ValueError: for a single row, which has no other completion.
@@ -101,7 +101,7 @@ def mismatched_completions(
     chex.assert_rank([prompt_tokens, prompt_length, tokens, length], [2, 1, 2, 1])
     if tokens.shape[0] < 2:
         raise ValueError(
-            "mismatched_completions sees a single row, which has no other completion; score at least 2 rows at once "
+            "mismatched_completions got a single row, which has no other completion; score at least 2 rows at once "
             "(training.sequences_per_microbatch)"
         )
     tokens, length = jnp.roll(tokens, 1, axis=0), jnp.roll(length, 1)
@@ -115,12 +115,11 @@ def mismatched_kl(
     mismatch_mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
 ) -> Float[Array, "B"]:
-    """KTO's estimate of how far the policy has moved, from prompts with completions that do not belong to them.
+    """KTO's estimate of the KL from the reference, from prompts with completions of other prompts.
 
         z = max(0, mean over rows of sum_t(log pi_old - log pi_reference))
 
-    One number for the whole batch, without gradient. With one update a batch the policy that it is taken of is the one
-    that learns.
+    One number for the whole batch, without gradient. With one update per batch pi_old is the policy that is trained.
 
     Args:
       old_mismatch_logprobs: of the view `mismatch: mismatched_completions`, under the policy before the update.

@@ -1,4 +1,4 @@
-"""Pairs of an answer of the policy and one of an opponent: online losses, and models that score two answers at once."""
+"""Pairs of a policy's answer and an opponent's: online losses, and models that score two answers together."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def exploratory_preference(
     beta: Positive = 0.1,
     alpha: NonNegative = 1e-5,
 ) -> Loss:
-    """XPO: DPO between a sample of the policy and one of the reference, which the policy leaves.
+    """XPO: DPO between a sample of the policy and one of the reference, minus the latter's likelihood as exploration.
 
         z = beta * (rho - rho_opponent),   rho = sum_t(log pi - log pi_reference)
         x = -P log sigmoid(z) - (1 - P) log sigmoid(-z) + alpha * sum_t log pi(opponent)
 
     averaged over answers. The last term makes the policy optimistic about answers that are rare under the reference;
-    online VPO is the same with alpha * beta in the place of alpha. The view `opponent` is what the network `reference`
-    writes to the same prompt: `views: {opponent: {same_prompt: {written_by: reference}}}`.
+    online VPO is the same with alpha * beta in place of alpha. The view `opponent` is the answer of the network
+    `reference` to the same prompt: `views: {opponent: {same_prompt: {written_by: reference}}}`.
 
     Args:
       logprobs, reference_logprobs: log-probability of each token of the policy's sample.
@@ -43,7 +43,7 @@ def exploratory_preference(
       mask: 0 on tokens that do not count, the row's weight on those that do.
       opponent_mask: 1 on tokens of the opponent.
       win_share: P, probability that a judge prefers the policy's sample; 1 or 0 are hard labels.
-      beta: units of reward a nat.
+      beta: units of reward per nat.
       alpha: strength of exploration.
 
     Returns:
@@ -71,13 +71,13 @@ def exploratory_preference(
 
 
 def same_prompt(prompt_tokens: Int[Array, "B P"], prompt_length: Int[Array, "B"]) -> Sequences:
-    """The view of a row that another network answers: its own prompt.
+    """A view with the row's own prompt, to be answered by another network.
 
     Args:
-      prompt_tokens, prompt_length: what a row starts from.
+      prompt_tokens, prompt_length: prompt of each row.
 
     Returns:
-      Prompts; what stands for completions is not read.
+      Sequences with the prompts; their completions are empty.
     """
     nothing = jnp.zeros((prompt_tokens.shape[0], 1), jnp.int32)
     return Sequences(prompt_tokens, prompt_length, nothing, nothing[:, 0], nothing.astype(jnp.float32))
@@ -92,15 +92,16 @@ def beside_partner(
     preferred: Float[Array, "B"],
     weight: Float[Array, "B"],
 ) -> Sequences:
-    """The view of a pair's row whose prompt ends with the answer of its partner: a model that scores the difference.
+    """A view of paired rows whose prompt ends with the partner's answer, for a model that scores the difference.
 
     Args:
-      prompt_tokens, prompt_length: what a row starts from, left-padded.
-      tokens, length: its completion.
-      group, preferred, weight: which rows are pairs.
+      prompt_tokens, prompt_length: prompt of each row, left-padded.
+      tokens, length: completion of each row.
+      group, preferred, weight: as in `pairs_of`; they define the pairs.
 
     Returns:
-      The sequences prompt, partner's answer | answer; the mask is 0 in rows without partner.
+      The sequences prompt, partner's answer | answer; in rows without a partner the mask is 0 and the prompt empty,
+      which keeps networks from generating there.
     """
     ids = compact_ids(group)
     both = (weight > 0) & ((preferred == 1) | (preferred == 0))
@@ -115,11 +116,14 @@ def beside_itself(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
 ) -> Sequences:
-    """The view of a row whose prompt ends with its own answer, to which it makes no difference.
+    """A view of rows whose prompt ends with the row's own answer, which scores a difference of 0.
 
     Args:
-      prompt_tokens, prompt_length: what a row starts from, left-padded.
-      tokens, length: its completion.
+      prompt_tokens, prompt_length: prompt of each row, left-padded.
+      tokens, length: completion of each row.
+
+    Returns:
+      The sequences prompt, answer | answer.
     """
     there = jnp.ones(length.shape, bool)
     return _behind(prompt_tokens, prompt_length, tokens, length, tokens, length, there)
@@ -134,7 +138,11 @@ def _behind(
     place = (jnp.arange(both.shape[1])[None] - (first.shape[1] - middle)[:, None]) % both.shape[1]
     inside = (jnp.arange(tokens.shape[1]) < length[:, None]) & there[:, None]
     return Sequences(
-        jnp.take_along_axis(both, place, axis=1), start + middle, tokens, length, inside.astype(jnp.float32)
+        jnp.take_along_axis(both, place, axis=1),
+        jnp.where(there, start + middle, 0),
+        tokens,
+        length,
+        inside.astype(jnp.float32),
     )
 
 
@@ -145,18 +153,18 @@ def gap_relations(
     preferred: Float[Array, "B"],
     weight: Float[Array, "B"],
 ) -> Loss:
-    """PIT: a model of how much better one answer is than another knows the order of all four comparisons.
+    """PIT: trains a model of the quality difference of two answers on the order of all four comparisons.
 
         g(w, l) > g(w, w), g(l, l) > g(l, w)
         x = -log sigmoid(g(w, l) - g(w, w)) - log sigmoid(g(w, l) - g(l, l))
             - log sigmoid(g(w, w) - g(l, w)) - log sigmoid(g(l, l) - g(l, w))
 
-    averaged over pairs, with g(a, b) the score of answer a behind answer b.
+    averaged over pairs, with g(a, b) the score of answer a after answer b.
 
     Args:
-      reward_partner_scores: of the view `partner: beside_partner`, of the network that learns.
+      reward_partner_scores: scores of the view `partner: beside_partner`, of the network that is trained.
       reward_itself_scores: of the view `itself: beside_itself`.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       weight: of each row.
 
@@ -190,22 +198,22 @@ def regret_preference(
     values: Float[Array, "B T"] | None = None,
     end_values: Float[Array, "B"] | None = None,
 ) -> Loss:
-    """Preferences by regret: the better segment is the one that gives away less of what was to be had.
+    """Preferences by regret: the better segment is the one of smaller regret.
 
         regret = V(start) - (sum_t r_t + V(end))
         x = -log sigmoid(regret_worse - regret_better)
 
-    averaged over pairs. By the sum of rewards alone (`bradley_terry` on sums), a segment that pays now to end in a
-    better state loses. Of whole answers to one prompt both orders are the same: V(start) cancels and V(end) is 0.
+    averaged over pairs. By the sum of rewards alone (`bradley_terry` on sums), a segment with a low reward that ends in
+    a better state loses. For whole answers to one prompt both orders agree: V(start) cancels and V(end) is 0.
 
     Args:
-      reward_values: r of each token, of the network `reward` that learns, with a head that says one number a token.
+      reward_values: r of each token, of the network `reward` that is trained, with one output per token.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better segment of a group, 0 for the worse one.
-      values: V before each token, of the best policy; no gradient. None is 0, which of whole answers to one prompt
-        changes nothing.
-      end_values: V behind the last token, of segments that do not end; None is 0.
+      values: V before each token, of the best policy; no gradient. None is 0, which is equivalent for whole answers to
+        one prompt.
+      end_values: V after the last token of unfinished segments; None is 0.
 
     Returns:
       The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` and `regret_gap`.

@@ -14,17 +14,18 @@ class Pairs(NamedTuple):
     """All pairs of a batch as a matrix: row i is the better answer, row j the worse one.
 
     Attributes:
-      share: weight of each pair, 0 where the two are none; those of a prompt sum to their mean weight.
+      share: weight of each pair, 0 for other entries; the weights of a prompt sum to the mean weight of its pairs'
+        rows.
     """
 
     share: Float[Array, "B B"]
 
     def gap(self, scores: Float[Array, "B"]) -> Float[Array, "B B"]:
-        """Score of the better answer less that of the worse one, 0 (with zero gradient) where the two are no pair."""
+        """Score of the better answer minus that of the worse one, 0 (with zero gradient) outside pairs."""
         return jnp.where(self.share > 0, scores[:, None] - scores[None, :], 0.0)
 
     def of_both(self, scores: Float[Array, "B B"]) -> Float[Array, "B B"]:
-        """The same for scores that a row has in the company of another one: S_ij less S_ji."""
+        """The same for scores that depend on both rows: S_ij minus S_ji."""
         return jnp.where(self.share > 0, scores - scores.T, 0.0)
 
     def total(self, values: Float[Array, "B B"]) -> Float[Array, ""]:
@@ -38,11 +39,11 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(preferred: Float[Array, "B"], weights: Float[Array, "B"], group: Int[Array, "B"]) -> Pairs:
-    """The pairs of a batch. A prompt with several answers of a kind is the mean over its pairs.
+    """The pairs of a batch; a prompt with several better or worse answers contributes the mean over its pairs.
 
     Args:
       preferred: 1 for a better answer, 0 for a worse one; any other number belongs to no pair.
-      weights: of each row; one of weight 0 is absent, and its partner with it.
+      weights: of each row; pairs with a row of weight 0 are absent.
       group: id of the group each row belongs to.
     """
     ids, weights = compact_ids(group), weights.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Pairwise policy gradients: the difference of two answers' rewards moves the difference of their log-probabilities."""
+"""Pairwise policy gradients: the reward difference of two answers weighs their log-probability gradient."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pairwise_surrogate(
 
     averaged over the pairs of a prompt, then over prompts by their number of answers. A constant added to the rewards
     of a prompt changes nothing. On fresh samples the gradient is that of leave-one-out REINFORCE averaged over
-    sequences, for any number of answers. Rewards should hold the divergence from the reference
+    sequences, for any number of answers. Rewards should include the divergence from the reference
     (`kl_penalized_sequence_rewards`). A prompt with one answer has no pair and is absent.
 
     The clip forms, and the average over more than two answers, are our reading.
@@ -49,9 +49,9 @@ def pairwise_surrogate(
       logprobs: log-probability of each token under the current policy.
       old_logprobs: under the policy that the update starts from.
       rewards: total reward of each row.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      form: whether each ratio is clipped, or the ratio of the two.
+      form: clips each ratio ('separate') or the ratio of both ('joint').
       clip: distance from 1 (separate), or largest |l| (joint).
       log_ratio_limit: bound of |log w| before exp.
 
@@ -104,10 +104,10 @@ def kl_penalized_sequence_rewards(
       old_logprobs: log-probability of each token under the policy that the update starts from.
       reference_logprobs: under the reference policy.
       mask: non-zero on tokens that count.
-      kl_coefficient: units of reward a nat.
+      kl_coefficient: units of reward per nat.
 
     Returns:
-      One reward a row.
+      One reward per row.
 
     Reference: P3O (2310.00212).
     Certainty: recalled
@@ -119,7 +119,7 @@ def kl_penalized_sequence_rewards(
 
 
 def _pair_weights(weights: Array, ids: Array) -> tuple[Array, Array]:
-    """(weight of each ordered pair, which rows have a partner); a group's pairs sum to the weight of its rows."""
+    """(weight of each ordered pair, mask of rows with a partner); a group's pairs sum to the weight of its rows."""
     count = sibling_sum((weights > 0).astype(jnp.float32), ids)
     partnered = (weights > 0) & (count > 1)
     same = (ids[:, None] == ids[None, :]) & ~jnp.eye(len(ids), dtype=bool)

@@ -1,4 +1,4 @@
-"""Preference losses without a reference: answers are compared by their likelihood a token."""
+"""Preference losses without a reference: answers are compared by their mean token log-likelihood."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def simpo(
     length_normalised: bool = True,
     label_smoothing: Annotated[float, Range(0, 0.5, open=")")] = 0.0,
 ) -> Loss:
-    """SimPO: the mean log-probability of the better answer shall lie above that of the worse one by a margin.
+    """SimPO: the mean log-probability of the better answer exceeds that of the worse one by a margin.
 
         x = -log sigmoid( beta * (a_better - a_worse) - margin ),   a = mean_t log pi(y_t)
 
-    averaged over pairs. AlphaPO has (1 - exp(-alpha a)) / alpha in the place of a; alpha 0 is SimPO. CPO is a as a sum,
-    margin 0, beside `preferred_likelihood`.
+    averaged over pairs. AlphaPO has (1 - exp(-alpha a)) / alpha in place of a; alpha 0 is SimPO. CPO has
+    length_normalised False and margin 0, plus `preferred_likelihood`.
 
     Args:
       logprobs: log-probability of each token under the current policy.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      beta: 2 to 10.
-      margin: in units of beta * a; some code gives margin / beta, 0.5 there.
+      beta: units of reward per nat, 2 to 10.
+      margin: in units of beta * a; some code has margin / beta instead, 0.5.
       alpha: of AlphaPO, 0.25.
       length_normalised: a is a mean; else the sum.
       label_smoothing: share of labels taken for wrong.
@@ -69,7 +69,7 @@ def simpo(
 def odds_ratio(
     logprobs: Float[Array, "B T"], group: Int[Array, "B"], preferred: Float[Array, "B"], mask: Float[Array, "B T"]
 ) -> Loss:
-    """ORPO: the odds of the better answer, a token, against those of the worse one, beside `preferred_likelihood`.
+    """ORPO: log-odds ratio of the two answers from mean token log-probabilities; add `preferred_likelihood`.
 
         x = -log sigmoid( log odds_better - log odds_worse ),   log odds = a - log(1 - exp(a)),  a = mean_t log pi(y_t)
 
@@ -77,7 +77,7 @@ def odds_ratio(
 
     Args:
       logprobs: log-probability of each token under the current policy.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       mask: 0 on tokens that do not count, the row's weight on those that do.
 
@@ -90,7 +90,7 @@ def odds_ratio(
     chex.assert_rank([logprobs, mask, group, preferred], [2, 2, 1, 1])
     mask = mask.astype(jnp.float32)
     pairs = pairs_of(preferred, row_weight(mask), group)
-    a = jnp.minimum(_likelihood(logprobs, mask), -1e-6)  # an answer that is certain has no odds
+    a = jnp.minimum(_likelihood(logprobs, mask), -1e-6)  # the odds of probability 1 are infinite
     # log(1 - exp(a)) without cancellation on either side of log 1/2.
     near = a > -0.6931472
     rest = jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, a, -1.0))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, a))))

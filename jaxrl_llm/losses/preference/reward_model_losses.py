@@ -1,4 +1,4 @@
-"""Losses of reward models beside Bradley-Terry: ranked answers, ratings, labels, labels of a weaker model."""
+"""Losses of reward models other than Bradley-Terry: ranked answers, ratings, labels, labels of a weaker model."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def ranked_answers(
     *,
     form: RankingForm = "plackett_luce",
 ) -> Loss:
-    """Several answers to a prompt, ordered from best to worst.
+    """Ranking loss of several answers to a prompt, ordered from best to worst.
 
         all_pairs      x = mean over pairs i before j of -log sigmoid(s_i - s_j)
         plackett_luce  x = sum over places k of [ log sum_{j not before k} exp s_j - s_k ]
 
-    averaged over prompts. With two answers both are `bradley_terry`. Answers of one rank are no pair.
+    averaged over prompts. With two answers both are `bradley_terry`. Answers of equal rank form no pair.
 
     Args:
-      reward_scores: one number an answer, of the network that learns.
+      reward_scores: one number per answer, of the network that learns.
       rank: place in the group, 0 is best; below 0 leaves the row out.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       weight: of each row.
       form: as above.
 
@@ -77,12 +77,12 @@ def rating_regression(
 
         x = (s - rating)^2
 
-    averaged over the ratings that there are: one that is NaN has no gradient. Several attributes are the outputs of a
-    head (`reads: {reward_scores: reward_values}`), of which a reward is a weighted sum.
+    averaged over the ratings that are not NaN. Several attributes are the outputs of a head (`reads: {reward_scores:
+    reward_values}`); the reward is their weighted sum.
 
     Args:
-      reward_scores: one number an answer, or one an attribute.
-      rating: what somebody gave, such as 0 to 4; NaN for none.
+      reward_scores: one number per answer, or one per attribute.
+      rating: given ratings, such as 0 to 4; NaN where missing.
       weight: of each row.
 
     Returns:
@@ -108,7 +108,7 @@ def outcome_cross_entropy(
     averaged over answers.
 
     Args:
-      reward_scores: one number an answer, of the network that learns.
+      reward_scores: one number per answer, of the network that learns.
       preferred: y, 1 for a right answer, 0 for a wrong one, between for soft labels; outside [0, 1] leaves the row out.
       weight: of each row.
 
@@ -135,17 +135,17 @@ def weak_labels(
     *,
     confidence: Share = 0.5,
 ) -> Loss:
-    """Learning from the soft labels of a weaker model, partly trusting one's own verdicts instead.
+    """Cross-entropy with soft labels of a weaker model, mixed with the model's own hard labels.
 
         p = sigmoid(s),   hard = 1[p >= h],   target = (1 - c) * weak + c * hard
         x = -target log p - (1 - target) log(1 - p)
 
     averaged over rows. h is the quantile of p at which the hard labels have the weak model's mean share of positives,
-    over the rows that are differentiated at once: batches of some 32, and no microbatches. Ramp c up from 0 over the
+    over the rows differentiated together: use batches of at least 32 and no microbatches. Increase c from 0 over the
     first part of training.
 
     Args:
-      reward_scores: log-odds of the positive class, of the network that learns.
+      reward_scores: log-odds of the positive class, of the network that is trained.
       weak_share: probability of the positive class under the weak model.
       weight: of each row.
       confidence: c; 0 is plain cross-entropy, 0.75 for a large gap between the models.
@@ -184,20 +184,20 @@ def verdict_ranking(
     *,
     cross_entropy: Share = 0.1,
 ) -> Loss:
-    """A generative reward model whose score is the probability that it says yes.
+    """Loss of a generative reward model whose score is the probability of a yes verdict.
 
         x = -log sigmoid(r_better - r_worse) - c * (log p_yes + log p_no) / 2
 
-    averaged over pairs, with r the probability of yes, p_yes that behind the better answer and p_no that of no behind
-    the worse one. Views `yes` and `no` put the verdict behind a question on the answer.
+    averaged over pairs, with r the probability of yes, p_yes that of yes after the better answer and p_no that of no
+    after the worse one. Views `yes` and `no` append a question on the answer and the verdict.
 
     Args:
       yes_logprobs, no_logprobs: log-probability of each token of the verdict.
-      yes_mask, no_mask: 1 on these.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      yes_mask, no_mask: 1 on tokens of the verdict.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       weight: of each row.
-      cross_entropy: c, of the verdicts themselves.
+      cross_entropy: c, weight of the cross-entropy of the verdicts.
 
     Returns:
       The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` and `score_gap`.

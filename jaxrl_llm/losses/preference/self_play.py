@@ -1,4 +1,4 @@
-"""Preference losses in rounds: against the policy of the last round, towards a Nash policy of a general preference."""
+"""Preference losses of iterated self-play: against the last round's policy, towards a Nash policy."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ def inpo(
     eta: Positive = 0.0075,
     tau: Positive = 0.0025,
 ) -> Loss:
-    """INPO: one step of mirror descent from the policy of the last round, held to the reference.
+    """INPO: one step of mirror descent from the policy of the last round, regularised towards the reference.
 
         h = gap(log pi) - tau / eta * gap(log pi_reference) - (eta - tau) / eta * gap(log pi_previous)
         x = (h - 1 / (2 * eta))^2
 
-    averaged over pairs, gap being better less worse of sums over tokens. With tau = eta it is IPO with beta = eta.
+    averaged over pairs, with gap the difference better - worse of sums over tokens. With tau = eta it is IPO with beta
+    = eta.
 
     Args:
       logprobs: log-probability of each token under the current policy.
-      reference_logprobs: under the base that the whole game is held to.
-      previous_logprobs: under the policy of the last round, which wrote the pairs (a network `previous`).
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      reference_logprobs: under the fixed base policy.
+      previous_logprobs: under the policy of the last round, which generated the pairs (a network `previous`).
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       eta: step of the descent.
@@ -58,7 +59,7 @@ def inpo(
     """
     chex.assert_rank([logprobs, reference_logprobs, previous_logprobs, mask, group, preferred], [2, 2, 2, 2, 1, 1])
     if tau > eta:
-        raise ValueError(f"tau is {tau}, but eta {eta}; the pull to the reference is at most the step")
+        raise ValueError(f"tau is {tau} and eta is {eta}; tau must be at most eta")
     mask = mask.astype(jnp.float32)
     pairs = pairs_of(preferred, row_weight(mask), group)
     fixed = tau / eta * on_mask(reference_logprobs, mask) + (eta - tau) / eta * on_mask(previous_logprobs, mask)
@@ -83,15 +84,15 @@ def dno(
         z = eta * (gap(log pi) - gap(log pi_previous))
         x = -p log sigmoid(z) - (1 - p) log sigmoid(-z)
 
-    averaged over the pairs of each group. Its best policy is proportional to pi_previous * exp(r / eta).
+    averaged over the pairs of each group. Its optimal policy is proportional to pi_previous * exp(r / eta).
 
     Args:
       logprobs: log-probability of each token under the current policy.
-      previous_logprobs: under the policy of the last round, which wrote the answers (a network `previous`).
+      previous_logprobs: under the policy of the last round, which generated the answers (a network `previous`).
       rewards: share of wins of each answer against the others (`win_rate`).
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      eta: units of win rate a nat.
+      eta: units of win rate per nat.
 
     Returns:
       The loss; its count is the (weighted) number of groups with a pair.
@@ -123,18 +124,18 @@ def nash_md(
     *,
     beta: NonNegative = 0.1,
 ) -> Loss:
-    """Nash-MD: the policy gains where it beats a mixture of itself and the reference, held to the reference.
+    """Nash-MD: policy gradient on wins against a mixture of policy and reference, with a KL to the reference.
 
         x = sum_t [ beta * sg(log pi - log pi_reference) - (P - 1/2) ] log pi(y_t)
 
-    averaged over answers. The opponents are drawn from the normalised pi^(1 - c) * pi_reference^c.
+    averaged over answers. The opponents are sampled from the normalised pi^(1 - c) * pi_reference^c.
 
     Args:
       logprobs: log-probability of each token under the current policy.
       reference_logprobs: under the reference.
       win_share: P, probability that a judge prefers the row to its opponent.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      beta: strength of the pull to the reference.
+      beta: coefficient of the KL to the reference.
 
     Returns:
       The loss; its count is the (weighted) number of answers.
@@ -162,22 +163,22 @@ def optimal_transport(
     paired: bool = False,
     label_smoothing: Annotated[float, Range(0, 0.5, open=")")] = 0.0,
 ) -> Loss:
-    """AOT: the distribution of the better answers' scores over the batch shall lie above that of the worse ones.
+    """AOT: stochastic dominance of the better answers' scores over those of the worse ones, across the batch.
 
         paired     d = sort(gap(log pi)) - sort(gap(log pi_reference))
         unpaired   d = sort(rho_better) - sort(rho_worse)
         x_i = -(1 - e) log sigmoid(beta d_i) - e log sigmoid(-beta d_i)
 
-    averaged over ranks. Sorting is over the rows that are differentiated at once, so do not cut the batch into
-    microbatches. Groups are of one better and one worse answer.
+    averaged over ranks. Sorting is over the rows differentiated together, so do not use microbatches. Each group has
+    one better and one worse answer.
 
     Args:
       logprobs: log-probability of each token under the current policy.
       reference_logprobs: under the reference.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      beta: units of reward a nat.
+      beta: units of reward per nat.
       paired: as above.
       label_smoothing: share of labels taken for wrong.
 
@@ -199,7 +200,7 @@ def optimal_transport(
     else:
         rho = said - fixed
         one, two = rho, rho[partner]
-    last = jnp.where(won, 0.0, jnp.inf)  # rows that are no better answer stand behind
+    last = jnp.where(won, 0.0, jnp.inf)  # rows that are not better answers sort last
     one, two = (jnp.sort(jnp.where(won, values, 0.0) + last) for values in (one, two))
     ranked = jnp.arange(len(won)) < won.sum()
     gap = jnp.where(ranked, one, 0.0) - jnp.where(ranked, two, 0.0)
@@ -220,22 +221,22 @@ def token_guided(
     beta: Positive = 0.1,
     alpha: NonNegative = 0.5,
 ) -> Loss:
-    """TGDPO: DPO whose tokens count by what a token-level reward model says of them.
+    """TGDPO: DPO with token weights from a token-level reward model.
 
         g_t = beta * (log pi_guide - log pi_reference)
         rho_t = log pi - log pi_reference
         x = -log sigmoid( beta sum_t (1 + alpha g_t) rho_t [better] - beta sum_t (1 - alpha g_t) rho_t [worse] )
 
-    averaged over pairs. Tokens of the worse answer that the guide likes are pushed down less. Weights may be negative.
+    averaged over pairs. Tokens of the worse answer with a high guide reward are lowered less. Weights may be negative.
 
     Args:
       logprobs: log-probability of each token under the current policy.
       reference_logprobs: under the reference.
       guide_logprobs: under a model that was trained by a preference loss (a network `guide`), of the same tokenizer.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      beta: units of reward a nat.
+      beta: units of reward per nat.
       alpha: strength of the guidance; 0 is DPO.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Reward models for policies that move away from the pairs of their training: contrastive states, MetaRM's spread."""
+"""Reward models under distribution shift of the policy: contrastive states, MetaRM's spread of scores."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from jaxrl_llm.ranges import Positive, ranged
 def embeddings_of_all(
     contrast_scores: Float[Array, "B N"], weight: Float[Array, "B"]
 ) -> tuple[Float[Array, "B B N"], Int[Array, "B"]]:
-    """(embeddings of all rows of a batch, which of them is its own) for each row: what `sentence_contrast` tells apart.
+    """For each row the embeddings of all rows of the batch and the index of its own, inputs of `sentence_contrast`.
 
-    Every row holds all of them, so that a batch may be split.
+    Every row holds all embeddings, so that a batch may be split.
 
     Args:
-      contrast_scores: an embedding of each row behind its last token, of a network `contrast` with a head of N outputs.
-      weight: of each row; the embedding of an absent one is 0, and is no candidate.
+      contrast_scores: an embedding of each row after its last token, of a network `contrast` with a head of N outputs.
+      weight: of each row; the embedding of an absent row is 0, which marks no candidate.
+
+    Returns:
+      (candidates [B, B, N], own index [B]).
     """
     chex.assert_rank([contrast_scores, weight], [2, 1])
     there = jnp.where((weight > 0)[:, None], contrast_scores.astype(jnp.float32), 0.0)
@@ -37,19 +40,18 @@ def sentence_contrast(
     *,
     temperature: Positive = 0.05,
 ) -> Loss:
-    """MOSS: the state behind an answer is told apart from those behind all others of the batch (InfoNCE).
+    """MOSS: InfoNCE between the final state of an answer and those of all others of the batch.
 
         x_i = -log( exp(cos(h_i, k_i) / t) / sum_j exp(cos(h_i, k_j) / t) )
 
-    averaged over answers, better and worse ones, beside Bradley-Terry: states that are far apart keep a reward model
-    from calling alike what it has not seen. With `backbone: shared` of this head and of the reward's both terms shape
-    the same states.
+    averaged over answers, better and worse ones, beside Bradley-Terry: separated states improve generalisation to new
+    answers. With `backbone: shared` of this head and the reward's both terms train the same states.
 
     Args:
-      contrast_scores: h, of the network `contrast` that learns.
-      candidates: k, of every row of the batch as the step found it (`embeddings_of_all`), in the place of a second pass
-        with other dropout; 0 is no candidate. No gradient.
-      own_place: which candidate is the row's own.
+      contrast_scores: h, of the network `contrast` that is trained.
+      candidates: k, of every row of the batch before the update (`embeddings_of_all`), in place of a second pass with
+        other dropout; 0 is no candidate. No gradient.
+      own_place: index of the row's own candidate.
       weight: of each row.
       temperature: t.
 
@@ -78,16 +80,16 @@ def sentence_contrast(
 
 
 def score_spread(reward_scores: Float[Array, "B"], mask: Float[Array, "B T"], group: Int[Array, "B"]) -> Loss:
-    """MetaRM: how far the rewards of a prompt's samples lie apart, which an update climbs before the next one learns.
+    """MetaRM: spread of the rewards of a prompt's samples, maximised before a step on pairs.
 
         J = 2 / K^2 * sum_{i<j} sigmoid(|r_i - r_j|)
 
-    averaged over prompts with K samples. A reward model is moved to where it tells samples of the present policy apart,
-    and learns from pairs there (optimiser `climb_then_descend`).
+    averaged over prompts with K samples. The optimiser `climb_then_descend` ascends J, then takes the gradient of the
+    pair loss at that point.
 
     Args:
-      reward_scores: r, of the network `reward` that learns.
-      mask: non-zero on sampled tokens; written rows, whose mask is 0, are no samples.
+      reward_scores: r, of the network `reward` that is trained.
+      mask: non-zero on sampled tokens; demonstrations have mask 0 and are left out.
       group: id of the group each row belongs to.
 
     Returns:
@@ -103,7 +105,7 @@ def score_spread(reward_scores: Float[Array, "B"], mask: Float[Array, "B T"], gr
     samples = both.sum(1)
     apart = jax.nn.sigmoid(jnp.abs(r[:, None] - r[None]))
     others = both & ~jnp.eye(len(r), dtype=bool)
-    # Both orders of a pair are there, so the sum over i < j is half of it.
+    # Both orders of a pair are included, which is 2 times the sum over i < j.
     each = jnp.where(others, apart, 0.0).sum(1) / jnp.maximum(samples, 1) ** 2
     prompts = jnp.where(there, 1.0 / jnp.maximum(samples, 1), 0.0).sum()
     return Loss(each.sum(), prompts)

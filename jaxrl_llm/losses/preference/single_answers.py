@@ -1,4 +1,4 @@
-"""Preference losses that are a sum over the two answers of a pair, and terms beside them that know one answer alone."""
+"""Preference losses that are a sum over the two answers of a pair, and terms on single answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def anchored_preference(
     form: Form = "apo_zero",
     beta: Positive = 0.1,
 ) -> Loss:
-    """Pairs in which each answer is judged against the reference by itself, not against its partner.
+    """Losses of pairs in which each answer is compared with the reference, not with its partner.
 
     With a = beta * rho_better and b = beta * rho_worse, rho = sum_t(log pi - log pi_reference),
 
@@ -41,19 +41,19 @@ def anchored_preference(
         apo_zero   x = 1 - sigmoid(a) + sigmoid(b)
         apo_down   x = sigmoid(a) + 1 - sigmoid(a - b)
 
-    averaged over pairs. nca has a finite best rho of the better answer. sppo regresses each answer to its share of wins
-    against the policy of the last round, which is the reference. apo_zero raises the better answer and lowers the worse
-    one; apo_down lowers both, for better answers that are worse than the policy's own.
+    averaged over pairs. nca has a finite optimal rho of the better answer. sppo regresses each answer to its share of
+    wins against the policy of the last round, which is the reference. apo_zero raises the better answer and lowers the
+    worse one; apo_down lowers both, for better answers that are worse than the policy's own.
 
     Args:
       logprobs: log-probability of each token under the current policy.
       reference_logprobs: under the reference.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       preferred: 1 for the better answer of a group, 0 for the worse one.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       win_share: p of each row, for sppo; None is 1 for the better answer and 0 for the worse one.
       form: as above.
-      beta: units of reward a nat.
+      beta: units of reward per nat.
 
     Returns:
       The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` and `margin` (a - b).
@@ -101,12 +101,12 @@ def binary_classifier(
     *,
     beta: Positive = 0.1,
 ) -> Loss:
-    """BCO on single answers: the log-ratio to the reference is the logit of a classifier of good and bad.
+    """BCO on single answers: the log-ratio to the reference is the logit of a binary classifier.
 
         good   x = -log sigmoid(beta * rho - d)
         bad    x = -log sigmoid(-(beta * rho - d))
 
-    averaged over answers, with d the running mean of beta * rho that `running_shift` fills in.
+    averaged over answers, with d the running mean of beta * rho from `running_shift`.
 
     Args:
       logprobs: log-probability of each token under the current policy.
@@ -114,7 +114,7 @@ def binary_classifier(
       preferred: 1 for a good answer, 0 for a bad one; any other number leaves the row out.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       reward_shift: d; None is 0.
-      beta: units of reward a nat.
+      beta: units of reward per nat.
 
     Returns:
       The loss; its count is the (weighted) number of answers.
@@ -142,7 +142,7 @@ def running_shift(*, beta: Positive = 0.1) -> Method:
         N <- N + n
 
     Args:
-      beta: that of the loss.
+      beta: as in the loss.
 
     Returns:
       A method: (old_logprobs, reference_logprobs, mask, weight) -> d on every row, for the field `reward_shift`.
@@ -180,7 +180,7 @@ def preferred_likelihood(
     *,
     reduction: Reduction = "token_mean",
 ) -> Loss:
-    """The negative log-likelihood of the better answers, beside a preference loss.
+    """The negative log-likelihood of the better answers, as a term beside a preference loss.
 
         sum          mean over answers of -sum_t log pi
         answer_mean  mean over answers of -mean_t log pi
@@ -226,7 +226,7 @@ def sample_log_ratio(
     *,
     sign: Literal["optimism", "pessimism"] = "optimism",
 ) -> Loss:
-    """The mean log-ratio of calibration samples, which the policy leaves (optimism) or is held to (pessimism).
+    """The mean log-ratio of calibration samples, minimised (optimism) or maximised (pessimism).
 
         loss = s * mean over calibration rows of sum_t(log pi - log pi_reference),   s = 1 or, for pessimism, -1
 
@@ -236,8 +236,8 @@ def sample_log_ratio(
 
     Args:
       logprobs: log-probability of each token under the current policy.
-      reference_logprobs: under the reference; it is constant and shifts the value alone.
-      calibration: 1 on rows that are samples of that kind.
+      reference_logprobs: under the reference; a constant that shifts only the value.
+      calibration: 1 on calibration rows.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       sign: as above.
 
@@ -262,11 +262,11 @@ def sample_log_ratio(
 def off_policy_weight(
     old_logprobs: Float[Array, "B T"], log_collision: Float[Array, "B T"], mask: Float[Array, "B T"]
 ) -> Float[Array, "B"]:
-    """WPO: how much an answer looks like one of the policy's own.
+    """WPO: weight of an answer by its likelihood under the policy.
 
         w = exp( mean_t [ log p(y_t) - log sum_v p(v)^2 ] )
 
-    Greedy text has w of at least 1; of text that the policy samples E[log w] is at most 0.
+    Greedy text has w >= 1; for samples of the policy E[log w] <= 0.
 
     Args:
       old_logprobs: log-probability of each token under the policy before the update.
@@ -274,7 +274,7 @@ def off_policy_weight(
       mask: non-zero on tokens that count.
 
     Returns:
-      One weight a row, for the field `pair_weight`; 1 in rows without tokens.
+      One weight per row, for the field `pair_weight`; 1 in rows without tokens.
 
     Reference: WPO (2406.11827).
     Certainty: verified
@@ -288,11 +288,11 @@ def off_policy_weight(
 def log_collision_probability(
     log_probabilities: Float[Array, "B C V"], tokens: Int[Array, "B C"]
 ) -> Float[Array, "B C"]:
-    """log sum_v p(v)^2 at each token: the log-probability that two draws are the same.
+    """log sum_v p(v)^2 at each token: the log-probability that two samples are equal.
 
     Args:
-      log_probabilities: of the policy before the update, a chunk at a time.
-      tokens: of the same positions; their values do not matter.
+      log_probabilities: of the policy before the update, for one chunk.
+      tokens: of the same positions; not used.
 
     Reference: WPO (2406.11827).
     Certainty: verified

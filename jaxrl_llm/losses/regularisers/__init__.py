@@ -1,1 +1,1 @@
-"""What is added to an objective to keep the policy in shape: entropy, balance."""
+"""Regularisers of the policy: entropy, balance of experts."""

@@ -19,7 +19,7 @@ def entropy_bonus(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """Minus the mean entropy: minimising it, with a positive coefficient, keeps the policy random.
+    """Minus the mean entropy: minimising it with a positive coefficient keeps the policy's entropy high.
 
         x = -H(pi(. | state)), in nats
 

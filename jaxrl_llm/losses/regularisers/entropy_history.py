@@ -1,4 +1,4 @@
-"""Entropy kept near its own history, turn by turn, for agents whose exploration dies in late turns."""
+"""Entropy kept near its own history at each turn, for agents whose entropy collapses in late turns."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Penalty = Literal["hinge", "step"]
 
 @ranged
 def entropy_history(*, max_turns: Count = 1) -> Method:
-    """The mean entropy that earlier updates had at the turn of each token.
+    """The mean entropy of earlier batches at the turn of each token.
 
         history[s] = mean over earlier batches of (mean entropy of the batch's tokens at turn s)
 
-    A batch in which no sample reaches turn max_turns // 2 is remembered but gets no history, as in the released code.
-    Turns beyond the last share its entry. Without a `turn` all tokens are of turn 0.
+    A batch in which no sample reaches turn max_turns // 2 enters the memory but gets history 0, as in the released
+    code. Later turns than max_turns share the last entry. Without a `turn` all tokens are of turn 0.
 
     Args:
       max_turns: turns of the longest conversation.
@@ -88,9 +88,9 @@ def entropy_history_penalty(
         hinge   x = alpha * (max(H - high * history, 0) + max(low * history - H, 0))
         step    x = 0 where low * history < H < high * history, else alpha
 
-    The paper has the step, which is constant on both sides of a jump: its gradient is 0 and the update is that of the
-    objective without it. The hinge does what the step is meant to do. Tokens without a history (0) have no penalty. The
-    paper's objective is a policy loss, `entropy_bonus` with coefficient lam, and this one with lam * `two_phase_decay`.
+    The paper has the step, which is piecewise constant: its gradient is 0 and the update is that of the objective
+    without it. The hinge has the intended gradient. Tokens without a history (0) have no penalty. The paper's objective
+    is a policy loss, `entropy_bonus` with coefficient lam, and this one with lam * `two_phase_decay`.
 
     Args:
       entropy: entropy of the current policy at each token, in nats.

@@ -1,4 +1,4 @@
-"""What keeps a mixture of experts in balance while it is trained."""
+"""Load balance of a mixture of experts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def router_balance(
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
 ) -> Loss:
-    """Pulls the router towards using all experts of a layer alike, within each sequence.
+    """Load-balance loss of the router: equal use of all experts of a layer within each sequence.
 
         loss_b = mean_l  E * sum_e f_ble * P_ble,   f the share of e in all assignments, P its mean probability
 
-    It is 1 where all experts are used alike, and E / k where the same k are certain to serve every token. Being a sum
-    over sequences it does not depend on how a batch is split, which the statistic over a whole batch does
+    It is 1 where all experts are used equally, and E / k where the same k experts serve every token. As a sum over
+    sequences it does not depend on the split of a batch, unlike the statistic over a whole batch
     (`jaxrl_llm.models.load_balancing_loss`).
 
     Args:

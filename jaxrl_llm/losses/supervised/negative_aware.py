@@ -1,4 +1,4 @@
-"""Negative-aware fine-tuning: maximum likelihood for wrong answers too, through the policy that they imply."""
+"""Negative-aware fine-tuning: maximum likelihood also for wrong answers, under an implicit negative policy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def negative_aware_likelihood(
     aggregation: Aggregation = "token_sum_const",
     max_completion_tokens: Count | None = 1000,
 ) -> Loss:
-    """NFT: likelihood of right answers under the policy, and of wrong ones under the negative policy that it implies.
+    """NFT: likelihood of right answers under the policy, and of wrong ones under its implicit negative policy.
 
     A prompt answered rightly with rate q splits the old policy into q * positive + (1 - q) * negative. With the
     positive one as the new policy, R = pi / pi_old, the negative one has the ratio (1 - q R) / (1 - q):
@@ -53,9 +53,9 @@ def negative_aware_likelihood(
 
     Args:
       logprobs: log-probability of each token under the current policy.
-      old_logprobs: under the policy that drew it.
+      old_logprobs: under the policy that sampled it.
       correct: 1 for a right answer, 0 for a wrong one.
-      group: id of the group each row belongs to; naming it keeps groups whole.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       level: a ratio for each token, or one for the sequence, whose loss is spread evenly over the row's tokens.
       prompt_weight: the factor c.
@@ -91,7 +91,7 @@ def negative_aware_likelihood(
     rate = jnp.clip(rate, least_rate, 1 - least_rate)[:, None]
     negative_ratio = (1 - rate * jnp.exp(difference)) / (1 - rate)
     bounded = jax.lax.stop_gradient(jnp.maximum(negative_ratio, floor))
-    # A difference of exactly 0 that carries the gradient past the floor without the rounding of a large sum.
+    # Exactly 0 in value: passes the gradient through the floor without the rounding of a large sum.
     through = negative_ratio - jax.lax.stop_gradient(negative_ratio)
     wrong_loss = negative_weight * (-jnp.log(bounded) - through / bounded)
     factor = {"failure_rate": 1 - rate, "odds": jnp.sqrt((1 - rate) / rate), "none": jnp.ones_like(rate)}[prompt_weight]

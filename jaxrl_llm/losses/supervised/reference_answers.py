@@ -1,4 +1,4 @@
-"""A loss on reference answers behind sampled thoughts."""
+"""Losses on reference answers after sampled thoughts."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def weighted_answer_likelihood(
 
         x = -answer_weight * log pi
 
-    The expectation over thoughts z of a function f of the answer's probability p has a gradient of two terms: that of
-    a policy gradient with the reward f(p), and this one with answer_weight = f'(p) p. For f the identity that is the
-    reward itself (`answer_weight: raw_rewards`), for the logarithm 1. The released code also offers `answer_weight:
+    The expectation over thoughts z of a function f of the answer's probability p has a gradient of two terms: that of a
+    policy gradient with the reward f(p), and this one with answer_weight = f'(p) p. For the identity answer_weight is
+    the reward itself (`answer_weight: raw_rewards`), for the logarithm 1. The released code also offers `answer_weight:
     leave_one_out`.
 
     Args:
@@ -36,8 +36,8 @@ def weighted_answer_likelihood(
       answer_mask: 1 on the tokens of the answer.
       answer_weight: a constant factor of each row's loss.
       weight: weight of each row; 0 is absent.
-      aggregation: how token losses are averaged; a sum over tokens and a mean over rows is the paper's, which goes with
-        a policy gradient of the same mode.
+      aggregation: how token losses are averaged; the paper sums over tokens and averages over rows, as does its policy
+        gradient.
 
     Returns:
       The loss as a sum and a count.
@@ -59,12 +59,12 @@ def answer_likelihood_gradient(
     *,
     form: Likelihood = "log_probability",
 ) -> Loss:
-    """The second term of the gradient of an expected likelihood: that of the answer behind a thought that is given.
+    """The second term of the gradient of an expected likelihood: that of the answer's likelihood for given thoughts.
 
         x = -f(answer)
 
-    with f the `form` of `answer_likelihood` that is the reward of the thoughts. Beside a policy gradient of that reward
-    it makes the whole gradient of E_thought[f], whatever the form; a recipe that takes the same for both is unbiased.
+    with f the `form` of `answer_likelihood` that is the reward of the thoughts. Added to the policy gradient of that
+    reward it gives the whole gradient of E_thought[f] for every form; a recipe with the same form in both is unbiased.
 
     Args:
       answer_logprobs: log-probability of each token of the view `answer` under the current policy.

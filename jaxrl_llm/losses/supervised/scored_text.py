@@ -1,4 +1,4 @@
-"""Likelihood of text that was scored: what is good is learned, and what is bad less, not at all, or against."""
+"""Likelihood losses on rated text: bad text gets less weight, none, or a loss that lowers its probability."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEAST = 1e-20
 
 
 def _of_tokens(rating: Array, mask: Array) -> tuple[Array, Array]:
-    """(rating of each token, mask without what is not rated)."""
+    """(rating of each token, mask without unrated tokens)."""
     rating = rating.astype(jnp.float32)
     spread = jnp.broadcast_to(rating if rating.ndim == 2 else rating[:, None], mask.shape)
     there = (mask > 0) & ~jnp.isnan(spread)
@@ -32,7 +32,7 @@ def unlikelihood(
     threshold: float | None = None,
     alpha: NonNegative = 1.0,
 ) -> Loss:
-    """Good text is made likely, and each token of bad text unlikely.
+    """Raises the likelihood of good text and lowers that of each token of bad text.
 
         rating >= threshold     x = -log p
         else                    x = -alpha * log(1 - p)
@@ -42,9 +42,9 @@ def unlikelihood(
 
     Args:
       logprobs: log p of each token under the current policy.
-      rating: of a row or of each token, higher is better; within [0, 1] where there is no threshold. NaN leaves out.
+      rating: of a row or of each token, higher is better; in [0, 1] without a threshold. NaN leaves the token out.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      threshold: about the median; None mixes softly.
+      threshold: about the median rating; None uses the rating as a soft label.
       alpha: strength of the push away: 1 for text, 0.01 for code.
 
     Returns:
@@ -59,7 +59,7 @@ def unlikelihood(
     chex.assert_equal_shape([logprobs, mask])
     rating, mask = _of_tokens(rating, mask)
     log_p = on_mask(logprobs, mask)
-    # Where log p = 0 the slope of log(1 - p) has no bound: at the least probability it is cut.
+    # The slope of log(1 - p) is unbounded at log p = 0: 1 - p is bounded below by _LEAST.
     others = jnp.maximum(-jnp.expm1(jnp.minimum(log_p, 0.0)), _LEAST)
     good = rating if threshold is None else (rating >= threshold).astype(jnp.float32)
     loss = -good * log_p - alpha * (1 - good) * jnp.log(others)
@@ -75,7 +75,7 @@ def reward_weighted_likelihood(
     beta: Positive = 1.0,
     limit: Positive = 1000.0,
 ) -> Loss:
-    """Reward-weighted regression: tokens are learned in the measure of what they are worth.
+    """Reward-weighted regression: the likelihood of each token, weighted by its rating.
 
         x = -w * log p,   w = min(exp(rating / beta), limit)
 
@@ -111,7 +111,7 @@ def advantage_weighted_likelihood(
     beta: Positive = 1.0,
     limit: Positive = 1000.0,
 ) -> Loss:
-    """Advantage-weighted regression: as reward-weighted, against what a value head expects, which is learned beside.
+    """Advantage-weighted regression: reward-weighted regression relative to a value head that is trained jointly.
 
         w = min(exp((rating - sg(V)) / beta), limit)
         x = share * (-w * log p) + (1 - share) * (rating - V)^2

@@ -1,4 +1,4 @@
-"""Losses on tokens that the policy did not draw: demonstrations, and stored answers of an earlier policy."""
+"""Losses on tokens that the policy did not sample: demonstrations, and stored answers of an earlier policy."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def external_surrogate(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """A surrogate for groups that hold samples and demonstrations, the demonstrations' unlikely tokens first.
+    """A surrogate for groups of samples and demonstrations, with more weight on unlikely tokens of demonstrations.
 
         sampled         x = -A * r, or PPO's clipped form where a clip range is given
         demonstration   x = -A * s * sg(1 - pi)^gamma,   s = 2 pi / (pi_old + omega),  omega = (pi_old + 1) / 2
 
-    with r = pi / pi_old. Nobody knows the distribution that wrote a demonstration; omega mixes the policy with one that
-    is certain of it, so s is at most 4 and grows with pi only. The gradient of s goes through its numerator.
+    with r = pi / pi_old. The distribution of demonstrations is unknown; omega is the mean of the old policy and one
+    with probability 1 on the token, so s is at most 4. The gradient of s goes through its numerator.
 
     Rewards are compared within the group, demonstration included: `group_normalized: {scale: none}`. A prompt without
     a solved sample still learns from its demonstration.
@@ -48,10 +48,10 @@ def external_surrogate(
       logprobs: log-probability of each token under the current policy.
       old_logprobs: under the policy that the update starts from, for tokens of demonstrations too.
       advantages: advantage of each token.
-      source: where each token came from; `Source.DEMONSTRATION` marks external ones.
+      source: origin of each token; `Source.DEMONSTRATION` marks external ones.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       token_weight: a constant factor on each token's loss; None is 1.
-      gamma: how much unlikely tokens of a demonstration come first; 0 treats all alike.
+      gamma: exponent that favours unlikely tokens of a demonstration; 0 weighs all equally.
       clip_low: how far the ratio of a sampled token may fall below 1; None, as in the released run, does not clip.
       clip_high: how far it may rise above 1; given together with `clip_low`.
       log_ratio_limit: bound of |log r| before exp.
@@ -102,16 +102,17 @@ def rehearsal_divergence(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Callable[..., Loss]:
-    """A divergence from the policy that wrote stored answers, on those answers only.
+    """A divergence from the policy that generated stored answers, on those answers only.
 
         D_f(policy || reference) = mean of f(u) over stored tokens,   u = pi / pi_reference
 
-    Rows of stored answers share a batch with rollouts but not a term: their mask is 0, so losses that read it leave
-    them out, and this one reads `written_mask` instead. Each part has its own mean. No reference model runs:
-    `stored_logprobs`, of the policy that wrote an answer, are stored with it.
+    Rows of stored answers share a batch with rollouts, but their `mask` is 0, so other losses leave them out; this loss
+    reads `written_mask`. Each part has its own mean. No reference model runs: `stored_logprobs`, of the policy that
+    generated an answer, are stored with it.
 
-    forward_kl is DPH-F (0 at the start, a pull only on what has moved); jensen_shannon with twice the coefficient is
-    DPH-JS; alpha with order alpha = 1 - a is its alpha form. Which prompts are rehearsed: `near_perfect_groups`.
+    forward_kl is DPH-F (0 at the start, with a gradient only on tokens whose probability has changed); jensen_shannon
+    with twice the coefficient is DPH-JS; alpha with order alpha = 1 - a is its alpha form. `near_perfect_groups`
+    selects the prompts.
 
     Args:
       generator: generator of the divergence.
@@ -156,7 +157,7 @@ def stored_likelihood(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """Cross-entropy of the written completions that share a batch with samples: supervised beside reinforcement.
+    """Cross-entropy of demonstrations that share a batch with samples: a supervised term beside a policy loss.
 
         x = -log pi    on tokens of demonstrations, each row with its weight
 

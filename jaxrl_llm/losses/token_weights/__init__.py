@@ -1,1 +1,1 @@
-"""Which tokens count, and how much."""
+"""Weights and masks of tokens."""

@@ -1,7 +1,7 @@
-"""Importance correction: factors on token losses for tokens that another distribution drew.
+"""Importance correction: factors on the losses of tokens that were sampled from another distribution.
 
 The sampler's distribution can differ from that of the policy that the update starts from: samples come from an earlier
-policy, or from quantised weights. These are credit functions that fill `token_weight`; each multiplies what is there.
+policy, or from quantised weights. These credit functions fill `token_weight`; each multiplies the weights found so far.
 Where sampler and trainer agree all weights are 1.
 """
 
@@ -44,7 +44,7 @@ def importance_weight(
 
     Args:
       old_logprobs: log-probability of each token under the policy that the update starts from.
-      behaviour_logprobs: under the distribution that it was drawn from; where not finite it is unknown and d = 0.
+      behaviour_logprobs: under the distribution that it was sampled from; not finite means unknown, with d = 0.
       mask: non-zero on tokens that count.
       weight: weight of each row, for the mean of `normalize`; None is 1.
       token_weight: factors found so far; None is 1.
@@ -105,20 +105,20 @@ def negative_sequence_mask(
     *,
     threshold: float,
 ) -> Float[Array, "B T"]:
-    """0 on tokens with a negative advantage in sequences that the policy has left behind, 1 elsewhere.
+    """0 on tokens with a negative advantage in sequences that have become unlikely, 1 elsewhere.
 
         keep = A >= 0 or mean_t(log pi_behaviour - log pi_old) <= threshold
 
-    A bad answer that the policy would hardly give any more teaches nothing and destabilises; a good one still does.
+    Bad answers that the policy rarely samples any more destabilise training; good ones are kept.
     `clipped_surrogate(off_policy_threshold=...)` applies the same rule to the current policy at every update.
 
     Args:
       old_logprobs: log-probability of each token under the policy that is trained.
-      behaviour_logprobs: under the policy that drew it; where not finite it is unknown and counts as equal.
+      behaviour_logprobs: under the policy that sampled it; not finite means unknown and counts as equal.
       advantages: advantage of each token.
       mask: non-zero on tokens that count.
       token_weight: factors found so far; None is 1.
-      threshold: largest mean drop of log-probability, in nats a token.
+      threshold: largest mean drop of log-probability, in nats per token.
 
     Returns:
       The new `token_weight`; 0 outside the mask.

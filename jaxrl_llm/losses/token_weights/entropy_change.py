@@ -21,12 +21,12 @@ def predicted_entropy_change(
     advantages: Float[Array, "B T"],
     mask: Float[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """How much an update on a token is expected to change the policy's entropy there, up to the step size.
+    """Predicted change of the policy's entropy at a token by an update on it, up to the step size.
 
         Omega = |A / pi_old * pi * (1 - pi) * (log pi + H)|
 
-    H is the entropy over the vocabulary. Raising a token that is likelier than typical (log pi > -H) makes the policy
-    surer, raising a rarer one less sure. Outside the mask and where not finite it is 0; it carries no gradient.
+    H is the entropy over the vocabulary. Raising a token with log pi > -H lowers the entropy, raising a rarer one
+    increases it. Outside the mask and where not finite it is 0; it carries no gradient.
     """
     chex.assert_rank([logprobs, old_logprobs, entropy, advantages, mask], 2)
     chex.assert_equal_shape([logprobs, old_logprobs, entropy, advantages, mask])
@@ -72,7 +72,7 @@ def entropy_change_weights(
     low: Positive = 0.8,
     high: Positive = 1.2,
 ) -> Float[Array, "B T"]:
-    """Less weight for tokens whose update would change the policy's entropy most.
+    """Smaller weights for tokens whose update would change the policy's entropy more.
 
         Omega = |A * (1 - pi) * (log pi + H)|    with pi and H of the policy that the update starts from
 
@@ -91,7 +91,7 @@ def entropy_change_weights(
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
       token_weight: factors found so far; None is 1.
-      form: how weights fall.
+      form: how weights fall with Omega.
       low: the smallest weight.
       high: the largest one of the linear form.
 

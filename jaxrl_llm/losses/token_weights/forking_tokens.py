@@ -1,4 +1,4 @@
-"""Training only where a response could have gone another way: its tokens of high entropy, the forking tokens.
+"""Training only on the tokens of high entropy of each response, the forking tokens.
 
 All statistics are of one response and of the policy that the update starts from, so they are the same however a batch
 is split, and a response trains on the same tokens at every update of a batch.
@@ -33,7 +33,7 @@ def forking_mask(
     selection: Selection = "top_share",
     share: PositiveShare = 0.2,
 ) -> Bool[Array, "B T"]:
-    """Which tokens of each response have high entropy; see `forking_tokens`."""
+    """True on the tokens of high entropy of each response; see `forking_tokens`."""
     chex.assert_rank([entropy, mask], 2)
     chex.assert_equal_shape([entropy, mask])
     if selection not in get_args(Selection):
@@ -50,7 +50,7 @@ def forking_mask(
 
 
 def _above_otsu(entropy: Float[Array, "T"], counted: Bool[Array, "T"]) -> Bool[Array, "T"]:
-    """Tokens above the histogram split that separates two classes of entropies best; all where they are equal."""
+    """Tokens above Otsu's split of the histogram of entropies; all tokens where the entropies are equal."""
     low = jnp.min(jnp.where(counted, entropy, jnp.inf), initial=jnp.inf)
     high = jnp.max(jnp.where(counted, entropy, -jnp.inf), initial=-jnp.inf)
     varies = high > low
@@ -139,8 +139,8 @@ def entropy_band(
         deviation   upper is their median, lower is max(0, median - 1.4826 * mad) with mad their median absolute
                     deviation
 
-    Divided by all tokens of the response. The bands hold back the most random tokens and lift the surest. The paper's
-    text was not at hand: the quantiles' interpolation and the usual coefficient, about 0.01, are our reading.
+    Divided by all tokens of the response. The band lowers the highest entropies and raises the lowest. The paper's text
+    was not at hand: the quantiles' interpolation and the usual coefficient, about 0.01, are our reading.
 
     Args:
       entropy: entropy of the current policy at each token, in nats.
@@ -197,13 +197,13 @@ def forking_kl(
 ) -> Loss:
     """An estimate of KL(policy || reference) on forking tokens, divided by their number.
 
-    Other tokens are free to move. Which estimator the paper uses is not known; k3 back-propagated is the habit of the
-    field (see `kl_estimate` for what its gradient is).
+    Other tokens are not constrained. The paper's estimator is not known; differentiating k3 is common practice
+    (`kl_estimate` states its gradient).
 
     Args:
       logprobs: log-probability of each token under the current policy.
       reference_logprobs: under the reference.
-      old_entropy: entropy of the policy that the update starts from; decides which tokens are forking.
+      old_entropy: entropy of the policy that the update starts from; selects the forking tokens.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       selection, share: which tokens are forking, as for `forking_tokens`.
       estimator: 'k1', 'k2' or 'k3'.

@@ -1,4 +1,4 @@
-"""Which tokens a loss is about: the answer behind the thought, or completions that were rewarded."""
+"""Masks of parts of a row: the answer after the thought, rewarded completions, demonstrations."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def answer_part(
 ) -> Float[Array, "B T"]:
     """The mask without the thought: tokens from the last marker on, the marker kept; all where there is none.
 
-    For the field `mask`, in front of a preference loss: the thought is free as long as the answer is the better one.
+    For the field `mask` of a preference loss, which then compares answers and leaves thoughts unconstrained.
 
     Args:
       tokens: of completions.
       mask: of them.
       marker_id: the token that ends a thought.
-      dropped: instead, the thought stays but for this share of its tokens, at random; None leaves it out.
-      seed: of that choice, which is the same at every step for the same batch places.
+      dropped: keep the thought except for this random share of its tokens; None drops all of it.
+      seed: of that choice, which is the same at every step for the same batch positions.
 
     Returns:
       The new mask.
@@ -51,16 +51,16 @@ def answer_part(
 def rewarded_part(
     rewards: Float[Array, "B"], mask: Float[Array, "B T"], weight: Float[Array, "B"], *, least: float = 1.0
 ) -> Float[Array, "B T"]:
-    """The mask of completions whose reward is at least `least`: where a teacher's distribution is worth to follow.
+    """The mask of completions whose reward is at least `least`: where a teacher's distribution is imitated.
 
-    For a field such as `rewarded_mask`, that a loss reads in the place of `mask`; rows' weights are in it. With no such
-    completion in a batch the loss is 0.
+    For a field such as `rewarded_mask`, which a loss reads in place of `mask`; it includes the weights of the rows.
+    With no such completion in a batch the loss is 0.
 
     Args:
       rewards: of each row.
       mask: non-zero on tokens that count.
       weight: of each row.
-      least: reward that opens the gate.
+      least: smallest reward of a row that is kept.
 
     Returns:
       0, or the row's weight, on each token.
@@ -73,16 +73,16 @@ def rewarded_part(
 
 
 def demonstrated_part(source: Int[Array, "B T"], weight: Float[Array, "B"]) -> Float[Array, "B T"]:
-    """Tokens of a row that a demonstration gave, such as its hint: where a likelihood term learns beside a policy loss.
+    """Mask of the tokens of a row that come from a demonstration, such as a hint, for a likelihood term.
 
-    For a field that a loss reads in the place of `mask`; rows' weights are in it.
+    For a field that a loss reads in place of `mask`; it includes the weights of the rows.
 
     >>> from jaxrl_llm.experience import Source
     >>> demonstrated_part(jnp.array([[Source.DEMONSTRATION, Source.SAMPLED, Source.PAD]]), jnp.array([1.0])).tolist()
     [[1.0, 0.0, 0.0]]
 
     Args:
-      source: where each token came from.
+      source: origin of each token.
       weight: of each row.
 
     Reference: UFT (2505.16984).
@@ -99,7 +99,7 @@ def over_mask(values: Float[Array, "B"], mask: Float[Array, "B T"]) -> Float[Arr
     [[2.0, 0.0]]
 
     Args:
-      values: one a row.
+      values: one per row.
       mask: non-zero on tokens that count.
     """
     chex.assert_rank([values, mask], [1, 2])

@@ -23,7 +23,7 @@ def clipped_value(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """Squared error of the value model, without reward for moving further than `clip` in one batch.
+    """Squared error of the value model, without gradient from moving further than `clip` in one batch.
 
         x = 0.5 * max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2)
 

@@ -33,15 +33,15 @@ def quantile_value(
         x = mean_i |tau_i - 1[u_i < 0]| * huber(u_i) / kappa,   u_i = R - v_i
         huber(u) = u^2 / 2 where |u| <= kappa, else kappa * (|u| - kappa / 2)
 
-    kappa = 0 takes |u| for huber(u) / kappa: exact quantiles, with gradients that do not vanish. The mean of the
-    outputs is a value (`quantile_mean`).
+    kappa = 0 takes |u| for huber(u) / kappa: exact quantiles, with gradients that do not vanish. `quantile_mean` turns
+    the outputs into a value.
 
     Args:
       values: the current value model at each token, a network with `head: {outputs: N}`.
       returns: R.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      kappa: where the error turns from square to linear, in units of reward.
-      aggregation: how token losses are averaged.
+      kappa: where the error changes from square to linear, in units of reward. aggregation: how token losses are
+        averaged.
       max_completion_tokens: the constant of the modes that divide by one.
 
     Returns:
@@ -73,7 +73,7 @@ def categorical_value(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """Regression of a value as classification: cross-entropy between a spread of the return over bins and the outputs.
+    """Value regression as classification: cross-entropy between a distribution of the return over bins and the outputs.
 
         x = -sum_k p_k * log s_k,   s = softmax(v)
 
@@ -81,7 +81,7 @@ def categorical_value(
                    deviation ratio * w, cut off at both ends
         two_hot    N points from low to high; R is split between its two neighbours, so that its mean is R
 
-    with R clipped to [low, high]. `bin_mean` makes a value of the outputs.
+    with R clipped to [low, high]. `bin_mean` turns the outputs into a value.
 
     Args:
       values: logits of the current value model at each token, a network with `head: {outputs: N}`.
@@ -89,7 +89,7 @@ def categorical_value(
       mask: 0 on tokens that do not count, the row's weight on those that do.
       low, high: range of the returns.
       form: as above.
-      ratio: of the gaussian.
+      ratio: deviation of the gaussian in bin widths.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
 
@@ -97,7 +97,7 @@ def categorical_value(
       The loss as a sum and a count.
 
     Raises:
-      ValueError: for an unknown form, or a range without width.
+      ValueError: for an unknown form, low >= high, or fewer than 2 outputs.
 
     Reference: HL-Gauss, Stop regressing (2403.03950).
     Certainty: recalled
@@ -111,7 +111,7 @@ def categorical_value(
 def bin_shares(
     returns: Float[Array, "*B"], *, count: int, low: float, high: float, form: Bins = "gaussian", ratio: float = 0.75
 ) -> Float[Array, "*B N"]:
-    """The share of each of `count` bins in a return, as `categorical_value` describes.
+    """Target distribution of a return over `count` bins, as in `categorical_value`.
 
     >>> bin_shares(jnp.array([0.25]), count=3, low=0.0, high=1.0, form="two_hot").tolist()
     [[0.5, 0.5, 0.0]]
@@ -119,7 +119,9 @@ def bin_shares(
     if form not in get_args(Bins):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(Bins))}")
     if not low < high or count < 2:
-        raise ValueError(f"{count} bins from {low:g} to {high:g}; there must be 2 at least, and low below high")
+        raise ValueError(
+            f"low is {low:g}, high is {high:g} and the head has {count} outputs; take low < high and at least 2 outputs"
+        )
     y = jnp.clip(returns.astype(jnp.float32), low, high)[..., None]
     if form == "two_hot":
         width = (high - low) / (count - 1)
@@ -139,17 +141,18 @@ def several_values(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """Squared error of several critics, averaged over them, each on returns of its own or all on the same.
+    """Squared error of several critics, averaged over critics, with separate or common returns.
 
         x = mean_k 0.5 * (v_k - R_k)^2,   or huber(v_k - R_k) / delta, which is |v_k - R_k| - delta / 2 beyond delta
 
-    With `delta`, and a low quantile of the critics as the value (`critic_quantile`), wrong rewards move it little.
+    With `delta`, and a low quantile of the critics as the value (`critic_quantile`), the value is robust to wrong
+    rewards.
 
     Args:
       values: the current critics at each token, a network with `head: {outputs: K}`.
-      returns: R, [B, T] or one a critic, [B, T, K]: `reads: {returns: channel_returns}`.
+      returns: R, [B, T] or one per critic, [B, T, K]: `reads: {returns: channel_returns}`.
       mask: 0 on tokens that do not count, the row's weight on those that do.
-      delta: where the error turns from square to linear, in units of reward; None is never.
+      delta: where the error turns from square to linear, in units of reward; None is never linear.
       aggregation: how token losses are averaged.
       max_completion_tokens: the constant of the modes that divide by one.
 
@@ -175,7 +178,7 @@ def expectile_value(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """A value between the mean and the best of the returns: errors from above count more than those from below.
+    """A value between the mean and the best of the returns: returns above the value weigh more than those below.
 
         x = |e - 1[u < 0]| * u^2,   u = R - v
 
@@ -202,7 +205,7 @@ def expectile_value(
 
 
 def _several(values, returns, mask):
-    """Values [B, T, N] and constant returns [B, T, 1 or N] in float32, 0 where nothing counts."""
+    """Values [B, T, N] and constant returns [B, T, 1 or N] in float32, 0 outside the mask."""
     chex.assert_rank([values, returns, mask], [3, {2, 3}, 2])
     chex.assert_equal_shape_prefix([values, returns, mask], 2)
     counted = (mask > 0)[..., None]

@@ -25,13 +25,13 @@ def huber_value(
     aggregation: Aggregation = "token_mean",
     max_completion_tokens: Count | None = None,
 ) -> Loss:
-    """Huber error of the value model, half of it with the value held near the old one.
+    """Mean of two Huber errors of the value model, the second with the value clipped around the old one.
 
         x = 0.5 * (huber(v - R) + huber(clip(v, v_old - clip, v_old + clip) - R))
         huber(e) = e^2 / 2 where |e| <= delta, else delta * (|e| - delta / 2)
 
-    A far outlier among the returns pulls no harder than one at `delta`. Each of SAFE's two critics has this loss; the
-    distance `clip`, which its source leaves open here, is PPO's.
+    The gradient of an error beyond `delta` is bounded by `delta`. Each of SAFE's two critics has this loss; the default
+    of `clip`, not given in its source, is PPO's.
 
     Args:
       values: the current value model at each token.
@@ -76,7 +76,7 @@ def twin_huber_value(
         mean over rows of sum_k 0.5 * (huber(v_k - r) + huber(clip(v_k, v_old_k - clip, v_old_k + clip) - r))
 
     Args:
-      twin_values: what the current critics expect of each row.
+      twin_values: values of each row under the current critics.
       old_twin_values: the same before the update.
       rewards: total reward of each row.
       mask: 0 on tokens that do not count, the row's weight on those that do; a row without any is absent.
@@ -101,6 +101,6 @@ def twin_huber_value(
 
 
 def huber(error: Array, delta: float) -> Array:
-    """e^2 / 2 up to delta, and linear beyond: the clipped error and the rest, so that no branch is infinite."""
+    """e^2 / 2 up to delta, and linear beyond; computed from the clipped error, so that no branch is infinite."""
     inside = jnp.clip(error, -delta, delta)
     return 0.5 * jnp.square(inside) + delta * (jnp.abs(error) - jnp.abs(inside))

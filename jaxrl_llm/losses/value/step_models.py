@@ -1,4 +1,4 @@
-"""Losses of networks that judge the steps of a completion: by returns, by labels of steps, by one of the whole."""
+"""Losses of networks that score steps or completions, from returns, step labels or a label of the whole."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ def return_decomposition(
     reduce: Reduce = "mean",
     unbiased: bool = False,
 ) -> Loss:
-    """A network learns what each step contributes, of returns alone: its contributions have to add up to them.
+    """Trains a network to predict each step's contribution from returns alone: the contributions sum to the return.
 
         sum    x = (sum_s c_s - R)^2
         mean   x = (sum_s c_s / n - R / n)^2
 
-    averaged over rows, with c_s what the network `progress` says behind the last token of step s and n the steps taken.
-    With sums long rows dominate. Where some of the steps are drawn, their mean stands for that of all; `unbiased` takes
-    off what drawing adds to the square, k the number drawn and v their variance:
+    averaged over rows, with c_s the output of the network `progress` after the last token of step s and n the number of
+    steps taken. With sums long rows dominate. With sampled steps (`drawn_turns`) their mean estimates the mean over all
+    steps; `unbiased` subtracts the sampling variance, with k the number sampled and v their variance:
 
         x - v * (1 - k / n) / k
 
     which may make the loss negative.
 
     Args:
-      progress_values, progress_scores: what the head says before each token, and behind the last one.
+      progress_values, progress_scores: output of the head before each token, and after the last one.
       rewards: R, the return of each row.
       turn: index of the step that each token belongs to.
       mask: 0 on tokens that do not count, the row's weight on those that do; a row without a step is left out.
       length: completion tokens including end of sequence.
       drawn_turns: 1 for the steps that are read (`selection.drawn_turns`); None reads all.
-      max_turns: steps that are read, S; those beyond contribute nothing.
-      reduce: as above; with `drawn_turns`, sums are n times the mean of what was drawn.
-      unbiased: with `drawn_turns`, and nothing where a single step was drawn.
+      max_turns: steps that are read, S; later steps contribute 0.
+      reduce: as above; with `drawn_turns`, sums are n times the mean over the sampled steps.
+      unbiased: with `drawn_turns`; no correction where a single step was sampled.
 
     Returns:
       The loss as a sum and a count of rows.
@@ -89,15 +89,15 @@ def step_label_likelihood(
     length: Int[Array, "B"],
     weight: Float[Array, "B"],
 ) -> Loss:
-    """A process reward model: cross-entropy of the label of each step, read behind the token that ends it.
+    """A process reward model: cross-entropy of the label of each step, read after the last token of the step.
 
         x = -y * log sigmoid(z) - (1 - y) * log sigmoid(-z)
 
-    averaged over the labelled tokens of the batch, with z what the network `process` says there. A head of two logits
-    is the same with z their difference. Labels may be shares, such as continuations give (`continuation_labels`).
+    averaged over the labelled tokens of the batch, with z the output of the network `process` there. A head of two
+    logits is equivalent with z their difference. Labels may be shares, such as those of `continuation_labels`.
 
     Args:
-      process_values, process_scores: what the head says before each token, and behind the last one.
+      process_values, process_scores: output of the head before each token, and after the last one.
       step_labels: y in [0, 1] on the last token of each step; NaN elsewhere.
       length: completion tokens including end of sequence.
       weight: weight of each row; 0 is absent.
@@ -117,12 +117,12 @@ def step_label_likelihood(
 def outcome_label_likelihood(
     reward_scores: Float[Array, "B"], preferred: Float[Array, "B"], weight: Float[Array, "B"]
 ) -> Loss:
-    """An outcome reward model: cross-entropy of a label of the whole answer, read behind its last token.
+    """An outcome reward model: cross-entropy of a label of the whole answer, read after its last token.
 
         x = -y * log sigmoid(z) - (1 - y) * log sigmoid(-z)
 
     Args:
-      reward_scores: z, what the network `reward` says of each row.
+      reward_scores: z, output of the network `reward` for each row.
       preferred: y, 1 for a right answer and 0 for a wrong one, or a share; rows below 0 have no label.
       weight: weight of each row; 0 is absent.
 

@@ -1,1 +1,1 @@
-"""Several reward components -> one reward."""
+"""Combination of several reward components into one reward."""

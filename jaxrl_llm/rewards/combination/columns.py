@@ -12,15 +12,15 @@ from jaxtyping import Array, Float
 def reward_column(
     reward_components: Float[Array, "B K"], *, column: str, reward_names: tuple[str, ...]
 ) -> Float[Array, "B"]:
-    """One reward by its name, before weights: an entry of credit may give it to a function under a name of its own.
+    """One reward by its name, before weights, to be filled as a field of its own by an entry of credit.
 
     Args:
-      reward_components: one column a reward function.
+      reward_components: one column per reward function.
       column: name of the reward function in the recipe.
-      reward_names: names of the columns in their order; a run knows them.
+      reward_names: names of the columns in their order; filled from the run.
 
     Returns:
-      One reward a row, float32; NaN where it does not apply.
+      One reward per row, float32; NaN where it does not apply.
 
     Raises:
       ValueError: for a name that no column has.
@@ -34,10 +34,10 @@ def reward_column(
 def named_columns(
     reward_components: Float[Array, "B K"], reward_names: Sequence[str], wanted: Sequence[str]
 ) -> list[Float[Array, "B"]]:
-    """Columns by name, in the order that is asked for, float32.
+    """Columns by name, in the order of `wanted`, float32.
 
     Raises:
-      ValueError: for other names than columns, a name that no column has, or one that two have.
+      ValueError: for another number of names than of columns, or a name that no column or more than one column has.
     """
     chex.assert_rank(reward_components, 2)
     if len(reward_names) != reward_components.shape[1]:

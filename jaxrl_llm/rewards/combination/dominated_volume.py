@@ -1,4 +1,4 @@
-"""Rewards that count more while they push out the front of several objectives."""
+"""Reward weighting by the hypervolume of several objectives."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from jaxrl_llm.rewards.combination.columns import named_columns
 
 
 def dominated_volume(points: Float[Array, "N K"], there: Bool[Array, "N"]) -> Float[Array, ""]:
-    """Volume between the origin and the points that are there, all objectives maximised; the same inside a program as
-    `evaluation.hypervolume`.
+    """Volume dominated by the points in `there` above the origin, all objectives maximised.
+
+    The jittable form of `evaluation.hypervolume`.
 
     >>> round(float(dominated_volume(jnp.array([[0.5, 0.2], [0.3, 0.6]]), jnp.array([True, True]))), 6)
     0.22
@@ -43,7 +44,7 @@ def hypervolume_guided(
     every_steps: Count = 5,
     kept: Count = 32,
 ) -> Method:
-    """Dynamic reward weighting by the hypervolume: rewards times a factor that is large after a point pushed the front.
+    """Dynamic reward weighting by the hypervolume: rewards times a factor that grows when a step's point enlarges it.
 
         point = mean over rows of the objectives, of every n-th step
         gain = max(0, HV(points + point) - HV(points)),   factor = 1/2 + 3/2 tanh(gain)
@@ -52,11 +53,11 @@ def hypervolume_guided(
     mean-only baseline (`group_normalized: {scale: none}`).
 
     Args:
-      objectives: names of reward functions, all of which should be large; three at most, the volume is exact.
-      reference: a point that is worse than all, one number an objective.
-      reward_names: names of the columns in their order; a run knows them.
+      objectives: names of reward functions, all maximised; at most three, the volume is exact.
+      reference: a point below all others, one number per objective.
+      reward_names: names of the columns in their order; filled from the run.
       every_steps: n.
-      kept: points that are remembered; the oldest makes room.
+      kept: points in memory; the oldest is replaced.
 
     Returns:
       A method: (rewards, reward_components, weight, step) -> rewards.
@@ -64,13 +65,14 @@ def hypervolume_guided(
     Raises:
       ValueError: for another number of coordinates than of objectives, more than three, or a name that no column has.
 
-    Reference: Dynamic reward weighting (2509.11452); points there are of a validation set, here of the step's rows.
+    Reference: Dynamic reward weighting (2509.11452); there the points come from a validation set, here from the step's
+    rows.
     Certainty: reconstructed
     """
     if len(reference) != len(objectives) or not 1 <= len(objectives) <= 3:
         raise ValueError(
-            f"objectives are {list(objectives)} and reference {list(reference)}; give one number an objective, "
-            "of which there are one to three"
+            f"objectives are {list(objectives)} and reference {list(reference)}; give one to three "
+            "objectives and one number for each"
         )
     origin = jnp.asarray(reference, jnp.float32)
 

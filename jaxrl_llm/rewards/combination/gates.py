@@ -1,4 +1,4 @@
-"""Rewards that count only where another one was earned: what is easy to farm then pays nothing by itself."""
+"""Rewards that count only where another reward was earned, against farming of easy rewards."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def gated_sum(
     thresholds: tuple[float, ...] | float = 0.0,
     weights: tuple[float, ...] | None = None,
 ) -> Float[Array, "B"]:
-    """Rewards in order of priority: each counts where all those before it exceed their thresholds.
+    """Rewards in order of priority: each counts where all rewards before it exceed their thresholds.
 
         open_1 = 1
         open_{k+1} = open_k * [x_k > threshold_k]
         r = sum_k weights_k * x_k * open_k
 
-    The first reward is what the run is for, an outcome that the policy controls; those that can be farmed come last.
+    Put the main outcome first and rewards that are easy to farm last.
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply: it adds nothing and closes nothing.
+      reward_components: x, one column per reward function; NaN does not apply: it adds 0 and leaves the gate open.
       order: names of the rewards, the most important first.
-      reward_names: names of the columns in their order; a run knows them.
+      reward_names: names of the columns in their order; filled from the run.
       thresholds: of all rewards but the last, or one for each of them.
       weights: one factor a reward in `order`; None is 1 for each.
 
     Returns:
-      One reward a row, float32; NaN where none of them applies.
+      One reward per row, float32; NaN where none of them applies.
 
     Raises:
       ValueError: for a name that no column has, or another number of thresholds or weights.
@@ -75,27 +75,27 @@ def outcome_gated_sum(
     gate: Gate = "product",
     limit: Positive | None = None,
 ) -> Float[Array, "B"]:
-    """Rewards that are added, and rewards that are added in the measure of the outcome.
+    """A sum of rewards, some of them multiplied by the outcome.
 
         r = sum_k plain_k * x_k + g * sum_j min(gated_j * max(x_j, 0), limit)
         product    g = o
         positive   g = [o > 0]
 
-    So a soft score, such as that of a judge of the thinking, cannot be earned with a wrong answer. Posterior-GRPO has
-    outcome and format plain and the thinking gated; R1-Reward has the format plain with 1/2 and the consistency
-    gated with 1/2; VideoRFT the gate `positive`, a similarity gated with 2, and the limit 1.
+    A soft score, such as a judge's score of the thinking, then adds nothing to a wrong answer. Posterior-GRPO has
+    outcome and format plain and the thinking gated; R1-Reward has the format plain with 1/2 and the consistency gated
+    with 1/2; VideoRFT the gate `positive`, a similarity gated with 2, and the limit 1.
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply and is left out.
-      outcome: name of the reward o that says whether the answer is right.
+      reward_components: x, one column per reward function; NaN does not apply and is left out.
+      outcome: name of the reward o, the correctness of the answer.
       gated: factor of each reward that counts with the outcome.
-      plain: factor of each reward that always counts, the outcome itself among them where it is to pay.
-      reward_names: names of the columns in their order; a run knows them.
-      gate: measure of the outcome.
+      plain: factor of each reward that always counts; list the outcome here to include it.
+      reward_names: names of the columns in their order; filled from the run.
+      gate: factor g.
       limit: the most that a gated reward can add; None is none.
 
     Returns:
-      One reward a row, float32; NaN where none of them applies. Without an outcome nothing gated counts.
+      One reward per row, float32; NaN where none of them applies. Where the outcome is NaN no gated reward counts.
 
     Raises:
       ValueError: for a name that no column has, or an unknown gate.
@@ -129,27 +129,27 @@ def trusted_sum(
     coefficient: NonNegative = 0.3,
     decay_steps: Positive = 500.0,
 ) -> Float[Array, "B"]:
-    """The outcome, and a score of the thinking in the measure in which it prefers right answers in this group.
+    """The outcome plus a score of the thinking, weighted by the trust in that score within the group.
 
         r = o + coefficient * exp(-step / decay_steps) * trust * t
         trust = exp(min(mean_right - mean_wrong, 0))
 
-    with mean_right and mean_wrong the mean scores t of samples with o of at least 0.5 and below, 0 where there are
-    none. Where nobody is right the trust is 1; where all o are at least 0.9, or all at most 0.1, it is 0.
+    with mean_right and mean_wrong the mean scores t of samples with o of at least 0.5 and below, 0 without any. Where
+    no sample is right the trust is 1; where all o are at least 0.9, or all at most 0.1, it is 0.
 
     Args:
-      reward_components: one column a reward function.
+      reward_components: one column per reward function.
       group: id of the group each row belongs to.
       weight: 0 for absent rows.
-      step: updates so far; late training depends on the outcome alone.
+      step: updates so far; the weight of the thinking decays with it.
       outcome: name of the reward o in [0, 1]; NaN counts as 0.
-      thinking: name of the score t in [0, 1]; where it does not apply the outcome stands alone.
-      reward_names: names of the columns in their order; a run knows them.
+      thinking: name of the score t in [0, 1]; NaN leaves the outcome alone.
+      reward_names: names of the columns in their order; filled from the run.
       coefficient: largest weight of the thinking.
-      decay_steps: in which it falls to 1/e.
+      decay_steps: steps in which that weight falls to 1/e.
 
     Returns:
-      One reward a row, float32; NaN where neither applies.
+      One reward per row, float32; NaN where neither applies.
 
     Raises:
       ValueError: for a name that no column has.
@@ -190,20 +190,20 @@ def concise_correctness(
 
         r = o * (1 + coefficient * c * (s + d)),   s = min(step / total_steps, 1)
 
-    A penalty that is added would still shorten the answers to a prompt that nobody solves, and collapse them.
+    An additive length penalty would also shorten the answers to unsolved prompts.
 
     Args:
       correct: o, 1 for a right answer.
-      conciseness: c in [0, 1], of a scorer, or `length_conciseness`; NaN is no bonus.
+      conciseness: c in [0, 1], from a scorer, or `length_conciseness`; NaN is no bonus.
       group: id of the group each row belongs to.
       weight: 0 for absent rows.
       step: updates so far.
       difficulty: d of the row's prompt; None takes the share of right answers in its group (our choice, as s is).
       total_steps: over which s rises.
-      coefficient: alpha; with more than 1/2 a short right answer can outweigh two.
+      coefficient: alpha; above 1/2 a short right answer can outweigh two long ones.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: CRM (2511.09158).
     Certainty: recalled
@@ -220,7 +220,7 @@ def concise_correctness(
 def length_conciseness(
     length: Int[Array, "B"], *, max_completion_tokens: Count, least: Share = 0.1
 ) -> Float[Array, "B"]:
-    """How short a completion is, for want of a scorer that reads it.
+    """A conciseness score from the length alone, in place of a learned scorer.
 
         c = least + (1 - least) * (1 - length / L),   L = max_completion_tokens
 
@@ -230,7 +230,7 @@ def length_conciseness(
       least: score of a completion of that length.
 
     Returns:
-      One number a row in [least, 1], float32.
+      One number per row in [least, 1], float32.
 
     Reference: CRM (2511.09158).
     Certainty: reconstructed

@@ -1,4 +1,4 @@
-"""Weighted sums of named rewards: bounded below and above, with weights that change, and of an ensemble of scorers."""
+"""Weighted sums of named rewards: with bounds, with annealed weights, and over an ensemble of scorers."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def floored_sum(
     least: float | None = None,
     most: float | None = None,
 ) -> Float[Array, "B"]:
-    """A weighted sum whose terms and whose total are bounded: no penalty drowns the rest.
+    """A weighted sum whose terms and total are bounded, so that no penalty dominates.
 
         r = clip(sum_k weights_k * max(x_k, floors_k), least, most)
 
-    A penalty ten times the bonus teaches to avoid whatever may be penalised; floored, it is gentle.
+    A penalty much larger than the bonus makes the policy avoid the whole class of answers; the floor prevents it.
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply and is left out.
+      reward_components: x, one column per reward function; NaN does not apply and is left out.
       weights: factor of each reward that counts, by name.
-      reward_names: names of the columns in their order; a run knows them.
+      reward_names: names of the columns in their order; filled from the run.
       floors: least value of a reward, by name; others have none.
-      least, most: bounds of the sum; None is none.
+      least, most: bounds of the sum; None is no bound.
 
     Returns:
-      One reward a row, float32; NaN where none applies.
+      One reward per row, float32; NaN where none applies.
 
     Raises:
       ValueError: for a name that no column has, or a floor without a weight.
@@ -71,18 +71,18 @@ def annealed_sum(
         r = sum_k ((1 - s) * first_k + s * last_k) * x_k
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply and is left out.
+      reward_components: x, one column per reward function; NaN does not apply and is left out.
       step: updates so far.
-      first, last: factors at the two ends, by name; a name that one lacks has 0 there.
-      total_steps: when the last weights are reached.
-      reward_names: names of the columns in their order; a run knows them.
-      hold_steps: for which the first weights stay.
+      first, last: initial and final factors, by name; a missing name has factor 0.
+      total_steps: step at which the last weights are reached.
+      reward_names: names of the columns in their order; filled from the run.
+      hold_steps: steps with the first weights.
 
     Returns:
-      One reward a row, float32; NaN where none applies.
+      One reward per row, float32; NaN where none applies.
 
     Raises:
-      ValueError: for a name that no column has, or a hold as long as the run.
+      ValueError: for a name that no column has, or hold_steps not below total_steps.
     """
     if hold_steps >= total_steps:
         raise ValueError(f"hold_steps is {hold_steps}; it must be below total_steps, which is {total_steps}")
@@ -94,17 +94,17 @@ def annealed_sum(
 
 @ranged
 def blended_rewards(rewards: Float[Array, "B"], quality: Float[Array, "B"], *, share: Share = 0.5) -> Float[Array, "B"]:
-    """Rewards and another score, such as one that an entry of credit has shaped.
+    """Convex combination of rewards and another score, such as a shaped one.
 
         r <- (1 - share) * r + share * s
 
     Args:
       rewards: r; NaN does not apply.
-      quality: s; where it does not apply (NaN) the reward stands alone.
-      share: of the score.
+      quality: s; where it is NaN the reward is unchanged.
+      share: weight of the score.
 
     Returns:
-      One reward a row, float32; NaN where the row has no reward.
+      One reward per row, float32; NaN where the row has no reward.
 
     Reference: adaptive semantic reward, ARMed (2508.12957), with a share of 1/2.
     Certainty: reconstructed
@@ -124,7 +124,7 @@ def ensemble_score(
     coefficient: NonNegative = 0.1,
     ddof: Natural = 1,
 ) -> Float[Array, "B"]:
-    """What several scorers say together; where they disagree, less.
+    """Aggregated score of several scorers, with a penalty on their disagreement.
 
         mean        mean_k x_k
         least       min_k x_k
@@ -132,15 +132,15 @@ def ensemble_score(
         deviation   mean_k x_k - coefficient * std_k x_k
 
     Args:
-      reward_components: x, one column a reward function; NaN does not apply and is left out.
+      reward_components: x, one column per reward function; NaN does not apply and is left out.
       heads: names of the scorers.
-      reward_names: names of the columns in their order; a run knows them.
+      reward_names: names of the columns in their order; filled from the run.
       form: which of the four.
       coefficient: weight of the disagreement: 0.1 for policy gradients, 0.5 for best-of-n.
-      ddof: 1 for the unbiased variance, 0 for the population's, which best-of-n has.
+      ddof: 1 for the unbiased variance, 0 for the population's, which best-of-n uses.
 
     Returns:
-      One reward a row, float32; NaN where no scorer applies.
+      One reward per row, float32; NaN where no scorer applies.
 
     Raises:
       ValueError: for a name that no column has, or an unknown form.
@@ -170,19 +170,19 @@ def robust_score(
     reward_names: tuple[str, ...],
     alpha: Share = 0.3,
 ) -> Float[Array, "B"]:
-    """Between the surest of several heads and the worst that any of them says.
+    """Convex combination of the score of the head with the least deviation and the lowest score of all heads.
 
         r = alpha * x_s + (1 - alpha) * min_k x_k,   s = argmin_k deviation_k
 
     Args:
-      reward_components: one column a reward function; a head that is NaN in either does not apply and is left out.
+      reward_components: one column per reward function; a head that is NaN in either does not apply and is left out.
       means: names of the heads' scores x.
       deviations: names of their stated deviations, in the same order.
-      reward_names: names of the columns in their order; a run knows them.
-      alpha: trust in the surest head; 0 is the worst case. The first of equally sure heads counts.
+      reward_names: names of the columns in their order; filled from the run.
+      alpha: weight of the head with the least deviation; 0 is the worst case. Ties: the first head.
 
     Returns:
-      One reward a row, float32; NaN where no head applies.
+      One reward per row, float32; NaN where no head applies.
 
     Raises:
       ValueError: for a name that no column has, or another number of deviations than of means.
@@ -204,7 +204,7 @@ def robust_score(
 
 
 def _weighted(columns: list[Array], weights: list) -> Float[Array, "B"]:
-    """Sum of weighted columns without what is NaN; NaN where everything is."""
+    """Sum of weighted columns without NaN entries; NaN where all entries are NaN."""
     stacked = jnp.stack(columns, axis=1)
     factors = jnp.stack([jnp.asarray(factor, jnp.float32) for factor in weights])
     lacks = jnp.isnan(stacked)

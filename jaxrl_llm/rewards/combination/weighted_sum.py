@@ -1,4 +1,4 @@
-"""From reward components to the reward that is maximised."""
+"""The weighted sum of reward components."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def weighted_sum(reward_components: Float[Array, "B K"], *, weights: tuple[float
 
         r_b = sum_k weights_k * components_bk
 
-    A component of weight 0 is left out altogether: it is watched, and whatever it holds changes nothing. One that is
-    NaN does not apply to the row and is left out of its sum; a row that none with a weight applies to gets NaN.
+    A component of weight 0 is only logged; its values have no effect. A NaN component does not apply to the row and is
+    left out of its sum; a row without any applicable weighted component gets NaN.
 
     Args:
-      reward_components: one column a reward function.
-      weights: one weight a column.
+      reward_components: one column per reward function.
+      weights: one weight per column.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
-      ValueError: if there is not one weight a column.
+      ValueError: for another number of weights than of columns.
     """
     chex.assert_rank(reward_components, 2)
     if len(weights) != reward_components.shape[1]:

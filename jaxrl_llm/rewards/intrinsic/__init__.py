@@ -1,1 +1,1 @@
-"""Rewards that a policy gives itself: from what it, or a network made from it, says of answers."""
+"""Rewards from the policy's own probabilities, hidden states and votes, without a verifier."""

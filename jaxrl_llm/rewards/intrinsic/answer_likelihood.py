@@ -1,4 +1,4 @@
-"""The likelihood of the reference answer as the reward: no verifier reads the sampled one."""
+"""The likelihood of the reference answer as the reward, without a verifier of the sampled answer."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def answer_likelihood(
     form: LikelihoodForm = "probability",
     without_answer: float = 0.0,
 ) -> Float[Array, "*B"]:
-    """How likely the reference answer is after the sampled thought.
+    """Likelihood of the reference answer after the sampled thought.
 
         probability            r = exp(sum_t l_t)
         mean_probability       r = mean_t exp(l_t)
         log_probability        r = sum_t l_t
         mean_log_probability   r = mean_t l_t
 
-    over the tokens t of the answer, with l_t their log-probabilities. The view `answer_after_thought` makes the
-    sequence; a recipe calls it `answer`. Where right answers are unique, the expected `probability` is the expected
-    0/1 reward of a verifier, with less variance. It vanishes for long answers, where the logarithms keep learning.
+    over the tokens t of the answer, with l_t their log-probabilities. Recipes build the sequence as a view `answer:
+    answer_after_thought`. Where right answers are unique, the expected `probability` is the expected 0/1 reward of a
+    verifier, with less variance. It vanishes for long answers, where the logarithmic forms still have a signal.
 
     Args:
       answer_logprobs: log-probability of each token of the reference answer.
-      answer_mask: 1 on its tokens; 0 all along a row whose thought was cut off.
+      answer_mask: 1 on its tokens; all 0 in rows whose thought was truncated.
       form: one of the four.
-      without_answer: reward of such a row. In the two logarithmic forms 0 is the highest reward, so give a low one.
+      without_answer: reward of truncated rows. In the two logarithmic forms 0 is the highest reward, so give a low one.
 
     Returns:
-      One reward a row, float32; of a view of several sequences a row (`answer_after_turns`), one for each.
+      One reward per row, float32; for a view with several sequences per row (`answer_after_turns`), one per sequence.
 
     Raises:
       ValueError: for an unknown form.

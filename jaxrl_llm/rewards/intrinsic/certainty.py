@@ -1,4 +1,4 @@
-"""Rewards without labels: how sure the policy is of what it writes."""
+"""Rewards without labels: the policy's confidence in its samples."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Likelihood = Literal["mean_log_probability", "log_probability", "probability", "
 
 
 def vocabulary_certainty(log_probabilities: Float[Array, "B C V"], tokens: Int[Array, "B C"]) -> Float[Array, "B C"]:
-    """How far the next-token distribution at each token is from the uniform one.
+    """Divergence of the next-token distribution at each token from the uniform one.
 
         c_t = -(1 / V) sum_v log p_t(v) = KL(uniform || p_t) + log V
 
     Args:
-      log_probabilities: of the policy before the update, a chunk at a time.
-      tokens: of the same positions; their values do not matter.
+      log_probabilities: of the policy before the update, for one chunk.
+      tokens: of the same positions; not used.
 
     Returns:
-      One number a token; its mean is the reward, see `token_mean`.
+      One number per token; its mean is the reward, see `token_mean`.
 
     Reference: Intuitor, self-certainty (2505.19590).
     Certainty: verified
@@ -43,7 +43,7 @@ def token_mean(token_certainty: Float[Array, "B T"], mask: Float[Array, "B T"]) 
       mask: non-zero on tokens that count.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: Intuitor, self-certainty (2505.19590).
     Certainty: verified
@@ -55,11 +55,11 @@ def token_mean(token_certainty: Float[Array, "B T"], mask: Float[Array, "B T"]) 
 def negative_entropy(
     old_entropy: Float[Array, "B T"], mask: Float[Array, "B T"], *, reduce: Reduce = "mean"
 ) -> Float[Array, "B"]:
-    """The negative entropy of what was sampled: sure answers pay.
+    """The negative mean token entropy of the policy along the completion.
 
         r = -mean_t H(p_t)      (or the sum)
 
-    It sharpens the policy whether or not that is right, and in the end favours repetition.
+    It sharpens the policy regardless of correctness, and long training favours repetition.
 
     Args:
       old_entropy: entropy of the policy at each token, in nats.
@@ -67,7 +67,7 @@ def negative_entropy(
       reduce: "mean" or "sum" over them.
 
     Returns:
-      One reward a row, at most 0; 0 in rows without tokens.
+      One reward per row, at most 0; 0 in rows without tokens.
 
     Raises:
       ValueError: for an unknown reduction.
@@ -82,12 +82,12 @@ def negative_entropy(
 def sequence_likelihood(
     old_logprobs: Float[Array, "B T"], mask: Float[Array, "B T"], *, form: Likelihood = "mean_log_probability"
 ) -> Float[Array, "B"]:
-    """How likely the policy found the completion that it wrote.
+    """Likelihood of the completion under the policy that sampled it.
 
         mean_log_probability   mean_t log p(y_t)
         log_probability        sum_t log p(y_t)
-        probability            exp(sum_t log p(y_t)), which in the end favours very short completions
-        mean_probability       exp(mean_t log p(y_t)), of a token
+        probability            exp(sum_t log p(y_t)); long training favours very short completions
+        mean_probability       exp(mean_t log p(y_t)), per token
 
     Args:
       old_logprobs: log-probability of each token under the policy before the update.
@@ -95,7 +95,7 @@ def sequence_likelihood(
       form: as above.
 
     Returns:
-      One reward a row; of a row without tokens 0, and 1 as a probability.
+      One reward per row; 0 in rows without tokens, 1 in the probability forms.
 
     Raises:
       ValueError: for an unknown form.

@@ -1,4 +1,4 @@
-"""Bonuses for states that were not seen before, within an episode and over the whole run."""
+"""Exploration bonuses for new states, within an episode and over the whole run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Scope = Literal["episodic", "global", "product"]
 def elliptical_bonus(
     features: Float[Array, "B S D"], turn_mask: Float[Array, "B S"], *, ridge: Positive = 0.1
 ) -> Float[Array, "B S"]:
-    """How new the features of each turn are among those of the turns before it in the same conversation.
+    """Elliptical novelty of each turn's features relative to the earlier turns of the conversation.
 
         b_t = phi_t^T C_{t-1}^-1 phi_t,   C_t = C_{t-1} + phi_t phi_t^T,   C_0 = ridge * I
 
     Args:
       features: of the state at each turn.
-      turn_mask: non-zero on turns that there are.
-      ridge: 1 / ridge is the bonus of the first turn with a unit feature, and so sets the scale.
+      turn_mask: non-zero on existing turns.
+      ridge: 1 / ridge is the bonus of the first turn with a unit feature.
 
     Returns:
-      One bonus a turn; 0 where there is no turn.
+      One bonus per turn; 0 where the mask is 0.
 
     Reference: E3B, global and episodic bonuses (2306.03236).
     Certainty: verified
@@ -50,7 +50,7 @@ def elliptical_bonus(
 
 @ranged
 def count_bonus(*, scope: Scope = "product", buckets: Count = 65536) -> Method:
-    """Bonuses of visits, for states that are named by numbers.
+    """Count-based bonuses for states with integer ids.
 
         episodic  1 / sqrt(N_e),  N_e the visits of the state in this conversation, the present one included
         global    1 / sqrt(N),    N the visits in the whole run
@@ -102,19 +102,19 @@ def count_bonus(*, scope: Scope = "product", buckets: Count = 65536) -> Method:
 def coverage_gains(
     covered: Float[Array, "B S U"], turn_mask: Float[Array, "B S"], *, element_weights: tuple[float, ...] | None = None
 ) -> Float[Array, "B S"]:
-    """What each turn newly covers: the marginal gain of a weighted coverage function.
+    """Marginal gain of each turn in a weighted coverage function.
 
         g_t = sum_u w_u max(0, c_tu - max_{s < t} c_su)
 
-    The function is monotone and submodular: what is covered twice pays once.
+    The function is monotone and submodular: elements covered again add 0.
 
     Args:
       covered: 1 (or a degree in [0, 1]) where a turn covers an element: a fact, a test case, an answer.
-      turn_mask: non-zero on turns that there are.
+      turn_mask: non-zero on existing turns.
       element_weights: of the elements; None weighs all 1.
 
     Returns:
-      One gain a turn; their sum is what the conversation covers.
+      One gain per turn; their sum is the coverage of the conversation.
 
     Raises:
       ValueError: for another number of weights than elements.
@@ -126,7 +126,9 @@ def coverage_gains(
     elements = covered.shape[2]
     weights = jnp.ones(elements) if element_weights is None else jnp.asarray(element_weights, jnp.float32)
     if weights.shape != (elements,):
-        raise ValueError(f"element_weights has {weights.size} entries, but there are {elements} elements")
+        raise ValueError(
+            f"element_weights has {weights.size} entries, but there are {elements} elements; give one for each"
+        )
     held = jnp.where((turn_mask > 0)[..., None], covered.astype(jnp.float32), 0.0)
     sofar = jax.lax.cummax(held, axis=1)
     before = jnp.concatenate([jnp.zeros_like(sofar[:, :1]), sofar[:, :-1]], axis=1)

@@ -1,4 +1,4 @@
-"""What a sampled thought adds to the likelihood of the text behind it."""
+"""Gain in the likelihood of the following text from a sampled thought."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def likelihood_gain(
     high: float | None = 1.0,
     without_answer: float = 0.0,
 ) -> Float[Array, "B"]:
-    """How much likelier the reference answer is behind the sampled thought than behind none.
+    """Gain in the likelihood of the reference answer from the sampled thought.
 
         r = clip(f(answer) - f(plain), low, high)
 
     with f a form of `answer_likelihood`. RLPR is the mean probability, clipped to [0, 1], of one policy. RLP is the
-    log-probability, not clipped, of the text that follows, and what is taken off is said by a slow copy of the policy:
-    `reads: {plain_logprobs: proxy_plain_logprobs}` with a network `proxy` that has a `decay`. Its mean over thoughts is
-    the drop of the cross-entropy that thinking brings.
+    unclipped log-probability of the following text, with the baseline from a slowly updated copy of the policy: `reads:
+    {plain_logprobs: proxy_plain_logprobs}` with a network `proxy` that has a `decay`. Its mean over thoughts is the
+    reduction of the cross-entropy by thinking.
 
     Args:
       answer_logprobs: log-probability of each token of the view `answer_after_thought`.
-      answer_mask: 1 on its tokens; 0 all along a row whose thought was cut off.
+      answer_mask: 1 on its tokens; all 0 in rows whose thought was truncated.
       plain_logprobs: of the view `answer_without_thought`.
       plain_mask: 1 on its tokens.
       form: of the likelihood.
-      low, high: bounds; None is none.
-      without_answer: reward of a row whose thought was cut off.
+      low, high: bounds; None is no bound.
+      without_answer: reward of rows whose thought was truncated.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for an unknown form.

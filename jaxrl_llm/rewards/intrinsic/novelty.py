@@ -1,4 +1,4 @@
-"""Rewards for being different from the other samples of a prompt: bands of novelty, leverage, nearness to successes."""
+"""Rewards from embeddings of the samples of a prompt: novelty, leverage, nearness to successes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from jaxrl_llm.statistics import group_max, group_min, group_size, group_sum
 def ngram_counts(
     completions: Sequence[str], *, letters: Count = 3, buckets: Count = 256
 ) -> Float[np.ndarray, "B buckets"]:
-    """Counts of the runs of letters of each text, hashed into a vector: an embedding that needs no model.
+    """Hashed counts of the character n-grams of each text: an embedding without a model.
 
     Args:
       completions: texts.
-      letters: length of a run.
+      letters: characters per n-gram.
       buckets: length of the vector.
 
     Returns:
-      One vector [buckets] a text; of a text shorter than a run, zeros.
+      One vector [buckets] per text; zeros for texts shorter than `letters`.
 
     Reference: EVOL-RL (2509.15194).
     Certainty: verified
@@ -40,7 +40,7 @@ def ngram_counts(
 
 
 def mean_hidden(hidden: Float[Array, "B T D"], mask: Float[Array, "B T"]) -> Float[Array, "B D"]:
-    """Mean hidden state of the tokens that count: the policy's own embedding of a completion; 0 without tokens.
+    """Mean hidden state of the tokens that count: an embedding of the completion; 0 without tokens.
 
     Args:
       hidden: hidden state at each token.
@@ -68,16 +68,16 @@ def majority_novelty(
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
 ) -> Float[Array, "B"]:
-    """The majority decides whether a sample is right, and how different its reasoning is decides how much it gets.
+    """Rewards in a band set by agreement with the majority, placed within the band by the novelty of the reasoning.
 
         u_i = 1 - (mean_i + max_i) / 2
 
-    with the mean of the similarities to the others with an answer of the same outcome (to all others where there is
-    none) and the largest similarity to any other with an answer. u is scaled to [0, 1] within each outcome:
+    with mean_i the mean similarity to other answered samples of the same outcome (to all others if there is none) and
+    max_i the largest similarity to any other answered sample. u is scaled to [0, 1] within each outcome:
 
-        majority   0.5 + 0.5 u       0.75 where all are equally new, 1 for a majority of one
-        minority   -1 + 0.5 u        -0.75 where all are equally new, -0.5 for a minority of one
-        no answer  -1, and so all rows of a group with at most one answer
+        majority   0.5 + 0.5 u       0.75 where all u are equal, 1 for a majority of one
+        minority   -1 + 0.5 u        -0.75 where all u are equal, -0.5 for a minority of one
+        no answer  -1, as for all rows of a group with at most one answer
 
     Args:
       embedding: of the reasoning (`ngram_counts`, `mean_hidden`); similarities are cosines, cut to [0, 1].
@@ -87,7 +87,7 @@ def majority_novelty(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One reward a row in [-1, 1]; 0 in absent rows.
+      One reward per row in [-1, 1]; 0 in absent rows.
 
     Reference: EVOL-RL (2509.15194).
     Certainty: verified
@@ -103,14 +103,14 @@ def banded_novelty(
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
 ) -> Float[Array, "B"]:
-    """`majority_novelty` with the similarity of each pair of rows given.
+    """`majority_novelty` from given similarities of all pairs of rows.
 
     Args:
       similarity: in [0, 1].
       agrees, answer_id, group, weight: as in `majority_novelty`.
 
     Returns:
-      One reward a row in [-1, 1]; 0 in absent rows.
+      One reward per row in [-1, 1]; 0 in absent rows.
 
     Reference: EVOL-RL (2509.15194).
     Certainty: verified
@@ -121,7 +121,7 @@ def banded_novelty(
     novelty = _novelty(similarity, valid, won, group)
     there = valid.astype(jnp.float32)
     outcome = 2 * group + won
-    # Statistics of an outcome within a group: its ids need twice as many numbers as there are rows.
+    # Statistics of an outcome within a group: its ids range over twice the number of rows.
     part = jnp.searchsorted(jnp.sort(outcome), outcome).astype(jnp.int32)
     low, high = group_min(novelty, part, there), group_max(novelty, part, there)
     size = group_size(part, there)
@@ -165,20 +165,20 @@ def leverage_bonus(
     b lies in [0, 1). With leave_one_out S is without the row itself, which gives b / (1 - b).
 
     Args:
-      rewards: one a row.
+      rewards: one per row.
       embedding: of each completion (`mean_hidden`).
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      step: of training; the projection is drawn anew in each.
-      beta: of the bonus.
+      step: training step; the projection is redrawn in each.
+      beta: coefficient of the bonus.
       ridge: keeps S regular.
-      directions: numbers that the embedding is projected to by a sparse random matrix (32 or 128); None keeps it. With
-        as many directions as samples every bonus tends to 1 - 1 / G, and ranks nothing.
+      directions: dimension of a sparse random projection of the embedding (32 or 128); None is no projection. With as
+        many directions as samples every bonus tends to 1 - 1 / G and is uninformative.
       leave_one_out: as above.
       seed: of the projection.
 
     Returns:
-      One reward a row; absent rows keep theirs.
+      One reward per row; absent rows keep theirs.
 
     Raises:
       ValueError: for directions below 1.
@@ -198,7 +198,7 @@ def leverage_bonus(
     size = jnp.maximum(group_sum(there, group, there), 1.0)[:, None]
     total = jax.ops.segment_sum(states, group, num_segments=len(group))[group]
     centred = jnp.where(there[:, None] > 0, states - total / size, 0.0)
-    # b through the kernel of the rows, which is no larger than the batch: h_i^T S^-1 h_i = [K (ridge I + K)^-1]_ii.
+    # b from the kernel matrix of the rows [B, B]: h_i^T S^-1 h_i = [K (ridge I + K)^-1]_ii.
     alike = (group[:, None] == group[None]).astype(jnp.float32)
     kernel = (centred @ centred.T) * alike
     solved = jax.scipy.linalg.solve(kernel + ridge * jnp.eye(len(group)), kernel, assume_a="pos")
@@ -226,14 +226,14 @@ def nearness_to_success(
     most: Share = 0.6,
     steepness: Positive = 10.0,
 ) -> Float[Array, "B"]:
-    """Failures are paid by how near they end to the successes of their own group.
+    """Partial rewards of failures by their distance to the successes of their group.
 
         success 1;  failure most * sigmoid(steepness * (0.5 - d))
 
     The embeddings of the successes are standardised per dimension and clustered by density (points within `radius` of
     each other, clusters of two at least); d is the distance of a failure to the nearest centre of a cluster, scaled to
-    [0, 1] over the failures of the group (0.5 where they are equally far). Where nothing clusters, the mean of the
-    successes is the centre. Without a success all failures get 0.
+    [0, 1] over the failures of the group (0.5 where they are equally far). Without clusters the centre is the mean of
+    the successes. Without a success all failures get 0.
 
     Args:
       embedding: of each completion.
@@ -241,11 +241,11 @@ def nearness_to_success(
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       radius: of a neighbourhood, in standard deviations.
-      most: what a failure can get.
-      steepness: of the squashing.
+      most: upper bound of a failure's reward.
+      steepness: slope of the sigmoid.
 
     Returns:
-      One reward a row in [0, 1]; 0 in absent rows.
+      One reward per row in [0, 1]; 0 in absent rows.
 
     Reference: SRPO, self-referential policy optimisation (2511.15605).
     Certainty: verified

@@ -1,4 +1,4 @@
-"""Rewards by how well the samples of a prompt explain its reference answer, compared with each other."""
+"""Rank rewards from the perplexity of the reference answer after each sample's thought."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def reasoning_perplexity(
     *,
     mark_id: Natural,
 ) -> Float[Array, "B"]:
-    """Perplexity of the reference answer after the sampled thought, under a proxy, with a discount for long thoughts.
+    """Perplexity of the reference answer after the sampled thought, under a proxy, with a length discount.
 
         ppl = exp(nll / max(1, 1 + log_10(n)))
 
-    with nll the mean of -log pi over the answer's tokens and n the tokens of the thought. Low is good.
+    with nll the mean of -log pi over the answer's tokens and n the tokens of the thought. Lower is better.
 
     Args:
       proxy_answer_logprobs: log-probability of each token of the view `answer` under the network `proxy`, a slowly
@@ -34,7 +34,7 @@ def reasoning_perplexity(
       mark_id: id of the token that ends a thought, as in `answer_after_thought`.
 
     Returns:
-      One number a row, at least 1; infinity where nothing of the answer counts: the thought was cut off.
+      One number per row, at least 1; infinity in rows with an empty answer mask (truncated thought).
 
     Reference: NOVER (2505.16022).
     Certainty: verified
@@ -63,13 +63,13 @@ def perplexity_ranks(
     reasoning_weight: NonNegative = 1.0,
     efficiency_weight: NonNegative = 1.0,
 ) -> Float[Array, "B"]:
-    """Format, rank of the perplexity within the group, and a bonus for thoughts that explain more with less.
+    """Format reward, rank of the perplexity within the group, and an efficiency bonus for shorter thoughts.
 
         r = w_f + w_r (n - rank) / n + w_e wins / (n - 1)
 
-    over the n valid samples of the group: well-formed ones with a finite perplexity. rank counts those of lower
-    perplexity (of equal ones the first in the batch comes first), wins those that have a longer thought and a higher
-    perplexity. Ranks mean the same when perplexities differ by orders of magnitude.
+    over the n valid samples of the group: well-formed ones with a finite perplexity. rank counts samples of lower
+    perplexity (ties in batch order), wins samples with a longer thought and a higher perplexity. Ranks are insensitive
+    to the scale of the perplexities.
 
     Args:
       perplexity: as from `reasoning_perplexity`.
@@ -84,7 +84,7 @@ def perplexity_ranks(
       efficiency_weight: w_e.
 
     Returns:
-      One reward a row, float32; 0 for samples that are not valid. The only valid sample of a group has no bonus.
+      One reward per row, float32; 0 for samples that are not valid. The only valid sample of a group has no bonus.
 
     Reference: NOVER (2505.16022).
     Certainty: verified

@@ -1,4 +1,4 @@
-"""Views for teachers: the completion behind a prompt that tells the answer, and the prompt that a teacher completes."""
+"""Views for teachers: the completion after a prompt that contains the answer, and the plain prompt."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def answer_in_prompt(
     before: str = " ",
     behind_tokens: Natural = 1,
 ) -> Sequences:
-    """The same completion behind a prompt that tells the reference answer: what a privileged teacher sees of a row.
+    """The same completion after a prompt that contains the reference answer, for a privileged teacher.
 
     The new prompt is the old one without its last `behind_tokens` tokens, then `before`, the answer, and those last
     tokens.
 
-    `<network>_<view>_logprobs` are then of the tokens that the policy drew without knowing the answer.
+    `<network>_<view>_logprobs` then score the tokens that the policy sampled without the answer.
 
     Args:
       prompt_tokens, prompt_length: left-padded prompts.
@@ -40,8 +40,8 @@ def answer_in_prompt(
       mask: 1 on tokens that are trained on.
       encode: text -> token ids.
       before: text between the prompt and the answer.
-      behind_tokens: last tokens of a prompt that stay behind the answer, such as the newline that ends a problem, or
-        what a chat template closes a turn with.
+      behind_tokens: last tokens of a prompt that follow the answer, such as the final newline or the end of a turn in a
+        chat template.
 
     Returns:
       `Sequences`, whose mask is that of the row.
@@ -56,7 +56,7 @@ def answer_in_prompt(
     both = jnp.concatenate(parts, axis=1)
     kept = jnp.maximum(prompt_length - behind_tokens, 0)
     whole = prompt_length + len(text) + answer_length
-    # Read at the place of each token in its own new prompt, which is left-padded as well.
+    # Gather by the position of each token in its new prompt, which is left-padded as well.
     place = jnp.arange(both.shape[1])[None] - (both.shape[1] - whole)[:, None]
     first, told = (width - prompt_length)[:, None], (kept + len(text) + answer_length)[:, None]
     at = jnp.where(place < kept[:, None], first + place, width + place - kept[:, None])
@@ -73,7 +73,7 @@ def own_prompt(
     length: Int[Array, "B"],
     mask: Float[Array, "B T"],
 ) -> Sequences:
-    """The row as it is: a view that a teacher completes (`written_by: teacher`), for the policy to learn what it wrote.
+    """The unchanged row: a view that a teacher completes (`written_by: teacher`), for distillation of its text.
 
     Reference: sequence-level knowledge distillation (1606.07947).
     Certainty: recalled

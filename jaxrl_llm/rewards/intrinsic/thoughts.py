@@ -1,4 +1,4 @@
-"""What a completion thinks before it answers, and the reference answer behind that thought: a view of rows."""
+"""The thought of a completion, and views with the reference answer after a thought."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from jaxrl_llm.ranges import Natural, ranged
 
 @ranged
 def thought_length(tokens: Int[Array, "B T"], length: Int[Array, "B"], *, mark_id: Natural) -> Int[Array, "B"]:
-    """Tokens of a completion up to its first mark, the mark included; 0 without one: the thought was cut off.
+    """Tokens of a completion up to and including its first mark; 0 without a mark (truncated thought).
 
     Args:
       tokens: completion tokens, right-padded.
-      length: completion tokens including end of sequence; what stands behind is never read.
+      length: completion tokens including end of sequence; later tokens are ignored.
       mark_id: id of the token that ends a thought: that of the tag that closes it, or of the one that opens an answer.
 
     Returns:
-      One count a row.
+      One count per row.
 
     >>> thought_length(jnp.array([[3, 9, 4, 5], [3, 9, 9, 4]]), jnp.array([4, 3]), mark_id=4).tolist()
     [3, 0]
@@ -36,7 +36,7 @@ def thought_length(tokens: Int[Array, "B T"], length: Int[Array, "B"], *, mark_i
 def thought_mask(
     tokens: Int[Array, "B T"], length: Int[Array, "B"], mask: Float[Array, "B T"], *, mark_id: Natural
 ) -> Float[Array, "B T"]:
-    """The mask on the tokens of the thought alone: an entry of credit that fills `mask` trains nothing else.
+    """The mask on the tokens of the thought alone: as an entry of credit for `mask` it trains only the thought.
 
         mask_t = mask_t if t < thought_length else 0
 
@@ -47,7 +47,7 @@ def thought_mask(
       mark_id: id of the token that ends a thought, which belongs to it.
 
     Returns:
-      One mask a token; 0 all along a row without the mark.
+      One mask per token; all 0 in rows without the mark.
 
     Reference: VeriFree (2505.21493).
     Certainty: verified
@@ -70,10 +70,10 @@ def answer_after_thought(
     opening_ids: tuple[Natural, ...] | None = None,
     closing_ids: tuple[Natural, ...] | None = None,
 ) -> Sequences:
-    """The reference answer in the place of the sampled one, behind the sampled thought: a view to be scored.
+    """A view with the reference answer in place of the sampled one, after the sampled thought.
 
     Prompt and thought are the prompt of the view; opening, reference answer and closing are scored. The thought ends
-    with its mark, a single token, so that no token of the sampled text is ever cut or joined with one of the answer.
+    with its mark, a single token, so that no sampled token is cut or merged with an answer token.
 
     Args:
       prompt_tokens: prompt tokens, left-padded.
@@ -83,12 +83,12 @@ def answer_after_thought(
       answer_tokens: reference answer, right-padded.
       answer_length: tokens in each reference answer.
       mark_id: id of the token that ends a thought: that of the tag that closes it, or of the one that opens an answer.
-      opening_ids: tokens in front of the answer, such as the tag that opens it; None for none.
-      closing_ids: tokens behind it, such as the tag that closes it and end of sequence; without them the likelihood of
-        1 is also that of whatever begins with 1. None for none.
+      opening_ids: tokens before the answer, such as its opening tag; None for none.
+      closing_ids: tokens after it, such as its closing tag and end of sequence; without them the likelihood of 1
+        includes all answers that begin with 1. None for none.
 
     Returns:
-      `Sequences`. In a row without the mark the mask is 0: nothing of its answer counts.
+      `Sequences`. In rows without the mark the mask is 0.
 
     Reference: VeriFree (2505.21493), NOVER (2505.16022).
     Certainty: verified
@@ -111,21 +111,21 @@ def answer_without_thought(
     thought_ids: tuple[Natural, ...],
     closing_ids: tuple[Natural, ...] | None = None,
 ) -> Sequences:
-    """The reference answer behind an empty thought: a view that says what a sampled thought adds.
+    """A view with the reference answer after an empty thought, the baseline of a sampled thought.
 
     Args:
       prompt_tokens: prompt tokens, left-padded.
       prompt_length: real tokens of each prompt.
       answer_tokens: reference answer, right-padded.
       answer_length: tokens in each reference answer.
-      thought_ids: what stands between prompt and answer, such as the mark that ends a thought; it is not scored.
-      closing_ids: tokens behind the answer, as in `answer_after_thought`; None for none.
+      thought_ids: tokens between prompt and answer, such as the mark that ends a thought; not scored.
+      closing_ids: tokens after the answer, as in `answer_after_thought`; None for none.
 
     Returns:
       `Sequences`.
 
     Raises:
-      ValueError: without `thought_ids`: an answer right behind a prompt is no text of the policy's.
+      ValueError: for empty `thought_ids`.
 
     Reference: RLPR (2506.18254).
     Certainty: verified
@@ -141,7 +141,7 @@ def answer_without_thought(
 
 
 def _answer_behind(prompt_tokens, prompt_length, tokens, thought, answer_tokens, answer_length, opening, closing):
-    # Prompts are left-padded and thoughts are not, so each row is read at places of its own.
+    # Prompts are left-padded and thoughts are not, so each row is gathered at its own positions.
     behind, width = prompt_tokens.shape[1], prompt_tokens.shape[1] + tokens.shape[1]
     place = jnp.arange(width)[None, :] - (width - prompt_length - thought)[:, None]
     of_prompt = behind - prompt_length[:, None] + place
@@ -158,14 +158,14 @@ def _answer_behind(prompt_tokens, prompt_length, tokens, thought, answer_tokens,
 def framed_answers(
     answer_tokens: Int[Array, "B A"], answer_length: Int[Array, "B"], opening: tuple[int, ...], closing: tuple[int, ...]
 ) -> tuple[Int[Array, "B F"], Int[Array, "B"], Bool[Array, "B F"]]:
-    """(tokens, how many, which of the places hold one) of answers between an opening and a closing."""
+    """(tokens, lengths, mask) of answers between an opening and a closing."""
     count = answer_tokens.shape[0]
     before = jnp.broadcast_to(jnp.asarray(opening, answer_tokens.dtype), (count, len(opening)))
     after = jnp.broadcast_to(jnp.asarray(closing, answer_tokens.dtype), (count, len(closing)))
     size = answer_length + len(opening) + len(closing)
     parts = jnp.concatenate([before, answer_tokens, after], axis=1)
     place = jnp.arange(parts.shape[1])[None, :]
-    # The closing stands right behind the answer, and not behind its padding.
+    # The closing follows the answer directly, before its padding.
     shift = jnp.where(
         place >= (len(opening) + answer_length)[:, None], answer_tokens.shape[1] - answer_length[:, None], 0
     )

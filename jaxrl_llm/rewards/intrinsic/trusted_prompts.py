@@ -1,4 +1,4 @@
-"""Which prompts without a label are learned from: those that are learned as the labelled ones are."""
+"""Selection of unlabelled prompts whose pass-rate history resembles that of labelled ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.experience import Method
+from jaxrl_llm.experience import Method, uniforms_at
 from jaxrl_llm.ranges import Count, Natural, PositiveShare, ranged
 from jaxrl_llm.statistics import group_leader, group_sum
 
@@ -21,11 +21,13 @@ def known_share(prompt_id: Int[Array, "B"], *, share: PositiveShare = 0.1, seed:
       share: of the prompts.
       seed: of the choice.
 
+    Returns:
+      One number per row, 0 or 1.
+
     Reference: TraPO, trajectory matching (2512.13106).
     Certainty: verified
     """
-    draw = jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), number)))(prompt_id)
-    return (draw < share).astype(jnp.float32)
+    return (uniforms_at(jax.random.key(seed), prompt_id) < share).astype(jnp.float32)
 
 
 @ranged
@@ -37,25 +39,25 @@ def trusted_trajectories(
     threshold: float = 0.4,
     least_share: PositiveShare = 0.1,
 ) -> Method:
-    """Which prompts without a label are learned from: those whose pass rates move as those of labelled prompts do.
+    """Selection of unlabelled prompts whose pass-rate history resembles that of labelled prompts.
 
-    The history of a prompt is its mean reward at each visit so far: against the truth where it has a label, against its
-    own majority where it has none (`labelled_or_voted`). Histories are standardised over time (unbiased deviation +
-    1e-8); the score of an unlabelled prompt is its mean cosine with the trusted ones, over the visits that all have
-    had. Chosen are the prompts of the batch with the highest scores (`least_share` of the candidates, at least one) and
-    all with a score of at least `threshold`; a prompt that was chosen is trusted from then on. Before the warm-up ends,
-    and for fewer than two visits, labelled prompts alone are learned from.
+    The history of a prompt is its mean reward at each visit so far: by the label where it has one, else by its own
+    majority vote (`labelled_or_voted`). Histories are standardised over time (unbiased deviation + 1e-8); the score of
+    an unlabelled prompt is its mean cosine with the trusted ones, over the visits that all of them have had. Chosen are
+    the prompts of the batch with the highest scores (`least_share` of the candidates, at least one) and all with a
+    score of at least `threshold`; a prompt that was chosen is trusted from then on. Before the warm-up ends, and with
+    fewer than two visits, only labelled prompts are trained on.
 
     Args:
       prompt_ids: number of prompts in the data.
-      epochs: visits of a prompt that are remembered; later ones replace the last.
+      epochs: visits of a prompt in memory; later visits overwrite the last.
       warm_up_epochs: visits of a prompt before it can be chosen.
       threshold: tau.
-      least_share: of the candidates of a batch.
+      least_share: share of a batch's candidates that is always chosen.
 
     Returns:
-      A method: (rewards, labelled, prompt_id, group, weight) -> weight, 0 in rows of prompts that are not learned from.
-      `labelled` is 1 in rows of prompts with a label; without one in the run nothing is ever trusted.
+      A method: (rewards, labelled, prompt_id, group, weight) -> weight, 0 in rows of prompts that are not chosen.
+      `labelled` is 1 in rows of prompts with a label; without any labelled prompt no other is chosen.
 
     Reference: TraPO, trajectory matching (2512.13106).
     Certainty: verified
@@ -80,7 +82,7 @@ def trusted_trajectories(
         leader = group_leader(group, weight) > 0
         there = jnp.where(weight > 0, 1.0, 0.0)
         rate = group_sum(rewards, group, there) / jnp.maximum(group_sum(there, group, there), 1.0)
-        place = jnp.where(leader, prompt_id, prompt_ids)  # others write nowhere
+        place = jnp.where(leader, prompt_id, prompt_ids)  # out of range: dropped
         visit = jnp.minimum(memory["visits"][prompt_id], epochs - 1)
         history = memory["history"].at[place, visit].set(rate, mode="drop")
         visits = memory["visits"].at[place].add(1, mode="drop")
@@ -112,13 +114,13 @@ def trajectory_scores(
 
     Args:
       history: pass rate of each prompt at each of its visits.
-      visits: how many of them there are.
+      visits: number of visits of each prompt.
       trusted: prompts to compare with, if they have had two visits.
       prompt_id: of each row.
       candidate: rows that are scored.
 
     Returns:
-      One score a row in [-1, 1]; a history that never moved has 0.
+      One score per row in [-1, 1]; 0 for a constant history.
     """
     reference = trusted & (visits >= 2)
     epochs = history.shape[1]

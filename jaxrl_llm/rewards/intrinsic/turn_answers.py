@@ -1,4 +1,4 @@
-"""The reference answer behind each turn of a conversation: a view of several sequences a row."""
+"""The reference answer after each turn of a conversation: a view with several sequences per row."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def answer_after_turns(
     opening_ids: tuple[Natural, ...] | None = None,
     closing_ids: tuple[Natural, ...] | None = None,
 ) -> Branches:
-    """The reference answer right behind the prompt, and behind each turn or step, what answered it included.
+    """The reference answer after the prompt, and after each turn or step including its observation.
 
-    All are scored in one pass over the row. `answer_likelihood` makes one number of each.
+    All are scored in one pass over the row. `answer_likelihood` turns each into a number.
 
     Args:
-      turn: index of the turn that each token belongs to, not falling along a row.
+      turn: index of the turn that each token belongs to, non-decreasing along a row.
       length: completion tokens, observations included.
       answer_tokens: reference answer, right-padded.
       answer_length: tokens in each reference answer.
-      max_turns: S, turns behind which it is scored.
-      opening_ids: tokens in front of the answer, such as the tag that opens it, which are scored; None for none.
-      closing_ids: tokens behind it, such as the tag that closes it; None for none.
+      max_turns: S, number of turns after which it is scored.
+      opening_ids: tokens before the answer, such as its opening tag, which are scored; None for none.
+      closing_ids: tokens after it, such as its closing tag; None for none.
 
     Returns:
-      `Branches`: S + 1 sequences a row, after 0 to S turns. The mask is 0 for turns that were not taken.
+      `Branches`: S + 1 sequences per row, after 0 to S turns. The mask is 0 for turns that were not taken.
 
     Reference: IGPO (2510.14967).
     Certainty: verified

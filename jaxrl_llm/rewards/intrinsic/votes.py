@@ -1,4 +1,4 @@
-"""Labels by vote, without anybody who knows the answer: of one prompt, of two wordings, of several policies."""
+"""Pseudo-labels by majority vote: over one prompt, over two wordings, over several policies."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from jaxrl_llm.statistics import group_leader, group_max, group_sum, subgroup_id
 def majority_match(
     answer_id: Int[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, break_ties: bool = True
 ) -> Float[Array, "B"]:
-    """1 where the row's answer is the one that most samples of its group arrive at, else 0: a reward without labels.
+    """1 where the row has the majority answer of its group, else 0: a reward without labels.
 
-    Of answers with equally many samples the one with the lowest id counts, which from `rewards.answer_ids` is the one
-    that was sampled first; or none of them, without break_ties (TraPO). A row without an answer neither votes nor
-    matches.
+    Ties go to the lowest id, which from `rewards.answer_ids` is the answer sampled first; without break_ties a tie has
+    no majority (TraPO). A row without an answer neither votes nor matches.
 
     Args:
       answer_id: the same number for the same extracted answer of a prompt; negative for none.
@@ -27,7 +26,7 @@ def majority_match(
       break_ties: as above.
 
     Returns:
-      One reward a row, 0 or 1; 0 in absent rows and in groups without an answer.
+      One reward per row, 0 or 1; 0 in absent rows and in groups without an answer.
 
     >>> majority_match(jnp.array([0, 1, 1, -1, -1]), jnp.zeros(5, jnp.int32), jnp.ones(5)).tolist()
     [0.0, 1.0, 1.0, 0.0, 0.0]
@@ -48,20 +47,20 @@ def majority_match(
 def paired_majority_match(
     answer_id: Int[Array, "B"], group: Int[Array, "B"], paired_group: Int[Array, "B"], weight: Float[Array, "B"]
 ) -> Float[Array, "B"]:
-    """1 where the row's answer is the one that most samples of the paired group arrive at, else 0.
+    """1 where the row has the majority answer of the paired group, else 0.
 
-    The pair are two wordings of one problem, and each is the other's label: an answer that has nothing to do with the
-    problem has to win both votes before it is rewarded. Votes are counted as in `majority_match`.
+    The groups of a pair hold two wordings of one problem, and each group is labelled by the other: a degenerate answer
+    must win both votes to be rewarded. Votes are counted as in `majority_match`.
 
     Args:
       answer_id: the same number for the same extracted answer, in both groups of a pair; negative for none. From
-        `rewards.paired_answer_ids`; texts that a reading returns are told apart within each group alone.
+        `rewards.paired_answer_ids`; ids of other readings are comparable only within a group.
       group: id of the group each row belongs to.
       paired_group: id of the group of the same problem in other words; negative for none.
       weight: weight of each row, and of its vote; 0 is absent.
 
     Returns:
-      One reward a row, 0 or 1; 0 in absent rows, and where the paired group has no answer.
+      One reward per row, 0 or 1; 0 in absent rows, and where the paired group has no answer.
 
     Reference: Co-Reward (2508.00410).
     Certainty: verified
@@ -74,8 +73,7 @@ def paired_majority_match(
 
 
 def _majorities(answer_id: Int[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]) -> Int[Array, "B"]:
-    """Of each group id the answer that most of its rows arrive at, and the lowest of several; the largest integer where
-    it has none."""
+    """The majority answer of each group id, the lowest id on ties; the largest integer without answers."""
     votes, most = _votes(answer_id, group, weight)
     leads = (weight > 0) & (answer_id >= 0) & (votes == most)
     # Ids are compared as integers: float32 would merge large ones.
@@ -97,22 +95,22 @@ def _agrees(answer_id: Int[Array, "B"], weight: Float[Array, "B"], label: Int[Ar
 def collective_match(
     answer_id: Int[Array, "B"], voter: Int[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]
 ) -> Float[Array, "B"]:
-    """1 where the row has the answer that the policies agree on, each policy's votes weighted by how consistent it is.
+    """1 where the row has the majority answer of several policies, with votes weighted by self-consistency.
 
         SC_n = share of policy n's samples that have its own majority answer
         label = argmax_a sum_n SC_n * (samples of policy n with answer a);   r = 1[a = label]
 
-    Of answers with equally many votes the one that was given first counts, in the order of rows. Rows without an answer
-    count in the denominator of SC and do not vote.
+    Ties go to the answer that comes first in the order of rows. Rows without an answer count in the denominator of SC
+    and do not vote.
 
     Args:
       answer_id: the same number for the same extracted answer of a problem, over all policies; negative for none.
-      voter: number of the policy that wrote the row, in [0, B).
+      voter: number of the policy that sampled the row, in [0, B).
       group: id of the problem; the samples of all policies for it.
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One reward a row, 0 or 1; with one policy `majority_match`.
+      One reward per row, 0 or 1; with one policy `majority_match`.
 
     Reference: RLCCF (2508.12338).
     Certainty: recalled
@@ -141,9 +139,9 @@ def labelled_or_voted(
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
 ) -> Float[Array, "B"]:
-    """The verifier's verdict on prompts with a label, and on the others whether the row has the answer of the majority.
+    """The verifier's verdict on labelled prompts, `majority_match` on the others.
 
-    Two answers with equally many votes are no label: reward 0.
+    A tied vote has no label: reward 0.
 
     Args:
       correct: 1 where the verifier finds the row right.
@@ -151,6 +149,9 @@ def labelled_or_voted(
       labelled: 1 in rows of prompts with a label.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
+
+    Returns:
+      One reward per row; 0 in absent rows.
 
     Reference: TraPO, trajectory matching (2512.13106).
     Certainty: verified
@@ -168,22 +169,22 @@ def answer_frequency(
     unanswered_votes: bool = False,
     entropy_weight: NonNegative = 0.0,
 ) -> Float[Array, "B"]:
-    """The share of the group's samples that arrive at the row's answer: a soft vote, without labels.
+    """The share of the group's samples with the row's answer: a soft vote, without labels.
 
         r_i = n(a_i) / G - entropy_weight * H,   H = -sum_a f_a log f_a / log(number of distinct answers)
 
-    H is 0 where there is one answer. It is the same along a group, so a baseline of the group takes it out; it matters
-    with a baseline over prompts alone.
+    H is 0 for a single answer. It is constant within a group, so a group baseline removes it; it matters only with a
+    baseline across prompts.
 
     Args:
       answer_id: the same number for the same extracted answer of a prompt; negative for none.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       unanswered_votes: "no answer" is an answer like others (TTRV); else it gets 0 (EMPO).
-      entropy_weight: of H; TTRV has 0.75, EMPO none.
+      entropy_weight: coefficient of H; 0.75 in TTRV, 0 in EMPO.
 
     Returns:
-      One reward a row, 0 in absent rows.
+      One reward per row, 0 in absent rows.
 
     Reference: EMPO (2504.05812); TTRV (2510.06783).
     Certainty: verified
@@ -207,7 +208,7 @@ def semantic_entropy(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One number a row, the same along a group; 0 in absent rows and in groups without an answer.
+      One number per row, the same along a group; 0 in absent rows and in groups without an answer.
 
     Reference: EMPO (2504.05812).
     Certainty: recalled

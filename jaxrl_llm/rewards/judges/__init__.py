@@ -1,1 +1,1 @@
-"""Judges: models that say how good a completion is."""
+"""Judges: models that rate completions."""

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: what it is asked, what it answered before, and what that cost."""
+"""A judge behind an OpenAI-compatible endpoint, with a cache of its answers and a budget."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import Any, TypeGuard
 
 from jaxrl_llm.endpoints import Endpoint, EndpointError, answer
 
-# How a model says that it will not answer; looked for at the beginning of what it says.
+# Beginnings of refusals.
 _REFUSALS = ("i can't", "i cannot", "i can not", "i'm sorry", "i am sorry", "i won't", "i'm unable", "i am unable")
 
-_SAVED_TOGETHER = 64  # answers: each time that the file is written, the disk is waited for
+_SAVED_TOGETHER = 64  # answers per write of the file, since each write waits for the disk
 
 
 class JudgeError(ValueError):
-    """A judge cannot be asked any further; the message names the judge, the number and the remedy."""
+    """A judge cannot be queried further; the message names the judge, the number and the remedy."""
 
 
 @dataclass
 class Counts:
-    """What a judge was asked in this process.
+    """Counts of the queries to a judge in this process.
 
     Attributes:
       calls: exchanges with the endpoint.
-      cached: answers that were known.
+      cached: answers found in the cache.
       refused: answers that decline to answer.
-      unreadable: answers that could not be parsed, each time.
+      unreadable: answers that could not be parsed.
       prompt_tokens, completion_tokens: as the endpoint counts them.
       cost: in the currency of the prices.
     """
@@ -49,19 +49,19 @@ class Counts:
 
 @dataclass
 class Judge:
-    """A model that is asked by messages and answers with text.
+    """A chat model that answers questions with text.
 
-    Answers are kept by the content of the question (model, messages, temperature, limit, number of the vote), on disk
-    where `cache` names a file: a question that was asked before costs nothing, in this run or in another.
+    Answers are cached by the content of the question (model, messages, temperature, limit, number of the vote), on disk
+    if `cache` names a file, so that repeated questions cost nothing, also in later runs.
 
     Attributes:
-      endpoint: where it is; its `concurrency` questions are under way at once.
+      endpoint: its address; at most `concurrency` questions run in parallel.
       temperature: of the answer; 0 is greedy.
       max_tokens: of the answer.
-      cache: SQLite file of what was answered; None keeps it in memory.
-      budget: of cost, in the currency of the prices; None has no bound. Without prices it counts tokens.
-      price_prompt, price_completion: of a million tokens.
-      attempts: times that a question is asked whose answer cannot be read, each time as another vote.
+      cache: SQLite file of the answers; None keeps them in memory.
+      budget: largest cost, in the currency of the prices, or in tokens without prices; None is no bound.
+      price_prompt, price_completion: per million tokens.
+      attempts: tries of a question whose answer cannot be parsed, each as another vote.
     """
 
     endpoint: Endpoint
@@ -89,9 +89,9 @@ class Judge:
     def ask_all(
         self, questions: Sequence[str], parse: Callable[[str], Any], *, votes: int = 1, system: str | None = None
     ) -> list[list[Any]]:
-        """What the judge answers to each question, parsed: `votes` entries a question, None where none can be read.
+        """The parsed answers to each question: `votes` entries per question, None where none can be parsed.
 
-        Equal questions are asked once. An answer that `parse` cannot read (None) is asked for again, `attempts` times.
+        Equal questions are asked once. A question is repeated up to `attempts` times while `parse` returns None.
 
         Raises:
           JudgeError: when the budget is used up.
@@ -107,7 +107,7 @@ class Judge:
                     return found
                 with self._lock:
                     self.counts.unreadable += 1
-                if self.temperature == 0:  # it would say the same again
+                if self.temperature == 0:  # the answer would be the same
                     break
             return None
 
@@ -181,7 +181,7 @@ class Judge:
                 self._save()
 
     def _save(self) -> None:
-        """Write what is not in the file yet; whoever calls holds the lock, which the others wait for."""
+        """Write the unsaved answers; the caller holds the lock."""
         if self._unsaved:
             database = self._database()
             database.execute("BEGIN IMMEDIATE")
@@ -190,7 +190,7 @@ class Judge:
             self._unsaved.clear()
 
     def _database(self) -> sqlite3.Connection:
-        """The cache, opened once; whoever calls holds the lock."""
+        """The cache, opened once; the caller holds the lock."""
         assert self.cache is not None
         if self._opened is None:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def judge_of(described: Mapping[str, Any], where: str) -> Judge:
 
 
 def is_refusal(text: str) -> bool:
-    """Whether an answer declines to answer, by how it begins.
+    """Whether an answer is a refusal, by its beginning.
 
     >>> is_refusal("I'm sorry, but I can't rate this."), is_refusal('{"rating": 3}')
     (True, False)
@@ -231,7 +231,7 @@ def is_refusal(text: str) -> bool:
 
 
 def parsed_object(text: str) -> dict[str, Any] | None:
-    """The one JSON object that an answer is, or that stands in its one fenced block; None for prose around it.
+    """The JSON object of an answer that is one object or one fenced block with it; None for any other text.
 
     >>> parsed_object('{"rating": 4}'), parsed_object('Well, {"rating": 4}')
     ({'rating': 4}, None)

@@ -13,7 +13,7 @@ from jaxrl_llm.rewards.judges.asked import Judge
 from jaxrl_llm.rewards.judges.ratings import asked_judge, mean_vote, require_fields, stated
 
 STEP = (
-    "Judge one step of an answer to the problem below, in the light of what stands before it.\n\n"
+    "Judge one step of an answer to the problem below, given the text before it.\n\n"
     "Problem:\n{prompt}\n\nReference answer:\n{answer}\n\nBefore the step:\n{before}\n\nStep:\n{step}\n\n"
     "Reply with a JSON object and nothing else, {lowest} for a wrong or useless step and {highest} for a right one: "
     '{{"rating": <whole number from {lowest} to {highest}>}}'
@@ -31,33 +31,33 @@ def judge_turns(
     highest: int = 1,
     votes: Count = 1,
 ) -> Callable[..., np.ndarray]:
-    """A judge rates each step or turn of a completion: labels of thoughts, shares of utterances in a success, hits.
+    """A judge rates each step or turn of a completion, for labels of steps or contributions of utterances.
 
         label_s = (mean rating - lowest) / (highest - lowest)
 
-    All steps of all rows are asked for at once. Steps are those of the field `turn` (`step_borders`,
-    `separated_turns`, or of an environment); what the policy has not written is shown in front, and not judged.
+    All steps of all rows are sent in one batch. Steps are those of the field `turn` (`step_borders`, `separated_turns`,
+    or of an environment); tokens that the policy did not sample are shown as context, not judged.
 
     Args:
-      judge: behind an endpoint, as in `judge_rating`.
+      judge: a judge behind an endpoint, as in `judge_rating`.
       tokenizer: filled from the run.
       max_turns: S; later steps have no label.
       template: question, with {prompt}, {answer}, {before}, {step}, {lowest}, {highest}.
-      lowest, highest: of the ratings; 0 to 3 for how much an utterance has contributed (Sotopia-RL).
-      votes: ratings of each step; more than one needs a temperature.
+      lowest, highest: of the ratings; 0 to 3 for the contribution of an utterance (Sotopia-RL).
+      votes: ratings per step; more than one needs a temperature.
 
     Returns:
-      A reading of (prompts, answers, tokens, length, turn, mask): [B, S], NaN for a step that is not there, or on which
-      no vote can be read.
+      A reading of (prompts, answers, tokens, length, turn, mask): [B, S], NaN for missing steps and for steps without a
+      readable vote.
 
     Raises:
-      ValueError: for a template with other fields, ratings without a range, or a judge that is not described well.
+      ValueError: for a template with other fields, lowest >= highest, or an invalid judge.
 
     Reference: thought-level process reward (2507.23317); Sotopia-RL (2508.03905); CALM (2409.12798).
     Certainty: recalled
     """
     if lowest >= highest:
-        raise ValueError(f"highest is {highest}, but lowest {lowest}; ratings need a range")
+        raise ValueError(f"highest is {highest} and lowest is {lowest}; highest must be above lowest")
     require_fields(template, prompt="", answer="", before="", step="", lowest="", highest="")
     asked = asked_judge(judge, votes)
 

@@ -1,4 +1,4 @@
-"""Pointwise judgements: a rating, its expectation, weighted criteria."""
+"""Pointwise judgements: ratings, expected ratings, rubrics."""
 
 from __future__ import annotations
 
@@ -41,30 +41,29 @@ def judge_rating(
 
         r = (mean rating - lowest) / (highest - lowest)
 
-    A vote that cannot be read, or lies out of range, is asked for again (at temperature 0 it is not: it would be the
-    same) and then left out; where no vote can be read the reward does not apply. The middle value would leak into
-    baselines.
+    A vote that cannot be parsed, or lies out of range, is repeated (not at temperature 0) and then left out; without a
+    readable vote the reward does not apply. A middle value instead would bias baselines.
 
     Args:
       judge: `{url: ..., model: ...}`, with fields of `Endpoint` and `Judge`; or `{network: NAME}` of the run, with
-        `max_completion_tokens`, `max_prompt_tokens` and `temperature`, whose verdict is written in the step.
+        `max_completion_tokens`, `max_prompt_tokens` and `temperature`, whose verdict is sampled within the step.
       template: question, with {prompt}, {completion}, {answer}, {lowest}, {highest}.
       lowest, highest: of the ratings.
-      votes: ratings of each completion; more than one needs a temperature.
-      system: message in front.
-      after: as in `stated_rating`, for a judge that gives its reasons first.
+      votes: ratings per completion; more than one needs a temperature.
+      system: system message.
+      after: as in `stated_rating`, for a judge that states its reasons first.
 
     Returns:
-      A reading of (prompts, completions, answers), or of what the network wrote.
+      A reading of (prompts, completions, answers), or of the network's text.
 
     Raises:
-      ValueError: for a template with other fields, ratings without a range, or a judge that is not described well.
+      ValueError: for a template with other fields, lowest >= highest, or an invalid judge.
 
     Reference: LLM as a judge (2306.05685).
     Certainty: recalled
     """
     if lowest >= highest:
-        raise ValueError(f"highest is {highest}, but lowest {lowest}; ratings need a range")
+        raise ValueError(f"highest is {highest} and lowest is {lowest}; highest must be above lowest")
     require_fields(template, prompt="", completion="", answer="", lowest="", highest="")
 
     def questions(prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> list[str]:
@@ -92,15 +91,15 @@ def judge_rating(
 def stated_rating(
     verdict_text: Sequence[str | None], *, lowest: int = 1, highest: int = 5, after: str = ""
 ) -> list[float | None]:
-    """The rating that a network wrote, scaled to [0, 1]; None where there is none to read.
+    """The rating in a network's text, scaled to [0, 1]; None where it cannot be read.
 
         r = (rating - lowest) / (highest - lowest)
 
     Args:
-      verdict_text: what it wrote, as a JSON object with `rating`, or the number alone.
+      verdict_text: the network's text: a JSON object with `rating`, or the number alone.
       lowest, highest: of the ratings.
-      after: a text that stands in front of the rating; what stands in front of its last place is not read, and without
-        it there is no rating.
+      after: a text before the rating; only the text after its last occurrence is read, and without it there is no
+        rating.
 
     Reference: LLM as a judge (2306.05685).
     Certainty: recalled
@@ -124,10 +123,10 @@ def stated(text: str, *, lowest: int, highest: int, after: str = "") -> float | 
 
 
 def written_verdict(judge: Mapping[str, Any], questions: Callable[..., list[str]], parse: Callable[..., Any]) -> Any:
-    """A reading of what a network of the run writes as its verdict, and the view that it writes (`written_view`).
+    """A reading of the verdict that a network of the run samples, with its view as attribute `written_view`.
 
     Raises:
-      ValueError: for fields that such a judge does not have.
+      ValueError: for an unknown field of the judge.
     """
     known = ("network", "max_completion_tokens", "max_prompt_tokens", "temperature")
     for name in judge:
@@ -152,7 +151,7 @@ def expected_rating(
       lowest, highest: of the ratings.
 
     Returns:
-      One reward a row; NaN (does not apply) where the judge gave no rating any probability.
+      One reward per row; NaN (does not apply) where all ratings have probability 0.
 
     Reference: LLM as a judge (2306.05685).
     Certainty: recalled
@@ -165,13 +164,13 @@ def expected_rating(
 
 
 def rubric_score(met: Sequence[Any], points: Sequence[float], *, clip: bool = False) -> float:
-    """The share of the points of a rubric that an answer earns; negative points are penalties.
+    """Earned points of a rubric divided by its positive points; negative points are penalties.
 
         s = sum_k met_k points_k / sum_{k: points_k > 0} points_k,   0 without positive points
 
     Args:
       met: whether each criterion is met.
-      points: of each criterion.
+      points: points of each criterion.
       clip: into [0, 1], for reports.
 
     >>> rubric_score([1, 0, 1, 1], [5, 3, 2, -4])
@@ -191,22 +190,22 @@ def rubric_score(met: Sequence[Any], points: Sequence[float], *, clip: bool = Fa
 def judge_rubric(
     *, judge: Mapping[str, Any] | Judge, template: str = CRITERION, votes: Count = 1, clip: bool = False
 ) -> Callable[..., list[float | None]]:
-    """A judge decides for each criterion of the problem's own rubric whether the completion meets it.
+    """A judge decides for each criterion of the problem's rubric whether the completion meets it.
 
     The reward is `rubric_score`. The rubric is the data's column `rubric`: a list of {criterion, points}. A criterion
-    on which no vote can be read leaves the row without a reward.
+    without a readable vote leaves the row without a reward.
 
     Args:
       judge: as in `judge_rating`.
       template: question, with {prompt}, {completion}, {criterion}.
-      votes: on each criterion; the majority decides, and a tie is not met.
+      votes: votes per criterion, decided by majority; a tie counts as not met.
       clip: as in `rubric_score`.
 
     Returns:
       A reading of (prompts, completions, rubric).
 
     Raises:
-      ValueError: for a template with other fields; when called, for a rubric that is not as described.
+      ValueError: for a template with other fields; when called, for an invalid rubric.
 
     Reference: OpenRubrics (2510.07743); RuscaRL (2508.16949).
     Certainty: recalled
@@ -261,9 +260,9 @@ def consistent_criteria(
     """(share of verdicts that name the preferred answer, whether the criteria are kept) for each pair.
 
     Args:
-      verdicts: of the judge on each pair under the criteria, several a pair.
+      verdicts: verdicts of the judge on each pair under the criteria, several per pair.
       labels: the preferred answer of each pair.
-      least_rate: share from which criteria are kept.
+      least_rate: smallest share of criteria that are kept.
 
     Reference: OpenRubrics (2510.07743).
     Certainty: recalled
@@ -273,7 +272,7 @@ def consistent_criteria(
 
 
 def require_fields(template: str, **known: str) -> None:
-    """Raises ValueError for a template that has fields other than these."""
+    """Raise ValueError for a template with other fields."""
     try:
         template.format(**known)
     except (KeyError, IndexError, ValueError) as error:
@@ -287,12 +286,12 @@ def asked_judge(described: Mapping[str, Any] | Judge, votes: int) -> Judge:
     asked = described if isinstance(described, Judge) else judge_of(described, "judge")
     if votes > 1 and asked.temperature == 0:
         raise ValueError(
-            f"votes is {votes}, but judge.temperature 0 gives the same each time; raise it, or take 1 vote"
+            f"votes is {votes} with judge.temperature 0, which gives equal votes; raise the temperature, or take 1 vote"
         )
     return asked
 
 
 def mean_vote(values: Sequence[Any]) -> float | None:
-    """Mean of the votes that could be read; None for none."""
+    """Mean of the readable votes; None without any."""
     known = [float(value) for value in values if value is not None]
     return sum(known) / len(known) if known else None

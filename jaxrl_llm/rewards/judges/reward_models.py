@@ -1,4 +1,4 @@
-"""The score of a reward model that the run trains, or has read from another one, as a reward."""
+"""The score of a reward model, trained in the run or loaded, as a reward."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from jaxrl_llm.ranges import Positive, ranged
 
 
 def step_value(process_scores: Float[Array, "B"]) -> Float[Array, "B"]:
-    """How likely the network `process` finds that what was written so far leads to a right answer.
+    """Probability of a right answer under the process reward model `process`.
 
-        r = sigmoid(score behind the last token)
+        r = sigmoid(score after the last token)
 
-    With weight 0 it pays nothing; `tree_search` reads it.
+    Use it with weight 0 as input of `tree_search`.
+
+    Args:
+      process_scores: score after the last token of each row.
+
+    Returns:
+      One reward per row in (0, 1), float32.
 
     Reference: ReST-MCTS* (2406.03816).
     Certainty: verified
@@ -27,20 +33,22 @@ def step_value(process_scores: Float[Array, "B"]) -> Float[Array, "B"]:
 def learned_reward(
     reward_scores: Float[Array, "B"], *, shift: float = 0.0, scale: Positive = 1.0, limit: Positive | None = None
 ) -> Float[Array, "B"]:
-    """What the network `reward` says of a completion.
+    """The normalised score of the network `reward`.
 
         r = clip((s - shift) / scale, -limit, limit)
 
-    A reward model is right where its pairs were; far from there the policy finds what it overrates. Keep a divergence
-    from the reference in the recipe, and a verifier of weight 0 in front where there is one: `correct` reports it.
+    A reward model is accurate only near its training pairs; elsewhere the policy exploits its errors. Keep a divergence
+    from the reference in the recipe, and, where available, a verifier of weight 0 as first reward for the metric
+    `correct`.
 
     Args:
-      reward_scores: one number a completion, of a stage before this one or of a checkpoint.
-      shift, scale: mean and deviation of the scores on reference answers; a pair's scores have no zero of their own.
-      limit: bound of the reward; None is none.
+      reward_scores: one number per completion, of a network from an earlier stage or a checkpoint.
+      shift, scale: mean and deviation of the scores on reference answers, since preference pairs do not fix the zero of
+        scores.
+      limit: bound of |r|; None is no bound.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for a scale or limit that is not positive.

@@ -1,4 +1,4 @@
-"""Ranking the samples of a group by matches between pairs of them."""
+"""Tournaments: ranking the samples of a group by pairwise comparisons."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Scheme = Literal["single_elimination", "round_robin", "anchor", "swiss"]
 Pairs = Sequence[tuple[int, int]]
 # (pairs of one round) -> (points of the first, points of the second) of each.
 Play = Callable[[Pairs], list[tuple[float, float]]]
-# Yields the pairs of each round, is sent their points, and returns what the tournament found.
+# Yields the pairs of each round, receives their points, and returns the result of the tournament.
 Rounds = Generator[Pairs, list[tuple[float, float]], Any]
 MATCH = (
     "Compare two answers to the problem below and give each points from 0 (worst) to 10 (best).\n\n"
@@ -29,13 +29,13 @@ MATCH = (
 def tournament_rewards(size: int, play: Play, *, scheme: Scheme = "single_elimination") -> tuple[list[float], int]:
     """(reward in [0, 1] of each of `size` samples, number of matches).
 
-        round_robin         everybody plays everybody; win 1, tie 1/2; reward (m - rank) / (m - 1), m the last rank
-        anchor              everybody plays sample 0, and is ranked by its points there
+        round_robin         all pairs play; win 1, tie 1/2; reward (m - rank) / (m - 1), m the last rank
+        anchor              all samples play sample 0, ranked by their points in that match
         single_elimination  an anchor round seeds a bracket; reward 1 - position / (size - 1)
-        swiss               ceil(log2 size) rounds of players with like points; ties are broken by the opponents' points
+        swiss               ceil(log2 size) rounds between players of similar points; ties by the opponents' points
 
-    In the bracket seeds 1 and 2 meet last where size is a power of two; an odd last player advances and stands first in
-    the next round; the player who stands first wins a tie.
+    In the bracket seeds 1 and 2 meet last if size is a power of two; an odd last player advances and is listed first in
+    the next round; the player listed first wins a tie.
 
     Args:
       size: samples of a group, at least 2.
@@ -119,7 +119,7 @@ def _swiss(size: int) -> Rounds:
             one = waiting.pop(0)
             place = next((n for n, other in enumerate(waiting) if other not in met[one]), 0)
             pairs.append((one, waiting.pop(place)))
-        if waiting:  # it is left over, and wins
+        if waiting:  # a bye counts as a win
             points[waiting[0]] += 1
         for (i, j), (one, two) in zip(pairs, (yield pairs), strict=True):
             points[i] += (one > two) + (one == two) / 2
@@ -134,10 +134,10 @@ def _swiss(size: int) -> Rounds:
 def judge_tournament(
     *, judge: Mapping[str, Any] | Judge, scheme: Scheme = "single_elimination", template: str = MATCH
 ) -> Callable[..., list[float | None]]:
-    """A judge compares samples of the same prompt in pairs; the reward is the place in the tournament.
+    """A judge compares samples of the same prompt in pairs; the reward is the rank in the tournament.
 
-    Each match is asked for in both orders, and the points of both are added; an answer that cannot be read counts 5 for
-    both sides. Matches of one round, of all groups, are asked for at once.
+    Each match is judged in both orders, and the points are added; an unreadable answer counts 5 for both sides. The
+    matches of one round of all groups are sent together.
 
     Args:
       judge: as in `judge_rating`.
@@ -173,7 +173,7 @@ def judge_tournament(
         rewards: list[float | None] = [None] * len(completions)
         going = [(rows, _rounds(len(rows), scheme)) for rows in members.values() if len(rows) > 1]
         waiting = [(rows, rounds, next(rounds)) for rows, rounds in going]
-        while waiting:  # the round of every group at once, so that the judge is kept at its concurrency
+        while waiting:  # one round of all groups together, to use the judge's concurrency
             questions = [
                 template.format(prompt=prompts[rows[0]], first=completions[rows[i]], second=completions[rows[j]])
                 for rows, _, pairs in waiting

@@ -1,4 +1,4 @@
-"""Scores of a generative judge: how likely it is to say yes, or that one answer is the better one."""
+"""Scores of a generative judge: the probability of yes, or of one answer being better than another."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def verdict_score(
     *,
     form: VerdictForm = "probability",
 ) -> Float[Array, "B"]:
-    """What a judge thinks of an answer, read off the verdicts yes and no at the end of a question about it.
+    """A judge's score of an answer, from the probabilities of yes and no after a question about it.
 
         probability  r = P(yes)
         two_way      r = sigmoid(log P(yes) - log P(no))
         logit        r = log P(yes) - log P(no)
 
-    The probability lies below the two-way score by the factor P(yes) + P(no), what the judge gives other words. Views
-    `yes` and `no` put the verdict behind the question; nothing is written.
+    The probability is the two-way score times P(yes) + P(no). Views `yes` and `no` append the verdict to the question;
+    no text is sampled.
 
     Args:
       yes_logprobs, no_logprobs: log-probability of each token of the verdict.
-      yes_mask, no_mask: 1 on these.
+      yes_mask, no_mask: 1 on tokens of the verdict.
       form: as above.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for an unknown form.
@@ -58,18 +58,18 @@ def verdict_score(
 
 
 def unbiased_comparison(first_share: Float[Array, "B"], swapped_share: Float[Array, "B"]) -> Float[Array, "B"]:
-    """The reward of an answer against an anchor, free of the judge's taste for one of the two places.
+    """The reward of an answer against an anchor, without the judge's position bias.
 
         r = (first_share + 1 - swapped_share) / 2 - 1/2
 
-    A constant taste cancels; swapping the two gives -r; an answer that is its anchor gets 0.
+    A constant bias cancels; swapping the two gives -r; an answer equal to its anchor gets 0.
 
     Args:
       first_share: probability that the first of (answer, anchor) is the better one.
-      swapped_share: the same of (anchor, answer).
+      swapped_share: the same for (anchor, answer).
 
     Returns:
-      One reward a row in [-1/2, 1/2], float32.
+      One reward per row in [-1/2, 1/2], float32.
 
     Reference: Pairwise RL (2504.04950).
     Certainty: reconstructed
@@ -88,7 +88,7 @@ def judged_example(
     right: str = "1",
     wrong: str = "0",
 ) -> list[tuple[str, str]]:
-    """A question about each completion with the verdict of a verifier behind it: what a judge is trained on.
+    """A question about each completion and the verifier's verdict on it: training data of a judge.
 
     A view of (question, verdict); `negative_log_likelihood` of a network on it makes that network a judge, which is
     then asked with the same template (`judge_rating`, `lowest: 0`, `highest: 1`).
@@ -98,8 +98,11 @@ def judged_example(
       correct: 1 where the verifier accepts the completion.
       answers: reference answers.
       template: question, with {prompt}, {completion}.
-      right, wrong: the verdict; with {answer} in it the judge says first what it should have been (`judge_rating` reads
-        a rating behind such a reason with `after`).
+      right, wrong: the verdicts; with {answer} the judge states the reference answer first (`judge_rating` reads a
+        rating after such a reason with `after`).
+
+    Returns:
+      One (question, verdict) pair per row.
 
     >>> judged_example(["2+2="], ["5"], [0.0])
     [('2+2=5?', '0')]

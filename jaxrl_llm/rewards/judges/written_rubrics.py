@@ -1,4 +1,4 @@
-"""Rubrics that a judge writes by contrast of a better and a worse answer."""
+"""Rubrics that a judge derives from the contrast of a better and a worse answer."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def contrastive_rubrics(
     rule_points: float = 2.0,
     principle_points: float = 1.0,
 ) -> list[list[dict[str, Any]] | None]:
-    """A rubric of each pair of answers, written by a judge and kept where the judge can apply it.
+    """A rubric for each pair of answers, written by a judge and kept where it reproduces the preference.
 
     The judge sees problem, better and worse answer and writes criteria: rules to be checked, and principles. Then it
-    decides under the criteria alone which answer is better, in both orders; where the share of verdicts that name the
-    better one is below `least_rate`, or nothing can be read, there is no rubric. What is left is a column `rubric` for
+    decides under the criteria alone which answer is better, in both orders; the rubric is dropped where the share of
+    verdicts for the better one is below `least_rate`, or no answer can be parsed. The result is a column `rubric` for
     `judge_rubric`.
 
     Args:
       pairs: {prompt, chosen, rejected} texts.
-      judge: behind an endpoint, as in `judge_rating`.
+      judge: a judge behind an endpoint, as in `judge_rating`.
       template: first question, with {prompt}, {chosen}, {rejected}.
       verdict_template: second question, with {prompt}, {criteria}, {first}, {second}.
-      least_rate: share of verdicts from which a rubric is kept.
+      least_rate: smallest share of verdicts for which a rubric is kept.
       rule_points, principle_points: of a criterion.
 
     Returns:
-      A list of {criterion, points} a pair; None where none is kept.
+      A list of {criterion, points} per pair; None where it was dropped.
 
     Raises:
       ValueError: for a template with other fields, or a pair without one of the three texts.
@@ -88,7 +88,7 @@ def contrastive_rubrics(
 
 
 def _criteria(text: str) -> list[tuple[str, int]] | None:
-    """(criterion, 0 for a rule and 1 for a principle) of what a judge wrote; None where there is none to read."""
+    """(criterion, 0 for a rule and 1 for a principle) parsed from a judge's answer; None without any."""
     said = parsed_object(text) or {}
     lists = [said.get("rules"), said.get("principles")]
     found = [

@@ -1,4 +1,4 @@
-"""Rewards of turns from what somebody says of each: shares in the outcome, and subgoals that were reached."""
+"""Turn rewards from a judge's ratings: shares of the outcome, and bonuses for reached subgoals."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def attributed_turns(
     scale: float = 1.0,
     unrated: float = 0.0,
 ) -> Float[Array, "B S"]:
-    """The outcome of an episode, given to its turns by how much each contributed to it in each of several dimensions.
+    """The outcome of an episode, distributed over its turns by their contributions in one or several dimensions.
 
         scaled   r_ds = c_ds * e_d
         share    r_ds = c_ds * e_d / sum_s c_ds,   0 where nothing contributed
         r_s = scale * mean_d (r_ds - lowest_d) / (highest_d - lowest_d)
 
     Args:
-      contributions: c in [0, 1], such as `judge_turns` with ratings 0 to 3 gives; one a turn, or one a turn and
+      contributions: c in [0, 1], such as `judge_turns` with ratings 0 to 3; one per turn, or one per turn and
         dimension. Negative or NaN: unrated.
-      correct: e, the outcome; one a row, or one a row and dimension.
+      correct: e, the outcome; one per row, or one per row and dimension.
       form: as above.
-      lowest, highest: of r_d over the whole data, frozen; one number, or one a dimension.
-      scale: of the result (10 in the authors' code).
-      unrated: reward of a turn that is unrated in some dimension (-1 in the authors' code, where it is left out).
+      lowest, highest: of r_d over the whole data, frozen; one number, or one per dimension.
+      scale: factor of the result (10 in the authors' code).
+      unrated: reward of a turn that is unrated in any dimension (-1 in the authors' code, which leaves the turn out).
 
     Returns:
-      One reward a turn, float32.
+      One reward per turn, float32.
 
     Raises:
-      ValueError: for an unknown form, or a dimension whose highest is not above its lowest.
+      ValueError: for an unknown form, or a dimension with highest <= lowest.
 
     Reference: Sotopia-RL (2508.03905).
     Certainty: verified
@@ -52,7 +52,7 @@ def attributed_turns(
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(Attribution))}")
     ends = [(end,) if isinstance(end, int | float) else tuple(end) for end in (lowest, highest)]
     if len(ends[0]) != len(ends[1]) or any(high <= low for low, high in zip(*ends, strict=True)):
-        raise ValueError(f"highest is {highest} and lowest {lowest}; each dimension needs a highest above its lowest")
+        raise ValueError(f"highest is {highest} and lowest is {lowest}; highest must be above lowest in each dimension")
     c = contributions[..., None] if contributions.ndim == 2 else contributions
     e = correct[:, None] if correct.ndim == 1 else correct
     chex.assert_rank([c, e], [3, 2])
@@ -72,17 +72,17 @@ def subgoal_rewards(
 ) -> Float[Array, "B S"]:
     """Rewards of turns with a bonus for each subgoal that the turn reaches.
 
-        u_s = r_s + coefficient * sum_k hit_sk,   of each subgoal k the first hit of an episode alone, where `once`
+        u_s = r_s + coefficient * sum_k hit_sk,   only the first hit of each subgoal k of an episode with `once`
 
     Args:
-      hits: 1 where turn s reaches subgoal k, in the eyes of a judge or of the task; without the last axis, of one
-        subgoal. NaN is no hit, and turns that it does not reach have none.
-      turn_rewards: r, the task's own.
-      coefficient: of a hit; the outcome's reward over twice the number of subgoals keeps the outcome worth more.
-      once: a subgoal pays at most once; without it hits can be farmed.
+      hits: 1 where turn s reaches subgoal k, from a judge or the task; without the last axis for one subgoal. NaN is no
+        hit; missing turns have no hit.
+      turn_rewards: r, the rewards of the task.
+      coefficient: reward per hit; keep it below the outcome's reward divided by twice the number of subgoals.
+      once: count each subgoal at most once; otherwise hits can be farmed.
 
     Returns:
-      One reward a turn, float32.
+      One reward per turn, float32.
 
     Raises:
       ValueError: for a negative coefficient.

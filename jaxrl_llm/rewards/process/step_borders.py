@@ -1,4 +1,4 @@
-"""Which reasoning step each token belongs to, read from the text, for any tokenizer."""
+"""Assignment of tokens to reasoning steps, from the text, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxrl_llm.ranges import ranged
 
 Border = Literal["line", "blank_line", "sentence", "closing_tag", "tool_call", "thought_switch"]
 
-# A step ends behind a match; a switch of thought begins a step in front of it.
+# A step ends after a match; a switch of thought begins a step before it.
 _ENDS = {
     "line": rb"\n",
     "blank_line": rb"\n[ \t\r]{0,80}\n",
@@ -27,29 +27,29 @@ _SWITCH = rb"(?<![\w])(?:Wait|Alternatively|However|Hmm|But|Let me|Actually|On s
 def step_borders(
     *, tokenizer: Any, border: Border = "line", pattern: str | None = None, before: bool = False
 ) -> Callable[..., list[np.ndarray]]:
-    """The number of the step that each token belongs to, for the field `turn`: what is said of turns holds of steps.
+    """The step index of each token, for the field `turn`, so that functions of turns apply to steps.
 
         line            a step ends with a line
         blank_line      with an empty line
-        sentence        with . ! ? in front of a blank
+        sentence        with . ! ? followed by a blank
         closing_tag     with any closing tag
         tool_call       with the closing tag of a call
-        thought_switch  a step begins with a word of doubt such as wait or alternatively
+        thought_switch  a step begins with a word such as wait or alternatively
 
-    A token belongs to the step in which its first byte lies, so a border within a token is one behind it. Text behind
-    the last border is a step of its own; a completion without a border is one step.
+    A token belongs to the step of its first byte, so a border inside a token takes effect after it. Text after the last
+    border is a separate step; a completion without a border is one step.
 
     Args:
       tokenizer: filled from the run.
       border: as above.
-      pattern: a regular expression in its place.
-      before: of a pattern, whether a step begins with a match; else it ends with it.
+      pattern: a regular expression in place of `border`.
+      before: whether a step begins with a match of the pattern; else it ends with it.
 
     Returns:
-      A reading of (completions, tokens, length): one array of step numbers a row.
+      A reading of (completions, tokens, length): one array of step numbers per row.
 
     Raises:
-      ValueError: for an unknown border, or a pattern that is no regular expression.
+      ValueError: for an unknown border, or an invalid regular expression.
 
     Reference: PURE (2504.15275); segments are read as in process reward models (2305.20050).
     Certainty: verified
@@ -61,7 +61,7 @@ def step_borders(
         given = pattern.encode() if pattern is not None else _SWITCH if before else _ENDS[border]
         found = re.compile(given)
     except re.error as error:
-        raise ValueError(f"pattern is {pattern!r}, which is no regular expression: {error}") from None
+        raise ValueError(f"pattern is {pattern!r}, which is not a valid regular expression: {error}") from None
     pieces = [piece or b"" for piece in tokenizer.token_bytes()]
 
     def borders(completions: Sequence[str], tokens: np.ndarray, length: np.ndarray) -> list[np.ndarray]:
@@ -73,7 +73,7 @@ def step_borders(
 
 
 def steps_of(pieces: Sequence[bytes], found: re.Pattern[bytes], before: bool) -> np.ndarray:
-    """Number of the step of each piece of a text.
+    """Step index of each piece of a text.
 
     >>> steps_of([b"a", b".", b" b"], re.compile(rb"[.]"), False).tolist()
     [0, 0, 1]
@@ -81,6 +81,6 @@ def steps_of(pieces: Sequence[bytes], found: re.Pattern[bytes], before: bool) ->
     text = b"".join(pieces)
     places = [match.start() if before else match.end() for match in found.finditer(text) if match.end() > match.start()]
     starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1]
-    # What begins at the very start or ends at the very end divides nothing.
+    # Borders at the start or the end of the text are ignored.
     inner = np.array([place for place in places if 0 < place < len(text)], np.int64)
     return np.searchsorted(inner, starts, side="right").astype(np.int32)

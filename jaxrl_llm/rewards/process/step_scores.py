@@ -1,4 +1,4 @@
-"""Rewards of steps out of what a network says behind them, out of continuations, spans, durations and milestones."""
+"""Step rewards from network outputs, continuations, spans, durations and milestones."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def step_end_scores(
     max_turns: Count,
     form: StepForm = "probability",
 ) -> Float[Array, "B S"]:
-    """What a network says behind the last token of each step.
+    """A network's output after the last token of each step.
 
         score         r_s = z_s
         probability   r_s = sigmoid(z_s)
-        increment     r_s = sigmoid(z_s) - sigmoid(z_{s-1}), with 1/2 in front of the first step
+        increment     r_s = sigmoid(z_s) - sigmoid(z_{s-1}), with 1/2 before the first step
 
-    `reads: {process_values: progress_values, process_scores: progress_scores}` reads another network than `process`.
+    `reads: {process_values: progress_values, process_scores: progress_scores}` selects another network than `process`.
 
     Args:
-      process_values, process_scores: what the head says before each token, and behind the last one.
+      process_values, process_scores: output of the head before each token, and after the last one.
       turn: index of the step that each token belongs to.
       mask: non-zero on tokens that count.
       length: completion tokens including end of sequence.
@@ -46,7 +46,7 @@ def step_end_scores(
       form: as above.
 
     Returns:
-      One number a step, float32; 0 for steps that were not taken.
+      One number per step, float32; 0 for steps that were not taken.
 
     Raises:
       ValueError: for an unknown form.
@@ -61,7 +61,7 @@ def step_end_scores(
         return found
     good = jax.nn.sigmoid(found)
     if form == "increment":
-        # A step that was not taken hands on what the one before it left.
+        # Skip steps that were not taken: compare with the last taken step before.
         place = jax.lax.cummax(jnp.where(taken, jnp.arange(max_turns)[None, :], -1), axis=1)
         before = jnp.concatenate([jnp.full_like(place[:, :1], -1), place[:, :-1]], axis=1)
         earlier = jnp.where(before < 0, 0.5, jnp.take_along_axis(good, jnp.maximum(before, 0), axis=1))
@@ -78,24 +78,24 @@ def aggregated_steps(
     form: Aggregate = "min",
     without_steps: float = 0.0,
 ) -> Float[Array, "B"]:
-    """One score of an answer out of those of its steps.
+    """One score of an answer, aggregated over its steps.
 
         min       r = min_s r_s
         product   r = prod_s r_s
         mean      r = mean_s r_s
         last      r = r_s of the last step
 
-    For probabilities product <= min <= mean; the least is the usual choice for best-of-n.
+    For probabilities product <= min <= mean; min is the usual choice for best-of-n.
 
     Args:
       turn_rewards: score of each step.
       turn: index of the step that each token belongs to.
       mask: non-zero on tokens that count; a step without any was not taken.
       form: as above.
-      without_steps: score of a row that took no step.
+      without_steps: score of rows without a step.
 
     Returns:
-      One score a row, float32.
+      One score per row, float32.
 
     Raises:
       ValueError: for an unknown form.
@@ -125,18 +125,18 @@ def aggregated_steps(
 def continuation_labels(
     successes: Float[Array, "*B S"], continuations: Float[Array, "*B S"], *, form: Estimate = "soft"
 ) -> Float[Array, "*B S"]:
-    """Labels of steps, of how many continuations from behind each came out right.
+    """Labels of steps from the success of continuations after each.
 
         hard   y_s = 1 where a continuation is right, else 0
         soft   y_s = right continuations / continuations
 
     Args:
-      successes: right continuations from each border.
-      continuations: how many were drawn from it.
+      successes: number of right continuations after each step.
+      continuations: number of sampled continuations after each step.
       form: as above.
 
     Returns:
-      One label a step, float32; NaN where nothing was continued.
+      One label per step, float32; NaN without continuations.
 
     Raises:
       ValueError: for an unknown form.
@@ -157,7 +157,7 @@ def continuation_labels(
 def labels_at_ends(
     turn_labels: Float[Array, "B S"], turn: Int[Array, "B T"], mask: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """The label of each step on the last token of it that counts, NaN elsewhere: fill `step_labels` with it.
+    """The label of each step on its last token that counts, NaN elsewhere, for the field `step_labels`.
 
     Args:
       turn_labels: label of each step, NaN for none (`continuation_labels`, `judge_turns`).
@@ -165,7 +165,7 @@ def labels_at_ends(
       mask: non-zero on tokens that count; a step without any was not taken.
 
     Returns:
-      One label a token, float32.
+      One label per token, float32.
 
     >>> labels_at_ends(jnp.array([[0.5, 1.0]]), jnp.array([[0, 0, 1]]), jnp.ones((1, 3))).tolist()
     [[nan, 0.5, 1.0]]
@@ -192,22 +192,22 @@ def progress_attribution(
     alpha: NonNegative = 1.0,
     beta: NonNegative = 0.5,
 ) -> Float[Array, "B S"]:
-    """Rewards of turns: what each is held to contribute to the return, and whether it did anything.
+    """Turn rewards from predicted contributions to the return, plus a bonus for actions with an effect.
 
         r_s = alpha * c_s + beta * g_s
 
-    The last turn that was taken counts as grounded. beta alone rewards any action that can be carried out: keep it
-    below the outcome's share.
+    The last turn that was taken counts as grounded. beta rewards any executable action: keep it below the outcome's
+    share.
 
     Args:
-      contributions: c, what a network that `return_decomposition` trains says behind each turn (`step_end_scores`).
+      contributions: c, output of a network trained by `return_decomposition` after each turn (`step_end_scores`).
       turn: index of the turn that each token belongs to.
       mask: non-zero on tokens that count.
-      grounded: g, 0 where the answer to a turn says that nothing happened, else 1; None takes the last turn alone.
+      grounded: g, 0 where the observation after a turn reports no effect, else 1; None is 1 for the last turn only.
       alpha, beta: weights.
 
     Returns:
-      One reward a turn, float32; 0 for turns that were not taken.
+      One reward per turn, float32; 0 for turns that were not taken.
 
     Reference: SPA-RL (2505.20732).
     Certainty: verified
@@ -231,21 +231,21 @@ def added_span_rewards(
     offset: float = 0.0,
     scale: float = 1.0,
 ) -> Float[Array, "B T"]:
-    """Token rewards, and those of spans at the spans' last tokens: models of several densities, one entry for each.
+    """Token rewards plus span rewards on the last token of each span; one entry per reward model.
 
         rho_t <- rho_t + scale * (r_s + offset) where t is the last token of span s
 
-    A model of the whole text is one with a single span. Labels of 0 and 1 with offset -1/2 and scale 0.6 are +-0.3.
+    A model of the whole text has a single span. Labels of 0 and 1 with offset -1/2 and scale 0.6 are +-0.3.
 
     Args:
-      turn_rewards: what a model says of each span.
+      turn_rewards: a model's score of each span.
       turn: index of the span that each token belongs to.
       mask: non-zero on tokens that count.
       token_rewards: rewards so far; None is 0.
-      offset, scale: bring the model to its share of the reward.
+      offset, scale: normalise the model's scores.
 
     Returns:
-      One reward a token, float32.
+      One reward per token, float32.
 
     Reference: fine-grained human feedback (2306.01693).
     Certainty: verified
@@ -255,34 +255,50 @@ def added_span_rewards(
 
 
 def duration_weights(
-    durations: Float[Array, "B S"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
+    durations: Float[Array, "B S"] | Float[Array, "B"],
+    mask: Float[Array, "B T"],
+    weight: Float[Array, "B"],
+    turn: Int[Array, "B T"] | None = None,
+    *,
+    whole_rows: bool = False,
 ) -> Float[Array, "B T"]:
-    """Weights of actions by how long each took, for a batch in which slow ones are too rare.
+    """Weights of actions proportional to their duration, for batches in which slow actions are under-represented.
 
         w_s = d_s / mean(d)
 
-    over the actions of the batch. Where rows are collected for a fixed time and what still runs is cancelled, the share
-    of an action among those that finished is its probability over its duration; the weight undoes that. Where actors
-    start anew when they are done, or all wait for the slowest, it must be left out. Fill `token_weight` with it.
+    over the actions of the batch. If rows are collected for a fixed time and unfinished ones are cancelled, the share
+    of an action among the finished ones is its probability divided by its duration; the weight corrects this. Do not
+    use it if actors restart when done, or if all wait for the slowest. It fills `token_weight`, after
+    `finished_in_window` if that time is simulated.
 
     Args:
-      durations: d of each action, in any unit.
-      turn: index of the action that each token belongs to.
+      durations: d of each action, in any unit, as an environment or a reading says; [B] where a row is one action.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
+      turn: index of the action that each token belongs to; not read where a row is one action.
+      whole_rows: what is cancelled is a row and not an action of it, so that d is the sum over a row's actions, and the
+        mean is over rows.
 
     Returns:
-      One weight a token, 0 outside the mask and in absent rows; 1 everywhere where all durations are 0.
+      One weight per token, 0 outside the mask and in absent rows; 1 everywhere where all durations are 0.
 
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: recalled
     """
-    chex.assert_rank([durations, turn, mask, weight], [2, 2, 2, 1])
+    chex.assert_rank([durations, mask, weight], [{1, 2}, 2, 1])
+    if durations.ndim == 1:
+        durations, turn = durations[:, None], jnp.zeros(mask.shape, jnp.int32)
+    if turn is None:
+        raise ValueError(f"durations are of {durations.shape[1]} turns a row, so turn is needed; fill it in credit")
     turns = durations.shape[1]
     counted = (mask > 0) & (weight > 0)[:, None] & (turn >= 0) & (turn < turns)
     taken = at_turns(mask, turn, counted.astype(jnp.float32), turns)[1]
     d = jnp.where(taken, durations.astype(jnp.float32), 0.0)
-    mean = d.sum() / jnp.maximum(taken.sum(), 1)
+    if whole_rows:
+        d, taken = jnp.broadcast_to(d.sum(axis=1, keepdims=True), d.shape), taken.any(axis=1, keepdims=True)
+        mean = (d[:, :1] * taken).sum() / jnp.maximum(taken.sum(), 1)
+    else:
+        mean = d.sum() / jnp.maximum(taken.sum(), 1)
     each = jnp.where(mean > 0, d / jnp.where(mean > 0, mean, 1.0), 1.0)
     at = jnp.clip(turn, 0, turns - 1).astype(jnp.int32)
     return jnp.where(counted, jnp.take_along_axis(each, at, axis=1), 0.0)
@@ -298,23 +314,23 @@ def milestone_reward(
     failure: float = -10.0,
     add_to_valid: bool = True,
 ) -> Float[Array, "B"]:
-    """The score of a program's result, or a failure that is the milder the further the program came.
+    """The score of a program's result, or a failure reward that increases with the milestones reached.
 
-        r = q + each * m where there is a result and something was trained, failure + each * m where there is none
-        r = failure where nothing was trained
+        r = q + each * m with a valid result, failure + each * m without one, where a model was trained r = failure
+        where no model was trained
 
-    The messages that are counted must be put in by a model that does not learn, or the policy prints them itself.
+    The milestone messages must be inserted by a frozen model, or the policy learns to print them.
 
     Args:
-      quality: q, the grader's score; NaN where there is no valid result.
+      quality: q, the grader's score; NaN without a valid result.
       milestones: m, messages found in the output, each once.
-      trained: 1 where the program trained anything.
+      trained: 1 where the program trained a model.
       each: reward of a milestone.
       failure: reward without a result.
       add_to_valid: whether milestones count beside a valid result.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: recalled

@@ -1,4 +1,4 @@
-"""Rewards of steps, bounded or shaped so that more steps are not more reward."""
+"""Step rewards, bounded or shaped so that more steps do not give more reward."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def clipped_delta(
     delta: Delta = "drop",
     coefficient: NonNegative = 1.0,
 ) -> Float[Array, "B S"]:
-    """Scores of steps whose sum does not grow with the number of steps, and the outcome at the last one.
+    """Step scores whose sum does not grow with the number of steps, plus the outcome at the last step.
 
         clip    x_s = min(r_s - threshold, 0)
         delta   d_s = x_s - x_{s+1}
-        drop    d of the last step is 0 and that of the last but one x_s: the outcome speaks for the last
+        drop    d of the last step is 0 and that of the last but one x_s: the outcome covers the last step
         keep    d of the last step is x_s
 
-    Raw sums of a process reward model pay for repeated filler.
+    Raw sums of a process reward model reward repeated filler steps.
 
     Args:
       turn_rewards: r in [0, 1], the score of each step; NaN does not apply and counts as 0 after clipping.
       turn: index of the step that each token belongs to.
       mask: non-zero on tokens that count; the last step with one ends the row.
       rewards: the outcome, added to the last step; NaN adds nothing.
-      threshold: as a quantile or mean of the model's scores; None leaves the clipping out.
-      delta: how differences end; "none" takes no differences.
-      coefficient: factor of what the steps get, 0.02 to 1.
+      threshold: such as a quantile or mean of the model's scores; None is no clipping.
+      delta: form of the last difference; "none" takes no differences.
+      coefficient: factor of the step rewards, 0.02 to 1.
 
     Returns:
-      One reward a step, float32; 0 for steps that were not taken.
+      One reward per step, float32; 0 for steps that were not taken.
 
     Raises:
       ValueError: for an unknown delta.
@@ -75,25 +75,25 @@ def potential_shaped(
     *,
     gamma: Share = 1.0,
 ) -> Float[Array, "B S"]:
-    """Rewards of turns plus the discounted gain of a potential, which leaves the ranking of policies as it is.
+    """Turn rewards plus the discounted gain of a potential, which preserves the ranking of policies.
 
         r_s <- r_s + gamma * phi_{s+1} - phi_s,   phi = 0 where the episode ends
 
-    The discounted sum changes by -phi_0, the same for all that a policy may do.
+    The discounted sum changes by -phi_0, which does not depend on the policy's actions.
 
     Args:
-      potentials: phi of the state in front of each turn, and of the one behind the last; NaN counts as 0.
+      potentials: phi of the state before each turn, and of the one after the last; NaN counts as 0.
       turn: index of the turn that each token belongs to.
       mask: non-zero on tokens that count; the last turn with one ends the episode.
       rewards: total reward of each row, given at its last turn where there are no `turn_rewards`.
       turn_rewards: reward of each turn; they take the place of `rewards`.
-      gamma: discount of the return that the rewards are for.
+      gamma: discount of the return.
 
     Returns:
-      One reward a turn, float32; 0 for turns that were not taken.
+      One reward per turn, float32; 0 for turns that were not taken.
 
     Raises:
-      ValueError: if there is not one potential more than turns.
+      ValueError: unless the number of potentials is that of turns plus 1.
 
     Reference: potential-based shaping, Ng, Harada and Russell (1999).
     Certainty: recalled
@@ -102,8 +102,8 @@ def potential_shaped(
     turns = potentials.shape[1] - 1
     if turn_rewards is not None and turn_rewards.shape[1] != turns:
         raise ValueError(
-            f"potentials has {turns + 1} columns for {turn_rewards.shape[1]} turns; give one for the state in front of "
-            "each turn and one for the state behind the last"
+            f"potentials has {turns + 1} columns for {turn_rewards.shape[1]} turns; give one for the state before each "
+            "turn and one for the state after the last"
         )
     taken, last = _steps(turn, mask, turns)
     r = jnp.where(last, rewards[:, None], 0.0) if turn_rewards is None else turn_rewards
@@ -114,16 +114,16 @@ def potential_shaped(
 
 @ranged
 def accumulated_potentials(turn_rewards: Float[Array, "B S"], *, scale: NonNegative = 1.0) -> Float[Array, "B S+1"]:
-    """What was achieved so far as the potential of a state.
+    """The sum of earlier turn rewards as the potential of a state.
 
         phi_s = scale * sum_{k < s} r_k
 
     Args:
-      turn_rewards: r, what each turn achieves, such as `reference_progress`.
-      scale: potential of one achievement.
+      turn_rewards: r, reward of each turn, such as `reference_progress`.
+      scale: factor of the potential.
 
     Returns:
-      One potential for the state in front of each turn, and one for the state behind the last.
+      One potential for the state before each turn, and one for the state after the last.
     """
     total = jnp.cumsum(turn_rewards.astype(jnp.float32), axis=1)
     return scale * jnp.concatenate([jnp.zeros_like(total[:, :1]), total], axis=1)
@@ -132,7 +132,7 @@ def accumulated_potentials(turn_rewards: Float[Array, "B S"], *, scale: NonNegat
 def _steps(
     turn: Int[Array, "B T"], mask: Float[Array, "B T"], steps: int
 ) -> tuple[Bool[Array, "B S"], Bool[Array, "B S"]]:
-    """Which steps were taken, up to the last with a token that counts; and which is that."""
+    """(mask of steps up to the last with a token that counts, mask of that last step)."""
     place = jnp.arange(steps)[None, :]
     counted = tokens_per_turn(mask > 0, turn, steps) > 0
     last = jnp.max(jnp.where(counted, place, -1), axis=1, keepdims=True, initial=-1)

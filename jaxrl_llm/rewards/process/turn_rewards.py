@@ -1,4 +1,4 @@
-"""Turns of a completion and their rewards: where turns end, progress along a reference, sums, shaping, placement."""
+"""Turns of a completion and their rewards: borders, progress along a reference, sums, shaping, placement on tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, ranged
 Density = Literal["dense", "single"]
 Stage = Literal["first", "second"]
 
-# `;` of `jaxrl_llm.data.CharacterTokenizer`, which ends a step of a scratchpad; a test holds the two together.
+# `;` of `jaxrl_llm.data.CharacterTokenizer`, which ends a step of a scratchpad; a test checks that both agree.
 SEPARATOR_ID = 87
 
 
@@ -22,7 +22,7 @@ SEPARATOR_ID = 87
 def separated_turns(
     tokens: Int[Array, "B T"], length: Int[Array, "B"], *, separator_id: Natural = SEPARATOR_ID
 ) -> Int[Array, "B T"]:
-    """The turn of each token: how many separators stand before it. A separator belongs to the turn that it ends.
+    """The turn of each token: the number of separators before it. A separator belongs to the turn that it ends.
 
     Args:
       tokens: completion tokens, right-padded.
@@ -30,7 +30,7 @@ def separated_turns(
       separator_id: id of the token that ends a turn; by default the one that ends a step of a scratchpad.
 
     Returns:
-      One index a token, from 0; padding continues the last turn.
+      One index per token, from 0; padding continues the last turn.
 
     >>> separated_turns(jnp.array([[20, 87, 21, 22, 87]]), jnp.array([5])).tolist()
     [[0, 0, 1, 1, 1]]
@@ -56,7 +56,7 @@ def reference_progress(
 
         r_s = [ tokens of turn s == reference's tokens of turn s ]
 
-    The drop, in that turn, of the distance "turns of the reference that are not reproduced".
+    This is the decrease of the number of reference turns not yet reproduced.
 
     Args:
       tokens: completion tokens, right-padded.
@@ -64,11 +64,11 @@ def reference_progress(
       turn: index of the turn of each token (`separated_turns`).
       demonstration_tokens: reference completion, right-padded.
       demonstration_length: tokens in each reference completion.
-      max_turns: turns that are rewarded, S; those beyond have no reward.
+      max_turns: turns that are rewarded, S; later turns have no reward.
       separator_id: id of the token that ends a turn of the reference.
 
     Returns:
-      One reward a turn; 0 for a turn that either of the two did not take.
+      One reward per turn; 0 for turns that either of the two lacks.
 
     Raises:
       ValueError: for no turns.
@@ -82,7 +82,7 @@ def reference_progress(
     size = tokens_per_turn(inside, turn, max_turns)
     reference_size = tokens_per_turn(_inside(demonstration_tokens, demonstration_length), reference_turn, max_turns)
     first, reference_first = (jnp.cumsum(count, axis=1) - count for count in (size, reference_size))
-    # Each token is compared with the reference's token at the same place of the same turn.
+    # Compare each token with the reference's token at the same position of the same turn.
     shift = jnp.take_along_axis(reference_first - first, jnp.clip(turn, 0, max_turns - 1), axis=1)
     position = jnp.arange(tokens.shape[1])[None, :] + shift
     at = jnp.clip(position, 0, demonstration_tokens.shape[1] - 1)
@@ -93,19 +93,19 @@ def reference_progress(
 
 @ranged
 def episode_reward(turn_rewards: Float[Array, "B S"], *, turn: int | None = None) -> Float[Array, "B"]:
-    """The rewards of a conversation's turns added up, or that of one turn.
+    """The sum of a conversation's turn rewards, or the reward of one turn.
 
         r = sum_s r_s
 
     Args:
       turn_rewards: reward of each turn, 0 for those that were not taken.
-      turn: number of the turn that counts alone, from 0; negative ones count from the last that an episode may have.
+      turn: index of a single turn to use, from 0; negative indices count from the largest possible turn.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
-      ValueError: for a turn that no episode has.
+      ValueError: for a turn out of range.
     """
     chex.assert_rank(turn_rewards, 2)
     turns = turn_rewards.shape[1]
@@ -117,13 +117,13 @@ def episode_reward(turn_rewards: Float[Array, "B S"], *, turn: int | None = None
 
 
 def turn_count(turns: Int[Array, "B"]) -> Float[Array, "B"]:
-    """The turns that were taken, as a reward with a weight: a price on tools, or a bonus that can be farmed.
+    """The number of turns, as a weighted reward: a cost of tool calls, or a bonus that can be farmed.
 
     Args:
       turns: turns that were taken.
 
     Returns:
-      One number a row, float32.
+      One number per row, float32.
     """
     return turns.astype(jnp.float32)
 
@@ -132,7 +132,7 @@ def turn_count(turns: Int[Array, "B"]) -> Float[Array, "B"]:
 def normalized_turn_rewards(
     turn_rewards: Float[Array, "B S"], correct: Float[Array, "B"], *, attainable: Positive
 ) -> Float[Array, "B S"]:
-    """Scores of turns brought to one scale: their share of an episode that is won, and of what could be had else.
+    """Turn scores on one scale: divided by the number of scored turns in won episodes, else by the attainable total.
 
         r_s = s_s / #{k : s_k != 0} where the episode is won, else s_s / attainable
 
@@ -142,10 +142,10 @@ def normalized_turn_rewards(
       attainable: total of the scores that an episode can reach.
 
     Returns:
-      One reward a turn, float32.
+      One reward per turn, float32.
 
     Raises:
-      ValueError: if nothing is attainable.
+      ValueError: if attainable is not positive.
 
     Reference: Meow-Tea-Taro (2510.01132).
     Certainty: verified
@@ -164,7 +164,7 @@ def turn_end_rewards(
     *,
     density: Density = "dense",
 ) -> Float[Array, "B T"]:
-    """Token rewards: each turn's reward on the last token that the policy wrote in it.
+    """Token rewards: each turn's reward on the last token of the turn that counts.
 
         rho_t = r_s where t is the last token of turn s, else 0
 
@@ -173,11 +173,11 @@ def turn_end_rewards(
     Args:
       turn_rewards: reward of each turn.
       turn: index of the turn that each token belongs to.
-      mask: non-zero on tokens that count; observations do not.
-      density: every turn on its own, or all at the end.
+      mask: non-zero on tokens that count, 0 on observations.
+      density: 'dense' for each turn, 'single' for the sum at the end.
 
     Returns:
-      One reward a token, 0 elsewhere. The reward of a turn without a token that counts is given nowhere (dense).
+      One reward per token, 0 elsewhere. The reward of a turn without a token that counts is dropped (dense).
 
     Raises:
       ValueError: for an unknown density.
@@ -220,16 +220,15 @@ def self_correction_rewards(
     alpha: NonNegative = 10.0,
     kl_coefficient: NonNegative | None = None,
 ) -> Float[Array, "B S"]:
-    """Rewards of two attempts that pay for the correction, with a KL penalty of each attempt's own tokens.
+    """Rewards of two attempts with a bonus for the correction, and a KL penalty on each attempt's tokens.
 
         r_2 <- r_2 + alpha * (r_2 - r_1) - beta * KL_2
         r_1 <- r_1 - beta * KL_1
         KL_s = sum_{t in turn s} (log pi_old_t - log pi_reference_t)
 
-    in the second stage, which pays for progress and fines a right attempt that is spoiled. The first stage keeps r_2 as
-    it is and has -beta * KL_1 alone for r_1: it holds the first attempt at the reference, so that there is something
-    to correct. Each turn is credited with its own reward alone
-    (`turn_leave_one_out`).
+    in the second stage, which rewards progress and penalises spoiling a right attempt. The first stage keeps r_2 and
+    has r_1 = -beta * KL_1: it holds the first attempt near the reference. Each turn is credited with its own reward
+    only (`turn_leave_one_out`).
 
     Args:
       turn_rewards: r_1 and r_2, the verdicts on the two attempts.
@@ -237,17 +236,17 @@ def self_correction_rewards(
       mask: non-zero on tokens that count.
       old_logprobs: log-probability of each token under the policy that the update starts from.
       reference_logprobs: under the policy before both stages.
-      step: updates of the batch made so far; read where there are `first_stage_steps`.
-      stage: which of the two.
-      first_stage_steps: so many steps are of the first stage, before those of `stage`: both in one run.
-      alpha: pay for progress, in the second stage.
-      kl_coefficient: beta, units of reward a nat; None takes 0.1 in the first stage and 0.01 in the second.
+      step: updates made so far; needed with `first_stage_steps`.
+      stage: 'first' or 'second'.
+      first_stage_steps: number of initial steps in the first stage, for both stages in one run.
+      alpha: coefficient of progress in the second stage.
+      kl_coefficient: beta, units of reward per nat; None takes 0.1 in the first stage and 0.01 in the second.
 
     Returns:
-      One reward a turn; 0 for a turn that was not taken.
+      One reward per turn; 0 for a turn that was not taken.
 
     Raises:
-      ValueError: for an unknown stage, other than two turns, or steps of the first stage that cannot be counted.
+      ValueError: for an unknown stage, another number of turns than two, or first_stage_steps without step.
 
     Reference: SCoRe (2409.12917).
     Certainty: verified
@@ -262,9 +261,7 @@ def self_correction_rewards(
             "environment of two turns such as that of the task self_correction"
         )
     if first_stage_steps and step is None:
-        raise ValueError(
-            f"first_stage_steps is {first_stage_steps}, which needs the step's number; pass step, or leave it out"
-        )
+        raise ValueError(f"first_stage_steps is {first_stage_steps}, which needs step; pass step, or leave it out")
     counted = mask > 0
     per_token = old_logprobs.astype(jnp.float32) - reference_logprobs.astype(jnp.float32)
     mine = [counted & (turn == number) for number in range(2)]
@@ -290,6 +287,6 @@ def _inside(tokens: Int[Array, "B T"], length: Int[Array, "B"]) -> Bool[Array, "
 
 
 def tokens_per_turn(counted: Bool[Array, "B T"], turn: Int[Array, "B T"], turns: int) -> Int[Array, "B S"]:
-    """How many tokens count in each of the first `turns` turns of a row."""
+    """Number of counted tokens in each of the first `turns` turns of a row."""
     count = jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=turns))
     return count(counted.astype(jnp.int32), turn.astype(jnp.int32))

@@ -1,16 +1,14 @@
-"""What the tokens of turns say by themselves: which turns are alike, and which marks they hold."""
+"""Features of turns from their tokens: hashes of states and actions, counts of marks."""
 
 from __future__ import annotations
 
 import chex
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Source
 from jaxrl_llm.ranges import Count, Natural, ranged
-
-_FACTOR, _OFFSET = 0x01000193, 0x811C9DC5  # FNV-1a
+from jaxrl_llm.token_codes import SEEDS, mixed_bits, turn_codes
 
 
 @ranged
@@ -23,11 +21,11 @@ def transition_ids(
     max_turns: Count,
     history: Natural = 0,
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
-    """Numbers of the states in front of turns, and of their actions, equal where their tokens are equal.
+    """Integer ids of the state before each turn and of its action, equal where the tokens are equal.
 
-    The state is what answered the turn before (0 in front of the first), with `history` together with that many
-    (state, action) pairs in front of it; the action is what the policy wrote. `"[state_id, action_id]":
-    transition_ids` fills what `merged_transitions` reads.
+    The state is the observation after the previous turn (0 before the first), with `history` combined with that many
+    earlier (state, action) pairs; the action is the policy's tokens. `"[state_id, action_id]": transition_ids` fills
+    the inputs of `merged_transitions`.
 
     Args:
       tokens: completion tokens.
@@ -35,10 +33,10 @@ def transition_ids(
       source: a `Source` for each token; observations answer a turn.
       length: completion tokens, observations included.
       max_turns: S.
-      history: earlier turns that a state remembers.
+      history: earlier turns included in a state.
 
     Returns:
-      (state_id, action_id), hashes of 31 bits, which differ for different tokens but for one pair in 2^31.
+      (state_id, action_id), hashes of 31 bits; different tokens collide with probability 2^-31.
 
     Reference: SALT (2510.20022).
     Certainty: recalled
@@ -46,7 +44,7 @@ def transition_ids(
     chex.assert_rank([tokens, turn, source, length], [2, 2, 2, 1])
     inside = jnp.arange(tokens.shape[1]) < length[:, None]
     seen = inside & (source == Source.OBSERVATION)
-    action, answer = (_hashed(tokens, turn, which, max_turns) for which in (inside & ~seen, seen))
+    action, answer = (turn_codes(tokens, turn, which, max_turns)[0] for which in (inside & ~seen, seen))
     state = jnp.concatenate([jnp.zeros_like(answer[:, :1]), answer[:, :-1]], axis=1)
     remembered, pair = state, _mixed(state, action)
     for _ in range(history):
@@ -56,21 +54,8 @@ def transition_ids(
 
 
 def _mixed(a: Array, b: Array) -> Array:
-    return ((a ^ b) * jnp.uint32(_FACTOR)) ^ (b >> 7)
-
-
-def _hashed(tokens: Int[Array, "B T"], turn: Int[Array, "B T"], counts: Bool[Array, "B T"], turns: int) -> Array:
-    """A hash of the tokens that count of each turn, in their order; 0 of none."""
-
-    def more(carry, column):
-        token, number, here = column
-        place = (here & (number >= 0) & (number < turns))[:, None] & (jnp.arange(turns) == number[:, None])
-        started = jnp.where(carry == 0, jnp.uint32(_OFFSET), carry)
-        after = (started ^ (token[:, None].astype(jnp.uint32) + 1)) * jnp.uint32(_FACTOR)
-        return jnp.where(place, after ^ (after >> 15), carry), None
-
-    nothing = jnp.zeros((tokens.shape[0], turns), jnp.uint32)
-    return jax.lax.scan(more, nothing, (tokens.T, turn.T, counts.T))[0]
+    """A hash of two, which differs from that of the two in the other order."""
+    return mixed_bits(mixed_bits(a + jnp.uint32(SEEDS[0])) ^ b)
 
 
 @ranged
@@ -82,17 +67,17 @@ def turn_marks(
     mark_ids: tuple[Natural, ...],
     max_turns: Count,
 ) -> Float[Array, "B S D"]:
-    """How often each of some tokens stands in each turn, what answers it included: factors for `latent_rewards`.
+    """Counts of given tokens in each turn, observations included: factors for `latent_rewards`.
 
     Args:
       tokens: completion tokens.
       turn: index of the turn that each token belongs to.
       length: completion tokens, observations included.
-      mark_ids: D ids of tokens, such as the flags by which an environment says what an action did.
+      mark_ids: D token ids, such as the result flags of an environment.
       max_turns: S.
 
     Returns:
-      D counts a turn, float32; 0 for turns that were not taken.
+      D counts per turn, float32; 0 for turns that were not taken.
 
     Raises:
       ValueError: without ids.

@@ -1,1 +1,1 @@
-"""Rewards changed by how a completion looks."""
+"""Reward shaping: length, confidence, noise, normalisation."""

@@ -1,4 +1,4 @@
-"""Rewards on a scale of their own: against reference answers, percentiles, the batch, or all that was seen so far."""
+"""Normalised and bounded rewards: by reference answers, percentiles, the batch, or running moments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxrl_llm.ranges import NonNegative, Positive, ranged
 from jaxrl_llm.statistics import moments
 
 BoundedForm = Literal["sigmoid", "centered", "tanh", "arctan", "shifted", "polynomial", "log_sigmoid"]
-# Of Normal(0, 1) at 0.85.
+# Quantile of Normal(0, 1) at 0.85.
 _QUANTILE = 1.0364334
 
 
@@ -28,7 +28,7 @@ def reference_bounded(
     form: BoundedForm = "sigmoid",
     slope: Positive = 1.0,
 ) -> Float[Array, "B"]:
-    """How much better than reference answers a completion is, bounded: a proxy cannot be overdone without end.
+    """Bounded reward differences to reference answers, which limits over-optimisation of a proxy.
 
         d_m = r - ref_m
 
@@ -44,13 +44,13 @@ def reference_bounded(
 
     Args:
       rewards: of a proxy, such as a reward model; NaN does not apply.
-      reference_rewards: what it says of M answers of the start policy to the same prompt, or of one; a column of the
-        data, or another name (`reads`). NaN is no answer. None stands for one reference of reward 0: uncentred.
-      form: which of them; the first is preference as reward.
-      slope: of the sigmoids.
+      reference_rewards: proxy rewards of M answers of the start policy to the same prompt, or of one; a column of the
+        data, or another name (`reads`). NaN is a missing answer. None is one reference of reward 0 (uncentred).
+      form: as above; 'sigmoid' is preference as reward.
+      slope: slope of the sigmoids.
 
     Returns:
-      One reward a row, float32; NaN where the row has no reward, or no reference.
+      One reward per row, float32; NaN for rows without a reward or a reference.
 
     Raises:
       ValueError: for an unknown form.
@@ -104,9 +104,9 @@ def percentile_bounded(
     *,
     slope: Positive = 3.0,
 ) -> Float[Array, "B"]:
-    """Scores of several data sets and tasks on one scale: where they lie among those of the start policy.
+    """Scores of several data sets and tasks on one scale, relative to percentiles of the start policy.
 
-        r = sigmoid(slope * (x - middle) / max(high - low, 1e-6)), the exponent within 50 of 0
+        r = sigmoid(slope * (x - middle) / max(high - low, 1e-6)), the exponent clipped to +-50
 
     Args:
       rewards: x, the score of each row; NaN does not apply.
@@ -114,7 +114,7 @@ def percentile_bounded(
       slope: 3 in the paper.
 
     Returns:
-      One reward a row in [0, 1], float32; NaN where a score or a percentile is.
+      One reward per row in [0, 1], float32; NaN where a score or a percentile is NaN.
 
     Reference: MedGRPO (2512.06581).
     Certainty: reconstructed
@@ -145,14 +145,14 @@ def whitened_rewards(
       rewards: rewards before; NaN does not apply and takes part in no statistic.
       weight: 0 for absent rows.
       center: whether the mean is removed.
-      keep_mean: whether it is added again.
+      keep_mean: whether the mean is added back.
       eps: added to the variance.
 
     Returns:
-      One reward a row, float32, 0 in absent rows.
+      One reward per row, float32, 0 in absent rows.
 
     Raises:
-      ValueError: for a mean that is kept without centring.
+      ValueError: for keep_mean without center.
 
     Reference: PPO for language models, as TRL and verl whiten rewards (1909.08593).
     Certainty: verified
@@ -177,10 +177,10 @@ def clipped_rewards(rewards: Float[Array, "B"], *, least: float = -10.0, most: f
       least, most: the bounds.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
-      ValueError: for bounds the wrong way round.
+      ValueError: for least > most.
     """
     if least > most:
         raise ValueError(f"least is {least}; it must be at most most, which is {most}")
@@ -189,21 +189,21 @@ def clipped_rewards(rewards: Float[Array, "B"], *, least: float = -10.0, most: f
 
 @ranged
 def running_normalized(*, center: bool = True, limit: Positive | None = None) -> Method:
-    """Rewards in units of the mean and the deviation of all that was seen so far, this batch included.
+    """Rewards normalised by the running mean and deviation of all rewards so far, this batch included.
 
         d = mean_batch - mean,   N = n + n_batch
         M2 <- M2 + n_batch * variance + d^2 * n * n_batch / N
         mean <- mean + d * n_batch / N
         r' = (r - mean) / sqrt(M2 / N)
 
-    so that rewards ten times as large leave the update as it is. Where all rewards so far are equal, the divisor is 1.
+    which makes the update invariant to the scale of rewards. Where all rewards so far are equal, the divisor is 1.
 
     Args:
       center: whether the mean is removed; false only rescales.
-      limit: bound of the result, 5 to 10; None is none.
+      limit: bound of |r'|, 5 to 10; None is no bound.
 
     Returns:
-      A method that names `rewards` and `weight`: one reward a row, float32, 0 in absent rows. NaN stays NaN and is
+      A method that names `rewards` and `weight`: one reward per row, float32, 0 in absent rows. NaN stays NaN and is
       left out of the moments.
 
     Reference: PPO implementations with running moments (1707.06347).

@@ -1,4 +1,4 @@
-"""Rewards for answers that know how likely they are to be right."""
+"""Rewards for calibrated confidence."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def calibrated_correctness(
 ) -> Float[Array, "B"]:
     """Correctness and the Brier score of the stated confidence.
 
-        r = w_f + w_a c + w_b (b - (q - c)^2)    where a confidence q can be read
-            w_b (b - 1)                          elsewhere
+        r = w_f + w_a c + w_b (b - (q - c)^2)    with a readable confidence q
+            w_b (b - 1)                          without one
 
-    with c = `correct`, q = `confidence` and b = `offset`. The expected reward is largest where q is the probability of
-    being right and, since 1 - (1 - q)^2 is at least -q^2 for every q, where the answer is as likely right as can be:
-    a bounded score does not pay for wrong answers that are sure of it. The paper has r = c - (q - c)^2, which is the
-    default; its released recipe has the weights 0.5 and the offset 1.
+    with c = `correct`, q = `confidence` and b = `offset`. The expected reward is maximal where q is the probability of
+    a right answer and, since 1 - (1 - q)^2 >= -q^2 for every q, where that probability is maximal: a bounded score
+    gives no incentive for confident wrong answers. The paper has r = c - (q - c)^2, which is the default; its released
+    recipe has the weights 0.5 and the offset 1.
 
     Args:
       correct: 1 where the answer is right.
-      confidence: the stated probability of that; NaN, or a number outside of [0, 1], where none can be read.
-      format_weight: w_f, for a confidence that can be read.
+      confidence: the stated probability of a right answer; NaN, or outside [0, 1], where unreadable.
+      format_weight: w_f, for a readable confidence.
       accuracy_weight: w_a.
       calibration_weight: w_b.
-      offset: b; the least reward of a readable confidence is never below that of one that cannot be read.
+      offset: b; the reward of a readable confidence is never below that of an unreadable one.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for a negative weight.
@@ -63,21 +63,21 @@ def calibrated_correctness(
 def proper_score(
     correct: Float[Array, "B"], confidence: Float[Array, "B"], *, rule: ScoringRule = "brier", eps: OpenShare = 1e-4
 ) -> Float[Array, "B"]:
-    """A strictly proper score of the stated confidence: largest on average where it is the probability of being right.
+    """A strictly proper score of the stated confidence: maximal in expectation at the probability of a right answer.
 
         brier   -(q - c)^2
         log     c * log q + (1 - c) * log(1 - q), q within [eps, 1 - eps]
 
-    with c = `correct` and q = `confidence`. Neither pays for right answers: add it to a reward that does.
+    with c = `correct` and q = `confidence`. Neither rewards right answers: add it to a reward of correctness.
 
     Args:
       correct: 1 where the answer is right.
-      confidence: the stated probability of that; NaN, or a number outside of [0, 1], where none can be read.
-      rule: which of the two; the second is unbounded but for eps.
-      eps: for `log`; ours.
+      confidence: the stated probability of a right answer; NaN, or outside [0, 1], where unreadable.
+      rule: 'brier' or 'log'; the latter is bounded only by eps.
+      eps: for `log`; our choice.
 
     Returns:
-      One reward a row, float32; the least that the rule can give, -1 or log eps, where no confidence can be read.
+      One reward per row, float32; the minimum of the rule, -1 or log eps, where the confidence is unreadable.
 
     Raises:
       ValueError: for an unknown rule.
@@ -93,7 +93,7 @@ def proper_score(
     q = jnp.where(readable, confidence.astype(jnp.float32), 1 - c)
     if rule == "brier":
         return -jnp.square(q - c)
-    # Of the probability that was given to what happened: 1 - (1 - eps) is not eps in 32 bits.
+    # Clip the probability of the actual outcome: 1 - (1 - eps) is not eps in float32.
     return jnp.log(jnp.clip(jnp.where(c > 0, q, 1 - q), eps, 1 - eps))
 
 
@@ -108,23 +108,23 @@ def step_calibration(
     internal_weight: NonNegative = 1.0,
     deviation: Deviation = "absolute",
 ) -> Float[Array, "B"]:
-    """Steps that are right, with a stated confidence that agrees with that and with the policy's own probabilities.
+    """Correctness of steps, and agreement of the stated confidence with it and with the policy's probabilities.
 
         r = mean_s (w_k * k_s + w_e * (1 - |e_s - k_s|) + w_i * (1 - |e_s - i_s|))
 
-    with k = `step_match`, e = `stated_confidence`, i = `internal_confidence`; squares in the place of absolute
-    values are proper, which absolute values are not. The form of the three terms is our choice.
+    with k = `step_match`, e = `stated_confidence`, i = `internal_confidence`; the squared deviation is a proper score,
+    the absolute one is not. The form of the three terms is our choice.
 
     Args:
-      step_match: 1 for a step (or the whole completion, one number a row) that matches the reference, else 0.
-      stated_confidence: what the step says of itself, in [0, 1]; levels 1 to 5 are (level - 1) / 4.
-      internal_confidence: of the policy's probabilities, in [0, 1].
+      step_match: 1 for a step (or of the whole completion, one number per row) that matches the reference, else 0.
+      stated_confidence: stated confidence of the step, in [0, 1]; levels 1 to 5 are (level - 1) / 4.
+      internal_confidence: confidence from the policy's probabilities, in [0, 1].
       knowledge_weight, stated_weight, internal_weight: w_k, w_e, w_i.
       deviation: absolute or squared.
 
     Returns:
-      One reward a row, float32. A step that states nothing (NaN) has the worst deviation, 1; one whose match is NaN is
-      none; a row without steps gets NaN.
+      One reward per row, float32. A step without a stated confidence (NaN) has the largest deviation, 1; steps with
+      step_match NaN are left out; rows without steps get NaN.
 
     Raises:
       ValueError: for an unknown deviation.

@@ -1,4 +1,4 @@
-"""Lengths that pay only together with the answer: short right answers, long wrong ones, a length that was asked for."""
+"""Length rewards conditional on correctness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cosine_length(
     wrong_long: float = -0.5,
     exceeded: float | None = None,
 ) -> Float[Array, "B"]:
-    """A reward that goes with the length along half a cosine: down for right answers, up for wrong ones.
+    """A reward along half a cosine of the length: decreasing for right answers, increasing for wrong ones.
 
         w = (1 + cos(pi * min(length / L, 1))) / 2,   L = max_completion_tokens
         right   right_long + (right_short - right_long) * w
@@ -38,12 +38,12 @@ def cosine_length(
       correct: 1 for a right answer, 0 for a wrong one; NaN does not apply.
       length: completion tokens.
       max_completion_tokens: the length limit L.
-      right_short, right_long, wrong_short, wrong_long: the ends of the two halves; the authors have 1, 0, -1, 0, the
+      right_short, right_long, wrong_short, wrong_long: rewards at length 0 and L; the authors have 1, 0, -1, 0, the
         defaults are those of a library.
-      exceeded: the reward of a completion of L tokens or more; None leaves the cosine.
+      exceeded: the reward of a completion of L tokens or more; None keeps the cosine.
 
     Returns:
-      One reward a row, float32; NaN where `correct` is.
+      One reward per row, float32; NaN where `correct` is NaN.
 
     Reference: Demystifying long chain-of-thought (2502.03373).
     Certainty: verified
@@ -62,18 +62,18 @@ def cosine_length(
 def repetition_penalty(
     tokens: Int[Array, "B T"], length: Int[Array, "B"], *, ngram: Count = 3, penalty: NonNegative = 1.0
 ) -> Float[Array, "B"]:
-    """A penalty for saying the same again.
+    """A penalty on repeated n-grams.
 
         r = -penalty * (1 - distinct n-grams / n-grams)
 
     Args:
       tokens: completion tokens, right-padded.
-      length: completion tokens including end of sequence; what stands behind is never read.
+      length: completion tokens including end of sequence; later tokens are ignored.
       ngram: n; the authors have 20.
-      penalty: of a completion that says nothing new.
+      penalty: largest penalty.
 
     Returns:
-      One reward a row in [-penalty, 0]; 0 for fewer than n tokens. Two n-grams are told apart by two 32-bit hashes.
+      One reward per row in [-penalty, 0]; 0 for fewer than n tokens. N-grams are compared by two 32-bit hashes.
 
     Reference: Demystifying long chain-of-thought (2502.03373).
     Certainty: verified
@@ -85,7 +85,7 @@ def repetition_penalty(
         return jnp.zeros(tokens.shape[0], jnp.float32)
     there = jnp.arange(places)[None, :] < (length - ngram + 1)[:, None]
     hashes = [ngram_codes(tokens, ngram, seed=seed) for seed in SEEDS]
-    # What is not there comes last, so that equal n-grams stand beside each other.
+    # Absent n-grams sort last; equal n-grams are then adjacent.
     order = jax.vmap(lambda *keys: jnp.lexsort(keys))(hashes[1], hashes[0], ~there)
     one, other, counted = (jnp.take_along_axis(value, order, axis=1) for value in (*hashes, there))
     new = jnp.concatenate(
@@ -105,7 +105,7 @@ def target_length(
     alpha: NonNegative = 3e-4,
     delta: Share = 0.5,
 ) -> Float[Array, "B"]:
-    """Right answers of the length that the prompt asks for.
+    """Rewards for right answers near the length that the prompt requests.
 
         exact      correct - alpha * |budget - length|
         most       correct * clip(alpha * (budget - length) + delta, 0, 1)
@@ -114,13 +114,13 @@ def target_length(
     Args:
       correct: 1 for a right answer, 0 for a wrong one; NaN does not apply.
       length: completion tokens.
-      budget: tokens that the prompt asks for, or allows.
-      form: the length itself, or at most that length as in the paper or as in its code.
-      alpha: reward a token; the paper's 3e-4 goes with budgets up to 4000 and grows as they shrink.
-      delta: share of the reward at the budget itself, for `most`.
+      budget: requested, or largest, number of tokens.
+      form: 'exact', or an upper limit as in the paper ('most') or in its code ('released').
+      alpha: reward per token; the paper's 3e-4 is for budgets up to 4000, use larger values for smaller budgets.
+      delta: share of the reward at the budget, for `most`.
 
     Returns:
-      One reward a row, float32; NaN where `correct` is.
+      One reward per row, float32; NaN where `correct` is NaN.
 
     Raises:
       ValueError: for an unknown form.
@@ -152,7 +152,7 @@ def length_band_bonus(
     most_tokens: Natural,
     bonus: NonNegative = 0.2,
 ) -> Float[Array, "B"]:
-    """Rewards, and a bonus for right answers of a length within a band where the group has more than one right answer.
+    """Rewards plus a bonus for right answers within a length band, in groups with more than one right answer.
 
         r + bonus * [correct] * [least_tokens <= length <= most_tokens] * [right answers of the group > 1]
 
@@ -163,13 +163,13 @@ def length_band_bonus(
       group: id of the group each row belongs to.
       weight: 0 for absent rows.
       least_tokens, most_tokens: the band, 320 and 512 in the paper.
-      bonus: what it pays.
+      bonus: the bonus.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
-      ValueError: for a band without a length.
+      ValueError: for least_tokens > most_tokens.
 
     Reference: VideoRFT (2505.12434).
     Certainty: verified
@@ -194,11 +194,11 @@ def shortest_right_bonus(
     least_tokens: Natural = 100,
     bonus: NonNegative = 0.2,
 ) -> Float[Array, "B"]:
-    """Rewards, and a bonus for the shortest right answer of each group where it is not too short to be an answer.
+    """Rewards plus a bonus for the shortest right answer of each group above a minimal length.
 
         r + bonus * [the first of the shortest right answers] * [length > least_tokens]
 
-    Where nobody is right nobody gets it; the authors' code gives it to the first sample then.
+    Groups without a right answer have no bonus; the authors' code gives it to their first sample.
 
     Args:
       rewards: rewards before the bonus.
@@ -206,11 +206,11 @@ def shortest_right_bonus(
       length: completion tokens.
       group: id of the group each row belongs to.
       weight: 0 for absent rows.
-      least_tokens: a length that earns nothing, and shorter ones.
-      bonus: what it pays.
+      least_tokens: answers up to this length get no bonus.
+      bonus: the bonus.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: Observe-R1 (2505.12432).
     Certainty: verified

@@ -1,4 +1,4 @@
-"""Rewards whose length limit depends on how hard a prompt is for the policy."""
+"""Rewards with a length limit that depends on the difficulty of the prompt."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def difficulty_truncation(
     least_share: Share = 0.5,
     easy_from: ShareBelowOne = 0.5,
 ) -> Float[Array, "B"]:
-    """Rewards, and 0 for completions longer than the limit of their prompt, which is tighter where it is solved often.
+    """Rewards set to 0 for completions above a length limit that is tighter for prompts solved often.
 
         limit = L * (1 - (1 - least_share) * max(0, (p - easy_from) / (1 - easy_from)))
 
     with p the share of the group's samples whose reward is above 0, and L = max_completion_tokens. A prompt solved less
     often than `easy_from` has the whole limit, one that is always solved `least_share` of it. DLER shortens the
-    truncation limit of easy prompts; the line between the two ends is ours.
+    truncation limit of easy prompts; the linear interpolation is ours.
 
     Args:
       rewards: rewards before the limit.
@@ -39,7 +39,7 @@ def difficulty_truncation(
       easy_from: share of right samples from which the limit shrinks.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: DLER, difficulty-aware (2510.15110).
     Certainty: reconstructed

@@ -1,4 +1,4 @@
-"""Rewards shaped by how near a completion came to the length limit."""
+"""Rewards shaped by the length relative to the length limit."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def soft_overlong(
       rewards: rewards before the penalty.
       length: completion tokens.
       max_completion_tokens: the length limit L.
-      buffer_tokens: over how many tokens the penalty grows.
+      buffer_tokens: number of tokens over which the penalty grows.
       factor: penalty at the limit.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: if the buffer is not within 1..max_completion_tokens, or the factor is negative.
@@ -52,16 +52,16 @@ def soft_overlong(
 
 
 def truncation_zero(rewards: Float[Array, "B"], truncated: Bool[Array, "B"]) -> Float[Array, "B"]:
-    """Rewards, and 0 for completions that ran into the length limit.
+    """Rewards set to 0 for completions that reached the length limit.
 
-        r if the completion ended by itself, else 0
+        r if the completion ended with end of sequence, else 0
 
     Args:
-      rewards: rewards before truncation counts.
+      rewards: rewards before.
       truncated: the completion reached its length limit before end of sequence.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: DLER (2510.15110)
     Certainty: verified
@@ -82,31 +82,31 @@ def shrinking_budget_length(
     decay: PositiveShare = 0.2,
     most: Positive = 1.0,
 ) -> Float[Array, "B"]:
-    """A reward that is highest where a completion has as many tokens as a budget that shrinks over the run.
+    """A length reward with its maximum at a token budget that shrinks over the run.
 
         L = max(least_tokens, floor(first_tokens * decay^(step / total_steps)))
         r = most * n / L where n <= L, most * (2L - n) / L where n < 2L, else 0
 
-    A wrong completion of exactly L tokens earns it too: keep its weight well below that of being right.
+    Wrong completions of L tokens get it too: keep its weight well below that of correctness.
 
     Args:
       length: n, completion tokens.
       step: updates made so far.
-      total_steps: of the run.
+      total_steps: updates of the run.
       first_tokens: budget of the first step.
       least_tokens: the budget never falls below it.
-      decay: what is left of the budget at the end.
+      decay: final budget as a share of the first.
       most: the highest reward.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: RMT (2509.24375).
     Certainty: verified
     """
     chex.assert_rank([length, step], [1, 0])
     progress = step.astype(jnp.float32) / total_steps
-    # The power is rounded up by a hair, or the floor of an exact budget would miss it by one.
+    # The slack keeps an exact budget from being floored to one less.
     budget = jnp.maximum(jnp.floor(first_tokens * decay**progress * (1 + 1e-6)), least_tokens)
     n = length.astype(jnp.float32)
     return most * jnp.clip(jnp.minimum(n, 2 * budget - n) / budget, 0.0, 1.0)

@@ -1,14 +1,15 @@
-"""Rewards that are wrong on purpose, and what repairs them where a reward model is unsure."""
+"""Deliberately wrong rewards for studies of noise, and a calibration of reward-model scores."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.experience import uniforms_at
 from jaxrl_llm.ranges import Natural, NonNegative, Share, ranged
 from jaxrl_llm.token_codes import mixed_bits
 
@@ -19,7 +20,7 @@ SpuriousForm = Literal["format", "random", "incorrect"]
 def flipped_rewards(
     rewards: Float[Array, "B"], prompt_id: Int[Array, "B"], *, share: Share, seed: Natural
 ) -> Float[Array, "B"]:
-    """Rewards in [0, 1], turned round for a share of the prompts: a study of how much noise learning bears.
+    """Rewards in [0, 1], flipped for a share of the prompts, to study robustness to noise.
 
         r <- 1 - r where u(prompt, seed) < share
 
@@ -28,11 +29,11 @@ def flipped_rewards(
     Args:
       rewards: rewards before; NaN does not apply and stays.
       prompt_id: id of the prompt.
-      share: of the prompts that are flipped, in expectation; 0.4 still learns, 0.5 is no signal.
-      seed: of the choice; that of the run where none is given.
+      share: expected share of flipped prompts; training still works at 0.4, 0.5 is no signal.
+      seed: of the choice; the run's seed by default.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: noisy rewards (2505.22653).
     Certainty: verified
@@ -53,18 +54,18 @@ def pattern_calibrated(
     threshold: float = 0.5,
     coefficient: NonNegative = 0.1,
 ) -> Float[Array, "B"]:
-    """A reward model's score, raised where it is low and the completion reasons: it may have missed something.
+    """A reward model's score, raised where it is low and the completion shows reasoning patterns.
 
         r <- min(1, r + coefficient * p) where r < threshold
 
     Args:
       rewards: r, scores in [0, 1]; NaN does not apply and stays.
-      patterns: p in [0, 1], as of `reasoning_patterns`; NaN raises nothing.
-      threshold: below which a score is raised.
-      coefficient: by how much at most.
+      patterns: p in [0, 1], as of `reasoning_patterns`; NaN counts as 0.
+      threshold: scores below it are raised.
+      coefficient: largest increase.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Reference: reasoning-pattern reward (2505.22653).
     Certainty: verified
@@ -87,7 +88,7 @@ def spurious_rewards(
     form: SpuriousForm = "random",
     seed: Natural,
 ) -> Float[Array, "B"]:
-    """Rewards that say little or the opposite of what is right: where they help as much as true ones, the model knew.
+    """Spurious rewards; where they help as much as true ones, the model could already solve the task.
 
         format     f
         random     f 1[u >= 1/2]     u fresh for each sample
@@ -95,13 +96,13 @@ def spurious_rewards(
 
     Args:
       correct: c, 1 for a right answer.
-      well_formed: f, 1 for a completion in the form that was asked for.
-      prompt_id, sample, step: which the random number belongs to.
+      well_formed: f, 1 for a completion in the required format.
+      prompt_id, sample, step: address of the random number.
       form: as above.
-      seed: of the random numbers; that of the run where none is given.
+      seed: of the random numbers; the run's seed by default.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
 
     Raises:
       ValueError: for an unknown form.
@@ -112,13 +113,6 @@ def spurious_rewards(
     chex.assert_rank([correct, well_formed, prompt_id, sample], 1)
     if form not in get_args(SpuriousForm):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(SpuriousForm))}")
-    uniform = jax.vmap(lambda *where: _uniform((step, *where), seed))(prompt_id, sample)
+    uniform = uniforms_at(jax.random.key(seed), step, prompt_id, sample)
     said = {"format": jnp.ones_like(uniform), "random": uniform >= 0.5, "incorrect": correct < 1}[form]
     return jnp.where(well_formed > 0, said, 0.0).astype(jnp.float32)
-
-
-def _uniform(where: tuple[Any, ...], seed: int) -> Float[Array, ""]:
-    key = jax.random.key(seed)
-    for number in where:
-        key = jax.random.fold_in(key, number)
-    return jax.random.uniform(key)

@@ -1,4 +1,4 @@
-"""Texts with threads side by side: shorter longest paths are paid, and threads learn with their trajectory."""
+"""Texts with parallel threads: a reward for a short critical path, and advantages of thread rows."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def accelerated(
     rate: NonNegative = 0.5,
     most: Share = 0.2,
 ) -> Float[Array, "B"]:
-    """Right answers are worth more where their longest path is shorter than the whole text.
+    """Reward of right answers, larger where the longest path is shorter than the whole text.
 
         r = 1[right] (1 + rate min(eta, most)),   eta = 1 - longest / total
 
     Args:
-      rewards: of each row; at least 1 is right.
+      rewards: of each row; >= 1 is right.
       longest_path: tokens of the longest path through each row (`longest_path`).
       length: tokens of the row.
       weight: of each row; 0 is absent.
       rate: rho.
-      most: largest eta that is paid.
+      most: upper bound of eta.
 
     Returns:
       The new reward of each row, 0 in absent rows.
@@ -51,12 +51,15 @@ def longest_path(
     encode: Callable[[str], Sequence[int]],
     tags: tuple[str, ...] = ("~", "#", "_", "&"),
 ) -> Int[Array, "B"]:
-    """Tokens of the longest path through each row: all but those of the shorter threads of each block.
+    """Tokens of the longest path through each row: all tokens except those of the shorter threads of each block.
 
     Args:
       tokens, length: of whole texts.
       encode: text -> token ids.
-      tags: texts of one token: opening of a block, thread, its end, close.
+      tags: texts of one token: opening of a block, thread, end of a thread, close of a block.
+
+    Returns:
+      One count per row.
 
     Raises:
       ValueError: for tags that are not four texts of one token.
@@ -66,7 +69,7 @@ def longest_path(
     """
     ids = [tuple(encode(tag)) for tag in tags]
     if len(ids) != 4 or any(len(one) != 1 for one in ids):
-        raise ValueError(f"longest_path.tags is {tags}; name four texts of one token each")
+        raise ValueError(f"longest_path.tags is {tags}; give four texts of one token each")
     return inside_threads(tokens, length, [one[0] for one in ids])[1]
 
 
@@ -76,13 +79,13 @@ def with_threads(
     trajectory: Int[Array, "B"],
     thread_weight: Float[Array, "B"],
 ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """(weight, advantages) with rows of threads counting, each with the advantage of its trajectory.
+    """(weight, advantages) that include thread rows, each with the advantage of its trajectory.
 
     Args:
       advantages: of whole texts.
-      weight: of them; rows of threads have 0.
+      weight: of each row; thread rows have 0.
       trajectory: row of the whole text that each row belongs to.
-      thread_weight: 1 for rows of threads that are there.
+      thread_weight: 1 for existing thread rows.
 
     Reference: ThreadWeaver (2512.07843).
     Certainty: verified
@@ -94,15 +97,15 @@ def with_threads(
 def inside_threads(
     tokens: Int[Array, "B T"], length: Int[Array, "B"], tags: Sequence[int]
 ) -> tuple[Bool[Array, "B T"], Int[Array, "B"]]:
-    """(tokens between a thread and its end, tokens of the longest path through each row).
+    """(mask of tokens inside threads, tokens of the longest path through each row).
 
-    All tokens are on the longest path but those of the shorter threads of each block. Tags of a block inside of a
-    thread, and ends without a beginning, are ordinary tokens; a block that is open at the end ends there.
+    The longest path has all tokens except those of the shorter threads of each block. Block tags inside a thread, and
+    ends without a start, are ordinary tokens; an open block ends with the text.
 
     Args:
       tokens: of whole texts, right-padded.
       length: of each.
-      tags: ids of opening, thread, its end, and close.
+      tags: ids of block opening, thread start, thread end and block close.
     """
     opening, thread, end, close = tags
 

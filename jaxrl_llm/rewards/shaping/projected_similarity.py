@@ -1,4 +1,4 @@
-"""How near a completion is to a goal, along the direction that tells the goal from a baseline."""
+"""Similarity of a completion to a goal along the direction from a baseline to the goal."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def projected_similarity(
     *,
     alpha: Share = 0.5,
 ) -> Float[Array, "B"]:
-    """Similarity of a completion to a goal, where what goal and baseline share counts less.
+    """Similarity of a completion to a goal, with less weight on components common to goal and baseline.
 
         d = g - b,   P = alpha d d^T / |d|^2 + (1 - alpha) I,   r = 1 - |P (x - g)|^2 / 2
 
-    of the unit vectors x, g, b. alpha 0 is the cosine with the goal, 1 keeps the direction from baseline to goal alone.
+    of the unit vectors x, g, b. alpha 0 is the cosine with the goal, 1 keeps only the direction from baseline to goal.
 
     Args:
       embedding: of each completion.
-      goal_embedding: of what it should be, such as its reference answer or a description.
-      baseline_embedding: of what it is without doing anything, such as its prompt.
+      goal_embedding: of the goal, such as the reference answer or a description.
+      baseline_embedding: of a neutral state, such as the prompt.
       alpha: as above; choose it by agreement with a few judged completions.
 
     Returns:
-      One reward a row; NaN (does not apply) where goal and baseline are the same.
+      One reward per row; NaN (does not apply) where goal and baseline are equal.
 
     Raises:
       ValueError: for an alpha outside [0, 1].

@@ -1,4 +1,4 @@
-"""Rewards shaped by how long a completion is beside the others of its prompt."""
+"""Rewards shaped by the length relative to the group."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def relative_length_rewards(
         right   r + coefficient * (short_gain * max(lam, 0) + min(lam, 0))
         wrong   r + coefficient * min(lam, 0)
 
-    Shortest and longest are over all samples of the prompt, right or wrong. A wrong answer gains nothing by being
-    short, and a right one can lose. Where all lengths are equal the term is 0. Kimi k1.5 starts without it and raises
-    the coefficient to 1; Light-R1 has a weaker preference for short right answers, short_gain 1/2.
+    Shortest and longest are over all samples of the prompt, right or wrong. A wrong answer has no gain from shortness,
+    and a right one can lose. Where all lengths are equal the term is 0. Kimi k1.5 starts without it and raises the
+    coefficient to 1; Light-R1 has a weaker preference for short right answers, short_gain 1/2.
 
     Args:
       rewards: rewards before the term.
@@ -41,7 +41,7 @@ def relative_length_rewards(
       short_gain: factor of its positive part.
 
     Returns:
-      One reward a row, float32.
+      One reward per row, float32.
 
     Raises:
       ValueError: for a negative coefficient or gain.

@@ -1,4 +1,4 @@
-"""Scores of a scorer that calls everything similar, pulled apart: around a moving threshold, or within the group."""
+"""Rescaling of compressed similarity scores: around a moving threshold, or within the group."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from jaxrl_llm.statistics import group_max, group_min
 def stretched_scores(
     quality: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, least_spread: Positive = 1e-6
 ) -> Float[Array, "B"]:
-    """Scores spread over the group, the more the closer together they lie.
+    """Scores stretched over the group, more so for smaller spreads.
 
         spread = max - min,   c = clip(1 - spread, 0, 1)
         s' = (1 - c) * s + c * (s - min) / spread
 
     Args:
-      quality: s in [0, 1], of a scorer of meaning; NaN does not apply.
+      quality: s in [0, 1], semantic similarity; NaN does not apply.
       group: id of the group each row belongs to.
       weight: 0 for absent rows.
-      least_spread: below it the scores of a group stay as they are.
+      least_spread: groups with a smaller spread are unchanged.
 
     Returns:
-      One score a row, float32; NaN where there was none.
+      One score per row, float32; NaN where `quality` is NaN.
 
     Reference: adaptive semantic reward, ARMed (2508.12957).
     Certainty: reconstructed
@@ -46,18 +46,18 @@ def stretched_scores(
 def sharpened_scores(*, quantile: Share = 0.5, slope: Positive = 20.0, memory: Count = 4096) -> Method:
     """Scores on an S-shaped curve around a quantile of those of earlier steps.
 
-        s' = sigmoid(slope * (s - threshold)),   threshold the quantile of the last scores of earlier steps
+        s' = sigmoid(slope * (s - threshold)),   threshold the quantile of the scores in memory
 
-    The raw scores are remembered, for the threshold would chase its own output. In the first step it is that of the
-    batch. Slope, quantile and memory are our choice.
+    The memory holds raw scores of earlier steps. In the first step the threshold is the quantile of the batch. Slope,
+    quantile and memory are our choice.
 
     Args:
-      quantile: which one, interpolated.
-      slope: of the curve at the threshold, 4 times.
-      memory: scores that are remembered.
+      quantile: level of the threshold, linearly interpolated.
+      slope: 4 times the slope of the curve at the threshold.
+      memory: number of scores in memory.
 
     Returns:
-      A method that names `quality` in [0, 1] and `weight`: one score a row, float32; NaN where there was none.
+      A method that names `quality` in [0, 1] and `weight`: one score per row, float32; NaN where `quality` is NaN.
 
     Reference: adaptive semantic reward, ARMed (2508.12957).
     Certainty: reconstructed
@@ -73,7 +73,7 @@ def sharpened_scores(*, quantile: Share = 0.5, slope: Positive = 20.0, memory: C
         seen = jnp.where(weight > 0, s, jnp.nan)
         empty = jnp.isnan(past).all()
         threshold = jnp.where(empty, jnp.nanquantile(seen, quantile), jnp.nanquantile(past, quantile))
-        # The newest scores push the oldest out; what is absent takes no place.
+        # The newest scores replace the oldest; absent scores are not stored.
         both = jnp.concatenate([past, seen])
         kept = both[jnp.argsort(~jnp.isnan(both), stable=True)][-memory:]
         return jax.nn.sigmoid(slope * (s - threshold)), kept

@@ -1,1 +1,1 @@
-"""Is an answer right: inside the program on tokens, and on the host on text."""
+"""Verifiers of answers: on tokens inside the program, and on text on the host."""

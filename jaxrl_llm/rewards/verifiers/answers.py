@@ -1,4 +1,4 @@
-"""Verifiers inside the program: from completion tokens to rewards and to the identity of answers, jit-able.
+"""Jittable verifiers: from completion tokens to rewards and to ids of answers.
 
 The token ids are hyper-parameters; they default to the ids of the built-in character tokenizer.
 """
@@ -12,15 +12,15 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.ranges import Natural, ranged
 from jaxrl_llm.token_codes import SEEDS, token_codes
 
-# Ids of `jaxrl_llm.data.CharacterTokenizer`, written out because this arithmetic depends on no other room;
-# a test holds the two together.
+# Ids of `jaxrl_llm.data.CharacterTokenizer`, repeated because this module imports no other room; a test checks that
+# both agree.
 EOS_ID = 2
 THINK_ID, THINK_END_ID = 3, 4
 ANSWER_ID, ANSWER_END_ID = 5, 6
 OTHER_CONTROL_IDS = (0, 1, 7, 8, 9, 10, 11, 12)
 SPACE_IDS = (98, 99)
 
-# What `answer_ids` gives to a completion without a closed answer; ids of answers are row numbers.
+# Value of `answer_ids` for a completion without a closed answer; ids of answers are row numbers.
 NO_ANSWER = -1
 
 
@@ -37,18 +37,18 @@ def answer_span(
     close_id: Natural = ANSWER_END_ID,
     space_ids: tuple[Natural, ...] = SPACE_IDS,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"], Bool[Array, "B"]]:
-    """Where the answer stands: between the last opening tag and the next closing tag, white space stripped.
+    """Position of the answer: between the last opening tag and the next closing tag, white space stripped.
 
     Args:
       tokens: completion tokens, right-padded.
-      length: completion tokens including end of sequence; what stands behind is never read.
+      length: completion tokens including end of sequence; later tokens are ignored.
       open_id: id of the opening tag.
       close_id: id of the closing tag.
       space_ids: ids that are stripped at both ends.
 
     Returns:
-      Position of the answer's first token, its number of tokens, and whether there is an answer at all (false where
-      the last opening tag is never closed). An answer of no tokens has the size 0.
+      Position of the answer's first token, its number of tokens, and whether there is an answer (false where the last
+      opening tag is not closed). An empty answer has size 0.
     """
     chex.assert_rank([tokens, length], [2, 1])
     position = jnp.arange(tokens.shape[1])[None, :]
@@ -82,7 +82,7 @@ def answer_present(
       close_id: id of the tag that closes it.
 
     Returns:
-      One flag a row, 0 or 1.
+      One flag per row, 0 or 1.
     """
     return answer_span(tokens, length, open_id=open_id, close_id=close_id)[2].astype(jnp.float32)
 
@@ -97,7 +97,7 @@ def answer_ids(
     close_id: Natural = ANSWER_END_ID,
     space_ids: tuple[Natural, ...] = SPACE_IDS,
 ) -> Int[Array, "B"]:
-    """The same number for the same answer of a prompt: for majorities and for the entropy of answers.
+    """Integer ids of answers, equal for equal answers to a prompt, for votes and the entropy of answers.
 
         id_b = min { c : group_c = group_b and answer_c = answer_b },   NO_ANSWER = -1 without a closed answer
 
@@ -113,8 +113,8 @@ def answer_ids(
       space_ids: ids that are stripped at both ends of an answer.
 
     Returns:
-      One id a row: the lowest row of the group with this answer, or -1 in every row that has none. An answer of no
-      tokens is an answer.
+      One id per row: the lowest row of the group with this answer, or -1 in rows without an answer. An empty answer
+      counts as an answer.
 
     >>> tokens = jnp.array([[5, 20, 6], [5, 21, 6], [5, 20, 6], [5, 20, 0]])
     >>> answer_ids(tokens, jnp.full(4, 3), jnp.zeros(4, jnp.int32)).tolist()
@@ -146,7 +146,7 @@ def paired_answer_ids(
     close_id: Natural = ANSWER_END_ID,
     space_ids: tuple[Natural, ...] = SPACE_IDS,
 ) -> Int[Array, "B"]:
-    """`answer_ids` that are the same in the two groups of a pair, for votes of one group about the other.
+    """`answer_ids` that are equal across the two groups of a pair, for votes of one group about the other.
 
     Args:
       tokens: completion tokens, right-padded.
@@ -158,7 +158,7 @@ def paired_answer_ids(
       space_ids: ids that are stripped at both ends of an answer.
 
     Returns:
-      One id a row, or -1 in every row that has no closed answer.
+      One id per row, or -1 in rows without a closed answer.
 
     Reference: Co-Reward (2508.00410).
     Certainty: verified
@@ -192,7 +192,7 @@ def exact_answer(
       space_ids: ids that are stripped at both ends of the completion's answer.
 
     Returns:
-      One reward a row, 0 or 1. A completion without a closed answer gets 0.
+      One reward per row, 0 or 1. A completion without a closed answer gets 0.
     """
     chex.assert_rank([tokens, length, answer_tokens, answer_length], [2, 1, 2, 1])
     chex.assert_equal_shape_prefix([tokens, length, answer_tokens, answer_length], 1)
@@ -216,7 +216,7 @@ def answer_token_tests(
     close_id: Natural = ANSWER_END_ID,
     space_ids: tuple[Natural, ...] = SPACE_IDS,
 ) -> Float[Array, "B A"]:
-    """Each token of the reference answer as a test of its own, for `weighted_tests`.
+    """Each token of the reference answer as a separate test, for `weighted_tests`.
 
         p_j = [ token j of the answer == answer_tokens_j ]
 
@@ -230,7 +230,7 @@ def answer_token_tests(
       space_ids: ids that are stripped at both ends of the completion's answer.
 
     Returns:
-      0 or 1 for each token, NaN behind the reference answer. A completion without a closed answer passes none.
+      0 or 1 for each token, NaN after the reference answer. A completion without a closed answer passes no test.
     """
     first, size, found = answer_span(tokens, length, open_id=open_id, close_id=close_id, space_ids=space_ids)
     offset = jnp.arange(answer_tokens.shape[1])[None, :]
@@ -258,17 +258,17 @@ def answer_format(
     Args:
       tokens: completion tokens, right-padded.
       length: completion tokens including end of sequence.
-      require_think: true asks for exactly one think pair in front of the answer; false is the direct variant, an answer
-        pair alone, in which a think pair is something else and gets 0.
+      require_think: true requires exactly one think pair before the answer; false requires an answer pair only, and a
+        think pair gets 0.
       think_open_id: id of the tag that opens the think part.
       think_close_id: id of the tag that closes it.
       open_id: id of the tag that opens the answer.
       close_id: id of the tag that closes it.
       eos_id: id of end of sequence.
-      forbidden_ids: control tokens that may stand nowhere in the completion.
+      forbidden_ids: control tokens that must not occur in the completion.
 
     Returns:
-      One flag a row, 0 or 1.
+      One flag per row, 0 or 1.
     """
     chex.assert_rank([tokens, length], [2, 1])
     chex.assert_equal_shape_prefix([tokens, length], 1)

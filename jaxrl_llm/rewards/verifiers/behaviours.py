@@ -1,4 +1,4 @@
-"""How a scratch searches: steps, returns to an earlier state, and checks against the target."""
+"""Search behaviours in a scratchpad: steps, backtracking, verification."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def behaviour_counts(
     opening: str = "<t>",
     closing: str = "</t>",
 ) -> list[float]:
-    """How often each scratch shows a behaviour: a reading for `metric/NAME`, or a reward for it.
+    """Counts of a behaviour in each scratchpad: a reading for `metric/NAME`, or a reward.
 
-    A step has an equals sign; `refused` is a return to an earlier state, `accepted` an equality test against the
-    target. The scratch stands between `opening` and `closing`; without them it is the whole completion.
+    A step contains an equals sign; `refused` marks backtracking, `accepted` a verification against the target. The
+    scratchpad is the text between `opening` and `closing`, or the whole completion without them.
 
     Args:
       completions: decoded completions.
       behaviour: step, backtracking or verification.
-      separator: between the parts of a scratch.
-      refused, accepted: parts that stand for backtracking and verification.
-      opening, closing: around the scratch.
+      separator: between the parts of a scratchpad.
+      refused, accepted: parts that mark backtracking and verification.
+      opening, closing: tags around the scratchpad.
 
     Returns:
-      One count a completion.
+      One count per completion.
 
     Raises:
       ValueError: for an unknown behaviour.

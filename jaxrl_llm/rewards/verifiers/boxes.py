@@ -1,4 +1,4 @@
-"""Answers that are lists of numbers: boxes in a picture, spans of a time or a text, vectors."""
+"""Answers that are lists of numbers: boxes in an image, spans of time or text, vectors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxrl_llm.ranges import NonNegative, Positive, ranged
 from jaxrl_llm.rewards.verifiers.text_similarity import Tags, said
 
-# Bounded: a longer number is no coordinate, and the text may be anything.
+# Bounded length: longer numbers are no coordinates, and the text is arbitrary.
 _NUMBER = re.compile(r"(?<![\w.])-?\d{1,12}(?:\.\d{1,12})?(?![\w.]*\d)")
 
 
@@ -24,25 +24,25 @@ def box_match(
     overlap_weight: NonNegative = 0.25,
     closeness_weight: NonNegative = 0.125,
 ) -> list[float]:
-    """How well a box [left, top, right, bottom] finds another.
+    """Match of a box [left, top, right, bottom] with the reference box.
 
         r = w_h * hit + w_o * intersection / union + w_c * closeness
 
-    A hit is 1 where the centre of the box lies inside of the reference. The closeness is that of `vector_closeness`,
-    with the width as the scale of left and right, and the height as that of top and bottom.
+    A hit is 1 where the centre of the box lies inside the reference. The closeness is that of `vector_closeness`, with
+    scale width for left and right and height for top and bottom.
 
     Args:
-      completions: decoded completions; the box is the only four numbers of what is compared.
+      completions: decoded completions; the compared text must hold exactly four numbers.
       answers: reference boxes.
-      width, height: of the picture, in the unit of the numbers.
-      tags: around the box; "marked" for behind `####` or in a LaTeX box; None takes the whole completion.
+      width, height: size of the image, in the unit of the numbers.
+      tags: tags around the box; "marked" takes the text after `####` or in a LaTeX box; None the whole completion.
       hit_weight, overlap_weight, closeness_weight: w_h, w_o, w_c.
 
     Returns:
-      One reward a row; 0 where there are no four numbers, or they are no box.
+      One reward per row; 0 without four numbers that form a box.
 
     Raises:
-      ValueError: for a reference that is no box.
+      ValueError: for an invalid reference box.
 
     >>> [round(r, 6) for r in box_match(["[20, 30, 40, 60]"], ["[25, 25, 45, 50]"], width=100, height=120)]
     [1.211684]
@@ -55,7 +55,7 @@ def box_match(
         target = _numbers(answer)
         if not _is_box(target):
             raise ValueError(
-                f"the reference answer of row {row} is {answer[:80]!r}, which is no box; write "
+                f"the reference answer of row {row} is {answer[:80]!r}, which is not a box; write "
                 "[left, top, right, bottom]"
             )
         box = _numbers(said(text, tags) or "")
@@ -73,20 +73,20 @@ def box_match(
 
 
 def span_overlap(completions: Sequence[str], answers: Sequence[str], *, tags: Tags = None) -> list[float]:
-    """How much two spans [start, end] have in common.
+    """Intersection over union of two spans [start, end].
 
         r = length of the intersection / length of the union
 
     Args:
-      completions: decoded completions; the span is the only two numbers of what is compared.
+      completions: decoded completions; the compared text must hold exactly two numbers.
       answers: reference spans.
       tags: as for `box_match`.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no span. Two equal points overlap fully.
+      One reward per row in [0, 1]; 0 without a span. Two equal points have overlap 1.
 
     Raises:
-      ValueError: for a reference that is no span.
+      ValueError: for an invalid reference span.
 
     >>> span_overlap(["from 2 to 6", "4.5 to 1"], ["[4, 8]", "[0, 1]"])
     [0.3333333333333333, 0.0]
@@ -96,7 +96,7 @@ def span_overlap(completions: Sequence[str], answers: Sequence[str], *, tags: Ta
         target, span = _numbers(answer), _numbers(said(text, tags) or "")
         if len(target) != 2 or target[0] > target[1]:
             raise ValueError(
-                f"the reference answer of row {row} is {answer[:80]!r}, which is no span; write [start, end]"
+                f"the reference answer of row {row} is {answer[:80]!r}, which is not a span; write [start, end]"
             )
         good = len(span) == 2 and span[0] <= span[1]
         shared = _overlap(span, target) if good else 0.0
@@ -109,7 +109,7 @@ def span_overlap(completions: Sequence[str], answers: Sequence[str], *, tags: Ta
 def vector_closeness(
     completions: Sequence[str], answers: Sequence[str], *, scale: Positive, tags: Tags = None
 ) -> list[float]:
-    """How near an answer that is a list of numbers is to the reference.
+    """Closeness of a list of numbers to the reference list.
 
         r = n / sum_k 1 / u_k,   u_k = 1 - |x_k - y_k| / scale
 
@@ -117,12 +117,12 @@ def vector_closeness(
 
     Args:
       completions: decoded completions.
-      answers: reference lists; whatever stands between the numbers is not read.
-      scale: difference at which a number is worth nothing.
+      answers: reference lists; text between the numbers is ignored.
+      scale: difference at which u is 0.
       tags: as for `box_match`.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there are more or fewer numbers.
+      One reward per row in [0, 1]; 0 for another number of numbers.
 
     Raises:
       ValueError: for a reference without a number.
@@ -136,7 +136,9 @@ def vector_closeness(
     rewards = []
     for row, (text, answer) in enumerate(zip(completions, answers, strict=True)):
         if not (target := _numbers(answer)):
-            raise ValueError(f"the reference answer of row {row} is {answer[:80]!r}, which holds no number")
+            raise ValueError(
+                f"the reference answer of row {row} is {answer[:80]!r}, which holds no number; write a list of numbers"
+            )
         found = _numbers(said(text, tags) or "")
         rewards.append(_closeness(found, target, [scale] * len(target)) if len(found) == len(target) else 0.0)
     return rewards

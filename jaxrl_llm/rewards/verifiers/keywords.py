@@ -1,4 +1,4 @@
-"""Hints that are lists of keywords: what each of them is worth against a reference."""
+"""Rewards of hints that are lists of keywords, by a reference text."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ def keyword_rewards(
     negative: float = -0.2,
     avoid: tuple[str, ...] = (),
 ) -> list[float]:
-    """What the keywords of a hint are worth in themselves: the mean of `keyword_values` over a completion's keywords.
+    """The mean of `keyword_values` over a completion's keywords.
 
-    Directional stimulus prompting pays it beside what a frozen model makes of the hint.
+    Directional stimulus prompting adds it to the reward of a frozen model's answer to the hint.
 
     Args:
       completions: decoded completions, each a list of keywords.
       items: records of the data.
-      field: of a record, with the reference text.
+      field: field of a record with the reference text.
       separator: between keywords.
-      end: what a completion ends with, which belongs to no keyword.
-      positive, negative: of a keyword.
-      avoid: keywords that are worth `negative`.
+      end: text at the end of a completion that belongs to no keyword.
+      positive, negative: values of a keyword.
+      avoid: keywords with value `negative`.
+
+    Returns:
+      One reward per row.
 
     Raises:
       ValueError: for an empty separator, or a record without the field.
@@ -40,7 +43,7 @@ def keyword_rewards(
     Certainty: verified
     """
     if not separator:
-        raise ValueError("keyword_rewards.separator is empty; give the text that stands between keywords")
+        raise ValueError("keyword_rewards.separator is empty; give the text between keywords")
     found = []
     for completion, item in zip(completions, items, strict=True):
         if field not in item:
@@ -54,8 +57,9 @@ def keyword_rewards(
 def keyword_values(
     keywords: Sequence[str], reference: str, *, positive: float = 1.0, negative: float = -0.2, avoid: Sequence[str] = ()
 ) -> list[float]:
-    """`negative` for a keyword that is empty, to be avoided, part of an earlier one, or not in the reference, else
-    `positive`; case does not count.
+    """`negative` for invalid keywords, else `positive`.
+
+    Invalid are keywords that are empty, in `avoid`, part of an earlier one, or not in the reference; case is ignored.
 
     >>> keyword_values(["Paris", "", "paris", "Rome"], "The mayor of Paris spoke.")
     [1.0, -0.2, -0.2, -0.2]

@@ -1,7 +1,7 @@
 r"""Answers that are mathematics beyond numbers, compared by the package math-verify: \frac{\sqrt 2}{2} is 1/\sqrt 2.
 
-What a policy writes may keep a computer algebra system busy for ever, so it runs in processes of its own, one a core;
-where a comparison takes too long, its process is ended and started anew.
+Some texts keep a computer algebra system busy for ever, so it runs in separate processes, one per core; a process whose
+comparison takes too long is restarted.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ atexit.register(_workers.close)
 
 @ranged
 def latex_match(completions: Sequence[str], answers: Sequence[str], *, seconds: Positive = 5.0) -> list[float]:
-    r"""1 where the completion's marked answer is the same mathematics as the reference answer, else 0.
+    r"""1 where the completion's marked answer is mathematically equal to the reference answer, else 0.
 
     Numbers are compared as by `number_match`; everything else (sets, intervals, matrices, equations, expressions) by
     math-verify. Needs the extra `math`.
 
     Args:
-      completions: decoded completions; the answer stands behind the last `####` or in the last \boxed{}.
+      completions: decoded completions; the answer follows the last `####` or is in the last \boxed{}.
       answers: reference answers in LaTeX, or solutions with such a mark.
-      seconds: that a comparison may take; a longer one counts as unequal.
+      seconds: time limit of a comparison; a longer one counts as unequal.
 
     Returns:
-      One reward a row, 0 or 1. A completion without a mark gets 0.
+      One reward per row, 0 or 1. A completion without a mark gets 0.
 
     Raises:
-      ValueError: without math-verify, or for a reference answer that is no mathematics it reads.
+      ValueError: without math-verify, or for a reference answer that math-verify cannot parse.
 
     >>> latex_match(["#### 0.5"], [r"\frac{1}{2}"])
     [1.0]
@@ -52,14 +52,14 @@ def latex_match(completions: Sequence[str], answers: Sequence[str], *, seconds: 
     same = {
         (wanted, said): said is not None and (said == wanted or _same_number(said, wanted)) for wanted, said in pairs
     }
-    # Samples of a prompt often say the same: each pair of answers is compared once.
+    # Samples of a prompt are often equal: each distinct pair is compared once.
     asked = [(wanted, said) for (wanted, said), equal in same.items() if said and not equal]
     same |= dict(zip(asked, _compared(asked, seconds), strict=True))
     for row, pair in enumerate(pairs):
         if same[pair] is None:
             raise ValueError(
-                f"the reference answer of row {row} is {answers[row][:80]!r}, which is no mathematics that "
-                "math-verify reads; write it in LaTeX, or use exact_match for text"
+                f"the reference answer of row {row} is {answers[row][:80]!r}, which math-verify "
+                "cannot parse; write it in LaTeX, or use exact_match for text"
             )
     return [float(bool(same[pair])) for pair in pairs]
 
@@ -70,6 +70,6 @@ def _same_number(said: str, wanted: str) -> bool:
 
 
 def _compared(pairs: Sequence[tuple[str, str | None]], seconds: float) -> list[bool | None]:
-    """What the processes say of (reference, said); False where one takes too long or fails."""
+    """Equality of each (reference, answer) pair; False on timeouts and failures."""
     found = _workers("equal", list(pairs), seconds) if pairs else []
     return [False if one.late or one.error is not None else one.value for one in found]

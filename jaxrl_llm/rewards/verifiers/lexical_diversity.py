@@ -1,4 +1,4 @@
-"""How varied the words of a text are."""
+"""Lexical diversity of a text."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def lexical_diversity(completions: Sequence[str]) -> list[float]:
 
         r = mean of the five signals
 
-    Above a small weight it is gamed by random words.
+    With a larger weight the policy games it with random words.
 
     Args:
       completions: decoded completions.
 
     Returns:
-      One reward a row in [0, 1].
+      One reward per row in [0, 1].
 
     Reference: MultiRole-R1 (2507.20187).
     Certainty: reconstructed

@@ -1,7 +1,7 @@
 r"""Answers that are numbers, checked on the host by exact rational comparison.
 
-A number is read from text by a small grammar and never evaluated as code. An answer that holds several numbers is no
-answer, so that listing candidates earns nothing. What is read, and what is not:
+A number is parsed from text by a small grammar and never evaluated as code. An answer with several numbers is invalid,
+so that listing candidates earns 0. The grammar:
 
     signs        - and every dash or minus sign of Unicode in front of a number; behind one it makes no sign (3–5)
     digits       of every script; 1,234 and 1,23,456 are grouped; 1.234,56 and 3,5 are no numbers
@@ -35,7 +35,7 @@ from jaxrl_llm.ranges import NonNegative, ranged
 
 Extraction = Literal["any", "marked", "boxed", "hashes", "last"]
 
-# Beyond these a text holds no number that anyone means; without them one completion could stall the host.
+# Bounds on the size of numbers; without them one completion could stall the host.
 _MOST_DIGITS = 400
 _LARGEST_EXPONENT = 400
 
@@ -54,10 +54,10 @@ _SCALES = {
     "lakh": 10**5,
     "crore": 10**7,
 }
-# Written right behind the digits; the case of the last three says that they are no units.
+# Suffixes directly after the digits; upper case distinguishes the last three from units.
 _SUFFIXES = {"k": 10**3, "K": 10**3, "mn": 10**6, "bn": 10**9, "tn": 10**12, "M": 10**6, "B": 10**9, "T": 10**12}
 _NUMBER = re.compile(
-    # A sign between two operands is none; a space may follow it only where nothing stands before it.
+    # A sign between two operands is an operator; a space may follow a sign only at the start.
     r"(?P<sign>(?<![\w)\]}%.\s])[-+]\s?|(?<=\s)[-+](?=\S))?(?:\\?[$€£¥¢₩₹₽₺₫₱₦₪฿]\s?(?P<inner>[-+])?)?"
     # Not a digit of a word, of an exponent or of a version.
     rf"(?<![\w^.])(?<!\^\{{)(?:(?:(?P<whole>\d+)\s*)?{_LATEX_FRACTION}"
@@ -68,21 +68,21 @@ _NUMBER = re.compile(
     rf"(?:(?P<suffix>{'|'.join(_SUFFIXES)})\b|(?P<scale>(?:(?:\s+|-)(?i:{'|'.join(_SCALES)})s?\b)+))?"
     r"(?P<percent>\s*\\?%|\s+(?i:per\s?cent|pct)\b)?"
 )
-# What may be taken out of an answer without changing its number.
+# Typography that can be removed without changing the number.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|,\\!|\\!,|[~\u00a0\u202f])(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"\\[!,;: ]|\\q?quad\b|[~\u00a0\u202f]")
 _WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*(?:\{\s*)?\\circ\s*\}?|\\circ\b|°|\*\*|`")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)")
-# Beside the number these make it part of an expression, or say that it is only a bound.
+# Next to a number these make it part of an expression, or a bound.
 _OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞‰|]|[-]\s*\Z")
-# What an answer is said not to be; and signs that hold an equals sign and say something else.
+# Negations; and signs with an equals sign that are not an equality.
 _NEGATED = re.compile(r"\b(?i:not|never|nor|neither|cannot)\b|(?i:n['’]t)\b")
 _UNEQUAL = re.compile(r"[!<>≠/~]=|=[<>]|≠")
-# A bare number of an equation, and how far two of them may be apart.
+# A bare number of an equation, and the tolerance between two of them.
 _BARE = re.compile(r"[-\d.,/\s]+")
 _AGREEMENT = Fraction(1, 100)
-# Behind it: a scale that is not known, or a letter that is a variable and no unit.
+# After the number: an unknown scale, or a letter that is a variable and not a unit.
 _UNKNOWN = re.compile(r"\s*(?i:[a-z]*illions?)\b|(?:\s?[xyzi]|[a-zA-Z](?<![mgslhLVWJNdCF]))(?![A-Za-z0-9/^.°])")
 
 
@@ -105,21 +105,21 @@ def number_match(
 
     Args:
       completions: decoded completions.
-      answers: reference answers: a number each, or a solution with its answer behind `####` or in a box.
-      extraction: where a completion's number stands: "boxed" in the last \boxed{}, "hashes" behind the last `####`,
-        "marked" behind the last mark of either kind, "last" the last number of the text, "any" the last mark, and
-        where there is no mark the last number.
-      percent: "unit" takes 50% for 50, as word problems do that ask for a percentage; "hundredth" takes it for 1/2;
-        "either" lets it be both where one side alone has the sign.
-      tags: around an answer, such as ("<answer>", "</answer>"): a third kind of mark; None for none.
+      answers: reference answers: a number each, or a solution with its answer after `####` or in a box.
+      extraction: position of a completion's number: "boxed" in the last \boxed{}, "hashes" after the last `####`,
+        "marked" after the last mark of either kind, "last" the last number of the text, "any" the last mark, or the
+        last number without a mark.
+      percent: "unit" reads 50% as 50, for problems that ask for a percentage; "hundredth" reads it as 1/2; "either"
+        accepts both where only one side has the sign.
+      tags: tags around an answer, such as ("<answer>", "</answer>"), as a third kind of mark; None for none.
       rtol, atol: tolerances, for references that are rounded decimals.
 
     Returns:
-      One reward a row, 0 or 1. A completion without a number, with several in the marked place, or with a mark that is
-      never closed or holds something else, gets 0.
+      One reward per row, 0 or 1. A completion without a number, with several in the marked text, or with an unclosed or
+      other mark, gets 0.
 
     Raises:
-      ValueError: if a reference answer is no number, or an option is unknown.
+      ValueError: for a reference answer that is not a number, or an unknown option.
 
     >>> number_match(["so it is 1,234.50 dollars.", "#### 3", "#### 1 2 3"], ["1234.5", "3", "3"])
     [1.0, 1.0, 0.0]
@@ -134,8 +134,8 @@ def number_match(
         reference = answer if marked is None else marked
         if parsed_number(reference) is None:
             raise ValueError(
-                f"the reference answer of row {row} is {answer[:80]!r}, which is no number; use number_match for data "
-                "whose answers are numbers, or say where the number stands in the data's answer field"
+                f"the reference answer of row {row} is {answer[:80]!r}, which is not a number; use number_match for "
+                "data whose answers are numbers, or set the data's answer field to the number"
             )
         said = _tagged(completion, tags) if tags and extraction in ("any", "marked") else None
         said = read(completion) if said is None else said
@@ -147,7 +147,7 @@ def number_match(
 
 
 def _readings(said: str, reference: str, percent: str) -> list[tuple[Fraction | None, Fraction | None]]:
-    """The pairs of numbers of which one has to agree: with percent signs for units, for hundredths, or for either."""
+    """Pairs of numbers to compare, one of which must agree: percent read as units, as hundredths, or as either."""
     both = [(parsed_number(said, percent=kind), parsed_number(reference, percent=kind)) for kind in _PERCENT]
     if percent != "either":
         return [both[_PERCENT.index(percent)]]
@@ -159,7 +159,7 @@ _PERCENT = ("unit", "hundredth")
 
 
 def _tagged(text: str, tags: tuple[str, str]) -> str | None:
-    """What stands between the last closed pair of tags, where no other mark stands behind it."""
+    """The text between the last closed pair of tags; None if another mark follows it."""
     closing = text.rfind(tags[1])
     opening = text.rfind(tags[0], 0, max(closing, 0))
     if closing < 0 or opening < 0 or marked_answer(text[closing:]) is not None:
@@ -168,7 +168,7 @@ def _tagged(text: str, tags: tuple[str, str]) -> str | None:
 
 
 def extract_number(text: str, *, extraction: Extraction = "any") -> str | None:
-    """The text of a completion's final number, for display and for votes; None where there is none.
+    """The text of a completion's final number, for display and for votes; None without one.
 
     Args:
       text: decoded completion.
@@ -182,9 +182,9 @@ def extract_number(text: str, *, extraction: Extraction = "any") -> str | None:
 
 
 def parsed_number(text: str, *, percent: Literal["unit", "hundredth"] = "unit") -> Fraction | None:
-    r"""The one number that a short text holds, exactly; None where it holds none, several, or other mathematics.
+    r"""The only number of a short text, exactly; None for no number, several, or other mathematics.
 
-    A box is read inside, and a text with equals signs behind the last one.
+    The content of a box is read; of an equation, the side after the last equals sign.
 
     >>> parsed_number(r"x = -1\frac{1}{2}\text{ cm}"), parsed_number("3 or 4")
     (Fraction(-3, 2), None)
@@ -204,12 +204,12 @@ def parsed_number(text: str, *, percent: Literal["unit", "hundredth"] = "unit") 
 
 
 def _only_number(plain: str, percent: str) -> Fraction | None:
-    """The one number of a text without typography and equals signs; None where it holds none, several, or more."""
+    """The only number of a text without typography and equals signs; None for no number, several, or other content."""
     found = list(_NUMBER.finditer(plain))
     if len(found) != 1:
         return None
     before, after = plain[: found[0].start()], plain[found[0].end() :]
-    # A digit right behind a letter belongs to a unit such as m2.
+    # A digit directly after a letter belongs to a unit such as m2.
     beside = re.sub(r"(?<=[A-Za-z])\d\b", "", before + "|" + after)
     if (
         _UNKNOWN.match(after)
@@ -224,14 +224,14 @@ def _only_number(plain: str, percent: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """The text with typography taken out that does not change its number."""
+    """The text without typography that does not change its number."""
     text = _THOUSANDS.sub("", _in_ascii(text).replace("\\$", "$"))
     text = _DECORATION.sub("", _WORDS.sub(r" \1", _SPACES.sub(" ", text)))
     return _UNIT_POWER.sub("", text).strip().strip("$").strip()
 
 
 def _in_ascii(text: str) -> str:
-    """The text with dashes, digits, separators and fractions of Unicode as ASCII has them."""
+    """The text with Unicode dashes, digits, separators and fractions converted to ASCII."""
     return text if text.isascii() else "".join(map(_ascii, text))
 
 

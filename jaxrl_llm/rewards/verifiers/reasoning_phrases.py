@@ -1,4 +1,4 @@
-"""How a text reasons, by the phrases that it uses: a reward that no answer is needed for."""
+"""Reasoning patterns of a text, by its phrases: a reward without a reference answer."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def reasoning_patterns(
     ngram: Count = 20,
     penalised: str = "user: ",
 ) -> list[float]:
-    """How many phrases of somebody who reasons a completion uses, without what it repeats.
+    """Share of reasoning phrases in a completion, minus repetitions.
 
-        r = max(0, min(1, phrases that occur / enough) - n-grams of words that occur again / n-grams
+        r = max(0, min(1, distinct phrases / enough) - repeated word n-grams / n-grams
             - occurrences of `penalised`)
 
     Args:
       completions: decoded completions.
       phrases: in lower case; each counts once.
-      enough: phrases that earn the whole reward.
+      enough: number of phrases for reward 1.
       ngram: n, in words; an n-gram that occurs more than once counts once.
-      penalised: a text that a completion must not go on with; "" for none.
+      penalised: text whose occurrences are subtracted; "" for none.
 
     Returns:
-      One reward a row in [0, 1].
+      One reward per row in [0, 1].
 
     >>> reasoning_patterns(["Wait, so we need to add. Therefore 9. Alternatively let me check"])
     [0.25]

@@ -1,4 +1,4 @@
-"""What a completion says of its own confidence: a reading of text."""
+"""The confidence that a completion states: a reading of text."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(%?)")
 def stated_confidence(
     completions: Sequence[str], *, opening: str = "<confidence>", closing: str = "</confidence>", scale: Positive = 1.0
 ) -> list[float | None]:
-    """The probability that a completion gives its own answer, where it states one.
+    """The stated probability that the completion's answer is right.
 
-    The number stands between the last opening tag and the next closing one. `80%` is 0.8 on any scale.
+    The number is between the last opening tag and the next closing one. `80%` is 0.8 on any scale.
 
     Args:
       completions: decoded completions.
-      opening: text in front of the number.
-      closing: text behind it.
-      scale: the number that stands for certainty: 1 for shares, 100 for percent without the sign.
+      opening: text before the number.
+      closing: text after it.
+      scale: number for certainty: 1 for shares, 100 for percent without the sign.
 
     Returns:
-      One number a row; None where there is no number, or it lies outside of [0, scale].
+      One number per row; None without a number in [0, scale].
 
     Raises:
       ValueError: for a scale that is not above 0.

@@ -1,7 +1,8 @@
 """Verifiers on the host: from decoded text to rewards.
 
-A host reward names text among `completions` (decoded, control tokens included, without end of sequence and padding),
-`prompts` (bodies), `answers` (reference answers) and `items` (records of the data set), and returns one float a row.
+A host reward takes text arguments among `completions` (decoded, control tokens included, without end of sequence and
+padding), `prompts` (bodies), `answers` (reference answers) and `items` (records of the data set), and returns one float
+per row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jaxrl_llm.ranges import ranged
 
 
 def extract_answer(text: str, *, open_tag: str = "<a>", close_tag: str = "</a>") -> str | None:
-    """Text between the last opening tag and the next closing tag, stripped; None where there is none.
+    """Text between the last opening tag and the next closing tag, stripped; None without a closed pair.
 
     >>> extract_answer("<t>3+4</t><a> 7 </a>")
     '7'
@@ -39,7 +40,7 @@ def exact_match(
       open_tag, close_tag: around the answer, such as `<answer>` and `</answer>`.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
     """
     said = [extract_answer(text, open_tag=open_tag, close_tag=close_tag) for text in completions]
     return [float(one == answer) for one, answer in zip(said, answers, strict=True)]
@@ -51,14 +52,14 @@ def countdown(completions: Sequence[str | None], prompts: Sequence[str]) -> list
     The answer is parsed by a small grammar and evaluated exactly; it is never run as code.
 
     Args:
-      completions: decoded completions, or what a network wrote as a view of them (`reads: {completions: VIEW_text}`).
+      completions: decoded completions, or a network's text for a view of them (`reads: {completions: VIEW_text}`).
       prompts: bodies such as "C:3 6 12>30".
 
     Returns:
-      One reward a row: 1, 0.1 or 0; None where nothing was written.
+      One reward per row: 1, 0.1 or 0; None for missing texts.
 
     Raises:
-      ValueError: if a prompt is no Countdown problem.
+      ValueError: for a prompt that is not a Countdown problem.
     """
     return [
         None if text is None else countdown_task.reward(body, extract_answer(text))
@@ -67,7 +68,7 @@ def countdown(completions: Sequence[str | None], prompts: Sequence[str]) -> list
 
 
 def answer_position_share(completions: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Share of list positions that are right, for answers that are lists separated by spaces.
+    """Share of right list positions, for answers that are lists separated by spaces.
 
         r = #{k : predicted_k == reference_k} / max(#predicted, #reference)
 
@@ -76,7 +77,7 @@ def answer_position_share(completions: Sequence[str], answers: Sequence[str]) ->
       answers: reference answers.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no answer. Surplus elements cost as missing ones do.
+      One reward per row in [0, 1]; 0 without an answer. Surplus and missing elements both lower it.
     """
     predictions = [extract_answer(text) for text in completions]
     return [
@@ -86,7 +87,7 @@ def answer_position_share(completions: Sequence[str], answers: Sequence[str]) ->
 
 
 def answer_order_share(completions: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Share of pairs that stand in the reference's order, for answers that are lists separated by spaces.
+    """Share of pairs in the reference's order, for answers that are lists separated by spaces.
 
         r = #{i < j : rank(predicted_i) < rank(predicted_j)} / (n (n - 1) / 2)
 
@@ -97,7 +98,7 @@ def answer_order_share(completions: Sequence[str], answers: Sequence[str]) -> li
       answers: reference answers.
 
     Returns:
-      One reward a row in [0, 1]; 0 where the answer is not a permutation of the reference.
+      One reward per row in [0, 1]; 0 where the answer is not a permutation of the reference.
     """
     predictions = [extract_answer(text) for text in completions]
     return [
@@ -107,16 +108,16 @@ def answer_order_share(completions: Sequence[str], answers: Sequence[str]) -> li
 
 
 def column_share(completions: Sequence[str], items: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Share of scratch steps that are right, for scratch that is steps separated by `;` (columns of an addition).
+    """Share of right scratchpad steps, for steps separated by `;` (columns of an addition).
 
         r = #{k : written_k == reference_k} / max(#written, #reference)
 
     Args:
-      completions: decoded completions; the steps stand in the first think pair.
-      items: records with the reference scratch in `think`.
+      completions: decoded completions; the steps are in the first think pair.
+      items: records with the reference scratchpad in `think`.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no closed think pair, 1 where both scratches are empty.
+      One reward per row in [0, 1]; 0 without a closed think pair, 1 where both scratchpads are empty.
     """
     rewards = []
     for text, item in zip(completions, items, strict=True):
@@ -144,22 +145,22 @@ def _order_share(found: Sequence[str], wanted: Sequence[str]) -> float:
 
 @ranged
 def item_numbers(item: Mapping[str, Any], *, field: str, values: Mapping[str, tuple[float, ...]]) -> Any:
-    """Numbers that go with what a record says in a field, such as percentiles of a data set (`percentile_bounded`).
+    """Numbers by the value of a record's field, such as percentiles of its data set (`percentile_bounded`).
 
     Args:
       item: a record of the data.
-      field: of the record, such as "task" or "level".
-      values: what it says, as text -> numbers, one for each name that is filled.
+      field: field of the record, such as "task" or "level".
+      values: value of the field as text -> numbers, one for each filled name.
 
     Returns:
-      The numbers, as a tuple; one number alone.
+      A tuple of numbers, or a single number.
 
     Raises:
-      ValueError: for a record that says something else.
+      ValueError: for a record with another value.
 
     >>> item_numbers({"level": 2}, field="level", values={"2": (0.1, 0.5, 0.9)})
     (0.1, 0.5, 0.9)
     """
     if (said := str(item.get(field))) not in values:
-        raise ValueError(f"values has no numbers for {field} {said!r}; it has {', '.join(values)}")
+        raise ValueError(f"values has no numbers for {field} {said!r}, only for {', '.join(values)}; add them")
     return values[said] if len(values[said]) > 1 else values[said][0]

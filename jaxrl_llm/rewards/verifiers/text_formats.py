@@ -1,4 +1,4 @@
-"""Whether a completion has a form: tags in their order, a regular expression, JSON of a schema, instructions."""
+"""Format verifiers: order of tags, a regular expression, JSON of a schema, instructions."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def tag_format(
     think_tags: tuple[str, str] = ("<think>", "</think>"),
     answer_tags: tuple[str, str] = ("<answer>", "</answer>"),
 ) -> list[float]:
-    """Whether the tags of thought and answer stand where they should.
+    """Whether the tags of thought and answer are well-formed.
 
         think          1 where the text starts with the opening tag, which occurs once, and a closing one follows
         think_answer   1 where each of the four tags occurs once and in order, the text begins and ends with one,
-                       and nothing but blanks stands between thought and answer; both may be empty
+                       and only blanks are between thought and answer; both may be empty
         tags           a quarter for each of the four that occurs once on a line of its own
 
-    Tokens that are whole tags are cheaper read as tokens (`answer_format`).
+    Where tags are single tokens, `answer_format` is cheaper.
 
     Args:
       completions: decoded completions.
-      grammar: which of the three.
-      think_tags: around the thought; `<t>` and `</t>` in the built-in tasks.
-      answer_tags: around the answer; `<a>` and `</a>` there.
+      grammar: as above.
+      think_tags: tags around the thought; `<t>` and `</t>` in the built-in tasks.
+      answer_tags: tags around the answer; `<a>` and `</a>` there.
 
     Returns:
-      One number a row in [0, 1].
+      One number per row in [0, 1].
 
     Raises:
       ValueError: for an unknown grammar.
@@ -76,14 +76,14 @@ def pattern_match(completions: Sequence[str], *, pattern: str, where: Where = "s
 
     Args:
       completions: decoded completions.
-      pattern: of Python's `re`; a dot takes in line breaks. One that backtracks without end needs `deadline_s`.
-      where: anywhere in the text, or the whole of it.
+      pattern: of Python's `re`; a dot matches line breaks. Patterns that backtrack heavily need `deadline_s`.
+      where: 'search' anywhere in the text, or 'whole' text.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
 
     Raises:
-      ValueError: for a pattern that is none, or an unknown place.
+      ValueError: for an invalid regular expression, or an unknown `where`.
 
     >>> pattern_match(["#### 4", "four"], pattern=r"#### -?\d+", where="whole")
     [1.0, 0.0]
@@ -100,7 +100,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ValueError(f"pattern is {pattern!r}, which is no regular expression: {error}") from None
+        raise ValueError(f"pattern is {pattern!r}, which is not a valid regular expression: {error}") from None
 
 
 @ranged
@@ -111,20 +111,20 @@ def schema_match(
     tags: tuple[str, str] | None = None,
     readable: float = 0.0,
 ) -> list[float]:
-    """1 where a completion is JSON that a schema allows, else 0. Needs the extra `text`.
+    """1 where a completion is JSON that is valid under a schema, else 0. Needs the extra `text`.
 
     Args:
       completions: decoded completions.
       schema: JSON Schema; None takes any JSON.
-      tags: around the JSON, of which the last pair counts; None takes the whole completion, or what stands in its
-        last fence of three backticks.
-      readable: reward of JSON that the schema does not allow.
+      tags: tags around the JSON, the last pair counts; None takes the content of the last fence of three backticks, or
+        the whole completion.
+      readable: reward of JSON that is invalid under the schema.
 
     Returns:
-      One reward a row.
+      One reward per row.
 
     Raises:
-      ValueError: for a schema that is none, or without jsonschema.
+      ValueError: for an invalid schema, or without jsonschema.
 
     >>> schema_match(['{"n": 4}', '{"n": "4"}', "4}"], schema={"properties": {"n": {"type": "integer"}}})
     [1.0, 0.0, 0.0]
@@ -140,7 +140,7 @@ def schema_match(
 
 
 def _validator(schema: Mapping[str, Any]) -> Callable[[Any], bool]:
-    """Whether a value is one that a schema allows. Nothing is fetched: references lead into the schema itself."""
+    """Whether a value is valid under a schema. References must be inside the schema; nothing is fetched."""
     if importlib.util.find_spec("jsonschema") is None:
         raise ValueError("schema_match needs the package jsonschema; install it with: pip install 'jaxrl_llm[text]'")
     import jsonschema.validators  # the extra text
@@ -150,16 +150,14 @@ def _validator(schema: Mapping[str, Any]) -> Callable[[Any], bool]:
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise ValueError(f"schema is no JSON Schema: {error.message}") from None
+        raise ValueError(f"schema is not a valid JSON Schema: {error.message}") from None
     validator = kind(schema, registry=referencing.Registry())
 
     def allowed(value: Any) -> bool:
         try:
             return validator.is_valid(value)
         except referencing.exceptions.Unresolvable as error:
-            raise ValueError(
-                f"schema refers to {error.ref!r}, which is no part of it; write it out under $defs"
-            ) from None
+            raise ValueError(f"schema refers to {error.ref!r}, which is not in it; define it under $defs") from None
         except RecursionError:
             return False
 
@@ -175,7 +173,7 @@ def _fenced(text: str) -> str:
 
 
 def _json(text: str) -> Any:
-    """The value of a JSON text; `_NOTHING` for another, such as one with NaN, with a name twice, or nested too deep."""
+    """The value of a JSON text; `_NOTHING` for invalid JSON, such as NaN, duplicate names, or too deep nesting."""
     try:
         return json.loads(text, parse_constant=_refused, object_pairs_hook=_object)
     except (ValueError, RecursionError):
@@ -188,7 +186,7 @@ def _refused(constant: str) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({name for name, _ in pairs}) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("duplicate name")
     return dict(pairs)
 
 
@@ -203,7 +201,7 @@ def _listed(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-# What an instruction asks of a text, by its name: (text, value) -> whether it is kept.
+# Checks of instructions by name: (text, value) -> whether the text follows it.
 INSTRUCTIONS: Mapping[str, Callable[[str, Any], bool]] = {
     "least_words": lambda text, n: len(_words(text)) >= n,
     "most_words": lambda text, n: len(_words(text)) <= n,
@@ -231,19 +229,20 @@ def instructions_kept(
     field: str = "instructions",
     strict: bool = False,
 ) -> list[float | None]:
-    """The share of the instructions that a completion keeps, or whether it keeps all.
+    """The share of instructions that a completion follows, or whether it follows all.
 
         r = kept / instructions
 
     Args:
       completions: decoded completions.
-      items: records of the data; under `field` those of a prompt: {"most_words": 40, "contains": ["because"]}.
-      instructions: for all prompts, beside their own; names are those of `INSTRUCTIONS`.
-      field: of the records; one that lacks it has none of its own.
-      strict: 1 for all, else 0.
+      items: records of the data; under `field` the instructions of the prompt: {"most_words": 40, "contains":
+        ["because"]}.
+      instructions: further instructions for all prompts; names are those of `INSTRUCTIONS`.
+      field: field of the records; it may be missing.
+      strict: 1 for all instructions, else 0.
 
     Returns:
-      One reward a row in [0, 1]; None for a row without instructions.
+      One reward per row in [0, 1]; None for a row without instructions.
 
     Raises:
       ValueError: for an unknown instruction.

@@ -1,4 +1,4 @@
-"""How near the words of an answer are to those of a reference: the same but for typography, overlap, edits."""
+"""Similarity of a text to a reference: equality without typography, overlap, edit distance."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _TO_SPACE = str.maketrans(string.punctuation, " " * len(string.punctuation))
 
 
 def said(text: str, tags: Tags) -> str | None:
-    """The part of a completion that is compared: between the last pair of tags, behind the last mark (`marked`: a box
-    or `####`), or all of it (None)."""
+    """The compared part of a completion: inside the last pair of tags, after the last mark, or all of it.
+
+    `tags` "marked" takes a box or the text after `####`; None takes the whole completion."""
     if tags is None:
         return text
     return marked_answer(text) if tags == "marked" else tagged(text, *tags)
@@ -40,23 +41,24 @@ def word_match(
     separator: str | None = None,
     punctuation_to_space: bool = False,
 ) -> list[float]:
-    """Whether the words of an answer are those of a reference, or how many of them are.
+    """Equality, or F1, of the words of an answer and a reference.
 
-        exact   1 where the words are the same in the same order
-        f1      2 * c / (|p| + |r|), c the words that both have, |p| and |r| their numbers
+        exact   1 where the words are equal in order
+        f1      2 * c / (|p| + |r|), c the number of common words, |p| and |r| the numbers of words
 
-    Words are those of the lower-case text without ASCII punctuation and without a, an, the. The best reference counts.
+    Words are those of the lower-case text without ASCII punctuation and without a, an, the. With several references the
+    maximum counts.
 
     Args:
       completions: decoded completions.
       answers: reference answers.
-      form: which of the two.
-      tags: around the answer; "marked" for behind `####` or in a box; None takes the whole completion.
-      separator: between several references in an answer, such as "|"; None: there is one.
-      punctuation_to_space: punctuation parts words, and articles are kept, as for search agents.
+      form: as above.
+      tags: tags around the answer; "marked" takes the text after `####` or in a box; None the whole completion.
+      separator: between several references in an answer, such as "|"; None is a single reference.
+      punctuation_to_space: punctuation separates words, and articles are kept, as for search agents.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no answer. Where both have no words, 1.
+      One reward per row in [0, 1]; 0 without an answer; 1 where both have no words.
 
     Raises:
       ValueError: for an unknown form.
@@ -101,7 +103,7 @@ def text_similarity(
     field: str = "answer",
     tags: Tags = None,
 ) -> list[float | None]:
-    """How near a text is to a reference text, in [0, 1].
+    """Similarity of a text to a reference text, in [0, 1].
 
         word_error               max(0, 1 - edits of words / words of the reference)
         edits                    1 - edits of characters / characters of the longer one
@@ -109,17 +111,17 @@ def text_similarity(
         rouge                    the mean of the three
         bleu, chrf               of one sentence (sacrebleu), over 100
 
-    An edit inserts, deletes or changes one. The last five forms need the extra `text`.
+    An edit inserts, deletes or substitutes one. The last six forms need the extra `text`.
 
     Args:
       completions: decoded completions.
       items: records of the data, with the reference text under `field`.
-      form: which of them.
-      field: such as "answer", or "think" for the reference scratch.
-      tags: around the text that is compared; None takes the whole completion.
+      form: as above.
+      field: such as "answer", or "think" for the reference scratchpad.
+      tags: tags around the compared text; None takes the whole completion.
 
     Returns:
-      One reward a row; 0 where the tags are missing, None where the record has no reference.
+      One reward per row; 0 where the tags are missing, None where the record has no reference.
 
     Raises:
       ValueError: for an unknown form, or one whose package is missing.
@@ -160,12 +162,12 @@ def _similarity(form: str) -> Callable[[str, str], float]:
     return lambda one, other: metric.sentence_score(one, [other]).score / 100
 
 
-# Compared by at most so many signs: the work grows with the product of the lengths.
+# Longest compared texts: the cost grows with the product of the lengths.
 _MOST_SIGNS = 4096
 
 
 def _edits(one: Sequence[str], other: Sequence[str]) -> int:
-    """The fewest insertions, deletions and changes that make one of the other."""
+    """Levenshtein distance."""
     one, other = one[:_MOST_SIGNS], other[:_MOST_SIGNS]
     row = list(range(len(other) + 1))
     for i, sign in enumerate(one, 1):
@@ -179,21 +181,21 @@ def _edits(one: Sequence[str], other: Sequence[str]) -> int:
 def relative_error(
     completions: Sequence[str], answers: Sequence[str], *, tags: Tags = "marked", eps: NonNegative = 1e-9
 ) -> list[float]:
-    """How near a number is to the reference, for answers that are measured rather than known.
+    """1 minus the relative error of a number, for measured quantities.
 
         r = 1 - min(1, (|said - answer| + eps) / (|answer| + eps))
 
     Args:
       completions: decoded completions.
       answers: numbers.
-      tags: around the number; "marked" for behind `####` or in a box; None where it is all of the completion.
-      eps: so that 0 may be an answer.
+      tags: tags around the number; "marked" takes the text after `####` or in a box; None the whole completion.
+      eps: avoids a division by 0.
 
     Returns:
-      One reward a row in [0, 1]; 0 where there is no number.
+      One reward per row in [0, 1]; 0 without a number.
 
     Raises:
-      ValueError: for a reference answer that is no number.
+      ValueError: for a reference answer that is not a number.
 
     >>> [round(r, 6) for r in relative_error(["#### 1.1", "#### 5", "it is 2"], ["1", "2", "2"])]
     [0.9, 0.0, 0.0]
@@ -204,7 +206,9 @@ def relative_error(
     rewards, least = [], Fraction(eps)
     for row, (text, answer) in enumerate(zip(completions, answers, strict=True)):
         if (wanted := parsed_number(answer)) is None:
-            raise ValueError(f"the reference answer of row {row} is {answer[:80]!r}, which is no number")
+            raise ValueError(
+                f"the reference answer of row {row} is {answer[:80]!r}, which is not a number; write one number"
+            )
         number = parsed_number(said(text, tags) or "")
         rewards.append(
             0.0 if number is None else 1 - float(min(1, (abs(number - wanted) + least) / (abs(wanted) + least)))
@@ -217,21 +221,22 @@ def choice_match(
 ) -> list[float]:
     r"""1 where a completion chooses the option of the reference, else 0.
 
-    The choice is the letter in the tags or the mark; of a whole completion what its last mark holds, else what
-    follows the last "answer is" or "answer:", else its only line. Case and brackets do not matter, nor does text behind
-    the letter: "(B) Paris", "B. Paris". Two letters are no choice.
+    The choice is the letter in the tags or the mark; in a whole completion that in the last mark, else after the last
+    "answer is" or "answer:", else in its only line. Case, brackets and text after the letter are ignored: "(B) Paris",
+    "B. Paris". Two letters are no choice.
 
     Args:
       completions: decoded completions.
       answers: letters, such as "B".
-      tags: around the choice; "marked" for behind `####` or in a box alone; None looks in the whole completion.
+      tags: tags around the choice; "marked" takes only the text after `####` or in a box; None searches the whole
+        completion.
       options: letters that may be chosen.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
 
     Raises:
-      ValueError: for a reference answer that is no option.
+      ValueError: for a reference answer that is not an option.
 
     >>> choice_match(["The answer is (B).", r"\boxed{C}", "A or B"], ["B", "C", "A"])
     [1.0, 1.0, 0.0]
@@ -240,7 +245,7 @@ def choice_match(
     for row, (text, answer) in enumerate(zip(completions, answers, strict=True)):
         if (wanted := _option(answer, options)) is None:
             raise ValueError(
-                f"the reference answer of row {row} is {answer[:80]!r}, which is none of the options "
+                f"the reference answer of row {row} is {answer[:80]!r}, which is not one of the options "
                 f"{', '.join(options)}"
             )
         place = said(text, tags)
@@ -261,7 +266,7 @@ _NEXT = re.compile(r"\s*(?:or|and|/|&)\s*[(\[]?[a-z](?![a-z])", re.I)
 
 
 def _option(text: str, options: str, *, loose: bool = False) -> str | None:
-    """The letter that a short text chooses; a loose one may stand before a word."""
+    """The letter that a short text chooses; with `loose` it may precede a word."""
     plain = _DECORATED.sub("", text).strip()
     read = _CHOICE.match(plain)
     if read is None and loose:

@@ -24,29 +24,29 @@ def tool_calls_match(
     scale: Positive = 3.0,
     format_weight: NonNegative = 1.0,
 ) -> list[float]:
-    """How much of the reference's tool calls a completion makes.
+    """Agreement of a completion's tool calls with the reference's.
 
         S_max = 1 + sum_j (1 + n_j),   n_j the parameters of reference call j
         S = iou(names) + sum_j max_i (iou(parameter names) + #{equal values})
         r = format_weight * [readable] + scale * (2 * S / S_max - 1)
 
-    with the maximum over calls i of the same name that no earlier j has taken. The same calls in the same order give
-    `scale`; unreadable ones, or none where some are expected, -scale. Where no call is expected, correctness is 0.
+    with the maximum over calls i of the same name that are not matched to an earlier j. Equal calls in equal order give
+    `scale`; unreadable calls, or none where some are expected, -scale. Where no call is expected, correctness is 0.
 
     Args:
-      completions: decoded completions; calls stand between the last pair of tags, as a JSON list, as one object, or as
-        one object a line, each with `name` and `parameters` (or `arguments`); or as Python writes a call, one a line.
+      completions: decoded completions; calls are inside the last pair of tags, as a JSON list, one object, or one
+        object per line, each with `name` and `parameters` (or `arguments`); or as Python calls, one per line.
       answers: reference calls in the same form; an empty text, or [], expects none.
       form: "coarse" gives scale where names and parameter names agree, "strict" where everything does, else -scale.
-      tags: around the calls.
-      scale: correctness lies in [-scale, scale].
-      format_weight: for calls that can be read, where some are expected; else for a completion without any.
+      tags: tags around the calls.
+      scale: correctness is in [-scale, scale].
+      format_weight: reward of readable calls where some are expected, else of a completion without calls.
 
     Returns:
-      One reward a row.
+      One reward per row.
 
     Raises:
-      ValueError: for an unknown form, or a reference that cannot be read.
+      ValueError: for an unknown form, or an unreadable reference.
 
     >>> tool_calls_match(
     ...     ['<tool_call>{"name": "search", "parameters": {"q": "a", "k": 3}}</tool_call>'],
@@ -64,7 +64,7 @@ def tool_calls_match(
     for row, (text, answer) in enumerate(zip(completions, answers, strict=True)):
         if (wanted := _calls(answer)) is None:
             raise ValueError(
-                f"the reference answer of row {row} is {answer[:80]!r}, which is no list of tool calls; write JSON "
+                f"the reference answer of row {row} is {answer[:80]!r}, which is not a list of tool calls; write JSON "
                 'such as [{"name": "search", "parameters": {"q": "cats"}}]'
             )
         inner = tagged(text, *tags)
@@ -76,7 +76,7 @@ def tool_calls_match(
 
 
 def _share(wanted: list[dict[str, Any]], made: list[dict[str, Any]], form: str) -> float:
-    """S / S_max, or whether calls agree."""
+    """S / S_max, or 0 or 1 in the coarse and strict forms."""
     if form == "strict" or made == wanted:
         return float(made == wanted)
     if form == "coarse":
@@ -110,7 +110,7 @@ def _iou(one: list[str], other: list[str]) -> float:
 
 
 def _calls(text: str) -> list[dict[str, Any]] | None:
-    """The calls of a text; None where they cannot be read."""
+    """The calls of a text; None where they are unreadable."""
     try:
         read = _parsed(text.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -136,7 +136,7 @@ def _parsed(text: str) -> Any:
 
 
 def _of_line(line: str) -> Any:
-    """A call as JSON, or as Python writes it: search(q="cats", k=3), whose arguments are constants with names."""
+    """A call as JSON, or as a Python call with constant keyword arguments: search(q="cats", k=3)."""
     if line.startswith("{"):
         return json.loads(line)
     call = ast.parse(line, mode="eval").body

@@ -1,4 +1,4 @@
-"""Whether the turns of a conversation keep to a form."""
+"""Format reward of the turns of a conversation."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ def turn_format_reward(
     turn: str = r"<a>[^<>]+</a>(<n>|<eos>)?",
     observation: str = r"<o>.*?</o>",
 ) -> list[float]:
-    r"""How many turns of a conversation keep to a form, from -1 to 1: beside the score of a whole episode.
+    r"""Share of a conversation's turns that match a pattern, scaled to [-1, 1].
 
         r = 2 mean_s [turn s matches] - 1,   0 without a turn
 
     Args:
       completions: decoded conversations.
-      turn: a regular expression that the whole text of a turn has to match.
-      observation: one that matches what an environment answers, which divides the turns.
+      turn: a regular expression for the whole text of a turn.
+      observation: a regular expression for observations, which separate the turns.
+
+    Returns:
+      One reward per row in [-1, 1].
 
     Raises:
-      ValueError: for what is no regular expression.
+      ValueError: for an invalid regular expression.
 
     >>> texts = ["<a>U</a><n><o>....#</o><a>L</a><n><o>...##</o>L<eos>", "<a>U</a><n>", ""]
     >>> [round(reward, 6) for reward in turn_format_reward(texts)]
@@ -34,7 +37,9 @@ def turn_format_reward(
     try:
         form, between = re.compile(turn, re.S), re.compile(observation, re.S)
     except re.error as error:
-        raise ValueError(f"turn_format_reward has a pattern that is no regular expression: {error}; mend it") from None
+        raise ValueError(
+            f"turn_format_reward has an invalid regular expression: {error}; correct turn or observation"
+        ) from None
     found = []
     for completion in completions:
         turns = [text for text in between.split(completion) if text]

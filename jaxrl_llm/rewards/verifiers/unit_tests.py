@@ -27,7 +27,7 @@ def unit_tests(
     does_not_compile: float = 0.0,
     allow_unisolated: bool = False,
 ) -> list[float | None]:
-    """The tests that the code of a completion passes, each run in a sandbox.
+    """Share of unit tests that the code of a completion passes, each run in a sandbox.
 
         status per test in {pass, fail, error, timeout, forbidden}
         fraction: passed / number of tests
@@ -35,8 +35,8 @@ def unit_tests(
         prefix:   tests passed before the first failure / number of tests
 
     A case of input and output passes iff output and expectation, outer blanks removed, have the same number of lines
-    and agree line by line, each line stripped. What is expected never reaches the process of the program. Tests that
-    are code run behind the program in its own process, so that a program which sets out to deceive them can.
+    and agree line by line, each line stripped. The expected output is not visible to the program's process. Tests that
+    are code run in the same process after the program, which can therefore deceive them.
 
     Args:
       completions: decoded completions; the code is the last fenced block.
@@ -45,19 +45,19 @@ def unit_tests(
         (lines of Python, with `test_setup_code`, as MBPP), `test_cases` (a list of `{input, output}`, with `fn_name`
         for a call), `input_output` (`{inputs, outputs}`, with `fn_name` for calls).
       mode: None is "fraction" for cases of input and output, "all" for tests that are code.
-      most_tests: the first so many are run; None runs all.
-      seconds: that a test may take.
-      memory_gib: that it may use.
+      most_tests: run only the first tests; None runs all.
+      seconds: time limit of a test.
+      memory_gib: memory limit of a test.
       no_code: reward of a completion without a fenced block.
-      does_not_compile: reward of code that is no Python.
-      allow_unisolated: run it where the system cannot isolate it.
+      does_not_compile: reward of code with a syntax error.
+      allow_unisolated: run code also where the system cannot isolate it.
 
     Returns:
-      One reward a row; None for a record without tests, or where the sandbox itself has failed.
+      One reward per row; None for a record without tests, or a failure of the sandbox itself.
 
     Raises:
-      SandboxError: where the system cannot isolate code, unless that is allowed.
-      ValueError: for an unknown mode, or tests in another form.
+      SandboxError: where the system cannot isolate code, without allow_unisolated. ValueError: for an unknown mode, or
+      tests in another form.
 
     >>> item = {"test_cases": [{"input": "2", "output": "4"}, {"input": "3", "output": "9"}]}
     >>> unit_tests(["```python\\nprint(int(input()) * 2)\\n```"], [item], allow_unisolated=True)
@@ -68,39 +68,27 @@ def unit_tests(
     """
     if mode not in (None, "fraction", "all", "prefix"):
         raise ValueError(f"mode is {mode!r}; it must be fraction, all or prefix")
-    tests = [recorded_tests(item)[:most_tests] for item in items]
-    codes = [blocks[-1] if (blocks := _BLOCK.findall(text)) else None for text in completions]
-    asked = [
-        (row, test)
-        for row, (code, own) in enumerate(zip(codes, tests, strict=True))
-        if code is not None
-        for test in own
-    ]
     limits = Limits(seconds, int(memory_gib * 2**30))
-    programs = [test.program(str(codes[row])) for row, test in asked]
-    outcomes = run_programs(programs, limits=limits, allow_unisolated=allow_unisolated)
-    found: list[list[Outcome | None]] = [[] for _ in tests]
-    for (row, test), outcome in zip(asked, outcomes, strict=True):
-        found[row].append(None if outcome is None else test.judged(outcome))
+    tested = tested_programs(completions, items, most_tests=most_tests, limits=limits, unisolated=allow_unisolated)
 
-    def reward(row: int) -> float | None:
-        if not tests[row]:
+    def reward(row: Tested) -> float | None:
+        if not row.tests:
             return None
-        if codes[row] is None:
+        if row.code is None:
             return no_code
-        judged = [outcome for outcome in found[row] if outcome is not None]
-        if len(judged) < len(tests[row]):
+        judged = [outcome for outcome in row.outcomes if outcome is not None]
+        if len(judged) < len(row.tests):
             return None
         if judged[0].detail.startswith("does not compile"):
             return does_not_compile
-        usual: Mode = "all" if tests[row][0].code is not None else "fraction"
+        usual: Mode = "all" if row.tests[0].code is not None else "fraction"
         return passed_share([outcome.verdict for outcome in judged], mode=mode or usual)
 
-    return [reward(row) for row in range(len(tests))]
+    return [reward(row) for row in tested]
 
 
 def code_of(completion: str) -> str:
-    """The code of a completion: its last fenced block, or all of it where there is none.
+    """The code of a completion: its last fenced block, or all of it without one.
 
     >>> code_of("Here it is:\\n```python\\nx = 1\\n```\\nDone.")
     'x = 1\\n'
@@ -110,7 +98,7 @@ def code_of(completion: str) -> str:
 
 
 def passed_share(statuses: Sequence[str], *, mode: Mode) -> float:
-    """What the statuses of all tests of a program are worth.
+    """Reward of the statuses of all tests of a program.
 
     >>> [passed_share(["pass", "pass", "fail", "pass"], mode=mode) for mode in ("fraction", "all", "prefix")]
     [0.75, 0.0, 0.5]
@@ -122,7 +110,7 @@ def passed_share(statuses: Sequence[str], *, mode: Mode) -> float:
 
 
 def same_lines(output: str, expected: str) -> bool:
-    """Whether two texts have as many lines, and the same ones without the blanks around them.
+    """Whether two texts have the same number of lines and equal lines after stripping blanks.
 
     >>> same_lines("1 \\n2\\n", "1\\n2"), same_lines("1", "1\\n2")
     (True, False)
@@ -132,13 +120,13 @@ def same_lines(output: str, expected: str) -> bool:
 
 
 class UnitTest(NamedTuple):
-    """One test of a program: code behind it, or input and what is expected of it.
+    """One test of a program: code that runs after it, or input and expected output.
 
     Attributes:
       code: Python; None for a case.
       input: standard input, or arguments of the call.
       expected: standard output, or value of the call.
-      function: that is called; None for standard input.
+      function: function to call; None for standard input.
     """
 
     code: str | None = None
@@ -156,11 +144,45 @@ class UnitTest(NamedTuple):
             return outcome
         called = self.function is not None
         right = outcome.value == self.expected if called else same_lines(outcome.stdout, self.expected)
-        return outcome if right else outcome._replace(verdict="fail", detail="another output than expected")
+        return outcome if right else outcome._replace(verdict="fail", detail="output differs from the expected one")
+
+
+class Tested(NamedTuple):
+    """The program of a row and what became of its tests.
+
+    Attributes:
+      code: of the last fenced block; None where there is none.
+      tests: of the record.
+      outcomes: one a test; None where the sandbox itself has failed. Empty without code.
+    """
+
+    code: str | None
+    tests: list[UnitTest]
+    outcomes: list[Outcome | None]
+
+
+def tested_programs(
+    completions: Sequence[str],
+    items: Sequence[Mapping[str, Any]],
+    *,
+    most_tests: int | None,
+    limits: Limits,
+    unisolated: bool,
+) -> list[Tested]:
+    """The programs of all rows, after their tests were run in the sandbox."""
+    tests = [recorded_tests(item)[:most_tests] for item in items]
+    codes = [blocks[-1] if (blocks := _BLOCK.findall(text)) else None for text in completions]
+    found = [Tested(code, own, []) for code, own in zip(codes, tests, strict=True)]
+    asked = [(row, test) for row in found if row.code is not None for test in row.tests]
+    programs = [test.program(str(row.code)) for row, test in asked]
+    outcomes = run_programs(programs, limits=limits, allow_unisolated=unisolated)
+    for (row, test), outcome in zip(asked, outcomes, strict=True):
+        row.outcomes.append(None if outcome is None else test.judged(outcome))
+    return found
 
 
 def recorded_tests(item: Mapping[str, Any]) -> list[UnitTest]:
-    """The tests of a record, in any of the forms of `unit_tests`; none where it has none.
+    """The tests of a record, in any of the forms of `unit_tests`; an empty list without tests.
 
     Raises:
       ValueError: for tests in another form.
@@ -184,7 +206,7 @@ def _case(case: Any) -> UnitTest:
     if not isinstance(case, Mapping) or not {"input", "output"} <= case.keys():
         raise ValueError(f"a test case is {str(case)[:80]}; it must have `input` and `output`")
     given, wanted, function = case["input"], case["output"], case.get("fn_name")
-    if function is not None:  # text has an argument a line, in JSON
+    if function is not None:  # text has one JSON argument per line
         given = [json.loads(line) for line in given.splitlines() if line] if isinstance(given, str) else list(given)
         return UnitTest(None, given, json.loads(wanted) if isinstance(wanted, str) else wanted, function)
     texts = ("\n".join(map(str, each)) if isinstance(each, list) else str(each) for each in (given, wanted))
@@ -192,10 +214,12 @@ def _case(case: Any) -> UnitTest:
 
 
 def _parsed(value: Any) -> Any:
-    """Tests as JSON text, as many data sets have them, or as they are."""
+    """Tests parsed from JSON text, or unchanged."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError:
-        raise ValueError(f"the tests of a record are the text {value[:80]!r}, which is no JSON") from None
+        raise ValueError(
+            f"the tests of a record are {value[:80]!r}, which is not JSON; store them as JSON text or a list"
+        ) from None

@@ -1,4 +1,4 @@
-"""A label by vote of texts, among all that were sampled for a prompt."""
+"""Majority vote over the text answers of all samples of a prompt."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from jaxrl_llm.rewards.verifiers.text_answers import extract_answer
 
 
 def voted_answer(completions: Sequence[str], group: Sequence[int]) -> list[float]:
-    """1 where the completion's answer is that of most samples of its group, else 0.
+    """1 where the completion has the majority answer of its group, else 0.
 
-        label = argmax_a #{i : a_i = a}, the first that was given where several have most;   r_i = 1[a_i = label]
+        label = argmax_a #{i : a_i = a}, ties to the first sampled;   r_i = 1[a_i = label]
 
     A completion without an answer neither votes nor matches.
 
-    As a reward function it sees all samples that a plan draws (`voted`), also those that do not learn.
+    As a reward function it sees all samples of a plan (`voted`), including those not trained on.
 
     Args:
       completions: decoded completions.
       group: id of the prompt of each.
 
     Returns:
-      One reward a row, 0 or 1.
+      One reward per row, 0 or 1.
 
     >>> voted_answer(["<a>3</a>", "<a>5</a>", "", "<a>5 </a>"], [0, 0, 0, 0])
     [0.0, 1.0, 0.0, 1.0]

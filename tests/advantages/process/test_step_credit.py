@@ -198,7 +198,7 @@ def test_borders_with_a_tokenizer_and_a_pattern_of_the_users():
     assert found[-1] == 2
     assert (np.diff(found) >= 0).all()
     assert steps_of([b"x"], re.compile(b"x"), False).tolist() == [0]
-    with pytest.raises(ValueError, match="which is no regular expression"):
+    with pytest.raises(ValueError, match="which is not a valid regular expression"):
         rewards.step_borders(tokenizer=tokenizer, pattern="(")
     with pytest.raises(ValueError, match="border is 'word'; it must be one of line"):
         rewards.step_borders(tokenizer=tokenizer, border="word")

@@ -228,10 +228,10 @@ def test_calibration_samples_shift_the_loss():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda d: losses.dpo(**d, link="exo"), "link 'exo' has no finite value at label_smoothing 0"),
+        (lambda d: losses.dpo(**d, link="exo"), "label_smoothing is 0, where link 'exo' is infinite"),
         (lambda d: losses.dpo(**d, divergence="chi"), "divergence is 'chi'; it must be one of reverse_kl"),
         (lambda d: losses.anchored_preference(**d, form="ipo"), "form is 'ipo'; it must be one of nca"),
-        (lambda d: losses.inpo(**d, previous_logprobs=d["logprobs"], eta=0.1, tau=0.2), "tau is 0.2, but eta 0.1"),
+        (lambda d: losses.inpo(**d, previous_logprobs=d["logprobs"], eta=0.1, tau=0.2), "tau is 0.2 and eta is 0.1"),
     ],
 )
 def test_what_cannot_be(call, message):

@@ -477,8 +477,18 @@ def test_judges_by_a_reference_and_verdicts_of_the_policy():
         rewards.verdict_question(["p"], ["c"], question="right")
     said = rewards.verdict_agreement(["yes", " no", "maybe", None], [1.0, 0.0, 1.0, 1.0])
     assert said == [1.0, 1.0, 0.0, None]
-    with pytest.raises(ValueError, match="weights names 2 attributes, but the head has 3 outputs"):
+    with pytest.raises(ValueError, match="weights has 2 numbers, but the head has 3 outputs"):
         rewards.attribute_reward(jnp.ones((1, 3)), weights=(1.0, 2.0))
+    # The card's verdicts, from text; one that is stated twice is missing.
+    texts = [f"<t>1+1=2</t><a>{one}</a>" for one in "YY"] + ["<a>N</a><a>N</a>", "<a> N </a>"]
+    verdicts = rewards.stated_verdict(texts)
+    assert verdicts == [1.0, 1.0, None, 0.0]
+    assert rewards.stated_verdict(["T", "F", None, "<a>T</a>"], right="T", wrong="F", tags=None) == [1, 0, None, None]
+    assert rewards.right_verdict([*texts, "<a>Y</a>"], ["Y", "N", "N", "N", "7"]) == [1.0, 0.0, 0.0, 1.0, None]
+    paid = rewards.critique_reward(jnp.array([1, 1, jnp.nan, 0]), jnp.array([1.0, 0, 0, 0]), form="verdict")
+    np.testing.assert_array_equal(paid, [1, -1, -1, 1])
+    with pytest.raises(ValueError, match="form is 'delta', which needs refined_correct; fill it first"):
+        rewards.critique_reward(jnp.ones(1), jnp.ones(1), form="delta")
     with pytest.raises(ValueError, match="form is 'gain'; it must be one of verdict, refine"):
         rewards.critique_reward(jnp.ones(1), jnp.ones(1), jnp.ones(1), form="gain")
 
@@ -502,5 +512,7 @@ def test_rewards_count_more_after_a_step_that_pushed_out_the_front():
     points = np.random.default_rng(0).random((6, 3)).astype(np.float32)
     found = rewards.dominated_volume(jnp.asarray(points), jnp.arange(6) < 5)
     np.testing.assert_allclose(found, evaluation.hypervolume(points[:5], [0, 0, 0]), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"objectives are \['right', 'short'\] and reference \[0.0\]; give one number"):
+    with pytest.raises(
+        ValueError, match=r"objectives are \['right', 'short'\] and reference \[0.0\]; give one to three"
+    ):
         rewards.hypervolume_guided(objectives=names, reference=(0.0,), reward_names=names)

@@ -109,7 +109,7 @@ EXAMPLES = {
     },
     "rl-mle": (
         rewards.duration_weights,
-        ([[1.0, 10], [4, 5]], [[0, 1], [0, 1]], BOTH, [1.0, 1]),
+        ([[1.0, 10], [4, 5]], BOTH, [1.0, 1], [[0, 1], [0, 1]]),
         [[0.2, 2], [0.8, 1]],
     ),
     "milestones": (rewards.milestone_reward, ([0.62, NAN, 0.5], [3.0, 2, 7], [1.0, 1, 0]), [0.92, -9.8, -10]),
@@ -353,7 +353,7 @@ def test_rows_without_steps_and_constant_returns():
             lambda: advantages.return_functional(jnp.ones(1), jnp.zeros(1, int), jnp.ones(1), functional="x"),
             "functional",
         ),
-        (lambda: bin_shares(jnp.ones(1), count=1, low=0, high=1), "1 bins from 0 to 1"),
+        (lambda: bin_shares(jnp.ones(1), count=1, low=0, high=1), "head has 1 outputs"),
         (lambda: losses.several_values(jnp.ones((1, 1, 2)), jnp.ones((1, 1, 3)), jnp.ones((1, 1))), "returns of 3"),
     ],
 )

@@ -209,13 +209,16 @@ def test_a_judge_that_is_down_over_budget_or_no_chat_endpoint(served):
         ),
         (
             lambda: rewards.judge_rating(judge={"url": "http://x", "model": "m"}, votes=3),
-            "votes is 3, but judge",
+            "votes is 3 with judge.temperature 0",
         ),
         (
             lambda: rewards.judge_rating(judge={"url": "http://x", "model": "m"}, template="{promt}"),
             "template cannot be filled",
         ),
-        (lambda: rewards.judge_rating(judge={"url": "http://x", "model": "m"}, lowest=5), "ratings need a range"),
+        (
+            lambda: rewards.judge_rating(judge={"url": "http://x", "model": "m"}, lowest=5),
+            "highest must be above lowest",
+        ),
         (lambda: rewards.judge_tournament(judge={"url": "http://x", "model": "m"}, scheme="cup"), "scheme is 'cup'"),
         (lambda: judge_of({"url": "http://x", "model": "m", "budget": 0}, "judge"), "judge.budget is 0"),
     ],
@@ -260,7 +263,7 @@ def test_steps_are_judged_one_by_one(served):
     turn, mask = np.array([[0, 0, 0, 1, 2], [0, 0, 0, 0, 0]]), np.array([[1, 1, 0, 1, 1], [1] * 5])
     found = judged(["p"] * 2, ["a"] * 2, tokens, np.array([5, 1]), turn, mask)
     np.testing.assert_allclose(found, [[1, np.nan, 1 / 3], [1 / 3, np.nan, np.nan]], rtol=1e-6)
-    with pytest.raises(ValueError, match="ratings need a range"):
+    with pytest.raises(ValueError, match="highest must be above lowest"):
         rewards.judge_turns(judge=served(reply).described(), tokenizer=Letters, max_turns=3, highest=0)
 
 

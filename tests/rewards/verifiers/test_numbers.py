@@ -152,7 +152,7 @@ def test_references_may_be_solutions():
 
 @pytest.mark.parametrize("answer", ["x+1", "", "1 or 2", "#### none"])
 def test_a_reference_that_is_no_number_is_an_error(answer):
-    with pytest.raises(ValueError, match=r"the reference answer of row 1 is .*, which is no number"):
+    with pytest.raises(ValueError, match=r"the reference answer of row 1 is .*, which is not a number"):
         number_match(["1", "1"], ["1", answer])
 
 
