@@ -83,7 +83,10 @@ def add_eval(command: Command) -> None:
         metavar="DIR",
         help="write one line per problem with all samples; an interrupted evaluation is continued",
     )
+    _add_compare(command)
 
+
+def _add_compare(command: Command) -> None:
     compare = command(
         "compare",
         "evaluate_checkpoint:compare_evaluations",
