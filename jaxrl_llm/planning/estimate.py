@@ -88,7 +88,7 @@ def estimate(
         sampling = held | {"weights for sampling": weights + loose, "cache": cache}
         result.memory["prefill"] = sampling | {"experts": at.routed(at.prompts * at.prompt)}
         result.memory["decode"] = sampling | {
-            "cache before it grows": at.held.token * at.grown * at.decoded,
+            "cache before it grows": (at.held.token * at.grown + (at.held.window if at.grown else 0.0)) * at.decoded,
             "scores of a token": 3 * 4.0 * at.decoded * at.vocabulary / at.vocabulary_parts,
         }
     if composition.with_reference:

@@ -117,8 +117,8 @@ def decoding_bytes(
     else:  # they lie in the state; the layer that is computed with is gathered
         weights = held_bytes(model, shape, decoding(rules), width) / c.layers
     cache = (held.token * completion + held.window + held.row) * decoded + held.whole_token * prompts * prompt
-    # It grows in stages: while the last one is made, the one before it is there too.
-    before = held.token * sum(stages[:-1]) * decoded
+    # It grows in stages: while the last one is made, the one before it is there too, and windows are there twice.
+    before = (held.token * sum(stages[:-1]) + held.window * (len(stages) > 1)) * decoded
     return {
         "weights for sampling": weights,
         "cache": cache,
