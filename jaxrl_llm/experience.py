@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -34,6 +35,23 @@ class KeyUse(IntEnum):
     PLAN = 7
     SELECTION = 8
     VIEW = 9
+
+
+def key_at(key: Array, *where: Int[Array, ""] | int) -> Array:
+    """The key at an address: the numbers are folded into it, the first one first."""
+    for number in where:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def uniforms_at(key: Array, *where: Int[Array, "*B"] | int) -> Float[Array, "B"]:
+    """A number in [0, 1) at each of B addresses, such as (step, prompt, sample), wherever the row stands in the batch.
+
+    Args:
+      key: that the addresses belong to.
+      where: numbers of an address, each one of all rows or one a row.
+    """
+    return jax.vmap(lambda *at: jax.random.uniform(key_at(key, *at)))(*jnp.broadcast_arrays(*where))
 
 
 class Source(IntEnum):

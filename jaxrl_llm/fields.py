@@ -120,6 +120,7 @@ _ROWS: Any = (
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
     ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0 is none", 0.0, True),
     ("position_entropy", "row", "credit", "entropy of what follows the prompt in the data", float("nan"), True),
+    ("kl_coefficients", "row", "credit", "units of reward that a nat of divergence costs a row", 0.0, True),
     ("kl_anchor", "row", "credit", "how far the policy has moved on average, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
@@ -133,6 +134,7 @@ _ROWS: Any = (
     ("source_id", "row", "data", "number of the source of a mixture that the prompt is of, -1 for none", -1.0),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
+    ("durations", "vector", "environment", "time that each turn took, as the environment says", 0.0, True),
     ("turns", "row", "environment", "turns that were taken"),
     ("stop", "row", "environment", "why the episode ended (rollout.StopReason)"),
     ("solved", "row", "environment", "1 where the environment says so"),
@@ -203,6 +205,7 @@ _NEEDS = {
     "hidden": "hidden states",
     "turn": "turns",
     "turn_rewards": "turns",
+    "durations": "durations",
     "proxy_logprobs": "proxy",
     "prompt_logprobs": "prompt scores",
     "prompt_mask": "prompt scores",

@@ -51,8 +51,10 @@ def config_path(word: str) -> Path:
       ValueError: for a file that is not there, with the nearest one.
     """
     path = Path(word)
-    if path.exists():
+    if os.path.exists(path):  # False as well for a name that is too long
         return path
+    if len(word) > 4000 or max(map(len, path.parts), default=0) > 255:
+        raise ValueError(f"config {word[:60]}... does not exist: its name is too long; give the path of a YAML file")
     if word.isidentifier():
         return recipe_path(word)
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)

@@ -24,6 +24,7 @@ from jaxrl_llm.models.families import FAMILIES, config_from_json
 from jaxrl_llm.models.weights import load_model
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, parsed_number
 from jaxrl_llm.run.setup import parts
+from jaxrl_llm.shipped import config_path
 from jaxrl_llm.signatures import renamed
 from jaxrl_llm.terms import Update
 from jaxrl_llm.training import Network, Rollout
@@ -81,6 +82,8 @@ CONFIGS = {
     b"name: \xff": r"is no text in UTF-8 \(byte 6\)",
     b"name: a\x00b": "is not valid YAML",
     b'name: "\\0"': "config key name is .* with characters that are none",
+    b"init_from: " + b"x" * 300: "config key init_from is 'x.*, which is too long: 300 bytes",
+    b"networks: {a: {path: " + b"/x" * 3000 + b"}}": "config key networks.a.path is '.*, which is too long: 6000 bytes",
     b"seed: 99999999999999999999": "config key seed is 99999999999999999999, which is beyond 64 bits",
     b"? [1]\n: 2": "is not valid YAML",
     b"k" * 300 + b": 1": r"config key 'kkk.*\.\.\.",
@@ -95,6 +98,11 @@ def test_a_config_that_cannot_be_is_refused_shortly(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as refused:
         load_config(file)
     assert len(str(refused.value)) < 1000
+
+
+def test_a_name_that_is_too_long_for_a_file_is_no_config():
+    with pytest.raises(ValueError, match=r"config x+\.\.\. does not exist: its name is too long"):
+        config_path("x" * 300)
 
 
 def test_a_config_is_a_regular_file(tmp_path):

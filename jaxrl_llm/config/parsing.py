@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pydantic
 
+from jaxrl_llm.addresses import is_address
 from jaxrl_llm.bounds import file_bytes, natural, shown
 from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
@@ -22,6 +23,8 @@ from jaxrl_llm.yaml_text import MOST_BYTES, MOST_LEVELS, yaml_values
 _MOST_BASES = 20
 _LONGEST_KEY = 200
 _LARGEST = 2**63
+_PATHS = ("path", "file", "directory", "_dir", "init_from")  # what keys of paths end with
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any) -> Config:
@@ -169,6 +172,13 @@ def _copied(tree: Any, key: str = "", level: int = 0) -> Any:
         raise ConfigError(f"config key {key} is {shown(tree, 60)}, which is beyond 64 bits; give a smaller number")
     if isinstance(tree, str) and ("\0" in tree or any("\ud800" <= character <= "\udfff" for character in tree)):
         raise ConfigError(f"config key {key} is {shown(tree)}, with characters that are none; take them out")
+    if isinstance(tree, str) and key.endswith(_PATHS) and not is_address(tree):
+        longest = max(len(name.encode()) for name in tree.split("/"))
+        if longest > _LONGEST_NAME or len(tree.encode()) > _LONGEST_PATH:
+            raise ConfigError(
+                f"config key {key} is {shown(tree)}, which is too long: {len(tree.encode())} bytes, of which one name "
+                f"has {longest}; a path has at most {_LONGEST_PATH}, and each name in it {_LONGEST_NAME}"
+            )
     return tree
 
 

@@ -32,6 +32,7 @@ from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import spread
 from jaxrl_llm.signatures import missing
 from jaxrl_llm.training import Placement
+from jaxrl_llm.training.networks import backbone_of
 from jaxrl_llm.training.reading import columns_of
 
 # What a reward can be computed of after sampling alone: no other network's scores, no method with memory.
@@ -123,7 +124,7 @@ def guided(of: Evaluated, path: str, network: str, *, strength: float, candidate
 
     def both() -> PyTree:
         own = read()
-        return own, {"head": params["head"], "backbone": params.get("backbone", own)}
+        return own, {"head": params["head"], "backbone": backbone_of(judge, params, own)}
 
     guidance = {"guided_by": network, "strength": strength, "candidates": candidates}
     policy = replace(of.policy, model=model)

@@ -170,6 +170,18 @@ def whole(model: Model, trainable: PyTree, frozen: PyTree) -> PyTree:
     return trainable if model.trained is None else model.trained.join(trainable, frozen)
 
 
+def backbone_of(model: Model, params: PyTree, policy: PyTree, frozen: PyTree = None) -> PyTree:
+    """Parameters of the model whose hidden states a head reads: its own backbone, or the policy's that it shares.
+
+    Args:
+      model: the architecture of the backbone.
+      params: "head", and "backbone" where it does not share the policy's.
+      policy: the policy's parameters.
+      frozen: those of them that a backbone of its own reads too.
+    """
+    return whole(model, params["backbone"], frozen) if "backbone" in params else policy
+
+
 # ---- states ---------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
 from jaxrl_llm.terms import Fill
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.networks import Network, current, frozen_part, whole
+from jaxrl_llm.training.networks import Network, backbone_of, current, frozen_part
 from jaxrl_llm.training.passes import Plain, Size, at_smallest_size, hidden_of, in_rows
 from jaxrl_llm.training.passes import scored as scored_by
 from jaxrl_llm.training.segments import in_device_memory
@@ -260,7 +260,7 @@ def of_head(
     """
     assert network.head is not None
     own = "backbone" in params
-    backbone = whole(model, params["backbone"], frozen) if own else policy
+    backbone = backbone_of(model, params, policy, frozen)
     found = {}
     if "values" in quantities:
         hidden = None if own else policy_hidden

@@ -23,7 +23,7 @@ from jaxrl_llm.signatures import call
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.collect import sampling_layout
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.networks import current, frozen_part, whole
+from jaxrl_llm.training.networks import backbone_of, current, frozen_part
 from jaxrl_llm.training.segments import Traced, Work
 
 PARTS = ("prompt_tokens", "prompt_length", "tokens", "length", "mask")
@@ -97,8 +97,7 @@ def _written(c: Composition, view: View, state: TrainState, rows: Experience, pr
 def _judge(c: Composition, name: str, state: TrainState) -> tuple[Any, dict[str, Any]]:
     """(model, whole parameters of backbone and head) of a network with a head."""
     network, params = c.networks[name], current(c.model, c.networks, state, name)
-    if "backbone" not in params:
-        return c.model, {"head": params["head"], "backbone": state.params}
-    if network.model is not None:
-        return network.model, params
-    return c.model, params | {"backbone": whole(c.model, params["backbone"], frozen_part(c.model, state.params))}
+    own = network.model if "backbone" in params else None
+    frozen = frozen_part(c.model, state.params) if own is None else None
+    model = own or c.model
+    return model, {"head": params["head"], "backbone": backbone_of(model, params, state.params, frozen)}

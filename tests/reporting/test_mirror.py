@@ -206,6 +206,29 @@ def test_a_start_that_has_computed_nothing_is_in_nobodys_way(tmp_path, address, 
         pass
 
 
+def test_a_kill_leaves_no_half_file_in_a_local_folder(tmp_path, monkeypatch):
+    mirror, other = shares(f"file://{tmp_path}/bucket/run", tmp_path, "a")
+    write(mirror.directory, RUN)
+    mirror.push()
+    put = mirror.fs.put_file
+
+    def killed(source, target, **_):
+        put(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mirror.fs, "put_file", killed)
+    write(mirror.directory, {"metrics.jsonl": '{"step": 1}\n{"step": 2}\n'})
+    with pytest.raises(KeyboardInterrupt):
+        mirror.push()
+    assert (tmp_path / "bucket/run/metrics.jsonl").read_text() == RUN["metrics.jsonl"]
+    assert mirror.there().keys() == {"config.yaml", "metrics.jsonl"}
+    # What another process is about to say counts as nothing.
+    (tmp_path / "bucket/run/.brought-1").write_text('{"start": "a", "st')
+    assert mirror.share.arrived(mirror.fs, mirror.root) == set()
+    other.share.say(other.fs, other.root, ["checkpoints/1/"])
+    assert mirror.share.arrived(mirror.fs, mirror.root) == {"checkpoints/1/"}
+
+
 def test_one_file_is_brought_at_once_or_named_where_it_is(tmp_path, address, monkeypatch):
     mirror = Mirror(address, tmp_path / "here")
     write(mirror.directory, {"host/1/stalled.txt": "threads"})

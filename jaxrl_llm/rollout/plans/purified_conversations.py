@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array as Key
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.experience import Experience, Prompts, Source, uniforms_at
 from jaxrl_llm.ranges import Count, Natural, Share, ranged
 from jaxrl_llm.rollout.plans.plan import Plan, Request, finished, first_requests, require_inside
-from jaxrl_llm.rollout.rewriting import compacted, row_draws
+from jaxrl_llm.rollout.rewriting import compacted
 from jaxrl_llm.signatures import call
 
 
@@ -56,7 +56,7 @@ def purified(
 
     def result(held: Held) -> tuple[Experience, dict[str, Array]]:
         rows, report = held.carry
-        chosen = row_draws(held.key, rows.prompt_id, rows.sample) < share
+        chosen = uniforms_at(held.key, rows.prompt_id, rows.sample) < share
         gone = repaired_turns(call(failed, rows.known()), rows["turns"], tries=tries) & chosen[:, None]
         return without_turns(rows, gone, pad_id), report | {"purified_turns": gone.sum() / gone.shape[0]}
 
@@ -101,9 +101,10 @@ def without_turns(rows: Experience, gone: Bool[Array, "B S"], pad_id: int) -> Ex
     number = turn - jnp.take_along_axis(earlier, jnp.clip(turn, 0, width - 1), axis=1)
     turns = rows["turns"] - gone.sum(1).astype(rows["turns"].dtype)
     order = jnp.argsort(gone, axis=1, stable=True)
-    rewards = jnp.take_along_axis(rows["turn_rewards"], order, axis=1)
-    rewards = jnp.where(jnp.arange(width) < (width - gone.sum(1))[:, None], rewards, 0.0)
-    moved = rows.filled(turn=number, turn_rewards=rewards, turns=turns)
+    stays = jnp.arange(width) < (width - gone.sum(1))[:, None]
+    of_turns = {name: rows[name] for name in ("turn_rewards", "durations") if name in rows}
+    of_turns = {name: jnp.where(stays, jnp.take_along_axis(x, order, axis=1), 0.0) for name, x in of_turns.items()}
+    moved = rows.filled(turn=number, **of_turns, turns=turns)
     made = compacted(replace(moved, source=source.astype(jnp.int8)), ~lost, pad_id)
     inside = jnp.arange(made.tokens.shape[1]) < made.length[:, None]
     last = jnp.maximum(turns - 1, 0)[:, None]
