@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -22,6 +23,7 @@ from jaxrl_llm.reporting import ownership
 from jaxrl_llm.reporting.mirror import Mirror, changed_in_place, local_copy
 from jaxrl_llm.reporting.ownership import OwnedError, owned_place
 from jaxrl_llm.reporting.shares import Share
+from jaxrl_llm.run import directories
 from jaxrl_llm.run.directories import mirrored
 
 
@@ -204,6 +206,16 @@ def test_a_start_that_has_computed_nothing_is_in_nobodys_way(tmp_path, address, 
     assert Mirror(address).started()
     with pytest.raises(ValueError, match=r"has a working copy in .*resume that run"), mirrored(config, False, print):
         pass
+
+
+@pytest.mark.parametrize(("kind", "local"), [("ext4", True), ("nfs4", False), ("fuse.gcsfuse", False)])
+def test_only_what_other_hosts_could_share_is_waited_for(tmp_path, monkeypatch, kind, local):
+    mounted = [SimpleNamespace(mountpoint="/", fstype="xfs"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(directories.psutil, "disk_partitions", lambda all: mounted)
+    assert directories._is_local(tmp_path / "jaxrl_llm" / "runs") == local
+    assert directories._is_local(tmp_path.parent)
+    monkeypatch.setattr(directories.psutil, "disk_partitions", lambda all: [])
+    assert not directories._is_local(tmp_path)
 
 
 def test_a_kill_leaves_no_half_file_in_a_local_folder(tmp_path, monkeypatch):
