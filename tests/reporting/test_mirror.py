@@ -191,6 +191,11 @@ def test_an_owner_that_was_killed_on_this_machine_is_not_waited_for(address):
             assert len(said) == waits
 
 
+@pytest.mark.fault(
+    "address",
+    "a run is killed before it has computed anything",
+    "it is at the address already, and the same command with `--resume-if-started` begins it anew",
+)
 def test_a_start_that_has_computed_nothing_is_in_nobodys_way(tmp_path, address, monkeypatch, micro_config):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = parse_config(micro_config | {"run_dir": address}, vocabulary_size=32)
@@ -218,6 +223,11 @@ def test_only_what_other_hosts_could_share_is_waited_for(tmp_path, monkeypatch, 
     assert not directories._is_local(tmp_path)
 
 
+@pytest.mark.fault(
+    "address",
+    "a process is killed while it brings a file",
+    "at an address of objects, and in a local folder, the file is there whole or as it was",
+)
 def test_a_kill_leaves_no_half_file_in_a_local_folder(tmp_path, monkeypatch):
     mirror, other = shares(f"file://{tmp_path}/bucket/run", tmp_path, "a")
     write(mirror.directory, RUN)
