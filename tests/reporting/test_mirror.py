@@ -54,7 +54,7 @@ CHECKPOINT = {"checkpoints/1/state/d/0": "arrays", "checkpoints/1/meta/metadata"
 @pytest.mark.fault(
     "address",
     "the machine is lost",
-    "another one goes on from the last checkpoint that arrived",
+    "another machine resumes from the last checkpoint that was uploaded completely",
 )
 def test_another_machine_gets_what_was_brought_there(tmp_path, address, kind):
     address = address if kind == "objects" else f"file://{tmp_path}/bucket/run"
@@ -76,7 +76,7 @@ def test_another_machine_gets_what_was_brought_there(tmp_path, address, kind):
 @pytest.mark.fault(
     "address",
     "the address cannot be written during a run",
-    "said once for each try; the run goes on, and what is half there is not taken",
+    "one message per attempt; the run continues, and incomplete uploads are ignored",
 )
 def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypatch):
     here, there = Mirror(address, tmp_path / "here"), Mirror(address, tmp_path / "there")
@@ -109,8 +109,8 @@ def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypat
 
 @pytest.mark.fault(
     "address",
-    "or at its end",
-    "status 75; the run is whole here, and the next `--resume` on this machine brings it there",
+    "the address cannot be written at the end of a run",
+    "status 75; the local working copy is complete, and the next `--resume` on this machine uploads it",
 )
 def test_what_could_not_be_brought_at_the_end_is_brought_by_the_next_start(tmp_path, address, monkeypatch):
     mirror = Mirror(address, tmp_path / "here")
@@ -158,10 +158,10 @@ def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, m
 
 @pytest.mark.fault(
     "address",
-    "two processes are started on it",
-    "the owner rewrites an object every 15 seconds; whoever comes waits 45 seconds to see whether it lives, unless it "
-    "is known to have ended on the same machine. Of two that start within the same moment, the one that wrote last has "
-    "it",
+    "two runs are started at the same address",
+    "the owner rewrites an object every 15 seconds; a new run waits 45 seconds to see whether it changes, unless the "
+    "owner is known to have ended on the same machine. Of two that start at the same moment, the one that wrote last "
+    "becomes the owner",
 )
 def test_an_address_has_one_owner(address):
     memory, name, said = fsspec.filesystem("memory"), "/bucket/.owner", []
