@@ -28,7 +28,7 @@ from jaxrl_llm.models.cache import (
     taken_rows,
 )
 from jaxrl_llm.models.latent import latent_values
-from jaxrl_llm.models.layer_runs import Run, cache_of_layer, layer_runs
+from jaxrl_llm.models.layer_runs import Run, cache_of_layer, in_runs, layer_runs
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
@@ -204,17 +204,6 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
 def _by_kind(layers: Any) -> Any:
     """Layers of a cache by the names of `TransformerConfig.caches`."""
     return layers if isinstance(layers, dict) else {"blocks": layers}
-
-
-def in_runs(params: PyTree, config: TransformerConfig) -> PyTree:
-    """Stacked blocks cut into the parts that `layer_runs` loops over; each part is copied where there are several."""
-    if "runs" in params:
-        return params
-    runs = tuple(
-        {stack: jax.tree.map(partial(run.cut, layers=layers), params[stack]) for stack, layers in run.stacks.items()}
-        for run in layer_runs(config)
-    )
-    return {name: leaf for name, leaf in params.items() if name not in config.stacks} | {"runs": runs}
 
 
 def _run(blocks, run: Run, shared, carry, router_choices, cache, keep):
