@@ -280,6 +280,7 @@ def test_a_look_at_rows_changes_no_bit_and_computes_nothing_again(attending):
     np.testing.assert_array_equal(some.tokens[3:, :3], whole.tokens[3:, :3])
 
 
+@pytest.mark.slow
 def test_a_prefix_is_read_in_one_pass_and_goes_on_to_the_same_row(attending):
     params = attending.init(jax.random.key(1))
     counted, calls = calls_counted(attending)
