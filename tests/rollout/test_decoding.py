@@ -134,6 +134,7 @@ def test_going_on_from_any_prefix_of_itself_gives_the_same_completion(slots):
     assert_same(again, whole())
 
 
+@pytest.mark.slow
 def test_a_prefix_keeps_its_source_and_is_trained_on_only_where_it_was_sampled():
     rows, width = 12, 3
     tokens = np.full((rows, width), 4)

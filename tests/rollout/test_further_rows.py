@@ -449,6 +449,7 @@ def test_the_search_goes_down_and_back():
 CODES = {"~": 3, "'": 4, ":": 5, "#": 6, "_": 7, "&": 8, "1": 9, "2": 10}
 
 
+@pytest.mark.slow
 def test_threads_stand_behind_the_text_before_them_and_are_learned_once(model):
     wide, encode = 24, lambda text: [CODES[text]]
     plan = plans.parallel_threads(
