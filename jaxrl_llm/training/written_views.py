@@ -1,7 +1,7 @@
-"""Views that a network writes: a prompt is made of each row, and a network of the step completes it, as a judge does.
+"""Written views: a prompt is made from each row, and a network of the step completes it, for example as a judge.
 
-The tokens are drawn by the key of the run, the step, the view, the row's prompt and its sample number, so they depend
-neither on the other rows nor on the mesh.
+The random keys of the tokens are derived from the run's key, the step, the view, the row's prompt and its sample
+number, so the tokens depend neither on other rows nor on the mesh.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PARTS = ("prompt_tokens", "prompt_length", "tokens", "length", "mask")
 
 
 def write_part(c: Composition, view: View, key: str) -> Traced:
-    """The part that has a network complete the prompts of a view.
+    """The part in which a network completes the prompts of a view.
 
     Args:
-      c: what the step is composed of.
-      view: with `written_by`; where it reads text, its prompts are in the rows already.
-      key: entry of work that holds the rows.
+      c: the composition of the step.
+      view: with `written_by`; if it reads text, its prompts are already in the rows.
+      key: entry of work with the rows.
     """
 
     def write(state: TrainState, work: Work) -> Work:
@@ -61,7 +61,7 @@ def write_part(c: Composition, view: View, key: str) -> Traced:
 
 def _written(c: Composition, view: View, state: TrainState, rows: Experience, prompts: Prompts, asked: Array) -> Any:
     r, place = c.rollout, c.resources.placement
-    assert r is not None  # `checked` has seen to it
+    assert r is not None  # ensured by `checked`
     models, laid = [], []
     for name in view.writers:
         network = c.networks.get(name)
@@ -95,7 +95,7 @@ def _written(c: Composition, view: View, state: TrainState, rows: Experience, pr
 
 
 def _judge(c: Composition, name: str, state: TrainState) -> tuple[Any, dict[str, Any]]:
-    """(model, whole parameters of backbone and head) of a network with a head."""
+    """(model, full parameters of backbone and head) of a network with a head."""
     network, params = c.networks[name], current(c.model, c.networks, state, name)
     own = network.model if "backbone" in params else None
     frozen = frozen_part(c.model, state.params) if own is None else None
