@@ -1,12 +1,12 @@
-"""The pytrees that flow through a training step, and the small protocols that methods speak.
+"""The pytrees of a training step, and the protocols of methods.
 
 Shapes are written with the same letters everywhere:
 
     B  sequences (rows)          T  completion positions       P  prompt positions
     K  reward components         A  reference-answer positions V  vocabulary       D  model width
 
-Every array of `Experience` is flat over rows. The samples of one prompt share a `group` id; nothing is ever
-reshaped to (prompts, samples), so groups may be ragged and a row of weight 0 is simply absent.
+The first axis of every array of `Experience` is rows. The samples of one prompt share a `group` id; arrays are never
+reshaped to (prompts, samples), so groups may have different sizes, and a row of weight 0 counts as absent.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 class KeyUse(IntEnum):
-    """First number folded into a run's key, so that no two uses of randomness share an address."""
+    """First number folded into a run's key, so that different uses of randomness have different keys."""
 
     INITIALISE = 0
     MINIBATCHES = 1
@@ -36,28 +37,46 @@ class KeyUse(IntEnum):
     VIEW = 9
 
 
+def key_at(key: Array, *where: Int[Array, ""] | int) -> Array:
+    """The key at an address: the numbers are folded into it, the first one first."""
+    for number in where:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def uniforms_at(key: Array, *where: Int[Array, "*B"] | int) -> Float[Array, "B"]:
+    """A number in [0, 1) at each of B addresses, such as (step, prompt, sample), wherever the row stands in the batch.
+
+    Args:
+      key: that the addresses belong to.
+      where: numbers of an address, each one of all rows or one a row.
+    """
+    return jax.vmap(lambda *at: jax.random.uniform(key_at(key, *at)))(*jnp.broadcast_arrays(*where))
+
+
 class Source(IntEnum):
     """Where a completion token came from (`Experience.source`)."""
 
     PAD = 0  # after the end of the completion
     SAMPLED = 1  # drawn by the policy: trained on by default
-    DEMONSTRATION = 2  # written by somebody else
+    DEMONSTRATION = 2  # not sampled by the policy
     OBSERVATION = 3  # returned by an environment or a tool
-    HINT = 4  # placed in front of the completion to help
+    HINT = 4  # a hint at the start of the completion
     REPLAYED = 5  # drawn by the policy of an earlier step
 
 
 @struct.dataclass
 class Prompts:
-    """What a rollout starts from: one row per prompt, N rows.
+    """The prompts of a rollout: N rows.
 
     Attributes:
       tokens: left-padded prompt tokens.
       length: real tokens in each prompt, at least 1 (begin of sequence counts).
-      prompt_id: stable id of the prompt in its data set; addresses the random keys and per-prompt statistics.
+      prompt_id: stable id of the prompt in its data set; random keys and per-prompt statistics are derived from it.
       answer_tokens: right-padded reference answer, for in-graph verifiers.
       answer_length: real tokens in each reference answer.
-      fields: further columns of the data by name, one entry per prompt; its rows have them under the same name.
+      fields: further columns of the data by name, one entry per prompt; rows of the prompt have fields of the same
+          name.
     """
 
     tokens: Int[Array, "N P"]
@@ -70,26 +89,26 @@ class Prompts:
 
 @struct.dataclass
 class Experience:
-    """What is known of B sequences: the facts of sampling as attributes, everything else by name in `fields`.
+    """B sequences: the arrays of sampling as attributes, all other arrays by name in `fields`.
 
-    `rows[name]` reads either; `rows.filled(name=...)` gives rows that know more. `jaxrl_llm.fields` is the table of
-    names: what each means, its shape, and what provides it.
+    `rows[name]` reads either; `rows.filled(name=...)` returns rows with additional arrays. `jaxrl_llm.fields` is the
+    table of names with meanings, shapes and providers.
 
     Attributes:
       prompt_tokens, prompt_length, prompt_id, answer_tokens, answer_length: as in `Prompts`, one row per sample.
       sample: number of the sample within its group.
       group: id of the group (the samples of one prompt); any integers in [0, B).
-      weight: 1 for a row that counts, 0 for an absent one, fractions for a row that counts in part.
+      weight: weight of the row in losses and statistics; 0 for an absent row.
       tokens: completion tokens, right-padded; the end-of-sequence token is part of the completion.
       length: completion tokens including end of sequence.
       source: a `Source` for each completion token.
       mask: 1 on the tokens that are trained on.
-      behaviour_logprobs: log-probability of each token under the distribution that it was drawn from.
+      behaviour_logprobs: log-probability of each token under the distribution that it was sampled from.
       behaviour_entropy: entropy of that distribution in nats.
       truncated: the completion reached its length limit before end of sequence.
-      router_choices: experts that served each token of prompt and completion; None where they are not recorded.
-      support: tokens that each token was drawn from, -1 for fewer than S, where sampling is truncated: the trainer
-        normalises over the same ones. None where it is the whole vocabulary.
+      router_choices: experts that processed each token of prompt and completion; None if not recorded.
+      support: with truncated sampling, the candidate tokens that each token was sampled from, padded with -1; the
+        trainer normalises over them. None for the whole vocabulary.
       fields: named arrays, one entry per row.
     """
 
@@ -113,7 +132,7 @@ class Experience:
     fields: dict[str, Array] = struct.field(default_factory=dict)
 
     def known(self) -> dict[str, Array]:
-        """Facts and fields by name; facts that are None are left out."""
+        """All arrays by name, without attributes that are None."""
         facts = {name: getattr(self, name) for name in FACTS}
         return {name: value for name, value in facts.items() if value is not None} | self.fields
 
@@ -125,31 +144,31 @@ class Experience:
             return self.fields[name]
         value = getattr(self, name) if name in FACTS else None
         if value is None:
-            raise KeyError(f"these rows do not know {name!r}; they know {', '.join(sorted(self.known()))}")
+            raise KeyError(f"these rows have no {name!r}; they have {', '.join(sorted(self.known()))}")
         return value
 
     def get(self, name: str) -> Array | None:
-        """The array of this name; None where the rows do not know it."""
+        """The array of this name; None if the rows do not have it."""
         return self.known().get(name)
 
     def filled(self, **values: Array) -> Experience:
-        """The rows with more of them known."""
+        """The rows with these arrays added or replaced."""
         facts = {name: value for name, value in values.items() if name in FACTS}
         rest = {name: value for name, value in values.items() if name not in FACTS}
         return replace(self, **facts, fields=self.fields | rest)
 
 
-# Names of the facts of sampling, in order.
+# Names of the arrays of sampling, in order.
 FACTS = tuple(f.name for f in fields(Experience) if f.name != "fields")
 
 
 @struct.dataclass
 class Sequences:
-    """What a view makes of rows: sequences to be scored, one per row.
+    """The result of a view: sequences to be scored, one per row.
 
     Attributes:
-      prompt_tokens, prompt_length: what they start from, left-padded.
-      tokens, length: what is scored, right-padded.
+      prompt_tokens, prompt_length: the context, left-padded.
+      tokens, length: the scored tokens, right-padded.
       mask: 1 on scored tokens that count.
     """
 
@@ -162,13 +181,13 @@ class Sequences:
 
 @struct.dataclass
 class Branches:
-    """What a view makes of rows where Q sequences go on from different places of each row's own completion.
+    """The result of a view with Q sequences per row, which continue the row's own completion from different positions.
 
-    They are scored in one pass over the row, which all of them share, and one over what follows.
+    They are scored in one pass over the row, which all of them share, and one pass over the continuations.
 
     Attributes:
-      kept: tokens of the completion that each goes on from.
-      tokens, length: what is scored behind them, right-padded.
+      kept: number of tokens of the completion before each continuation.
+      tokens, length: the scored continuations, right-padded.
       mask: 1 on scored tokens that count.
     """
 
@@ -183,8 +202,8 @@ class NetworkState:
     """Parameters of one network.
 
     Attributes:
-      params: as its model takes them; with a head {"head", and "backbone" where it does not read the policy's}. Of a
-        copy of a policy with adapters, the adapters alone.
+      params: parameters of its model; with a head {"head", and "backbone" unless it shares the policy's}. For a copy of
+        a policy with adapters, only the adapters.
       optimizer_state: state of its own optimiser; None for a network that does not learn.
     """
 
@@ -194,14 +213,14 @@ class NetworkState:
 
 @struct.dataclass
 class TrainState:
-    """Everything that a step changes, and so everything that a checkpoint holds (of parameters what learns).
+    """Everything that a step changes, and thus the content of a checkpoint (of parameters, only the trained ones).
 
     Attributes:
       networks: the policy and every other network by name.
-      memory: what stateful methods, plans and selections remember, by their name (see `Method`).
+      memory: memories of stateful methods, plans and selections, by name (see `Method`).
       key: the run's random key; never split or replaced, only folded with (step, prompt, sample, position).
-      step: updates of the batch made so far; also the position in the data.
-      store: rows kept between steps: "replay", and "ahead", a batch that waits for its update.
+      step: number of completed steps; also the position in the data.
+      store: rows kept between steps: "replay", and "ahead", the batch sampled in advance.
     """
 
     networks: dict[str, NetworkState]
@@ -224,8 +243,8 @@ class Loss(NamedTuple):
 
     Attributes:
       numerator: float32 scalar, differentiable.
-      denominator: float32 scalar, 0 where nothing in this part of the batch counts; None for a plain sum (the numerator
-        was divided by a constant already, so parts of a batch are added and never divided).
+      denominator: float32 scalar, 0 if this part of the batch has no counted entries; None for a plain sum (the
+        numerator was already divided by a constant, so parts of a batch are added and not divided).
       metrics: named (sum, count) pairs to log, for example the share of clipped tokens.
     """
 
@@ -235,14 +254,14 @@ class Loss(NamedTuple):
 
     @property
     def value(self) -> Float[Array, ""]:
-        """numerator / denominator, and 0 where nothing counts."""
+        """numerator / denominator, and 0 for a denominator of 0."""
         if self.denominator is None:
             return self.numerator
         return self.numerator / jnp.where(self.denominator == 0, 1.0, self.denominator)
 
 
 class Method(NamedTuple):
-    """A method that remembers something between steps, in the manner of an optax transformation.
+    """A method with a memory between steps, like an optax transformation.
 
     Attributes:
       init: () -> memory, a pytree of arrays.
@@ -255,17 +274,17 @@ class Method(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What chooses the prompts of each step, with a memory of its own in the state.
+    """Chooses the prompts of each step, with a memory in the state.
 
-    The prompts of a step are chosen by what was known two steps before: they are needed while the step before is still
-    under way. Both choices that wait are in the state, so a resumed run makes the same.
+    The prompts of a step are chosen by the memory of two steps before, because they are needed while the previous step
+    is still running. The two pending choices are in the state, so a resumed run makes the same choices.
 
     Attributes:
       init: () -> memory, a pytree of arrays.
-      choose: (memory, key, count) -> numbers of items [count], counted from 0 in the order of the data. An item may be
-        chosen more than once; each time it gets samples of its own.
-      update: (memory, *data) -> memory. Its data are names of rows, and `item`, the number of each row's item.
-      report: memory -> numbers to be logged as `selection/<name>`; None has none.
+      choose: (memory, key, count) -> indices of items [count], from 0 in the order of the data. An item may be chosen
+        more than once; each time it gets separate samples.
+      update: (memory, *data) -> memory. Its data are fields of rows, and `item`, the index of each row's item.
+      report: memory -> numbers to log as `selection/<name>`; None: none.
     """
 
     init: Callable[[], PyTree]

@@ -232,7 +232,7 @@ def test_nearest_suggests_or_lists():
         ("old_twin_values", "a critic provides it"),
         ("stored_logprobs", "written rows provide it"),
         ("staleness", "an external engine provides it"),
-        ("reward", "coefficients and schedules alone can name it"),
+        ("reward", "only coefficients and schedules can read it"),
         ("rewardz", "did you mean 'rewards'?"),
         ("tokens", "known: rewards"),
     ],
@@ -299,8 +299,8 @@ def test_shapes_that_fit(name, shape):
         ("rewards", (4, 3), r"shape \(4,\)"),
         ("advantages", (3, 4), r"\(4,\) or \(4, 3\)"),
         ("mask", (4,), r"shape \(4, 3\)"),
-        ("stated", (), "one entry a completion, 4"),
-        ("preferences", (3, 4), "one entry a completion, 4"),
+        ("stated", (), "one entry per completion, 4"),
+        ("preferences", (3, 4), "one entry per completion, 4"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(name, shape, right):

@@ -265,7 +265,7 @@ def test_bad_input(options, message):
 
 
 def test_slots_need_a_model_that_offers_them():
-    with pytest.raises(ValueError, match=r"rollout.slots is 2, but this model does not offer"):
+    with pytest.raises(ValueError, match=r"rollout.slots is 2, but this model does not support"):
         generate(
             plain_model(),
             {},

@@ -372,7 +372,7 @@ def test_completions_of_two_steps_are_those_of_one(model):
         return [0.0 for _ in completions]
 
     text = Resources(decode=str, encode=lambda text: [1])
-    with pytest.raises(ValueError, match="reading 'read' needs rows of the prompts that the step was handed"):
+    with pytest.raises(ValueError, match="reading 'read' needs rows of only the step's own prompts"):
         make_train_step(
             model,
             optax.sgd(0.0),

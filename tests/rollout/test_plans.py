@@ -554,7 +554,7 @@ def test_bad_compositions(model):
         step.run(state, make_prompts(7), None, None)
     with pytest.raises(ValueError, match="provides"):
         composed(model, refilled(), credit=[("advantages", advantages.pool_centred)])
-    with pytest.raises(ValueError, match="greedy_baseline needs rows that come in one round"):
+    with pytest.raises(ValueError, match="greedy_baseline needs rows sampled in one round"):
         composed(model, in_rounds(), credit=[("advantages", above_baseline)])
     plan = budget(TWO, samples_per_prompt=2, prompt_ids=4)
     assert composed(model, plan, update=Update(minibatches_per_epoch=2)) is not None
