@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 
 from jaxrl_llm.addresses import is_address
 from jaxrl_llm.bounds import natural
@@ -29,6 +30,7 @@ from jaxrl_llm.reporting.shares import Share
 from jaxrl_llm.run.failures import PassingError, storage_fault
 
 _SECONDS = 10.0  # in which a file of one host is seen by another
+_LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs"})
 
 
 class Unwritten(RunDirectory):
@@ -119,7 +121,7 @@ def _share(config: Config) -> Share | None:
     here.parent.mkdir(parents=True, exist_ok=True)
     (here.parent / marks[own]).touch()
     hosts.meet("working copies are marked")
-    until = time.monotonic() + _SECONDS
+    until = time.monotonic() + (0.0 if _is_local(here.parent) else _SECONDS)
     # On network file systems a listing is fresher than the cached attributes of a name.
     while not (there := set(marks) & set(os.listdir(here.parent))) >= set(marks) and time.monotonic() < until:
         time.sleep(0.1)
@@ -135,6 +137,13 @@ def _share(config: Config) -> Share | None:
         f"disk of each, but here share one: {'; '.join(groups)}. Let XDG_CACHE_HOME name a directory that all share, "
         "or another one for each process"
     )
+
+
+def _is_local(folder: Path) -> bool:
+    """Whether a folder is on a local file system, where files of other processes are visible at once."""
+    kinds = {mounted.mountpoint: mounted.fstype for mounted in psutil.disk_partitions(all=True)}
+    place = folder.resolve()
+    return next((kinds[str(at)] in _LOCAL for at in (place, *place.parents) if str(at) in kinds), False)
 
 
 @contextmanager

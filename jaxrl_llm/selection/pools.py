@@ -105,7 +105,7 @@ def items_by_turns(
     start = jnp.cumsum(size) - size
     # How many slots before this one ask for the same kind.
     number = jnp.tril(of_slot[:, None] == of_slot[None, :], -1).sum(axis=1)
-    order = jnp.lexsort((uniforms_at(key, ids), visits, of_item))
+    order = jnp.lexsort((uniforms_at(key, jnp.asarray(ids)), visits, of_item))
     return order[start[of_slot] + number % size[of_slot]].astype(jnp.int32)
 
 

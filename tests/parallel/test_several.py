@@ -502,7 +502,20 @@ def test_processes_of_which_some_share_a_disk_are_refused(configs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    "apart",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.fault(
+                "address",
+                "a function of the user's fails on a process that shares no disk",
+                "its traceback is at the address, in `host/N/NAME.log` of process N",
+            ),
+        ),
+    ],
+)
 def test_a_reward_that_fails_on_one_process_ends_all_with_the_state_saved(configs, tmp_path, apart):
     directory = tmp_path / "bucket" / "run"
     place = f"file://{directory}" if apart else str(directory)

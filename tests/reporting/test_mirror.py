@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -22,6 +23,7 @@ from jaxrl_llm.reporting import ownership
 from jaxrl_llm.reporting.mirror import Mirror, changed_in_place, local_copy
 from jaxrl_llm.reporting.ownership import OwnedError, owned_place
 from jaxrl_llm.reporting.shares import Share
+from jaxrl_llm.run import directories
 from jaxrl_llm.run.directories import mirrored
 
 
@@ -189,6 +191,11 @@ def test_an_owner_that_was_killed_on_this_machine_is_not_waited_for(address):
             assert len(said) == waits
 
 
+@pytest.mark.fault(
+    "address",
+    "a run is killed before it has computed anything",
+    "it is at the address already, and the same command with `--resume-if-started` begins it anew",
+)
 def test_a_start_that_has_computed_nothing_is_in_nobodys_way(tmp_path, address, monkeypatch, micro_config):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = parse_config(micro_config | {"run_dir": address}, vocabulary_size=32)
@@ -206,6 +213,21 @@ def test_a_start_that_has_computed_nothing_is_in_nobodys_way(tmp_path, address, 
         pass
 
 
+@pytest.mark.parametrize(("kind", "local"), [("ext4", True), ("nfs4", False), ("fuse.gcsfuse", False)])
+def test_only_what_other_hosts_could_share_is_waited_for(tmp_path, monkeypatch, kind, local):
+    mounted = [SimpleNamespace(mountpoint="/", fstype="xfs"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(directories.psutil, "disk_partitions", lambda all: mounted)
+    assert directories._is_local(tmp_path / "jaxrl_llm" / "runs") == local
+    assert directories._is_local(tmp_path.parent)
+    monkeypatch.setattr(directories.psutil, "disk_partitions", lambda all: [])
+    assert not directories._is_local(tmp_path)
+
+
+@pytest.mark.fault(
+    "address",
+    "a process is killed while it brings a file",
+    "at an address of objects, and in a local folder, the file is there whole or as it was",
+)
 def test_a_kill_leaves_no_half_file_in_a_local_folder(tmp_path, monkeypatch):
     mirror, other = shares(f"file://{tmp_path}/bucket/run", tmp_path, "a")
     write(mirror.directory, RUN)

@@ -155,6 +155,7 @@ def test_demonstrations_of_unsolved_prompts_wait_until_there_are_enough():
     assert len(held(store)) <= 6
 
 
+@pytest.mark.slow
 def test_a_network_in_int8_says_nearly_the_same():
     model = transformer(TransformerConfig(vocabulary_size=11, width=32, layers=1, heads=2, kv_heads=1))
     params, ids = model.init(jax.random.key(0)), jnp.arange(8)[None]
