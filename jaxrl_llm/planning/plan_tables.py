@@ -52,8 +52,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]
     if result["programs"]:
         shown.append(
             (
-                "memory reserved by each program: all phases, with fragmentation; a device has "
-                f"{size(result['device_bytes'])}",
+                f"memory reserved by each program, fragmentation included; of {size(result['device_bytes'])}",
                 [
                     {
                         "program": each["program"],
