@@ -1,12 +1,12 @@
-"""The pytrees that flow through a training step, and the small protocols that methods speak.
+"""The pytrees of a training step, and the interfaces of losses, methods and selections.
 
-Shapes are written with the same letters everywhere:
+Shapes use the same letters in all modules:
 
     B  sequences (rows)          T  completion positions       P  prompt positions
     K  reward components         A  reference-answer positions V  vocabulary       D  model width
 
-Every array of `Experience` is flat over rows. The samples of one prompt share a `group` id; nothing is ever
-reshaped to (prompts, samples), so groups may be ragged and a row of weight 0 is simply absent.
+The first axis of every array of `Experience` is the row. The samples of one prompt share a `group` id; arrays are never
+reshaped to (prompts, samples), so groups may have different sizes. A row of weight 0 is absent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 class KeyUse(IntEnum):
-    """First number folded into a run's key, so that no two uses of randomness share an address."""
+    """First number folded into the key of a run, so that different uses of randomness get different keys."""
 
     INITIALISE = 0
     MINIBATCHES = 1
@@ -37,27 +37,27 @@ class KeyUse(IntEnum):
 
 
 class Source(IntEnum):
-    """Where a completion token came from (`Experience.source`)."""
+    """Origin of a completion token (`Experience.source`)."""
 
     PAD = 0  # after the end of the completion
-    SAMPLED = 1  # drawn by the policy: trained on by default
-    DEMONSTRATION = 2  # written by somebody else
-    OBSERVATION = 3  # returned by an environment or a tool
-    HINT = 4  # placed in front of the completion to help
-    REPLAYED = 5  # drawn by the policy of an earlier step
+    SAMPLED = 1  # sampled by the policy: trained on by default
+    DEMONSTRATION = 2  # from the data: a demonstration or a stored answer
+    OBSERVATION = 3  # output of an environment or a tool
+    HINT = 4  # a hint in front of the completion
+    REPLAYED = 5  # sampled by the policy of an earlier step
 
 
 @struct.dataclass
 class Prompts:
-    """What a rollout starts from: one row per prompt, N rows.
+    """Input of a rollout: one row per prompt, N rows.
 
     Attributes:
       tokens: left-padded prompt tokens.
-      length: real tokens in each prompt, at least 1 (begin of sequence counts).
-      prompt_id: stable id of the prompt in its data set; addresses the random keys and per-prompt statistics.
+      length: tokens of each prompt without padding, at least 1 (begin of sequence counts).
+      prompt_id: stable id of the prompt in its data set; index of its random keys and statistics.
       answer_tokens: right-padded reference answer, for in-graph verifiers.
-      answer_length: real tokens in each reference answer.
-      fields: further columns of the data by name, one entry per prompt; its rows have them under the same name.
+      answer_length: tokens of each reference answer without padding.
+      fields: further columns of the data by name, one entry per prompt; its samples get them under the same name.
     """
 
     tokens: Int[Array, "N P"]
@@ -70,26 +70,26 @@ class Prompts:
 
 @struct.dataclass
 class Experience:
-    """What is known of B sequences: the facts of sampling as attributes, everything else by name in `fields`.
+    """B sampled or written sequences: the data of sampling as attributes, all other arrays by name in `fields`.
 
-    `rows[name]` reads either; `rows.filled(name=...)` gives rows that know more. `jaxrl_llm.fields` is the table of
-    names: what each means, its shape, and what provides it.
+    `rows[name]` reads both; `rows.filled(name=...)` returns rows with further or replaced arrays. The table of names in
+    `jaxrl_llm.fields` states the meaning, shape and provider of each.
 
     Attributes:
       prompt_tokens, prompt_length, prompt_id, answer_tokens, answer_length: as in `Prompts`, one row per sample.
       sample: number of the sample within its group.
-      group: id of the group (the samples of one prompt); any integers in [0, B).
-      weight: 1 for a row that counts, 0 for an absent one, fractions for a row that counts in part.
+      group: id of the group (the samples of one prompt), an integer in [0, B).
+      weight: weight of each row in sums over rows: usually 1, and 0 for an absent row.
       tokens: completion tokens, right-padded; the end-of-sequence token is part of the completion.
-      length: completion tokens including end of sequence.
+      length: tokens of each completion, including end of sequence.
       source: a `Source` for each completion token.
-      mask: 1 on the tokens that are trained on.
-      behaviour_logprobs: log-probability of each token under the distribution that it was drawn from.
+      mask: 1 on tokens to train on.
+      behaviour_logprobs: log-probability of each token under the distribution that it was sampled from.
       behaviour_entropy: entropy of that distribution in nats.
-      truncated: the completion reached its length limit before end of sequence.
-      router_choices: experts that served each token of prompt and completion; None where they are not recorded.
-      support: tokens that each token was drawn from, -1 for fewer than S, where sampling is truncated: the trainer
-        normalises over the same ones. None where it is the whole vocabulary.
+      truncated: whether the completion reached its length limit before end of sequence.
+      router_choices: experts chosen for each token of prompt and completion, per layer; None if not recorded.
+      support: with truncated sampling, the candidate tokens of each position, padded with -1; the trainer normalises
+        over the same tokens. None for the whole vocabulary.
       fields: named arrays, one entry per row.
     """
 
@@ -113,7 +113,7 @@ class Experience:
     fields: dict[str, Array] = struct.field(default_factory=dict)
 
     def known(self) -> dict[str, Array]:
-        """Facts and fields by name; facts that are None are left out."""
+        """All arrays by name; attributes that are None are left out."""
         facts = {name: getattr(self, name) for name in FACTS}
         return {name: value for name, value in facts.items() if value is not None} | self.fields
 
@@ -125,32 +125,32 @@ class Experience:
             return self.fields[name]
         value = getattr(self, name) if name in FACTS else None
         if value is None:
-            raise KeyError(f"these rows do not know {name!r}; they know {', '.join(sorted(self.known()))}")
+            raise KeyError(f"these rows have no {name!r}; they have {', '.join(sorted(self.known()))}")
         return value
 
     def get(self, name: str) -> Array | None:
-        """The array of this name; None where the rows do not know it."""
+        """The array of this name; None if the rows do not have it."""
         return self.known().get(name)
 
     def filled(self, **values: Array) -> Experience:
-        """The rows with more of them known."""
+        """The rows with the given arrays added or replaced."""
         facts = {name: value for name, value in values.items() if name in FACTS}
         rest = {name: value for name, value in values.items() if name not in FACTS}
         return replace(self, **facts, fields=self.fields | rest)
 
 
-# Names of the facts of sampling, in order.
+# Names of the attributes other than `fields`, in order.
 FACTS = tuple(f.name for f in fields(Experience) if f.name != "fields")
 
 
 @struct.dataclass
 class Sequences:
-    """What a view makes of rows: sequences to be scored, one per row.
+    """Result of a view: sequences to score, one per row.
 
     Attributes:
-      prompt_tokens, prompt_length: what they start from, left-padded.
-      tokens, length: what is scored, right-padded.
-      mask: 1 on scored tokens that count.
+      prompt_tokens, prompt_length: context of each sequence, left-padded.
+      tokens, length: tokens to score, right-padded.
+      mask: 1 on tokens whose scores count.
     """
 
     prompt_tokens: Int[Array, "B P"]
@@ -162,14 +162,14 @@ class Sequences:
 
 @struct.dataclass
 class Branches:
-    """What a view makes of rows where Q sequences go on from different places of each row's own completion.
+    """Result of a view with Q sequences per row that branch off at different positions of the row's completion.
 
-    They are scored in one pass over the row, which all of them share, and one over what follows.
+    They are scored in one pass over the row, which all branches share, and one pass over the branches.
 
     Attributes:
-      kept: tokens of the completion that each goes on from.
-      tokens, length: what is scored behind them, right-padded.
-      mask: 1 on scored tokens that count.
+      kept: number of completion tokens in front of each branch.
+      tokens, length: tokens of each branch to score, right-padded.
+      mask: 1 on tokens whose scores count.
     """
 
     kept: Int[Array, "B Q"]
@@ -183,9 +183,9 @@ class NetworkState:
     """Parameters of one network.
 
     Attributes:
-      params: as its model takes them; with a head {"head", and "backbone" where it does not read the policy's}. Of a
-        copy of a policy with adapters, the adapters alone.
-      optimizer_state: state of its own optimiser; None for a network that does not learn.
+      params: parameters in the format of the model. A network with a head has {"head"}, and "backbone" unless it shares
+        that of the policy. The copy of a policy with adapters has the adapters only.
+      optimizer_state: state of its optimiser; None for a frozen network.
     """
 
     params: PyTree
@@ -194,14 +194,14 @@ class NetworkState:
 
 @struct.dataclass
 class TrainState:
-    """Everything that a step changes, and so everything that a checkpoint holds (of parameters what learns).
+    """The state that a step changes and a checkpoint stores (of the parameters only the trained ones).
 
     Attributes:
-      networks: the policy and every other network by name.
-      memory: what stateful methods, plans and selections remember, by their name (see `Method`).
-      key: the run's random key; never split or replaced, only folded with (step, prompt, sample, position).
-      step: updates of the batch made so far; also the position in the data.
-      store: rows kept between steps: "replay", and "ahead", a batch that waits for its update.
+      networks: the policy and all other networks by name.
+      memory: states of methods, plans and selections, by their name (see `Method`).
+      key: random key of the run; it is constant, and folded with (step, prompt, sample, position) at each use.
+      step: batches trained on so far; also the position in the data.
+      store: rows kept between steps: "replay", and "ahead", a batch that is sampled but not yet trained on.
     """
 
     networks: dict[str, NetworkState]
@@ -217,16 +217,16 @@ class TrainState:
 
 
 class Loss(NamedTuple):
-    """A scalar objective as a sum and a count, so that any split of a batch gives the same gradient.
+    """A scalar objective as a numerator and a denominator, so that any split of a batch gives the same gradient.
 
-    The value is numerator / denominator; the division happens once, after microbatches and devices are summed.
-    The denominator must not depend on the current policy.
+    The value is numerator / denominator; the division follows the sum over microbatches and devices. The denominator
+    must not depend on the parameters.
 
     Attributes:
       numerator: float32 scalar, differentiable.
-      denominator: float32 scalar, 0 where nothing in this part of the batch counts; None for a plain sum (the numerator
-        was divided by a constant already, so parts of a batch are added and never divided).
-      metrics: named (sum, count) pairs to log, for example the share of clipped tokens.
+      denominator: float32 scalar, 0 if no token or row of this part of the batch counts; None for a plain sum, whose
+        numerator is already divided by a constant.
+      metrics: named (sum, count) pairs to log, such as the share of clipped tokens.
     """
 
     numerator: Float[Array, ""]
@@ -235,14 +235,14 @@ class Loss(NamedTuple):
 
     @property
     def value(self) -> Float[Array, ""]:
-        """numerator / denominator, and 0 where nothing counts."""
+        """numerator / denominator, and 0 if the denominator is 0."""
         if self.denominator is None:
             return self.numerator
         return self.numerator / jnp.where(self.denominator == 0, 1.0, self.denominator)
 
 
 class Method(NamedTuple):
-    """A method that remembers something between steps, in the manner of an optax transformation.
+    """A method with state between steps, like an optax transformation.
 
     Attributes:
       init: () -> memory, a pytree of arrays.
@@ -255,17 +255,18 @@ class Method(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What chooses the prompts of each step, with a memory of its own in the state.
+    """A stateful choice of the prompts of each step.
 
-    The prompts of a step are chosen by what was known two steps before: they are needed while the step before is still
-    under way. Both choices that wait are in the state, so a resumed run makes the same.
+    The prompts of a step are chosen with the memory of two steps before, because they are needed while the previous
+    step is still running. The state holds both pending choices, so a resumed run continues with the same prompts.
 
     Attributes:
       init: () -> memory, a pytree of arrays.
-      choose: (memory, key, count) -> numbers of items [count], counted from 0 in the order of the data. An item may be
-        chosen more than once; each time it gets samples of its own.
-      update: (memory, *data) -> memory. Its data are names of rows, and `item`, the number of each row's item.
-      report: memory -> numbers to be logged as `selection/<name>`; None has none.
+      choose: (memory, key, count) -> item numbers [count], from 0 in the order of the data. An item may be chosen more
+        than once; each choice gets separate samples.
+      update: (memory, *data) -> memory. Its parameters are named after fields of rows, or `item`, the item number of
+        each row.
+      report: memory -> numbers to log as `selection/<name>`; None for none.
     """
 
     init: Callable[[], PyTree]

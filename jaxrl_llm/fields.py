@@ -1,9 +1,9 @@
-"""THE table of names: what each array of a step means, its shape, what provides it, and how functions ask for it.
+"""The table of names: meaning, shape and provider of each array of a step.
 
-Names of what networks say follow rules and need no row of their own (`network_names`). Nor do these:
+Names of network outputs follow rules (`network_names`) and have no entry in the table, nor have these:
 
-    <view>_text                    in a reading: what a network wrote as the completion of a view
-    metric/<name>                  filled by credit, a number to be logged
+    <view>_text                    in a reading: text that a network generated as the completion of a view
+    metric/<name>                  filled by credit, a number to log
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from jaxrl_llm.experience import Experience
 from jaxrl_llm.network_names import HEADS, compared_with, score_named
 from jaxrl_llm.shipped import nearest
 
-# scalar []; row [B]; token [B T]; either: one of both, a row's is spread over its tokens; vector [B ...]; prompt [B P].
+# scalar []; row [B]; token [B T]; either: [B], broadcast over the tokens, or [B T]; vector [B ...]; prompt [B P].
 Kind = Literal["scalar", "row", "token", "either", "vector", "prompt"]
 
 
 class Field(NamedTuple):
-    """One row of the table.
+    """One entry of the table.
 
     Attributes:
       name: of the array.
       kind: its shape.
-      provider: what provides it, a key of `PROVIDERS`.
-      meaning: one line.
-      absent: what it holds in rows that do not know it.
-      fillable: an entry of credit may fill it.
-      need: what a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" is nothing.
+      provider: a key of `PROVIDERS`.
+      meaning: one line of text.
+      absent: value in rows without the field.
+      fillable: whether an entry of credit may fill it.
+      need: requirement of a method that reads it, beyond samples, rewards and log-probabilities of the policy; "" for
+        none.
     """
 
     name: str
@@ -42,9 +43,9 @@ class Field(NamedTuple):
     need: str = ""
 
 
-# What credit fills under such a name is logged: one number, or the mean of a row's over rows that count and know it.
+# Values that credit fills under such a name are logged: a scalar, or the weighted mean of one value per row.
 METRIC = "metric/"
-# Who provides names, and what a user has to do where nothing does.
+# Providers of names, with the remedy for a missing name.
 PROVIDERS = {
     "rollout": "a source of rows provides it",
     "rewards": "a function in rewards provides it, for credit and losses",
@@ -63,48 +64,48 @@ PROVIDERS = {
     "continued_steps": "the plan continued_steps provides it",
     "network": "a network provides it",
     "head": "a critic provides it: a network with a head, which networks may configure",
-    "learner": "losses alone can name it: it is of the network that learns",
-    "vocabulary": "an entry of credit may name it, with tokens alone",
+    "learner": "losses alone can name it: it belongs to the network in training",
+    "vocabulary": "an entry of credit may name it, in functions of tokens alone",
     "step": "every step provides it",
     "metrics": "coefficients and schedules alone can name it",
     "text": "readings and rewards may name it: they run on the host",
 }
 
 _ROWS: Any = (
-    # facts of sampling
+    # sampling
     ("prompt_tokens", "prompt", "rollout", "prompt tokens, left-padded"),
-    ("prompt_length", "row", "rollout", "real tokens of the prompt"),
+    ("prompt_length", "row", "rollout", "tokens of the prompt without padding"),
     ("prompt_id", "row", "rollout", "stable id of the prompt in its data set"),
     ("answer_tokens", "vector", "rollout", "reference answer, right-padded"),
-    ("answer_length", "row", "rollout", "real tokens of the reference answer"),
+    ("answer_length", "row", "rollout", "tokens of the reference answer without padding"),
     ("sample", "row", "rollout", "number of the sample within its group"),
     ("group", "row", "rollout", "id of the group: the samples of one prompt"),
     ("weight", "row", "rollout", "1 for a row that counts, 0 for an absent one", 0.0, True),
     ("tokens", "token", "rollout", "completion tokens, right-padded"),
     ("length", "row", "rollout", "completion tokens, end of sequence included"),
-    ("source", "token", "rollout", "where each token came from (experience.Source)"),
-    ("mask", "token", "rollout", "1 on tokens that are trained on; in a loss, times the weight of the row", 0.0, True),
-    ("behaviour_logprobs", "token", "rollout", "log-probabilities that the tokens were drawn with"),
-    ("behaviour_entropy", "token", "rollout", "entropy of the distribution that each token was drawn from, in nats"),
+    ("source", "token", "rollout", "origin of each token (experience.Source)"),
+    ("mask", "token", "rollout", "1 on tokens to train on; in a loss, times the weight of the row", 0.0, True),
+    ("behaviour_logprobs", "token", "rollout", "log-probabilities of the tokens in sampling"),
+    ("behaviour_entropy", "token", "rollout", "entropy of the sampling distribution at each token, in nats"),
     ("truncated", "row", "rollout", "the completion reached its length limit"),
-    ("router_choices", "vector", "rollout", "experts that served each token; in a loss, of the policy that learns"),
-    ("support", "vector", "rollout", "tokens that each token was drawn from, where sampling is truncated"),
+    ("router_choices", "vector", "rollout", "experts of each token; in a loss, those of the policy in training"),
+    ("support", "vector", "rollout", "candidate tokens of each position, if sampling is truncated"),
     # rewards
-    ("reward_components", "vector", "rewards", "one column a reward function, before weights; NaN does not apply"),
-    ("rewards", "row", "rewards", "the weighted sum that is maximised", 0.0, True),
-    ("correct", "row", "rewards", "1 where the first reward, the verifier, returned at least 1", 0.0, True),
+    ("reward_components", "vector", "rewards", "one column per reward function, unweighted; NaN for no reward"),
+    ("rewards", "row", "rewards", "the weighted sum of the reward functions, which is maximised", 0.0, True),
+    ("correct", "row", "rewards", "1 where the first reward function, the verifier, returned at least 1", 0.0, True),
     # credit
-    ("advantages", "either", "credit", "how much better than expected", 0.0, True),
+    ("advantages", "either", "credit", "estimated advantage: return minus a baseline", 0.0, True),
     ("global_advantages", "either", "credit", "advantages over the batch, beside those within groups", 0.0, True),
-    ("returns", "either", "credit", "what a value model learns to expect", 0.0, True),
-    ("token_rewards", "token", "credit", "rewards given to single tokens", 0.0, True),
+    ("returns", "either", "credit", "regression targets of a value model", 0.0, True),
+    ("token_rewards", "token", "credit", "rewards of single tokens", 0.0, True),
     ("token_weight", "either", "credit", "factor of each token's loss", 0.0, True),
     ("turn", "token", "environment", "index of the turn that a token belongs to", 0.0, True),
     ("answer_id", "row", "credit", "equal where answers are equal, -1 for none", -1.0, True),
-    ("budget", "row", "credit", "tokens that a row is allowed", 0.0, True),
-    ("answer_weight", "row", "credit", "factor of the loss on the reference answer of a row", 0.0, True),
+    ("budget", "row", "credit", "token budget of each row", 0.0, True),
+    ("answer_weight", "row", "credit", "factor of the loss on the row's reference answer", 0.0, True),
     ("longest_path", "row", "credit", "tokens of the longest path through a text with threads", 0.0, True),
-    ("well_formed", "row", "credit", "1 where an answer can be read", 0.0, True),
+    ("well_formed", "row", "credit", "1 where an answer can be parsed", 0.0, True),
     ("confidence", "row", "credit", "stated probability of the answer; NaN for none", float("nan"), True),
     (
         "verdict",
@@ -114,73 +115,73 @@ _ROWS: Any = (
         float("nan"),
         True,
     ),
-    ("perplexity", "row", "credit", "of the reference answer after the thought; infinite for none", 0.0, True),
+    ("perplexity", "row", "credit", "of the reference answer after the reasoning; infinite for none", 0.0, True),
     ("proxy_logprobs", "token", "credit", "log-probabilities under another distribution", 0.0, True),
     ("tempered_logprobs", "token", "credit", "log-probabilities at another temperature", 0.0, True),
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
-    ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0 is none", 0.0, True),
-    ("position_entropy", "row", "credit", "entropy of what follows the prompt in the data", float("nan"), True),
-    ("kl_anchor", "row", "credit", "how far the policy has moved on average, in nats", 0.0, True),
+    ("entropy_history", "token", "credit", "mean entropy of the token's turn in earlier updates, or 0", 0.0, True),
+    ("position_entropy", "row", "credit", "entropy of the text after the prompt in the data", float("nan"), True),
+    ("kl_anchor", "row", "credit", "KTO's estimate of the KL to the reference, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
-    ("demonstration_length", "row", "data", "real tokens of the reference completion"),
-    ("paraphrase_tokens", "prompt", "data", "the problem in other words, left-padded"),
-    ("paraphrase_length", "row", "data", "real tokens of that"),
-    ("privileged_tokens", "prompt", "data", "the prompt with what sampling alone is told, left-padded"),
-    ("privileged_length", "row", "data", "real tokens of that"),
+    ("demonstration_length", "row", "data", "tokens of the reference completion without padding"),
+    ("paraphrase_tokens", "prompt", "data", "a paraphrase of the problem, left-padded"),
+    ("paraphrase_length", "row", "data", "tokens of the paraphrase"),
+    ("privileged_tokens", "prompt", "data", "the prompt with information for sampling only, left-padded"),
+    ("privileged_length", "row", "data", "tokens of the privileged prompt"),
     ("scaffold_tokens", "prompt", "data", "the prompt with the criteria of its rubric, left-padded"),
-    ("scaffold_length", "row", "data", "real tokens of that"),
-    ("source_id", "row", "data", "number of the source of a mixture that the prompt is of, -1 for none", -1.0),
+    ("scaffold_length", "row", "data", "tokens of the scaffold"),
+    ("source_id", "row", "data", "index of the prompt's source in a mixture, -1 for none", -1.0),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
     ("turns", "row", "environment", "turns that were taken"),
     ("stop", "row", "environment", "why the episode ended (rollout.StopReason)"),
-    ("solved", "row", "environment", "1 where the environment says so"),
+    ("solved", "row", "environment", "1 where the environment reports success"),
     # engines, plans, written rows
-    ("staleness", "row", "engine", "steps between the policy that sampled a row and the one that learns from it"),
+    ("staleness", "row", "engine", "steps between the policy that sampled a row and the policy in training"),
     ("baseline_rewards", "row", "greedy_baseline", "reward of the prompt's greedy completion"),
-    ("branch", "row", "further", "1 for rows that were drawn after others of their group, in a second round"),
-    ("trajectory", "row", "further", "row of the whole text that a row belongs to"),
-    ("thread_weight", "row", "further", "1 for rows of threads that are there"),
-    ("paired_group", "row", "paraphrased", "group of the same problem in other words, -1 for none", -1.0),
-    ("extra", "row", "mixed_temperature", "whether the row was drawn at the other temperature"),
-    ("successes", "vector", "continued_steps", "right continuations from behind each step"),
-    ("continuations", "vector", "continued_steps", "continuations from behind each step"),
+    ("branch", "row", "further", "1 for rows that were sampled in a second round of their group"),
+    ("trajectory", "row", "further", "index of the row with the whole text of the trajectory"),
+    ("thread_weight", "row", "further", "1 for rows of existing threads"),
+    ("paired_group", "row", "paraphrased", "group of the paraphrased problem, -1 for none", -1.0),
+    ("extra", "row", "mixed_temperature", "whether the row was sampled at the other temperature"),
+    ("successes", "vector", "continued_steps", "right continuations after each step"),
+    ("continuations", "vector", "continued_steps", "continuations after each step"),
     ("label", "row", "adaptive", "1 where the reward is above the threshold"),
     ("pool_mean", "row", "adaptive", "mean label of all samples of the prompt"),
     ("pool_count", "row", "adaptive", "samples of the prompt"),
-    ("written_mask", "token", "written", "1 on tokens that were written and are learned from; in a loss, times weight"),
+    ("written_mask", "token", "written", "1 on written tokens to train on; in a loss, times weight"),
     ("stored_logprobs", "token", "written", "log-probabilities of the policy that wrote a stored answer"),
-    ("validation", "row", "held out", "1 on rows that are only measured on"),
-    ("top_tokens", "token", "written", "likeliest tokens of a stored distribution, in each place; -1 for fewer"),
+    ("validation", "row", "held out", "1 on rows of the validation loss, which are not trained on"),
+    ("top_tokens", "token", "written", "most probable tokens of a stored distribution, padded with -1"),
     ("top_logprobs", "token", "written", "their log-probabilities"),
-    ("preferred", "row", "written", "1 for a pair's better row, 0 for the other; a label of a single row", -1.0, True),
-    ("rating", "row", "written", "number that somebody gave the row", float("nan")),
-    ("margin", "row", "written", "how much better the preferred row of a pair is said to be", 0.0, True),
-    ("rank", "row", "written", "place of the row in its group, 0 is best", -1.0),
+    ("preferred", "row", "written", "1 for the better row of a pair, 0 for the other, or a single label", -1.0, True),
+    ("rating", "row", "written", "rating of the row in the data", float("nan")),
+    ("margin", "row", "written", "margin of the preferred row of a pair, by its labels", 0.0, True),
+    ("rank", "row", "written", "rank of the row in its group, 0 is best", -1.0),
     ("step_labels", "token", "written", "label of each step, on its last token; NaN elsewhere", float("nan"), True),
-    # what networks say, beside the rules
-    ("hidden", "vector", "network", "the policy's hidden state that predicts each token, as the step found it"),
+    # outputs of networks that follow no rule
+    ("hidden", "vector", "network", "hidden state of the policy that predicts each token, before the update"),
     ("prompt_logprobs", "prompt", "network", "log-probability of each prompt token after the first"),
     ("prompt_mask", "prompt", "network", "1 on prompt tokens after the first"),
-    ("token_reward_logits", "token", "head", "the token reward model's number for each token"),
-    ("log_probabilities", "vector", "vocabulary", "the policy's log-softmax over the vocabulary, a chunk at a time"),
-    # while learning
-    ("logprobs", "token", "learner", "log-probabilities under the policy that learns"),
-    ("entropy", "token", "learner", "entropy of the policy that learns, in nats"),
-    ("over_vocabulary", "token", "learner", "a functional of two whole distributions, which the loss carries"),
-    ("router_probabilities", "vector", "learner", "what the routers give each expert, of the policy that learns"),
+    ("token_reward_logits", "token", "head", "logit of the token reward model for each token"),
+    ("log_probabilities", "vector", "vocabulary", "log-softmax of the policy over the vocabulary, in chunks"),
+    # in training
+    ("logprobs", "token", "learner", "log-probabilities under the policy in training"),
+    ("entropy", "token", "learner", "entropy of the policy in training, in nats"),
+    ("over_vocabulary", "token", "learner", "a functional of two distributions over the vocabulary, given by the loss"),
+    ("router_probabilities", "vector", "learner", "router probabilities of each expert, of the policy in training"),
     # scalars
-    ("step", "scalar", "step", "updates of a batch made so far"),
+    ("step", "scalar", "step", "batches trained on so far"),
     ("reward", "scalar", "metrics", "mean reward"),
-    ("correct_share", "scalar", "metrics", "share of rows that the verifier finds right"),
+    ("correct_share", "scalar", "metrics", "share of rows that the verifier accepts"),
     ("constant_group_share", "scalar", "metrics", "share of groups whose rewards are all equal"),
-    ("completion_tokens", "scalar", "metrics", "mean length, without what environments and tools answer"),
+    ("completion_tokens", "scalar", "metrics", "mean length, without tokens of environments and tools"),
     ("truncated_share", "scalar", "metrics", "share of rows that reached the length limit"),
-    ("entropy_per_token", "scalar", "metrics", "mean entropy of sampling"),
-    ("kl_reference_per_token", "scalar", "metrics", "mean log-ratio of sampling to reference"),
-    ("alignment", "scalar", "metrics", "whether the losses on written rows would lower a held-out loss faster"),
-    # text, on the host: a list with one entry per row; in the singular, the entry of one row
+    ("entropy_per_token", "scalar", "metrics", "mean entropy of the sampling distribution, in nats"),
+    ("kl_reference_per_token", "scalar", "metrics", "mean log-ratio of the sampling policy to the reference, in nats"),
+    ("alignment", "scalar", "metrics", "first-order decrease of a held-out loss per unit of the supervised share"),
+    # text on the host: a list with one entry per row, or in the singular the entry of one row
     ("completions", "row", "text", "decoded completions"),
     ("prompts", "row", "text", "problem texts"),
     ("answers", "row", "text", "reference answers"),
@@ -233,7 +234,7 @@ _NETWORK_NEEDS = {"value": "value model", "twin": "twin values", "twin_target": 
 
 
 def need_of(name: str) -> str:
-    """What a method that names it needs beyond samples, rewards and the policy's log-probabilities; "" for nothing."""
+    """Requirement of methods that read the name, beyond samples, rewards and log-probabilities of the policy, or ""."""
     if name in FIELDS:
         return FIELDS[name].need
     if compared_with(name):
@@ -247,12 +248,12 @@ def need_of(name: str) -> str:
 
 
 def every_need() -> tuple[str, ...]:
-    """All that `need_of` can say, once each."""
+    """All values of `need_of`, without ""."""
     return tuple(dict.fromkeys(["reference", *_NEEDS.values(), *_NETWORK_NEEDS.values()]))
 
 
 def provided_by(*providers: str) -> frozenset[str]:
-    """Names of the table that these provide."""
+    """Names of the table with one of these providers."""
     return frozenset(name for name, field in FIELDS.items() if field.provider in providers)
 
 
@@ -260,12 +261,12 @@ TEXT = provided_by("text")
 
 
 def is_written_text(name: str) -> bool:
-    """Whether a name is that of texts which a network writes (`<view>_text`)."""
+    """Whether a name is that of texts generated by a network (`<view>_text`)."""
     return name.endswith("_text")
 
 
 def kind_of(name: str) -> Kind:
-    """The shape of a name; an entry of credit may fill any other name with one entry per row."""
+    """The kind of a name; other names, which an entry of credit may fill, are vectors."""
     if name in FIELDS:
         return FIELDS[name].kind
     for end, kind in _ENDINGS.items():
@@ -278,7 +279,7 @@ _ENDINGS: Mapping[str, Kind] = {"_logprobs": "token", "_entropy": "token", "_sco
 
 
 def absent_value(name: str) -> float:
-    """What a name holds in rows that do not know it."""
+    """Value of a name in rows without it."""
     return FIELDS[name].absent if name in FIELDS else 0.0
 
 
@@ -293,7 +294,7 @@ _EXAMPLES = {
 
 
 def remedy(name: str, available: Collection[str]) -> str:
-    """Who would provide a name that nothing provides, or which name may have been meant."""
+    """Remedy for a missing name: its provider, or the most similar available name."""
     field = FIELDS.get(name)
     if field is None and (found := score_named(name, [*HEADS, *(f"{head}_target" for head in HEADS)])):
         return f"{PROVIDERS['head']}: {found.network}"
@@ -317,14 +318,14 @@ FACTS_READ_ONLY = frozenset(name for name, field in FIELDS.items() if not field.
 
 
 def check_shape(value: Any, name: str, by: str, rows: Experience) -> None:
-    """Raises ValueError unless a value that fills a name has the shape that the table gives it."""
+    """Raises ValueError unless a value that fills a name has the shape of its kind."""
     count, width = rows.tokens.shape
     kind = kind_of(name) if name in FIELDS else "vector"
     if kind == "vector":
         if value.ndim == 0 or value.shape[0] != count:
             raise ValueError(
                 f"{name} {by!r} returned shape {value.shape} for {count} completions; its first axis must have one "
-                f"entry a completion, {count}"
+                f"entry per completion, {count}"
             )
         return
     shapes = {"row": [(count,)], "token": [(count, width)], "either": [(count,), (count, width)]}[kind]

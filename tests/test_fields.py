@@ -299,8 +299,8 @@ def test_shapes_that_fit(name, shape):
         ("rewards", (4, 3), r"shape \(4,\)"),
         ("advantages", (3, 4), r"\(4,\) or \(4, 3\)"),
         ("mask", (4,), r"shape \(4, 3\)"),
-        ("stated", (), "one entry a completion, 4"),
-        ("preferences", (3, 4), "one entry a completion, 4"),
+        ("stated", (), "one entry per completion, 4"),
+        ("preferences", (3, 4), "one entry per completion, 4"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(name, shape, right):
