@@ -90,7 +90,7 @@ def aggregated_steps(
     Args:
       turn_rewards: score of each step.
       turn: index of the step that each token belongs to.
-      mask: non-zero on tokens that count; a step without any was not taken.
+      mask: non-zero on tokens that count; a step without such tokens is absent.
       form: as above.
       without_steps: score of rows without a step.
 
@@ -162,7 +162,7 @@ def labels_at_ends(
     Args:
       turn_labels: label of each step, NaN for none (`continuation_labels`, `judge_turns`).
       turn: index of the step that each token belongs to.
-      mask: non-zero on tokens that count; a step without any was not taken.
+      mask: non-zero on tokens that count; a step without such tokens is absent.
 
     Returns:
       One label per token, float32.
