@@ -89,11 +89,11 @@ def by_entropy(
     count, ids = len(first), record_ids(records)
     if len(last) != count or not 0 < count <= len(ids) or sum(first) <= 0 or sum(last) <= 0:
         raise ValueError(
-            f"first has {count} chances, last {len(last)}, for {len(ids)} prompts; give equally many, not all 0, and "
-            "not more than there are prompts"
+            f"first has {count} probabilities and last {len(last)}, for {len(ids)} prompts; they must have equal "
+            "lengths, at most the number of prompts, and positive sums"
         )
     if until < hold:
-        raise ValueError(f"until is {until}, but hold {hold}; chances change from hold to until, so it must be larger")
+        raise ValueError(f"until is {until} and hold is {hold}; until must be at least hold")
 
     def chances(memory: Tiers) -> Float[Array, "K"]:
         return tier_chances(memory.steps / total_steps, first, last, hold, until)

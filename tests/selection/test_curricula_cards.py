@@ -289,7 +289,7 @@ def test_places_of_low_entropy_come_first_and_of_high_entropy_later():
         chosen = made.choose(again._replace(steps=jnp.int32(steps)), jax.random.key(1), 12)
         assert set(chosen.tolist()) == expected
     np.testing.assert_allclose(made.report(again._replace(steps=jnp.int32(5)))["hardest_tier"], 0.5)
-    with pytest.raises(ValueError, match="first has 3 chances, last 2"):
+    with pytest.raises(ValueError, match="first has 3 probabilities and last 2"):
         selection.by_entropy(records=records, total_steps=10, last=(0.5, 0.5))
     with pytest.raises(ValueError, match=r"until is 0\.2, but hold 0\.3"):
         selection.by_entropy(records=records, total_steps=10, until=0.2)
