@@ -1,11 +1,13 @@
 """A run that is killed again and again ends with the numbers of one that was not.
 
-    python benchmarks/kills.py --kills 50 [--processes 2] [--work DIRECTORY] [CONFIG [section.key=value ...]]
+    python benchmarks/kills.py --kills 50 [--processes 2 [--apart]] [--work DIRECTORY] [CONFIG [section.key=value ...]]
 
 SIGKILL comes in each phase of a run in turn, at a random moment of it: while it starts, while it compiles (with an
 empty store of programs), between steps, and while a checkpoint is written in the background. Each time the same command
 goes on with it. Metrics, samples, and every array of the last checkpoint are compared with those of a run without
 kills, bit for bit. Exit status 1 where something differs.
+
+With `--apart` each process has a home of its own, and the run is at an address (`file://...`), which is compared.
 
 What has been done is kept in `--work DIRECTORY`: with `--seconds` it is done in portions, each of which goes on there.
 """
@@ -26,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxrl_llm.reporting.metric_table import OF_MACHINE
 from jaxrl_llm.reporting.run_directory import read_records
@@ -57,8 +60,34 @@ class Tally:
         part.replace(file)
 
 
-def started(words: Sequence[str], processes: int, log: Path, programs: Path) -> list[subprocess.Popen]:
-    """The processes of one start of the run, which keep their programs in a folder."""
+class Place(NamedTuple):
+    """Where a run is.
+
+    Attributes:
+      name: as `run_dir` has it.
+      result: the directory that holds the whole run in the end.
+      copies: the directories that its processes write to; that of process 0 first.
+      homes: what XDG_CACHE_HOME is of each process; empty where they share a disk.
+    """
+
+    name: str
+    result: Path
+    copies: tuple[Path, ...]
+    homes: tuple[Path, ...]
+
+
+def place_of(folder: Path, name: str, processes: int, apart: bool) -> Place:
+    """Of a run that all processes write to one directory of, or each to its own (`apart`) and to an address."""
+    result = folder / name
+    if not apart:
+        return Place(str(result), result, (result,), ())
+    homes = tuple(folder / "homes" / f"{name}-{number}" for number in range(processes))
+    copies = tuple(home.joinpath("jaxrl_llm", "runs", "file", *result.parts[1:]) for home in homes)
+    return Place(f"file://{result}", result, copies, homes)
+
+
+def started(words: Sequence[str], processes: int, place: Place, log: Path, programs: Path) -> list[subprocess.Popen]:
+    """The processes of one start of a run, which keep their programs in a folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -72,28 +101,30 @@ def started(words: Sequence[str], processes: int, log: Path, programs: Path) -> 
     for number in range(processes):
         several = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process-id", str(number)]
         several += ["--start-timeout", "40"]  # one that was killed at once is not waited for longer
-        command = [sys.executable, "-m", "jaxrl_llm", "train", *words, *(several if processes > 1 else [])]
+        command = [sys.executable, "-m", "jaxrl_llm", "train", *words, f"run_dir={place.name}", "--resume-if-started"]
+        command += several if processes > 1 else []
+        own = {"XDG_CACHE_HOME": str(place.homes[number])} if place.homes else {}
         with log.open("ab") as out:
-            made.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
+            made.append(subprocess.Popen(command, cwd=ROOT, env=environment | own, stdout=out, stderr=out))
     return made
 
 
-def half_written(run: Path) -> set[tuple[str, int]]:
+def half_written(place: Place) -> set[tuple[str, int]]:
     """Checkpoints that are being written, or were when the run was killed."""
     found = set()
-    for path in (run / "checkpoints").glob("*orbax-checkpoint-tmp*"):
+    for path in (path for copy in place.copies for path in (copy / "checkpoints").glob("*orbax-checkpoint-tmp*")):
         with contextlib.suppress(FileNotFoundError):  # it may be finished meanwhile
             found.add((path.name, path.stat().st_ino))
     return found
 
 
-def lines(run: Path) -> int:
+def lines(place: Place) -> int:
     """How many steps are on record."""
-    file = run / "metrics.jsonl"
+    file = place.copies[0] / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
-def event(phase: str, run: Path, log: Path, draw: random.Random) -> Callable[[], bool]:
+def event(phase: str, run: Place, log: Path, draw: random.Random) -> Callable[[], bool]:
     """() -> whether the phase has begun, in which a run that is started now is to be killed."""
     if phase == "compile":
         said = log.stat().st_size if log.is_file() else 0
@@ -144,14 +175,14 @@ def numbers(run: Path) -> dict[str, object]:
     }
 
 
-def whole_run(words: list[str], processes: int, folder: Path, tally: Tally) -> dict[str, object]:
+def whole_run(words: list[str], processes: int, folder: Path, tally: Tally, apart: bool) -> dict[str, object]:
     """Numbers of a run without kills; the second start of one tells how long the set-up takes."""
     for name in ("warm", "whole"):  # the first fills the store of programs
-        run, log = folder / name, folder / f"{name}.log"
-        if (run / "summary.json").is_file():
+        run, log = place_of(folder, name, processes, apart), folder / f"{name}.log"
+        if (run.result / "summary.json").is_file():
             continue
         begun, began = event("compile", run, log, random.Random()), time.monotonic()
-        made = started([*words, f"run_dir={run}", "--resume-if-started"], processes, log, folder / "programs")
+        made = started(words, processes, run, log, folder / "programs")
         while not begun() and any(process.poll() is None for process in made):
             time.sleep(0.02)
         tally.set_up_seconds = time.monotonic() - began
@@ -161,10 +192,11 @@ def whole_run(words: list[str], processes: int, folder: Path, tally: Tally) -> d
     return numbers(folder / "whole")
 
 
-def lived(words: list[str], processes: int, folder: Path, tally: Tally, most: int, until: float) -> str | None:
+def lived(
+    words: list[str], processes: int, folder: Path, tally: Tally, run: Place, most: int, until: float
+) -> str | None:
     """Kill and start a run until it is done; "", what it ended with that was no kill, or None where time is over."""
-    run, log, draw = folder / f"killed{tally.lives}", folder / "killed.log", random.Random()
-    words = [*words, f"run_dir={run}", "--resume-if-started"]
+    log, draw = folder / "killed.log", random.Random()
     while time.monotonic() < until:
         draw.seed(f"{tally.count} {tally.lives}")
         phase, begun = PHASES[tally.count % len(PHASES)], None
@@ -178,7 +210,7 @@ def lived(words: list[str], processes: int, folder: Path, tally: Tally, most: in
             begun = event(phase, run, log, draw)
         with tempfile.TemporaryDirectory() as empty:
             cold = phase == "compile" and begun is not None
-            made = started(words, processes, log, Path(empty) if cold else folder / "programs")
+            made = started(words, processes, run, log, Path(empty) if cold else folder / "programs")
             left = half_written(run)
             statuses = ended(made, begun, draw.uniform(0, longest))
         if statuses == [0] * processes:
@@ -197,25 +229,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]", default=own)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--apart", action="store_true", help="each process has a disk of its own")
     parser.add_argument("--work", type=Path, help="where a command that was broken off goes on")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of a portion; 1 start more may end in it")
     options = parser.parse_args(arguments)
+    if options.apart and options.processes == 1:
+        parser.error("--apart needs --processes of at least 2")
     until = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as kept:
         folder = (options.work or Path(kept)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "tally.json"
         tally = Tally(**json.loads(file.read_text())) if file.is_file() else Tally()
-        expected = whole_run(options.words, options.processes, folder, tally)
+        expected = whole_run(options.words, options.processes, folder, tally, options.apart)
         while tally.count < options.kills:
-            failed = lived(options.words, options.processes, folder, tally, options.kills, until)
+            run = place_of(folder, f"killed{tally.lives}", options.processes, options.apart)
+            failed = lived(options.words, options.processes, folder, tally, run, options.kills, until)
             if failed is None:
                 print(f"{tally.count} kills so far; the same command with --work {folder} goes on")
                 return 0
             if failed:
                 print(failed)
                 return 1
-            found = numbers(folder / f"killed{tally.lives}")
+            found = numbers(run.result)
             differ = [name for name in expected if found[name] != expected[name]]
             tally.different += [f"run {tally.lives}: {', '.join(differ)}"] * bool(differ)
             said = f"differs in {', '.join(differ)}" if differ else "is equal"
@@ -223,9 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tally.lives += 1
             tally.write(file)
         by_phase = ", ".join(f"{phase} {count}" for phase, count in Counter(tally.kills).items())
+        ran = f"{options.processes} processes" + " with a disk each" * options.apart
         print(
             f"{tally.count} kills ({by_phase}; {tally.half_written} left a checkpoint half-written) over "
-            f"{tally.lives} runs of {options.processes} processes: {len(tally.different)} runs differ"
+            f"{tally.lives} runs of {ran}: {len(tally.different)} runs differ"
         )
     return int(bool(tally.different))
 

@@ -62,7 +62,8 @@ def estimated_row(found: dict[str, Any]) -> str:
     """The plan as one line of GiB in each phase and in the evaluation, worked out from sizes."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     held = {one.get("phase") or one["program"]: one["memory_bytes"] for one in (*found["phases"], *found["programs"])}
-    needs = [f"{held[name] / GIB:.1f}" for name in ("prefill", "decode", "reference", "update", "evaluation")]
+    names = ("prefill", "decode", "reference", "update", "evaluation")
+    needs = [f"{held[name] / GIB:.1f}" if name in held else "" for name in names]
     room, fits = f"{found['device_bytes'] / GIB:.1f}", "yes" if found["fits"] else "NO"
     return "| " + " | ".join((f"`{found['config']}`", found["topology"], mesh, *needs, room, fits)) + " |"
 

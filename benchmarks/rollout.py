@@ -95,15 +95,14 @@ def print_compared(console: Console, name: str, workload: Workload, found: Mappi
         rows.append(
             {
                 name: project,
-                "seconds": f"{one['seconds']:.2f}",
+                "s": f"{one['seconds']:.2f}",
                 "tokens/s": f"{workload.tokens / one['seconds']:,.0f}",
-                "time of ours": f"{one['ratio']:.2f}x",
-                "CPU seconds": f"{one['cpu_seconds']:.2f}",
-                "first token": f"{one['first_token'] * 1e3:.0f} ms",
-                "first call": f"{one['first_call']:.1f} s",
-                "slots in use": "100%",
-                "peak memory": f"{one['peak_memory'] / 2**20:,.0f} MiB",
-                "share of limit": f"{rate / found['rate_at_shape']:.0%} / {rate / found['rate_square']:.0%}",
+                "of ours": f"{one['ratio']:.2f}x",
+                "CPU s": f"{one['cpu_seconds']:.2f}",
+                "1st token": f"{one['first_token'] * 1e3:.0f} ms",
+                "1st call": f"{one['first_call']:.1f} s",
+                "MiB": f"{one['peak_memory'] / 2**20:,.0f}",
+                "of limit": f"{rate / found['rate_at_shape']:.0%} / {rate / found['rate_square']:.0%}",
             }
         )
     shown(console, f"{name}: {workload.prompts} x {workload.samples} completions", rows, note_on(found))

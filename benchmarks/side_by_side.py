@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -276,7 +277,7 @@ def machine() -> dict[str, Any]:
 
 def shown(console: Console, title: str, rows: Sequence[Mapping[str, str]], note: str = "") -> None:
     """A table; the first column names the rows."""
-    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left", box=SIMPLE_HEAD)
     for index, name in enumerate(rows[0]):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:

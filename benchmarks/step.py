@@ -85,12 +85,12 @@ def print_compared(console: Console, name: str, found: Mapping[str, Any]) -> Non
         rows.append(
             {
                 name: "TRL" if project == TRANSFORMERS else project,
-                "seconds a step": f"{one['seconds']:.2f}",
-                "time of ours": f"{one['ratio']:.2f}x",
-                "CPU seconds": f"{one['cpu_seconds']:.2f}",
-                "first step": f"{one['first_step']:.1f} s",
-                "peak memory": f"{one['peak_memory'] / 2**30:.2f} GiB",
-                "share of limit": f"{rate / found['rate_at_shape']:.0%} / {rate / found['rate_square']:.0%}",
+                "s a step": f"{one['seconds']:.2f}",
+                "of ours": f"{one['ratio']:.2f}x",
+                "CPU s": f"{one['cpu_seconds']:.2f}",
+                "1st step": f"{one['first_step']:.1f} s",
+                "GiB": f"{one['peak_memory'] / 2**30:.2f}",
+                "of limit": f"{rate / found['rate_at_shape']:.0%} / {rate / found['rate_square']:.0%}",
             }
         )
     shown(console, f"{name}: one step of GRPO", rows, note_on(found))

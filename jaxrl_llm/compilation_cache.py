@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import os
 import platform
 import zlib
@@ -20,7 +21,7 @@ from typing import Any
 _OFF = ("0", "false", "off", "no")
 _PROGRAMS, _CHECKED = "*-cache", ".checked"
 _ZLIB, _ZSTANDARD = b"\x78", b"\x28\xb5\x2f\xfd"  # what jax compresses programs with
-_BYTES = 1 << 24  # of a program that are held decompressed
+_BYTES = 1 << 16  # of a program that are decompressed at a time
 
 
 def enable_compilation_cache() -> None:
@@ -55,7 +56,9 @@ def remove_parts(directory: Path) -> list[str]:
     Only those that were written since the last call are read. One that another process is writing at this moment may be
     among them: that process goes on with what it has compiled.
     """
-    mark, started = directory / _CHECKED, directory / f"{_CHECKED}.{os.getpid()}"
+    # Who has no package for a compression leaves those programs to those who read them.
+    name = _CHECKED if _zstandard() is None else f"{_CHECKED}-zstandard"
+    mark, started = directory / name, directory / f"{name}.{os.getpid()}"
     since = mark.stat().st_mtime_ns if mark.exists() else 0
     started.touch()  # the time is that of the file system
     removed = []
@@ -76,35 +79,29 @@ def _remove_parts_once(directory: str) -> None:
 
 
 def _whole(program: bytes) -> bool:
-    """Whether compressed data goes to its end; True as well where it is compressed in a way that is not known here."""
-    if program.startswith(_ZSTANDARD):
-        return _whole_zstandard(program)
-    if not program.startswith(_ZLIB):
+    """Whether compressed data goes to its end; True as well where it is compressed in a way that is not read here."""
+    if program.startswith(_ZLIB):
+        reader, wrong = zlib.decompressobj(), zlib.error
+    elif program.startswith(_ZSTANDARD) and (zstandard := _zstandard()) is not None:
+        reader, wrong = zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
+    else:
         return len(program) >= len(_ZSTANDARD)
-    reader = zlib.decompressobj()
     try:
-        while program and not reader.eof:
-            reader.decompress(program, _BYTES)
-            program = reader.unconsumed_tail
-    except zlib.error:
+        for start in range(0, len(program), _BYTES):
+            if not reader.eof:
+                reader.decompress(program[start : start + _BYTES])
+    except wrong:
         return False
     return reader.eof
 
 
-def _whole_zstandard(program: bytes) -> bool:
-    """Whether the blocks of a Zstandard frame, whose sizes stand before them, end where the data does.
-
-    Reference: Zstandard compression (RFC 8878), section 3.1.1. Certainty: recalled.
-    """
-    described = program[4] if len(program) > 4 else 0
-    one_segment, checksum = described >> 5 & 1, described >> 2 & 1
-    at = 5 + (not one_segment) + (0, 1, 2, 4)[described & 3] + (one_segment, 2, 4, 8)[described >> 6]
-    last = 0
-    while not last and at + 3 <= len(program):
-        header = int.from_bytes(program[at : at + 3], "little")
-        last, kind, size = header & 1, header >> 1 & 3, header >> 3
-        at += 3 + (1 if kind == 1 else size)  # kind 1 is one byte, repeated
-    return bool(last) and at + 4 * checksum == len(program)
+@functools.cache
+def _zstandard() -> Any:
+    """The package with which jax compresses programs where it is installed, and which reads them; None without."""
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError:
+        return None
 
 
 def compilation_cache_directory() -> Path | None:

@@ -121,6 +121,7 @@ _ROWS: Any = (
     ("preferences", "vector", "credit", "wins over the other samples of the group", 0.0, True),
     ("entropy_history", "token", "credit", "mean entropy of the token's turn in earlier updates, or 0", 0.0, True),
     ("position_entropy", "row", "credit", "entropy of the text after the prompt in the data", float("nan"), True),
+    ("kl_coefficients", "row", "credit", "price of the divergence per row, in reward per nat", 0.0, True),
     ("kl_anchor", "row", "credit", "KTO's estimate of the KL to the reference, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
@@ -134,6 +135,7 @@ _ROWS: Any = (
     ("source_id", "row", "data", "index of the prompt's source in a mixture, -1 for none", -1.0),
     # conversations
     ("turn_rewards", "vector", "environment", "reward of each turn", 0.0, True),
+    ("durations", "vector", "environment", "duration of each turn, as reported by the environment", 0.0, True),
     ("turns", "row", "environment", "turns that were taken"),
     ("stop", "row", "environment", "why the episode ended (rollout.StopReason)"),
     ("solved", "row", "environment", "1 where the environment reports success"),
@@ -204,6 +206,7 @@ _NEEDS = {
     "hidden": "hidden states",
     "turn": "turns",
     "turn_rewards": "turns",
+    "durations": "durations",
     "proxy_logprobs": "proxy",
     "prompt_logprobs": "prompt scores",
     "prompt_mask": "prompt scores",

@@ -134,9 +134,9 @@ def test_a_worker_that_fails_says_why(beside_benchmarks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [["1"], ["2"], ["2", "--apart"]])
 def test_runs_that_are_killed_in_each_phase_are_equal(micro_yaml, capsys, processes):
-    assert benchmark("kills").main([str(micro_yaml), "--kills", "4", "--processes", str(processes)]) == 0
+    assert benchmark("kills").main([str(micro_yaml), "--kills", "4", "--processes", *processes]) == 0
     assert "runs differ" in capsys.readouterr().out
 
 

@@ -83,29 +83,52 @@ def test_the_report_counts_programs(unset, tmp_path):
     assert compilation_cache_report() == {"directory": str(tmp_path), "programs": 1, "mebibytes": 1.0}
 
 
-def zstandard_frame(*blocks: bytes, checksum: bool) -> bytes:
-    """A frame of raw blocks, the last but one of a byte that is repeated, without compression."""
-    size = sum(map(len, blocks))
-    frame = b"\x28\xb5\x2f\xfd" + bytes([0b10100000 | checksum << 2]) + size.to_bytes(4, "little")
-    for number, block in enumerate(blocks, 1):
-        repeated = number == len(blocks) - 1
-        header = (number == len(blocks)) | repeated << 1 | len(block) << 3
-        frame += header.to_bytes(3, "little") + (block[:1] if repeated else block)
-    return frame + bytes(4 * checksum)
+class Zstandard:
+    """Stands for the package of this name: a frame is its magic number and zlib's data."""
+
+    ZstdError = zlib.error
+    magic = b"\x28\xb5\x2f\xfd"
+
+    class ZstdDecompressor:
+        def decompressobj(self):
+            return Reader()
+
+    @classmethod
+    def compressed(cls, data: bytes) -> bytes:
+        return cls.magic + zlib.compress(data)[2:]
 
 
-def test_parts_of_programs_are_deleted_and_nothing_else_is(tmp_path):
-    whole = [zlib.compress(bytes(range(256)) * 300), zstandard_frame(b"raw", b"sss", b"end", checksum=True)]
-    whole += [zstandard_frame(b"raw", b"sss", b"end", checksum=False), b"compressed in a way that is not known"]
-    lengths = {(0, 0), *((number, length) for number in range(3) for length in range(1, len(whole[number])))}
+class Reader:
+    """zlib's reader behind a magic number."""
+
+    def __init__(self):
+        self.reader, self.left = zlib.decompressobj(), len(Zstandard.magic)
+        self.reader.decompress(b"\x78\x9c")
+
+    @property
+    def eof(self):
+        return self.reader.eof
+
+    def decompress(self, data: bytes) -> bytes:
+        data, self.left = data[self.left :], max(self.left - len(data), 0)
+        return self.reader.decompress(data)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_parts_of_programs_are_deleted_and_nothing_else_is(tmp_path, monkeypatch, installed):
+    monkeypatch.setattr(compilation_cache, "_zstandard", lambda: Zstandard if installed else None)
+    monkeypatch.setattr(compilation_cache, "_BYTES", 100)
+    whole = [zlib.compress(os.urandom(300)), Zstandard.compressed(os.urandom(300)), b"compressed in an unknown way"]
+    known = range(1 + installed)
+    lengths = {(0, 0), *((number, length) for number in known for length in range(1, len(whole[number])))}
     for number, program in enumerate(whole):
         (tmp_path / f"whole{number}-cache").write_bytes(program)
     for number, length in lengths:
         (tmp_path / f"part{number}-{length}-cache").write_bytes(whole[number][:length])
     (tmp_path / "part-atime").write_bytes(b"")
     assert len(remove_parts(tmp_path)) == len(lengths)
-    left = {".checked", "part-atime", *(f"whole{number}-cache" for number in range(4))}
-    assert {path.name for path in tmp_path.iterdir()} == left
+    mark = ".checked-zstandard" if installed else ".checked"
+    assert {path.name for path in tmp_path.iterdir()} == {mark, "part-atime", *(f"whole{n}-cache" for n in range(3))}
 
 
 def test_what_was_looked_at_is_not_read_again(tmp_path):

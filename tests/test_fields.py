@@ -88,7 +88,7 @@ OF_ONE_FUNCTION = {
     # votes and embeddings
     *("agrees", "embedding", "labelled", "token_certainty", "voter"),
     *("baseline_embedding", "goal_embedding", "hits"),
-    *("continuations", "contributions", "drawn_turns", "durations", "grounded", "milestones", "successes", "trained"),
+    *("continuations", "contributions", "drawn_turns", "grounded", "milestones", "successes", "trained"),
     "turn_factors",
     # of steps and turns
     *("action_id", "covered", "features", "state_id", "turn_answer_logprobs", "turn_labels", "turn_mask"),

@@ -50,8 +50,8 @@ TRAINED_ELSEWHERE = {
     "rto",
 }
 TRAINED_ELSEWHERE |= {"llm_judge", "thought_judge", "generative_judge", "sotopia"}
-TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "expo"}
-TRAINED_ELSEWHERE |= {"dsp", "metacognitive_reuse", "mobile_r1"}  # tests/run/test_hint_recipes.py
+# tests/run/test_hint_recipes.py
+TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "dsp", "expo", "metacognitive_reuse", "mobile_r1"}
 TRAINED_ELSEWHERE |= {"math_shepherd", "generator_and_critic"}
 
 # Every published method, and the recipes that stand for it.
@@ -161,6 +161,7 @@ METHODS = {
     "ExPO": ("expo",),
     "R3L": ("r3l",),
     "CLEANER": ("cleaner",),
+    "RL for machine-learning engineering": ("rl_mle",),
     "Agent-RLVR": ("agent_rlvr",),
     "Early abort": ("early_abort",),
     "ThreadWeaver": ("threadweaver",),

@@ -7,6 +7,7 @@ gains          whether IGPO's gains find the call of the tool that brings the an
 contributions  what SPA-RL and LaRe hold each move in the grid to contribute, against what it does
 filler         a process reward model that overrates needless steps, under the sum and under the min form
 turns          EPO and MAPO against GRPO, on the grid
+durations      slow deals that a window of collection loses, with and without their weights
 likelihood     a reward without a verifier against the verifier, on modular chains
 
 Arms of one demonstration start from one warm-started policy and differ in what stands here alone. What is measured is
@@ -134,6 +135,11 @@ def steps_taken(turn, length):
     return jnp.where(inside, turn + 1, 0).max(axis=1).astype(jnp.float32)
 
 
+def of_all_rows(turns, rewards):
+    """(turns, reward) of an episode, before the window takes rows away."""
+    return turns.astype(jnp.float32).mean(), rewards.mean()
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +201,16 @@ def turns(seeds: int) -> dict[str, Any]:
     return trained("turns", arms, ("correct_share", "entropy_per_token"), seeds)
 
 
+def durations(seeds: int) -> dict[str, Any]:
+    """RL-MLE's weights: what a window loses is made up for, or not, or there is no window."""
+    measured = {"[metric/turns, metric/share]": {"python": "credit:of_all_rows"}}
+    tree = recipe("rl_mle")
+    window, weights, *rest = tree["credit"]
+    arms = {"window": [window, *rest], "window and weights": [window, weights, *rest], "all rows": rest}
+    trees = {arm: tree | {"credit": [measured, *credit]} for arm, credit in arms.items()}
+    return trained("durations", trees, ("metric/turns", "metric/share"), seeds)
+
+
 def gains(seeds: int) -> dict[str, Any]:
     """IGPO, whose first step is that of the policy that it starts from."""
     igpo = recipe("igpo")
@@ -249,6 +265,7 @@ DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "contributions": contributions,
     "filler": filler,
     "turns": turns,
+    "durations": durations,
     "likelihood": likelihood,
 }
 

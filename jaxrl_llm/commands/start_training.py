@@ -17,6 +17,7 @@ from jaxrl_llm.config import ConfigError, as_tree
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.start import initialise, place_of_this_process
 from jaxrl_llm.reporting.mirror import Mirror, local_copy
+from jaxrl_llm.reporting.shares import own_folder
 from jaxrl_llm.run.step_trace import StepTrace
 from jaxrl_llm.run.train import train
 
@@ -51,7 +52,8 @@ def start_training(options: argparse.Namespace) -> None:
     if jax.default_backend() == "cpu":
         give_back_after_compiling()
     decided = decide() if peers is None else peers.decided
-    tracing = None if options.profile is None else StepTrace(options.profile, config.directory / "profile")
+    own = own_folder(config.directory, jax.process_index())
+    tracing = None if options.profile is None else StepTrace(options.profile, own / "profile")
     summary = train(
         config,
         resume=decided["resume"],

@@ -36,7 +36,7 @@ class Shared(NamedTuple):
 
     Attributes:
       config: sizes and switches.
-      angles: rotary angles; with `local_angles` for windowed layers.
+      angles: rotary angles; `local_angles` are those of windowed layers, None where they are the same.
       growth: factor on the queries, [B, T]; None is 1.
       positions: of the tokens of this call, [B, T].
       seen: of the keys, [B, S].
@@ -49,7 +49,7 @@ class Shared(NamedTuple):
 
     config: TransformerConfig
     angles: tuple[Array, Array]
-    local_angles: tuple[Array, Array]
+    local_angles: tuple[Array, Array] | None
     growth: Float[Array, "B T"] | None
     positions: Int[Array, "B T"]
     seen: Int[Array, "B S"]
@@ -109,7 +109,7 @@ def _rotated(shared: Shared, layer: Layer, x: Float[Array, "B T K G H"]) -> Floa
     if layer.rotated is False:
         return x
     angles = shared.angles
-    if shared.config.local_rope_base is not None:
+    if shared.local_angles is not None:
         if isinstance(layer.windowed, bool):
             angles = shared.local_angles if layer.windowed else angles
         else:

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.models.layer_kinds import DeltaConfig
 from jaxrl_llm.models.transformer_config import TransformerConfig
+from jaxrl_llm.parallel.rules import ANY, constrain
 
 # The largest magnitude of int8 that a vector and its negative share.
 LARGEST = 127
@@ -162,7 +164,7 @@ def expand_cache(cache: Cache, samples: int, extra_slots: int) -> Cache:
     count = cache.positions.shape[0]
     written = () if cache.positions.shape[1] == 0 else (_written(cache),)
     # Without room for tokens nothing is recurrent, and rows of one prompt go on sharing its state.
-    rows = jnp.arange(count * samples) // samples if extra_slots else None
+    rows = np.arange(count * samples) // samples if extra_slots else None
     return _empty(cache, count * samples, extra_slots, rows)._replace(context=(*cache.context, *written))
 
 
@@ -268,17 +270,37 @@ def _remembering(entry: Recurrent) -> int:
     return entry.state.shape[-5]
 
 
-def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | None) -> Cache:
-    """Without context, for so many rows and slots, which go on from the states of the given rows of the cache."""
+def _taken(leaf: Array, rows: Int[Array, "D"] | np.ndarray, axis: int) -> Array:
+    """Entries of one axis, spread over devices as rows are.
+
+    Where the rows are known before the program runs, and each entry is taken equally often and in order, nothing is
+    gathered: a gather over devices would hold all entries on each.
+    """
+    count = leaf.shape[axis]
+    often = len(rows) // count if isinstance(rows, np.ndarray) else 0
+    if often and np.array_equal(rows, np.repeat(np.arange(count), often)):
+        if often == 1:
+            return leaf
+        return constrain(jnp.repeat(leaf, often, axis=axis), *[ANY] * axis, "rows")
+    return jnp.take(leaf, rows, axis=axis)
+
+
+def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | np.ndarray | None) -> Cache:
+    """Without context, for so many rows and slots, which go on from the states of the given rows of the cache.
+
+    Without rows nothing is recurrent, and a windowed layer goes on from row b // (count / B) of the cache.
+    """
+    before = cache.positions.shape[0]
+    of_windows = np.arange(count) * before // count if rows is None else rows
 
     def fresh(entry: KeysAndValues | Windowed | Recurrent) -> KeysAndValues | Windowed | Recurrent:
         if isinstance(entry, Recurrent):
             if rows is None:
                 return entry
-            number = rows * _remembering(entry) // cache.positions.shape[0]
-            return Recurrent(*(jnp.take(leaf, number, axis=axis) for leaf, axis in zip(entry, (-4, -5), strict=True)))
+            number = rows * _remembering(entry) // before
+            return Recurrent(*(_taken(leaf, number, leaf.ndim + of) for leaf, of in zip(entry, (-4, -5), strict=True)))
         if isinstance(entry, Windowed):
-            return jax.tree.map(lambda leaf: of_rows(leaf, leaf.ndim - 4), entry)
+            return jax.tree.map(lambda leaf: _taken(leaf, of_windows, leaf.ndim - 4), entry)
 
         def like(leaf, *shape):
             return jnp.zeros((*leaf.shape[:-4], count, leaf.shape[-3], *shape), leaf.dtype)
@@ -288,13 +310,7 @@ def _empty(cache: Cache, count: int, slots: int, rows: Int[Array, "D"] | None) -
             jax.tree.map(lambda leaf: like(leaf, slots, leaf.shape[-1]), entry.values),
         )
 
-    def of_rows(leaf: Array, axis: int) -> Array:
-        before = cache.positions.shape[0]
-        if rows is None and count == before:
-            return leaf  # a cache that grows goes on with its windows, which are not copied
-        return jnp.take(leaf, jnp.arange(count) * before // count if rows is None else rows, axis=axis)
-
-    recent = cache.recent and cache.recent._replace(positions=of_rows(cache.recent.positions, 0))
+    recent = cache.recent and cache.recent._replace(positions=_taken(cache.recent.positions, of_windows, 0))
     layers = jax.tree.map(fresh, cache.layers, is_leaf=_is_entry)
     return Cache(layers, jnp.full((count, slots), -1, jnp.int32), jnp.int32(0), recent=recent)
 

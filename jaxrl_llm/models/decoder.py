@@ -91,9 +91,11 @@ def observed_forward(
     require_in_context(config.rope_scaling, seen.shape[1] + before)
     everywhere = config.of_stack("global_blocks")
     angles = rotary_angles(positions, everywhere.rotary_size, config.rope_base, scaling)
-    local, growth = angles, None
+    local, growth = None, None
     if config.local_rope_base is not None:
         local = rotary_angles(positions, config.rotary_size, config.local_rope_base)
+    elif config.rotary_size != everywhere.rotary_size:
+        local = rotary_angles(positions, config.rotary_size, config.rope_base, scaling)
     if scaling is not None and scaling.query_growth:
         turns = jnp.floor(jnp.maximum(positions, 0) / (scaling.original_positions or 1))
         growth = 1.0 + scaling.query_growth * jnp.log1p(turns)

@@ -86,7 +86,8 @@ def delta_mixed(
     added = project(out.astype(dtype), params["delta_out"], inputs=3)
     if order is not None:
         added = jnp.take_along_axis(added, jnp.argsort(order, axis=1)[..., None], axis=1)
-    return constrain(added, "rows", "positions", None), Recurrent(inputs, state)
+    after = Recurrent(constrain(inputs, "rows", None, "kv_heads"), constrain(state, "rows", "kv_heads"))
+    return constrain(added, "rows", "positions", None), after
 
 
 def _where(condition: Array | None, x: Array) -> Array:

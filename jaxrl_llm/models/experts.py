@@ -15,6 +15,9 @@ from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import map_parts
 from jaxrl_llm.ranges import Count, Natural, Positive, Range, require_ranges
 
+# Numbers in the inputs of the (token, expert) pairs that are served at a time.
+PAIRS_AT_A_TIME = 2**28
+
 ExpertProduct = Literal["auto", "ragged", "dense"]
 RouterScores = Literal["softmax", "sigmoid"]
 
@@ -199,7 +202,30 @@ def expert_mlp(
 
 
 def _ragged(x, choices, weights, experts, gated):
-    """Sort (token, expert) pairs by expert, so that each expert serves one run of rows."""
+    """Sort (token, expert) pairs by expert, so that each expert serves one run of rows.
+
+    Long batches are served in equal parts, which bounds memory. Gradients of the experts are summed over the parts in
+    float32.
+    """
+    parts = -(-x.size * choices.shape[1] // PAIRS_AT_A_TIME)
+    if parts <= 1:
+        return _sorted_pairs(x, choices, weights, experts, gated)
+    wide = tuple(leaf.astype(jnp.float32) for leaf in experts)
+
+    @jax.checkpoint
+    def one(part):
+        narrow = tuple(leaf.astype(given.dtype) for leaf, given in zip(wide, experts, strict=True))
+        return _sorted_pairs(*part, narrow, gated)
+
+    def cut(leaf, fill):
+        whole = jnp.pad(leaf, [(0, -leaf.shape[0] % parts), (0, 0)], constant_values=fill)
+        return whole.reshape(parts, -1, leaf.shape[-1])
+
+    served = jax.lax.map(one, (cut(x, 0), cut(choices, -1), cut(weights, 0)))
+    return served.reshape(-1, x.shape[1])[: x.shape[0]]
+
+
+def _sorted_pairs(x, choices, weights, experts, gated):
     gate_up, down, *biases = experts
     per_token, (count, width, _, hidden) = choices.shape[1], gate_up.shape
     # Pairs whose expert is elsewhere come last, belong to no run, and are kept out of results and gradients alike.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from jaxrl_llm.models.json_types import MOST_LAYERS
 from jaxrl_llm.ranges import Count, Range, require_ranges
@@ -105,3 +105,36 @@ class PerLayerConfig:
 
     def __post_init__(self):
         require_ranges(self, "model.per_layer")
+
+
+def require_layer_kinds(model: Any) -> None:
+    """Raises ValueError where what a `TransformerConfig` says of kinds of layers contradicts itself."""
+    if model.global_heads is None and model.reading_layers:
+        raise ValueError(f"model.reading_layers is {model.reading_layers}, which needs model.global_heads; set both")
+    if model.reading_mlp_width is not None and not model.reading_layers:
+        raise ValueError(
+            f"model.reading_mlp_width is {model.reading_mlp_width}, which is the width of model.reading_layers, but "
+            "there are none; set both, or leave both out"
+        )
+    if model.global_heads is None:
+        return
+    if model.delta is not None:
+        raise ValueError("model.global_heads and model.delta are set, which both say what layers are; keep one")
+    if model.experts is not None and model.experts.dense_layers:
+        raise ValueError(
+            f"model.experts.dense_layers is {model.experts.dense_layers}, but with model.global_heads every layer "
+            "has experts; set it to 0, or leave global_heads out"
+        )
+    if not {"blocks", "global_blocks"} <= set(model.stacks):
+        raise ValueError(
+            f"model.global_heads is set, but of {model.layers} layers, the last {model.reading_layers} of which read "
+            f"(model.reading_layers), the others are all with a window or all without: model.window is "
+            f"{model.window} and model.window_pattern {model.window_pattern}; there must be one of each before those"
+        )
+    try:
+        model.of_stack("global_blocks")
+    except ValueError as error:
+        told = str(error)
+        for name in ("head_width", "kv_heads"):
+            told = told.replace(f"model.{name}", f"model.global_heads.{name}")
+        raise ValueError(f"in layers without a window, {told}") from None

@@ -8,7 +8,14 @@ from typing import Any, Literal, get_args
 
 from jaxrl_llm.models.attention import AttentionChoice
 from jaxrl_llm.models.experts import ExpertsConfig
-from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig, LatentConfig, Layers, PerLayerConfig
+from jaxrl_llm.models.layer_kinds import (
+    DeltaConfig,
+    GlobalConfig,
+    LatentConfig,
+    Layers,
+    PerLayerConfig,
+    require_layer_kinds,
+)
 from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.ranges import Count, Positive, require_ranges
@@ -72,7 +79,7 @@ class TransformerConfig:
       rope_interleaved: dimensions are rotated in pairs (2i, 2i + 1) instead of (i, i + half).
       window: tokens that a windowed layer sees, itself included.
       window_pattern: which layers are windowed, repeated over the layers; used where `window` is set.
-      local_rope_base: base of the rotary angles in windowed layers, which are then not scaled; None: as all others.
+      local_rope_base: base of the rotary angles in windowed layers, which are then not scaled; None: as the others.
       qk_norm: RMSNorm on queries and keys before rotation.
       qk_norm_span: over each head by itself, or over all heads of a token together.
       qkv_bias: the query, key and value projections have biases.
@@ -228,13 +235,7 @@ class TransformerConfig:
             )
 
     def _check_patterns(self):
-        if self.global_heads is None and self.reading_layers:
-            raise ValueError(f"model.reading_layers is {self.reading_layers}, which needs model.global_heads; set both")
-        if self.global_heads is not None and not {"blocks", "global_blocks"} <= set(self.stacks):
-            raise ValueError(
-                f"model.reading_layers is {self.reading_layers} of {self.layers} layers; before them there must be a "
-                "layer with a window and one without"
-            )
+        require_layer_kinds(self)
         patterns = {"window_pattern": self.window_pattern, "rope_pattern": self.rope_pattern}
         if self.delta is not None:
             patterns["delta.pattern"] = self.delta.pattern
@@ -331,7 +332,7 @@ class TransformerConfig:
         """The sizes of one stack of blocks as those of a model."""
         if self.global_heads is None:
             return self
-        changed: dict[str, Any] = {"global_heads": None, "reading_layers": 0}
+        changed: dict[str, Any] = {"global_heads": None, "reading_layers": 0, "reading_mlp_width": None}
         if stack.startswith("global_"):
             changed |= {"head_width": self.global_heads.head_width, "kv_heads": self.global_heads.kv_heads}
         if "reading" in stack:

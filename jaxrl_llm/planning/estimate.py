@@ -86,7 +86,7 @@ def estimate(
     if composition.rollout is not None:
         result.memory["prefill"] = held | {"weights for sampling": weights + loose, "cache": cache}
         result.memory["decode"] = result.memory["prefill"] | {
-            "cache before it grows": (at.held.token * at.grown + (at.held.window if at.grown else 0.0)) * at.decoded,
+            "cache before it grows": at.held.token * at.grown * at.decoded,
             "scores of a token": 3 * 4.0 * at.decoded * at.vocabulary / at.vocabulary_parts,
         }
     if composition.with_reference:

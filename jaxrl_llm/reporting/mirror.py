@@ -6,8 +6,8 @@ checkpoints, and the meta of a checkpoint after its arrays, so that whatever is 
 Storage without appending, renaming or locks is enough.
 
 Of several processes that share no disk each has a local directory of its own, with the arrays that its devices hold.
-Each brings those (`Share`); process 0 brings all else, and the meta of a checkpoint once all others have said that
-their arrays are there.
+Each brings those and its own logs (`Share`); process 0 brings all else, and the meta of a checkpoint once all others
+have said that their arrays are there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -25,7 +26,7 @@ from typing import Any
 
 from jaxrl_llm.addresses import is_address, working_directory
 from jaxrl_llm.reporting.ownership import FILE, owned_place
-from jaxrl_llm.reporting.shares import BROUGHT, Share, is_of_one_process
+from jaxrl_llm.reporting.shares import BROUGHT, Share
 
 _STATE, _COPY = ".mirror.json", ".copy"  # what was sent, here; which working copy the address was written from, there
 _META = "meta/metadata"  # a checkpoint is whole when this is there
@@ -97,8 +98,19 @@ class Mirror:
         }
 
     def started(self) -> bool:
-        """Whether a run is at the address."""
-        return "config.yaml" in self.there()
+        """Whether a run is at the address, or here whole and on its way there."""
+        state = self._state()
+        waits = bool(state["copy"]) and not state["share"] and (self.directory / "config.yaml").is_file()
+        return "config.yaml" in self.there() or waits
+
+    def computed(self) -> bool:
+        """Whether the local directory has records of steps, or a checkpoint."""
+        records = self.directory / "metrics.jsonl"
+        return bool(_steps(self._local())) or (records.is_file() and records.stat().st_size > 0)
+
+    def begin(self) -> None:
+        """Empty the local directory for a new run: a start that has computed nothing may have left something."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def fetch(self) -> None:
         """Make the local directory what is at the address, unless the address was written from this very directory.
@@ -185,10 +197,10 @@ class Mirror:
                 self.fs.rmdir(f"{self.root}/{folder}")
 
     def _push_arrays(self, state: dict[str, Any], names: list[str], share: Share) -> None:
-        """Of a process that has nothing but arrays; process 0 takes away what is gone."""
+        """Of a process that has nothing but arrays and logs of its own; process 0 takes away what is gone."""
         before, since = share.said_by(self.fs, self.root, share.process)["steps"], time.monotonic()
         state["sent"] = {name: state["sent"][name] for name in names if name in state["sent"]}
-        for name in filter(is_of_one_process, names):
+        for name in filter(share.brings, names):
             stamp = _stamp(self.directory / name)
             if stamp is not None and stamp != state["sent"].get(name) and self._put(name):
                 state["sent"][name] = stamp
@@ -227,6 +239,23 @@ class Mirror:
             self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)  # where folders are no part of a name
             self.fs.put_file(str(file), target)
         return True
+
+    def brought(self, file: Path, *, seconds: float = 10.0) -> str:
+        """Where people find one file of the run, which is brought now: here, if the storage does not take it in time.
+
+        For the last word of a process that cannot wait.
+        """
+        name, there = file.relative_to(self.directory).as_posix(), threading.Event()
+
+        def bring() -> None:
+            with contextlib.suppress(Exception):
+                if self._put(name):
+                    there.set()
+
+        bringing = threading.Thread(target=bring, name="mirror of a file", daemon=True)
+        bringing.start()
+        bringing.join(seconds)
+        return f"{self.address}/{name}" if there.is_set() else str(file)
 
     def push_later(self) -> None:
         """`push` in the background, unless one is under way; where it fails that is said, and the next one goes on."""

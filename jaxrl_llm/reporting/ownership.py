@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 FILE = ".owner"
 BEAT_SECONDS = 5.0
 
@@ -94,7 +96,7 @@ def owned_place(fs: Any, name: str, where: str, *, say: Callable[[str], Any], be
     def write(text: dict[str, Any]) -> None:
         fs.pipe_file(name, json.dumps(text).encode() + b"\n")
 
-    if held := said():
+    if (held := said()) and not _is_over(held):
         say(f"{where} was left by {_who(held)} without a word; waiting {3 * beat:g} s whether it still lives")
         time.sleep(3 * beat)
         if (found := said()) != held:
@@ -116,7 +118,23 @@ def owned_place(fs: Any, name: str, where: str, *, say: Callable[[str], Any], be
 
 def _me() -> dict[str, Any]:
     now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "token": uuid.uuid4().hex}
+    named = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "token": uuid.uuid4().hex}
+    return named | {"machine": _machine()}
+
+
+def _machine() -> str:
+    """Among whose processes a number is one process's: those of a boot and a container; "" where it is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _is_over(held: dict[str, Any]) -> bool:
+    """Whether an owner is known to have ended: no process here has its number, and it ran here."""
+    pid = held.get("pid")
+    return held.get("machine") == (_machine() or None) and isinstance(pid, int) and not psutil.pid_exists(pid)
 
 
 def _lock(file: int) -> bool | None:

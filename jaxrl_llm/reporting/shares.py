@@ -1,6 +1,7 @@
 """What each of several processes brings to the address of a run, where they share no disk.
 
-Each writes the arrays that its devices hold to a directory of its own, brings those, and says which steps are there.
+Each writes the arrays that its devices hold to a directory of its own, brings those and what it alone writes
+(`own_folder`), and says which steps are there.
 Process 0 brings all else, and the meta of a checkpoint, without which it is not taken, after the arrays of all.
 """
 
@@ -10,8 +11,10 @@ import json
 import re
 import time
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NamedTuple
 
+OWN = "host"  # folder of a run: what each of its processes writes by itself
 BROUGHT = ".brought-"  # and the number of a process: what it says
 # Chunks of arrays, in checkpoints and in what is written once beside them, and what orbax notes on those of a process.
 _PARTS = re.compile(r"(checkpoints/\d+/state|frozen/[^/]+)/(.+/[\d.]+|array_metadatas/[^/]+)")
@@ -39,6 +42,14 @@ class Share(NamedTuple):
         """The processes that bring nothing but arrays."""
         return range(1, self.processes)
 
+    def brings(self, name: str) -> bool:
+        """Whether a file of the run is brought by this process, which is another than process 0.
+
+        >>> [Share(1, 2, "").brings(name) for name in ("host/1/stalled.txt", "host/0/x.log", "frozen/f/w/0")]
+        [True, False, True]
+        """
+        return name.startswith(f"{OWN}/{self.process}/") or is_of_one_process(name)
+
     def say(self, fs: Any, root: str, steps: Collection[str]) -> None:
         """That all arrays of these steps which this process has are there; or that it is still at work."""
         said = {"start": self.start, "steps": list(steps), "at": time.time()}
@@ -55,6 +66,15 @@ class Share(NamedTuple):
     def arrived(self, fs: Any, root: str) -> set[str]:
         """Steps whose arrays all others have brought."""
         return set.intersection(*(set(self.said_by(fs, root, other)["steps"]) for other in self.others))
+
+
+def own_folder(directory: Path, process: int) -> Path:
+    """Where a process writes what none of the others does: the run directory itself, `host/N` in it of process N > 0.
+
+    >>> own_folder(Path("run"), 0).as_posix(), own_folder(Path("run"), 2).as_posix()
+    ('run', 'run/host/2')
+    """
+    return directory / OWN / str(process) if process else directory
 
 
 def is_of_one_process(name: str) -> bool:

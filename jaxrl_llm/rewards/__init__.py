@@ -129,6 +129,7 @@ from jaxrl_llm.rewards.verifiers.answers import (
 )
 from jaxrl_llm.rewards.verifiers.behaviours import behaviour_counts
 from jaxrl_llm.rewards.verifiers.boxes import box_match, span_overlap, vector_closeness
+from jaxrl_llm.rewards.verifiers.graded_programs import graded_programs
 from jaxrl_llm.rewards.verifiers.keywords import keyword_rewards
 from jaxrl_llm.rewards.verifiers.latex_answers import latex_match
 from jaxrl_llm.rewards.verifiers.lexical_diversity import lexical_diversity
@@ -211,6 +212,7 @@ __all__ = [
     "flipped_rewards",
     "floored_sum",
     "gated_sum",
+    "graded_programs",
     "hypervolume_guided",
     "instructions_kept",
     "item_numbers",

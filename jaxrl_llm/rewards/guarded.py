@@ -40,6 +40,7 @@ class Guarded:
       folder: folder of NAME.log with its output and tracebacks; None drops them.
       stop: called while waiting; raises to abort the wait.
       isolated: no access to files, network and environment, for functions that run generated code.
+      place: where `folder` can be read after the run, if not there.
     """
 
     function: Callable[..., Any]
@@ -49,6 +50,7 @@ class Guarded:
     folder: Path | None = None
     stop: Callable[[], None] = lambda: None
     isolated: bool = False
+    place: str | None = None
     _workers: Workers | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -123,7 +125,8 @@ class Guarded:
         return found
 
     def _log(self) -> str:
-        return "" if self.folder is None else f"; its traceback and output are in {self.folder / self.name}.log"
+        where = f"{self.place or self.folder}/{self.name}.log"
+        return "" if self.folder is None else f"; its traceback and output are in {where}"
 
     def close(self) -> None:
         """End its process and the child processes."""

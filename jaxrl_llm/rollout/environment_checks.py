@@ -45,6 +45,7 @@ def require_environment(environment: Environment, prompts: Prompts, *, vocabular
         "observation_length": ((), jnp.integer, "one integer"),
         "reward": ((), jnp.floating, "one float"),
         "done": ((), jnp.bool_, "one boolean"),
+        "duration": ((), jnp.floating, "one float"),
     }
     for name, (shape, kind, meaning) in wanted.items():
         found = getattr(made, name)

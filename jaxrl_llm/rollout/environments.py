@@ -59,6 +59,7 @@ class Step(NamedTuple):
       observation_length: how many of them count; never read where the episode is done.
       reward: of the turn.
       done: the episode is over.
+      duration: time that the turn took, in any unit; 0 where the environment does not say.
     """
 
     state: PyTree
@@ -66,6 +67,7 @@ class Step(NamedTuple):
     observation_length: Int[Array, ""]
     reward: Float[Array, ""]
     done: Bool[Array, ""]
+    duration: Float[Array, ""] | float = 0.0
 
 
 class Environment(NamedTuple):
@@ -105,6 +107,7 @@ class Episodes:
       keys: one key an episode, from (run key, step, prompt id, sample); a turn's is folded with its number.
       turns: turns taken.
       turn_rewards: reward of each turn, 0 for those that were not taken.
+      durations: time of each turn, 0 for those that were not taken.
       stop: a `StopReason` for each episode.
     """
 
@@ -112,6 +115,7 @@ class Episodes:
     keys: Array
     turns: Int[Array, "B"]
     turn_rewards: Float[Array, "B S"]
+    durations: Float[Array, "B S"]
     stop: Int[Array, "B"]
 
 
@@ -152,6 +156,7 @@ def started(
         keys=keys,
         turns=jnp.zeros(rows, jnp.int32),
         turn_rewards=jnp.zeros((rows, environment.max_turns), jnp.float32),
+        durations=jnp.zeros((rows, environment.max_turns), jnp.float32),
         stop=jnp.full(rows, StopReason.RUNNING, jnp.int32),
     )
 
@@ -205,6 +210,7 @@ def advanced(
         state=jax.tree.map(lambda new, old: _chosen(active, new, old), made.state, episodes.state),
         turns=episodes.turns + active,
         turn_rewards=jnp.where(here, made.reward.astype(jnp.float32)[:, None], episodes.turn_rewards),
+        durations=jnp.where(here, made.duration.astype(jnp.float32)[:, None], episodes.durations),
         stop=jnp.where(active, stop, episodes.stop),
     )
     running = active & (episodes.stop == StopReason.RUNNING)

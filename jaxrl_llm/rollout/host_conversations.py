@@ -77,7 +77,7 @@ def host_turns(
 
     def finish(talk, facts):
         failures = facts["failures"].astype(jnp.float32)
-        told = {name: facts[name] for name in ("turns", "turn_rewards", "stop")}
+        told = {name: facts[name] for name in ("turns", "turn_rewards", "durations", "stop")}
         rows = recorded(talk, **told, solved=(facts["turn_rewards"].sum(axis=1) >= 1).astype(jnp.float32))
         return with_metrics(rows, {"failures_per_episode": (failures, jnp.ones_like(failures))})
 
@@ -158,8 +158,8 @@ def _filled_up(episodes: HostEpisodes, here: np.ndarray, rows: int) -> HostEpiso
         states[row] = state
     stop = np.full(rows, StopReason.ENVIRONMENT, np.int32)
     stop[here] = episodes.stop
-    rewards = np.zeros((rows, episodes.turn_rewards.shape[1]), np.float32)
-    return HostEpisodes(tuple(states), np.zeros(rows, np.int32), rewards, stop, np.zeros(rows, np.int32))
+    nothing = np.zeros((rows, episodes.turn_rewards.shape[1]), np.float32)
+    return HostEpisodes(tuple(states), np.zeros(rows, np.int32), nothing, nothing, stop, np.zeros(rows, np.int32))
 
 
 def host_turns_shapes(turns: HostTurns, params: PyTree, prompts: Prompts, key: Array, step: Array) -> Experience:
@@ -167,14 +167,9 @@ def host_turns_shapes(turns: HostTurns, params: PyTree, prompts: Prompts, key: A
     talk = jax.eval_shape(turns.start, params, prompts, key, step, jnp.int32(0))
     rows = talk.group.shape[0]
     number = np.zeros(rows, np.int32)
-    rewards = np.zeros((rows, turns.environment.max_turns), np.float32)
-    return jax.eval_shape(turns.finish, talk, _facts(HostEpisodes((), number, rewards, number, number)))
+    nothing = np.zeros((rows, turns.environment.max_turns), np.float32)
+    return jax.eval_shape(turns.finish, talk, _facts(HostEpisodes((), number, nothing, nothing, number, number)))
 
 
 def _facts(episodes: HostEpisodes) -> dict[str, np.ndarray]:
-    return {
-        "turns": episodes.turns,
-        "turn_rewards": episodes.turn_rewards,
-        "stop": episodes.stop,
-        "failures": episodes.failures,
-    }
+    return {name: part for name, part in episodes._asdict().items() if name != "states"}

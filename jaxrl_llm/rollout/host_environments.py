@@ -23,8 +23,9 @@ class HostEnvironment(NamedTuple):
 
     Attributes:
       reset: record of the item -> state, any object.
-      step: (state, text of the turn, its end included) -> (state, observation, reward, done). It returns a new state
-        and leaves the given one as it was, or replay is not exact.
+      step: (state, text of the turn, its end included) -> (state, observation, reward, done), or with the time that the
+        turn took behind them, in any unit. It returns a new state and leaves the given one as it was, or replay is not
+        exact.
       max_turns: turns of an episode at most; this is what stops an environment that never ends.
       max_turn_tokens: tokens of a turn at most, its end included.
       max_observation_tokens: tokens of an observation at most.
@@ -41,7 +42,7 @@ class HostEnvironment(NamedTuple):
     """
 
     reset: Callable[[Mapping[str, Any]], Any]
-    step: Callable[[Any, str], tuple[Any, str, float, bool]]
+    step: Callable[[Any, str], tuple[Any, str, float, bool] | tuple[Any, str, float, bool, float]]
     max_turns: int = 0
     max_turn_tokens: int = 0
     max_observation_tokens: int = 0
@@ -64,6 +65,7 @@ class HostStep(NamedTuple):
       reward: of the turn.
       done: the episode is over.
       failure: what went wrong, where the policy was answered with `failure_observation`; else empty.
+      duration: time that the turn took; 0 where the environment does not say.
     """
 
     state: Any
@@ -71,6 +73,7 @@ class HostStep(NamedTuple):
     reward: float
     done: bool
     failure: str = ""
+    duration: float = 0.0
 
 
 class HostEpisodes(NamedTuple):
@@ -80,6 +83,7 @@ class HostEpisodes(NamedTuple):
       states: the environment's, one an episode.
       turns: [B] turns taken.
       turn_rewards: [B, S] reward of each turn, 0 for those that were not taken.
+      durations: [B, S] time of each turn, 0 for those that were not taken.
       stop: [B] a `StopReason` for each episode.
       failures: [B] turns that failed.
     """
@@ -87,6 +91,7 @@ class HostEpisodes(NamedTuple):
     states: tuple[Any, ...]
     turns: np.ndarray
     turn_rewards: np.ndarray
+    durations: np.ndarray
     stop: np.ndarray
     failures: np.ndarray
 
@@ -129,6 +134,7 @@ def host_started(environment: HostEnvironment, items: Sequence[Mapping[str, Any]
         states=tuple(result.value for result in returned),
         turns=np.zeros(rows, np.int32),
         turn_rewards=np.zeros((rows, environment.max_turns), np.float32),
+        durations=np.zeros((rows, environment.max_turns), np.float32),
         stop=np.full(rows, StopReason.RUNNING, np.int32),
         failures=np.zeros(rows, np.int32),
     )
@@ -152,8 +158,9 @@ def host_step(
     for row, result in enumerate(call("step", list(zip(states, texts, strict=True)))):
         failure = _failure(environment, result) or _not_a_step(result.value)
         if failure is None:
-            state, observation, reward, done = result.value
-            steps.append(HostStep(state, observation, float(reward), bool(done)))
+            state, observation, reward, done, *took = result.value
+            duration = float(took[0]) if took else 0.0
+            steps.append(HostStep(state, observation, float(reward), bool(done), duration=duration))
             continue
         if environment.on_failure == "error":
             raise EnvironmentFailure(
@@ -206,12 +213,12 @@ def host_advanced(
     states = list(episodes.states)
     observations = np.full((len(states), environment.max_observation_tokens), pad_id, np.int32)
     lengths = np.zeros(len(states), np.int32)
-    turns, rewards, stop, failures = (np.array(part) for part in episodes[1:])
+    turns, rewards, durations, stop, failures = (np.array(part) for part in episodes[1:])
     for row, step in zip(active, made, strict=True):
         ids = _encoded(environment, step.observation, encode, int(row))
         ends_sequence = int(turn_tokens[row, turn_length[row] - 1]) in tuple(eos_ids)
         states[row] = step.state
-        rewards[row, turns[row]] = step.reward
+        rewards[row, turns[row]], durations[row, turns[row]] = step.reward, step.duration
         turns[row] += 1
         failures[row] += bool(step.failure)
         if step.done:
@@ -223,7 +230,7 @@ def host_advanced(
         else:
             observations[row, : len(ids)] = ids
             lengths[row] = len(ids)
-    return HostEpisodes(tuple(states), turns, rewards, stop, failures), observations, lengths
+    return HostEpisodes(tuple(states), turns, rewards, durations, stop, failures), observations, lengths
 
 
 def host_replayed(
@@ -243,7 +250,8 @@ def host_replayed(
       call: from `opened`.
     """
     limits = np.broadcast_to(np.asarray(up_to_turn), len(texts))
-    states, (turns, rewards, stop, failures) = list(episodes.states), (np.array(part) for part in episodes[1:])
+    states = list(episodes.states)
+    turns, rewards, durations, stop, failures = (np.array(part) for part in episodes[1:])
     for number in range(int(limits.max(initial=0))):
         rows = [
             row
@@ -253,14 +261,14 @@ def host_replayed(
         made = host_step(environment, [states[row] for row in rows], [texts[row][number] for row in rows], call)
         for row, step in zip(rows, made, strict=True):
             states[row] = step.state
-            rewards[row, number] = step.reward
+            rewards[row, number], durations[row, number] = step.reward, step.duration
             turns[row] += 1
             failures[row] += bool(step.failure)
             if step.done:
                 stop[row] = StopReason.ENVIRONMENT
             elif turns[row] >= environment.max_turns:
                 stop[row] = StopReason.TURN_LIMIT
-    return HostEpisodes(tuple(states), turns, rewards, stop, failures)
+    return HostEpisodes(tuple(states), turns, rewards, durations, stop, failures)
 
 
 def _failure(environment: HostEnvironment, result: Returned) -> str | None:
@@ -279,14 +287,15 @@ def _remedy(result: Returned) -> str:
 
 
 def _not_a_step(value: Any) -> str | None:
-    if not isinstance(value, tuple) or len(value) != 4:
+    if not isinstance(value, tuple) or len(value) not in (4, 5):
         return f"returned {str(value)[:80]!r}, not (state, observation, reward, done)"
-    _, observation, reward, done = value
+    _, observation, reward, done, *took = value
     if not isinstance(observation, str):
         return f"returned the observation {observation!r} of type {type(observation).__name__}, not text"
-    number = isinstance(reward, (int, float, np.integer, np.floating, np.bool_))
-    if not number or not np.isfinite(float(reward)):
-        return f"returned the reward {reward!r}, not a finite number"
+    for name, number in [("reward", reward), *(("duration", each) for each in took)]:
+        known = isinstance(number, (int, float, np.integer, np.floating, np.bool_))
+        if not known or not np.isfinite(float(number)):
+            return f"returned the {name} {number!r}, not a finite number"
     return None if isinstance(done, (bool, np.bool_)) else f"returned done as {done!r}, not True or False"
 
 

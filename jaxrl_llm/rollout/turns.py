@@ -36,7 +36,7 @@ from jaxrl_llm.rollout.sampling import row_keys
 # In `Experience.fields`: value and count of each metric of an episode, by its name behind these.
 METRIC, METRIC_COUNT = "episode/", "episode_count/"
 # What a conversation knows beside every completion.
-TURN_FIELDS = frozenset({"turn", "turn_rewards", "turns", "stop", "solved"})
+TURN_FIELDS = frozenset({"turn", "turn_rewards", "durations", "turns", "stop", "solved"})
 
 
 class Speech(NamedTuple):
@@ -132,8 +132,8 @@ def generate_turns(
       constrain: applied to arrays with one row a sample, to place them on a mesh.
 
     Returns:
-      `Experience` that knows `turn`, `turn_rewards` [B, S], `turns`, `stop` (a `StopReason`), `solved`, and
-      value and count of the environment's metrics (`METRIC`, `METRIC_COUNT`).
+      `Experience` that knows `turn`, `turn_rewards` and `durations` [B, S], `turns`, `stop` (a `StopReason`), `solved`,
+      and value and count of the environment's metrics (`METRIC`, `METRIC_COUNT`).
 
     Raises:
       ValueError: for limits that cannot be.
@@ -159,6 +159,7 @@ def generate_turns(
     rows = recorded(
         talk,
         turn_rewards=episodes.turn_rewards,
+        durations=episodes.durations,
         turns=episodes.turns,
         stop=episodes.stop,
         solved=solved_episodes(environment, episodes),

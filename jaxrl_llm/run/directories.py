@@ -88,9 +88,11 @@ def mirrored(config: Config, resume: bool, say: Callable[[str], Any]) -> Iterato
         mirror.fetch()
     try:
         with mirror.kept():
+            if not resume and hosts.is_main():
+                mirror.begin()
             hosts.meet("the run is fetched")
-            if resume and not hosts.is_main():
-                mirror.fetch()
+            if not hosts.is_main():
+                mirror.fetch() if resume else mirror.begin()
             yield mirror
     except ConnectionError as error:
         raise PassingError(str(error)) from error
@@ -100,7 +102,7 @@ def _in_the_way(mirror: Mirror) -> str | None:
     """What keeps a new run from an address, as this process sees it."""
     if hosts.is_main() and mirror.there():
         return "is not empty"
-    return f"has a working copy in {mirror.directory}" if mirror.directory.exists() else None
+    return f"has a working copy in {mirror.directory}" if mirror.computed() else None
 
 
 def _share(config: Config) -> Share | None:
@@ -137,13 +139,13 @@ def _share(config: Config) -> Share | None:
 
 @contextmanager
 def run_directory(
-    path: Path, config: Mapping[str, Any], *, resume_step: int | None, apart: bool = False, **logging: Any
+    path: Path, config: Mapping[str, Any], *, resume_step: int | None, mirror: Mirror | None = None, **logging: Any
 ) -> Iterator[RunDirectory]:
     """The records of a run: of the process that writes, or `Unwritten`. All processes must call it.
 
     Args:
       path, config, resume_step, **logging: as for `RunDirectory`.
-      apart: each process has such a directory on a disk of its own.
+      mirror: brings it to an address: at once, so that whoever comes after a kill finds that the run has begun.
 
     Raises:
       ValueError: as `RunDirectory` does, or where the processes do not see the same directory.
@@ -163,10 +165,12 @@ def run_directory(
         opened = RunDirectory(path, config, resume_step=resume_step, **logging) if hosts.is_main() else Unwritten(path)
         directory = stack.enter_context(opened)
         hosts.meet("the run directory is open")
-        if apart:
+        if mirror is not None and mirror.apart:
             path.mkdir(parents=True, exist_ok=True)
         else:
             require_shared(path / "config.yaml")
+        if mirror is not None:
+            mirror.push_later()
         yield directory
 
 

@@ -118,13 +118,11 @@ def decoding_bytes(
         weights = held_bytes(model, shape, decoding(rules), width) / c.layers
     cache = (held.token * completion + held.window + held.row) * decoded + held.whole_token * prompts * prompt
     # It grows in stages: while the last one is made, the one before it is there too.
-    before = (held.token * sum(stages[:-1]) + held.window * (len(stages) > 1)) * decoded
+    before = held.token * sum(stages[:-1]) * decoded
     return {
         "weights for sampling": weights,
         "cache": cache,
         "cache before it grows": before,
-        # Compiled where windows are kept alone, evaluations of Gemma 3 27B took 1.08 GiB a problem, not 0.53.
-        "copy of both": cache + before if held.window else 0.0,
         "scores of a token": 3 * 4.0 * decoded * c.vocabulary_size / _parts("vocabulary", c.vocabulary_size, shape, at),
     }
 

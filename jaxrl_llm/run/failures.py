@@ -16,7 +16,8 @@ from jaxrl_llm.parallel.peers import LOST
 # Errors of storage and devices that a new start may find gone, as their texts begin (absl status codes of XLA and
 # TensorStore).
 _PASSING = ("UNAVAILABLE", "INTERNAL", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
-_PASSING_ERRNO = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO}
+_PASSING_ERRNO = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH}
+_PASSING_ERRNO |= {errno.EREMOTEIO} if hasattr(errno, "EREMOTEIO") else set()  # macOS has none
 _STORAGE_ERRNO = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of disk space is used up",

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 
 from jaxrl_llm.config import Config
+from jaxrl_llm.reporting.shares import OWN
 from jaxrl_llm.rewards import Guarded
 from jaxrl_llm.rollout.host_calls import Caller, Returned
-
-FOLDER = "host"
 
 
 @contextmanager
@@ -26,10 +25,10 @@ def guarded_functions(config: Config, compositions: Sequence[Any], stop: Callabl
     """
     terms = (term for c in compositions for term in (*c.rewards, *c.credit))
     functions = [term.function for term in terms if isinstance(term.function, Guarded)]
-    folder = config.directory / FOLDER
+    own = f"{OWN}/{jax.process_index()}" if jax.process_count() > 1 else OWN
     for function in functions:
         function.close()  # where it was tried before the run directory was there
-        function.folder = folder / str(jax.process_index()) if jax.process_count() > 1 else folder
+        function.folder, function.place = config.directory / own, f"{config.place}/{own}"
         function.most_failed = config.faults.most_failed_share
         function.stop = stop
     try:

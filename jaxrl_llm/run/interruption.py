@@ -20,8 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.peers import exit_now
+from jaxrl_llm.reporting.shares import own_folder
 from jaxrl_llm.run.failures import RESTARTABLE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -48,6 +51,7 @@ class Interruption:
       doing: what the run does, for messages.
       opened: the run directory is there.
       place: where people find the run, if not in `directory`.
+      brought: brings a file of the run there, and says where it is.
     """
 
     directory: Path
@@ -60,6 +64,7 @@ class Interruption:
     doing: str = "set-up"
     opened: bool = False
     place: str = ""
+    brought: Callable[[Path], Any] = str
     _asked_at: float = 0.0
     _again: float | None = None
     _steps: list[float] = field(default_factory=list)
@@ -168,11 +173,13 @@ class Interruption:
                         f"every thread is was written to {file}; {self.way_on()}",
                     )
 
-    def _dump(self) -> Path:
-        file = self.directory / "stalled.txt"
-        with contextlib.suppress(OSError), file.open("w") as out:
-            faulthandler.dump_traceback(out, all_threads=True)
-        return file
+    def _dump(self) -> Any:
+        file = own_folder(self.directory, jax.process_index()) / "stalled.txt"
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("w") as out:
+                faulthandler.dump_traceback(out, all_threads=True)
+        return self.brought(file)
 
     def end(self, status: int, text: str) -> NoReturn:
         """End this process from the thread; the main one may never come back."""

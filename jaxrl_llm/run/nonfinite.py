@@ -83,7 +83,7 @@ def looked_at(run: Any, metrics: Mapping[str, Any], done: int, offset: int, stag
         said += f"; its batch is in {file} (jaxrl replay {file})"
     if not skipped or run.skipped_in_a_row > most:
         rest = "There is no checkpoint yet" if good is None else f"The last good checkpoint is step {good}"
-        way = "" if good is None else f": start from it with init_from={run.config.directory} and another run_dir, and"
+        way = "" if good is None else f": start from it with init_from={run.config.place} and another run_dir, and"
         many = f" {run.skipped_in_a_row} updates were skipped one after the other." if skipped else ""
         raise TrainingError(
             f"{said}.{many} {rest}{way} lower the learning rate, or check the rewards and the term that is named"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 from typing import Any
 
 import jax
 
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, layout
-from jaxrl_llm.reporting.machine_report import package_versions
+from jaxrl_llm.reporting.machine_report import package_versions, peak_memory
 from jaxrl_llm.run.across_stages import across_summary
 from jaxrl_llm.run.goodput import goodput
 from jaxrl_llm.run.setup import Parts
@@ -66,8 +65,7 @@ def summary_of(run: Run, after: dict[str, float]) -> dict[str, Any]:
         "after": after,
         "seconds": seconds,
         "goodput": goodput(run.config.directory, run.meta["seconds"], run.meta.get("compilation_seconds", 0.0)),
-        # Linux counts kibibytes.
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "completion_tokens_sampled": run.meta["tokens"],
         "warm_start_steps": run.meta["warm_start_steps"],
         "steps": run.meta["stage_step"],

@@ -101,6 +101,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(named(config.directory, interruption.way_on))
         mirror = stack.enter_context(mirrored(config, resume, say))
+        interruption.brought = str if mirror is None else mirror.brought
         if resume and hosts.is_main():
             stack.enter_context(owned(config.directory, say=say))
         while True:
@@ -183,7 +184,7 @@ def _train(
             _saying(console)(f"{stage.name}: {warning}")
     if resume:
         clear_the_way(config, newest, _saying(console), apart=apart)
-    opened = {"resume_step": first_step, "apart": apart, **logging}
+    opened = {"resume_step": first_step, "mirror": shared["mirror"], **logging}
     with (
         run_directory(config.directory, as_tree(config), **opened) as directory,
         _manager(config, apart) as manager,

@@ -6,6 +6,7 @@ than `SECONDS` of computing ends the process, and `MOST_BYTES` is all the memory
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
@@ -63,8 +64,9 @@ def compiled(source: str) -> Any:
 
 @functools.cache
 def limit_memory() -> None:
-    """Of this process, from now on."""
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    """Of this process, from now on; macOS refuses, and there whoever has started it looks at its memory alone."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def rendered(source: str, variables: dict[str, Any], date: datetime.date) -> dict[str, Any]:

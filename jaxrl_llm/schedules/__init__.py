@@ -10,7 +10,7 @@ from __future__ import annotations
 from jaxrl_llm.experience import Method
 from jaxrl_llm.schedules.annealing import annealed_share, every_other, two_phase_decay
 from jaxrl_llm.schedules.bilevel import implicit_blend, implicit_gradient
-from jaxrl_llm.schedules.controllers import adaptive_kl, entropy_gated_kl
+from jaxrl_llm.schedules.controllers import adaptive_kl, adaptive_kl_of_rows, entropy_gated_kl
 from jaxrl_llm.schedules.learning_rates import linear_decay, stable_then_decay
 from jaxrl_llm.schedules.mixing import (
     adaptive_mixing,
@@ -25,6 +25,7 @@ from jaxrl_llm.schedules.temperatures import steering_temperature, temperature_c
 __all__ = [
     "Method",
     "adaptive_kl",
+    "adaptive_kl_of_rows",
     "adaptive_mixing",
     "annealed_share",
     "entropy_gated_kl",

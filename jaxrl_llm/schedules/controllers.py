@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -61,8 +62,8 @@ def adaptive_kl(
         return {"coefficient": jnp.float32(first)}
 
     def step(memory, kl):
-        error = jnp.clip(kl.astype(jnp.float32) / target - 1, -error_limit, error_limit)
         value = memory["coefficient"]
+        error = _limited_error(kl.astype(jnp.float32), target, error_limit)
         return value, {"coefficient": value * (1 + error * sequences_per_step / horizon)}
 
     def update_sequence(memory, kl_reference_per_token: Float[Array, ""], completion_tokens: Float[Array, ""]):
@@ -72,6 +73,60 @@ def adaptive_kl(
         return step(memory, jnp.asarray(kl_reference_per_token))
 
     return Method(start, update_sequence if unit == "sequence" else update_token)
+
+
+def _limited_error(kl: Array, target: float, limit: float) -> Array:
+    """How far a divergence is from its target, relative to it."""
+    return jnp.clip(kl / target - 1, -limit, limit)
+
+
+@ranged
+def adaptive_kl_of_rows(
+    *,
+    init: Positive = 0.1,
+    target: Positive = 6.0,
+    horizon: Positive = 10000.0,
+    error_limit: Positive = 0.2,
+) -> Method:
+    """The coefficient of `adaptive_kl` for a divergence that is part of the rewards: an entry of credit.
+
+        beta <- beta * (1 + clip(KL / target - 1, -error_limit, error_limit) * n / horizon)
+        KL = mean over the n rows of sum_t (log pi_old - log pi_reference)
+
+    The rows that were measured still get the old value.
+
+    Args:
+      init: the first coefficient.
+      target: wanted KL(policy || reference), in nats a sequence.
+      horizon: sequences over which a lasting error of 10% changes the coefficient by about 10%.
+      error_limit: largest relative error that counts.
+
+    Returns:
+      A method that remembers the coefficient; its update reads `old_logprobs`, `reference_logprobs`, `mask` and
+      `weight`, and returns the coefficient of each row, for the field `kl_coefficients` that `kl_penalized_rewards`
+      reads. A step without rows leaves it as it is.
+
+    Reference: Ziegler et al., Fine-tuning from human preferences (1909.08593).
+    Certainty: verified
+    """
+
+    def update(
+        memory,
+        old_logprobs: Float[Array, "B T"],
+        reference_logprobs: Float[Array, "B T"],
+        mask: Float[Array, "B T"],
+        weight: Float[Array, "B"],
+    ):
+        chex.assert_equal_shape([old_logprobs, reference_logprobs, mask])
+        gap = old_logprobs.astype(jnp.float32) - reference_logprobs.astype(jnp.float32)
+        there = weight > 0
+        rows = there.sum().astype(jnp.float32)
+        kl = jnp.where((mask > 0) & there[:, None], gap, 0.0).sum() / jnp.maximum(rows, 1.0)
+        value = memory["coefficient"]
+        moved = value * (1 + _limited_error(kl, target, error_limit) * rows / horizon)
+        return jnp.full(weight.shape, value), {"coefficient": moved}
+
+    return Method(lambda: {"coefficient": jnp.float32(init)}, update)
 
 
 @ranged

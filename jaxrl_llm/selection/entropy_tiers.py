@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Selection
@@ -40,15 +41,17 @@ def tier_chances(
     return mixed / mixed.sum()
 
 
-def tiers_of(entropy: Float[Array, "I"], tiers: int) -> Int[Array, "I"]:
+def tiers_of(entropy: Float[Array, "I"], ids: np.ndarray, tiers: int) -> Int[Array, "I"]:
     """Tiers of equal size in ascending order of entropy; an unknown entropy counts as the median.
 
-    >>> tiers_of(jnp.array([0.1, jnp.nan, 2.0]), 3).tolist()
+    Items of equal entropy are ordered by `ids`, the `record_ids`, so the tiers do not depend on the order of the data.
+
+    >>> tiers_of(jnp.array([0.1, jnp.nan, 2.0]), np.array([7, 8, 9]), 3).tolist()
     [0, 1, 2]
     """
     known = ~jnp.isnan(entropy)
     middle = jnp.where(known.any(), jnp.nanmedian(entropy), 0.0)
-    rank = jnp.argsort(jnp.argsort(jnp.where(known, entropy, middle), stable=True), stable=True)
+    rank = jnp.argsort(jnp.lexsort((jnp.asarray(ids), jnp.where(known, entropy, middle))))
     return (rank * tiers // len(entropy)).astype(jnp.int32)
 
 
@@ -104,7 +107,7 @@ def by_entropy(
     def choose(memory: Tiers, key: Array, number: int) -> Int[Array, "N"]:
         of_tier, of_order = jax.random.split(key)
         drawn = jax.random.categorical(of_tier, jnp.log(chances(memory)), shape=(number,))
-        return items_by_turns(drawn, tiers_of(memory.entropy, count), memory.visits, of_order, ids, count)
+        return items_by_turns(drawn, tiers_of(memory.entropy, ids, count), memory.visits, of_order, ids, count)
 
     def update(
         memory: Tiers, item: Int[Array, "B"], position_entropy: Float[Array, "B"], weight: Float[Array, "B"]

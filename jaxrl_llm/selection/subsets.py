@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.ranges import NonNegative, ranged
+from jaxrl_llm.ranges import NonNegative, Positive, ranged
 from jaxrl_llm.statistics import group_max, group_mean, group_min, group_rank, group_size
 
 RankRule = Literal["best_worst", "best_random", "best"]
@@ -46,6 +46,46 @@ def complete_samples(weight: Float[Array, "B"], truncated: Bool[Array, "B"]) -> 
     """
     chex.assert_equal_shape([weight, truncated])
     return jnp.where(truncated.astype(bool), 0.0, weight)
+
+
+@ranged
+def finished_in_window(
+    durations: Float[Array, "B S"] | Float[Array, "B"],
+    group: Int[Array, "B"],
+    sample: Int[Array, "B"],
+    weight: Float[Array, "B"],
+    *,
+    window: Positive,
+) -> Float[Array, "B"]:
+    """Weights that leave out samples which a fixed time of collection would have cancelled.
+
+        w_i <- w_i where sum_{j <= i} D_j <= window, else 0,    D_j = sum_s d_js
+
+    over the samples j of the group of i in their order: each prompt is an actor that draws its samples one after
+    another, and what still runs at the end of the window is lost. In front of the advantages these samples are as if
+    they had not been drawn. Slow samples are lost more often; `duration_weights` undoes that.
+
+    Args:
+      durations: d of each turn, or of each row, in any unit.
+      group: id of the group each row belongs to.
+      sample: number of each row within its group.
+      weight: weight of each row; 0 is absent and takes no time.
+      window: time of collection, in the same unit.
+
+    Returns:
+      The new weight of each row; all are 0 where nothing was finished.
+
+    Reference: RL for machine-learning engineering agents (2509.01684).
+    Certainty: reconstructed
+    """
+    chex.assert_rank([durations, group, sample, weight], [{1, 2}, 1, 1, 1])
+    chex.assert_equal_shape([group, sample, weight])
+    order = jnp.lexsort((sample, group))
+    took = jnp.where(weight > 0, durations.astype(jnp.float32).reshape(len(group), -1).sum(axis=1), 0.0)[order]
+    until = jnp.cumsum(took)
+    first = jax.ops.segment_min(until - took, group[order], num_segments=len(group))
+    finished = jnp.zeros(len(group), bool).at[order].set(until - first[group[order]] <= window)
+    return jnp.where(finished, weight, 0.0)
 
 
 def extreme_samples(

@@ -16,7 +16,7 @@ from jaxrl_llm.experience import Selection
 from jaxrl_llm.ranges import Count, NonNegative, ranged
 from jaxrl_llm.selection.pools import Records, items_by_weight, means_of, record_ids
 from jaxrl_llm.statistics import group_leader, group_max, group_min, group_size, group_sum, subgroup_ids
-from jaxrl_llm.token_codes import token_codes
+from jaxrl_llm.token_codes import turn_codes
 
 
 @ranged
@@ -40,15 +40,8 @@ def turn_keys(
     Certainty: reconstructed
     """
     chex.assert_rank([tokens, turn, length], [2, 2, 1])
-    rows, width = tokens.shape
-    place = jnp.arange(width)
-    there = (place < length[:, None]) & (turn >= 0) & (turn < turns)
-    slot = jnp.where(there, turn.astype(jnp.int32), turns)
-    row = jnp.arange(rows)[:, None]
-    start = jnp.full((rows, turns + 1), width).at[row, slot].min(jnp.broadcast_to(place, slot.shape))
-    codes = token_codes(tokens, place[None] - start[row, slot])
-    total = jnp.zeros((rows, turns + 1), jnp.uint32).at[row, slot].add(codes)[:, :turns]
-    return jnp.where(start[:, :turns] < width, (total >> 1).astype(jnp.int32), -1)
+    codes, there = turn_codes(tokens, turn, jnp.arange(tokens.shape[1]) < length[:, None], turns)
+    return jnp.where(there, (codes >> 1).astype(jnp.int32), -1)
 
 
 def success_potential(

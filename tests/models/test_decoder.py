@@ -9,6 +9,8 @@ import pytest
 
 from jaxrl_llm.models import TransformerConfig, abstract, transformer
 from jaxrl_llm.models.decoder import unstack
+from jaxrl_llm.models.experts import ExpertsConfig
+from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig
 
 VOCABULARY, WIDTH = 19, 16
 VARIANTS = {
@@ -16,6 +18,7 @@ VARIANTS = {
     "two kv heads, untied, no qk_norm": dict(heads=4, kv_heads=2, tie_embeddings=False, qk_norm=False),
     "four kv heads, sizes of its own": dict(heads=4, kv_heads=4, head_width=6, mlp_width=20, rope_base=100.0),
 }
+MIXED = dict(window=4, window_pattern=(True, False))
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 9))
 POSITIONS = np.tile(np.arange(9), (3, 1))
 
@@ -238,8 +241,33 @@ def test_blocks_may_be_given_one_by_one():
         (dict(layer_loop="rolled"), "model.layer_loop is 'rolled'"),
         (dict(compute_dtype="float16"), "model.compute_dtype is 'float16'"),
         (dict(parameter_dtype="int8"), "model.parameter_dtype is 'int8'"),
+        (dict(global_heads=GlobalConfig(8, 1)), "model.global_heads is set, but of 4 layers, .* model.window is None"),
+        (MIXED | dict(global_heads=GlobalConfig(8, 3)), "model.heads is 2, which model.global_heads.kv_heads 3 does"),
+        (MIXED | dict(global_heads=GlobalConfig(5, 1)), "a window, model.global_heads.head_width is 5; rotary"),
+        (
+            MIXED | dict(global_heads=GlobalConfig(8, 1), delta=DeltaConfig(1, 1, 2, 2)),
+            "model.global_heads and model.d",
+        ),
+        (
+            MIXED | dict(global_heads=GlobalConfig(8, 1), experts=ExpertsConfig(2, 1, dense_layers=1, dense_width=8)),
+            "model.experts.dense_layers is 1, but with model.global_heads every layer has experts; set it to 0",
+        ),
+        (dict(reading_mlp_width=8), "model.reading_mlp_width is 8, .* but there are none; set both"),
     ],
 )
 def test_bad_sizes_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**(dict(vocabulary_size=11, width=16, heads=2, kv_heads=1) | bad))
+
+
+def test_windowed_layers_without_a_base_of_their_own_have_that_of_the_others():
+    sizes = dict(vocabulary_size=11, width=16, layers=2, heads=2, kv_heads=1, layer_loop="unrolled")
+    sizes |= MIXED | dict(global_heads=GlobalConfig(4, 1))
+    tokens, positions = jnp.asarray(TOKENS % 11, jnp.int32), jnp.asarray(POSITIONS, jnp.int32)
+    bases = ({}, {"local_rope_base": 10_000.0}, {"local_rope_base": 2.0})
+    told = [transformer(TransformerConfig(**sizes | base)) for base in bases]
+    rng, shapes = np.random.default_rng(1), abstract(told[0].specs)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    found = [np.asarray(jax.jit(model.apply)(params, tokens, positions, None)[0]) for model in told]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
+    assert np.abs(found[0] - found[2]).max() > 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +46,18 @@ def test_each_token_gets_the_weighted_answers_of_its_experts(ragged, normalise):
                 gate, up = x[row, t] @ gate_up[e, :, 0], x[row, t] @ gate_up[e, :, 1]
                 expected = expected + probabilities[e] / total * (gate / (1 + np.exp(-gate)) * up) @ down[e]
             np.testing.assert_allclose(ours[row, t], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_batch_is_served_in_parts_with_the_same_values_and_gradients(monkeypatch):
+    both = jax.value_and_grad(lambda a: jnp.sin(mixed(a, ragged=True)).sum())
+    a = arrays()
+    # A new function is traced anew.
+    loops = lambda: str(jax.make_jaxpr(lambda a: both(a))(a)).count("scan[")  # noqa: E731
+    whole, at_once = both(a), loops()
+    # Parts that do not divide the tokens.
+    monkeypatch.setattr("jaxrl_llm.models.experts.PAIRS_AT_A_TIME", a["x"].size // 2)
+    assert loops() > at_once
+    chex.assert_trees_all_close(both(a), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_the_ragged_and_the_dense_product_have_the_same_gradient():

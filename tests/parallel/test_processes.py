@@ -14,7 +14,6 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -59,9 +58,11 @@ def built(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def numbers() -> dict:
-    """What a step computes: rows built and scored by their host, and a mean over all of them."""
+    """What a step computes: rows built and scored by their host, a mean over all of them, and prompts for later."""
+    sys.path.insert(0, str(ROOT / "tests" / "selection"))
     import jax
     import jax.numpy as jnp
+    from every_selection import EVERY, choices
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
@@ -88,27 +89,8 @@ def numbers() -> dict:
         "rewards": rewards.tolist(),
         "owned of copies": hosts.own_rows(everywhere)[0].tolist(),
         "mean": float(mean),
-        "choices": choices(batch, whole),
+        "choices": choices(EVERY, 5, sharding, out_shardings=whole),
     }
-
-
-def choices(batch: dict, whole: Any) -> list[list[int]]:
-    """Items that a bandit chooses in three steps, learning from the rows of all processes."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxrl_llm.parallel import hosts
-    from jaxrl_llm.selection import bandit
-
-    made = bandit(records=[{"level": number % 3} for number in range(ROWS)], temperature=0.1)
-    memory, chosen = jax.jit(made.init, out_shardings=whole)(), []
-    ones = jnp.ones((ROWS, 5))
-    for step in range(3):
-        choose = jax.jit(lambda memory, key: made.choose(memory, key, 4), out_shardings=whole)
-        chosen.append(hosts.host_copy(choose(memory, jax.random.key(step))).tolist())
-        learn = lambda memory, number, x: made.update(memory, number, x, ones, ones[:, 0])  # noqa: E731
-        memory = jax.jit(learn, out_shardings=whole)(memory, batch["number"], batch["x"])
-    return chosen
 
 
 def loop(process: int, part: str, out: str) -> None:

@@ -500,16 +500,22 @@ def test_processes_of_which_some_share_a_disk_are_refused(configs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reward_that_fails_on_one_process_ends_all_with_the_state_saved(configs, tmp_path):
-    directory = tmp_path / "run"
-    commands = train(2, configs["on the host"], f"run_dir={directory}")
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_reward_that_fails_on_one_process_ends_all_with_the_state_saved(configs, tmp_path, apart):
+    directory = tmp_path / "bucket" / "run"
+    place = f"file://{directory}" if apart else str(directory)
+    commands = train(2, configs["on the host"], f"run_dir={place}")
     environments = share(2)
     environments[1]["REWARD_FAILS"] = "1"
+    for number in range(2 * apart):
+        environments[number]["XDG_CACHE_HOME"] = str(tmp_path / f"home{number}")
     with launched(commands, tmp_path / "logs", environments) as run:
         assert run.ended() == [1, 1], run.said()
         for text in run.said():
             assert "process 1: reward 'vowel_share' raised RuntimeError: the judge is out of office" in text
             assert "The state before step 1 is saved" in text
+            assert f"its traceback and output are in {place}/host/1/vowel_share.log" in text
+    assert "the judge is out of office" in (directory / "host" / "1" / "vowel_share.log").read_text()
     assert [path.name for path in (directory / "checkpoints").iterdir()] == [str(WARM)]
 
 

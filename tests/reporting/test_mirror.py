@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,10 +16,13 @@ import pytest
 
 from jaxrl_llm import cli
 from jaxrl_llm.addresses import is_address, working_directory
+from jaxrl_llm.config import parse_config
 from jaxrl_llm.reporting import mirror as mirror_module
+from jaxrl_llm.reporting import ownership
 from jaxrl_llm.reporting.mirror import Mirror, changed_in_place, local_copy
 from jaxrl_llm.reporting.ownership import OwnedError, owned_place
 from jaxrl_llm.reporting.shares import Share
+from jaxrl_llm.run.directories import mirrored
 
 
 @pytest.fixture
@@ -151,8 +157,9 @@ def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, m
 @pytest.mark.fault(
     "address",
     "two processes are started on it",
-    "the owner rewrites an object every 15 seconds; whoever comes waits 45 seconds to see whether it lives. "
-    "Of two that start within the same moment, the one that wrote last has it",
+    "the owner rewrites an object every 15 seconds; whoever comes waits 45 seconds to see whether it lives, unless it "
+    "is known to have ended on the same machine. Of two that start within the same moment, the one that wrote last has "
+    "it",
 )
 def test_an_address_has_one_owner(address):
     memory, name, said = fsspec.filesystem("memory"), "/bucket/.owner", []
@@ -167,6 +174,46 @@ def test_an_address_has_one_owner(address):
     memory.pipe_file(name, json.dumps({"host": "gone", "pid": 1, "beat": 7}).encode())
     with owned_place(memory, name, address, say=said.append, beat=0.02):
         assert b'"gone"' not in memory.cat_file(name)
+
+
+@pytest.mark.skipif(not ownership._machine(), reason="the system does not say which numbers of processes are its own")
+def test_an_owner_that_was_killed_on_this_machine_is_not_waited_for(address):
+    memory, name, said = fsspec.filesystem("memory"), "/bucket/.owner", []
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = ownership._me() | {"pid": ended.pid}
+    for held, waits in ((left, 0), (left | {"machine": "another container"}, 1), (left | {"pid": os.getpid()}, 1)):
+        memory.pipe_file(name, json.dumps(held).encode())
+        said.clear()
+        with owned_place(memory, name, address, say=said.append, beat=0.01):
+            assert len(said) == waits
+
+
+def test_a_start_that_has_computed_nothing_is_in_nobodys_way(tmp_path, address, monkeypatch, micro_config):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = parse_config(micro_config | {"run_dir": address}, vocabulary_size=32)
+    left = {"config.yaml": "name: killed", "metrics.jsonl": "", "checkpoints/1.orbax-checkpoint-tmp/x": ""}
+    write(config.directory, left)
+    assert not Mirror(address).started()
+    with mirrored(config, False, print) as mirror:
+        assert not files(config.directory)
+        write(config.directory, RUN)
+        mirror.push()
+    assert Mirror(address).started()
+    mirror.fs.rm(mirror.root, recursive=True)  # what is here waits to be brought
+    assert Mirror(address).started()
+    with pytest.raises(ValueError, match=r"has a working copy in .*resume that run"), mirrored(config, False, print):
+        pass
+
+
+def test_one_file_is_brought_at_once_or_named_where_it_is(tmp_path, address, monkeypatch):
+    mirror = Mirror(address, tmp_path / "here")
+    write(mirror.directory, {"host/1/stalled.txt": "threads"})
+    file = mirror.directory / "host/1/stalled.txt"
+    assert mirror.brought(file) == f"{address}/host/1/stalled.txt"
+    assert mirror.fs.cat_file(f"{mirror.root}/host/1/stalled.txt") == b"threads"
+    monkeypatch.setattr(mirror.fs, "put_file", lambda *_: time.sleep(5))
+    assert mirror.brought(file, seconds=0.01) == str(file)
 
 
 def test_what_is_no_run_is_refused(tmp_path, address, monkeypatch):
@@ -222,18 +269,24 @@ def test_a_checkpoint_is_there_when_each_process_has_brought_its_arrays(tmp_path
     address = address if kind == "objects" else f"file://{tmp_path}/bucket/run"
     main, other = shares(address, tmp_path, "a")
     write(main.directory, RUN | checkpoint_of(1, 0) | {"frozen/f/w/0.0": "f0", "frozen/f/w/.zarray": "{}"})
-    write(other.directory, checkpoint_of(1, 1) | {"frozen/f/w/0.1": "f1", "host/reward.log": "of this host"})
+    write(other.directory, checkpoint_of(1, 1) | {"frozen/f/w/0.1": "f1", "metrics.jsonl": "of process 0"})
+    write(other.directory, {"host/0/reward.log": "of process 0", "host/1/reward.log": "of this process"})
     main.push()
     assert not any(name.startswith("checkpoints") for name in main.there()), "the other's arrays are missing"
     other.push()
     main.push()
     everything = RUN | checkpoint_of(1, 0) | checkpoint_of(1, 1)
-    everything |= {"frozen/f/w/0.0": "f0", "frozen/f/w/0.1": "f1", "frozen/f/w/.zarray": "{}"}
+    everything |= {
+        "frozen/f/w/0.0": "f0",
+        "frozen/f/w/0.1": "f1",
+        "frozen/f/w/.zarray": "{}",
+        "host/1/reward.log": "of this process",
+    }
     expected = {name: text for name, text in everything.items() if name != ".owner"}
     # Each goes on with all of it: on another machine, or where it has its share.
     for mirror in (Mirror(address, tmp_path / "new"), *shares(address, tmp_path, "a")):
         mirror.fetch()
-        assert {n: t for n, t in files(mirror.directory).items() if n in expected or "checkpoints" in n} == expected
+        assert {n: t for n, t in files(mirror.directory).items() if n in expected or "/" in n} == expected
     # Another start, which has nothing to do with what the first one has said; its retention deletes the first step.
     again, beside = (Mirror(address, tmp_path / f"a{i}", share=Share(i, 2, "b")) for i in range(2))
     for number, mirror in enumerate((again, beside)):

@@ -208,7 +208,7 @@ def test_a_conversation_without_its_failed_turn():
     rows = empty_rows(1, 2, 1, 10).filled(
         tokens=jnp.array([said]), length=jnp.array([9]), source=jnp.array([source], jnp.int8),
         mask=(jnp.array([source]) == 1).astype(jnp.float32), turn=jnp.array([turn]), turns=jnp.array([3]),
-        turn_rewards=jnp.array([[-0.05, 0.0, 1.0, 0.0]]),
+        turn_rewards=jnp.array([[-0.05, 0.0, 1.0, 0.0]]), durations=jnp.array([[3.0, 2.0, 1.0, 0.0]]),
     )  # fmt: skip
     gone = repaired_turns(plans.turns_below(rows["turn_rewards"]), rows["turns"], tries=3)
     np.testing.assert_array_equal(gone, [[1, 0, 0, 0]])
@@ -222,6 +222,7 @@ def test_a_conversation_without_its_failed_turn():
     np.testing.assert_array_equal(made.mask, [[1, 1, 0, 0, 1, 1, 0, 0, 0, 0]])
     np.testing.assert_array_equal(made["turn"], [[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
     np.testing.assert_array_equal(made["turn_rewards"], [[0, 1, 0, 0]])
+    np.testing.assert_array_equal(made["durations"], [[2, 1, 0, 0]])
     assert int(made["turns"][0]) == 2
     assert int(made.length[0]) == 6
     replayed = np.asarray(made.source)[0, [0, 1, 4, 5]]

@@ -48,6 +48,8 @@ def step(state, text):
         "bytes": (state, b"", 0.0, False),
         "late": (state, "", 0.0, "no"),
         "lambda": (lambda: 0, "", 0.0, False),
+        "slow": (state, "", 0.5, False, 2.5),
+        "never": (state, "", 0.5, False, float("inf")),
     }
     for word, returned in strange.items():
         if word in text:
@@ -88,9 +90,10 @@ def processes():
 def test_episodes_stop_for_the_same_reasons_as_inside_the_program():
     with opened(ENVIRONMENT) as call:
         episodes = host_started(ENVIRONMENT, [*ITEMS, *ITEMS[:2]], call)
-        texts = ["a<n>", "stop<n>", "stop<eos>", "a<n>", ""]
+        texts = ["slow<n>", "stop<n>", "stop<eos>", "a<n>", ""]
         episodes, seen = taken(ENVIRONMENT, episodes, texts, call, np.array([9, 9, 9, 3, 9]))
-        assert seen == ["<o>1</o>", "", "", "", ""]
+        assert seen == ["", "", "", "", ""]
+        assert episodes.durations[:, 0].tolist() == [2.5, 0, 0, 0, 0]
         reasons = [StopReason.RUNNING, StopReason.ENVIRONMENT, StopReason.ANSWER, StopReason.TOKEN_LIMIT, 0]
         assert episodes.stop.tolist() == reasons
         assert episodes.turn_rewards[:, 0].tolist() == [0.5, 0.5, 0.5, 0.5, 0]
@@ -108,6 +111,7 @@ def test_episodes_stop_for_the_same_reasons_as_inside_the_program():
         ("hang", "step had not returned after 0.2 s for row 1 .*deadline_seconds.*'process', which ends"),
         ("none", "step returned 'None', not"),
         ("nan", "returned the reward nan"),
+        ("never", "returned the duration inf, not a finite number"),
         ("bytes", "returned the observation b'' of type bytes"),
         ("late", "returned done as 'no'"),
     ],

@@ -297,7 +297,7 @@ def test_the_request_to_revise_is_the_same_whatever_the_answer():
 
 # ---- bargaining -----------------------------------------------------------------------------------------------------
 
-BARGAINING = environment_of("bargaining")
+BARGAINING = task_environment(tasks.task("bargaining"), counter_duration=4.0)
 
 
 def says(text):
@@ -321,6 +321,8 @@ def test_a_bargain_by_hand():
         episodes.turn_rewards[:, :3], [[0, 0, 0.8], [0, 0.4, 0], [0] * 3, [0] * 3, [0] * 3], atol=1e-6
     )
     assert episodes.stop.tolist() == [StopReason.ENVIRONMENT] * 3 + [StopReason.RUNNING, StopReason.ANSWER]
+    # The partner thinks of offers of its own, and only then.
+    assert episodes.durations[:, :3].tolist() == [[5, 5, 1], [5, 1, 0], [1, 0, 0], [1, 1, 0], [5, 0, 0]]
 
 
 def random_bargaining_turn(rng):

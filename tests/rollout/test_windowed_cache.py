@@ -12,7 +12,7 @@ import pytest
 from jaxrl_llm.experience import Prompts, Source
 from jaxrl_llm.models import TransformerConfig, transformer
 from jaxrl_llm.models.cache import Windowed
-from jaxrl_llm.models.layer_kinds import GlobalConfig
+from jaxrl_llm.models.layer_kinds import DeltaConfig, GlobalConfig
 from jaxrl_llm.rollout import decoding
 from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.rollout.prefixes import Prefixes
@@ -131,3 +131,15 @@ def test_what_is_kept_is_the_window_and_tokens_come_one_at_a_time():
     assert few.recent is None, "nothing would be saved"
     with pytest.raises(ValueError, match="2 tokens a row were given with a cache that keeps a window"):
         jax.eval_shape(lambda: model.apply(params, jnp.zeros((6, 2), int), jnp.zeros((6, 2), int), cache))
+
+
+@pytest.mark.parametrize("kind", ["mixed, scanned", "recurrent"])
+def test_a_cache_that_grows_copies_no_window_and_no_state(kind):
+    delta = DeltaConfig(key_heads=2, value_heads=2, key_width=8, value_width=8, pattern=(True, False))
+    sizes = MODELS.get(kind) or {k: v for k, v in SIZES.items() if k != "window"} | {"delta": delta}
+    model = transformer(TransformerConfig(**sizes))
+    cache = jax.eval_shape(lambda: model.keep_window(model.expand_cache(model.init_cache(2, 7), 3, 8), TOKENS))
+    grown = str(jax.make_jaxpr(lambda cache: model.expand_cache(cache, 1, 8))(cache))
+    assert "gather" not in grown
+    shared = str(jax.make_jaxpr(lambda: model.expand_cache(model.init_cache(2, 7), 3, 8))())
+    assert ("gather" in shared) == (kind == "recurrent")

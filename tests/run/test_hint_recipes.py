@@ -21,7 +21,11 @@ pytestmark = pytest.mark.slow
 
 ITEMS = {"train_items": 64, "validation_items": 4, "test_items": 4}
 # Task, rollout, and steps of the stages.
+SUMS = {"levels": [2], "options": {"scratchpad": False, "largest_number": 9}}
 MICRO: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
+    "agent_rlvr": (SUMS, {"max_prompt_tokens": 20}, (150, 3)),
+    "compose": ({}, {"samples_per_prompt": 4, "max_completion_tokens": 48}, (150, 3)),
+    "expo": (SUMS, {"max_prompt_tokens": 20, "samples_per_prompt": 5}, (150, 3)),
     "dsp": ({"levels": [2]}, {"max_prompt_tokens": 30}, (150, 3)),
     "metacognitive_reuse": ({"levels": [1]}, {"samples_per_prompt": 4, "max_completion_tokens": 30}, (150, 3)),
     "mobile_r1": ({"levels": [1, 2]}, {"samples_per_prompt": 4, "max_completion_tokens": 32}, (100, 3, 3)),
@@ -65,6 +69,15 @@ def test_demonstrations_are_learned_and_then_used(run):
             assert {"reward/first", "reward/second", "reward/keyword_rewards"} <= step.keys()
             assert step["gradient_norm"] > 0
         assert np.mean([step["reward/keyword_rewards"] for step in later[0]]) > 0
+    if name == "agent_rlvr":  # pairs of a guided success and a plain failure, where there are any
+        assert all({"margin/dpo", "loss/dpo"} <= step.keys() for step in later[0])
+        assert max(step["gradient_norm"] for step in later[0]) > 0
+    if name == "expo":  # explanations are learned from where no plain sample is right, too
+        assert all(step["gradient_norm"] > 0 for step in later[0])
+        assert np.mean([step["loss/stored_likelihood"] for step in later[0]]) > 0
+    if name == "compose":
+        assert 0 < np.mean([step["correct_share"] for step in later[0]]) < 1
+        assert max(step["gradient_norm"] for step in later[0]) > 0
     if name == "mobile_r1":
         moves, episodes = later
         assert np.mean([step["reward/pattern_match"] for step in moves]) > 0.3

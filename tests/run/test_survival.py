@@ -362,7 +362,8 @@ def test_an_evaluation_is_given_up_between_its_batches(micro_yaml, tmp_path):
 )
 def test_the_watchdog_ends_a_run_that_stands_still(ends, tmp_path):
     seen, done = ends
-    interruption = Interruption(tmp_path, lambda text: None, lambda: None, stalled_after=3, least=0.05)
+    named = {"brought": lambda file: f"s3://bucket/run/{file.name}"}
+    interruption = Interruption(tmp_path, lambda text: None, lambda: None, stalled_after=3, least=0.05, **named)
     with attended(interruption):
         interruption.busy("evaluation before")
         time.sleep(0.4)
@@ -374,6 +375,7 @@ def test_the_watchdog_ends_a_run_that_stands_still(ends, tmp_path):
     ((status, text),) = seen
     assert status == 75
     assert text.startswith("error: step 4 of the training has taken 0 s, where a step takes ")
+    assert "where every thread is was written to s3://bucket/run/stalled.txt" in text
     assert "test_the_watchdog_ends_a_run" in (tmp_path / "stalled.txt").read_text()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm.fields import provided_by
 from jaxrl_llm.run.recipes import loss_terms
-from jaxrl_llm.schedules import adaptive_kl, entropy_gated_kl
+from jaxrl_llm.schedules import adaptive_kl, adaptive_kl_of_rows, entropy_gated_kl
 from jaxrl_llm.signatures import call, names
 
 DIGITS = {"rtol": 5.5e-6, "atol": 1e-6}
@@ -29,6 +29,18 @@ def test_worked_example_of_adaptive_kl():
     np.testing.assert_allclose(memory["coefficient"], 0.100512, **DIGITS)
     _, per_token = run(adaptive_kl(sequences_per_step=256, unit="token"), [9.0])
     np.testing.assert_allclose(per_token["coefficient"], 0.100512, **DIGITS)
+
+
+def test_the_coefficient_of_a_divergence_in_the_rewards_is_that_of_its_rows():
+    method = adaptive_kl_of_rows()
+    update, old, mask = jax.jit(method.update), jnp.zeros((512, 4)), jnp.ones((512, 4)).at[:, 3].set(0.0)
+    reference = old - 3.0  # of three tokens that count: 9 nats a row
+    half = (jnp.arange(512) % 2).astype(jnp.float32)
+    value, memory = update(method.init(), old, reference.at[0].set(jnp.nan), mask, half)
+    np.testing.assert_allclose(value, jnp.full(512, 0.1), rtol=1e-6)
+    np.testing.assert_allclose(memory["coefficient"], 0.100512, **DIGITS)  # 256 rows, as above
+    np.testing.assert_allclose(update(memory, old, old, mask, half)[1]["coefficient"], 0.100512 * 0.99488, **DIGITS)
+    assert update(memory, old, reference, mask, half * 0)[1]["coefficient"] == memory["coefficient"]
 
 
 def test_the_coefficient_rises_above_the_target_and_falls_below_it():

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl_llm import selection
+from jaxrl_llm.experience import TrainState
+from jaxrl_llm.run import checkpoints, stored_states
 from jaxrl_llm.selection.pools import items_by_weight, record_ids
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from every_selection import COUNT, EVERY, RECORDS, elsewhere, learned, made, of_library, rows_of
 
 NAN = float("nan")
 # (function, its data, what the card says)
@@ -131,103 +140,63 @@ def test_worked_examples():
 
 # ---- what holds for all of them -------------------------------------------------------------------------------------
 
-RECORDS = [{"prompt": f"p{n}", "level": 1 + n % 3, "domain": "ab"[n % 2], "rate": (n % 5) / 4} for n in range(12)]
-ORDER = np.random.default_rng(3).permutation(12)
-COUNT = 6
-SELECTIONS = {
-    "bandit": lambda r: selection.bandit(records=r, arms="level"),
-    "domain_aware": lambda r: selection.domain_aware(records=r, refresh_every_steps=1),
-    "by_pass_rate": lambda r: selection.by_pass_rate(records=r),
-    "band": lambda r: selection.by_pass_rate(records=r, rule="band", low=0.1, high=0.9, pass_rate="rate"),
-    "most_variable": lambda r: selection.most_variable(records=r, explore_steps=3, prompts=2),
-    "variance_aware": lambda r: selection.variance_aware(records=r, refresh_every_steps=1),
-    "easy_to_hard": lambda r: selection.easy_to_hard(records=r, steps_per_stage=2, replay=0.4),
-    "power law": lambda r: selection.easy_to_hard(records=r, steps_per_stage=2, replay=0.4, replay_power=1.0),
-    "growing_difficulty": lambda r: selection.growing_difficulty(records=r, total_steps=5),
-    "gaussian": lambda r: selection.growing_difficulty(records=r, total_steps=5, pace="gaussian", rate=0.5),
-    "topology_aware": lambda r: selection.topology_aware(records=r, turns=2),
-}
-
-
-def rows_of(item, names):
-    """Two rows of each chosen item, whose facts are those of its prompt, wherever it stands."""
-    item = jnp.repeat(item, 2)
-    number = jnp.asarray([int(name[1:]) for name in names], jnp.int32)[item]
-    first = jnp.arange(len(item)) % 2
-    right = ((number + first) % 3 == 0).astype(jnp.float32)
-    tokens = number[:, None] * first[:, None] + jnp.arange(4)
-    return {
-        "item": item,
-        "correct": right,
-        "rewards": right,
-        "advantages": right[:, None] - jnp.ones((1, 4)) / 3,
-        "tokens": tokens,
-        "mask": jnp.ones((len(item), 4)),
-        "turn": jnp.broadcast_to(jnp.arange(4) // 2, tokens.shape),
-        "length": jnp.full(len(item), 4),
-        "group": jnp.repeat(jnp.arange(len(item) // 2), 2),
-        "weight": jnp.ones(len(item)),
-    }
-
-
-def one_step(made, names):
-    taken = made.update.__code__.co_varnames[1 : made.update.__code__.co_argcount]
-
-    def step(memory, number):
-        chosen = made.choose(memory, jax.random.key(number), COUNT)
-        rows = rows_of(chosen, names)
-        return made.update(memory, **{name: rows[name] for name in taken}), chosen
-
-    return step
+ORDER = np.random.default_rng(3).permutation(len(RECORDS))
 
 
 @pytest.fixture(scope="module")
-def runs():
-    """Choices of six steps: of all, with the records in another order, and from the third step's memory on."""
+def runs(tmp_path_factory):
+    """Choices of six steps: of all, with records and rows in other places, and from a checkpoint on."""
     shuffled = [RECORDS[n] for n in ORDER]
-    made = {name: (build(RECORDS), build(shuffled)) for name, build in SELECTIONS.items()}
+    every = {name: (made(name), made(name, shuffled)) for name in EVERY}
     names, others = [r["prompt"] for r in RECORDS], [r["prompt"] for r in shuffled]
 
     @jax.jit
-    def step(memories, number):
-        found = {}
-        for name, (one, other) in made.items():
-            found[name] = (
-                one_step(one, names)(memories[name][0], number),
-                one_step(other, others)(memories[name][1], number),
-            )
-        memories = {name: (one[0], other[0]) for name, (one, other) in found.items()}
-        told = {name: made[name][0].report(memories[name][0]) for name in made}
-        return memories, {name: (one[1], other[1]) for name, (one, other) in found.items()}, told
+    def step(state):
+        memory, chosen = {}, {}
+        key = jax.random.fold_in(state.key, state.step)
+        for name, (one, other) in every.items():
+            held = state.memory[name]
+            chosen[name] = one.choose(held[0], key, COUNT), other.choose(held[1], key, COUNT)
+            rows, moved = rows_of(chosen[name][0], names), elsewhere(rows_of(chosen[name][1], others))
+            memory[name] = [learned(one, held[0], rows), learned(other, held[1], moved)]
+        told = {name: every[name][0].report(memory[name][0]) for name in every}
+        return state.replace(memory=memory, step=state.step + 1), chosen, told
 
-    memories = {name: (one.init(), other.init()) for name, (one, other) in made.items()}
-    choices, saved = [], None
+    memory = jax.jit(lambda: {name: [one.init(), other.init()] for name, (one, other) in every.items()})()
+    first = TrainState({}, memory, jax.random.key(0), jnp.int32(0))
+    state, choices, directory = first, [], tmp_path_factory.mktemp("checkpoints")
     for number in range(6):
         if number == 3:
-            saved = jax.tree.map(np.asarray, memories)
-        memories, chosen, told = step(memories, number)
+            with checkpoints.checkpoint_manager(directory, keep=1) as manager:
+                checkpoints.save(manager, 3, state, {"step": 3})
+        state, chosen, told = step(state)
         choices.append(chosen)
-    again = []
-    for number in range(3, 6):
-        saved, chosen, _ = step(saved, number)
+    state, again = stored_states.restore(directory, 3, first), []
+    for _ in range(3, 6):
+        state, chosen, _ = step(state)
         again.append(chosen)
     return choices, again, told
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("name", EVERY)
 def test_laws(runs, name):
     choices, again, told = runs
     of_data = np.array([one[name][0] for one in choices])
-    of_shuffled = np.array([one[name][1] for one in choices])
+    of_others = np.array([one[name][1] for one in choices])
     assert of_data.min() >= 0
     assert of_data.max() < len(RECORDS)
-    # Prompts in another order: the same prompts are chosen.
-    np.testing.assert_array_equal(ORDER[of_shuffled], of_data)
+    # Prompts and rows in another order, among absent rows: the same prompts are chosen.
+    np.testing.assert_array_equal(ORDER[of_others], of_data)
     # A memory that was stored: the same choices.
-    np.testing.assert_array_equal([one[name][0] for one in again], of_data[3:])
+    np.testing.assert_array_equal([one[name] for one in again], np.stack([of_data, of_others], 1)[3:])
     assert all(np.isfinite(value) for value in told[name].values())
     chances = [value for key, value in told[name].items() if key.startswith("chance/")]
     assert not chances or sum(chances) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_all_selections_of_the_library_are_among_them():
+    described = {"bandit", "by_entropy", "by_pass_rate", "domain_aware", "easy_to_hard", "growing_difficulty"}
+    assert described | {"most_variable", "topology_aware", "variance_aware"} <= set(of_library())
 
 
 def test_stages_follow_each_other(runs):

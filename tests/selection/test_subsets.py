@@ -1,5 +1,6 @@
 """Which samples of a prompt are trained on."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from jaxrl_llm.selection import (
     complete_samples,
     extreme_rewards,
     extreme_samples,
+    finished_in_window,
     one_success_one_failure,
     resampled,
     row_uniforms,
@@ -141,6 +143,19 @@ def test_bad_input_is_named():
         extreme_rewards(REWARDS, ONES, rule="power", exponent=-1.0)
     with pytest.raises(ValueError, match=r"drop is 'all'"):
         balanced_groups(*named(batch(), "correct"), drop="all")
+
+
+def test_samples_that_outlast_a_window_are_left_out():
+    durations = jnp.array([[6.0, 2.0], [1.0, 0.0], [5.0, 0.0], [4.0, 4.0], [3.0, 0.0], [1.0, 0.0]])
+    group, sample = jnp.array([0, 0, 0, 1, 1, 1]), jnp.array([0, 1, 2, 1, 0, 2])
+    window = jax.jit(lambda *data: finished_in_window(*data, window=9.0))
+    found = window(durations, group, sample, jnp.ones(6))  # 8, 9, 14; the others are 3, 11, 12 in their order
+    np.testing.assert_array_equal(found, [1, 1, 0, 0, 1, 0])
+    order = jnp.array([3, 0, 5, 2, 4, 1])
+    np.testing.assert_array_equal(window(durations[order], group[order], sample[order], jnp.ones(6)), found[order])
+    absent = window(durations, group, sample, jnp.array([0.0, 1, 0.5, 0, 1, 1]))  # takes no time
+    np.testing.assert_array_equal(absent, [0, 1, 0.5, 0, 1, 1])
+    np.testing.assert_array_equal(window(durations + 20, group, sample, jnp.ones(6)), 0)
 
 
 def test_samples_that_were_cut_are_left_out():

@@ -34,6 +34,7 @@ def kl_penalized_rewards(
     reference_logprobs: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     token_rewards: Float[Array, "B T"] | None = None,
+    kl_coefficients: Float[Array, "B"] | None = None,
     *,
     kl_coefficient: NonNegative = 0.05,
 ) -> Float[Array, "B T"]:
@@ -47,6 +48,7 @@ def kl_penalized_rewards(
       reference_logprobs: under the reference policy.
       mask: non-zero on tokens that count.
       token_rewards: reward of each token; they take the place of `rewards`.
+      kl_coefficients: of each row, instead of `kl_coefficient` (`adaptive_kl_of_rows` fills them).
       kl_coefficient: units of reward per nat.
 
     Returns:
@@ -58,7 +60,8 @@ def kl_penalized_rewards(
     chex.assert_rank([old_logprobs, reference_logprobs, mask], 2)
     chex.assert_equal_shape([old_logprobs, reference_logprobs, mask])
     base = outcome_token_rewards(rewards, mask) if token_rewards is None else token_rewards.astype(jnp.float32)
-    penalty = kl_coefficient * (old_logprobs.astype(jnp.float32) - reference_logprobs.astype(jnp.float32))
+    factor = kl_coefficient if kl_coefficients is None else kl_coefficients.astype(jnp.float32)[:, None]
+    penalty = factor * (old_logprobs.astype(jnp.float32) - reference_logprobs.astype(jnp.float32))
     return jnp.where(mask > 0, base - penalty, 0.0)
 
 

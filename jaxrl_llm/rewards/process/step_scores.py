@@ -255,7 +255,12 @@ def added_span_rewards(
 
 
 def duration_weights(
-    durations: Float[Array, "B S"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
+    durations: Float[Array, "B S"] | Float[Array, "B"],
+    mask: Float[Array, "B T"],
+    weight: Float[Array, "B"],
+    turn: Int[Array, "B T"] | None = None,
+    *,
+    whole_rows: bool = False,
 ) -> Float[Array, "B T"]:
     """Weights of actions proportional to their duration, for batches in which slow actions are under-represented.
 
@@ -263,13 +268,16 @@ def duration_weights(
 
     over the actions of the batch. If rows are collected for a fixed time and unfinished ones are cancelled, the share
     of an action among the finished ones is its probability divided by its duration; the weight corrects this. Do not
-    use it if actors restart when done, or if all wait for the slowest. It fills `token_weight`.
+    use it if actors restart when done, or if all wait for the slowest. It fills `token_weight`, after
+    `finished_in_window` if that time is simulated.
 
     Args:
-      durations: d of each action, in any unit.
-      turn: index of the action that each token belongs to.
+      durations: d of each action, in any unit, as an environment or a reading says; [B] where a row is one action.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
+      turn: index of the action that each token belongs to; not read where a row is one action.
+      whole_rows: what is cancelled is a row and not an action of it, so that d is the sum over a row's actions, and the
+        mean is over rows.
 
     Returns:
       One weight per token, 0 outside the mask and in absent rows; 1 everywhere where all durations are 0.
@@ -277,12 +285,20 @@ def duration_weights(
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: recalled
     """
-    chex.assert_rank([durations, turn, mask, weight], [2, 2, 2, 1])
+    chex.assert_rank([durations, mask, weight], [{1, 2}, 2, 1])
+    if durations.ndim == 1:
+        durations, turn = durations[:, None], jnp.zeros(mask.shape, jnp.int32)
+    if turn is None:
+        raise ValueError(f"durations are of {durations.shape[1]} turns a row, so turn is needed; fill it in credit")
     turns = durations.shape[1]
     counted = (mask > 0) & (weight > 0)[:, None] & (turn >= 0) & (turn < turns)
     taken = at_turns(mask, turn, counted.astype(jnp.float32), turns)[1]
     d = jnp.where(taken, durations.astype(jnp.float32), 0.0)
-    mean = d.sum() / jnp.maximum(taken.sum(), 1)
+    if whole_rows:
+        d, taken = jnp.broadcast_to(d.sum(axis=1, keepdims=True), d.shape), taken.any(axis=1, keepdims=True)
+        mean = (d[:, :1] * taken).sum() / jnp.maximum(taken.sum(), 1)
+    else:
+        mean = d.sum() / jnp.maximum(taken.sum(), 1)
     each = jnp.where(mean > 0, d / jnp.where(mean > 0, mean, 1.0), 1.0)
     at = jnp.clip(turn, 0, turns - 1).astype(jnp.int32)
     return jnp.where(counted, jnp.take_along_axis(each, at, axis=1), 0.0)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import chex
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Source
 from jaxrl_llm.ranges import Count, Natural, ranged
-
-_FACTOR, _OFFSET = 0x01000193, 0x811C9DC5  # FNV-1a
+from jaxrl_llm.token_codes import SEEDS, mixed_bits, turn_codes
 
 
 @ranged
@@ -46,7 +44,7 @@ def transition_ids(
     chex.assert_rank([tokens, turn, source, length], [2, 2, 2, 1])
     inside = jnp.arange(tokens.shape[1]) < length[:, None]
     seen = inside & (source == Source.OBSERVATION)
-    action, answer = (_hashed(tokens, turn, which, max_turns) for which in (inside & ~seen, seen))
+    action, answer = (turn_codes(tokens, turn, which, max_turns)[0] for which in (inside & ~seen, seen))
     state = jnp.concatenate([jnp.zeros_like(answer[:, :1]), answer[:, :-1]], axis=1)
     remembered, pair = state, _mixed(state, action)
     for _ in range(history):
@@ -56,21 +54,8 @@ def transition_ids(
 
 
 def _mixed(a: Array, b: Array) -> Array:
-    return ((a ^ b) * jnp.uint32(_FACTOR)) ^ (b >> 7)
-
-
-def _hashed(tokens: Int[Array, "B T"], turn: Int[Array, "B T"], counts: Bool[Array, "B T"], turns: int) -> Array:
-    """A hash of the counted tokens of each turn in order; 0 without tokens."""
-
-    def more(carry, column):
-        token, number, here = column
-        place = (here & (number >= 0) & (number < turns))[:, None] & (jnp.arange(turns) == number[:, None])
-        started = jnp.where(carry == 0, jnp.uint32(_OFFSET), carry)
-        after = (started ^ (token[:, None].astype(jnp.uint32) + 1)) * jnp.uint32(_FACTOR)
-        return jnp.where(place, after ^ (after >> 15), carry), None
-
-    nothing = jnp.zeros((tokens.shape[0], turns), jnp.uint32)
-    return jax.lax.scan(more, nothing, (tokens.T, turn.T, counts.T))[0]
+    """A hash of two, which differs from that of the two in the other order."""
+    return mixed_bits(mixed_bits(a + jnp.uint32(SEEDS[0])) ^ b)
 
 
 @ranged

@@ -68,35 +68,23 @@ def unit_tests(
     """
     if mode not in (None, "fraction", "all", "prefix"):
         raise ValueError(f"mode is {mode!r}; it must be fraction, all or prefix")
-    tests = [recorded_tests(item)[:most_tests] for item in items]
-    codes = [blocks[-1] if (blocks := _BLOCK.findall(text)) else None for text in completions]
-    asked = [
-        (row, test)
-        for row, (code, own) in enumerate(zip(codes, tests, strict=True))
-        if code is not None
-        for test in own
-    ]
     limits = Limits(seconds, int(memory_gib * 2**30))
-    programs = [test.program(str(codes[row])) for row, test in asked]
-    outcomes = run_programs(programs, limits=limits, allow_unisolated=allow_unisolated)
-    found: list[list[Outcome | None]] = [[] for _ in tests]
-    for (row, test), outcome in zip(asked, outcomes, strict=True):
-        found[row].append(None if outcome is None else test.judged(outcome))
+    tested = tested_programs(completions, items, most_tests=most_tests, limits=limits, unisolated=allow_unisolated)
 
-    def reward(row: int) -> float | None:
-        if not tests[row]:
+    def reward(row: Tested) -> float | None:
+        if not row.tests:
             return None
-        if codes[row] is None:
+        if row.code is None:
             return no_code
-        judged = [outcome for outcome in found[row] if outcome is not None]
-        if len(judged) < len(tests[row]):
+        judged = [outcome for outcome in row.outcomes if outcome is not None]
+        if len(judged) < len(row.tests):
             return None
         if judged[0].detail.startswith("does not compile"):
             return does_not_compile
-        usual: Mode = "all" if tests[row][0].code is not None else "fraction"
+        usual: Mode = "all" if row.tests[0].code is not None else "fraction"
         return passed_share([outcome.verdict for outcome in judged], mode=mode or usual)
 
-    return [reward(row) for row in range(len(tests))]
+    return [reward(row) for row in tested]
 
 
 def code_of(completion: str) -> str:
@@ -157,6 +145,40 @@ class UnitTest(NamedTuple):
         called = self.function is not None
         right = outcome.value == self.expected if called else same_lines(outcome.stdout, self.expected)
         return outcome if right else outcome._replace(verdict="fail", detail="output differs from the expected one")
+
+
+class Tested(NamedTuple):
+    """The program of a row and what became of its tests.
+
+    Attributes:
+      code: of the last fenced block; None where there is none.
+      tests: of the record.
+      outcomes: one a test; None where the sandbox itself has failed. Empty without code.
+    """
+
+    code: str | None
+    tests: list[UnitTest]
+    outcomes: list[Outcome | None]
+
+
+def tested_programs(
+    completions: Sequence[str],
+    items: Sequence[Mapping[str, Any]],
+    *,
+    most_tests: int | None,
+    limits: Limits,
+    unisolated: bool,
+) -> list[Tested]:
+    """The programs of all rows, after their tests were run in the sandbox."""
+    tests = [recorded_tests(item)[:most_tests] for item in items]
+    codes = [blocks[-1] if (blocks := _BLOCK.findall(text)) else None for text in completions]
+    found = [Tested(code, own, []) for code, own in zip(codes, tests, strict=True)]
+    asked = [(row, test) for row in found if row.code is not None for test in row.tests]
+    programs = [test.program(str(row.code)) for row, test in asked]
+    outcomes = run_programs(programs, limits=limits, allow_unisolated=unisolated)
+    for (row, test), outcome in zip(asked, outcomes, strict=True):
+        row.outcomes.append(None if outcome is None else test.judged(outcome))
+    return found
 
 
 def recorded_tests(item: Mapping[str, Any]) -> list[UnitTest]:

@@ -101,9 +101,10 @@ def without_turns(rows: Experience, gone: Bool[Array, "B S"], pad_id: int) -> Ex
     number = turn - jnp.take_along_axis(earlier, jnp.clip(turn, 0, width - 1), axis=1)
     turns = rows["turns"] - gone.sum(1).astype(rows["turns"].dtype)
     order = jnp.argsort(gone, axis=1, stable=True)
-    rewards = jnp.take_along_axis(rows["turn_rewards"], order, axis=1)
-    rewards = jnp.where(jnp.arange(width) < (width - gone.sum(1))[:, None], rewards, 0.0)
-    moved = rows.filled(turn=number, turn_rewards=rewards, turns=turns)
+    stays = jnp.arange(width) < (width - gone.sum(1))[:, None]
+    of_turns = {name: rows[name] for name in ("turn_rewards", "durations") if name in rows}
+    of_turns = {name: jnp.where(stays, jnp.take_along_axis(x, order, axis=1), 0.0) for name, x in of_turns.items()}
+    moved = rows.filled(turn=number, **of_turns, turns=turns)
     made = compacted(replace(moved, source=source.astype(jnp.int8)), ~lost, pad_id)
     inside = jnp.arange(made.tokens.shape[1]) < made.length[:, None]
     last = jnp.maximum(turns - 1, 0)[:, None]

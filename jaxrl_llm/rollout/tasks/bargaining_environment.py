@@ -19,7 +19,7 @@ from jaxrl_llm.data.tasks.bargaining import (
     TURNS,
 )
 from jaxrl_llm.data.tokenizer import CharacterTokenizer
-from jaxrl_llm.ranges import Count, ranged
+from jaxrl_llm.ranges import Count, NonNegative, ranged
 from jaxrl_llm.rewards import answer_span
 from jaxrl_llm.rollout.environments import Environment, Start, Step
 
@@ -54,7 +54,11 @@ class Bargain(NamedTuple):
 
 @ranged
 def bargaining_partner(
-    *, progress: bool = False, max_turns: Count = TURNS, max_turn_tokens: Count = MOST_KINDS + 4
+    *,
+    progress: bool = False,
+    counter_duration: NonNegative = 0.0,
+    max_turns: Count = TURNS,
+    max_turn_tokens: Count = MOST_KINDS + 4,
 ) -> Environment:
     """A partner who agrees to what leaves it enough, and else offers what is nearest to that.
 
@@ -68,6 +72,8 @@ def bargaining_partner(
 
     Args:
       progress: reward each turn for what the offer has become better.
+      counter_duration: time that the partner takes to think of an offer of its own, where a turn takes 1: a deal that
+        is made at once is a quick one. It is what `durations` says, and nothing waits for it.
       max_turns: turns of an episode at most.
       max_turn_tokens: tokens of a turn at most.
 
@@ -118,7 +124,8 @@ def bargaining_partner(
         inner = jnp.take(offer, seen - 1, mode="clip") + _ZERO
         closing = jnp.where(seen == state.kinds + 1, _ID("</o>"), _TOKENIZER.pad_id)
         tokens = jnp.where(seen == 0, _ID("<o>"), jnp.where(seen <= state.kinds, inner, closing))
-        return Step(state, tokens.astype(jnp.int32), state.kinds + 2, reward.astype(jnp.float32), over)
+        duration = 1.0 + counter_duration * (asks & ~agrees)
+        return Step(state, tokens.astype(jnp.int32), state.kinds + 2, reward.astype(jnp.float32), over, duration)
 
     def metrics(state: Bargain) -> dict[str, tuple[Array, Array]]:
         deal = state.agreed.astype(jnp.float32)

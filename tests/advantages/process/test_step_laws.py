@@ -57,7 +57,7 @@ def values(turn_rewards, old_values, turn, mask, weight):
 
 
 def durations(turn_rewards, turn, mask, weight):
-    return rewards.duration_weights(jnp.abs(turn_rewards), turn, mask, weight)
+    return rewards.duration_weights(jnp.abs(turn_rewards), mask, weight, turn)
 
 
 def transitions(advantages_, tokens, turn, source, length, mask, group, weight):

@@ -104,6 +104,8 @@ def test_kl_is_charged_on_every_token_that_counts():
     reference = old - jnp.array([[0.2, -0.4, 0.0], [1.0, 0.0, 5.0]])
     rewards = kl_penalized_rewards(REWARDS, old, reference, MASK, kl_coefficient=0.1)
     np.testing.assert_allclose(rewards, [[-0.02, 0.04, 1.0], [-0.1, -1.0, 0.0]], rtol=1e-5, atol=1e-7)
+    each = kl_penalized_rewards(REWARDS, old, reference, MASK, None, jnp.array([0.1, 0.2]))
+    np.testing.assert_allclose(each, [[-0.02, 0.04, 1.0], [-0.2, -1.0, 0.0]], rtol=1e-5, atol=1e-7)
     dense = kl_penalized_rewards(REWARDS, old, reference, MASK, jnp.ones((2, 3)), kl_coefficient=0.1)
     np.testing.assert_allclose(dense, [[0.98, 1.04, 1.0], [0.9, 1.0, 0.0]], rtol=1e-5)
 

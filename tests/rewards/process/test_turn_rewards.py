@@ -192,16 +192,28 @@ def test_options_that_cannot_be(call, message):
 def probability_of_the_slow_arm(weighted, updates=500, actors=8, window=10):
     """Of two arms of 1 and 10 ticks that pay 0.5 and 0.8, after REINFORCE on what finishes within a window."""
     ticks, pays, rng, logit = np.array([1, 10]), np.array([0.5, 0.8]), np.random.default_rng(0), 0.0
-    weights, turn, mask = jax.jit(duration_weights), jnp.zeros((80, 1), jnp.int32), jnp.ones((80, 1))
+    weights, mask = jax.jit(duration_weights), jnp.ones((80, 1))
     for _ in range(updates):
         share = 1 / (1 + np.exp(-logit))
         arms = (rng.random((actors, window)) < share).astype(int)
         there = (np.cumsum(ticks[arms], axis=1) <= window).ravel()
         paid = (rng.random(arms.shape) < pays[arms]).ravel()
         counted = there.astype(np.float32)
-        w = weights(ticks[arms].reshape(-1, 1).astype(np.float32), turn, mask, counted)[:, 0] if weighted else counted
+        w = weights(ticks[arms].ravel().astype(np.float32), mask, counted)[:, 0] if weighted else counted
         logit += 0.15 * float((np.asarray(w) * paid * (arms.ravel() - share) * counted).sum() / max(counted.sum(), 1))
     return 1 / (1 + np.exp(-logit))
+
+
+def test_weights_of_actions_and_of_whole_rows():
+    weights = jax.jit(duration_weights, static_argnames="whole_rows")
+    durations, turn, mask = jnp.array([[1.0, 10], [4, 5]]), jnp.array([[0, 1], [0, 1]]), jnp.ones((2, 2))
+    np.testing.assert_allclose(weights(durations, mask, jnp.ones(2), turn), [[0.2, 2], [0.8, 1]])  # of the card
+    np.testing.assert_allclose(weights(durations, mask, jnp.ones(2), turn, whole_rows=True), [[1.1] * 2, [0.9] * 2])
+    np.testing.assert_allclose(weights(durations, mask, jnp.array([1, 0]), turn, whole_rows=True), [[1, 1], [0, 0]])
+    np.testing.assert_allclose(weights(durations * 0, mask, jnp.ones(2), turn, whole_rows=True), 1)
+    np.testing.assert_allclose(weights(durations.sum(1), mask, jnp.ones(2)), [[1.1] * 2, [0.9] * 2])
+    with pytest.raises(ValueError, match="durations are of 2 turns a row, so turn is needed"):
+        duration_weights(durations, mask, jnp.ones(2))
 
 
 def test_what_takes_long_is_learned_where_durations_count():

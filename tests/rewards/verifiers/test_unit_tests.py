@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
+import numpy as np
 import pytest
 
-from jaxrl_llm.rewards import unit_tests
+from jaxrl_llm.rewards import graded_programs, milestone_reward, unit_tests
 from jaxrl_llm.rewards.verifiers.unit_tests import UnitTest, code_of, passed_share, recorded_tests, same_lines
 from jaxrl_llm.run.recipes import reward_terms
 from jaxrl_llm.sandbox import programs
@@ -86,8 +88,28 @@ def test_rewards_of_rows_in_one_go():
     assert unit_tests([block("def f(x): return 4")], [asserts], mode="prefix", allow_unisolated=True) == [0.5]
 
 
+def test_a_program_is_graded_timed_and_its_milestones_counted():
+    slow = "import time, sys\ntime.sleep(0.3)\nprint('model defined', file=sys.stderr)\n" + DOUBLES
+    programs = [block(slow), block("print('loaded')\nraise ValueError"), block("print("), DOUBLES]
+    grade = functools.partial(graded_programs, milestones=("loaded", "model .*ed"), allow_unisolated=True)
+    found = grade(programs, [{"test_cases": CASES[:2]}] * 4)
+    np.testing.assert_array_equal(found["quality"], [1.0, np.nan, np.nan, np.nan])
+    assert found["milestones"] == [1, 1, 0, 0]
+    assert found["trained"] == [1, 0, 0, 0]
+    slowest, failed, *others = found["durations"]
+    assert others[1] == 0 < failed < slowest < 10
+    assert slowest > 0.6
+    graded = [np.array(found[name], np.float32) for name in ("quality", "milestones", "trained")]
+    np.testing.assert_allclose(milestone_reward(*graded), [1.1, -10, -10, -10])
+    with pytest.raises(ValueError, match="the record of row 0 has no tests; it has body"):
+        grade([block(DOUBLES)], [{"body": "x"}])
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression .* escape what is meant as it is"):
+        graded_programs([], [], trained="(")
+
+
 def test_a_sandbox_that_fails_judges_nobody(monkeypatch):
     monkeypatch.setattr(programs, "_outcome", lambda told, program: None)
+    assert np.isnan(graded_programs([block(DOUBLES)], [{"test_cases": CASES}], allow_unisolated=True)["quality"]).all()
     assert unit_tests([block(DOUBLES)], [{"test_cases": CASES[:1]}], allow_unisolated=True) == [None]
 
 
