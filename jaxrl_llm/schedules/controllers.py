@@ -38,7 +38,7 @@ def adaptive_kl(
 
     Args:
       sequences_per_step: sequences in the batch of a step.
-      init: the first coefficient.
+      init: coefficient of the first step.
       target: intended KL(policy || reference), in nats per `unit`.
       horizon: sequences over which a lasting error of 10% changes the coefficient by about 10%.
       error_limit: bound of the relative error.
@@ -76,7 +76,7 @@ def adaptive_kl(
 
 
 def _limited_error(kl: Array, target: float, limit: float) -> Array:
-    """How far a divergence is from its target, relative to it."""
+    """Relative error of a divergence from its target, clipped to +-limit."""
     return jnp.clip(kl / target - 1, -limit, limit)
 
 
@@ -93,13 +93,13 @@ def adaptive_kl_of_rows(
         beta <- beta * (1 + clip(KL / target - 1, -error_limit, error_limit) * n / horizon)
         KL = mean over the n rows of sum_t (log pi_old - log pi_reference)
 
-    The rows that were measured still get the old value.
+    The measured rows are still penalised with the old value.
 
     Args:
-      init: the first coefficient.
-      target: wanted KL(policy || reference), in nats a sequence.
+      init: coefficient of the first step.
+      target: intended KL(policy || reference), in nats per sequence.
       horizon: sequences over which a lasting error of 10% changes the coefficient by about 10%.
-      error_limit: largest relative error that counts.
+      error_limit: bound of the relative error.
 
     Returns:
       A method that remembers the coefficient; its update reads `old_logprobs`, `reference_logprobs`, `mask` and

@@ -57,23 +57,23 @@ def finished_in_window(
     *,
     window: Positive,
 ) -> Float[Array, "B"]:
-    """Weights that leave out samples which a fixed time of collection would have cancelled.
+    """Weights without samples that would not finish within a fixed time of collection.
 
         w_i <- w_i where sum_{j <= i} D_j <= window, else 0,    D_j = sum_s d_js
 
-    over the samples j of the group of i in their order: each prompt is an actor that draws its samples one after
-    another, and what still runs at the end of the window is lost. In front of the advantages these samples are as if
-    they had not been drawn. Slow samples are lost more often; `duration_weights` undoes that.
+    over the samples j of the group of i in their order: each prompt is an actor that draws its samples in sequence, and
+    an unfinished sample at the end of the window is cancelled. Placed before the advantages, cancelled samples do not
+    count in baselines. Slow samples are cancelled more often; `duration_weights` corrects this bias.
 
     Args:
-      durations: d of each turn, or of each row, in any unit.
+      durations: d, duration of each turn or of each row, in any unit.
       group: id of the group each row belongs to.
       sample: number of each row within its group.
-      weight: weight of each row; 0 is absent and takes no time.
-      window: time of collection, in the same unit.
+      weight: weight of each row; 0 is absent and has duration 0.
+      window: time of collection, in the unit of `durations`.
 
     Returns:
-      The new weight of each row; all are 0 where nothing was finished.
+      The new weight of each row.
 
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: reconstructed
