@@ -299,7 +299,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def capability_tables() -> str:
-    """What goes with what, and which capability is missing where it does not."""
+    """Tables of samplers, plans and settings that can be combined, with the missing capability of those that cannot."""
     samplers = list(SAMPLERS)
     wants = {f"plan `{name}`": plan.needs for name, (plan, _) in every_plan().items() if name != "plain"}
     wants |= {f"`{name}`": {capability} for name, capability in settings().items() if name.startswith("rollout.")}
@@ -314,13 +314,13 @@ def capability_tables() -> str:
         raise ValueError(f"plans need {sorted(stray)} of each other, which are no capabilities of rows")
     return "\n\n".join(
         [
-            "What samples, and what can be asked of it; where it cannot, the capability that is missing:",
+            "Each sampler with each plan or setting; where they cannot be combined, the missing capability:",
             markdown_table(heads, rows),
-            "Plans around plans:",
-            markdown_table(["plan", "needs of the plan inside", "its rows are then not"], around),
-            "What else is refused:",
-            markdown_table(["what", "beside", "missing"], others),
-            "The words:",
+            "Plans that wrap other plans:",
+            markdown_table(["plan", "needs of the inner plan", "its own rows lack"], around),
+            "Other refused combinations:",
+            markdown_table(["part", "together with", "missing capability"], others),
+            "The capabilities:",
             markdown_table(["capability", "meaning"], known),
         ]
     )
@@ -334,7 +334,7 @@ def engine_page() -> str:
 
 
 def family_tables() -> str:
-    """What is supported, and what is refused of it."""
+    """Tables of the supported architectures, and of the refused fields of their configs."""
     text = [[f"`{name}`", family.has] for name, family in FAMILIES.items()]
     seen = [
         [f"`{name}`", ", ".join(f"`{text}`" for text in part.text.values())] for name, part in VISION_LANGUAGE.items()
@@ -346,12 +346,12 @@ def family_tables() -> str:
     ]
     return "\n\n".join(
         [
-            markdown_table(["architecture in `config.json`", "what it has"], text),
-            "Of vision-language checkpoints the text part is read. Images are not; what is not text is carried along\n"
-            "into an export, so that `transformers` loads the whole:",
+            markdown_table(["architecture in `config.json`", "family and features"], text),
+            "Of vision-language checkpoints only the text part is trained; images are not read. An export contains\n"
+            "the other tensors unchanged, so that `transformers` can load the whole model:",
             markdown_table(["architecture in `config.json`", "its text part"], seen),
-            "Refused, by name and before any weights are downloaded, is every other architecture, and of these:",
-            markdown_table(["field", "such as in", "example", "why"], refused),
+            "Every other architecture is refused before any weights are downloaded, and so are these fields:",
+            markdown_table(["field", "for example of", "value", "reason"], refused),
         ]
     )
 

@@ -1,6 +1,6 @@
 """Reinforcement fine-tuning of language models in JAX, from a laptop CPU to a TPU pod.
 
-The rooms are imported when they are first used, so `import jaxrl_llm` alone takes no time and does not import jax.
+Sub-packages are imported at their first use, so `import jaxrl_llm` is fast and does not import jax.
 
 >>> import jaxrl_llm
 >>> jaxrl_llm.losses.policy_gradient.__name__, jaxrl_llm.Loss.__name__
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# What functions of one's own speak, and what composes them.
+# Types for users' functions, and the functions that compose them.
 _PROTOCOLS = {
     **dict.fromkeys(("Experience", "Loss", "Method", "Prompts"), "experience"),
     **dict.fromkeys(("Fill", "LossTerm", "Reward", "Rollout", "make_train_step"), "training"),

@@ -1,4 +1,4 @@
-"""Addresses of storage, such as s3://bucket/runs/demo, apart from local paths."""
+"""Storage addresses, such as s3://bucket/runs/demo, as opposed to local paths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def is_address(path: str | os.PathLike | None) -> bool:
-    """Whether a path is an address, and no local directory.
+    """Whether a path is an address and not a local directory.
 
     >>> is_address("s3://bucket/run"), is_address("runs/demo")
     (True, False)
@@ -16,7 +16,7 @@ def is_address(path: str | os.PathLike | None) -> bool:
 
 
 def working_directory(address: str) -> Path:
-    """Where a run at an address works on this machine: under XDG_CACHE_HOME or ~/.cache."""
+    """The local working copy of a run at an address: a directory under XDG_CACHE_HOME or ~/.cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     scheme, _, rest = address.partition("://")
     return cache.joinpath(

@@ -1,7 +1,7 @@
-"""Main memory that compiling took is given back before the program that was compiled runs.
+"""Returns the memory used by compilation to the system before the compiled program runs.
 
-On a CPU a program's arrays live in the same memory, and the C library keeps what the compiler freed: of a step with
-eight unrolled layers, three quarters of a GiB.
+On a CPU the arrays of a program need the same memory, and the C library keeps memory that the compiler has freed: for a
+step with eight unrolled layers, three quarters of a GiB.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import jax
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-# Shorter compilations leave nothing worth the call, which goes over all free memory.
+# After shorter compilations the call, which scans all free memory, is not worth its time.
 SECONDS = 1.0
 
 
 @functools.cache
 def give_back_after_compiling() -> bool:
-    """From now on give freed memory back after each long compilation; False where the C library offers no such call."""
+    """Return freed memory after each long compilation from now on; False if the C library offers no such call."""
     try:
         trim = ctypes.CDLL(None).malloc_trim  # GNU's
     except (AttributeError, OSError, TypeError):

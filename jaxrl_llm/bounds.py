@@ -1,4 +1,4 @@
-"""Bounds on what others wrote: regular files of a bounded size, JSON of a bounded depth, and values cut in messages."""
+"""Limits on user input: regular files of limited size, JSON of limited depth, and shortened values in messages."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def shown(value: Any, most: int = LONGEST_SHOWN) -> str:
     """
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits; a value that holds itself too deeply
-        text = f"a {type(value).__name__} that is too large to be shown"
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a deeply nested value
+        text = f"a {type(value).__name__} that is too large to show"
     return shortened(text, most)
 
 
 def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
-    """The text, without its middle where it is longer than `most` characters."""
+    """The text; if it is longer than `most` characters, without its middle."""
     if len(text) <= most:
         return text
     kept = (most - 3) // 2
@@ -36,7 +36,7 @@ def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
 
 
 def natural(text: str) -> int | None:
-    """The integer that up to 18 ASCII digits write; None for any other text, also where `str.isdigit` holds.
+    """The integer of a text of up to 18 ASCII digits; None for any other text, including other Unicode digits.
 
     >>> natural("12"), natural("²"), natural("-1")
     (12, None, None)
@@ -45,22 +45,22 @@ def natural(text: str) -> int | None:
 
 
 def file_bytes(path: Path, most: int | None = None) -> bytes:
-    """What a regular file holds; a pipe or a device, which may never end, is not read.
+    """The content of a regular file; pipes and devices, which may never end, are refused.
 
     Raises:
       OSError: as `open` does.
-      ValueError: for what is no regular file, or one of more than `most` bytes.
+      ValueError: for anything but a regular file, or a file of more than `most` bytes.
     """
     if "\0" in str(path):
-        raise ValueError(f"{shown(str(path))} is no path: it holds a NUL character")
+        raise ValueError(f"{shown(str(path))} is not a path: it contains a NUL character")
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         status = os.fstat(file.fileno())
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is no regular file, but a pipe, socket or device; give a file")
+            raise ValueError(f"{path} is a pipe, socket or device; give a regular file")
         if most is not None and status.st_size > most:
-            raise ValueError(f"{path} holds {status.st_size:,} bytes; at most {most:,} are read of such a file")
+            raise ValueError(f"{path} has {status.st_size:,} bytes, but at most {most:,} are allowed for such a file")
         return file.read()
 
 
@@ -69,17 +69,17 @@ def parsed_json(text: bytes | str, *, most_levels: int = MOST_LEVELS, **hooks: A
 
     Args:
       text: the JSON.
-      most_levels: of lists and objects within each other.
+      most_levels: largest nesting of lists and objects.
       hooks: as for `json.loads`.
 
     Raises:
-      ValueError: for anything else, in a short sentence.
+      ValueError: for anything else, with a short message.
     """
     try:
         value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, **hooks)
     except UnicodeDecodeError as error:
         other = ", and looks like UTF-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise ValueError(f"byte {error.start} is no UTF-8{other}; save the text as UTF-8") from None
+        raise ValueError(f"byte {error.start} is not UTF-8{other}; save the text as UTF-8") from None
     except RecursionError:
         raise ValueError(f"it has more than {most_levels} levels of nesting") from None
     opening = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")

@@ -1,4 +1,4 @@
-"""What there is: every shipped recipe and every public method, with papers and needs, from files and docstrings."""
+"""The catalogue of all shipped recipes and public methods, with papers and needs, from files and docstrings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxrl_llm.signatures import signature
 
 ROOMS = {"reward": rewards, "advantage": advantages, "selection": selection, "loss": losses, "schedule": schedules}
 
-# What a source, a plan or a section of a config brings, where no name of a function says so.
+# Needs of a section, a source or a plan that are not visible from the parameters of functions.
 _SECTION_NEEDS = {
     ("environment",): "environment",
     ("training", "alignment_every_steps"): "meta-gradient",
@@ -66,13 +66,13 @@ EVERY_NEED = (
     ),
 )
 
-# Helpers that methods are made of: public for researchers, but no entries of a recipe.
+# Public helper functions that are not entries of recipes.
 _HELPERS = re.compile(
     r"aggregate|answer_span|checked_\w+|cycled_rows|extract_\w+|forking_mask|group_quantile|log_ratio|"
     r"low_probability_confidence|mean_log_ratio|on_mask|outcome_token_rewards|parsed_number|pessimistic_surrogate|"
     r"predicted_entropy_change|row_uniforms|row_weight|soft_minimum|taken_turns|token_share|weighted_sum"
 )
-# Stand for the sizes that a run fills keywords with.
+# Placeholders for the sizes that a run fills in.
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_completion_tokens", "samples_per_prompt", "prompts_per_step", "sequences_per_step"), 2),
     **dict.fromkeys(("total_steps", "seed", "prompt_ids"), 2),
@@ -87,7 +87,7 @@ _SECTIONS = {"rewards": reward_terms, "credit": credit_terms, "losses": loss_ter
 
 
 def methods() -> list[dict[str, Any]]:
-    """One entry a public function of the rooms: name, room, summary, reference, arxiv, certainty, needs, where."""
+    """One entry per public function: name, room, summary, reference, arxiv, certainty, needs, where."""
     return [
         _entry(name, room, getattr(module, name))
         for room, module in ROOMS.items()
@@ -97,12 +97,12 @@ def methods() -> list[dict[str, Any]]:
 
 
 def described(name: str) -> dict[str, Any]:
-    """One function with its whole docstring and its hyper-parameters.
+    """One function with its full docstring and its hyper-parameters.
 
     Raises:
       ValueError: for an unknown name, with the nearest known one among functions and recipes.
     """
-    # What two rooms name belongs to the one that it lives in; what lives in neither, to the first.
+    # A name of two rooms belongs to the room that defines it; if neither does, to the first.
     named = [(room, module) for room, module in ROOMS.items() if name in module.__all__]
     for room, module in sorted(named, key=lambda pair: not _lives_in(pair[1], getattr(pair[1], name))):
         if inspect.isfunction(function := getattr(module, name)):
@@ -129,7 +129,7 @@ def formulas(doc: str) -> list[str]:
 
 
 def paragraphs(doc: str) -> list[str]:
-    """What a docstring says before its sections (Args, Returns, Raises, References, Certainty), by paragraph."""
+    """The paragraphs of a docstring before its sections (Args, Returns, Raises, References, Certainty)."""
     told = re.split(r"^(?:Args|Returns|Raises|References?|Certainty):", doc, maxsplit=1, flags=re.M)[0]
     return [part.strip("\n") for part in re.split(r"\n\s*\n", told) if part.strip()]
 
@@ -160,11 +160,11 @@ def _entry(name: str, room: str, function: Any) -> dict[str, Any]:
 
 
 def recipes() -> list[dict[str, Any]]:
-    """One entry a recipe of a published method: name, family (its folder), task, shows, paper, arxiv, stage,
+    """One entry per recipe of a published method: name, family (its folder), task, shows, paper, arxiv, stage,
     certainty, functions, needs.
 
     Raises:
-      ValueError: for a recipe that names what does not exist, with its file.
+      ValueError: for a recipe with an unknown name, with its file.
     """
     trees = {file: read_tree(file) for file in shipped.method_files()}
     return [_recipe(file, tree) for file, tree in trees.items() if tree.get("about", {}).get("paper")]
@@ -200,11 +200,11 @@ def described_recipe(name: str) -> dict[str, Any]:
 
 
 def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of a recipe: what chooses its prompts, its plan, views, rewards, credit and losses, then its stages.
+    """The entries of a recipe: its selection, plan, views, rewards, credit and losses, then those of its stages.
 
     Returns:
-      For each: function (its name), section, entry (as it stands in the file). The coefficient of a loss, where it
-      names a function, has an entry of its own with section "coefficient".
+      For each: function (its name), section, entry (as in the file). A coefficient of a loss that is a function has a
+      separate entry with section "coefficient".
     """
     found = []
     selection = (tree.get("data") or {}).get("selection")
@@ -230,7 +230,7 @@ def entries(tree: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def built(function: Any) -> Any:
-    """What a factory returns by default (a function without data parameters is one); any other function as it is."""
+    """The default result of a factory (a function without data parameters); any other function itself."""
     read = signature(function)
     if read.required or read.optional:
         return function
@@ -239,20 +239,20 @@ def built(function: Any) -> Any:
 
 
 def needs(functions: Iterable[Any], provided: Iterable[str] = ()) -> list[str]:
-    """What functions ask of the engine, by the names of their data: some of `EVERY_NEED`, in that order.
+    """The needs of functions, by the names of their data: some of `EVERY_NEED`, in that order.
 
     Args:
       functions: functions or `Method`s with their hyper-parameters bound.
-      provided: names that a recipe fills in by itself.
+      provided: fields that the recipe itself fills.
     """
-    # Turns are told apart by a recipe's own function, and are worth naming all the same.
+    # A recipe that fills `turn` itself still counts as needing turns.
     given, found = {name for name in provided if need_of(name) != "turns"}, set[str]()
     for function in functions:
         asked = frozenset(signature(function).required) - given
-        if "stored_logprobs" in asked:  # `written_mask` marks stored answers then, not demonstrations
+        if "stored_logprobs" in asked:  # then `written_mask` marks stored answers, not demonstrations
             asked -= {"written_mask"}
         found |= {need_of(name) for name in asked}
-        found |= {other for name in asked if (other := compared_with(name))}  # of the two distributions
+        found |= {other for name in asked if (other := compared_with(name))}  # the second distribution
         returned = None if isinstance(function, Method) else inspect.signature(function).return_annotation
         found |= {"memory"} if isinstance(function, Method) or returned in (Method, "Method") else set()
     return [need for need in EVERY_NEED if need in found]
@@ -316,7 +316,7 @@ def _config_needs(tree: dict[str, Any]) -> set[str]:
 
 
 def _plan_entries(tree: dict[str, Any]) -> list[Any]:
-    """Entries of section rollout.plan, of which one needs no list."""
+    """Entries of section rollout.plan; a single entry may be written without a list."""
     plan = (tree.get("rollout") or {}).get("plan")
     if plan is None:
         return []
@@ -359,10 +359,10 @@ def selected(
     paper: str | None = None,
     arxiv: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The recipes for which every given word holds: certainty exactly, the others as part of the text in any case.
+    """The recipes that match every given word: certainty exactly, the others as a case-insensitive part of the text.
 
     Raises:
-      ValueError: for a need or a stage that no recipe could have, with the nearest.
+      ValueError: for a need or a stage that no recipe has, with the nearest.
     """
     for what, word, known in (
         ("need", need, EVERY_NEED),

@@ -24,18 +24,18 @@ from jaxrl_llm.shipped import config_path
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status.
 
-    0 done; 1 failed on the way; 2 bad input; 75 the machine, its storage or another process of the run failed in a way
-    that may pass, and the same command may be given again; 130, 143, 129 ended by Ctrl-C, SIGTERM, SIGHUP; 141 nobody
-    reads what is printed.
+    0 done; 1 failed while running; 2 bad input; 75 a temporary failure of the machine, its storage or another process,
+    after which the same command may be repeated; 130, 143, 129 ended by Ctrl-C, SIGTERM, SIGHUP; 141 the reader of the
+    output closed the pipe.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # Overrides may stand behind options, too.
+    # Overrides may follow options.
     if rest and (not hasattr(options, "config") or any("=" not in word or word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.config = [*options.config, *rest]
-    # orbax and TFDS report their inner affairs as warnings, and what they raise as well, with its traceback, as errors.
+    # orbax and TFDS log internal warnings, and log every exception that they raise with its traceback.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if options.outlives_output:
         sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _CLOSED
     finally:
         sys.stdout, sys.stderr = unwrapped(sys.stdout), unwrapped(sys.stderr)
-    if status == _CLOSED:  # or the interpreter would complain at its end
+    if status == _CLOSED:  # else the interpreter prints an error when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
 
@@ -58,7 +58,7 @@ _CLOSED = 141
 
 
 def _status(options: argparse.Namespace) -> tuple[int, str | None]:
-    """How a sub-command ends: its exit status, and what went wrong; None for nothing."""
+    """Run a sub-command: (exit status, message of the error); None for no error."""
     try:
         return options.command(options) or 0, None
     except KeyboardInterrupt as error:
@@ -66,7 +66,7 @@ def _status(options: argparse.Namespace) -> tuple[int, str | None]:
         print(f"\n{text}", file=sys.stderr)
         return 130, text
     except BrokenPipeError:
-        return _CLOSED, "nobody reads the output"
+        return _CLOSED, "the reader of the output closed the pipe"
     except BaseException as error:
         if (ended := _foreseen(error, options)) is not None:
             return ended
@@ -77,7 +77,7 @@ def _status(options: argparse.Namespace) -> tuple[int, str | None]:
 
 
 def _foreseen(error: BaseException, options: argparse.Namespace) -> tuple[int, str | None] | None:
-    """What a sub-command ends with for an error that has a sentence; None for another."""
+    """Exit status and message for an expected kind of error; None for any other error."""
     if isinstance(error, _raised("run.stages", "Stopped")):
         print(error, file=sys.stderr)
         return (error.status if options.stopped_status is None else options.stopped_status), None  # type: ignore[attr-defined]
@@ -105,7 +105,7 @@ def _foreseen(error: BaseException, options: argparse.Namespace) -> tuple[int, s
 
 
 def _raised(module: str, name: str) -> tuple[type[Exception], ...]:
-    """An exception of a module of the package; none where the module was never imported, and so raised nothing."""
+    """An exception class of a module of the package; empty if the module was not imported and so cannot have raised."""
     found = sys.modules.get(f"jaxrl_llm.{module}")
     return () if found is None else (getattr(found, name),)
 
@@ -120,7 +120,7 @@ def _failed(error: BaseException, options: argparse.Namespace, status: int) -> t
 
 
 def _others():
-    """The connections to the other processes of a run, if it has others; without importing jax for it."""
+    """The connections to the other processes of a run, or None; does not import jax."""
     hosts = sys.modules.get("jaxrl_llm.parallel.hosts")
     return None if hosts is None else hosts.peers()
 
@@ -179,7 +179,7 @@ _EXAMPLES = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxrl", description="Reinforcement fine-tuning of language models in JAX.")
     parser.add_argument("--version", action="version", version=f"jaxrl_llm {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--traceback", action="store_true", help="print the Python traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     plain = argparse.RawDescriptionHelpFormatter
@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     def commands_of(name: str, text: str) -> Any:
         shown = examples(*(each for each in _EXAMPLES if each.startswith(f"{name} ")))
         group = commands.add_parser(name, help=text, description=text, epilog=shown, formatter_class=plain)
-        return group.add_subparsers(required=True, metavar="COMMAND", help="what is done")
+        return group.add_subparsers(required=True, metavar="COMMAND", help="the action")
 
     def command(
         name: str, function: str, text: str, *, json_output: bool = True, within: Any = commands, group: str = ""
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=_imported_late(function), outlives_output=False)
         if json_output:
             sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
-            sub.add_argument("--wide", action="store_true", help="tables with all columns, however narrow the screen")
+            sub.add_argument("--wide", action="store_true", help="print all columns of tables, also on a narrow screen")
         return sub
 
     for add in (
@@ -217,35 +217,42 @@ def _parser() -> argparse.ArgumentParser:
     ):
         add(command)
     _add_state(command, commands_of)
-    command("doctor", "inventory:show_machine", "Devices, versions, memory and compiled programs of this machine.")
+    command(
+        "doctor",
+        "inventory:show_machine",
+        "Show devices, versions, memory and cached compiled programs of this machine.",
+    )
     return parser
 
 
 def _imported_late(path: str) -> Callable[[argparse.Namespace], int | None]:
-    """`module:function` of commands/, imported when it is called: jax takes seconds, and `--help` needs none of it."""
+    """`module:function` of commands/, imported at the call: importing jax takes seconds, and `--help` does not need
+    it."""
     module, function = path.split(":")
 
     def call(options: argparse.Namespace) -> int | None:
         words = [word for word in getattr(options, "config", None) or () if "=" not in word]
         if words and not getattr(options, "resume", None):
-            config_path(words[0])  # a wrong name is told before anything is imported
+            config_path(words[0])  # report a wrong name before the slow imports
         return getattr(importlib.import_module(f"jaxrl_llm.commands.{module}"), function)(options)
 
     return call
 
 
 def _add_train(command: Command) -> None:
-    train = command("train", "start_training:start_training", "Train a policy from a config, or go on with a run.")
+    train = command("train", "start_training:start_training", "Train a policy from a config, or resume a run.")
     train.add_argument("config", nargs="*", metavar="CONFIG [section.key=value ...]", help=_CONFIG)
-    train.add_argument("--resume", metavar="RUN", help="directory of a run to go on with")
+    train.add_argument("--resume", metavar="RUN", help="directory of the run to resume")
     train.add_argument(
-        "--resume-if-started", action="store_true", help="go on with run_dir if it was started, else start it"
+        "--resume-if-started", action="store_true", help="resume run_dir if it was started, else start it"
     )
     train.add_argument(
-        "--exact", action="store_true", help="refuse to go on where the newest checkpoint is damaged or missing"
+        "--exact", action="store_true", help="refuse to resume if the newest checkpoint is damaged or missing"
     )
     train.add_argument(
-        "--profile", metavar="FIRST:LAST", help="trace these steps (counted over all stages), and show where time goes"
+        "--profile",
+        metavar="FIRST:LAST",
+        help="trace these steps (counted over all stages), and show the time of each phase",
     )
     train.add_argument(
         "--stopped-status",
@@ -257,15 +264,19 @@ def _add_train(command: Command) -> None:
         "--grace",
         type=float,
         metavar="SECONDS",
-        help="end within so many seconds of a signal: a step that takes longer is given up (default: finish it)",
+        help="end within this time after a signal: a step that takes longer is aborted (default: finish it)",
     )
     train.set_defaults(outlives_output=True)
-    several = train.add_argument_group("several processes", "TPU, GKE, Slurm and Open MPI say all of this themselves")
+    several = train.add_argument_group("several processes", "detected automatically on TPU, GKE, Slurm and Open MPI")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    several.add_argument("--processes", type=int, metavar="N", help="how many processes the run has")
-    several.add_argument("--process-id", type=int, metavar="I", help="number of this one, from 0")
+    several.add_argument("--processes", type=int, metavar="N", help="number of processes of the run")
+    several.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
     several.add_argument(
-        "--start-timeout", type=float, default=600.0, metavar="SECONDS", help="wait for the others (default 600)"
+        "--start-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to wait for the others (default 600)",
     )
 
 
@@ -273,39 +284,46 @@ def _add_sample(command: Command) -> None:
     sample = command(
         "sample",
         "sample:sample",
-        "Completions from a run, a checkpoint or a model directory. Without a prompt, lines of the terminal (or of "
-        "standard input) are prompts.",
+        "Sample completions from a run, a checkpoint or a model directory. Without a prompt option, each line of the "
+        "terminal or of standard input is a prompt.",
     )
     sample.add_argument("path", metavar="MODEL", help="a run, a checkpoint, or a Hugging Face model directory")
     sample.add_argument("--prompt", action="append", default=[], help="text of a prompt; may be repeated")
     sample.add_argument(
-        "--prompts", metavar="FILE", help="a text a line; or JSONL, with prompt, messages (chat) or token_ids"
+        "--prompts", metavar="FILE", help="one text per line; or JSONL with prompt, messages (chat) or token_ids"
     )
     sample.add_argument(
         "--token-ids",
         action="append",
         default=[],
         metavar="IDS",
-        help="tokens of a prompt, such as '1 2 3'; may be repeated",
+        help="token ids of a prompt, such as '1 2 3'; may be repeated",
     )
     sample.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt")
     sample.add_argument("--greedy", action="store_true", help="the most likely token at each position")
-    sample.add_argument("--temperature", type=float, default=1.0, help="of the softmax (default 1)")
-    sample.add_argument("--top-k", type=int, help="only the k most probable tokens")
-    sample.add_argument("--top-p", type=float, default=1.0, help="only the most probable tokens that sum to this")
-    sample.add_argument("--min-p", type=float, default=0.0, help="only tokens this share as probable as the likeliest")
-    sample.add_argument("--repetition-penalty", type=float, default=1.0, help="of tokens that came before; 1 is none")
-    sample.add_argument("--min-tokens", type=int, default=0, help="no end before so many tokens")
+    sample.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default 1)")
+    sample.add_argument("--top-k", type=int, help="sample from the k most probable tokens only")
+    sample.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the most probable tokens whose probabilities sum to this"
+    )
+    sample.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="sample from tokens with at least this share of the largest probability",
+    )
+    sample.add_argument("--repetition-penalty", type=float, default=1.0, help="penalty on earlier tokens; 1 is none")
+    sample.add_argument("--min-tokens", type=int, default=0, help="shortest completion")
     sample.add_argument("--stop", action="append", default=[], help="text that ends a completion; may be repeated")
     sample.add_argument("--max-tokens", type=int, help="longest completion (default: the run's, or 256)")
-    sample.add_argument("--chat", action="store_true", help="of a model directory: through its chat template")
+    sample.add_argument("--chat", action="store_true", help="apply the chat template of a model directory")
     sample.add_argument("--batch", type=int, default=8, help="prompts sampled together (default 8)")
     sample.add_argument("--jsonl", action="store_true", help="print a line of JSON for each completion, batch by batch")
-    sample.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    sample.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
 
 
 def _add_state(command: Command, commands_of: Callable) -> None:
-    kinds = commands_of("ckpt", "Checkpoints of a run: listed, verified, pruned, converted.")
+    kinds = commands_of("ckpt", "List, verify, prune or convert the checkpoints of a run.")
 
     def on_path(name: str, function: str, text: str, **defaults: object) -> argparse.ArgumentParser:
         sub = command(name, f"state:{function}", text, within=kinds, group="ckpt")
@@ -313,57 +331,65 @@ def _add_state(command: Command, commands_of: Callable) -> None:
         sub.set_defaults(**defaults)
         return sub
 
-    on_path("list", "show_checkpoints", "The checkpoints of a run.", verify=False)
-    on_path("verify", "show_checkpoints", "Read checkpoints and compare them with what was written.", verify=True)
-    prune = on_path("prune", "prune_checkpoints", "Delete checkpoints; the newest good one always stays.")
-    prune.add_argument("--keep", type=int, required=True, metavar="N", help="the newest that stay")
-    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="multiples of this stay, too")
-    convert = on_path("convert", "convert_checkpoint", "Write a checkpoint anew, of an earlier version with digests.")
-    convert.add_argument("out", metavar="OUT", help="new directory, which stands for a run")
-    convert.add_argument("--only", metavar="NETWORK", help="its parameters alone, for reading; such as policy")
-    replay = command("replay", "state:show_replay", "Which rows of a step that failed make which number not finite.")
+    on_path("list", "show_checkpoints", "List the checkpoints of a run.", verify=False)
+    on_path("verify", "show_checkpoints", "Read checkpoints and compare them with their digests.", verify=True)
+    prune = on_path("prune", "prune_checkpoints", "Delete old checkpoints; the newest good one is always kept.")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="number of newest checkpoints to keep")
+    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="also keep checkpoints at multiples of this")
+    convert = on_path(
+        "convert", "convert_checkpoint", "Rewrite a checkpoint, with digests if an earlier version had none."
+    )
+    convert.add_argument("out", metavar="OUT", help="new run directory")
+    convert.add_argument("--only", metavar="NETWORK", help="write only the parameters of this network, such as policy")
+    replay = command("replay", "state:show_replay", "Show which rows of a failed step produce non-finite numbers.")
     replay.add_argument("file", metavar="FILE", help="RUN/failed/step_N.npz")
 
 
 def _add_lists(command: Command) -> None:
-    tasks = command("tasks", "inventory:show_tasks", "The built-in tasks, or examples of one.")
-    tasks.add_argument("name", nargs="?", help="a task, of which examples are shown")
-    tasks.add_argument("--level", type=int, help="of the examples (default: the lowest)")
-    tasks.add_argument("--count", type=int, default=3, help="examples to show")
+    tasks = command("tasks", "inventory:show_tasks", "List the built-in tasks, or show examples of one.")
+    tasks.add_argument("name", nargs="?", help="show examples of this task")
+    tasks.add_argument("--level", type=int, help="level of the examples (default: the lowest)")
+    tasks.add_argument("--count", type=int, default=3, help="number of examples")
 
     methods = command(
-        "methods", "methods:show_methods", "The shipped recipes of published methods, or one recipe or function whole."
+        "methods",
+        "methods:show_methods",
+        "List the shipped recipes of published methods, or show one recipe or function in full.",
     )
     methods.add_argument("name", nargs="?", help="a recipe or a function")
     methods.add_argument(
-        "--certainty", choices=["verified", "recalled", "reconstructed"], help="how sure it is that this is the method"
+        "--certainty",
+        choices=["verified", "recalled", "reconstructed"],
+        help="certainty that the implementation matches the paper",
     )
-    methods.add_argument("--stage", metavar="WORD", help="recipes whose stage has this in it, such as advantage")
-    methods.add_argument("--needs", metavar="WORD", help="recipes that need this of the engine, such as reference")
-    methods.add_argument("--paper", metavar="WORD", help="recipes whose paper's name has this in it")
-    methods.add_argument("--arxiv", metavar="NUMBER", help="recipes whose arXiv number has this in it")
-    methods.add_argument("--functions", action="store_true", help="the functions that recipes are made of")
+    methods.add_argument("--stage", metavar="WORD", help="recipes whose stage contains this, such as advantage")
+    methods.add_argument("--needs", metavar="WORD", help="recipes that need this, such as reference")
+    methods.add_argument("--paper", metavar="WORD", help="recipes whose paper title contains this")
+    methods.add_argument("--arxiv", metavar="NUMBER", help="recipes whose arXiv number contains this")
+    methods.add_argument("--functions", action="store_true", help="list functions instead of recipes")
     methods.add_argument(
         "--room", choices=["reward", "advantage", "selection", "loss", "schedule"], help="functions of one room"
     )
 
 
 def _add_previews(command: Command) -> None:
-    explain = command("explain", "previews:show_step", "The composed step of a config: stages, shapes, sizes, work.")
+    explain = command(
+        "explain", "previews:show_step", "Show the composed step of a config: parts, shapes, sizes, work."
+    )
     explain.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]", help=_CONFIG)
     explain.add_argument(
-        "--verbose", action="store_true", help="also needs, hyper-parameters, shapes, widths and compiled programs"
+        "--verbose", action="store_true", help="also show needs, hyper-parameters, shapes, widths and compiled programs"
     )
 
     plan = command(
-        "plan", "previews:show_plan", "Whether a run fits a machine that need not be there, and where its time goes."
+        "plan", "previews:show_plan", "Compute memory and time of a run on a machine that need not be present."
     )
     plan.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]", help=_CONFIG)
     plan.add_argument(
         "--topology", required=True, metavar="NAME", help="such as v5e:16x16, v5p-256, 2*v5e:4x4, gpu:8xH100, cpu:8"
     )
     plan.add_argument("--search", action="store_true", help="try mesh layouts, rank them, and plan the best")
-    plan.add_argument("--estimate", action="store_true", help="compile nothing: work everything out from sizes")
+    plan.add_argument("--estimate", action="store_true", help="compile nothing: estimate everything from sizes")
 
 
 if __name__ == "__main__":

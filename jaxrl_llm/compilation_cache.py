@@ -1,9 +1,10 @@
-"""Compiled programs are kept between starts: the second start of a command reads what the first one compiled.
+"""The persistent cache of compiled programs: later starts read the programs that an earlier one compiled.
 
-`JAX_COMPILATION_CACHE_DIR` names another directory; `JAXRL_COMPILATION_CACHE=0` keeps nothing.
+`JAX_COMPILATION_CACHE_DIR` names another directory; `JAXRL_COMPILATION_CACHE=0` switches the cache off.
 
-jax writes a program in place and never again what is there, with or without `jax_compilation_cache_max_size`: a process
-that is killed leaves a part, which every later start would fail to read and compile anew. A start deletes such parts.
+jax writes cache files in place and never replaces an existing one, with or without `jax_compilation_cache_max_size`: a
+killed process leaves a truncated file, which every later start would fail to read and recompile. Each start deletes
+such files.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typing import Any
 
 _OFF = ("0", "false", "off", "no")
 _PROGRAMS, _CHECKED = "*-cache", ".checked"
-_ZLIB, _ZSTANDARD = b"\x78", b"\x28\xb5\x2f\xfd"  # what jax compresses programs with
-_BYTES = 1 << 16  # of a program that are decompressed at a time
+_ZLIB, _ZSTANDARD = b"\x78", b"\x28\xb5\x2f\xfd"  # magic bytes of the compressions that jax uses
+_BYTES = 1 << 16  # decompressed at a time
 
 
 def enable_compilation_cache() -> None:
-    """Keep programs that take half a second or longer to compile. Must come before the first one is compiled.
+    """Cache programs that take half a second or longer to compile. Must be called before the first compilation.
 
-    Nothing is changed where jax has a directory already, or where ours cannot be written; parts of programs that a kill
-    has left are deleted in either.
+    jax's setting is kept if it has a directory already, or if ours is not writable. Truncated files are deleted in
+    either directory.
     """
     import jax
 
@@ -39,7 +40,7 @@ def enable_compilation_cache() -> None:
     if directory is None:
         return
     try:
-        # Whoever can write here decides what this process runs.
+        # Anyone who can write here can make this process execute code.
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return
@@ -51,19 +52,19 @@ def enable_compilation_cache() -> None:
 
 
 def remove_parts(directory: Path) -> list[str]:
-    """Delete programs that were not written to their end, and return their names.
+    """Delete truncated cache files, and return their names.
 
-    Only those that were written since the last call are read. One that another process is writing at this moment may be
-    among them: that process goes on with what it has compiled.
+    Only files written since the last call are read. A file that another process is just writing may be deleted too;
+    that process continues with its compiled program.
     """
     # Who has no package for a compression leaves those programs to those who read them.
     name = _CHECKED if _zstandard() is None else f"{_CHECKED}-zstandard"
     mark, started = directory / name, directory / f"{name}.{os.getpid()}"
     since = mark.stat().st_mtime_ns if mark.exists() else 0
-    started.touch()  # the time is that of the file system
+    started.touch()  # takes the time from the file system's clock
     removed = []
     for file in directory.glob(_PROGRAMS):
-        with contextlib.suppress(FileNotFoundError):  # another start deletes it, too
+        with contextlib.suppress(FileNotFoundError):  # deleted by another start
             if file.stat().st_mtime_ns >= since and not _whole(file.read_bytes()):
                 file.unlink()
                 removed.append(file.name)
@@ -73,13 +74,13 @@ def remove_parts(directory: Path) -> list[str]:
 
 @functools.cache
 def _remove_parts_once(directory: str) -> None:
-    if "://" not in directory:  # objects of storage are there whole or not at all
+    if "://" not in directory:  # objects in storage are never truncated
         with contextlib.suppress(OSError):
             remove_parts(Path(directory))
 
 
 def _whole(program: bytes) -> bool:
-    """Whether compressed data goes to its end; True as well where it is compressed in a way that is not read here."""
+    """Whether compressed data is complete; True for a compression that cannot be read here."""
     if program.startswith(_ZLIB):
         reader, wrong = zlib.decompressobj(), zlib.error
     elif program.startswith(_ZSTANDARD) and (zstandard := _zstandard()) is not None:
@@ -97,7 +98,7 @@ def _whole(program: bytes) -> bool:
 
 @functools.cache
 def _zstandard() -> Any:
-    """The package with which jax compresses programs where it is installed, and which reads them; None without."""
+    """The package zstandard, which jax uses for compression if it is installed; None without it."""
     try:
         return importlib.import_module("zstandard")
     except ImportError:
@@ -105,7 +106,7 @@ def _zstandard() -> Any:
 
 
 def compilation_cache_directory() -> Path | None:
-    """Where programs are kept: as jax is told, else a folder of this kind of machine; None where that is off."""
+    """The cache directory: jax's setting, else a folder for this kind of machine; None if the cache is off."""
     if told := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(told)
     if os.environ.get("JAXRL_COMPILATION_CACHE", "").lower() in _OFF:
@@ -115,7 +116,7 @@ def compilation_cache_directory() -> Path | None:
 
 
 def compilation_cache_report() -> dict[str, Any]:
-    """The directory, how many programs lie there, and how much they take."""
+    """The directory, the number of programs, and their size."""
     directory = compilation_cache_directory()
     if directory is None:
         return {"directory": f"off (JAXRL_COMPILATION_CACHE={os.environ['JAXRL_COMPILATION_CACHE']})"}
@@ -124,10 +125,10 @@ def compilation_cache_report() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """A name for machines that run each other's programs.
+    """A name shared by machines that can run each other's programs.
 
-    Programs for a CPU use the instructions of the one that compiled them, which jax's key leaves out; and a home may
-    be shared by machines that differ.
+    CPU programs use the instruction set of the compiling machine, which jax's key does not include, and different
+    machines may share a home directory.
     """
     described = [platform.system(), platform.machine(), platform.processor()]
     try:

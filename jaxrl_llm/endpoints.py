@@ -1,6 +1,6 @@
-"""Where a model in another process is, and one exchange with it: a deadline, retries, errors that say what to do.
+"""A model behind an HTTP endpoint, and one request to it with a deadline, retries, and errors that name a remedy.
 
-Sampling engines (`rollout.engine`) and judges are asked through it.
+Used for sampling engines (`rollout.engine`) and judges.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-# What is worth another attempt: too many requests, and an engine that is starting, restarting or overloaded.
+# HTTP statuses that are retried: too many requests, and a server that is starting, restarting or overloaded.
 _PASSING = frozenset({429, 500, 502, 503, 504})
 _EXCERPT = 300
 
 
 class EndpointError(ValueError):
-    """An endpoint did not answer, or not with what is needed; the message names request, address and remedy."""
+    """An endpoint did not answer, or gave an unusable answer; the message names request, address and remedy."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is served and how it is asked.
+    """Address of a served model, and settings of its requests.
 
     Attributes:
-      url: its root, such as http://localhost:8000; an ending /v1 is dropped.
-      model: the name that requests carry.
+      url: root of the server, such as http://localhost:8000; a trailing /v1 is dropped.
+      model: name of the model in requests.
       timeout_s: deadline of one request in seconds.
-      concurrency: requests under way at once.
-      retries: further attempts after a failed connection or a passing HTTP status.
-      retry_wait_s: pause before the first of them in seconds; each next one is twice as long.
+      concurrency: number of simultaneous requests.
+      retries: further attempts after a failed connection or a temporary HTTP error.
+      retry_wait_s: pause before the first retry in seconds; it doubles with each further one.
       api_key_variable: environment variable that holds the key; None sends none.
-      request: further fields of every request, for what one server alone understands.
-      where: the section of the config that describes it, for messages.
+      request: further fields of every request, for server-specific options.
+      where: name of the config section, for messages.
     """
 
     url: str
@@ -66,16 +66,16 @@ class Endpoint:
             )
 
     def address(self, path: str) -> str:
-        """The whole address of a path."""
+        """The full URL of a path."""
         return f"{self.url.rstrip('/').removesuffix('/v1')}/{path.lstrip('/')}"
 
 
 def answer(engine: Endpoint, path: str, body: Mapping[str, Any] | None = None, *, what: str) -> Any:
-    """The JSON that an engine answers: to a POST of `body`, or a GET without one. None where the answer is empty.
+    """The JSON response to a POST of `body`, or to a GET without a body; None for an empty response.
 
     Raises:
-      EndpointError: no connection or a passing HTTP status after all attempts, another HTTP status, no answer within
-        `timeout_s`, or no JSON.
+      EndpointError: for no connection or a temporary HTTP error after all attempts, another HTTP error, no answer
+        within `timeout_s`, or a response that is not JSON.
     """
     address, wait = engine.address(path), engine.retry_wait_s
     for attempt in range(engine.retries + 1):
@@ -85,7 +85,7 @@ def answer(engine: Endpoint, path: str, body: Mapping[str, Any] | None = None, *
         except TimeoutError:
             raise EndpointError(
                 f"{address} did not answer {what} within {engine.timeout_s:g} s; raise {engine.where}.timeout_s, or "
-                f"lower {engine.where}.concurrency where requests wait for each other"
+                f"lower {engine.where}.concurrency if requests wait for each other"
             ) from None
         except (OSError, http.client.HTTPException) as error:
             if last:
@@ -113,7 +113,8 @@ def _json(engine: Endpoint, content: bytes, address: str, what: str) -> Any:
         return json.loads(content)
     except ValueError:
         raise EndpointError(
-            f"{address} answered {what} with no JSON: {content[:_EXCERPT].decode(errors='replace')!r}; check that "
+            f"{address} answered {what} with something other than JSON: "
+            f"{content[:_EXCERPT].decode(errors='replace')!r}; check that "
             f"{engine.where}.url is the server's"
         ) from None
 
@@ -124,12 +125,12 @@ def _remedy(engine: Endpoint, status: int) -> str:
     if status == 404:
         return f"check {engine.where}.model, and that the server was started with this address enabled"
     if status in _PASSING:
-        return f"the server's log says why; lower {engine.where}.concurrency where it is overloaded"
-    return f"check the sizes asked for against the server's limits, and {engine.where}.request"
+        return f"see the server's log; lower {engine.where}.concurrency if it is overloaded"
+    return f"compare the requested sizes with the server's limits, and check {engine.where}.request"
 
 
 def _exchanged(engine: Endpoint, address: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
-    """Status and content of one exchange, within the deadline as a whole and not only between two bytes."""
+    """Status and content of one request; the deadline applies to the whole request, not to each read."""
     until = time.monotonic() + engine.timeout_s
 
     def remaining() -> float:
@@ -146,7 +147,7 @@ def _exchanged(engine: Endpoint, address: str, body: Mapping[str, Any] | None) -
         headers["Authorization"] = f"Bearer {os.environ[engine.api_key_variable]}"
     try:
         connection.connect()
-        held: socket.socket = connection.sock  # the response closes the connection's own reference early
+        held: socket.socket = connection.sock  # the response may close the connection's own reference early
         held.settimeout(remaining())
         target = parts.path + (f"?{parts.query}" if parts.query else "")
         content = None if body is None else json.dumps(body).encode()
@@ -164,7 +165,7 @@ def _exchanged(engine: Endpoint, address: str, body: Mapping[str, Any] | None) -
 
 
 def require_model(engine: Endpoint) -> None:
-    """Raise EndpointError unless the engine is there and serves the model."""
+    """Raise EndpointError unless the engine is reachable and serves the model."""
     listed = answer(engine, "/v1/models", what="the list of its models")
     entries = listed.get("data", []) if isinstance(listed, Mapping) else []
     names = [entry.get("id") for entry in entries if isinstance(entry, Mapping)]

@@ -1,12 +1,12 @@
-"""The pytrees of a training step, and the interfaces of losses, methods and selections.
+"""The pytrees of a training step, and the protocols of methods.
 
 Shapes use the same letters in all modules:
 
     B  sequences (rows)          T  completion positions       P  prompt positions
     K  reward components         A  reference-answer positions V  vocabulary       D  model width
 
-The first axis of every array of `Experience` is the row. The samples of one prompt share a `group` id; arrays are never
-reshaped to (prompts, samples), so groups may have different sizes. A row of weight 0 is absent.
+The first axis of every array of `Experience` is rows. The samples of one prompt share a `group` id; arrays are never
+reshaped to (prompts, samples), so groups may have different sizes, and a row of weight 0 counts as absent.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 class KeyUse(IntEnum):
-    """First number folded into the key of a run, so that different uses of randomness get different keys."""
+    """First number folded into a run's key, so that different uses of randomness have different keys."""
 
     INITIALISE = 0
     MINIBATCHES = 1
@@ -36,28 +37,46 @@ class KeyUse(IntEnum):
     VIEW = 9
 
 
+def key_at(key: Array, *where: Int[Array, ""] | int) -> Array:
+    """The key with these numbers folded in, in their order."""
+    for number in where:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def uniforms_at(key: Array, *where: Int[Array, "*B"] | int) -> Float[Array, "B"]:
+    """A random number in [0, 1) for each of B addresses, such as (step, prompt, sample), in any order of rows.
+
+    Args:
+      key: base key.
+      where: numbers of the address, each a scalar or one number per row.
+    """
+    return jax.vmap(lambda *at: jax.random.uniform(key_at(key, *at)))(*jnp.broadcast_arrays(*where))
+
+
 class Source(IntEnum):
     """Origin of a completion token (`Experience.source`)."""
 
     PAD = 0  # after the end of the completion
-    SAMPLED = 1  # sampled by the policy: trained on by default
-    DEMONSTRATION = 2  # from the data: a demonstration or a stored answer
-    OBSERVATION = 3  # output of an environment or a tool
-    HINT = 4  # a hint in front of the completion
-    REPLAYED = 5  # sampled by the policy of an earlier step
+    SAMPLED = 1  # drawn by the policy: trained on by default
+    DEMONSTRATION = 2  # not sampled by the policy
+    OBSERVATION = 3  # returned by an environment or a tool
+    HINT = 4  # a hint at the start of the completion
+    REPLAYED = 5  # drawn by the policy of an earlier step
 
 
 @struct.dataclass
 class Prompts:
-    """Input of a rollout: one row per prompt, N rows.
+    """The prompts of a rollout: N rows.
 
     Attributes:
       tokens: left-padded prompt tokens.
-      length: tokens of each prompt without padding, at least 1 (begin of sequence counts).
-      prompt_id: stable id of the prompt in its data set; index of its random keys and statistics.
+      length: real tokens in each prompt, at least 1 (begin of sequence counts).
+      prompt_id: stable id of the prompt in its data set; random keys and per-prompt statistics are derived from it.
       answer_tokens: right-padded reference answer, for in-graph verifiers.
-      answer_length: tokens of each reference answer without padding.
-      fields: further columns of the data by name, one entry per prompt; its samples get them under the same name.
+      answer_length: real tokens in each reference answer.
+      fields: further columns of the data by name, one entry per prompt; rows of the prompt have fields of the same
+          name.
     """
 
     tokens: Int[Array, "N P"]
@@ -70,26 +89,26 @@ class Prompts:
 
 @struct.dataclass
 class Experience:
-    """B sampled or written sequences: the data of sampling as attributes, all other arrays by name in `fields`.
+    """B sequences: the arrays of sampling as attributes, all other arrays by name in `fields`.
 
-    `rows[name]` reads both; `rows.filled(name=...)` returns rows with further or replaced arrays. The table of names in
-    `jaxrl_llm.fields` states the meaning, shape and provider of each.
+    `rows[name]` reads either; `rows.filled(name=...)` returns rows with additional arrays. `jaxrl_llm.fields` is the
+    table of names with meanings, shapes and providers.
 
     Attributes:
       prompt_tokens, prompt_length, prompt_id, answer_tokens, answer_length: as in `Prompts`, one row per sample.
       sample: number of the sample within its group.
-      group: id of the group (the samples of one prompt), an integer in [0, B).
-      weight: weight of each row in sums over rows: usually 1, and 0 for an absent row.
+      group: id of the group (the samples of one prompt); any integers in [0, B).
+      weight: weight of the row in losses and statistics; 0 for an absent row.
       tokens: completion tokens, right-padded; the end-of-sequence token is part of the completion.
       length: tokens of each completion, including end of sequence.
       source: a `Source` for each completion token.
-      mask: 1 on tokens to train on.
+      mask: 1 on the tokens that are trained on.
       behaviour_logprobs: log-probability of each token under the distribution that it was sampled from.
       behaviour_entropy: entropy of that distribution in nats.
-      truncated: whether the completion reached its length limit before end of sequence.
-      router_choices: experts chosen for each token of prompt and completion, per layer; None if not recorded.
-      support: with truncated sampling, the candidate tokens of each position, padded with -1; the trainer normalises
-        over the same tokens. None for the whole vocabulary.
+      truncated: the completion reached its length limit before end of sequence.
+      router_choices: experts that processed each token of prompt and completion; None if not recorded.
+      support: with truncated sampling, the candidate tokens that each token was sampled from, padded with -1; the
+        trainer normalises over them. None for the whole vocabulary.
       fields: named arrays, one entry per row.
     """
 
@@ -113,7 +132,7 @@ class Experience:
     fields: dict[str, Array] = struct.field(default_factory=dict)
 
     def known(self) -> dict[str, Array]:
-        """All arrays by name; attributes that are None are left out."""
+        """All arrays by name, without attributes that are None."""
         facts = {name: getattr(self, name) for name in FACTS}
         return {name: value for name, value in facts.items() if value is not None} | self.fields
 
@@ -133,24 +152,24 @@ class Experience:
         return self.known().get(name)
 
     def filled(self, **values: Array) -> Experience:
-        """The rows with the given arrays added or replaced."""
+        """The rows with these arrays added or replaced."""
         facts = {name: value for name, value in values.items() if name in FACTS}
         rest = {name: value for name, value in values.items() if name not in FACTS}
         return replace(self, **facts, fields=self.fields | rest)
 
 
-# Names of the attributes other than `fields`, in order.
+# Names of the arrays of sampling, in order.
 FACTS = tuple(f.name for f in fields(Experience) if f.name != "fields")
 
 
 @struct.dataclass
 class Sequences:
-    """Result of a view: sequences to score, one per row.
+    """The result of a view: sequences to be scored, one per row.
 
     Attributes:
-      prompt_tokens, prompt_length: context of each sequence, left-padded.
-      tokens, length: tokens to score, right-padded.
-      mask: 1 on tokens whose scores count.
+      prompt_tokens, prompt_length: the context, left-padded.
+      tokens, length: the scored tokens, right-padded.
+      mask: 1 on scored tokens that count.
     """
 
     prompt_tokens: Int[Array, "B P"]
@@ -162,14 +181,14 @@ class Sequences:
 
 @struct.dataclass
 class Branches:
-    """Result of a view with Q sequences per row that branch off at different positions of the row's completion.
+    """The result of a view with Q sequences per row, which continue the row's own completion from different positions.
 
-    They are scored in one pass over the row, which all branches share, and one pass over the branches.
+    They are scored in one pass over the row, which all of them share, and one pass over the continuations.
 
     Attributes:
-      kept: number of completion tokens in front of each branch.
-      tokens, length: tokens of each branch to score, right-padded.
-      mask: 1 on tokens whose scores count.
+      kept: number of tokens of the completion before each continuation.
+      tokens, length: the scored continuations, right-padded.
+      mask: 1 on scored tokens that count.
     """
 
     kept: Int[Array, "B Q"]
@@ -183,9 +202,9 @@ class NetworkState:
     """Parameters of one network.
 
     Attributes:
-      params: parameters in the format of the model. A network with a head has {"head"}, and "backbone" unless it shares
-        that of the policy. The copy of a policy with adapters has the adapters only.
-      optimizer_state: state of its optimiser; None for a frozen network.
+      params: parameters of its model; with a head {"head", and "backbone" unless it shares the policy's}. For a copy of
+        a policy with adapters, only the adapters.
+      optimizer_state: state of its own optimiser; None for a network that does not learn.
     """
 
     params: PyTree
@@ -194,14 +213,14 @@ class NetworkState:
 
 @struct.dataclass
 class TrainState:
-    """The state that a step changes and a checkpoint stores (of the parameters only the trained ones).
+    """Everything that a step changes, and thus the content of a checkpoint (of parameters, only the trained ones).
 
     Attributes:
-      networks: the policy and all other networks by name.
-      memory: states of methods, plans and selections, by their name (see `Method`).
-      key: random key of the run; it is constant, and folded with (step, prompt, sample, position) at each use.
-      step: batches trained on so far; also the position in the data.
-      store: rows kept between steps: "replay", and "ahead", a batch that is sampled but not yet trained on.
+      networks: the policy and every other network by name.
+      memory: memories of stateful methods, plans and selections, by name (see `Method`).
+      key: the run's random key; never split or replaced, only folded with (step, prompt, sample, position).
+      step: number of completed steps; also the position in the data.
+      store: rows kept between steps: "replay", and "ahead", the batch sampled in advance.
     """
 
     networks: dict[str, NetworkState]
@@ -224,9 +243,9 @@ class Loss(NamedTuple):
 
     Attributes:
       numerator: float32 scalar, differentiable.
-      denominator: float32 scalar, 0 if no token or row of this part of the batch counts; None for a plain sum, whose
-        numerator is already divided by a constant.
-      metrics: named (sum, count) pairs to log, such as the share of clipped tokens.
+      denominator: float32 scalar, 0 if this part of the batch has no counted entries; None for a plain sum (the
+        numerator was already divided by a constant, so parts of a batch are added and not divided).
+      metrics: named (sum, count) pairs to log, for example the share of clipped tokens.
     """
 
     numerator: Float[Array, ""]
@@ -235,14 +254,14 @@ class Loss(NamedTuple):
 
     @property
     def value(self) -> Float[Array, ""]:
-        """numerator / denominator, and 0 if the denominator is 0."""
+        """numerator / denominator, and 0 for a denominator of 0."""
         if self.denominator is None:
             return self.numerator
         return self.numerator / jnp.where(self.denominator == 0, 1.0, self.denominator)
 
 
 class Method(NamedTuple):
-    """A method with state between steps, like an optax transformation.
+    """A method with a memory between steps, like an optax transformation.
 
     Attributes:
       init: () -> memory, a pytree of arrays.
@@ -255,18 +274,17 @@ class Method(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A stateful choice of the prompts of each step.
+    """Chooses the prompts of each step, with a memory in the state.
 
-    The prompts of a step are chosen with the memory of two steps before, because they are needed while the previous
-    step is still running. The state holds both pending choices, so a resumed run continues with the same prompts.
+    The prompts of a step are chosen by the memory of two steps before, because they are needed while the previous step
+    is still running. The two pending choices are in the state, so a resumed run makes the same choices.
 
     Attributes:
       init: () -> memory, a pytree of arrays.
-      choose: (memory, key, count) -> item numbers [count], from 0 in the order of the data. An item may be chosen more
-        than once; each choice gets separate samples.
-      update: (memory, *data) -> memory. Its parameters are named after fields of rows, or `item`, the item number of
-        each row.
-      report: memory -> numbers to log as `selection/<name>`; None for none.
+      choose: (memory, key, count) -> indices of items [count], from 0 in the order of the data. An item may be chosen
+        more than once; each time it gets separate samples.
+      update: (memory, *data) -> memory. Its data are fields of rows, and `item`, the index of each row's item.
+      report: memory -> numbers to log as `selection/<name>`; None: none.
     """
 
     init: Callable[[], PyTree]

@@ -1,4 +1,4 @@
-"""Where a model's files lie: a local directory first, else a snapshot of a Hugging Face repository."""
+"""Finds the files of a model: a local directory, or else a snapshot of a Hugging Face repository."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxrl_llm.data.extras import imported
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.families import config_from_json
 
-# Weights as safetensors, settings, tokenizer, template. Pickled weights run code when they are read: never fetched.
+# Safetensors, settings, tokenizer, template. Pickled weights, which execute code when read, are never downloaded.
 WEIGHTS = ("*.safetensors",)
 DESCRIPTION = ("*.json", "*.jinja")
-# Second copies of the weights in other layouts, which would double the download.
+# Copies of the weights in other layouts, which would double the download.
 IGNORED = ("*/*", "consolidated*")
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -26,15 +26,15 @@ def model_directory(
 
     Args:
       model: a local directory; or owner/name of a repository, which is downloaded once (its safetensors, JSON files and
-        templates) and then read from the cache. A directory that exists is never looked up. Weights are downloaded
-        only after config.json has been read and found to be supported.
+        templates) and then read from the cache. An existing directory is never looked up on the hub. Weights are
+        downloaded only if config.json is supported.
       revision: branch, tag or commit of the repository; name a commit to get the same files every time.
-      cache_dir: where snapshots are kept; None takes the hub's own cache.
-      weights: download them too; without them the directory describes a model and no more.
+      cache_dir: directory of snapshots; None uses the hub's own cache.
+      weights: download the weights too; otherwise only the description and the tokenizer.
 
     Raises:
       ValueError: for a path that does not exist, a file, a directory without config.json, a revision of a local
-        directory, a repository that cannot be had, or one whose config.json is not supported.
+        directory, a repository that cannot be downloaded, or one whose config.json is not supported.
     """
     local = Path(model).expanduser()
     if local.exists():
@@ -45,7 +45,7 @@ def model_directory(
         return _with_config(local)
     if not _REPOSITORY.fullmatch(str(model)):
         raise ValueError(
-            f"model path {str(model)!r} does not exist, and is no owner/name of a Hugging Face repository; give the "
+            f"model path {str(model)!r} does not exist, and is not owner/name of a Hugging Face repository; give the "
             "directory that holds config.json"
         )
     found = _snapshot(str(model), DESCRIPTION, revision, cache_dir)
@@ -70,7 +70,7 @@ def _snapshot(name: str, patterns: Sequence[str], revision: str | None, cache_di
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name!r} is no local directory, and as a Hugging Face repository it could not be downloaded: "
+            f"{name!r} is not a local directory, and could not be downloaded as a Hugging Face repository: "
             f"{type(error).__name__}: {error}; check the spelling, the network, and for a gated model that you are "
             "logged in (hf auth login), or give a local directory"
         ) from error
@@ -82,7 +82,8 @@ def _with_config(directory: Path) -> Path:
         raise ValueError(f"model path {directory} is a file; give the directory that holds config.json")
     if not (directory / "config.json").is_file():
         raise ValueError(
-            f"{directory} has no config.json, so it is no model directory; give the directory into which the model was "
+            f"{directory} has no config.json, so it is not a model directory; give the directory in which the model "
+            "was "
             "saved with save_pretrained, or downloaded"
         )
     return directory

@@ -1,16 +1,16 @@
-"""Names of what networks say about rows: they follow rules, and need no row in the table of fields.
+"""Names of the outputs of networks: they follow rules, and need no entry in the table of fields.
 
-The policy is meant where no network is named, and the row itself where no view is:
+Without the name of a network they refer to the policy, without the name of a view to the row itself:
 
     logprobs, entropy              the policy;  in a loss the one that learns
-    old_<name>                     as the step found it
+    old_<name>                     at the start of the step
     <network>_logprobs             another network (reference, teacher, proxy, ...)
-    values, <network>_values       numbers of a head, one a token (or a row, as the head says)
-    <network>_scores               one number of a head a row
+    values, <network>_values       numbers of a head, one per token (or per row, depending on the head)
+    <network>_scores               one number of a head per row
     <view>_logprobs, <view>_mask   another sequence made of the row
     <network>_<view>_logprobs      the same by another network
-    <network>_over_vocabulary      the functional that a loss carries, of the policy's whole distribution and that of
-                                   another network, the reference where none is named
+    <network>_over_vocabulary      the functional of a loss, of the distributions of the policy and of another network
+                                   (default: the reference)
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 
 class Score(NamedTuple):
-    """What a rule-made name asks for.
+    """The meaning of a name that follows the rules.
 
     Attributes:
-      network: whose numbers.
-      quantity: logprobs, entropy, values (of a head, in its own shape) or scores (of a head, one a row).
+      network: name of the network.
+      quantity: logprobs, entropy, values (of a head, in its own shape) or scores (of a head, one per row).
       view: the sequence that is scored; "" is the row itself.
-      as_found: before the update, in a loss too.
+      as_found: computed before the update, also in a loss.
     """
 
     network: str
@@ -36,16 +36,16 @@ class Score(NamedTuple):
 
 
 _QUANTITIES = ("logprobs", "entropy", "values", "scores")
-# Networks that a name alone brings into a step, and how many numbers the heads of three of them have.
+# Networks that are created without a description, with the numbers of outputs of their heads.
 HEADS = {"value": 1, "twin": 2, "token_reward": 1}
 
 
 def score_named(name: str, networks: Collection[str], views: Collection[str] = ()) -> Score | None:
-    """What a name asks of which network, by the rules; None for a name that follows none.
+    """The network and quantity that a name refers to; None for a name that does not follow the rules.
 
     Args:
       name: of an array.
-      networks: names of networks; "policy" and "value" are meant where a name has none.
+      networks: names of networks; the defaults are "policy" and, for values, "value".
       views: names of views.
 
     >>> score_named("old_entropy", ["policy"])
@@ -72,7 +72,7 @@ def score_named(name: str, networks: Collection[str], views: Collection[str] = (
 
 
 def compared_with(name: str) -> str | None:
-    """The network whose whole distribution a name compares the policy's with; None for another name.
+    """The network that an `over_vocabulary` name compares with the policy; None for another name.
 
     >>> compared_with("over_vocabulary"), compared_with("teacher_over_vocabulary"), compared_with("logprobs")
     ('reference', 'teacher', None)

@@ -1,8 +1,8 @@
-"""Types that say in which range a number lies, and the one check of functions and dataclasses that name them.
+"""Types for numbers with a range, and the check of functions and dataclasses that use them.
 
     def scaled(rewards, *, share: Share = 0.5, eps: NonNegative = 1e-6): ...
 
-A number is checked where it is one: what is traced or is an array passes. A `float` that names no range is finite.
+Only Python numbers are checked; arrays and traced values are not. A plain `float` must be finite.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jaxrl_llm.bounds import shown
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a parameter takes: all from `least` to `most` that are finite.
+    """An interval of allowed numbers: all finite numbers from `least` to `most`.
 
     Attributes:
-      least, most: its ends.
-      open: which of them do not belong to it: "" none, "(" the least, ")" the most, "()" both.
+      least, most: the endpoints.
+      open: excluded endpoints: "" none, "(" the least, ")" the most, "()" both.
     """
 
     least: float = -math.inf
@@ -34,7 +34,7 @@ class Range:
     def __contains__(self, value: Real) -> bool:
         try:
             number = float(value)
-        except OverflowError:  # an integer beyond every float
+        except OverflowError:  # an integer too large for a float
             return False
         above = number > self.least if "(" in self.open else number >= self.least
         below = number < self.most if ")" in self.open else number <= self.most
@@ -63,7 +63,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def range_of(annotation: Any) -> Range | None:
-    """The range that an annotation names, on its own, beside None or inside of a tuple; None for none."""
+    """The range in an annotation, also in a union with None or inside a tuple; None if there is none."""
     named = next((part for part in getattr(annotation, "__metadata__", ()) if isinstance(part, Range)), None)
     if named is not None or annotation is float:
         return named or Range()
@@ -71,7 +71,7 @@ def range_of(annotation: Any) -> Range | None:
 
 
 def require_range(annotation: Any, value: Any, where: str) -> None:
-    """Refuse a number, or one in a list, that lies outside of the range that an annotation names.
+    """Raise ValueError for a number, also in a list, that lies outside of the range of an annotation.
 
     Raises:
       ValueError: with `where`, the value, and the range.
@@ -88,7 +88,7 @@ def require_range(annotation: Any, value: Any, where: str) -> None:
 
 
 def ranged(function: F) -> F:
-    """A function whose keyword-only numbers are checked against its annotations when it is called."""
+    """The function with a check of its keyword-only numbers against its annotations at each call."""
 
     @functools.cache
     def annotations() -> dict[str, Any]:
@@ -106,7 +106,7 @@ def ranged(function: F) -> F:
 
 
 def require_ranges(section: Any, owner: str) -> None:
-    """Refuse a dataclass with a number outside of the range that its field names.
+    """Raise ValueError for a dataclass with a number outside of the range of its field.
 
     Raises:
       ValueError: with the field as `owner.name` (or its name alone), its value, and the range.

@@ -1,6 +1,6 @@
-"""Making, joining and keeping rows: those that were not sampled in this step and learn beside those that were.
+"""Written and replayed rows: creating, joining and storing rows that were not sampled in this step.
 
-They join after credit, so no reward statistic sees them, as whole groups at the end of the batch.
+They are joined after credit, as whole groups at the end of the batch, so they do not affect statistics of rewards.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jaxrl_llm.fields import absent_value
 
 @dataclass(frozen=True)
 class Written:
-    """A source of rows that the caller hands to every step.
+    """A source of rows that the caller passes to every step.
 
     Attributes:
-      rows: how many.
-      rows_per_group: that follow one another and belong together, such as the two of a pair; beside a rollout, its
-        samples of a prompt.
-      provides: names that these rows know beside the facts, such as `stored_logprobs` or `preferred`.
-      widths: (name, numbers a row, or a token) of those that have several, such as the ratings of attributes.
+      rows: number of rows.
+      rows_per_group: consecutive rows of one group, such as the two of a pair; beside a rollout, its samples per
+        prompt.
+      provides: further fields of these rows, such as `stored_logprobs` or `preferred`.
+      widths: (name, numbers per row or token) of fields with several numbers, such as ratings of attributes.
     """
 
     rows: int
@@ -43,20 +43,20 @@ class Written:
 
     @property
     def groups(self) -> int:
-        """How many groups of rows."""
+        """Number of groups."""
         return self.rows // self.rows_per_group
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A source of rows that earlier steps have sampled.
+    """A source of rows sampled in earlier steps.
 
     Attributes:
-      share: of the groups of a batch, those that are replayed.
+      share: replayed share of the groups of a batch.
       batches: steps whose rows are kept.
       prompts_per_step: groups that a step samples.
       max_prompt_tokens, max_answer_tokens: widths of the stored prompts and reference answers.
-      until_step: replayed rows have weight 0 from this step on; None never ends.
+      until_step: replayed rows have weight 0 from this step on; None: never.
     """
 
     share: float
@@ -73,25 +73,25 @@ class Replay:
             raise ValueError(f"replay.batches is {self.batches}; keep at least 1")
         if not 1 <= self.groups <= self.batches * self.prompts_per_step:
             raise ValueError(
-                f"replay.share is {self.share} with training.prompts_per_step {self.prompts_per_step}, which asks for "
+                f"replay.share is {self.share} with training.prompts_per_step {self.prompts_per_step}, which needs "
                 f"{self.groups} replayed groups of the {self.batches * self.prompts_per_step} that are kept; change "
                 "the share or keep more batches"
             )
 
     @property
     def groups(self) -> int:
-        """Groups that are replayed in a step."""
+        """Replayed groups per step."""
         return round(self.share / (1 - self.share) * self.prompts_per_step)
 
 
 @dataclass(frozen=True)
 class Hardest:
-    """A source of demonstrations for prompts that no sample solved: kept until there are enough, then learned from.
+    """A source of demonstrations for prompts that no sample solved: stored until there are enough, then trained on.
 
     Attributes:
-      rows: demonstrations that learn together, a multiple of `rows_per_group`.
-      capacity: demonstrations that wait at most; the oldest are dropped.
-      rows_per_group: samples of a prompt, of those that they learn beside.
+      rows: demonstrations that are trained on together, a multiple of `rows_per_group`.
+      capacity: largest number of stored demonstrations; the oldest are dropped.
+      rows_per_group: samples per prompt of the rollout.
       max_prompt_tokens, max_answer_tokens: widths of the stored prompts and reference answers.
     """
 
@@ -105,17 +105,17 @@ class Hardest:
         if self.rows < 1 or self.rows % self.rows_per_group:
             raise ValueError(
                 f"source.hardest.sequences_per_pass is {self.rows}, which rollout.samples_per_prompt "
-                f"{self.rows_per_group} does not divide; written rows learn in groups of that size, so take a multiple"
+                f"{self.rows_per_group} does not divide; written rows are grouped in that size, so choose a multiple"
             )
         if self.capacity < self.rows:
             raise ValueError(
-                f"source.hardest.capacity is {self.capacity}, less than the {self.rows} demonstrations that learn "
-                "together; raise it"
+                f"source.hardest.capacity is {self.capacity}, less than the {self.rows} demonstrations of "
+                "source.hardest.sequences_per_pass; raise it"
             )
 
     @property
     def groups(self) -> int:
-        """Groups that join a batch."""
+        """Groups that are added to a batch."""
         return self.rows // self.rows_per_group
 
 
@@ -155,16 +155,16 @@ def written_rows(
     alone: bool = False,
     **fields: Any,
 ) -> Experience:
-    """Completions that were written before, of weight 1, with the tokens that are learned from in `written_mask`.
+    """Given completions as rows of weight 1, with the trained tokens in `written_mask`.
 
     Args:
       prompt_tokens, prompt_length, prompt_id, tokens, length: as in `Experience`.
-      answer_width: width of reference answers, which such rows do not have.
-      trained: 1 on tokens that are learned from; None takes all of a completion.
-      rows_per_group: rows that follow one another and belong together.
-      alone: they are all rows of a step: `mask` is `written_mask` then, where beside samples it is 0, so that losses on
-        samples leave them out.
-      fields: what else they know, one entry a row.
+      answer_width: width of the (empty) reference answers.
+      trained: 1 on tokens to train on; None: all tokens of a completion.
+      rows_per_group: consecutive rows of one group.
+      alone: the step has no other rows: then `mask` equals `written_mask`. Beside samples `mask` is 0, so that losses
+        on samples ignore these rows.
+      fields: further fields, one entry per row.
     """
     rows, width = tokens.shape
     inside = jnp.arange(width) < length[:, None]
@@ -187,9 +187,9 @@ def written_rows(
 
 
 def demonstrations(batch: Any) -> Experience:
-    """Reference completions as the rows of a step: what the batch marks is trained on, end of sequence included.
+    """Reference completions as the rows of a step; the mask of the batch marks the trained tokens.
 
-    That is every token of a completion, and of a conversation what the policy shall learn to say in it.
+    These are all tokens of a completion, end of sequence included, and in a conversation the tokens of the policy.
 
     Args:
       batch: a `data.SupervisedBatch`.
@@ -217,13 +217,13 @@ def demonstrations(batch: Any) -> Experience:
 
 
 def empty_store(replay: Replay, samples_per_prompt: int, width: int, names: Mapping[str, str]) -> Experience:
-    """The replay store before the first step; every array is its own buffer.
+    """The empty replay store; every array is a separate buffer, so that it can be donated.
 
     Args:
-      replay: how many rows are kept.
+      replay: sizes.
       samples_per_prompt: rows of a group.
       width: of completions.
-      names: fields that are kept, with their shape: "row" or "token", by name.
+      names: stored fields with their shapes: name -> "row" or "token".
     """
     rows = replay.batches * replay.prompts_per_step * samples_per_prompt
     empty = empty_rows(rows, replay.max_prompt_tokens, replay.max_answer_tokens, width)
@@ -233,7 +233,7 @@ def empty_store(replay: Replay, samples_per_prompt: int, width: int, names: Mapp
 
 
 def remembered(store: Experience, batch: Experience, step: Array, replay: Replay) -> Experience:
-    """The store with the rows of this step in the place of the oldest."""
+    """The store with its oldest rows replaced by the rows of this step."""
     rows = store.tokens.shape[0] // replay.batches
     first = (step % replay.batches) * rows
     put = {
@@ -244,9 +244,9 @@ def remembered(store: Experience, batch: Experience, step: Array, replay: Replay
 
 
 def replayed(store: Experience, key: Array, step: Array, replay: Replay, samples_per_prompt: int) -> Experience:
-    """Groups of the store, drawn without replacement from those that are filled.
+    """Groups drawn without replacement from the filled part of the store.
 
-    Rows that are not there, or come after `until_step`, have weight 0.
+    Missing rows, and all rows from `until_step` on, have weight 0.
     """
     groups = store.tokens.shape[0] // samples_per_prompt
     filled = jnp.minimum(step, replay.batches) * replay.prompts_per_step
@@ -262,7 +262,7 @@ def replayed(store: Experience, key: Array, step: Array, replay: Replay, samples
 
 
 def joined(sampled: Experience, other: Experience, samples_per_prompt: int) -> Experience:
-    """Both, with groups of their own. A field that one of them does not know has its absent value there.
+    """Both batches joined, with separate groups. A field that one of them lacks has its absent value there.
 
     Args:
       sampled: rows of this step, after credit.
@@ -289,7 +289,7 @@ def joined(sampled: Experience, other: Experience, samples_per_prompt: int) -> E
 
 
 def check_widths(sampled: Experience, written: Experience) -> None:
-    """Raises ValueError unless written rows are as wide as sampled ones."""
+    """Raise ValueError unless written rows are as wide as sampled ones."""
     for name in ("prompt_tokens", "tokens", "answer_tokens"):
         here, there = sampled[name].shape[1], written[name].shape[1]
         if here != there:
@@ -300,12 +300,13 @@ def check_widths(sampled: Experience, written: Experience) -> None:
 
 
 def minibatch_rows(key: Array, epochs: int, cuts: int, groups: Sequence[int], samples: int) -> Array:
-    """Row numbers [updates, rows]: each epoch visits the groups in a new order, cut into minibatches.
+    """Row indices [updates, rows]: each epoch visits the groups in a new order, split into minibatches.
 
     Args:
-      key: random key of this step.
-      epochs, cuts: passes over the batch, and minibatches of each.
-      groups: sizes of the parts of a batch, such as sampled and written groups; every minibatch has its share of each.
+      key: random key of the step.
+      epochs, cuts: number of passes over the batch, and of minibatches in each pass.
+      groups: numbers of groups of the parts of a batch, such as sampled and written; each minibatch has an equal share
+          of each part.
       samples: rows of a group.
     """
     parts, first = [], 0

@@ -1,4 +1,4 @@
-"""What lies beside the code: shipped recipes by name; and lists of what there is, kept so that they need no jax."""
+"""Shipped recipes by name, and a cache for lists whose computation needs jax."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from jaxrl_llm import __version__
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """A sentence fragment that suggests the closest known name, or lists what there is."""
+    """A phrase for messages that suggests the closest known name, or lists all known names."""
     known = list(choices)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
 
 
 def recipe_directory() -> Path:
-    """configs/methods: inside the package where it was installed from a wheel, else beside the package."""
+    """configs/methods: inside the package if installed from a wheel, else beside the package."""
     package = Path(__file__).parent
     inside = package / "configs" / "methods"
     return inside if inside.is_dir() else package.parent / "configs" / "methods"
 
 
 def method_files() -> list[Path]:
-    """The recipes of published methods, which lie in folders by family, and what they extend."""
+    """All files below configs/methods: the recipes of published methods and their bases."""
     return sorted(recipe_directory().rglob("*.yaml"), key=lambda file: file.stem)
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe: of a published method, or another one such as demo.
+    """The file of a shipped recipe: a published method, or another recipe such as demo.
 
     Raises:
       ValueError: for an unknown name, with the nearest known one.
@@ -45,14 +45,16 @@ def recipe_path(name: str) -> Path:
 
 
 def config_path(word: str) -> Path:
-    """The file that a word of the command line means: a path, or where it is a bare word the name of a recipe.
+    """The config file for a command-line word: a path, or a bare word that is the name of a recipe.
 
     Raises:
-      ValueError: for a file that is not there, with the nearest one.
+      ValueError: for a missing file, with the nearest one.
     """
     path = Path(word)
-    if path.exists():
+    if os.path.exists(path):  # False as well for a name that is too long
         return path
+    if len(word) > 4000 or max(map(len, path.parts), default=0) > 255:
+        raise ValueError(f"config {word[:60]}... does not exist: its name is too long; give the path of a YAML file")
     if word.isidentifier():
         return recipe_path(word)
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
@@ -61,9 +63,9 @@ def config_path(word: str) -> Path:
 
 
 def kept(name: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives, as JSON has it; made anew when a file of the package or a recipe has changed.
+    """The result of `make` as JSON values, cached on disk until a file of the package or a recipe changes.
 
-    What imports every method to look at it takes seconds, and what is kept is there at once.
+    Importing all methods takes seconds; reading the cache does not.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl_llm" / "lists"
     files = sorted([*Path(__file__).parent.rglob("*.py"), *recipe_directory().parent.rglob("*.yaml")])
@@ -82,6 +84,6 @@ def kept(name: str, make: Callable[[], Any]) -> Any:
         partial = place.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps({"key": key, "value": value}))
         partial.replace(place)
-    except OSError:  # a home that cannot be written only costs time
+    except OSError:  # without a writable home the list is recomputed each time
         pass
     return value

@@ -1,8 +1,8 @@
-"""What a function's parameter names say, and how it is called with the data that it names.
+"""Reading the parameter names of functions, and calling functions with the data that they name.
 
-A method's positional parameters are data, named after rows of `jaxrl_llm.fields`; its keyword-only parameters are
-hyper-parameters. A positional parameter with default None is optional: it is passed when something provides it and is
-never computed for its own sake.
+The positional parameters of a method are data, named after entries of `jaxrl_llm.fields`; its keyword-only parameters
+are hyper-parameters. A positional parameter with default None is optional: it is passed if something else provides it,
+and never computed only for this parameter.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jaxrl_llm.fields import TEXT, is_written_text
 
 @dataclass(frozen=True)
 class Signature:
-    """The names a function asks for.
+    """The parameter names of a function.
 
     Attributes:
       required: data parameters without a default, in order.
       optional: data parameters that default to None.
       hyper: keyword-only parameters.
-      anything: it takes `**kwargs`.
+      anything: whether it takes `**kwargs`.
     """
 
     required: tuple[str, ...]
@@ -62,7 +62,7 @@ def names(function: Callable | Method) -> frozenset[str]:
 
 
 def required(functions: Iterable[Callable | Method]) -> frozenset[str]:
-    """Every name that some of the functions cannot do without."""
+    """Every name that at least one of the functions requires."""
     return frozenset().union(*(signature(function).required for function in functions))
 
 
@@ -77,14 +77,14 @@ def call(function: Callable | Method, provided: Mapping[str, Any], memory: Any =
 
 
 def renamed(function: Callable | Method, /, **other: str) -> Any:
-    """The function, reading data of other names: renamed(kl_estimate, reference_logprobs="teacher_logprobs").
+    """The function with other data names: renamed(kl_estimate, reference_logprobs="teacher_logprobs").
 
     Args:
       function: of named data, or a `Method`.
-      other: name of its parameter -> name of what it is given.
+      other: name of its parameter -> name of the data to pass.
 
     Raises:
-      ValueError: for a parameter that it does not have.
+      ValueError: for an unknown parameter.
     """
     if isinstance(function, Method):
         return Method(function.init, renamed(function.update, **other))
@@ -110,7 +110,7 @@ def missing(function: Callable | Method, available: Collection[str]) -> tuple[st
 
 
 def name_of(function: Any) -> str:
-    """What messages and metrics call a function."""
+    """The name of a function in messages and metrics."""
     while isinstance(function, partial):
         function = function.func
     if isinstance(function, Method):
@@ -122,8 +122,8 @@ _PER_ROW = frozenset(name for name in TEXT if f"{name}s" in TEXT)
 
 
 def on_host(function: Callable | Method) -> bool:
-    """Whether a function is a reading: it names text (`completions`, `verdict_text`, ...), takes `**kwargs`, is
-    `async def`, or was marked by `reading`."""
+    """Whether a function is a reading: it has a text parameter (`completions`, `verdict_text`, ...), takes `**kwargs`,
+    is `async def`, or is decorated with `reading`."""
     target = function
     while isinstance(target, partial):
         target = target.func
@@ -135,12 +135,13 @@ def on_host(function: Callable | Method) -> bool:
 
 
 def per_row(function: Callable) -> bool:
-    """Whether a reading is called for one row at a time: it names text in the singular."""
+    """Whether a reading is called for one row at a time: it has a text parameter in the singular."""
     return bool(names(function) & _PER_ROW)
 
 
 def declared_widths(function: Callable) -> tuple[int, ...]:
-    """Sizes behind the row that the return annotation of a function names; () for one number a row, or no annotation.
+    """Sizes of the axes after the row axis in a function's return annotation; () for one number per row, or no
+    annotation.
 
     A size is a number or the name of a keyword:
 
@@ -160,7 +161,7 @@ def declared_widths(function: Callable) -> tuple[int, ...]:
 
 
 def reading(function: Callable) -> Callable:
-    """Mark a function of arrays that has to run on the host, because it asks somebody or keeps state of its own.
+    """Mark a function of arrays that must run on the host, because it calls a service or keeps its own state.
 
     It is called with NumPy arrays, between two compiled programs.
     """

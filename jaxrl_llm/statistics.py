@@ -1,9 +1,9 @@
-"""Statistics that leave out what is absent: of groups given as ids, and of tokens.
+"""Statistics of groups given as ids, and of tokens; absent rows are ignored.
 
 The samples of one prompt share an integer id in [0, B); groups may have any size and any order of rows. Every function
-returns one number a row: the statistic of the row's own group. A row of weight 0 is absent: it contributes to nothing,
-whatever it holds, and a group without rows has statistic 0. Weights are relative: multiplying all of a group's by a
-constant changes no mean and no deviation.
+returns one number per row: the statistic of the row's own group. A row of weight 0 is absent: it does not contribute,
+even if it holds NaN, and a group without rows has statistic 0. Weights are relative: multiplying all weights of a group
+by a constant does not change its mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def group_max(values: Float[Array, "B"], group: Int[Array, "B"], weight: Float[A
 
 
 def group_mean(values: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Weighted mean of the row's group; exactly x where all of its values are x."""
-    # Measured from the smallest value: equal values then differ by an exact 0, where a sum would leave rounding that
-    # the division by a vanishing standard deviation blows up.
+    """Weighted mean of the row's group; exactly x if all of its values are x."""
+    # Relative to the smallest value: equal values then differ by exactly 0; the rounding error of a plain sum would be
+    # magnified by the division by a vanishing standard deviation.
     origin = group_min(values, group, weight)
     total = group_sum(jnp.ones_like(origin), group, weight)
     offset = group_sum(values.astype(jnp.float32) - origin, group, weight)
@@ -62,7 +62,7 @@ def group_mean(values: Float[Array, "B"], group: Int[Array, "B"], weight: Float[
 def group_std(
     values: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, ddof: int = 1
 ) -> Float[Array, "B"]:
-    """Standard deviation of the row's group; 0 where it holds one value or equal ones.
+    """Standard deviation of the row's group; 0 for a single value or equal values.
 
         sqrt(sum_j w_j (x_j - mean)^2 / (W - ddof * sum_j w_j^2 / W)), W = sum_j w_j
 
@@ -93,7 +93,7 @@ def group_rank(values: Float[Array, "B"], group: Int[Array, "B"], weight: Float[
 
 
 def group_leader(group: Int[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, "B"]:
-    """1 on the first present row of each group, 0 elsewhere: sums over groups are sums over leaders."""
+    """1 on the first present row of each group, 0 elsewhere: a sum over groups is a sum over these rows."""
     chex.assert_rank([group, weight], 1)
     rows = jnp.arange(len(group))
     first = jax.ops.segment_min(jnp.where(weight > 0, rows, len(group)), group, num_segments=len(group))
@@ -101,7 +101,7 @@ def group_leader(group: Int[Array, "B"], weight: Float[Array, "B"]) -> Float[Arr
 
 
 def subgroup_ids(group: Int[Array, "B"], key: Int[Array, "B"]) -> Int[Array, "B"]:
-    """Ids in [0, B) of the parts of each group whose rows have the same key.
+    """Ids in [0, B) of the subgroups of rows with the same group and key.
 
     >>> subgroup_ids(jnp.array([4, 0, 4, 4]), jnp.array([7, 7, 9, 7])).tolist()
     [1, 0, 2, 1]
@@ -116,7 +116,7 @@ def subgroup_ids(group: Int[Array, "B"], key: Int[Array, "B"]) -> Int[Array, "B"
 
 
 def token_weights(mask: Float[Array, "B T"], weight: Float[Array, "B"]) -> Float[Array, "B T"]:
-    """How much each token counts: the row's weight on trained tokens, 0 elsewhere."""
+    """The weight of each token: the row's weight on trained tokens, 0 elsewhere."""
     chex.assert_rank([mask, weight], [2, 1])
     return jnp.where(mask > 0, 1.0, 0.0) * weight.astype(jnp.float32)[:, None]
 
@@ -130,7 +130,7 @@ def moments(values: Array, weights: Array, *, ddof: int = 1) -> tuple[Float[Arra
     values = jnp.where(weights > 0, values.astype(jnp.float32), 0.0)
     total = weights.sum()
     divisor = jnp.where(total > 0, total, 1.0)
-    # Measured from the smallest entry, so that equal entries differ by exactly 0 (see `group_mean`).
+    # Relative to the smallest entry, so that equal entries differ by exactly 0 (see `group_mean`).
     smallest = jnp.min(jnp.where(weights > 0, values, jnp.inf))
     origin = jnp.where(total > 0, smallest, 0.0)
     mean = origin + (weights * (values - origin)).sum() / divisor
@@ -143,7 +143,7 @@ def moments(values: Array, weights: Array, *, ddof: int = 1) -> tuple[Float[Arra
 def sampled_entropy(
     old_logprobs: Float[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
 ) -> Float[Array, ""]:
-    """Entropy in nats a token, estimated by -log pi of the tokens drawn; 0 where there are none."""
+    """Entropy in nats per token, estimated by -log pi of the sampled tokens; 0 without tokens."""
     chex.assert_rank([old_logprobs, mask, weight], [2, 2, 1])
     counts = token_weights(mask, weight)
     surprise = jnp.where(counts > 0, -old_logprobs.astype(jnp.float32), 0.0)
@@ -154,7 +154,7 @@ def sampled_entropy(
 def behind_tokens(
     values: Float[Array, "B T"], scores: Float[Array, "B"], length: Int[Array, "B"]
 ) -> Float[Array, "B T"]:
-    """What a head says behind each token, of what it says before each token and behind the last one.
+    """Values of a head after each token, from its values before each token and its score after the last one.
 
     >>> behind_tokens(jnp.array([[1.0, 2.0, 9.0]]), jnp.array([3.0]), jnp.array([2])).tolist()
     [[2.0, 3.0, 3.0]]
@@ -168,7 +168,7 @@ def behind_tokens(
 def at_turns(
     values: Float[Array, "B T"], turn: Int[Array, "B T"], mask: Float[Array, "B T"], turns: int, *, end: bool = True
 ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
-    """Each turn's entry at its last token that counts, or its first, and whether it has one; 0 where it has none.
+    """The entry of each turn at its last (or first) counted token, and whether the turn has one; 0 if it has none.
 
     >>> found, taken = at_turns(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[0, 0, 1]]), jnp.ones((1, 3)), 3)
     >>> found.tolist(), taken.tolist()

@@ -1,16 +1,16 @@
-"""Hashes of token sequences, to tell them apart by equality."""
+"""Hashes of token sequences, for fast comparison."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
-# Of two hashes of one sequence that have nothing to do with each other.
+# Seeds of two independent hashes of a sequence.
 SEEDS = (0x9E3779B9, 0x3C6EF372)
 
 
 def mixed_bits(bits: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """32 bits, each a function of all the given ones (the finaliser of MurmurHash3)."""
+    """32 bits, each of which depends on all input bits (the finaliser of MurmurHash3)."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return bits ^ (bits >> 16)
@@ -19,19 +19,19 @@ def mixed_bits(bits: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 def token_codes(
     tokens: Int[Array, "..."], place: Int[Array, "..."] | int, *, seed: int = SEEDS[0]
 ) -> UInt32[Array, "..."]:
-    """32 bits of each token at its place in a sequence. Those of a sequence add up (modulo 2^32) to a hash of it.
+    """32 bits for each token at its position in a sequence; their sum (modulo 2^32) is a hash of the sequence.
 
     Args:
       tokens: ids.
-      place: of each in its sequence; its shape broadcasts to that of `tokens`.
-      seed: another one gives another hash.
+      place: position of each token in its sequence, broadcast to the shape of `tokens`.
+      seed: selects the hash function.
     """
     at = mixed_bits(jnp.asarray(place).astype(jnp.uint32) + jnp.uint32(seed))
     return mixed_bits(at ^ tokens.astype(jnp.uint32))
 
 
 def ngram_codes(tokens: Int[Array, "B T"], ngram: int, *, seed: int = SEEDS[0]) -> UInt32[Array, "B N"]:
-    """A hash of the n-gram that begins at each place, N = T - n + 1; `ngram` is at most T.
+    """A hash of the n-gram that begins at each position, N = T - n + 1; `ngram` is at most T.
 
     >>> codes = ngram_codes(jnp.array([[4, 5, 4, 5, 6]]), 2)[0]
     >>> bool(codes[0] == codes[2]), bool(codes[0] == codes[1])

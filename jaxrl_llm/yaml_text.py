@@ -1,4 +1,4 @@
-"""YAML that users wrote: plain values of bounded number and depth, checked while they are read."""
+"""Reading of users' YAML: plain values of limited number and depth."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jaxrl_llm.bounds import shortened, shown
 
 MOST_BYTES = 1_000_000
 MOST_LEVELS = 50
-MOST_VALUES = 50_000  # with what aliases repeat
+MOST_VALUES = 50_000  # including the values repeated by aliases
 
 
 class _Loader(yaml.SafeLoader):
-    """Counts values as it goes, what an alias repeats included; knows no tags and no dates."""
+    """Counts values, including those repeated by aliases; supports no tags and no dates."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -23,14 +23,14 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(None, None, f"the tag {shown(event.tag)} is not read", event.start_mark)
+            raise yaml.MarkedYAMLError(None, None, f"the tag {shown(event.tag)} is not supported", event.start_mark)
         before, alias = self.values, isinstance(event, yaml.AliasEvent)
         self.values, self.levels = self.values + 1, self.levels + 1
         if self.levels > MOST_LEVELS:
             raise yaml.MarkedYAMLError(None, None, f"more than {MOST_LEVELS} levels of nesting", event.start_mark)
         node = super().compose_node(parent, index)
         if alias and id(node) not in self.sizes:
-            raise yaml.MarkedYAMLError(None, None, f"*{event.anchor} stands inside of itself", event.start_mark)
+            raise yaml.MarkedYAMLError(None, None, f"*{event.anchor} occurs inside its own anchor", event.start_mark)
         self.values += self.sizes[id(node)] if alias else 0
         if self.values > MOST_VALUES:
             raise yaml.MarkedYAMLError(None, None, f"more than {MOST_VALUES:,} values", event.start_mark)
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
-                raise yaml.MarkedYAMLError(None, None, f"the key {shown(key.value)} stands twice", key.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"the key {shown(key.value)} occurs twice", key.start_mark)
             seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep=deep)
 
@@ -54,15 +54,15 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def yaml_values(text: str, where: str) -> Any:
-    """What a text of YAML says.
+    """The values of a YAML text.
 
     Args:
-      text: of a file, or the value of an override.
-      where: what it is called in messages.
+      text: content of a file, or the value of an override.
+      where: name of the text in messages.
 
     Raises:
-      ValueError: for what is no YAML, tags, keys that stand twice, aliases inside of what they name, more than 50
-        levels or 50,000 values.
+      ValueError: for invalid YAML, tags, duplicate keys, aliases inside their own anchors, more than 50 levels or
+        50,000 values.
     """
     loader = None
     try:

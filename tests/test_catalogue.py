@@ -298,6 +298,6 @@ def test_a_name_that_recipe_and_function_share(said):
 
 def test_words_that_do_not_go_together(said):
     assert "did you mean 'dapo'?" in said("dappo", status=2)
-    assert "leave the filters out" in said("dapo", "--stage", "policy", status=2)
+    assert "leave out the filters" in said("dapo", "--stage", "policy", status=2)
     assert "--stage chooses among recipes; leave out --functions" in said("--functions", "--stage", "loss", status=2)
     assert "--paper chooses among recipes; leave out --room" in said("--room", "loss", "--paper", "a", status=2)

@@ -148,9 +148,9 @@ def test_an_override_may_go_into_an_entry_of_a_list(override, section, entry):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("losses.kl.coefficient=1", "names 'kl', which is not in that list; it has clipped_surrogate"),
+        ("losses.kl.coefficient=1", "names 'kl', which is not in that list; its entries are clipped_surrogate"),
         ("losses.4.coefficient=1", "names '4', which is not in that list"),
-        ("losses.0=kl", "sets one entry of the list losses; give the key in it that changes, or the whole list"),
+        ("losses.0=kl", "sets one entry of the list losses; give a key of the entry, or the whole list"),
     ],
 )
 def test_an_override_of_an_entry_that_is_not_there_is_refused(override, message):
@@ -186,13 +186,13 @@ def test_an_override_does_not_change_the_tree_it_is_applied_to(micro_config, par
         ("about.certainty=certain", "about.certainty is 'certain'"),
         (
             "data.prompt_format='Q: {body}'",
-            "data.prompt_format is 'Q: {body}', but the prompts of a model .* by its shape",
+            "data.prompt_format is 'Q: {body}', but a model described by its shape uses the bodies",
         ),
         ("training.steps", "override 'training.steps' is not an assignment; write section.key=value"),
         ("=3", "override '=3' is not an assignment"),
         ("name.first=3", "goes through 'name', which is not a section"),
-        ("rewards.0=exact_answer", "sets one entry of the list rewards; give the key in it that changes"),
-        ("name=[", "has a value that is not valid YAML"),
+        ("rewards.0=exact_answer", "sets one entry of the list rewards; give a key of the entry"),
+        ("name=[", "the value of override .* is not valid YAML"),
     ],
 )
 def test_what_is_wrong_is_named_with_a_remedy(parsed, override, message):

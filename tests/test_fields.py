@@ -232,7 +232,7 @@ def test_nearest_suggests_or_lists():
         ("old_twin_values", "a critic provides it"),
         ("stored_logprobs", "written rows provide it"),
         ("staleness", "an external engine provides it"),
-        ("reward", "coefficients and schedules alone can name it"),
+        ("reward", "only coefficients and schedules can read it"),
         ("rewardz", "did you mean 'rewards'?"),
         ("tokens", "known: rewards"),
     ],

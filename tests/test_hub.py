@@ -97,7 +97,7 @@ def test_a_repository_that_cannot_be_had(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ValueError, match=rf"'owner/name' is no local directory, and .*{error.args[0]}"):
+    with pytest.raises(ValueError, match=rf"'owner/name' is not a local directory, and .*{error.args[0]}"):
         model_directory("owner/name")
 
 

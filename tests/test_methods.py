@@ -52,7 +52,7 @@ TRAINED_ELSEWHERE = {
 TRAINED_ELSEWHERE |= {"llm_judge", "thought_judge", "generative_judge", "sotopia"}
 # tests/run/test_hint_recipes.py
 TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "dsp", "expo", "metacognitive_reuse", "mobile_r1"}
-TRAINED_ELSEWHERE |= {"math_shepherd", "generator_and_critic"}
+TRAINED_ELSEWHERE |= {"math_shepherd", "critique_rl", "generator_and_critic"}
 
 # Every published method, and the recipes that stand for it.
 METHODS = {
@@ -493,7 +493,7 @@ def a_stage_trains(built: Parts, start: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if number % 8 else name
+        pytest.param(name, marks=pytest.mark.slow) if number % 14 else name
         for number, name in enumerate(RECIPES)
         if name not in AMONG_THE_FAST
     ],

@@ -9,14 +9,20 @@ Command = Callable[..., argparse.ArgumentParser]
 
 
 def add_data(command: Command) -> None:
-    starter = command("init", "starter:write_starter", "A commented config for a file of problems.", json_output=False)
-    starter.add_argument("data", metavar="FILE", help="JSONL, CSV or Parquet, one problem a row")
+    starter = command(
+        "init", "starter:write_starter", "Write a commented config for a file of problems.", json_output=False
+    )
+    starter.add_argument("data", metavar="FILE", help="JSONL, CSV or Parquet, one problem per row")
     starter.add_argument("--model", metavar="DIR", help="the model's directory, or its name on the hub")
-    starter.add_argument("--out", default="mine.yaml", metavar="YAML", help="what is written (default mine.yaml)")
+    starter.add_argument("--out", default="mine.yaml", metavar="YAML", help="output file (default mine.yaml)")
 
     data = command(
-        "data", "data_preview:show_data", "The problems of a config: prompts as the policy reads them, lengths, equals."
+        "data",
+        "data_preview:show_data",
+        "Show the problems of a config: prompts as the policy reads them, lengths, duplicates.",
     )
     data.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]", help="as for train")
-    data.add_argument("--split", choices=["train", "validation", "test"], default="train", help="whose are shown")
-    data.add_argument("--count", type=int, default=2, metavar="N", help="prompts that are shown (default 2)")
+    data.add_argument(
+        "--split", choices=["train", "validation", "test"], default="train", help="split of the prompts to show"
+    )
+    data.add_argument("--count", type=int, default=2, metavar="N", help="number of prompts to show (default 2)")

@@ -1,4 +1,4 @@
-"""`jaxrl data`: the problems of a config before anything is trained on."""
+"""`jaxrl data`: the problems of a config, before training."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from jaxrl_llm.run.samples import spread
 from jaxrl_llm.run.setup import described_policy
 from jaxrl_llm.run.staged import last_stage
 
-_MOST = 20_000  # problems of a split whose tokens are counted
+_MOST = 20_000  # problems per split whose tokens are counted
 _BINS, _BAR = 10, 40
 
 
 def show_data(options: argparse.Namespace) -> None:
-    """Prompts as the policy reads them, and what is worth knowing of all of them."""
+    """Print some prompts as the policy reads them, and statistics of all prompts."""
     config = last_stage(loaded_config(options.config))
     if not config.has_problems:
         raise ConfigError("this config has no problems; name a task, data.path or data.sources")
@@ -60,13 +60,13 @@ def show_data(options: argparse.Namespace) -> None:
 
 
 def preview(config: Config, tokenizer: Tokenizer, *, shown: int, split: str) -> dict[str, Any]:
-    """What `jaxrl data` shows, as plain data.
+    """The output of `jaxrl data` as plain data.
 
     Args:
       config: of a run or a stage.
       tokenizer: of its policy.
-      shown: prompts of the split that are shown, spread over it.
-      split: whose prompts are shown and counted.
+      shown: number of example prompts, spread evenly over the split.
+      split: the split of the examples and of the histogram.
     """
     sets = data_sets(config, overlap=None if config.data.overlap == "drop" else "keep")
     lengths, limits = {}, (config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens)
@@ -85,7 +85,7 @@ def preview(config: Config, tokenizer: Tokenizer, *, shown: int, split: str) -> 
 
 
 def _reference(item: Mapping[str, Any]) -> str:
-    """The reference completion of a record; "" where it has an answer alone."""
+    """The reference completion of a record; "" if it has only an answer."""
     return item["response"] if "response" in item else reference_response(item).removesuffix("<eos>")
 
 
@@ -109,7 +109,7 @@ def _shown(item: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
 def _summary(
     split: str, count: int, lengths: Sequence[tuple[int, int]], limits: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """Tokens of the prompts of a split and of its references, and how many are over the limits of the run."""
+    """Token counts of the prompts and references of a split, and how many exceed the limits of the run."""
     rows = []
     for what, of, limit in zip(("prompt", "reference"), np.array(lengths).T, limits, strict=True):
         row: dict[str, Any] = {"split": split, "problems": count, "tokens of": what}
@@ -121,7 +121,7 @@ def _summary(
 
 
 def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
-    """Counts in up to `_BINS` ranges of whole numbers of one width."""
+    """Counts in up to `_BINS` integer ranges of equal width."""
     least, width = min(lengths), -(-(max(lengths) - min(lengths) + 1) // _BINS)
     counts = np.bincount((np.array(lengths) - least) // width)
     return [
@@ -131,7 +131,7 @@ def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
 
 
 def _shares(config: Config, train: Any) -> list[dict[str, Any]]:
-    """Of each source of a mixture: its share of the prompts, and how often a run comes to each of its problems."""
+    """For each source of a mixture: its share of the prompts, and how often a run visits each of its problems."""
     names = getattr(train, "sources", ())
     rows = Counter(each["data_source"] for each in train) if names else Counter()
     weights = dict(zip(names, train.weights or [rows[name] for name in names], strict=True)) if names else {}
@@ -148,7 +148,7 @@ def _shares(config: Config, train: Any) -> list[dict[str, Any]]:
 
 
 def _equal(sets: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """How many prompts of each split, and of each two, are equal, and how many but for case and white space."""
+    """Equal prompts within each split and between each two splits, also up to case and white space."""
     keys = {name: [prompt_key(each) for each in items] for name, items in sets.items()}
     loose = {name: [" ".join(key.lower().split()) for key in of] for name, of in keys.items()}
     rows = []

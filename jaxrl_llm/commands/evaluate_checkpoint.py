@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from jaxrl_llm.bounds import natural, shown
-from jaxrl_llm.commands.arguments import require_positive
+from jaxrl_llm.commands.arguments import assignments, require_positive
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.evaluation import measured
 from jaxrl_llm.evaluation.comparison import compared, forgetting
@@ -39,7 +39,7 @@ _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": opera
 _REQUIREMENT = re.compile(r"([^<>=]+)(>=|<=|==|>|<)([^<>=]+)")
 _COUNTS = ("completion_tokens", "problems", "samples_per_problem", "distinct_answers", "answer_entropy")
 _PLAIN = (*_COUNTS, "negative_logprob", "kl_reference", "score")
-# Options of the command that are keys of an evaluation, too.
+# Options of the command that are also keys of an evaluation.
 _KEYS = (
     *("data", "task", "split", "format", "grader", "prompt_format", "problems", "samples", "temperature", "seed"),
     *("max_prompt_tokens", "max_completion_tokens"),
@@ -47,7 +47,7 @@ _KEYS = (
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
-    """Evaluate, write and print; 1 where a requirement is not met."""
+    """Evaluate, write and print; status 1 if a requirement is not met."""
     evaluations = _evaluations(options)
     requirements = [_requirement(text, evaluations) for text in options.require]
     enable_compilation_cache()
@@ -64,7 +64,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
 def _report(
     options: argparse.Namespace, evaluations: Mapping[str, Evaluation], requirements: list, subject: Any
 ) -> int:
-    """What is measured of every checkpoint, shown."""
+    """Measure every checkpoint, and print the results."""
     ready = {
         name: prepared(one, subject, reference=options.reference, batch=options.batch)
         for name, one in evaluations.items()
@@ -93,7 +93,7 @@ def _report(
 
 
 def _measured(one: Evaluation, ready: Prepared, params: PyTree, out: Path | None, progress: Any) -> dict[str, Any]:
-    """The numbers of one evaluation of one checkpoint, from records that are there already and those that are not."""
+    """The metrics of one evaluation of one checkpoint; existing records are reused."""
     file, records, per_batch = None, [], problems_per_batch(one.samples_per_problem, ready.sequences_per_batch)
     if out is not None:
         settings = ready.settings | {
@@ -123,7 +123,7 @@ def _summary(options: argparse.Namespace, subject: Any, label: str, found: dict[
 
 
 def _evaluations(options: argparse.Namespace) -> dict[str, Evaluation]:
-    """The evaluations that are asked for, by name; one without a suite has none."""
+    """The requested evaluations by name; without a suite, one with the name ""."""
     require_positive(options, "samples", "problems", "batch")
     given = {name: getattr(options, name) for name in _KEYS if getattr(options, name) is not None}
     if options.k is not None:
@@ -134,7 +134,7 @@ def _evaluations(options: argparse.Namespace) -> dict[str, Evaluation]:
     if options.reward:
         given["rewards"] = [{"python": each} if ":" in each else each for each in options.reward]
     if options.field:
-        given["fields"] = dict(each.partition("=")[::2] for each in options.field)
+        given["fields"] = assignments(options.field, "--field")
     if options.suite is not None:
         return read_suite(options.suite, given)
     return {"": evaluation_of(given, "jaxrl eval")}
@@ -154,15 +154,13 @@ def _numbers(text: str) -> list[int]:
 def _requirement(text: str, evaluations: Mapping[str, Evaluation]) -> tuple[str, str, float]:
     """(metric, comparison, number) of a requirement."""
     match = _REQUIREMENT.fullmatch(text)
+    name, sign = (match[1].strip(), match[2]) if match else ("", "")
     try:
-        assert match is not None
-        name, sign, number = match[1].strip(), match[2], float(match[3])
-        assert name
-        assert math.isfinite(number)
-    except (AssertionError, ValueError):
-        raise ValueError(
-            f"--require is {text!r}; write a metric, >=, <=, >, < or ==, and a number: 'pass@1>=0.9'"
-        ) from None
+        number = float(match[3]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if not name or not math.isfinite(number):
+        raise ValueError(f"--require is {text!r}; write a metric, >=, <=, >, < or ==, and a number: 'pass@1>=0.9'")
     part, _, metric = name.rpartition("/")
     if (
         part
@@ -180,7 +178,7 @@ def _requirement(text: str, evaluations: Mapping[str, Evaluation]) -> tuple[str,
 
 
 def _unmet(requirements: Sequence[tuple[str, str, float]], result: Mapping[str, Any], *, named: bool) -> int:
-    """1 where some requirement is not met, each said on standard error."""
+    """1 if a requirement is not met, else 0; each violation is printed on standard error."""
     status = 0
     for name, sign, number in requirements:
         parts = result.get("evaluations", {"": result})
@@ -200,7 +198,7 @@ def _unmet(requirements: Sequence[tuple[str, str, float]], result: Mapping[str, 
 
 
 def _looked_up(values: Any, name: str) -> float | None:
-    """A number by its name; dots go into what is nested, such as calibration.likelihood.ece."""
+    """A number by its name, with dots for nested ones, such as calibration.likelihood.ece."""
     if name in values:
         return values[name] if isinstance(values[name], int | float) else None
     outer, dot, inner = name.partition(".")
@@ -235,7 +233,7 @@ def _show(results: Mapping[str, Any], evaluations: Mapping[str, Evaluation], opt
 
 def _show_parts(console: Console, column: str, parts: Mapping[str, Any]) -> None:
     names = [name for name in next(iter(parts.values())) if name != "intervals"]
-    for first in range(0, len(parts), 6):  # as many values as fit a narrow screen
+    for first in range(0, len(parts), 6):  # six columns fit a narrow screen
         shown = dict(list(parts.items())[first : first + 6])
         table = Table(title=f"by {column}")
         for heading in ("metric", *shown):
@@ -246,7 +244,7 @@ def _show_parts(console: Console, column: str, parts: Mapping[str, Any]) -> None
 
 
 def _show_checkpoints(console: Console, results: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> None:
-    """Each checkpoint's accuracies, the best marked, and what was forgotten."""
+    """Print the accuracies of each checkpoint with the best one marked, and the forgetting."""
     history = [
         {name: parts["pass@1"] if "pass@1" in parts else parts["greedy"] for name, parts in found.items()}
         for found in (each.get("evaluations", {"": each}) for each in results.values())
@@ -274,12 +272,12 @@ def _form(name: str, value: float) -> str:
 
 
 def compare_evaluations(options: argparse.Namespace) -> None:
-    """`jaxrl compare A B`: paired differences of every evaluation that both have."""
+    """`jaxrl compare A B`: paired differences of all evaluations of both."""
     sides = [_evaluation_directories(Path(path)) for path in (options.first, options.second)]
     if sides[0].keys() != sides[1].keys():
         raise ValueError(
             f"{options.first} has the evaluations {', '.join(sides[0])} and {options.second} has "
-            f"{', '.join(sides[1])}; compare two of the same suite, or name single evaluations in them"
+            f"{', '.join(sides[1])}; compare two of the same suite, or give the directories of single evaluations"
         )
     ks = None if options.k is None else _numbers(options.k)
     found: dict[str, Any] = {
@@ -309,12 +307,12 @@ def compare_evaluations(options: argparse.Namespace) -> None:
             table.add_row(metric, *shown, f"{low} to {high}", p)
         console.print(table)
         console.print(
-            f"solved greedily by the first alone: {each['only_first']}, by the second alone: {each['only_second']}"
+            f"solved greedily only by the first: {each['only_first']}, only by the second: {each['only_second']}"
         )
 
 
 def _evaluation_directories(path: Path) -> dict[str, Path]:
-    """Evaluations under a path by name; one that is an evaluation itself has none."""
+    """Evaluations under a path by name; a path that is itself an evaluation has the name ""."""
     if path.is_file() or (path / PROBLEMS).is_file():
         return {"": path}
     found = {each.parent.name: each.parent for each in sorted(path.glob(f"*/{PROBLEMS}"))}

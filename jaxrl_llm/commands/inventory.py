@@ -1,4 +1,4 @@
-"""`jaxrl tasks` and `jaxrl doctor`: what there is to train on, and to train with."""
+"""`jaxrl tasks` and `jaxrl doctor`: the built-in tasks, and the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def show_tasks(options: argparse.Namespace) -> None:
 
 
 def _tasks() -> list[dict[str, Any]]:
-    from jaxrl_llm.data import tasks  # jax, and what reads data: it is kept
+    from jaxrl_llm.data import tasks  # slow import: the list is cached
 
     return [
         {

@@ -1,4 +1,4 @@
-"""`jaxrl merge`: several models of one architecture in, one model out."""
+"""`jaxrl merge`: merge several models of one architecture into one."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ def merge_models(
       paths: runs, checkpoints or model directories, of one architecture.
       out: new directory.
       method: average and slerp take no base; task, ties, dare and select scale changes from `base`.
-      weights: one a model; of slerp, t alone; of ties and select, the scale of the merged change alone.
-      base: what the models were fine-tuned from.
-      share: ties and select keep that share of each tensor's changes (0.2), dare drops it (0.9).
-      seed: of what dare drops.
+      weights: one per model; for slerp only t; for ties and select only the scale of the merged change.
+      base: the model that the others were fine-tuned from.
+      share: share of each tensor's changes that ties and select keep (0.2), or dare drops (0.9).
+      seed: random seed of dare.
 
     Raises:
-      ValueError: for options that do not fit the method, models that do not fit each other, or a directory with files.
+      ValueError: for options that the method does not take, models of different architectures, or an output directory
+      with files.
     """
     require_package("safetensors", "hf", "writing safetensors files")
     _require_options(paths, method, weights, base, share)
@@ -106,17 +107,17 @@ def _require_options(paths: Sequence[str], method: str, weights: Any, base: str 
     if method not in get_args(Method):
         raise ValueError(f"--method is {method!r}; it must be one of {', '.join(get_args(Method))}")
     if method in ("average", "slerp") and base is not None:
-        raise ValueError(f"--base is given, which --method {method} has no use for; leave it out")
+        raise ValueError(f"--base is given, but --method {method} does not use it; leave it out")
     if method not in ("average", "slerp") and base is None:
         raise ValueError(f"--method {method} scales changes from a base model; give it with --base")
     if share is not None and method not in ("ties", "dare", "select"):
-        raise ValueError(f"--share is given, which --method {method} has no use for; leave it out")
+        raise ValueError(f"--share is given, but --method {method} does not use it; leave it out")
     if method == "slerp" and len(paths) != 2:
-        raise ValueError(f"--method slerp is between two models, and {len(paths)} are given")
+        raise ValueError(f"--method slerp needs two models, but {len(paths)} are given")
     if method == "select" and len(paths) != 1:
-        raise ValueError(f"--method select keeps the largest changes of one model, and {len(paths)} are given")
+        raise ValueError(f"--method select keeps the largest changes of one model, but {len(paths)} are given")
     if method == "average" and len(paths) < 2:
-        raise ValueError("--method average has one model; give two or more")
+        raise ValueError("--method average needs two models or more, but one is given")
     wanted = 1 if method in ("slerp", "ties", "select") else len(paths)
     if weights is not None and len(weights) != wanted:
         raise ValueError(
@@ -125,7 +126,7 @@ def _require_options(paths: Sequence[str], method: str, weights: Any, base: str 
 
 
 def _read(path: str) -> tuple[Any, PyTree, Path | None]:
-    """(model, parameters with adapters merged, where its tokenizer is) of a run or a model directory."""
+    """(model, parameters with adapters merged, directory of its tokenizer) of a run or a model directory."""
     if is_run(Path(path)):
         built, policy = restored_run(path)
         source = built.directory

@@ -1,4 +1,4 @@
-"""`jaxrl methods`: the shipped recipes and the functions that they are made of."""
+"""`jaxrl methods`: the shipped recipes and their functions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jaxrl_llm.shipped import kept, nearest
 
 
 def show_methods(options: argparse.Namespace) -> None:
-    """One method whole, or those that the options choose."""
+    """Print one method in full, or the list that the options select."""
     functions = options.functions or options.room is not None
     chosen = {name: getattr(options, name) for name in ("stage", "needs", "paper", "arxiv")}
     given = [name for name, value in chosen.items() if value is not None]
     if options.name is not None and (given or options.certainty or options.room):
-        raise ValueError(f"methods {options.name} shows one method; leave the filters out")
+        raise ValueError(f"methods {options.name} shows one method; leave out the filters")
     if functions and given:
         raise ValueError(f"--{given[0]} chooses among recipes; leave out {'--room' if options.room else '--functions'}")
     if options.name is not None:
@@ -55,15 +55,15 @@ def show_methods(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
     elif functions:
-        show_columns(rows, "functions; jaxrl methods NAME shows one whole")
+        show_columns(rows, "functions; jaxrl methods NAME shows one in full")
     else:
         keys = ("name", "paper", "arxiv", "stage", "needs", "certainty")
         rows = [{key: row[key] for key in keys} | {"needs": _shortened(row["needs"])} for row in rows]
-        show_columns(rows, "recipes; jaxrl methods NAME shows one whole, jaxrl train NAME trains with it")
+        show_columns(rows, "recipes; jaxrl methods NAME shows one in full, jaxrl train NAME trains with it")
 
 
 def _methods() -> dict[str, Any]:
-    from jaxrl_llm import catalogue  # all methods, and jax: what it finds is kept
+    from jaxrl_llm import catalogue  # slow import of all methods and jax: the lists are cached
 
     return {"recipes": catalogue.recipes(), "functions": catalogue.methods()}
 
@@ -77,7 +77,7 @@ def _described(name: str, *, recipe: bool) -> dict[str, Any]:
 
 
 def _shortened(needs: Sequence[str]) -> list[str]:
-    """Needs in fewer letters, for tables.
+    """Abbreviated needs, for tables.
 
     >>> _shortened(["value model", "demonstrations", "memory"])
     ['value', 'demos', 'memory']
@@ -108,7 +108,7 @@ def _show_recipe(entry: dict[str, Any], *, also_function: bool) -> None:
     console.print(Text(f"\n{entry['path']}", style="bold"), soft_wrap=True)
     console.print(Text(entry["yaml"].rstrip()), soft_wrap=True)
     if also_function:
-        console.print(Text(f"\nA function has this name too: jaxrl methods --functions {entry['name']}"))
+        console.print(Text(f"\nA function has the same name: jaxrl methods --functions {entry['name']}"))
 
 
 def _show_function(entry: dict[str, Any]) -> None:

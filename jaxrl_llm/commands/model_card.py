@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained, on what, how, and what it measured."""
+"""The model card of an export: base model, data, method, accuracies and config."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ model = {auto}.from_pretrained("{place}")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 
-What it was not evaluated on is not known. The whole config:
+Performance on other data was not evaluated. The whole config:
 
 ```yaml
 {config}```
@@ -49,7 +49,7 @@ def model_card(config: Config, source: Path, place: str, *, scores: bool = False
       config: of the run.
       source: the checkpoint.
       place: the exported directory.
-      scores: it is a reward model.
+      scores: the export is a reward model.
     """
     tree = as_tree(config)
     base = (tree.get("model") or {}).get("path")
@@ -81,7 +81,7 @@ def model_card(config: Config, source: Path, place: str, *, scores: bool = False
 
 
 def _data(config: Config) -> str:
-    """What it was trained on."""
+    """The training data."""
     sources = [(one.path, one.task) for one in config.data.sources.values()] or [(config.data.path, config.task)]
     return ", ".join(
         f"`{path}`" if path else f"the built-in task {task.name if task else ''}" for path, task in sources
@@ -93,9 +93,9 @@ def _named(entries: Any) -> str:
 
 
 def _results(summary: Path) -> str:
-    """Accuracies before and after, where the run has ended."""
+    """Accuracies before and after, if the run has ended."""
     if not summary.is_file():
-        return "\nThe run has not ended: nothing was measured behind it.\n"
+        return "\nThe run has not ended, so there is no final evaluation.\n"
     told = json.loads(summary.read_text())
     before, after = (_numbers(told.get(name)) for name in ("before", "after"))
     rows = [f"| {name} | {before[name]:.1%} | {value:.1%} |" for name, value in after.items() if name in before]

@@ -1,4 +1,4 @@
-"""`jaxrl import`, `jaxrl export` and `jaxrl score`: models in, models out, given texts scored."""
+"""`jaxrl import`, `jaxrl export` and `jaxrl score`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def show_export(options: argparse.Namespace) -> None:
     """`jaxrl export`."""
     if options.network is not None:
         if options.adapters:
-            raise ValueError("--network and --adapters are both given, but adapters are of the policy; drop one")
+            raise ValueError("--network and --adapters are both given, but only the policy has adapters; drop one")
         report = export_reward_model(options.path, options.out, options.network, dtype=options.dtype)
     else:
         report = export_run(options.path, options.out, dtype=options.dtype, adapters=options.adapters)
@@ -54,7 +54,7 @@ def show_export(options: argparse.Namespace) -> None:
 
 
 def show_score(options: argparse.Namespace) -> None:
-    """`jaxrl score`: a line of JSON for each line of the file."""
+    """`jaxrl score`: print a line of JSON for each line of the file."""
     require_positive(options, "batch")
     require_range(Positive, options.temperature, "--temperature")
     enable_compilation_cache()
@@ -66,13 +66,13 @@ def show_score(options: argparse.Namespace) -> None:
 
 
 def import_model(directory: str, out: str | None, *, dtype: str | None = None, strict: bool = False) -> dict[str, Any]:
-    """Read a checkpoint whole, check it, and write it in orbax's layout where `out` is given.
+    """Read a whole checkpoint, check it, and write it in orbax's layout if `out` is given.
 
     Returns:
-      What was found: architecture, sizes, parameters, tokenizer, attention in use.
+      A summary: architecture, sizes, parameters, tokenizer, attention in use.
 
     Raises:
-      ValueError: for anything that does not fit, naming it.
+      ValueError: for a checkpoint that cannot be used, naming the cause.
     """
     found = hub.model_directory(directory)
     execution = {} if dtype is None else {"parameter_dtype": dtype, "compute_dtype": dtype}
@@ -84,7 +84,7 @@ def import_model(directory: str, out: str | None, *, dtype: str | None = None, s
     report: dict[str, Any] = {
         "model": str(found),
         "architecture": ", ".join(described.get("architectures") or ["unknown"]),
-        "reads": "text alone; images are not read" if is_vision_language(described) else "text",
+        "reads": "text only; images are not read" if is_vision_language(described) else "text",
         "parameters": parameter_count(model.specs),
         "layers": config.layers,
         "width": config.width,
@@ -131,19 +131,19 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None, adapters:
 
 
 def export_reward_model(path: str, out: str, name: str, *, dtype: Precision | None = None) -> dict[str, Any]:
-    """Write a network of a run that scores sequences as a directory that `AutoModelForSequenceClassification` loads.
+    """Write a reward model of a run as a directory that `AutoModelForSequenceClassification` loads.
 
     Raises:
-      ValueError: for a network without a head, or on adapters, and for what `save_reward_model` refuses.
+      ValueError: for a network without a head, or on adapters, and for networks that `save_reward_model` refuses.
     """
     require_package("safetensors", "hf", "writing safetensors files")
     built, policy = restored_run(path)
     section = built.config.networks.get(name)
     if section is not None and section.path is not None and not section.learns:
-        raise ValueError(f"network {name!r} is read from {section.path} and does not learn: it lies there as it is")
+        raise ValueError(f"network {name!r} is read from {section.path} and does not learn; use that directory")
     model, network, params = restored_network(path, name)
     if network.head is None:
-        raise ValueError(f"--network is {name!r}, which has no head that scores; name one with a head, such as reward")
+        raise ValueError(f"--network is {name!r}, which has no head; name a network with a head, such as reward")
     if "backbone" not in params:
         params = params | {"backbone": policy.params}
     if model.trained is not None and network.model is None:
@@ -162,7 +162,7 @@ def export_reward_model(path: str, out: str, name: str, *, dtype: Precision | No
         "written to": out,
         "files": [file.name for file in files] + _with_card(built.config, policy.source, out, scores=True),
     }
-    note = "padding and the end of sequence are one token, so that transformers scores the token before the end"
+    note = "padding and end of sequence are the same token, so transformers scores the token before the end"
     return report if pad is not None else report | {"note": note}
 
 
@@ -172,14 +172,14 @@ def _with_card(config: Config, source: Path, out: str, *, scores: bool = False) 
 
 
 def score_file(path: str, file: str, *, temperature: float, batch: int, dtype: str | None) -> list[dict[str, Any]]:
-    """Log-probabilities of the texts or token ids of a file, one entry a line, in order.
+    """Log-probabilities of the texts or token ids of a file, one entry per line, in order.
 
-    A line holds `tokens` (with `prompt_tokens` in front of them, or whole, its first token unscored), or `completion`
-    with `prompt`, or `text`. A prompt and its completion are put together as in training: through the run's prompt
-    format, and with end of sequence behind the completion.
+    A line holds `tokens` (after `prompt_tokens`; without these the first token is not scored), or `completion` with
+    `prompt`, or `text`. A prompt and its completion are encoded as in training: with the run's prompt format, and end
+    of sequence after the completion.
 
     Raises:
-      ValueError: for a line that holds none of these, naming it.
+      ValueError: for a line with none of these, naming the line.
     """
     policy = restored_policy(path, dtype=dtype)
     lines = json_objects(Path(file), "--file")

@@ -1,4 +1,4 @@
-"""Standard output that may close: a run goes on in silence."""
+"""Standard output that may be closed by its reader: a run then continues without output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Lasting:
-    """A stream that takes everything, also when nobody reads it any more or its disk is full."""
+    """A stream whose `write` never fails, also when its reader has closed it or its disk is full."""
 
     def __init__(self, stream: Any):
         self.stream, self.closed_for_good = stream, stream is None
@@ -30,5 +30,5 @@ class Lasting:
 
 
 def unwrapped(stream: Any) -> Any:
-    """The stream behind a `Lasting` one."""
+    """The stream that a `Lasting` one wraps; any other stream itself."""
     return stream.stream if isinstance(stream, Lasting) else stream

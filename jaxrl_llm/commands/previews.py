@@ -1,4 +1,4 @@
-"""`jaxrl explain` and `jaxrl plan`: a run before it starts."""
+"""`jaxrl explain` and `jaxrl plan`: the structure and cost of a run before it starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxrl_llm.run.staged import last_stage
 
 
 def show_step(options: argparse.Namespace) -> None:
-    """The composed step of a config; of several stages, that of the last one."""
+    """The composed step of a config; with several stages, that of the last one."""
     enable_compilation_cache()
     built = parts(last_stage(loaded_config(options.config)))
     if not options.json and not options.verbose:
@@ -50,8 +50,8 @@ def show_step(options: argparse.Namespace) -> None:
 
 
 def _show_outline(options: argparse.Namespace, built: Parts) -> None:
-    """What fits a screen: functions in order, and sizes. Nothing is compiled."""
-    trace(built)  # what cannot work is told here too
+    """A short outline: functions in order, and sizes. Nothing is compiled."""
+    trace(built)  # raises for a step that cannot work
     rows = [
         {key: "rows" if (key, row["stage"]) == ("provides", "collect") else row[key] for key in keys}
         for keys in [("stage", "name", "provides", "where")]
@@ -61,13 +61,11 @@ def _show_outline(options: argparse.Namespace, built: Parts) -> None:
     found = [f"{name.replace('_', ' ')} {value:,}" for name, value in sizes(built, abstract_inputs(built)[0]).items()]
     console = Console()
     console.print(Text(f"\n{'; '.join(found)}"))
-    console.print(
-        Text("--verbose shows what each needs, hyper-parameters, shapes, and the work of programs", style="dim")
-    )
+    console.print(Text("--verbose also shows needs, hyper-parameters, shapes, and the work of programs", style="dim"))
 
 
 def show_plan(options: argparse.Namespace) -> int:
-    """Whether a run fits a machine that need not be there; 1 where it does not."""
+    """Memory and time of a run on a machine that need not be present; status 1 if it does not fit."""
     console = Console(stderr=True)
     with console.status("planning") as status:
         result = plan(
@@ -89,7 +87,7 @@ def show_plan(options: argparse.Namespace) -> int:
                 title,
                 spare=("of it", "from", "kernels", "traffic GB", "sent GB", "temporaries", "state"),
             )
-        print(f"about {result['step_seconds']:,.1f} s a step at the peak rates of the machine")
+        print(f"about {result['step_seconds']:,.1f} s per step at the peak rates of the machine")
     if (problem := refusal(result)) is not None:
         print(f"error: {problem}", file=sys.stderr)
         return 1

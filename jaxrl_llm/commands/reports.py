@@ -1,4 +1,4 @@
-"""`jaxrl report`: one HTML file about runs, or its charts as files for papers."""
+"""`jaxrl report`: an HTML report of runs, or its charts as files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxrl_llm.reporting.reported_run import read_run
 
 
 def show_report_file(options: argparse.Namespace) -> None:
-    """Write the report, or its charts, and say where they are."""
+    """Write the report or its charts, and print the paths."""
     paths = [local_copy(path) for path in options.runs]
     names = [path.name or str(path) for path in paths]
     if len(set(names)) < len(names):
@@ -34,7 +34,7 @@ def show_report_file(options: argparse.Namespace) -> None:
 
 
 def changed_settings(path: Path) -> dict[str, Any]:
-    """Settings of a run's config that are not the defaults, by dotted name; empty where it cannot be read any more."""
+    """Settings of a run's config that differ from the defaults, by dotted name; empty if the config is unreadable."""
     try:
         config = load_config(path / "config.yaml", vocabulary_size=CharacterTokenizer().vocabulary_size)
     except ValueError:

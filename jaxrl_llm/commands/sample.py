@@ -26,9 +26,9 @@ from jaxrl_llm.rollout import Controls, Drawn, make_stream, stop_automaton
 from jaxrl_llm.run.restored import Policy, restored_policy
 
 _KINDS = ("prompt", "messages", "token_ids")
-# Of a model of which nobody says how long its sequences may be.
+# For a model without a known context length.
 _LONGEST_PROMPT = 2**20
-# Tokens between two looks at which of several completions have ended.
+# Tokens decoded between two checks of which completions have ended.
 _PIECE = 16
 
 
@@ -36,9 +36,9 @@ class Request(NamedTuple):
     """A prompt to complete.
 
     Attributes:
-      given: a text, messages or token ids, as they came.
-      shown: the same for a reader.
-      ids: its tokens.
+      given: the text, messages or token ids of the input.
+      shown: the same as text for display.
+      ids: token ids of the prompt.
     """
 
     given: Any
@@ -47,12 +47,12 @@ class Request(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How many tokens there may be.
+    """Largest numbers of tokens.
 
     Attributes:
       prompt: of a prompt.
       completion: of a completion.
-      reason: where the first comes from.
+      reason: origin of the first limit, for messages.
     """
 
     prompt: int
@@ -61,10 +61,10 @@ class Limits(NamedTuple):
 
 
 def sample(options: argparse.Namespace) -> None:
-    """Read prompts, sample and print; `jaxrl sample --help` says what the options are.
+    """Read prompts, sample and print; `jaxrl sample --help` lists the options.
 
     Raises:
-      ValueError: for options that contradict each other, and prompts that cannot be read or do not fit.
+      ValueError: for contradictory options, and prompts that cannot be read or are too long.
     """
     require_positive(options, "samples", "max_tokens", "batch")
     require_range(NonNegative, options.temperature, "--temperature")
@@ -109,14 +109,14 @@ def sample(options: argparse.Namespace) -> None:
 def make_drawn(
     policy: Policy, limits: Limits, options: argparse.Namespace
 ) -> Callable[[Sequence[Request], Sequence[int], int], Iterator[Drawn]]:
-    """(requests, their numbers, tokens a piece) -> completions so far, after each piece.
+    """(requests, their numbers, tokens per piece) -> completions so far, after each piece.
 
-    The number of a request takes the place of a prompt id: it addresses the random keys. Prompts are padded to the
-    smallest of `buckets` that holds them, so that there are as many programs as widths.
+    The number of a request is used as its prompt id, from which the random keys are derived. Prompts are padded to the
+    smallest of `buckets` that holds them, so each width is one program.
     """
     model, tokenizer = policy.model, policy.tokenizer
     stop = None
-    if options.stop:  # an embedding may have more rows than there are tokens
+    if options.stop:  # the embedding may have more rows than the tokenizer has tokens
         unused = [None] * (model.vocabulary_size - tokenizer.vocabulary_size)
         stop = stop_automaton(options.stop, [*tokenizer.token_bytes(), *unused])
     stream = make_stream(
@@ -149,7 +149,7 @@ def make_drawn(
 def _batches(
     requests: Sequence[Request], drawn: Callable, size: int, piece: int
 ) -> Iterator[tuple[Sequence[Request], Iterator[Drawn]]]:
-    """Requests of each batch, in order, and their completions; the last is filled up, or it would be compiled anew."""
+    """Requests of each batch, in order, and their completions; the last batch is padded to avoid a compilation."""
     for first in range(0, len(requests), size):
         part = requests[first : first + size]
         more = size - len(part)
@@ -160,9 +160,9 @@ def _batches(
 def show(
     pieces: Iterable[Drawn], starts: Sequence[str], policy: Policy, write: Callable[[str], Any] | None = None
 ) -> None:
-    """Print completions in order, each behind its start: a single one as it grows, of several each once it is there.
+    """Print completions in order, each after its start: a single one while it grows, several when each is complete.
 
-    Of a character whose bytes are spread over tokens nothing is shown before its last byte is known.
+    A character whose bytes are spread over several tokens is printed when its last byte is known.
     """
     write = write or (lambda text: print(text, end="", flush=True))
     row, said = 0, ""
@@ -185,7 +185,7 @@ def show(
 def _entries(
     policy: Policy, requests: Sequence[Request], samples: int, pieces: Iterable[Drawn]
 ) -> list[dict[str, Any]]:
-    """What JSON says of each completion."""
+    """The JSON entry of each completion."""
     *_, drawn = pieces
     entries = []
     for row, length in enumerate(drawn.length[: len(requests) * samples]):
@@ -203,7 +203,7 @@ def _entries(
 
 
 def _converse(policy: Policy, limits: Limits, drawn: Callable, samples: int) -> None:
-    """Prompts line by line from the terminal; each has a number of its own, so asking again draws anew."""
+    """Read prompts line by line from the terminal; each gets a new number, so a repeated prompt is sampled anew."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history, for `input`
     print(f"{policy.source}: a line is a prompt; Ctrl-C ends a completion, Ctrl-D ends", file=sys.stderr)
@@ -236,10 +236,10 @@ def _limits(policy: Policy, max_tokens: int | None) -> Limits:
         context = f"the model's context of {policy.context_tokens} tokens"
         if policy.context_tokens <= completion:
             raise ValueError(
-                f"completions may have {completion} tokens, which leaves nothing of {context} for a prompt; set "
+                f"completions may have {completion} tokens, which leaves no room for a prompt in {context}; set "
                 "--max-tokens lower"
             )
-        reason = f"what completions of up to {completion} tokens leave of {context}"
+        reason = f"the room that completions of up to {completion} tokens leave in {context}"
         found.append(Limits(policy.context_tokens - completion, completion, reason))
     return min(found, default=Limits(_LONGEST_PROMPT, completion, "more than fits"))
 
@@ -285,7 +285,7 @@ def _encoded(tokenizer: Any, item: Mapping[str, Any], where: str) -> list[int]:
 
 
 def _last_message(messages: Any, where: str) -> str:
-    """The text of the message that is to be answered."""
+    """The text of the last message."""
     fine = isinstance(messages, list) and messages
     for message in messages if fine else ():
         fine = fine and isinstance(message, Mapping) and {"role", "content"} <= message.keys()

@@ -1,4 +1,4 @@
-"""`jaxrl pairs`: how a reward model of a run orders the pairs of a file, and what several make of wrong labels."""
+"""`jaxrl pairs`: accuracy of a run's reward model on the pairs of a file, and correction of wrong labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.commands.arguments import require_positive
+from jaxrl_llm.commands.arguments import assignments, require_positive
 from jaxrl_llm.commands.tables import show
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.data.judged_rows import Judged
@@ -29,7 +29,7 @@ def show_pairs(options: argparse.Namespace) -> None:
     """`jaxrl pairs`."""
     require_positive(options, "batch")
     enable_compilation_cache()
-    columns = dict(one.split("=", 1) for one in options.column)
+    columns = assignments(options.column, "--column")
     unusable: Any = "drop" if options.drop else "error"
     if options.cleaned is not None:
         groups = judged_groups(options.file, "pairs", columns, unusable=unusable).groups
@@ -66,11 +66,11 @@ def scored_pairs(
     """`evaluation.preference_table` of the scores that a run's reward model gives the pairs of a file.
 
     Args:
-      path: of a run, or one of its checkpoints.
-      file: of pairs, see `data.written.judged_groups`.
-      network: which one of the run, with a head of one output.
-      columns: as of the source `pairs`.
-      by: column of the file that says where a pair comes from; None makes one row.
+      path: a run, or one of its checkpoints.
+      file: a file of pairs, see `data.written.judged_groups`.
+      network: name of a network of the run, with a head of one output.
+      columns: names of columns, as for the source `pairs`.
+      by: column of the file, such as the origin of a pair, with one row for each of its values; None makes one row.
       unusable: "drop" leaves ties and equal sides out.
       batch: sequences scored together.
 
@@ -89,7 +89,7 @@ def scored_pairs(
 def scores_of(
     path: str, groups: Sequence[Sequence[Judged]], *, network: str = "reward", batch: int = 16
 ) -> tuple[list[float], list[int]]:
-    """(scores, completion tokens) of the rows of groups, one after the other, by a run's reward model.
+    """(scores, completion lengths in tokens) of the rows of groups in order, by a run's reward model.
 
     Raises:
       ValueError: for a network that gives no score.
@@ -117,14 +117,15 @@ def scores_of(
 def cleaned_pairs(
     groups: Sequence[Sequence[Judged]], said: Sequence[Sequence[float]], *, flip: float, smooth: float
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """(lines of a file of pairs, how many were kept, smoothed and turned) after what several reward models say of them.
+    """(lines of a file of pairs, counts of kept, smoothed and flipped pairs) by the scores of several reward models.
 
-    The strength of a pair is the mean gap of its scores. Those of the lowest strengths are turned where it is below 0;
-    the next ones are smoothed, written in both orders with weights 0.9 and 0.1; every line has its strength as margin.
+    The strength of a pair is the mean gap of its scores. Pairs of the lowest strengths are flipped if it is below 0;
+    the next ones are smoothed: written in both orders with weights 0.9 and 0.1. The strength of each line is its
+    margin.
 
     Args:
       groups: pairs, the better side first.
-      said: scores of their rows by model.
+      said: scores of their rows, one list per model.
       flip, smooth: shares of `label_actions`.
     """
     better, worse = ([list(one[side::2]) for one in said] for side in (0, 1))

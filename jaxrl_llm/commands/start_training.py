@@ -1,4 +1,4 @@
-"""`jaxrl train`: start a run or go on with one, in one process or several."""
+"""`jaxrl train`: start or resume a run, in one process or several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxrl_llm.run.train import train
 
 
 def start_training(options: argparse.Namespace) -> None:
-    """Train, and print the summary where JSON was asked for."""
+    """Train, and print the summary with --json."""
     words = list(options.config)
     if options.resume:
         stored = local_copy(options.resume) / "config.yaml"
@@ -47,8 +47,8 @@ def start_training(options: argparse.Namespace) -> None:
     console = Console(stderr=options.json, quiet=peers is not None and not hosts.is_main())
     if peers is None:
         enable_compilation_cache()
-    else:  # whose homes may differ: only process 0 writes, and processes that wait for each other must all compile
-        console.print(f"{peers.place.processes} processes ({peers.place.how}) are there and agree")
+    else:  # without a cache: homes may differ, and processes that wait for each other must all compile
+        console.print(f"{peers.place.processes} processes ({peers.place.how}) are connected and agree")
     if jax.default_backend() == "cpu":
         give_back_after_compiling()
     decided = decide() if peers is None else peers.decided
@@ -69,20 +69,20 @@ def start_training(options: argparse.Namespace) -> None:
 
 
 def _show_profile(tracing: StepTrace, console: Console) -> None:
-    """The phases of the traced steps beside what the machine can; the trace itself is for xprof."""
+    """Print the phases of the traced steps with the machine's measured maxima; the trace itself is for xprof."""
     from jaxrl_llm.planning.profiled import profile
 
     if not tracing.done:
         raise ValueError(
-            f"--profile asked for steps {tracing.first} to {tracing.last}, but the run did not get there; choose "
+            f"--profile asked for steps {tracing.first} to {tracing.last}, but the run ended before; choose "
             "earlier steps (they count over all stages, as in metrics.jsonl)"
         )
     found = profile(tracing.parts, tracing.directory, tracing.last - tracing.first + 1)
     (tracing.directory / "phases.json").write_text(json.dumps(found, indent=2) + "\n")
     most = found["ceilings"]
     table = Table(
-        title=f"a step, from the trace in {tracing.directory} (this machine: {most['flops'] / 1e9:,.0f} GFLOP/s, "
-        f"{most['bytes'] / 1e9:,.0f} GB/s)"
+        title=f"one step, from the trace in {tracing.directory} (maximum of this machine: "
+        f"{most['flops'] / 1e9:,.0f} GFLOP/s, {most['bytes'] / 1e9:,.0f} GB/s)"
     )
     for heading in ("phase", "seconds", "share", "GFLOP/s", "of the most", "GB/s", "of the most"):
         table.add_column(heading, justify="left" if heading == "phase" else "right")

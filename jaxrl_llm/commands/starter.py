@@ -20,8 +20,7 @@ _LOOKED_AT = 1000
 
 TEXT = """\
 # Written by jaxrl init from the first {looked_at} of {count} lines of {data}. docs/config.md has every key.
-#
-#   jaxrl explain {out}      what the step consists of, and what it costs
+#   jaxrl explain {out}      the parts of the step, and their cost
 #   jaxrl train {out}        training.steps=20 evaluation.problems=32 for a first try
 name: {name}
 
@@ -32,14 +31,14 @@ model:
 
 data:
   path: {data}
-  # test_path: ...           # without it a tenth of the file is kept for tests, and a tenth for validation
+  # test_path: ...           # default: a tenth of the file is used for tests, and a tenth for validation
   format: {format}{fields}
-  prompts: {prompts}         # chat renders the model's template, plain the text alone
+  prompts: {prompts}         # chat renders the model's template, plain uses the text as it is
   prompt_format: {prompt_format}
-  overlong_prompts: error    # drop leaves prompts out that are too long, and counts them; none is ever cut
+  overlong_prompts: error    # drop leaves out prompts that are too long, and counts them; prompts are never truncated
 
 rollout:
-  samples_per_prompt: 8      # completions of each prompt, which are compared with each other
+  samples_per_prompt: 8      # completions per prompt, which are compared with each other
   max_prompt_tokens: {prompt_tokens}     # {why_prompt_tokens}
   max_completion_tokens: 512
 
@@ -54,8 +53,8 @@ losses:
 
 training:
   steps: 200
-  prompts_per_step: 32       # x samples_per_prompt completions a step
-  sequences_per_microbatch: 16   # what is differentiated at once: less takes less memory
+  prompts_per_step: 32       # times samples_per_prompt completions per step
+  sequences_per_microbatch: 16   # completions per backward pass: fewer take less memory
   learning_rate: 1.0e-6
   warmup_steps: 10
 
@@ -65,14 +64,14 @@ checkpoints: {{every_steps: 25}}
 
 
 def write_starter(options: argparse.Namespace) -> None:
-    """Look at a file, and write a config for it.
+    """Inspect a file, and write a config for it.
 
     Raises:
-      ValueError: for a file that cannot be read, lines without a prompt, or an output that is there already.
+      ValueError: for a file that cannot be read, lines without a prompt, or an output file that exists.
     """
     data, out = options.data, Path(options.out)
     if out.exists():
-        raise ValueError(f"{out} is there already; give another file with --out")
+        raise ValueError(f"{out} exists already; give another file with --out")
     keys, first = _keys(data)
     format, fields = _format(keys, first, data)
     records, _ = read_records(data, fields_of(format, **fields))
@@ -92,7 +91,7 @@ def write_starter(options: argparse.Namespace) -> None:
         prompt_format=json.dumps(prompt_format),
         prompt_tokens=tokens,
         why_prompt_tokens=why,
-        columns=f"columns of the file are parameters of your own: {', '.join(spare)}"
+        columns=f"your own function can read these columns as parameters: {', '.join(spare)}"
         if spare
         else "the first is the verifier",
         rewards=rewards,
@@ -105,7 +104,7 @@ def _keys(data: str) -> tuple[set[str], Mapping[str, Any]]:
     """The names of the first rows' columns, and the first row."""
     found = [row.columns for row in rows_of(data)[0][:20]]
     if not found or not all(isinstance(line, dict) for line in found):
-        raise ValueError(f"{data} is not one JSON object a line, and has no rows of another known format")
+        raise ValueError(f"{data} has neither one JSON object per line nor rows of another known format")
     return set(found[0]).intersection(*found), found[0]
 
 
@@ -118,7 +117,7 @@ def _format(keys: set[str], first: Mapping[str, Any], data: str) -> tuple[str, d
     prompt = next((name for name in _PROMPTS if name in keys), None)
     if prompt is None:
         raise ValueError(
-            f"no line of {data} says what its prompt is; it has the fields {', '.join(sorted(keys))}, and one of "
+            f"{data} has no column of prompts; it has the fields {', '.join(sorted(keys))}, and one of "
             f"{', '.join(_PROMPTS)} or messages is needed (or name yours in data.fields: {{prompt: ...}})"
         )
     answer = next((name for name in _ANSWERS if name in keys), None)
@@ -138,12 +137,12 @@ def _used(format: str, fields: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _reward(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """(reward entries that fit the answers, how the prompt says what form an answer has)."""
+    """(reward entries for the form of the answers, the prompt format that asks for this form)."""
     answers = [str(record["answer"]) for record in records if record["answer"]]
     boxed = "{body}\nReason step by step, and write the final answer in \\boxed{}."
     if not answers:
         own = '  - {python: "rewards_of_mine:graded"}   # def graded(completions): return [... a number for each ...]\n'
-        return own + "  # the file has no answers that a verifier could compare with", "{body}"
+        return own + "  # the file has no reference answers for a verifier", "{body}"
     numbers = sum(parsed_number(answer) is not None for answer in answers)
     if numbers >= 0.9 * len(answers):
         return f"  - number_match             # {numbers} of {len(answers)} answers are numbers", boxed
@@ -154,14 +153,14 @@ def _reward(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _has_template(model: str | None) -> bool:
-    """Whether the model, as far as it is here, has a chat template; a name of the hub is taken for a chat model."""
+    """Whether a local model has a chat template; a name on the hub is assumed to be a chat model."""
     if model is None or not Path(model).is_dir():
         return model is not None
     return template_source(Path(model), json_object(Path(model) / "tokenizer_config.json")) is not None
 
 
 def _prompt_tokens(records: Sequence[Mapping[str, Any]], model: str | None) -> tuple[int, str]:
-    """(max_prompt_tokens, where it comes from)."""
+    """(max_prompt_tokens, how it was determined)."""
     texts = [record["body"] for record in records]
     if model and (Path(model) / "tokenizer.json").is_file():
         from jaxrl_llm.data import load_tokenizer
@@ -169,5 +168,8 @@ def _prompt_tokens(records: Sequence[Mapping[str, Any]], model: str | None) -> t
         encode = load_tokenizer(Path(model)).encode
         longest, what = max(len(encode(text)) for text in texts), "by the model's tokenizer"
     else:
-        longest, what = max(len(text) for text in texts) // 3, "by three characters a token: no tokenizer was looked at"
+        longest, what = (
+            max(len(text) for text in texts) // 3,
+            "assuming three characters per token, without a tokenizer",
+        )
     return -(-(longest + 64) // 64) * 64, f"the longest is about {longest} {what}"

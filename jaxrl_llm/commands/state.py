@@ -1,4 +1,4 @@
-"""`jaxrl ckpt` and `jaxrl replay`: what a run has left on the disk, looked at and tidied up."""
+"""`jaxrl ckpt` and `jaxrl replay`: inspect, verify and clean up the files of a run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from jaxrl_llm.run.replay import replayed
 
 
 def show_replay(options: argparse.Namespace) -> None:
-    """`jaxrl replay`: the groups of a failed batch, each with what is not finite in it."""
+    """`jaxrl replay`: the groups of a failed batch, each with its non-finite numbers."""
     described, entries = replayed(options.file)
     if options.json:
         print(json.dumps(described | {"groups": entries}, indent=2))
         return
     step = described["policy of checkpoint"]
-    policy = "the policy that the run began with" if step is None else f"the policy of checkpoint {step}"
+    policy = "the initial policy of the run" if step is None else f"the policy of checkpoint {step}"
     show(options, entries, f"step {described['step']} ({described['stage']}), group by group with {policy}")
 
 
 def show_checkpoints(options: argparse.Namespace) -> int:
-    """`jaxrl ckpt list`, and `verify`, which reads them; 1 where one is damaged."""
+    """`jaxrl ckpt list` and `jaxrl ckpt verify`; status 1 if a checkpoint is damaged."""
     folder, only = checkpoints.checkpoints_of(options.path)
     rows, damaged = [], False
     for step in checkpoints.steps(folder) if only is None else [only]:
@@ -52,7 +52,8 @@ def show_checkpoints(options: argparse.Namespace) -> int:
 
 
 def prune_checkpoints(options: argparse.Namespace) -> None:
-    """`jaxrl ckpt prune`: delete all but the newest good ones, and those that are kept for ever."""
+    """`jaxrl ckpt prune`: delete all checkpoints except the newest, the newest good one, and multiples of
+    --keep-every."""
     require_positive(options, "keep", "keep_every")
     with changed_in_place(options.path, partial(print, file=sys.stderr)) as path:
         folder, _ = checkpoints.checkpoints_of(path)
@@ -63,7 +64,7 @@ def prune_checkpoints(options: argparse.Namespace) -> None:
 
 
 def convert_checkpoint(options: argparse.Namespace) -> None:
-    """`jaxrl ckpt convert`: a checkpoint written anew, its numbers unchanged, with digests; whole or one network."""
+    """`jaxrl ckpt convert`: rewrite a checkpoint with digests and unchanged numbers, whole or one network of it."""
     folder, step = integrity.latest_checkpoint(options.path)
     written = tidying.converted(folder, step, Path(options.out), network=options.only)
     show(options, [{"from": f"{folder}/{step}", "to": str(written)}], "converted")

@@ -1,4 +1,4 @@
-"""Tables on a terminal, or JSON where it was asked for."""
+"""Tables on a terminal, or JSON with --json."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rich.text import Text
 
 
 def show(options: argparse.Namespace, rows: Sequence[dict[str, Any]], title: str, *, spare: Sequence[str] = ()) -> None:
-    """A table in which no word is broken that fits the screen, or JSON where it was asked for.
+    """Print a table that fits the screen without breaking words, or JSON with --json.
 
     Args:
-      options: of the command; `wide` shows all columns, each row on one line.
-      rows: with the same keys.
-      title: above the table.
-      spare: keys of columns that are left out, the first one first, where the screen is too narrow for all.
+      options: of the command; `wide` prints all columns, each row on one line.
+      rows: dictionaries with the same keys.
+      title: printed above the table.
+      spare: keys of columns that are left out, in this order, if the screen is too narrow.
     """
     if options.json:
         print(json.dumps(rows, indent=2, default=str))
@@ -41,7 +41,7 @@ def show(options: argparse.Namespace, rows: Sequence[dict[str, Any]], title: str
         console = Console(width=max(console.width, sum(widths.values()) + 2 * len(widths)))
     console.print(_table(cells, title, console.width))
     if left_out:
-        console.print(Text(f"left out for want of room: {', '.join(left_out)} (--wide shows all)", style="dim"))
+        console.print(Text(f"columns left out: {', '.join(left_out)} (--wide shows all)", style="dim"))
 
 
 def _table(cells: Sequence[dict[str, str]], title: str, width: int) -> Table:
@@ -54,7 +54,7 @@ def _table(cells: Sequence[dict[str, str]], title: str, width: int) -> Table:
 
 
 def show_report(options: argparse.Namespace, report: dict[str, Any], title: str) -> None:
-    """A table of names and values, or JSON where it was asked for."""
+    """Print a table of names and values, or JSON with --json."""
     if options.json:
         print(json.dumps(report, indent=2))
         return
@@ -62,7 +62,7 @@ def show_report(options: argparse.Namespace, report: dict[str, Any], title: str)
 
 
 def show_columns(rows: Sequence[dict[str, Any]], title: str) -> None:
-    """A table in which no word is broken but at an underscore, and with fewer columns on a narrow screen."""
+    """Print a table that breaks words only at underscores, with fewer columns on a narrow screen."""
     console = Console()
     cells = [{key: plain(value) for key, value in row.items()} for row in rows]
     if console.width < 112:
@@ -78,14 +78,14 @@ def show_columns(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def _cut(word: str, width: int) -> str:
-    """A word in lines of this width, cut behind underscores."""
+    """A word in lines of this width, broken after underscores."""
     return (
         word if len(word) <= width - 2 else "\n".join(textwrap.wrap(word.replace("_", "_ "), width)).replace("_ ", "_")
     )
 
 
 def plain(value: Any) -> str:
-    """A value without brackets and quotes."""
+    """A value as text without brackets and quotes."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, dict):
@@ -94,13 +94,13 @@ def plain(value: Any) -> str:
 
 
 def _longest_words(cells: Sequence[dict[str, str]]) -> dict[str, int]:
-    """Letters of the longest word of each column."""
+    """Length of the longest word of each column."""
     keys = list(cells[0]) if cells else []
     return {key: max(len(word) for row in cells for word in [*row[key].split(), key]) for key in keys}
 
 
 def _widths(cells: Sequence[dict[str, str]], total: int) -> dict[str, int]:
-    """Each column as wide as its longest word, and what is left to those that need the least to fit whole."""
+    """Widths of columns: at least the longest word; the remaining room goes to columns that need the least to fit."""
     keys = list(cells[0]) if cells else []
     widths = _longest_words(cells)
     whole = {key: max(len(line) for row in cells for line in [*row[key].split("\n"), key]) for key in keys}

@@ -1,4 +1,4 @@
-"""Errors and rules that the sections of a config share."""
+"""The error class and the field metadata shared by all sections of a config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ConfigError(ValueError):
         super().__init__(shortened(message))
 
 
-# Of a field that decides no number of a run: it may be another when the run is resumed.
+# Metadata of a field that does not affect the numbers of a run: it may change when the run is resumed.
 FREE = {"decides_numbers": False}
-# Of a field that says where and in which pieces a number is computed: the order of sums may change, and no more.
+# Metadata of a field that only affects where, and in which parts, numbers are computed: sums may be reordered.
 PLACEMENT = {"decides_numbers": False, "placement": True}

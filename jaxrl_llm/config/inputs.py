@@ -1,4 +1,4 @@
-"""Sections of what a run starts from: problems, data, the model, and the phase on worked answers before it."""
+"""Sections on the inputs of a run: problems, data, the model, and the supervised warm start."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class TaskConfig:
 
     Attributes:
       name: a built-in task.
-      levels: difficulty levels, mixed in equal parts.
+      levels: difficulty levels, mixed in equal shares.
       options: keyword options of the task.
       train_items, validation_items, test_items: problems in each split; splits never overlap.
-      seed: of the generator.
+      seed: random seed of the generator.
     """
 
     name: str
@@ -43,22 +43,22 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """Rows of the user's own, and which of them become problems.
+    """The user's rows, and which of them become problems.
 
     Attributes:
       path: a JSONL, JSON, CSV, TSV or Parquet file, a directory of such files or one that Hugging Face's `save_to_disk`
-        wrote, tfds:NAME (prepared by tensorflow-datasets), or hf:OWNER/NAME (of the hub); see
-        `jaxrl_llm.data.row_files`. Takes the place of section task.
-      validation_path, test_path: of these splits. None takes the splits that `path` has by name, or cuts a tenth out of
-        it by hash.
-      format: what the columns of a row are called, see `jaxrl_llm.data.jsonl.FORMATS`.
-      fields: changes to them, such as {prompt: problem, answer: solution, answer_from: boxed}. Also templates of jinja2
-        made of several columns, such as {prompt: "{{ question }} {{ options|join(', ') }}"}.
+        wrote, tfds:NAME (prepared by tensorflow-datasets), or hf:OWNER/NAME (on the hub); see
+        `jaxrl_llm.data.row_files`. Replaces section task.
+      validation_path, test_path: paths of these splits. None uses the splits of `path` with these names, or takes a
+        tenth out of `path` by the hash of the prompt.
+      format: default names of the columns, see `jaxrl_llm.data.jsonl.FORMATS`.
+      fields: changes to these names, such as {prompt: problem, answer: solution, answer_from: boxed}; also jinja2
+        templates of several columns, such as {prompt: "{{ question }} {{ options|join(', ') }}"}.
       verifier: how evaluation grades a file's problems: "number" compares the final number, "text" the final answer.
-      where: conditions on the columns that rows have to meet, such as "level|int < 3", one or a list.
-      limit: training problems at most, the first ones.
-      duplicates: "keep", or "drop" for prompts that an earlier row of the split has.
-      unusable: rows without a prompt or an answer that can be read are an "error"; "drop" leaves them out and counts.
+      where: conditions on the columns that rows must satisfy, such as "level|int < 3"; one or a list.
+      limit: use only this many training problems, the first ones.
+      duplicates: "keep", or "drop" rows whose prompt occurs in an earlier row of the split.
+      unusable: rows without a readable prompt or answer are an "error"; "drop" leaves them out and counts them.
     """
 
     path: str | None = field(default=None, metadata=FREE)
@@ -73,18 +73,18 @@ class RowsConfig:
     unusable: Literal["error", "drop"] = "error"
 
 
-# Of `RowsConfig`: says something about a path.
+# Attributes of `RowsConfig` that need a path.
 _OF_A_PATH = ("validation_path", "test_path", "fields", "where", "limit")
 
 
 @dataclass(frozen=True)
 class SourceConfig(RowsConfig):
-    """One source of a mixture: rows of the user's own, or a built-in task.
+    """One source of a mixture: the user's rows, or a built-in task.
 
     Attributes:
-      task: a built-in task, answered in one completion, in place of `path`.
-      weight: its share of the prompts of a step, relative to the weights of the others; left out in all of them, all
-        problems come equally often.
+      task: a built-in task with single completions, instead of `path`.
+      weight: its share of the prompts of a step, relative to the other weights; without any weights all problems occur
+        equally often.
     """
 
     task: TaskConfig | None = None
@@ -93,14 +93,14 @@ class SourceConfig(RowsConfig):
 
 @dataclass(frozen=True)
 class FewShotConfig:
-    """Solved problems before every prompt, the same before all.
+    """Solved problems before every prompt; the same for all prompts.
 
     Attributes:
-      examples: how many.
-      path: where they come from, rows that are read as those of `data`, of which the first are taken; None takes
-        training problems, the first by the hash of their prompts, which are not trained on then.
-      template: text of an example, a template of jinja2: `prompt` is the text in data.prompt_format, `answer` and
-        `response` are the reference answer and completion (the answer where there is none), and the columns are there.
+      examples: number of examples.
+      path: source of the examples, read like the rows of `data`; the first rows are used. None uses training problems,
+        the first by the hash of their prompts, and does not train on them.
+      template: jinja2 template of an example: `prompt` is the text in data.prompt_format, `answer` and `response` are
+        the reference answer and completion (default: the answer); it can also read the columns.
     """
 
     examples: Natural = 0
@@ -113,16 +113,17 @@ class FewShotConfig:
 
 @dataclass(frozen=True)
 class HandbookConfig:
-    """Short instructions by name, such as behaviours that a model has found useful, of which each problem gets some.
+    """Short named instructions, such as useful behaviours found by a model; each problem gets some of them.
 
-    They are the column `handbook` of every problem, for templates of prompts: `{{ handbook }}{body}`.
+    They become the column `handbook` of every problem, for prompt templates: `{{ handbook }}{body}`.
 
     Attributes:
       entries: name -> instruction.
-      path: further ones, a file whose rows have `name`, `instruction` and, for `by`, `tag`; a name counts once.
-      count: entries that a problem gets at most.
-      by: what chooses them: "similarity" the nearest by the cosine of word counts, "mention" those whose name stands in
-        the problem, or a column of the problem that their tag is equal to, such as domain.
+      path: a file of further entries, with the columns `name`, `instruction` and, for `by`, `tag`; each name is used
+          once.
+      count: largest number of entries per problem.
+      by: selects the entries: "similarity" the nearest by cosine similarity of word counts, "mention" those whose name
+        occurs in the problem, or the name of a column whose value must equal their tag, such as domain.
       line: text of an entry, with {name} and {instruction}.
     """
 
@@ -140,30 +141,30 @@ class HandbookConfig:
 
 @dataclass(frozen=True)
 class DataConfig(RowsConfig):
-    """A data set of the user's own or a mixture, what prompts look like, and what to do with those that do not fit.
+    """The user's data set or a mixture, the format of prompts, and the treatment of unusable ones.
 
     Attributes:
-      sources: a mixture, by name, in place of `path` and of section task. Metrics are told for each source.
-      overlap: a prompt that stands in two splits is an "error", or is taken out of training, "drop", and counted.
+      sources: a mixture, by name, instead of `path` and section task. Metrics are reported for each source.
+      overlap: a prompt that occurs in two splits is an "error"; "drop" removes it from training and counts it.
       few_shot: solved problems before every prompt.
-      templates: several wordings of every prompt, name -> text with `{body}`, as often as it is to be read, and columns
-        of the row as in jinja2, such as `{body} Hint: {{ hint }}`. Training has each problem once in every one of them,
-        as problems of their own, and metrics for each; a selection may tell them apart (bandit: {arms: template}).
-        Evaluations have the first.
-      privileged: what the prompt of a training problem is for plans that sample behind more than is learned behind
-        (`helped`, `under_view`): text with `{body}`, and columns of the row, such as `{body}={{ answer }}`.
-      response: what a demonstration says, in the place of the reference completion: text with columns of the row, such
-        as `{{ think.split(';')[0] }}` for its first step alone.
-      handbook: instructions of which each problem gets some.
-      prompts: with a checkpoint's tokenizer: "chat" renders its chat template, "plain" the prompt format alone.
-      prompt_format: text of the prompt (of the last user message in a chat) with `{body}` where the problem goes.
+      templates: several wordings of every prompt: name -> text with `{body}`, which may be repeated, and columns of the
+        row as in jinja2, such as `{body} Hint: {{ hint }}`. In training each problem occurs once in every wording, as
+        separate problems with metrics for each wording; a selection can distinguish them (bandit: {arms: template}).
+        Evaluations use the first.
+      privileged: form of a training prompt for plans that sample after another prompt than they train on (`helped`,
+        `under_view`): text with `{body}` and columns of the row, such as `{body}={{ answer }}`.
+      response: text of demonstrations, instead of the reference completion: a template of columns, such as `{{
+        think.split(';')[0] }}` for the first step only.
+      handbook: instructions for problems, see `HandbookConfig`.
+      prompts: with a checkpoint's tokenizer: "chat" renders its chat template, "plain" only the prompt format.
+      prompt_format: text of the prompt (of the last user message in a chat) with `{body}` in place of the problem.
       system_prompt: first message of a chat.
       template_options: variables of the chat template, such as {enable_thinking: false}.
-      rewritten_history: "error" refuses conversations whose earlier turns the template changes, "allow" takes them.
-      directory: where generated problems are kept; None takes ~/.cache/jaxrl_llm (or XDG_CACHE_HOME).
-      overlong_prompts: "error", or "drop" to leave them out and report how many.
-      selection: what chooses the prompts of a step, a name of `jaxrl_llm.selection` with its hyper-parameters; null
-        takes them in a new order each epoch.
+      rewritten_history: "error" refuses conversations whose earlier turns the template changes, "allow" accepts them.
+      directory: cache of generated problems; None uses ~/.cache/jaxrl_llm (or XDG_CACHE_HOME).
+      overlong_prompts: "error", or "drop" to leave them out and count them.
+      selection: chooses the prompts of each step: a name of `jaxrl_llm.selection` with its hyper-parameters; null
+        visits all prompts once per epoch, in a new order.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -220,7 +221,8 @@ class DataConfig(RowsConfig):
             raise ValueError(f"data.sources.{missing} has no weight, but {weighted[0]} has; give all a weight, or none")
         if weighted and self.selection is not None:
             raise ValueError(
-                f"data.selection chooses prompts, and so do the weights of data.sources ({weighted[0]}); leave one out"
+                f"data.selection chooses prompts, but the weights of data.sources ({weighted[0]}) do so too; leave "
+                "one out"
             )
 
 
@@ -229,10 +231,10 @@ class PretrainedConfig:
     """A model from a Hugging Face checkpoint; its shape is the checkpoint's.
 
     Attributes:
-      path: a local directory, or owner/name of a repository (needs the extra hf).
+      path: a local directory, or owner/name of a Hugging Face repository (needs the extra hf).
       revision: branch, tag or commit of a repository.
-      attention, layer_loop, parameter_dtype, compute_dtype: as for a model that is described by its shape.
-      strict: refuse weights that are NaN or infinite; without it they are warned of.
+      attention, layer_loop, parameter_dtype, compute_dtype: as for a model described by its shape.
+      strict: refuse weights that are NaN or infinite; otherwise a warning is printed.
     """
 
     path: str = field(metadata=FREE)
@@ -245,20 +247,20 @@ class PretrainedConfig:
 
     @property
     def execution(self) -> dict[str, Any]:
-        """What is not the checkpoint's."""
+        """The settings that the checkpoint does not determine."""
         names = ("attention", "layer_loop", "parameter_dtype", "compute_dtype")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class BranchConfig:
-    """Another run whose policy a run starts from, whatever its model is: adapters are merged where this run has others.
+    """Another run whose policy is the initial policy; if the adapters of the two runs differ, its adapters are merged.
 
     Attributes:
       path: directory of the run, or of one of its checkpoints.
-      step: of the checkpoint; None takes the newest. `RUN@step` is short for both.
-      optimizer: the optimiser's moments are taken along, and its count of updates with them, which schedules read; the
-        optimiser must be the same.
+      step: of the checkpoint; None uses the newest. `RUN@step` abbreviates both.
+      optimizer: also read the optimiser's moments and its count of updates, which schedules read; the optimiser must be
+        the same.
     """
 
     path: str
@@ -283,14 +285,14 @@ ModelConfig = Annotated[
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised steps on reference solutions before reinforcement. 0 steps skips the stage.
+    """Supervised steps on reference solutions before reinforcement; with 0 steps there are none.
 
     Attributes:
       steps: at most this many updates.
       sequences_per_step: demonstrations in a batch.
       learning_rate: peak, reached after `warmup_steps`, then constant.
-      warmup_steps: linear rise.
-      probe_every_steps: how often sampled accuracy is measured on the validation split; 0 never.
+      warmup_steps: steps of the linear rise.
+      probe_every_steps: steps between measurements of sampled accuracy on the validation split; 0: never.
       stop_at_accuracy: stop at the first probe that reaches it; None runs all steps.
     """
 

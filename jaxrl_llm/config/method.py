@@ -1,4 +1,4 @@
-"""Sections of how a run learns: completions, the update, networks and adapters."""
+"""Sections on the method of a run: completions, the update, networks and adapters."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from jaxrl_llm.rollout.controls import Controls
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """An OpenAI-compatible engine that samples the completions of training; docs/engines.md says how it is launched.
+    """An OpenAI-compatible engine that samples the completions of training; docs/engines.md explains how to launch one.
 
     Attributes:
       url: root of the engine, such as http://localhost:8000.
-      model: the name that it serves the policy under.
+      model: name of the policy on the server.
       timeout_s: deadline of one request in seconds.
-      concurrency: requests under way at once.
-      retries: further attempts after a failed connection or a passing HTTP status.
+      concurrency: number of simultaneous requests.
+      retries: further attempts after a failed connection or a temporary HTTP error.
       api_key_variable: environment variable that holds the key.
       request: further fields of every request.
-      probe_prompts: prompts of the first batch that the engine's log-probabilities are compared on.
+      probe_prompts: number of prompts of the first batch on which the engine's log-probabilities are checked.
       probe_bound: highest mean difference from ours, in nats.
       probe_largest_bound: highest difference of a single token.
-      weights_directory: where the policy is exported to, under a path that the engine sees too.
-      reload_path: address that makes the engine load it.
-      reload_body: what is sent there; {directory} stands for the exported directory.
-      reload_then: addresses that are called after it, with an empty body.
-      reload_every_steps: steps from one export to the next; 0 leaves the engine with the weights it was launched with.
+      weights_directory: directory of the exported policy, under a path that the engine can read too.
+      reload_path: URL path that makes the engine load the exported policy.
+      reload_body: JSON body of that request; {directory} is replaced by the exported directory.
+      reload_then: URL paths that are called afterwards, with an empty body.
+      reload_every_steps: steps between two exports; with 0 the engine keeps its initial weights.
     """
 
     url: str = field(metadata=FREE)
@@ -56,13 +56,13 @@ class EngineConfig:
         for name in ("weights_directory", "reload_path"):
             if self.reload_every_steps and getattr(self, name) is None:
                 raise ValueError(
-                    f"rollout.engine.{name} is missing, so the engine would go on sampling from the weights that it "
-                    "was launched with; set it, or set rollout.engine.reload_every_steps to 0 to have it so"
+                    f"rollout.engine.{name} is missing, so the engine would keep sampling from its initial "
+                    "weights; set it, or set rollout.engine.reload_every_steps to 0 if this is intended"
                 )
             if not self.reload_every_steps and getattr(self, name) is not None:
                 raise ValueError(
                     f"rollout.engine.{name} is {getattr(self, name)!r}, but rollout.engine.reload_every_steps is 0, "
-                    "which hands no weights over; leave one of them out"
+                    "so no weights are exported; leave one of them out"
                 )
 
 
@@ -72,22 +72,22 @@ class RolloutConfig:
 
     Attributes:
       samples_per_prompt: completions for each prompt of a step.
-      max_prompt_tokens: prompts are padded to this; a longer one is an error (or dropped, see data).
-      prompt_buckets: smaller widths; a step takes the smallest one that holds all of its prompts. True takes powers of
-        two. Each width that occurs is a program more; `jaxrl explain` lists them.
+      max_prompt_tokens: prompts are padded to this length; a longer prompt is an error (or dropped, see data).
+      prompt_buckets: smaller widths; a step uses the smallest one that holds all of its prompts. True: powers of two.
+        Each width that occurs needs its own program; `jaxrl explain` lists them.
       max_completion_tokens: longest completion, end of sequence included.
-      temperature: of the softmax, in sampling and in training alike.
-      plan: how completions are asked for, from the inside out: names of `jaxrl_llm.rollout.plans` with their
-        hyper-parameters, such as {refill: {max_rounds: 10}}; empty draws all at once.
-      replay_router: a mixture of experts learns through the experts that sampled each token.
-      engine: samples in another process; None samples here.
-      slots: completions that are decoded at a time, so that short ones make room for others; None decodes all of a step
-        side by side.
+      temperature: of the softmax, both in sampling and in training.
+      plan: how completions are sampled, from the innermost plan outwards: names of `jaxrl_llm.rollout.plans` with their
+        hyper-parameters, such as {refill: {max_rounds: 10}}; empty: all at once.
+      replay_router: in training, a mixture of experts routes each token to the experts that sampled it.
+      engine: external engine that samples; None uses the built-in sampler.
+      slots: number of completions decoded at a time, a finished one being replaced by the next; None decodes all
+        completions of a step at once.
       top_k, top_p, min_p: truncated sampling in training; it needs top_k and `renormalised`.
-      renormalised: samples and trainer compute over the tokens that each one was drawn from, renormalised. Without it
-        truncated sampling is refused, because the policy that is trained would be another than the one that sampled.
-      off_policy_steps: 1 samples the next batch with the policy that this step starts from, beside the update; 0 after
-        it.
+      renormalised: sampler and trainer both normalise over the kept tokens. Without it truncated sampling is refused,
+        because the sampled and the trained distribution would differ.
+      off_policy_steps: 1 samples the next batch with the policy at the start of this step, in parallel with the update;
+        0 samples it after the update.
     """
 
     samples_per_prompt: Count = 8
@@ -109,18 +109,18 @@ class RolloutConfig:
         require_ranges(self, "rollout")
         if self.truncation is not None and not self.renormalised:
             raise ValueError(
-                "rollout.top_k, top_p or min_p is set, but samples and trainer must have the same support; set "
+                "rollout.top_k, top_p or min_p is set, but sampler and trainer must have the same support; set "
                 "rollout.renormalised to true to train the truncated distribution, or leave them out"
             )
         if self.renormalised and self.truncation is None:
             raise ValueError(
-                "rollout.renormalised is true, but nothing is truncated; set rollout.top_k or leave it out"
+                "rollout.renormalised is true, but sampling is not truncated; set rollout.top_k or leave it out"
             )
         widths = () if isinstance(self.prompt_buckets, bool) else self.prompt_buckets
         if unfit := [width for width in widths if not 1 <= width <= self.max_prompt_tokens]:
             raise ValueError(
-                f"rollout.prompt_buckets holds {unfit[0]}, but the widths of prompts lie between 1 and "
-                f"rollout.max_prompt_tokens {self.max_prompt_tokens}; take it out, or raise the limit"
+                f"rollout.prompt_buckets holds {unfit[0]}, but widths of prompts must lie between 1 and "
+                f"rollout.max_prompt_tokens {self.max_prompt_tokens}; remove it, or raise the limit"
             )
         if self.prompt_buckets and self.off_policy_steps:
             raise ValueError(
@@ -130,23 +130,23 @@ class RolloutConfig:
 
     @property
     def truncation(self) -> Controls | None:
-        """What is cut off the distribution that samples are drawn from."""
+        """The truncation of the sampling distribution; None without."""
         controls = Controls(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         return controls if controls.truncates else None
 
 
 @dataclass(frozen=True)
 class StopWhenConfig:
-    """Ends a stage before its last step: when a number has not become better for long enough.
+    """Early stopping: ends a stage when a metric has not improved for some time.
 
-    The number is read whenever a step writes it, evaluations on the validation split included, and the stage ends with
-    the step after the one that decided it.
+    The metric is checked whenever a step writes it, evaluations on the validation split included; one more step runs
+    after the deciding one.
 
     Attributes:
       metric: a name of metrics.jsonl, such as reward, or validation/pass@1 (see evaluation.every_steps).
       best_is: "highest" or "lowest".
-      patience: readings in a row that may pass without a better one.
-      min_delta: by how much a better one must differ from the best so far.
+      patience: number of consecutive values without improvement.
+      min_delta: smallest difference from the best so far that counts as an improvement.
     """
 
     metric: str
@@ -160,40 +160,40 @@ class StopWhenConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Reinforcement: how many steps, how a batch is cut, the optimiser, and what saves memory.
+    """Reinforcement: number of steps, division of a batch, the optimiser, and memory savings.
 
     Attributes:
       steps: reinforcement steps; each samples one batch.
       prompts_per_step: groups in a batch.
       epochs_per_batch: passes over a batch.
-      minibatches_per_epoch: optimiser updates a pass.
-      sequences_per_microbatch: completions differentiated at once; None takes a whole minibatch.
-      packing: rows share bins as wide as one row in scoring and in the update, so that little of it is padding: numbers
-        of bins, as shares of the rows, of which a batch takes the smallest that holds it. True takes a quarter, three
-        eighths, a half and three quarters. Losses and gradients are those of rows that are not packed.
-      completion_buckets: widths that completions are trimmed to in scoring and in the update; a batch (or microbatch)
-        takes the smallest that holds its longest. True takes powers of two. Each of them, as each share of `packing`,
-        is compiled as a branch of the update.
-      learning_rate: peak.
+      minibatches_per_epoch: optimiser updates per pass.
+      sequences_per_microbatch: completions per backward pass; None: a whole minibatch.
+      packing: in scoring and in the update rows are packed into bins as wide as one row, to reduce padding. The values
+        are numbers of bins as shares of the number of rows; a batch uses the smallest that holds it. True: 1/4, 3/8,
+        1/2 and 3/4. Losses and gradients are equal to those of unpacked rows.
+      completion_buckets: widths to which completions are trimmed in scoring and in the update; a batch (or microbatch)
+        uses the smallest that holds its longest completion. True: powers of two. Each width, like each share of
+        `packing`, is compiled as a branch of the update.
+      learning_rate: peak value.
       warmup_steps: linear rise, in optimiser updates.
       schedule: after the rise: constant, cosine to a tenth of the peak, or a function of `step` that returns a share of
-        it, from `jaxrl_llm.schedules` or the user's own, with its hyper-parameters.
-      optimizer: adamw, adafactor, muon (AdamW for what is no matrix), lion or sgd; or any that optax has, or a function
-        of the user's own, called with the learning rate, with its hyper-parameters: {adamw: {eps: 1.0e-6}}.
+        the peak, from `jaxrl_llm.schedules` or the user's own, with its hyper-parameters.
+      optimizer: adamw, adafactor, muon (AdamW for parameters that are not matrices), lion or sgd; or any optimiser of
+        optax, or the user's function, which is called with the learning rate, with its hyper-parameters: {adamw: {eps:
+        1.0e-6}}.
       weight_decay: of every optimiser.
-      adam_b1, adam_b2: of adamw and lion by their names alone; muon takes adam_b2 for its momentum.
+      adam_b1, adam_b2: of adamw and lion, when given by name only; muon uses adam_b2 for its momentum.
       moment_dtype: dtype of first moments; None is that of the parameters.
-      bfloat16_update: how a step reaches parameters of bfloat16: rounded to the nearest number, by way of a float32
-        copy ("master"), or rounded up or down at random ("stochastic").
-      remat: what of a block's forward pass is computed again in the backward pass instead of kept: none, full (all of
-        it), dots (all but matrix products), attention (all but what attention returns), offload_dots (as dots, and the
-        products wait in the host's memory).
-      offload: what is kept in the host's memory between its uses: optimizer, reference.
-      max_gradient_norm: gradients of a larger global norm are scaled to it; null scales none.
+      bfloat16_update: how updates are added to bfloat16 parameters: rounded to the nearest number ("nearest"), with a
+        float32 copy ("master"), or with stochastic rounding ("stochastic").
+      remat: which part of a block's forward pass is recomputed in the backward pass: none, full (all of it), dots (all
+        but matrix products), attention (all but the outputs of attention), offload_dots (as dots, with the products in
+        host memory).
+      offload: arrays in host memory between uses: optimizer, reference.
+      max_gradient_norm: gradients of a larger global norm are scaled to it; null: no clipping.
       stop_when: ends the stage before `steps`, see `StopWhenConfig`; null runs all of them.
-      freeze_policy_steps: first steps in which only other networks learn.
-      alignment_every_steps: steps between two measurements of `alignment`, which takes three more gradients; 0 never
-        measures it.
+      freeze_policy_steps: number of first steps in which only other networks learn.
+      alignment_every_steps: steps between two measurements of `alignment`, which needs three more gradients; 0: never.
     """
 
     steps: Natural = 100
@@ -229,31 +229,32 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """A network beside the policy. The names that functions ask for say which are made; this says how.
+    """A network beside the policy. It is created if a function has a parameter for its outputs; this section says how.
 
-    A reference is a copy of the policy, and networks with a head (value, twin, token_reward) learn from one, where this
-    says nothing else.
+    By default a reference is a copy of the policy, and networks with a head (value, twin, token_reward) start as a copy
+    and learn.
 
     Attributes:
-      origin: `from` in a config. "policy" copies the policy that a stage starts from, or the name of another network.
-      path: a checkpoint: a run, or a directory of Hugging Face; takes the place of `origin`.
-      of: of a run, which of its networks; None takes the one of the same name.
-      head: numbers instead of log-probabilities: "scalar", or {outputs, layers, width, initial_scale}.
-      says: of a head's values, one a "token", or the one at the "first" token of a row that is trained on.
-      backbone: of a head: "own" starts as a copy of the policy; "shared" reads the policy's hidden states, which then
-        learn from its loss too.
-      learns: it has an optimiser; None says yes for a head that is made from the policy.
-      learning_rate: constant.
+      origin: `from` in a config: "policy" copies the initial policy of a stage; or the name of another network.
+      path: a checkpoint: a run, or a Hugging Face directory; replaces `origin`.
+      of: name of the network in a run; None uses the same name.
+      head: the network returns numbers instead of log-probabilities: "scalar", or {outputs, layers, width,
+          initial_scale}.
+      says: which values of a head are used: one per "token", or the one at the "first" trained token of a row.
+      backbone: of a head: "own" starts as a copy of the policy; "shared" reads the policy's hidden states, so the
+        policy also gets the gradient of its loss.
+      learns: whether it has an optimiser; None: only a head created from the policy has one.
+      learning_rate: a constant.
       optimizer: as training.optimizer.
-      max_gradient_norm: gradients of a larger global norm are scaled to it; null scales none.
-      decay: it follows its origin as a moving average that keeps this share at each step.
-      copy_every: steps between copies of its origin; 0 never.
-      copy_at: steps after which its origin is copied, beside those.
-      temperature: of its log-probabilities; None is that of the rollout.
-      always_origin: it is its origin at every moment: the policy at another temperature.
-      parameter_dtype, compute_dtype: of one that is read from a directory of Hugging Face.
-      int8: the matrices of one that is read from a path are kept in int8: a quarter of float32's memory.
-      rules: of one that is read from a path: changes to the table of where its arrays lie on the mesh, as mesh.rules.
+      max_gradient_norm: gradients of a larger global norm are scaled to it; null: no clipping.
+      decay: the network is a moving average of its origin that keeps this share at each step.
+      copy_every: steps between copies of its origin; 0: never.
+      copy_at: further steps after which its origin is copied.
+      temperature: of its log-probabilities; None: that of the rollout.
+      always_origin: the network always equals its origin, for use at another temperature.
+      parameter_dtype, compute_dtype: of a network read from a Hugging Face directory.
+      int8: store the matrices of a network read from a path in int8, a quarter of float32's memory.
+      rules: sharding of a network read from a path: changes to the table, as in mesh.rules.
     """
 
     origin: str = "policy"
@@ -280,7 +281,7 @@ class NetworkConfig:
         require_ranges(self, "networks.*")
         if self.rules and self.path is None:
             raise ValueError(
-                "networks.*.rules is set, but a network that is made from another one lies where that one does; name "
+                "networks.*.rules is set, but a network made from another one has the sharding of that network; set "
                 "its path, or leave rules out"
             )
         try:
@@ -290,17 +291,17 @@ class NetworkConfig:
         if self.int8 and (self.path is None or self.head is not None or self.learns):
             raise ValueError(
                 "networks.*.int8 is true, but only a network that is read from a path, has no head and does not learn "
-                "can be kept in int8; name its path, or leave int8 out"
+                "can be stored in int8; set its path, or leave int8 out"
             )
 
 
 @dataclass(frozen=True)
 class AdapterConfig(LoraConfig):
-    """Low-rank adapters (LoRA) are all that learns of the policy; rank, alpha, targets and rank_stabilised as there.
+    """Low-rank adapters (LoRA), the only trained parameters of the policy; other attributes as in `LoraConfig`.
 
     Attributes:
-      int8: the matrices under the adapters are stored in int8.
-      int4: they are stored in four bits, with a scale for every 64 inputs.
+      int8: store the frozen matrices in int8.
+      int4: store the frozen matrices in four bits, with a scale for every 64 inputs.
     """
 
     int8: bool = False
@@ -313,5 +314,5 @@ class AdapterConfig(LoraConfig):
 
     @property
     def bits(self) -> Bits:
-        """Of the matrices under the adapters; 0 leaves them as they are."""
+        """Bits of the frozen matrices; 0: not quantised."""
         return 8 if self.int8 else 4 if self.int4 else 0

@@ -1,4 +1,4 @@
-"""Sections of how a run is operated: evaluation, checkpoints, reports, devices, and what a recipe is of."""
+"""Sections on the operation of a run: evaluation, checkpoints, reports, devices, and the origin of a recipe."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class EvaluationConfig:
     """Greedy and sampled accuracy on the test split, before and after training.
 
     Attributes:
-      problems: test problems used, and validation problems in probes; at most as many as there are.
+      problems: number of test problems, and of validation problems in probes; capped at the size of the split.
       samples_per_problem: sampled completions for each problem; pass@k needs k of them.
       k: the k of pass@k and maj@k.
-      temperature: of the sampled completions.
-      sequences_per_batch: completions decoded together; null takes as many as fit a device, at most 1152.
-      grader: what judges completions: number, text, math, choice, code, or module:function of your own, see
-        `jaxrl_llm.evaluation.function_grader`; None takes the task's verifier, or data.verifier for a file.
-      every_steps: evaluate on the validation split every so many steps; 0 only before and after.
+      temperature: sampling temperature.
+      sequences_per_batch: completions decoded together; null uses as many as fit on a device, at most 1152.
+      grader: judges completions: number, text, math, choice, code, or your own module:function, see
+        `jaxrl_llm.evaluation.function_grader`; None uses the task's verifier, or data.verifier for a file.
+      every_steps: steps between evaluations on the validation split; 0 evaluates only before and after.
       across_stages: after each stage, measure pass@1 on the validation problems of all stages; summary.json has the
-        matrix, and what was forgotten.
+        matrix and the forgetting.
     """
 
     problems: Count = 512
@@ -47,18 +47,18 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often the whole state is written, and which are kept.
+    """How often checkpoints of the whole state are written, and which are kept.
 
     Attributes:
       every_steps: steps between two checkpoints.
-      keep: the newest that are kept.
-      keep_every_steps: checkpoints of multiples of this are kept for ever; null none.
-      keep_best: the best that are kept beside them, by `best_metric`.
-      best_metric: of the newest evaluation on the validation split (see evaluation.every_steps).
+      keep: number of newest checkpoints to keep.
+      keep_every_steps: checkpoints at multiples of this are never deleted; null: none.
+      keep_best: number of further checkpoints to keep, the best by `best_metric`.
+      best_metric: a metric of the newest evaluation on the validation split (see evaluation.every_steps).
       best_is: "highest" or "lowest".
-      local_dir: a directory on a disk, or in the memory (/dev/shm/...), of each host, where each process keeps the
-        parts of the state that its devices hold, for a restart on the same hosts; null for none.
-      local_every_steps: steps between two of those.
+      local_dir: a directory on a local disk or in the memory (/dev/shm/...) of each host, where each process keeps the
+        parts of the state on its devices, for a restart on the same hosts; null: none.
+      local_every_steps: steps between two local checkpoints.
     """
 
     every_steps: Count = 20
@@ -75,20 +75,21 @@ class CheckpointConfig:
         if self.local_dir is not None and self.local_every_steps >= self.every_steps:
             raise ValueError(
                 f"checkpoints.local_every_steps is {self.local_every_steps}, but checkpoints.every_steps is "
-                f"{self.every_steps}; local checkpoints are those between the others, so choose fewer"
+                f"{self.every_steps}; local checkpoints are written between the others, so choose a smaller number"
             )
 
 
 @dataclass(frozen=True)
 class FaultsConfig:
-    """What a run puts up with.
+    """Limits on failures, beyond which a run ends.
 
     Attributes:
-      most_failed_share: of the rows of a step for which a function of the user's own may fail, each counted and
-        given its `value_on_failure`; beyond it the run ends with its state saved.
-      most_skipped_updates: one after the other, for numbers that are not finite; beyond it the run ends.
-      stalled_after_medians: a step that takes so many times the median of the last steps, and 10 minutes at least, ends
-        the run with exit status 75, which says that it may be started again; 0 waits for ever.
+      most_failed_share: largest share of the rows of a step for which a user's function may fail; failed rows are
+        counted and get the `value_on_failure`. Beyond it the run ends with its state saved.
+      most_skipped_updates: largest number of consecutive updates skipped for non-finite numbers; beyond it the run
+          ends.
+      stalled_after_medians: a step that takes more than this multiple of the median of the last steps, and at least 10
+        minutes, ends the run with exit status 75 (it may be restarted); 0 waits for ever.
     """
 
     most_failed_share: Share = 0.5
@@ -101,18 +102,19 @@ class FaultsConfig:
 
 @dataclass(frozen=True)
 class ReportingConfig:
-    """What is written besides metrics.
+    """Outputs besides metrics.jsonl.
 
     Attributes:
-      samples_every_steps: write completions with their rewards every so many steps, and at the first and the last step
-        of a stage; 0 never.
+      samples_every_steps: steps between two writes of completions with their rewards, also at the first and the last
+        step of a stage; 0: never.
       samples_per_report: completions written each time.
-      loggers: where numbers go beside metrics.jsonl: tensorboard, csv, wandb, trackio or mlflow, each with options of
-        its own, or `python: module:function`; see `jaxrl_llm.reporting.loggers`.
-      samples_shown: completions shown in the terminal each time that samples are written.
-      report: report.html, refreshed during the run and written at its end; None where the extra `report` is installed.
-      diagnostics: each step also measures how its rewards go with each other, with the length and with the KL
-        divergence, and how many completions are duplicates, empty, repetitive or in a foreign script.
+      loggers: further outputs of metrics: tensorboard, csv, wandb, trackio or mlflow, each with its own options, or
+        `python: module:function`; see `jaxrl_llm.reporting.loggers`.
+      samples_shown: completions printed each time that samples are written.
+      report: whether report.html is updated during the run and written at its end; None: if the extra `report` is
+          installed.
+      diagnostics: each step also measures correlations of its rewards with each other, the length and the KL
+        divergence, and counts duplicate, empty and repetitive completions and those in a foreign script.
     """
 
     samples_every_steps: Natural = 10
@@ -128,19 +130,20 @@ class ReportingConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The devices of a run, as a mesh. With no size named (or `mesh: auto`) sizes are chosen, and the choice is shown.
+    """The devices of a run as a mesh. Without sizes (or with `mesh: auto`) the sizes are chosen and printed.
 
     Attributes:
-      devices: how many are used; None takes all that there are.
-      data: replicas of the parameters, which share the rows of a batch.
-      fsdp: devices that share rows and parameters: each keeps a part of every matrix, and gathers it for its use.
-      tensor: devices that share each matrix product; divides model.kv_heads and the width of the MLP.
-      sequence: devices that share the positions of each row.
-      expert: devices that share the experts of a mixture; divides model.experts.count.
-      slices: TPU slices, between which the network is slow; each holds replicas.
-      rules: changes to the table from the names of array axes to mesh axes, such as {mlp: [tensor, fsdp]}.
-      gather_for_rollout: sampling gathers the parameters once a rollout, which needs memory for those that `tensor` and
-        `expert` do not split; false gathers them for each token.
+      devices: number of devices to use; None uses all.
+      data: replicas of the parameters, among which the rows of a batch are split.
+      fsdp: devices among which rows and parameters are split: each keeps a part of every matrix, which is gathered for
+          use.
+      tensor: devices among which each matrix product is split; divides model.kv_heads and the width of the MLP.
+      sequence: devices among which the positions of each row are split.
+      expert: devices among which the experts of a mixture are split; divides model.experts.count.
+      slices: TPU slices, connected by a slow network; each holds replicas.
+      rules: changes to the table that maps names of array axes to mesh axes, such as {mlp: [tensor, fsdp]}.
+      gather_for_rollout: sampling gathers the parameters once per rollout, which needs memory for all parts that
+        `tensor` and `expert` do not split; false gathers them for each token.
     """
 
     devices: Count | None = None
@@ -159,17 +162,19 @@ class MeshConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes by mesh axis, of those that are named."""
+        """The given sizes by mesh axis."""
         named = {axis: getattr(self, "slices" if axis == "slice" else axis) for axis in AXES}
         return {axis: size for axis, size in named.items() if size is not None}
 
 
-Direction = Literal["rises", "falls", "holds"]  # of a metric while a recipe trains; "holds": it does not fall away
+Direction = Literal[
+    "rises", "falls", "holds"
+]  # of a metric during training with a recipe; "holds": it does not collapse
 
 
 @dataclass(frozen=True)
 class AboutConfig:
-    """Where a recipe comes from; shown by `jaxrl methods`."""
+    """The publication of a recipe; shown by `jaxrl methods`."""
 
     paper: str = ""
     arxiv: str = ""

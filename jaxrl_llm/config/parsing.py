@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pydantic
 
+from jaxrl_llm.addresses import is_address
 from jaxrl_llm.bounds import file_bytes, natural, shown
 from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
@@ -21,7 +23,10 @@ from jaxrl_llm.yaml_text import MOST_BYTES, MOST_LEVELS, yaml_values
 
 _MOST_BASES = 20
 _LONGEST_KEY = 200
+_LONGEST_KEPT = 10_000  # letters of a file that is parsed once
 _LARGEST = 2**63
+_PATHS = ("path", "file", "directory", "_dir", "init_from")  # what keys of paths end with
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any) -> Config:
@@ -30,10 +35,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any
     Args:
       path: the file.
       overrides: dotted assignments; values are YAML.
-      defaults: model fields that the caller knows (vocabulary_size) and the file need not name.
+      defaults: model fields known to the caller (vocabulary_size), which the file may leave out.
 
     Raises:
-      ConfigError: naming the field, the value and the remedy.
+      ConfigError: for an invalid config, naming the field, the value and the remedy.
     """
     return parse_config(read_tree(Path(path)), overrides, **defaults)
 
@@ -79,19 +84,19 @@ def _adapter() -> pydantic.TypeAdapter[Config]:
 
 
 def _with_origin(network: Any) -> Any:
-    """A section of a network with `from`, which is no name of an attribute, under the name that it has inside."""
+    """A network section with the key `from`, a keyword of Python, renamed to the attribute `origin`."""
     if not isinstance(network, dict):
         return {} if network is None else network
     return {"origin" if key == "from" else key: value for key, value in network.items()}
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """A YAML file with its `extends` merged underneath: mappings merge, lists and scalars are replaced.
+    """A YAML file merged over the file that it `extends`: mappings are merged, lists and scalars replaced.
 
-    `extends` is a path, from the directory of the file, or the name of a shipped recipe.
+    `extends` is a path relative to the directory of the file, or the name of a shipped recipe.
 
     Raises:
-      ConfigError: for a missing file or recipe, broken YAML, or files that extend each other in a circle.
+      ConfigError: for a missing file or recipe, invalid YAML, or files that extend each other in a cycle.
     """
     return _read_tree(path, ())
 
@@ -99,9 +104,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in below:
-        raise ConfigError(
-            f"config {path} extends itself through {' -> '.join(p.name for p in below)}; break the circle"
-        )
+        raise ConfigError(f"config {path} extends itself through {' -> '.join(p.name for p in below)}; break the cycle")
     try:
         text = file_bytes(path, MOST_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
@@ -111,7 +114,7 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"config {path} cannot be read: {error.strerror}; give the path of a YAML file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"config {path} is no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise ConfigError(f"config {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except ValueError as error:
         raise ConfigError(f"config {error}") from None
     tree = _values(text, f"config {path}")
@@ -119,13 +122,13 @@ def _read_tree(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"config {path} holds {type(tree).__name__}, not a mapping of sections")
     if (base := tree.pop("extends", None)) is not None:
         if len(below) >= _MOST_BASES:
-            raise ConfigError(f"config {path} stands in a chain of more than {_MOST_BASES} files; shorten the chain")
+            raise ConfigError(f"config {path} is in a chain of more than {_MOST_BASES} `extends`; shorten the chain")
         tree = _merged(_read_tree(_base_path(path, base), (*below, path)), tree)
     return tree
 
 
 def _base_path(path: Path, base: Any) -> Path:
-    """The file that `extends` means: one beside the file, or where it is a bare word the name of a shipped recipe."""
+    """The file that `extends` refers to: a path relative to the file, or for a bare word a shipped recipe."""
     if not isinstance(base, str) or not base or "\0" in base:
         raise ConfigError(
             f"config {path} has extends {shown(base)}; it must be the path of one YAML file, or the name of a recipe"
@@ -140,9 +143,13 @@ def _base_path(path: Path, base: Any) -> Path:
 
 def _values(text: str, where: str) -> Any:
     try:
-        return yaml_values(text, where)
+        # Most recipes extend the same few files.
+        return copy.deepcopy(_parsed(text, where)) if len(text) <= _LONGEST_KEPT else yaml_values(text, where)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+_parsed = functools.lru_cache(maxsize=1024)(yaml_values)
 
 
 def _merged(under: Mapping, over: Mapping) -> dict:
@@ -155,11 +162,11 @@ def _merged(under: Mapping, over: Mapping) -> dict:
 
 def _copied(tree: Any, key: str = "", level: int = 0) -> Any:
     if level > MOST_LEVELS:
-        raise ConfigError(f"config key {shown(key)} goes on for more than {MOST_LEVELS} levels; nest it less")
+        raise ConfigError(f"config key {shown(key)} has more than {MOST_LEVELS} levels of nesting; nest it less")
     if isinstance(tree, Mapping):
         for name in tree:
             if len(str(name)) > _LONGEST_KEY:
-                raise ConfigError(f"config key {shown(name)} under {key or 'the file'} is no key; shorten it")
+                raise ConfigError(f"config key {shown(name)} in {key or 'the file'} is too long for a key; shorten it")
         return {
             str(name): _copied(value, f"{key}.{name}" if key else str(name), level + 1) for name, value in tree.items()
         }
@@ -168,7 +175,14 @@ def _copied(tree: Any, key: str = "", level: int = 0) -> Any:
     if isinstance(tree, int) and not -_LARGEST <= tree < _LARGEST:
         raise ConfigError(f"config key {key} is {shown(tree, 60)}, which is beyond 64 bits; give a smaller number")
     if isinstance(tree, str) and ("\0" in tree or any("\ud800" <= character <= "\udfff" for character in tree)):
-        raise ConfigError(f"config key {key} is {shown(tree)}, with characters that are none; take them out")
+        raise ConfigError(f"config key {key} is {shown(tree)}, with invalid characters; remove them")
+    if isinstance(tree, str) and key.endswith(_PATHS) and not is_address(tree):
+        longest = max(len(name.encode()) for name in tree.split("/"))
+        if longest > _LONGEST_NAME or len(tree.encode()) > _LONGEST_PATH:
+            raise ConfigError(
+                f"config key {key} is {shown(tree)}, which is too long: {len(tree.encode())} bytes, of which one name "
+                f"has {longest}; a path has at most {_LONGEST_PATH}, and each name in it {_LONGEST_NAME}"
+            )
     return tree
 
 
@@ -182,20 +196,21 @@ def _assign(tree: dict[str, Any], override: str) -> None:
         inner = _inside(inner, section, following, override)
         if not isinstance(inner, dict | list):
             raise ConfigError(
-                f"override {shown(override)} goes through {section!r}, which is not a section; replace it whole"
+                f"override {shown(override)} goes through {section!r}, which is not a section; override {section!r} "
+                "itself"
             )
     if isinstance(inner, list):
         raise ConfigError(
-            f"override {shown(override)} sets one entry of the list {'.'.join(sections)}; give the key in it that "
-            "changes, or the whole list"
+            f"override {shown(override)} sets one entry of the list {'.'.join(sections)}; give a key of the entry, "
+            "or the whole list"
         )
-    inner[last] = _values(text, f"override {shown(override)} has a value that")
+    inner[last] = _values(text, f"the value of override {shown(override)}")
 
 
 def _inside(tree: Any, section: str, following: str, override: str) -> Any:
-    """What a section of an override is about: a key, or an entry of a list by its number, name or function.
+    """The value that a section of an override refers to: of a key, or an entry of a list by number, name or function.
 
-    The name of a function alone becomes a mapping where its hyper-parameters are meant.
+    An entry that is only the name of a function becomes a mapping if the override sets one of its hyper-parameters.
     """
     if isinstance(tree, list):
         named = [_names_of(entry) for entry in tree]
@@ -205,7 +220,7 @@ def _inside(tree: Any, section: str, following: str, override: str) -> Any:
         if not 0 <= place < len(tree):
             known = ", ".join(names[0] for names in named if names) or "no entry with a name"
             raise ConfigError(
-                f"override {shown(override)} names {section!r}, which is not in that list; it has {known}"
+                f"override {shown(override)} names {section!r}, which is not in that list; its entries are {known}"
             )
         if tree[place] in (section, following):
             tree[place] = {tree[place]: {}}
@@ -220,7 +235,7 @@ def _inside(tree: Any, section: str, following: str, override: str) -> Any:
 
 
 def _names_of(entry: Any) -> list[str]:
-    """What an entry of a list may be called by."""
+    """The names by which an override can refer to an entry of a list."""
     if isinstance(entry, str):
         return [entry]
     if not isinstance(entry, dict):
@@ -234,7 +249,7 @@ def _names_of(entry: Any) -> list[str]:
 
 
 def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
-    """Refuse unknown keys with the nearest known one, and name missing ones, before types are looked at."""
+    """Raise ConfigError for unknown keys, with the nearest known one; called before types are checked."""
     if not isinstance(tree, dict):
         raise ConfigError(f"config section {prefix.rstrip('.') or 'the file'} is {shown(tree)}; it must be a mapping")
     known = {f.name: f for f in fields(kind)}
@@ -257,12 +272,12 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
 
 
 def _refuse_shape(tree: Mapping[str, Any]) -> None:
-    """Say why a field that describes the shape of a model cannot stand beside a checkpoint."""
+    """Raise ConfigError for a field that describes the shape of a model beside a checkpoint."""
     shape = {f.name for f in fields(TransformerConfig)} - {f.name for f in fields(PretrainedConfig)}
     if given := sorted(shape & tree.keys()):
         raise ConfigError(
             f"config key model.{given[0]} is {tree[given[0]]!r}, but model.path is {tree['path']!r}, whose config.json "
-            f"says it; leave out {', '.join('model.' + name for name in given)}"
+            f"defines it; leave out {', '.join('model.' + name for name in given)}"
         )
 
 
@@ -281,7 +296,7 @@ def as_tree(config: Config) -> dict[str, Any]:
 
 
 def numeric_tree(config: Any) -> dict[str, Any]:
-    """The part of a config that decides the numbers: what the config hash of a checkpoint covers. Fields say so."""
+    """The part of a config that decides the numbers, which a checkpoint's config hash covers; see `FREE`."""
     tree = _deciding(config)
     # More steps may be added to a run, unless a schedule depends on their number.
     if config.training.schedule == "constant":
@@ -290,7 +305,7 @@ def numeric_tree(config: Any) -> dict[str, Any]:
 
 
 def placement_tree(value: Any) -> dict[str, Any]:
-    """The part of a config that says where and in which pieces numbers are computed, section by section."""
+    """The part of a config that only decides where, and in which parts, numbers are computed; see `PLACEMENT`."""
     found = {}
     for f in fields(value):
         held = getattr(value, f.name)
@@ -302,7 +317,7 @@ def placement_tree(value: Any) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """What two trees differ in, as `key (old value, now new value)`; a whole list counts where its length changed."""
+    """Differences of two trees as `key (old value, now new value)`; a list of another length is one difference."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = [(name, old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -322,7 +337,7 @@ def _deciding(value: Any) -> Any:
 
 
 def stage_trees(config: Config) -> list[dict[str, Any]]:
-    """The stages of a run as whole configs in plain dictionaries: what each changes is merged over the rest."""
+    """The stages of a run as whole configs in plain dictionaries: each stage is merged over the rest of the config."""
     tree = as_tree(config)
     stages = tree.pop("stages")
     return [

@@ -1,4 +1,4 @@
-"""The whole of a config.
+"""The top-level config.
 
 Units are in the names: `prompts_per_step` counts prompts, `sequences_per_microbatch` counts completions.
 """
@@ -25,8 +25,8 @@ from jaxrl_llm.config.operation import (
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.ranges import Range, require_ranges
 
-_MOST_TOKENS = 2**40  # of a step
-# What a stage cannot have of its own.
+_MOST_TOKENS = 2**40  # per step
+# Keys that a stage cannot set.
 _OF_THE_RUN = (
     "model",
     "lora",
@@ -49,10 +49,10 @@ class Config:
 
     `init_from: RUN` or `RUN@step` starts it from the policy of another run, see `BranchConfig`.
 
-    `environment` holds options of the environment that answers the turns of a task such as grid; or
-    `python: "module:function"` and the keyword arguments of that function, which is called with the tokenizer and
-    returns an environment of the user's own; `executor`: process, sandbox or thread says where that is called.
-    null leaves it out, in a stage whose task is answered at once.
+    `environment` holds options of the environment of a task in turns such as grid; or `python: "module:function"` with
+    the keyword arguments of that function, which is called with the tokenizer and returns the user's environment.
+    `executor` (process, sandbox or thread) decides where that environment is called. null removes the environment, in a
+    stage whose task has single completions.
     """
 
     name: str = field(metadata=FREE)
@@ -94,13 +94,13 @@ class Config:
         for stage in self.stages:
             if of_run := [name for name in _OF_THE_RUN if name in stage]:
                 raise ValueError(
-                    f"stage {stage.get('name', '')!r} sets {of_run[0]}, which all stages of a run share; set it beside "
-                    "section stages"
+                    f"stage {stage.get('name', '')!r} sets {of_run[0]}, which all stages of a run share; set it at the "
+                    "top level, beside section stages"
                 )
         if self.task is not None and (self.data.path is not None or self.data.sources):
             raise ValueError(
                 f"task and data.{'sources' if self.data.sources else 'path'} are both set; name a built-in task in "
-                "section task, a file of your own in data.path, or make each of them one of data.sources"
+                "section task, or your own file in data.path, or make each of them one of data.sources"
             )
         if self.training.bfloat16_update != "nearest" and self.model.parameter_dtype != "bfloat16":
             raise ValueError(
@@ -109,26 +109,26 @@ class Config:
             )
         if self.data.prompt_format != "{body}" and isinstance(self.model, TransformerConfig):
             raise ValueError(
-                f"data.prompt_format is {self.data.prompt_format!r}, but the prompts of a model that is described by "
-                "its shape are the bodies of its problems; set model.path to a checkpoint, or leave it out"
+                f"data.prompt_format is {self.data.prompt_format!r}, but a model described by its shape uses the "
+                "bodies of its problems as prompts; set model.path to a checkpoint, or leave data.prompt_format out"
             )
         if self.data.prompts == "chat" and isinstance(self.model, TransformerConfig):
             raise ValueError(
-                "data.prompts is 'chat', but a model that is described by its shape has no chat template; set "
+                "data.prompts is 'chat', but a model described by its shape has no chat template; set "
                 "model.path to a checkpoint, or data.prompts to plain"
             )
 
     @property
     def has_problems(self) -> bool:
-        """Whether there are problems to train on and to be measured on."""
+        """Whether there are problems for training and evaluation."""
         return self.task is not None or self.data.path is not None or bool(self.data.sources)
 
     @property
     def directory(self) -> Path:
-        """Where the run works on this machine; of a run at an address, the copy that is brought there."""
+        """The run directory on this machine; for a run at an address, the local working copy."""
         return working_directory(self.place) if is_address(self.place) else Path(self.place)
 
     @property
     def place(self) -> str:
-        """Where the run is found: a directory, or an address."""
+        """The directory or address of the run."""
         return self.run_dir or f"runs/{self.name}"

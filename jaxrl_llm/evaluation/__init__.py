@@ -1,4 +1,4 @@
-"""Evaluation: what a policy's samples say about it, from a live policy, a checkpoint or a model directory."""
+"""Evaluation of policies by their samples: of a policy in training, a checkpoint or a model directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats of public benchmarks: what the lines of their files hold, and how completions are graded.
+"""Formats of public benchmarks: the lines of their files, and their default graders.
 
 prompt     {"prompt": ..., "answer": ...}                                        number
 messages   {"messages": [...], "answer": ...}                                    number
@@ -40,11 +40,11 @@ def read_problems(path: str | Path, format: str = "prompt", fields: Mapping[str,
 
     Args:
       path: a JSONL file, or a JSON file that is one list.
-      format: of its lines, see above.
-      fields: changes to which field holds what, as section data.fields of a config.
+      format: format of its lines, see above.
+      fields: changes to the names of fields, as section data.fields of a config.
 
     Raises:
-      ValueError: for a file or lines that cannot be used, by file and line.
+      ValueError: for an unusable file or line, naming both.
     """
     if format not in (*_FIELDS, "prompt", "messages", "gsm8k", "choice", "code"):
         raise ValueError(f"format is {format!r}; known are prompt, messages, gsm8k, math, aime, choice and code")
@@ -76,7 +76,7 @@ def benchmark_grader(name: str, records: list[dict]) -> Grader:
                 "`test_cases` or `input_output`"
             )
         if name == "code":
-            require_isolation(remedy="Grader code_unisolated runs it with limits alone")
+            require_isolation(remedy="Grader code_unisolated runs it with limits only")
         return code_grader(allow_unisolated=name == "code_unisolated")
     raise ValueError(
         f"grader is {name!r}; known are number, text, math, choice, code and code_unisolated, or module:function for "
@@ -85,10 +85,10 @@ def benchmark_grader(name: str, records: list[dict]) -> Grader:
 
 
 def choice_grader() -> Grader:
-    """Grades the letter that a completion chooses.
+    """A grader for the letter that a completion chooses.
 
-    It stands in the answer (behind `####`, in a box, or in answer tags), behind "answer is", or is the last letter that
-    stands alone.
+    The letter is taken from the marked answer (after `####`, in a box, or in answer tags), from after "answer is", or
+    is the last single letter.
 
     >>> grade = choice_grader()
     >>> grade({"answer": "C"}, "A is wrong, so the answer is (C)."), grade({"answer": "C"}, "no idea")
@@ -106,7 +106,7 @@ def choice_grader() -> Grader:
 
 
 def math_grader() -> Grader:
-    r"""Grades mathematics in LaTeX by `latex_match`, which needs the extra `math`.
+    r"""A grader for mathematics in LaTeX with `latex_match`, which needs the extra `math`.
 
     >>> math_grader()({"answer": r"\frac{1}{2}"}, r"so it is \boxed{0.5}")
     (True, '\\frac{1}{2}')
@@ -120,9 +120,9 @@ def math_grader() -> Grader:
 
 
 def code_grader(*, seconds: float = 10.0, allow_unisolated: bool = False) -> Grader:
-    """Grades code by the unit tests of the record, all of which have to pass in the sandbox (see `unit_tests`).
+    """A grader for code: all unit tests of the record must pass in the sandbox (see `unit_tests`).
 
-    Where a completion does not define `entry_point`, it goes on behind the prompt, as a base model writes it.
+    A completion that does not define `entry_point` is appended to the prompt, as for a base model.
     """
 
     def grade(record: Mapping[str, Any], completion: str) -> tuple[bool, str | None]:

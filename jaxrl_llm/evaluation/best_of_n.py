@@ -1,4 +1,4 @@
-"""Best-of-n: how good the sample is that a score picks out of k."""
+"""Best-of-n: expected correctness of the best-scored sample of k."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def best_of_n_accuracy(scores: Sequence[float], correct: Sequence[float], k: int
 
         sum_{i=1..n} C(i-1, k-1) / C(n, k) * correct_(i),   samples by ascending score
 
-    Samples of equal score share their places: which of them is picked is chance. With the verifier as the score it is
+    Among samples of equal score the choice is uniformly random. With the verifier as the score the result is
     `pass_at_k`.
 
     >>> round(best_of_n_accuracy([.1, .9, .5, .3], [0, 1, 1, 0], k=2), 6)
@@ -21,8 +21,8 @@ def best_of_n_accuracy(scores: Sequence[float], correct: Sequence[float], k: int
 
     Args:
       scores: of the samples, any finite numbers.
-      correct: how right each sample is, in [0, 1].
-      k: samples that one attempt may choose from.
+      correct: correctness of each sample, in [0, 1].
+      k: number of samples to choose from.
 
     Raises:
       ValueError: k < 1 or above n, different lengths, or a score that is not finite.
@@ -40,7 +40,7 @@ def best_of_n_accuracy(scores: Sequence[float], correct: Sequence[float], k: int
         raise ValueError(f"scores[{np.flatnonzero(~np.isfinite(s))[0]}] is not finite; give every sample a number")
     _, group = np.unique(s, return_inverse=True)
     picked = np.asarray([comb(i, k - 1) / comb(n, k) for i in range(n)])
-    # The chance that a score is the highest of k, shared by those that have it.
+    # The probability that a score is the highest of k, split among samples of equal score.
     share = np.bincount(group, weights=picked[np.argsort(np.argsort(s, kind="stable"), kind="stable")])
     return float(share @ (np.bincount(group, weights=y) / np.bincount(group)))
 

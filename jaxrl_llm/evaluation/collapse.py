@@ -1,4 +1,4 @@
-"""Whether training without labels has collapsed: when accuracy turned, and how sure the majority becomes."""
+"""Collapse of training without labels: the peak of accuracy, and the sharpening of the majority."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxrl_llm.ranges import Count, NonNegative, Positive, Share, ranged
 
 
 class Collapse(NamedTuple):
-    """Where a curve of accuracy has its peak, and whether it fell from there.
+    """The peak of an accuracy curve, and whether it fell afterwards.
 
     Attributes:
       step: of the peak of the smoothed curve, counted from 0.
-      collapsed: the end lies below the peak by more than a margin.
+      collapsed: whether the end is below the peak by more than a margin.
     """
 
     step: int
@@ -24,14 +24,14 @@ class Collapse(NamedTuple):
 
 @ranged
 def collapse_step(accuracy: Sequence[float], *, window: Count = 5, margin: NonNegative = 0.02) -> Collapse:
-    """The step at which the accuracy of a run without labels is highest: later training only makes the model surer.
+    """The step of the highest accuracy of a run without labels; later training only sharpens the policy.
 
         step = argmax of the moving mean;   collapsed = peak - end > margin
 
     Args:
       accuracy: of each evaluation.
-      window: evaluations that a moving mean is taken over, the last ones up to each.
-      margin: fall that counts.
+      window: number of evaluations of the trailing moving mean.
+      margin: smallest fall that counts as a collapse.
 
     Raises:
       ValueError: for an empty curve.
@@ -49,16 +49,16 @@ def collapse_step(accuracy: Sequence[float], *, window: Count = 5, margin: NonNe
 
 @ranged
 def majority_sharpening(start: Share, *, beta: Positive, rounds: Count) -> np.ndarray:
-    """The share of the majority answer when it is rewarded with 1 under exact KL-regularised improvement.
+    """The share of the majority answer under exact KL-regularised improvement, if it is rewarded with 1.
 
         p <- p e^(1 / beta) / (p e^(1 / beta) + 1 - p)
 
-    logit(p) grows by 1 / beta a round, whether or not the answer is right.
+    logit(p) grows by 1 / beta per round, whether or not the answer is right.
 
     Args:
       start: share before the first round.
-      beta: of the KL penalty.
-      rounds: of improvement.
+      beta: coefficient of the KL penalty.
+      rounds: number of rounds.
 
     Returns:
       rounds + 1 shares, the first of them `start`.

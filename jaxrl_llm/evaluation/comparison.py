@@ -1,4 +1,4 @@
-"""Two evaluations of the same problems: paired differences, and what was forgotten."""
+"""Comparison of two evaluations of the same problems by paired differences, and forgetting."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from jaxrl_llm.evaluation.measures import Record, Values, accuracies, reward_mea
 def compared(first: Sequence[Record], second: Sequence[Record], k: Sequence[int] | None = None) -> dict[str, Any]:
     """Differences of the second evaluation from the first, problem by problem.
 
-    The interval of a difference is narrower than those of its two sides where both find the same problems hard.
+    The interval of a difference is narrower than those of its two sides if both fail on the same problems.
 
     Args:
       first, second: records of the same problems, in any order.
-      k: of pass@k and maj@k; None takes 1, 2, 4, ... up to the samples of both.
+      k: of pass@k and maj@k; None: 1, 2, 4, ... up to the number of samples of both.
 
     Returns:
       `metrics`: name -> first, second, difference and its 95% `interval`; with `p` from an exact sign test of greedy
-      and pass@1. The mean of a reward is there where both evaluations have it, over the problems on which it applies to
-      some sample of each. `only_first`, `only_second`: problems that only one solves greedily. `problems`: how many.
+      and pass@1. The mean of a reward is included if both evaluations have it, over the problems on which it applies to
+      at least one sample of each. `only_first`, `only_second`: problems that only one solves greedily. `problems`:
+      their number.
 
     Raises:
       ValueError: for evaluations of other problems, naming one, or a k above the samples of one.
@@ -50,7 +51,7 @@ def compared(first: Sequence[Record], second: Sequence[Record], k: Sequence[int]
 
 
 def _differences(one: Values, two: Values) -> dict[str, dict[str, Any]]:
-    """Of each number that both have, over the same problems."""
+    """Paired differences of each number of both evaluations, over the same problems."""
     names = [name for name in one if name in two]
     around = mean_intervals(np.stack([two[name] - one[name] for name in names], axis=1))
     return {
@@ -65,7 +66,7 @@ def _differences(one: Values, two: Values) -> dict[str, dict[str, Any]]:
 
 
 def _reward_differences(one: Sequence[Record], two: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Of the mean of each reward that both have, over the problems to whose samples it applies in both."""
+    """Paired differences of the means of common rewards, over the problems on which they apply in both."""
     first, second = (
         {name: of for name, of in reward_means(records, 1).items() if name.startswith("reward/")}
         for records in (one, two)
@@ -79,20 +80,20 @@ def _reward_differences(one: Sequence[Record], two: Sequence[Record]) -> dict[st
 
 
 def forgetting(history: Sequence[Mapping[str, float]]) -> float:
-    """How much accuracy was lost since each task's best: the mean over tasks of best so far minus now.
+    """Forgetting: the mean over tasks of the best earlier accuracy minus the last one.
 
         F = mean_t ( max_{i < last} accuracy_i(t) - accuracy_last(t) )
 
-    Negative where all tasks are better than ever.
+    Negative if all tasks improved on their best.
 
     >>> round(forgetting([{"a": 0.9, "b": 0.2}, {"a": 0.6, "b": 0.5}]), 6)
     0.0
 
     Args:
-      history: accuracies by task, of one checkpoint after the other; the same tasks in all.
+      history: accuracies by task for each checkpoint, in order; the same tasks in all.
 
     Raises:
-      ValueError: for fewer than two checkpoints, or other tasks in some.
+      ValueError: for fewer than two checkpoints, or different tasks.
 
     Reference: Riemannian walk for incremental learning (1801.10112)
     Certainty: recalled
@@ -106,7 +107,7 @@ def forgetting(history: Sequence[Mapping[str, float]]) -> float:
 
 
 def continual(history: Sequence[Sequence[float]]) -> dict[str, float]:
-    """What a model that learned one task after the other still knows, from its matrix of accuracies.
+    """Continual-learning measures of a model trained on a sequence of tasks, from its matrix of accuracies.
 
         average            mean_j A[T][j]
         forgetting         mean_{j < T} (max_{i < T} A[i][j] - A[T][j])
@@ -119,7 +120,7 @@ def continual(history: Sequence[Sequence[float]]) -> dict[str, float]:
       history: A[i][j], accuracy on task j after training on task i, in the order of training.
 
     Returns:
-      The three by name; NaN for the last two where there is one task.
+      The three by name; the last two are NaN for a single task.
 
     Raises:
       ValueError: unless the matrix is square and not empty.

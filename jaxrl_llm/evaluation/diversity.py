@@ -1,4 +1,4 @@
-"""Diversity: how far the samples of one prompt differ, by their answers and by their words."""
+"""Diversity of the samples of one prompt, by their answers and by their words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def answer_entropy(answers: Sequence[Hashable | None]) -> float:
 
         H = -sum_a p(a) ln p(a)
 
-    0 where all agree, or none has an answer; at most ln n.
+    0 if all agree, or none has an answer; at most ln n.
 
     >>> round(answer_entropy([1, 1, 2, 2, None]), 6)
     0.693147
@@ -24,7 +24,7 @@ def answer_entropy(answers: Sequence[Hashable | None]) -> float:
 
 
 def distinct_share(values: Sequence[Hashable]) -> float:
-    """Number of different values over the number of values; 1 where no two are equal.
+    """Number of different values divided by the number of values; 1 if all differ.
 
     >>> distinct_share(["a", "b", "a", "a"])
     0.5
@@ -33,9 +33,10 @@ def distinct_share(values: Sequence[Hashable]) -> float:
 
 
 def distinct_ngrams(texts: Sequence[str], *, n: int = 4) -> float:
-    """Different n-grams of words over all n-grams of one prompt's samples; of characters where a text has no spaces.
+    """Different n-grams divided by all n-grams of one prompt's samples: of words, or of characters for texts without
+    spaces.
 
-    1 where no n-gram comes twice; 0 where no text is n long.
+    1 if no n-gram occurs twice; 0 if no text has n words.
 
     >>> distinct_ngrams(["a b c", "a b d"], n=2)
     0.75

@@ -1,4 +1,4 @@
-"""Sampling held-out problems and grading the completions: records of all samples, and the accuracies they give."""
+"""Sampling completions of held-out problems and grading them: records of all samples, and accuracies."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from jaxrl_llm.rollout.turns import metrics_of
 from jaxrl_llm.signatures import call as called_with
 from jaxrl_llm.signatures import names, on_host
 
-# Metrics of an evaluation that are no accuracies and no means over episodes.
+# Metrics of an evaluation other than accuracies and means over episodes.
 COUNTED = frozenset({"completion_tokens", "truncated_share", "problems", "samples_per_problem"})
 # (prompt ids, completion ids) of rows -> log-probabilities of the completions under a reference policy.
 Scored = Callable[[Sequence[tuple[list[int], list[int]]]], list[list[float]]]
 
 
 class Drawn(NamedTuple):
-    """What is known of the completions of a batch: B rows, N problems.
+    """The completions of a batch: B rows, N problems.
 
     Attributes:
       tokens, length, truncated: as in `Experience`.
-      logprob: [B] log-probability of the completion under what it was drawn from; of a greedy one at temperature 1.
-      solved: [B] whether an environment calls the row solved; None without one.
-      rewards: name -> [B] of rewards that are computed of arrays.
+      logprob: [B] log-probability of the completion under its sampling distribution; for a greedy one at temperature 1.
+      solved: [B] whether the environment reports success; None without one.
+      rewards: name -> [B] rewards computed from arrays.
       episodes: name -> ([N] sums, [N] counts) of an environment's metrics over the samples of each problem.
     """
 
@@ -83,26 +83,27 @@ def make_records(
     columns: Sequence[str] = (),
     answers_encoded: bool = True,
 ) -> Callable[..., Iterator[list[dict[str, Any]]]]:
-    """Build records(params, items, key, done=0) -> lists of records, one list a batch; see `measures` for a record.
+    """Build records(params, items, key, done=0) -> lists of records, one list per batch; see `measures` for a record.
 
     Args:
-      model, grade, tokenizer: the policy, what judges its completions, its text.
-      samples_per_problem: completions at `temperature`; a greedy one comes before them, in the same program.
-      max_prompt_tokens, max_completion_tokens: limits; prompts get the narrowest width of `buckets` that holds a batch.
-      sequences_per_batch: completions decoded together; it changes no completion.
+      model, grade, tokenizer: the policy, the grader, and the tokenizer.
+      samples_per_problem: completions at `temperature`, after a greedy one in the same program.
+      max_prompt_tokens, max_completion_tokens: limits; prompts are padded to the smallest width of `buckets` that holds
+          a batch.
+      sequences_per_batch: completions decoded together; it does not change the completions.
       temperature: of the samples.
-      overlong: a prompt that is too long is an error, or is left out.
-      mesh, rules: where rows and parameters lie. Over several processes all call it, and get the same.
-      gather: parameters that are sharded over `fsdp` are gathered once a batch; else once a token.
-      environment: what answers the turns of a conversation, and says whether it was solved.
-      call: that of an environment in Python (`opened`); without it one is opened for each evaluation.
-      rewards: further functions that every sample gets a number from; of arrays of the rows, or of text.
-      reference: scores the samples under another policy; without an environment.
-      columns: of the items, kept in the records.
-      answers_encoded: reference answers become tokens of the prompts, as environments and some rewards read them. False
-        for data of the user's, whose answers may be anything.
+      overlong: whether a prompt that is too long is an error, or is left out.
+      mesh, rules: sharding of rows and parameters. All processes must call it, and get the same records.
+      gather: gather parameters sharded over `fsdp` once per batch; otherwise once per token.
+      environment: environment of conversations, which also decides whether an episode is solved.
+      call: caller of an environment in Python (`opened`); without it the environment is opened for each evaluation.
+      rewards: further rewards of every sample; functions of arrays of rows, or of text.
+      reference: scores the samples under another policy; not with an environment.
+      columns: columns of the items to keep in the records.
+      answers_encoded: encode reference answers as tokens, for environments and some rewards. False for users' data,
+        whose answers may be any text.
 
-    The iterator leaves out the first `done` batches, so an evaluation goes on where it was interrupted.
+    The iterator skips the first `done` batches, to continue an interrupted evaluation.
     """
     rows, rewards = 1 + samples_per_problem, dict(rewards or {})
     in_program = {name: function for name, function in rewards.items() if not on_host(function)}
@@ -168,17 +169,17 @@ def make_evaluate(
     by: str | None = None,
     **settings: Any,
 ) -> Callable[..., dict[str, float]]:
-    """Build evaluate(params, items, key, write=None) -> metrics; a decoding program for each width that is needed.
+    """Build evaluate(params, items, key, write=None) -> metrics; compiles a decoding program for each width.
 
     Each problem is decoded once greedily and `samples_per_problem` times, in one program. The result holds `greedy`
     (accuracy of the greedy completion), `pass@k` (unbiased) and `maj@k` (k > 1) for each k, means over problems; over
     the sampled completions `completion_tokens`, `truncated_share`, and the means of an environment's metrics;
-    `problems` and `samples_per_problem` say what was counted.
+    `problems` and `samples_per_problem` are the counts.
 
     Args:
       model, grade, tokenizer, samples_per_problem: as for `make_records`.
       k: of pass@k and maj@k.
-      by: one of `columns`, by whose values accuracies are told, too: `source/VALUE/pass@1`; None for none.
+      by: one of `columns`: accuracies are also reported for each of its values, as `source/VALUE/pass@1`; None: not.
       **settings: the other settings of `make_records`.
 
     `write` is called with the records of each batch.
@@ -215,13 +216,13 @@ def make_evaluate(
 
 
 def require_k(k: Sequence[int], samples: int) -> None:
-    """Raises ValueError where the samples of a problem cannot give pass@k."""
+    """Raise ValueError if there are too few samples per problem for pass@k."""
     if not k or max(k) > samples or min(k) < 1:
         raise ValueError(f"k is {list(k)}, but there are {samples} samples a problem; k must not exceed them")
 
 
 def problems_per_batch(samples_per_problem: int, sequences_per_batch: int) -> int:
-    """Problems whose completions are decoded together."""
+    """Number of problems whose completions are decoded together."""
     return max(1, sequences_per_batch // (1 + samples_per_problem))
 
 
@@ -229,7 +230,7 @@ def column(item: Mapping[str, Any], name: str) -> Any:
     """A column of an item: of the line of a file that it was read from, or of the item itself.
 
     Raises:
-      ValueError: where it has none of this name, or one that is no number, text or truth value.
+      ValueError: for a missing column, or a value other than a number, text or boolean.
     """
     raw = item.get("raw", {})
     value = raw[name] if name in raw else item.get(name)
@@ -254,8 +255,8 @@ def decoding_program(
     environment: Environment | HostEnvironment | None,
     rewards: Mapping[str, Callable[..., Any]],
 ) -> Callable[..., Drawn]:
-    """(parameters, prompts, weights of problems, key) -> what is drawn, `rows` completions a problem, in one program;
-    with an environment in Python (parameters, batch, key, its caller), in several."""
+    """(parameters, prompts, weights of problems, key) -> `Drawn`, `rows` completions per problem, in one program; with
+    an environment in Python (parameters, batch, key, its caller) -> `Drawn`, in several programs."""
     sizes: dict[str, Any] = {
         "samples_per_prompt": rows,
         "max_completion_tokens": max_completion_tokens,
@@ -298,7 +299,7 @@ def decoding_program(
 
 
 def _sample(item: Mapping[str, Any], text: str, grade: Grader, drawn: Drawn, row: int) -> dict[str, Any]:
-    """The record of one completion; the environment of a conversation is the judge of whether it is right."""
+    """The record of one completion; for a conversation the environment decides whether it is right."""
     said = Grade(*grade(item, text))
     right, answer = bool(said.right), said.answer
     if drawn.solved is not None:
@@ -319,7 +320,7 @@ def _sample(item: Mapping[str, Any], text: str, grade: Grader, drawn: Drawn, row
 def _rewards(
     readings: Sequence[Reading], item: Mapping[str, Any], texts: list[str], drawn: Drawn, own: range
 ) -> dict[str, list[float | None]]:
-    """Numbers of every reward for the completions of one problem; None where it does not apply."""
+    """Values of every reward for the completions of one problem; None where it does not apply."""
     text = {"completions": texts, "prompts": [item["body"]], "answers": [item["answer"]], "items": [dict(item)]}
     text = {name: values if len(values) == len(texts) else values * len(texts) for name, values in text.items()}
     text |= {name[:-1]: values for name, values in text.items()}

@@ -1,4 +1,4 @@
-"""Graders: is a completion right, and which answer does it vote for. They read text, on the host."""
+"""Graders decide on the host whether a completion is right, and which answer it votes for."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from jaxrl_llm.data.final_answer import marked_answer
 from jaxrl_llm.rewards import extract_number, parsed_number
 
 # (record, completion) -> `Grade`, or its first two entries. Every right answer votes for the reference answer, so that
-# many spellings of it do not split the vote.
+# different spellings do not split the vote.
 Grader = Callable[[Mapping[str, Any], str], tuple]
 Verifier = Literal["number", "text"]
 
 
 class Grade(NamedTuple):
-    """What a grader says of one completion.
+    """The grade of one completion.
 
     Attributes:
-      right: whether it counts as solved.
-      answer: the answer that it votes for; None where it gives none.
-      score: a number where there are more than right and wrong; None takes 1 or 0.
-      confidence: the probability in [0, 1] that the completion gives its own answer; None where it states none.
+      right: whether it counts as right.
+      answer: the answer that it votes for; None without an answer.
+      score: a number for graded correctness; None: 1 or 0.
+      confidence: the stated probability in [0, 1] that the answer is right; None if none is stated.
     """
 
     right: bool
@@ -34,11 +34,11 @@ class Grade(NamedTuple):
 
 
 class GraderError(ValueError):
-    """A grader of the user's failed, or returned something that is no grade."""
+    """A user's grader failed, or returned an invalid grade."""
 
 
 def task_grader(task: Task) -> Grader:
-    """Grades by the task's own verifier the answer that a completion gives, or the moves of a conversation."""
+    """A grader with the task's own verifier, for the answer of a completion or the moves of a conversation."""
 
     def grade(record: Mapping[str, Any], completion: str) -> tuple[bool, str | None]:
         item = Item(**{name: record[name] for name in Item.__dataclass_fields__})
@@ -50,7 +50,8 @@ def task_grader(task: Task) -> Grader:
 
 
 def number_grader() -> Grader:
-    """Grades the completion's final number against the reference answer, as rational numbers (see `number_match`).
+    """A grader that compares the completion's final number with the reference answer, as rational numbers (see
+    `number_match`).
 
     >>> number_grader()({"answer": "18"}, "so that makes $18.00."), number_grader()({"answer": "18"}, "1 or 2")
     ((True, '18'), (False, '2'))
@@ -66,7 +67,8 @@ def number_grader() -> Grader:
 
 
 def text_grader() -> Grader:
-    """Grades what is marked (boxed, or behind `####`), else the whole completion, against the reference answer as text.
+    """A grader that compares the marked answer (boxed, or after `####`), or else the whole completion, with the
+    reference answer as text.
 
     >>> text_grader()({"answer": "B"}, "It must be #### B"), text_grader()({"answer": "B"}, " A ")
     ((True, 'B'), (False, 'A'))
@@ -81,14 +83,14 @@ def text_grader() -> Grader:
 
 
 def function_grader(function: Callable[..., Any], *, name: str = "") -> Grader:
-    """Grades by a function of the user's.
+    """A grader from a user's function.
 
     Its parameters are data by name: `completion`, `answer` (the reference answer), `prompt`, `item` (the whole record),
-    or a column of the data. A parameter with a default that the data does not have keeps it; the plural of the first
+    or a column of the data. A parameter with a default keeps it if the data has no such column; the plural of the first
     four is a list of one. It may be `async def`.
 
-    It returns whether the completion is right, a score (right from 1 on), (either, the answer that the completion
-    votes for), or a dictionary with `right` or `score`, and `answer` and `confidence` where there are any.
+    It returns a boolean, a score (right if at least 1), a pair (boolean or score, voted answer), or a dictionary with
+    `right` or `score`, and optionally `answer` and `confidence`.
 
     >>> def near(completion, answer, tolerance=1.0):
     ...     return abs(float(completion) - float(answer)) <= tolerance
@@ -96,7 +98,7 @@ def function_grader(function: Callable[..., Any], *, name: str = "") -> Grader:
     Grade(right=True, answer='4', score=None, confidence=None)
 
     Raises:
-      GraderError: from the grader, for an exception in the function or a value that is no grade.
+      GraderError: from the grader, for an exception in the function or an invalid grade.
     """
     called = name or getattr(function, "__name__", "grader")
     parameters = inspect.signature(function).parameters.values()
@@ -121,13 +123,13 @@ def function_grader(function: Callable[..., Any], *, name: str = "") -> Grader:
 
 
 def grader_arguments(record: Mapping[str, Any], completion: str) -> dict[str, Any]:
-    """What a grader of the user's may name."""
+    """The data that a user's grader can read."""
     single = {"completion": completion, "answer": record["answer"], "prompt": record["body"], "item": dict(record)}
     return {**record, **record.get("raw", {}), **single} | {f"{key}s": [value] for key, value in single.items()}
 
 
 def require_columns(function: Callable[..., Any], records: Iterable[Mapping[str, Any]], name: str) -> None:
-    """Refuse a grader that names what the data does not have, before anything is sampled.
+    """Raise ValueError, before sampling, for a grader with a parameter that the data does not have.
 
     Raises:
       ValueError: naming the parameter and the first record without it.
@@ -155,7 +157,7 @@ async def _awaited(value: Any) -> Any:
 
 
 def _grade(value: Any, record: Mapping[str, Any]) -> Grade:
-    """What a user's grader returned as a grade; a right answer votes for the reference answer."""
+    """The result of a user's grader as a `Grade`; a right answer votes for the reference answer."""
     answer = confidence = None
     if isinstance(value, Mapping):
         if unknown := sorted(value.keys() - {"right", "score", "answer", "confidence"}):
@@ -164,11 +166,11 @@ def _grade(value: Any, record: Mapping[str, Any]) -> Grade:
         value = value.get("right", value.get("score")) if value.get("score") is None else value["score"]
     elif isinstance(value, tuple):
         value, answer = value
-    elif isinstance(value, list) and len(value) == 1:  # of a function that is called with lists
+    elif isinstance(value, list) and len(value) == 1:  # from a function that is called with lists
         value = value[0]
     if not isinstance(value, (bool, int, float)) and not (hasattr(value, "item") and getattr(value, "ndim", 0) == 0):
         raise TypeError(f"the grade is {value!r}; return whether the completion is right, or a number")
-    number = float(value)  # pyright: ignore[reportArgumentType]  # a number of numpy or jax, too
+    number = float(value)  # pyright: ignore[reportArgumentType]  # also numbers of numpy or jax
     if number != number:
         raise ValueError("the grade is NaN; return a number, or whether the completion is right")
     if confidence is not None and not 0 <= confidence <= 1:
@@ -186,7 +188,7 @@ def file_grader(verifier: Verifier, records: Iterable[Mapping[str, Any]]) -> Gra
       records: its records; for "number" every reference answer must be one.
 
     Raises:
-      ValueError: naming the first record whose answer is no number.
+      ValueError: naming the first record whose answer is not a number.
     """
     if verifier == "text":
         return text_grader()
@@ -194,7 +196,7 @@ def file_grader(verifier: Verifier, records: Iterable[Mapping[str, Any]]) -> Gra
         if parsed_number(record["answer"]) is None:
             raise ValueError(
                 f"data.verifier is 'number', but the answer of item {record['item_id']} is "
-                f"{record['answer'][:80]!r}, which is no number; set data.verifier to 'text', or data.fields."
-                "answer_from to where the number stands"
+                f"{record['answer'][:80]!r}, which is not a number; set data.verifier to 'text', or "
+                "data.fields.answer_from to the mark of the number"
             )
     return number_grader()

@@ -1,6 +1,6 @@
-"""Intervals of means over problems, and of differences between two evaluations of the same problems.
+"""Confidence intervals of means over problems, and of differences between two evaluations of the same problems.
 
-Problems are drawn again, not samples: the samples of a problem belong together.
+Problems are resampled, not samples, since the samples of a problem are not independent.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def mean_intervals(
 
         [quantile_{(1-level)/2}, quantile_{(1+level)/2}] of mean_i v[I_i],   I ~ uniform(1..N)^N
 
-    All columns are drawn with the same problems, so the difference of two evaluations is a column of differences. Where
-    all problems have the same value the interval is that value: N problems that are all right say no more than that
-    the rest is rarer than about 3 / N.
+    All columns use the same resampled problems, so the difference of two evaluations is a column of differences. If all
+    problems have the same value the interval has width 0: with N problems that are all right, the failure rate may
+    still be about 3 / N.
 
     Args:
-      values: one row a problem.
+      values: one row per problem.
       level: of the interval.
       resamples: bootstrap draws.
       seed: of the draws; the same seed gives the same interval.
@@ -47,9 +47,9 @@ def mean_intervals(
 
 
 def sign_test(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "N"]) -> float:
-    """Exact two-sided p-value of the problems on which two evaluations differ: is one ahead more often than by chance.
+    """Exact two-sided p-value of the sign test over the problems on which two evaluations differ.
 
-    On values of 0 and 1 it is the exact test of McNemar. 1 where no problem differs.
+    For values of 0 and 1 it is the exact McNemar test. 1 if no problem differs.
 
     >>> round(sign_test([0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]), 6)
     0.0625

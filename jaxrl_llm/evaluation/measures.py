@@ -1,6 +1,6 @@
-"""From the records of an evaluation, one a problem with all of its samples, to the numbers that are reported.
+"""Metrics of an evaluation from its records, one per problem with all of its samples.
 
-A record is what a line of problems.jsonl holds:
+A record is a line of problems.jsonl:
 
     {"item_id": 0, "prompt": ..., "answer": ..., "columns": {"level": 2},
      "greedy": {"completion": ..., "correct": true, "answer": ..., "tokens": 12, "truncated": false, "logprob": -3.1},
@@ -35,9 +35,9 @@ Values = dict[str, np.ndarray]
 
 
 def accuracies(records: Sequence[Record], k: Sequence[int]) -> Values:
-    """`greedy`, `pass@k` and `maj@k` (k > 1) of each problem, one number a record.
+    """`greedy`, `pass@k` and `maj@k` (k > 1) of each problem, one number per record.
 
-    A sample's class in a majority vote is the answer that it votes for; right answers are one class.
+    In a majority vote samples with the same answer form a class; all right answers are one class.
     """
     samples = [record["samples"] for record in records]
     correct = np.asarray([sum(each["correct"] for each in row) for row in samples])
@@ -49,9 +49,9 @@ def accuracies(records: Sequence[Record], k: Sequence[int]) -> Values:
 
 
 def votes_by_weight(records: Sequence[Record], k: int) -> Values:
-    """`weighted@n`: whether all samples, each as heavy as it is likely per token (or as confident as it says), vote for
-    the right answer; `best@k`: how right the likeliest per token of k samples is; `vote_reward_accuracy@n`: share of
-    the samples that agreement with the majority would reward rightly."""
+    """`weighted@n`: accuracy of the vote of all samples, weighted by likelihood per token (or stated confidence);
+    `best@k`: accuracy of the sample of k with the highest likelihood per token; `vote_reward_accuracy@n`: share of the
+    samples that a majority-vote reward would judge correctly."""
     found: Values = {f"vote_reward_accuracy@{len(records[0]['samples'])}": vote_reward_accuracy(*_votes(records))}
     for name, weights in _confidences(records).items():
         if any(None in row for row in weights):
@@ -65,9 +65,9 @@ def votes_by_weight(records: Sequence[Record], k: int) -> Values:
 
 
 def reward_means(records: Sequence[Record], k: int) -> Values:
-    """Of every reward that the samples were given: its mean, and how right the best of k samples by it is.
+    """For every reward of the samples: its mean, and the accuracy of the best of k samples by this reward.
 
-    A reward that does not apply to a sample is left out of the mean, and comes last among the best of k.
+    Samples to which a reward does not apply are left out of the mean, and rank last among the best of k.
     """
     found: Values = {}
     for name in records[0]["samples"][0].get("rewards", {}):
@@ -79,7 +79,7 @@ def reward_means(records: Sequence[Record], k: int) -> Values:
 
 
 def spread(records: Sequence[Record]) -> Values:
-    """How far the samples of each problem agree and differ, and how long they are."""
+    """Agreement, diversity and lengths of the samples of each problem."""
     samples = [record["samples"] for record in records]
     answers = [[each["answer"] for each in row] for row in samples]
     texts = [[each["completion"] for each in row] for row in samples]
@@ -97,7 +97,7 @@ def spread(records: Sequence[Record]) -> Values:
     if any("score" in each for row in samples for each in row):
         found["score"] = np.asarray([_mean([each.get("score", each["correct"]) for each in row]) for row in samples])
     if "reference_logprob" in samples[0][0]:
-        # An estimate of KL(policy || reference) of whole completions, whose samples are the policy's.
+        # An estimate of KL(policy || reference) of whole completions, on samples of the policy.
         gaps = [[each["logprob"] - each["reference_logprob"] for each in row] for row in samples]
         found["kl_reference"] = np.asarray([_mean(row) for row in gaps])
     return found
@@ -115,10 +115,10 @@ def lengths(records: Sequence[Record]) -> dict[str, float | None]:
 
 
 def calibration(records: Sequence[Record], *, bins: int = 10) -> dict[str, dict[str, Any]]:
-    """Calibration of each confidence that the samples have.
+    """Calibration of each kind of confidence of the samples.
 
-    `likelihood` is exp(mean log-probability a token), `agreement` the share of a problem's samples that give the same
-    answer, `stated` what a grader read from the text. Samples that state none are left out and counted.
+    `likelihood` is exp(mean log-probability per token), `agreement` the share of a problem's samples with the same
+    answer, `stated` the confidence that a grader read from the text. Samples without one are left out and counted.
     """
     right = [bool(each["correct"]) for record in records for each in record["samples"]]
     found = {}
@@ -145,16 +145,16 @@ def calibration(records: Sequence[Record], *, bins: int = 10) -> dict[str, dict[
 
 
 def measured(records: Sequence[Record], k: Sequence[int], *, by: Sequence[str] = ()) -> dict[str, Any]:
-    """Every number of an evaluation, as plain data.
+    """All numbers of an evaluation, as plain data.
 
     Args:
-      records: one a problem, each with the same number of samples.
+      records: one per problem, each with the same number of samples.
       k: of pass@k, maj@k and best-of-k.
-      by: columns of the records; each gets the accuracies of the problems that share a value.
+      by: columns of the records; accuracies are reported for each of their values.
 
     Returns:
-      Means over problems by name; `intervals` has the bootstrap interval of each, at 95%; `pass_at_k` the whole
-      spectrum with intervals; `calibration`, `lengths` and `by` what their names say.
+      Means over problems by name; `intervals` with their 95% bootstrap intervals; `pass_at_k` for all k with intervals;
+      `calibration`, `lengths` and `by`.
 
     Raises:
       ValueError: for no records, a k above the number of samples, or an unknown column.
@@ -182,7 +182,7 @@ def measured(records: Sequence[Record], k: Sequence[int], *, by: Sequence[str] =
 
 
 def episode_means(records: Sequence[Record]) -> dict[str, float]:
-    """Means of what environments counted, over the episodes of all samples that have it."""
+    """Means of environments' metrics over the episodes that have them."""
     names = dict.fromkeys(name for record in records for name in record.get("episodes", {}))
     pairs = {name: np.sum([record["episodes"][name] for record in records], axis=0) for name in names}
     return {name: float(total / max(count, 1.0)) for name, (total, count) in pairs.items()}
@@ -192,7 +192,7 @@ def column_values(records: Sequence[Record], column: str) -> list[Any]:
     """The value of a column of each record.
 
     Raises:
-      ValueError: for a column that some record does not have.
+      ValueError: for a column that a record does not have.
     """
     for record in records:
         if column not in record["columns"]:
@@ -213,7 +213,7 @@ def _broken_down(records: Sequence[Record], column: str, k: Sequence[int]) -> di
 
 
 def _means(values: Values) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Mean of each over problems, without those that it does not apply to (NaN), and its interval."""
+    """Mean of each number over problems, without those to which it does not apply (NaN), and its interval."""
     means, intervals = {}, {}
     whole = {name: column for name, column in values.items() if not np.isnan(column).any()}
     around = mean_intervals(np.stack(list(whole.values()), axis=1)) if whole else np.zeros((0, 2))
@@ -227,13 +227,13 @@ def _means(values: Values) -> tuple[dict[str, float], dict[str, list[float]]]:
 
 
 def _votes(records: Sequence[Record]) -> tuple[list[list[str | None]], list[str]]:
-    """What the samples vote for, and the right vote. A right answer votes for the reference answer."""
+    """The votes of the samples, and the right vote. A right answer votes for the reference answer."""
     gold = [record["answer"] or "right" for record in records]
     return [[each["answer"] for each in record["samples"]] for record in records], gold
 
 
 def _confidences(records: Sequence[Record]) -> dict[str, list[list[float | None]]]:
-    """Confidences of the samples, by what they are read from."""
+    """Confidences of the samples by kind."""
 
     def each(read: Callable[[Record], float | None]) -> list[list[float | None]]:
         return [[read(sample) for sample in record["samples"]] for record in records]
@@ -245,7 +245,7 @@ def _confidences(records: Sequence[Record]) -> dict[str, list[list[float | None]
 
 
 def _shares(records: Sequence[Record]) -> list[list[float | None]]:
-    """The share of a problem's samples that give the same answer as each; None where it gives none."""
+    """For each sample, the share of the problem's samples with the same answer; None without an answer."""
     rows = [[sample["answer"] for sample in record["samples"]] for record in records]
     return [[None if a is None else row.count(a) / len(row) for a in row] for row in rows]
 

@@ -1,4 +1,4 @@
-"""How much of the space of several objectives some validation points dominate."""
+"""Hypervolume of the objective space dominated by validation points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
-    """Volume that some points dominate above a reference point; all objectives are maximised.
+    """Volume dominated by the points above a reference point; all objectives are maximised.
 
     >>> round(hypervolume([[0.5, 0.2], [0.3, 0.6]], [0, 0]), 6)
     0.22
@@ -29,11 +29,11 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
 def hypervolume_factor(
     points: Sequence[Sequence[float]], new: Sequence[float], reference: Sequence[float]
 ) -> tuple[float, float]:
-    """(what a new validation point adds to the hypervolume, the factor of all rewards until the next one).
+    """(gain in hypervolume by a new validation point, factor of all rewards until the next one).
 
         gain = max(0, HV(points + new) - HV(points)),   factor = 1/2 + 3/2 tanh(gain)
 
-    The factor cancels where advantages are divided by their deviation: it acts with a mean-only baseline.
+    The factor cancels if advantages are divided by their standard deviation: use a mean-only baseline.
 
     Reference: Dynamic reward weighting (2509.11452).
     Certainty: verified
@@ -43,7 +43,7 @@ def hypervolume_factor(
 
 
 def _volume(points: np.ndarray) -> float:
-    """By slices of the last objective, from the highest down."""
+    """The volume by slices of the last objective, from the highest down."""
     if not len(points):
         return 0.0
     if points.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""Reward models against what they stand for: their calibration, and how far a policy can be driven along them."""
+"""Quality of reward models: accuracy and calibration on pairs, and over-optimisation by a policy."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ Curve = Literal["direct", "best_of_n"]
 def preference_metrics(
     better: Sequence[float], worse: Sequence[float], lengths: Sequence[tuple[int, int]] | None = None, *, bins: int = 10
 ) -> dict[str, float]:
-    """How well scores order held-out pairs.
+    """Accuracy and calibration of scores on held-out pairs.
 
         accuracy = mean 1[b > w],   ties = mean 1[b = w],   loss = mean -log sigmoid(b - w)
         calibration_error = sum over bins of share * |mean of p - share that is right|
 
-    with p = max(q, 1 - q), q = sigmoid(b - w), in equal bins over [1/2, 1]; a tie is half right. With lengths of both
-    answers also `length_correlation`, that of score gaps and length gaps: where a reward model counts words it is 1.
+    with p = max(q, 1 - q), q = sigmoid(b - w), in equal bins over [1/2, 1]; a tie counts half. With lengths of both
+    answers also `length_correlation`, the correlation of score gaps and length gaps: 1 for a reward model that only
+    counts words.
 
     Args:
       better, worse: scores of each pair.
@@ -67,7 +68,7 @@ def preference_table(
     *,
     bins: int = 10,
 ) -> list[dict[str, str | float]]:
-    """`preference_metrics` of all pairs, and in further rows of those of each source, the largest first.
+    """`preference_metrics` of all pairs, and in further rows of the pairs of each source, the largest first.
 
     >>> rows = preference_table([1, 2, 0], [0, 3, -1], ["a", "b", "b"])
     >>> [(row["source"], row["pairs"], row["accuracy"]) for row in rows]
@@ -75,12 +76,12 @@ def preference_table(
 
     Args:
       better, worse: scores of each pair.
-      sources: where each pair comes from; None makes one row.
+      sources: source of each pair; None makes one row.
       lengths: tokens of (better, worse).
       bins: of the calibration.
 
     Raises:
-      ValueError: as for `preference_metrics`, or for another number of sources than of pairs.
+      ValueError: as for `preference_metrics`, or if the numbers of sources and pairs differ.
     """
     b, w = np.asarray(better, np.float64), np.asarray(worse, np.float64)
     if sources is not None and len(sources) != len(b):
@@ -104,7 +105,7 @@ def preference_table(
 
 
 def overoptimisation_fit(kl: Sequence[float], gain: Sequence[float], *, curve: Curve = "direct") -> dict[str, float]:
-    """The hump of a gold score over the distance that a policy has gone after a proxy.
+    """Fit of a gold score as a function of the distance of a policy optimised for a proxy.
 
         direct     gain = d * (alpha - b * log d),   peak at d = exp(alpha / b - 1), of b * d
         best_of_n  gain = d * (alpha - b * d),       peak at d = alpha / (2 b), of alpha^2 / (4 b)
@@ -112,12 +113,12 @@ def overoptimisation_fit(kl: Sequence[float], gain: Sequence[float], *, curve: C
     with d = sqrt(KL), by least squares. `direct` is for RL and preference losses.
 
     Args:
-      kl: of several checkpoints from where training began, in nats, above 0.
-      gain: gold score less that at the start.
+      kl: KL divergence of several checkpoints from the initial policy, in nats, above 0.
+      gain: gold score minus its initial value.
       curve: as above.
 
     Returns:
-      `alpha`, `b`, and where b is above 0 `peak_root_kl` and `peak_gain`; a curve that still rises has none.
+      `alpha`, `b`, and if b is above 0 `peak_root_kl` and `peak_gain`; a curve that only rises has no peak.
 
     Raises:
       ValueError: for fewer than two points, a KL that is not above 0, or an unknown curve.
@@ -141,13 +142,13 @@ def overoptimisation_fit(kl: Sequence[float], gain: Sequence[float], *, curve: C
 
 
 def performance_gap_recovered(weak: float, weak_to_strong: float, strong: float) -> float:
-    """How much of the way from a weak model to its strong pupil's ceiling is gone: (w2s - weak) / (strong - weak).
+    """Performance gap recovered by weak-to-strong training: (w2s - weak) / (strong - weak).
 
     >>> round(performance_gap_recovered(0.6, 0.7, 0.85), 6)
     0.4
 
     Raises:
-      ValueError: where weak and strong are equal.
+      ValueError: if weak and strong are equal.
 
     Reference: Weak-to-strong generalisation (2312.09390).
     Certainty: verified

@@ -1,4 +1,4 @@
-"""pass@k: how often at least one of k samples is correct, estimated without bias from n >= k samples."""
+"""pass@k: the probability that at least one of k samples is correct, estimated without bias from n >= k samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 
 def pass_at_k(correct: Int[np.ndarray, "N"], samples: int | Int[np.ndarray, "N"], k: int) -> Float[np.ndarray, "N"]:
-    """Unbiased pass@k of each prompt: the share of its k-subsets of samples that hold a correct one.
+    """Unbiased pass@k of each prompt: the share of its k-subsets of samples that contain a correct one.
 
         pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{i=n-c+1..n} (1 - k/i)
 
@@ -18,11 +18,11 @@ def pass_at_k(correct: Int[np.ndarray, "N"], samples: int | Int[np.ndarray, "N"]
 
     Args:
       correct: number of correct samples of each prompt, c.
-      samples: number of samples of each prompt, n; one number for all, or one each.
+      samples: number of samples of each prompt, n; one number for all, or one per prompt.
       k: number of samples that one attempt may use; n >= 2k keeps the variance small.
 
     Returns:
-      pass@k in [0, 1], float64, one a prompt.
+      pass@k in [0, 1], float64, one per prompt.
 
     Raises:
       ValueError: k < 1, k > n, c > n, c < 0, or counts that are not whole numbers.
@@ -46,13 +46,13 @@ def pass_at_k(correct: Int[np.ndarray, "N"], samples: int | Int[np.ndarray, "N"]
             f"correct={c.flat[bad]} of prompt {bad} lies outside [0, samples={n.flat[bad]}]: `correct` counts the "
             "correct samples among `samples`; pass both for the same prompts in the same order."
         )
-    # Where n - c < k the product runs over i = k, whose factor is exactly 0: no case distinction is needed.
+    # If n - c < k the product contains i = k, whose factor is exactly 0, so no case distinction is needed.
     missed = [np.prod(1.0 - k / np.arange(n_i - c_i + 1, n_i + 1)) for c_i, n_i in zip(c.flat, n.flat, strict=True)]
     return 1.0 - np.asarray(missed, dtype=np.float64).reshape(c.shape)
 
 
 def mean_pass_at_k(correct: Int[np.ndarray, "N"], samples: int | Int[np.ndarray, "N"], k: int) -> float:
-    """Mean over prompts of `pass_at_k`; every prompt counts the same, however many samples it has.
+    """Mean over prompts of `pass_at_k`; all prompts have equal weight, independent of their number of samples.
 
     Args:
       correct, samples, k: as in `pass_at_k`.

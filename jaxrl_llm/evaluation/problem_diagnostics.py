@@ -1,4 +1,4 @@
-"""What a data set or a problem asks of a learner: coverage, effective horizon, what a coach leaves behind."""
+"""Diagnostics of data sets and problems: coverage, effective horizon, transfer after coaching."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Coverage(NamedTuple):
     """Measures of a data set of behaviour.
 
     Attributes:
-      sa_co: distinct (state, action) pairs over those of a reference set.
-      log_sa_co: the ratio of their logarithms; None where the reference has one pair.
+      sa_co: number of distinct (state, action) pairs divided by that of a reference set.
+      log_sa_co: the ratio of their logarithms; None if the reference has one pair.
       tq: (mean return - return of a random policy) / (best return - return of a random policy).
     """
 
@@ -37,8 +37,8 @@ def dataset_coverage(
 ) -> Coverage:
     """Exploration (SACo) and exploitation (TQ) of a set of offline data.
 
-    Methods without a constraint on the policy need a high SACo, constrained ones both, cloning TQ alone. TQ may be
-    above 1.
+    Methods without a constraint on the policy need a high SACo, constrained methods need both, cloning needs only TQ.
+    TQ may exceed 1.
 
     Args:
       pairs: (state, action) of the data, see `token_pairs`.
@@ -48,7 +48,7 @@ def dataset_coverage(
       random: return of a random policy.
 
     Raises:
-      ValueError: for an empty set, or a best return that is that of a random policy.
+      ValueError: for an empty set, or a best return equal to that of a random policy.
 
     Reference: Understanding the effects of dataset characteristics (2111.04714)
     Certainty: verified
@@ -64,11 +64,11 @@ def dataset_coverage(
 
 
 class Horizon(NamedTuple):
-    """How far ahead a greedy learner must look.
+    """The effective horizon for one lookahead.
 
     Attributes:
-      k: steps of lookahead, over values of the exploration policy, with which greedy actions are optimal.
-      gap: least difference between the best and the next action on the greedy paths.
+      k: number of lookahead steps, on values of the exploration policy, with which greedy actions are optimal.
+      gap: smallest difference between the best and the next action on the greedy paths.
       horizon: k + log_A(1 / gap^2); samples needed grow like T A^horizon.
     """
 
@@ -85,13 +85,13 @@ def effective_horizons(
         Q^1 = mean return over uniform continuations,   Q^{k+1}(p, a) = max_b Q^k(p + a, b)
         H_k = k + log_A(1 / gap_k^2)   for k with which acting greedily on Q^k is optimal, ties broken any way
 
-    The effective horizon is the least of them.
+    The effective horizon is the smallest of them.
 
     Args:
       returns: of each whole sequence; rewards within it are part of it.
       actions: A, tokens at each position.
-      length: tokens of a sequence; A^length sequences are looked at.
-      most_k: the longest lookahead that is tried.
+      length: tokens of a sequence; all A^length sequences are enumerated.
+      most_k: the longest lookahead to try.
 
     Returns:
       One entry for each k up to `most_k` that solves the tree, ascending.
@@ -115,7 +115,7 @@ def effective_horizons(
         return max(value((*prefix, a), k - 1) for a in range(actions))
 
     def least_gap(prefix: tuple[int, ...], k: int) -> float | None:
-        """The least gap below a prefix; None where some greedy choice is not optimal."""
+        """The smallest gap below a prefix; None if some greedy choice is not optimal."""
         if len(prefix) == length:
             return math.inf
         values = [value((*prefix, a), k) for a in range(actions)]
@@ -139,9 +139,9 @@ def effective_horizons(
 
 
 def coach_transfer(before: Sequence[float], during: Sequence[float], after: Sequence[float]) -> dict[str, float]:
-    """What training with feedback leaves once the feedback is taken away, on the same problems.
+    """The gain from training with feedback that remains without feedback, on the same problems.
 
-        coached = during - before,   kept = after - before,   retained = kept / coached (0 where nothing was coached)
+        coached = during - before,   kept = after - before,   retained = kept / coached (0 if coached is 0)
 
     >>> {name: round(value, 6) for name, value in coach_transfer([.2, .4], [.8, .8], [.6, .5]).items()}
     {'coached': 0.5, 'kept': 0.25, 'retained': 0.5}
@@ -164,14 +164,14 @@ def coach_transfer(before: Sequence[float], during: Sequence[float], after: Sequ
 def spurious_rewards(
     correct: Sequence[float], well_formed: Sequence[float], chance: Sequence[float]
 ) -> dict[str, np.ndarray]:
-    """Rewards that know less than the truth, for testing whether a task needs it: where the start model's pass@k is
-    high already, they train almost as well.
+    """Uninformative rewards, to test whether a task needs true rewards: if pass@k of the initial model is high,
+    training with them works almost as well.
 
         truth = f c,   format = f,   random = f 1[u >= 1/2],   incorrect = f (1 - c)
 
     Args:
       correct: c, whether each answer is right.
-      well_formed: f, whether it has the form that is asked for.
+      well_formed: f, whether it has the required form.
       chance: u, uniform in [0, 1), fresh for each sample.
 
     Raises:

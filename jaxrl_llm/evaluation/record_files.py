@@ -1,8 +1,8 @@
-"""The directory of an evaluation: one line a problem, so that one that was interrupted goes on where it stopped.
+"""The directory of an evaluation: one line per problem, so that an interrupted evaluation can be continued.
 
-settings.json    what decides the samples; another evaluation is not mixed into the directory
-problems.jsonl   one line a problem, with all of its samples
-summary.json     the numbers, the same whether it was interrupted or not
+settings.json    the settings that determine the samples; another evaluation is refused
+problems.jsonl   one line per problem, with all of its samples
+summary.json     the numbers, independent of interruptions
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class RecordFile:
     """The records of an evaluation on disk.
 
     Args:
-      directory: made if it does not exist.
-      settings: plain data that decides the samples.
+      directory: created if it does not exist.
+      settings: plain data that determines the samples.
 
     Raises:
       ValueError: for a directory that cannot be written, or that holds an evaluation with other settings.
@@ -42,7 +42,7 @@ class RecordFile:
             if held is None:
                 file.write_text(json.dumps(wanted, indent=2) + "\n")
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--out {directory} cannot be used: {error}; give a directory of your own") from None
+            raise ValueError(f"--out {directory} cannot be used: {error}; give another directory") from None
         if held is not None and held != wanted:
             name = next(each for each in {**held, **wanted} if held.get(each) != wanted.get(each))
             raise ValueError(
@@ -51,7 +51,7 @@ class RecordFile:
             )
 
     def kept(self, per_batch: int) -> list[dict[str, Any]]:
-        """Records of whole batches that are there already; what was half written is taken back."""
+        """Existing records of complete batches; incomplete ones are removed."""
         file = self.directory / PROBLEMS
         lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
         whole = lines if (self.directory / SUMMARY).is_file() else lines[: len(lines) // per_batch * per_batch]
@@ -59,7 +59,7 @@ class RecordFile:
         return [json.loads(line) for line in whole]
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """One write for the records of a batch."""
+        """Append the records of a batch in one write."""
         _append(self.directory / PROBLEMS, records)
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ class RecordFile:
 
 
 def fresh_records(directory: str | Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
-    """What writes the records of batches into an empty problems.jsonl, in place of what was there."""
+    """A function that writes the records of batches into a new problems.jsonl, replacing an existing one."""
     file = Path(directory) / PROBLEMS
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"")
@@ -84,7 +84,7 @@ def read_problem_records(path: str | Path) -> list[dict[str, Any]]:
     """The records of an evaluation's directory, or of its problems.jsonl.
 
     Raises:
-      ValueError: where there are none, or a line is no record.
+      ValueError: if there are none, or a line is not a record.
     """
     file = Path(path)
     file = file / PROBLEMS if file.is_dir() else file
@@ -98,7 +98,7 @@ def read_problem_records(path: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             assert {"item_id", "samples", "greedy"} <= record.keys()
         except (ValueError, AssertionError, AttributeError):
-            raise ValueError(f"{file}, line {number} is no record of an evaluation; evaluate again") from None
+            raise ValueError(f"{file}, line {number} is not a record of an evaluation; evaluate again") from None
         records.append(record)
     if not records:
         raise ValueError(f"{file} is empty; evaluate again")
@@ -106,7 +106,7 @@ def read_problem_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def params_fingerprint(params: PyTree) -> str:
-    """Sixteen hex digits that differ between parameters that differ: sums over the bits of each array."""
+    """A fingerprint of parameters, 16 hex digits, from sums over the bits of each array."""
 
     @jax.jit
     def sums(tree: PyTree) -> list[jax.Array]:
@@ -122,6 +122,6 @@ def params_fingerprint(params: PyTree) -> str:
 
 
 def items_fingerprint(items: Sequence[Mapping[str, Any]]) -> str:
-    """Sixteen hex digits of the problems, in their order."""
+    """A fingerprint of the problems in their order, 16 hex digits."""
     told = json.dumps([[item.get("item_id"), item["body"], item["answer"]] for item in items])
     return hashlib.sha256(told.encode()).hexdigest()[:16]

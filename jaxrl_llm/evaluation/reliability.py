@@ -1,4 +1,4 @@
-"""Calibration: whether a confidence in one's own answer is as high as the share of answers that are right."""
+"""Calibration: agreement of stated confidences with the accuracy of the answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ReliabilityBin(NamedTuple):
     Attributes:
       count: samples in it.
       confidence: their mean confidence; NaN in an empty bin.
-      accuracy: share of them that is right; NaN in an empty bin.
+      accuracy: share of right samples; NaN in an empty bin.
     """
 
     count: int
@@ -29,12 +29,12 @@ def reliability_curve(
     """Mean confidence and accuracy in bins of equal width; bin b holds (b / bins, (b + 1) / bins], 0 is in the first.
 
     Args:
-      confidence: in [0, 1], one a sample.
+      confidence: in [0, 1], one per sample.
       correct: whether the sample is right.
       bins: number of bins.
 
     Returns:
-      One entry a bin, ascending.
+      One entry per bin, ascending.
 
     Raises:
       ValueError: for no samples, different lengths, a confidence outside of [0, 1] or NaN, or less than one bin.
@@ -54,12 +54,12 @@ def reliability_curve(
 def expected_calibration_error(
     confidence: Float[np.ndarray, "N"], correct: Bool[np.ndarray, "N"], *, bins: int = 10
 ) -> float:
-    """ECE: the gap between confidence and accuracy, averaged over samples.
+    """Expected calibration error: the gap between confidence and accuracy, averaged over samples.
 
         ECE = sum_b (n_b / N) |mean confidence in b - accuracy in b|
 
-    A confidence that is always the same has ECE |confidence - accuracy|, and yet tells right from wrong answers in no
-    way: read it beside `auroc`.
+    A constant confidence has ECE |confidence - accuracy| without distinguishing right from wrong answers: read it
+    together with `auroc`.
 
     >>> round(expected_calibration_error([.95, .85, .75, .65, .55, .95], [1, 1, 0, 1, 0, 0]), 6)
     0.45
@@ -80,7 +80,7 @@ def expected_calibration_error(
 
 
 def brier_score(confidence: Float[np.ndarray, "N"], correct: Bool[np.ndarray, "N"]) -> float:
-    """Mean of (confidence - right)^2, in [0, 1]; 0 is the best, and 0.25 what a constant 0.5 gets.
+    """Mean of (confidence - right)^2, in [0, 1]; 0 is the best, and 0.25 the score of a constant 0.5.
 
     >>> round(brier_score([.95, .85, .75, .65, .55, .95], [1, 1, 0, 1, 0, 0]), 6)
     0.319167
@@ -96,7 +96,7 @@ def brier_score(confidence: Float[np.ndarray, "N"], correct: Bool[np.ndarray, "N
 
 
 def auroc(confidence: Float[np.ndarray, "N"], correct: Bool[np.ndarray, "N"]) -> float:
-    """Chance that a right sample has a higher confidence than a wrong one; ties count half.
+    """Probability that a right sample has a higher confidence than a wrong one; ties count half.
 
         AUROC = P(c+ > c-) + P(c+ = c-) / 2
 
@@ -104,10 +104,10 @@ def auroc(confidence: Float[np.ndarray, "N"], correct: Bool[np.ndarray, "N"]) ->
     0.611111
 
     Args:
-      confidence, correct: as for `reliability_curve`; any finite numbers serve as a confidence here.
+      confidence, correct: as for `reliability_curve`; any finite numbers are allowed as confidence here.
 
     Returns:
-      A number in [0, 1]; 0.5 tells nothing apart. NaN where all samples are right, or all are wrong.
+      A number in [0, 1]; 0.5 is chance. NaN if all samples are right, or all are wrong.
 
     Raises:
       ValueError: for no samples, different lengths or NaN.
@@ -122,11 +122,11 @@ def auroc(confidence: Float[np.ndarray, "N"], correct: Bool[np.ndarray, "N"]) ->
 def accuracy_at_coverage(
     confidence: Float[np.ndarray, "N"], correct: Bool[np.ndarray, "N"], *, coverage: float = 0.5
 ) -> float:
-    """Accuracy among the most confident share of the samples; ties at the border count in part.
+    """Accuracy of the most confident share of the samples; ties at the threshold count in part.
 
     Args:
       confidence, correct: as for `reliability_curve`.
-      coverage: the share that is answered, in (0, 1].
+      coverage: the answered share, in (0, 1].
 
     Raises:
       ValueError: as `reliability_curve`, or for a coverage outside of (0, 1].

@@ -1,4 +1,4 @@
-"""What a reward tells a learner, and how far two rewards are apart; before anything is trained on them."""
+"""Informativeness and distances of rewards, computed before training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jaxtyping import Float
 
 
 def informativeness(advantages: Float[np.ndarray, "P G"], rewards: Float[np.ndarray, "P G"]) -> float:
-    """How much a reward pushes the current policy towards what a teacher prefers.
+    """Informativeness of a reward for the current policy, relative to the advantages of a teacher.
 
         I(R | pi) = mean over prompts of Cov over samples( A_teacher, R )
 
-    0 where advantages or rewards of a prompt are all equal, or there is one sample: such a reward teaches nothing.
+    A prompt with equal advantages, equal rewards or a single sample contributes 0: its reward gives no signal.
 
     >>> informativeness([[1.0, -1.0]], [[1.0, 0.0]])
     0.5
@@ -41,7 +41,7 @@ def horizon_informativeness(
     discount: float,
     horizons: Sequence[int] = (1, 4, 8, 16, 32),
 ) -> float:
-    """How soon a designed reward shows the optimal action, on a tabular problem; 0 is the best.
+    """How soon a designed reward reveals the optimal action of a tabular problem; 0 is the best.
 
         Q_0 = R,   Q_h = R + discount * P Q_{h-1}(., pi*)
         I = - sum_h sum_s sum_{a not optimal} max(0, gap_s - (Q_h(s, pi*_s) - Q_h(s, a)))
@@ -50,9 +50,9 @@ def horizon_informativeness(
       rewards: the candidate's.
       transitions: probability of the next state.
       optimal: the optimal action of each state.
-      gaps: by how much it is better than the next under the true reward.
-      discount: of the future.
-      horizons: steps that the learner looks ahead.
+      gaps: its margin over the next action under the true reward.
+      discount: discount factor.
+      horizons: numbers of lookahead steps.
 
     Raises:
       ValueError: for shapes that do not fit.
@@ -77,12 +77,13 @@ def horizon_informativeness(
 
 
 def starc_distance(first: Float[np.ndarray, "P G"], second: Float[np.ndarray, "P G"]) -> float:
-    """Distance of two rewards of the same answers that ignores what changes no policy: prompt-wise offsets and scale.
+    """Distance of two rewards of the same answers that ignores prompt-wise offsets and scale, which do not change
+    policies.
 
         d = || C(r1) / |C(r1)| - C(r2) / |C(r2)| || / 2,   C centres the answers of each prompt
 
-    It is sqrt((1 - rho) / 2) with rho the correlation within prompts: 0 where they differ by scale alone, 1 where they
-    are opposite. A reward that is constant in every prompt has the norm 0 and stays 0.
+    It is sqrt((1 - rho) / 2) with rho the correlation within prompts: 0 if they differ only by scale, 1 if they are
+    opposite. For a reward that is constant in every prompt, C(r) / |C(r)| is defined as 0.
 
     >>> round(starc_distance([[1, 2, 3]], [[2, 1, 3]]), 6)
     0.5
@@ -109,8 +110,8 @@ def tabular_starc_distance(
 
         C(R)(s, a, s') = E_{s'}[ R + discount V(s') - V(s) ],   or without the expectation where `potential`
 
-    V is the value of the uniform policy under R; C is divided by its Euclidean norm over all entries. Where a state has
-    one action alone, the expectation makes C 0, which stays 0.
+    V is the value of the uniform policy under R; C is divided by its Euclidean norm over all entries. For a state with
+    a single action the expectation makes C equal to 0.
 
     Raises:
       ValueError: for shapes that do not fit, or a discount outside of [0, 1).
@@ -134,12 +135,12 @@ def tabular_starc_distance(
 
 
 def one_against_many(correct: Float[np.ndarray, "P"], wrong: Float[np.ndarray, "P W"]) -> dict[str, float]:
-    """How well scores tell one right solution from many wrong ones (RewardMATH).
+    """Accuracy of scores that compare one right with many wrong solutions (RewardMATH).
 
         accuracy = mean 1[c > max w],   accuracy_with_ties = mean 1[c >= max w]
         mrr = mean 1 / (1 + #{w >= c}),   pairwise = share of pairs with c > w
 
-    Accuracy against many, and not the pairwise one, goes with how far best-of-n stays right.
+    Accuracy against many, not the pairwise accuracy, predicts the accuracy of best-of-n.
 
     Raises:
       ValueError: for other shapes than [P] and [P, W].
@@ -161,9 +162,9 @@ def one_against_many(correct: Float[np.ndarray, "P"], wrong: Float[np.ndarray, "
 
 
 def step_score_summaries(scores: Sequence[float]) -> dict[str, float]:
-    """One number from the step scores of a process reward model, in every usual way.
+    """The usual aggregations of the step scores of a process reward model.
 
-    min, max, last, product, mean, geometric mean, sigmoid of the mean log-odds, and mean odds. Scores are kept within
+    min, max, last, product, mean, geometric mean, sigmoid of the mean log-odds, and mean odds. Scores are clipped to
     [1e-6, 1 - 1e-6] in the last two; a solution without steps scores 0.5.
 
     Reference: RewardMATH (2410.01729)
@@ -187,17 +188,18 @@ def step_score_summaries(scores: Sequence[float]) -> dict[str, float]:
 def verdict_report(
     verdicts: Sequence[float], truth: Sequence[float], subgoals: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """How well a judge says whether an action reaches a subgoal: accuracy, precision, recall and F1.
+    """Accuracy, precision, recall and F1 of a judge that decides whether an action reaches a subgoal.
 
-    Each subgoal counts the same, however many transitions it has. Without a positive, precision, recall and F1 are 0.
+    All subgoals have equal weight, independent of their number of transitions. Without positives, precision, recall and
+    F1 are 0.
 
     >>> verdict_report([1, 1, 0, 0], [1, 0, 1, 0])
     {'accuracy': 0.5, 'precision': 0.5, 'recall': 0.5, 'f1': 0.5}
 
     Args:
       verdicts: above 1/2 for a hit.
-      truth: the same, as it is.
-      subgoals: name of the subgoal of each; None is one for all.
+      truth: the true labels, in the same form.
+      subgoals: name of the subgoal of each; None: one for all.
 
     Raises:
       ValueError: for none, or lists of different lengths.
@@ -228,14 +230,14 @@ def policy_cliff(
 
         pi_R proportional to exp(R / alpha),   flip = TV(pi_R, pi_{R + delta u}) <= delta |u|_inf / (2 alpha) = bound
 
-    `ties` samples share the highest reward; `margin` is what the next value lies below it (0 where all are equal). With
-    a small alpha a tied group flips, and one whose margin exceeds the change does not.
+    `ties` is the number of samples with the highest reward; `margin` is its distance to the next value (0 if all are
+    equal). With a small alpha a tied group flips, and one whose margin exceeds the change does not.
 
     Args:
       rewards: of one group's samples.
       alpha: the KL coefficient, or temperature, in use.
       delta: size of the change.
-      direction: u, such as another reward, length or format; None leaves flip and bound out.
+      direction: u, such as another reward, length or format; None leaves out flip and bound.
 
     Raises:
       ValueError: for no rewards, an alpha that is not above 0, or a direction of another length.

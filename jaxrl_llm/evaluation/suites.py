@@ -7,7 +7,7 @@
       sums:  {task: addition, levels: [1, 2], problems: 100}
       mine:  {data: mine.jsonl, grader: "my_module:grade", by: [source]}
 
-What stands beside `evaluations` holds for all of them, unless one says otherwise.
+Keys beside `evaluations` apply to all of them, unless an evaluation sets them itself.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ from jaxrl_llm.yaml_text import MOST_BYTES, yaml_values
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: its problems, how they are sampled, how completions are judged.
+    """One evaluation: its problems, sampling and grading.
 
     Attributes:
-      data: a JSONL file of problems; None for a built-in task, or those of the run.
+      data: a JSONL file of problems; None for a built-in task, or the problems of the run.
       task: a built-in task.
       levels: of the task; None for all of them.
       options: of the task.
       split: "test", "validation" or "train" of the run's problems, or of the task's.
-      format: of the lines of `data`, see `benchmark_formats`.
-      fields: changes to which field of a line holds what.
-      grader: number, text, math, choice, code, or module:function; None takes that of the format, the task or the run.
-      prompt_format: text of the prompt with `{body}` where the problem goes.
-      problems: how many, spread evenly; None for all (of a run: evaluation.problems).
-      samples: sampled completions a problem; None for the largest k.
+      format: format of the lines of `data`, see `benchmark_formats`.
+      fields: changes to the names of fields.
+      grader: number, text, math, choice, code, or module:function; None: the default of the format, the task or the
+          run.
+      prompt_format: text of the prompt with `{body}` in place of the problem.
+      problems: number of problems, spread evenly; None for all (for a run: evaluation.problems).
+      samples: sampled completions per problem; None for the largest k.
       k: of pass@k, maj@k and best-of-k.
       temperature: of the samples; None for the run's, or 1.
       seed: of the samples.
-      by: columns whose values are reported apart.
-      rewards: further rewards of each sample, as in section rewards of a config; None takes the run's.
-      max_prompt_tokens, max_completion_tokens: limits; None for the run's, or what the model allows and 256.
+      by: columns whose values are reported separately.
+      rewards: further rewards of each sample, as in section rewards of a config; None: the run's.
+      max_prompt_tokens, max_completion_tokens: limits; None for the run's, or the model's context and 256.
     """
 
     data: str | None = None
@@ -79,7 +80,7 @@ class Evaluation:
         if self.data is not None and self.task is not None:
             raise ValueError(f"data is {self.data!r} and task is {self.task!r}; name one of them")
         if "{body}" not in self.prompt_format:
-            raise ValueError(f"prompt_format is {self.prompt_format!r}; it needs {{body}} where the problem goes")
+            raise ValueError(f"prompt_format is {self.prompt_format!r}; it needs {{body}} in place of the problem")
         require_k(self.k, self.samples_per_problem)
 
     @property
@@ -89,10 +90,10 @@ class Evaluation:
 
 
 def evaluation_of(values: Mapping[str, Any], where: str) -> Evaluation:
-    """An `Evaluation` of plain data.
+    """An `Evaluation` from plain data.
 
     Raises:
-      ValueError: for an unknown name (with the nearest known one), or a value that cannot be.
+      ValueError: for an unknown name (with the nearest known one), or an invalid value.
     """
     known = [each.name for each in fields(Evaluation)]
     if unknown := [name for name in values if name not in known]:
@@ -113,10 +114,10 @@ def read_suite(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 
     Args:
       path: a YAML file.
-      overrides: what holds for all of them, whatever the file says.
+      overrides: keys for all of them, which replace those of the file.
 
     Raises:
-      ValueError: for a file that cannot be read, or evaluations that cannot be, named.
+      ValueError: for an unreadable file, or invalid evaluations, by name.
     """
     file = Path(path)
     try:

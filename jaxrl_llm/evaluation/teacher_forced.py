@@ -24,15 +24,15 @@ def make_score(
         log p(y_t | x, y_<t), natural logarithm
 
     Rows are padded to powers of two and scored in batches of similar length, so that few programs are compiled. Padding
-    changes no result.
+    does not change results.
 
     Args:
-      model: whose log-probabilities are asked for.
+      model: the scoring model.
       temperature: of the softmax.
       sequences_per_batch: rows scored together.
 
     Returns:
-      One list a row, in the order given, as long as the row's completion.
+      One list per row, in the given order, with one number per completion token.
 
     Raises:
       ValueError: for a prompt without tokens, or an id outside of the vocabulary, naming the row.

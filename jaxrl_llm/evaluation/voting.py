@@ -1,7 +1,7 @@
-"""Voting: what the majority of a prompt's samples answers, and how far the samples agree.
+"""Majority voting among the samples of a prompt, and their agreement.
 
 An answer is any hashable canonical form; None is a sample without a parsable answer. Samples with equal answers form a
-class; None forms no class: it takes up a place among the k voters and votes for nothing.
+class; None forms no class: such a sample is one of the k voters, but has no vote.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Answers = Sequence[Sequence[Hashable | None]]
 
 
 def majority_at_k(answers: Answers, gold: Sequence[Hashable], k: int) -> Float[np.ndarray, "N"]:
-    """maj@k of each prompt: the chance that the majority of k of its samples is the reference answer.
+    """maj@k of each prompt: the probability that the majority of k of its samples is the reference answer.
 
         maj@k = E_I [ 1{gold is among the most frequent classes of I} / (number of classes tied at the top) ]
 
     over all k-subsets I of the n samples. A subset's credit depends only on its votes per class, which follow a
-    multivariate hypergeometric law, so the expectation is computed exactly from the class counts: no subsets are listed
-    and nothing is sampled, whatever n and k are.
+    multivariate hypergeometric law, so the expectation is computed exactly from the class counts, without enumeration
+    or sampling.
 
     >>> majority_at_k(["a b a c a b".split(), [1, 2, 2, None]], gold=["a", 1], k=3).round(6).tolist()
     [0.6, 0.25]
@@ -35,7 +35,7 @@ def majority_at_k(answers: Answers, gold: Sequence[Hashable], k: int) -> Float[n
       k: number of voters.
 
     Returns:
-      maj@k in [0, 1], float64, one a prompt; maj@1 is the accuracy.
+      maj@k in [0, 1], float64, one per prompt; maj@1 is the accuracy.
 
     Raises:
       ValueError: k < 1, k > n, prompts and references of different number, or a reference of None.
@@ -88,7 +88,7 @@ def consensus(answers: Answers, gold: Sequence[Hashable]) -> Float[np.ndarray, "
       answers, gold: as in `majority_at_k`.
 
     Returns:
-      cons@n in [0, 1], float64, one a prompt.
+      cons@n in [0, 1], float64, one per prompt.
 
     Raises:
       ValueError: a prompt without samples, prompts and references of different number, or a reference of None.
@@ -106,7 +106,7 @@ def agreement(answers: Answers) -> Float[np.ndarray, "N"]:
 
         agreement = max_class count / n
 
-    n counts every sample, so unparsable samples lower the agreement, and a prompt with none that parses has 0.
+    n counts all samples, so unparsable samples lower the agreement, and it is 0 if no sample parses.
 
     >>> agreement([[1, 2, 2, None]]).tolist()
     [0.5]
@@ -115,7 +115,7 @@ def agreement(answers: Answers) -> Float[np.ndarray, "N"]:
       answers: as in `majority_at_k`.
 
     Returns:
-      Agreement in [0, 1], float64, one a prompt.
+      Agreement in [0, 1], float64, one per prompt.
 
     Raises:
       ValueError: a prompt without samples.
@@ -129,22 +129,21 @@ def agreement(answers: Answers) -> Float[np.ndarray, "N"]:
 
 
 def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[Any]) -> Hashable | None:
-    """The answer of one prompt's samples with the largest sum of weights; of several, the one that came first.
+    """The answer of one prompt's samples with the largest sum of weights; ties are won by the first.
 
         argmax_a sum_i w_i 1{answer_i = a}
 
-    With equal weights it is the majority. It beats the majority where a higher weight means a right answer more often
-    than not.
+    With equal weights it is the majority. It is better than the majority if higher weights indicate right answers.
 
     >>> weighted_vote(["4", "5", "4", "5", "5"], [0.9, 0.2, 0.8, 0.3, 0.4])
     '4'
 
     Args:
-      answers: canonical answers; None votes for nothing.
-      weights: at least 0, one a sample: a stated confidence, or a likelihood.
+      answers: canonical answers; None has no vote.
+      weights: at least 0, one per sample: a stated confidence, or a likelihood.
 
     Returns:
-      The answer, None where no sample has one.
+      The answer; None if no sample has one.
 
     Raises:
       ValueError: for different lengths, or a weight that is negative or not finite.
@@ -164,12 +163,13 @@ def weighted_vote(answers: Sequence[Hashable | None], weights: Sequence[Any]) ->
 
 
 def vote_reward_accuracy(answers: Answers, gold: Sequence[Hashable]) -> Float[np.ndarray, "N"]:
-    """How right a reward for agreeing with the majority is: the share of each prompt's samples that it judges rightly.
+    """Accuracy of a majority-vote reward: the share of each prompt's samples that it judges correctly.
 
-        mean_i 1{ 1{answer_i = label} = 1{answer_i = gold} },   label = the most frequent answer, of several the first
+        mean_i 1{ 1{answer_i = label} = 1{answer_i = gold} },   label = the most frequent answer; ties are won by the
+        first
 
-    It is above the accuracy of the label where wrong labels are rare among the samples: they all differ from it, and
-    get the reward of a wrong answer, which they are.
+    With a wrong label it is still high if the label is rare among the samples: all others get the reward of a wrong
+    answer, which is correct for wrong ones.
 
     >>> vote_reward_accuracy([[1, 2, 2, 3, 4], [1, 1, 2, None, 1]], gold=[5, 1]).tolist()
     [0.6, 1.0]
@@ -178,7 +178,7 @@ def vote_reward_accuracy(answers: Answers, gold: Sequence[Hashable]) -> Float[np
       answers, gold: as in `majority_at_k`.
 
     Returns:
-      A share in [0, 1], float64, one a prompt.
+      A share in [0, 1], float64, one per prompt.
 
     Raises:
       ValueError: as `consensus`.

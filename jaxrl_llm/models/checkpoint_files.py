@@ -154,7 +154,7 @@ def _opened(path: Path) -> dict[str, StoredTensor]:
     except ImportError:
         raise ImportError("reading a checkpoint needs safetensors; pip install 'jaxrl_llm[hf]'") from None
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file; copy the file again")
+        raise ValueError(f"{path} is a pipe, socket or device; copy the file again")
     try:
         handle: Any = safe_open(path, framework="np")
         described = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118

@@ -28,7 +28,7 @@ from jaxrl_llm.models.cache import (
     taken_rows,
 )
 from jaxrl_llm.models.latent import latent_values
-from jaxrl_llm.models.layer_runs import Run, cache_of_layer, layer_runs
+from jaxrl_llm.models.layer_runs import Run, cache_of_layer, in_runs, layer_runs
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
@@ -193,8 +193,8 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
         empty = init_cache(rows, length, config=replace(config, cache_dtype="compute")).layers
         carried = {name: jax.tree.map(lambda leaf: leaf[0], entry) for name, entry in empty.items()}
     all_observed = []
-    for run in layer_runs(config):
-        (x, carried), observed = _run(params, run, shared, (x, carried), router_choices, cache, keep)
+    for run, blocks in zip(layer_runs(config), in_runs(params, config)["runs"], strict=True):
+        (x, carried), observed = _run(blocks, run, shared, (x, carried), router_choices, cache, keep)
         all_observed.append(observed)
     if isinstance(cache, Cache) and not isinstance(cache.layers, dict):
         carried = carried["blocks"]
@@ -206,7 +206,7 @@ def _by_kind(layers: Any) -> Any:
     return layers if isinstance(layers, dict) else {"blocks": layers}
 
 
-def _run(params, run: Run, shared, carry, router_choices, cache, keep):
+def _run(blocks, run: Run, shared, carry, router_choices, cache, keep):
     """One scan over layers of which every `run.period` are alike."""
     config = shared.config
     kinds = [run.every(values) for values in (config.windowed, config.rotated)]
@@ -244,9 +244,6 @@ def _run(params, run: Run, shared, carry, router_choices, cache, keep):
         return (x, carried), _joined([jax.tree.map(lambda leaf: leaf[None], one) for one in observed])
 
     choices = None if router_choices is None or not run.routed else run.cut(router_choices, run.routed)
-    blocks = {
-        stack: jax.tree.map(partial(run.cut, layers=layers), params[stack]) for stack, layers in run.stacks.items()
-    }
     own = [jnp.asarray(values).T for values in kinds]
     carry, observed = jax.lax.scan(body, carry, (blocks, jnp.arange(run.repeats), choices, own))
     return carry, {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in observed.items()}
@@ -279,7 +276,7 @@ def forward(
     """Hidden states after the final norm; the cached and the uncached pass are this one function.
 
     Args:
-      params: as `transformer_specs` describes; `blocks` may also be a tuple with one tree a block (see `unstack`).
+      params: as `transformer_specs` describes, or `for_decoding`.
       tokens: token ids; ids at padding positions are read and ignored.
       positions: index of each token in its own sequence, -1 for padding.
       cache: None, or a cache whose next T slots are filled with this call's keys and values.
@@ -321,10 +318,13 @@ def unstack(params: PyTree, config: TransformerConfig) -> PyTree:
 
 
 def for_decoding(params: PyTree, config: TransformerConfig) -> PyTree:
-    """Parameters laid out for many small steps: unstacked, and on a CPU with their large matrices `Turned`."""
+    """Parameters laid out for many small steps: unstacked, and on a CPU with their large matrices `Turned`; blocks that
+    are scanned over are cut into their runs, which each step would copy otherwise."""
+    if not config.unrolled:
+        return in_runs(params, config)
     params = unstack(params, config)
     split = (ambient := ambient_layout()) is not None and ambient.mesh.size > 1
-    if not isinstance(params["blocks"], tuple) or backend_in_use() != "cpu" or split:
+    if backend_in_use() != "cpu" or split:
         return params
 
     def laid_out(block):

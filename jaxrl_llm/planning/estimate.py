@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.config import Config
+from jaxrl_llm.models.experts import PAIRS_AT_A_TIME
 from jaxrl_llm.models.logprobs import SCORES_PER_CHUNK
 from jaxrl_llm.models.parameters import ParameterSpec
 from jaxrl_llm.parallel.rules import AXES, Rules, axes_of, changed_rules, decoding
@@ -77,16 +78,17 @@ def estimate(
     tables = at.table * at.compute
     width = at.tokens / at.sequence * at.rows
     block = width * at.compute * (4 * at.width + (3 * at.mlp + 3 * at.heads) / at.tensor * (at.served + at.beside))
-    block += at.scores
+    block += at.scores + at.routed(width)
     if config.has_problems:
         rows = 1 + config.evaluation.samples_per_problem
         together = evaluation_batch(config, model, at.mesh, at.rules, device_bytes=topology.chip.bytes)
         sampled = (model, max(1, together // rows), rows, at.prompt, at.completion, at.mesh.shape, at.rules)
         result.memory["evaluation"] = held | decoding_bytes(*sampled, gathered=config.mesh.gather_for_rollout)
     if composition.rollout is not None:
-        result.memory["prefill"] = held | {"weights for sampling": weights + loose, "cache": cache}
-        result.memory["decode"] = result.memory["prefill"] | {
-            "cache before it grows": at.held.token * at.grown * at.decoded,
+        sampling = held | {"weights for sampling": weights + loose, "cache": cache}
+        result.memory["prefill"] = sampling | {"experts": at.routed(at.prompts * at.prompt)}
+        result.memory["decode"] = sampling | {
+            "cache before it grows": (at.held.token * at.grown + (at.held.window if at.grown else 0.0)) * at.decoded,
             "scores of a token": 3 * 4.0 * at.decoded * at.vocabulary / at.vocabulary_parts,
         }
     if composition.with_reference:
@@ -125,6 +127,7 @@ class _Sizes:
         self.tensor, self.sequence = self.mesh.shape["tensor"], self.mesh.shape["sequence"]
         self.layers, self.width, self.vocabulary = c.layers, c.width, c.vocabulary_size
         self.mlp, self.heads = c.mlp_size, c.heads * (c.head_size if c.latent is None else c.cached_sizes[1])
+        self.experts = c.experts
         self.served = 1 if c.experts is None else c.experts.per_token
         # In hidden widths of the MLP: experts of a token, and what serves it beside them.
         self.beside = 0.0 if c.experts is None else (c.experts.shared_width or 0) / self.mlp
@@ -194,6 +197,14 @@ class _Sizes:
     def _held(self, leaf: ParameterSpec, rules: Rules) -> float:
         axes = axes_of(leaf.axes, leaf.shape, self.mesh, rules)
         return math.prod(leaf.shape) / math.prod(self.mesh.shape[axis] for part in axes for axis in part)
+
+    def routed(self, tokens: float) -> float:
+        """Bytes of the inputs, hidden values and answers of (token, expert) pairs that a device serves at a time."""
+        if (experts := self.experts) is None or not experts.ragged:
+            return 0.0
+        seen = tokens * self._split("expert", experts.count)
+        pairs = min(seen * self.served, PAIRS_AT_A_TIME / self.width)
+        return self.compute * (2 * seen * self.width + pairs * 3 * (self.width + self.mlp / self.tensor))
 
     def devices(self, *axes: str) -> int:
         """Devices along these axes."""

@@ -53,7 +53,8 @@ class Planned:
             rollout, training = replace(config.rollout, samples_per_prompt=1), config.training
             training = replace(training, prompts_per_step=c.written.rows)
             config = replace(config, rollout=rollout, training=training)
-        found = estimate(config, self.model, c, self.state, sizes, self.machine)
+        with planned_for(self.machine.chip.platform):
+            found = estimate(config, self.model, c, self.state, sizes, self.machine)
         for name, one in self.earlier.items():
             before = one.estimated(sizes)
             found.memory |= {f"{name}: {phase}": before.memory[phase] for phase in before.costs}

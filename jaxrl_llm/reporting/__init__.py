@@ -1,4 +1,4 @@
-"""Reporting: what a run tells while it goes on (progress) and leaves behind (its run directory)."""
+"""Reporting: progress during a run, its run directory, metrics, alarms and reports."""
 
 from __future__ import annotations
 

@@ -14,8 +14,11 @@ from jaxrl_llm.reporting.metric_table import Panel, described, panels
 from jaxrl_llm.reporting.report import COLOURS, FigureFormat, groups_of
 from jaxrl_llm.reporting.reported_run import ReportedRun, kl_curves, pass_curves, seconds_by_part, series
 
-SMOOTHING, SMOOTHED_FROM = 0.8, 25  # as the page does: the weight of the past, and the points that are too few for it
-INCHES = (3.4, 2.4)  # one column of a page
+SMOOTHING, SMOOTHED_FROM = (
+    0.8,
+    25,
+)  # as in the HTML report: the smoothing weight, and the largest number of points without smoothing
+INCHES = (3.4, 2.4)  # width of a paper column
 STYLE = {
     "font.size": 8,
     "axes.grid": True,
@@ -33,15 +36,15 @@ def write_figures(runs: Sequence[ReportedRun], directory: str | Path, form: Figu
     """Write one file for each chart of the report: curves, pass@k, seconds.
 
     Args:
-      runs: one or several; those whose configs differ in the seed alone are one curve, mean and range.
-      directory: made if it does not exist; files of the same names are replaced.
+      runs: one or several; runs that differ only in the seed are one curve with mean and range.
+      directory: created if it does not exist; existing files are replaced.
       form: svg and pdf keep their text as text.
 
     Returns:
       The files.
 
     Raises:
-      ValueError: for a form that is not known, a directory that cannot be written, or where matplotlib is missing.
+      ValueError: for an unknown form, a directory that cannot be written, or missing matplotlib.
     """
     if form not in get_args(FigureFormat):
         raise ValueError(f"--format {form} is not known; use one of {', '.join(get_args(FigureFormat))}")
@@ -111,7 +114,7 @@ def _curves(axes: Any, panel: Panel, of: Sequence[tuple[str, dict[str, Any]]]) -
 
 
 def smoothed(values: Sequence[float | None], weight: float = SMOOTHING) -> np.ndarray:
-    """Exponentially weighted mean of what came before, debiased at the start; None stays a gap."""
+    """Exponential moving average, debiased at the start; None stays a gap."""
     numbers = np.asarray(values, float)
     if len(numbers) < SMOOTHED_FROM:
         return numbers

@@ -1,7 +1,6 @@
-"""THE table of the files that a run and an evaluation leave behind: what each key of their lines means.
+"""The table of the files of runs and evaluations, with the meaning of each key.
 
-docs/formats.md is made of it, and tests hold that what is written is in it. metrics.jsonl has a table of its own,
-`metric_table`.
+docs/formats.md is generated from it, and tests check that it is complete. For metrics.jsonl see `metric_table`.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from collections.abc import Mapping
 
 COMPLETION = {
     "completion": "text, end of sequence included",
-    "correct": "whether the grader takes it",
-    "answer": "what it votes for in a majority; null for nothing",
+    "correct": "whether the grader accepts it",
+    "answer": "its vote in a majority; null for none",
     "tokens": "tokens of it",
     "truncated": "a limit ended it",
     "logprob": "sum of the log-probabilities of its tokens, nats",
-    "score": "number of the grader, where it returns one",
-    "confidence": "stated confidence, where the grader returns one",
+    "score": "score of the grader, if it returns one",
+    "confidence": "stated confidence, if the grader returns one",
     "rewards": "each reward by its name",
     "reference_logprob": "the same sum under the reference; with `--reference`",
 }
@@ -36,26 +35,26 @@ FILES: Mapping[str, Mapping[str, str]] = {
         "before": "the last table, before training: accuracies on the test split, `problems`, `samples_per_problem`",
         "after": "the same after training",
         "seconds": "wall time by part, and `total`",
-        "goodput": "share of the seconds of all starts that the result is made of, and what became of the others",
-        "early_stopping": "of each stage with `training.stop_when`: what it has read, and whether it ended the stage",
+        "goodput": "useful share of the seconds of all starts, and the other seconds by cause",
+        "early_stopping": "of each stage with `training.stop_when`: its values, and whether it ended the stage",
         "peak_memory_bytes": "of the process on the host",
-        "completion_tokens_sampled": "tokens that the policy wrote in training",
+        "completion_tokens_sampled": "tokens sampled in training",
         "warm_start_steps": "steps of the warm start",
-        "steps": "that were asked for (`training.steps`)",
-        "skipped_updates": "updates left out, as their gradient was not finite",
+        "steps": "configured steps (`training.steps`)",
+        "skipped_updates": "updates skipped because of a non-finite gradient",
         "compilations": "programs that were compiled",
         "compilation_seconds": "how long that took",
         "programs_read": "compiled programs that were read from the cache",
-        "config_hash": "of what decides numbers in the config",
+        "config_hash": "hash of the config keys that decide numbers",
         "data": "fingerprint of each split",
         "devices": "names of the devices",
         "versions": "of Python and of packages",
     },
     "problems.jsonl": {
-        "item_id": "number of the problem in its data",
+        "item_id": "index of the problem in its data",
         "prompt": "text of the prompt",
         "answer": "reference answer",
-        "columns": "values of the columns that `--by` names",
+        "columns": "values of the columns of `--by`",
         "episodes": "[value, count] of each metric of its episodes; in conversations",
         "greedy": "the most likely completion",
         "samples": "the sampled completions",

@@ -1,7 +1,7 @@
-"""Loggers: where a run's numbers go beside metrics.jsonl, which is always written.
+"""Loggers: further outputs of a run's metrics beside metrics.jsonl, which is always written.
 
-A logger is anything with `log(step, numbers)`; `samples(step, samples)`, `sync()` and `close()` are called where it has
-them. A function of (step, numbers) is one, too. What takes (directory, config, resume_step) and returns a logger opens
+A logger is an object with `log(step, numbers)` and optionally `samples(step, samples)`, `sync()` and `close()`; a
+function of (step, numbers) is a logger too. A function of (directory, config, resume_step) that returns a logger opens
 it.
 
     reporting: {loggers: [tensorboard, csv, {wandb: {project: mine}}, {python: "my_module:my_logger"}]}
@@ -22,14 +22,14 @@ Numbers = Mapping[str, float]
 
 
 class Logger(Protocol):
-    """What a run's numbers are handed to."""
+    """A receiver of a run's metrics."""
 
     def log(self, step: int, numbers: Numbers) -> None:
-        """Take the numbers of a step; steps ascend, but those after a checkpoint come again in a resumed run."""
+        """Log the metrics of a step; steps ascend, but steps after a checkpoint are repeated in a resumed run."""
         ...
 
 
-# (run directory, config, the step that a resumed run goes on from or None) -> a logger
+# (run directory, config, the step that the run resumes from or None) -> a logger
 Opener = Callable[[Path, Mapping[str, Any], int | None], Logger]
 
 
@@ -37,12 +37,12 @@ class TensorBoard:
     """Event files in `tensorboard/` of the run."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any], resume_step: int | None):
-        # Imported here: it costs a third of a second that commands without a run need not pay.
+        # A local import, since it takes a third of a second.
         from tensorboardX import SummaryWriter
 
         events = directory / "tensorboard"
-        # purge_step hides the events after the resumed step. Event files are named by the second, and read in the order
-        # of their names: the count keeps apart, and in order, those of a run resumed within a second.
+        # purge_step hides the events after the resumed step. Event files are named by the second and read in the order
+        # of their names: the count separates and orders those of a run resumed within a second.
         self._events = SummaryWriter(
             logdir=str(events),
             purge_step=None if resume_step is None else resume_step + 1,
@@ -61,13 +61,13 @@ class TensorBoard:
 
 
 class Csv:
-    """metrics.csv of the run: one row a step, one column a metric, brought up to date with every checkpoint."""
+    """metrics.csv of the run: one row per step, one column per metric, updated with every checkpoint."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any], resume_step: int | None):
         self._directory = directory
 
     def log(self, step: int, numbers: Numbers) -> None:
-        pass  # written whole: a metric may appear late, and needs a column from the start
+        pass  # rewritten each time, since a new metric needs a column in all rows
 
     def sync(self) -> None:
         lines = (self._directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -84,7 +84,7 @@ class Csv:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, or of trackio, which has the same functions; a resumed run goes on with its own."""
+    """A run of Weights & Biases, or of trackio, which has the same functions; a resumed run continues its own."""
 
     def __init__(
         self, package: str, directory: Path, config: Mapping[str, Any], resume_step: int | None, **options: Any
@@ -113,14 +113,14 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow; a resumed run goes on with its own."""
+    """A run of MLflow; a resumed run continues its own."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any], resume_step: int | None, **options: Any):
         self._mlflow = importlib.import_module("mlflow")
         held = directory / "mlflow_run"
         if "tracking_uri" in options:
             place = str(options.pop("tracking_uri"))
-            if place.startswith("file:"):  # asked for by name; MLflow wants that said in its own way, too
+            if place.startswith("file:"):  # MLflow needs an explicit permission for file stores
                 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             self._mlflow.set_tracking_uri(place)
         if "experiment" in options:
@@ -133,7 +133,7 @@ class MLflow:
             self._mlflow.log_params(flat)
 
     def log(self, step: int, numbers: Numbers) -> None:
-        # A name may hold no @ there.
+        # Names must not contain @.
         self._mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in numbers.items()}, step=step)
 
     def close(self) -> None:
@@ -141,17 +141,17 @@ class MLflow:
 
 
 class Guarded:
-    """A logger whose failure, from when it is opened, ends itself and not the run."""
+    """A logger that is switched off when it fails, without ending the run."""
 
     def __init__(self, name: str, opener: Opener, place: tuple[Any, ...], warn: Callable[[str], Any]):
         self._name, self._warn, self._logger = name, warn, None
         try:
             self._logger = opener(*place)
         except Exception as error:
-            warn(f"logger {name} cannot be opened, and gets nothing: {type(error).__name__}: {error}")
+            warn(f"logger {name} cannot be opened, and is switched off: {type(error).__name__}: {error}")
 
     def call(self, what: str, *arguments: Any) -> None:
-        """Call one of its functions where it has it."""
+        """Call one of its functions, if it has it."""
         function = getattr(self._logger, what, self._logger if what == "log" and callable(self._logger) else None)
         if function is None:
             return
@@ -159,7 +159,7 @@ class Guarded:
             function(*arguments)
         except Exception as error:
             self._logger = None
-            self._warn(f"logger {self._name} failed and gets nothing more: {type(error).__name__}: {error}")
+            self._warn(f"logger {self._name} failed, and is switched off: {type(error).__name__}: {error}")
 
 
 _SHIPPED: dict[str, tuple[str | None, Callable[..., Any]]] = {
@@ -174,10 +174,10 @@ _SHIPPED: dict[str, tuple[str | None, Callable[..., Any]]] = {
 def logger_openers(
     entries: Iterable[tuple[str, Mapping[str, Any]]], user_function: Callable[[str, str], Callable[..., Any]]
 ) -> dict[str, Opener]:
-    """What opens the loggers of (name or module:function, options), checked before a run starts.
+    """Functions that open the loggers of (name or module:function, options), checked before a run starts.
 
-    A function of the user's with the parameters (step, numbers) is a logger; any other is called with the run
-    directory, the config, the step that is resumed from, and the options.
+    A user's function with the parameters (step, numbers) is a logger; any other is called with the run directory, the
+    config, the step that the run resumes from, and the options.
 
     Raises:
       ValueError: for an unknown name, or one whose package is missing.
@@ -205,7 +205,7 @@ def logger_openers(
 
 
 def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as one, under dotted names."""
+    """A nested mapping flattened to dotted names."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     return {

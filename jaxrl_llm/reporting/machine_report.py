@@ -1,4 +1,4 @@
-"""What this machine is: devices, versions and memory, for `jaxrl doctor` and for summaries."""
+"""Devices, versions and memory of this machine, for `jaxrl doctor` and for summaries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of what a run depends on; "missing" where there is none."""
+    """Installed versions of the dependencies of a run; "missing" for missing ones."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -40,8 +40,8 @@ def package_versions() -> dict[str, str]:
 
 
 def memory_in_use() -> dict[str, float]:
-    """What this process holds now, in GiB: resident memory of the host, and where devices tell it the most that one of
-    them holds and has held."""
+    """Memory of this process in GiB: resident memory on the host, and, if devices report it, the current and peak
+    memory of the fullest device."""
     import jax
 
     stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
@@ -58,7 +58,7 @@ def peak_memory() -> int:
 
 
 def machine_report() -> dict[str, dict[str, Any]]:
-    """Devices, host, compiled programs that are kept, and versions as plain data."""
+    """Devices, host, cached compiled programs, and versions as plain data."""
     import jax
 
     devices = {}

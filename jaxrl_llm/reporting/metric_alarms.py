@@ -1,7 +1,7 @@
-"""Alarms: numbers of a run that a person should look at, each said once while it lasts.
+"""Alarms on the metrics of a run, each printed once while its condition holds.
 
-They end nothing. What is compared is the mean of the last `WINDOW` steps with that of the first ones. A run says them
-while it goes on, and its report says the same of its records.
+Alarms do not end a run. They compare the mean of the last `WINDOW` steps with that of the first ones. A run prints
+them, and its report computes the same alarms from its records.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ CONSTANT_STEPS = 20
 
 @dataclass
 class Alarms:
-    """What the alarms remember of one stage of a run.
+    """State of the alarms of one stage.
 
     Attributes:
       first: mean of each metric over its first `WINDOW` steps.
       last: each metric in its last `WINDOW` steps.
       probes: (mean reward, pass@1 on the validation split) at each evaluation.
       peak: the highest mean of `correct_share` over `WINDOW` steps, with the mean reward of the same steps.
-      still: steps in a row in which each reward was constant.
-      ringing: alarms that were said and still hold.
+      still: number of consecutive steps in which each reward was constant.
+      ringing: printed alarms whose condition still holds.
     """
 
     first: dict[str, float] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Alarms:
     ringing: set[str] = field(default_factory=set)
 
     def new(self, metrics: Mapping[str, float]) -> list[str]:
-        """What there is to say after a step with these metrics, and was not said before."""
+        """New alarms after a step with these metrics."""
         for name, value in metrics.items():
             if not math.isfinite(value):
                 continue
@@ -60,7 +60,7 @@ class Alarms:
         return fresh
 
     def now(self, name: str) -> float | None:
-        """Mean of the last `WINDOW` steps; None before there are so many."""
+        """Mean of the last `WINDOW` steps; None if there are fewer."""
         window = self.last.get(name, ())
         return sum(window) / WINDOW if len(window) == WINDOW else None
 
@@ -82,7 +82,7 @@ def _entropy(seen: Alarms) -> str | None:
 def _length(seen: Alarms) -> str | None:
     now, then, cut = seen.now("completion_tokens"), seen.first.get("completion_tokens"), seen.now("truncated_share")
     if cut is not None and cut > 0.5:
-        return f"{cut:.0%} of the completions are cut at max_completion_tokens"
+        return f"{cut:.0%} of the completions are truncated at max_completion_tokens"
     if now is None or not then or now < 3 * then:
         return None
     return f"completions have grown from {then:.0f} to {now:.0f} tokens"
@@ -99,7 +99,7 @@ def _constant(seen: Alarms) -> str | None:
     now = seen.now("constant_group_share")
     if now is None or now < 0.999:
         return None
-    return "all rewards of each prompt have been equal in the last steps: nothing is learned from them"
+    return "all rewards of each prompt have been equal in the last steps: they give no gradient"
 
 
 def _silent(seen: Alarms) -> str | None:
@@ -107,7 +107,7 @@ def _silent(seen: Alarms) -> str | None:
     if not names:
         return None
     said = ", ".join(name.removeprefix("reward/").removesuffix("_std") for name in names)
-    return f"a reward has been the same for every completion of {CONSTANT_STEPS} steps: {said}; it teaches nothing"
+    return f"a reward has been the same for every completion of {CONSTANT_STEPS} steps: {said}; it gives no signal"
 
 
 def _verifier(seen: Alarms) -> str | None:
@@ -118,7 +118,8 @@ def _verifier(seen: Alarms) -> str | None:
     if held > peak - 0.05 or reward <= then + 0.02 * max(abs(then), 0.05):
         return None
     return (
-        f"the reward rises ({then:.3f} to {reward:.3f}) while correct_share, what the first reward accepts, has fallen "
+        f"the reward rises ({then:.3f} to {reward:.3f}) while correct_share (completions accepted by the first "
+        "reward) has fallen "
         f"({peak:.1%} to {held:.1%}): the policy may be exploiting the other rewards"
     )
 
@@ -168,7 +169,7 @@ ALARMS: dict[str, Callable[[Alarms], str | None]] = {
 
 
 def alarms(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a run has said, and numbers that were not finite, over the last stage in the records of a metrics.jsonl."""
+    """Alarms and non-finite numbers of the last stage, from the records of a metrics.jsonl."""
     seen, found, broken = Alarms(), [], set()
     stage = records[-1].get("stage") if records else None
     for record in records:

@@ -26,9 +26,10 @@ from typing import Any
 
 from jaxrl_llm.addresses import is_address, working_directory
 from jaxrl_llm.reporting.ownership import FILE, owned_place
-from jaxrl_llm.reporting.shares import BROUGHT, Share
+from jaxrl_llm.reporting.shares import BROUGHT, Share, step_folder, step_folders, step_number
 
 _STATE, _COPY = ".mirror.json", ".copy"  # what was sent, here; which working copy the address was written from, there
+_PART = ".part-"  # and the number of a process: what it writes to a local folder before it is renamed
 _META = "meta/metadata"  # a checkpoint is whole when this is there
 _SAYS_SECONDS, _PATIENCE_SECONDS = 5.0, 60.0  # how often a process says that it goes on bringing, and is waited for
 
@@ -54,6 +55,7 @@ class Mirror:
         share: Share | None = None,
     ):
         import fsspec
+        from fsspec.implementations.local import LocalFileSystem
 
         try:
             self.fs, self.root = fsspec.core.url_to_fs(address, use_listings_cache=False)
@@ -63,7 +65,7 @@ class Mirror:
                 "s3://, adlfs for az://), or give a local directory"
             ) from None
         self.address, self.say, self.share = address.rstrip("/"), say, share
-        self.root = self.root.rstrip("/")
+        self.root, self._renames = self.root.rstrip("/"), isinstance(self.fs, LocalFileSystem)
         self.directory = working_directory(address) if directory is None else directory
         self._at_work = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -93,8 +95,8 @@ class Mirror:
             name: size
             for name, size in sizes.items()
             if name not in (FILE, _COPY)
-            and not name.startswith(BROUGHT)
-            and (_step(name) is None or _step(name) in whole)
+            and not name.startswith((BROUGHT, _PART))
+            and (step_folder(name) is None or step_folder(name) in whole)
         }
 
     def started(self) -> bool:
@@ -106,7 +108,7 @@ class Mirror:
     def computed(self) -> bool:
         """Whether the local directory has records of steps, or a checkpoint."""
         records = self.directory / "metrics.jsonl"
-        return bool(_steps(self._local())) or (records.is_file() and records.stat().st_size > 0)
+        return bool(step_folders(self._local())) or (records.is_file() and records.stat().st_size > 0)
 
     def begin(self) -> None:
         """Empty the local directory for a new run: a start that has computed nothing may have left something."""
@@ -179,7 +181,7 @@ class Mirror:
             stamp = _stamp(self.directory / name)
             if stamp is None or stamp == state["sent"].get(name):
                 continue
-            if name.endswith(_META) and elsewhere is not None and _step(name) not in elsewhere:
+            if name.endswith(_META) and elsewhere is not None and step_folder(name) not in elsewhere:
                 continue
             if self._put(name):
                 state["sent"][name] = stamp
@@ -207,18 +209,18 @@ class Mirror:
             if time.monotonic() - since > _SAYS_SECONDS:
                 share.say(self.fs, self.root, before)
                 since = time.monotonic()
-        share.say(self.fs, self.root, _steps(names))
+        share.say(self.fs, self.root, step_folders(names))
 
     def _left_by_others(self, names: list[str]) -> set[str]:
         """Files at the address of steps that retention has deleted here; others may be ahead with later ones."""
-        here = {_number(step) for step in _steps(names)}
+        here = {step_number(step) for step in step_folders(names)}
         there = [name[len(self.root) + 1 :] for name in self.fs.find(f"{self.root}/checkpoints")]
-        steps = {name: _number(step) for name in there if (step := _step(name))}
+        steps = {name: step_number(step) for name in there if (step := step_folder(name))}
         return {name for name, step in steps.items() if step not in here and step < max(here, default=0)}
 
     def _wait_for_others(self, share: Share) -> None:
         """Until the others have brought their arrays of the newest step, or have been silent for a while."""
-        newest = set(sorted(_steps(self._local()), key=_number)[-1:])
+        newest = set(sorted(step_folders(self._local()), key=step_number)[-1:])
         heard, since = None, time.monotonic()
         while not newest <= share.arrived(self.fs, self.root):
             said = [share.said_by(self.fs, self.root, other) for other in share.others]
@@ -232,13 +234,21 @@ class Mirror:
         """Whether a file was brought; retention may have deleted it meanwhile."""
         file, target = self.directory / name, f"{self.root}/{name}"
         try:
-            self.fs.put_file(str(file), target)
+            self._put_whole(file, target)
         except FileNotFoundError:
             if not file.is_file():
                 return False
             self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)  # where folders are no part of a name
-            self.fs.put_file(str(file), target)
+            self._put_whole(file, target)
         return True
+
+    def _put_whole(self, file: Path, target: str) -> None:
+        """An object is there whole or not at all, and so is a file that is renamed; a kill leaves half of another."""
+        if not self._renames:
+            return self.fs.put_file(str(file), target)
+        part = f"{self.root}/{_PART}{0 if self.share is None else self.share.process}"
+        self.fs.put_file(str(file), part)
+        os.replace(part, target)
 
     def brought(self, file: Path, *, seconds: float = 10.0) -> str:
         """Where people find one file of the run, which is brought now: here, if the storage does not take it in time.
@@ -307,7 +317,7 @@ class Mirror:
             folders[:] = [name for name in folders if "orbax-checkpoint-tmp" not in name]
             at = Path(folder).relative_to(self.directory)
             found += [(at / name).as_posix() for name in files if not name.startswith(".") or at != Path()]
-        return sorted(found, key=lambda name: (_step(name) is not None, name.endswith(_META), name))
+        return sorted(found, key=lambda name: (step_folder(name) is not None, name.endswith(_META), name))
 
     def _remove_empty(self) -> None:
         for folder, _, _ in os.walk(self.directory, topdown=False):
@@ -357,27 +367,6 @@ def changed_in_place(path: str | os.PathLike, say: Callable[[str], Any] = print)
     with mirror.kept():
         mirror.fetch()  # what its last owner has brought since
         yield mirror.directory
-
-
-def _step(name: str) -> str | None:
-    """The folder of a checkpoint that a file belongs to; None for another file.
-
-    >>> _step("checkpoints/20/state/d/1"), _step("metrics.jsonl")
-    ('checkpoints/20/', None)
-    """
-    folder, _, rest = name.partition("/")
-    step, inside, _ = rest.partition("/")
-    return f"{folder}/{step}/" if folder == "checkpoints" and inside and step.isdecimal() else None
-
-
-def _steps(names: list[str]) -> list[str]:
-    """The folders of checkpoints that files belong to, once each."""
-    return sorted({step for name in names if (step := _step(name))})
-
-
-def _number(step: str) -> int:
-    """Of the folder of a checkpoint."""
-    return int(step.split("/")[1])
 
 
 def _stamp(file: Path) -> list[int] | None:

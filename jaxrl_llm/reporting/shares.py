@@ -1,4 +1,4 @@
-"""What each of several processes brings to the address of a run, where they share no disk.
+"""Files of a run by their names, and what each of several processes brings to its address where they share no disk.
 
 Each writes the arrays that its devices hold to a directory of its own, brings those and what it alone writes
 (`own_folder`), and says which steps are there.
@@ -59,9 +59,9 @@ class Share(NamedTuple):
         """What a process has said since this start of the run."""
         try:
             said = json.loads(fs.cat_file(f"{root}/{BROUGHT}{process}"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a local file may be there half
             said = {}
-        return said if said.get("start") == self.start else {"steps": []}
+        return said if isinstance(said, dict) and said.get("start") == self.start else {"steps": []}
 
     def arrived(self, fs: Any, root: str) -> set[str]:
         """Steps whose arrays all others have brought."""
@@ -84,3 +84,24 @@ def is_of_one_process(name: str) -> bool:
     (True, False)
     """
     return _PARTS.fullmatch(name) is not None
+
+
+def step_folder(name: str) -> str | None:
+    """The folder of a checkpoint that a file belongs to; None for another file.
+
+    >>> step_folder("checkpoints/20/state/d/1"), step_folder("metrics.jsonl")
+    ('checkpoints/20/', None)
+    """
+    folder, _, rest = name.partition("/")
+    step, inside, _ = rest.partition("/")
+    return f"{folder}/{step}/" if folder == "checkpoints" and inside and step.isdecimal() else None
+
+
+def step_folders(names: list[str]) -> list[str]:
+    """The folders of checkpoints that files belong to, once each."""
+    return sorted({step for name in names if (step := step_folder(name))})
+
+
+def step_number(step: str) -> int:
+    """Of the folder of a checkpoint."""
+    return int(step.split("/")[1])

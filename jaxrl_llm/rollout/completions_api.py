@@ -1,7 +1,6 @@
 """One request to an OpenAI-compatible engine (vLLM, SGLang): token ids in, token ids and log-probabilities out.
 
-What comes back is checked number by number: an engine that leaves something out, or means something else by it, is
-found at the first request and not in a reward curve.
+Every response is checked, so that an engine with missing or different numbers is detected at the first request.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ def completion(
 ) -> Completion:
     """Sample one completion of a prompt.
 
-    Everything that an engine could otherwise take from its own defaults (a model's generation_config.json sets top-k
-    and top-p) is said in the request, so that the distribution is softmax(logits / temperature) over the vocabulary.
+    The request sets everything that an engine could otherwise take from its defaults (a model's generation_config.json
+    sets top-k and top-p), so that the distribution is softmax(logits / temperature) over the vocabulary.
 
     Raises:
       EndpointError: see `answer` and `checked_completion`.
@@ -89,12 +88,11 @@ def checked_completion(
     vocabulary_size: int,
     where: str,
 ) -> Completion:
-    """The one completion of an answer, or what is wrong with it.
+    """The single completion of a response, after checks.
 
     Raises:
-      EndpointError: for another number of choices than one; ids or log-probabilities that are missing, of another
-        number or impossible; another prompt than the one that was sent; a completion that neither ended nor reached the
-        limit.
+      EndpointError: for more or fewer than one choice; missing, too few, too many or invalid ids or log-probabilities;
+        a prompt that differs from the request; a completion that neither ended nor reached the limit.
     """
     choices = found.get("choices") if isinstance(found, Mapping) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
@@ -115,7 +113,7 @@ def checked_completion(
     if len(logprobs) != len(tokens):
         raise EndpointError(
             f"{where} has {len(logprobs)} log-probabilities for {len(tokens)} tokens; each token needs its own, so "
-            "turn off what changes tokens after sampling (echo, trimmed stop tokens, merged pieces)"
+            "turn off all options that change tokens after sampling (echo, trimmed stop tokens, merged pieces)"
         )
     for position, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary_size:
@@ -157,7 +155,7 @@ def checked_completion(
 
 
 def _token_ids(choice: Mapping[str, Any], described: Mapping[str, Any], where: str) -> list[Any]:
-    """Ids from the field `token_ids`, or from tokens that are written as `token_id:123`."""
+    """Ids from the field `token_ids`, or from tokens of the form `token_id:123`."""
     written = described.get("tokens")
     named = None
     if isinstance(written, list) and all(isinstance(t, str) and t.startswith(TOKEN_ID) for t in written):

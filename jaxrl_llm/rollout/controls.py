@@ -1,7 +1,7 @@
-"""What may be sampled: truncation, penalties, biases, allowed tokens, minimum length and stop texts.
+"""Controls of sampling: truncation, penalties, biases, allowed tokens, minimum length and stop texts.
 
 Controls shape generation for evaluation and inspection. A training rollout samples from the policy's own distribution
-(see `generate`), because the trainer scores with that.
+(see `generate`), because the trainer scores with that distribution.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from jaxrl_llm.rollout.stop import StopAutomaton
 
 @dataclass(frozen=True, eq=False)
 class Controls:
-    """How the distribution of the next token is changed before one is drawn.
+    """Changes of the distribution of the next token before it is sampled.
 
     They apply in this order: repetition penalty, bias, allowed tokens, minimum length; then the temperature; then
-    top-k, top-p and min-p, each on what the one before left, and the rest is renormalised.
+    top-k, top-p and min-p, each on the tokens kept by the one before; then renormalisation.
 
     Attributes:
       top_k: only the k most probable tokens; None keeps all.
       top_p: the fewest most probable tokens whose probabilities sum to at least this; 1 keeps all.
       min_p: only tokens at least this share as probable as the most probable one; 0 keeps all.
-      repetition_penalty: scores of tokens that the prompt or the completion holds are divided by it where they are
-        positive and multiplied where negative; 1 changes nothing.
+      repetition_penalty: scores of tokens that occur in the prompt or the completion are divided by it if positive and
+        multiplied if negative; 1 has no effect.
       logit_bias: added to the scores of token ids.
-      allowed_ids: the only token ids that may be sampled, beside those that end a sequence; None allows all.
-      min_completion_tokens: no end of sequence, and no stop text, before so many tokens.
-      stop: texts after which a completion ends; see `stop_automaton`.
+      allowed_ids: the only token ids that may be sampled, in addition to ends of sequence; None allows all.
+      min_completion_tokens: no end of sequence and no stop text before this number of tokens.
+      stop: automaton of the texts after which a completion ends; see `stop_automaton`.
 
     References: nucleus sampling (1904.09751), min-p (2407.01082), repetition penalty of CTRL (1909.05858).
     """
@@ -56,14 +56,14 @@ class Controls:
 
     @property
     def truncates(self) -> bool:
-        """Whether something takes tokens out by their probability."""
+        """Whether top-k, top-p or min-p removes tokens."""
         return self.top_k is not None or self.top_p < 1 or self.min_p > 0
 
     def check(self, vocabulary_size: int, max_completion_tokens: int) -> None:
-        """Refuse ids outside of the vocabulary, and a minimum beyond the maximum.
+        """Check for ids outside of the vocabulary, and a minimum length above the maximum.
 
         Raises:
-          ValueError: naming what is wrong.
+          ValueError: naming the wrong field.
         """
         for name, ids in (("logit_bias", tuple(self.logit_bias)), ("allowed_ids", self.allowed_ids or ())):
             if outside := [number for number in ids if not 0 <= number < vocabulary_size]:
@@ -85,9 +85,9 @@ def adjusted_scores(
     """Scores before temperature: penalty, bias, allowed tokens, minimum length.
 
     Args:
-      scores: of the next token.
-      controls: what to change.
-      seen: tokens that prompt and completion hold so far; needed where there is a repetition penalty.
+      scores: logits of the next token.
+      controls: the changes.
+      seen: tokens of prompt and completion so far; needed for a repetition penalty.
       position: index of the token in its completion, one number or [B, 1].
       eos_ids: tokens that end a completion.
     """
@@ -112,9 +112,9 @@ def adjusted_scores(
 
 
 def truncated(log_p: Float[Array, "B V"], controls: Controls) -> Float[Array, "B V"]:
-    """Log-probabilities of what top-k, top-p and min-p leave, renormalised; -inf elsewhere.
+    """Renormalised log-probabilities of the tokens kept by top-k, top-p and min-p; -inf elsewhere.
 
-    Ties at a border are kept, so that the result does not depend on the order of the vocabulary.
+    Ties at the threshold are kept, so that the result does not depend on the order of the vocabulary.
     """
     if not controls.truncates:
         return log_p
@@ -124,7 +124,7 @@ def truncated(log_p: Float[Array, "B V"], controls: Controls) -> Float[Array, "B
     if controls.top_p < 1:
         descending = -jnp.sort(-log_p, axis=-1)
         before = jnp.cumsum(jnp.exp(descending), axis=-1) - jnp.exp(descending)
-        # A token is kept while those before it do not reach the share; the first always is.
+        # A token is kept while the sum of the tokens before it is below the share; the first is always kept.
         kept = before < controls.top_p
         least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
         log_p = _renormalised(log_p, log_p >= least)
@@ -135,7 +135,7 @@ def truncated(log_p: Float[Array, "B V"], controls: Controls) -> Float[Array, "B
 
 
 def kept_tokens(log_p: Float[Array, "B V"], count: int) -> Int[Array, "B S"]:
-    """The tokens of a truncated distribution, the most probable first; -1 in the places of those that there are not."""
+    """The kept tokens of a truncated distribution, the most probable first, padded with -1."""
     values, ids = jax.lax.top_k(log_p, count)
     return jnp.where(values > -jnp.inf, ids, -1).astype(jnp.int32)
 
@@ -146,10 +146,10 @@ def _renormalised(log_p: Float[Array, "B V"], kept: Bool[Array, "B V"]) -> Float
 
 @struct.dataclass
 class Watch:
-    """What controls must know of each row so far; None for what they do not ask for.
+    """State of the controls for each row; None for parts that are not needed.
 
     Attributes:
-      seen: tokens that prompt and completion hold.
+      seen: tokens of prompt and completion.
       stop: state of the stop automaton.
     """
 
@@ -172,13 +172,13 @@ class Watch:
     def after(
         self, token: Int[Array, "B"], position: Int[Array, "B"], controls: Controls
     ) -> tuple[Watch, Bool[Array, "B"]]:
-        """(after one more token, which rows it completes a stop text in)."""
+        """(state after one more token, rows in which this token completes a stop text)."""
         seen, stop, stopped = self.seen, self.stop, jnp.zeros(token.shape, bool)
         if seen is not None:
             seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
         if stop is not None and controls.stop is not None:
             stop = controls.stop.following[stop, token]
-            # A text that was complete too early counts for nothing, and another may follow.
+            # A stop text that was completed before the minimum length is ignored; a later one may follow.
             stopped = (stop == controls.stop.stopped) & (position + 1 >= controls.min_completion_tokens)
             stop = jnp.where((stop == controls.stop.stopped) & ~stopped, 0, stop)
         return Watch(seen, stop), stopped

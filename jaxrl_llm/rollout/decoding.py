@@ -1,9 +1,9 @@
-"""Writing completions piece by piece: begin with prompts, feed given tokens, decode until rows stop.
+"""Decoding in pieces: begin with prompts, feed given tokens, decode until rows stop.
 
     begin -> [feed] -> decode -> [feed -> decode ...]
 
-Every row counts its own tokens, so rows may start from prefixes of any length and stop at any time. A token that was
-drawn is `pending` until the next call of the model writes it into the cache.
+Every row has its own length, so rows may start from prefixes of any length and stop at any time. A sampled token is
+`pending` until the next call of the model writes it into the cache.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from jaxrl_llm.rollout.positions import prompt_positions
 from jaxrl_llm.rollout.sampling import sampled_tokens
 from jaxrl_llm.rollout.slots import DecodingLoop, in_slots, where_rows
 
-# The first stage of a cache (see `decode`) is halved for completions of so many tokens, and halved again.
+# For completions of at least this many tokens the first stage of a cache (see `decode`) is halved, and halved again.
 HALVED_FROM = (96, 1024, 2048)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How tokens are drawn: the policy, and one entry a row of what differs between rows.
+    """Settings of sampling: the policy, and settings with one entry per row.
 
     Attributes:
       model: the policy.
       params: its parameters.
-      keys: one random key a row (`row_keys`).
+      keys: one random key per row (`row_keys`).
       temperature: [R]; 0 is greedy, which reports log-probabilities at temperature 1.
       prompt_length: [R] real prompt tokens.
-      controls: what may be sampled; None for the policy's own distribution.
+      controls: changes of the distribution; None for the policy's own.
       eos_ids: ids that controls treat as ends of sequence.
-      record_router: keep the experts that served each token.
-      support: S, keep the tokens that each token was drawn from, at most so many; 0 keeps none.
-      some_greedy: whether a temperature may be 0; False spares the search for the most likely token.
+      record_router: record the experts that processed each token.
+      support: S, record up to this number of candidate tokens for each sampled token; 0 records none.
+      some_greedy: whether a temperature may be 0; False saves the search for the most likely token.
     """
 
     model: Model
@@ -59,7 +59,7 @@ class Drawing:
     some_greedy: bool = True
 
     def run(self, tokens: Array, positions: Array, cache: PyTree) -> tuple[Array, PyTree, Array | None]:
-        """Hidden states, the filled cache, and the experts of each token [rows, T, L, k] where they are recorded."""
+        """Hidden states, the filled cache, and the experts of each token [rows, T, L, k] if recorded."""
         if not self.record_router or self.model.observe is None:
             return *self.model.apply(self.params, tokens, positions, cache), None
         names = ("router_choices",)
@@ -69,7 +69,7 @@ class Drawing:
     def draw(
         self, hidden: Float[Array, "D W"], row: Int[Array, "D"], position: Int[Array, "D"], watch: Watch
     ) -> tuple[Array, ...]:
-        """(token, its log-probability, entropy of the distribution it came from, its support if kept) for some rows."""
+        """(token, its log-probability, entropy of its distribution, its support if recorded) for some rows."""
         scores = self.model.logits(self.params, hidden)
         if self.controls is not None:
             scores = adjusted_scores(scores, self.controls, watch.seen, position[:, None], self.eos_ids)
@@ -85,14 +85,14 @@ class Drawing:
 
 @struct.dataclass
 class Decoding:
-    """R rows that are being written.
+    """R rows that are being decoded.
 
     Attributes:
-      written: what they say.
+      written: their tokens so far.
       hidden: hidden state that predicts each row's next token.
-      pending: each row's last token where the cache does not hold it yet, else -1.
+      pending: each row's last token if it is not yet in the cache, else -1.
       cache: of the model.
-      watch: what controls know of each row.
+      watch: state of the controls.
       calls: decoding steps so far.
     """
 
@@ -118,14 +118,14 @@ def begin(
     """Prefill each prompt once, for all of its rows.
 
     Args:
-      drawing: how tokens are drawn.
+      drawing: settings of sampling.
       prompts: N prompts.
       per_row: the prompt of each row.
-      prompt_of: which prompt that is; None for equally many rows of each, in order.
+      prompt_of: index of the prompt of each row; None for equally many rows per prompt, in order.
       max_completion_tokens: T.
-      slots: of the cache, for what follows.
-      pad_id: fills what is not written.
-      constrain: places arrays with one entry a row on a mesh.
+      slots: slots of the cache after the prompt.
+      pad_id: id of padding.
+      constrain: shards arrays with one entry per row on a mesh.
     """
     model, (count, width) = drawing.model, prompts.tokens.shape
     rows, samples = per_row.length.shape[0], per_row.length.shape[0] // count
@@ -136,12 +136,12 @@ def begin(
         cache = model.expand_cache(cache, samples, slots)
         repeat = lambda x: constrain(jnp.repeat(x, samples, axis=0))  # noqa: E731
     else:
-        assert model.take_rows is not None  # `generate` has checked it
+        assert model.take_rows is not None  # checked by `generate`
         cache, repeat = model.take_rows(cache, prompt_of, slots), lambda x: constrain(x[prompt_of])
     if routes is not None:
         routes = jnp.pad(repeat(routes), ((0, 0), (0, max_completion_tokens), (0, 0), (0, 0)))
     shape = (rows, max_completion_tokens)
-    # Two arrays: one that stood twice in the state of a loop could not be donated.
+    # Two separate arrays: an array that occurs twice in the state of a loop cannot be donated.
     written = Written(
         tokens=constrain(jnp.full(shape, pad_id, jnp.int32)),
         logprobs=constrain(jnp.zeros(shape, jnp.float32)),
@@ -163,18 +163,17 @@ def feed(
     length: Int[Array, "R"],
     source: Int[Array, "R F"],
 ) -> Decoding:
-    """Rows that go on with given tokens; the cache takes F of them, and one more for what is pending.
+    """Append given tokens to rows; uses F slots of the cache, and one more for the pending token.
 
-    Afterwards nothing is pending, so that rows can be decoded on, whether or not they were given something.
-
-    Their log-probabilities and entropies are those of the policy at the row's temperature, controls aside.
+    Afterwards no token is pending, so decoding can continue for all rows, including those without given tokens.
+    Log-probabilities and entropies of given tokens are those of the policy at the row's temperature, without controls.
 
     Args:
-      drawing: how tokens are drawn.
+      drawing: settings of sampling.
       state: rows so far.
-      tokens: right-padded; what exceeds the width T is an error of the caller and is dropped. With F = 0 nothing but
-        what is pending is settled.
-      length: how many of them each row gets, 0 for none.
+      tokens: right-padded; the caller must ensure that they fit into the width T, others are dropped. With F = 0 only
+        the pending token is written into the cache.
+      length: number of given tokens per row.
       source: their `Source`.
     """
     written, rows = state.written, jnp.arange(tokens.shape[0])
@@ -234,21 +233,22 @@ def decode(
     slots: int | None = None,
     stages: Sequence[int] = (),
 ) -> tuple[Decoding, Bool[Array, "R"]]:
-    """Draw tokens until every active row has drawn one that ends it, or is as long as its limit.
+    """Sample tokens until every active row has sampled an end token, or reached its limit.
 
     Args:
-      drawing: how tokens are drawn.
-      state: rows so far; nothing may be pending on active ones. Without slots, its cache has room for what is drawn.
-      active: rows that are written on.
-      limit: length, earlier tokens included, that each row has at most; at most T.
-      end_ids: tokens that end a row; they belong to it.
-      slots: rows that are decoded at a time. A slot whose row has ended goes on with the next one that waits. None
-        decodes all rows side by side.
-      stages: rows that are decoded side by side get room in the cache when the last is used up, for so many tokens each
-        time: a step then reads what can have been written, not what could be. The first has its room already.
+      drawing: settings of sampling.
+      state: rows so far; active rows must have no pending token. Without slots, the cache must have room for the
+          sampled tokens.
+      active: rows to decode.
+      limit: largest length of each row, earlier tokens included; at most T.
+      end_ids: tokens that end a row; they are part of it.
+      slots: number of rows decoded at a time. A slot whose row has ended takes the next waiting row. None decodes all
+        rows at once.
+      stages: without slots, the cache grows in stages by these numbers of tokens, so that a decoding step does not read
+        the full length. The room of the first stage must already exist.
 
     Returns:
-      the state, and which rows ended by themselves. In slots the cache is used up.
+      The state, and which rows ended with an end token. With slots the cache cannot be used afterwards.
     """
     written, rows = state.written, jnp.arange(state.written.length.shape[0])
     active = active & (written.length < limit)
@@ -321,7 +321,7 @@ def decode(
 
 
 def cache_stages(tokens: int) -> tuple[int, ...]:
-    """Room for `tokens` drawn one after the other, in stages: a loop each, so few where there is little to save."""
+    """Stages of the cache for `tokens` sampled tokens; each stage is a loop, so short completions have few stages."""
     halvings = sum(tokens >= least for least in HALVED_FROM)
     sizes = [tokens]
     for _ in range(halvings):

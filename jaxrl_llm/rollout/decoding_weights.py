@@ -1,4 +1,4 @@
-"""Parameters as sampling reads them."""
+"""Parameters in the sharding and dtype of sampling."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jaxrl_llm.parallel.placement import constrained_like
 
 
 def weights_for_decoding(model: Model, params: PyTree) -> PyTree:
-    """Parameters where the ambient table puts them, in the dtype that products are computed in.
+    """Parameters in the sharding of the current rules, in the compute dtype.
 
-    With a table that keeps `embed` whole (`parallel.rules.decoding`) they are moved once, and not for each token.
+    With rules that do not split `embed` (`parallel.rules.decoding`) they are gathered once, not for each token.
     """
-    # Adapters and int8 matrices are small, or are scaled in float32: they keep their dtypes.
+    # Adapters and int8 matrices keep their dtypes: they are small, or are scaled in float32.
     dtype = getattr(model.config, "compute_dtype", None) if model.trained is None else None
     return constrained_like(model.specs, params, dtype)

@@ -1,4 +1,4 @@
-"""What is wrong with an environment, said before anything is compiled."""
+"""Checks of environments before anything is compiled."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jaxrl_llm.rollout.environments import Environment, Step, starts
 
 
 def require_environment(environment: Environment, prompts: Prompts, *, vocabulary_size: int | None = None) -> None:
-    """Check an environment before anything is compiled: its limits, and what `reset` and `step` return.
+    """Check the limits of an environment, and the results of `reset` and `step`, before anything is compiled.
 
     Args:
-      environment: what is checked.
-      prompts: any prompts of the widths that will be used; only their shapes are read.
-      vocabulary_size: ids that the policy knows; None leaves ids unchecked.
+      environment: the environment to check.
+      prompts: any prompts of the widths of the run; only their shapes are read.
+      vocabulary_size: size of the policy's vocabulary; None leaves ids unchecked.
 
     Raises:
       ValueError: naming the field or the part of `step`'s result, and the remedy.
@@ -38,7 +38,7 @@ def require_environment(environment: Environment, prompts: Prompts, *, vocabular
     if jax.tree.structure(state) != jax.tree.structure(made.state) or before != after:
         raise ValueError(
             f"the environment's step turns a state of {before} into one of {after}; both must have the same structure, "
-            "shapes and types, so cast what changes (for example jnp.int32(0) in reset)"
+            "shapes and types, so cast values that differ (for example jnp.int32(0) in reset)"
         )
     wanted: dict[str, tuple[tuple[int, ...], Any, str]] = {
         "observation": ((environment.max_observation_tokens,), jnp.integer, "max_observation_tokens token ids"),
@@ -62,15 +62,15 @@ def require_environment(environment: Environment, prompts: Prompts, *, vocabular
 
 
 def require_limits(environment: Any, vocabulary_size: int | None = None) -> None:
-    """Check the limits that an environment of either form states.
+    """Check the limits of an environment of either form.
 
     Raises:
       ValueError: naming the limit and the remedy.
     """
     purpose = {
-        "max_turns": "it is what stops an environment that never ends",
-        "max_turn_tokens": "it is what stops a turn that never ends",
-        "max_observation_tokens": "it is the room that every observation gets",
+        "max_turns": "it stops an environment that never ends",
+        "max_turn_tokens": "it stops a turn that never ends",
+        "max_observation_tokens": "it is the width reserved for every observation",
     }
     for name, why in purpose.items():
         value = getattr(environment, name)

@@ -1,8 +1,8 @@
-"""Environments: what answers the turns of a policy. Pure functions of one row; the engine maps them over rows.
+"""Environments that answer the turns of a policy: pure functions of one row, which are mapped over rows.
 
-An episode is: reset, then turn after turn the policy's tokens go in and an observation, a reward and `done` come out,
-until the environment is done or a limit stops it. Nothing here samples: the same functions drive a rollout, replay an
-episode to one of its turns, and check a recorded conversation.
+An episode starts with reset; each step takes the policy's tokens of a turn and returns an observation, a reward and
+`done`, until the environment is done or a limit is reached. These functions do not sample: they are used in a rollout,
+to replay an episode up to a turn, and to check a recorded conversation.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class StopReason(IntEnum):
 
 
 class Start(NamedTuple):
-    """What an episode starts from: one row of `Prompts`.
+    """The start of an episode: one row of `Prompts`.
 
     Attributes:
       prompt_tokens: [P] left-padded.
       prompt_length: real tokens in the prompt.
-      answer_tokens: [A] right-padded; what the environment knows and the policy may not.
+      answer_tokens: [A] right-padded; known to the environment, not to the policy.
       answer_length: real tokens in it.
       prompt_id: stable id of the prompt.
     """
@@ -51,15 +51,15 @@ class Start(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What an environment makes of a turn.
+    """The result of a turn.
 
     Attributes:
       state: its next state, of the same structure, shapes and types.
       observation: [O] tokens, right-padded.
-      observation_length: how many of them count; never read where the episode is done.
+      observation_length: number of tokens of the observation; not read if the episode is done.
       reward: of the turn.
-      done: the episode is over.
-      duration: time that the turn took, in any unit; 0 where the environment does not say.
+      done: whether the episode is over.
+      duration: duration of the turn, in any unit; 0 if the environment reports none.
     """
 
     state: PyTree
@@ -71,21 +71,21 @@ class Step(NamedTuple):
 
 
 class Environment(NamedTuple):
-    """An environment inside the program; `environment_checks.require_environment` checks one.
+    """An environment inside the program; checked by `environment_checks.require_environment`.
 
     Attributes:
       reset: (start, key) -> state.
-      step: (state, turn tokens [max_turn_tokens] right-padded, their number, key) -> `Step`. What stands behind the
-        turn's tokens must not be read. The token that ends the turn is one of them.
-      max_turns: turns of an episode at most; this is what stops an environment that never ends.
-      max_turn_tokens: tokens of a turn at most, its end included.
-      max_observation_tokens: tokens of an observation at most, O.
-      end_of_turn_ids: each ends a turn and belongs to it. End of sequence is one of them, as a policy may always write
-        it; whether it also ends the episode is for `step` to say.
-      metrics: state -> named (value, count) pairs of an episode that is over, averaged as sum of values over sum of
-        counts. The name of what is no share ends in `_per_episode`.
-      solved: state of an episode that is over -> whether it was solved, whatever shapes the rewards; None where rewards
-        that add up to at least 1 say so.
+      step: (state, turn tokens [max_turn_tokens] right-padded, their number, key) -> `Step`. The token that ends the
+        turn is included; the padding must not be read.
+      max_turns: largest number of turns of an episode; it stops an environment that never ends.
+      max_turn_tokens: largest number of tokens of a turn, its end included.
+      max_observation_tokens: O, largest number of tokens of an observation.
+      end_of_turn_ids: tokens that end a turn, as its last token. End of sequence must be included, since a policy can
+        always sample it; `step` decides whether it also ends the episode.
+      metrics: final state -> named (value, count) pairs of an episode, averaged as sum of values over sum of counts.
+        Names of numbers that are not shares end in `_per_episode`.
+      solved: final state -> whether the episode was solved, independent of reward shaping; None: solved if its rewards
+        sum to at least 1.
     """
 
     reset: Callable[[Start, Array], PyTree]
@@ -100,14 +100,14 @@ class Environment(NamedTuple):
 
 @struct.dataclass
 class Episodes:
-    """B episodes under way.
+    """B running episodes.
 
     Attributes:
-      state: the environment's, one row an episode.
-      keys: one key an episode, from (run key, step, prompt id, sample); a turn's is folded with its number.
+      state: the environment's, one row per episode.
+      keys: one key per episode, from (run key, step, prompt id, sample); the key of a turn is folded with its index.
       turns: turns taken.
-      turn_rewards: reward of each turn, 0 for those that were not taken.
-      durations: time of each turn, 0 for those that were not taken.
+      turn_rewards: reward of each turn, 0 for turns that were not taken.
+      durations: duration of each turn, 0 for turns that were not taken.
       stop: a `StopReason` for each episode.
     """
 
@@ -120,11 +120,11 @@ class Episodes:
 
 
 class Turns(NamedTuple):
-    """What the policy wrote, turn by turn.
+    """The tokens of the policy, turn by turn.
 
     Attributes:
       tokens: right-padded; the end of each turn is included.
-      length: tokens in each turn, 0 for those that were not taken.
+      length: tokens in each turn, 0 for turns that were not taken.
     """
 
     tokens: Int[Array, "B S U"]
@@ -142,7 +142,7 @@ def started(
 
     Args:
       environment: what answers.
-      prompts: one row an episode (the samples of a prompt repeat its row).
+      prompts: one row per episode (the samples of a prompt repeat its row).
       key: the run's key.
       step: training step.
       sample: number of the sample within its group.
@@ -162,7 +162,7 @@ def started(
 
 
 def starts(prompts: Prompts) -> Start:
-    """The rows of prompts as environments read them."""
+    """The rows of prompts in the form for environments."""
     return Start(
         prompts.tokens, prompts.length, prompts.answer_tokens, prompts.answer_length, jnp.asarray(prompts.prompt_id)
     )
@@ -177,19 +177,19 @@ def advanced(
     *,
     eos_ids: Sequence[int] = (),
 ) -> tuple[Episodes, Int[Array, "B O"], Int[Array, "B"]]:
-    """Episodes after one more turn of those that are running, and what to append to their rows.
+    """Episodes after one more turn of the running ones, and the observations to append to their rows.
 
     Args:
       environment: what answers.
-      episodes: before the turn. Those that have stopped stay as they are.
-      turn_tokens: what the policy wrote, right-padded.
-      turn_length: tokens of each turn. A turn without any is none: the episode waits.
-      room: tokens that still fit behind each turn; None sets no limit.
-      eos_ids: ids that end the policy's sequence, to tell an answer from an environment that is done by itself.
+      episodes: before the turn. Stopped episodes are unchanged.
+      turn_tokens: tokens of the policy, right-padded.
+      turn_length: tokens of each turn; with 0 tokens no turn is taken.
+      room: tokens that still fit after each turn; None sets no limit.
+      eos_ids: ends of sequence, to distinguish the stop reasons ANSWER and ENVIRONMENT.
 
     Returns:
-      (episodes, observations, their lengths). The length is 0 for an episode that has stopped; where it is positive,
-      the observation and at least one token of a further turn fit.
+      (episodes, observations, their lengths). The length is 0 for a stopped episode; if it is positive, the observation
+      and at least one token of a further turn fit.
     """
     chex.assert_shape(turn_tokens, (None, environment.max_turn_tokens))
     chex.assert_equal_shape_prefix([turn_tokens, turn_length, episodes.stop], 1)
@@ -225,15 +225,15 @@ def replayed(
     *,
     eos_ids: Sequence[int] = (),
 ) -> Episodes:
-    """Episodes as they were before a turn, by taking their recorded turns again.
+    """Episodes before a given turn, by replaying their recorded turns.
 
     An environment is a function of its state, the turn and the key of the turn, so this is exact.
 
     Args:
       environment: what answers.
       episodes: at their start (`started` with the same key, step, prompts and samples).
-      turns: what the policy wrote (`recorded_turns`).
-      up_to_turn: turns that are taken again, one number or one a row; those that were never taken are left out.
+      turns: tokens of the policy (`recorded_turns`).
+      up_to_turn: number of turns to replay, one number or one per row; turns that were never taken are skipped.
       eos_ids: as for `advanced`.
     """
     limit = jnp.broadcast_to(jnp.asarray(up_to_turn, jnp.int32), episodes.turns.shape)
@@ -257,14 +257,14 @@ def recorded_turns(
     max_turn_tokens: int,
     pad_id: int = 0,
 ) -> Turns:
-    """The policy's turns of recorded rows: all tokens of a turn but its observation.
+    """The policy's turns of recorded rows: the tokens of each turn without its observation.
 
     Args:
       tokens: completion tokens, right-padded.
-      turn: index of the turn of each token; an observation belongs to the turn that it answers.
+      turn: index of the turn of each token; an observation belongs to the turn before it.
       source: a `Source` for each token.
-      max_turns: turns that are kept, S.
-      max_turn_tokens: tokens of a turn that are kept, U.
+      max_turns: S, number of turns to keep.
+      max_turn_tokens: U, number of tokens of a turn to keep.
       pad_id: fills the rest.
     """
     chex.assert_rank([tokens, turn, source], 2)
@@ -275,7 +275,7 @@ def recorded_turns(
         counted = written.astype(jnp.int32)
         length = jax.ops.segment_sum(counted, turn, num_segments=max_turns)
         place = jnp.cumsum(counted) - 1 - (jnp.cumsum(length) - length)[jnp.clip(turn, 0, max_turns - 1)]
-        # Indices outside are dropped; a negative one would count from the end.
+        # Indices outside are dropped; negative ones would count from the end.
         at = (jnp.where(written, turn, max_turns), jnp.where(place >= 0, place, max_turn_tokens))
         kept = jnp.full((max_turns, max_turn_tokens), pad_id, tokens.dtype).at[at].set(tokens, mode="drop")
         return kept, jnp.minimum(length, max_turn_tokens)
@@ -286,7 +286,7 @@ def recorded_turns(
 def episode_metrics(
     environment: Environment, episodes: Episodes, weight: Float[Array, "B"]
 ) -> dict[str, tuple[Array, Array]]:
-    """Named (sum, count) pairs over rows: the environment's own, turns taken, and the share of each way to stop."""
+    """Named (sum, count) pairs over rows: the environment's metrics, turns taken, and the share of each stop reason."""
     chex.assert_equal_shape([weight, episodes.stop])
     pairs = stop_metrics(episodes.turns, episodes.stop) | jax.vmap(environment.metrics)(episodes.state)
     there = weight > 0
@@ -297,7 +297,7 @@ def episode_metrics(
 
 
 def stop_metrics(turns: Int[Array, "B"], stop: Int[Array, "B"]) -> dict[str, tuple[Array, Array]]:
-    """Named (value, count) pairs of each episode: turns taken, and which way it stopped."""
+    """Named (value, count) pairs of each episode: turns taken, and its stop reason."""
     once = jnp.ones(stop.shape, jnp.float32)
     ways = [reason for reason in StopReason if reason != StopReason.RUNNING]
     return {"turns_per_episode": (turns.astype(jnp.float32), once)} | {
@@ -313,7 +313,7 @@ def solved_episodes(environment: Environment, episodes: Episodes) -> Float[Array
 
 
 def cut_short(stop: Int[Array, "B"]) -> Bool[Array, "B"]:
-    """Whether a limit, and not the environment, ended an episode: `Experience.truncated` of a conversation."""
+    """Whether a limit ended an episode, not the environment: `Experience.truncated` of a conversation."""
     return (stop == StopReason.TURN_LIMIT) | (stop == StopReason.TOKEN_LIMIT)
 
 

@@ -1,7 +1,7 @@
-"""Prompts -> Experience through an engine in another process, and a probe of how far its numbers are from ours.
+"""Sampling by an external engine, and a probe that compares its log-probabilities with the policy's.
 
-An engine has numerics of its own. Its tokens are the truth, its log-probabilities are those of the distribution that
-the tokens were drawn from; what the policy itself thinks of them is computed by the trainer.
+An engine has its own numerics. Its log-probabilities are those of the sampling distribution; the trainer computes the
+log-probabilities of the policy for the same tokens.
 """
 
 from __future__ import annotations
@@ -49,30 +49,29 @@ def engine_generate(
 ) -> Experience:
     """What `generate` returns, sampled by an engine: arrays on the host, rows prompt-major.
 
-    Each row is a request of its own with a seed that its address decides (run key, step, prompt id, sample number), so
-    that an engine which honours seeds repeats itself whatever else it serves. Requests run in threads; the first that
-    fails ends the batch.
+    Each row is a separate request with a seed derived from (run key, step, prompt id, sample number), so that an engine
+    with support for seeds is reproducible. Requests run in threads; the first failure ends the batch.
 
     Args:
-      engine: where it is and how it is asked.
+      engine: address and request settings.
       prompts: N left-padded prompts.
       key: the run's key.
       step: training step.
       samples_per_prompt: G; B = N * G.
       max_completion_tokens: T, end of sequence included.
-      eos_ids: each ends a completion and belongs to it.
+      eos_ids: tokens that end a completion, as its last token.
       pad_id: fills the rest.
-      vocabulary_size: of the policy; another id is refused.
+      vocabulary_size: of the policy; other ids are refused.
       temperature: of the softmax, above 0.
-      first_sample: number of the first sample of a prompt. One number, or one a prompt.
+      first_sample: number of the first sample of a prompt; one number, or one per prompt.
 
     Returns:
-      `Experience` as a rollout fills it, but `behaviour_entropy` is 0: an engine does not say it. The training step
-      puts the entropy of its own policy there.
+      `Experience` as from `generate`, except that `behaviour_entropy` is 0, since an engine does not report it; the
+      training step replaces it by the entropy of its own policy.
 
     Raises:
       ValueError: for sizes below 1 or a temperature that is not above 0.
-      EndpointError: a request that failed, or an answer that cannot be learned from.
+      EndpointError: for a failed request, or an unusable response.
     """
     if samples_per_prompt < 1 or max_completion_tokens < 1:
         raise ValueError(
@@ -80,7 +79,7 @@ def engine_generate(
             f"{max_completion_tokens}; both must be at least 1"
         )
     if not temperature > 0:
-        raise ValueError(f"rollout.temperature is {temperature}; an engine is sampled from at a temperature above 0")
+        raise ValueError(f"rollout.temperature is {temperature}; an engine needs a temperature above 0")
     count = prompts.tokens.shape[0]
     per_row = jax.tree.map(lambda x: np.repeat(np.asarray(x), samples_per_prompt, axis=0), jax.device_get(prompts))
     first = np.broadcast_to(np.asarray(jax.device_get(first_sample), np.int32), (count,))
@@ -133,7 +132,7 @@ def engine_generate(
 def request_seeds(
     key: Array, step: Array | int, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]
 ) -> Int[Array, "B"]:
-    """A seed for each request from its address; at most 31 bits, which every engine takes."""
+    """A seed for each request; at most 31 bits, which every engine accepts."""
     bits = jax.vmap(lambda k: jax.random.bits(k, dtype=jnp.uint32))(row_keys(key, step, prompt_id, sample))
     return (bits >> 1).astype(jnp.int32)
 
@@ -163,7 +162,7 @@ def _in_threads(ask: Callable[[int], Completion], count: int, concurrency: int) 
 
 
 def logprob_gap(model: Model, params: PyTree, rows: Experience, *, temperature: float) -> LogprobGap:
-    """How far the recorded log-probabilities are from those of a teacher-forced pass of the model."""
+    """Differences of the recorded log-probabilities from those of a teacher-forced pass of the model."""
     ours = np.asarray(_scored(model, temperature)(params, rows))
     gap = np.abs(ours - np.asarray(rows.behaviour_logprobs))[np.asarray(rows.mask) > 0]
     return LogprobGap(float(gap.max(initial=0.0)), float(gap.mean()) if gap.size else 0.0, int(gap.size))
@@ -192,14 +191,14 @@ def probe(
     bound: float = 0.05,
     largest_bound: float = 1.0,
 ) -> LogprobGap:
-    """Sample one completion of each prompt, score it ourselves, and refuse an engine whose numbers are others.
+    """Sample one completion of each prompt, score it with the model, and refuse an engine with other log-probabilities.
 
     Args:
-      engine: as for `engine_generate`, with the sizes that follow.
-      model, params: what the engine should serve.
+      engine: as for `engine_generate`, as are the following sizes.
+      model, params: the policy that the engine should serve.
       prompts: a few are enough.
       bound: for the mean |difference| over tokens, in nats.
-      largest_bound: for the largest one; low precision alone moves single tokens by tenths.
+      largest_bound: for the largest one; low precision alone can change single tokens by tenths.
 
     Returns:
       The differences.
@@ -221,16 +220,18 @@ def probe(
     )
     gap = logprob_gap(model, params, rows, temperature=temperature)
     if not (gap.mean <= bound and gap.largest <= largest_bound):
-        # Which mistake it is can often be told: the engine's numbers are ours at another temperature.
+        # A frequent cause: the engine's numbers equal ours at another temperature.
         raw = logprob_gap(model, params, rows, temperature=1.0) if temperature != 1 else gap
         hint = (
-            f" Ours before temperature differ by {raw.mean:.4g} only, so the mode it is." if raw.mean <= bound else ""
+            f" Ours before temperature differ by only {raw.mean:.4g}, so the cause is the log-probabilities mode."
+            if raw.mean <= bound
+            else ""
         )
         raise EndpointError(
             f"the log-probabilities of {engine.url} ({engine.model}) differ from ours by {gap.mean:.4g} on average and "
             f"{gap.largest:.4g} at most, in nats over {gap.tokens} sampled tokens at temperature {temperature:g}; the "
             f"bounds are {bound:g} (rollout.engine.probe_bound) and {largest_bound:g} "
-            "(rollout.engine.probe_largest_bound). Likely causes: the weights were not handed over; the engine reports "
+            "(rollout.engine.probe_largest_bound). Likely causes: the weights were not loaded; the engine reports "
             "log-probabilities before temperature (vLLM: start it with --logprobs-mode processed_logprobs); it samples "
             "at another temperature or truncated (top-k, top-p); it serves another model or tokenizer; its precision "
             f"is so low that the bounds must be raised.{hint}"

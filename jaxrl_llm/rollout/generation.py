@@ -1,4 +1,4 @@
-"""Prompts -> Experience: prefill once a prompt, then decode all samples until every one has ended."""
+"""Prompts -> Experience: prefill each prompt once, then decode all samples until each has ended."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from jaxrl_llm.rollout.sampling import row_keys
 
 
 class Pause(NamedTuple):
-    """Where completions are looked at before they go on, from the same cache.
+    """A point at which completions are inspected before they continue, from the same cache.
 
     Attributes:
-      tokens: behind which they are.
-      goes_on: what is known of the rows by then, by name -> whether each goes on.
+      tokens: number of tokens after which they are inspected.
+      goes_on: fields of the rows at this point -> whether each row continues.
     """
 
     tokens: int
@@ -58,47 +58,48 @@ def generate(
     record_support: bool = False,
     constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
 ) -> Experience:
-    """Sample completions and record everything about them that training needs.
+    """Sample completions and record all fields that training needs.
 
     The prompts are prefilled once and their keys and values are read by all of their samples. Decoding stops as soon as
     every row has ended. The cache is as long as prompt plus completion, so a completion that never ends is cut at
-    `max_completion_tokens` and flagged `truncated`. The tokens of a row depend on its prompt and its own number alone:
-    not on other rows, on slots, or on where its prefix ends.
+    `max_completion_tokens` and flagged `truncated`. The tokens of a row depend only on its prompt and its sample
+    number, not on other rows, on slots, or on the end of its prefix.
 
     Args:
       model: the policy.
       params: its parameters.
       prompts: N left-padded prompts.
       key: the run's key.
-      step: training step, folded into every row's key; one number, or one a prompt.
+      step: training step, folded into every row's key; one number, or one per prompt.
       samples_per_prompt: G; rows are prompt-major, B = N * G.
       max_completion_tokens: T, end of sequence and prefix included.
       eos_ids: each ends a completion and belongs to it.
       pad_id: fills the rest; may be one of `eos_ids`.
-      temperature: of the softmax; 0 is greedy. One number, or one for each sample number.
-      prefixes: what completions start with. They get the log-probabilities and entropies that the policy gives them.
-        Drawing goes on behind them as if it had drawn them.
-      first_sample: number of the first sample of a prompt; it addresses the random keys. One number, or one a prompt.
-      prompt_of: prompt of each row, in ascending order, for groups of different sizes; B is its length then, and
+      temperature: of the softmax; 0 is greedy. One number, or one per sample number.
+      prefixes: given first tokens of completions, with the policy's log-probabilities and entropies. Sampling continues
+        after them as if they had been sampled.
+      first_sample: number of the first sample of a prompt, used in the random keys; one number, or one per prompt.
+      prompt_of: prompt of each row, in ascending order, for groups of different sizes; then B is its length, and
         `samples_per_prompt` the largest number of samples of a prompt.
-      active: prompts that are sampled; the rows of the others are empty and have weight 0. None samples all.
-      pause: where completions are looked at before they go on. Rows then know `abandoned`: 1 where they did not.
-      limit: tokens at which each completion stops for now, prefix included; None is `max_completion_tokens` for all.
-      stop_ids: tokens at which completions stop for now; such a row is not `truncated`.
-      slots: rows that are decoded at a time; a slot whose row has ended goes on with the next row that waits. None
-        decodes all rows side by side.
-      controls: what may be sampled; None samples from the policy's own distribution, as training must. With controls
-        the recorded log-probabilities and entropies are those of the distribution that was drawn from.
-      record_router: keep the experts that served each token, for a mixture of experts.
-      record_support: keep the tokens that each token was drawn from; needs `controls.top_k`, which bounds their number.
-      constrain: applied to arrays with one row a sample, to place them on a mesh.
+      active: prompts to sample; the rows of the others are empty and have weight 0. None samples all.
+      pause: a point at which completions are inspected. Rows then have `abandoned`: 1 if they did not continue.
+      limit: length at which each completion stops, prefix included; None: `max_completion_tokens` for all.
+      stop_ids: tokens after which completions stop; such a row is not `truncated`.
+      slots: number of rows decoded at a time; a slot whose row has ended takes the next waiting row. None decodes all
+        rows at once.
+      controls: changes of the distribution; None samples from the policy's own distribution, as training must. With
+        controls the recorded log-probabilities and entropies are those of the changed distribution.
+      record_router: record the experts that processed each token, for a mixture of experts.
+      record_support: record the candidate tokens of each sampled token; needs `controls.top_k`, which limits their
+          number.
+      constrain: applied to arrays with one row per sample, to shard them on a mesh.
 
     Returns:
-      `Experience` with everything a rollout fills. Greedy rows report log-probabilities at temperature 1.
+      `Experience` with all arrays of a rollout. Greedy rows have log-probabilities at temperature 1.
 
     Raises:
       ValueError: for sizes below 1, a temperature below 0, prefixes that do not fit, controls that do not fit the
-        vocabulary, or slots where the model does not offer them.
+        vocabulary, or slots with a model that does not support them.
     """
     count, rows = prompts.tokens.shape[0], prompts.tokens.shape[0] * samples_per_prompt
     rows = rows if prompt_of is None else prompt_of.shape[0]
@@ -159,7 +160,7 @@ def _started(
     room: int,
     **sizes: Any,
 ) -> tuple[Decoding, Bool[Array, "B"]]:
-    """(rows that start with their prefixes, which of these are whole completions)."""
+    """(rows with their prefixes, which of these are already complete)."""
     rows = per_row.length.shape[0]
     if prefixes is None:
         return begin(drawing, prompts, per_row, of_rows, slots=room, **sizes), jnp.zeros(rows, bool)
@@ -184,7 +185,7 @@ def _looked_at(
     end_ids: tuple[int, ...],
     facts: Callable[..., Experience],
 ) -> tuple[Decoding, Bool[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:
-    """(rows at the pause with nothing pending, which of them have ended, which go on, which are given up)."""
+    """(rows at the pause without pending tokens, which of them have ended, which continue, which are abandoned)."""
     rows = running.shape[0]
     state, ended = decode(drawing, state, active=running, limit=jnp.minimum(limit, pause.tokens), end_ids=end_ids)
     nothing = jnp.zeros((rows, 0), jnp.int32)
@@ -196,7 +197,7 @@ def _looked_at(
 def experience_of(
     written: Written, per_row: Prompts, *, sample: Int[Array, "B"], group: Int[Array, "B"], ended: Bool[Array, "B"]
 ) -> Experience:
-    """The fact sheet of completions: what a rollout fills of an `Experience`."""
+    """The `Experience` of completions."""
     return Experience(
         prompt_tokens=per_row.tokens,
         prompt_length=per_row.length,
@@ -236,15 +237,15 @@ def _check(
     if not isinstance(temperature, Tracer) and not np.all(np.asarray(temperature) >= 0):
         raise ValueError(f"rollout.temperature is {temperature}; it must be 0 (greedy) or above")
     if slots is not None and slots < 1:
-        raise ValueError(f"rollout.slots is {slots}; it must be at least 1, or None to decode all rows side by side")
+        raise ValueError(f"rollout.slots is {slots}; it must be at least 1, or None to decode all rows at once")
     if slots is not None and (model.take_rows is None or model.replace_row is None):
         raise ValueError(
-            f"rollout.slots is {slots}, but this model does not offer to start one row of its cache anew (`take_rows` "
-            "and `replace_row` of `Model`); give them, or leave slots out"
+            f"rollout.slots is {slots}, but this model does not support replacing rows of its cache (`take_rows` and "
+            "`replace_row` of `Model`); give them, or leave slots out"
         )
     if prompt_of is not None and model.take_rows is None:
         raise ValueError(
-            "groups of different sizes need a model that offers `take_rows`; give it, or sample equally many a prompt"
+            "groups of different sizes need a model with `take_rows`; give it, or sample equally many per prompt"
         )
     if record_router and not model.routed:
         raise ValueError("record_router is true, but the model is no mixture of experts; leave it out")

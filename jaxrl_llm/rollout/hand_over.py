@@ -1,7 +1,7 @@
-"""Weights for an engine in another process, and the rows that it samples with them.
+"""Export of weights to an external engine, and rows sampled by it.
 
-The engine's log-probabilities are the behaviour policy's. Those of the policy that the update starts from, and its
-entropy, are computed by the trainer, so that the difference is seen and can be corrected (`importance_weight`).
+The engine's log-probabilities are those of the behaviour policy. The trainer computes log-probabilities and entropy of
+the policy before the update, so that the difference is logged and can be corrected (`importance_weight`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from jaxrl_llm.rollout.external import engine_generate, probe
 
 @dataclass(frozen=True)
 class External:
-    """An engine that samples for a training step.
+    """An external engine that samples for a training step.
 
     Attributes:
-      engine: where it is and how it is asked.
-      hand_over: (params, step) -> None gives it weights; None leaves it with those it was launched with.
-      every_steps: steps from one hand-over to the next.
-      probe_prompts: prompts of the first batch that the engine is checked with.
+      engine: address and request settings.
+      hand_over: (params, step) -> None loads the weights into the engine; None: the engine keeps its initial weights.
+      every_steps: steps between two calls of `hand_over`.
+      probe_prompts: number of prompts of the first batch for the probe.
       probe_bound, probe_largest_bound: see `rollout.external.probe`.
-      handed: the step whose policy the engine holds; empty before the first batch.
+      handed: the step of the weights in the engine; empty before the first batch.
     """
 
     engine: Endpoint
@@ -58,17 +58,17 @@ def engine_rows(
     first_sample: Any = 0,
     **sizes: Any,
 ) -> Experience:
-    """Rows on the host: weights handed over where that is due, and the engine probed once.
+    """Rows on the host; loads new weights into the engine when due, and probes the engine once.
 
     Args:
       external: the engine.
       model, state: the policy and its parameters.
-      prompts: what is completed.
-      samples_per_prompt, first_sample: rows of each prompt, and the number of the first.
+      prompts: the prompts to complete.
+      samples_per_prompt, first_sample: number of rows per prompt, and the number of the first sample.
       sizes: max_completion_tokens, eos_ids, pad_id, temperature.
 
     Returns:
-      Rows that know their `staleness`.
+      Rows with `staleness`.
     """
     handed, step = external.handed, int(state.step)
     first = not handed
@@ -85,7 +85,7 @@ def engine_rows(
         try:
             probe(external.engine, model, state.params, few, key, **sizes, **bounds)
         except EndpointError:
-            handed.clear()  # it is asked again when the step is tried again
+            handed.clear()  # weights are loaded again if the step is retried
             raise
     rows = engine_generate(
         external.engine,
@@ -110,28 +110,28 @@ def disk_hand_over(
     then: tuple[str, ...] = (),
     source: str | Path | None = None,
 ) -> Callable[[PyTree, int], None]:
-    """(params, step) -> None: export to `directory/policy-STEP`, tell the engine, delete what was exported before.
+    """(params, step) -> None: export to `directory/policy-STEP`, call the engine, delete earlier exports.
 
-    Each step has a directory of its own: engines are known to keep files of a name that they have read.
+    Each step has a separate directory, because some engines cache files by name.
 
     Args:
-      engine: who is told.
-      model: whose parameters they are; adapters are merged.
-      directory: both see it under this path.
-      path: what is called with `body` as JSON, in which "{directory}" stands for the exported directory.
-      then: called after it, with an empty body.
-      source: the checkpoint that the policy was made from, for config.json and tokenizer files.
+      engine: the engine to call.
+      model: the policy; adapters are merged.
+      directory: readable by both processes under this path.
+      path: URL path called with `body` as JSON, in which "{directory}" is replaced by the exported directory.
+      then: URL paths called afterwards, with an empty body.
+      source: the original checkpoint, for config.json and tokenizer files.
 
     Raises:
-      ValueError: when no family of models that engines know can express this one.
+      ValueError: if the model cannot be exported as a known family.
     """
     if not isinstance(model.config, TransformerConfig):
         raise ValueError(
-            "rollout.engine.weights_directory is set, but a model of one's own cannot be exported; hand its weights "
+            "rollout.engine.weights_directory is set, but a custom model cannot be exported; load its weights "
             "over by External(hand_over=...)"
         )
     if source is None:
-        config_to_json(model.config)  # raises for what cannot be said
+        config_to_json(model.config)  # raises for a model that cannot be exported
     root = Path(directory).expanduser().resolve()
 
     def hand_over(params: PyTree, step: int) -> None:
@@ -156,7 +156,7 @@ def disk_hand_over(
 
 
 def _placed(body: Any, directory: str) -> Any:
-    """The body with the directory in the place of its name."""
+    """The body with {directory} replaced."""
     if isinstance(body, Mapping):
         return {key: _placed(value, directory) for key, value in body.items()}
     if isinstance(body, list | tuple):

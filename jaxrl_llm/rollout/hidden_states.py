@@ -21,17 +21,17 @@ def predicting_hidden(
     router_choices: Int[Array, "B P+T L k"] | None = None,
     samples_per_prompt: int = 1,
 ) -> Float[Array, "B T D"]:
-    """Hidden state that predicts each completion token: that of the token before it.
+    """Hidden state that predicts each completion token: the state of the token before it.
 
-    Positions come from lengths alone, so padding ids are never looked at. A mixture of experts takes recorded choices.
+    Positions are computed from lengths, so padding ids are not read. A mixture of experts can use recorded choices.
 
     Args:
       model: the policy.
       params: its parameters.
       prompt_tokens, prompt_length, tokens, length: as in `Experience`.
-      router_choices: of prompt and completion tokens.
-      samples_per_prompt: rows that follow one another and have the same prompt: where the model is better off so, it is
-        gone through once for all of them, forward and backward.
+      router_choices: recorded choices for prompt and completion tokens.
+      samples_per_prompt: number of consecutive rows with the same prompt; if the model benefits, the prompt is
+        processed once for all of them, forward and backward.
     """
     return observed_hidden(
         model,
@@ -57,7 +57,7 @@ def observed_hidden(
     samples_per_prompt: int = 1,
     names: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-    """`predicting_hidden`, and by name what the model shows of each token of prompt and completion, rows first."""
+    """`predicting_hidden`, and named internal quantities of the model for each token of prompt and completion."""
     if samples_per_prompt > 1 and model.shared_scoring and router_choices is None and not names:
         one = prompt_tokens[::samples_per_prompt], prompt_length[::samples_per_prompt]
         return _continued_hidden(model, params, *one, tokens, length), {}
@@ -70,7 +70,9 @@ def observed_hidden(
     if not names:
         return model.apply(*arguments, **replayed)[0][:, prompt_width - 1 : -1], {}
     if model.observe is None:
-        raise ValueError(f"the model shows nothing of what happens inside, so there is no {', '.join(names)}")
+        raise ValueError(
+            f"the model does not expose internal quantities (Model.observe), so it has no {', '.join(names)}"
+        )
     hidden, _, observed = model.observe(*arguments, names=names, **replayed)
     return hidden[:, prompt_width - 1 : -1], {name: jnp.moveaxis(observed[name], 0, 2) for name in names}
 
@@ -83,12 +85,12 @@ def _continued_hidden(
     tokens: Int[Array, "B T"],
     length: Int[Array, "B"],
 ) -> Float[Array, "B T D"]:
-    """Hidden states of B / N completions of each prompt, which go on from one pass over it."""
+    """Hidden states of B / N completions of each prompt, after a single pass over the prompt."""
     (count, width), samples = prompt_tokens.shape, tokens.shape[0] // prompt_tokens.shape[0]
     positions = prompt_positions(prompt_length, width)
     hidden, cache = model.apply(params, prompt_tokens, positions, model.init_cache(count, width))
     last = jnp.repeat(hidden[:, -1:], samples, axis=0)
-    # The last token predicts nothing that is asked for.
+    # The prediction of the last token is not needed.
     before = tokens[:, :-1]
     if before.shape[1] == 0:
         return last
@@ -106,15 +108,15 @@ def branched_hidden(
     length: Int[Array, "B"],
     branches: Branches,
 ) -> Float[Array, "B*Q A D"]:
-    """Hidden state that predicts each token of sequences that go on from different places of the same rows.
+    """Hidden state that predicts each token of sequences that continue the same rows from different positions.
 
-    A row is gone through once, whatever the number of its branches: they read its keys and values where these lie, each
-    up to its own place. A model that does not offer that (`Model.cut_cache`) goes through each branch as a whole.
+    A row is processed once for all of its branches, which share its keys and values, each up to its own position. A
+    model without `Model.cut_cache` processes each branch as a whole sequence.
 
     Args:
       model, params: the network.
       prompt_tokens, prompt_length, tokens, length: of the rows, as in `Experience`.
-      branches: what follows.
+      branches: the continuations.
     """
     count = branches.kept.shape[1]
     kept, end, ends = (x.reshape(-1, *x.shape[2:]) for x in (branches.kept, branches.length, branches.tokens))

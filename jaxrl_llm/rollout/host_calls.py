@@ -1,4 +1,4 @@
-"""Calls of a user's functions, many at once, none longer than its deadline: nothing that hangs there hangs the run."""
+"""Parallel calls of users' functions with deadlines, so that a hanging function does not block the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxrl_llm.sandbox.workers import BARE
 
 Executor = Literal["thread", "process", "sandbox"]
 
-# (name of a function, one tuple of arguments a call) -> what became of each call, in order.
+# (name of a function, one tuple of arguments per call) -> the outcome of each call, in order.
 Caller = Callable[[str, Sequence[tuple[Any, ...]]], list[Returned]]
 
 
@@ -28,20 +28,20 @@ def caller(
     workers: int | None = None,
     deadline_seconds: float = 10.0,
 ) -> Iterator[Caller]:
-    """A caller of these functions; its processes end with the block.
+    """A context with a caller of these functions; its processes end with the context.
 
     Args:
-      functions: by name. For processes they and their arguments must pickle, so they are top-level functions of a
-        module.
-      executor: "thread" starts one thread a call: cheap, but a call that hangs cannot be ended. It is left behind, and
-        holds up everything if it never releases the interpreter's lock. "process" keeps one process a worker; the
-        process of a call that hangs is killed and replaced, with all that it has started. "sandbox": such processes
-        have no files, no network and no environment variables, and answer in plain data. None is "thread".
-      workers: calls at once; None is 8 threads, or one process a core, and 8 at most.
-      deadline_seconds: each call may take so long, from when it begins.
+      functions: by name. For processes, they and their arguments must be picklable, so they must be top-level functions
+        of a module.
+      executor: "thread" starts one thread per call: cheap, but a hanging call cannot be ended; it is abandoned, and
+        blocks everything if it never releases the interpreter lock. "process" keeps one process per worker; the process
+        of a hanging call is killed with its children and replaced. "sandbox": such processes without files, network and
+        environment variables, which return plain data. None is "thread".
+      workers: number of simultaneous calls; None: 8 threads, or one process per core, at most 8.
+      deadline_seconds: longest duration of each call, from its start.
 
     Raises:
-      ValueError: for an unknown executor, no workers, no time, or functions that do not pickle.
+      ValueError: for an unknown executor, no workers, no time, or functions that cannot be pickled.
     """
     if executor not in (None, "thread", "process", "sandbox"):
         raise ValueError(f"executor is {executor!r}; it must be 'thread', 'process' or 'sandbox'")
@@ -71,7 +71,7 @@ def caller(
 
 
 def can_be_sent(functions: Mapping[str, Callable[..., Any]]) -> bool:
-    """Whether processes can call these functions."""
+    """Whether these functions can be called in other processes."""
     try:
         Workers(functions)
     except ValueError:
@@ -97,7 +97,7 @@ def _in_threads(
         while waiting and len(since) < workers:
             number = waiting.popleft()
             since[number] = time.monotonic()
-            # A daemon: the interpreter does not wait for it at its end.
+            # A daemon thread: the interpreter does not wait for it at exit.
             threading.Thread(target=run, args=(number,), daemon=True).start()
         try:
             number, returned = finished.get(timeout=max(min(since.values()) + deadline - time.monotonic(), 0.0))
@@ -106,7 +106,7 @@ def _in_threads(
                 results[number] = Returned(late=True)
                 del since[number]
         else:
-            # What comes after its deadline was given up already.
+            # Results after the deadline are ignored.
             if since.pop(number, None) is not None:
                 results[number] = returned
     return results

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxrl_llm.experience import Experience, Prompts, Source
 from jaxrl_llm.fields import FIELDS
@@ -112,9 +111,3 @@ def as_learned(rows: Experience, *, replayed: bool = True) -> Experience:
     tokens, length = fields.pop("plain_tokens"), fields.pop("plain_length")
     source = jnp.where(rows.source == Source.SAMPLED, Source.REPLAYED, rows.source) if replayed else rows.source
     return replace(rows, prompt_tokens=tokens, prompt_length=length, source=source.astype(jnp.int8), fields=fields)
-
-
-def row_draws(key: Array, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Float[Array, "B"]:
-    """A number in [0, 1) for each row, addressed by its prompt and its number."""
-    draw = lambda p, s: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, p), s))  # noqa: E731
-    return jax.vmap(draw)(prompt_id, sample)

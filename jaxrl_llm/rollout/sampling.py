@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.experience import key_at
 from jaxrl_llm.parallel.rules import constrain
 
 # About the square root of a vocabulary.
@@ -27,10 +30,8 @@ def row_keys(
       sample: number of the row within its group.
     """
     if jnp.ndim(step):
-        of = lambda at, p, s: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, at), p), s)  # noqa: E731
-        return jax.vmap(of)(step, prompt_id, sample)
-    at_step = jax.random.fold_in(key, step)
-    return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(at_step, p), s))(prompt_id, sample)
+        return jax.vmap(partial(key_at, key))(step, prompt_id, sample)
+    return jax.vmap(partial(key_at, jax.random.fold_in(key, step)))(prompt_id, sample)
 
 
 def sampled_tokens(

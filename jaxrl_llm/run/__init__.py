@@ -1,1 +1,1 @@
-"""A run: from a config to objects, the one loop over its stages, checkpoints, and what a composed step consists of."""
+"""A run: building objects from a config, the training loop over its stages, checkpoints, and `explain`."""

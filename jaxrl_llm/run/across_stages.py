@@ -1,4 +1,4 @@
-"""What a policy still knows: after each stage it is measured on the problems of all of them."""
+"""Continual evaluation: after each stage the policy is evaluated on the problems of all stages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _KEPT = "across_stages"
 
 
 def own_stages(stages: Sequence[Stage]) -> list[Stage]:
-    """The stages whose problems are measured: those of section `stages` that have some."""
+    """The evaluated stages: those of section `stages` with problems."""
     return [stage for stage in stages if stage.first_saved and stage.parts.config.has_problems]
 
 
 def measure_across(
     run: Run, stages: Sequence[Stage], after: Stage, params: PyTree, measured: Callable[[Stage], Callable[..., Any]]
 ) -> None:
-    """Note pass@1 on the validation problems of every stage, after one of them; it is part of the next checkpoint."""
+    """Record pass@1 on the validation problems of all stages after one of them; it is part of the next checkpoint."""
     rows = run.meta.setdefault(_KEPT, {})
     problems = run.config.evaluation.problems
     rows[after.name] = {
@@ -31,7 +31,7 @@ def measure_across(
 
 
 def across_summary(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The matrix of accuracies and what it says of forgetting; nothing where it was not measured."""
+    """The matrix of accuracies with its forgetting measures; empty if it was not measured."""
     rows = meta.get(_KEPT)
     if not rows:
         return {}

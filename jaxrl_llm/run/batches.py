@@ -1,4 +1,4 @@
-"""The batches that the steps of a run are handed, and how its answers are graded."""
+"""The batches of a run's steps, and the graders of its evaluations."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from jaxrl_llm.run.setup import Parts
 
 
 def prompts_handed(parts: Parts) -> int:
-    """Prompts that a step is handed: more than it learns from where groups are refilled."""
+    """Number of prompts passed to a step: more than it trains on if the plan refills groups."""
     c = parts.step.composition
     return parts.config.training.prompts_per_step * (1 if c.rollout is None else c.plan.prompts_per_group)
 
 
 def prompt_widths(config: Config) -> tuple[int, ...]:
-    """Widths that the prompts of a step may have, in ascending order; each one that occurs is a program of its own."""
+    """Possible widths of the prompts of a step, in ascending order; each one that occurs needs its own program."""
     rollout = config.rollout
     if rollout.prompt_buckets is True:
         return buckets(rollout.max_prompt_tokens)
@@ -35,10 +35,10 @@ def prompt_widths(config: Config) -> tuple[int, ...]:
 
 
 def grader(parts: Parts, *held_out: DataSet | ProblemSet) -> Grader:
-    """How evaluation grades problems of these sets.
+    """The grader of evaluations for these sets.
 
     Raises:
-      ValueError: where their reference answers cannot be graded so.
+      ValueError: if it cannot grade their reference answers.
     """
     config, records = parts.config, [each for split in held_out for each in split]
     if config.evaluation.grader is not None:
@@ -70,15 +70,15 @@ def named_grader(name: str, records: Sequence[Any]) -> Grader:
 
 
 def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
-    """Batches of training prompts, with reference completions where the step wants them; the position is the step."""
+    """Batches of training prompts, with reference completions if the step reads them; the index is the step."""
     config, rollout = parts.config, parts.config.rollout
     wanted = parts.step.composition.wanted
     with_demonstrations = bool(wanted & {"demonstration_tokens", "demonstration_length"})
     _check_ids(parts, source)
     if with_demonstrations and parts.task is not None and parts.task.segments is not None:
         raise ValueError(
-            f"the recipe learns from reference completions, but those of task {parts.task.name!r} are conversations, "
-            "whose observations nobody wrote; use warm_start, which leaves them out, or a task of one completion"
+            f"the recipe trains on reference completions, but those of task {parts.task.name!r} are conversations "
+            "with observations; use warm_start, which masks observations, or a task with single completions"
         )
     return data.prompt_batches(
         source,
@@ -97,12 +97,12 @@ def prompt_batches(parts: Parts, source: Sequence[Any]) -> Batches:
 
 
 def prompt_columns(wanted: Collection[str]) -> tuple[str, ...]:
-    """Columns of the data that a step reads as further prompts."""
+    """Columns of the data that a step reads as further forms of the prompt."""
     return tuple(name for name in PROMPT_COLUMNS if {f"{name}_tokens", f"{name}_length"} & set(wanted))
 
 
 def _check_ids(parts: Parts, source: Sequence[Any]) -> None:
-    """Raises ValueError where a plan remembers prompts and one has an id that it has no place for."""
+    """Raise ValueError if a prompt's id is too large for the memory of a plan."""
     rollout = parts.step.composition.rollout
     held = None if rollout is None else jax.eval_shape(parts.step.composition.plan.memory)
     room = getattr(getattr(held, "seen", None), "shape", None)
@@ -120,7 +120,7 @@ def encoded(parts: Parts, source: Sequence[Any]) -> Prompts:
     """All prompts of a split, in order.
 
     Raises:
-      ValueError: for a prompt that is too long, unless the config drops those.
+      ValueError: for a prompt that is too long, unless the config drops such prompts.
     """
     config = parts.config
     return data.encode_prompts(

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state in one atomic step directory, written by orbax, refused when it does not fit."""
+"""Checkpoints: the whole state in one atomic step directory, written by orbax."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ class CheckpointError(ValueError):
 
 
 class Damaged(CheckpointError):
-    """A checkpoint, `step` of `directory`, that is not what was written; `reason` says what of it."""
+    """A damaged checkpoint, `step` of `directory`, whose content differs from the digests; `reason` says how."""
 
     def __init__(self, directory: Path, step: int, reason: str):
         super().__init__(f"checkpoint {step} in {directory} is damaged: {reason}")
         self.directory, self.step, self.reason = directory, step, reason
 
 
-# What the meta holds beside the caller's: digests of the arrays, and of itself.
+# Keys of the metadata beside the caller's: digests of the arrays, and of the metadata itself.
 _DIGESTS, _OWN = "digests", "digest"
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Sixteen hex digits over a config as a canonical JSON text."""
+    """Hash of a config as canonical JSON, 16 hex digits."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def require_own_config(config: Config, meta: Mapping[str, Any]) -> str:
-    """What to say of a run that goes on in other places, in other pieces; "" for nothing.
+    """A note for a run that is resumed with changed placement keys; "" for none.
 
     Raises:
-      CheckpointError: where it would go on with other numbers; names every key with both values.
+      CheckpointError: for changed keys that decide numbers, naming every key with both values.
     """
     if meta["config_hash"] != config_hash(numeric_tree(config)):
         raise CheckpointError(
@@ -63,7 +63,7 @@ def require_own_config(config: Config, meta: Mapping[str, Any]) -> str:
         return ""
     return (
         f"placement has changed: {', '.join(moved)}; sums are added in another order, so the last digits of numbers "
-        "may be others than without the change"
+        "may differ"
     )
 
 
@@ -76,15 +76,15 @@ def checkpoint_manager(
     best_is: str = "highest",
     apart: bool = False,
 ) -> ocp.CheckpointManager:
-    """A manager that writes in the background and keeps the newest steps, and some for ever.
+    """A manager that writes in the background and keeps the newest steps, multiples, and the best.
 
     Args:
       directory: the checkpoints directory.
-      keep: how many of the newest are kept.
-      keep_every_steps: multiples of this are kept for ever; None for none.
-      keep_best: of the steps that were saved with a metric, how many of the best are kept.
+      keep: number of newest steps to keep.
+      keep_every_steps: steps at multiples of this are never deleted; None: none.
+      keep_best: number of best steps to keep, among those saved with a metric.
       best_is: "highest" or "lowest" metric.
-      apart: each of several processes has such a directory on a disk of its own, for the arrays that it holds.
+      apart: each of several processes has this directory on a private disk, for the arrays that it holds.
     """
     return ocp.CheckpointManager(
         Path(directory).resolve(),
@@ -109,20 +109,20 @@ def save(
     frozen: Mapping[str, Frozen] | None = None,
     apart: bool = False,
 ) -> None:
-    """Write state and meta as one step; a kill at any moment leaves the previous step whole.
+    """Write state and metadata as one step; a kill at any moment leaves the previous step intact.
 
     Args:
       manager: of the checkpoints directory.
-      step: number of the step.
-      state: what is written.
-      meta: plain data beside it.
-      trained: of the model; where it is given, of `state.params` only what learns is written.
-      metric: that the best steps are chosen by; None where it is not known.
-      frozen: networks whose parameters were written once (`frozen.written`), and are named alone.
+      step: index of the step.
+      state: the state to write.
+      meta: metadata as plain data.
+      trained: of the model; if given, only the trained part of `state.params` is written.
+      metric: value by which the best steps are chosen; None if unknown.
+      frozen: networks whose parameters were written once (`frozen.written`); the checkpoint only refers to them.
       apart: as the manager was made.
 
     Raises:
-      CheckpointError: when that step exists already (orbax would skip it in silence).
+      CheckpointError: if that step exists already (orbax would silently skip it).
     """
     state = learned_part(state, trained)
     once = dict(frozen or {})
@@ -130,7 +130,7 @@ def save(
     recorded = digests(state)
     for one in once.values():
         recorded |= one.digests
-    # Written in the background, while the caller goes on to change it.
+    # A copy, since it is written in the background while the caller changes it.
     meta = copy.deepcopy(dict(meta)) | {_DIGESTS: recorded}
     meta |= {frozen_parts.KEY: {name: one.name for name, one in once.items()}} if once else {}
     meta |= {_OWN: text_digest(meta)}
@@ -144,7 +144,7 @@ def save(
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps under a checkpoints directory that were written to their end, whatever became of them since."""
+    """Steps under a checkpoints directory that were completely written; they may have been damaged since."""
     directory = Path(directory)
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return sorted(int(name) for name in names if str(natural(name)) == name)
@@ -156,17 +156,17 @@ def latest_step(directory: Path) -> int | None:
 
 
 def require_step(directory: Path, step: int) -> None:
-    """Raises CheckpointError unless a step is there, with those that are."""
+    """Raise CheckpointError, with a list of the existing steps, unless a step exists."""
     if step not in (there := steps(directory)):
         held = ", ".join(map(str, there)) or "none"
         raise CheckpointError(f"{directory} holds no checkpoint of step {step}; there are {held}")
 
 
 def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
-    """(checkpoints directory, step) that a path names; a run directory names no step.
+    """(checkpoints directory, step) of a path; the step is None for a run directory.
 
     Raises:
-      CheckpointError: when no checkpoint is there.
+      CheckpointError: if there is no checkpoint.
     """
     path = at_hand(path)
     if is_step(path):
@@ -182,17 +182,17 @@ def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
 
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
-    """The meta of one step alone.
+    """The metadata of one step.
 
     Raises:
-      Damaged: when it is not there or not what was written.
+      Damaged: if it is missing or differs from its digest.
     """
     meta = _whole_meta(directory, step)
     return {name: value for name, value in meta.items() if name not in (_DIGESTS, _OWN, frozen_parts.KEY)}
 
 
 def read_digests(directory: Path, step: int) -> dict[str, Digest] | None:
-    """What was recorded of every array of a step; None for a step that was written before digests were.
+    """The recorded digests of all arrays of a step; None for a step written by a version without digests.
 
     Raises:
       Damaged: as for `read_meta`.
@@ -202,7 +202,7 @@ def read_digests(directory: Path, step: int) -> dict[str, Digest] | None:
 
 
 def named_apart(directory: Path, step: int) -> dict[str, Path]:
-    """Where the parameters of networks lie that a step names alone.
+    """Folders of the parameters of networks that a step only refers to.
 
     Raises:
       Damaged: as for `read_meta`.
@@ -224,7 +224,7 @@ def _whole_meta(directory: Path, step: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         fine = False
     if not fine:
-        raise Damaged(directory, step, "its meta is not what was written")
+        raise Damaged(directory, step, "its metadata differs from its digest")
     return meta
 
 
@@ -235,17 +235,17 @@ def _with_params(state: Any, params: PyTree) -> Any:
 
 
 def learned_part(state: Any, trained: Trained | None) -> Any:
-    """The state as it is written: of the policy's parameters only what learns."""
+    """The state as written: only the trained part of the policy's parameters."""
     return state if trained is None else _with_params(state, trained.split(state.params)[0])
 
 
 def with_frozen_part(state: Any, like: Any, trained: Trained | None) -> Any:
-    """A state that was read, with what is frozen of the parameters of `like`."""
+    """A restored state with the frozen parameters of `like` added."""
     return state if trained is None else _with_params(state, trained.join(state.params, trained.split(like.params)[1]))
 
 
 def written_networks(parts: Any, state: Any) -> dict[str, Any]:
-    """The networks of a state that a checkpoint holds: all but those that are read from a path and never change."""
+    """The networks of a state that a checkpoint holds: all except those that are read from a path and never change."""
     networks = parts.step.composition.networks
     fixed = {name for name in parts.paths if name in networks and name not in parts.step.composition.learning}
     return {name: one for name, one in state.networks.items() if name not in fixed}

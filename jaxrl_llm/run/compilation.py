@@ -1,4 +1,4 @@
-"""Counting compilations: after warm-up there should be none, and one that happens is reported with its cause."""
+"""Counts compilations, and reports each compilation after warm-up with its cause."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
-# Comes before the other one, on its thread, where the persistent cache had the program.
+# This event precedes the other one, on the same thread, if the program was in the persistent cache.
 _READ_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
 
 
@@ -25,7 +25,7 @@ class CompilationWatch:
     Attributes:
       count: programs compiled so far.
       seconds: time spent compiling them.
-      read: programs that the persistent cache had, and that were read instead.
+      read: programs that were read from the persistent cache instead.
     """
 
     def __init__(self):
@@ -44,20 +44,20 @@ class CompilationWatch:
         self.allow()
 
     def expect_none(self, report: Callable[[str], None]) -> None:
-        """From now on call `report` with a sentence for every program that is compiled, or read from the cache."""
+        """From now on call `report` with a message for every program that is compiled or read from the cache."""
         self._report = report
         jax.config.update("jax_explain_cache_misses", True)
         self._cause.attach()
 
     def allow(self) -> None:
-        """Compilations are expected again (another stage begins)."""
+        """Stop reporting: compilations are expected again, since another stage begins."""
         if self._report is not None:
             self._report = None
             jax.config.update("jax_explain_cache_misses", False)
             self._cause.detach()
 
     def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        # jax keeps its listeners for good, so a closed watch must ignore what comes after.
+        # jax never removes listeners, so a closed watch must ignore later events.
         if not self._open or event not in (_EVENT, _READ_EVENT):
             return
         if event == _READ_EVENT:
@@ -75,7 +75,7 @@ class CompilationWatch:
 
 
 class _LastMessage(logging.Handler):
-    """Keeps the last explanation that jax logged, and keeps it off the terminal."""
+    """Stores the last explanation logged by jax, and keeps it off the terminal."""
 
     def __init__(self):
         super().__init__()

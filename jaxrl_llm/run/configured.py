@@ -1,4 +1,4 @@
-"""From sections of a config to the objects that a step is composed of."""
+"""Builds the parts of a step from sections of a config."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ AnyEnvironment = Environment | HostEnvironment
 _PLAN_FUNCTIONS: tuple[ModuleType, ...] = (plans, advantages, rewards, losses, schedules)
 
 
-# Hyper-parameters of plans that are functions of rows themselves.
+# Hyper-parameters of plans that are themselves functions of rows.
 _OF_PLANS = ("choose", "failed", "lost")
 
 
 def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapping[str, Any]) -> Plan | None:
-    """The plan that section rollout.plan describes, from the inside out; None for none.
+    """The plan of section rollout.plan, built from the innermost outwards; None without plan.
 
     Args:
-      entries: names of `jaxrl_llm.rollout.plans`, or functions of the user's own, with hyper-parameters.
-      samples_per_prompt: rows of a group in the end.
-      sizes: of the run, by the names of keywords that are filled from it.
+      entries: names of `jaxrl_llm.rollout.plans`, or users' functions, with hyper-parameters.
+      samples_per_prompt: final number of rows per group.
+      sizes: sizes of the run by name, to fill in keywords.
 
     Raises:
       RecipeError: for an unknown plan or hyper-parameter.
@@ -80,11 +80,11 @@ def configured_plan(entries: Sequence[Any], samples_per_prompt: int, sizes: Mapp
 
 
 def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, View]:
-    """What makes another sequence of a row, by the name of the view.
+    """The functions of section views, by the name of the view.
 
-    Beside the hyper-parameters of a function that reads text, `max_prompt_tokens`, `max_completion_tokens` and
-    `deadline_s` may stand, and of one whose completions a network writes, `written_by`, `temperature`, `mixed_with`,
-    `share`, `guided_by`, `strength` and `candidates` (`View`).
+    Beside hyper-parameters, an entry of a function that reads text may have `max_prompt_tokens`,
+    `max_completion_tokens` and `deadline_s`; an entry of a written view may have `written_by`, `temperature`,
+    `mixed_with`, `share`, `guided_by`, `strength` and `candidates` (`View`).
     """
     made = {}
     for view, entry in entries.items():
@@ -98,7 +98,9 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
             raise RecipeError(f"views.{view}: {error}") from error
         of_text = [key for key in calling if key in (_OF_VIEWS if not made[view].written_by else _OF_VIEWS[1:])]
         if of_text and not made[view].on_host:
-            raise RecipeError(f"views.{view}.{of_text[0]} is of views that read text, and {name} does not")
+            raise RecipeError(
+                f"views.{view}.{of_text[0]} is only for views that read text, and {name} does not; leave it out"
+            )
     return made
 
 
@@ -109,13 +111,13 @@ _OF_WRITTEN = ("written_by", "temperature", "mixed_with", "share", "guided_by", 
 def configured_networks(
     sections: Mapping[str, NetworkConfig], b1: float, b2: float, *, snapshot: bool, context_tokens: int
 ) -> tuple[dict[str, Network], dict[str, Path]]:
-    """(networks by name, directories of those that are read from a path).
+    """(networks by name, directories of networks read from a path).
 
     Args:
       sections: of the config.
       b1, b2: of AdamW.
-      snapshot: a reference is the policy as training finds it, where the policy has adapters.
-      context_tokens: of the longest sequence of the run.
+      snapshot: for a policy with adapters: the reference is the initial policy instead of the base.
+      context_tokens: length of the longest sequence of the run.
     """
     made, paths = {}, {}
     for name, section in sections.items():
@@ -172,26 +174,26 @@ def configured_networks(
 
 
 def _require_no_rate(name: str, section: NetworkConfig) -> None:
-    """Raises ValueError where a network that does not learn is told how to."""
+    """Raise ValueError for a learning setting of a network that does not learn."""
     usual = {field.name: field.default for field in dataclasses.fields(NetworkConfig)}
     for key in ("learning_rate", "optimizer"):
         if (value := getattr(section, key)) != usual[key]:
             why = "is read from a path" if section.path is not None else "has no head"
             raise ValueError(
-                f"networks.{name}.{key} is {shown(value)}, but a network that {why} learns only where that is said; "
+                f"networks.{name}.{key} is {shown(value)}, but a network that {why} does not learn by default; "
                 f"set networks.{name}.learns to true, or leave {key} out"
             )
 
 
 def require_tokens_of_policy(paths: Mapping[str, Path], tokenizer: Tokenizer) -> None:
-    """Refuse networks that were trained on other tokens than those which the policy hands over.
+    """Raise ValueError for networks whose tokenizer differs from the policy's.
 
     Args:
-      paths: runs, or directories of Hugging Face, of networks by name.
+      paths: run or Hugging Face directories of networks, by name.
       tokenizer: of the policy.
 
     Raises:
-      ValueError: for one whose tokenizer says something else by an id, naming both.
+      ValueError: for a network whose tokenizer has different ids, with an example.
     """
     for name, directory in paths.items():
         theirs: Any = None
@@ -207,11 +209,11 @@ def require_tokens_of_policy(paths: Mapping[str, Path], tokenizer: Tokenizer) ->
         kin = hasattr(tokenizer, "backend") == hasattr(theirs, "backend")
         differing = [text for text, number in ours.items() if others.get(text) != number] if kin else []
         if differing or not kin:
-            such = f" ({len(differing)} tokens have another id there, such as {differing[0]!r})" if differing else ""
+            such = f" ({len(differing)} tokens have other ids, such as {differing[0]!r})" if differing else ""
             raise ValueError(
-                f"networks.{name}.path is {str(directory)!r}, whose tokenizer is not that of the policy{such}, and "
-                "networks are given token ids; take a model with the policy's tokenizer, or score text with a function "
-                "of your own (rewards: [{python: module:function}])"
+                f"networks.{name}.path is {str(directory)!r}, whose tokenizer differs from the policy's{such}, but "
+                "networks receive token ids; use a model with the policy's tokenizer, or score text with your own "
+                "function (rewards: [{python: module:function}])"
             )
 
 
@@ -247,7 +249,7 @@ def _head(name: str, section: NetworkConfig) -> HeadConfig | None:
 
 
 def head_optimizer(section: NetworkConfig, b1: float, b2: float) -> optax.GradientTransformation:
-    """The optimiser of a network beside the policy, with a global norm clip, at a constant rate."""
+    """The optimiser of a network beside the policy, with global norm clipping and a constant rate."""
     if section.optimizer == "adamw":
         made = optax.adamw(section.learning_rate, b1=b1, b2=b2, weight_decay=0.0)
     else:
@@ -258,7 +260,7 @@ def head_optimizer(section: NetworkConfig, b1: float, b2: float) -> optax.Gradie
 def given_networks(
     networks: Mapping[str, Network], paths: Mapping[str, Path], sections: Mapping[str, NetworkConfig]
 ) -> dict[str, PyTree]:
-    """Parameters of the networks that are read from a path."""
+    """Parameters of the networks read from a path."""
     found = {}
     for name, directory in paths.items():
         if name not in networks:  # nothing names it
@@ -284,17 +286,18 @@ def given_networks(
 def configured_environment(
     options: Mapping[str, Any], task: Task | None, tokenizer: Tokenizer
 ) -> AnyEnvironment | None:
-    """The environment that a config describes; None where one completion is all.
+    """The environment of a config; None for single completions.
 
     Args:
-      options: section environment: options of the task's environment, or `python: "module:function"` and the keyword
-        arguments of that function, which is called with the tokenizer and returns an environment. `executor` says
-        where one in Python is called, unless the function names it; by default in processes, where it pickles.
+      options: section environment: options of the task's environment, or `python: "module:function"` with the keyword
+        arguments of that function, which is called with the tokenizer and returns an environment. `executor` decides
+        where an environment in Python is called, unless the function sets it; the default is processes if it can be
+        pickled.
       task: the task of the run, or None.
       tokenizer: of the policy.
 
     Raises:
-      ValueError: for an environment that cannot be, or options without one.
+      ValueError: for an invalid environment, or options without an environment.
     """
     if "python" in options:
         path = str(options["python"])
@@ -308,7 +311,7 @@ def configured_environment(
         except TypeError as error:
             raise ValueError(
                 f"environment.python: {path!r} could not be called with the tokenizer and "
-                f"{', '.join(given) or 'nothing'} else: {error}; make it take them, and return an environment"
+                f"{', '.join(given) or 'no other arguments'}: {error}; it must accept them, and return an environment"
             ) from error
         if not isinstance(made, AnyEnvironment):
             raise ValueError(
@@ -319,8 +322,8 @@ def configured_environment(
     if task is None or task.environment is None:
         if options:
             raise ValueError(
-                f"environment.{next(iter(options))} is set, but nothing here takes turns; choose the task grid, "
-                "calculator, bargaining or self_correction, or name an environment of your own in environment.python"
+                f"environment.{next(iter(options))} is set, but there is no environment; choose the task grid, "
+                "calculator, bargaining or self_correction, or name your own environment in environment.python"
             )
         return None
     if not isinstance(tokenizer, CharacterTokenizer):
@@ -333,11 +336,11 @@ def configured_environment(
 
 
 def _executed(environment: AnyEnvironment, executor: str | None) -> AnyEnvironment:
-    """One in Python is called as asked, or in processes where its functions can be sent there."""
+    """The environment with its executor set: as configured, or processes if its functions can be pickled."""
     if not isinstance(environment, HostEnvironment):
         if executor is not None:
             raise ValueError(
-                f"environment.executor is {executor!r}, but this environment is no HostEnvironment; leave it out"
+                f"environment.executor is {executor!r}, but this environment is not a HostEnvironment; leave it out"
             )
         return environment
     chosen = executor or environment.executor
@@ -347,7 +350,7 @@ def _executed(environment: AnyEnvironment, executor: str | None) -> AnyEnvironme
 
 
 def external_engine(config: EngineConfig | None, model: Model, source: Path | None) -> External | None:
-    """The engine that a config describes; None without one."""
+    """The external engine of a config; None without one."""
     if config is None:
         return None
     engine = Endpoint(

@@ -1,7 +1,7 @@
-"""Digests of the arrays of a checkpoint, so that a byte that changed on the disk is noticed when it is read back.
+"""Digests of the arrays of a checkpoint, to detect changed bytes on the disk.
 
-Every process hashes the parts that it writes (XXH3, 64 bits, faster than memory is copied); what is read back is hashed
-by the same parts, whatever number of processes and whichever mesh reads it.
+Every process hashes the parts that it writes (XXH3, 64 bits, faster than copying memory); restored arrays are hashed in
+the same parts, independent of the number of processes and the mesh of the reader.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from jaxrl_llm.parallel import hosts
 
 
 class Digest(NamedTuple):
-    """What is recorded of one array.
+    """The recorded digest of one array.
 
     Attributes:
-      dtype, shape: of the whole array; of a random key, of its bits.
-      parts: "start:stop,start:stop" of a part of it, one range an axis -> 16 hex digits.
+      dtype, shape: of the whole array; for a random key, of its bits.
+      parts: part as "start:stop,start:stop", one range per axis -> 16 hex digits.
     """
 
     dtype: str
@@ -35,7 +35,7 @@ class Digest(NamedTuple):
 
 
 def digests(tree: PyTree) -> dict[str, Digest]:
-    """Of every array of a tree by its path. Each process hashes the parts that it has, and all must call it."""
+    """Digests of all arrays of a tree by path. Each process hashes its own parts; all processes must call it."""
     held = {path: bits(leaf) for path, leaf in by_path(tree).items()}
     parts = [(path, box, part) for path, leaf in held.items() for box, part in _own_parts(leaf)]
     found = _in_threads(lambda one: (one[0], one[1], hashed(one[2])), parts)
@@ -47,7 +47,7 @@ def digests(tree: PyTree) -> dict[str, Digest]:
 
 
 def changed(read: Mapping[str, np.ndarray], recorded: Mapping[str, Digest]) -> list[str]:
-    """Paths of arrays that are not what was recorded, in dtype, shape or any bit."""
+    """Paths of arrays that differ from the recorded digests in dtype, shape or any bit."""
 
     def same(path: str) -> bool:
         array, digest = read[path], recorded[path]
@@ -70,7 +70,7 @@ def text_digest(value: Any) -> str:
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """Leaves by "a/b/c": the same for dataclasses and for the dictionaries and lists that are read back."""
+    """Leaves by path "a/b/c": the same for dataclasses and for restored dictionaries and lists."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {"/".join(_key(part) for part in path): leaf for path, leaf in leaves}
 
@@ -80,13 +80,13 @@ def _key(part: Any) -> str:
 
 
 def bits(leaf: Any) -> Any:
-    """An array as it is written: of a random key, its bits."""
+    """An array as written: for a random key, its bits."""
     key = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if key else leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _own_parts(leaf: Any) -> Iterable[tuple[str, Any]]:
-    """(box, array) of the parts that this process writes: of each, its first replica."""
+    """(box, array) of the parts that this process writes: the first replica of each."""
     if not isinstance(leaf, jax.Array):
         return [(box_of((slice(None),) * leaf.ndim, leaf.shape), leaf)] if hosts.is_main() else []
     return [
@@ -97,7 +97,7 @@ def _own_parts(leaf: Any) -> Iterable[tuple[str, Any]]:
 
 
 def box_of(index: Sequence[slice], shape: Sequence[int]) -> str:
-    """A part of an array as "start:stop,start:stop", one range an axis."""
+    """A part of an array as "start:stop,start:stop", one range per axis."""
     ranges = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return ",".join(f"{start}:{stop}" for start, stop, _ in ranges)
 

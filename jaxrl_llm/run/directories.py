@@ -1,6 +1,6 @@
-"""The run directory of several processes: one writes its records, all write its checkpoints.
+"""The run directory of several processes: process 0 writes its records, all write its checkpoints.
 
-All see one directory; or, of a run at an address, each has one on a disk of its own.
+All processes share one directory, or, for a run at an address, each has one on a private disk.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 
 from jaxrl_llm.addresses import is_address
 from jaxrl_llm.bounds import natural
@@ -29,10 +30,11 @@ from jaxrl_llm.reporting.shares import Share
 from jaxrl_llm.run.failures import PassingError, storage_fault
 
 _SECONDS = 10.0  # in which a file of one host is seen by another
+_LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs"})
 
 
 class Unwritten(RunDirectory):
-    """Stands for a run directory whose records another process writes: what is handed to it goes nowhere."""
+    """Replaces the run directory in processes that do not write records: all calls do nothing."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -61,16 +63,16 @@ class Unwritten(RunDirectory):
 
 @contextmanager
 def mirrored(config: Config, resume: bool, say: Callable[[str], Any]) -> Iterator[Mirror | None]:
-    """Own the address of a run for the length of a block; None where it is a local directory.
+    """A context in which this run owns its address; yields None for a local directory.
 
-    Of several processes that share a disk, all write checkpoints to one working copy, and process 0 alone brings them
-    to the address; the others get None. Where each has a disk of its own, each has a working copy and brings its share.
+    Processes that share a disk write checkpoints to one working copy, which process 0 uploads; the others get None.
+    With private disks each process has a working copy and uploads its share.
 
     Raises:
-      ValueError: where some of the processes share a working copy and others do not, a new run would be written to a
-        place that is not empty, or there is nothing to resume.
-      OwnedError: when another process has it.
-      PassingError: when the address cannot be written at the end.
+      ValueError: if only some of the processes share a working copy, a new run has an address that is not empty, or
+        there is nothing to resume.
+      OwnedError: if another process owns it.
+      PassingError: if the final upload fails.
     """
     if not is_address(config.place):
         yield None
@@ -99,17 +101,17 @@ def mirrored(config: Config, resume: bool, say: Callable[[str], Any]) -> Iterato
 
 
 def _in_the_way(mirror: Mirror) -> str | None:
-    """What keeps a new run from an address, as this process sees it."""
+    """The reason, as seen by this process, why a new run cannot use an address."""
     if hosts.is_main() and mirror.there():
         return "is not empty"
     return f"has a working copy in {mirror.directory}" if mirror.computed() else None
 
 
 def _share(config: Config) -> Share | None:
-    """What this process brings where each has a disk of its own; None where all have one. All must call it.
+    """The share that this process uploads with private disks; None with a shared disk. All processes must call it.
 
     Raises:
-      ValueError: where some share a disk and others do not.
+      ValueError: if some processes share a disk and others do not.
     """
     if jax.process_count() == 1:
         return None
@@ -119,8 +121,8 @@ def _share(config: Config) -> Share | None:
     here.parent.mkdir(parents=True, exist_ok=True)
     (here.parent / marks[own]).touch()
     hosts.meet("working copies are marked")
-    until = time.monotonic() + _SECONDS
-    # A listing is fresher than what a network file system remembers of a name.
+    until = time.monotonic() + (0.0 if _is_local(here.parent) else _SECONDS)
+    # On network file systems a listing is fresher than the cached attributes of a name.
     while not (there := set(marks) & set(os.listdir(here.parent))) >= set(marks) and time.monotonic() < until:
         time.sleep(0.1)
     seen = [json.loads(said) for said in hosts.said_by_all(json.dumps([mark in there for mark in marks]))]
@@ -137,20 +139,27 @@ def _share(config: Config) -> Share | None:
     )
 
 
+def _is_local(folder: Path) -> bool:
+    """Whether a folder is on a local file system, where files of other processes are visible at once."""
+    kinds = {mounted.mountpoint: mounted.fstype for mounted in psutil.disk_partitions(all=True)}
+    place = folder.resolve()
+    return next((kinds[str(at)] in _LOCAL for at in (place, *place.parents) if str(at) in kinds), False)
+
+
 @contextmanager
 def run_directory(
     path: Path, config: Mapping[str, Any], *, resume_step: int | None, mirror: Mirror | None = None, **logging: Any
 ) -> Iterator[RunDirectory]:
-    """The records of a run: of the process that writes, or `Unwritten`. All processes must call it.
+    """The run directory for the process that writes records, else `Unwritten`. All processes must call it.
 
     Args:
       path, config, resume_step, **logging: as for `RunDirectory`.
-      mirror: brings it to an address: at once, so that whoever comes after a kill finds that the run has begun.
+      mirror: uploads it to an address at once, so that a restart after a kill finds that the run has begun.
 
     Raises:
-      ValueError: as `RunDirectory` does, or where the processes do not see the same directory.
+      ValueError: as `RunDirectory`, or if the processes do not share the directory.
     """
-    # Opened first, and by one: a new run wants it empty, and checkpoints make a directory in it.
+    # Opened first, by one process: a new run needs it empty, and checkpoints create a directory in it.
     with ExitStack() as stack:
         if hosts.is_main() and resume_step is None:  # a run that goes on is owned from where its state is looked for
             try:
@@ -175,7 +184,7 @@ def run_directory(
 
 
 def require_shared(path: Path) -> None:
-    """Raises ValueError unless what lies at this path, as the process that writes sees it, is seen by this one."""
+    """Raise ValueError unless this process can see the path that process 0 has written."""
     if not _seen(path):
         raise ValueError(
             f"process {jax.process_index()} does not see {path}, which process 0 does; give a run_dir on a disk "
@@ -184,7 +193,7 @@ def require_shared(path: Path) -> None:
 
 
 def _seen(path: Path) -> bool:
-    """Whether a path is there; network file systems may say for a while that it is not."""
+    """Whether a path exists; waits, since network file systems may show it with a delay."""
     until = time.monotonic() + _SECONDS
     while not path.exists():
         if jax.process_count() == 1 or time.monotonic() > until:
@@ -194,16 +203,16 @@ def _seen(path: Path) -> bool:
 
 
 def at_hand(path: str | Path) -> Path:
-    """A path on this machine: of a run, or one of its checkpoints, at an address, that of the copy, made anew."""
+    """A local path; for a run or checkpoint at an address, the path of a fresh local copy."""
     run, inside, step = str(path).rstrip("/").partition("/checkpoints")
     return local_copy(run) / (inside + step).lstrip("/") if is_address(run) else Path(path)
 
 
 def is_step(path: Path) -> bool:
-    """Whether a path names one checkpoint of a run that is here, which may be gone itself."""
+    """Whether a path names a checkpoint of an existing run; the checkpoint itself may be missing."""
     return natural(path.name) is not None and path.parent.name == "checkpoints" and path.parent.is_dir()
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run or names a checkpoint of one, and no model directory."""
+    """Whether a path is a run or one of its checkpoints, and not a model directory."""
     return is_step(path) or (path.is_dir() and not (path / "config.json").is_file())

@@ -1,4 +1,4 @@
-"""When a stage ends before its last step: its metric has not become better for a number of readings."""
+"""Early stopping: a stage ends if its metric has not improved for a number of values."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ VALIDATION, KEPT = "validation/", "early_stopping"
 
 
 def reading(held: Mapping[str, Any], rule: StopWhenConfig, step: int, value: float) -> dict[str, Any]:
-    """What is known after one more reading of the metric.
+    """The state of early stopping after one more value of the metric.
 
     Args:
-      held: what was known before; {} at the start of a stage.
+      held: the state before; {} at the start of a stage.
       rule: when to stop.
-      step: of the reading.
-      value: the metric. One that is not a number is no better than any other.
+      step: of the value.
+      value: the metric; NaN never counts as an improvement.
 
     Returns:
-      best and best_step; readings (without a better one); decided (the step whose reading exhausted the patience), once
-      there is one. It is plain data, which a checkpoint keeps.
+      best and best_step; readings (number of values without improvement); decided (the step that exhausted the
+      patience), once there is one. It is plain data, stored in checkpoints.
 
     >>> rule, held = StopWhenConfig("reward", patience=2), {}
     >>> for step, value in enumerate([0.5, 0.7, 0.7, 0.6], 1):
@@ -43,13 +43,13 @@ def reading(held: Mapping[str, Any], rule: StopWhenConfig, step: int, value: flo
 
 
 def note(meta: dict[str, Any], stage: str, rule: StopWhenConfig | None, step: int, shown: Mapping[str, float]) -> str:
-    """Write what a step has shown into what checkpoints keep of the stages; a sentence where it decides that one ends.
+    """Update the early stopping of a stage in the metadata of checkpoints; returns a message if the stage will end.
 
     Args:
-      meta: of the run; `early_stopping` holds for each stage what `reading` says.
-      stage, rule: the stage, and when it ends.
+      meta: of the run; `early_stopping` holds the result of `reading` for each stage.
+      stage, rule: the stage, and its rule.
       step: of the stage.
-      shown: its metrics.
+      shown: metrics of the step.
     """
     if rule is None or rule.metric not in shown:
         return ""
@@ -58,18 +58,18 @@ def note(meta: dict[str, Any], stage: str, rule: StopWhenConfig | None, step: in
     if "decided" in before or "decided" not in after:
         return ""
     return (
-        f"the {stage} ends with the next step: {rule.metric} has had no better reading than {after['best']:.4g}, at "
-        f"step {after['best_step']}, for {after['readings']} readings"
+        f"the {stage} ends with the next step: {rule.metric} has not improved on {after['best']:.4g}, at "
+        f"step {after['best_step']}, for {after['readings']} values"
     )
 
 
 def over(meta: Mapping[str, Any], stage: str, done: int) -> bool:
-    """Whether a stage ends after so many steps: with the step after the one that decided it."""
+    """Whether a stage ends after this step: one step after the deciding one."""
     return done > meta.get(KEPT, {}).get(stage, {}).get("decided", done)
 
 
 def require_metric(stage: str, config: Config, known: Iterable[str]) -> None:
-    """Raises ConfigError where training.stop_when reads what the steps of a stage, `known`, do not report."""
+    """Raise ConfigError if the metric of training.stop_when is not among the metrics `known` of a stage."""
     rule = config.training.stop_when
     if rule is None:
         return
@@ -78,7 +78,7 @@ def require_metric(stage: str, config: Config, known: Iterable[str]) -> None:
             raise ConfigError(f"training.stop_when.metric is {rule.metric!r}; {nearest(rule.metric, known)}")
     elif not config.evaluation.every_steps:
         raise ConfigError(
-            f"training.stop_when.metric is {rule.metric!r}, but nothing is evaluated while the {stage} trains; set "
+            f"training.stop_when.metric is {rule.metric!r}, but the {stage} has no evaluations during training; set "
             "evaluation.every_steps"
         )
     elif not config.environment:

@@ -1,4 +1,4 @@
-"""What `jaxrl eval` puts together: a model to evaluate, and the problems, grader and rewards of one evaluation."""
+"""The parts of `jaxrl eval`: a model, and the problems, grader and rewards of an evaluation."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import spread
 from jaxrl_llm.signatures import missing
 from jaxrl_llm.training import Placement
+from jaxrl_llm.training.networks import backbone_of
 from jaxrl_llm.training.reading import columns_of
 
-# What a reward can be computed of after sampling alone: no other network's scores, no method with memory.
+# Fields available to rewards after sampling: no scores of other networks, no memory of methods.
 _OF_SAMPLING = frozenset(FACTS) - {"router_choices", "support"}
 
 
@@ -44,8 +45,8 @@ class Evaluated(NamedTuple):
     Attributes:
       policy: the model with the parameters of its newest (or the named) checkpoint.
       built: the parts of its run; None for a model directory.
-      checkpoints: (label, what reads its parameters) of everything that is evaluated.
-      guidance: of its sampling by a value network (`guided`), as plain data.
+      checkpoints: (label, function that reads the parameters) of all evaluated checkpoints.
+      guidance: settings of value guidance (`guided`), as plain data.
     """
 
     policy: Policy
@@ -58,9 +59,9 @@ class Prepared(NamedTuple):
     """One evaluation, ready to sample.
 
     Attributes:
-      items: its problems.
+      items: the problems.
       records: see `make_records`.
-      settings: plain data that decides the samples.
+      settings: plain data that determines the samples.
       sequences_per_batch: completions decoded together.
     """
 
@@ -76,28 +77,28 @@ def evaluated(path: str, *, every: bool = False, chat: bool = False) -> Evaluate
     Args:
       path: where it lies.
       every: all checkpoints of a run, ascending.
-      chat: prompts of a model directory go through its chat template.
+      chat: apply the chat template of a model directory.
 
     Raises:
-      ValueError: where there is no model, or `every` of one without checkpoints.
+      ValueError: if there is no model, or for `every` without checkpoints.
     """
     path = str(at_hand(path))
     if is_run(Path(path)):
         if chat:
-            raise ConfigError(f"{path} is a run, whose config says what prompts look like; leave --chat out")
+            raise ConfigError(f"{path} is a run, whose config defines the form of prompts; leave --chat out")
         built, policy = restored_run(path)
         folder = policy.source.parent
         steps = checkpoints.steps(folder) if every else []
         named = [(f"{step}", lambda step=step: checkpoint_params(built, folder, step)) for step in steps]
         return Evaluated(policy, built, named or [(policy.source.name, lambda: policy.params)])
     if every:
-        raise ConfigError(f"--all evaluates the checkpoints of a run, but {path} is none; leave --all out")
+        raise ConfigError(f"--all evaluates the checkpoints of a run, but {path} is not a run; leave --all out")
     policy = restored_policy(path, chat=chat)
     return Evaluated(policy, None, [("model", lambda: policy.params)])
 
 
 def guided(of: Evaluated, path: str, network: str, *, strength: float, candidates: int) -> Evaluated:
-    """The same model, whose tokens are drawn by what a value network of its run says that they lead to.
+    """The model with value-guided sampling by a value network of its run.
 
     Args:
       of: one checkpoint of a run.
@@ -110,8 +111,8 @@ def guided(of: Evaluated, path: str, network: str, *, strength: float, candidate
     """
     if of.built is None or len(of.checkpoints) > 1 or of.policy.model.trained is not None:
         raise ConfigError(
-            f"--guided-by names a network of one checkpoint of a run without adapters, which {path} is not; name the "
-            "checkpoint that is meant, or leave --guided-by out"
+            f"--guided-by needs one checkpoint of a run without adapters, which {path} is not; name one "
+            "checkpoint, or leave --guided-by out"
         )
     judge, found, params = restored_network(at_hand(path), network)
     if found.head is None or found.head.outputs != 1:
@@ -123,7 +124,7 @@ def guided(of: Evaluated, path: str, network: str, *, strength: float, candidate
 
     def both() -> PyTree:
         own = read()
-        return own, {"head": params["head"], "backbone": params.get("backbone", own)}
+        return own, {"head": params["head"], "backbone": backbone_of(judge, params, own)}
 
     guidance = {"guided_by": network, "strength": strength, "candidates": candidates}
     policy = replace(of.policy, model=model)
@@ -136,11 +137,11 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
     Args:
       one: its description.
       of: the model.
-      reference: path of a policy that the samples are scored under.
-      batch: completions decoded together; None for the run's, or as many as fit the device.
+      reference: path of a reference policy for the KL divergence.
+      batch: completions decoded together; None: the run's number, or as many as fit on the device.
 
     Raises:
-      ValueError: for anything that can be known before sampling: files, columns, names, sizes.
+      ValueError: for wrong files, columns, names or sizes, before sampling.
     """
     built, policy = of.built, of.policy
     config = None if built is None else built.config
@@ -152,7 +153,7 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
     if task is not None:
         environment = configured_environment({}, task, policy.tokenizer)
     if reference is not None and environment is not None:
-        raise ConfigError("--reference scores completions of one turn, but an environment answers here; leave it out")
+        raise ConfigError("--reference scores single completions, but this task has an environment; leave it out")
     for name in one.by:
         for item in items:
             column(item, name)
@@ -237,7 +238,7 @@ def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]
 
 def _formatted(item: Mapping[str, Any], form: str) -> dict[str, Any]:
     if "messages" in item:
-        raise ConfigError("prompt_format is of plain prompts, but the data holds messages; leave it out")
+        raise ConfigError("prompt_format is only for plain prompts, but the data holds messages; leave it out")
     return {**item, "body": form.replace("{body}", item["body"])}
 
 
@@ -246,14 +247,14 @@ def _limits(one: Evaluation, policy: Policy) -> tuple[int, int]:
     room = None if policy.context_tokens is None else policy.context_tokens - completion
     if room is not None and room < 1:
         raise ValueError(
-            f"completions of {completion} tokens leave nothing of the model's context of {policy.context_tokens} "
-            "tokens for a prompt; set --max-tokens lower"
+            f"completions of {completion} tokens leave no room for a prompt in the model's context of "
+            f"{policy.context_tokens} tokens; set --max-tokens lower"
         )
     return one.max_prompt_tokens or policy.max_prompt_tokens or min(room or 1024, 1024), completion
 
 
 def _rewards(one: Evaluation, built: Parts | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rewards by name: those that are asked for, or those of the run that samples and columns of every item decide."""
+    """Rewards by name: the requested ones, or the run's rewards that depend only on samples and columns."""
     arrays = _OF_SAMPLING if one.data is None else _OF_SAMPLING - {"answer_tokens", "answer_length"}
     text = TEXT.union(set.intersection(*({*columns_of([item])} for item in items)) if items else ())
     if one.rewards is not None:

@@ -1,4 +1,4 @@
-"""How many completions an evaluation decodes at once: as many as fit beside the state of the run."""
+"""The number of completions that an evaluation decodes at once: as many as fit beside the state of the run."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from jaxrl_llm.parallel.rules import AXES, RULES, Rules, axes_of, decoding
 from jaxrl_llm.rollout.decoding import cache_stages
 from jaxrl_llm.run.machine import demand
 
-MOST = 1152  # completions: more make no device busier
+MOST = 1152  # completions: more do not increase the throughput
 ROOM = 0.9  # of a device's memory
 
 
 def evaluation_batch(
     config: Config, model: Model, mesh: Any = None, rules: Rules = RULES, *, device_bytes: float | None = None
 ) -> int:
-    """`evaluation.sequences_per_batch`, or where it is null as many completions as fit a device beside the state.
+    """`evaluation.sequences_per_batch`, or if it is null as many completions as fit on a device beside the state.
 
     Args:
       config: of the run.
       model: the policy.
-      mesh: that rows and parameters lie on; None for one device.
-      rules: where they lie on it.
+      mesh: mesh of rows and parameters; None for one device.
+      rules: their sharding rules.
       device_bytes: memory of a device; None asks the first one of the mesh.
     """
     if config.evaluation.sequences_per_batch is not None:
@@ -62,15 +62,16 @@ def fitting_batch(
     state_bytes: float | None = None,
     device_bytes: float | None = None,
 ) -> int:
-    """Completions that fit a device: whole problems of `rows` each, at least one, at most 1152 completions.
+    """Number of completions that fit on a device: whole problems of `rows` each, at least one, at most 1152
+    completions.
 
     Args:
-      model: what decodes; where it does not describe its parameters or its cache, 1152 are taken.
-      rows: completions of a problem.
+      model: the model; without specs of its parameters or its cache the result is 1152.
+      rows: completions per problem.
       prompt, completion: tokens, at most.
       mesh, rules, device_bytes: as for `evaluation_batch`.
       gathered: see `decoding_bytes`.
-      state_bytes: of all that is held meanwhile, over all devices; None for the parameters alone.
+      state_bytes: size of the state in memory, over all devices; None: only the parameters.
     """
     most = max(1, MOST // rows)
     if model.specs is None or not hasattr(model.config, "cached_sizes"):
@@ -97,16 +98,16 @@ def decoding_bytes(
     *,
     gathered: bool = True,
 ) -> dict[str, float]:
-    """What decoding takes of a device beside the state, by name.
+    """Memory of a device for decoding, beside the state, in bytes by name.
 
     Args:
       model: what decodes.
-      problems: decoded together.
-      rows: completions of each.
+      problems: number of problems decoded together.
+      rows: completions per problem.
       prompt, completion: tokens, at most.
       shape: of the mesh: axis -> size.
       rules: the table of the update.
-      gathered: weights are gathered once (`mesh.gather_for_rollout`), instead of a layer at a time.
+      gathered: whether weights are gathered once (`mesh.gather_for_rollout`) instead of one layer at a time.
     """
     c, at = model.config, decoding(rules, gathered=gathered)
     decoded, prompts = (math.ceil(n / _parts("decoded_rows", n, shape, at)) for n in (problems * rows, problems))
@@ -114,11 +115,11 @@ def decoding_bytes(
     held, stages = remembered_bytes(c, shape, at, completion), cache_stages(completion)
     if gathered:
         weights = held_bytes(model, shape, at, width)
-    else:  # they lie in the state; the layer that is computed with is gathered
+    else:  # they are part of the state; only the current layer is gathered
         weights = held_bytes(model, shape, decoding(rules), width) / c.layers
     cache = (held.token * completion + held.window + held.row) * decoded + held.whole_token * prompts * prompt
-    # It grows in stages: while the last one is made, the one before it is there too.
-    before = held.token * sum(stages[:-1]) * decoded
+    # The cache grows in stages: during the last growth the previous one still exists, and windows exist twice.
+    before = (held.token * sum(stages[:-1]) + held.window * (len(stages) > 1)) * decoded
     return {
         "weights for sampling": weights,
         "cache": cache,
@@ -131,10 +132,10 @@ class Remembered(NamedTuple):
     """Bytes of one row in a cache, in all layers of one device.
 
     Attributes:
-      token: that it grows by with a token of a completion.
-      window: of windowed layers, which keep their window alone of a completion.
-      row: whatever the length.
-      whole_token: of a token of a prompt, which all layers keep.
+      token: bytes per token of a completion.
+      window: bytes of windowed layers, which cache only their window of a completion.
+      row: bytes independent of the length.
+      whole_token: bytes per token of a prompt, which all layers cache.
     """
 
     token: float
@@ -144,10 +145,10 @@ class Remembered(NamedTuple):
 
 
 def remembered_bytes(config: TransformerConfig, shape: Mapping[str, int], rules: Rules, completion: int) -> Remembered:
-    """What a cache holds of a row while a completion is sampled.
+    """Bytes of the cache for one row during sampling.
 
-    Keys and values grow; layers that read those of another one have none, and a gated delta-net layer has a state and
-    the last inputs of its convolution. Every device has the one latent vector of a token.
+    Keys and values grow; layers that share those of another layer have none, and a gated delta-net layer has a state
+    and the last inputs of its convolution. The latent vector of a token is replicated on every device.
 
     Args:
       config: of the model.
@@ -199,7 +200,7 @@ def _mesh(shape: Mapping[str, int]) -> Any:
 
 
 def _parts(name: str, size: int, shape: Mapping[str, int], rules: Rules) -> int:
-    """Into how many parts the mesh cuts a dimension of this size."""
+    """Number of parts into which the mesh splits a dimension of this size."""
     mesh = _mesh(shape)
     (axes,) = axes_of((name,), (size,), mesh, rules)
     return math.prod(mesh.shape[axis] for axis in axes)

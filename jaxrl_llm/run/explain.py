@@ -1,4 +1,4 @@
-"""What a composed step consists of: stages in order, what each needs and provides, and what it costs."""
+"""Describes a composed step: its stages in order, their inputs and outputs, and its cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from jaxrl_llm.training.step import given_work
 
 
 def stages(step: Composition) -> list[dict[str, Any]]:
-    """One entry a function, in the order in which a step runs them: stage, name, needs, provides, where."""
+    """One entry per function, in the order of a step: stage, name, needs, provides, where."""
 
     def entry(stage: str, name: str, function: Any, provides: str, where: str = "program") -> dict[str, Any]:
         read = signature(function)
@@ -78,9 +78,9 @@ def stages(step: Composition) -> list[dict[str, Any]]:
 
 
 def hyper_parameters(step: Composition) -> list[dict[str, Any]]:
-    """The keywords of every function of a step: function, keyword, value, and where it comes from.
+    """The keywords of all functions of a step: function, keyword, value, and its origin.
 
-    "given" was set in the recipe or filled from the run; "default" stands in the function's signature.
+    "given": set in the recipe or filled from the run; "default": from the function's signature.
     """
     terms = [(t.name, t.function) for t in (*step.views.values(), *step.rewards, *step.credit, *step.losses)]
     terms += [(f"coefficient of {t.name}", t.coefficient) for t in step.losses if t.coefficient_changes]
@@ -115,7 +115,7 @@ def _source(step: Composition) -> str:
 
 
 def _provider(step: Composition, name: str) -> tuple[str, list[str]]:
-    """Who provides a name that is computed on demand, and from what."""
+    """The provider of a name that is computed on demand, and its inputs."""
     if name in provided_by("data"):
         return "the data", ["prompts"]
     if name == "baseline_rewards":
@@ -131,7 +131,7 @@ def _provider(step: Composition, name: str) -> tuple[str, list[str]]:
 
 
 def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
-    """State and work that a step starts from, as shapes. No memory is used."""
+    """The initial state and work of a step as shapes, without allocating memory."""
     config, c = parts.config, parts.step.composition
     rollout = config.rollout
 
@@ -187,22 +187,22 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
 
 
 def _last_work(segments: Any, state: TrainState, work: Work) -> Work:
-    """Work behind segments that do not end a step, as shapes."""
+    """Work after segments that do not end a step, as shapes."""
     (*_, (program, before)) = shapes(segments, state, work)
     return before | jax.eval_shape(program.run, state, before)
 
 
 def trace(parts: Parts) -> Experience:
-    """The rows of one step as shapes. Sizes and hyper-parameters that cannot work are found here, at no cost.
+    """The rows of one step as shapes. Detects wrong sizes and hyper-parameters without computing anything.
 
     Raises:
-      ValueError: from whatever part of the step refuses its input.
+      ValueError: from the part of the step that refuses its input.
     """
     return _traced(parts)[-1]
 
 
 def metric_names(parts: Parts) -> set[str]:
-    """Names of what every step of a run writes to metrics.jsonl."""
+    """Names of the metrics that every step of a run writes to metrics.jsonl."""
     return {*_traced(parts)[1], "learning_rate", "seconds", "tokens_per_second"}
 
 
@@ -234,7 +234,7 @@ def explanation(parts: Parts) -> dict[str, Any]:
 
 
 def sizes(parts: Parts, state: TrainState) -> dict[str, int]:
-    """What the sizes of a config come to, with the state as shapes."""
+    """The resulting sizes of a config, computed from the shapes of the state."""
     training, rollout = parts.config.training, parts.config.rollout
     rows = training.prompts_per_step * rollout.samples_per_prompt
     return {
@@ -250,12 +250,12 @@ def sizes(parts: Parts, state: TrainState) -> dict[str, int]:
 
 
 def state_bytes(state: TrainState) -> int:
-    """Of all arrays of a state, each counted once."""
+    """Bytes of all arrays of a state, each counted once."""
     return sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
 
 
 class Program(NamedTuple):
-    """One compiled program of a step, and what it is called with, as shapes."""
+    """One compiled program of a step, with the shapes of its inputs."""
 
     name: str
     program: Any
@@ -272,14 +272,14 @@ def programs_with_inputs(parts: Parts) -> list[Program]:
 
 
 def evaluation_program(parts: Parts, device_bytes: float | None = None) -> Program | None:
-    """The program that an evaluation of a run decodes with, at the widest prompts.
+    """The decoding program of a run's evaluation, at the widest prompts.
 
     Args:
       parts: of the run.
-      device_bytes: memory of a device, which decides how many completions are decoded together.
+      device_bytes: memory of a device, which determines the number of completions decoded together.
 
     Returns:
-      None where nothing is evaluated, or with an environment in Python, which decodes turn by turn.
+      None without an evaluation, or with an environment in Python, which decodes turn by turn.
     """
     config, place = parts.config, parts.step.composition.resources.placement
     if not config.has_problems or isinstance(parts.environment, HostEnvironment):

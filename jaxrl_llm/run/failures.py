@@ -1,4 +1,4 @@
-"""Faults of the machine, apart from those of the input: what may pass, what somebody has to mend."""
+"""Failures of the machine: temporary ones, and those that need a repair."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 
 from jaxrl_llm.parallel.peers import LOST
 
-# Errors of storage and devices that a new start may find gone, as their texts begin (absl status codes of XLA and
-# TensorStore).
+# Beginnings of messages of temporary failures of storage and devices (absl status codes of XLA and TensorStore).
 _PASSING = ("UNAVAILABLE", "INTERNAL", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
 _PASSING_ERRNO = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH}
 _PASSING_ERRNO |= {errno.EREMOTEIO} if hasattr(errno, "EREMOTEIO") else set()  # macOS has none
@@ -35,31 +34,31 @@ RESTARTABLE = LOST  # exit status: the same run may be started again, and may th
 
 
 class StorageError(RuntimeError):
-    """What a run writes to cannot be written; somebody has to mend it, then the run goes on."""
+    """The storage of a run cannot be written; after a repair the run can be resumed."""
 
 
 class PassingError(RuntimeError):
-    """The storage or a device failed in a way that may be gone at the next start."""
+    """A temporary failure of storage or a device; the run may be restarted."""
 
 
 def passing(error: BaseException) -> bool:
-    """Whether an error of the system, of XLA or of TensorStore may be gone at the next start."""
+    """Whether an error of the system, of XLA or of TensorStore may be temporary."""
     if _number(error) in _PASSING_ERRNO:
         return True
     text = str(error).lstrip()
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         return text.startswith(_PASSING)
-    # TensorStore says DATA_LOSS of a file that is damaged, which does not pass.
+    # TensorStore reports DATA_LOSS for a damaged file, which is not temporary.
     return isinstance(error, (OSError, ValueError)) and text.startswith(("UNAVAILABLE:", "DEADLINE_EXCEEDED:"))
 
 
 def storage_fault(error: BaseException) -> str | None:
-    """What is the matter with a disk, as a clause; None where an error is of something else."""
+    """A clause that describes a disk failure; None for other errors."""
     return _STORAGE_ERRNO.get(_number(error) or 0)
 
 
 def _number(error: BaseException) -> int | None:
-    """The number of an error of the system; TensorStore has it in its text."""
+    """The errno of a system error; TensorStore has it in its message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os_error_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
@@ -68,20 +67,20 @@ def _number(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def named(directory: Path, way_on: Callable[[], str]) -> Iterator[None]:
-    """Faults of the storage and of devices in a block become one sentence: what is the matter, and how to go on.
+    """A context that turns failures of storage and devices into one sentence with the cause and the way to continue.
 
     Args:
       directory: of the run.
-      way_on: says which step is saved and what to type.
+      way_on: returns the last saved step and the command to continue.
 
     Raises:
       StorageError: for a disk that is full, read-only, or gone.
-      PassingError: for what may be gone at the next start.
+      PassingError: for temporary failures.
     """
     try:
         yield
     except Exception as error:
-        if type(error).__module__.startswith("jaxrl_llm."):  # it has a sentence of its own
+        if type(error).__module__.startswith("jaxrl_llm."):  # it has its own message
             raise
         for one in _chain(error):
             name = getattr(one, "filename", None) or directory
@@ -94,7 +93,7 @@ def named(directory: Path, way_on: Callable[[], str]) -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of, the first cause last."""
+    """An error and its chain of causes, the first cause last."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -108,7 +107,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def without_loose_ends() -> Iterator[None]:
-    """Of a read that fails, others of orbax's are left, which the interpreter would report with a traceback each."""
+    """Suppress the tracebacks of other pending reads of orbax when one read fails."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     failed = False
     try:

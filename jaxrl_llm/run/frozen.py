@@ -1,9 +1,9 @@
-"""Parameters that a run does not change, such as a reference: written once beside its checkpoints, and named by them.
+"""Parameters that a run does not change, such as a reference: written once, with references from checkpoints.
 
-    RUN/frozen/DIGEST        the parameters of one network, by the digest of what they are
+    RUN/frozen/DIGEST        the parameters of one network, by the digest of their content
     RUN/checkpoints/20/meta  {"frozen": {"reference": DIGEST}, "digests": {...}, ...}
 
-The digests of their arrays stand in the meta of every checkpoint, so that they are verified as the others are.
+The digests of their arrays are in the metadata of every checkpoint, so that they are verified like the others.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FOLDER, KEY = "frozen", "frozen"  # beside the checkpoints directory; in the met
 
 
 class Frozen(NamedTuple):
-    """What was written of one network.
+    """The written parameters of one network.
 
     Attributes:
-      name: of its folder.
-      digests: of its arrays, by their paths in a state.
+      name: name of its folder.
+      digests: digests of its arrays by their paths in a state.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Frozen(NamedTuple):
 
 
 def frozen_networks(composition: Any, held: Iterable[str]) -> list[str]:
-    """Of the networks of a state, those that no step of a stage changes: no loss trains them, they follow nobody."""
+    """The networks of a state that no step of a stage changes: not trained, and not following another network."""
     known = composition.networks
     return [name for name in held if name in known and name not in composition.learning and not known[name].moves]
 
@@ -53,7 +53,7 @@ def written_once(
     *,
     apart: bool = False,
 ) -> dict[str, Frozen]:
-    """What was written of these networks of a state, at the first call of a stage; `done` remembers it."""
+    """Write these networks of a state at the first call of a stage; later calls return the entry in `done`."""
     found = {}
     for name in sorted(networks):
         if not jax.tree.leaves(state.networks[name].params):
@@ -67,7 +67,7 @@ def written_once(
 def written(directory: Path, network: str, params: PyTree, *, apart: bool = False) -> Frozen:
     """Write parameters of a network beside a checkpoints directory, unless they are there. All processes call it.
 
-    What no checkpoint names is written again: of a run at an address, a part of it alone may have arrived.
+    Folders without a reference from a checkpoint are written again: at an address the upload may be incomplete.
 
     Args:
       directory: the checkpoints directory.
@@ -86,7 +86,7 @@ def written(directory: Path, network: str, params: PyTree, *, apart: bool = Fals
 
 
 def folder(directory: Path, name: str) -> Path:
-    """Where parameters of this name lie."""
+    """The folder of parameters of this name."""
     return Path(directory).resolve().parent / FOLDER / name
 
 
@@ -103,7 +103,7 @@ def joined(state: Any, params: Mapping[str, PyTree]) -> Any:
 
 
 def restored(path: Path, like: PyTree) -> PyTree:
-    """Parameters, placed as `like` (arrays or their shapes) is."""
+    """Restored parameters in the sharding of `like` (arrays or shapes)."""
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
 
@@ -115,14 +115,14 @@ def shapes(path: Path) -> PyTree:
 
 
 def arrays(path: Path, wanted: PyTree) -> PyTree:
-    """Arrays of parameters on the host, as NumPy's; placeholders are left."""
+    """Parameters as NumPy arrays on the host; placeholders are kept."""
     arguments = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=arguments))
 
 
 def all_arrays(path: Path, apart: Mapping[str, Path], wanted: PyTree) -> PyTree:
-    """`arrays` of a written state of which some networks' parameters lie apart."""
+    """`arrays` of a written state, including networks in separate folders."""
     apart = {name: place for name, place in apart.items() if wanted["networks"][name]["params"]}
     if not apart:
         return arrays(path, wanted)
@@ -137,7 +137,7 @@ def all_arrays(path: Path, apart: Mapping[str, Path], wanted: PyTree) -> PyTree:
 
 
 def unneeded(directory: Path, steps: Iterable[int]) -> list[Path]:
-    """Folders of parameters that none of these steps names; none where the meta of one cannot be read."""
+    """Folders of parameters without a reference from these steps; empty if the metadata of a step is unreadable."""
     there = Path(directory).resolve().parent / FOLDER
     named: set[str] = set()
     for step in steps:

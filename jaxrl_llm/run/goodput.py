@@ -1,4 +1,4 @@
-"""Goodput: of the seconds in which a run's processes lived, over all its starts, those that its result is made of."""
+"""Goodput: the useful share of the seconds of a run's processes over all its starts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from jaxrl_llm.reporting import RunDirectory
 from jaxrl_llm.reporting.run_directory import STARTS
 
-_SECONDS = 30.0  # between two signs of life: so much of a start that was killed may go uncounted
+_SECONDS = 30.0  # seconds between two records; up to this much of a killed start is not counted
 SET_UP, COMPILING = "set-up", "compilation"
 
 
 @dataclass
 class Lifetime:
-    """How long this start of a run has lived, written down as it goes, since a kill does not announce itself.
+    """The duration of this start of a run, recorded periodically because of possible kills.
 
     Attributes:
       directory: of the run.
@@ -32,7 +32,7 @@ class Lifetime:
     _said: float = 0.0
 
     def mark(self, *, now: bool = False) -> None:
-        """A sign of life, if the last one is half a minute old, or `now`."""
+        """Record the duration, if the last record is half a minute old, or with `now`."""
         alive = time.monotonic() - self.began
         if now or not self._said or alive > self._said + _SECONDS:
             self._said = alive
@@ -40,21 +40,21 @@ class Lifetime:
 
 
 def goodput(directory: Path, seconds: Mapping[str, float], compiling: float) -> dict[str, Any]:
-    """Useful over paid seconds of a run.
+    """Useful seconds divided by paid seconds of a run.
 
     Args:
-      directory: of the run, whose starts.jsonl has all of its starts.
-      seconds: by part, along the line of checkpoints that led to the result: what was lost to a kill is not in them.
-      compiling: of them, outside of the set-up.
+      directory: of the run, with starts.jsonl.
+      seconds: by part, without work that was lost to kills.
+      compiling: compilation time in them, outside of the set-up.
 
     Returns:
       useful_seconds: of steps, evaluations and checkpoints, without set-up and compilation. paid_seconds: of all
-      starts. share: of the two. starts: how many there were.
+      starts. share: their ratio. starts: number of starts.
     """
     lived: dict[float, float] = {}
     with contextlib.suppress(OSError):
         for line in (directory / STARTS).read_text().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill has cut
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line truncated by a kill
                 record = json.loads(line)
                 lived[record["started"]] = max(lived.get(record["started"], 0.0), record["seconds"])
     useful = max(0.0, sum(value for name, value in seconds.items() if name != SET_UP) - compiling)

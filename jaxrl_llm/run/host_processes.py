@@ -1,4 +1,4 @@
-"""The processes of a run in which functions of the user's own are called: where they write, and that none is left."""
+"""The processes that call users' functions: their log directory, and their end with the run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxrl_llm.rollout.host_calls import Caller, Returned
 
 @contextmanager
 def guarded_functions(config: Config, compositions: Sequence[Any], stop: Callable[[], None]) -> Iterator[None]:
-    """Functions of these compositions write into the run directory, stop with the run, and end with the block.
+    """A context in which functions of these compositions log to the run directory; their processes end with it.
 
     Args:
       config: of the run.
       compositions: of its steps.
-      stop: raises what the run wants to end with instead of waiting for an answer.
+      stop: called while waiting for a result; may raise to end the run.
     """
     terms = (term for c in compositions for term in (*c.rewards, *c.credit))
     functions = [term.function for term in terms if isinstance(term.function, Guarded)]
@@ -39,7 +39,7 @@ def guarded_functions(config: Config, compositions: Sequence[Any], stop: Callabl
 
 
 def attentive(call: Caller | None, stop: Callable[[], None]) -> Caller | None:
-    """The caller of an environment, which looks before each turn whether the run wants to end instead."""
+    """A caller of an environment that calls `stop` before each turn."""
     if call is None:
         return None
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written: the newest one that is gets restored, and what is damaged is named.
+"""Verification of checkpoints: finds the newest good one, and reports damaged ones.
 
 A checkpoint is read and compared with the digests in its meta before anything is restored from it.
 """
@@ -22,18 +22,18 @@ from jaxrl_llm.run.checkpoints import CheckpointError, Damaged
 from jaxrl_llm.run.digests import Digest, by_path, changed
 from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
 
-_BYTES = 1 << 30  # of arrays that are read at once
-ASIDE = "damaged"  # where checkpoints that a run cannot go on from are moved to, beside `checkpoints`
+_BYTES = 1 << 30  # bytes of arrays read at once
+ASIDE = "damaged"  # folder beside `checkpoints` for checkpoints that cannot be used
 
 
 class Verified(NamedTuple):
-    """A step of a checkpoints directory that was read.
+    """The result of verifying a step of a checkpoints directory.
 
     Attributes:
-      step: its number.
-      damage: what is wrong with it; None for nothing.
-      recorded: its digests were written with it; without them only that it can be read is known.
-      arrays, size, seconds: what was read, in bytes, and how long it took.
+      step: the step.
+      damage: description of the damage; None for a good checkpoint.
+      recorded: whether it has digests; without them only readability was tested.
+      arrays, size, seconds: number of arrays, bytes and duration of the read.
     """
 
     step: int
@@ -51,17 +51,17 @@ class Verified(NamedTuple):
 
 
 def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, int] = (0, 1)) -> Verified:
-    """Read a step and compare it with what was recorded when it was written.
+    """Read a step and compare it with its recorded digests.
 
     Args:
       directory: the checkpoints directory.
       step: one of its steps.
-      within: only arrays whose path begins so; the others are not read.
-      share: (number of this reader, readers), each of which reads its share of the arrays.
+      within: read only arrays whose path starts with this.
+      share: (index of this reader, number of readers): each reads its share of the arrays.
 
     Raises:
       CheckpointError: when there is no such step.
-      OSError: where the storage does not answer, which says nothing about the checkpoint.
+      OSError: if the storage does not answer; the checkpoint may still be good.
     """
     started = time.monotonic()
     try:
@@ -127,17 +127,17 @@ Say = Callable[[str], Any]
 def newest_good(
     directory: Path, *, exact: bool = False, within: str = "", say: Say | None = None, apart: bool = False
 ) -> int | None:
-    """The newest step that is whole and what was written; None where there is no step. All processes must call it.
+    """The newest good step; None if there is no step. All processes must call it.
 
     Args:
       directory: the checkpoints directory.
-      exact: the newest step, or none.
+      exact: accept only the newest step.
       within: as for `verified`.
-      say: hears of every step that was looked at; None tells standard error of those that are damaged.
-      apart: each process has the directory on a disk of its own, and reads all of it.
+      say: gets a message for every verified step; None: messages for damaged ones on standard error.
+      apart: each process has the directory on a private disk, and reads all of it.
 
     Raises:
-      CheckpointError: when no step is good, or with `exact` when the newest one is not.
+      CheckpointError: if no step is good, or with `exact` if the newest one is not.
     """
     bad: list[str] = []
     share = (0, 1) if apart else (jax.process_index(), jax.process_count())
@@ -149,7 +149,7 @@ def newest_good(
             return step
         bad.append(str(found))
         if exact:
-            raise CheckpointError(f"{directory}: {bad[0]}; leave --exact out to go on from the newest one that is good")
+            raise CheckpointError(f"{directory}: {bad[0]}; leave --exact out to resume from the newest good one")
         (say or _warn)(f"{found}; trying the one before it")
     if bad:
         raise CheckpointError(
@@ -160,14 +160,14 @@ def newest_good(
 
 
 def latest_checkpoint(path: str | Path, *, within: str = "") -> tuple[Path, int]:
-    """(checkpoints directory, step) that a run directory or a single checkpoint directory stands for.
+    """(checkpoints directory, step) of a run directory or a single checkpoint directory.
 
     Args:
-      path: of a run, its newest good checkpoint is taken, and a damaged one that is newer is told of.
+      path: for a run, its newest good checkpoint; a message reports newer damaged ones.
       within: as for `verified`.
 
     Raises:
-      CheckpointError: when there is none, or the one that is named is damaged.
+      CheckpointError: if there is none, or the named one is damaged.
     """
     folder, step = checkpoints.checkpoints_of(path)
     if step is None:
@@ -175,12 +175,12 @@ def latest_checkpoint(path: str | Path, *, within: str = "") -> tuple[Path, int]
         assert step is not None  # there are some
     elif damage := verified(folder, step, within=within).damage:
         good = f"{folder.parent}" if folder.name == "checkpoints" else str(folder)
-        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; {good} takes the newest one that is good")
+        raise CheckpointError(f"checkpoint {path} is damaged: {damage}; use {good} for the newest good one")
     return folder, step
 
 
 def branch_checkpoint(path: str | Path, step: int | None) -> Path:
-    """The checkpoint that `init_from` names: of a run its newest, or that of a step.
+    """The checkpoint that `init_from` names: the newest of a run, or that of a step.
 
     Raises:
       CheckpointError: when there is none.
@@ -205,9 +205,9 @@ def _warn(text: str) -> None:
 
 
 def set_aside(directory: Path, after: int) -> list[Path]:
-    """Move the steps after one out of the way, into `damaged` beside the directory; returns where they are now.
+    """Move the steps after a given one into the folder `damaged`; returns the new paths.
 
-    A run that goes on from an earlier step will write these steps again.
+    A run that resumes from an earlier step will write these steps again.
     """
     moved = []
     for step in sorted(checkpoints.steps(directory)):

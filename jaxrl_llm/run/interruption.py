@@ -1,7 +1,7 @@
-"""What ends a run from outside: signals, and a watchdog for steps that never end.
+"""Interruption of a run: signals, and a watchdog for stalled steps.
 
-The first signal asks for a stop at the end of the step. A thread, which signals reach even while the main one is in a
-program or in the compiler, sees to it that a second Ctrl-C, the end of the grace period and the watchdog are obeyed.
+The first signal requests a stop at the end of the step. A separate thread handles a second Ctrl-C, the end of the grace
+period and the watchdog, even while the main thread is in a program or in the compiler.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from jaxrl_llm.reporting.shares import own_folder
 from jaxrl_llm.run.failures import RESTARTABLE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_OBEYED_SECONDS = 2.0  # in which the main thread may end by itself after a second signal
-_LEAST_SECONDS = 600.0  # that the watchdog waits at least: a step may compile
+_OBEYED_SECONDS = 2.0  # seconds for the main thread to end by itself after a second signal
+_LEAST_SECONDS = 600.0  # shortest wait of the watchdog in seconds: a step may compile
 
 
 class Abandoned(Exception):
-    """A step is given up, because a stop was asked for and it would take too long."""
+    """A step is aborted, because a stop was requested and the step would take too long."""
 
 
 @dataclass
 class Interruption:
-    """What has been asked of a run, and how it gets on.
+    """Requested stops and the progress of a run.
 
     Attributes:
       directory: of the run, on this machine.
-      say: tells people.
-      saved: () -> the last step that was saved; None for none.
-      grace: seconds between the first signal and the end, whatever is under way; None waits for the end of the step.
-      stalled_after: the watchdog ends a run whose step takes so many times the median; 0 never does.
-      least: seconds that the watchdog waits in any case.
-      number: the first signal; None before one.
-      doing: what the run does, for messages.
-      opened: the run directory is there.
-      place: where people find the run, if not in `directory`.
-      brought: brings a file of the run there, and says where it is.
+      say: prints a message.
+      saved: () -> the last saved step; None for none.
+      grace: longest time in seconds between the first signal and the end; None waits for the end of the step.
+      stalled_after: the watchdog ends a run whose step takes this multiple of the median; 0: never.
+      least: shortest wait of the watchdog in seconds.
+      number: number of the first signal; None before it.
+      doing: current activity, for messages.
+      opened: whether the run directory exists.
+      place: path or address of the run for messages, if not `directory`.
+      brought: uploads a file of the run to its address, and returns where it is.
     """
 
     directory: Path
@@ -72,29 +72,29 @@ class Interruption:
 
     @property
     def asked(self) -> bool:
-        """Whether a stop was asked for."""
+        """Whether a stop was requested."""
         return self.number is not None
 
     def step_done(self, doing: str) -> None:
-        """A step has ended, and the next begins."""
+        """Record that a step has ended and the next begins."""
         now = time.monotonic()
         if self._mark is not None:
             self._steps = [*self._steps[-50:], now - self._mark]
         self._mark, self.doing = now, doing
 
     def busy(self, doing: str) -> None:
-        """Something other than a step begins, which the watchdog leaves alone."""
+        """Record that something other than a step begins, which the watchdog ignores."""
         self._mark, self.doing = None, doing
 
     @property
     def median(self) -> float | None:
-        """Seconds of a step; None before three have ended."""
+        """Median duration of a step in seconds; None before three have ended."""
         return statistics.median(self._steps) if len(self._steps) >= 3 else None
 
     def give_up_the_step(self) -> None:
-        """Raises Abandoned where the step under way would not end within half of the grace period.
+        """Raise Abandoned if the current step is not expected to end within half of the grace period.
 
-        Several processes would have to agree on it; they finish their step.
+        With several processes the step is always finished, since they would have to agree.
         """
         if self.number is None or self.grace is None or hosts.peers() is not None:
             return
@@ -105,10 +105,10 @@ class Interruption:
             raise Abandoned
 
     def hearing(self, write: Callable[[Any], Any] | None, *, during: bool) -> Callable[[Any], None]:
-        """What an evaluation calls with each of its batches: writes it, and gives the rest up where the run is to end.
+        """A callback for each batch of an evaluation: writes it, and aborts the evaluation if the run must end.
 
-        Before and after the steps it is repeated whole, so it ends at once; `during` them, when the step would be given
-        up. Several processes would have to agree, and do so at the end of a step.
+        Evaluations before and after the steps are aborted at once, since they are repeated; those `during` the steps
+        are aborted like a step. Several processes stop only at the end of a step.
         """
 
         def heard(batch: Any) -> None:
@@ -132,7 +132,7 @@ class Interruption:
         self.say("stopping after this step; its state will be saved (again to stop at once)")
 
     def way_on(self) -> str:
-        """Where the run is saved, and how it goes on."""
+        """Message with the last saved step and the command to continue."""
         if self.opened and not (self.directory / "config.yaml").is_file():
             return f"put it back, and go on with: jaxrl train --resume {self.place or self.directory}"
         try:
@@ -146,7 +146,7 @@ class Interruption:
         )
 
     def watch(self, pipe: int, stop: threading.Event) -> None:
-        """The life of the thread."""
+        """The main function of the thread."""
         seen = 0
         while not stop.is_set():
             if select.select([pipe], [], [], 0.25)[0]:
@@ -182,7 +182,7 @@ class Interruption:
         return self.brought(file)
 
     def end(self, status: int, text: str) -> NoReturn:
-        """End this process from the thread; the main one may never come back."""
+        """End this process from the thread; the main thread may be blocked."""
         with contextlib.suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
         if (others := hosts.peers()) is not None:
@@ -192,18 +192,18 @@ class Interruption:
 
 @contextlib.contextmanager
 def attended(interruption: Interruption) -> Iterator[Interruption]:
-    """Signals and the watchdog for the length of a block; in another thread than the main one, the watchdog alone.
+    """A context with signal handlers and the watchdog; outside of the main thread, only the watchdog.
 
-    A signal that is ignored when the block begins stays so: that is how `nohup` keeps a run going.
+    A signal that is ignored at the start stays ignored, so that `nohup` works.
     """
     read, write = os.pipe()
     os.set_blocking(read, False)
-    os.set_blocking(write, False)  # as `set_wakeup_fd` wants it
+    os.set_blocking(write, False)  # required by `set_wakeup_fd`
     before: dict[int, Any] = {}
     wakeup: int | None = None
     stop = threading.Event()
     try:
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+        with contextlib.suppress(ValueError):  # not in the main thread: signal handlers cannot be set
             wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""The report of a run while it goes on and at its end, and what samples.jsonl says of single tokens."""
+"""Updates of a run's report during the run and at its end, and the token fields of samples.jsonl."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from jaxrl_llm.reporting.report import write_report
 from jaxrl_llm.reporting.reported_run import read_run
 from jaxrl_llm.run.recipes import entry_of, user_function
 
-_SECONDS, _SHARE = 60.0, 0.02  # the least between two refreshes, and the most of a run's time that they take
+_SECONDS, _SHARE = 60.0, 0.02  # shortest time between two updates, and largest share of the run's time for them
 
 
 class LiveReport:
-    """report.html of a run: refreshed now and then, written at the end; the run goes on where it cannot be written.
+    """report.html of a run: updated at times, written at the end; failures to write do not end the run.
 
     Args:
-      config: of the run; `reporting.report` None writes where jinja2 is installed.
-      tell: shows a line to people.
+      config: of the run; with `reporting.report` None the report is written if jinja2 is installed.
+      tell: prints a message.
       clock: seconds.
     """
 
@@ -41,7 +41,7 @@ class LiveReport:
         self._tell, self._clock, self._next = tell, clock, clock() + _SECONDS
 
     def refresh(self, *, now: bool = False) -> Path | None:
-        """Write the report where it is due; `now` writes it in any case."""
+        """Write the report if it is due, or with `now`."""
         begun = self._clock()
         if self.path is None or (begun < self._next and not now):
             return None

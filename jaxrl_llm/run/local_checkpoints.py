@@ -1,8 +1,8 @@
-"""Checkpoints on the disk, or in the memory, of each host: written often and fast, between those on the storage.
+"""Checkpoints on the disk, or in the memory, of each host, written more often than those in the run directory.
 
-Each process writes the parts of the state that its own devices hold, and reads them back after a restart on the same
-hosts. A host that was replaced has none; then the run goes on from the storage, where orbax writes. The directory may
-lie in memory (/dev/shm), which outlives the process.
+Each process writes the parts of the state on its own devices, and reads them back after a restart on the same hosts. If
+a host was replaced, the run resumes from the checkpoints of orbax in the run directory. The local directory may be in
+memory (/dev/shm), which survives the process.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.run.checkpoints import CheckpointError
 from jaxrl_llm.run.digests import bits, box_of, by_path, hashed, text_digest
 
-KEEP = 2  # steps: one that is whole while the next one is written
+KEEP = 2  # steps to keep: a complete one while the next one is written
 _DATA, _MANIFEST = "arrays", "manifest.json"
 
 
 def run_id(meta: Mapping[str, Any]) -> str:
-    """What tells this run from another one in the same place: of its meta, or made anew. All processes must call it."""
+    """An id of the run: from its metadata, or newly generated. All processes must call it."""
     return meta.get("run_id") or hosts.said_by_all(uuid.uuid4().hex)[0]
 
 
 @dataclass
 class LocalCheckpoints:
-    """Those of one process.
+    """The local checkpoints of one process.
 
     Attributes:
       folder: of this process of this run.
-      owner: what has to be the same where they are read: run, config, number of processes, mesh.
+      owner: values that must be equal for reading: run, config, number of processes, mesh.
       say: tells people.
     """
 
@@ -56,7 +56,7 @@ class LocalCheckpoints:
     def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> None:
         """Copy the parts of this process from its devices, and write them in the background.
 
-        What goes wrong with the disk is said, and costs no more than this checkpoint.
+        A disk failure is reported, and only this checkpoint is lost.
         """
         self.wait()
         parts = []
@@ -64,7 +64,7 @@ class LocalCheckpoints:
             held = bits(leaf)
             shards = held.addressable_shards if isinstance(held, jax.Array) else []
             found = {box_of(shard.index, held.shape): shard.data for shard in shards}
-            # Copies: the next step takes over the memory of the state.
+            # Copies: the next step donates the state.
             parts += [(path, box, np.array(data)) for box, data in found.items()]
         self._writing = self._pool.submit(self._write, step, parts, copy.deepcopy(dict(meta)))
 
@@ -95,33 +95,33 @@ class LocalCheckpoints:
             self._writing = None
 
     def close(self, *, finished: bool) -> None:
-        """Wait; of a run that has finished nothing is kept."""
+        """Wait for pending writes; delete everything if the run has finished."""
         self.wait()
         self._pool.shutdown()
         if finished:
             shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps that were written to their end, whatever became of them since."""
+        """Steps that were completely written; they may have been damaged since."""
         with contextlib.suppress(OSError):
             return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
         return []
 
     def agreed(self, newest: int) -> int | None:
-        """The latest step after `newest` that every process has whole; None where there is none. All must call it."""
+        """The latest step after `newest` that every process has intact; None for none. All processes must call it."""
         good = [step for step in self.steps() if step > newest and self._read(step) is not None]
         everywhere = set.intersection(*(set(json.loads(said)) for said in hosts.said_by_all(json.dumps(good))))
         return max(everywhere, default=None)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was written beside the state."""
+        """The metadata of a step."""
         return self._whole(step)["meta"]
 
     def restore(self, step: int, like: PyTree) -> PyTree:
-        """The state of a step, on the devices where `like` lies.
+        """The state of a step in the sharding of `like`.
 
         Raises:
-          CheckpointError: when it is not what was written, or of another structure.
+          CheckpointError: if it is damaged, or has another structure.
         """
         manifest = self._whole(step)
         data = np.memmap(self.folder / str(step) / _DATA, np.uint8, "r")
@@ -135,7 +135,9 @@ class LocalCheckpoints:
             wanted = bits(leaf)
             boxes = [(shard.device, (path, box_of(shard.index, wanted.shape))) for shard in wanted.addressable_shards]
             if any(at not in held or held[at].dtype != wanted.dtype for _, at in boxes):
-                raise CheckpointError(f"local checkpoint {self.folder}/{step} does not hold {path} as the run wants it")
+                raise CheckpointError(
+                    f"local checkpoint {self.folder}/{step} does not hold {path} in the shape of this run"
+                )
             parts = [jax.device_put(np.array(held[at]), device) for device, at in boxes]
             whole = jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, parts)
             random = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -147,11 +149,11 @@ class LocalCheckpoints:
     def _whole(self, step: int) -> dict[str, Any]:
         manifest = self._read(step)
         if manifest is None:
-            raise CheckpointError(f"local checkpoint {self.folder}/{step} is not what was written; remove it")
+            raise CheckpointError(f"local checkpoint {self.folder}/{step} is damaged; remove it")
         return manifest
 
     def _read(self, step: int) -> dict[str, Any] | None:
-        """The manifest of a step whose every byte is what was written by this run; None otherwise."""
+        """The manifest of an intact step of this run; None otherwise."""
         try:
             manifest = json.loads((self.folder / str(step) / _MANIFEST).read_text())
             own = manifest.pop("digest")
@@ -169,7 +171,7 @@ class LocalCheckpoints:
 def local_checkpoints(
     directory: str, identity: str, config_hash: str, mesh: Any, say: Callable[[str], Any]
 ) -> LocalCheckpoints:
-    """Those of this process.
+    """The local checkpoints of this process.
 
     Args:
       directory: `checkpoints.local_dir`.

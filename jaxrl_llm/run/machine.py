@@ -1,4 +1,4 @@
-"""The mesh of a run: what its config asks for, or what the machine and the model suggest."""
+"""The mesh of a run: from its config, or chosen from the machine and the model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from jaxrl_llm.training.networks import trainable_part
 
 
 class Target(NamedTuple):
-    """A machine that is planned for.
+    """The machine of a plan.
 
     Attributes:
-      devices: its devices, as a compiler describes them.
+      devices: device descriptions of a compiler.
       device_bytes: memory of each.
     """
 
@@ -31,12 +31,12 @@ class Target(NamedTuple):
 
 
 def chosen_mesh(config: Config, model: Model, target: Target | None = None) -> tuple[Mesh | None, str]:
-    """(mesh, why it has these sizes). One device is no mesh at all, unless something is kept in the host's memory.
+    """(mesh, reason for its sizes). A single device has no mesh, unless arrays are offloaded to host memory.
 
     Args:
       config: of the run.
       model: the policy.
-      target: another machine than this one; there, one device is a mesh too.
+      target: another machine; there a single device also has a mesh.
 
     Raises:
       ValueError: for sizes that do not multiply to the number of devices.
@@ -67,18 +67,18 @@ def chosen_mesh(config: Config, model: Model, target: Target | None = None) -> t
 
 
 def on_slices(sizes: Mapping[str, int], devices: Sequence[Any]) -> tuple[Mapping[str, int], str]:
-    """(sizes, why): those of the config, with fewer slices where fewer are there than it says, each of them whole.
+    """(sizes, reason): the sizes of the config, with fewer slices if fewer complete slices exist.
 
-    Slices are replicas, so that a run goes on with any number of them; each device takes more rows.
+    Slices are replicas, so a run can continue with fewer; each device then has more rows.
     """
     wanted, there = sizes.get("slice", 1), len({getattr(device, "slice_index", 0) for device in devices})
     if there < wanted and math.prod(sizes.values()) // wanted * there == len(devices):
-        return {**sizes, "slice": there}, f"as the config says, on {there} of its {wanted} slices, which are there"
+        return {**sizes, "slice": there}, f"as in the config, on the {there} existing of its {wanted} slices"
     return sizes, "as the config says"
 
 
 def demand(config: Config, model: Model) -> Demand:
-    """What a run with this config asks of memory, before anything is made."""
+    """Estimated memory demand of a run, before anything is allocated."""
     training = config.training
     rows = training.prompts_per_step * config.rollout.samples_per_prompt // training.minibatches_per_epoch
     rows = training.sequences_per_microbatch or rows
@@ -91,7 +91,7 @@ def demand(config: Config, model: Model) -> Demand:
     sized = [pair for leaf in leaves for pair in zip(leaf.axes, leaf.shape, strict=True)]
     split = [size for name, size in sized if name in ("kv_heads", "mlp")]
     experts = getattr(model.config, "experts", None)
-    # Two moments, the gradient, and the copy that a reference may be.
+    # Two moments, the gradient, and possibly a copy for the reference.
     return Demand(
         state_bytes=stored + 16 * learns,
         weight_bytes=parameter_count(model.specs) * computed,

@@ -1,4 +1,4 @@
-"""How a run measures its policy: on the problems of its last stage, or of any."""
+"""Evaluation of the policy of a run on the problems of its last stage, or of any stage."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from jaxrl_llm.run.stages import Run, Stage, spread
 def measured_by(
     run: Run, parts: Parts, grade: Grader | None, key: Any, sets: Mapping[str, Any] | None = None
 ) -> Callable[..., dict[str, float]]:
-    """(params, split, problems, what the time is charged to) -> accuracies; none without problems.
+    """(params, split, problems, category of the time) -> accuracies; empty without problems.
 
-    They are of the problems that the run is measured on, or of `sets`.
+    The problems are those of the run's evaluation, or `sets`.
     """
     config, place = run.config, parts.step.composition.resources.placement
     if grade is None:

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the update was skipped; which term and which rows it was, and when a run ends for it."""
+"""Skipped updates with non-finite numbers: the term and rows that caused them, and the end of a run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _DESCRIPTION = "description.json"
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says what happened and where the last good checkpoint is."""
+    """Training cannot continue; the message has the cause and the last good checkpoint."""
 
 
 def not_finite(metrics: Mapping[str, float]) -> list[str]:
-    """Names of metrics that are not finite, the terms of the loss first: what they add up to says less."""
+    """Names of non-finite metrics, the terms of the loss before their sum."""
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     return sorted(bad, key=lambda name: (not name.startswith("loss/"), name.startswith(("gradient_norm", "parameter"))))
 
 
 def blamed_rows(rows: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
-    """Rows in which a field holds what is not finite, by field; in those that may not apply, NaN is no fault."""
+    """Rows with non-finite values, by field; NaN is allowed in fields where it means "does not apply"."""
     found = {}
     for name, values in rows.items():
         if np.issubdtype(values.dtype, np.floating) and name != "reward_components" and "/" not in name:
@@ -40,7 +40,7 @@ def blamed_rows(rows: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
 
 
 def diagnosis(bad: Sequence[str], metrics: Mapping[str, float], blamed: Mapping[str, Sequence[int]]) -> str:
-    """Which numbers, which term, which rows, as one clause."""
+    """A clause with the non-finite numbers, the term and the rows."""
     first = bad[0]
     said = f"{first} is {metrics[first]}"
     if not blamed:
@@ -51,20 +51,20 @@ def diagnosis(bad: Sequence[str], metrics: Mapping[str, float], blamed: Mapping[
 
 
 def looked_at(run: Any, metrics: Mapping[str, Any], done: int, offset: int, stage: str, rows: Any) -> dict[str, float]:
-    """Metrics of a step as floats, of one whose update was skipped without those that are not finite.
+    """Metrics of a step as floats; for a skipped update without the non-finite ones.
 
-    An update whose loss or gradient is not finite was skipped by the optimiser; it is told of, and its batch written.
+    An update with a non-finite loss or gradient was skipped by the optimiser; it is reported, and its batch is written.
 
     Args:
       run: `stages.Run`.
       metrics: of the step.
-      done, offset: its number in the stage, and steps before the stage.
+      done, offset: its index in the stage, and the number of steps before the stage.
       stage: its name.
       rows: `Experience` of the step.
 
     Raises:
-      TrainingError: where updates were skipped too often one after the other, or one was taken with numbers that are
-        not finite; before a checkpoint is spoiled.
+      TrainingError: for too many skipped updates in a row, or an applied update with non-finite numbers; raised before
+        a checkpoint is written.
     """
     shown = {name: float(value) for name, value in metrics.items()}
     bad = not_finite(shown)
@@ -94,7 +94,7 @@ def looked_at(run: Any, metrics: Mapping[str, Any], done: int, offset: int, stag
 
 
 def written_batch(directory: Path, rows: Mapping[str, np.ndarray], described: Mapping[str, Any]) -> Path:
-    """Write the rows of a step that failed, for `jaxrl replay`; returns the file."""
+    """Write the rows of a failed step for `jaxrl replay`; returns the file."""
     path = directory / FOLDER / f"step_{described['step']:06d}.npz"
     path.parent.mkdir(exist_ok=True)
     narrow = {name: value.astype(np.float32) for name, value in rows.items() if value.dtype.name == "bfloat16"}
@@ -105,10 +105,10 @@ def written_batch(directory: Path, rows: Mapping[str, np.ndarray], described: Ma
 
 
 def read_batch(path: Path) -> tuple[dict[str, Any], Experience]:
-    """What `written_batch` wrote: its description, and the rows.
+    """Read a file of `written_batch`: its description and the rows.
 
     Raises:
-      ValueError: when the file is something else.
+      ValueError: for any other file.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -118,5 +118,5 @@ def read_batch(path: Path) -> tuple[dict[str, Any], Experience]:
         return described, Experience(**facts, fields=arrays)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}; give a file of RUN/{FOLDER}") from None
-    except Exception:  # zipfile, NumPy and JSON have errors of their own
+    except Exception:  # zipfile, NumPy and JSON raise different errors
         raise ValueError(f"{path} is not the batch of a failed step; give a file of RUN/{FOLDER}") from None

@@ -1,4 +1,4 @@
-"""Optimisers by name, and how their steps become parameters of bfloat16."""
+"""Optimisers by name, and their updates of bfloat16 parameters."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from jaxrl_llm.run import paired_updates
 from jaxrl_llm.run.recipes import RecipeError, entry_of, method, user_function
 from jaxrl_llm.signatures import signature
 
-# What muon orthogonalises, by name: the axes of a stacked matrix that are inputs and outputs, counted from the last.
-# Axes that are neither stand for many matrices: layers, experts, and gate and up, which are two. All else (embeddings,
-# norms, biases, adapters, routers) learns by AdamW.
+# Parameters that muon orthogonalises: name -> input and output axes of the stacked matrix, counted from the last.
+# Other axes (layers, experts, gate and up) enumerate matrices. All other parameters (embeddings, norms, biases,
+# adapters, routers) use AdamW.
 _MATRICES = {
     "qkv": ((-4,), (-3, -2, -1)),
     "attention_out": ((-4, -3, -2), (-1,)),
@@ -41,14 +41,14 @@ _MATRICES = {
     "delta_in": ((-3,), (-2, -1)),
     "delta_out": ((-4, -3, -2), (-1,)),
 }
-# Parameters that take part in a choice alone.
+# Parameters that only affect a discrete choice, and so have no gradient.
 _NOT_LEARNED = ("selection_bias",)
-# With this factor a step of muon is as large as one of AdamW (2502.16982), so that learning rates carry over.
+# With this factor a step of muon has the size of a step of AdamW (2502.16982), so learning rates can be reused.
 _MUON_RMS = 0.2
 
 
 def optimizer(training: TrainingConfig, *, seed: int = 0) -> optax.GradientTransformation:
-    """The optimiser that the config asks for, with global norm clipping and its schedule.
+    """The optimiser of the config, with global norm clipping and its schedule.
 
     Args:
       training: section training.
@@ -63,7 +63,7 @@ def optimizer(training: TrainingConfig, *, seed: int = 0) -> optax.GradientTrans
 
 
 def _kept(made: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same, which leaves alone what has no gradient and would be moved by weight decay."""
+    """The optimiser without updates of parameters that have no gradient, which weight decay would change."""
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         changes, state = made.update(updates, state, params)
@@ -74,12 +74,12 @@ def _kept(made: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def clipping(norm: float | None) -> optax.GradientTransformation:
-    """Gradients of a larger global norm are scaled to it; None scales none."""
+    """Clipping by global norm; None: no clipping."""
     return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
 
 
 def learning_rate(training: TrainingConfig) -> optax.Schedule:
-    """The schedule that the config asks for, in optimiser updates."""
+    """The learning-rate schedule of the config, in optimiser updates."""
     updates = training.steps * training.epochs_per_batch * training.minibatches_per_epoch
     peak, warmup = training.learning_rate, training.warmup_steps
     if training.schedule == "cosine":
@@ -90,13 +90,13 @@ def learning_rate(training: TrainingConfig) -> optax.Schedule:
         name, hyper = entry_of(training.schedule, "training.schedule")
         factor = method(name, hyper, (schedules,), "training.schedule", {"total_updates": max(updates - warmup, 1)})
         if isinstance(factor, Method) or signature(factor).required != ("step",):
-            raise RecipeError(f"training.schedule names {name}, which is no function of step alone")
+            raise RecipeError(f"training.schedule names {name}, which is not a function of step only; name one that is")
         after = lambda count: peak * factor(step=count)  # noqa: E731
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
 def long_warmup(training: TrainingConfig) -> str:
-    """What there is to say where the learning rate never reaches its peak; "" for nothing."""
+    """A warning if the learning rate never reaches its peak; "" otherwise."""
     updates = training.steps * training.epochs_per_batch * training.minibatches_per_epoch
     if training.warmup_steps < max(updates, 1):
         return ""
@@ -107,16 +107,16 @@ def long_warmup(training: TrainingConfig) -> str:
 
 
 def named_optimizer(entry: Any, rate: float | optax.Schedule, decay: float, where: str) -> optax.GradientTransformation:
-    """An optimiser of optax, or of the user's own, from its entry: a name with hyper-parameters.
+    """An optimiser of optax, or a user's one, from its entry: a name with hyper-parameters.
 
     Args:
       entry: as `training.optimizer`.
       rate: learning rate.
-      decay: weight decay, for one that takes some.
+      decay: weight decay, for optimisers that support it.
       where: the key, for messages.
 
     Raises:
-      RecipeError: for a name that is no optimiser, a hyper-parameter that it does not have, or a value that it refuses.
+      RecipeError: for an unknown optimiser or hyper-parameter, or a value that it refuses.
     """
     name, hyper = entry_of(entry, where)
     if ":" in name:
@@ -125,7 +125,7 @@ def named_optimizer(entry: Any, rate: float | optax.Schedule, decay: float, wher
         homes = (optax, optax.contrib, paired_updates)
         known = {n: f for home in homes for n, f in vars(home).items() if inspect.isfunction(f) and _takes_a_rate(f)}
         if name not in known:
-            raise RecipeError(f"{where} names {name!r}, which is no optimiser of optax; {nearest(name, known)}")
+            raise RecipeError(f"{where} names {name!r}, which is not an optimiser of optax; {nearest(name, known)}")
         factory = known[name]
     declared = inspect.signature(factory).parameters
     for key in hyper:
@@ -147,7 +147,7 @@ def named_optimizer(entry: Any, rate: float | optax.Schedule, decay: float, wher
 
 
 def _may_hold(parameter: inspect.Parameter, value: Any) -> bool:
-    """Whether a hyper-parameter of optax may be given as text, a list or a mapping, where it is."""
+    """Whether a hyper-parameter of optax may be a text, a list or a mapping."""
     said = f"{parameter.name} {parameter.annotation}".lower()
     plain = not isinstance(value, str | list | Mapping)
     return (
@@ -191,7 +191,7 @@ def _step(training: TrainingConfig) -> optax.GradientTransformation:
 
 
 def muon_matrices(params: PyTree) -> PyTree:
-    """Which axes of each parameter are the two of a matrix, None for what is none."""
+    """The two matrix axes of each parameter; None for parameters that are not matrices."""
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
@@ -229,7 +229,8 @@ def _wide(tree: PyTree) -> PyTree:
 
 
 def _towards(params: PyTree, wanted: PyTree) -> PyTree:
-    """Updates that make `optax.apply_updates` land on `wanted` exactly: their sum is rounded to the dtype of params."""
+    """Updates with which `optax.apply_updates` gives exactly `wanted`, although the sum is rounded to the dtype of
+    params."""
     return jax.tree.map(lambda p, w: w.astype(jnp.float32) - p.astype(jnp.float32), params, wanted)
 
 
@@ -241,7 +242,7 @@ def with_master(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
     def init(params: PyTree) -> MasterState:
         master = _wide(params)
-        # A copy even where the dtype is float32 already: a donated buffer may stand in the state once.
+        # A copy even for float32: a donated buffer may occur only once in the state.
         return MasterState(jax.tree.map(jnp.copy, master), inner.init(master))
 
     def update(updates: PyTree, state: Any, params: PyTree = None):
@@ -254,11 +255,11 @@ def with_master(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def with_stochastic_rounding(inner: optax.GradientTransformation, *, seed: int = 0) -> optax.GradientTransformation:
-    """An optimiser of bfloat16 parameters whose steps are rounded up or down at random, without bias.
+    """An optimiser of bfloat16 parameters with stochastic rounding of updates, without bias.
 
     A step that is a hundredth of the distance between two bfloat16 numbers is taken once in a hundred times. The state
-    of the inner optimiser is float32. Random bits are addressed by (seed, update, parameter): the mesh changes none.
-    Parameters of another dtype are rounded to the nearest number as ever.
+    of the inner optimiser is float32. Random bits are derived from (seed, update, parameter), independent of the mesh.
+    Parameters of other dtypes are rounded to the nearest number.
     """
 
     def init(params: PyTree) -> RoundingState:
@@ -291,10 +292,10 @@ def stochastically_rounded(x: Array, key: Array) -> Array:
 
 
 def skipping_non_finite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimiser, but where the loss or the norm of the gradient is not finite, neither parameters nor state change.
+    """The optimiser, except that a non-finite loss or gradient norm changes neither parameters nor state.
 
-    The loss is what `update` is told as `value`. The state is that of the inner optimiser, whose steps are the same bit
-    for bit wherever numbers are finite.
+    The loss is the argument `value` of `update`. The state is that of the inner optimiser, whose updates are unchanged,
+    bit for bit, for finite numbers.
     """
     informed = optax.with_extra_args_support(inner)
 
@@ -308,7 +309,8 @@ def skipping_non_finite(inner: optax.GradientTransformation) -> optax.GradientTr
 
 
 def learning_rates(training: TrainingConfig, steps: int, state: Any) -> np.ndarray:
-    """The rate of the last update of each step that is left of `steps`, the count of updates being the optimiser's."""
+    """The learning rate of the last update of each remaining step of `steps`, given the optimiser's count of
+    updates."""
     counts = [int(leaf) for leaf in jax.tree.leaves(state.networks["policy"].optimizer_state) if leaf.shape == ()]
     updates = training.epochs_per_batch * training.minibatches_per_epoch
     left = np.arange(1, max(steps - int(state.step), 0) + 1)

@@ -1,4 +1,4 @@
-"""A run in numbers: what its sizes imply before it starts, and what it came to at its end."""
+"""Tables of a run: its sizes before the start, and its results at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxrl_llm.run.stages import Run
 
 
 def units(built: Parts) -> list[tuple[str, int | float | str, str]]:
-    """What the sizes of a config imply, in units."""
+    """The sizes implied by a config, with units."""
     config = built.config
     training, rollout, written = config.training, config.rollout, built.step.composition.written
     rows = training.prompts_per_step * rollout.samples_per_prompt
@@ -53,7 +53,7 @@ def units(built: Parts) -> list[tuple[str, int | float | str, str]]:
 
 
 def summary_of(run: Run, after: dict[str, float]) -> dict[str, Any]:
-    """What is written to summary.json."""
+    """The content of summary.json."""
     run.charge()
     if run.lifetime is not None:
         run.lifetime.mark(now=True)

@@ -1,4 +1,4 @@
-"""An optimiser whose updates come in twos: one looks where the next one is to learn."""
+"""An optimiser with paired updates: a first update for the point at which the gradient of the second is taken."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from jaxtyping import PyTree
 def climb_then_descend(
     learning_rate: optax.ScalarOrSchedule, *, ascent: float = 1e-3, descent: Literal["adamw", "sgd"] = "adamw"
 ) -> optax.GradientTransformation:
-    """An optimiser whose updates come in twos: one that climbs, and one that descends from before it, by the gradient
-    that it finds there.
+    """An optimiser with paired updates: an ascent, and a descent from the point before it by the gradient after it.
 
         theta' = theta + ascent * g_1(theta),   theta <- theta - learning_rate * g_2(theta')
 

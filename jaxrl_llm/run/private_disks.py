@@ -1,7 +1,7 @@
-"""How orbax writes where each process has a disk of its own: each its arrays, and all that is said about them.
+"""Options of orbax for processes with private disks: each process writes its own arrays and all metadata.
 
-One file a chunk of an array (zarr), instead of a database that process 0 merges out of those of all: what the processes
-have written, laid together in one directory, is the checkpoint.
+Arrays are written as one file per chunk (zarr), instead of a database that process 0 merges: the union of the files of
+all processes in one directory is the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-# Not in orbax's public names; without it random keys are not written.
+# Not a public name of orbax; without it random keys are not written.
 from orbax.checkpoint._src.metadata.array_metadata_store import Store
 
 
 def all_write(apart: bool) -> Any:
-    """Orbax's options for processes with a disk each (`apart`), or one that all share."""
+    """Orbax's options for processes with private disks (`apart`), or a shared one."""
     return ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
 
 
@@ -36,7 +36,7 @@ def item_handlers() -> dict[str, Any]:
 
 
 def tree_handler() -> Any:
-    """What writes the arrays of a tree that this process holds, whether or not it is process 0."""
+    """A handler that writes the arrays of a tree on this process, also if it is not process 0."""
     arrays = type_handlers.ArrayHandler(primary_host=None, array_metadata_store=Store(primary_host=None))
     registry = type_handlers.create_type_handler_registry(
         (jax.Array, arrays), (int, type_handlers.ScalarHandler()), (np.ndarray, type_handlers.NumpyHandler())

@@ -18,24 +18,23 @@ from jaxrl_llm.training.reading import columns_of
 
 
 def data_directory(config: Config) -> Path:
-    """Where data sets are kept between runs."""
+    """The directory of generated data sets."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(config.data.directory) if config.data.directory else cache / "jaxrl_llm" / "data"
 
 
 def columns(config: Config) -> frozenset[str]:
-    """What readings may ask of a record by name: its own fields, and those of the first row of each of its sources."""
+    """Names that readings may read from a record: its fields, and the columns of the first row of each source."""
     own = config.data
     found: dict[str, Any] = {"template": None} if own.templates else {}
     found |= {"data_source": None} if own.sources or own.templates else {}
     if own.path is None and not own.sources:
         return frozenset() if config.task is None else columns_of([found | _of_task(config.task)])
-    for one in own.sources.values() or [own]:
-        if one.path is None:
-            found |= _of_task(one.task)
-            continue
-        with contextlib.suppress(OSError, ValueError):  # said when the data are read
-            first = first_row(one.path)
+    for one in own.sources.values():
+        found |= _of_task(one.task) if one.path is None else {}
+    for path in [one.path for one in (own, *own.sources.values()) if one.path is not None]:
+        with contextlib.suppress(OSError, ValueError):  # reported when the data are read
+            first = first_row(path)
             found |= first if isinstance(first, dict) else {}
     return columns_of([{"raw": found}])
 
@@ -52,15 +51,15 @@ def _of_task(task: TaskConfig | None) -> dict[str, Any]:
 def data_sets(
     config: Config, splits: Sequence[str] = SPLITS, *, overlap: Literal["error", "drop", "keep"] | None = None
 ) -> dict[str, DataSet | ProblemSet]:
-    """The problems of splits, by name; generated ones are written on first use, and those of `splits` alone.
+    """The problems of the given splits, by name; generated ones are written on first use.
 
     Args:
       config: of a run or a stage.
       splits: of "train", "validation" and "test".
-      overlap: of splits, in place of `data.overlap`.
+      overlap: replaces `data.overlap`.
 
     Raises:
-      ValueError: for data that cannot be used, or a config without problems.
+      ValueError: for unusable data, or a config without problems.
     """
     own, overlap = config.data, overlap or config.data.overlap
     read = SPLITS if own.sources or own.few_shot.examples else splits
@@ -83,7 +82,7 @@ def data_sets(
 
 
 def _require_one_completion(config: Config) -> None:
-    """Raises ValueError where demonstrations are conversations, whose turns no one text can stand for."""
+    """Raise ValueError for data.response with a task whose demonstrations are conversations."""
     task = config.task
     if task is not None and data.tasks.task(task.name, **task.options).segments is not None:
         raise ValueError(f"data.response is set, but {task.name} is answered in turns; leave it out")
@@ -110,7 +109,7 @@ def _source(
             )
             for split in splits
         }
-        if config.task is None:  # the run knows no task that would write the reference completions
+        if config.task is None:  # there is no task to write reference completions
             made = data.tasks.task(task.name, **task.options)
             sets = {
                 split: data.ProblemSet(
@@ -140,25 +139,25 @@ def _source(
 
 
 def _require_single_answers(task: TaskConfig) -> None:
-    """Raises ValueError for a task of a mixture that is a conversation."""
+    """Raise ValueError for a task in turns in a mixture."""
     made = data.tasks.task(task.name, **task.options)
     if made.environment is not None or made.segments is not None:
         raise ValueError(
-            f"data.sources has the task {task.name!r}, which is answered in turns, and a mixture is not; train on it "
-            "in a stage of its own, with section task"
+            f"data.sources has the task {task.name!r}, which is in turns, but a mixture needs single completions; "
+            "train on it in a separate stage, with section task"
         )
 
 
 def left_out(
     sets: Mapping[str, Any], prompts: Mapping[str, Any], max_prompt_tokens: int, files: Mapping[str, Mapping[str, int]]
 ) -> list[str]:
-    """What was left out of each split and why, a line each.
+    """Lines that say which rows were left out of each split and why.
 
     Args:
       sets: problems by split.
       prompts: batches of prompts by stage.
       max_prompt_tokens: their limit.
-      files: rows of judged completions that were left out, by stage and reason.
+      files: omitted rows of judged completions, by stage and reason.
     """
     lines = [
         f"{split}: {len(one)} problems; left out " + ", ".join(f"{count:,} ({why})" for why, count in dropped.items())
@@ -173,7 +172,7 @@ def left_out(
 
 
 def own_data(stage: Any, last: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """The data of a stage: what the run is evaluated on, and training problems of its own where it names others."""
+    """The data of a stage: the run's evaluation data, and its own training problems if it names others."""
     own, common = stage.parts.config, last.parts.config
     if not own.has_problems:
         return {}
@@ -182,7 +181,7 @@ def own_data(stage: Any, last: Any, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint_of(stages: Sequence[Any], sets: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Hashes of everything that a resumed run must find unchanged."""
+    """Hashes of all files that must be unchanged for a resume."""
     found = {split: part.fingerprint for split, part in data.items()} | stages[-1].parts.fingerprint()
     for stage in stages:
         if (own := sets[stage.name]) and own is not data:

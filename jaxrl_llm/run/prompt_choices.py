@@ -1,4 +1,4 @@
-"""The data of a stage, and which prompts a step gets: in order, or as a selection with memory has chosen them."""
+"""The data of a stage, and the prompts of each step: in order, or chosen by a selection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StageData:
 
     Attributes:
       prompts: batches of prompts; None where all rows are written.
-      written: rows that are handed to a step, by step; None where there are none.
+      written: written rows by step; None for none.
     """
 
     def __init__(self, prompts: Any, written: Callable[[int], Experience] | None):
@@ -25,7 +25,7 @@ class StageData:
 
 
 def batch_of(prompts: Any, index: int, choices: list[Any], later: int) -> Any:
-    """The prompts of a step: those that a selection has chosen for it, or those of its place in the order."""
+    """The prompts of a step: chosen by a selection, or by its index in the order."""
     return prompts.chosen(np.asarray(choices[later])) if choices else prompts[index + later]
 
 
@@ -35,14 +35,14 @@ def first_batch(prompts: Any, state: TrainState) -> Any:
 
 
 def choices_of(state: TrainState) -> list[Any]:
-    """The choices of prompts that wait in a state: those of its step and of the one behind it; none without."""
+    """The pending choices in a state: for its step and the next one; None without a selection."""
     held = state.memory.get(SELECTION)
     return [] if held is None else [np.asarray(choice) for choice in held["choices"]]
 
 
 def next_choices(choices: list[Any], state: TrainState) -> list[Any]:
-    """After a step: the choice made in it is read when it is needed, when the step is over."""
+    """Keep the choice made in a step, to be read after the step is over."""
     if not choices:
         return choices
-    # The state will be used up by the next step; what was chosen has to outlive it.
+    # A copy: the state will be donated to the next step.
     return [choices[1], jnp.copy(state.memory[SELECTION]["choices"][1])]

@@ -1,4 +1,4 @@
-"""How long the prompts of a config are, and so which widths its programs are compiled for."""
+"""Prompt lengths of a config, and the widths for which its programs are compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.stages import spread
 
-# Looked at of each split: enough for shares in per cent.
+# Prompts per split: enough for shares in per cent.
 _MOST = 1024
 _MOST_BYTES = 64 * 2**20
 
@@ -31,7 +31,7 @@ def prompt_lengths(parts: Parts, split: str) -> Int[np.ndarray, "N"] | None:
             if sum(Path(file).expanduser().stat().st_size for file in files) > _MOST_BYTES:
                 return None
             source = data_sets(config, [split])[split]
-        except (OSError, ValueError):  # a run will say what is wrong with them
+        except (OSError, ValueError):  # the run will report the error
             return None
         items = [source[int(index)] for index in spread(len(source), _MOST)]
     else:
@@ -62,7 +62,7 @@ def width_shares(parts: Parts) -> list[dict[str, Any]]:
     rows = []
     for stage, split, widths, count in stages:
         lengths = prompt_lengths(parts, split)
-        if lengths is not None:  # what is longer is dropped, or is an error
+        if lengths is not None:  # longer ones are dropped, or are an error
             lengths = lengths[lengths <= widths[-1]]
         below = 0.0
         for width in widths:

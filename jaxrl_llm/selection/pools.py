@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.experience import uniforms_at
+
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -79,11 +81,6 @@ def pool(records: Records, columns: str | tuple[str, ...], *, name: str) -> Pool
     return Pool(np.array([numbers[kind] for kind in found], np.int32), kinds, record_ids(records))
 
 
-def item_uniforms(key: Array, ids: np.ndarray) -> Float[Array, "I"]:
-    """A random number in [0, 1) for each item, a function of the key and its record."""
-    return jax.vmap(lambda one: jax.random.uniform(jax.random.fold_in(key, one)))(jnp.asarray(ids))
-
-
 def items_by_turns(
     of_slot: Int[Array, "N"],
     of_item: Array | np.ndarray,
@@ -110,7 +107,7 @@ def items_by_turns(
     start = jnp.cumsum(size) - size
     # Number of earlier slots of the same category.
     number = jnp.tril(of_slot[:, None] == of_slot[None, :], -1).sum(axis=1)
-    order = jnp.lexsort((item_uniforms(key, ids), visits, of_item))
+    order = jnp.lexsort((uniforms_at(key, jnp.asarray(ids)), visits, of_item))
     return order[start[of_slot] + number % size[of_slot]].astype(jnp.int32)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.experience import uniforms_at
 from jaxrl_llm.ranges import NonNegative, Positive, ranged
 from jaxrl_llm.statistics import group_max, group_mean, group_min, group_rank, group_size
 
@@ -23,9 +24,7 @@ Side = Literal["negatives", "both"]
 
 def row_uniforms(step: Int[Array, ""] | int, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Float[Array, "B"]:
     """A random number in [0, 1) for each row, a function of step, prompt and sample alone."""
-    at_step = jax.random.fold_in(jax.random.key(0), step)
-    draw = lambda p, s: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(at_step, p), s))  # noqa: E731
-    return jax.vmap(draw)(prompt_id, sample)
+    return uniforms_at(jax.random.key(0), step, prompt_id, sample)
 
 
 def complete_samples(weight: Float[Array, "B"], truncated: Bool[Array, "B"]) -> Float[Array, "B"]:

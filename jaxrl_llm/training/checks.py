@@ -1,4 +1,4 @@
-"""What must hold of a composed step before anything is compiled: names, capabilities, sizes."""
+"""Checks of a composed step before anything is compiled: names, capabilities, sizes."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from jaxrl_llm.training.segments import OFFLOADABLE
 
 
 def checked(c: Composition) -> Composition:
-    """The composition, if every name is provided and every part offers what another needs.
+    """The composition itself, after checking that all names are provided and all needed capabilities offered.
 
     Raises:
-      ValueError: naming the part, the name or capability, and what would do.
+      ValueError: naming the part, the missing name or capability, and the remedy.
     """
     if not c.losses:
         raise ValueError("losses is empty; a step needs at least one loss function")
     if c.rollout is not None and not c.rewards and (c.plan.reads_rewards or "baseline_rewards" in c.named):
-        raise ValueError("rewards is empty, but the plan asks for completions by their rewards; name a reward function")
+        raise ValueError("rewards is empty, but the plan reads rewards; name a reward function")
     if not c.sources:
         raise ValueError("source is empty; a step needs rows: a Rollout, Written or Replay")
     if c.rollout is None and c.replay is not None:
-        raise ValueError("source is a replay store alone; it keeps rows that a Rollout has sampled, so name one too")
+        raise ValueError("source is only a replay store, which keeps rows sampled by a Rollout; name a Rollout too")
     if c.hardest is not None and (c.rollout is None or not c.rewards or not any(t.on_written for t in c.losses)):
         raise ValueError(
             "source.hardest keeps demonstrations of prompts that no sample solves, so it needs a sampler, rewards, and "
-            "a loss on written completions, such as stored_likelihood; add what is missing"
+            "a loss on written completions, such as stored_likelihood; add the missing ones"
         )
     for kind, terms in (("reward", c.rewards), ("loss", c.losses)):
         seen = [term.name for term in terms]
         if twice := {name for name in seen if seen.count(name) > 1}:
-            raise ValueError(f"{kind} {twice.pop()!r} is listed twice; give each a name of its own (name: ...)")
+            raise ValueError(f"{kind} {twice.pop()!r} is listed twice; give each a different name (name: ...)")
     _check_names(c)
     _check_capabilities(c)
     _check_rest(c)
@@ -49,7 +49,7 @@ def checked(c: Composition) -> Composition:
 
 
 def available_before_rewards(c: Composition) -> frozenset[str]:
-    """Names that rows know before they are scored."""
+    """Names that are available before rewards are computed."""
     given = set(FACTS) | {"step"}
     given -= {"support", "router_choices"}
     r = c.rollout
@@ -77,7 +77,7 @@ def _check_names(c: Composition) -> None:
     learner |= {name for name in c.named if compared_with(name) in c.networks}
     text = provided_by("text") | {"items"} | c.resources.columns | c.written_texts
     available = available_before_rewards(c)
-    # What stands for a name that is spelled wrongly, beside what is there.
+    # Further names that may be suggested for a misspelt one.
     scored = frozenset(by_network - learner)
     known = frozenset({"reference_logprobs", "old_logprobs", "old_entropy", *scored})
     heads = known | ({"old_values"} if c.resources.critic is not None else set())
@@ -101,7 +101,7 @@ def _check_names(c: Composition) -> None:
         _require_names(function, f"{name!r} of rollout.plan", available | text)
         if c.resources.decode is None and names(function) & text:
             raise ValueError(
-                f"{name!r} of rollout.plan is read from text, so make_train_step needs decode= (token ids -> text)"
+                f"{name!r} of rollout.plan reads text, so make_train_step needs decode= (token ids -> text)"
             )
     if c.rewards:
         available |= provided_by("rewards")
@@ -112,7 +112,7 @@ def _check_names(c: Composition) -> None:
         later = [*(t.function for t in c.credit[index + 1 :]), *readers, *(view.function for view in c.views.values())]
         for name in term.names:
             if name in FACTS_READ_ONLY or c.score(name) is not None:
-                raise ValueError(f"credit fills {name!r}, which it cannot; {nearest(name, fillable())}")
+                raise ValueError(f"credit fills {name!r}, which credit may not fill; {nearest(name, fillable())}")
             if not name.startswith(METRIC) and name not in FIELDS and not any(name in names(one) for one in later):
                 raise ValueError(f"credit fills {name!r}, which nothing after it reads; {nearest(name, fillable())}")
         what = f"{', '.join(term.names)} {term.name!r}"
@@ -132,8 +132,8 @@ def _check_names(c: Composition) -> None:
     remembering = [term.memory_name for term in c.credit if isinstance(term.function, Method)]
     if twice := {name for name in remembering if remembering.count(name) > 1}:
         raise ValueError(
-            f"credit entry {twice.pop()!r} is listed twice and remembers something, so both would share one memory; "
-            "leave one out, or give each Fill a name of its own"
+            f"credit entry {twice.pop()!r} is listed twice and has a memory, so both would share it; "
+            "leave one out, or give each Fill a different name"
         )
     for term in c.losses:
         _require_names(term.function, f"loss {term.name!r}", available | learner, heads)
@@ -141,7 +141,7 @@ def _check_names(c: Composition) -> None:
             asked := sorted({"router_choices", "router_probabilities"} & required([term.function]))
         ):
             raise ValueError(
-                f"loss {term.name!r} names {asked[0]!r}, but the model is no mixture of experts; leave the loss out"
+                f"loss {term.name!r} names {asked[0]!r}, but the model is not a mixture of experts; leave the loss out"
             )
         if term.coefficient_changes:
             metrics = provided_by("metrics") - ({"alignment"} if not c.update.alignment_every_steps else set())
@@ -149,7 +149,7 @@ def _check_names(c: Composition) -> None:
 
 
 def _check_writer(c: Composition, view: View) -> None:
-    """Raises ValueError for a view that its networks cannot write."""
+    """Raise ValueError for a view whose networks cannot generate completions."""
     for key, name in (("written_by", view.written_by), ("mixed_with", view.mixed_with), ("guided_by", view.guided_by)):
         where = f"views.{view.name}.{key} is {name!r}"
         if name is not None and name not in (POLICY, *c.networks):
@@ -159,11 +159,9 @@ def _check_writer(c: Composition, view: View) -> None:
             if name is not None and (head is None or head.outputs != 1):
                 raise ValueError(f"{where}, which has no head of one number; name a value or reward network")
         elif head is not None:
-            raise ValueError(
-                f"{where}, which has a head in the place of a vocabulary; name a network that writes tokens"
-            )
+            raise ValueError(f"{where}, which has a head instead of a vocabulary; name a network that generates tokens")
         if name is not None and c.rollout is None:
-            raise ValueError(f"{where}, but nothing is sampled in this step; a view is written beside a rollout")
+            raise ValueError(f"{where}, but nothing is sampled in this step; a written view needs a rollout")
 
 
 def _require_names(function: Any, what: str, available: frozenset[str], scored: frozenset[str] = frozenset()) -> None:
@@ -174,7 +172,7 @@ def _require_names(function: Any, what: str, available: frozenset[str], scored: 
 
 
 def _require_views(c: Composition, function: Any, what: str, available: frozenset[str]) -> None:
-    """Raises ValueError where a view is asked for before what it is made of is there."""
+    """Raise ValueError if a view is requested before the fields that it is computed from are filled."""
     for name in sorted(required([function])):
         if view := c.view_of(name):
             for lacking in sorted(c.made_of(view) - available):
@@ -228,9 +226,11 @@ def _check_capabilities(c: Composition) -> None:
             "rollout.plan",
             rows,
         )
-    if r.engine is not None and jax.process_count() > 1:  # they would all ask for the same completions
+    if r.engine is not None and jax.process_count() > 1:  # each process would request the same completions
         require("rollout.engine", {"one_process"}, f"a run of {jax.process_count()} processes", frozenset())
-    if isinstance(r.environment, HostEnvironment) and jax.process_count() > 1:  # they would all talk to it
+    if (
+        isinstance(r.environment, HostEnvironment) and jax.process_count() > 1
+    ):  # each process would run the same conversations
         require("the environment in Python", {"one_process"}, f"a run of {jax.process_count()} processes", frozenset())
 
 
@@ -252,12 +252,12 @@ def _check_rest(c: Composition) -> None:
         for name, token in (*(("eos_ids", each) for each in r.eos_ids), ("pad_id", r.pad_id)):
             if not 0 <= token < c.model.vocabulary_size:
                 raise ValueError(
-                    f"rollout.{name} is {getattr(r, name)}, but the model's symbols are 0 to "
+                    f"rollout.{name} is {getattr(r, name)}, but the model's token ids are 0 to "
                     f"{c.model.vocabulary_size - 1}; take the id from the tokenizer that made the prompts"
                 )
         if r.replay_router and not c.model.routed:
             raise ValueError(
-                "rollout.replay_router is true, but the model is no mixture of experts; leave it out, or set "
+                "rollout.replay_router is true, but the model is not a mixture of experts; leave it out, or set "
                 "model.experts"
             )
         if isinstance(r.environment, HostEnvironment) and (c.resources.decode is None or c.resources.encode is None):
@@ -271,37 +271,39 @@ def _check_rest(c: Composition) -> None:
     for name, model in ({"the policy": c.model} | others).items():
         if update.packing and not model.packs:
             raise ValueError(
-                f"training.packing is set, but the model of {name} takes no segments (Model.packs), so it could not "
-                "tell packed rows apart; leave it out, or use training.completion_buckets"
+                f"training.packing is set, but the model of {name} does not support segments (Model.packs), so it "
+                "could not separate packed rows; leave it out, or use training.completion_buckets"
             )
     if c.replay is not None:
         replayed_fields(c)
     if r is not None and c.written is not None and c.written.rows_per_group != c.samples:
         raise ValueError(
-            f"written rows come in groups of {c.written.rows_per_group}, but those that they learn beside in groups of "
-            f"rollout.samples_per_prompt {c.samples}; make both the same"
+            f"written rows come in groups of {c.written.rows_per_group}, but samples in groups of "
+            f"rollout.samples_per_prompt {c.samples}; make both equal"
         )
     held_out = c.written is not None and "validation" in c.written.provides
     if update.alignment_every_steps and not (held_out and any(t.on_written for t in c.losses)):
         raise ValueError(
-            f"training.alignment_every_steps is {update.alignment_every_steps}, but alignment compares a loss on "
-            "written completions with the others, on held-out ones; add source: {demonstrations: {validation: true}} "
+            f"training.alignment_every_steps is {update.alignment_every_steps}, but alignment needs losses on written "
+            "completions, other losses, and held-out rows; add source: {demonstrations: {validation: true}} "
             "and losses: stored_likelihood"
         )
     for name, network in c.networks.items():
         if network.decay is not None and c.model.trained is not None and network.origin == POLICY:
             raise ValueError(
                 f"networks.{name}.decay is {network.decay}, but the policy has adapters, whose moving average is not "
-                "that of the matrices they stand for; leave it out, or use copy_every"
+                "the moving average of the merged matrices; leave it out, or use copy_every"
             )
         other = network.model
         if other is not None and other.vocabulary_size != c.model.vocabulary_size:
             text = (
-                "" if network.head is None else "; a reward model of another tokenizer is asked by text (judge_rating)"
+                ""
+                if network.head is None
+                else "; a reward model with another tokenizer can be used through text (judge_rating)"
             )
             raise ValueError(
-                f"networks.{name} has {other.vocabulary_size} symbols, but the policy has {c.model.vocabulary_size}; a "
-                f"network that scores the policy's tokens needs its vocabulary{text}"
+                f"networks.{name} has a vocabulary of {other.vocabulary_size}, but the policy of "
+                f"{c.model.vocabulary_size}; a network that scores the policy's tokens needs the same vocabulary{text}"
             )
     if unknown := sorted(place.offload - set(OFFLOADABLE)):
         raise ValueError(f"training.offload names {unknown[0]!r}; it can name {', '.join(OFFLOADABLE)}")
@@ -319,11 +321,11 @@ def checked_split(c: Composition, prompts: int) -> int:
     """Microbatches in a minibatch.
 
     Args:
-      c: with losses that compare the rows of a group, which want whole groups.
-      prompts: groups that were sampled, or written where nothing is sampled.
+      c: the composition; losses that compare the rows of a group need whole groups.
+      prompts: number of sampled groups, or of written groups if nothing is sampled.
 
     Raises:
-      ValueError: when the batch does not divide as the update asks.
+      ValueError: if the batch cannot be divided as the update requires.
     """
     update, samples, joined = c.update, c.samples, c.joined_groups
     written = "the number of groups of written rows"
@@ -353,10 +355,10 @@ def checked_split(c: Composition, prompts: int) -> int:
 
 
 def replayed_fields(c: Composition) -> dict[str, str]:
-    """Fields that replayed rows keep, because a loss names them, with their shape.
+    """Fields that replayed rows keep because a loss reads them, with their shapes.
 
     Raises:
-      ValueError: for a name whose shape the table does not say, or that only rows of this step know.
+      ValueError: for a name whose shape is not in the table, or that only rows of the current step have.
     """
     kept = {}
     for name in sorted(required([t.function for t in c.losses])):

@@ -1,4 +1,4 @@
-"""Collect: where the rows of a step come from. Each function gives parts that leave `rows` in the work of a step."""
+"""Collect: the rows of a step. Each function returns parts that put `rows` into the work of a step."""
 
 from __future__ import annotations
 
@@ -46,21 +46,19 @@ PLAN, SELECTION = "rollout:plan", "selection"
 
 
 def collected(c: Composition, rewards: Sequence[Any], *, ahead: bool = False) -> list[Any]:
-    """Prompts -> rows: the rounds of the plan, with rewards where it reads them.
+    """Prompts -> rows: the rounds of the plan, with rewards if the plan reads them.
 
     Args:
-      c: what the step is composed of.
-      rewards: parts that give `drawn` their rewards.
-      ahead: the rows are those of the next step.
+      c: the composition of the step.
+      rewards: parts that compute the rewards of `drawn`.
+      ahead: sample the rows of the next step.
     """
     plan = c.plan
     draw = _draw(c, ahead)
     scored = _readings(c) + (list(rewards) if plan.reads_rewards else [])
     body = [draw, *scored, Traced("plan", lambda state, work: {"carry": plan.merge(work["carry"], work["drawn"])})]
     start: Any = Traced("plan", partial(_first_carry, c, draw, scored, ahead))
-    if (
-        plan.most_rounds == 1 and not plan.unrolled and isinstance(draw, Host)
-    ):  # nothing to compute, and so no program of its own
+    if plan.most_rounds == 1 and not plan.unrolled and isinstance(draw, Host):  # no computation, so no separate program
         start = Host("plan", lambda state, work, context: {"carry": None}, lambda state, work: {"carry": None})
     if plan.most_rounds == 1 or plan.unrolled:
         rounds = body * plan.most_rounds
@@ -76,7 +74,7 @@ def collected(c: Composition, rewards: Sequence[Any], *, ahead: bool = False) ->
 
 
 def _readings(c: Composition) -> list[Any]:
-    """Parts that read what the plan wants to know of the texts of a round."""
+    """Parts with the plan's readings of the texts of a round."""
     terms = [Fill(name, function, name=name) for name, function in c.plan.readings]
     names = {name: (name,) for name, _ in c.plan.readings}
     return [reading_part("reading", terms, names, "drawn", c.samples)] if terms else []
@@ -92,7 +90,7 @@ def _first_carry(c: Composition, draw: Any, rewards: Sequence[Any], ahead: bool,
     key = jax.random.fold_in(jax.random.fold_in(state.key, KeyUse.PLAN), step)
     rows: Any = None
     if not plan.unrolled:
-        # An empty carry has the shapes of one round.
+        # The shapes of the carry are those after one round.
         def one(state: TrainState, work: Work) -> Experience:
             done: Work = work | {"carry": None}
             for part in (draw, *rewards):
@@ -109,7 +107,7 @@ def _zeros_of(shapes: Any) -> Any:
 
 
 def _draw(c: Composition, ahead: bool) -> Any:
-    """The part that samples what the plan requests."""
+    """The part that samples the requests of the plan."""
     r = _rollout(c)
     if r.engine is not None:
         return Host("engine", partial(_by_engine, c, r.engine), partial(_drawn_shapes, c))
@@ -127,7 +125,7 @@ def _draw(c: Composition, ahead: bool) -> Any:
 
 
 def _rollout(c: Composition) -> Rollout:
-    assert c.rollout is not None  # `checked` has seen that something samples
+    assert c.rollout is not None  # ensured by `checked`
     return c.rollout
 
 
@@ -136,14 +134,14 @@ def _decoded_rows(rows):
 
 
 def sampling_layout(place: Placement, model: Model, params: PyTree) -> tuple[Any, PyTree]:
-    """The table by which sampling is laid out on the mesh, and parameters as it reads them."""
+    """The sharding rules of sampling, and the parameters in this sharding."""
     rules = decoding(place.rules, gathered=place.gather_for_rollout)
     with layout(place.mesh, rules):
         return rules, weights_for_decoding(model, params) if place.gather_for_rollout else params
 
 
 def _sampler(c: Composition, state: TrainState) -> Any:
-    """Request -> rows, on the mesh as sampling lays it out."""
+    """Request -> rows, with the sharding rules of sampling."""
     r, place = _rollout(c), c.resources.placement
     rules, weights = sampling_layout(place, c.model, state.params)
     sizes: dict[str, Any] = {
@@ -208,7 +206,7 @@ def _host_requests(c: Composition, state: TrainState, work: Work) -> tuple[Reque
 
 
 def _by_engine(c: Composition, engine: External, state: TrainState, work: Work, context: Any) -> Work:
-    """Rows of an engine in another process, whose log-probabilities are the behaviour policy's."""
+    """Rows sampled by an external engine, whose log-probabilities are those of the behaviour policy."""
     r = _rollout(c)
     parts = []
     for request in _host_requests(c, state, work):
@@ -229,7 +227,7 @@ def _by_engine(c: Composition, engine: External, state: TrainState, work: Work, 
 
 
 def _drawn_shapes(c: Composition, state: TrainState, work: Work) -> Work:
-    """What an engine returns, as shapes: what the sampler would."""
+    """The shapes of the rows of an engine: the same as those of the sampler."""
     r = replace(_rollout(c), engine=None)
     inside = replace(c, sources=(r, *(s for s in c.sources if not isinstance(s, Rollout))))
 
@@ -243,7 +241,7 @@ def _drawn_shapes(c: Composition, state: TrainState, work: Work) -> Work:
 
 
 def _talks(c: Composition) -> HostTurns:
-    """Programs for an environment in Python."""
+    """Programs for conversations with an environment in Python."""
     r, resources = _rollout(c), c.resources
     assert isinstance(r.environment, HostEnvironment)
     assert resources.encode is not None
@@ -263,7 +261,7 @@ def _talks(c: Composition) -> HostTurns:
 
 
 def _by_host_environment(c: Composition, turns: HostTurns, state: TrainState, work: Work, context: Any) -> Work:
-    """Conversations that wait for an environment in Python; it is opened for the one step where it is not open."""
+    """Conversations with an environment in Python, which is opened for this step if it is not open."""
     (request,) = _host_requests(c, state, work)
     asked, handed = (np.asarray(jax.device_get(prompts.prompt_id)) for prompts in (request.prompts, work["prompts"]))
     items = context.required_items()
@@ -287,7 +285,7 @@ def _talk_shapes(c: Composition, turns: HostTurns, state: TrainState, work: Work
 
 
 def handed(c: Composition) -> list[Any]:
-    """Rows that the caller hands over are the rows of the step."""
+    """The rows passed by the caller become the rows of the step."""
     return [Traced("rows", lambda state, work: {"rows": constrain_rows(_handed(c, work)), "report": {}})]
 
 
@@ -295,21 +293,21 @@ def _handed(c: Composition, work: Work) -> Experience:
     rows, source = work.get("written"), c.written
     assert source is not None
     if rows is None:
-        raise ValueError("this step learns from written rows: call step(state, prompts, items, written)")
+        raise ValueError("this step trains on written rows: call step(state, prompts, items, written)")
     if rows.tokens.shape[0] != source.rows:
         raise ValueError(
-            f"written has {rows.tokens.shape[0]} rows, but this step was composed for {source.rows}; hand it that many"
+            f"written has {rows.tokens.shape[0]} rows, but this step was composed for {source.rows}; pass that many"
         )
     return rows
 
 
 def join(c: Composition, state: TrainState, rows: Experience, work: Work, viewed: Any) -> tuple[Experience, dict, dict]:
-    """(the batch with rows of other origin behind it, the store of the state with this batch in it, numbers).
+    """(the batch with written and replayed rows appended, the store updated with this batch, metrics).
 
     Args:
       c, state, work: of the step.
-      rows: those that were sampled, after credit.
-      viewed: rows -> rows with what networks say of them before the update.
+      rows: the sampled rows, after credit.
+      viewed: rows -> rows with the outputs of networks before the update.
     """
     store, parts, numbers = dict(state.store), [], {}
     if c.replay is not None:
@@ -332,7 +330,7 @@ def join(c: Composition, state: TrainState, rows: Experience, work: Work, viewed
 
 
 def first_store(c: Composition) -> dict[str, Experience]:
-    """What is kept between steps before the first one."""
+    """The store before the first step."""
     store = {}
     if c.replay is not None:
         store["replay"] = empty_store(c.replay, c.samples, _rollout(c).max_completion_tokens, replayed_fields(c))
@@ -346,14 +344,14 @@ def first_store(c: Composition) -> dict[str, Experience]:
 
 def _choice(c: Composition, memory: Any, key: Any, step: Any) -> Any:
     r = _rollout(c)
-    assert r.selection is not None  # `checked` has seen to the number of prompts
+    assert r.selection is not None  # ensured by `checked`
     assert r.prompts_per_step is not None
     key = jax.random.fold_in(jax.random.fold_in(key, KeyUse.SELECTION), step)
     return r.selection.choose(memory, key, r.prompts_per_step * c.plan.prompts_per_group).astype(jnp.int32)
 
 
 def first_choices(c: Composition, key: Any) -> dict[str, Any]:
-    """Memory of the selection, and the prompts of the first two steps: numbers of items [2, N]."""
+    """Memory of the selection, and the prompts of the first two steps: indices of items [2, N]."""
     selection = _rollout(c).selection
     assert selection is not None
     memory = selection.init()
@@ -363,7 +361,7 @@ def first_choices(c: Composition, key: Any) -> dict[str, Any]:
 def kept_in_mind(
     c: Composition, state: TrainState, memory: dict[str, Any], rows: Experience
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(memory with that of selection and plan after the rows of a step, what the selection reports)."""
+    """(memory with selection and plan updated by the rows of a step, metrics of the selection)."""
     memory, told = dict(memory), {}
     if SELECTION in memory:
         memory[SELECTION] = _next_choices(c, state, memory[SELECTION], rows)
@@ -375,7 +373,7 @@ def kept_in_mind(
 
 
 def _next_choices(c: Composition, state: TrainState, held: dict[str, Any], rows: Experience) -> dict[str, Any]:
-    """The same after a step: the prompts of the next one, and of the one behind it by what this step has shown."""
+    """The pending choices after a step: the prompts of the next step, and those of the one after it, chosen now."""
     selection = _rollout(c).selection
     assert selection is not None
     provided = rows.known() | {"step": state.step}
@@ -384,13 +382,13 @@ def _next_choices(c: Composition, state: TrainState, held: dict[str, Any], rows:
 
 
 def _updated(selection: Any, provided: dict[str, Any], memory: Any) -> Any:
-    """The memory of a selection after the rows of a step, whose names `update` takes behind the memory."""
+    """The memory of a selection after a step; `update` gets the memory and the fields that it names."""
     names = list(inspect.signature(selection.update).parameters)[1:]
     return selection.update(memory, **{name: provided[name] for name in names if name in provided})
 
 
 def prepared(c: Composition, prompts: Prompts) -> None:
-    """Check an environment inside the program against prompts of the widths that will be used."""
+    """Check an environment inside the program with prompts of the widths of the run."""
     r = c.rollout
     if r is not None and isinstance(r.environment, Environment):
         require_environment(r.environment, prompts, vocabulary_size=c.model.vocabulary_size)

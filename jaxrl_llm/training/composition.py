@@ -1,4 +1,4 @@
-"""What a step is composed of, checked once: every name provided, every part offering what another needs."""
+"""The composition of a step: its functions and resources, and the names, networks and views derived from them."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from jaxrl_llm.training.segments import Placement
 
 @dataclass(frozen=True)
 class Resources:
-    """What the functions of a step draw on.
+    """Resources for the functions of a step.
 
     Attributes:
       decode: token ids -> text, for readings and environments in Python.
       encode: text -> token ids, for environments in Python.
-      networks: beside the policy, by name. A reference is there without being described, and so are networks with a
-        head, where there is a critic.
-      critic: optimiser of networks with a head that a name alone brings along.
-      views: functions that make another sequence of a row, by name; a `View` says more of how one is called.
-      columns: of the data, beside what the table names: readings may name them.
+      networks: networks beside the policy, by name. A reference needs no description, nor do networks with a head if
+        `critic` is given.
+      critic: optimiser of networks with a head that are created without a description.
+      views: functions that make another sequence of a row, by name; a `View` adds call settings.
+      columns: columns of the data outside of the table, which readings may read.
       sources: names of the sources of a mixture of data, for metrics of each.
-      diagnostics: each step also measures what its rewards say of each other, and degenerate completions.
-      scripts: of each token of the vocabulary (`data.token_scripts`), for the share of completions in a foreign one.
-      placement: devices.
+      diagnostics: whether each step also measures relations between rewards, and degenerate completions.
+      scripts: script of each token of the vocabulary (`data.token_scripts`), for the share of completions in a foreign
+          script.
+      placement: devices and shardings.
     """
 
     decode: Callable[[Sequence[int]], str] | None = None
@@ -58,14 +59,14 @@ Source = Rollout | Written | Replay | Hardest
 
 @dataclass(frozen=True)
 class Composition:
-    """What a step is composed of. The stages of a step are functions of it and of arrays.
+    """The parts of a step. The stages of a step are functions of it and of arrays.
 
     Attributes:
       model, optimizer: the policy.
-      sources: where rows come from.
+      sources: sources of rows.
       rewards, credit, losses: the functions of each stage.
-      update: how a batch becomes updates.
-      resources: what the functions draw on.
+      update: epochs, minibatches and microbatches.
+      resources: text, networks, views, devices.
       placed: a sharding for each array of the state; None without a mesh.
     """
 
@@ -83,12 +84,12 @@ class Composition:
 
     @cached_property
     def rollout(self) -> Rollout | None:
-        """The source that samples; None where all rows are written."""
+        """The source that samples; None if all rows are written."""
         return next((source for source in self.sources if isinstance(source, Rollout)), None)
 
     @cached_property
     def written(self) -> Written | None:
-        """The source of rows that are handed to a step."""
+        """The source of rows passed by the caller."""
         return next((source for source in self.sources if isinstance(source, Written)), None)
 
     @cached_property
@@ -98,12 +99,12 @@ class Composition:
 
     @cached_property
     def hardest(self) -> Hardest | None:
-        """The store of demonstrations of prompts that are not solved."""
+        """The store of demonstrations of unsolved prompts."""
         return next((source for source in self.sources if isinstance(source, Hardest)), None)
 
     @cached_property
     def plan(self) -> Plan:
-        """How completions are asked for, with a greedy baseline where something names its rewards."""
+        """The plan of the rollout, with a greedy baseline if a function reads `baseline_rewards`."""
         assert self.rollout is not None
         r = self.rollout
         made = r.plan or plain(samples_per_prompt=r.samples_per_prompt)
@@ -120,12 +121,12 @@ class Composition:
 
     @property
     def temperature(self) -> float:
-        """Of the policy's log-probabilities."""
+        """Temperature of the policy's log-probabilities."""
         return 1.0 if self.rollout is None else self.rollout.temperature
 
     @property
     def joined_groups(self) -> int:
-        """Groups that learn beside those that were sampled in the step."""
+        """Number of groups added to those sampled in the step."""
         if self.rollout is None:
             return 0
         return sum(source.groups for source in (self.written, self.replay, self.hardest) if source is not None)
@@ -134,20 +135,20 @@ class Composition:
 
     @cached_property
     def functions(self) -> tuple[Any, ...]:
-        """All functions of the step, coefficients among them."""
+        """All functions of the step, including coefficients."""
         fills = [term.function for term in (*self.rewards, *self.credit, *self.losses)]
         views = [view.function for view in self.views.values()]
         return (*fills, *(t.coefficient for t in self.losses if t.coefficient_changes), *views)
 
     @cached_property
     def views(self) -> dict[str, View]:
-        """What makes other sequences of rows, by name."""
+        """The views by name."""
         given = self.resources.views
         return {name: replace(v if isinstance(v, View) else View(v), name=name) for name, v in given.items()}
 
     @cached_property
     def named(self) -> frozenset[str]:
-        """Every name that some function cannot do without. What is optional is never computed for its own sake."""
+        """Every name that at least one function requires. Optional names are not computed on their own."""
         asked = required(self.functions)
         if self.rollout is not None and self.rollout.plan is not None:
             asked |= self.rollout.plan.reads
@@ -161,7 +162,7 @@ class Composition:
 
     @cached_property
     def networks(self) -> dict[str, Network]:
-        """Networks beside the policy that something names, each after the one that it is made from."""
+        """Networks beside the policy that some function reads, each after its origin."""
         given = self.resources
         writers = {name for view in self.views.values() for name in view.asked}
         known = dict(given.networks)
@@ -171,9 +172,9 @@ class Composition:
 
     @cached_property
     def wanted(self) -> frozenset[str]:
-        """Names that the step computes before the update because something names them."""
+        """Names that the step computes before the update because a function reads them."""
         filled = {name for term in self.credit for name in term.names}
-        # A name of the table that credit may fill is a network's where one of that name is there.
+        # A name of the table that credit may fill refers to a network if a network of that name exists.
         other = (FIELDS.keys() - provided_by("credit")) | filled
         by_rule = {name for name in self.named - other if self.score(name) is not None and self.before(name)}
         brought = provided_by("network", "data", "greedy_baseline") | {"token_reward_logits"}
@@ -187,7 +188,7 @@ class Composition:
 
     @property
     def written_texts(self) -> frozenset[str]:
-        """Names of the texts that networks write."""
+        """Names of the texts that networks generate."""
         return frozenset(f"{name}_text" for name, view in self.views.items() if view.written_by)
 
     @property
@@ -197,7 +198,7 @@ class Composition:
         return frozenset(f"{name}_{part}" for name in written for part in ("tokens", "length")) - FIELDS.keys()
 
     def view_of(self, name: str) -> str:
-        """The view that a name is about; "" for another name."""
+        """The view that a name refers to; "" for any other name."""
         found = self.score(name)
         if found is not None:
             return found.view
@@ -225,11 +226,11 @@ class Composition:
         return tuple(ordered)
 
     def score(self, name: str) -> Any:
-        """What a rule-made name asks for; None for another name."""
+        """The meaning of a name that follows the rules of `network_names`; None for any other name."""
         return score_named(name, [POLICY, *self.networks], self.views)
 
     def before(self, name: str) -> bool:
-        """Whether a rule-made name is of a network as the step found it, wherever it is named."""
+        """Whether a network's name always refers to the parameters at the start of the step, also in a loss."""
         found = self.score(name)
         if found.as_found or found.network not in self.learning:
             return True
@@ -252,19 +253,20 @@ class Composition:
 
     @cached_property
     def with_reference(self) -> bool:
-        """Whether something compares the policy with a reference."""
+        """Whether a function compares the policy with a reference."""
         return "reference" in self.networks
 
     @property
     def copies_reference(self) -> bool:
-        """Whether the state holds a copy for the reference. A policy with adapters can have its base as one."""
+        """Whether the state holds a copy for the reference. For a policy with adapters, the base can be the
+        reference."""
         return self.with_reference and has_copy(self.model, self.networks["reference"])
 
     @property
     def keeps_record(self) -> bool:
-        """Whether the sampler's own record stands for the log-probabilities of the policy before the update.
+        """Whether the sampler's log-probabilities are used as those of the policy before the update.
 
-        Samples of the policy before it are taken for its own too, as PPO does, unless something tells the two apart.
+        Samples of an earlier policy count too, as in PPO, unless a function distinguishes the two.
         """
         r = self.rollout
         if r is None or r.engine is not None:
@@ -276,12 +278,12 @@ class Composition:
 
     @property
     def equal_groups(self) -> bool:
-        """Whether each `samples` rows that follow one another are those of one prompt."""
+        """Whether every `samples` consecutive rows belong to one prompt."""
         return self.rollout is not None and "equal_groups" not in self.plan.lacks
 
     @cached_property
     def stateful(self) -> dict[str, Method]:
-        """Methods that remember something, by the name of their memory."""
+        """Methods with a memory, by the name of their memory."""
         methods = {t.memory_name: t.function for t in self.credit if isinstance(t.function, Method)}
         return methods | {t.memory_name: t.coefficient for t in self.losses if isinstance(t.coefficient, Method)}
 
@@ -296,7 +298,7 @@ def composition_of(
     update: Update | None,
     resources: Resources | None,
 ) -> Composition:
-    """A composition, not checked yet, from what `make_train_step` is given."""
+    """An unchecked composition from the arguments of `make_train_step`."""
     return Composition(
         model,
         optimizer,

@@ -32,8 +32,8 @@ def reward_parts(c: Composition, key: str) -> list[Any]:
     """Completions -> `reward_components`, their weighted sum `rewards`, and the verifier's verdict `correct`.
 
     Args:
-      c: what the step is composed of.
-      key: entry of work that holds the rows: "drawn" within the rounds of a plan, "rows" behind them.
+      c: the composition of the step.
+      key: entry of work with the rows: "drawn" within the rounds of a plan, "rows" after them.
     """
     parts: list[Any] = []
     if not c.rewards:
@@ -55,7 +55,7 @@ def _column(term: Reward) -> str:
 
 
 def _columns(c: Composition, key: str, state: TrainState, work: Work) -> Work:
-    """Rows with a column for each reward that is traceable."""
+    """Rows with a column for each traceable reward."""
     rows: Experience = work[key]
     found = {}
     for term in c.rewards:
@@ -76,8 +76,8 @@ def _in_graph(term: Reward, rows: Experience, state: TrainState) -> Array:
 
 
 def _summed(c: Composition, key: str, state: TrainState, work: Work) -> Work:
-    """Rows with their rewards. What does not apply (NaN) is left out of a row's sum; where nothing applies the row is
-    absent. Of a conversation the environment knows whether it was solved, however its rewards are shaped."""
+    """Rows with their rewards. Components that do not apply (NaN) are left out of a row's sum; a row without any is
+    absent. For conversations `correct` is the environment's verdict, independent of reward shaping."""
     rows: Experience = work[key]
     rows = _columns(c, key, state, work)[key]
     components = jnp.stack([rows[_column(term)] for term in c.rewards], axis=1)
@@ -96,7 +96,7 @@ def _summed(c: Composition, key: str, state: TrainState, work: Work) -> Work:
 
 
 def _scored_early(c: Composition, key: str) -> frozenset[str]:
-    """Names that rewards ask of networks; where rows are final by then, all that can be scored at once."""
+    """Names of network outputs that rewards read; if the rows are final by then, all names that can be computed."""
     asked = frozenset(required([t.function for t in c.rewards]) & c.wanted)
     if not asked or key == "drawn":
         return asked
@@ -104,18 +104,18 @@ def _scored_early(c: Composition, key: str) -> frozenset[str]:
 
 
 def _ready(c: Composition, name: str, available: Collection[str]) -> bool:
-    """Whether the sequence that a name scores can be made of what is there."""
+    """Whether the sequence that a name scores can be made from the available names."""
     view = c.view_of(name)
     return not view or c.made_of(view) <= set(available)
 
 
 def rewarded(c: Composition) -> str:
-    """The entry of work whose rows are given rewards."""
+    """The entry of work whose rows get rewards."""
     return "drawn" if c.rollout is not None and c.plan.reads_rewards else "rows"
 
 
 def _read_views(c: Composition, names: Collection[str], key: str, read: Collection[str] = ()) -> list[Any]:
-    """Parts that make the sequences which rows hold and names ask for, but those that were made before."""
+    """Parts that make the requested stored sequences (readings and written views) that do not exist yet."""
     parts: list[Any] = []
     for view in (c.views[name] for name in c.views_of(names) if name not in read):
         parts += [view_part(view, key, c.samples)] if view.on_host else []
@@ -131,7 +131,7 @@ def _viewed(c: Composition, wanted: Collection[str], key: str, state: TrainState
 
 
 def credit_parts(c: Composition) -> list[Any]:
-    """Rewards -> advantages and whatever else the credit list fills in, with what networks say in front of it."""
+    """Rewards -> advantages and all other fields of credit, with the outputs of networks that they need."""
     coming = [name for term in c.credit for name in term.names]
     known = {*available_before_rewards(c), *provided_by("rewards"), *(FIELDS.keys() - set(coming))}
     pending = set(c.wanted)
@@ -146,7 +146,7 @@ def credit_parts(c: Composition) -> list[Any]:
             parts.append(Traced("networks", partial(_viewed, c, frozenset(ready), "rows")))
             pending.difference_update(ready)
 
-    # A view of something that an entry fills waits for it, unless somebody asks before.
+    # A view that reads a field filled by an entry is scored after that entry, unless it is requested earlier.
     score(known - set(coming))
     if any(term.over_vocabulary for term in c.credit):
         parts.append(Traced("vocabulary", partial(_by_vocabulary, c)))
@@ -168,7 +168,7 @@ def credit_parts(c: Composition) -> list[Any]:
 
 
 def _sampled(rows: Experience) -> Array:
-    """Weight of each row as it was sampled; rows that a plan has written for supervised losses alone are none."""
+    """Weight of each row as sampled; 0 for rows that a plan has written only for supervised losses."""
     if "written_mask" not in rows:
         return rows.weight
     return jnp.where((rows["written_mask"] > 0).any(1) & ~(rows.mask > 0).any(1), 0.0, rows.weight)
@@ -180,7 +180,7 @@ def _by_vocabulary(c: Composition, state: TrainState, work: Work) -> Work:
 
 
 def _filled(c: Composition, index: int, term: Fill, state: TrainState, work: Work) -> Work:
-    """Rows with what one entry fills. Nothing here carries a gradient."""
+    """Rows with the fields of one entry. No gradient flows through them."""
     rows: Experience = work["rows"]
     memory = dict(work["memory"])
     provided = rows.known() | {"step": state.step}
@@ -195,7 +195,7 @@ def _filled(c: Composition, index: int, term: Fill, state: TrainState, work: Wor
 
 
 def _read(term: Fill, state: TrainState, work: Work) -> Work:
-    """Rows with what a reading has filled, in the shapes that the table gives it."""
+    """Rows with the fields of a reading, in the shapes of the table."""
     rows: Experience = work["rows"]
     others = {name: value for name, value in rows.fields.items() if name not in term.names}
     done = _kept(term, replace(rows, fields=others), {name: rows[name] for name in term.names}, work)
@@ -203,7 +203,7 @@ def _read(term: Fill, state: TrainState, work: Work) -> Work:
 
 
 def _kept(term: Fill, rows: Experience, filled: dict[str, Any], work: Work) -> Work:
-    """Rows that know what an entry has filled, and the report with its numbers."""
+    """Rows with the fields of an entry, and the report with its logged numbers."""
     report = dict(work.get("report", {}))
     for name, array in filled.items():
         if name.startswith(METRIC):
@@ -214,12 +214,12 @@ def _kept(term: Fill, rows: Experience, filled: dict[str, Any], work: Work) -> W
 
 
 def _rated(rows: Experience, rewards: Array) -> Experience:
-    """Rows of which those that no reward applies to (NaN) are absent."""
+    """Rows in which those without any applicable reward (NaN) are absent."""
     return replace(rows, weight=jnp.where(jnp.isnan(rewards), 0.0, rows.weight))
 
 
 def _logged(name: str, array: Array, term: Fill, rows: Experience) -> Array:
-    """A number as it is; of one a row, the mean over rows that count and know it, NaN where none does."""
+    """The logged number: the array itself, or the mean over rows of positive weight that have a value; NaN for none."""
     if array.shape not in ((), rows.weight.shape):
         raise ValueError(
             f"{name} {term.name!r} returned shape {array.shape}; what is logged is one number, or one of each of the "
@@ -232,7 +232,7 @@ def _logged(name: str, array: Array, term: Fill, rows: Experience) -> Array:
 
 
 def _with(rows: Experience, name: str, array: Any, term: Fill) -> Experience:
-    """Rows that know a name; a number of a row that may be one of its tokens is that of each of them."""
+    """Rows with a field; for a field of kind "either" a number per row is broadcast to its tokens."""
     array = jax.lax.stop_gradient(jnp.asarray(array))
     check_shape(array, name, term.name, rows)
     if name == "rewards":
@@ -243,23 +243,22 @@ def _with(rows: Experience, name: str, array: Any, term: Fill) -> Experience:
 
 
 def _values(term: Fill, value: Any) -> Sequence[Any]:
-    """The values of an entry's names, in their order."""
+    """The values of an entry's fields, in order."""
     if isinstance(value, dict):
         if lacking := [name for name in term.names if name not in value]:
-            raise ValueError(f"{term.name!r} returned {sorted(value)}, but it is to fill {lacking[0]!r}")
+            raise ValueError(f"{term.name!r} returned {sorted(value)}, but it must also return {lacking[0]!r}")
         return [value[name] for name in term.names]
     if len(term.names) == 1:
         return [value]
     if not isinstance(value, (tuple, list)) or len(value) != len(term.names):
         raise ValueError(
-            f"{term.name!r} is to fill {', '.join(term.names)}, so it must return {len(term.names)} arrays in that "
-            "order"
+            f"{term.name!r} fills {', '.join(term.names)}, so it must return {len(term.names)} arrays in that order"
         )
     return value
 
 
 def _absent_rows(state: TrainState, work: Work) -> Work:
-    """Rows of weight 0 end with advantage 0."""
+    """Set the advantages of rows of weight 0 to 0."""
     rows: Experience = work["rows"]
     if "advantages" in rows:
         present = (rows.weight > 0)[:, None]
@@ -271,15 +270,16 @@ def _absent_rows(state: TrainState, work: Work) -> Work:
 
 
 def measured_alignment(c: Composition, state: TrainState, batch: Experience) -> Array:
-    """`alignment` at every so many steps, 0 at the others."""
+    """`alignment` every `alignment_every_steps` steps, 0 at the others."""
     due = state.step % c.update.alignment_every_steps == 0
     return jax.lax.cond(due, partial(alignment, c), lambda state, batch: jnp.float32(0.0), state, batch)
 
 
 def alignment(c: Composition, state: TrainState, experience: Experience) -> Array:
-    """`schedules.gradient_alignment` of this batch: whether losses on written rows would lower a held-out loss faster.
+    """`schedules.gradient_alignment` of this batch: whether the losses on written rows would lower a held-out loss
+    faster.
 
-    The held-out loss is that of the losses on written rows on the rows that `validation` marks, whose weight is
+    The held-out loss consists of the losses on written rows, on the rows marked by `validation`, whose weight is
     otherwise 0.
     """
     supervised = tuple(t for t in c.losses if t.on_written)
@@ -309,7 +309,7 @@ def alignment(c: Composition, state: TrainState, experience: Experience) -> Arra
 def coefficients(
     c: Composition, rows: Experience, metrics: dict[str, Array], memory: dict[str, Any], step: Array
 ) -> tuple[list[Array], dict[str, Any]]:
-    """The factor of each loss in this step, and the memory of those that remember something."""
+    """The coefficient of each loss in this step, and the memories of stateful coefficients."""
     provided = rows.known() | metrics | {"step": step}
     values, memory = [], dict(memory)
     for term in c.losses:

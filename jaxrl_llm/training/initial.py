@@ -1,4 +1,4 @@
-"""The state that a step starts from, every array made on the devices that it will be on."""
+"""The initial state of a step, with every array created in its final sharding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def initial_state(
         memory[SELECTION] = first_choices(c, key)
     return TrainState(
         networks=initial_networks(c.model, c.optimizer, c.networks, key, params, given or {}),
-        # A method may use one zero array twice, and donation wants every buffer once.
+        # A method may use one zero array twice, but every buffer can be donated only once.
         memory=jax.tree.map(jnp.copy, memory),
         key=jnp.copy(key),
         step=jnp.int32(0),
@@ -40,7 +40,7 @@ def initial_state(
 
 
 def initialiser(c: Composition) -> tuple[Callable[..., TrainState], Composition]:
-    """(`initial_state` compiled: (key, params, networks) -> state, the composition with where its state lies)."""
+    """(`initial_state` compiled: (key, params, networks) -> state, the composition with the shardings of its state)."""
     place = c.resources.placement
     if place.mesh is None:
         return jax.jit(laid_out(partial(initial_state, c), None, place.rules), compiler_options=options_of_one_run()), c
@@ -52,7 +52,7 @@ def initialiser(c: Composition) -> tuple[Callable[..., TrainState], Composition]
 
 
 def in_use(c: Composition, state: TrainState) -> TrainState:
-    """The state with what the update reads of it on the devices."""
+    """The state with the offloaded arrays that the update reads in device memory."""
     reference, read = c.networks.get("reference"), {"optimizer"}
     if reference is not None and (reference.moves or "reference" in map(compared_with, c.named)):
         read |= {"reference"}
@@ -60,7 +60,7 @@ def in_use(c: Composition, state: TrainState) -> TrainState:
 
 
 def _initial_on_mesh(c: Composition) -> Callable[..., TrainState]:
-    """`initial_state`, every array made where it will lie: no device ever holds the whole of it."""
+    """`initial_state` with every array created in its final sharding: no device ever holds the whole state."""
     place = c.resources.placement
     assert place.mesh is not None
     on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), c.placed)

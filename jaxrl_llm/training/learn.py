@@ -1,7 +1,7 @@
 """Learn: experience -> new parameters, over epochs, minibatches and microbatches.
 
-Losses are sums and counts. The counts do not depend on the parameters, so those of a whole minibatch are known
-before the first microbatch is differentiated, and the gradient is the same however the minibatch is split.
+Losses are sums and counts. The counts do not depend on the parameters, so the counts of a whole minibatch are known
+before the first microbatch is differentiated, and the gradient does not depend on the split of the minibatch.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ from jaxrl_llm.training.networks import (
 from jaxrl_llm.training.passes import Compared, Plain, Size, at_smallest_size, scored
 from jaxrl_llm.training.scores import of_head, sequences
 
-# What the routers of a mixture of experts did, for each token of prompt and completion.
+# Outputs of the routers of a mixture of experts, for each token of prompt and completion.
 ROUTER = ("router_choices", "router_probabilities")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The weighted sum of losses as functions of parameters and rows. Only what they name is computed.
+    """The weighted sum of losses as a function of parameters and rows. Only the fields that the losses read are
+    computed.
 
-    A loss that names `entropy` or carries an `over_vocabulary` functional has it evaluated in the same chunked pass as
-    the log-probabilities; one that names what another network says has that network evaluated.
+    `entropy` and `over_vocabulary` functionals are evaluated in the same chunked pass as the log-probabilities; another
+    network is evaluated if a loss reads its outputs.
 
     Attributes:
-      c: of the step.
+      c: the composition of the step.
       losses: the terms.
-      samples: each so many rows that follow one another are of one prompt.
+      samples: number of consecutive rows of one prompt.
     """
 
     c: Composition
@@ -59,18 +60,18 @@ class Objective:
 
     @property
     def wanted(self) -> frozenset[str]:
-        """Every name that a loss cannot do without."""
+        """Every name that at least one loss requires."""
         return required([term.function for term in self.losses])
 
     def spoken(self) -> dict[str, Score]:
-        """Names of what networks that learn say, beside the policy's own rows."""
+        """Names of outputs of networks that learn, except those of the policy on its own rows."""
         own = {"logprobs", "entropy"}
         found = {name: self.c.score(name) for name in sorted(self.wanted - own)}
         return {n: s for n, s in found.items() if s is not None and not s.as_found and s.network in self.c.learning}
 
     @property
     def compared(self) -> dict[str, dict[str, Any]]:
-        """Functionals of whole distributions that losses carry, by network and loss."""
+        """Functionals over the vocabulary of the losses, by network and loss."""
         found: dict[str, dict[str, Any]] = {}
         for term in self.losses:
             if term.compares is not None:
@@ -80,11 +81,11 @@ class Objective:
 
     @property
     def comparing(self) -> list[str]:
-        """Names of the losses that carry one, in the order of `TokenStatistics.over_vocabulary`."""
+        """Names of the losses with such a functional, in the order of `TokenStatistics.over_vocabulary`."""
         return [name for functionals in self.compared.values() for name in functionals]
 
     def terms(self, rows: Experience, learner: dict[str, Any], functionals: dict[str, Any]) -> list[Loss]:
-        """The losses of rows, with what is computed while learning by name."""
+        """The losses of rows, given the arrays computed while learning by name."""
         provided = rows.known() | learner
         provided["mask"] = rows.mask * rows.weight[:, None]
         if "written_mask" in rows:
@@ -93,7 +94,7 @@ class Objective:
         return [_loss(term, call(term.function, provided | one)) for term, one in zip(self.losses, given, strict=True)]
 
     def denominators(self, rows: Experience) -> list[Array]:
-        """One count a loss; they do not depend on parameters."""
+        """One count per loss; they do not depend on parameters."""
         nothing = jnp.zeros(rows.tokens.shape, jnp.float32)
         placeholders: dict[str, Any] = {"logprobs": nothing}
         for name, found in self.spoken().items():
@@ -118,7 +119,7 @@ class Objective:
     def value(
         self, trained: PyTree, state: TrainState, rows: Experience, counts: Any, factors: Any, size: Size = None
     ) -> Any:
-        """(weighted sum, what to log); `trained` holds what learns of each network by name."""
+        """(weighted sum, metrics); `trained` holds the trained parameters of each network by name."""
         c, wanted = self.c, self.wanted
         frozen = frozen_part(c.model, state.params)
         policy = whole(c.model, trained[POLICY], frozen) if POLICY in trained else state.params
@@ -145,7 +146,7 @@ class Objective:
         return jnp.asarray(total), (sums, drift)
 
     def _of_policy(self, policy: PyTree, state: TrainState, rows: Experience, size: Size) -> Any:
-        """(hidden states, statistics of tokens, what routers did) of the policy that learns."""
+        """(hidden states, statistics of tokens, router outputs) of the policy that learns."""
         c = self.c
         with_router = bool(self.wanted.intersection(ROUTER))
         others = []
@@ -154,7 +155,7 @@ class Objective:
             says = as_states(rows["top_tokens"], rows["top_logprobs"]) if network.origin == ROWS else None
             params = current(c.model, c.networks, state, name)
             others.append(Compared(network.model or c.model, params, tuple(functionals.values()), says))
-        # The experts that sampled a token are those that learn from it.
+        # The experts that sampled a token are trained on it.
         said = scored(
             c.model,
             policy,
@@ -178,7 +179,7 @@ class Objective:
         frozen: PyTree,
         size: Size,
     ) -> dict[str, Array]:
-        """What networks that learn say: heads of rows and views, and the policy of views."""
+        """Outputs of networks that learn: heads on rows and views, and the policy on views."""
         c, learner = self.c, {}
         spoken = self.spoken()
         for network_name, view in dict.fromkeys((s.network, s.view) for s in spoken.values()):
@@ -212,7 +213,7 @@ class Objective:
 
 
 def _loss(term: LossTerm, value: Any) -> Loss:
-    """What a loss returned, as (sum, count); a plain pair of them is taken for one."""
+    """The result of a loss as a `Loss`; a plain (sum, count) pair is accepted."""
     if isinstance(value, tuple) and 2 <= len(value) <= 3:
         numerator, denominator, *metrics = value
         if jnp.shape(numerator) == () and (denominator is None or jnp.shape(denominator) == ()):
@@ -226,13 +227,13 @@ def _loss(term: LossTerm, value: Any) -> Loss:
 
 
 def _with_policy(state: TrainState, policy: PyTree) -> TrainState:
-    """The state with these parameters as the policy's."""
+    """The state with these parameters of the policy."""
     one = replace(state.networks[POLICY], params=policy)
     return replace(state, networks={**state.networks, POLICY: one})
 
 
 def parts_of(c: Composition, state: TrainState) -> dict[str, PyTree]:
-    """What learns of each network that the losses change."""
+    """The trained parameters of each network that the losses change."""
     return {
         name: trainable_part(c.model, state.params) if name == POLICY else state.networks[name].params
         for name in sorted(c.learning, key=lambda name: (name != POLICY, name))
@@ -240,14 +241,14 @@ def parts_of(c: Composition, state: TrainState) -> dict[str, PyTree]:
 
 
 def make_learn(c: Composition) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Build learn(state, experience, coefficients, joined) -> (state, metrics); `joined` counts groups at the end of
-    the experience that were not sampled in this step."""
+    """Build learn(state, experience, coefficients, joined) -> (state, metrics); `joined` is the number of groups at the
+    end of the experience that were not sampled in this step."""
     update, optimizers = c.update, _optimizers(c)
     specs = None if c.model.specs is None else trainable_part(c.model, c.model.specs)
 
     @jax.named_scope("update")
     def learn(state: TrainState, experience: Experience, coefficients: Sequence[Array], joined: int = 0):
-        # Written rows need not come in groups of one prompt, and a microbatch may cut a group.
+        # Written rows need not be grouped by prompt, and a microbatch may split a group.
         whole_groups = c.equal_groups and not joined and (update.sequences_per_microbatch or c.samples) % c.samples == 0
         objective = Objective(c, c.losses, c.samples if whole_groups else 1)
         groups = experience.tokens.shape[0] // c.samples
@@ -265,7 +266,7 @@ def make_learn(c: Composition) -> Callable[..., tuple[TrainState, dict[str, Arra
                 told = (grads[name], states[name], trained[name])
                 deltas, states_after[name] = optimizers[name].update(*told, value=sums["loss"][0])
                 after[name] = optax.apply_updates(trained[name], deltas)
-                # The norm after the update: what a checkpoint would hold is looked at before it is written.
+                # The norm after the update: the parameters of a checkpoint are checked before it is written.
                 label = "" if name == POLICY else f"/{name}"
                 sums |= {f"gradient_norm{label}": (_norm(grads[name]), 0.0)}
                 sums |= {f"parameter_norm{label}": (_norm(after[name]), 0.0)}
@@ -287,7 +288,7 @@ def make_learn(c: Composition) -> Callable[..., tuple[TrainState, dict[str, Arra
 
 
 def _optimizers(c: Composition) -> dict[str, optax.GradientTransformationExtraArgs]:
-    """The optimiser of each network that learns; those that read it are told the loss as `value`."""
+    """The optimiser of each network that learns; optimisers that read it get the loss as `value`."""
     own = {name: network.optimizer for name, network in c.networks.items() if network.optimizer is not None}
     return {name: optax.with_extra_args_support(made) for name, made in ({POLICY: c.optimizer} | own).items()}
 
@@ -295,7 +296,7 @@ def _optimizers(c: Composition) -> dict[str, optax.GradientTransformationExtraAr
 def gradient(
     objective: Objective, specs: Any, trained: PyTree, state: TrainState, rows: Experience, factors: Any
 ) -> Any:
-    """(gradients by network, what to log) of the objective on rows, microbatch by microbatch."""
+    """(gradients by network, metrics) of the objective on rows, accumulated over microbatches."""
     counts = objective.denominators(rows)
     size = objective.c.update.sequences_per_microbatch or rows.tokens.shape[0]
     pieces = rows.tokens.shape[0] // size
@@ -326,7 +327,7 @@ def gradient(
 
 
 def _like_parameters(specs: Any, grads: PyTree) -> PyTree:
-    """Gradients where their parameters lie, so that each device adds up its own part alone."""
+    """Gradients in the sharding of their parameters, so that each device accumulates only its own part."""
 
     def pinned(name: str, tree: PyTree) -> PyTree:
         if name == POLICY:
@@ -342,7 +343,7 @@ def _like_parameters(specs: Any, grads: PyTree) -> PyTree:
 
 
 def _learned(c: Composition, state: TrainState, trained: PyTree, optimizer_states: PyTree) -> TrainState:
-    """The state with what was learned in it, one step later."""
+    """The state with the updated parameters, one step later."""
     after = dict(state.networks)
     for name, params in trained.items():
         if name == POLICY:

@@ -1,4 +1,4 @@
-"""What a batch of experience says about itself. A name says what it averages over."""
+"""Metrics of a batch of experience. The name of a metric says what it averages over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxrl_llm.training.segments import Work
 def constant_group_share(
     rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]
 ) -> Float[Array, ""]:
-    """Share of groups whose rewards are all equal: they carry no signal for a group-relative method."""
+    """Share of groups whose rewards are all equal; such groups give no gradient to a group-relative method."""
     rows = rewards.shape[0]
     present = weight > 0
     highest = jax.ops.segment_max(jnp.where(present, rewards, -jnp.inf), group, num_segments=rows)
@@ -32,7 +32,8 @@ def constant_group_share(
 def explained_variance(
     values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Float[Array, "B T"]
 ) -> Float[Array, ""]:
-    """1 - var(returns - values) / var(returns) over tokens that count: 1 is a perfect value model, 0 a constant one."""
+    """1 - var(returns - values) / var(returns) over trained tokens: 1 for a perfect value model, 0 for a constant
+    one."""
     count = jnp.maximum(mask.sum(), 1.0)
 
     def variance(x):
@@ -46,10 +47,10 @@ def explained_variance(
 def reward_metrics(
     components: Float[Array, "B K"], weight: Float[Array, "B"], names: Sequence[str]
 ) -> dict[str, Float[Array, ""]]:
-    """Of each reward function: mean, deviation between rows, and share of the rows that it applies to.
+    """Mean, standard deviation over rows, and share of applicable rows of each reward function.
 
     Args:
-      components: one column a function; NaN where it does not apply.
+      components: one column per function; NaN where it does not apply.
       weight: of each row.
       names: of the functions.
     """
@@ -64,12 +65,12 @@ def reward_metrics(
 
 
 def source_metrics(rows: Experience, weight: Float[Array, "B"], names: Sequence[str]) -> dict[str, Float[Array, ""]]:
-    """Of each source of a mixture: its share of the rows, and the means of its rewards, right answers and lengths.
+    """For each source of a mixture: its share of the rows, and means of its rewards, right answers and lengths.
 
     Args:
       rows: a batch after credit, with `source_id`.
-      weight: of each row as it was sampled.
-      names: of the sources, by their numbers.
+      weight: weight of each row as sampled.
+      names: names of the sources, by index.
     """
     metrics, means = {}, {"completion_tokens": written_by_policy(rows).sum(-1)}
     if "rewards" in rows:
@@ -92,13 +93,13 @@ def experience_metrics(
     weight: Float[Array, "B"],
     rewards: Sequence[str] = (),
 ) -> dict[str, Array]:
-    """Scalars of one batch: means over the rows that were sampled, or over their tokens where the name says token.
+    """Scalars of one batch: means over the sampled rows, or over their tokens if the name says so.
 
     Args:
-      experience: a batch after credit, which may have left out rows.
-      weight: of each row as it was sampled, so that rows left out since are counted and not hidden; `kept_share` says
-        how many were kept.
-      rewards: names of the reward functions, whose columns are summed up one by one.
+      experience: a batch after credit, which may have set weights to 0.
+      weight: weight of each row as sampled, so that rows left out since then are included; `kept_share` is the share
+        that was kept.
+      rewards: names of the reward functions, one per column.
     """
     rows = jnp.maximum(weight.sum(), 1.0)
     mask = experience.mask * weight[:, None]
@@ -124,7 +125,7 @@ def experience_metrics(
     if "reference_logprobs" in experience:
         metrics["kl_reference_per_token"] = token_mean(experience.behaviour_logprobs - experience["reference_logprobs"])
     told = [jnp.shape(experience[name]) for name in ("old_values", "returns") if name in experience]
-    if len(told) == 2 and told[0] == told[1]:  # of a head with several outputs, nothing is explained
+    if len(told) == 2 and told[0] == told[1]:  # not defined for a head with several outputs
         metrics["value_explained_variance"] = explained_variance(experience["old_values"], experience["returns"], mask)
     if "advantages" in experience:
         metrics["advantage_abs_per_token"] = token_mean(jnp.abs(experience["advantages"]))
@@ -134,12 +135,12 @@ def experience_metrics(
 
 
 def written_by_policy(rows: Experience) -> Float[Array, "B T"]:
-    """1 on tokens of completions; what an environment or a tool answers is none."""
+    """1 on completion tokens except observations of environments and tools."""
     return ((rows.source != Source.PAD) & (rows.source != Source.OBSERVATION)).astype(jnp.float32)
 
 
 def step_metrics(c: Composition, state: TrainState, rows: Experience, work: Work) -> dict[str, Array]:
-    """Scalars of a step before its update; of one whose rows were all written, none."""
+    """Scalars of a step before its update; empty for a step with only written rows."""
     if c.rollout is None:
         return {}
     metrics = experience_metrics(rows, work["sampled"], [t.name for t in c.rewards]) | work["report"]
@@ -162,13 +163,13 @@ def step_metrics(c: Composition, state: TrainState, rows: Experience, work: Work
 def row_diagnostics(
     rows: Experience, weight: Float[Array, "B"], rewards: Sequence[str], scripts: Int[np.ndarray, "V"] | None = None
 ) -> dict[str, Array]:
-    """`degenerate_completions`, and `reward_relations` to each other, the length and the distance from the reference.
+    """`degenerate_completions`, and `reward_relations` with each other, the length and the distance from the reference.
 
     Args:
       rows: a batch after credit.
-      weight: of each row as it was sampled.
+      weight: weight of each row as sampled.
       rewards: names of the reward functions.
-      scripts: of each token of the vocabulary, see `degenerate_completions`.
+      scripts: script of each token of the vocabulary, see `degenerate_completions`.
     """
     found = degenerate_completions(rows, weight, scripts)
     if not rewards or "reward_components" not in rows:
@@ -182,7 +183,8 @@ def row_diagnostics(
 
 
 def engine_metrics(rows: Experience) -> dict[str, Array]:
-    """How far the engine is from the policy: |old - behaviour| log-probabilities over trained tokens, and in steps."""
+    """Difference of engine and policy: |old - behaviour| log-probabilities over trained tokens, and staleness in
+    steps."""
     counted = rows.mask > 0
     gap = jnp.where(counted, jnp.abs(rows["old_logprobs"] - rows.behaviour_logprobs), 0.0)
     return {
@@ -193,9 +195,9 @@ def engine_metrics(rows: Experience) -> dict[str, Array]:
 
 
 def drift_of(logprobs: Array, rows: Experience) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:
-    """How far the policy is from the one that sampled: peaks, and (sum, count) pairs over sampled tokens."""
+    """Difference of the policy from the sampling policy: maxima, and (sum, count) pairs over sampled tokens."""
     counted = rows.mask * (rows.weight[:, None] > 0) * (rows.source == Source.SAMPLED)
-    if "extra" in rows:  # drawn at another temperature
+    if "extra" in rows:  # sampled at another temperature
         counted = counted * ~rows["extra"].astype(bool)[:, None]
     gap = jnp.where(counted > 0, jax.lax.stop_gradient(logprobs) - rows.behaviour_logprobs, 0.0)
     clipped = jnp.clip(gap, -20.0, 20.0)
@@ -205,10 +207,10 @@ def drift_of(logprobs: Array, rows: Experience) -> tuple[dict[str, Array], dict[
 
 
 def learn_metrics(sums, peaks, drift) -> dict[str, Array]:
-    """Average each logged pair over updates. The sampler gap is that of the first update, before anything changed."""
+    """Average each logged pair over updates. The sampler gap is that of the first update, before parameters change."""
     metrics = {}
     for name, (total, count) in sums.items():
-        # Pairs without a count were divided already; they are averaged over updates.
+        # Pairs without a count are already divided; they are averaged over updates.
         per_update = jnp.where(count == 0, total, total / jnp.where(count == 0, 1.0, count))
         metrics[name] = per_update.mean()
     if not drift:

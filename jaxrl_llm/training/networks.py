@@ -1,7 +1,7 @@
-"""Networks: named parameters with a rule of where they come from, what moves them and what they say.
+"""Networks: named parameters with their origin, update rule and head.
 
-Of a policy with adapters (`Model.trained`), gradients, optimiser state, copies and checkpoints are of the adapters
-alone. The rest is frozen, is in the state once, and is read by all copies of the policy.
+For a policy with adapters (`Model.trained`), gradients, optimiser state, copies and checkpoints contain only the
+adapters. The frozen rest is in the state once and shared by all copies of the policy.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from jaxrl_llm.ranges import Count, Natural, Positive, Share, require_ranges
 
 POLICY = "policy"
 GIVEN = "given"
-# Of a network that has no parameters: the rows hold what it says.
+# Origin of a network without parameters, whose outputs are stored in the rows.
 ROWS = "rows"
-# The network that stands for the distributions of a file.
+# The network for the distributions of a file.
 FILE = "file"
 
 
@@ -37,21 +37,21 @@ class Network:
     """One network of a step beside the policy.
 
     Attributes:
-      origin: "policy" copies the policy that the step starts from; the name of another network copies that one; "given"
-        takes parameters that are handed to `TrainStep.init`; "rows" has none, and rows hold its distributions.
-      model: its functions; None has those of its origin. Needed where it is given.
-      head: numbers instead of log-probabilities over the vocabulary.
-      says: of a head's values, one a token ("token"), or the one at the first token of a row that is trained on.
-      backbone: of a head: "own" has a copy of the policy's parameters; "shared" reads the policy's hidden states, which
-        then learn from its loss too.
-      optimizer: it learns by it; None is not trained.
-      decay: it follows its origin as a moving average that keeps this share at each step.
-      copy_every: steps between copies of its origin; 0 never.
-      copy_at: steps after which its origin is copied, beside those.
-      snapshot: of a policy with adapters: it is the policy as the step finds it, kept as a copy of its adapters.
-        Otherwise it is the base without them, unless it is moved.
-      temperature: of its log-probabilities; None is that of the rollout.
-      always_origin: it is its origin at every moment, for log-probabilities at another temperature.
+      origin: "policy" copies the initial policy; the name of another network copies that network; "given" uses
+        parameters passed to `TrainStep.init`; "rows" has no parameters: its distributions are stored in the rows.
+      model: its functions; None: those of its origin. Required for "given".
+      head: the network returns numbers instead of log-probabilities.
+      says: which values of a head are used: one per token ("token"), or the one at the first trained token of a row.
+      backbone: of a head: "own" has a copy of the policy's parameters; "shared" reads the policy's hidden states, so
+        the policy also gets the gradient of its loss.
+      optimizer: its optimiser; None: not trained.
+      decay: the network is a moving average of its origin that keeps this share at each step.
+      copy_every: steps between copies of its origin; 0: never.
+      copy_at: further steps after which its origin is copied.
+      snapshot: for a policy with adapters: the network is a copy of the initial policy, stored as its adapters.
+        Otherwise it is the base without adapters, unless it is updated.
+      temperature: of its log-probabilities; None: that of the rollout.
+      always_origin: the network always equals its origin, for log-probabilities at another temperature.
     """
 
     origin: str = POLICY
@@ -72,13 +72,13 @@ class Network:
             raise ValueError(f"networks: backbone is {self.backbone!r}; it must be 'own' or 'shared'")
         require_ranges(self, "networks")
         if self.optimizer is not None and self.moves:
-            raise ValueError("networks: a network that learns cannot follow another one too; leave one of them out")
+            raise ValueError("networks: a network that learns cannot also follow another one; leave one of them out")
         if self.origin == GIVEN and self.model is None:
             raise ValueError("networks: a network whose parameters are given needs its model")
 
     @property
     def copied(self) -> bool:
-        """Whether its origin is copied into it at some step."""
+        """Whether its origin is copied at some steps."""
         return bool(self.copy_every or self.copy_at)
 
     @property
@@ -88,11 +88,11 @@ class Network:
 
 
 def default_network(name: str, critic: optax.GradientTransformation | None) -> Network | None:
-    """The network that a name alone brings into a step; None for a name that has to be described.
+    """The network that is created without a description; None for a name that needs a description.
 
     Args:
       name: of the network.
-      critic: optimiser of networks with a head; without one they are not there.
+      critic: optimiser of networks with a head; without it they are not created.
     """
     if name == "reference":
         return Network()
@@ -112,9 +112,9 @@ def networks_named(
     critic: Any,
     writers: Collection[str] = (),
 ) -> dict[str, Network]:
-    """The networks, beside the policy, that a collection of data names asks for, and those that write views.
+    """The networks beside the policy that a collection of data names refers to, and those that write views.
 
-    A network that is described and that nothing names is not there; what another one is made from, is.
+    A described network that no name refers to is left out; origins of other networks are included.
     """
     known = dict(given)
     for name in ("reference", *HEADS, *(f"{head}_target" for head in HEADS)):
@@ -132,17 +132,17 @@ def networks_named(
 
 
 def _made_from(name: str, known: Mapping[str, Network]) -> list[str]:
-    """A network and those that it is made from, one after the other.
+    """A network and its chain of origins, in order.
 
     Raises:
-      ValueError: where one of them is not there, or they are made from each other.
+      ValueError: for an unknown origin, or a cycle.
     """
     chain = [name]
     while (origin := known[chain[-1]].origin) not in (POLICY, GIVEN, ROWS):
         if origin not in known:
             raise ValueError(f"networks.{chain[-1]}.origin is {origin!r}; {nearest(origin, [POLICY, GIVEN, *known])}")
         if origin in chain:
-            raise ValueError(f"networks {', '.join(chain)} are made from each other; make one of them from the policy")
+            raise ValueError(f"networks {', '.join(chain)} form a cycle of origins; make one of them from the policy")
         chain.append(origin)
     return chain
 
@@ -156,25 +156,37 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def trainable_part(model: Model, params: PyTree) -> Any:
-    """What learns of a policy's parameters."""
+    """The trained part of a policy's parameters."""
     return params if model.trained is None else model.trained.split(params)[0]
 
 
 def frozen_part(model: Model, params: PyTree) -> PyTree:
-    """What does not; None where all of them learn."""
+    """The frozen part; None if all parameters are trained."""
     return None if model.trained is None else model.trained.split(params)[1]
 
 
 def whole(model: Model, trainable: PyTree, frozen: PyTree) -> PyTree:
-    """The parameters that a model is applied with, from both parts."""
+    """The full parameters of a model from both parts."""
     return trainable if model.trained is None else model.trained.join(trainable, frozen)
+
+
+def backbone_of(model: Model, params: PyTree, policy: PyTree, frozen: PyTree = None) -> PyTree:
+    """Parameters of the model whose hidden states a head reads: its own backbone, or the policy's that it shares.
+
+    Args:
+      model: the architecture of the backbone.
+      params: "head", and "backbone" where it does not share the policy's.
+      policy: the policy's parameters.
+      frozen: those of them that a backbone of its own reads too.
+    """
+    return whole(model, params["backbone"], frozen) if "backbone" in params else policy
 
 
 # ---- states ---------------------------------------------------------------------------------------------------------
 
 
 def has_copy(model: Model, network: Network) -> bool:
-    """Whether the state holds parameters for a network. A policy with adapters can have its base as a reference."""
+    """Whether the state holds parameters of a network. For a policy with adapters, the base can be the reference."""
     if network.always_origin or network.origin == ROWS:
         return False
     plain_copy = network.origin == POLICY and network.head is None and network.optimizer is None
@@ -194,10 +206,10 @@ def initial_networks(
     Args:
       model: the policy.
       optimizer: of the policy.
-      networks: beside it, each after the one that it is made from.
+      networks: networks beside it, each after its origin.
       key: of the run.
-      params: of the policy; None draws them.
-      given: parameters of networks by name: of those that are given, and of others in the place of their origin.
+      params: parameters of the policy; None initialises them.
+      given: parameters of networks by name: of those with origin "given", and of others instead of their origin.
 
     Raises:
       ValueError: for a network whose parameters are missing.
@@ -213,7 +225,7 @@ def initial_networks(
             own = copied(given[name])
         elif network.origin == GIVEN:
             raise ValueError(
-                f"network {name!r} has parameters of its own, which nothing made; hand them to init(key, params, "
+                f"network {name!r} has no parameters; pass them to init(key, params, "
                 f"{{{name!r}: ...}}), or name the stage or path that they come from"
             )
         elif network.head is not None and network.origin == POLICY:
@@ -232,10 +244,10 @@ def initial_networks(
 
 
 def given_shapes(networks: Mapping[str, Network]) -> dict[str, PyTree]:
-    """Shapes of the parameters that the caller has to give."""
+    """Shapes of the parameters that the caller must pass."""
 
     def params(network: Network) -> PyTree:
-        assert network.model is not None  # `Network` has seen to it
+        assert network.model is not None  # ensured by `Network`
         key = jax.random.key(0)
         drawn = network.model.init(key)
         if network.head is None:
@@ -248,7 +260,7 @@ def given_shapes(networks: Mapping[str, Network]) -> dict[str, PyTree]:
 
 
 def current(model: Model, networks: Mapping[str, Network], state: TrainState, name: str) -> PyTree:
-    """Parameters of a network as its model takes them; of one with a head, as the head takes them."""
+    """Parameters of a network in the form that its model, or its head, takes."""
     if name == POLICY:
         return state.params
     network = networks[name]
@@ -264,7 +276,7 @@ def current(model: Model, networks: Mapping[str, Network], state: TrainState, na
 
 
 def moved(model: Model, networks: Mapping[str, Network], state: TrainState) -> TrainState:
-    """The state after a step, with every network that follows another moved."""
+    """The state with every network that follows another one updated after a step."""
     after = dict(state.networks)
     for name, network in networks.items():
         if name not in after or not network.moves:
@@ -287,14 +299,14 @@ def moved(model: Model, networks: Mapping[str, Network], state: TrainState) -> T
 def ema(params: PyTree, anchor: PyTree, *, decay: float = 0.99) -> PyTree:
     """The anchor after one step towards the parameters: decay * anchor + (1 - decay) * params.
 
-    As a reference policy it lets the divergence limit how fast the policy changes instead of how far it gets. Computed
-    in float32 and returned in the anchor's dtype. Keep the anchor in float32 where decay is near 1: bfloat16 resolves
-    one part in 256 at best, and smaller steps would leave it standing still.
+    As a reference policy it makes the divergence limit the speed of the policy instead of its distance from the start.
+    Computed in float32 and returned in the anchor's dtype. Keep the anchor in float32 if decay is near 1: bfloat16 has
+    a relative resolution of 1/256, so smaller updates would be lost.
 
     Args:
       params: the policy.
-      anchor: the same pytree, from earlier steps.
-      decay: share of the anchor that is kept.
+      anchor: pytree of the same structure, from earlier steps.
+      decay: share of the anchor to keep.
 
     Returns:
       The new anchor.

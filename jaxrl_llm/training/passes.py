@@ -1,9 +1,9 @@
-"""Forward passes of networks over given rows, no larger than the rows of a batch ask for.
+"""Forward passes of networks over given rows, in the smallest size that holds the rows of a batch.
 
-A batch is as wide as its longest completion may be. `at_smallest_size` looks at the rows that are there: completions
-are trimmed to the smallest of some widths that holds them all, or rows are packed into the smallest of some numbers of
-bins. Every size is a branch of one program, so that nothing is compiled later, and what comes out has the shapes of the
-whole width, with the numbers of a pass over it.
+Batches are padded to the largest allowed length. `at_smallest_size` depends on the actual rows: completions are trimmed
+to the smallest of several widths that holds them all, or rows are packed into the smallest of several numbers of bins.
+Every size is a branch of one program, so nothing is compiled later, and the results have the shapes and numbers of a
+pass over the full width.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jaxrl_llm.rollout.hidden_states import observed_hidden
 from jaxrl_llm.rollout.packed_rows import Bins, best_fit, bins_of, packed_hidden
 from jaxrl_llm.terms import Update
 
-# The completion tokens that a pass looks at, or the bins that it packs rows into; None is the whole width.
+# The width of completions in a pass, or the bins that rows are packed into; None is the full width.
 Size = Bins | int | None
 
 
 class Plain(NamedTuple):
-    """What is scored of a row: itself, or what a view made of it."""
+    """The sequences to be scored: the rows themselves, or those of a view."""
 
     prompt_tokens: Array
     prompt_length: Array
@@ -40,12 +40,12 @@ class Plain(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a pass says, always of the whole width.
+    """The results of a pass, always in the full width.
 
     Attributes:
-      statistics: of each completion token, [B, T].
+      statistics: statistics of each completion token, [B, T].
       hidden: () -> the state that predicts each completion token, [B, T, D].
-      observed: what the model shows of each token of prompt and completion, [B, P + T, ...].
+      observed: internal quantities of the model for each token of prompt and completion, [B, P + T, ...].
     """
 
     statistics: TokenStatistics
@@ -54,12 +54,12 @@ class Scored(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """A network whose whole distributions the policy's are compared with.
+    """A network whose distributions over the vocabulary are compared with the policy's.
 
     Attributes:
       model, params: of the network.
       functionals: as in `models.logprobs.Other`.
-      says: states [B, T, E] that its `logits` takes; None has them computed.
+      says: inputs of its `logits`, [B, T, E]; None: they are computed.
     """
 
     model: Model
@@ -74,7 +74,7 @@ def at_smallest_size(update: Update, rows: Experience, function: Callable[[Exper
     Args:
       update: with `packing` or `completion_buckets`; without either the size is None.
       rows: of a batch or a microbatch.
-      function: whatever the size, it returns arrays of the same shapes.
+      function: returns arrays of the same shapes for every size.
     """
     branches: list[Callable[[Experience], PyTree]] = []
     needed: Any = 0
@@ -99,7 +99,7 @@ def at_smallest_size(update: Update, rows: Experience, function: Callable[[Exper
 
 
 def bin_counts(rows: int, shares: tuple[float, ...]) -> list[int]:
-    """Numbers of bins, in ascending order: these shares of the rows, each a multiple of what a mesh splits rows into.
+    """Numbers of bins in ascending order: these shares of the rows, rounded to multiples of the row shards of the mesh.
 
     >>> bin_counts(10, (0.25, 0.5, 1.0))
     [3, 5]
@@ -119,9 +119,9 @@ def hidden_of(
     samples_per_prompt: int = 1,
     names: tuple[str, ...] = (),
 ) -> tuple[Array, dict[str, Array]]:
-    """(hidden states as the size lays them out, what the model shows of every token of the whole width).
+    """(hidden states in the layout of the size, internal quantities of every token in the full width).
 
-    They predict the completion tokens [B, w, D]; of packed rows they are those of every slot [N, C, D].
+    The hidden states predict the completion tokens, [B, w, D]; for packed rows they are those of every slot, [N, C, D].
     """
     if isinstance(size, Bins):
         tokens = size.put(jnp.concatenate([source.prompt_tokens, source.tokens], axis=1))
@@ -136,7 +136,7 @@ def hidden_of(
 
 
 def in_rows(hidden: Array, source: Plain, size: Size) -> Float[Array, "B T D"]:
-    """Hidden states of `hidden_of` as those that predict each completion token."""
+    """The hidden states of `hidden_of` that predict each completion token."""
     if isinstance(size, Bins):
         return _predicting(size.taken(hidden), source)
     return _widened(hidden, source.tokens.shape[1])
@@ -155,17 +155,17 @@ def scored(
     samples_per_prompt: int = 1,
     names: tuple[str, ...] = (),
 ) -> Scored:
-    """What a network says of each completion token.
+    """Statistics of a network for each completion token.
 
     Args:
       model, params: of the network.
       source: rows.
-      size: that holds them.
+      size: a size that holds them.
       temperature, entropy: as in `token_statistics`.
-      others: networks that whole distributions are compared with.
-      router_choices: of prompt and completion tokens, taken again.
-      samples_per_prompt: rows that follow one another and have the same prompt.
-      names: what else the model shows.
+      others: networks for comparisons over the vocabulary.
+      router_choices: recorded choices for prompt and completion tokens, to be reused.
+      samples_per_prompt: number of consecutive rows with the same prompt.
+      names: further internal quantities of the model.
     """
     given: dict[str, Any] = {"samples_per_prompt": samples_per_prompt}
     compared = []
@@ -184,18 +184,18 @@ def scored(
 
 
 def _targets(source: Plain, size: Size) -> tuple[Array, Array | None]:
-    """(the token that each hidden state predicts, what it was drawn from), as the size lays them out."""
+    """(the token that each hidden state predicts, its support), in the layout of the size."""
     if not isinstance(size, Bins):
         cut = slice(None, size)
         return source.tokens[:, cut], None if source.support is None else source.support[:, cut]
-    # The state of a token predicts the next one; that of the last predicts nothing that is read.
+    # The state of a token predicts the next token; the prediction of the last state is not used.
     following = jnp.pad(jnp.concatenate([source.prompt_tokens, source.tokens], axis=1)[:, 1:], [(0, 0), (0, 1)])
     support = None if source.support is None else _laid_out(source.support, source, size, fill=-1)
     return size.put(following), support
 
 
 def _laid_out(x: Array, source: Plain, size: Size, fill: int = 0) -> Array:
-    """What belongs to each completion token, [B, T, E], where the state is that predicts it."""
+    """An array of completion tokens, [B, T, E], moved to the positions of the states that predict them."""
     if not isinstance(size, Bins):
         return x[:, :size]
     around = [(0, 0), (source.prompt_tokens.shape[1] - 1, 1), (0, 0)]
@@ -203,13 +203,13 @@ def _laid_out(x: Array, source: Plain, size: Size, fill: int = 0) -> Array:
 
 
 def _predicting(x: Array, source: Plain) -> Array:
-    """Of what is known of every token of prompt and completion, [B, P + T, ...], that which predicts a completion."""
+    """From an array of prompt and completion tokens, [B, P + T, ...], the positions that predict completion tokens."""
     first = source.prompt_tokens.shape[1] - 1
     return x[:, first : first + source.tokens.shape[1]]
 
 
 def _widened(x: Array, width: int) -> Array:
-    """[B, w, ...] with zeros up to the whole width."""
+    """[B, w, ...] padded with zeros to the full width."""
     if x.shape[1] == width:
         return x
     return jnp.pad(x, [(0, 0), (0, width - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])

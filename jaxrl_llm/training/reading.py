@@ -1,7 +1,7 @@
-"""Readings: functions that run on the host between two programs, because they read text or ask somebody.
+"""Readings: functions that run on the host between two programs, because they read text or call a service.
 
-In a run of several processes each one reads the rows that its devices hold, and all samples of a prompt are read by the
-same one where each prompt has equally many.
+In a run of several processes, each process reads the rows of its own devices. If all prompts have the same number of
+samples, all samples of a prompt are read by the same process.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from jaxrl_llm.signatures import declared_widths, names, per_row, signature
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.segments import Host, Work
 
-# What a reading sees of a row beside what it names.
+# Fields of rows that every reading needs.
 _ALWAYS = ("tokens", "length", "weight", "group", "prompt_id")
 
 
 @dataclass
 class Context:
-    """What one call of a step has on the host.
+    """Host-side resources of one call of a step.
 
     Attributes:
-      items: one dictionary a prompt of the whole batch (body, answer, ...), on every process; None without them.
+      items: one dictionary per prompt of the whole batch (body, answer, ...), on every process; or None.
       decode, encode: token ids -> text, and back.
-      call: calls the functions of an environment in Python, while it is open.
-      stop: raises what the caller wants to end with instead of going on; called before each program and host call.
+      call: caller of an open environment in Python.
+      stop: called before each program and host call; may raise to abort the step.
       numbers: seconds and failures of readings, by metric.
     """
 
@@ -51,25 +51,25 @@ class Context:
         """The items.
 
         Raises:
-          ValueError: where the caller gave none.
+          ValueError: if the caller passed none.
         """
         if self.items is None:
             raise ValueError(
-                "this step reads text: call step(state, prompts, items) with one dictionary a prompt (body, answer, "
+                "this step reads text: call step(state, prompts, items) with one dictionary per prompt (body, answer, "
                 "...)"
             )
         return self.items
 
 
 def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence[str]], key: str, sample: Any) -> Host:
-    """The part that fills names by readings.
+    """The part that fills fields by readings.
 
     Args:
       name: for messages.
-      terms: readings (`Reward` or `Fill`), each with a name of its own.
-      outputs: term name -> names that it fills.
-      key: entry of work that holds the rows.
-      sample: rows of a group.
+      terms: readings (`Reward` or `Fill`) with different names.
+      outputs: term name -> fields that it fills.
+      key: entry of work with the rows.
+      sample: rows per group.
     """
 
     def read(state: TrainState, work: Work, context: Context) -> Work:
@@ -96,13 +96,13 @@ def _dtype(name: str) -> Any:
 
 
 def view_part(view: View, key: str, samples: int) -> Host:
-    """The part that makes the sequences of a view on the host: `<view>_tokens`, `<view>_length`, `<view>_mask`, and the
-    same of their prompts.
+    """The part that makes the sequences of a view on the host: `<view>_tokens`, `<view>_length`, `<view>_mask`, and
+    those of their prompts.
 
     Args:
-      view: its function names text.
-      key: entry of work that holds the rows.
-      samples: rows of a group.
+      view: with a reading as its function.
+      key: entry of work with the rows.
+      samples: rows per group.
     """
 
     def widths(rows: Experience) -> tuple[int, int]:
@@ -111,7 +111,7 @@ def view_part(view: View, key: str, samples: int) -> Host:
 
     def read(state: TrainState, work: Work, context: Context) -> Work:
         rows = work[key]
-        assert context.encode is not None  # `checked` has seen to it
+        assert context.encode is not None  # ensured by `checked`
         entry = partial(_prompt if view.written_by else _pair, context.encode, widths(rows))
         packed = partial(_packed, widths(rows))
         return {key: rows.filled(**_read_by_all([view], {}, rows, state, work, context, samples, entry, packed))}
@@ -125,10 +125,10 @@ def view_part(view: View, key: str, samples: int) -> Host:
 
 
 def _pair(encode: Callable[[str], list[int]], widths: tuple[int, int], entry: Any) -> tuple[list[int], list[int]]:
-    """What a view on the host returned for a row, as token ids."""
+    """The result of a view on the host for a row, as token ids."""
     if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
         raise ValueError(
-            f"a view returns a pair (prompt, completion) a row, of texts or lists of token ids, and not {entry!r}"
+            f"a view must return one pair (prompt, completion) per row, of texts or lists of token ids, not {entry!r}"
         )
     prompt, completion = (encode(part) if isinstance(part, str) else [int(one) for one in part] for part in entry)
     names = ("max_prompt_tokens", "max_completion_tokens")
@@ -136,16 +136,14 @@ def _pair(encode: Callable[[str], list[int]], widths: tuple[int, int], entry: An
         if len(ids) > width:
             raise ValueError(f"{len(ids)} tokens, but {what} is {width}; raise it in the view's entry, or return fewer")
     if not prompt:
-        raise ValueError("the prompt has no tokens; a completion is scored behind one token at least")
+        raise ValueError("the prompt has no tokens; return a prompt of at least one token")
     return prompt, completion
 
 
 def _prompt(encode: Callable[[str], list[int]], widths: tuple[int, int], entry: Any) -> tuple[list[int], list[int]]:
-    """The prompt of a view that is written; the one token behind it says that the row has one."""
+    """The prompt of a written view; its completion of one token marks that the row has a prompt."""
     if not isinstance(entry, str) and not (isinstance(entry, Sequence) and all(isinstance(one, int) for one in entry)):
-        raise ValueError(
-            f"a view that a network writes returns a prompt a row, a text or a list of token ids, not {entry!r}"
-        )
+        raise ValueError(f"a written view must return one prompt per row, a text or a list of token ids, not {entry!r}")
     return _pair(encode, widths, (entry, [0]))
 
 
@@ -174,7 +172,8 @@ def _read_by_all(
     entry: Callable[[Any], Any] | None = None,
     packed: Callable[..., dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Values by name, whole, and placed where rows are. All processes call it. `entry`, `packed`: of a view."""
+    """Values by name for the whole batch, sharded like the rows. All processes must call it. `entry`, `packed`: of a
+    view."""
     wanted = frozenset().union(*(names(term.function) for term in terms)) - TEXT
     wanted |= {f"{name[:-5]}_{part}" for name in wanted if is_written_text(name) for part in ("tokens", "length")}
     read = {name: rows[name] for name in {*_ALWAYS, *wanted} if name in rows}
@@ -185,7 +184,7 @@ def _read_by_all(
         ids = None if prompt_ids is None else np.asarray(jax.device_get(prompt_ids))
         first_rows = np.arange(rows.tokens.shape[0])
         values = read_values(terms, outputs, here, ids, state, context, first_rows, entry, packed)
-        if isinstance(placement, NamedSharding):  # without a mesh, placing them by hand would compile programs twice
+        if isinstance(placement, NamedSharding):  # without a mesh, explicit placement would compile programs twice
             return {name: jax.device_put(value, placement) for name, value in values.items()}
         return values
     assert isinstance(placement, NamedSharding)
@@ -197,7 +196,7 @@ def _read_by_all(
         values = read_values(terms, outputs, own, ids, state, context, mine, entry, packed)
     except RewardError as error:
         failure = error
-    # One that raised alone would leave the others waiting for its rows.
+    # If one process raised on its own, the others would wait for its rows.
     said = hosts.first_failure(None if failure is None else str(failure))
     if said is not None:
         raise RewardError(said) from failure
@@ -219,11 +218,11 @@ def read_values(
     entry: Callable[[Any], Any] | None,
     packed: Callable[..., dict[str, Any]] | None,
 ) -> dict[str, np.ndarray]:
-    """Values of rows that are here, by name. Rows of weight 0 are handed to nobody."""
+    """Values of the local rows, by name. Rows of weight 0 are not passed to the functions."""
     count, width = rows["tokens"].shape
     present = np.flatnonzero(rows["weight"] > 0)
     text: dict[str, Any] = {}
-    # What is neither text nor an array of the rows is a column of the data.
+    # A name that is neither a text nor an array of the rows is a column of the data.
     asked_for = frozenset().union(*(names(term.function) for term in terms)) - TEXT - rows.keys() - {"step"}
     written = {name for name in asked_for if is_written_text(name) and f"{name[:-5]}_tokens" in rows}
     asked_for -= written
@@ -249,7 +248,7 @@ def read_values(
     found: dict[str, np.ndarray] = {}
     for term in terms:
         asked = names(term.function)
-        if signature(term.function).anything:  # all text, and for a function of one row, the text of that row
+        if signature(term.function).anything:  # all texts; for a function of one row, the texts of that row
             asked |= text.keys() - (_PLURAL.keys() | set(_PLURAL.values()) if per_row(term.function) else set())
         data = {name: value for name, value in (text | arrays).items() if name in asked}
         if signature(term.function).anything and per_row(term.function):
@@ -273,24 +272,24 @@ def read_values(
 
 
 def reads_items(terms: Sequence[Any], columns: Collection[str] = ()) -> bool:
-    """Whether some of the readings (`Reward` or `Fill`) wants to know what the data says beside the tokens."""
+    """Whether any of the readings (`Reward` or `Fill`) reads records or columns of the data."""
     asked = [signature(term.function) for term in terms if term.on_host]
     wanted = _OF_ITEMS.union(columns)
     return any(read.anything or wanted & {*read.required, *read.optional} for read in asked)
 
 
 def columns_of(items: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """Names of what records say, and of the fields of their lines, that readings may ask for beside text."""
+    """Names of the fields of records, and of the columns of their lines, that readings may read beside text."""
     found = {name for item in items for name in (*item, *(item.get("raw") or ()))}
     return frozenset(name for name in found if name.isidentifier()) - TEXT - FIELDS.keys() - {"raw"}
 
 
 def column(item: Mapping[str, Any], name: str) -> Any:
-    """A field of a record, or of the line that it was read from; None where it has none."""
+    """A field of a record, or of the line that it was read from; None if there is none."""
     return item[name] if name in item else (item.get("raw") or {}).get(name)
 
 
-_EXACT = 2**24  # from here on float32 holds neighbours as one number
+_EXACT = 2**24  # above this float32 cannot represent all integers
 _OF_ITEMS = TEXT - {"completions", "completion"}
 _PLURAL = {"completion": "completions", "prompt": "prompts", "answer": "answers", "item": "items"}
 
@@ -298,12 +297,12 @@ _PLURAL = {"completion": "completions", "prompt": "prompts", "answer": "answers"
 def item_numbers(
     ids: np.ndarray, groups: np.ndarray, prompt_ids: np.ndarray | None, items: Sequence[Mapping[str, Any]]
 ) -> np.ndarray:
-    """Which item each row belongs to: by the id of its prompt, or by its group where ids do not tell prompts apart.
+    """The index of the item of each row: by the id of its prompt, or by its group if ids are not unique.
 
     Args:
       ids, groups: prompt and group of each row.
-      prompt_ids: of the prompts that the items are of, in their order; None where they are not at hand.
-      items: each may say the id of its prompt, as `item_id`.
+      prompt_ids: ids of the prompts of the items, in order; None if unknown.
+      items: may contain the id of their prompt as `item_id`.
     """
     if all("item_id" in item for item in items):
         known = [item["item_id"] for item in items]
@@ -325,11 +324,11 @@ def _spread(
     first_rows: np.ndarray,
     groups: np.ndarray,
 ) -> np.ndarray:
-    """One entry a row of the batch, from those of rows that are there; None does not apply."""
+    """One entry per row of the batch, from the entries of the present rows; None means "does not apply"."""
     absent = float("nan") if "/" in name else absent_value(name)
     if any(isinstance(value, str) for value in values):
-        # Equal texts of a group get the number of its first row that has them, as `rewards.answer_ids` gives them: that
-        # is exact, and the same for any tokenizer and any number of processes.
+        # Equal texts of a group get the index of the first row of the group with this text, as in `rewards.answer_ids`:
+        # this is exact, and independent of tokenizer and number of processes.
         ids, seen = np.full(count, -1, np.int32), {}
         for row, value in zip(present, values, strict=True):
             if value is not None:

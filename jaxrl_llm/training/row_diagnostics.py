@@ -1,6 +1,6 @@
-"""What the rewards of a batch say of each other, and which of its completions are degenerate.
+"""Relations between the rewards of a batch, and shares of degenerate completions.
 
-Cheap numbers of every step, computed inside its program, that show a reward being exploited while it happens.
+These metrics are computed inside the program of every step at little cost, and show reward hacking early.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ NGRAM = 4
 def within_groups(
     first: Float[Array, "B M"], second: Float[Array, "B M"], group: Int[Array, "B"], weight: Float[Array, "B"]
 ) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
-    """How alike two numbers order the samples of each prompt: (correlation, STARC distance) of each column.
+    """Agreement of two numbers on the samples of each prompt: (correlation, STARC distance) of each column.
 
         rho = <C(x), C(y)> / (|C(x)| |C(y)|),   d = | C(x) / |C(x)| - C(y) / |C(y)| | / 2 = sqrt((1 - rho) / 2)
 
-    C takes the mean of each group away, so that neither easy prompts nor scale count. d is 0 where the two differ by
-    scale and an offset of each prompt alone, and 1 where they are opposite. One that is constant in each group has the
-    norm 0, which stays 0: rho is then 0 and d 1/2, and of two such numbers d is 0.
+    C subtracts the mean of each group, so that neither the difficulty of prompts nor the scale matters. d is 0 if the
+    two differ only by a scale and an offset per prompt, and 1 if they are opposite. For a number that is constant in
+    each group, C(x) / |C(x)| is defined as 0: then rho is 0 and d is 1/2, and 0 if both are constant.
 
     Args:
-      first, second: numbers of each row; in a column a row where either is NaN is left out.
+      first, second: numbers of each row; rows where either is NaN are left out of the column.
       group: ids of the groups.
-      weight: of each row; those of weight 0 are left out.
+      weight: weight of each row; rows of weight 0 are left out.
 
-    Reference: STARC (2309.15257), of one-step problems.
+    Reference: STARC (2309.15257), for one-step problems.
     Certainty: reconstructed
     """
     chex.assert_equal_shape([first, second])
@@ -48,7 +48,7 @@ def within_groups(
     def unit(x: Array, total: Array) -> Array:
         centred = jnp.where(there > 0, x - total / jnp.where(count > 0, count, 1.0), 0.0)
         norm, size = (jnp.sqrt((there * jnp.square(y)).sum(0)) for y in (centred, x))
-        differs = norm > 1e-5 * size  # what is left of equal values is rounding
+        differs = norm > 1e-5 * size  # for equal values only rounding errors remain
         return jnp.where(differs, centred / jnp.where(differs, norm, 1.0), 0.0)
 
     one, other = map(unit, values, sums)
@@ -63,15 +63,16 @@ def reward_relations(
     names: Sequence[str],
     total: Float[Array, "B"] | None = None,
 ) -> dict[str, Float[Array, ""]]:
-    """Of rewards within groups: correlations with each other and with other numbers of rows, distances, lost groups.
+    """Relations of rewards within groups: correlations with each other and with other numbers, distances, constant
+    groups.
 
     Args:
-      components: one column a reward; NaN where it does not apply.
-      others: numbers of each row that rewards are compared with, such as the length.
+      components: one column per reward; NaN where it does not apply.
+      others: other numbers of each row to correlate with, such as the length.
       group: ids of the groups.
       weight: of each row.
       names: of the rewards.
-      total: what training maximises; the distance of each of several rewards from it is `starc/<reward>`.
+      total: the reward that training maximises; the distance of each of several rewards from it is `starc/<reward>`.
     """
     chex.assert_rank(components, 2)
     columns = dict(zip(names, components.T, strict=True))
@@ -82,7 +83,7 @@ def reward_relations(
     correlation, distance = within_groups(first, second, group, weight)
     found = {f"reward_correlation/{name}": correlation[i] for i, name in enumerate(compared)}
     found |= {f"starc/{name}": distance[len(compared) + i] for i, name in enumerate(distant)}
-    # Groups in which a reward is constant, of those that it applies to.
+    # Share of the groups in which a reward is constant, among those that it applies to.
     applies = (weight[:, None] > 0) & ~jnp.isnan(components)
     ends = jnp.where(jnp.concatenate([applies] * 2, 1), jnp.concatenate([components, -components], 1), -jnp.inf)
     highest, lowest = jnp.split(jax.ops.segment_max(ends, group, len(group)), 2, axis=1)
@@ -94,18 +95,18 @@ def reward_relations(
 def degenerate_completions(
     rows: Experience, weight: Float[Array, "B"], scripts: Int[np.ndarray, "V"] | None = None
 ) -> dict[str, Float[Array, ""]]:
-    """Shares of completions that are empty, that repeat an earlier one of their prompt, or change the script; and how
-    much completions repeat themselves.
+    """Shares of completions that are empty, duplicate an earlier one of their prompt, or use a foreign script; and the
+    share of repeated n-grams.
 
     Args:
       rows: a batch.
       weight: of each row as it was sampled.
-      scripts: of each token of the vocabulary (`data.token_scripts`); None where all are Latin.
+      scripts: script of each token of the vocabulary (`data.token_scripts`); None if all are Latin.
     """
     rows_there = jnp.maximum(weight.sum(), 1.0)
     mean = lambda x: (x * weight).sum() / rows_there  # noqa: E731
     there = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
-    # Told apart by two 32-bit hashes. Sorted, equal rows stand side by side, and all but the first repeat one.
+    # Rows are compared by two 32-bit hashes. After sorting, equal rows are adjacent; all but the first are duplicates.
     place = jnp.arange(rows.tokens.shape[1])
     codes = [jnp.where(there, token_codes(rows.tokens, place, seed=seed), 0).sum(1, dtype=jnp.uint32) for seed in SEEDS]
     keys = (*codes, rows.length, rows.group, weight <= 0)
@@ -129,23 +130,23 @@ def degenerate_completions(
 
 
 def repeated_ngrams(tokens: Int[Array, "B T"], length: Int[Array, "B"], *, ngram: int = NGRAM) -> Float[Array, "B"]:
-    """Share of the n-grams of a completion that stood in it before; 0 for fewer than n tokens.
+    """Share of the n-grams of a completion that occurred in it before; 0 for fewer than n tokens.
 
-    Two n-grams are told apart by a 32-bit hash: of 10,000 tokens about one completion in a hundred is off by one.
+    N-grams are compared by a 32-bit hash: for 10,000 tokens about one completion in a hundred is off by one.
     """
     places = tokens.shape[1] - ngram + 1
     if places < 1:
         return jnp.zeros(tokens.shape[0], jnp.float32)
     code = ngram_codes(tokens, ngram)
     count = jnp.maximum(length - ngram + 1, 0)
-    last = jnp.uint32(0xFFFFFFFF)  # what is not there comes last
+    last = jnp.uint32(0xFFFFFFFF)  # missing n-grams are sorted to the end
     code = jnp.sort(jnp.where(jnp.arange(places) < count[:, None], jnp.minimum(code, last - 1), last), axis=1)
     again = ((code[:, 1:] == code[:, :-1]) & (code[:, 1:] != last)).sum(1)
     return again / jnp.maximum(count, 1).astype(jnp.float32)
 
 
 def _scripts_in(tokens: Int[Array, "B T"], inside: Array, scripts: Int[np.ndarray, "V"]) -> Array:
-    """One bit for each script that a row's tokens are written in."""
+    """One bit for each script in the tokens of a row."""
     of_token = jnp.asarray(scripts)[tokens]
     bits = jnp.where(inside & (of_token > 0), 1 << of_token, 0)
     return jax.lax.reduce(bits, jnp.int32(0), jax.lax.bitwise_or, (1,))

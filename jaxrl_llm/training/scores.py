@@ -1,7 +1,7 @@
-"""What networks say of rows before the update, computed because, and only because, something names it.
+"""Outputs of networks on rows before the update; only outputs that a function reads are computed.
 
-Everything here is without gradient and looks at the networks as the step found them. A view is another sequence made of
-a row; it is scored like the row itself.
+All outputs are without gradient and use the parameters at the start of the step. A view is another sequence made from a
+row; it is scored like the row itself.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 from jaxrl_llm.signatures import call
 from jaxrl_llm.terms import Fill
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.networks import Network, current, frozen_part, whole
+from jaxrl_llm.training.networks import Network, backbone_of, current, frozen_part
 from jaxrl_llm.training.passes import Plain, Size, at_smallest_size, hidden_of, in_rows
 from jaxrl_llm.training.passes import scored as scored_by
 from jaxrl_llm.training.segments import in_device_memory
 
 
 def sequences(c: Composition, rows: Experience, view: str) -> tuple[Plain, Float[Array, "B T"]]:
-    """(what is scored, mask of its tokens) of the rows themselves, view "", or of a view with one sequence a row."""
+    """(sequences to score, mask of their tokens) of the rows themselves (view ""), or of a view with one sequence per
+    row."""
     made, mask = scored_of(c, rows, view)
     if isinstance(made, Branches):
         raise ValueError(
-            f"view {view!r} makes several sequences of a row, of which log-probabilities and entropy before the update "
-            "are known, and nothing else; name those, or make a view of one sequence"
+            f"view {view!r} makes several sequences of a row, for which only log-probabilities and entropy before the "
+            "update are available; read those, or make a view of one sequence"
         )
     return made, mask
 
 
 def scored_of(c: Composition, rows: Experience, view: str) -> tuple[Plain | Branches, Float[Array, "B ..."]]:
-    """(what is scored, mask of its tokens) of the rows themselves, view "", or of a view."""
+    """(sequences to score, mask of their tokens) of the rows themselves (view ""), or of a view."""
     if not view:
         own = Plain(rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length, rows.support, rows.router_choices)
         return own, rows.mask
@@ -63,14 +64,15 @@ def scored_of(c: Composition, rows: Experience, view: str) -> tuple[Plain | Bran
 def by_microbatch(
     function: Callable[[Experience], Experience], rows: Experience, size: int | None, *, together: bool = False
 ) -> Experience:
-    """`function`, which looks at each row alone, on `size` rows at a time: it needs no more memory than the update.
+    """Apply `function`, which treats rows independently, to `size` rows at a time, so it needs no more memory than the
+    update.
 
     Args:
       function: rows -> rows.
       rows: all of them.
-      size: rows of a piece; None, or one that does not divide the rows, takes all at once.
-      together: a piece is rows that follow one another. Else every so many rows make a piece, so that each device of a
-        mesh finds its part of every piece among its own rows.
+      size: rows per piece; None, or a size that does not divide the rows, processes all at once.
+      together: pieces are consecutive rows. Otherwise pieces are strided, so that each device of a mesh has its part of
+        every piece among its own rows.
     """
     count = rows.tokens.shape[0]
     if not size or count % size or size == count:
@@ -98,15 +100,15 @@ def viewed(
     own_samples: bool,
     rows_are_groups: bool = False,
 ) -> Experience:
-    """Rows with everything that is wanted of the networks before the update.
+    """Rows with all wanted outputs of networks before the update.
 
     Args:
       c, state: of the step.
       rows: completions.
-      wanted: names; those that rows know already, or that networks do not say, are left alone.
-      own_samples: every completion was drawn by this policy at this temperature, so that the sampler's record is what
-        another pass would give.
-      rows_are_groups: each `c.samples` rows that follow one another have the same prompt.
+      wanted: names; those that the rows already have, or that are not outputs of networks, are ignored.
+      own_samples: every completion was sampled by this policy at this temperature, so that the sampler's
+        log-probabilities equal those of another pass.
+      rows_are_groups: every `c.samples` consecutive rows have the same prompt.
     """
     wanted = frozenset(name for name in wanted if name not in rows)
     if c.rollout is not None and c.rollout.engine is not None:
@@ -119,7 +121,7 @@ def viewed(
     place = c.resources.placement
     if "reference" in c.networks and any(found.network == "reference" for found in asked.values()):
         state = in_device_memory(state, c.placed, place.offload & {"reference"})
-    # On one device the pieces are rows that follow one another, and so may be whole groups.
+    # On one device the pieces are consecutive rows, and so may be whole groups.
     at_once, together = c.update.sequences_per_microbatch, place.mesh is None or place.mesh.size == 1
     whole_groups = not at_once or (together and at_once % c.samples == 0)
     samples = c.samples if rows_are_groups and whole_groups else 1
@@ -139,7 +141,7 @@ def viewed(
 
     rows = by_microbatch(scored, rows, at_once, together=together) if wanted - recorded else scored(rows)
     if c.rollout is not None and c.rollout.engine is not None:
-        # An engine does not say the entropy of what it draws from; that of the policy stands for it.
+        # An engine does not report the entropy of its distribution; the policy's entropy is used instead.
         rows = replace(rows, behaviour_entropy=jnp.asarray(rows["old_entropy"]))
     return rows
 
@@ -147,7 +149,7 @@ def viewed(
 def _of_policy(
     c: Composition, state: TrainState, rows: Experience, wanted: frozenset[str], size: Size, *, own_samples: bool
 ) -> dict[str, Array]:
-    """What is wanted of the policy and its own rows, in one pass."""
+    """The wanted outputs of the policy on its own rows, in one pass."""
     model, params, values = c.model, state.params, {}
     if own_samples:
         record = {"old_logprobs": rows.behaviour_logprobs, "old_entropy": rows.behaviour_entropy}
@@ -185,7 +187,7 @@ def _scores(
     samples: int,
     size: Size,
 ) -> dict[str, Array]:
-    """Everything that is asked of the network and the view of one name, in one pass; a view has its whole width."""
+    """All requested outputs of one network on one view, in one pass; views use their full width."""
     size = None if found.view else size
     together = {name: s for name, s in asked.items() if (s.network, s.view) == (found.network, found.view)}
     network = c.networks.get(found.network)
@@ -223,7 +225,7 @@ def _scores(
 
 
 def owner(c: Composition, name: str) -> Network:
-    """The network that a name is made from: it says what the head of a copy is."""
+    """The origin of a network, which defines the head of a copy."""
     network = c.networks[name]
     return owner(c, network.origin) if network.head is None and network.origin in c.networks else network
 
@@ -241,26 +243,26 @@ def of_head(
     frozen: PyTree = None,
     size: Size = None,
 ) -> dict[str, Array]:
-    """What a network with a head says of sequences, by quantity.
+    """Outputs of a network with a head on sequences, by quantity.
 
-    Values come from the state before each token: [B T], [B T N], or one of them a row as `network.says`. Scores come
-    from the state behind the last token: [B] or [B N].
+    Values are computed from the state before each token: [B T], [B T N], or one of them per row, depending on
+    `network.says`. Scores are computed from the state after the last token: [B] or [B N].
 
     Args:
-      network: how its numbers are read.
+      network: its description.
       model: the architecture of its backbone.
-      params: "head", and "backbone" where it does not share the policy's.
-      source: what is judged.
-      mask: tokens that count.
+      params: "head", and "backbone" unless it shares the policy's.
+      source: the sequences.
+      mask: counted tokens.
       quantities: "values", "scores".
       policy: the policy's parameters, for a head that shares its backbone.
-      policy_hidden: its hidden states of these sequences, where they are known.
-      frozen: of the policy's parameters, which a head with a backbone of its own reads too.
-      size: that holds the sequences.
+      policy_hidden: the policy's hidden states of these sequences, if known.
+      frozen: the frozen part of the policy's parameters, which an own backbone also reads.
+      size: a size that holds the sequences.
     """
     assert network.head is not None
     own = "backbone" in params
-    backbone = whole(model, params["backbone"], frozen) if own else policy
+    backbone = backbone_of(model, params, policy, frozen)
     found = {}
     if "values" in quantities:
         hidden = None if own else policy_hidden
@@ -276,7 +278,7 @@ def of_head(
 
 
 def final_hidden(model: Model, params: PyTree, source: Plain) -> Float[Array, "B D"]:
-    """Hidden state behind the last token of each sequence."""
+    """Hidden state after the last token of each sequence."""
     positions = jnp.concatenate(
         [
             prompt_positions(source.prompt_length, source.prompt_tokens.shape[1]),
@@ -291,7 +293,7 @@ def final_hidden(model: Model, params: PyTree, source: Plain) -> Float[Array, "B
 def hidden_states(
     model: Model, params: PyTree, rows: Experience, *, replayed: bool = False, samples_per_prompt: int = 1
 ) -> Float[Array, "B T D"]:
-    """Hidden state that predicts each completion token, through the experts that were recorded where `replayed`."""
+    """Hidden state that predicts each completion token; with `replayed`, with the recorded experts."""
     routes = rows.router_choices if replayed else None
     rows_of = rows.prompt_tokens, rows.prompt_length, rows.tokens, rows.length
     return predicting_hidden(model, params, *rows_of, router_choices=routes, samples_per_prompt=samples_per_prompt)
@@ -300,7 +302,7 @@ def hidden_states(
 def prompt_logprobs(
     model: Model, params: PyTree, rows: Experience, *, temperature: float
 ) -> tuple[Float[Array, "B P"], Float[Array, "B P"]]:
-    """Log-probability of each prompt token after the first, and a mask that is 1 on them."""
+    """Log-probability of each prompt token after the first, and a mask that is 1 on these tokens."""
     hidden = prompt_hidden(model, params, rows.prompt_tokens, rows.prompt_length)
     scored = token_statistics(model, params, hidden[:, :-1], rows.prompt_tokens[:, 1:], temperature=temperature)
     width = rows.prompt_tokens.shape[1]
@@ -311,9 +313,9 @@ def prompt_logprobs(
 def over_vocabulary(
     model: Model, params: PyTree, rows: Experience, terms: Sequence[Fill], *, temperature: float
 ) -> dict[int, Float[Array, "B T"]]:
-    """Values of the credit entries that read whole distributions, by place in the list; one pass in chunks.
+    """Values of the credit entries that read full distributions, by index in the list; one pass in chunks.
 
-    Such a function sees the log-softmax [B, chunk, V] of the policy before the update and the tokens [B, chunk].
+    Such a function gets the log-softmax [B, chunk, V] of the policy before the update and the tokens [B, chunk].
     """
     chosen = {index: term for index, term in enumerate(terms) if term.over_vocabulary}
     if not chosen:
@@ -327,7 +329,7 @@ def over_vocabulary(
 def _by_vocabulary(
     model: Model, chosen: Mapping[int, Fill], temperature: float, part: int, params: PyTree, rows: Any
 ) -> dict[int, Float[Array, "B T"]]:
-    """`over_vocabulary` of the rows that are here, of a vocabulary of which a device holds `part`."""
+    """`over_vocabulary` of the local rows, with a vocabulary of which each device holds `part`."""
     hidden, tokens = rows
     count, width = tokens.shape
     chunk = positions_per_chunk(count, width, part)

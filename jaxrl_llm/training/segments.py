@@ -1,7 +1,7 @@
-"""One compiler: the parts of a step in their order become programs, cut where the host has to read or to ask.
+"""Compilation of a step: consecutive parts become programs, separated by the parts that run on the host.
 
-A part is a pure function (state, work) -> what it adds to `work`, a dictionary of arrays that flows through the step;
-`Host` parts run between programs, `Repeat` goes round its own parts. Where no part is a host's, all is one program.
+A part is a pure function (state, work) -> additions to `work`, a dictionary of arrays that is passed through the step;
+`Host` parts run between programs, `Repeat` loops over its own parts. Without host parts the whole step is one program.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Traced(NamedTuple):
 
     Attributes:
       name: for `explain` and messages.
-      function: (state, work) -> what it adds to work.
+      function: (state, work) -> additions to work.
     """
 
     name: str
@@ -42,8 +42,8 @@ class Host(NamedTuple):
 
     Attributes:
       name: for `explain` and messages.
-      function: (state, work, context) -> what it adds to work.
-      shapes: (state, work) -> the same as shapes, for a step that is explained or planned.
+      function: (state, work, context) -> additions to work.
+      shapes: (state, work) -> the additions as shapes, for `explain` and `plan`.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Host(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """Parts that go round while `work["carry"]` is unfinished; at least once."""
+    """Parts that are repeated while `work["carry"]` is unfinished; at least once."""
 
     parts: tuple[Any, ...]
     unfinished: Callable[[Any], Array]
 
 
 class Learn(NamedTuple):
-    """The last part: (state, work) -> (new state, numbers, rows). The state that it is given is used up."""
+    """The last part: (state, work) -> (new state, metrics, rows). It donates the given state."""
 
     name: str
     function: Callable[[TrainState, Work], tuple[TrainState, dict[str, Array], Any]]
@@ -67,12 +67,13 @@ class Learn(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """Parts that were compiled together.
+    """Parts that are compiled together.
 
     Attributes:
       name: of its parts.
-      run: the jitted function of (state, work): what its parts add to work, or with `last` (state, numbers, rows).
-      last: it ends the step.
+      run: the jitted function of (state, work) -> additions of its parts to work, or with `last` (state, metrics,
+          rows).
+      last: whether it ends the step.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Program:
 
 
 class Loop(NamedTuple):
-    """A loop whose rounds wait for the host; `goes_on` is a program that says whether there is another."""
+    """A loop on the host; the program `goes_on` decides whether there is another round."""
 
     body: tuple[Any, ...]
     goes_on: Callable[..., Array]
@@ -91,11 +92,11 @@ Segment = Program | Host | Loop
 
 
 def compiled(parts: Sequence[Any], placement: Placement, placed: Any) -> tuple[Segment, ...]:
-    """Programs and host calls from parts in their order.
+    """Programs and host calls from parts, in order.
 
     Args:
-      parts: `Traced`, `Host`, `Repeat`; `Learn` can be the last.
-      placement: devices.
+      parts: `Traced`, `Host`, `Repeat`; the last may be `Learn`.
+      placement: devices and shardings.
       placed: a sharding for each array of the state; None without a mesh.
     """
     segments: list[Segment] = []
@@ -126,7 +127,7 @@ def compiled(parts: Sequence[Any], placement: Placement, placed: Any) -> tuple[S
 
 
 def programs(segments: Sequence[Segment]) -> tuple[Program, ...]:
-    """The compiled programs of a step in the order in which they first run."""
+    """The compiled programs of a step, in the order of their first run."""
     found: list[Program] = []
     for segment in segments:
         if isinstance(segment, Program):
@@ -137,9 +138,9 @@ def programs(segments: Sequence[Segment]) -> tuple[Program, ...]:
 
 
 def run(segments: Sequence[Segment], state: TrainState, work: Work, context: Any) -> Any:
-    """Run a step: (state, numbers, rows) where it ends in `Learn`, else its work.
+    """Run a step: returns (state, metrics, rows) if it ends with `Learn`, else its work.
 
-    Until the program that ends the step, the state is whole: `context.stop` may raise before each segment.
+    The state is unchanged until the last program; `context.stop` may raise before each segment.
     """
     result: Any = None
     for segment in segments:
@@ -159,7 +160,7 @@ def run(segments: Sequence[Segment], state: TrainState, work: Work, context: Any
 
 
 def shapes(segments: Sequence[Segment], state: TrainState, work: Work) -> list[tuple[Program, Work]]:
-    """The programs of a step with the work that each is called with, as shapes; the body of a loop is seen once."""
+    """The programs of a step with the shapes of the work passed to each; the body of a loop occurs once."""
     return _shapes(segments, state, work)[0]
 
 
@@ -185,7 +186,7 @@ def _traceable(part: Any) -> bool:
 
 
 def _inside(part: Repeat) -> Traced:
-    """A loop inside a program. What its parts add to work, beside the carry, is of one round and stays there."""
+    """A loop inside a program. Additions of its parts to work, except the carry, are discarded after each round."""
 
     def loop(state: TrainState, work: Work) -> Work:
         def one(carry: Any) -> Any:
@@ -197,7 +198,7 @@ def _inside(part: Repeat) -> Traced:
 
 
 def _added(parts: Sequence[Traced], state: TrainState, work: Work) -> Work:
-    """What parts that run one after the other add to work."""
+    """The additions of consecutive parts to work."""
     added: Work = {}
     for part in parts:
         added |= part.function(state, work | added)
@@ -213,32 +214,32 @@ def _program(parts: tuple[Traced, ...], learn: Learn | None, placement: Placemen
         return learn.function(state, work | _added(parts, state, work))
 
     mesh = placement.mesh
-    # Numbers are on every device, and rows are where the program has put them.
+    # Metrics are replicated, rows keep the sharding of the program.
     returned = None if mesh is None else (placed, NamedSharding(mesh, P()), None)
     return Program(name, _jitted(step, placement, donate_argnums=0, out_shardings=returned), last=True)
 
 
 def _jitted(function: Callable, placement: Placement, **options: Any) -> Callable:
-    """A compiled function, traced under the table of the mesh."""
+    """A jitted function, traced under the sharding rules of the mesh."""
     mesh = placement.mesh
     return jax.jit(laid_out(function, mesh, placement.rules), compiler_options=compiler_options(mesh), **options)
 
 
 # ---- where arrays are ------------------------------------------------------------------------------------------------
 
-# What can be kept in the memory of the host between its uses: names for a config.
+# Names, for configs, of the arrays that can be in host memory between uses.
 OFFLOADABLE = ("optimizer", "reference")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Devices of a step, and what lies where.
+    """Devices of a step, and the sharding of its arrays.
 
     Attributes:
       mesh: the devices; None leaves placement to jax.
-      rules: from the names of axes to those of the mesh.
-      gather_for_rollout: with parameters that are sharded over `fsdp`, gather them once a rollout; else once a token.
-      offload: what is kept in the host's memory between its uses, of `OFFLOADABLE`. Needs a mesh.
+      rules: mapping from the names of array axes to mesh axes.
+      gather_for_rollout: gather parameters sharded over `fsdp` once per rollout; otherwise once per token.
+      offload: arrays in host memory between uses, of `OFFLOADABLE`. Needs a mesh.
     """
 
     mesh: Mesh | None = None
@@ -248,10 +249,10 @@ class Placement:
 
 
 def parameter_shardings(model: Model, mesh: Mesh, rules: Rules = RULES) -> PyTree:
-    """A sharding for each parameter; whole on every device for a model that does not describe its parameters.
+    """A sharding for each parameter; replicated for a model without parameter specs.
 
     Raises:
-      ValueError: where the mesh does not divide what it has to.
+      ValueError: if the mesh does not divide an axis that it must divide.
     """
     if model.specs is not None:
         return shardings(model.specs, mesh, changed_rules(model.rules, rules) if model.rules else rules)
@@ -265,10 +266,10 @@ def placed_state(
     """A sharding for each array of a training state.
 
     Args:
-      models: of the networks by name; a network that is not named has the policy's.
+      models: models of the networks by name; the default is the policy's.
       state: arrays or their shapes.
       mesh: the devices.
-      rules: the table.
+      rules: the sharding rules.
       offload: of `OFFLOADABLE`.
     """
     tables = {}
@@ -286,14 +287,14 @@ def placed_state(
 
 
 def is_offloaded(path: Any, offload: Collection[str]) -> bool:
-    """Whether an array of a training state is among what these names of `OFFLOADABLE` mean."""
+    """Whether an array of a training state belongs to one of these names of `OFFLOADABLE`."""
     names = tuple(str(getattr(part, "key", getattr(part, "name", part))) for part in path[:3])
     meant = {"optimizer": ("networks", POLICY, "optimizer_state"), "reference": ("networks", "reference", "params")}
     return names in [meant[name] for name in offload]
 
 
 def in_device_memory(state: TrainState, placed: TrainState | None, offload: Collection[str]) -> TrainState:
-    """Inside a program: the state with these parts, where they are kept in the host's memory, on their devices."""
+    """Inside a program: the state with these offloaded parts copied to device memory."""
     if placed is None or not offload:
         return state
 
@@ -304,7 +305,7 @@ def in_device_memory(state: TrainState, placed: TrainState | None, offload: Coll
 
 
 def put_back(state: TrainState, placed: TrainState | None) -> TrainState:
-    """Inside a program: the state where it is kept between steps."""
+    """Inside a program: the state with offloaded parts copied back to host memory."""
     if placed is None:
         return state
 

@@ -2,8 +2,9 @@
 
     step = learn . fill . collect          state, metrics = step(state, prompts)
 
-`step_parts` is the whole step in its order. `segments.compiled` makes programs of the parts: one where everything is
-traceable, several with the host between them where a part reads text, asks an engine, or talks to an environment.
+`step_parts` lists the parts of the step in order. `segments.compiled` compiles them: into one program if everything is
+traceable, or several with host calls between them if a part reads text, calls an engine, or uses an environment in
+Python.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ AHEAD = "ahead"
 
 
 def step_parts(c: Composition) -> list[Any]:
-    """The whole step: rows, what fills them, and the update."""
+    """The whole step: collecting rows, filling fields, and the update."""
     if c.rollout is None:
         rows = [*handed(c), *reward_parts(c, "rows")]
     elif c.rollout.off_policy_steps:
-        # The batch that waits is learned from, beside the sampling of the next one; neither waits for the other.
+        # The waiting batch is trained on while the next one is sampled; the two are independent.
         swap: Any = Traced("ahead", _swapped)
-        if any(term.on_host for term in c.rewards):  # which reads rows that are there, while the others are sampled
+        if any(term.on_host for term in c.rewards):  # reads the waiting rows while the next ones are sampled
             swap = Host("ahead", lambda state, work, context: _swapped(state, work), _swapped)
         rows = [*collected(c, reward_parts(c, "drawn"), ahead=True), swap]
     else:
@@ -53,9 +54,9 @@ def step_parts(c: Composition) -> list[Any]:
 
 
 def learned(c: Composition, state: TrainState, work: Work) -> tuple[TrainState, dict[str, Array], Experience]:
-    """Rows with everything filled in -> the new state, numbers, and the rows that were sampled."""
+    """Rows with all fields -> the new state, metrics, and the sampled rows."""
     rows, memory = work["rows"], dict(work["memory"])
-    # The batch that waits lies where sampling has put it, and `placed` does not say where that is.
+    # The waiting batch keeps the sharding of the sampler, which `placed` does not contain.
     state = replace(state, store={name: kept for name, kept in state.store.items() if name != AHEAD})
     if c.rollout is None:
         checked_split(c, rows.tokens.shape[0] // c.samples)
@@ -76,19 +77,20 @@ def learned(c: Composition, state: TrainState, work: Work) -> tuple[TrainState, 
 
 
 def _swapped(state: TrainState, work: Work) -> Work:
-    """The rows of the next step wait, and those that have waited are there, which are not of the prompts at hand."""
+    """Swap the sampled rows, which now wait, with the rows that have waited, which belong to earlier prompts."""
     return {AHEAD: work["rows"], "rows": state.store[AHEAD], "prompts": None}
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """A step that was checked and composed. Calling it: (state, prompts, items, written) -> (state, metrics).
+    """A checked training step. Call: (state, prompts, items, written) -> (state, metrics).
 
     Attributes:
-      init: (key, params=None, networks=None) -> TrainState; parameters of the policy, and of other networks by name.
-      composition: what it was composed of.
-      segments: its programs, with the host calls between them.
-      priming: those of `prime`.
+      init: (key, params=None, networks=None) -> TrainState; with parameters of the policy, and of other networks by
+          name.
+      composition: its parts.
+      segments: its programs and host calls.
+      priming: the programs and host calls of `prime`.
     """
 
     init: Callable[..., TrainState]
@@ -98,7 +100,7 @@ class TrainStep:
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """The compiled programs that a step runs, in order; one where everything is traceable."""
+        """The compiled programs of a step, in order; a single one if everything is traceable."""
         return programs(self.segments)
 
     def __call__(
@@ -108,10 +110,10 @@ class TrainStep:
         items: Sequence[Mapping[str, Any]] | None = None,
         written: Experience | None = None,
     ) -> tuple[TrainState, dict[str, Any]]:
-        """One step. The given state is donated: use the returned one.
+        """Run one step. The given state is donated: use the returned one.
 
-        `items` is needed by readings and environments in Python, `written` by a step that was composed for written
-        rows. One step off-policy, the prompts are those of the next step and the items those of this one.
+        `items` is needed by readings and environments in Python, `written` by a step with written rows. One step
+        off-policy, pass the prompts of the next step and the items of this one.
         """
         state, metrics, _ = self.run(state, prompts, items, written)
         return state, metrics
@@ -125,10 +127,10 @@ class TrainStep:
         call: Any = None,
         stop: Callable[[], None] | None = None,
     ) -> tuple[TrainState, dict[str, Any], Experience]:
-        """The same with the rows of the step.
+        """Like calling the step, and also returns the rows of the step.
 
-        `call`, from `opened(environment)`, keeps an environment open. `stop` is called before each program and each
-        call of the host; what it raises leaves the given state as it was.
+        `call`, from `opened(environment)`, is the caller of an open environment. `stop` is called before each program
+        and each host call; if it raises, the given state is unchanged.
         """
         context = self._context(items, call)
         if stop is not None:
@@ -137,7 +139,7 @@ class TrainStep:
         return state, metrics | context.numbers, rows
 
     def prime(self, state: TrainState, prompts: Prompts, items: Any = None, call: Any = None) -> TrainState:
-        """A state that holds the batch of its first step; itself where a step samples its own."""
+        """For off-policy steps: a state that holds the batch of the first step; otherwise the state itself."""
         if not self.priming:
             return state
         context = self._context(items, call)
@@ -145,7 +147,7 @@ class TrainStep:
         return replace(state, store={**state.store, AHEAD: work["rows"]})
 
     def _context(self, items: Any, call: Any) -> Context:
-        """What a step has on the host. What it lacks is said before anything is computed."""
+        """The host resources of a step; raises ValueError if something is missing, before anything is computed."""
         c = self.composition
         context = Context(items, c.resources.decode, c.resources.encode, call)
         environment = None if c.rollout is None else c.rollout.environment
@@ -157,7 +159,7 @@ class TrainStep:
 
 
 def given_work(prompts: Prompts | None, written: Experience | None) -> Work:
-    """What a step starts from."""
+    """The initial work of a step."""
     given = {"prompts": prompts, "written": written}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -173,15 +175,15 @@ def make_train_step(
     update: Update | None = None,
     resources: Resources | None = None,
 ) -> TrainStep:
-    """Compose a training step from pure functions; what they name is what it computes.
+    """Compose a training step from pure functions; it computes the fields that their parameters name.
 
     Args:
       model: the policy.
       optimizer: of the policy.
-      source: where rows come from: a `Rollout`, `Written` rows, and `Replay` beside a rollout.
+      source: sources of rows: a `Rollout`, `Written` rows, and `Replay` beside a rollout.
       losses: loss functions, or (function, coefficient) pairs.
       rewards: reward functions, or (function, weight) pairs; the first is the verifier that `correct` reports.
-      credit: (name or names, function) pairs, in order; one fills `advantages` for a loss that names it.
+      credit: (name or names, function) pairs, in order; one must fill `advantages` if a loss reads it.
       update: epochs, minibatches, microbatches.
       resources: text, networks, views, devices.
 
@@ -189,7 +191,8 @@ def make_train_step(
       `TrainStep`.
 
     Raises:
-      ValueError: when a function names what nothing provides, or a part needs what another does not offer.
+      ValueError: if a function reads a name that nothing provides, or a part needs a capability that another does not
+      offer.
     """
     c = checked(composition_of(model, optimizer, source, rewards, credit, losses, update, resources))
     place = c.resources.placement

@@ -1,4 +1,4 @@
-"""Demonstrations of prompts that no sample solved: kept in the state until there are enough to learn from."""
+"""Demonstrations of prompts that no sample solved: stored in the state until there are enough for an update."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from jaxrl_llm.statistics import group_leader, group_sum
 
 
 def empty_demonstrations(hardest: Hardest, width: int) -> Experience:
-    """The store of `asked_for` before the first step; every array is its own buffer."""
+    """The empty store of `asked_for`; every array is a separate buffer, so that it can be donated."""
     empty = empty_rows(hardest.capacity, hardest.max_prompt_tokens, hardest.max_answer_tokens, width)
     return jax.tree.map(jnp.copy, empty.filled(written_mask=jnp.zeros((hardest.capacity, width), jnp.float32)))
 
 
 def asked_for(store: Experience, rows: Experience, hardest: Hardest) -> tuple[Experience, Experience]:
-    """(the store after a step, demonstrations that learn in it): ReLIFT's interleaving.
+    """(the store after a step, the demonstrations to train on in it): ReLIFT's interleaving.
 
-    The demonstration of every prompt of which no sample has a reward above 0 goes to the front of the store. Where it
-    holds `hardest.rows` then, as many from the front are learned from and leave it; else the rows have weight 0.
+    The demonstration of every prompt of which no sample has a reward above 0 is put at the front of the store. If the
+    store then holds `hardest.rows`, as many rows from the front are trained on and removed; otherwise the returned rows
+    have weight 0.
 
     Args:
-      store: of weight 1 where it holds something, the newest first.
+      store: rows of weight 1 for stored demonstrations, the newest first.
       rows: of this step, with rewards and demonstrations.
       hardest: sizes.
 
@@ -50,7 +51,7 @@ def asked_for(store: Experience, rows: Experience, hardest: Hardest) -> tuple[Ex
     enough = both["weight"][hardest.rows - 1] > 0
     learned = store.filled(**{name: x[: hardest.rows] for name, x in both.items()})
     first = jnp.where(enough, hardest.rows, 0)
-    # What is read behind the end is of weight 0: the rows that were not asked for are there.
+    # Rows read beyond the end have weight 0.
     kept = {name: jnp.roll(x, -first, axis=0)[: hardest.capacity] for name, x in both.items()}
     gone = jnp.arange(hardest.capacity) >= len(order) - first
     kept["weight"] = jnp.where(gone, 0.0, kept["weight"])

@@ -1,7 +1,7 @@
-"""Views that a network writes: a prompt is made of each row, and a network of the step completes it, as a judge does.
+"""Written views: a prompt is made from each row, and a network of the step completes it, for example as a judge.
 
-The tokens are drawn by the key of the run, the step, the view, the row's prompt and its sample number, so they depend
-neither on the other rows nor on the mesh.
+The random keys of the tokens are derived from the run's key, the step, the view, the row's prompt and its sample
+number, so the tokens depend neither on other rows nor on the mesh.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from jaxrl_llm.signatures import call
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.collect import sampling_layout
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.networks import current, frozen_part, whole
+from jaxrl_llm.training.networks import backbone_of, current, frozen_part
 from jaxrl_llm.training.segments import Traced, Work
 
 PARTS = ("prompt_tokens", "prompt_length", "tokens", "length", "mask")
 
 
 def write_part(c: Composition, view: View, key: str) -> Traced:
-    """The part that has a network complete the prompts of a view.
+    """The part in which a network completes the prompts of a view.
 
     Args:
-      c: what the step is composed of.
-      view: with `written_by`; where it reads text, its prompts are in the rows already.
-      key: entry of work that holds the rows.
+      c: the composition of the step.
+      view: with `written_by`; if it reads text, its prompts are already in the rows.
+      key: entry of work with the rows.
     """
 
     def write(state: TrainState, work: Work) -> Work:
@@ -61,7 +61,7 @@ def write_part(c: Composition, view: View, key: str) -> Traced:
 
 def _written(c: Composition, view: View, state: TrainState, rows: Experience, prompts: Prompts, asked: Array) -> Any:
     r, place = c.rollout, c.resources.placement
-    assert r is not None  # `checked` has seen to it
+    assert r is not None  # ensured by `checked`
     models, laid = [], []
     for name in view.writers:
         network = c.networks.get(name)
@@ -95,10 +95,9 @@ def _written(c: Composition, view: View, state: TrainState, rows: Experience, pr
 
 
 def _judge(c: Composition, name: str, state: TrainState) -> tuple[Any, dict[str, Any]]:
-    """(model, whole parameters of backbone and head) of a network with a head."""
+    """(model, full parameters of backbone and head) of a network with a head."""
     network, params = c.networks[name], current(c.model, c.networks, state, name)
-    if "backbone" not in params:
-        return c.model, {"head": params["head"], "backbone": state.params}
-    if network.model is not None:
-        return network.model, params
-    return c.model, params | {"backbone": whole(c.model, params["backbone"], frozen_part(c.model, state.params))}
+    own = network.model if "backbone" in params else None
+    frozen = frozen_part(c.model, state.params) if own is None else None
+    model = own or c.model
+    return model, {"head": params["head"], "backbone": backbone_of(model, params, state.params, frozen)}

@@ -70,9 +70,9 @@ def test_it_fits_a_narrow_screen_and_says_what_is_left_out(config, capsys, monke
         ("data.sources.mine.pth=x", "data.sources.mine.pth.*did you mean data.sources.mine.path"),
         ("data.path=x.jsonl", "data.path and data.sources are both set"),
         ("data.limit=3", "data.limit is 3, set it in each of data.sources"),
-        ("data.selection=uniform", "data.selection chooses prompts, and so do the weights"),
+        ("data.selection=uniform", "data.selection chooses prompts, but the weights"),
         ("task={name: addition, levels: [1]}", "task and data.sources are both set"),
-        ("data.sources.sums.task.name=grid", "the task 'grid', which is answered in turns, and a mixture is not"),
+        ("data.sources.sums.task.name=grid", "the task 'grid', which is in turns, but a mixture needs single"),
     ],
 )
 def test_what_a_mixture_cannot_be_is_said(config, capsys, change, message):

@@ -204,7 +204,7 @@ def test_what_cannot_be_compared_says_why(place, finished_run):
     said("eval", finished_run.directory, *OWN, "--out", "a")
     said("eval", finished_run.directory, *OWN, "--problems", "4", "--out", "b")
     assert "6 and 4 problems and cannot be compared" in said("compare", "a", "b")[2]
-    assert "line 1 is no record of an evaluation" in said("compare", "a", place)[2]
+    assert "line 1 is not a record of an evaluation" in said("compare", "a", place)[2]
     assert "holds no problems.jsonl" in said("compare", "a", finished_run.directory / "checkpoints")[2]
 
 

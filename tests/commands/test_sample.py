@@ -294,7 +294,10 @@ def test_files_that_cannot_be(jaxrl, tmp_path, name, content, message):
         ({"messages": []}, "messages is []; give a list of objects with role and content"),
         ({"messages": [{"role": "user"}]}, "give a list of objects with role and content"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the last not of the assistant"),
-        ({"prompt": "a" * 40}, "more than 48, what completions of up to 16 tokens leave of the model's context of 64"),
+        (
+            {"prompt": "a" * 40},
+            "more than 48, the room that completions of up to 16 tokens leave in the model's context of 64",
+        ),
     ],
 )
 def test_chats_that_cannot_be(jaxrl, chatting, tmp_path, line, message):
@@ -304,7 +307,7 @@ def test_chats_that_cannot_be(jaxrl, chatting, tmp_path, line, message):
 
 def test_completions_that_fill_the_context(jaxrl, chatting):
     said = jaxrl("--prompt", "a", "--max-tokens", "64", policy=chatting, status=2)
-    assert "which leaves nothing of the model's context of 64 tokens for a prompt; set --max-tokens lower" in said
+    assert "which leaves no room for a prompt in the model's context of 64 tokens; set --max-tokens lower" in said
 
 
 def test_nothing_to_complete(jaxrl):

@@ -35,6 +35,13 @@ def test_the_weakest_pairs_are_turned_and_the_next_ones_smoothed(tmp_path):
         cleaned_pairs(groups, said, flip=0.5, smooth=0.4)
 
 
+@pytest.mark.parametrize("words", [["pairs", "--file", "x.jsonl", "--column"], ["eval", "--field"]])
+@pytest.mark.parametrize("given", ["prompt", "prompt=", "=text"])
+def test_a_column_without_a_name_or_a_value_is_refused(tmp_path, capsys, words, given):
+    assert main([*words, given, str(tmp_path)]) == 2
+    assert f"{words[-1]} is {given!r}; write NAME=COLUMN" in capsys.readouterr().err
+
+
 def test_other_runs_without_a_file_to_write_are_refused(tmp_path, capsys):
     assert main(["pairs", str(tmp_path), "--file", "x.jsonl", "--others", str(tmp_path)]) != 0
     assert "add --cleaned FILE" in capsys.readouterr().err

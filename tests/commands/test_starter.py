@@ -49,7 +49,7 @@ def test_format_fields_and_reward_fit_the_file(written, line, format, fields, re
     assert reward in str(config.rewards)
     assert "{body}" in config.data.prompt_format
     if "hardness" in line:
-        assert "columns of the file are parameters of your own: hardness" in text
+        assert "your own function can read these columns as parameters: hardness" in text
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_the_longest_prompt_fits(written):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}', "no line of .* says what its prompt is; it has the fields text, and one of prompt, problem"),
-        ("[1, 2]", "is not one JSON object a line"),
-        ("nonsense", "is not one JSON object a line"),
-        ("", "is not one JSON object a line"),
+        ('{"text": "a"}', "has no column of prompts; it has the fields text, and one of prompt, problem"),
+        ("[1, 2]", "has neither one JSON object per line"),
+        ("nonsense", "has neither one JSON object per line"),
+        ("", "has neither one JSON object per line"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused(tmp_path, capsys, content, message):
@@ -89,5 +89,5 @@ def test_a_config_is_not_written_over(tmp_path, capsys):
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "a", "answer": "1"}\n')
     assert cli.main(["init", str(data), "--out", str(out)]) == 2
-    assert f"{out} is there already; give another file with --out" in capsys.readouterr().err
+    assert f"{out} exists already; give another file with --out" in capsys.readouterr().err
     assert out.read_text() == "name: mine\n"

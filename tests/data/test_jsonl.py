@@ -162,7 +162,7 @@ def test_a_line_separator_of_unicode_ends_no_line(tmp_path):
     [
         ('{"question": "a"', "line 2: no JSON: Expecting"),
         ('{"question": "a", "answer": NaN}', "line 2: no JSON: NaN is no JSON number"),
-        (b'{"question": "\xff"}', "line 2: no JSON: byte 14 is no UTF-8"),
+        (b'{"question": "\xff"}', "line 2: no JSON: byte 14 is not UTF-8"),
         ("[1]", "line 2: holds a list, not an object"),
         ("null", "line 2: holds a NoneType, not an object"),
         ('{"answer": "#### 1"}', r"line 2: there is no field 'question'; its fields are \['answer'\]"),

@@ -107,14 +107,17 @@ def test_the_command(two, capsys):
         a,
         b,
     )
+    chosen = [given[1], "--base", given[0], "--method", "select", "--share", "1", "--out", str(folder / "f")]
+    assert main(["merge", *chosen]) == 0
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), load_params(folder / "f", config), b)
     capsys.readouterr()
     for wrong, message in (
-        ([given[0]], "has one model"),
+        ([given[0]], "needs two models or more"),
         ([*given, "--weights", "1"], "takes 2"),
         ([*given, "--weights", "a,b"], "give numbers with commas"),
         ([*given, "--method", "ties"], "give it with --base"),
-        ([*given, "--base", given[0]], "has no use for"),
-        ([*given, "--share", "0.1"], "has no use for"),
+        ([*given, "--base", given[0]], "does not use it"),
+        ([*given, "--share", "0.1"], "does not use it"),
         ([given[0], str(folder / "nothing")], "nothing"),
     ):
         assert main(["merge", *wrong, "--out", str(folder / "e")]) == 2

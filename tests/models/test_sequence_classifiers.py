@@ -163,7 +163,7 @@ def test_a_directory_rewards_a_run_and_stays_as_it_is(micro_config, tmp_path, ca
     assert np.isfinite(line["reward"])
     assert line["reward"] != 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--network", "reward"]) == 2
-    assert "does not learn: it lies there as it is" in capsys.readouterr().err
+    assert "does not learn; use that directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -193,15 +193,15 @@ def test_networks_read_the_tokens_of_the_policy(tmp_path):
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     policy = SimpleNamespace(backend=words)
     require_tokens_of_policy({"reward": tmp_path / "same", "teacher": tmp_path}, policy)
-    with pytest.raises(ValueError, match=r"networks\.reward\.path .* \(2 tokens have another id .*module:function"):
+    with pytest.raises(ValueError, match=r"networks\.reward\.path .* \(2 tokens have other ids .*module:function"):
         require_tokens_of_policy({"reward": tmp_path / "other"}, policy)
-    with pytest.raises(ValueError, match="whose tokenizer is not that of the policy, and"):
+    with pytest.raises(ValueError, match="whose tokenizer differs from the policy's, but"):
         require_tokens_of_policy({"reward": tmp_path / "same"}, CharacterTokenizer())
     run = tmp_path / "run"  # of a model that is described by its shape, with the built-in tokenizer
     (run / "checkpoints" / "5").mkdir(parents=True)
     shutil.copy(shipped.recipe_path("demo"), run / "config.yaml")
     require_tokens_of_policy({"reward": run}, CharacterTokenizer())
-    with pytest.raises(ValueError, match=r"networks\.reward\.path is .*run.* is not that of the policy, and"):
+    with pytest.raises(ValueError, match=r"networks\.reward\.path is .*run.* differs from the policy's, but"):
         require_tokens_of_policy({"reward": run}, policy)
 
 

@@ -439,7 +439,9 @@ def test_both_go_on_from_their_hosts_or_neither_does(alone, configs, tmp_path, r
 
 
 @pytest.mark.slow
-@pytest.mark.fault("address", "a run of two processes at an address goes on on other machines", "with the same numbers")
+@pytest.mark.fault(
+    "address", "a run of two processes at an address is resumed on other machines", "the numbers are the same"
+)
 def test_two_processes_write_to_an_address_and_go_on_elsewhere(alone, configs, tmp_path):
     address, config = f"file://{tmp_path}/bucket/run", configs["in the program"]
     first, second = ({"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("first", "second"))
@@ -457,7 +459,7 @@ def test_two_processes_write_to_an_address_and_go_on_elsewhere(alone, configs, t
 @pytest.mark.fault(
     "address",
     "the processes of a run share no disk",
-    "each brings the arrays of its devices; a checkpoint is taken when all have, and each process fetches it whole",
+    "each uploads the arrays of its devices; a checkpoint counts when all have, and each process downloads it whole",
 )
 def test_processes_without_a_shared_disk_bring_their_arrays_and_go_on_elsewhere(alone, configs, tmp_path):
     address, config = f"file://{tmp_path}/bucket/run", configs["in the program"]
@@ -500,7 +502,20 @@ def test_processes_of_which_some_share_a_disk_are_refused(configs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    "apart",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.fault(
+                "address",
+                "a function of the user's fails on a process that shares no disk",
+                "its traceback is at the address, in `host/N/NAME.log` of process N",
+            ),
+        ),
+    ],
+)
 def test_a_reward_that_fails_on_one_process_ends_all_with_the_state_saved(configs, tmp_path, apart):
     directory = tmp_path / "bucket" / "run"
     place = f"file://{directory}" if apart else str(directory)

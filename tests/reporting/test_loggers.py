@@ -63,12 +63,12 @@ def test_a_logger_that_fails_ends_alone_and_says_so_once(tmp_path):
     with opened(tmp_path / "run", ("m:f", {}), user_function=lambda *_: broken, warn=said.append) as run:
         for step in (1, 2):
             run.write_metrics(step, {"loss": 1.0})
-    assert said == ["logger m:f failed and gets nothing more: OSError: no network"]
+    assert said == ["logger m:f failed, and is switched off: OSError: no network"]
     with opened(
         tmp_path / "other", ("m:g", {"tag": 1}), user_function=lambda *_: lambda: None, warn=said.append
     ) as run:
         run.write_metrics(1, {"loss": 1.0})
-    assert said[1].startswith("logger m:g cannot be opened, and gets nothing: TypeError")
+    assert said[1].startswith("logger m:g cannot be opened, and is switched off: TypeError")
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

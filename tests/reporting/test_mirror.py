@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -22,6 +23,7 @@ from jaxrl_llm.reporting import ownership
 from jaxrl_llm.reporting.mirror import Mirror, changed_in_place, local_copy
 from jaxrl_llm.reporting.ownership import OwnedError, owned_place
 from jaxrl_llm.reporting.shares import Share
+from jaxrl_llm.run import directories
 from jaxrl_llm.run.directories import mirrored
 
 
@@ -52,7 +54,7 @@ CHECKPOINT = {"checkpoints/1/state/d/0": "arrays", "checkpoints/1/meta/metadata"
 @pytest.mark.fault(
     "address",
     "the machine is lost",
-    "another one goes on from the last checkpoint that arrived",
+    "another machine resumes from the last checkpoint that was uploaded completely",
 )
 def test_another_machine_gets_what_was_brought_there(tmp_path, address, kind):
     address = address if kind == "objects" else f"file://{tmp_path}/bucket/run"
@@ -74,7 +76,7 @@ def test_another_machine_gets_what_was_brought_there(tmp_path, address, kind):
 @pytest.mark.fault(
     "address",
     "the address cannot be written during a run",
-    "said once for each try; the run goes on, and what is half there is not taken",
+    "one message per attempt; the run continues, and incomplete uploads are ignored",
 )
 def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypatch):
     here, there = Mirror(address, tmp_path / "here"), Mirror(address, tmp_path / "there")
@@ -107,8 +109,8 @@ def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypat
 
 @pytest.mark.fault(
     "address",
-    "or at its end",
-    "status 75; the run is whole here, and the next `--resume` on this machine brings it there",
+    "the address cannot be written at the end of a run",
+    "status 75; the local working copy is complete, and the next `--resume` on this machine uploads it",
 )
 def test_what_could_not_be_brought_at_the_end_is_brought_by_the_next_start(tmp_path, address, monkeypatch):
     mirror = Mirror(address, tmp_path / "here")
@@ -156,10 +158,10 @@ def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, m
 
 @pytest.mark.fault(
     "address",
-    "two processes are started on it",
-    "the owner rewrites an object every 15 seconds; whoever comes waits 45 seconds to see whether it lives, unless it "
-    "is known to have ended on the same machine. Of two that start within the same moment, the one that wrote last has "
-    "it",
+    "two runs are started at the same address",
+    "the owner rewrites an object every 15 seconds; a new run waits 45 seconds to see whether it changes, unless the "
+    "owner is known to have ended on the same machine. Of two that start at the same moment, the one that wrote last "
+    "becomes the owner",
 )
 def test_an_address_has_one_owner(address):
     memory, name, said = fsspec.filesystem("memory"), "/bucket/.owner", []
@@ -189,6 +191,11 @@ def test_an_owner_that_was_killed_on_this_machine_is_not_waited_for(address):
             assert len(said) == waits
 
 
+@pytest.mark.fault(
+    "address",
+    "a run is killed before it has computed anything",
+    "it is at the address already, and the same command with `--resume-if-started` begins it anew",
+)
 def test_a_start_that_has_computed_nothing_is_in_nobodys_way(tmp_path, address, monkeypatch, micro_config):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = parse_config(micro_config | {"run_dir": address}, vocabulary_size=32)
@@ -204,6 +211,44 @@ def test_a_start_that_has_computed_nothing_is_in_nobodys_way(tmp_path, address, 
     assert Mirror(address).started()
     with pytest.raises(ValueError, match=r"has a working copy in .*resume that run"), mirrored(config, False, print):
         pass
+
+
+@pytest.mark.parametrize(("kind", "local"), [("ext4", True), ("nfs4", False), ("fuse.gcsfuse", False)])
+def test_only_what_other_hosts_could_share_is_waited_for(tmp_path, monkeypatch, kind, local):
+    mounted = [SimpleNamespace(mountpoint="/", fstype="xfs"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(directories.psutil, "disk_partitions", lambda all: mounted)
+    assert directories._is_local(tmp_path / "jaxrl_llm" / "runs") == local
+    assert directories._is_local(tmp_path.parent)
+    monkeypatch.setattr(directories.psutil, "disk_partitions", lambda all: [])
+    assert not directories._is_local(tmp_path)
+
+
+@pytest.mark.fault(
+    "address",
+    "a process is killed while it brings a file",
+    "at an address of objects, and in a local folder, the file is there whole or as it was",
+)
+def test_a_kill_leaves_no_half_file_in_a_local_folder(tmp_path, monkeypatch):
+    mirror, other = shares(f"file://{tmp_path}/bucket/run", tmp_path, "a")
+    write(mirror.directory, RUN)
+    mirror.push()
+    put = mirror.fs.put_file
+
+    def killed(source, target, **_):
+        put(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mirror.fs, "put_file", killed)
+    write(mirror.directory, {"metrics.jsonl": '{"step": 1}\n{"step": 2}\n'})
+    with pytest.raises(KeyboardInterrupt):
+        mirror.push()
+    assert (tmp_path / "bucket/run/metrics.jsonl").read_text() == RUN["metrics.jsonl"]
+    assert mirror.there().keys() == {"config.yaml", "metrics.jsonl"}
+    # What another process is about to say counts as nothing.
+    (tmp_path / "bucket/run/.brought-1").write_text('{"start": "a", "st')
+    assert mirror.share.arrived(mirror.fs, mirror.root) == set()
+    other.share.say(other.fs, other.root, ["checkpoints/1/"])
+    assert mirror.share.arrived(mirror.fs, mirror.root) == {"checkpoints/1/"}
 
 
 def test_one_file_is_brought_at_once_or_named_where_it_is(tmp_path, address, monkeypatch):

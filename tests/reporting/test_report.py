@@ -227,7 +227,7 @@ def test_seeds_share_a_curve_and_what_differs_is_listed(tmp_path):
     ("name", "values", "said"),
     [
         ("constant_group_share", [0.1] * 90 + [1.0] * 10, "step 100: all rewards of each prompt have been equal"),
-        ("truncated_share", [0.6] * 100, "step 10: 60% of the completions are cut"),
+        ("truncated_share", [0.6] * 100, "step 10: 60% of the completions are truncated"),
         ("entropy_per_token", [1.0] * 50 + [0.01] * 50, "step 60: the entropy has collapsed from 1.000 to 0.010"),
         ("gradient_norm", [1.0] * 80 + [50.0] + [1.0] * 19, "step 81: the gradient norm jumped to 50"),
         ("reward", [0.8] * 50 + [0.2] * 50, "the reward fell from 0.8 to"),

@@ -166,14 +166,14 @@ FAULTS = {
                 pytest.mark.fault(
                     "functions",
                     "raises",
-                    "the row, found by calling rows alone, fails; the traceback is in `RUN/host/NAME.log`",
+                    "only the failing row fails (rows are retried one by one); the traceback is in `RUN/host/NAME.log`",
                 ),
             ],
         ),
         pytest.param("exits", marks=[pytest.mark.fault("functions", "`sys.exit`", "the same")]),
         pytest.param(
             "interrupts",
-            marks=[pytest.mark.slow, pytest.mark.fault("functions", "`KeyboardInterrupt` of its own", "the same")],
+            marks=[pytest.mark.slow, pytest.mark.fault("functions", "raises `KeyboardInterrupt`", "the same")],
         ),
         pytest.param(
             "hangs",
@@ -189,7 +189,7 @@ FAULTS = {
             "spins",
             marks=[
                 pytest.mark.slow,
-                pytest.mark.fault("functions", "an endless loop that keeps the interpreter", "the same"),
+                pytest.mark.fault("functions", "an endless loop that never releases the interpreter lock", "the same"),
             ],
         ),
         pytest.param(
@@ -199,7 +199,7 @@ FAULTS = {
                 pytest.mark.fault(
                     "functions",
                     "ends its process (`os._exit`)",
-                    "the call is repeated with half of the rows, until the row is found",
+                    "the call is repeated with halves of the rows until the row is found",
                 ),
             ],
         ),
@@ -208,8 +208,8 @@ FAULTS = {
             marks=[
                 pytest.mark.fault(
                     "functions",
-                    "crashes at one row (SIGSEGV)",
-                    "the same: that row fails, the others have their values",
+                    "crashes on one row (SIGSEGV)",
+                    "the same: that row fails, the others keep their values",
                 )
             ],
         ),
@@ -219,7 +219,7 @@ FAULTS = {
                 pytest.mark.slow,
                 pytest.mark.fault(
                     "functions",
-                    "needs more memory than `memory_gib` (default: half of what is free)",
+                    "needs more memory than `memory_gib` (default: half of the free memory)",
                     "its process is killed, all rows of the call fail",
                 ),
             ],
@@ -247,7 +247,9 @@ FAULTS = {
             marks=[
                 pytest.mark.slow,
                 pytest.mark.fault(
-                    "functions", "returns no list of numbers", "an error, with or without `value_on_failure`"
+                    "functions",
+                    "returns something other than a list of numbers",
+                    "an error, with or without `value_on_failure`",
                 ),
             ],
         ),
@@ -270,14 +272,16 @@ def test_a_fault_is_a_sentence_or_a_counted_failure(ask, tmp_path, name):
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.fault("functions", "floods standard output", "goes to `RUN/host/NAME.log`, which is cut at 16 MiB")
+@pytest.mark.fault(
+    "functions", "floods standard output", "the output goes to `RUN/host/NAME.log`, which is truncated at 16 MiB"
+)
 @pytest.mark.slow
 def test_a_flood_of_output_is_cut(ask, tmp_path):
     assert ask("floods").values == {"rewards": [1.0] * 3}
     assert (tmp_path / "host" / "floods.log").stat().st_size < 40 << 20
 
 
-@pytest.mark.fault("functions", "starts processes", "they end with its own, daemons included")
+@pytest.mark.fault("functions", "starts processes", "they are killed with its own process, daemons included")
 @pytest.mark.slow
 def test_what_a_function_has_started_ends_with_it(ask, tmp_path):
     with pytest.raises(RewardError, match="deadline"):
@@ -294,7 +298,7 @@ def test_what_a_function_has_started_ends_with_it(ask, tmp_path):
 @pytest.mark.fault(
     "functions",
     "fails for more than `faults.most_failed_share` of the rows",
-    "the run ends, with `value_on_failure` as well",
+    "the run ends, even with `value_on_failure`",
 )
 def test_too_many_failures_are_an_error(ask):
     assert ask("one_exits", value_on_failure=0.0, most_failed=0.4).failures == 1
@@ -322,8 +326,8 @@ def test_a_run_that_wants_to_stop_does_not_wait(ask):
 
 @pytest.mark.fault(
     "functions",
-    "runs what a model wrote, with `executor: sandbox`",
-    "files, environment variables and the network are out of its reach",
+    "executes code written by a model, with `executor: sandbox`",
+    "it has no access to files, environment variables and the network",
 )
 @pytest.mark.slow
 def test_in_a_sandbox_a_function_runs_what_a_model_wrote(functions, tmp_path, monkeypatch):

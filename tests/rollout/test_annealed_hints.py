@@ -79,7 +79,7 @@ def test_samples_of_a_prompt_share_a_hint_that_is_gone_in_the_end(make_bigram):
 
 def test_what_it_cannot_be_made_around():
     inside = demonstration_in_group(plain(samples_per_prompt=2), max_completion_tokens=WIDTH, pad_id=0)
-    with pytest.raises(ValueError, match="annealed_hint needs tokens that the policy drew"):
+    with pytest.raises(ValueError, match="annealed_hint needs tokens that were all sampled by the policy"):
         annealed_hint(inside, **SIZES)
     with pytest.raises(ValueError, match="pieces is 0"):
         annealed_hint(plain(samples_per_prompt=2), pieces=0, **SIZES)

@@ -110,7 +110,7 @@ def test_steps_may_be_read_from_the_text_of_completions(make_bigram):
     np.testing.assert_array_equal(read["turn"][inside], rows["turn"][inside])
     assert metrics["continued_tokens"] == same["continued_tokens"]
     assert metrics["seconds/turn"] >= 0
-    with pytest.raises(ValueError, match=r"'turn' of rollout.plan is read from text, so make_train_step needs decode="):
+    with pytest.raises(ValueError, match=r"'turn' of rollout.plan reads text, so make_train_step needs decode="):
         labelled(chain(make_bigram), a_word_a_step)
 
 
@@ -202,5 +202,5 @@ def test_what_cannot_be_shared_out_is_refused():
     with pytest.raises(ValueError, match=r"prefixes.tokens has 3 rows .* 12 completions of 2 prompts"):
         jax.eval_shape(lambda: continued(MODEL, params, uneven))
     inner = plans.refill(plans.plain(samples_per_prompt=2), samples_per_prompt=2)
-    with pytest.raises(ValueError, match="continued_steps needs rows that come in one round"):
+    with pytest.raises(ValueError, match="continued_steps needs rows sampled in one round"):
         plans.continued_steps(inner, choose=one_step, samples_per_prompt=2, max_turns=2)

@@ -160,12 +160,13 @@ def test_the_probe_refuses_other_weights(serve, model, params):
 
 def test_the_probe_names_log_probabilities_before_temperature(serve, model, params):
     with pytest.raises(
-        EndpointError, match=r"processed_logprobs.*Ours before temperature differ by .* so the mode it is"
+        EndpointError,
+        match=r"processed_logprobs.*Ours before temperature differ by .* so the cause is the log-probabilities mode",
     ):
         probed(serve(sampler(model, params, reported=1.0)), model, params)
     with pytest.raises(EndpointError) as error:
         probed(serve(sampler(model, params, temperature=2.0)), model, params)
-    assert "so the mode it is" not in str(error.value)
+    assert "so the cause is the log-probabilities mode" not in str(error.value)
 
 
 def test_one_token_alone_is_enough_to_refuse(serve, model, params):
@@ -258,7 +259,7 @@ def test_passing_errors_are_tried_again_and_others_are_not(serve, expected):
     server.statuses = [503] * 99
     with pytest.raises(EndpointError, match=r"answered the request for prompt 7, .* with HTTP 503: .*status 503"):
         sampled(engine_of(server, retries=1, concurrency=1))
-    for status, remedy in ((400, "the sizes asked for"), (401, "api_key_variable"), (404, "engine.model")):
+    for status, remedy in ((400, "compare the requested sizes"), (401, "api_key_variable"), (404, "engine.model")):
         server.statuses, before = [status], len(server.seen)
         with pytest.raises(EndpointError, match=rf"HTTP {status}: .*status {status}.*{remedy}"):
             answer(engine_of(server), "/v1/completions", {"seed": 0}, what="a request")
@@ -305,7 +306,7 @@ def test_an_engine_that_cannot_be_asked(changes, message):
 
 def test_sizes_and_temperature_are_checked(serve, expected):
     engine = engine_of(serve(served(expected)))
-    with pytest.raises(ValueError, match=r"rollout.temperature is 0.0; an engine is sampled from at"):
+    with pytest.raises(ValueError, match=r"rollout.temperature is 0.0; an engine needs a temperature"):
         sampled(engine, temperature=0.0)
     with pytest.raises(ValueError, match=r"rollout.samples_per_prompt is 0"):
         sampled(engine, samples=0)

@@ -158,8 +158,8 @@ def test_a_reset_that_hangs_names_its_item():
 
 @pytest.mark.fault(
     "functions",
-    "an environment in Python hangs, dies, raises or answers what does not pickle",
-    "its row alone fails, its process is replaced",
+    "an environment in Python hangs, crashes, raises or returns an object that cannot be pickled",
+    "only its row fails, its process is replaced",
 )
 def test_processes_that_hang_or_die_are_replaced(processes):
     environment, call = processes

@@ -47,7 +47,7 @@ def test_a_run_stops_early_and_does_so_when_it_is_resumed(micro_yaml, tmp_path, 
     rule = "training.stop_when={metric: learning_rate, patience: 2}"
     kept = ["checkpoints.every_steps=1", "checkpoints.keep=9"]
     assert cli.main(["train", str(micro_yaml), f"run_dir={whole}", rule, *kept]) == 0
-    assert "ends with the next step: learning_rate has had no better reading than 0.003, at" in capsys.readouterr().out
+    assert "ends with the next step: learning_rate has not improved on 0.003, at" in capsys.readouterr().out
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["steps"] == 4
     assert summary["early_stopping"]["reinforcement"]["decided"] == 3

@@ -199,7 +199,7 @@ def test_any_optimiser_of_optax_and_a_schedule_may_be_named_with_hyper_parameter
     [
         (
             {"optimizer": "adamv"},
-            "optimizer names 'adamv', which is no optimiser of optax; did you mean 'adam",
+            "optimizer names 'adamv', which is not an optimiser of optax; did you mean 'adam",
         ),
         ({"optimizer": {"adamw": {"epz": 1}}}, r"training\.optimizer\.adamw\.epz is not a hyper-parameter of adamw"),
         ({"optimizer": {"sgd": {}}, "weight_decay": 0.1}, "weight_decay is 0.1, but sgd takes none"),
@@ -207,7 +207,7 @@ def test_any_optimiser_of_optax_and_a_schedule_may_be_named_with_hyper_parameter
         ({"schedule": "linear"}, "training.schedule names 'linear', which does not exist; did you mean 'linear_decay'"),
         (
             {"schedule": {"adaptive_kl": {"target": 1.0, "sequences_per_step": 4, "horizon": 4}}},
-            "no function of step alone",
+            "not a function of step only",
         ),
     ],
 )

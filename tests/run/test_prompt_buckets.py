@@ -38,7 +38,7 @@ def test_widths_are_those_of_the_config(parsed):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["rollout.prompt_buckets=[10]"], "rollout.prompt_buckets holds 10, but the widths of prompts lie between 1"),
+        (["rollout.prompt_buckets=[10]"], "rollout.prompt_buckets holds 10, but widths of prompts must lie between 1"),
         (["rollout.prompt_buckets=[0]"], "rollout.prompt_buckets holds 0"),
         (["rollout.prompt_buckets=some"], "rollout.prompt_buckets"),
         (

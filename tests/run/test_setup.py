@@ -65,7 +65,7 @@ def test_conversations_are_not_taken_for_reference_completions(micro_config, mon
     named = SimpleNamespace(longer=lambda length, demonstration_length: length - demonstration_length)
     monkeypatch.setitem(sys.modules, "my_credit", named)
     config = conversation_config(micro_config, "credit=[{advantages: {python: 'my_credit:longer'}}]")
-    with pytest.raises(ValueError, match="those of task 'calculator' are conversations, whose observations nobody"):
+    with pytest.raises(ValueError, match="those of task 'calculator' are conversations with observations"):
         prompt_batches(parts(config), data_sets(config)["train"])
 
 
@@ -156,7 +156,7 @@ def test_plans_are_made_from_the_inside_out(micro_config):
             "names demonstrations and solved_answers; a step is handed written rows of one source, so leave one",
         ),
         ("source=[]", "source is empty"),
-        ("source=[{replay: {share: 0.5}}]", "a replay store alone"),
+        ("source=[{replay: {share: 0.5}}]", "only a replay store"),
         ("networks={value: {head: {widht: 3}}}", "networks.value.head is {'widht': 3}"),
         ("networks={reference: {learning_rate: 0.1}}", r"networks.reference.learning_rate is 0.1, but .* has no head"),
         (
@@ -240,7 +240,7 @@ def test_an_environment_in_python_is_called_in_processes_where_its_functions_can
     monkeypatch.setattr(
         "jaxrl_llm.rollout.tasks.task_environment", lambda tokenizer: Environment(None, None, 1, 1, 1, (1,))
     )
-    with pytest.raises(ValueError, match=r"environment\.executor is 'process', but this environment is no HostEnv"):
+    with pytest.raises(ValueError, match=r"environment\.executor is 'process', but this environment is not a HostEnv"):
         configured_environment(inside, None, CharacterTokenizer())
 
 

@@ -84,7 +84,9 @@ def test_evaluation_takes_the_newest_good_checkpoint(copied, capsys):
 
 
 @pytest.mark.fault(
-    "storage", "`checkpoints/` is gone, records are there", "refused with status 2: going on would erase the records"
+    "storage",
+    "`checkpoints/` is missing, records exist",
+    "refused with status 2: starting anew would erase the records",
 )
 def test_records_are_not_erased_where_checkpoints_are_gone(copied, capsys):
     shutil.rmtree(copied / "checkpoints")
@@ -99,7 +101,7 @@ def test_records_are_not_erased_where_checkpoints_are_gone(copied, capsys):
 
 
 @pytest.mark.fault(
-    "storage", "records are cut, emptied or gone, checkpoints are there", "said aloud; what there is is kept"
+    "storage", "records are truncated, empty or missing, checkpoints exist", "a message; the remaining records are kept"
 )
 def test_records_that_were_lost_are_told_of_and_the_rest_is_kept(copied):
     file, config = copied / "metrics.jsonl", config_of(copied)
@@ -136,7 +138,7 @@ def other_owner(copied):
 
 
 @pytest.mark.fault(
-    "storage", "a second process is started on the run", "refused: who has it, on which host, since when"
+    "storage", "a second process is started on the run", "refused with the owner's process, host and start time"
 )
 def test_a_run_that_goes_on_is_not_started_twice(copied, other_owner, capsys):
     said = refused(capsys, "train", "--resume", str(copied))
@@ -149,7 +151,9 @@ def test_a_run_that_goes_on_is_not_started_twice(copied, other_owner, capsys):
     assert (copied / ownership.FILE).read_text() == ""
 
 
-@pytest.mark.fault("storage", "the file system has no locks", "a file that the owner rewrites says whether it lives")
+@pytest.mark.fault(
+    "storage", "the file system has no locks", "a file that the owner rewrites shows whether it is alive"
+)
 def test_without_locks_a_heartbeat_says_who_lives(copied, other_owner, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -216,7 +220,7 @@ def test_a_signal_stops_a_run_in_good_order(micro_yaml, tmp_path, number, status
     assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 3
 
 
-@pytest.mark.fault("signals", "a second Ctrl-C", "the run ends at once with status 130; the last checkpoint is named")
+@pytest.mark.fault("signals", "a second Ctrl-C", "the run ends at once with status 130 and names the last checkpoint")
 def test_a_second_signal_ends_it_at_once_in_one_line(micro_yaml, tmp_path):
     status, _, err = signalled([signal.SIGINT] * 2, "train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *EARLY)
     assert status == 130
@@ -225,7 +229,7 @@ def test_a_second_signal_ends_it_at_once_in_one_line(micro_yaml, tmp_path):
     assert f"go on with: jaxrl train --resume {tmp_path / 'run'}" in err
 
 
-@pytest.mark.fault("signals", "SIGHUP under `nohup`", "nothing: a signal that is ignored stays so")
+@pytest.mark.fault("signals", "SIGHUP under `nohup`", "an ignored signal stays ignored")
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -237,7 +241,9 @@ def test_what_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.fault("signals", "Ctrl-C before the first step, or in another command", "one line, status 130")
+@pytest.mark.fault(
+    "signals", "Ctrl-C before the first step, or in another command", "a message of one line, status 130"
+)
 @pytest.mark.parametrize("command", ["eval", "sample", "explain", "export", "train"])
 def test_ctrl_c_before_the_steps_is_one_line(finished_run, micro_yaml, tmp_path, monkeypatch, capsys, command):
     def interrupted(*_, **__):
@@ -277,8 +283,8 @@ def ends(monkeypatch, tmp_path):
 
 @pytest.mark.fault(
     "signals",
-    "SIGTERM with `--grace`, while a program of the device takes longer",
-    "when the time is over the run ends with status 143 and names the last checkpoint",
+    "SIGTERM with `--grace`, while a device program takes longer",
+    "at the end of the grace period the run ends with status 143 and names the last checkpoint",
 )
 def test_the_grace_period_ends_a_step_that_does_not(ends, tmp_path):
     seen, done = ends
@@ -296,8 +302,8 @@ def test_the_grace_period_ends_a_step_that_does_not(ends, tmp_path):
 
 @pytest.mark.fault(
     "signals",
-    "SIGTERM with `--grace`, in a step that the median says will take longer than half of it",
-    "the step is given up before its next program or call of the host, and the state before it is saved",
+    "SIGTERM with `--grace`, in a step whose expected time exceeds half of it",
+    "the step is aborted before its next program or host call, and the state before it is saved",
 )
 def test_a_step_that_would_outlast_half_of_the_grace_period_is_given_up(tmp_path):
     for grace, given_up in ((None, False), (1000.0, False), (10.0, True)):
@@ -341,7 +347,7 @@ def test_a_step_of_several_programs_is_given_up_between_them_and_keeps_its_state
 @pytest.mark.fault(
     "signals",
     "SIGTERM during an evaluation before or after the steps",
-    "given up between two of its batches; `--resume` repeats it",
+    "it is aborted between two batches; `--resume` repeats it",
 )
 def test_an_evaluation_is_given_up_between_its_batches(micro_yaml, tmp_path):
     def write_and_ask(records):
@@ -358,7 +364,7 @@ def test_an_evaluation_is_given_up_between_its_batches(micro_yaml, tmp_path):
 @pytest.mark.fault(
     "signals",
     "a step takes `faults.stalled_after_medians` times the median",
-    "status 75; where every thread was is in `RUN/stalled.txt`",
+    "status 75; `RUN/stalled.txt` has the stack of every thread",
 )
 def test_the_watchdog_ends_a_run_that_stands_still(ends, tmp_path):
     seen, done = ends
@@ -436,8 +442,8 @@ def test_failures_are_counted_and_too_many_end_the_run(micro_yaml, tmp_path, end
 
 @pytest.mark.fault(
     "signals",
-    "SIGTERM with `--grace`, while a function of the user's hangs",
-    "the call is given up, the state before the step is saved, status 143",
+    "SIGTERM with `--grace`, while a user's function hangs",
+    "the call is abandoned, the state before the step is saved, status 143",
 )
 @pytest.mark.slow
 def test_a_stop_that_cannot_wait_gives_the_step_up(micro_yaml, tmp_path, ending, capsys):
@@ -453,7 +459,7 @@ def test_a_stop_that_cannot_wait_gives_the_step_up(micro_yaml, tmp_path, ending,
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("signals", "nobody reads standard output any more", "`jaxrl train` goes on in silence")
+@pytest.mark.fault("signals", "the reader of standard output closes the pipe", "`jaxrl train` continues without output")
 @pytest.mark.slow
 def test_a_run_whose_output_closes_goes_on_in_silence(micro_yaml, tmp_path):
     read, write = os.pipe()
@@ -487,7 +493,9 @@ def test_a_closed_pipe_has_a_status_of_its_own(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("signals", "nobody reads a table that is printed", "the command ends in silence, status 141")
+@pytest.mark.fault(
+    "signals", "the reader closes the pipe while a table is printed", "the command ends without a message, status 141"
+)
 def test_a_table_that_nobody_reads_ends_without_a_word():
     read, write = os.pipe()
     os.close(read)
@@ -512,7 +520,7 @@ def test_a_table_that_nobody_reads_ends_without_a_word():
             errno.ENOSPC,
             1,
             id="ENOSPC",
-            marks=pytest.mark.fault("storage", "the disk is full", "one sentence, the last checkpoint, status 1"),
+            marks=pytest.mark.fault("storage", "the disk is full", "one sentence with the last checkpoint, status 1"),
         ),
         pytest.param(
             errno.EIO,
@@ -520,7 +528,7 @@ def test_a_table_that_nobody_reads_ends_without_a_word():
             id="EIO",
             marks=[
                 pytest.mark.slow,
-                pytest.mark.fault("storage", "the disk fails (EIO)", "the same, with the restartable status 75"),
+                pytest.mark.fault("storage", "the disk fails (EIO)", "the same, with status 75 (restartable)"),
             ],
         ),
     ],
@@ -548,7 +556,7 @@ def test_a_disk_that_fails_is_one_sentence_with_the_way_on(micro_yaml, tmp_path,
                 pytest.mark.fault(
                     "storage",
                     "the run directory is moved",
-                    "status 1; it says to put it back and go on with `--resume`",
+                    "status 1; the message says to move it back and to continue with `--resume`",
                 ),
             ],
         ),
@@ -589,7 +597,7 @@ DISKS = {
 @pytest.mark.fault(
     "storage",
     "quota used up, read-only, no permission, too many open files, a stale handle",
-    "what is the matter is said; 75 where it may pass, else 1",
+    "the message names the cause; status 75 if it may be temporary, else 1",
 )
 @pytest.mark.parametrize("number", DISKS, ids=errno.errorcode.get)
 def test_what_is_the_matter_with_a_disk_is_said(tmp_path, number):
@@ -612,7 +620,7 @@ class JaxRuntimeError(RuntimeError):
 
 
 @pytest.mark.fault(
-    "storage", "`UNAVAILABLE`, `INTERNAL`, `DATA_LOSS` of a device or of storage", "status 75: it may be started again"
+    "storage", "`UNAVAILABLE`, `INTERNAL`, `DATA_LOSS` of a device or of storage", "status 75: the run may be restarted"
 )
 @pytest.mark.parametrize(
     "error, passes, clause",
@@ -763,9 +771,9 @@ RUNS = {
     "divergence": ([{"kl_reference_per_token": 0.1}] * 10 + [{"kl_reference_per_token": 2.0}] * 10, "far from its", 13),
     "entropy": ([{"entropy_per_token": 1.0}] * 10 + [{"entropy_per_token": 0.01}] * 20, "entropy has collapsed", 20),
     "length": ([{"completion_tokens": 10.0}] * 10 + [{"completion_tokens": 50.0}] * 10, "have grown from 10", 15),
-    "cut": ([{"truncated_share": 0.8}] * 12, "80% of the completions are cut", 10),
+    "cut": ([{"truncated_share": 0.8}] * 12, "80% of the completions are truncated", 10),
     "gap": ([{"sampler_gap_mean": 0.3}] * 12, "sampler and trainer disagree", 10),
-    "constant": ([{"constant_group_share": 1.0}] * 12, "nothing is learned from them", 10),
+    "constant": ([{"constant_group_share": 1.0}] * 12, "they give no gradient", 10),
     "hacking": (
         [{"reward": r, **({} if p is None else {"validation/pass@1": p})} for r, p in
          [(0.1, 0.5), (0.3, None), (0.6, 0.4), (0.9, None), (1.0, 0.3), (1.0, None)]],
@@ -775,7 +783,7 @@ RUNS = {
     "silent": ([{"reward/format_std": 0.0, "reward/right_std": 0.1}] * 25, "every completion of 20 steps: format;", 20),
     "verifier": (
         [{"reward": 0.01 * n, "correct_share": 0.5 - 0.01 * max(0, n - 20)} for n in range(40)],
-        "while correct_share, what the first reward accepts, has fallen (50.0% to 44.5%)",
+        "while correct_share (completions accepted by the first reward) has fallen (50.0% to 44.5%)",
         31,
     ),
     "good": ([{"reward": 0.1 * n, "entropy_per_token": 1.0, "constant_group_share": 0.9} for n in range(30)], None, 0),

@@ -115,6 +115,7 @@ def test_dpo_learns_from_a_file_of_pairs(micro):
     assert seen[-1]["preferred_share/dpo"] > 0.6
 
 
+@pytest.mark.slow
 def test_dpo_in_microbatches_of_whole_pairs_is_dpo(micro):
     whole, cut = (
         learned(micro("dpo", "pairs", *given), 2)[1] for given in ((), ("training.sequences_per_microbatch=4",))
@@ -360,7 +361,8 @@ def test_a_critic_is_paid_for_verdicts_and_for_what_its_critiques_are_good_for(n
     for stage in later:
         stage["training"] = {"steps": 3}
     networks = {network: replace(one, learning_rate=0.01) for network, one in config.networks.items()}
-    forms, *paid = whole_run(replace(config, networks=networks), tmp_path / "run").values()
+    seen = whole_run(replace(config, networks=networks), tmp_path / "run")
+    forms, *paid = (seen[stage["name"]] for stage in config.stages)
     assert all(forms[-1][loss] < 0.7 * forms[0][loss] for loss in forms[0] if loss.startswith("loss/"))
     for step in (step for stage in paid for step in stage):
         assert step["gradient_norm"] > 0

@@ -105,6 +105,10 @@ def test_balanced_groups_drop_the_surplus():
 def test_random_numbers_belong_to_the_row_and_not_to_its_place():
     prompts, samples = jnp.array([3, 3, 900]), jnp.array([0, 1, 0])
     there = row_uniforms(7, prompts, samples)
+    folded = jax.random.key(0)
+    for number in (7, int(prompts[1]), int(samples[1])):
+        folded = jax.random.fold_in(folded, number)
+    assert there[1] == jax.random.uniform(folded)
     np.testing.assert_array_equal(row_uniforms(7, prompts[::-1], samples[::-1]), there[::-1])
     assert len({*map(float, there), *map(float, row_uniforms(8, prompts, samples))}) == 6
 

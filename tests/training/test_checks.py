@@ -130,7 +130,7 @@ def test_a_baseline_that_a_method_names_needs_temperatures(bigram, changed):
         ({"plan": UNEVEN}, [STORE], r"replay needs .*\(equal_groups\), which rollout.plan"),
         ({"truncation": TRUNCATION}, [Written(4, 2)], r"rollout.truncation needs .*\(drawn_by_policy\), which written"),
         ({"truncation": TRUNCATION}, [STORE], r"rollout.truncation needs .*\(drawn_by_policy\), which replay"),
-        ({}, [Written(6, 3)], r"written rows come in groups of 3, .* rollout.samples_per_prompt 2; make both the same"),
+        ({}, [Written(6, 3)], r"written rows come in groups of 3, .* rollout.samples_per_prompt 2; make both equal"),
     ],
 )
 def test_what_rows_of_another_source_cannot_join(bigram, changed, joined, message):
@@ -155,7 +155,7 @@ def test_experts_are_replayed_where_they_were_recorded(changed, joined, message)
 def test_a_function_of_whole_distributions_is_refused_where_sampling_is_truncated(bigram):
     cut = replace(ROLLOUT, truncation=TRUNCATION)
     exact = losses.divergence(samples="vocabulary", gradient="exact")
-    with pytest.raises(ValueError, match=r"needs tokens drawn from the whole vocabulary \(whole_vocabulary\), which"):
+    with pytest.raises(ValueError, match=r"needs tokens sampled from the whole vocabulary \(whole_vocabulary\), which"):
         compose(bigram, cut, losses=[losses.policy_gradient, exact])
     with pytest.raises(ValueError, match=r"'min_p_logprobs' needs .*\(whole_vocabulary\), which rollout.truncation"):
         compose(
@@ -202,16 +202,16 @@ def test_what_goes_together_is_composed(bigram):
     ("source", "changes", "message"),
     [
         ([], {}, "source is empty; a step needs rows"),
-        (STORE, {}, "source is a replay store alone; .* name one too"),
-        (replace(ROLLOUT, eos_ids=(2, 16)), {}, r"rollout.eos_ids is \(2, 16\), but the model's symbols are 0 to 15"),
-        (replace(ROLLOUT, pad_id=99), {}, r"rollout.pad_id is 99, but the model's symbols"),
+        (STORE, {}, "source is only a replay store, .* name a Rollout too"),
+        (replace(ROLLOUT, eos_ids=(2, 16)), {}, r"rollout.eos_ids is \(2, 16\), but the model's token ids are 0 to 15"),
+        (replace(ROLLOUT, pad_id=99), {}, r"rollout.pad_id is 99, but the model's token ids"),
         (replace(ROLLOUT, environment=IN_PYTHON), {"resources": Resources(decode=str)}, "needs decode= and encode="),
-        (replace(ROLLOUT, replay_router=True), {}, "replay_router is true, but the model is no mixture of experts"),
+        (replace(ROLLOUT, replay_router=True), {}, "replay_router is true, but the model is not a mixture of experts"),
         (ROLLOUT, {"losses": [losses.router_balance]}, "'router_balance' names 'router_choices', but the model is no"),
         ([ROLLOUT, STORE], {"credit": [("preferences", lambda rewards: rewards), ("advantages", advantages.raw_rewards)], "losses": [lambda logprobs, preferences: None]}, "names 'preferences', which replayed rows do not have"),  # noqa: E501
         ([replace(ROLLOUT, plan=ADAPTIVE), STORE], {"losses": [lambda logprobs, label: None]}, "names 'label', which replayed rows do not"),  # noqa: E501
         (replace(ROLLOUT, selection=SELECTION), {}, "a rollout with a selection needs prompts_per_step"),
-        (ROLLOUT, {"update": Update(alignment_every_steps=2)}, "alignment compares a loss on written completions"),
+        (ROLLOUT, {"update": Update(alignment_every_steps=2)}, "alignment needs losses on written completions"),
     ],
 )  # fmt: skip
 def test_sources_that_cannot_be(bigram, source, changes, message):

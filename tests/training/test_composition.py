@@ -84,12 +84,12 @@ def valued(values, mask):
         ({"rewards": [lambda advantages: advantages]}, "names 'advantages', .* add an entry to credit"),
         (
             {"rewards": [lambda logprobs: logprobs]},
-            r"names 'logprobs', .* losses alone can name it: .* did you mean '\w+_logprobs'\?",
+            r"names 'logprobs', .* only losses can read it: .* did you mean '\w+_logprobs'\?",
         ),
         ({"credit": [("advantages", lambda logprobs: logprobs)]}, r"did you mean '\w+_logprobs'\?"),
         ({"losses": [(losses.clipped_surrogate, lambda rewardz: 1.0)]}, "coefficient of 'clipped_surrogate' names"),
         ({"credit": [("advantage", advantages.group_normalized)]}, "fills 'advantage', .* did you mean 'advantages'"),
-        ({"credit": [("tokens", advantages.group_normalized)]}, "credit fills 'tokens', which it cannot"),
+        ({"credit": [("tokens", advantages.group_normalized)]}, "credit fills 'tokens', which credit may not fill"),
         (
             {"source": replace(ROLLOUT, samples_per_prompt=1)},
             "samples_per_prompt is 1, but 'group_normalized' compares the samples .* at least 2",
@@ -98,7 +98,7 @@ def valued(values, mask):
         ({"losses": [losses.clipped_surrogate, losses.clipped_surrogate]}, "loss 'clipped_surrogate' is listed twice"),
         (
             {"credit": [("rewards", remembering()), ("rewards", remembering())]},
-            "credit entry 'rewards:update' is listed twice and remembers",
+            "credit entry 'rewards:update' is listed twice and has a memory",
         ),
         ({"rewards": [judge]}, "reward 'judge' reads text, so make_train_step needs decode="),
         ({"credit": [("advantages", judge)]}, "advantages 'judge' reads text, so make_train_step needs decode="),

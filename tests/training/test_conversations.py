@@ -251,7 +251,11 @@ def test_a_conversation_votes_for_its_moves():
         ("grid", ["environment={python: 'own_environment:reset'}"], r"could not be called with the tokenizer"),
         ("grid", ["environment={python: 'own_environment:guessing', largest: 3}"], "could not .* largest else"),
         ("grid", ["environment={python: 'jaxrl_llm.data:encode'}"], "has no 'encode'"),
-        ("grid", ["task={name: addition, levels: [1]}"], "environment.max_turn_tokens is set, but nothing here takes"),
+        (
+            "grid",
+            ["task={name: addition, levels: [1]}"],
+            "environment.max_turn_tokens is set, but there is no environment",
+        ),
         (
             "grid",
             ["task={name: addition, levels: [1]}", "environment={}"],

@@ -153,7 +153,7 @@ def test_the_probe_speaks_before_the_first_update_and_again(served, bigram):
     step = composed(bigram, engine=external)
     state = step.init(served.key)
     for _ in range(2):
-        with pytest.raises(EndpointError, match=r"weights were not handed over"):
+        with pytest.raises(EndpointError, match=r"weights were not loaded"):
             step.run(state, served.prompts)
     assert not state.params["scores"].is_deleted(), "no update was made"
 
@@ -277,7 +277,7 @@ def test_weights_go_through_the_disk(serve, model, tmp_path):
 
 
 def test_a_model_of_ones_own_is_not_exported(bigram, tmp_path):
-    with pytest.raises(ValueError, match=r"weights_directory is set, but a model of one's own cannot be exported"):
+    with pytest.raises(ValueError, match=r"weights_directory is set, but a custom model cannot be exported"):
         disk_hand_over(Endpoint("http://localhost:1", "policy"), bigram, tmp_path, path="/load", body={})
 
 
@@ -343,7 +343,7 @@ def test_where_the_engine_is_decides_no_numbers(run_config):
     "engine, message",
     [
         ({"url": None}, r"rollout.engine.url"),
-        ({"reload_path": None}, r"rollout.engine.reload_path is missing, so the engine would go on sampling"),
+        ({"reload_path": None}, r"rollout.engine.reload_path is missing, so the engine would keep sampling"),
         ({"weights_directory": None}, r"rollout.engine.weights_directory is missing"),
         ({"reload_every_steps": 0}, r"rollout.engine.weights_directory is .*reload_every_steps is 0"),
         ({"reload_every_steps": -1}, r"rollout.engine.reload_every_steps is -1; it must be at least 0"),

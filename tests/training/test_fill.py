@@ -159,9 +159,9 @@ def test_one_function_fills_several_names(bigram, rows, by_name):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ({"returns": 0}, r"'_' returned \['returns'\], but it is to fill 'advantages'"),
-        ((0, 0, 0), "'_' is to fill advantages, returns, so it must return 2 arrays in that order"),
-        (jnp.zeros((8,)), "'_' is to fill advantages, returns"),
+        ({"returns": 0}, r"'_' returned \['returns'\], but it must also return 'advantages'"),
+        ((0, 0, 0), "'_' fills advantages, returns, so it must return 2 arrays in that order"),
+        (jnp.zeros((8,)), "'_' fills advantages, returns"),
         ((jnp.zeros(8), jnp.zeros(4)), r"returns '_' returned shape \(4,\) for 8 completions"),
     ],
 )

@@ -184,7 +184,7 @@ def test_a_network_speaks_at_its_own_temperature_and_may_be_given(bigram, make_p
     }
     asked = [f"{name}_logprobs" for name in networks]
     step = composed(bigram, networks, losses=[say([*asked, "sharp_entropy"])], source=ROLLOUT)
-    with pytest.raises(ValueError, match=r"network 'teacher' has parameters of its own, .* \{'teacher': \.\.\.\}"):
+    with pytest.raises(ValueError, match=r"network 'teacher' has no parameters; .* \{'teacher': \.\.\.\}"):
         step.init(jax.random.key(0))
     given = {"scores": jnp.eye(16)}
     state = step.init(jax.random.key(0), None, {"teacher": given})
@@ -226,7 +226,7 @@ def test_names_bring_their_networks():
 def test_networks_that_are_made_from_nothing_are_refused():
     with pytest.raises(ValueError, match=r"networks\.slow\.origin is 'polcy'; did you mean 'policy'"):
         networks_named({"slow_logprobs"}, {"slow": Network(origin="polcy")}, (), None)
-    with pytest.raises(ValueError, match="networks one, other are made from each other"):
+    with pytest.raises(ValueError, match="networks one, other form a cycle of origins"):
         networks_named({"one_logprobs"}, {"one": Network(origin="other"), "other": Network(origin="one")}, (), None)
 
 
@@ -236,8 +236,8 @@ def test_networks_that_are_made_from_nothing_are_refused():
         ({"backbone": "half"}, "backbone is 'half'"),
         ({"decay": 2.0}, "decay is 2.0; it must lie in"),
         ({"copy_every": -1}, "copy_every is -1"),
-        ({"optimizer": CRITIC, "decay": 0.5}, "cannot follow another one too"),
-        ({"optimizer": CRITIC, "copy_at": (3,)}, "cannot follow another one too"),
+        ({"optimizer": CRITIC, "decay": 0.5}, "cannot also follow another one"),
+        ({"optimizer": CRITIC, "copy_at": (3,)}, "cannot also follow another one"),
         ({"origin": "given"}, "parameters are given needs its model"),
     ],
 )
@@ -248,10 +248,12 @@ def test_bad_options_are_named(options, message):
 
 def test_a_network_with_other_symbols_cannot_score_the_policys(bigram, make_bigram):
     networks = {"teacher": Network(origin=GIVEN, model=make_bigram(12))}
-    with pytest.raises(ValueError, match=r"networks\.teacher has 12 symbols, but the policy has 16"):
+    with pytest.raises(ValueError, match=r"networks\.teacher has a vocabulary of 12, but the policy of 16"):
         composed(bigram, networks, losses=[say(["teacher_logprobs"])])
     networks = {"reward": Network(origin=GIVEN, model=make_bigram(12), head=HeadConfig())}
-    with pytest.raises(ValueError, match=r"networks\.reward has 12 symbols.*another tokenizer is asked by text"):
+    with pytest.raises(
+        ValueError, match=r"networks\.reward has a vocabulary of 12.*another tokenizer can be used through text"
+    ):
         composed(bigram, networks, losses=[say(["reward_scores"])])
 
 

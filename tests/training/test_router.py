@@ -159,9 +159,9 @@ def test_what_needs_experts_is_refused_without_them(prompts):
         rewards=[lambda tokens: (tokens == 3).sum(1)],
         credit=[("advantages", advantages.group_normalized)],
     )
-    with pytest.raises(ValueError, match=r"loss 'router_balance' names 'router_.*no mixture of experts"):
+    with pytest.raises(ValueError, match=r"loss 'router_balance' names 'router_.*not a mixture of experts"):
         make_train_step(plain, optax.sgd(0.1), source=Rollout(**SIZES), losses=[router_balance], **parts)
-    with pytest.raises(ValueError, match=r"rollout.replay_router is true, but the model is no mixture"):
+    with pytest.raises(ValueError, match=r"rollout.replay_router is true, but the model is not a mixture"):
         make_train_step(
             plain,
             optax.sgd(0.1),
@@ -173,7 +173,7 @@ def test_what_needs_experts_is_refused_without_them(prompts):
         plans.plain(samples_per_prompt=2), max_completion_tokens=5, pad_id=0
     )
     with pytest.raises(
-        ValueError, match=r"rollout.replay_router needs tokens that the policy drew \(drawn_by_policy\)"
+        ValueError, match=r"rollout.replay_router needs tokens that were all sampled by the policy \(drawn_by_policy\)"
     ):
         make_train_step(
             MODEL,

@@ -349,7 +349,7 @@ def test_a_step_without_rewards_distils_a_teacher(make_bigram):
     assert np.mean(distance[-3:]) < 0.7 * np.mean(distance[:3])
     assert "reward" not in metrics
     rollout = replace(ROLLOUT, plan=plans.refill(plans.plain(samples_per_prompt=4), samples_per_prompt=4))
-    with pytest.raises(ValueError, match="rewards is empty, but the plan asks for completions by their rewards"):
+    with pytest.raises(ValueError, match="rewards is empty, but the plan reads rewards"):
         make_train_step(bigram, optax.sgd(2.0), source=rollout, losses=[distilled])
 
 

@@ -101,7 +101,7 @@ class TestStored:
             state, metrics = step(state, make_prompts(4), written=written)
             seen.append(float(metrics["loss/stored_likelihood"]))
         assert seen[-1] < seen[0] - 0.3
-        with pytest.raises(ValueError, match="learns from written rows"):
+        with pytest.raises(ValueError, match="trains on written rows"):
             step(state, make_prompts(4))
 
     @pytest.mark.slow
@@ -159,5 +159,5 @@ class TestStored:
             replace(self.REPLAY, share=0.9)
         with pytest.raises(ValueError, match="'baseline_rewards', which replayed rows do not have"):
             composed(model, losses=[losses.clipped_surrogate, baseline_loss], source=[ROLLOUT, self.REPLAY])
-        with pytest.raises(ValueError, match="alignment compares a loss on written completions"):
+        with pytest.raises(ValueError, match="alignment needs losses on written completions"):
             composed(model, update=Update(alignment_every_steps=2))

@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_renormalised_distribution(bigram, trained):
     [
         ({"top_k": 4}, "set rollout.renormalised to true"),
         ({"top_p": 0.9}, "set rollout.renormalised to true"),
-        ({"renormalised": True}, "nothing is truncated"),
+        ({"renormalised": True}, "sampling is not truncated"),
     ],
 )
 def test_truncation_must_be_asked_for(rollout, message):
@@ -97,7 +97,7 @@ def test_bad_truncation(bigram):
         Rollout(truncation=Controls(top_p=0.9), **SIZES)
     with pytest.raises(
         ValueError,
-        match=r"needs tokens drawn from the whole vocabulary \(whole_vocabulary\), which rollout.truncation does not",
+        match=r"needs tokens sampled from the whole vocabulary \(whole_vocabulary\), which rollout.truncation does not",
     ):
         make_train_step(
             bigram,

@@ -190,7 +190,7 @@ def test_names_that_written_rows_do_not_know(bigram, loss, source, message):
 def test_the_number_of_rows_is_what_was_said(bigram, written, traced):
     with pytest.raises(ValueError, match="written has 8 rows, but this step was composed for 4"):
         traced(composed(bigram, losses.negative_log_likelihood, Written(4)), None, written)
-    with pytest.raises(ValueError, match=r"learns from written rows: call step\(state, prompts, items, written\)"):
+    with pytest.raises(ValueError, match=r"trains on written rows: call step\(state, prompts, items, written\)"):
         traced(composed(bigram, losses.negative_log_likelihood))
     with pytest.raises(ValueError, match=r"has 6 written rows a step, which do not make groups of 4; take a multiple"):
         Written(6, 4)

@@ -90,9 +90,7 @@ def task(
     require_bool("scratchpad", scratchpad)
     require_bool("claims", claims)
     if claims and attempts:
-        raise ValueError(
-            f"attempts is {attempts}, but claims is true, which asks another question; leave one of them out"
-        )
+        raise ValueError(f"attempts is {attempts}, but claims asks another question; leave one of them out")
 
     def draw(rng: Random, level: int) -> Item:
         start = rng.randrange(modulus)

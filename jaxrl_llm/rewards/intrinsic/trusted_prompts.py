@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.experience import Method
+from jaxrl_llm.experience import Method, uniforms_at
 from jaxrl_llm.ranges import Count, Natural, PositiveShare, ranged
 from jaxrl_llm.statistics import group_leader, group_sum
 
@@ -27,8 +27,7 @@ def known_share(prompt_id: Int[Array, "B"], *, share: PositiveShare = 0.1, seed:
     Reference: TraPO, trajectory matching (2512.13106).
     Certainty: verified
     """
-    draw = jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), number)))(prompt_id)
-    return (draw < share).astype(jnp.float32)
+    return (uniforms_at(jax.random.key(seed), prompt_id) < share).astype(jnp.float32)
 
 
 @ranged

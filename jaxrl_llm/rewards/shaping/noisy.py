@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.experience import uniforms_at
 from jaxrl_llm.ranges import Natural, NonNegative, Share, ranged
 from jaxrl_llm.token_codes import mixed_bits
 
@@ -112,13 +113,6 @@ def spurious_rewards(
     chex.assert_rank([correct, well_formed, prompt_id, sample], 1)
     if form not in get_args(SpuriousForm):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(SpuriousForm))}")
-    uniform = jax.vmap(lambda *where: _uniform((step, *where), seed))(prompt_id, sample)
+    uniform = uniforms_at(jax.random.key(seed), step, prompt_id, sample)
     said = {"format": jnp.ones_like(uniform), "random": uniform >= 0.5, "incorrect": correct < 1}[form]
     return jnp.where(well_formed > 0, said, 0.0).astype(jnp.float32)
-
-
-def _uniform(where: tuple[Any, ...], seed: int) -> Float[Array, ""]:
-    key = jax.random.key(seed)
-    for number in where:
-        key = jax.random.fold_in(key, number)
-    return jax.random.uniform(key)

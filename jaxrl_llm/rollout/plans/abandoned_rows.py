@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.experience import Experience, KeyUse, Prompts
+from jaxrl_llm.experience import Experience, KeyUse, Prompts, uniforms_at
 from jaxrl_llm.ranges import Count, Natural, PositiveShare, ranged
 from jaxrl_llm.rollout.generation import Pause
 from jaxrl_llm.rollout.plans.plan import Plan, Request, require_inside
-from jaxrl_llm.rollout.rewriting import of_tokens, row_draws
+from jaxrl_llm.rollout.rewriting import of_tokens
 from jaxrl_llm.signatures import call
 
 
@@ -84,7 +84,7 @@ def early_abort(
         key = jax.random.fold_in(jax.random.key(KeyUse.PLAN), memory.steps)
 
         def goes_on(known: dict[str, Array]) -> Bool[Array, "B"]:
-            gone = call(lost, known) & (row_draws(key, known["prompt_id"], known["sample"]) >= spared)
+            gone = call(lost, known) & (uniforms_at(key, known["prompt_id"], known["sample"]) >= spared)
             return ~(gone & enough)
 
         asked, on = inner.requests(memory, carry, prompts), {"abort_on": enough.astype(jnp.float32)}

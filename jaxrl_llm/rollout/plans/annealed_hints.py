@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.experience import Experience, Prompts, Source, uniforms_at
 from jaxrl_llm.ranges import Count, Natural, PositiveShare, Share, ranged
 from jaxrl_llm.rollout.plans.demonstration_prefixes import cosine_share
 from jaxrl_llm.rollout.plans.demonstrations_in_groups import fitted
@@ -59,7 +59,7 @@ def annealed_hint(
         prompts, samples = request.prompts, request.samples_per_prompt
         steps = max(round(hinted_share * total_steps), 1)
         chance = cosine_share(step, first=first_share, last=last_share, steps=steps)
-        uniform = jax.vmap(lambda prompt: jax.random.uniform(_key(step, prompt)))(prompts.prompt_id)
+        uniform = uniforms_at(jax.random.key(0), step, prompts.prompt_id)
         count = binomial(uniform, jnp.where(step < steps, chance, 0.0), pieces)
         whole = prompts.fields["demonstration_length"]
         length = jnp.clip(count * whole // pieces, 0, jnp.maximum(whole - 1, 0)).astype(jnp.int32)
@@ -87,10 +87,6 @@ def annealed_hint(
         needs=inner.needs | {"prefixes", "demonstrations"},
         lacks=inner.lacks | {"any_number"},
     )
-
-
-def _key(step: Array, prompt_id: Array) -> Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), prompt_id)
 
 
 def binomial(uniform: Float[Array, "N"], chance: Float[Array, ""] | float, trials: int) -> Int[Array, "N"]:

@@ -7,13 +7,12 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.experience import Experience, Source
+from jaxrl_llm.experience import Experience, Source, uniforms_at
 from jaxrl_llm.ranges import Count, Natural, PositiveShare, Share, ranged
 from jaxrl_llm.rollout.plans.demonstrations_in_groups import fitted
 from jaxrl_llm.rollout.plans.further_rows import Beginning, Given, further
 from jaxrl_llm.rollout.plans.plan import Plan
 from jaxrl_llm.rollout.prefixes import Prefixes
-from jaxrl_llm.rollout.rewriting import row_draws
 
 
 @ranged
@@ -66,7 +65,7 @@ def demonstration_prefix(
         whole = jnp.repeat(prompts.fields["demonstration_length"], branches)
         number = jnp.tile(jnp.arange(branches), prompts.prompt_id.shape[0])
         high = cosine_share(given.step, first=first_share, last=last_share, steps=total_steps)
-        uniform = row_draws(given.key, jnp.repeat(prompts.prompt_id, branches), number)
+        uniform = uniforms_at(given.key, jnp.repeat(prompts.prompt_id, branches), number)
         length = prefix_length(uniform, whole, least_share, high, least_tokens=least_tokens)
         inside = jnp.arange(tokens.shape[1]) < length[:, None]
         source = jnp.where(inside, Source.DEMONSTRATION, Source.PAD).astype(jnp.int8)

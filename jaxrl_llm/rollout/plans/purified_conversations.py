@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array as Key
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.experience import Experience, Prompts, Source
+from jaxrl_llm.experience import Experience, Prompts, Source, uniforms_at
 from jaxrl_llm.ranges import Count, Natural, Share, ranged
 from jaxrl_llm.rollout.plans.plan import Plan, Request, finished, first_requests, require_inside
-from jaxrl_llm.rollout.rewriting import compacted, row_draws
+from jaxrl_llm.rollout.rewriting import compacted
 from jaxrl_llm.signatures import call
 
 
@@ -56,7 +56,7 @@ def purified(
 
     def result(held: Held) -> tuple[Experience, dict[str, Array]]:
         rows, report = held.carry
-        chosen = row_draws(held.key, rows.prompt_id, rows.sample) < share
+        chosen = uniforms_at(held.key, rows.prompt_id, rows.sample) < share
         gone = repaired_turns(call(failed, rows.known()), rows["turns"], tries=tries) & chosen[:, None]
         return without_turns(rows, gone, pad_id), report | {"purified_turns": gone.sum() / gone.shape[0]}
 

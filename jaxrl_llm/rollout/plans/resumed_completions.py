@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.experience import Experience, Source
+from jaxrl_llm.experience import Experience, Source, uniforms_at
 from jaxrl_llm.fields import provided_by
 from jaxrl_llm.ranges import Count, Natural, ShareBelowOne, ranged
 from jaxrl_llm.rollout.plans.further_rows import Beginning, Given, further, origins
@@ -169,8 +169,8 @@ def highest_entropy(
     allowed = (mask > 0) & (jnp.arange(tokens.shape[1]) > 0)
     if excluded_ids:
         allowed &= ~jnp.isin(tokens, jnp.asarray(excluded_ids, tokens.dtype))
-    drawn = jax.vmap(lambda row, number: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), number)))
-    return one_of_highest(behaviour_entropy, allowed, drawn(prompt_id, sample), candidates=candidates)
+    drawn = uniforms_at(key, prompt_id, sample)
+    return one_of_highest(behaviour_entropy, allowed, drawn, candidates=candidates)
 
 
 @ranged

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.experience import Experience, Prompts
+from jaxrl_llm.experience import Experience, Prompts, key_at
 from jaxrl_llm.ranges import Count, Natural, Positive, Share, ranged
 from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_inside
 from jaxrl_llm.rollout.rewriting import as_learned, asked_in_form
@@ -104,7 +104,8 @@ def scaffolded(
             midpoint=midpoint,
             steepness=steepness,
         )
-        chances = jax.vmap(lambda *where: _uniform(step, where, prompts.tokens.shape[1]))(
+        key, width = jax.random.fold_in(jax.random.key(0), step), prompts.tokens.shape[1]
+        chances = jax.vmap(lambda *where: jax.random.uniform(key_at(key, *where), (width,)))(
             rows.prompt_id, first + sample
         )
         kept = kept_tokens(
@@ -176,10 +177,3 @@ def kept_tokens(
     last = jnp.take_along_axis(jnp.sort(there, axis=1), jnp.maximum(shown - 1, 0)[:, None], axis=1)
     chosen = (there <= last) & (shown > 0)[:, None]
     return (place >= 0) & (~inside | jnp.take_along_axis(chosen, jnp.minimum(criterion, width - 1), axis=1))
-
-
-def _uniform(step: Any, where: tuple[Any, ...], count: int) -> Float[Array, "P"]:
-    key = jax.random.fold_in(jax.random.key(0), step)
-    for number in where:
-        key = jax.random.fold_in(key, number)
-    return jax.random.uniform(key, (count,))

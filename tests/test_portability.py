@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import importlib.util
 import resource
+import socket
 import subprocess
 import sys
+from unittest import mock
 
-import pytest
-
+from jaxrl_llm.parallel import roll_call
 from jaxrl_llm.reporting import machine_report, ownership
 from jaxrl_llm.run import failures
 from jaxrl_llm.sandbox import isolation, template_rendering
@@ -58,9 +59,16 @@ def test_memory_that_cannot_be_limited_does_not_keep_templates_from_being_render
     template_rendering.limit_memory.__wrapped__()
 
 
-@pytest.mark.parametrize("absent", ["EREMOTEIO"])
-def test_errors_that_a_system_does_not_know_are_left_out(monkeypatch, absent):
-    monkeypatch.delattr(errno, absent, raising=False)
+def test_a_silent_machine_is_noticed_by_the_name_that_the_system_has_for_it(monkeypatch):
+    monkeypatch.delattr(roll_call.socket, "TCP_KEEPIDLE", raising=False)
+    monkeypatch.setattr(roll_call.socket, "TCP_KEEPALIVE", 0x10, raising=False)
+    connection = mock.Mock()
+    assert roll_call._lively(connection) is connection
+    assert mock.call(socket.IPPROTO_TCP, 0x10, roll_call.SILENCE // 2) in connection.setsockopt.mock_calls
+
+
+def test_errors_that_a_system_does_not_know_are_left_out(monkeypatch):
+    monkeypatch.delattr(errno, "EREMOTEIO", raising=False)
     described = importlib.util.spec_from_file_location("failures_elsewhere", failures.__file__)
     module = importlib.util.module_from_spec(described)
     described.loader.exec_module(module)
@@ -68,7 +76,7 @@ def test_errors_that_a_system_does_not_know_are_left_out(monkeypatch, absent):
 
 
 def test_what_a_machine_says_of_itself_needs_no_proc(monkeypatch):
-    monkeypatch.setattr(ownership, "Path", lambda path: ownership_path_absent(path))
+    monkeypatch.setattr(ownership, "Path", mock.Mock(side_effect=FileNotFoundError))
     assert ownership._machine() == ""
     assert not ownership._is_over(ownership._me() | {"pid": 2**22 + 1}), "it is waited for instead"
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -76,7 +84,3 @@ def test_what_a_machine_says_of_itself_needs_no_proc(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     assert machine_report.peak_memory() >= 1024 * in_bytes
     assert machine_report.memory_in_use()["host_memory_gib"] > 0
-
-
-def ownership_path_absent(path):
-    raise FileNotFoundError(errno.ENOENT, "no such file", path)
