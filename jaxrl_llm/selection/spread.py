@@ -64,7 +64,7 @@ def drawn_turns(
 ) -> Float[Array, "B S"]:
     """1 for `count` of the turns of each row, drawn without replacement; for all turns of a row that has no more.
 
-        d_s = 1[u_s is among the `count` smallest],   u_s uniform on [0, 1) for each turn with tokens
+        d_s = 1[u_s is among the `count` smallest],   u_s uniform, for the turns with tokens
 
     Args:
       turn: index of the turn that each token belongs to.
