@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from jaxtyping import Array
+import jax
+from jaxtyping import Array, PyTree
 
 from jaxrl_llm.models.transformer_config import TransformerConfig
 
@@ -90,6 +92,17 @@ def layer_runs(config: TransformerConfig) -> list[Run]:
         seen = {stack: first + inside[stack] * repeats for stack, first in seen.items()}
         routed_from += routed * repeats
     return runs
+
+
+def in_runs(params: PyTree, config: TransformerConfig) -> PyTree:
+    """Stacked blocks cut into the parts that `layer_runs` loops over; each part is copied where there are several."""
+    if "runs" in params:
+        return params
+    runs = tuple(
+        {stack: jax.tree.map(partial(run.cut, layers=layers), params[stack]) for stack, layers in run.stacks.items()}
+        for run in layer_runs(config)
+    )
+    return {name: leaf for name, leaf in params.items() if name not in config.stacks} | {"runs": runs}
 
 
 def cache_of_layer(config: TransformerConfig) -> list[tuple[str, int]]:

@@ -118,8 +118,8 @@ def decoding_bytes(
     else:  # they are part of the state; only the current layer is gathered
         weights = held_bytes(model, shape, decoding(rules), width) / c.layers
     cache = (held.token * completion + held.window + held.row) * decoded + held.whole_token * prompts * prompt
-    # The cache grows in stages: during the last growth the previous one still exists.
-    before = held.token * sum(stages[:-1]) * decoded
+    # The cache grows in stages: during the last growth the previous one still exists, and windows exist twice.
+    before = (held.token * sum(stages[:-1]) + held.window * (len(stages) > 1)) * decoded
     return {
         "weights for sampling": weights,
         "cache": cache,

@@ -30,12 +30,11 @@ def columns(config: Config) -> frozenset[str]:
     found |= {"data_source": None} if own.sources or own.templates else {}
     if own.path is None and not own.sources:
         return frozenset() if config.task is None else columns_of([found | _of_task(config.task)])
-    for one in own.sources.values() or [own]:
-        if one.path is None:
-            found |= _of_task(one.task)
-            continue
+    for one in own.sources.values():
+        found |= _of_task(one.task) if one.path is None else {}
+    for path in [one.path for one in (own, *own.sources.values()) if one.path is not None]:
         with contextlib.suppress(OSError, ValueError):  # reported when the data are read
-            first = first_row(one.path)
+            first = first_row(path)
             found |= first if isinstance(first, dict) else {}
     return columns_of([{"raw": found}])
 

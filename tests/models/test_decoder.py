@@ -271,3 +271,18 @@ def test_windowed_layers_without_a_base_of_their_own_have_that_of_the_others():
     found = [np.asarray(jax.jit(model.apply)(params, tokens, positions, None)[0]) for model in told]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
     assert np.abs(found[0] - found[2]).max() > 0.1
+
+
+def test_blocks_in_several_runs_are_cut_once_for_decoding():
+    sizes = dict(width=8, layers=5, heads=2, kv_heads=1, head_width=4, window=3, window_pattern=(True, False))
+    model = transformer(TransformerConfig(vocabulary_size=7, layer_loop="scanned", local_rope_base=10.0, **sizes))
+    params = model.init(jax.random.key(0))
+    cut = model.for_decoding(params)
+    assert model.for_decoding(cut) is cut
+    assert len(cut["runs"]) == 2
+    assert "windowed_blocks" not in cut
+    tokens, positions = jnp.array([[1, 2, 3, 4]]), jnp.arange(4)[None]
+    programs = [str(jax.make_jaxpr(lambda p: model.apply(p, tokens, positions, None))(p)) for p in (params, cut)]
+    assert programs[0].count(" slice[") - programs[1].count(" slice[") == 2 * len(jax.tree.leaves(cut["runs"][0]))
+    ours, theirs = (jax.jit(model.apply)(p, tokens, positions, None)[0] for p in (params, cut))
+    np.testing.assert_array_equal(ours, theirs)
