@@ -204,7 +204,7 @@ def test_rewards_that_say_little_and_one_side_of_a_group():
 
 def test_a_table_of_its_own_names_axes_that_there_are():
     model = transformer(TransformerConfig(vocabulary_size=11, width=8, layers=1, heads=2, kv_heads=1))
-    with pytest.raises(ValueError, match=r"names 'mlpp', which is no axis of an array; did you mean mlp"):
+    with pytest.raises(ValueError, match=r"names 'mlpp', which is not an axis of an array; did you mean mlp"):
         in_own_layout(model, {"mlpp": ["fsdp"]})
     with pytest.raises(ValueError, match=r"networks.*rules is set, but a network made from another"):
         NetworkConfig(rules={"mlp": ("fsdp",)})
